@@ -1,0 +1,1 @@
+"""Samples -> numbers. Reads .npz files and images; knows nothing of training."""

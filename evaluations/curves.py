@@ -1,0 +1,66 @@
+"""The curves of one or several runs, over images seen, as one picture.
+
+    python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+import cli
+from cli import UserError
+
+PANELS = {"velocity": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
+
+
+def read_metrics(run: Path) -> dict[str, np.ndarray]:
+    """metrics.jsonl of a run, column by column. Raises UserError."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{run} has no metrics.jsonl: name a run's folder (exps/NAME)")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    if not rows:
+        raise UserError(f"{path} is empty: the run has not logged yet (--log-every)")
+    return {key: np.array([row.get(key, np.nan) for row in rows]) for key in ("images", *PANELS)}
+
+
+def draw(runs: dict[str, dict[str, np.ndarray]], out: Path) -> None:
+    """One panel a quantity, one colour a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 3.6), layout="constrained")
+    for axis, (key, title) in zip(axes, PANELS.items()):
+        for name, columns in runs.items():
+            if np.any(columns[key] > 0):
+                axis.plot(columns["images"] / 1e3, columns[key], label=name, linewidth=1.6)
+        axis.set_title(title)
+        axis.set_xlabel("thousand images seen")
+        axis.set_yscale("log")
+        axis.grid(True, which="both", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.lines and len(runs) > 1:
+            axis.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluations.curves", description=__doc__.split("\n")[0], formatter_class=cli.Formatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs (exps/NAME)")
+    parser.add_argument("--out", type=Path, help="picture to write (default: curves.png in the first run)")
+    args = parser.parse_args()
+    out = args.out or args.runs[0] / "curves.png"
+    draw({run.name: read_metrics(run) for run in args.runs}, out)
+    print(f"curves: {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,50 @@
+"""Inception features as ADM's evaluator takes them, through torch-fidelity's port of the TensorFlow graph.
+
+The port resizes as TensorFlow 1 does and its weights are converted from the same graph file. B batch."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cli import UserError
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+
+
+def find_weights(path: Path | None) -> Path:
+    """The weights file given, or in torch hub's folder. Raises UserError that says what to fetch and where to put it."""
+    place = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+    if not place.exists():
+        raise UserError(f"no Inception weights: fetch {URL} and put it at {place}, or pass --inception-weights FILE")
+    try:
+        torch.load(place, map_location="cpu", weights_only=True)  # torch-fidelity unpickles freely: look first
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--inception-weights {place} is no file of plain tensors ({reason}): fetch {URL} again") from None
+    return place
+
+
+class InceptionFeatures(torch.nn.Module):
+    """(B, 3, H, W) uint8 -> pool_3 (B, 2048), spatial (B, 2023), class probabilities (B, 1008).
+
+    Spatial is mixed_6/conv, its first 7 channels, 17 x 17 x 7 flattened with the channel last. Probabilities are softmax of
+    the logits without their bias, as in ADM."""
+
+    def __init__(self, weights: Path | None = None):
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        self.network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], str(find_weights(weights)))
+        self.spatial = torch.empty(0)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pool, logits = self.network(images)
+        return pool, self.spatial, logits.softmax(1)

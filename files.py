@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes beside the place, fsyncs, renames, fsyncs the folder. On a full disk raises OSError and leaves nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Writes a .npy file; returns its sha256."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_file(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames and new names in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""The log of a run: one call writes the console, metrics.jsonl and the tracker."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from files import write_file
+from train_state import TrainState
+
+TERMS = ("loss", "velocity", "align", "grad_norm")
+
+
+def every(step: int, period: int) -> bool:
+    """Whether something done every `period` steps is due; a period of 0 is never."""
+    return period > 0 and step % period == 0
+
+
+class Log:
+    """Running means on the device, brought over every --log-every steps."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        folder: Path,
+        state: TrainState,
+        device: torch.device,
+        main: bool,
+        reduce: Callable[[Tensor, str], Tensor],
+        tracker: Any = None,
+    ):
+        """reduce(tensor, "mean") averages over processes; the tracker has log(row, step=), image(path, step), finish()."""
+        self.args, self.folder, self.main, self.reduce, self.tracker = args, folder, main, reduce, tracker
+        self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(TERMS)), device=device)
+        self.pending = state.extra.get("log_steps", 0)
+        self.clock, self.clock_step = time.perf_counter(), state.step
+        if main:
+            self._drop_lines_after(state.step)
+            total, done = args.max_train_steps * args.batch_size, state.step * args.batch_size
+            self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc=args.exp_name, smoothing=0.05)
+
+    def _drop_lines_after(self, step: int) -> None:
+        """A run that stopped after its last checkpoint repeats some steps; their old lines go."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_file(path, "".join(kept).encode())
+
+    def say(self, text: str) -> None:
+        """One line for people: above the bar and in log.txt."""
+        if self.main:
+            tqdm.write(text)
+            with open(self.folder / "log.txt", "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def add(self, terms: Tensor) -> None:
+        """One part's share of the loss terms; stays on the device."""
+        self.sums[:-1] += terms
+
+    def step(self, step: int, grad_norm: Tensor) -> None:
+        """Ends a step; every --log-every steps averages over steps and processes and writes."""
+        self.sums[-1] += grad_norm
+        self.pending += 1
+        if self.main:
+            self.bar.update(self.args.batch_size)
+        if not every(step, self.args.log_every):
+            return
+        means = self.reduce(self.sums / self.pending, "mean").tolist()
+        now = time.perf_counter()
+        rate = (step - self.clock_step) * self.args.batch_size / (now - self.clock)
+        self.clock, self.clock_step, self.pending = now, step, 0
+        self.sums.zero_()
+        if self.main:
+            row = {"step": step, "images": step * self.args.batch_size, **dict(zip(TERMS, means)), "images_per_s": rate}
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.bar.set_postfix({key: f"{row[key]:.4f}" for key in TERMS})
+            if self.tracker:
+                self.tracker.log(row, step=step)
+
+    def unfinished(self) -> dict:
+        """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
+        return {"log_sums": self.reduce(self.sums, "mean").tolist(), "log_steps": self.pending}
+
+    def image(self, path: Path, step: int) -> None:
+        """A preview was drawn."""
+        self.say(f"drew {path}")
+        if self.tracker:
+            self.tracker.image(path, step)
+
+    def close(self) -> None:
+        """Ends the bar and the tracker's run."""
+        if self.main:
+            self.bar.close()
+        if self.tracker:
+            self.tracker.finish()

@@ -1,0 +1,35 @@
+"""The head of SRA 2: an MLP on one block's tokens, dropped after training (arXiv:2601.17830; widths in docs/method.md).
+B batch, N tokens, D width."""
+
+from torch import Tensor, nn
+
+from models.sit import SiT, init_linear
+
+
+class Projector(nn.Sequential):
+    """`layers` linear layers with SiLU between: width -> hidden -> ... -> hidden -> out. (B, N, width) -> (B, N, out)."""
+
+    def __init__(self, width: int, out: int, layers: int = 5, hidden: int | None = None):
+        hidden = hidden or 2 * width
+        sizes = [width, *[hidden] * (layers - 1), out]
+        modules: list[nn.Module] = []
+        for size_in, size_out in zip(sizes, sizes[1:]):
+            modules += [nn.Linear(size_in, size_out), nn.SiLU()]
+        super().__init__(*modules[:-1])
+        self.apply(init_linear)
+
+
+class AlignedSiT(nn.Module):
+    """Backbone and head as one module, so that DDP sees one forward.
+
+    (x_t, t, y) -> velocity and the projected tokens (B, N, out) of block `block`, or None without a head."""
+
+    def __init__(self, backbone: SiT, head: Projector | None, block: int):
+        super().__init__()
+        self.backbone, self.head, self.block = backbone, head, block
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.head is None:
+            return self.backbone(x_t, t, y), None
+        velocity, tokens = self.backbone(x_t, t, y, return_block=self.block)
+        return velocity, self.head(tokens)

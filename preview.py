@@ -1,0 +1,53 @@
+"""Pictures of the averaged model while it trains."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+from dataset import Manifest
+from grid import labelled_grid, save_png
+from keyed_random import Purpose, normal
+from models.autoencoder import Autoencoder
+from models.sit import SiT
+from samplers import guided, ode
+
+
+class Preview:
+    """The same noise and labels at every preview, sampled from the EMA: what changes between two pictures is the model."""
+
+    rows, columns, num_steps = 10, 8, 50
+
+    def __init__(self, args: argparse.Namespace, manifest: Manifest, folder: Path, device: torch.device):
+        self.vae = load_vae(args.vae or manifest.vae, manifest, device)
+        self.folder, self.cfg_scale = folder, args.preview_cfg_scale
+        rows = min(self.rows, manifest.num_classes)
+        classes = torch.linspace(0, manifest.num_classes - 1, rows).round().long()
+        self.names = [manifest.class_names[k] for k in classes]
+        self.labels = classes.repeat_interleave(self.columns).to(device)
+        index = torch.arange(len(self.labels), device=device)
+        self.start = normal(args.seed, Purpose.START, index, tuple(manifest.latent_shape)).float()
+
+    @torch.no_grad()
+    def draw(self, ema: SiT, step: int) -> Path:
+        """Euler ODE, then the VAE; returns the picture's path."""
+        velocity = guided(ema, self.labels, ema.config.num_classes, self.cfg_scale)
+        images = self.vae.decode(ode(velocity, self.start, self.num_steps)).cpu().numpy()
+        rows = dict(zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:])))
+        path = self.folder / "samples" / f"{step:07d}.png"
+        save_png(labelled_grid(rows, f"EMA at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"), path)
+        return path
+
+
+def load_vae(name: str, manifest: Manifest, device: torch.device) -> Autoencoder:
+    """The VAE of the previews, which must be the one that made the cache. Raises UserError."""
+    try:
+        vae = Autoencoder(name, device)
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; or pass --sampling-steps 0 to train without previews") from None
+    if vae.fingerprint() != manifest.vae_fingerprint:
+        raise UserError(
+            f"--vae {name} is not the VAE that made the cache ({manifest.vae}): its weights differ, so would the colours"
+        )
+    return vae

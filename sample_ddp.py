@@ -1,0 +1,222 @@
+"""Samples images from a checkpoint into ADM's .npz, on one process or many.
+
+    torchrun --nproc_per_node 8 sample_ddp.py --ckpt exps/sit-xl2-sra2 --num-fid-samples 50000
+
+An image depends on the checkpoint, these flags and its index alone, not on how many processes or what came before. Each
+batch is a file of its own until all are there, so an interrupted run goes on where it stopped."""
+
+import argparse
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import cli
+from cli import UserError
+from files import write_array, write_file
+from grid import labelled_grid, save_png
+from interpolant import PATHS
+from keyed_random import Purpose, normal, uniform
+from models.autoencoder import Autoencoder
+from models.sit import SiT, SiTConfig
+from samplers import guided, ode, sde
+from train_state import CheckpointError, find_checkpoint, load_weights, read_config
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=cli.Formatter)
+    # fmt: off
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", type=Path, required=True, help="a run (exps/NAME: its newest checkpoint) or one checkpoint of it")
+    add("--vae", help="hub id or folder of the decoder (default: the one that made the training latents)")
+    add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
+
+    add = parser.add_argument_group("what to sample").add_argument
+    add("--num-fid-samples", type=cli.positive, default=50_000, help="images")
+    add("--labels", choices=("random", "balanced"), default="random", help="classes drawn uniformly, or as many of each")
+    add("--global-seed", type=cli.seed, default=0, help="with an image's index, decides its noise and its class")
+
+    add = parser.add_argument_group("sampler").add_argument
+    add("--mode", choices=("sde", "ode"), default="sde", help="Euler-Maruyama, or the probability-flow ODE by Euler")
+    add("--heun", action="store_true", help="ODE by Heun's method instead of Euler's")
+    add("--num-steps", type=cli.positive, default=250, help="steps from noise to data")
+    add("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    add("--guidance-low", type=cli.fraction, default=0.0, help="guide only for t at or above this (0 is data)")
+    add("--guidance-high", type=cli.fraction, default=1.0, help="guide only for t at or below this (1 is noise)")
+
+    add = parser.add_argument_group("work and files").add_argument
+    add("--per-proc-batch-size", type=cli.positive, default=32, help="images a process makes at once")
+    add("--sample-dir", type=Path, default=Path("samples"), help="where NAME.npz, NAME.json and NAME.png go")
+    add("--name", help="name of the files (default: made of the run, the step and the sampler's flags)")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Mistakes that can be seen before anything is read. Raises UserError."""
+    if args.cfg_scale < 1:
+        raise UserError(f"--cfg-scale {args.cfg_scale} is below 1; 1 is no guidance")
+    if args.guidance_low > args.guidance_high:
+        raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
+    if args.heun and args.mode == "sde":
+        raise UserError("--heun is an ODE solver: add --mode ode")
+    if args.mode == "sde" and args.num_steps < 2:
+        raise UserError(
+            "--num-steps 1 is too few for --mode sde, which ends with one deterministic step after at least one other"
+        )
+
+
+def describe(args: argparse.Namespace, checkpoint: Path, config: dict, vae: Autoencoder) -> dict:
+    """All that decides what the images are: NAME.json, and what evaluation copies into metrics.json."""
+    solver = "euler-maruyama" if args.mode == "sde" else "heun" if args.heun else "euler"
+    return {
+        "checkpoint": str(checkpoint), "model": config["model_name"], "step": config["step"],
+        "images_seen": config["step"] * config["batch_size"], "ema_decay": config["ema_decay"],
+        "path_type": config["path_type"], "vae": vae.name, "vae_fingerprint": vae.fingerprint(), "mode": args.mode, "solver": solver, "num_steps": args.num_steps,
+        "cfg_scale": args.cfg_scale, "guidance_low": args.guidance_low, "guidance_high": args.guidance_high,
+        "labels": args.labels, "global_seed": args.global_seed, "count": args.num_fid_samples,
+        "per_proc_batch_size": args.per_proc_batch_size, "class_names": config["data"]["class_names"],
+    }  # fmt: skip
+
+
+def classes(args: argparse.Namespace, index: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The class of each image: (B,) indices -> (B,)."""
+    if args.labels == "balanced":
+        return index % num_classes
+    return (uniform(args.global_seed, Purpose.CLASS, index) * num_classes).long().clamp(max=num_classes - 1)
+
+
+@torch.no_grad()
+def sample_batch(args: argparse.Namespace, model: SiT, vae: Autoencoder, path_type: str, index: torch.Tensor) -> np.ndarray:
+    """Images (B, H, W, 3) uint8 for the indices (B,)."""
+    shape = (model.config.channels, model.config.latent_size, model.config.latent_size)
+    labels = classes(args, index, model.config.num_classes)
+    start = normal(args.global_seed, Purpose.START, index, shape)
+    null = model.config.num_classes
+    velocity = guided(model, labels, null, args.cfg_scale, args.guidance_low, args.guidance_high)
+    if args.mode == "ode":
+        latent = ode(velocity, start, args.num_steps, args.heun)
+    else:
+        latent = sde(
+            velocity, PATHS[path_type], start, args.num_steps,
+            lambda step: normal(args.global_seed, Purpose.BROWNIAN, index, shape, draw=step),
+        )  # fmt: skip
+    return vae.decode(latent).cpu().numpy()
+
+
+def write_npz(path: Path, parts: list[Path], labels: np.ndarray, count: int) -> None:
+    """ADM's file, streamed: arr_0 (count, H, W, 3) uint8 in the order of the index, arr_1 (count,) int64 the classes."""
+    partial = path.with_name(f".{path.name}.partial")
+    shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for k, part in enumerate(parts):
+                    images = np.load(part)
+                    file.write(images[: count - k * len(images)].tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.save(file, labels)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def draw_grid(path: Path, npz: Path, what: dict, rows: int = 10, columns: int = 10) -> None:
+    """The first images of each class, a class a row; of more than ten classes, ten spread over all that occur."""
+    with np.load(npz) as content:
+        images, labels = content["arr_0"], content["arr_1"]
+    present = np.unique(labels)
+    chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)]
+    pictures = {what["class_names"][k]: images[labels == k][:columns] for k in chosen}
+    guidance = f" · guidance {what['cfg_scale']:g}" if what["cfg_scale"] > 1 else ""
+    title = (
+        f"{what['model']} · step {what['step']:,} · {what['solver']} {what['num_steps']}{guidance} · seed {what['global_seed']}"
+    )
+    save_png(labelled_grid(pictures, title), path)
+
+
+def claim(parts: Path, done: Path, what: dict) -> bool:
+    """Whether NAME is finished already. Records what is being sampled; raises UserError if NAME is something else's."""
+    record = done if done.exists() else parts / "sampling.json"
+    if not record.exists():
+        write_file(record, json.dumps(what, indent=2).encode())
+        return False
+    old = json.loads(record.read_text())
+    changed = "; ".join(f"{key} was {old.get(key)}, is {what[key]}" for key in what if old.get(key) != what[key])
+    if changed:
+        place = done.with_suffix(".npz") if record == done else parts
+        raise UserError(f"{place} was sampled otherwise: {changed}. Remove it or give another --name")
+    return record == done and done.with_suffix(".npz").exists()
+
+
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    if processes > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    try:
+        checkpoint = find_checkpoint(args.ckpt)
+        config = read_config(checkpoint)
+        model = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
+        load_weights(model, checkpoint / "ema.safetensors")
+        vae = Autoencoder(args.vae or config["data"]["vae"], device)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise UserError(f"--ckpt {args.ckpt}: {error}" if isinstance(error, CheckpointError) else str(error)) from None
+    what = describe(args, checkpoint, config, vae)
+    if what["vae_fingerprint"] != config["data"]["vae_fingerprint"]:
+        raise UserError(
+            f"--vae {vae.name} is not the one that made the training latents ({config['data']['vae']}): its weights differ"
+        )
+    model.to(device)
+
+    guidance = f"-cfg{args.cfg_scale:g}" if args.cfg_scale > 1 else ""
+    run = checkpoint.parent.parent.name
+    name = args.name or f"{run}-{checkpoint.name}-{what['solver']}{args.num_steps}{guidance}-seed{args.global_seed}"
+    parts, npz = args.sample_dir / f"{name}.parts", args.sample_dir / f"{name}.npz"
+    if claim(parts, npz.with_suffix(".json"), what):
+        if rank == 0:
+            print(f"{npz} is complete: {args.num_fid_samples:,} images")
+        return
+
+    size = args.per_proc_batch_size
+    files = [parts / f"{k:06d}.npy" for k in range(-(-args.num_fid_samples // size))]
+    mine = [k for k in range(rank, len(files), processes) if not files[k].exists()]
+    with tqdm(total=len(mine) * size * processes, unit="img", desc="sampling", disable=rank > 0, smoothing=0.05) as bar:
+        for k in mine:  # the last batch is padded with the indices that follow: every batch runs the same kernels
+            index = torch.arange(k * size, (k + 1) * size, device=device)
+            write_array(files[k], sample_batch(args, model, vae, config["path_type"], index))
+            bar.update(size * processes)
+    if processes > 1:
+        dist.barrier()
+    if rank == 0:
+        labels = classes(args, torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
+        write_npz(npz, files, labels, args.num_fid_samples)
+        draw_grid(npz.with_suffix(".png"), npz, what)
+        write_file(npz.with_suffix(".json"), json.dumps(what, indent=2).encode())
+        shutil.rmtree(parts)
+        print(f"{npz}: {args.num_fid_samples:,} images; look at {npz.with_suffix('.png')}")
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli.run(main)
