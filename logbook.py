@@ -3,7 +3,8 @@
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ class Log:
     def unfinished(self) -> dict:
         """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
         return {"log_sums": self.reduce(self.sums, "mean").tolist(), "log_steps": self.pending}
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Previews and checkpoints happen in here, and do not count in images_per_s."""
+        started = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - started
 
     def image(self, path: Path, step: int) -> None:
         """A preview was drawn."""

@@ -78,10 +78,11 @@ def describe(args: argparse.Namespace, checkpoint: Path, config: dict, vae: Auto
     return {
         "checkpoint": str(checkpoint), "model": config["model_name"], "step": config["step"],
         "images_seen": config["step"] * config["batch_size"], "ema_decay": config["ema_decay"],
-        "path_type": config["path_type"], "vae": vae.name, "vae_fingerprint": vae.fingerprint(), "mode": args.mode, "solver": solver, "num_steps": args.num_steps,
+        "path_type": config["path_type"], "mode": args.mode, "solver": solver, "num_steps": args.num_steps,
         "cfg_scale": args.cfg_scale, "guidance_low": args.guidance_low, "guidance_high": args.guidance_high,
         "labels": args.labels, "global_seed": args.global_seed, "count": args.num_fid_samples,
-        "per_proc_batch_size": args.per_proc_batch_size, "class_names": config["data"]["class_names"],
+        "per_proc_batch_size": args.per_proc_batch_size, "vae": vae.name, "vae_fingerprint": vae.fingerprint(),
+        "class_names": config["data"]["class_names"],
     }  # fmt: skip
 
 

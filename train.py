@@ -111,7 +111,7 @@ def train(
     batches = stream.loader(state.step, args.max_train_steps, args.num_workers, pin_memory=device.type == "cuda")
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     ema = EMA(state.ema, state.model.backbone, args.ema_decay)
-    null_class, shape = cache.manifest.num_classes, tuple(cache.manifest.latent_shape)
+    null_class, shape, patch = cache.manifest.num_classes, tuple(cache.manifest.latent_shape), PRESETS[args.model]["patch"]
 
     for batch in batches:
         number, moments, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -121,11 +121,9 @@ def train(
         dropped = uniform(args.seed, Purpose.LABEL_DROP, number) < args.cfg_prob
         labels = torch.where(dropped, null_class, labels)
         latent = scale.sample(moments, posterior_noise.float())
-        target = latent_tokens(
-            latent if args.align_target == "sample" else scale.mean(moments), state.model.backbone.config.patch
-        )
+        clean = latent if args.align_target == "sample" else scale.mean(moments)
+        whole = (latent, labels, noise, t, latent_tokens(clean, patch))
 
-        whole = (latent, labels, noise, t, target)
         for part, (x, y, eps, s, z) in enumerate(zip(*(tensor.chunk(parts) for tensor in whole))):
             with accelerator.no_sync(model) if part < parts - 1 else nullcontext():
                 terms = training_losses(model, path, x, y, eps, s, z, **align)
@@ -140,16 +138,23 @@ def train(
         log.step(state.step, grad_norm)
 
         last = state.step == args.max_train_steps
-        if preview and (last or every(state.step, args.sampling_steps)) and accelerator.is_main_process:
-            log.image(preview.draw(state.ema, state.step), state.step)
-        if last or every(state.step, args.checkpointing_steps):
-            state.extra = log.unfinished()
-            if accelerator.scaler is not None:
-                state.extra["scaler"] = accelerator.scaler.state_dict()
-            if accelerator.is_main_process:
-                log.say(f"saved {state.save(log.folder, config | {'step': state.step})}")
-        if last or every(state.step, args.sampling_steps) or every(state.step, args.checkpointing_steps):
-            accelerator.wait_for_everyone()
+        preview_due, checkpoint_due = (last or every(state.step, n) for n in (args.sampling_steps, args.checkpointing_steps))
+        if preview_due or checkpoint_due:
+            with log.pause():
+                if checkpoint_due:
+                    save(state, log, accelerator, config)
+                if preview and preview_due:
+                    log.image(preview.draw(state.ema, state.step), state.step)
+                accelerator.wait_for_everyone()
+
+
+def save(state: TrainState, log: Log, accelerator: Accelerator, config: dict) -> None:
+    """Gathers what a checkpoint must hold from all processes; the first writes it."""
+    state.extra = log.unfinished()
+    if accelerator.scaler is not None:
+        state.extra["scaler"] = accelerator.scaler.state_dict()
+    if accelerator.is_main_process:
+        log.say(f"saved {state.save(log.folder, config | {'step': state.step})}")
 
 
 def check_args(args: argparse.Namespace, processes: int) -> None:
@@ -157,7 +162,7 @@ def check_args(args: argparse.Namespace, processes: int) -> None:
     share = args.batch_size // processes
     if args.batch_size % processes or share % args.gradient_accumulation_steps:
         raise UserError(
-            f"--batch-size {args.batch_size} (global) is not a multiple of {processes} processes x "
+            f"--batch-size {args.batch_size} (global) is not a multiple of {processes} (processes) x "
             f"--gradient-accumulation-steps {args.gradient_accumulation_steps}"
         )
     if args.align_depth == "auto":
@@ -195,22 +200,18 @@ def make_config(args: argparse.Namespace, manifest: Manifest) -> dict:
     data = ("source", "count", "resolution", "class_names", "vae", "vae_fingerprint", "scale", "shift", "latent_shape", "mean")
     head = None
     if args.align != "none":
-        head = {
-            "width": model.width,
-            "out": model.patch**2 * channels,
-            "layers": args.projector_layers,
-            "hidden": args.projector_width,
-        }
+        out = model.patch**2 * channels
+        head = {"width": model.width, "out": out, "layers": args.projector_layers, "hidden": args.projector_width}
     return {
         "model_name": args.model, "model": asdict(model), "head": head, "align_depth": args.align_depth,
-        "path_type": args.path_type,
-        "prediction": "v", "cfg_prob": args.cfg_prob, "batch_size": args.batch_size, "ema_decay": args.ema_decay,
+        "path_type": args.path_type, "prediction": "v", "cfg_prob": args.cfg_prob,
+        "batch_size": args.batch_size, "ema_decay": args.ema_decay,
         "data": {key: getattr(manifest, key) for key in data},
     }  # fmt: skip
 
 
-def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> None:
-    """A run goes on only under the flags and on the cache it was started with. Raises UserError listing what changed."""
+def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> dict:
+    """The flags as args.json keeps them. Raises UserError listing what differs from those, or the cache, of a run begun."""
     now = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     now["align_t_range"] = list(args.align_t_range)
     path = folder / "args.json"
@@ -225,7 +226,7 @@ def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> None
     saved = checkpoints(folder)
     if saved:
         then = read_config(saved[-1])["data"]
-        changed = [key for key in then if key != "vae" and then[key] != config["data"][key]]
+        changed = [key for key in then if key not in ("source", "vae") and then[key] != config["data"][key]]
         if changed:
             raise UserError(
                 f"--data-dir {args.data_dir} is not the cache that {folder} was started on: {', '.join(changed)} differ"
@@ -240,8 +241,8 @@ def summary(args: argparse.Namespace, accelerator: Accelerator, cache: LatentCac
     head = f" + head {millions['head']:.1f}M on block {args.align_depth}" if "head" in millions else ", no alignment"
     return (
         f"{args.model} {millions['backbone']:.1f}M{head}; {len(cache):,} images, {cache.manifest.num_classes} classes; "
-        f"global batch {args.batch_size} = {accelerator.num_processes} processes x {share}"
-        f" x {args.gradient_accumulation_steps} accumulated; "
+        f"global batch {args.batch_size} = {accelerator.num_processes} (processes) x {share} (local)"
+        f" x {args.gradient_accumulation_steps} (accumulated); "
         f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}; "
         f"{args.max_train_steps:,} steps = {args.max_train_steps * args.batch_size / len(cache):.1f} epochs"
     )

@@ -1,6 +1,6 @@
 """The curves of one or several runs, over images seen, as one picture.
 
-    python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png"""
+python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png"""
 
 import argparse
 import json

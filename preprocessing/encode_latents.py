@@ -156,7 +156,8 @@ def main() -> None:
     total = min(args.limit, len(source.entries)) if args.limit else len(source.entries)
     plan = {
         "source": str(args.source), "images": total, "class_names": source.class_names,
-        "resolution": args.resolution, "crop": CROP, "vae": args.vae, "vae_fingerprint": vae.fingerprint(), "scale": vae.scale.scale, "shift": vae.scale.shift,
+        "resolution": args.resolution, "crop": CROP, "vae": args.vae, "vae_fingerprint": vae.fingerprint(),
+        "scale": vae.scale.scale, "shift": vae.scale.shift,
         "shard_size": args.shard_size, "batch_size": args.batch_size, "skip_bad": args.skip_bad,
     }  # fmt: skip
     check_plan(args, plan)

@@ -1,0 +1,146 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations import curves, evaluate
+from evaluations.fashion import load_classifier
+from evaluations.inception import InceptionFeatures
+from evaluations.metrics import frechet_distance, statistics
+from tests.helpers import ROOT, make_tree
+
+IMAGES = ROOT / "assets/fashion-mnist/images.zip"
+
+
+def write_samples(path, n=40, seed=0, labels=True, side=32):
+    rng = np.random.default_rng(seed)
+    arrays = {"arr_0": rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8)}
+    if labels:
+        arrays["arr_1"] = np.arange(n) % 10
+    np.savez(path, **arrays)
+    return arrays["arr_0"]
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """The real graph with He-initialised weights: the default initialisation collapses and would hide faults."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    load = module.load_state_dict_from_url
+    module.load_state_dict_from_url = lambda *args, **kwargs: (_ for _ in ()).throw(StopIteration)
+    network = module.FeatureExtractorInceptionV3.__new__(module.FeatureExtractorInceptionV3)
+    try:
+        network.__init__("he", ["2048"])
+    except (StopIteration, RuntimeError):
+        pass
+    finally:
+        module.load_state_dict_from_url = load
+    torch.manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_features_are_torch_fidelitys_with_adms_spatial_tap(inception_weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pool, spatial, probabilities = InceptionFeatures(inception_weights)(images)
+    oracle = FeatureExtractorInceptionV3("oracle", ["2048", "logits_unbiased"], str(inception_weights))
+    kept = {}
+    oracle.Mixed_6d.register_forward_pre_hook(lambda module, inputs: kept.update(x=inputs[0]))
+    features, logits = oracle(images)
+    torch.testing.assert_close(pool, features)
+    torch.testing.assert_close(probabilities, torch.softmax(logits, 1))
+    conv = oracle.Mixed_6d.branch1x1
+    by_hand = torch.relu(conv.bn(conv.conv(kept["x"])))  # mixed_6/conv, 17 x 17 x 192
+    assert spatial.shape == (2, 17 * 17 * 7) and spatial.std() > 0
+    for y, x, c in ((0, 0, 0), (3, 11, 5), (16, 16, 6)):  # NHWC: the channel runs fastest
+        torch.testing.assert_close(spatial[:, (y * 17 + x) * 7 + c], by_hand[:, c, y, x])
+
+
+def test_inception_metrics_against_images_and_against_statistics(call, tmp_path, inception_weights):
+    samples, others = write_samples(tmp_path / "s.npz", 12), write_samples(tmp_path / "r.npz", 10, seed=1)
+    flags = [tmp_path / "s.npz", "--inception-weights", inception_weights]
+    code, out = call(evaluate, *flags, "--reference", tmp_path / "r.npz", "--out", tmp_path / "images.json")
+    assert code == 0 and "FID" in out and "FD-fashion" not in out
+    numbers = json.loads((tmp_path / "images.json").read_text())["metrics"]
+    network = InceptionFeatures(inception_weights)
+    pools, spatials = zip(*(network(torch.from_numpy(x).permute(0, 3, 1, 2))[:2] for x in (samples, others)))
+    (a, b), (c, d) = ([statistics(x.numpy()) for x in pair] for pair in (pools, spatials))
+    assert numbers["FID"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    assert numbers["sFID"] == pytest.approx(frechet_distance(c, d), rel=1e-4)
+    assert numbers["inception_score"] >= 1 and 0 <= numbers["precision"] <= 1
+
+    np.savez(tmp_path / "stats.npz", mu=b.mu, sigma=b.sigma, mu_s=d.mu, sigma_s=d.sigma)
+    assert call(evaluate, *flags, "--reference", tmp_path / "stats.npz", "--out", tmp_path / "stats.json")[0] == 0
+    again = json.loads((tmp_path / "stats.json").read_text())["metrics"]
+    assert again["FID"] == pytest.approx(numbers["FID"], rel=1e-6) and again["sFID"] == pytest.approx(numbers["sFID"], rel=1e-6)
+    assert again["precision"] is None and again["recall"] is None
+
+
+def test_fashion_against_a_tree_of_images(call, tmp_path):
+    samples = write_samples(tmp_path / "s.npz")
+    record = {"solver": "euler", "num_steps": 5, "cfg_scale": 1.5, "global_seed": 3}
+    (tmp_path / "s.json").write_text(json.dumps(record | {"class_names": []}))
+    reference = make_tree(tmp_path / "tree", images=30)
+    code, out = call(evaluate, tmp_path / "s.npz", "--reference", reference, "--features", "fashion")
+    assert code == 0 and "FD-fashion" in out and "FID" not in out
+    result = json.loads((tmp_path / "s.metrics.json").read_text())
+    assert result["sampling"] == record
+    assert (result["count"], len(result["reference_sha256"]), len(result["samples_sha256"])) == (40, 64, 64)
+    assert "FID" not in result["metrics"]
+    scores = load_classifier()(torch.from_numpy(samples).permute(0, 3, 1, 2))[1].argmax(1)
+    assert result["metrics"]["class_agreement"] == pytest.approx((scores == torch.arange(40) % 10).float().mean().item())
+
+
+def test_samples_against_themselves(call, tmp_path):
+    write_samples(tmp_path / "s.npz", labels=False)
+    assert call(evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion")[0] == 0
+    metrics = json.loads((tmp_path / "s.metrics.json").read_text())["metrics"]
+    assert metrics["FD-fashion"] == pytest.approx(0, abs=1e-4)
+    assert (metrics["precision"], metrics["recall"], metrics["class_agreement"]) == (1, 1, None)
+
+
+def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    write_samples(tmp_path / "s.npz")
+    write_samples(tmp_path / "large.npz", side=64)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((9, 32, 32, 3)))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    torch.save({"a": print}, tmp_path / "evil.pth")
+    cases = [
+        (
+            ["s.npz", "--reference", "s.npz"],
+            r"no Inception weights: fetch https://.*put it at .*hub/checkpoints/",
+        ),
+        (["s.npz", "--reference", "s.npz", "--inception-weights", "evil.pth"], "is no file of plain tensors"),
+        (["s.npz", "--reference", "none.npz", "--features", "fashion"], "--reference .*none.npz does not exist"),
+        (["s.npz", "--reference", "other.npz", "--features", "fashion"], "holds neither images"),
+        (["s.npz", "--reference", "stats.npz", "--features", "fashion"], "holds Inception statistics"),
+        (["large.npz", "--reference", "s.npz", "--features", "fashion"], "needs 32x32 images, .* holds 64x64"),
+        (["float.npz", "--reference", "s.npz", "--features", "fashion"], "must be uint8"),
+        (["broken.npz", "--reference", "s.npz", "--features", "fashion"], r"cannot be read as \.npz"),
+        (["stats.npz", "--reference", "s.npz", "--features", "fashion"], "nothing to compare"),
+        (["none.npz", "--reference", "s.npz"], "none.npz does not exist"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    import re
+
+    for flags, message in cases:
+        code, out = call(evaluate, *flags)
+        assert code == 2 and re.search(message, out) and "Traceback" not in out, (flags, out)
+    assert not list(tmp_path.glob("*metrics.json"))
+
+
+def test_curves_draw_several_runs(call, trained, tmp_path):
+    code, out = call(curves, trained, trained, "--out", tmp_path / "c.png")
+    assert code == 0 and (tmp_path / "c.png").stat().st_size > 10_000, out
+    code, out = call(curves, tmp_path)
+    assert code == 2 and "no metrics.jsonl" in out

@@ -1,0 +1,80 @@
+"""Who may import whom. The rooms stay apart, so that a part can be read, tested and taken alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
+SCRIPTS = {"train", "sample_ddp", "preprocessing.encode_latents", "evaluations.evaluate", "evaluations.curves"}
+NUMERIC = {"torch", "numpy"}
+LEAVES = {"cli", "files"}  # the standard library and numpy only; anyone may use them
+
+# module or room -> what of this project, and which packages, it may import
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "cli": (set(), set()),
+    "files": (set(), {"numpy"}),
+    "grid": ({"files"}, {"numpy", "PIL"}),
+    "keyed_random": (set(), {"torch"}),
+    "interpolant": (set(), {"torch"}),
+    "dataset": ({"files"}, NUMERIC),
+    "train_state": ({"files"}, {*NUMERIC, "safetensors"}),
+    "loss": ({"interpolant"}, {"torch"}),
+    "samplers": ({"interpolant"}, {"torch"}),
+    "models": ({"models"}, {"torch", "timm", "diffusers"}),
+    "logbook": ({*LEAVES, "train_state"}, {"torch", "tqdm"}),
+    "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
+    "train": (
+        {*LEAVES, "dataset", "interpolant", "keyed_random", "logbook", "loss", "models", "preview", "train_state"},
+        {"torch", "accelerate", "wandb"},
+    ),
+    "sample_ddp": (
+        {*LEAVES, "grid", "interpolant", "keyed_random", "models", "samplers", "train_state"},
+        {*NUMERIC, "tqdm"},
+    ),
+    "preprocessing": ({*LEAVES, "dataset", "models", "preprocessing"}, {*NUMERIC, "PIL", "tqdm"}),
+    "evaluations": (
+        {*LEAVES, "evaluations", "preprocessing"},
+        {*NUMERIC, "tqdm", "safetensors", "torch_fidelity", "matplotlib"},
+    ),
+    "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_keep_to_the_rooms(path):
+    room = path.relative_to(ROOT).with_suffix("").parts[0]
+    own, packages = RULES[room]
+    ours = {module.split(".")[0] for module in MODULES}
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top in (own if top in ours else packages), f"{path.name} may not import {name}"
+        assert name not in SCRIPTS, f"{path.name} imports the script {name}: only tests do"
+
+
+def test_evaluations_take_from_preprocessing_only_how_images_are_read():
+    for path in (ROOT / "evaluations").glob("*.py"):
+        assert {name for name in imports(path) if name.startswith("preprocessing")} <= {"preprocessing.images"}
+
+
+def test_our_tests_are_not_shadowed():
+    """torch-fidelity's wheel installs a top-level package of the same name."""
+    import tests
+
+    assert Path(tests.__file__).parent == ROOT / "tests"

@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+import torch
+
+from models.projector import AlignedSiT, Projector
+from models.sit import PRESETS, SiT, SiTConfig, align_block, official_state_dict, sincos_position
+from models.targets import latent_tokens
+
+
+def small(seed=0, **more) -> SiT:
+    torch.manual_seed(seed)
+    return SiT(SiTConfig(depth=3, width=32, heads=2, patch=2, latent_size=8, num_classes=5, **more))
+
+
+def inputs(n=3, channels=4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, channels, 8, 8, generator=generator)
+    return x, torch.linspace(0, 1, n), torch.arange(n)
+
+
+def awake(model: SiT) -> SiT:
+    """A fresh SiT ignores everything (zero gates, zero output): give it weights that do something."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def millions(module: torch.nn.Module) -> float:
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
+def test_parameter_counts_are_the_papers(name, expected):
+    with torch.device("meta"):
+        assert millions(SiT(SiTConfig(**PRESETS[name]))) == pytest.approx(expected, abs=0.6)
+
+
+def test_xl_counts_what_dit_prints_less_the_learned_sigma():
+    """DiT-XL/2 prints 675,129,632 parameters; its output layer has 16 rows more."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in SiT(SiTConfig(**PRESETS["SiT-XL/2"])).parameters()) == 675_129_632 - 16 * (1152 + 1)
+
+
+@pytest.mark.parametrize(("name", "layers", "expected"), [("SiT-B/2", 5, 8.3), ("SiT-B/2", 2, 1.2), ("SiT-XL/2", 5, 18.6)])
+def test_head_counts_are_the_papers(name, layers, expected):
+    with torch.device("meta"):
+        assert round(millions(Projector(PRESETS[name]["width"], 16, layers)), 1) == expected
+
+
+def test_every_preset_is_there_and_auto_depth_is_the_papers():
+    assert {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} | {"SiT-Ti/2"} == set(PRESETS)
+    assert [align_block(name) for name in ("SiT-B/2", "SiT-L/2", "SiT-XL/2")] == [2, 8, 8]
+    assert all(align_block(name) <= PRESETS[name]["depth"] for name in PRESETS)
+
+
+def test_parameter_names_and_shapes_are_the_official_ones():
+    d, p, c, k, side = 32, 2, 4, 5, 8
+    block = {
+        "attn.qkv.weight": (3 * d, d), "attn.qkv.bias": (3 * d,), "attn.proj.weight": (d, d), "attn.proj.bias": (d,),
+        "mlp.fc1.weight": (4 * d, d), "mlp.fc1.bias": (4 * d,), "mlp.fc2.weight": (d, 4 * d), "mlp.fc2.bias": (d,),
+        "adaLN_modulation.1.weight": (6 * d, d), "adaLN_modulation.1.bias": (6 * d,),
+    }  # fmt: skip
+    expected = {
+        "pos_embed": (1, (side // p) ** 2, d), "x_embedder.proj.weight": (d, c, p, p), "x_embedder.proj.bias": (d,),
+        "t_embedder.mlp.0.weight": (d, 256), "t_embedder.mlp.0.bias": (d,), "t_embedder.mlp.2.weight": (d, d),
+        "t_embedder.mlp.2.bias": (d,), "y_embedder.embedding_table.weight": (k + 1, d),
+        "final_layer.linear.weight": (p * p * c, d), "final_layer.linear.bias": (p * p * c,),
+        "final_layer.adaLN_modulation.1.weight": (2 * d, d), "final_layer.adaLN_modulation.1.bias": (2 * d,),
+        **{f"blocks.{i}.{key}": shape for i in range(3) for key, shape in block.items()},
+    }  # fmt: skip
+    assert {key: tuple(value.shape) for key, value in small().state_dict().items()} == expected
+
+
+def test_official_checkpoints_load():
+    """With DDP's prefix, REPA's and SRA's heads, and SiT's learned sigma, whose channels follow the velocity's."""
+    model = awake(small())
+    wide = awake(small(seed=1, channels=8))
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    for name in ("weight", "bias"):
+        full = dict(wide.final_layer.linear.named_parameters())[name].detach().clone()
+        full.view(4, 8, -1)[:, :4] = dict(model.final_layer.linear.named_parameters())[name].detach().view(4, 4, -1)
+        state[f"module.final_layer.linear.{name}"] = full
+    state |= {"module.projectors.0.0.weight": torch.zeros(3), "module.ap_head.linear.weight": torch.zeros(3)}
+    other = small(seed=2)
+    other.load_state_dict(official_state_dict(state, other.config))
+    torch.testing.assert_close(other(*inputs()), model(*inputs()))
+
+    wide.load_state_dict(
+        {**wide.state_dict(), **{k.removeprefix("module."): v for k, v in state.items() if "final_layer.linear" in k}}
+    )
+    tokens = torch.randn(3, 16, 32)
+    velocity_half = wide.unpatchify(
+        torch.nn.functional.linear(tokens, wide.final_layer.linear.weight, wide.final_layer.linear.bias)
+    )
+    ours = model.unpatchify(torch.nn.functional.linear(tokens, model.final_layer.linear.weight, model.final_layer.linear.bias))
+    torch.testing.assert_close(velocity_half[:, :4], ours)
+
+
+def test_a_fresh_sit_outputs_zero():
+    assert not small()(*inputs()).any()
+
+
+def test_returned_tokens_are_those_after_the_block_and_change_nothing():
+    model, (x, t, y) = awake(small()), inputs()
+    velocity, features = model(x, t, y, return_block=2)
+    assert torch.equal(velocity, model(x, t, y))
+    tokens, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
+    torch.testing.assert_close(features, model.blocks[1](model.blocks[0](tokens, c), c))
+    torch.testing.assert_close(model(x, t, y, return_block=3)[1], model.blocks[2](features, c))
+    with pytest.raises(AssertionError):
+        model(x, t, y, return_block=4)
+
+
+def test_train_and_eval_mode_are_the_same():
+    model = awake(small())
+    assert torch.equal(model.train()(*inputs()), model.eval()(*inputs()))
+
+
+def test_other_sides_channels_and_class_counts():
+    model = SiT(SiTConfig(depth=1, width=32, heads=2, patch=4, latent_size=16, channels=16, num_classes=3))
+    assert model(torch.zeros(2, 16, 16, 16), torch.zeros(2), torch.tensor([0, 3])).shape == (2, 16, 16, 16)
+    with pytest.raises(ValueError, match="patch size 4 cannot cut latents of side 6"):
+        SiT(SiTConfig(depth=1, width=32, heads=2, patch=4, latent_size=6))
+
+
+def test_position_embedding_is_maes():
+    width, side = 16, 3
+    for position in range(side * side):
+        row, column = divmod(position, side)
+        omega = [10000 ** (-4 * i / width) for i in range(width // 4)]
+        expected = [f(at * w) for at in (column, row) for f in (np.sin, np.cos) for w in omega]
+        np.testing.assert_allclose(sincos_position(width, side)[position], expected, rtol=1e-6)
+
+
+def test_target_tokens_have_the_order_of_the_output_layer():
+    model, (x, _, _) = small(), inputs()
+    torch.testing.assert_close(model.unpatchify(latent_tokens(x, 2)), x)
+    assert latent_tokens(x, 2).shape == (3, 16, 16)
+
+
+def test_gradients_reach_the_blocks_up_to_the_aligned_one_only():
+    backbone = awake(small())
+    model = AlignedSiT(backbone, Projector(32, 16, layers=2), block=2)
+    model(*inputs())[1].sum().backward()
+    reached = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in backbone.blocks]
+    assert reached == [True, True, False]
+    assert backbone.pos_embed.grad is None
+    assert AlignedSiT(backbone, None, 2)(*inputs())[1] is None

@@ -1,0 +1,84 @@
+"""The README's commands, run as they are written, on a small ImageNet-like tree: flags appended make them short and put a tiny VAE
+in the hub's place."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample_ddp
+import train
+from evaluations import evaluate
+from preprocessing import encode_latents
+from tests.helpers import ROOT
+
+
+def commands() -> list[list[str]]:
+    """Every command in the README's bash blocks, as words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line and not line.startswith("#")]
+
+
+def of(script: str) -> list[list[str]]:
+    """The flags of every command that runs this script."""
+    return [words[words.index(script) + 1 :] for words in commands() if script in words]
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """A folder with data/imagenet/train/n0.../*.JPEG of mixed sizes and modes."""
+    root, rng = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    modes = ("RGB", "L", "CMYK", "RGB", "RGB", "L")
+    sizes = ((500, 375), (256, 300), (333, 517), (120, 90), (1100, 800), (64, 64))
+    for i, (mode, size) in enumerate(zip(modes, sizes)):
+        path = root / f"data/imagenet/train/n0{i % 2}/n0{i % 2}_{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size).convert(mode).save(path)
+    return root
+
+
+def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatch):
+    monkeypatch.chdir(imagenet)
+    short = {"--model": "SiT-S/8", "--max-train-steps": 2, "--batch-size": 8, "--sampling-steps": 0, "--num-workers": 0}
+    short_training = [word for pair in short.items() for word in pair]
+    (encode,), (evaluation,) = of("preprocessing.encode_latents"), of("evaluations.evaluate")
+    trainings, samplings = of("train.py"), of("sample_ddp.py")
+    assert len(trainings) == 2 and len(samplings) == 2
+    code, out = call(encode_latents, *encode, "--vae", vae_folder)
+    assert code == 0 and "6 images, 2 classes" in out, out
+    for i, flags in enumerate(trainings):
+        code, out = call(train, *flags, *short_training, "--exp-name", f"xl2-sra2{'-again' * i}")
+        assert code == 0, out
+    for flags in samplings:
+        code, out = call(sample_ddp, *flags, "--num-fid-samples", 5, "--num-steps", 2, "--per-proc-batch-size", 5)
+        assert code == 0, out
+    name = evaluation[0].replace("4000000", "0000002").replace("maruyama250", "maruyama2")
+    assert (imagenet / name).exists()
+    np.savez(imagenet / evaluation[2], arr_0=np.zeros((5, 256, 256, 3), np.uint8))
+    monkeypatch.setenv("TORCH_HOME", str(imagenet))
+    code, out = call(evaluate, name, *evaluation[1:])
+    assert code == 2 and "no Inception weights: fetch" in out
+
+
+def test_a_step_number_in_a_file_name_has_seven_digits():
+    """The README's samples/NAME follows from the README's --max-train-steps."""
+    steps = {flags[flags.index("--max-train-steps") + 1] for flags in of("train.py")}
+    assert steps == {"4000000"} and "xl2-sra2-4000000-" in of("evaluations.evaluate")[0][0]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/method.md"])
+def test_what_documents_name_exists(document):
+    """Files in links, flags, and `function` (file) pairs."""
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), target
+    for names, file in re.findall(r"`([A-Za-z_.]+)(?:\([^`]*\))?` \(([a-z_/]+\.py)\)", text):
+        assert all(re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()) for name in names.split(".")), (names, file)
+    scripts = (path for folder in (".", "preprocessing", "evaluations") for path in (ROOT / folder).glob("*.py"))
+    sources = "".join(path.read_text() for path in scripts)
+    for flag in re.findall(r"`(--[a-z-]+)", text):
+        assert f'"{flag}"' in sources or flag in ("--cpu",), flag

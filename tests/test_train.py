@@ -1,0 +1,183 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from tests.helpers import make_vae, torchrun, train_flags
+
+
+def rows(run) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+
+
+def same_weights(a, b, step="0000010") -> bool:
+    for name in ("model", "ema"):
+        ours, theirs = (load_file(run / "checkpoints" / step / f"{name}.safetensors") for run in (a, b))
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            return False
+    ours, theirs = (torch.load(run / "checkpoints" / step / "optimizer.pt") for run in (a, b))
+    return all(torch.equal(ours["state"][i][key], theirs["state"][i][key]) for i in ours["state"] for key in ours["state"][i])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    """Ten steps at once, logged every four steps, so that a checkpoint at five falls between two lines."""
+    exps = tmp_path_factory.mktemp("unbroken")
+    args = train.parse_args
+    train.parse_args = lambda: args(train_flags(cache, exps, "run", "--max-train-steps", 10, "--log-every", 2))
+    try:
+        train.main()
+    finally:
+        train.parse_args = args
+    return exps / "run"
+
+
+def test_ten_steps_equal_five_and_five_bit_for_bit(call, cache, tmp_path, unbroken):
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 2)
+    assert call(train, *flags, "--max-train-steps", 5)[0] == 0
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:  # as a run that was killed after its last checkpoint leaves it
+        file.write('{"step": 6, "loss": 0}\n{"step": 7, "lo')
+    code, out = call(train, *flags, "--max-train-steps", 10)
+    assert code == 0 and "continuing from" in out
+    assert rows(tmp_path / "run") == rows(unbroken)
+    assert same_weights(tmp_path / "run", unbroken)
+    code, out = call(train, *flags, "--max-train-steps", 10)
+    assert code == 0 and "has finished its 10 steps" in out
+
+
+def test_accumulation_is_the_same_run(call, cache, tmp_path, unbroken):
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10)
+    assert call(train, *flags, "--gradient-accumulation-steps", 4)[0] == 0
+    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
+    torchrun(2, "train.py", *train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10))
+    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert [ours[k] for k in ("loss", "velocity", "align")] == pytest.approx(
+            [theirs[k] for k in ("loss", "velocity", "align")], abs=1e-5
+        )
+
+
+def test_vanilla_and_weight_zero_are_the_same_network(call, cache, tmp_path):
+    assert call(train, *train_flags(cache, tmp_path, "none", "--max-train-steps", 3, "--align", "none"))[0] == 0
+    assert call(train, *train_flags(cache, tmp_path, "zero", "--max-train-steps", 3, "--align-weight", 0))[0] == 0
+    none, zero = (load_file(tmp_path / run / "checkpoints/0000003/ema.safetensors") for run in ("none", "zero"))
+    assert none.keys() == zero.keys()
+    # the clip's norm is summed over other tensors, so the last bits may differ
+    assert all(torch.allclose(none[key], zero[key], atol=1e-6) for key in none)
+    assert not any("align" in row and row["align"] for row in rows(tmp_path / "none"))
+
+
+def test_alignment_changes_the_run_and_every_option_trains(call, cache, tmp_path):
+    options = {
+        "cosine": [],
+        "smooth_l1": ["--align-loss", "smooth_l1", "--align-target", "sample"],
+        "window": ["--align-t-range", 0, 0.5, "--path-type", "cosine", "--align-depth", 3, "--projector-layers", 2],
+    }
+    losses = {}
+    for name, flags in options.items():
+        code, out = call(train, *train_flags(cache, tmp_path, name, "--max-train-steps", 2, *flags))
+        assert code == 0, out
+        losses[name] = rows(tmp_path / name)[-1]["align"]
+    assert len(set(losses.values())) == 3 and all(value > 0 for value in losses.values())
+
+
+def test_previews_are_drawn_from_the_ema_with_fixed_noise(call, cache, tmp_path, monkeypatch):
+    drawn = []
+    draw = train.Preview.draw
+
+    def spy(self, ema, step):
+        assert not ema.training and not any(p.requires_grad for p in ema.parameters())
+        drawn.append((self.start.clone(), self.labels.clone(), next(ema.parameters()).clone()))
+        return draw(self, ema, step)
+
+    monkeypatch.setattr(train.Preview, "draw", spy)
+    monkeypatch.setattr(train.Preview, "num_steps", 2)
+    code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 3), "--sampling-steps", 2)
+    assert code == 0, out
+    assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == ["0000002.png", "0000003.png"]
+    assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
+    plain = call(train, *train_flags(cache, tmp_path, "plain", "--max-train-steps", 3))[0]
+    assert plain == 0 and rows(tmp_path / "plain") == rows(tmp_path / "run")  # looking changes nothing
+
+
+def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
+    flags = train_flags(cache, trained.parent, trained.name, "--max-train-steps", 4)
+    code, out = call(train, *flags, "--learning-rate", 5e-4, "--align-loss", "l2")
+    assert code == 2 and "--learning-rate was 0.001, is 0.0005" in out and "--align-loss was cosine, is l2" in out
+    assert len(rows(trained)) == 2
+
+
+def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_path):
+    other = shutil.copytree(cache, tmp_path / "data")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"vae_fingerprint": "0" * 64}))
+    code, out = call(train, *train_flags(other, trained.parent, trained.name, "--max-train-steps", 4))
+    assert code == 2 and "not the cache" in out and "vae_fingerprint" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--align-depth", 7], "--align-depth 7: SiT-Ti/2 has blocks 1 to 6"),
+        (["--align-depth", 0], "--align-depth 0"),
+        (["--align-depth", "two"], "--align-depth two"),
+        (["--align-t-range", 0.5, 0.4], "--align-t-range 0.5 0.4: LO lies above HI"),
+        (["--gradient-accumulation-steps", 3], "--batch-size 8 (global) is not a multiple of 1 (processes) x"),
+        (["--model", "SiT-S/8", "--resolution", 64], "--resolution 64"),
+        (["--num-classes", 1000], "--num-classes 1000"),
+        (["--data-dir", "/nonexistent"], "/nonexistent is no latent cache"),
+        (["--exp-name", "a/b"], "--exp-name a/b"),
+        (["--align-loss", "huber"], "invalid choice: 'huber'"),
+        (["--batch-size", 0], "0 is not at least 1"),
+        (["--sampling-steps", 2, "--vae", "/nonexistent/vae"], "--vae /nonexistent/vae cannot be loaded"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
+    code, out = call(train, *train_flags(cache, tmp_path, "run"), *flags)
+    assert code == 2 and message in out and "Traceback" not in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vae_that_did_not_make_the_cache_is_refused(call, cache, tmp_path):
+    other = make_vae(tmp_path / "vae", seed=1)
+    code, out = call(train, *train_flags(cache, tmp_path, "run"), "--sampling-steps", 2, "--vae", other)
+    assert code == 2 and "is not the VAE that made the cache" in out
+
+
+def test_patches_must_fit_the_latents(call, cache, tmp_path):
+    code, _ = call(train, *train_flags(cache, tmp_path, "ok", "--model", "SiT-S/8", "--max-train-steps", 1))
+    assert code == 0  # 8x8 latents are one patch of 8
+    other = shutil.copytree(cache, tmp_path / "data")
+    manifest = json.loads((other / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        import numpy as np
+
+        np.save(other / "moments" / shard["file"], np.load(other / "moments" / shard["file"])[:, :, :6, :6])
+    (other / "manifest.json").write_text(json.dumps(manifest | {"latent_shape": [4, 6, 6]}))
+    code, out = call(train, *train_flags(other, tmp_path, "run", "--model", "SiT-S/4"))
+    assert code == 2 and "cannot cut the latents" in out
+
+
+def test_label_dropout_is_cfg_prob(monkeypatch, call, cache, tmp_path):
+    seen = []
+    losses = train.training_losses
+
+    def spy(model, path, latent, labels, *rest, **more):
+        seen.append(labels.clone())
+        return losses(model, path, latent, labels, *rest, **more)
+
+    monkeypatch.setattr(train, "training_losses", spy)
+    for probability, low, high in ((0.0, 0, 0), (1.0, 1, 1), (0.3, 0.1, 0.55)):
+        seen.clear()
+        name = f"p{probability}"
+        assert call(train, *train_flags(cache, tmp_path, name, "--max-train-steps", 6, "--cfg-prob", probability))[0] == 0
+        share = (torch.cat(seen) == 3).float().mean().item()  # the null class of three classes, not 1000
+        assert low <= share <= high
