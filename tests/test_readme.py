@@ -1,5 +1,5 @@
-"""The README's commands, run as they are written, on a small ImageNet-like tree: flags appended make them short and put a tiny VAE
-in the hub's place."""
+"""The README's commands, run as they are written, on a small ImageNet-like tree: flags are appended that make them short, and a
+tiny VAE stands in the hub's place."""
 
 import re
 import shlex
