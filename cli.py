@@ -2,9 +2,16 @@
 
 import argparse
 import errno
+import math
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
 
 
 class UserError(ValueError):
@@ -12,17 +19,20 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls main; turns UserError and a full disk into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
+    """Calls main; turns UserError, a full disk and a place that cannot be written into one line on stderr and exit code 2,
+    Ctrl-C into exit code 130."""
     who = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         main()
     except UserError as error:
         sys.exit(_end(f"{who}error: {error}", 2))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_end(f"{who}error: {error.strerror}{where}: free some space and run the same command again", 2))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            sys.exit(_end(f"{who}error: {error.strerror}{where}: free some space and run the same command again", 2))
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            sys.exit(_end(f"{who}error: {error.strerror}{where}: name another place", 2))
+        raise
     except KeyboardInterrupt:
         sys.exit(_end(f"\n{who}interrupted: run the same command again to go on", 130))
 
@@ -32,13 +42,37 @@ def _end(line: str, code: int) -> int:
     return code
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds each flag's default to its help, unless there is none to tell."""
+class Parser(argparse.ArgumentParser):
+    """Help with every default in it; a flag that argparse refuses ends in one line too, without the whole usage.
+
+    `required` is what the usage line shows: the flags that nobody can leave out."""
+
+    def __init__(self, doc: str, prog: str, required: str):
+        super().__init__(
+            prog=prog, usage=f"{prog} {required} [flags]", description=doc.split("\n")[0], formatter_class=_Formatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Wide; adds a flag's default to its help, unless there is none to tell; short words for values."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=40, width=min(120, shutil.get_terminal_size((120, 24)).columns))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or not action.option_strings:
+        if action.default is None or action.default is False or not action.option_strings:
             return action.help
         return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.type in (positive, count, seed):
+            return "N"
+        if action.type in (fraction, decay, amount, above_zero, float):
+            return "X"
+        return {Path: "PATH", device: "DEVICE"}.get(action.type, "NAME")
 
 
 def positive(text: str) -> int:
@@ -63,6 +97,39 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
+
+
+def decay(text: str) -> float:
+    """An argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0 and below 1")
+    return value
+
+
+def amount(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = amount(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("it must be above 0")
+    return value
+
+
+def device(text: str) -> str:
+    """An argparse type: cpu, cuda or cuda:N, as far as this machine has it."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N")
+    if text != "cpu" and int(text.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"there is no {text} here")
+    return text
 
 
 def seed(text: str) -> int:

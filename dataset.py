@@ -39,6 +39,7 @@ class Manifest:
     mean: list[float]
     std: list[float]
     shards: list[dict] = field(default_factory=list)  # {file, count, sha256: {moments, labels}}
+    skipped: int = 0  # images of the source that did not decode
     flips: bool = False
     format_version: int = FORMAT_VERSION
 

@@ -32,6 +32,18 @@ def write_array(path: Path, array: np.ndarray) -> str:
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
+def sha256(path: Path) -> str:
+    """Of a file's bytes, or, for a folder, of its files' names and bytes."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes renames and new names in the folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

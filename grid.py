@@ -9,20 +9,20 @@ from PIL import Image, ImageDraw, ImageFont
 from files import write_file
 
 
-def labelled_grid(rows: dict[str, np.ndarray], title: str = "", tile: int = 64) -> Image.Image:
-    """rows: name -> (n, H, W, 3) uint8. Images smaller than `tile` pixels are enlarged by a whole factor."""
-    side = next(iter(rows.values())).shape[1]
+def labelled_grid(rows: list[tuple[str, np.ndarray]], title: str = "", tile: int = 64) -> Image.Image:
+    """rows: (name, (n, H, W, 3) uint8), names may repeat. Images smaller than `tile` pixels are enlarged by a whole factor."""
+    side = rows[0][1].shape[1]
     factor = max(1, round(tile / side))
     side *= factor
     font = ImageFont.load_default(max(12, side // 5))
-    margin = 12 + int(max(font.getlength(name) for name in rows))
+    margin = 12 + int(max(font.getlength(name) for name, _ in rows))
     top = 8 + font.size * 3 // 2 if title else 4
-    columns = max(len(images) for images in rows.values())
+    columns = max(len(images) for _, images in rows)
     width = max(margin + columns * (side + 2) + 4, int(font.getlength(title)) + 12)
     canvas = Image.new("RGB", (width, top + len(rows) * (side + 2) + 4), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((6, 4), title, "black", font)
-    for r, (name, images) in enumerate(rows.items()):
+    for r, (name, images) in enumerate(rows):
         y = top + r * (side + 2)
         draw.text((6, y + side // 2), name, "black", font, anchor="lm")
         for c, image in enumerate(images):

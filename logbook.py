@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import UserError
 from files import write_file
 from train_state import TrainState
 
@@ -74,21 +76,35 @@ class Log:
         if not every(step, self.args.log_every):
             return
         means = self.reduce(self.sums / self.pending, "mean").tolist()
+        self._check(means, step)
         now = time.perf_counter()
         rate = (step - self.clock_step) * self.args.batch_size / (now - self.clock)
         self.clock, self.clock_step, self.pending = now, step, 0
         self.sums.zero_()
         if self.main:
-            row = {"step": step, "images": step * self.args.batch_size, **dict(zip(TERMS, means)), "images_per_s": rate}
+            terms = {key: value if math.isfinite(value) else None for key, value in zip(TERMS, means)}
+            row = {"step": step, "images": step * self.args.batch_size, **terms, "images_per_s": rate}
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            self.bar.set_postfix({key: f"{row[key]:.4f}" for key in TERMS})
+            self.bar.set_postfix({key: f"{value:.4f}" for key, value in zip(TERMS, means)})
             if self.tracker:
                 self.tracker.log(row, step=step)
 
     def unfinished(self) -> dict:
         """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
-        return {"log_sums": self.reduce(self.sums, "mean").tolist(), "log_steps": self.pending}
+        sums = self.reduce(self.sums, "mean").tolist()
+        self._check(sums, None)
+        return {"log_sums": sums, "log_steps": self.pending}
+
+    def _check(self, means: list[float], step: int | None) -> None:
+        """A loss that is no number ends the run, on every process alike, before it can be saved. A gradient norm may overflow
+        under fp16: the scaler skips that step."""
+        bad = [key for key, value in zip(TERMS, means) if key != "grad_norm" and not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"{', '.join(bad)} not finite{f' by step {step:,}' if step else ''}: nothing was saved since, the same command "
+                "continues from the last checkpoint; a lower --learning-rate in a new run may help"
+            )
 
     @contextmanager
     def pause(self) -> Iterator[None]:

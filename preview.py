@@ -29,13 +29,17 @@ class Preview:
         index = torch.arange(len(self.labels), device=device)
         self.start = normal(args.seed, Purpose.START, index, tuple(manifest.latent_shape)).float()
 
+    def path(self, step: int) -> Path:
+        """Where the picture of a step goes."""
+        return self.folder / "samples" / f"{step:07d}.png"
+
     @torch.no_grad()
     def draw(self, ema: SiT, step: int) -> Path:
         """Euler ODE, then the VAE; returns the picture's path."""
         velocity = guided(ema, self.labels, ema.config.num_classes, self.cfg_scale)
         images = self.vae.decode(ode(velocity, self.start, self.num_steps)).cpu().numpy()
-        rows = dict(zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:])))
-        path = self.folder / "samples" / f"{step:07d}.png"
+        rows = list(zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:])))
+        path = self.path(step)
         save_png(labelled_grid(rows, f"EMA at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"), path)
         return path
 

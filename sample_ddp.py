@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError
-from files import write_array, write_file
+from files import sha256, write_array, write_file
 from grid import labelled_grid, save_png
 from interpolant import PATHS
 from keyed_random import Purpose, normal, uniform
@@ -30,7 +31,7 @@ from train_state import CheckpointError, find_checkpoint, load_weights, read_con
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=cli.Formatter)
+    parser = cli.Parser(__doc__, "sample_ddp.py", "--ckpt PATH")
     # fmt: off
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, required=True, help="a run (exps/NAME: its newest checkpoint) or one checkpoint of it")
@@ -76,13 +77,13 @@ def describe(args: argparse.Namespace, checkpoint: Path, config: dict, vae: Auto
     """All that decides what the images are: NAME.json, and what evaluation copies into metrics.json."""
     solver = "euler-maruyama" if args.mode == "sde" else "heun" if args.heun else "euler"
     return {
-        "checkpoint": str(checkpoint), "model": config["model_name"], "step": config["step"],
-        "images_seen": config["step"] * config["batch_size"], "ema_decay": config["ema_decay"],
+        "checkpoint": str(checkpoint), "ema_sha256": sha256(checkpoint / "ema.safetensors"), "model": config["model_name"],
+        "step": config["step"], "images_seen": config["step"] * config["batch_size"], "ema_decay": config["ema_decay"],
         "path_type": config["path_type"], "mode": args.mode, "solver": solver, "num_steps": args.num_steps,
         "cfg_scale": args.cfg_scale, "guidance_low": args.guidance_low, "guidance_high": args.guidance_high,
         "labels": args.labels, "global_seed": args.global_seed, "count": args.num_fid_samples,
         "per_proc_batch_size": args.per_proc_batch_size, "vae": vae.name, "vae_fingerprint": vae.fingerprint(),
-        "class_names": config["data"]["class_names"],
+        "allow_tf32": args.allow_tf32, "class_names": config["data"]["class_names"],
     }  # fmt: skip
 
 
@@ -133,17 +134,19 @@ def write_npz(path: Path, parts: list[Path], labels: np.ndarray, count: int) -> 
         raise
 
 
-def draw_grid(path: Path, npz: Path, what: dict, rows: int = 10, columns: int = 10) -> None:
+def draw_grid(path: Path, parts: list[Path], labels: np.ndarray, what: dict, rows: int = 10, columns: int = 10) -> None:
     """The first images of each class, a class a row; of more than ten classes, ten spread over all that occur."""
-    with np.load(npz) as content:
-        images, labels = content["arr_0"], content["arr_1"]
+    size = what["per_proc_batch_size"]
     present = np.unique(labels)
     chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)]
-    pictures = {what["class_names"][k]: images[labels == k][:columns] for k in chosen}
-    guidance = f" · guidance {what['cfg_scale']:g}" if what["cfg_scale"] > 1 else ""
-    title = (
-        f"{what['model']} · step {what['step']:,} · {what['solver']} {what['num_steps']}{guidance} · seed {what['global_seed']}"
-    )
+    pictures = []
+    for k in chosen:
+        numbers = np.flatnonzero(labels == k)[:columns]
+        images = np.stack([np.load(parts[i // size], mmap_mode="r")[i % size] for i in numbers])
+        pictures.append((what["class_names"][k], images))
+    title = f"{what['model']} · step {what['step']:,} · {what['solver']} {what['num_steps']} · seed {what['global_seed']}"
+    if what["cfg_scale"] > 1:
+        title += f" · guidance {what['cfg_scale']:g}"
     save_png(labelled_grid(pictures, title), path)
 
 
@@ -171,7 +174,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     if processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # for barriers only; the fast wait for the slow
 
     try:
         checkpoint = find_checkpoint(args.ckpt)
@@ -194,6 +197,7 @@ def main() -> None:
     parts, npz = args.sample_dir / f"{name}.parts", args.sample_dir / f"{name}.npz"
     if claim(parts, npz.with_suffix(".json"), what):
         if rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)
             print(f"{npz} is complete: {args.num_fid_samples:,} images")
         return
 
@@ -210,7 +214,7 @@ def main() -> None:
     if rank == 0:
         labels = classes(args, torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
         write_npz(npz, files, labels, args.num_fid_samples)
-        draw_grid(npz.with_suffix(".png"), npz, what)
+        draw_grid(npz.with_suffix(".png"), files, labels, what)
         write_file(npz.with_suffix(".json"), json.dumps(what, indent=2).encode())
         shutil.rmtree(parts)
         print(f"{npz}: {args.num_fid_samples:,} images; look at {npz.with_suffix('.png')}")

@@ -9,10 +9,11 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import cli
 from cli import UserError
@@ -32,12 +33,12 @@ from train_state import EMA, CheckpointError, TrainState, checkpoints, read_conf
 # Flags that may change between two starts of one run; every other one is part of what the run is.
 FREE_FLAGS = {
     "data_dir", "output_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "preview_cfg_scale", "log_every",
-    "num_workers", "report_to", "gradient_accumulation_steps", "vae",
+    "num_workers", "report_to", "gradient_accumulation_steps", "vae", "resolution", "num_classes",
 }  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=cli.Formatter)
+    parser = cli.Parser(__doc__, "train.py", "--exp-name NAME --data-dir PATH")
 
     # fmt: off
     add = parser.add_argument_group("run").add_argument
@@ -52,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=cli.count, default=4, help="loader processes for each training process")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="SiT-Ti/2, or SiT- S, B, L, XL with /2, /4, /8")
     add("--path-type", choices=PATHS, default="linear", help="interpolant between data and noise")
     add("--cfg-prob", type=cli.fraction, default=0.1, help="share of labels dropped for classifier-free guidance")
 
@@ -60,9 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--align", choices=("sra2", "none"), default="sra2", help="none is vanilla SiT")
     add("--align-depth", "--encoder-depth", default="auto", metavar="K",
         help="block aligned, counted from 1; auto: the paper's for the model (B 2, L 8, XL 8)")
-    add("--align-weight", "--proj-coeff", type=float, default=1.0, help="lambda of the alignment loss")
+    add("--align-weight", "--proj-coeff", type=cli.amount, default=1.0, help="lambda of the alignment loss")
     add("--align-loss", choices=ALIGN_LOSSES, default="cosine", help="the paper's best is smooth_l1 with beta 0.05")
-    add("--align-beta", type=float, default=0.05, help="where smooth_l1 turns from quadratic to linear")
+    add("--align-beta", type=cli.above_zero, default=0.05, help="where smooth_l1 turns from quadratic to linear")
     add("--align-target", choices=("mean", "sample"), default="mean", help="posterior mean, or the very sample that was noised")
     add("--align-t-range", type=cli.fraction, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
         help="timesteps aligned; 0 is data, 1 is noise")
@@ -73,12 +74,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-train-steps", type=cli.positive, default=400_000, help="optimizer updates")
     add("--batch-size", type=cli.positive, default=256, help="global batch: images of one update, over all processes")
     add("--gradient-accumulation-steps", type=cli.positive, default=1, help="parts a process cuts its share of the batch into")
-    add("--learning-rate", type=float, default=1e-4, help="AdamW's, constant")
-    add("--adam-beta1", type=float, default=0.9, help="AdamW")
-    add("--adam-beta2", type=float, default=0.999, help="AdamW")
-    add("--adam-weight-decay", type=float, default=0.0, help="AdamW")
-    add("--adam-epsilon", type=float, default=1e-8, help="AdamW")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient clipping")
+    add("--learning-rate", type=cli.above_zero, default=1e-4, help="AdamW's, constant")
+    add("--adam-beta1", type=cli.decay, default=0.9, help="AdamW")
+    add("--adam-beta2", type=cli.decay, default=0.999, help="AdamW")
+    add("--adam-weight-decay", type=cli.amount, default=0.0, help="AdamW")
+    add("--adam-epsilon", type=cli.above_zero, default=1e-8, help="AdamW")
+    add("--max-grad-norm", type=cli.above_zero, default=1.0, help="gradient clipping")
     add("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights, per step")
     add("--mixed-precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
     add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
@@ -87,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=cli.positive, default=100, help="steps between lines of metrics.jsonl")
     add("--checkpointing-steps", type=cli.positive, default=50_000, help="steps between checkpoints; the last step has one too")
     add("--sampling-steps", type=cli.count, default=10_000, help="steps between previews; 0 for none")
-    add("--preview-cfg-scale", type=float, default=1.5, help="guidance of the previews; 1 is none")
+    add("--preview-cfg-scale", type=cli.amount, default=1.5, help="guidance of the previews; 1 is none")
     add("--vae", help="autoencoder that decodes previews: hub id or folder (default: the one that made the cache)")
     add("--report-to", choices=("none", "wandb"), default="none", help="metrics.jsonl is always written")
     # fmt: on
@@ -137,15 +138,19 @@ def train(
         state.step += 1
         log.step(state.step, grad_norm)
 
-        last = state.step == args.max_train_steps
-        preview_due, checkpoint_due = (last or every(state.step, n) for n in (args.sampling_steps, args.checkpointing_steps))
-        if preview_due or checkpoint_due:
+        checkpoint_due = every(state.step, args.checkpointing_steps) or state.step == args.max_train_steps
+        if checkpoint_due or preview_due(args, state.step):
             with log.pause():
                 if checkpoint_due:
                     save(state, log, accelerator, config)
-                if preview and preview_due:
+                if preview and preview_due(args, state.step):
                     log.image(preview.draw(state.ema, state.step), state.step)
                 accelerator.wait_for_everyone()
+
+
+def preview_due(args: argparse.Namespace, step: int) -> bool:
+    """Every --sampling-steps, and at the end; never if that is 0."""
+    return every(step, args.sampling_steps) or (args.sampling_steps > 0 and step == args.max_train_steps)
 
 
 def save(state: TrainState, log: Log, accelerator: Accelerator, config: dict) -> None:
@@ -174,10 +179,8 @@ def check_args(args: argparse.Namespace, processes: int) -> None:
     args.projector_width = args.projector_width or 2 * PRESETS[args.model]["width"]
     if args.align_t_range[0] > args.align_t_range[1]:
         raise UserError(f"--align-t-range {args.align_t_range[0]} {args.align_t_range[1]}: LO lies above HI")
-    if args.align_beta <= 0:
-        raise UserError(f"--align-beta {args.align_beta} must be above 0; for no quadratic part use --align-loss l1")
-    if "/" in args.exp_name or args.exp_name.startswith("."):
-        raise UserError(f"--exp-name {args.exp_name} must be a plain folder name; the folder above it is --output-dir")
+    if not args.exp_name or "/" in args.exp_name or args.exp_name.startswith("."):
+        raise UserError(f"--exp-name '{args.exp_name}' must be a plain folder name; the folder above it is --output-dir")
 
 
 def check_cache(args: argparse.Namespace, cache: LatentCache) -> None:
@@ -249,13 +252,18 @@ def summary(args: argparse.Namespace, accelerator: Accelerator, cache: LatentCac
 
 
 class Wandb:
-    """Weights & Biases under the run's own name, taken up again where it stopped."""
+    """Weights & Biases, taken up again where it stopped."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, config: dict):
         import wandb
 
         self.wandb = wandb
-        self.run = wandb.init(project="sra2", name=args.exp_name, id=args.exp_name, dir=folder, resume="allow", config=config)
+        name = folder / "wandb_id"  # the run's own, so that another run of the same name is another run there too
+        if not name.exists():
+            write_file(name, wandb.util.generate_id().encode())
+        self.run = wandb.init(
+            project="sra2", name=args.exp_name, id=name.read_text(), dir=folder, resume="allow", config=config
+        )
 
     def log(self, row: dict, step: int) -> None:
         """One line of numbers."""
@@ -272,9 +280,11 @@ class Wandb:
 
 def precision(flag: str) -> str:
     """What `auto` stands for here."""
+    if flag == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16 needs a GPU; there is none here, use no or bf16")
     if flag != "auto":
         return flag
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def main() -> None:
@@ -282,7 +292,10 @@ def main() -> None:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision(args.mixed_precision),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one saves and draws
+        ],
     )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     folder = args.output_dir / args.exp_name
@@ -315,8 +328,11 @@ def main() -> None:
 
     if accelerator.is_main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
+    if preview and state.step and preview_due(args, state.step) and not preview.path(state.step).exists():
+        print(f"drew {preview.draw(state.ema, state.step)}")  # it was stopped between the checkpoint and its picture
     if state.step >= args.max_train_steps:
-        print(f"{folder} has finished its {state.step:,} steps; raise --max-train-steps to go on")
+        accelerator.print(f"{folder} has finished its {state.step:,} steps; raise --max-train-steps to go on")
+        accelerator.end_training()
         return
     tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and accelerator.is_main_process else None
     log = Log(args, folder, state, accelerator.device, accelerator.is_main_process, accelerator.reduce, tracker)

@@ -2,7 +2,6 @@
 
 python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png"""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -19,11 +18,10 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
     path = run / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run} has no metrics.jsonl: name a run's folder (exps/NAME)")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if "loss" in row]
+    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if not rows:
         raise UserError(f"{path} is empty: the run has not logged yet (--log-every)")
-    return {key: np.array([row.get(key, np.nan) for row in rows]) for key in ("images", *PANELS)}
+    return {key: np.array([row[key] for row in rows], float) for key in ("images", *PANELS)}
 
 
 def draw(runs: dict[str, dict[str, np.ndarray]], out: Path) -> None:
@@ -41,6 +39,8 @@ def draw(runs: dict[str, dict[str, np.ndarray]], out: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("thousand images seen")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(True, which="both", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.lines and len(runs) > 1:
@@ -51,9 +51,7 @@ def draw(runs: dict[str, dict[str, np.ndarray]], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.curves", description=__doc__.split("\n")[0], formatter_class=cli.Formatter
-    )
+    parser = cli.Parser(__doc__, "python -m evaluations.curves", "RUN [RUN ...]")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs (exps/NAME)")
     parser.add_argument("--out", type=Path, help="picture to write (default: curves.png in the first run)")
     args = parser.parse_args()

@@ -6,7 +6,6 @@
 Writes metrics.json: the numbers with everything that identifies them."""
 
 import argparse
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -22,14 +21,12 @@ from cli import UserError
 from evaluations.fashion import RESOLUTION, load_classifier
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import NEIGHBOURS, Statistics, frechet_distance, inception_score, precision_recall, statistics
-from files import write_file
-from preprocessing.images import ImageSource, load_square, open_source
+from files import sha256, write_file
+from preprocessing.images import ImageSource, open_source, read_or_name
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.evaluate", description=__doc__.split("\n")[0], formatter_class=cli.Formatter
-    )
+    parser = cli.Parser(__doc__, "python -m evaluations.evaluate", "SAMPLES --reference PATH")
     # fmt: off
     add = parser.add_argument
     add("samples", type=Path, help=".npz of sample_ddp.py or of any code that writes ADM's format (arr_0, uint8 NHWC)")
@@ -37,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--features", choices=("inception", "fashion"), default="inception", help="fashion: the shipped classifier")
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features are taken")
+    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where features are taken")
     add("--out", type=Path, help="where the numbers go (default: SAMPLES with .metrics.json)")
     # fmt: on
     return parser.parse_args(argv)
@@ -82,7 +79,7 @@ def source_batches(source: ImageSource, side: int, size: int) -> Iterator[np.nda
     """Images of a folder or zip, centre-cropped to `side` -> batches (B, 3, side, side)."""
     numbers = range(len(source.entries))
     for start in numbers[::size]:
-        yield np.stack([load_square(source, i, side) for i in numbers[start : start + size]])
+        yield np.stack([read_or_name(source, i, side) for i in numbers[start : start + size]])
 
 
 def extract(network: torch.nn.Module, batches: Iterator[np.ndarray], count: int, desc: str, device: str) -> Features:
@@ -122,20 +119,10 @@ def load_reference(args: argparse.Namespace, network: torch.nn.Module, side: int
             return Statistics(arrays[f"mu{key}"].astype(np.float64), arrays[f"sigma{key}"].astype(np.float64))
         return None if own is None else statistics(own)
 
+    if features is not None and len(features.pool) <= NEIGHBOURS:
+        raise UserError(f"--reference {path} holds {len(features.pool)} images: there is nothing to compare with")
     own = features or Features(None, None, None)
     return Reference(of("", own.pool), of("_s", own.spatial), own.pool)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, or, for a folder, of its files' names and bytes."""
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
-        if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def evaluate(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray | None) -> dict[str, float | None]:
@@ -173,6 +160,7 @@ def table(numbers: dict, identity: dict) -> str:
 
 def main() -> None:
     args = parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True for convolutions; the numbers are fp32's
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
     arrays = read_npz(args.samples, "samples")

@@ -7,39 +7,41 @@ missing. Memory holds one shard, whatever the number of images."""
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Formatter, UserError, count, positive, run
+import cli
+from cli import UserError
 from dataset import CacheError, Manifest, read_manifest, write_manifest
 from files import write_array, write_file
 from models.autoencoder import DEFAULT_VAE, Autoencoder
-from preprocessing.images import ImageSource, load_square, open_source
+from preprocessing.images import ImageSource, open_source, read_or_name
 
 CROP = "center"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m preprocessing.encode_latents", description=__doc__.split("\n")[0], formatter_class=Formatter
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--source", type=Path, required=True, help="images: a folder tree class/image.ext, or an EDM zip with dataset.json"
-    )
-    data.add_argument("--dest", type=Path, required=True, help="folder of the cache to make")
-    data.add_argument("--resolution", type=positive, default=256, help="side in pixels; other sizes are cropped as ADM does")
-    data.add_argument("--skip-bad", action="store_true", help="list images that do not decode in DEST/skipped.jsonl and go on")
-    vae = parser.add_argument_group("autoencoder")
-    vae.add_argument("--vae", default=DEFAULT_VAE, help="any diffusers AutoencoderKL: hub id or folder")
-    vae.add_argument("--batch-size", type=positive, default=64, help="images a forward pass")
-    vae.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the VAE runs")
-    files = parser.add_argument_group("files")
-    files.add_argument("--shard-size", type=positive, default=8192, help="images a shard")
-    files.add_argument("--limit", type=count, default=0, help="encode the first N images only; 0 is all")
+    parser = cli.Parser(__doc__, "python -m preprocessing.encode_latents", "--source PATH --dest PATH")
+    # fmt: off
+    add = parser.add_argument_group("data").add_argument
+    add("--source", type=Path, required=True, help="images: a folder tree class/image.ext, or an EDM zip with dataset.json")
+    add("--dest", type=Path, required=True, help="folder of the cache to make")
+    add("--resolution", type=cli.positive, default=256, help="side in pixels; other sizes are cropped as ADM does")
+    add("--skip-bad", action="store_true", help="list images that do not decode in DEST/skipped.jsonl and go on")
+    add("--limit", type=cli.count, default=0, help="encode the first N images only; 0 is all")
+
+    add = parser.add_argument_group("autoencoder").add_argument
+    add("--vae", default=DEFAULT_VAE, help="any diffusers AutoencoderKL: hub id or folder")
+    add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
+    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--shard-size", type=cli.positive, default=8192, help="images a shard")
+    # fmt: on
     return parser.parse_args()
 
 
@@ -51,16 +53,11 @@ def encode_shard(source: ImageSource, numbers: range, vae: Autoencoder, args: ar
         for i in range(start, min(start + args.batch_size, numbers.stop)):
             name, label = source.entries[i]
             try:
-                images.append(load_square(source, i, args.resolution))
-            except Exception as error:  # whatever a decoder may raise for a broken file
-                if isinstance(error, MemoryError):
-                    raise
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                images.append(read_or_name(source, i, args.resolution, "--source"))
+            except UserError as error:
                 if not args.skip_bad:
-                    raise UserError(
-                        f"--source {args.source}: {name} does not decode ({reason}); repair it, or pass --skip-bad"
-                    ) from None
-                skipped.append({"file": name, "reason": reason})
+                    raise UserError(f"{error}; mend it or pass --skip-bad") from None
+                skipped.append({"file": name, "reason": str(error)})
                 continue
             labels.append(label)
         if images:
@@ -88,7 +85,7 @@ def encode_shard(source: ImageSource, numbers: range, vae: Autoencoder, args: ar
 
 def make_manifest(plan: dict, entries: list[dict]) -> Manifest:
     """Joins the shards' entries; mean and std are of z ~ posterior: E[z] = E[mean], E[z^2] = E[mean^2 + std^2]."""
-    entries = [entry for entry in entries if entry["count"]]
+    all_entries, entries = entries, [entry for entry in entries if entry["count"]]
     if not entries:
         raise UserError(f"--source {plan['source']}: not one image could be decoded")
     images = sum(entry["count"] for entry in entries)
@@ -105,6 +102,7 @@ def make_manifest(plan: dict, entries: list[dict]) -> Manifest:
         num_classes=len(plan["class_names"]),
         latent_shape=shape,
         dtype="float16",
+        skipped=sum(len(entry["skipped"]) for entry in all_entries),
         mean=mean.tolist(),
         std=std.tolist(),
         shards=[{key: entry[key] for key in ("file", "count", "sha256")} for entry in entries],
@@ -126,26 +124,23 @@ def check_plan(args: argparse.Namespace, plan: dict) -> None:
         write_file(path, json.dumps(plan).encode())
 
 
-def already_done(args: argparse.Namespace) -> bool:
-    """Whether DEST is a whole cache of the same source and settings. Raises UserError if it is one of others."""
+def already_done(args: argparse.Namespace, plan: dict) -> bool:
+    """Whether DEST is the whole cache of this plan. Raises UserError if it is the cache of another."""
     try:
         manifest = read_manifest(args.dest)
     except CacheError:
         return False
-    same = (str(args.source), args.resolution, args.vae) == (manifest.source, manifest.resolution, manifest.vae)
-    if not same:
-        raise UserError(
-            f"--dest {args.dest} already holds {manifest.source} at {manifest.resolution} pixels by {manifest.vae}; "
-            "choose another folder or remove it"
-        )
+    made = {**asdict(manifest), "images": manifest.count + manifest.skipped}
+    changed = "; ".join(f"{key} was {made[key]}, is {plan[key]}" for key in plan if key in made and made[key] != plan[key])
+    if changed:
+        raise UserError(f"--dest {args.dest} holds a cache made otherwise ({changed}); choose another folder or remove it")
     print(f"{args.dest} is complete: {manifest.count:,} images")
     return True
 
 
 def main() -> None:
     args = parse_args()
-    if already_done(args):
-        return
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True for convolutions; the moments are fp32's
     source = open_source(args.source)
     try:
         vae = Autoencoder(args.vae, args.device)
@@ -160,6 +155,8 @@ def main() -> None:
         "scale": vae.scale.scale, "shift": vae.scale.shift,
         "shard_size": args.shard_size, "batch_size": args.batch_size, "skip_bad": args.skip_bad,
     }  # fmt: skip
+    if already_done(args, plan):
+        return
     check_plan(args, plan)
 
     entries = []
@@ -190,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -48,13 +48,17 @@ def open_source(path: Path, flag: str = "--source") -> ImageSource:
 
 
 def _open_folder(path: Path, flag: str) -> ImageSource:
-    classes = sorted(child for child in path.iterdir() if child.is_dir())
+    classes = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not classes:
         raise UserError(f"{flag} {path} has no class folders: the layout is class/image.ext")
-    entries = []
+    entries, empty = [], []
     for label, folder in enumerate(classes):
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
         entries += [(str(file.relative_to(path)), label) for file in files]
+        if not files:
+            empty.append(folder.name)
+    if entries and empty:
+        raise UserError(f"{flag} {path}: {empty[0]} (and {len(empty) - 1} more) would be a class without images; remove it")
     return ImageSource(path, entries, [folder.name for folder in classes])
 
 
@@ -109,3 +113,14 @@ def load_square(source: ImageSource, i: int, size: int) -> np.ndarray:
         if image.size != (size, size):
             image = center_crop(image, size)
         return np.asarray(image).transpose(2, 0, 1)
+
+
+def read_or_name(source: ImageSource, i: int, size: int, flag: str = "--reference") -> np.ndarray:
+    """load_square; an image that does not decode is a UserError that names it."""
+    try:
+        return load_square(source, i, size)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a decoder may raise for a broken file
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{flag} {source.root}: {source.entries[i][0]} does not decode ({reason})") from None

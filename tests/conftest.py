@@ -15,10 +15,13 @@ os.environ.setdefault("TQDM_MININTERVAL", "10")
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(module, *flags) -> exit code and everything printed, as from a shell."""
+    from accelerate.state import AcceleratorState
+
     import cli
 
     def run(module, *flags) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
+        AcceleratorState._reset_state(reset_partial_state=True)  # it outlives an Accelerator, as a process would not
         code = 0
         try:
             cli.run(module.main)

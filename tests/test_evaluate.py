@@ -115,6 +115,9 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     (tmp_path / "broken.npz").write_bytes(b"PK")
     torch.save({"a": print}, tmp_path / "evil.pth")
+    write_samples(tmp_path / "few.npz", n=3)
+    make_tree(tmp_path / "bad", images=3)
+    (tmp_path / "bad/class1/001.png").write_bytes(b"no image")
     cases = [
         (
             ["s.npz", "--reference", "s.npz"],
@@ -129,6 +132,8 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
         (["broken.npz", "--reference", "s.npz", "--features", "fashion"], r"cannot be read as \.npz"),
         (["stats.npz", "--reference", "s.npz", "--features", "fashion"], "nothing to compare"),
         (["none.npz", "--reference", "s.npz"], "none.npz does not exist"),
+        (["s.npz", "--reference", "few.npz", "--features", "fashion"], "--reference few.npz holds 3 images"),
+        (["s.npz", "--reference", "bad", "--features", "fashion"], r"--reference bad: class1/001\.png does not decode"),
     ]
     monkeypatch.chdir(tmp_path)
     import re

@@ -11,6 +11,7 @@ from dataset import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
 from preprocessing.images import center_crop, load_square, open_source, to_rgb
+from tests.helpers import make_tree, make_vae
 
 
 def flags(source, dest, vae, *more):
@@ -40,8 +41,13 @@ def test_second_run_does_nothing_and_other_settings_are_refused(call, cache, tre
     before = (cache / "manifest.json").stat().st_mtime_ns
     code, out = call(encode_latents, *flags(tree, cache, vae_folder))
     assert code == 0 and "complete: 24 images" in out and (cache / "manifest.json").stat().st_mtime_ns == before
-    code, out = call(encode_latents, "--source", tree, "--dest", cache, "--resolution", 64, "--vae", vae_folder)
-    assert code == 2 and "already holds" in out
+    code, out = call(encode_latents, *flags(tree, cache, vae_folder), "--resolution", 64)
+    assert code == 2 and "resolution was 32, is 64" in out
+    code, out = call(encode_latents, *flags(tree, cache, vae_folder), "--limit", 10)
+    assert code == 2 and "images was 24, is 10" in out
+    other = make_vae(tmp_path / "vae", seed=1)
+    code, out = call(encode_latents, *flags(tree, cache, other))
+    assert code == 2 and "vae_fingerprint was" in out
 
 
 def test_interrupted_encoding_goes_on_and_gives_the_same_bytes(call, cache, tree, vae_folder, tmp_path, monkeypatch):
@@ -79,7 +85,9 @@ def test_a_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
     assert code == 2 and "a/1.png does not decode" in out and "--skip-bad" in out
     assert not (tmp_path / "data" / "manifest.json").exists()
     code, out = call(encode_latents, *flags(source, tmp_path / "data2", vae_folder, "--skip-bad"))
-    assert code == 0 and read_manifest(tmp_path / "data2").count == 2
+    manifest = read_manifest(tmp_path / "data2")
+    assert code == 0 and (manifest.count, manifest.skipped) == (2, 1)
+    assert "is complete" in call(encode_latents, *flags(source, tmp_path / "data2", vae_folder, "--skip-bad"))[1]
     assert [json.loads(line)["file"] for line in (tmp_path / "data2/skipped.jsonl").read_text().splitlines()] == ["a/1.png"]
 
 
@@ -89,6 +97,7 @@ def test_a_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "no class folders"),
         (lambda p: (p / "a").mkdir(parents=True), "holds no images"),
+        (lambda p: make_tree(p) and (p / "empty").mkdir(), "empty (and 0 more) would be a class without images"),
         (lambda p: p.write_bytes(b"PK"), "not a readable zip"),
     ],
 )
@@ -97,6 +106,24 @@ def test_bad_sources_end_in_one_line(call, vae_folder, tmp_path, make, message):
     code, out = call(encode_latents, *flags(tmp_path / "source", tmp_path / "data", vae_folder))
     assert code == 2 and message in out and "--source" in out and len(out.strip().splitlines()) == 1
     assert not (tmp_path / "data").exists()
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    make_tree(tmp_path / "tree", images=3)
+    (tmp_path / "tree/.ipynb_checkpoints").mkdir()
+    assert open_source(tmp_path / "tree").class_names == ["class0", "class1", "class2"]
+
+
+def test_a_place_that_cannot_be_written_is_named(call, tree, vae_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out = call(encode_latents, *flags(tree, tmp_path / "file" / "data", vae_folder))
+    assert code == 2 and "Not a directory" in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu", "none of cpu, cuda"), ("cuda:99", "there is no cuda:99 here")])
+def test_devices_are_checked(call, tree, vae_folder, tmp_path, device, message):
+    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder), "--device", device)
+    assert code == 2 and message in out
 
 
 def test_resolution_must_fit_the_vae(call, tree, vae_folder, tmp_path):

@@ -64,6 +64,21 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     assert code == 2 and "no Inception weights: fetch" in out
 
 
+def test_launchers_take_the_flags_given_to_them():
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    launched = 0
+    for words in commands():
+        if words[:2] == ["accelerate", "launch"]:
+            parsed = launch_command_parser().parse_args(words[2:])
+            launched += parsed.training_script == "train.py"
+        elif words[0] == "torchrun":
+            parsed = get_args_parser().parse_args(words[1:])
+            launched += parsed.training_script == "sample_ddp.py" and parsed.nproc_per_node == "8"
+    assert launched == 4
+
+
 def test_a_step_number_in_a_file_name_has_seven_digits():
     """The README's samples/NAME follows from the README's --max-train-steps."""
     steps = {flags[flags.index("--max-train-steps") + 1] for flags in of("train.py")}

@@ -65,6 +65,30 @@ def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
         )
 
 
+def test_a_run_of_one_process_continues_on_two(call, cache, tmp_path, unbroken):
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 2)
+    assert call(train, *flags, "--max-train-steps", 5)[0] == 0
+    torchrun(2, "train.py", *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 2)
+    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_bf16_trains_close_to_float32(call, cache, tmp_path, unbroken):
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10)
+    assert call(train, *flags, "--mixed-precision", "bf16")[0] == 0
+    ours, theirs = rows(tmp_path / "run")[-1], rows(unbroken)[-1]
+    assert ours["velocity"] != theirs["velocity"] and ours["velocity"] == pytest.approx(theirs["velocity"], rel=0.05)
+    weights = load_file(tmp_path / "run/checkpoints/0000010/ema.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+
+
+def test_numbers_gone_bad_end_the_run_before_they_are_saved(call, cache, tmp_path):
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 3, "--max-train-steps", 6, "--checkpointing-steps", 2)
+    code, out = call(train, *flags, "--learning-rate", 1e20)
+    assert code == 2 and "loss, velocity, align not finite" in out and "Traceback" not in out
+    assert not [path for path in (tmp_path / "run/checkpoints").glob("*") if int(path.name) > 1]
+
+
 def test_vanilla_and_weight_zero_are_the_same_network(call, cache, tmp_path):
     assert call(train, *train_flags(cache, tmp_path, "none", "--max-train-steps", 3, "--align", "none"))[0] == 0
     assert call(train, *train_flags(cache, tmp_path, "zero", "--max-train-steps", 3, "--align-weight", 0))[0] == 0
@@ -95,7 +119,7 @@ def test_previews_are_drawn_from_the_ema_with_fixed_noise(call, cache, tmp_path,
 
     def spy(self, ema, step):
         assert not ema.training and not any(p.requires_grad for p in ema.parameters())
-        drawn.append((self.start.clone(), self.labels.clone(), next(ema.parameters()).clone()))
+        drawn.append((self.start.clone(), self.labels.clone(), {key: value.clone() for key, value in ema.state_dict().items()}))
         return draw(self, ema, step)
 
     monkeypatch.setattr(train.Preview, "draw", spy)
@@ -104,6 +128,8 @@ def test_previews_are_drawn_from_the_ema_with_fixed_noise(call, cache, tmp_path,
     assert code == 0, out
     assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == ["0000002.png", "0000003.png"]
     assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
+    saved = load_file(tmp_path / "run/checkpoints/0000003/ema.safetensors")
+    assert all(torch.equal(drawn[1][2][key], saved[key]) for key in saved)
     plain = call(train, *train_flags(cache, tmp_path, "plain", "--max-train-steps", 3))[0]
     assert plain == 0 and rows(tmp_path / "plain") == rows(tmp_path / "run")  # looking changes nothing
 
@@ -134,7 +160,13 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
         (["--model", "SiT-S/8", "--resolution", 64], "--resolution 64"),
         (["--num-classes", 1000], "--num-classes 1000"),
         (["--data-dir", "/nonexistent"], "/nonexistent is no latent cache"),
-        (["--exp-name", "a/b"], "--exp-name a/b"),
+        (["--exp-name", "a/b"], "--exp-name 'a/b'"),
+        (["--exp-name", ""], "--exp-name ''"),
+        (["--learning-rate", -1], "argument --learning-rate: -1.0 is not a number of at least 0"),
+        (["--max-grad-norm", 0], "argument --max-grad-norm: it must be above 0"),
+        (["--align-weight", "nan"], "argument --align-weight/--proj-coeff: nan is not a number"),
+        (["--adam-beta1", 1], "argument --adam-beta1"),
+        (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
         (["--align-loss", "huber"], "invalid choice: 'huber'"),
         (["--batch-size", 0], "0 is not at least 1"),
         (["--sampling-steps", 2, "--vae", "/nonexistent/vae"], "--vae /nonexistent/vae cannot be loaded"),
@@ -142,7 +174,7 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
 )
 def test_mistakes_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
     code, out = call(train, *train_flags(cache, tmp_path, "run"), *flags)
-    assert code == 2 and message in out and "Traceback" not in out
+    assert code == 2 and message in out and len(out.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
