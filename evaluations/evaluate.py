@@ -95,10 +95,7 @@ def extract(network: torch.nn.Module, batches: Iterator[np.ndarray], count: int,
 
 def load_reference(args: argparse.Namespace, network: torch.nn.Module, side: int) -> Reference:
     """--reference, whatever it is. Raises UserError."""
-    path = args.reference
-    if not path.exists():
-        raise UserError(f"--reference {path} does not exist")
-    arrays = {}
+    path, arrays = args.reference, {}
     if path.suffix == ".npz":
         arrays = read_npz(path, "--reference")
         if "arr_0" not in arrays and "mu" not in arrays:
@@ -166,7 +163,8 @@ def main() -> None:
     arrays = read_npz(args.samples, "samples")
     if "arr_0" not in arrays or len(arrays["arr_0"]) <= NEIGHBOURS:
         raise UserError(f"{args.samples} holds no arr_0 with more than {NEIGHBOURS} images: there is nothing to compare")
-    numbers = evaluate(args, arrays["arr_0"], arrays.get("arr_1"))
+    if not args.reference.exists():
+        raise UserError(f"--reference {args.reference} does not exist")
     record = args.samples.with_suffix(".json")
     sampling = json.loads(record.read_text()) if record.exists() else {}
     identity = {
@@ -175,8 +173,11 @@ def main() -> None:
         "sampling": {key: value for key, value in sampling.items() if key != "class_names"},
     }  # fmt: skip
     out = args.out or args.samples.with_suffix(".metrics.json")
-    write_file(out, (json.dumps({"metrics": numbers, **identity}, indent=2) + "\n").encode())
-    print(table(numbers, identity) + f"\n  written to {out}")
+    result = json.loads(out.read_text()) if out.exists() else {}
+    if {key: value for key, value in result.items() if key != "metrics"} != identity:
+        result = {"metrics": evaluate(args, arrays["arr_0"], arrays.get("arr_1")), **identity}
+        write_file(out, (json.dumps(result, indent=2) + "\n").encode())
+    print(table(result["metrics"], identity) + f"\n  written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The README's commands, run as they are written, on a small ImageNet-like tree: flags are appended that make them short, and a
 tiny VAE stands in the hub's place."""
 
+import json
 import re
 import shlex
 
@@ -97,3 +98,10 @@ def test_what_documents_name_exists(document):
     sources = "".join(path.read_text() for path in scripts)
     for flag in re.findall(r"`(--[a-z-]+)", text):
         assert f'"{flag}"' in sources or flag in ("--cpu",), flag
+
+
+def test_the_demos_figures_are_those_that_were_measured():
+    """docs/demo.json is the metrics.json of the run whose picture stands in the README."""
+    text, measured = (ROOT / "README.md").read_text(), json.loads((ROOT / "docs/demo.json").read_text())
+    assert evaluate.table(measured["metrics"], measured) in text
+    assert measured["metrics"]["class_agreement"] >= 0.75
