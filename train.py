@@ -7,6 +7,7 @@ Read `train` below: it is the method. Running the same command again continues t
 import argparse
 import copy
 import json
+import uuid
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -260,7 +261,7 @@ class Wandb:
         self.wandb = wandb
         name = folder / "wandb_id"  # the run's own, so that another run of the same name is another run there too
         if not name.exists():
-            write_file(name, wandb.util.generate_id().encode())
+            write_file(name, uuid.uuid4().hex[:8].encode())
         self.run = wandb.init(
             project="sra2", name=args.exp_name, id=name.read_text(), dir=folder, resume="allow", config=config
         )

@@ -139,7 +139,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_to_trust(call, tree, va
 
     monkeypatch.setattr(files.os, "fsync", full)
     code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
-    assert code == 2 and "No space left" in out and "Traceback" not in out
+    assert code == 2 and "No space left" in out and "data/partial/plan.json" in out and "Traceback" not in out
     assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
 
 
