@@ -28,8 +28,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"models"}, {"torch", "timm", "diffusers"}),
     "logbook": ({*LEAVES, "train_state"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
+    "flags": ({*LEAVES, "dataset", "interpolant", "loss", "models", "train_state"}, {"torch"}),
     "train": (
-        {*LEAVES, "dataset", "interpolant", "keyed_random", "logbook", "loss", "models", "preview", "train_state"},
+        {*LEAVES, "dataset", "flags", "interpolant", "keyed_random", "logbook", "loss", "models", "preview", "train_state"},
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -27,12 +28,12 @@ def same_weights(a, b, step="0000010") -> bool:
 def unbroken(tmp_path_factory, cache):
     """Ten steps at once, logged every four steps, so that a checkpoint at five falls between two lines."""
     exps = tmp_path_factory.mktemp("unbroken")
-    args = train.parse_args
-    train.parse_args = lambda: args(train_flags(cache, exps, "run", "--max-train-steps", 10, "--log-every", 2))
+    before = sys.argv
+    sys.argv = ["train.py", *train_flags(cache, exps, "run", "--max-train-steps", 10, "--log-every", 2)]
     try:
         train.main()
     finally:
-        train.parse_args = args
+        sys.argv = before
     return exps / "run"
 
 

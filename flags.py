@@ -1,0 +1,165 @@
+"""The command line of train.py, and every mistake in it that can be seen before any work is done."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import cli
+from cli import UserError
+from dataset import LatentCache, Manifest
+from interpolant import PATHS
+from loss import ALIGN_LOSSES
+from models.sit import PRESETS, SiTConfig, align_block
+from train_state import checkpoints, read_config
+
+# Flags that may change between two starts of one run; every other one is part of what the run is.
+FREE_FLAGS = {
+    "data_dir", "output_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "preview_cfg_scale", "log_every",
+    "num_workers", "report_to", "gradient_accumulation_steps", "vae", "resolution", "num_classes",
+}  # fmt: skip
+
+
+def parse_args(doc: str) -> argparse.Namespace:
+    """The flags as they stand on the command line; `doc` heads the help."""
+    parser = cli.Parser(doc, "train.py", "--exp-name NAME --data-dir PATH")
+
+    # fmt: off
+    add = parser.add_argument_group("run").add_argument
+    add("--exp-name", required=True, help="name of the run; it lives in OUTPUT_DIR/EXP_NAME")
+    add("--output-dir", type=Path, default=Path("exps"), help="where runs live")
+    add("--seed", type=cli.seed, default=0, help="of initialisation and of the whole training stream")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", type=Path, required=True, help="latent cache made by preprocessing.encode_latents")
+    add("--resolution", type=cli.positive, help="stop unless the cache has this many pixels a side")
+    add("--num-classes", type=cli.positive, help="stop unless the cache has this many classes")
+    add("--num-workers", type=cli.count, default=4, help="loader processes for each training process")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="SiT-Ti/2, or SiT- S, B, L, XL with /2, /4, /8")
+    add("--path-type", choices=PATHS, default="linear", help="interpolant between data and noise")
+    add("--cfg-prob", type=cli.fraction, default=0.1, help="share of labels dropped for classifier-free guidance")
+
+    add = parser.add_argument_group("alignment (SRA 2)").add_argument
+    add("--align", choices=("sra2", "none"), default="sra2", help="none is vanilla SiT")
+    add("--align-depth", "--encoder-depth", default="auto", metavar="K",
+        help="block aligned, counted from 1; auto: the paper's for the model (B 2, L 8, XL 8)")
+    add("--align-weight", "--proj-coeff", type=cli.amount, default=1.0, help="lambda of the alignment loss")
+    add("--align-loss", choices=ALIGN_LOSSES, default="cosine", help="the paper's best is smooth_l1 with beta 0.05")
+    add("--align-beta", type=cli.above_zero, default=0.05, help="where smooth_l1 turns from quadratic to linear")
+    add("--align-target", choices=("mean", "sample"), default="mean", help="posterior mean, or the very sample that was noised")
+    add("--align-t-range", type=cli.fraction, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+        help="timesteps aligned; 0 is data, 1 is noise")
+    add("--projector-layers", type=cli.positive, default=5, help="linear layers of the head")
+    add("--projector-width", type=cli.count, default=0, help="hidden width of the head; 0 is twice the model's")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--max-train-steps", type=cli.positive, default=400_000, help="optimizer updates")
+    add("--batch-size", type=cli.positive, default=256, help="global batch: images of one update, over all processes")
+    add("--gradient-accumulation-steps", type=cli.positive, default=1, help="parts a process cuts its share of the batch into")
+    add("--learning-rate", type=cli.above_zero, default=1e-4, help="AdamW's, constant")
+    add("--adam-beta1", type=cli.decay, default=0.9, help="AdamW")
+    add("--adam-beta2", type=cli.decay, default=0.999, help="AdamW")
+    add("--adam-weight-decay", type=cli.amount, default=0.0, help="AdamW")
+    add("--adam-epsilon", type=cli.above_zero, default=1e-8, help="AdamW")
+    add("--max-grad-norm", type=cli.above_zero, default=1.0, help="gradient clipping")
+    add("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights, per step")
+    add("--mixed-precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
+    add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
+
+    add = parser.add_argument_group("logging").add_argument
+    add("--log-every", type=cli.positive, default=100, help="steps between lines of metrics.jsonl")
+    add("--checkpointing-steps", type=cli.positive, default=50_000, help="steps between checkpoints; the last step has one too")
+    add("--sampling-steps", type=cli.count, default=10_000, help="steps between previews; 0 for none")
+    add("--preview-cfg-scale", type=cli.amount, default=1.5, help="guidance of the previews; 1 is none")
+    add("--vae", help="autoencoder that decodes previews: hub id or folder (default: the one that made the cache)")
+    add("--report-to", choices=("none", "wandb"), default="none", help="metrics.jsonl is always written")
+    # fmt: on
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace, processes: int) -> None:
+    """Mistakes that can be seen before anything is read. Raises UserError."""
+    share = args.batch_size // processes
+    if args.batch_size % processes or share % args.gradient_accumulation_steps:
+        raise UserError(
+            f"--batch-size {args.batch_size} (global) is not a multiple of {processes} (processes) x "
+            f"--gradient-accumulation-steps {args.gradient_accumulation_steps}"
+        )
+    if args.align_depth == "auto":
+        args.align_depth = align_block(args.model)
+    depth = PRESETS[args.model]["depth"]
+    if not (str(args.align_depth).isdigit() and 1 <= int(args.align_depth) <= depth):
+        raise UserError(f"--align-depth {args.align_depth}: {args.model} has blocks 1 to {depth}")
+    args.align_depth = int(args.align_depth)
+    args.projector_width = args.projector_width or 2 * PRESETS[args.model]["width"]
+    if args.align_t_range[0] > args.align_t_range[1]:
+        raise UserError(f"--align-t-range {args.align_t_range[0]} {args.align_t_range[1]}: LO lies above HI")
+    if not args.exp_name or "/" in args.exp_name or args.exp_name.startswith("."):
+        raise UserError(f"--exp-name '{args.exp_name}' must be a plain folder name; the folder above it is --output-dir")
+
+
+def check_cache(args: argparse.Namespace, cache: LatentCache) -> None:
+    """The cache against what was asked for. Raises UserError."""
+    manifest, patch = cache.manifest, PRESETS[args.model]["patch"]
+    if args.resolution and args.resolution != manifest.resolution:
+        raise UserError(f"--resolution {args.resolution}: {args.data_dir} holds images of {manifest.resolution} pixels")
+    if args.num_classes and args.num_classes != manifest.num_classes:
+        raise UserError(f"--num-classes {args.num_classes}: {args.data_dir} has {manifest.num_classes}")
+    if manifest.latent_shape[1] != manifest.latent_shape[2] or manifest.latent_shape[1] % patch:
+        raise UserError(
+            f"--model {args.model} cannot cut the latents of {args.data_dir} {manifest.latent_shape} into patches of {patch}"
+        )
+
+
+def make_config(args: argparse.Namespace, manifest: Manifest) -> dict:
+    """config.json: the network, what its latents are, and how it was trained."""
+    channels, side, _ = manifest.latent_shape
+    model = SiTConfig(**PRESETS[args.model], latent_size=side, channels=channels, num_classes=manifest.num_classes)
+    data = ("source", "count", "resolution", "class_names", "vae", "vae_fingerprint", "scale", "shift", "latent_shape", "mean")
+    head = None
+    if args.align != "none":
+        out = model.patch**2 * channels
+        head = {"width": model.width, "out": out, "layers": args.projector_layers, "hidden": args.projector_width}
+    return {
+        "model_name": args.model, "model": asdict(model), "head": head, "align_depth": args.align_depth,
+        "path_type": args.path_type, "prediction": "v", "cfg_prob": args.cfg_prob,
+        "batch_size": args.batch_size, "ema_decay": args.ema_decay,
+        "data": {key: getattr(manifest, key) for key in data},
+    }  # fmt: skip
+
+
+def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> dict:
+    """The flags as args.json keeps them. Raises UserError listing what differs from those, or the cache, of a run begun."""
+    now = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    now["align_t_range"] = list(args.align_t_range)
+    path = folder / "args.json"
+    if path.exists():
+        then = json.loads(path.read_text())
+        changed = [key for key in now if key not in FREE_FLAGS and then.get(key) != now[key]]
+        if changed:
+            what = "; ".join(f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in changed)
+            raise UserError(
+                f"{folder} was started with other flags: {what}. Choose another --exp-name, or go back to those flags"
+            )
+    saved = checkpoints(folder)
+    if saved:
+        then = read_config(saved[-1])["data"]
+        changed = [key for key in then if key not in ("source", "vae") and then[key] != config["data"][key]]
+        if changed:
+            raise UserError(
+                f"--data-dir {args.data_dir} is not the cache that {folder} was started on: {', '.join(changed)} differ"
+            )
+    return now
+
+
+def precision(flag: str) -> str:
+    """What `auto` stands for here."""
+    if flag == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16 needs a GPU; there is none here, use no or bf16")
+    if flag != "auto":
+        return flag
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
