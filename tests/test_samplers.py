@@ -40,6 +40,14 @@ def test_order_of_convergence(heun, order):
         assert torch.log2(coarse / fine).item() == pytest.approx(order, abs=0.25)
 
 
+def test_evaluations_are_where_repa_has_them():
+    """Euler: n of them. Heun: 2 n - 1, the last step being Euler's."""
+    for heun, expected in ((False, [1, 2 / 3, 1 / 3]), (True, [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3])):
+        times = []
+        ode(lambda x, t, times=times: times.append(t) or x, start(2), 3, heun)
+        assert times == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_sde_samples_the_data(path):
     x = start()
