@@ -7,6 +7,7 @@
 n images in a shard, C latent channels, h w latent side."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -172,6 +173,9 @@ class TrainingStream(Dataset):
         number = step * self.batch_size + self.own
         return torch.from_numpy(number), *self.cache.gather(shuffled(number, len(self.cache), self.seed))
 
-    def loader(self, first: int, last: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    def loader(
+        self, first: int, last: int, num_workers: int, pin_memory: bool, worker_init: Callable[[int], None] | None = None
+    ) -> DataLoader:
         """Steps first..last - 1, in order."""
-        return DataLoader(self, sampler=range(first, last), batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+        steps = range(first, last)
+        return DataLoader(self, None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=worker_init)

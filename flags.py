@@ -18,7 +18,8 @@ from train_state import checkpoints, read_config
 # Flags that may change between two starts of one run; every other one is part of what the run is.
 FREE_FLAGS = {
     "data_dir", "output_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "preview_cfg_scale", "log_every",
-    "num_workers", "report_to", "gradient_accumulation_steps", "vae", "resolution", "num_classes",
+    "keep_last", "milestone_steps", "num_workers", "report_to", "gradient_accumulation_steps", "vae", "resolution",
+    "num_classes",
 }  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     add = parser.add_argument_group("logging").add_argument
     add("--log-every", type=cli.positive, default=100, help="steps between lines of metrics.jsonl")
     add("--checkpointing-steps", type=cli.positive, default=50_000, help="steps between checkpoints; the last step has one too")
+    add("--keep-last", type=cli.count, default=0, help="newest checkpoints kept; 0 keeps all")
+    add("--milestone-steps", type=cli.count, default=0, help="with --keep-last, multiples of this many steps are kept too")
     add("--sampling-steps", type=cli.count, default=10_000, help="steps between previews; 0 for none")
     add("--preview-cfg-scale", type=cli.amount, default=1.5, help="guidance of the previews; 1 is none")
     add("--vae", help="autoencoder that decodes previews: hub id or folder (default: the one that made the cache)")

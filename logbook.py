@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import UserError
 from files import write_file
+from guard import Guard
 from train_state import TrainState
 
 TERMS = ("loss", "velocity", "align", "grad_norm")
@@ -36,12 +35,16 @@ class Log:
         device: torch.device,
         main: bool,
         reduce: Callable[[Tensor, str], Tensor],
+        guard: Guard,
         tracker: Any = None,
     ):
         """reduce(tensor, "mean") averages over processes; the tracker has log(row, step=), image(path, step), finish()."""
         self.args, self.folder, self.main, self.reduce, self.tracker = args, folder, main, reduce, tracker
         self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(TERMS)), device=device)
-        self.pending = state.extra.get("log_steps", 0)
+        self.current = torch.zeros(len(TERMS) - 1, device=device)
+        self.good = torch.tensor(state.extra.get("log_good", 0.0), device=device)
+        self.skipped = state.extra.get("log_skipped", 0)
+        self.guard = guard
         self.clock, self.clock_step = time.perf_counter(), state.step
         if main:
             self._drop_lines_after(state.step)
@@ -64,47 +67,55 @@ class Log:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def add(self, terms: Tensor) -> None:
-        """One part's share of the loss terms; stays on the device."""
-        self.sums[:-1] += terms
+        """One part's share of the step's loss terms; stays on the device."""
+        self.current += terms
 
-    def step(self, step: int, grad_norm: Tensor) -> None:
-        """Ends a step; every --log-every steps averages over steps and processes and writes."""
-        self.sums[-1] += grad_norm
-        self.pending += 1
+    def losses(self) -> Tensor:
+        """The step's velocity and alignment loss so far, (2,), on the device."""
+        return self.current[1:]
+
+    def step(self, step: int, grad_norm: Tensor, good: Tensor) -> None:
+        """Ends a step, which counts in the means if `good` is 1; every --log-every steps reduces over processes and writes."""
+        self.sums += torch.where(good > 0, torch.cat((self.current, grad_norm.reshape(1))), 0)
+        self.good += good
+        self.current.zero_()
         if self.main:
             self.bar.update(self.args.batch_size)
-        if not every(step, self.args.log_every):
-            return
-        means = self.reduce(self.sums / self.pending, "mean").tolist()
-        self._check(means, step)
+        if every(step, self.args.log_every):
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        self._hear_guard()
+        sums, good = self._reduced()
         now = time.perf_counter()
         rate = (step - self.clock_step) * self.args.batch_size / (now - self.clock)
-        self.clock, self.clock_step, self.pending = now, step, 0
+        means = {key: total / good if good else None for key, total in zip(TERMS, sums)}
+        row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped, "images_per_s": rate}
+        self.clock, self.clock_step, self.skipped = now, step, 0
         self.sums.zero_()
+        self.good.zero_()
         if self.main:
-            terms = {key: value if math.isfinite(value) else None for key, value in zip(TERMS, means)}
-            row = {"step": step, "images": step * self.args.batch_size, **terms, "images_per_s": rate}
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            self.bar.set_postfix({key: f"{value:.4f}" for key, value in zip(TERMS, means)})
+            self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
             if self.tracker:
                 self.tracker.log(row, step=step)
 
+    def _hear_guard(self) -> None:
+        lines, bad = self.guard.report(self.reduce)
+        self.skipped += bad
+        for line in lines:
+            self.say(line)
+
+    def _reduced(self) -> tuple[list[float], float]:
+        *sums, good = self.reduce(torch.cat((self.sums, self.good.reshape(1))), "mean").tolist()
+        return sums, good
+
     def unfinished(self) -> dict:
         """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
-        sums = self.reduce(self.sums, "mean").tolist()
-        self._check(sums, None)
-        return {"log_sums": sums, "log_steps": self.pending}
-
-    def _check(self, means: list[float], step: int | None) -> None:
-        """A loss that is no number ends the run, on every process alike, before it can be saved. A gradient norm may overflow
-        under fp16: the scaler skips that step."""
-        bad = [key for key, value in zip(TERMS, means) if key != "grad_norm" and not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"{', '.join(bad)} not finite{f' by step {step:,}' if step else ''}: nothing was saved since, the same command "
-                "continues from the last checkpoint; a lower --learning-rate in a new run may help"
-            )
+        self._hear_guard()
+        sums, good = self._reduced()
+        return {"log_sums": sums, "log_good": good, "log_skipped": self.skipped, "streak": self.guard.streak}
 
     @contextmanager
     def pause(self) -> Iterator[None]:

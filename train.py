@@ -7,6 +7,7 @@ Read `train` below: it is the method. Running the same command again continues t
 import argparse
 import copy
 import json
+import sys
 import uuid
 from contextlib import nullcontext
 from datetime import timedelta
@@ -16,10 +17,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import cli
+from agreement import STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
 from cli import UserError
 from dataset import CacheError, LatentCache, TrainingStream
 from files import write_file
 from flags import check_args, check_cache, check_same_run, make_config, parse_args, precision
+from guard import Guard
 from interpolant import PATHS
 from keyed_random import Purpose, normal, uniform
 from logbook import Log, every
@@ -29,7 +32,7 @@ from models.projector import AlignedSiT, Projector
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import latent_tokens
 from preview import Preview
-from train_state import EMA, CheckpointError, TrainState, checkpoints
+from train_state import EMA, CheckpointError, TrainState, Writer, checkpoints, clear_leftovers
 
 
 def train(
@@ -39,16 +42,18 @@ def train(
     state: TrainState,
     log: Log,
     preview: Preview | None,
-    config: dict,
-) -> None:
-    """The method: draw, interpolate, predict, align, step."""
+    writer: Writer,
+    request: StopRequest,
+) -> bool:
+    """The method: draw, interpolate, predict, align, step. Returns whether the run is finished, not stopped by a signal."""
     device, path, parts = accelerator.device, PATHS[args.path_type], args.gradient_accumulation_steps
     scale = LatentScale(cache.manifest.scale, cache.manifest.shift)
     align = {"kind": args.align_loss, "beta": args.align_beta, "t_range": tuple(args.align_t_range)}
     stream = TrainingStream(cache, args.seed, args.batch_size, accelerator.process_index, accelerator.num_processes)
-    batches = stream.loader(state.step, args.max_train_steps, args.num_workers, pin_memory=device.type == "cuda")
+    batches = stream.loader(state.step, args.max_train_steps, args.num_workers, device.type == "cuda", ignore_signals)
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     ema = EMA(state.ema, state.model.backbone, args.ema_decay)
+    votes = Votes(accelerator.num_processes, questions=2)
     null_class, shape, patch = cache.manifest.num_classes, tuple(cache.manifest.latent_shape), PRESETS[args.model]["patch"]
 
     for batch in batches:
@@ -69,20 +74,34 @@ def train(
                 accelerator.backward(loss / parts)
             log.add(torch.stack((loss, terms.velocity.mean(), terms.align.mean())).detach() / parts)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        good = log.guard.judge(state.step + 1, log.losses(), grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
         state.step += 1
-        log.step(state.step, grad_norm)
+        log.step(state.step, grad_norm, good)
 
-        checkpoint_due = every(state.step, args.checkpointing_steps) or state.step == args.max_train_steps
+        last = state.step == args.max_train_steps
+        stop, retry = votes.cast(request.name is not None, writer.failed and every(state.step, args.log_every))
+        checkpoint_due = last or stop or retry or every(state.step, args.checkpointing_steps)
         if checkpoint_due or preview_due(args, state.step):
             with log.pause():
                 if checkpoint_due:
-                    save(state, log, accelerator, config)
+                    save(state, log, accelerator, writer)
                 if preview and preview_due(args, state.step):
                     log.image(preview.draw(state.ema, state.step), state.step)
-                accelerator.wait_for_everyone()
+        for message in writer.take_messages():
+            log.say(message)
+        if stop:
+            break
+
+    writer.wait()
+    for message in writer.take_messages():
+        log.say(message)
+    if writer.failed:
+        raise UserError(f"the last checkpoint of {log.folder} could not be saved: free some space and run the command again")
+    accelerator.wait_for_everyone()
+    return last or not stop
 
 
 def preview_due(args: argparse.Namespace, step: int) -> bool:
@@ -90,13 +109,13 @@ def preview_due(args: argparse.Namespace, step: int) -> bool:
     return every(step, args.sampling_steps) or (args.sampling_steps > 0 and step == args.max_train_steps)
 
 
-def save(state: TrainState, log: Log, accelerator: Accelerator, config: dict) -> None:
-    """Gathers what a checkpoint must hold from all processes; the first writes it."""
+def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) -> None:
+    """Gathers what a checkpoint must hold from all processes; the first copies it to host memory and hands it to its writer."""
     state.extra = log.unfinished()
     if accelerator.scaler is not None:
         state.extra["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process:
-        log.say(f"saved {state.save(log.folder, config | {'step': state.step})}")
+        writer.submit(state)
 
 
 def summary(args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, state: TrainState) -> str:
@@ -168,9 +187,11 @@ def main() -> None:
         model = AlignedSiT(backbone, head, args.align_depth).to(accelerator.device)
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=accelerator.device.type == "cuda",
+            weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
         )  # fmt: skip
         state = TrainState(model, copy.deepcopy(model.backbone).eval().requires_grad_(False), optimizer)
+        if accelerator.is_main_process:
+            clear_leftovers(folder)
         saved = checkpoints(folder)
         if saved:
             state.load(saved[-1])
@@ -188,13 +209,20 @@ def main() -> None:
         accelerator.end_training()
         return
     tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and accelerator.is_main_process else None
-    log = Log(args, folder, state, accelerator.device, accelerator.is_main_process, accelerator.reduce, tracker)
+    guard = Guard(optimizer, accelerator.mixed_precision == "fp16", state.extra.get("streak", 0))
+    main_process = accelerator.is_main_process
+    log = Log(args, folder, state, accelerator.device, main_process, accelerator.reduce, guard, tracker)
     log.say(summary(args, accelerator, cache, state))
     if state.step:
         log.say(f"continuing from {saved[-1]}")
-    train(args, accelerator, cache, state, log, preview, config)
+    with stop_on_signal() as request, Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
+        finished = train(args, accelerator, cache, state, log, preview, writer, request)
+        how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
+        log.say(f"{how} at step {state.step:,}")
     log.close()
     accelerator.end_training()
+    if not finished:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -5,27 +5,70 @@
       ema.safetensors     the averaged backbone alone: all that sampling needs
       model.safetensors   backbone and head as trained
       optimizer.pt        its state dict (loaded with weights_only=True)
-      progress.json       step, gradient scaler, running averages of the log
+      progress.json       step, gradient scaler, running averages of the log, sha256 of the other files
 
-A checkpoint appears whole or not at all."""
+A checkpoint appears whole or not at all: it is written in a folder beside its place, fsynced and renamed."""
 
+import hashlib
 import io
 import json
 import shutil
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from files import fsync_folder, write_file
+from files import fsync_folder, sha256, write_file
 
 
 class CheckpointError(ValueError):
     """No checkpoint where one was asked for, or one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A TrainState in host memory, cut off from the training that goes on."""
+
+    step: int
+    config: dict
+    ema: dict[str, Tensor]
+    model: dict[str, Tensor]
+    optimizer: dict
+    extra: dict
+
+    def write(self, run: Path) -> Path:
+        """Makes run/checkpoints/STEP and returns it. On a full disk raises OSError and leaves nothing."""
+        final = run / "checkpoints" / f"{self.step:07d}"
+        partial = _hidden(final, "partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        hashes = {}
+
+        def put(name: str, data: bytes) -> None:
+            hashes[name] = hashlib.sha256(data).hexdigest()
+            write_file(partial / name, data)
+
+        try:
+            put("config.json", json.dumps(self.config, indent=2).encode())
+            put("ema.safetensors", safetensors.torch.save(self.ema))
+            put("model.safetensors", safetensors.torch.save(self.model))
+            buffer = io.BytesIO()
+            torch.save(self.optimizer, buffer)
+            put("optimizer.pt", buffer.getvalue())
+            write_file(partial / "progress.json", json.dumps({"step": self.step, "sha256": hashes, **self.extra}).encode())
+            if final.exists():
+                remove_checkpoint(final)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        fsync_folder(final.parent)
+        return final
 
 
 @dataclass
@@ -38,41 +81,121 @@ class TrainState:
     step: int = 0
     extra: dict = field(default_factory=dict)  # plain numbers: the scaler's state, the log's running sums
 
-    def save(self, run: Path, config: dict) -> Path:
-        """Writes run/checkpoints/STEP and returns it."""
-        final = run / "checkpoints" / f"{self.step:07d}"
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        optimizer = io.BytesIO()
-        torch.save(self.optimizer.state_dict(), optimizer)
-        try:
-            write_file(partial / "config.json", json.dumps(config, indent=2).encode())
-            write_file(partial / "ema.safetensors", _pack(self.ema))
-            write_file(partial / "model.safetensors", _pack(self.model))
-            write_file(partial / "optimizer.pt", optimizer.getvalue())
-            write_file(partial / "progress.json", json.dumps({"step": self.step, **self.extra}).encode())
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        fsync_folder(final.parent)
-        return final
+    def snapshot(self, config: dict) -> Snapshot:
+        """Copies all of it to host memory; this is the only part of saving that training waits for."""
+        ema, model, optimizer = (_to_host(part.state_dict()) for part in (self.ema, self.model, self.optimizer))
+        return Snapshot(self.step, config, ema, model, optimizer, dict(self.extra))
 
     def load(self, checkpoint: Path) -> None:
-        """Restores everything in place. Raises CheckpointError naming the file that cannot be read."""
+        """Restores everything in place, after checking every file. Raises CheckpointError naming the one that is bad."""
+        self.extra = verify(checkpoint)
         load_weights(self.ema, checkpoint / "ema.safetensors")
         load_weights(self.model, checkpoint / "model.safetensors")
-        path = checkpoint / "optimizer.pt"
         try:
-            self.optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            path = checkpoint / "progress.json"
-            self.extra = json.loads(path.read_text())
+            self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
         except Exception as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({_first_line(error)}): remove its folder to continue from the one before"
-            ) from None
+            raise CheckpointError(f"{checkpoint / 'optimizer.pt'} cannot be loaded ({_first_line(error)})") from None
         self.step = self.extra.pop("step")
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own and clears away old ones. A failed save leaves those there are alone.
+
+    As a context manager it waits, however the block ends, for what is being written."""
+
+    def __init__(self, run: Path, config: dict, keep_last: int = 0, milestone_steps: int = 0):
+        """config goes into config.json; keep_last 0 keeps all; a multiple of milestone_steps is never removed."""
+        self.run, self.config, self.keep_last, self.milestone_steps = run, config, keep_last, milestone_steps
+        self.thread: threading.Thread | None = None
+        self.messages: list[str] = []
+        self.failed = False
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def submit(self, state: TrainState) -> None:
+        """Waits for the save before, if it is still under way, copies the state and begins to write it."""
+        self.wait()
+        snapshot = state.snapshot(self.config | {"step": state.step})
+        self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def take_messages(self) -> list[str]:
+        """What there is to tell since the last call."""
+        messages, self.messages = self.messages, []
+        return messages
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            self.messages.append(f"saved {snapshot.write(self.run)}")
+            self.failed = False
+            self._clear()
+        except OSError as error:
+            self.failed = True
+            reason = f"{error.strerror} ({error.filename})"
+            self.messages.append(f"could not save step {snapshot.step:,}: {reason}; training goes on and tries again")
+
+    def _clear(self) -> None:
+        spare = checkpoints(self.run)[: -self.keep_last] if self.keep_last else []
+        for folder in spare:
+            if not (self.milestone_steps and int(folder.name) % self.milestone_steps == 0):
+                remove_checkpoint(folder)
+
+
+def verify(checkpoint: Path) -> dict:
+    """progress.json without the hashes, once every file agrees with its own. Raises CheckpointError otherwise."""
+    before = [folder for folder in checkpoints(checkpoint.parent.parent) if int(folder.name) < int(checkpoint.name)]
+    then = f"continue from {before[-1].name}" if before else "start anew"
+    path = checkpoint / "progress.json"
+    try:
+        progress: dict[str, Any] = json.loads(path.read_text())
+        hashes = progress.pop("sha256")
+        for name, expected in hashes.items():
+            path = checkpoint / name
+            if sha256(path) != expected:
+                raise CheckpointError(f"{path} is not what was saved: remove {checkpoint} to {then}")
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): remove {checkpoint} to {then}") from None
+    return progress
+
+
+def clear_leftovers(run: Path) -> None:
+    """Removes what a killed save, or a killed removal, left behind. For one process, before anything is written."""
+    for pattern in (".*.partial", ".*.removed"):
+        for folder in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Renames first, so that a half-removed checkpoint is never taken for one."""
+    hidden = _hidden(folder, "removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _hidden(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _to_host(value: Any) -> Any:
+    """Deep copy with every tensor in host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(item) for item in value)
+    return value
 
 
 class EMA:
@@ -87,10 +210,6 @@ class EMA:
     def update(self) -> None:
         """ema <- decay ema + (1 - decay) model."""
         self.average(self.ema, self.model, None)
-
-
-def _pack(module: nn.Module) -> bytes:
-    return safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()})
 
 
 def _first_line(error: Exception) -> str:

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import make_tree, make_vae, train_flags
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # what is tested is small: a second thread costs more than it gives, on a busy machine very much more
 os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 

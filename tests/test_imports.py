@@ -26,11 +26,26 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "loss": ({"interpolant"}, {"torch"}),
     "samplers": ({"interpolant"}, {"torch"}),
     "models": ({"models"}, {"torch", "timm", "diffusers"}),
-    "logbook": ({*LEAVES, "train_state"}, {"torch", "tqdm"}),
+    "agreement": (set(), {"torch"}),
+    "guard": ({"cli"}, {"torch"}),
+    "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
     "flags": ({*LEAVES, "dataset", "interpolant", "loss", "models", "train_state"}, {"torch"}),
     "train": (
-        {*LEAVES, "dataset", "flags", "interpolant", "keyed_random", "logbook", "loss", "models", "preview", "train_state"},
+        {
+            *LEAVES,
+            "agreement",
+            "dataset",
+            "flags",
+            "guard",
+            "interpolant",
+            "keyed_random",
+            "logbook",
+            "loss",
+            "models",
+            "preview",
+        }
+        | {"train_state"},
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (

@@ -2,26 +2,13 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
-from tests.helpers import make_vae, torchrun, train_flags
-
-
-def rows(run) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
-
-
-def same_weights(a, b, step="0000010") -> bool:
-    for name in ("model", "ema"):
-        ours, theirs = (load_file(run / "checkpoints" / step / f"{name}.safetensors") for run in (a, b))
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
-            return False
-    ours, theirs = (torch.load(run / "checkpoints" / step / "optimizer.pt") for run in (a, b))
-    return all(torch.equal(ours["state"][i][key], theirs["state"][i][key]) for i in ours["state"] for key in ours["state"][i])
+from tests.helpers import make_vae, rows, same_weights, torchrun, train_flags
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +53,11 @@ def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
         )
 
 
-def test_a_run_of_one_process_continues_on_two(call, cache, tmp_path, unbroken):
+def test_a_run_goes_from_one_process_to_two_and_back(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", "--log-every", 2)
-    assert call(train, *flags, "--max-train-steps", 5)[0] == 0
-    torchrun(2, "train.py", *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 2)
+    assert call(train, *flags, "--max-train-steps", 3)[0] == 0
+    torchrun(2, "train.py", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
+    assert call(train, *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 4)[0] == 0
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -83,11 +71,44 @@ def test_bf16_trains_close_to_float32(call, cache, tmp_path, unbroken):
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
-def test_numbers_gone_bad_end_the_run_before_they_are_saved(call, cache, tmp_path):
-    flags = train_flags(cache, tmp_path, "run", "--log-every", 3, "--max-train-steps", 6, "--checkpointing-steps", 2)
-    code, out = call(train, *flags, "--learning-rate", 1e20)
-    assert code == 2 and "loss, velocity, align not finite" in out and "Traceback" not in out
-    assert not [path for path in (tmp_path / "run/checkpoints").glob("*") if int(path.name) > 1]
+def poison(monkeypatch, steps):
+    """Turns the velocity loss of these steps, counted from 1, into NaN."""
+    losses, calls = train.training_losses, []
+
+    def spy(*args, **kwargs):
+        calls.append(1)
+        terms = losses(*args, **kwargs)
+        return terms._replace(velocity=terms.velocity * float("nan")) if len(calls) in steps else terms
+
+    monkeypatch.setattr(train, "training_losses", spy)
+
+
+def test_a_step_gone_bad_is_skipped_and_named(call, cache, tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 5})
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 6)
+    code, out = call(train, *flags)
+    assert code == 0 and "step 3: velocity loss, gradient not finite, update skipped" in out and "step 5: velocity" in out
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 1]
+    assert all(row["loss"] < 10 for row in rows(tmp_path / "run"))  # the means are of the good steps
+    state = torch.load(tmp_path / "run/checkpoints/0000006/optimizer.pt")["state"]
+    assert state[0]["step"] == 4 and all(torch.isfinite(s["exp_avg"]).all() for s in state.values())
+    weights = load_file(tmp_path / "run/checkpoints/0000006/model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_bad_steps_in_a_row_end_the_run_with_the_last_checkpoint_as_it_was(call, cache, tmp_path, monkeypatch):
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 3, "--max-train-steps", 20, "--checkpointing-steps", 2)
+    poison(monkeypatch, set(range(4, 30)))
+    code, out = call(train, *flags)
+    assert code == 2 and "step 8: velocity loss, gradient not finite, update skipped, like the 4 before it" in out
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == ["0000002", "0000004", "0000006"]
+    assert same_tensors(*(tmp_path / f"run/checkpoints/000000{k}/model.safetensors" for k in (4, 6)))
+
+
+def same_tensors(a, b) -> bool:
+    a, b = load_file(a), load_file(b)
+    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_vanilla_and_weight_zero_are_the_same_network(call, cache, tmp_path):
@@ -191,12 +212,37 @@ def test_patches_must_fit_the_latents(call, cache, tmp_path):
     other = shutil.copytree(cache, tmp_path / "data")
     manifest = json.loads((other / "manifest.json").read_text())
     for shard in manifest["shards"]:
-        import numpy as np
-
         np.save(other / "moments" / shard["file"], np.load(other / "moments" / shard["file"])[:, :, :6, :6])
     (other / "manifest.json").write_text(json.dumps(manifest | {"latent_shape": [4, 6, 6]}))
     code, out = call(train, *train_flags(other, tmp_path, "run", "--model", "SiT-S/4"))
     assert code == 2 and "cannot cut the latents" in out
+
+
+@pytest.mark.parametrize("target", ["mean", "sample"])
+def test_a_sample_is_aligned_to_its_own_latent(monkeypatch, call, cache, tmp_path, target):
+    from dataset import LatentCache
+    from models.autoencoder import LatentScale
+    from models.targets import latent_tokens
+
+    losses, seen = train.training_losses, []
+
+    def spy(model, path, latent, labels, noise, t, tokens, **more):
+        seen.append((latent, tokens))
+        return losses(model, path, latent, labels, noise, t, tokens, **more)
+
+    monkeypatch.setattr(train, "training_losses", spy)
+    assert call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 3, "--align-target", target))[0] == 0
+    latent, tokens = (torch.cat(parts) for parts in zip(*seen))  # one epoch: every image once
+    if target == "sample":
+        assert torch.equal(tokens, latent_tokens(latent, 2))
+        return
+    data = LatentCache(cache)
+    moments = data.gather(np.arange(24))[0]
+    scale = LatentScale(data.manifest.scale, data.manifest.shift)
+    means, stds = scale.mean(moments), moments.float().chunk(2, 1)[1] * scale.scale
+    for x, z in zip(latent, tokens):
+        own = [i for i in range(24) if torch.equal(latent_tokens(means[i : i + 1], 2)[0], z)]
+        assert len(own) == 1 and ((x - means[own[0]]).abs() < 6 * stds[own[0]]).all()
 
 
 def test_label_dropout_is_cfg_prob(monkeypatch, call, cache, tmp_path):

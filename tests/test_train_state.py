@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import train_state
-from train_state import EMA, CheckpointError, TrainState, checkpoints, find_checkpoint, load_weights
+from files import sha256
+from train_state import EMA, CheckpointError, TrainState, Writer, checkpoints, clear_leftovers, find_checkpoint, load_weights
 
 
 def make_state(seed=0) -> TrainState:
@@ -19,7 +20,7 @@ def make_state(seed=0) -> TrainState:
 
 def test_a_saved_state_comes_back_whole(tmp_path):
     state, other = make_state(), make_state(seed=1)
-    folder = state.save(tmp_path, {"model": 1})
+    folder = state.snapshot({"model": 1}).write(tmp_path)
     assert folder == find_checkpoint(tmp_path) == find_checkpoint(folder)
     other.load(folder)
     assert (other.step, other.extra) == (7, {"log_sums": [0.1], "log_steps": 3})
@@ -41,22 +42,85 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch, fail_at
 
     monkeypatch.setattr(train_state, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
-        make_state().save(tmp_path, {})
+        make_state().snapshot({}).write(tmp_path)
     assert checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").glob("*"))
 
 
-def test_leftovers_of_a_killed_save_are_not_checkpoints(tmp_path):
-    state = make_state()
-    (tmp_path / "checkpoints" / ".0000007.partial").mkdir(parents=True)
-    (tmp_path / "checkpoints" / ".0000007.partial" / "config.json").write_text("{}")
+def test_leftovers_of_a_killed_save_or_removal_are_not_checkpoints_and_are_cleared(tmp_path):
+    for name in (".0000007.partial", ".0000003.removed"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
     assert checkpoints(tmp_path) == []
-    assert [folder.name for folder in (state.save(tmp_path, {}), *checkpoints(tmp_path))] == ["0000007", "0000007"]
+    folder = make_state().snapshot({}).write(tmp_path)
+    clear_leftovers(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == checkpoints(tmp_path) == [folder]
+
+
+def test_a_snapshot_is_cut_off_from_training(tmp_path):
+    state, same = make_state(), make_state()
+    snapshot = state.snapshot({})
+    with torch.no_grad():
+        state.model.weight += 1
+        next(iter(state.optimizer.state.values()))["exp_avg"] += 1
+    other = make_state(seed=1)
+    other.load(snapshot.write(tmp_path))
+    assert torch.equal(other.model.weight, same.model.weight)
+    for ours, theirs in zip(other.optimizer.state.values(), same.optimizer.state.values()):
+        assert torch.equal(ours["exp_avg"], theirs["exp_avg"])
+
+
+def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
+    state, writer = make_state(), Writer(tmp_path, {}, keep_last=2, milestone_steps=4)
+    for state.step in range(1, 11):
+        writer.submit(state)
+    writer.wait()
+    assert [int(folder.name) for folder in checkpoints(tmp_path)] == [4, 8, 9, 10]
+    assert [message.split("/")[-1] for message in writer.take_messages()][-1] == "0000010" and not writer.take_messages()
+
+
+def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    state, writer, write = make_state(), Writer(tmp_path, {}, keep_last=1), train_state.write_file
+
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    writer.submit(state)
+    writer.wait()
+    state.step = 8
+    monkeypatch.setattr(train_state, "write_file", full)
+    writer.submit(state)
+    writer.wait()
+    assert writer.failed and "could not save step 8: No space left" in writer.take_messages()[-1]
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["0000007"]
+    monkeypatch.setattr(train_state, "write_file", write)
+    writer.submit(state)
+    writer.wait()
+    assert not writer.failed and find_checkpoint(tmp_path).name == "0000008"
+
+
+@pytest.mark.parametrize("name", ["config.json", "ema.safetensors", "model.safetensors", "optimizer.pt", "progress.json"])
+def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_path, name):
+    state = make_state()
+    for state.step in (7, 9):
+        folder = state.snapshot({"model": 1}).write(tmp_path)
+    data = (folder / name).read_bytes()
+    for bad in (data[:-1], data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]):
+        (folder / name).write_bytes(bad)
+        other = make_state(seed=1)
+        before = other.model.weight.clone()
+        if name != "progress.json" or bad == data[:-1]:
+            with pytest.raises(CheckpointError, match=rf"{name}.*remove .*0000009 to continue from 0000007"):
+                other.load(folder)
+            assert torch.equal(other.model.weight, before)
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        other.load(folder)
 
 
 def test_newest_is_by_number(tmp_path):
     state = make_state()
     for state.step in (9_999_999, 10_000_000, 50):
-        state.save(tmp_path, {})
+        state.snapshot({}).write(tmp_path)
     assert find_checkpoint(tmp_path).name == "10000000"
 
 
@@ -66,25 +130,25 @@ def test_unknown_and_broken_checkpoints_are_named(tmp_path):
     (tmp_path / "args.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoints yet"):
         find_checkpoint(tmp_path)
-    folder = make_state().save(tmp_path, {})
+    folder = make_state().snapshot({}).write(tmp_path)
     (folder / "ema.safetensors").write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match=r"ema\.safetensors cannot be loaded"):
         load_weights(torch.nn.Linear(4, 4), folder / "ema.safetensors")
-    folder = make_state().save(tmp_path, {})
-    (folder / "optimizer.pt").write_bytes(b"\x80\x04")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be read"):
-        make_state().load(folder)
 
 
-def test_nothing_is_executed_when_a_checkpoint_is_loaded(tmp_path):
+def test_nothing_is_executed_when_a_checkpoint_is_loaded(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (print, ("executed",))
 
-    folder = make_state().save(tmp_path, {})
+    folder = make_state().snapshot({}).write(tmp_path)
     torch.save(Evil(), folder / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
+    progress = json.loads((folder / "progress.json").read_text())
+    progress["sha256"]["optimizer.pt"] = sha256(folder / "optimizer.pt")  # as whoever plants it would
+    (folder / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be loaded"):
         make_state().load(folder)
+    assert "executed" not in capsys.readouterr().out
 
 
 def test_ema_is_the_moving_average():

@@ -1,0 +1,144 @@
+"""Runs that are killed, told to stop, starved of disk, and started again: nothing is lost and nothing is done twice."""
+
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agreement import STOPPED
+from tests.helpers import ROOT, Forks, rows, same_weights, train_flags
+from train_state import checkpoints
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks") / "log.txt")
+    yield forks
+    forks.close()
+
+
+def flags(cache, exps, *more) -> list[str]:
+    small = ["--max-train-steps", STEPS, "--checkpointing-steps", 3, "--log-every", 2, "--keep-last", 2]
+    return train_flags(cache, exps, "run", *small, *more)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache, forks) -> Path:
+    exps = tmp_path_factory.mktemp("unbroken")
+    forks.start(flags(cache, exps))
+    assert forks.wait() == 0
+    return exps / "run"
+
+
+def same(run: Path, other: Path) -> bool:
+    return rows(run) == rows(other) and same_weights(run, other, f"{STEPS:07d}")
+
+
+def until(condition, seconds=60.0):
+    """Waits for something that a run does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def contains(path: Path, text: str) -> bool:
+    return path.exists() and text in path.read_text()
+
+
+def test_kill_9_at_random_moments_loses_nothing(forks, cache, tmp_path, unbroken):
+    rng, run, kills, torn = random.Random(0), tmp_path / "run", 0, 0
+    for _ in range(15):
+        done = len(checkpoints(run))
+        pid = forks.start(flags(cache, tmp_path))
+        until(lambda done=done: len(checkpoints(run)) > min(done, 1) or contains(run / "log.txt", "finished"))
+        time.sleep(rng.uniform(0, 0.12))
+        os.killpg(pid, signal.SIGKILL)
+        kills += forks.wait() == -signal.SIGKILL
+        torn += bool(list((run / "checkpoints").glob(".*")))
+    assert kills >= 10 and torn >= 1, (kills, torn)  # some in the middle of a save
+    forks.start(flags(cache, tmp_path))
+    assert forks.wait() == 0
+    assert same(run, unbroken)
+    assert [int(folder.name) for folder in sorted((run / "checkpoints").iterdir())] == [STEPS - 3, STEPS]  # no leftovers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_exits_with_the_documented_code(forks, cache, tmp_path, unbroken, number):
+    run = tmp_path / "run"
+    pid = forks.start(flags(cache, tmp_path, "--checkpointing-steps", 1000, "--num-workers", 2))
+    until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
+    os.killpg(pid, number)  # the whole job, loader processes too, as a scheduler does
+    assert forks.wait() == STOPPED == 75
+    (saved,) = checkpoints(run)
+    assert 4 <= int(saved.name) < STEPS and contains(run / "log.txt", f"stopped by {number.name} at step {int(saved.name)}")
+    forks.start(flags(cache, tmp_path, "--checkpointing-steps", 1000))
+    assert forks.wait() == 0
+    assert same(run, unbroken)
+
+
+def test_a_full_disk_is_told_of_and_tried_again(forks, cache, tmp_path, unbroken):
+    run = tmp_path / "run"
+    pid = forks.start(flags(cache, tmp_path))
+    until(lambda: checkpoints(run))
+    whole = resource.prlimit(pid, resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))  # EFBIG, as a quota gives
+    until(lambda: contains(run / "log.txt", "could not save step"))
+    before = checkpoints(run)
+    assert before
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, whole)
+    assert forks.wait() == 0
+    assert same(run, unbroken)
+
+
+def test_a_disk_that_stays_full_ends_in_one_line_with_the_old_checkpoint(forks, cache, tmp_path):
+    run = tmp_path / "run"
+    pid = forks.start(flags(cache, tmp_path))
+    until(lambda: checkpoints(run))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
+    assert forks.wait() == 2
+    assert checkpoints(run) and not list((run / "checkpoints").glob(".*"))
+
+
+def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
+    """Two torchrun agents on one machine; the second is killed with its process and the job started again."""
+
+    def job() -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        command += ["--master_addr", "localhost", "--master_port", str(port)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return [
+            subprocess.Popen(
+                [*command, "--node_rank", str(node), "train.py", *flags(cache, tmp_path)], cwd=ROOT, env=environment,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            )
+            for node in range(2)
+        ]  # fmt: skip
+
+    agents = job()
+    try:
+        until(lambda: checkpoints(tmp_path / "run"), seconds=120)
+        workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
+        os.killpg(agents[1].pid, signal.SIGKILL)
+        for worker in workers:
+            os.kill(int(worker), signal.SIGKILL)
+        assert agents[0].wait(timeout=120) != 0
+        agents = job()
+        assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
