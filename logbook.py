@@ -3,10 +3,10 @@
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from files import write_file
 from guard import Guard
 from train_state import TrainState
 
-TERMS = ("loss", "velocity", "align", "grad_norm")
+TERMS = ("loss", "velocity", "align", "cosine", "grad_norm")
+
+
+T = TypeVar("T")
 
 
 def every(step: int, period: int) -> bool:
@@ -36,15 +39,17 @@ class Log:
         main: bool,
         reduce: Callable[[Tensor, str], Tensor],
         guard: Guard,
+        utilisation: float,
         tracker: Any = None,
     ):
-        """reduce(tensor, "mean") averages over processes; the tracker has log(row, step=), image(path, step), finish()."""
+        """utilisation is the mfu that one image a second would be; reduce(tensor, "mean") averages over processes; the
+        tracker has log(row, step=), image(path, step) and finish()."""
         self.args, self.folder, self.main, self.reduce, self.tracker = args, folder, main, reduce, tracker
         self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(TERMS)), device=device)
         self.current = torch.zeros(len(TERMS) - 1, device=device)
         self.good = torch.tensor(state.extra.get("log_good", 0.0), device=device)
         self.skipped = state.extra.get("log_skipped", 0)
-        self.guard = guard
+        self.guard, self.utilisation, self.waited = guard, utilisation, 0.0
         self.clock, self.clock_step = time.perf_counter(), state.step
         if main:
             self._drop_lines_after(state.step)
@@ -72,7 +77,7 @@ class Log:
 
     def losses(self) -> Tensor:
         """The step's velocity and alignment loss so far, (2,), on the device."""
-        return self.current[1:]
+        return self.current[1:3]
 
     def step(self, step: int, grad_norm: Tensor, good: Tensor) -> None:
         """Ends a step, which counts in the means if `good` is 1; every --log-every steps reduces over processes and writes."""
@@ -91,7 +96,8 @@ class Log:
         rate = (step - self.clock_step) * self.args.batch_size / (now - self.clock)
         means = {key: total / good if good else None for key, total in zip(TERMS, sums)}
         row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped, "images_per_s": rate}
-        self.clock, self.clock_step, self.skipped = now, step, 0
+        row |= self._gauges(rate, now - self.clock)
+        self.clock, self.clock_step, self.skipped, self.waited = now, step, 0, 0.0
         self.sums.zero_()
         self.good.zero_()
         if self.main:
@@ -100,6 +106,25 @@ class Log:
             self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
             if self.tracker:
                 self.tracker.log(row, step=step)
+
+    def _gauges(self, images_per_s: float, seconds: float) -> dict[str, float]:
+        """mfu: share of the machine's matrix products that the run's own FLOPs fill; data_share: of the time, spent waiting for
+        batches; peak_memory_gib: of the device."""
+        gauges = {"mfu": images_per_s * self.utilisation, "data_share": self.waited / seconds}
+        if self.sums.is_cuda:
+            gauges["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return gauges
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches, noting how long each was waited for."""
+        iterator = iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _hear_guard(self) -> None:
         lines, bad = self.guard.report(self.reduce)

@@ -18,6 +18,7 @@ class LossTerms(NamedTuple):
 
     velocity: Tensor  # (B,)
     align: Tensor  # (B,), zero outside the timestep window and without alignment
+    cosine: Tensor  # (B,), between head output and target whatever the loss: a gauge, without gradient
 
 
 def velocity_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def velocity_loss(pred: Tensor, target: Tensor) -> Tensor:
     return (pred.float() - target.float()).square().flatten(1).mean(1)
 
 
-def cosine_distance(pred: Tensor, target: Tensor, beta: float) -> Tensor:
+def cosine_distance(pred: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
     """1 - cosine over a token's D numbers (dim=-1), averaged over tokens: (B, N, D), (B, N, D) -> (B,)."""
     return 1 - F.cosine_similarity(pred.float(), target.float(), dim=-1).mean(-1)
 
@@ -84,5 +85,6 @@ def training_losses(
     pred, projected = model(x_t, t, labels)
     velocity = velocity_loss(pred, v)
     if projected is None:
-        return LossTerms(velocity, torch.zeros_like(velocity))
-    return LossTerms(velocity, alignment_loss(projected, target, t, **align))
+        return LossTerms(velocity, *torch.zeros_like(velocity).expand(2, -1))
+    cosine = 1 - cosine_distance(projected.detach(), target.detach())
+    return LossTerms(velocity, alignment_loss(projected, target, t, **align), cosine)

@@ -22,6 +22,7 @@ from cli import UserError
 from dataset import CacheError, LatentCache, TrainingStream
 from files import write_file
 from flags import check_args, check_cache, check_same_run, make_config, parse_args, precision
+from flops import backbone_flops, head_flops, matmul_rate, training_flops
 from guard import Guard
 from interpolant import PATHS
 from keyed_random import Purpose, normal, uniform
@@ -56,7 +57,7 @@ def train(
     votes = Votes(accelerator.num_processes, questions=2)
     null_class, shape, patch = cache.manifest.num_classes, tuple(cache.manifest.latent_shape), PRESETS[args.model]["patch"]
 
-    for batch in batches:
+    for batch in log.timed(batches):
         number, moments, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
         t = uniform(args.seed, Purpose.TIME, number).float()
         noise = normal(args.seed, Purpose.NOISE, number, shape).float()
@@ -72,7 +73,7 @@ def train(
                 terms = training_losses(model, path, x, y, eps, s, z, **align)
                 loss = (terms.velocity + args.align_weight * terms.align).mean()
                 accelerator.backward(loss / parts)
-            log.add(torch.stack((loss, terms.velocity.mean(), terms.align.mean())).detach() / parts)
+            log.add(torch.stack((loss, *(term.mean() for term in terms))).detach() / parts)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         good = log.guard.judge(state.step + 1, log.losses(), grad_norm)
         optimizer.step()
@@ -118,17 +119,23 @@ def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) 
         writer.submit(state)
 
 
-def summary(args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, state: TrainState) -> str:
-    """What is about to run, in one line."""
-    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in state.model.named_children()}
-    share = args.batch_size // accelerator.num_processes // args.gradient_accumulation_steps
-    head = f" + head {millions['head']:.1f}M on block {args.align_depth}" if "head" in millions else ", no alignment"
+def summary(
+    args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, model: AlignedSiT, head: dict | None
+) -> str:
+    """What is about to run, in three lines."""
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    body, extra = backbone_flops(model.backbone.config), head_flops(model.backbone.config, head)
+    processes, parts = accelerator.num_processes, args.gradient_accumulation_steps
+    local, epochs = args.batch_size // processes // parts, args.max_train_steps * args.batch_size / len(cache)
+    alignment = "no alignment"
+    if head:
+        alignment = f"head on block {args.align_depth}: {millions['head']:.1f}M, {extra / 2e9:.2f} GMAC (+{extra / body:.1%})"
     return (
-        f"{args.model} {millions['backbone']:.1f}M{head}; {len(cache):,} images, {cache.manifest.num_classes} classes; "
-        f"global batch {args.batch_size} = {accelerator.num_processes} (processes) x {share} (local)"
-        f" x {args.gradient_accumulation_steps} (accumulated); "
-        f"{accelerator.device.type}, mixed precision {accelerator.mixed_precision}; "
-        f"{args.max_train_steps:,} steps = {args.max_train_steps * args.batch_size / len(cache):.1f} epochs"
+        f"{args.model}: {millions['backbone']:.1f}M parameters, {body / 2e9:.2f} GMAC an image; {alignment}\n"
+        f"global batch {args.batch_size} = {processes} (processes) x {local} (local) x {parts} (accumulated) "
+        f"on {accelerator.device.type}, precision {accelerator.mixed_precision}\n"
+        f"{len(cache):,} images an epoch, {cache.manifest.num_classes} classes; "
+        f"{args.max_train_steps:,} steps are {epochs:.1f} epochs"
     )
 
 
@@ -210,9 +217,12 @@ def main() -> None:
         return
     tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and accelerator.is_main_process else None
     guard = Guard(optimizer, accelerator.mixed_precision == "fp16", state.extra.get("streak", 0))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    flops = training_flops(backbone.config, config["head"])
+    utilisation = flops / matmul_rate(accelerator.device, dtype) / accelerator.num_processes
     main_process = accelerator.is_main_process
-    log = Log(args, folder, state, accelerator.device, main_process, accelerator.reduce, guard, tracker)
-    log.say(summary(args, accelerator, cache, state))
+    log = Log(args, folder, state, accelerator.device, main_process, accelerator.reduce, guard, utilisation, tracker)
+    log.say(summary(args, accelerator, cache, model, config["head"]))
     if state.step:
         log.say(f"continuing from {saved[-1]}")
     with stop_on_signal() as request, Writer(folder, config, args.keep_last, args.milestone_steps) as writer:

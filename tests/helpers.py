@@ -58,7 +58,8 @@ def train_flags(cache: Path, exps: Path, name: str, *more) -> list[str]:
 def rows(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+    clock = ("images_per_s", "mfu", "data_share")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
 def same_weights(a: Path, b: Path, step: str = "0000010") -> bool:

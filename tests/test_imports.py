@@ -28,24 +28,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"models"}, {"torch", "timm", "diffusers"}),
     "agreement": (set(), {"torch"}),
     "guard": ({"cli"}, {"torch"}),
+    "flops": ({"models"}, {"torch"}),
     "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
     "flags": ({*LEAVES, "dataset", "interpolant", "loss", "models", "train_state"}, {"torch"}),
     "train": (
-        {
-            *LEAVES,
-            "agreement",
-            "dataset",
-            "flags",
-            "guard",
-            "interpolant",
-            "keyed_random",
-            "logbook",
-            "loss",
-            "models",
-            "preview",
-        }
-        | {"train_state"},
+        {*LEAVES, "agreement", "dataset", "flags", "flops", "guard", "interpolant", "keyed_random", "logbook", "loss"}
+        | {"models", "preview", "train_state"},
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (
