@@ -18,8 +18,8 @@ from train_state import checkpoints, read_config
 # Flags that may change between two starts of one run; every other one is part of what the run is.
 FREE_FLAGS = {
     "data_dir", "output_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "preview_cfg_scale", "log_every",
-    "keep_last", "milestone_steps", "num_workers", "report_to", "gradient_accumulation_steps", "vae", "resolution",
-    "num_classes",
+    "keep_last", "milestone_steps", "num_workers", "report_to", "gradient_accumulation_steps", "compile",
+    "activation_checkpointing", "vae", "resolution", "num_classes",
 }  # fmt: skip
 
 
@@ -69,6 +69,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--max-grad-norm", type=cli.above_zero, default=1.0, help="gradient clipping")
     add("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights, per step")
     add("--mixed-precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
+    add("--compile", action="store_true", help="compile the repeated block once (torch.compile)")
+    add("--activation-checkpointing", action="store_true", help="keep the blocks' inputs only: less memory, a third more work")
     add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
 
     add = parser.add_argument_group("logging").add_argument

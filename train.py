@@ -129,9 +129,9 @@ def summary(
     local, epochs = args.batch_size // processes // parts, args.max_train_steps * args.batch_size / len(cache)
     alignment = "no alignment"
     if head:
-        alignment = f"head on block {args.align_depth}: {millions['head']:.1f}M, {extra / 2e9:.2f} GMAC (+{extra / body:.1%})"
+        alignment = f"head on block {args.align_depth}: {millions['head']:.1f}M, {extra / 2e9:.3g} GMAC (+{extra / body:.1%})"
     return (
-        f"{args.model}: {millions['backbone']:.1f}M parameters, {body / 2e9:.2f} GMAC an image; {alignment}\n"
+        f"{args.model}: {millions['backbone']:.1f}M parameters, {body / 2e9:.3g} GMAC an image; {alignment}\n"
         f"global batch {args.batch_size} = {processes} (processes) x {local} (local) x {parts} (accumulated) "
         f"on {accelerator.device.type}, precision {accelerator.mixed_precision}\n"
         f"{len(cache):,} images an epoch, {cache.manifest.num_classes} classes; "
@@ -197,6 +197,10 @@ def main() -> None:
             weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
         )  # fmt: skip
         state = TrainState(model, copy.deepcopy(model.backbone).eval().requires_grad_(False), optimizer)
+        backbone.recompute = args.activation_checkpointing
+        if args.compile:
+            for block in backbone.blocks:  # after the EMA's copy, which is sampled from with other shapes
+                block.compile()
         if accelerator.is_main_process:
             clear_leftovers(folder)
         saved = checkpoints(folder)

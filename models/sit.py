@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_position(config.width, side)[None], requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(config.width, config.heads) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
+        self.recompute = False  # set to keep a block's input only, and compute the block again in the backward pass
         self.initialize()
 
     def initialize(self) -> None:
@@ -167,7 +169,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         features = None
         for k, block in enumerate(self.blocks, 1):
-            tokens = block(tokens, c)
+            tokens = checkpoint(block, tokens, c, use_reentrant=False) if self.recompute else block(tokens, c)
             if k == return_block:
                 features = tokens
         velocity = self.unpatchify(self.final_layer(tokens, c))

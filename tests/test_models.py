@@ -139,6 +139,17 @@ def test_target_tokens_have_the_order_of_the_output_layer():
     assert latent_tokens(x, 2).shape == (3, 16, 16)
 
 
+def test_recomputing_blocks_changes_nothing():
+    gradients = []
+    for recompute in (False, True):
+        model = awake(small())
+        model.recompute = recompute
+        velocity, features = model(*inputs(), return_block=2)
+        (velocity.square().sum() + features.sum()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_gradients_reach_the_blocks_up_to_the_aligned_one_only():
     backbone = awake(small())
     model = AlignedSiT(backbone, Projector(32, 16, layers=2), block=2)
