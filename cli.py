@@ -75,52 +75,49 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return {Path: "PATH", device: "DEVICE"}.get(action.type, "NAME")
 
 
+def _number(text: str, kind: type, allowed: Callable[[float], bool], which: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {which}")
+    return value
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def count(text: str) -> int:
     """An argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def seed(text: str) -> int:
+    """An argparse type: an integer in [0, 2**32)."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
 def fraction(text: str) -> float:
     """An argparse type: a number in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
-    return value
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def decay(text: str) -> float:
     """An argparse type: a number in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 0 and below 1")
-    return value
+    return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 
 def amount(text: str) -> float:
     """An argparse type: a finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0")
-    return value
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 
 def above_zero(text: str) -> float:
     """An argparse type: a finite number above 0."""
-    value = amount(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("it must be above 0")
-    return value
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def device(text: str) -> str:
@@ -130,11 +127,3 @@ def device(text: str) -> str:
     if text != "cpu" and int(text.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"there is no {text} here")
     return text
-
-
-def seed(text: str) -> int:
-    """An argparse type: an integer in [0, 2**32)."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 2**32 - 1")
-    return value

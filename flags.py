@@ -143,7 +143,10 @@ def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> dict
     now["align_t_range"] = list(args.align_t_range)
     path = folder / "args.json"
     if path.exists():
-        then = json.loads(path.read_text())
+        try:
+            then = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove it to continue the run under the flags given now") from None
         changed = [key for key in now if key not in FREE_FLAGS and then.get(key) != now[key]]
         if changed:
             what = "; ".join(f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in changed)

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mode", choices=("sde", "ode"), default="sde", help="Euler-Maruyama, or the probability-flow ODE by Euler")
     add("--heun", action="store_true", help="ODE by Heun's method instead of Euler's")
     add("--num-steps", type=cli.positive, default=250, help="steps from noise to data")
-    add("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    add("--cfg-scale", type=cli.amount, default=1.0, help="classifier-free guidance; 1 is none")
     add("--guidance-low", type=cli.fraction, default=0.0, help="guide only for t at or above this (0 is data)")
     add("--guidance-high", type=cli.fraction, default=1.0, help="guide only for t at or below this (1 is noise)")
 
@@ -150,18 +150,18 @@ def draw_grid(path: Path, parts: list[Path], labels: np.ndarray, what: dict, row
     save_png(labelled_grid(pictures, title), path)
 
 
-def claim(parts: Path, done: Path, what: dict) -> bool:
+def claim(parts: Path, npz: Path, what: dict) -> bool:
     """Whether NAME is finished already. Records what is being sampled; raises UserError if NAME is something else's."""
-    record = done if done.exists() else parts / "sampling.json"
-    if not record.exists():
+    done = npz.exists() and npz.with_suffix(".json").exists()
+    record = npz.with_suffix(".json") if done else parts / "sampling.json"
+    if not done and not list(parts.glob("*.npy")):  # nothing is made yet that could be mixed with
         write_file(record, json.dumps(what, indent=2).encode())
         return False
-    old = json.loads(record.read_text())
+    old = json.loads(record.read_text()) if record.exists() else {}
     changed = "; ".join(f"{key} was {old.get(key)}, is {what[key]}" for key in what if old.get(key) != what[key])
     if changed:
-        place = done.with_suffix(".npz") if record == done else parts
-        raise UserError(f"{place} was sampled otherwise: {changed}. Remove it or give another --name")
-    return record == done and done.with_suffix(".npz").exists()
+        raise UserError(f"{npz if done else parts} was sampled otherwise: {changed}. Remove it or give another --name")
+    return done
 
 
 def main() -> None:
@@ -192,10 +192,12 @@ def main() -> None:
     model.to(device)
 
     guidance = f"-cfg{args.cfg_scale:g}" if args.cfg_scale > 1 else ""
+    if guidance and (args.guidance_low, args.guidance_high) != (0, 1):
+        guidance += f"-from{args.guidance_low:g}-to{args.guidance_high:g}"
     run = checkpoint.parent.parent.name
     name = args.name or f"{run}-{checkpoint.name}-{what['solver']}{args.num_steps}{guidance}-seed{args.global_seed}"
     parts, npz = args.sample_dir / f"{name}.parts", args.sample_dir / f"{name}.npz"
-    if claim(parts, npz.with_suffix(".json"), what):
+    if claim(parts, npz, what):
         if rank == 0:
             shutil.rmtree(parts, ignore_errors=True)
             print(f"{npz} is complete: {args.num_fid_samples:,} images")

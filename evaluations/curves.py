@@ -17,7 +17,8 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
     """metrics.jsonl of a run, column by column. Raises UserError."""
     path = run / "metrics.jsonl"
     if not path.exists():
-        raise UserError(f"{run} has no metrics.jsonl: name a run's folder (exps/NAME)")
+        why = "has not logged yet (--log-every)" if (run / "args.json").exists() else "is no run: name a folder like exps/NAME"
+        raise UserError(f"{run} {why}")
     rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if not rows:
         raise UserError(f"{path} is empty: the run has not logged yet (--log-every)")
@@ -33,9 +34,9 @@ def draw(runs: dict[str, dict[str, np.ndarray]], out: Path) -> None:
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 3.6), layout="constrained")
     for axis, (key, title) in zip(axes, PANELS.items()):
-        for name, columns in runs.items():
+        for i, (name, columns) in enumerate(runs.items()):
             if np.any(columns[key] > 0):
-                axis.plot(columns["images"] / 1e3, columns[key], label=name, linewidth=1.6)
+                axis.plot(columns["images"] / 1e3, columns[key], f"C{i}", label=name, linewidth=1.6)
         axis.set_title(title)
         axis.set_xlabel("thousand images seen")
         axis.set_yscale("log")
@@ -56,7 +57,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="picture to write (default: curves.png in the first run)")
     args = parser.parse_args()
     out = args.out or args.runs[0] / "curves.png"
-    draw({run.name: read_metrics(run) for run in args.runs}, out)
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {out} must end in .png, .pdf or .svg")
+    names = [run.name for run in args.runs]
+    runs = {run.name if names.count(run.name) == 1 else str(run): read_metrics(run) for run in args.runs}
+    draw(runs, out)
     print(f"curves: {out}")
 
 

@@ -173,7 +173,10 @@ def main() -> None:
         "sampling": {key: value for key, value in sampling.items() if key != "class_names"},
     }  # fmt: skip
     out = args.out or args.samples.with_suffix(".metrics.json")
-    result = json.loads(out.read_text()) if out.exists() else {}
+    try:
+        result = json.loads(out.read_text()) if out.exists() else {}
+    except ValueError:
+        raise UserError(f"--out {out} is there already, and is no metrics.json") from None
     if {key: value for key, value in result.items() if key != "metrics"} != identity:
         result = {"metrics": evaluate(args, arrays["arr_0"], arrays.get("arr_1")), **identity}
         write_file(out, (json.dumps(result, indent=2) + "\n").encode())

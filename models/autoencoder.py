@@ -45,8 +45,11 @@ class Autoencoder:
     def __init__(self, name: str = DEFAULT_VAE, device: torch.device | str = "cpu"):
         from diffusers import AutoencoderKL  # seconds to import, and training without previews never needs it
 
-        if Path(name).exists() and not (Path(name) / "config.json").exists():
+        folder = Path(name)
+        if folder.exists() and not (folder / "config.json").exists():
             raise FileNotFoundError(f"--vae {name} is no diffusers folder: config.json is missing")
+        if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
+            raise FileNotFoundError(f"--vae {name}: there is no such folder, seen from {Path.cwd()}")
         try:
             vae = AutoencoderKL.from_pretrained(name)
         except (OSError, ValueError) as error:

@@ -110,9 +110,10 @@ def make_manifest(plan: dict, entries: list[dict]) -> Manifest:
 
 
 def check_plan(args: argparse.Namespace, plan: dict) -> None:
-    """Refuses to mix two encodings in one folder; records this one."""
+    """Refuses to mix two encodings in one folder; records this one. Before a first shard is done there is nothing to mix, and
+    what is done holds no bad images, so --skip-bad may come later."""
     path = args.dest / "partial" / "plan.json"
-    if path.exists():
+    if path.exists() and list(path.parent.glob("*.npy.json")):
         old = json.loads(path.read_text())
         changed = [key for key in plan if old.get(key) != plan[key]]
         if changed:
@@ -153,7 +154,7 @@ def main() -> None:
         "source": str(args.source), "images": total, "class_names": source.class_names,
         "resolution": args.resolution, "crop": CROP, "vae": args.vae, "vae_fingerprint": vae.fingerprint(),
         "scale": vae.scale.scale, "shift": vae.scale.shift,
-        "shard_size": args.shard_size, "batch_size": args.batch_size, "skip_bad": args.skip_bad,
+        "shard_size": args.shard_size, "batch_size": args.batch_size,
     }  # fmt: skip
     if already_done(args, plan):
         return

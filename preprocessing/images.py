@@ -58,7 +58,7 @@ def _open_folder(path: Path, flag: str) -> ImageSource:
         if not files:
             empty.append(folder.name)
     if entries and empty:
-        raise UserError(f"{flag} {path}: {empty[0]} (and {len(empty) - 1} more) would be a class without images; remove it")
+        raise UserError(f"{flag} {path}: classes without images ({', '.join(empty[:5])}): fill or remove those folders")
     return ImageSource(path, entries, [folder.name for folder in classes])
 
 

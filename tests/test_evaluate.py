@@ -150,4 +150,6 @@ def test_curves_draw_several_runs(call, trained, tmp_path):
     code, out = call(curves, trained, trained, "--out", tmp_path / "c.png")
     assert code == 0 and (tmp_path / "c.png").stat().st_size > 10_000, out
     code, out = call(curves, tmp_path)
-    assert code == 2 and "no metrics.jsonl" in out
+    assert code == 2 and "is no run" in out
+    code, out = call(curves, trained, "--out", tmp_path / "c.txt")
+    assert code == 2 and "must end in .png" in out

@@ -94,6 +94,10 @@ def test_interrupted_sampling_goes_on_and_leftovers_are_refused(call, trained, t
     assert len(done) == 4  # two before, the interrupted one again
     code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))
     assert code == 0 and "is complete" in out and len(done) == 4
+    (tmp_path / "s.npz").unlink()  # the remedy that the message names works
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-steps", 4)[0] == 0
+    (tmp_path / "s.npz").unlink()
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "whole"))[0] == 0
     assert np.array_equal(images(tmp_path)[0], images(tmp_path, "whole")[0])
 
@@ -142,9 +146,10 @@ def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
         (["--ckpt", "/nonexistent"], "--ckpt /nonexistent: /nonexistent is neither a run"),
         (["--cfg-scale", 0.5], "--cfg-scale 0.5 is below 1"),
         (["--guidance-low", 0.7, "--guidance-high", 0.3], "--guidance-low 0.7 lies above"),
+        (["--cfg-scale", "nan"], "nan is not a number of at least 0"),
         (["--heun"], "add --mode ode"),
         (["--num-steps", 1], "--num-steps 1 is too few"),
-        (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae cannot be loaded"),
+        (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae: there is no such folder"),
     ],
 )
 def test_mistakes_end_in_one_line_before_any_work(call, trained, tmp_path, more, message):

@@ -184,14 +184,14 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
         (["--data-dir", "/nonexistent"], "/nonexistent is no latent cache"),
         (["--exp-name", "a/b"], "--exp-name 'a/b'"),
         (["--exp-name", ""], "--exp-name ''"),
-        (["--learning-rate", -1], "argument --learning-rate: -1.0 is not a number of at least 0"),
-        (["--max-grad-norm", 0], "argument --max-grad-norm: it must be above 0"),
+        (["--learning-rate", -1], "argument --learning-rate: -1 is not a number above 0"),
+        (["--max-grad-norm", 0], "argument --max-grad-norm: 0 is not a number above 0"),
         (["--align-weight", "nan"], "argument --align-weight/--proj-coeff: nan is not a number"),
         (["--adam-beta1", 1], "argument --adam-beta1"),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
         (["--align-loss", "huber"], "invalid choice: 'huber'"),
-        (["--batch-size", 0], "0 is not at least 1"),
-        (["--sampling-steps", 2, "--vae", "/nonexistent/vae"], "--vae /nonexistent/vae cannot be loaded"),
+        (["--batch-size", 0], "0 is not a whole number of at least 1"),
+        (["--sampling-steps", 2, "--vae", "/nonexistent/vae"], "--vae /nonexistent/vae: there is no such folder"),
     ],
 )
 def test_mistakes_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
