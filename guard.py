@@ -25,7 +25,7 @@ class Guard:
         """Losses (2,) of this process, gradient norm of all -> whether the step is good, a float on the device."""
         bad = ~torch.isfinite(torch.cat((losses.detach(), grad_norm.detach().reshape(1))))
         if self.fp16:
-            bad = bad & torch.tensor([True, True, False], device=bad.device)
+            bad[2] = False
         else:
             self.optimizer.found_inf = bad[2].float()  # a bad loss makes a bad gradient, and DDP makes it everyone's
         self.steps.append(step)

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from cli import UserError
+from guard import PATIENCE, Guard
+
+
+class Optimizer:
+    """Takes the verdict."""
+
+
+def judge(guard, step, velocity=1.0, align=1.0, gradient=1.0) -> float:
+    return guard.judge(step, torch.tensor([velocity, align]), torch.tensor(gradient)).item()
+
+
+def alone(tensor, how):
+    return tensor
+
+
+def test_fp16s_overflown_gradients_are_not_counted_but_its_losses_are():
+    guard, inf, nan = Guard(Optimizer(), fp16=True), float("inf"), float("nan")
+    assert [judge(guard, 1, gradient=inf), judge(guard, 2, align=nan, gradient=nan)] == [1, 0]
+    assert guard.report(alone) == (["step 2: alignment loss not finite, update skipped"], 1)
+    assert not hasattr(guard.optimizer, "found_inf")  # skipping is the scaler's
+
+
+def test_without_a_scaler_the_optimizer_is_told():
+    guard = Guard(Optimizer(), fp16=False)
+    for gradient, verdict in ((float("nan"), 1.0), (2.0, 0.0)):
+        judge(guard, 1, gradient=gradient)
+        assert guard.optimizer.found_inf.item() == verdict
+
+
+def test_a_streak_goes_on_across_reports_and_ends_with_a_good_step():
+    guard, nan = Guard(Optimizer(), fp16=False), float("nan")
+    for step in range(1, PATIENCE):
+        judge(guard, step, gradient=nan)
+    assert guard.report(alone)[1] == guard.streak == PATIENCE - 1
+    judge(guard, PATIENCE)
+    assert guard.report(alone) == ([], 0) and guard.streak == 0
+    for step in range(10, 10 + PATIENCE):
+        judge(guard, step, gradient=nan)
+        if step < 10 + PATIENCE - 1:
+            guard.report(alone)
+    with pytest.raises(UserError, match=f"step {10 + PATIENCE - 1}: gradient not finite.*like the {PATIENCE - 1} before it"):
+        guard.report(alone)
