@@ -58,9 +58,9 @@ def test_inception_features_are_torch_fidelitys_with_adms_spatial_tap(inception_
     torch.testing.assert_close(probabilities, torch.softmax(logits, 1))
     conv = oracle.Mixed_6d.branch1x1
     by_hand = torch.relu(conv.bn(conv.conv(kept["x"])))  # mixed_6/conv, 17 x 17 x 192
-    assert spatial.shape == (2, 17 * 17 * 7) and spatial.std() > 0
-    for y, x, c in ((0, 0, 0), (3, 11, 5), (16, 16, 6)):  # NHWC: the channel runs fastest
-        torch.testing.assert_close(spatial[:, (y * 17 + x) * 7 + c], by_hand[:, c, y, x])
+    expected = [by_hand[:, c, y, x] for y in range(17) for x in range(17) for c in range(7)]  # NHWC: the channel runs fastest
+    torch.testing.assert_close(spatial, torch.stack(expected, 1))
+    assert spatial.count_nonzero() > 100
 
 
 def test_inception_metrics_against_images_and_against_statistics(call, tmp_path, inception_weights):

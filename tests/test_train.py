@@ -37,6 +37,17 @@ def test_ten_steps_equal_five_and_five_bit_for_bit(call, cache, tmp_path, unbrok
     assert code == 0 and "has finished its 10 steps" in out
 
 
+def test_the_ema_follows_the_weights_of_every_step(call, cache, tmp_path):
+    flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 3, "--checkpointing-steps", 1)
+    assert call(train, *flags)[0] == 0
+    folders = [tmp_path / f"run/checkpoints/000000{k}" for k in (1, 2, 3)]
+    weights, averages = ([load_file(folder / f"{name}.safetensors") for folder in folders] for name in ("model", "ema"))
+    for before, after, now in zip(averages, averages[1:], weights[1:]):
+        for key in after:
+            torch.testing.assert_close(after[key], 0.9 * before[key] + 0.1 * now[f"backbone.{key}"])
+    assert not torch.equal(averages[0]["blocks.0.attn.qkv.weight"], averages[2]["blocks.0.attn.qkv.weight"])
+
+
 def test_accumulation_is_the_same_run(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10)
     assert call(train, *flags, "--gradient-accumulation-steps", 4)[0] == 0
