@@ -22,12 +22,10 @@ import cli
 from cli import UserError
 from files import sha256, write_array, write_file
 from grid import labelled_grid, save_png
-from interpolant import PATHS
-from keyed_random import Purpose, normal, uniform
 from models.autoencoder import Autoencoder
 from models.sit import SiT, SiTConfig
-from samplers import guided, ode, sde
-from train_state import CheckpointError, find_checkpoint, load_weights, read_config
+from sampling import LABELS, Recipe
+from train_state import CheckpointError, ema_name, find_checkpoint, load_weights, read_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,12 +33,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, required=True, help="a run (exps/NAME: its newest checkpoint) or one checkpoint of it")
+    add("--ema-decay", type=cli.decay, help="which average, of a run that keeps several (default: its first)")
     add("--vae", help="hub id or folder of the decoder (default: the one that made the training latents)")
     add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
 
     add = parser.add_argument_group("what to sample").add_argument
     add("--num-fid-samples", type=cli.positive, default=50_000, help="images")
-    add("--labels", choices=("random", "balanced"), default="random", help="classes drawn uniformly, or as many of each")
+    add("--labels", choices=LABELS, default="random", help="classes drawn uniformly, or as many of each")
     add("--global-seed", type=cli.seed, default=0, help="with an image's index, decides its noise and its class")
 
     add = parser.add_argument_group("sampler").add_argument
@@ -59,57 +58,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Mistakes that can be seen before anything is read. Raises UserError."""
-    if args.cfg_scale < 1:
-        raise UserError(f"--cfg-scale {args.cfg_scale} is below 1; 1 is no guidance")
-    if args.guidance_low > args.guidance_high:
-        raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
-    if args.heun and args.mode == "sde":
-        raise UserError("--heun is an ODE solver: add --mode ode")
-    if args.mode == "sde" and args.num_steps < 2:
-        raise UserError(
-            "--num-steps 1 is too few for --mode sde, which ends with one deterministic step after at least one other"
-        )
-
-
-def describe(args: argparse.Namespace, checkpoint: Path, config: dict, vae: Autoencoder) -> dict:
+def describe(args: argparse.Namespace, checkpoint: Path, config: dict, vae: Autoencoder, recipe: Recipe) -> dict:
     """All that decides what the images are: NAME.json, and what evaluation copies into metrics.json."""
-    solver = "euler-maruyama" if args.mode == "sde" else "heun" if args.heun else "euler"
     return {
-        "checkpoint": str(checkpoint), "ema_sha256": sha256(checkpoint / "ema.safetensors"), "model": config["model_name"],
-        "step": config["step"], "images_seen": config["step"] * config["batch_size"], "ema_decay": config["ema_decay"],
-        "path_type": config["path_type"], "mode": args.mode, "solver": solver, "num_steps": args.num_steps,
-        "cfg_scale": args.cfg_scale, "guidance_low": args.guidance_low, "guidance_high": args.guidance_high,
-        "labels": args.labels, "global_seed": args.global_seed, "count": args.num_fid_samples,
+        "checkpoint": str(checkpoint), "ema_sha256": sha256(checkpoint / ema_name(config, args.ema_decay)),
+        "model": config["model_name"], "step": config["step"], "images_seen": config["step"] * config["batch_size"],
+        "ema_decay": args.ema_decay or config["ema_decay"][0], "path_type": recipe.path_type, "mode": recipe.mode,
+        "solver": recipe.solver, "num_steps": recipe.num_steps, "cfg_scale": recipe.cfg_scale,
+        "guidance_low": recipe.guidance_low, "guidance_high": recipe.guidance_high,
+        "labels": recipe.labels, "global_seed": recipe.seed, "count": args.num_fid_samples,
         "per_proc_batch_size": args.per_proc_batch_size, "vae": vae.name, "vae_fingerprint": vae.fingerprint(),
         "allow_tf32": args.allow_tf32, "class_names": config["data"]["class_names"],
     }  # fmt: skip
-
-
-def classes(args: argparse.Namespace, index: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """The class of each image: (B,) indices -> (B,)."""
-    if args.labels == "balanced":
-        return index % num_classes
-    return (uniform(args.global_seed, Purpose.CLASS, index) * num_classes).long().clamp(max=num_classes - 1)
-
-
-@torch.no_grad()
-def sample_batch(args: argparse.Namespace, model: SiT, vae: Autoencoder, path_type: str, index: torch.Tensor) -> np.ndarray:
-    """Images (B, H, W, 3) uint8 for the indices (B,)."""
-    shape = (model.config.channels, model.config.latent_size, model.config.latent_size)
-    labels = classes(args, index, model.config.num_classes)
-    start = normal(args.global_seed, Purpose.START, index, shape)
-    null = model.config.num_classes
-    velocity = guided(model, labels, null, args.cfg_scale, args.guidance_low, args.guidance_high)
-    if args.mode == "ode":
-        latent = ode(velocity, start, args.num_steps, args.heun)
-    else:
-        latent = sde(
-            velocity, PATHS[path_type], start, args.num_steps,
-            lambda step: normal(args.global_seed, Purpose.BROWNIAN, index, shape, draw=step),
-        )  # fmt: skip
-    return vae.decode(latent).cpu().numpy()
 
 
 def write_npz(path: Path, parts: list[Path], labels: np.ndarray, count: int) -> None:
@@ -166,7 +126,17 @@ def claim(parts: Path, npz: Path, what: dict) -> bool:
 
 def main() -> None:
     args = parse_args()
-    check_args(args)
+    recipe = Recipe(
+        args.mode,
+        args.heun,
+        args.num_steps,
+        args.cfg_scale,
+        args.guidance_low,
+        args.guidance_high,
+        args.labels,
+        args.global_seed,
+    )
+    recipe.check()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -179,12 +149,13 @@ def main() -> None:
     try:
         checkpoint = find_checkpoint(args.ckpt)
         config = read_config(checkpoint)
+        recipe = recipe._replace(path_type=config["path_type"])
         model = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
-        load_weights(model, checkpoint / "ema.safetensors")
+        load_weights(model, checkpoint / ema_name(config, args.ema_decay))
         vae = Autoencoder(args.vae or config["data"]["vae"], device)
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"--ckpt {args.ckpt}: {error}" if isinstance(error, CheckpointError) else str(error)) from None
-    what = describe(args, checkpoint, config, vae)
+    what = describe(args, checkpoint, config, vae, recipe)
     if what["vae_fingerprint"] != config["data"]["vae_fingerprint"]:
         raise UserError(
             f"--vae {vae.name} is not the one that made the training latents ({config['data']['vae']}): its weights differ"
@@ -195,7 +166,8 @@ def main() -> None:
     if guidance and (args.guidance_low, args.guidance_high) != (0, 1):
         guidance += f"-from{args.guidance_low:g}-to{args.guidance_high:g}"
     run = checkpoint.parent.parent.name
-    name = args.name or f"{run}-{checkpoint.name}-{what['solver']}{args.num_steps}{guidance}-seed{args.global_seed}"
+    average = f"-ema{what['ema_decay']}" if what["ema_decay"] != config["ema_decay"][0] else ""
+    name = args.name or f"{run}-{checkpoint.name}{average}-{recipe.solver}{args.num_steps}{guidance}-seed{args.global_seed}"
     parts, npz = args.sample_dir / f"{name}.parts", args.sample_dir / f"{name}.npz"
     if claim(parts, npz, what):
         if rank == 0:
@@ -209,12 +181,12 @@ def main() -> None:
     with tqdm(total=len(mine) * size * processes, unit="img", desc="sampling", disable=rank > 0, smoothing=0.05) as bar:
         for k in mine:  # the last batch is padded with the indices that follow: every batch runs the same kernels
             index = torch.arange(k * size, (k + 1) * size, device=device)
-            write_array(files[k], sample_batch(args, model, vae, config["path_type"], index))
+            write_array(files[k], vae.decode(recipe.latents(model, index)).cpu().numpy())
             bar.update(size * processes)
     if processes > 1:
         dist.barrier()
     if rank == 0:
-        labels = classes(args, torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
+        labels = recipe.classes(torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
         write_npz(npz, files, labels, args.num_fid_samples)
         draw_grid(npz.with_suffix(".png"), files, labels, what)
         write_file(npz.with_suffix(".json"), json.dumps(what, indent=2).encode())

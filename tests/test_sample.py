@@ -78,15 +78,15 @@ def test_two_processes_give_the_images_of_one(trained, tmp_path):
 
 
 def test_interrupted_sampling_goes_on_and_leftovers_are_refused(call, trained, tmp_path, monkeypatch):
-    sample_batch, done = sample_ddp.sample_batch, []
+    latents, done = sample_ddp.Recipe.latents, []
 
     def interrupted(*args):
         done.append(1)
         if len(done) == 3:
             raise KeyboardInterrupt
-        return sample_batch(*args)
+        return latents(*args)
 
-    monkeypatch.setattr(sample_ddp, "sample_batch", interrupted)
+    monkeypatch.setattr(sample_ddp.Recipe, "latents", interrupted)
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 130
     code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-steps", 4)
     assert code == 2 and "num_steps was 3, is 4" in out
