@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import math
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 import cli
 from cli import UserError
 from dataset import LatentCache, Manifest
+from evaluations.features import EXTRACTORS
 from interpolant import PATHS
 from loss import ALIGN_LOSSES
 from models.sit import PRESETS, SiTConfig, align_block
@@ -19,12 +23,13 @@ from train_state import checkpoints, read_config
 FREE_FLAGS = {
     "data_dir", "output_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "preview_cfg_scale", "log_every",
     "keep_last", "milestone_steps", "num_workers", "report_to", "gradient_accumulation_steps", "compile",
-    "activation_checkpointing", "vae", "resolution", "num_classes",
+    "activation_checkpointing", "vae", "resolution", "num_classes", "epochs", "eval_every", "eval_samples", "eval_reference",
+    "eval_features", "eval_mode", "eval_heun", "eval_num_steps", "eval_cfg_scale", "eval_batch_size", "inception_weights",
 }  # fmt: skip
 
 
-def parse_args(doc: str) -> argparse.Namespace:
-    """The flags as they stand on the command line; `doc` heads the help."""
+def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags as they stand on the command line, or in argv; `doc` heads the help."""
     parser = cli.Parser(doc, "train.py", "--exp-name NAME --data-dir PATH")
 
     # fmt: off
@@ -58,7 +63,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--projector-width", type=cli.count, default=0, help="hidden width of the head; 0 is twice the model's")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--max-train-steps", type=cli.positive, default=400_000, help="optimizer updates")
+    add("--max-train-steps", type=cli.positive, help="optimizer updates (default: 400,000, unless --epochs says)")
+    add("--epochs", type=cli.above_zero, help="passes over the data, instead of --max-train-steps")
     add("--batch-size", type=cli.positive, default=256, help="global batch: images of one update, over all processes")
     add("--gradient-accumulation-steps", type=cli.positive, default=1, help="parts a process cuts its share of the batch into")
     add("--learning-rate", type=cli.above_zero, default=1e-4, help="AdamW's, constant")
@@ -67,7 +73,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--adam-weight-decay", type=cli.amount, default=0.0, help="AdamW")
     add("--adam-epsilon", type=cli.above_zero, default=1e-8, help="AdamW")
     add("--max-grad-norm", type=cli.above_zero, default=1.0, help="gradient clipping")
-    add("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights, per step")
+    add("--ema-decay", type=cli.fraction, nargs="+", default=[0.9999],
+        help="of the averaged weights, per step; several keep an average each, the first is the run's own")
     add("--mixed-precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
     add("--compile", action="store_true", help="compile the repeated block once (torch.compile)")
     add("--activation-checkpointing", action="store_true", help="keep the blocks' inputs only: less memory, a third more work")
@@ -82,8 +89,20 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--preview-cfg-scale", type=cli.amount, default=1.5, help="guidance of the previews; 1 is none")
     add("--vae", help="autoencoder that decodes previews: hub id or folder (default: the one that made the cache)")
     add("--report-to", choices=("none", "wandb"), default="none", help="metrics.jsonl is always written")
+
+    add = parser.add_argument_group("evaluation while training, on the averaged weights").add_argument
+    add("--eval-every", type=cli.count, default=0, help="steps between evaluations, and one at the end; 0 for none")
+    add("--eval-samples", type=cli.positive, default=5000, help="images; fewer than 50,000 make a larger FID")
+    add("--eval-reference", type=Path, help="ADM's .npz, or images: a folder tree class/image.ext or a zip")
+    add("--eval-features", choices=EXTRACTORS, default="inception", help="fashion: the shipped classifier")
+    add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
+    add("--eval-mode", choices=("sde", "ode"), default="sde", help="as sample_ddp.py's --mode, with --global-seed 0")
+    add("--eval-heun", action="store_true", help="as sample_ddp.py's --heun")
+    add("--eval-num-steps", type=cli.positive, default=250, help="as sample_ddp.py's --num-steps")
+    add("--eval-cfg-scale", type=cli.amount, default=1.0, help="as sample_ddp.py's --cfg-scale")
+    add("--eval-batch-size", type=cli.positive, default=32, help="as sample_ddp.py's --per-proc-batch-size")
     # fmt: on
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace, processes: int) -> None:
@@ -103,13 +122,22 @@ def check_args(args: argparse.Namespace, processes: int) -> None:
     args.projector_width = args.projector_width or 2 * PRESETS[args.model]["width"]
     if args.align_t_range[0] > args.align_t_range[1]:
         raise UserError(f"--align-t-range {args.align_t_range[0]} {args.align_t_range[1]}: LO lies above HI")
+    if len(set(args.ema_decay)) < len(args.ema_decay):
+        raise UserError(f"--ema-decay {' '.join(map(str, args.ema_decay))}: each only once")
+    if args.epochs and args.max_train_steps:
+        raise UserError("--epochs and --max-train-steps both say how long to train: give one")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError("--compile needs a C++ compiler (g++ or clang++, or name one in CXX): there is none here")
     if not args.exp_name or "/" in args.exp_name or args.exp_name.startswith("."):
         raise UserError(f"--exp-name '{args.exp_name}' must be a plain folder name; the folder above it is --output-dir")
 
 
 def check_cache(args: argparse.Namespace, cache: LatentCache) -> None:
-    """The cache against what was asked for. Raises UserError."""
+    """The cache against what was asked for, and how many steps that is. Raises UserError."""
     manifest, patch = cache.manifest, PRESETS[args.model]["patch"]
+    if args.epochs:
+        args.max_train_steps = math.ceil(args.epochs * len(cache) / args.batch_size)
+    args.max_train_steps = args.max_train_steps or 400_000
     if args.resolution and args.resolution != manifest.resolution:
         raise UserError(f"--resolution {args.resolution}: {args.data_dir} holds images of {manifest.resolution} pixels")
     if args.num_classes and args.num_classes != manifest.num_classes:

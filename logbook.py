@@ -16,7 +16,7 @@ from files import write_file
 from guard import Guard
 from train_state import TrainState
 
-TERMS = ("loss", "velocity", "align", "cosine", "grad_norm")
+TERMS = ("loss", "velocity", "align", "cosine", "token_norm", "grad_norm")  # of a step, in this order
 
 
 T = TypeVar("T")
@@ -43,14 +43,14 @@ class Log:
         tracker: Any = None,
     ):
         """utilisation is the mfu that one image a second would be; reduce(tensor, "mean") averages over processes; the
-        tracker has log(row, step=), image(path, step) and finish()."""
+        tracker has log(row, step), image(path, step) and finish()."""
         self.args, self.folder, self.main, self.reduce, self.tracker = args, folder, main, reduce, tracker
         self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(TERMS)), device=device)
-        self.current = torch.zeros(len(TERMS) - 1, device=device)
         self.good = torch.tensor(state.extra.get("log_good", 0.0), device=device)
         self.skipped = state.extra.get("log_skipped", 0)
         self.guard, self.utilisation, self.waited = guard, utilisation, 0.0
         self.clock, self.clock_step = time.perf_counter(), state.step
+        self.measured_before = {(state.step, decay) for decay in evaluated(folder, state.step)}
         if main:
             self._drop_lines_after(state.step)
             total, done = args.max_train_steps * args.batch_size, state.step * args.batch_size
@@ -60,8 +60,7 @@ class Log:
         """A run that stopped after its last checkpoint repeats some steps; their old lines go."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = [json.dumps(row) + "\n" for row in read_rows(self.folder) if row["step"] <= step]
             write_file(path, "".join(kept).encode())
 
     def say(self, text: str) -> None:
@@ -71,19 +70,11 @@ class Log:
             with open(self.folder / "log.txt", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def add(self, terms: Tensor) -> None:
-        """One part's share of the step's loss terms; stays on the device."""
-        self.current += terms
-
-    def losses(self) -> Tensor:
-        """The step's velocity and alignment loss so far, (2,), on the device."""
-        return self.current[1:3]
-
-    def step(self, step: int, grad_norm: Tensor, good: Tensor) -> None:
-        """Ends a step, which counts in the means if `good` is 1; every --log-every steps reduces over processes and writes."""
-        self.sums += torch.where(good > 0, torch.cat((self.current, grad_norm.reshape(1))), 0)
+    def step(self, step: int, terms: Tensor, good: Tensor) -> None:
+        """Ends a step: its TERMS of this process, on the device, which count in the means if `good` is 1. Every --log-every
+        steps reduces over processes and writes."""
+        self.sums += torch.where(good > 0, terms, 0)
         self.good += good
-        self.current.zero_()
         if self.main:
             self.bar.update(self.args.batch_size)
         if every(step, self.args.log_every):
@@ -93,24 +84,38 @@ class Log:
         self._hear_guard()
         sums, good = self._reduced()
         now = time.perf_counter()
-        rate = (step - self.clock_step) * self.args.batch_size / (now - self.clock)
         means = {key: total / good if good else None for key, total in zip(TERMS, sums)}
-        row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped, "images_per_s": rate}
-        row |= self._gauges(rate, now - self.clock)
+        row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped}
+        row |= self._gauges(step - self.clock_step, now - self.clock)
         self.clock, self.clock_step, self.skipped, self.waited = now, step, 0, 0.0
         self.sums.zero_()
         self.good.zero_()
         if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(row)
             self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
-            if self.tracker:
-                self.tracker.log(row, step=step)
+            self._track("log", row, step)
 
-    def _gauges(self, images_per_s: float, seconds: float) -> dict[str, float]:
-        """mfu: share of the machine's matrix products that the run's own FLOPs fill; data_share: of the time, spent waiting for
-        batches; peak_memory_gib: of the device."""
-        gauges = {"mfu": images_per_s * self.utilisation, "data_share": self.waited / seconds}
+    def _append(self, row: dict) -> None:
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _track(self, method: str, *args: Any) -> None:
+        """Tells the tracker; one that fails is let go, and training goes on."""
+        try:
+            if self.tracker:
+                getattr(self.tracker, method)(*args)
+        except Exception as error:  # whatever a service far away may raise
+            self.tracker = None
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.say(f"--report-to {self.args.report_to} failed ({reason}): training goes on without it, metrics.jsonl has all")
+
+    def _gauges(self, steps: int, seconds: float) -> dict[str, float]:
+        """step_s: seconds a step, of which data_s went into waiting for batches and compute_s into the rest; mfu: share of the
+        machine's matrix products that the run's own FLOPs fill; peak_memory_gib: of the device."""
+        rate = steps * self.args.batch_size / seconds
+        step_s, data_s = seconds / steps, self.waited / steps
+        gauges = {"images_per_s": rate, "step_s": step_s, "data_s": data_s, "compute_s": step_s - data_s}
+        gauges["mfu"] = rate * self.utilisation
         if self.sums.is_cuda:
             gauges["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return gauges
@@ -152,12 +157,37 @@ class Log:
     def image(self, path: Path, step: int) -> None:
         """A preview was drawn."""
         self.say(f"drew {path}")
-        if self.tracker:
-            self.tracker.image(path, step)
+        self._track("image", path, step)
+
+    def evaluation(self, step: int, decay: float, numbers: dict[str, float | None], identity: dict) -> None:
+        """The averaged model was measured: a line of its own, with all that identifies the numbers."""
+        if self.main:
+            row = {"step": step, "images": step * self.args.batch_size, **numbers}
+            self._append(row | {"evaluation": {"ema_decay": decay, **identity}})
+            told = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if value is not None)
+            self.say(f"step {step:,}, EMA {decay}: {told}")
+            name = "eval" if decay == self.args.ema_decay[0] else f"eval-ema{decay}"
+            self._track("log", {f"{name}/{key}": value for key, value in numbers.items()}, step)
+
+    def measured(self, step: int, decay: float) -> bool:
+        """Whether the run had this evaluation already when it was started."""
+        return (step, decay) in self.measured_before
 
     def close(self) -> None:
         """Ends the bar and the tracker's run."""
         if self.main:
             self.bar.close()
-        if self.tracker:
-            self.tracker.finish()
+            self._track("finish")
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """The whole lines of a run's metrics.jsonl; a killed process may leave half a one at the end."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def evaluated(folder: Path, step: int) -> set[float]:
+    """The --ema-decay of which metrics.jsonl holds an evaluation at this step."""
+    return {row["evaluation"]["ema_decay"] for row in read_rows(folder) if row["step"] == step and "evaluation" in row}

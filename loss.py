@@ -19,6 +19,7 @@ class LossTerms(NamedTuple):
     velocity: Tensor  # (B,)
     align: Tensor  # (B,), zero outside the timestep window and without alignment
     cosine: Tensor  # (B,), between head output and target whatever the loss: a gauge, without gradient
+    token_norm: Tensor  # (B,), length of the aligned block's tokens: a gauge, without gradient
 
 
 def velocity_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def alignment_loss(
 
 
 def training_losses(
-    model: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    model: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]],
     path: Path,
     latent: Tensor,
     labels: Tensor,
@@ -79,12 +80,12 @@ def training_losses(
 ) -> LossTerms:
     """Both terms for one batch.
 
-    model(x_t, t, labels) -> velocity (B, C, H, W) and projected tokens (B, N, D), or None without a head;
+    model(x_t, t, labels) -> velocity (B, C, H, W), projected tokens (B, N, D) and token norm (B,), both None without a head;
     latent and noise (B, C, H, W), labels and t (B,), target (B, N, D); align goes to alignment_loss."""
     x_t, v = interpolate(path, latent, noise, t)
-    pred, projected = model(x_t, t, labels)
+    pred, projected, token_norm = model(x_t, t, labels)
     velocity = velocity_loss(pred, v)
     if projected is None:
-        return LossTerms(velocity, *torch.zeros_like(velocity).expand(2, -1))
+        return LossTerms(velocity, *torch.zeros_like(velocity).expand(3, -1))
     cosine = 1 - cosine_distance(projected.detach(), target.detach())
-    return LossTerms(velocity, alignment_loss(projected, target, t, **align), cosine)
+    return LossTerms(velocity, alignment_loss(projected, target, t, **align), cosine, token_norm)

@@ -19,9 +19,8 @@ class Preview:
 
     rows, columns, num_steps = 10, 8, 50
 
-    def __init__(self, args: argparse.Namespace, manifest: Manifest, folder: Path, device: torch.device):
-        self.vae = load_vae(args.vae or manifest.vae, manifest, device)
-        self.folder, self.cfg_scale = folder, args.preview_cfg_scale
+    def __init__(self, args: argparse.Namespace, manifest: Manifest, folder: Path, vae: Autoencoder):
+        self.vae, self.folder, self.cfg_scale, device = vae, folder, args.preview_cfg_scale, vae.vae.device
         rows = min(self.rows, manifest.num_classes)
         classes = torch.linspace(0, manifest.num_classes - 1, rows).round().long()
         self.names = [manifest.class_names[k] for k in classes]
@@ -29,27 +28,29 @@ class Preview:
         index = torch.arange(len(self.labels), device=device)
         self.start = normal(args.seed, Purpose.START, index, tuple(manifest.latent_shape)).float()
 
-    def path(self, step: int) -> Path:
-        """Where the picture of a step goes."""
-        return self.folder / "samples" / f"{step:07d}.png"
-
     @torch.no_grad()
-    def draw(self, ema: SiT, step: int) -> Path:
+    def draw(self, ema: SiT, step: int, name: str = "") -> Path:
         """Euler ODE, then the VAE; returns the picture's path."""
         velocity = guided(ema, self.labels, ema.config.num_classes, self.cfg_scale)
         images = self.vae.decode(ode(velocity, self.start, self.num_steps)).cpu().numpy()
         rows = list(zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:])))
-        path = self.path(step)
-        save_png(labelled_grid(rows, f"EMA at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"), path)
+        path = preview_path(self.folder, step, name)
+        title = f"EMA{name.replace('-ema', ' ')} at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"
+        save_png(labelled_grid(rows, title), path)
         return path
 
 
+def preview_path(folder: Path, step: int, name: str = "") -> Path:
+    """Where a run's picture of a step goes; `name` tells averages apart."""
+    return folder / "samples" / f"{step:07d}{name}.png"
+
+
 def load_vae(name: str, manifest: Manifest, device: torch.device) -> Autoencoder:
-    """The VAE of the previews, which must be the one that made the cache. Raises UserError."""
+    """The VAE that decodes, which must be the one that made the cache. Raises UserError."""
     try:
         vae = Autoencoder(name, device)
     except FileNotFoundError as error:
-        raise UserError(f"{error}; or pass --sampling-steps 0 to train without previews") from None
+        raise UserError(f"{error}; or train without previews and evaluation: --sampling-steps 0 --eval-every 0") from None
     if vae.fingerprint() != manifest.vae_fingerprint:
         raise UserError(
             f"--vae {name} is not the VAE that made the cache ({manifest.vae}): its weights differ, so would the colours"

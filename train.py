@@ -2,7 +2,7 @@
 
     accelerate launch train.py --data-dir data/imagenet256 --exp-name sit-xl2-sra2 --model SiT-XL/2
 
-Read `train` below: it is the method. Running the same command again continues the run."""
+Read `Step` below: it is the method. Running the same command again continues the run."""
 
 import argparse
 import copy
@@ -15,25 +15,71 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
 
 import cli
 from agreement import STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
 from cli import UserError
-from dataset import CacheError, LatentCache, TrainingStream
+from dataset import CacheError, LatentCache, Manifest, TrainingStream
+from evaluator import Evaluator, Stopped
 from files import write_file
 from flags import check_args, check_cache, check_same_run, make_config, parse_args, precision
 from flops import backbone_flops, head_flops, matmul_rate, training_flops
 from guard import Guard
 from interpolant import PATHS
 from keyed_random import Purpose, normal, uniform
-from logbook import Log, every
+from logbook import Log, evaluated, every
 from loss import training_losses
 from models.autoencoder import LatentScale
 from models.projector import AlignedSiT, Projector
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import latent_tokens
-from preview import Preview
+from preview import Preview, load_vae, preview_path
 from train_state import EMA, CheckpointError, TrainState, Writer, checkpoints, clear_leftovers
+
+
+class Step:
+    """The method: draw, interpolate, predict, align, step. Nothing in here waits for the device."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, manifest: Manifest, state: TrainState, guard: Guard):
+        self.args, self.accelerator, self.state, self.guard = args, accelerator, state, guard
+        self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
+        self.emas = [EMA(ema, state.model.backbone, decay) for ema, decay in zip(state.emas, args.ema_decay)]
+        self.scale, self.path = LatentScale(manifest.scale, manifest.shift), PATHS[args.path_type]
+        self.null_class, self.shape = manifest.num_classes, tuple(manifest.latent_shape)
+        self.patch = PRESETS[args.model]["patch"]
+        self.align = {"kind": args.align_loss, "beta": args.align_beta, "t_range": tuple(args.align_t_range)}
+
+    def __call__(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,)
+        -> logbook.TERMS of it, and whether the step was good, 1 or 0, both on the device."""
+        args, accelerator, parts = self.args, self.accelerator, self.args.gradient_accumulation_steps
+        number, moments, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
+        t = uniform(args.seed, Purpose.TIME, number).float()
+        noise = normal(args.seed, Purpose.NOISE, number, self.shape).float()
+        posterior_noise = normal(args.seed, Purpose.POSTERIOR, number, self.shape)
+        dropped = uniform(args.seed, Purpose.LABEL_DROP, number) < args.cfg_prob
+        labels = torch.where(dropped, self.null_class, labels)
+        latent = self.scale.sample(moments, posterior_noise.float())
+        clean = latent if args.align_target == "sample" else self.scale.mean(moments)
+        whole = (latent, labels, noise, t, latent_tokens(clean, self.patch))
+
+        means = []
+        for part, (x, y, eps, s, z) in enumerate(zip(*(tensor.chunk(parts) for tensor in whole))):
+            with accelerator.no_sync(self.model) if part < parts - 1 else nullcontext():
+                terms = training_losses(self.model, self.path, x, y, eps, s, z, **self.align)
+                loss = (terms.velocity + args.align_weight * terms.align).mean()
+                accelerator.backward(loss / parts)
+            means.append(torch.stack((loss.detach(), *(term.detach().mean() for term in terms))))
+        losses = torch.stack(means).mean(0)
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        good = self.guard.judge(self.state.step + 1, losses[1:3], grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for ema in self.emas:
+            ema.update()
+        self.state.step += 1
+        return torch.cat((losses, grad_norm.reshape(1))), good
 
 
 def train(
@@ -43,54 +89,30 @@ def train(
     state: TrainState,
     log: Log,
     preview: Preview | None,
+    evaluator: Evaluator | None,
     writer: Writer,
     request: StopRequest,
 ) -> bool:
-    """The method: draw, interpolate, predict, align, step. Returns whether the run is finished, not stopped by a signal."""
-    device, path, parts = accelerator.device, PATHS[args.path_type], args.gradient_accumulation_steps
-    scale = LatentScale(cache.manifest.scale, cache.manifest.shift)
-    align = {"kind": args.align_loss, "beta": args.align_beta, "t_range": tuple(args.align_t_range)}
+    """Steps, and what is due after each. Returns whether the run is finished, not stopped by a signal."""
     stream = TrainingStream(cache, args.seed, args.batch_size, accelerator.process_index, accelerator.num_processes)
-    batches = stream.loader(state.step, args.max_train_steps, args.num_workers, device.type == "cuda", ignore_signals)
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)
-    ema = EMA(state.ema, state.model.backbone, args.ema_decay)
+    pin_memory = accelerator.device.type == "cuda"
+    batches = stream.loader(state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals)
+    step = Step(args, accelerator, cache.manifest, state, log.guard)
     votes = Votes(accelerator.num_processes, questions=2)
-    null_class, shape, patch = cache.manifest.num_classes, tuple(cache.manifest.latent_shape), PRESETS[args.model]["patch"]
+    stop = not look(args, accelerator, state, log, preview, evaluator, request)  # what a run that was stopped left undone
 
-    for batch in log.timed(batches):
-        number, moments, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        t = uniform(args.seed, Purpose.TIME, number).float()
-        noise = normal(args.seed, Purpose.NOISE, number, shape).float()
-        posterior_noise = normal(args.seed, Purpose.POSTERIOR, number, shape)
-        dropped = uniform(args.seed, Purpose.LABEL_DROP, number) < args.cfg_prob
-        labels = torch.where(dropped, null_class, labels)
-        latent = scale.sample(moments, posterior_noise.float())
-        clean = latent if args.align_target == "sample" else scale.mean(moments)
-        whole = (latent, labels, noise, t, latent_tokens(clean, patch))
-
-        for part, (x, y, eps, s, z) in enumerate(zip(*(tensor.chunk(parts) for tensor in whole))):
-            with accelerator.no_sync(model) if part < parts - 1 else nullcontext():
-                terms = training_losses(model, path, x, y, eps, s, z, **align)
-                loss = (terms.velocity + args.align_weight * terms.align).mean()
-                accelerator.backward(loss / parts)
-            log.add(torch.stack((loss, *(term.mean() for term in terms))).detach() / parts)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        good = log.guard.judge(state.step + 1, log.losses(), grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-        state.step += 1
-        log.step(state.step, grad_norm, good)
-
-        last = state.step == args.max_train_steps
+    for batch in () if stop else log.timed(batches):
+        terms, good = step(batch)
+        log.step(state.step, terms, good)
         stop, retry = votes.cast(request.name is not None, writer.failed and every(state.step, args.log_every))
-        checkpoint_due = last or stop or retry or every(state.step, args.checkpointing_steps)
-        if checkpoint_due or preview_due(args, state.step):
-            with log.pause():
-                if checkpoint_due:
-                    save(state, log, accelerator, writer)
-                if preview and preview_due(args, state.step):
-                    log.image(preview.draw(state.ema, state.step), state.step)
+        last = state.step == args.max_train_steps
+        save_due = last or stop or retry or every(state.step, args.checkpointing_steps)
+        if save_due:
+            save(state, log, accelerator, writer)
+        if not stop and not look(args, accelerator, state, log, preview, evaluator, request):
+            stop = True
+            if not save_due:
+                save(state, log, accelerator, writer)
         for message in writer.take_messages():
             log.say(message)
         if stop:
@@ -102,12 +124,48 @@ def train(
     if writer.failed:
         raise UserError(f"the last checkpoint of {log.folder} could not be saved: free some space and run the command again")
     accelerator.wait_for_everyone()
-    return last or not stop
+    return not stop
 
 
-def preview_due(args: argparse.Namespace, step: int) -> bool:
-    """Every --sampling-steps, and at the end; never if that is 0."""
-    return every(step, args.sampling_steps) or (args.sampling_steps > 0 and step == args.max_train_steps)
+def due(args: argparse.Namespace, step: int, period: int) -> bool:
+    """Whether a look at the model is due: every `period` steps, and at the end; never if that is 0."""
+    return step > 0 and (every(step, period) or (period > 0 and step == args.max_train_steps))
+
+
+def average_names(args: argparse.Namespace) -> list[str]:
+    """What each --ema-decay adds to the name of a picture; nothing for the first."""
+    return ["", *(f"-ema{decay}" for decay in args.ema_decay[1:])]
+
+
+def undone(args: argparse.Namespace, folder: Path, step: int) -> bool:
+    """Whether a run stopped at this step before it had a look at the model that is due."""
+    pictures = all(preview_path(folder, step, name).exists() for name in average_names(args))
+    return (due(args, step, args.sampling_steps) and not pictures) or (
+        due(args, step, args.eval_every) and not evaluated(folder, step) >= set(args.ema_decay)
+    )
+
+
+def look(
+    args: argparse.Namespace, accelerator: Accelerator, state: TrainState, log: Log,
+    preview: Preview | None, evaluator: Evaluator | None, request: StopRequest,
+) -> bool:  # fmt: skip
+    """Previews and evaluations that are due at this step and not there yet. Returns False if a signal cut them short."""
+    with log.pause():
+        for decay, name, ema in zip(args.ema_decay, average_names(args), state.emas):
+            if (
+                preview
+                and due(args, state.step, args.sampling_steps)
+                and not preview_path(log.folder, state.step, name).exists()
+            ):
+                log.image(preview.draw(ema, state.step, name), state.step)
+            if evaluator and due(args, state.step, args.eval_every) and not log.measured(state.step, decay):
+                try:
+                    numbers = evaluator.measure(ema, accelerator.gather, lambda: request.name is not None)
+                except Stopped:
+                    return False
+                if numbers:
+                    log.evaluation(state.step, decay, numbers, evaluator.identity)
+    return True
 
 
 def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) -> None:
@@ -149,21 +207,45 @@ class Wandb:
         name = folder / "wandb_id"  # the run's own, so that another run of the same name is another run there too
         if not name.exists():
             write_file(name, uuid.uuid4().hex[:8].encode())
-        self.run = wandb.init(
-            project="sra2", name=args.exp_name, id=name.read_text(), dir=folder, resume="allow", config=config
-        )
+        try:
+            self.run = wandb.init(
+                project="sra2", name=args.exp_name, id=name.read_text(), dir=folder, resume="allow", config=config
+            )
+        except Exception as error:  # no key, no network
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"--report-to wandb cannot start ({reason}): run 'wandb login', or set WANDB_MODE=offline"
+            ) from None
 
     def log(self, row: dict, step: int) -> None:
         """One line of numbers."""
         self.run.log(row, step=step)
 
     def image(self, path: Path, step: int) -> None:
-        """One picture."""
-        self.run.log({"samples": self.wandb.Image(str(path))}, step=step)
+        """One picture, of one average."""
+        self.run.log({f"samples{path.stem.lstrip('0123456789')}": self.wandb.Image(str(path))}, step=step)
 
     def finish(self) -> None:
         """Waits until everything is sent."""
         self.run.finish()
+
+
+def build(args: argparse.Namespace, config: dict, device: torch.device) -> TrainState:
+    """Networks and optimizer at step 0."""
+    torch.manual_seed(args.seed)
+    backbone = SiT(SiTConfig(**config["model"]))  # before the head, so that it starts the same with and without one
+    head = Projector(**config["head"]) if config["head"] else None
+    model = AlignedSiT(backbone, head, args.align_depth).to(device)
+    emas = [copy.deepcopy(model.backbone).eval().requires_grad_(False) for _ in args.ema_decay]
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
+    )  # fmt: skip
+    backbone.recompute = args.activation_checkpointing
+    if args.compile:
+        for block in backbone.blocks:  # not the averages', which are sampled from with other shapes
+            block.compile()
+    return TrainState(model, emas, optimizer)
 
 
 def main() -> None:
@@ -177,6 +259,8 @@ def main() -> None:
         ],
     )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    device, main_process = accelerator.device, accelerator.is_main_process
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     folder = args.output_dir / args.exp_name
     try:
         check_args(args, accelerator.num_processes)
@@ -184,24 +268,13 @@ def main() -> None:
         check_cache(args, cache)
         config = make_config(args, cache.manifest)
         flags = check_same_run(args, folder, config)
-        preview = None
-        if args.sampling_steps and accelerator.is_main_process:
-            preview = Preview(args, cache.manifest, folder, accelerator.device)
+        vae = None
+        if (args.sampling_steps and main_process) or args.eval_every:
+            vae = load_vae(args.vae or cache.manifest.vae, cache.manifest, device)
+        preview = Preview(args, cache.manifest, folder, vae) if args.sampling_steps and main_process else None
 
-        torch.manual_seed(args.seed)
-        backbone = SiT(SiTConfig(**config["model"]))
-        head = Projector(**config["head"]) if config["head"] else None
-        model = AlignedSiT(backbone, head, args.align_depth).to(accelerator.device)
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
-        )  # fmt: skip
-        state = TrainState(model, copy.deepcopy(model.backbone).eval().requires_grad_(False), optimizer)
-        backbone.recompute = args.activation_checkpointing
-        if args.compile:
-            for block in backbone.blocks:  # after the EMA's copy, which is sampled from with other shapes
-                block.compile()
-        if accelerator.is_main_process:
+        state = build(args, config, device)
+        if main_process:
             clear_leftovers(folder)
         saved = checkpoints(folder)
         if saved:
@@ -211,26 +284,25 @@ def main() -> None:
     except (CacheError, CheckpointError) as error:
         raise UserError(str(error)) from None
 
-    if accelerator.is_main_process:
-        write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
-    if preview and state.step and preview_due(args, state.step) and not preview.path(state.step).exists():
-        print(f"drew {preview.draw(state.ema, state.step)}")  # it was stopped between the checkpoint and its picture
-    if state.step >= args.max_train_steps:
+    if state.step >= args.max_train_steps and not undone(args, folder, state.step):
         accelerator.print(f"{folder} has finished its {state.step:,} steps; raise --max-train-steps to go on")
         accelerator.end_training()
         return
-    tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and accelerator.is_main_process else None
-    guard = Guard(optimizer, accelerator.mixed_precision == "fp16", state.extra.get("streak", 0))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    flops = training_flops(backbone.config, config["head"])
-    utilisation = flops / matmul_rate(accelerator.device, dtype) / accelerator.num_processes
-    main_process = accelerator.is_main_process
-    log = Log(args, folder, state, accelerator.device, main_process, accelerator.reduce, guard, utilisation, tracker)
-    log.say(summary(args, accelerator, cache, model, config["head"]))
+    evaluator = None
+    if args.eval_every:
+        evaluator = Evaluator(args, cache.manifest, vae, dtype, accelerator.process_index, accelerator.num_processes)
+    if main_process:
+        write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
+    tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
+    guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16", state.extra.get("streak", 0))
+    flops = training_flops(SiTConfig(**config["model"]), config["head"])
+    utilisation = flops / matmul_rate(device, dtype) / accelerator.num_processes
+    log = Log(args, folder, state, device, main_process, accelerator.reduce, guard, utilisation, tracker)
+    log.say(summary(args, accelerator, cache, state.model, config["head"]))
     if state.step:
         log.say(f"continuing from {saved[-1]}")
     with stop_on_signal() as request, Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-        finished = train(args, accelerator, cache, state, log, preview, writer, request)
+        finished = train(args, accelerator, cache, state, log, preview, evaluator, writer, request)
         how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
         log.say(f"{how} at step {state.step:,}")
     log.close()

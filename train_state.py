@@ -3,6 +3,7 @@
     exps/NAME/checkpoints/0050000/
       config.json         rebuilds the network; what sampling and evaluation need to know
       ema.safetensors     the averaged backbone alone: all that sampling needs
+      ema-0.999.safetensors  likewise for each further --ema-decay
       model.safetensors   backbone and head as trained
       optimizer.pt        its state dict (loaded with weights_only=True)
       progress.json       step, gradient scaler, running averages of the log, sha256 of the other files
@@ -37,7 +38,7 @@ class Snapshot:
 
     step: int
     config: dict
-    ema: dict[str, Tensor]
+    emas: list[dict[str, Tensor]]  # in the order of config["ema_decay"]
     model: dict[str, Tensor]
     optimizer: dict
     extra: dict
@@ -55,7 +56,8 @@ class Snapshot:
 
         try:
             put("config.json", json.dumps(self.config, indent=2).encode())
-            put("ema.safetensors", safetensors.torch.save(self.ema))
+            for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True):
+                put(ema_name(self.config, decay), safetensors.torch.save(ema))
             put("model.safetensors", safetensors.torch.save(self.model))
             buffer = io.BytesIO()
             torch.save(self.optimizer, buffer)
@@ -76,20 +78,21 @@ class TrainState:
     """Everything that changes while a run goes on. `model` is the bare module, outside any wrapper."""
 
     model: nn.Module
-    ema: nn.Module
+    emas: list[nn.Module]  # one for each --ema-decay; the first is the run's own
     optimizer: torch.optim.Optimizer
     step: int = 0
     extra: dict = field(default_factory=dict)  # plain numbers: the scaler's state, the log's running sums
 
     def snapshot(self, config: dict) -> Snapshot:
         """Copies all of it to host memory; this is the only part of saving that training waits for."""
-        ema, model, optimizer = (_to_host(part.state_dict()) for part in (self.ema, self.model, self.optimizer))
-        return Snapshot(self.step, config, ema, model, optimizer, dict(self.extra))
+        *emas, model, optimizer = (_to_host(part.state_dict()) for part in (*self.emas, self.model, self.optimizer))
+        return Snapshot(self.step, config, emas, model, optimizer, dict(self.extra))
 
     def load(self, checkpoint: Path) -> None:
         """Restores everything in place, after checking every file. Raises CheckpointError naming the one that is bad."""
-        self.extra = verify(checkpoint)
-        load_weights(self.ema, checkpoint / "ema.safetensors")
+        self.extra, config = verify(checkpoint), read_config(checkpoint)
+        for decay, ema in zip(config["ema_decay"], self.emas, strict=True):
+            load_weights(ema, checkpoint / ema_name(config, decay))
         load_weights(self.model, checkpoint / "model.safetensors")
         try:
             self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
@@ -196,6 +199,16 @@ def _to_host(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_to_host(item) for item in value)
     return value
+
+
+def ema_name(config: dict, decay: float | None = None) -> str:
+    """The file of the average with this decay; None is the run's first. Raises CheckpointError if the run keeps no such one."""
+    decays = config["ema_decay"]
+    if decay is None or decay == decays[0]:
+        return "ema.safetensors"
+    if decay not in decays:
+        raise CheckpointError(f"has no average of --ema-decay {decay}; it has {' '.join(f'{each}' for each in decays)}")
+    return f"ema-{decay}.safetensors"
 
 
 class EMA:

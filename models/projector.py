@@ -1,6 +1,7 @@
 """The head of SRA 2: an MLP on one block's tokens, dropped after training (arXiv:2601.17830; widths in docs/method.md).
 B batch, N tokens, D width."""
 
+import torch
 from torch import Tensor, nn
 
 from models.sit import SiT, init_linear
@@ -22,14 +23,15 @@ class Projector(nn.Sequential):
 class AlignedSiT(nn.Module):
     """Backbone and head as one module, so that DDP sees one forward.
 
-    (x_t, t, y) -> velocity and the projected tokens (B, N, out) of block `block`, or None without a head."""
+    (x_t, t, y) -> velocity, the projected tokens (B, N, out) of block `block`, and the mean length (B,) of that block's own
+    tokens, a gauge without gradient. The last two are None without a head."""
 
     def __init__(self, backbone: SiT, head: Projector | None, block: int):
         super().__init__()
         self.backbone, self.head, self.block = backbone, head, block
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.head is None:
-            return self.backbone(x_t, t, y), None
+            return self.backbone(x_t, t, y), None, None
         velocity, tokens = self.backbone(x_t, t, y, return_block=self.block)
-        return velocity, self.head(tokens)
+        return velocity, self.head(tokens), torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float32).mean(1)

@@ -58,7 +58,7 @@ def train_flags(cache: Path, exps: Path, name: str, *more) -> list[str]:
 def rows(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_s", "mfu", "data_share")
+    clock = ("images_per_s", "step_s", "data_s", "compute_s", "mfu")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 

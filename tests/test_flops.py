@@ -18,10 +18,10 @@ def test_flops_are_those_of_torchs_counter():
         block.attn.fused_attn = False  # the counter does not know the CPU's fused attention
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     with FlopCounterMode(display=False) as forward:
-        velocity, tokens = model(x, t, y)
+        velocity, tokens, _ = model(x, t, y)
     assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, HEAD))
     with FlopCounterMode(display=False) as both:
-        velocity, tokens = model(x, t, y)
+        velocity, tokens, _ = model(x, t, y)
         (velocity.sum() + tokens.sum()).backward()
     assert both.get_total_flops() == pytest.approx(2 * training_flops(SMALL, HEAD), rel=0.02)
 

@@ -30,15 +30,29 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "guard": ({"cli"}, {"torch"}),
     "flops": ({"models"}, {"torch"}),
     "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
+    "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
+    "evaluator": ({*LEAVES, "dataset", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
-    "flags": ({*LEAVES, "dataset", "interpolant", "loss", "models", "train_state"}, {"torch"}),
+    "flags": ({*LEAVES, "dataset", "evaluations", "interpolant", "loss", "models", "train_state"}, {"torch"}),
     "train": (
-        {*LEAVES, "agreement", "dataset", "flags", "flops", "guard", "interpolant", "keyed_random", "logbook", "loss"}
+        {
+            *LEAVES,
+            "agreement",
+            "dataset",
+            "evaluator",
+            "flags",
+            "flops",
+            "guard",
+            "interpolant",
+            "keyed_random",
+            "logbook",
+            "loss",
+        }
         | {"models", "preview", "train_state"},
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (
-        {*LEAVES, "grid", "interpolant", "keyed_random", "models", "samplers", "train_state"},
+        {*LEAVES, "grid", "models", "sampling", "train_state"},
         {*NUMERIC, "tqdm"},
     ),
     "preprocessing": ({*LEAVES, "dataset", "models", "preprocessing"}, {*NUMERIC, "PIL", "tqdm"}),

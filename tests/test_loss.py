@@ -78,9 +78,9 @@ def test_velocity_loss_is_the_mean_square_per_sample():
 def test_training_losses_of_a_perfect_model_are_zero():
     x, noise = tokens(0, (4, 3, 8, 8)), tokens(1, (4, 3, 8, 8))
     target = tokens(2)
-    perfect = training_losses(lambda x_t, t, y: (noise - x, target), PATHS["linear"], x, None, noise, T, target)
+    perfect = training_losses(lambda x_t, t, y: (noise - x, target, torch.ones(4)), PATHS["linear"], x, None, noise, T, target)
     torch.testing.assert_close(perfect.velocity, torch.zeros(4))
     torch.testing.assert_close(perfect.align, torch.zeros(4), atol=1e-6, rtol=0)
-    vanilla = training_losses(lambda x_t, t, y: (noise, None), PATHS["linear"], x, None, noise, T)
+    vanilla = training_losses(lambda x_t, t, y: (noise, None, None), PATHS["linear"], x, None, noise, T)
     torch.testing.assert_close(vanilla.velocity, x.square().flatten(1).mean(1))
     assert (vanilla.align == 0).all()

@@ -150,10 +150,10 @@ def test_previews_are_drawn_from_the_ema_with_fixed_noise(call, cache, tmp_path,
     drawn = []
     draw = train.Preview.draw
 
-    def spy(self, ema, step):
+    def spy(self, ema, step, name):
         assert not ema.training and not any(p.requires_grad for p in ema.parameters())
         drawn.append((self.start.clone(), self.labels.clone(), {key: value.clone() for key, value in ema.state_dict().items()}))
-        return draw(self, ema, step)
+        return draw(self, ema, step, name)
 
     monkeypatch.setattr(train.Preview, "draw", spy)
     monkeypatch.setattr(train.Preview, "num_steps", 2)

@@ -6,7 +6,19 @@ import torch
 
 import train_state
 from files import sha256
-from train_state import EMA, CheckpointError, TrainState, Writer, checkpoints, clear_leftovers, find_checkpoint, load_weights
+from train_state import (
+    EMA,
+    CheckpointError,
+    TrainState,
+    Writer,
+    checkpoints,
+    clear_leftovers,
+    ema_name,
+    find_checkpoint,
+    load_weights,
+)
+
+CONFIG = {"ema_decay": [0.9, 0.5]}
 
 
 def make_state(seed=0) -> TrainState:
@@ -15,22 +27,26 @@ def make_state(seed=0) -> TrainState:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    return TrainState(model, copy.deepcopy(model), optimizer, step=7, extra={"log_sums": [0.1], "log_steps": 3})
+    averages = [copy.deepcopy(model) for _ in CONFIG["ema_decay"]]
+    return TrainState(model, averages, optimizer, step=7, extra={"log_sums": [0.1], "log_steps": 3})
 
 
 def test_a_saved_state_comes_back_whole(tmp_path):
     state, other = make_state(), make_state(seed=1)
-    folder = state.snapshot({"model": 1}).write(tmp_path)
+    with torch.no_grad():
+        state.emas[1].weight += 1  # tells the two averages apart
+    folder = state.snapshot(CONFIG).write(tmp_path)
     assert folder == find_checkpoint(tmp_path) == find_checkpoint(folder)
     other.load(folder)
     assert (other.step, other.extra) == (7, {"log_sums": [0.1], "log_steps": 3})
-    assert torch.equal(other.model.weight, state.model.weight) and torch.equal(other.ema.weight, state.ema.weight)
+    assert torch.equal(other.model.weight, state.model.weight) and len(other.emas) == 2
+    assert all(torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(other.emas, state.emas))
     for ours, theirs in zip(other.optimizer.state.values(), state.optimizer.state.values()):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert json.loads((folder / "config.json").read_text()) == {"model": 1}
+    assert json.loads((folder / "config.json").read_text()) == CONFIG
 
 
-@pytest.mark.parametrize("fail_at", range(5))
+@pytest.mark.parametrize("fail_at", range(6))
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch, fail_at):
     write, written = train_state.write_file, []
 
@@ -42,7 +58,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch, fail_at
 
     monkeypatch.setattr(train_state, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
-        make_state().snapshot({}).write(tmp_path)
+        make_state().snapshot(CONFIG).write(tmp_path)
     assert checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").glob("*"))
 
 
@@ -51,14 +67,14 @@ def test_leftovers_of_a_killed_save_or_removal_are_not_checkpoints_and_are_clear
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
     assert checkpoints(tmp_path) == []
-    folder = make_state().snapshot({}).write(tmp_path)
+    folder = make_state().snapshot(CONFIG).write(tmp_path)
     clear_leftovers(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == checkpoints(tmp_path) == [folder]
 
 
 def test_a_snapshot_is_cut_off_from_training(tmp_path):
     state, same = make_state(), make_state()
-    snapshot = state.snapshot({})
+    snapshot = state.snapshot(CONFIG)
     with torch.no_grad():
         state.model.weight += 1
         next(iter(state.optimizer.state.values()))["exp_avg"] += 1
@@ -70,7 +86,7 @@ def test_a_snapshot_is_cut_off_from_training(tmp_path):
 
 
 def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
-    state, writer = make_state(), Writer(tmp_path, {}, keep_last=2, milestone_steps=4)
+    state, writer = make_state(), Writer(tmp_path, CONFIG, keep_last=2, milestone_steps=4)
     for state.step in range(1, 11):
         writer.submit(state)
     writer.wait()
@@ -79,7 +95,7 @@ def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
 
 
 def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    state, writer, write = make_state(), Writer(tmp_path, {}, keep_last=1), train_state.write_file
+    state, writer, write = make_state(), Writer(tmp_path, CONFIG, keep_last=1), train_state.write_file
 
     def full(path, data):
         raise OSError(28, "No space left on device", str(path))
@@ -98,11 +114,13 @@ def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, mon
     assert not writer.failed and find_checkpoint(tmp_path).name == "0000008"
 
 
-@pytest.mark.parametrize("name", ["config.json", "ema.safetensors", "model.safetensors", "optimizer.pt", "progress.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "ema.safetensors", "ema-0.5.safetensors", "model.safetensors", "optimizer.pt", "progress.json"]
+)
 def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_path, name):
     state = make_state()
     for state.step in (7, 9):
-        folder = state.snapshot({"model": 1}).write(tmp_path)
+        folder = state.snapshot(CONFIG).write(tmp_path)
     data = (folder / name).read_bytes()
     for bad in (data[:-1], data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]):
         (folder / name).write_bytes(bad)
@@ -120,7 +138,7 @@ def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_pa
 def test_newest_is_by_number(tmp_path):
     state = make_state()
     for state.step in (9_999_999, 10_000_000, 50):
-        state.snapshot({}).write(tmp_path)
+        state.snapshot(CONFIG).write(tmp_path)
     assert find_checkpoint(tmp_path).name == "10000000"
 
 
@@ -130,7 +148,7 @@ def test_unknown_and_broken_checkpoints_are_named(tmp_path):
     (tmp_path / "args.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoints yet"):
         find_checkpoint(tmp_path)
-    folder = make_state().snapshot({}).write(tmp_path)
+    folder = make_state().snapshot(CONFIG).write(tmp_path)
     (folder / "ema.safetensors").write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match=r"ema\.safetensors cannot be loaded"):
         load_weights(torch.nn.Linear(4, 4), folder / "ema.safetensors")
@@ -141,7 +159,7 @@ def test_nothing_is_executed_when_a_checkpoint_is_loaded(tmp_path, capsys):
         def __reduce__(self):
             return (print, ("executed",))
 
-    folder = make_state().snapshot({}).write(tmp_path)
+    folder = make_state().snapshot(CONFIG).write(tmp_path)
     torch.save(Evil(), folder / "optimizer.pt")
     progress = json.loads((folder / "progress.json").read_text())
     progress["sha256"]["optimizer.pt"] = sha256(folder / "optimizer.pt")  # as whoever plants it would
@@ -161,3 +179,10 @@ def test_ema_is_the_moving_average():
         ema.update()
         expected = 0.9 * expected + 0.1 * model.weight.detach()
     torch.testing.assert_close(average.weight, expected)
+
+
+def test_averages_are_found_by_their_decay():
+    names = [ema_name(CONFIG, decay) for decay in (None, 0.9, 0.5)]
+    assert names == ["ema.safetensors", "ema.safetensors", "ema-0.5.safetensors"]
+    with pytest.raises(CheckpointError, match=r"no average of --ema-decay 0\.7; it has 0\.9 0\.5"):
+        ema_name(CONFIG, 0.7)

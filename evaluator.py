@@ -1,0 +1,87 @@
+"""Metrics of the averaged models while they train: sampling and evaluation over all processes, images never leave the device.
+
+What it reports is what sample_ddp.py and evaluations.evaluate report for the same checkpoint, flags and batch size."""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cli import UserError
+from dataset import Manifest
+from evaluations.compare import compare, load_reference
+from evaluations.features import gather, load_extractor
+from evaluations.metrics import NEIGHBOURS
+from files import sha256
+from models.autoencoder import Autoencoder
+from models.sit import SiT
+from sampling import Recipe
+
+
+class Stopped(Exception):
+    """A signal came while samples were drawn."""
+
+
+class Evaluator:
+    """Draws --eval-samples from a model and compares them with --eval-reference, read once at the start."""
+
+    def __init__(
+        self, args: argparse.Namespace, manifest: Manifest, vae: Autoencoder, dtype: torch.dtype, rank: int, processes: int
+    ):
+        """dtype: of the network's products while it samples. Raises UserError."""
+        self.recipe = Recipe(args.eval_mode, args.eval_heun, args.eval_num_steps, args.eval_cfg_scale, path_type=args.path_type)
+        self.recipe.check("--eval-")
+        if args.eval_samples <= NEIGHBOURS:
+            raise UserError(
+                f"--eval-samples {args.eval_samples} is too few: precision and recall need {NEIGHBOURS + 1} or more"
+            )
+        if args.eval_reference is None:
+            raise UserError(
+                "--eval-every needs --eval-reference: ADM's .npz, or images (a folder tree class/image.ext or a zip)"
+            )
+        self.vae, self.dtype, self.rank, self.processes = vae, dtype, rank, processes
+        self.count, self.size, self.features = args.eval_samples, args.eval_batch_size, args.eval_features
+        self.device, side = vae.vae.device, manifest.resolution
+        self.network = load_extractor(
+            self.features, args.inception_weights, (side, side), self.device, str(args.data_dir), "--eval-features"
+        )
+        self.reference = None
+        if rank == 0:
+            self.reference = load_reference(
+                args.eval_reference, self.features, self.network, side, self.size, self.device, "--eval-reference"
+            )
+            self.identity = {
+                "samples": self.count, "features": self.features, "reference": str(args.eval_reference),
+                "reference_sha256": sha256(args.eval_reference), "solver": self.recipe.solver,
+                "num_steps": self.recipe.num_steps, "cfg_scale": self.recipe.cfg_scale, "labels": self.recipe.labels,
+                "seed": self.recipe.seed, "batch_size": self.size, "dtype": str(dtype).removeprefix("torch."),
+            }  # fmt: skip
+
+    @torch.no_grad()
+    def measure(
+        self, model: SiT, gather_all: Callable[[Tensor], Tensor], stopped: Callable[[], bool]
+    ) -> dict[str, float | None] | None:
+        """The numbers, on the first process; None on the others. gather_all stacks a tensor of every process in their order.
+        Raises Stopped, on every process at once, when `stopped` says so on any."""
+        features = gather(self._batches(model, gather_all, stopped), self.count)
+        if self.reference is None:
+            return None
+        labels = self.recipe.classes(torch.arange(self.count), model.config.num_classes).numpy()
+        return compare(features, labels, self.reference, self.features)
+
+    def _batches(self, model: SiT, gather_all: Callable, stopped: Callable[[], bool]) -> Iterator[tuple[Tensor, ...]]:
+        """Features of one batch of each process, in the order of the images; the last is padded with those that follow."""
+        step = self.size * self.processes
+        with tqdm(total=self.count, unit="img", desc="evaluating", leave=False, disable=self.rank > 0) as bar:
+            for first in range(0, self.count, step):
+                begin = first + self.rank * self.size
+                index = torch.arange(begin, begin + self.size, device=self.device)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    latents = self.recipe.latents(model, index)
+                outputs = self.network(self.vae.decode(latents).permute(0, 3, 1, 2))
+                yield tuple(gather_all(output) for output in outputs)
+                bar.update(min(step, self.count - first))
+                if gather_all(torch.tensor([int(stopped())], device=self.device)).any():
+                    raise Stopped
