@@ -23,7 +23,7 @@ def write_file(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # a failed write does not say which file it was
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
@@ -46,9 +46,9 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes renames and new names in the folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Makes a file's bytes, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -175,7 +175,7 @@ def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> dict
             then = json.loads(path.read_text())
         except ValueError:
             raise UserError(f"{path} is damaged: remove it to continue the run under the flags given now") from None
-        changed = [key for key in now if key not in FREE_FLAGS and then.get(key) != now[key]]
+        changed = [key for key in now if key not in FREE_FLAGS and key in then and then[key] != now[key]]
         if changed:
             what = "; ".join(f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in changed)
             raise UserError(

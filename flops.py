@@ -2,6 +2,7 @@
 
 One multiply-accumulate is two FLOPs. Counted are the matrix products, as in PyTorch's FlopCounterMode, which agrees."""
 
+import math
 import time
 
 import torch
@@ -33,21 +34,16 @@ def training_flops(config: SiTConfig, head: dict | None) -> int:
 
 @torch.no_grad()
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of large square matrix products, measured here and now: what model FLOP utilisation is a share of."""
-    side = 8192 if device.type == "cuda" else 1024
+    """FLOP/s of large square matrix products, the fastest seen here and now: what model FLOP utilisation is a share of."""
+    gpu = device.type == "cuda"
+    side, products = (8192, 5) if gpu else (1024, 1)
     a = torch.randn(side, side, device=device, dtype=dtype)
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(3):
-        a @ a
-    synchronize()
-    started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        for _ in range(5):
+    begun, fastest = time.perf_counter(), math.inf
+    while fastest == math.inf or time.perf_counter() - begun < seconds:
+        started = time.perf_counter()
+        for _ in range(products):
             a @ a
-        products += 5
-        synchronize()
-    return 2 * side**3 * products / (time.perf_counter() - started)
+        if gpu:
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, (time.perf_counter() - started) / products)
+    return 2 * side**3 / fastest

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import write_file
+from files import fsync, write_file
 from guard import Guard
 from train_state import TrainState
 
@@ -145,7 +145,11 @@ class Log:
         """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
         self._hear_guard()
         sums, good = self._reduced()
-        return {"log_sums": sums, "log_good": good, "log_skipped": self.skipped, "streak": self.guard.streak}
+        path = self.folder / "metrics.jsonl"
+        if self.main and path.exists():
+            fsync(path)  # a power cut after the checkpoint must not take lines from before it
+        bad_in_a_row = (self.guard.streak, self.guard.overflows)
+        return {"log_sums": sums, "log_good": good, "log_skipped": self.skipped, "bad_in_a_row": bad_in_a_row}
 
     @contextmanager
     def pause(self) -> Iterator[None]:

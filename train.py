@@ -15,26 +15,28 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import cli
 from agreement import STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
 from cli import UserError
 from dataset import CacheError, LatentCache, Manifest, TrainingStream
-from evaluator import Evaluator, Stopped
+from evaluator import Evaluator
 from files import write_file
 from flags import check_args, check_cache, check_same_run, make_config, parse_args, precision
 from flops import backbone_flops, head_flops, matmul_rate, training_flops
 from guard import Guard
 from interpolant import PATHS
 from keyed_random import Purpose, normal, uniform
-from logbook import Log, evaluated, every
+from logbook import Log, every
 from loss import training_losses
 from models.autoencoder import LatentScale
 from models.projector import AlignedSiT, Projector
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import latent_tokens
-from preview import Preview, load_vae, preview_path
+from monitor import Monitor, undone
+from preview import Preview, load_vae
 from train_state import EMA, CheckpointError, TrainState, Writer, checkpoints, clear_leftovers
 
 
@@ -88,8 +90,7 @@ def train(
     cache: LatentCache,
     state: TrainState,
     log: Log,
-    preview: Preview | None,
-    evaluator: Evaluator | None,
+    monitor: Monitor,
     writer: Writer,
     request: StopRequest,
 ) -> bool:
@@ -99,7 +100,11 @@ def train(
     batches = stream.loader(state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals)
     step = Step(args, accelerator, cache.manifest, state, log.guard)
     votes = Votes(accelerator.num_processes, questions=2)
-    stop = not look(args, accelerator, state, log, preview, evaluator, request)  # what a run that was stopped left undone
+
+    def look() -> bool:
+        return monitor.look(state, accelerator.gather, lambda: request.name is not None)
+
+    stop = not look()  # what a run that was stopped left undone
 
     for batch in () if stop else log.timed(batches):
         terms, good = step(batch)
@@ -109,7 +114,7 @@ def train(
         save_due = last or stop or retry or every(state.step, args.checkpointing_steps)
         if save_due:
             save(state, log, accelerator, writer)
-        if not stop and not look(args, accelerator, state, log, preview, evaluator, request):
+        if not stop and not look():
             stop = True
             if not save_due:
                 save(state, log, accelerator, writer)
@@ -127,47 +132,6 @@ def train(
     return not stop
 
 
-def due(args: argparse.Namespace, step: int, period: int) -> bool:
-    """Whether a look at the model is due: every `period` steps, and at the end; never if that is 0."""
-    return step > 0 and (every(step, period) or (period > 0 and step == args.max_train_steps))
-
-
-def average_names(args: argparse.Namespace) -> list[str]:
-    """What each --ema-decay adds to the name of a picture; nothing for the first."""
-    return ["", *(f"-ema{decay}" for decay in args.ema_decay[1:])]
-
-
-def undone(args: argparse.Namespace, folder: Path, step: int) -> bool:
-    """Whether a run stopped at this step before it had a look at the model that is due."""
-    pictures = all(preview_path(folder, step, name).exists() for name in average_names(args))
-    return (due(args, step, args.sampling_steps) and not pictures) or (
-        due(args, step, args.eval_every) and not evaluated(folder, step) >= set(args.ema_decay)
-    )
-
-
-def look(
-    args: argparse.Namespace, accelerator: Accelerator, state: TrainState, log: Log,
-    preview: Preview | None, evaluator: Evaluator | None, request: StopRequest,
-) -> bool:  # fmt: skip
-    """Previews and evaluations that are due at this step and not there yet. Returns False if a signal cut them short."""
-    with log.pause():
-        for decay, name, ema in zip(args.ema_decay, average_names(args), state.emas):
-            if (
-                preview
-                and due(args, state.step, args.sampling_steps)
-                and not preview_path(log.folder, state.step, name).exists()
-            ):
-                log.image(preview.draw(ema, state.step, name), state.step)
-            if evaluator and due(args, state.step, args.eval_every) and not log.measured(state.step, decay):
-                try:
-                    numbers = evaluator.measure(ema, accelerator.gather, lambda: request.name is not None)
-                except Stopped:
-                    return False
-                if numbers:
-                    log.evaluation(state.step, decay, numbers, evaluator.identity)
-    return True
-
-
 def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) -> None:
     """Gathers what a checkpoint must hold from all processes; the first copies it to host memory and hands it to its writer."""
     state.extra = log.unfinished()
@@ -180,16 +144,20 @@ def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) 
 def summary(
     args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, model: AlignedSiT, head: dict | None
 ) -> str:
-    """What is about to run, in three lines."""
-    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    """What is about to run, in four lines."""
+    params = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     body, extra = backbone_flops(model.backbone.config), head_flops(model.backbone.config, head)
     processes, parts = accelerator.num_processes, args.gradient_accumulation_steps
     local, epochs = args.batch_size // processes // parts, args.max_train_steps * args.batch_size / len(cache)
     alignment = "no alignment"
     if head:
-        alignment = f"head on block {args.align_depth}: {millions['head']:.1f}M, {extra / 2e9:.3g} GMAC (+{extra / body:.1%})"
+        alignment = (
+            f"aligned at block {args.align_depth} by a head of {params['head']:.1f}M parameters "
+            f"(+{params['head'] / params['backbone']:.1%}): {(body + extra) / 1e9:.4g} GFLOPs (+{extra / body:.1%})"
+        )
     return (
-        f"{args.model}: {millions['backbone']:.1f}M parameters, {body / 2e9:.3g} GMAC an image; {alignment}\n"
+        f"{args.model}: {params['backbone']:.1f}M parameters, {body / 1e9:.4g} GFLOPs ({body / 2e9:.4g} GMAC) forward\n"
+        f"{alignment}\n"
         f"global batch {args.batch_size} = {processes} (processes) x {local} (local) x {parts} (accumulated) "
         f"on {accelerator.device.type}, precision {accelerator.mixed_precision}\n"
         f"{len(cache):,} images an epoch, {cache.manifest.num_classes} classes; "
@@ -276,7 +244,8 @@ def main() -> None:
         state = build(args, config, device)
         if main_process:
             clear_leftovers(folder)
-        saved = checkpoints(folder)
+        # what the first process sees: on a network disk others may see it later
+        (saved,) = broadcast_object_list([checkpoints(folder)])
         if saved:
             state.load(saved[-1])
             if accelerator.scaler is not None and "scaler" in state.extra:
@@ -294,7 +263,7 @@ def main() -> None:
     if main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
     tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
-    guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16", state.extra.get("streak", 0))
+    guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16", *state.extra.get("bad_in_a_row", ()))
     flops = training_flops(SiTConfig(**config["model"]), config["head"])
     utilisation = flops / matmul_rate(device, dtype) / accelerator.num_processes
     log = Log(args, folder, state, device, main_process, accelerator.reduce, guard, utilisation, tracker)
@@ -302,7 +271,7 @@ def main() -> None:
     if state.step:
         log.say(f"continuing from {saved[-1]}")
     with stop_on_signal() as request, Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-        finished = train(args, accelerator, cache, state, log, preview, evaluator, writer, request)
+        finished = train(args, accelerator, cache, state, log, Monitor(args, log, preview, evaluator), writer, request)
         how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
         log.say(f"{how} at step {state.step:,}")
     log.close()

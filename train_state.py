@@ -5,14 +5,15 @@
       ema.safetensors     the averaged backbone alone: all that sampling needs
       ema-0.999.safetensors  likewise for each further --ema-decay
       model.safetensors   backbone and head as trained
-      optimizer.pt        its state dict (loaded with weights_only=True)
-      progress.json       step, gradient scaler, running averages of the log, sha256 of the other files
+      optimizer.safetensors  AdamW's moments; no file of a checkpoint is unpickled
+      progress.json       step, optimizer's settings, gradient scaler, running averages of the log, sha256 of the other files
 
 A checkpoint appears whole or not at all: it is written in a folder beside its place, fsynced and renamed."""
 
 import hashlib
-import io
 import json
+import os
+import re
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from files import fsync_folder, sha256, write_file
+from files import fsync, sha256, write_file
 
 
 class CheckpointError(ValueError):
@@ -48,28 +49,22 @@ class Snapshot:
         final = run / "checkpoints" / f"{self.step:07d}"
         partial = _hidden(final, "partial")
         shutil.rmtree(partial, ignore_errors=True)
-        hashes = {}
-
-        def put(name: str, data: bytes) -> None:
-            hashes[name] = hashlib.sha256(data).hexdigest()
-            write_file(partial / name, data)
-
+        emas = {ema_name(self.config, decay): ema for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True)}
+        moments = {f"{i}.{key}": value for i, state in self.optimizer["state"].items() for key, value in state.items()}
         try:
-            put("config.json", json.dumps(self.config, indent=2).encode())
-            for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True):
-                put(ema_name(self.config, decay), safetensors.torch.save(ema))
-            put("model.safetensors", safetensors.torch.save(self.model))
-            buffer = io.BytesIO()
-            torch.save(self.optimizer, buffer)
-            put("optimizer.pt", buffer.getvalue())
-            write_file(partial / "progress.json", json.dumps({"step": self.step, "sha256": hashes, **self.extra}).encode())
+            write_file(partial / "config.json", json.dumps(self.config, indent=2).encode())
+            for name, tensors in {**emas, "model.safetensors": self.model, "optimizer.safetensors": moments}.items():
+                save_tensors(tensors, partial / name)
+            progress = {"step": self.step, "param_groups": self.optimizer["param_groups"], **self.extra}
+            progress["sha256"] = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+            write_file(partial / "progress.json", json.dumps(progress | {"digest": _digest(progress)}).encode())
             if final.exists():
                 remove_checkpoint(final)
             partial.rename(final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        fsync_folder(final.parent)
+        fsync(final.parent)
         return final
 
 
@@ -94,10 +89,11 @@ class TrainState:
         for decay, ema in zip(config["ema_decay"], self.emas, strict=True):
             load_weights(ema, checkpoint / ema_name(config, decay))
         load_weights(self.model, checkpoint / "model.safetensors")
-        try:
-            self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
-        except Exception as error:
-            raise CheckpointError(f"{checkpoint / 'optimizer.pt'} cannot be loaded ({_first_line(error)})") from None
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_tensors(checkpoint / "optimizer.safetensors").items():
+            i, key = name.split(".", 1)
+            moments.setdefault(int(i), {})[key] = tensor.clone()  # the optimizer keeps what it is given
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.extra.pop("param_groups")})
         self.step = self.extra.pop("step")
 
 
@@ -161,6 +157,8 @@ def verify(checkpoint: Path) -> dict:
     path = checkpoint / "progress.json"
     try:
         progress: dict[str, Any] = json.loads(path.read_text())
+        if progress.pop("digest") != _digest(progress):
+            raise CheckpointError(f"{path} is not what was saved: remove {checkpoint} to {then}")
         hashes = progress.pop("sha256")
         for name, expected in hashes.items():
             path = checkpoint / name
@@ -169,6 +167,10 @@ def verify(checkpoint: Path) -> dict:
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): remove {checkpoint} to {then}") from None
     return progress
+
+
+def _digest(progress: dict) -> str:
+    return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
 def clear_leftovers(run: Path) -> None:
@@ -229,11 +231,32 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Strictly loads a .safetensors file. Raises CheckpointError."""
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes and fsyncs a .safetensors file without holding the interpreter. On a full disk raises OSError."""
     try:
-        module.load_state_dict(safetensors.torch.load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        safetensors.torch.save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    fsync(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A .safetensors file. Raises CheckpointError."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})") from None
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Strictly loads a .safetensors file into a module. Raises CheckpointError."""
+    tensors = load_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
         raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})") from None
 
 

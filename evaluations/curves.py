@@ -13,30 +13,48 @@ from cli import UserError
 PANELS = {"velocity": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
 
 
-def read_metrics(run: Path) -> dict[str, np.ndarray]:
-    """metrics.jsonl of a run, column by column. Raises UserError."""
+DISTANCES = ("FID", "FD-fashion")  # of evaluations while training
+
+
+def read_metrics(run: Path) -> tuple[dict[str, np.ndarray], dict[tuple[str, float], np.ndarray]]:
+    """metrics.jsonl of a run: its steps column by column, and (n, 2) images and distance for each distance and EMA decay.
+    Raises UserError."""
     path = run / "metrics.jsonl"
     if not path.exists():
         why = "has not logged yet (--log-every)" if (run / "args.json").exists() else "is no run: name a folder like exps/NAME"
         raise UserError(f"{run} {why}")
     rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if not rows:
+    steps = [row for row in rows if "evaluation" not in row]
+    if not steps:
         raise UserError(f"{path} is empty: the run has not logged yet (--log-every)")
-    return {key: np.array([row[key] for row in rows], float) for key in ("images", *PANELS)}
+    distances: dict[tuple[str, float], list] = {}
+    for row in rows:
+        for name in DISTANCES:
+            if name in row:
+                distances.setdefault((name, row["evaluation"]["ema_decay"]), []).append((row["images"], row[name]))
+    columns = {key: np.array([row[key] for row in steps], float) for key in ("images", *PANELS)}
+    return columns, {key: np.array(pairs) for key, pairs in distances.items()}
 
 
-def draw(runs: dict[str, dict[str, np.ndarray]], out: Path) -> None:
-    """One panel a quantity, one colour a run."""
+def draw(runs: dict[str, tuple[dict[str, np.ndarray], dict[tuple[str, float], np.ndarray]]], out: Path) -> None:
+    """One panel a quantity, one colour a run; one more panel for each distance that a run was evaluated by."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 3.6), layout="constrained")
-    for axis, (key, title) in zip(axes, PANELS.items()):
-        for i, (name, columns) in enumerate(runs.items()):
+    measured = [name for name in DISTANCES if any(name == key for _, distances in runs.values() for key, _ in distances)]
+    panels = [*PANELS.values(), *measured]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
+    for i, (run, (columns, distances)) in enumerate(runs.items()):
+        for axis, key in zip(axes, PANELS):
             if np.any(columns[key] > 0):
-                axis.plot(columns["images"] / 1e3, columns[key], f"C{i}", label=name, linewidth=1.6)
+                axis.plot(columns["images"] / 1e3, columns[key], f"C{i}", label=run, linewidth=1.6)
+        for k, ((name, decay), pairs) in enumerate(distances.items()):
+            axis = axes[panels.index(name)]
+            style = ("-", "--", ":", "-.")[k % 4]
+            axis.plot(pairs[:, 0] / 1e3, pairs[:, 1], f"C{i}", label=f"{run}, EMA {decay:g}", linestyle=style, marker=".")
+    for axis, title in zip(axes, panels):
         axis.set_title(title)
         axis.set_xlabel("thousand images seen")
         axis.set_yscale("log")
@@ -44,7 +62,7 @@ def draw(runs: dict[str, dict[str, np.ndarray]], out: Path) -> None:
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(True, which="both", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines and len(runs) > 1:
+        if len(axis.lines) > 1:
             axis.legend(frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

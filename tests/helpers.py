@@ -64,12 +64,11 @@ def rows(run: Path) -> list[dict]:
 
 def same_weights(a: Path, b: Path, step: str = "0000010") -> bool:
     """Whether two runs' weights, EMA and optimizer are the same to the bit."""
-    for name in ("model", "ema"):
+    for name in ("model", "ema", "optimizer"):
         ours, theirs = (load_file(run / "checkpoints" / step / f"{name}.safetensors") for run in (a, b))
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
             return False
-    ours, theirs = (torch.load(run / "checkpoints" / step / "optimizer.pt")["state"] for run in (a, b))
-    return all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ours[i])
+    return True
 
 
 FORKS = """

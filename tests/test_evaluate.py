@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evaluations import curves, evaluate
 from evaluations.fashion import load_classifier
@@ -149,6 +151,15 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
 def test_curves_draw_several_runs(call, trained, tmp_path):
     code, out = call(curves, trained, trained, "--out", tmp_path / "c.png")
     assert code == 0 and (tmp_path / "c.png").stat().st_size > 10_000, out
+    evaluated = shutil.copytree(trained, tmp_path / "evaluated")
+    with open(evaluated / "metrics.jsonl", "a") as file:  # as --eval-every writes them
+        for images, distance in ((8, 5.0), (16, 4.0)):
+            row = {"step": 1, "images": images, "FD-fashion": distance, "evaluation": {"ema_decay": 0.9}}
+            file.write(json.dumps(row) + "\n")
+    columns, distances = curves.read_metrics(evaluated)
+    assert len(columns["velocity"]) == 2 and distances["FD-fashion", 0.9].tolist() == [[8, 5], [16, 4]]
+    assert call(curves, trained, evaluated, "--out", tmp_path / "e.png")[0] == 0
+    assert Image.open(tmp_path / "e.png").width > 1.3 * Image.open(tmp_path / "c.png").width  # one panel more
     code, out = call(curves, tmp_path)
     assert code == 2 and "is no run" in out
     code, out = call(curves, trained, "--out", tmp_path / "c.txt")

@@ -33,22 +33,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
     "evaluator": ({*LEAVES, "dataset", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
+    "monitor": ({"evaluator", "logbook", "preview", "train_state"}, {"torch"}),
     "flags": ({*LEAVES, "dataset", "evaluations", "interpolant", "loss", "models", "train_state"}, {"torch"}),
     "train": (
-        {
-            *LEAVES,
-            "agreement",
-            "dataset",
-            "evaluator",
-            "flags",
-            "flops",
-            "guard",
-            "interpolant",
-            "keyed_random",
-            "logbook",
-            "loss",
-        }
-        | {"models", "preview", "train_state"},
+        {*LEAVES, "agreement", "dataset", "evaluator", "flags", "flops", "guard", "interpolant", "keyed_random", "logbook"}
+        | {"loss", "models", "monitor", "preview", "train_state"},
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (
@@ -59,6 +48,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "evaluations": (
         {*LEAVES, "evaluations", "preprocessing"},
         {*NUMERIC, "tqdm", "safetensors", "torch_fidelity", "matplotlib"},
+    ),
+    "benchmarks": (
+        {*LEAVES, "benchmarks", "dataset", "flags", "flops", "guard", "interpolant", "keyed_random", "models", "train"}
+        | {"train_state"},
+        {"torch", "tqdm", "accelerate"},
     ),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
 }
@@ -84,7 +78,7 @@ def test_imports_keep_to_the_rooms(path):
     for name in imports(path):
         top = name.split(".")[0]
         assert top in (own if top in ours else packages), f"{path.name} may not import {name}"
-        assert name not in SCRIPTS, f"{path.name} imports the script {name}: only tests do"
+        assert name not in SCRIPTS or room == "benchmarks", f"{path.name} imports the script {name}: tests and benchmarks do"
 
 
 def test_evaluations_take_from_preprocessing_only_how_images_are_read():
