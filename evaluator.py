@@ -1,6 +1,7 @@
 """Metrics of the averaged models while they train: sampling and evaluation over all processes, images never leave the device.
 
-What it reports is what sample_ddp.py and evaluations.evaluate report for the same checkpoint, flags and batch size."""
+What it reports is what sample_ddp.py and evaluations.evaluate report for the same checkpoint, flags and batch size, as far as
+--mixed-precision and --allow-tf32 let it: those two commands work in float32."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ class Evaluator:
                 "reference_sha256": sha256(args.eval_reference), "solver": self.recipe.solver,
                 "num_steps": self.recipe.num_steps, "cfg_scale": self.recipe.cfg_scale, "labels": self.recipe.labels,
                 "seed": self.recipe.seed, "batch_size": self.size, "dtype": str(dtype).removeprefix("torch."),
+                "allow_tf32": args.allow_tf32,
             }  # fmt: skip
 
     @torch.no_grad()

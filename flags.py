@@ -73,7 +73,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--adam-weight-decay", type=cli.amount, default=0.0, help="AdamW")
     add("--adam-epsilon", type=cli.above_zero, default=1e-8, help="AdamW")
     add("--max-grad-norm", type=cli.above_zero, default=1.0, help="gradient clipping")
-    add("--ema-decay", type=cli.fraction, nargs="+", default=[0.9999],
+    add("--ema-decay", type=cli.decay, nargs="+", default=[0.9999],
         help="of the averaged weights, per step; several keep an average each, the first is the run's own")
     add("--mixed-precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
     add("--compile", action="store_true", help="compile the repeated block once (torch.compile)")

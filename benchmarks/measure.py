@@ -31,6 +31,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def first_call(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; of the first, with everything that is compiled, chosen or allocated in it."""
+    synchronize(device)
+    started = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 def in_turn(
     actions: dict[str, Callable[[], object]], device: torch.device, rounds: int, calls: int, warm_up: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:

@@ -8,7 +8,10 @@ from models.sit import SiT, init_linear
 
 
 class Projector(nn.Sequential):
-    """`layers` linear layers with SiLU between: width -> hidden -> ... -> hidden -> out. (B, N, width) -> (B, N, out)."""
+    """`layers` linear layers with SiLU between: width -> hidden -> ... -> hidden -> out. (B, N, width) -> (B, N, out).
+
+    What comes out is float32 under any autocast: the last layer, 0.2% of the head, is computed in it, so that the alignment
+    loss compares no rounded numbers."""
 
     def __init__(self, width: int, out: int, layers: int = 5, hidden: int | None = None):
         hidden = hidden or 2 * width
@@ -18,6 +21,13 @@ class Projector(nn.Sequential):
             modules += [nn.Linear(size_in, size_out), nn.SiLU()]
         super().__init__(*modules[:-1])
         self.apply(init_linear)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        *hidden, last = self
+        for layer in hidden:
+            tokens = layer(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return last(tokens.float())
 
 
 class AlignedSiT(nn.Module):

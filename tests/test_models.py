@@ -158,3 +158,15 @@ def test_gradients_reach_the_blocks_up_to_the_aligned_one_only():
     assert reached == [True, True, False]
     assert backbone.pos_embed.grad is None
     assert AlignedSiT(backbone, None, 2)(*inputs())[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_aligned_is_float32_under_any_autocast(dtype):
+    head = Projector(32, 16, layers=3)
+    hidden = []
+    head[-1].register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    with torch.autocast("cpu", dtype):
+        aligned = AlignedSiT(awake(small()), head, block=2)(*inputs())[1]
+    assert aligned.dtype == torch.float32 and hidden[0].dtype == torch.float32
+    assert not torch.equal(aligned, aligned.to(dtype).float())  # not rounded and widened again
+    assert torch.equal(hidden[0], hidden[0].to(dtype).float())  # while the layers before did run in half precision

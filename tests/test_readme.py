@@ -49,7 +49,9 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     (encode,), (evaluation,) = of("preprocessing.encode_latents"), of("evaluations.evaluate")
     trainings = [flags for flags in of("train.py") if "data/imagenet256" in flags]
     samplings = of("sample_ddp.py")
-    assert len(trainings) == 2 and len(samplings) == 2
+    evaluated = [flags for flags in trainings if "--eval-every" in flags]
+    trainings = [flags for flags in trainings if "--eval-every" not in flags]
+    assert len(trainings) == 2 and len(evaluated) == 1 and len(samplings) == 2
     code, out = call(encode_latents, *encode, "--vae", vae_folder)
     assert code == 0 and "6 images, 2 classes" in out, out
     for i, flags in enumerate(trainings):
@@ -62,8 +64,9 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     assert (imagenet / name).exists()
     np.savez(imagenet / evaluation[2], arr_0=np.zeros((5, 256, 256, 3), np.uint8))
     monkeypatch.setenv("TORCH_HOME", str(imagenet))
-    code, out = call(evaluate, name, *evaluation[1:])
-    assert code == 2 and "no Inception weights: fetch" in out
+    for script, flags in ((evaluate, [name, *evaluation[1:]]), (train, [*evaluated[0], *short_training, "--exp-name", "e"])):
+        code, out = call(script, *flags)
+        assert code == 2 and "no Inception weights: fetch" in out
 
 
 def test_launchers_take_the_flags_given_to_them():
@@ -78,7 +81,7 @@ def test_launchers_take_the_flags_given_to_them():
         elif words[0] == "torchrun":
             parsed = get_args_parser().parse_args(words[1:])
             launched += parsed.training_script == "sample_ddp.py" and parsed.nproc_per_node == "8"
-    assert launched == 4
+    assert launched == 5
 
 
 def test_a_step_number_in_a_file_name_has_seven_digits():
@@ -87,7 +90,7 @@ def test_a_step_number_in_a_file_name_has_seven_digits():
     assert steps == {"4000000"} and "xl2-sra2-4000000-" in of("evaluations.evaluate")[0][0]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/method.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/cluster.md", "docs/performance.md"])
 def test_what_documents_name_exists(document):
     """Files in links, flags, and `function` (file) pairs."""
     text = (ROOT / document).read_text()
@@ -95,7 +98,7 @@ def test_what_documents_name_exists(document):
         assert (ROOT / document).parent.joinpath(target).exists(), target
     for names, file in re.findall(r"`([A-Za-z_.]+)(?:\([^`]*\))?` \(([a-z_/]+\.py)\)", text):
         assert all(re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()) for name in names.split(".")), (names, file)
-    scripts = (path for folder in (".", "preprocessing", "evaluations") for path in (ROOT / folder).glob("*.py"))
+    scripts = (path for folder in (".", "preprocessing", "evaluations", "benchmarks") for path in (ROOT / folder).glob("*.py"))
     sources = "".join(path.read_text() for path in scripts)
     for flag in re.findall(r"`(--[a-z-]+)", text):
         assert f'"{flag}"' in sources or flag in ("--cpu",), flag
