@@ -6,11 +6,13 @@ steps. Every step therefore casts a vote whose outcome all read at the end of th
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PATIENCE = timedelta(hours=2)  # how long the others wait while the first process draws, measures or saves
 STOPPED = 75  # exit code of a run that a signal asked to stop: EX_TEMPFAIL, start it again
 
 
@@ -46,7 +48,7 @@ class Votes:
     """votes.cast(a, b) -> whether any process said a, and b; of the step before, or, alone, of this one."""
 
     def __init__(self, processes: int, questions: int):
-        self.group = dist.new_group(backend="gloo") if processes > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if processes > 1 else None
         self.ballot = torch.zeros(questions, dtype=torch.int32)
         self.pending: dist.Work | None = None
 

@@ -67,11 +67,14 @@ class Evaluator:
     ) -> dict[str, float | None] | None:
         """The numbers, on the first process; None on the others. gather_all stacks a tensor of every process in their order.
         Raises Stopped, on every process at once, when `stopped` says so on any."""
-        features = gather(self._batches(model, gather_all, stopped), self.count)
+        batches = self._batches(model, gather_all, stopped)
         if self.reference is None:
+            for _ in batches:
+                pass
             return None
+        features = gather(batches, self.count)
         labels = self.recipe.classes(torch.arange(self.count), model.config.num_classes).numpy()
-        return compare(features, labels, self.reference, self.features)
+        return compare(features, labels, self.reference, self.features, self.device)
 
     def _batches(self, model: SiT, gather_all: Callable, stopped: Callable[[], bool]) -> Iterator[tuple[Tensor, ...]]:
         """Features of one batch of each process, in the order of the images; the last is padded with those that follow."""

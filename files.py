@@ -1,8 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that grow by whole lines."""
 
+import errno
+import fcntl
 import hashlib
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,44 @@ def write_array(path: Path, array: np.ndarray) -> str:
     np.save(buffer, array)
     write_file(path, buffer.getvalue())
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+class Lines:
+    """A text file that grows by whole lines. On a full disk they wait in memory for the next call."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, ""
+
+    def append(self, text: str = "") -> bool:
+        """Adds lines, and those that waited. Returns whether all are written."""
+        self.waiting += text
+        rest = self.waiting.encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)  # part of a line may have gone through
+                    raise
+        except OSError:
+            return False
+        self.waiting = ""
+        return True
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Holds the lock on a file; not where the disk knows no locks. Raises BlockingIOError if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(errno.EAGAIN, "another process has it", str(path)) from None
+        yield
 
 
 def sha256(path: Path) -> str:

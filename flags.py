@@ -17,7 +17,6 @@ from evaluations.features import EXTRACTORS
 from interpolant import PATHS
 from loss import ALIGN_LOSSES
 from models.sit import PRESETS, SiTConfig, align_block
-from train_state import checkpoints, read_config
 
 # Flags that may change between two starts of one run; every other one is part of what the run is.
 FREE_FLAGS = {
@@ -165,8 +164,8 @@ def make_config(args: argparse.Namespace, manifest: Manifest) -> dict:
     }  # fmt: skip
 
 
-def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> dict:
-    """The flags as args.json keeps them. Raises UserError listing what differs from those, or the cache, of a run begun."""
+def check_same_run(args: argparse.Namespace, folder: Path) -> dict:
+    """The flags as args.json keeps them. Raises UserError listing what differs from those of a run begun."""
     now = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     now["align_t_range"] = list(args.align_t_range)
     path = folder / "args.json"
@@ -181,15 +180,16 @@ def check_same_run(args: argparse.Namespace, folder: Path, config: dict) -> dict
             raise UserError(
                 f"{folder} was started with other flags: {what}. Choose another --exp-name, or go back to those flags"
             )
-    saved = checkpoints(folder)
-    if saved:
-        then = read_config(saved[-1])["data"]
-        changed = [key for key in then if key not in ("source", "vae") and then[key] != config["data"][key]]
-        if changed:
-            raise UserError(
-                f"--data-dir {args.data_dir} is not the cache that {folder} was started on: {', '.join(changed)} differ"
-            )
     return now
+
+
+def check_same_cache(args: argparse.Namespace, folder: Path, then: dict, now: dict) -> None:
+    """Two config.json, of a run begun and of the flags given now. Raises UserError listing what differs of their data."""
+    changed = [key for key in then["data"] if key not in ("source", "vae") and then["data"][key] != now["data"][key]]
+    if changed:
+        raise UserError(
+            f"--data-dir {args.data_dir} is not the cache that {folder} was started on: {', '.join(changed)} differ"
+        )
 
 
 def precision(flag: str) -> str:

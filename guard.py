@@ -47,7 +47,7 @@ class Guard:
             self.streak = self.streak + 1 if bad else 0
             if bad:
                 what = ", ".join(name for name, bad in zip(SOURCES, row) if bad)
-                lines.append(f"step {step:,}: {what} not finite, update skipped")
+                lines.append(f"step {step:,}: {what} not finite" + ", update skipped" * row[2])
             if self.streak == PATIENCE:
                 raise UserError(
                     f"{lines[-1]}, like the {PATIENCE - 1} before it; stopped, with the last checkpoint as it was. "

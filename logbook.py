@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import fsync, write_file
+from files import Lines, fsync, write_file
 from guard import Guard
 from train_state import TrainState
 
 TERMS = ("loss", "velocity", "align", "cosine", "token_norm", "grad_norm")  # of a step, in this order
-
+SCREEN = suppress(OSError)  # which may be a file on a full disk: not worth a run
 
 T = TypeVar("T")
 
@@ -50,7 +51,9 @@ class Log:
         self.skipped = state.extra.get("log_skipped", 0)
         self.guard, self.utilisation, self.waited = guard, utilisation, 0.0
         self.clock, self.clock_step = time.perf_counter(), state.step
-        self.measured_before = {(state.step, decay) for decay in evaluated(folder, state.step)}
+        self.lines, self.text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if main:
             self._drop_lines_after(state.step)
             total, done = args.max_train_steps * args.batch_size, state.step * args.batch_size
@@ -66,9 +69,9 @@ class Log:
     def say(self, text: str) -> None:
         """One line for people: above the bar and in log.txt."""
         if self.main:
-            tqdm.write(text)
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            with SCREEN:
+                tqdm.write(text)
+            self.text.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def step(self, step: int, terms: Tensor, good: Tensor) -> None:
         """Ends a step: its TERMS of this process, on the device, which count in the means if `good` is 1. Every --log-every
@@ -76,7 +79,8 @@ class Log:
         self.sums += torch.where(good > 0, terms, 0)
         self.good += good
         if self.main:
-            self.bar.update(self.args.batch_size)
+            with SCREEN:
+                self.bar.update(self.args.batch_size)
         if every(step, self.args.log_every):
             self._write(step)
 
@@ -92,12 +96,13 @@ class Log:
         self.good.zero_()
         if self.main:
             self._append(row)
-            self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
+            with SCREEN:
+                self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
             self._track("log", row, step)
 
     def _append(self, row: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if not self.lines.append(json.dumps(row) + "\n"):
+            self.say(f"could not write to {self.lines.path}: its lines wait in memory, training goes on")
 
     def _track(self, method: str, *args: Any) -> None:
         """Tells the tracker; one that fails is let go, and training goes on."""
@@ -110,14 +115,15 @@ class Log:
             self.say(f"--report-to {self.args.report_to} failed ({reason}): training goes on without it, metrics.jsonl has all")
 
     def _gauges(self, steps: int, seconds: float) -> dict[str, float]:
-        """step_s: seconds a step, of which data_s went into waiting for batches and compute_s into the rest; mfu: share of the
-        machine's matrix products that the run's own FLOPs fill; peak_memory_gib: of the device."""
+        """step_s: seconds a step, of which the host waited data_s for batches, and compute_s is the rest (a GPU may have been
+        busy with earlier steps while the host waited); mfu: share of the machine's matrix products that the run's own FLOPs
+        fill; peak_memory_gib: of the device, in training. Saving, previews and evaluations do not count."""
         rate = steps * self.args.batch_size / seconds
         step_s, data_s = seconds / steps, self.waited / steps
         gauges = {"images_per_s": rate, "step_s": step_s, "data_s": data_s, "compute_s": step_s - data_s}
         gauges["mfu"] = rate * self.utilisation
         if self.sums.is_cuda:
-            gauges["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            gauges["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.sums.device) / 2**30
         return gauges
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
@@ -145,17 +151,21 @@ class Log:
         """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
         self._hear_guard()
         sums, good = self._reduced()
-        path = self.folder / "metrics.jsonl"
-        if self.main and path.exists():
-            fsync(path)  # a power cut after the checkpoint must not take lines from before it
+        if self.main and self.lines.append():
+            fsync(self.lines.path)  # a power cut after the checkpoint must not take lines from before it
         bad_in_a_row = (self.guard.streak, self.guard.overflows)
         return {"log_sums": sums, "log_good": good, "log_skipped": self.skipped, "bad_in_a_row": bad_in_a_row}
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Previews and checkpoints happen in here, and do not count in images_per_s."""
+        """What happens in here counts neither in the times nor in the peak memory. Waits for the device."""
+        if self.sums.is_cuda:
+            torch.cuda.synchronize(self.sums.device)
         started = time.perf_counter()
         yield
+        if self.sums.is_cuda:
+            torch.cuda.synchronize(self.sums.device)
+            torch.cuda.reset_peak_memory_stats(self.sums.device)
         self.clock += time.perf_counter() - started
 
     def image(self, path: Path, step: int) -> None:
@@ -173,14 +183,13 @@ class Log:
             name = "eval" if decay == self.args.ema_decay[0] else f"eval-ema{decay}"
             self._track("log", {f"{name}/{key}": value for key, value in numbers.items()}, step)
 
-    def measured(self, step: int, decay: float) -> bool:
-        """Whether the run had this evaluation already when it was started."""
-        return (step, decay) in self.measured_before
-
     def close(self) -> None:
         """Ends the bar and the tracker's run."""
         if self.main:
-            self.bar.close()
+            with SCREEN:
+                self.bar.close()
+            if not self.lines.append() or not self.text.append():
+                print(f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written", file=sys.stderr)
             self._track("finish")
 
 

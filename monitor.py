@@ -8,33 +8,51 @@ from torch import Tensor
 
 from evaluator import Evaluator, Stopped
 from logbook import Log, evaluated, every
+from models.sit import SiT
 from preview import Preview, preview_path
-from train_state import TrainState
+from train_state import TrainState, checkpoints
 
 
 class Monitor:
     """A preview every --sampling-steps, an evaluation every --eval-every, of each average, and both at the end."""
 
-    def __init__(self, args: argparse.Namespace, log: Log, preview: Preview | None, evaluator: Evaluator | None):
+    def __init__(
+        self, args: argparse.Namespace, log: Log, preview: Preview | None, evaluator: Evaluator | None,
+        start: int, measured: set[float],
+    ):  # fmt: skip
+        """measured: the averages whose evaluation at step `start` the run had when it was started."""
         self.args, self.log, self.preview, self.evaluator = args, log, preview, evaluator
+        self.measured = {(start, decay) for decay in measured}
 
     def look(self, state: TrainState, gather: Callable[[Tensor], Tensor], stopped: Callable[[], bool]) -> bool:
         """Does what is due at this step and not done yet. Called by all processes; gather stacks a tensor of each. Returns
         False if `stopped` cut it short."""
-        args, log, step = self.args, self.log, state.step
-        with log.pause():
+        args, step = self.args, state.step
+        draw = self.preview and due(args, step, args.sampling_steps)
+        measure = self.evaluator and due(args, step, args.eval_every)
+        if not draw and not measure:
+            return True
+        with self.log.pause():
             for decay, name, ema in zip(args.ema_decay, average_names(args), state.emas):
-                path = preview_path(log.folder, step, name)
-                if self.preview and due(args, step, args.sampling_steps) and not path.exists():
-                    log.image(self.preview.draw(ema, step, name), step)
-                if self.evaluator and due(args, step, args.eval_every) and not log.measured(step, decay):
+                if draw:
+                    self._draw(ema, step, name)
+                if measure and (step, decay) not in self.measured:
                     try:
                         numbers = self.evaluator.measure(ema, gather, stopped)
                     except Stopped:
                         return False
                     if numbers:
-                        log.evaluation(step, decay, numbers, self.evaluator.identity)
+                        self.log.evaluation(step, decay, numbers, self.evaluator.identity)
         return True
+
+    def _draw(self, ema: SiT, step: int, name: str) -> None:
+        path = preview_path(self.log.folder, step, name)
+        if path.exists():
+            return
+        try:
+            self.log.image(self.preview.draw(ema, step, name), step)
+        except OSError as error:  # no picture is worth a run
+            self.log.say(f"could not draw {path}: {error.strerror}; training goes on")
 
 
 def due(args: argparse.Namespace, step: int, period: int) -> bool:
@@ -47,9 +65,12 @@ def average_names(args: argparse.Namespace) -> list[str]:
     return ["", *(f"-ema{decay}" for decay in args.ema_decay[1:])]
 
 
-def undone(args: argparse.Namespace, folder: Path, step: int) -> bool:
-    """Whether a run stopped at this step before it had a look that is due."""
+def where(args: argparse.Namespace, folder: Path) -> tuple[list[Path], int, set[float], bool]:
+    """Where a run stands: its checkpoints, the step of the newest, the averages evaluated there, and whether a look at them is
+    still owed, as the run was stopped before it."""
+    saved = checkpoints(folder)
+    step = int(saved[-1].name) if saved else 0
+    measured = evaluated(folder, step)
     pictures = all(preview_path(folder, step, name).exists() for name in average_names(args))
-    return (due(args, step, args.sampling_steps) and not pictures) or (
-        due(args, step, args.eval_every) and not evaluated(folder, step) >= set(args.ema_decay)
-    )
+    owed = due(args, step, args.eval_every) and not measured >= set(args.ema_decay)
+    return saved, step, measured, owed or (due(args, step, args.sampling_steps) and not pictures)

@@ -60,10 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def describe(args: argparse.Namespace, checkpoint: Path, config: dict, vae: Autoencoder, recipe: Recipe) -> dict:
     """All that decides what the images are: NAME.json, and what evaluation copies into metrics.json."""
+    decay = config["ema_decay"][0] if args.ema_decay is None else args.ema_decay
     return {
         "checkpoint": str(checkpoint), "ema_sha256": sha256(checkpoint / ema_name(config, args.ema_decay)),
         "model": config["model_name"], "step": config["step"], "images_seen": config["step"] * config["batch_size"],
-        "ema_decay": args.ema_decay or config["ema_decay"][0], "path_type": recipe.path_type, "mode": recipe.mode,
+        "ema_decay": decay, "path_type": recipe.path_type, "mode": recipe.mode,
         "solver": recipe.solver, "num_steps": recipe.num_steps, "cfg_scale": recipe.cfg_scale,
         "guidance_low": recipe.guidance_low, "guidance_high": recipe.guidance_high,
         "labels": recipe.labels, "global_seed": recipe.seed, "count": args.num_fid_samples,
@@ -147,7 +148,10 @@ def main() -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # for barriers only; the fast wait for the slow
 
     try:
-        checkpoint = find_checkpoint(args.ckpt)
+        found = [find_checkpoint(args.ckpt)]
+        if processes > 1:  # a run that goes on may save another one meanwhile
+            dist.broadcast_object_list(found)
+        checkpoint = found[0]
         config = read_config(checkpoint)
         recipe = recipe._replace(path_type=config["path_type"])
         model = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)

@@ -9,8 +9,7 @@ import copy
 import json
 import sys
 import uuid
-from contextlib import nullcontext
-from datetime import timedelta
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,12 +18,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import cli
-from agreement import STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
+from agreement import PATIENCE, STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
 from cli import UserError
 from dataset import CacheError, LatentCache, Manifest, TrainingStream
 from evaluator import Evaluator
 from files import write_file
-from flags import check_args, check_cache, check_same_run, make_config, parse_args, precision
+from flags import check_args, check_cache, check_same_cache, check_same_run, make_config, parse_args, precision
 from flops import backbone_flops, head_flops, matmul_rate, training_flops
 from guard import Guard
 from interpolant import PATHS
@@ -35,9 +34,9 @@ from models.autoencoder import LatentScale
 from models.projector import AlignedSiT, Projector
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import latent_tokens
-from monitor import Monitor, undone
+from monitor import Monitor, where
 from preview import Preview, load_vae
-from train_state import EMA, CheckpointError, TrainState, Writer, checkpoints, clear_leftovers
+from train_state import EMA, CheckpointError, TrainState, Writer, claim, read_config, verify
 
 
 class Step:
@@ -137,8 +136,9 @@ def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) 
     state.extra = log.unfinished()
     if accelerator.scaler is not None:
         state.extra["scaler"] = accelerator.scaler.state_dict()
-    if accelerator.is_main_process:
-        writer.submit(state)
+    with log.pause():
+        if accelerator.is_main_process:
+            writer.submit(state)
 
 
 def summary(
@@ -211,71 +211,83 @@ def build(args: argparse.Namespace, config: dict, device: torch.device) -> Train
     )  # fmt: skip
     backbone.recompute = args.activation_checkpointing
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # or DDP's buckets cut a block's graph; each block reduces on its own anyway
         for block in backbone.blocks:  # not the averages', which are sampled from with other shapes
             block.compile()
     return TrainState(model, emas, optimizer)
 
 
-def main() -> None:
-    args = parse_args(__doc__)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=precision(args.mixed_precision),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one saves and draws
-        ],
-    )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest, held: ExitStack) -> bool:
+    """Everything between the command line and the exit code; `held` keeps the run's lock. Returns whether it is finished."""
     device, main_process = accelerator.device, accelerator.is_main_process
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    folder = args.output_dir / args.exp_name
+    folder, rank, processes = args.output_dir / args.exp_name, accelerator.process_index, accelerator.num_processes
     try:
-        check_args(args, accelerator.num_processes)
+        check_args(args, processes)
         cache = LatentCache(args.data_dir)
         check_cache(args, cache)
         config = make_config(args, cache.manifest)
-        flags = check_same_run(args, folder, config)
-        vae = None
+        flags = check_same_run(args, folder)
+        # what the first process sees, since on a network disk others may see it later
+        saved, start, measured, owed = broadcast_object_list([*where(args, folder)])
+        if start >= args.max_train_steps and not owed:
+            accelerator.print(f"{folder} has finished its {start:,} steps; raise --max-train-steps to go on")
+            return True
+
+        vae = preview = evaluator = None
         if (args.sampling_steps and main_process) or args.eval_every:
             vae = load_vae(args.vae or cache.manifest.vae, cache.manifest, device)
-        preview = Preview(args, cache.manifest, folder, vae) if args.sampling_steps and main_process else None
-
+        if args.sampling_steps and main_process:
+            preview = Preview(args, cache.manifest, folder, vae)
+        if args.eval_every:
+            evaluator = Evaluator(args, cache.manifest, vae, dtype, rank, processes)
         state = build(args, config, device)
         if main_process:
-            clear_leftovers(folder)
-        # what the first process sees: on a network disk others may see it later
-        (saved,) = broadcast_object_list([checkpoints(folder)])
+            held.enter_context(claim(folder, saved))
         if saved:
-            state.load(saved[-1])
+            progress = verify(saved[-1])
+            check_same_cache(args, folder, read_config(saved[-1]), config)
+            state.load(saved[-1], progress)
             if accelerator.scaler is not None and "scaler" in state.extra:
                 accelerator.scaler.load_state_dict(state.extra["scaler"])
     except (CacheError, CheckpointError) as error:
         raise UserError(str(error)) from None
 
-    if state.step >= args.max_train_steps and not undone(args, folder, state.step):
-        accelerator.print(f"{folder} has finished its {state.step:,} steps; raise --max-train-steps to go on")
-        accelerator.end_training()
-        return
-    evaluator = None
-    if args.eval_every:
-        evaluator = Evaluator(args, cache.manifest, vae, dtype, accelerator.process_index, accelerator.num_processes)
     if main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
     tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
     guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16", *state.extra.get("bad_in_a_row", ()))
     flops = training_flops(SiTConfig(**config["model"]), config["head"])
-    utilisation = flops / matmul_rate(device, dtype) / accelerator.num_processes
+    utilisation = flops / matmul_rate(device, dtype) / processes
     log = Log(args, folder, state, device, main_process, accelerator.reduce, guard, utilisation, tracker)
     log.say(summary(args, accelerator, cache, state.model, config["head"]))
-    if state.step:
+    if saved:
         log.say(f"continuing from {saved[-1]}")
-    with stop_on_signal() as request, Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-        finished = train(args, accelerator, cache, state, log, Monitor(args, log, preview, evaluator), writer, request)
-        how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
-        log.say(f"{how} at step {state.step:,}")
+    monitor = Monitor(args, log, preview, evaluator, start, measured)
+    with Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
+        finished = train(args, accelerator, cache, state, log, monitor, writer, request)
+    how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
+    log.say(f"{how} at step {state.step:,}")
     log.close()
-    accelerator.end_training()
+    return finished
+
+
+def main() -> None:
+    args = parse_args(__doc__)
+    args.mixed_precision = precision(args.mixed_precision)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+    )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    with stop_on_signal() as request, ExitStack() as held:
+        finished = run(args, accelerator, request, held)
+        accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one leaves with a code
+        accelerator.end_training()
     if not finished:
         sys.exit(STOPPED)
 

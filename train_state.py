@@ -16,6 +16,8 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from files import fsync, sha256, write_file
+from files import fsync, lock, sha256, write_file
 
 
 class CheckpointError(ValueError):
@@ -83,9 +85,9 @@ class TrainState:
         *emas, model, optimizer = (_to_host(part.state_dict()) for part in (*self.emas, self.model, self.optimizer))
         return Snapshot(self.step, config, emas, model, optimizer, dict(self.extra))
 
-    def load(self, checkpoint: Path) -> None:
-        """Restores everything in place, after checking every file. Raises CheckpointError naming the one that is bad."""
-        self.extra, config = verify(checkpoint), read_config(checkpoint)
+    def load(self, checkpoint: Path, progress: dict) -> None:
+        """Restores everything in place; progress is what `verify` gave. Raises CheckpointError naming the file that is bad."""
+        config = read_config(checkpoint)
         for decay, ema in zip(config["ema_decay"], self.emas, strict=True):
             load_weights(ema, checkpoint / ema_name(config, decay))
         load_weights(self.model, checkpoint / "model.safetensors")
@@ -93,6 +95,7 @@ class TrainState:
         for name, tensor in load_tensors(checkpoint / "optimizer.safetensors").items():
             i, key = name.split(".", 1)
             moments.setdefault(int(i), {})[key] = tensor.clone()  # the optimizer keeps what it is given
+        self.extra = dict(progress)
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.extra.pop("param_groups")})
         self.step = self.extra.pop("step")
 
@@ -118,6 +121,7 @@ class Writer:
     def submit(self, state: TrainState) -> None:
         """Waits for the save before, if it is still under way, copies the state and begins to write it."""
         self.wait()
+        self.failed = False
         snapshot = state.snapshot(self.config | {"step": state.step})
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self.thread.start()
@@ -130,24 +134,24 @@ class Writer:
 
     def take_messages(self) -> list[str]:
         """What there is to tell since the last call."""
-        messages, self.messages = self.messages, []
+        count = len(self.messages)  # the thread may add one meanwhile
+        messages, self.messages[:count] = self.messages[:count], []
         return messages
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            self.messages.append(f"saved {snapshot.write(self.run)}")
-            self.failed = False
-            self._clear()
-        except OSError as error:
+            saved = snapshot.write(self.run)
+        except Exception as error:  # whatever it is, the training thread must hear of it
             self.failed = True
-            reason = f"{error.strerror} ({error.filename})"
-            self.messages.append(f"could not save step {snapshot.step:,}: {reason}; training goes on and tries again")
-
-    def _clear(self) -> None:
-        spare = checkpoints(self.run)[: -self.keep_last] if self.keep_last else []
-        for folder in spare:
+            self.messages.append(f"could not save step {snapshot.step:,}: {_reason(error)}; training goes on and tries again")
+            return
+        self.messages.append(f"saved {saved}")
+        for folder in checkpoints(self.run)[: -self.keep_last] if self.keep_last else []:
             if not (self.milestone_steps and int(folder.name) % self.milestone_steps == 0):
-                remove_checkpoint(folder)
+                try:
+                    remove_checkpoint(folder)
+                except OSError as error:  # as on network disks, while somebody samples from it
+                    self.messages.append(f"could not remove {folder}: {_reason(error)}")
 
 
 def verify(checkpoint: Path) -> dict:
@@ -164,7 +168,9 @@ def verify(checkpoint: Path) -> dict:
             path = checkpoint / name
             if sha256(path) != expected:
                 raise CheckpointError(f"{path} is not what was saved: remove {checkpoint} to {then}")
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): remove {checkpoint} to {then}") from None
     return progress
 
@@ -173,11 +179,21 @@ def _digest(progress: dict) -> str:
     return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
-def clear_leftovers(run: Path) -> None:
-    """Removes what a killed save, or a killed removal, left behind. For one process, before anything is written."""
-    for pattern in (".*.partial", ".*.removed"):
-        for folder in (run / "checkpoints").glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+@contextmanager
+def claim(run: Path, saved: list[Path]) -> Iterator[None]:
+    """Keeps other processes from a run, and first removes what a killed save, or a killed removal, left behind. Raises
+    CheckpointError if another process has it, or had it until now: its checkpoints are no longer those in `saved`."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(run / ".lock"))
+        except BlockingIOError:
+            raise CheckpointError(f"{run} is being trained by another process: stop it, or name another --exp-name") from None
+        if checkpoints(run) != saved:
+            raise CheckpointError(f"{run} was trained by another process until now: run the command again")
+        for pattern in (".*.partial", ".*.removed"):
+            for folder in (run / "checkpoints").glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
+        yield
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -225,6 +241,10 @@ class EMA:
     def update(self) -> None:
         """ema <- decay ema + (1 - decay) model."""
         self.average(self.ema, self.model, None)
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -285,5 +305,5 @@ def read_config(checkpoint: Path) -> dict:
     """config.json of a checkpoint. Raises CheckpointError."""
     try:
         return json.loads((checkpoint / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'config.json'} cannot be read ({_first_line(error)})") from None

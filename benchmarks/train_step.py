@@ -4,7 +4,8 @@
 
 Random latents of ImageNet's shape start in host memory, as a loader leaves them. `none` and `sra2` share backbone, averages
 and optimizer. `plain` is the least that trains the aligned network: forward, both losses, backward, AdamW, on a batch
-interpolated beforehand; without clipping, EMA, random numbers, gauges and guard."""
+interpolated beforehand; without clipping, EMA, random numbers, gauges and guard. What is compiled is compiled in the
+first step of the first of them."""
 
 import argparse
 import copy
@@ -39,7 +40,7 @@ def parse() -> argparse.Namespace:
     add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="a preset of models/sit.py")
     add("--batch-size", type=cli.positive, default=256, help="images of one update")
     add("--align", choices=("none", "sra2"), nargs="+", default=["none", "sra2"], help="what to time, in turn")
-    add("--plain", action="store_true", help="time forward, backward and AdamW alone as well")
+    add("--plain", action="store_true", help="time forward, backward and AdamW alone as well; its AdamW has moments of its own")
     add("--precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="as train.py's --mixed-precision")
     add("--compile", action="store_true", help="as train.py's")
     add("--activation-checkpointing", action="store_true", help="as train.py's")
@@ -98,7 +99,11 @@ def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: Align
                 projected = model.head(tokens)
             loss = F.mse_loss(velocity.float(), u) + 1 - F.cosine_similarity(projected.float(), z, dim=-1).mean()
             (scaler.scale(loss) if scaler else loss).div(parts).backward()
-        optimizer.step()
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
         optimizer.zero_grad()
 
     return step

@@ -82,12 +82,14 @@ def load_reference(
     return Reference(of("", own.pool), of("_s", own.spatial), own.pool)
 
 
-def compare(samples: Features, labels: np.ndarray | None, reference: Reference, features: str) -> dict[str, float | None]:
+def compare(
+    samples: Features, labels: np.ndarray | None, reference: Reference, features: str, device: torch.device | str
+) -> dict[str, float | None]:
     """The numbers of one set of samples; None where the reference, or missing labels (n,), cannot give one."""
     distance = frechet_distance(statistics(samples.pool), reference.pool)
     precision, recall = (None, None)
     if reference.features is not None:
-        precision, recall = precision_recall(reference.features, samples.pool)
+        precision, recall = precision_recall(reference.features, samples.pool, device=device)
     if features == "fashion":
         agreement = None if labels is None else float((samples.scores.argmax(1) == labels).mean())
         return {"FD-fashion": distance, "class_agreement": agreement, "precision": precision, "recall": recall}

@@ -40,7 +40,7 @@ def evaluate(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray | 
     network = load_extractor(args.features, args.inception_weights, images.shape[1:3], args.device, str(args.samples))
     reference = load_reference(args.reference, args.features, network, images.shape[1], args.batch_size, args.device)
     samples = extract(network, array_batches(images, args.batch_size), len(images), "samples", args.device)
-    return compare(samples, labels, reference, args.features)
+    return compare(samples, labels, reference, args.features, args.device)
 
 
 def table(numbers: dict, identity: dict) -> str:

@@ -56,13 +56,16 @@ def _radii(features: torch.Tensor, k: int, block: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS, block: int = 2048) -> tuple[float, float]:
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS, block: int = 2048, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019): the share of samples inside the reference's manifold, and
     the share of the reference inside the samples'. A manifold is the union of balls around its features out to the k-th
-    nearest other, boundary included. (n, F), (m, F) -> numbers; memory for block x max(n, m) distances."""
-    a, b = torch.from_numpy(np.asarray(reference, np.float32)), torch.from_numpy(np.asarray(samples, np.float32))
+    nearest other, boundary included. (n, F), (m, F) -> numbers; memory for block x max(n, m) distances on
+    the device."""
+    a, b = (torch.from_numpy(np.asarray(features, np.float32)).to(device) for features in (reference, samples))
     radius_a, radius_b = _radii(a, k, block), _radii(b, k, block)
-    b_covered = torch.zeros(len(b), dtype=torch.bool)
+    b_covered = torch.zeros(len(b), dtype=torch.bool, device=device)
     a_covered = []
     for start in range(0, len(a), block):
         distance = _squared_distances(a[start : start + block], b)

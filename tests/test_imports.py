@@ -33,8 +33,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
     "evaluator": ({*LEAVES, "dataset", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
-    "monitor": ({"evaluator", "logbook", "preview", "train_state"}, {"torch"}),
-    "flags": ({*LEAVES, "dataset", "evaluations", "interpolant", "loss", "models", "train_state"}, {"torch"}),
+    "monitor": ({"evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
+    "flags": ({*LEAVES, "dataset", "evaluations", "interpolant", "loss", "models"}, {"torch"}),
     "train": (
         {*LEAVES, "agreement", "dataset", "evaluator", "flags", "flops", "guard", "interpolant", "keyed_random", "logbook"}
         | {"loss", "models", "monitor", "preview", "train_state"},

@@ -1,7 +1,7 @@
 """The step as it runs on a GPU: on the meta device, whose tensors have no values, so that asking for one is an error."""
 
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +18,18 @@ META = torch.device("meta")
 
 @pytest.fixture
 def make_step(cache, monkeypatch):
-    """make_step(*flags) -> a Step on the meta device, and a batch in host memory."""
+    """make_step(*flags) -> a Step on the meta device, and a batch in host memory; make_step.synced: of each backward, whether
+    the processes' gradients are summed in it."""
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(torch, "autocast", lambda device_type, **_: nullcontext())  # there is none on this device
+
+    unsynced, synced = [], []
+
+    @contextmanager
+    def no_sync(model):
+        unsynced.append(model)
+        yield
+        unsynced.pop()
 
     def make(*flags):
         args = parse_args("", ["--exp-name", "x", "--data-dir", str(cache), "--model", "SiT-Ti/2", "--batch-size", "8", *flags])
@@ -28,13 +37,14 @@ def make_step(cache, monkeypatch):
         manifest = LatentCache(cache).manifest
         state = train.build(args, make_config(args, manifest), META)
         accelerator = SimpleNamespace(
-            device=META, prepare=lambda *parts: parts, no_sync=lambda model: nullcontext(),
-            backward=lambda loss: loss.backward(), clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+            device=META, prepare=lambda *parts: parts, no_sync=no_sync, clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+            backward=lambda loss: (synced.append(not unsynced), loss.backward()),
         )  # fmt: skip
         step = train.Step(args, accelerator, manifest, state, Guard(state.optimizer, fp16=False))
         batch = torch.arange(8), torch.zeros(8, 8, 8, 8, dtype=torch.float16), torch.zeros(8, dtype=torch.int64)
         return step, batch
 
+    make.synced = synced
     return make
 
 
@@ -77,7 +87,21 @@ def test_the_frozen_position_has_no_gradient_and_no_optimizer_state(make_step):
     assert step.model.backbone.pos_embed not in step.state.optimizer.state
 
 
-def test_all_blocks_are_one_compiled_graph(make_step, monkeypatch, cache):
+def test_gradients_are_summed_over_processes_once_a_step(make_step):
+    step, batch = make_step("--gradient-accumulation-steps", "4")
+    step(batch)
+    assert make_step.synced == [False, False, False, True]
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.parallel.DistributedDataParallel], ids=["alone", "DDP"])
+def test_all_blocks_are_one_compiled_graph(one_process_group, monkeypatch, cache, wrap):
     counter = CompileCounter()
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=counter, fullgraph=True))
@@ -85,13 +109,12 @@ def test_all_blocks_are_one_compiled_graph(make_step, monkeypatch, cache):
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     outputs = []
     for flags in ([], ["--compile"]):
-        args = parse_args("", ["--exp-name", "x", "--data-dir", str(cache), "--model", "SiT-Ti/2", *flags])
+        args = parse_args("", ["--exp-name", "x", "--data-dir", str(cache), "--model", "SiT-S/2", *flags])
         check_args(args, 1)
         model = train.build(args, make_config(args, LatentCache(cache).manifest), torch.device("cpu")).model
-        torch.nn.init.normal_(model.backbone.final_layer.linear.weight)  # it starts at zero
         torch.manual_seed(0)
-        for block in model.backbone.blocks:
+        for block in model.backbone.blocks:  # they start at zero
             torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
-        outputs.append(model(x, t, y))
-    assert counter.frame_count == 1  # for six blocks
+        outputs.append(wrap(model)(x, t, y))
+    assert counter.frame_count == 1  # for twelve blocks; DDP's buckets would make two of each
     torch.testing.assert_close(outputs[0][1:], outputs[1][1:])

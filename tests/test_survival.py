@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agreement import STOPPED
+from files import lock
 from tests.helpers import ROOT, Forks, rows, same_weights, train_flags
 from train_state import checkpoints
 
@@ -103,6 +104,33 @@ def test_a_full_disk_is_told_of_and_tried_again(forks, cache, tmp_path, unbroken
     assert same(run, unbroken)
 
 
+def test_lines_that_a_full_disk_refuses_are_written_later(forks, cache, tmp_path, unbroken):
+    run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
+    pid = forks.start(flags(cache, tmp_path, "--num-workers", 0))
+    until(lambda: contains(metrics, '"step": 8'))
+    whole = resource.prlimit(pid, resource.RLIMIT_FSIZE, (metrics.stat().st_size + 50, resource.RLIM_INFINITY))  # half a line
+    sizes = [-1]
+
+    def grows_no_more():
+        sizes.append(metrics.stat().st_size)
+        return len(sizes) > 20 and sizes[-1] == sizes[-20]
+
+    until(grows_no_more)
+    assert metrics.read_text().endswith("}\n")  # no half line
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, whole)
+    assert forks.wait() == 0
+    assert same(run, unbroken) and contains(run / "log.txt", "its lines wait in memory, training goes on")
+
+
+def test_a_run_belongs_to_one_process(forks, cache, tmp_path):
+    """POSIX locks are a process's: this one holds it, the forked one is refused."""
+    with lock(tmp_path / "run/.lock"):
+        forks.start(flags(cache, tmp_path))
+        assert forks.wait() == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 def test_a_disk_that_stays_full_ends_in_one_line_with_the_old_checkpoint(forks, cache, tmp_path):
     run = tmp_path / "run"
     pid = forks.start(flags(cache, tmp_path))
@@ -145,4 +173,22 @@ def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(cache, tmp_path, unbroken):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "train.py", *flags(cache, tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: contains(tmp_path / "run/metrics.jsonl", '"step": 4'), seconds=120)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    (second,) = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGTERM)
+    out = job.communicate(timeout=120)[0]
+    assert "exitcode  : 75" in out and "Signal" not in out, out  # the first was not killed while it closed
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert contains(tmp_path / "run/log.txt", f"stopped by a signal to another process at step {int(newest.name)}")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(2, int(newest.name) + 1, 2))
+    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken)):
         assert ours == pytest.approx(theirs, rel=1e-3)

@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from train_state import (
     TrainState,
     Writer,
     checkpoints,
-    clear_leftovers,
+    claim,
     ema_name,
     find_checkpoint,
     load_weights,
     save_tensors,
+    verify,
 )
 
 CONFIG = {"ema_decay": [0.9, 0.5]}
@@ -37,7 +40,7 @@ def test_a_saved_state_comes_back_whole(tmp_path):
         state.emas[1].weight += 1  # tells the two averages apart
     folder = state.snapshot(CONFIG).write(tmp_path)
     assert folder == find_checkpoint(tmp_path) == find_checkpoint(folder)
-    other.load(folder)
+    other.load(folder, verify(folder))
     assert (other.step, other.extra) == (7, {"log_sums": [0.1], "log_steps": 3})
     assert torch.equal(other.model.weight, state.model.weight) and len(other.emas) == 2
     assert all(torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(other.emas, state.emas))
@@ -78,7 +81,8 @@ def test_leftovers_of_a_killed_save_or_removal_are_not_checkpoints_and_are_clear
         (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
     assert checkpoints(tmp_path) == []
     folder = make_state().snapshot(CONFIG).write(tmp_path)
-    clear_leftovers(tmp_path)
+    with claim(tmp_path, [folder]):
+        pass
     assert list((tmp_path / "checkpoints").iterdir()) == checkpoints(tmp_path) == [folder]
 
 
@@ -89,7 +93,8 @@ def test_a_snapshot_is_cut_off_from_training(tmp_path):
         state.model.weight += 1
         next(iter(state.optimizer.state.values()))["exp_avg"] += 1
     other = make_state(seed=1)
-    other.load(snapshot.write(tmp_path))
+    folder = snapshot.write(tmp_path)
+    other.load(folder, verify(folder))
     assert torch.equal(other.model.weight, same.model.weight)
     for ours, theirs in zip(other.optimizer.state.values(), same.optimizer.state.values()):
         assert torch.equal(ours["exp_avg"], theirs["exp_avg"])
@@ -124,6 +129,58 @@ def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, mon
     assert not writer.failed and find_checkpoint(tmp_path).name == "0000008"
 
 
+def stuck(path, target, rename=Path.rename):
+    """As a network disk on which somebody still reads the old checkpoint."""
+    if target.name.endswith(".removed"):
+        raise OSError(39, "Directory not empty", str(path))
+    return rename(path, target)
+
+
+def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(tmp_path, monkeypatch):
+    state, writer = make_state(), Writer(tmp_path, CONFIG, keep_last=1)
+
+    def broken(tensors, path):
+        raise ValueError("not tensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_state, "save_tensors", broken)
+        writer.submit(state)
+        writer.wait()
+    assert writer.failed and "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]
+    monkeypatch.setattr(Path, "rename", stuck)
+    for state.step in (8, 9):
+        writer.submit(state)
+        writer.wait()
+    assert not writer.failed and [folder.name for folder in checkpoints(tmp_path)] == ["0000008", "0000009"]
+    *_, saved, kept = writer.take_messages()
+    assert saved.endswith("0000009") and kept.startswith("could not remove") and "Directory not empty" in kept
+
+
+def test_messages_that_come_while_they_are_taken_are_not_lost(tmp_path, monkeypatch):
+    state, writer = make_state(), Writer(tmp_path, CONFIG)
+    write = train_state.Snapshot.write
+    monkeypatch.setattr(train_state.Snapshot, "write", lambda *args: (writer.take_messages(), write(*args))[1])
+    writer.submit(state)
+    writer.wait()
+    assert writer.take_messages() == [f"saved {checkpoints(tmp_path)[0]}"]
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_appears(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def spy(descriptor):
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((place.name, bool(checkpoints(tmp_path))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    folder = make_state().snapshot(CONFIG).write(tmp_path)
+    before, after = ([name for name, visible in synced if visible is when] for when in (False, True))
+    for path in folder.iterdir():
+        assert any(path.name in name for name in before), path.name  # config.json is .config.json.123.partial until it is whole
+    assert before[-1] == ".0000007.partial" and after == ["checkpoints"]
+
+
 @pytest.mark.parametrize(
     "name",
     ["config.json", "ema.safetensors", "ema-0.5.safetensors", "model.safetensors", "optimizer.safetensors", "progress.json"],
@@ -138,11 +195,11 @@ def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_pa
         other = make_state(seed=1)
         before = other.model.weight.clone()
         with pytest.raises(CheckpointError, match=rf"{name}.*remove .*0000009 to continue from 0000007"):
-            other.load(folder)
+            other.load(folder, verify(folder))
         assert torch.equal(other.model.weight, before)
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
-        other.load(folder)
+        other.load(folder, verify(folder))
 
 
 def test_newest_is_by_number(tmp_path):
