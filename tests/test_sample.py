@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -26,15 +27,17 @@ def flags(trained, folder, *more):
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def awake(trained):
-    """Two steps leave a model whose output is next to nothing: noise would pass for a result. Wake the checkpoint up."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, trained):
+    """A copy, woken up: two steps leave a model whose output is next to nothing, and noise would pass for a result."""
     from safetensors.torch import load_file, save_file
 
-    path = trained / "checkpoints/0000002/ema.safetensors"
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("awake") / "trained")
+    path = run / "checkpoints/0000002/ema.safetensors"
     generator = torch.Generator().manual_seed(0)
     state = load_file(path)
     save_file({k: v + 0.1 * torch.randn(v.shape, generator=generator) if "pos" not in k else v for k, v in state.items()}, path)
+    return run
 
 
 def images(folder, name="s"):
@@ -103,7 +106,6 @@ def test_interrupted_sampling_goes_on_and_leftovers_are_refused(call, trained, t
 
 
 def test_a_checkpoint_trained_anew_in_the_same_place_is_another(call, trained, tmp_path):
-    import shutil
 
     from safetensors.torch import load_file, save_file
 
