@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from checkpoint import checkpoints
 from evaluator import Evaluator, Stopped
 from logbook import Log, evaluated, every
 from models.sit import SiT
 from preview import Preview, preview_path
-from train_state import TrainState, checkpoints
+from train_state import TrainState
 
 
 class Monitor:

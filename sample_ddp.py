@@ -19,13 +19,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import cli
+from checkpoint import CheckpointError, ema_name, find_checkpoint, load_weights, read_config
 from cli import UserError
 from files import sha256, write_array, write_file
 from grid import labelled_grid, save_png
 from models.autoencoder import Autoencoder
 from models.sit import SiT, SiTConfig
 from sampling import LABELS, Recipe
-from train_state import CheckpointError, ema_name, find_checkpoint, load_weights, read_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import cli
 from agreement import PATIENCE, STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
+from checkpoint import CheckpointError, claim, read_config, verify
 from cli import UserError
 from dataset import CacheError, LatentCache, Manifest, TrainingStream
 from evaluator import Evaluator
@@ -36,7 +37,7 @@ from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import latent_tokens
 from monitor import Monitor, where
 from preview import Preview, load_vae
-from train_state import EMA, CheckpointError, TrainState, Writer, claim, read_config, verify
+from train_state import EMA, TrainState, Writer
 
 
 class Step:

@@ -22,7 +22,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "keyed_random": (set(), {"torch"}),
     "interpolant": (set(), {"torch"}),
     "dataset": ({"files"}, NUMERIC),
-    "train_state": ({"files"}, {*NUMERIC, "safetensors"}),
+    "checkpoint": ({"files"}, {"torch", "safetensors"}),
+    "train_state": ({"checkpoint", "files"}, {"torch"}),
     "loss": ({"interpolant"}, {"torch"}),
     "samplers": ({"interpolant"}, {"torch"}),
     "models": ({"models"}, {"torch", "timm", "diffusers"}),
@@ -33,15 +34,27 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
     "evaluator": ({*LEAVES, "dataset", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
-    "monitor": ({"evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
+    "monitor": ({"checkpoint", "evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
     "flags": ({*LEAVES, "dataset", "evaluations", "interpolant", "loss", "models"}, {"torch"}),
     "train": (
-        {*LEAVES, "agreement", "dataset", "evaluator", "flags", "flops", "guard", "interpolant", "keyed_random", "logbook"}
+        {
+            *LEAVES,
+            "agreement",
+            "checkpoint",
+            "dataset",
+            "evaluator",
+            "flags",
+            "flops",
+            "guard",
+            "interpolant",
+            "keyed_random",
+            "logbook",
+        }
         | {"loss", "models", "monitor", "preview", "train_state"},
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (
-        {*LEAVES, "grid", "models", "sampling", "train_state"},
+        {*LEAVES, "checkpoint", "grid", "models", "sampling"},
         {*NUMERIC, "tqdm"},
     ),
     "preprocessing": ({*LEAVES, "dataset", "models", "preprocessing"}, {*NUMERIC, "PIL", "tqdm"}),
@@ -50,7 +63,19 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {*NUMERIC, "tqdm", "safetensors", "torch_fidelity", "matplotlib"},
     ),
     "benchmarks": (
-        {*LEAVES, "benchmarks", "dataset", "flags", "flops", "guard", "interpolant", "keyed_random", "models", "train"}
+        {
+            *LEAVES,
+            "benchmarks",
+            "checkpoint",
+            "dataset",
+            "flags",
+            "flops",
+            "guard",
+            "interpolant",
+            "keyed_random",
+            "models",
+            "train",
+        }
         | {"train_state"},
         {"torch", "tqdm", "accelerate"},
     ),

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from agreement import STOPPED
+from checkpoint import checkpoints
 from files import lock
 from tests.helpers import ROOT, Forks, rows, same_weights, train_flags
-from train_state import checkpoints
 
 STEPS = 60
 

@@ -7,19 +7,8 @@ import pytest
 import torch
 
 import train_state
-from train_state import (
-    EMA,
-    CheckpointError,
-    TrainState,
-    Writer,
-    checkpoints,
-    claim,
-    ema_name,
-    find_checkpoint,
-    load_weights,
-    save_tensors,
-    verify,
-)
+from checkpoint import CheckpointError, checkpoints, claim, ema_name, find_checkpoint, load_weights, save_tensors, verify
+from train_state import EMA, TrainState, Writer
 
 CONFIG = {"ema_decay": [0.9, 0.5]}
 
