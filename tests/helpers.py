@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,8 +93,8 @@ for line in sys.stdin:
             traceback.print_exc()
             code = 99
         os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print("pid", pid, flush=True)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -101,6 +102,7 @@ class Forks:
     """Starts train.py in a fraction of a second: forked from a process that has done the imports and no more."""
 
     def __init__(self, log: Path):
+        self.running = 0
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with open(log, "w") as file:
             self.process = subprocess.Popen(
@@ -109,21 +111,27 @@ class Forks:
             )  # fmt: skip
 
     def start(self, flags: list[str]) -> int:
-        """train.py in a session of its own; returns its process id."""
+        """train.py in a session of its own; returns its process id. One that an earlier test left running is killed."""
+        if self.running:
+            os.killpg(self.running, signal.SIGKILL)
+            self.wait()
         self.process.stdin.write(json.dumps(flags) + "\n")
         self.process.stdin.flush()
-        return int(self._answer())
+        self.running = self._answer("pid")
+        return self.running
 
     def wait(self) -> int:
         """Its exit code, or minus the signal that killed it."""
-        return int(self._answer())
+        code = self._answer("exit")
+        self.running = 0
+        return code
 
-    def _answer(self) -> str:
+    def _answer(self, word: str) -> int:
         while True:
             line = self.process.stdout.readline()
             assert line, "the forking process died"
-            if line.strip().lstrip("-").isdigit():
-                return line
+            if line.startswith(f"{word} "):
+                return int(line.split()[1])
 
     def close(self) -> None:
         self.process.kill()
