@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,8 @@ class Forks:
     def start(self, flags: list[str]) -> int:
         """train.py in a session of its own; returns its process id. One that an earlier test left running is killed."""
         if self.running:
-            os.killpg(self.running, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.running, signal.SIGKILL)
             self.wait()
         self.process.stdin.write(json.dumps(flags) + "\n")
         self.process.stdin.flush()
