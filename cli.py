@@ -8,8 +8,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -18,10 +19,30 @@ class UserError(ValueError):
     """A mistake of the user's. The message names the flag or file and says what to change."""
 
 
+class Screen:
+    """stdout or stderr, which may be a file on a full disk: what cannot be shown ends nothing."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def run(main: Callable[[], None]) -> None:
     """Calls main; turns UserError, a full disk and a place that cannot be written into one line on stderr and exit code 2,
     Ctrl-C into exit code 130."""
     who = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     try:
         main()
     except UserError as error:

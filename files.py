@@ -43,23 +43,24 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, ""
+        self.whole: int | None = None  # bytes of the file before a write that failed, and may have left part of a line
 
-    def append(self, text: str = "") -> bool:
-        """Adds lines, and those that waited. Returns whether all are written."""
+    def append(self, text: str = "", sync: bool = False) -> bool:
+        """Adds lines, and those that waited, and fsyncs them if asked. Returns whether all are written."""
         self.waiting += text
         rest = self.waiting.encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    file.truncate(end)  # part of a line may have gone through
-                    raise
+                if self.whole is not None:
+                    file.truncate(self.whole)
+                self.whole = file.seek(0, os.SEEK_END)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                if sync:
+                    os.fsync(file.fileno())
         except OSError:
             return False
-        self.waiting = ""
+        self.waiting, self.whole = "", None
         return True
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import Lines, fsync, write_file
+from files import Lines, write_file
 from guard import Guard
 from train_state import TrainState
 
 TERMS = ("loss", "velocity", "align", "cosine", "token_norm", "grad_norm")  # of a step, in this order
-SCREEN = suppress(OSError)  # which may be a file on a full disk: not worth a run
+
 
 T = TypeVar("T")
 
@@ -55,22 +55,22 @@ class Log:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if main:
-            self._drop_lines_after(state.step)
+            self._take_up(state.step, state.extra.get("log_waiting", ""))
             total, done = args.max_train_steps * args.batch_size, state.step * args.batch_size
             self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc=args.exp_name, smoothing=0.05)
 
-    def _drop_lines_after(self, step: int) -> None:
-        """A run that stopped after its last checkpoint repeats some steps; their old lines go."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            kept = [json.dumps(row) + "\n" for row in read_rows(self.folder) if row["step"] <= step]
-            write_file(path, "".join(kept).encode())
+    def _take_up(self, step: int, waiting: str) -> None:
+        """A run that stopped after its last checkpoint repeats some steps: their old lines go. Those come back that waited in
+        memory when it was saved, and were not written since."""
+        kept = [json.dumps(row) + "\n" for row in read_rows(self.folder) if row["step"] <= step]
+        kept += [line for line in waiting.splitlines(keepends=True) if line not in kept]
+        if kept or self.lines.path.exists():
+            write_file(self.lines.path, "".join(kept).encode())
 
     def say(self, text: str) -> None:
         """One line for people: above the bar and in log.txt."""
         if self.main:
-            with SCREEN:
-                tqdm.write(text)
+            tqdm.write(text)
             self.text.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def step(self, step: int, terms: Tensor, good: Tensor) -> None:
@@ -79,8 +79,7 @@ class Log:
         self.sums += torch.where(good > 0, terms, 0)
         self.good += good
         if self.main:
-            with SCREEN:
-                self.bar.update(self.args.batch_size)
+            self.bar.update(self.args.batch_size)
         if every(step, self.args.log_every):
             self._write(step)
 
@@ -96,8 +95,7 @@ class Log:
         self.good.zero_()
         if self.main:
             self._append(row)
-            with SCREEN:
-                self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
+            self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
             self._track("log", row, step)
 
     def _append(self, row: dict) -> None:
@@ -151,10 +149,12 @@ class Log:
         """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
         self._hear_guard()
         sums, good = self._reduced()
-        if self.main and self.lines.append():
-            fsync(self.lines.path)  # a power cut after the checkpoint must not take lines from before it
-        bad_in_a_row = (self.guard.streak, self.guard.overflows)
-        return {"log_sums": sums, "log_good": good, "log_skipped": self.skipped, "bad_in_a_row": bad_in_a_row}
+        if self.main:
+            self.lines.append(sync=True)  # a power cut after the checkpoint must not take lines from before it
+        return {
+            "log_sums": sums, "log_good": good, "log_skipped": self.skipped, "log_waiting": self.lines.waiting,
+            "bad_in_a_row": (self.guard.streak, self.guard.overflows),
+        }  # fmt: skip
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -186,8 +186,7 @@ class Log:
     def close(self) -> None:
         """Ends the bar and the tracker's run."""
         if self.main:
-            with SCREEN:
-                self.bar.close()
+            self.bar.close()
             if not self.lines.append() or not self.text.append():
                 print(f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written", file=sys.stderr)
             self._track("finish")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoint import checkpoints
+from checkpoint import checkpoints, reason
 from evaluator import Evaluator, Stopped
 from logbook import Log, evaluated, every
 from models.sit import SiT
@@ -53,7 +53,7 @@ class Monitor:
         try:
             self.log.image(self.preview.draw(ema, step, name), step)
         except OSError as error:  # no picture is worth a run
-            self.log.say(f"could not draw {path}: {error.strerror}; training goes on")
+            self.log.say(f"could not draw {path}: {reason(error)}; training goes on")
 
 
 def due(args: argparse.Namespace, step: int, period: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 import cli
@@ -85,15 +85,9 @@ class Step:
 
 
 def train(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    cache: LatentCache,
-    state: TrainState,
-    log: Log,
-    monitor: Monitor,
-    writer: Writer,
-    request: StopRequest,
-) -> bool:
+    args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, state: TrainState, log: Log,
+    monitor: Monitor, writer: Writer, request: StopRequest,
+) -> bool:  # fmt: skip
     """Steps, and what is due after each. Returns whether the run is finished, not stopped by a signal."""
     stream = TrainingStream(cache, args.seed, args.batch_size, accelerator.process_index, accelerator.num_processes)
     pin_memory = accelerator.device.type == "cuda"
@@ -109,7 +103,7 @@ def train(
     for batch in () if stop else log.timed(batches):
         terms, good = step(batch)
         log.step(state.step, terms, good)
-        stop, retry = votes.cast(request.name is not None, writer.failed and every(state.step, args.log_every))
+        stop, retry = votes.cast(request.name is not None, bool(writer.problem) and every(state.step, args.log_every))
         last = state.step == args.max_train_steps
         save_due = last or stop or retry or every(state.step, args.checkpointing_steps)
         if save_due:
@@ -126,9 +120,8 @@ def train(
     writer.wait()
     for message in writer.take_messages():
         log.say(message)
-    if writer.failed:
-        raise UserError(f"the last checkpoint of {log.folder} could not be saved: free some space and run the command again")
-    accelerator.wait_for_everyone()
+    if writer.problem:
+        raise UserError(f"the last checkpoint of {log.folder} could not be saved ({writer.problem}): mend that and run again")
     return not stop
 
 
@@ -223,36 +216,41 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     device, main_process = accelerator.device, accelerator.is_main_process
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     folder, rank, processes = args.output_dir / args.exp_name, accelerator.process_index, accelerator.num_processes
+    check_args(args, processes)
     try:
-        check_args(args, processes)
         cache = LatentCache(args.data_dir)
-        check_cache(args, cache)
-        config = make_config(args, cache.manifest)
-        flags = check_same_run(args, folder)
-        # what the first process sees, since on a network disk others may see it later
-        saved, start, measured, owed = broadcast_object_list([*where(args, folder)])
-        if start >= args.max_train_steps and not owed:
-            accelerator.print(f"{folder} has finished its {start:,} steps; raise --max-train-steps to go on")
-            return True
+    except CacheError as error:
+        raise UserError(str(error)) from None
+    check_cache(args, cache)
+    config = make_config(args, cache.manifest)
+    flags = check_same_run(args, folder)
+    # what the first process sees, since on a network disk others may see it later
+    saved, start, measured, owed = broadcast_object_list([*where(args, folder)] if main_process else 4 * [None])
+    if start >= args.max_train_steps and not owed:
+        accelerator.print(f"{folder} has finished its {start:,} steps; raise --max-train-steps to go on")
+        return True
 
-        vae = preview = evaluator = None
+    vae = preview = evaluator = mistake = None
+    try:  # no process waits for another in here, and some mistakes only one of them can make
         if (args.sampling_steps and main_process) or args.eval_every:
             vae = load_vae(args.vae or cache.manifest.vae, cache.manifest, device)
         if args.sampling_steps and main_process:
             preview = Preview(args, cache.manifest, folder, vae)
         if args.eval_every:
             evaluator = Evaluator(args, cache.manifest, vae, dtype, rank, processes)
-        state = build(args, config, device)
         if main_process:
             held.enter_context(claim(folder, saved))
+        state = build(args, config, device)
         if saved:
             progress = verify(saved[-1])
             check_same_cache(args, folder, read_config(saved[-1]), config)
             state.load(saved[-1], progress)
             if accelerator.scaler is not None and "scaler" in state.extra:
                 accelerator.scaler.load_state_dict(state.extra["scaler"])
-    except (CacheError, CheckpointError) as error:
-        raise UserError(str(error)) from None
+    except (UserError, CheckpointError) as error:
+        mistake = UserError(str(error))
+    if any(gather_object([mistake is not None])):
+        raise mistake or SystemExit(2)  # another process says what it is
 
     if main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())

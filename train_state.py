@@ -101,7 +101,7 @@ class Writer:
         self.run, self.config, self.keep_last, self.milestone_steps = run, config, keep_last, milestone_steps
         self.thread: threading.Thread | None = None
         self.messages: list[str] = []
-        self.failed = False
+        self.problem = ""  # what went wrong with the last save
 
     def __enter__(self) -> "Writer":
         return self
@@ -112,7 +112,7 @@ class Writer:
     def submit(self, state: TrainState) -> None:
         """Waits for the save before, if it is still under way, copies the state and begins to write it."""
         self.wait()
-        self.failed = False
+        self.problem = ""
         snapshot = state.snapshot(self.config | {"step": state.step})
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self.thread.start()
@@ -133,8 +133,8 @@ class Writer:
         try:
             saved = snapshot.write(self.run)
         except Exception as error:  # whatever it is, the training thread must hear of it
-            self.failed = True
-            self.messages.append(f"could not save step {snapshot.step:,}: {reason(error)}; training goes on and tries again")
+            self.problem = reason(error)
+            self.messages.append(f"could not save step {snapshot.step:,}: {self.problem}; training goes on and tries again")
             return
         self.messages.append(f"saved {saved}")
         for folder in checkpoints(self.run)[: -self.keep_last] if self.keep_last else []:

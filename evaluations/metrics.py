@@ -64,11 +64,15 @@ def precision_recall(
     nearest other, boundary included. (n, F), (m, F) -> numbers; memory for block x max(n, m) distances on
     the device."""
     a, b = (torch.from_numpy(np.asarray(features, np.float32)).to(device) for features in (reference, samples))
-    radius_a, radius_b = _radii(a, k, block), _radii(b, k, block)
-    b_covered = torch.zeros(len(b), dtype=torch.bool, device=device)
-    a_covered = []
-    for start in range(0, len(a), block):
-        distance = _squared_distances(a[start : start + block], b)
-        b_covered |= (distance <= radius_a[start : start + block, None]).any(0)
-        a_covered.append((distance <= radius_b).any(1))
-    return b_covered.float().mean().item(), torch.cat(a_covered).float().mean().item()
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False  # they are differences
+    try:
+        radius_a, radius_b = _radii(a, k, block), _radii(b, k, block)
+        b_covered = torch.zeros(len(b), dtype=torch.bool, device=device)
+        a_covered = []
+        for start in range(0, len(a), block):
+            distance = _squared_distances(a[start : start + block], b)
+            b_covered |= (distance <= radius_a[start : start + block, None]).any(0)
+            a_covered.append((distance <= radius_b).any(1))
+        return b_covered.float().mean().item(), torch.cat(a_covered).float().mean().item()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed

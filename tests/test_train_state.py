@@ -110,12 +110,12 @@ def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, mon
     monkeypatch.setattr(train_state, "write_file", full)
     writer.submit(state)
     writer.wait()
-    assert writer.failed and "could not save step 8: No space left" in writer.take_messages()[-1]
+    assert writer.problem and "could not save step 8: No space left" in writer.take_messages()[-1]
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["0000007"]
     monkeypatch.setattr(train_state, "write_file", write)
     writer.submit(state)
     writer.wait()
-    assert not writer.failed and find_checkpoint(tmp_path).name == "0000008"
+    assert not writer.problem and find_checkpoint(tmp_path).name == "0000008"
 
 
 def stuck(path, target, rename=Path.rename):
@@ -135,12 +135,12 @@ def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(
         patch.setattr(train_state, "save_tensors", broken)
         writer.submit(state)
         writer.wait()
-    assert writer.failed and "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]
+    assert writer.problem and "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]
     monkeypatch.setattr(Path, "rename", stuck)
     for state.step in (8, 9):
         writer.submit(state)
         writer.wait()
-    assert not writer.failed and [folder.name for folder in checkpoints(tmp_path)] == ["0000008", "0000009"]
+    assert not writer.problem and [folder.name for folder in checkpoints(tmp_path)] == ["0000008", "0000009"]
     *_, saved, kept = writer.take_messages()
     assert saved.endswith("0000009") and kept.startswith("could not remove") and "Directory not empty" in kept
 

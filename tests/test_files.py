@@ -1,0 +1,69 @@
+"""Lines on a disk that is full now and then; the screen likewise."""
+
+import io
+import os
+
+import files
+from cli import Screen
+from files import Lines
+
+
+class Full:
+    """A raw file on a disk with room for so many bytes more."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        part = bytes(data[: self.room])
+        self.room -= len(part)
+        return self.file.write(part)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_lines_that_do_not_fit_wait_and_are_neither_torn_nor_doubled(tmp_path, monkeypatch):
+    lines = Lines(tmp_path / "log")
+    assert lines.append("first\n", sync=True)
+    for room in (3, 0, 9):
+        with monkeypatch.context() as patch:
+            full = lambda *args, room=room, **more: Full(open(*args, **more), room)  # noqa: E731, SIM115
+            patch.setattr(files, "open", full, raising=False)
+            assert not lines.append(f"with room for {room}\n")
+    assert lines.append("last\n")
+    expected = ["first", "with room for 3", "with room for 0", "with room for 9", "last"]
+    assert (tmp_path / "log").read_text().splitlines() == expected and lines.waiting == ""
+
+
+def test_lines_whose_fsync_fails_come_once(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    lines = Lines(tmp_path / "log")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert not lines.append("first\n", sync=True)
+    assert lines.append("second\n", sync=True)
+    assert (tmp_path / "log").read_text() == "first\nsecond\n"
+
+
+def test_a_screen_that_is_full_ends_nothing():
+    class FullDisk(io.StringIO):
+        def write(self, text=""):
+            raise OSError(28, "No space left on device")
+
+        flush = write
+
+    screen = Screen(FullDisk())
+    assert screen.write("text") == 4 and screen.flush() is None
+    print("more", file=screen, flush=True)
+    assert screen.getvalue() == ""
