@@ -59,7 +59,8 @@ def read_manifest(root: Path) -> Manifest:
     path = root / "manifest.json"
     if not path.exists():
         raise CacheError(
-            f"{root} is no latent cache (no manifest.json): make one with python -m preprocessing.encode_latents --dest {root}"
+            f"{root} is no latent cache (no manifest.json): make one of images with python -m "
+            "preprocessing.encode_latents --source IMAGES --dest FOLDER --resolution N, of the embedded ones with make demo"
         )
     try:
         content = json.loads(path.read_text())

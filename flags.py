@@ -41,7 +41,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, required=True, help="latent cache made by preprocessing.encode_latents")
     add("--resolution", type=cli.positive, help="stop unless the cache has this many pixels a side")
     add("--num-classes", type=cli.positive, help="stop unless the cache has this many classes")
-    add("--num-workers", type=cli.count, default=4, help="loader processes for each training process")
+    add("--num-workers", type=cli.count, default=min(4, os.cpu_count() or 1), help="loader processes for each training process")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="SiT-Ti/2, or SiT- S, B, L, XL with /2, /4, /8")

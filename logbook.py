@@ -18,6 +18,7 @@ from guard import Guard
 from train_state import TrainState
 
 TERMS = ("loss", "velocity", "align", "cosine", "token_norm", "grad_norm")  # of a step, in this order
+ALIGNMENT = ("align", "cosine", "token_norm")  # null without a head
 
 
 T = TypeVar("T")
@@ -87,7 +88,8 @@ class Log:
         self._hear_guard()
         sums, good = self._reduced()
         now = time.perf_counter()
-        means = {key: total / good if good else None for key, total in zip(TERMS, sums)}
+        known = [key for key in TERMS if self.args.align != "none" or key not in ALIGNMENT]
+        means = {key: total / good if good and key in known else None for key, total in zip(TERMS, sums)}
         row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped}
         row |= self._gauges(step - self.clock_step, now - self.clock)
         self.clock, self.clock_step, self.skipped, self.waited = now, step, 0, 0.0

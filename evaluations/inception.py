@@ -18,7 +18,10 @@ def find_weights(path: Path | None) -> Path:
     """The weights file given, or in torch hub's folder. Raises UserError that says what to fetch and where to put it."""
     place = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
     if not place.exists():
-        raise UserError(f"no Inception weights: fetch {URL} and put it at {place}, or pass --inception-weights FILE")
+        raise UserError(
+            f"no Inception weights: fetch {URL} and put it at {place}, or pass --inception-weights FILE (the embedded garments "
+            "need none: take the fashion features)"
+        )
     try:
         torch.load(place, map_location="cpu", weights_only=True)  # torch-fidelity unpickles freely: look first
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

@@ -16,7 +16,7 @@ import pytest
 from agreement import STOPPED
 from checkpoint import checkpoints
 from files import lock
-from tests.helpers import ROOT, Forks, rows, same_weights, train_flags
+from tests.helpers import ROOT, Forks, rows, same_weights, torchrun, train_flags
 
 STEPS = 90
 
@@ -129,6 +129,10 @@ def test_a_run_belongs_to_one_process(forks, cache, tmp_path):
     with lock(tmp_path / "run/.lock"):
         forks.start(flags(cache, tmp_path))
         assert forks.wait() == 2
+        with pytest.raises(AssertionError) as failed:  # the second process has made no mistake, and must not wait for the first
+            torchrun(2, "train.py", *flags(cache, tmp_path))
+    said = str(failed.value)
+    assert said.count("is being trained by another process") == 1 and "exitcode  : 2" in said and "exitcode  : -" not in said
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
