@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError
-from dataset import Manifest
 from evaluations.compare import compare, load_reference
 from evaluations.features import gather, load_extractor
 from evaluations.metrics import NEIGHBOURS
 from files import sha256
+from latent_cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
 from sampling import Recipe
@@ -46,7 +46,7 @@ class Evaluator:
         self.count, self.size, self.features = args.eval_samples, args.eval_batch_size, args.eval_features
         self.device, side = vae.vae.device, manifest.resolution
         self.network = load_extractor(
-            self.features, args.inception_weights, (side, side), self.device, str(args.data_dir), "--eval-features"
+            self.features, args.inception_weights, (side, side), self.device, str(args.data_dir[0]), "--eval-features"
         )
         self.reference = None
         if rank == 0:

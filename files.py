@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, *data: bytes | memoryview) -> None:
     """Writes beside the place, fsyncs, renames, fsyncs the folder. On a full disk raises OSError and leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            for part in data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -31,11 +32,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
-    """Writes a .npy file; returns its sha256."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_file(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+    """Writes a .npy file, without a second copy of it in memory; returns its sha256."""
+    header, array = io.BytesIO(), np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    data = header.getvalue(), memoryview(array).cast("B") if array.size else b""
+    write_file(path, *data)
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 class Lines:

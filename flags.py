@@ -12,15 +12,16 @@ import torch
 
 import cli
 from cli import UserError
-from dataset import LatentCache, Manifest
 from evaluations.features import EXTRACTORS
 from interpolant import PATHS
+from latent_cache import LatentCache, Manifest
 from loss import ALIGN_LOSSES
 from models.sit import PRESETS, SiTConfig, align_block
 
 # Flags that may change between two starts of one run; every other one is part of what the run is.
 FREE_FLAGS = {
-    "data_dir", "output_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "preview_cfg_scale", "log_every",
+    "data_dir", "cache_in_ram", "output_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "preview_cfg_scale",
+    "log_every",
     "keep_last", "milestone_steps", "num_workers", "report_to", "gradient_accumulation_steps", "compile",
     "activation_checkpointing", "vae", "resolution", "num_classes", "epochs", "eval_every", "eval_samples", "eval_reference",
     "eval_features", "eval_mode", "eval_heun", "eval_num_steps", "eval_cfg_scale", "eval_batch_size", "inception_weights",
@@ -38,7 +39,8 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.seed, default=0, help="of initialisation and of the whole training stream")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-dir", type=Path, required=True, help="latent cache made by preprocessing.encode_latents")
+    add("--data-dir", type=Path, required=True, nargs="+", help="latent cache made by preprocessing; several are joined")
+    add("--cache-in-ram", action="store_true", help="read the cache into memory first, once on each machine: for slow disks")
     add("--resolution", type=cli.positive, help="stop unless the cache has this many pixels a side")
     add("--num-classes", type=cli.positive, help="stop unless the cache has this many classes")
     add("--num-workers", type=cli.count, default=min(4, os.cpu_count() or 1), help="loader processes for each training process")
@@ -104,6 +106,11 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def paths(several: list[Path]) -> str:
+    """As they stand on the command line."""
+    return " ".join(map(str, several))
+
+
 def check_args(args: argparse.Namespace, processes: int) -> None:
     """Mistakes that can be seen before anything is read. Raises UserError."""
     share = args.batch_size // processes
@@ -138,12 +145,13 @@ def check_cache(args: argparse.Namespace, cache: LatentCache) -> None:
         args.max_train_steps = math.ceil(args.epochs * len(cache) / args.batch_size)
     args.max_train_steps = args.max_train_steps or 400_000
     if args.resolution and args.resolution != manifest.resolution:
-        raise UserError(f"--resolution {args.resolution}: {args.data_dir} holds images of {manifest.resolution} pixels")
+        raise UserError(f"--resolution {args.resolution}: {paths(args.data_dir)} holds images of {manifest.resolution} pixels")
     if args.num_classes and args.num_classes != manifest.num_classes:
-        raise UserError(f"--num-classes {args.num_classes}: {args.data_dir} has {manifest.num_classes}")
+        raise UserError(f"--num-classes {args.num_classes}: {paths(args.data_dir)} has {manifest.num_classes}")
     if manifest.latent_shape[1] != manifest.latent_shape[2] or manifest.latent_shape[1] % patch:
         raise UserError(
-            f"--model {args.model} cannot cut the latents of {args.data_dir} {manifest.latent_shape} into patches of {patch}"
+            f"--model {args.model} cannot cut the latents of {paths(args.data_dir)} {manifest.latent_shape} into patches of "
+            f"{patch}"
         )
 
 
@@ -167,6 +175,7 @@ def make_config(args: argparse.Namespace, manifest: Manifest) -> dict:
 def check_same_run(args: argparse.Namespace, folder: Path) -> dict:
     """The flags as args.json keeps them. Raises UserError listing what differs from those of a run begun."""
     now = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    now["data_dir"] = [str(path) for path in args.data_dir]
     now["align_t_range"] = list(args.align_t_range)
     path = folder / "args.json"
     if path.exists():
@@ -188,7 +197,7 @@ def check_same_cache(args: argparse.Namespace, folder: Path, then: dict, now: di
     changed = [key for key in then["data"] if key not in ("source", "vae") and then["data"][key] != now["data"][key]]
     if changed:
         raise UserError(
-            f"--data-dir {args.data_dir} is not the cache that {folder} was started on: {', '.join(changed)} differ"
+            f"--data-dir {paths(args.data_dir)} is not the cache that {folder} was started on: {', '.join(changed)} differ"
         )
 
 

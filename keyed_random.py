@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     CLASS = 5  # sampling: the class of an image
     START = 6  # sampling: x at t = 1
     BROWNIAN = 7  # sampling: the increments of the SDE
+    MIRROR = 8  # training: whether an image is mirrored
+    CROP = 9  # preprocessing: where a random crop lies
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from cli import UserError
-from dataset import Manifest
 from grid import labelled_grid, save_png
 from keyed_random import Purpose, normal
+from latent_cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
 from samplers import guided, ode

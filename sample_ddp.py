@@ -10,12 +10,10 @@ import json
 import os
 import shutil
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import cli
@@ -26,6 +24,7 @@ from grid import labelled_grid, save_png
 from models.autoencoder import Autoencoder
 from models.sit import SiT, SiTConfig
 from sampling import LABELS, Recipe
+from world import World
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,20 +137,16 @@ def main() -> None:
         args.global_seed,
     )
     recipe.check()
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = World()
+    rank, processes = world.rank, world.processes
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    if processes > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # for barriers only; the fast wait for the slow
 
     try:
-        found = [find_checkpoint(args.ckpt)]
-        if processes > 1:  # a run that goes on may save another one meanwhile
-            dist.broadcast_object_list(found)
-        checkpoint = found[0]
+        checkpoint = world.broadcast(find_checkpoint(args.ckpt))  # a run that goes on may save another one meanwhile
         config = read_config(checkpoint)
         recipe = recipe._replace(path_type=config["path_type"])
         model = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
@@ -187,8 +182,7 @@ def main() -> None:
             index = torch.arange(k * size, (k + 1) * size, device=device)
             write_array(files[k], vae.decode(recipe.latents(model, index)).cpu().numpy())
             bar.update(size * processes)
-    if processes > 1:
-        dist.barrier()
+    world.barrier()
     if rank == 0:
         labels = recipe.classes(torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
         write_npz(npz, files, labels, args.num_fid_samples)
@@ -196,9 +190,7 @@ def main() -> None:
         write_file(npz.with_suffix(".json"), json.dumps(what, indent=2).encode())
         shutil.rmtree(parts)
         print(f"{npz}: {args.num_fid_samples:,} images; look at {npz.with_suffix('.png')}")
-    if processes > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    world.close()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import cli
 from agreement import PATIENCE, STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
 from checkpoint import CheckpointError, claim, read_config, verify
 from cli import UserError
-from dataset import CacheError, LatentCache, Manifest, TrainingStream
+from dataset import TrainingStream
 from evaluator import Evaluator
 from files import write_file
 from flags import check_args, check_cache, check_same_cache, check_same_run, make_config, parse_args, precision
@@ -29,6 +29,7 @@ from flops import backbone_flops, head_flops, matmul_rate, training_flops
 from guard import Guard
 from interpolant import PATHS
 from keyed_random import Purpose, normal, uniform
+from latent_cache import CacheError, LatentCache, Manifest
 from logbook import Log, every
 from loss import training_losses
 from models.autoencoder import LatentScale
@@ -218,7 +219,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     folder, rank, processes = args.output_dir / args.exp_name, accelerator.process_index, accelerator.num_processes
     check_args(args, processes)
     try:
-        cache = LatentCache(args.data_dir)
+        cache = LatentCache(*args.data_dir)
     except CacheError as error:
         raise UserError(str(error)) from None
     check_cache(args, cache)
@@ -251,6 +252,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
         mistake = UserError(str(error))
     if any(gather_object([mistake is not None])):
         raise mistake or SystemExit(2)  # another process says what it is
+    if args.cache_in_ram:
+        try:
+            cache.load_into_ram(rank, lambda value: gather_object([value]))
+        except CacheError as error:
+            raise UserError(str(error)) from None
 
     if main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())

@@ -21,12 +21,12 @@ from accelerate import Accelerator
 import cli
 from benchmarks.measure import first_call, in_turn, machine, ratio, report, spread
 from cli import UserError
-from dataset import Manifest
 from flags import check_args, make_config, parse_args, precision
 from flops import backbone_flops, head_flops, matmul_rate, training_flops
 from guard import Guard
 from interpolant import PATHS, interpolate
 from keyed_random import Purpose, normal, uniform
+from latent_cache import Manifest
 from models.projector import AlignedSiT
 from models.sit import PRESETS, SiTConfig
 from models.targets import latent_tokens

@@ -12,7 +12,8 @@ from torch import nn
 from cli import UserError
 from evaluations.features import Features, extract
 from evaluations.metrics import NEIGHBOURS, Statistics, frechet_distance, inception_score, precision_recall, statistics
-from preprocessing.images import ImageSource, open_source, read_or_name
+from preprocessing.images import read_or_name
+from preprocessing.sources import ImageSource, open_source
 
 
 class Reference(NamedTuple):
@@ -44,7 +45,7 @@ def array_batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def source_batches(source: ImageSource, side: int, size: int, flag: str) -> Iterator[np.ndarray]:
     """Images of a folder or zip, centre-cropped to `side` -> batches (B, 3, side, side)."""
-    numbers = range(len(source.entries))
+    numbers = range(len(source))
     for start in numbers[::size]:
         yield np.stack([read_or_name(source, i, side, flag) for i in numbers[start : start + size]])
 
@@ -69,7 +70,7 @@ def load_reference(
         own = extract(network, array_batches(images, batch_size), len(images), "reference", device)
     elif not arrays:
         source = open_source(path, flag)
-        own = extract(network, source_batches(source, side, batch_size, flag), len(source.entries), "reference", device)
+        own = extract(network, source_batches(source, side, batch_size, flag), len(source), "reference", device)
     if own is not None and len(own.pool) <= NEIGHBOURS:
         raise UserError(f"{flag} {path} holds {len(own.pool)} images: there is nothing to compare with")
 

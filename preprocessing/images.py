@@ -1,126 +1,147 @@
-"""Where images come from, and how they become squares of the right size."""
+"""How stored bytes become squares of the right size, and what is done about images that are not what they should be."""
 
-import io
-import json
-import zipfile
-from pathlib import Path
-from typing import BinaryIO
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cli import UserError
+from keyed_random import Purpose, uniform
+from preprocessing.sources import ImageSource
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
-class ImageSource:
-    """A numbered list of labelled images. Entry i is (name, label)."""
-
-    def __init__(self, root: Path, entries: list[tuple[str, int]], class_names: list[str]):
-        self.root, self.entries, self.class_names = root, entries, class_names
-
-    def open(self, i: int) -> BinaryIO:
-        """The stored bytes of entry i, as a file."""
-        return (self.root / self.entries[i][0]).open("rb")
+CROPS = ("center", "random-seeded")
+BACKGROUNDS = ("white", "black")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: some run programs, none are photographs
+MOST_PIXELS = 89_478_485  # PIL's: a quarter of a gigabyte of RGB
 
 
-class ZipSource(ImageSource):
-    """Entries are members of a zip file."""
-
-    def __init__(self, root: Path, entries: list[tuple[str, int]], class_names: list[str]):
-        super().__init__(root, entries, class_names)
-        self.archive = zipfile.ZipFile(root)
-
-    def open(self, i: int) -> BinaryIO:
-        return io.BytesIO(self.archive.read(self.entries[i][0]))
+class BadImage(ValueError):
+    """An image that cannot be used, and why."""
 
 
-def open_source(path: Path, flag: str = "--source") -> ImageSource:
-    """A folder tree `class/.../image.ext`, or EDM's zip: images and a dataset.json with {"labels": [[path, class], ...]} and,
-    optionally, "class_names". Raises UserError, naming `flag`, if it is missing or holds no images."""
-    if not path.exists():
-        raise UserError(f"{flag} {path} does not exist")
-    source = _open_zip(path, flag) if path.is_file() else _open_folder(path, flag)
-    if not source.entries:
-        raise UserError(f"{flag} {path} holds no images ({' '.join(sorted(EXTENSIONS))})")
-    return source
+class Picture(NamedTuple):
+    """An image as training sees it, and what was met on the way."""
+
+    pixels: np.ndarray  # (3, side, side) uint8
+    kinds: list[str]
 
 
-def _open_folder(path: Path, flag: str) -> ImageSource:
-    classes = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not classes:
-        raise UserError(f"{flag} {path} has no class folders: the layout is class/image.ext")
-    entries, empty = [], []
-    for label, folder in enumerate(classes):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
-        entries += [(str(file.relative_to(path)), label) for file in files]
-        if not files:
-            empty.append(folder.name)
-    if entries and empty:
-        raise UserError(f"{flag} {path}: classes without images ({', '.join(empty[:5])}): fill or remove those folders")
-    return ImageSource(path, entries, [folder.name for folder in classes])
+@dataclass(frozen=True)
+class Square:
+    """How an image becomes a square of `side` pixels."""
+
+    side: int
+    crop: str = "center"
+    background: str = "white"
+    seed: int = 0  # of random crops
+
+    def read(self, source: ImageSource, i: int) -> Picture:
+        """Image i of the source. An RGB image that already has the size passes through untouched. Raises BadImage."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata, a line for each image
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with source.open(i) as file, Image.open(file, formats=FORMATS) as image:
+                    kinds = [f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"]  # MPO: what phones write
+                    if getattr(image, "is_animated", False) and image.format != "MPO":
+                        kinds.append("animated or of several pages: the first")
+                    rgb = to_rgb(image, self.background, kinds)
+                if rgb.size != (self.side, self.side):
+                    rgb = self._cropped(rgb, i, kinds)
+                return Picture(np.asarray(rgb).transpose(2, 0, 1), kinds)
+        except MemoryError:
+            raise
+        except BadImage:
+            raise
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise BadImage(f"more than {MOST_PIXELS:,} pixels") from None
+        except UnidentifiedImageError:
+            raise BadImage(f"not one of {', '.join(FORMATS)}") from None
+        except Exception as error:  # whatever a decoder may raise for a broken file
+            raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+
+    def _cropped(self, image: Image.Image, i: int, kinds: list[str]) -> Image.Image:
+        short, long = sorted(image.size)
+        if short < self.side:
+            kinds.append(f"smaller than {self.side} pixels: enlarged")
+        if long / short * self.side**2 > MOST_PIXELS:  # the whole of it is resized before it is cropped
+            raise BadImage(f"{image.width}x{image.height} is too long and thin to be a square of {self.side}")
+        if self.crop == "center":
+            return center_crop(image, self.side)
+        return random_crop(image, self.side, uniform(self.seed, Purpose.CROP, torch.tensor([i]), (3,))[0].tolist())
 
 
-def _open_zip(path: Path, flag: str) -> ImageSource:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(name for name in archive.namelist() if Path(name).suffix.lower() in EXTENSIONS)
-            meta = json.loads(archive.read("dataset.json")) if "dataset.json" in archive.namelist() else {}
-    except (zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise UserError(f"{flag} {path} is not a readable zip of images with a dataset.json ({error})") from None
-    labels = dict(meta.get("labels") or [])
-    if not labels:  # unlabelled data is one class
-        return ZipSource(path, [(name, 0) for name in names], ["0"])
-    missing = [name for name in names if name not in labels]
-    if missing:
-        raise UserError(f"{flag} {path}: dataset.json has no label for {missing[0]} (and {len(missing) - 1} more)")
-    num_classes = max(labels.values()) + 1
-    class_names = meta.get("class_names") or [str(k) for k in range(num_classes)]
-    if len(class_names) < num_classes:
-        raise UserError(f"{flag} {path}: dataset.json names {len(class_names)} classes but has label {num_classes - 1}")
-    return ZipSource(path, [(name, int(labels[name])) for name in names], list(class_names))
+def _scaled(image: Image.Image, short: int) -> Image.Image:
+    """The shorter side to `short` pixels: halved by box while twice too large, then bicubic."""
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    ratio = short / min(image.size)
+    return image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (guided-diffusion, image_datasets.py): halve by box while twice too large, bicubic, crop.
+    """ADM's centre crop (guided-diffusion, image_datasets.py): the shorter side to `size`, and the middle.
 
     Images smaller than `size` are enlarged by the same bicubic step."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    ratio = size / min(image.size)
-    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+    image = _scaled(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright and RGB. Transparency is laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+def random_crop(image: Image.Image, size: int, chance: list[float], smallest: float = 0.8) -> Image.Image:
+    """ADM's random crop (guided-diffusion, image_datasets.py): the square covers between `smallest` and all of the shorter
+    side and lies anywhere. `chance`: three numbers in (0, 1), for scale, top and left."""
+    most = math.ceil(size / smallest)
+    image = _scaled(image, size + math.floor(chance[0] * (most - size + 1)))
+    top, left = (math.floor(u * (n - size + 1)) for u, n in zip(chance[1:], (image.height, image.width)))
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_rgb(image: Image.Image, background: str = "white", kinds: list[str] | None = None) -> Image.Image:
+    """Upright and RGB, transparency laid over `background`. What was done is appended to `kinds`. Raises BadImage."""
+    kinds = [] if kinds is None else kinds
+    image.load()
+    try:
+        upright = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(0x0112, 1) not in (0, 1)
+    except Exception:  # the picture is sound where its EXIF is not
+        upright, turned = image, False
+        kinds.append("EXIF unreadable: not turned")
+    image = upright
+    if turned:
+        kinds.append("turned by EXIF")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    if image.mode.startswith(("I", "F")):  # 16 bits a pixel: PIL's own convert would clip them at 255
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.getchannel("A").getextrema()[0] < 255:
+            kinds.append(f"transparent: over {background}")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    elif image.mode.startswith("I") or image.mode == "F":
+        array = np.asarray(image)
+        if image.mode == "F" or array.min() < 0 or array.max() > 65535:
+            raise BadImage(f"mode {image.mode} beyond 16 bits has no agreed range of grey")
+        kinds.append("16 bits: rounded to 8")  # PIL's own convert would clip at 255
+        image = Image.fromarray((array.astype(np.float32) / 257).round().astype(np.uint8))
     return image.convert("RGB")
 
 
-def load_square(source: ImageSource, i: int, size: int) -> np.ndarray:
-    """Entry i as (3, size, size) uint8. An RGB image that already has the size passes through untouched."""
-    with source.open(i) as file, Image.open(file) as image:
-        image = to_rgb(image)
-        if image.size != (size, size):
-            image = center_crop(image, size)
-        return np.asarray(image).transpose(2, 0, 1)
+def load_square(source: ImageSource, i: int, side: int) -> np.ndarray:
+    """Image i, centre-cropped: (3, side, side) uint8. Raises BadImage."""
+    return Square(side).read(source, i).pixels
 
 
-def read_or_name(source: ImageSource, i: int, size: int, flag: str = "--reference") -> np.ndarray:
-    """load_square; an image that does not decode is a UserError that names it."""
+def read_or_name(source: ImageSource, i: int, side: int, flag: str = "--reference") -> np.ndarray:
+    """load_square; an image that cannot be used is a UserError that names it."""
     try:
-        return load_square(source, i, size)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a decoder may raise for a broken file
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{flag} {source.root}: {source.entries[i][0]} does not decode ({reason})") from None
+        return load_square(source, i, side)
+    except BadImage as error:
+        raise UserError(bad_line(flag, source, i, error)) from None
+
+
+def bad_line(flag: str, source: ImageSource, i: int, error: BadImage | str) -> str:
+    """One line that any terminal can show."""
+    name = source.names[i].encode("utf-8", "backslashreplace").decode()
+    return f"{flag} {source.root}: {name} cannot be used ({error})"

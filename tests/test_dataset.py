@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import CacheError, LatentCache, TrainingStream, read_manifest, shuffled
+from dataset import TrainingStream, shuffled
 from files import write_array, write_file
+from latent_cache import CacheError, LatentCache, read_manifest
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 100, 1023, 1025, 10_000])

@@ -13,7 +13,8 @@ from PIL import Image
 from assets.build_fashion_mnist import CLASS_NAMES, psnr
 from evaluations.fashion import load_classifier
 from models.autoencoder import Autoencoder
-from preprocessing.images import load_square, open_source
+from preprocessing.images import load_square
+from preprocessing.sources import open_source
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "assets" / "fashion-mnist"
@@ -25,7 +26,7 @@ def some():
     source = open_source(FOLDER / "images.zip")
     numbers = range(0, 10_000, 20)
     images = torch.from_numpy(np.stack([load_square(source, i, 32) for i in numbers]))
-    return images, torch.tensor([source.entries[i][1] for i in numbers])
+    return images, torch.from_numpy(source.labels[list(numbers)])
 
 
 def test_zip_is_edms_with_rgb_pngs():

@@ -137,7 +137,7 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
         (["stats.npz", "--reference", "s.npz", "--features", "fashion"], "nothing to compare"),
         (["none.npz", "--reference", "s.npz"], "none.npz does not exist"),
         (["s.npz", "--reference", "few.npz", "--features", "fashion"], "--reference few.npz holds 3 images"),
-        (["s.npz", "--reference", "bad", "--features", "fashion"], r"--reference bad: class1/001\.png does not decode"),
+        (["s.npz", "--reference", "bad", "--features", "fashion"], r"--reference bad: class1/001\.png cannot be used"),
     ]
     monkeypatch.chdir(tmp_path)
     import re

@@ -10,7 +10,10 @@ from tests.helpers import ROOT
 
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
-SCRIPTS = {"train", "sample_ddp", "preprocessing.encode_latents", "evaluations.evaluate", "evaluations.curves"}
+SCRIPTS = {
+    "train", "sample_ddp", "preprocessing.encode_latents", "preprocessing.import_repa", "preprocessing.verify",
+    "evaluations.evaluate", "evaluations.curves",
+}  # fmt: skip
 NUMERIC = {"torch", "numpy"}
 LEAVES = {"cli", "files"}  # they import nothing of ours; anyone may use them
 
@@ -21,7 +24,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "grid": ({"files"}, {"numpy", "PIL"}),
     "keyed_random": (set(), {"torch"}),
     "interpolant": (set(), {"torch"}),
-    "dataset": ({"files"}, NUMERIC),
+    "world": (set(), {"torch"}),
+    "latent_cache": ({"files"}, {*NUMERIC, "tqdm"}),
+    "dataset": ({"keyed_random", "latent_cache"}, NUMERIC),
     "checkpoint": ({"files"}, {"torch", "safetensors"}),
     "train_state": ({"checkpoint", "files"}, {"torch"}),
     "loss": ({"interpolant"}, {"torch"}),
@@ -32,10 +37,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "flops": ({"models"}, {"torch"}),
     "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
-    "evaluator": ({*LEAVES, "dataset", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
-    "preview": ({*LEAVES, "dataset", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
+    "evaluator": ({*LEAVES, "latent_cache", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
+    "preview": ({*LEAVES, "latent_cache", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
     "monitor": ({"checkpoint", "evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
-    "flags": ({*LEAVES, "dataset", "evaluations", "interpolant", "loss", "models"}, {"torch"}),
+    "flags": ({*LEAVES, "latent_cache", "evaluations", "interpolant", "loss", "models"}, {"torch"}),
     "train": (
         {
             *LEAVES,
@@ -48,16 +53,20 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "guard",
             "interpolant",
             "keyed_random",
+            "latent_cache",
             "logbook",
         }
         | {"loss", "models", "monitor", "preview", "train_state"},
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (
-        {*LEAVES, "checkpoint", "grid", "models", "sampling"},
+        {*LEAVES, "checkpoint", "grid", "models", "sampling", "world"},
         {*NUMERIC, "tqdm"},
     ),
-    "preprocessing": ({*LEAVES, "dataset", "models", "preprocessing"}, {*NUMERIC, "PIL", "tqdm"}),
+    "preprocessing": (
+        {*LEAVES, "grid", "keyed_random", "latent_cache", "models", "preprocessing", "world"},
+        {*NUMERIC, "PIL", "tqdm", "pyarrow"},
+    ),
     "evaluations": (
         {*LEAVES, "evaluations", "preprocessing"},
         {*NUMERIC, "tqdm", "safetensors", "torch_fidelity", "matplotlib"},
@@ -73,6 +82,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "guard",
             "interpolant",
             "keyed_random",
+            "latent_cache",
             "models",
             "train",
         }
@@ -108,7 +118,10 @@ def test_imports_keep_to_the_rooms(path):
 
 def test_evaluations_take_from_preprocessing_only_how_images_are_read():
     for path in (ROOT / "evaluations").glob("*.py"):
-        assert {name for name in imports(path) if name.startswith("preprocessing")} <= {"preprocessing.images"}
+        assert {name for name in imports(path) if name.startswith("preprocessing")} <= {
+            "preprocessing.images",
+            "preprocessing.sources",
+        }
 
 
 def test_our_tests_are_not_shadowed():

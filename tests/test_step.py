@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import train
-from dataset import LatentCache
 from flags import check_args, make_config, parse_args
 from guard import Guard
+from latent_cache import LatentCache
 
 META = torch.device("meta")
 

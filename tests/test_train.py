@@ -201,7 +201,7 @@ def test_patches_must_fit_the_latents(call, cache, tmp_path):
 
 @pytest.mark.parametrize("target", ["mean", "sample"])
 def test_a_sample_is_aligned_to_its_own_latent(monkeypatch, call, cache, tmp_path, target):
-    from dataset import LatentCache
+    from latent_cache import LatentCache
     from models.autoencoder import LatentScale
     from models.targets import latent_tokens
 

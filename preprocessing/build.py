@@ -1,0 +1,244 @@
+"""Shards -> cache, whatever the shards are made of: each is made once, by one process, written whole, and never made again.
+
+    DEST/partial/plan.json        what the shards of an unfinished cache have in common
+    DEST/partial/00000.npy.json   shard 0 is whole: its entry for the manifest
+    DEST/manifest.json            all are; written last
+
+n images of a shard, C latent channels, h w latent side."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cli import UserError
+from files import lock, write_array, write_file
+from grid import save_png
+from latent_cache import CacheError, Manifest, read_manifest, write_manifest
+from world import World
+
+LAST_BIT = ("batch_size", "shard_size")  # of a plan: what may differ between two calls for a cache that is whole
+AT_ONCE = 256  # images whose sums are taken at once, in float64
+
+
+class Shard(NamedTuple):
+    """What is kept of a stretch of images."""
+
+    arrays: dict[str, np.ndarray]  # moments and, with flips, mirrored: (n, 2C, h, w); labels: (n,) int64
+    skipped: list[dict]  # {file, reason} of each image that cannot be used
+    kinds: Counter  # of images met
+
+
+class Job(Protocol):
+    """Something that makes shards."""
+
+    plan: dict[str, Any]  # all that decides their bytes; caches of two plans are never mixed
+    settings: dict[str, Any]  # how to set up the same job again; kept in the manifest
+    manifest: dict[str, Any]  # what of the manifest is known beforehand
+    images: int
+    shard_size: int
+    what: str  # for the progress bar
+
+    def shards(self, numbers: list[int], progress: Callable[[int], None]) -> Iterator[tuple[int, Shard]]:
+        """(number, shard) of each, in this order; progress(n) is called after every few images."""
+
+    def preview(self) -> tuple[Image.Image, str]:
+        """A picture that shows whether all is as it should be, and a line about it."""
+
+
+def file_of(number: int) -> str:
+    """The name of a shard's files."""
+    return f"{number:05d}.npy"
+
+
+def numbers_of(job: Job, shard: int) -> range:
+    """The images of a shard, by their number in the source."""
+    return range(shard * job.shard_size, min((shard + 1) * job.shard_size, job.images))
+
+
+def sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
+    """Of z ~ posterior and of z^2, per channel, over moments (n, 2C, h, w): E[z^2] = mean^2 + std^2."""
+    total, square = 0.0, 0.0
+    for array in arrays:
+        for start in range(0, len(array), AT_ONCE):
+            mean, std = np.split(array[start : start + AT_ONCE].astype(np.float64), 2, axis=1)
+            total = total + mean.sum((0, 2, 3))
+            square = square + (mean**2 + std**2).sum((0, 2, 3))
+    return {"sum": total.tolist(), "sum_of_squares": square.tolist()}
+
+
+def write_shard(dest: Path, number: int, shard: Shard) -> dict:
+    """Writes one whole; returns its entry for the manifest. Raises UserError for values that its dtype cannot hold."""
+    file, count = file_of(number), len(shard.arrays["labels"])
+    entry = {"file": file, "count": count, "sha256": {}, "skipped": shard.skipped, "kinds": dict(sorted(shard.kinds.items()))}
+    if count:
+        moments = [array for name, array in shard.arrays.items() if name != "labels"]
+        if not all(np.isfinite(array).all() for array in moments):
+            raise UserError(
+                f"shard {file} holds values that {moments[0].dtype} cannot: is it the right VAE for these images? "
+                "(--dtype float32 holds larger ones)"
+            )
+        entry |= sums(moments)
+        for name, array in shard.arrays.items():
+            entry["sha256"][name] = write_array(dest / name / file, array)
+    return entry
+
+
+def make_manifest(job: Job, entries: list[dict]) -> Manifest:
+    """Joins the shards' entries, which are in their order. Raises UserError if there is no image in any."""
+    skipped, kinds = sum(len(entry["skipped"]) for entry in entries), sum((Counter(e["kinds"]) for e in entries), Counter())
+    whole = [{key: value for key, value in entry.items() if key != "kinds"} for entry in entries if entry["count"]]
+    if not whole:
+        raise UserError(f"{job.settings['source']}: not one image could be used")
+    count, (_, height, width) = sum(entry["count"] for entry in whole), job.manifest["latent_shape"]
+    values = count * height * width * (1 + job.manifest["flips"])
+    mean = np.sum([entry["sum"] for entry in whole], 0) / values
+    std = np.sqrt(np.sum([entry["sum_of_squares"] for entry in whole], 0) / values - mean**2)
+    return Manifest(
+        **job.manifest, count=count, skipped=skipped, kinds=dict(sorted(kinds.items())), mean=mean.tolist(), std=std.tolist(),
+        shards=whole, encoding=job.settings | {"plan": job.plan},
+    )  # fmt: skip
+
+
+def difference(then: dict, now: dict) -> str:
+    """What of two plans differs, in words."""
+    return ", ".join(f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key])
+
+
+def check_plan(dest: Path, plan: dict) -> bool:
+    """Whether DEST is the whole cache of this plan. Refuses to mix two in one folder; records a plan before a first shard is
+    done. (What is done holds no bad images, so --skip-bad may come later.) Raises UserError."""
+    try:
+        manifest = read_manifest(dest)
+    except CacheError:
+        manifest = None
+    if manifest:
+        changed = difference(manifest.encoding.get("plan", {}), {k: v for k, v in plan.items() if k not in LAST_BIT})
+        if changed:
+            raise UserError(f"--dest {dest} holds a cache made otherwise ({changed}); choose another folder or remove it")
+        return True
+    path = dest / "partial" / "plan.json"
+    if path.exists() and list(path.parent.glob("*.npy.json")):
+        changed = difference(json.loads(path.read_text()), plan)
+        if changed:
+            raise UserError(
+                f"--dest {dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})"
+            )
+    else:
+        write_file(path, json.dumps(plan).encode())
+    return False
+
+
+def claim(dest: Path, held: ExitStack) -> None:
+    """Holds DEST against a second command, and clears away what a killed one left half written. Raises UserError."""
+    try:
+        held.enter_context(lock(dest / "partial" / "lock"))
+    except BlockingIOError:
+        raise UserError(f"--dest {dest}: another process is working on it") from None
+    for leftover in dest.rglob(".*.partial"):
+        leftover.unlink()
+
+
+def clear(dest: Path) -> None:
+    """Removes the records of an unfinished cache."""
+    for file in (dest / "partial").iterdir():
+        file.unlink()
+    (dest / "partial").rmdir()
+
+
+def make_shards(dest: Path, job: Job, todo: list[int], world: World, done: Callable[[int, dict], None]) -> None:
+    """This process's share of the shards `todo`, dealt by number: makes each, and writes it while the next is made.
+    done(number, entry) is called for each that is written, and also if one after it fails."""
+    mine = todo[world.rank :: world.processes]
+    left = sum(len(numbers_of(job, k)) for k in mine) * world.processes
+
+    def write(number: int, shard: Shard) -> None:
+        done(number, write_shard(dest, number, shard))
+
+    with (
+        ThreadPoolExecutor(1) as writer,
+        tqdm(total=left, unit="img", desc=job.what, disable=world.rank > 0, smoothing=0.05) as bar,
+    ):
+        before = None
+        for number, shard in job.shards(mine, lambda images: bar.update(images * world.processes)):
+            if before:
+                before.result()
+            before = writer.submit(write, number, shard)
+        if before:
+            before.result()
+
+
+def build(dest: Path, job: Job, world: World) -> Manifest:
+    """Makes what is missing of a cache, on all processes of `world`. Raises UserError."""
+    shards = range(-(-job.images // job.shard_size))
+    records = [dest / "partial" / f"{file_of(k)}.json" for k in shards]
+    with ExitStack() as held:
+        todo = None
+        if world.rank == 0:
+            claim(dest, held)
+            if not check_plan(dest, job.plan):
+                todo = [k for k in shards if not records[k].exists()]
+            if todo and not (dest / "preview.png").exists():
+                picture, line = job.preview()
+                save_png(picture, dest / "preview.png")
+                print(f"{dest / 'preview.png'}: {line}", flush=True)
+        todo = world.broadcast(todo)
+        if todo is not None:
+            make_shards(dest, job, todo, world, lambda k, entry: write_file(records[k], json.dumps(entry).encode()))
+        world.barrier()
+        if world.rank == 0:
+            if todo is not None:
+                entries = [json.loads(record.read_text()) for record in records]
+                manifest = make_manifest(job, entries)
+                skipped = [row for entry in entries for row in entry["skipped"]]
+                if skipped:
+                    write_file(dest / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode())
+                write_manifest(dest, manifest)
+            clear(dest)
+        world.barrier()
+    return read_manifest(dest)
+
+
+def redo(dest: Path, job: Job, shards: list[int], world: World) -> list[str]:
+    """Makes some shards of a whole cache again; returns the files that are not what they were. Raises UserError if the job is
+    not the one that made the cache."""
+    manifest = read_manifest(dest)
+    changed = difference(manifest.encoding.get("plan", {}), job.plan)
+    if changed:
+        raise UserError(f"{dest} was made otherwise than it would be now ({changed})")
+    with ExitStack() as held:
+        if world.rank == 0:
+            claim(dest, held)
+        world.barrier()
+        mine: dict[str, dict] = {}
+        make_shards(dest, job, shards, world, lambda _, entry: mine.update({entry["file"]: entry}))
+        new = {file: entry for part in world.gather(mine) for file, entry in part.items()}
+        if world.rank == 0:
+            made = make_manifest(job, [{"kinds": {}} | new.get(entry["file"], entry) for entry in manifest.shards])
+            write_manifest(dest, replace(made, skipped=manifest.skipped, kinds=manifest.kinds))
+            clear(dest)
+        world.barrier()
+    before = {entry["file"]: entry["sha256"] for entry in manifest.shards}
+    return sorted(file for file, entry in new.items() if entry["sha256"] != before[file])
+
+
+def summary(dest: Path, manifest: Manifest) -> str:
+    """What the cache is, and what was met in the images, in a few lines."""
+    shape = "x".join(map(str, manifest.latent_shape))
+    std = ", ".join(f"{value * manifest.scale:.2f}" for value in manifest.std)
+    mirrored = " and as many mirrored" if manifest.flips else ""
+    lines = [
+        f"{dest}: {manifest.count:,} images{mirrored}, {manifest.num_classes} classes, latents {shape}, std per channel {std}"
+    ]
+    lines += [f"  {count:>9,} {kind}" for kind, count in sorted(manifest.kinds.items(), key=lambda pair: (-pair[1], pair[0]))]
+    if manifest.skipped:
+        lines.append(f"  {manifest.skipped:>9,} skipped: {dest / 'skipped.jsonl'} says why")
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""Images -> moments: decoded in worker processes, encoded batch by batch, copied back while the next batch is computed.
+
+A shard is always cut into the same batches and each batch runs the same kernels, so the bytes do not depend on how many
+processes, threads or attempts it took. B images of a batch, S their side, C latent channels, h w latent side."""
+
+import itertools
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cli import UserError
+from models.autoencoder import DEFAULT_VAE, Autoencoder
+from preprocessing.build import Shard, file_of, numbers_of
+from preprocessing.images import BadImage, Square, bad_line
+from preprocessing.preview import compare, spread
+from preprocessing.sources import open_source
+from world import World
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+PRECISIONS = ("fp32", "tf32", "bf16")
+A, B = TypeVar("A"), TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for: encode_latents' flags of the same names, but for those that say where and how fast."""
+
+    source: str
+    labels: str | None = None
+    resolution: int = 256
+    crop: str = "center"
+    seed: int = 0
+    background: str = "white"
+    flip: bool = False
+    skip_bad: bool = False
+    limit: int = 0
+    vae: str = DEFAULT_VAE
+    precision: str = "fp32"
+    batch_size: int = 0
+    dtype: str = "float16"
+    shard_size: int = 8192
+
+
+class Decoded(NamedTuple):
+    """A batch as a worker process hands it over."""
+
+    shard: int
+    read: int  # images, good and bad
+    pixels: Tensor  # (B, 3, S, S) uint8, of the good ones
+    labels: np.ndarray
+    bad: list[tuple[int, str]]  # number and reason
+    kinds: Counter
+
+
+class Encoded(NamedTuple):
+    """The same with moments for pixels, in host memory."""
+
+    shard: int
+    read: int
+    moments: dict[str, Tensor]  # by folder: (B, 2C, h, w)
+    labels: np.ndarray
+    bad: list[tuple[int, str]]
+    kinds: Counter
+    landed: torch.cuda.Event | None
+
+
+class Batches(Dataset):
+    """Item k is batch k, decoded: what the worker processes do."""
+
+    def __init__(self, source, square: Square, batches: list[tuple[int, range]]):
+        self.source, self.square, self.batches = source, square, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> Decoded:
+        shard, numbers = self.batches[k]
+        pixels, good, bad, kinds = [], [], [], Counter()
+        for i in numbers:
+            try:
+                picture = self.square.read(self.source, i)
+            except BadImage as error:
+                bad.append((i, str(error)))
+                continue
+            pixels.append(picture.pixels)
+            kinds.update(picture.kinds)
+            good.append(i)
+        side = self.square.side
+        stacked = np.stack(pixels) if pixels else np.empty((0, 3, side, side), np.uint8)
+        return Decoded(shard, len(numbers), torch.from_numpy(stacked), self.source.labels[good], bad, kinds)
+
+
+def unchanged(batch: Decoded) -> Decoded:
+    """In place of torch's conversion, which makes tensors of arrays and adds a Counter to itself."""
+    return batch
+
+
+def in_worker(_: int) -> None:
+    """Worker processes leave Ctrl-C to the one that started them, and each is one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
+    """map(function, items) on the pool's threads, at most `ahead` items before the one that is taken."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class Encoding:
+    """The job (preprocessing.build.Job) that encodes images."""
+
+    def __init__(self, settings: Settings, device: str, num_workers: int, world: World):
+        """Opens source and VAE. Raises UserError."""
+        self.what = f"encoding {Path(settings.source).name}"
+        self.source = open_source(Path(settings.source), labels=Path(settings.labels) if settings.labels else None)
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        if settings.precision == "tf32" and self.device.type == "cpu":
+            raise UserError("--precision tf32 is a GPU's; on the CPU there are fp32 and bf16")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+        try:
+            self.vae = Autoencoder(settings.vae, self.device)
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
+        if settings.resolution % self.vae.factor:
+            raise UserError(
+                f"--resolution {settings.resolution} is no multiple of {self.vae.factor}, the factor of --vae {settings.vae}"
+            )
+        cores = max(1, (os.cpu_count() or 1) // world.local_processes)
+        self.threads, self.num_workers = 1, cores if num_workers < 0 else num_workers
+        if self.device.type == "cpu":  # whole batches side by side, each on one thread, or its bits would depend on how many
+            torch.set_num_threads(1)
+            self.threads = cores
+        self.batch_size = settings.batch_size or automatic(settings.resolution, self.device)
+        self.settings = asdict(settings) | {"batch_size": self.batch_size, "made_by": "encode_latents"}
+        self.precision, self.dtype, self.flip = settings.precision, DTYPES[settings.dtype], settings.flip
+        self.skip_bad, self.shard_size = settings.skip_bad, settings.shard_size
+        self.square = Square(settings.resolution, settings.crop, settings.background, settings.seed)
+        self.images = min(settings.limit or len(self.source), len(self.source))
+        side = settings.resolution // self.vae.factor
+        random = settings.crop != "center"
+        self.plan: dict[str, Any] = {
+            "images": self.images, "resolution": settings.resolution,
+            "crop": settings.crop, "seed": settings.seed if random else None, "background": settings.background,
+            "flip": settings.flip, "vae_fingerprint": self.vae.fingerprint(), "precision": settings.precision,
+            "dtype": settings.dtype, "shard_size": self.shard_size, "batch_size": self.batch_size,
+            "names_and_labels": self.source.digest(self.images),
+        }  # fmt: skip
+        self.manifest: dict[str, Any] = {
+            "source": settings.source, "num_classes": len(self.source.class_names), "class_names": self.source.class_names,
+            "resolution": settings.resolution, "crop": f"random, seed {settings.seed}" if random else "center",
+            "vae": settings.vae, "vae_fingerprint": self.plan["vae_fingerprint"],
+            "scale": self.vae.scale.scale, "shift": self.vae.scale.shift,
+            "latent_shape": [self.vae.channels, side, side], "dtype": settings.dtype, "flips": settings.flip,
+        }  # fmt: skip
+
+    def shards(self, numbers: list[int], progress: Callable[[int], None]) -> Iterator[tuple[int, Shard]]:
+        """(number, shard) of each, in this order."""
+        batches = []
+        for shard in numbers:
+            images = numbers_of(self, shard)
+            batches += [(shard, images[start : start + self.batch_size]) for start in range(0, len(images), self.batch_size)]
+        loader = DataLoader(
+            Batches(self.source, self.square, batches), batch_size=None, num_workers=self.num_workers,
+            worker_init_fn=in_worker, collate_fn=unchanged, pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        with ThreadPoolExecutor(self.threads, initializer=self._in_thread) as pool:
+            encoded = in_order(pool, self._encode, self._checked(loader), self.threads)
+            for shard, group in itertools.groupby(encoded, key=lambda batch: batch.shard):
+                yield shard, self._joined(shard, group, progress)
+
+    def _in_thread(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def _checked(self, loader: DataLoader) -> Iterator[Decoded]:
+        """The batches. Raises UserError for a bad image, unless bad ones are skipped, and for a worker that was killed."""
+        try:
+            for batch in loader:
+                if batch.bad and not self.skip_bad:
+                    line = bad_line("--source", self.source, *batch.bad[0])
+                    raise UserError(f"{line}; mend it or pass --skip-bad")
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(
+                f"a process that decodes images ended ({reason}): with less in memory, --num-workers 1, run it again"
+            ) from None
+
+    def _encode(self, batch: Decoded) -> Encoded:
+        pixels = batch.pixels.to(self.device, non_blocking=True)
+        sides = {"moments": pixels} | ({"mirrored": pixels.flip(-1)} if self.flip else {})
+        moments, landed, on_gpu = {}, None, self.device.type == "cuda"
+        for name, images in sides.items():
+            if len(images):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    values = self.vae.encode(images).to(self.dtype)
+                moments[name] = torch.empty(values.shape, dtype=self.dtype, pin_memory=on_gpu)
+                moments[name].copy_(values, non_blocking=True)
+        if on_gpu:
+            landed = torch.cuda.Event()
+            landed.record(torch.cuda.current_stream(self.device))
+        return Encoded(batch.shard, batch.read, moments, batch.labels, batch.bad, batch.kinds, landed)
+
+    def _joined(self, shard: int, batches: Iterator[Encoded], progress: Callable[[int], None]) -> Shard:
+        latent = self.manifest["latent_shape"]
+        shape = (len(numbers_of(self, shard)), 2 * latent[0], *latent[1:])
+        arrays = {name: np.empty(shape, self.settings["dtype"]) for name in ("moments", "mirrored")[: 1 + self.flip]}
+        labels, skipped, kinds, filled = [], [], Counter(), 0
+        for batch in batches:
+            if batch.landed:
+                batch.landed.synchronize()
+            for name, moments in batch.moments.items():
+                arrays[name][filled : filled + len(moments)] = moments.numpy()
+            filled += len(batch.labels)
+            labels.append(batch.labels)
+            kinds.update(batch.kinds)
+            skipped += [{"file": self.source.names[i], "shard": file_of(shard), "reason": reason} for i, reason in batch.bad]
+            progress(batch.read)
+        arrays = {name: array[:filled] for name, array in arrays.items()}
+        return Shard(arrays | {"labels": np.concatenate(labels).astype(np.int64)}, skipped, kinds)
+
+    def preview(self) -> tuple[Image.Image, str]:
+        """Images spread over the source beside what the VAE makes of them, through the cache's own dtype."""
+        good = []
+        for i in spread(self.images):
+            try:
+                good.append((i, torch.from_numpy(self.square.read(self.source, i).pixels.copy())))
+            except BadImage:
+                continue
+        names = [self.source.class_names[self.source.labels[i]] for i, _ in good]
+        encoded = [self._encode(Decoded(0, 1, pixels[None], np.zeros(1), [], Counter())) for _, pixels in good]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        moments = [batch.moments["moments"] for batch in encoded]
+        return compare(names, [pixels for _, pixels in good], moments, self.vae)
+
+
+def automatic(resolution: int, device: torch.device) -> int:
+    """Images a forward pass: on a GPU as many as 64 of 256 pixels, on the CPU, where each thread has its own, as 4; no more
+    than 64."""
+    most = (64 if device.type == "cuda" else 4) * 256**2
+    return max(1, min(64, most // resolution**2))

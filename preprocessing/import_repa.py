@@ -1,0 +1,49 @@
+"""A data folder of REPA's or SRA's -> latent cache, without encoding anything again.
+
+    python -m preprocessing.import_repa data/repa-imagenet256 data/imagenet256
+
+Moments and classes are paired by name. preview.png shows some of them decoded, beside the images if those are there: a folder
+that another VAE made is seen at once. Stopped, the same command goes on."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+import cli
+from models.autoencoder import DEFAULT_VAE
+from preprocessing.build import build, summary
+from preprocessing.encoding import DTYPES
+from preprocessing.repa import Import, Settings
+from world import World
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__, "python -m preprocessing.import_repa", "SRC DEST")
+    # fmt: off
+    add = parser.add_argument
+    add("source", metavar="SRC", type=Path, help="REPA's data folder, with vae-sd/**/img-mean-std-*.npy and its dataset.json")
+    add("dest", metavar="DEST", type=Path, help="folder of the cache to make")
+    add("--vae", default=DEFAULT_VAE, help="the VAE that made SRC: hub id or folder; its scale and fingerprint are recorded")
+    add("--dtype", choices=DTYPES, default="float16", help="of the stored moments; SRC's are float32")
+    add("--shard-size", type=cli.positive, default=8192, help="images a shard")
+    add("--skip-bad", action="store_true", help="list files that cannot be used in DEST/skipped.jsonl and go on")
+    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="decodes the preview")
+    # fmt: on
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)} | {"source": str(args.source)}
+    world = World()
+    before = (args.dest / "manifest.json").exists()
+    manifest = build(args.dest, Import(Settings(**given), args.device), world)
+    if world.rank == 0:
+        print(f"{args.dest} is complete: {manifest.count:,} images" if before else summary(args.dest, manifest))
+    world.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,390 @@
+"""Where images come from: a numbered list of names and labels, and the stored bytes of each.
+
+A folder tree, EDM's zip, tar files (one, a folder of them, WebDataset's, or ImageNet's tar of tars), or Hugging Face's parquet.
+All can be read by processes forked from the one that opened them, or handed to new ones."""
+
+import copy
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from cli import UserError
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+MOST_CLASSES = 1_000_000  # a larger label is no class number but something else
+
+
+class ImageSource:
+    """names and labels (n,) int64 of n images, in a fixed order, and the names of the classes. The files of a folder."""
+
+    def __init__(self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str]):
+        self.root, self.names, self.labels, self.class_names = root, names, labels, class_names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def open(self, i: int) -> BinaryIO:
+        """The stored bytes of image i, as a file. Raises OSError."""
+        path = self.root / self.names[i]
+        if not stat.S_ISREG(path.stat().st_mode):  # of a pipe nobody knows when it ends
+            raise OSError("not a file")
+        return path.open("rb")
+
+    def digest(self, count: int) -> str:
+        """sha256 over the names and labels of the first `count` images and over the classes."""
+        digest = hashlib.sha256(json.dumps([self.class_names, count]).encode())
+        for name in self.names[:count]:
+            digest.update(os.fsencode(name) + b"\0")
+        digest.update(np.ascontiguousarray(self.labels[:count], np.int64))
+        return digest.hexdigest()
+
+
+class ZipSource(ImageSource):
+    """Members of a zip file."""
+
+    _archive: zipfile.ZipFile | None = None
+    _process = 0
+
+    def open(self, i: int) -> BinaryIO:
+        if self._archive is None:
+            self._archive = zipfile.ZipFile(self.root)
+        elif self._process != os.getpid():  # the list of members came with the fork, the place in the file must not be shared
+            self._archive = copy.copy(self._archive)
+            self._archive.fp = self.root.open("rb")
+        self._process = os.getpid()
+        return io.BytesIO(self._archive.read(self.names[i]))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_archive": None}
+
+
+class TarSource(ImageSource):
+    """Stretches of tar files: image i lies in files[where[i, 0]], from where[i, 1] on, where[i, 2] bytes."""
+
+    def __init__(self, *args, files: list[Path], where: np.ndarray):
+        super().__init__(*args)
+        self.files, self.where, self._descriptors = files, where, {}
+
+    def open(self, i: int) -> BinaryIO:
+        file, offset, size = self.where[i].tolist()
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.files[file], os.O_RDONLY)
+        data = os.pread(self._descriptors[file], size, offset)  # pread: processes may share a descriptor
+        if len(data) < size:
+            raise OSError(f"{self.files[file].name} ends early")
+        return io.BytesIO(data)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_descriptors": {}}
+
+
+class ParquetSource(ImageSource):
+    """Rows of parquet files: image i is row where[i, 2] of row group where[i, 1] of files[where[i, 0]]."""
+
+    def __init__(self, *args, files: list[Path], where: np.ndarray, column: str):
+        super().__init__(*args)
+        self.files, self.where, self.column = files, where, column
+        self._group: tuple[tuple[int, int], list[bytes]] | None = None
+
+    def open(self, i: int) -> BinaryIO:
+        import pyarrow.parquet
+
+        file, group, row = self.where[i].tolist()
+        if self._group is None or self._group[0] != (file, group):
+            with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
+                cells = parquet.read_row_group(group, [self.column], use_threads=False).column(0)
+            self._group = (file, group), cells.combine_chunks()
+        cell = self._group[1][row].as_py()
+        data = cell["bytes"] if isinstance(cell, dict) else cell
+        if data is None:
+            raise OSError("the row holds no bytes")
+        return io.BytesIO(data)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_group": None}
+
+
+def open_source(path: Path, flag: str = "--source", labels: Path | None = None) -> ImageSource:
+    """The images at `path`: a folder, a file, or a pattern of files in quotes. `labels`: CSV or dataset.json with the class of
+    each by name. Raises UserError, naming `flag`."""
+    if not path.exists():
+        files = sorted(map(Path, glob.glob(str(path))))
+        if not files:
+            raise UserError(f"{flag} {path} does not exist")
+    else:
+        files = _archives(path, flag) if path.is_dir() else [path]
+    kinds = {"".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst", ".xz", ".bz2") else file.suffix for file in files}
+    if len(kinds) > 1:
+        raise UserError(f"{flag} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name those of one")
+    given = read_labels(labels) if labels else None
+    if path.is_dir() and not files:
+        source = _open_folder(path, flag, given)
+    elif kinds == {".tar"}:
+        source = _open_tars(path, files, flag, given)
+    elif kinds == {".parquet"}:
+        source = _open_parquet(path, files, flag, given)
+    elif len(files) > 1 or kinds & {".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tgz"}:
+        raise UserError(f"{flag} {path}: {', '.join(kinds)} files cannot be read here and there: unpack them first")
+    else:
+        source = _open_zip(files[0], flag, given)
+    if not len(source):
+        raise UserError(f"{flag} {path} holds no images ({' '.join(sorted(EXTENSIONS))})")
+    return source
+
+
+def is_image(name: str) -> bool:
+    """By its extension; what a file browser hides is none."""
+    return PurePosixPath(name).suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in name.split("/"))
+
+
+def _archives(folder: Path, flag: str) -> list[Path]:
+    """The tar or parquet files in a folder, or, as Hugging Face lays them out, in its folder data."""
+    for place in (folder, folder / "data"):
+        inside = [child for child in place.iterdir() if not child.name.startswith(".")] if place.is_dir() else []
+        files = sorted(child for child in inside if child.suffix in (".parquet", ".tar") and child.is_file())
+        if files and any(child.is_dir() for child in inside):
+            raise UserError(
+                f"{flag} {place} holds {files[0].name} and folders: name what is meant, as in {flag} '{place}/*.tar'"
+            )
+        if files:
+            return files
+    return []
+
+
+def read_labels(path: Path) -> dict:
+    """A CSV of name,class (with or without a line of headings), or a JSON as EDM's dataset.json: image -> class, and under the
+    key None the names of the classes if it has them. Raises UserError."""
+    try:
+        text = path.read_text()
+        if path.suffix.lower() == ".json":
+            return read_json(text, f"--labels {path}")
+        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"--labels {path} cannot be read ({error})") from None
+    if any(len(row) != 2 for row in rows):
+        bad = next(k for k, row in enumerate(rows) if len(row) != 2)
+        raise UserError(f"--labels {path}: row {bad + 1} has {len(rows[bad])} columns; two are wanted, image and class")
+    if rows and not is_image(rows[0][0]) and len(rows) > 1 and is_image(rows[1][0]):
+        rows = rows[1:]  # headings
+    repeated = len(rows) - len({name for name, _ in rows})
+    if not rows or repeated:
+        raise UserError(f"--labels {path} {'names ' + str(repeated) + ' images twice' if repeated else 'is empty'}")
+    return {name.strip(): value.strip() for name, value in rows}
+
+
+def read_json(text: str | bytes, what: str) -> dict:
+    """EDM's dataset.json -> class of each image, and under the key None the names of the classes. Raises UserError."""
+    try:
+        meta = json.loads(text)
+        return dict(meta["labels"] or []) | {None: meta.get("class_names")}
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f'{what} is not {{"labels": [[image, class], ...]}} ({reason})') from None
+
+
+def number(values: list, class_names: list[str] | None, what: str) -> tuple[np.ndarray, list[str]]:
+    """Classes as given, numbers or names -> labels (n,) int64 and the names of all classes. Raises UserError."""
+    if any(isinstance(value, (list, float)) for value in values):
+        raise UserError(
+            f"{what}: classes must be whole numbers or names, not {next(v for v in values if not isinstance(v, int))}"
+        )
+    texts = [value for value in values if isinstance(value, str)]
+    if texts and not all(text.lstrip("-").isdigit() for text in texts):
+        names = class_names or sorted(set(map(str, values)))
+        code = {name: k for k, name in enumerate(names)}
+        if unknown := sorted({*map(str, values)} - {*names}):
+            raise UserError(f"{what}: class {unknown[0]} is none of those in class_names")
+        return np.array([code[str(value)] for value in values], np.int64), names
+    labels = np.array([int(value) for value in values], np.int64)
+    if len(labels) and (labels.min() < 0 or labels.max() >= MOST_CLASSES):
+        raise UserError(f"{what} has label {labels.min() if labels.min() < 0 else labels.max()}: classes are numbered from 0")
+    count = int(labels.max(initial=0)) + 1
+    names = list(class_names or map(str, range(count)))
+    if len(names) < count:
+        raise UserError(f"{what} names {len(names)} classes but has label {count - 1}")
+    return labels, names
+
+
+def labelled(names: list[str], given: dict, what: str) -> tuple[np.ndarray, list[str]]:
+    """Classes by image: by its name as the source has it, or, in a CSV, by its last part with or without the extension.
+    Raises UserError."""
+    class_names = given.pop(None, None)
+    if not given:  # EDM writes "labels": null
+        return np.zeros(len(names), np.int64), ["0"]
+    keys = []
+    for name in names:
+        last = name.rsplit("/", 1)[-1]
+        keys.append(next((key for key in (name, last, last.rsplit(".", 1)[0]) if key in given), None))
+    missing = [name for name, key in zip(names, keys) if key is None]
+    if missing:
+        raise UserError(f"{what} has no label for {missing[0]} (and {len(missing) - 1} more)")
+    if len(set(keys)) < len(keys):
+        first = dict(zip(reversed(keys), reversed(names)))
+        a, b = next((first[key], name) for name, key in zip(names, keys) if first[key] != name)
+        raise UserError(f"{what} does not tell {a} and {b} apart: name images by their paths")
+    return number([given[key] for key in keys], class_names, what)
+
+
+def by_folder(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
+    """Classes are the first parts of the names, sorted; images without a folder are one class. Raises UserError."""
+    tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    classes = sorted(set(tops))
+    if "" in classes and len(classes) > 1:
+        alone = names[tops.index("")]
+        raise UserError(f"{what} has images in class folders and beside them ({alone}): move those, or give --labels")
+    code = {name: k for k, name in enumerate(classes)}
+    return np.array([code[top] for top in tops], np.int64), [name or "0" for name in classes]
+
+
+def _open_folder(path: Path, flag: str, given: dict | None) -> ImageSource:
+    names, seen, empty = [], set(), []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        inode = os.stat(folder).st_dev, os.stat(folder).st_ino
+        if inode in seen:  # a link to a folder above itself
+            folders.clear()
+            continue
+        seen.add(inode)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        prefix = os.path.relpath(folder, path).replace(os.sep, "/") + "/" if folder != str(path) else ""
+        names += [prefix + name for name in files if is_image(name)]
+        if folder == str(path):
+            empty = folders.copy()
+    names.sort()
+    what = f"{flag} {path}"
+    record = path / "dataset.json"
+    if given is None and record.exists():
+        what, given = f"{flag} {record}", read_json(record.read_bytes(), f"{flag} {record}")
+    if given is not None:
+        return ImageSource(path, names, *labelled(names, given, what))
+    labels, class_names = by_folder(names, what)
+    empty = sorted({*empty} - {*class_names})
+    if names and empty:
+        raise UserError(f"{flag} {path}: classes without images ({', '.join(empty[:5])}): fill or remove those folders")
+    return ImageSource(path, names, labels, class_names)
+
+
+def _open_zip(path: Path, flag: str, given: dict | None) -> ImageSource:
+    what = f"{flag} {path}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            names = sorted(name for name in members if is_image(name))
+            if given is None and "dataset.json" in members:
+                what += ": dataset.json"
+                given = read_json(archive.read("dataset.json"), what)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{flag} {path} is not a readable zip of images with a dataset.json ({error})") from None
+    return ZipSource(path, names, *(by_folder(names, what) if given is None else labelled(names, given, what)))
+
+
+def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, bytes | None]]:
+    """(name, offset, size, content of a label file) of a tar, and of those in it as if they were folders."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            archive.members.clear()  # or it keeps a kilobyte of each
+            name = str(PurePosixPath(prefix + member.name))
+            if not member.isreg() or member.issparse():
+                continue
+            back = file.tell()
+            if name.endswith(".tar"):
+                file.seek(member.offset_data)
+                yield from _members(file, name[: -len(".tar")] + "/")
+            elif name.endswith(".cls"):
+                file.seek(member.offset_data)
+                yield name, 0, 0, file.read(member.size)
+            elif is_image(name):
+                yield name, member.offset_data, member.size, None
+            file.seek(back)
+
+
+def _open_tars(path: Path, files: list[Path], flag: str, given: dict | None) -> ImageSource:
+    found, classes = [], {}
+    for k, tar in enumerate(files):
+        prefix = "" if len(files) == 1 else f"{tar.relative_to(path) if path.is_dir() else tar.name}:"
+        try:
+            with tar.open("rb") as file:
+                for name, offset, size, content in _members(file):
+                    if content is None:
+                        found.append((prefix + name, k, offset, size))
+                    else:
+                        classes[prefix + name.removesuffix(".cls")] = content.decode().strip()
+        except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+            raise UserError(f"{flag} {tar} is not a readable tar ({error})") from None
+    found.sort()
+    names, what = [name for name, *_ in found], f"{flag} {path}"
+    if given is not None:
+        labels = labelled([name.rsplit(":", 1)[-1] for name in names], given, what)
+    elif classes:  # WebDataset: an image and its class share their name up to the first dot of its last part
+        keys = [name[: name.rfind("/") + 1] + name[name.rfind("/") + 1 :].split(".", 1)[0] for name in names]
+        missing = [name for name, key in zip(names, keys) if key not in classes]
+        if missing:
+            raise UserError(f"{what} has no .cls beside {missing[0]} (and {len(missing) - 1} more)")
+        labels = number([classes[key] for key in keys], None, what)
+    else:
+        labels = by_folder([name.rsplit(":", 1)[-1] for name in names], what)
+    where = np.array([row[1:] for row in found], np.int64).reshape(-1, 3)
+    return TarSource(path, names, *labels, files=files, where=where)
+
+
+def _open_parquet(path: Path, files: list[Path], flag: str, given: dict | None) -> ImageSource:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{flag} {path}: reading parquet needs pyarrow, which is not installed: pip install pyarrow") from None
+    splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
+    if len(splits) > 1:
+        pattern = files[-1].parent / f"{splits[-1]}-*.parquet"
+        raise UserError(f"{flag} {path} holds several splits ({', '.join(splits)}): name one, as in {flag} '{pattern}'")
+    names, values, where, class_names = [], [], [], None
+    for k, file in enumerate(files):
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{flag} {file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
+        with parquet:
+            schema = parquet.schema_arrow
+            column = _column(schema, pyarrow, lambda kind: pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+            column = column or _column(schema, pyarrow, pyarrow.types.is_binary)
+            if column is None:
+                raise UserError(f"{flag} {file} has no column of image bytes, only {', '.join(schema.names)}")
+            label = next((name for name in ("label", "labels", "cls", "class", "fine_label") if name in schema.names), None)
+            if label and given is None:
+                values += parquet.read([label], use_threads=False).column(0).to_pylist()
+                class_names = class_names or _hub_classes(schema, label)
+            for group in range(parquet.num_row_groups):
+                rows = parquet.metadata.row_group(group).num_rows
+                names += [f"{file.name}:{len(where) + row}" for row in range(rows)]
+                where += [(k, group, row) for row in range(rows)]
+    what = f"{flag} {path}"
+    if given is not None:
+        raise UserError(f"--labels goes with images that have names; those of {path} are rows with labels of their own")
+    if values and (len(values) != len(names) or None in values):
+        raise UserError(f"{what}: some rows have a label and some have none")
+    labels = number(values, class_names, what) if values else (np.zeros(len(names), np.int64), ["0"])
+    where = np.array(where, np.int64).reshape(-1, 3)
+    return ParquetSource(path, names, *labels, files=files, where=where, column=column)
+
+
+def _column(schema, pyarrow, fits) -> str | None:
+    """The first column of a kind."""
+    return next((field.name for field in schema if fits(field.type)), None)
+
+
+def _hub_classes(schema, label: str) -> list[str] | None:
+    """The classes' names, as Hugging Face's `datasets` writes them into a file."""
+    try:
+        return json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,45 @@
+"""The processes that torchrun started for one command, or this one alone."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+
+class World:
+    """rank of processes, and the same on this machine. Close it, so that the fast wait for the slow."""
+
+    def __init__(self) -> None:
+        def read(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        self.rank, self.processes = read("RANK", 0), read("WORLD_SIZE", 1)
+        self.local_rank, self.local_processes = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
+        if self.processes > 1:  # of words between hosts only, and one may be days behind another
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+
+    def broadcast(self, value: Any) -> Any:
+        """What the first process gives, on all."""
+        values = [value]
+        if self.processes > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: Any) -> list:
+        """What each process gives, in their order, on all."""
+        values = [value] * self.processes
+        if self.processes > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Until all are here."""
+        if self.processes > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """The end, reached by all together: torchrun ends all as soon as one leaves with a code."""
+        if self.processes > 1:
+            dist.barrier()
+            dist.destroy_process_group()
