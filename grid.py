@@ -11,6 +11,7 @@ from files import write_file
 
 def labelled_grid(rows: list[tuple[str, np.ndarray]], title: str = "", tile: int = 64) -> Image.Image:
     """rows: (name, (n, H, W, 3) uint8), names may repeat. Images smaller than `tile` pixels are enlarged by a whole factor."""
+    rows = [(name if name.isprintable() else ascii(name), images) for name, images in rows]
     side = rows[0][1].shape[1]
     factor = max(1, round(tile / side))
     side *= factor

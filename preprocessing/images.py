@@ -16,6 +16,7 @@ from preprocessing.sources import ImageSource
 CROPS = ("center", "random-seeded")
 BACKGROUNDS = ("white", "black")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: some run programs, none are photographs
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 MOST_PIXELS = 89_478_485  # PIL's: a quarter of a gigabyte of RGB
 
 
@@ -62,7 +63,8 @@ class Square:
         except UnidentifiedImageError:
             raise BadImage(f"not one of {', '.join(FORMATS)}") from None
         except Exception as error:  # whatever a decoder may raise for a broken file
-            raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise BadImage(reason.splitlines()[0]) from None
 
     def _cropped(self, image: Image.Image, i: int, kinds: list[str]) -> Image.Image:
         short, long = sorted(image.size)
@@ -105,15 +107,9 @@ def to_rgb(image: Image.Image, background: str = "white", kinds: list[str] | Non
     """Upright and RGB, transparency laid over `background`. What was done is appended to `kinds`. Raises BadImage."""
     kinds = [] if kinds is None else kinds
     image.load()
-    try:
-        upright = ImageOps.exif_transpose(image)
-        turned = image.getexif().get(0x0112, 1) not in (0, 1)
-    except Exception:  # the picture is sound where its EXIF is not
-        upright, turned = image, False
-        kinds.append("EXIF unreadable: not turned")
-    image = upright
-    if turned:
+    if image.getexif().get(ORIENTATION) in range(2, 9):
         kinds.append("turned by EXIF")
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
@@ -143,5 +139,5 @@ def read_or_name(source: ImageSource, i: int, side: int, flag: str = "--referenc
 
 def bad_line(flag: str, source: ImageSource, i: int, error: BadImage | str) -> str:
     """One line that any terminal can show."""
-    name = source.names[i].encode("utf-8", "backslashreplace").decode()
-    return f"{flag} {source.root}: {name} cannot be used ({error})"
+    name = source.names[i]
+    return f"{flag} {source.root}: {name if name.isprintable() else ascii(name)} cannot be used ({error})"

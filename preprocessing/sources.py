@@ -154,9 +154,7 @@ def _archives(folder: Path, flag: str) -> list[Path]:
         inside = [child for child in place.iterdir() if not child.name.startswith(".")] if place.is_dir() else []
         files = sorted(child for child in inside if child.suffix in (".parquet", ".tar") and child.is_file())
         if files and any(child.is_dir() for child in inside):
-            raise UserError(
-                f"{flag} {place} holds {files[0].name} and folders: name what is meant, as in {flag} '{place}/*.tar'"
-            )
+            raise UserError(f"{flag} {place} holds {files[0].suffix} files and folders: name one, as in '{place}/*.tar'")
         if files:
             return files
     return []
@@ -248,13 +246,14 @@ def by_folder(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
 
 
 def _open_folder(path: Path, flag: str, given: dict | None) -> ImageSource:
-    names, seen, empty = [], set(), []
+    names, empty, above = [], [], {}
     for folder, folders, files in os.walk(path, followlinks=True):
         inode = os.stat(folder).st_dev, os.stat(folder).st_ino
-        if inode in seen:  # a link to a folder above itself
+        outer = above.get(os.path.dirname(folder), frozenset())
+        if inode in outer:  # a link to a folder that it lies in
             folders.clear()
             continue
-        seen.add(inode)
+        above[folder] = outer | {inode}
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = os.path.relpath(folder, path).replace(os.sep, "/") + "/" if folder != str(path) else ""
         names += [prefix + name for name in files if is_image(name)]
@@ -314,26 +313,28 @@ def _open_tars(path: Path, files: list[Path], flag: str, given: dict | None) -> 
         prefix = "" if len(files) == 1 else f"{tar.relative_to(path) if path.is_dir() else tar.name}:"
         try:
             with tar.open("rb") as file:
-                for name, offset, size, content in _members(file):
+                for member, offset, size, content in _members(file):
                     if content is None:
-                        found.append((prefix + name, k, offset, size))
+                        found.append((prefix + member, len(prefix), k, offset, size))
                     else:
-                        classes[prefix + name.removesuffix(".cls")] = content.decode().strip()
+                        classes[prefix + member.removesuffix(".cls")] = content.decode().strip()
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {tar} is not a readable tar ({error})") from None
     found.sort()
     names, what = [name for name, *_ in found], f"{flag} {path}"
+    members = [name[start:] for name, start, *_ in found]
     if given is not None:
-        labels = labelled([name.rsplit(":", 1)[-1] for name in names], given, what)
+        labels = labelled(members, given, what)
     elif classes:  # WebDataset: an image and its class share their name up to the first dot of its last part
-        keys = [name[: name.rfind("/") + 1] + name[name.rfind("/") + 1 :].split(".", 1)[0] for name in names]
+        stems = [member[: member.find(".", member.rfind("/") + 1)] for member in members]
+        keys = [name[:start] + stem for (name, start, *_), stem in zip(found, stems)]
         missing = [name for name, key in zip(names, keys) if key not in classes]
         if missing:
             raise UserError(f"{what} has no .cls beside {missing[0]} (and {len(missing) - 1} more)")
         labels = number([classes[key] for key in keys], None, what)
     else:
-        labels = by_folder([name.rsplit(":", 1)[-1] for name in names], what)
-    where = np.array([row[1:] for row in found], np.int64).reshape(-1, 3)
+        labels = by_folder(members, what)
+    where = np.array([row[2:] for row in found], np.int64).reshape(-1, 3)
     return TarSource(path, names, *labels, files=files, where=where)
 
 

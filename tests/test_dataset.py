@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+import latent_cache
 from dataset import TrainingStream, shuffled
 from files import write_array, write_file
+from keyed_random import Purpose, uniform
 from latent_cache import CacheError, LatentCache, read_manifest
+from tests.helpers import torchrun
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 100, 1023, 1025, 10_000])
@@ -113,3 +116,156 @@ def test_faults_are_named(copied):
     write_file(copied / "manifest.json", b"{")
     with pytest.raises(CacheError, match="not a manifest"):
         LatentCache(copied)
+
+
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory, tree, vae_folder):
+    """The cache with mirror images."""
+    from preprocessing.build import build
+    from preprocessing.encoding import Encoding, Settings
+    from world import World
+
+    dest = tmp_path_factory.mktemp("flipped") / "data"
+    settings = Settings(str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=8, flip=True)
+    build(dest, Encoding(settings, "cpu", 0, World()), World())
+    return dest
+
+
+def test_no_two_processes_get_one_image(cache):
+    data = LatentCache(cache)
+    for step in range(7):  # 24 images in batches of 8
+        parts = [TrainingStream(data, 5, 8, rank, 4)[step] for rank in range(4)]
+        numbers = torch.cat([part[0] for part in parts])
+        assert torch.equal(numbers, torch.arange(8 * step, 8 * step + 8))
+        if step % 3 == 2:  # an epoch is whole
+            images = shuffled(np.arange(8 * step - 16, 8 * step + 8), 24, 5)
+            assert sorted(images) == list(range(24))
+
+
+@pytest.mark.parametrize(("size", "rounds"), [(5, 1000), (50, 4000), (1000, 5000)])
+def test_every_place_goes_everywhere(size, rounds):
+    """Chi-squared of where three places go, over many epochs and over many seeds: neither too uneven nor too even."""
+    places = np.array([0, size // 2, size - 1])
+    by_epoch = [np.bincount(shuffled(np.arange(rounds) * size + place, size, seed=7), minlength=size) for place in places]
+    by_seed = np.zeros((3, size))
+    for seed in range(rounds):
+        by_seed[range(3), shuffled(places, size, seed)] += 1
+    expected, freedom = rounds / size, size - 1
+    chi2 = ((np.array([*by_epoch, *by_seed]) - expected) ** 2 / expected).sum(1)
+    low, high = freedom - 4 * (2 * freedom) ** 0.5, freedom + 5 * (2 * freedom) ** 0.5
+    assert (low < chi2).all() and (chi2 < high).all(), chi2
+
+
+def test_neighbours_are_independent():
+    """Where a place goes says nothing about where the next one goes: chi-squared over pairs of eighths."""
+    size = 1 << 20
+    order = shuffled(np.arange(200_000), size, seed=11) * 8 // size
+    pairs = np.bincount(order[:-1] * 8 + order[1:], minlength=64)
+    expected = pairs.sum() / 64
+    assert ((pairs - expected) ** 2 / expected).sum() < 63 + 5 * 126**0.5
+
+
+def test_one_image_and_a_billion():
+    assert shuffled(np.arange(5), 1, 0).tolist() == 5 * [0]
+    sample = shuffled(np.arange(0, 10**9, 10**4), 10**9, seed=0)  # every ten-thousandth place of a billion
+    assert len(np.unique(sample)) == len(sample) and abs(sample.mean() / 10**9 - 0.5) < 0.005
+
+
+def test_the_stream_mirrors_by_the_seed(flipped):
+    data = LatentCache(flipped)
+    number, moments, _ = TrainingStream(data, 5, 8)[4]
+    index = shuffled(number.numpy(), 24, 5)
+    both = [data.gather(index, np.full(8, side))[0] for side in (False, True)]
+    mirrored = [not torch.equal(moments[i], both[0][i]) for i in range(8)]
+    assert all(torch.equal(moments[i], both[mirrored[i]][i]) for i in range(8)) and 0 < sum(mirrored) < 8
+    for rank in range(2):
+        assert torch.equal(TrainingStream(data, 5, 8, rank, 2)[4][1], moments[4 * rank : 4 * rank + 4])
+    seen = torch.cat([uniform(5, Purpose.MIRROR, torch.arange(4000)) < 0.5])
+    assert abs(seen.float().mean() - 0.5) < 0.04
+
+
+def test_caches_are_joined(cache, copied):
+    one, joined = LatentCache(cache), LatentCache(cache, copied)
+    assert len(joined) == 48 and joined.manifest.count == 48 and len(joined.manifest.shards) == 6
+    index = np.array([47, 3, 24, 30, 23])
+    for ours, theirs in zip(joined.gather(index), one.gather(index % 24)):
+        assert torch.equal(ours, theirs)
+    np.testing.assert_allclose(joined.manifest.mean, one.manifest.mean)
+    np.testing.assert_allclose(joined.manifest.std, one.manifest.std)
+
+
+def test_statistics_of_joined_caches_are_those_of_all_images(cache, copied):
+    def of(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = moments.double().chunk(2, 1)
+        center = mean.mean((0, 2, 3))
+        return center, ((mean**2 + std**2).mean((0, 2, 3)) - center**2).sqrt()
+
+    moved = (np.load(copied / "moments/00001.npy") + 1).astype(np.float16)
+    write_array(copied / "moments/00001.npy", moved)
+    parts = [LatentCache(root).gather(np.arange(24))[0] for root in (cache, copied)]
+    mean, std = of(parts[1])
+    edit_manifest(copied, mean=mean.tolist(), std=std.tolist())
+    joined, (mean, std) = LatentCache(cache, copied).manifest, of(torch.cat(parts))
+    np.testing.assert_allclose(joined.mean, mean)
+    np.testing.assert_allclose(joined.std, std)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": 0.9}, "scale is 0.7 in one, 0.9 in the other"),
+        ({"class_names": ["class0", "dog", "class2"]}, "class_names is 'class1' for class 1 in one, 'dog' for class 1"),
+        ({"class_names": ["a", "b"]}, "class_names is 3 classes in one, 2 classes"),
+        ({"vae_fingerprint": "x"}, "vae_fingerprint is"),
+    ],
+)
+def test_caches_that_do_not_go_together_are_refused(cache, copied, changes, message):
+    edit_manifest(copied, **changes)
+    with pytest.raises(CacheError, match=message):
+        LatentCache(cache, copied)
+
+
+def test_a_cache_in_memory_is_the_cache(cache, flipped):
+    for root in (cache, flipped):
+        on_disk, in_ram = LatentCache(root), LatentCache(root)
+        in_ram.load_into_ram()
+        for step in (0, 3):
+            for a, b in zip(TrainingStream(on_disk, 1, 8)[step], TrainingStream(in_ram, 1, 8)[step]):
+                assert torch.equal(a, b)
+        batches = TrainingStream(in_ram, 1, 8).loader(0, 2, num_workers=1, pin_memory=False)
+        assert all(torch.equal(a, b) for a, b in zip(next(iter(batches)), TrainingStream(on_disk, 1, 8)[0]))
+
+
+SHARING = """
+import sys, os
+import numpy as np
+from latent_cache import LatentCache
+from world import World
+world = World()
+cache = LatentCache(sys.argv[1])
+cache.load_into_ram(world.rank, world.gather)
+own = hasattr(cache, "_memory")
+sum = cache.gather(np.arange(24))[0].double().sum().item()
+assert world.gather((own, sum)) == [(True, sum), (False, sum)], (own, sum)
+if not own:  # it is one memory, not two
+    assert "memfd:latents" in open("/proc/self/maps").read()
+world.close()
+print("shared", flush=True)
+"""
+
+
+def test_processes_share_one_memory(cache, tmp_path):
+    (tmp_path / "sharing.py").write_text(SHARING)
+    assert torchrun(2, tmp_path / "sharing.py", cache).count("shared") == 2
+
+
+def test_a_cache_that_memory_cannot_hold_is_refused(cache, monkeypatch):
+    monkeypatch.setattr(latent_cache, "_free_memory", lambda: 1000)
+    with pytest.raises(CacheError, match=r"--cache-in-ram needs 0\.0 GB, 0\.0 GB of this machine's are free"):
+        LatentCache(cache).load_into_ram()
+
+
+def test_few_shards_are_open_at_once(cache, monkeypatch):
+    monkeypatch.setattr(latent_cache, "MOST_OPEN", 2)
+    data, index = LatentCache(cache), np.array([23, 0, 11, 5, 22])
+    assert torch.equal(data.gather(index)[0], LatentCache(cache).gather(index)[0]) and len(data._open) == 2

@@ -1,0 +1,238 @@
+"""Encoding: right, the same to the byte however it is interrupted and spread, and with every option as it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_cache import LatentCache, read_manifest
+from models.autoencoder import Autoencoder
+from preprocessing import encode_latents
+from preprocessing.images import load_square, random_crop
+from preprocessing.sources import open_source
+from tests.helpers import ROOT, make_tree, make_vae, torchrun
+
+FASHION = ROOT / "assets/fashion-mnist"
+
+
+def flags(source, dest, vae, *more):
+    return ["--source", source, "--dest", dest, "--resolution", 32, "--vae", vae, "--batch-size", 4, "--shard-size", 10, *more]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_latents_are_diffusers_own_to_float16s_rounding(cache, tree, vae_folder):
+    from diffusers import AutoencoderKL
+
+    vae, source = AutoencoderKL.from_pretrained(vae_folder), open_source(tree)
+    pixels = np.stack([np.asarray(Image.open(tree / name)) for name in source.names])
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+    expected = torch.cat((posterior.mean, posterior.std), 1)
+    stored, labels = LatentCache(cache).gather(np.arange(24))
+    assert torch.equal(labels, torch.from_numpy(source.labels))
+    ulp = torch.from_numpy(np.spacing(np.abs(expected.numpy()).astype(np.float16)).astype(np.float32))
+    assert (
+        (stored.float() - expected).abs() <= 0.5 * ulp + 2e-6
+    ).all()  # half a float16, and float32 kernels of another batch size
+
+
+def start(processes: int, *given) -> subprocess.Popen:
+    """The command under torchrun, not waited for."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "preprocessing.encode_latents", *map(str, given)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_all(dest: Path) -> None:
+    """kill -9 for every process whose command line names `dest`: launcher, encoding and decoding processes."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if str(dest).encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("then", [1, 3])
+def test_killed_on_two_processes_and_restarted_the_cache_is_the_same_to_the_byte(call, tmp_path, then):
+    given = ["--resolution", 32, "--vae", FASHION / "vae", "--limit", 1500, "--shard-size", 50, "--batch-size", 16, "--flip"]
+    given = ["--source", FASHION / "images.zip", *given]
+    code, out = call(encode_latents, *given, "--dest", tmp_path / "whole")
+    assert code == 0, out
+    dest = tmp_path / "killed"
+    process, wanted = start(2, *given, "--dest", dest), 3 + 4 * then
+    while len(list(dest.glob("partial/*.npy.json"))) < wanted:
+        time.sleep(0.01)
+        assert process.poll() is None
+    kill_all(dest)
+    process.wait()
+    done = {path.name for path in dest.glob("partial/*.npy.json")}
+    assert wanted <= len(done) < 30 and not (dest / "manifest.json").exists()
+    (dest / "moments" / ".00029.npy.1.partial").write_bytes(b"half of it")
+    before = {file: (dest / "moments" / file.removesuffix(".json")).stat().st_mtime_ns for file in done}
+    if then == 1:
+        assert call(encode_latents, *given, "--dest", dest)[0] == 0
+    else:
+        torchrun(then, "-m", "preprocessing.encode_latents", *given, "--dest", dest)
+    assert files(dest) == files(tmp_path / "whole")
+    assert before == {file: (dest / "moments" / file.removesuffix(".json")).stat().st_mtime_ns for file in done}
+
+
+def test_two_commands_do_not_work_on_one_cache(call, tree, vae_folder, tmp_path):
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print('has it', flush=True)"
+    (tmp_path / "data/partial").mkdir(parents=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{holder}; time.sleep(60)", str(tmp_path / "data/partial/lock")], stdout=subprocess.PIPE
+    )
+    try:
+        other.stdout.readline()
+        code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
+        assert code == 2 and "another process is working on it" in out
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_mirror_images_are_encoded_not_mirrored_latents(call, tree, vae_folder, tmp_path):
+    assert call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--flip"))[0] == 0
+    data, vae, source = LatentCache(tmp_path / "data"), Autoencoder(str(vae_folder)), open_source(tree)
+    images = torch.from_numpy(np.stack([load_square(source, i, 32) for i in range(24)]))
+    side = np.arange(24) % 2 == 1
+    expected = vae.encode(torch.where(torch.from_numpy(side)[:, None, None, None], images.flip(-1), images))
+    torch.testing.assert_close(data.gather(np.arange(24), side)[0].float(), expected, rtol=2e-3, atol=1e-4)
+    both = torch.cat([data.gather(np.arange(24), np.full(24, which))[0] for which in (False, True)]).double()
+    np.testing.assert_allclose(data.manifest.mean, both.chunk(2, 1)[0].mean((0, 2, 3)), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("more", "tolerance"), [(("--dtype", "float32"), 1e-6), (("--precision", "bf16"), 3e-2), (("--num-workers", 0), 2e-3)]
+)
+def test_dtype_and_precision(call, tree, vae_folder, tmp_path, cache, more, tolerance):
+    assert call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, *more))[0] == 0
+    stored = LatentCache(tmp_path / "data").gather(np.arange(24))[0]
+    assert stored.dtype == (torch.float32 if "float32" in more else torch.float16)
+    vae, source = Autoencoder(str(vae_folder)), open_source(tree)
+    exact = vae.encode(torch.from_numpy(np.stack([load_square(source, i, 32) for i in range(24)])))
+    torch.testing.assert_close(stored.float(), exact, rtol=tolerance, atol=tolerance)
+    if "bf16" in more:
+        assert not torch.equal(stored, LatentCache(cache).gather(np.arange(24))[0])
+        assert read_manifest(tmp_path / "data").encoding["precision"] == "bf16"
+
+
+def test_random_crops_are_adms_and_decided_by_the_seed(call, vae_folder, tmp_path):
+    source = make_tree(tmp_path / "tree", images=6, side=70)
+    caches = {}
+    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
+        more = ("--crop", "random-seeded", "--seed", seed, "--num-workers", 0 if name == "a" else 2)
+        assert call(encode_latents, *flags(source, tmp_path / name, vae_folder, *more))[0] == 0
+        caches[name] = LatentCache(tmp_path / name).gather(np.arange(6))[0]
+    assert torch.equal(caches["a"], caches["again"]) and not torch.equal(caches["a"], caches["b"])
+    assert read_manifest(tmp_path / "a").crop == "random, seed 1"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8))
+    for chance in ([0.0, 0.0, 0.0], [0.999, 0.999, 0.999], [0.5, 0.2, 0.7]):
+        short = 32 + int(chance[0] * 9)  # 32 to 40 = 32 / 0.8, each as likely
+        whole = image.resize((50, 40), Image.Resampling.BOX)
+        whole = whole.resize((round(50 * short / 40), short), Image.Resampling.BICUBIC)
+        top, left = int(chance[1] * (whole.height - 31)), int(chance[2] * (whole.width - 31))
+        expected = np.asarray(whole)[top : top + 32, left : left + 32]
+        np.testing.assert_array_equal(np.asarray(random_crop(image, 32, chance)), expected)
+
+
+def test_background_limit_and_batch_size(call, vae_folder, tmp_path):
+    source = tmp_path / "tree/a"
+    source.mkdir(parents=True)
+    for i in range(9):
+        Image.new("RGBA", (32, 32), (200, 30, i, 0)).save(source / f"{i}.png")
+    for name in ("white", "black"):
+        given = flags(source.parent, tmp_path / name, vae_folder, "--limit", 7, "--background")
+        assert call(encode_latents, *given, name)[0] == 0
+        manifest = read_manifest(tmp_path / name)
+        assert manifest.count == 7 and manifest.kinds == {"PNG RGBA": 7, f"transparent: over {name}": 7}
+        plain = torch.full((1, 3, 32, 32), 255 if name == "white" else 0, dtype=torch.uint8)
+        stored = LatentCache(tmp_path / name).gather(np.array([3]))[0].float()
+        torch.testing.assert_close(stored, Autoencoder(str(vae_folder)).encode(plain), rtol=2e-3, atol=1e-4)
+    code, out = call(encode_latents, *given, "white")
+    assert code == 2 and "background was black, is white" in out
+
+
+def test_a_source_that_changed_under_an_unfinished_cache_is_refused(call, vae_folder, tmp_path, monkeypatch):
+    source = make_tree(tmp_path / "tree")
+    encode = Autoencoder.encode
+    calls = []
+
+    def stops(self, images):
+        calls.append(len(images))
+        if len(calls) > 8 + 5:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Autoencoder, "encode", stops)
+        assert call(encode_latents, *flags(source, tmp_path / "data", vae_folder))[0] == 130
+    (source / "class1/001.png").rename(source / "class1/000.png")
+    code, out = call(encode_latents, *flags(source, tmp_path / "data", vae_folder))
+    assert code == 2 and "names_and_labels was" in out
+
+
+def test_preview_shows_images_reconstructions_and_latents(call, vae_folder, tmp_path):
+    given = ["--source", FASHION / "images.zip", "--resolution", 32, "--limit", 40]
+    code, out = call(encode_latents, *given, "--vae", FASHION / "vae", "--dest", tmp_path / "right")
+    assert code == 0 and "PSNR 3" in out and "poor" not in out
+    picture = np.asarray(Image.open(tmp_path / "right/preview.png"))
+    assert picture.shape[0] > 8 * 128 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 500
+    code, out = call(encode_latents, *given, "--vae", vae_folder, "--dest", tmp_path / "wrong")
+    assert code == 0 and f"poor; is {vae_folder} the VAE for these?" in out
+
+
+def test_values_beyond_float16_are_refused_with_the_remedy(call, tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: torch.full((len(images), 8, 8, 8), 1e6))
+    vae = make_vae(tmp_path / "vae")
+    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae))
+    assert code == 2 and "float16 cannot" in out and "--dtype float32" in out
+    assert call(encode_latents, *flags(tree, tmp_path / "data", vae, "--dtype", "float32"))[0] == 0
+
+
+def test_a_worker_that_is_killed_ends_in_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
+    from preprocessing.images import Square
+
+    parent, read = os.getpid(), Square.read
+
+    def dies(self, source, i):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, source, i)
+
+    monkeypatch.setattr(Square, "read", dies)
+    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1))
+    assert code == 2 and "a process that decodes images ended" in out and "--num-workers" in out and "Traceback" not in out
+
+
+def test_tf32_is_a_gpus(call, tree, vae_folder, tmp_path):
+    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32"))
+    assert code == 2 and "--precision tf32" in out
+
+
+def test_skipped_images_are_told_with_their_shard(call, vae_folder, tmp_path):
+    source = make_tree(tmp_path / "tree")
+    for i in (3, 12, 15, 18, 21):
+        (source / f"class0/{i:03d}.png").write_bytes(b"")
+    given = flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--shard-size", 4)
+    code, out = call(encode_latents, *given)
+    assert code == 0 and "5 skipped" in out
+    rows = [json.loads(line) for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()]
+    assert [row["shard"] for row in rows] == ["00000.npy"] + 4 * ["00001.npy"]  # the second shard is empty, and is no shard
+    manifest = read_manifest(tmp_path / "data")
+    assert [shard["file"] for shard in manifest.shards] == ["00000.npy", "00002.npy", "00003.npy", "00004.npy", "00005.npy"]
+    assert len(LatentCache(tmp_path / "data")) == 19 and "complete: 19" in call(encode_latents, *given)[1]
