@@ -9,7 +9,9 @@ n images in a shard, C latent channels, h w latent side."""
 
 import json
 import math
+import mmap
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,8 @@ from files import write_file
 
 FORMAT_VERSION = 1
 REMEDY = "do it again with python -m preprocessing.verify --repair"
+ADVISED = 8  # batches, after one that waited for the disk
+SLOWEST_MEMORY = 2e9  # bytes a second; a copy that takes longer has waited for a disk
 MOST_OPEN = 16_384  # shards mapped at once; Linux allows a process 65,530 maps
 
 
@@ -136,7 +140,8 @@ class LatentCache:
             self.labels[start : start + len(labels)] = labels
             self._map(k)
         self._ram: np.ndarray | None = None
-        self._open: dict[int, list[memoryview]] = {}
+        self._open: dict[int, list[tuple[mmap.mmap, int]]] = {}
+        self._advise = 0
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -148,7 +153,7 @@ class LatentCache:
         path = self.root_of[shard] / folder / self.manifest.shards[shard]["file"]
         try:
             return np.load(path, mmap_mode=mmap_mode)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise CacheError(f"{path} cannot be read ({error}): {REMEDY} {self.root_of[shard]}") from None
 
     def _map(self, shard: int) -> list[np.ndarray]:
@@ -193,15 +198,32 @@ class LatentCache:
         side = np.zeros_like(shard) if mirrored is None else mirrored[order].astype(np.int64)
         size, out = self.item.itemsize, memoryview(moments).cast("B")
         begin = (number - self.starts[shard]) * size
-        for row, k, which, offset in zip((order * size).tolist(), shard.tolist(), side.tolist(), begin.tolist()):
-            out[row : row + size] = self._bytes(k)[which][offset : offset + size]
+        rows = list(zip((order * size).tolist(), shard.tolist(), side.tolist(), begin.tolist()))
+        if self._advise:  # the disk was waited for not long ago: ask it for all rows at once
+            for _, k, which, offset in rows:
+                stored, first = self._bytes(k)[which]
+                page = (first + offset) // mmap.PAGESIZE * mmap.PAGESIZE
+                stored.madvise(mmap.MADV_WILLNEED, page, first + offset + size - page)
+        started = time.perf_counter()
+        for row, k, which, offset in rows:
+            stored, first = self._bytes(k)[which]
+            out[row : row + size] = memoryview(stored)[first + offset : first + offset + size]
+        waited = time.perf_counter() - started > len(rows) * (size / SLOWEST_MEMORY + 2e-6)
+        self._advise = ADVISED if waited else max(0, self._advise - 1)
         return torch.from_numpy(moments), labels
 
-    def _bytes(self, shard: int) -> list[memoryview]:
+    def _bytes(self, shard: int) -> list[tuple[mmap.mmap, int]]:
+        """The maps of a shard's files, and where their arrays begin. They are read here and there: without being told so, the
+        system reads megabytes around each image."""
         if shard not in self._open:
             if len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            self._open[shard] = [memoryview(array).cast("B") for array in self._map(shard)]
+            self._open[shard] = []
+            for array in self._map(shard):
+                with open(array.filename, "rb") as file:
+                    stored = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                stored.madvise(mmap.MADV_RANDOM)
+                self._open[shard].append((stored, array.offset))
         return self._open[shard]
 
     def load_into_ram(self, rank: int = 0, gather: Callable[[object], list] = lambda value: [value]) -> None:

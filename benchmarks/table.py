@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+IMAGENET = 1_281_167  # training images
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -43,11 +44,59 @@ def checkpoint_row(result: dict) -> str:
     return f"| {machine_name(result)} | {result['model']} | {result['bytes'] / 1e9:.2f} | {' | '.join(cells)} |"
 
 
+def data_loading_rows(result: dict) -> list[str]:
+    """One row a way of reading, with how many times faster than files it is."""
+    rows = []
+    for name, figures in result["results"].items():
+        ratios = [with_quartiles(ratio, ".3g") for key, ratio in result["ratios"].items() if key.endswith(f"/{name}")]
+        rows.append(
+            f"| {machine_name(result)} | {name} | {with_quartiles(scaled(figures['batch_s'], 1e3), '.3g')} | "
+            f"{figures['samples_per_s']:,.0f} | {ratios[0] if ratios else ''} |"
+        )
+    return rows
+
+
+def encode_rows(result: dict) -> list[str]:
+    """One row a way of encoding."""
+    how = f"{result['resolution']} pixels, {result['precision']}, batch {result['batch_size']}"
+    beside = {
+        "encode_latents": f"{with_quartiles(result['ratios']['one at a time/encode_latents'], '.3g')} times one at a time",
+        "VAE alone": f"{with_quartiles(result['ratios']['VAE alone/encode_latents'], '.3f')} of encode_latents' time",
+    }
+    rows = []
+    for name, figures in result["results"].items():
+        share = "" if figures["share_of_matmul_rate"] is None else f"{figures['share_of_matmul_rate']:.0%}"
+        rows.append(
+            f"| {machine_name(result)} | {how} | {name} | {with_quartiles(figures['image_s'], '.3g')} | "
+            f"{figures['images_per_s']:.3g} | {share} | {beside.get(name, '')} |"
+        )
+    return rows
+
+
+def imagenet_rows(result: dict) -> list[str]:
+    """What ImageNet's training images would take: size of the cache by count, time by the rate that was measured."""
+    side, rate, figures = result["resolution"] // 8, result["matmul_flops_per_s"], result["results"]
+    size, flops = IMAGENET * 8 * side**2 * 2, result["flops_per_image"]
+    days = IMAGENET / figures["encode_latents"]["images_per_s"] / 86400
+    share = figures["encode_latents"]["share_of_matmul_rate"]
+    return [
+        f"| {result['resolution']} | {size / 1e9:.0f} GB | {2 * size / 1e9:.0f} GB | {flops / 1e9:.0f} | "
+        f"{IMAGENET * flops / 1e15:.0f} | {days:.0f} days at {share:.0%} of {rate / 1e9:.0f} GFLOP/s |"
+    ]
+
+
+def scaled(figure: dict, factor: float) -> dict:
+    """A median and its quartiles in another unit."""
+    return {"median": figure["median"] * factor, "quartiles": [value * factor for value in figure["quartiles"]]}
+
+
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Markdown of each benchmark, by name."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     steps = [row for result in results if result["benchmark"] == "train_step" for row in train_step_rows(result)]
     checkpoints = [checkpoint_row(result) for result in results if result["benchmark"] == "checkpoint"]
+    loadings = [row for result in results if result["benchmark"] == "data_loading" for row in data_loading_rows(result)]
+    encodings = [result for result in results if result["benchmark"] == "encode"]
     return {
         "train_step": "\n".join(
             ["| machine | what | step | seconds a step | images/s | MFU | first step, s | seconds, as a ratio |"]
@@ -56,6 +105,21 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
         "checkpoint": "\n".join(
             ["| machine | model | GB | copied to host memory, s | written beside training, s | longest pause meanwhile, s |"]
             + ["|---|---|---|---|---|---|", *checkpoints]
+        ),
+        "data_loading": "\n".join(
+            [
+                "| machine | what | ms a batch | samples/s | times faster than .npy, the same way |",
+                "|---|---|---|---|---|",
+            ]
+            + loadings
+        ),
+        "encode": "\n".join(
+            ["| machine | what | way | seconds an image | images/s | of matmul rate | |", "|---|---|---|---|---|---|---|"]
+            + [row for result in encodings for row in encode_rows(result)]
+        ),
+        "imagenet": "\n".join(
+            ["| pixels | cache, float16 | with --flip | GFLOPs an image | PFLOPs in all | on two CPU cores |"]
+            + ["|---|---|---|---|---|---|", *(row for result in encodings for row in imagenet_rows(result))]
         ),
     }
 

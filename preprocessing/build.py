@@ -190,13 +190,18 @@ def build(dest: Path, job: Job, world: World) -> Manifest:
                 picture, line = job.preview()
                 save_png(picture, dest / "preview.png")
                 print(f"{dest / 'preview.png'}: {line}", flush=True)
-        todo = world.broadcast(todo)
+        todo, made = world.broadcast(todo), {}
+
+        def done(number: int, entry: dict) -> None:
+            write_file(records[number], json.dumps(entry).encode())
+            made[number] = entry
+
         if todo is not None:
-            make_shards(dest, job, todo, world, lambda k, entry: write_file(records[k], json.dumps(entry).encode()))
-        world.barrier()
+            make_shards(dest, job, todo, world, done)
+        made = {number: entry for part in world.gather(made) for number, entry in part.items()}
         if world.rank == 0:
-            if todo is not None:
-                entries = [json.loads(record.read_text()) for record in records]
+            if todo is not None:  # what others have just written, a network disk may not show here yet
+                entries = [made.get(k) or json.loads(records[k].read_text()) for k in shards]
                 manifest = make_manifest(job, entries)
                 skipped = [row for entry in entries for row in entry["skipped"]]
                 if skipped:

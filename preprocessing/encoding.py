@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from cli import UserError
 from models.autoencoder import DEFAULT_VAE, Autoencoder
 from preprocessing.build import Shard, file_of, numbers_of
-from preprocessing.images import BadImage, Square, bad_line
+from preprocessing.images import BadImage, Square, Unreadable, bad_line
 from preprocessing.preview import compare, spread
 from preprocessing.sources import open_source
 from world import World
@@ -61,6 +61,7 @@ class Decoded(NamedTuple):
     labels: np.ndarray
     bad: list[tuple[int, str]]  # number and reason
     kinds: Counter
+    failed: tuple[int, str] | None = None  # an image that could not be read, good or bad, and why
 
 
 class Encoded(NamedTuple):
@@ -93,6 +94,8 @@ class Batches(Dataset):
             except BadImage as error:
                 bad.append((i, str(error)))
                 continue
+            except Unreadable as error:
+                return Decoded(shard, 0, torch.empty(0), np.empty(0), [], kinds, (i, str(error)))
             pixels.append(picture.pixels)
             kinds.update(picture.kinds)
             good.append(i)
@@ -131,6 +134,10 @@ class Encoding:
         self.what = f"encoding {Path(settings.source).name}"
         self.source = open_source(Path(settings.source), labels=Path(settings.labels) if settings.labels else None)
         self.device = torch.device(device)
+        if self.device.index is not None and world.local_processes > 1:
+            raise UserError(
+                f"--device {device} would put {world.local_processes} processes on one GPU: cuda gives each its own"
+            )
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         if settings.precision == "tf32" and self.device.type == "cpu":
@@ -179,7 +186,7 @@ class Encoding:
             images = numbers_of(self, shard)
             batches += [(shard, images[start : start + self.batch_size]) for start in range(0, len(images), self.batch_size)]
         loader = DataLoader(
-            Batches(self.source, self.square, batches), batch_size=None, num_workers=self.num_workers,
+            Batches(self.source, self.square, batches), batch_size=None, num_workers=min(self.num_workers, len(batches)),
             worker_init_fn=in_worker, collate_fn=unchanged, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         with ThreadPoolExecutor(self.threads, initializer=self._in_thread) as pool:
@@ -195,6 +202,9 @@ class Encoding:
         """The batches. Raises UserError for a bad image, unless bad ones are skipped, and for a worker that was killed."""
         try:
             for batch in loader:
+                if batch.failed:
+                    line = bad_line("--source", self.source, *batch.failed, "could not be read")
+                    raise UserError(f"{line}: when that is mended, run the same command again")
                 if batch.bad and not self.skip_bad:
                     line = bad_line("--source", self.source, *batch.bad[0])
                     raise UserError(f"{line}; mend it or pass --skip-bad")
@@ -213,8 +223,13 @@ class Encoding:
         moments, landed, on_gpu = {}, None, self.device.type == "cuda"
         for name, images in sides.items():
             if len(images):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    values = self.vae.encode(images).to(self.dtype)
+                try:
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                        values = self.vae.encode(images).to(self.dtype)
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"--batch-size {self.batch_size} is more than {self.device} has memory for: give a smaller one"
+                    ) from None
                 moments[name] = torch.empty(values.shape, dtype=self.dtype, pin_memory=on_gpu)
                 moments[name].copy_(values, non_blocking=True)
         if on_gpu:
@@ -246,7 +261,7 @@ class Encoding:
         for i in spread(self.images):
             try:
                 good.append((i, torch.from_numpy(self.square.read(self.source, i).pixels.copy())))
-            except BadImage:
+            except (BadImage, Unreadable):
                 continue
         names = [self.source.class_names[self.source.labels[i]] for i, _ in good]
         encoded = [self._encode(Decoded(0, 1, pixels[None], np.zeros(1), [], Counter())) for _, pixels in good]

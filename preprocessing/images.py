@@ -1,5 +1,6 @@
 """How stored bytes become squares of the right size, and what is done about images that are not what they should be."""
 
+import errno
 import math
 import warnings
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ class BadImage(ValueError):
     """An image that cannot be used, and why."""
 
 
+class Unreadable(OSError):
+    """An image that nothing is known about, since the disk or the machine failed: no reason to skip it."""
+
+
 class Picture(NamedTuple):
     """An image as training sees it, and what was met on the way."""
 
@@ -41,7 +46,8 @@ class Square:
     seed: int = 0  # of random crops
 
     def read(self, source: ImageSource, i: int) -> Picture:
-        """Image i of the source. An RGB image that already has the size passes through untouched. Raises BadImage."""
+        """Image i of the source. An RGB image that already has the size passes through untouched. Raises BadImage or
+        Unreadable."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata, a line for each image
@@ -54,17 +60,19 @@ class Square:
                 if rgb.size != (self.side, self.side):
                     rgb = self._cropped(rgb, i, kinds)
                 return Picture(np.asarray(rgb).transpose(2, 0, 1), kinds)
-        except MemoryError:
-            raise
         except BadImage:
             raise
+        except MemoryError:
+            raise Unreadable("out of memory") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise BadImage(f"more than {MOST_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
             raise BadImage(f"not one of {', '.join(FORMATS)}") from None
         except Exception as error:  # whatever a decoder may raise for a broken file
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise BadImage(reason.splitlines()[0]) from None
+            reason = (getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").splitlines()[0]
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
+                raise Unreadable(reason) from None
+            raise BadImage(reason) from None
 
     def _cropped(self, image: Image.Image, i: int, kinds: list[str]) -> Image.Image:
         short, long = sorted(image.size)
@@ -133,11 +141,11 @@ def read_or_name(source: ImageSource, i: int, side: int, flag: str = "--referenc
     """load_square; an image that cannot be used is a UserError that names it."""
     try:
         return load_square(source, i, side)
-    except BadImage as error:
+    except (BadImage, Unreadable) as error:
         raise UserError(bad_line(flag, source, i, error)) from None
 
 
-def bad_line(flag: str, source: ImageSource, i: int, error: BadImage | str) -> str:
+def bad_line(flag: str, source: ImageSource, i: int, reason: Exception | str, what: str = "cannot be used") -> str:
     """One line that any terminal can show."""
     name = source.names[i]
-    return f"{flag} {source.root}: {name if name.isprintable() else ascii(name)} cannot be used ({error})"
+    return f"{flag} {source.root}: {name if name.isprintable() else ascii(name)} {what} ({reason})"

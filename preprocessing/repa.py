@@ -4,6 +4,7 @@ vae-sd/00000/img-mean-std-00000000.npy  (2C, h, w) float32, posterior mean and s
 vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-00000000.npy", class], ...]}
 images/00000/img00000000.png            what they were made of; only looked at, for preview.png"""
 
+import errno
 import os
 import re
 from collections import Counter
@@ -21,8 +22,9 @@ from cli import UserError
 from models.autoencoder import DEFAULT_VAE, Autoencoder
 from preprocessing.build import Shard, file_of, numbers_of
 from preprocessing.images import BadImage, Square, bad_line
+from preprocessing.labels import labelled, read_json
 from preprocessing.preview import compare, spread
-from preprocessing.sources import ImageSource, labelled, read_json
+from preprocessing.sources import ImageSource
 
 READERS = 16  # threads that read small files, which is waiting for the most part
 
@@ -74,7 +76,7 @@ class Import:
         for i in range(len(self.source)):
             try:
                 shape = np.load(self.root / self.source.names[i], mmap_mode="r").shape
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 continue  # reading its shard will say so
             channels = self.vae.channels
             if len(shape) == 4 and shape[0] == 1:
@@ -95,7 +97,10 @@ class Import:
     def _read(self, i: int) -> np.ndarray | BadImage:
         try:
             moments = np.load(self.root / self.source.names[i])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
+            if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EACCES):
+                line = bad_line("SRC", self.source, i, error.strerror, "could not be read")
+                raise UserError(f"{line}: when that is mended, run the same command again") from None
             return BadImage(f"{type(error).__name__}: {error}".splitlines()[0])
         if moments.shape not in (self.shape, (1, *self.shape)):
             return BadImage(f"its shape is {moments.shape}, others have {self.shape}")

@@ -50,7 +50,7 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
             if sha256(path) != entry["sha256"].get(folder):
                 found.append(f"{folder}: not the bytes that were written (sha256)")
             arrays[folder] = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             found.append(f"{folder}: cannot be read ({error})")
             continue
         labels = folder == "labels"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import checkpoint, table, train_step
+from benchmarks import checkpoint, data_loading, encode, table, train_step
 from tests.helpers import ROOT
 
 
@@ -39,7 +39,38 @@ def test_checkpoint_tells_copy_write_and_pause_apart(call, tmp_path):
     assert all(figure["median"] > 0 for figure in result["results"].values()) and not list((tmp_path / "d").iterdir())
 
 
-def test_the_page_about_speed_holds_the_tables_of_the_results():
-    page = (ROOT / "docs/performance.md").read_text()
-    for text in table.tables().values():
-        assert text in page
+def test_data_loading_compares_cache_and_files(call, tmp_path):
+    flags = "--images 60 --shards 5 --batch-size 8 --batches 2 --rounds 2 --num-workers 1"
+    code, out = call(data_loading, *flags.split(), "--dest", tmp_path / "d", "--json", tmp_path / "a.json")
+    assert code == 0, out
+    result = json.loads((tmp_path / "a.json").read_text())
+    ways = ["npy", "cache", "memory", "npy, 1 workers", "cache, 1 workers", "copy", "npy, cold", "cache, cold"]
+    assert list(result["results"]) == ways and all(figures["samples_per_s"] > 0 for figures in result["results"].values())
+    assert set(result["ratios"]) >= {"npy/cache", "npy, cold/cache, cold"} and not list((tmp_path / "d").iterdir())
+
+
+def test_encode_tells_how_busy_the_vae_is(call, vae_folder, tmp_path):
+    flags = ["--images", 4, "--resolution", 32, "--rounds", 2, "--vae", vae_folder, "--num-workers", 1]
+    code, out = call(encode, *flags, "--dest", tmp_path / "d", "--json", tmp_path / "a.json")
+    assert code == 0, out
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert list(result["results"]) == ["encode_latents", "VAE alone", "one at a time", "decoding alone"]
+    assert result["flops_per_image"] > 1e6 and 0 < result["ratios"]["VAE alone/encode_latents"]["median"] < 1.2
+    assert not (tmp_path / "d/benchmark-encode").exists()
+
+
+def test_the_pages_hold_the_tables_of_the_results():
+    performance, data = ((ROOT / "docs" / name).read_text() for name in ("performance.md", "data.md"))
+    for name, text in table.tables().items():
+        assert text in (data if name == "imagenet" else performance)
+
+
+def test_the_page_about_data_computes_from_the_results():
+    """What its prose says of ImageNet."""
+    page = (ROOT / "docs/data.md").read_text()
+    result = json.loads((ROOT / "benchmarks/results/encode-256-cpu.json").read_text())
+    assert f"{result['flops_per_image'] / 1e12:.2f} / R seconds" in page
+    minutes = table.IMAGENET * result["flops_per_image"] / (8 * 50e12) / 60
+    assert 13.5 < minutes < 16.5 and "a quarter of an hour" in page and 1400 < table.IMAGENET / minutes / 60 < 1600
+    decoded = int(result["results"]["decoding alone"]["images_per_s"])
+    assert f"crops {decoded} images a second here, so that takes a core for every {decoded}" in page.replace("\n", " ")

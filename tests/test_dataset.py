@@ -104,6 +104,9 @@ def test_faults_are_named(copied):
     write_array(copied / "labels/00002.npy", np.array([0, 1, 2, 3], np.int64))
     with pytest.raises(CacheError, match=r"00002\.npy has labels outside 0\.\.2"):
         LatentCache(copied)
+    (copied / "moments/00000.npy").write_bytes(b"")
+    with pytest.raises(CacheError, match=r"00000\.npy cannot be read.*--repair"):
+        LatentCache(copied)
     (copied / "moments/00000.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(CacheError, match=r"00000\.npy.*cannot be read"):
         LatentCache(copied)

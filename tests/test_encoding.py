@@ -236,3 +236,36 @@ def test_skipped_images_are_told_with_their_shard(call, vae_folder, tmp_path):
     manifest = read_manifest(tmp_path / "data")
     assert [shard["file"] for shard in manifest.shards] == ["00000.npy", "00002.npy", "00003.npy", "00004.npy", "00005.npy"]
     assert len(LatentCache(tmp_path / "data")) == 19 and "complete: 19" in call(encode_latents, *given)[1]
+
+
+def test_a_disk_that_fails_is_no_bad_image(call, tree, vae_folder, tmp_path, monkeypatch):
+    """--skip-bad does not skip what could not be read this time."""
+    from preprocessing.sources import ImageSource
+
+    opened = ImageSource.open
+
+    def fails(self, i):
+        if i == 13:
+            raise OSError(5, "Input/output error")
+        return opened(self, i)
+
+    given = flags(tree, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageSource, "open", fails)
+        code, out = call(encode_latents, *given)
+    assert code == 2 and "class1/016.png could not be read (Input/output error): when that is mended" in out
+    assert [path.name for path in (tmp_path / "data/partial").glob("*.npy.json")] == ["00000.npy.json"]
+    assert call(encode_latents, *given)[0] == 0 and read_manifest(tmp_path / "data").count == 24
+
+
+def test_a_batch_that_memory_cannot_hold_is_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
+    encode = Autoencoder.encode
+
+    def full(self, images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return encode(self, images)
+
+    monkeypatch.setattr(Autoencoder, "encode", full)
+    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
+    assert code == 2 and "--batch-size 4 is more than cpu has memory for" in out and "Traceback" not in out

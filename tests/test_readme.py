@@ -12,8 +12,12 @@ from PIL import Image
 import sample_ddp
 import train
 from evaluations import evaluate
-from preprocessing import encode_latents
+from latent_cache import LatentCache
+from preprocessing import encode_latents, import_repa, verify
 from tests.helpers import ROOT
+from tests.test_import_repa import make_repa
+
+README = (ROOT / "README.md").read_text()
 
 
 def commands() -> list[list[str]]:
@@ -54,6 +58,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     assert len(trainings) == 2 and len(evaluated) == 1 and len(samplings) == 2
     code, out = call(encode_latents, *encode, "--vae", vae_folder)
     assert code == 0 and "6 images, 2 classes" in out, out
+    assert "is sound" in call(verify, "data/imagenet256")[1] and "preprocessing.verify data/imagenet256" in README
     for i, flags in enumerate(trainings):
         code, out = call(train, *flags, *short_training, "--exp-name", f"xl2-sra2{'-again' * i}")
         assert code == 0, out
@@ -67,6 +72,29 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     for script, flags in ((evaluate, [name, *evaluation[1:]]), (train, [*evaluated[0], *short_training, "--exp-name", "e"])):
         code, out = call(script, *flags)
         assert code == 2 and "no Inception weights: fetch" in out
+
+
+def test_repas_data_is_imported_as_written(call, vae_folder, tmp_path, monkeypatch):
+    (flags,) = of("preprocessing.import_repa")
+    monkeypatch.chdir(tmp_path)
+    make_repa(tmp_path / flags[0], vae_folder)
+    code, out = call(import_repa, *flags, "--vae", vae_folder)
+    assert code == 0 and len(LatentCache(flags[1])) == 12, out
+
+
+def test_the_cache_is_read_from_other_code_as_written(cache, monkeypatch, tmp_path):
+    """The five lines of docs/data.md, on a small cache in ImageNet's place."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S)
+    assert len(code.strip().splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/imagenet256").symlink_to(cache)
+    names: dict = {}
+    exec(code, names)
+    stored, labels = LatentCache("data/imagenet256").gather(np.arange(10))
+    np.testing.assert_array_equal(names["labels"], labels)
+    np.testing.assert_array_equal(np.concatenate((names["mean"], names["std"]), 1), stored.float().numpy())
+    assert names["latents"].shape == (10, 4, 8, 8)
 
 
 def test_launchers_take_the_flags_given_to_them():
@@ -90,7 +118,7 @@ def test_a_step_number_in_a_file_name_has_seven_digits():
     assert steps == {"4000000"} and "xl2-sra2-4000000-" in of("evaluations.evaluate")[0][0]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/cluster.md", "docs/performance.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/cluster.md", "docs/performance.md", "docs/data.md"])
 def test_what_documents_name_exists(document):
     """Files in links, flags, and `function` (file) pairs."""
     text = (ROOT / document).read_text()

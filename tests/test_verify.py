@@ -79,10 +79,12 @@ def test_faults_are_found_and_mended(call, made, data, name, edit, vouched, mess
 
 def test_missing_and_cut_off_files_are_mended(call, made, data):
     (data / "moments/00000.npy").unlink()
+    (data / "mirrored/00000.npy").write_bytes(b"")
     (data / "labels/00002.npy").write_bytes((data / "labels/00002.npy").read_bytes()[:-8])
     write_array(data / "mirrored/00001.npy", np.zeros((10, 4, 8, 8), np.float16))
     code, out = call(verify, data)
     assert code == 2 and "00000.npy: moments: cannot be read" in out and "00002.npy: labels: " in out
+    assert "00000.npy: mirrored: cannot be read (No data left in file)" in out
     assert "00001.npy: mirrored: is float16 (10, 4, 8, 8), should be float16 (10, 8, 8, 8)" in out
     assert call(verify, data, "--repair", "--num-workers", 0)[0] == 0
     assert files(data) == files(made / "data")
