@@ -116,14 +116,21 @@ def in_worker(_: int) -> None:
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
-    """map(function, items) on the pool's threads, at most `ahead` items before the one that is taken."""
+    """map(function, items) on the pool's threads, at most `ahead` items before the one that is taken. If `items` fails, what
+    came before is finished first."""
     waiting: deque = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
+    items, failure, more = iter(items), None, True
+    while more or waiting:
+        try:
+            waiting.append(pool.submit(function, next(items)))
+        except StopIteration:
+            more = False
+        except UserError as error:
+            failure, more = error, False
+        if waiting and (len(waiting) > ahead or not more):
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    if failure:
+        raise failure
 
 
 class Encoding:
@@ -241,7 +248,7 @@ class Encoding:
         latent = self.manifest["latent_shape"]
         shape = (len(numbers_of(self, shard)), 2 * latent[0], *latent[1:])
         arrays = {name: np.empty(shape, self.settings["dtype"]) for name in ("moments", "mirrored")[: 1 + self.flip]}
-        labels, skipped, kinds, filled = [], [], Counter(), 0
+        labels, skipped, kinds, filled, left = [], [], Counter(), 0, shape[0]
         for batch in batches:
             if batch.landed:
                 batch.landed.synchronize()
@@ -252,6 +259,9 @@ class Encoding:
             kinds.update(batch.kinds)
             skipped += [{"file": self.source.names[i], "shard": file_of(shard), "reason": reason} for i, reason in batch.bad]
             progress(batch.read)
+            left -= batch.read
+            if not left:  # or the next batch would be waited for, which may never come
+                break
         arrays = {name: array[:filled] for name, array in arrays.items()}
         return Shard(arrays | {"labels": np.concatenate(labels).astype(np.int64)}, skipped, kinds)
 

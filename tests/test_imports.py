@@ -83,11 +83,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "interpolant",
             "keyed_random",
             "latent_cache",
-            "models",
-            "train",
         }
-        | {"train_state"},
-        {"torch", "tqdm", "accelerate"},
+        | {"models", "preprocessing", "train", "train_state", "world"},
+        {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate"},
     ),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
 }
