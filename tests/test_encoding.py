@@ -269,3 +269,15 @@ def test_a_batch_that_memory_cannot_hold_is_one_line(call, tree, vae_folder, tmp
     monkeypatch.setattr(Autoencoder, "encode", full)
     code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
     assert code == 2 and "--batch-size 4 is more than cpu has memory for" in out and "Traceback" not in out
+
+
+def test_bits_do_not_depend_on_torchs_threads(call, tmp_path):
+    """They would: a convolution or a norm adds up in another order on two threads."""
+    given = ["--source", FASHION / "images.zip", "--resolution", 32, "--vae", FASHION / "vae", "--limit", 42, "--batch-size", 7]
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert call(encode_latents, *given, "--dest", tmp_path / str(threads))[0] == 0
+    finally:
+        torch.set_num_threads(1)
+    assert files(tmp_path / "1") == files(tmp_path / "2")

@@ -57,7 +57,8 @@ def test_accumulation_is_the_same_run(call, cache, tmp_path, unbroken):
 
 
 def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
-    torchrun(2, "train.py", *train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10))
+    given = ("--log-every", 2, "--max-train-steps", 10, "--cache-in-ram")  # one memory for both
+    torchrun(2, "train.py", *train_flags(cache, tmp_path, "run", *given))
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours["step"] == theirs["step"]
         assert [ours[k] for k in ("loss", "velocity", "align")] == pytest.approx(
@@ -72,6 +73,23 @@ def test_a_run_goes_from_one_process_to_two_and_back(call, cache, tmp_path, unbr
     assert call(train, *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 4)[0] == 0
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_joined_caches_train_and_memory_may_be_chosen_later(call, cache, tmp_path, unbroken):
+    copied = shutil.copytree(cache, tmp_path / "copied")
+    flags = train_flags(cache, tmp_path, "run")
+    flags[2:2] = [str(copied)]
+    assert flags[:3] == ["--data-dir", str(cache), str(copied)]
+    assert call(train, *flags, "--max-train-steps", 3)[0] == 0
+    code, out = call(train, *flags, "--max-train-steps", 6, "--cache-in-ram")
+    assert code == 0 and "48 images an epoch" in out, out
+    lines = rows(tmp_path / "run")
+    assert len(lines) == 6 and lines[0]["velocity"] != rows(unbroken)[0]["velocity"]  # other images come first
+    code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 9))
+    assert code == 2 and "is not the cache that" in out and "count" in out
+    (copied / "moments/00001.npy").unlink()
+    code, out = call(train, *flags, "--max-train-steps", 9)
+    assert code == 2 and "00001.npy cannot be read" in out and f"preprocessing.verify --repair {copied}" in out
 
 
 def test_bf16_trains_close_to_float32(call, cache, tmp_path, unbroken):
