@@ -1,11 +1,15 @@
 """Lines on a disk that is full now and then; the screen likewise."""
 
+import hashlib
 import io
 import os
 
+import numpy as np
+import pytest
+
 import files
 from cli import Screen
-from files import Lines
+from files import Lines, write_array, write_file
 
 
 class Full:
@@ -67,3 +71,26 @@ def test_a_screen_that_is_full_ends_nothing():
     assert screen.write("text") == 4 and screen.flush() is None
     print("more", file=screen, flush=True)
     assert screen.getvalue() == ""
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    """Who has it open goes on reading the old one; a disk that fills up leaves it alone."""
+    path = tmp_path / "file.json"
+    write_file(path, b"old" * 1000)
+    with path.open("rb") as reader:
+        write_file(path, b"new" * 500, memoryview(b"est"))
+        assert reader.read() == b"old" * 1000
+    assert path.read_bytes() == b"new" * 500 + b"est"
+    full = lambda *args, **more: Full(open(*args, **more), 5)  # noqa: E731, SIM115
+    monkeypatch.setattr(files, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, b"third", b"time")
+    assert path.read_bytes() == b"new" * 500 + b"est" and os.listdir(tmp_path) == ["file.json"]
+
+
+def test_arrays_are_numpys_files(tmp_path):
+    for array in (np.arange(24, dtype=np.float16).reshape(2, 3, 4), np.arange(6).reshape(2, 3).T, np.empty((0, 4), np.float32)):
+        digest = write_array(tmp_path / "ours.npy", array)
+        np.save(tmp_path / "numpys.npy", np.ascontiguousarray(array))
+        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
+        assert digest == hashlib.sha256((tmp_path / "ours.npy").read_bytes()).hexdigest()

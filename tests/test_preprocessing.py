@@ -198,6 +198,14 @@ def test_every_mode_becomes_rgb(mode):
         assert np.abs(pixels.astype(int) - 51).max() <= 1
 
 
+def test_sixteen_bits_cover_the_whole_range():
+    """0 stays 0 and 65535 becomes 255: eight bits are sixteen over 257, rounded."""
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = (levels / 257).round().astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(levels)))[..., 0], expected)
+    assert expected[0, 0] == 0 and expected[-1, -1] == 255
+
+
 def test_transparent_is_white_and_exif_is_upright():
     assert np.asarray(to_rgb(Image.new("RGBA", (2, 2), (9, 9, 9, 0)))).min() == 255
     exif = Image.Exif()
