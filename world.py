@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 class World:
-    """rank of processes, and the same on this machine. Close it, so that the fast wait for the slow."""
+    """rank of processes, the same on this machine, and the cores they share. Close it, so that the fast wait for the slow."""
 
     def __init__(self) -> None:
         def read(name: str, default: int) -> int:
@@ -16,6 +16,8 @@ class World:
 
         self.rank, self.processes = read("RANK", 0), read("WORLD_SIZE", 1)
         self.local_rank, self.local_processes = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
+        affinity = getattr(os, "sched_getaffinity", None)  # what a scheduler gave us, which may be less than there is
+        self.cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         if self.processes > 1:  # of words between hosts only, and one may be days behind another
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 

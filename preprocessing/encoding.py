@@ -4,7 +4,6 @@ A shard is always cut into the same batches and each batch runs the same kernels
 processes, threads or attempts it took. B images of a batch, S their side, C latent channels, h w latent side."""
 
 import itertools
-import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -158,8 +157,8 @@ class Encoding:
             raise UserError(
                 f"--resolution {settings.resolution} is no multiple of {self.vae.factor}, the factor of --vae {settings.vae}"
             )
-        cores = max(1, (os.cpu_count() or 1) // world.local_processes)
-        self.threads, self.num_workers = 1, cores if num_workers < 0 else num_workers
+        cores = max(1, world.cores // world.local_processes)
+        self.threads, self.num_workers = 1, min(cores, 16) if num_workers < 0 else num_workers
         if self.device.type == "cpu":  # whole batches side by side, each on one thread, or its bits would depend on how many
             torch.set_num_threads(1)
             self.threads = cores
