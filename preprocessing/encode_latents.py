@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("files").add_argument
     add("--dtype", choices=DTYPES, default="float16", help="of the stored moments")
     add("--shard-size", type=cli.positive, default=8192, help="images a shard; what is lost at an interruption, at most")
-    add("--num-workers", type=int, default=-1, help="decoding processes for each process; -1: one for each core it has, up to 16")
+    add("--num-workers", type=int, default=-1, help="decoding processes, for each process; -1: one a core, up to 16")
     # fmt: on
     return parser.parse_args()
 
