@@ -39,7 +39,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.seed, default=0, help="of initialisation and of the whole training stream")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-dir", type=Path, required=True, nargs="+", help="latent cache made by preprocessing; several are joined")
+    add("--data-dir", type=Path, required=True, nargs="+", action="extend", help="latent cache; several are joined")
     add("--cache-in-ram", action="store_true", help="read the cache into memory first, once on each machine: for slow disks")
     add("--resolution", type=cli.positive, help="stop unless the cache has this many pixels a side")
     add("--num-classes", type=cli.positive, help="stop unless the cache has this many classes")
@@ -168,7 +168,7 @@ def make_config(args: argparse.Namespace, manifest: Manifest) -> dict:
         "model_name": args.model, "model": asdict(model), "head": head, "align_depth": args.align_depth,
         "path_type": args.path_type, "prediction": "v", "cfg_prob": args.cfg_prob,
         "batch_size": args.batch_size, "ema_decay": args.ema_decay,
-        "data": {key: getattr(manifest, key) for key in data},
+        "data": {key: getattr(manifest, key) for key in data} | {"joined": manifest.encoding.get("joined")},
     }  # fmt: skip
 
 

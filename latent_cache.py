@@ -7,12 +7,15 @@
 
 n images in a shard, C latent channels, h w latent side."""
 
+import errno
 import json
 import math
 import mmap
 import os
+import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -83,8 +86,12 @@ def read_manifest(root: Path) -> Manifest:
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise CacheError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: encode the images again")
+        if not all({"file", "count"} <= shard.keys() for shard in content["shards"]):
+            raise KeyError("a shard without file or count")
         return Manifest(**content)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CacheError):
+            raise
         raise CacheError(f"{path} is not a manifest this code can read ({error}): encode the images again") from None
 
 
@@ -115,6 +122,7 @@ def joined(roots: list[Path], manifests: list[Manifest]) -> Manifest:
         mean=mean.tolist(),
         std=np.sqrt(square - mean**2).tolist(),
         shards=[shard for manifest in manifests for shard in manifest.shards],
+        encoding={"joined": [[manifest.count, manifest.mean] for manifest in manifests]},
         skipped=sum(manifest.skipped for manifest in manifests),
     )
 
@@ -142,6 +150,7 @@ class LatentCache:
         self._ram: np.ndarray | None = None
         self._open: dict[int, list[tuple[mmap.mmap, int]]] = {}
         self._advise = 0
+        self._most_open = min(MOST_OPEN, _descriptors() // 2) // len(self.manifest.folders[:-1])  # each map keeps one
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -154,7 +163,8 @@ class LatentCache:
         try:
             return np.load(path, mmap_mode=mmap_mode)
         except (OSError, ValueError, EOFError) as error:
-            raise CacheError(f"{path} cannot be read ({error}): {REMEDY} {self.root_of[shard]}") from None
+            gone = getattr(error, "errno", None) in (None, errno.ENOENT)  # otherwise it is the disk, or the machine
+            raise CacheError(f"{path} cannot be read ({error}){f': {REMEDY} {self.root_of[shard]}' if gone else ''}") from None
 
     def _map(self, shard: int) -> list[np.ndarray]:
         """Moments, and of a cache with flips those of the mirror images."""
@@ -171,6 +181,7 @@ class LatentCache:
                     f"{path} has shape {array.shape} and dtype {array.dtype}, the manifest says {expected} and "
                     f"{self.manifest.dtype}{hint}"
                 )
+            assert array.flags.c_contiguous, array.filename
             maps.append(array)
         return maps
 
@@ -186,6 +197,7 @@ class LatentCache:
     def gather(self, index: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Images by number, read in the order of the disk and copied once: index (B,), mirrored (B,) bool where the mirror
         image is meant -> moments (B, 2C, h, w) as stored, labels (B,) int64."""
+        assert ((index >= 0) & (index < len(self))).all(), (index, len(self))
         moments = np.empty(len(index), self.item)
         labels = torch.from_numpy(self.labels[index].astype(np.int64))
         if self._ram is not None:
@@ -216,8 +228,9 @@ class LatentCache:
         """The maps of a shard's files, and where their arrays begin. They are read here and there: without being told so, the
         system reads megabytes around each image."""
         if shard not in self._open:
-            if len(self._open) >= MOST_OPEN:
-                self._open.pop(next(iter(self._open)))
+            if len(self._open) >= self._most_open:
+                for stored, _ in self._open.pop(next(iter(self._open))):
+                    stored.close()
             self._open[shard] = []
             for array in self._map(shard):
                 with open(array.filename, "rb") as file:
@@ -270,10 +283,28 @@ def _room() -> tuple:
         return (os.getpid(), os.uname().nodename)
 
 
-def _free_memory() -> float:
-    """Bytes that this machine can give, infinity where it does not say."""
+def _descriptors() -> int:
+    """How many files a process may open here. Asks for as many as the system lets it have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    except (ValueError, OSError):
+        pass
+    return MOST_OPEN * 2 if soft == resource.RLIM_INFINITY else soft
+
+
+def _free_memory() -> float:
+    """Bytes that this machine, and the job's own limit on it, can give; infinity where neither says."""
+    free = math.inf
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError, StopIteration):  # version 2 control groups: what a container or SLURM allows
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        inner = Path("/sys/fs/cgroup") / next(line for line in lines if line.startswith("0::"))[3:].lstrip("/")
+        for group in (inner, *inner.parents):
+            with suppress(OSError, ValueError):  # the file is not there, or says "max"
+                most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+                free = min(free, most - used)
+    return free

@@ -146,7 +146,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     try:
-        checkpoint = world.broadcast(find_checkpoint(args.ckpt))  # a run that goes on may save another one meanwhile
+        checkpoint = world.first(lambda: find_checkpoint(args.ckpt))  # a run that goes on may save another one meanwhile
         config = read_config(checkpoint)
         recipe = recipe._replace(path_type=config["path_type"])
         model = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
@@ -172,6 +172,7 @@ def main() -> None:
         if rank == 0:
             shutil.rmtree(parts, ignore_errors=True)
             print(f"{npz} is complete: {args.num_fid_samples:,} images")
+        world.close()
         return
 
     size = args.per_proc_batch_size

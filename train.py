@@ -269,8 +269,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     if saved:
         log.say(f"continuing from {saved[-1]}")
     monitor = Monitor(args, log, preview, evaluator, start, measured)
-    with Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-        finished = train(args, accelerator, cache, state, log, monitor, writer, request)
+    try:
+        with Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
+            finished = train(args, accelerator, cache, state, log, monitor, writer, request)
+    except CacheError as error:  # of a loader process: the last line is what went wrong
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("latent_cache.CacheError: ")) from None
     how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
     log.say(f"{how} at step {state.step:,}")
     log.close()

@@ -1,6 +1,7 @@
 """The processes that torchrun started for one command, or this one alone."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +28,19 @@ class World:
         if self.processes > 1:
             dist.broadcast_object_list(values)
         return values[0]
+
+    def first(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives on the first process, on all. If it raises there, the others leave quietly with code 2."""
+        value, mistake = None, None
+        if self.rank == 0:
+            try:
+                value = compute()
+            except Exception as error:
+                mistake = error
+        value, failed = self.broadcast((value, mistake is not None))
+        if failed:
+            raise mistake or SystemExit(2)
+        return value
 
     def gather(self, value: Any) -> list:
         """What each process gives, in their order, on all."""

@@ -74,6 +74,7 @@ def main() -> None:
     args = parse()
     root, world = args.dest / "benchmark-encode", World()
     vae = args.vae or str(random_vae(root / "vae"))
+    shutil.rmtree(root / "images", ignore_errors=True)
     source = photographs(root / "images/class", args.images)
     batch_size = args.batch_size or automatic(args.resolution, torch.device(args.device))
     settings = Settings(

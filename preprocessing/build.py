@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -95,7 +94,7 @@ def write_shard(dest: Path, number: int, shard: Shard) -> dict:
 def make_manifest(job: Job, entries: list[dict]) -> Manifest:
     """Joins the shards' entries, which are in their order. Raises UserError if there is no image in any."""
     skipped, kinds = sum(len(entry["skipped"]) for entry in entries), sum((Counter(e["kinds"]) for e in entries), Counter())
-    whole = [{key: value for key, value in entry.items() if key != "kinds"} for entry in entries if entry["count"]]
+    whole, empty = [entry for entry in entries if entry["count"]], [entry for entry in entries if not entry["count"]]
     if not whole:
         raise UserError(f"{job.settings['source']}: not one image could be used")
     count, (_, height, width) = sum(entry["count"] for entry in whole), job.manifest["latent_shape"]
@@ -104,27 +103,36 @@ def make_manifest(job: Job, entries: list[dict]) -> Manifest:
     std = np.sqrt(np.sum([entry["sum_of_squares"] for entry in whole], 0) / values - mean**2)
     return Manifest(
         **job.manifest, count=count, skipped=skipped, kinds=dict(sorted(kinds.items())), mean=mean.tolist(), std=std.tolist(),
-        shards=whole, encoding=job.settings | {"plan": job.plan},
+        shards=whole, encoding=job.settings | {"plan": job.plan, "empty": empty},
     )  # fmt: skip
 
 
 def difference(then: dict, now: dict) -> str:
     """What of two plans differs, in words."""
-    return ", ".join(f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key])
+
+    def short(value: object) -> object:
+        return f"{value[:8]}..." if isinstance(value, str) and len(value) > 40 else value  # a digest
+
+    return ", ".join(f"{key} was {short(then.get(key))}, is {short(now[key])}" for key in now if then.get(key) != now[key])
 
 
-def check_plan(dest: Path, plan: dict) -> bool:
-    """Whether DEST is the whole cache of this plan. Refuses to mix two in one folder; records a plan before a first shard is
-    done. (What is done holds no bad images, so --skip-bad may come later.) Raises UserError."""
+def whole_cache(dest: Path, plan: dict) -> Manifest | None:
+    """The manifest, if DEST is the whole cache of this plan already. Raises UserError if it is another's, or damaged."""
+    if not (dest / "manifest.json").exists():
+        return None
     try:
         manifest = read_manifest(dest)
-    except CacheError:
-        manifest = None
-    if manifest:
-        changed = difference(manifest.encoding.get("plan", {}), {k: v for k, v in plan.items() if k not in LAST_BIT})
-        if changed:
-            raise UserError(f"--dest {dest} holds a cache made otherwise ({changed}); choose another folder or remove it")
-        return True
+    except CacheError as error:
+        raise UserError(f"--dest {dest} holds a cache that this code cannot read: choose another folder ({error})") from None
+    changed = difference(manifest.encoding.get("plan", {}), {k: v for k, v in plan.items() if k not in LAST_BIT})
+    if changed:
+        raise UserError(f"--dest {dest} holds a cache made otherwise ({changed}); choose another folder or remove it")
+    return manifest
+
+
+def check_plan(dest: Path, plan: dict) -> None:
+    """Refuses to mix two caches in one folder; records a plan before a first shard is done. (What is done holds no bad images,
+    so --skip-bad may come later.) Raises UserError."""
     path = dest / "partial" / "plan.json"
     if path.exists() and list(path.parent.glob("*.npy.json")):
         changed = difference(json.loads(path.read_text()), plan)
@@ -134,17 +142,43 @@ def check_plan(dest: Path, plan: dict) -> bool:
             )
     else:
         write_file(path, json.dumps(plan).encode())
-    return False
+        (dest / "preview.png").unlink(missing_ok=True)  # of other settings, perhaps
 
 
 def claim(dest: Path, held: ExitStack) -> None:
-    """Holds DEST against a second command, and clears away what a killed one left half written. Raises UserError."""
+    """Holds DEST against a second command, also one whose first process was killed alone, and clears away what was left half
+    written. Raises UserError."""
     try:
-        held.enter_context(lock(dest / "partial" / "lock"))
+        for other in (dest / "partial").glob("lock.*"):
+            with lock(other):
+                pass
+        held.enter_context(lock(dest / "partial" / "lock.0"))
     except BlockingIOError:
         raise UserError(f"--dest {dest}: another process is working on it") from None
-    for leftover in dest.rglob(".*.partial"):
-        leftover.unlink()
+    for folder in (dest, *(dest / name for name in ("partial", "moments", "mirrored", "labels"))):
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink()
+
+
+def together(world: World, held: ExitStack, dest: Path, begin: Callable[[], Any]) -> Any:
+    """What `begin` gives on the first process, on all; each of them then holds DEST. Raises UserError."""
+
+    def first() -> Any:
+        claim(dest, held)
+        return begin()
+
+    found = world.first(first)
+    if world.rank:
+        held.enter_context(lock(dest / "partial" / f"lock.{world.rank}"))
+    return found
+
+
+def same_plan(job: Job, world: World) -> None:
+    """Raises UserError if processes were given different things: another source on another machine, another flag."""
+    for rank, plan in enumerate(world.gather(job.plan)):
+        changed = difference(job.plan, plan)
+        if changed:
+            raise UserError(f"process {rank} does not see what process {world.rank} sees ({changed}): same source, same flags?")
 
 
 def clear(dest: Path) -> None:
@@ -178,38 +212,53 @@ def make_shards(dest: Path, job: Job, todo: list[int], world: World, done: Calla
 
 def build(dest: Path, job: Job, world: World) -> Manifest:
     """Makes what is missing of a cache, on all processes of `world`. Raises UserError."""
+    same_plan(job, world)
     shards = range(-(-job.images // job.shard_size))
     records = [dest / "partial" / f"{file_of(k)}.json" for k in shards]
+
+    def is_done(shard: int) -> bool:
+        if not records[shard].exists():
+            return False
+        names = json.loads(records[shard].read_text())["sha256"]
+        return all((dest / name / file_of(shard)).exists() for name in names)
+
+    def begin() -> list[int]:
+        check_plan(dest, job.plan)
+        todo = [k for k in shards if not is_done(k)]
+        if todo and not (dest / "preview.png").exists():
+            picture, line = job.preview()
+            save_png(picture, dest / "preview.png")
+            print(f"{dest / 'preview.png'}: {line}", flush=True)
+        return todo
+
+    made: dict[int, dict] = {}
+
+    def done(number: int, entry: dict) -> None:
+        write_file(records[number], json.dumps(entry).encode())
+        made[number] = entry
+
+    manifest = world.first(lambda: whole_cache(dest, job.plan))
+    if manifest:
+        return manifest
     with ExitStack() as held:
-        todo = None
-        if world.rank == 0:
-            claim(dest, held)
-            if not check_plan(dest, job.plan):
-                todo = [k for k in shards if not records[k].exists()]
-            if todo and not (dest / "preview.png").exists():
-                picture, line = job.preview()
-                save_png(picture, dest / "preview.png")
-                print(f"{dest / 'preview.png'}: {line}", flush=True)
-        todo, made = world.broadcast(todo), {}
-
-        def done(number: int, entry: dict) -> None:
-            write_file(records[number], json.dumps(entry).encode())
-            made[number] = entry
-
-        if todo is not None:
-            make_shards(dest, job, todo, world, done)
+        make_shards(dest, job, together(world, held, dest, begin), world, done)
         made = {number: entry for part in world.gather(made) for number, entry in part.items()}
-        if world.rank == 0:
-            if todo is not None:  # what others have just written, a network disk may not show here yet
-                entries = [made.get(k) or json.loads(records[k].read_text()) for k in shards]
-                manifest = make_manifest(job, entries)
-                skipped = [row for entry in entries for row in entry["skipped"]]
-                if skipped:
-                    write_file(dest / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode())
-                write_manifest(dest, manifest)
-            clear(dest)
-        world.barrier()
-    return read_manifest(dest)
+        if world.rank == 0:  # what others have just written, a network disk may not show here yet
+            manifest = make_manifest(job, [made.get(k) or json.loads(records[k].read_text()) for k in shards])
+            finish(dest, manifest)
+        return world.broadcast(manifest)
+
+
+def finish(dest: Path, manifest: Manifest) -> None:
+    """Writes what is written last, and removes the records of the work."""
+    entries = sorted((*manifest.shards, *manifest.encoding["empty"]), key=lambda entry: entry["file"])
+    skipped = [row for entry in entries for row in entry["skipped"]]
+    if skipped:
+        write_file(dest / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode())
+    else:
+        (dest / "skipped.jsonl").unlink(missing_ok=True)
+    write_manifest(dest, manifest)
+    clear(dest)
 
 
 def redo(dest: Path, job: Job, shards: list[int], world: World) -> list[str]:
@@ -219,20 +268,18 @@ def redo(dest: Path, job: Job, shards: list[int], world: World) -> list[str]:
     changed = difference(manifest.encoding.get("plan", {}), job.plan)
     if changed:
         raise UserError(f"{dest} was made otherwise than it would be now ({changed})")
+    same_plan(job, world)
     with ExitStack() as held:
-        if world.rank == 0:
-            claim(dest, held)
-        world.barrier()
+        together(world, held, dest, lambda: None)
         mine: dict[str, dict] = {}
         make_shards(dest, job, shards, world, lambda _, entry: mine.update({entry["file"]: entry}))
         new = {file: entry for part in world.gather(mine) for file, entry in part.items()}
         if world.rank == 0:
-            made = make_manifest(job, [{"kinds": {}} | new.get(entry["file"], entry) for entry in manifest.shards])
-            write_manifest(dest, replace(made, skipped=manifest.skipped, kinds=manifest.kinds))
-            clear(dest)
+            entries = sorted((*manifest.shards, *manifest.encoding["empty"]), key=lambda entry: entry["file"])
+            finish(dest, make_manifest(job, [new.get(entry["file"], entry) for entry in entries]))
         world.barrier()
     before = {entry["file"]: entry["sha256"] for entry in manifest.shards}
-    return sorted(file for file, entry in new.items() if entry["sha256"] != before[file])
+    return sorted(file for file, entry in new.items() if entry["sha256"] != before.get(file))
 
 
 def summary(dest: Path, manifest: Manifest) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import cli
+from cli import UserError
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.build import build, summary
 from preprocessing.encoding import DTYPES, PRECISIONS, Encoding, Settings
@@ -56,6 +57,8 @@ def main() -> None:
     args = parse_args()
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     given |= {name: str(given[name]) for name in ("source", "labels") if given[name] is not None}
+    if args.source.is_dir() and args.source.resolve() in (args.dest.resolve(), *args.dest.resolve().parents):
+        raise UserError(f"--dest {args.dest} lies in --source {args.source}: its preview would be taken for an image")
     world = World()
     job = Encoding(Settings(**given), args.device, args.num_workers, world)
     before = (args.dest / "manifest.json").exists()

@@ -4,11 +4,12 @@ A shard is always cut into the same batches and each batch runs the same kernels
 processes, threads or attempts it took. B images of a batch, S their side, C latent channels, h w latent side."""
 
 import itertools
+import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,7 +52,8 @@ class Settings:
     shard_size: int = 8192
 
 
-class Decoded(NamedTuple):
+@dataclass
+class Decoded:
     """A batch as a worker process hands it over."""
 
     shard: int
@@ -61,6 +63,10 @@ class Decoded(NamedTuple):
     bad: list[tuple[int, str]]  # number and reason
     kinds: Counter
     failed: tuple[int, str] | None = None  # an image that could not be read, good or bad, and why
+
+    def pin_memory(self) -> "Decoded":
+        """For the loader, which left to itself would copy what is in here, and add the Counter to itself."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 class Encoded(NamedTuple):
@@ -101,6 +107,11 @@ class Batches(Dataset):
         side = self.square.side
         stacked = np.stack(pixels) if pixels else np.empty((0, 3, side, side), np.uint8)
         return Decoded(shard, len(numbers), torch.from_numpy(stacked), self.source.labels[good], bad, kinds)
+
+
+def lasting(path: str | None) -> str | None:
+    """A path as it is found from any folder; what is none (a hub id, a pattern) stays what it is."""
+    return os.path.abspath(path) if path and os.path.exists(path) else path
 
 
 def unchanged(batch: Decoded) -> Decoded:
@@ -146,6 +157,8 @@ class Encoding:
             )
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # for the loader's thread, too, or it would hold memory of the first
         if settings.precision == "tf32" and self.device.type == "cpu":
             raise UserError("--precision tf32 is a GPU's; on the CPU there are fp32 and bf16")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
@@ -164,6 +177,7 @@ class Encoding:
             self.threads = cores
         self.batch_size = settings.batch_size or automatic(settings.resolution, self.device)
         self.settings = asdict(settings) | {"batch_size": self.batch_size, "made_by": "encode_latents"}
+        self.settings |= {name: lasting(self.settings[name]) for name in ("source", "labels", "vae")}
         self.precision, self.dtype, self.flip = settings.precision, DTYPES[settings.dtype], settings.flip
         self.skip_bad, self.shard_size = settings.skip_bad, settings.shard_size
         self.square = Square(settings.resolution, settings.crop, settings.background, settings.seed)

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,7 +71,7 @@ class Square:
             raise BadImage(f"not one of {', '.join(FORMATS)}") from None
         except Exception as error:  # whatever a decoder may raise for a broken file
             reason = (getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").splitlines()[0]
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
+            if isinstance(error, OSError) and not is_the_files_own(error):
                 raise Unreadable(reason) from None
             raise BadImage(reason) from None
 
@@ -83,6 +84,14 @@ class Square:
         if self.crop == "center":
             return center_crop(image, self.side)
         return random_crop(image, self.side, uniform(self.seed, Purpose.CROP, torch.tensor([i]), (3,))[0].tolist())
+
+
+def is_the_files_own(error: OSError) -> bool:
+    """Whether a file could not be read for a reason of its own. A disk that fails is none, nor is a file that was there when
+    the list was made, unless it is a link that leads nowhere."""
+    if error.errno == errno.ENOENT:
+        return error.filename is not None and os.path.islink(error.filename)
+    return error.errno in (None, errno.EACCES, errno.ELOOP)
 
 
 def _scaled(image: Image.Image, short: int) -> Image.Image:
@@ -118,17 +127,17 @@ def to_rgb(image: Image.Image, background: str = "white", kinds: list[str] | Non
     if image.getexif().get(ORIENTATION) in range(2, 9):
         kinds.append("turned by EXIF")
         image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            kinds.append(f"transparent: over {background}")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    elif image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
             raise BadImage(f"mode {image.mode} beyond 16 bits has no agreed range of grey")
         kinds.append("16 bits: rounded to 8")  # PIL's own convert would clip at 255
         image = Image.fromarray((array.astype(np.float32) / 257).round().astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            kinds.append(f"transparent: over {background}")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,17 +16,21 @@ MOST_CLASSES = 1_000_000  # a larger label is no class number but something else
 
 def is_image(name: str) -> bool:
     """By its extension; what a file browser hides is none."""
-    return PurePosixPath(name).suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in name.split("/"))
+    return PurePosixPath(name).suffix.lower() in EXTENSIONS and not any(
+        part.startswith(".") for part in name.removeprefix("./").split("/")
+    )
 
 
 def read_labels(path: Path) -> dict:
     """A CSV of name,class (with or without a line of headings), or a JSON as EDM's dataset.json: image -> class, and under the
     key None the names of the classes if it has them. Raises UserError."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
             return read_json(text, f"--labels {path}")
         rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except UserError:
+        raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"--labels {path} cannot be read ({error})") from None
     if any(len(row) != 2 for row in rows):
@@ -33,7 +38,7 @@ def read_labels(path: Path) -> dict:
         raise UserError(f"--labels {path}: row {bad + 1} has {len(rows[bad])} columns; two are wanted, image and class")
     if rows and not is_image(rows[0][0]) and len(rows) > 1 and is_image(rows[1][0]):
         rows = rows[1:]  # headings
-    repeated = len(rows) - len({name for name, _ in rows})
+    repeated = len(rows) - len({name.strip() for name, _ in rows})
     if not rows or repeated:
         raise UserError(f"--labels {path} {'names ' + str(repeated) + ' images twice' if repeated else 'is empty'}")
     return {name.strip(): value.strip() for name, value in rows}
@@ -42,7 +47,7 @@ def read_labels(path: Path) -> dict:
 def read_json(text: str | bytes, what: str) -> dict:
     """EDM's dataset.json -> class of each image, and under the key None the names of the classes. Raises UserError."""
     try:
-        meta = json.loads(text)
+        meta = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
         return dict(meta["labels"] or []) | {None: meta.get("class_names")}
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -51,25 +56,36 @@ def read_json(text: str | bytes, what: str) -> dict:
 
 def number(values: list, class_names: list[str] | None, what: str) -> tuple[np.ndarray, list[str]]:
     """Classes as given, numbers or names -> labels (n,) int64 and the names of all classes. Raises UserError."""
-    if any(isinstance(value, (list, float)) for value in values):
-        raise UserError(
-            f"{what}: classes must be whole numbers or names, not {next(v for v in values if not isinstance(v, int))}"
-        )
-    texts = [value for value in values if isinstance(value, str)]
-    if texts and not all(text.lstrip("-").isdigit() for text in texts):
-        names = class_names or sorted(set(map(str, values)))
+    if class_names is not None:
+        if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+            raise UserError(f"{what}: class_names must be a list of names")
+        if len(set(class_names)) < len(class_names):
+            raise UserError(f"{what}: class_names has a name twice")
+    whole = [_whole(value) for value in values]
+    if None in whole and all(isinstance(value, str) and value for value in values):
+        names = class_names or sorted(set(values))
         code = {name: k for k, name in enumerate(names)}
-        if unknown := sorted({*map(str, values)} - {*names}):
+        if unknown := sorted({*values} - {*names}):
             raise UserError(f"{what}: class {unknown[0]} is none of those in class_names")
-        return np.array([code[str(value)] for value in values], np.int64), names
-    labels = np.array([int(value) for value in values], np.int64)
-    if len(labels) and (labels.min() < 0 or labels.max() >= MOST_CLASSES):
-        raise UserError(f"{what} has label {labels.min() if labels.min() < 0 else labels.max()}: classes are numbered from 0")
-    count = int(labels.max(initial=0)) + 1
-    names = list(class_names or map(str, range(count)))
-    if len(names) < count:
-        raise UserError(f"{what} names {len(names)} classes but has label {count - 1}")
-    return labels, names
+        return np.array([code[value] for value in values], np.int64), names
+    if None in whole:
+        raise UserError(f"{what}: classes must be whole numbers or names, not {values[whole.index(None)]!r}")
+    low, high = min(whole, default=0), max(whole, default=0)
+    if low < 0 or high >= MOST_CLASSES:
+        raise UserError(f"{what} has label {low if low < 0 else high}: classes are numbered from 0")
+    names = list(class_names or map(str, range(high + 1)))
+    if len(names) <= high:
+        raise UserError(f"{what} names {len(names)} classes but has label {high}")
+    return np.array(whole, np.int64), names
+
+
+def _whole(value: object) -> int | None:
+    """A class number, also as pandas may write it (1.0); None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}(\.0)?", value):
+        return int(value.removesuffix(".0"))
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def labelled(names: list[str], given: dict, what: str) -> tuple[np.ndarray, list[str]]:
@@ -94,7 +110,7 @@ def labelled(names: list[str], given: dict, what: str) -> tuple[np.ndarray, list
 
 def by_folder(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
     """Classes are the first parts of the names, sorted; images without a folder are one class. Raises UserError."""
-    tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    tops = [top if rest else "" for top, _, rest in (name.removeprefix("./").partition("/") for name in names)]
     classes = sorted(set(tops))
     if "" in classes and len(classes) > 1:
         alone = names[tops.index("")]

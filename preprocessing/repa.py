@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from PIL import Image
 from cli import UserError
 from models.autoencoder import DEFAULT_VAE, Autoencoder
 from preprocessing.build import Shard, file_of, numbers_of
+from preprocessing.encoding import lasting
 from preprocessing.images import BadImage, Square, bad_line
 from preprocessing.labels import labelled, read_json
 from preprocessing.preview import compare, spread
@@ -60,6 +62,7 @@ class Import:
         self.shape = self._shape_of_first()
         channels, side = self.vae.channels, self.shape[1]
         self.settings = asdict(settings) | {"made_by": "import_repa"}
+        self.settings |= {name: lasting(self.settings[name]) for name in ("source", "vae")}
         self.plan: dict[str, Any] = {
             "images": self.images, "vae_fingerprint": self.vae.fingerprint(), "dtype": settings.dtype,
             "shard_size": settings.shard_size, "names_and_labels": self.source.digest(self.images),
@@ -73,11 +76,11 @@ class Import:
 
     def _shape_of_first(self) -> tuple[int, int, int]:
         """What every file must have: (2C, h, h)."""
-        for i in range(len(self.source)):
-            try:
-                shape = np.load(self.root / self.source.names[i], mmap_mode="r").shape
-            except (OSError, ValueError, EOFError):
-                continue  # reading its shard will say so
+        shapes: list[tuple] = []
+        for i in spread(self.images):  # a few, of which one may be odd; reading its shard will say so
+            with suppress(OSError, ValueError, EOFError, AttributeError):
+                shapes.append((np.load(self.root / self.source.names[i], mmap_mode="r").shape, i))
+        for shape, i in sorted(shapes, key=lambda pair: -[shape for shape, _ in shapes].count(pair[0])):
             channels = self.vae.channels
             if len(shape) == 4 and shape[0] == 1:
                 shape = shape[1:]
@@ -102,11 +105,16 @@ class Import:
                 line = bad_line("SRC", self.source, i, error.strerror, "could not be read")
                 raise UserError(f"{line}: when that is mended, run the same command again") from None
             return BadImage(f"{type(error).__name__}: {error}".splitlines()[0])
+        if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
+            return BadImage("it is no array of floating-point numbers")
         if moments.shape not in (self.shape, (1, *self.shape)):
             return BadImage(f"its shape is {moments.shape}, others have {self.shape}")
         moments = moments.reshape(self.shape)
         if (moments[len(moments) // 2 :] < 0).any():
             return BadImage("negative standard deviations: are these log-variances?")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(moments.astype(self.dtype)).all():
+                return BadImage(f"it has values that {self.dtype} cannot hold")
         return moments
 
     def shards(self, numbers: list[int], progress: Callable[[int], None]) -> Iterator[tuple[int, Shard]]:
@@ -122,8 +130,7 @@ class Import:
                             raise UserError(f"{bad_line('SRC', self.source, i, values)}; mend it or pass --skip-bad")
                         skipped.append({"file": self.source.names[i], "shard": file_of(shard), "reason": str(values)})
                     else:
-                        with np.errstate(over="ignore"):  # what float16 cannot hold is found when the shard is written
-                            moments[len(labels)] = values
+                        moments[len(labels)] = values
                         labels.append(self.source.labels[i])
                     if (i + 1) % 256 == 0 or i == images[-1]:
                         progress(i % 256 + 1 if i >= images[0] + 255 else i - images[0] + 1)
@@ -169,4 +176,7 @@ def open_moments(root: Path) -> ImageSource:
     if not record.exists():
         raise UserError(f"SRC {record} is missing, and with it the classes: REPA's encoding writes it last; was it finished?")
     given = read_json(record.read_bytes(), f"SRC {record}")
+    gone = sorted({*given} - {*names, None})
+    if gone:
+        raise UserError(f"SRC {record} names {gone[0]}, which is not there (and {len(gone) - 1} more): is the tree whole?")
     return ImageSource(root, names, *labelled(names, given, f"SRC {record}"))

@@ -9,9 +9,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -105,7 +107,7 @@ class ParquetSource(ImageSource):
         if self._group is None or self._group[0] != (file, group):
             with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
                 cells = parquet.read_row_group(group, [self.column], use_threads=False).column(0)
-            self._group = (file, group), cells.combine_chunks()
+            self._group = (file, group), cells
         cell = self._group[1][row].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
@@ -135,7 +137,9 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
         source = _open_tars(path, files, flag, given)
     elif kinds == {".parquet"}:
         source = _open_parquet(path, files, flag, given)
-    elif len(files) > 1 or kinds & {".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tgz"}:
+    elif len(files) > 1:
+        raise UserError(f"{flag} {path} is a pattern of files that are neither tar nor parquet: name a folder, or one zip")
+    elif kinds & {".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tgz"}:
         raise UserError(f"{flag} {path}: {', '.join(kinds)} files cannot be read here and there: unpack them first")
     else:
         source = _open_zip(files[0], flag, given)
@@ -158,7 +162,11 @@ def _archives(folder: Path, flag: str) -> list[Path]:
 
 def _open_folder(path: Path, flag: str, given: dict | None) -> ImageSource:
     names, empty, above = [], [], {}
-    for folder, folders, files in os.walk(path, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{flag} {error.filename} cannot be listed ({error.strerror})") from None
+
+    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
         inode = os.stat(folder).st_dev, os.stat(folder).st_ino
         outer = above.get(os.path.dirname(folder), frozenset())
         if inode in outer:  # a link to a folder that it lies in
@@ -189,64 +197,83 @@ def _open_zip(path: Path, flag: str, given: dict | None) -> ImageSource:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-            names = sorted(name for name in members if is_image(name))
+            names = sorted({name for name in members if is_image(name)})
             if given is None and "dataset.json" in members:
                 what += ": dataset.json"
                 given = read_json(archive.read("dataset.json"), what)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path} is not a readable zip of images with a dataset.json ({error})") from None
     return ZipSource(path, names, *(by_folder(names, what) if given is None else labelled(names, given, what)))
 
 
 def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, bytes | None]]:
-    """(name, offset, size, content of a label file) of a tar, and of those in it as if they were folders."""
+    """(name, offset, size, content of a file about labels) of a tar, and of those in it as if they were folders. Raises
+    tarfile.TarError, also for one that is cut off, which tarfile takes for its end."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             archive.members.clear()  # or it keeps a kilobyte of each
-            name = str(PurePosixPath(prefix + member.name))
+            name = str(PurePosixPath(prefix + member.name.lstrip("/")))
             if not member.isreg() or member.issparse():
                 continue
-            back = file.tell()
+            file.seek(member.offset_data)
             if name.endswith(".tar"):
-                file.seek(member.offset_data)
-                yield from _members(file, name[: -len(".tar")] + "/")
-            elif name.endswith(".cls"):
-                file.seek(member.offset_data)
+                inner = list(_members(file, name[: -len(".tar")] + "/"))
+                if not inner:
+                    raise tarfile.ReadError(f"{name} in it holds no images")
+                yield from inner
+            elif name.endswith(".cls") or PurePosixPath(name).name == "dataset.json":
                 yield name, 0, 0, file.read(member.size)
             elif is_image(name):
                 yield name, member.offset_data, member.size, None
-            file.seek(back)
+        file.seek(archive.offset)
+        end = file.read(tarfile.BLOCKSIZE)
+        if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
+            which = f"{prefix.rstrip('/')}.tar in it" if prefix else "it"
+            raise tarfile.ReadError(f"{which} ends at byte {archive.offset:,} as if it were cut off")
 
 
 def _open_tars(path: Path, files: list[Path], flag: str, given: dict | None) -> ImageSource:
-    found, classes = [], {}
+    found, classes, what = {}, {}, f"{flag} {path}"
     for k, tar in enumerate(files):
         prefix = "" if len(files) == 1 else f"{tar.relative_to(path) if path.is_dir() else tar.name}:"
         try:
             with tar.open("rb") as file:
                 for member, offset, size, content in _members(file):
-                    if content is None:
-                        found.append((prefix + member, len(prefix), k, offset, size))
-                    else:
+                    if content is None:  # a name that comes twice counts once, as tar takes it: the last
+                        found[prefix + member] = (member, k, offset, size)
+                    elif member.endswith(".cls"):
                         classes[prefix + member.removesuffix(".cls")] = content.decode().strip()
+                    elif given is None and len(files) == 1:
+                        inside = "" if member == "dataset.json" else member.removesuffix("dataset.json")
+                        given = read_json(content, f"{flag} {tar}: {member}")
+                        given = {name and inside + name: value for name, value in given.items()}
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {tar} is not a readable tar ({error})") from None
-    found.sort()
-    names, what = [name for name, *_ in found], f"{flag} {path}"
-    members = [name[start:] for name, start, *_ in found]
+    names = sorted(found)
+    members = [found[name][0] for name in names]
     if given is not None:
         labels = labelled(members, given, what)
     elif classes:  # WebDataset: an image and its class share their name up to the first dot of its last part
-        stems = [member[: member.find(".", member.rfind("/") + 1)] for member in members]
-        keys = [name[:start] + stem for (name, start, *_), stem in zip(found, stems)]
+        starts = [len(name) - len(member) for name, member in zip(names, members)]
+        keys = [name[: start + _stem(member)] for name, member, start in zip(names, members, starts)]
         missing = [name for name, key in zip(names, keys) if key not in classes]
         if missing:
             raise UserError(f"{what} has no .cls beside {missing[0]} (and {len(missing) - 1} more)")
+        twice = next((b for a, b, name in zip(keys, keys[1:], names) if a == b), None)
+        if twice:
+            raise UserError(f"{what} has two images for one class, {twice}.cls: which is meant? Leave the other out")
         labels = number([classes[key] for key in keys], None, what)
+    elif len(files) > 1 and all(re.fullmatch(r"n\d{8}", tar.stem) for tar in files):  # ImageNet's, a class each
+        labels = by_folder([f"{files[found[name][1]].stem}/{member}" for name, member in zip(names, members)], what)
     else:
         labels = by_folder(members, what)
-    where = np.array([row[2:] for row in found], np.int64).reshape(-1, 3)
+    where = np.array([found[name][1:] for name in names], np.int64).reshape(-1, 3)
     return TarSource(path, names, *labels, files=files, where=where)
+
+
+def _stem(member: str) -> int:
+    """How long a WebDataset key is: up to the first dot of the last part."""
+    return member.find(".", member.rfind("/") + 1)
 
 
 def _open_parquet(path: Path, files: list[Path], flag: str, given: dict | None) -> ImageSource:
@@ -266,9 +293,8 @@ def _open_parquet(path: Path, files: list[Path], flag: str, given: dict | None) 
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{flag} {file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
         with parquet:
-            schema = parquet.schema_arrow
-            column = _column(schema, pyarrow, lambda kind: pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-            column = column or _column(schema, pyarrow, pyarrow.types.is_binary)
+            before, schema = len(where), parquet.schema_arrow
+            column = _image_column(schema, pyarrow.types)
             if column is None:
                 raise UserError(f"{flag} {file} has no column of image bytes, only {', '.join(schema.names)}")
             label = next((name for name in ("label", "labels", "cls", "class", "fine_label") if name in schema.names), None)
@@ -276,8 +302,8 @@ def _open_parquet(path: Path, files: list[Path], flag: str, given: dict | None) 
                 values += parquet.read([label], use_threads=False).column(0).to_pylist()
                 class_names = class_names or _hub_classes(schema, label)
             for group in range(parquet.num_row_groups):
-                rows = parquet.metadata.row_group(group).num_rows
-                names += [f"{file.name}:{len(where) + row}" for row in range(rows)]
+                rows, first = parquet.metadata.row_group(group).num_rows, len(where) - before
+                names += [f"{file.name}:{first + row}" for row in range(rows)]
                 where += [(k, group, row) for row in range(rows)]
     what = f"{flag} {path}"
     if given is not None:
@@ -289,9 +315,15 @@ def _open_parquet(path: Path, files: list[Path], flag: str, given: dict | None) 
     return ParquetSource(path, names, *labels, files=files, where=where, column=column)
 
 
-def _column(schema, pyarrow, fits) -> str | None:
-    """The first column of a kind."""
-    return next((field.name for field in schema if fits(field.type)), None)
+def _image_column(schema, types) -> str | None:
+    """A column of {"bytes", "path"} as `datasets` writes it, or else of bytes; one that is called image before others."""
+
+    def is_binary(kind) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    structs = [field.name for field in schema if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0]
+    columns = structs + [field.name for field in schema if is_binary(field.type)]
+    return next((name for name in columns if name in ("image", "img", "jpg", "jpeg", "png")), next(iter(columns), None))
 
 
 def _hub_classes(schema, label: str) -> list[str] | None:

@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("data", metavar="DATA", type=Path, help="folder of a latent cache")
     add("--repair", action="store_true", help="make what is not sound again")
     add("--source", type=Path, help="for --repair, where the images are now (default: where they were)")
+    add("--labels", type=Path, help="for --repair, where the file of labels is now (default: where it was)")
     add("--vae", help="for --repair, where the VAE is now (default: as recorded)")
     add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="for --repair")
     add("--num-workers", type=int, default=-1, help="for --repair, decoding processes; -1: one for each core")
@@ -47,7 +48,7 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
     for folder in manifest.folders:
         path = root / folder / entry["file"]
         try:
-            if sha256(path) != entry["sha256"].get(folder):
+            if sha256(path) != entry.get("sha256", {}).get(folder):
                 found.append(f"{folder}: not the bytes that were written (sha256)")
             arrays[folder] = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
@@ -112,7 +113,7 @@ def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> Job:
     kinds = {"encode_latents": encoding.Settings, "import_repa": repa.Settings}
     if made_by not in kinds:
         raise UserError(f"{args.data}: its manifest does not say how it was made; encode the images again into another folder")
-    moved = {"source": args.source and str(args.source), "vae": args.vae}
+    moved = {"source": args.source and str(args.source), "labels": args.labels and str(args.labels), "vae": args.vae}
     recorded |= {key: value for key, value in moved.items() if value}
     settings = kinds[made_by](**{field.name: recorded[field.name] for field in fields(kinds[made_by])})
     if made_by == "import_repa":

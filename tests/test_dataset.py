@@ -1,16 +1,21 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import latent_cache
+import train
 from dataset import TrainingStream, shuffled
 from files import write_array, write_file
 from keyed_random import Purpose, uniform
 from latent_cache import CacheError, LatentCache, read_manifest
-from tests.helpers import torchrun
+from tests.helpers import ROOT, torchrun, train_flags
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 100, 1023, 1025, 10_000])
@@ -272,3 +277,56 @@ def test_few_shards_are_open_at_once(cache, monkeypatch):
     monkeypatch.setattr(latent_cache, "MOST_OPEN", 2)
     data, index = LatentCache(cache), np.array([23, 0, 11, 5, 22])
     assert torch.equal(data.gather(index)[0], LatentCache(cache).gather(index)[0]) and len(data._open) == 2
+
+
+MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+import numpy as np
+from dataset import TrainingStream
+from latent_cache import LatentCache
+cache = LatentCache(sys.argv[1])
+loader = TrainingStream(cache, 0, 100).loader(0, 12, num_workers=1, pin_memory=False)
+assert sum(float(moments.double().sum()) for _, moments, _ in loader) != 0
+print("read")
+"""
+
+
+def test_more_shards_than_files_may_be_open(cache, copied, tmp_path):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    moments = np.concatenate([np.load(copied / "moments" / entry["file"]) for entry in manifest["shards"]])
+    entries = []
+    for k in range(400):
+        entries.append({"file": f"{k:05d}.npy", "count": 3})
+        write_array(copied / "moments" / f"{k:05d}.npy", moments[:3])
+        write_array(copied / "labels" / f"{k:05d}.npy", np.zeros(3, np.int64))
+    edit_manifest(copied, shards=entries, count=1200)
+    result = subprocess.run(
+        [sys.executable, "-c", MANY, str(copied)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0 and "read" in result.stdout, result.stderr
+
+
+def test_free_memory_heeds_a_jobs_own_limit(tmp_path, monkeypatch):
+    group = tmp_path / "sys/fs/cgroup/job"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("5000000\n")
+    (group / "memory.current").write_text("2000000\n")
+    (group.parent / "memory.max").write_text("max\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8000000 kB\n")
+    monkeypatch.setattr(latent_cache, "Path", lambda path: Path(str(tmp_path) + str(path)))
+    assert latent_cache._free_memory() == 3_000_000
+
+
+def test_joined_caches_in_another_order_are_another_run(call, cache, copied, tmp_path):
+    edit_manifest(copied, mean=[0.1, 0.2, 0.3, 0.4])
+    given = train_flags(cache, tmp_path, "run", "--max-train-steps", 1)
+    for order, outcome in (((cache, copied), 0), ((copied, cache), 2)):
+        code, out = call(train, "--data-dir", *order, *given[2:])
+        assert code == outcome and ("joined differ" in out) == (outcome == 2), out

@@ -94,7 +94,7 @@ def test_two_commands_do_not_work_on_one_cache(call, tree, vae_folder, tmp_path)
     holder = "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print('has it', flush=True)"
     (tmp_path / "data/partial").mkdir(parents=True)
     other = subprocess.Popen(
-        [sys.executable, "-c", f"{holder}; time.sleep(60)", str(tmp_path / "data/partial/lock")], stdout=subprocess.PIPE
+        [sys.executable, "-c", f"{holder}; time.sleep(60)", str(tmp_path / "data/partial/lock.1")], stdout=subprocess.PIPE
     )
     try:
         other.stdout.readline()
@@ -281,3 +281,98 @@ def test_bits_do_not_depend_on_torchs_threads(call, tmp_path):
     finally:
         torch.set_num_threads(1)
     assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_a_bad_preview_is_drawn_anew_when_the_vae_is_changed(call, vae_folder, tmp_path, monkeypatch):
+    given = ["--source", FASHION / "images.zip", "--resolution", 32, "--limit", 40, "--dest", tmp_path / "data", "--vae"]
+    encode = Autoencoder.encode
+
+    def stops(self, images):
+        if len(images) > 1:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Autoencoder, "encode", stops)
+        code, out = call(encode_latents, *given, vae_folder)
+        assert code == 130 and "poor" in out
+    before = (tmp_path / "data/preview.png").read_bytes()
+    code, out = call(encode_latents, *given, FASHION / "vae")
+    assert code == 0 and "PSNR 3" in out and (tmp_path / "data/preview.png").read_bytes() != before
+
+
+def test_a_manifest_that_cannot_be_read_is_not_written_over(call, tree, vae_folder, tmp_path):
+    given = flags(tree, tmp_path / "data", vae_folder)
+    assert call(encode_latents, *given)[0] == 0
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    for text in (json.dumps(manifest | {"format_version": 2}).encode(), b"\xff", b"{}"):
+        (tmp_path / "data/manifest.json").write_bytes(text)
+        code, out = call(encode_latents, *given)
+        assert code == 2 and "holds a cache that this code cannot read" in out and "Traceback" not in out
+        assert (tmp_path / "data/manifest.json").read_bytes() == text
+
+
+def test_pinning_a_batch_does_not_change_its_counts(monkeypatch):
+    """torch pins what is in a named tuple by copying it, and a Counter by adding it to itself."""
+    from collections import Counter
+
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    from preprocessing.encoding import Decoded
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 0)
+    batch = Decoded(0, 4, torch.ones(4), np.arange(4), [], Counter({"PNG RGB": 4}))
+    pinned = pin_memory(batch)
+    assert pinned.kinds == Counter({"PNG RGB": 4}) and pinned.pixels is not batch.pixels and pinned.labels is batch.labels
+
+
+def test_a_source_that_goes_away_is_no_bad_image(call, vae_folder, tmp_path, monkeypatch):
+    from preprocessing.sources import ImageSource
+
+    source, opened = make_tree(tmp_path / "tree"), ImageSource.open
+
+    def goes(self, i):
+        if i == 13:
+            (tmp_path / "tree").rename(tmp_path / "elsewhere")
+        return opened(self, i)
+
+    monkeypatch.setattr(ImageSource, "open", goes)
+    code, out = call(encode_latents, *flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0))
+    assert code == 2 and "could not be read (No such file or directory)" in out
+
+
+def test_a_record_without_its_files_is_done_again(call, tree, vae_folder, tmp_path):
+    given, dest = flags(tree, tmp_path / "data", vae_folder), tmp_path / "data"
+    assert call(encode_latents, *given)[0] == 0
+    whole, manifest = files(dest), read_manifest(dest)
+    (dest / "manifest.json").unlink()
+    (dest / "partial").mkdir()
+    (dest / "partial/plan.json").write_text(json.dumps(manifest.encoding["plan"]))
+    for entry in manifest.shards:
+        (dest / "partial" / f"{entry['file']}.json").write_text(json.dumps(entry))
+    (dest / "moments/00001.npy").unlink()
+    assert call(encode_latents, *given)[0] == 0 and files(dest) == whole
+
+
+def test_the_cache_is_not_made_inside_its_source(call, tree, vae_folder, tmp_path):
+    code, out = call(encode_latents, *flags(tree, tree / "cache", vae_folder))
+    assert code == 2 and "lies in --source" in out and not (tree / "cache").exists()
+
+
+DIFFERENT = """
+import os, sys
+import cli
+from preprocessing import encode_latents
+place = sys.argv.index("--source") + 1
+sys.argv[place] += os.environ["RANK"]
+cli.run(encode_latents.main)
+"""
+
+
+def test_processes_that_see_different_sources_stop(vae_folder, tmp_path):
+    make_tree(tmp_path / "tree0"), make_tree(tmp_path / "tree1", images=23)
+    (tmp_path / "different.py").write_text(DIFFERENT)
+    given = flags(tmp_path / "tree", tmp_path / "data", vae_folder)
+    with pytest.raises(AssertionError, match=r"process 1 does not see what process 0 sees \(images was 24, is 23"):
+        torchrun(2, tmp_path / "different.py", *given)
+    assert not (tmp_path / "data").exists()

@@ -143,7 +143,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_to_trust(call, tree, va
     monkeypatch.setattr(files.os, "fsync", full)
     code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
     assert code == 2 and "No space left" in out and "data/partial/plan.json" in out and "Traceback" not in out
-    assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["lock"]
+    assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["lock.0"]
 
 
 def test_edm_zip_and_tree_give_the_same_cache(call, tree, vae_folder, tmp_path, cache):

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 
 from cli import UserError
 from preprocessing.images import load_square
+from preprocessing.labels import number
 from preprocessing.sources import open_source
 
 CLASSES = ["apple", "bear", "cow"]
@@ -242,3 +245,102 @@ def test_a_csv_that_fits_several_images_is_refused(tmp_path):
     (tmp_path / "l.csv").write_text("1.png,0\n")
     with pytest.raises(UserError, match=r"does not tell a/1\.png and b/1\.png apart"):
         open_source(tree, labels=tmp_path / "l.csv")
+
+
+def test_damaged_and_cut_off_tars_are_refused(tmp_path):
+    """tarfile takes a header that it cannot read for the end, and would lose the rest without a word."""
+    data = write_tar(tmp_path / "a.tar", FILES).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        fourth = archive.getmembers()[3].offset
+    damaged = data[:fourth] + b"x" * 512 + data[fourth + 512 :]
+    for text in (damaged, data[:fourth], data[: fourth + 100], data[: fourth + 600]):
+        (tmp_path / "a.tar").write_bytes(text)
+        with pytest.raises(UserError, match=r"a\.tar is not a readable tar \((it ends at byte|unexpected end)"):
+            open_source(tmp_path / "a.tar")
+    good = write_tar(tmp_path / "good.tar", {"1.png": png(1)}).read_bytes()
+    for bad in (damaged, b"not a tar" * 100, bytes(10240)):
+        write_tar(tmp_path / "outer.tar", {"apple.tar": good, "bear.tar": bad, "cow.tar": good})
+        with pytest.raises(UserError, match=r"bear\.tar in it"):
+            open_source(tmp_path / "outer.tar")
+
+
+def test_class_tars_of_imagenet_in_a_folder(tmp_path):
+    for k, name in enumerate(("n02084071", "n01440764")):
+        write_tar(tmp_path / f"t/{name}.tar", {f"{name}_{i}.png": png(10 * k + i) for i in range(2)})
+    source = open_source(tmp_path / "t")
+    assert source.class_names == ["n01440764", "n02084071"] and source.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_odd_tars(tmp_path, expected):
+    """A folder of EDM's in a tar, absolute names, a name that comes twice, two images for one class."""
+    meta = json.dumps({"labels": list(LABELS.items()), "class_names": CLASSES}).encode()
+    inside = {f"set/{name}": data for name, data in FILES.items()}
+    assert content(open_source(write_tar(tmp_path / "a.tar", inside | {"set/dataset.json": meta}))) == expected
+    assert content(open_source(write_tar(tmp_path / "b.tar", {f"/{name}": data for name, data in FILES.items()}))) == expected
+    with tarfile.open(write_tar(tmp_path / "c.tar", FILES), "a") as archive:
+        info = tarfile.TarInfo("apple/00.png")
+        info.size = len(png(77))
+        archive.addfile(info, io.BytesIO(png(77)))
+    twice = open_source(tmp_path / "c.tar")
+    assert len(twice) == 7 and bytes(load_square(twice, 0, 8)) not in expected  # as tar does: the last
+    write_tar(tmp_path / "d.tar", {"1.png": png(1), "1.seg.png": png(2), "1.cls": b"0"})
+    with pytest.raises(UserError, match=r"two images for one class, 1\.cls"):
+        open_source(tmp_path / "d.tar")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, 2**70], f"has label {2**70}"),
+        (["²", 1], "not '²'"),
+        (["--5", "", "1"], "not '--5'"),
+        ([None, 1], "not None"),
+        ([{}, 1], "not {}"),
+        ([0.5, 1], "not 0.5"),
+        (["2.0", "10.0", "1.0"], None),
+        ([2.0, 10.0, 1.0], None),
+    ],
+)
+def test_odd_labels(labels, message):
+    if message:
+        with pytest.raises(UserError, match=re.escape(message)):
+            number(labels, None, "--labels x")
+    else:
+        assert number(labels, None, "--labels x")[0].tolist() == [2, 10, 1]
+    for names, what in ((5, "list of names"), (["a", "a"], "a name twice"), (["a", 1], "list of names")):
+        with pytest.raises(UserError, match=what):
+            number([0, 1], names, "--labels x")
+
+
+def test_a_csv_of_a_spreadsheet(tmp_path, expected):
+    """Byte-order mark, CRLF, quotes, spaces."""
+    tree = write_tree(tmp_path / "flat", {name.replace("/", "_"): data for name, data in FILES.items()})
+    rows = "".join(f'"{name.replace("/", "_")}" , {name.split("/")[0]}\r\n' for name in FILES)
+    (tmp_path / "l.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    assert content(open_source(tree, labels=tmp_path / "l.csv")) == expected
+
+
+def test_parquet_of_polars_and_with_other_columns(tmp_path, expected):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "hash": pa.array([b"x"] * 7, pa.binary()), "jpg": pa.array(list(FILES.values()), pa.large_binary()),
+        "label": [name.split("/")[0] for name in FILES],
+    }  # fmt: skip
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert content(open_source(tmp_path / "a.parquet")) == expected
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
+    write_tree(tmp_path / "t")
+    scandir = os.scandir
+
+    def fails(path):
+        if str(path).endswith("bear"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(UserError, match=r"t/bear cannot be listed \(Permission denied\)"):
+        open_source(tmp_path / "t")
