@@ -76,6 +76,12 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 def read_manifest(root: Path) -> Manifest:
     """Raises CacheError where there is none, or one of another format."""
     path = root / "manifest.json"
+    if not root.exists():
+        raise CacheError(f"{root} does not exist, seen from {Path.cwd()}")
+    if not path.exists() and (root / "partial").exists():
+        raise CacheError(f"{root} is not finished: run the command that makes it again")
+    if not path.exists() and (root / "vae-sd").exists():
+        raise CacheError(f"{root} is REPA's: make a cache of it with python -m preprocessing.import_repa {root} FOLDER")
     if not path.exists():
         raise CacheError(
             f"{root} is no latent cache (no manifest.json): make one of images with python -m "
@@ -102,6 +108,8 @@ SHARED = ("class_names", "resolution", "vae_fingerprint", "scale", "shift", "lat
 def joined(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     """Several caches as one, in the order given. Raises CacheError if they do not go together."""
     first = manifests[0]
+    if len({root.resolve() for root in roots}) < len(roots):
+        raise CacheError(f"{' '.join(map(str, roots))}: one cache stands there twice")
     for root, manifest in zip(roots, manifests):
         for name in SHARED:
             ours, theirs = getattr(first, name), getattr(manifest, name)

@@ -221,7 +221,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     try:
         cache = LatentCache(*args.data_dir)
     except CacheError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--data-dir: {error}") from None
     check_cache(args, cache)
     config = make_config(args, cache.manifest)
     flags = check_same_run(args, folder)

@@ -1,11 +1,25 @@
 """The processes that torchrun started for one command, or this one alone."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+
+@contextmanager
+def unless_one_ended() -> Iterator[None]:
+    """Another process may end while this one waits for it, and has said why: no place for a traceback."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed has no narrower one for a connection that is gone
+        if "onnection" not in str(error):
+            raise
+        print("another process ended before the work was done: run the same command again to go on", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class World:
@@ -26,7 +40,8 @@ class World:
         """What the first process gives, on all."""
         values = [value]
         if self.processes > 1:
-            dist.broadcast_object_list(values)
+            with unless_one_ended():
+                dist.broadcast_object_list(values)
         return values[0]
 
     def first(self, compute: Callable[[], Any]) -> Any:
@@ -46,16 +61,18 @@ class World:
         """What each process gives, in their order, on all."""
         values = [value] * self.processes
         if self.processes > 1:
-            dist.all_gather_object(values, value)
+            with unless_one_ended():
+                dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         """Until all are here."""
         if self.processes > 1:
-            dist.barrier()
+            with unless_one_ended():
+                dist.barrier()
 
     def close(self) -> None:
         """The end, reached by all together: torchrun ends all as soon as one leaves with a code."""
         if self.processes > 1:
-            dist.barrier()
+            self.barrier()
             dist.destroy_process_group()

@@ -149,6 +149,10 @@ def claim(dest: Path, held: ExitStack) -> None:
     """Holds DEST against a second command, also one whose first process was killed alone, and clears away what was left half
     written. Raises UserError."""
     try:
+        (dest / "partial").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dest {dest} cannot be made ({error.strerror}): name another place") from None
+    try:
         for other in (dest / "partial").glob("lock.*"):
             with lock(other):
                 pass

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -53,14 +53,11 @@ class Square:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata, a line for each image
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with source.open(i) as file, Image.open(file, formats=FORMATS) as image:
-                    kinds = [f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"]  # MPO: what phones write
-                    if getattr(image, "is_animated", False) and image.format != "MPO":
-                        kinds.append("animated or of several pages: the first")
-                    rgb = to_rgb(image, self.background, kinds)
-                if rgb.size != (self.side, self.side):
-                    rgb = self._cropped(rgb, i, kinds)
-                return Picture(np.asarray(rgb).transpose(2, 0, 1), kinds)
+                with source.open(i) as file:
+                    if not file.read(1):
+                        raise BadImage("the file is empty")
+                    file.seek(0)
+                    return self._decoded(file, i)
         except BadImage:
             raise
         except MemoryError:
@@ -74,6 +71,16 @@ class Square:
             if isinstance(error, OSError) and not is_the_files_own(error):
                 raise Unreadable(reason) from None
             raise BadImage(reason) from None
+
+    def _decoded(self, file: BinaryIO, i: int) -> Picture:
+        with Image.open(file, formats=FORMATS) as image:
+            kinds = [f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"]  # MPO: what phones write
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                kinds.append("animated or of several pages: the first")
+            rgb = to_rgb(image, self.background, kinds)
+        if rgb.size != (self.side, self.side):
+            rgb = self._cropped(rgb, i, kinds)
+        return Picture(np.asarray(rgb).transpose(2, 0, 1), kinds)
 
     def _cropped(self, image: Image.Image, i: int, kinds: list[str]) -> Image.Image:
         short, long = sorted(image.size)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,34 +22,48 @@ def is_image(name: str) -> bool:
     )
 
 
-def read_labels(path: Path) -> dict:
-    """A CSV of name,class (with or without a line of headings), or a JSON as EDM's dataset.json: image -> class, and under the
-    key None the names of the classes if it has them. Raises UserError."""
+class Given(NamedTuple):
+    """Classes that a file gives, by image, and where from."""
+
+    classes: dict
+    class_names: list[str] | None
+    what: str  # flag and file, for messages
+
+
+def read_labels(path: Path) -> Given:
+    """A CSV of image,class (with or without a line of headings), or a JSON as EDM's dataset.json. Raises UserError."""
+    what = f"--labels {path}"
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            return read_json(text, f"--labels {path}")
+            return read_json(text, what)
         rows = [row for row in csv.reader(io.StringIO(text)) if row]
     except UserError:
         raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"--labels {path} cannot be read ({error})") from None
-    if any(len(row) != 2 for row in rows):
-        bad = next(k for k, row in enumerate(rows) if len(row) != 2)
-        raise UserError(f"--labels {path}: row {bad + 1} has {len(rows[bad])} columns; two are wanted, image and class")
-    if rows and not is_image(rows[0][0]) and len(rows) > 1 and is_image(rows[1][0]):
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror})") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{what} is neither a CSV of image,class nor a JSON ({error})") from None
+    for k, row in enumerate(rows):
+        if len(row) != 2:
+            raise UserError(f"{what}: row {k + 1} has {len(row)} columns; wanted are two, image,class, with a comma between")
+    if len(rows) > 1 and not is_image(rows[0][0]) and is_image(rows[1][0]):
         rows = rows[1:]  # headings
-    repeated = len(rows) - len({name.strip() for name, _ in rows})
-    if not rows or repeated:
-        raise UserError(f"--labels {path} {'names ' + str(repeated) + ' images twice' if repeated else 'is empty'}")
-    return {name.strip(): value.strip() for name, value in rows}
+    classes: dict = {}
+    for name, value in rows:
+        if name.strip() in classes:
+            raise UserError(f"{what} names {name.strip()} twice")
+        classes[name.strip()] = value.strip()
+    if not classes:
+        raise UserError(f"{what} is empty")
+    return Given(classes, None, what)
 
 
-def read_json(text: str | bytes, what: str) -> dict:
-    """EDM's dataset.json -> class of each image, and under the key None the names of the classes. Raises UserError."""
+def read_json(text: str | bytes, what: str) -> Given:
+    """EDM's dataset.json. Raises UserError."""
     try:
         meta = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-        return dict(meta["labels"] or []) | {None: meta.get("class_names")}
+        return Given(dict(meta["labels"] or []), meta.get("class_names"), what)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f'{what} is not {{"labels": [[image, class], ...]}} ({reason})') from None
@@ -62,14 +77,14 @@ def number(values: list, class_names: list[str] | None, what: str) -> tuple[np.n
         if len(set(class_names)) < len(class_names):
             raise UserError(f"{what}: class_names has a name twice")
     whole = [_whole(value) for value in values]
-    if None in whole and all(isinstance(value, str) and value for value in values):
+    if not any(isinstance(k, int) for k in whole) and all(isinstance(value, str) and value for value in values):
         names = class_names or sorted(set(values))
         code = {name: k for k, name in enumerate(names)}
         if unknown := sorted({*values} - {*names}):
             raise UserError(f"{what}: class {unknown[0]} is none of those in class_names")
         return np.array([code[value] for value in values], np.int64), names
     if None in whole:
-        raise UserError(f"{what}: classes must be whole numbers or names, not {values[whole.index(None)]!r}")
+        raise UserError(f"{what}: classes must be all whole numbers, or all names, not {values[whole.index(None)]!r}")
     low, high = min(whole, default=0), max(whole, default=0)
     if low < 0 or high >= MOST_CLASSES:
         raise UserError(f"{what} has label {low if low < 0 else high}: classes are numbered from 0")
@@ -88,24 +103,28 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def labelled(names: list[str], given: dict, what: str) -> tuple[np.ndarray, list[str]]:
-    """Classes by image: by its name as the source has it, or, in a CSV, by its last part with or without the extension.
-    Raises UserError."""
-    class_names = given.pop(None, None)
-    if not given:  # EDM writes "labels": null
+def labelled(names: list[str], given: Given) -> tuple[np.ndarray, list[str]]:
+    """Classes by image: by its name as the source has it, or by its last part with or without the extension. Raises
+    UserError."""
+    if not given.classes:  # EDM writes "labels": null
         return np.zeros(len(names), np.int64), ["0"]
     keys = []
     for name in names:
         last = name.rsplit("/", 1)[-1]
-        keys.append(next((key for key in (name, last, last.rsplit(".", 1)[0]) if key in given), None))
+        keys.append(next((key for key in (name, last, last.rsplit(".", 1)[0]) if key in given.classes), None))
     missing = [name for name, key in zip(names, keys) if key is None]
     if missing:
-        raise UserError(f"{what} has no label for {missing[0]} (and {len(missing) - 1} more)")
+        raise UserError(f"{given.what} has no label for {some(missing)}")
     if len(set(keys)) < len(keys):
         first = dict(zip(reversed(keys), reversed(names)))
         a, b = next((first[key], name) for name, key in zip(names, keys) if first[key] != name)
-        raise UserError(f"{what} does not tell {a} and {b} apart: name images by their paths")
-    return number([given[key] for key in keys], class_names, what)
+        raise UserError(f"{given.what} does not tell {a} and {b} apart: name images by their paths")
+    return number([given.classes[key] for key in keys], given.class_names, given.what)
+
+
+def some(names: list[str]) -> str:
+    """The first of several, and how many more there are."""
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def by_folder(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:

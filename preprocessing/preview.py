@@ -44,13 +44,18 @@ def compare(names: list[str], images: list[Tensor | None], moments: list[Tensor]
         rows.append((label, np.stack([*(picture.numpy() for picture in pictures), np.asarray(enlarged)])))
     if not rows:
         return Image.new("RGB", (8, 8)), "none of the images tried could be used"
-    line, title = f"{len(rows)} images", "Image, reconstruction, latent" if decibels else "Reconstruction, latent"
+    line, title = (
+        f"{len(rows)} images",
+        "Image, reconstruction, latent -3 to 3" if decibels else "Reconstruction, latent -3 to 3",
+    )
     std = torch.cat(latents).std().item()
     if decibels:
         mean = sum(decibels) / len(decibels)
         title += f" · {mean:.1f} dB"
         line += f", PSNR {mean:.1f} dB ({min(decibels):.1f} to {max(decibels):.1f})"
+    else:
+        line += " decoded, without others to compare them with"
     line += f", latents' std {std:.2f}"
-    if decibels and mean < POOR:
+    if decibels and sorted(decibels)[len(decibels) // 2] < POOR:
         line += f": poor; is {vae.name} the VAE for these?"
     return labelled_grid(rows, title, 128), line

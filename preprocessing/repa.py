@@ -24,7 +24,7 @@ from models.autoencoder import DEFAULT_VAE, Autoencoder
 from preprocessing.build import Shard, file_of, numbers_of
 from preprocessing.encoding import lasting
 from preprocessing.images import BadImage, Square, bad_line
-from preprocessing.labels import labelled, read_json
+from preprocessing.labels import labelled, read_json, some
 from preprocessing.preview import compare, spread
 from preprocessing.sources import ImageSource
 
@@ -176,7 +176,7 @@ def open_moments(root: Path) -> ImageSource:
     if not record.exists():
         raise UserError(f"SRC {record} is missing, and with it the classes: REPA's encoding writes it last; was it finished?")
     given = read_json(record.read_bytes(), f"SRC {record}")
-    gone = sorted({*given} - {*names, None})
+    gone = sorted({*given.classes} - {*names})
     if gone:
-        raise UserError(f"SRC {record} names {gone[0]}, which is not there (and {len(gone) - 1} more): is the tree whole?")
-    return ImageSource(root, names, *labelled(names, given, f"SRC {record}"))
+        raise UserError(f"SRC {record} names what is not there: {some(gone)}; is the tree whole?")
+    return ImageSource(root, names, *labelled(names, given))

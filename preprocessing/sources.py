@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cli import UserError
-from preprocessing.labels import EXTENSIONS, by_folder, is_image, labelled, number, read_json, read_labels
+from preprocessing.labels import EXTENSIONS, Given, by_folder, is_image, labelled, number, read_json, read_labels, some
 
 MOST_OPEN = 64  # tar files at once in a process
 
@@ -124,7 +124,7 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     if not path.exists():
         files = sorted(map(Path, glob.glob(str(path))))
         if not files:
-            raise UserError(f"{flag} {path} does not exist")
+            raise UserError(f"{flag} {path} {'matches no file' if any(c in str(path) for c in '*?[') else 'does not exist'}")
     else:
         files = _archives(path, flag) if path.is_dir() else [path]
     kinds = {"".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst", ".xz", ".bz2") else file.suffix for file in files}
@@ -140,7 +140,7 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     elif len(files) > 1:
         raise UserError(f"{flag} {path} is a pattern of files that are neither tar nor parquet: name a folder, or one zip")
     elif kinds & {".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tgz"}:
-        raise UserError(f"{flag} {path}: {', '.join(kinds)} files cannot be read here and there: unpack them first")
+        raise UserError(f"{flag} {path}: {', '.join(kinds)} files cannot be read from the middle: unpack it first")
     else:
         source = _open_zip(files[0], flag, given)
     if not len(source):
@@ -153,6 +153,8 @@ def _archives(folder: Path, flag: str) -> list[Path]:
     for place in (folder, folder / "data"):
         inside = [child for child in place.iterdir() if not child.name.startswith(".")] if place.is_dir() else []
         files = sorted(child for child in inside if child.suffix in (".parquet", ".tar") and child.is_file())
+        if files and any(child.suffix == ".zip" for child in inside):
+            raise UserError(f"{flag} {place} holds {files[0].suffix} and .zip files: name those of one kind")
         if files and any(child.is_dir() for child in inside):
             raise UserError(f"{flag} {place} holds {files[0].suffix} files and folders: name one, as in '{place}/*.tar'")
         if files:
@@ -160,7 +162,7 @@ def _archives(folder: Path, flag: str) -> list[Path]:
     return []
 
 
-def _open_folder(path: Path, flag: str, given: dict | None) -> ImageSource:
+def _open_folder(path: Path, flag: str, given: Given | None) -> ImageSource:
     names, empty, above = [], [], {}
 
     def fail(error: OSError) -> None:
@@ -182,9 +184,9 @@ def _open_folder(path: Path, flag: str, given: dict | None) -> ImageSource:
     what = f"{flag} {path}"
     record = path / "dataset.json"
     if given is None and record.exists():
-        what, given = f"{flag} {record}", read_json(record.read_bytes(), f"{flag} {record}")
+        given = read_json(record.read_bytes(), f"{flag} {record}")
     if given is not None:
-        return ImageSource(path, names, *labelled(names, given, what))
+        return ImageSource(path, names, *labelled(names, given))
     labels, class_names = by_folder(names, what)
     empty = sorted({*empty} - {*class_names})
     if names and empty:
@@ -192,18 +194,17 @@ def _open_folder(path: Path, flag: str, given: dict | None) -> ImageSource:
     return ImageSource(path, names, labels, class_names)
 
 
-def _open_zip(path: Path, flag: str, given: dict | None) -> ImageSource:
+def _open_zip(path: Path, flag: str, given: Given | None) -> ImageSource:
     what = f"{flag} {path}"
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
             names = sorted({name for name in members if is_image(name)})
             if given is None and "dataset.json" in members:
-                what += ": dataset.json"
-                given = read_json(archive.read("dataset.json"), what)
+                given = read_json(archive.read("dataset.json"), f"{what}: dataset.json")
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path} is not a readable zip of images with a dataset.json ({error})") from None
-    return ZipSource(path, names, *(by_folder(names, what) if given is None else labelled(names, given, what)))
+        raise UserError(f"{flag} {path} is no folder, tar or parquet, nor a zip that can be read ({error})") from None
+    return ZipSource(path, names, *(by_folder(names, what) if given is None else labelled(names, given)))
 
 
 def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, bytes | None]]:
@@ -232,7 +233,7 @@ def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, 
             raise tarfile.ReadError(f"{which} ends at byte {archive.offset:,} as if it were cut off")
 
 
-def _open_tars(path: Path, files: list[Path], flag: str, given: dict | None) -> ImageSource:
+def _open_tars(path: Path, files: list[Path], flag: str, given: Given | None) -> ImageSource:
     found, classes, what = {}, {}, f"{flag} {path}"
     for k, tar in enumerate(files):
         prefix = "" if len(files) == 1 else f"{tar.relative_to(path) if path.is_dir() else tar.name}:"
@@ -246,19 +247,19 @@ def _open_tars(path: Path, files: list[Path], flag: str, given: dict | None) -> 
                     elif given is None and len(files) == 1:
                         inside = "" if member == "dataset.json" else member.removesuffix("dataset.json")
                         given = read_json(content, f"{flag} {tar}: {member}")
-                        given = {name and inside + name: value for name, value in given.items()}
+                        given = given._replace(classes={inside + name: k for name, k in given.classes.items()})
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {tar} is not a readable tar ({error})") from None
     names = sorted(found)
     members = [found[name][0] for name in names]
     if given is not None:
-        labels = labelled(members, given, what)
+        labels = labelled(members, given)
     elif classes:  # WebDataset: an image and its class share their name up to the first dot of its last part
         starts = [len(name) - len(member) for name, member in zip(names, members)]
         keys = [name[: start + _stem(member)] for name, member, start in zip(names, members, starts)]
         missing = [name for name, key in zip(names, keys) if key not in classes]
         if missing:
-            raise UserError(f"{what} has no .cls beside {missing[0]} (and {len(missing) - 1} more)")
+            raise UserError(f"{what} has no .cls beside {some(missing)}")
         twice = next((b for a, b, name in zip(keys, keys[1:], names) if a == b), None)
         if twice:
             raise UserError(f"{what} has two images for one class, {twice}.cls: which is meant? Leave the other out")
@@ -276,7 +277,7 @@ def _stem(member: str) -> int:
     return member.find(".", member.rfind("/") + 1)
 
 
-def _open_parquet(path: Path, files: list[Path], flag: str, given: dict | None) -> ImageSource:
+def _open_parquet(path: Path, files: list[Path], flag: str, given: Given | None) -> ImageSource:
     try:
         import pyarrow
         import pyarrow.parquet

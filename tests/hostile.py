@@ -76,7 +76,7 @@ def make_hostile(folder: Path) -> dict[str, tuple[str, str]]:
         "truncated.jpg": (jpeg[: len(jpeg) // 2], BAD, "truncated"),
         "truncated.png": (png[: len(png) // 2], BAD, "truncated"),
         "flipped_bits.png": (png[:60] + bytes(200) + png[260:], BAD, ""),
-        "empty.png": (b"", BAD, "not one of PNG"),
+        "empty.png": (b"", BAD, "the file is empty"),
         "page.webp": (b"<html>404</html>", BAD, "not one of PNG"),
         "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", BAD, "not one of PNG"),
         "bomb.png": (_png(65535, 65535, 1, 0, bytes(1000)), BAD, "more than 89,478,485 pixels"),

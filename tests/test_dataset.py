@@ -326,7 +326,21 @@ def test_free_memory_heeds_a_jobs_own_limit(tmp_path, monkeypatch):
 
 def test_joined_caches_in_another_order_are_another_run(call, cache, copied, tmp_path):
     edit_manifest(copied, mean=[0.1, 0.2, 0.3, 0.4])
-    given = train_flags(cache, tmp_path, "run", "--max-train-steps", 1)
-    for order, outcome in (((cache, copied), 0), ((copied, cache), 2)):
-        code, out = call(train, "--data-dir", *order, *given[2:])
+    given = train_flags(cache, tmp_path, "run")
+    for steps, order, outcome in ((1, (cache, copied), 0), (2, (copied, cache), 2), (2, (cache, copied), 0)):
+        code, out = call(train, "--data-dir", *order, *given[2:], "--max-train-steps", steps)
         assert code == outcome and ("joined differ" in out) == (outcome == 2), out
+
+
+def test_what_is_no_cache_is_told_apart(cache, copied, tmp_path):
+    with pytest.raises(CacheError, match="stands there twice"):
+        LatentCache(cache, cache / ".." / cache.name)
+    with pytest.raises(CacheError, match="nothing does not exist"):
+        LatentCache(tmp_path / "nothing")
+    (copied / "manifest.json").unlink()
+    (copied / "partial").mkdir()
+    with pytest.raises(CacheError, match="is not finished: run the command that makes it again"):
+        LatentCache(copied)
+    (tmp_path / "repa/vae-sd").mkdir(parents=True)
+    with pytest.raises(CacheError, match=r"is REPA's: .*preprocessing\.import_repa"):
+        LatentCache(tmp_path / "repa")

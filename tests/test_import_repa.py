@@ -69,6 +69,14 @@ def test_four_channels_are_refused_with_the_reason(call, repa, vae_folder, tmp_p
     assert len(out.strip().splitlines()) == 1 and not (tmp_path / "data").exists()
 
 
+def test_an_odd_first_file_is_the_odd_one(call, repa, vae_folder, tmp_path):
+    np.save(repa[0] / "vae-sd/00000/img-mean-std-00000000.npy", np.zeros((4, 8, 8), np.float32))
+    code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder)
+    assert code == 2 and "00000000.npy cannot be used (its shape is (4, 8, 8), others have (8, 8, 8))" in out
+    assert call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder, "--skip-bad")[0] == 0
+    assert read_manifest(tmp_path / "data").count == 11
+
+
 def test_another_vae_is_seen(call, repa, tmp_path):
     code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", make_vae(tmp_path / "vae", seed=3))
     assert code == 0 and "poor" in out
@@ -90,6 +98,9 @@ def test_another_vae_is_seen(call, repa, tmp_path):
             "has no label for 00001/img-mean-std-0000",
         ),
         (lambda p: (p / "dataset.json").unlink(), "dataset.json is missing"),
+        (lambda p: (p / SEVENTH).unlink(), "names what is not there: 00001/img-mean-std-00000007.npy; is the tree whole?"),
+        (lambda p: np.save(p / SEVENTH, np.array(["a"])), "00000007.npy cannot be used (it is no array of floating-point"),
+        (lambda p: np.save(p / SEVENTH, np.full((8, 8, 8), 1e6)), "cannot be used (it has values that float16 cannot hold)"),
         (lambda p: (p / "dataset.json").write_text("{"), "is not {"),
         (lambda p: p.rename(p.parent / "x"), "holds no .npy files"),
     ],

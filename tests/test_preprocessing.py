@@ -101,7 +101,7 @@ def test_a_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
         (lambda p: p.mkdir(), "holds no images"),
         (lambda p: (p / "a").mkdir(parents=True), "holds no images"),
         (lambda p: make_tree(p) and (p / "empty").mkdir(), "classes without images (empty)"),
-        (lambda p: p.write_bytes(b"PK"), "not a readable zip"),
+        (lambda p: p.write_bytes(b"PK"), "is no folder, tar or parquet, nor a zip"),
     ],
 )
 def test_bad_sources_end_in_one_line(call, vae_folder, tmp_path, make, message):

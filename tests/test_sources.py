@@ -208,10 +208,10 @@ def test_the_digest_tells_lists_apart(tmp_path):
         (lambda p: write_tar(p.with_suffix(".tar"), FILES | {"x.cls": b"1"}), "no .cls beside apple/00.png"),
         (lambda p: write_tree(p, {"a.tar": b"x", "b/1.png": png(0)}), r"\.tar files and folders"),
         (lambda p: write_tree(p, {"a.tar": b"not a tar"}), "not a readable tar"),
-        (lambda p: write_tree(p, {"a.tar.gz": b"x"}) / "a.tar.gz", "cannot be read here and there: unpack"),
+        (lambda p: write_tree(p, {"a.tar.gz": b"x"}) / "a.tar.gz", "cannot be read from the middle: unpack"),
         (lambda p: write_tree(p, {"a.parquet": b"PAR1nonsense"}), "not a readable parquet"),
         (lambda p: write_tree(p, {"a.txt": b"x"}), "holds no images"),
-        (lambda p: p / "*.tar", "does not exist"),
+        (lambda p: p / "*.tar", "matches no file"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, make, message):
@@ -225,16 +225,18 @@ def test_what_cannot_be_is_said(tmp_path, make, message):
     [
         ("", "is empty"),
         ("a.png,1,2\n", "row 1 has 3 columns"),
-        ("a.png,1\na.png,2\n", "names 1 images twice"),
+        ("a.png,1\na.png,2\n", "names a.png twice"),
         ("apple/00.png,1\n", "no label for apple/03.png"),
-        ("00,1\n01,2\n02,1\n03,1\n04,1\n05,1\n06,x\n", None),
+        ("00,1\n01,2\n02,1\n03,1\n04,1\n05,1\n06,x\n", "all whole numbers, or all names, not 'x'"),
+        ("00;1\n01;2\n", "row 1 has 1 columns; wanted are two, image,class, with a comma between"),
+        ("00,b\n01,a\n02,b\n03,b\n04,x\n05,a\n06,x\n", None),
     ],
 )
 def test_csvs_are_checked(tmp_path, text, message):
     (tmp_path / "l.csv").write_text(text)
     tree = write_tree(tmp_path / "t")
     if message is None:
-        assert open_source(tree, labels=tmp_path / "l.csv").class_names == ["1", "2", "x"]
+        assert open_source(tree, labels=tmp_path / "l.csv").class_names == ["a", "b", "x"]
         return
     with pytest.raises(UserError, match=message):
         open_source(tree, labels=tmp_path / "l.csv")

@@ -180,7 +180,7 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
         (["--gradient-accumulation-steps", 3], "--batch-size 8 (global) is not a multiple of 1 (processes) x"),
         (["--model", "SiT-S/8", "--resolution", 64], "--resolution 64"),
         (["--num-classes", 1000], "--num-classes 1000"),
-        (["--data-dir", "/nonexistent"], "/nonexistent is no latent cache"),
+        (["--data-dir", "/nonexistent"], "--data-dir: /nonexistent does not exist"),
         (["--exp-name", "a/b"], "--exp-name 'a/b'"),
         (["--exp-name", ""], "--exp-name ''"),
         (["--learning-rate", -1], "argument --learning-rate: -1 is not a number above 0"),

@@ -9,7 +9,7 @@ import torch
 
 from files import write_array
 from latent_cache import LatentCache
-from preprocessing import verify
+from preprocessing import encode_latents, verify
 from tests.helpers import make_tree, make_vae
 
 
@@ -113,3 +113,22 @@ def test_statistics_of_the_whole(call, data):
 def test_no_cache_is_one_line(call, tmp_path):
     code, out = call(verify, tmp_path)
     assert code == 2 and "no manifest.json" in out and "Traceback" not in out
+
+
+def test_repair_counts_anew(call, tmp_path):
+    """An image that was bad and has been mended is no longer skipped, nor one of none of the kinds."""
+    source, vae = make_tree(tmp_path / "tree"), make_vae(tmp_path / "vae")
+    good = (source / "class1/016.png").read_bytes()
+    (source / "class1/016.png").write_bytes(b"")
+    for i in (2, 5, 8, 11, 14, 17, 20, 23):  # all of a class, which is a shard that is empty
+        (source / f"class2/{i:03d}.png").write_bytes(b"")
+    flags = ["--source", source, "--dest", tmp_path / "data", "--vae", vae, "--resolution", 32, "--shard-size", 8, "--skip-bad"]
+    assert call(encode_latents, *flags, "--num-workers", 0)[0] == 0
+    (source / "class1/016.png").write_bytes(good)
+    (tmp_path / "data/labels/00001.npy").unlink()
+    code, out = call(verify, tmp_path / "data", "--repair", "--num-workers", 0)
+    assert code == 0 and "00001.npy is not to the byte what it was" in out
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    assert (manifest["count"], manifest["skipped"], manifest["kinds"]) == (16, 8, {"PNG RGB": 16})
+    skipped = [json.loads(line)["file"] for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == 8 and "class1/016.png" not in skipped and call(verify, tmp_path / "data")[0] == 0
