@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from latent_cache import LatentCache, read_manifest
+from preprocessing import encode_latents
 from tests.helpers import ROOT
 from tests.hostile import BAD, IGNORED, make_hostile
 
@@ -66,8 +67,9 @@ def test_each_comes_out_as_documented(hostile, vae_folder, tmp_path):
     assert peak < 1500, f"{peak} MB"
 
 
-def test_a_bad_one_stops_it_by_name(hostile, vae_folder, tmp_path):
-    code, out, _ = encode(hostile[0], tmp_path / "data", vae_folder)
+def test_a_bad_one_stops_it_by_name(call, hostile, vae_folder, tmp_path):
+    given = ["--source", hostile[0], "--dest", tmp_path / "data", "--resolution", 32, "--vae", vae_folder, "--num-workers", 0]
+    code, out = call(encode_latents, *given)
     assert code == 2 and "class/bomb.png cannot be used (more than 89,478,485 pixels); mend it or pass --skip-bad" in out
     assert "Traceback" not in out and not (tmp_path / "data/manifest.json").exists()
 
