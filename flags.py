@@ -16,6 +16,7 @@ from evaluations.features import EXTRACTORS
 from interpolant import PATHS
 from latent_cache import LatentCache, Manifest
 from loss import ALIGN_LOSSES
+from machine import cores
 from models.sit import PRESETS, SiTConfig, align_block
 
 # Flags that may change between two starts of one run; every other one is part of what the run is.
@@ -43,7 +44,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-in-ram", action="store_true", help="read the cache into memory first, once on each machine: for slow disks")
     add("--resolution", type=cli.positive, help="stop unless the cache has this many pixels a side")
     add("--num-classes", type=cli.positive, help="stop unless the cache has this many classes")
-    add("--num-workers", type=cli.count, default=min(4, os.cpu_count() or 1), help="loader processes for each training process")
+    add("--num-workers", type=cli.count, default=min(4, cores()), help="loader processes for each training process")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="SiT-Ti/2, or SiT- S, B, L, XL with /2, /4, /8")

@@ -9,13 +9,10 @@ n images in a shard, C latent channels, h w latent side."""
 
 import errno
 import json
-import math
 import mmap
 import os
-import resource
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from files import write_file
+from machine import descriptors, free_memory, room
 
 FORMAT_VERSION = 1
 REMEDY = "do it again with python -m preprocessing.verify --repair"
@@ -158,7 +156,7 @@ class LatentCache:
         self._ram: np.ndarray | None = None
         self._open: dict[int, list[tuple[mmap.mmap, int]]] = {}
         self._advise = 0
-        self._most_open = min(MOST_OPEN, _descriptors() // 2) // len(self.manifest.folders[:-1])  # each map keeps one
+        self._most_open = min(MOST_OPEN, descriptors() // 2) // len(self.manifest.folders[:-1])  # each map keeps one
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -253,12 +251,12 @@ class LatentCache:
         sides = self.manifest.folders[:-1]
         shape = (len(sides) * len(self), *self.item.shape)
         size = len(sides) * len(self) * self.item.itemsize
-        rooms = gather(_room())
+        rooms = gather(room())
         owner = rooms.index(rooms[rank])
         path, problem = None, None
         if owner == rank:
             try:
-                if size > (free := _free_memory()):
+                if size > (free := free_memory()):
                     raise CacheError(
                         f"--cache-in-ram needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of this machine's are free"
                     )
@@ -281,38 +279,3 @@ class LatentCache:
             raise next(problem for _, problem in paths if problem)
         if owner != rank and paths[owner][0]:
             self._ram = np.memmap(paths[owner][0], self.item.base, "r", shape=shape)
-
-
-def _room() -> tuple:
-    """What processes have in common that can open each other's files in /proc: machine, view of its processes, user."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino, os.getuid()
-    except OSError:
-        return (os.getpid(), os.uname().nodename)
-
-
-def _descriptors() -> int:
-    """How many files a process may open here. Asks for as many as the system lets it have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    except (ValueError, OSError):
-        pass
-    return MOST_OPEN * 2 if soft == resource.RLIM_INFINITY else soft
-
-
-def _free_memory() -> float:
-    """Bytes that this machine, and the job's own limit on it, can give; infinity where neither says."""
-    free = math.inf
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with suppress(OSError, StopIteration):  # version 2 control groups: what a container or SLURM allows
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        inner = Path("/sys/fs/cgroup") / next(line for line in lines if line.startswith("0::"))[3:].lstrip("/")
-        for group in (inner, *inner.parents):
-            with suppress(OSError, ValueError):  # the file is not there, or says "max"
-                most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-                free = min(free, most - used)
-    return free

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from machine import cores
+
 
 @contextmanager
 def unless_one_ended() -> Iterator[None]:
@@ -31,8 +33,7 @@ class World:
 
         self.rank, self.processes = read("RANK", 0), read("WORLD_SIZE", 1)
         self.local_rank, self.local_processes = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
-        affinity = getattr(os, "sched_getaffinity", None)  # what a scheduler gave us, which may be less than there is
-        self.cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        self.cores = cores()
         if self.processes > 1:  # of words between hosts only, and one may be days behind another
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import latent_cache
+import machine
 import train
 from dataset import TrainingStream, shuffled
 from files import write_array, write_file
@@ -268,7 +269,7 @@ def test_processes_share_one_memory(cache, tmp_path):
 
 
 def test_a_cache_that_memory_cannot_hold_is_refused(cache, monkeypatch):
-    monkeypatch.setattr(latent_cache, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(latent_cache, "free_memory", lambda: 1000)
     with pytest.raises(CacheError, match=r"--cache-in-ram needs 0\.0 GB, 0\.0 GB of this machine's are free"):
         LatentCache(cache).load_into_ram()
 
@@ -320,8 +321,8 @@ def test_free_memory_heeds_a_jobs_own_limit(tmp_path, monkeypatch):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8000000 kB\n")
-    monkeypatch.setattr(latent_cache, "Path", lambda path: Path(str(tmp_path) + str(path)))
-    assert latent_cache._free_memory() == 3_000_000
+    monkeypatch.setattr(machine, "Path", lambda path: Path(str(tmp_path) + str(path)))
+    assert machine.free_memory() == 3_000_000
 
 
 def test_joined_caches_in_another_order_are_another_run(call, cache, copied, tmp_path):
