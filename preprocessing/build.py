@@ -91,19 +91,28 @@ def write_shard(dest: Path, number: int, shard: Shard) -> dict:
     return entry
 
 
+def statistics(entries: list[dict], latent_shape: list[int], flips: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std per channel, (C,) each, of all shards, by their sums."""
+    values = sum(entry["count"] for entry in entries) * latent_shape[1] * latent_shape[2] * (1 + flips)
+    mean = np.sum([entry["sum"] for entry in entries], 0) / values
+    return mean, np.sqrt(np.sum([entry["sum_of_squares"] for entry in entries], 0) / values - mean**2)
+
+
+def entries_of(manifest: Manifest) -> list[dict]:
+    """Of all shards, also of those that hold nothing because all their images were bad, in their order."""
+    return sorted((*manifest.shards, *manifest.encoding["empty"]), key=lambda entry: entry["file"])
+
+
 def make_manifest(job: Job, entries: list[dict]) -> Manifest:
     """Joins the shards' entries, which are in their order. Raises UserError if there is no image in any."""
     skipped, kinds = sum(len(entry["skipped"]) for entry in entries), sum((Counter(e["kinds"]) for e in entries), Counter())
     whole, empty = [entry for entry in entries if entry["count"]], [entry for entry in entries if not entry["count"]]
     if not whole:
         raise UserError(f"{job.settings['source']}: not one image could be used")
-    count, (_, height, width) = sum(entry["count"] for entry in whole), job.manifest["latent_shape"]
-    values = count * height * width * (1 + job.manifest["flips"])
-    mean = np.sum([entry["sum"] for entry in whole], 0) / values
-    std = np.sqrt(np.sum([entry["sum_of_squares"] for entry in whole], 0) / values - mean**2)
+    mean, std = statistics(whole, job.manifest["latent_shape"], job.manifest["flips"])
     return Manifest(
-        **job.manifest, count=count, skipped=skipped, kinds=dict(sorted(kinds.items())), mean=mean.tolist(), std=std.tolist(),
-        shards=whole, encoding=job.settings | {"plan": job.plan, "empty": empty},
+        **job.manifest, count=sum(entry["count"] for entry in whole), skipped=skipped, kinds=dict(sorted(kinds.items())),
+        mean=mean.tolist(), std=std.tolist(), shards=whole, encoding=job.settings | {"plan": job.plan, "empty": empty},
     )  # fmt: skip
 
 
@@ -255,8 +264,7 @@ def build(dest: Path, job: Job, world: World) -> Manifest:
 
 def finish(dest: Path, manifest: Manifest) -> None:
     """Writes what is written last, and removes the records of the work."""
-    entries = sorted((*manifest.shards, *manifest.encoding["empty"]), key=lambda entry: entry["file"])
-    skipped = [row for entry in entries for row in entry["skipped"]]
+    skipped = [row for entry in entries_of(manifest) for row in entry["skipped"]]
     if skipped:
         write_file(dest / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode())
     else:
@@ -271,7 +279,7 @@ def redo(dest: Path, job: Job, shards: list[int], world: World) -> list[str]:
     manifest = read_manifest(dest)
     changed = difference(manifest.encoding.get("plan", {}), job.plan)
     if changed:
-        raise UserError(f"{dest} was made otherwise than it would be now ({changed})")
+        raise UserError(f"{dest} was made otherwise than it would be now ({changed}): name what it was made of")
     same_plan(job, world)
     with ExitStack() as held:
         together(world, held, dest, lambda: None)
@@ -279,8 +287,7 @@ def redo(dest: Path, job: Job, shards: list[int], world: World) -> list[str]:
         make_shards(dest, job, shards, world, lambda _, entry: mine.update({entry["file"]: entry}))
         new = {file: entry for part in world.gather(mine) for file, entry in part.items()}
         if world.rank == 0:
-            entries = sorted((*manifest.shards, *manifest.encoding["empty"]), key=lambda entry: entry["file"])
-            finish(dest, make_manifest(job, [new.get(entry["file"], entry) for entry in entries]))
+            finish(dest, make_manifest(job, [new.get(entry["file"], entry) for entry in entries_of(manifest)]))
         world.barrier()
     before = {entry["file"]: entry["sha256"] for entry in manifest.shards}
     return sorted(file for file, entry in new.items() if entry["sha256"] != before.get(file))

@@ -44,10 +44,8 @@ def compare(names: list[str], images: list[Tensor | None], moments: list[Tensor]
         rows.append((label, np.stack([*(picture.numpy() for picture in pictures), np.asarray(enlarged)])))
     if not rows:
         return Image.new("RGB", (8, 8)), "none of the images tried could be used"
-    line, title = (
-        f"{len(rows)} images",
-        "Image, reconstruction, latent -3 to 3" if decibels else "Reconstruction, latent -3 to 3",
-    )
+    line = f"{len(rows)} images"
+    title = "Image, reconstruction, latent -3 to 3" if decibels else "Reconstruction, latent -3 to 3"
     std = torch.cat(latents).std().item()
     if decibels:
         mean = sum(decibels) / len(decibels)

@@ -260,7 +260,7 @@ def _open_tars(path: Path, files: list[Path], flag: str, given: Given | None) ->
         missing = [name for name, key in zip(names, keys) if key not in classes]
         if missing:
             raise UserError(f"{what} has no .cls beside {some(missing)}")
-        twice = next((b for a, b, name in zip(keys, keys[1:], names) if a == b), None)
+        twice = next((b for a, b in zip(keys, keys[1:]) if a == b), None)
         if twice:
             raise UserError(f"{what} has two images for one class, {twice}.cls: which is meant? Leave the other out")
         labels = number([classes[key] for key in keys], None, what)

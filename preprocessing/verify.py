@@ -22,7 +22,7 @@ from cli import UserError
 from files import sha256
 from latent_cache import CacheError, Manifest, read_manifest
 from preprocessing import encoding, repa
-from preprocessing.build import AT_ONCE, Job, redo, sums
+from preprocessing.build import AT_ONCE, Job, redo, statistics, sums
 from world import World
 
 
@@ -83,10 +83,7 @@ def statistics_fault(manifest: Manifest) -> str | None:
     """Whether mean and std of the whole follow from the shards'."""
     if any("sum" not in entry for entry in manifest.shards):
         return "manifest.json lacks the sums of its shards: it is an older one"
-    _, height, width = manifest.latent_shape
-    values = manifest.count * height * width * (1 + manifest.flips)
-    mean = np.sum([entry["sum"] for entry in manifest.shards], 0) / values
-    std = np.sqrt(np.sum([entry["sum_of_squares"] for entry in manifest.shards], 0) / values - mean**2)
+    mean, std = statistics(manifest.shards, manifest.latent_shape, manifest.flips)
     if np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9) and np.allclose(std, manifest.std, rtol=1e-6):
         return None
     return "mean and std of manifest.json are not those of its shards"
