@@ -28,11 +28,16 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """SIGTERM and SIGUSR1 are noted instead of ending the process, for as long as this lasts."""
+    """SIGTERM and SIGUSR1 are noted instead of ending the process, for as long as this lasts, and ignored once it exits.
+
+    A launcher that sees one process leave with a code sends the others SIGTERM, which would kill those that close more slowly."""
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:
         yield request
+    except SystemExit:
+        before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -296,8 +296,8 @@ def main() -> None:
         finished = run(args, accelerator, request, held)
         accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one leaves with a code
         accelerator.end_training()
-    if not finished:
-        sys.exit(STOPPED)
+        if not finished:
+            sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,9 @@ def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
 def test_a_signal_to_one_process_stops_all_after_the_same_step(cache, tmp_path, unbroken):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "train.py", *flags(cache, tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    slow = "import atexit, os, time\nif os.environ.get('RANK') == '0':\n    atexit.register(time.sleep, 2)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)  # the first leaves long after the second, as happens on a busy machine
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: contains(tmp_path / "run/metrics.jsonl", '"step": 4'), seconds=120)
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
