@@ -1,34 +1,52 @@
 """From noise at t = 1 to data at t = 0: guidance, and each solver once (schedules as in REPA's samplers.py).
 
 The state keeps the dtype of the x that comes in (REPA: float64); the network always sees float32.
-B batch; x (B, C, H, W); times are Python floats, so that no step waits for the device."""
+B batch; x (B, ...). With a fixed grid a time is one Python float for all images, so that no step waits for the device; with
+adaptive steps it is (B,), each image having its own."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from interpolant import Path, velocity_to_score
+from interpolant import Path, like, velocity_to_score
 
-Velocity = Callable[[Tensor, float], Tensor]
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, times (B,), labels (B,) -> velocity
+Velocity = Callable[[Tensor, float | Tensor], Tensor]
+
+# The pair RK5(4)7M of Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae", table 2. The last row of stages is
+# also the solution of order 5; ERROR is that minus the one of order 4.
+NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+SMALLEST = 1e-8  # a step of this length is taken whatever its error
 
 
-def guided(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, null_class: int,
-    scale: float = 1.0, low: float = 0.0, high: float = 1.0,
-) -> Velocity:  # fmt: skip
+def guided(model: Model, labels: Tensor, null_class: int, scale: float = 1.0, low: float = 0.0, high: float = 1.0) -> Velocity:
     """Classifier-free guidance (Ho & Salimans 2022) inside the interval low <= t <= high (Kynkaanniemi et al. 2024).
 
     v = v_null + scale (v_class - v_null), both from one doubled batch; scale 1 is the plain conditional model. Since the
-    score is affine in the velocity, guiding the velocity guides the SDE's drift just the same."""
+    score is affine in the velocity, guiding the velocity guides the SDE's drift just the same. With times (B,) the batch is
+    always doubled, and an image outside the interval keeps its v_class: to ask whether any is inside would wait for the
+    device."""
     nulls = torch.full_like(labels, null_class)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        if scale == 1.0 or not low <= t <= high:
-            return model(x.float(), torch.full((len(x),), t, device=x.device), labels).to(x.dtype)
-        times = torch.full((2 * len(x),), t, device=x.device)
-        v, v_null = model(torch.cat((x, x)).float(), times, torch.cat((labels, nulls))).to(x.dtype).chunk(2)
-        return v_null + scale * (v - v_null)
+    def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+        each = isinstance(t, Tensor)
+        times = t.float() if each else torch.full((len(x),), t, device=x.device)
+        if scale == 1.0 or not (each or low <= t <= high):
+            return model(x.float(), times, labels).to(x.dtype)
+        both = model(torch.cat((x, x)).float(), torch.cat((times, times)), torch.cat((labels, nulls)))
+        v, v_null = both.to(x.dtype).chunk(2)
+        v_guided = v_null + scale * (v - v_null)
+        return torch.where(like((low <= t) & (t <= high), x), v_guided, v) if each else v_guided
 
     return velocity
 
@@ -43,6 +61,57 @@ def ode(velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False) -> Te
             x_next = x + (t_next - t) * 0.5 * (v + velocity(x_next, t_next))
         x = x_next
     return x
+
+
+def dopri5(
+    velocity: Velocity, x: Tensor, atol: float = 1e-6, rtol: float = 1e-3, begin: float = 1.0, end: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Probability-flow ODE by Dormand and Prince's pair, with steps of each image's own: (x at the end, evaluations (B,)).
+
+    A step is taken if the root mean square, over an image's numbers, of error / (atol + rtol max(|x|, |x_next|)) is at most
+    1; the next is 0.9 error^(-1/5) times as long, between 0.2 and 10 (Hairer, Norsett & Wanner, Solving ODEs I, sec. II.4).
+    The first is theirs for a velocity of the size of the noise, 1: (0.01 (atol + rtol))^(1/5). atol must be above 0.
+
+    Six evaluations a step, accepted or not, and one before the first. The whole batch is evaluated until its last image has
+    arrived, so that an image does not depend on when others do; each step waits once for the device, to know whether that
+    is so. The estimate of the error takes the velocity to be smooth: see guided_dopri5 for one that jumps. An image that
+    turns NaN goes through in long steps and ends as NaN, as with the other solvers."""
+    t = torch.full((len(x),), begin, dtype=torch.float64, device=x.device)
+    h = torch.full_like(t, (0.01 * (atol + rtol)) ** 0.2)
+    first, evaluations = velocity(x, t), torch.ones_like(t, dtype=torch.int64)
+    while (t > end).any():
+        running, slopes = t > end, [first]
+        h = torch.minimum(h, t - end)
+        length = like(h, x).to(x.dtype)
+        for node, row in zip(NODES, STAGES):
+            x_next = x - length * sum(a * v for a, v in zip(row, slopes))
+            slopes.append(velocity(x_next, t - node * h))
+        error = length * sum(e * v for e, v in zip(ERROR, slopes)) / (atol + rtol * torch.maximum(x.abs(), x_next.abs()))
+        error = error.flatten(1).square().mean(1).sqrt().double()
+        taken = running & (~(error > 1) | (h <= SMALLEST))
+        x = torch.where(like(taken, x), x_next, x)
+        first = torch.where(like(taken, x), slopes[-1], first)  # the last slope of a step is the first of the next
+        t = torch.where(taken, torch.where(h < t - end, t - h, end), t)
+        evaluations = evaluations + 6 * running
+        h = (h * (0.9 * error**-0.2).nan_to_num(10).clamp(0.2, 10)).clamp(min=SMALLEST)
+    return x, evaluations
+
+
+def guided_dopri5(
+    model: Model, labels: Tensor, null_class: int, x: Tensor,
+    scale: float = 1.0, low: float = 0.0, high: float = 1.0, atol: float = 1e-6, rtol: float = 1e-3,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dopri5 with guidance on low <= t <= high, from 1 to high, to low, to 0, each piece of which is smooth.
+
+    In one go, a step across an end of the interval shrinks until the estimate of its error happens to miss the jump: more
+    evaluations, and a far worse end (docs/sampling.md has figures). In pieces the null class is not asked outside, either."""
+    pieces = ((1.0, high, 1.0), (high, low, scale), (low, 0.0, 1.0)) if scale != 1.0 else ((1.0, 0.0, 1.0),)
+    evaluations = torch.zeros_like(labels)
+    for begin, end, strength in pieces:
+        if begin > end:
+            x, count = dopri5(guided(model, labels, null_class, strength), x, atol, rtol, begin, end)
+            evaluations = evaluations + count
+    return x, evaluations
 
 
 def sde(

@@ -88,6 +88,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"models", "preprocessing", "train", "train_state", "world"},
         {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate"},
     ),
+    "experiments": ({*LEAVES, "interpolant", "keyed_random", "samplers"}, {*NUMERIC, "matplotlib"}),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
 }
 

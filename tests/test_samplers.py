@@ -1,43 +1,126 @@
+"""Solvers against what is known exactly: Gaussian data, whose velocity and marginals are given by formulas, integrated once
+more by scipy and by linear recursions that share no code with what is tested."""
+
+import itertools
+import json
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import RK45, solve_ivp
 
+import samplers
+from experiments import solvers
+from experiments.solvers import example, sde_moments
 from interpolant import PATHS
 from keyed_random import Purpose, normal
-from samplers import guided, ode, sde
+from samplers import dopri5, guided, guided_dopri5, ode, sde
+from tests.helpers import ROOT
 
-MEAN, STD = 0.7, 0.5
-
-
-def gaussian_velocity(path):
-    """E[v | x_t] for one-dimensional data N(MEAN, STD^2): exact, so what a sampler gets wrong is the sampler's."""
-
-    def velocity(x, t):
-        alpha, sigma, d_alpha, d_sigma = (float(c) for c in path.coefficients(torch.tensor(t, dtype=torch.float64)))
-        variance = alpha**2 * STD**2 + sigma**2
-        data = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)
-        noise = sigma / variance * (x - alpha * MEAN)
-        return d_alpha * data + d_sigma * noise
-
-    return velocity
+DATA, NULL = example([0.3, 0.7, 1.6]), example([0.5, 1.1, 1.3], seed=1)
+SCALE, LOW, HIGH = 1.8, 0.25 + 1e-6, 0.75 + 1e-6  # grids of 4 n steps then guide on just (0.25, 0.75]
+COEFFICIENTS = {
+    "linear": lambda t: (1 - t, t, -1, 1),
+    "cosine": lambda t: (
+        math.cos(math.pi * t / 2), math.sin(math.pi * t / 2),
+        -math.pi / 2 * math.sin(math.pi * t / 2), math.pi / 2 * math.cos(math.pi * t / 2),
+    ),
+}  # fmt: skip
+both = pytest.mark.parametrize("name", PATHS)
 
 
-def start(n=20_000):
-    return normal(0, Purpose.START, torch.arange(n), (1,))
+def start(n=10, d=3):
+    return normal(0, Purpose.START, torch.arange(n), (d,))
+
+
+def affine(data, name, t, w=0.0):
+    """M and c of the drift M x + c = v - w s / 2 of N(m, S), from how mean and covariance of x_t move: numpy, float64."""
+    alpha, sigma, d_alpha, d_sigma = COEFFICIENTS[name](t)
+    mean, covariance, one = data.mean.numpy(), data.covariance.numpy(), np.eye(3)
+    inverse = np.linalg.inv(alpha**2 * covariance + sigma**2 * one)
+    matrix = (alpha * d_alpha * covariance + sigma * d_sigma * one) @ inverse + w / 2 * inverse
+    return matrix, d_alpha * mean - alpha * matrix @ mean
+
+
+def guided_affine(name, t, w=0.0):
+    """The same under guidance of the drift, inside the interval."""
+    scale = SCALE if LOW <= t <= HIGH else 1
+    (matrix, c), (null_matrix, null_c) = affine(DATA, name, t, w), affine(NULL, name, t, w)
+    return null_matrix + scale * (matrix - null_matrix), null_c + scale * (c - null_c)
+
+
+def integrate(drift, x, edges=(1.0, 0.0)):
+    """x (B, 3) from the first edge to the last, through dx/dt = M x + c, by scipy."""
+    for begin, end in itertools.pairwise(edges):
+
+        def slope(t, y, begin=begin, end=end):
+            matrix, c = drift(min(max(t, end + 1e-9), begin - 1e-9))  # where it jumps at an edge, the side that is meant
+            return (y.reshape(-1, 3) @ matrix.T + c).ravel()
+
+        x = solve_ivp(slope, (begin, end), x.ravel(), method="DOP853", rtol=1e-11, atol=1e-11).y[:, -1].reshape(-1, 3)
+    return torch.from_numpy(x)
+
+
+def recursion(drift, num_steps, last):
+    """Mean and covariance that Euler and Maruyama's scheme gives, x_next = A x + b + noise, from N(0, I)."""
+    times = [*np.linspace(1, last, num_steps), 0.0]
+    mean, covariance = np.zeros(3), np.eye(3)
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+        matrix, c = drift(t, 2 * t)
+        step = np.eye(3) + (t_next - t) * matrix
+        mean, covariance = step @ mean + (t_next - t) * c, step @ covariance @ step.T
+        if i < num_steps - 1:
+            covariance += 2 * t * (t - t_next) * np.eye(3)
+    return torch.from_numpy(mean), torch.from_numpy(covariance)
+
+
+def two_gaussians(name):
+    """A model of float32 numbers whose classes are all DATA, and whose null class, 9, is NULL."""
+    path = PATHS[name]
+
+    def model(x, t, y):
+        assert x.dtype == t.dtype == torch.float32
+        x, t = x.double(), t.double()
+        return torch.where((y == 9)[:, None], NULL.velocity(path)(x, t), DATA.velocity(path)(x, t))
+
+    return model
+
+
+def guided_gaussian(name, n, **interval):
+    return guided(two_gaussians(name), torch.arange(n) % 9, 9, SCALE, **interval)
+
+
+def orders(errors):
+    return [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+
+
+# The ODE
+
+
+@both
+def test_the_flow_is_what_scipy_integrates_and_gives_the_data(name):
+    """The exact answer of the tests below, m + S^(1/2) x, and the velocity they integrate, against an independent form."""
+    torch.testing.assert_close(
+        integrate(lambda t: affine(DATA, name, t), start().numpy()), DATA.flow(start()), atol=1e-8, rtol=0
+    )
+    root = DATA.flow(torch.eye(3).double()) - DATA.mean
+    torch.testing.assert_close(root.T @ root, DATA.covariance)
+    for t in (0.02, 0.5, 1.0):
+        matrix, c = map(torch.from_numpy, affine(DATA, name, t))
+        torch.testing.assert_close(DATA.velocity(PATHS[name])(start(), t), start() @ matrix.T + c)
+
+
+@both
+@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
+def test_order_of_convergence(name, heun, order):
+    errors = [(ode(DATA.velocity(PATHS[name]), start(), n, heun) - DATA.flow(start())).abs().max() for n in (32, 64, 128)]
+    assert errors[-1] < (4e-2, 3e-3)[heun] and orders(errors) == pytest.approx([order] * 2, abs=0.2)
 
 
 @pytest.mark.parametrize("heun", [False, True])
 def test_ode_is_exact_on_constant_velocity(heun):
-    x = start(10)
-    torch.testing.assert_close(ode(lambda x, t: torch.full_like(x, 3.0), x, 7, heun), x - 3)
-
-
-@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
-def test_order_of_convergence(heun, order):
-    path, x = PATHS["linear"], start(10)
-    exact = MEAN + STD * x  # the ODE's map between Gaussians
-    errors = [(ode(gaussian_velocity(path), x, n, heun) - exact).abs().max() for n in (32, 64, 128)]
-    for coarse, fine in zip(errors, errors[1:]):
-        assert torch.log2(coarse / fine).item() == pytest.approx(order, abs=0.25)
+    torch.testing.assert_close(ode(lambda x, t: torch.full_like(x, 3.0), start(), 7, heun), start() - 3)
 
 
 def test_evaluations_are_where_repa_has_them():
@@ -48,13 +131,106 @@ def test_evaluations_are_where_repa_has_them():
         assert times == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_sde_samples_the_data(path):
-    x = start()
-    index = torch.arange(len(x))
-    samples = sde(gaussian_velocity(path), path, x, 250, lambda i: normal(0, Purpose.BROWNIAN, index, (1,), draw=i))
-    assert samples.mean().item() == pytest.approx(MEAN, abs=0.02)
-    assert samples.std().item() == pytest.approx(STD, abs=0.02)
+# Adaptive steps
+
+
+def test_tableau_is_scipys():
+    for i, row in enumerate(samplers.STAGES[:-1]):
+        assert row == pytest.approx(RK45.A[i + 1, : i + 1], rel=1e-15)
+    assert samplers.STAGES[-1] == pytest.approx(RK45.B, rel=1e-15)
+    assert samplers.NODES[:-1] == pytest.approx(RK45.C[1:], rel=1e-15) and samplers.NODES[-1] == 1
+    assert np.abs(samplers.ERROR) == pytest.approx(np.abs(RK45.E), rel=1e-15)
+    assert sum(samplers.ERROR) == pytest.approx(0, abs=1e-15)
+
+
+@both
+def test_dopri5_follows_its_tolerance_at_the_cost_of_scipys(name):
+    """scipy's RK45 has the same pair, norm and factors, but another first step, which costs it one evaluation more."""
+    path, x = PATHS[name], start(8)
+    velocity = DATA.velocity(path)
+    for rtol in (1e-3, 1e-6, 1e-9):
+        end, evaluations = dopri5(velocity, x, rtol / 1000, rtol)
+        assert (end - DATA.flow(x)).abs().max() < 20 * rtol
+        runs = [
+            solve_ivp(
+                lambda t, y: velocity(torch.from_numpy(y)[None], t)[0].numpy(), (1, 0), row, "RK45", rtol=rtol, atol=rtol / 1000
+            )
+            for row in x.numpy()
+        ]
+        assert evaluations.double().mean().item() == pytest.approx(
+            np.mean([run.nfev for run in runs]), rel=0.2 if rtol == 1e-3 else 0.1
+        )
+
+
+def relaxing(rates):
+    """Every number of image i runs after sin(3 t) at the rate rates[i]."""
+    return lambda x, t: rates[:, None] * (x - torch.sin(3 * t)[:, None])
+
+
+def test_an_image_has_its_own_steps():
+    """Alone or beside a stiff one, to the bit; its count of evaluations is its own too."""
+    rates, x = torch.tensor([1.0, 400.0, 3.0]).double(), start(3, 16)
+    calls = []
+    end, evaluations = dopri5(lambda y, t: calls.append(t) or relaxing(rates)(y, t), x, 1e-8, 1e-6)
+    assert len(calls) == evaluations.max() == evaluations[1] > 4 * evaluations[0]
+    assert all(bool((t >= 0).all()) for t in calls)
+    for i in range(3):
+        alone, count = dopri5(relaxing(rates[i : i + 1]), x[i : i + 1], 1e-8, 1e-6)
+        assert torch.equal(alone[0], end[i]) and count.item() == evaluations[i]
+
+
+def test_an_image_that_turns_nan_ends_and_leaves_the_others_alone():
+    def velocity(x, t):
+        v = relaxing(torch.ones(2).double())(x, t)
+        return torch.where((t < 0.5)[:, None] & (torch.arange(2) == 0)[:, None], torch.nan, v)
+
+    end, _ = dopri5(velocity, start(2))
+    alone, _ = dopri5(relaxing(torch.ones(1).double()), start(2)[1:])
+    assert end[0].isnan().all() and torch.equal(end[1], alone[0])
+
+
+def test_dopri5_crosses_a_jump():
+    """As at the end of a guidance interval: however tight the tolerance, it ends."""
+    end, evaluations = dopri5(lambda x, t: torch.where(t < 0.3, 1.0, 5.0)[:, None].to(x).expand_as(x), start(2), 1e-13, 0)
+    torch.testing.assert_close(end, start(2) - 5 * 0.7 - 0.3, atol=1e-7, rtol=0)
+    assert evaluations.max() < 500
+
+
+# The SDE
+
+
+@both
+def test_sdes_moments_are_those_of_the_scheme(name):
+    """Exact, no sampling: the map from start and noise to sample, against the linear recursion of mean and covariance."""
+    for num_steps, last in ((2, 0.5), (25, 0.04)):
+        moments = sde_moments(DATA.velocity(PATHS[name]), PATHS[name], 3, num_steps, last)
+        expected = recursion(lambda t, w: affine(DATA, name, t, w), num_steps, last)
+        torch.testing.assert_close(moments, expected, rtol=0, atol=1e-12)
+
+
+@both
+def test_sde_has_weak_order_one(name):
+    """With a last step that shrinks with the others, mean and covariance tend to the data's; it does not at 0.04 for ever."""
+
+    def error(num_steps, last):
+        mean, covariance = sde_moments(DATA.velocity(PATHS[name]), PATHS[name], 3, num_steps, last)
+        return max((mean - DATA.mean).abs().max(), (covariance - DATA.covariance).abs().max()).item()
+
+    errors = [error(n, 1 / n) for n in (50, 100, 200)]
+    assert errors[-1] < 0.02 and orders(errors) == pytest.approx([1, 1], abs=0.2)
+
+
+@both
+def test_sdes_samples_have_the_predicted_moments(name):
+    """Drawn as sample_ddp.py draws them; each moment within four of its standard errors."""
+    n, steps, path = 10_000, 40, PATHS[name]
+    index = torch.arange(n)
+    samples = sde(DATA.velocity(path), path, start(n), steps, lambda i: normal(0, Purpose.BROWNIAN, index, (3,), draw=i))
+    mean, covariance = recursion(lambda t, w: affine(DATA, name, t, w), steps, 0.04)
+    variances = covariance.diagonal()
+    assert ((samples.mean(0) - mean).abs() < 4 * (variances / n).sqrt()).all()
+    standard_errors = ((variances[:, None] * variances + covariance**2) / n).sqrt()
+    assert ((torch.cov(samples.T) - covariance).abs() < 4 * standard_errors).all()
 
 
 def test_sde_schedule_is_repas():
@@ -65,9 +241,12 @@ def test_sde_schedule_is_repas():
         times.append(t)
         return x
 
-    sde(velocity, PATHS["linear"], start(2), 25, lambda i: draws.append(i) or torch.zeros(2, 1))
+    sde(velocity, PATHS["linear"], start(2), 25, lambda i: draws.append(i) or torch.zeros(2, 3))
     torch.testing.assert_close(torch.tensor(times), torch.linspace(1, 0.04, 25))
     assert draws == list(range(24))
+
+
+# Guidance
 
 
 def labelled(x, t, y):
@@ -76,33 +255,93 @@ def labelled(x, t, y):
 
 
 def test_scale_one_is_no_guidance_and_never_asks_for_the_null_class():
-    asked = []
-    velocity = guided(lambda x, t, y: asked.append(y) or labelled(x, t, y), torch.tensor([0, 1]), 9, scale=1.0)
-    assert torch.equal(velocity(torch.zeros(2, 1), 0.5), torch.full((2, 1), 3.0))
-    assert len(asked) == 1 and not (asked[0] == 9).any()
+    for t in (0.5, torch.tensor([0.5, 0.1]).double()):
+        asked = []
+        velocity = guided(lambda x, t, y, asked=asked: asked.append(y) or labelled(x, t, y), torch.tensor([0, 1]), 9, scale=1.0)
+        assert torch.equal(velocity(torch.zeros(2, 1), t), torch.full((2, 1), 3.0))
+        assert len(asked) == 1 and not (asked[0] == 9).any()
 
 
 def test_guidance_formula_and_interval():
-    velocity = guided(labelled, torch.tensor([0, 1]), 9, scale=2.5, low=0.2, high=0.8)
-    for t, expected in ((0.2, 6.0), (0.5, 6.0), (0.8, 6.0), (0.19, 3.0), (0.81, 3.0)):
-        assert torch.equal(velocity(torch.zeros(2, 1), t), torch.full((2, 1), expected)), t
+    times, expected = [0.2, 0.5, 0.8, 0.19, 0.81], torch.tensor([[6.0], [6.0], [6.0], [3.0], [3.0]])
+    velocity = guided(labelled, torch.arange(5), 9, scale=2.5, low=0.2, high=0.8)
+    for t, one in zip(times, expected):
+        assert torch.equal(velocity(torch.zeros(5, 1), t), one.expand(5, 1)), t
+    assert torch.equal(
+        velocity(torch.zeros(5, 1), torch.tensor(times, dtype=torch.float64)), expected
+    )  # each image at its own time
 
 
-def test_guiding_the_velocity_guides_the_drift():
-    """REPA guides v - w s / 2; the score is affine in v, so both are the same."""
-    path, x, t = PATHS["linear"], start(4), torch.full((4,), 0.6, dtype=torch.float64)
-    from interpolant import velocity_to_score
+def test_the_null_class_is_not_asked_outside_the_interval():
+    asked = []
+    velocity = guided(lambda x, t, y: asked.append(len(y)) or labelled(x, t, y), torch.tensor([0, 1]), 9, 2.0, 0.2, 0.8)
+    for t in (0.1, 0.5, 0.9):
+        velocity(torch.zeros(2, 1), t)
+    assert asked == [2, 4, 2]
 
-    v, v_null = torch.randn(2, 4, 1, dtype=torch.float64)
 
-    def drift(v):
-        return v - 0.6 * velocity_to_score(path, v, x, t)
+@both
+def test_guided_ode_is_the_guided_flow(name):
+    """Guidance between two Gaussians is affine again, and inside an interval scipy integrates it piece by piece."""
+    x, model = start(6), two_gaussians(name)
+    exact = integrate(lambda t: guided_affine(name, t), x.numpy(), (1.0, HIGH, LOW, 0.0))
+    assert (exact - DATA.flow(x)).abs().max() > 0.3
+    errors = [(ode(guided_gaussian(name, 6, low=LOW, high=HIGH), x, n) - exact).abs().max() for n in (32, 64, 128)]
+    assert errors[-1] < 4e-2 and orders(errors) == pytest.approx([1, 1], abs=0.2)
+    end, _ = guided_dopri5(model, torch.arange(6), 9, x, SCALE, LOW, HIGH, 1e-6, 1e-6)
+    torch.testing.assert_close(end, exact, atol=2e-5, rtol=0)
+    fine, _ = guided_dopri5(model, torch.arange(6), 9, x, SCALE, atol=1e-6, rtol=1e-6)
+    errors = [(ode(guided_gaussian(name, 6), x, n, heun=True) - fine).abs().max() for n in (32, 64, 128)]
+    assert errors[-1] < 5e-3 and orders(errors) == pytest.approx([2, 2], abs=0.3)
 
-    torch.testing.assert_close(drift(v_null + 2 * (v - v_null)), drift(v_null) + 2 * (drift(v) - drift(v_null)))
+
+@both
+def test_guided_sdes_moments_are_those_of_the_guided_drift(name):
+    """REPA guides v - w s / 2; the score is affine in v, so guiding v is the same."""
+    rows = 1 + 3 * 24
+    moments = sde_moments(guided_gaussian(name, rows, low=LOW, high=HIGH), PATHS[name], 3, 24, 0.04)
+    expected = recursion(lambda t, w: guided_affine(name, t, w), 24, 0.04)
+    torch.testing.assert_close(moments, expected, rtol=0, atol=1e-5)  # the network sees float32
+
+
+# All of them
 
 
 def test_state_keeps_its_dtype_and_the_network_sees_float32():
     seen = []
-    velocity = guided(lambda x, t, y: seen.append(x.dtype) or labelled(x, t, y), torch.tensor([0, 1]), 9, scale=2.0)
-    assert ode(velocity, torch.zeros(2, 1, dtype=torch.float64), 2).dtype == torch.float64
-    assert set(seen) == {torch.float32}
+
+    def model(x, t, y):
+        seen.append((x.dtype, t.dtype))
+        return labelled(x, t, y)
+
+    velocity = guided(model, torch.tensor([0, 1]), 9, scale=2.0)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(2, 1, dtype=dtype)
+        ends = (
+            ode(velocity, x, 2),
+            dopri5(velocity, x)[0],
+            sde(velocity, PATHS["linear"], x, 2, lambda i: torch.ones(2, 1).double()),
+        )
+        assert {end.dtype for end in ends} == {dtype}
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_no_step_of_a_fixed_grid_waits_for_the_device():
+    """On the meta device there is nothing to wait for: asking for a value is an error."""
+    x, labels = torch.empty(2, 3, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    velocity = guided(lambda x, t, y: x * t[:, None] + y[:, None], labels, 9, 2.0, LOW, HIGH)
+    assert ode(velocity, x, 4, heun=True).is_meta and sde(velocity, PATHS["cosine"], x, 4, lambda i: x).is_meta
+    assert velocity(x, torch.empty(2, device="meta")).is_meta
+    with pytest.raises(RuntimeError):
+        dopri5(velocity, x)
+
+
+def test_the_documents_figures_are_those_that_were_measured():
+    """docs/solvers.json is what `python -m experiments.solvers` wrote; spot checks that it would write the same now."""
+    figures = json.loads((ROOT / "docs/solvers.json").read_text())
+    assert solvers.table(figures) in (ROOT / "docs/sampling.md").read_text()
+    data = example(solvers.STDS)
+    end = ode(data.velocity(PATHS["linear"]), solvers.begin(data), 16, heun=True)
+    assert solvers.distance(data, end, data.flow(solvers.begin(data))) == pytest.approx(
+        figures["ode"]["linear"]["Heun"]["error"][solvers.BUDGETS.index(32)], rel=1e-3
+    )

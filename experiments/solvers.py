@@ -1,0 +1,246 @@
+"""How far each solver ends from the exact answer, over what it costs, on Gaussian data, for which everything is known.
+
+python -m experiments.solvers --out docs/solvers.png
+
+Data N(m, S), D numbers. x_t is then Gaussian with mean alpha m and covariance V = alpha^2 S + sigma^2 I, and the velocity is
+affine in x. Writes the picture and, beside it, the figures as JSON. A few seconds on a CPU."""
+
+import io
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cli
+from cli import UserError
+from files import write_file
+from interpolant import PATHS, like
+from interpolant import Path as Interpolant
+from keyed_random import Purpose, normal
+from samplers import Velocity, dopri5, guided, guided_dopri5, ode, sde
+
+
+class Gaussian(NamedTuple):
+    """N(m, S) by its mean (D,), principal axes, the columns of (D, D), and standard deviations along them (D,)."""
+
+    mean: Tensor
+    axes: Tensor
+    std: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.axes * self.std**2 @ self.axes.T
+
+    def velocity(self, path: Interpolant) -> Velocity:
+        """E[v | x_t] = alpha' E[x | x_t] + sigma' E[eps | x_t], for x (B, D) and one time or (B,) of them."""
+
+        def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+            times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
+            alpha, sigma, d_alpha, d_sigma = path.coefficients(like(times, x))
+            away = (x - alpha * self.mean) @ self.axes / (alpha**2 * self.std**2 + sigma**2)  # V^-1 (x - alpha m), in the axes
+            data = self.mean + alpha * (self.std**2 * away) @ self.axes.T
+            return d_alpha * data + d_sigma * sigma * away @ self.axes.T
+
+        return velocity
+
+    def flow(self, x: Tensor) -> Tensor:
+        """Where the ODE takes noise x (B, D). Along an axis (x_t - alpha m) / V^(1/2) stays what it is, so to m + S^(1/2) x:
+        each quantile of the noise becomes the same quantile of the data."""
+        return self.mean + x @ self.axes * self.std @ self.axes.T
+
+
+def example(stds: list[float], seed: int = 0) -> Gaussian:
+    """With these standard deviations along axes that are none of the coordinates'."""
+    d = len(stds)
+    draw = normal(seed, Purpose.NOISE, torch.arange(d + 1), (d,))
+    return Gaussian(draw[0], torch.linalg.qr(draw[1:])[0], torch.tensor(stds, dtype=torch.float64))
+
+
+def sde_moments(velocity: Velocity, path: Interpolant, d: int, num_steps: int, last: float) -> tuple[Tensor, Tensor]:
+    """The mean (D,) and covariance (D, D) of `sde`'s samples, exact and without drawing any, for a velocity affine in x.
+
+    The sample is then affine in the start and in every step's noise: one row of a batch gives the constant, one row for
+    each number of start and noise gives a column."""
+    rows = 1 + d * num_steps
+    impulses = torch.eye(rows, dtype=torch.float64)[:, 1:].reshape(rows, num_steps, d)
+    end = sde(velocity, path, impulses[:, 0], num_steps, lambda i: impulses[:, 1 + i], last)
+    columns = end[1:] - end[0]
+    return end[0], columns.T @ columns
+
+
+STDS = [0.1, 0.4, 0.8, 1.5]
+IMAGES = 256
+BUDGETS = [8, 16, 32, 64, 128, 256, 512]  # network evaluations
+TOLERANCES = [10.0**-k for k in range(1, 9)]  # rtol; atol is a thousandth, as in the SiT repository (1e-6 to 1e-3)
+SDE_BUDGETS = [8, 16, 32, 64, 128, 250, 512]  # SiT's and REPA's tables have 250
+LAST = {"last step 0.04": lambda n: 0.04, "last step 1 / n": lambda n: 1 / n}
+
+
+def begin(data: Gaussian) -> Tensor:
+    """Noise, the same for all solvers: (IMAGES, D)."""
+    return normal(0, Purpose.START, torch.arange(IMAGES), data.mean.shape)
+
+
+def distance(data: Gaussian, end: Tensor, exact: Tensor) -> float:
+    """Root mean square, in units of the data's standard deviation."""
+    return ((end - exact).square().mean() / data.std.square().mean()).sqrt().item()
+
+
+def ode_figures(data: Gaussian, path: Interpolant) -> dict[str, dict[str, list]]:
+    """Solver -> network evaluations, and how far the images end from the exact ones."""
+    start, velocity = begin(data), data.velocity(path)
+    error = partial(distance, data, exact=data.flow(start))
+    adaptive = [dopri5(velocity, start, rtol / 1000, rtol) for rtol in TOLERANCES]
+    counts = torch.stack([count for _, count in adaptive]).double()
+    return {
+        "Euler": {"evaluations": BUDGETS, "error": [error(ode(velocity, start, n)) for n in BUDGETS]},
+        "Heun": {
+            "evaluations": [n - 1 for n in BUDGETS],
+            "error": [error(ode(velocity, start, n // 2, heun=True)) for n in BUDGETS],
+        },
+        "dopri5": {
+            "evaluations": counts.amax(1).tolist(), "of an image, mean": counts.mean(1).tolist(), "rtol": TOLERANCES,
+            "error": [error(end) for end, _ in adaptive],
+        },
+    }  # fmt: skip
+
+
+def sde_figures(data: Gaussian, path: Interpolant, last: Callable[[int], float]) -> dict[str, list]:
+    """Evaluations, and |C - S| / |S| in Frobenius norm, C being the covariance of the samples."""
+
+    def error(n: int) -> float:
+        _, covariance = sde_moments(data.velocity(path), path, len(data.mean), n, last(n))
+        return ((covariance - data.covariance).norm() / data.covariance.norm()).item()
+
+    return {"evaluations": SDE_BUDGETS, "error": [error(n) for n in SDE_BUDGETS]}
+
+
+def interval_figures(data: Gaussian, null: Gaussian, path: Interpolant, low: float = 0.25, high: float = 0.75) -> dict:
+    """dopri5 with guidance in an interval, taken in one go and in pieces: tolerance, evaluations of an image, error.
+
+    The exact end is that of pieces at a tolerance a thousand times finer, which a test holds to scipy's."""
+    start, labels = begin(data), torch.zeros(IMAGES, dtype=torch.int64)
+    classes = data.velocity(path), null.velocity(path)
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        v, v_null = (velocity(x.double(), t.double()) for velocity in classes)
+        return torch.where(like(y == 1, x), v_null, v)
+
+    guidance = {"scale": 2.0, "low": low, "high": high}
+    in_pieces = partial(guided_dopri5, model, labels, 1, start, **guidance)
+    exact, _ = in_pieces(atol=1e-10, rtol=1e-7)
+    figures: dict = {**guidance, "rtol": [1e-3, 1e-4]}
+    for how, solve in {"one go": partial(dopri5, guided(model, labels, 1, **guidance), start), "pieces": in_pieces}.items():
+        ends = [solve(atol=rtol / 1000, rtol=rtol) for rtol in figures["rtol"]]
+        figures[how] = {
+            "evaluations": [count.double().mean().item() for _, count in ends],
+            "error": [distance(data, end, exact) for end, _ in ends],
+        }
+    return figures
+
+
+def order(figures: dict[str, list]) -> float:
+    """Minus the slope of the error over the evaluations, both as logarithms, at the finest two."""
+    (n0, n1), (e0, e1) = np.log(figures["evaluations"][-2:]), np.log(figures["error"][-2:])
+    return -(e1 - e0) / (n1 - n0)
+
+
+def measure() -> dict:
+    """All figures, to four digits."""
+    data = example(STDS)
+    odes = {name: ode_figures(data, path) for name, path in PATHS.items()}
+    sdes = {name: {how: sde_figures(data, path, last) for how, last in LAST.items()} for name, path in PATHS.items()}
+    orders = {name: {solver: order(odes[name][solver]) for solver in ("Euler", "Heun")} for name in PATHS}
+    for name in PATHS:
+        orders[name]["Euler-Maruyama"] = order(sdes[name]["last step 1 / n"])
+    interval = interval_figures(data, example([0.5, 0.9, 1.1, 1.4], seed=1), PATHS["linear"])
+    what = {"standard deviations": STDS, "images": IMAGES}
+    return rounded({**what, "ode": odes, "sde": sdes, "order": orders, "interval": interval})
+
+
+def table(figures: dict) -> str:
+    """The rows of docs/sampling.md."""
+    rows = []
+    for name in PATHS:
+        solved, adaptive, how = figures["ode"][name], figures["ode"][name]["dopri5"], figures["sde"][name]
+        at = {solver: solved[solver]["error"][BUDGETS.index(64)] for solver in ("Euler", "Heun")}
+        k, published = adaptive["rtol"].index(1e-3), SDE_BUDGETS.index(250)
+        orders = ", ".join(f"{value:.2f}" for value in figures["order"][name].values())
+        rows.append(
+            f"| {name} | {orders} | {at['Euler']:.2g} | {at['Heun']:.2g} | "
+            f"{adaptive['error'][k]:.2g} at {adaptive['of an image, mean'][k]:.0f} (at most {adaptive['evaluations'][k]:.0f}) | "
+            f"{how['last step 0.04']['error'][published]:.2%} | {how['last step 1 / n']['error'][published]:.2%} |"
+        )
+    return "\n".join(rows)
+
+
+def rounded(value: dict | list | float) -> dict | list | float:
+    """Every number to four digits, so that another machine's last bit changes nothing."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else float(f"{value:.4g}")
+
+
+def draw(figures: dict, out: Path) -> None:
+    """The ODE on either path, then the SDE on both; dashed, what the order of a solver promises."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    for axis, (name, solvers) in zip(axes, figures["ode"].items()):
+        axis.set_title(f"ODE, {name} path")
+        for (solver, curve), p, color in zip(solvers.items(), (1, 2, 5), ("C0", "C1", "C2")):
+            axis.plot(curve["evaluations"], curve["error"], color, marker="o", markersize=3.5, label=solver)
+            slope(axis, curve, p)
+        axis.set_ylim(1e-10, 2)
+    axes[0].set_ylabel("error of an image (RMS, data's std = 1)")
+    axes[2].set_title("SDE, Euler-Maruyama")
+    axes[2].set_ylabel("error of the covariance, relative")
+    for (name, ways), color in zip(figures["sde"].items(), ("C3", "C4")):
+        for (how, curve), style in zip(ways.items(), ("-", ":")):
+            axes[2].plot(
+                curve["evaluations"], curve["error"], color, linestyle=style, marker="o", markersize=3.5, label=f"{name}, {how}"
+            )
+    slope(axes[2], figures["sde"]["linear"]["last step 1 / n"], 1)
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", xlabel="network evaluations", xlim=(6, 1000))
+        axis.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="lower left")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    plt.close(figure)
+    write_file(out, png.getvalue())
+
+
+def slope(axis, curve: dict[str, list], p: int) -> None:
+    """A dashed line falling as evaluations^-p, beside the finest three points."""
+    n, error = np.array(curve["evaluations"][-3:]), curve["error"][-1]
+    line = (0.3 if p > 2 else 2.5) * error * (n / n[-1]) ** -float(p)
+    axis.plot(n, line, "0.5", linestyle="--", linewidth=1)
+    axis.annotate(f"order {p}", (n[-1], line[-1]), (4, -3), textcoords="offset points", color="0.35", fontsize=8.5)
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__, "python -m experiments.solvers", "--out PICTURE.png")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write; the figures go beside it as .json")
+    args = parser.parse_args()
+    if args.out.suffix != ".png":
+        raise UserError(f"--out {args.out} must end in .png")
+    figures = measure()
+    write_file(args.out.with_suffix(".json"), json.dumps(figures, indent=1).encode() + b"\n")
+    draw(figures, args.out)
+    print(f"solvers: {args.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
