@@ -88,7 +88,7 @@ def dopri5(
             slopes.append(velocity(x_next, t - node * h))
         error = length * sum(e * v for e, v in zip(ERROR, slopes)) / (atol + rtol * torch.maximum(x.abs(), x_next.abs()))
         error = error.flatten(1).square().mean(1).sqrt().double()
-        taken = running & (~(error > 1) | (h <= SMALLEST))
+        taken = ~(error > 1) | (h <= SMALLEST)  # of an image that has arrived: h is 0
         x = torch.where(like(taken, x), x_next, x)
         first = torch.where(like(taken, x), slopes[-1], first)  # the last slope of a step is the first of the next
         t = torch.where(taken, torch.where(h < t - end, t - h, end), t)
