@@ -1,6 +1,7 @@
 """Inception features as ADM's evaluator takes them, through torch-fidelity's port of the TensorFlow graph.
 
-The port resizes as TensorFlow 1 does and its weights are converted from the same graph file. B batch."""
+The port resizes as TensorFlow 1 does and its weights are converted from the same graph file, classify_image_graph_def.pb, whose
+names are those below. B batch."""
 
 import pickle
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cli import UserError
+from evaluations.metrics import no_tf32
+from files import sha256
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -31,16 +34,20 @@ def find_weights(path: Path | None) -> Path:
 
 
 class InceptionFeatures(torch.nn.Module):
-    """(B, 3, H, W) uint8 -> pool_3 (B, 2048), spatial (B, 2023), class probabilities (B, 1008).
+    """(B, 3, H, W) uint8 -> pool_3 (B, 2048), spatial (B, 2023), class probabilities (B, 1008). In fp32 whatever surrounds it.
 
-    Spatial is mixed_6/conv, its first 7 channels, 17 x 17 x 7 flattened with the channel last. Probabilities are softmax of
-    the logits without their bias, as in ADM."""
+    Spatial is mixed_6/conv, its first 7 channels, 17 x 17 x 7 flattened with the channel last (_create_feature_graph of ADM).
+    The scope of a convolution in the graph holds Conv2D, batchnorm, CheckNumerics, control_dependency, and, under the scope's
+    own name, what they end in: its ReLU. So it is the output of Mixed_6d.branch1x1 here, not negative. Probabilities are the
+    softmax of pool_3 times softmax/weights, without softmax/biases (_create_softmax_graph). `weights_sha256` is the file's."""
 
     def __init__(self, weights: Path | None = None):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        self.network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], str(find_weights(weights)))
+        file = find_weights(weights)
+        self.weights_sha256 = sha256(file)
+        self.network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], str(file))
         self.spatial = torch.empty(0)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -49,5 +56,6 @@ class InceptionFeatures(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pool, logits = self.network(images)
-        return pool, self.spatial, logits.softmax(1)
+        with torch.autocast(images.device.type, enabled=False), no_tf32():
+            pool, logits = self.network(images)
+            return pool, self.spatial, logits.softmax(1)
