@@ -1,6 +1,6 @@
 """SiT backbone (Ma et al. 2024, arXiv:2401.08740), a DiT (arXiv:2212.09748) that predicts velocity.
 
-Parameter names, shapes and initialisation are those of the SiT and REPA repositories, so that their checkpoints load.
+Parameter names, shapes and initialisation are those of the SiT and REPA repositories: models/official.py loads theirs.
 B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, K classes."""
 
 import math
@@ -174,17 +174,3 @@ class SiT(nn.Module):
                 features = tokens
         velocity = self.unpatchify(self.final_layer(tokens, c))
         return velocity if return_block is None else (velocity, features)
-
-
-def official_state_dict(state: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:
-    """A state dict of the SiT, REPA or SRA repositories -> one that SiT(config) loads strictly.
-
-    Drops DDP's prefix, projectors, and the half of the output layer that holds SiT's learned sigma. It does not turn time:
-    a model from the SiT repository is v(x, t) = -model(x, 1 - t), one from REPA or SRA is v(x, t) = model(x, t)."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith(("projectors.", "ap_head."))}
-    p, c = config.patch, config.channels
-    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if len(state[key]) == 2 * p * p * c:
-            state[key] = state[key].unflatten(0, (p * p, 2 * c))[:, :c].flatten(0, 1)
-    return state

@@ -12,7 +12,7 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} &
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
 SCRIPTS = {
     "train", "sample_ddp", "preprocessing.encode_latents", "preprocessing.import_repa", "preprocessing.verify",
-    "evaluations.evaluate", "evaluations.curves",
+    "evaluations.evaluate", "evaluations.curves", "evaluations.export",
 }  # fmt: skip
 NUMERIC = {"torch", "numpy"}
 LEAVES = {"cli", "files", "machine"}  # they import nothing of ours; anyone may use them
@@ -29,6 +29,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "latent_cache": ({"files", "machine"}, {*NUMERIC, "tqdm"}),
     "dataset": ({"keyed_random", "latent_cache"}, NUMERIC),
     "checkpoint": ({"files"}, {"torch", "safetensors"}),
+    "pretrained": ({"checkpoint", "cli", "files", "models"}, {"torch"}),
     "train_state": ({"checkpoint", "files"}, {"torch"}),
     "loss": ({"interpolant"}, {"torch"}),
     "samplers": ({"interpolant"}, {"torch"}),
@@ -69,7 +70,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {*NUMERIC, "PIL", "tqdm", "pyarrow"},
     ),
     "evaluations": (
-        {*LEAVES, "evaluations", "preprocessing"},
+        {*LEAVES, "checkpoint", "evaluations", "models", "preprocessing", "pretrained"},
         {*NUMERIC, "tqdm", "safetensors", "torch_fidelity", "matplotlib"},
     ),
     "benchmarks": (
@@ -122,6 +123,12 @@ def test_evaluations_take_from_preprocessing_only_how_images_are_read():
             "preprocessing.images",
             "preprocessing.sources",
         }
+
+
+def test_of_evaluations_only_the_export_knows_networks_of_ours():
+    for path in (ROOT / "evaluations").glob("*.py"):
+        networks = {name for name in imports(path) if name.split(".")[0] in ("checkpoint", "models", "pretrained")}
+        assert not networks or path.stem in ("export", "card"), f"{path.name} imports {networks}"
 
 
 def test_our_tests_are_not_shadowed():
