@@ -28,9 +28,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """SIGTERM and SIGUSR1 are noted instead of ending the process, for as long as this lasts, and ignored once it exits.
+    """SIGTERM and SIGUSR1 are noted instead of ending the process, for as long as this lasts; when it exits, ignored.
 
-    A launcher that sees one process leave with a code sends the others SIGTERM, which would kill those that close more slowly."""
+    A launcher that sees one process leave with a code sends the others SIGTERM, which would kill those that close later."""
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:

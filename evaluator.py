@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError
-from evaluations.compare import compare, load_reference
+from evaluations.compare import compare
 from evaluations.features import gather, load_extractor
 from evaluations.metrics import NEIGHBOURS
+from evaluations.references import cache_folder, load_references
 from files import sha256
 from latent_cache import Manifest
 from models.autoencoder import Autoencoder
@@ -32,7 +33,8 @@ class Evaluator:
         self, args: argparse.Namespace, manifest: Manifest, vae: Autoencoder, dtype: torch.dtype, rank: int, processes: int
     ):
         """dtype: of the network's products while it samples. Raises UserError."""
-        self.recipe = Recipe(args.eval_mode, args.eval_heun, args.eval_num_steps, args.eval_cfg_scale, path_type=args.path_type)
+        steps, scale = args.eval_num_steps, args.eval_cfg_scale
+        self.recipe = Recipe(args.eval_mode, args.eval_heun, num_steps=steps, cfg_scale=scale, path_type=args.path_type)
         self.recipe.check("--eval-")
         if args.eval_samples <= NEIGHBOURS:
             raise UserError(
@@ -50,12 +52,16 @@ class Evaluator:
         )
         self.reference = None
         if rank == 0:
-            self.reference = load_reference(
-                args.eval_reference, self.features, self.network, side, self.size, self.device, "--eval-reference"
-            )
+            if not args.eval_reference.exists():
+                raise UserError(f"--eval-reference {args.eval_reference} does not exist")
+            digest = sha256(args.eval_reference)
+            self.reference = load_references(
+                args.eval_reference, digest, {self.features: self.network}, side, self.size, self.device, "--eval-reference",
+                cache_folder(),
+            )[self.features]  # fmt: skip
             self.identity = {
                 "samples": self.count, "features": self.features, "reference": str(args.eval_reference),
-                "reference_sha256": sha256(args.eval_reference), "solver": self.recipe.solver,
+                "reference_sha256": digest, "solver": self.recipe.solver,
                 "num_steps": self.recipe.num_steps, "cfg_scale": self.recipe.cfg_scale, "labels": self.recipe.labels,
                 "seed": self.recipe.seed, "batch_size": self.size, "dtype": str(dtype).removeprefix("torch."),
                 "allow_tf32": args.allow_tf32,
@@ -83,9 +89,8 @@ class Evaluator:
             for first in range(0, self.count, step):
                 begin = first + self.rank * self.size
                 index = torch.arange(begin, begin + self.size, device=self.device)
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    latents = self.recipe.latents(model, index)
-                outputs = self.network(self.vae.decode(latents).permute(0, 3, 1, 2))
+                images = self.vae.decode(self.recipe.latents(model, index, self.dtype)).permute(0, 3, 1, 2).contiguous()
+                outputs = self.network(images)
                 yield tuple(gather_all(output) for output in outputs)
                 bar.update(min(step, self.count - first))
                 if gather_all(torch.tensor([int(stopped())], device=self.device)).any():

@@ -5,7 +5,8 @@ import fcntl
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +42,34 @@ def write_array(path: Path, array: np.ndarray) -> str:
     for part in data:
         digest.update(part)
     return digest.hexdigest()
+
+
+def write_npz(path: Path, blocks: Iterable[np.ndarray], shape: tuple[int, ...], **arrays: np.ndarray) -> None:
+    """ADM's file: arr_0 uint8 of `shape`, whose rows come in blocks, so that it is never in memory; and other arrays. Appears
+    whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                rows = 0
+                for block in blocks:
+                    file.write(np.ascontiguousarray(block))
+                    rows += len(block)
+                assert rows == shape[0], (rows, shape)
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.save(file, array)
+        fsync(partial)
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+    fsync(path.parent)
 
 
 class Lines:

@@ -1,4 +1,4 @@
-"""Samples images from a checkpoint into ADM's .npz, on one process or many.
+"""Samples images from a checkpoint into ADM's .npz, on one process or many, and measures them if asked.
 
     torchrun --nproc_per_node 8 sample_ddp.py --ckpt exps/sit-xl2-sra2 --num-fid-samples 50000
 
@@ -7,23 +7,26 @@ batch is a file of its own until all are there, so an interrupted run goes on wh
 
 import argparse
 import json
-import os
-import shutil
-import zipfile
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from checkpoint import CheckpointError, ema_name, find_checkpoint, load_weights, read_config
+import pretrained
+from checkpoint import CheckpointError
 from cli import UserError
-from files import sha256, write_array, write_file
-from grid import labelled_grid, save_png
+from evaluations.suite import Suite, add_flags, identity_of, read_result, table, write_result
+from files import sha256
+from interpolant import PATHS
 from models.autoencoder import Autoencoder
-from models.sit import SiT, SiTConfig
-from sampling import LABELS, Recipe
+from models.sit import SiT, SiTBlock, SiTConfig
+from sample_store import Done, SampleStore
+from sampling import STATES, Recipe
 from world import World
 
 
@@ -31,167 +34,268 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, "sample_ddp.py", "--ckpt PATH")
     # fmt: off
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", type=Path, required=True, help="a run (exps/NAME: its newest checkpoint) or one checkpoint of it")
+    add("--ckpt", type=Path, required=True,
+        help="a run (exps/NAME: its newest checkpoint), one checkpoint of it, an ema.safetensors, what evaluations.export "
+             "wrote, or a .pt of the SiT, REPA or SRA repositories")
     add("--ema-decay", type=cli.decay, help="which average, of a run that keeps several (default: its first)")
+    add("--model", help="of a .pt alone: its architecture, like SiT-XL/2")
+    add("--origin", choices=("sit", "repa", "sra"), help="of a .pt that does not tell: the repository it is from")
+    add("--path-type", choices=sorted(PATHS), help="of a .pt that does not tell: the path it was trained on")
     add("--vae", help="hub id or folder of the decoder (default: the one that made the training latents)")
-    add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
 
     add = parser.add_argument_group("what to sample").add_argument
     add("--num-fid-samples", type=cli.positive, default=50_000, help="images")
-    add("--labels", choices=LABELS, default="random", help="classes drawn uniformly, or as many of each")
+    add("--labels", default="random",
+        help="random: drawn uniformly; balanced: as many of each; a class, like 207; or a file of one for each image (.txt, "
+             ".npy, .json, or another .npz of samples)")
     add("--global-seed", type=cli.seed, default=0, help="with an image's index, decides its noise and its class")
 
     add = parser.add_argument_group("sampler").add_argument
     add("--mode", choices=("sde", "ode"), default="sde", help="Euler-Maruyama, or the probability-flow ODE by Euler")
     add("--heun", action="store_true", help="ODE by Heun's method instead of Euler's")
+    add("--dopri5", action="store_true", help="ODE with steps that adapt to each image, instead of --num-steps")
     add("--num-steps", type=cli.positive, default=250, help="steps from noise to data")
+    add("--atol", type=cli.above_zero, default=1e-6, help="absolute tolerance of --dopri5")
+    add("--rtol", type=cli.amount, default=1e-3, help="relative tolerance of --dopri5")
     add("--cfg-scale", type=cli.amount, default=1.0, help="classifier-free guidance; 1 is none")
     add("--guidance-low", type=cli.fraction, default=0.0, help="guide only for t at or above this (0 is data)")
     add("--guidance-high", type=cli.fraction, default=1.0, help="guide only for t at or below this (1 is noise)")
 
+    add = parser.add_argument_group("arithmetic").add_argument
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the network's products")
+    add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products and convolutions on GPUs")
+    add("--state-dtype", choices=sorted(STATES), default="float32", help="of the image between two steps (REPA: float64)")
+    add("--compile", action="store_true", help="compile the network's blocks")
+
     add = parser.add_argument_group("work and files").add_argument
-    add("--per-proc-batch-size", type=cli.positive, default=32, help="images a process makes at once")
+    add("--per-proc-batch-size", type=cli.positive, default=32, help="images made at once")
     add("--sample-dir", type=Path, default=Path("samples"), help="where NAME.npz, NAME.json and NAME.png go")
     add("--name", help="name of the files (default: made of the run, the step and the sampler's flags)")
+    add("--png", action="store_true", help="also write each image to NAME/INDEX.png")
+    add("--no-npz", action="store_true", help="with --evaluate: keep only the picture and the numbers")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--evaluate", type=Path, help="a reference to compare with, as evaluations.evaluate --reference takes it")
+    add_flags(add)
     # fmt: on
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.no_npz and not args.evaluate:
+        raise UserError("--no-npz keeps nothing of the samples: add --evaluate PATH")
+    return args
 
 
-def describe(args: argparse.Namespace, checkpoint: Path, config: dict, vae: Autoencoder, recipe: Recipe) -> dict:
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """What the flags say of sampling. Raises UserError."""
+    recipe = Recipe(
+        args.mode, args.heun, args.dopri5, args.num_steps, args.atol, args.rtol, args.cfg_scale, args.guidance_low,
+        args.guidance_high, args.labels, args.global_seed, state=args.state_dtype,
+    )  # fmt: skip
+    recipe.check()
+    return recipe
+
+
+def describe(args: argparse.Namespace, source: pretrained.Pretrained, vae: Autoencoder, recipe: Recipe, device) -> dict:
     """All that decides what the images are: NAME.json, and what evaluation copies into metrics.json."""
-    decay = config["ema_decay"][0] if args.ema_decay is None else args.ema_decay
+    given = Path(recipe.labels)
+    adaptive = recipe.dopri5
     return {
-        "checkpoint": str(checkpoint), "ema_sha256": sha256(checkpoint / ema_name(config, args.ema_decay)),
-        "model": config["model_name"], "step": config["step"], "images_seen": config["step"] * config["batch_size"],
-        "ema_decay": decay, "path_type": recipe.path_type, "mode": recipe.mode,
-        "solver": recipe.solver, "num_steps": recipe.num_steps, "cfg_scale": recipe.cfg_scale,
+        **source.identity, "path_type": recipe.path_type, "mode": recipe.mode, "solver": recipe.solver,
+        "num_steps": None if adaptive else recipe.num_steps, "atol": recipe.atol if adaptive else None,
+        "rtol": recipe.rtol if adaptive else None, "cfg_scale": recipe.cfg_scale,
         "guidance_low": recipe.guidance_low, "guidance_high": recipe.guidance_high,
-        "labels": recipe.labels, "global_seed": recipe.seed, "count": args.num_fid_samples,
-        "per_proc_batch_size": args.per_proc_batch_size, "vae": vae.name, "vae_fingerprint": vae.fingerprint(),
-        "allow_tf32": args.allow_tf32, "class_names": config["data"]["class_names"],
+        "labels": recipe.labels, "labels_sha256": sha256(given) if recipe.listed is not None else None,
+        "global_seed": recipe.seed, "count": args.num_fid_samples, "per_proc_batch_size": args.per_proc_batch_size,
+        "vae": vae.name, "vae_fingerprint": vae.fingerprint(), "mixed_precision": args.mixed_precision,
+        "allow_tf32": args.allow_tf32, "state_dtype": recipe.state, "compile": args.compile,
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__,
+        },
+        "class_names": source.class_names,
     }  # fmt: skip
 
 
-def write_npz(path: Path, parts: list[Path], labels: np.ndarray, count: int) -> None:
-    """ADM's file, streamed: arr_0 (count, H, W, 3) uint8 in the order of the index, arr_1 (count,) int64 the classes."""
-    partial = path.with_name(f".{path.name}.partial")
-    shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for k, part in enumerate(parts):
-                    images = np.load(part)
-                    file.write(images[: count - k * len(images)].tobytes())
-            with archive.open("arr_1.npy", "w") as file:
-                np.save(file, labels)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+def default_name(args: argparse.Namespace, source: pretrained.Pretrained, recipe: Recipe) -> str:
+    """run-step-solver-guidance-labels-seed."""
+    steps = "" if recipe.dopri5 else recipe.num_steps
+    guidance = f"-cfg{recipe.cfg_scale:g}" if recipe.cfg_scale > 1 else ""
+    if guidance and (recipe.guidance_low, recipe.guidance_high) != (0, 1):
+        guidance += f"-from{recipe.guidance_low:g}-to{recipe.guidance_high:g}"
+    labels = {"random": "", "balanced": "-balanced"}.get(recipe.labels)
+    if labels is None:
+        labels = f"-class{recipe.labels}" if recipe.listed is None else f"-{Path(recipe.labels).stem}"
+    return f"{source.name}-{recipe.solver}{steps}{guidance}{labels}-seed{recipe.seed}"
 
 
-def draw_grid(path: Path, parts: list[Path], labels: np.ndarray, what: dict, rows: int = 10, columns: int = 10) -> None:
-    """The first images of each class, a class a row; of more than ten classes, ten spread over all that occur."""
-    size = what["per_proc_batch_size"]
-    present = np.unique(labels)
-    chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)]
-    pictures = []
-    for k in chosen:
-        numbers = np.flatnonzero(labels == k)[:columns]
-        images = np.stack([np.load(parts[i // size], mmap_mode="r")[i % size] for i in numbers])
-        pictures.append((what["class_names"][k], images))
-    title = f"{what['model']} · step {what['step']:,} · {what['solver']} {what['num_steps']} · seed {what['global_seed']}"
-    if what["cfg_scale"] > 1:
-        title += f" · guidance {what['cfg_scale']:g}"
-    save_png(labelled_grid(pictures, title), path)
+class Stopped(Exception):
+    """Another batch failed, or somebody pressed Ctrl-C."""
 
 
-def claim(parts: Path, npz: Path, what: dict) -> bool:
-    """Whether NAME is finished already. Records what is being sampled; raises UserError if NAME is something else's."""
-    done = npz.exists() and npz.with_suffix(".json").exists()
-    record = npz.with_suffix(".json") if done else parts / "sampling.json"
-    if not done and not list(parts.glob("*.npy")):  # nothing is made yet that could be mixed with
-        write_file(record, json.dumps(what, indent=2).encode())
-        return False
-    old = json.loads(record.read_text()) if record.exists() else {}
-    changed = "; ".join(f"{key} was {old.get(key)}, is {what[key]}" for key in what if old.get(key) != what[key])
-    if changed:
-        raise UserError(f"{npz if done else parts} was sampled otherwise: {changed}. Remove it or give another --name")
-    return done
+class Worker:
+    """Makes batches, from their number to their file; called by several threads, each with a batch of its own."""
+
+    def __init__(self, model: SiT, vae: Autoencoder, recipe: Recipe, dtype: torch.dtype, store: SampleStore, done: Done,
+                 networks: dict[str, torch.nn.Module], device: torch.device):  # fmt: skip
+        self.model, self.vae, self.recipe, self.dtype, self.store, self.done = model, vae, recipe, dtype, store, done
+        self.networks, self.device, self.stop, self.local = networks, device, threading.Event(), threading.local()
+
+    def check(self) -> None:
+        """Raises Stopped when `stop` is set."""
+        if self.stop.is_set():
+            raise Stopped
+
+    def __call__(self, k: int) -> None:
+        """Batch k: samples and decodes it if it is not stored yet, asks the networks that have not seen it, writes it."""
+        self.check()
+        fresh = k not in self.done.images
+        with self._stream():
+            images = self._sample(k) if fresh else torch.from_numpy(self.store.images(k)).to(self.device)
+            features = {}
+            if k not in self.done.features:
+                seen = images.permute(0, 3, 1, 2).contiguous()  # as evaluations.evaluate has them
+                features = {name: tuple(map(_host, network(seen))) for name, network in self.networks.items()}
+            images = _host(images)
+        self.store.write(k, images, features, fresh)
+
+    def _sample(self, k: int) -> Tensor:
+        """The last batch is padded with the numbers that follow: every batch runs the same kernels."""
+        size = self.store.size
+        index = torch.arange(k * size, (k + 1) * size, device=self.device)
+        return self.vae.decode(self.recipe.latents(self.model, index, self.dtype, self.check))
+
+    def _stream(self):
+        """Each thread's own on a GPU, so that one samples while the other decodes, copies and writes."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self.local, "stream"):
+            torch.cuda.set_device(self.device)
+            self.local.stream = torch.cuda.Stream()
+        return torch.cuda.stream(self.local.stream)
+
+
+def _host(tensor: Tensor):
+    return tensor.cpu().numpy()
+
+
+def make(worker: Worker, mine: list[int], threads: int, warm_up: bool, bar: tqdm, images: int) -> None:
+    """All batches of this process; `images` go to the bar with each."""
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            if warm_up and mine:  # compiles once, not in every thread
+                pool.submit(worker, mine[0]).result()
+                bar.update(images)
+                mine = mine[1:]
+            for future in as_completed([pool.submit(worker, k) for k in mine]):
+                future.result()
+                bar.update(images)
+        except BaseException:
+            worker.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main() -> None:
     args = parse_args()
-    recipe = Recipe(
-        args.mode,
-        args.heun,
-        args.num_steps,
-        args.cfg_scale,
-        args.guidance_low,
-        args.guidance_high,
-        args.labels,
-        args.global_seed,
-    )
-    recipe.check()
+    recipe = make_recipe(args)
     world = World()
-    rank, processes = world.rank, world.processes
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+    device = world.device()
+    cuda = device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-
+    if not cuda:
+        torch.set_num_threads(1)  # a sum's order, and so its last bit, depends on how many share it: threads take whole batches
     try:
-        checkpoint = world.first(lambda: find_checkpoint(args.ckpt))  # a run that goes on may save another one meanwhile
-        config = read_config(checkpoint)
-        recipe = recipe._replace(path_type=config["path_type"])
-        model = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
-        load_weights(model, checkpoint / ema_name(config, args.ema_decay))
-        vae = Autoencoder(args.vae or config["data"]["vae"], device)
+        path = world.first(lambda: pretrained.find(args.ckpt))  # a run that goes on may save another one meanwhile
+        source = pretrained.load(path, args.ema_decay, args.model, args.origin, args.path_type)
+        vae = Autoencoder(args.vae or source.vae, device)
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"--ckpt {args.ckpt}: {error}" if isinstance(error, CheckpointError) else str(error)) from None
-    what = describe(args, checkpoint, config, vae, recipe)
-    if what["vae_fingerprint"] != config["data"]["vae_fingerprint"]:
-        raise UserError(
-            f"--vae {vae.name} is not the one that made the training latents ({config['data']['vae']}): its weights differ"
-        )
-    model.to(device)
+    model = source.model.to(device)
+    recipe = recipe._replace(path_type=source.path_type).with_labels(model.config.num_classes, args.num_fid_samples)
+    what = describe(args, source, vae, recipe, device)
+    check_vae(vae, what["vae_fingerprint"], source, model.config)
+    if args.compile:
+        for module in model.modules():
+            if isinstance(module, SiTBlock):
+                module.compile()
 
-    guidance = f"-cfg{args.cfg_scale:g}" if args.cfg_scale > 1 else ""
-    if guidance and (args.guidance_low, args.guidance_high) != (0, 1):
-        guidance += f"-from{args.guidance_low:g}-to{args.guidance_high:g}"
-    run = checkpoint.parent.parent.name
-    average = f"-ema{what['ema_decay']}" if what["ema_decay"] != config["ema_decay"][0] else ""
-    name = args.name or f"{run}-{checkpoint.name}{average}-{recipe.solver}{args.num_steps}{guidance}-seed{args.global_seed}"
-    parts, npz = args.sample_dir / f"{name}.parts", args.sample_dir / f"{name}.npz"
-    if claim(parts, npz, what):
-        if rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)
-            print(f"{npz} is complete: {args.num_fid_samples:,} images")
-        world.close()
-        return
-
-    size = args.per_proc_batch_size
-    files = [parts / f"{k:06d}.npy" for k in range(-(-args.num_fid_samples // size))]
-    mine = [k for k in range(rank, len(files), processes) if not files[k].exists()]
-    with tqdm(total=len(mine) * size * processes, unit="img", desc="sampling", disable=rank > 0, smoothing=0.05) as bar:
-        for k in mine:  # the last batch is padded with the indices that follow: every batch runs the same kernels
-            index = torch.arange(k * size, (k + 1) * size, device=device)
-            write_array(files[k], vae.decode(recipe.latents(model, index)).cpu().numpy())
-            bar.update(size * processes)
-    world.barrier()
-    if rank == 0:
-        labels = recipe.classes(torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
-        write_npz(npz, files, labels, args.num_fid_samples)
-        draw_grid(npz.with_suffix(".png"), files, labels, what)
-        write_file(npz.with_suffix(".json"), json.dumps(what, indent=2).encode())
-        shutil.rmtree(parts)
-        print(f"{npz}: {args.num_fid_samples:,} images; look at {npz.with_suffix('.png')}")
+    name = args.name or default_name(args, source, recipe)
+    suite = None
+    if args.evaluate:
+        side = model.config.latent_size * vae.factor
+        size = args.per_proc_batch_size
+        suite = Suite(args, args.evaluate, "--evaluate", (side, side), "the model", size, device, world)
+    networks = suite.networks if suite else {}
+    store = SampleStore(args.sample_dir, name, what, list(networks), not args.no_npz, args.png)
+    labels = recipe.classes(torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
+    store.choose(labels)
+    with ExitStack() as held:
+        done = world.first(lambda: store.claim(held))
+        store.open()
+        if suite and world.first(lambda: evaluated(store, suite)):
+            done = done._replace(features=set(store.batches))
+        to_do = store.to_do(done)
+        mine = to_do[world.rank :: world.processes]
+        worker = Worker(model, vae, recipe, {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision], store, done,
+                        networks, device)  # fmt: skip
+        threads = max(1, world.cores // world.local_processes)
+        if cuda:
+            threads = 1 if suite and args.allow_tf32 else 2  # networks switch TF32 off, in all threads at once
+        size = args.per_proc_batch_size
+        with tqdm(total=len(to_do) * size, unit="img", desc="sampling", disable=world.rank > 0, smoothing=0.05) as bar:
+            make(worker, mine, threads, args.compile, bar, size * world.processes)
+        world.barrier()
+        if world.rank == 0:
+            finish(args, store, suite, labels, made=bool(to_do))
     world.close()
+
+
+def check_vae(vae: Autoencoder, fingerprint: str, source: pretrained.Pretrained, config: SiTConfig) -> None:
+    """Raises UserError for another decoder than the training latents' own, as far as that is known."""
+    if source.vae_fingerprint not in (None, fingerprint):
+        raise UserError(f"--vae {vae.name} is not the one that made the training latents ({source.vae}): its weights differ")
+    if vae.channels != config.channels:
+        raise UserError(f"--vae {vae.name} decodes {vae.channels} channels, the model makes {config.channels}")
+
+
+def metrics_path(store: SampleStore) -> Path:
+    return store.npz.with_suffix(".metrics.json")
+
+
+def identity(store: SampleStore, suite: Suite) -> dict:
+    """What metrics.json says beside the numbers."""
+    kept = store.keep_images
+    return json.loads(json.dumps({
+        "samples": str(store.npz) if kept else None, "samples_sha256": sha256(store.npz) if kept else None,
+        "count": store.count, **suite.identity,
+        "sampling": {key: value for key, value in store.what.items() if key != "class_names"},
+    }))  # fmt: skip
+
+
+def evaluated(store: SampleStore, suite: Suite) -> bool:
+    """Whether metrics.json holds the numbers of just these samples already."""
+    old = read_result(metrics_path(store))
+    if not old or (store.keep_images and (store.finished is None or store.finished.count < store.count)):
+        return False
+    return identity_of(old) == identity(store, suite)
+
+
+def finish(args: argparse.Namespace, store: SampleStore, suite: Suite | None, labels, made: bool) -> None:
+    """By the first process, when every batch is there: the files, the numbers, a word on the screen."""
+    store.finish(labels)
+    result = None
+    if suite:
+        result, who = read_result(metrics_path(store)), identity(store, suite)
+        if identity_of(result) != who:
+            result = {**suite.judge(store.all_features(), labels), **who}
+            write_result(metrics_path(store), result)
+    store.clear()
+    if args.no_npz:
+        print(f"{store.count:,} images, not kept; look at {store.png_grid}")
+    elif made:
+        print(f"{store.npz}: {store.count:,} images; look at {store.png_grid}")
+    else:
+        print(f"{store.npz} is complete: {store.count:,} images")
+    if result:
+        print(f"{table(result)}\n  written to {metrics_path(store)}")
 
 
 if __name__ == "__main__":

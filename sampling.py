@@ -1,7 +1,12 @@
 """From a network to latents: what sample_ddp.py, and evaluation while training, both do to a batch of image numbers."""
 
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,9 +14,9 @@ from cli import UserError
 from interpolant import PATHS
 from keyed_random import Purpose, normal, uniform
 from models.sit import SiT
-from samplers import guided, ode, sde
+from samplers import guided, guided_dopri5, ode, sde
 
-LABELS = ("random", "balanced")
+STATES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Recipe(NamedTuple):
@@ -19,18 +24,25 @@ class Recipe(NamedTuple):
 
     mode: str = "sde"
     heun: bool = False
+    dopri5: bool = False
     num_steps: int = 250
+    atol: float = 1e-6
+    rtol: float = 1e-3
     cfg_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
-    labels: str = "random"
+    labels: str = "random"  # or balanced, or one class, or a file of a class for each number
     seed: int = 0
     path_type: str = "linear"
+    state: str = "float32"  # of x between two steps; REPA's is float64
+    listed: Tensor | None = None  # (n,) what the file of labels holds
 
     @property
     def solver(self) -> str:
         """Its name in records and file names."""
-        return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
+        if self.mode == "sde":
+            return "euler-maruyama"
+        return "dopri5" if self.dopri5 else "heun" if self.heun else "euler"
 
     def check(self, flag: str = "--") -> None:
         """Raises UserError, with `flag` before the names of the flags at fault."""
@@ -38,28 +50,65 @@ class Recipe(NamedTuple):
             raise UserError(f"{flag}cfg-scale {self.cfg_scale} is below 1; 1 is no guidance")
         if self.guidance_low > self.guidance_high:
             raise UserError(f"{flag}guidance-low {self.guidance_low} lies above {flag}guidance-high {self.guidance_high}")
-        if self.heun and self.mode == "sde":
-            raise UserError(f"{flag}heun is an ODE solver: add {flag}mode ode")
+        for name in ("heun", "dopri5"):
+            if getattr(self, name) and self.mode == "sde":
+                raise UserError(f"{flag}{name} is an ODE solver: add {flag}mode ode")
+        if self.heun and self.dopri5:
+            raise UserError(f"{flag}heun and {flag}dopri5 are two solvers: name one")
         if self.mode == "sde" and self.num_steps < 2:
             raise UserError(
                 f"{flag}num-steps 1 is too few for {flag}mode sde, "
                 "which ends with one deterministic step after at least one other"
             )
 
+    def with_labels(self, num_classes: int, count: int) -> "Recipe":
+        """The recipe, its labels read and found to be classes of the model. Raises UserError."""
+        if self.labels in ("random", "balanced"):
+            return self
+        listed = None
+        if self.labels.isdecimal():
+            given = np.array([int(self.labels)])
+        else:
+            given = read_labels(Path(self.labels))
+            listed = torch.from_numpy(given)
+            if len(given) < count:
+                raise UserError(f"--labels {self.labels} holds {len(given):,} classes, --num-fid-samples asks for {count:,}")
+        wrong = given[(given < 0) | (given >= num_classes)]
+        if len(wrong):
+            raise UserError(f"--labels {self.labels}: {wrong[0]} is no class; the model has 0 to {num_classes - 1}")
+        return self._replace(listed=listed)
+
     def classes(self, index: Tensor, num_classes: int) -> Tensor:
         """The class of each image: numbers (B,) -> (B,)."""
+        if self.listed is not None:  # a last batch is padded with numbers beyond the end
+            return self.listed.to(index.device)[index.clamp(max=len(self.listed) - 1)]
+        if self.labels.isdecimal():
+            return torch.full_like(index, int(self.labels))
         if self.labels == "balanced":
             return index % num_classes
         return (uniform(self.seed, Purpose.CLASS, index) * num_classes).long().clamp(max=num_classes - 1)
 
     @torch.no_grad()
-    def latents(self, model: SiT, index: Tensor) -> Tensor:
-        """Numbers (B,) -> latents (B, C, H, W), float64, on the numbers' device."""
+    def latents(
+        self, model: SiT, index: Tensor, dtype: torch.dtype = torch.float32, check: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Numbers (B,) -> latents (B, C, H, W), of the state's dtype, on the numbers' device.
+
+        dtype: of the network's products. check: called before each evaluation of the network; what it raises ends the work."""
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
-        start = normal(self.seed, Purpose.START, index, shape)
+        start = normal(self.seed, Purpose.START, index, shape).to(STATES[self.state])
         labels = self.classes(index, config.num_classes)
-        velocity = guided(model, labels, config.num_classes, self.cfg_scale, self.guidance_low, self.guidance_high)
+
+        def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            check()
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                return model(x, t, y)
+
+        guidance = self.cfg_scale, self.guidance_low, self.guidance_high
+        if self.dopri5:
+            return guided_dopri5(network, labels, config.num_classes, start, *guidance, self.atol, self.rtol)[0]
+        velocity = guided(network, labels, config.num_classes, *guidance)
         if self.mode == "ode":
             return ode(velocity, start, self.num_steps, self.heun)
 
@@ -67,3 +116,25 @@ class Recipe(NamedTuple):
             return normal(self.seed, Purpose.BROWNIAN, index, shape, draw=step)
 
         return sde(velocity, PATHS[self.path_type], start, self.num_steps, brownian)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """A class for each image: .npy, .npz (arr_1, as samples have it), .json (a list) or text with white space between.
+    (n,) int64. Raises UserError."""
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path)
+        elif path.suffix == ".npz":
+            with np.load(path) as content:
+                values = content["arr_1"]
+        elif path.suffix == ".json":
+            values = np.array(json.loads(path.read_text()))
+        else:
+            values = np.array([int(word) for word in path.read_text().split()])
+        if values.ndim != 1 or not len(values) or not np.array_equal(values, values.astype(np.int64)):
+            raise ValueError("not a list of whole numbers")
+    except FileNotFoundError:
+        raise UserError(f"--labels {path} is neither random, balanced, a class nor a file") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"--labels {path} cannot be read as a class for each image ({error})") from None
+    return values.astype(np.int64)

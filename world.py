@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from machine import cores
@@ -37,6 +38,14 @@ class World:
         if self.processes > 1:  # of words between hosts only, and one may be days behind another
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 
+    def device(self) -> torch.device:
+        """This process's own: a GPU of this machine, if there is one, and then the default of this process."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+
     def broadcast(self, value: Any) -> Any:
         """What the first process gives, on all."""
         values = [value]
@@ -64,6 +73,14 @@ class World:
         if self.processes > 1:
             with unless_one_ended():
                 dist.all_gather_object(values, value)
+        return values
+
+    def collect(self, value: Any) -> list | None:
+        """What each process gives, in their order, on the first; None on the others."""
+        values = [value] * self.processes if self.rank == 0 else None
+        if self.processes > 1:
+            with unless_one_ended():
+                dist.gather_object(value, values)
         return values
 
     def barrier(self) -> None:

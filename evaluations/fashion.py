@@ -6,8 +6,12 @@ B batch, F = 128 features, K = 10 classes."""
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from evaluations.metrics import no_tf32
+from files import sha256
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist" / "classifier.safetensors"
 RESOLUTION = 32
@@ -35,12 +39,14 @@ class GarmentClassifier(nn.Module):
                 f"--features fashion needs 3x{RESOLUTION}x{RESOLUTION} images, got {'x'.join(map(str, images.shape[1:]))}; "
                 "use --features inception for other images"
             )
-        features = self.body(images.float() / 127.5 - 1).mean((2, 3))
-        return features, self.head(features)
+        with torch.autocast(images.device.type, enabled=False), no_tf32():
+            features = self.body(images.float() / 127.5 - 1).mean((2, 3))
+            return features, self.head(features)
 
 
 def load_classifier(path: Path = WEIGHTS) -> GarmentClassifier:
     """The shipped classifier in eval mode, float32 (stored as float16)."""
     model = GarmentClassifier()
+    model.weights_sha256 = sha256(path)
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
     return model.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ The port resizes as TensorFlow 1 does and its weights are converted from the sam
 names are those below. B batch."""
 
 import pickle
+import threading
 from pathlib import Path
 
 import torch
@@ -48,14 +49,14 @@ class InceptionFeatures(torch.nn.Module):
         file = find_weights(weights)
         self.weights_sha256 = sha256(file)
         self.network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], str(file))
-        self.spatial = torch.empty(0)
+        self.kept = threading.local()  # several threads may be in here, each with a batch of its own
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+        self.kept.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(images.device.type, enabled=False), no_tf32():
             pool, logits = self.network(images)
-            return pool, self.spatial, logits.softmax(1)
+            return pool, self.kept.spatial, logits.softmax(1)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers import make_tree, make_vae, train_flags
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # what is tested is small: a second thread costs more than it gives, on a busy machine very much more
 os.environ.setdefault("TQDM_MININTERVAL", "10")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sra2-tests-")  # where features of references are kept
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluations import curves, evaluate
+from evaluations import curves, evaluate, reference, references
+from evaluations.encoders import TimmFeatures, resize, resize_positions
 from evaluations.fashion import load_classifier
+from evaluations.images import Npz, NpzImages, open_images
 from evaluations.inception import InceptionFeatures
-from evaluations.metrics import statistics
-from tests.helpers import ROOT, make_tree
+from evaluations.metrics import frechet_distance, statistics
+from evaluations.moments import Moments
+from tests.helpers import ROOT, make_tree, torchrun
 
 IMAGES = ROOT / "assets/fashion-mnist/images.zip"
 
@@ -105,9 +108,147 @@ def test_samples_against_themselves(call, tmp_path, monkeypatch):
     assert call(evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion")[0] == 0
     metrics = json.loads((tmp_path / "s.metrics.json").read_text())["metrics"]
     assert metrics["FD-fashion"] == pytest.approx(0, abs=1e-4)
-    monkeypatch.setattr(evaluate, "evaluate", None)  # the same samples and reference again: nothing is done twice
+    monkeypatch.setattr(evaluate, "extract_all", None)  # the same samples and reference again: nothing is done twice
     assert call(evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion")[0] == 0
     assert (metrics["precision"], metrics["recall"], metrics["class_agreement"]) == (1, 1, None)
+
+
+def metrics(path):
+    return json.loads(path.read_text())["metrics"]
+
+
+def test_a_reference_is_looked_at_once(call, tmp_path, monkeypatch):
+    write_samples(tmp_path / "a.npz")
+    write_samples(tmp_path / "b.npz", seed=1)
+    write_samples(tmp_path / "r.npz", seed=2)
+    flags = ["--reference", tmp_path / "r.npz", "--features", "fashion", "--cache-dir", tmp_path / "cache"]
+    assert call(evaluate, tmp_path / "a.npz", *flags)[0] == 0
+    (kept,) = (tmp_path / "cache").iterdir()
+    looked = []
+    extract_all = references.extract_all
+    monkeypatch.setattr(references, "extract_all", lambda *args: looked.append(1) or extract_all(*args))
+    assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and not looked
+    fresh = ["--cache-dir", tmp_path / "other", "--out", tmp_path / "fresh.json"]
+    assert call(evaluate, tmp_path / "b.npz", *flags, *fresh)[0] == 0 and len(looked) == 1
+    assert metrics(tmp_path / "b.metrics.json") == metrics(tmp_path / "fresh.json")
+    kept.write_bytes(kept.read_bytes()[:1000])  # half a file is no file
+    (tmp_path / "b.metrics.json").unlink()
+    assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and len(looked) == 2
+    assert metrics(tmp_path / "b.metrics.json") == metrics(tmp_path / "fresh.json")
+    write_samples(tmp_path / "r.npz", seed=3)  # other images under the same name are another reference
+    assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and len(looked) == 3
+    assert metrics(tmp_path / "b.metrics.json") != metrics(tmp_path / "fresh.json")
+
+
+def test_two_processes_measure_what_one_does(call, tmp_path):
+    write_samples(tmp_path / "s.npz", n=300)
+    write_samples(tmp_path / "r.npz", n=130, seed=1)
+    flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--features", "fashion", "--batch-size", 16]
+    flags += ["--cache-dir", tmp_path / "none", "--out"]
+    torchrun(2, "-m", "evaluations.evaluate", *flags, tmp_path / "two.json")
+    shutil.rmtree(tmp_path / "none")
+    assert call(evaluate, *flags, tmp_path / "one.json")[0] == 0
+    assert metrics(tmp_path / "one.json") == metrics(tmp_path / "two.json")
+    result = json.loads((tmp_path / "one.json").read_text())
+    low, high = result["intervals"]["FD-fashion"]
+    assert low < result["metrics"]["FD-fashion"] < high
+    assert list(result["by_count"]) == []  # of fewer than 500 there is none to tell
+    assert result["reference_name"] is None and len(result["features"]["fashion"]) == 64
+
+
+def test_a_packed_npz_is_read_like_a_plain_one(tmp_path):
+    images = write_samples(tmp_path / "plain.npz", n=50)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
+    plain, packed = (Npz(tmp_path / f"{name}.npz", "samples").images() for name in ("plain", "packed"))
+    assert plain.map is not None and packed.map is None
+    for start, stop in ((0, 8), (8, 16), (40, 56), (4, 9)):
+        expected = images[start:stop].transpose(0, 3, 1, 2)
+        assert np.array_equal(plain.batch(start, stop), expected) and np.array_equal(packed.batch(start, stop), expected)
+
+
+def test_a_reference_in_adms_format_is_of_all_images(call, tmp_path, inception_weights):
+    make_tree(tmp_path / "tree", images=9, side=40)
+    common = ["--inception-weights", inception_weights, "--batch-size", 4]
+    made = ["--images", tmp_path / "tree", "--resolution", 32, "--out", tmp_path / "r.npz", "--keep-images", 5, *common]
+    code, out = call(reference, *made)
+    assert code == 0 and "statistics of 9 images, 5 of them kept" in out, out
+    source = open_images(tmp_path / "tree", 32, "--images")
+    pool, spatial, _ = (x.numpy() for x in InceptionFeatures(inception_weights)(torch.from_numpy(source.batch(0, 9))))
+    with np.load(tmp_path / "r.npz") as content:
+        for key, features in (("", pool), ("_s", spatial)):
+            np.testing.assert_allclose(content[f"mu{key}"], features.mean(0), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(content[f"sigma{key}"], np.cov(features, rowvar=False), rtol=1e-2, atol=1e-5)
+        kept = np.concatenate([source.batch(i, i + 1) for i in (0, 2, 4, 6, 8)]).transpose(0, 2, 3, 1)
+        assert np.array_equal(content["arr_0"], kept)
+    assert call(reference, *made)[0] == 2  # nothing is overwritten
+
+
+def test_moments_are_those_of_all_batches():
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(100, 7)) + 1000).astype(np.float32)  # sums of squares would lose six digits
+    whole, parts = Moments(), [Moments(), Moments(), Moments()]
+    for i, batch in enumerate(np.split(features, [1, 20, 64])):
+        whole.add(torch.from_numpy(batch))
+        parts[i % 2].add(torch.from_numpy(batch))
+    for part in parts[1:]:  # the last has seen nothing, as on the last of many processes
+        parts[0].merge(part)
+    for moments in (whole, parts[0]):
+        mu, sigma = moments.statistics()
+        np.testing.assert_allclose(mu, features.astype(float).mean(0), rtol=1e-14)
+        np.testing.assert_allclose(sigma, np.cov(features.astype(float), rowvar=False), rtol=1e-11, atol=1e-12)
+
+
+def test_networks_of_timm_have_their_own_distance_over_one_reading(call, tmp_path, monkeypatch):
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=0)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    write_samples(tmp_path / "s.npz", 8)
+    write_samples(tmp_path / "r.npz", 9, seed=1)
+    flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--encoder-weights", tmp_path / "w.pth"]
+    read = []
+    batch = NpzImages.batch
+    monkeypatch.setattr(NpzImages, "batch", lambda *args: read.append(args[1]) or batch(*args))
+    more = ["--features", "fashion", "test_vit", "--normalisers", "test_vit=0.5", "fashion=2"]
+    code, out = call(evaluate, *flags, *more)
+    assert code == 0, out
+    assert len(read) == 2  # samples and reference, once each
+    numbers = metrics(tmp_path / "s.metrics.json")
+    assert numbers["FDr"] == pytest.approx((numbers["FD-test_vit"] / 0.5 + numbers["FD-fashion"] / 2) / 2)
+    assert 0 <= numbers["precision-test_vit"] <= 1
+    encoder = TimmFeatures("test_vit", tmp_path / "w.pth")
+    features = []
+    for name in ("s", "r"):
+        with np.load(tmp_path / f"{name}.npz") as content:
+            features.append(encoder(torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2))[0].numpy())
+    assert numbers["FD-test_vit"] == pytest.approx(frechet_distance(*map(statistics, features)))
+
+
+def test_images_are_resized_for_an_encoder_as_pil_does():
+    image = torch.randint(0, 256, (1, 3, 90, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for side in (64, 112):
+        expected = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        ours = resize(image, side)[0].permute(1, 2, 0).numpy()
+        difference = np.abs(ours - np.asarray(expected, float))
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+    assert torch.equal(resize(image[..., :70, :], 70), image[..., :70, :].float())
+
+
+def test_dinov2_positions_are_stretched_by_its_own_factor():
+    """Bicubic interpolation leaves a straight line almost straight: where patch i of 16 lies among 37 can be read off it, to
+    0.05 (torch's kernel), where a factor of 16 / 37 would be 0.2 away at the end."""
+    import timm
+
+    network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
+    column = torch.arange(37.0).repeat(37)
+    with torch.no_grad():
+        network.pos_embed[0, 0], network.pos_embed[0, 1:, 0] = 7, column
+    resize_positions(network, 224)
+    assert network.pos_embed.shape == (1, 257, 384) and network.pos_embed[0, 0, 0] == 7
+    expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
+    torch.testing.assert_close(network.pos_embed[0, 1:17, 0][1:-1], expected[1:-1], atol=0.06, rtol=0)
+    assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
 
 
 def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
@@ -120,7 +261,7 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
     (tmp_path / "broken.npz").write_bytes(b"PK")
     torch.save({"a": print}, tmp_path / "evil.pth")
     write_samples(tmp_path / "few.npz", n=3)
-    make_tree(tmp_path / "bad", images=3)
+    make_tree(tmp_path / "bad", images=6)
     (tmp_path / "bad/class1/001.png").write_bytes(b"no image")
     cases = [
         (
@@ -138,6 +279,15 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
         (["none.npz", "--reference", "s.npz"], "none.npz does not exist"),
         (["s.npz", "--reference", "few.npz", "--features", "fashion"], "--reference few.npz holds 3 images"),
         (["s.npz", "--reference", "bad", "--features", "fashion"], r"--reference bad: class1/001\.png cannot be used"),
+        (
+            ["s.npz", "--reference", "s.npz", "--features", "dinov2-x"],
+            "dinov2-x is no network that timm knows; near it: dinov2-",
+        ),
+        (["s.npz", "--reference", "s.npz", "--features", "test_vit"], "timm cannot load test_vit .*fetch it with"),
+        (["s.npz", "--reference", "s.npz", "--features", "fashion", "fashion"], "each only once"),
+        (["s.npz", "--reference", "s.npz", "--features", "fashion", "--normalisers", "x=1"], "--normalisers x: there is no"),
+        (["s.npz", "--reference", "s.npz", "--normalisers", "x=0"], "x=0 is not a network's name"),
+        (["s.npz", "--reference", "s.npz", "--features", "fashion", "--encoder-weights", "s.npz"], "names 0 of timm's"),
     ]
     monkeypatch.chdir(tmp_path)
     import re

@@ -12,7 +12,7 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} &
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
 SCRIPTS = {
     "train", "sample_ddp", "preprocessing.encode_latents", "preprocessing.import_repa", "preprocessing.verify",
-    "evaluations.evaluate", "evaluations.curves", "evaluations.export",
+    "evaluations.evaluate", "evaluations.curves", "evaluations.export", "evaluations.reference", "evaluations.report",
 }  # fmt: skip
 NUMERIC = {"torch", "numpy"}
 LEAVES = {"cli", "files", "machine"}  # they import nothing of ours; anyone may use them
@@ -38,7 +38,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "guard": ({"cli"}, {"torch"}),
     "flops": ({"models"}, {"torch"}),
     "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
-    "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
+    "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, NUMERIC),
+    "sample_store": ({*LEAVES, "evaluations", "grid"}, {"numpy", "PIL", "safetensors"}),
     "evaluator": ({*LEAVES, "latent_cache", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "latent_cache", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
     "monitor": ({"checkpoint", "evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
@@ -62,16 +63,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "accelerate", "wandb"},
     ),
     "sample_ddp": (
-        {*LEAVES, "checkpoint", "grid", "models", "sampling", "world"},
-        {*NUMERIC, "tqdm"},
+        {*LEAVES, "checkpoint", "evaluations", "interpolant", "models", "pretrained", "sample_store", "sampling", "world"},
+        {"torch", "tqdm"},
     ),
     "preprocessing": (
         {*LEAVES, "grid", "keyed_random", "latent_cache", "models", "preprocessing", "world"},
         {*NUMERIC, "PIL", "tqdm", "pyarrow"},
     ),
     "evaluations": (
-        {*LEAVES, "checkpoint", "evaluations", "models", "preprocessing", "pretrained"},
-        {*NUMERIC, "tqdm", "safetensors", "torch_fidelity", "matplotlib"},
+        {*LEAVES, "checkpoint", "evaluations", "models", "preprocessing", "pretrained", "world"},
+        {*NUMERIC, "tqdm", "timm", "safetensors", "torch_fidelity", "matplotlib"},
     ),
     "benchmarks": (
         {

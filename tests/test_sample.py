@@ -1,5 +1,10 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -7,8 +12,9 @@ import torch
 from PIL import Image
 
 import sample_ddp
+from evaluations import evaluate
 from models.sit import SiT
-from tests.helpers import make_vae, torchrun
+from tests.helpers import ROOT, make_vae, torchrun
 
 
 def flags(trained, folder, *more):
@@ -48,7 +54,7 @@ def images(folder, name="s"):
 def test_adm_npz_grid_and_record(call, trained, tmp_path):
     code, out = call(sample_ddp, *flags(trained, tmp_path, "--labels", "balanced", "--cfg-scale", 2.0))
     assert code == 0, out
-    name = "trained-0000002-euler-maruyama3-cfg2-seed0"
+    name = "trained-0000002-euler-maruyama3-cfg2-balanced-seed0"
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.json", f"{name}.npz", f"{name}.png"]
     pixels, labels = images(tmp_path, name)
     assert pixels.shape == (11, 32, 32, 3) and pixels.dtype == np.uint8
@@ -60,7 +66,16 @@ def test_adm_npz_grid_and_record(call, trained, tmp_path):
     assert Image.open(tmp_path / f"{name}.png").width > 4 * 64
 
 
-@pytest.mark.parametrize("mode", [["--mode", "sde"], ["--mode", "ode"], ["--mode", "ode", "--heun"]])
+MODES = [
+    "--mode sde",
+    "--mode ode",
+    "--mode ode --heun",
+    "--mode ode --dopri5",
+    "--mode sde --state-dtype float64 --cfg-scale 3",
+]
+
+
+@pytest.mark.parametrize("mode", [mode.split() for mode in MODES])
 def test_an_image_depends_on_seed_and_index_alone(call, trained, tmp_path, mode):
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", *mode))[0] == 0
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "few", *mode), "--num-fid-samples", 6)[0] == 0
@@ -73,14 +88,111 @@ def test_an_image_depends_on_seed_and_index_alone(call, trained, tmp_path, mode)
     assert len({image.tobytes() for image in whole}) == 11
 
 
-def test_two_processes_give_the_images_of_one(trained, tmp_path):
-    torchrun(1, "sample_ddp.py", *flags(trained, tmp_path, "--name", "one"))
-    torchrun(2, "sample_ddp.py", *flags(trained, tmp_path, "--name", "two"))
-    for a, b in zip(images(tmp_path, "one"), images(tmp_path, "two")):
-        assert np.array_equal(a, b)
+def test_killed_on_two_processes_and_continued_on_three_it_is_the_file_of_one(call, trained, tmp_path):
+    more = ["--name", "s", "--num-fid-samples", 62, "--num-steps", 12]
+    assert call(sample_ddp, *flags(trained, tmp_path / "one", *more))[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", "sample_ddp.py", *map(str, flags(trained, tmp_path, *more))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    parts = tmp_path / "s.parts"
+    deadline = time.time() + 120
+    while len(list(parts.glob("*.npy"))) < 3 and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    there = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.npy")}
+    assert 3 <= len(there) < 16 and not (tmp_path / "s.npz").exists()
+    torchrun(3, "sample_ddp.py", *flags(trained, tmp_path, *more))
+    assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "one/s.npz").read_bytes()
+    assert not parts.exists()
+
+
+def test_more_samples_are_added_to_those_there(call, trained, tmp_path, monkeypatch):
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
+    latents, made = sample_ddp.Recipe.latents, []
+    monkeypatch.setattr(sample_ddp.Recipe, "latents", lambda *args: made.append(args[2].tolist()) or latents(*args))
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-fid-samples", 18)[0] == 0
+    assert sorted(made) == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]  # 8 to 10 were a part of a batch
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "whole"), "--num-fid-samples", 18)[0] == 0
+    assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert json.loads((tmp_path / "s.json").read_text())["count"] == 18
+    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))
+    assert code == 2 and "holds 18 images already, and --num-fid-samples asks for 11" in out
+
+
+def test_evaluated_on_the_fly_or_afterwards_the_numbers_are_the_same(call, trained, tree, tmp_path, monkeypatch):
+    more = ["--labels", "balanced", "--evaluate", tree, "--features", "fashion"]
+    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "fly", *more, "--no-npz"))
+    assert code == 0 and "FD-fashion" in out, out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fly.json", "fly.metrics.json", "fly.png"]
+    assert Image.open(tmp_path / "fly.png").width > 4 * 64
+    monkeypatch.setattr(sample_ddp, "make", lambda worker, mine, *args: mine and pytest.fail("made again"))
+    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "fly", *more, "--no-npz"))
+    assert code == 0 and "FD-fashion" in out
+    monkeypatch.undo()
+
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--labels", "balanced"))[0] == 0
+    same = [tmp_path / "s.npz", "--reference", tree, "--features", "fashion", "--batch-size", 4, "--out", tmp_path / "m.json"]
+    assert call(evaluate, *same)[0] == 0
+    afterwards, fly = (json.loads((tmp_path / name).read_text()) for name in ("m.json", "fly.metrics.json"))
+    assert afterwards["metrics"] == pytest.approx(fly["metrics"], rel=1e-5)
+    kept = {key: value for key, value in fly.items() if key not in ("metrics", "samples", "samples_sha256")}
+    assert kept == {key: afterwards[key] for key in kept}
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", *more))[0] == 0  # of images that are there
+    assert json.loads((tmp_path / "s.metrics.json").read_text()) == afterwards
+
+
+def test_pngs_are_the_images(call, trained, tmp_path):
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png"))[0] == 0
+    pixels, _ = images(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [f"{i:06d}.png" for i in range(11)]
+    (tmp_path / "s/000009.png").unlink()
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png"))[0] == 0  # from what is there
+    for i in range(11):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"s/{i:06d}.png")), pixels[i])
+
+
+def test_labels_of_a_file_and_of_one_class(call, trained, tmp_path):
+    given = [2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 0]
+    (tmp_path / "l.txt").write_text("\n".join(map(str, given)))
+    (tmp_path / "l.json").write_text(json.dumps(given))
+    np.save(tmp_path / "l.npy", given)
+    common = ["--mode", "ode"]
+    for suffix in ("txt", "json", "npy"):
+        assert (
+            call(sample_ddp, *flags(trained, tmp_path, "--labels", tmp_path / f"l.{suffix}", *common, "--name", suffix))[0] == 0
+        )
+    assert call(sample_ddp, *flags(trained, tmp_path, "--labels", 2, *common))[0] == 0
+    pixels, labels = images(tmp_path, "txt")
+    assert labels.tolist() == given
+    for name in ("json", "npy"):
+        assert np.array_equal(images(tmp_path, name)[0], pixels)
+    alone, twos = images(tmp_path, "trained-0000002-euler3-class2-seed0")
+    assert twos.tolist() == [2] * 11
+    same = [np.array_equal(a, b) for a, b in zip(alone, pixels)]
+    assert same == [label == 2 for label in given]
+    assert call(sample_ddp, *flags(trained, tmp_path, "--labels", tmp_path / "txt.npz", *common, "--name", "npz"))[0] == 0
+    assert np.array_equal(images(tmp_path, "npz")[0], pixels)
+    assert json.loads((tmp_path / "npz.json").read_text())["labels_sha256"]
+
+
+def test_bf16_and_compile_reach_the_network(call, trained, tmp_path, monkeypatch):
+    """bf16 moves images, but not far; compiled blocks are those of the network that samples."""
+    compiled = []
+    monkeypatch.setattr(sample_ddp.SiTBlock, "compile", lambda block: compiled.append(block))
+    common = ["--mode", "ode", "--labels", "balanced"]
+    assert call(sample_ddp, *flags(trained, tmp_path, *common, "--name", "a", "--compile"))[0] == 0
+    assert len(compiled) == 6
+    assert call(sample_ddp, *flags(trained, tmp_path, *common, "--name", "b", "--mixed-precision", "bf16"))[0] == 0
+    a, b = (images(tmp_path, name)[0].astype(int) for name in "ab")
+    assert 0 < np.abs(a - b).mean() < 2
 
 
 def test_interrupted_sampling_goes_on_and_leftovers_are_refused(call, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("world.cores", lambda: 1)  # one batch at a time
     latents, done = sample_ddp.Recipe.latents, []
 
     def interrupted(*args):
@@ -106,7 +218,6 @@ def test_interrupted_sampling_goes_on_and_leftovers_are_refused(call, trained, t
 
 
 def test_a_checkpoint_trained_anew_in_the_same_place_is_another(call, trained, tmp_path):
-
     from safetensors.torch import load_file, save_file
 
     run = shutil.copytree(trained, tmp_path / "run")
@@ -152,6 +263,14 @@ def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
         (["--heun"], "add --mode ode"),
         (["--num-steps", 1], "--num-steps 1 is too few"),
         (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae: there is no such folder"),
+        (["--dopri5"], "--dopri5 is an ODE solver: add --mode ode"),
+        (["--mode", "ode", "--dopri5", "--heun"], "--heun and --dopri5 are two solvers"),
+        (["--labels", "sandals"], "--labels sandals is neither random, balanced, a class nor a file"),
+        (["--labels", "3"], "--labels 3: 3 is no class; the model has 0 to 2"),
+        (["--labels", __file__], "cannot be read as a class for each image"),
+        (["--no-npz"], "--no-npz keeps nothing of the samples: add --evaluate PATH"),
+        (["--evaluate", "/nonexistent"], "--evaluate /nonexistent does not exist"),
+        (["--model", "SiT-XL/2"], "--model is for official .pt files"),
     ],
 )
 def test_mistakes_end_in_one_line_before_any_work(call, trained, tmp_path, more, message):

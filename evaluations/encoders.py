@@ -1,0 +1,100 @@
+"""Any timm network as a space to compare images in; FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675) as its authors take it.
+
+B batch, F features, S the network's side in pixels."""
+
+import difflib
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import UserError
+from evaluations.metrics import no_tf32
+from files import sha256
+
+SHORT = {
+    "dinov2-s": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2-l": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2-g": "vit_giant_patch14_dinov2.lvd142m",
+}
+DINOV2_SIDE = 224  # of FD-DINOv2; the networks themselves were last trained at 518
+
+
+class TimmFeatures(nn.Module):
+    """(B, 3, H, W) uint8 -> what the classifier would see, (B, F). Images are resized to S x S as PIL does it (bicubic,
+    antialiased, rounded) and normalised with the network's own mean and standard deviation. In fp32 whatever surrounds it."""
+
+    def __init__(self, name: str, weights: Path | None = None, pretrained: bool = True):
+        """name: of SHORT, or timm's; weights: a file of timm's, else from the hub. Raises UserError."""
+        import timm
+
+        super().__init__()
+        architecture = SHORT.get(name, name)
+        if not timm.is_model(architecture):
+            known = [*SHORT, "inception", "fashion", *timm.list_models()]
+            near = ", ".join(difflib.get_close_matches(name, known)) or ", ".join([*SHORT, "inception", "fashion"])
+            raise UserError(f"--features {name} is no network that timm knows; near it: {near}")
+        if weights and not weights.exists():
+            raise UserError(f"--encoder-weights {weights} does not exist")
+        overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
+        try:
+            self.network = timm.create_model(architecture, pretrained=pretrained, num_classes=0, **overlay)
+        except Exception as error:  # the hub's client, safetensors and torch each have their own
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"--features {name}: timm cannot load {architecture} ({reason}): where there is a network, fetch it with "
+                f"'hf download timm/{architecture} model.safetensors', then pass --encoder-weights FILE"
+            ) from None
+        config = timm.data.resolve_data_config(model=self.network)
+        self.side = config["input_size"][-1]
+        if "dinov2" in architecture:
+            self.side = DINOV2_SIDE
+            resize_positions(self.network, DINOV2_SIDE)
+        self.weights_sha256 = sha256(weights) if weights else fingerprint(self.network)
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        with torch.autocast(images.device.type, enabled=False), no_tf32():
+            return (self.network((resize(images, self.side) / 255 - self.mean) / self.std),)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) uint8 -> (B, 3, side, side) float32 of whole grey levels: PIL's bicubic to within one of them, since it
+    rounds and clips after each axis as PIL does."""
+    x = images.float()
+    for size in ((images.shape[-2], side), (side, side)):
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return x
+
+
+def resize_positions(network: nn.Module, side: int) -> None:
+    """DINOv2's own way to another side, in place: bicubic without antialiasing, by a factor of (n + 0.1) / m for n patches
+    where there were m (facebookresearch/dinov2, vision_transformer.py). timm's own differs a little."""
+    old = network.patch_embed.grid_size[0]
+    new = side // network.patch_embed.patch_size[0]
+    positions = network.pos_embed.detach()
+    first, grid = positions[:, : -(old**2)], positions[:, -(old**2) :]
+    grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    factor = (new + 0.1) / old
+    grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
+    assert grid.shape[-1] == new, (grid.shape, new)
+    network.set_input_size(img_size=side)
+    network.pos_embed = nn.Parameter(torch.cat((first, grid.flatten(2).transpose(1, 2)), 1), requires_grad=False)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """sha256 over every parameter's name, shape and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        if math.prod(value.shape):
+            digest.update(value.cpu().contiguous().float().numpy())
+    return digest.hexdigest()

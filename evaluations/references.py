@@ -1,0 +1,124 @@
+"""What samples are compared with: statistics or images, whatever they come as, and a cache of what was made of them.
+
+F features an image; n images of the reference."""
+
+import hashlib
+import io
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from cli import UserError
+from evaluations.features import Features, extract_all
+from evaluations.images import Npz, open_images
+from evaluations.metrics import NEIGHBOURS, Statistics, statistics
+from files import write_file
+from world import World
+
+KNOWN = {  # sha256 -> name
+    "5ea05ef219f980dde46cc09b6caa153c4296ec9046d93727fed87510d1dc0574": "Fashion-MNIST's 10,000 test images, as shipped",
+}
+CACHE_FORMAT = 1
+
+
+class Reference(NamedTuple):
+    """What one network says of a reference. An ADM .npz may hold statistics, images or both; statistics win, as in ADM."""
+
+    pool: Statistics
+    spatial: Statistics | None
+    features: np.ndarray | None  # (n, F) for precision and recall; None where only statistics are known
+
+
+def cache_folder() -> Path:
+    """Where features of references are kept, unless a flag says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sra2" / "references"
+
+
+def load_references(
+    path: Path, digest: str, networks: dict[str, nn.Module], side: int, batch_size: int, device: torch.device | str,
+    flag: str = "--reference", cache: Path | None = None, world: World | None = None,
+) -> dict[str, Reference] | None:  # fmt: skip
+    """A reference by each network's eyes, for samples of `side` pixels; on the first process of `world`, None on the others.
+
+    digest: sha256 of `path`. cache: a folder where features are kept for the next time. Raises UserError naming `flag`."""
+    npz = Npz(path, flag) if path.suffix == ".npz" else None
+    if npz and "arr_0" not in npz:
+        if not ("mu" in npz and "sigma" in npz):
+            raise UserError(f"{flag} {path} holds neither images (arr_0) nor statistics (mu, sigma)")
+        if others := [name for name in networks if name != "inception"]:
+            raise UserError(f"{flag} {path} holds Inception statistics; the {others[0]} features need images")
+    first = world is None or world.rank == 0
+    places = {name: _place(cache, digest, network, side) for name, network in networks.items()}
+    own = {name: _read(place) for name, place in places.items()} if first else {}
+    missing = [name for name in networks if own.get(name) is None]
+    if world:
+        missing = world.broadcast(missing)
+    if missing and (npz is None or "arr_0" in npz):
+        images = open_images(path, side, flag)
+        if images.count <= NEIGHBOURS:
+            raise UserError(f"{flag} {path} holds {images.count} images: there is nothing to compare with")
+        chosen = {name: networks[name] for name in missing}
+        made = extract_all(chosen, images, batch_size, "reference", device, world)
+        for name, features in (made or {}).items():
+            own[name] = _reference(features, device)
+            _write(places[name], own[name])
+    return {name: _with_adms(own.get(name), npz if name == "inception" else None) for name in networks} if first else None
+
+
+def _reference(features: Features, device: torch.device | str) -> Reference:
+    spatial = None if features.spatial is None else statistics(features.spatial, device)
+    return Reference(statistics(features.pool, device), spatial, features.pool)
+
+
+def _with_adms(own: Reference | None, npz: Npz | None) -> Reference:
+    """The statistics that an .npz holds, where it holds any, before those of its images."""
+
+    def of(key: str) -> Statistics | None:
+        if npz is None or f"mu{key}" not in npz or f"sigma{key}" not in npz:
+            return None
+        return Statistics(*(np.asarray(npz.array(f"{name}{key}"), np.float64) for name in ("mu", "sigma")))
+
+    own = own or Reference(None, None, None)
+    return Reference(of("") or own.pool, of("_s") or own.spatial, own.features)
+
+
+def _place(cache: Path | None, digest: str, network: nn.Module, side: int) -> Path | None:
+    """The file for what this network says of this reference."""
+    if cache is None:
+        return None
+    key = json.dumps([CACHE_FORMAT, digest, type(network).__name__, network.weights_sha256, side])
+    return cache / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+
+
+def _read(place: Path | None) -> Reference | None:
+    if place is None or not place.exists():
+        return None
+    try:
+        with np.load(place) as content:
+            spatial = Statistics(content["mu_s"], content["sigma_s"]) if "mu_s" in content else None
+            return Reference(Statistics(content["mu"], content["sigma"]), spatial, content["features"])
+    except Exception:  # half a file, or another program's: it is only a cache
+        return None
+
+
+def _write(place: Path | None, reference: Reference) -> None:
+    if place is None:
+        return
+    arrays = {"mu": reference.pool.mu, "sigma": reference.pool.sigma, "features": reference.features}
+    if reference.spatial:
+        arrays |= {"mu_s": reference.spatial.mu, "sigma_s": reference.spatial.sigma}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with suppress(OSError):  # no place to keep it: it is made again next time
+        write_file(place, buffer.getbuffer())
+
+
+def known_name(digest: str) -> str | None:
+    """What a reference is, if its bytes are a well-known one's."""
+    return KNOWN.get(digest)
