@@ -180,12 +180,15 @@ def test_an_image_has_its_own_steps():
 
 
 def test_an_image_that_turns_nan_ends_and_leaves_the_others_alone():
-    def velocity(x, t):
-        v = relaxing(torch.ones(2).double())(x, t)
-        return torch.where((t < 0.5)[:, None] & (torch.arange(2) == 0)[:, None], torch.nan, v)
+    calls = []
 
-    end, evaluations = dopri5(velocity, start(2))
-    assert evaluations[0] < 100
+    def velocity(x, t):
+        calls.append(t)
+        assert len(calls) < 200
+        v = relaxing(torch.ones(2).double())(x, t)
+        return torch.where((t < 0.99)[:, None] & (torch.arange(2) == 0)[:, None], torch.nan, v)
+
+    end, _ = dopri5(velocity, start(2))
     alone, _ = dopri5(relaxing(torch.ones(1).double()), start(2)[1:])
     assert end[0].isnan().all() and torch.equal(end[1], alone[0])
 
