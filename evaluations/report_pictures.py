@@ -74,9 +74,9 @@ def nearest(runs: list[Run], checks: dict[str, Check] | None) -> Html:
             parts.append(absent("No samples of this run: sample_ddp.py, then python -m evaluations.evaluate, make them known."))
             continue
         told = (
-            f" of {found.measured:,} samples lie closer to a training image than {found.percentile:.3g}, the first percentile of "
-            f"the distances from {found.among:,} of the {found.images:,} training images to their own nearest; the median of "
-            f"these is {found.median:.3g}. A model that does not copy stays near 1% or below."
+            f" of {found.measured:,} samples lie closer to a training image than {found.percentile:.3g}, which is the first "
+            f"percentile of how far {found.among:,} of the {found.images:,} training images lie from the nearest other one; "
+            f"the median of that is {found.median:.3g}. A model that does not copy stays near 1% or below."
         )
         parts.append(el("p", el("b", f"{found.close:.1%}"), told))
         for title, matches in (("The closest of all", found.closest), ("Evenly over the samples", found.spread)):
