@@ -7,7 +7,7 @@ import numpy as np
 
 from evaluations.report_page import Html, el
 
-WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 420, 240, 10, 14, 40
+WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 420, 240, 10, 20, 40
 LETTER = 7.4  # pixels of a digit
 MOST = 240  # points of a line
 SMOOTH_FROM = 100  # lines with fewer points stay as they are
@@ -31,16 +31,14 @@ def finite(series: Series) -> np.ndarray:
     return np.isfinite(series.x) & np.isfinite(series.y)
 
 
-def window(count: int) -> int:
-    """Neighbouring points averaged in a line of `count`; odd, and 1 for short ones."""
-    return 1 if count < SMOOTH_FROM else 2 * (count // 100) + 1
-
-
-def smoothed(y: np.ndarray, width: int) -> np.ndarray:
-    """Centred running mean over `width` points, fewer at the ends; NaN stays NaN and counts nowhere else."""
-    known = np.isfinite(y)
-    sums = np.convolve(np.where(known, y, 0), np.ones(width), "same")
-    return np.where(known, sums / np.maximum(np.convolve(known, np.ones(width), "same"), 1), np.nan)
+def smoothed(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
+    """Running median at `most` points, over 2% of the line, less towards its ends so that they stay where they are. NaN counts
+    nowhere; a point without a value stays without."""
+    middle = np.unique(np.linspace(0, len(y) - 1, min(most, len(y))).round().astype(int))
+    y = np.where(np.isfinite(y), y, np.nan)
+    half = np.minimum.reduce([np.full(len(middle), len(y) // 100), middle, len(y) - 1 - middle])
+    values = [np.nan if np.isnan(y[i]) else np.nanmedian(y[i - h : i + h + 1]) for i, h in zip(middle, half)]
+    return x[middle], np.array(values)
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +53,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray,
     return x[kept], y[kept]
 
 
-def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
+def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten within [low, high]."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
@@ -78,7 +76,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 def short(value: float) -> str:
     """A tick: 25k, 1.5M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= max(size, 1e4):
             return f"{float(f'{value / size:.6g}'):g}{letter}"
     return f"{float(f'{value:.6g}'):g}"
 
@@ -124,11 +122,9 @@ def chart(title: str, lines: list[Series], log: bool = True, zero: bool = False)
     for tick in ticks:
         drawn.append(el("path", d=f"M{left:.1f} {up(tick):.1f}H{WIDTH - RIGHT}", class_="grid"))
         drawn.append(el("text", short(tick), x=f"{left - 7:.1f}", y=f"{up(tick) + 4.5:.1f}", text_anchor="end"))
-    for tick in linear_ticks(0, last, 4):
+    for tick in linear_ticks(0, last):
         drawn.append(el("path", d=f"M{across(tick):.1f} {bottom}v4", class_="grid"))
-        end = across(tick) > WIDTH - RIGHT - 12
-        x = WIDTH if end else across(tick)
-        drawn.append(el("text", short(tick), x=f"{x:.1f}", y=bottom + 18, text_anchor="end" if end else "middle"))
+        drawn.append(el("text", short(tick), x=f"{across(tick):.1f}", y=bottom + 18, text_anchor="middle"))
     drawn.append(el("text", "images seen", x=f"{(left + WIDTH - RIGHT) / 2:.1f}", y=HEIGHT - 5, text_anchor="middle"))
     for line in lines:
         drawn += _drawn(line, across, up)
@@ -143,16 +139,13 @@ def _drawn(line: Series, across, up) -> list[Html]:
     """A line's path, the one as logged faintly under the smoothed one; for `dots` a mark for each point."""
     colour, dash = f"c{line.colour}", DASHES[line.dash % len(DASHES)]
     x, y = line.x, np.where(finite(line), line.y, np.nan)
-    width = window(len(x))
     if line.dots:
-        keep = finite(line)
-        x, y, width = x[keep], y[keep], 1
+        x, y = x[finite(line)], y[finite(line)]
     parts = []
-    if width > 1:
-        a, b = thinned(x, y)
-        parts.append(el("path", d=_path(across(a), up(b)), class_=f"line raw {colour}"))
-        y = smoothed(y, width)
     a, b = thinned(x, y)
+    if len(x) >= SMOOTH_FROM and not line.dots:
+        parts.append(el("path", d=_path(across(a), up(b)), class_=f"line raw {colour}"))
+        a, b = smoothed(x, y)
     parts.append(el("path", d=_path(across(a), up(b)), class_=f"line {colour}", stroke_dasharray=dash))
     for at, value in zip(x, y) if line.dots and len(x) <= MOST else ():
         told = el("title", f"{line.label}: {value:.5g} at {at:,.0f} images")

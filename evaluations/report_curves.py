@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from evaluations.report_charts import DASHES, SMOOTH_FROM, Series, chart, finite
-from evaluations.report_metrics import by_hash, differing, flat
+from evaluations.report_metrics import differing, flat, said_once
 from evaluations.report_page import Html, absent, el, number, swatch, table, text
 from evaluations.runs import Run, column
 
@@ -42,7 +42,7 @@ def of_steps(runs: list[Run]) -> list[Html]:
 
 def setting(row: dict) -> dict[str, Any]:
     """All that an evaluation's numbers depend on besides the model: those that differ in it are other quantities."""
-    return by_hash(flat(row["evaluation"]))
+    return said_once(flat(row["evaluation"]))
 
 
 def settings_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
@@ -75,7 +75,7 @@ def of_evaluations(runs: list[Run]) -> list[Html]:
     if fields:
         labels = [", ".join(f"{key} {text(values.get(key))}" for key in fields) for values in settings.values()]
         strokes = [el("li", swatch(None, DASHES[k % len(DASHES)]), label) for k, label in enumerate(labels)]
-        parts.append(el("p", "Measured in several ways, which are not joined and not comparable:", class_="soft"))
+        parts.append(el("p", "Measured in several ways; points of different ones are not joined:", class_="soft"))
         parts.append(el("ul", *strokes, class_="legend", aria_label="settings"))
     rows = [row for run in runs for row in run.evaluations]
     pairs = [(key, value) for row in rows for key, value in row.items() if key not in NOT_MEASURED]
@@ -115,7 +115,7 @@ def section(runs: list[Run]) -> Html:
     """Charts of training, then those of evaluation."""
     longest = max(len(run.steps) for run in runs)
     note = (
-        f"Thin lines are as logged, of runs with {SMOOTH_FROM} lines and more; over them a running mean of about 2% of the run."
+        f"Thin lines are as logged, of runs with {SMOOTH_FROM} lines and more; over them a running median of 2% of the run."
         if longest >= SMOOTH_FROM
         else "As logged, not smoothed; each point is the mean since the one before."
     )

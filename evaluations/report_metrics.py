@@ -12,7 +12,9 @@ RESULTS = ("metrics", "intervals", "by_count", "warning")  # every other key of 
 WHICH_MODEL = {
     "samples", "samples_sha256", "sampling.checkpoint", "sampling.ema_sha256", "sampling.step", "sampling.images_seen",
 }  # fmt: skip
-BY_HASH = {"reference": "reference_sha256", "sampling.vae": "sampling.vae_fingerprint"}  # a name, and what says it better
+SAID_BY = {  # what does not count where another field says it better
+    "reference": "reference_sha256", "sampling.vae": "sampling.vae_fingerprint", "sampling.count": "count",
+}  # fmt: skip
 HIGHER = {"inception_score", "precision", "recall", "class_agreement"}
 LOWER = ("FID", "sFID", "FD")
 MOST_TOLD = 8  # differing fields named in the sentence above the table
@@ -50,13 +52,18 @@ def flat(content: dict, prefix: str = "") -> dict[str, Any]:
 
 def identity(content: dict) -> dict[str, Any]:
     """What must agree before two values may be compared."""
-    fields = by_hash(flat({key: value for key, value in content.items() if key not in RESULTS}))
+    fields = said_once(flat({key: value for key, value in content.items() if key not in RESULTS}))
     return {key: value for key, value in fields.items() if key not in WHICH_MODEL}
 
 
-def by_hash(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without the names of what is known by its hash: the same file may lie elsewhere."""
-    return {key: value for key, value in fields.items() if not fields.get(BY_HASH.get(key, ""))}
+def said_once(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without the names of what is known by its hash, since the same file may lie elsewhere, and without repetitions."""
+    return {key: value for key, value in fields.items() if not fields.get(SAID_BY.get(key, ""))}
+
+
+def label(key: str) -> str:
+    """A field for people: most are of sampling."""
+    return key.removeprefix("sampling.")
 
 
 def differing(identities: list[dict[str, Any]]) -> list[str]:
@@ -120,7 +127,7 @@ def _interval(row: Measured, name: str) -> list[float]:
 
 def _row_head(row: Measured) -> Html:
     name = row.run.name if row.run else "other samples"
-    return el("th", swatch(row.colour), " ", name, el("small", str(row.file), title=str(row.file), class_="file"), scope="row")
+    return el("th", swatch(row.colour), " ", name, el("small", row.file.name, title=str(row.file), class_="file"), scope="row")
 
 
 def _value(row: Measured, name: str, best: bool) -> Html:
@@ -140,7 +147,7 @@ def verdict(identities: list[dict[str, Any]]) -> Html:
     if not fields:
         return el("p", "All rows agree in everything that identifies them: their values may be compared.", class_="soft")
     told = [
-        Html(f"{el('b', key)} ") + Html(" / ").join(shown(value) for value in _values(identities, key))
+        Html(f"{el('b', label(key))} ") + Html(" / ").join(shown(value) for value in _values(identities, key))
         for key in fields[:MOST_TOLD]
     ]
     rest = f"; and {len(fields) - MOST_TOLD} more" if len(fields) > MOST_TOLD else ""
@@ -161,7 +168,7 @@ def section(rows: list[Measured]) -> Html:
     fields = differing(identities)
     best = {name: _best(rows, name) for name in names}
     head = ["run", *(el("th", name.replace("_", " "), scope="col", class_="num") for name in names), "images seen"]
-    head += [el("th", key, scope="col", class_="differs") for key in fields]
+    head += [el("th", label(key), scope="col", class_="differs") for key in fields]
     body = []
     for i, (row, own) in enumerate(zip(rows, identities)):
         cells = [_value(row, name, i in best[name]) for name in names]
@@ -171,10 +178,12 @@ def section(rows: list[Measured]) -> Html:
     note = "Bold leads among the rows that agree in every marked column. " if any(best.values()) else ""
     note += "Small: 95% interval." if any(row.content.get("intervals") for row in rows) else ""
     agreeing = [key for key in dict.fromkeys(key for own in identities for key in own) if key not in fields]
-    listed = [[el("th", key, scope="row"), el("td", shown(identities[0][key]))] for key in agreeing]
+    listed = [[el("th", label(key), scope="row"), el("td", shown(identities[0][key]))] for key in agreeing]
     what = "What identifies it" if len(rows) == 1 else "The same in every row"
     parts = [verdict(identities), table(head, body), el("p", note.strip(), class_="soft") if note else None]
-    parts += [el("p", f"{row.file}: {row.content['warning']}", class_="warning") for row in rows if row.content.get("warning")]
+    parts += [
+        el("p", f"{row.file.name}: {row.content['warning']}", class_="warning") for row in rows if row.content.get("warning")
+    ]
     parts.append(_by_count(rows))
     if listed:
         summary = el("summary", f"{what}: {len(listed)} fields")

@@ -60,8 +60,8 @@ def swatch(colour: int | None, dash: str | None = None) -> Html:
     )
 
 
-def picture(image: Image.Image, most: int) -> str:
-    """As a data: URI, at most `most` pixels wide, PNG or JPEG, whichever is shorter."""
+def picture(image: Image.Image, alt: str, most: int) -> Html:
+    """As part of the page, at most `most` pixels wide, PNG or JPEG, whichever is shorter."""
     image = image.convert("RGB")
     if image.width > most:
         image = image.resize((most, max(1, round(image.height * most / image.width))), Image.Resampling.LANCZOS)
@@ -70,14 +70,14 @@ def picture(image: Image.Image, most: int) -> str:
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
         encoded.append((len(buffer.getvalue()), f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"))
-    return min(encoded)[1]
+    return el("img", src=min(encoded)[1], alt=alt, width=image.width, height=image.height)
 
 
 def picture_file(path: Path, alt: str, most: int) -> Html:
     """An image of the disk, or a line saying that it cannot be read."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            return el("img", src=picture(image, most), alt=alt, loading="lazy")
+            return picture(image, alt, most)
     except (OSError, Image.DecompressionBombError) as error:
         return absent(f"{path} cannot be read ({type(error).__name__})")
 

@@ -51,7 +51,7 @@ def grids(rows: list[Measured]) -> Html:
 
 
 def _tile(pixels: np.ndarray, alt: str) -> Html:
-    return el("img", src=picture(Image.fromarray(np.ascontiguousarray(pixels)), TILE), alt=alt, loading="lazy")
+    return picture(Image.fromarray(np.ascontiguousarray(pixels)), alt, TILE)
 
 
 def _match(match: Match, limit: float) -> Html:
