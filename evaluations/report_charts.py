@@ -32,11 +32,11 @@ def finite(series: Series) -> np.ndarray:
 
 
 def smoothed(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
-    """Running median at `most` points, over 2% of the line, less towards its ends so that they stay where they are. NaN counts
-    nowhere; a point without a value stays without."""
+    """Running median at `most` points, over 2% of the line: less at its beginning, where curves are steep, and at its end only
+    over what came before. NaN counts nowhere; a point without a value stays without."""
     middle = np.unique(np.linspace(0, len(y) - 1, min(most, len(y))).round().astype(int))
     y = np.where(np.isfinite(y), y, np.nan)
-    half = np.minimum.reduce([np.full(len(middle), len(y) // 100), middle, len(y) - 1 - middle])
+    half = np.minimum(len(y) // 100, middle)
     values = [np.nan if np.isnan(y[i]) else np.nanmedian(y[i - h : i + h + 1]) for i, h in zip(middle, half)]
     return x[middle], np.array(values)
 
@@ -73,12 +73,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found if len(found) >= 2 else linear_ticks(low, high)
 
 
-def short(value: float) -> str:
-    """A tick: 25k, 1.5M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 1e4):
-            return f"{float(f'{value / size:.6g}'):g}{letter}"
-    return f"{float(f'{value:.6g}'):g}"
+def short(value: float, size: float | None = None) -> str:
+    """A tick: 25k, 1.5M; in the unit that `size`, the largest tick of the axis, is told in."""
+    size = abs(value) if size is None else size
+    unit, letter = next(((u, name) for u, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= max(u, 1e4)), (1, ""))
+    return f"{float(f'{value / unit:.6g}'):g}{letter if value else ''}"
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
@@ -107,7 +106,8 @@ def chart(title: str, lines: list[Series], log: bool = True, zero: bool = False)
         low, high = 0 if zero and low >= 0 else low - pad, high + pad
     ticks = log_ticks(low, high) if log else linear_ticks(low, high)
     last = max(float(line.x[finite(line)].max()) for line in lines) or 1
-    left = 12 + LETTER * max(len(short(tick)) for tick in ticks)
+    told = [short(tick, None if log else ticks[-1]) for tick in ticks]
+    left = 12 + LETTER * max(map(len, told))
     bottom = HEIGHT - BOTTOM
 
     def across(x: np.ndarray | float) -> np.ndarray | float:
@@ -119,12 +119,12 @@ def chart(title: str, lines: list[Series], log: bool = True, zero: bool = False)
         return bottom - share * (bottom - TOP)
 
     drawn = []
-    for tick in ticks:
+    for tick, words in zip(ticks, told):
         drawn.append(el("path", d=f"M{left:.1f} {up(tick):.1f}H{WIDTH - RIGHT}", class_="grid"))
-        drawn.append(el("text", short(tick), x=f"{left - 7:.1f}", y=f"{up(tick) + 4.5:.1f}", text_anchor="end"))
-    for tick in linear_ticks(0, last):
+        drawn.append(el("text", words, x=f"{left - 7:.1f}", y=f"{up(tick) + 4.5:.1f}", text_anchor="end"))
+    for tick in (times := linear_ticks(0, last)):
         drawn.append(el("path", d=f"M{across(tick):.1f} {bottom}v4", class_="grid"))
-        drawn.append(el("text", short(tick), x=f"{across(tick):.1f}", y=bottom + 18, text_anchor="middle"))
+        drawn.append(el("text", short(tick, times[-1]), x=f"{across(tick):.1f}", y=bottom + 18, text_anchor="middle"))
     drawn.append(el("text", "images seen", x=f"{(left + WIDTH - RIGHT) / 2:.1f}", y=HEIGHT - 5, text_anchor="middle"))
     for line in lines:
         drawn += _drawn(line, across, up)

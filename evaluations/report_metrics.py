@@ -127,7 +127,14 @@ def _interval(row: Measured, name: str) -> list[float]:
 
 def _row_head(row: Measured) -> Html:
     name = row.run.name if row.run else "other samples"
-    return el("th", swatch(row.colour), " ", name, el("small", row.file.name, title=str(row.file), class_="file"), scope="row")
+    return el(
+        "th",
+        swatch(row.colour),
+        " ",
+        name,
+        el("small", row.file.name.removesuffix(".metrics.json"), title=str(row.file), class_="file"),
+        scope="row",
+    )
 
 
 def _value(row: Measured, name: str, best: bool) -> Html:

@@ -57,7 +57,7 @@ def _tile(pixels: np.ndarray, alt: str) -> Html:
 def _match(match: Match, limit: float) -> Html:
     cells = [el("div", _tile(match.image, f"sample {match.number}"), f"sample {match.number}")]
     for number, distance, image in match.neighbours:
-        told = el("span", f"{distance:.3g}", class_="close" if distance < limit else None)
+        told = el("span", f"{distance:#.3g}", class_="close" if distance < limit else None)
         cells.append(el("div", _tile(image, f"training image {number}, at distance {distance:.3g}"), told))
     return el("div", *cells, class_="match")
 
