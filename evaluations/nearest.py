@@ -133,7 +133,7 @@ def check(
             numbers = np.arange(start, min(start + BLOCK, train.count))
             yield features(train, numbers, f"training images from {start:,} of {train.count:,}")
 
-    distance, number = nearest(blocks(), np.concatenate(queries), own, min(NEIGHBOURS, train.count - 1), device)
+    distance, number = nearest(blocks(), np.concatenate(queries), own, NEIGHBOURS, device)
     among = distance[-len(probes) :, 0]
     limit = float(np.percentile(among, 1))
     checks, start = {}, 0

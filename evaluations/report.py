@@ -81,19 +81,19 @@ def side_by_side(runs: list[Run], values: list[dict[str, Any]], what: str) -> li
     keys = list(dict.fromkeys(key for each in values for key in each))
     head = [what, *(el("th", swatch(k), " ", run.name, scope="col") for k, run in enumerate(runs))]
 
-    def rows(keys: list[str], class_: str | None) -> list[list[Html]]:
-        cells = lambda key: [el("td", shown(each.get(key)), class_=class_) for each in values]  # noqa: E731
-        return [[el("th", key, scope="row"), *cells(key)] for key in keys]
-
+    rows = [
+        [el("th", key, scope="row"), *(el("td", shown(each.get(key)), class_="differs") for each in values)] for key in fields
+    ]
     same = [key for key in keys if key not in fields]
     parts = [el("h3", what)]
     if fields:
-        parts.append(table(head, rows(fields, "differs"), "settings"))
+        parts.append(table(head, rows, "settings"))
     elif len(runs) > 1:
         parts.append(el("p", "They agree in all of them.", class_="soft"))
     if same:
+        agreeing = [[el("th", key, scope="row"), el("td", shown(values[0].get(key)))] for key in same]
         summary = el("summary", f"{len(same)} " + ("that agree" if len(runs) > 1 else "settings"))
-        parts.append(el("details", summary, table(head, rows(same, None), "settings")))
+        parts.append(el("details", summary, table([what, "value"], agreeing, "settings")))
     return parts
 
 
@@ -140,6 +140,7 @@ def build(runs: list[Run], rows: list[Measured], checks: dict[str, Check] | None
 
 def main() -> None:
     args = parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # as in evaluations.evaluate
     if args.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {args.out} must end in .html")
     folders = named(args.runs)

@@ -99,6 +99,8 @@ def chart(title: str, lines: list[Series], log: bool = True, zero: bool = False)
     values = np.concatenate([line.y[finite(line)] for line in lines])
     low, high = float(values.min()), float(values.max())
     log = log and low > 0 and high / low > LOG_FROM
+    if high - low < 1e-9 * max(abs(low), abs(high)):  # equal but for rounding
+        low = high
     if log:
         low, high = low / (high / low) ** 0.04, high * (high / low) ** 0.04
     else:
@@ -106,7 +108,7 @@ def chart(title: str, lines: list[Series], log: bool = True, zero: bool = False)
         low, high = 0 if zero and low >= 0 else low - pad, high + pad
     ticks = log_ticks(low, high) if log else linear_ticks(low, high)
     last = max(float(line.x[finite(line)].max()) for line in lines) or 1
-    told = [short(tick, None if log else ticks[-1]) for tick in ticks]
+    told = [short(tick, None if log else max(map(abs, ticks))) for tick in ticks]
     left = 12 + LETTER * max(map(len, told))
     bottom = HEIGHT - BOTTOM
 

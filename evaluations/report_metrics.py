@@ -1,6 +1,7 @@
 """The table of metrics.json files: numbers, what identifies them, and which may be compared."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,16 @@ class Measured(NamedTuple):
     content: dict
     run: Run | None
     colour: int | None
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.run.name if self.run else "other samples"
+
+    @property
+    def stem(self) -> str:
+        """Of the file, without what all files have in common."""
+        return self.file.name.removesuffix(".metrics.json")
 
     @property
     def samples(self) -> Path | None:
@@ -108,16 +119,16 @@ def _best(rows: list[Measured], name: str) -> set[int]:
     """Which rows lead by one metric among those that agree in all that identifies them, none where intervals overlap."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        if isinstance(row.content["metrics"].get(name), (int, float)):
+        value = row.content["metrics"].get(name)
+        if value is not None and math.isfinite(value):
             groups.setdefault(json.dumps(identity(row.content), sort_keys=True), []).append(i)
     sign = 1 if name in HIGHER else -1 if name.startswith(LOWER) else 0
     best = set()
     for group in groups.values():
         ranked = sorted(group, key=lambda i: sign * rows[i].content["metrics"][name])
-        if sign and len(ranked) > 1:
-            first, second = ([sign * end for end in _interval(rows[i], name)] for i in (ranked[-1], ranked[-2]))
-            if min(first) > max(second):
-                best.add(ranked[-1])
+        ends = [[sign * end for end in _interval(rows[i], name)] for i in ranked]
+        if sign and len(ranked) > 1 and min(ends[-1]) > max(max(other) for other in ends[:-1]):
+            best.add(ranked[-1])
     return best
 
 
@@ -126,15 +137,8 @@ def _interval(row: Measured, name: str) -> list[float]:
 
 
 def _row_head(row: Measured) -> Html:
-    name = row.run.name if row.run else "other samples"
-    return el(
-        "th",
-        swatch(row.colour),
-        " ",
-        name,
-        el("small", row.file.name.removesuffix(".metrics.json"), title=str(row.file), class_="file"),
-        scope="row",
-    )
+    small = el("small", row.stem, title=str(row.file), class_="file")
+    return el("th", swatch(row.colour), " ", row.name, small, scope="row")
 
 
 def _value(row: Measured, name: str, best: bool) -> Html:
@@ -188,9 +192,15 @@ def section(rows: list[Measured]) -> Html:
     listed = [[el("th", label(key), scope="row"), el("td", shown(identities[0][key]))] for key in agreeing]
     what = "What identifies it" if len(rows) == 1 else "The same in every row"
     parts = [verdict(identities), table(head, body), el("p", note.strip(), class_="soft") if note else None]
-    parts += [
-        el("p", f"{row.file.name}: {row.content['warning']}", class_="warning") for row in rows if row.content.get("warning")
-    ]
+    warnings: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.content.get("sampling"):
+            warnings.setdefault("samples of other code, how they were drawn is not known", []).append(
+                f"{row.name} ({row.stem})"
+            )
+        if row.content.get("warning"):
+            warnings.setdefault(text(row.content["warning"]), []).append(f"{row.name} ({row.stem})")
+    parts += [el("p", f"{', '.join(names)}: {warning}", class_="warning") for warning, names in warnings.items()]
     parts.append(_by_count(rows))
     if listed:
         summary = el("summary", f"{what}: {len(listed)} fields")

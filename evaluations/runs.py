@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
 def named(folders: list[Path]) -> dict[str, Path]:
     """Runs by their names, or by their whole paths where two have the same name."""
-    names = [folder.resolve().name for folder in folders]
+    names = [folder.name or folder.resolve().name for folder in folders]
     return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders)}
 
 

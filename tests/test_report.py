@@ -130,7 +130,7 @@ def test_values_are_those_of_the_files(make, tmp_path):
     page = make(run)
     values = {attributes["value"] for attributes, _ in page.all("data")}
     assert {repr(metrics["FID"]), "0.68125", "8.2", "8.4321", "12.345678", repr(1.25 / 6), "100.0"} <= values
-    assert page.words("p", "warning") == ["metrics.json: FID of 50 samples is biased"]
+    assert page.words("p", "warning") == ["a (metrics.json): FID of 50 samples is biased"]
     assert "SiT-Ti/2 · SRA 2: block 2, cosine, weight 0.5 · 60 steps · 480 images seen" in page.words("span", "soft")
     assert "told too" in page.words("span") and "first 10" in page.words("th")
 
@@ -149,7 +149,11 @@ def test_fields_that_differ_are_marked_and_no_best_is_crowned_among_them(make, t
     assert not page.all("p", "verdict") and page.words("td", "best") == ["0.600", "1.000"]
     content = json.loads((tmp_path / "samples/b.metrics.json").read_text())
     (tmp_path / "samples/b.metrics.json").write_text(json.dumps(content | {"intervals": {"FID": [1.9, 3.1]}}))
-    assert not make(a, b).all("td", "best")[1:]  # one lies in the interval of the other
+    page = make(a, b)
+    assert page.words("td", "best") == ["0.600"]  # one FID lies in the interval of the other
+    (tmp_path / "samples/b.metrics.json").write_text(json.dumps(content | {"sampling": {}}))
+    page = make(a, b, "--metrics", tmp_path / "samples/b.metrics.json")
+    assert "how they were drawn is not known" in page.words("p", "warning")[0] and page.all("p", "verdict")
 
 
 def test_identity_is_all_but_the_results_and_which_model_it_is():
