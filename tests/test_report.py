@@ -118,6 +118,8 @@ def test_the_page_is_whole_and_needs_nothing_else(make, tmp_path):
     captions = page.words("figcaption")
     assert sum(words.startswith("step ") for words in captions) == 16  # of 2 x 12 previews
     assert captions.count("step 10 · 80 images") == captions.count("step 120 · 960 images") == 2 and "a: s" in captions
+    charts = [attributes["aria-label"].partition(" over ")[0] for attributes, _ in page.all("svg", "chart")]
+    assert charts == ["velocity loss", "gradient norm before clipping", "images a second", "FD-fashion"]
     assert len(page.text) < 200_000
 
 
@@ -147,10 +149,12 @@ def test_fields_that_differ_are_marked_and_no_best_is_crowned_among_them(make, t
     make_metrics(tmp_path / "samples/b.metrics.json", b, {"FID": 2.0, "recall": 0.6})
     page = make(a, b, "--metrics", tmp_path / "samples/c.metrics.json")
     assert not page.all("p", "verdict") and page.words("td", "best") == ["0.600", "1.000"]
-    content = json.loads((tmp_path / "samples/b.metrics.json").read_text())
-    (tmp_path / "samples/b.metrics.json").write_text(json.dumps(content | {"intervals": {"FID": [1.9, 3.1]}}))
-    page = make(a, b)
-    assert page.words("td", "best") == ["0.600"]  # one FID lies in the interval of the other
+    for name in "ab":
+        path = tmp_path / f"samples/{name}.metrics.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"intervals": {"FID": [1.9, 3.1]}}))
+        assert make(a, b).words("td", "best") == ["0.600"]  # one FID lies in the interval of the other
+        path.write_text(json.dumps(content))
     (tmp_path / "samples/b.metrics.json").write_text(json.dumps(content | {"sampling": {}}))
     page = make(a, b, "--metrics", tmp_path / "samples/b.metrics.json")
     assert "how they were drawn is not known" in page.words("p", "warning")[0] and page.all("p", "verdict")
