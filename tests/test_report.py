@@ -181,6 +181,7 @@ def test_evaluations_of_different_settings_are_not_joined(make, tmp_path):
     paths = [part.split('"')[0] for part in dotted.split('d="')[1:] if 'class="line c0"' in part]
     assert [(path.count("M"), path.count("L")) for path in paths] == [(1, 2), (1, 0)]  # a path elsewhere is the same reference
     assert page.words("ul", "legend")[1] == "num_steps 20num_steps 40"
+    assert "ema_decay 0.9 · reference_sha256 cccccccccccc…" in page.words("p", "soft")  # what they have in common
     assert not [a for a, _ in page.all("svg", "chart") if a["aria-label"].startswith("precision")]  # null everywhere
 
 
