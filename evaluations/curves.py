@@ -2,13 +2,13 @@
 
 python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png"""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 import cli
 from cli import UserError
+from evaluations.runs import column, named, read_log
 
 PANELS = {"velocity": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
 
@@ -19,20 +19,13 @@ DISTANCES = ("FID", "FD-fashion")  # of evaluations while training
 def read_metrics(run: Path) -> tuple[dict[str, np.ndarray], dict[tuple[str, float], np.ndarray]]:
     """metrics.jsonl of a run: its steps column by column, and (n, 2) images and distance for each distance and EMA decay.
     Raises UserError."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        why = "has not logged yet (--log-every)" if (run / "args.json").exists() else "is no run: name a folder like exps/NAME"
-        raise UserError(f"{run} {why}")
-    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    steps = [row for row in rows if "evaluation" not in row]
-    if not steps:
-        raise UserError(f"{path} is empty: the run has not logged yet (--log-every)")
+    steps, evaluations = read_log(run)
     distances: dict[tuple[str, float], list] = {}
-    for row in rows:
+    for row in evaluations:
         for name in DISTANCES:
             if name in row:
                 distances.setdefault((name, row["evaluation"]["ema_decay"]), []).append((row["images"], row[name]))
-    columns = {key: np.array([row[key] for row in steps], float) for key in ("images", *PANELS)}
+    columns = {key: column(steps, key) for key in ("images", *PANELS)}
     return columns, {key: np.array(pairs) for key, pairs in distances.items()}
 
 
@@ -77,8 +70,7 @@ def main() -> None:
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {out} must end in .png, .pdf or .svg")
-    names = [run.name for run in args.runs]
-    runs = {run.name if names.count(run.name) == 1 else str(run): read_metrics(run) for run in args.runs}
+    runs = {name: read_metrics(folder) for name, folder in named(args.runs).items()}
     draw(runs, out)
     print(f"curves: {out}")
 

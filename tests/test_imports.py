@@ -72,7 +72,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "evaluations": (
         {*LEAVES, "checkpoint", "evaluations", "models", "preprocessing", "pretrained", "world"},
-        {*NUMERIC, "tqdm", "timm", "safetensors", "torch_fidelity", "matplotlib"},
+        {*NUMERIC, "PIL", "tqdm", "timm", "safetensors", "torch_fidelity", "matplotlib"},
     ),
     "benchmarks": (
         {
