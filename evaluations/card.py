@@ -48,7 +48,8 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     sampling = [
         "## Sampling", "", "With the code that trained it, from its root:", "", "```",
-        "torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER", "```",
+        "torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER", "```", "",
+        "The VAE is not in this folder: it is fetched by its name above, or given with `--vae`.",
     ]  # fmt: skip
     sampling += ["", *_with_diffusers(source, data, difference)]
     title = f"# {source.name}: {identity['model']}" + (" with SRA 2" if config["head"] else "")

@@ -70,7 +70,10 @@ def main() -> None:
     except CheckpointError as error:
         raise UserError(f"{args.run}: {error}") from None
     run = folder.absolute().parents[1] if folder.absolute().parent.name == "checkpoints" else folder
-    settings = json.loads((run / "args.json").read_text()) if (run / "args.json").exists() else {}
+    try:
+        settings = json.loads((run / "args.json").read_text())
+    except (OSError, ValueError):
+        settings = {}  # a checkpoint without its run: the card says less
     decay, digest = source.identity["ema_decay"], source.identity["ema_sha256"]
     weights = (folder / ema_name(config, decay)).read_bytes()
     exported = {**config, "ema_decay": [decay], "exported": {"from": source.name, "ema_sha256": digest}}

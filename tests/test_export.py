@@ -12,7 +12,7 @@ import sample_ddp
 from checkpoint import CheckpointError
 from evaluations import evaluate, export
 from models import dit
-from models.sit import TimestepEmbedder
+from models.sit import SiT, SiTConfig, TimestepEmbedder
 from pretrained import load
 from samplers import guided, ode
 
@@ -68,6 +68,21 @@ def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
     torch.testing.assert_close(shown["x"], expected, rtol=1e-4, atol=1e-4)
     assert (expected - start).abs().max() > 0.5  # the network does something
     assert shown["images"].shape == (3, 3, 32, 32)
+
+
+def test_diffusers_form_is_the_same_function_whatever_the_sizes():
+    """The epsilon of norms makes 1e-6 of the velocity, too little to be told from rounding: looked at by itself."""
+    torch.manual_seed(0)
+    config = SiTConfig(depth=2, width=48, heads=3, patch=4, latent_size=8, channels=3, num_classes=2)
+    model = SiT(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            torch.nn.init.normal_(parameter, std=0.1)
+    form = dit.to_diffusers(model)
+    assert dit.difference(model, form) < 3e-6
+    assert {module.eps for module in [*model.modules(), *form.modules()] if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+    form.proj_out_2.bias += 1e-3
+    assert dit.difference(model, form) > 1e-4
 
 
 def test_the_average_asked_for_is_the_one_exported(call, run, tmp_path):
