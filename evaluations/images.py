@@ -49,7 +49,9 @@ class Npz:
             raise self._broken(error) from None
 
     def images(self) -> Images:
-        """arr_0. Raises UserError if it is not (n, H, W, 3) uint8."""
+        """arr_0. Raises UserError if it is not there, or not (n, H, W, 3) uint8."""
+        if "arr_0" not in self:
+            raise UserError(f"{self.flag} {self.path} holds no images (arr_0)")
         try:
             return NpzImages(self)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -105,11 +107,18 @@ class SourceImages(Images):
         return np.stack([read_or_name(self.source, i, self.size[0], self.flag) for i in range(start, min(stop, self.count))])
 
 
+class Chosen(Images):
+    """Some of the images, by their numbers (n,)."""
+
+    def __init__(self, images: Images, numbers: np.ndarray):
+        self.images, self.numbers, self.count, self.size = images, numbers, len(numbers), images.size
+
+    def batch(self, start: int, stop: int) -> np.ndarray:
+        return np.concatenate([self.images.batch(i, i + 1) for i in self.numbers[start:stop]])
+
+
 def open_images(path: Path, side: int, flag: str) -> Images:
     """Whatever holds images. Raises UserError naming `flag`."""
     if path.suffix == ".npz":
-        npz = Npz(path, flag)
-        if "arr_0" not in npz:
-            raise UserError(f"{flag} {path} holds no images (arr_0)")
-        return npz.images()
+        return Npz(path, flag).images()
     return SourceImages(open_source(path, flag), side, flag)

@@ -2,7 +2,6 @@
 
 Distances are Euclidean, between an extractor's features: n training images, q queries, F features an image, k neighbours."""
 
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,58 +11,12 @@ import torch
 from torch import nn
 
 from cli import UserError
-from evaluations.features import extract, load_extractor
-from preprocessing.images import read_or_name
-from preprocessing.sources import open_source
+from evaluations.features import extract_all, load_extractor
+from evaluations.images import Chosen, Images, open_images
 
 NEIGHBOURS = 5
 MOST = 2000  # samples, and training images measured against the others
 BLOCK = 2048  # training images whose features are in memory at once
-
-
-class Pictures:
-    """Numbered images of one size: of an .npz, read from the file as they are wanted, or of a folder tree or archive."""
-
-    def __init__(self, path: Path, flag: str, side: int | None = None):
-        """`side`: pixels to crop a folder's or archive's images to. Raises UserError naming `flag`."""
-        self.path, self.flag, self.source = path, flag, None
-        if path.suffix == ".npz":
-            self._read_header()
-        else:
-            self.source = open_source(path, flag)
-            self.count, self.size = len(self.source), (side, side)
-
-    def _read_header(self) -> None:
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(file)
-                self.start = file.tell()
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.flag} {self.path} cannot be read as .npz of images ({error})") from None
-        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0]:
-            raise UserError(f"{self.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), it is {dtype} {shape}")
-        self.count, self.size = shape[0], shape[1:3]
-
-    def read(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
-        """The images of these numbers, ascending, as (3, H, W) uint8."""
-        if self.source is not None:
-            for i in numbers:
-                yield read_or_name(self.source, int(i), self.size[0], self.flag)
-            return
-        height, width = self.size
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-            for i in numbers:
-                file.seek(self.start + int(i) * height * width * 3)
-                pixels = np.frombuffer(file.read(height * width * 3), np.uint8)
-                yield pixels.reshape(height, width, 3).transpose(2, 0, 1)
-
-    def batches(self, numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
-        """Likewise, (B, 3, H, W)."""
-        images = self.read(numbers)
-        for start in range(0, len(numbers), size):
-            yield np.stack([next(images) for _ in numbers[start : start + size]])
 
 
 class Match(NamedTuple):
@@ -114,13 +67,13 @@ def nearest(
 
 
 def check(
-    samples: dict[str, Pictures], train: Pictures, network: nn.Module, batch_size: int, device: torch.device | str,
+    samples: dict[str, Images], train: Images, network: nn.Module, batch_size: int, device: torch.device | str,
     shown: int = 16, suspects: int = 4,
 ) -> dict[str, Check]:  # fmt: skip
     """Each set of samples against all training images, which are read once, whatever the number of sets."""
 
-    def features(pictures: Pictures, numbers: np.ndarray, desc: str) -> np.ndarray:
-        return extract(network, pictures.batches(numbers, batch_size), len(numbers), desc, device).pool
+    def features(images: Images, numbers: np.ndarray, desc: str) -> np.ndarray:
+        return extract_all({"": network}, Chosen(images, numbers), batch_size, desc, device)[""].pool
 
     chosen = {name: np.union1d(evenly(each.count, MOST), evenly(each.count, shown)) for name, each in samples.items()}
     probes = evenly(train.count, MOST)
@@ -152,15 +105,18 @@ def check(
     return checks
 
 
-def _match(samples: Pictures, train: Pictures, number: int, distances: np.ndarray, numbers: np.ndarray) -> Match:
-    found = []
-    for i, distance in zip(numbers, distances):
-        found.append((int(i), float(distance), next(train.read([i])).transpose(1, 2, 0)))
-    return Match(int(number), next(samples.read([number])).transpose(1, 2, 0), found)
+def _match(samples: Images, train: Images, number: int, distances: np.ndarray, numbers: np.ndarray) -> Match:
+    found = [(int(i), float(distance), one(train, i)) for i, distance in zip(numbers, distances)]
+    return Match(int(number), one(samples, number), found)
+
+
+def one(images: Images, i: int) -> np.ndarray:
+    """Image i: (H, W, 3)."""
+    return images.batch(i, i + 1)[0].transpose(1, 2, 0)
 
 
 def check_all(
-    samples: dict[str, Pictures], path: Path, features: str | None, weights: Path | None, batch_size: int,
+    samples: dict[str, Images], path: Path, features: str | None, weights: Path | None, batch_size: int,
     device: torch.device | str,
 ) -> dict[str, Check]:  # fmt: skip
     """Sets of samples of several sizes against the training images of --nearest. features None: the shipped classifier for
@@ -170,13 +126,13 @@ def check_all(
         group = {name: each for name, each in samples.items() if each.size == size}
         if size[0] != size[1]:
             raise UserError(f"--nearest needs square samples, those of {next(iter(group))} are {size[1]}x{size[0]}")
-        train = Pictures(path, "--nearest", size[0])
+        train = open_images(path, size[0], "--nearest")
         if train.size != size or train.count <= NEIGHBOURS:
             raise UserError(
                 f"--nearest {path} holds {train.count} images of {train.size[1]}x{train.size[0]}; more than {NEIGHBOURS} of "
                 f"{size[1]}x{size[0]} are needed, as the samples are"
             )
         name = features or ("fashion" if size == (32, 32) else "inception")
-        network = load_extractor(name, weights, size, device, next(str(each.path) for each in group.values()), "--features")
+        network = load_extractor(name, weights, size, device, next(iter(group)), "--features")
         checks |= check(group, train, network, batch_size, device)
     return checks

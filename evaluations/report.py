@@ -16,7 +16,8 @@ import cli
 from cli import UserError
 from evaluations import report_curves, report_metrics, report_pictures
 from evaluations.features import EXTRACTORS
-from evaluations.nearest import Check, Pictures, check_all
+from evaluations.images import Images, Npz
+from evaluations.nearest import Check, check_all
 from evaluations.report_metrics import Measured, differing, flat
 from evaluations.report_page import Html, absent, el, page, shown, swatch, table
 from evaluations.runs import Run, named, read_run
@@ -112,14 +113,14 @@ def settings(runs: list[Run]) -> Html:
     return el("div", *parts)
 
 
-def newest_samples(runs: list[Run], rows: list[Measured]) -> dict[str, Pictures]:
+def newest_samples(runs: list[Run], rows: list[Measured]) -> dict[str, Images]:
     """Of each run the measured .npz of its latest checkpoint that is still there. Raises UserError."""
-    found: dict[str, Pictures] = {}
+    found: dict[str, Images] = {}
     for run in runs:
         there = [row for row in rows if row.run is run and row.samples and row.samples.exists()]
         if there:
             latest = max(there, key=lambda row: (row.images, row.content.get("count") or 0))
-            found[run.name] = Pictures(latest.samples, "samples")
+            found[run.name] = Npz(latest.samples, "samples").images()
     return found
 
 
