@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample_ddp
 import train
-from evaluations import evaluate
+from evaluations import evaluate, report, suite
 from latent_cache import LatentCache
 from preprocessing import encode_latents, import_repa, verify
 from tests.helpers import ROOT
@@ -48,7 +48,14 @@ def imagenet(tmp_path_factory):
 
 def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatch):
     monkeypatch.chdir(imagenet)
-    short = {"--model": "SiT-S/8", "--max-train-steps": 2, "--batch-size": 8, "--sampling-steps": 0, "--num-workers": 0}
+    short = {
+        "--model": "SiT-S/8",
+        "--max-train-steps": 2,
+        "--batch-size": 8,
+        "--sampling-steps": 0,
+        "--log-every": 1,
+        "--num-workers": 0,
+    }
     short_training = [word for pair in short.items() for word in pair]
     (encode,), (evaluation,) = of("preprocessing.encode_latents"), of("evaluations.evaluate")
     trainings = [flags for flags in of("train.py") if "data/imagenet256" in flags]
@@ -65,6 +72,8 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     for flags in samplings:
         code, out = call(sample_ddp, *flags, "--num-fid-samples", 5, "--num-steps", 2, "--per-proc-batch-size", 5)
         assert code == 0, out
+    (report_flags,) = of("evaluations.report")
+    assert call(report, *report_flags)[0] == 0 and (imagenet / "report.html").exists()
     name = evaluation[0].replace("4000000", "0000002").replace("maruyama250", "maruyama2")
     assert (imagenet / name).exists()
     np.savez(imagenet / evaluation[2], arr_0=np.zeros((5, 256, 256, 3), np.uint8))
@@ -108,8 +117,8 @@ def test_launchers_take_the_flags_given_to_them():
             launched += parsed.training_script == "train.py"
         elif words[0] == "torchrun":
             parsed = get_args_parser().parse_args(words[1:])
-            launched += parsed.training_script == "sample_ddp.py" and parsed.nproc_per_node == "8"
-    assert launched == 4
+            launched += parsed.training_script in ("sample_ddp.py", "evaluations.evaluate") and parsed.nproc_per_node == "8"
+    assert launched == 5
 
 
 def test_a_step_number_in_a_file_name_has_seven_digits():
@@ -118,7 +127,10 @@ def test_a_step_number_in_a_file_name_has_seven_digits():
     assert steps == {"4000000"} and "xl2-sra2-4000000-" in of("evaluations.evaluate")[0][0]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/cluster.md", "docs/performance.md", "docs/data.md"])
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_what_documents_name_exists(document):
     """Files in links, flags, and `function` (file) pairs."""
     text = (ROOT / document).read_text()
@@ -126,7 +138,11 @@ def test_what_documents_name_exists(document):
         assert (ROOT / document).parent.joinpath(target).exists(), target
     for names, file in re.findall(r"`([A-Za-z_.]+)(?:\([^`]*\))?` \(([a-z_/]+\.py)\)", text):
         assert all(re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()) for name in names.split(".")), (names, file)
-    scripts = (path for folder in (".", "preprocessing", "evaluations", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+    scripts = (
+        path
+        for folder in (".", "preprocessing", "evaluations", "benchmarks", "experiments")
+        for path in (ROOT / folder).glob("*.py")
+    )
     sources = "".join(path.read_text() for path in scripts)
     for flag in re.findall(r"`(--[a-z-]+)", text):
         assert f'"{flag}"' in sources or flag in ("--cpu", "--requeue", "--nnodes", "--rdzv_endpoint", "--rdzv"), flag
@@ -135,5 +151,5 @@ def test_what_documents_name_exists(document):
 def test_the_demos_figures_are_those_that_were_measured():
     """docs/demo.json is the metrics.json of the run whose picture stands in the README."""
     text, measured = (ROOT / "README.md").read_text(), json.loads((ROOT / "docs/demo.json").read_text())
-    assert evaluate.table(measured["metrics"], measured) in text
+    assert suite.table(measured) in text
     assert measured["metrics"]["class_agreement"] >= 0.75
