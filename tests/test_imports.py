@@ -78,6 +78,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "benchmarks",
             "checkpoint",
             "dataset",
+            "evaluations",
             "flags",
             "flops",
             "guard",
@@ -86,7 +87,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "latent_cache",
         }
         | {"models", "preprocessing", "train", "train_state", "world"},
-        {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate"},
+        {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
     ),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
 }
