@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the files under benchmarks/results.
+"""The tables of docs/performance.md and docs/evaluation.md, from the files under benchmarks/results.
 
 python -m benchmarks.table"""
 
@@ -85,6 +85,22 @@ def imagenet_rows(result: dict) -> list[str]:
     ]
 
 
+def evaluation_rows(result: dict) -> list[str]:
+    """One row a way of computing a metric, the ratio beside ours."""
+    rows = []
+    for name, figures in result["results"].items():
+        ratios = [
+            f"{with_quartiles(ratio, '.3g')} times {key.split('/')[0]}"
+            for key, ratio in result["ratios"].items()
+            if key.endswith(f"/{name}")
+        ]
+        how = f"{result['images']:,} x {result['width']}"
+        rows.append(
+            f"| {machine_name(result)} | {how} | {name} | {with_quartiles(figures['call_s'], '.3g')} | {', '.join(ratios)} |"
+        )
+    return rows
+
+
 def scaled(figure: dict, factor: float) -> dict:
     """A median and its quartiles in another unit."""
     return {"median": figure["median"] * factor, "quartiles": [value * factor for value in figure["quartiles"]]}
@@ -116,6 +132,10 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
         "encode": "\n".join(
             ["| machine | what | way | seconds an image | images/s | of matmul rate | |", "|---|---|---|---|---|---|---|"]
             + [row for result in encodings for row in encode_rows(result)]
+        ),
+        "evaluation": "\n".join(
+            ["| machine | features | what | seconds | as fast as |", "|---|---|---|---|---|"]
+            + [row for result in results if result["benchmark"] == "evaluation" for row in evaluation_rows(result)]
         ),
         "imagenet": "\n".join(
             ["| pixels | cache, float16 | with --flip | GFLOPs an image | PFLOPs in all | on two CPU cores |"]

@@ -76,15 +76,15 @@ def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> fl
     return ((mu_a - mu_b).square().sum() + s_a.trace() + s_b.trace() - 2 * trace).item()
 
 
-def influence(features: np.ndarray, reference: Statistics, device: Device = "cpu") -> np.ndarray:
+def influence(features: np.ndarray, own: Statistics, reference: Statistics, device: Device = "cpu") -> np.ndarray:
     """How the Frechet distance to the reference moves, to first order, with the weight of each row: (n, F) -> (n,), mean 0.
+    `own` are the features' own statistics.
 
     The distance's gradient is 2 (mu - mu_r) in mu and I - T in S, where T = R (R^T S R)^(-1/2) R^T with R R^T = S_r is the
     optimal transport map, the only symmetric T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). More weight on a row
     x pulls mu along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary count as still."""
     n = len(features)
-    mu, sigma = (torch.from_numpy(x).to(device) for x in statistics(features, device))
-    mu_r, sigma_r = (torch.tensor(x, dtype=torch.float64, device=device) for x in reference)
+    mu, sigma, mu_r, sigma_r = (torch.tensor(x, dtype=torch.float64, device=device) for x in (*own, *reference))
     root, _ = _root(sigma_r)
     values, vectors = _eigh(root.T @ sigma @ root)
     values = values.clamp(min=values[-1] * len(values) * torch.finfo(values.dtype).eps)  # below is rounding
@@ -99,10 +99,11 @@ def influence(features: np.ndarray, reference: Statistics, device: Device = "cpu
 
 def frechet_interval(
     features: np.ndarray, reference: Statistics, level: float = 0.95, replicates: int = 1000, seed: int = 0,
-    device: Device = "cpu",
+    device: Device = "cpu", own: Statistics | None = None,
 ) -> tuple[float, float] | None:  # fmt: skip
     """Percentile interval (Efron 1979) of the Frechet distance of (n, F) features, each replicate to first order: the distance
     plus the mean of `influence` over n rows drawn with replacement. None when n <= F: the covariance is singular.
+    `own` spares computing the features' statistics again.
 
     It covers what another n images of the same model would change. It does not cover the bias: a finite n makes the distance
     too large (Chong & Forsyth 2020), every draw about alike. Nor does it know that the reference is finite too. As the distance
@@ -110,8 +111,9 @@ def frechet_interval(
     n, size = features.shape
     if n <= size:
         return None
-    distance = frechet_distance(statistics(features, device), reference, device)
-    moves, rng = influence(features, reference, device), np.random.default_rng(seed)
+    own = own or statistics(features, device)
+    distance, rng = frechet_distance(own, reference, device), np.random.default_rng(seed)
+    moves = influence(features, own, reference, device)
     drawn = [distance + moves[rng.integers(n, size=n)].mean() for _ in range(replicates)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

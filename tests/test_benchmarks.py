@@ -1,10 +1,11 @@
-"""The benchmarks run on a CPU, and the page about speed says what they wrote."""
+"""The benchmarks run on a CPU, and the pages say what they wrote."""
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks import checkpoint, data_loading, encode, table, train_step
+from benchmarks import adm_evaluator, checkpoint, data_loading, encode, evaluation, table, train_step
 from tests.helpers import ROOT
 
 
@@ -59,10 +60,40 @@ def test_encode_tells_how_busy_the_vae_is(call, vae_folder, tmp_path):
     assert not (tmp_path / "d/benchmark-encode").exists()
 
 
+def test_evaluation_compares_with_the_code_of_others(call, tmp_path):
+    flags = "--images 60 --width 8 --rounds 2 --warm-up 0"
+    code, out = call(evaluation, *flags.split(), "--json", tmp_path / "a.json")
+    assert code == 0, out
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert set(result["ratios"]) == {"sqrtm/frechet_distance", "numpy/statistics", "torch-fidelity/precision_recall"}
+    assert all(figures["call_s"]["median"] > 0 for figures in result["results"].values()) and result["machine"]["scipy"]
+
+
+def test_adms_evaluator_is_asked_what_ours_answers():
+    arrays = adm_evaluator.inputs({"reference": 50, "samples": 60, "few": 9, "activations": 30}, 24, 10)
+    ours = adm_evaluator.ours(arrays)
+    assert list(ours) == list(json.loads((ROOT / "docs/adm_evaluator.json").read_text())["quantities"])
+    assert all(np.isfinite(value).all() for value in ours.values())
+    scaled = arrays["samples"].astype(np.float64) * adm_evaluator.OVERFLOW
+    assert (np.square(scaled).sum(1) > np.finfo(np.float16).max).any()  # or ADM would not fall back to float32
+
+
+def test_the_page_about_evaluation_holds_what_adms_evaluator_said():
+    result, page = (json.loads((ROOT / "docs/adm_evaluator.json").read_text()), (ROOT / "docs/evaluation.md").read_text())
+    assert adm_evaluator.table(result) in page
+    for package, version in result["versions"]["theirs"].items():
+        assert f"{package} {version}" in page.replace("\n", " ")
+    known = {"mean": 3e-6, "distance of few": 2e-6, "radii, float16": 4e-3, "recall, float16": 2e-3, "radii, float32": 2e-6}
+    for name, row in result["quantities"].items():
+        assert row["difference"] <= known.get(name, 5e-8), name  # the page says where these come from
+        if not name.startswith(("mean", "covariance", "radii", "resize")):  # arrays, of which the file keeps means
+            assert row["difference"] == adm_evaluator.compared(row["adm"], row["ours"])["difference"]
+
+
 def test_the_pages_hold_the_tables_of_the_results():
-    performance, data = ((ROOT / "docs" / name).read_text() for name in ("performance.md", "data.md"))
+    page = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "data", "evaluation")}
     for name, text in table.tables().items():
-        assert text in (data if name == "imagenet" else performance)
+        assert text in page[{"imagenet": "data", "evaluation": "evaluation"}.get(name, "performance")]
 
 
 def test_the_page_about_data_computes_from_the_results():

@@ -80,6 +80,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "benchmarks",
             "checkpoint",
             "dataset",
+            "evaluations",
             "flags",
             "flops",
             "guard",
@@ -88,7 +89,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "latent_cache",
         }
         | {"models", "preprocessing", "train", "train_state", "world"},
-        {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate"},
+        {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
     ),
     "experiments": ({*LEAVES, "interpolant", "keyed_random", "samplers"}, {*NUMERIC, "matplotlib"}),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
