@@ -40,7 +40,8 @@ def spread(samples: Features, reference: Reference, network: str, device: torch.
     name, count = frechet_name(network), len(samples.pool)
     counts = [n for n in COUNTS if count / 10 <= n < count]
     fewer = {str(n): frechet_distance(statistics(samples.pool[:n], device), reference.pool, device) for n in counts}
-    interval = frechet_interval(samples.pool, reference.pool, device=device)
+    own = statistics(samples.pool, device)
+    interval = frechet_interval(samples.pool, reference.pool, device=device, own=own)
     return {"intervals": {} if interval is None else {name: list(interval)}, "by_count": {name: fewer} if fewer else {}}
 
 
