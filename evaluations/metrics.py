@@ -25,12 +25,6 @@ class Statistics(NamedTuple):
     sigma: np.ndarray
 
 
-def _parts(features: np.ndarray, device: Device) -> Iterator[Tensor]:
-    """(n, F) -> rows of it, float64, on the device."""
-    for start in range(0, len(features), ROWS):
-        yield torch.tensor(features[start : start + ROWS], dtype=torch.float64, device=device)
-
-
 def _gram(x: Tensor) -> Tensor:
     """x^T x. On the CPU by numpy, which computes half of what is symmetric."""
     return x.T @ x if x.is_cuda else torch.from_numpy(x.numpy().T @ x.numpy())
@@ -45,10 +39,13 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 def statistics(features: np.ndarray, device: Device = "cpu") -> Statistics:
     """(n, F) -> Statistics: compute_statistics of ADM. The mean first, then the covariance around it, part by part."""
-    n = len(features)
-    mu = sum(part.sum(0) for part in _parts(features, device)) / n
-    sigma = sum(_gram(part - mu) for part in _parts(features, device)) / (n - 1)
-    return Statistics(mu.cpu().numpy(), sigma.cpu().numpy())
+    n, size = features.shape
+    starts = range(0, n, ROWS)
+    mu = sum(features[i : i + ROWS].sum(0, dtype=np.float64) for i in starts) / n
+    sigma = torch.zeros(size, size, dtype=torch.float64, device=device)
+    for i in starts:
+        sigma += _gram(torch.from_numpy(features[i : i + ROWS] - mu).to(device))
+    return Statistics(mu, sigma.div_(n - 1).cpu().numpy())
 
 
 def _root(sigma: Tensor) -> tuple[Tensor, bool]:
@@ -90,8 +87,8 @@ def influence(features: np.ndarray, own: Statistics, reference: Statistics, devi
     values = values.clamp(min=values[-1] * len(values) * torch.finfo(values.dtype).eps)  # below is rounding
     half = root @ vectors * values**-0.25  # T is half half^T
     rows = []
-    for part in _parts(features, device):
-        x = part - mu
+    for i in range(0, n, ROWS):
+        x = torch.from_numpy(features[i : i + ROWS] - own.mu).to(device)
         rows.append(2 * x @ (mu - mu_r) + (x.square().sum(1) - (x @ half).square().sum(1)) * n / (n - 1))
     moves = torch.cat(rows)
     return (moves - moves.mean()).cpu().numpy()

@@ -71,8 +71,7 @@ def test_statistics_are_numpys_and_never_hold_all_features_twice():
     class Rows:
         """Features that cannot be had whole."""
 
-        def __len__(self):
-            return len(x)
+        shape = property(lambda self: x.shape)
 
         def __getitem__(self, rows):
             assert rows.stop - rows.start <= metrics.ROWS
