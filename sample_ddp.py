@@ -26,7 +26,7 @@ from interpolant import PATHS
 from models.autoencoder import Autoencoder
 from models.sit import SiT, SiTBlock, SiTConfig
 from sample_store import Done, SampleStore
-from sampling import STATES, Recipe
+from sampling import STATES, Recipe, cast_products
 from world import World
 
 
@@ -169,6 +169,7 @@ class Worker:
         if not hasattr(self.local, "stream"):
             torch.cuda.set_device(self.device)
             self.local.stream = torch.cuda.Stream()
+            self.local.stream.wait_stream(torch.cuda.default_stream())  # on which the weights came
         return torch.cuda.stream(self.local.stream)
 
 
@@ -212,6 +213,8 @@ def main() -> None:
     recipe = recipe._replace(path_type=source.path_type).with_labels(model.config.num_classes, args.num_fid_samples)
     what = describe(args, source, vae, recipe, device)
     check_vae(vae, what["vae_fingerprint"], source, model.config)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
+    cast_products(model, dtype)
     if args.compile:
         for module in model.modules():
             if isinstance(module, SiTBlock):
@@ -234,8 +237,7 @@ def main() -> None:
             done = done._replace(features=set(store.batches))
         to_do = store.to_do(done)
         mine = to_do[world.rank :: world.processes]
-        worker = Worker(model, vae, recipe, {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision], store, done,
-                        networks, device)  # fmt: skip
+        worker = Worker(model, vae, recipe, dtype, store, done, networks, device)
         threads = max(1, world.cores // world.local_processes)
         if cuda:
             threads = 1 if suite and args.allow_tf32 else 2  # networks switch TF32 off, in all threads at once

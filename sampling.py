@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cli import UserError
 from interpolant import PATHS
@@ -116,6 +116,13 @@ class Recipe(NamedTuple):
             return normal(self.seed, Purpose.BROWNIAN, index, shape, draw=step)
 
         return sde(velocity, PATHS[self.path_type], start, self.num_steps, brownian)
+
+
+def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the weights of products in the dtype that autocast would give them anew in every evaluation: the same numbers."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(dtype)
 
 
 def read_labels(path: Path) -> np.ndarray:

@@ -8,6 +8,7 @@ from evaluations.metrics import frechet_distance, frechet_interval, inception_sc
 from evaluations.references import Reference
 
 COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)  # at which a distance is told, of those below the number of samples
+RESULTS = ("metrics", "intervals", "by_count", "warning")  # of metrics.json; every other key identifies them
 FULL = 50_000  # samples that papers compare
 FRECHET = {"inception": "FID", "fashion": "FD-fashion", "dinov2-l": "FD-DINOv2"}
 

@@ -8,45 +8,34 @@ import numpy as np
 
 import cli
 from cli import UserError
-from evaluations.runs import column, named, read_log
+from evaluations.report_curves import evaluated, settings_of
+from evaluations.runs import Run, column, named, read_run
 
 PANELS = {"velocity": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
 
 
-DISTANCES = ("FID", "FD-fashion")  # of evaluations while training
-
-
-def read_metrics(run: Path) -> tuple[dict[str, np.ndarray], dict[tuple[str, float], np.ndarray]]:
-    """metrics.jsonl of a run: its steps column by column, and (n, 2) images and distance for each distance and EMA decay.
-    Raises UserError."""
-    steps, evaluations = read_log(run)
-    distances: dict[tuple[str, float], list] = {}
-    for row in evaluations:
-        for name in DISTANCES:
-            if name in row:
-                distances.setdefault((name, row["evaluation"]["ema_decay"]), []).append((row["images"], row[name]))
-    columns = {key: column(steps, key) for key in ("images", *PANELS)}
-    return columns, {key: np.array(pairs) for key, pairs in distances.items()}
-
-
-def draw(runs: dict[str, tuple[dict[str, np.ndarray], dict[tuple[str, float], np.ndarray]]], out: Path) -> None:
-    """One panel a quantity, one colour a run; one more panel for each distance that a run was evaluated by."""
+def draw(runs: list[Run], out: Path) -> None:
+    """One panel a quantity, one colour a run; one more panel for each Frechet distance that a run was evaluated by, with a
+    line for each way of measuring it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measured = [name for name in DISTANCES if any(name == key for _, distances in runs.values() for key, _ in distances)]
+    settings = settings_of(runs)
+    distances = [key for run in runs for row in run.evaluations for key in row if key.startswith(("FID", "FD-"))]
+    measured = {name: evaluated(runs, name, settings) for name in dict.fromkeys(distances)}
     panels = [*PANELS.values(), *measured]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
-    for i, (run, (columns, distances)) in enumerate(runs.items()):
+    for i, run in enumerate(runs):
         for axis, key in zip(axes, PANELS):
-            if np.any(columns[key] > 0):
-                axis.plot(columns["images"] / 1e3, columns[key], f"C{i}", label=run, linewidth=1.6)
-        for k, ((name, decay), pairs) in enumerate(distances.items()):
-            axis = axes[panels.index(name)]
-            style = ("-", "--", ":", "-.")[k % 4]
-            axis.plot(pairs[:, 0] / 1e3, pairs[:, 1], f"C{i}", label=f"{run}, EMA {decay:g}", linestyle=style, marker=".")
+            values = column(run.steps, key)
+            if np.any(values > 0):
+                axis.plot(column(run.steps, "images") / 1e3, values, f"C{i}", label=run.name, linewidth=1.6)
+    for axis, lines in zip(axes[len(PANELS) :], measured.values()):
+        for line in lines:
+            style = ("-", "--", ":", "-.")[line.dash % 4]
+            axis.plot(line.x / 1e3, line.y, f"C{line.colour}", label=line.label, linestyle=style, marker=".")
     for axis, title in zip(axes, panels):
         axis.set_title(title)
         axis.set_xlabel("thousand images seen")
@@ -70,8 +59,7 @@ def main() -> None:
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {out} must end in .png, .pdf or .svg")
-    runs = {name: read_metrics(folder) for name, folder in named(args.runs).items()}
-    draw(runs, out)
+    draw([read_run(name, folder) for name, folder in named(args.runs).items()], out)
     print(f"curves: {out}")
 
 

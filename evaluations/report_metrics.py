@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli import UserError
+from evaluations.compare import RESULTS
 from evaluations.report_page import Html, absent, el, number, shown, swatch, table, text
 from evaluations.runs import Run, read_json
 
-RESULTS = ("metrics", "intervals", "by_count", "warning")  # every other key of a file identifies its numbers
 WHICH_MODEL = {
     "samples", "samples_sha256", "sampling.checkpoint", "sampling.ema_sha256", "sampling.step", "sampling.images_seen",
 }  # fmt: skip
+ROUNDING = ("versions.", "feature_batch_size", "sampling.machine.", "sampling.per_proc_batch_size", "sampling.compile")
 SAID_BY = {  # what does not count where another field says it better
     "reference": "reference_sha256", "sampling.vae": "sampling.vae_fingerprint", "sampling.count": "count",
 }  # fmt: skip
@@ -64,7 +65,7 @@ def flat(content: dict, prefix: str = "") -> dict[str, Any]:
 def identity(content: dict) -> dict[str, Any]:
     """What must agree before two values may be compared."""
     fields = said_once(flat({key: value for key, value in content.items() if key not in RESULTS}))
-    return {key: value for key, value in fields.items() if key not in WHICH_MODEL}
+    return {key: value for key, value in fields.items() if key not in WHICH_MODEL and not key.startswith(ROUNDING)}
 
 
 def said_once(fields: dict[str, Any]) -> dict[str, Any]:

@@ -13,14 +13,13 @@ import torch
 
 import cli
 from cli import UserError
-from evaluations.compare import compare, frechet_name, spread, warning
+from evaluations.compare import RESULTS, compare, frechet_name, spread, warning
 from evaluations.features import EXTRACTORS, Features, load_extractor
 from evaluations.metrics import NEIGHBOURS
 from evaluations.references import cache_folder, known_name, load_references
 from files import sha256, write_file
 from world import World
 
-RESULTS = ("metrics", "intervals", "by_count", "warning")  # of metrics.json; all else in it is identity
 NAMES = {"class_agreement": "classifier agrees with class", "inception_score": "Inception score"}
 
 

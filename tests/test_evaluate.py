@@ -306,8 +306,6 @@ def test_curves_draw_several_runs(call, trained, tmp_path):
         for images, distance in ((8, 5.0), (16, 4.0)):
             row = {"step": 1, "images": images, "FD-fashion": distance, "evaluation": {"ema_decay": 0.9}}
             file.write(json.dumps(row) + "\n")
-    columns, distances = curves.read_metrics(evaluated)
-    assert len(columns["velocity"]) == 2 and distances["FD-fashion", 0.9].tolist() == [[8, 5], [16, 4]]
     assert call(curves, trained, evaluated, "--out", tmp_path / "e.png")[0] == 0
     assert Image.open(tmp_path / "e.png").width > 1.3 * Image.open(tmp_path / "c.png").width  # one panel more
     code, out = call(curves, tmp_path)

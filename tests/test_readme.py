@@ -144,7 +144,7 @@ def test_what_documents_name_exists(document):
         for path in (ROOT / folder).glob("*.py")
     )
     sources = "".join(path.read_text() for path in scripts)
-    for flag in re.findall(r"`(--[a-z-]+)", text):
+    for flag in re.findall(r"`(--[a-z0-9-]+)", text):
         assert f'"{flag}"' in sources or flag in ("--cpu", "--requeue", "--nnodes", "--rdzv_endpoint", "--rdzv"), flag
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pretrained
 import sample_ddp
 from evaluations import evaluate
 from models.sit import SiT
@@ -189,6 +190,12 @@ def test_bf16_and_compile_reach_the_network(call, trained, tmp_path, monkeypatch
     assert call(sample_ddp, *flags(trained, tmp_path, *common, "--name", "b", "--mixed-precision", "bf16"))[0] == 0
     a, b = (images(tmp_path, name)[0].astype(int) for name in "ab")
     assert 0 < np.abs(a - b).mean() < 2
+
+    model = pretrained.load(trained).model
+    index, recipe = torch.arange(3), sample_ddp.Recipe(mode="ode", num_steps=3)
+    as_autocast = recipe.latents(model, index, torch.bfloat16)
+    sample_ddp.cast_products(model, torch.bfloat16)
+    assert torch.equal(recipe.latents(model, index, torch.bfloat16), as_autocast)
 
 
 def test_interrupted_sampling_goes_on_and_leftovers_are_refused(call, trained, tmp_path, monkeypatch):
