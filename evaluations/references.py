@@ -21,7 +21,10 @@ from evaluations.metrics import NEIGHBOURS, Statistics, statistics
 from files import write_file
 from world import World
 
-KNOWN = {  # sha256 -> name
+KNOWN = {  # sha256 -> name; the first three as others recorded them (Git LFS pointers, checks of downloads), not hashed here
+    "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758": "ADM's ImageNet 256 (VIRTUAL_imagenet256_labeled.npz)",
+    "412046720c0d496dc6d72a30eac3e22b9ef6ddac3501cce7f996674ad227ba4c": "JiT's ImageNet 256 (jit_in256_stats.npz)",
+    "cdd15b54f9d1f26a881fcdc920a3410fa7a934047d6c4f5b8395b87182a9ab42": "JiT's ImageNet 512 (jit_in512_stats.npz)",
     "5ea05ef219f980dde46cc09b6caa153c4296ec9046d93727fed87510d1dc0574": "Fashion-MNIST's 10,000 test images, as shipped",
 }
 CACHE_FORMAT = 1
