@@ -87,7 +87,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "keyed_random",
             "latent_cache",
         }
-        | {"models", "preprocessing", "train", "train_state", "world"},
+        | {"models", "preprocessing", "pretrained", "sample_ddp", "sample_store", "samplers", "sampling", "train"}
+        | {"train_state", "world"},
         {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate"},
     ),
     "experiments": ({*LEAVES, "interpolant", "keyed_random", "samplers"}, {*NUMERIC, "matplotlib"}),
