@@ -106,7 +106,7 @@ def test_both_ways_of_sampling_write_all_images(vae_folder, tmp_path, mode, monk
 
 
 def test_the_batch_size_is_compared_with_the_first(call, trained, tmp_path):
-    flags = ["--ckpt", trained, "--images", 5, "--num-steps", 2, "--batch-sizes", 4, 4, 3, "--dest", tmp_path / "d"]
+    flags = ["--ckpt", trained, "--images", 5, "--num-steps", 2, "--batch-sizes", 4, 4, 3, "--cfg-scale", 2, "--dest", tmp_path]
     code, out = call(batch_size, *flags, "--json", tmp_path / "a.json")
     assert code == 0, out
     result = json.loads((tmp_path / "a.json").read_text())
