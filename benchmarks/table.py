@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/evaluation.md, from the files under benchmarks/results.
+"""The tables of docs/{performance,data,evaluation,sampling}.md, from the files under benchmarks/results.
 
 python -m benchmarks.table"""
 
@@ -73,6 +73,34 @@ def encode_rows(result: dict) -> list[str]:
     return rows
 
 
+def sampling_rows(result: dict) -> list[str]:
+    """One row a way of sampling; beside sample_ddp.py's: how much faster than plain it is, and the two networks' share."""
+    how = f"{result['model']}, {result['resolution']} pixels, {result['num_steps']} steps, batch {result['batch_size']}"
+    fastest = {name: figures["fastest_image_s"] for name, figures in result["results"].items()}
+    rows = []
+    for name, figures in result["results"].items():
+        gain, alone = (result["ratios"].get(f"{other}/{name}") for other in ("plain", "alone"))
+        cells = ["", "", ""] if gain is None else [
+            with_quartiles(gain, ".3g"), f"{fastest['plain'] / fastest[name]:.3g}", with_quartiles(alone, ".3f"),
+        ]  # fmt: skip
+        rows.append(
+            f"| {machine_name(result)} | {how} | {name} | {with_quartiles(figures['image_s'], '.3g')} | "
+            f"{fastest[name]:.3g} | {figures['images_per_s']:.3g} | {figures['share_of_matmul_rate']:.0%} | "
+            f"{' | '.join(cells)} |"
+        )
+    return rows
+
+
+def batch_size_rows(result: dict) -> list[str]:
+    """One row a solver and batch size."""
+    return [
+        f"| {solver} | {result['batch_size']} and {other['batch_size']} | {other['largest']} | "
+        f"{other['values'] * 1e6:.0f} | {other['images'] * result['images']:.0f} of {result['images']} |"
+        for solver, others in result["results"].items()
+        for other in others
+    ]
+
+
 def imagenet_rows(result: dict) -> list[str]:
     """What ImageNet's training images would take: size of the cache by count, time by the rate that was measured."""
     side, rate, figures = result["resolution"] // 8, result["matmul_flops_per_s"], result["results"]
@@ -113,6 +141,8 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     checkpoints = [checkpoint_row(result) for result in results if result["benchmark"] == "checkpoint"]
     loadings = [row for result in results if result["benchmark"] == "data_loading" for row in data_loading_rows(result)]
     encodings = [result for result in results if result["benchmark"] == "encode"]
+    samplings = [row for result in results if result["benchmark"] == "sampling" for row in sampling_rows(result)]
+    batch_sizes = [row for result in results if result["benchmark"] == "batch_size" for row in batch_size_rows(result)]
     return {
         "train_step": "\n".join(
             ["| machine | what | step | seconds a step | images/s | MFU | first step, s | seconds, as a ratio |"]
@@ -136,6 +166,18 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
         "evaluation": "\n".join(
             ["| machine | features | what | seconds | as fast as |", "|---|---|---|---|---|"]
             + [row for result in results if result["benchmark"] == "evaluation" for row in evaluation_rows(result)]
+        ),
+        "sampling": "\n".join(
+            [
+                "| machine | what | way | seconds an image | fastest | images/s | of matmul rate | times plain's rate | "
+                "fastest | the two alone |",
+                "|---|---|---|---|---|---|---|---|---|---|",
+            ]
+            + samplings
+        ),
+        "batch_size": "\n".join(
+            ["| solver | batches of | largest difference, grey levels | values that differ, in a million | images with any |"]
+            + ["|---|---|---|---|---|", *batch_sizes]
         ),
         "imagenet": "\n".join(
             ["| pixels | cache, float16 | with --flip | GFLOPs an image | PFLOPs in all | on two CPU cores |"]

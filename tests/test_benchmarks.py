@@ -1,12 +1,25 @@
 """The benchmarks run on a CPU, and the pages say what they wrote."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import adm_evaluator, checkpoint, data_loading, encode, evaluation, table, train_step
+from benchmarks import adm_evaluator, batch_size, checkpoint, data_loading, encode, evaluation, sampling, table, train_step
+from flops import backbone_flops
+from models.autoencoder import Autoencoder
+from models.sit import PRESETS, SiTConfig
 from tests.helpers import ROOT
+from world import World
+
+
+def counted(model, sizes: list[int]):
+    """A copy of the network that notes how many images each call is for."""
+    model = copy.deepcopy(model)
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    return model
 
 
 def test_train_step_times_vanilla_aligned_and_plain_in_one_run(call, tmp_path):
@@ -90,10 +103,64 @@ def test_the_page_about_evaluation_holds_what_adms_evaluator_said():
             assert row["difference"] == adm_evaluator.compared(row["adm"], row["ours"])["difference"]
 
 
+def test_sampling_times_both_ways_and_the_floor(call, vae_folder, tmp_path):
+    flags = "--model SiT-Ti/2 --resolution 32 --images 5 --batch-size 2 --num-steps 2 --rounds 2 --warm-up 0 --vae"
+    code, out = call(sampling, *flags.split(), vae_folder, "--dest", tmp_path / "d", "--json", tmp_path / "a.json")
+    assert code == 0, out
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert list(result["results"]) == ["plain", "sample_ddp, fp32", "network alone, fp32", "VAE alone, fp32"]
+    assert result["flops_per_image"]["network"] == 2 * 2 * backbone_flops(SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8))
+    assert result["flops_per_image"]["VAE"] > 1e6 and set(result["ratios"]) == {
+        "plain/sample_ddp, fp32", "alone/sample_ddp, fp32",
+    }  # fmt: skip
+    assert not (tmp_path / "d/benchmark-sampling").exists()
+
+
+@pytest.mark.parametrize("mode", ["ode", "sde"])
+def test_both_ways_of_sampling_write_all_images(vae_folder, tmp_path, mode, monkeypatch):
+    """And sample_ddp's forward passes are as many, and as large, as those of the floor."""
+    flags = f"--model SiT-Ti/2 --images 5 --batch-size 2 --num-steps 3 --mode {mode} --dest ."
+    monkeypatch.setattr("sys.argv", ["sampling", *flags.split()])
+    args, source = sampling.parse(), sampling.random_source("SiT-Ti/2", vae := Autoencoder(str(vae_folder)), 32)
+    ours = sampling.Sampler(sampling.sampling_flags(args), source, vae, World())
+    seen: dict[str, list[int]] = {"theirs": [], "ours": [], "floor": []}
+    theirs = sampling.plain(counted(source.model, seen["theirs"]), vae, args, torch.device("cpu"), tmp_path / "theirs")
+    ours.model = counted(source.model, seen["ours"])
+    files = theirs, ours(tmp_path / "ours")
+    ours.model = counted(source.model, seen["floor"])
+    ours.alone(ours.evaluate)
+    for file in files:
+        images = np.load(file)["arr_0"]
+        assert images.shape == (5, 32, 32, 3) and len({image.tobytes() for image in images}) == 5
+    assert seen["theirs"] == seen["ours"] == seen["floor"] == 9 * [4]
+
+
+def test_the_batch_size_is_compared_with_the_first(call, trained, tmp_path):
+    flags = ["--ckpt", trained, "--images", 5, "--num-steps", 2, "--batch-sizes", 4, 4, 3, "--cfg-scale", 2, "--dest", tmp_path]
+    code, out = call(batch_size, *flags, "--json", tmp_path / "a.json")
+    assert code == 0, out
+    result = json.loads((tmp_path / "a.json").read_text())
+    for same, other in result["results"].values():
+        assert (same["batch_size"], same["largest"], same["values"], same["images"]) == (4, 0, 0, 0)
+        assert other["batch_size"] == 3 and other["largest"] <= 1
+    a = np.zeros((4, 2, 2, 3), np.uint8)
+    b = a.copy()
+    b[1, 0, 0] = 1, 0, 255
+    assert batch_size.compare(a, b) == batch_size.compare(b, a) == {"largest": 255, "values": 2 / 48, "images": 1 / 4}
+
+
 def test_the_pages_hold_the_tables_of_the_results():
-    page = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "data", "evaluation")}
+    pages = {"imagenet": "data", "evaluation": "evaluation", "sampling": "sampling", "batch_size": "sampling"}
     for name, text in table.tables().items():
-        assert text in page[{"imagenet": "data", "evaluation": "evaluation"}.get(name, "performance")]
+        assert text in (ROOT / "docs" / f"{pages.get(name, 'performance')}.md").read_text()
+
+
+def test_the_page_about_sampling_says_what_the_results_say():
+    """Its prose on other batch sizes."""
+    result = json.loads((ROOT / "benchmarks/results/batch_size.json").read_text())
+    others = [other for solver in result["results"].values() for other in solver]
+    assert all(other["largest"] == 0 for other in others if other["batch_size"] == result["batch_size"])
+    assert max(other["largest"] for other in others) == 1 and "by one grey level" in (ROOT / "docs/sampling.md").read_text()
 
 
 def test_the_page_about_data_computes_from_the_results():

@@ -88,7 +88,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "keyed_random",
             "latent_cache",
         }
-        | {"models", "preprocessing", "train", "train_state", "world"},
+        | {"models", "preprocessing", "pretrained", "sample_ddp", "sample_store", "samplers", "sampling", "train"}
+        | {"train_state", "world"},
         {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
     ),
     "experiments": ({*LEAVES, "interpolant", "keyed_random", "samplers"}, {*NUMERIC, "matplotlib"}),
