@@ -44,7 +44,9 @@ def find_checkpoint(path: Path) -> Path:
     found = checkpoints(path)
     if not found:
         what = (
-            "has no checkpoints yet"
+            "does not exist"
+            if not path.exists()
+            else "has no checkpoints yet"
             if (path / "args.json").exists()
             else "is neither a run (exps/NAME) nor a checkpoint (exps/NAME/checkpoints/STEP)"
         )

@@ -1,6 +1,7 @@
 """What every command line here shares: a user's mistake, or a full disk, ends in one line and exit code 2."""
 
 import argparse
+import difflib
 import errno
 import math
 import os
@@ -51,7 +52,7 @@ def run(main: Callable[[], None]) -> None:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             sys.exit(_end(f"{who}error: {error.strerror}{where}: free some space and run the same command again", 2))
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
             sys.exit(_end(f"{who}error: {error.strerror}{where}: name another place", 2))
         raise
     except KeyboardInterrupt:
@@ -70,10 +71,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str, prog: str, required: str):
         super().__init__(
-            prog=prog, usage=f"{prog} {required} [flags]", description=doc.split("\n")[0], formatter_class=_Formatter
-        )
+            prog=prog, usage=f"{prog} {required} [flags]", description=doc.split("\n")[0], formatter_class=_Formatter,
+            allow_abbrev=False,
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            message = f"unrecognized arguments: {message.split(': ', 1)[1]}{f'; did you mean {near[0]}?' if near else ''}"
         raise UserError(f"{message} (--help lists every flag)")
 
 

@@ -44,21 +44,22 @@ def write_array(path: Path, array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def write_npz(path: Path, blocks: Iterable[np.ndarray], shape: tuple[int, ...], **arrays: np.ndarray) -> None:
-    """ADM's file: arr_0 uint8 of `shape`, whose rows come in blocks, so that it is never in memory; and other arrays. Appears
-    whole or not at all."""
+def write_npz(path: Path, blocks: Iterable[np.ndarray] | None, shape: tuple[int, ...], **arrays: np.ndarray) -> None:
+    """ADM's file: arr_0 uint8 of `shape`, whose rows come in blocks, so that it is never in memory (None: without it); and
+    other arrays. Appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                rows = 0
-                for block in blocks:
-                    file.write(np.ascontiguousarray(block))
-                    rows += len(block)
-                assert rows == shape[0], (rows, shape)
+            if blocks is not None:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    rows = 0
+                    for block in blocks:
+                        file.write(np.ascontiguousarray(block))
+                        rows += len(block)
+                    assert rows == shape[0], (rows, shape)
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w") as file:
                     np.save(file, array)
@@ -112,15 +113,25 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, or, for a folder, of its files' names and bytes."""
+    """Of a file's bytes, or, for a folder, of its files' names and bytes, through links to other folders."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
+    for file in sorted(_files(path)) if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(str(file.relative_to(path)).encode())
         with open(file, "rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _files(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
+    """All files under a folder, but not through a link to a folder that it lies in."""
+    above |= {folder.resolve()}
+    for entry in folder.iterdir():
+        if not entry.is_dir():
+            yield from [entry] if entry.is_file() else []
+        elif entry.resolve() not in above:
+            yield from _files(entry, above)
 
 
 def fsync(path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoint import CheckpointError, ema_name, find_checkpoint, load_weights, read_config
 from cli import UserError
 from files import sha256
-from models.official import official_state_dict, read_origin, read_shapes, strip_prefix
+from models.official import ORIGINS, official_state_dict, read_origin, read_shapes, strip_prefix
 from models.sit import SiT, SiTConfig
 
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-ema"  # what the three repositories' generate.py decodes with; its encoder is ft-mse's
@@ -109,13 +109,18 @@ def _load_official(
         name, config = read_shapes(state)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from None
+    told = read_origin(state, config)
+    from_where = "" if told or origin else f" --origin, one of {', '.join(ORIGINS)}"
     if model is None:
-        raise UserError(f"{path} does not say what it is; its shapes are those of {name}: add --model {name}")
+        also = f" and{from_where}" if from_where else ""
+        raise UserError(f"{path} does not say what it is; its shapes are those of {name}: add --model {name}{also}")
     if model != name:
         raise UserError(f"--model {model} does not fit {path}: its shapes are those of {name}")
-    told = read_origin(state, config)
-    if origin is None and told is None:
-        raise UserError(f"{path} does not tell which repository it is from, and so which way its time runs: add --origin")
+    if from_where:
+        raise UserError(
+            f"{path} does not tell which repository it is from, and so which way its time runs (heads would say REPA or SRA, a "
+            f"learned sigma SiT): add{from_where}"
+        )
     if told and origin not in (None, told):
         raise UserError(f"--origin {origin}: {path} holds what only {told} has")
     path_type = _official_path(path, settings, path_type)
@@ -145,14 +150,15 @@ def _read_official(path: Path) -> tuple[dict[str, Tensor], dict, int | None]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict, neither under 'ema' nor by itself")
     settings, step = content.get("args"), content.get("steps")
-    return strip_prefix(state), vars(settings) if isinstance(settings, argparse.Namespace) else {}, step
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    return strip_prefix(state), settings if isinstance(settings, dict) else {}, None if step is None else int(step)
 
 
 def _official_path(path: Path, settings: dict, path_type: str | None) -> str:
     """The path that a file's settings name, else the flag's, else the linear one, which every published file is of."""
     if settings.get("prediction", "v") not in ("v", "velocity"):
         raise CheckpointError(f"{path} predicts {settings['prediction']}, not velocity")
-    trained = settings.get("path_type", path_type or "linear")
+    trained = str(settings.get("path_type", path_type or "linear"))
     if trained not in OFFICIAL_PATHS:
         raise CheckpointError(f"{path} was trained on the path {trained}, which this repository does not have")
     trained = OFFICIAL_PATHS[trained]

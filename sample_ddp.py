@@ -6,7 +6,6 @@ An image depends on the checkpoint, these flags and its index alone, not on how 
 batch is a file of its own until all are there, so an interrupted run goes on where it stopped."""
 
 import argparse
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, nullcontext
@@ -20,11 +19,12 @@ import cli
 import pretrained
 from checkpoint import CheckpointError
 from cli import UserError
-from evaluations.suite import Suite, add_flags, identity_of, read_result, table, write_result
+from evaluations.suite import Suite, add_flags, enough, identify, identity_of, read_result, table, write_result
 from files import sha256
 from interpolant import PATHS
 from models.autoencoder import Autoencoder
-from models.sit import SiT, SiTBlock, SiTConfig
+from models.official import ORIGINS
+from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
 from sample_store import Done, SampleStore
 from sampling import STATES, Recipe, cast_products
 from world import World
@@ -38,8 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a run (exps/NAME: its newest checkpoint), one checkpoint of it, an ema.safetensors, what evaluations.export "
              "wrote, or a .pt of the SiT, REPA or SRA repositories")
     add("--ema-decay", type=cli.decay, help="which average, of a run that keeps several (default: its first)")
-    add("--model", help="of a .pt alone: its architecture, like SiT-XL/2")
-    add("--origin", choices=("sit", "repa", "sra"), help="of a .pt that does not tell: the repository it is from")
+    add("--model", choices=PRESETS, metavar="NAME", help="of a .pt alone: its architecture, like SiT-XL/2")
+    add("--origin", choices=ORIGINS, help="of a .pt that does not tell: the repository it is from")
     add("--path-type", choices=sorted(PATHS), help="of a .pt that does not tell: the path it was trained on")
     add("--vae", help="hub id or folder of the decoder (default: the one that made the training latents)")
 
@@ -122,7 +122,7 @@ def default_name(args: argparse.Namespace, source: pretrained.Pretrained, recipe
         guidance += f"-from{recipe.guidance_low:g}-to{recipe.guidance_high:g}"
     labels = {"random": "", "balanced": "-balanced"}.get(recipe.labels)
     if labels is None:
-        labels = f"-class{recipe.labels}" if recipe.listed is None else f"-{Path(recipe.labels).stem}"
+        labels = f"-class{recipe.labels}" if recipe.listed is None else f"-labels{sha256(Path(recipe.labels))[:8]}"
     return f"{source.name}-{recipe.solver}{steps}{guidance}{labels}-seed{recipe.seed}"
 
 
@@ -160,7 +160,10 @@ class Worker:
         """The last batch is padded with the numbers that follow: every batch runs the same kernels."""
         size = self.store.size
         index = torch.arange(k * size, (k + 1) * size, device=self.device)
-        return self.vae.decode(self.recipe.latents(self.model, index, self.dtype, self.check))
+        latents = self.recipe.latents(self.model, index, self.dtype, self.check)
+        if not latents.isfinite().all():
+            raise UserError(f"--ckpt {self.store.what['checkpoint']}: the network's latents of batch {k} are not finite")
+        return self.vae.decode(latents)
 
     def _stream(self):
         """Each thread's own on a GPU, so that one samples while the other decodes, copies and writes."""
@@ -183,11 +186,11 @@ def make(worker: Worker, mine: list[int], threads: int, warm_up: bool, bar: tqdm
         try:
             if warm_up and mine:  # compiles once, not in every thread
                 pool.submit(worker, mine[0]).result()
-                bar.update(images)
+                bar.update(min(images, bar.total - bar.n))
                 mine = mine[1:]
             for future in as_completed([pool.submit(worker, k) for k in mine]):
                 future.result()
-                bar.update(images)
+                bar.update(min(images, bar.total - bar.n))  # the last batch is padded
         except BaseException:
             worker.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -225,16 +228,20 @@ def main() -> None:
     if args.evaluate:
         side = model.config.latent_size * vae.factor
         size = args.per_proc_batch_size
+        enough(args.num_fid_samples, "--num-fid-samples")
         suite = Suite(args, args.evaluate, "--evaluate", (side, side), "the model", size, device, world)
     networks = suite.networks if suite else {}
-    store = SampleStore(args.sample_dir, name, what, list(networks), not args.no_npz, args.png)
+    seen_by = {key: network.weights_sha256 for key, network in networks.items()}
+    store = SampleStore(args.sample_dir, name, what, seen_by, not args.no_npz, args.png)
     labels = recipe.classes(torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
     store.choose(labels)
     with ExitStack() as held:
         done = world.first(lambda: store.claim(held))
         store.open()
-        if suite and world.first(lambda: evaluated(store, suite)):
+        if suite and world.first(lambda: bool(evaluated(store, suite))):
             done = done._replace(features=set(store.batches))
+        elif suite:
+            suite.look()
         to_do = store.to_do(done)
         mine = to_do[world.rank :: world.processes]
         worker = Worker(model, vae, recipe, dtype, store, done, networks, device)
@@ -242,7 +249,8 @@ def main() -> None:
         if cuda:
             threads = 1 if suite and args.allow_tf32 else 2  # networks switch TF32 off, in all threads at once
         size = args.per_proc_batch_size
-        with tqdm(total=len(to_do) * size, unit="img", desc="sampling", disable=world.rank > 0, smoothing=0.05) as bar:
+        total, quiet = min(len(to_do) * size, args.num_fid_samples), world.rank > 0 or not to_do
+        with tqdm(total=total, unit="img", desc="sampling", disable=quiet, smoothing=0.05) as bar:
             make(worker, mine, threads, args.compile, bar, size * world.processes)
         world.barrier()
         if world.rank == 0:
@@ -258,26 +266,13 @@ def check_vae(vae: Autoencoder, fingerprint: str, source: pretrained.Pretrained,
         raise UserError(f"--vae {vae.name} decodes {vae.channels} channels, the model makes {config.channels}")
 
 
-def metrics_path(store: SampleStore) -> Path:
-    return store.npz.with_suffix(".metrics.json")
-
-
-def identity(store: SampleStore, suite: Suite) -> dict:
-    """What metrics.json says beside the numbers."""
-    kept = store.keep_images
-    return json.loads(json.dumps({
-        "samples": str(store.npz) if kept else None, "samples_sha256": sha256(store.npz) if kept else None,
-        "count": store.count, **suite.identity,
-        "sampling": {key: value for key, value in store.what.items() if key != "class_names"},
-    }))  # fmt: skip
-
-
-def evaluated(store: SampleStore, suite: Suite) -> bool:
-    """Whether metrics.json holds the numbers of just these samples already."""
-    old = read_result(metrics_path(store))
-    if not old or (store.keep_images and (store.finished is None or store.finished.count < store.count)):
-        return False
-    return identity_of(old) == identity(store, suite)
+def evaluated(store: SampleStore, suite: Suite) -> dict:
+    """The metrics.json of just these samples, or {}. Raises UserError if there is one of another evaluation."""
+    if not store.metrics.exists():
+        return {}
+    who = identify(suite, store.npz if store.complete() else None, store.what, store.count)
+    old = read_result(store.metrics, who)
+    return old if identity_of(old) == who else {}
 
 
 def finish(args: argparse.Namespace, store: SampleStore, suite: Suite | None, labels, made: bool) -> None:
@@ -285,10 +280,11 @@ def finish(args: argparse.Namespace, store: SampleStore, suite: Suite | None, la
     store.finish(labels)
     result = None
     if suite:
-        result, who = read_result(metrics_path(store)), identity(store, suite)
-        if identity_of(result) != who:
+        result = evaluated(store, suite)
+        if not result:
+            who = identify(suite, store.npz if store.keep_images else None, store.what, store.count)
             result = {**suite.judge(store.all_features(), labels), **who}
-            write_result(metrics_path(store), result)
+            write_result(store.metrics, result)
     store.clear()
     if args.no_npz:
         print(f"{store.count:,} images, not kept; look at {store.png_grid}")
@@ -297,7 +293,7 @@ def finish(args: argparse.Namespace, store: SampleStore, suite: Suite | None, la
     else:
         print(f"{store.npz} is complete: {store.count:,} images")
     if result:
-        print(f"{table(result)}\n  written to {metrics_path(store)}")
+        print(f"{table(result)}\n  written to {store.metrics}")
 
 
 if __name__ == "__main__":

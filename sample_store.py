@@ -7,6 +7,7 @@ there, so that any number of processes, on any number of machines, can make them
     NAME.npz  NAME.json  NAME.png    the end: ADM's arr_0 and arr_1, what they are, a picture
     NAME/000345.png                  each image, if asked for"""
 
+import glob
 import itertools
 import json
 import shutil
@@ -28,6 +29,7 @@ from files import lock, write_array, write_file, write_npz
 from grid import labelled_grid, save_png
 
 FREE = ("count", "machine")  # of sampling.json: they may differ when samples are continued
+SAID_BY = {"checkpoint": "ema_sha256", "vae": "vae_fingerprint", "labels": "labels_sha256"}  # these too, if the hash is one
 PATIENCE = 120  # seconds that a network disk may take to show one machine what another wrote
 
 
@@ -42,10 +44,13 @@ class Done(NamedTuple):
 class SampleStore:
     """The samples NAME in a folder."""
 
-    def __init__(self, folder: Path, name: str, what: dict, networks: list[str], keep_images: bool = True, png: bool = False):
-        """what: sampling.json. networks: whose features are kept. keep_images: False leaves no .npz behind."""
+    def __init__(
+        self, folder: Path, name: str, what: dict, networks: dict[str, str], keep_images: bool = True, png: bool = False
+    ):
+        """what: sampling.json. networks: whose features are kept, and the sha256 of their weights. keep_images: False leaves
+        no .npz behind."""
         self.parts, self.npz, self.pictures = folder / f"{name}.parts", folder / f"{name}.npz", folder / name
-        self.record, self.png_grid = folder / f"{name}.json", folder / f"{name}.png"
+        self.record, self.png_grid, self.metrics = (folder / f"{name}.{end}" for end in ("json", "png", "metrics.json"))
         self.what, self.size, self.count = what, what["per_proc_batch_size"], what["count"]
         self.networks, self.keep_images, self.png = networks, keep_images, png
         self.finished: NpzImages | None = None  # what an earlier call finished, as far as it goes
@@ -59,28 +64,58 @@ class SampleStore:
             held.enter_context(lock(self.parts / ".lock"))
         except BlockingIOError:
             raise UserError(f"{self.parts} is being sampled by another process: wait for it, or give another --name") from None
-        if self.npz.exists():
-            self._same(self.record, self.npz)
-        if any(self.parts.glob("[0-9]*")):
-            self._same(self.parts / "sampling.json", self.parts)
-        self.open()
-        write_file(self.parts / "sampling.json", json.dumps(self.what, indent=2).encode())
+        held.callback(self._tidy)
+        self._refuse_others()
+        record = json.dumps(self.what, indent=2).encode()
+        for folder in (self.parts, self.pictures) if self.png else (self.parts,):
+            write_file(folder / "sampling.json", record)
+        for leftover in self.npz.parent.glob(f".{glob.escape(self.npz.name)}.*.partial"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         images = {int(path.stem) for path in self.parts.glob("[0-9]*.npy")}
         images |= {k for k in self.batches if self.finished and self._span(k)[1] <= self.finished.count}
-        features = {int(path.stem) for path in self.parts.glob("[0-9]*.safetensors") if self._has_networks(path)}
-        there = {int(path.stem) for path in self.pictures.glob("[0-9]*.png")} if self.png else set()
-        pictures = {k for k in self.batches if not self.png or there.issuperset(range(*self._span(k)))}
+        features = {int(path.stem) for path in self.parts.glob("[0-9]*.safetensors") if self._has_features(path)}
+        pngs = self._pngs() if self.png else set()
+        pictures = {k for k in self.batches if not self.png or pngs.issuperset(range(*self._span(k)))}
         return Done(images, features, pictures)
 
     def open(self) -> None:
-        """What an earlier call finished, on every process. Raises UserError."""
+        """What an earlier call finished, on every process."""
         if self.npz.exists():
             self.finished = Npz(self.npz, "--name").images()
-            if self.finished.count > self.count:
-                raise UserError(
-                    f"{self.npz} holds {self.finished.count:,} images already, and --num-fid-samples asks for {self.count:,}: "
-                    "give another --name"
-                )
+
+    def complete(self) -> bool:
+        """Whether the .npz holds all images."""
+        return self.finished is not None and self.finished.count == self.count
+
+    def _tidy(self) -> None:
+        """Leaves no parts behind that hold nothing."""
+        if not any(self.parts.glob("[0-9]*")):
+            self.clear()
+
+    def _refuse_others(self) -> None:
+        """Raises UserError unless all there is under NAME is of the same call, but for fewer images."""
+        old, whole = read_record(self.record), self.npz.with_suffix(".*")
+        if self.npz.exists() or self.metrics.exists() or (self.record.exists() and "ema_sha256" not in old):
+            self._same(self.record, whole)
+        if any(self.parts.glob("[0-9]*")):
+            self._same(self.parts / "sampling.json", self.parts)
+        pngs = self._pngs() if self.png else set()
+        if pngs:
+            self._same(self.pictures / "sampling.json", self.pictures)
+        self.open()
+        have = max(self.finished.count if self.finished else 0, *(i + 1 for i in pngs), 0)
+        if have > self.count:
+            raise UserError(
+                f"{whole} holds {have:,} images already, and --num-fid-samples asks for {self.count:,}: give another --name"
+            )
+        if not self.keep_images and self.npz.exists():
+            raise UserError(f"--no-npz: {self.npz} is there already: leave the flag out, or give another --name")
+        if not self.keep_images and self.metrics.exists() and old.get("count") != self.count:
+            raise UserError(f"{self.metrics} is of {old.get('count')} images, which were not kept: give another --name")
+
+    def _pngs(self) -> set[int]:
+        """The numbers of the images that are pictures already."""
+        return {int(path.stem) for path in self.pictures.glob("*.png") if path.stem.isdecimal()}
 
     def to_do(self, done: Done) -> list[int]:
         """The batches that lack something. Without images kept, features are all that a batch leaves."""
@@ -112,7 +147,8 @@ class SampleStore:
             tensors = {
                 f"{name}/{column}": part for name, row in features.items() for column, part in zip(OUTPUTS[len(row)], row)
             }
-            write_file(self._part(k, "safetensors"), save({key: np.ascontiguousarray(part) for key, part in tensors.items()}))
+            whole = {key: np.ascontiguousarray(part) for key, part in tensors.items()}
+            write_file(self._part(k, "safetensors"), save(whole, {"networks": json.dumps(self.networks)}))
 
     def finish(self, labels: np.ndarray) -> None:
         """By the first process, when no batch lacks anything: NAME.json, NAME.npz, NAME.png."""
@@ -164,6 +200,8 @@ class SampleStore:
         title = f"{what['model']}{when} · {what['solver']}{steps} · seed {what['global_seed']}"
         if what["cfg_scale"] > 1:
             title += f" · guidance {what['cfg_scale']:g}"
+            if (what["guidance_low"], what["guidance_high"]) != (0, 1):
+                title += f" for {what['guidance_low']:g} ≤ t ≤ {what['guidance_high']:g}"
         named = [(what["class_names"][k], np.stack(images)) for k, images in rows.items()]
         save_png(labelled_grid(named, title), self.png_grid)
 
@@ -182,13 +220,16 @@ class SampleStore:
     def _part(self, k: int, suffix: str) -> Path:
         return self.parts / f"{k:06d}.{suffix}"
 
-    def _has_networks(self, path: Path) -> bool:
+    def _has_features(self, path: Path) -> bool:
+        """Whether a batch's features are of these networks, and of all its images: an .npz gives a last batch unpadded."""
+        start, stop = self._span(int(path.stem))
         try:
             with safe_open(path, "numpy") as file:
-                names = file.keys()
-            return {name.rpartition("/")[0] for name in names} >= set(self.networks)
-        except (OSError, SafetensorError):
+                made = json.loads(file.metadata()["networks"])
+                rows = min(file.get_slice(key).get_shape()[0] for key in file.keys())  # noqa: SIM118  it is no dict
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return False
+        return self.networks.items() <= made.items() and rows >= stop - start
 
     def _arrived(self, path: Path) -> Path:
         """The file, which another machine may have written a moment ago. Raises UserError if it does not show."""
@@ -201,12 +242,18 @@ class SampleStore:
 
     def _same(self, record: Path, owner: Path) -> None:
         """Raises UserError unless the record, of what `owner` is, says the same as this call."""
-        try:
-            old = json.loads(record.read_text()) if record.exists() else {}
-        except ValueError:
-            old = {}
-        new = json.loads(json.dumps(self.what))
-        keys = [key for key in {**new, **old} if key not in FREE and old.get(key) != new.get(key)]
+        old, new = read_record(record), json.loads(json.dumps(self.what))
+        known = {key for key, digest in SAID_BY.items() if new.get(digest) and old.get(digest) == new[digest]}
+        keys = [key for key in {**new, **old} if key not in known.union(FREE) and old.get(key) != new.get(key)]
         if keys:
             changed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
             raise UserError(f"{owner} was sampled otherwise: {changed}. Remove it or give another --name")
+
+
+def read_record(path: Path) -> dict:
+    """A sampling.json; {} where there is none, or something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

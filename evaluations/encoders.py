@@ -4,6 +4,7 @@ B batch, F features, S the network's side in pixels."""
 
 import difflib
 import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from cli import UserError
 from evaluations.metrics import no_tf32
-from files import sha256
 
 SHORT = {
     "dinov2-s": "vit_small_patch14_dinov2.lvd142m",
@@ -26,7 +26,8 @@ DINOV2_SIDE = 224  # of FD-DINOv2; the networks themselves were last trained at 
 
 class TimmFeatures(nn.Module):
     """(B, 3, H, W) uint8 -> what the classifier would see, (B, F). Images are resized to S x S as PIL does it (bicubic,
-    antialiased, rounded) and normalised with the network's own mean and standard deviation. In fp32 whatever surrounds it."""
+    antialiased, rounded) and normalised with the network's own mean and standard deviation. In fp32 whatever surrounds it.
+    `weights_sha256` is of the weights, the architecture, S, mean and standard deviation."""
 
     def __init__(self, name: str, weights: Path | None = None, pretrained: bool = True):
         """name: of SHORT, or timm's; weights: a file of timm's, else from the hub. Raises UserError."""
@@ -54,7 +55,8 @@ class TimmFeatures(nn.Module):
         if "dinov2" in architecture:
             self.side = DINOV2_SIDE
             resize_positions(self.network, DINOV2_SIDE)
-        self.weights_sha256 = sha256(weights) if weights else fingerprint(self.network)
+        settings = json.dumps([architecture, self.side, config["mean"], config["std"]])
+        self.weights_sha256 = hashlib.sha256((settings + fingerprint(self.network)).encode()).hexdigest()
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
         self.eval().requires_grad_(False)

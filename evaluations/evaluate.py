@@ -7,15 +7,23 @@ On several GPUs: torchrun --nproc_per_node 8 -m evaluations.evaluate ... Writes 
 identifies them."""
 
 import argparse
-import json
 from pathlib import Path
 
 import cli
 from cli import UserError
 from evaluations.features import extract_all
 from evaluations.images import Npz
-from evaluations.suite import Suite, add_flags, enough, identity_of, read_result, table, write_result
-from files import sha256
+from evaluations.suite import (
+    Suite,
+    add_flags,
+    enough,
+    identify,
+    identity_of,
+    read_object,
+    read_result,
+    table,
+    write_result,
+)
 from world import World
 
 
@@ -25,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("samples", type=Path, help=".npz of sample_ddp.py or of any code that writes ADM's format (arr_0, uint8 NHWC)")
     add("--reference", type=Path, required=True,
-        help="ADM's .npz, or of statistics alone (mu, sigma), or images: a folder tree class/image.ext or a zip")
+        help="ADM's .npz, an .npz of statistics alone (mu, sigma), or images: a tree class/image.ext, a zip, tar or parquet")
     add_flags(add)
     add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
     add("--device", type=cli.device, help="where features are taken (default: a GPU for each process, if there is one)")
@@ -41,25 +49,21 @@ def main() -> None:
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
     npz = Npz(args.samples, "samples")
-    enough(npz.images().count if "arr_0" in npz else 0, str(args.samples))
     images = npz.images()
-    record = args.samples.with_suffix(".json")
-    sampling = json.loads(record.read_text()) if record.exists() else {}
+    enough(images.count, str(args.samples))
+    labels = npz.array("arr_1")
+    if labels is not None and labels.shape != (images.count,):
+        raise UserError(f"{args.samples}: arr_1 must be the classes of {images.count} images, it is of shape {labels.shape}")
+    sampling = read_object(args.samples.with_suffix(".json"), "solver", "record of samples")
     out = args.out or args.samples.with_suffix(".metrics.json")
-    old = read_result(out)
     suite = Suite(args, args.reference, "--reference", images.size, str(args.samples), args.batch_size, device, world)
-    identity = world.first(
-        lambda: {
-            "samples": str(args.samples), "samples_sha256": sha256(args.samples), "count": images.count, **suite.identity,
-            "sampling": {key: value for key, value in sampling.items() if key != "class_names"},
-        }
-    )  # fmt: skip
-    if identity_of(old) == identity:
-        result = old
-    else:
+    identity = world.first(lambda: identify(suite, args.samples, sampling, images.count))
+    result = world.first(lambda: read_result(out, identity))
+    if identity_of(result) != identity:
+        suite.look()
         features = extract_all(suite.networks, images, args.batch_size, "samples", device, world)
         if features:
-            result = {**suite.judge(features, npz.array("arr_1")), **identity}
+            result = {**suite.judge(features, labels), **identity}
             write_result(out, result)
     if world.rank == 0:
         print(table(result) + f"\n  written to {out}")

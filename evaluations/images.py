@@ -2,9 +2,10 @@
 
 n images, B of a batch, H W pixels. Nothing holds more than the batch it was asked for: 50,000 samples are 10 GB."""
 
+import threading
 import zipfile
+import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class Npz:
     def images(self) -> Images:
         """arr_0. Raises UserError if it is not there, or not (n, H, W, 3) uint8."""
         if "arr_0" not in self:
-            raise UserError(f"{self.flag} {self.path} holds no images (arr_0)")
+            names = ", ".join(self.members) or "nothing"
+            raise UserError(f"{self.flag} {self.path} holds no images under arr_0; it holds {names}")
         try:
             return NpzImages(self)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -66,14 +68,15 @@ class NpzImages(Images):
 
     def __init__(self, npz: Npz):
         self.path, self.member = npz.path, npz.members["arr_0"]
-        self.stream: IO[bytes] | None = None
+        self.flag, self.stream, self.lock = npz.flag, None, threading.Lock()
         with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             self.shape, fortran, dtype = read(file)
             self.header = file.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran:
-            raise UserError(f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), it is {dtype} {self.shape}")
+            found = f"{dtype} {self.shape}{' in Fortran order' if fortran else ''}"
+            raise UserError(f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), it is {found}")
         self.count, self.size = self.shape[0], self.shape[1:3]
         self.map = None
         if self.member.compress_type == zipfile.ZIP_STORED and self.count:
@@ -83,9 +86,16 @@ class NpzImages(Images):
             self.map = np.memmap(self.path, np.uint8, "r", begin + self.header, self.shape)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """(B, H, W, 3), as they lie in the file."""
+        """(B, H, W, 3), as they lie in the file. Raises UserError where it is damaged."""
         if self.map is not None:
             return self.map[start:stop]
+        try:
+            with self.lock:
+                return self._unpacked(start, stop)
+        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.flag} {self.path} is damaged ({error})") from None
+
+    def _unpacked(self, start: int, stop: int) -> np.ndarray:
         if self.stream is None:
             self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  kept open for the batches to come
         each = int(np.prod(self.shape[1:]))

@@ -48,7 +48,10 @@ class InceptionFeatures(torch.nn.Module):
 
         file = find_weights(weights)
         self.weights_sha256 = sha256(file)
-        self.network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], str(file))
+        try:
+            self.network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], str(file))
+        except (RuntimeError, TypeError, AttributeError):  # pytorch-fid's file, for one, has other names
+            raise UserError(f"--inception-weights {file} is not {WEIGHTS}: fetch {URL}") from None
         self.kept = threading.local()  # several threads may be in here, each with a batch of its own
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 

@@ -42,6 +42,8 @@ def main() -> None:
     device = args.device or world.device()
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out} must end in .npz")
+    if 0 < args.keep_images <= NEIGHBOURS:
+        raise UserError(f"--keep-images {args.keep_images}: precision and recall need more than {NEIGHBOURS}; 0 keeps none")
     if args.out.exists():
         raise UserError(f"--out {args.out} is there already: remove it or name another")
     images = open_images(args.images, args.resolution, "--images")
@@ -63,7 +65,7 @@ def main() -> None:
             spatial.merge(more[1])
         (mu, sigma), (mu_s, sigma_s) = pool.statistics(), spatial.statistics()
         kept = np.linspace(0, images.count - 1, min(args.keep_images, images.count)).round().astype(int)
-        rows = (images.batch(i, i + 1).transpose(0, 2, 3, 1) for i in kept)
+        rows = (images.batch(i, i + 1).transpose(0, 2, 3, 1) for i in kept) if len(kept) else None
         write_npz(args.out, rows, (len(kept), *images.size, 3), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
         print(f"{args.out}: statistics of {images.count:,} images, {len(kept):,} of them kept; sha256 {sha256(args.out)}")
     world.close()

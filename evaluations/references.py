@@ -40,7 +40,7 @@ class Reference(NamedTuple):
 
 def cache_folder() -> Path:
     """Where features of references are kept, unless a flag says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sra2" / "references"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sra2" / "references"
 
 
 def load_references(
@@ -56,6 +56,7 @@ def load_references(
             raise UserError(f"{flag} {path} holds neither images (arr_0) nor statistics (mu, sigma)")
         if others := [name for name in networks if name != "inception"]:
             raise UserError(f"{flag} {path} holds Inception statistics; the {others[0]} features need images")
+    adms = _adms(npz) if npz and "inception" in networks else (None, None)
     first = world is None or world.rank == 0
     places = {name: _place(cache, digest, network, side) for name, network in networks.items()}
     own = {name: _read(place) for name, place in places.items()} if first else {}
@@ -64,6 +65,8 @@ def load_references(
         missing = world.broadcast(missing)
     if missing and (npz is None or "arr_0" in npz):
         images = open_images(path, side, flag)
+        if images.size != (side, side):
+            raise UserError(f"{flag} {path} holds images of {images.size[0]}x{images.size[1]}, the samples are {side}x{side}")
         if images.count <= NEIGHBOURS:
             raise UserError(f"{flag} {path} holds {images.count} images: there is nothing to compare with")
         chosen = {name: networks[name] for name in missing}
@@ -71,7 +74,12 @@ def load_references(
         for name, features in (made or {}).items():
             own[name] = _reference(features, device)
             _write(places[name], own[name])
-    return {name: _with_adms(own.get(name), npz if name == "inception" else None) for name in networks} if first else None
+    if not first:
+        return None
+    if "inception" in networks:  # statistics before those of the images
+        images = own.get("inception") or Reference(None, None, None)
+        own["inception"] = Reference(adms[0] or images.pool, adms[1] or images.spatial, images.features)
+    return {name: own[name] for name in networks}
 
 
 def _reference(features: Features, device: torch.device | str) -> Reference:
@@ -79,16 +87,19 @@ def _reference(features: Features, device: torch.device | str) -> Reference:
     return Reference(statistics(features.pool, device), spatial, features.pool)
 
 
-def _with_adms(own: Reference | None, npz: Npz | None) -> Reference:
-    """The statistics that an .npz holds, where it holds any, before those of its images."""
+def _adms(npz: Npz) -> tuple[Statistics | None, Statistics | None]:
+    """The statistics of pool and spatial features that an .npz holds. Raises UserError for what cannot be Inception's."""
 
-    def of(key: str) -> Statistics | None:
-        if npz is None or f"mu{key}" not in npz or f"sigma{key}" not in npz:
+    def of(key: str, size: int) -> Statistics | None:
+        if f"mu{key}" not in npz or f"sigma{key}" not in npz:
             return None
-        return Statistics(*(np.asarray(npz.array(f"{name}{key}"), np.float64) for name in ("mu", "sigma")))
+        mu, sigma = (np.asarray(npz.array(f"{name}{key}"), np.float64) for name in ("mu", "sigma"))
+        if (mu.shape, sigma.shape) != ((size,), (size, size)) or not np.isfinite(mu.sum() + sigma.sum()):
+            found = f"they are {mu.shape} and {sigma.shape}" if mu.shape != (size,) else "some are not"
+            raise UserError(f"{npz.flag} {npz.path}: mu{key} and sigma{key} must be finite numbers of {size} features; {found}")
+        return Statistics(mu, sigma)
 
-    own = own or Reference(None, None, None)
-    return Reference(of("") or own.pool, of("_s") or own.spatial, own.features)
+    return of("", 2048), of("_s", 2023)
 
 
 def _place(cache: Path | None, digest: str, network: nn.Module, side: int) -> Path | None:

@@ -57,7 +57,10 @@ def summary(run: Run) -> str:
     else:
         depth = config.get("align_depth", args.get("align_depth"))
         method = f"SRA 2: block {depth}, {args.get('align_loss')}, weight {args.get('align_weight')}"
-    return f"{model} · {method} · {run.steps[-1]['step']:,} steps · {run.images:,} images seen"
+    step, images = run.steps[-1]["step"], run.images
+    if config.get("step", 0) > step:  # its newest checkpoint is of later than its last line
+        step, images = config["step"], config["step"] * config["batch_size"]
+    return f"{model} · {method} · {step:,} steps · {images:,} images seen"
 
 
 def heading(runs: list[Run], sections: dict[str, str]) -> Html:

@@ -79,9 +79,9 @@ def label(key: str) -> str:
 
 
 def differing(identities: list[dict[str, Any]]) -> list[str]:
-    """The fields that do not have one value everywhere, in their order of appearance."""
+    """The fields that do not have one value everywhere, in their order of appearance. Of sampling, among those that tell."""
     keys = list(dict.fromkeys(key for fields in identities for key in fields))
-    return [key for key in keys if len({text(fields.get(key)) for fields in identities}) > 1]
+    return [key for key in keys if len(_values(identities, key)) > 1]
 
 
 def collect(runs: list[Run], more: list[Path], sample_dir: Path) -> list[Measured]:
@@ -156,6 +156,8 @@ def verdict(identities: list[dict[str, Any]]) -> Html:
     if len(identities) < 2:
         return el("p", "One file: there is nothing to compare it with.", class_="soft")
     fields = differing(identities)
+    if not fields and any(map(_foreign, identities)):
+        return el("p", "Perhaps not comparable: how some of the samples were drawn is not known.", class_="verdict")
     if not fields:
         return el("p", "All rows agree in everything that identifies them: their values may be compared.", class_="soft")
     told = [
@@ -168,7 +170,13 @@ def verdict(identities: list[dict[str, Any]]) -> Html:
 
 def _values(identities: list[dict[str, Any]], key: str) -> list[Any]:
     """The different values of a field, in their order of appearance."""
-    return list({text(fields.get(key)): fields.get(key) for fields in identities}.values())
+    tell = [fields for fields in identities if not key.startswith("sampling.") or not _foreign(fields)]
+    return list({text(fields.get(key)): fields.get(key) for fields in tell}.values())
+
+
+def _foreign(fields: dict[str, Any]) -> bool:
+    """Whether nothing is known of how the samples were drawn."""
+    return not any(key.startswith("sampling.") for key in fields)
 
 
 def section(rows: list[Measured]) -> Html:
@@ -190,7 +198,7 @@ def section(rows: list[Measured]) -> Html:
     note = "Bold leads among the rows that agree in every marked column. " if any(best.values()) else ""
     note += "Small: 95% interval." if any(row.content.get("intervals") for row in rows) else ""
     agreeing = [key for key in dict.fromkeys(key for own in identities for key in own) if key not in fields]
-    listed = [[el("th", label(key), scope="row"), el("td", shown(identities[0][key]))] for key in agreeing]
+    listed = [[el("th", label(key), scope="row"), el("td", shown(_values(identities, key)[0]))] for key in agreeing]
     what = "What identifies it" if len(rows) == 1 else "The same in every row"
     parts = [verdict(identities), table(head, body), el("p", note.strip(), class_="soft") if note else None]
     warnings: dict[str, list[str]] = {}

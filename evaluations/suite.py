@@ -16,10 +16,11 @@ from cli import UserError
 from evaluations.compare import RESULTS, compare, frechet_name, spread, warning
 from evaluations.features import EXTRACTORS, Features, load_extractor
 from evaluations.metrics import NEIGHBOURS
-from evaluations.references import cache_folder, known_name, load_references
+from evaluations.references import Reference, cache_folder, known_name, load_references
 from files import sha256, write_file
 from world import World
 
+ASKED = ("reference_sha256", "features", "fp16_distances", "normalisers")  # what an evaluation is of, besides the samples
 NAMES = {"class_agreement": "classifier agrees with class", "inception_score": "Inception score"}
 
 
@@ -47,7 +48,7 @@ def normaliser(text: str) -> tuple[str, float]:
 
 
 class Suite:
-    """Networks and reference for samples of one size. Made and called by all processes of `world` together."""
+    """Networks and reference for samples of one size. All processes of `world` make it, and call `look`, together."""
 
     def __init__(self, args: argparse.Namespace, path: Path, flag: str, size: tuple[int, int], what: str, batch_size: int,
                  device: torch.device | str, world: World):  # fmt: skip
@@ -62,7 +63,8 @@ class Suite:
             raise UserError(f"--encoder-weights is one network's file; --features names {len(timms)} of timm's")
         if not path.exists():
             raise UserError(f"{flag} {path} does not exist")
-        self.args, self.device = args, device
+        self.args, self.path, self.flag, self.side, self.batch_size = args, path, flag, size[0], batch_size
+        self.device, self.world = device, world
         self.networks = {
             name: load_extractor(name, args.inception_weights, size, device, what, encoder_weights=args.encoder_weights)
             for name in args.features
@@ -71,13 +73,20 @@ class Suite:
         self.identity = {
             "reference": str(path), "reference_sha256": digest, "reference_name": known_name(digest),
             "features": {name: network.weights_sha256 for name, network in self.networks.items()},
-            "fp16_distances": args.fp16_distances, "normalisers": dict(args.normalisers), "allow_tf32": False,
+            "fp16_distances": args.fp16_distances, "normalisers": dict(args.normalisers), "resolution": size[0],
             "feature_batch_size": batch_size, "versions": {name: version(name) for name in ("torch", "torch-fidelity", "timm")},
         }  # fmt: skip
-        self.references = load_references(path, digest, self.networks, size[0], batch_size, device, flag, args.cache_dir, world)
+        self.references: dict[str, Reference] | None = None
+
+    def look(self) -> None:
+        """At the reference, unless its features are kept. Raises UserError."""
+        self.references = load_references(
+            self.path, self.identity["reference_sha256"], self.networks, self.side, self.batch_size, self.device, self.flag,
+            self.args.cache_dir, self.world,
+        )  # fmt: skip
 
     def judge(self, samples: dict[str, Features], labels: np.ndarray | None) -> dict:
-        """The results of metrics.json, on the first process."""
+        """The results of metrics.json, on the first process, after `look`."""
         metrics, intervals, by_count, ratios = {}, {}, {}, []
         given = dict(self.args.normalisers)
         count = 0
@@ -99,15 +108,42 @@ class Suite:
 def enough(count: int, what: str) -> None:
     """Raises UserError if there are too few samples for anything."""
     if count <= NEIGHBOURS:
-        raise UserError(f"{what} holds no arr_0 with more than {NEIGHBOURS} images: there is nothing to compare")
+        raise UserError(f"{what} holds {count} images: more than {NEIGHBOURS} are needed to compare anything")
 
 
-def read_result(path: Path) -> dict:
-    """A metrics.json that is there already; {} if none. Raises UserError if it is something else."""
+def read_object(path: Path, key: str, what: str) -> dict:
+    """A JSON object that is there already, with this key; {} if there is no file. Raises UserError if it is something else."""
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        raise UserError(f"--out {path} is there already, and is no metrics.json") from None
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or key not in content:
+        raise UserError(f"{path} is there already, and is no {what}: move it away, or name another file")
+    return content
+
+
+def read_result(path: Path, identity: dict) -> dict:
+    """A metrics.json that is there already, if its numbers are of the same reference and networks, or {}. Raises UserError if
+    it is something else, which is not to be lost."""
+    old = read_object(path, "metrics", "metrics.json")
+    changed = [key for key in ASKED if old and old.get(key) != identity[key]]
+    if changed:
+        raise UserError(
+            f"{path} holds the numbers of another evaluation ({', '.join(changed)} differ): move it away, or give --out to "
+            "evaluations.evaluate"
+        )
+    return old
+
+
+def identify(suite: Suite, samples: Path | None, sampling: dict, count: int) -> dict:
+    """All of a metrics.json but its results. samples: None where they are not kept; sampling: what their NAME.json says."""
+    said = {key: value for key, value in sampling.items() if key not in ("class_names", "count")}
+    file = {"samples": None, "samples_sha256": None}
+    if samples:
+        file = {"samples": str(samples), "samples_sha256": sha256(samples)}
+    return json.loads(json.dumps({**file, "count": count, **suite.identity, "sampling": said}))
 
 
 def identity_of(result: dict) -> dict:

@@ -15,8 +15,8 @@ ORIGINS = ("sit", *HEADS)
 
 
 def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix of DistributedDataParallel."""
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    """Without the prefixes of DistributedDataParallel and torch.compile."""
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
 
 
 def read_shapes(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -136,8 +137,41 @@ def test_a_reference_is_looked_at_once(call, tmp_path, monkeypatch):
     assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and len(looked) == 2
     assert metrics(tmp_path / "b.metrics.json") == metrics(tmp_path / "fresh.json")
     write_samples(tmp_path / "r.npz", seed=3)  # other images under the same name are another reference
-    assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and len(looked) == 3
-    assert metrics(tmp_path / "b.metrics.json") != metrics(tmp_path / "fresh.json")
+    assert call(evaluate, tmp_path / "b.npz", *flags, "--out", tmp_path / "o.json")[0] == 0 and len(looked) == 3
+    assert metrics(tmp_path / "o.json") != metrics(tmp_path / "fresh.json")
+
+
+def test_a_folder_of_links_is_what_they_lead_to(call, tmp_path):
+    """Its hash, by which features are kept, sees through links; two such folders are two references."""
+    write_samples(tmp_path / "s.npz")
+    numbers = []
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(write_samples(tmp_path / "r.npz", n=8, seed=seed)):
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+        (tmp_path / f"links-{name}").mkdir()
+        (tmp_path / f"links-{name}" / "class").symlink_to(tmp_path / name)
+        (tmp_path / name / "loop").symlink_to(tmp_path / name)
+        out = tmp_path / f"{name}.json"
+        flags = ["--reference", tmp_path / f"links-{name}", "--features", "fashion", "--out", out]
+        assert call(evaluate, tmp_path / "s.npz", *flags)[0] == 0
+        numbers.append(metrics(out)["FD-fashion"])
+    assert numbers[0] != numbers[1]
+
+
+def test_numbers_of_another_evaluation_are_not_written_over(call, tmp_path):
+    write_samples(tmp_path / "s.npz")
+    write_samples(tmp_path / "a.npz", seed=1)
+    write_samples(tmp_path / "b.npz", seed=2)
+    flags = [tmp_path / "s.npz", "--features", "fashion", "--reference"]
+    assert call(evaluate, *flags, tmp_path / "a.npz")[0] == 0
+    code, out = call(evaluate, *flags, tmp_path / "b.npz")
+    assert code == 2 and "another evaluation (reference_sha256 differ)" in out
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    code, out = call(evaluate, *flags, tmp_path / "b.npz", "--out", tmp_path / "notes.json")
+    assert code == 2 and "is no metrics.json" in out and "mine" in (tmp_path / "notes.json").read_text()
+    write_samples(tmp_path / "s.npz", seed=3)  # other samples in their place are measured anew
+    assert call(evaluate, *flags, tmp_path / "a.npz")[0] == 0
 
 
 def test_two_processes_measure_what_one_does(call, tmp_path):
@@ -161,6 +195,9 @@ def test_a_packed_npz_is_read_like_a_plain_one(tmp_path):
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
     plain, packed = (Npz(tmp_path / f"{name}.npz", "samples").images() for name in ("plain", "packed"))
     assert plain.map is not None and packed.map is None
+    with ThreadPoolExecutor(4) as pool:  # as sample_ddp.py reads it
+        parts = pool.map(lambda k: packed.rows(k, k + 1)[0], [i % 50 for i in range(0, 2000, 7)])
+        assert all(np.array_equal(part, images[i % 50]) for part, i in zip(parts, range(0, 2000, 7)))
     for start, stop in ((0, 8), (8, 16), (40, 56), (4, 9)):
         expected = images[start:stop].transpose(0, 3, 1, 2)
         assert np.array_equal(plain.batch(start, stop), expected) and np.array_equal(packed.batch(start, stop), expected)
@@ -260,8 +297,16 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     (tmp_path / "broken.npz").write_bytes(b"PK")
     torch.save({"a": print}, tmp_path / "evil.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     write_samples(tmp_path / "few.npz", n=3)
     make_tree(tmp_path / "bad", images=6)
+    np.savez(tmp_path / "onehot.npz", arr_0=np.zeros((5, 32, 32, 3), np.uint8), arr_1=np.zeros((5, 10)))
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(np.zeros((5, 32, 32, 3), np.uint8)))
+    np.savez(tmp_path / "named.npz", images=np.zeros((5, 32, 32, 3), np.uint8))
+    np.savez_compressed(tmp_path / "damaged.npz", arr_0=np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8))
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[5000:5100] = bytes(100)
+    (tmp_path / "damaged.npz").write_bytes(content)
     (tmp_path / "bad/class1/001.png").write_bytes(b"no image")
     cases = [
         (
@@ -269,13 +314,19 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
             r"no Inception weights: fetch https://.*put it at .*hub/checkpoints/",
         ),
         (["s.npz", "--reference", "s.npz", "--inception-weights", "evil.pth"], "is no file of plain tensors"),
+        (["s.npz", "--reference", "s.npz", "--inception-weights", "other.pth"], r"other\.pth is not weights-inception"),
+        (["s.npz", "--reference", "large.npz", "--features", "fashion"], "holds images of 64x64, the samples are 32x32"),
+        (["onehot.npz", "--reference", "s.npz", "--features", "fashion"], r"arr_1 must be the classes of 5 images"),
+        (["fortran.npz", "--reference", "s.npz", "--features", "fashion"], "in Fortran order"),
+        (["damaged.npz", "--reference", "s.npz", "--features", "fashion"], r"damaged\.npz is damaged"),
+        (["named.npz", "--reference", "s.npz"], "holds no images under arr_0; it holds images"),
         (["s.npz", "--reference", "none.npz", "--features", "fashion"], "--reference .*none.npz does not exist"),
         (["s.npz", "--reference", "other.npz", "--features", "fashion"], "holds neither images"),
         (["s.npz", "--reference", "stats.npz", "--features", "fashion"], "holds Inception statistics"),
         (["large.npz", "--reference", "s.npz", "--features", "fashion"], "needs 32x32 images, .* holds 64x64"),
         (["float.npz", "--reference", "s.npz", "--features", "fashion"], "must be uint8"),
         (["broken.npz", "--reference", "s.npz", "--features", "fashion"], r"cannot be read as \.npz"),
-        (["stats.npz", "--reference", "s.npz", "--features", "fashion"], "nothing to compare"),
+        (["stats.npz", "--reference", "s.npz", "--features", "fashion"], "holds no images under arr_0"),
         (["none.npz", "--reference", "s.npz"], "none.npz does not exist"),
         (["s.npz", "--reference", "few.npz", "--features", "fashion"], "--reference few.npz holds 3 images"),
         (["s.npz", "--reference", "bad", "--features", "fashion"], r"--reference bad: class1/001\.png cannot be used"),

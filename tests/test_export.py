@@ -137,7 +137,7 @@ def test_nothing_of_others_is_written_over(call, run, tmp_path, what):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["/nowhere"], "/nowhere: /nowhere is neither a run"),
+        (["/nowhere"], "/nowhere: /nowhere does not exist"),
         (["{run}", "--ema-decay", 0.7], "has no average of --ema-decay 0.7"),
         (["{file}"], "only what this repository trained is exported"),
     ],

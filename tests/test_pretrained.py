@@ -202,7 +202,7 @@ def test_a_run_its_checkpoint_and_its_averages_are_one_thing(run, vae_folder):
             "model.safetensors is not an average: beside it there is ema",
         ),
         ("alone.safetensors", {}, "config.json cannot be read"),
-        ("nowhere", {}, "nowhere is neither a run"),
+        ("nowhere", {}, "nowhere does not exist"),
     ],
 )
 def test_mistakes_about_ours_are_said_in_one_line(run, path, flags, expected):

@@ -149,11 +149,90 @@ def test_evaluated_on_the_fly_or_afterwards_the_numbers_are_the_same(call, train
 def test_pngs_are_the_images(call, trained, tmp_path):
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png"))[0] == 0
     pixels, _ = images(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [f"{i:06d}.png" for i in range(11)]
+    assert sorted(path.name for path in (tmp_path / "s").glob("*.png")) == [f"{i:06d}.png" for i in range(11)]
     (tmp_path / "s/000009.png").unlink()
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png"))[0] == 0  # from what is there
     for i in range(11):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"s/{i:06d}.png")), pixels[i])
+    (tmp_path / "s.npz").unlink()
+    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png", "--global-seed", 1))
+    assert code == 2 and "global_seed was 0, is 1" in out  # pictures of other samples are not taken for these
+    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png", "--num-fid-samples", 5))
+    assert code == 2 and "holds 11 images already" in out
+
+
+def test_features_left_by_an_interrupted_call_count_only_for_the_same_networks_and_images(call, trained, tree, tmp_path):
+    """Twelve images in an .npz: 8 to 11 are read from it as a batch; of thirteen they are not all of their batch."""
+    import timm
+
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / f"{seed}.pth")
+
+    def sample(count, seed, interrupted=False, size=4):
+        more = ["--name", "s", "--num-fid-samples", count, "--per-proc-batch-size", size, "--evaluate", tree]
+        more += ["--features", "test_vit", "--encoder-weights", tmp_path / f"{seed}.pth", "--cache-dir", tmp_path / "cache"]
+        with pytest.MonkeyPatch.context() as patch:
+            if interrupted:
+                patch.setattr(sample_ddp, "finish", lambda *args, **kwargs: sys.exit(9))
+            code, out = call(sample_ddp, *flags(trained, tmp_path, *more))
+        assert code == (9 if interrupted else 0), out
+
+    def truth(seed):
+        same = ["--encoder-weights", tmp_path / f"{seed}.pth", "--batch-size", 4, "--out", tmp_path / f"{time.time()}.json"]
+        assert call(evaluate, tmp_path / "s.npz", "--reference", tree, "--features", "test_vit", *same)[0] == 0
+        return json.loads(same[-1].read_text())["metrics"]
+
+    def said():
+        return json.loads((tmp_path / "s.metrics.json").read_text())["metrics"]
+
+    sample(10, 0, interrupted=True)
+    sample(10, 1)
+    assert said() == pytest.approx(truth(1), rel=1e-5)
+    (tmp_path / "s.metrics.json").unlink()
+    sample(10, 0, interrupted=True)
+    assert list((tmp_path / "s.parts").glob("*.safetensors"))
+    sample(13, 0)
+    assert said() == pytest.approx(truth(0), rel=1e-5)
+    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--num-fid-samples", 13, "--evaluate", tree,
+                                        "--features", "fashion"))  # fmt: skip
+    assert code == 2 and "holds the numbers of another evaluation (features differ)" in out
+    assert not (tmp_path / "s.parts").exists()
+
+
+def test_nothing_of_others_is_written_over(call, trained, tree, tmp_path):
+    """A record that is none of samples, numbers of images that were not kept, rubbish of a killed process."""
+    (tmp_path / "args.json").write_text("{}")
+    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "args"))
+    assert code == 2 and "ema_sha256 was None" in out and (tmp_path / "args.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+    more = ["--name", "s", "--evaluate", tree, "--features", "fashion", "--no-npz"]
+    assert call(sample_ddp, *flags(trained, tmp_path, *more))[0] == 0
+    before = (tmp_path / "s.metrics.json").read_bytes()
+    for changed, message in ((["--global-seed", 1], "global_seed was 0, is 1"), (["--num-fid-samples", 12], "is of 11 images")):
+        code, out = call(sample_ddp, *flags(trained, tmp_path, *more, *changed))
+        assert code == 2 and message in out, out
+    assert (tmp_path / "s.metrics.json").read_bytes() == before
+    (tmp_path / ".k.npz.1.partial").write_bytes(b"half")
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "k"))[0] == 0
+    assert not (tmp_path / ".k.npz.1.partial").exists()
+
+
+def test_the_same_weights_elsewhere_are_the_same(call, trained, tmp_path):
+    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
+    (tmp_path / "link").symlink_to(trained)
+    code, out = call(sample_ddp, *flags(tmp_path / "link", tmp_path, "--name", "s"))
+    assert code == 0 and "is complete" in out
+
+
+def test_a_network_of_nan_is_named(call, trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    path = run / "checkpoints/0000002/ema.safetensors"
+    save_file({key: value * torch.nan for key, value in load_file(path).items()}, path)
+    code, out = call(sample_ddp, *flags(run, tmp_path, "--name", "s"))
+    assert code == 2 and "latents of batch" in out and "not finite" in out and "Traceback" not in out
 
 
 def test_labels_of_a_file_and_of_one_class(call, trained, tmp_path):
@@ -263,7 +342,7 @@ def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--ckpt", "/nonexistent"], "--ckpt /nonexistent: /nonexistent is neither a run"),
+        (["--ckpt", "/nonexistent"], "--ckpt /nonexistent: /nonexistent does not exist"),
         (["--cfg-scale", 0.5], "--cfg-scale 0.5 is below 1"),
         (["--guidance-low", 0.7, "--guidance-high", 0.3], "--guidance-low 0.7 lies above"),
         (["--cfg-scale", "nan"], "nan is not a number of at least 0"),
