@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pretrained import Pretrained
 
+MOST_NAMED = 20  # classes
 SCALARS = (str, int, float)
 # of a record of sampling, what the card says of the network
 SAID = {"checkpoint", "ema_sha256", "model", "step", "images_seen", "ema_decay", "path_type", "vae", "vae_fingerprint"}
@@ -28,7 +29,7 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
     None if there is none."""
     data, identity = config["data"], source.identity
     header = ["---", *(["library_name: diffusers"] if difference is not None else [])]
-    header += ["pipeline_tag: unconditional-image-generation", "tags:", "- sit", "- flow-matching", "- sra2", "---"]
+    header += ["tags:", "- class-conditional-image-generation", "- sit", "- flow-matching", "- sra2", "---"]
     vae = f"`{source.vae}` (fingerprint `{source.vae_fingerprint[:16]}`)"
     c, h, w = data["latent_shape"]
     rows = {
@@ -45,15 +46,27 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
     if args:
         rows["Optimiser"] = f"AdamW, learning rate {args['learning_rate']:g}, gradient norm up to {args['max_grad_norm']:g}, "
         rows["Optimiser"] += f"mixed precision {args['mixed_precision']}, seed {args['seed']}"
+    if len(source.class_names) <= MOST_NAMED:
+        rows["Classes"] = ", ".join(f"{k} {name}" for k, name in enumerate(source.class_names))
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     sampling = [
         "## Sampling", "", "With the code that trained it, from its root:", "", "```",
         "torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER", "```", "",
-        "The VAE is not in this folder: it is fetched by its name above, or given with `--vae`.",
+        f"The VAE is not in this folder: {_where(source.vae)}, or given with `--vae`.",
     ]  # fmt: skip
     sampling += ["", *_with_diffusers(source, data, difference)]
     title = f"# {source.name}: {identity['model']}" + (" with SRA 2" if config["head"] else "")
     return "\n".join([*header, "", title, "", *table, "", *sampling, "", *_measured(metrics)]) + "\n"
+
+
+def _where(vae: str) -> str:
+    """Where somebody else has it from."""
+    local = Path(vae).exists() or vae.startswith((".", "/")) or vae.count("/") != 1
+    return (
+        f"it was the folder `{Path(vae).name}` on the machine of training, to be copied"
+        if local
+        else "fetched by its name above"
+    )
 
 
 def _alignment(config: dict, args: dict) -> str:
@@ -94,6 +107,7 @@ with torch.no_grad():
         v, v_null = model(torch.cat((x, x)), times, torch.cat((labels, nulls))).sample.chunk(2)
         x = scheduler.step(v_null + guidance * (v - v_null), t, x).prev_sample
     images = vae.decode(x / {data["scale"]!r} + {data["shift"]!r}).sample  # (B, 3, H, W) in [-1, 1]
+pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
 ```""".splitlines()
 
 

@@ -96,7 +96,14 @@ def collect(runs: list[Run], more: list[Path], sample_dir: Path) -> list[Measure
     found: dict[Path, Measured] = {}
 
     def add(path: Path, k: int | None, needs_owner: bool = False) -> None:
-        content = read_json(path)
+        try:
+            content = read_json(path)
+        except UserError:
+            if needs_owner:  # a folder of samples is everybody's: what is no metrics.json of these runs is none of ours
+                return
+            raise
+        if needs_owner and not isinstance(content.get("sampling"), dict):
+            return
         if not isinstance(content.get("metrics"), dict) or not isinstance(content.get("sampling", {}), dict):
             raise UserError(f"{path} is no metrics.json: evaluations.evaluate writes them")
         k = owner(content) if k is None else k

@@ -41,8 +41,8 @@ def grids(rows: list[Measured]) -> Html:
     """The grid that sample_ddp.py drew beside each set of measured samples."""
     figures = []
     for row in rows:
-        path = row.samples.with_suffix(".png") if row.samples else None
-        if path and path.exists():
+        path = row.samples.with_suffix(".png") if row.samples else row.file.with_name(f"{row.stem}.png")  # samples not kept
+        if path.exists():
             name = f"{row.run.name}: {path.stem}" if row.run else path.stem
             figures.append(el("figure", el("figcaption", name), picture_file(path, f"samples of {name}", GRID_WIDTH)))
     if not figures:

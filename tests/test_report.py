@@ -7,7 +7,7 @@ from PIL import Image
 
 from evaluations import nearest, report
 from evaluations.report_charts import linear_ticks, log_ticks, smoothed, thinned
-from evaluations.report_metrics import differing, identity
+from evaluations.report_metrics import differing, identity, verdict
 
 VOID = {"img", "meta"}
 SAMPLING = {
@@ -167,6 +167,17 @@ def test_identity_is_all_but_the_results_and_which_model_it_is():
     }  # fmt: skip
     assert identity(content) == {"count": 5, "new.key": 1, "sampling.num_steps": 5, "reference_sha256": "h"}
     assert identity({"reference": "r"}) == {"reference": "r"}  # nothing says it better
+    rounding = {"versions": {"torch": "2"}, "feature_batch_size": 9, "sampling": {"machine": {"device": "cpu"}, "num_steps": 5}}
+    assert identity(rounding) == {"sampling.num_steps": 5}
+
+
+def test_samples_of_which_nothing_is_known_hide_no_difference_and_make_none():
+    """One file of other code, first or last, among two that agree in a field that the other does not have."""
+    ours = [{"count": 5, "sampling.num_steps": 5, "sampling.atol": None}, {"count": 5, "sampling.num_steps": 5}]
+    for rows in ([{"count": 5}, *ours], [*ours, {"count": 5}]):
+        assert differing(rows) == []
+        assert "Perhaps not comparable" in verdict(rows)
+    assert differing([{"count": 5}, ours[0], {"count": 5, "sampling.num_steps": 6}]) == ["sampling.num_steps"]
     assert differing([{"a": 1, "b": None}, {"a": 1, "c": 2}]) == ["c"] and differing([{"a": 1}, {"a": "2"}]) == ["a"]
 
 
