@@ -109,9 +109,9 @@ class Sampler:
         """Writes samples.npz and its company into the folder; returns its path."""
         set_up(self.device, self.args.allow_tf32, 1)
         labels = self.recipe.classes(torch.arange(self.count), self.model.config.num_classes).numpy()
-        store = SampleStore(folder, "samples", self.what, [])
+        store = SampleStore(folder, "samples", self.what, {})
         store.choose(labels)
-        with ExitStack() as held, tqdm(disable=True) as bar:
+        with ExitStack() as held, tqdm(total=self.count, disable=True) as bar:
             done = store.claim(held)
             worker = sample_ddp.Worker(self.model, self.vae, self.recipe, self.dtype, store, done, {}, self.device)
             sample_ddp.make(worker, store.to_do(done), self.threads, self.args.compile, bar, self.size)

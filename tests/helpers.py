@@ -50,6 +50,46 @@ def torchrun(processes: int, script: str, *flags) -> str:
     return result.stdout + result.stderr
 
 
+RANKS = """
+import importlib, os, socket, sys
+import cli, torch
+count, name, *flags = sys.argv[1:]
+module = importlib.import_module(name)
+torch.set_num_threads(1)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+children = []
+for rank in range(int(count)):
+    children.append(os.fork())
+    if not children[-1]:
+        os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
+        sys.argv = [name, *flags]
+        code = 0
+        try:
+            cli.run(module.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush()
+        os._exit(code)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def ranks(processes: int, module: str, *flags) -> str:
+    """The module's main on several processes, with torchrun's environment but in half its time: forked after the imports."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RANKS, str(processes), module, *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
 def train_flags(cache: Path, exps: Path, name: str, *more) -> list[str]:
     """A run of the smallest model, without previews."""
     flags = f"--data-dir {cache} --output-dir {exps} --exp-name {name} --model SiT-Ti/2 --batch-size 8 --learning-rate 1e-3"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from tests.helpers import rows, torchrun, train_flags
+from tests.helpers import ranks, rows, train_flags
 
 
 def poison(monkeypatch, steps):
@@ -54,7 +54,7 @@ def test_a_nan_on_one_process_is_skipped_by_all(call, cache, tmp_path):
     moments[3] = np.nan
     np.save(shard, moments)
     flags = ["--max-train-steps", 3]
-    torchrun(2, "train.py", *train_flags(data, tmp_path, "two", *flags))
+    ranks(2, "train", *train_flags(data, tmp_path, "two", *flags))
     assert call(train, *train_flags(data, tmp_path, "one", *flags))[0] == 0
     ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert sorted(row["skipped"] for row in ours) == [0, 0, 1]

@@ -14,7 +14,7 @@ from evaluations.images import Npz, NpzImages, open_images
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import frechet_distance, statistics
 from evaluations.moments import Moments
-from tests.helpers import ROOT, make_tree, torchrun
+from tests.helpers import ROOT, make_tree, ranks
 
 IMAGES = ROOT / "assets/fashion-mnist/images.zip"
 
@@ -179,7 +179,7 @@ def test_two_processes_measure_what_one_does(call, tmp_path):
     write_samples(tmp_path / "r.npz", n=130, seed=1)
     flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--features", "fashion", "--batch-size", 16]
     flags += ["--cache-dir", tmp_path / "none", "--out"]
-    torchrun(2, "-m", "evaluations.evaluate", *flags, tmp_path / "two.json")
+    ranks(2, "evaluations.evaluate", *flags, tmp_path / "two.json")
     shutil.rmtree(tmp_path / "none")
     assert call(evaluate, *flags, tmp_path / "one.json")[0] == 0
     assert metrics(tmp_path / "one.json") == metrics(tmp_path / "two.json")

@@ -13,7 +13,7 @@ import train
 from agreement import STOPPED
 from evaluations import evaluate
 from logbook import read_rows
-from tests.helpers import rows, same_weights, torchrun, train_flags
+from tests.helpers import ranks, rows, same_weights, train_flags
 
 EVAL = "--eval-every 2 --eval-samples 9 --eval-features fashion --eval-num-steps 3 --eval-batch-size 4 --ema-decay 0.9 0"
 
@@ -43,7 +43,7 @@ def training(run) -> list[dict]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, flags):
     exps = tmp_path_factory.mktemp("evaluated")
-    torchrun(1, "train.py", *flags(exps))
+    ranks(1, "train", *flags(exps))
     return exps / "run"
 
 
@@ -74,8 +74,8 @@ def test_training_does_not_notice(call, flags, unbroken, tmp_path):
 
 def test_two_processes_report_what_one_does(flags, unbroken, tmp_path):
     """Of the same weights: a run finished without evaluation is evaluated when it is asked for."""
-    torchrun(1, "train.py", *flags(tmp_path, "--eval-every", 0))
-    torchrun(2, "train.py", *flags(tmp_path))
+    ranks(1, "train", *flags(tmp_path, "--eval-every", 0))
+    ranks(2, "train", *flags(tmp_path))
     ours, theirs = evaluations(tmp_path / "run"), evaluations(unbroken)
     assert list(ours) == [(5, 0.9), (5, 0.0)]
     for key, row in ours.items():

@@ -15,7 +15,7 @@ import pretrained
 import sample_ddp
 from evaluations import evaluate
 from models.sit import SiT
-from tests.helpers import ROOT, make_vae, torchrun
+from tests.helpers import ROOT, make_vae, ranks
 
 
 def flags(trained, folder, *more):
@@ -106,7 +106,7 @@ def test_killed_on_two_processes_and_continued_on_three_it_is_the_file_of_one(ca
     job.wait()
     there = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.npy")}
     assert 3 <= len(there) < 16 and not (tmp_path / "s.npz").exists()
-    torchrun(3, "sample_ddp.py", *flags(trained, tmp_path, *more))
+    ranks(3, "sample_ddp", *flags(trained, tmp_path, *more))
     assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "one/s.npz").read_bytes()
     assert not parts.exists()
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from tests.helpers import make_vae, rows, same_weights, torchrun, train_flags
+from tests.helpers import make_vae, ranks, rows, same_weights, train_flags
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_accumulation_is_the_same_run(call, cache, tmp_path, unbroken):
 
 def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
     given = ("--log-every", 2, "--max-train-steps", 10, "--cache-in-ram")  # one memory for both
-    torchrun(2, "train.py", *train_flags(cache, tmp_path, "run", *given))
+    ranks(2, "train", *train_flags(cache, tmp_path, "run", *given))
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours["step"] == theirs["step"]
         assert [ours[k] for k in ("loss", "velocity", "align")] == pytest.approx(
@@ -69,7 +69,7 @@ def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
 def test_a_run_goes_from_one_process_to_two_and_back(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", "--log-every", 2)
     assert call(train, *flags, "--max-train-steps", 3)[0] == 0
-    torchrun(2, "train.py", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
+    ranks(2, "train", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
     assert call(train, *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 4)[0] == 0
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

@@ -199,7 +199,7 @@ def test_newest_is_by_number(tmp_path):
 
 
 def test_unknown_and_broken_checkpoints_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="neither a run"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         find_checkpoint(tmp_path / "nothing")
     (tmp_path / "args.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoints yet"):
