@@ -91,7 +91,9 @@ def test_an_image_depends_on_seed_and_index_alone(call, trained, tmp_path, mode)
 
 def test_killed_on_two_processes_and_continued_on_three_it_is_the_file_of_one(call, trained, tmp_path):
     more = ["--name", "s", "--num-fid-samples", 62, "--num-steps", 12]
+    torch.set_num_threads(2)
     assert call(sample_ddp, *flags(trained, tmp_path / "one", *more))[0] == 0
+    assert torch.get_num_threads() == 1  # or the last bit would depend on how many processes share the cores
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "localhost:0", "sample_ddp.py", *map(str, flags(trained, tmp_path, *more))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
