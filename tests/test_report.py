@@ -7,7 +7,7 @@ from PIL import Image
 
 from evaluations import nearest, report
 from evaluations.report_charts import linear_ticks, log_ticks, smoothed, thinned
-from evaluations.report_metrics import differing, identity, verdict
+from evaluations.report_metrics import Measured, differing, identity, section, verdict
 
 VOID = {"img", "meta"}
 SAMPLING = {
@@ -178,6 +178,12 @@ def test_samples_of_which_nothing_is_known_hide_no_difference_and_make_none():
         assert differing(rows) == []
         assert "Perhaps not comparable" in verdict(rows)
     assert differing([{"count": 5}, ours[0], {"count": 5, "sampling.num_steps": 6}]) == ["sampling.num_steps"]
+    files = [
+        {"metrics": {"FID": 1.0}, "count": 5},
+        {"metrics": {"FID": 2.0}, "count": 5, "sampling": {"atol": None, "solver": "e"}},
+    ]
+    page = section([Measured(Path(f"{i}.metrics.json"), content, None, None) for i, content in enumerate(files)])
+    assert "atol" in page and "Perhaps not comparable" in page
     assert differing([{"a": 1, "b": None}, {"a": 1, "c": 2}]) == ["c"] and differing([{"a": 1}, {"a": "2"}]) == ["a"]
 
 

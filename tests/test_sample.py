@@ -317,17 +317,15 @@ def test_a_checkpoint_trained_anew_in_the_same_place_is_another(call, trained, t
 
 
 def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
-    """The shortest way from checkpoint to picture, written out: ODE, two Euler steps."""
+    """The shortest way from checkpoint to picture, written out: ODE, two Euler steps, of which the first is guided."""
     from diffusers import AutoencoderKL
     from safetensors.torch import load_file
 
     from keyed_random import Purpose, normal
     from models.sit import SiTConfig
 
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--mode", "ode", "--labels", "balanced"), "--num-steps", 2)[0]
-        == 0
-    )
+    more = ["--name", "s", "--mode", "ode", "--labels", "balanced", "--num-steps", 2, "--cfg-scale", 2, "--guidance-low", 0.6]
+    assert call(sample_ddp, *flags(trained, tmp_path, *more))[0] == 0
     config = json.loads((trained / "checkpoints/0000002/config.json").read_text())
     model = SiT(SiTConfig(**config["model"]))
     model.load_state_dict(load_file(trained / "checkpoints/0000002/ema.safetensors"))
@@ -335,7 +333,9 @@ def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
     x = normal(0, Purpose.START, torch.arange(3), (4, 8, 8)).float()
     with torch.no_grad():
         for t in (1.0, 0.5):
-            x = x - 0.5 * model(x, torch.full((3,), t), torch.arange(3))
+            v = model(x, torch.full((3,), t), torch.arange(3))
+            null = model(x, torch.full((3,), t), torch.full((3,), 3))
+            x = x - 0.5 * (2 * v - null if t == 1 else v)
         decoded = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
     expected = (decoded * 127.5 + 127.5).clamp(0, 255).permute(0, 2, 3, 1)
     assert np.abs(images(tmp_path)[0][:3] - expected.numpy()).max() <= 0.51
