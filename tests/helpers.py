@@ -50,9 +50,24 @@ def torchrun(processes: int, script: str, *flags) -> str:
     return result.stdout + result.stderr
 
 
+LEAVE = """
+import os, sys, traceback
+import cli
+def leave(main):  # a forked process: main, and its exit code
+    code = 0
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    os._exit(code)
+"""
+
 RANKS = """
-import importlib, os, socket, sys
-import cli, torch
+import importlib, socket, torch
 count, name, *flags = sys.argv[1:]
 module = importlib.import_module(name)
 torch.set_num_threads(1)
@@ -66,17 +81,7 @@ for rank in range(int(count)):
     if not children[-1]:
         os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
         sys.argv = [name, *flags]
-        code = 0
-        try:
-            cli.run(module.main)
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 99
-        sys.stdout.flush()
-        os._exit(code)
+        leave(module.main)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
@@ -84,7 +89,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 def ranks(processes: int, module: str, *flags) -> str:
     """The module's main on several processes, with torchrun's environment but in half its time: forked after the imports."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RANKS, str(processes), module, *map(str, flags)]
+    command = [sys.executable, "-c", LEAVE + RANKS, str(processes), module, *map(str, flags)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -114,9 +119,7 @@ def same_weights(a: Path, b: Path, step: str = "0000010") -> bool:
 
 
 FORKS = """
-import json, os, sys
-import cli, train
-import torch
+import json, torch, train
 torch.set_num_threads(1)
 for line in sys.stdin:
     flags = json.loads(line)
@@ -124,16 +127,7 @@ for line in sys.stdin:
     if not pid:
         os.setsid()
         sys.argv = ["train.py", *flags]
-        code = 0
-        try:
-            cli.run(train.main)
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 99
-        os._exit(code)
+        leave(train.main)
     print("pid", pid, flush=True)
     print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -147,7 +141,7 @@ class Forks:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with open(log, "w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", FORKS], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, "-c", LEAVE + FORKS], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=file, text=True,
             )  # fmt: skip
 
