@@ -24,9 +24,9 @@ ASKED = ("reference_sha256", "features", "fp16_distances", "normalisers")  # wha
 NAMES = {"class_agreement": "classifier agrees with class", "inception_score": "Inception score"}
 
 
-def add_flags(add: Callable, features: str = "inception") -> None:
+def add_flags(add: Callable) -> None:
     """The flags of an evaluation, for an argument group's add_argument."""
-    add("--features", nargs="+", default=[features], metavar="NAME",
+    add("--features", nargs="+", default=["inception"], metavar="NAME",
         help=f"networks, in one pass: {' '.join(EXTRACTORS)} or any of timm's; fashion is the shipped classifier")  # fmt: skip
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add("--encoder-weights", type=Path, help="file for timm's network (default: the hub's)")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cli import UserError
 from evaluations import curves, evaluate, reference, references
 from evaluations.encoders import TimmFeatures, resize, resize_positions
 from evaluations.fashion import load_classifier
@@ -218,6 +219,19 @@ def test_a_reference_in_adms_format_is_of_all_images(call, tmp_path, inception_w
         kept = np.concatenate([source.batch(i, i + 1) for i in (0, 2, 4, 6, 8)]).transpose(0, 2, 3, 1)
         assert np.array_equal(content["arr_0"], kept)
     assert call(reference, *made)[0] == 2  # nothing is overwritten
+    code, out = call(reference, *made, "--out", tmp_path / "few.npz", "--keep-images", 2)
+    assert code == 2 and "precision and recall need more than 3; 0 keeps none" in out
+
+
+def test_statistics_that_cannot_be_inceptions_are_refused(tmp_path):
+    cases = [
+        ({"mu": np.zeros(128), "sigma": np.eye(128)}, "of 2048 features; they are"),
+        ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "some are not"),
+    ]
+    for arrays, message in cases:
+        np.savez(tmp_path / "s.npz", **arrays)
+        with pytest.raises(UserError, match=message):
+            references._adms(Npz(tmp_path / "s.npz", "--reference"))
 
 
 def test_moments_are_those_of_all_batches():

@@ -9,7 +9,7 @@ import pytest
 
 import files
 from cli import Screen
-from files import Lines, write_array, write_file
+from files import Lines, write_array, write_file, write_npz
 
 
 class Full:
@@ -94,3 +94,9 @@ def test_arrays_are_numpys_files(tmp_path):
         np.save(tmp_path / "numpys.npy", np.ascontiguousarray(array))
         assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
         assert digest == hashlib.sha256((tmp_path / "ours.npy").read_bytes()).hexdigest()
+
+
+def test_an_npz_of_statistics_alone_holds_no_images(tmp_path):
+    write_npz(tmp_path / "s.npz", None, (0, 4, 4, 3), mu=np.arange(3))
+    with np.load(tmp_path / "s.npz") as content:
+        assert content.files == ["mu"] and content["mu"].tolist() == [0, 1, 2]

@@ -351,6 +351,7 @@ def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
         (["--heun"], "add --mode ode"),
         (["--num-steps", 1], "--num-steps 1 is too few"),
         (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae: there is no such folder"),
+        (["--num-step", 3], "unrecognized arguments: --num-step 3; did you mean --num-steps?"),
         (["--dopri5"], "--dopri5 is an ODE solver: add --mode ode"),
         (["--mode", "ode", "--dopri5", "--heun"], "--heun and --dopri5 are two solvers"),
         (["--labels", "sandals"], "--labels sandals is neither random, balanced, a class nor a file"),
