@@ -95,8 +95,8 @@ def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: Align
     def step() -> None:
         for x, s, y, u, z in zip(*(tensor.chunk(parts) for tensor in (x_t, t, labels, v, target))):
             with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                velocity, tokens = model.backbone(x, s, y, return_block=model.block)
-                projected = model.head(tokens)
+                velocity, kept = model.backbone(x, s, y, return_blocks=(model.block,))
+                projected = model.head(kept[model.block])
             loss = F.mse_loss(velocity.float(), u) + 1 - F.cosine_similarity(projected.float(), z, dim=-1).mean()
             (scaler.scale(loss) if scaler else loss).div(parts).backward()
         if scaler:

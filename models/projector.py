@@ -43,5 +43,6 @@ class AlignedSiT(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.head is None:
             return self.backbone(x_t, t, y), None, None
-        velocity, tokens = self.backbone(x_t, t, y, return_block=self.block)
+        velocity, kept = self.backbone(x_t, t, y, return_blocks=(self.block,))
+        tokens = kept[self.block]
         return velocity, self.head(tokens), torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float32).mean(1)

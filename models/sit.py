@@ -4,6 +4,7 @@ Parameter names, shapes and initialisation are those of the SiT and REPA reposit
 B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, K classes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,17 +161,29 @@ class SiT(nn.Module):
         grid = x.reshape(len(x), side // p, side // p, p, p, c)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(x), c, side, side)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, return_block: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, return_blocks: Sequence[int] = ()
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..K with K the null class -> velocity (B, C, H, W).
 
-        With return_block=k also the tokens (B, N, D) after block k, counted from 1."""
-        assert return_block is None or 1 <= return_block <= len(self.blocks), (return_block, len(self.blocks))
-        tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
-        features = None
-        for k, block in enumerate(self.blocks, 1):
-            tokens = checkpoint(block, tokens, c, use_reentrant=False) if self.recompute else block(tokens, c)
-            if k == return_block:
-                features = tokens
+        With return_blocks also the tokens (B, N, D) after each of those blocks, counted from 1, by their number."""
+        tokens, c, kept = self._through(x, t, y, return_blocks, self.config.depth)
         velocity = self.unpatchify(self.final_layer(tokens, c))
-        return velocity if return_block is None else (velocity, features)
+        return (velocity, kept) if return_blocks else velocity
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """The tokens (B, N, D) after each of `blocks`, by their number, without what comes after the last of them."""
+        return self._through(x, t, y, blocks, max(blocks))[2]
+
+    def _through(
+        self, x: Tensor, t: Tensor, y: Tensor, keep: Sequence[int], last: int
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Tokens after block `last`, conditioning, and the tokens after the blocks `keep`."""
+        assert all(1 <= k <= self.config.depth for k in keep), (keep, self.config.depth)
+        tokens, kept = self.x_embedder(x) + self.pos_embed, {}
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for k, block in enumerate(self.blocks[:last], 1):
+            tokens = checkpoint(block, tokens, c, use_reentrant=False) if self.recompute else block(tokens, c)
+            if k in keep:
+                kept[k] = tokens
+        return tokens, c, kept

@@ -78,13 +78,21 @@ def test_a_fresh_sit_outputs_zero():
 
 def test_returned_tokens_are_those_after_the_block_and_change_nothing():
     model, (x, t, y) = awake(small()), inputs()
-    velocity, features = model(x, t, y, return_block=2)
-    assert torch.equal(velocity, model(x, t, y))
+    velocity, kept = model(x, t, y, return_blocks=(3, 2))
+    assert torch.equal(velocity, model(x, t, y)) and {*kept} == {2, 3}
     tokens, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
-    torch.testing.assert_close(features, model.blocks[1](model.blocks[0](tokens, c), c))
-    torch.testing.assert_close(model(x, t, y, return_block=3)[1], model.blocks[2](features, c))
+    torch.testing.assert_close(kept[2], model.blocks[1](model.blocks[0](tokens, c), c))
+    torch.testing.assert_close(kept[3], model.blocks[2](kept[2], c))
     with pytest.raises(AssertionError):
-        model(x, t, y, return_block=4)
+        model(x, t, y, return_blocks=(4,))
+
+
+def test_features_are_the_same_tokens_without_the_blocks_after_them():
+    model, (x, t, y) = awake(small()), inputs()
+    kept = model(x, t, y, return_blocks=(1, 2))[1]
+    model.blocks[2].forward = None  # not called
+    features = model.features(x, t, y, (1, 2))
+    assert {*features} == {1, 2} and all(torch.equal(features[k], kept[k]) for k in features)
 
 
 def test_train_and_eval_mode_are_the_same():
@@ -119,8 +127,8 @@ def test_recomputing_blocks_changes_nothing():
     for recompute in (False, True):
         model = awake(small())
         model.recompute = recompute
-        velocity, features = model(*inputs(), return_block=2)
-        (velocity.square().sum() + features.sum()).backward()
+        velocity, kept = model(*inputs(), return_blocks=(2,))
+        (velocity.square().sum() + kept[2].sum()).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
