@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 
+import alignment
 import cli
+from alignment import spelled
 from cli import UserError
 from evaluations.features import EXTRACTORS
-from interpolant import PATHS
+from interpolant import PATHS, PREDICTIONS, WEIGHTINGS
 from latent_cache import LatentCache, Manifest
-from loss import ALIGN_LOSSES
 from machine import cores
-from models.sit import PRESETS, SiTConfig, align_block
+from models.sit import PRESETS, SiTConfig
+from models.targets import TARGETS, Data
 
 # Flags that may change between two starts of one run; every other one is part of what the run is.
 FREE_FLAGS = {
@@ -26,6 +28,7 @@ FREE_FLAGS = {
     "keep_last", "milestone_steps", "num_workers", "report_to", "gradient_accumulation_steps", "compile",
     "activation_checkpointing", "vae", "resolution", "num_classes", "epochs", "eval_every", "eval_samples", "eval_reference",
     "eval_features", "eval_mode", "eval_heun", "eval_num_steps", "eval_cfg_scale", "eval_batch_size", "inception_weights",
+    *(flag for target in TARGETS.values() for flag in target.flags),  # what they say stands in config.json
 }  # fmt: skip
 
 
@@ -48,21 +51,12 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="SiT-Ti/2, or SiT- S, B, L, XL with /2, /4, /8")
-    add("--path-type", choices=PATHS, default="linear", help="interpolant between data and noise")
+    add("--path-type", choices=PATHS, default="linear", help="between data and noise; vp is DDPM's and DiT's")
+    add("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts: velocity, data or noise")
+    add("--weighting", choices=WEIGHTINGS, default="uniform", help="of timesteps; lognormal: sigma/alpha is, as in REPA")
     add("--cfg-prob", type=cli.fraction, default=0.1, help="share of labels dropped for classifier-free guidance")
 
-    add = parser.add_argument_group("alignment (SRA 2)").add_argument
-    add("--align", choices=("sra2", "none"), default="sra2", help="none is vanilla SiT")
-    add("--align-depth", "--encoder-depth", default="auto", metavar="K",
-        help="block aligned, counted from 1; auto: the paper's for the model (B 2, L 8, XL 8)")
-    add("--align-weight", "--proj-coeff", type=cli.amount, default=1.0, help="lambda of the alignment loss")
-    add("--align-loss", choices=ALIGN_LOSSES, default="cosine", help="the paper's best is smooth_l1 with beta 0.05")
-    add("--align-beta", type=cli.above_zero, default=0.05, help="where smooth_l1 turns from quadratic to linear")
-    add("--align-target", choices=("mean", "sample"), default="mean", help="posterior mean, or the very sample that was noised")
-    add("--align-t-range", type=cli.fraction, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
-        help="timesteps aligned; 0 is data, 1 is noise")
-    add("--projector-layers", type=cli.positive, default=5, help="linear layers of the head")
-    add("--projector-width", type=cli.count, default=0, help="hidden width of the head; 0 is twice the model's")
+    alignment.add_flags(parser)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--max-train-steps", type=cli.positive, help="optimizer updates (default: 400,000, unless --epochs says)")
@@ -120,15 +114,7 @@ def check_args(args: argparse.Namespace, processes: int) -> None:
             f"--batch-size {args.batch_size} (global) is not a multiple of {processes} (processes) x "
             f"--gradient-accumulation-steps {args.gradient_accumulation_steps}"
         )
-    if args.align_depth == "auto":
-        args.align_depth = align_block(args.model)
-    depth = PRESETS[args.model]["depth"]
-    if not (str(args.align_depth).isdigit() and 1 <= int(args.align_depth) <= depth):
-        raise UserError(f"--align-depth {args.align_depth}: {args.model} has blocks 1 to {depth}")
-    args.align_depth = int(args.align_depth)
-    args.projector_width = args.projector_width or 2 * PRESETS[args.model]["width"]
-    if args.align_t_range[0] > args.align_t_range[1]:
-        raise UserError(f"--align-t-range {args.align_t_range[0]} {args.align_t_range[1]}: LO lies above HI")
+    alignment.check(args)
     if len(set(args.ema_decay)) < len(args.ema_decay):
         raise UserError(f"--ema-decay {' '.join(map(str, args.ema_decay))}: each only once")
     if args.epochs and args.max_train_steps:
@@ -156,20 +142,17 @@ def check_cache(args: argparse.Namespace, cache: LatentCache) -> None:
         )
 
 
-def make_config(args: argparse.Namespace, manifest: Manifest) -> dict:
-    """config.json: the network, what its latents are, and how it was trained."""
+def make_config(args: argparse.Namespace, manifest: Manifest, data: Data | None = None) -> dict:
+    """config.json: the network, what its latents are, and how it was trained. Raises UserError."""
     channels, side, _ = manifest.latent_shape
     model = SiTConfig(**PRESETS[args.model], latent_size=side, channels=channels, num_classes=manifest.num_classes)
-    data = ("source", "count", "resolution", "class_names", "vae", "vae_fingerprint", "scale", "shift", "latent_shape", "mean")
-    head = None
-    if args.align != "none":
-        out = model.patch**2 * channels
-        head = {"width": model.width, "out": out, "layers": args.projector_layers, "hidden": args.projector_width}
+    data = data or alignment.data_of(manifest)
+    kept = ("source", "count", "resolution", "class_names", "vae", "vae_fingerprint", "scale", "shift", "latent_shape", "mean")
     return {
-        "model_name": args.model, "model": asdict(model), "head": head, "align_depth": args.align_depth,
-        "path_type": args.path_type, "prediction": "v", "cfg_prob": args.cfg_prob,
+        "model_name": args.model, "model": asdict(model), "align": alignment.plan(args, model, data),
+        "path_type": args.path_type, "prediction": args.prediction, "weighting": args.weighting, "cfg_prob": args.cfg_prob,
         "batch_size": args.batch_size, "ema_decay": args.ema_decay,
-        "data": {key: getattr(manifest, key) for key in data} | {"joined": manifest.encoding.get("joined")},
+        "data": {key: getattr(manifest, key) for key in kept} | {"joined": manifest.encoding.get("joined")},
     }  # fmt: skip
 
 
@@ -177,7 +160,6 @@ def check_same_run(args: argparse.Namespace, folder: Path) -> dict:
     """The flags as args.json keeps them. Raises UserError listing what differs from those of a run begun."""
     now = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     now["data_dir"] = [str(path) for path in args.data_dir]
-    now["align_t_range"] = list(args.align_t_range)
     path = folder / "args.json"
     if path.exists():
         try:
@@ -186,20 +168,31 @@ def check_same_run(args: argparse.Namespace, folder: Path) -> dict:
             raise UserError(f"{path} is damaged: remove it to continue the run under the flags given now") from None
         changed = [key for key in now if key not in FREE_FLAGS and key in then and then[key] != now[key]]
         if changed:
-            what = "; ".join(f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in changed)
+            what = "; ".join(f"{spelled(key)} was {shown(then[key])}, is {shown(now[key])}" for key in changed)
             raise UserError(
                 f"{folder} was started with other flags: {what}. Choose another --exp-name, or go back to those flags"
             )
     return now
 
 
-def check_same_cache(args: argparse.Namespace, folder: Path, then: dict, now: dict) -> None:
-    """Two config.json, of a run begun and of the flags given now. Raises UserError listing what differs of their data."""
+def shown(value: object) -> str:
+    """As it would stand on the command line."""
+    return " ".join(map(shown, value)) if isinstance(value, list) else str(value)
+
+
+def check_same_data(args: argparse.Namespace, folder: Path, then: dict, now: dict) -> None:
+    """Two config.json, of a run begun and of the flags given now. Raises UserError listing what differs of their data, or of
+    what they align to."""
     changed = [key for key in then["data"] if key not in ("source", "vae") and then["data"][key] != now["data"][key]]
     if changed:
         raise UserError(
             f"--data-dir {paths(args.data_dir)} is not the cache that {folder} was started on: {', '.join(changed)} differ"
         )
+    for before, after in zip(then.get("align", []), now["align"]):
+        changed = [key for key in after if key not in before or before[key] != after[key]]
+        if changed:
+            what = "; ".join(f"{key} was {shown(before.get(key))}, is {shown(after[key])}" for key in changed)
+            raise UserError(f"{folder} was started with another {after['method']} to align to: {what}")
 
 
 def precision(flag: str) -> str:

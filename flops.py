@@ -1,35 +1,21 @@
-"""How much arithmetic a network needs, and how much of the machine's it gets.
-
-One multiply-accumulate is two FLOPs. Counted are the matrix products, as in PyTorch's FlopCounterMode, which agrees."""
+"""How much arithmetic a run needs, and how much of the machine's it gets. One multiply-accumulate is two FLOPs."""
 
 import math
 import time
 
 import torch
 
+from models.flops import backbone_flops, head_flops
 from models.sit import SiTConfig
+from models.targets import TARGETS, Data
 
 
-def backbone_flops(config: SiTConfig) -> int:
-    """Forward FLOPs of a SiT for one image. SiT-XL/2 at 256 pixels: 2 x 118.6 G."""
-    d, tokens, patch = config.width, (config.latent_size // config.patch) ** 2, config.patch**2 * config.channels
-    block = tokens * (4 + 8) * d * d + 2 * tokens * tokens * d + 6 * d * d  # projections and MLP; attention; modulation
-    ends = 2 * tokens * patch * d + 2 * d * d + (256 + d) * d  # patches in and out; final modulation; timestep
-    return 2 * (config.depth * block + ends)
-
-
-def head_flops(config: SiTConfig, head: dict | None) -> int:
-    """Forward FLOPs of the alignment head (models.projector.Projector's arguments) for one image; 0 without one."""
-    if head is None:
-        return 0
-    tokens = (config.latent_size // config.patch) ** 2
-    sizes = [head["width"], *[head["hidden"]] * (head["layers"] - 1), head["out"]]
-    return 2 * tokens * sum(a * b for a, b in zip(sizes, sizes[1:]))
-
-
-def training_flops(config: SiTConfig, head: dict | None) -> int:
-    """Forward and backward for one image: a product's backward is two of the same size. Recomputation does not count."""
-    return 3 * (backbone_flops(config) + head_flops(config, head))
+def training_flops(config: SiTConfig, align: list[dict], data: Data | None = None) -> int:
+    """Of one image: forward and backward of backbone and heads (a product's backward is two of the same size; recomputation
+    does not count), forward of what runs for the targets alone. `align` is config.json's; `data` what its targets ask."""
+    heads = sum(head_flops(config, entry["head"]) for entry in align)
+    targets = sum(TARGETS[entry["method"]].cost(entry, config, data)[1] for entry in align)
+    return 3 * (backbone_flops(config) + heads) + targets
 
 
 @torch.no_grad()

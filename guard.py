@@ -9,7 +9,7 @@ from cli import UserError
 
 PATIENCE = 5  # bad steps in a row that end a run
 OVERFLOWS = 32  # likewise of fp16's overflows, which are ordinary: the scale, 65,536 at first, is 2**-16 after so many
-SOURCES = ("velocity loss", "alignment loss", "gradient")
+SOURCES = ("denoising loss", "alignment loss", "gradient")
 
 
 class Guard:
@@ -25,9 +25,10 @@ class Guard:
         self.steps: list[int] = []
         self.verdicts: list[Tensor] = []
 
-    def judge(self, step: int, losses: Tensor, grad_norm: Tensor) -> Tensor:
-        """Losses (2,) of this process, gradient norm of all -> 1 if the step updates the weights, else 0, on the device."""
-        bad = ~torch.isfinite(torch.cat((losses.detach(), grad_norm.detach().reshape(1))))
+    def judge(self, step: int, denoising: Tensor, align: Tensor, grad_norm: Tensor) -> Tensor:
+        """Losses of this process, gradient norm of all, each a number -> 1 if the step updates the weights, else 0, on the
+        device."""
+        bad = ~torch.isfinite(torch.stack((denoising, align, grad_norm)).detach())
         if not self.fp16:
             self.optimizer.found_inf = bad[2].float()  # a bad loss makes a bad gradient, and DDP makes it everyone's
         self.steps.append(step)

@@ -57,3 +57,15 @@ def score_to_velocity(path: Path, score: Tensor, x_t: Tensor, t: Tensor) -> Tens
     """The inverse of velocity_to_score, for t < 1."""
     alpha, sigma, d_alpha, d_sigma = path.coefficients(like(t, x_t))
     return (sigma * (d_alpha * sigma - alpha * d_sigma) * score + d_alpha * x_t) / alpha
+
+
+PREDICTIONS = ("v", "x", "eps")
+WEIGHTINGS = ("uniform", "lognormal")
+
+
+def training_target(path: Path, prediction: str, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    return {"v": interpolate(path, x, noise, t)[1], "x": x, "eps": noise}[prediction]
+
+
+def draw_times(path: Path, prediction: str, weighting: str, u: Tensor) -> Tensor:
+    return u

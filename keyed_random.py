@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     BROWNIAN = 7  # sampling: the increments of the SDE
     MIRROR = 8  # training: whether an image is mirrored
     CROP = 9  # preprocessing: where a random crop lies
+    TARGET = 10  # training: what a method of alignment draws for itself
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

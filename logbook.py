@@ -17,8 +17,14 @@ from files import Lines, write_file
 from guard import Guard
 from train_state import TrainState
 
-TERMS = ("loss", "velocity", "align", "cosine", "token_norm", "grad_norm")  # of a step, in this order
-ALIGNMENT = ("align", "cosine", "token_norm")  # null without a head
+
+def terms(methods: list[str]) -> list[str]:
+    """The numbers of a step, in this order: the first method's as align, cosine and token_norm, those of further ones with
+    their name behind."""
+    names = ["loss", "denoising"]
+    for i, method in enumerate(methods):
+        names += [f"{name}_{method}" if i else name for name in ("align", "cosine", "token_norm")]
+    return [*names, "grad_norm"]
 
 
 T = TypeVar("T")
@@ -47,7 +53,8 @@ class Log:
         """utilisation is the mfu that one image a second would be; reduce(tensor, "mean") averages over processes; the
         tracker has log(row, step), image(path, step) and finish()."""
         self.args, self.folder, self.main, self.reduce, self.tracker = args, folder, main, reduce, tracker
-        self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(TERMS)), device=device)
+        self.terms = terms([] if args.align == ["none"] else args.align)
+        self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(self.terms)), device=device)
         self.good = torch.tensor(state.extra.get("log_good", 0.0), device=device)
         self.skipped = state.extra.get("log_skipped", 0)
         self.guard, self.utilisation, self.waited = guard, utilisation, 0.0
@@ -75,7 +82,7 @@ class Log:
             self.text.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def step(self, step: int, terms: Tensor, good: Tensor) -> None:
-        """Ends a step: its TERMS of this process, on the device, which count in the means if `good` is 1. Every --log-every
+        """Ends a step: its terms of this process, on the device, which count in the means if `good` is 1. Every --log-every
         steps reduces over processes and writes."""
         self.sums += torch.where(good > 0, terms, 0)
         self.good += good
@@ -88,8 +95,8 @@ class Log:
         self._hear_guard()
         sums, good = self._reduced()
         now = time.perf_counter()
-        known = [key for key in TERMS if self.args.align != "none" or key not in ALIGNMENT]
-        means = {key: total / good if good and key in known else None for key, total in zip(TERMS, sums)}
+        means = dict.fromkeys(terms(["none"]))  # so that every run's lines have the same first columns
+        means |= {key: total / good if good else None for key, total in zip(self.terms, sums)}
         row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped}
         row |= self._gauges(step - self.clock_step, now - self.clock)
         self.clock, self.clock_step, self.skipped, self.waited = now, step, 0, 0.0

@@ -10,6 +10,7 @@ import json
 import sys
 import uuid
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+import alignment
 import cli
 from agreement import PATIENCE, STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
 from checkpoint import CheckpointError, claim, read_config, verify
@@ -24,18 +26,19 @@ from cli import UserError
 from dataset import TrainingStream
 from evaluator import Evaluator
 from files import write_file
-from flags import check_args, check_cache, check_same_cache, check_same_run, make_config, parse_args, precision
-from flops import backbone_flops, head_flops, matmul_rate, training_flops
+from flags import check_args, check_cache, check_same_data, check_same_run, make_config, parse_args, precision
+from flops import matmul_rate, training_flops
 from guard import Guard
-from interpolant import PATHS
+from interpolant import PATHS, draw_times
 from keyed_random import Purpose, normal, uniform
 from latent_cache import CacheError, LatentCache, Manifest
 from logbook import Log, every
-from loss import training_losses
+from loss import Alignment, training_losses
 from models.autoencoder import LatentScale
+from models.flops import backbone_flops
 from models.projector import AlignedSiT, Projector
-from models.sit import PRESETS, SiT, SiTConfig
-from models.targets import latent_tokens
+from models.sit import SiT, SiTConfig
+from models.targets import Batch, Data, Target
 from monitor import Monitor, where
 from preview import Preview, load_vae
 from train_state import EMA, TrainState, Writer
@@ -44,39 +47,51 @@ from train_state import EMA, TrainState, Writer
 class Step:
     """The method: draw, interpolate, predict, align, step. Nothing in here waits for the device."""
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, manifest: Manifest, state: TrainState, guard: Guard):
-        self.args, self.accelerator, self.state, self.guard = args, accelerator, state, guard
+    def __init__(
+        self, args: argparse.Namespace, accelerator: Accelerator, manifest: Manifest, state: TrainState,
+        targets: dict[str, Target], guard: Guard,
+    ):  # fmt: skip
+        self.args, self.accelerator, self.state, self.targets, self.guard = args, accelerator, state, targets, guard
         self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
         self.emas = [EMA(ema, state.model.backbone, decay) for ema, decay in zip(state.emas, args.ema_decay)]
         self.scale, self.path = LatentScale(manifest.scale, manifest.shift), PATHS[args.path_type]
         self.null_class, self.shape = manifest.num_classes, tuple(manifest.latent_shape)
-        self.patch = PRESETS[args.model]["patch"]
-        self.align = {"kind": args.align_loss, "beta": args.align_beta, "t_range": tuple(args.align_t_range)}
+        how = zip(args.align_loss, args.align_beta, args.align_t_range)
+        self.align = {name: Alignment(*each) for name, each in zip(targets, how)}
+        self.weight, self.stop = dict(zip(targets, args.align_weight)), dict(zip(targets, args.align_stop_step))
 
-    def __call__(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,)
-        -> logbook.TERMS of it, and whether the step was good, 1 or 0, both on the device."""
+    def __call__(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,), what targets
+        ask for besides -> logbook.terms of it, and whether the step was good, 1 or 0, both on the device."""
         args, accelerator, parts = self.args, self.accelerator, self.args.gradient_accumulation_steps
-        number, moments, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
-        t = uniform(args.seed, Purpose.TIME, number).float()
+        number, moments, labels, *extra = (tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
+        u = uniform(args.seed, Purpose.TIME, number)
+        t = draw_times(self.path, args.prediction, args.weighting, u).float()
         noise = normal(args.seed, Purpose.NOISE, number, self.shape).float()
         posterior_noise = normal(args.seed, Purpose.POSTERIOR, number, self.shape)
         dropped = uniform(args.seed, Purpose.LABEL_DROP, number) < args.cfg_prob
         labels = torch.where(dropped, self.null_class, labels)
         latent = self.scale.sample(moments, posterior_noise.float())
-        clean = latent if args.align_target == "sample" else self.scale.mean(moments)
-        whole = (latent, labels, noise, t, latent_tokens(clean, self.patch))
+        own = uniform(args.seed, Purpose.TARGET, number).float()
+        whole = Batch(latent, labels, noise, t, self.scale.mean(moments), own, *extra)
+        active = [name for name, last in self.stop.items() if not last or self.state.step < last]
+        model = partial(self.model, idle=[name for name in self.targets if name not in active])
 
         means = []
-        for part, (x, y, eps, s, z) in enumerate(zip(*(tensor.chunk(parts) for tensor in whole))):
-            with accelerator.no_sync(self.model) if part < parts - 1 else nullcontext():
-                terms = training_losses(self.model, self.path, x, y, eps, s, z, **self.align)
-                loss = (terms.velocity + args.align_weight * terms.align).mean()
+        for i, part in enumerate(whole.chunk(parts)):
+            with torch.no_grad():
+                targets = {name: self.targets[name](part) for name in active}
+            with accelerator.no_sync(self.model) if i < parts - 1 else nullcontext():
+                x, y, eps, s, *_ = part
+                terms = training_losses(model, self.path, args.prediction, x, y, eps, s, targets, self.align)
+                aligned = sum(self.weight[name] * terms.align[name] for name in active)
+                loss = (terms.denoising + aligned).mean()
                 accelerator.backward(loss / parts)
-            means.append(torch.stack((loss.detach(), *(term.detach().mean() for term in terms))))
+            gauges = (term[name] for name in self.targets for term in (terms.align, terms.cosine, terms.token_norm))
+            means.append(torch.stack([value.detach().mean() for value in (loss, terms.denoising, *gauges)]))
         losses = torch.stack(means).mean(0)
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-        good = self.guard.judge(self.state.step + 1, losses[1:3], grad_norm)
+        good = self.guard.judge(self.state.step + 1, losses[1], losses[2::3].sum(), grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -87,13 +102,14 @@ class Step:
 
 def train(
     args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, state: TrainState, log: Log,
-    monitor: Monitor, writer: Writer, request: StopRequest,
+    targets: dict[str, Target], monitor: Monitor, writer: Writer, request: StopRequest,
 ) -> bool:  # fmt: skip
     """Steps, and what is due after each. Returns whether the run is finished, not stopped by a signal."""
-    stream = TrainingStream(cache, args.seed, args.batch_size, accelerator.process_index, accelerator.num_processes)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    stream = TrainingStream(cache, args.seed, args.batch_size, rank, processes)
     pin_memory = accelerator.device.type == "cuda"
     batches = stream.loader(state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals)
-    step = Step(args, accelerator, cache.manifest, state, log.guard)
+    step = Step(args, accelerator, cache.manifest, state, targets, log.guard)
     votes = Votes(accelerator.num_processes, questions=2)
 
     def look() -> bool:
@@ -137,22 +153,16 @@ def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) 
 
 
 def summary(
-    args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, model: AlignedSiT, head: dict | None
+    args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, model: AlignedSiT, align: list[dict], data: Data
 ) -> str:
-    """What is about to run, in four lines."""
-    params = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    body, extra = backbone_flops(model.backbone.config), head_flops(model.backbone.config, head)
+    """What is about to run, in four lines and one more for each further method."""
+    size, body = sum(p.numel() for p in model.backbone.parameters()), backbone_flops(model.backbone.config)
     processes, parts = accelerator.num_processes, args.gradient_accumulation_steps
     local, epochs = args.batch_size // processes // parts, args.max_train_steps * args.batch_size / len(cache)
-    alignment = "no alignment"
-    if head:
-        alignment = (
-            f"aligned at block {args.align_depth} by a head of {params['head']:.1f}M parameters "
-            f"(+{params['head'] / params['backbone']:.1%}): {(body + extra) / 1e9:.4g} GFLOPs (+{extra / body:.1%})"
-        )
+    methods = "\n".join(alignment.describe(entry, model, data) for entry in align) or "no alignment"
     return (
-        f"{args.model}: {params['backbone']:.1f}M parameters, {body / 1e9:.4g} GFLOPs ({body / 2e9:.4g} GMAC) forward\n"
-        f"{alignment}\n"
+        f"{args.model}: {size / 1e6:.1f}M parameters, {body / 1e9:.4g} GFLOPs ({body / 2e9:.4g} GMAC) forward\n"
+        f"{methods}\n"
         f"global batch {args.batch_size} = {processes} (processes) x {local} (local) x {parts} (accumulated) "
         f"on {accelerator.device.type}, precision {accelerator.mixed_precision}\n"
         f"{len(cache):,} images an epoch, {cache.manifest.num_classes} classes; "
@@ -197,8 +207,8 @@ def build(args: argparse.Namespace, config: dict, device: torch.device) -> Train
     """Networks and optimizer at step 0."""
     torch.manual_seed(args.seed)
     backbone = SiT(SiTConfig(**config["model"]))  # before the head, so that it starts the same with and without one
-    head = Projector(**config["head"]) if config["head"] else None
-    model = AlignedSiT(backbone, head, args.align_depth).to(device)
+    heads = {entry["method"]: Projector(**entry["head"]) for entry in config["align"]}
+    model = AlignedSiT(backbone, heads, {entry["method"]: entry["block"] for entry in config["align"]}).to(device)
     emas = [copy.deepcopy(model.backbone).eval().requires_grad_(False) for _ in args.ema_decay]
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
@@ -223,7 +233,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
     check_cache(args, cache)
-    config = make_config(args, cache.manifest)
+    data = alignment.data_of(cache.manifest)
+    config = make_config(args, cache.manifest, data)
     flags = check_same_run(args, folder)
     # what the first process sees, since on a network disk others may see it later
     saved, start, measured, owed = broadcast_object_list([*where(args, folder)] if main_process else 4 * [None])
@@ -242,9 +253,10 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
         if main_process:
             held.enter_context(claim(folder, saved))
         state = build(args, config, device)
+        targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
         if saved:
             progress = verify(saved[-1])
-            check_same_cache(args, folder, read_config(saved[-1]), config)
+            check_same_data(args, folder, read_config(saved[-1]), config)
             state.load(saved[-1], progress)
             if accelerator.scaler is not None and "scaler" in state.extra:
                 accelerator.scaler.load_state_dict(state.extra["scaler"])
@@ -262,16 +274,16 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
     tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
     guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16", *state.extra.get("bad_in_a_row", ()))
-    flops = training_flops(SiTConfig(**config["model"]), config["head"])
+    flops = training_flops(SiTConfig(**config["model"]), config["align"], data)
     utilisation = flops / matmul_rate(device, dtype) / processes
     log = Log(args, folder, state, device, main_process, accelerator.reduce, guard, utilisation, tracker)
-    log.say(summary(args, accelerator, cache, state.model, config["head"]))
+    log.say(summary(args, accelerator, cache, state.model, config["align"], data))
     if saved:
         log.say(f"continuing from {saved[-1]}")
     monitor = Monitor(args, log, preview, evaluator, start, measured)
     try:
         with Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-            finished = train(args, accelerator, cache, state, log, monitor, writer, request)
+            finished = train(args, accelerator, cache, state, log, targets, monitor, writer, request)
     except CacheError as error:  # of a loader process: the last line is what went wrong
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("latent_cache.CacheError: ")) from None
     how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"

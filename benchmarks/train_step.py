@@ -18,15 +18,17 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+import alignment
 import cli
 from benchmarks.measure import first_call, in_turn, machine, ratio, report, spread
 from cli import UserError
 from flags import check_args, make_config, parse_args, precision
-from flops import backbone_flops, head_flops, matmul_rate, training_flops
+from flops import matmul_rate, training_flops
 from guard import Guard
 from interpolant import PATHS, interpolate
 from keyed_random import Purpose, normal, uniform
 from latent_cache import Manifest
+from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
 from models.sit import PRESETS, SiTConfig
 from models.targets import latent_tokens
@@ -95,8 +97,8 @@ def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: Align
     def step() -> None:
         for x, s, y, u, z in zip(*(tensor.chunk(parts) for tensor in (x_t, t, labels, v, target))):
             with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                velocity, kept = model.backbone(x, s, y, return_blocks=(model.block,))
-                projected = model.head(kept[model.block])
+                velocity, kept = model.backbone(x, s, y, return_blocks=(model.blocks["sra2"],))
+                projected = model.heads["sra2"](kept[model.blocks["sra2"]])
             loss = F.mse_loss(velocity.float(), u) + 1 - F.cosine_similarity(projected.float(), z, dim=-1).mean()
             (scaler.scale(loss) if scaler else loss).div(parts).backward()
         if scaler:
@@ -129,13 +131,15 @@ def main() -> None:
 
     state = build(flags, config, device)
     batch = random_batch(manifest, args.batch_size, pinned=device.type == "cuda")
-    aligned = Step(flags, accelerator, manifest, state, Guard(state.optimizer, accelerator.mixed_precision == "fp16"))
+    guard, autocast = Guard(state.optimizer, accelerator.mixed_precision == "fp16"), accelerator.autocast
+    targets = alignment.load(flags, config, alignment.data_of(manifest), state.emas[0], device, autocast)
+    aligned = Step(flags, accelerator, manifest, state, targets, guard)
     actions: dict[str, Callable[[], object]] = {}
     if args.plain:
         actions["plain"] = plain_step(flags, accelerator, manifest, state.model, batch)
     if "none" in args.align:
         vanilla = copy.copy(aligned)
-        vanilla.model = accelerator.prepare(AlignedSiT(state.model.backbone, None, flags.align_depth))
+        vanilla.model, vanilla.targets, vanilla.stop = accelerator.prepare(AlignedSiT(state.model.backbone)), {}, {}
         actions["none"] = lambda: vanilla(batch)
     if "sra2" in args.align:
         actions["sra2"] = lambda: aligned(batch)
@@ -148,7 +152,7 @@ def main() -> None:
     results = {}
     for name, values in seconds.items():
         images_per_s = args.batch_size / spread(values)["median"]
-        flops = training_flops(network, None if name == "none" else config["head"])
+        flops = training_flops(network, [] if name == "none" else config["align"])
         results[name] = {
             "step_s": spread(values), "images_per_s": images_per_s, "mfu": flops * images_per_s / rate,
             "peak_memory_gib": peak[name], "first_step_s": first[name],
@@ -163,7 +167,7 @@ def main() -> None:
             "activation_checkpointing": args.activation_checkpointing, "allow_tf32": args.allow_tf32,
             "gradient_accumulation_steps": args.gradient_accumulation_steps, "rounds": args.rounds, "steps": steps,
             "matmul_flops_per_s": rate, "forward_flops_per_image": backbone_flops(network),
-            "head_flops_share": head_flops(network, config["head"]) / backbone_flops(network),
+            "head_flops_share": head_flops(network, config["align"][0]["head"]) / backbone_flops(network),
             "results": results, "ratios": ratios,
         },
         args.json,

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from models.targets import TARGETS
 from pretrained import Pretrained
 
 MOST_NAMED = 20  # classes
+OWN = ("target", "normalize", "encoder", "teacher_block", "t_max")  # what methods of alignment say of themselves
 SCALARS = (str, int, float)
 # of a record of sampling, what the card says of the network
 SAID = {"checkpoint", "ema_sha256", "model", "step", "images_seen", "ema_decay", "path_type", "vae", "vae_fingerprint"}
@@ -39,7 +41,7 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
         f"{len(source.class_names)} classes",
         "Latents": f"{c} x {h} x {w}, of {vae}, (moment - {data['shift']:g}) * {data['scale']:g}",
         "Trained for": f"{identity['step']:,} steps of {config['batch_size']} images: {identity['images_seen']:,} images seen",
-        "Alignment": _alignment(config, args),
+        "Alignment": _alignment(config),
         "Averaged": f"decay {identity['ema_decay']} a step",
         "Labels dropped": f"{config['cfg_prob']:g} (the null class is {source.model.config.num_classes})",
     }
@@ -55,7 +57,8 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
         f"The VAE is not in this folder: {_where(source.vae)}, or given with `--vae`.",
     ]  # fmt: skip
     sampling += ["", *_with_diffusers(source, data, difference)]
-    title = f"# {source.name}: {identity['model']}" + (" with SRA 2" if config["head"] else "")
+    methods = " and ".join(TARGETS[entry["method"]].title for entry in align(config))
+    title = f"# {source.name}: {identity['model']}" + f" with {methods}" * bool(methods)
     return "\n".join([*header, "", title, "", *table, "", *sampling, "", *_measured(metrics)]) + "\n"
 
 
@@ -69,15 +72,20 @@ def _where(vae: str) -> str:
     )
 
 
-def _alignment(config: dict, args: dict) -> str:
-    if not config["head"]:
-        return "none"
-    text = f"SRA 2 (arXiv:2601.17830) on block {config['align_depth']}, {config['head']['layers']} layers in the head"
-    if args:
-        low, high = args["align_t_range"]
-        text += f", loss {args['align_loss']} to the latents' {args['align_target']}, weight {args['align_weight']:g}"
-        text += f", {low:g} <= t <= {high:g}"
-    return text
+def align(config: dict) -> list[dict]:
+    """The methods of alignment that a run was trained with."""
+    return config.get("align", [])
+
+
+def _alignment(config: dict) -> str:
+    texts = []
+    for entry in align(config):
+        low, high = entry["t_range"]
+        text = f"{TARGETS[entry['method']].title} ({TARGETS[entry['method']].paper}) on block {entry['block']}"
+        text += f", {entry['head']['layers']} layers in the head, loss {entry['loss']}, weight {entry['weight']:g}"
+        text += f", {low:g} <= t <= {high:g}" + f", in the first {entry['stop_step']:,} steps" * (entry["stop_step"] > 0)
+        texts.append(text + "".join(f", {key.replace('_', ' ')} {entry[key]}" for key in OWN if key in entry))
+    return "; ".join(texts) or "none"
 
 
 def _with_diffusers(source: Pretrained, data: dict, difference: float | None) -> list[str]:

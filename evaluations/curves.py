@@ -11,7 +11,7 @@ from cli import UserError
 from evaluations.report_curves import evaluated, settings_of
 from evaluations.runs import Run, column, named, read_run
 
-PANELS = {"velocity": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
+PANELS = {"denoising": "denoising loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
 
 
 def draw(runs: list[Run], out: Path) -> None:

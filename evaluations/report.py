@@ -52,11 +52,10 @@ def summary(run: Run) -> str:
     model = args.get("model") or config.get("model_name") or "unknown model"
     if not args:
         method = "args.json is missing"
-    elif args.get("align") == "none":
-        method = "no alignment"
     else:
-        depth = config.get("align_depth", args.get("align_depth"))
-        method = f"SRA 2: block {depth}, {args.get('align_loss')}, weight {args.get('align_weight')}"
+        names, *how = (args.get(key) or [] for key in ("align", "align_depth", "align_loss", "align_weight"))
+        told = [f"{name}: block {block}, {loss}, weight {weight:g}" for name, block, loss, weight in zip(names, *how)]
+        method = "; ".join(told) or "no alignment"
     step, images = run.steps[-1]["step"], run.images
     if config.get("step", 0) > step:  # its newest checkpoint is of later than its last line
         step, images = config["step"], config["step"] * config["batch_size"]

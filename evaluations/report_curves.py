@@ -10,12 +10,12 @@ from evaluations.runs import Run, column
 
 # column of metrics.jsonl -> title, whether the axis may be logarithmic, whether it begins at zero
 PANELS = {
-    "velocity": ("velocity loss", True, False), "align": ("alignment loss", True, False),
+    "denoising": ("denoising loss", True, False), "align": ("alignment loss", True, False),
     "cosine": ("cosine to the target", False, False), "grad_norm": ("gradient norm before clipping", True, False),
     "images_per_s": ("images a second", False, True),
 }  # fmt: skip
 DIRECTION = {"FID": "lower is better", "sFID": "lower is better", "FD": "lower is better"}
-LAST = ("velocity", "align", "cosine", "grad_norm", "images_per_s", "mfu", "peak_memory_gib")
+LAST = ("denoising", "align", "cosine", "grad_norm", "images_per_s", "mfu", "peak_memory_gib")
 NOT_MEASURED = ("step", "images", "evaluation")
 
 

@@ -98,8 +98,9 @@ def ranks(processes: int, module: str, *flags) -> str:
 def train_flags(cache: Path, exps: Path, name: str, *more) -> list[str]:
     """A run of the smallest model, without previews."""
     flags = f"--data-dir {cache} --output-dir {exps} --exp-name {name} --model SiT-Ti/2 --batch-size 8 --learning-rate 1e-3"
-    rest = "--num-workers 0 --log-every 1 --sampling-steps 0 --ema-decay 0.9 --projector-width 64"
-    return [*flags.split(), *rest.split(), *map(str, more)]
+    rest = "--num-workers 0 --log-every 1 --sampling-steps 0 --ema-decay 0.9"
+    head = [] if "none" in more else ["--projector-width", "64"]
+    return [*flags.split(), *rest.split(), *head, *map(str, more)]
 
 
 def rows(run: Path) -> list[dict]:

@@ -12,13 +12,13 @@ from tests.helpers import ranks, rows, train_flags
 
 
 def poison(monkeypatch, steps):
-    """Turns the velocity loss of these steps, counted from 1, into NaN."""
+    """Turns the denoising loss of these steps, counted from 1, into NaN."""
     losses, calls = train.training_losses, []
 
     def spy(*args, **kwargs):
         calls.append(1)
         terms = losses(*args, **kwargs)
-        return terms._replace(velocity=terms.velocity * float("nan")) if len(calls) in steps else terms
+        return terms._replace(denoising=terms.denoising * float("nan")) if len(calls) in steps else terms
 
     monkeypatch.setattr(train, "training_losses", spy)
 
@@ -27,7 +27,7 @@ def test_a_step_gone_bad_is_skipped_and_named(call, cache, tmp_path, monkeypatch
     poison(monkeypatch, {3, 5})
     flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 6)
     code, out = call(train, *flags)
-    assert code == 0 and "step 3: velocity loss, gradient not finite, update skipped" in out and "step 5: velocity" in out
+    assert code == 0 and "step 3: denoising loss, gradient not finite, update skipped" in out and "step 5: denoising" in out
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 1]
     assert all(row["loss"] < 10 for row in rows(tmp_path / "run"))  # the means are of the good steps
     state = load_file(tmp_path / "run/checkpoints/0000006/optimizer.safetensors")
@@ -40,7 +40,7 @@ def test_bad_steps_in_a_row_end_the_run_with_the_last_checkpoint_as_it_was(call,
     flags = train_flags(cache, tmp_path, "run", "--log-every", 3, "--max-train-steps", 20, "--checkpointing-steps", 2)
     poison(monkeypatch, set(range(4, 30)))
     code, out = call(train, *flags)
-    assert code == 2 and "step 8: velocity loss, gradient not finite, update skipped, like the 4 before it" in out
+    assert code == 2 and "step 8: denoising loss, gradient not finite, update skipped, like the 4 before it" in out
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert saved == ["0000002", "0000004", "0000006"]
     assert same_tensors(*(tmp_path / f"run/checkpoints/000000{k}/model.safetensors" for k in (4, 6)))
@@ -62,7 +62,7 @@ def test_a_nan_on_one_process_is_skipped_by_all(call, cache, tmp_path):
         assert row["skipped"] == other["skipped"]
         if not row["skipped"]:
             assert row == pytest.approx(other, rel=1e-4)
-    assert "velocity loss, alignment loss, gradient not finite, update skipped" in (tmp_path / "two/log.txt").read_text()
+    assert "denoising loss, alignment loss, gradient not finite, update skipped" in (tmp_path / "two/log.txt").read_text()
 
 
 def same_tensors(a, b) -> bool:

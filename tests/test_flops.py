@@ -2,28 +2,34 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flops import backbone_flops, head_flops, matmul_rate, training_flops
+from flops import matmul_rate, training_flops
+from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT, Projector
 from models.sit import PRESETS, SiT, SiTConfig
 
 SMALL = SiTConfig(depth=3, width=64, heads=2, patch=2, latent_size=8, num_classes=5)
 HEAD = {"width": 64, "out": 16, "layers": 3, "hidden": 128}
+SRA2 = {"method": "sra2", "head": HEAD}
 
 
 def test_flops_are_those_of_torchs_counter():
     """Up to what a backward leaves out: no gradient is asked of the inputs of the first layers."""
     torch.manual_seed(0)
-    model = AlignedSiT(SiT(SMALL), Projector(**HEAD), 2)
+    model = AlignedSiT(SiT(SMALL), {"sra2": Projector(**HEAD)}, {"sra2": 2})
     for block in model.backbone.blocks:
         block.attn.fused_attn = False  # the counter does not know the CPU's fused attention
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     with FlopCounterMode(display=False) as forward:
-        velocity, tokens, _ = model(x, t, y)
+        model(x, t, y)
     assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, HEAD))
     with FlopCounterMode(display=False) as both:
         velocity, tokens, _ = model(x, t, y)
-        (velocity.sum() + tokens.sum()).backward()
-    assert both.get_total_flops() == pytest.approx(2 * training_flops(SMALL, HEAD), rel=0.02)
+        (velocity.sum() + tokens["sra2"].sum()).backward()
+    assert both.get_total_flops() == pytest.approx(2 * training_flops(SMALL, [SRA2]), rel=0.02)
+    with FlopCounterMode(display=False) as teacher:
+        model.backbone.features(x, t, y, (2,))
+    extra = training_flops(SMALL, [{"method": "sra", "teacher_block": 2, "head": None}]) - training_flops(SMALL, [])
+    assert teacher.get_total_flops() == 2 * extra
 
 
 def test_the_papers_figures():

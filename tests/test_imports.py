@@ -37,17 +37,19 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "agreement": (set(), {"torch"}),
     "guard": ({"cli"}, {"torch"}),
     "flops": ({"models"}, {"torch"}),
+    "alignment": ({"cli", "interpolant", "latent_cache", "loss", "models"}, {"torch"}),
     "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, NUMERIC),
     "sample_store": ({*LEAVES, "evaluations", "grid"}, {"numpy", "PIL", "safetensors"}),
     "evaluator": ({*LEAVES, "latent_cache", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "latent_cache", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
     "monitor": ({"checkpoint", "evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
-    "flags": ({*LEAVES, "latent_cache", "evaluations", "interpolant", "loss", "models"}, {"torch"}),
+    "flags": ({*LEAVES, "alignment", "latent_cache", "evaluations", "interpolant", "models"}, {"torch"}),
     "train": (
         {
             *LEAVES,
             "agreement",
+            "alignment",
             "checkpoint",
             "dataset",
             "evaluator",
@@ -77,6 +79,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "benchmarks": (
         {
             *LEAVES,
+            "alignment",
             "benchmarks",
             "checkpoint",
             "dataset",

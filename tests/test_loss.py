@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from interpolant import PATHS
-from loss import ALIGN_LOSSES, alignment_loss, training_losses, velocity_loss
+from interpolant import PATHS, PREDICTIONS
+from loss import ALIGN_LOSSES, Alignment, alignment_loss, denoising_loss, training_losses
 
 
 def tokens(seed=0, shape=(4, 16, 12)):
@@ -44,43 +44,64 @@ def test_cosine_is_over_the_channels_of_a_token_and_mixes_no_tokens():
 )
 def test_elementwise_losses_are_means(kind, expected):
     a, b = tokens(0) * 0.05, tokens(1) * 0.05
-    torch.testing.assert_close(alignment_loss(a, b, T, kind), expected(a, b).mean((1, 2)))
+    torch.testing.assert_close(alignment_loss(a, b, T, Alignment(kind)), expected(a, b).mean((1, 2)))
 
 
 @pytest.mark.parametrize("kind", ALIGN_LOSSES)
 def test_zero_at_the_target_and_no_gradient_into_it(kind):
     a, b = tokens(0).requires_grad_(), tokens(0).requires_grad_()
-    distance = alignment_loss(a, b, T, kind)
+    distance = alignment_loss(a, b, T, Alignment(kind))
     torch.testing.assert_close(distance, torch.zeros(4), atol=1e-6, rtol=0)
-    alignment_loss(a, tokens(1).requires_grad_() * b, T, kind).sum().backward()
+    alignment_loss(a, tokens(1).requires_grad_() * b, T, Alignment(kind)).sum().backward()
     assert b.grad is None and a.grad is not None
 
 
 def test_window_zeroes_samples_outside_and_leaves_the_rest():
     a, b = tokens(0), tokens(1)
-    whole, window = alignment_loss(a, b, T), alignment_loss(a, b, T, t_range=(0.3, 0.6))
+    whole, window = alignment_loss(a, b, T), alignment_loss(a, b, T, Alignment(t_range=(0.3, 0.6)))
     assert (window[[0, 3]] == 0).all() and torch.equal(window[1:3], whole[1:3])
 
 
 @pytest.mark.parametrize("kind", ALIGN_LOSSES)
 def test_half_precision_inputs_are_summed_in_float32(kind):
     a, b = tokens(0).bfloat16() * 100, tokens(1).bfloat16() * 100
-    low = alignment_loss(a, b, T, kind)
+    low = alignment_loss(a, b, T, Alignment(kind))
     assert low.dtype == torch.float32
-    torch.testing.assert_close(low, alignment_loss(a.float(), b.float(), T, kind))
+    torch.testing.assert_close(low, alignment_loss(a.float(), b.float(), T, Alignment(kind)))
 
 
-def test_velocity_loss_is_the_mean_square_per_sample():
+def test_denoising_loss_is_the_mean_square_per_sample():
     a, b = tokens(0), tokens(1)
-    torch.testing.assert_close(velocity_loss(a, b), torch.stack([F.mse_loss(x, y) for x, y in zip(a, b)]))
+    torch.testing.assert_close(denoising_loss(a, b), torch.stack([F.mse_loss(x, y) for x, y in zip(a, b)]))
 
 
-def test_training_losses_of_a_perfect_model_are_zero():
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_training_losses_of_a_perfect_model_are_zero(prediction):
     x, noise = tokens(0, (4, 3, 8, 8)), tokens(1, (4, 3, 8, 8))
-    target = tokens(2)
-    perfect = training_losses(lambda x_t, t, y: (noise - x, target, torch.ones(4)), PATHS["linear"], x, None, noise, T, target)
-    torch.testing.assert_close(perfect.velocity, torch.zeros(4))
-    torch.testing.assert_close(perfect.align, torch.zeros(4), atol=1e-6, rtol=0)
-    vanilla = training_losses(lambda x_t, t, y: (noise, None, None), PATHS["linear"], x, None, noise, T)
-    torch.testing.assert_close(vanilla.velocity, x.square().flatten(1).mean(1))
-    assert (vanilla.align == 0).all()
+    targets = {"a": tokens(2), "b": tokens(3, (4, 16, 5))}
+    right = {"v": noise - x, "x": x, "eps": noise}[prediction]
+    given = PATHS["linear"], prediction, x, None, noise, T
+    how = {name: Alignment() for name in targets}
+    perfect = training_losses(lambda x_t, t, y: (right, targets, dict.fromkeys(targets, T)), *given, targets, how)
+    torch.testing.assert_close(perfect.denoising, torch.zeros(4))
+    for name in targets:
+        torch.testing.assert_close(perfect.align[name], torch.zeros(4), atol=1e-6, rtol=0)
+        torch.testing.assert_close(perfect.cosine[name], torch.ones(4))
+    vanilla = training_losses(lambda x_t, t, y: (right + x, {}, {}), *given)
+    torch.testing.assert_close(vanilla.denoising, x.square().flatten(1).mean(1))
+    assert not vanilla.align
+
+
+def test_a_method_without_a_target_is_idle_and_each_has_its_own_loss():
+    x, pred = tokens(0, (4, 3, 8, 8)), {"a": tokens(1), "b": tokens(2)}
+    how = {"a": Alignment("l1", t_range=(0.3, 1.0)), "b": Alignment("l2")}
+
+    def terms(**targets):
+        model = lambda x_t, t, y: (x, {name: pred[name] for name in targets}, dict.fromkeys(targets, T))  # noqa: E731
+        return training_losses(model, PATHS["linear"], "v", x, None, x, T, targets, how)
+
+    both, one = terms(a=tokens(3), b=tokens(4)), terms(b=tokens(4))
+    for name, seed in (("a", 3), ("b", 4)):
+        assert torch.equal(both.align[name], alignment_loss(pred[name], tokens(seed), T, how[name]))
+    assert torch.equal(one.align["b"], both.align["b"])
+    assert not any(term["a"].any() for term in one[1:]) and both.align["a"][0] == 0 != both.align["a"][1]

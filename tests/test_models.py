@@ -135,21 +135,35 @@ def test_recomputing_blocks_changes_nothing():
 
 def test_gradients_reach_the_blocks_up_to_the_aligned_one_only():
     backbone = awake(small())
-    model = AlignedSiT(backbone, Projector(32, 16, layers=2), block=2)
-    model(*inputs())[1].sum().backward()
+    model = AlignedSiT(backbone, {"a": Projector(32, 16, layers=2)}, {"a": 2})
+    model(*inputs())[1]["a"].sum().backward()
     reached = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in backbone.blocks]
     assert reached == [True, True, False]
     assert backbone.pos_embed.grad is None
-    assert AlignedSiT(backbone, None, 2)(*inputs())[1] is None
+    assert AlignedSiT(backbone)(*inputs())[1:] == ({}, {})
+
+
+def test_each_head_gets_its_blocks_tokens_and_an_idle_one_has_no_gradient_but_zero():
+    heads = {"a": Projector(32, 16, layers=2), "b": Projector(32, 7, layers=3)}
+    model = AlignedSiT(awake(small()), heads, {"a": 1, "b": 3})
+    velocity, kept = model.backbone(*inputs(), return_blocks=(1, 3))
+    pred, projected, lengths = model(*inputs())
+    assert torch.equal(pred, velocity)
+    for name, k in model.blocks.items():
+        assert torch.equal(projected[name], heads[name](kept[k])) and torch.equal(lengths[name], kept[k].norm(dim=-1).mean(1))
+    pred, projected, lengths = model(*inputs(), idle=["a"])
+    assert {*projected} == {*lengths} == {"b"} and torch.equal(pred, velocity)
+    (pred.sum() + projected["b"].sum()).backward()
+    assert all(not p.grad.any() for p in heads["a"].parameters()) and all(p.grad.any() for p in heads["b"].parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_aligned_is_float32_under_any_autocast(dtype):
-    head = Projector(32, 16, layers=3)
+    head = Projector(32, 8, layers=3)
     hidden = []
     head[-1].register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
     with torch.autocast("cpu", dtype):
-        aligned = AlignedSiT(awake(small()), head, block=2)(*inputs())[1]
+        aligned = AlignedSiT(awake(small()), {"a": head}, {"a": 2})(*inputs())[1]["a"]
     assert aligned.dtype == torch.float32 and hidden[0].dtype == torch.float32
     assert not torch.equal(aligned, aligned.to(dtype).float())  # not rounded and widened again
     assert torch.equal(hidden[0], hidden[0].to(dtype).float())  # while the layers before did run in half precision

@@ -54,12 +54,20 @@ def make_run(folder, steps=6, **changes):
     """A run as train.py leaves it, with previews and a checkpoint's config.json."""
     folder.mkdir(parents=True)
     rows = [
-        {"step": 10 * k, "images": 80 * k, "velocity": 1.25 / k, "align": None, "cosine": None, "grad_norm": 0.5, "skipped": 0,
+        {"step": 10 * k, "images": 80 * k, "denoising": 1.25 / k, "align": None, "cosine": None, "grad_norm": 0.5, "skipped": 0,
          "images_per_s": 100.0}
         for k in range(1, steps + 1)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = {"exp_name": folder.name, "model": "SiT-Ti/2", "align": "none", "batch_size": 8, "seed": 0, **changes}
+    args = {
+        "exp_name": folder.name,
+        "model": "SiT-Ti/2",
+        "align": ["none"],
+        "align_depth": [],
+        "batch_size": 8,
+        "seed": 0,
+        **changes,
+    }
     (folder / "args.json").write_text(json.dumps(args))
     config = {"model_name": "SiT-Ti/2", "model": {"depth": 4}, "data": {"class_names": ["shirt", "bag"], "count": 24}}
     (folder / "checkpoints/0000040").mkdir(parents=True)
@@ -120,12 +128,12 @@ def test_the_page_is_whole_and_needs_nothing_else(make, tmp_path):
     assert sum(words.startswith("step ") for words in captions) == 16  # of 2 x 12 previews
     assert captions.count("step 10 · 80 images") == captions.count("step 120 · 960 images") == 2 and "a: s" in captions
     charts = [attributes["aria-label"].partition(" over ")[0] for attributes, _ in page.all("svg", "chart")]
-    assert charts == ["velocity loss", "gradient norm before clipping", "images a second", "FD-fashion"]
+    assert charts == ["denoising loss", "gradient norm before clipping", "images a second", "FD-fashion"]
     assert len(page.text) < 200_000
 
 
 def test_values_are_those_of_the_files(make, tmp_path):
-    run = make_run(tmp_path / "exps/a", align="sra2", align_depth=2, align_loss="cosine", align_weight=0.5)
+    run = make_run(tmp_path / "exps/a", align=["sra2"], align_depth=[2], align_loss=["cosine"], align_weight=[0.5])
     metrics = {"FID": 8.314159265358979, "precision": 0.68125, "recall": None}
     content = make_metrics(run / "metrics.json", run, metrics, surprise="told too")
     content |= {"intervals": {"FID": [8.2, 8.4321]}, "by_count": {"FID": {"10": 12.345678, "50": 8.314159265358979}}}
@@ -134,7 +142,7 @@ def test_values_are_those_of_the_files(make, tmp_path):
     values = {attributes["value"] for attributes, _ in page.all("data")}
     assert {repr(metrics["FID"]), "0.68125", "8.2", "8.4321", "12.345678", repr(1.25 / 6), "100.0"} <= values
     assert page.words("p", "warning") == ["a (metrics.json): FID of 50 samples is biased"]
-    assert "SiT-Ti/2 · SRA 2: block 2, cosine, weight 0.5 · 60 steps · 480 images seen" in page.words("span", "soft")
+    assert "SiT-Ti/2 · sra2: block 2, cosine, weight 0.5 · 60 steps · 480 images seen" in page.words("span", "soft")
     assert "told too" in page.words("span") and "first 10" in page.words("th")
 
 
@@ -221,7 +229,7 @@ def test_hostile_names_stay_text(make, tmp_path):
 def test_missing_pieces_leave_a_line_that_says_what_fills_them(make, tmp_path):
     run = tmp_path / "bare"
     run.mkdir()
-    rows = [{"step": k, "images": k, "velocity": value} for k, value in enumerate((None, 1.0, float("nan"), 2.0), 1)]
+    rows = [{"step": k, "images": k, "denoising": value} for k, value in enumerate((None, 1.0, float("nan"), 2.0), 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5')
     page = make(run)
     lines = " ".join(page.words("p", "absent"))

@@ -61,8 +61,8 @@ def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
     ranks(2, "train", *train_flags(cache, tmp_path, "run", *given))
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours["step"] == theirs["step"]
-        assert [ours[k] for k in ("loss", "velocity", "align")] == pytest.approx(
-            [theirs[k] for k in ("loss", "velocity", "align")], abs=1e-5
+        assert [ours[k] for k in ("loss", "denoising", "align")] == pytest.approx(
+            [theirs[k] for k in ("loss", "denoising", "align")], abs=1e-5
         )
 
 
@@ -84,7 +84,7 @@ def test_joined_caches_train_and_memory_may_be_chosen_later(call, cache, tmp_pat
     code, out = call(train, *flags, "--max-train-steps", 6, "--cache-in-ram")
     assert code == 0 and "48 images an epoch" in out, out
     lines = rows(tmp_path / "run")
-    assert len(lines) == 6 and lines[0]["velocity"] != rows(unbroken)[0]["velocity"]  # other images come first
+    assert len(lines) == 6 and lines[0]["denoising"] != rows(unbroken)[0]["denoising"]  # other images come first
     code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 9))
     assert code == 2 and "is not the cache that" in out and "count" in out
     (copied / "moments/00001.npy").unlink()
@@ -96,7 +96,7 @@ def test_bf16_trains_close_to_float32(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10)
     assert call(train, *flags, "--mixed-precision", "bf16")[0] == 0
     ours, theirs = rows(tmp_path / "run")[-1], rows(unbroken)[-1]
-    assert ours["velocity"] != theirs["velocity"] and ours["velocity"] == pytest.approx(theirs["velocity"], rel=0.05)
+    assert ours["denoising"] != theirs["denoising"] and ours["denoising"] == pytest.approx(theirs["denoising"], rel=0.05)
     weights = load_file(tmp_path / "run/checkpoints/0000010/ema.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())
 
@@ -174,8 +174,8 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
     ("flags", "message"),
     [
         (["--align-depth", 7], "--align-depth 7: SiT-Ti/2 has blocks 1 to 6"),
-        (["--align-depth", 0], "--align-depth 0"),
-        (["--align-depth", "two"], "--align-depth two"),
+        (["--align-depth", 0], "--align-depth/--encoder-depth: 0 is not"),
+        (["--align-depth", "two"], "--encoder-depth: two is not"),
         (["--align-t-range", 0.5, 0.4], "--align-t-range 0.5 0.4: LO lies above HI"),
         (["--gradient-accumulation-steps", 3], "--batch-size 8 (global) is not a multiple of 1 (processes) x"),
         (["--model", "SiT-S/8", "--resolution", 64], "--resolution 64"),
@@ -225,9 +225,9 @@ def test_a_sample_is_aligned_to_its_own_latent(monkeypatch, call, cache, tmp_pat
 
     losses, seen = train.training_losses, []
 
-    def spy(model, path, latent, labels, noise, t, tokens, **more):
-        seen.append((latent, tokens))
-        return losses(model, path, latent, labels, noise, t, tokens, **more)
+    def spy(model, path, prediction, latent, labels, noise, t, targets, align):
+        seen.append((latent, targets["sra2"]))
+        return losses(model, path, prediction, latent, labels, noise, t, targets, align)
 
     monkeypatch.setattr(train, "training_losses", spy)
     assert call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 3, "--align-target", target))[0] == 0
@@ -248,9 +248,9 @@ def test_label_dropout_is_cfg_prob(monkeypatch, call, cache, tmp_path):
     seen = []
     losses = train.training_losses
 
-    def spy(model, path, latent, labels, *rest, **more):
+    def spy(model, path, prediction, latent, labels, *rest):
         seen.append(labels.clone())
-        return losses(model, path, latent, labels, *rest, **more)
+        return losses(model, path, prediction, latent, labels, *rest)
 
     monkeypatch.setattr(train, "training_losses", spy)
     for probability, low, high in ((0.0, 0, 0), (1.0, 1, 1), (0.3, 0.1, 0.55)):
