@@ -17,16 +17,6 @@ from files import Lines, write_file
 from guard import Guard
 from train_state import TrainState
 
-
-def terms(methods: list[str]) -> list[str]:
-    """The numbers of a step, in this order: the first method's as align, cosine and token_norm, those of further ones with
-    their name behind."""
-    names = ["loss", "denoising"]
-    for i, method in enumerate(methods):
-        names += [f"{name}_{method}" if i else name for name in ("align", "cosine", "token_norm")]
-    return [*names, "grad_norm"]
-
-
 T = TypeVar("T")
 
 
@@ -37,6 +27,15 @@ def every(step: int, period: int) -> bool:
 
 class Log:
     """Running means on the device, brought over every --log-every steps."""
+
+    @staticmethod
+    def names(methods: list[str]) -> list[str]:
+        """The numbers of a step, in this order: the first method's as align, cosine and token_norm, those of further ones with
+        their name behind."""
+        names = ["loss", "denoising"]
+        for i, method in enumerate(methods):
+            names += [f"{name}_{method}" if i else name for name in ("align", "cosine", "token_norm")]
+        return [*names, "grad_norm"]
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class Log:
         """utilisation is the mfu that one image a second would be; reduce(tensor, "mean") averages over processes; the
         tracker has log(row, step), image(path, step) and finish()."""
         self.args, self.folder, self.main, self.reduce, self.tracker = args, folder, main, reduce, tracker
-        self.terms = terms([] if args.align == ["none"] else args.align)
+        self.terms = self.names([] if args.align == ["none"] else args.align)
         self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(self.terms)), device=device)
         self.good = torch.tensor(state.extra.get("log_good", 0.0), device=device)
         self.skipped = state.extra.get("log_skipped", 0)
@@ -95,7 +94,7 @@ class Log:
         self._hear_guard()
         sums, good = self._reduced()
         now = time.perf_counter()
-        means = dict.fromkeys(terms(["none"]))  # so that every run's lines have the same first columns
+        means = dict.fromkeys(self.names(["none"]))  # so that every run's lines have the same first columns
         means |= {key: total / good if good else None for key, total in zip(self.terms, sums)}
         row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped}
         row |= self._gauges(step - self.clock_step, now - self.clock)

@@ -62,7 +62,7 @@ class Step:
 
     def __call__(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,), what targets
-        ask for besides -> logbook.terms of it, and whether the step was good, 1 or 0, both on the device."""
+        ask for besides -> Log.names of it, and whether the step was good, 1 or 0, both on the device."""
         args, accelerator, parts = self.args, self.accelerator, self.args.gradient_accumulation_steps
         number, moments, labels, *extra = (tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
         u = uniform(args.seed, Purpose.TIME, number)
@@ -84,7 +84,7 @@ class Step:
             with accelerator.no_sync(self.model) if i < parts - 1 else nullcontext():
                 x, y, eps, s, *_ = part
                 terms = training_losses(model, self.path, args.prediction, x, y, eps, s, targets, self.align)
-                aligned = sum(self.weight[name] * terms.align[name] for name in active)
+                aligned = sum(self.weight[name] * terms.align[name] for name in active if self.weight[name])
                 loss = (terms.denoising + aligned).mean()
                 accelerator.backward(loss / parts)
             gauges = (term[name] for name in self.targets for term in (terms.align, terms.cosine, terms.token_norm))
@@ -209,6 +209,8 @@ def build(args: argparse.Namespace, config: dict, device: torch.device) -> Train
     backbone = SiT(SiTConfig(**config["model"]))  # before the head, so that it starts the same with and without one
     heads = {entry["method"]: Projector(**entry["head"]) for entry in config["align"]}
     model = AlignedSiT(backbone, heads, {entry["method"]: entry["block"] for entry in config["align"]}).to(device)
+    for entry in config["align"]:
+        heads[entry["method"]].requires_grad_(entry["weight"] > 0)  # or the norm that clips would be summed in another order
     emas = [copy.deepcopy(model.backbone).eval().requires_grad_(False) for _ in args.ema_decay]
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),

@@ -53,7 +53,8 @@ def summary(run: Run) -> str:
     if not args:
         method = "args.json is missing"
     else:
-        names, *how = (args.get(key) or [] for key in ("align", "align_depth", "align_loss", "align_weight"))
+        given = (args.get(key) or [] for key in ("align", "align_depth", "align_loss", "align_weight"))
+        names, *how = (value if isinstance(value, list) else [value] for value in given)
         told = [f"{name}: block {block}, {loss}, weight {weight:g}" for name, block, loss, weight in zip(names, *how)]
         method = "; ".join(told) or "no alignment"
     step, images = run.steps[-1]["step"], run.images

@@ -55,6 +55,6 @@ class AlignedSiT(nn.Module):
             pred, kept = pred
         lengths = {k: torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean(1) for k, h in kept.items()}
         projected = {name: self.heads[name](kept[self.blocks[name]]) for name in names}
-        for name in idle:  # DDP waits for every parameter's gradient
+        for name in idle:  # DDP waits for the gradient of every parameter that has one
             pred = pred + 0 * sum(parameter.sum() for parameter in self.heads[name].parameters())
         return pred, projected, {name: lengths[self.blocks[name]] for name in names}

@@ -1,0 +1,215 @@
+"""What each method aligns to, against a computation of its own, and how flags become methods."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import alignment
+import train
+from flags import check_args, make_config, parse_args
+from guard import Guard
+from interpolant import PATHS
+from latent_cache import LatentCache
+from tests.helpers import rows, same_weights, train_flags
+
+CPU = torch.device("cpu")
+
+
+class Spy:
+    """A target that notes what it was asked, and what it said."""
+
+    def __init__(self, target, seen):
+        self.target, self.seen = target, seen
+
+    def __call__(self, batch):
+        self.seen.append((batch, self.target(batch)))
+        return self.seen[-1][1]
+
+
+@pytest.fixture
+def make(cache):
+    """make(*flags) -> a Step on the CPU and a batch of the cache; make.seen: what targets were asked for."""
+
+    def build(*flags, data=cache):
+        args = parse_args("", ["--exp-name", "x", "--data-dir", str(data), "--model", "SiT-Ti/2", "--batch-size", "8", *flags])
+        check_args(args, 1)
+        held = LatentCache(data)
+        config = make_config(args, held.manifest, alignment.data_of(held.manifest))
+        state = train.build(args, config, CPU)
+        for average in state.emas:  # they start at zero, and so would what they say
+            for block in average.blocks:
+                torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
+        targets = alignment.load(args, config, alignment.data_of(held.manifest), state.emas[0], CPU, nullcontext)
+        build.seen = {name: [] for name in targets}
+        for name, target in targets.items():
+            targets[name] = Spy(target, build.seen[name])
+        accelerator = SimpleNamespace(
+            device=CPU, prepare=lambda *parts: parts, no_sync=lambda model: nullcontext(),
+            clip_grad_norm_=torch.nn.utils.clip_grad_norm_, backward=lambda loss: loss.backward(),
+        )  # fmt: skip
+        step = train.Step(args, accelerator, held.manifest, state, targets, Guard(state.optimizer, fp16=False))
+        return step, (torch.arange(8), *held.gather(torch.arange(8).numpy()))
+
+    return build
+
+
+def patches(latent):
+    """(B, C, H, W) -> (B, N, 2 * 2 * C) by loops, row by row of patches, channels last within one."""
+    rows = [[latent[:, :, i + a, j + b] for a in (0, 1) for b in (0, 1)] for i in range(0, 8, 2) for j in range(0, 8, 2)]
+    return torch.stack([torch.cat(row, 1) for row in rows], 1)
+
+
+@pytest.mark.parametrize("normalize", ["none", "channel"])
+@pytest.mark.parametrize("target", ["mean", "sample"])
+def test_sra2s_target_is_the_clean_latent_patch_by_patch(make, cache, target, normalize):
+    step, batch = make("--align-target", target, "--align-normalize", normalize)
+    step(batch)
+    [(part, tokens)] = make.seen["sra2"]
+    manifest = LatentCache(cache).manifest
+    mean = batch[1].float()[:, :4]
+    latent = part.latent if target == "sample" else (mean - manifest.shift) * manifest.scale
+    assert torch.equal(part.mean, (mean - manifest.shift) * manifest.scale) and not torch.equal(part.mean, part.latent)
+    if normalize == "channel":
+        latent = torch.stack([
+            (latent[:, c] / manifest.scale + manifest.shift - manifest.mean[c]) / manifest.std[c] for c in range(4)
+        ], 1)  # fmt: skip
+    torch.testing.assert_close(tokens, patches(latent))
+
+
+def test_channels_are_normalised_over_the_whole_cache(make, cache):
+    held = LatentCache(cache)
+    step, _ = make("--align-normalize", "channel", "--align-target", "sample", "--batch-size", "24")
+    step((torch.arange(24), *held.gather(torch.arange(24).numpy())))
+    [(_, tokens)] = make.seen["sra2"]
+    channels = tokens.reshape(-1, 4)
+    torch.testing.assert_close(channels.mean(0), torch.zeros(4), atol=0.1, rtol=0)
+    torch.testing.assert_close(channels.std(0), torch.ones(4), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_sras_target_is_a_later_block_of_the_average_that_sees_less_noise(make, path):
+    step, batch = make("--align", "sra", "--path-type", path, "--sra-t-max", "0.4")
+    average = {key: value.clone() for key, value in step.state.emas[0].state_dict().items()}
+    step(batch)
+    [(part, tokens)] = make.seen["sra"]
+    ema = step.state.emas[0]
+    ema.load_state_dict(average)  # what it was when the target was made
+    time = torch.stack([max(t - 0.4 * u, torch.tensor(0.0)) for t, u in zip(part.t, part.u)])
+    assert (time < part.t).all() and (part.u > 0).all() and len(set(part.u.tolist())) == 8
+    alpha, sigma = ((1 - time), time) if path == "linear" else ((time * torch.pi / 2).cos(), (time * torch.pi / 2).sin())
+    x = alpha[:, None, None, None] * part.latent + sigma[:, None, None, None] * part.noise
+    h, c = ema.x_embedder(x) + ema.pos_embed, ema.t_embedder(time) + ema.y_embedder(part.labels)
+    for block in ema.blocks[:4]:
+        h = block(h, c)
+    torch.testing.assert_close(tokens, h)
+
+
+def test_the_teacher_of_sra_sees_the_students_noise_and_dropped_labels(make, monkeypatch):
+    step, batch = make("--align", "sra2", "sra", "--cfg-prob", "0.5")
+    losses, seen = train.training_losses, []
+    monkeypatch.setattr(train, "training_losses", lambda *given: seen.append(given) or losses(*given))
+    step(batch)
+    [(part, _)], [(_, path, _, latent, labels, noise, t, *_)] = make.seen["sra"], seen
+    assert path is PATHS["linear"]
+    for ours, theirs in zip((part.latent, part.labels, part.noise, part.t), (latent, labels, noise, t)):
+        assert torch.equal(ours, theirs)
+    assert 0 < (labels == 3).sum() < 8
+
+
+def test_gradients_reach_only_the_student(make):
+    step, batch = make("--align", "sra2", "sra", "--align-loss", "l2", "smooth_l1")
+    moments = batch[1].float().requires_grad_()  # x_t is made of them, and so may targets be
+    step((batch[0], moments, batch[2]))
+    assert all(p.grad is None and not p.requires_grad for p in step.state.emas[0].parameters())
+    assert not any(tokens.requires_grad for seen in make.seen.values() for _, tokens in seen)
+    assert len(step.state.optimizer.state) == sum(p.requires_grad for p in step.state.model.parameters())
+
+
+def test_accumulation_cuts_what_targets_see(make):
+    step, batch = make("--align", "sra", "--gradient-accumulation-steps", "4")
+    step(batch)
+    parts = [part for part, _ in make.seen["sra"]]
+    assert [len(part.latent) for part in parts] == [2, 2, 2, 2] and all(part.extra is None for part in parts)
+
+
+def test_a_method_stops_at_its_step_and_the_other_goes_on(make):
+    step, batch = make("--align", "sra2", "sra", "--align-stop-step", "1", "0")
+    first, second = step(batch)[0], step(batch)[0]
+    assert len(make.seen["sra2"]) == 1 and len(make.seen["sra"]) == 2
+    names = dict(zip(train.Log.names(["sra2", "sra"]), range(9)))
+    assert first[names["align"]] > 0 == second[names["align"]] and second[names["align_sra"]] > 0
+    denoising, align = second[names["denoising"]], second[names["align_sra"]]
+    torch.testing.assert_close(second[names["loss"]], denoising + 0.5 * align)
+    head = step.state.model.heads["sra2"][0].weight
+    assert not head.grad
+
+
+@pytest.mark.parametrize("methods", [["sra2"], ["sra"], ["sra2", "sra"]], ids="+".join)
+def test_every_method_resumes_bit_for_bit(call, cache, tmp_path, methods):
+    options = ("--align", *methods, "--prediction", "x", "--weighting", "lognormal")
+    whole, parts = (train_flags(cache, tmp_path, name, *options) for name in ("whole", "parts"))
+    assert call(train, *whole, "--max-train-steps", 4)[0] == 0
+    assert call(train, *parts, "--max-train-steps", 2)[0] == 0
+    assert call(train, *parts, "--max-train-steps", 4)[0] == 0
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts", "0000004")
+    code, out = call(train, *parts, "--max-train-steps", 6, "--align-depth", 1)
+    assert code == 2 and "--align-depth was" in out
+
+
+def test_a_flag_of_a_methods_own_is_part_of_the_run(call, cache, tmp_path):
+    flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 1)
+    assert call(train, *flags)[0] == 0
+    assert call(train, *flags, "--max-train-steps", 2, "--align-target", "mean")[0] == 0  # what it was already
+    code, out = call(train, *flags, "--max-train-steps", 3, "--align-target", "sample")
+    assert code == 2 and "started with another sra2 to align to: target was mean, is sample" in out
+
+
+def planned(*flags, model="SiT-XL/2"):
+    args = parse_args("", ["--exp-name", "x", "--data-dir", ".", "--model", model, *flags])
+    check_args(args, 1)
+    return args
+
+
+def test_auto_is_each_papers_choice():
+    args = planned("--align", "sra2", "repa", "sra")
+    assert (args.align_depth, args.align_weight) == ([8, 8, 8], [1.0, 0.5, 0.5])
+    assert (args.projector_layers, args.projector_width) == ([5, 3, 2], [2304, 2048, 2304])
+    assert planned("--align", "sra", "--align-loss", "smooth_l1").align_weight == [0.2]
+    assert planned("--align", "sra2", "repa", "sra", model="SiT-B/2").align_depth == [2, 8, 3]
+    assert planned("--align", "repa", model="SiT-Ti/2").align_depth == [4]
+
+
+def test_one_value_is_for_all_methods_and_several_are_for_each_in_their_order():
+    flags = "--align sra2 repa --align-weight 0.1 --align-depth auto 4 --align-t-range 0 1 0 0.5"
+    args = planned(*flags.split())
+    assert (args.align_weight, args.align_depth, args.align_t_range) == ([0.1, 0.1], [8, 4], [[0, 1], [0, 0.5]])
+    assert planned("--align", "sra2", "repa", "--align-t-range", "0.2", "0.5").align_t_range == [[0.2, 0.5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--align", "none", "sra2"], "--align none sra2: none goes with no other"),
+        (["--align", "sra", "sra"], "--align sra sra: each only once"),
+        (["--align", "sra", "--align-target", "mean"], "--align-target is of --align sra2, and --align is sra"),
+        (["--sra-t-max", 0.1], "--sra-t-max is of --align sra, and --align is sra2"),
+        (["--repa-encoder", "dinov2-b"], "--repa-encoder is of --align repa, and --align is sra2"),
+        (["--align", "none", "--align-weight", 1], "--align-weight says how to align, and --align none does not"),
+        (
+            ["--align", "sra2", "sra", "--align-weight", 1, 2, 3],
+            "--align-weight 1.0 2.0 3.0: 2 values for --align sra2 sra, or 1",
+        ),
+        (["--align-t-range", 0.5], "--align-t-range 0.5: 2 values for --align sra2, or 2 for it"),
+        (["--align", "sra", "--sra-teacher-block", 7], "--sra-teacher-block 7: SiT-Ti/2 has blocks 1 to 6"),
+        (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number from 0 to 1"),
+        (["--align", "repa"], "--align repa needs images and the cache keeps none"),
+    ],
+)
+def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
+    given = [flag for flag in train_flags(cache, tmp_path, "run") if flag not in ("--projector-width", "64")]
+    code, out = call(train, *given, *flags)
+    assert code == 2 and message in out and len(out.strip().splitlines()) == 1, out
+    assert not (tmp_path / "run").exists()
