@@ -18,6 +18,7 @@ from tests.helpers import ROOT
 from tests.test_import_repa import make_repa
 
 README = (ROOT / "README.md").read_text()
+NOT_OURS = ("--cpu", "--requeue", "--nnodes", "--rdzv_endpoint", "--rdzv", "--coarse-side")  # of launchers, of an example
 
 
 def commands() -> list[list[str]]:
@@ -140,12 +141,19 @@ def test_what_documents_name_exists(document):
         assert all(re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()) for name in names.split(".")), (names, file)
     scripts = (
         path
-        for folder in (".", "preprocessing", "evaluations", "benchmarks", "experiments")
+        for folder in (".", "models", "preprocessing", "evaluations", "benchmarks", "experiments")
         for path in (ROOT / folder).glob("*.py")
     )
     sources = "".join(path.read_text() for path in scripts)
     for flag in re.findall(r"`(--[a-z0-9-]+)", text):
-        assert f'"{flag}"' in sources or flag in ("--cpu", "--requeue", "--nnodes", "--rdzv_endpoint", "--rdzv"), flag
+        assert f'"{flag}"' in sources or flag in (
+            "--cpu",
+            "--requeue",
+            "--nnodes",
+            "--rdzv_endpoint",
+            "--rdzv",
+            "--coarse-side",
+        ), flag
 
 
 def test_the_demos_figures_are_those_that_were_measured():

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import alignment
+import models.targets
 import train
 from flags import check_args, make_config, parse_args
 from guard import Guard
 from interpolant import PATHS
 from latent_cache import LatentCache
-from tests.helpers import rows, same_weights, train_flags
+from tests.helpers import ROOT, rows, same_weights, train_flags
 
 CPU = torch.device("cpu")
 
@@ -213,3 +214,22 @@ def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, f
     code, out = call(train, *given, *flags)
     assert code == 2 and message in out and len(out.strip().splitlines()) == 1, out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_method_of_the_docs_is_one_class_and_trains(call, cache, tmp_path, monkeypatch):
+    source = (ROOT / "docs/extending.md").read_text().split("```python\n")[1].split("```")[0]
+    names = dict(vars(models.targets))
+    exec(source, names)
+    monkeypatch.setitem(models.targets.TARGETS, "coarse", names["Coarse"])
+    flags = [flag for flag in train_flags(cache, tmp_path, "run") if flag not in ("--projector-width", "64")]
+    options = "--align sra2 coarse --align-loss smooth_l1 cosine --align-depth 2 6 --coarse-side 4 --max-train-steps 2"
+    options = options.split()
+    code, out = call(train, *flags, *options)
+    assert code == 0 and "coarse: block 6 through a head" in out, out
+    assert rows(tmp_path / "run")[-1]["align_coarse"] > 0
+    code, out = call(train, *flags, *options, "--max-train-steps", 3, "--coarse-side", 2)
+    assert code == 2 and "side was 4, is 2" in out
+    code, out = call(train, *train_flags(cache, tmp_path, "other"), "--align", "coarse", "--coarse-side", 3)
+    assert code == 2 and "--coarse-side 3 does not divide latents of side 8" in out
+    code, out = call(train, *train_flags(cache, tmp_path, "other"), "--coarse-side", 4)
+    assert code == 2 and "--coarse-side is of --align coarse, and --align is sra2" in out

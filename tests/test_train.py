@@ -11,13 +11,16 @@ from safetensors.torch import load_file
 import train
 from tests.helpers import make_vae, ranks, rows, same_weights, train_flags
 
+# two methods, one of which stops on the way
+ALIGNED = ("--align", "sra2", "sra", "--align-stop-step", 6, 0, "--log-every", 2)
+
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, cache):
     """Ten steps at once, logged every four steps, so that a checkpoint at five falls between two lines."""
     exps = tmp_path_factory.mktemp("unbroken")
     before = sys.argv
-    sys.argv = ["train.py", *train_flags(cache, exps, "run", "--max-train-steps", 10, "--log-every", 2)]
+    sys.argv = ["train.py", *train_flags(cache, exps, "run", "--max-train-steps", 10, *ALIGNED)]
     try:
         train.main()
     finally:
@@ -26,7 +29,7 @@ def unbroken(tmp_path_factory, cache):
 
 
 def test_ten_steps_equal_five_and_five_bit_for_bit(call, cache, tmp_path, unbroken):
-    flags = train_flags(cache, tmp_path, "run", "--log-every", 2)
+    flags = train_flags(cache, tmp_path, "run", *ALIGNED)
     assert call(train, *flags, "--max-train-steps", 5)[0] == 0
     with open(tmp_path / "run/metrics.jsonl", "a") as file:  # as a run that was killed after its last checkpoint leaves it
         file.write('{"step": 6, "loss": 0}\n{"step": 7, "lo')
@@ -50,24 +53,24 @@ def test_the_ema_follows_the_weights_of_every_step(call, cache, tmp_path):
 
 
 def test_accumulation_is_the_same_run(call, cache, tmp_path, unbroken):
-    flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10)
+    flags = train_flags(cache, tmp_path, "run", *ALIGNED, "--max-train-steps", 10)
     assert call(train, *flags, "--gradient-accumulation-steps", 4)[0] == 0
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
-    given = ("--log-every", 2, "--max-train-steps", 10, "--cache-in-ram")  # one memory for both
+    given = (*ALIGNED, "--max-train-steps", 10, "--cache-in-ram")  # one memory for both
     ranks(2, "train", *train_flags(cache, tmp_path, "run", *given))
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
         assert ours["step"] == theirs["step"]
-        assert [ours[k] for k in ("loss", "denoising", "align")] == pytest.approx(
-            [theirs[k] for k in ("loss", "denoising", "align")], abs=1e-5
-        )
+        keys = ("loss", "denoising", "align", "align_sra")
+        assert [ours[k] for k in keys] == pytest.approx([theirs[k] for k in keys], abs=1e-5)
+    assert theirs["align"] == 0 < theirs["align_sra"]
 
 
 def test_a_run_goes_from_one_process_to_two_and_back(call, cache, tmp_path, unbroken):
-    flags = train_flags(cache, tmp_path, "run", "--log-every", 2)
+    flags = train_flags(cache, tmp_path, "run", *ALIGNED)
     assert call(train, *flags, "--max-train-steps", 3)[0] == 0
     ranks(2, "train", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
     assert call(train, *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 4)[0] == 0
@@ -93,7 +96,7 @@ def test_joined_caches_train_and_memory_may_be_chosen_later(call, cache, tmp_pat
 
 
 def test_bf16_trains_close_to_float32(call, cache, tmp_path, unbroken):
-    flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 10)
+    flags = train_flags(cache, tmp_path, "run", *ALIGNED, "--max-train-steps", 10)
     assert call(train, *flags, "--mixed-precision", "bf16")[0] == 0
     ours, theirs = rows(tmp_path / "run")[-1], rows(unbroken)[-1]
     assert ours["denoising"] != theirs["denoising"] and ours["denoising"] == pytest.approx(theirs["denoising"], rel=0.05)
