@@ -22,7 +22,7 @@ from files import write_file
 from interpolant import PATHS, PREDICTIONS, interval, like, to_velocity
 from interpolant import Path as Interpolant
 from keyed_random import Purpose, normal
-from samplers import WHOLE, Velocity, dopri5, guided, guided_dopri5, ode, sde
+from samplers import WHOLE, Velocity, denoised, dopri5, guided, guided_dopri5, ode, sde
 
 
 class Gaussian(NamedTuple):
@@ -156,14 +156,16 @@ def interval_figures(data: Gaussian, null: Gaussian, path: Interpolant, low: flo
 
 def objective_figures(data: Gaussian, name: str, prediction: str) -> dict[str, float]:
     """Of a perfect network of that prediction: distance of the ODE's images, and of the SDE's covariance as in sde_figures."""
-    path, start, labels = PATHS[name], begin(data), torch.zeros(IMAGES, dtype=torch.int64)
-    network, ends = data.expected(path, prediction), interval(path, prediction)
+    path, start, network = PATHS[name], begin(data), data.expected(PATHS[name], prediction)
+    lo, hi = ends = interval(path, prediction)
 
     def velocity(x: Tensor, t: float | Tensor) -> Tensor:
         times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
         return to_velocity(path, prediction, network(x, times), x, times)
 
-    adaptive, evaluations = guided_dopri5(lambda x, t, y: velocity(x, t), labels, 1, start, path=path, ends=ends)
+    adaptive, evaluations = dopri5(velocity, start, begin=hi, end=lo)
+    if lo > 0:
+        adaptive, evaluations = denoised(velocity, path, adaptive, lo), evaluations + 1
     _, covariance = sde_moments(velocity, path, len(data.mean), 250, ends=ends)
     return {
         "Heun": distance(data, ode(velocity, start, 32, True, path, ends), data.flow(start)),
