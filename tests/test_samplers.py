@@ -409,6 +409,16 @@ def test_where_nothing_is_singular_the_samples_are_those_of_the_velocity(name):
             torch.testing.assert_close(other, v, rtol=0, atol=1e-10)
 
 
+def test_dopri5s_last_step_is_guided_where_its_time_is():
+    for low, high, asked in ((0.0, 1.0, 4), (0.3, 0.7, 2), (0.0, 0.0005, 2)):
+        sizes = []
+        _, evaluations = guided_dopri5(
+            lambda x, t, y, sizes=sizes: sizes.append(len(y)) or x, torch.arange(2), 9, start(2), SCALE, low, high,
+            path=PATHS["linear"], ends=(0.001, 1.0),
+        )  # fmt: skip
+        assert sizes[-1] == asked and evaluations.max() <= len(sizes)
+
+
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (0.001, 0.999)])
 def test_evaluations_are_as_many_whatever_the_interval(ends):
     for heun, count in ((False, 5), (True, 9)):
