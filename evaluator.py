@@ -34,7 +34,10 @@ class Evaluator:
     ):
         """dtype: of the network's products while it samples. Raises UserError."""
         steps, scale = args.eval_num_steps, args.eval_cfg_scale
-        self.recipe = Recipe(args.eval_mode, args.eval_heun, num_steps=steps, cfg_scale=scale, path_type=args.path_type)
+        self.recipe = Recipe(
+            args.eval_mode, args.eval_heun, num_steps=steps, cfg_scale=scale, path_type=args.path_type,
+            prediction=args.prediction,
+        )  # fmt: skip
         self.recipe.check("--eval-")
         if args.eval_samples <= NEIGHBOURS:
             raise UserError(
@@ -61,7 +64,8 @@ class Evaluator:
             )[self.features]  # fmt: skip
             self.identity = {
                 "samples": self.count, "features": self.features, "reference": str(args.eval_reference),
-                "reference_sha256": digest, "solver": self.recipe.solver,
+                "reference_sha256": digest, "path_type": args.path_type, "prediction": args.prediction,
+                "solver": self.recipe.solver,
                 "num_steps": self.recipe.num_steps, "cfg_scale": self.recipe.cfg_scale, "labels": self.recipe.labels,
                 "seed": self.recipe.seed, "batch_size": self.size, "dtype": str(dtype).removeprefix("torch."),
                 "allow_tf32": args.allow_tf32,

@@ -23,7 +23,7 @@ from models.official import ORIGINS, official_state_dict, read_origin, read_shap
 from models.sit import SiT, SiTConfig
 
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-ema"  # what the three repositories' generate.py decodes with; its encoder is ft-mse's
-OFFICIAL_PATHS = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine"}
+OFFICIAL_PATHS = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine", "VP": "vp"}
 
 
 class Pretrained(NamedTuple):
@@ -31,6 +31,7 @@ class Pretrained(NamedTuple):
 
     model: SiT  # in our time, in eval mode, without gradients, on the CPU
     path_type: str
+    prediction: str  # v, x or eps
     vae: str  # hub id or folder of the autoencoder that its latents are of
     vae_fingerprint: str | None  # None: not recorded
     class_names: list[str]
@@ -69,7 +70,10 @@ def load(
         "checkpoint": str(folder), "ema_sha256": digest, "model": config["model_name"], "step": config["step"],
         "images_seen": config["step"] * config["batch_size"], "ema_decay": decay, "origin": "ours",
     }  # fmt: skip
-    return Pretrained(network, config["path_type"], data["vae"], data["vae_fingerprint"], classes, name, identity)
+    prediction = config.get("prediction", "v")  # checkpoints from before there was a choice
+    return Pretrained(
+        network, config["path_type"], prediction, data["vae"], data["vae_fingerprint"], classes, name, identity
+    )  # fmt: skip
 
 
 def read_ours(path: Path) -> tuple[Path, dict]:
@@ -134,7 +138,7 @@ def _load_official(
         "ema_decay": None, "origin": origin or told,
     }  # fmt: skip
     classes = [str(k) for k in range(config.num_classes)]
-    return Pretrained(network, path_type, OFFICIAL_VAE, None, classes, path.stem, identity)
+    return Pretrained(network, path_type, "v", OFFICIAL_VAE, None, classes, path.stem, identity)
 
 
 def _read_official(path: Path) -> tuple[dict[str, Tensor], dict, int | None]:

@@ -7,11 +7,12 @@ import torch
 
 from cli import UserError
 from grid import labelled_grid, save_png
+from interpolant import PATHS, interval
 from keyed_random import Purpose, normal
 from latent_cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
-from samplers import guided, ode
+from samplers import guided, ode, velocity_model
 
 
 class Preview:
@@ -21,6 +22,7 @@ class Preview:
 
     def __init__(self, args: argparse.Namespace, manifest: Manifest, folder: Path, vae: Autoencoder):
         self.vae, self.folder, self.cfg_scale, device = vae, folder, args.preview_cfg_scale, vae.vae.device
+        self.path, self.prediction = PATHS[args.path_type], args.prediction
         rows = min(self.rows, manifest.num_classes)
         classes = torch.linspace(0, manifest.num_classes - 1, rows).round().long()
         self.names = [manifest.class_names[k] for k in classes]
@@ -31,8 +33,10 @@ class Preview:
     @torch.no_grad()
     def draw(self, ema: SiT, step: int, name: str = "") -> Path:
         """Euler ODE, then the VAE; returns the picture's path."""
-        velocity = guided(ema, self.labels, ema.config.num_classes, self.cfg_scale)
-        images = self.vae.decode(ode(velocity, self.start, self.num_steps)).cpu().numpy()
+        network, ends = velocity_model(ema, self.path, self.prediction), interval(self.path, self.prediction)
+        velocity = guided(network, self.labels, ema.config.num_classes, self.cfg_scale)
+        latents = ode(velocity, self.start, self.num_steps, path=self.path, ends=ends)
+        images = self.vae.decode(latents).cpu().numpy()
         rows = list(zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:])))
         path = preview_path(self.folder, step, name)
         title = f"EMA{name.replace('-ema', ' ')} at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"

@@ -96,11 +96,10 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 
 def describe(args: argparse.Namespace, source: pretrained.Pretrained, vae: Autoencoder, recipe: Recipe, device) -> dict:
     """All that decides what the images are: NAME.json, and what evaluation copies into metrics.json."""
-    given = Path(recipe.labels)
-    adaptive = recipe.dopri5
+    given, adaptive = Path(recipe.labels), recipe.dopri5
     return {
-        **source.identity, "path_type": recipe.path_type, "mode": recipe.mode, "solver": recipe.solver,
-        "num_steps": None if adaptive else recipe.num_steps, "atol": recipe.atol if adaptive else None,
+        **source.identity, "path_type": recipe.path_type, "prediction": recipe.prediction, "mode": recipe.mode,
+        "solver": recipe.solver, "num_steps": None if adaptive else recipe.num_steps, "atol": recipe.atol if adaptive else None,
         "rtol": recipe.rtol if adaptive else None, "cfg_scale": recipe.cfg_scale,
         "guidance_low": recipe.guidance_low, "guidance_high": recipe.guidance_high,
         "labels": recipe.labels, "labels_sha256": sha256(given) if recipe.listed is not None else None,
@@ -213,7 +212,8 @@ def main() -> None:
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"--ckpt {args.ckpt}: {error}" if isinstance(error, CheckpointError) else str(error)) from None
     model = source.model.to(device)
-    recipe = recipe._replace(path_type=source.path_type).with_labels(model.config.num_classes, args.num_fid_samples)
+    recipe = recipe._replace(path_type=source.path_type, prediction=source.prediction)
+    recipe = recipe.with_labels(model.config.num_classes, args.num_fid_samples)
     what = describe(args, source, vae, recipe, device)
     check_vae(vae, what["vae_fingerprint"], source, model.config)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]

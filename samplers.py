@@ -1,5 +1,9 @@
 """From noise at t = 1 to data at t = 0: guidance, and each solver once (schedules as in REPA's samplers.py).
 
+All of them integrate the velocity, whatever the network predicts (velocity_model). Where an end of [0, 1] is singular they take
+ends = interpolant.interval(path, prediction) = (lo, hi): noise enters at hi, and where lo > 0 the last step, from lo, is to the
+denoised image E[x | x_t] (on the linear path Euler's step to 0 is just that).
+
 The state keeps the dtype of the x that comes in (REPA: float64); the network always sees float32.
 B batch; x (B, ...). With a fixed grid a time is one Python float for all images, so that no step waits for the device; with
 adaptive steps it is (B,), each image having its own."""
@@ -9,10 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from interpolant import Path, like, velocity_to_score
+from interpolant import Path, from_velocity, like, to_velocity, velocity_to_score
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, times (B,), labels (B,) -> velocity
 Velocity = Callable[[Tensor, float | Tensor], Tensor]
+WHOLE = (0.0, 1.0)
 
 # The pair RK5(4)7M of Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae", table 2. The last row of stages is
 # also the solution of order 5; ERROR is that minus the one of order 4.
@@ -29,11 +34,23 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 SMALLEST = 1e-8  # a step of this length is taken whatever its error
 
 
+def velocity_model(network: Model, path: Path, prediction: str) -> Model:
+    """The velocity of a network that predicts it, the data or the noise; float32, as the network."""
+    if prediction == "v":
+        return network
+    return lambda x, t, y: to_velocity(path, prediction, network(x, t, y), x, t)
+
+
+def denoised(velocity: Velocity, path: Path, x: Tensor, t: float) -> Tensor:
+    """E[x | x_t], with one evaluation."""
+    return from_velocity(path, "x", velocity(x, t), x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
+
+
 def guided(model: Model, labels: Tensor, null_class: int, scale: float = 1.0, low: float = 0.0, high: float = 1.0) -> Velocity:
     """Classifier-free guidance (Ho & Salimans 2022) inside the interval low <= t <= high (Kynkaanniemi et al. 2024).
 
-    v = v_null + scale (v_class - v_null), both from one doubled batch; scale 1 is the plain conditional model. Since the
-    score is affine in the velocity, guiding the velocity guides the SDE's drift just the same. With times (B,) the batch is
+    v = v_null + scale (v_class - v_null), both from one doubled batch; scale 1 is the plain conditional model. Since score, x
+    and eps are affine in the velocity, guiding it guides them, and the SDE's drift, just the same. With times (B,) the batch is
     always doubled, and an image outside the interval keeps its v_class: to ask whether any is inside would wait for the
     device."""
     nulls = torch.full_like(labels, null_class)
@@ -51,16 +68,22 @@ def guided(model: Model, labels: Tensor, null_class: int, scale: float = 1.0, lo
     return velocity
 
 
-def ode(velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False) -> Tensor:
-    """Probability-flow ODE on a uniform grid from 1 to 0: Euler (n evaluations), or Heun ending with Euler (2 n - 1)."""
-    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+def ode(
+    velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False,
+    path: Path | None = None, ends: tuple[float, float] = WHOLE,
+) -> Tensor:  # fmt: skip
+    """Probability-flow ODE on a uniform grid from 1 to 0: Euler (n evaluations), or Heun ending with Euler (2 n - 1).
+
+    Where lo > 0, for which `path` is needed: n times from hi to lo, then the denoised image; as many evaluations."""
+    lo, hi = ends
+    times = torch.linspace(hi, lo, num_steps + (lo == 0), dtype=torch.float64).tolist()
+    for t, t_next in zip(times, times[1:]):
         v = velocity(x, t)
         x_next = x + (t_next - t) * v
-        if heun and i < num_steps - 1:
+        if heun and t_next > 0:
             x_next = x + (t_next - t) * 0.5 * (v + velocity(x_next, t_next))
         x = x_next
-    return x
+    return denoised(velocity, path, x, times[-1]) if lo > 0 else x
 
 
 def dopri5(
@@ -100,29 +123,41 @@ def dopri5(
 def guided_dopri5(
     model: Model, labels: Tensor, null_class: int, x: Tensor,
     scale: float = 1.0, low: float = 0.0, high: float = 1.0, atol: float = 1e-6, rtol: float = 1e-3,
+    path: Path | None = None, ends: tuple[float, float] = WHOLE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dopri5 with guidance on low <= t <= high, from 1 to high, to low, to 0, each piece of which is smooth.
 
+    Where lo > 0, for which `path` is needed, from hi to lo, then the denoised image with one evaluation more.
+
     In one go, a step across an end of the interval shrinks until the estimate of its error happens to miss the jump: more
     evaluations, and a far worse end (docs/sampling.md has figures). In pieces the null class is not asked outside, either."""
-    pieces = ((1.0, high, 1.0), (high, low, scale), (low, 0.0, 1.0)) if scale != 1.0 else ((1.0, 0.0, 1.0),)
+    lo, hi = ends
+    top, bottom = (min(max(edge, lo), hi) for edge in (high, low))
+    pieces = ((hi, top, 1.0), (top, bottom, scale), (bottom, lo, 1.0)) if scale != 1.0 else ((hi, lo, 1.0),)
     evaluations = torch.zeros_like(labels)
     for begin, end, strength in pieces:
         if begin > end:
             x, count = dopri5(guided(model, labels, null_class, strength), x, atol, rtol, begin, end)
             evaluations = evaluations + count
+    if lo > 0:
+        return denoised(guided(model, labels, null_class, scale, low, high), path, x, lo), evaluations + 1
     return x, evaluations
 
 
 def sde(
-    velocity: Velocity, path: Path, x: Tensor, num_steps: int, noise: Callable[[int], Tensor], last: float = 0.04
-) -> Tensor:
+    velocity: Velocity, path: Path, x: Tensor, num_steps: int, noise: Callable[[int], Tensor], last: float = 0.04,
+    ends: tuple[float, float] = WHOLE,
+) -> Tensor:  # fmt: skip
     """Reverse SDE dx = (v - w s / 2) dt + sqrt(w) dW with w(t) = 2 t, by Euler-Maruyama.
 
     REPA's schedule: num_steps times from 1 to `last`, noise between them, then one deterministic step to 0; num_steps
-    evaluations in all. noise(i) gives step i's standard normal numbers, of x's shape."""
-    times = torch.linspace(1, last, num_steps, dtype=torch.float64).tolist() + [0.0]
+    evaluations in all. Where lo > 0: as many from hi to lo, whatever `last` is, and that step is to the denoised image.
+    noise(i) gives step i's standard normal numbers, of x's shape."""
+    lo, hi = ends
+    times = torch.linspace(hi, lo or last, num_steps, dtype=torch.float64).tolist() + [0.0]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        if lo > 0 and t_next == 0:
+            return denoised(velocity, path, x, t)
         v = velocity(x, t)
         score = velocity_to_score(path, v, x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
         x = x + (t_next - t) * (v - t * score)

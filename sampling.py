@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cli import UserError
-from interpolant import PATHS
+from interpolant import PATHS, interval
 from keyed_random import Purpose, normal, uniform
 from models.sit import SiT
-from samplers import guided, guided_dopri5, ode, sde
+from samplers import guided, guided_dopri5, ode, sde, velocity_model
 
 STATES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -33,6 +33,7 @@ class Recipe(NamedTuple):
     labels: str = "random"  # or balanced, or one class, or a file of a class for each number
     seed: int = 0
     path_type: str = "linear"
+    prediction: str = "v"  # what the network gives: v, x or eps
     state: str = "float32"  # of x between two steps; REPA's is float64
     listed: Tensor | None = None  # (n,) what the file of labels holds
 
@@ -104,17 +105,20 @@ class Recipe(NamedTuple):
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 return model(x, t, y)
 
+        path = PATHS[self.path_type]
+        ends, velocities = interval(path, self.prediction), velocity_model(network, path, self.prediction)
         guidance = self.cfg_scale, self.guidance_low, self.guidance_high
         if self.dopri5:
-            return guided_dopri5(network, labels, config.num_classes, start, *guidance, self.atol, self.rtol)[0]
-        velocity = guided(network, labels, config.num_classes, *guidance)
+            tolerance = self.atol, self.rtol
+            return guided_dopri5(velocities, labels, config.num_classes, start, *guidance, *tolerance, path, ends)[0]
+        velocity = guided(velocities, labels, config.num_classes, *guidance)
         if self.mode == "ode":
-            return ode(velocity, start, self.num_steps, self.heun)
+            return ode(velocity, start, self.num_steps, self.heun, path, ends)
 
         def brownian(step: int) -> Tensor:
             return normal(self.seed, Purpose.BROWNIAN, index, shape, draw=step)
 
-        return sde(velocity, PATHS[self.path_type], start, self.num_steps, brownian)
+        return sde(velocity, path, start, self.num_steps, brownian, ends=ends)
 
 
 def cast_products(model: nn.Module, dtype: torch.dtype) -> None:

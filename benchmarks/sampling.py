@@ -80,7 +80,7 @@ def random_source(name: str, vae: Autoencoder, resolution: int) -> Pretrained:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     who = {"checkpoint": "random weights", "ema_sha256": "", "model": name, "step": None}
-    return Pretrained(model, "linear", vae.name, None, [str(k) for k in range(config.num_classes)], "random", who)
+    return Pretrained(model, "linear", "v", vae.name, None, [str(k) for k in range(config.num_classes)], "random", who)
 
 
 def sampling_flags(args: argparse.Namespace) -> list:
@@ -100,7 +100,7 @@ class Sampler:
                 if isinstance(module, SiTBlock):
                     module.compile()
         self.count, self.size, classes = self.args.num_fid_samples, self.args.per_proc_batch_size, self.model.config.num_classes
-        recipe = sample_ddp.make_recipe(self.args)._replace(path_type=source.path_type)
+        recipe = sample_ddp.make_recipe(self.args)._replace(path_type=source.path_type, prediction=source.prediction)
         self.recipe, self.dtype = recipe.with_labels(classes, self.count), DTYPES[self.args.mixed_precision]
         self.what = sample_ddp.describe(self.args, source, vae, self.recipe, self.device)
         self.threads = 2 if self.device.type == "cuda" else world.cores

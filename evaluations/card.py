@@ -10,7 +10,11 @@ MOST_NAMED = 20  # classes
 OWN = ("target", "normalize", "encoder", "teacher_block", "t_max")  # what methods of alignment say of themselves
 SCALARS = (str, int, float)
 # of a record of sampling, what the card says of the network
-SAID = {"checkpoint", "ema_sha256", "model", "step", "images_seen", "ema_decay", "path_type", "vae", "vae_fingerprint"}
+SAID = {
+    "checkpoint", "ema_sha256", "model", "step", "images_seen", "ema_decay", "path_type", "prediction", "vae",
+    "vae_fingerprint",
+}  # fmt: skip
+PREDICTED = {"v": "velocity", "x": "data", "eps": "noise"}
 
 
 def read_metrics(run: Path, digest: str) -> list[dict]:
@@ -36,7 +40,7 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
     c, h, w = data["latent_shape"]
     rows = {
         "Network": f"{identity['model']}, {sum(p.numel() for p in source.model.parameters()) / 1e6:.1f}M parameters, "
-        f"velocity on the {source.path_type} path",
+        f"{PREDICTED[source.prediction]} on the {source.path_type} path",
         "Data": f"{Path(data['source']).name}, {data['count']:,} images of {data['resolution']} pixels, "
         f"{len(source.class_names)} classes",
         "Latents": f"{c} x {h} x {w}, of {vae}, (moment - {data['shift']:g}) * {data['scale']:g}",
@@ -90,7 +94,7 @@ def _alignment(config: dict) -> str:
 
 def _with_diffusers(source: Pretrained, data: dict, difference: float | None) -> list[str]:
     if difference is None:
-        return ["There is no form of it for diffusers: what came out of it there was not the same."]
+        return ["There is no form of it for diffusers: what came out of it there was not the same, or is no velocity."]
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
     return f"""With diffusers' own classes, by Euler steps of the ODE (velocities differ by {difference:.0e} of the largest):

@@ -77,7 +77,7 @@ def main() -> None:
     decay, digest = source.identity["ema_decay"], source.identity["ema_sha256"]
     weights = (folder / ema_name(config, decay)).read_bytes()
     exported = {**config, "ema_decay": [decay], "exported": {"from": source.name, "ema_sha256": digest}}
-    form, apart = diffusers_form(source.model)
+    form, apart = diffusers_form(source.model) if source.prediction == "v" else ({}, None)  # its scheduler wants velocities
     card = write_card(source, config, settings, read_metrics(run, digest), apart if form else None)
 
     write_file(args.to / "config.json", json.dumps(exported, indent=2).encode())  # first: what tells an export, whole or not
@@ -89,6 +89,8 @@ def main() -> None:
     print(f"{args.to}: {source.identity['model']} after {source.identity['step']:,} steps; sample_ddp.py --ckpt {args.to}")
     if form:
         print(f"{args.to}/diffusers: the same network for diffusers, to {apart:.0e} of the largest velocity")
+    elif apart is None:
+        print(f"no form for diffusers, whose scheduler takes velocities: this network predicts {source.prediction}")
     else:
         print(f"no form for diffusers: there its velocities would differ by {apart:.0e} of the largest")
 

@@ -19,10 +19,10 @@ from torch import Tensor
 import cli
 from cli import UserError
 from files import write_file
-from interpolant import PATHS, like
+from interpolant import PATHS, PREDICTIONS, interval, like, to_velocity
 from interpolant import Path as Interpolant
 from keyed_random import Purpose, normal
-from samplers import Velocity, dopri5, guided, guided_dopri5, ode, sde
+from samplers import WHOLE, Velocity, denoised, dopri5, guided, guided_dopri5, ode, sde
 
 
 class Gaussian(NamedTuple):
@@ -36,17 +36,24 @@ class Gaussian(NamedTuple):
     def covariance(self) -> Tensor:
         return self.axes * self.std**2 @ self.axes.T
 
-    def velocity(self, path: Interpolant) -> Velocity:
-        """E[v | x_t] = alpha' E[x | x_t] + sigma' E[eps | x_t], for x (B, D) and one time or (B,) of them."""
+    def expected(self, path: Interpolant, prediction: str) -> Velocity:
+        """E[v | x_t] = alpha' E[x | x_t] + sigma' E[eps | x_t], or one of the two others, for x (B, D) and one time or (B,) of
+        them: what a perfect network of that prediction gives."""
 
-        def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+        def expected(x: Tensor, t: float | Tensor) -> Tensor:
             times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
             alpha, sigma, d_alpha, d_sigma = path.coefficients(like(times, x))
             away = (x - alpha * self.mean) @ self.axes / (alpha**2 * self.std**2 + sigma**2)  # V^-1 (x - alpha m), in the axes
+            if prediction == "eps":
+                return sigma * away @ self.axes.T
             data = self.mean + alpha * (self.std**2 * away) @ self.axes.T
-            return d_alpha * data + d_sigma * sigma * away @ self.axes.T
+            return data if prediction == "x" else d_alpha * data + d_sigma * sigma * away @ self.axes.T
 
-        return velocity
+        return expected
+
+    def velocity(self, path: Interpolant) -> Velocity:
+        """E[v | x_t]."""
+        return self.expected(path, "v")
 
     def flow(self, x: Tensor) -> Tensor:
         """Where the ODE takes noise x (B, D). Along an axis (x_t - alpha m) / V^(1/2) stays what it is, so to m + S^(1/2) x:
@@ -61,20 +68,23 @@ def example(stds: list[float], seed: int = 0) -> Gaussian:
     return Gaussian(draw[0], torch.linalg.qr(draw[1:])[0], torch.tensor(stds, dtype=torch.float64))
 
 
-def sde_moments(velocity: Velocity, path: Interpolant, d: int, num_steps: int, last: float) -> tuple[Tensor, Tensor]:
+def sde_moments(
+    velocity: Velocity, path: Interpolant, d: int, num_steps: int, last: float = 0.04, ends: tuple[float, float] = WHOLE
+) -> tuple[Tensor, Tensor]:
     """The mean (D,) and covariance (D, D) of `sde`'s samples, exact and without drawing any, for a velocity affine in x.
 
     The sample is then affine in the start and in every step's noise: one row of a batch gives the constant, one row for
     each number of start and noise gives a column."""
     rows = 1 + d * num_steps
     impulses = torch.eye(rows, dtype=torch.float64)[:, 1:].reshape(rows, num_steps, d)
-    end = sde(velocity, path, impulses[:, 0], num_steps, lambda i: impulses[:, 1 + i], last)
+    end = sde(velocity, path, impulses[:, 0], num_steps, lambda i: impulses[:, 1 + i], last, ends)
     columns = end[1:] - end[0]
     return end[0], columns.T @ columns
 
 
 STDS = [0.1, 0.4, 0.8, 1.5]
 IMAGES = 256
+DRAWN = ("linear", "cosine")  # the paths of SiT's and REPA's tables: the picture, and the table of solvers
 BUDGETS = [8, 16, 32, 64, 128, 256, 512]  # network evaluations
 TOLERANCES = [10.0**-k for k in range(1, 9)]  # rtol; atol is a thousandth, as in the SiT repository (1e-6 to 1e-3)
 SDE_BUDGETS = [8, 16, 32, 64, 128, 250, 512]  # SiT's and REPA's tables have 250
@@ -144,6 +154,26 @@ def interval_figures(data: Gaussian, null: Gaussian, path: Interpolant, low: flo
     return figures
 
 
+def objective_figures(data: Gaussian, name: str, prediction: str) -> dict[str, float]:
+    """Of a perfect network of that prediction: distance of the ODE's images, and of the SDE's covariance as in sde_figures."""
+    path, start, network = PATHS[name], begin(data), data.expected(PATHS[name], prediction)
+    lo, hi = ends = interval(path, prediction)
+
+    def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+        times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
+        return to_velocity(path, prediction, network(x, times), x, times)
+
+    adaptive, evaluations = dopri5(velocity, start, begin=hi, end=lo)
+    if lo > 0:
+        adaptive, evaluations = denoised(velocity, path, adaptive, lo), evaluations + 1
+    _, covariance = sde_moments(velocity, path, len(data.mean), 250, ends=ends)
+    return {
+        "Heun": distance(data, ode(velocity, start, 32, True, path, ends), data.flow(start)),
+        "dopri5": distance(data, adaptive, data.flow(start)), "evaluations": evaluations.double().mean().item(),
+        "SDE": ((covariance - data.covariance).norm() / data.covariance.norm()).item(),
+    }  # fmt: skip
+
+
 def order(figures: dict[str, list]) -> float:
     """Minus the slope of the error over the evaluations, both as logarithms, at the finest two."""
     (n0, n1), (e0, e1) = np.log(figures["evaluations"][-2:]), np.log(figures["error"][-2:])
@@ -153,20 +183,21 @@ def order(figures: dict[str, list]) -> float:
 def measure() -> dict:
     """All figures, to four digits."""
     data = example(STDS)
-    odes = {name: ode_figures(data, path) for name, path in PATHS.items()}
-    sdes = {name: {how: sde_figures(data, path, last) for how, last in LAST.items()} for name, path in PATHS.items()}
-    orders = {name: {solver: order(odes[name][solver]) for solver in ("Euler", "Heun")} for name in PATHS}
-    for name in PATHS:
+    odes = {name: ode_figures(data, PATHS[name]) for name in DRAWN}
+    sdes = {name: {how: sde_figures(data, PATHS[name], last) for how, last in LAST.items()} for name in DRAWN}
+    orders = {name: {solver: order(odes[name][solver]) for solver in ("Euler", "Heun")} for name in DRAWN}
+    for name in DRAWN:
         orders[name]["Euler-Maruyama"] = order(sdes[name]["last step 1 / n"])
-    interval = interval_figures(data, example([0.5, 0.9, 1.1, 1.4], seed=1), PATHS["linear"])
+    guidance = interval_figures(data, example([0.5, 0.9, 1.1, 1.4], seed=1), PATHS["linear"])
     what = {"standard deviations": STDS, "images": IMAGES}
-    return rounded({**what, "ode": odes, "sde": sdes, "order": orders, "interval": interval})
+    objectives = {name: {prediction: objective_figures(data, name, prediction) for prediction in PREDICTIONS} for name in PATHS}
+    return rounded({**what, "ode": odes, "sde": sdes, "order": orders, "interval": guidance, "objectives": objectives})
 
 
 def tables(figures: dict) -> list[str]:
-    """The rows of docs/sampling.md: of each path; of guidance in an interval."""
+    """The rows of docs/sampling.md: of each path; of guidance in an interval; of each objective."""
     paths, k, published = [], TOLERANCES.index(1e-3), SDE_BUDGETS.index(250)
-    for name in PATHS:
+    for name in DRAWN:
         solved, sdes = figures["ode"][name], figures["sde"][name]
         at = {solver: solved[solver]["error"][BUDGETS.index(64)] for solver in ("Euler", "Heun")}
         adaptive = "{:.2g} ({:.0f}, at most {:.0f})".format(
@@ -179,7 +210,11 @@ def tables(figures: dict) -> list[str]:
         f"| {how} | {rtol:g} | {figures['interval'][how]['evaluations'][i]:.0f} | {figures['interval'][how]['error'][i]:.2g} |"
         for how in ("one go", "pieces") for i, rtol in enumerate(figures["interval"]["rtol"])
     ]  # fmt: skip
-    return ["\n".join(paths), "\n".join(ways)]
+    objectives = [
+        f"| {name} | {prediction} | {at['Heun']:.2g} | {at['dopri5']:.2g} ({at['evaluations']:.0f}) | {at['SDE']:.2%} |"
+        for name, predictions in figures["objectives"].items() for prediction, at in predictions.items()
+    ]  # fmt: skip
+    return ["\n".join(paths), "\n".join(ways), "\n".join(objectives)]
 
 
 def rounded(value: dict | list | float) -> dict | list | float:

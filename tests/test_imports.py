@@ -42,7 +42,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, NUMERIC),
     "sample_store": ({*LEAVES, "evaluations", "grid"}, {"numpy", "PIL", "safetensors"}),
     "evaluator": ({*LEAVES, "latent_cache", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
-    "preview": ({*LEAVES, "latent_cache", "grid", "keyed_random", "models", "samplers"}, {"torch"}),
+    "preview": ({*LEAVES, "latent_cache", "grid", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
     "monitor": ({"checkpoint", "evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
     "flags": ({*LEAVES, "alignment", "latent_cache", "evaluations", "interpolant", "models"}, {"torch"}),
     "train": (

@@ -2,10 +2,24 @@ import math
 
 import pytest
 import torch
+from scipy.stats import norm
 
-from interpolant import PATHS, interpolate, score_to_velocity, velocity_to_score
+from interpolant import (
+    PATHS,
+    PREDICTIONS,
+    WEIGHTINGS,
+    draw_times,
+    from_velocity,
+    interpolate,
+    interval,
+    score_to_velocity,
+    to_velocity,
+    training_target,
+    velocity_to_score,
+)  # fmt: skip
 
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
 
 
 def example(n=6):
@@ -29,7 +43,9 @@ def test_velocity_is_the_derivative_of_the_path(path):
 def test_time_zero_is_data_and_time_one_is_noise(path):
     x, noise, _ = example()
     torch.testing.assert_close(interpolate(path, x, noise, torch.zeros(6, dtype=torch.float64))[0], x)
-    torch.testing.assert_close(interpolate(path, x, noise, torch.ones(6, dtype=torch.float64))[0], noise)
+    left = 0.0 if path is not PATHS["vp"] else math.exp(-10.05 / 2)  # of the data, at the end of DDPM's schedule
+    end = interpolate(path, x, noise, torch.ones(6, dtype=torch.float64))[0]
+    torch.testing.assert_close(end, left * x + (1 - left**2) ** 0.5 * noise)
 
 
 @paths
@@ -62,3 +78,123 @@ def test_the_sit_repository_counts_time_backwards():
     s = (1 - t)[:, None, None, None]
     torch.testing.assert_close(x_t, s * x + (1 - s) * noise)
     torch.testing.assert_close(v, -(x - noise))
+
+
+# The VP path
+
+
+def test_vp_keeps_the_variance_and_follows_ddpms_thousand_steps():
+    """log alpha_bar is a sum of log(1 - beta), the integral of -beta in the limit: apart by beta^2 / 2 and half a step each."""
+    k = torch.arange(1001, dtype=torch.float64)
+    alpha, sigma, _, _ = PATHS["vp"].coefficients(k / 1000)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-15)
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    discrete = (1 - betas).log().cumsum(0)
+    assert ((2 * alpha[1:].log() - discrete).abs() < (0.51 * betas**2).cumsum(0) + k[1:] * (betas[1] - betas[0]) / 2).all()
+
+
+def test_vp_is_exact_in_float32_down_to_its_first_step():
+    t = torch.logspace(-5, 0, 200)
+    for rough, fine in zip(PATHS["vp"].coefficients(t), PATHS["vp"].coefficients(t.double())):
+        torch.testing.assert_close(rough.double(), fine, rtol=2e-6, atol=0)
+
+
+# What the network predicts
+
+
+@paths
+@predictions
+def test_a_prediction_and_its_velocity_are_inverses(path, prediction):
+    x_t, v, t = example()
+    torch.testing.assert_close(to_velocity(path, prediction, from_velocity(path, prediction, v, x_t, t), x_t, t), v)
+    torch.testing.assert_close(from_velocity(path, prediction, to_velocity(path, prediction, v, x_t, t), x_t, t), v)
+
+
+@paths
+@predictions
+def test_the_target_is_what_the_paths_velocity_comes_from(path, prediction):
+    x, noise, t = example()
+    x_t, v = interpolate(path, x, noise, t)
+    target = training_target(path, prediction, x, noise, t)
+    assert torch.equal(target, {"v": v, "x": x, "eps": noise}[prediction])
+    torch.testing.assert_close(to_velocity(path, prediction, target, x_t, t), v)
+    torch.testing.assert_close(from_velocity(path, prediction, v, x_t, t), target)
+
+
+@paths
+@predictions
+def test_to_guide_a_prediction_is_to_guide_its_velocity_and_score(path, prediction):
+    x_t, with_class, t = example()
+    without = with_class.roll(1, 0)
+
+    def guide(a, b):
+        return b + 1.8 * (a - b)
+
+    def velocity(output):
+        return to_velocity(path, prediction, output, x_t, t)
+
+    def score(output):
+        return velocity_to_score(path, velocity(output), x_t, t)
+
+    for quantity in (velocity, score):
+        torch.testing.assert_close(quantity(guide(with_class, without)), guide(quantity(with_class), quantity(without)))
+
+
+# Times
+
+
+@paths
+@predictions
+def test_an_end_is_cut_off_if_and_only_if_it_is_singular(path, prediction):
+    """The velocity's size and how much of an error of the prediction it has: bounded in `interval`, infinite where that ends
+    short of 0 or 1."""
+
+    def size(t):
+        t = torch.tensor([t], dtype=torch.float64)
+        one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+        gain = to_velocity(path, prediction, one, none, t) - to_velocity(path, prediction, none, none, t)
+        return max(number.abs().nan_to_num(torch.inf).max() for number in (gain, *path.coefficients(t)))
+
+    lo, hi = interval(path, prediction)
+    assert all(size(t) < 2000 for t in (lo, 0.5, hi)) and lo < 0.01 and hi > 0.99
+    assert all(size(end) > 1e12 for t, end in ((lo, 0.0), (hi, 1.0)) if t != end)
+
+
+@paths
+@predictions
+def test_float32_does_at_both_ends(path, prediction):
+    x, noise, _ = example()
+    for t in map(torch.tensor, interval(path, prediction)):
+        t = t.expand(6)
+        x_t, v = interpolate(path, x, noise, t.double())
+        output = training_target(path, prediction, x, noise, t.double()).float()
+        torch.testing.assert_close(to_velocity(path, prediction, output, x_t.float(), t).double(), v, rtol=0, atol=2e-3)
+
+
+def test_uniform_times_of_velocity_are_the_draws_themselves():
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for name in ("linear", "cosine"):
+        assert torch.equal(draw_times(PATHS[name], "v", "uniform", u), u)
+    torch.testing.assert_close(draw_times(PATHS["linear"], "eps", "uniform", u), 0.999 * u)
+    torch.testing.assert_close(draw_times(PATHS["vp"], "eps", "uniform", u), 0.001 + 0.999 * u)
+
+
+@paths
+@predictions
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_times_rise_with_the_draws_and_stay_inside(path, prediction, weighting):
+    u = torch.cat((torch.logspace(-9, -1, 50).double(), 1 - torch.logspace(-1, -9, 50).double()))
+    t, (lo, hi) = draw_times(path, prediction, weighting, u), interval(path, prediction)
+    assert t.dtype == torch.float64 and (t.diff() >= 0).all() and lo <= t[0] < t[-1] <= hi
+
+
+@paths
+def test_lognormal_times_have_log_normal_noise(path):
+    """Quantile by quantile, by scipy's normal; on linear and cosine by the formulas of REPA's loss.py too."""
+    u = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
+    t = draw_times(path, "v", "lognormal", u)
+    alpha, sigma, _, _ = path.coefficients(t)
+    normal = torch.from_numpy(norm.ppf(u.numpy()))
+    torch.testing.assert_close((sigma / alpha).log(), normal, rtol=0, atol=1e-9)
+    repas = {"linear": normal.exp() / (1 + normal.exp()), "cosine": 2 / math.pi * torch.atan(normal.exp()), "vp": t}
+    torch.testing.assert_close(t, next(repas[name] for name in PATHS if PATHS[name] is path))

@@ -3,13 +3,17 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import sample_ddp
 from checkpoint import CheckpointError
 from cli import UserError
+from evaluations import export
+from interpolant import PATHS
 from models.official import turn_time
 from models.sit import PRESETS, SiT, SiTConfig
 from pretrained import find, load
@@ -108,15 +112,16 @@ def test_origin_is_asked_for_only_where_the_file_does_not_tell(save):
     ("settings", "flag", "expected"),
     [
         ({}, None, "linear"), ({}, "cosine", "cosine"), ({"path_type": "GVP"}, None, "cosine"),
-        ({"path_type": "cosine"}, "cosine", "cosine"), ({"path_type": "VP"}, None, "trained on the path VP"),
+        ({"path_type": "cosine"}, "cosine", "cosine"), ({"path_type": "VP"}, None, "vp"),
+        ({"path_type": "EDM"}, None, "trained on the path EDM"),
         ({"path_type": "GVP"}, "linear", "--path-type linear: .* itself that it was trained on the cosine path"),
         ({"prediction": "noise"}, None, "predicts noise, not velocity"),
     ],
 )  # fmt: skip
 def test_path_is_what_the_file_says_or_else_the_flag(save, settings, flag, expected):
     path = save({**official("repa", network()), "args": argparse.Namespace(**settings)})
-    if expected in ("linear", "cosine"):
-        assert load(path, model="SiT-Ti/2", path_type=flag).path_type == expected
+    if expected in PATHS:
+        assert load(path, model="SiT-Ti/2", path_type=flag)[1:3] == (expected, "v")
     else:
         with pytest.raises((CheckpointError, UserError), match=expected):
             load(path, model="SiT-Ti/2", path_type=flag)
@@ -186,6 +191,25 @@ def test_a_run_its_checkpoint_and_its_averages_are_one_thing(run, vae_folder):
             assert (got.identity["ema_decay"], got.identity["step"], got.identity["images_seen"]) == (decay, 2, 16)
     assert (got.path_type, got.vae, len(got.class_names)) == ("linear", str(vae_folder), 3)
     assert load(run).identity["ema_decay"] == 0.9
+
+
+def test_what_the_network_predicts_reaches_samples_their_record_and_the_export(run, call, tmp_path):
+    """Of a checkpoint that does not say, the velocity."""
+    config_file, images = run / "checkpoints/0000002/config.json", {}
+    config = without(json.loads(config_file.read_text()), "prediction")
+    for prediction, said in (("v", {}), ("eps", {"prediction": "eps", "path_type": "vp"})):
+        config_file.write_text(json.dumps({**config, **said}))
+        assert load(run).prediction == prediction
+        flags = f"--num-fid-samples 3 --num-steps 3 --mode ode --name {prediction} --sample-dir {tmp_path}".split()
+        code, out = call(sample_ddp, "--ckpt", run, *flags)
+        assert code == 0, out
+        assert json.loads((tmp_path / f"{prediction}.json").read_text())["prediction"] == prediction
+        with np.load(tmp_path / f"{prediction}.npz") as content:
+            images[prediction] = content["arr_0"].astype(int)
+    assert (images["v"] != images["eps"]).mean() > 0.5
+    code, out = call(export, run, "--to", tmp_path / "to")
+    assert code == 0 and "no form for diffusers, whose scheduler takes velocities: this network predicts eps" in out
+    assert not (tmp_path / "to/diffusers").exists() and "noise on the vp path" in (tmp_path / "to/README.md").read_text()
 
 
 @pytest.mark.parametrize(
