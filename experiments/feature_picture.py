@@ -3,6 +3,7 @@
 m images shown, H W pixels, h w latent side, s tokens a side."""
 
 import io
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from files import write_file
 TILE, GAP = 64, 6  # pixels
 COLUMNS = 2  # of images shown
 INCH = 0.4  # a tile's side
+LETTERS = 14.5  # of the caption to an inch
 CAPTION = (
-    "right of the latent: the tokens after each block, their first three principal components as red, green, blue\n"
-    "(of all tokens of one block and t, so that like colours are like tokens); image and latent are those of $x_t$"
+    "right of the latent: the tokens after each block, their first three principal components as red, green, blue (of all "
+    "tokens of one block and t, so that like colours are like tokens); image and latent are those of $x_t$"
 )
 
 
@@ -29,11 +31,15 @@ class Maps(NamedTuple):
     blocks: dict[tuple[float, int], np.ndarray]  # t and block: (m, s, s, 3)
 
 
-def enlarged(picture: np.ndarray) -> np.ndarray:
-    """(a, b, 3), uint8 or in [0, 1] -> (TILE, TILE, 3) in [0, 1]: to the nearest, so that a token is a square."""
-    rows, columns = (np.arange(TILE) * side // TILE for side in picture.shape[:2])
+def tile(picture: np.ndarray) -> np.ndarray:
+    """(a, a, 3), uint8 or in [0, 1] -> (TILE, TILE, 3) in [0, 1]: enlarged to the nearest, so that a token is a square, and made
+    smaller by averages."""
     picture = picture / 255 if picture.dtype == np.uint8 else picture
-    return picture[rows][:, columns]
+    factor = max(1, len(picture) // TILE)
+    side = len(picture) // factor
+    cut = picture[: side * factor, : side * factor].reshape(side, factor, side, factor, 3).mean((1, 3))
+    nearest = np.arange(TILE) * side // TILE
+    return cut[nearest][:, nearest]
 
 
 def sheet(shown: Maps, i: int) -> np.ndarray:
@@ -43,7 +49,7 @@ def sheet(shown: Maps, i: int) -> np.ndarray:
     canvas = np.ones((step * (1 + len(times)) - GAP, step * (2 + len(blocks)) - GAP, 3))
 
     def place(row: int, column: int, picture: np.ndarray) -> None:
-        canvas[row * step :, column * step :][:TILE, :TILE] = enlarged(picture)
+        canvas[row * step :, column * step :][:TILE, :TILE] = tile(picture)
 
     place(0, 0, shown.images[i])
     place(0, 1, shown.latents[i])
@@ -69,7 +75,9 @@ def draw(figures: dict, pictures: list[Maps], classes: list[str], out: Path) -> 
     columns = min(COLUMNS, m)
     rows = -(-m // columns)
     most = max(len(checkpoint["blocks"]) for checkpoint in checkpoints)
-    left, high = INCH * columns * (3.6 + most), max(4.4, rows * (INCH * 1.05 * (1 + len(figures["times"])) + 0.2) + 1)
+    left = max(4.5, INCH * columns * (3.6 + most))
+    caption = textwrap.wrap(CAPTION, int(LETTERS * left))
+    high = max(4.4, rows * (INCH * 1.05 * (1 + len(figures["times"])) + 0.2) + 0.7 + 0.15 * len(caption))
     right = 4.3 * len(kinds)
     figure = plt.figure(figsize=(left + right, high * len(checkpoints)), layout="constrained")
     lines = figure.subfigures(len(checkpoints), 1, squeeze=False)[:, 0]
@@ -83,7 +91,7 @@ def draw(figures: dict, pictures: list[Maps], classes: list[str], out: Path) -> 
         for axis, (kind, label) in zip(charts.subplots(1, len(kinds), squeeze=False)[0], kinds.items()):
             chart(axis, figures, checkpoint, kind)
             axis.set_title(label, fontsize=10)
-        maps.suptitle(CAPTION, fontsize=9)
+        maps.suptitle("\n".join(caption), fontsize=9)
         charts.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False, fontsize=9)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
@@ -116,15 +124,18 @@ def chart(axis, figures: dict, checkpoint: dict, kind: str) -> None:
     import matplotlib.pyplot as plt
 
     times, blocks = figures["times"], checkpoint["blocks"]
+    last = max(part["blocks"][-1] for part in figures["checkpoints"])
+    begin = min(0, 1 - 0.08 * last)  # where x_t stands
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.88, len(times)))
     raw = {row["t"]: row for row in figures["baselines"] if row.get("path_type") == checkpoint["path_type"]}
     for t, shade in zip(times, shades):
         rows = [row for row in checkpoint["results"] if row["t"] == t]
         axis.plot(blocks, values(rows, kind), color=shade, marker="o", markersize=4, label=f"t = {t:g}")
-        axis.plot([0], values([raw[t]], kind), color=shade, marker="D", markersize=5, markerfacecolor="none")
-        axis.plot([0, blocks[0]], values([raw[t], rows[0]], kind), color=shade, linewidth=0.7, linestyle=":")
+        axis.plot([begin], values([raw[t]], kind), color=shade, marker="D", markersize=5, markerfacecolor="none")
+        axis.plot([begin, blocks[0]], values([raw[t], rows[0]], kind), color=shade, linewidth=0.7, linestyle=":")
         if kind == "accuracy":
             axis.fill_between(blocks, values(rows, "low"), values(rows, "high"), color=shade, alpha=0.15, linewidth=0)
+    axis.plot([], [], "D", color="0.4", markersize=5, markerfacecolor="none", label="$x_t$ itself, flattened")
     across = {row["space"]: row[kind] for row in figures["baselines"] if "t" not in row}
     if kind == "accuracy":
         across["chance"] = figures["chance"]
@@ -136,9 +147,8 @@ def chart(axis, figures: dict, checkpoint: dict, kind: str) -> None:
     rows = [*figures["baselines"], *(row for part in figures["checkpoints"] for row in part["results"])]
     known = [row[kind] for row in rows if row[kind] is not None]
     axis.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
-    last = max(part["blocks"][-1] for part in figures["checkpoints"])
-    axis.set_xlim(-0.04 * last, last * 1.04)
-    axis.set_xticks([0, *blocks], ["$x_t$", *map(str, blocks)])
+    axis.set_xlim(begin - 0.04 * last, last * 1.04)
+    axis.set_xticks([begin, *blocks], ["$x_t$", *map(str, blocks)])
     axis.set_xlabel("after block", fontsize=9)
     axis.grid(True, alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

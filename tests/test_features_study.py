@@ -158,6 +158,14 @@ def test_a_sheet_has_each_map_in_its_place():
     assert canvas[-1, -feature_picture.TILE, 0] == 0.5 and canvas[-1, -1, 0] == canvas[2 * step, -1, 0] == 0.4
 
 
+def test_a_tile_enlarges_tokens_and_averages_pixels():
+    tokens, pixels = np.random.default_rng(0).random((4, 4, 3)), np.zeros((200, 200, 3), np.uint8)
+    pixels[:3, :3] = 255 * np.eye(3)[..., None]
+    large = feature_picture.tile(tokens)
+    assert (large == np.kron(tokens, np.ones((16, 16, 1)))).all()
+    assert feature_picture.tile(pixels).shape == (64, 64, 3) and feature_picture.tile(pixels)[0, 0, 0] == pytest.approx(1 / 3)
+
+
 def test_a_checkpoint_becomes_a_picture_and_its_numbers(cache, trained, tmp_path, call):
     out = tmp_path / "made" / "features.png"
     text = "--times 0.8 0.2 --blocks 3 1 --images 2 --probe-images 24 --batch-size 10 --device cpu"
