@@ -32,8 +32,8 @@ class Maps(NamedTuple):
 
 
 def tile(picture: np.ndarray) -> np.ndarray:
-    """(a, a, 3), uint8 or in [0, 1] -> (TILE, TILE, 3) in [0, 1]: enlarged to the nearest, so that a token is a square, and made
-    smaller by averages."""
+    """(a, a, 3), uint8 or in [0, 1] -> (TILE, TILE, 3) in [0, 1]: enlarged to the nearest, so that a token is a square, and
+    made smaller by averages."""
     picture = picture / 255 if picture.dtype == np.uint8 else picture
     factor = max(1, len(picture) // TILE)
     side = len(picture) // factor

@@ -14,6 +14,7 @@ from experiments.feature_study import choose, judge, pooled, read, spread
 from experiments.representation import cknna, fit_probe, neighbours, principal, wilson
 from latent_cache import LatentCache
 from models.sit import PRESETS, SiT, SiTConfig
+from tests.helpers import make_vae
 
 
 def random(*shape, seed=0) -> torch.Tensor:
@@ -214,6 +215,12 @@ def test_latents_of_another_vae_are_refused(cache, trained, tmp_path):
     flags = ["--ckpt", trained, "--data-dir", tmp_path / "other", "--out", "x.png", "--probe-images", 24]
     with pytest.raises(UserError, match=r"latents of another VAE .* than --data-dir holds \(other/vae\)"):
         features.measure(features.parse_args(list(map(str, flags))))
+
+
+def test_only_the_vae_of_the_cache_decodes(cache, tmp_path):
+    fingerprint = LatentCache(cache).manifest.vae_fingerprint
+    with pytest.raises(UserError, match="is not the VAE that made --data-dir"):
+        features.load_vae(str(make_vae(tmp_path / "vae", seed=1)), fingerprint, "cpu")
 
 
 def test_a_network_without_a_trained_null_class_is_pointed_out(trained, tmp_path, capsys):
