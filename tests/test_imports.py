@@ -95,7 +95,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"train_state", "world"},
         {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
     ),
-    "experiments": ({*LEAVES, "interpolant", "keyed_random", "samplers"}, {*NUMERIC, "matplotlib"}),
+    "experiments": (
+        {*LEAVES, "checkpoint", "evaluations", "experiments", "interpolant", "keyed_random", "latent_cache", "models"}
+        | {"pretrained", "samplers"},
+        {*NUMERIC, "matplotlib", "tqdm"},
+    ),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
 }
 
