@@ -2,10 +2,8 @@
 
 B batch, F features, S the network's side in pixels."""
 
-import difflib
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -14,13 +12,9 @@ from torch import Tensor, nn
 
 from cli import UserError
 from evaluations.metrics import no_tf32
+from models.encoder import EncoderError, architecture, fingerprint, load_network
 
-SHORT = {
-    "dinov2-s": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
-    "dinov2-l": "vit_large_patch14_dinov2.lvd142m",
-    "dinov2-g": "vit_giant_patch14_dinov2.lvd142m",
-}
+OTHERS = ("inception", "fashion")  # what --features knows besides timm's
 DINOV2_SIDE = 224  # of FD-DINOv2; the networks themselves were last trained at 518
 
 
@@ -30,32 +24,21 @@ class TimmFeatures(nn.Module):
     `weights_sha256` is of the weights, the architecture, S, mean and standard deviation."""
 
     def __init__(self, name: str, weights: Path | None = None, pretrained: bool = True):
-        """name: of SHORT, or timm's; weights: a file of timm's, else from the hub. Raises UserError."""
+        """name: short, as models/encoder.py has it, or timm's; weights: timm's file, else the hub's. Raises UserError."""
         import timm
 
         super().__init__()
-        architecture = SHORT.get(name, name)
-        if not timm.is_model(architecture):
-            known = [*SHORT, "inception", "fashion", *timm.list_models()]
-            near = ", ".join(difflib.get_close_matches(name, known)) or ", ".join([*SHORT, "inception", "fashion"])
-            raise UserError(f"--features {name} is no network that timm knows; near it: {near}")
-        if weights and not weights.exists():
-            raise UserError(f"--encoder-weights {weights} does not exist")
-        overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
         try:
-            self.network = timm.create_model(architecture, pretrained=pretrained, num_classes=0, **overlay)
-        except Exception as error:  # the hub's client, safetensors and torch each have their own
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(
-                f"--features {name}: timm cannot load {architecture} ({reason}): where there is a network, fetch it with "
-                f"'hf download timm/{architecture} model.safetensors', then pass --encoder-weights FILE"
-            ) from None
+            wanted = architecture(name, OTHERS)
+            self.network = load_network(name, weights, pretrained, OTHERS)
+        except EncoderError as error:
+            raise UserError(f"--features {error}") from None
         config = timm.data.resolve_data_config(model=self.network)
         self.side = config["input_size"][-1]
-        if "dinov2" in architecture:
+        if "dinov2" in wanted:
             self.side = DINOV2_SIDE
             resize_positions(self.network, DINOV2_SIDE)
-        settings = json.dumps([architecture, self.side, config["mean"], config["std"]])
+        settings = json.dumps([wanted, self.side, config["mean"], config["std"]])
         self.weights_sha256 = hashlib.sha256((settings + fingerprint(self.network)).encode()).hexdigest()
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
@@ -90,13 +73,3 @@ def resize_positions(network: nn.Module, side: int) -> None:
     assert grid.shape[-1] == new, (grid.shape, new)
     network.set_input_size(img_size=side)
     network.pos_embed = nn.Parameter(torch.cat((first, grid.flatten(2).transpose(1, 2)), 1), requires_grad=False)
-
-
-def fingerprint(network: nn.Module) -> str:
-    """sha256 over every parameter's name, shape and bytes."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)}".encode())
-        if math.prod(value.shape):
-            digest.update(value.cpu().contiguous().float().numpy())
-    return digest.hexdigest()

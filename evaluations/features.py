@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cli import UserError
-from evaluations.encoders import SHORT, TimmFeatures
+from evaluations.encoders import TimmFeatures
 from evaluations.fashion import RESOLUTION, load_classifier
 from evaluations.images import Images
 from evaluations.inception import InceptionFeatures
+from models.encoder import SHORT
 from world import World
 
 EXTRACTORS = ("inception", "fashion", *SHORT)

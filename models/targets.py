@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import LatentScale
-from models.encoder import Encoder, EncoderError
+from models.encoder import Encoder, EncoderError, architecture, cost, describe
 from models.flops import backbone_flops
 from models.sit import SiT, SiTConfig, align_block
 
@@ -178,8 +178,9 @@ class EncoderTokens(Target):
 
     @staticmethod
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
+        given = args.repa_encoder or "dinov2-b"
         try:
-            encoder, width, side = Encoder.describe(args.repa_encoder or "dinov2-b", data.resolution)
+            encoder, (width, side) = architecture(given), describe(given, data.resolution)
         except EncoderError as error:
             raise TargetError(f"--repa-encoder {error}") from None
         grid = config.latent_size // config.patch
@@ -200,18 +201,15 @@ class EncoderTokens(Target):
                 "--align repa needs images and the cache keeps none: encode it with --keep-images "
                 "(python -m preprocessing.encode_latents ... --keep-images)"
             )
-        return {"out": width, "encoder": encoder, "side": side, "from": source}
+        return {"out": width, "encoder": given, "side": side, "from": source}
 
     def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
         super().__init__(entry, args, config, data, parts)
         self.encoder = None
         if entry["from"] == "images":
-            half = torch.bfloat16 if parts.device.type == "cuda" else torch.float32
             grid = config.latent_size // config.patch
             try:
-                self.encoder = Encoder(
-                    entry["encoder"], data.resolution, grid, args.encoder_weights, device=parts.device, dtype=half
-                )
+                self.encoder = Encoder(entry["encoder"], data.resolution, grid, args.encoder_weights, device=parts.device)
             except EncoderError as error:
                 raise TargetError(f"--repa-encoder {error}") from None
             if parts.compile:
@@ -232,7 +230,7 @@ class EncoderTokens(Target):
 
     @staticmethod
     def cost(entry: dict, config: SiTConfig, data: Data) -> tuple[int, int]:
-        return Encoder.cost(entry["encoder"], data.resolution) if entry["from"] == "images" else (0, 0)
+        return cost(entry["encoder"], data.resolution) if entry["from"] == "images" else (0, 0)
 
 
 class Teacher(Target):
