@@ -101,6 +101,17 @@ class GrowingArray:
             raise
 
 
+@contextmanager
+def discarding(array: GrowingArray | None) -> Iterator[None]:
+    """Discards it if what is done here fails."""
+    try:
+        yield
+    except BaseException:
+        if array:
+            array.discard()
+        raise
+
+
 def write_npz(path: Path, blocks: Iterable[np.ndarray] | None, shape: tuple[int, ...], **arrays: np.ndarray) -> None:
     """ADM's file: arr_0 uint8 of `shape`, whose rows come in blocks, so that it is never in memory (None: without it); and
     other arrays. Appears whole or not at all."""

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError
-from files import lock, write_file
+from files import discarding, lock, write_file
 from grid import save_png
 from manifest import CacheError, Manifest, read_manifest, write_manifest
 from preprocessing.shards import Shard, add_images, file_of, statistics, write_shard
@@ -113,9 +113,7 @@ def check_plan(dest: Path, plan: dict) -> None:
     if path.exists() and list(path.parent.glob("*.npy.json")):
         changed = difference(IMAGES | json.loads(path.read_text()), plan)
         if changed:
-            raise UserError(
-                f"--dest {dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})"
-            )
+            raise UserError(f"{dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})")
     else:
         write_file(path, json.dumps(plan).encode())
         if not (dest / "manifest.json").exists():
@@ -179,12 +177,8 @@ def make_shards(
     left = sum(len(numbers_of(job, k)) for k in mine) * world.processes
 
     def write(number: int, shard: Shard) -> None:
-        try:
+        with discarding(shard.images):
             entry = write_shard(dest, number, shard) if whole is None else add_images(dest, whole[file_of(number)], shard)
-        except BaseException:
-            if shard.images:
-                shard.images.discard()
-            raise
         done(number, entry)
 
     with (
@@ -194,8 +188,9 @@ def make_shards(
         before = None
         made = job.shards(dest, mine, lambda images: bar.update(images * world.processes), whole is not None)
         for number, shard in made:
-            if before:
-                before.result()
+            with discarding(shard.images):
+                if before:
+                    before.result()
             before = writer.submit(write, number, shard)
         if before:
             before.result()

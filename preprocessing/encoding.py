@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cli import UserError
-from files import GrowingArray
+from files import GrowingArray, discarding
 from models.autoencoder import DEFAULT_VAE, Autoencoder
 from preprocessing.build import numbers_of
 from preprocessing.images import BadImage, Square, Unreadable, bad_line
@@ -227,12 +227,8 @@ class Encoding:
             encoded = in_order(pool, encode, self._checked(loader), self.threads)
             for shard, group in itertools.groupby(encoded, key=lambda batch: batch.shard):
                 images = GrowingArray(dest / "images" / file_of(shard), np.uint8, self.pixels) if self.keep_images else None
-                try:
+                with discarding(images):
                     joined = self._joined(shard, group, progress, images)
-                except BaseException:
-                    if images:
-                        images.discard()
-                    raise
                 yield shard, joined
 
     def _in_thread(self) -> None:

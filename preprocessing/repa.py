@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from cli import UserError
-from files import GrowingArray
+from files import GrowingArray, discarding
 from models.autoencoder import DEFAULT_VAE, Autoencoder
 from preprocessing.build import numbers_of
 from preprocessing.encoding import in_order, lasting
@@ -144,12 +144,8 @@ class Import:
             images, side = None, self.manifest["resolution"]
             if self.keep_images:
                 images = GrowingArray(dest / "images" / file_of(shard), np.uint8, (3, side, side))
-            try:
+            with discarding(images):
                 made = self._shard(shard, progress, images)
-            except BaseException:
-                if images:
-                    images.discard()
-                raise
             yield shard, made
 
     def _shard(self, shard: int, progress: Callable[[int], None], images: GrowingArray | None) -> Shard:
