@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dataset import TrainingStream, shuffled
-from latent_cache import CacheError, LatentCache
-from preprocessing import encode_features, encode_latents, verify
-from tests.helpers import ranks
-from tests.test_encoding import files, flags
+from files import write_file
+from latent_cache import CacheError, LatentCache, read_manifest
+from preprocessing import encode_features, features, verify
+from tests.test_encoding import files
+from world import World
 
 
 class EncoderError(ValueError):
@@ -126,8 +127,9 @@ def test_damaged_features_are_named_before_training(call, encoder, kept):
         TrainingStream(LatentCache(kept), 0, 8, extra="features/e-4x4")
 
 
-def test_mistakes_are_one_line(call, encoder, kept, cache, tree, vae_folder, tmp_path):
-    assert call(encode_latents, *flags(tree, tmp_path / "flipped", vae_folder, "--flip", "--keep-images"))[0] == 0
+def test_mistakes_are_one_line(call, encoder, kept, cache, tmp_path):
+    manifest = json.loads((kept / "manifest.json").read_text())
+    write_file(tmp_path / "flipped/manifest.json", json.dumps(manifest | {"flips": True}).encode())
     for given, message in (
         ((cache, "--encoder", "e"), "was made without --keep-images"),
         ((tmp_path / "flipped", "--encoder", "e"), "features of mirror images are not kept"),
@@ -141,14 +143,44 @@ def test_mistakes_are_one_line(call, encoder, kept, cache, tree, vae_folder, tmp
     assert not list(kept.glob("features/*/*.npy")) and not list(kept.glob("features/*/.*.partial"))
 
 
-def main():
-    """encode_features with the stand-in, for processes of their own."""
-    sys.modules["models.encoder"] = sys.modules[__name__]
-    encode_features.main()
+class Second(World):
+    """The second of two processes, before the first: alone it finds out what is to be done, and the first hears of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.rank, self.processes, self.said = 1, 2, []
+
+    def broadcast(self, value):
+        return value
+
+    def first(self, compute):
+        self.said.append(compute())
+        return self.said[-1]
+
+    def gather(self, value):
+        return [value]
+
+    def barrier(self):
+        pass
 
 
-def test_two_processes_share_the_shards(call, encoder, kept, whole, tmp_path):
-    ranks(2, __name__, kept, "--encoder", "e")
+class First(Second):
+    """The first, after it."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.rank, self.said = 0, said
+
+    def first(self, compute):
+        return self.said.pop(0)
+
+
+def test_processes_share_the_shards(call, encoder, kept, whole, tmp_path):
+    plan, dest = {"encoder": "e", "tokens_side": 2, "width": 3}, kept / "features/e"
+    second = Second()
+    for world, made in ((second, ["00001.npy"]), (First(second.said), ["00000.npy", "00001.npy", "00002.npy"])):
+        assert features.make(kept, read_manifest(kept), dest, plan, Encoder("e", 32, 2), 4, world)
+        assert sorted(path.name for path in dest.glob("*.npy")) == made
     whole = shutil.copytree(whole, tmp_path / "whole")
-    assert call(encode_features, whole, "--encoder", "e")[0] == 0
+    features.make(whole, read_manifest(whole), whole / "features/e", plan, Encoder("e", 32, 2), 4, World())
     assert files(kept) == files(whole)

@@ -144,7 +144,8 @@ def test_the_stream_gives_the_images_of_its_moments(made, pixels):
 
     data = LatentCache(made(keep_images=True, flip=True))
     stream, plain = TrainingStream(data, 5, 8, extra="images"), TrainingStream(data, 5, 8)
-    for step, batch in zip((4, 5), stream.loader(4, 6, num_workers=1, pin_memory=False), strict=True):
+    for step in (4, 5):
+        batch = stream[step]
         assert all(torch.equal(a, b) for a, b in zip(batch[:3], plain[step], strict=True))
         index = shuffled(batch[0].numpy(), 24, 5)
         straight = data.gather(index)[0]
@@ -180,5 +181,4 @@ def test_repas_images_are_imported_with_their_moments(call, vae_folder, tmp_path
     for i in range(12):
         stored = np.asarray(Image.open(root / f"images/{i // 5:05d}/img{i:08d}.png")).transpose(2, 0, 1)
         np.testing.assert_array_equal(images[i], stored)
-    assert call(import_repa, root, tmp_path / "at-once", *given[2:], "--keep-images")[0] == 0
-    assert files(dest) == files(tmp_path / "at-once") and call(verify, dest)[0] == 0
+    assert call(verify, dest)[0] == 0
