@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from machine import descriptors, free_memory, room
-from manifest import CacheError, Manifest, joined, read_manifest, stored_features
+from manifest import CacheError, Manifest, joined, read_manifest, stored_features, write_manifest
 
-__all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest"]
+__all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest", "write_manifest"]
 ADD_IMAGES = "give the command that made it again, with --keep-images"
 REMEDY = "do it again with python -m preprocessing.verify --repair"
 ADVISED = 8  # batches, after one that waited for the disk
@@ -167,7 +167,7 @@ class LatentCache:
                 stored.madvise(mmap.MADV_WILLNEED, page, first + offset + size - page)
         started = time.perf_counter()
         for row, k, which_one, offset in rows:
-            stored, first = self._bytes(k, folders[which_one])
+            stored, first = self._open.get((k, folders[which_one])) or self._bytes(k, folders[which_one])
             out[row : row + size] = memoryview(stored)[first + offset : first + offset + size]
         waited = time.perf_counter() - started > len(rows) * (size / SLOWEST_MEMORY + 2e-6)
         self._advise[folders[0]] = ADVISED if waited else max(0, advise - 1)
