@@ -52,23 +52,34 @@ def shuffled(number: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 class TrainingStream(Dataset):
-    """Item k is this process's share of global batch k: stream numbers (b,), moments (b, 2C, h, w), labels (b,).
+    """Item k is this process's share of global batch k: stream numbers (b,), moments (b, 2C, h, w), labels (b,); and what
+    `extra` names: "images" (b, 3, R, R) uint8, mirrored where the moments are, or "features/SLUG" (b, N, D) float16.
 
     Image number n of the run, and whether it is mirrored, is the same on any number of processes: it depends on the seed
-    alone."""
+    alone. Raises CacheError if the cache holds no such extra."""
 
-    def __init__(self, cache: LatentCache, seed: int, batch_size: int, rank: int = 0, processes: int = 1):
+    def __init__(
+        self, cache: LatentCache, seed: int, batch_size: int, rank: int = 0, processes: int = 1, extra: str | None = None
+    ):
         assert batch_size % processes == 0, (batch_size, processes)
-        self.cache, self.seed, self.batch_size = cache, seed, batch_size
+        self.cache, self.seed, self.batch_size, self.extra = cache, seed, batch_size, extra
+        if extra:
+            cache.require(extra)
         share = batch_size // processes
         self.own = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
         number, mirrored = step * self.batch_size + self.own, None
         key = torch.from_numpy(number)
         if self.cache.manifest.flips:
             mirrored = (uniform(self.seed, Purpose.MIRROR, key) < 0.5).numpy()
-        return key, *self.cache.gather(shuffled(number, len(self.cache), self.seed), mirrored)
+        index = shuffled(number, len(self.cache), self.seed)
+        batch = key, *self.cache.gather(index, mirrored)
+        if self.extra == "images":
+            return *batch, self.cache.images(index, mirrored)
+        if self.extra:
+            return *batch, self.cache.features(self.extra.removeprefix("features/"), index)
+        return batch
 
     def loader(
         self, first: int, last: int, num_workers: int, pin_memory: bool, worker_init: Callable[[int], None] | None = None

@@ -7,7 +7,7 @@ import io
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,74 @@ def write_array(path: Path, array: np.ndarray) -> str:
     for part in data:
         digest.update(part)
     return digest.hexdigest()
+
+
+class GrowingArray:
+    """A .npy file that is written a few rows at a time, so that memory need not hold it. `finish` gives it its name."""
+
+    def __init__(self, path: Path, dtype: np.dtype | type, row: tuple[int, ...]):
+        """row: the shape of one. On a full disk raises OSError, here and below; `discard` then leaves nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.dtype, self.row, self.rows = path, np.dtype(dtype), row, 0
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.file = open(self.partial, "w+b")  # noqa: SIM115
+        self.begin = self._header()
+
+    def _header(self) -> int:
+        """numpy leaves room in a header for more rows, so it has one length."""
+        self.file.seek(0)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.rows, *self.row)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+        return self.file.tell()
+
+    def append(self, rows: np.ndarray) -> None:
+        """rows (n, *row)."""
+        assert (rows.shape[1:], rows.dtype) == (self.row, self.dtype), (rows.shape, rows.dtype)
+        if rows.size:
+            with self._named():
+                self.file.write(memoryview(np.ascontiguousarray(rows)).cast("B"))
+        self.rows += len(rows)
+
+    def finish(self) -> str:
+        """Gives it its name; returns its sha256."""
+        with self._named():
+            length = self._header()
+            assert length == self.begin, (length, self.begin)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.seek(0)
+            digest = hashlib.sha256()
+            while chunk := self.file.read(1 << 20):
+                digest.update(chunk)
+            self.file.close()
+            os.replace(self.partial, self.path)
+            fsync(self.path.parent)
+        return digest.hexdigest()
+
+    def discard(self) -> None:
+        """Leaves nothing, unless it is finished."""
+        self.partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what it could not write before, it cannot now
+            self.file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+
+@contextmanager
+def discarding(array: GrowingArray | None) -> Iterator[None]:
+    """Discards it if what is done here fails."""
+    try:
+        yield
+    except BaseException:
+        if array:
+            array.discard()
+        raise
 
 
 def write_npz(path: Path, blocks: Iterable[np.ndarray] | None, shape: tuple[int, ...], **arrays: np.ndarray) -> None:

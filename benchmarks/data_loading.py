@@ -89,9 +89,8 @@ def write(dest: Path, count: int, shards: int) -> None:
 
 def evict(folder: Path, cache: LatentCache | None = None) -> None:
     """Out of the page cache, as far as the system lets a user; first out of the maps of `cache`, or they hold it there."""
-    for maps in cache._open.values() if cache else ():
-        for stored, _ in maps:
-            stored.madvise(mmap.MADV_DONTNEED)
+    for stored, _ in cache._open.values() if cache else ():
+        stored.madvise(mmap.MADV_DONTNEED)
     for path in folder.rglob("*.npy"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

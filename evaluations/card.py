@@ -43,7 +43,7 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
         f"{PREDICTED[source.prediction]} on the {source.path_type} path",
         "Data": f"{Path(data['source']).name}, {data['count']:,} images of {data['resolution']} pixels, "
         f"{len(source.class_names)} classes",
-        "Latents": f"{c} x {h} x {w}, of {vae}, (moment - {data['shift']:g}) * {data['scale']:g}",
+        "Latents": f"{c} x {h} x {w}, of {vae}, (moment - {_numbers(data['shift'])}) * {_numbers(data['scale'])}",
         "Trained for": f"{identity['step']:,} steps of {config['batch_size']} images: {identity['images_seen']:,} images seen",
         "Alignment": _alignment(config),
         "Averaged": f"decay {identity['ema_decay']} a step",
@@ -64,6 +64,15 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
     methods = " and ".join(TARGETS[entry["method"]].title for entry in align(config))
     title = f"# {source.name}: {identity['model']}" + f" with {methods}" * bool(methods)
     return "\n".join([*header, "", title, "", *table, "", *sampling, "", *_measured(metrics)]) + "\n"
+
+
+def _numbers(value: float | list[float]) -> str:
+    return f"{value:g}" if not isinstance(value, list) else f"({', '.join(f'{each:g}' for each in value)})"
+
+
+def _factor(value: float | list[float]) -> str:
+    """As code: a number, or one for each channel."""
+    return repr(value) if not isinstance(value, list) else f"torch.tensor({value})[:, None, None]"
 
 
 def _where(vae: str) -> str:
@@ -118,7 +127,7 @@ with torch.no_grad():
         times = t.expand(2 * len(x))
         v, v_null = model(torch.cat((x, x)), times, torch.cat((labels, nulls))).sample.chunk(2)
         x = scheduler.step(v_null + guidance * (v - v_null), t, x).prev_sample
-    images = vae.decode(x / {data["scale"]!r} + {data["shift"]!r}).sample  # (B, 3, H, W) in [-1, 1]
+    images = vae.decode(x / {_factor(data["scale"])} + {_factor(data["shift"])}).sample  # (B, 3, H, W) in [-1, 1]
 pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
 ```""".splitlines()
 

@@ -4,8 +4,11 @@ Moments are the posterior's mean and standard deviation as the VAE gives them; a
 latent = (sample - shift) * scale. B batch, C latent channels, h w latent side, H W image side."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +17,34 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DECODE_AT_ONCE = 16
 
 
+@lru_cache(maxsize=16)  # a copy to a GPU waits for it, and there is one normalisation a training step
+def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
+
+
 @dataclass(frozen=True)
 class LatentScale:
-    """latent = (x - shift) * scale, with x in the VAE's own units."""
+    """latent = (x - shift) * scale, with x (B, C, h, w) in the VAE's own units. Each is one number, or one for each channel."""
 
-    scale: float
-    shift: float = 0.0
+    scale: float | Sequence[float]
+    shift: float | Sequence[float] = 0.0
+
+    def _both(self, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        scale, shift = (
+            _by_channel(tuple(value), x.device, x.dtype) if isinstance(value, Sequence) else value
+            for value in (self.scale, self.shift)
+        )
+        return scale, shift
 
     def normalize(self, x: Tensor) -> Tensor:
         """The VAE's units -> what the model sees."""
-        return (x - self.shift) * self.scale
+        scale, shift = self._both(x)
+        return (x - shift) * scale
 
     def denormalize(self, latent: Tensor) -> Tensor:
         """The inverse of normalize."""
-        return latent / self.scale + self.shift
+        scale, shift = self._both(latent)
+        return latent / scale + shift
 
     def mean(self, moments: Tensor) -> Tensor:
         """The latent of the posterior's mean: moments (B, 2C, h, w) -> (B, C, h, w), float32."""
@@ -39,8 +56,24 @@ class LatentScale:
         return self.normalize(mean + std * noise)
 
 
+def scale_of(config: Mapping[str, Any]) -> LatentScale:
+    """What an AutoencoderKL's config says: scaling_factor and shift_factor, or scaling_factor with latents_mean and latents_std
+    by channel, which diffusers' SDXL pipelines read as latent = (x - mean) * scaling_factor / std; either of the two alone they
+    ignore. Raises ValueError."""
+    factor, shift, channels = config["scaling_factor"], config.get("shift_factor"), config["latent_channels"]
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return LatentScale(factor, shift or 0.0)
+    if shift:
+        raise ValueError("its config has both shift_factor and latents_mean, and which of them is meant is not known")
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise ValueError(f"latents_mean and latents_std of its config are no {channels} numbers each, or not above 0")
+    return LatentScale(tuple(factor / value for value in std), tuple(mean))
+
+
 class Autoencoder:
-    """A diffusers AutoencoderKL, frozen and in eval mode, by hub id or folder. Raises FileNotFoundError if it is neither."""
+    """A diffusers AutoencoderKL, frozen and in eval mode, by hub id or folder. Raises FileNotFoundError if it is neither,
+    or not whole."""
 
     def __init__(self, name: str = DEFAULT_VAE, device: torch.device | str = "cpu"):
         from diffusers import AutoencoderKL  # seconds to import, and training without previews never needs it
@@ -51,16 +84,24 @@ class Autoencoder:
         if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
             raise FileNotFoundError(f"--vae {name}: there is no such folder, seen from {Path.cwd()}")
         try:
-            vae = AutoencoderKL.from_pretrained(name)
+            vae, loaded = AutoencoderKL.from_pretrained(name, output_loading_info=True)
+            written_for = AutoencoderKL.load_config(name).get("_class_name", "AutoencoderKL")
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(
                 f"--vae {name} cannot be loaded ({reason}): fetch it where there is a network with 'hf download {name} "
                 "--local-dir FOLDER', then pass --vae FOLDER"
             ) from None
+        if written_for != "AutoencoderKL":  # of which diffusers would take what fits
+            raise FileNotFoundError(f"--vae {name} is diffusers' {written_for}: an AutoencoderKL is needed")
+        if loaded["missing_keys"]:  # which diffusers would make up
+            raise FileNotFoundError(f"--vae {name} lacks weights of its config, {min(loaded['missing_keys'])} for one")
+        try:
+            self.scale = scale_of(vae.config)
+        except ValueError as error:
+            raise FileNotFoundError(f"--vae {name}: {error}") from None
         self.name = name
         self.vae = vae.float().eval().requires_grad_(False).to(device)
-        self.scale = LatentScale(vae.config.scaling_factor, vae.config.shift_factor or 0.0)
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # image side / latent side
 

@@ -11,29 +11,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError
-from files import lock, write_array, write_file
+from files import discarding, lock, write_file
 from grid import save_png
-from latent_cache import CacheError, Manifest, read_manifest, write_manifest
+from manifest import CacheError, Manifest, read_manifest, write_manifest
+from preprocessing.shards import Shard, add_images, file_of, statistics, write_shard
 from world import World
 
+IMAGES = {"keep_images": False}  # of a plan that does not say, as an older one
 LAST_BIT = ("batch_size", "shard_size")  # of a plan: what may differ between two calls for a cache that is whole
-AT_ONCE = 256  # images whose sums are taken at once, in float64
-
-
-class Shard(NamedTuple):
-    """What is kept of a stretch of images."""
-
-    arrays: dict[str, np.ndarray]  # moments and, with flips, mirrored: (n, 2C, h, w); labels: (n,) int64
-    skipped: list[dict]  # {file, reason} of each image that cannot be used
-    kinds: Counter  # of images met
 
 
 class Job(Protocol):
@@ -46,56 +40,19 @@ class Job(Protocol):
     shard_size: int
     what: str  # for the progress bar
 
-    def shards(self, numbers: list[int], progress: Callable[[int], None]) -> Iterator[tuple[int, Shard]]:
-        """(number, shard) of each, in this order; progress(n) is called after every few images."""
+    def shards(
+        self, dest: Path, numbers: list[int], progress: Callable[[int], None], only_images: bool
+    ) -> Iterator[tuple[int, Shard]]:
+        """(number, shard) of each, in this order; progress(n) is called after every few images. only_images: as add_images
+        takes them."""
 
     def preview(self) -> tuple[Image.Image, str]:
         """A picture that shows whether all is as it should be, and a line about it."""
 
 
-def file_of(number: int) -> str:
-    """The name of a shard's files."""
-    return f"{number:05d}.npy"
-
-
 def numbers_of(job: Job, shard: int) -> range:
     """The images of a shard, by their number in the source."""
     return range(shard * job.shard_size, min((shard + 1) * job.shard_size, job.images))
-
-
-def sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
-    """Of z ~ posterior and of z^2, per channel, over moments (n, 2C, h, w): E[z^2] = mean^2 + std^2."""
-    total, square = 0.0, 0.0
-    for array in arrays:
-        for start in range(0, len(array), AT_ONCE):
-            mean, std = np.split(array[start : start + AT_ONCE].astype(np.float64), 2, axis=1)
-            total = total + mean.sum((0, 2, 3))
-            square = square + (mean**2 + std**2).sum((0, 2, 3))
-    return {"sum": total.tolist(), "sum_of_squares": square.tolist()}
-
-
-def write_shard(dest: Path, number: int, shard: Shard) -> dict:
-    """Writes one whole; returns its entry for the manifest. Raises UserError for values that its dtype cannot hold."""
-    file, count = file_of(number), len(shard.arrays["labels"])
-    entry = {"file": file, "count": count, "sha256": {}, "skipped": shard.skipped, "kinds": dict(sorted(shard.kinds.items()))}
-    if count:
-        moments = [array for name, array in shard.arrays.items() if name != "labels"]
-        if not all(np.isfinite(array).all() for array in moments):
-            raise UserError(
-                f"shard {file} holds values that {moments[0].dtype} cannot: is it the right VAE for these images? "
-                "(--dtype float32 holds larger ones)"
-            )
-        entry |= sums(moments)
-        for name, array in shard.arrays.items():
-            entry["sha256"][name] = write_array(dest / name / file, array)
-    return entry
-
-
-def statistics(entries: list[dict], latent_shape: list[int], flips: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std per channel, (C,) each, of all shards, by their sums."""
-    values = sum(entry["count"] for entry in entries) * latent_shape[1] * latent_shape[2] * (1 + flips)
-    mean = np.sum([entry["sum"] for entry in entries], 0) / values
-    return mean, np.sqrt(np.sum([entry["sum_of_squares"] for entry in entries], 0) / values - mean**2)
 
 
 def entries_of(manifest: Manifest) -> list[dict]:
@@ -116,6 +73,13 @@ def make_manifest(job: Job, entries: list[dict]) -> Manifest:
     )  # fmt: skip
 
 
+def with_images(manifest: Manifest, entries: list[dict]) -> Manifest:
+    """Of a cache that has them now; the rest is what it was."""
+    kept = {"keep_images": True}
+    encoding = manifest.encoding | kept | {"plan": manifest.encoding["plan"] | kept}
+    return replace(manifest, images=True, shards=entries, encoding=encoding)
+
+
 def difference(then: dict, now: dict) -> str:
     """What of two plans differs, in words."""
 
@@ -133,9 +97,12 @@ def whole_cache(dest: Path, plan: dict) -> Manifest | None:
         manifest = read_manifest(dest)
     except CacheError as error:
         raise UserError(f"--dest {dest} holds a cache that this code cannot read: choose another folder ({error})") from None
-    changed = difference(manifest.encoding.get("plan", {}), {k: v for k, v in plan.items() if k not in LAST_BIT})
+    then, now = manifest.encoding.get("plan", {}), {k: v for k, v in plan.items() if k not in (*LAST_BIT, *IMAGES)}
+    changed = difference(then, now)
     if changed:
         raise UserError(f"--dest {dest} holds a cache made otherwise ({changed}); choose another folder or remove it")
+    if plan["keep_images"] and not manifest.images and then["shard_size"] != plan["shard_size"]:
+        raise UserError(f"--dest {dest} was made with --shard-size {then['shard_size']}: add the images with that")
     return manifest
 
 
@@ -144,14 +111,13 @@ def check_plan(dest: Path, plan: dict) -> None:
     so --skip-bad may come later.) Raises UserError."""
     path = dest / "partial" / "plan.json"
     if path.exists() and list(path.parent.glob("*.npy.json")):
-        changed = difference(json.loads(path.read_text()), plan)
+        changed = difference(IMAGES | json.loads(path.read_text()), plan)
         if changed:
-            raise UserError(
-                f"--dest {dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})"
-            )
+            raise UserError(f"{dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})")
     else:
         write_file(path, json.dumps(plan).encode())
-        (dest / "preview.png").unlink(missing_ok=True)  # of other settings, perhaps
+        if not (dest / "manifest.json").exists():
+            (dest / "preview.png").unlink(missing_ok=True)  # of other settings, perhaps
 
 
 def claim(dest: Path, held: ExitStack) -> None:
@@ -168,7 +134,7 @@ def claim(dest: Path, held: ExitStack) -> None:
         held.enter_context(lock(dest / "partial" / "lock.0"))
     except BlockingIOError:
         raise UserError(f"--dest {dest}: another process is working on it") from None
-    for folder in (dest, *(dest / name for name in ("partial", "moments", "mirrored", "labels"))):
+    for folder in (dest, *(dest / name for name in ("partial", "moments", "mirrored", "labels", "images"))):
         for leftover in folder.glob(".*.partial"):
             leftover.unlink()
 
@@ -201,33 +167,45 @@ def clear(dest: Path) -> None:
     (dest / "partial").rmdir()
 
 
-def make_shards(dest: Path, job: Job, todo: list[int], world: World, done: Callable[[int, dict], None]) -> None:
+def make_shards(
+    dest: Path, job: Job, todo: list[int], world: World, done: Callable[[int, dict], None], whole: dict[str, dict] | None = None
+) -> None:
     """This process's share of the shards `todo`, dealt by number: makes each, and writes it while the next is made.
-    done(number, entry) is called for each that is written, and also if one after it fails."""
+    done(number, entry) is called for each that is written, and also if one after it fails. whole: entries of shards that lack
+    their images and nothing else."""
     mine = todo[world.rank :: world.processes]
     left = sum(len(numbers_of(job, k)) for k in mine) * world.processes
 
     def write(number: int, shard: Shard) -> None:
-        done(number, write_shard(dest, number, shard))
+        with discarding(shard.images):
+            entry = write_shard(dest, number, shard) if whole is None else add_images(dest, whole[file_of(number)], shard)
+        done(number, entry)
 
     with (
         ThreadPoolExecutor(1) as writer,
         tqdm(total=left, unit="img", desc=job.what, disable=world.rank > 0, smoothing=0.05) as bar,
     ):
         before = None
-        for number, shard in job.shards(mine, lambda images: bar.update(images * world.processes)):
-            if before:
-                before.result()
+        made = job.shards(dest, mine, lambda images: bar.update(images * world.processes), whole is not None)
+        for number, shard in made:
+            with discarding(shard.images):
+                if before:
+                    before.result()
             before = writer.submit(write, number, shard)
         if before:
             before.result()
 
 
 def build(dest: Path, job: Job, world: World) -> Manifest:
-    """Makes what is missing of a cache, on all processes of `world`. Raises UserError."""
+    """Makes what is missing of a cache, on all processes of `world`: shards, or the images of all that it has. (Until those are
+    there, it is the whole cache without them that it was.) Raises UserError."""
     same_plan(job, world)
-    shards = range(-(-job.images // job.shard_size))
-    records = [dest / "partial" / f"{file_of(k)}.json" for k in shards]
+    manifest = world.first(lambda: whole_cache(dest, job.plan))
+    if manifest and (manifest.images or not job.plan["keep_images"]):
+        return manifest
+    whole = {entry["file"]: entry for entry in manifest.shards} if manifest else None
+    shards = [k for k in range(-(-job.images // job.shard_size)) if whole is None or file_of(k) in whole]
+    records = {k: dest / "partial" / f"{file_of(k)}.json" for k in shards}
 
     def is_done(shard: int) -> bool:
         if not records[shard].exists():
@@ -238,7 +216,7 @@ def build(dest: Path, job: Job, world: World) -> Manifest:
     def begin() -> list[int]:
         check_plan(dest, job.plan)
         todo = [k for k in shards if not is_done(k)]
-        if todo and not (dest / "preview.png").exists():
+        if todo and not whole and not (dest / "preview.png").exists():
             picture, line = job.preview()
             save_png(picture, dest / "preview.png")
             print(f"{dest / 'preview.png'}: {line}", flush=True)
@@ -250,14 +228,12 @@ def build(dest: Path, job: Job, world: World) -> Manifest:
         write_file(records[number], json.dumps(entry).encode())
         made[number] = entry
 
-    manifest = world.first(lambda: whole_cache(dest, job.plan))
-    if manifest:
-        return manifest
     with ExitStack() as held:
-        make_shards(dest, job, together(world, held, dest, begin), world, done)
+        make_shards(dest, job, together(world, held, dest, begin), world, done, whole)
         made = {number: entry for part in world.gather(made) for number, entry in part.items()}
         if world.rank == 0:  # what others have just written, a network disk may not show here yet
-            manifest = make_manifest(job, [made.get(k) or json.loads(records[k].read_text()) for k in shards])
+            entries = [made.get(k) or json.loads(records[k].read_text()) for k in shards]
+            manifest = with_images(manifest, entries) if manifest else make_manifest(job, entries)
             finish(dest, manifest)
         return world.broadcast(manifest)
 
@@ -273,31 +249,32 @@ def finish(dest: Path, manifest: Manifest) -> None:
     clear(dest)
 
 
-def redo(dest: Path, job: Job, shards: list[int], world: World) -> list[str]:
-    """Makes some shards of a whole cache again; returns the files that are not what they were. Raises UserError if the job is
-    not the one that made the cache."""
+def redo(dest: Path, job: Job, shards: list[int], images: list[int], world: World) -> list[str]:
+    """Makes some shards of a whole cache again, and of others the images alone; returns the files that are not what they were.
+    Raises UserError if the job is not the one that made the cache."""
     manifest = read_manifest(dest)
-    changed = difference(manifest.encoding.get("plan", {}), job.plan)
+    changed = difference(IMAGES | manifest.encoding.get("plan", {}), job.plan)
     if changed:
         raise UserError(f"{dest} was made otherwise than it would be now ({changed}): name what it was made of")
     same_plan(job, world)
+    whole = {entry["file"]: entry for entry in manifest.shards}
     with ExitStack() as held:
         together(world, held, dest, lambda: None)
         mine: dict[str, dict] = {}
-        make_shards(dest, job, shards, world, lambda _, entry: mine.update({entry["file"]: entry}))
+        for numbers, lacking in ((shards, None), (images, whole)):
+            make_shards(dest, job, numbers, world, lambda _, entry: mine.update({entry["file"]: entry}), lacking)
         new = {file: entry for part in world.gather(mine) for file, entry in part.items()}
         if world.rank == 0:
             finish(dest, make_manifest(job, [new.get(entry["file"], entry) for entry in entries_of(manifest)]))
         world.barrier()
-    before = {entry["file"]: entry["sha256"] for entry in manifest.shards}
-    return sorted(file for file, entry in new.items() if entry["sha256"] != before.get(file))
+    return sorted(file for file, entry in new.items() if entry["sha256"] != whole.get(file, {}).get("sha256"))
 
 
 def summary(dest: Path, manifest: Manifest) -> str:
     """What the cache is, and what was met in the images, in a few lines."""
     shape = "x".join(map(str, manifest.latent_shape))
-    std = ", ".join(f"{value * manifest.scale:.2f}" for value in manifest.std)
-    mirrored = " and as many mirrored" if manifest.flips else ""
+    std = ", ".join(f"{value:.2f}" for value in np.multiply(manifest.std, manifest.scale))
+    mirrored = (" and as many mirrored" if manifest.flips else "") + (", the images too" if manifest.images else "")
     lines = [
         f"{dest}: {manifest.count:,} images{mirrored}, {manifest.num_classes} classes, latents {shape}, std per channel {std}"
     ]

@@ -38,6 +38,8 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=cli.seed, default=0, help="of random crops")
     add("--background", choices=BACKGROUNDS, default="white", help="what transparent images are laid over")
     add("--flip", action="store_true", help="encode the mirror images too; training picks one of the two each time")
+    add("--keep-images", action="store_true", help="keep the cropped images too, as uint8, for --align repa; a whole cache "
+        "gets them by the same command again with this flag")
 
     add = parser.add_argument_group("autoencoder").add_argument
     add("--vae", default=DEFAULT_VAE, help="any diffusers AutoencoderKL: hub id or folder")
@@ -61,10 +63,12 @@ def main() -> None:
         raise UserError(f"--dest {args.dest} lies in --source {args.source}: its preview would be taken for an image")
     world = World()
     job = Encoding(Settings(**given), args.device, args.num_workers, world)
-    before = (args.dest / "manifest.json").exists()
+    path = args.dest / "manifest.json"
+    before = path.read_bytes() if path.exists() else b""
     manifest = build(args.dest, job, world)
     if world.rank == 0:
-        print(f"{args.dest} is complete: {manifest.count:,} images" if before else summary(args.dest, manifest))
+        complete = path.read_bytes() == before
+        print(f"{args.dest} is complete: {manifest.count:,} images" if complete else summary(args.dest, manifest))
     world.close()
 
 

@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cli import UserError
+from files import GrowingArray, discarding
 from models.autoencoder import DEFAULT_VAE, Autoencoder
-from preprocessing.build import Shard, file_of, numbers_of
+from preprocessing.build import numbers_of
 from preprocessing.images import BadImage, Square, Unreadable, bad_line
 from preprocessing.preview import compare, spread
+from preprocessing.shards import Shard, file_of
 from preprocessing.sources import open_source
 from world import World
 
@@ -50,6 +52,7 @@ class Settings:
     batch_size: int = 0
     dtype: str = "float16"
     shard_size: int = 8192
+    keep_images: bool = False
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Decoded:
     bad: list[tuple[int, str]]  # number and reason
     kinds: Counter
     failed: tuple[int, str] | None = None  # an image that could not be read, good or bad, and why
+    begins: bool = False  # whether it is its shard's first
 
     def pin_memory(self) -> "Decoded":
         """For the loader, which left to itself would copy what is in here, and add the Counter to itself."""
@@ -79,6 +83,7 @@ class Encoded(NamedTuple):
     bad: list[tuple[int, str]]
     kinds: Counter
     landed: torch.cuda.Event | None
+    pixels: np.ndarray | None  # (B, 3, S, S) uint8, where they are kept
 
 
 class Batches(Dataset):
@@ -106,7 +111,8 @@ class Batches(Dataset):
             good.append(i)
         side = self.square.side
         stacked = np.stack(pixels) if pixels else np.empty((0, 3, side, side), np.uint8)
-        return Decoded(shard, len(numbers), torch.from_numpy(stacked), self.source.labels[good], bad, kinds)
+        labels, begins = self.source.labels[good], k == 0 or self.batches[k - 1][0] != shard
+        return Decoded(shard, len(numbers), torch.from_numpy(stacked), labels, bad, kinds, begins=begins)
 
 
 def lasting(path: str | None) -> str | None:
@@ -179,7 +185,8 @@ class Encoding:
         self.settings = asdict(settings) | {"batch_size": self.batch_size, "made_by": "encode_latents"}
         self.settings |= {name: lasting(self.settings[name]) for name in ("source", "labels", "vae")}
         self.precision, self.dtype, self.flip = settings.precision, DTYPES[settings.dtype], settings.flip
-        self.skip_bad, self.shard_size = settings.skip_bad, settings.shard_size
+        self.skip_bad, self.shard_size, self.keep_images = settings.skip_bad, settings.shard_size, settings.keep_images
+        self.pixels = (3, settings.resolution, settings.resolution)
         self.square = Square(settings.resolution, settings.crop, settings.background, settings.seed)
         self.images = min(settings.limit or len(self.source), len(self.source))
         side = settings.resolution // self.vae.factor
@@ -189,7 +196,7 @@ class Encoding:
             "crop": settings.crop, "seed": settings.seed if random else None, "background": settings.background,
             "flip": settings.flip, "vae_fingerprint": self.vae.fingerprint(), "precision": settings.precision,
             "dtype": settings.dtype, "shard_size": self.shard_size, "batch_size": self.batch_size,
-            "names_and_labels": self.source.digest(self.images),
+            "keep_images": settings.keep_images, "names_and_labels": self.source.digest(self.images),
         }  # fmt: skip
         self.manifest: dict[str, Any] = {
             "source": settings.source, "num_classes": len(self.source.class_names), "class_names": self.source.class_names,
@@ -197,10 +204,17 @@ class Encoding:
             "vae": settings.vae, "vae_fingerprint": self.plan["vae_fingerprint"],
             "scale": self.vae.scale.scale, "shift": self.vae.scale.shift,
             "latent_shape": [self.vae.channels, side, side], "dtype": settings.dtype, "flips": settings.flip,
+            "images": settings.keep_images,
         }  # fmt: skip
 
-    def shards(self, numbers: list[int], progress: Callable[[int], None]) -> Iterator[tuple[int, Shard]]:
-        """(number, shard) of each, in this order."""
+    def shards(
+        self, dest: Path, numbers: list[int], progress: Callable[[int], None], only_images: bool = False
+    ) -> Iterator[tuple[int, Shard]]:
+        """(number, shard) of each, in this order. only_images: of the moments only those of a shard's first batch."""
+
+        def encode(batch: Decoded) -> Encoded:
+            return self._encode(batch, not only_images or batch.begins)
+
         batches = []
         for shard in numbers:
             images = numbers_of(self, shard)
@@ -210,9 +224,12 @@ class Encoding:
             worker_init_fn=in_worker, collate_fn=unchanged, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         with ThreadPoolExecutor(self.threads, initializer=self._in_thread) as pool:
-            encoded = in_order(pool, self._encode, self._checked(loader), self.threads)
+            encoded = in_order(pool, encode, self._checked(loader), self.threads)
             for shard, group in itertools.groupby(encoded, key=lambda batch: batch.shard):
-                yield shard, self._joined(shard, group, progress)
+                images = GrowingArray(dest / "images" / file_of(shard), np.uint8, self.pixels) if self.keep_images else None
+                with discarding(images):
+                    joined = self._joined(shard, group, progress, images)
+                yield shard, joined
 
     def _in_thread(self) -> None:
         if self.device.type == "cuda":
@@ -237,10 +254,11 @@ class Encoding:
                 f"a process that decodes images ended ({reason}): with less in memory, --num-workers 1, run it again"
             ) from None
 
-    def _encode(self, batch: Decoded) -> Encoded:
-        pixels = batch.pixels.to(self.device, non_blocking=True)
-        sides = {"moments": pixels} | ({"mirrored": pixels.flip(-1)} if self.flip else {})
-        moments, landed, on_gpu = {}, None, self.device.type == "cuda"
+    def _encode(self, batch: Decoded, moments_too: bool = True) -> Encoded:
+        moments, landed, on_gpu, sides = {}, None, self.device.type == "cuda", {}
+        if moments_too:
+            pixels = batch.pixels.to(self.device, non_blocking=True)
+            sides = {"moments": pixels} | ({"mirrored": pixels.flip(-1)} if self.flip else {})
         for name, images in sides.items():
             if len(images):
                 try:
@@ -252,22 +270,27 @@ class Encoding:
                     ) from None
                 moments[name] = torch.empty(values.shape, dtype=self.dtype, pin_memory=on_gpu)
                 moments[name].copy_(values, non_blocking=True)
-        if on_gpu:
+        if on_gpu and moments:
             landed = torch.cuda.Event()
             landed.record(torch.cuda.current_stream(self.device))
-        return Encoded(batch.shard, batch.read, moments, batch.labels, batch.bad, batch.kinds, landed)
+        kept = batch.pixels.numpy() if self.keep_images else None
+        return Encoded(batch.shard, batch.read, moments, batch.labels, batch.bad, batch.kinds, landed, kept)
 
-    def _joined(self, shard: int, batches: Iterator[Encoded], progress: Callable[[int], None]) -> Shard:
+    def _joined(
+        self, shard: int, batches: Iterator[Encoded], progress: Callable[[int], None], images: GrowingArray | None
+    ) -> Shard:
         latent = self.manifest["latent_shape"]
         shape = (len(numbers_of(self, shard)), 2 * latent[0], *latent[1:])
         arrays = {name: np.empty(shape, self.settings["dtype"]) for name in ("moments", "mirrored")[: 1 + self.flip]}
-        labels, skipped, kinds, filled, left = [], [], Counter(), 0, shape[0]
+        labels, skipped, kinds, filled, left = [], [], Counter(), Counter(), shape[0]
         for batch in batches:
             if batch.landed:
                 batch.landed.synchronize()
             for name, moments in batch.moments.items():
-                arrays[name][filled : filled + len(moments)] = moments.numpy()
-            filled += len(batch.labels)
+                arrays[name][filled[name] : filled[name] + len(moments)] = moments.numpy()
+                filled[name] += len(moments)
+            if images:
+                images.append(batch.pixels)
             labels.append(batch.labels)
             kinds.update(batch.kinds)
             skipped += [{"file": self.source.names[i], "shard": file_of(shard), "reason": reason} for i, reason in batch.bad]
@@ -275,8 +298,8 @@ class Encoding:
             left -= batch.read
             if not left:  # or the next batch would be waited for, which may never come
                 break
-        arrays = {name: array[:filled] for name, array in arrays.items()}
-        return Shard(arrays | {"labels": np.concatenate(labels).astype(np.int64)}, skipped, kinds)
+        arrays = {name: array[: filled[name]] for name, array in arrays.items()}
+        return Shard(arrays | {"labels": np.concatenate(labels).astype(np.int64)}, skipped, kinds, images)
 
     def preview(self) -> tuple[Image.Image, str]:
         """Images spread over the source beside what the VAE makes of them, through the cache's own dtype."""

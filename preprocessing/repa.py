@@ -2,7 +2,7 @@
 
 vae-sd/00000/img-mean-std-00000000.npy  (2C, h, w) float32, posterior mean and standard deviation
 vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-00000000.npy", class], ...]}
-images/00000/img00000000.png            what they were made of; only looked at, for preview.png"""
+images/00000/img00000000.png            what they were made of: for preview.png, and with --keep-images for the cache"""
 
 import errno
 import os
@@ -20,12 +20,14 @@ import torch
 from PIL import Image
 
 from cli import UserError
+from files import GrowingArray, discarding
 from models.autoencoder import DEFAULT_VAE, Autoencoder
-from preprocessing.build import Shard, file_of, numbers_of
-from preprocessing.encoding import lasting
-from preprocessing.images import BadImage, Square, bad_line
+from preprocessing.build import numbers_of
+from preprocessing.encoding import in_order, lasting
+from preprocessing.images import BadImage, Square, Unreadable, bad_line
 from preprocessing.labels import labelled, read_json, some
 from preprocessing.preview import compare, spread
+from preprocessing.shards import Shard, file_of
 from preprocessing.sources import ImageSource
 
 READERS = 16  # threads that read small files, which is waiting for the most part
@@ -40,6 +42,7 @@ class Settings:
     vae: str = DEFAULT_VAE
     dtype: str = "float16"
     shard_size: int = 8192
+    keep_images: bool = False
 
 
 class Import:
@@ -54,7 +57,7 @@ class Import:
         self.pixels = self.root.parent / "images"
         self.source = open_moments(self.root)
         self.what, self.images, self.shard_size = f"importing {root.name}", len(self.source), settings.shard_size
-        self.skip_bad, self.dtype = settings.skip_bad, np.dtype(settings.dtype)
+        self.skip_bad, self.dtype, self.keep_images = settings.skip_bad, np.dtype(settings.dtype), settings.keep_images
         try:
             self.vae = Autoencoder(settings.vae, device)
         except FileNotFoundError as error:
@@ -65,13 +68,15 @@ class Import:
         self.settings |= {name: lasting(self.settings[name]) for name in ("source", "vae")}
         self.plan: dict[str, Any] = {
             "images": self.images, "vae_fingerprint": self.vae.fingerprint(), "dtype": settings.dtype,
-            "shard_size": settings.shard_size, "names_and_labels": self.source.digest(self.images),
+            "shard_size": settings.shard_size, "keep_images": settings.keep_images,
+            "names_and_labels": self.source.digest(self.images),
         }  # fmt: skip
         self.manifest: dict[str, Any] = {
             "source": settings.source, "num_classes": len(self.source.class_names), "class_names": self.source.class_names,
             "resolution": side * self.vae.factor, "crop": "as imported", "vae": settings.vae,
             "vae_fingerprint": self.plan["vae_fingerprint"], "scale": self.vae.scale.scale, "shift": self.vae.scale.shift,
             "latent_shape": [channels, side, side], "dtype": settings.dtype, "flips": False,
+            "images": settings.keep_images,
         }  # fmt: skip
 
     def _shape_of_first(self) -> tuple[int, int, int]:
@@ -117,25 +122,51 @@ class Import:
                 return BadImage(f"it has values that {self.dtype} cannot hold")
         return moments
 
-    def shards(self, numbers: list[int], progress: Callable[[int], None]) -> Iterator[tuple[int, Shard]]:
-        """(number, shard) of each, in this order."""
+    def _read_both(self, i: int) -> tuple[np.ndarray, np.ndarray | None] | BadImage:
+        """Moments and, where images are kept, the image."""
+        moments = self._read(i)
+        if isinstance(moments, BadImage) or not self.keep_images:
+            return moments if isinstance(moments, BadImage) else (moments, None)
+        try:
+            pixels = self._image_of(self.source.names[i])
+        except BadImage as error:
+            return BadImage(f"its image: {error}")
+        except Unreadable as error:
+            line = bad_line("SRC", self.source, i, error, "has an image that could not be read")
+            raise UserError(f"{line}: when that is mended, run the same command again") from None
+        return BadImage(f"its image is not in {self.pixels}") if pixels is None else (moments, pixels.numpy())
+
+    def shards(
+        self, dest: Path, numbers: list[int], progress: Callable[[int], None], only_images: bool = False
+    ) -> Iterator[tuple[int, Shard]]:
+        """(number, shard) of each, in this order. Also for the images alone the moments are read, to be compared."""
+        for shard in numbers:
+            images, side = None, self.manifest["resolution"]
+            if self.keep_images:
+                images = GrowingArray(dest / "images" / file_of(shard), np.uint8, (3, side, side))
+            with discarding(images):
+                made = self._shard(shard, progress, images)
+            yield shard, made
+
+    def _shard(self, shard: int, progress: Callable[[int], None], images: GrowingArray | None) -> Shard:
+        numbers, labels, skipped = numbers_of(self, shard), [], []
+        moments = np.empty((len(numbers), *self.shape), self.dtype)
         with ThreadPoolExecutor(READERS) as pool:
-            for shard in numbers:
-                images = numbers_of(self, shard)
-                moments, labels, skipped = np.empty((len(images), *self.shape), self.dtype), [], []
-                for i, values in zip(images, pool.map(self._read, images)):
-                    if isinstance(values, BadImage):
-                        if not self.skip_bad:
-                            pool.shutdown(cancel_futures=True)
-                            raise UserError(f"{bad_line('SRC', self.source, i, values)}; mend it or pass --skip-bad")
-                        skipped.append({"file": self.source.names[i], "shard": file_of(shard), "reason": str(values)})
-                    else:
-                        moments[len(labels)] = values
-                        labels.append(self.source.labels[i])
-                    if (i + 1) % 256 == 0 or i == images[-1]:
-                        progress(i % 256 + 1 if i >= images[0] + 255 else i - images[0] + 1)
-                arrays = {"moments": moments[: len(labels)], "labels": np.array(labels, np.int64)}
-                yield shard, Shard(arrays, skipped, Counter({"imported moments": len(labels)} if labels else {}))
+            for i, read in zip(numbers, in_order(pool, self._read_both, numbers, 4 * READERS)):
+                if isinstance(read, BadImage):
+                    if not self.skip_bad:
+                        pool.shutdown(cancel_futures=True)
+                        raise UserError(f"{bad_line('SRC', self.source, i, read)}; mend it or pass --skip-bad")
+                    skipped.append({"file": self.source.names[i], "shard": file_of(shard), "reason": str(read)})
+                else:
+                    moments[len(labels)] = read[0]
+                    labels.append(self.source.labels[i])
+                    if images:
+                        images.append(read[1][None])
+                if (i + 1) % 256 == 0 or i == numbers[-1]:
+                    progress(i % 256 + 1 if i >= numbers[0] + 255 else i - numbers[0] + 1)
+        arrays = {"moments": moments[: len(labels)], "labels": np.array(labels, np.int64)}
+        return Shard(arrays, skipped, Counter({"imported moments": len(labels)} if labels else {}), images)
 
     def preview(self) -> tuple[Image.Image, str]:
         """Moments spread over the tree, decoded, beside the images they were made of where those are kept."""
@@ -145,19 +176,19 @@ class Import:
             if not isinstance(values, BadImage):
                 names.append(self.source.class_names[self.source.labels[i]])
                 moments.append(torch.from_numpy(values.astype(self.dtype))[None])
-                images.append(self._image_of(self.source.names[i]))
+                images.append(None)
+                with suppress(BadImage):
+                    images[-1] = self._image_of(self.source.names[i])
         return compare(names, images, moments, self.vae)
 
     def _image_of(self, name: str) -> torch.Tensor | None:
+        """Raises BadImage."""
         digits = re.findall(r"\d+", Path(name).stem)
         path = Path(name).parent / f"img{digits[-1]}.png" if digits else None
         if path is None or not (self.pixels / path).exists():
             return None
         source = ImageSource(self.pixels, [str(path)], np.zeros(1, np.int64), ["0"])
-        try:
-            return torch.from_numpy(Square(self.manifest["resolution"]).read(source, 0).pixels.copy())
-        except BadImage:
-            return None
+        return torch.from_numpy(Square(self.manifest["resolution"]).read(source, 0).pixels.copy())
 
 
 def open_moments(root: Path) -> ImageSource:

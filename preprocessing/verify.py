@@ -22,7 +22,8 @@ from cli import UserError
 from files import sha256
 from latent_cache import CacheError, Manifest, read_manifest
 from preprocessing import encoding, repa
-from preprocessing.build import AT_ONCE, Job, redo, statistics, sums
+from preprocessing.build import Job, redo
+from preprocessing.shards import AT_ONCE, statistics, sums
 from world import World
 
 
@@ -45,6 +46,7 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
     """What is wrong with a shard, in words; nothing if it is sound."""
     arrays, found = {}, []
     channels, *side = manifest.latent_shape
+    rows = {"labels": ((), np.int64), "images": ((3, manifest.resolution, manifest.resolution), np.uint8)}
     for folder in manifest.folders:
         path = root / folder / entry["file"]
         try:
@@ -54,13 +56,13 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
         except (OSError, ValueError, EOFError) as error:
             found.append(f"{folder}: cannot be read ({error})")
             continue
-        labels = folder == "labels"
-        expected = (entry["count"],) if labels else (entry["count"], 2 * channels, *side)
-        dtype = np.dtype(np.int64 if labels else manifest.dtype)
+        row, dtype = rows.get(folder, ((2 * channels, *side), manifest.dtype))
+        expected, dtype = (entry["count"], *row), np.dtype(dtype)
         if (arrays[folder].shape, arrays[folder].dtype) != (expected, dtype):
             array = arrays.pop(folder)
             found.append(f"{folder}: is {array.dtype} {array.shape}, should be {dtype} {expected}")
     labels = arrays.pop("labels", None)
+    arrays.pop("images", None)
     if labels is not None and labels.size and not 0 <= labels.min() <= labels.max() < manifest.num_classes:
         found.append(f"labels: from {labels.min()} to {labels.max()}, should be from 0 to {manifest.num_classes - 1}")
     for folder, array in arrays.items():
@@ -112,7 +114,8 @@ def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> Job:
         raise UserError(f"{args.data}: its manifest does not say how it was made; encode the images again into another folder")
     moved = {"source": args.source and str(args.source), "labels": args.labels and str(args.labels), "vae": args.vae}
     recorded |= {key: value for key, value in moved.items() if value}
-    settings = kinds[made_by](**{field.name: recorded[field.name] for field in fields(kinds[made_by])})
+    known = {field.name for field in fields(kinds[made_by])} & recorded.keys()
+    settings = kinds[made_by](**{name: recorded[name] for name in known})
     if made_by == "import_repa":
         return repa.Import(settings, args.device)
     return encoding.Encoding(settings, args.device, args.num_workers, world)
@@ -141,10 +144,12 @@ def main() -> None:
     elif not args.repair:
         raise UserError(f"{args.data}: {len(found)} of {len(manifest.shards)} shards are not sound: --repair makes them again")
     else:
-        numbers = sorted(int(Path(file).stem) for file in found)
-        changed = redo(args.data, job_of(manifest, args, world), numbers, world)
+        numbers, images = [], []
+        for file, wrong in sorted(found.items()):
+            (images if all(line.startswith("images:") for line in wrong) else numbers).append(int(Path(file).stem))
+        changed = redo(args.data, job_of(manifest, args, world), numbers, images, world)
         if world.rank == 0:
-            print(f"{args.data}: made {len(numbers)} of {len(manifest.shards)} shards again")
+            print(f"{args.data}: made {len(found)} of {len(manifest.shards)} shards again")
             for file in changed:
                 print(
                     f"{file} is not to the byte what it was: another machine, or other images; manifest.json has the new sha256"

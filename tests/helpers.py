@@ -16,15 +16,18 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def make_vae(folder: Path, seed: int = 0, latent_channels: int = 4, shift: float | None = 0.25) -> Path:
-    """A random AutoencoderKL, f4, as save_pretrained writes it."""
+def make_vae(
+    folder: Path, seed: int = 0, latent_channels: int = 4, shift: float | None = 0.25, blocks: int = 3, **config
+) -> Path:
+    """A random AutoencoderKL, f4 with three blocks, as save_pretrained writes it. config: what else it is made with."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
+    config = {"scaling_factor": 0.7, "shift_factor": shift} | config
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels, sample_size=32,
-        scaling_factor=0.7, shift_factor=shift,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks, layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels,
+        sample_size=32, **config,
     )  # fmt: skip
     vae.save_pretrained(folder)
     return folder

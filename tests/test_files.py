@@ -100,3 +100,20 @@ def test_an_npz_of_statistics_alone_holds_no_images(tmp_path):
     write_npz(tmp_path / "s.npz", None, (0, 4, 4, 3), mu=np.arange(3))
     with np.load(tmp_path / "s.npz") as content:
         assert content.files == ["mu"] and content["mu"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (7, 3, 2), (12345, 1)])
+def test_an_array_that_grows_is_numpys_file_and_appears_when_it_is_finished(tmp_path, shape):
+    array = np.arange(np.prod(shape), dtype=np.uint8 if len(shape) == 3 else np.int64).reshape(shape)
+    np.save(tmp_path / "numpys.npy", array)
+    growing = files.GrowingArray(tmp_path / "ours.npy", array.dtype, shape[1:])
+    for part in np.array_split(array, 3):
+        growing.append(part)
+    assert not (tmp_path / "ours.npy").exists()
+    digest = growing.finish()
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
+    assert digest == hashlib.sha256((tmp_path / "ours.npy").read_bytes()).hexdigest()
+    other = files.GrowingArray(tmp_path / "other.npy", array.dtype, shape[1:])
+    other.append(array)
+    other.discard()
+    assert sorted(os.listdir(tmp_path)) == ["numpys.npy", "ours.npy"]

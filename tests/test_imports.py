@@ -12,6 +12,7 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} &
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
 SCRIPTS = {
     "train", "sample_ddp", "preprocessing.encode_latents", "preprocessing.import_repa", "preprocessing.verify",
+    "preprocessing.encode_features",
     "evaluations.evaluate", "evaluations.curves", "evaluations.export", "evaluations.reference", "evaluations.report",
 }  # fmt: skip
 NUMERIC = {"torch", "numpy"}
@@ -26,7 +27,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "interpolant": (set(), {"torch"}),
     "machine": (set(), set()),
     "world": ({"machine"}, {"torch"}),
-    "latent_cache": ({"files", "machine"}, {*NUMERIC, "tqdm"}),
+    "manifest": ({"files"}, {"numpy"}),
+    "latent_cache": ({"machine", "manifest"}, {*NUMERIC, "tqdm"}),
     "dataset": ({"keyed_random", "latent_cache"}, NUMERIC),
     "checkpoint": ({"files"}, {"torch", "safetensors"}),
     "pretrained": ({"checkpoint", "cli", "files", "models"}, {"torch"}),
@@ -69,7 +71,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "tqdm"},
     ),
     "preprocessing": (
-        {*LEAVES, "grid", "keyed_random", "latent_cache", "models", "preprocessing", "world"},
+        {*LEAVES, "grid", "keyed_random", "latent_cache", "manifest", "models", "preprocessing", "world"},
         {*NUMERIC, "PIL", "tqdm", "pyarrow"},
     ),
     "evaluations": (
