@@ -24,6 +24,7 @@ def vit(tmp_path_factory):
     network = timm.create_model("test_vit", num_classes=0)
     with torch.no_grad():
         network.pos_embed.normal_()  # of 0.02 nobody would notice which is where
+        network.norm.weight.uniform_(0.5, 2)  # twice the same norm would be once
     path = tmp_path_factory.mktemp("vit") / "w.pth"
     torch.save(network.state_dict(), path)
     return path
@@ -94,7 +95,7 @@ def test_tokens_that_stand_for_no_place_are_dropped():
     rows = torch.arange(9.0)[None, :, None].expand(1, 9, 2)
     assert torch.equal(patch_tokens(Network(grid, output_fmt="NHWC"), None), rows)
     assert torch.equal(patch_tokens(Network(grid.permute(0, 3, 1, 2)), None), rows)
-    for features in (row, [grid], rows[:, 0]):
+    for features in (row, [grid], torch.zeros(1, 4)):
         with pytest.raises(encoder.NotSquare):
             patch_tokens(Network(features), None)
 
@@ -109,34 +110,36 @@ def test_another_grid_keeps_what_is_constant_and_the_mean_of_a_ramp():
         torch.testing.assert_close(small[..., 1], torch.ones(1, side**2))
         torch.testing.assert_close(small[0, :side, 0], small[0, -side:, 0])  # rows stay rows
         assert small[0, 1, 0] > small[0, 0, 0]
-    one = torch.eye(196)[None]  # what each token gives away
-    torch.testing.assert_close(resample(one, 7).sum(1), torch.full((1, 196), 0.25), rtol=0.3, atol=0)
+    shares = resample(torch.eye(196)[None], 4).sum(1)  # what each token gives away
+    assert shares.min() > 0.02 and shares.max() < 0.2
 
 
 def test_it_is_frozen_in_eval_mode_and_lets_no_gradient_through(vit):
     ours = Encoder("test_vit", 32, 4, vit, side=64)
     holder = torch.nn.Sequential(ours).train()
     assert not any(module.training for module in ours.modules())
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
     with torch.enable_grad():
-        tokens = holder(images(1, 32))
-    assert not tokens.requires_grad and not any(parameter.requires_grad for parameter in ours.parameters())
+        tokens = holder.requires_grad_()(images(1, 32))
+    assert not tokens.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         inside = ours(images(1, 32))
     assert torch.equal(inside, tokens)
     half = Encoder("test_vit", 32, 4, vit, side=64, dtype=torch.bfloat16)(images(1, 32))
-    assert half.dtype == torch.float32
+    convolutional = Encoder("lcnet_035", 32, 2, pretrained=False, side=64, dtype=torch.bfloat16)
+    assert half.dtype == convolutional(images(1, 32)).dtype == torch.float32
     assert 0 < (half - tokens).abs().max() < 0.1
     with pytest.raises(AssertionError, match="float32"):
         ours(images(1, 32) / 255)
 
 
 def test_the_fingerprint_knows_weights_and_settings(vit):
-    prints = [Encoder("test_vit", 32, 4, vit, side=64).fingerprint, Encoder("test_vit", 32, 4, vit, side=80).fingerprint]
-    prints += [
-        Encoder("test_vit", 32, 2, vit, side=64).fingerprint,
-        Encoder("test_vit", 32, 4, None, False, side=64).fingerprint,
-    ]
-    assert len(set(prints)) == 4
+    prints = [Encoder("test_vit", 32, grid, vit, side=64).fingerprint for grid in (4, 2)]
+    prints.append(Encoder("test_vit", 32, 4, pretrained=False, side=64).fingerprint)
+    for side in (64, 96):  # the same weights, whatever the side
+        torch.manual_seed(0)
+        prints.append(Encoder("test_convnext", 32, 4, pretrained=False, side=side).fingerprint)
+    assert len(set(prints)) == 5
     assert Encoder("test_vit", 32, 4, vit, side=64, dtype=torch.bfloat16).fingerprint == prints[0]
 
 
