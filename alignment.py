@@ -117,7 +117,7 @@ def data_of(manifest: Manifest, features: dict[str, dict] | None = None) -> Data
     """What methods of alignment may ask of a cache; `features` are those that it holds of encoders."""
     return Data(
         manifest.resolution, LatentScale(manifest.scale, manifest.shift), manifest.mean, manifest.std,
-        getattr(manifest, "images", False), features,
+        manifest.images, features,
     )  # fmt: skip
 
 

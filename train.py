@@ -102,11 +102,11 @@ class Step:
 
 def train(
     args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, state: TrainState, log: Log,
-    targets: dict[str, Target], monitor: Monitor, writer: Writer, request: StopRequest,
+    targets: dict[str, Target], extra: str | None, monitor: Monitor, writer: Writer, request: StopRequest,
 ) -> bool:  # fmt: skip
     """Steps, and what is due after each. Returns whether the run is finished, not stopped by a signal."""
     rank, processes = accelerator.process_index, accelerator.num_processes
-    stream = TrainingStream(cache, args.seed, args.batch_size, rank, processes)
+    stream = TrainingStream(cache, args.seed, args.batch_size, rank, processes, extra)
     pin_memory = accelerator.device.type == "cuda"
     batches = stream.loader(state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals)
     step = Step(args, accelerator, cache.manifest, state, targets, log.guard)
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
     check_cache(args, cache)
-    data = alignment.data_of(cache.manifest)
+    data = alignment.data_of(cache.manifest, cache.stored_features())
     config = make_config(args, cache.manifest, data)
     flags = check_same_run(args, folder)
     # what the first process sees, since on a network disk others may see it later
@@ -256,6 +256,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
             held.enter_context(claim(folder, saved))
         state = build(args, config, device)
         targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
+        extra = alignment.extra(targets)
         if saved:
             progress = verify(saved[-1])
             check_same_data(args, folder, read_config(saved[-1]), config)
@@ -285,7 +286,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     monitor = Monitor(args, log, preview, evaluator, start, measured)
     try:
         with Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-            finished = train(args, accelerator, cache, state, log, targets, monitor, writer, request)
+            finished = train(args, accelerator, cache, state, log, targets, extra, monitor, writer, request)
     except CacheError as error:  # of a loader process: the last line is what went wrong
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("latent_cache.CacheError: ")) from None
     how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
