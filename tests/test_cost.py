@@ -66,18 +66,14 @@ def host(backward=lambda loss: loss.backward()) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def counted(call, tmp_path, model: str) -> dict[str, dict]:
+def test_sit_xl_by_hand(call, tmp_path):
+    """256 tokens of width 1152 through 28 blocks, a head of 2304 (sra2, sra) or 2048 (repa); 16 numbers a patch."""
     ways = ["none", "sra2", "repa", "sra", "sra2+repa"]
-    code, out = call(cost, "--model", model, "--align", *ways, "--no-timing", "--json", tmp_path / "a.json")
+    code, out = call(cost, "--model", "SiT-XL/2", "--align", *ways, "--no-timing", "--json", tmp_path / "a.json")
     assert code == 0, out
     result = json.loads((tmp_path / "a.json").read_text())
     assert table.cost_table([result]) in out and list(result["results"]) == ways
-    return result["results"]
-
-
-def test_sit_xl_by_hand(call, tmp_path):
-    """256 tokens of width 1152 through 28 blocks, a head of 2304 (sra2, sra) or 2048 (repa); 16 numbers a patch."""
-    of, d, n = counted(call, tmp_path, "SiT-XL/2"), 1152, 256
+    of, d, n = result["results"], 1152, 256
     # queries, keys, values 3, their output 1, the MLP 4 + 4, modulation 6: 18 d x d, and as many biases but 3 x d
     weights = 28 * (18 * d * d + 15 * d) + (2 * d * d + 2 * d)
     weights += (16 * d + d) + (256 * d + d + d * d + d) + 1001 * d + n * d + (16 * d + 16)
@@ -106,13 +102,14 @@ def test_sit_xl_by_hand(call, tmp_path):
     )
 
 
-def test_sit_b_by_hand(call, tmp_path):
+def test_sit_b_by_hand():
     """The paper's head of 8M parameters; sra's teacher is block 9 of 12."""
-    of, d, n = counted(call, tmp_path, "SiT-B/2"), 768, 256
-    head = d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16
-    assert of["sra2"]["parameters"]["heads"] == head and head / 1e6 == pytest.approx(8.3, abs=0.05)
+    planned, d, n = train_step.plan(tiny(model="SiT-B/2", latent_size=32), ["sra2+sra"]), 768, 256
+    figures = cost.counts(planned, "sra2+sra")
+    sra2, sra = d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16, d * 1536 + 1536 + 1536 * d + d
+    assert figures["parameters"]["heads"] == sra2 + sra and sra2 / 1e6 == pytest.approx(8.3, abs=0.05)
     block = n * 12 * d * d + 2 * n * n * d + 6 * d * d
-    assert of["sra"]["forward_flops"]["targets"] == 2 * (9 * block + n * 16 * d + 256 * d + d * d)
+    assert figures["forward_flops"]["targets"] == 2 * (9 * block + n * 16 * d + 256 * d + d * d)
 
 
 def test_a_step_does_what_was_counted():
@@ -163,7 +160,7 @@ def test_steps_are_timed_beside_the_counts(call, tmp_path):
 def test_peak_memory_is_what_comes_on_top_of_what_is_held(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(train_step, "in_turn", lambda actions, *_, **__: ({}, dict.fromkeys(actions, 8.0)))
-    assert train_step.peak_alone(tiny(), host(), "sra2") == 5
+    assert train_step.peak_alone(tiny(), host(), "none") == 5
 
 
 @pytest.mark.parametrize(
@@ -175,7 +172,7 @@ def test_peak_memory_is_what_comes_on_top_of_what_is_held(monkeypatch):
     ],
 )
 def test_what_cannot_be_compared_ends_in_one_line(call, flags, message):
-    code, out = call(cost, *flags)
+    code, out = call(cost, *flags, "--no-timing")
     assert code == 2 and message in out and len(out.strip().splitlines()) == 1
 
 
