@@ -8,6 +8,10 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGENET = 1_281_167  # training images
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+PAPERS_COST = (
+    "| the paper's: SiT-XL/2, batch 256, H100 | SRA 2 | 0 | 18M | +4%, latency +6% | | | | speed 7.2, without it 8.1 |"
+)
+TEACHER = "sra's teacher is the average that every run keeps: no external parameters, and no memory but its activations'."
 
 
 def machine_name(result: dict) -> str:
@@ -22,20 +26,60 @@ def with_quartiles(figure: dict, digits: str) -> str:
     return f"{figure['median']:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
+def trained_how(result: dict) -> str:
+    """'SiT-B/2, batch 8, fp32'."""
+    precision, compiled = PRECISIONS[result["precision"]], ", compiled" * result["compile"]
+    return f"{result['model']}, batch {result['batch_size']}, {precision}{compiled}"
+
+
 def train_step_rows(result: dict) -> list[str]:
-    """One row a variant, the ratios beside `sra2`."""
-    how = (
-        f"{result['model']}, batch {result['batch_size']}, {PRECISIONS[result['precision']]}{', compiled' * result['compile']}"
-    )
+    """One row a way of training, the ratios beside those that align."""
     rows = []
     for name, figures in result["results"].items():
-        ratios = [f"{with_quartiles(ratio, '.3f')} of {key.split('/')[1]}" for key, ratio in result["ratios"].items()]
+        ratios = [
+            f"{with_quartiles(ratio, '.3f')} of {key.split('/')[1]}"
+            for key, ratio in result["ratios"].items()
+            if key.split("/")[0] == name
+        ]
         rows.append(
-            f"| {machine_name(result)} | {how} | {name} | {with_quartiles(figures['step_s'], '.3g')} | "
-            f"{figures['images_per_s']:.3g} | {figures['mfu']:.0%} | {figures['first_step_s']:.3g} | "
-            f"{', '.join(ratios) if name == 'sra2' else ''} |"
+            f"| {machine_name(result)} | {trained_how(result)} | {name} | {with_quartiles(figures['step_s'], '.3g')} | "
+            f"{figures['images_per_s']:.3g} | {figures['mfu']:.0%} | {figures['first_step_s']:.3g} | {', '.join(ratios)} |"
         )
     return rows
+
+
+def cost_rows(result: dict) -> list[str]:
+    """One row a way of training, as in the paper's Table 5; what was not timed is left empty."""
+    timed = "machine" in result
+    what = f"{machine_name(result)}: {trained_how(result)}" if timed else f"{result['model']}, counted"
+    rows = []
+    for name, figures in result["results"].items():
+        heads, external, forward = figures["parameters"]["heads"], figures["parameters"]["external"], figures["forward_flops"]
+        cells = [
+            f"{external / 1e6:.1f}M" if external else "0",
+            f"{heads / 1e6:.1f}M (+{figures['more_parameters']:.1%})" if heads else "0",
+            f"{sum(forward.values()) / 1e9:.4g}" + more(figures["more_forward_flops"]),
+            f"{figures['training_flops'] / 1e9:.4g}" + more(figures["more_training_flops"]),
+            f"{with_quartiles(figures['step_s'], '.3g')}, {figures['images_per_s']:.3g} images/s" if timed else "",
+            f"{figures['peak_memory_gib']:.1f} GiB" if timed and "cuda" in result["machine"] else "",
+            with_quartiles(result["ratios"][f"{name}/none"], ".3f") if timed and f"{name}/none" in result["ratios"] else "",
+        ]
+        rows.append(f"| {what} | {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def more(share: float) -> str:
+    """' (+4.0%)', or nothing."""
+    return f" (+{share:.1%})" if share else ""
+
+
+def cost_table(results: list[dict]) -> str:
+    """The paper's Table 5, with the paper's own row last, and a line about the teacher."""
+    head = "| what | method | external parameters | head parameters | GFLOPs forward | of training | step, s | peak memory |"
+    rows = [row for result in results for row in cost_rows(result)]
+    return "\n".join(
+        [f"{head} step, times vanilla's |", "|---|---|---|---|---|---|---|---|---|", *rows, PAPERS_COST, "", TEACHER]
+    )
 
 
 def checkpoint_row(result: dict) -> str:
@@ -148,6 +192,7 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
             ["| machine | what | step | seconds a step | images/s | MFU | first step, s | seconds, as a ratio |"]
             + ["|---|---|---|---|---|---|---|---|", *steps]
         ),
+        "cost": cost_table([result for result in results if result["benchmark"] == "cost"]),
         "checkpoint": "\n".join(
             ["| machine | model | GB | copied to host memory, s | written beside training, s | longest pause meanwhile, s |"]
             + ["|---|---|---|---|---|---|", *checkpoints]

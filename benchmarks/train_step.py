@@ -2,17 +2,23 @@
 
     python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile --json xl2.json
 
-Random latents of ImageNet's shape start in host memory, as a loader leaves them. `none` and `sra2` share backbone, averages
-and optimizer. `plain` is the least that trains the aligned network: forward, both losses, backward, AdamW, on a batch
-interpolated beforehand; without clipping, EMA, random numbers, gauges and guard. What is compiled is compiled in the
-first step of the first of them."""
+Random latents of ImageNet's shape start in host memory, as a loader leaves them, and for repa random images; its encoder has
+random weights, as the arithmetic is the same. All that is timed shares backbone, averages and optimizer; peak memory on a GPU
+is measured afterwards, of each without the others. `plain` is the least that trains the network of sra2: forward, both
+losses, backward, AdamW, on a batch interpolated beforehand; without clipping, EMA, random numbers, gauges and guard. What is
+compiled is compiled in the first step of the first of them. What each adds in parameters and FLOPs: benchmarks/cost.py."""
 
 import argparse
 import copy
+import gc
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +26,7 @@ from accelerate import Accelerator
 
 import alignment
 import cli
+import models.targets
 from benchmarks.measure import first_call, in_turn, machine, ratio, report, spread
 from cli import UserError
 from flags import check_args, make_config, parse_args, precision
@@ -31,18 +38,19 @@ from latent_cache import Manifest
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
 from models.sit import PRESETS, SiTConfig
-from models.targets import latent_tokens
+from models.targets import TARGETS, Data, latent_tokens
 from train import Step, build
 
 
-def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "python -m benchmarks.train_step", "[--model NAME]")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What to time and how; benchmarks/cost.py takes them too."""
     # fmt: off
     add = parser.add_argument
     add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="a preset of models/sit.py")
+    add("--align", type=way, nargs="+", default=["none", "sra2"], metavar="WAY",
+        help=f"what to compare: none, {', '.join(TARGETS)}, or several of these as in sra2+repa")
+    add("--repa-encoder", metavar="NAME", help="as train.py's")
     add("--batch-size", type=cli.positive, default=256, help="images of one update")
-    add("--align", choices=("none", "sra2"), nargs="+", default=["none", "sra2"], help="what to time, in turn")
-    add("--plain", action="store_true", help="time forward, backward and AdamW alone as well; its AdamW has moments of its own")
     add("--precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="as train.py's --mixed-precision")
     add("--compile", action="store_true", help="as train.py's")
     add("--activation-checkpointing", action="store_true", help="as train.py's")
@@ -54,7 +62,19 @@ def parse() -> argparse.Namespace:
     add("--warm-up", type=cli.count, default=2, help="rounds before those")
     add("--json", type=Path, help="file for the result")
     # fmt: on
-    return parser.parse_args()
+
+
+def way(text: str) -> str:
+    """An argparse type: none, or methods joined by +."""
+    names = text.split("+")
+    if text != "none" and (not {*names} <= {*TARGETS} or len({*names}) < len(names)):
+        raise argparse.ArgumentTypeError(f"{text} is neither none nor some of {', '.join(TARGETS)} joined by +")
+    return text
+
+
+def methods(name: str) -> list[str]:
+    """'sra2+repa' -> sra2 and repa; of none no method."""
+    return {"none": [], "plain": ["sra2"]}.get(name, name.split("+"))
 
 
 def flags_of_training(given: list) -> argparse.Namespace:
@@ -62,6 +82,37 @@ def flags_of_training(given: list) -> argparse.Namespace:
     flags = parse_args("", ["--exp-name", "benchmark", "--data-dir", ".", *map(str, given)])
     check_args(flags, processes=1)
     return flags
+
+
+class Plan(NamedTuple):
+    """A run of train.py with every method of the ways compared."""
+
+    flags: argparse.Namespace
+    manifest: Manifest
+    data: Data
+    config: dict
+    network: SiTConfig
+
+    def align(self, name: str) -> list[dict]:
+        """The entries of config.json's "align" that this way has."""
+        return [entry for entry in self.config["align"] if entry["method"] in methods(name)]
+
+
+def plan(args: argparse.Namespace, names: list[str]) -> Plan:
+    """Nothing is built yet. Raises UserError."""
+    every = dict.fromkeys(method for name in names for method in methods(name))
+    given = ["--model", args.model, "--batch-size", args.batch_size, "--mixed-precision", args.precision]
+    given += ["--gradient-accumulation-steps", args.gradient_accumulation_steps, "--align", *(every or ["none"])]
+    given += ["--repa-encoder", args.repa_encoder] if args.repa_encoder else []
+    given += [
+        flag
+        for flag in ("--compile", "--activation-checkpointing", "--allow-tf32")
+        if getattr(args, flag[2:].replace("-", "_"))
+    ]
+    flags, manifest = flags_of_training(given), synthetic_manifest(args.latent_size)
+    data = replace(alignment.data_of(manifest), images=True)
+    config = make_config(flags, manifest, data)
+    return Plan(flags, manifest, data, config, SiTConfig(**config["model"]))
 
 
 def synthetic_manifest(latent_size: int = 32) -> Manifest:
@@ -81,6 +132,12 @@ def random_batch(manifest: Manifest, size: int, pinned: bool) -> tuple[torch.Ten
     moments[:, channels:] = 0.05
     batch = torch.arange(size), moments.half(), torch.randint(manifest.num_classes, (size,))
     return tuple(tensor.pin_memory() for tensor in batch) if pinned else batch
+
+
+def random_images(data: Data, size: int, pinned: bool) -> tuple[torch.Tensor]:
+    """What the loader hands over beside those where a target asks for images: (B, 3, S, S) uint8."""
+    images = torch.randint(256, (size, 3, data.resolution, data.resolution), dtype=torch.uint8)
+    return (images.pin_memory() if pinned else images,)
 
 
 def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: AlignedSiT, batch) -> Callable[[], None]:
@@ -111,67 +168,90 @@ def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: Align
     return step
 
 
-def main() -> None:
-    args = parse()
+def steps(args: argparse.Namespace, accelerator: Accelerator, names: list[str]) -> dict[str, Callable[[], object]]:
+    """Of each way one update of train.py's on a batch of its own kind. Raises UserError."""
+    flags, manifest, data, config, _ = plan(args, names)
+    device, actions = accelerator.device, {}
+    state, pinned = build(flags, config, device), device.type == "cuda"
+    with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
+        targets = alignment.load(flags, config, data, state.emas[0], device, accelerator.autocast)
+    guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16")
+    whole, network = Step(flags, accelerator, manifest, state, targets, guard), state.model
+    latents = random_batch(manifest, args.batch_size, pinned)
+    images = random_images(data, args.batch_size, pinned) if alignment.extra(targets) else ()
+    for name in names:
+        if name == "plain":
+            actions[name] = plain_step(flags, accelerator, manifest, network, latents)
+            continue
+        step = copy.copy(whole)
+        heads, blocks, step.targets, step.stop = (
+            {method: each[method] for method in methods(name)} for each in (network.heads, network.blocks, targets, whole.stop)
+        )
+        step.model = accelerator.prepare(AlignedSiT(network.backbone, heads, blocks))
+        actions[name] = partial(step, (*latents, *images) if alignment.extra(step.targets) else latents)
+    return actions
+
+
+def peak_alone(args: argparse.Namespace, accelerator: Accelerator, name: str) -> float:
+    """GiB on the GPU of this way's update, where no other's heads, moments and encoder are held beside it."""
+    accelerator.free_memory()
+    gc.collect()
+    held = torch.cuda.memory_allocated(accelerator.device) / 2**30
+    _, peak = in_turn(steps(args, accelerator, [name]), accelerator.device, rounds=1, calls=1, warm_up=2)
+    return peak[name] - held
+
+
+def measure(args: argparse.Namespace, names: list[str]) -> dict:
+    """Seconds, memory and rates of each way, and how they compare. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("benchmarks.train_step runs on one process; train.py's own gauges tell the speed of several")
-    given = ["--model", args.model, "--batch-size", args.batch_size, "--mixed-precision", args.precision]
-    given += ["--gradient-accumulation-steps", args.gradient_accumulation_steps]
-    given += [
-        flag
-        for flag in ("--compile", "--activation-checkpointing", "--allow-tf32")
-        if getattr(args, flag[2:].replace("-", "_"))
-    ]
-    flags, manifest = flags_of_training(given), synthetic_manifest(args.latent_size)
+        raise UserError("this benchmark runs on one process; train.py's own gauges tell the speed of several")
+    planned = plan(args, names)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(args.precision))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    device, config = accelerator.device, make_config(flags, manifest)
+    device, network = accelerator.device, planned.network
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     rate = matmul_rate(device, dtype, seconds=1.0)  # before and after, as machines heat up and neighbours come and go
 
-    state = build(flags, config, device)
-    batch = random_batch(manifest, args.batch_size, pinned=device.type == "cuda")
-    guard, autocast = Guard(state.optimizer, accelerator.mixed_precision == "fp16"), accelerator.autocast
-    targets = alignment.load(flags, config, alignment.data_of(manifest), state.emas[0], device, autocast)
-    aligned = Step(flags, accelerator, manifest, state, targets, guard)
-    actions: dict[str, Callable[[], object]] = {}
-    if args.plain:
-        actions["plain"] = plain_step(flags, accelerator, manifest, state.model, batch)
-    if "none" in args.align:
-        vanilla = copy.copy(aligned)
-        vanilla.model, vanilla.targets, vanilla.stop = accelerator.prepare(AlignedSiT(state.model.backbone)), {}, {}
-        actions["none"] = lambda: vanilla(batch)
-    if "sra2" in args.align:
-        actions["sra2"] = lambda: aligned(batch)
-    steps = args.steps or (10 if device.type == "cuda" else 1)
+    actions = steps(args, accelerator, names)
+    calls = args.steps or (10 if device.type == "cuda" else 1)
     first = {name: first_call(action, device) for name, action in actions.items()}
-    seconds, peak = in_turn(actions, device, args.rounds, steps, args.warm_up)
+    seconds, peak = in_turn(actions, device, args.rounds, calls, args.warm_up)
     rate = max(rate, matmul_rate(device, dtype, seconds=1.0))
+    actions.clear()
+    if device.type == "cuda":
+        peak = {name: peak_alone(args, accelerator, name) for name in names}
 
-    network = SiTConfig(**config["model"])
     results = {}
     for name, values in seconds.items():
         images_per_s = args.batch_size / spread(values)["median"]
-        flops = training_flops(network, [] if name == "none" else config["align"])
+        flops = training_flops(network, planned.align(name), planned.data)
         results[name] = {
             "step_s": spread(values), "images_per_s": images_per_s, "mfu": flops * images_per_s / rate,
             "peak_memory_gib": peak[name], "first_step_s": first[name],
         }  # fmt: skip
-    ratios = {
-        f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in (("sra2", "none"), ("sra2", "plain")) if {a, b} <= {*seconds}
-    }
-    report(
-        {
-            "benchmark": "train_step", "machine": machine(device), "model": args.model, "batch_size": args.batch_size,
-            "latent_size": args.latent_size, "precision": accelerator.mixed_precision, "compile": args.compile,
-            "activation_checkpointing": args.activation_checkpointing, "allow_tf32": args.allow_tf32,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps, "rounds": args.rounds, "steps": steps,
-            "matmul_flops_per_s": rate, "forward_flops_per_image": backbone_flops(network),
-            "head_flops_share": head_flops(network, config["align"][0]["head"]) / backbone_flops(network),
-            "results": results, "ratios": ratios,
-        },
-        args.json,
-    )  # fmt: skip
+    aligned = [name for name in seconds if name not in ("none", "plain")]
+    pairs = [(a, b) for a in aligned for b in ("none", "plain") if b in seconds and (b == "none" or a == "sra2")]
+    return {
+        "benchmark": "train_step", "machine": machine(device), "model": args.model, "batch_size": args.batch_size,
+        "latent_size": args.latent_size, "precision": accelerator.mixed_precision, "compile": args.compile,
+        "activation_checkpointing": args.activation_checkpointing, "allow_tf32": args.allow_tf32,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps, "rounds": args.rounds, "steps": calls,
+        "encoder_weights": "random" if "repa" in planned.flags.align else None,
+        "matmul_flops_per_s": rate, "forward_flops_per_image": backbone_flops(network),
+        "results": results, "ratios": {f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__, "python -m benchmarks.train_step", "[--model NAME]")
+    add_flags(parser)
+    plain = "time forward, backward and AdamW alone as well; its AdamW has moments of its own"
+    parser.add_argument("--plain", action="store_true", help=plain)
+    args = parser.parse_args()
+    names = [*["plain"] * args.plain, *dict.fromkeys(args.align)]
+    planned, result = plan(args, names), measure(args, names)
+    heads = sum(head_flops(planned.network, entry["head"]) for entry in planned.config["align"])
+    report(result | {"head_flops_share": heads / backbone_flops(planned.network)}, args.json)
 
 
 if __name__ == "__main__":
