@@ -138,7 +138,7 @@ def stored_features(roots: list[Path], manifests: list[Manifest]) -> dict[str, d
         for path in sorted((root / "features").glob("*/features.json")):
             try:
                 stored = json.loads(path.read_text())
-                kind = {name: stored[name] for name in ("encoder", "fingerprint", "tokens_side", "width", "dtype")}
+                kind = {name: stored[name] for name in ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")}
                 of = {shard["file"]: shard["images_sha256"] for shard in stored["shards"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise CacheError(f"{path} cannot be read ({error!r}): remove {path.parent} and make it again") from None

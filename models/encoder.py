@@ -32,6 +32,7 @@ REPA = {
 }  # REPA's spelling -> timm's network with the weights that REPA downloads
 BEFORE_NORM = ("clip-vit-L", "mae-vit-l")  # REPA takes these two without their last layer norm
 SMALLEST = 224
+ON_CPU = 4  # images at once there: of more, the maps leave its caches, and a convolutional network takes twice as long
 
 
 class EncoderError(ValueError):
@@ -55,14 +56,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.width, self.side = describe(name, resolution, side)  # before anything is downloaded
         network = load_network(name, weights, pretrained)
-        self.name = architecture(name)
+        self.name = canonical(name)
         self.tokens_side = tokens_side
         self.dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         set_side(network, self.side)
         if name in BEFORE_NORM:
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
-        self._settings = [self.name, self.side, tokens_side, name in BEFORE_NORM, config["mean"], config["std"]]
+        self._settings = [architecture(name), self.side, tokens_side, name in BEFORE_NORM, config["mean"], config["std"]]
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
         self.network = network
@@ -75,6 +76,10 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8, images.dtype
+        few = len(images) if images.is_cuda else ON_CPU
+        return torch.cat([self._encode(part) for part in images.split(few)])
+
+    def _encode(self, images: Tensor) -> Tensor:
         x = (images / 255 - self.mean) / self.std
         if x.shape[-1] != self.side:
             x = F.interpolate(x, self.side, mode="bicubic")
@@ -108,7 +113,7 @@ def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, 
         raise EncoderError(f"{name}: timm cannot run {wanted} without weights ({first_line(error)})") from None
 
 
-def cost(name: str, resolution: int) -> tuple[int, int]:
+def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
     """Parameters, and forward FLOPs of one image (matrix products and convolutions, as PyTorch's counter has them), without
     weights."""
     import timm
@@ -116,7 +121,7 @@ def cost(name: str, resolution: int) -> tuple[int, int]:
 
     with torch.device("meta"), torch.no_grad():
         network = timm.create_model(architecture(name), pretrained=False, num_classes=0).eval()
-        side = describe(name, resolution)[1]
+        side = describe(name, resolution, side)[1]
         set_side(network, side)
         with FlopCounterMode(display=False) as counter:
             patch_tokens(network, torch.empty(1, 3, side, side))
@@ -137,6 +142,11 @@ def architecture(name: str, others: Iterable[str] = ()) -> str:
         near = difflib.get_close_matches(name, known) or [*SHORT, *others]
         raise EncoderError(f"{name} is no network that timm knows; near it: {', '.join(near)}")
     return wanted
+
+
+def canonical(name: str) -> str:
+    """One name for all spellings of an encoder. Raises EncoderError."""
+    return name if name in BEFORE_NORM else architecture(name)
 
 
 def load_network(name: str, weights: Path | None = None, pretrained: bool = True, others: Iterable[str] = ()) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import LatentScale
-from models.encoder import Encoder, EncoderError, architecture, cost, describe
+from models.encoder import Encoder, EncoderError, canonical, cost, describe
 from models.flops import backbone_flops
 from models.sit import SiT, SiTConfig, align_block
 
@@ -162,12 +162,14 @@ class EncoderTokens(Target):
     """REPA: the patch tokens of a frozen image encoder that others have trained."""
 
     name, title, paper = "repa", "REPA", "arXiv:2410.06940"
-    flags = ("repa_encoder", "encoder_weights", "repa_from")
+    flags = ("repa_encoder", "encoder_weights", "repa_side", "repa_from")
 
     @staticmethod
     def add_flags(add: Callable[..., Any]) -> None:
         add("--repa-encoder", "--enc-type", metavar="NAME", help="repa: any of timm's, or REPA's spelling (default: dinov2-b)")
         add("--encoder-weights", type=Path, metavar="FILE", help="repa: weights of timm's form (default: the hub's)")
+        add("--repa-side", type=int, metavar="N",
+            help="repa: pixels a side that the encoder sees (default: REPA's, 224 for 256; never less than 224)")  # fmt: skip
         add("--repa-from", choices=("auto", "images", "features"),
             help="repa: encode the cache's images in every step, or read features stored ahead of time "
             "(default: auto: features where the cache has this encoder's)")  # fmt: skip
@@ -180,20 +182,20 @@ class EncoderTokens(Target):
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
         given = args.repa_encoder or "dinov2-b"
         try:
-            encoder, (width, side) = architecture(given), describe(given, data.resolution)
+            encoder, (width, side) = canonical(given), describe(given, data.resolution, args.repa_side)
         except EncoderError as error:
             raise TargetError(f"--repa-encoder {error}") from None
         grid = config.latent_size // config.patch
         stored = [
             folder
             for folder, told in (data.features or {}).items()
-            if (told["encoder"], told["tokens_side"]) == (encoder, grid)
+            if (told["encoder"], told["tokens_side"]) == (encoder, grid) and args.repa_side in (None, told["side"])
         ]
         where = args.repa_from or "auto"
         if where == "features" and not stored:
             raise TargetError(
                 f"--repa-from features: the cache holds none of {encoder} on a grid of {grid} x {grid}: make them with "
-                f"python -m preprocessing.encode_features CACHE --encoder {encoder}"
+                f"python -m preprocessing.encode_features CACHE --encoder {given} --tokens-side {grid}"
             )
         source = f"features/{stored[0]}" if stored and where != "images" else "images"
         if source == "images" and not data.images:
@@ -201,7 +203,9 @@ class EncoderTokens(Target):
                 "--align repa needs images and the cache keeps none: encode it with --keep-images "
                 "(python -m preprocessing.encode_latents ... --keep-images)"
             )
-        return {"out": width, "encoder": given, "side": side, "from": source}
+        if source != "images":
+            side = data.features[stored[0]]["side"]
+        return {"out": width, "encoder": encoder, "side": side, "from": source}
 
     def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
         super().__init__(entry, args, config, data, parts)
@@ -209,7 +213,9 @@ class EncoderTokens(Target):
         if entry["from"] == "images":
             grid = config.latent_size // config.patch
             try:
-                self.encoder = Encoder(entry["encoder"], data.resolution, grid, args.encoder_weights, device=parts.device)
+                self.encoder = Encoder(
+                    entry["encoder"], data.resolution, grid, args.encoder_weights, device=parts.device, side=entry["side"]
+                )
             except EncoderError as error:
                 raise TargetError(f"--repa-encoder {error}") from None
             if parts.compile:
@@ -230,7 +236,7 @@ class EncoderTokens(Target):
 
     @staticmethod
     def cost(entry: dict, config: SiTConfig, data: Data) -> tuple[int, int]:
-        return cost(entry["encoder"], data.resolution) if entry["from"] == "images" else (0, 0)
+        return cost(entry["encoder"], data.resolution, entry["side"]) if entry["from"] == "images" else (0, 0)
 
 
 class Teacher(Target):

@@ -35,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     add("--encoder-weights", type=Path, help="file of its weights (default: timm fetches them)")
     add("--tokens-side", type=tokens_side, default="auto", help="features are N = side x side tokens an image, 2 N x width "
         "bytes; auto: half the latents' side, the tokens of a network of patch 2")
+    add("--side", type=cli.positive, help="pixels a side that the encoder sees (default: REPA's rule, never less than 224)")
     add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
     add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     # fmt: on
@@ -65,12 +66,14 @@ def main() -> None:
     side, world = check(args.cache, manifest, args.tokens_side), World()
     device = world.device() if args.device == "cuda" else torch.device(args.device)
     try:
-        encoder = Encoder(args.encoder, manifest.resolution, side, weights=args.encoder_weights, device=device)
+        encoder = Encoder(
+            args.encoder, manifest.resolution, side, weights=args.encoder_weights, device=device, side=args.side
+        )  # fmt: skip
     except EncoderError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--encoder {error}") from None
     plan = {
-        "encoder": encoder.name, "fingerprint": encoder.fingerprint, "resolution": manifest.resolution, "tokens_side": side,
-        "width": encoder.width, "dtype": DTYPE.name, "count": manifest.count,
+        "encoder": encoder.name, "fingerprint": encoder.fingerprint, "resolution": manifest.resolution, "side": encoder.side,
+        "tokens_side": side, "width": encoder.width, "dtype": DTYPE.name, "count": manifest.count,
     }  # fmt: skip
 
     def encode(images: Tensor) -> Tensor:

@@ -26,17 +26,17 @@ class Encoder(torch.nn.Module):
 
     width, fingerprint, calls = 3, "f1", []
 
-    def __init__(self, name, resolution, tokens_side, weights=None, pretrained=True, device="cpu"):
+    def __init__(self, name, resolution, tokens_side, weights=None, pretrained=True, device="cpu", side=None):
         super().__init__()
         if name == "unknown":
             raise EncoderError("unknown is no network")
-        self.name, self.side = name, tokens_side
+        self.name, self.tokens_side, self.side = name, tokens_side, side or 224
 
     def forward(self, images):
         self.calls.append(len(images))
         if len(self.calls) == 5 and self.name == "tires":
             raise KeyboardInterrupt
-        means = torch.nn.functional.adaptive_avg_pool2d(images.float(), self.side)
+        means = torch.nn.functional.adaptive_avg_pool2d(images.float(), self.tokens_side)
         return means.flatten(2).transpose(1, 2) * (1e9 if self.name == "large" else 1)
 
 
@@ -71,7 +71,7 @@ def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
     data, index = LatentCache(kept), np.array([23, 0, 10, 9, 0])
     (slug,) = data.stored_features()
     assert data.stored_features()[slug] == {
-        "encoder": "a/b:c", "fingerprint": "f1", "tokens_side": 4, "width": 3, "dtype": "float16"
+        "encoder": "a/b:c", "fingerprint": "f1", "side": 224, "tokens_side": 4, "width": 3, "dtype": "float16"
     }  # fmt: skip
     images = data.images(index).float().reshape(5, 3, 4, 8, 4, 8)  # latents of side 8, cut by patch 2: 4 x 4 tokens
     expected = images.mean((3, 5)).flatten(2).transpose(1, 2)

@@ -1,18 +1,26 @@
 """What each method aligns to, against a computation of its own, and how flags become methods."""
 
+import json
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 
 import alignment
 import models.targets
 import train
+from dataset import TrainingStream
 from flags import check_args, make_config, parse_args
 from guard import Guard
 from interpolant import PATHS
 from latent_cache import LatentCache
+from preprocessing import encode_features, encode_latents
 from tests.helpers import ROOT, rows, same_weights, train_flags
 
 CPU = torch.device("cpu")
@@ -37,12 +45,14 @@ def make(cache):
         args = parse_args("", ["--exp-name", "x", "--data-dir", str(data), "--model", "SiT-Ti/2", "--batch-size", "8", *flags])
         check_args(args, 1)
         held = LatentCache(data)
-        config = make_config(args, held.manifest, alignment.data_of(held.manifest))
+        found = alignment.data_of(held.manifest, held.stored_features())
+        config = make_config(args, held.manifest, found)
         state = train.build(args, config, CPU)
         for average in state.emas:  # they start at zero, and so would what they say
             for block in average.blocks:
                 torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
-        targets = alignment.load(args, config, alignment.data_of(held.manifest), state.emas[0], CPU, nullcontext)
+        targets = alignment.load(args, config, found, state.emas[0], CPU, nullcontext)
+        stream = TrainingStream(held, 0, 8, extra=alignment.extra(targets))
         build.seen = {name: [] for name in targets}
         for name, target in targets.items():
             targets[name] = Spy(target, build.seen[name])
@@ -51,7 +61,7 @@ def make(cache):
             clip_grad_norm_=torch.nn.utils.clip_grad_norm_, backward=lambda loss: loss.backward(),
         )  # fmt: skip
         step = train.Step(args, accelerator, held.manifest, state, targets, Guard(state.optimizer, fp16=False))
-        return step, (torch.arange(8), *held.gather(torch.arange(8).numpy()))
+        return step, stream[0]
 
     return build
 
@@ -87,6 +97,82 @@ def test_channels_are_normalised_over_the_whole_cache(make, cache):
     channels = tokens.reshape(-1, 4)
     torch.testing.assert_close(channels.mean(0), torch.zeros(4), atol=0.1, rtol=0)
     torch.testing.assert_close(channels.std(0), torch.ones(4), atol=0.1, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, tree, vae_folder):
+    """The cache with its images, and weights of an encoder, random ones in timm's form."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        flags = f"--source {tree} --dest {folder / 'data'} --resolution 32 --vae {vae_folder} --shard-size 10 --keep-images"
+        patch.setattr("sys.argv", ["encode_latents", *flags.split()])
+        encode_latents.main()
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", pretrained=False)
+    torch.nn.init.normal_(network.pos_embed)
+    save_file(network.state_dict(), folder / "weights.safetensors")
+    return folder
+
+
+def repa(pictures, *more):
+    return ["--align", "repa", "--repa-encoder", "test_vit", "--encoder-weights", str(pictures / "weights.safetensors"), *more]
+
+
+def test_repas_target_is_the_encoders_patch_tokens(make, pictures):
+    step, batch = make(*repa(pictures, "--repa-side", "64"), data=pictures / "data")
+    step(batch)
+    [(part, tokens)] = make.seen["repa"]
+    held = LatentCache(pictures / "data")
+    moments = held.gather(np.arange(24))[0]
+    own = [next(i for i in range(24) if torch.equal(moments[i], each)) for each in batch[1]]
+    images = torch.from_numpy(np.concatenate([np.load(pictures / f"data/images/0000{k}.npy") for k in range(3)]))[own]
+    assert torch.equal(part.extra, images)  # of the very images whose latents are trained on
+
+    network = timm.create_model("test_vit", pretrained=False, img_size=64, num_classes=0).eval()
+    state = load_file(pictures / "weights.safetensors")
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (4, 4), num_prefix_tokens=network.num_prefix_tokens)
+    network.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
+    config = timm.data.resolve_data_config(model=network)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        seen = torch.nn.functional.interpolate((images / 255 - mean) / std, 64, mode="bicubic")
+        expected = network.forward_features(seen)[:, network.num_prefix_tokens :]
+    torch.testing.assert_close(tokens, expected)
+    assert not tokens.requires_grad and tokens.shape == (8, 16, network.num_features)
+
+
+def test_stored_features_are_trained_on_as_the_images_would_be(call, pictures, tmp_path):
+    data = shutil.copytree(pictures / "data", tmp_path / "data")
+    options = repa(pictures, "--max-train-steps", 3)
+    flags = train_flags(data, tmp_path, "images", *options)
+
+    def run(name, *more):
+        flags[flags.index("--exp-name") + 1] = name
+        code, out = call(train, *flags, *more)
+        assert code == 0, out
+        config = json.loads((tmp_path / name / "checkpoints/0000003/config.json").read_text())
+        return rows(tmp_path / name), config["align"][0]
+
+    images, entry = run("images", "--repa-side", 64)
+    given = ("--encoder", "test_vit", "--encoder-weights", pictures / "weights.safetensors", "--side", 64)
+    assert call(encode_features, data, *given)[0] == 0
+    stored, other = run("stored")  # found by itself, and with the side they were made for
+    assert entry["from"] == "images" and other == entry | {"from": "features/test_vit-4x4"}
+    for a, b in zip(images, stored):
+        assert a == pytest.approx(b, rel=2e-3)  # float16
+    assert run("again", "--repa-from", "images", "--repa-side", 64)[0] == images
+    code, out = call(train, *flags, "--exp-name", "x", "--repa-from", "features", "--repa-side", 80)
+    assert code == 2 and "--repa-from features: the cache holds none of test_vit" in out and "encode_features" in out
+
+
+def test_another_encoders_weights_do_not_continue_a_run(call, pictures, tmp_path):
+    flags = train_flags(pictures / "data", tmp_path, "run", *repa(pictures, "--repa-side", 64))
+    assert call(train, *flags, "--max-train-steps", 1)[0] == 0
+    state = load_file(pictures / "weights.safetensors")
+    save_file(state | {"cls_token": state["cls_token"] + 1}, tmp_path / "other.safetensors")
+    code, out = call(train, *flags, "--max-train-steps", 2, "--encoder-weights", tmp_path / "other.safetensors")
+    assert code == 2 and "was started with another repa to align to: fingerprint was" in out
+    assert call(train, *flags, "--max-train-steps", 2)[0] == 0
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -147,10 +233,10 @@ def test_a_method_stops_at_its_step_and_the_other_goes_on(make):
     assert not head.grad
 
 
-@pytest.mark.parametrize("methods", [["sra2"], ["sra"], ["sra2", "sra"]], ids="+".join)
-def test_every_method_resumes_bit_for_bit(call, cache, tmp_path, methods):
-    options = ("--align", *methods, "--prediction", "x", "--weighting", "lognormal")
-    whole, parts = (train_flags(cache, tmp_path, name, *options) for name in ("whole", "parts"))
+def test_all_methods_together_resume_bit_for_bit(call, pictures, tmp_path):
+    options = repa(pictures, "--repa-side", 64, "--prediction", "x", "--weighting", "lognormal", "--path-type", "vp")
+    options[1:2] = ["sra2", "repa", "sra"]
+    whole, parts = (train_flags(pictures / "data", tmp_path, name, *options) for name in ("whole", "parts"))
     assert call(train, *whole, "--max-train-steps", 4)[0] == 0
     assert call(train, *parts, "--max-train-steps", 2)[0] == 0
     assert call(train, *parts, "--max-train-steps", 4)[0] == 0
@@ -207,6 +293,14 @@ def test_one_value_is_for_all_methods_and_several_are_for_each_in_their_order():
         (["--align", "sra", "--sra-teacher-block", 7], "--sra-teacher-block 7: SiT-Ti/2 has blocks 1 to 6"),
         (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number from 0 to 1"),
         (["--align", "repa"], "--align repa needs images and the cache keeps none"),
+        (
+            ["--align", "repa", "--repa-encoder", "dinov2-c"],
+            "dinov2-c is no network that timm knows; near it: dinov2-",
+        ),
+        (
+            ["--align", "repa", "--repa-encoder", "mixer_b16_224", "--repa-side", 64],
+            "--repa-encoder mixer_b16_224 takes images of 224",
+        ),
     ],
 )
 def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
