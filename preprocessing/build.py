@@ -57,7 +57,7 @@ def numbers_of(job: Job, shard: int) -> range:
 
 def entries_of(manifest: Manifest) -> list[dict]:
     """Of all shards, also of those that hold nothing because all their images were bad, in their order."""
-    return sorted((*manifest.shards, *manifest.encoding["empty"]), key=lambda entry: entry["file"])
+    return sorted((*manifest.shards, *manifest.encoding.get("empty", [])), key=lambda entry: entry["file"])
 
 
 def make_manifest(job: Job, entries: list[dict]) -> Manifest:
