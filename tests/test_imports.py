@@ -95,7 +95,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"train_state", "world"},
         {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
     ),
-    "experiments": ({*LEAVES, "interpolant", "keyed_random", "samplers"}, {*NUMERIC, "matplotlib"}),
+    "experiments": (
+        {*LEAVES, "agreement", "benchmarks", "evaluations", "experiments", "flags", "interpolant", "keyed_random"}
+        | {"latent_cache", "models", "samplers"},
+        {*NUMERIC, "matplotlib", "scipy", "tqdm"},
+    ),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
 }
 
