@@ -180,7 +180,7 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
     waiting, running, failed = [cell for cell in cells if not finished(cell, folder)], {}, {}
     goal = {cell: cell.args().max_train_steps * cell.args().batch_size for cell in cells}
     seen = {cell: images(cell, folder) if cell in waiting else goal[cell] for cell in cells}
-    gpus, told, looked = devices(), False, 0.0
+    gpus, told, looked, done = devices(), False, 0.0, len(cells) - len(waiting)
     with ExitStack() as held:
         try:
             held.enter_context(lock(folder / ".lock"))
@@ -208,6 +208,7 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
                     continue
                 del running[slot]
                 wrong, looked = child.ended(), 0.0
+                done += wrong is None
                 seen[child.cell] = images(child.cell, folder)
                 if wrong and not told:
                     failed[child.cell.run] = wrong
@@ -215,7 +216,6 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
             if time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
                 seen |= {child.cell: images(child.cell, folder) for child in running.values()}
-                done = len(cells) - len(waiting) - len(running) - len(failed)
                 bar.set_description(f"{done} of {len(cells)} runs" + f", {len(failed)} failed" * bool(failed), refresh=False)
                 bar.update(sum(seen.values()) - bar.n)
     if request.name == "SIGINT":

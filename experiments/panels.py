@@ -34,8 +34,9 @@ def table(found: dict) -> str:
     seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in found["runs"]}))
     lines += [
         f"{found['model']}, {found['steps']:,} steps, seeds {seeds}. {metric}: mean over seeds, lower is better.",
-        "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval of it. *The paper's FID* is of SiT-B/2",
-        "with 12 blocks on ImageNet after 400K steps: another metric on other data, of which only the order can be compared.",
+        "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval of it.",
+        "*The paper's FID* is of SiT-B/2 with 12 blocks on ImageNet after 400K steps: another metric on other data, of which",
+        "only the order can be compared.",
         "", "```bash", found["command"], "```",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
