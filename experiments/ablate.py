@@ -220,10 +220,11 @@ def main() -> None:
     failed = run(cells, args.output_dir, args.jobs)
     metric = frechet_name(cells[0].args().eval_features)
     about = {"model": args.model, "steps": args.max_train_steps, "metric": metric, "axes": panels}
-    save(args.out, "ablate", about, gather(cells, args.output_dir))
-    if not failed:
+    runs = gather(cells, args.output_dir)
+    save(args.out, "ablate", about, runs)
+    if not failed or any(each["name"] == "none" for each in runs):
         show(load(args.out, "ablate"), args.out)
-    else:
+    if failed:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again")
 
 

@@ -3,6 +3,7 @@
 Runs of one seed have the same images, noise, timesteps and initial weights (train.py's --seed decides them), so a difference
 between two of them is that of their flags."""
 
+import argparse
 import json
 import os
 import signal
@@ -45,7 +46,7 @@ class Cell(NamedTuple):
         """What stands behind train.py on the command line."""
         return [*self.flags, "--exp-name", self.run, "--output-dir", str(folder), "--seed", str(self.seed)]
 
-    def args(self, processes: int = 1):
+    def args(self, processes: int = 1) -> argparse.Namespace:
         """What train.py makes of its flags. Raises UserError."""
         args = parse_args("train.py", self.words(Path("exps")))
         check_args(args, processes)
@@ -123,9 +124,12 @@ class Child:
     def __init__(self, cell: Cell, folder: Path, slot: int, jobs: int, gpus: list[str]):
         self.cell, self.folder, self.begun = cell, folder, time.monotonic()
         threads = max(1, cores() // jobs)
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1",
-        }  # fmt: skip
+        quiet = {
+            "PYTHONUNBUFFERED": "1",
+            "TQDM_DISABLE": "1",
+            "TQDM_MININTERVAL": "60",
+        }  # the log's last line is what went wrong
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | quiet
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         before = record(cell, folder)
