@@ -218,9 +218,9 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
                     failed[child.cell.run] = wrong
                     tqdm.write(f"{child.cell.run}: {wrong} ({child.log})")
             if time.monotonic() - looked > LOOK:
-                looked = time.monotonic()
+                ended, looked = looked == 0, time.monotonic()
                 seen |= {child.cell: images(child.cell, folder) for child in running.values()}
-                bar.set_description(f"{done} of {len(cells)} runs" + f", {len(failed)} failed" * bool(failed), refresh=False)
+                bar.set_description(f"{done} of {len(cells)} runs" + f", {len(failed)} failed" * bool(failed), refresh=ended)
                 bar.update(sum(seen.values()) - bar.n)
     if request.name == "SIGINT":
         raise KeyboardInterrupt
