@@ -18,7 +18,7 @@ import cli
 import sample_ddp
 import train
 from evaluations import evaluate
-from experiments import ablate, cells, results
+from experiments import ablate, cells, panels, results
 from experiments.cells import Cell
 from flags import check_args, parse_args
 from logbook import read_rows
@@ -38,7 +38,7 @@ def aligned(flags: list[str], processes: int = 1) -> tuple:
 
 @pytest.mark.parametrize("model", ["SiT-Ti/2", "SiT-B/2", "SiT-XL/2"])
 def test_each_run_differs_from_the_default_in_one_axis_and_none_is_run_twice(model):
-    named, panels = ablate.grid([*ablate.TITLES], model, 400, demo=True)
+    named, axes = ablate.grid([*ablate.TITLES], model, 400, demo=True)
     given = {
         name: aligned(["--exp-name", "x", "--data-dir", "x", "--model", model, *words.split()]) for name, words in named.items()
     }
@@ -46,8 +46,8 @@ def test_each_run_differs_from_the_default_in_one_axis_and_none_is_run_twice(mod
     for name, values in given.items():
         if name not in ("none", "sra2"):
             assert sum(a != b for a, b in zip(values, given["sra2"])) == 1, name
-    assert {value["run"] for panel in panels for value in panel["values"]} | {"none"} == set(named)
-    assert all([value["run"] for value in panel["values"] if value["usual"]] == ["sra2"] for panel in panels)
+    assert {value["run"] for panel in axes for value in panel["values"]} | {"none"} == set(named)
+    assert all([value["run"] for value in panel["values"] if value["usual"]] == ["sra2"] for panel in axes)
 
 
 def test_blocks_scale_with_the_model():
@@ -100,6 +100,22 @@ def test_what_seeds_have_in_common_falls_out():
     assert results.paired({0: 2.0}, baseline) == (-1.0, None, None, 1) and results.paired({9: 1.0}, baseline) is None
 
 
+def test_a_row_has_the_interval_of_paired_differences_and_what_is_missing_is_said(tmp_path):
+    _, axes = ablate.grid(["layers"], "SiT-Ti/2", 400, demo=True)
+    values = {"none": [3.0, 4.0, 5.0], "sra2": [2.4, 3.5, 4.3]}
+    runs = [
+        {"name": name, "seed": seed, "metrics": {"FD-fashion": [99.0, value], "class_agreement": [0.0, 0.25]}}
+        for name, each in values.items()
+        for seed, value in enumerate(each)
+    ]
+    about = {"model": "SiT-Ti/2", "steps": 400, "metric": "FD-fashion", "axes": axes}
+    results.save(tmp_path / "made-up.json", "ablate", about, runs)
+    rows = panels.table(results.load(tmp_path / "made-up.json", "ablate")).splitlines()
+    assert "| vanilla | 4.000 |  | 25.0% | *33.02* |" in rows
+    assert "| 5 | 3.400 | -0.600 (-0.848 to -0.352) | 25.0% | *28.89* |" in rows  # t(0.975, 2) = 4.303, s = 0.1
+    assert "| 2 | not run |  |  | *31.32* |" in rows
+
+
 FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -108,12 +124,14 @@ flag = lambda name: words[words.index(name) + 1]
 folder = Path(flag("--output-dir")) / flag("--exp-name")
 folder.mkdir(exist_ok=True)
 def stop(*_):
+    time.sleep(0.2 * folder.name.startswith("b"))
     (folder / "saved").touch()
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 with open(folder / "starts", "a") as file:
     file.write(json.dumps({key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}) + "\\n")
-while (folder.parent / "hold").exists():
+end = time.monotonic() + 20
+while (folder.parent / "hold").exists() and time.monotonic() < end:
     time.sleep(0.01)
 print("many words")
 if (folder.parent / flag("--exp-name")).with_suffix(".broken").exists():
