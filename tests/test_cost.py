@@ -25,7 +25,7 @@ class Stub(nn.Module):
     made: ClassVar[list[bool]] = []  # whether it was to have the weights of others
     fingerprint = "f"
 
-    def __init__(self, name, resolution, tokens_side, weights=None, pretrained=True, device="cpu", dtype=None):
+    def __init__(self, name, resolution, tokens_side, weights=None, pretrained=True, device="cpu", dtype=None, side=None):
         super().__init__()
         self.made.append(pretrained)
         self.patches = nn.Conv2d(3, WIDTH, 16, 16)
@@ -34,18 +34,16 @@ class Stub(nn.Module):
         assert images.dtype == torch.uint8
         return self.patches(images / 255).flatten(2).mT
 
-    @classmethod
-    def describe(cls, name, resolution):
-        return name, WIDTH, resolution
 
-    @classmethod
-    def cost(cls, name, resolution):
-        return 3 * 16 * 16 * WIDTH + WIDTH, 2 * (resolution // 16) ** 2 * 3 * 16 * 16 * WIDTH
+def stub_cost(name, resolution, side=None):
+    return 3 * 16 * 16 * WIDTH + WIDTH, 2 * (resolution // 16) ** 2 * 3 * 16 * 16 * WIDTH
 
 
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
     monkeypatch.setattr(models.targets, "Encoder", Stub)
+    monkeypatch.setattr(models.targets, "describe", lambda name, resolution, side=None: (WIDTH, resolution))
+    monkeypatch.setattr(models.targets, "cost", stub_cost)
     monkeypatch.setattr(train_step, "matmul_rate", lambda *_, **__: 1e11)  # which takes a second
     Stub.made.clear()
 
