@@ -151,8 +151,10 @@ def imagenet_rows(result: dict) -> list[str]:
     size, flops = IMAGENET * 8 * side**2 * 2, result["flops_per_image"]
     days = IMAGENET / figures["encode_latents"]["images_per_s"] / 86400
     share = figures["encode_latents"]["share_of_matmul_rate"]
+    images = IMAGENET * 3 * result["resolution"] ** 2
     return [
-        f"| {result['resolution']} | {size / 1e9:.0f} GB | {2 * size / 1e9:.0f} GB | {flops / 1e9:.0f} | "
+        f"| {result['resolution']} | {size / 1e9:.0f} GB | {2 * size / 1e9:.0f} GB | {images / 1e9:,.0f} GB | "
+        f"{flops / 1e9:.0f} | "
         f"{IMAGENET * flops / 1e15:.0f} | {days:.0f} days at {share:.0%} of {rate / 1e9:.0f} GFLOP/s |"
     ]
 
@@ -225,8 +227,10 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
             + ["|---|---|---|---|---|", *batch_sizes]
         ),
         "imagenet": "\n".join(
-            ["| pixels | cache, float16 | with --flip | GFLOPs an image | PFLOPs in all | on two CPU cores |"]
-            + ["|---|---|---|---|---|---|", *(row for result in encodings for row in imagenet_rows(result))]
+            [
+                "| pixels | cache, float16 | with --flip | images of --keep-images | GFLOPs an image | PFLOPs in all | on two CPU cores |"
+            ]
+            + ["|---|---|---|---|---|---|---|", *(row for result in encodings for row in imagenet_rows(result))]
         ),
     }
 

@@ -9,8 +9,9 @@ import numpy as np
 import cli
 from cli import UserError
 from evaluations.report_curves import evaluated, settings_of
-from evaluations.runs import Run, column, named, read_run
+from evaluations.runs import Run, column, methods, named, read_run
 
+STROKES = ("-", "--", ":", "-.")
 PANELS = {"denoising": "denoising loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
 
 
@@ -29,19 +30,21 @@ def draw(runs: list[Run], out: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
     for i, run in enumerate(runs):
         for axis, key in zip(axes, PANELS):
-            values = column(run.steps, key)
-            if np.any(values > 0):
-                axis.plot(column(run.steps, "images") / 1e3, values, f"C{i}", label=run.name, linewidth=1.6)
+            for dash, (name, label) in enumerate(methods(run, key).items()):
+                values = column(run.steps, name)
+                if np.any(values > 0):
+                    x, style = column(run.steps, "images") / 1e3, STROKES[dash % 4]
+                    axis.plot(x, values, f"C{i}", label=label, linewidth=1.6, linestyle=style)
     for axis, lines in zip(axes[len(PANELS) :], measured.values()):
         for line in lines:
-            style = ("-", "--", ":", "-.")[line.dash % 4]
+            style = STROKES[line.dash % 4]
             axis.plot(line.x / 1e3, line.y, f"C{line.colour}", label=line.label, linestyle=style, marker=".")
     for axis, title in zip(axes, panels):
         axis.set_title(title)
         axis.set_xlabel("thousand images seen")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")
         axis.grid(True, which="both", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if len(axis.lines) > 1:

@@ -6,7 +6,7 @@ from typing import Any
 from evaluations.report_charts import DASHES, SMOOTH_FROM, Series, chart, finite
 from evaluations.report_metrics import differing, flat, said_once
 from evaluations.report_page import Html, absent, el, number, swatch, table, text
-from evaluations.runs import Run, column
+from evaluations.runs import Run, column, methods
 
 # column of metrics.jsonl -> title, whether the axis may be logarithmic, whether it begins at zero
 PANELS = {
@@ -33,8 +33,11 @@ def of_steps(runs: list[Run]) -> list[Html]:
     """A chart for each quantity that a run logged."""
     figures = []
     for key, (title, log, zero) in PANELS.items():
-        columns = [(column(run.steps, "images"), column(run.steps, key)) for run in runs]
-        lines = [Series(x, y, k, runs[k].name) for k, (x, y) in enumerate(columns)]
+        lines = [
+            Series(column(run.steps, "images"), column(run.steps, name), k, label, dash)
+            for k, run in enumerate(runs)
+            for dash, (name, label) in enumerate(methods(run, key).items())
+        ]
         if any(finite(line).any() for line in lines):
             figures.append(figure(title, lines, log, zero))
     return figures
@@ -97,7 +100,8 @@ def shown_text(value: Any) -> str:
 
 def last_values(runs: list[Run]) -> Html:
     """The last line of each run as numbers, also for those who do not see the charts."""
-    keys = [key for key in LAST if any(run.steps[-1].get(key) is not None for run in runs)]
+    found = dict.fromkeys(name for key in LAST for run in runs for name in methods(run, key))
+    keys = [key for key in found if any(run.steps[-1].get(key) is not None for run in runs)]
     body = []
     for k, run in enumerate(runs):
         last = run.steps[-1]

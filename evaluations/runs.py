@@ -8,6 +8,8 @@ import numpy as np
 
 from cli import UserError
 
+OF_METHODS = ("align", "cosine", "token_norm")
+
 
 class Run(NamedTuple):
     """A run as it lies on the disk; args and config are {} where their files are missing."""
@@ -71,6 +73,16 @@ def read_run(name: str, folder: Path) -> Run:
     configs = sorted(folder.glob("checkpoints/[0-9]*/config.json"), key=lambda path: (len(path.parent.name), path))
     config = read_json(configs[-1]) if configs else {}
     return Run(name, folder, steps, evaluations, read_json(folder / "args.json"), config)
+
+
+def methods(run: Run, key: str) -> dict[str, str]:
+    """Column -> whose it is, of a quantity that each method of alignment has: the first's has no name behind it. Of any other
+    quantity, and with one method: its own name -> the run's."""
+    first = run.args.get("align") or [""]
+    more = [name for name in run.steps[-1] if key in OF_METHODS and name.startswith(f"{key}_")]
+    if not more or not isinstance(first, list):
+        return {key: run.name}
+    return {name: f"{run.name}, {name[len(key) + 1 :] or first[0]}" for name in (key, *more)}
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
