@@ -227,9 +227,7 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
             + ["|---|---|---|---|---|", *batch_sizes]
         ),
         "imagenet": "\n".join(
-            [
-                "| pixels | cache, float16 | with --flip | images of --keep-images | GFLOPs an image | PFLOPs in all | on two CPU cores |"
-            ]
+            ["| pixels | cache, float16 | with --flip | --keep-images | GFLOPs an image | PFLOPs in all | on two CPU cores |"]
             + ["|---|---|---|---|---|---|---|", *(row for result in encodings for row in imagenet_rows(result))]
         ),
     }
