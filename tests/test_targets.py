@@ -143,7 +143,7 @@ def test_repas_target_is_the_encoders_patch_tokens(make, pictures):
 
 def test_stored_features_are_trained_on_as_the_images_would_be(call, pictures, tmp_path):
     data = shutil.copytree(pictures / "data", tmp_path / "data")
-    options = repa(pictures, "--max-train-steps", 3)
+    options = repa(pictures, "--max-train-steps", 3, "--align-loss", "l2")  # which knows lengths
     flags = train_flags(data, tmp_path, "images", *options)
 
     def run(name, *more):
@@ -212,6 +212,14 @@ def test_gradients_reach_only_the_student(make):
     assert all(p.grad is None and not p.requires_grad for p in step.state.emas[0].parameters())
     assert not any(tokens.requires_grad for seen in make.seen.values() for _, tokens in seen)
     assert len(step.state.optimizer.state) == sum(p.requires_grad for p in step.state.model.parameters())
+
+
+def test_a_head_of_weight_zero_has_no_gradient_that_processes_would_wait_for(make):
+    step, batch = make("--align", "sra2", "sra", "--align-weight", "0", "1")
+    step(batch)
+    heads = step.state.model.heads
+    assert not any(p.requires_grad for p in heads["sra2"].parameters())
+    assert all(p.requires_grad for p in heads["sra"].parameters())
 
 
 def test_accumulation_cuts_what_targets_see(make):
