@@ -184,7 +184,7 @@ def test_sras_target_is_a_later_block_of_the_average_that_sees_less_noise(make, 
     ema = step.state.emas[0]
     ema.load_state_dict(average)  # what it was when the target was made
     time = torch.stack([max(t - 0.4 * u, torch.tensor(0.0)) for t, u in zip(part.t, part.u)])
-    assert (time < part.t).all() and (part.u > 0).all() and len(set(part.u.tolist())) == 8
+    assert (time < part.t).all() and (part.u > 0).all() and len({*part.u.tolist(), *part.t.tolist()}) == 16
     alpha, sigma = ((1 - time), time) if path == "linear" else ((time * torch.pi / 2).cos(), (time * torch.pi / 2).sin())
     x = alpha[:, None, None, None] * part.latent + sigma[:, None, None, None] * part.noise
     h, c = ema.x_embedder(x) + ema.pos_embed, ema.t_embedder(time) + ema.y_embedder(part.labels)
@@ -194,12 +194,12 @@ def test_sras_target_is_a_later_block_of_the_average_that_sees_less_noise(make, 
 
 
 def test_the_teacher_of_sra_sees_the_students_noise_and_dropped_labels(make, monkeypatch):
-    step, batch = make("--align", "sra2", "sra", "--cfg-prob", "0.5")
+    step, batch = make("--align", "sra2", "sra", "--cfg-prob", "0.5", "--prediction", "eps")
     losses, seen = train.training_losses, []
     monkeypatch.setattr(train, "training_losses", lambda *given: seen.append(given) or losses(*given))
     step(batch)
-    [(part, _)], [(_, path, _, latent, labels, noise, t, *_)] = make.seen["sra"], seen
-    assert path is PATHS["linear"]
+    [(part, _)], [(_, path, prediction, latent, labels, noise, t, *_)] = make.seen["sra"], seen
+    assert path is PATHS["linear"] and prediction == "eps"
     for ours, theirs in zip((part.latent, part.labels, part.noise, part.t), (latent, labels, noise, t)):
         assert torch.equal(ours, theirs)
     assert 0 < (labels == 3).sum() < 8
@@ -220,6 +220,13 @@ def test_a_head_of_weight_zero_has_no_gradient_that_processes_would_wait_for(mak
     heads = step.state.model.heads
     assert not any(p.requires_grad for p in heads["sra2"].parameters())
     assert all(p.requires_grad for p in heads["sra"].parameters())
+
+
+def test_each_method_is_compared_in_its_own_way(make):
+    flags = "--align sra2 sra --align-loss l2 smooth_l1 --align-beta 0.1 0.2 --align-t-range 0 1 0.2 0.5 --align-weight 3 4"
+    step, _ = make(*flags.split())
+    assert step.align == {"sra2": ("l2", 0.1, [0, 1]), "sra": ("smooth_l1", 0.2, [0.2, 0.5])}
+    assert step.weight == {"sra2": 3, "sra": 4}
 
 
 def test_accumulation_cuts_what_targets_see(make):
