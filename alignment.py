@@ -24,6 +24,9 @@ SHARED_FLAGS = (
 )  # fmt: skip
 
 
+SHARED = ("method", "block", "weight", "loss", "beta", "t_range", "stop_step", "head")  # of an entry in config.json
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Those that methods share, and those of each."""
     # fmt: off
@@ -61,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
     for name, target in TARGETS.items():
         given = [flag for flag in target.flags if getattr(args, flag) is not None]
         if given and name not in methods:
-            raise UserError(f"{spelled(given[0])} is of --align {name}, and --align is {' '.join(args.align)}")
+            raise UserError(f"{spelled(given[0])} goes with --align {name}, and --align is {' '.join(args.align)}")
     given = [flag for flag in SHARED_FLAGS if getattr(args, flag) is not None]
     if given and not methods:
         raise UserError(f"{spelled(given[0])} says how to align, and --align none does not")
@@ -95,10 +98,9 @@ def for_each(args: argparse.Namespace, flag: str, methods: list[str], default: l
     if given is None or not methods:
         return default
     if len(given) not in (size, size * len(methods)):
-        raise UserError(
-            f"{spelled(flag)} {' '.join(map(str, given))}: {size * len(methods)} values for --align {' '.join(methods)}, or "
-            f"{size} for {'all of them' if len(methods) > 1 else 'it'}"
-        )
+        each = f", or {size * len(methods)} for each of --align {' '.join(methods)}" if len(methods) > 1 else ""
+        wanted = f"{size} value{'s' * (size > 1)}{' for all methods' if each else ''}{each}"
+        raise UserError(f"{spelled(flag)} {' '.join(map(str, given))}: {len(given)} given, it takes {wanted}")
     pieces = [given[i : i + size] for i in range(0, len(given), size)]
     return pieces * len(methods) if len(pieces) == 1 else pieces
 
@@ -171,9 +173,12 @@ def describe(entry: dict, model: AlignedSiT, data: Data) -> str:
     config, head = model.backbone.config, sum(p.numel() for p in model.heads[entry["method"]].parameters())
     size, body = sum(p.numel() for p in model.backbone.parameters()), backbone_flops(config)
     outside, flops = TARGETS[entry["method"]].cost(entry, config, data)
+    own = "".join(
+        f"{key.replace('_', ' ')} {value}, " for key, value in entry.items() if key not in SHARED and key != "fingerprint"
+    )
     line = (
-        f"{entry['method']}: block {entry['block']} through a head of {head / 1e6:.1f}M parameters (+{head / size:.1%}), "
-        f"+{head_flops(config, entry['head']) / body:.1%} FLOPs forward and backward"
+        f"{entry['method']}: {own}block {entry['block']}, {entry['loss']}, weight {entry['weight']:g}, a head of "
+        f"{head / 1e6:.1f}M parameters (+{head / size:.1%}), +{head_flops(config, entry['head']) / body:.1%} FLOPs both ways"
     )
     if flops:
         line += f"; for its target {outside / 1e6:.1f}M parameters and +{flops / body:.1%} FLOPs forward"

@@ -54,9 +54,10 @@ def load(
     if path.is_file() and path.suffix != ".safetensors":
         return _load_official(path, ema_decay, model, origin, path_type)
     folder, config = read_ours(path)
-    for flag, value in (("--model", model), ("--origin", origin), ("--path-type", path_type)):
+    said = config["model_name"], "of this repository", f"on the {config['path_type']} path"
+    for flag, value, own in zip(("--model", "--origin", "--path-type"), (model, origin, path_type), said):
         if value is not None:
-            raise UserError(f"{flag} is for official .pt files; {path} says itself that it is {config['model_name']}")
+            raise UserError(f"{flag} is for official .pt files; {path} says itself that it is {own}")
     decay = choose_average(path, config, ema_decay)
     weights = folder / ema_name(config, decay)
     network = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)

@@ -164,7 +164,8 @@ def summary(
         f"{args.model}: {size / 1e6:.1f}M parameters, {body / 1e9:.4g} GFLOPs ({body / 2e9:.4g} GMAC) forward\n"
         f"{methods}\n"
         f"global batch {args.batch_size} = {processes} (processes) x {local} (local) x {parts} (accumulated) "
-        f"on {accelerator.device.type}, precision {accelerator.mixed_precision}\n"
+        f"on {accelerator.device.type}, precision {accelerator.mixed_precision}; "
+        f"{args.prediction} on the {args.path_type} path, times {args.weighting}\n"
         f"{len(cache):,} images an epoch, {cache.manifest.num_classes} classes; "
         f"{args.max_train_steps:,} steps are {epochs:.1f} epochs"
     )
@@ -257,13 +258,15 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
         state = build(args, config, device)
         targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
         extra = alignment.extra(targets)
+        if extra:
+            cache.require(extra)
         if saved:
             progress = verify(saved[-1])
             check_same_data(args, folder, read_config(saved[-1]), config)
             state.load(saved[-1], progress)
             if accelerator.scaler is not None and "scaler" in state.extra:
                 accelerator.scaler.load_state_dict(state.extra["scaler"])
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, CacheError) as error:
         mistake = UserError(str(error))
     if any(gather_object([mistake is not None])):
         raise mistake or SystemExit(2)  # another process says what it is

@@ -44,7 +44,9 @@ def draw(runs: list[Run], out: Path) -> None:
         axis.set_xlabel("thousand images seen")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")
+        low, high = axis.get_ylim()
+        shown = "235" if high > 10 * low else "123456789"  # or the labels would lie over each other
+        axis.yaxis.set_minor_formatter(lambda y, _, shown=shown: f"{y:g}" if f"{y:e}"[0] in shown else "")
         axis.grid(True, which="both", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if len(axis.lines) > 1:

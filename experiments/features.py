@@ -35,7 +35,7 @@ OFFICIAL = ("model", "origin", "path_type")  # what an official .pt does not say
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "python -m experiments.features", "--ckpt PATH [PATH ...] --data-dir PATH --out PICTURE.png")
+    parser = cli.Parser(__doc__, "python -m experiments.features", "--ckpt PATH [PATH ...] --data-dir PATH")
     # fmt: off
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, nargs="+", required=True, help="one or several, each as sample_ddp.py takes it")
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("work and files").add_argument
     add("--batch-size", type=cli.positive, default=128, help="images at once")
     add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
-    add("--out", type=Path, required=True, help="picture to write; the numbers go beside it as .json")
+    add("--out", type=Path, default=Path("exps/features.png"), help="picture to write; the numbers go beside it as .json")
     # fmt: on
     args = parser.parse_args(argv)
     if args.out.suffix != ".png":

@@ -162,9 +162,14 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
         with complete():
             network = timm.create_model(wanted, pretrained=pretrained, num_classes=0, **overlay)
     except Exception as error:  # the hub's client, safetensors and torch each have their own
+        if weights:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise EncoderError(f"{name}: --encoder-weights {weights} does not fit {wanted} ({reason})") from None
+        hub = timm.get_pretrained_cfg(wanted).hf_hub_id or wanted
+        hub = hub if "/" in hub else f"timm/{hub}"
         raise EncoderError(
             f"{name}: timm cannot load {wanted} ({first_line(error)}): where there is a network, fetch it with "
-            f"'hf download timm/{wanted} model.safetensors', then pass --encoder-weights FILE"
+            f"'hf download {hub} model.safetensors', then pass --encoder-weights and the path that it prints"
         ) from None
     return network.eval().requires_grad_(False)
 

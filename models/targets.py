@@ -200,8 +200,8 @@ class EncoderTokens(Target):
         source = f"features/{stored[0]}" if stored and where != "images" else "images"
         if source == "images" and not data.images:
             raise TargetError(
-                "--align repa needs images and the cache keeps none: encode it with --keep-images "
-                "(python -m preprocessing.encode_latents ... --keep-images)"
+                "--align repa needs images and the cache keeps none: give the command that made it (encode_latents or "
+                "import_repa) again, with --keep-images"
             )
         if source != "images":
             side = data.features[stored[0]]["side"]
@@ -209,17 +209,24 @@ class EncoderTokens(Target):
 
     def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
         super().__init__(entry, args, config, data, parts)
-        self.encoder = None
+        self.encoder, grid = None, config.latent_size // config.patch
+        if entry["from"] != "images" and not args.encoder_weights:
+            return
+        try:
+            encoder = Encoder(
+                entry["encoder"], data.resolution, grid, args.encoder_weights, device=parts.device, side=entry["side"]
+            )
+        except EncoderError as error:
+            raise TargetError(f"--repa-encoder {error}") from None
         if entry["from"] == "images":
-            grid = config.latent_size // config.patch
-            try:
-                self.encoder = Encoder(
-                    entry["encoder"], data.resolution, grid, args.encoder_weights, device=parts.device, side=entry["side"]
-                )
-            except EncoderError as error:
-                raise TargetError(f"--repa-encoder {error}") from None
+            self.encoder = encoder
             if parts.compile:
                 self.encoder.compile()
+        elif encoder.fingerprint != self.identity["fingerprint"]:
+            raise TargetError(
+                f"--encoder-weights {args.encoder_weights}: the cache's {entry['from']} were made with other weights of "
+                f"{entry['encoder']}; --repa-from images takes these"
+            )
 
     def __call__(self, batch: Batch) -> Tensor:
         return batch.extra.float() if self.encoder is None else self.encoder(batch.extra)

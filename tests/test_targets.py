@@ -161,6 +161,10 @@ def test_stored_features_are_trained_on_as_the_images_would_be(call, pictures, t
     for a, b in zip(images, stored):
         assert a == pytest.approx(b, rel=2e-3)  # float16
     assert run("again", "--repa-from", "images", "--repa-side", 64)[0] == images
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "other.safetensors")
+    code, out = call(train, *flags, "--exp-name", "x", "--encoder-weights", tmp_path / "other.safetensors")
+    assert code == 2 and "were made with other weights of test_vit" in out and "--repa-from images" in out
     code, out = call(train, *flags, "--exp-name", "x", "--repa-from", "features", "--repa-side", 80)
     assert code == 2 and "--repa-from features: the cache holds none of test_vit" in out and "encode_features" in out
 
@@ -296,15 +300,15 @@ def test_one_value_is_for_all_methods_and_several_are_for_each_in_their_order():
     [
         (["--align", "none", "sra2"], "--align none sra2: none goes with no other"),
         (["--align", "sra", "sra"], "--align sra sra: each only once"),
-        (["--align", "sra", "--align-target", "mean"], "--align-target is of --align sra2, and --align is sra"),
-        (["--sra-t-max", 0.1], "--sra-t-max is of --align sra, and --align is sra2"),
-        (["--repa-encoder", "dinov2-b"], "--repa-encoder is of --align repa, and --align is sra2"),
+        (["--align", "sra", "--align-target", "mean"], "--align-target goes with --align sra2, and --align is sra"),
+        (["--sra-t-max", 0.1], "--sra-t-max goes with --align sra, and --align is sra2"),
+        (["--repa-encoder", "dinov2-b"], "--repa-encoder goes with --align repa, and --align is sra2"),
         (["--align", "none", "--align-weight", 1], "--align-weight says how to align, and --align none does not"),
         (
             ["--align", "sra2", "sra", "--align-weight", 1, 2, 3],
-            "--align-weight 1.0 2.0 3.0: 2 values for --align sra2 sra, or 1",
+            "--align-weight 1.0 2.0 3.0: 3 given, it takes 1 value for all methods, or 2 for each",
         ),
-        (["--align-t-range", 0.5], "--align-t-range 0.5: 2 values for --align sra2, or 2 for it"),
+        (["--align-t-range", 0.5], "--align-t-range 0.5: 1 given, it takes 2 values"),
         (["--align", "sra", "--sra-teacher-block", 7], "--sra-teacher-block 7: SiT-Ti/2 has blocks 1 to 6"),
         (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number from 0 to 1"),
         (["--align", "repa"], "--align repa needs images and the cache keeps none"),
@@ -334,11 +338,11 @@ def test_the_method_of_the_docs_is_one_class_and_trains(call, cache, tmp_path, m
     options = "--align sra2 coarse --align-loss smooth_l1 cosine --align-depth 2 6 --coarse-side 4 --max-train-steps 2"
     options = options.split()
     code, out = call(train, *flags, *options)
-    assert code == 0 and "coarse: block 6 through a head" in out, out
+    assert code == 0 and "coarse: side 4, block 6, cosine, weight 1, a head" in out, out
     assert rows(tmp_path / "run")[-1]["align_coarse"] > 0
     code, out = call(train, *flags, *options, "--max-train-steps", 3, "--coarse-side", 2)
     assert code == 2 and "side was 4, is 2" in out
     code, out = call(train, *train_flags(cache, tmp_path, "other"), "--align", "coarse", "--coarse-side", 3)
     assert code == 2 and "--coarse-side 3 does not divide latents of side 8" in out
     code, out = call(train, *train_flags(cache, tmp_path, "other"), "--coarse-side", 4)
-    assert code == 2 and "--coarse-side is of --align coarse, and --align is sra2" in out
+    assert code == 2 and "--coarse-side goes with --align coarse, and --align is sra2" in out
