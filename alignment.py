@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import cli
+from checkpoint import CheckpointError, read_config
 from cli import UserError
 from interpolant import PATHS, interpolate
 from latent_cache import Manifest
@@ -138,6 +140,14 @@ def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[dict]:
             "head": head | {"hidden": args.projector_width[i]}, **own,
         })  # fmt: skip
     return found
+
+
+def settle(args: argparse.Namespace, checkpoint: Path) -> None:
+    """What was left open when the run of this checkpoint began stays what it became then. (One that is damaged is told of
+    where it is loaded.)"""
+    with suppress(CheckpointError):
+        for entry in read_config(checkpoint).get("align", []):
+            TARGETS[entry["method"]].settle(args, entry)
 
 
 def load(

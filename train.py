@@ -91,7 +91,8 @@ class Step:
             means.append(torch.stack([value.detach().mean() for value in (loss, terms.denoising, *gauges)]))
         losses = torch.stack(means).mean(0)
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-        good = self.guard.judge(self.state.step + 1, losses[1], losses[2::3].sum(), grad_norm)
+        trained = [align for align, name in zip(losses[2::3], self.targets) if self.weight[name]]
+        good = self.guard.judge(self.state.step + 1, losses[1], sum(trained, torch.zeros_like(losses[0])), grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -236,14 +237,16 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
     check_cache(args, cache)
-    data = alignment.data_of(cache.manifest, cache.stored_features())
-    config = make_config(args, cache.manifest, data)
     flags = check_same_run(args, folder)
     # what the first process sees, since on a network disk others may see it later
     saved, start, measured, owed = broadcast_object_list([*where(args, folder)] if main_process else 4 * [None])
     if start >= args.max_train_steps and not owed:
         accelerator.print(f"{folder} has finished its {start:,} steps; raise --max-train-steps to go on")
         return True
+    if saved:
+        alignment.settle(args, saved[-1])
+    data = alignment.data_of(cache.manifest, cache.stored_features())
+    config = make_config(args, cache.manifest, data)
 
     vae = preview = evaluator = mistake = None
     try:  # no process waits for another in here, and some mistakes only one of them can make

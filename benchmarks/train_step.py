@@ -110,6 +110,8 @@ def plan(args: argparse.Namespace, names: list[str]) -> Plan:
         if getattr(args, flag[2:].replace("-", "_"))
     ]
     flags, manifest = flags_of_training(given), synthetic_manifest(args.latent_size)
+    if args.latent_size % PRESETS[args.model]["patch"]:
+        raise UserError(f"--latent-size {args.latent_size}: {args.model} cannot cut it into patches")
     data = replace(alignment.data_of(manifest), images=True)
     config = make_config(flags, manifest, data)
     return Plan(flags, manifest, data, config, SiTConfig(**config["model"]))

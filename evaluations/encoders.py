@@ -23,7 +23,7 @@ class TimmFeatures(nn.Module):
     antialiased, rounded) and normalised with the network's own mean and standard deviation. In fp32 whatever surrounds it.
     `weights_sha256` is of the weights, the architecture, S, mean and standard deviation."""
 
-    def __init__(self, name: str, weights: Path | None = None, pretrained: bool = True):
+    def __init__(self, name: str, weights: Path | None = None, pretrained: bool = True, flag: str = "--features"):
         """name: short, as models/encoder.py has it, or timm's; weights: timm's file, else the hub's. Raises UserError."""
         import timm
 
@@ -32,7 +32,7 @@ class TimmFeatures(nn.Module):
             wanted = architecture(name, OTHERS)
             self.network = load_network(name, weights, pretrained, OTHERS)
         except EncoderError as error:
-            raise UserError(f"--features {error}") from None
+            raise UserError(f"{flag} {error}") from None
         config = timm.data.resolve_data_config(model=self.network)
         self.side = config["input_size"][-1]
         if "dinov2" in wanted:

@@ -47,7 +47,9 @@ def load_extractor(
         if size != (RESOLUTION, RESOLUTION):
             raise UserError(f"{flag} fashion needs {RESOLUTION}x{RESOLUTION} images, {what} holds {size[0]}x{size[1]}")
         return load_classifier().to(device)
-    return (InceptionFeatures(inception_weights) if name == "inception" else TimmFeatures(name, encoder_weights)).to(device)
+    if name == "inception":
+        return InceptionFeatures(inception_weights).to(device)
+    return TimmFeatures(name, encoder_weights, flag=flag).to(device)
 
 
 def columns(rows: Iterable[tuple[np.ndarray, ...]], count: int) -> Features:

@@ -1,4 +1,4 @@
-"""The paper's ablations (arXiv:2601.17830, table 1), one choice varied at a time around its default, with seeds.
+"""The paper's ablations (arXiv:2601.17830, table 1), one choice varied at a time around the paper's best.
 
     python -m experiments.ablate --axis depth --seeds 0 1 2
     python -m experiments.ablate --scale imagenet --print
@@ -8,6 +8,7 @@ Writes NAME.json, and from it NAME.md and NAME.png, which --plot NAME.json makes
 again goes on where it stopped, and runs that axes share are run once. What stands behind -- goes to every train.py."""
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -19,7 +20,7 @@ from cli import UserError
 from evaluations.compare import frechet_name
 from experiments.cells import Cell, check, devices, run
 from experiments.panels import draw, table
-from experiments.results import gather, load, save
+from experiments.results import gather, last, load, save
 from files import write_file
 from latent_cache import CacheError, LatentCache
 from machine import cores
@@ -36,11 +37,22 @@ class Value(NamedTuple):
 
 PAPER_VANILLA = 33.02
 DEMO = (
-    "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --log-every 20 --sampling-steps 0 --num-workers 0 --keep-last 1 "
+    "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --sampling-steps 0 --num-workers 0 --keep-last 1 "
     "--eval-samples 1000 --eval-reference assets/fashion-mnist/images.zip --eval-features fashion --eval-mode ode "
     "--eval-num-steps 20 --eval-batch-size 100"
 )
-OWN = ("--data-dir", "--model", "--max-train-steps", "--exp-name", "--output-dir", "--seed", "--encoder-depth", "--proj-coeff")
+OWN = (
+    "--data-dir",
+    "--model",
+    "--max-train-steps",
+    "--exp-name",
+    "--output-dir",
+    "--seed",
+    "--encoder-depth",
+    "--proj-coeff",
+    "--eval-every",
+    "--checkpointing-steps",
+)
 TITLES = {
     "depth": "aligned block", "t-range": "timesteps aligned", "loss": "loss", "weight": "weight of the loss",
     "layers": "linear layers of the head", "target": "target", "schedule": "steps aligned",
@@ -105,8 +117,10 @@ def grid(axes: list[str], model: str, steps: int, demo: bool) -> tuple[dict[str,
 
 def demo_flags(args: argparse.Namespace) -> list[str]:
     """What all runs share: the README's comparison on the embedded data."""
-    every = max(1, args.max_train_steps // args.evaluations)
-    rest = f"--max-train-steps {args.max_train_steps} --checkpointing-steps {every} --eval-every {every} {DEMO}"
+    every, log = math.ceil(args.max_train_steps / args.evaluations), min(20, args.max_train_steps)
+    rest = (
+        f"--max-train-steps {args.max_train_steps} --checkpointing-steps {every} --eval-every {every} {DEMO} --log-every {log}"
+    )
     return ["--data-dir", str(args.data_dir), "--model", args.model, *rest.split()]
 
 
@@ -138,16 +152,16 @@ def print_commands(args: argparse.Namespace, cells: list[Cell]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UserError."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = cli.Parser(__doc__, "python -m experiments.ablate", "--axis NAME [NAME ...]")
+    parser = cli.Parser(__doc__, "python -m experiments.ablate", "--axis NAME [NAME ...] [-- FLAGS OF TRAIN.PY]")
     # fmt: off
     add = parser.add_argument
-    add("--axis", nargs="+", choices=TITLES, metavar="NAME", help=f"{', '.join(TITLES)} (imagenet: the first five)")
+    add("--axis", nargs="+", choices=TITLES, metavar="NAME", help=f"{', '.join(TITLES)} (imagenet: by default the first five)")
     add("--scale", choices=("demo", "imagenet"), default="demo", help="the embedded data; imagenet only with --print")
     add("--print", action="store_true", help="the commands, without running them")
     add("--plot", type=Path, metavar="FILE.json", help="table and picture of a result, without running anything")
     add("--data-dir", type=Path, help="latent cache (default: data/fashion-mnist; imagenet: data/imagenet256)")
-    add("--model", choices=PRESETS, metavar="NAME", help="(default: SiT-Ti/2; imagenet: SiT-B/2)")
-    add("--seeds", type=cli.seed, nargs="+", help="(default: 0 1 2; imagenet: 0)")
+    add("--model", choices=PRESETS, metavar="NAME", help="of models/sit.py (default: SiT-Ti/2; imagenet: SiT-B/2)")
+    add("--seeds", type=cli.seed, nargs="+", help="a run of each (default: 0 1 2; imagenet: 0)")
     add("--max-train-steps", type=cli.positive, help="of each run (default: 400; imagenet: 400000)")
     add("--evaluations", type=cli.positive, default=1, help="of each run, evenly on the way; the last at the end")
     add("--jobs", type=cli.positive, help="runs at a time (default: one a GPU, or one a core)")
@@ -190,7 +204,7 @@ def of_axes(found: dict, path: Path, axes: list[str]) -> dict:
 
 def show(found: dict, path: Path) -> None:
     """Writes table and picture beside the JSON, and prints the table. Raises UserError."""
-    if not any(run["name"] == "none" for run in found["runs"]):
+    if "none" not in last(found["runs"], found.get("metric", "")):
         raise UserError(f"{path} holds no finished run of vanilla SiT (none), which all others are compared with")
     text = table(found)
     write_file(path.with_suffix(".md"), text.encode())

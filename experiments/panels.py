@@ -53,7 +53,9 @@ def draw(found: dict, out: Path) -> None:
     at_end, count = last(found["runs"], found["metric"]), len(found["axes"])
     base, columns = at_end["none"], min(count, 4)
     level, everything = float(np.mean([*base.values()])), [v for each in at_end.values() for v in each.values()]
-    margin = 0.25 * (max(everything) - min(everything)) or 0.1 * abs(level)
+    bars = [paired(each, base) for name, each in at_end.items() if name != "none"]
+    everything += [level + end for bar in bars if bar and bar.low is not None for end in (bar.low, bar.high)]
+    margin = 0.05 * (max(everything) - min(everything)) or 0.1 * abs(level)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
         rows,
@@ -89,7 +91,7 @@ def draw(found: dict, out: Path) -> None:
         plt.Line2D([], [], color="0.35", linestyle="--", label="vanilla, and its seeds"),
         plt.Line2D([], [], color="0.4", marker="o", markersize=4, linestyle="", alpha=0.6, label="a seed"),
         plt.Line2D([], [], color="0.4", marker="_", markersize=12, markeredgewidth=2.2, label="mean, and 95% against vanilla"),
-        plt.Line2D([], [], color="C1", marker="o", markersize=4, label="default"),
+        plt.Line2D([], [], color="C1", marker="o", markersize=4, label="the paper's best"),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=4 if columns > 2 else 2, frameon=False)
     png = io.BytesIO()

@@ -102,7 +102,7 @@ def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, 
     try:
         with torch.device("meta"), torch.no_grad():
             network = timm.create_model(wanted, pretrained=False, num_classes=0)
-            side = check_side(network, name, side or side_rule(network, resolution))
+            side = check_side(network, name, side_rule(network, resolution) if side is None else side)
             set_side(network, side)
             return patch_tokens(network.eval(), torch.empty(1, 3, side, side)).shape[-1], side
     except EncoderError:
@@ -120,7 +120,7 @@ def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), torch.no_grad():
-        network = timm.create_model(architecture(name), pretrained=False, num_classes=0).eval()
+        network = timm.create_model(architecture(name), pretrained=False, num_classes=0).eval().requires_grad_(False)
         side = describe(name, resolution, side)[1]
         set_side(network, side)
         with FlopCounterMode(display=False) as counter:
@@ -159,7 +159,7 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
         raise EncoderError(f"{name}: --encoder-weights {weights} does not exist")
     overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
     try:
-        with complete():
+        with complete(), quiet_hub():
             network = timm.create_model(wanted, pretrained=pretrained, num_classes=0, **overlay)
     except Exception as error:  # the hub's client, safetensors and torch each have their own
         if weights:
@@ -172,6 +172,18 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
             f"'hf download {hub} model.safetensors', then pass --encoder-weights and the path that it prints"
         ) from None
     return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the hub client's lines about its retries: what they end in is told."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager
@@ -205,6 +217,8 @@ def side_rule(network: nn.Module, resolution: int) -> int:
 def check_side(network: nn.Module, name: str, side: int) -> int:
     """The side, if the network can have it. Raises EncoderError."""
     own, stride = network.pretrained_cfg["input_size"][-1], network.feature_info[-1]["reduction"]
+    if side < stride:
+        raise EncoderError(f"{name} takes images of {stride} pixels and more, not of {side}")
     if one_size(network) and side != own:
         raise EncoderError(f"{name} takes images of {own} pixels only, not of {side}")
     if hasattr(network, "set_input_size") and side % stride:
@@ -238,6 +252,8 @@ def patch_tokens(network: nn.Module, x: Tensor) -> Tensor:
         features = features.flatten(1, 2) if last else features.flatten(2).mT
     else:
         features = features[:, getattr(network, "num_prefix_tokens", 0) :]
+        if features.shape[1] == 1:  # a class token, whatever it is called
+            raise NotSquare("an image becomes a single token")
     if features.ndim != 3 or math.isqrt(features.shape[1]) ** 2 != features.shape[1]:
         raise NotSquare(f"an image becomes an array of {' x '.join(map(str, features.shape[1:]))}")
     return features

@@ -94,6 +94,10 @@ class Target:
         Raises TargetError."""
         raise NotImplementedError
 
+    @staticmethod
+    def settle(args: argparse.Namespace, entry: dict) -> None:
+        """When a run is continued: flags that were not given become what they amounted to when it began."""
+
     def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
         """Loads what it needs. Raises TargetError."""
         self.entry, self.config, self.data, self.parts = entry, config, data, parts
@@ -169,7 +173,8 @@ class EncoderTokens(Target):
         add("--repa-encoder", "--enc-type", metavar="NAME", help="repa: any of timm's, or REPA's spelling (default: dinov2-b)")
         add("--encoder-weights", type=Path, metavar="FILE", help="repa: weights of timm's form (default: the hub's)")
         add("--repa-side", type=int, metavar="N",
-            help="repa: pixels a side that the encoder sees (default: REPA's, 224 for 256; never less than 224)")  # fmt: skip
+            help="repa: pixels a side that the encoder sees (default: as stored features, else REPA's, 224 for images of 256, "
+            "never less than 224)")  # fmt: skip
         add("--repa-from", choices=("auto", "images", "features"),
             help="repa: encode the cache's images in every step, or read features stored ahead of time "
             "(default: auto: features where the cache has this encoder's)")  # fmt: skip
@@ -180,7 +185,7 @@ class EncoderTokens(Target):
 
     @staticmethod
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
-        given = args.repa_encoder or "dinov2-b"
+        given = "dinov2-b" if args.repa_encoder is None else args.repa_encoder
         try:
             encoder, (width, side) = canonical(given), describe(given, data.resolution, args.repa_side)
         except EncoderError as error:
@@ -191,11 +196,16 @@ class EncoderTokens(Target):
             for folder, told in (data.features or {}).items()
             if (told["encoder"], told["tokens_side"]) == (encoder, grid) and args.repa_side in (None, told["side"])
         ]
+        if len(stored) > 1:
+            sides = " ".join(str(data.features[folder]["side"]) for folder in stored)
+            raise TargetError(f"--repa-side: the cache holds features of {encoder} at {sides} pixels: name one of them")
         where = args.repa_from or "auto"
         if where == "features" and not stored:
             raise TargetError(
                 f"--repa-from features: the cache holds none of {encoder} on a grid of {grid} x {grid}: make them with "
                 f"python -m preprocessing.encode_features CACHE --encoder {given} --tokens-side {grid}"
+                + f" --side {args.repa_side}"
+                * (args.repa_side is not None)
             )
         source = f"features/{stored[0]}" if stored and where != "images" else "images"
         if source == "images" and not data.images:
@@ -206,6 +216,11 @@ class EncoderTokens(Target):
         if source != "images":
             side = data.features[stored[0]]["side"]
         return {"out": width, "encoder": encoder, "side": side, "from": source}
+
+    @staticmethod
+    def settle(args: argparse.Namespace, entry: dict) -> None:
+        args.repa_from = args.repa_from or ("images" if entry["from"] == "images" else "features")
+        args.repa_side = entry["side"] if args.repa_side is None else args.repa_side
 
     def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
         super().__init__(entry, args, config, data, parts)
@@ -266,7 +281,8 @@ class Teacher(Target):
 
     @staticmethod
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
-        block = args.sra_teacher_block or (20 if "-XL/" in args.model else round(3 * config.depth / 4))
+        usual = 20 if "-XL/" in args.model else round(3 * config.depth / 4)
+        block = usual if args.sra_teacher_block is None else args.sra_teacher_block
         t_max = 0.2 if args.sra_t_max is None else args.sra_t_max
         if not 1 <= block <= config.depth:
             raise TargetError(f"--sra-teacher-block {block}: {args.model} has blocks 1 to {config.depth}")

@@ -52,6 +52,8 @@ def check(root: Path, manifest: Manifest, side: int | None) -> int:
         )
     if side is None and manifest.latent_shape[1] % 2:
         raise UserError(f"--tokens-side auto: latents of side {manifest.latent_shape[1]} are not cut by patch 2; give a number")
+    if side and side > manifest.resolution:
+        raise UserError(f"--tokens-side {side}: an image has only {manifest.resolution} pixels a side")
     return side or manifest.latent_shape[1] // 2
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     def encode(images: Tensor) -> Tensor:
         return encoder(images.to(device))
 
-    slug = slug_of(args.encoder, side)
+    slug = slug_of(encoder.name, encoder.side, side)
     if world.rank == 0:
         size = size_of(manifest, side, encoder.width)
         print(f"features/{slug}: {manifest.count:,} x {side**2} x {encoder.width} {DTYPE}, {size / 1e9:.2f} GB", flush=True)

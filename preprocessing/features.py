@@ -28,9 +28,9 @@ from world import World
 DTYPE = np.dtype(np.float16)
 
 
-def slug_of(name: str, tokens_side: int) -> str:
-    """The folder of an encoder's features."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{tokens_side}x{tokens_side}"
+def slug_of(name: str, side: int, tokens_side: int) -> str:
+    """The folder of the features of an encoder that sees `side` pixels."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{side}-{tokens_side}x{tokens_side}"
 
 
 def size_of(manifest: Manifest, tokens_side: int, width: int) -> int:

@@ -23,6 +23,7 @@ from experiments.cells import Cell
 from flags import check_args, parse_args
 from logbook import read_rows
 from machine import cores
+from tests.helpers import ROOT
 
 ALIGN = ("align", "align_depth", "align_t_range", "align_loss", "align_weight", "projector_layers", "align_stop_step",
          "align_target", "align_normalize")  # fmt: skip
@@ -304,3 +305,23 @@ def test_mistakes_are_one_line(call, tmp_path, monkeypatch, flags, told):
     results.save(tmp_path / "empty.json", "ablate", {"axes": [{"name": "depth"}]}, [])
     code, out = call(ablate, *flags.split())
     assert code == 2 and told in out and len(out.splitlines()) == 1, out
+
+
+def test_the_page_holds_the_table_of_the_result():
+    found = results.load(ROOT / "docs/depth-loss.json", "ablate")
+    page = (ROOT / "docs/ablations.md").read_text()
+    assert panels.table(found).split("```bash")[0].strip() in page
+    assert found["command"].removesuffix(" --jobs 2") in page
+    runs = found["runs"]
+    assert len(runs) == 30 and len({(run["name"], run["seed"]) for run in runs}) == 30
+    assert len({str(run["commits"]) for run in runs}) == 1
+
+
+def test_the_page_says_of_the_features_what_their_file_says():
+    found, page = json.loads((ROOT / "docs/features.json").read_text()), (ROOT / "docs/ablations.md").read_text()
+    rows = found["checkpoints"][0]["results"]
+    for t in (0.5, 0.1):
+        best = max(row["accuracy"] for row in rows if row["t"] == t)
+        own = next(row["accuracy"] for row in found["baselines"] if row["space"] == "x_t, flattened" and row["t"] == t)
+        assert f"{best:.1%}" in page and f"{own:.1%}" in page
+    assert found["command"].replace("python -m experiments.features", "") in page

@@ -166,7 +166,7 @@ def test_peak_memory_is_what_comes_on_top_of_what_is_held(monkeypatch):
     [
         (["--align", "none+sra2"], "none+sra2 is neither none nor some of sra2, repa, sra joined by +"),
         (["--align", "sra2", "sra+sra"], "sra+sra is neither"),
-        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder is of --align repa"),
+        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder goes with --align repa"),
     ],
 )
 def test_what_cannot_be_compared_ends_in_one_line(call, flags, message):

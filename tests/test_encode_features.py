@@ -67,7 +67,7 @@ def kept(whole, tmp_path):
 
 def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
     code, out = call(encode_features, kept, "--encoder", "a/b:c", "--batch-size", 4)
-    assert code == 0 and "features/a-b-c-4x4: 24 x 16 x 3 float16, 0.00 GB" in out
+    assert code == 0 and "features/a-b-c-224-4x4: 24 x 16 x 3 float16, 0.00 GB" in out
     data, index = LatentCache(kept), np.array([23, 0, 10, 9, 0])
     (slug,) = data.stored_features()
     assert data.stored_features()[slug] == {
@@ -87,21 +87,21 @@ def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
 def test_stopped_it_goes_on(call, encoder, kept, whole, tmp_path, monkeypatch):
     given = [kept, "--encoder", "tires", "--batch-size", 4, "--tokens-side", 2]
     assert call(encode_features, *given)[0] == 130
-    dest = kept / "features/tires-2x2"
+    dest = kept / "features/tires-224-2x2"
     assert sorted(path.name for path in dest.glob("*.npy")) == ["00000.npy"] and not list(dest.glob(".*.partial"))
     assert LatentCache(kept).stored_features() == {}
     Encoder.calls[:] = [0] * 5  # tired no more
     assert call(encode_features, *given)[0] == 0 and Encoder.calls[5:] == [4, 4, 2, 4]
     whole = shutil.copytree(whole, tmp_path / "whole")
     assert call(encode_features, whole, *given[1:])[0] == 0
-    assert files(dest) == files(whole / "features/tires-2x2")
+    assert files(dest) == files(whole / "features/tires-224-2x2")
 
 
 def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder, kept, monkeypatch):
     given = [kept, "--encoder", "e"]
     assert call(encode_features, *given)[0] == 0
     both = LatentCache(kept, shutil.copytree(kept, kept.parent / "again"))
-    assert torch.equal(both.features("e-4x4", np.array([3])), both.features("e-4x4", np.array([27])))
+    assert torch.equal(both.features("e-224-4x4", np.array([3])), both.features("e-224-4x4", np.array([27])))
     monkeypatch.setattr(Encoder, "fingerprint", "f2")
     code, out = call(encode_features, *given)
     assert code == 2 and "holds features made otherwise (fingerprint was f1, is f2): remove it" in out
@@ -111,20 +111,20 @@ def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder,
     (kept / "manifest.json").write_text(json.dumps(manifest))
     data = LatentCache(kept)
     assert data.stored_features() == {}
-    with pytest.raises(CacheError, match="no features e-4x4, but none: make them with python -m preprocessing"):
-        TrainingStream(data, 0, 8, extra="features/e-4x4")
+    with pytest.raises(CacheError, match="no features e-224-4x4, but none: make them with python -m preprocessing"):
+        TrainingStream(data, 0, 8, extra="features/e-224-4x4")
     assert "features of images that have changed since: remove it" in call(encode_features, *given)[1]
     assert LatentCache(kept, kept.parent / "again").stored_features() == {}
-    (kept / "features/e-4x4/features.json").write_text("{")
+    (kept / "features/e-224-4x4/features.json").write_text("{")
     with pytest.raises(CacheError, match=r"features\.json cannot be read.*remove"):
         LatentCache(kept).stored_features()
 
 
 def test_damaged_features_are_named_before_training(call, encoder, kept):
     assert call(encode_features, kept, "--encoder", "e")[0] == 0
-    (kept / "features/e-4x4/00002.npy").write_bytes(b"")
-    with pytest.raises(CacheError, match=r"00002\.npy cannot be read .*remove .*e-4x4 and make it again with"):
-        TrainingStream(LatentCache(kept), 0, 8, extra="features/e-4x4")
+    (kept / "features/e-224-4x4/00002.npy").write_bytes(b"")
+    with pytest.raises(CacheError, match=r"00002\.npy cannot be read .*remove .*e-224-4x4 and make it again with"):
+        TrainingStream(LatentCache(kept), 0, 8, extra="features/e-224-4x4")
 
 
 def test_mistakes_are_one_line(call, encoder, kept, cache, tmp_path):

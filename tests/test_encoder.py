@@ -156,6 +156,8 @@ def test_mistakes(vit, tmp_path):
         (lambda: describe("vit_base_patch14_dinov2.lvd", 256), "near it: vit_base_patch14_dinov2.lvd142m"),
         (lambda: describe("mocov3-vit-b", 256), "timm has no MoCo v3 weights; of REPA's encoders it has .*dinov2-vit-b"),
         (lambda: describe("volo_d1_224", 256), "no square of patch tokens: an image becomes an array of 197 x 384"),
+        (lambda: describe("pit_ti_224", 256), "no square of patch tokens: an image becomes a single token"),
+        (lambda: describe("test_vit", 256, side=0), "takes images of 16 pixels and more, not of 0"),
         (lambda: describe("test_vit", 256, side=100), "test_vit takes images of a multiple of 16 pixels, not of 100"),
         (lambda: describe("mixer_s16_224", 256, side=240), "takes images of 224 pixels only, not of 240"),
         (lambda: load_network("test_vit", tmp_path / "no.pth"), "test_vit: --encoder-weights .*no.pth does not exist"),

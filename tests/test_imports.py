@@ -39,7 +39,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "agreement": (set(), {"torch"}),
     "guard": ({"cli"}, {"torch"}),
     "flops": ({"models"}, {"torch"}),
-    "alignment": ({"cli", "interpolant", "latent_cache", "loss", "models"}, {"torch"}),
+    "alignment": ({"checkpoint", "cli", "interpolant", "latent_cache", "loss", "models"}, {"torch"}),
     "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, NUMERIC),
     "sample_store": ({*LEAVES, "evaluations", "grid"}, {"numpy", "PIL", "safetensors"}),

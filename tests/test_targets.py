@@ -156,8 +156,10 @@ def test_stored_features_are_trained_on_as_the_images_would_be(call, pictures, t
     images, entry = run("images", "--repa-side", 64)
     given = ("--encoder", "test_vit", "--encoder-weights", pictures / "weights.safetensors", "--side", 64)
     assert call(encode_features, data, *given)[0] == 0
+    begun = ("--exp-name", "images", "--max-train-steps", 4)  # before there were features: it goes on as it began
+    assert call(train, *flags, *begun)[0] == 0
     stored, other = run("stored")  # found by itself, and with the side they were made for
-    assert entry["from"] == "images" and other == entry | {"from": "features/test_vit-4x4"}
+    assert entry["from"] == "images" and other == entry | {"from": "features/test_vit-64-4x4"}
     for a, b in zip(images, stored):
         assert a == pytest.approx(b, rel=2e-3)  # float16
     assert run("again", "--repa-from", "images", "--repa-side", 64)[0] == images
