@@ -10,7 +10,7 @@ class Optimizer:
 
 
 def judge(guard, step, velocity=1.0, align=1.0, gradient=1.0) -> float:
-    return guard.judge(step, torch.tensor([velocity, align]), torch.tensor(gradient)).item()
+    return guard.judge(step, *map(torch.tensor, (velocity, align, gradient))).item()
 
 
 def alone(tensor, how):
