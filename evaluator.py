@@ -1,4 +1,5 @@
 """Metrics of the averaged models while they train: sampling and evaluation over all processes, images never leave the device.
+And, with --eval-latents, the denoising loss on images held out.
 
 What it reports is what sample_ddp.py and evaluations.evaluate report for the same checkpoint, flags and batch size, as far as
 --mixed-precision and --allow-tf32 let it: those two commands work in float32."""
@@ -16,6 +17,7 @@ from evaluations.features import gather, load_extractor
 from evaluations.metrics import NEIGHBOURS
 from evaluations.references import cache_folder, load_references
 from files import sha256
+from held_out import HeldOut
 from latent_cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
@@ -53,6 +55,10 @@ class Evaluator:
         self.network = load_extractor(
             self.features, args.inception_weights, (side, side), self.device, str(args.data_dir[0]), "--eval-features"
         )
+        self.held_out = None
+        if args.eval_latents:
+            self.held_out = HeldOut(args.eval_latents, self.count)
+            self.held_out.check(manifest.latent_shape, manifest.num_classes, manifest.vae_fingerprint)
         self.reference = None
         if rank == 0:
             if not args.eval_reference.exists():
@@ -70,6 +76,8 @@ class Evaluator:
                 "seed": self.recipe.seed, "batch_size": self.size, "dtype": str(dtype).removeprefix("torch."),
                 "allow_tf32": args.allow_tf32,
             }  # fmt: skip
+            if self.held_out:
+                self.identity["held_out"] = self.held_out.identity
 
     @torch.no_grad()
     def measure(
@@ -77,16 +85,25 @@ class Evaluator:
     ) -> dict[str, float | None] | None:
         """The numbers, on the first process; None on the others. gather_all stacks a tensor of every process in their order.
         Raises Stopped, on every process at once, when `stopped` says so on any."""
-        batches = self._batches(model, gather_all, stopped)
+
+        def look() -> None:
+            if gather_all(torch.tensor([int(stopped())], device=self.device)).any():
+                raise Stopped
+
+        loss = {}
+        if self.held_out:
+            how = self.recipe.path_type, self.recipe.prediction, self.dtype, self.size
+            loss = self.held_out.measure(model, *how, self.rank, self.processes, gather_all, look)
+        batches = self._batches(model, gather_all, look)
         if self.reference is None:
             for _ in batches:
                 pass
             return None
         features = gather(batches, self.count)
         labels = self.recipe.classes(torch.arange(self.count), model.config.num_classes).numpy()
-        return compare(features, labels, self.reference, self.features, self.device)
+        return compare(features, labels, self.reference, self.features, self.device) | loss
 
-    def _batches(self, model: SiT, gather_all: Callable, stopped: Callable[[], bool]) -> Iterator[tuple[Tensor, ...]]:
+    def _batches(self, model: SiT, gather_all: Callable, look: Callable[[], None]) -> Iterator[tuple[Tensor, ...]]:
         """Features of one batch of each process, in the order of the images; the last is padded with those that follow."""
         step = self.size * self.processes
         with tqdm(total=self.count, unit="img", desc="evaluating", leave=False, disable=self.rank > 0) as bar:
@@ -97,5 +114,4 @@ class Evaluator:
                 outputs = self.network(images)
                 yield tuple(gather_all(output) for output in outputs)
                 bar.update(min(step, self.count - first))
-                if gather_all(torch.tensor([int(stopped())], device=self.device)).any():
-                    raise Stopped
+                look()

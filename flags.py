@@ -27,6 +27,7 @@ FREE_FLAGS = {
     "log_every",
     "keep_last", "milestone_steps", "num_workers", "report_to", "gradient_accumulation_steps", "compile",
     "activation_checkpointing", "vae", "resolution", "num_classes", "epochs", "eval_every", "eval_samples", "eval_reference",
+    "eval_latents",
     "eval_features", "eval_mode", "eval_heun", "eval_num_steps", "eval_cfg_scale", "eval_batch_size", "inception_weights",
     *(flag for target in TARGETS.values() for flag in target.flags),  # what they say stands in config.json
 }  # fmt: skip
@@ -50,7 +51,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=cli.count, default=min(4, cores()), help="loader processes for each training process")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="SiT-Ti/2, or SiT- S, B, L, XL with /2, /4, /8")
+    add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="SiT-Ti/2, or SiT- S, B, L, XL with /1 /2 /4 /8")
     add("--path-type", choices=PATHS, default="linear", help="between data and noise; vp is DDPM's and DiT's")
     add("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts: velocity, data or noise")
     add("--weighting", choices=WEIGHTINGS, default="uniform", help="of timesteps; lognormal: sigma/alpha is, as in REPA")
@@ -90,6 +91,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-every", type=cli.count, default=0, help="steps between evaluations, and one at the end; 0 for none")
     add("--eval-samples", type=cli.positive, default=5000, help="images; fewer than 50,000 make a larger FID")
     add("--eval-reference", type=Path, help="ADM's .npz, or images: a folder tree class/image.ext or a zip")
+    add("--eval-latents", type=Path, metavar="DIR", help="latent cache of images held out: their denoising loss too")
     add("--eval-features", default="inception", help=f"a network: {', '.join(EXTRACTORS)} (the shipped classifier is fashion)")
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add("--eval-mode", choices=("sde", "ode"), default="sde", help="as sample_ddp.py's --mode, with --global-seed 0")

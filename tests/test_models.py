@@ -49,7 +49,7 @@ def test_head_counts_are_the_papers(name, layers, expected):
 
 
 def test_every_preset_is_there_and_auto_depth_is_the_papers():
-    assert {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} | {"SiT-Ti/2"} == set(PRESETS)
+    assert {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (1, 2, 4, 8)} | {"SiT-Ti/2"} == set(PRESETS)
     assert [align_block(name) for name in ("SiT-B/2", "SiT-L/2", "SiT-XL/2")] == [2, 8, 8]
     assert all(align_block(name) <= PRESETS[name]["depth"] for name in PRESETS)
 

@@ -1,0 +1,44 @@
+"""Times one step of runs of train.py, each by its own flags on its own data, in turn; and counts their arithmetic.
+
+For studies that set a method's gain against its price (experiments/convergence.py). All are held at once: for small
+networks."""
+
+import argparse
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+
+import alignment
+from benchmarks.measure import in_turn, spread
+from dataset import TrainingStream
+from flags import check_args, check_cache, make_config, precision
+from flops import training_flops
+from guard import Guard
+from latent_cache import LatentCache
+from models.sit import SiTConfig
+from train import Step, build
+
+
+def time_runs(runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm_up: int = 2) -> dict[str, dict]:
+    """Of each run: seconds of an update (median and quartiles over `rounds` of `calls` updates without waiting between them)
+    of a batch that is in memory, and FLOPs of training on one image. Raises UserError."""
+    precisions = {precision(args.mixed_precision) for args in runs.values()}
+    assert len(precisions) == 1, precisions
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precisions.pop())
+    device, actions, flops = accelerator.device, {}, {}
+    for name, args in runs.items():
+        check_args(args, processes=1)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        cache = LatentCache(*args.data_dir)
+        check_cache(args, cache)
+        data = alignment.data_of(cache.manifest, cache.stored_features())
+        config = make_config(args, cache.manifest, data)
+        state = build(args, config, device)
+        targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
+        step = Step(args, accelerator, cache.manifest, state, targets, Guard(state.optimizer, scaled=False))
+        batch = TrainingStream(cache, args.seed, args.batch_size, extra=alignment.extra(targets))[0]
+        actions[name] = partial(step, tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch)
+        flops[name] = training_flops(SiTConfig(**config["model"]), config["align"], data)
+    seconds, _ = in_turn(actions, device, rounds, calls, warm_up)
+    return {name: {"step_s": spread(values), "training_flops": flops[name]} for name, values in seconds.items()}

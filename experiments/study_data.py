@@ -1,0 +1,114 @@
+"""What a convergence study trains on and is measured against: two latent caches, an encoder's features, the VAE's floor.
+
+`laptop`: of the embedded 10,000 garments every tenth is held out, the others train. `gpu`: Fashion-MNIST's own 60,000 training
+images, and the embedded ones, its test images, are held out. Samples are compared with the embedded 10,000 in both."""
+
+import json
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
+from cli import UserError
+from evaluations.compare import compare
+from evaluations.features import gather, load_extractor
+from evaluations.references import cache_folder, load_references
+from files import sha256, write_file
+from latent_cache import LatentCache
+from models.autoencoder import Autoencoder, LatentScale
+
+IMAGES, VAE = Path("assets/fashion-mnist/images.zip"), Path("assets/fashion-mnist/vae")
+ENCODER, SIDE = "tf_efficientnet_lite0", 128  # repa's, and the pixels it sees: a grid of 4 x 4 tokens
+IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+
+
+def split(whole: Path, train: Path, held_out: Path, every: int = 10) -> None:
+    """An EDM zip as two, plainly stored: every `every`-th image of the second goes into the other."""
+    with zipfile.ZipFile(whole) as archive:
+        entries = json.loads(archive.read("dataset.json"))["labels"]
+        for path, chosen in ((held_out, entries[::every]), (train, [e for i, e in enumerate(entries) if i % every])):
+            partial = path.with_suffix(".partial")
+            with zipfile.ZipFile(partial, "w") as out:
+                for name, _ in chosen:
+                    out.writestr(zipfile.ZipInfo(name), archive.read(name))
+                out.writestr("dataset.json", json.dumps({"labels": chosen, "class_names": CLASS_NAMES}))
+            partial.rename(path)
+
+
+def images_of(scale: str, folder: Path, given: Path | None) -> tuple[Path, Path]:
+    """Zips of what trains and of what is held out. Raises UserError."""
+    train = folder / "train.zip"
+    if scale == "laptop":
+        held_out = folder / "held-out.zip"
+        if not train.exists():
+            split(IMAGES, train, held_out)
+        return train, held_out
+    if not train.exists():
+        missing = [name for name in IDX if not (given / name).exists()]
+        if missing:
+            raise UserError(
+                f"--images {given}: {' and '.join(missing)} of Fashion-MNIST are missing: apt-get install "
+                "dataset-fashion-mnist, or fetch them from github.com/zalandoresearch/fashion-mnist (data/fashion), and name "
+                "their folder"
+            )
+        write_zip(train, *read_split(given, "train"), zipfile.ZIP_STORED)
+    return train, IMAGES
+
+
+def call(*words: object) -> None:
+    """One of this project's commands, shown as it is run. Raises UserError where it fails."""
+    told = shlex.join(["python", "-m", *map(str, words)])
+    print(told, flush=True)
+    code = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=Path.cwd()).returncode
+    if code < 0 or code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"could not prepare the data: {told} ended with exit code {code}")
+
+
+def prepare(scale: str, folder: Path, images: Path | None, encoder_weights: Path | None) -> None:
+    """Makes what is not there yet: FOLDER/train with images and an encoder's features, FOLDER/held-out. Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = folder / "ready.json"
+    if ready.exists():
+        return
+    train, held_out = images_of(scale, folder, images)
+    encode = ("preprocessing.encode_latents", "--resolution", 32, "--vae", VAE)
+    call(*encode, "--source", train, "--dest", folder / "train", "--keep-images")
+    call(*encode, "--source", held_out, "--dest", folder / "held-out")
+    weights = encoder_weights or folder / "lite0.safetensors"
+    if not weights.exists():
+        call("experiments.efficientnet_weights", "--out", weights)
+    features = ("preprocessing.encode_features", folder / "train", "--encoder", ENCODER, "--encoder-weights", weights)
+    call(*features, "--side", SIDE)
+    write_file(ready, json.dumps({"scale": scale}).encode())
+
+
+@torch.no_grad()
+def floor(folder: Path, count: int, size: int = 250) -> dict[str, float | None]:
+    """What samples could reach at best: the metrics of `count` training images as the VAE gives them back."""
+    path = folder / f"floor-{count}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache, vae = LatentCache(folder / "train"), Autoencoder(str(VAE), device)
+    scale = LatentScale(cache.manifest.scale, cache.manifest.shift)
+    network = load_extractor("fashion", None, (32, 32), device, str(folder), "--features")
+    index = torch.arange(count) * len(cache) // count
+
+    def batches():
+        for part in index.split(size):
+            latents = scale.mean(cache.gather(part.numpy())[0].to(device))
+            yield network(vae.decode(latents).permute(0, 3, 1, 2).contiguous())
+
+    reference = load_references(
+        IMAGES, sha256(IMAGES), {"fashion": network}, 32, size, device, "--eval-reference", cache_folder()
+    )["fashion"]
+    labels = cache.labels[index.numpy()].astype("int64")
+    numbers = compare(gather(batches(), count), labels, reference, "fashion", device)
+    write_file(path, json.dumps(numbers).encode())
+    return numbers

@@ -1,0 +1,31 @@
+"""How well the class is told from a run's blocks at its end: experiments/features.py's linear probe, at one noise level."""
+
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import pretrained
+from experiments.feature_study import judge, pooled, read, spread
+from files import write_file
+from latent_cache import LatentCache
+
+TIME, IMAGES, SEED = 0.5, 5000, 0  # one half of the images trains the probe, the other is counted
+
+
+def probe(run: Path, cache: LatentCache) -> dict:
+    """{"t", "images", "accuracy": {block: share}} of the newest average; kept in RUN/probe.json, and measured once."""
+    path = run / "probe.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = pretrained.load(run)
+    model, data = source.model.to(device), read(cache, min(IMAGES, len(cache)), SEED)
+    blocks = spread(model.config.depth)
+    with tqdm(total=len(data.index), unit="img", desc=f"probe {run.name}", leave=False) as bar:
+        spaces = pooled(model, data, source.path_type, TIME, blocks, 250, bar)
+        accuracy = {str(k): judge(space, data, cache.manifest.num_classes, None)["accuracy"] for k, space in spaces.items()}
+    found = {"t": TIME, "images": len(data.index), "accuracy": accuracy}
+    write_file(path, json.dumps(found).encode())
+    return found
