@@ -80,7 +80,7 @@ SCALES = {
     ),
     "gpu": Scale(
         "SiT-S/2", 1600, 8, (10, 11, 12, 13, 14), (2, 4, 6), (0,), 600, 8, (10, 20),
-        f"--batch-size 256 --learning-rate 1e-3 --ema-decay 0.995 --num-workers 1 --log-every 50 --eval-num-steps 10 "
+        f"--batch-size 256 --learning-rate 5e-4 --ema-decay 0.995 --num-workers 1 --log-every 50 --eval-num-steps 10 "
         f"--eval-batch-size 500 {SAME}",
     ),
     "imagenet": Scale(
@@ -96,8 +96,9 @@ def shared(args: argparse.Namespace, steps: int, evaluations: int) -> list[str]:
     """What all runs have in common."""
     scale = SCALES[args.scale]
     every = max(1, steps // evaluations)
+    saved = steps if args.scale == "gpu" else every  # a run there takes a minute, and its checkpoint half a gigabyte
     flags = ["--data-dir", args.data_dir / "train", "--eval-latents", args.data_dir / "held-out", "--model", args.model]
-    flags += ["--max-train-steps", steps, "--eval-every", every, "--checkpointing-steps", every, *scale.flags.split()]
+    flags += ["--max-train-steps", steps, "--eval-every", every, "--checkpointing-steps", saved, *scale.flags.split()]
     return [*map(str, flags), *args.more]
 
 
@@ -173,7 +174,7 @@ def study(args: argparse.Namespace) -> None:
     """Runs what is missing, and writes the result."""
     knobs, cells = of_study(args)
     check(cells, args.output_dir)
-    failed = run(cells, args.output_dir, args.jobs)
+    failed = {} if args.gather else run(cells, args.output_dir, args.jobs)
     cache, done = LatentCache(args.data_dir / "train"), [cell for cell in cells if finished(cell, args.output_dir)]
     runs = gather(done, args.output_dir)
     for cell, found in zip(done, runs):
@@ -225,6 +226,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--scale", choices=SCALES, help="laptop, gpu, or imagenet, which prints commands")
     add("--plot", type=Path, metavar="FILE.json", help="table and picture of a result, without running anything")
     add("--tune", action="store_true", help="choose each method's block, on seeds of their own")
+    add("--gather", action="store_true", help="the result of the runs that are finished, without running the others")
     add("--print", action="store_true", help="the commands, without running them")
     add("--knobs", type=Path, metavar="FILE.json", help="what --tune wrote (default: docs/study-SCALE-knobs.json)")
     add("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="NAME", help=f"some of {', '.join(METHODS)}")

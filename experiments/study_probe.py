@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import pretrained
-from experiments.feature_study import judge, pooled, read, spread
+from experiments.feature_study import judge, pooled, read
 from files import write_file
 from latent_cache import LatentCache
 
@@ -22,7 +22,7 @@ def probe(run: Path, cache: LatentCache) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = pretrained.load(run)
     model, data = source.model.to(device), read(cache, min(IMAGES, len(cache)), SEED)
-    blocks = spread(model.config.depth)
+    blocks = [round(model.config.depth * k / 4) for k in (1, 2, 3, 4)]
     with tqdm(total=len(data.index), unit="img", desc=f"probe {run.name}", leave=False) as bar:
         spaces = pooled(model, data, source.path_type, TIME, blocks, 250, bar)
         accuracy = {str(k): judge(space, data, cache.manifest.num_classes, None)["accuracy"] for k, space in spaces.items()}
