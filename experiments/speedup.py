@@ -51,7 +51,8 @@ def detectable(differences: list[float], power: float = 0.8, level: float = 0.05
     least = stats.t.ppf(1 - level / 2, free)
 
     def missing(noncentral: float) -> float:
-        return stats.nct.sf(least, free, noncentral) + stats.nct.cdf(-least, free, noncentral) - power
+        wrong = np.nan_to_num(stats.nct.cdf(-least, free, noncentral))  # of the wrong sign; scipy's nan where that is nothing
+        return stats.nct.sf(least, free, noncentral) + wrong - power
 
     share = np.sqrt(power)  # of two events that are enough together: a small scatter, and a noise that is not too negative
     most = least * np.sqrt(stats.chi2.ppf(share, free) / free) + stats.norm.ppf(share)
