@@ -29,7 +29,7 @@ class Curves(NamedTuple):
         """(n, P) of each, a row for each of the n seeds in common."""
         both = [self.of.get(each, {}) for each in (name, other)]
         seeds = sorted(both[0].keys() & both[1].keys())
-        return tuple(np.array([each[seed] for seed in seeds]).reshape(-1, len(self.images)) for each in both)
+        return tuple(np.array([each[seed] for seed in seeds]).reshape(len(seeds), len(self.images)) for each in both)
 
 
 def curves(found: dict, metric: str) -> Curves:
@@ -64,7 +64,7 @@ def all_seeds(found: dict) -> list[int]:
 
 
 def costs(found: dict) -> dict[str, dict[str, float]]:
-    """ "FLOP" and "second" -> method -> what an image costs in training, as a multiple of the baseline's; where both are known."""
+    """Unit -> method -> what training on an image costs, as a multiple of the baseline's. Only what is known."""
     each = {
         "FLOP": {method["name"]: method.get("training_flops") for method in found["methods"]},
         "second": {method["name"]: (method.get("step_s") or {}).get("median") for method in found["methods"]},
@@ -112,11 +112,12 @@ def decimals(mean: float) -> int:
 
 
 def figures(found: dict) -> dict[str, str]:
-    """The numbers as tables and prose write them, under "METHOD WHAT": of each method `seeds`, the study's metric (`FD-fashion`),
-    `agreement`, `held-out` and `probe`; against the baseline, of the seeds in common, `difference`, `student` (its other
-    interval), `detectable`, `agreement difference`, `held-out difference`; `speed-up`, `speed-up per FLOP`, `speed-up per second`
-    at the quality the baseline ends with, and `speed-up at IMAGES` at the one it has there. What was not measured has no entry.
-    Raises UserError."""
+    """The numbers as tables and prose write them, under "METHOD WHAT". What was not measured has no entry. Raises UserError.
+
+    Of each method `seeds` (in common with the baseline), the study's metric (`FD-fashion`), `agreement`, `held-out`, `probe`.
+    Against the baseline `difference`, `student` (its other interval), `detectable`, `agreement difference`, `held-out
+    difference`; `speed-up`, `speed-up per FLOP`, `speed-up per second` at the quality that the baseline ends with, and
+    `speed-up at IMAGES` at the one that it has there."""
     base, quality, told = found["methods"][0]["name"], main_curves(found), {}
     others = {"agreement": curves(found, "class_agreement"), "held-out": curves(found, "held_out")}
     digits = decimals(np.mean([curve[-1] for curve in quality.of[base].values()]))
@@ -192,17 +193,18 @@ def table(found: dict) -> str:
 
 def legend(found: dict, quality: Curves) -> list[str]:
     """What the tables' numbers are."""
-    seeds, label = all_seeds(found), found["methods"][0]["label"]
-    counts = {len(quality.pair(method["name"], found["methods"][0]["name"])[0]) for method in found["methods"][1:]} - {0, 1}
-    held = [f"of {count} seeds about {COVERAGE[count]:.0%}" for count in sorted(counts) if count in COVERAGE]
+    base, metric, seeds = found["methods"][0], found["metric"], " ".join(map(str, all_seeds(found)))
+    counts = {len(quality.pair(method["name"], base["name"])[0]) for method in found["methods"][1:]}
+    cover = [f"{COVERAGE[count]:.0%} with {count}" for count in sorted(counts) if count in COVERAGE]
+    few = f"That is too narrow for few seeds (it covers about {', '.join(cover)}): " if cover else ""
     return [
-        f"{found['model']}, {found['steps']:,} steps of {found['batch_size']} images ({thousands(quality.images[-1])} seen), seeds "
-        f"{' '.join(map(str, seeds))}. Means over seeds at the end; {found['metric']} and held-out loss: lower is better.",
-        f"Against {label}: mean difference of runs of one seed, with its 95% percentile bootstrap interval over seeds. That is too",
-        f"narrow for few seeds ({', '.join(held) or 'one seed has none'}): Student's is exact if differences scatter normally.",
-        "Detectable: the mean difference a paired t test (5%, two-sided) would have found in 80% of such studies.",
-        f"Speed-up: images {label} needs for its quality at the end (below: on the way) / images the method needs; mean curves, "
-        "interpolated in logarithms; in FLOPs and seconds: divided by what training on an image costs.",
+        f"{found['model']}, {found['steps']:,} steps of {found['batch_size']} images ({thousands(quality.images[-1])} seen), "
+        f"seeds {seeds}. Means over seeds at the end. {metric} and held-out loss: lower is better.",
+        f"Against {base['label']}: mean difference of runs of one seed, and its 95% percentile bootstrap interval over seeds.",
+        f"{few}Student's is exact if differences scatter normally.",
+        "Detectable: the mean difference that a paired t test (5%, two-sided) finds in 80% of such studies.",
+        f"Speed-up: images that {base['label']} needs for the quality it ends with / images that the method needs for it, of mean",
+        "curves, interpolated in logarithms. In FLOPs, seconds: divided by what an image costs. > and <: beyond what was measured.",
     ]  # fmt: skip
 
 
@@ -224,14 +226,14 @@ def draw(found: dict, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    quality, methods, metric = main_curves(found), found["methods"], found["metric"]
+    quality, held_out, methods = main_curves(found), curves(found, "held_out"), found["methods"]
     looks = {method["name"]: {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]} for i, method in enumerate(methods)}
-    plt.rcParams.update({"font.size": 10, "axes.titlesize": 11})
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 8.4), layout="constrained")
     draw_curves(axes[0, 0], found, quality, looks)
     draw_speed_ups(axes[0, 1], found, quality, looks)
-    draw_differences(axes[1, 0], found, quality, looks, metric)
-    draw_differences(axes[1, 1], found, curves(found, "held_out"), looks, "held-out loss")
+    draw_differences(axes[1, 0], found, quality, looks, found["metric"])
+    draw_differences(axes[1, 1], found, held_out, looks, "held-out loss")
+    axes[1, 1].set_visible(bool(held_out.of))
     for axis in axes.flat:
         axis.grid(True, axis="y", which="both", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -256,7 +258,7 @@ def draw_curves(axis, found: dict, quality: Curves, looks: dict) -> None:
     floor = (found.get("floor") or {}).get(found["metric"])
     if floor:
         axis.axhline(floor, color="0.35", linestyle="--", linewidth=1.2)
-        axis.annotate("the autoencoder's own", (0.02, floor), (0, 3), ("axes fraction", "data"), "offset points", color="0.35")
+        axis.text(0.02, floor, "the autoencoder's own", color="0.35", va="bottom", transform=axis.get_yaxis_transform())
     axis.set(xscale="log", yscale="log", title=f"{found['metric']}: mean over seeds, band from least to most")
     axis.set_xlabel("thousand images seen")
 
@@ -266,25 +268,22 @@ def draw_speed_ups(axis, found: dict, quality: Curves, looks: dict) -> None:
     base, *names = looks
     pairs = {name: quality.pair(name, base) for name in names}
     speeds = {name: speed_up(quality.images, theirs, ours) for name, (ours, theirs) in pairs.items() if len(ours)}
-    known = [bound for each in speeds.values() for speed in each for span in speed[2:] if span for bound in span]
-    known = [bound for bound in known if 0 < bound < math.inf] or [1.0]
-    low, high = min(0.95, 0.97 * min(known)), max(1.05, 1.03 * max(known))
+    spans = [span for each in speeds.values() for speed in each for span in speed[2:] if span]
+    known = [bound for span in spans for bound in span if 0 < bound < math.inf] + [1.0]
+    low, high = 0.97 * min(known), 1.03 * max(known)
     for i, (name, each) in enumerate(speeds.items()):
-        color = looks[name]["color"]
-        for k, speed in enumerate(each):
-            x, value = k + shift(i, len(speeds)), speed.value
-            if speed.low is not None:
-                ends = max(low, speed.low.low), min(high, speed.high.high)
-                axis.plot([x, x], ends, color, linewidth=2.6)
-                axis.plot([x] * (speed.low.low < low), [low] * (speed.low.low < low), color=color, marker="v", clip_on=False)
-                axis.plot(
-                    [x] * (speed.high.high > high), [high] * (speed.high.high > high), color=color, marker="^", clip_on=False
-                )
+        for k, (_, _, value, least, most) in enumerate(each):
+            x, look = k + shift(i, len(speeds)), {"color": looks[name]["color"], "clip_on": False}
+            if least is not None:
+                axis.plot([x, x], [max(low, least.low), min(high, most.high)], linewidth=2.6, **look)
+                for there, marker, missing in ((low, "v", least.low == 0), (high, "^", most.high == math.inf)):
+                    if missing:
+                        axis.plot(x, there, marker=marker, **look)
             if value.low == value.high:
                 axis.plot(x, value.low, **looks[name], markersize=4.5)
-            elif value.low > 0 or value.high < math.inf:
-                bound, arrow = (value.high, "v") if value.low == 0 else (value.low, "^")
-                axis.plot(x, bound, color=color, marker=arrow, fillstyle="none")
+            elif value != (0, math.inf):
+                bound, marker = (value.high, "v") if value.low == 0 else (value.low, "^")
+                axis.plot(x, bound, marker=marker, markersize=7, fillstyle="none", **look)
     axis.axhline(1, color=looks[base]["color"], linewidth=1)
     points = next(iter(speeds.values()), [])
     axis.set_xticks(range(len(points)), [thousands(speed.images) for speed in points])
