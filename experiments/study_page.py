@@ -1,158 +1,18 @@
-"""What a study of convergence found, from its JSON alone: the numbers as prose quotes them, tables, and a figure.
-
-The first of found["methods"] is the baseline. Runs are compared seed by seed, so of a study under way only the seeds that both
-have."""
+"""Tables and a figure of what a study of convergence found, from its JSON alone."""
 
 import io
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
-from experiments.results import Estimate, estimate
-from experiments.speedup import COVERAGE, Span, SpeedUp, bootstrap, detectable, speed_up
+from experiments.results import estimate
+from experiments.speedup import COVERAGE, bootstrap, speed_up
+from experiments.study_numbers import Curves, all_seeds, costs, curves, figures, main_curves
 from files import write_file
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe and Ito, without yellow
 MARKERS = "osD^vPX"
-
-
-class Curves(NamedTuple):
-    """A metric of all runs at the P numbers of images where each of them has it: name -> seed -> (P,)."""
-
-    images: np.ndarray
-    of: dict[str, dict[int, np.ndarray]]
-
-    def pair(self, name: str, other: str) -> tuple[np.ndarray, np.ndarray]:
-        """(n, P) of each, a row for each of the n seeds in common."""
-        both = [self.of.get(each, {}) for each in (name, other)]
-        seeds = sorted(both[0].keys() & both[1].keys())
-        return tuple(np.array([each[seed] for seed in seeds]).reshape(len(seeds), len(self.images)) for each in both)
-
-
-def curves(found: dict, metric: str) -> Curves:
-    """Raises UserError."""
-    points: dict[tuple[str, int], dict[int, float]] = {}
-    for run in found["runs"]:
-        measured = zip(run["metrics"].get("images", []), run["metrics"].get(metric, []))
-        at = {images: value for images, value in measured if value is not None}
-        if not all(math.isfinite(value) for value in at.values()):
-            raise UserError(f"{metric} of {run['name']}, seed {run['seed']}, is not finite: a run that failed has no mean")
-        if at:
-            points[run["name"], run["seed"]] = at
-    images = sorted(set.intersection(*(set(at) for at in points.values()))) if points else []
-    if points and not images:
-        raise UserError(f"{metric} was measured after other numbers of images in each run: nothing can be compared")
-    of: dict[str, dict[int, np.ndarray]] = {}
-    for (name, seed), at in points.items():
-        of.setdefault(name, {})[seed] = np.array([at[each] for each in images])
-    return Curves(np.array(images), of)
-
-
-def main_curves(found: dict) -> Curves:
-    """Of the study's metric. Raises UserError without the baseline, which all others are compared with."""
-    quality, base = curves(found, found["metric"]), found["methods"][0]
-    if base["name"] not in quality.of:
-        raise UserError(f"no finished run of {base['label']} ({base['name']}), which all others are compared with")
-    return quality
-
-
-def all_seeds(found: dict) -> list[int]:
-    return sorted({run["seed"] for run in found["runs"]})
-
-
-def costs(found: dict) -> dict[str, dict[str, float]]:
-    """Unit -> method -> what training on an image costs, as a multiple of the baseline's. Only what is known."""
-    each = {
-        "FLOP": {method["name"]: method.get("training_flops") for method in found["methods"]},
-        "second": {method["name"]: (method.get("step_s") or {}).get("median") for method in found["methods"]},
-    }
-    base = found["methods"][0]["name"]
-    return {unit: {name: cost / of[base] for name, cost in of.items() if cost and of[base]} for unit, of in each.items()}
-
-
-def probe(found: dict, name: str) -> tuple[str, float] | None:
-    """The block from which a linear probe reads the class best, and how often, as means over seeds."""
-    told = [run["probe"]["accuracy"] for run in found["runs"] if run["name"] == name and run.get("probe")]
-    blocks = [block for block in (told[0] if told else []) if all(block in each for each in told)]
-    means = {block: float(np.mean([each[block] for each in told])) for block in blocks}
-    return max(means.items(), key=lambda item: item[1]) if means else None
-
-
-def spelled(span: Span) -> str:
-    """1.12, or on which side of a number it is."""
-    if span.low == span.high:
-        return f"{span.low:.2f}"
-    bounds = [f"> {span.low:.2f}"] * (span.low > 0) + [f"< {span.high:.2f}"] * (span.high < math.inf)
-    return " and ".join(bounds) or "unknown"
-
-
-def spelled_speed_up(found: SpeedUp) -> str:
-    """1.12 (1.05 to 1.20)."""
-    if found.low is None:
-        return spelled(found.value)
-    return f"{spelled(found.value)} ({spelled(found.low)} to {spelled(found.high)})"
-
-
-def spelled_ends(found: Estimate, form: str) -> str:
-    """-0.164 to -0.022."""
-    return f"{found.low:{form}} to {found.high:{form}}"
-
-
-def spelled_estimate(found: Estimate, form: str) -> str:
-    """-0.093 (-0.164 to -0.022)."""
-    return f"{found.mean:{form}}" + (f" ({spelled_ends(found, form)})" if found.low is not None else "")
-
-
-def decimals(mean: float) -> int:
-    """As many as give a mean of this size four digits."""
-    return max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 3
-
-
-def figures(found: dict) -> dict[str, str]:
-    """The numbers as tables and prose write them, under "METHOD WHAT". What was not measured has no entry. Raises UserError.
-
-    Of each method `seeds` (in common with the baseline), the study's metric (`FD-fashion`), `agreement`, `held-out`, `probe`.
-    Against the baseline `difference`, `student` (its other interval), `detectable`, `agreement difference`, `held-out
-    difference`; `speed-up`, `speed-up per FLOP`, `speed-up per second` at the quality that the baseline ends with, and
-    `speed-up at IMAGES` at the one that it has there."""
-    base, quality, told = found["methods"][0]["name"], main_curves(found), {}
-    others = {"agreement": curves(found, "class_agreement"), "held-out": curves(found, "held_out")}
-    digits = decimals(np.mean([curve[-1] for curve in quality.of[base].values()]))
-    for name in (method["name"] for method in found["methods"]):
-        if name in quality.of:
-            told[f"{name} seeds"] = str(len(quality.pair(name, base)[0]))
-            told[f"{name} {found['metric']}"] = f"{np.mean([curve[-1] for curve in quality.of[name].values()]):.{digits}f}"
-        for what, measured in others.items():
-            percent = what == "agreement"
-            ours, theirs = measured.pair(name, base)
-            if name not in measured.of:
-                continue
-            end = float(np.mean([curve[-1] for curve in measured.of[name].values()]))
-            places = 1 if percent else decimals(end)
-            told[f"{name} {what}"] = f"{end:.1%}" if percent else f"{end:.{places}f}"
-            if name != base and len(ours):
-                apart = (ours - theirs)[:, -1] * (100 if percent else 1)
-                told[f"{name} {what} difference"] = spelled_estimate(bootstrap(apart.tolist()), f"+.{places}f")
-        if best := probe(found, name):
-            told[f"{name} probe"] = f"{best[1]:.1%} (block {best[0]})"
-        ours, theirs = quality.pair(name, base)
-        if name == base or not len(ours):
-            continue
-        differences = (ours - theirs)[:, -1].tolist()
-        told[f"{name} difference"] = spelled_estimate(bootstrap(differences), f"+.{digits}f")
-        if len(ours) > 1:
-            told[f"{name} student"] = spelled_ends(estimate(differences), f"+.{digits}f")
-            told[f"{name} detectable"] = f"{detectable(differences):.{digits}f}"
-        speeds = speed_up(quality.images, theirs, ours)
-        told |= {f"{name} speed-up at {each.images}": spelled_speed_up(each) for each in speeds}
-        told[f"{name} speed-up"] = spelled_speed_up(speeds[-1])
-        for unit, of in costs(found).items():
-            if name in of:
-                told[f"{name} speed-up per {unit}"] = spelled_speed_up(speeds[-1].per(of[name]))
-    return told
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
@@ -193,19 +53,19 @@ def table(found: dict) -> str:
 
 def legend(found: dict, quality: Curves) -> list[str]:
     """What the tables' numbers are."""
-    base, metric, seeds = found["methods"][0], found["metric"], " ".join(map(str, all_seeds(found)))
+    base, metric, seeds = found["methods"][0], found["metric"], all_seeds(found)
     counts = {len(quality.pair(method["name"], base["name"])[0]) for method in found["methods"][1:]}
     cover = [f"{COVERAGE[count]:.0%} with {count}" for count in sorted(counts) if count in COVERAGE]
-    few = f"That is too narrow for few seeds (it covers about {', '.join(cover)}): " if cover else ""
+    few = f"That is too narrow for few seeds (it covers about {', '.join(cover)}): " if cover else "A single seed has none. "
     return [
         f"{found['model']}, {found['steps']:,} steps of {found['batch_size']} images ({thousands(quality.images[-1])} seen), "
-        f"seeds {seeds}. Means over seeds at the end. {metric} and held-out loss: lower is better.",
-        f"Against {base['label']}: mean difference of runs of one seed, and its 95% percentile bootstrap interval over seeds.",
-        f"{few}Student's is exact if differences scatter normally.",
+        f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}. Means over seeds at the end.",
+        f"{metric} and held-out loss: lower is better. Against {base['label']}: mean difference of runs of one seed, of",
+        f"seeds in common, and its 95% percentile bootstrap interval. {few}Student's is exact if differences scatter normally.",
         "Detectable: the mean difference that a paired t test (5%, two-sided) finds in 80% of such studies.",
-        f"Speed-up: images that {base['label']} needs for the quality it ends with / images that the method needs for it, of mean",
-        "curves, interpolated in logarithms. In FLOPs, seconds: divided by what an image costs. > and <: beyond what was measured.",
-    ]  # fmt: skip
+        f"Speed-up: images that {base['label']} needs for the quality it ends with / images that the method needs for it; mean",
+        "curves, interpolated in logarithms. In FLOPs, seconds: divided by an image's cost. < and >: beyond what is measured.",
+    ]
 
 
 def thousands(images: float) -> str:
@@ -215,7 +75,7 @@ def thousands(images: float) -> str:
 
 def shift(i: int, count: int) -> float:
     """Of the i-th of `count` methods beside a tick, in ticks."""
-    return 0.11 * (i - (count - 1) / 2) if count > 1 else 0.0
+    return min(0.16, 0.8 / count) * (i - (count - 1) / 2)
 
 
 def draw(found: dict, out: Path) -> None:
@@ -232,16 +92,26 @@ def draw(found: dict, out: Path) -> None:
     draw_curves(axes[0, 0], found, quality, looks)
     draw_speed_ups(axes[0, 1], found, quality, looks)
     draw_differences(axes[1, 0], found, quality, looks, found["metric"])
-    draw_differences(axes[1, 1], found, held_out, looks, "held-out loss")
-    axes[1, 1].set_visible(bool(held_out.of))
+    if held_out.of:
+        draw_differences(axes[1, 1], found, held_out, looks, "held-out loss")
+    else:
+        axes[1, 1].set_visible(False)
     for axis in axes.flat:
-        axis.grid(True, axis="y", which="both", alpha=0.25)
+        axis.grid(True, axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [
-        plt.Line2D([], [], **looks[method["name"]], markersize=5, label=method["label"])
+        plt.Line2D([], [], **looks[method["name"]], markersize=5, linewidth=1.4, label=method["label"])
         for method in methods if method["name"] in quality.of
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, columnspacing=1.2)
+    kinds = [
+        plt.Line2D([], [], color="0.4", linewidth=2.6, label="95% over seeds, bootstrap"),
+        plt.Line2D([], [], color="0.4", linewidth=0.8, label="Student's 95%"),
+        plt.Line2D([], [], color="0.4", linewidth=8, alpha=0.25, label="from the least seed to the most"),
+        plt.Line2D([], [], color="0.4", linewidth=0, marker="v", label="goes on beyond what is measured"),
+    ]
+    layout = {"frameon": False, "columnspacing": 1.2, "handlelength": 1.6}
+    figure.legend(handles=kinds, loc="outside lower center", ncols=4, **layout)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), **layout)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
@@ -250,17 +120,30 @@ def draw(found: dict, out: Path) -> None:
 
 def draw_curves(axis, found: dict, quality: Curves, looks: dict) -> None:
     """Means over seeds, and from the smallest to the largest seed."""
+    from matplotlib.ticker import LogLocator
+
     for name, look in looks.items():
         if name in quality.of:
             each = np.array([*quality.of[name].values()])
-            axis.plot(quality.images / 1e3, each.mean(0), **look, markersize=3.5, linewidth=1.4)
-            axis.fill_between(quality.images / 1e3, each.min(0), each.max(0), color=look["color"], alpha=0.13, linewidth=0)
+            axis.plot(quality.images, each.mean(0), **look, markersize=3.5, linewidth=1.4)
+            axis.fill_between(quality.images, each.min(0), each.max(0), color=look["color"], alpha=0.13, linewidth=0)
     floor = (found.get("floor") or {}).get(found["metric"])
     if floor:
         axis.axhline(floor, color="0.35", linestyle="--", linewidth=1.2)
         axis.text(0.02, floor, "the autoencoder's own", color="0.35", va="bottom", transform=axis.get_yaxis_transform())
-    axis.set(xscale="log", yscale="log", title=f"{found['metric']}: mean over seeds, band from least to most")
-    axis.set_xlabel("thousand images seen")
+    axis.set(xscale="log", yscale="log", xlabel="images seen", title=f"{found['metric']}, mean over seeds")
+    for side, form in ((axis.xaxis, lambda x, _: thousands(x)), (axis.yaxis, "{x:g}")):
+        side.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        side.set_major_formatter(form)
+        side.set_minor_formatter("")
+
+
+def beside(axis, images: list[int]) -> None:
+    """A stripe and a tick for each number of images, beside which the methods stand."""
+    for k in range(0, len(images), 2):
+        axis.axvspan(k - 0.5, k + 0.5, color="0.96", linewidth=0, zorder=0)
+    axis.set_xticks(range(len(images)), [thousands(each) for each in images])
+    axis.set_xlim(-0.5, len(images) - 0.5)
 
 
 def draw_speed_ups(axis, found: dict, quality: Curves, looks: dict) -> None:
@@ -280,14 +163,14 @@ def draw_speed_ups(axis, found: dict, quality: Curves, looks: dict) -> None:
                     if missing:
                         axis.plot(x, there, marker=marker, **look)
             if value.low == value.high:
-                axis.plot(x, value.low, **looks[name], markersize=4.5)
+                axis.plot(x, value.low, **looks[name], markersize=5)
             elif value != (0, math.inf):
                 bound, marker = (value.high, "v") if value.low == 0 else (value.low, "^")
                 axis.plot(x, bound, marker=marker, markersize=7, fillstyle="none", **look)
     axis.axhline(1, color=looks[base]["color"], linewidth=1)
     points = next(iter(speeds.values()), [])
-    axis.set_xticks(range(len(points)), [thousands(speed.images) for speed in points])
-    axis.set(ylim=(low, high), title="speed-up in images, 95% over seeds")
+    beside(axis, [speed.images for speed in points])
+    axis.set(ylim=(low, high), title="speed-up in images")
     axis.set_xlabel(f"at {found['methods'][0]['label']}'s quality after as many images")
 
 
@@ -305,7 +188,9 @@ def draw_differences(axis, found: dict, measured: Curves, looks: dict, title: st
             for told, width in ((estimate(column), 0.8), (bootstrap(column), 2.6)):
                 if told.low is not None:
                     axis.plot([x, x], [told.low, told.high], color, linewidth=width)
-            axis.plot(x, np.mean(column), **looks[name], markersize=4.5)
+            axis.plot(x, np.mean(column), **looks[name], markersize=5)
     axis.axhline(0, color=looks[base]["color"], linewidth=1)
-    axis.set_xticks(range(len(measured.images)), [thousands(images) for images in measured.images])
-    axis.set(xlabel="images seen", ylabel=f"% of {found['methods'][0]['label']}'s", title=title)
+    beside(axis, measured.images)
+    label = found["methods"][0]["label"]
+    axis.set(xlabel="images seen", title=f"{title}: difference to {label}, % of its mean")
+    axis.title.set_fontsize(11)
