@@ -12,7 +12,7 @@ from accelerate import Accelerator
 import alignment
 from benchmarks.measure import in_turn, spread
 from dataset import TrainingStream
-from flags import check_args, check_cache, make_config, precision
+from flags import check_cache, make_config, precision
 from flops import training_flops
 from guard import Guard
 from latent_cache import LatentCache
@@ -28,7 +28,6 @@ def time_runs(runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precisions.pop())
     device, actions, flops = accelerator.device, {}, {}
     for name, args in runs.items():
-        check_args(args, processes=1)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         cache = LatentCache(*args.data_dir)
         check_cache(args, cache)

@@ -74,13 +74,13 @@ SAME = (
 )
 SCALES = {
     "laptop": Scale(
-        "SiT-Ti/2", 800, 4, (10, 11, 12, 13, 14), (2, 3, 4), (0,), 400, None, (10, 1),
+        "SiT-Ti/2", 600, 4, (10, 11, 12, 13, 14), (2, 3, 4), (0,), 400, None, (10, 1),
         f"--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0 --log-every 20 --eval-num-steps 6 "
         f"--eval-batch-size 100 {SAME}",
     ),
     "gpu": Scale(
-        "SiT-S/2", 1600, 8, (10, 11, 12, 13, 14), (2, 4, 6), (0,), 600, 8, (10, 20),
-        f"--batch-size 256 --learning-rate 5e-4 --ema-decay 0.995 --num-workers 1 --log-every 50 --eval-num-steps 10 "
+        "SiT-S/2", 600, 4, (10, 11, 12, 13, 14), (2, 4, 6), (0,), 600, 15, (10, 20),
+        f"--batch-size 256 --learning-rate 5e-4 --ema-decay 0.995 --num-workers 1 --log-every 50 --eval-num-steps 6 "
         f"--eval-batch-size 500 {SAME}",
     ),
     "imagenet": Scale(
@@ -239,7 +239,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--encoder-weights", type=Path, help="of tf_efficientnet_lite0, REPA's encoder here (default: out of a package)")
     add("--data-dir", type=Path, help="where the data are made (default: data/study-SCALE; imagenet: data/imagenet256)")
     add("--output-dir", type=Path, help="where the runs live (default: exps/study-SCALE)")
-    add("--jobs", type=cli.positive, help="runs at a time (default: one a core; gpu: 8 a GPU)")
+    add("--jobs", type=cli.positive, help="runs at a time (default: one a core; gpu: 15 a GPU)")
     add("--gpus", type=cli.positive, default=8, help="of a machine of the cluster, for --scale imagenet")
     add("--out", type=Path, metavar="FILE.json", help="the result (default: OUTPUT_DIR/study.json, or knobs.json)")
     # fmt: on
