@@ -84,10 +84,10 @@ def spelled(span: Span) -> str:
 
 
 def spelled_speed_up(found: SpeedUp) -> str:
-    """1.12 (1.05 to 1.20)."""
-    if found.low is None:
-        return spelled(found.value)
-    return f"{spelled(found.value)} ({spelled(found.low)} to {spelled(found.high)})"
+    """1.12 (1.05 to 1.20), or the bound alone where the interval's ends are the same one."""
+    value, *ends = (spelled(span) for span in found[2:] if span)
+    same = found.value.low < found.value.high and {*ends} == {value}
+    return value if same or not ends else f"{value} ({' to '.join(ends)})"
 
 
 def spelled_ends(found: Estimate, form: str) -> str:

@@ -12,7 +12,7 @@ from experiments.study_numbers import Curves, all_seeds, costs, curves, figures,
 from files import write_file
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe and Ito, without yellow
-MARKERS = "osD^vPX"
+MARKERS = "osDP<>h"  # those that point up and down are for bounds
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
@@ -182,13 +182,12 @@ def draw_differences(axis, found: dict, measured: Curves, looks: dict, title: st
         ours, theirs = measured.pair(name, base)
         if not len(ours):
             continue
-        apart, color = 100 * (ours - theirs) / theirs.mean(0), looks[name]["color"]
-        for k, column in enumerate(apart.T.tolist()):
-            x = k + shift(i, len(names))
-            for told, width in ((estimate(column), 0.8), (bootstrap(column), 2.6)):
-                if told.low is not None:
-                    axis.plot([x, x], [told.low, told.high], color, linewidth=width)
-            axis.plot(x, np.mean(column), **looks[name], markersize=5)
+        apart, x = 100 * (ours - theirs) / theirs.mean(0), np.arange(len(measured.images)) + shift(i, len(names))
+        for interval, width in ((estimate, 0.8), (bootstrap, 2.6)):
+            if len(ours) > 1:
+                _, low, high, _ = zip(*(interval(column) for column in apart.T.tolist()))
+                axis.vlines(x, low, high, looks[name]["color"], linewidth=width)
+        axis.plot(x, apart.mean(0), **looks[name], markersize=5, linewidth=0)
     axis.axhline(0, color=looks[base]["color"], linewidth=1)
     beside(axis, measured.images)
     label = found["methods"][0]["label"]
