@@ -253,7 +253,7 @@ def test_the_figure_shows_means_and_paired_differences(found, tmp_path, monkeypa
     assert there in [[text.get_text() for text in legend.texts] for legend in kept[0].legends]
     quality, _, difference, loss = kept[0].axes
     means = [np.mean([*of.values()], axis=0).tolist() for of in measured.of.values()]
-    assert [line.get_ydata().tolist() for line in quality.lines][: len(means)] == means
+    assert [[*line.get_ydata()] for line in quality.lines][: len(means)] == means
     ours, theirs = measured.pair("repa", "vanilla")
     told = [line.get_ydata() for line in difference.lines if len(line.get_xdata()) == len(IMAGES)]
     assert len(told) == len(there) - 1 and np.allclose(told[-1], 100 * (ours.mean(0) / theirs.mean(0) - 1))
