@@ -9,7 +9,7 @@ from scipy import stats
 
 from cli import UserError
 from experiments import results
-from experiments.speedup import COVERAGE, Span, bootstrap, detectable, images_needed, milestones, speed_up
+from experiments.speedup import COVERAGE, Span, bootstrap, detectable, images_needed, milestones, resamples, speed_up
 from experiments.study_numbers import curves, figures, probe
 from experiments.study_page import draw, table
 
@@ -102,6 +102,7 @@ def test_a_bootstrap_is_that_of_all_resamples():
     values = [1.0, 2.0, 4.0, 8.0]
     means = sorted(np.mean(drawn) for drawn in itertools.product(values, repeat=4))
     found = bootstrap(values, 0.8)
+    resamples.cache_clear()  # as if another process asked
     assert found.mean == 3.75 and found.count == 4 and found == bootstrap(values, 0.8)
     assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.1, 0.9]), abs=0.02)
 
@@ -222,7 +223,7 @@ def test_curves_are_compared_where_all_runs_were_measured():
 
 def test_a_block_that_some_runs_lack_is_not_the_best():
     found = study()
-    del found["runs"][0]["probe"]["accuracy"]["6"]
+    del found["runs"][1]["probe"]["accuracy"]["6"]
     assert probe(found, "vanilla") == ("3", pytest.approx(0.6))
 
 
