@@ -34,11 +34,12 @@ def table(found: dict) -> str:
     third = [["", "FLOPs per image", "seconds per step", *(f"at {base['label']}'s {thousands(images)}" for images in at)]]
     cost = costs(found)
     for method in found["methods"]:
-        name, count = method["name"], int(told.get(f"{method['name']} seeds", 0))
-        label = method["label"] + f" ({count} of {len(seeds)} seeds)" * (0 < count < len(seeds))
+        name, label = method["name"], method["label"]
         if f"{name} {metric}" not in told:
             first.append([label, "not run", *[""] * len(ends)])
             continue
+        count = int(told[f"{name} seeds"])
+        label += f" ({count} of {len(seeds)} seeds)" * (count < len(seeds))
         first.append([label, *(told.get(f"{name} {key}", "") for key in (metric, *ends))])
         second.append([label, *(told.get(f"{name} {key}", "") for key in rest)])
         relative = [f"x {of[name]:.2f}" if name in of else "" for of in cost.values()]
