@@ -72,7 +72,7 @@ def images_needed(images: np.ndarray, values: np.ndarray, quality: float | np.nd
     Between neighbouring points it is interpolated linearly in log(images) and log(value), which is exact for power laws. A
     curve that is below it at its first point needs (0, images[0]), one that never gets there (images[-1], inf)."""
     values, quality = np.asarray(values, float), np.asarray(quality, float)
-    assert np.all(values > 0) and np.all(quality > 0), "curves have logarithms"
+    assert values.min() > 0 and quality.min() > 0, f"curves have logarithms: {values.min()}, {quality.min()}"
     x, y, goal = np.log(np.asarray(images, float)), np.log(values), np.log(quality)
     there = y <= goal[..., None]
     at = np.maximum(there.argmax(-1), 1)[..., None]

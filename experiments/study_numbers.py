@@ -57,6 +57,11 @@ def all_seeds(found: dict) -> list[int]:
     return sorted({run["seed"] for run in found["runs"]})
 
 
+def mean_end(measured: Curves, name: str) -> float:
+    """What a method ends with, over all of its seeds."""
+    return float(np.mean([curve[-1] for curve in measured.of[name].values()]))
+
+
 def costs(found: dict) -> dict[str, dict[str, float]]:
     """Unit -> method -> what training on an image costs, as a multiple of the baseline's. Only what is known."""
     each = {
@@ -84,10 +89,10 @@ def spelled(span: Span) -> str:
 
 
 def spelled_speed_up(found: SpeedUp) -> str:
-    """1.12 (1.05 to 1.20)."""
-    if found.low is None:
-        return spelled(found.value)
-    return f"{spelled(found.value)} ({spelled(found.low)} to {spelled(found.high)})"
+    """1.12 (1.05 to 1.20), or the bound alone where the interval's ends are the same one."""
+    value, *ends = (spelled(span) for span in found[2:] if span)
+    same = found.value.low < found.value.high and {*ends} == {value}
+    return value if same or not ends else f"{value} ({' to '.join(ends)})"
 
 
 def spelled_ends(found: Estimate, form: str) -> str:
@@ -114,18 +119,17 @@ def figures(found: dict) -> dict[str, str]:
     `speed-up at IMAGES` at the one that it has there."""
     base, quality, told = found["methods"][0]["name"], main_curves(found), {}
     others = {"agreement": curves(found, "class_agreement"), "held-out": curves(found, "held_out")}
-    digits = decimals(np.mean([curve[-1] for curve in quality.of[base].values()]))
+    digits = decimals(mean_end(quality, base))
     for name in (method["name"] for method in found["methods"]):
         if name in quality.of:
             told[f"{name} seeds"] = str(len(quality.pair(name, base)[0]))
-            told[f"{name} {found['metric']}"] = f"{np.mean([curve[-1] for curve in quality.of[name].values()]):.{digits}f}"
+            told[f"{name} {found['metric']}"] = f"{mean_end(quality, name):.{digits}f}"
         for what, measured in others.items():
-            percent = what == "agreement"
-            ours, theirs = measured.pair(name, base)
             if name not in measured.of:
                 continue
-            end = float(np.mean([curve[-1] for curve in measured.of[name].values()]))
-            places = 1 if percent else decimals(end)
+            percent, (ours, theirs) = what == "agreement", measured.pair(name, base)
+            end = mean_end(measured, name)
+            places = 1 if percent else decimals(mean_end(measured, base if base in measured.of else name))
             told[f"{name} {what}"] = f"{end:.1%}" if percent else f"{end:.{places}f}"
             if name != base and len(ours):
                 apart = (ours - theirs)[:, -1] * (100 if percent else 1)

@@ -12,7 +12,7 @@ from experiments.study_numbers import Curves, all_seeds, costs, curves, figures,
 from files import write_file
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe and Ito, without yellow
-MARKERS = "osD^vPX"
+MARKERS = "osDP<>h"  # those that point up and down are for bounds
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
@@ -34,11 +34,12 @@ def table(found: dict) -> str:
     third = [["", "FLOPs per image", "seconds per step", *(f"at {base['label']}'s {thousands(images)}" for images in at)]]
     cost = costs(found)
     for method in found["methods"]:
-        name, count = method["name"], int(told.get(f"{method['name']} seeds", 0))
-        label = method["label"] + f" ({count} of {len(seeds)} seeds)" * (0 < count < len(seeds))
+        name, label = method["name"], method["label"]
         if f"{name} {metric}" not in told:
             first.append([label, "not run", *[""] * len(ends)])
             continue
+        count = int(told[f"{name} seeds"])
+        label += f" ({count} of {len(seeds)} seeds)" * (count < len(seeds))
         first.append([label, *(told.get(f"{name} {key}", "") for key in (metric, *ends))])
         second.append([label, *(told.get(f"{name} {key}", "") for key in rest)])
         relative = [f"x {of[name]:.2f}" if name in of else "" for of in cost.values()]
@@ -182,13 +183,12 @@ def draw_differences(axis, found: dict, measured: Curves, looks: dict, title: st
         ours, theirs = measured.pair(name, base)
         if not len(ours):
             continue
-        apart, color = 100 * (ours - theirs) / theirs.mean(0), looks[name]["color"]
-        for k, column in enumerate(apart.T.tolist()):
-            x = k + shift(i, len(names))
-            for told, width in ((estimate(column), 0.8), (bootstrap(column), 2.6)):
-                if told.low is not None:
-                    axis.plot([x, x], [told.low, told.high], color, linewidth=width)
-            axis.plot(x, np.mean(column), **looks[name], markersize=5)
+        apart, x = 100 * (ours - theirs) / theirs.mean(0), np.arange(len(measured.images)) + shift(i, len(names))
+        for interval, width in ((estimate, 0.8), (bootstrap, 2.6)):
+            if len(ours) > 1:
+                _, low, high, _ = zip(*(interval(column) for column in apart.T.tolist()))
+                axis.vlines(x, low, high, looks[name]["color"], linewidth=width)
+        axis.plot(x, apart.mean(0), **looks[name], markersize=5, linewidth=0)
     axis.axhline(0, color=looks[base]["color"], linewidth=1)
     beside(axis, measured.images)
     label = found["methods"][0]["label"]

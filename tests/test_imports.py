@@ -156,6 +156,14 @@ def test_of_evaluations_only_the_export_knows_networks_of_ours():
         assert not networks or path.stem in ("export", "card"), f"{path.name} imports {networks}"
 
 
+def test_a_studys_statistics_know_numbers_alone():
+    assert imports(ROOT / "experiments/speedup.py") == {"numpy", "scipy", "experiments.results"}
+    page = imports(ROOT / "experiments/study_numbers.py") | imports(ROOT / "experiments/study_page.py")
+    assert {name for name in page if name.split(".")[0] in {module.split(".")[0] for module in MODULES}} <= {
+        "cli", "files", "experiments.results", "experiments.speedup", "experiments.study_numbers",
+    }  # fmt: skip
+
+
 def test_our_tests_are_not_shadowed():
     """torch-fidelity's wheel installs a top-level package of the same name."""
     import tests
