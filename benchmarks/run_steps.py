@@ -1,4 +1,4 @@
-"""Times one step of runs of train.py, each by its own flags on its own data, in turn; and counts their arithmetic.
+"""Counts the arithmetic of runs of train.py, and times a step of each in turn, by their own flags on their own data.
 
 For studies that set a method's gain against its price (experiments/convergence.py). All are held at once: for small
 networks."""
@@ -17,27 +17,38 @@ from flops import training_flops
 from guard import Guard
 from latent_cache import LatentCache
 from models.sit import SiTConfig
+from models.targets import Data
 from train import Step, build
 
 
+def planned(args: argparse.Namespace) -> tuple[LatentCache, Data, dict]:
+    """A run's cache, what methods may ask of it, and its config.json. Raises UserError."""
+    cache = LatentCache(*args.data_dir)
+    check_cache(args, cache)
+    data = alignment.data_of(cache.manifest, cache.stored_features())
+    return cache, data, make_config(args, cache.manifest, data)
+
+
+def count_flops(args: argparse.Namespace) -> int:
+    """FLOPs of training on one image. Raises UserError."""
+    _, data, config = planned(args)
+    return training_flops(SiTConfig(**config["model"]), config["align"], data)
+
+
 def time_runs(runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm_up: int = 2) -> dict[str, dict]:
-    """Of each run: seconds of an update (median and quartiles over `rounds` of `calls` updates without waiting between them)
-    of a batch that is in memory, and FLOPs of training on one image. Raises UserError."""
+    """Seconds of an update: median and quartiles over `rounds` of `calls` updates of a batch that is in memory, without waiting
+    between them. Raises UserError."""
     precisions = {precision(args.mixed_precision) for args in runs.values()}
     assert len(precisions) == 1, precisions
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precisions.pop())
-    device, actions, flops = accelerator.device, {}, {}
+    device, actions = accelerator.device, {}
     for name, args in runs.items():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        cache = LatentCache(*args.data_dir)
-        check_cache(args, cache)
-        data = alignment.data_of(cache.manifest, cache.stored_features())
-        config = make_config(args, cache.manifest, data)
+        cache, data, config = planned(args)
         state = build(args, config, device)
         targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
         step = Step(args, accelerator, cache.manifest, state, targets, Guard(state.optimizer, scaled=False))
         batch = TrainingStream(cache, args.seed, args.batch_size, extra=alignment.extra(targets))[0]
         actions[name] = partial(step, tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch)
-        flops[name] = training_flops(SiTConfig(**config["model"]), config["align"], data)
     seconds, _ = in_turn(actions, device, rounds, calls, warm_up)
-    return {name: {"step_s": spread(values), "training_flops": flops[name]} for name, values in seconds.items()}
+    return {name: spread(values) for name, values in seconds.items()}

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-from benchmarks.run_steps import time_runs
+from benchmarks.run_steps import count_flops, time_runs
 from cli import UserError
 from evaluations.compare import frechet_name
-from experiments.cells import ROOT, Cell, check, devices, finished, run
+from evaluations.runs import read_json
+from experiments.cells import ROOT, Cell, check, devices, run
 from experiments.results import gather, last, load, save
 from experiments.study_data import ENCODER, IMAGES, floor, prepare
-from experiments.study_probe import probe
+from experiments.study_page import draw, table
+from experiments.study_probe import known, probe
 from files import write_file
 from latent_cache import LatentCache
 from machine import cores
@@ -171,45 +173,49 @@ def print_commands(args: argparse.Namespace, cells: list[Cell]) -> None:
 
 
 def study(args: argparse.Namespace) -> None:
-    """Runs what is missing, and writes the result."""
+    """Runs what is missing, and writes the result; with --gather that of what there is."""
     knobs, cells = of_study(args)
     check(cells, args.output_dir)
     failed = {} if args.gather else run(cells, args.output_dir, args.jobs)
-    cache, done = LatentCache(args.data_dir / "train"), [cell for cell in cells if finished(cell, args.output_dir)]
-    runs = gather(done, args.output_dir)
-    for cell, found in zip(done, runs):
-        found["probe"] = probe(args.output_dir / cell.run, cache)
-    train, held_out = len(cache), len(LatentCache(args.data_dir / "held-out"))
+    runs = gather(cells, args.output_dir, unfinished=args.gather)
+    caches = {name: LatentCache(args.data_dir / name) for name in ("train", "held-out")}
+    first = cells[0].args()
     about = {
-        "scale": args.scale, "model": args.model, "batch_size": cells[0].args().batch_size, "steps": args.max_train_steps,
-        "training_images": train, "held_out_images": held_out, "metric": frechet_name("fashion"), "knobs": knobs,
-        "floor": floor(args.data_dir, cells[0].args().eval_samples), "methods": priced(args, cells, knobs),
+        "scale": args.scale, "model": args.model, "batch_size": first.batch_size, "steps": args.max_train_steps,
+        "training_images": len(caches["train"]), "held_out_images": len(caches["held-out"]),
+        "metric": frechet_name(first.eval_features), "knobs": knobs,
+        "floor": None if args.scale == "imagenet" else floor(args.data_dir, first.eval_samples),
+        "methods": priced(args, cells, knobs),
     }  # fmt: skip
+    for found in runs:
+        folder = args.output_dir / Cell(found["name"], found["seed"], ()).run
+        found["probe"] = known(folder) if args.gather else probe(folder, caches["train"])
     save(args.out, "convergence", about, runs)
-    if any(each["name"] == "vanilla" for each in runs):
-        show(args.out)
+    show(args.out)
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again")
 
 
 def priced(args: argparse.Namespace, cells: list[Cell], knobs: dict[str, int]) -> list[dict]:
-    """The methods with what a step of each costs, timed once, when nothing else runs."""
-    path, ways = args.output_dir / "cost.json", {cell.name: cell for cell in reversed(cells)}
-    if path.exists() and {*ways} <= {*json.loads(path.read_text())}:
-        costs = json.loads(path.read_text())
-    else:
-        costs = time_runs({name: ways[name].args() for name in args.methods}, *SCALES[args.scale].timing)
-        write_file(path, json.dumps(costs).encode())
+    """The methods with what training costs: FLOPs of an image, and seconds of a step, timed once, when nothing else runs."""
+    path, ways = args.output_dir / "seconds.json", {cell.name: cell.args() for cell in cells}
+    seconds = read_json(path)
+    if not args.gather and not {*ways} <= {*seconds}:
+        print("timing a step of each method: leave the machine to it", flush=True)
+        flags = {cell.name: cell.args() for cell in cells}  # building a run settles flags in its own
+        seconds = time_runs(flags, *SCALES[args.scale].timing)
+        write_file(path, json.dumps(seconds).encode())
     return [
-        {"name": name, "label": METHODS[name].label, "flags": " ".join(flags_of(name, knobs, args))} | costs[name]
+        {
+            "name": name, "label": METHODS[name].label, "flags": " ".join(flags_of(name, knobs, args)),
+            "training_flops": count_flops(ways[name]), "step_s": seconds.get(name),
+        }
         for name in args.methods
     ]  # fmt: skip
 
 
 def show(path: Path) -> None:
     """Writes table and picture beside the JSON, and prints the table. Raises UserError."""
-    from experiments.study_page import draw, table
-
     found = load(path, "convergence")
     text = table(found)
     write_file(path.with_suffix(".md"), text.encode())

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,25 +19,35 @@ from files import write_file
 VERSION = 1  # of the JSON
 
 
-def gather(cells: list[Cell], folder: Path) -> list[dict]:
-    """What the finished ones measured: an entry a run, its columns over images. Of several averages the first."""
+def gather(cells: list[Cell], folder: Path, unfinished: bool = False) -> list[dict]:
+    """What the finished ones measured, or with `unfinished` all that have measured something, also those that a cluster ran: an
+    entry a run, its columns over images. Of several averages the first."""
     runs = []
     for cell in cells:
-        if not finished(cell, folder):
+        done = finished(cell, folder)
+        if not done and not (unfinished and begun(cell, folder)):
             continue
-        args, known = cell.args(), record(cell, folder)
+        args, known = cell.args(), record(cell, folder) or {"flags": portable(cell.flags)}
         steps, evaluations = read_log(folder / cell.run)
         evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == args.ema_decay[0]]
         how = evaluations[-1]["evaluation"] if evaluations else {}
         losses = [key for key in steps[-1] if key in ("denoising", "cosine") or key.startswith("align")]
         runs.append({
-            "name": cell.name, "seed": cell.seed, **{key: known[key] for key in ("flags", "seconds", "machine", "commits")},
+            "name": cell.name, "seed": cell.seed, **({} if done else {"finished": False}),
+            **{key: known.get(key) for key in ("flags", "seconds", "machine", "commits")},
             "command": shlex.join(["python", "train.py", *portable(cell.words(folder))]),
             "evaluation": {key: value for key, value in how.items() if key != "reference"},
             "metrics": columns(evaluations, [key for key in (*evaluations, {})[0] if key not in ("step", "evaluation")]),
             "losses": columns(steps, ["images", *losses]),
         })  # fmt: skip
     return runs
+
+
+def begun(cell: Cell, folder: Path) -> bool:
+    """Whether it has measured anything."""
+    with suppress(UserError):
+        return bool(read_log(folder / cell.run)[1])
+    return False
 
 
 def columns(rows: list[dict], keys: list[str]) -> dict[str, list]:

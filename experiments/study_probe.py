@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 import pretrained
+from evaluations.runs import read_json
 from experiments.feature_study import judge, pooled, read
 from files import write_file
 from latent_cache import LatentCache
@@ -14,11 +15,15 @@ from latent_cache import LatentCache
 TIME, IMAGES, SEED = 0.5, 5000, 0  # one half of the images trains the probe, the other is counted
 
 
+def known(run: Path) -> dict | None:
+    """What was measured before."""
+    return read_json(run / "probe.json") or None
+
+
 def probe(run: Path, cache: LatentCache) -> dict:
     """{"t", "images", "accuracy": {block: share}} of the newest average; kept in RUN/probe.json, and measured once."""
-    path = run / "probe.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if found := known(run):
+        return found
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = pretrained.load(run)
     model, data = source.model.to(device), read(cache, min(IMAGES, len(cache)), SEED)
@@ -27,5 +32,5 @@ def probe(run: Path, cache: LatentCache) -> dict:
         spaces = pooled(model, data, source.path_type, TIME, blocks, 250, bar)
         accuracy = {str(k): judge(space, data, cache.manifest.num_classes, None)["accuracy"] for k, space in spaces.items()}
     found = {"t": TIME, "images": len(data.index), "accuracy": accuracy}
-    write_file(path, json.dumps(found).encode())
+    write_file(run / "probe.json", json.dumps(found).encode())
     return found
