@@ -47,7 +47,7 @@ def time_runs(runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm
         cache, data, config = planned(args)
         state = build(args, config, device)
         targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
-        step = Step(args, accelerator, cache.manifest, state, targets, Guard(state.optimizer, scaled=False))
+        step = Step(args, accelerator, cache.manifest, state, targets, Guard(state.optimizer, args.mixed_precision == "fp16"))
         batch = TrainingStream(cache, args.seed, args.batch_size, extra=alignment.extra(targets))[0]
         actions[name] = partial(step, tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch)
     seconds, _ = in_turn(actions, device, rounds, calls, warm_up)

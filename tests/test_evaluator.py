@@ -12,6 +12,7 @@ import sample_ddp
 import train
 from agreement import STOPPED
 from evaluations import evaluate
+from held_out import TIMES
 from logbook import read_rows
 from tests.helpers import ranks, rows, same_weights, train_flags
 
@@ -24,7 +25,7 @@ def flags(cache, tree):
 
     def make(exps, *more) -> list[str]:
         common = train_flags(cache, exps, "run", "--max-train-steps", 5, "--checkpointing-steps", 5)
-        return [*common, *EVAL.split(), "--eval-reference", str(tree), *map(str, more)]
+        return [*common, *EVAL.split(), "--eval-reference", str(tree), "--eval-latents", str(cache), *map(str, more)]
 
     return make
 
@@ -47,7 +48,7 @@ def unbroken(tmp_path_factory, flags):
     return exps / "run"
 
 
-def test_it_reports_what_the_commands_report(call, unbroken, tree, tmp_path):
+def test_it_reports_what_the_commands_report(call, unbroken, tree, cache, tmp_path):
     found = evaluations(unbroken)
     assert list(found) == [(step, decay) for step in (2, 4, 5) for decay in (0.9, 0.0)]
     for decay in (0.9, 0.0):
@@ -61,6 +62,7 @@ def test_it_reports_what_the_commands_report(call, unbroken, tree, tmp_path):
         assert metrics["sampling"]["ema_decay"] == decay
         assert {key: row[key] for key in metrics["metrics"]} == pytest.approx(metrics["metrics"], rel=1e-6)
         assert row["evaluation"]["reference_sha256"] == metrics["reference_sha256"]
+        assert row["held_out"] > 0 and row["evaluation"]["held_out"] == {"latents": str(cache), "images": 9, "times": [*TIMES]}
         assert (row["images"], row["evaluation"]["solver"], row["evaluation"]["samples"]) == (40, "euler-maruyama", 9)
     ours, theirs = (np.load(tmp_path / f"{decay}.npz")["arr_0"] for decay in (0.9, 0.0))
     assert not np.array_equal(ours, theirs)

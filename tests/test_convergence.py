@@ -1,0 +1,213 @@
+"""The study: its runs differ in the method alone, its data are apart, it goes on, and its pages say what its JSON says."""
+
+import json
+import re
+import shlex
+import zipfile
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from benchmarks.run_steps import count_flops, time_runs
+from cli import UserError
+from experiments import cells, convergence, results, study_data
+from experiments.cells import Cell
+from experiments.convergence import METHODS, SCALES, candidates, choose, flags_of, of_study, parse, read_knobs
+from experiments.study_numbers import figures
+from experiments.study_page import table
+from flags import check_args, parse_args
+from models.flops import backbone_flops, head_flops
+from models.sit import PRESETS, SiTConfig
+from tests.helpers import ROOT, train_flags
+
+STUDIES = sorted(path for path in (ROOT / "docs").glob("study-*.json") if "knobs" not in path.name)
+OF_METHODS = ("align", "projector", "repa", "sra", "encoder_weights")
+
+
+def written(scale: str, *more: str):
+    return parse(["--scale", scale, *more])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_runs_of_a_seed_differ_in_their_method_alone(scale):
+    _, every = of_study(written(scale))
+    assert [(cell.seed, cell.name) for cell in every] == [(seed, name) for seed in SCALES[scale].seeds for name in METHODS]
+    rest, methods = set(), set()
+    for cell in every:
+        values = {key: str(value) for key, value in vars(cell.args()).items() if key not in ("exp_name", "seed")}
+        rest.add(tuple((key, value) for key, value in values.items() if not key.startswith(OF_METHODS)))
+        methods.add((cell.name, *(value for key, value in values.items() if key.startswith(OF_METHODS))))
+    assert len(rest) == 1 and len(methods) == len(METHODS)
+
+
+def test_knobs_are_chosen_on_other_seeds():
+    for scale in ("laptop", "gpu"):
+        assert not {*SCALES[scale].seeds} & {*SCALES[scale].tune_seeds}
+        found = results.load(ROOT / f"docs/study-{scale}-knobs.json", "convergence-knobs")
+        assert {run["seed"] for run in found["runs"]} == {*SCALES[scale].tune_seeds}
+        assert {run["name"] for run in found["runs"]} == {cell.name for cell in candidates(written(scale, "--tune"), [0])}
+        assert found["knobs"] == choose(found["runs"], found["metric"]) == read_knobs(written(scale).knobs, scale)
+
+
+def test_the_block_with_the_lowest_mean_is_chosen():
+    ends = {("a", 2, 0): 3.0, ("a", 2, 1): 3.2, ("a", 4, 0): 2.0, ("a", 4, 1): 4.1, ("b-c", 2, 0): 5.0, ("b-c", 6, 0): 4.0}
+    runs = [{"name": f"{name}-block{k}", "seed": seed, "metrics": {"FD": [0.0, end]}} for (name, k, seed), end in ends.items()]
+    assert choose(runs, "FD") == {"a": 4, "b-c": 6}
+
+
+def test_a_method_aligns_the_block_that_was_chosen_for_it():
+    knobs = {"sra2-cosine": 3, "sra2-smooth_l1": 4, "sra": 5, "repa": 6}
+    args = written("laptop")
+    depth = {}
+    for name in METHODS:
+        flags = parse_args("", ["--exp-name", "x", "--data-dir", "x", "--model", "SiT-Ti/2", *flags_of(name, knobs, args)])
+        check_args(flags, 1)
+        depth[name] = flags.align_depth
+        assert set(flags.projector_width) <= {2 * PRESETS["SiT-Ti/2"]["width"]}
+    assert depth.pop("vanilla") == [] and depth.pop("sra2+repa") == [3, 6]
+    assert {name: [block] for name, block in knobs.items()} == depth
+
+
+def test_imagenet_prints_the_clusters_commands(call):
+    code, out = call(convergence, "--scale", "imagenet", "--gpus", 4, "--seeds", 3, 4)
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert code == 0 and len(lines) == 2 * len(METHODS)
+    for words in lines:
+        at = words.index("train.py")
+        assert words[:at] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
+        args = parse_args("", words[at + 1 :])
+        check_args(args, 4)
+        assert (args.model, args.max_train_steps, args.eval_every, args.eval_samples) == ("SiT-B/2", 400_000, 50_000, 50_000)
+        assert (args.eval_mode, args.eval_num_steps, args.eval_cfg_scale, args.ema_decay) == ("sde", 250, 1.0, [0.9999])
+        if "repa" in args.align:
+            assert (args.repa_encoder, args.align_depth[-1], args.projector_width[-1]) == (None, 8, 2048)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--scale is missing"),
+        (("--scale", "gpu", "--seeds", "1", "1"), "--seeds 1 1: each only once"),
+        (("--scale", "imagenet", "--tune"), "--tune is for --scale laptop and gpu"),
+        (("--scale", "gpu", "--out", "x.txt"), "--out x.txt must end in .json"),
+        (("--scale", "gpu", "--", "--align-depth", "3"), "-- --align-depth: that is for this command to say"),
+        (("--scale", "gpu", "--", "--seed=3"), "-- --seed=3: that is for this command to say"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse([*flags])
+
+
+def test_knobs_of_another_scale_are_refused():
+    with pytest.raises(UserError, match=r"is of --scale gpu: run --tune at this one$"):
+        read_knobs(ROOT / "docs/study-gpu-knobs.json", "laptop")
+
+
+def test_images_held_out_do_not_train(tmp_path):
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+        entries = [[f"{i % 3}/{i}.png", i % 3] for i in range(19)]
+        for path, _ in entries:
+            archive.writestr(path, f"the image {path}")
+        archive.writestr("dataset.json", json.dumps({"labels": entries}))
+    study_data.split(tmp_path / "whole.zip", tmp_path / "train.zip", tmp_path / "held-out.zip", every=5)
+    train, held_out, whole = (zipfile.ZipFile(tmp_path / f"{name}.zip") for name in ("train", "held-out", "whole"))
+    labels = {name: json.loads(archive.read("dataset.json"))["labels"] for name, archive in
+              (("train", train), ("held-out", held_out), ("whole", whole))}  # fmt: skip
+    assert sorted(labels["train"] + labels["held-out"]) == sorted(labels["whole"]) and len(labels["held-out"]) == 4
+    for archive, key in ((train, "train"), (held_out, "held-out")):
+        assert set(archive.namelist()) == {path for path, _ in labels[key]} | {"dataset.json"}
+        path = labels[key][-1][0]
+        assert archive.read(path) == whole.read(path)
+
+
+def test_missing_images_are_told_where_to_get(tmp_path):
+    with pytest.raises(UserError, match=r"^--images .*train-images-idx3-ubyte.gz and .* apt-get install dataset-fashion-mnist"):
+        study_data.images_of("gpu", tmp_path, tmp_path / "nowhere")
+
+
+def test_a_step_is_timed_and_its_arithmetic_counted(cache):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = {name: parse_args("", train_flags(cache, Path("exps"), "x", "--align", name)) for name in ("none", "sra2")}
+    for args in flags.values():
+        check_args(args, 1)
+    seconds = time_runs(flags, rounds=2, calls=1, warm_up=0)
+    assert all(0 < each["quartiles"][0] <= each["median"] for each in seconds.values()) and [*seconds] == [*flags]
+    network = SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8, num_classes=3)
+    head = head_flops(network, {"width": 128, "out": 16, "layers": 5, "hidden": 64})
+    assert count_flops(flags["none"]) == 3 * backbone_flops(network)
+    assert count_flops(flags["sra2"]) == 3 * (backbone_flops(network) + head)
+
+
+FAKE = """
+import json, sys
+from pathlib import Path
+words = sys.argv[1:]
+flag = lambda name: words[words.index(name) + 1]
+folder, seed, last = Path(flag("--output-dir")) / flag("--exp-name"), int(flag("--seed")), int(flag("--max-train-steps"))
+folder.mkdir()
+if (folder.parent / "broken").exists() and "sra2" in words and seed == 2:
+    sys.exit("error: no luck")
+(folder / "probe.json").write_text(json.dumps({"t": 0.5, "images": 9, "accuracy": {"3": 0.5 + 0.1 * ("sra2" in words)}}))
+with open(folder / "metrics.jsonl", "w") as file:
+    for step in range(1, last + 1):
+        images = step * int(flag("--batch-size"))
+        print(json.dumps({"step": step, "images": images, "denoising": 1.0}), file=file)
+        value = (9.0 + seed) / step * (0.5 if "sra2" in words else 1)
+        told = {"FD-fashion": value, "class_agreement": 0.5, "held_out": value / 10, "evaluation": {"ema_decay": 0.99}}
+        print(json.dumps({"step": step, "images": images} | told), file=file)
+"""
+
+
+def test_a_study_from_its_runs_to_its_pages(call, cache, tmp_path, monkeypatch):
+    """Of runs that write what they are told to: half of vanilla's distance, with each seed, so twice its speed."""
+    (tmp_path / "train.py").write_text(FAKE)
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    monkeypatch.setattr(convergence, "time_runs", lambda runs, *how: {name: {"median": 0.1} for name in runs})
+    monkeypatch.setattr(convergence, "count_flops", lambda args: 100 + 25 * (args.align != ["none"]))
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    data.mkdir()
+    runs.mkdir()
+    for name in ("train", "held-out"):
+        (data / name).symlink_to(cache)
+    (data / "ready.json").write_text("{}")
+    (data / "floor-5000.json").write_text('{"FD-fashion": 0.1, "class_agreement": 0.9}')
+    (runs / "broken").touch()
+    words = ["--scale", "laptop", "--data-dir", data, "--output-dir", runs, "--methods", "sra2-cosine", "--seeds", 1, 2]
+    words += ["--max-train-steps", 4, "--out", tmp_path / "study.json"]
+    code, out = call(convergence, *words)
+    assert code == 2 and "1 of 4 runs failed (sra2-cosine-seed2): the same command tries them again" in out
+    assert "SRA 2, cosine (1 of 2 seeds)" in out
+    (runs / "broken").unlink()
+    (runs / "sra2-cosine-seed2").rmdir()
+    code, out = call(convergence, *words)
+    assert code == 0, out
+    found = results.load(tmp_path / "study.json", "convergence")
+    assert [(run["name"], run["seed"]) for run in found["runs"]] == [
+        (name, seed) for seed in (1, 2) for name in ("vanilla", "sra2-cosine")
+    ]
+    told = figures(found)
+    assert told["sra2-cosine difference"] == "-1.312 (-1.375 to -1.250)"  # half of 10/4 and of 11/4
+    assert told["sra2-cosine speed-up"] == "2.00 (2.00 to 2.00)" and told["sra2-cosine speed-up per FLOP"].startswith("1.60")
+    assert told["sra2-cosine probe"] == "60.0% (block 3)"
+    assert (tmp_path / "study.md").read_text() == table(found) and (tmp_path / "study.png").stat().st_size > 10_000
+    (runs / "sra2-cosine-seed1.json").unlink()  # as a cluster's runs are
+    code, out = call(convergence, *words, "--gather")
+    again = results.load(tmp_path / "study.json", "convergence")
+    assert code == 0 and figures(again) == told and [run.get("finished") for run in again["runs"]] == [None, False, None, None]
+
+
+def test_a_run_that_has_measured_nothing_is_not_gathered(tmp_path):
+    (tmp_path / "a-seed0").mkdir()
+    (tmp_path / "a-seed0/metrics.jsonl").write_text('{"step": 1, "images": 8, "denoising": 1.0}\n')
+    cell = Cell("a", 0, tuple(train_flags(Path("x"), Path("x"), "a", "--align", "none")))
+    assert results.gather([cell], tmp_path, unfinished=True) == []
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_pages_say_what_the_runs_measured(path):
+    """Tables are the JSON's; and every figure of a method that the text of docs/study.md or the README quotes is."""
+    found, page = results.load(path, "convergence"), (ROOT / "docs/study.md").read_text()
+    rows = [line for line in table(found).splitlines() if line.startswith("|")]
+    assert rows and not [row for row in rows if row not in page]
