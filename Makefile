@@ -1,4 +1,5 @@
 # make demo    images -> latents -> training -> samples -> metrics, on the embedded data (CPU, under ten minutes)
+# make study   docs/study.md again: six methods, five seeds each (CPU, under two hours)
 # make test    the tests          make lint    ruff
 # Each builds .venv first, when it is missing or older than the requirements.
 
@@ -9,7 +10,7 @@ DATA := data/fashion-mnist
 RUN := exps/demo
 ASSETS := assets/fashion-mnist
 
-.PHONY: demo test lint
+.PHONY: demo study test lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run
@@ -21,6 +22,10 @@ demo: $(VENV)/run
 	$(PY) -m evaluations.curves $(RUN)
 	$(PY) -m evaluations.evaluate $(RUN)/generated.npz --reference $(ASSETS)/images.zip --features fashion --out $(RUN)/metrics.json
 	@echo "Look at $(RUN)/generated.png and $(RUN)/curves.png"
+
+study: $(VENV)/dev
+	$(PY) -m experiments.convergence --scale laptop
+	@echo "Look at exps/study-laptop/study.png"
 
 test: $(VENV)/dev
 	$(PY) -m pytest

@@ -59,15 +59,16 @@ def check(cells: list[Cell], folder: Path) -> None:
     for cell in cells:
         cell.args()
         then = record(cell, folder).get("flags")
-        if then and then != portable(cell.flags):
+        changed = difference(then, portable(cell.flags)) if then else ""
+        if changed:
             raise UserError(
-                f"{folder / cell.run} was started with other flags ({difference(then, portable(cell.flags))}): choose another "
+                f"{folder / cell.run} was started with other flags ({changed}): choose another "
                 "--output-dir, or go back to those flags"
             )
 
 
 def difference(then: list[str], now: list[str]) -> str:
-    """What of two lists of flags differs, in words."""
+    """What of two lists of flags differs, in words; of a flag given twice the last counts."""
     was, new = ({flag: " ".join(values) for flag, *values in split(words)} for words in (then, now))
     changed = [flag for flag in {**was, **new} if was.get(flag) != new.get(flag)]
     return "; ".join(f"{flag} was {was.get(flag, 'not given')}, is {new.get(flag, 'not given')}" for flag in changed)

@@ -293,7 +293,8 @@ def main() -> None:
         return
     if not args.tune:
         read_knobs(args.knobs, args.scale)
-    prepare(args.scale, args.data_dir, args.images, args.encoder_weights)
+    if not args.gather:
+        prepare(args.scale, args.data_dir, args.images, args.encoder_weights)
     (tune if args.tune else study)(args)
 
 

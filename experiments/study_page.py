@@ -128,10 +128,12 @@ def draw_curves(axis, found: dict, quality: Curves, looks: dict) -> None:
             each = np.array([*quality.of[name].values()])
             axis.plot(quality.images, each.mean(0), **look, markersize=3.5, linewidth=1.4)
             axis.fill_between(quality.images, each.min(0), each.max(0), color=look["color"], alpha=0.13, linewidth=0)
-    floor = (found.get("floor") or {}).get(found["metric"])
-    if floor:
+    floor, least = (found.get("floor") or {}).get(found["metric"]), axis.get_ylim()[0]
+    if floor and floor > least / 3:
         axis.axhline(floor, color="0.35", linestyle="--", linewidth=1.2)
         axis.text(0.02, floor, "the autoencoder's own", color="0.35", va="bottom", transform=axis.get_yaxis_transform())
+    elif floor:  # its line would press the curves flat
+        axis.text(0.02, 0.02, f"the autoencoder's own: {floor:.3f}", color="0.35", transform=axis.transAxes)
     axis.set(xscale="log", yscale="log", xlabel="images seen", title=f"{found['metric']}, mean over seeds")
     for side, form in ((axis.xaxis, lambda x, _: thousands(x)), (axis.yaxis, "{x:g}")):
         side.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
