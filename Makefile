@@ -1,5 +1,5 @@
 # make demo    images -> latents -> training -> samples -> metrics, on the embedded data (CPU, under ten minutes)
-# make study   docs/study.md again: six methods, five seeds each (CPU, under two hours)
+# make study   the study of docs/study.md: six methods, five seeds each (CPU, under two hours)
 # make test    the tests          make lint    ruff
 # Each builds .venv first, when it is missing or older than the requirements.
 

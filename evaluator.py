@@ -58,7 +58,7 @@ class Evaluator:
         self.held_out = None
         if args.eval_latents:
             self.held_out = HeldOut(args.eval_latents, self.count)
-            self.held_out.check(manifest.latent_shape, manifest.num_classes, manifest.vae_fingerprint)
+            self.held_out.check(manifest)
         self.reference = None
         if rank == 0:
             if not args.eval_reference.exists():

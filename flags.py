@@ -91,7 +91,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-every", type=cli.count, default=0, help="steps between evaluations, and one at the end; 0 for none")
     add("--eval-samples", type=cli.positive, default=5000, help="images; fewer than 50,000 make a larger FID")
     add("--eval-reference", type=Path, help="ADM's .npz, or images: a folder tree class/image.ext or a zip")
-    add("--eval-latents", type=Path, metavar="DIR", help="latent cache of images held out: their denoising loss too")
+    add("--eval-latents", type=Path, metavar="DIR", help="images held out, a latent cache: the loss on EVAL_SAMPLES of them")
     add("--eval-features", default="inception", help=f"a network: {', '.join(EXTRACTORS)} (the shipped classifier is fashion)")
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add("--eval-mode", choices=("sde", "ode"), default="sde", help="as sample_ddp.py's --mode, with --global-seed 0")

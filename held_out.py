@@ -1,6 +1,8 @@
 """The denoising loss on images held out: at fixed times and with fixed noise, so that two runs, or two steps of one, are asked
 the same questions."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +12,13 @@ from torch import Tensor
 from cli import UserError
 from interpolant import PATHS
 from keyed_random import Purpose, normal
-from latent_cache import CacheError, LatentCache
+from latent_cache import CacheError, LatentCache, Manifest
 from loss import training_losses
 from models.autoencoder import LatentScale
 from models.sit import SiT
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five equal parts: their mean stands for a uniform t
+SAME = ("class_names", "num_classes", "resolution", "latent_shape", "vae_fingerprint", "scale", "shift")
 SEED = 0  # of noise and of the draw from the posterior, whatever the run's
 
 
@@ -32,21 +35,19 @@ class HeldOut:
         self.index = torch.arange(self.count) * len(self.cache) // self.count
         self.scale = LatentScale(self.cache.manifest.scale, self.cache.manifest.shift)
 
-    def check(self, latent_shape: list[int], num_classes: int, fingerprint: str, flag: str = "--eval-latents") -> None:
-        """Against what is trained on. Raises UserError."""
-        ours = self.cache.manifest
-        wanted = {"latent_shape": [*latent_shape], "num_classes": num_classes, "vae_fingerprint": fingerprint}
-        found = {key: getattr(ours, key) for key in wanted}
-        different = [key for key in wanted if found[key] != wanted[key]]
+    def check(self, manifest: Manifest, flag: str = "--eval-latents") -> None:
+        """Against that of what is trained on. Raises UserError."""
+        different = [key for key in SAME if getattr(self.cache.manifest, key) != getattr(manifest, key)]
         if different:
             raise UserError(
-                f"{flag} {self.root} is not made as --data-dir was: {', '.join(different)} differ; encode it with the same VAE"
+                f"{flag} {self.root} is not made as --data-dir was: {', '.join(different)} differ; encode it in the same way"
             )
 
     @property
     def identity(self) -> dict:
         """What decides the numbers besides the network."""
-        return {"latents": str(self.root), "images": self.count, "times": list(TIMES)}
+        digest = hashlib.sha256(json.dumps(self.cache.manifest.shards, sort_keys=True).encode()).hexdigest()
+        return {"latents_sha256": digest, "images": self.count, "times": list(TIMES)}
 
     @torch.no_grad()
     def measure(

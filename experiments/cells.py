@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +115,7 @@ def commit() -> str | None:
 
 def devices() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if torch.cuda.is_available() else ""
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
@@ -171,6 +171,16 @@ class Child:
         return next((line.strip() for line in reversed(lines) if line.strip()), f"ended with exit code {code}")
 
 
+def busy(cell: Cell, folder: Path) -> bool:
+    """Whether a process still trains it that an earlier call left behind when it was killed: it will be waited for."""
+    path = folder / cell.run / ".lock"
+    try:
+        with lock(path) if path.exists() else nullcontext():
+            return False
+    except BlockingIOError:
+        return True
+
+
 def images(cell: Cell, folder: Path) -> int:
     """Seen by the network so far, as far as it has logged."""
     with suppress(UserError):
@@ -199,8 +209,10 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
         held.callback(lambda: [child.stop(signal.SIGKILL) for child in running.values()])
         while running or (waiting and not request.name):
             for slot in range(jobs):
-                if slot not in running and waiting and not request.name:
-                    running[slot] = Child(waiting.pop(0), folder, slot, jobs, gpus)
+                free = next((cell for cell in waiting if not busy(cell, folder)), None) if slot not in running else None
+                if free and not request.name:
+                    waiting.remove(free)
+                    running[slot] = Child(free, folder, slot, jobs, gpus)
             if request.name and not told:
                 told = True
                 tqdm.write(f"stopping: {len(running)} runs save what they have")

@@ -4,7 +4,6 @@ import json
 import math
 import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +44,8 @@ def gather(cells: list[Cell], folder: Path, unfinished: bool = False) -> list[di
 
 def begun(cell: Cell, folder: Path) -> bool:
     """Whether it has measured anything."""
-    with suppress(UserError):
-        return bool(read_log(folder / cell.run)[1])
-    return False
+    path = folder / cell.run / "metrics.jsonl"
+    return path.exists() and '"evaluation"' in path.read_text()
 
 
 def columns(rows: list[dict], keys: list[str]) -> dict[str, list]:

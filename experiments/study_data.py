@@ -5,6 +5,7 @@ images, and the embedded ones, its test images, are held out. Samples are compar
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import zipfile
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import torch
 
+from agreement import STOPPED
 from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
 from cli import UserError
 from evaluations.compare import compare
 from evaluations.features import gather, load_extractor
 from evaluations.references import cache_folder, load_references
+from evaluations.runs import read_json
 from files import sha256, write_file
 from latent_cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
@@ -64,7 +67,7 @@ def call(*words: object) -> None:
     told = shlex.join(["python", "-m", *map(str, words)])
     print(told, flush=True)
     code = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=Path.cwd()).returncode
-    if code < 0 or code == 130:
+    if code in (STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         raise UserError(f"could not prepare the data: {told} ended with exit code {code}")
@@ -75,6 +78,9 @@ def prepare(scale: str, folder: Path, images: Path | None, encoder_weights: Path
     folder.mkdir(parents=True, exist_ok=True)
     ready = folder / "ready.json"
     if ready.exists():
+        made = read_json(ready).get("scale")
+        if made != scale:
+            raise UserError(f"--data-dir {folder} was made for --scale {made}: name another")
         return
     train, held_out = images_of(scale, folder, images)
     encode = ("preprocessing.encode_latents", "--resolution", 32, "--vae", VAE)
@@ -90,7 +96,7 @@ def prepare(scale: str, folder: Path, images: Path | None, encoder_weights: Path
 
 @torch.no_grad()
 def floor(folder: Path, count: int, size: int = 250) -> dict[str, float | None]:
-    """What samples could reach at best: the metrics of `count` training images as the VAE gives them back."""
+    """The metrics of `count` training images as the VAE gives them back: what a network could reach that drew like these."""
     path = folder / f"floor-{count}.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -53,6 +53,12 @@ def main_curves(found: dict) -> Curves:
     return quality
 
 
+def held_out_times(found: dict) -> list[str]:
+    """The times at which the loss on held-out images was measured, as its columns have them."""
+    keys = dict.fromkeys(key for run in found["runs"] for key in run["metrics"] if key.startswith("held_out_"))
+    return [key.removeprefix("held_out_") for key in keys]
+
+
 def all_seeds(found: dict) -> list[int]:
     return sorted({run["seed"] for run in found["runs"]})
 
@@ -72,9 +78,27 @@ def costs(found: dict) -> dict[str, dict[str, float]]:
     return {unit: {name: cost / of[base] for name, cost in of.items() if cost and of[base]} for unit, of in each.items()}
 
 
+def probed_seeds(found: dict) -> set[int]:
+    """The seeds with which every method that was probed at all was."""
+    seeds: dict[str, set[int]] = {}
+    for run in found["runs"]:
+        if run.get("probe"):
+            seeds.setdefault(run["name"], set()).add(run["seed"])
+    return set.intersection(*seeds.values()) if seeds else set()
+
+
+def probed_blocks(found: dict) -> tuple[int, int]:
+    """How many blocks were probed, and with how many seeds."""
+    each = [len(run["probe"]["accuracy"]) for run in found["runs"] if run.get("probe")]
+    return max(each, default=0), len(probed_seeds(found))
+
+
 def probe(found: dict, name: str) -> tuple[str, float] | None:
-    """The block from which a linear probe reads the class best, and how often, as means over seeds."""
-    told = [run["probe"]["accuracy"] for run in found["runs"] if run["name"] == name and run.get("probe")]
+    """The block from which a linear probe reads the class best, and how often, as means over the seeds of probed_seeds."""
+    seeds = probed_seeds(found)
+    told = [
+        run["probe"]["accuracy"] for run in found["runs"] if run["name"] == name and run["seed"] in seeds and run.get("probe")
+    ]
     blocks = [block for block in (told[0] if told else []) if all(block in each for each in told)]
     means = {block: float(np.mean([each[block] for each in told])) for block in blocks}
     return max(means.items(), key=lambda item: item[1]) if means else None
@@ -114,11 +138,12 @@ def figures(found: dict) -> dict[str, str]:
     """The numbers as tables and prose write them, under "METHOD WHAT". What was not measured has no entry. Raises UserError.
 
     Of each method `seeds` (in common with the baseline), the study's metric (`FD-fashion`), `agreement`, `held-out`, `probe`.
-    Against the baseline `difference`, `student` (its other interval), `detectable`, `agreement difference`, `held-out
-    difference`; `speed-up`, `speed-up per FLOP`, `speed-up per second` at the quality that the baseline ends with, and
-    `speed-up at IMAGES` at the one that it has there."""
+    Against the baseline `difference`, `better` (the seeds that are), `student` (its other interval), `detectable`, `agreement
+    difference`, `held-out difference`, and `held-out at T` in percent; `speed-up`, `speed-up per FLOP`, `speed-up per second`
+    at the quality that the baseline ends with, and `speed-up at IMAGES` at the one that it has there."""
     base, quality, told = found["methods"][0]["name"], main_curves(found), {}
     others = {"agreement": curves(found, "class_agreement"), "held-out": curves(found, "held_out")}
+    by_time = {t: curves(found, f"held_out_{t}") for t in held_out_times(found)}
     digits = decimals(mean_end(quality, base))
     for name in (method["name"] for method in found["methods"]):
         if name in quality.of:
@@ -140,6 +165,11 @@ def figures(found: dict) -> dict[str, str]:
         if name == base or not len(ours):
             continue
         differences = (ours - theirs)[:, -1].tolist()
+        told[f"{name} better"] = f"{sum(each < 0 for each in differences)} of {len(differences)}"
+        for t, measured in by_time.items():
+            ours_then, theirs_then = measured.pair(name, base)
+            percent = 100 * (ours_then - theirs_then)[:, -1] / theirs_then[:, -1].mean()
+            told[f"{name} held-out at {t}"] = spelled_estimate(bootstrap(percent.tolist()), "+.1f")
         told[f"{name} difference"] = spelled_estimate(bootstrap(differences), f"+.{digits}f")
         if len(ours) > 1:
             told[f"{name} student"] = spelled_ends(estimate(differences), f"+.{digits}f")

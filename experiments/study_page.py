@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.results import estimate
 from experiments.speedup import COVERAGE, bootstrap, speed_up
-from experiments.study_numbers import Curves, all_seeds, costs, curves, figures, main_curves
+from experiments.study_numbers import Curves, all_seeds, costs, curves, figures, held_out_times, main_curves, probed_blocks
 from files import write_file
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe and Ito, without yellow
@@ -22,14 +22,17 @@ def markdown(rows: list[list[str]]) -> list[str]:
 
 
 def table(found: dict) -> str:
-    """Markdown: quality and speed-up at the end; what else was measured there; speed-up on the way. Raises UserError."""
+    """Markdown: quality and speed-up at the end; what else was measured there, and at which times; speed-up on the way. Raises
+    UserError."""
     metric, told, quality = found["metric"], figures(found), main_curves(found)
     base, floor, seeds = found["methods"][0], found.get("floor") or {}, all_seeds(found)
     ends = ["difference", "student", "detectable", "speed-up", "speed-up per FLOP", "speed-up per second"]
     rest = ["agreement", "agreement difference", "held-out", "held-out difference", "probe"]
     against = f"against {base['label']}"
     first = [["", metric, against, "Student's 95%", "detectable", "speed-up in images", "in FLOPs", "in seconds"]]
-    second = [["", "classes agree", f"{against}, points", "held-out loss", against, "probe, best block"]]
+    blocks, probes = probed_blocks(found)
+    probed = f"probe, best of {blocks} blocks ({probes} seed{'s' * (probes != 1)})"
+    second = [["", "classes agree", f"{against}, points", "held-out loss", against, probed]]
     at = sorted({int(key.rpartition(" ")[2]) for key in told if " speed-up at " in key})
     third = [["", "FLOPs per image", "seconds per step", *(f"at {base['label']}'s {thousands(images)}" for images in at)]]
     cost = costs(found)
@@ -48,7 +51,11 @@ def table(found: dict) -> str:
         first.append(["*the autoencoder's own*", f"*{floor[metric]:.3f}*", *[""] * len(ends)])
     if "class_agreement" in floor:
         second.append(["*the autoencoder's own*", f"*{floor['class_agreement']:.1%}*", *[""] * (len(rest) - 1)])
-    tables = [line for rows in (first, second, third) for line in markdown(rows)]
+    times = held_out_times(found)
+    fourth = [[f"held-out loss, % {against}", *(f"t = {t}" for t in times)]]
+    for method in found["methods"][1:] if times else ():
+        fourth.append([method["label"], *(told.get(f"{method['name']} held-out at {t}", "") for t in times)])
+    tables = [line for rows in (first, second, fourth, third) if len(rows) > 1 for line in markdown(rows)]
     return "\n".join([*tables, *legend(found, quality), "", "```bash", found["command"], "```"]) + "\n"
 
 
@@ -57,15 +64,22 @@ def legend(found: dict, quality: Curves) -> list[str]:
     base, metric, seeds = found["methods"][0], found["metric"], all_seeds(found)
     counts = {len(quality.pair(method["name"], base["name"])[0]) for method in found["methods"][1:]}
     cover = [f"{COVERAGE[count]:.0%} with {count}" for count in sorted(counts) if count in COVERAGE]
-    few = f"That is too narrow for few seeds (it covers about {', '.join(cover)}): " if cover else "A single seed has none. "
+    about = f" (it covers about {', '.join(cover)})" if cover else ""
+    narrow = f" That is too narrow for few seeds{about}: "
+    few = narrow if max(counts, default=0) > 1 else " A single seed has none. "
+    planned = found["steps"] * found["batch_size"]
+    short = sum(run["metrics"]["images"][-1] < planned for run in found["runs"])
+    cut = f"{short} of {len(found['runs'])} runs have not reached their end: all are compared after "
     return [
+        *([f"**{cut}{quality.images[-1]:,} images, the last point that all have.**", ""] if short else []),
         f"{found['model']}, {found['steps']:,} steps of {found['batch_size']} images ({thousands(quality.images[-1])} seen), "
         f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}. Means over seeds at the end.",
         f"{metric} and held-out loss: lower is better. Against {base['label']}: mean difference of runs of one seed, of",
-        f"seeds in common, and its 95% percentile bootstrap interval. {few}Student's is exact if differences scatter normally.",
+        f"seeds in common, and its 95% percentile bootstrap interval.{few}Student's is exact if differences scatter normally.",
         "Detectable: the mean difference that a paired t test (5%, two-sided) finds in 80% of such studies.",
-        f"Speed-up: images that {base['label']} needs for the quality it ends with / images that the method needs for it; mean",
-        "curves, interpolated in logarithms. In FLOPs, seconds: divided by an image's cost. < and >: beyond what is measured.",
+        f"Speed-up: images that {base['label']} needs for the quality it ends with / images that the method needs for it; of",
+        "mean curves, interpolated in logarithms. In FLOPs, seconds: divided by what an image costs, without REPA's encoder if its",
+        "features are stored. < and >: beyond what is measured. Probe: at the end, of seeds that all methods were probed with.",
     ]
 
 
@@ -172,7 +186,8 @@ def draw_speed_ups(axis, found: dict, quality: Curves, looks: dict) -> None:
                 axis.plot(x, bound, marker=marker, markersize=7, fillstyle="none", **look)
     axis.axhline(1, color=looks[base]["color"], linewidth=1)
     points = next(iter(speeds.values()), [])
-    beside(axis, [speed.images for speed in points])
+    if points:
+        beside(axis, [speed.images for speed in points])
     axis.set(ylim=(low, high), title="speed-up in images")
     axis.set_xlabel(f"at {found['methods'][0]['label']}'s quality after as many images")
 

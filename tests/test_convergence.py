@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -13,16 +15,23 @@ from benchmarks.run_steps import count_flops, time_runs
 from cli import UserError
 from experiments import cells, convergence, results, study_data
 from experiments.cells import Cell
-from experiments.convergence import METHODS, SCALES, candidates, choose, flags_of, of_study, parse, read_knobs
+from experiments.convergence import parse
 from experiments.study_numbers import figures
 from experiments.study_page import table
+from experiments.study_plan import METHODS, SCALES, candidates, choose, flags_of, of_study, read_knobs
 from flags import check_args, parse_args
+from machine import cores
 from models.flops import backbone_flops, head_flops
 from models.sit import PRESETS, SiTConfig
 from tests.helpers import ROOT, train_flags
 
 STUDIES = sorted(path for path in (ROOT / "docs").glob("study-*.json") if "knobs" not in path.name)
 OF_METHODS = ("align", "projector", "repa", "sra", "encoder_weights")
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch):
+    monkeypatch.setattr(convergence, "devices", lambda: ["0"])
 
 
 def written(scale: str, *more: str):
@@ -47,7 +56,7 @@ def test_knobs_are_chosen_on_other_seeds():
         found = results.load(ROOT / f"docs/study-{scale}-knobs.json", "convergence-knobs")
         assert {run["seed"] for run in found["runs"]} == {*SCALES[scale].tune_seeds}
         assert {run["name"] for run in found["runs"]} == {cell.name for cell in candidates(written(scale, "--tune"), [0])}
-        assert found["knobs"] == choose(found["runs"], found["metric"]) == read_knobs(written(scale).knobs, scale)
+        assert found["knobs"] == choose(found["runs"], found["metric"]) == read_knobs(written(scale))
 
 
 def test_the_block_with_the_lowest_mean_is_chosen():
@@ -92,6 +101,9 @@ def test_imagenet_prints_the_clusters_commands(call):
         (("--scale", "imagenet", "--tune"), "--tune is for --scale laptop and gpu"),
         (("--scale", "gpu", "--out", "x.txt"), "--out x.txt must end in .json"),
         (("--scale", "gpu", "--", "--align-depth", "3"), "-- --align-depth: that is for this command to say"),
+        (("--scale", "laptop", "--tune", "--gather"), "--gather is for a study, not for --tune"),
+        (("--plot", "docs/study.md"), "--plot docs/study.md must end in .json"),
+        (("--scale", "gpu", "--", "--encoder-depth", "3"), "-- --encoder-depth: that is for this command to say"),
         (("--scale", "gpu", "--", "--seed=3"), "-- --seed=3: that is for this command to say"),
     ],
 )
@@ -100,9 +112,50 @@ def test_mistakes_are_said_in_a_line(flags, message):
         parse([*flags])
 
 
-def test_knobs_of_another_scale_are_refused():
-    with pytest.raises(UserError, match=r"is of --scale gpu: run --tune at this one$"):
-        read_knobs(ROOT / "docs/study-gpu-knobs.json", "laptop")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--knobs", "docs/study-gpu-knobs.json"), "is of --scale gpu: run --tune at this one"),
+        (("--model", "SiT-S/2"), "is of --model SiT-Ti/2: run --tune at this one"),
+        (("--seeds", "9", "0"), "--seeds 0: --knobs docs/study-laptop-knobs.json was chosen on it; report on others"),
+    ],
+)
+def test_knobs_of_another_study_are_refused(flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=re.escape(message) + "$"):
+        read_knobs(written("laptop", "--knobs", "docs/study-laptop-knobs.json", *flags))
+
+
+def test_knobs_without_a_method_are_refused(tmp_path):
+    results.save(tmp_path / "k.json", "convergence-knobs", {"scale": "laptop", "model": "SiT-Ti/2", "knobs": {"sra": 2}}, [])
+    given = "--knobs", str(tmp_path / "k.json")
+    assert read_knobs(written("laptop", *given, "--methods", "sra")) == {"sra": 2}
+    with pytest.raises(UserError, match=r"has no block for repa sra2-cosine: run --tune with it$"):
+        read_knobs(written("laptop", *given, "--methods", "sra", "sra2-cosine", "repa"))
+
+
+def test_a_gpus_study_needs_one(monkeypatch):
+    monkeypatch.setattr(convergence, "devices", list)
+    with pytest.raises(UserError, match=r"^--scale gpu needs a GPU, and there is none here"):
+        written("gpu")
+    assert written("gpu", "--gather").gather and written("laptop").jobs == cores()
+
+
+def test_data_are_made_once_and_of_one_scale(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(study_data, "call", lambda *words: told.append([*map(str, words)]))
+    monkeypatch.setattr(study_data, "images_of", lambda scale, folder, given: (folder / "train.zip", folder / "other.zip"))
+    study_data.prepare("laptop", tmp_path / "data", None, tmp_path)
+    made = {words[words.index("--dest") + 1]: words[words.index("--source") + 1] for words in told[:2]}
+    assert made == {
+        f"{tmp_path}/data/train": f"{tmp_path}/data/train.zip",
+        f"{tmp_path}/data/held-out": f"{tmp_path}/data/other.zip",
+    }
+    assert [words[0] for words in told[2:]] == ["preprocessing.encode_features"] and f"{tmp_path}/data/train" in told[2]
+    study_data.prepare("laptop", tmp_path / "data", None, tmp_path)
+    assert len(told) == 3
+    with pytest.raises(UserError, match="was made for --scale laptop: name another$"):
+        study_data.prepare("gpu", tmp_path / "data", None, tmp_path)
 
 
 def test_images_held_out_do_not_train(tmp_path):
@@ -171,7 +224,7 @@ def test_a_study_from_its_runs_to_its_pages(call, cache, tmp_path, monkeypatch):
     runs.mkdir()
     for name in ("train", "held-out"):
         (data / name).symlink_to(cache)
-    (data / "ready.json").write_text("{}")
+    (data / "ready.json").write_text('{"scale": "laptop"}')
     (data / "floor-5000.json").write_text('{"FD-fashion": 0.1, "class_agreement": 0.9}')
     (runs / "broken").touch()
     words = ["--scale", "laptop", "--data-dir", data, "--output-dir", runs, "--methods", "sra2-cosine", "--seeds", 1, 2]
@@ -193,9 +246,50 @@ def test_a_study_from_its_runs_to_its_pages(call, cache, tmp_path, monkeypatch):
     assert told["sra2-cosine probe"] == "60.0% (block 3)"
     assert (tmp_path / "study.md").read_text() == table(found) and (tmp_path / "study.png").stat().st_size > 10_000
     (runs / "sra2-cosine-seed1.json").unlink()  # as a cluster's runs are
+    monkeypatch.setattr(cells, "run", None)  # and without the data, as on another machine
+    (data / "train").unlink()
     code, out = call(convergence, *words, "--gather")
     again = results.load(tmp_path / "study.json", "convergence")
-    assert code == 0 and figures(again) == told and [run.get("finished") for run in again["runs"]] == [None, False, None, None]
+    assert code == 0 and again["training_images"] is None
+    assert figures(again) == {key: value for key, value in told.items() if not key.endswith(" FLOP")}
+    assert [run.get("finished") for run in again["runs"]] == [None, False, None, None]
+
+
+def test_a_cluster_s_runs_are_gathered_as_far_as_they_are(call, tmp_path):
+    for name, seed, steps in (("vanilla", 0, (50, 100, 150)), ("sra2-cosine", 0, (50, 100)), ("sra", 0, ())):
+        folder = tmp_path / "runs" / f"{name}-seed{seed}"
+        folder.mkdir(parents=True)
+        evaluation = {"evaluation": {"ema_decay": 0.9999}}
+        rows = [{"step": 100, "images": 25600, "denoising": 1.0}]
+        rows += [{"step": k, "images": 256000 * k, "FID": 99 / k, "held_out": 1.0} | evaluation for k in steps]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--scale", "imagenet", "--gather", "--output-dir", tmp_path / "runs", "--out", tmp_path / "study.json"]
+    code, out = call(convergence, *words, "--data-dir", tmp_path / "nowhere")
+    assert code == 0, out
+    found = results.load(tmp_path / "study.json", "convergence")
+    assert (found["metric"], found["floor"], [run["name"] for run in found["runs"]]) == (
+        "FID",
+        None,
+        ["vanilla", "sra2-cosine"],
+    )
+    assert "2 of 2 runs have not reached their end: all are compared after 25,600,000 images" in out
+    assert figures(found)["sra2-cosine difference"] == "+0.0000" and "| REPA | not run |" in out
+
+
+def test_a_run_that_an_earlier_call_left_behind_is_waited_for(tmp_path):
+    """When a study is killed by SIGKILL, its runs go on."""
+    cell, holder = Cell("a", 0, ()), "import sys; from files import lock\nwith lock(sys.argv[1]): print(flush=True); input()"
+    (tmp_path / "a-seed0").mkdir()
+    assert not cells.busy(cell, tmp_path) and not [*(tmp_path / "a-seed0").iterdir()]
+    holder = holder.replace("lock(sys.argv[1])", "lock(__import__('pathlib').Path(sys.argv[1]))")
+    path = tmp_path / "a-seed0/.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        assert cells.busy(cell, tmp_path)
+        other.stdin.close()
+    assert not cells.busy(cell, tmp_path)
 
 
 def test_a_run_that_has_measured_nothing_is_not_gathered(tmp_path):
@@ -205,9 +299,20 @@ def test_a_run_that_has_measured_nothing_is_not_gathered(tmp_path):
     assert results.gather([cell], tmp_path, unfinished=True) == []
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_pages_say_what_the_runs_measured(path):
-    """Tables are the JSON's; and every figure of a method that the text of docs/study.md or the README quotes is."""
-    found, page = results.load(path, "convergence"), (ROOT / "docs/study.md").read_text()
-    rows = [line for line in table(found).splitlines() if line.startswith("|")]
-    assert rows and not [row for row in rows if row not in page]
+def quoted(text: str) -> set[str]:
+    """1.07 (1.04 to 1.10) and its like."""
+    return set(re.findall(r"[-+]?\d+\.\d+ \([^()]+ to [^()]+\)", text))
+
+
+def test_the_pages_say_what_the_runs_measured():
+    """Every table is that of its JSON, and every number with an interval, wherever it stands, is one of theirs."""
+    page, readme = ((ROOT / name).read_text() for name in ("docs/study.md", "README.md"))
+    cells: set[str] = set()
+    assert STUDIES
+    for path in STUDIES:
+        lines = table(results.load(path, "convergence")).splitlines()
+        rows = [line for line in lines if line.startswith("|")]
+        assert rows and not [row for row in rows if row not in page], path
+        cells |= {cell.strip() for row in rows for cell in row.split("|")}
+        assert f"({path.with_suffix('.png').name})" in page and path.with_suffix(".png").exists()
+    assert quoted(readme) and quoted(readme) | quoted(page) <= cells

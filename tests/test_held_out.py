@@ -1,5 +1,6 @@
 """The loss on images held out: what the formula says, of all of them, however they are dealt out."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -65,9 +66,9 @@ def test_fewer_images_are_spread_evenly(cache):
 
 def test_what_does_not_fit_is_said(cache, tmp_path):
     manifest = LatentCache(cache).manifest
-    fits = manifest.latent_shape, manifest.num_classes, manifest.vae_fingerprint
-    HeldOut(cache, 5).check(*fits)
-    with pytest.raises(UserError, match=r"^--eval-latents .*num_classes, vae_fingerprint differ; encode it with the same VAE$"):
-        HeldOut(cache, 5).check(fits[0], 4, "another")
+    HeldOut(cache, 5).check(manifest)
+    other = replace(manifest, class_names=manifest.class_names[::-1], shift=manifest.shift + 1)
+    with pytest.raises(UserError, match=r"^--eval-latents .* class_names, shift differ; encode it in the same way$"):
+        HeldOut(cache, 5).check(other)
     with pytest.raises(UserError, match=r"^--eval-latents: .*manifest\.json"):
         HeldOut(tmp_path, 5)
