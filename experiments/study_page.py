@@ -78,8 +78,8 @@ def legend(found: dict, quality: Curves) -> list[str]:
         f"seeds in common, and its 95% percentile bootstrap interval.{few}Student's is exact if differences scatter normally.",
         "Detectable: the mean difference that a paired t test (5%, two-sided) finds in 80% of such studies.",
         f"Speed-up: images that {base['label']} needs for the quality it ends with / images that the method needs for it; of",
-        "mean curves, interpolated in logarithms. In FLOPs, seconds: divided by what an image costs, without REPA's encoder if its",
-        "features are stored. < and >: beyond what is measured. Probe: at the end, of seeds that all methods were probed with.",
+        "mean curves, interpolated in logarithms. In FLOPs, seconds: divided by what an image costs, without REPA's encoder if",
+        "its features are stored. < and >: beyond what is measured. Probe: at the end, of seeds with which all were probed.",
     ]
 
 

@@ -154,7 +154,7 @@ def test_data_are_made_once_and_of_one_scale(tmp_path, monkeypatch):
     assert [words[0] for words in told[2:]] == ["preprocessing.encode_features"] and f"{tmp_path}/data/train" in told[2]
     study_data.prepare("laptop", tmp_path / "data", None, tmp_path)
     assert len(told) == 3
-    with pytest.raises(UserError, match="was made for --scale laptop: name another$"):
+    with pytest.raises(UserError, match=r"was made for --scale laptop: name another$"):
         study_data.prepare("gpu", tmp_path / "data", None, tmp_path)
 
 
@@ -278,14 +278,13 @@ def test_a_cluster_s_runs_are_gathered_as_far_as_they_are(call, tmp_path):
 
 def test_a_run_that_an_earlier_call_left_behind_is_waited_for(tmp_path):
     """When a study is killed by SIGKILL, its runs go on."""
-    cell, holder = Cell("a", 0, ()), "import sys; from files import lock\nwith lock(sys.argv[1]): print(flush=True); input()"
+    cell, pipe = Cell("a", 0, ()), subprocess.PIPE
+    holder = "import sys; from pathlib import Path; from files import lock\n"
+    holder += "with lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     (tmp_path / "a-seed0").mkdir()
     assert not cells.busy(cell, tmp_path) and not [*(tmp_path / "a-seed0").iterdir()]
-    holder = holder.replace("lock(sys.argv[1])", "lock(__import__('pathlib').Path(sys.argv[1]))")
-    path = tmp_path / "a-seed0/.lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    words = [sys.executable, "-c", holder, tmp_path / "a-seed0/.lock"]
+    with subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
         other.stdout.readline()
         assert cells.busy(cell, tmp_path)
         other.stdin.close()
@@ -301,7 +300,7 @@ def test_a_run_that_has_measured_nothing_is_not_gathered(tmp_path):
 
 def quoted(text: str) -> set[str]:
     """1.07 (1.04 to 1.10) and its like."""
-    return set(re.findall(r"[-+]?\d+\.\d+ \([^()]+ to [^()]+\)", text))
+    return set(re.findall(r"(?:[<>] )?[-+]?\d+\.\d+ \([^()]+ to [^()]+\)", text))
 
 
 def test_the_pages_say_what_the_runs_measured():
@@ -310,9 +309,15 @@ def test_the_pages_say_what_the_runs_measured():
     cells: set[str] = set()
     assert STUDIES
     for path in STUDIES:
-        lines = table(results.load(path, "convergence")).splitlines()
+        found = results.load(path, "convergence")
+        cells |= {*figures(found | {"runs": [run for run in found["runs"] if run.get("finished", True)]}).values()}
+        lines = table(found).splitlines()
         rows = [line for line in lines if line.startswith("|")]
         assert rows and not [row for row in rows if row not in page], path
         cells |= {cell.strip() for row in rows for cell in row.split("|")}
         assert f"({path.with_suffix('.png').name})" in page and path.with_suffix(".png").exists()
+    for path in (ROOT / "docs").glob("study-*-knobs.json"):
+        ends = results.last(results.load(path, "convergence-knobs")["runs"], "FD-fashion")
+        for name in ("sra2-cosine", "sra2-smooth_l1"):
+            assert ", ".join(f"{end[0]:.3f}" for key, end in ends.items() if key.startswith(name)) in page, (path, name)
     assert quoted(readme) and quoted(readme) | quoted(page) <= cells
