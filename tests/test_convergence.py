@@ -50,6 +50,13 @@ def test_runs_of_a_seed_differ_in_their_method_alone(scale):
     assert len(rest) == 1 and len(methods) == len(METHODS)
 
 
+@pytest.mark.parametrize(("steps", "evaluations", "every", "log"), [(600, 4, 150, 20), (10, 4, 3, 10), (3, 8, 1, 3)])
+def test_a_run_is_measured_as_often_as_was_asked_for_or_less(steps, evaluations, every, log):
+    _, [cell, *_] = of_study(written("laptop", "--max-train-steps", str(steps), "--evaluations", str(evaluations)))
+    args = cell.args()
+    assert (args.eval_every, args.checkpointing_steps, args.log_every, args.max_train_steps) == (every, every, log, steps)
+
+
 def test_knobs_are_chosen_on_other_seeds():
     for scale in ("laptop", "gpu"):
         assert not {*SCALES[scale].seeds} & {*SCALES[scale].tune_seeds}
@@ -233,9 +240,11 @@ def test_a_study_from_its_runs_to_its_pages(call, cache, tmp_path, monkeypatch):
     assert code == 2 and "1 of 4 runs failed (sra2-cosine-seed2): the same command tries them again" in out
     assert "SRA 2, cosine (1 of 2 seeds)" in out
     (runs / "broken").unlink()
+    asked = []
+    monkeypatch.setattr(cells, "busy", lambda cell, folder: len(asked) < 3 and not asked.append(cell.run))
     (runs / "sra2-cosine-seed2").rmdir()
     code, out = call(convergence, *words)
-    assert code == 0, out
+    assert code == 0 and asked == 3 * ["sra2-cosine-seed2"], out
     found = results.load(tmp_path / "study.json", "convergence")
     assert [(run["name"], run["seed"]) for run in found["runs"]] == [
         (name, seed) for seed in (1, 2) for name in ("vanilla", "sra2-cosine")
