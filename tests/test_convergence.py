@@ -224,7 +224,10 @@ def test_a_study_from_its_runs_to_its_pages(call, cache, tmp_path, monkeypatch):
     """Of runs that write what they are told to: half of vanilla's distance, with each seed, so twice its speed."""
     (tmp_path / "train.py").write_text(FAKE)
     monkeypatch.setattr(cells, "ROOT", tmp_path)
-    monkeypatch.setattr(convergence, "time_runs", lambda runs, *how: {name: {"median": 0.1} for name in runs})
+    timed = []
+    monkeypatch.setattr(
+        convergence, "time_runs", lambda runs, *how: timed.append([*runs]) or {name: {"median": 0.1} for name in runs}
+    )
     monkeypatch.setattr(convergence, "count_flops", lambda args: 100 + 25 * (args.align != ["none"]))
     data, runs = tmp_path / "data", tmp_path / "runs"
     data.mkdir()
@@ -254,8 +257,11 @@ def test_a_study_from_its_runs_to_its_pages(call, cache, tmp_path, monkeypatch):
     assert told["sra2-cosine speed-up"] == "2.00 (2.00 to 2.00)" and told["sra2-cosine speed-up per FLOP"].startswith("1.60")
     assert told["sra2-cosine probe"] == "60.0% (block 3)"
     assert (tmp_path / "study.md").read_text() == table(found) and (tmp_path / "study.png").stat().st_size > 10_000
-    (runs / "sra2-cosine-seed1.json").unlink()  # as a cluster's runs are
-    monkeypatch.setattr(cells, "run", None)  # and without the data, as on another machine
+    monkeypatch.setattr(convergence, "draw", lambda found, out: None)  # once is enough
+    assert timed == [["vanilla", "sra2-cosine"]], "it is timed once"
+    (runs / "seconds.json").write_text((runs / "seconds.json").read_text().replace("1e-3", "2e-3"))
+    assert call(convergence, *words)[0] == 0 and len(timed) == 2, "and again for other flags"
+    (runs / "sra2-cosine-seed1.json").unlink()  # as a cluster's runs are, and without the data, as on another machine
     (data / "train").unlink()
     code, out = call(convergence, *words, "--gather")
     again = results.load(tmp_path / "study.json", "convergence")
