@@ -67,12 +67,12 @@ def _end(line: str, code: int) -> int:
 class Parser(argparse.ArgumentParser):
     """Help with every default in it; a flag that argparse refuses ends in one line too, without the whole usage.
 
-    `required` is what the usage line shows: the flags that nobody can leave out."""
+    `required` is what the usage line shows: the flags that nobody can leave out; `last` what stands behind all flags."""
 
-    def __init__(self, doc: str, prog: str, required: str):
+    def __init__(self, doc: str, prog: str, required: str, last: str = ""):
         super().__init__(
-            prog=prog, usage=f"{prog} {required} [flags]", description=doc.split("\n")[0], formatter_class=_Formatter,
-            allow_abbrev=False,
+            prog=prog, usage=f"{prog} {required} [flags] {last}".rstrip(), description=doc.split("\n")[0],
+            formatter_class=_Formatter, allow_abbrev=False,
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:

@@ -123,6 +123,8 @@ def check_args(args: argparse.Namespace, processes: int) -> None:
         raise UserError("--epochs and --max-train-steps both say how long to train: give one")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UserError("--compile needs a C++ compiler (g++ or clang++, or name one in CXX): there is none here")
+    if args.eval_latents and not args.eval_every:
+        raise UserError("--eval-latents needs --eval-every, which says how often")
     if not args.exp_name or "/" in args.exp_name or args.exp_name.startswith("."):
         raise UserError(f"--exp-name '{args.exp_name}' must be a plain folder name; the folder above it is --output-dir")
 

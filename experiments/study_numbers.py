@@ -137,12 +137,14 @@ def decimals(mean: float) -> int:
 def figures(found: dict) -> dict[str, str]:
     """The numbers as tables and prose write them, under "METHOD WHAT". What was not measured has no entry. Raises UserError.
 
-    Of each method `seeds` (in common with the baseline), the study's metric (`FD-fashion`), `agreement`, `held-out`, `probe`.
+    Of each method `seeds` (in common with the baseline), the study's metric (`FD-fashion`), `agreement`, `precision`,
+    `recall`, `held-out`, `probe`.
     Against the baseline `difference`, `better` (the seeds that are), `student` (its other interval), `detectable`, `agreement
     difference`, `held-out difference`, and `held-out at T` in percent; `speed-up`, `speed-up per FLOP`, `speed-up per second`
     at the quality that the baseline ends with, and `speed-up at IMAGES` at the one that it has there."""
     base, quality, told = found["methods"][0]["name"], main_curves(found), {}
-    others = {"agreement": curves(found, "class_agreement"), "held-out": curves(found, "held_out")}
+    columns = {"agreement": "class_agreement", "held-out": "held_out", "precision": "precision", "recall": "recall"}
+    others = {what: curves(found, column) for what, column in columns.items()}
     by_time = {t: curves(found, f"held_out_{t}") for t in held_out_times(found)}
     digits = decimals(mean_end(quality, base))
     for name in (method["name"] for method in found["methods"]):
@@ -156,7 +158,7 @@ def figures(found: dict) -> dict[str, str]:
             end = mean_end(measured, name)
             places = 1 if percent else decimals(mean_end(measured, base if base in measured.of else name))
             told[f"{name} {what}"] = f"{end:.1%}" if percent else f"{end:.{places}f}"
-            if name != base and len(ours):
+            if name != base and len(ours) and what in ("agreement", "held-out"):
                 apart = (ours - theirs)[:, -1] * (100 if percent else 1)
                 told[f"{name} {what} difference"] = spelled_estimate(bootstrap(apart.tolist()), f"+.{places}f")
         if best := probe(found, name):

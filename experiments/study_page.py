@@ -16,7 +16,9 @@ MARKERS = "osDP<>h"  # those that point up and down are for bounds
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
-    """The first is the head."""
+    """The first is the head. A column that holds nothing is left out."""
+    keep = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows[1:])]
+    rows = [[row[i] for i in keep] for row in rows]
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return [head, "|" + "---|" * len(rows[0]), *body, ""]
 
@@ -27,12 +29,12 @@ def table(found: dict) -> str:
     metric, told, quality = found["metric"], figures(found), main_curves(found)
     base, floor, seeds = found["methods"][0], found.get("floor") or {}, all_seeds(found)
     ends = ["difference", "student", "detectable", "speed-up", "speed-up per FLOP", "speed-up per second"]
-    rest = ["agreement", "agreement difference", "held-out", "held-out difference", "probe"]
+    rest = ["agreement", "agreement difference", "precision", "recall", "held-out", "held-out difference", "probe"]
     against = f"against {base['label']}"
     first = [["", metric, against, "Student's 95%", "detectable", "speed-up in images", "in FLOPs", "in seconds"]]
     blocks, probes = probed_blocks(found)
     probed = f"probe, best of {blocks} blocks ({probes} seed{'s' * (probes != 1)})"
-    second = [["", "classes agree", f"{against}, points", "held-out loss", against, probed]]
+    second = [["", "classes agree", f"{against}, points", "precision", "recall", "held-out loss", against, probed]]
     at = sorted({int(key.rpartition(" ")[2]) for key in told if " speed-up at " in key})
     third = [["", "FLOPs per image", "seconds per step", *(f"at {base['label']}'s {thousands(images)}" for images in at)]]
     cost = costs(found)
@@ -72,14 +74,16 @@ def legend(found: dict, quality: Curves) -> list[str]:
     cut = f"{short} of {len(found['runs'])} runs have not reached their end: all are compared after "
     return [
         *([f"**{cut}{quality.images[-1]:,} images, the last point that all have.**", ""] if short else []),
-        f"{found['model']}, {found['steps']:,} steps of {found['batch_size']} images ({thousands(quality.images[-1])} seen), "
-        f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}. Means over seeds at the end.",
+        f"{found['model']}, after {quality.images[-1] // found['batch_size']:,} steps of {found['batch_size']} images "
+        f"({thousands(quality.images[-1])}), seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}; means over seeds. "
+        "Classes agree: the share of samples that",
+        "the classifier puts into the class that was asked for. Precision and recall: Kynkaanniemi et al.'s, in its features.",
         f"{metric} and held-out loss: lower is better. Against {base['label']}: mean difference of runs of one seed, of",
         f"seeds in common, and its 95% percentile bootstrap interval.{few}Student's is exact if differences scatter normally.",
         "Detectable: the mean difference that a paired t test (5%, two-sided) finds in 80% of such studies.",
-        f"Speed-up: images that {base['label']} needs for the quality it ends with / images that the method needs for it; of",
+        f"Speed-up: images that {base['label']} needs for the quality it has then / images that the method needs for it; of",
         "mean curves, interpolated in logarithms. In FLOPs, seconds: divided by what an image costs, without REPA's encoder if",
-        "its features are stored. < and >: beyond what is measured. Probe: at the end, of seeds with which all were probed.",
+        "its features are stored. < and >: beyond what is measured. Probe: of runs that ended, of seeds in common.",
     ]
 
 
@@ -121,7 +125,7 @@ def draw(found: dict, out: Path) -> None:
     kinds = [
         plt.Line2D([], [], color="0.4", linewidth=2.6, label="95% over seeds, bootstrap"),
         plt.Line2D([], [], color="0.4", linewidth=0.8, label="Student's 95%"),
-        plt.Line2D([], [], color="0.4", linewidth=8, alpha=0.25, label="from the least seed to the most"),
+        plt.Line2D([], [], color="0.4", linewidth=8, alpha=0.25, label="lowest to highest seed"),
         plt.Line2D([], [], color="0.4", linewidth=0, marker="v", label="goes on beyond what is measured"),
     ]
     layout = {"frameon": False, "columnspacing": 1.2, "handlelength": 1.6}
@@ -148,9 +152,9 @@ def draw_curves(axis, found: dict, quality: Curves, looks: dict) -> None:
         axis.text(0.02, floor, "the autoencoder's own", color="0.35", va="bottom", transform=axis.get_yaxis_transform())
     elif floor:  # its line would press the curves flat
         axis.text(0.02, 0.02, f"the autoencoder's own: {floor:.3f}", color="0.35", transform=axis.transAxes)
-    axis.set(xscale="log", yscale="log", xlabel="images seen", title=f"{found['metric']}, mean over seeds")
+    axis.set(xscale="log", yscale="log", xlabel="images seen", title=f"{found['metric']} (lower is better)")
     for side, form in ((axis.xaxis, lambda x, _: thousands(x)), (axis.yaxis, "{x:g}")):
-        side.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        side.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
         side.set_major_formatter(form)
         side.set_minor_formatter("")
 
@@ -188,8 +192,8 @@ def draw_speed_ups(axis, found: dict, quality: Curves, looks: dict) -> None:
     points = next(iter(speeds.values()), [])
     if points:
         beside(axis, [speed.images for speed in points])
-    axis.set(ylim=(low, high), title="speed-up in images")
-    axis.set_xlabel(f"at {found['methods'][0]['label']}'s quality after as many images")
+    axis.set(ylim=(low, high), title="speed-up in images (above 1 is better)")
+    axis.set_xlabel(f"at the quality that {found['methods'][0]['label']} has after so many images")
 
 
 def draw_differences(axis, found: dict, measured: Curves, looks: dict, title: str) -> None:
@@ -209,5 +213,5 @@ def draw_differences(axis, found: dict, measured: Curves, looks: dict, title: st
     axis.axhline(0, color=looks[base]["color"], linewidth=1)
     beside(axis, measured.images)
     label = found["methods"][0]["label"]
-    axis.set(xlabel="images seen", title=f"{title}: difference to {label}, % of its mean")
+    axis.set(xlabel="images seen", title=f"{title}: difference, % of {label}'s")
     axis.title.set_fontsize(11)

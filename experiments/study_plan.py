@@ -4,6 +4,7 @@ The block that each method aligns is a knob: it is chosen on other seeds than th
 
 import argparse
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from cli import UserError
@@ -86,12 +87,20 @@ OWN = {
 }
 
 
+def caches(args: argparse.Namespace) -> dict[str, Path]:
+    """Of the images that train, and of those that are held out."""
+    if args.scale == "imagenet":
+        return {"train": args.data_dir, "held-out": args.data_dir.with_name(f"{args.data_dir.name}-val")}
+    return {name: args.data_dir / name for name in ("train", "held-out")}
+
+
 def shared(args: argparse.Namespace, steps: int, evaluations: int) -> list[str]:
     """What all runs have in common."""
     scale = SCALES[args.scale]
     every = math.ceil(steps / evaluations)
     saved = steps if args.scale == "gpu" else every  # a run there takes a minute, and its checkpoint half a gigabyte
-    flags = ["--data-dir", args.data_dir / "train", "--eval-latents", args.data_dir / "held-out", "--model", args.model]
+    train, held_out = caches(args).values()
+    flags = ["--data-dir", train, "--eval-latents", held_out, "--model", args.model]
     flags += ["--max-train-steps", steps, "--eval-every", every, "--checkpointing-steps", saved, *scale.flags.split()]
     flags += ["--log-every", min(steps, scale.log_every)]
     return [*map(str, flags), *args.more]

@@ -94,6 +94,7 @@ def test_imagenet_prints_the_clusters_commands(call):
         assert words[:at] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
         args = parse_args("", words[at + 1 :])
         check_args(args, 4)
+        assert (args.data_dir, args.eval_latents) == ([Path("data/imagenet256")], Path("data/imagenet256-val"))
         assert (args.model, args.max_train_steps, args.eval_every, args.eval_samples) == ("SiT-B/2", 400_000, 50_000, 50_000)
         assert (args.eval_mode, args.eval_num_steps, args.eval_cfg_scale, args.ema_decay) == ("sde", 250, 1.0, [0.9999])
         if "repa" in args.align:
@@ -289,6 +290,15 @@ def test_a_cluster_s_runs_are_gathered_as_far_as_they_are(call, tmp_path):
     )
     assert "2 of 2 runs have not reached their end: all are compared after 25,600,000 images" in out
     assert figures(found)["sra2-cosine difference"] == "+0.0000" and "| REPA | not run |" in out
+
+
+def test_gathering_nothing_keeps_what_there_was(call, tmp_path):
+    (tmp_path / "study.json").write_text("what there was")
+    code, out = call(
+        convergence, "--scale", "gpu", "--gather", "--output-dir", tmp_path / "no", "--out", tmp_path / "study.json"
+    )
+    assert code == 2 and out.endswith("no: no run of vanilla SiT has measured anything there yet\n")
+    assert (tmp_path / "study.json").read_text() == "what there was"
 
 
 def test_a_run_that_an_earlier_call_left_behind_is_waited_for(tmp_path):

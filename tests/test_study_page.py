@@ -96,6 +96,7 @@ def test_a_speed_up_in_cost_is_divided_by_it():
 
 def test_milestones_are_quarters_of_the_budget_as_near_as_was_measured():
     assert milestones(np.arange(1, 9)) == [1, 3, 5, 7] and milestones(np.array([9])) == [0]
+    assert milestones(np.arange(1, 5)) == [1, 2, 3], "at the first point there are bounds alone"
 
 
 def test_a_bootstrap_is_that_of_all_resamples():
