@@ -102,8 +102,8 @@ def priced(args: argparse.Namespace, cells: list[Cell], knobs: dict[str, int]) -
     """The methods with what training costs: FLOPs of an image, and seconds of a step, timed once, when nothing else runs."""
     path, ways = args.output_dir / "seconds.json", {cell.name: cell for cell in cells}
     flags = {name: portable(cell.flags) for name, cell in ways.items()}
-    known_ones = read_json(path)
-    seconds = known_ones.get("seconds", {}) if known_ones.get("flags") == flags else {}
+    before = read_json(path)
+    seconds = before.get("seconds", {}) if before.get("flags") == flags else {}
     if not args.gather and not seconds:
         print("timing a step of each method: leave the machine to it", flush=True)
         seconds = time_runs({name: cell.args() for name, cell in ways.items()}, *SCALES[args.scale].timing)

@@ -5,6 +5,7 @@ The block that each method aligns is a knob: it is chosen on other seeds than th
 import argparse
 import math
 from pathlib import Path
+from string import Formatter
 from typing import NamedTuple
 
 from cli import UserError
@@ -15,21 +16,25 @@ from models.sit import PRESETS
 
 
 class Method(NamedTuple):
-    """One of those compared; {sra2}, {repa} and {sra} in its flags stand for the block that each of them aligns."""
+    """One of those compared. A name of METHODS in braces in its flags is the block that --tune chose for that method."""
 
     label: str
     flags: str
-    tuned: str | None = None  # which of these blocks is tried with it, on the seeds of --tune
+
+    @property
+    def knobs(self) -> set[str]:
+        """The names whose blocks it needs: its own, if it is one that is tuned."""
+        return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
 
 
 METHODS = {
     "vanilla": Method("vanilla SiT", "--align none"),
-    "sra2-cosine": Method("SRA 2, cosine", "--align sra2 --align-depth {sra2-cosine}", "sra2-cosine"),
+    "sra2-cosine": Method("SRA 2, cosine", "--align sra2 --align-depth {sra2-cosine}"),
     "sra2-smooth_l1": Method(
-        "SRA 2, smooth L1", "--align sra2 --align-loss smooth_l1 --align-depth {sra2-smooth_l1}", "sra2-smooth_l1"
+        "SRA 2, smooth L1", "--align sra2 --align-loss smooth_l1 --align-depth {sra2-smooth_l1}"
     ),
-    "sra": Method("SRA", "--align sra --align-depth {sra}", "sra"),
-    "repa": Method("REPA", "--align repa --align-depth {repa} {encoder}", "repa"),
+    "sra": Method("SRA", "--align sra --align-depth {sra}"),
+    "repa": Method("REPA", "--align repa --align-depth {repa} {encoder}"),
     "sra2+repa": Method(
         "SRA 2 and REPA", "--align sra2 repa --align-depth {sra2-cosine} {repa} {encoder}"
     ),
@@ -122,7 +127,7 @@ def read_knobs(args: argparse.Namespace) -> dict[str, int]:
     for key in ("scale", "model"):
         if found[key] != getattr(args, key):
             raise UserError(f"--knobs {args.knobs} is of --{key} {found[key]}: run --tune at this one")
-    missing = {METHODS[name].tuned for name in args.methods} - {None, *found["knobs"]}
+    missing = set().union(*(METHODS[name].knobs for name in args.methods)) - {*found["knobs"]}
     if missing:
         raise UserError(f"--knobs {args.knobs} has no block for {' '.join(sorted(missing))}: run --tune with it")
     seen = sorted({*args.seeds} & {run["seed"] for run in found["runs"]})
@@ -137,7 +142,7 @@ def candidates(args: argparse.Namespace, seeds: list[int]) -> list[Cell]:
     cells = []
     for seed in seeds:
         for name in args.methods:
-            for block in SCALES[args.scale].blocks if METHODS[name].tuned == name else ():
+            for block in SCALES[args.scale].blocks if METHODS[name].knobs == {name} else ():
                 knobs = dict.fromkeys(METHODS, block)
                 cells.append(Cell(f"{name}-block{block}", seed, (*common, *flags_of(name, knobs, args))))
     return cells
