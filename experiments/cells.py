@@ -115,8 +115,10 @@ def commit() -> str | None:
 
 def devices() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if torch.cuda.is_available() else ""
-    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and not visible.startswith("-"):  # -1: none
+        return visible.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 class Child:

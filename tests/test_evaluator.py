@@ -25,7 +25,8 @@ def flags(cache, tree):
 
     def make(exps, *more) -> list[str]:
         common = train_flags(cache, exps, "run", "--max-train-steps", 5, "--checkpointing-steps", 5)
-        return [*common, *EVAL.split(), "--eval-reference", str(tree), "--eval-latents", str(cache), *map(str, more)]
+        held_out = [] if more == ("--eval-every", 0) else ["--eval-latents", str(cache)]
+        return [*common, *EVAL.split(), "--eval-reference", str(tree), *held_out, *map(str, more)]
 
     return make
 
@@ -69,7 +70,7 @@ def test_it_reports_what_the_commands_report(call, unbroken, tree, cache, tmp_pa
 
 
 def test_training_does_not_notice(call, flags, unbroken, tmp_path):
-    assert call(train, *flags(tmp_path), "--eval-every", 0)[0] == 0
+    assert call(train, *flags(tmp_path, "--eval-every", 0))[0] == 0
     assert training(tmp_path / "run") == training(unbroken) and not evaluations(tmp_path / "run")
     assert same_weights(tmp_path / "run", unbroken, "0000005")
 
@@ -114,6 +115,8 @@ def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(call, flags, un
         (["--eval-cfg-scale", 0.5], "--eval-cfg-scale 0.5 is below 1"),
         (["--eval-heun"], "--eval-heun is an ODE solver: add --eval-mode ode"),
         (["--eval-samples", 3], "--eval-samples 3 is too few"),
+        (["--eval-every", 0, "--resolution", 32], "--eval-latents needs --eval-every"),
+        (["--eval-latents", "/nonexistent"], "--eval-latents: /nonexistent"),
         (["--ema-decay", 0.9, 0.9], "--ema-decay 0.9 0.9: each only once"),
         (["--eval-features", "inception", "--inception-weights", "/nonexistent"], "no Inception weights: fetch"),
         (["--epochs", 2], "--epochs and --max-train-steps both say how long to train"),
