@@ -9,6 +9,7 @@ from string import Formatter
 from typing import NamedTuple
 
 from cli import UserError
+from experiments import ablate
 from experiments.cells import Cell
 from experiments.results import last, load
 from experiments.study_data import ENCODER, IMAGES
@@ -78,18 +79,7 @@ SCALES = {
         "--eval-reference VIRTUAL_imagenet256_labeled.npz",
     ),
 }  # fmt: skip
-OWN = {
-    "--encoder-depth",
-    "--proj-coeff",
-    "--data-dir",
-    "--model",
-    "--max-train-steps",
-    "--exp-name",
-    "--output-dir",
-    "--seed",
-    "--eval-every",
-    "--eval-latents",
-}
+OWN = {*ablate.OWN, "--eval-latents"}  # flags of train.py that are not for those who start a study
 
 
 def caches(args: argparse.Namespace) -> dict[str, Path]:
