@@ -58,17 +58,24 @@ def check(cells: list[Cell], folder: Path) -> None:
     Raises UserError."""
     for cell in cells:
         cell.args()
-        then = record(cell, folder).get("flags")
-        changed = difference(then, portable(cell.flags)) if then else ""
-        if changed:
+        then, now = record(cell, folder).get("flags"), portable(cell.flags)
+        if then and parsed(then) != parsed(now):
             raise UserError(
-                f"{folder / cell.run} was started with other flags ({changed}): choose another "
+                f"{folder / cell.run} was started with other flags ({difference(then, now)}): choose another "
                 "--output-dir, or go back to those flags"
             )
 
 
+def parsed(words: list[str]) -> dict | list[str]:
+    """What train.py makes of flags, which may be given twice; the flags themselves where it knows one of them no more."""
+    try:
+        return vars(parse_args("train.py", [*words, "--exp-name", ""]))
+    except UserError:
+        return words
+
+
 def difference(then: list[str], now: list[str]) -> str:
-    """What of two lists of flags differs, in words; of a flag given twice the last counts."""
+    """What of two lists of flags differs, in words: of a flag given twice the last."""
     was, new = ({flag: " ".join(values) for flag, *values in split(words)} for words in (then, now))
     changed = [flag for flag in {**was, **new} if was.get(flag) != new.get(flag)]
     return "; ".join(f"{flag} was {was.get(flag, 'not given')}, is {new.get(flag, 'not given')}" for flag in changed)

@@ -30,7 +30,7 @@ IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 
 def split(whole: Path, train: Path, held_out: Path, every: int = 10) -> None:
-    """An EDM zip as two, plainly stored: every `every`-th image of the second goes into the other."""
+    """An EDM zip as two, plainly stored: of every `every` images the first is held out."""
     with zipfile.ZipFile(whole) as archive:
         entries = json.loads(archive.read("dataset.json"))["labels"]
         for path, chosen in ((held_out, entries[::every]), (train, [e for i, e in enumerate(entries) if i % every])):
@@ -66,7 +66,7 @@ def call(*words: object) -> None:
     """One of this project's commands, shown as it is run. Raises UserError where it fails."""
     told = shlex.join(["python", "-m", *map(str, words)])
     print(told, flush=True)
-    code = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=Path.cwd()).returncode
+    code = subprocess.run([sys.executable, "-m", *map(str, words)]).returncode
     if code in (STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:

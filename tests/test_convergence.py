@@ -316,6 +316,16 @@ def test_a_run_that_an_earlier_call_left_behind_is_waited_for(tmp_path):
     assert not cells.busy(cell, tmp_path)
 
 
+def test_flags_are_compared_by_what_they_amount_to(tmp_path):
+    """A flag given twice counts once, where it is --data-dir both."""
+    then = ["--data-dir", "a", "--data-dir", "b", "--batch-size", "4", "--batch-size", "8"]
+    (tmp_path / "a-seed0.json").write_text(json.dumps({"flags": then}))
+    cells.check([Cell("a", 0, ("--batch-size", "8", "--data-dir", "a", "b"))], tmp_path)
+    for now in (("--data-dir", "b", "--batch-size", "8"), ("--data-dir", "a", "b", "--batch-size", "4")):
+        with pytest.raises(UserError, match="a-seed0 was started with other flags"):
+            cells.check([Cell("a", 0, now)], tmp_path)
+
+
 def test_a_run_that_has_measured_nothing_is_not_gathered(tmp_path):
     (tmp_path / "a-seed0").mkdir()
     (tmp_path / "a-seed0/metrics.jsonl").write_text('{"step": 1, "images": 8, "denoising": 1.0}\n')
