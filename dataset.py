@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from keyed_random import Purpose, uniform
-from latent_cache import LatentCache
+from common.keyed_random import Purpose, uniform
+from latents.cache import LatentCache
 
 ROUNDS = 8
 

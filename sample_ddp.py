@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-import pretrained
-from checkpoint import CheckpointError
-from cli import UserError
+from checkpointing import pretrained
+from checkpointing.official import ORIGINS
+from checkpointing.storage import CheckpointError
+from common import cli
+from common.cli import UserError
+from common.files import sha256
+from common.processes import World
 from evaluations.suite import Suite, add_flags, enough, identify, identity_of, read_result, table, write_result
-from files import sha256
 from interpolant import PATHS
 from models.autoencoder import Autoencoder
-from models.official import ORIGINS
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
-from sample_store import Done, SampleStore
-from sampling import STATES, Recipe, cast_products
-from world import World
+from sampling.recipe import STATES, Recipe, cast_products
+from sampling.store import Done, SampleStore
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, required=True,
-        help="a run (exps/NAME: its newest checkpoint), one checkpoint of it, an ema.safetensors, what evaluations.export "
+        help="a run (exps/NAME: its newest checkpoint), one checkpoint of it, an ema.safetensors, what checkpointing.export "
              "wrote, or a .pt of the SiT, REPA or SRA repositories")
     add("--ema-decay", type=cli.decay, help="which average, of a run that keeps several (default: its first)")
     add("--model", choices=PRESETS, metavar="NAME", help="of a .pt alone: its architecture, like SiT-XL/2")

@@ -18,30 +18,30 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-import alignment
-import cli
-from agreement import PATIENCE, STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
-from checkpoint import CheckpointError, claim, read_config, verify
-from cli import UserError
+from checkpointing.storage import CheckpointError, claim, read_config, verify
+from common import cli
+from common.cli import UserError
+from common.files import write_file
+from common.keyed_random import Purpose, normal, uniform
 from dataset import TrainingStream
-from evaluator import Evaluator
-from files import write_file
-from flags import check_args, check_cache, check_same_data, check_same_run, make_config, parse_args, precision
-from flops import matmul_rate, training_flops
-from guard import Guard
 from interpolant import PATHS, draw_times
-from keyed_random import Purpose, normal, uniform
-from latent_cache import CacheError, LatentCache, Manifest
-from logbook import Log, every
+from latents.cache import CacheError, LatentCache, Manifest
 from loss import Alignment, training_losses
 from models.autoencoder import LatentScale
 from models.flops import backbone_flops
 from models.projector import AlignedSiT, Projector
 from models.sit import SiT, SiTConfig
 from models.targets import Batch, Data, Target
-from monitor import Monitor, where
-from preview import Preview, load_vae
-from train_state import EMA, TrainState, Writer
+from training import alignment
+from training.config import check_args, check_cache, check_same_data, check_same_run, make_config, parse_args, precision
+from training.evaluation import Evaluator
+from training.guard import Guard
+from training.log import Log, every
+from training.preemption import PATIENCE, STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
+from training.preview import Preview, load_vae
+from training.schedule import Monitor, where
+from training.state import EMA, TrainState, Writer
+from training.throughput import matmul_rate, training_flops
 
 
 class Step:

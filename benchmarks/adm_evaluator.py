@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-import cli
 from benchmarks.measure import machine, report
+from common import cli
+from common.files import sha256
 from evaluations.metrics import NEIGHBOURS, _radii, frechet_distance, inception_score, precision_recall, statistics
-from files import sha256
 
 OVERFLOW = 128  # times this, squared distances of the features leave float16; a power of two changes no digit in float32
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import pretrained
 from benchmarks.measure import machine, report
 from benchmarks.sampling import Sampler
-from checkpoint import CheckpointError
-from cli import UserError
+from checkpointing import pretrained
+from checkpointing.storage import CheckpointError
+from common import cli
+from common.cli import UserError
+from common.processes import World
 from models.autoencoder import Autoencoder
-from world import World
 
 SAMPLERS = {"Euler": "ode", "Euler-Maruyama": "sde"}
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-import cli
 from benchmarks.measure import machine, report, spread, synchronize
 from benchmarks.train_step import flags_of_training, synthetic_manifest
-from checkpoint import checkpoints
-from flags import make_config
+from checkpointing.storage import checkpoints
+from common import cli
 from models.sit import PRESETS
 from train import build
-from train_state import Writer
+from training.config import make_config
+from training.state import Writer
 
 NAP = 0.001  # seconds, so that the loop that notices pauses is not itself what the writer waits for
 

@@ -11,15 +11,15 @@ import argparse
 
 import torch
 
-import cli
 from benchmarks.measure import report
 from benchmarks.table import cost_table
 from benchmarks.train_step import Plan, add_flags, measure, plan
-from flops import training_flops
+from common import cli
 from models.flops import backbone_flops, head_flops
 from models.projector import Projector
 from models.sit import SiT
 from models.targets import TARGETS
+from training.throughput import training_flops
 
 
 def parse() -> argparse.Namespace:

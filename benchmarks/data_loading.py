@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import cli
 from benchmarks.measure import in_turn, machine, ratio, report, spread
+from common import cli
+from common.files import write_array
 from dataset import TrainingStream
-from files import write_array
-from latent_cache import LatentCache, Manifest, write_manifest
+from latents.cache import LatentCache, Manifest, write_manifest
 
 CPU = torch.device("cpu")
 SHAPE = (8, 32, 32)

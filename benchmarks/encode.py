@@ -19,14 +19,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import cli
 from benchmarks.measure import in_turn, machine, ratio, report, spread
-from flops import matmul_rate
+from common import cli
+from common.processes import World
 from models.autoencoder import Autoencoder
 from preprocessing.build import build
 from preprocessing.encoding import PRECISIONS, Decoded, Encoding, Settings, automatic, in_order
 from preprocessing.images import Square
-from world import World
+from training.throughput import matmul_rate
 
 
 def parse() -> argparse.Namespace:

@@ -17,8 +17,8 @@ import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import cli
 from benchmarks.measure import in_turn, machine, ratio, report, spread
+from common import cli
 from evaluations.metrics import frechet_distance, precision_recall, statistics
 
 PAIRS = {"frechet_distance": "sqrtm", "statistics": "numpy", "precision_recall": "torch-fidelity"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from files import write_file
+from common.files import write_file
 
 
 def machine(device: torch.device) -> dict:

@@ -9,16 +9,16 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
-import alignment
 from benchmarks.measure import in_turn, spread
 from dataset import TrainingStream
-from flags import check_cache, make_config, precision
-from flops import training_flops
-from guard import Guard
-from latent_cache import LatentCache
+from latents.cache import LatentCache
 from models.sit import SiTConfig
 from models.targets import Data
 from train import Step, build
+from training import alignment
+from training.config import check_cache, make_config, precision
+from training.guard import Guard
+from training.throughput import training_flops
 
 
 def planned(args: argparse.Namespace) -> tuple[LatentCache, Data, dict]:

@@ -27,19 +27,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import cli
 import sample_ddp
 from benchmarks.encode import random_vae
 from benchmarks.measure import in_turn, machine, ratio, report, spread
-from cli import UserError
-from flops import backbone_flops, matmul_rate
+from checkpointing.pretrained import Pretrained
+from common import cli
+from common.cli import UserError
+from common.processes import World
 from interpolant import PATHS
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
-from pretrained import Pretrained
-from sample_store import SampleStore
 from samplers import guided, ode, sde
-from world import World
+from sampling.store import SampleStore
+from training.throughput import backbone_flops, matmul_rate
 
 VARIANTS = {  # flags of sample_ddp.py; on CPUs only the first
     "fp32": [],

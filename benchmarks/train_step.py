@@ -24,22 +24,22 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-import alignment
-import cli
 import models.targets
 from benchmarks.measure import first_call, in_turn, machine, ratio, report, spread
-from cli import UserError
-from flags import check_args, make_config, parse_args, precision
-from flops import matmul_rate, training_flops
-from guard import Guard
+from common import cli
+from common.cli import UserError
+from common.keyed_random import Purpose, normal, uniform
 from interpolant import PATHS, interpolate
-from keyed_random import Purpose, normal, uniform
-from latent_cache import Manifest
+from latents.cache import Manifest
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
 from models.sit import PRESETS, SiTConfig
 from models.targets import TARGETS, Data, latent_tokens
 from train import Step, build
+from training import alignment
+from training.config import check_args, make_config, parse_args, precision
+from training.guard import Guard
+from training.throughput import matmul_rate, training_flops
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

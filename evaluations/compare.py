@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from evaluations.features import Features
+from evaluations.extractors import Features
 from evaluations.metrics import frechet_distance, frechet_interval, inception_score, precision_recall, statistics
-from evaluations.references import Reference
+from evaluations.reference_features import Reference
 
 COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)  # at which a distance is told, of those below the number of samples
 RESULTS = ("metrics", "intervals", "by_count", "warning")  # of metrics.json; every other key identifies them

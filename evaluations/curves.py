@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-from cli import UserError
+from common import cli
+from common.cli import UserError
 from evaluations.report_curves import evaluated, settings_of
 from evaluations.runs import Run, column, methods, named, read_run
 

@@ -9,10 +9,11 @@ identifies them."""
 import argparse
 from pathlib import Path
 
-import cli
-from cli import UserError
-from evaluations.features import extract_all
-from evaluations.images import Npz
+from common import cli
+from common.cli import UserError
+from common.processes import World
+from evaluations.extractors import extract_all
+from evaluations.image_batches import Npz
 from evaluations.suite import (
     Suite,
     add_flags,
@@ -24,7 +25,6 @@ from evaluations.suite import (
     table,
     write_result,
 )
-from world import World
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

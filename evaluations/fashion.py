@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.files import sha256
 from evaluations.metrics import no_tf32
-from files import sha256
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist" / "classifier.safetensors"
 RESOLUTION = 32

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cli import UserError
-from evaluations.features import extract_all, load_extractor
-from evaluations.images import Chosen, Images, open_images
+from common.cli import UserError
+from evaluations.extractors import extract_all, load_extractor
+from evaluations.image_batches import Chosen, Images, open_images
 
 NEIGHBOURS = 5
 MOST = 2000  # samples, and training images measured against the others

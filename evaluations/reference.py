@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import cli
-from cli import UserError
-from evaluations.features import batches, load_extractor
-from evaluations.images import open_images
+from common import cli
+from common.cli import UserError
+from common.files import sha256, write_npz
+from common.processes import World
+from evaluations.extractors import batches, load_extractor
+from evaluations.image_batches import open_images
 from evaluations.metrics import NEIGHBOURS
 from evaluations.moments import Moments
-from files import sha256, write_npz
-from world import World
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-import cli
-from cli import UserError
-from evaluations import report_curves, report_metrics, report_pictures
-from evaluations.features import EXTRACTORS
-from evaluations.images import Images, Npz
+from common import cli
+from common.cli import UserError
+from common.files import write_file
+from evaluations import report_curves, report_images, report_metrics
+from evaluations.extractors import EXTRACTORS
+from evaluations.image_batches import Images, Npz
 from evaluations.nearest import Check, check_all
 from evaluations.report_metrics import Measured, differing, flat
 from evaluations.report_page import Html, absent, el, page, shown, swatch, table
 from evaluations.runs import Run, named, read_run
-from files import write_file
 
 COLOURS = 8  # that can be told apart
 
@@ -132,9 +132,9 @@ def build(runs: list[Run], rows: list[Measured], checks: dict[str, Check] | None
     sections = {
         "curves": ("Curves", lambda: report_curves.section(runs)),
         "metrics": ("Metrics", lambda: report_metrics.section(rows)),
-        "samples": ("Samples", lambda: el("div", report_pictures.over_time(runs), el("h3", "Measured samples"),
-                                          report_pictures.grids(rows))),
-        "nearest": ("Nearest training images", lambda: report_pictures.nearest(runs, checks)),
+        "samples": ("Samples", lambda: el("div", report_images.over_time(runs), el("h3", "Measured samples"),
+                                          report_images.grids(rows))),
+        "nearest": ("Nearest training images", lambda: report_images.nearest(runs, checks)),
         "settings": ("Settings", lambda: settings(runs)),
     }  # fmt: skip
     parts = [heading(runs, {name: title for name, (title, _) in sections.items()})]

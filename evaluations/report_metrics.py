@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli import UserError
+from common.cli import UserError
 from evaluations.compare import RESULTS
 from evaluations.report_page import Html, absent, el, number, shown, swatch, table, text
 from evaluations.runs import Run, read_json

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
+from common.cli import UserError
 
 OF_METHODS = ("align", "cosine", "token_norm")
 

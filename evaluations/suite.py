@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import cli
-from cli import UserError
+from common import cli
+from common.cli import UserError
+from common.files import sha256, write_file
+from common.processes import World
 from evaluations.compare import RESULTS, compare, frechet_name, spread, warning
-from evaluations.features import EXTRACTORS, Features, load_extractor
+from evaluations.extractors import EXTRACTORS, Features, load_extractor
 from evaluations.metrics import NEIGHBOURS
-from evaluations.references import Reference, cache_folder, known_name, load_references
-from files import sha256, write_file
-from world import World
+from evaluations.reference_features import Reference, cache_folder, known_name, load_references
 
 ASKED = ("reference_sha256", "features", "fp16_distances", "normalisers")  # what an evaluation is of, besides the samples
 NAMES = {"class_agreement": "classifier agrees with class", "inception_score": "Inception score"}

@@ -15,15 +15,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import cli
-from cli import UserError
+from common import cli
+from common.cli import UserError
+from common.files import write_file
+from common.machine import cores
 from evaluations.compare import frechet_name
 from experiments.cells import Cell, check, devices, run
 from experiments.panels import draw, table
 from experiments.results import gather, last, load, save
-from files import write_file
-from latent_cache import CacheError, LatentCache
-from machine import cores
+from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS, align_block
 
 

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from agreement import STOPPED, stop_on_signal
 from benchmarks.measure import machine
-from cli import UserError
+from common.cli import UserError
+from common.files import lock, write_file
+from common.machine import cores
 from evaluations.runs import read_json, read_log
-from files import lock, write_file
-from flags import check_args, parse_args
-from machine import cores
+from training.config import check_args, parse_args
+from training.preemption import STOPPED, stop_on_signal
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL, LOOK = 0.1, 2.0  # seconds between looks at the processes, and at their metrics.jsonl

@@ -19,9 +19,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import cli
 from benchmarks.run_steps import count_flops, time_runs
-from cli import UserError
+from common import cli
+from common.cli import UserError
+from common.files import write_file
+from common.machine import cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
 from experiments.cells import ROOT, Cell, check, devices, portable, run
@@ -30,9 +32,7 @@ from experiments.study_data import floor, prepare
 from experiments.study_page import draw, table
 from experiments.study_plan import METHODS, OWN, SCALES, caches, candidates, choose, flags_of, of_study, read_knobs
 from experiments.study_probe import known, probe
-from files import write_file
-from latent_cache import CacheError, LatentCache
-from machine import cores
+from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-import cli
-from cli import UserError
-from files import write_file
+from common import cli
+from common.cli import UserError
+from common.files import write_file
 
 REPEATS = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
 OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import write_file
+from common.files import write_file
 
 TILE, GAP = 64, 6  # pixels
 COLUMNS = 2  # of images shown

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from common.keyed_random import Purpose, normal, uniform
 from experiments.feature_picture import Maps
 from experiments.representation import Neighbours, cknna, fit_probe, neighbours, principal, wilson
 from interpolant import PATHS, interpolate
-from keyed_random import Purpose, normal, uniform
-from latent_cache import LatentCache
+from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
 from models.sit import SiT
 

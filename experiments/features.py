@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-import pretrained
-from checkpoint import CheckpointError
-from cli import UserError
+from checkpointing import pretrained
+from checkpointing.official import ORIGINS
+from checkpointing.storage import CheckpointError
+from common import cli
+from common.cli import UserError
+from common.files import write_file
+from evaluations.extractors import load_extractor
 from evaluations.fashion import RESOLUTION
-from evaluations.features import load_extractor
 from experiments.feature_picture import Maps, draw
 from experiments.feature_study import MOST_BLOCKS, Data, baselines, choose, judge, maps, pooled, read, spread
 from experiments.representation import NEIGHBOURS, Neighbours, neighbours
-from files import write_file
 from interpolant import PATHS
-from latent_cache import CacheError, LatentCache
+from latents.cache import CacheError, LatentCache
 from models.autoencoder import Autoencoder
-from models.official import ORIGINS
 from models.sit import PRESETS
 
 FEWEST = 2 * NEIGHBOURS + 4  # images: half of them must hold an image, its neighbours and one that is none

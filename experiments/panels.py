@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import write_file
 from experiments.results import estimate, last, paired
-from files import write_file
 
 
 def table(found: dict) -> str:

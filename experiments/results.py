@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from cli import UserError
+from common.cli import UserError
+from common.files import write_file
 from evaluations.runs import read_json, read_log
 from experiments.cells import Cell, finished, portable, record
-from files import write_file
 
 VERSION = 1  # of the JSON
 

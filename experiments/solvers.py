@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import cli
-from cli import UserError
-from files import write_file
+from common import cli
+from common.cli import UserError
+from common.files import write_file
+from common.keyed_random import Purpose, normal
 from interpolant import PATHS, PREDICTIONS, interval, like, to_velocity
 from interpolant import Path as Interpolant
-from keyed_random import Purpose, normal
 from samplers import WHOLE, Velocity, denoised, dopri5, guided, guided_dopri5, ode, sde
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from agreement import STOPPED
 from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
-from cli import UserError
+from common.cli import UserError
+from common.files import sha256, write_file
 from evaluations.compare import compare
-from evaluations.features import gather, load_extractor
-from evaluations.references import cache_folder, load_references
+from evaluations.extractors import gather, load_extractor
+from evaluations.reference_features import cache_folder, load_references
 from evaluations.runs import read_json
-from files import sha256, write_file
-from latent_cache import LatentCache
+from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
+from training.preemption import STOPPED
 
 IMAGES, VAE = Path("assets/fashion-mnist/images.zip"), Path("assets/fashion-mnist/vae")
 ENCODER, SIDE = "tf_efficientnet_lite0", 128  # repa's, and the pixels it sees: a grid of 4 x 4 tokens

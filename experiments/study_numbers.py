@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
+from common.cli import UserError
 from experiments.results import Estimate, estimate
 from experiments.speedup import Span, SpeedUp, bootstrap, detectable, speed_up
 

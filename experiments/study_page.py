@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import write_file
 from experiments.results import estimate
 from experiments.speedup import COVERAGE, bootstrap, speed_up
 from experiments.study_numbers import Curves, all_seeds, costs, curves, figures, held_out_times, main_curves, probed_blocks
-from files import write_file
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe and Ito, without yellow
 MARKERS = "osDP<>h"  # those that point up and down are for bounds

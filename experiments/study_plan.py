@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-from cli import UserError
+from common.cli import UserError
 from experiments import ablate
 from experiments.cells import Cell
 from experiments.results import last, load

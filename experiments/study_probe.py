@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import pretrained
+from checkpointing import pretrained
+from common.files import write_file
 from evaluations.runs import read_json
 from experiments.feature_study import judge, pooled, read
-from files import write_file
-from latent_cache import LatentCache
+from latents.cache import LatentCache
 
 TIME, IMAGES, SEED = 0.5, 5000, 0  # one half of the images trains the probe, the other is counted
 

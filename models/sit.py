@@ -1,6 +1,6 @@
 """SiT backbone (Ma et al. 2024, arXiv:2401.08740), a DiT (arXiv:2212.09748) that predicts velocity.
 
-Parameter names, shapes and initialisation are those of the SiT and REPA repositories: models/official.py loads theirs.
+Parameter names, shapes and initialisation are those of the SiT and REPA repositories: checkpointing/official.py loads theirs.
 B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, K classes."""
 
 import math

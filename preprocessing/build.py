@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cli import UserError
-from files import discarding, lock, write_file
-from grid import save_png
-from manifest import CacheError, Manifest, read_manifest, write_manifest
+from common.cli import UserError
+from common.files import discarding, lock, write_file
+from common.image_grid import save_png
+from common.processes import World
+from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
 from preprocessing.shards import Shard, add_images, file_of, statistics, write_shard
-from world import World
 
 IMAGES = {"keep_images": False}  # of a plan that does not say, as an older one
 LAST_BIT = ("batch_size", "shard_size")  # of a plan: what may differ between two calls for a cache that is whole

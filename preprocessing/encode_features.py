@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
-from cli import UserError
-from latent_cache import ADD_IMAGES
-from manifest import CacheError, Manifest, read_manifest
-from preprocessing.features import DTYPE, make, size_of, slug_of
-from world import World
+from common import cli
+from common.cli import UserError
+from common.processes import World
+from latents.cache import ADD_IMAGES
+from latents.manifest import CacheError, Manifest, read_manifest
+from preprocessing.encoder_features import DTYPE, make, size_of, slug_of
 
 
 def tokens_side(text: str) -> int | None:

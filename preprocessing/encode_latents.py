@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-import cli
-from cli import UserError
+from common import cli
+from common.cli import UserError
+from common.processes import World
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.build import build, summary
 from preprocessing.encoding import DTYPES, PRECISIONS, Encoding, Settings
 from preprocessing.images import BACKGROUNDS, CROPS
-from world import World
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,15 +19,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cli import UserError
-from files import GrowingArray, discarding
+from common.cli import UserError
+from common.files import GrowingArray, discarding
+from common.processes import World
 from models.autoencoder import DEFAULT_VAE, Autoencoder
 from preprocessing.build import numbers_of
+from preprocessing.cache_preview import compare, spread
 from preprocessing.images import BadImage, Square, Unreadable, bad_line
-from preprocessing.preview import compare, spread
 from preprocessing.shards import Shard, file_of
 from preprocessing.sources import open_source
-from world import World
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 PRECISIONS = ("fp32", "tf32", "bf16")

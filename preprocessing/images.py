@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cli import UserError
-from keyed_random import Purpose, uniform
+from common.cli import UserError
+from common.keyed_random import Purpose, uniform
 from preprocessing.sources import ImageSource
 
 CROPS = ("center", "random-seeded")

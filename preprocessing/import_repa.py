@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-import cli
+from common import cli
+from common.processes import World
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.build import build, summary
 from preprocessing.encoding import DTYPES
-from preprocessing.repa import Import, Settings
-from world import World
+from preprocessing.repa_files import Import, Settings
 
 
 def parse_args() -> argparse.Namespace:

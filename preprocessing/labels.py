@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
+from common.cli import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 MOST_CLASSES = 1_000_000  # a larger label is no class number but something else

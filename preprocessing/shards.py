@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
-from files import GrowingArray, write_array
+from common.cli import UserError
+from common.files import GrowingArray, write_array
 
 AT_ONCE = 256  # images whose sums are taken at once, in float64
 ALIKE = 0.05  # of the moments' own spread: what two machines, or batch sizes, may make of one image, and no two images

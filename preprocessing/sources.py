@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cli import UserError
+from common.cli import UserError
 from preprocessing.labels import EXTENSIONS, Given, by_folder, is_image, labelled, number, read_json, read_labels, some
 
 MOST_OPEN = 64  # tar files at once in a process

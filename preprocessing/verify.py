@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
-from cli import UserError
-from files import sha256
-from latent_cache import CacheError, Manifest, read_manifest
-from preprocessing import encoding, repa
+from common import cli
+from common.cli import UserError
+from common.files import sha256
+from common.processes import World
+from latents.cache import CacheError, Manifest, read_manifest
+from preprocessing import encoding, repa_files
 from preprocessing.build import Job, redo
 from preprocessing.shards import AT_ONCE, statistics, sums
-from world import World
 
 
 def parse_args() -> argparse.Namespace:
@@ -109,7 +109,7 @@ def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> Job:
     """The job that made a cache. Raises UserError if it is not known, or if what it was made of is gone."""
     recorded = dict(manifest.encoding)
     made_by = recorded.get("made_by")
-    kinds = {"encode_latents": encoding.Settings, "import_repa": repa.Settings}
+    kinds = {"encode_latents": encoding.Settings, "import_repa": repa_files.Settings}
     if made_by not in kinds:
         raise UserError(f"{args.data}: its manifest does not say how it was made; encode the images again into another folder")
     moved = {"source": args.source and str(args.source), "labels": args.labels and str(args.labels), "vae": args.vae}
@@ -117,7 +117,7 @@ def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> Job:
     known = {field.name for field in fields(kinds[made_by])} & recorded.keys()
     settings = kinds[made_by](**{name: recorded[name] for name in known})
     if made_by == "import_repa":
-        return repa.Import(settings, args.device)
+        return repa_files.Import(settings, args.device)
     return encoding.Encoding(settings, args.device, args.num_workers, world)
 
 

@@ -21,7 +21,7 @@ def call(monkeypatch, capsys):
     """call(module, *flags) -> exit code and everything printed, as from a shell."""
     from accelerate.state import AcceleratorState
 
-    import cli
+    from common import cli
 
     def run(module, *flags) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])

@@ -55,7 +55,7 @@ def torchrun(processes: int, script: str, *flags) -> str:
 
 LEAVE = """
 import os, sys, traceback
-import cli
+from common import cli
 def leave(main):  # a forked process: main, and its exit code
     code = 0
     try:

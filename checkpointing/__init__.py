@@ -1,0 +1,1 @@
+"""Checkpoint files: writing, loading, converting and exporting them."""

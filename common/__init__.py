@@ -1,0 +1,1 @@
+"""Helpers that every package uses: command line, files, processes, keyed random numbers, image grids."""

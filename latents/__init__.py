@@ -1,0 +1,1 @@
+"""The latent cache: its manifest and its reader."""

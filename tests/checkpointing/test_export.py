@@ -1,0 +1,150 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import Timesteps
+from safetensors.torch import load_file, save_file
+
+import sample_ddp
+from checkpointing import diffusers_dit, export
+from checkpointing.pretrained import load
+from checkpointing.storage import CheckpointError
+from evaluations import evaluate
+from models.sit import SiT, SiTConfig, TimestepEmbedder
+from samplers import guided, ode
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, trained):
+    """A copy of two averages, woken up: two steps leave a network whose output is next to nothing."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("awake") / "awake")
+    folder = run / "checkpoints/0000002"
+    generator, state = torch.Generator().manual_seed(0), load_file(folder / "ema.safetensors")
+    for name in ("ema", "ema-0.5"):
+        random = {key: torch.randn(value.shape, generator=generator) for key, value in state.items() if "pos" not in key}
+        save_file({**state, **{key: state[key] + 0.1 * value for key, value in random.items()}}, folder / f"{name}.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "ema_decay": [0.9, 0.5]}))
+    return run
+
+
+def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
+    """The images are the run's, the card has the numbers of these weights, and its lines for diffusers make our latents."""
+
+    def sample(ckpt, name):
+        flags = ["--num-fid-samples", 6, "--per-proc-batch-size", 6, "--num-steps", 2, "--mode", "ode"]
+        code, out = call(sample_ddp, "--ckpt", ckpt, "--sample-dir", run, "--name", name, *flags)
+        assert code == 0, out
+        with np.load(run / f"{name}.npz") as content:
+            return content["arr_0"]
+
+    images, to = sample(run, "s"), tmp_path / "to"
+    code, out = call(evaluate, run / "s.npz", "--reference", tree, "--features", "fashion")
+    assert code == 0, out
+    other = {"metrics": {"FD-fashion": 123.0}, "sampling": {"ema_sha256": "of other weights"}}
+    (run / "other.metrics.json").write_text(json.dumps(other))
+    code, out = call(export, run, "--to", to)
+    assert code == 0 and "the same network for diffusers" in out
+    assert np.array_equal(sample(to, "exported"), images)
+
+    card = (to / "README.md").read_text()
+    distance = json.loads((run / "s.metrics.json").read_text())["metrics"]["FD-fashion"]
+    assert f"FD-fashion {distance:.4g}" in card and "123" not in card and "2 steps of 8 images: 16 images seen" in card
+    assert str(run.parent) not in card
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    assert 'here = "."' in code and "steps = torch.tensor([0, 1, 2]), 1.5, 50" in code
+    shown = {}
+    source, start = load(to), torch.randn(3, 4, 8, 8, generator=torch.manual_seed(0))
+    code = (
+        code.replace('here = "."', f'here = "{to}"')
+        .replace("1.5, 50", "1.5, 5")
+        .replace("x = ", "torch.manual_seed(0)\nx = ", 1)
+    )
+    exec(code, shown)
+    expected = ode(guided(source.model, torch.arange(3), 3, 1.5), start, 5)
+    torch.testing.assert_close(shown["x"], expected, rtol=1e-4, atol=1e-4)
+    assert (expected - start).abs().max() > 0.5  # the network does something
+    assert shown["images"].shape == (3, 3, 32, 32)
+
+
+def test_diffusers_form_is_the_same_function_whatever_the_sizes():
+    """The epsilon of norms makes 1e-6 of the velocity, too little to be told from rounding: looked at by itself."""
+    torch.manual_seed(0)
+    config = SiTConfig(depth=2, width=48, heads=3, patch=4, latent_size=8, channels=3, num_classes=2)
+    model = SiT(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            torch.nn.init.normal_(parameter, std=0.1)
+    form = diffusers_dit.to_diffusers(model)
+    assert diffusers_dit.difference(model, form) < 3e-6
+    assert {module.eps for module in [*model.modules(), *form.modules()] if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+    form.proj_out_2.bias += 1e-3
+    assert diffusers_dit.difference(model, form) > 1e-4
+
+
+def test_the_average_asked_for_is_the_one_exported(call, run, tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to/.gitattributes").touch()  # a clone of an empty repository on the hub
+    assert call(export, run, "--to", tmp_path / "to", "--ema-decay", 0.5)[0] == 0
+    got = load(tmp_path / "to")
+    assert got.identity["ema_decay"] == 0.5 and got.name == "to"
+    assert got.identity["ema_sha256"] == load(run, 0.5).identity["ema_sha256"]
+    assert call(export, run, "--to", tmp_path / "to")[0] == 0  # an earlier export is written over
+    assert load(tmp_path / "to").identity["ema_sha256"] == load(run).identity["ema_sha256"]
+    path = tmp_path / "to/ema.safetensors"
+    save_file({key: 2 * value for key, value in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError, match=r"ema.safetensors is not what was exported"):
+        load(tmp_path / "to")
+
+
+def test_without_the_map_of_frequencies_there_is_no_form_for_diffusers(call, run, tmp_path, monkeypatch):
+    """Their features of time are not ours: 3e-3 apart, and once mapped 1e-7, float32's rounding. A form that differs is not
+    written, and an earlier one does not stay."""
+    t = torch.linspace(0, 1, 1001)
+    angle = t[:, None].double() * TimestepEmbedder(1).omega.double()
+    ours = torch.cat((angle.cos(), angle.sin()), 1)
+    same, thousand = (Timesteps(256, True, 1)(t * scale).double() for scale in (1, 1000))
+    assert 2e-3 < (ours - same).abs().max() < 3e-3
+    assert (ours - thousand @ diffusers_dit.frequency_map().T).abs().max() < 1.5e-7
+    assert diffusers_dit.frequency_map().abs().max() < 0.1
+
+    assert call(export, run, "--to", tmp_path / "to")[0] == 0
+    monkeypatch.setattr(diffusers_dit, "TIMESTEPS", 1)
+    monkeypatch.setattr(diffusers_dit, "frequency_map", lambda frequencies: torch.eye(frequencies, dtype=torch.float64))
+    code, out = call(export, run, "--to", tmp_path / "to")
+    assert code == 0 and "no form for diffusers: there its velocities would differ by" in out
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["README.md", "config.json", "ema.safetensors"]
+    assert "from_pretrained" not in (tmp_path / "to/README.md").read_text()
+
+
+@pytest.mark.parametrize("what", ["a folder of others", "the run", "a checkpoint", "a file"])
+def test_nothing_of_others_is_written_over(call, run, tmp_path, what):
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/thesis.tex").write_text("years")
+    to = {
+        "a folder of others": tmp_path / "others", "the run": run, "a checkpoint": run / "checkpoints/0000002",
+        "a file": tmp_path / "others/thesis.tex",
+    }[what]  # fmt: skip
+    before = sorted(path for path in tmp_path.rglob("*"))
+    code, out = call(export, run, "--to", to)
+    assert code == 2 and f"--to {to}" in out and len(out.strip().splitlines()) == 1
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["/nowhere"], "/nowhere: /nowhere does not exist"),
+        (["{run}", "--ema-decay", 0.7], "has no average of --ema-decay 0.7"),
+        (["{file}"], "only what this repository trained is exported"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(call, run, tmp_path, flags, message):
+    (tmp_path / "x.pt").touch()
+    flags = [str(flag).format(run=run, file=tmp_path / "x.pt") for flag in flags]
+    code, out = call(export, *flags, "--to", tmp_path / "to")
+    assert code == 2 and message in out and len(out.strip().splitlines()) == 1
+    assert not (tmp_path / "to").exists()

@@ -1,0 +1,49 @@
+import torch
+
+from common.keyed_random import Purpose, normal, philox, uniform
+
+
+def words(*values):
+    return tuple(torch.tensor([v]) for v in values)
+
+
+def test_philox_gives_the_authors_known_answers():
+    """Random123's kat_vectors for philox4x32 with 10 rounds."""
+    ones = 0xFFFFFFFF
+    cases = [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones, ones), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, key, expected in cases:
+        assert tuple(word.item() for word in philox(words(*counter), key)) == expected
+
+
+def test_an_index_gets_its_numbers_whatever_the_batch():
+    whole = normal(3, Purpose.NOISE, torch.arange(50), (4, 3, 3))
+    pieces = [normal(3, Purpose.NOISE, torch.tensor(part), (4, 3, 3)) for part in ([7], [49, 0, 12])]
+    assert torch.equal(pieces[0], whole[[7]]) and torch.equal(pieces[1], whole[[49, 0, 12]])
+
+
+def test_seed_purpose_index_and_draw_each_matter():
+    index = torch.tensor([5, 5 + 2**32])
+    base = uniform(0, Purpose.TIME, index)
+    assert base[0] != base[1]
+    for other in (uniform(1, Purpose.TIME, index), uniform(0, Purpose.CLASS, index), uniform(0, Purpose.TIME, index, draw=1)):
+        assert not torch.isclose(base, other).any()
+
+
+def test_moments():
+    x = normal(0, Purpose.START, torch.arange(2000), (10, 10))
+    n = x.numel()
+    assert abs(x.mean()) < 4 / n**0.5
+    assert abs(x.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((x**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    assert abs((x[:, 0, 0] * x[:, 0, 1]).mean()) < 4 / 2000**0.5  # the two of a Box-Muller pair
+    u = uniform(0, Purpose.TIME, torch.arange(100_000))
+    assert u.min() > 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 4 * (1 / 12 / 1e5) ** 0.5

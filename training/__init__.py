@@ -1,0 +1,1 @@
+"""What train.py needs around the method: settings, state, logging, previews, evaluation."""
