@@ -15,7 +15,7 @@ from evaluations import evaluate, report, suite
 from latents.cache import LatentCache
 from preprocessing import encode_latents, import_repa, verify
 from tests.helpers import ROOT
-from tests.test_import_repa import make_repa
+from tests.preprocessing.test_import_repa import make_repa
 
 README = (ROOT / "README.md").read_text()
 NOT_OURS = ("--cpu", "--requeue", "--nnodes", "--rdzv_endpoint", "--rdzv", "--coarse-side")  # of launchers, of an example

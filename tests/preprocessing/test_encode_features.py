@@ -14,7 +14,7 @@ from common.processes import World
 from dataset import TrainingStream, shuffled
 from latents.cache import CacheError, LatentCache, read_manifest
 from preprocessing import encode_features, encoder_features, verify
-from tests.test_encoding import files
+from tests.preprocessing.test_encoding import files
 
 
 class EncoderError(ValueError):

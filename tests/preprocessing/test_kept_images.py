@@ -14,8 +14,8 @@ from preprocessing import encode_latents, import_repa, verify
 from preprocessing.images import load_square
 from preprocessing.sources import open_source
 from tests.helpers import make_tree
-from tests.test_encoding import files, flags
-from tests.test_import_repa import make_repa
+from tests.preprocessing.test_encoding import files, flags
+from tests.preprocessing.test_import_repa import make_repa
 
 
 @pytest.fixture(scope="module")
