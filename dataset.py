@@ -36,7 +36,10 @@ def shuffled(number: np.ndarray, size: int, seed: int) -> np.ndarray:
     epoch, place = np.divmod(number, size)
     index = np.empty_like(number)
     for e in np.unique(epoch):
-        keys = _mix(_mix(_mix(np.array([e], np.uint64)) + np.uint64(seed)) + np.arange(ROUNDS, dtype=np.uint64))
+        keys = _mix(
+            _mix(_mix(np.array([e], np.uint64)) + np.uint64(seed))
+            + np.arange(ROUNDS, dtype=np.uint64)
+        )
         here = np.flatnonzero(epoch == e)
         value = place[here].astype(np.uint64)
         outside = np.arange(len(value))
@@ -59,7 +62,13 @@ class TrainingStream(Dataset):
     alone. Raises CacheError if the cache holds no such extra."""
 
     def __init__(
-        self, cache: LatentCache, seed: int, batch_size: int, rank: int = 0, processes: int = 1, extra: str | None = None
+        self,
+        cache: LatentCache,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        processes: int = 1,
+        extra: str | None = None,
     ):
         assert batch_size % processes == 0, (batch_size, processes)
         self.cache, self.seed, self.batch_size, self.extra = cache, seed, batch_size, extra
@@ -82,8 +91,20 @@ class TrainingStream(Dataset):
         return batch
 
     def loader(
-        self, first: int, last: int, num_workers: int, pin_memory: bool, worker_init: Callable[[int], None] | None = None
+        self,
+        first: int,
+        last: int,
+        num_workers: int,
+        pin_memory: bool,
+        worker_init: Callable[[int], None] | None = None,
     ) -> DataLoader:
         """Steps first..last - 1, in order."""
         steps = range(first, last)
-        return DataLoader(self, None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=worker_init)
+        return DataLoader(
+            self,
+            None,
+            sampler=steps,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=worker_init,
+        )

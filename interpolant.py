@@ -57,17 +57,28 @@ class VP:
         """d sigma / dt is infinite at t = 0, where sigma grows as the root of 0.1 t."""
         rise = self.last - self.first
         integral, beta = t * (self.first + t * rise / 2), self.first + t * rise
-        alpha, sigma = torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))  # 1 - exp would lose digits near t = 0
+        alpha, sigma = (
+            torch.exp(-integral / 2),
+            torch.sqrt(-torch.expm1(-integral)),
+        )  # 1 - exp would lose digits near t = 0
         return alpha, sigma, -beta / 2 * alpha, beta / 2 * alpha.square() / sigma
 
     def time(self, ratio: Tensor) -> Tensor:
-        integral = torch.log1p(ratio.square())  # (sigma / alpha)^2 = exp(integral) - 1; then a quadratic equation for t
-        return 2 * integral / (self.first + torch.sqrt(self.first**2 + 2 * (self.last - self.first) * integral))
+        integral = torch.log1p(
+            ratio.square()
+        )  # (sigma / alpha)^2 = exp(integral) - 1; then a quadratic equation for t
+        return (
+            2
+            * integral
+            / (self.first + torch.sqrt(self.first**2 + 2 * (self.last - self.first) * integral))
+        )
 
 
 PATHS: dict[str, Path] = {"linear": Linear(), "cosine": Cosine(), "vp": VP()}
 PREDICTIONS = ("v", "x", "eps")
-EDGE = 1e-3  # what is cut off an end that is singular: SiT's, and the first of DDPM's thousand times
+EDGE = (
+    1e-3  # what is cut off an end that is singular: SiT's, and the first of DDPM's thousand times
+)
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
@@ -96,7 +107,13 @@ def score_to_velocity(path: Path, score: Tensor, x_t: Tensor, t: Tensor) -> Tens
 def training_target(path: Path, prediction: str, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network is to predict from x_t: the velocity, the data or the noise."""
     assert prediction in PREDICTIONS, prediction
-    return x if prediction == "x" else noise if prediction == "eps" else interpolate(path, x, noise, t)[1]
+    return (
+        x
+        if prediction == "x"
+        else noise
+        if prediction == "eps"
+        else interpolate(path, x, noise, t)[1]
+    )
 
 
 def to_velocity(path: Path, prediction: str, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -117,7 +134,9 @@ def from_velocity(path: Path, prediction: str, v: Tensor, x_t: Tensor, t: Tensor
         return v
     alpha, sigma, d_alpha, d_sigma = path.coefficients(like(t, x_t))
     determinant = d_alpha * sigma - alpha * d_sigma
-    return (sigma * v - d_sigma * x_t if prediction == "x" else d_alpha * x_t - alpha * v) / determinant
+    return (
+        sigma * v - d_sigma * x_t if prediction == "x" else d_alpha * x_t - alpha * v
+    ) / determinant
 
 
 def interval(path: Path, prediction: str) -> tuple[float, float]:
@@ -142,7 +161,10 @@ def lognormal_times(path: Path, u: Tensor, lo: float, hi: float) -> Tensor:
     return path.time(torch.special.ndtri(u).exp()).clamp(lo, hi)
 
 
-WEIGHTINGS: dict[str, Callable[[Path, Tensor, float, float], Tensor]] = {"uniform": uniform_times, "lognormal": lognormal_times}
+WEIGHTINGS: dict[str, Callable[[Path, Tensor, float, float], Tensor]] = {
+    "uniform": uniform_times,
+    "lognormal": lognormal_times,
+}
 
 
 def draw_times(path: Path, prediction: str, weighting: str, u: Tensor) -> Tensor:

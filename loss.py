@@ -29,8 +29,12 @@ class LossTerms(NamedTuple):
 
     denoising: Tensor  # (B,)
     align: dict[str, Tensor]  # (B,), zero outside the timestep window and for a method that is idle
-    cosine: dict[str, Tensor]  # (B,), between head output and target whatever the loss: a gauge, without gradient
-    token_norm: dict[str, Tensor]  # (B,), length of the aligned block's tokens: a gauge, without gradient
+    cosine: dict[
+        str, Tensor
+    ]  # (B,), between head output and target whatever the loss: a gauge, without gradient
+    token_norm: dict[
+        str, Tensor
+    ]  # (B,), length of the aligned block's tokens: a gauge, without gradient
 
 
 def denoising_loss(pred: Tensor, target: Tensor) -> Tensor:

@@ -22,7 +22,16 @@ from common import cli
 from common.cli import UserError
 from common.files import sha256
 from common.processes import World
-from evaluations.suite import Suite, add_flags, enough, identify, identity_of, read_result, table, write_result
+from evaluations.suite import (
+    Suite,
+    add_flags,
+    enough,
+    identify,
+    identity_of,
+    read_result,
+    table,
+    write_result,
+)
 from interpolant import PATHS
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
@@ -32,52 +41,124 @@ from sampling.store import Done, SampleStore
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, "sample_ddp.py", "--ckpt PATH")
-    # fmt: off
+
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", type=Path, required=True,
+    add(
+        "--ckpt",
+        type=Path,
+        required=True,
         help="a run (exps/NAME: its newest checkpoint), one checkpoint of it, an ema.safetensors, what checkpointing.export "
-             "wrote, or a .pt of the SiT, REPA or SRA repositories")
-    add("--ema-decay", type=cli.decay, help="which average, of a run that keeps several (default: its first)")
-    add("--model", choices=PRESETS, metavar="NAME", help="of a .pt alone: its architecture, like SiT-XL/2")
+        "wrote, or a .pt of the SiT, REPA or SRA repositories",
+    )
+    add(
+        "--ema-decay",
+        type=cli.decay,
+        help="which average, of a run that keeps several (default: its first)",
+    )
+    add(
+        "--model",
+        choices=PRESETS,
+        metavar="NAME",
+        help="of a .pt alone: its architecture, like SiT-XL/2",
+    )
     add("--origin", choices=ORIGINS, help="of a .pt that does not tell: the repository it is from")
-    add("--path-type", choices=sorted(PATHS), help="of a .pt that does not tell: the path it was trained on")
-    add("--vae", help="hub id or folder of the decoder (default: the one that made the training latents)")
+    add(
+        "--path-type",
+        choices=sorted(PATHS),
+        help="of a .pt that does not tell: the path it was trained on",
+    )
+    add(
+        "--vae",
+        help="hub id or folder of the decoder (default: the one that made the training latents)",
+    )
 
     add = parser.add_argument_group("what to sample").add_argument
     add("--num-fid-samples", type=cli.positive, default=50_000, help="images")
-    add("--labels", default="random",
+    add(
+        "--labels",
+        default="random",
         help="random: drawn uniformly; balanced: as many of each; a class, like 207; or a file of one for each image (.txt, "
-             ".npy, .json, or another .npz of samples)")
-    add("--global-seed", type=cli.seed, default=0, help="with an image's index, decides its noise and its class")
+        ".npy, .json, or another .npz of samples)",
+    )
+    add(
+        "--global-seed",
+        type=cli.seed,
+        default=0,
+        help="with an image's index, decides its noise and its class",
+    )
 
     add = parser.add_argument_group("sampler").add_argument
-    add("--mode", choices=("sde", "ode"), default="sde", help="Euler-Maruyama, or the probability-flow ODE by Euler")
+    add(
+        "--mode",
+        choices=("sde", "ode"),
+        default="sde",
+        help="Euler-Maruyama, or the probability-flow ODE by Euler",
+    )
     add("--heun", action="store_true", help="ODE by Heun's method instead of Euler's")
-    add("--dopri5", action="store_true", help="ODE with steps that adapt to each image, instead of --num-steps")
+    add(
+        "--dopri5",
+        action="store_true",
+        help="ODE with steps that adapt to each image, instead of --num-steps",
+    )
     add("--num-steps", type=cli.positive, default=250, help="steps from noise to data")
     add("--atol", type=cli.above_zero, default=1e-6, help="absolute tolerance of --dopri5")
     add("--rtol", type=cli.amount, default=1e-3, help="relative tolerance of --dopri5")
     add("--cfg-scale", type=cli.amount, default=1.0, help="classifier-free guidance; 1 is none")
-    add("--guidance-low", type=cli.fraction, default=0.0, help="guide only for t at or above this (0 is data)")
-    add("--guidance-high", type=cli.fraction, default=1.0, help="guide only for t at or below this (1 is noise)")
+    add(
+        "--guidance-low",
+        type=cli.fraction,
+        default=0.0,
+        help="guide only for t at or above this (0 is data)",
+    )
+    add(
+        "--guidance-high",
+        type=cli.fraction,
+        default=1.0,
+        help="guide only for t at or below this (1 is noise)",
+    )
 
     add = parser.add_argument_group("arithmetic").add_argument
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the network's products")
-    add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products and convolutions on GPUs")
-    add("--state-dtype", choices=sorted(STATES), default="float32", help="of the image between two steps (REPA: float64)")
+    add(
+        "--allow-tf32",
+        action="store_true",
+        help="TF32 for float32 matrix products and convolutions on GPUs",
+    )
+    add(
+        "--state-dtype",
+        choices=sorted(STATES),
+        default="float32",
+        help="of the image between two steps (REPA: float64)",
+    )
     add("--compile", action="store_true", help="compile the network's blocks")
 
     add = parser.add_argument_group("work and files").add_argument
     add("--per-proc-batch-size", type=cli.positive, default=32, help="images made at once")
-    add("--sample-dir", type=Path, default=Path("samples"), help="where NAME.npz, NAME.json and NAME.png go")
-    add("--name", help="name of the files (default: made of the run, the step and the sampler's flags)")
+    add(
+        "--sample-dir",
+        type=Path,
+        default=Path("samples"),
+        help="where NAME.npz, NAME.json and NAME.png go",
+    )
+    add(
+        "--name",
+        help="name of the files (default: made of the run, the step and the sampler's flags)",
+    )
     add("--png", action="store_true", help="also write each image to NAME/INDEX.png")
-    add("--no-npz", action="store_true", help="with --evaluate: keep only the picture and the numbers")
+    add(
+        "--no-npz",
+        action="store_true",
+        help="with --evaluate: keep only the picture and the numbers",
+    )
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--evaluate", type=Path, help="a reference to compare with, as evaluations.evaluate --reference takes it")
+    add(
+        "--evaluate",
+        type=Path,
+        help="a reference to compare with, as evaluations.evaluate --reference takes it",
+    )
     add_flags(add)
-    # fmt: on
+
     args = parser.parse_args(argv)
     if args.no_npz and not args.evaluate:
         raise UserError("--no-npz keeps nothing of the samples: add --evaluate PATH")
@@ -87,30 +168,61 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_recipe(args: argparse.Namespace) -> Recipe:
     """What the flags say of sampling. Raises UserError."""
     recipe = Recipe(
-        args.mode, args.heun, args.dopri5, args.num_steps, args.atol, args.rtol, args.cfg_scale, args.guidance_low,
-        args.guidance_high, args.labels, args.global_seed, state=args.state_dtype,
-    )  # fmt: skip
+        args.mode,
+        args.heun,
+        args.dopri5,
+        args.num_steps,
+        args.atol,
+        args.rtol,
+        args.cfg_scale,
+        args.guidance_low,
+        args.guidance_high,
+        args.labels,
+        args.global_seed,
+        state=args.state_dtype,
+    )
     recipe.check()
     return recipe
 
 
-def describe(args: argparse.Namespace, source: pretrained.Pretrained, vae: Autoencoder, recipe: Recipe, device) -> dict:
+def describe(
+    args: argparse.Namespace,
+    source: pretrained.Pretrained,
+    vae: Autoencoder,
+    recipe: Recipe,
+    device,
+) -> dict:
     """All that decides what the images are: NAME.json, and what evaluation copies into metrics.json."""
     given, adaptive = Path(recipe.labels), recipe.dopri5
     return {
-        **source.identity, "path_type": recipe.path_type, "prediction": recipe.prediction, "mode": recipe.mode,
-        "solver": recipe.solver, "num_steps": None if adaptive else recipe.num_steps, "atol": recipe.atol if adaptive else None,
-        "rtol": recipe.rtol if adaptive else None, "cfg_scale": recipe.cfg_scale,
-        "guidance_low": recipe.guidance_low, "guidance_high": recipe.guidance_high,
-        "labels": recipe.labels, "labels_sha256": sha256(given) if recipe.listed is not None else None,
-        "global_seed": recipe.seed, "count": args.num_fid_samples, "per_proc_batch_size": args.per_proc_batch_size,
-        "vae": vae.name, "vae_fingerprint": vae.fingerprint(), "mixed_precision": args.mixed_precision,
-        "allow_tf32": args.allow_tf32, "state_dtype": recipe.state, "compile": args.compile,
+        **source.identity,
+        "path_type": recipe.path_type,
+        "prediction": recipe.prediction,
+        "mode": recipe.mode,
+        "solver": recipe.solver,
+        "num_steps": None if adaptive else recipe.num_steps,
+        "atol": recipe.atol if adaptive else None,
+        "rtol": recipe.rtol if adaptive else None,
+        "cfg_scale": recipe.cfg_scale,
+        "guidance_low": recipe.guidance_low,
+        "guidance_high": recipe.guidance_high,
+        "labels": recipe.labels,
+        "labels_sha256": sha256(given) if recipe.listed is not None else None,
+        "global_seed": recipe.seed,
+        "count": args.num_fid_samples,
+        "per_proc_batch_size": args.per_proc_batch_size,
+        "vae": vae.name,
+        "vae_fingerprint": vae.fingerprint(),
+        "mixed_precision": args.mixed_precision,
+        "allow_tf32": args.allow_tf32,
+        "state_dtype": recipe.state,
+        "compile": args.compile,
         "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
         },
         "class_names": source.class_names,
-    }  # fmt: skip
+    }
 
 
 def default_name(args: argparse.Namespace, source: pretrained.Pretrained, recipe: Recipe) -> str:
@@ -121,7 +233,11 @@ def default_name(args: argparse.Namespace, source: pretrained.Pretrained, recipe
         guidance += f"-from{recipe.guidance_low:g}-to{recipe.guidance_high:g}"
     labels = {"random": "", "balanced": "-balanced"}.get(recipe.labels)
     if labels is None:
-        labels = f"-class{recipe.labels}" if recipe.listed is None else f"-labels{sha256(Path(recipe.labels))[:8]}"
+        labels = (
+            f"-class{recipe.labels}"
+            if recipe.listed is None
+            else f"-labels{sha256(Path(recipe.labels))[:8]}"
+        )
     return f"{source.name}-{recipe.solver}{steps}{guidance}{labels}-seed{recipe.seed}"
 
 
@@ -132,10 +248,31 @@ class Stopped(Exception):
 class Worker:
     """Makes batches, from their number to their file; called by several threads, each with a batch of its own."""
 
-    def __init__(self, model: SiT, vae: Autoencoder, recipe: Recipe, dtype: torch.dtype, store: SampleStore, done: Done,
-                 networks: dict[str, torch.nn.Module], device: torch.device):  # fmt: skip
-        self.model, self.vae, self.recipe, self.dtype, self.store, self.done = model, vae, recipe, dtype, store, done
-        self.networks, self.device, self.stop, self.local = networks, device, threading.Event(), threading.local()
+    def __init__(
+        self,
+        model: SiT,
+        vae: Autoencoder,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        store: SampleStore,
+        done: Done,
+        networks: dict[str, torch.nn.Module],
+        device: torch.device,
+    ):
+        self.model, self.vae, self.recipe, self.dtype, self.store, self.done = (
+            model,
+            vae,
+            recipe,
+            dtype,
+            store,
+            done,
+        )
+        self.networks, self.device, self.stop, self.local = (
+            networks,
+            device,
+            threading.Event(),
+            threading.local(),
+        )
 
     def check(self) -> None:
         """Raises Stopped when `stop` is set."""
@@ -147,11 +284,16 @@ class Worker:
         self.check()
         fresh = k not in self.done.images
         with self._stream():
-            images = self._sample(k) if fresh else torch.from_numpy(self.store.images(k)).to(self.device)
+            images = (
+                self._sample(k) if fresh else torch.from_numpy(self.store.images(k)).to(self.device)
+            )
             features = {}
             if k not in self.done.features:
                 seen = images.permute(0, 3, 1, 2).contiguous()  # as evaluations.evaluate has them
-                features = {name: tuple(map(_host, network(seen))) for name, network in self.networks.items()}
+                features = {
+                    name: tuple(map(_host, network(seen)))
+                    for name, network in self.networks.items()
+                }
             images = _host(images)
         self.store.write(k, images, features, fresh)
 
@@ -161,7 +303,9 @@ class Worker:
         index = torch.arange(k * size, (k + 1) * size, device=self.device)
         latents = self.recipe.latents(self.model, index, self.dtype, self.check)
         if not latents.isfinite().all():
-            raise UserError(f"--ckpt {self.store.what['checkpoint']}: the network's latents of batch {k} are not finite")
+            raise UserError(
+                f"--ckpt {self.store.what['checkpoint']}: the network's latents of batch {k} are not finite"
+            )
         return self.vae.decode(latents)
 
     def _stream(self):
@@ -179,7 +323,9 @@ def _host(tensor: Tensor):
     return tensor.cpu().numpy()
 
 
-def make(worker: Worker, mine: list[int], threads: int, warm_up: bool, bar: tqdm, images: int) -> None:
+def make(
+    worker: Worker, mine: list[int], threads: int, warm_up: bool, bar: tqdm, images: int
+) -> None:
     """All batches of this process; `images` go to the bar with each."""
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -204,13 +350,19 @@ def main() -> None:
     cuda = device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     if not cuda:
-        torch.set_num_threads(1)  # a sum's order, and so its last bit, depends on how many share it: threads take whole batches
+        torch.set_num_threads(
+            1
+        )  # a sum's order, and so its last bit, depends on how many share it: threads take whole batches
     try:
-        path = world.first(lambda: pretrained.find(args.ckpt))  # a run that goes on may save another one meanwhile
+        path = world.first(
+            lambda: pretrained.find(args.ckpt)
+        )  # a run that goes on may save another one meanwhile
         source = pretrained.load(path, args.ema_decay, args.model, args.origin, args.path_type)
         vae = Autoencoder(args.vae or source.vae, device)
     except (CheckpointError, FileNotFoundError) as error:
-        raise UserError(f"--ckpt {args.ckpt}: {error}" if isinstance(error, CheckpointError) else str(error)) from None
+        raise UserError(
+            f"--ckpt {args.ckpt}: {error}" if isinstance(error, CheckpointError) else str(error)
+        ) from None
     model = source.model.to(device)
     recipe = recipe._replace(path_type=source.path_type, prediction=source.prediction)
     recipe = recipe.with_labels(model.config.num_classes, args.num_fid_samples)
@@ -229,7 +381,9 @@ def main() -> None:
         side = model.config.latent_size * vae.factor
         size = args.per_proc_batch_size
         enough(args.num_fid_samples, "--num-fid-samples")
-        suite = Suite(args, args.evaluate, "--evaluate", (side, side), "the model", size, device, world)
+        suite = Suite(
+            args, args.evaluate, "--evaluate", (side, side), "the model", size, device, world
+        )
     networks = suite.networks if suite else {}
     seen_by = {key: network.weights_sha256 for key, network in networks.items()}
     store = SampleStore(args.sample_dir, name, what, seen_by, not args.no_npz, args.png)
@@ -247,7 +401,9 @@ def main() -> None:
         worker = Worker(model, vae, recipe, dtype, store, done, networks, device)
         threads = max(1, world.cores // world.local_processes)
         if cuda:
-            threads = 1 if suite and args.allow_tf32 else 2  # networks switch TF32 off, in all threads at once
+            threads = (
+                1 if suite and args.allow_tf32 else 2
+            )  # networks switch TF32 off, in all threads at once
         size = args.per_proc_batch_size
         total, quiet = min(len(to_do) * size, args.num_fid_samples), world.rank > 0 or not to_do
         with tqdm(total=total, unit="img", desc="sampling", disable=quiet, smoothing=0.05) as bar:
@@ -258,12 +414,18 @@ def main() -> None:
     world.close()
 
 
-def check_vae(vae: Autoencoder, fingerprint: str, source: pretrained.Pretrained, config: SiTConfig) -> None:
+def check_vae(
+    vae: Autoencoder, fingerprint: str, source: pretrained.Pretrained, config: SiTConfig
+) -> None:
     """Raises UserError for another decoder than the training latents' own, as far as that is known."""
     if source.vae_fingerprint not in (None, fingerprint):
-        raise UserError(f"--vae {vae.name} is not the one that made the training latents ({source.vae}): its weights differ")
+        raise UserError(
+            f"--vae {vae.name} is not the one that made the training latents ({source.vae}): its weights differ"
+        )
     if vae.channels != config.channels:
-        raise UserError(f"--vae {vae.name} decodes {vae.channels} channels, the model makes {config.channels}")
+        raise UserError(
+            f"--vae {vae.name} decodes {vae.channels} channels, the model makes {config.channels}"
+        )
 
 
 def evaluated(store: SampleStore, suite: Suite) -> dict:
@@ -275,7 +437,9 @@ def evaluated(store: SampleStore, suite: Suite) -> dict:
     return old if identity_of(old) == who else {}
 
 
-def finish(args: argparse.Namespace, store: SampleStore, suite: Suite | None, labels, made: bool) -> None:
+def finish(
+    args: argparse.Namespace, store: SampleStore, suite: Suite | None, labels, made: bool
+) -> None:
     """By the first process, when every batch is there: the files, the numbers, a word on the screen."""
     store.finish(labels)
     result = None

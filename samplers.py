@@ -43,10 +43,19 @@ def velocity_model(network: Model, path: Path, prediction: str) -> Model:
 
 def denoised(velocity: Velocity, path: Path, x: Tensor, t: float) -> Tensor:
     """E[x | x_t], with one evaluation."""
-    return from_velocity(path, "x", velocity(x, t), x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
+    return from_velocity(
+        path, "x", velocity(x, t), x, torch.full((len(x),), t, device=x.device, dtype=x.dtype)
+    )
 
 
-def guided(model: Model, labels: Tensor, null_class: int, scale: float = 1.0, low: float = 0.0, high: float = 1.0) -> Velocity:
+def guided(
+    model: Model,
+    labels: Tensor,
+    null_class: int,
+    scale: float = 1.0,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Velocity:
     """Classifier-free guidance (Ho & Salimans 2022) inside the interval low <= t <= high (Kynkaanniemi et al. 2024).
 
     v = v_null + scale (v_class - v_null), both from one doubled batch; scale 1 is the plain conditional model. Since score, x
@@ -60,7 +69,9 @@ def guided(model: Model, labels: Tensor, null_class: int, scale: float = 1.0, lo
         times = t.float() if each else torch.full((len(x),), t, device=x.device)
         if scale == 1.0 or not (each or low <= t <= high):
             return model(x.float(), times, labels).to(x.dtype)
-        both = model(torch.cat((x, x)).float(), torch.cat((times, times)), torch.cat((labels, nulls)))
+        both = model(
+            torch.cat((x, x)).float(), torch.cat((times, times)), torch.cat((labels, nulls))
+        )
         v, v_null = both.to(x.dtype).chunk(2)
         v_guided = v_null + scale * (v - v_null)
         return torch.where(like((low <= t) & (t <= high), x), v_guided, v) if each else v_guided
@@ -69,9 +80,13 @@ def guided(model: Model, labels: Tensor, null_class: int, scale: float = 1.0, lo
 
 
 def ode(
-    velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False,
-    path: Path | None = None, ends: tuple[float, float] = WHOLE,
-) -> Tensor:  # fmt: skip
+    velocity: Velocity,
+    x: Tensor,
+    num_steps: int,
+    heun: bool = False,
+    path: Path | None = None,
+    ends: tuple[float, float] = WHOLE,
+) -> Tensor:
     """Probability-flow ODE on a uniform grid from 1 to 0: Euler (n evaluations), or Heun ending with Euler (2 n - 1).
 
     Where lo > 0, for which `path` is needed: n times from hi to lo, then the denoised image; as many evaluations."""
@@ -87,7 +102,12 @@ def ode(
 
 
 def dopri5(
-    velocity: Velocity, x: Tensor, atol: float = 1e-6, rtol: float = 1e-3, begin: float = 1.0, end: float = 0.0
+    velocity: Velocity,
+    x: Tensor,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    begin: float = 1.0,
+    end: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Probability-flow ODE by Dormand and Prince's pair, with steps of each image's own: (x at the end, evaluations (B,)).
 
@@ -109,11 +129,17 @@ def dopri5(
         for node, row in zip(NODES, STAGES):
             x_next = x - length * sum(a * v for a, v in zip(row, slopes))
             slopes.append(velocity(x_next, t - node * h))
-        error = length * sum(e * v for e, v in zip(ERROR, slopes)) / (atol + rtol * torch.maximum(x.abs(), x_next.abs()))
+        error = (
+            length
+            * sum(e * v for e, v in zip(ERROR, slopes))
+            / (atol + rtol * torch.maximum(x.abs(), x_next.abs()))
+        )
         error = error.flatten(1).square().mean(1).sqrt().double()
         taken = ~(error > 1) | (h <= SMALLEST)  # of an image that has arrived: h is 0
         x = torch.where(like(taken, x), x_next, x)
-        first = torch.where(like(taken, x), slopes[-1], first)  # the last slope of a step is the first of the next
+        first = torch.where(
+            like(taken, x), slopes[-1], first
+        )  # the last slope of a step is the first of the next
         t = torch.where(taken, torch.where(h < t - end, t - h, end), t)
         evaluations = evaluations + 6 * running
         h = (h * (0.9 * error**-0.2).nan_to_num(10).clamp(0.2, 10)).clamp(min=SMALLEST)
@@ -121,10 +147,18 @@ def dopri5(
 
 
 def guided_dopri5(
-    model: Model, labels: Tensor, null_class: int, x: Tensor,
-    scale: float = 1.0, low: float = 0.0, high: float = 1.0, atol: float = 1e-6, rtol: float = 1e-3,
-    path: Path | None = None, ends: tuple[float, float] = WHOLE,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: Model,
+    labels: Tensor,
+    null_class: int,
+    x: Tensor,
+    scale: float = 1.0,
+    low: float = 0.0,
+    high: float = 1.0,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    path: Path | None = None,
+    ends: tuple[float, float] = WHOLE,
+) -> tuple[Tensor, Tensor]:
     """dopri5 with guidance on low <= t <= high, from 1 to high, to low, to 0, each piece of which is smooth.
 
     Where lo > 0, for which `path` is needed, from hi to lo, then the denoised image with one evaluation more.
@@ -133,21 +167,34 @@ def guided_dopri5(
     evaluations, and a far worse end (docs/sampling.md has figures). In pieces the null class is not asked outside, either."""
     lo, hi = ends
     top, bottom = (min(max(edge, lo), hi) for edge in (high, low))
-    pieces = ((hi, top, 1.0), (top, bottom, scale), (bottom, lo, 1.0)) if scale != 1.0 else ((hi, lo, 1.0),)
+    pieces = (
+        ((hi, top, 1.0), (top, bottom, scale), (bottom, lo, 1.0))
+        if scale != 1.0
+        else ((hi, lo, 1.0),)
+    )
     evaluations = torch.zeros_like(labels)
     for begin, end, strength in pieces:
         if begin > end:
-            x, count = dopri5(guided(model, labels, null_class, strength), x, atol, rtol, begin, end)
+            x, count = dopri5(
+                guided(model, labels, null_class, strength), x, atol, rtol, begin, end
+            )
             evaluations = evaluations + count
     if lo > 0:
-        return denoised(guided(model, labels, null_class, scale, low, high), path, x, lo), evaluations + 1
+        return denoised(
+            guided(model, labels, null_class, scale, low, high), path, x, lo
+        ), evaluations + 1
     return x, evaluations
 
 
 def sde(
-    velocity: Velocity, path: Path, x: Tensor, num_steps: int, noise: Callable[[int], Tensor], last: float = 0.04,
+    velocity: Velocity,
+    path: Path,
+    x: Tensor,
+    num_steps: int,
+    noise: Callable[[int], Tensor],
+    last: float = 0.04,
     ends: tuple[float, float] = WHOLE,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Reverse SDE dx = (v - w s / 2) dt + sqrt(w) dW with w(t) = 2 t, by Euler-Maruyama.
 
     REPA's schedule: num_steps times from 1 to `last`, noise between them, then one deterministic step to 0; num_steps
@@ -159,7 +206,9 @@ def sde(
         if lo > 0 and t_next == 0:
             return denoised(velocity, path, x, t)
         v = velocity(x, t)
-        score = velocity_to_score(path, v, x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
+        score = velocity_to_score(
+            path, v, x, torch.full((len(x),), t, device=x.device, dtype=x.dtype)
+        )
         x = x + (t_next - t) * (v - t * score)
         if i < num_steps - 1:
             x = x + (2 * t * (t - t_next)) ** 0.5 * noise(i).to(x)

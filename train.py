@@ -33,11 +33,26 @@ from models.projector import AlignedSiT, Projector
 from models.sit import SiT, SiTConfig
 from models.targets import Batch, Data, Target
 from training import alignment
-from training.config import check_args, check_cache, check_same_data, check_same_run, make_config, parse_args, precision
+from training.config import (
+    check_args,
+    check_cache,
+    check_same_data,
+    check_same_run,
+    make_config,
+    parse_args,
+    precision,
+)
 from training.evaluation import Evaluator
 from training.guard import Guard
 from training.log import Log, every
-from training.preemption import PATIENCE, STOPPED, StopRequest, Votes, ignore_signals, stop_on_signal
+from training.preemption import (
+    PATIENCE,
+    STOPPED,
+    StopRequest,
+    Votes,
+    ignore_signals,
+    stop_on_signal,
+)
 from training.preview import Preview, load_vae
 from training.schedule import Monitor, where
 from training.state import EMA, TrainState, Writer
@@ -48,23 +63,45 @@ class Step:
     """The method: draw, interpolate, predict, align, step. Nothing in here waits for the device."""
 
     def __init__(
-        self, args: argparse.Namespace, accelerator: Accelerator, manifest: Manifest, state: TrainState,
-        targets: dict[str, Target], guard: Guard,
-    ):  # fmt: skip
-        self.args, self.accelerator, self.state, self.targets, self.guard = args, accelerator, state, targets, guard
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        manifest: Manifest,
+        state: TrainState,
+        targets: dict[str, Target],
+        guard: Guard,
+    ):
+        self.args, self.accelerator, self.state, self.targets, self.guard = (
+            args,
+            accelerator,
+            state,
+            targets,
+            guard,
+        )
         self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
-        self.emas = [EMA(ema, state.model.backbone, decay) for ema, decay in zip(state.emas, args.ema_decay)]
+        self.emas = [
+            EMA(ema, state.model.backbone, decay) for ema, decay in zip(state.emas, args.ema_decay)
+        ]
         self.scale, self.path = LatentScale(manifest.scale, manifest.shift), PATHS[args.path_type]
         self.null_class, self.shape = manifest.num_classes, tuple(manifest.latent_shape)
         how = zip(args.align_loss, args.align_beta, args.align_t_range)
         self.align = {name: Alignment(*each) for name, each in zip(targets, how)}
-        self.weight, self.stop = dict(zip(targets, args.align_weight)), dict(zip(targets, args.align_stop_step))
+        self.weight, self.stop = (
+            dict(zip(targets, args.align_weight)),
+            dict(zip(targets, args.align_stop_step)),
+        )
 
     def __call__(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,), what targets
         ask for besides -> Log.names of it, and whether the step was good, 1 or 0, both on the device."""
-        args, accelerator, parts = self.args, self.accelerator, self.args.gradient_accumulation_steps
-        number, moments, labels, *extra = (tensor.to(accelerator.device, non_blocking=True) for tensor in batch)
+        args, accelerator, parts = (
+            self.args,
+            self.accelerator,
+            self.args.gradient_accumulation_steps,
+        )
+        number, moments, labels, *extra = (
+            tensor.to(accelerator.device, non_blocking=True) for tensor in batch
+        )
         u = uniform(args.seed, Purpose.TIME, number)
         t = draw_times(self.path, args.prediction, args.weighting, u).float()
         noise = normal(args.seed, Purpose.NOISE, number, self.shape).float()
@@ -83,16 +120,28 @@ class Step:
                 targets = {name: self.targets[name](part) for name in active}
             with accelerator.no_sync(self.model) if i < parts - 1 else nullcontext():
                 x, y, eps, s, *_ = part
-                terms = training_losses(model, self.path, args.prediction, x, y, eps, s, targets, self.align)
-                aligned = sum(self.weight[name] * terms.align[name] for name in active if self.weight[name])
+                terms = training_losses(
+                    model, self.path, args.prediction, x, y, eps, s, targets, self.align
+                )
+                aligned = sum(
+                    self.weight[name] * terms.align[name] for name in active if self.weight[name]
+                )
                 loss = (terms.denoising + aligned).mean()
                 accelerator.backward(loss / parts)
-            gauges = (term[name] for name in self.targets for term in (terms.align, terms.cosine, terms.token_norm))
-            means.append(torch.stack([value.detach().mean() for value in (loss, terms.denoising, *gauges)]))
+            gauges = (
+                term[name]
+                for name in self.targets
+                for term in (terms.align, terms.cosine, terms.token_norm)
+            )
+            means.append(
+                torch.stack([value.detach().mean() for value in (loss, terms.denoising, *gauges)])
+            )
         losses = torch.stack(means).mean(0)
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         trained = [align for align, name in zip(losses[2::3], self.targets) if self.weight[name]]
-        good = self.guard.judge(self.state.step + 1, losses[1], sum(trained, torch.zeros_like(losses[0])), grad_norm)
+        good = self.guard.judge(
+            self.state.step + 1, losses[1], sum(trained, torch.zeros_like(losses[0])), grad_norm
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -102,14 +151,24 @@ class Step:
 
 
 def train(
-    args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, state: TrainState, log: Log,
-    targets: dict[str, Target], extra: str | None, monitor: Monitor, writer: Writer, request: StopRequest,
-) -> bool:  # fmt: skip
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    cache: LatentCache,
+    state: TrainState,
+    log: Log,
+    targets: dict[str, Target],
+    extra: str | None,
+    monitor: Monitor,
+    writer: Writer,
+    request: StopRequest,
+) -> bool:
     """Steps, and what is due after each. Returns whether the run is finished, not stopped by a signal."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     stream = TrainingStream(cache, args.seed, args.batch_size, rank, processes, extra)
     pin_memory = accelerator.device.type == "cuda"
-    batches = stream.loader(state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals)
+    batches = stream.loader(
+        state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals
+    )
     step = Step(args, accelerator, cache.manifest, state, targets, log.guard)
     votes = Votes(accelerator.num_processes, questions=2)
 
@@ -121,7 +180,9 @@ def train(
     for batch in () if stop else log.timed(batches):
         terms, good = step(batch)
         log.step(state.step, terms, good)
-        stop, retry = votes.cast(request.name is not None, bool(writer.problem) and every(state.step, args.log_every))
+        stop, retry = votes.cast(
+            request.name is not None, bool(writer.problem) and every(state.step, args.log_every)
+        )
         last = state.step == args.max_train_steps
         save_due = last or stop or retry or every(state.step, args.checkpointing_steps)
         if save_due:
@@ -139,7 +200,9 @@ def train(
     for message in writer.take_messages():
         log.say(message)
     if writer.problem:
-        raise UserError(f"the last checkpoint of {log.folder} could not be saved ({writer.problem}): mend that and run again")
+        raise UserError(
+            f"the last checkpoint of {log.folder} could not be saved ({writer.problem}): mend that and run again"
+        )
     return not stop
 
 
@@ -154,12 +217,23 @@ def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) 
 
 
 def summary(
-    args: argparse.Namespace, accelerator: Accelerator, cache: LatentCache, model: AlignedSiT, align: list[dict], data: Data
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    cache: LatentCache,
+    model: AlignedSiT,
+    align: list[dict],
+    data: Data,
 ) -> str:
     """What is about to run, in four lines and one more for each further method."""
-    size, body = sum(p.numel() for p in model.backbone.parameters()), backbone_flops(model.backbone.config)
+    size, body = (
+        sum(p.numel() for p in model.backbone.parameters()),
+        backbone_flops(model.backbone.config),
+    )
     processes, parts = accelerator.num_processes, args.gradient_accumulation_steps
-    local, epochs = args.batch_size // processes // parts, args.max_train_steps * args.batch_size / len(cache)
+    local, epochs = (
+        args.batch_size // processes // parts,
+        args.max_train_steps * args.batch_size / len(cache),
+    )
     methods = "\n".join(alignment.describe(entry, model, data) for entry in align) or "no alignment"
     return (
         f"{args.model}: {size / 1e6:.1f}M parameters, {body / 1e9:.4g} GFLOPs ({body / 2e9:.4g} GMAC) forward\n"
@@ -179,12 +253,19 @@ class Wandb:
         import wandb
 
         self.wandb = wandb
-        name = folder / "wandb_id"  # the run's own, so that another run of the same name is another run there too
+        name = (
+            folder / "wandb_id"
+        )  # the run's own, so that another run of the same name is another run there too
         if not name.exists():
             write_file(name, uuid.uuid4().hex[:8].encode())
         try:
             self.run = wandb.init(
-                project="sra2", name=args.exp_name, id=name.read_text(), dir=folder, resume="allow", config=config
+                project="sra2",
+                name=args.exp_name,
+                id=name.read_text(),
+                dir=folder,
+                resume="allow",
+                config=config,
             )
         except Exception as error:  # no key, no network
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -198,7 +279,9 @@ class Wandb:
 
     def image(self, path: Path, step: int) -> None:
         """One picture, of one average."""
-        self.run.log({f"samples{path.stem.lstrip('0123456789')}": self.wandb.Image(str(path))}, step=step)
+        self.run.log(
+            {f"samples{path.stem.lstrip('0123456789')}": self.wandb.Image(str(path))}, step=step
+        )
 
     def finish(self) -> None:
         """Waits until everything is sent."""
@@ -208,29 +291,49 @@ class Wandb:
 def build(args: argparse.Namespace, config: dict, device: torch.device) -> TrainState:
     """Networks and optimizer at step 0."""
     torch.manual_seed(args.seed)
-    backbone = SiT(SiTConfig(**config["model"]))  # before the head, so that it starts the same with and without one
+    backbone = SiT(
+        SiTConfig(**config["model"])
+    )  # before the head, so that it starts the same with and without one
     heads = {entry["method"]: Projector(**entry["head"]) for entry in config["align"]}
-    model = AlignedSiT(backbone, heads, {entry["method"]: entry["block"] for entry in config["align"]}).to(device)
+    model = AlignedSiT(
+        backbone, heads, {entry["method"]: entry["block"] for entry in config["align"]}
+    ).to(device)
     for entry in config["align"]:
-        heads[entry["method"]].requires_grad_(entry["weight"] > 0)  # or the norm that clips would be summed in another order
+        heads[entry["method"]].requires_grad_(
+            entry["weight"] > 0
+        )  # or the norm that clips would be summed in another order
     emas = [copy.deepcopy(model.backbone).eval().requires_grad_(False) for _ in args.ema_decay]
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
-    )  # fmt: skip
+        [p for p in model.parameters() if p.requires_grad],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=True,
+    )
     backbone.recompute = args.activation_checkpointing
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # or DDP's buckets cut a block's graph; each block reduces on its own anyway
+        torch._dynamo.config.optimize_ddp = (
+            False  # or DDP's buckets cut a block's graph; each block reduces on its own anyway
+        )
         for block in backbone.blocks:  # not the averages', which are sampled from with other shapes
             block.compile()
     return TrainState(model, emas, optimizer)
 
 
-def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest, held: ExitStack) -> bool:
+def run(
+    args: argparse.Namespace, accelerator: Accelerator, request: StopRequest, held: ExitStack
+) -> bool:
     """Everything between the command line and the exit code; `held` keeps the run's lock. Returns whether it is finished."""
     device, main_process = accelerator.device, accelerator.is_main_process
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    folder, rank, processes = args.output_dir / args.exp_name, accelerator.process_index, accelerator.num_processes
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        accelerator.mixed_precision, torch.float32
+    )
+    folder, rank, processes = (
+        args.output_dir / args.exp_name,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
     check_args(args, processes)
     try:
         cache = LatentCache(*args.data_dir)
@@ -239,9 +342,13 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
     check_cache(args, cache)
     flags = check_same_run(args, folder)
     # what the first process sees, since on a network disk others may see it later
-    saved, start, measured, owed = broadcast_object_list([*where(args, folder)] if main_process else 4 * [None])
+    saved, start, measured, owed = broadcast_object_list(
+        [*where(args, folder)] if main_process else 4 * [None]
+    )
     if start >= args.max_train_steps and not owed:
-        accelerator.print(f"{folder} has finished its {start:,} steps; raise --max-train-steps to go on")
+        accelerator.print(
+            f"{folder} has finished its {start:,} steps; raise --max-train-steps to go on"
+        )
         return True
     if saved:
         alignment.settle(args, saved[-1])
@@ -281,20 +388,30 @@ def run(args: argparse.Namespace, accelerator: Accelerator, request: StopRequest
 
     if main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
-    tracker = Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
-    guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16", *state.extra.get("bad_in_a_row", ()))
+    tracker = (
+        Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
+    )
+    guard = Guard(
+        state.optimizer, accelerator.mixed_precision == "fp16", *state.extra.get("bad_in_a_row", ())
+    )
     flops = training_flops(SiTConfig(**config["model"]), config["align"], data)
     utilisation = flops / matmul_rate(device, dtype) / processes
-    log = Log(args, folder, state, device, main_process, accelerator.reduce, guard, utilisation, tracker)
+    log = Log(
+        args, folder, state, device, main_process, accelerator.reduce, guard, utilisation, tracker
+    )
     log.say(summary(args, accelerator, cache, state.model, config["align"], data))
     if saved:
         log.say(f"continuing from {saved[-1]}")
     monitor = Monitor(args, log, preview, evaluator, start, measured)
     try:
         with Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-            finished = train(args, accelerator, cache, state, log, targets, extra, monitor, writer, request)
+            finished = train(
+                args, accelerator, cache, state, log, targets, extra, monitor, writer, request
+            )
     except CacheError as error:  # of a loader process: the last line is what went wrong
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("latent_cache.CacheError: ")) from None
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix("latent_cache.CacheError: ")
+        ) from None
     how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
     log.say(f"{how} at step {state.step:,}")
     log.close()

@@ -25,7 +25,18 @@ from tqdm import tqdm
 
 from evaluations.fashion import GarmentClassifier, load_classifier
 
-CLASS_NAMES = ["t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
+CLASS_NAMES = [
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+]
 DEST = Path(__file__).resolve().parent / "fashion-mnist"
 
 
@@ -34,10 +45,14 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     images = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
-    return np.pad(pixels, ((0, 0), (2, 2), (2, 2))), np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+    return np.pad(pixels, ((0, 0), (2, 2), (2, 2))), np.frombuffer(
+        labels, np.uint8, offset=8
+    ).astype(np.int64)
 
 
-def write_zip(path: Path, images: np.ndarray, labels: np.ndarray, packing: int = zipfile.ZIP_LZMA) -> None:
+def write_zip(
+    path: Path, images: np.ndarray, labels: np.ndarray, packing: int = zipfile.ZIP_LZMA
+) -> None:
     """RGB PNGs and dataset.json, in EDM's layout. The PNGs are stored plain and the zip's LZMA packs them: a fifth smaller
     than deflated PNGs, since deflate is poor at three equal channels. Of a file that is not shipped ZIP_STORED is faster."""
     entries = []
@@ -45,7 +60,9 @@ def write_zip(path: Path, images: np.ndarray, labels: np.ndarray, packing: int =
     with zipfile.ZipFile(partial, "w", packing) as archive:
 
         def add(name: str, data: bytes) -> None:
-            archive.writestr(zipfile.ZipInfo(name), data, packing)  # ZipInfo: a fixed date, so a fixed file
+            archive.writestr(
+                zipfile.ZipInfo(name), data, packing
+            )  # ZipInfo: a fixed date, so a fixed file
 
         for i, (pixels, label) in enumerate(zip(tqdm(images, desc="images.zip"), labels)):
             buffer = io.BytesIO()
@@ -67,7 +84,11 @@ def batches(images: Tensor, labels: Tensor, batch_size: int, epochs: int, seed: 
             flip = torch.rand(batch_size, generator=generator) < 0.5
             x = images[index]
             x = torch.where(flip[:, None, None], x.flip(-1), x)
-            yield (epoch + step / steps) / epochs, x[:, None].expand(-1, 3, -1, -1).float(), labels[index]
+            yield (
+                (epoch + step / steps) / epochs,
+                x[:, None].expand(-1, 3, -1, -1).float(),
+                labels[index],
+            )
 
 
 def one_cycle(progress: float, peak: float, warm_up: float = 0.05) -> float:
@@ -83,7 +104,11 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int) -> 
     model = GarmentClassifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0, weight_decay=0.02)
     batch_size = 128
-    bar = tqdm(batches(images, labels, batch_size, epochs, seed), desc="classifier", total=epochs * (len(images) // batch_size))
+    bar = tqdm(
+        batches(images, labels, batch_size, epochs, seed),
+        desc="classifier",
+        total=epochs * (len(images) // batch_size),
+    )
     for progress, x, y in bar:
         optimizer.param_groups[0]["lr"] = one_cycle(progress, 4e-3)
         dy, dx = torch.randint(-2, 3, (2,)).tolist()
@@ -96,7 +121,9 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int) -> 
     return model.eval()
 
 
-def train_vae(images: Tensor, labels: Tensor, epochs: int, seed: int, kl_weight: float = 5e-3) -> AutoencoderKL:
+def train_vae(
+    images: Tensor, labels: Tensor, epochs: int, seed: int, kl_weight: float = 5e-3
+) -> AutoencoderKL:
     """Squared error summed over pixels plus kl_weight x KL, Adam; then scaling_factor = 1 / std of the training latents."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
@@ -110,7 +137,11 @@ def train_vae(images: Tensor, labels: Tensor, epochs: int, seed: int, kl_weight:
     )
     optimizer = torch.optim.Adam(vae.parameters(), lr=0, betas=(0.9, 0.99))
     batch_size = 64
-    bar = tqdm(batches(images, labels, batch_size, epochs, seed), desc="vae", total=epochs * (len(images) // batch_size))
+    bar = tqdm(
+        batches(images, labels, batch_size, epochs, seed),
+        desc="vae",
+        total=epochs * (len(images) // batch_size),
+    )
     mean_error = None
     for progress, x, _ in bar:
         optimizer.param_groups[0]["lr"] = one_cycle(progress, 2e-3)
@@ -128,7 +159,10 @@ def train_vae(images: Tensor, labels: Tensor, epochs: int, seed: int, kl_weight:
     vae.eval()
     with torch.no_grad():
         std = torch.cat(
-            [vae.encode(x / 127.5 - 1).latent_dist.sample() for _, x, _ in batches(images, labels, 500, 1, seed)]
+            [
+                vae.encode(x / 127.5 - 1).latent_dist.sample()
+                for _, x, _ in batches(images, labels, 500, 1, seed)
+            ]
         ).std()
     vae.register_to_config(scaling_factor=round(1 / std.item(), 5))
     return vae
@@ -140,7 +174,9 @@ def psnr(mse: float) -> float:
 
 
 @torch.no_grad()
-def measure(images: Tensor, labels: Tensor, vae: AutoencoderKL, classifier: GarmentClassifier) -> dict:
+def measure(
+    images: Tensor, labels: Tensor, vae: AutoencoderKL, classifier: GarmentClassifier
+) -> dict:
     """What README states, on images that neither network was trained on."""
     right, right_after_vae, error, latents = 0, 0, [], []
     for x, y in zip(images.split(500), labels.split(500)):
@@ -166,17 +202,36 @@ def measure(images: Tensor, labels: Tensor, vae: AutoencoderKL, classifier: Garm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the IDX .gz files"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dest", type=Path, default=DEST, help="where the files go (default: this folder's fashion-mnist)")
-    parser.add_argument("--vae-epochs", type=int, default=8, help="passes over the 60,000 training images (default: 8)")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="folder of the IDX .gz files",
+    )
+    parser.add_argument(
+        "--dest",
+        type=Path,
+        default=DEST,
+        help="where the files go (default: this folder's fashion-mnist)",
+    )
+    parser.add_argument(
+        "--vae-epochs",
+        type=int,
+        default=8,
+        help="passes over the 60,000 training images (default: 8)",
+    )
     parser.add_argument("--classifier-epochs", type=int, default=10, help="likewise (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of initialisation, order and noise (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of initialisation, order and noise (default: 0)"
+    )
     args = parser.parse_args()
     if not (args.source / "train-images-idx3-ubyte.gz").exists():
-        parser.error(f"--source {args.source} holds no IDX files; install Debian's dataset-fashion-mnist or name their folder")
+        parser.error(
+            f"--source {args.source} holds no IDX files; install Debian's dataset-fashion-mnist or name their folder"
+        )
     args.dest.mkdir(parents=True, exist_ok=True)
     train_images, train_labels = map(torch.from_numpy, read_split(args.source, "train"))
     test_images, test_labels = read_split(args.source, "t10k")
@@ -188,7 +243,9 @@ def main() -> None:
         state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_file(state, args.dest / "classifier.safetensors")
     if not (args.dest / "vae" / "config.json").exists():
-        train_vae(train_images, train_labels, args.vae_epochs, args.seed).half().save_pretrained(args.dest / "vae")
+        train_vae(train_images, train_labels, args.vae_epochs, args.seed).half().save_pretrained(
+            args.dest / "vae"
+        )
     vae = AutoencoderKL.from_pretrained(args.dest / "vae").float()
     classifier = load_classifier(args.dest / "classifier.safetensors")
     torch.manual_seed(args.seed)

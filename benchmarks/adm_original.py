@@ -29,22 +29,37 @@ def run(evaluator: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     tf.disable_eager_execution()
     adm, session = load(evaluator), tf.Session()
     judge = object.__new__(adm.Evaluator)  # its constructor would fetch the graph
-    judge.sess, judge.softmax_batch_size, judge.manifold_estimator = session, 512, adm.ManifoldEstimator(session)
+    judge.sess, judge.softmax_batch_size, judge.manifold_estimator = (
+        session,
+        512,
+        adm.ManifoldEstimator(session),
+    )
     with session.graph.as_default():
         judge.softmax_input = tf.placeholder(tf.float32, [None, arrays["weights"].shape[0]])
-        judge.softmax = tf.nn.softmax(tf.matmul(judge.softmax_input, tf.constant(arrays["weights"])))
+        judge.softmax = tf.nn.softmax(
+            tf.matmul(judge.softmax_input, tf.constant(arrays["weights"]))
+        )
         pixels = tf.placeholder(tf.float32, [None, None, None, 3])
         small = tf.image.resize_bilinear(pixels, [299, 299], align_corners=False)
-    reference, samples, few = (judge.compute_statistics(arrays[name]) for name in ("reference", "samples", "few"))
+    reference, samples, few = (
+        judge.compute_statistics(arrays[name]) for name in ("reference", "samples", "few")
+    )
     results = {
-        "mean": samples.mu, "covariance": samples.sigma, "distance": samples.frechet_distance(reference),
+        "mean": samples.mu,
+        "covariance": samples.sigma,
+        "distance": samples.frechet_distance(reference),
         "distance of few": few.frechet_distance(reference),
         "inception score": judge.compute_inception_score(arrays["activations"]),
-    }  # fmt: skip
-    for kind, scale in (("float16", 1), ("float32", arrays["overflow"])):  # a block that overflows is done in float32
+    }
+    for kind, scale in (
+        ("float16", 1),
+        ("float32", arrays["overflow"]),
+    ):  # a block that overflows is done in float32
         a, b = (arrays[name] * np.float32(scale) for name in ("reference", "samples"))
         estimator = judge.manifold_estimator
-        results[f"radii, {kind}"] = np.concatenate([estimator.manifold_radii(x)[:, 0] for x in (a, b)]) / scale**2
+        results[f"radii, {kind}"] = (
+            np.concatenate([estimator.manifold_radii(x)[:, 0] for x in (a, b)]) / scale**2
+        )
         results[f"precision, {kind}"], results[f"recall, {kind}"] = judge.compute_prec_recall(a, b)
     for name in (name for name in arrays if name.startswith("image")):
         results[f"resize of {name}"] = session.run(small, {pixels: arrays[name].astype(np.float32)})

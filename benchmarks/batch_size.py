@@ -26,16 +26,28 @@ SAMPLERS = {"Euler": "ode", "Euler-Maruyama": "sde"}
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m benchmarks.batch_size", "--ckpt PATH --dest PATH")
-    # fmt: off
+
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="as sample_ddp.py's")
     add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
     add("--images", type=cli.positive, default=256, help="images")
-    add("--batch-sizes", type=cli.positive, nargs="+", default=[32, 7, 64], help="the others are compared with the first")
+    add(
+        "--batch-sizes",
+        type=cli.positive,
+        nargs="+",
+        default=[32, 7, 64],
+        help="the others are compared with the first",
+    )
     add("--num-steps", type=cli.positive, default=50, help="as sample_ddp.py's")
-    add("--cfg-scale", type=cli.amount, nargs="+", default=[1.0, 1.5], help="as sample_ddp.py's, each in turn")
+    add(
+        "--cfg-scale",
+        type=cli.amount,
+        nargs="+",
+        default=[1.0, 1.5],
+        help="as sample_ddp.py's, each in turn",
+    )
     add("--json", type=Path, help="file for the result")
-    # fmt: on
+
     return parser.parse_args()
 
 
@@ -43,9 +55,10 @@ def compare(a: np.ndarray, b: np.ndarray) -> dict:
     """Images (n, H, W, 3) uint8: the largest difference in grey levels, and which shares of numbers and of images differ."""
     difference = np.abs(a.astype(int) - b)
     return {
-        "largest": int(difference.max()), "values": float((difference > 0).mean()),
+        "largest": int(difference.max()),
+        "values": float((difference > 0).mean()),
         "images": float(difference.any((1, 2, 3)).mean()),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -58,25 +71,44 @@ def main() -> None:
         raise UserError(f"--ckpt {args.ckpt}: {error}") from None
     results = {}
     for scale, (solver, mode) in itertools.product(args.cfg_scale, SAMPLERS.items()):
-        flags = ["--mode", mode, "--num-fid-samples", args.images, "--num-steps", args.num_steps, "--cfg-scale", scale]
+        flags = [
+            "--mode",
+            mode,
+            "--num-fid-samples",
+            args.images,
+            "--num-steps",
+            args.num_steps,
+            "--cfg-scale",
+            scale,
+        ]
         made = []
         for size in args.batch_sizes:
             shutil.rmtree(root, ignore_errors=True)
-            with np.load(Sampler([*flags, "--per-proc-batch-size", size], source, vae, world)(root)) as content:
+            with np.load(
+                Sampler([*flags, "--per-proc-batch-size", size], source, vae, world)(root)
+            ) as content:
                 made.append(content["arr_0"])
         results[f"{solver}, guidance {scale:g}" if scale > 1 else solver] = [
-            {"batch_size": size, **compare(made[0], other)} for size, other in zip(args.batch_sizes[1:], made[1:], strict=True)
+            {"batch_size": size, **compare(made[0], other)}
+            for size, other in zip(args.batch_sizes[1:], made[1:], strict=True)
         ]
     shutil.rmtree(root)
     identity = source.identity
     report(
         {
-            "benchmark": "batch_size", "machine": machine(world.device()), "model": identity["model"], "step": identity["step"],
-            "ema_sha256": identity["ema_sha256"], "images": args.images, "num_steps": args.num_steps,
-            "cfg_scale": args.cfg_scale, "batch_size": args.batch_sizes[0], "results": results,
+            "benchmark": "batch_size",
+            "machine": machine(world.device()),
+            "model": identity["model"],
+            "step": identity["step"],
+            "ema_sha256": identity["ema_sha256"],
+            "images": args.images,
+            "num_steps": args.num_steps,
+            "cfg_scale": args.cfg_scale,
+            "batch_size": args.batch_sizes[0],
+            "results": results,
         },
         args.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

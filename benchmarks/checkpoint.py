@@ -27,9 +27,19 @@ NAP = 0.001  # seconds, so that the loop that notices pauses is not itself what 
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m benchmarks.checkpoint", "[--model NAME]")
-    parser.add_argument("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="a preset of models/sit.py")
-    parser.add_argument("--dest", type=Path, default=Path("exps"), help="a folder on the disk to write to")
-    parser.add_argument("--rounds", type=cli.positive, default=5, help="checkpoints, of which the median counts")
+    parser.add_argument(
+        "--model",
+        choices=PRESETS,
+        default="SiT-XL/2",
+        metavar="NAME",
+        help="a preset of models/sit.py",
+    )
+    parser.add_argument(
+        "--dest", type=Path, default=Path("exps"), help="a folder on the disk to write to"
+    )
+    parser.add_argument(
+        "--rounds", type=cli.positive, default=5, help="checkpoints, of which the median counts"
+    )
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args()
 
@@ -60,7 +70,9 @@ def main() -> None:
                     now = time.perf_counter()
                     pause, last = max(pause, now - last - NAP), now
                 if state.step:  # the first makes the pages that the others use again
-                    for values, value in zip(figures.values(), (copied - started, last - copied, pause)):
+                    for values, value in zip(
+                        figures.values(), (copied - started, last - copied, pause)
+                    ):
                         values.append(value)
             writer.wait()
         size = sum(file.stat().st_size for file in checkpoints(run)[-1].iterdir())
@@ -69,11 +81,16 @@ def main() -> None:
     results = {name: spread(values) for name, values in figures.items()}
     report(
         {
-            "benchmark": "checkpoint", "machine": machine(device), "model": args.model, "rounds": args.rounds, "bytes": size,
-            "results": results, "write_bytes_per_s": size / results["write_s"]["median"],
+            "benchmark": "checkpoint",
+            "machine": machine(device),
+            "model": args.model,
+            "rounds": args.rounds,
+            "bytes": size,
+            "results": results,
+            "write_bytes_per_s": size / results["write_s"]["median"],
         },
         args.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -33,25 +33,42 @@ def counts(planned: Plan, name: str) -> dict:
     """Of one way: parameters, FLOPs for an image, and how much more than without alignment they are."""
     network, data, align = planned.network, planned.data, planned.align(name)
     with torch.device("meta"):
-        modules = {"backbone": [SiT(network)], "heads": [Projector(**entry["head"]) for entry in align]}
+        modules = {
+            "backbone": [SiT(network)],
+            "heads": [Projector(**entry["head"]) for entry in align],
+        }
     external = [TARGETS[entry["method"]].cost(entry, network, data) for entry in align]
-    parameters = {part: sum(p.numel() for module in each for p in module.parameters()) for part, each in modules.items()}
-    heads, targets = sum(head_flops(network, entry["head"]) for entry in align), sum(flops for _, flops in external)
-    forward, training = {"backbone": backbone_flops(network), "heads": heads, "targets": targets}, training_flops(network, [])
+    parameters = {
+        part: sum(p.numel() for module in each for p in module.parameters())
+        for part, each in modules.items()
+    }
+    heads, targets = (
+        sum(head_flops(network, entry["head"]) for entry in align),
+        sum(flops for _, flops in external),
+    )
+    forward, training = (
+        {"backbone": backbone_flops(network), "heads": heads, "targets": targets},
+        training_flops(network, []),
+    )
     return {
         "parameters": parameters | {"external": sum(size for size, _ in external)},
-        "forward_flops": forward, "training_flops": training_flops(network, align, data),
+        "forward_flops": forward,
+        "training_flops": training_flops(network, align, data),
         "more_parameters": parameters["heads"] / parameters["backbone"],
         "more_forward_flops": (heads + targets) / forward["backbone"],
         "more_training_flops": training_flops(network, align, data) / training - 1,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
     args = parse()
     names = [*dict.fromkeys(args.align)]
     planned = plan(args, names)
-    result = {"model": args.model, "latent_size": args.latent_size, "results": {name: {} for name in names}}
+    result = {
+        "model": args.model,
+        "latent_size": args.latent_size,
+        "results": {name: {} for name in names},
+    }
     if not args.no_timing:
         result = measure(args, names)
     for name, figures in result["results"].items():

@@ -34,17 +34,37 @@ SHAPE = (8, 32, 32)
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m benchmarks.data_loading", "--dest PATH")
-    # fmt: off
+
     add = parser.add_argument
-    add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards, on the disk that is timed")
-    add("--images", type=cli.positive, default=40_000, help="images; 32 KB each as .npy, 16 KB in the cache")
+    add(
+        "--dest",
+        type=Path,
+        required=True,
+        help="folder to write to, and to empty afterwards, on the disk that is timed",
+    )
+    add(
+        "--images",
+        type=cli.positive,
+        default=40_000,
+        help="images; 32 KB each as .npy, 16 KB in the cache",
+    )
     add("--shards", type=cli.positive, default=157, help="of the cache")
     add("--batch-size", type=cli.positive, default=256, help="images a batch")
     add("--batches", type=cli.positive, default=40, help="batches of one timing")
-    add("--rounds", type=cli.positive, default=15, help="timings of each, of which the median counts")
-    add("--num-workers", type=cli.positive, default=2, help="loader processes of the rows that have some")
+    add(
+        "--rounds",
+        type=cli.positive,
+        default=15,
+        help="timings of each, of which the median counts",
+    )
+    add(
+        "--num-workers",
+        type=cli.positive,
+        default=2,
+        help="loader processes of the rows that have some",
+    )
     add("--json", type=Path, help="file for the result")
-    # fmt: on
+
     return parser.parse_args()
 
 
@@ -52,7 +72,9 @@ class Files(Dataset):
     """One .npy an image, and the labels in a list."""
 
     def __init__(self, folder: Path, count: int):
-        self.paths = [str(folder / f"{i // 1000:05d}" / f"img-mean-std-{i:08d}.npy") for i in range(count)]
+        self.paths = [
+            str(folder / f"{i // 1000:05d}" / f"img-mean-std-{i:08d}.npy") for i in range(count)
+        ]
         self.labels = np.arange(count) % 1000
 
     def __len__(self) -> int:
@@ -79,11 +101,23 @@ def write(dest: Path, count: int, shards: int) -> None:
     write_manifest(
         dest / "cache",
         Manifest(
-            source="synthetic", count=count, num_classes=1000, class_names=[], resolution=256, crop="", vae="",
-            vae_fingerprint="", scale=1.0, shift=0.0, latent_shape=[4, 32, 32], dtype="float16", mean=[], std=[],
+            source="synthetic",
+            count=count,
+            num_classes=1000,
+            class_names=[],
+            resolution=256,
+            crop="",
+            vae="",
+            vae_fingerprint="",
+            scale=1.0,
+            shift=0.0,
+            latent_shape=[4, 32, 32],
+            dtype="float16",
+            mean=[],
+            std=[],
             shards=entries,
         ),
-    )  # fmt: skip
+    )
     os.sync()
 
 
@@ -119,17 +153,26 @@ def main() -> None:
     args = parse()
     root = args.dest / "benchmark-data-loading"
     write(root, args.images, args.shards)
-    cache, in_memory, files = LatentCache(root / "cache"), LatentCache(root / "cache"), Files(root / "npy", args.images)
+    cache, in_memory, files = (
+        LatentCache(root / "cache"),
+        LatentCache(root / "cache"),
+        Files(root / "npy", args.images),
+    )
     in_memory.load_into_ram()
 
     def npy(workers: int) -> Timed:
         def loader() -> DataLoader:
-            return DataLoader(files, args.batch_size, shuffle=True, num_workers=workers, drop_last=True)
+            return DataLoader(
+                files, args.batch_size, shuffle=True, num_workers=workers, drop_last=True
+            )
 
         return Timed(args.batches, loader)
 
     def stream(data: LatentCache, workers: int) -> Timed:
-        return Timed(args.batches, lambda: TrainingStream(data, 0, args.batch_size).loader(0, 10**6, workers, False))
+        return Timed(
+            args.batches,
+            lambda: TrainingStream(data, 0, args.batch_size).loader(0, 10**6, workers, False),
+        )
 
     source, target = (np.zeros((args.batch_size, *SHAPE), np.float16) for _ in range(2))
 
@@ -138,10 +181,13 @@ def main() -> None:
             np.copyto(target, source)
 
     warm = {
-        "npy": npy(0), "cache": stream(cache, 0), "memory": stream(in_memory, 0),
+        "npy": npy(0),
+        "cache": stream(cache, 0),
+        "memory": stream(in_memory, 0),
         f"npy, {args.num_workers} workers": npy(args.num_workers),
-        f"cache, {args.num_workers} workers": stream(cache, args.num_workers), "copy": copy,
-    }  # fmt: skip
+        f"cache, {args.num_workers} workers": stream(cache, args.num_workers),
+        "copy": copy,
+    }
     try:
         for folder in (root / "npy", root / "cache"):
             for path in folder.rglob("*.npy"):
@@ -157,7 +203,10 @@ def main() -> None:
         few = max(1, args.batches // 10)
         cold_npy, cold_cache = npy(0), stream(cache, 0)  # whose maps are open by now
         cold_npy.batches = cold_cache.batches = few
-        rows = {"npy, cold": (cold_npy, root / "npy"), "cache, cold": (cold_cache, root / "cache", cache)}
+        rows = {
+            "npy, cold": (cold_npy, root / "npy"),
+            "cache, cold": (cold_cache, root / "cache", cache),
+        }
         actions = {name: cold(*row) for name, row in rows.items()}
         actions |= {f"evict {name}": partial(evict, *row[1:]) for name, row in rows.items()}
         times, _ = in_turn(actions, CPU, args.rounds, 1, 1)
@@ -166,20 +215,33 @@ def main() -> None:
     per_call = dict.fromkeys(warm, args.batches) | dict.fromkeys(rows, few)
     seconds |= {name: [a - b for a, b in zip(times[name], times[f"evict {name}"])] for name in rows}
     results = {
-        name: {"batch_s": spread([value / per_call[name] for value in values]),
-               "samples_per_s": args.batch_size * per_call[name] / spread(values)["median"]}
+        name: {
+            "batch_s": spread([value / per_call[name] for value in values]),
+            "samples_per_s": args.batch_size * per_call[name] / spread(values)["median"],
+        }
         for name, values in seconds.items()
-    }  # fmt: skip
+    }
     workers = f", {args.num_workers} workers"
-    pairs = (("npy", "cache"), ("npy", "memory"), (f"npy{workers}", f"cache{workers}"), ("npy, cold", "cache, cold"))
+    pairs = (
+        ("npy", "cache"),
+        ("npy", "memory"),
+        (f"npy{workers}", f"cache{workers}"),
+        ("npy, cold", "cache, cold"),
+    )
     report(
         {
-            "benchmark": "data_loading", "machine": machine(CPU), "images": args.images, "shards": args.shards,
-            "batch_size": args.batch_size, "rounds": args.rounds, "batches": args.batches,
-            "results": results, "ratios": {f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
+            "benchmark": "data_loading",
+            "machine": machine(CPU),
+            "images": args.images,
+            "shards": args.shards,
+            "batch_size": args.batch_size,
+            "rounds": args.rounds,
+            "batches": args.batches,
+            "results": results,
+            "ratios": {f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
         },
         args.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -31,19 +31,31 @@ from training.throughput import matmul_rate
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m benchmarks.encode", "--dest PATH")
-    # fmt: off
+
     add = parser.add_argument
     add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
-    add("--images", type=cli.positive, default=512 if torch.cuda.is_available() else 16, help="images")
+    add(
+        "--images",
+        type=cli.positive,
+        default=512 if torch.cuda.is_available() else 16,
+        help="images",
+    )
     add("--resolution", type=cli.positive, default=256, help="pixels a side")
     add("--vae", help="hub id or folder (default: random weights)")
     add("--precision", choices=PRECISIONS, default="fp32", help="as encode_latents'")
     add("--batch-size", type=cli.count, default=0, help="as encode_latents'")
-    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="as encode_latents'")
+    add(
+        "--device",
+        type=cli.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="as encode_latents'",
+    )
     add("--num-workers", type=int, default=-1, help="as encode_latents'")
-    add("--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts")
+    add(
+        "--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts"
+    )
     add("--json", type=Path, help="file for the result")
-    # fmt: on
+
     return parser.parse_args()
 
 
@@ -53,9 +65,14 @@ def random_vae(folder: Path) -> Path:
 
     torch.manual_seed(0)
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, norm_num_groups=32, sample_size=256,
-    ).save_pretrained(folder)  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=256,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -64,9 +81,13 @@ def photographs(folder: Path, count: int) -> Path:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in tqdm(range(count), desc="images"):
-        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
         grain = rng.integers(-16, 17, (375, 500, 3))
-        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{i:06d}.jpg", quality=90)
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(
+            folder / f"{i:06d}.jpg", quality=90
+        )
     return folder.parent
 
 
@@ -78,16 +99,27 @@ def main() -> None:
     source = photographs(root / "images/class", args.images)
     batch_size = args.batch_size or automatic(args.resolution, torch.device(args.device))
     settings = Settings(
-        str(source), resolution=args.resolution, vae=vae, precision=args.precision, batch_size=batch_size,
+        str(source),
+        resolution=args.resolution,
+        vae=vae,
+        precision=args.precision,
+        batch_size=batch_size,
         shard_size=batch_size * -(-args.images // (2 * batch_size)),  # two shards
-    )  # fmt: skip
+    )
     threads = torch.get_num_threads()
     job = Encoding(settings, args.device, args.num_workers, world)
     own_threads, device, cache = torch.get_num_threads(), job.device, root / "cache"
     square, count = Square(args.resolution), range(args.images)
     pixels = torch.from_numpy(np.stack([square.read(job.source, i).pixels for i in count]))
     decoded = [
-        Decoded(0, len(part), part.pin_memory() if device.type == "cuda" else part, np.zeros(len(part)), [], Counter())
+        Decoded(
+            0,
+            len(part),
+            part.pin_memory() if device.type == "cuda" else part,
+            np.zeros(len(part)),
+            [],
+            Counter(),
+        )
         for part in pixels.split(job.batch_size)
     ]
 
@@ -118,14 +150,24 @@ def main() -> None:
             square.read(job.source, i)
 
     with FlopCounterMode(display=False) as counter:
-        Autoencoder(vae).encode(torch.zeros(1, 3, args.resolution, args.resolution, dtype=torch.uint8))
+        Autoencoder(vae).encode(
+            torch.zeros(1, 3, args.resolution, args.resolution, dtype=torch.uint8)
+        )
     flops = counter.get_total_flops()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     torch.set_num_threads(threads)
     rate = matmul_rate(device, dtype, seconds=1.0)
-    job.preview = lambda: (Image.new("RGB", (8, 8)), "left out")  # it is drawn once a cache, not once a shard
+    job.preview = lambda: (
+        Image.new("RGB", (8, 8)),
+        "left out",
+    )  # it is drawn once a cache, not once a shard
     try:
-        actions = {"encode_latents": ours, "VAE alone": alone, "one at a time": one_at_a_time, "decoding alone": decode}
+        actions = {
+            "encode_latents": ours,
+            "VAE alone": alone,
+            "one at a time": one_at_a_time,
+            "decoding alone": decode,
+        }
         seconds, peak = in_turn(actions, device, args.rounds, 1, 1)
     finally:
         shutil.rmtree(root)
@@ -135,23 +177,36 @@ def main() -> None:
     for name, values in seconds.items():
         images_per_s = args.images / spread(values)["median"]
         results[name] = {
-            "image_s": spread([value / args.images for value in values]), "images_per_s": images_per_s,
-            "share_of_matmul_rate": None if name == "decoding alone" else flops * images_per_s / rate,
+            "image_s": spread([value / args.images for value in values]),
+            "images_per_s": images_per_s,
+            "share_of_matmul_rate": None
+            if name == "decoding alone"
+            else flops * images_per_s / rate,
             "peak_memory_gib": peak[name],
-        }  # fmt: skip
+        }
     report(
         {
-            "benchmark": "encode", "machine": machine(device), "images": args.images, "resolution": args.resolution,
-            "vae": args.vae or "random weights of sd-vae-ft-mse's shape", "precision": args.precision,
-            "batch_size": job.batch_size, "num_workers": job.num_workers, "rounds": args.rounds,
-            "flops_per_image": flops, "matmul_flops_per_s": rate, "results": results,
+            "benchmark": "encode",
+            "machine": machine(device),
+            "images": args.images,
+            "resolution": args.resolution,
+            "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
+            "precision": args.precision,
+            "batch_size": job.batch_size,
+            "num_workers": job.num_workers,
+            "rounds": args.rounds,
+            "flops_per_image": flops,
+            "matmul_flops_per_s": rate,
+            "results": results,
             "ratios": {
-                "one at a time/encode_latents": ratio(seconds["one at a time"], seconds["encode_latents"]),
+                "one at a time/encode_latents": ratio(
+                    seconds["one at a time"], seconds["encode_latents"]
+                ),
                 "VAE alone/encode_latents": ratio(seconds["VAE alone"], seconds["encode_latents"]),
             },
         },
         args.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -26,15 +26,27 @@ PAIRS = {"frechet_distance": "sqrtm", "statistics": "numpy", "precision_recall":
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m benchmarks.evaluation", "[--json PATH]")
-    # fmt: off
+
     add = parser.add_argument
-    add("--images", type=cli.positive, default=10_000, help="rows of each of the two sets of features")
+    add(
+        "--images",
+        type=cli.positive,
+        default=10_000,
+        help="rows of each of the two sets of features",
+    )
     add("--width", type=cli.positive, default=2048, help="features an image")
-    add("--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts")
+    add(
+        "--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts"
+    )
     add("--warm-up", type=cli.count, default=1, help="rounds before those")
-    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where ours runs")
+    add(
+        "--device",
+        type=cli.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where ours runs",
+    )
     add("--json", type=Path, help="file for the result")
-    # fmt: on
+
     return parser.parse_args()
 
 
@@ -43,7 +55,10 @@ def main() -> None:
     device = torch.device(args.device)
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((args.width, args.width), np.float32) / args.width**0.5
-    a, b = (np.maximum(rng.standard_normal((args.images, args.width), np.float32) @ mix + 0.3, 0) for _ in range(2))
+    a, b = (
+        np.maximum(rng.standard_normal((args.images, args.width), np.float32) @ mix + 0.3, 0)
+        for _ in range(2)
+    )
     s_a, s_b = (statistics(x, device) for x in (a, b))
     actions: dict[str, Callable[[], object]] = {
         "frechet_distance": partial(frechet_distance, s_a, s_b, device),
@@ -51,18 +66,26 @@ def main() -> None:
         "statistics": partial(statistics, a, device),
         "numpy": lambda: (a.mean(0), np.cov(a, rowvar=False)),
         "precision_recall": partial(precision_recall, a, b, device=device),
-        "torch-fidelity": partial(prc_features_to_metric, torch.from_numpy(b), torch.from_numpy(a), verbose=False),
+        "torch-fidelity": partial(
+            prc_features_to_metric, torch.from_numpy(b), torch.from_numpy(a), verbose=False
+        ),
     }
     seconds, _ = in_turn(actions, device, args.rounds, 1, args.warm_up)
     report(
         {
-            "benchmark": "evaluation", "machine": machine(device) | {"numpy": np.__version__, "scipy": scipy.__version__},
-            "images": args.images, "width": args.width, "rounds": args.rounds,
+            "benchmark": "evaluation",
+            "machine": machine(device) | {"numpy": np.__version__, "scipy": scipy.__version__},
+            "images": args.images,
+            "width": args.width,
+            "rounds": args.rounds,
             "results": {name: {"call_s": spread(values)} for name, values in seconds.items()},
-            "ratios": {f"{other}/{own}": ratio(seconds[other], seconds[own]) for own, other in PAIRS.items()},
+            "ratios": {
+                f"{other}/{own}": ratio(seconds[other], seconds[own])
+                for own, other in PAIRS.items()
+            },
         },
         args.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,16 @@ from common.files import write_file
 
 def machine(device: torch.device) -> dict:
     """What a figure depends on beside the code."""
-    info = {"device": platform.processor() or platform.machine(), "cpu_threads": torch.get_num_threads()}
+    info = {
+        "device": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+    }
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in cpuinfo.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     info["device"] = names[0] if names else info["device"]
     if device.type == "cuda":
         info |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
@@ -41,7 +48,11 @@ def first_call(action: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turn(
-    actions: dict[str, Callable[[], object]], device: torch.device, rounds: int, calls: int, warm_up: int
+    actions: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    calls: int,
+    warm_up: int,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Times the actions A B C A B C ..., so that a machine whose speed drifts drifts for all: seconds a call, one for each
     round, of `calls` calls without waiting between them; and the peak memory of each in GiB (on CPUs: of the process)."""
@@ -71,7 +82,9 @@ def peak_memory(device: torch.device) -> float:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median, with the quartiles around it."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    )
     return {"median": median, "quartiles": [low, high]}
 
 

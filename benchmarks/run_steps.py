@@ -35,7 +35,9 @@ def count_flops(args: argparse.Namespace) -> int:
     return training_flops(SiTConfig(**config["model"]), config["align"], data)
 
 
-def time_runs(runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm_up: int = 2) -> dict[str, dict]:
+def time_runs(
+    runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm_up: int = 2
+) -> dict[str, dict]:
     """Seconds of an update: median and quartiles over `rounds` of `calls` updates of a batch that is in memory, without waiting
     between them. Raises UserError."""
     precisions = {precision(args.mixed_precision) for args in runs.values()}
@@ -47,8 +49,17 @@ def time_runs(runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm
         cache, data, config = planned(args)
         state = build(args, config, device)
         targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
-        step = Step(args, accelerator, cache.manifest, state, targets, Guard(state.optimizer, args.mixed_precision == "fp16"))
+        step = Step(
+            args,
+            accelerator,
+            cache.manifest,
+            state,
+            targets,
+            Guard(state.optimizer, args.mixed_precision == "fp16"),
+        )
         batch = TrainingStream(cache, args.seed, args.batch_size, extra=alignment.extra(targets))[0]
-        actions[name] = partial(step, tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch)
+        actions[name] = partial(
+            step, tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch
+        )
     seconds, _ = in_turn(actions, device, rounds, calls, warm_up)
     return {name: spread(values) for name, values in seconds.items()}

@@ -53,21 +53,34 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m benchmarks.sampling", "--dest PATH")
     cuda = torch.cuda.is_available()
-    # fmt: off
+
     add = parser.add_argument
     add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
-    add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="a preset of models/sit.py")
+    add(
+        "--model",
+        choices=PRESETS,
+        default="SiT-XL/2",
+        metavar="NAME",
+        help="a preset of models/sit.py",
+    )
     add("--resolution", type=cli.positive, default=256, help="pixels a side")
     add("--vae", help="hub id or folder (default: random weights)")
     add("--mode", choices=("sde", "ode"), default="sde", help="as sample_ddp.py's")
-    add("--num-steps", type=cli.positive, default=250 if cuda else 10, help="steps from noise to data")
+    add(
+        "--num-steps",
+        type=cli.positive,
+        default=250 if cuda else 10,
+        help="steps from noise to data",
+    )
     add("--cfg-scale", type=cli.amount, default=1.5, help="classifier-free guidance; 1 is none")
     add("--images", type=cli.positive, default=512 if cuda else 8, help="images of one timing")
     add("--batch-size", type=cli.positive, default=128 if cuda else 4, help="images made at once")
-    add("--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts")
+    add(
+        "--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts"
+    )
     add("--warm-up", type=cli.count, default=1, help="rounds before those")
     add("--json", type=Path, help="file for the result")
-    # fmt: on
+
     return parser.parse_args()
 
 
@@ -80,7 +93,16 @@ def random_source(name: str, vae: Autoencoder, resolution: int) -> Pretrained:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     who = {"checkpoint": "random weights", "ema_sha256": "", "model": name, "step": None}
-    return Pretrained(model, "linear", "v", vae.name, None, [str(k) for k in range(config.num_classes)], "random", who)
+    return Pretrained(
+        model,
+        "linear",
+        "v",
+        vae.name,
+        None,
+        [str(k) for k in range(config.num_classes)],
+        "random",
+        who,
+    )
 
 
 def sampling_flags(args: argparse.Namespace) -> list:
@@ -93,28 +115,47 @@ class Sampler:
     """sample_ddp.py's own work with these flags, from a network in memory to an .npz."""
 
     def __init__(self, flags: list, source: Pretrained, vae: Autoencoder, world: World):
-        self.args, self.device, self.vae = sample_ddp.parse_args(["--ckpt", ".", *map(str, flags)]), world.device(), vae
+        self.args, self.device, self.vae = (
+            sample_ddp.parse_args(["--ckpt", ".", *map(str, flags)]),
+            world.device(),
+            vae,
+        )
         self.model = copy.deepcopy(source.model).to(self.device)
         if self.args.compile:
             for module in self.model.modules():
                 if isinstance(module, SiTBlock):
                     module.compile()
-        self.count, self.size, classes = self.args.num_fid_samples, self.args.per_proc_batch_size, self.model.config.num_classes
-        recipe = sample_ddp.make_recipe(self.args)._replace(path_type=source.path_type, prediction=source.prediction)
-        self.recipe, self.dtype = recipe.with_labels(classes, self.count), DTYPES[self.args.mixed_precision]
+        self.count, self.size, classes = (
+            self.args.num_fid_samples,
+            self.args.per_proc_batch_size,
+            self.model.config.num_classes,
+        )
+        recipe = sample_ddp.make_recipe(self.args)._replace(
+            path_type=source.path_type, prediction=source.prediction
+        )
+        self.recipe, self.dtype = (
+            recipe.with_labels(classes, self.count),
+            DTYPES[self.args.mixed_precision],
+        )
         self.what = sample_ddp.describe(self.args, source, vae, self.recipe, self.device)
         self.threads = 2 if self.device.type == "cuda" else world.cores
 
     def __call__(self, folder: Path) -> Path:
         """Writes samples.npz and its company into the folder; returns its path."""
         set_up(self.device, self.args.allow_tf32, 1)
-        labels = self.recipe.classes(torch.arange(self.count), self.model.config.num_classes).numpy()
+        labels = self.recipe.classes(
+            torch.arange(self.count), self.model.config.num_classes
+        ).numpy()
         store = SampleStore(folder, "samples", self.what, {})
         store.choose(labels)
         with ExitStack() as held, tqdm(total=self.count, disable=True) as bar:
             done = store.claim(held)
-            worker = sample_ddp.Worker(self.model, self.vae, self.recipe, self.dtype, store, done, {}, self.device)
-            sample_ddp.make(worker, store.to_do(done), self.threads, self.args.compile, bar, self.size)
+            worker = sample_ddp.Worker(
+                self.model, self.vae, self.recipe, self.dtype, store, done, {}, self.device
+            )
+            sample_ddp.make(
+                worker, store.to_do(done), self.threads, self.args.compile, bar, self.size
+            )
             store.finish(labels)
             store.clear()
         return store.npz
@@ -122,7 +163,10 @@ class Sampler:
     @torch.no_grad()
     def evaluate(self, k: int) -> None:
         """The network's part of a batch."""
-        t, y = torch.full((self.size,), 0.5, device=self.device), torch.arange(self.size, device=self.device)
+        t, y = (
+            torch.full((self.size,), 0.5, device=self.device),
+            torch.arange(self.size, device=self.device),
+        )
         x, y = self._latents(), y % self.model.config.num_classes
         if self.args.cfg_scale > 1:
             x, t, y = (torch.cat((part, part)) for part in (x, t, y))
@@ -142,7 +186,9 @@ class Sampler:
 
     def _latents(self) -> Tensor:
         config = self.model.config
-        return torch.randn(self.size, config.channels, config.latent_size, config.latent_size, device=self.device)
+        return torch.randn(
+            self.size, config.channels, config.latent_size, config.latent_size, device=self.device
+        )
 
 
 def set_up(device: torch.device, tf32: bool, threads: int) -> None:
@@ -153,7 +199,9 @@ def set_up(device: torch.device, tf32: bool, threads: int) -> None:
 
 
 @torch.no_grad()
-def plain(model: SiT, vae: Autoencoder, args: argparse.Namespace, device: torch.device, folder: Path) -> Path:
+def plain(
+    model: SiT, vae: Autoencoder, args: argparse.Namespace, device: torch.device, folder: Path
+) -> Path:
     """What `plain` is: writes folder/INDEX.png and then folder.npz."""
     config, size = model.config, args.batch_size
     shape = (size, config.channels, config.latent_size, config.latent_size)
@@ -171,7 +219,9 @@ def plain(model: SiT, vae: Autoencoder, args: argparse.Namespace, device: torch.
         else:
             latents = sde(velocity, PATHS["linear"], noise, args.num_steps, brownian)
         decoded = vae.vae.decode(vae.scale.denormalize(latents.float())).sample
-        pixels = ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+        pixels = (
+            ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+        )
         for i, image in enumerate(pixels, first):
             Image.fromarray(image).save(folder / f"{i:06d}.png")
     whole = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(args.images)])
@@ -190,12 +240,16 @@ def main() -> None:
         raise UserError(str(error)) from None
     step = vae.factor * PRESETS[args.model]["patch"]
     if args.resolution % step:
-        raise UserError(f"--resolution {args.resolution} is no multiple of {step}, the pixels of a token of {args.model}")
+        raise UserError(
+            f"--resolution {args.resolution} is no multiple of {step}, the pixels of a token of {args.model}"
+        )
     source = random_source(args.model, vae, args.resolution)
     config, flags = source.model.config, sampling_flags(args)
     cuda = device.type == "cuda"
     variants = VARIANTS if cuda else {"fp32": []}
-    ours = {variant: Sampler([*flags, *more], source, vae, world) for variant, more in variants.items()}
+    ours = {
+        variant: Sampler([*flags, *more], source, vae, world) for variant, more in variants.items()
+    }
     network = source.model.to(device)
 
     folders = (root / f"samples{k}" for k in itertools.count())
@@ -235,25 +289,43 @@ def main() -> None:
         images_per_s = args.images / spread(values)["median"]
         needed = flops.get(way.removesuffix(" alone"), sum(flops.values()))
         results[name] = {
-            "image_s": spread([value / args.images for value in values]), "fastest_image_s": min(values) / args.images,
+            "image_s": spread([value / args.images for value in values]),
+            "fastest_image_s": min(values) / args.images,
             "images_per_s": images_per_s,
-            "share_of_matmul_rate": needed * images_per_s / rate[variant or ("tf32" if cuda else "fp32")],
+            "share_of_matmul_rate": needed
+            * images_per_s
+            / rate[variant or ("tf32" if cuda else "fp32")],
             "peak_memory_gib": peak[name],
-        }  # fmt: skip
+        }
     for variant in ours:
-        own, least = seconds[f"sample_ddp, {variant}"], zip(*(seconds[f"{part} alone, {variant}"] for part in flops))
+        own, least = (
+            seconds[f"sample_ddp, {variant}"],
+            zip(*(seconds[f"{part} alone, {variant}"] for part in flops)),
+        )
         ratios[f"plain/sample_ddp, {variant}"] = ratio(seconds["plain"], own)
         ratios[f"alone/sample_ddp, {variant}"] = ratio([sum(parts) for parts in least], own)
     report(
         {
-            "benchmark": "sampling", "machine": machine(device), "load_average": [load, os.getloadavg()[0]],
-            "model": args.model, "resolution": args.resolution, "latent_size": config.latent_size,
-            "vae": args.vae or "random weights of sd-vae-ft-mse's shape", "mode": args.mode, "num_steps": args.num_steps,
-            "cfg_scale": args.cfg_scale, "images": args.images, "batch_size": args.batch_size, "rounds": args.rounds,
-            "flops_per_image": flops, "matmul_flops_per_s": rate, "results": results, "ratios": ratios,
+            "benchmark": "sampling",
+            "machine": machine(device),
+            "load_average": [load, os.getloadavg()[0]],
+            "model": args.model,
+            "resolution": args.resolution,
+            "latent_size": config.latent_size,
+            "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
+            "mode": args.mode,
+            "num_steps": args.num_steps,
+            "cfg_scale": args.cfg_scale,
+            "images": args.images,
+            "batch_size": args.batch_size,
+            "rounds": args.rounds,
+            "flops_per_image": flops,
+            "matmul_flops_per_s": rate,
+            "results": results,
+            "ratios": ratios,
         },
         args.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -44,31 +44,59 @@ from training.throughput import matmul_rate, training_flops
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What to time and how; benchmarks/cost.py takes them too."""
-    # fmt: off
+
     add = parser.add_argument
-    add("--model", choices=PRESETS, default="SiT-XL/2", metavar="NAME", help="a preset of models/sit.py")
-    add("--align", type=way, nargs="+", default=["none", "sra2"], metavar="WAY",
-        help=f"what to compare: none, {', '.join(TARGETS)}, or several of these as in sra2+repa")
+    add(
+        "--model",
+        choices=PRESETS,
+        default="SiT-XL/2",
+        metavar="NAME",
+        help="a preset of models/sit.py",
+    )
+    add(
+        "--align",
+        type=way,
+        nargs="+",
+        default=["none", "sra2"],
+        metavar="WAY",
+        help=f"what to compare: none, {', '.join(TARGETS)}, or several of these as in sra2+repa",
+    )
     add("--repa-encoder", metavar="NAME", help="as train.py's")
     add("--batch-size", type=cli.positive, default=256, help="images of one update")
-    add("--precision", choices=("auto", "no", "fp16", "bf16"), default="auto", help="as train.py's --mixed-precision")
+    add(
+        "--precision",
+        choices=("auto", "no", "fp16", "bf16"),
+        default="auto",
+        help="as train.py's --mixed-precision",
+    )
     add("--compile", action="store_true", help="as train.py's")
     add("--activation-checkpointing", action="store_true", help="as train.py's")
     add("--allow-tf32", action="store_true", help="as train.py's")
     add("--gradient-accumulation-steps", type=cli.positive, default=1, help="as train.py's")
-    add("--latent-size", type=cli.positive, default=32, help="side of the latents: 32 for 256 pixels, 64 for 512")
-    add("--rounds", type=cli.positive, default=20, help="timings of each, of which the median counts")
+    add(
+        "--latent-size",
+        type=cli.positive,
+        default=32,
+        help="side of the latents: 32 for 256 pixels, 64 for 512",
+    )
+    add(
+        "--rounds",
+        type=cli.positive,
+        default=20,
+        help="timings of each, of which the median counts",
+    )
     add("--steps", type=cli.positive, help="steps of one timing (default: 10 on a GPU, 1 on CPUs)")
     add("--warm-up", type=cli.count, default=2, help="rounds before those")
     add("--json", type=Path, help="file for the result")
-    # fmt: on
 
 
 def way(text: str) -> str:
     """An argparse type: none, or methods joined by +."""
     names = text.split("+")
     if text != "none" and (not {*names} <= {*TARGETS} or len({*names}) < len(names)):
-        raise argparse.ArgumentTypeError(f"{text} is neither none nor some of {', '.join(TARGETS)} joined by +")
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither none nor some of {', '.join(TARGETS)} joined by +"
+        )
     return text
 
 
@@ -101,8 +129,20 @@ class Plan(NamedTuple):
 def plan(args: argparse.Namespace, names: list[str]) -> Plan:
     """Nothing is built yet. Raises UserError."""
     every = dict.fromkeys(method for name in names for method in methods(name))
-    given = ["--model", args.model, "--batch-size", args.batch_size, "--mixed-precision", args.precision]
-    given += ["--gradient-accumulation-steps", args.gradient_accumulation_steps, "--align", *(every or ["none"])]
+    given = [
+        "--model",
+        args.model,
+        "--batch-size",
+        args.batch_size,
+        "--mixed-precision",
+        args.precision,
+    ]
+    given += [
+        "--gradient-accumulation-steps",
+        args.gradient_accumulation_steps,
+        "--align",
+        *(every or ["none"]),
+    ]
     given += ["--repa-encoder", args.repa_encoder] if args.repa_encoder else []
     given += [
         flag
@@ -111,7 +151,9 @@ def plan(args: argparse.Namespace, names: list[str]) -> Plan:
     ]
     flags, manifest = flags_of_training(given), synthetic_manifest(args.latent_size)
     if args.latent_size % PRESETS[args.model]["patch"]:
-        raise UserError(f"--latent-size {args.latent_size}: {args.model} cannot cut it into patches")
+        raise UserError(
+            f"--latent-size {args.latent_size}: {args.model} cannot cut it into patches"
+        )
     data = replace(alignment.data_of(manifest), images=True)
     config = make_config(flags, manifest, data)
     return Plan(flags, manifest, data, config, SiTConfig(**config["model"]))
@@ -120,10 +162,21 @@ def plan(args: argparse.Namespace, names: list[str]) -> Plan:
 def synthetic_manifest(latent_size: int = 32) -> Manifest:
     """Of a cache of ImageNet's latents, as far as a step reads it."""
     return Manifest(
-        source="synthetic", count=1_281_167, num_classes=1000, class_names=[], resolution=8 * latent_size, crop="", vae="",
-        vae_fingerprint="", scale=0.18215, shift=0.0, latent_shape=[4, latent_size, latent_size], dtype="float16",
-        mean=[], std=[],
-    )  # fmt: skip
+        source="synthetic",
+        count=1_281_167,
+        num_classes=1000,
+        class_names=[],
+        resolution=8 * latent_size,
+        crop="",
+        vae="",
+        vae_fingerprint="",
+        scale=0.18215,
+        shift=0.0,
+        latent_shape=[4, latent_size, latent_size],
+        dtype="float16",
+        mean=[],
+        std=[],
+    )
 
 
 def random_batch(manifest: Manifest, size: int, pinned: bool) -> tuple[torch.Tensor, ...]:
@@ -142,14 +195,23 @@ def random_images(data: Data, size: int, pinned: bool) -> tuple[torch.Tensor]:
     return (images.pin_memory() if pinned else images,)
 
 
-def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: AlignedSiT, batch) -> Callable[[], None]:
+def plain_step(
+    flags, accelerator: Accelerator, manifest: Manifest, model: AlignedSiT, batch
+) -> Callable[[], None]:
     """What `plain` is."""
     device, shape = accelerator.device, tuple(manifest.latent_shape)
     number, moments, labels = (tensor.to(device) for tensor in batch)
-    latent, t = moments.float().chunk(2, 1)[0] * manifest.scale, uniform(0, Purpose.TIME, number).float()
-    x_t, v = interpolate(PATHS["linear"], latent, normal(0, Purpose.NOISE, number, shape).float(), t)
+    latent, t = (
+        moments.float().chunk(2, 1)[0] * manifest.scale,
+        uniform(0, Purpose.TIME, number).float(),
+    )
+    x_t, v = interpolate(
+        PATHS["linear"], latent, normal(0, Purpose.NOISE, number, shape).float(), t
+    )
     target = latent_tokens(latent, PRESETS[flags.model]["patch"])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0, fused=True
+    )
     scaler, parts = accelerator.scaler, flags.gradient_accumulation_steps
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
@@ -158,7 +220,11 @@ def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: Align
             with torch.autocast(device.type, dtype) if dtype else nullcontext():
                 velocity, kept = model.backbone(x, s, y, return_blocks=(model.blocks["sra2"],))
                 projected = model.heads["sra2"](kept[model.blocks["sra2"]])
-            loss = F.mse_loss(velocity.float(), u) + 1 - F.cosine_similarity(projected.float(), z, dim=-1).mean()
+            loss = (
+                F.mse_loss(velocity.float(), u)
+                + 1
+                - F.cosine_similarity(projected.float(), z, dim=-1).mean()
+            )
             (scaler.scale(loss) if scaler else loss).div(parts).backward()
         if scaler:
             scaler.step(optimizer)
@@ -170,7 +236,9 @@ def plain_step(flags, accelerator: Accelerator, manifest: Manifest, model: Align
     return step
 
 
-def steps(args: argparse.Namespace, accelerator: Accelerator, names: list[str]) -> dict[str, Callable[[], object]]:
+def steps(
+    args: argparse.Namespace, accelerator: Accelerator, names: list[str]
+) -> dict[str, Callable[[], object]]:
     """Of each way one update of train.py's on a batch of its own kind. Raises UserError."""
     flags, manifest, data, config, _ = plan(args, names)
     device, actions = accelerator.device, {}
@@ -187,10 +255,13 @@ def steps(args: argparse.Namespace, accelerator: Accelerator, names: list[str]) 
             continue
         step = copy.copy(whole)
         heads, blocks, step.targets, step.stop = (
-            {method: each[method] for method in methods(name)} for each in (network.heads, network.blocks, targets, whole.stop)
+            {method: each[method] for method in methods(name)}
+            for each in (network.heads, network.blocks, targets, whole.stop)
         )
         step.model = accelerator.prepare(AlignedSiT(network.backbone, heads, blocks))
-        actions[name] = partial(step, (*latents, *images) if alignment.extra(step.targets) else latents)
+        actions[name] = partial(
+            step, (*latents, *images) if alignment.extra(step.targets) else latents
+        )
     return actions
 
 
@@ -199,20 +270,30 @@ def peak_alone(args: argparse.Namespace, accelerator: Accelerator, name: str) ->
     accelerator.free_memory()
     gc.collect()
     held = torch.cuda.memory_allocated(accelerator.device) / 2**30
-    _, peak = in_turn(steps(args, accelerator, [name]), accelerator.device, rounds=1, calls=1, warm_up=2)
+    _, peak = in_turn(
+        steps(args, accelerator, [name]), accelerator.device, rounds=1, calls=1, warm_up=2
+    )
     return peak[name] - held
 
 
 def measure(args: argparse.Namespace, names: list[str]) -> dict:
     """Seconds, memory and rates of each way, and how they compare. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("this benchmark runs on one process; train.py's own gauges tell the speed of several")
+        raise UserError(
+            "this benchmark runs on one process; train.py's own gauges tell the speed of several"
+        )
     planned = plan(args, names)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(args.precision))
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=precision(args.precision)
+    )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     device, network = accelerator.device, planned.network
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    rate = matmul_rate(device, dtype, seconds=1.0)  # before and after, as machines heat up and neighbours come and go
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        accelerator.mixed_precision, torch.float32
+    )
+    rate = matmul_rate(
+        device, dtype, seconds=1.0
+    )  # before and after, as machines heat up and neighbours come and go
 
     actions = steps(args, accelerator, names)
     calls = args.steps or (10 if device.type == "cuda" else 1)
@@ -228,20 +309,38 @@ def measure(args: argparse.Namespace, names: list[str]) -> dict:
         images_per_s = args.batch_size / spread(values)["median"]
         flops = training_flops(network, planned.align(name), planned.data)
         results[name] = {
-            "step_s": spread(values), "images_per_s": images_per_s, "mfu": flops * images_per_s / rate,
-            "peak_memory_gib": peak[name], "first_step_s": first[name],
-        }  # fmt: skip
+            "step_s": spread(values),
+            "images_per_s": images_per_s,
+            "mfu": flops * images_per_s / rate,
+            "peak_memory_gib": peak[name],
+            "first_step_s": first[name],
+        }
     aligned = [name for name in seconds if name not in ("none", "plain")]
-    pairs = [(a, b) for a in aligned for b in ("none", "plain") if b in seconds and (b == "none" or a == "sra2")]
+    pairs = [
+        (a, b)
+        for a in aligned
+        for b in ("none", "plain")
+        if b in seconds and (b == "none" or a == "sra2")
+    ]
     return {
-        "benchmark": "train_step", "machine": machine(device), "model": args.model, "batch_size": args.batch_size,
-        "latent_size": args.latent_size, "precision": accelerator.mixed_precision, "compile": args.compile,
-        "activation_checkpointing": args.activation_checkpointing, "allow_tf32": args.allow_tf32,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps, "rounds": args.rounds, "steps": calls,
+        "benchmark": "train_step",
+        "machine": machine(device),
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "latent_size": args.latent_size,
+        "precision": accelerator.mixed_precision,
+        "compile": args.compile,
+        "activation_checkpointing": args.activation_checkpointing,
+        "allow_tf32": args.allow_tf32,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "rounds": args.rounds,
+        "steps": calls,
         "encoder_weights": "random" if "repa" in planned.flags.align else None,
-        "matmul_flops_per_s": rate, "forward_flops_per_image": backbone_flops(network),
-        "results": results, "ratios": {f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
-    }  # fmt: skip
+        "matmul_flops_per_s": rate,
+        "forward_flops_per_image": backbone_flops(network),
+        "results": results,
+        "ratios": {f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
+    }
 
 
 def main() -> None:

@@ -31,26 +31,38 @@ def frequency_map(frequencies: int = 256) -> Tensor:
     half = frequencies // 2
     nodes = torch.arange(400, dtype=torch.float64)
     t = (1 - torch.cos(math.pi * (nodes + 0.5) / len(nodes))) / 2
-    omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1))  # rounded as theirs are
+    omega = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1)
+    )  # rounded as theirs are
 
     def features(omega: Tensor) -> Tensor:
         angle = t[:, None] * omega.double()
         return torch.cat((angle.cos(), angle.sin()), 1)
 
-    return (torch.linalg.pinv(features(omega * TIMESTEPS), rtol=1e-9) @ features(TimestepEmbedder(1, frequencies).omega)).T
+    return (
+        torch.linalg.pinv(features(omega * TIMESTEPS), rtol=1e-9)
+        @ features(TimestepEmbedder(1, frequencies).omega)
+    ).T
 
 
 def to_diffusers(model: SiT) -> DiTTransformer2DModel:
     """The same function of (x, TIMESTEPS t, y), in eval mode; how nearly, `difference` says."""
     config, state = model.config, model.state_dict()
     dit = DiTTransformer2DModel(
-        num_attention_heads=config.heads, attention_head_dim=config.width // config.heads, in_channels=config.channels,
-        num_layers=config.depth, sample_size=config.latent_size, patch_size=config.patch,
-        num_embeds_ada_norm=config.num_classes, norm_eps=1e-6,
-    )  # fmt: skip
+        num_attention_heads=config.heads,
+        attention_head_dim=config.width // config.heads,
+        in_channels=config.channels,
+        num_layers=config.depth,
+        sample_size=config.latent_size,
+        patch_size=config.patch,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=1e-6,
+    )
     time = state["t_embedder.mlp.0.weight"]
     embedders = {
-        "timestep_embedder.linear_1.weight": (time.double() @ frequency_map(time.shape[1])).to(time.dtype),
+        "timestep_embedder.linear_1.weight": (time.double() @ frequency_map(time.shape[1])).to(
+            time.dtype
+        ),
         "timestep_embedder.linear_1.bias": state["t_embedder.mlp.0.bias"],
         "timestep_embedder.linear_2.weight": state["t_embedder.mlp.2.weight"],
         "timestep_embedder.linear_2.bias": state["t_embedder.mlp.2.bias"],
@@ -70,7 +82,9 @@ def to_diffusers(model: SiT) -> DiTTransformer2DModel:
             theirs[f"{block}.ff.net.0.proj.{kind}"] = state[f"{ours}.mlp.fc1.{kind}"]
             theirs[f"{block}.ff.net.2.{kind}"] = state[f"{ours}.mlp.fc2.{kind}"]
     theirs |= {
-        f"transformer_blocks.{k}.norm1.emb.{name}": value for k in range(config.depth) for name, value in embedders.items()
+        f"transformer_blocks.{k}.norm1.emb.{name}": value
+        for k in range(config.depth)
+        for name, value in embedders.items()
     }
     dit.load_state_dict(theirs)
     return dit.eval().requires_grad_(False)
@@ -82,7 +96,9 @@ def difference(model: SiT, dit: DiTTransformer2DModel, batch: int = 4) -> float:
     both included; the null class included."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, config.channels, config.latent_size, config.latent_size, generator=generator)
+    x = torch.randn(
+        batch, config.channels, config.latent_size, config.latent_size, generator=generator
+    )
     t = torch.linspace(0, 1, batch)
     y = torch.randint(config.num_classes, (batch,), generator=generator)
     y[-2] = config.num_classes

@@ -23,9 +23,17 @@ from models.sit import SiT
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m checkpointing.export", "RUN --to DIR")
-    parser.add_argument("run", type=Path, help="a run (exps/NAME: its newest checkpoint) or one checkpoint of it")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write: new, empty, or an earlier export's")
-    parser.add_argument("--ema-decay", type=cli.decay, help="which average, of a run that keeps several (default: its first)")
+    parser.add_argument(
+        "run", type=Path, help="a run (exps/NAME: its newest checkpoint) or one checkpoint of it"
+    )
+    parser.add_argument(
+        "--to", type=Path, required=True, help="folder to write: new, empty, or an earlier export's"
+    )
+    parser.add_argument(
+        "--ema-decay",
+        type=cli.decay,
+        help="which average, of a run that keeps several (default: its first)",
+    )
     return parser.parse_args(argv)
 
 
@@ -40,12 +48,19 @@ def check_destination(to: Path) -> None:
     except (OSError, ValueError):
         earlier = False
     if not earlier:
-        raise UserError(f"--to {to} holds something else than an earlier export: name another folder")
+        raise UserError(
+            f"--to {to} holds something else than an earlier export: name another folder"
+        )
 
 
 def diffusers_form(model: SiT) -> tuple[dict[str, bytes], float]:
     """The files of it by their names in DIR, and the difference of its outputs; no files where that is above rounding."""
-    from checkpointing.diffusers_dit import TOLERANCE, difference, flow_scheduler, to_diffusers  # seconds to import
+    from checkpointing.diffusers_dit import (
+        TOLERANCE,
+        difference,
+        flow_scheduler,
+        to_diffusers,
+    )  # seconds to import
 
     dit = to_diffusers(model)
     apart = difference(model, dit)
@@ -53,7 +68,9 @@ def diffusers_form(model: SiT) -> tuple[dict[str, bytes], float]:
         return {}, apart
     return {
         "diffusers/transformer/config.json": dit.to_json_string().encode(),
-        "diffusers/transformer/diffusion_pytorch_model.safetensors": safetensors.torch.save(dit.state_dict(), {"format": "pt"}),
+        "diffusers/transformer/diffusion_pytorch_model.safetensors": safetensors.torch.save(
+            dit.state_dict(), {"format": "pt"}
+        ),
         "diffusers/scheduler/scheduler_config.json": flow_scheduler().to_json_string().encode(),
     }, apart
 
@@ -76,23 +93,39 @@ def main() -> None:
         settings = {}  # a checkpoint without its run: the card says less
     decay, digest = source.identity["ema_decay"], source.identity["ema_sha256"]
     weights = (folder / ema_name(config, decay)).read_bytes()
-    exported = {**config, "ema_decay": [decay], "exported": {"from": source.name, "ema_sha256": digest}}
-    form, apart = diffusers_form(source.model) if source.prediction == "v" else ({}, None)  # its scheduler wants velocities
+    exported = {
+        **config,
+        "ema_decay": [decay],
+        "exported": {"from": source.name, "ema_sha256": digest},
+    }
+    form, apart = (
+        diffusers_form(source.model) if source.prediction == "v" else ({}, None)
+    )  # its scheduler wants velocities
     card = write_card(source, config, settings, read_metrics(run, digest), apart if form else None)
 
-    write_file(args.to / "config.json", json.dumps(exported, indent=2).encode())  # first: what tells an export, whole or not
+    write_file(
+        args.to / "config.json", json.dumps(exported, indent=2).encode()
+    )  # first: what tells an export, whole or not
     write_file(args.to / "ema.safetensors", weights)
     shutil.rmtree(args.to / "diffusers", ignore_errors=True)
     for name, content in form.items():
         write_file(args.to / name, content)
     write_file(args.to / "README.md", card.encode())
-    print(f"{args.to}: {source.identity['model']} after {source.identity['step']:,} steps; sample_ddp.py --ckpt {args.to}")
+    print(
+        f"{args.to}: {source.identity['model']} after {source.identity['step']:,} steps; sample_ddp.py --ckpt {args.to}"
+    )
     if form:
-        print(f"{args.to}/diffusers: the same network for diffusers, to {apart:.0e} of the largest velocity")
+        print(
+            f"{args.to}/diffusers: the same network for diffusers, to {apart:.0e} of the largest velocity"
+        )
     elif apart is None:
-        print(f"no form for diffusers, whose scheduler takes velocities: this network predicts {source.prediction}")
+        print(
+            f"no form for diffusers, whose scheduler takes velocities: this network predicts {source.prediction}"
+        )
     else:
-        print(f"no form for diffusers: there its velocities would differ by {apart:.0e} of the largest")
+        print(
+            f"no form for diffusers: there its velocities would differ by {apart:.0e} of the largest"
+        )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,27 @@ from checkpointing.pretrained import Pretrained
 from models.targets import TARGETS
 
 MOST_NAMED = 20  # classes
-OWN = ("target", "normalize", "encoder", "teacher_block", "t_max")  # what methods of alignment say of themselves
+OWN = (
+    "target",
+    "normalize",
+    "encoder",
+    "teacher_block",
+    "t_max",
+)  # what methods of alignment say of themselves
 SCALARS = (str, int, float)
 # of a record of sampling, what the card says of the network
 SAID = {
-    "checkpoint", "ema_sha256", "model", "step", "images_seen", "ema_decay", "path_type", "prediction", "vae",
+    "checkpoint",
+    "ema_sha256",
+    "model",
+    "step",
+    "images_seen",
+    "ema_decay",
+    "path_type",
+    "prediction",
+    "vae",
     "vae_fingerprint",
-}  # fmt: skip
+}
 PREDICTED = {"v": "velocity", "x": "data", "eps": "noise"}
 
 
@@ -30,12 +44,21 @@ def read_metrics(run: Path, digest: str) -> list[dict]:
     return found
 
 
-def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict], difference: float | None) -> str:
+def write_card(
+    source: Pretrained, config: dict, args: dict, metrics: list[dict], difference: float | None
+) -> str:
     """Markdown. `config` is config.json; `args` is the run's args.json, or empty; `difference` is that of the diffusers form,
     None if there is none."""
     data, identity = config["data"], source.identity
     header = ["---", *(["library_name: diffusers"] if difference is not None else [])]
-    header += ["tags:", "- class-conditional-image-generation", "- sit", "- flow-matching", "- sra2", "---"]
+    header += [
+        "tags:",
+        "- class-conditional-image-generation",
+        "- sit",
+        "- flow-matching",
+        "- sra2",
+        "---",
+    ]
     vae = f"`{source.vae}` (fingerprint `{source.vae_fingerprint[:16]}`)"
     c, h, w = data["latent_shape"]
     rows = {
@@ -50,24 +73,38 @@ def write_card(source: Pretrained, config: dict, args: dict, metrics: list[dict]
         "Labels dropped": f"{config['cfg_prob']:g} (the null class is {source.model.config.num_classes})",
     }
     if args:
-        rows["Optimiser"] = f"AdamW, learning rate {args['learning_rate']:g}, gradient norm up to {args['max_grad_norm']:g}, "
+        rows["Optimiser"] = (
+            f"AdamW, learning rate {args['learning_rate']:g}, gradient norm up to {args['max_grad_norm']:g}, "
+        )
         rows["Optimiser"] += f"mixed precision {args['mixed_precision']}, seed {args['seed']}"
     if len(source.class_names) <= MOST_NAMED:
         rows["Classes"] = ", ".join(f"{k} {name}" for k, name in enumerate(source.class_names))
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     sampling = [
-        "## Sampling", "", "With the code that trained it, from its root:", "", "```",
-        "torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER", "```", "",
+        "## Sampling",
+        "",
+        "With the code that trained it, from its root:",
+        "",
+        "```",
+        "torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER",
+        "```",
+        "",
         f"The VAE is not in this folder: {_where(source.vae)}, or given with `--vae`.",
-    ]  # fmt: skip
+    ]
     sampling += ["", *_with_diffusers(source, data, difference)]
     methods = " and ".join(TARGETS[entry["method"]].title for entry in align(config))
     title = f"# {source.name}: {identity['model']}" + f" with {methods}" * bool(methods)
-    return "\n".join([*header, "", title, "", *table, "", *sampling, "", *_measured(metrics)]) + "\n"
+    return (
+        "\n".join([*header, "", title, "", *table, "", *sampling, "", *_measured(metrics)]) + "\n"
+    )
 
 
 def _numbers(value: float | list[float]) -> str:
-    return f"{value:g}" if not isinstance(value, list) else f"({', '.join(f'{each:g}' for each in value)})"
+    return (
+        f"{value:g}"
+        if not isinstance(value, list)
+        else f"({', '.join(f'{each:g}' for each in value)})"
+    )
 
 
 def _factor(value: float | list[float]) -> str:
@@ -96,14 +133,20 @@ def _alignment(config: dict) -> str:
         low, high = entry["t_range"]
         text = f"{TARGETS[entry['method']].title} ({TARGETS[entry['method']].paper}) on block {entry['block']}"
         text += f", {entry['head']['layers']} layers in the head, loss {entry['loss']}, weight {entry['weight']:g}"
-        text += f", {low:g} <= t <= {high:g}" + f", in the first {entry['stop_step']:,} steps" * (entry["stop_step"] > 0)
-        texts.append(text + "".join(f", {key.replace('_', ' ')} {entry[key]}" for key in OWN if key in entry))
+        text += f", {low:g} <= t <= {high:g}" + f", in the first {entry['stop_step']:,} steps" * (
+            entry["stop_step"] > 0
+        )
+        texts.append(
+            text + "".join(f", {key.replace('_', ' ')} {entry[key]}" for key in OWN if key in entry)
+        )
     return "; ".join(texts) or "none"
 
 
 def _with_diffusers(source: Pretrained, data: dict, difference: float | None) -> list[str]:
     if difference is None:
-        return ["There is no form of it for diffusers: what came out of it there was not the same, or is no velocity."]
+        return [
+            "There is no form of it for diffusers: what came out of it there was not the same, or is no velocity."
+        ]
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
     return f"""With diffusers' own classes, by Euler steps of the ODE (velocities differ by {difference:.0e} of the largest):
@@ -138,9 +181,24 @@ def _measured(metrics: list[dict]) -> list[str]:
         return []
     lines = ["## Measured", ""]
     for result in metrics:
-        numbers = [f"{key} {value:.4g}" for key, value in result["metrics"].items() if isinstance(value, int | float)]
-        said = {**{f"sampling {key}": value for key, value in result["sampling"].items() if key not in SAID}, **result}
-        known = [f"{key.replace('_', ' ')} {_short(key, value)}" for key, value in said.items() if isinstance(value, SCALARS)]
+        numbers = [
+            f"{key} {value:.4g}"
+            for key, value in result["metrics"].items()
+            if isinstance(value, int | float)
+        ]
+        said = {
+            **{
+                f"sampling {key}": value
+                for key, value in result["sampling"].items()
+                if key not in SAID
+            },
+            **result,
+        }
+        known = [
+            f"{key.replace('_', ' ')} {_short(key, value)}"
+            for key, value in said.items()
+            if isinstance(value, SCALARS)
+        ]
         lines.append(f"- **{', '.join(numbers)}**: {'; '.join(known)}")
     return lines
 

@@ -16,12 +16,20 @@ ORIGINS = ("sit", *HEADS)
 
 def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefixes of DistributedDataParallel and torch.compile."""
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    return {
+        key.removeprefix("module.").removeprefix("_orig_mod."): value
+        for key, value in state.items()
+    }
 
 
 def read_shapes(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
     """The preset that a state dict without prefix has the shapes of, and its config. Raises ValueError if there is none."""
-    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
+    needed = (
+        "x_embedder.proj.weight",
+        "pos_embed",
+        "y_embedder.embedding_table.weight",
+        "final_layer.linear.weight",
+    )
     missing = [key for key in needed if key not in state]
     if missing:
         raise ValueError(f"holds no SiT: there is no {missing[0]}")
@@ -33,9 +41,14 @@ def read_shapes(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
         if (preset["depth"], preset["width"], preset["patch"]) == (depth, width, patch):
             side = round(state["pos_embed"].shape[1] ** 0.5) * patch
             return name, SiTConfig(
-                **preset, latent_size=side, channels=channels, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1
+                **preset,
+                latent_size=side,
+                channels=channels,
+                num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
             )
-    raise ValueError(f"has {depth} blocks of width {width} and patches of {patch}, as no SiT that --model knows")
+    raise ValueError(
+        f"has {depth} blocks of width {width} and patches of {patch}, as no SiT that --model knows"
+    )
 
 
 def learns_sigma(state: dict[str, Tensor], config: SiTConfig) -> bool:
@@ -51,15 +64,25 @@ def read_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
     return "sit" if learns_sigma(state, config) else None
 
 
-def official_state_dict(state: dict[str, Tensor], config: SiTConfig, origin: str) -> dict[str, Tensor]:
+def official_state_dict(
+    state: dict[str, Tensor], config: SiTConfig, origin: str
+) -> dict[str, Tensor]:
     """A state dict of one of the repositories -> one that SiT(config) loads strictly, in our time.
 
     Drops DDP's prefix, the heads, and the half of the output layer that holds SiT's learned sigma: of the 2C channels of
     each pixel of a patch, the last C."""
-    state = {key: value for key, value in strip_prefix(state).items() if not key.startswith(tuple(HEADS.values()))}
+    state = {
+        key: value
+        for key, value in strip_prefix(state).items()
+        if not key.startswith(tuple(HEADS.values()))
+    }
     if learns_sigma(state, config):
         for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            state[key] = state[key].unflatten(0, (config.patch**2, 2 * config.channels))[:, : config.channels].flatten(0, 1)
+            state[key] = (
+                state[key]
+                .unflatten(0, (config.patch**2, 2 * config.channels))[:, : config.channels]
+                .flatten(0, 1)
+            )
     return turn_time(state) if origin == "sit" else state
 
 
@@ -70,6 +93,12 @@ def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
     takes in; the output layer takes the sign."""
     cos, sin = state["t_embedder.mlp.0.weight"].double().chunk(2, 1)
     omega = TimestepEmbedder(1, 2 * cos.shape[1]).omega.double()
-    turned = torch.cat((cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()), 1)
+    turned = torch.cat(
+        (cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()), 1
+    )
     output = {key: -state[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
-    return {**state, **output, "t_embedder.mlp.0.weight": turned.to(state["t_embedder.mlp.0.weight"].dtype)}
+    return {
+        **state,
+        **output,
+        "t_embedder.mlp.0.weight": turned.to(state["t_embedder.mlp.0.weight"].dtype),
+    }

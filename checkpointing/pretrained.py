@@ -16,14 +16,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpointing.official import ORIGINS, official_state_dict, read_origin, read_shapes, strip_prefix
-from checkpointing.storage import CheckpointError, ema_name, find_checkpoint, load_weights, read_config
+from checkpointing.official import (
+    ORIGINS,
+    official_state_dict,
+    read_origin,
+    read_shapes,
+    strip_prefix,
+)
+from checkpointing.storage import (
+    CheckpointError,
+    ema_name,
+    find_checkpoint,
+    load_weights,
+    read_config,
+)
 from common.cli import UserError
 from common.files import sha256
 from models.sit import SiT, SiTConfig
 
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-ema"  # what the three repositories' generate.py decodes with; its encoder is ft-mse's
-OFFICIAL_PATHS = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine", "VP": "vp"}
+OFFICIAL_PATHS = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "Linear": "linear",
+    "GVP": "cosine",
+    "VP": "vp",
+}
 
 
 class Pretrained(NamedTuple):
@@ -45,9 +63,12 @@ def find(path: Path) -> Path:
 
 
 def load(
-    path: Path, ema_decay: float | None = None, model: str | None = None, origin: str | None = None,
+    path: Path,
+    ema_decay: float | None = None,
+    model: str | None = None,
+    origin: str | None = None,
     path_type: str | None = None,
-) -> Pretrained:  # fmt: skip
+) -> Pretrained:
     """`ema_decay` chooses among the averages of ours; the rest (--model, --origin, --path-type) is for official files, which
     do not say it. Raises CheckpointError, and UserError naming the flag."""
     path = find(path)
@@ -55,9 +76,13 @@ def load(
         return _load_official(path, ema_decay, model, origin, path_type)
     folder, config = read_ours(path)
     said = config["model_name"], "of this repository", f"on the {config['path_type']} path"
-    for flag, value, own in zip(("--model", "--origin", "--path-type"), (model, origin, path_type), said):
+    for flag, value, own in zip(
+        ("--model", "--origin", "--path-type"), (model, origin, path_type), said
+    ):
         if value is not None:
-            raise UserError(f"{flag} is for official .pt files; {path} says itself that it is {own}")
+            raise UserError(
+                f"{flag} is for official .pt files; {path} says itself that it is {own}"
+            )
     decay = choose_average(path, config, ema_decay)
     weights = folder / ema_name(config, decay)
     network = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
@@ -68,20 +93,35 @@ def load(
     data, average = config["data"], "" if decay == config["ema_decay"][0] else f"-ema{decay}"
     name, classes = _name(folder) + average, data["class_names"]
     identity = {
-        "checkpoint": str(folder), "ema_sha256": digest, "model": config["model_name"], "step": config["step"],
-        "images_seen": config["step"] * config["batch_size"], "ema_decay": decay, "origin": "ours",
-    }  # fmt: skip
+        "checkpoint": str(folder),
+        "ema_sha256": digest,
+        "model": config["model_name"],
+        "step": config["step"],
+        "images_seen": config["step"] * config["batch_size"],
+        "ema_decay": decay,
+        "origin": "ours",
+    }
     prediction = config.get("prediction", "v")  # checkpoints from before there was a choice
     return Pretrained(
-        network, config["path_type"], prediction, data["vae"], data["vae_fingerprint"], classes, name, identity
-    )  # fmt: skip
+        network,
+        config["path_type"],
+        prediction,
+        data["vae"],
+        data["vae_fingerprint"],
+        classes,
+        name,
+        identity,
+    )
 
 
 def read_ours(path: Path) -> tuple[Path, dict]:
     """The folder and config.json of a checkpoint, an export, or an average in one. Raises CheckpointError."""
     folder = path.parent if path.is_file() else path
     config = read_config(folder)
-    if not isinstance(config, dict) or not {"model_name", "model", "ema_decay", "step", "data"} <= config.keys():
+    if (
+        not isinstance(config, dict)
+        or not {"model_name", "model", "ema_decay", "step", "data"} <= config.keys()
+    ):
         raise CheckpointError(f"{folder / 'config.json'} is not of a checkpoint of this repository")
     return folder, config
 
@@ -101,11 +141,19 @@ def choose_average(path: Path, config: dict, ema_decay: float | None) -> float:
 
 def _name(folder: Path) -> str:
     folder = folder.absolute()
-    return f"{folder.parent.parent.name}-{folder.name}" if folder.parent.name == "checkpoints" else folder.name
+    return (
+        f"{folder.parent.parent.name}-{folder.name}"
+        if folder.parent.name == "checkpoints"
+        else folder.name
+    )
 
 
 def _load_official(
-    path: Path, ema_decay: float | None, model: str | None, origin: str | None, path_type: str | None
+    path: Path,
+    ema_decay: float | None,
+    model: str | None,
+    origin: str | None,
+    path_type: str | None,
 ) -> Pretrained:
     if ema_decay is not None:
         raise UserError(f"--ema-decay is for runs of this repository; {path} holds one average")
@@ -118,7 +166,9 @@ def _load_official(
     from_where = "" if told or origin else f" --origin, one of {', '.join(ORIGINS)}"
     if model is None:
         also = f" and{from_where}" if from_where else ""
-        raise UserError(f"{path} does not say what it is; its shapes are those of {name}: add --model {name}{also}")
+        raise UserError(
+            f"{path} does not say what it is; its shapes are those of {name}: add --model {name}{also}"
+        )
     if model != name:
         raise UserError(f"--model {model} does not fit {path}: its shapes are those of {name}")
     if from_where:
@@ -133,11 +183,18 @@ def _load_official(
     try:
         network.load_state_dict(official_state_dict(state, config, origin or told))
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(
+            f"{path} cannot be loaded ({' '.join(str(error).split())[:200]})"
+        ) from None
     identity = {
-        "checkpoint": str(path), "ema_sha256": sha256(path), "model": name, "step": step, "images_seen": None,
-        "ema_decay": None, "origin": origin or told,
-    }  # fmt: skip
+        "checkpoint": str(path),
+        "ema_sha256": sha256(path),
+        "model": name,
+        "step": step,
+        "images_seen": None,
+        "ema_decay": None,
+        "origin": origin or told,
+    }
     classes = [str(k) for k in range(config.num_classes)]
     return Pretrained(network, path_type, "v", OFFICIAL_VAE, None, classes, path.stem, identity)
 
@@ -146,17 +203,31 @@ def _read_official(path: Path) -> tuple[dict[str, Tensor], dict, int | None]:
     """The averaged weights of a .pt without DDP's prefix, the settings kept with them, and the step. Raises CheckpointError."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # whatever bytes that are no checkpoint lead to
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"holds code ({code[1]}) and is not loaded" if code else "cannot be read as a .pt file: fetch it again"
+        why = (
+            f"holds code ({code[1]}) and is not loaded"
+            if code
+            else "cannot be read as a .pt file: fetch it again"
+        )
         raise CheckpointError(f"{path} {why}") from None
     state = content.get("ema", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
         raise CheckpointError(f"{path} holds no state dict, neither under 'ema' nor by itself")
     settings, step = content.get("args"), content.get("steps")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    return strip_prefix(state), settings if isinstance(settings, dict) else {}, None if step is None else int(step)
+    return (
+        strip_prefix(state),
+        settings if isinstance(settings, dict) else {},
+        None if step is None else int(step),
+    )
 
 
 def _official_path(path: Path, settings: dict, path_type: str | None) -> str:
@@ -165,8 +236,12 @@ def _official_path(path: Path, settings: dict, path_type: str | None) -> str:
         raise CheckpointError(f"{path} predicts {settings['prediction']}, not velocity")
     trained = str(settings.get("path_type", path_type or "linear"))
     if trained not in OFFICIAL_PATHS:
-        raise CheckpointError(f"{path} was trained on the path {trained}, which this repository does not have")
+        raise CheckpointError(
+            f"{path} was trained on the path {trained}, which this repository does not have"
+        )
     trained = OFFICIAL_PATHS[trained]
     if path_type not in (None, trained):
-        raise UserError(f"--path-type {path_type}: {path} says itself that it was trained on the {trained} path")
+        raise UserError(
+            f"--path-type {path_type}: {path} says itself that it was trained on the {trained} path"
+        )
     return trained

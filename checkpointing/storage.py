@@ -34,7 +34,9 @@ class CheckpointError(ValueError):
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("[0-9]*")
-    return sorted((folder for folder in folders if folder.name.isdigit()), key=lambda folder: int(folder.name))
+    return sorted(
+        (folder for folder in folders if folder.name.isdigit()), key=lambda folder: int(folder.name)
+    )
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -59,7 +61,9 @@ def read_config(checkpoint: Path) -> dict:
     try:
         return json.loads((checkpoint / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / 'config.json'} cannot be read ({_first_line(error)})") from None
+        raise CheckpointError(
+            f"{checkpoint / 'config.json'} cannot be read ({_first_line(error)})"
+        ) from None
 
 
 def ema_name(config: dict, decay: float | None = None) -> str:
@@ -68,13 +72,19 @@ def ema_name(config: dict, decay: float | None = None) -> str:
     if decay is None or decay == decays[0]:
         return "ema.safetensors"
     if decay not in decays:
-        raise CheckpointError(f"has no average of --ema-decay {decay}; it has {' '.join(f'{each}' for each in decays)}")
+        raise CheckpointError(
+            f"has no average of --ema-decay {decay}; it has {' '.join(f'{each}' for each in decays)}"
+        )
     return f"ema-{decay}.safetensors"
 
 
 def verify(checkpoint: Path) -> dict:
     """progress.json without the hashes, once every file agrees with its own. Raises CheckpointError otherwise."""
-    before = [folder for folder in checkpoints(checkpoint.parent.parent) if int(folder.name) < int(checkpoint.name)]
+    before = [
+        folder
+        for folder in checkpoints(checkpoint.parent.parent)
+        if int(folder.name) < int(checkpoint.name)
+    ]
     then = f"continue from {before[-1].name}" if before else "start anew"
     path = checkpoint / "progress.json"
     try:
@@ -85,11 +95,15 @@ def verify(checkpoint: Path) -> dict:
         for name, expected in hashes.items():
             path = checkpoint / name
             if sha256(path) != expected:
-                raise CheckpointError(f"{path} is not what was saved: remove {checkpoint} to {then}")
+                raise CheckpointError(
+                    f"{path} is not what was saved: remove {checkpoint} to {then}"
+                )
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): remove {checkpoint} to {then}") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({_first_line(error)}): remove {checkpoint} to {then}"
+        ) from None
     return progress
 
 
@@ -106,9 +120,13 @@ def claim(run: Path, saved: list[Path]) -> Iterator[None]:
         try:
             held.enter_context(lock(run / ".lock"))
         except BlockingIOError:
-            raise CheckpointError(f"{run} is being trained by another process: stop it, or name another --exp-name") from None
+            raise CheckpointError(
+                f"{run} is being trained by another process: stop it, or name another --exp-name"
+            ) from None
         if checkpoints(run) != saved:
-            raise CheckpointError(f"{run} was trained by another process until now: run the command again")
+            raise CheckpointError(
+                f"{run} was trained by another process until now: run the command again"
+            )
         for pattern in (".*.partial", ".*.removed"):
             for folder in (run / "checkpoints").glob(pattern):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -159,7 +177,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def reason(error: Exception) -> str:
     """An error in one line."""
-    return f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else _first_line(error)
+    return (
+        f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else _first_line(error)
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -51,8 +51,20 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            sys.exit(_end(f"{who}error: {error.strerror}{where}: free some space and run the same command again", 2))
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            sys.exit(
+                _end(
+                    f"{who}error: {error.strerror}{where}: free some space and run the same command again",
+                    2,
+                )
+            )
+        if error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+        ):
             sys.exit(_end(f"{who}error: {error.strerror}{where}: name another place", 2))
         raise
     except KeyboardInterrupt:
@@ -71,9 +83,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str, prog: str, required: str, last: str = ""):
         super().__init__(
-            prog=prog, usage=f"{prog} {required} [flags] {last}".rstrip(), description=doc.split("\n")[0],
-            formatter_class=_Formatter, allow_abbrev=False,
-        )  # fmt: skip
+            prog=prog,
+            usage=f"{prog} {required} [flags] {last}".rstrip(),
+            description=doc.split("\n")[0],
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -87,7 +102,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Wide; adds a flag's default to its help, unless there is none to tell; short words for values."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=40, width=min(120, shutil.get_terminal_size((120, 24)).columns))
+        super().__init__(
+            prog, max_help_position=40, width=min(120, shutil.get_terminal_size((120, 24)).columns)
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or not action.option_strings:
@@ -126,7 +143,9 @@ def count(text: str) -> int:
 
 def seed(text: str) -> int:
     """An argparse type: an integer in [0, 2**32)."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+    return _number(
+        text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1"
+    )
 
 
 def fraction(text: str) -> float:

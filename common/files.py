@@ -58,7 +58,11 @@ class GrowingArray:
     def _header(self) -> int:
         """numpy leaves room in a header for more rows, so it has one length."""
         self.file.seek(0)
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.rows, *self.row)}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.rows, *self.row),
+        }
         np.lib.format.write_array_header_1_0(self.file, header)
         return self.file.tell()
 
@@ -112,7 +116,9 @@ def discarding(array: GrowingArray | None) -> Iterator[None]:
         raise
 
 
-def write_npz(path: Path, blocks: Iterable[np.ndarray] | None, shape: tuple[int, ...], **arrays: np.ndarray) -> None:
+def write_npz(
+    path: Path, blocks: Iterable[np.ndarray] | None, shape: tuple[int, ...], **arrays: np.ndarray
+) -> None:
     """ADM's file: arr_0 uint8 of `shape`, whose rows come in blocks, so that it is never in memory (None: without it); and
     other arrays. Appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +152,9 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, ""
-        self.whole: int | None = None  # bytes of the file before a write that failed, and may have left part of a line
+        self.whole: int | None = (
+            None  # bytes of the file before a write that failed, and may have left part of a line
+        )
 
     def append(self, text: str = "", sync: bool = False) -> bool:
         """Adds lines, and those that waited, and fsyncs them if asked. Returns whether all are written."""

@@ -9,7 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from common.files import write_file
 
 
-def labelled_grid(rows: list[tuple[str, np.ndarray]], title: str = "", tile: int = 64) -> Image.Image:
+def labelled_grid(
+    rows: list[tuple[str, np.ndarray]], title: str = "", tile: int = 64
+) -> Image.Image:
     """rows: (name, (n, H, W, 3) uint8), names may repeat. Images smaller than `tile` pixels are enlarged by a whole factor."""
     rows = [(name if name.isprintable() else ascii(name), images) for name, images in rows]
     side = rows[0][1].shape[1]

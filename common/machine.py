@@ -16,7 +16,11 @@ def cores() -> int:
 def room() -> tuple:
     """What processes have in common that can open each other's files in /proc: machine, view of its processes, user."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino, os.getuid()
+        return (
+            Path("/proc/sys/kernel/random/boot_id").read_text(),
+            os.stat("/proc/self/ns/pid").st_ino,
+            os.getuid(),
+        )
     except OSError:
         return (os.getpid(), os.uname().nodename)
 
@@ -37,12 +41,20 @@ def free_memory() -> float:
     free = math.inf
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with suppress(OSError, StopIteration):  # version 2 control groups: what a container or SLURM allows
+        free = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
+    with suppress(
+        OSError, StopIteration
+    ):  # version 2 control groups: what a container or SLURM allows
         lines = Path("/proc/self/cgroup").read_text().splitlines()
-        inner = Path("/sys/fs/cgroup") / next(line for line in lines if line.startswith("0::"))[3:].lstrip("/")
+        inner = Path("/sys/fs/cgroup") / next(line for line in lines if line.startswith("0::"))[
+            3:
+        ].lstrip("/")
         for group in (inner, *inner.parents):
             with suppress(OSError, ValueError):  # the file is not there, or says "max"
-                most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+                most, used = (
+                    int((group / f"memory.{name}").read_text()) for name in ("max", "current")
+                )
                 free = min(free, most - used)
     return free

@@ -18,10 +18,15 @@ def unless_one_ended() -> Iterator[None]:
     """Another process may end while this one waits for it, and has said why: no place for a traceback."""
     try:
         yield
-    except RuntimeError as error:  # torch.distributed has no narrower one for a connection that is gone
+    except (
+        RuntimeError
+    ) as error:  # torch.distributed has no narrower one for a connection that is gone
         if "onnection" not in str(error):
             raise
-        print("another process ended before the work was done: run the same command again to go on", file=sys.stderr)
+        print(
+            "another process ended before the work was done: run the same command again to go on",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
 
 

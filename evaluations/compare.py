@@ -4,11 +4,30 @@ import numpy as np
 import torch
 
 from evaluations.extractors import Features
-from evaluations.metrics import frechet_distance, frechet_interval, inception_score, precision_recall, statistics
+from evaluations.metrics import (
+    frechet_distance,
+    frechet_interval,
+    inception_score,
+    precision_recall,
+    statistics,
+)
 from evaluations.reference_features import Reference
 
-COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)  # at which a distance is told, of those below the number of samples
-RESULTS = ("metrics", "intervals", "by_count", "warning")  # of metrics.json; every other key identifies them
+COUNTS = (
+    500,
+    1_000,
+    2_000,
+    5_000,
+    10_000,
+    20_000,
+    50_000,
+)  # at which a distance is told, of those below the number of samples
+RESULTS = (
+    "metrics",
+    "intervals",
+    "by_count",
+    "warning",
+)  # of metrics.json; every other key identifies them
 FULL = 50_000  # samples that papers compare
 FRECHET = {"inception": "FID", "fashion": "FD-fashion", "dinov2-l": "FD-DINOv2"}
 
@@ -19,31 +38,53 @@ def frechet_name(network: str) -> str:
 
 
 def compare(
-    samples: Features, labels: np.ndarray | None, reference: Reference, network: str, device: torch.device | str,
+    samples: Features,
+    labels: np.ndarray | None,
+    reference: Reference,
+    network: str,
+    device: torch.device | str,
     fp16_distances: bool = False,
-) -> dict[str, float | None]:  # fmt: skip
+) -> dict[str, float | None]:
     """The numbers of one set of samples; None where the reference, or missing labels (n,), cannot give one."""
-    numbers = {frechet_name(network): frechet_distance(statistics(samples.pool, device), reference.pool, device)}
+    numbers = {
+        frechet_name(network): frechet_distance(
+            statistics(samples.pool, device), reference.pool, device
+        )
+    }
     if network == "inception":
-        spatial = reference.spatial and frechet_distance(statistics(samples.spatial, device), reference.spatial, device)
+        spatial = reference.spatial and frechet_distance(
+            statistics(samples.spatial, device), reference.spatial, device
+        )
         numbers |= {"sFID": spatial, "inception_score": inception_score(samples.scores)}
     if network == "fashion":
-        numbers["class_agreement"] = None if labels is None else float((samples.scores.argmax(1) == labels).mean())
+        numbers["class_agreement"] = (
+            None if labels is None else float((samples.scores.argmax(1) == labels).mean())
+        )
     pair = (None, None)
     if reference.features is not None:
-        pair = precision_recall(reference.features, samples.pool, device=device, half=fp16_distances)
+        pair = precision_recall(
+            reference.features, samples.pool, device=device, half=fp16_distances
+        )
     suffix = "" if network in ("inception", "fashion") else f"-{network}"
     return numbers | {f"precision{suffix}": pair[0], f"recall{suffix}": pair[1]}
 
 
-def spread(samples: Features, reference: Reference, network: str, device: torch.device | str) -> dict[str, dict]:
+def spread(
+    samples: Features, reference: Reference, network: str, device: torch.device | str
+) -> dict[str, dict]:
     """How sure the Frechet distance is: a 95% bootstrap interval, and the same distance of fewer samples, the first ones."""
     name, count = frechet_name(network), len(samples.pool)
     counts = [n for n in COUNTS if count / 10 <= n < count]
-    fewer = {str(n): frechet_distance(statistics(samples.pool[:n], device), reference.pool, device) for n in counts}
+    fewer = {
+        str(n): frechet_distance(statistics(samples.pool[:n], device), reference.pool, device)
+        for n in counts
+    }
     own = statistics(samples.pool, device)
     interval = frechet_interval(samples.pool, reference.pool, device=device, own=own)
-    return {"intervals": {} if interval is None else {name: list(interval)}, "by_count": {name: fewer} if fewer else {}}
+    return {
+        "intervals": {} if interval is None else {name: list(interval)},
+        "by_count": {name: fewer} if fewer else {},
+    }
 
 
 def warning(count: int, networks: list[str]) -> str | None:

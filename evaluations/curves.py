@@ -12,7 +12,11 @@ from evaluations.report_curves import evaluated, settings_of
 from evaluations.runs import Run, column, methods, named, read_run
 
 STROKES = ("-", "--", ":", "-.")
-PANELS = {"denoising": "denoising loss", "align": "alignment loss", "grad_norm": "gradient norm before clipping"}
+PANELS = {
+    "denoising": "denoising loss",
+    "align": "alignment loss",
+    "grad_norm": "gradient norm before clipping",
+}
 
 
 def draw(runs: list[Run], out: Path) -> None:
@@ -28,7 +32,9 @@ def draw(runs: list[Run], out: Path) -> None:
     distances = [key for key in keys if key.startswith(("FID", "FD-")) or key == "held_out"]
     measured = {name: evaluated(runs, name, settings) for name in dict.fromkeys(distances)}
     panels = [*PANELS.values(), *measured]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained"
+    )
     for i, run in enumerate(runs):
         for axis, key in zip(axes, PANELS):
             for dash, (name, label) in enumerate(methods(run, key).items()):
@@ -39,7 +45,14 @@ def draw(runs: list[Run], out: Path) -> None:
     for axis, lines in zip(axes[len(PANELS) :], measured.values()):
         for line in lines:
             style = STROKES[line.dash % 4]
-            axis.plot(line.x / 1e3, line.y, f"C{line.colour}", label=line.label, linestyle=style, marker=".")
+            axis.plot(
+                line.x / 1e3,
+                line.y,
+                f"C{line.colour}",
+                label=line.label,
+                linestyle=style,
+                marker=".",
+            )
     for axis, title in zip(axes, panels):
         axis.set_title("denoising loss on images held out" if title == "held_out" else title)
         axis.set_xlabel("thousand images seen")
@@ -47,7 +60,9 @@ def draw(runs: list[Run], out: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         low, high = axis.get_ylim()
         shown = "235" if high > 10 * low else "123456789"  # or the labels would lie over each other
-        axis.yaxis.set_minor_formatter(lambda y, _, shown=shown: f"{y:g}" if f"{y:e}"[0] in shown else "")
+        axis.yaxis.set_minor_formatter(
+            lambda y, _, shown=shown: f"{y:g}" if f"{y:e}"[0] in shown else ""
+        )
         axis.grid(True, which="both", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if len(axis.lines) > 1:
@@ -60,7 +75,9 @@ def draw(runs: list[Run], out: Path) -> None:
 def main() -> None:
     parser = cli.Parser(__doc__, "python -m evaluations.curves", "RUN [RUN ...]")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs (exps/NAME)")
-    parser.add_argument("--out", type=Path, help="picture to write (default: curves.png in the first run)")
+    parser.add_argument(
+        "--out", type=Path, help="picture to write (default: curves.png in the first run)"
+    )
     args = parser.parse_args()
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix not in (".png", ".pdf", ".svg"):

@@ -29,16 +29,28 @@ from evaluations.suite import (
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m evaluations.evaluate", "SAMPLES --reference PATH")
-    # fmt: off
+
     add = parser.add_argument
-    add("samples", type=Path, help=".npz of sample_ddp.py or of any code that writes ADM's format (arr_0, uint8 NHWC)")
-    add("--reference", type=Path, required=True,
-        help="ADM's .npz, an .npz of statistics alone (mu, sigma), or images: a tree class/image.ext, a zip, tar or parquet")
+    add(
+        "samples",
+        type=Path,
+        help=".npz of sample_ddp.py or of any code that writes ADM's format (arr_0, uint8 NHWC)",
+    )
+    add(
+        "--reference",
+        type=Path,
+        required=True,
+        help="ADM's .npz, an .npz of statistics alone (mu, sigma), or images: a tree class/image.ext, a zip, tar or parquet",
+    )
     add_flags(add)
     add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
-    add("--device", type=cli.device, help="where features are taken (default: a GPU for each process, if there is one)")
+    add(
+        "--device",
+        type=cli.device,
+        help="where features are taken (default: a GPU for each process, if there is one)",
+    )
     add("--out", type=Path, help="where the numbers go (default: SAMPLES with .metrics.json)")
-    # fmt: on
+
     return parser.parse_args(argv)
 
 
@@ -53,10 +65,21 @@ def main() -> None:
     enough(images.count, str(args.samples))
     labels = npz.array("arr_1")
     if labels is not None and labels.shape != (images.count,):
-        raise UserError(f"{args.samples}: arr_1 must be the classes of {images.count} images, it is of shape {labels.shape}")
+        raise UserError(
+            f"{args.samples}: arr_1 must be the classes of {images.count} images, it is of shape {labels.shape}"
+        )
     sampling = read_object(args.samples.with_suffix(".json"), "solver", "record of samples")
     out = args.out or args.samples.with_suffix(".metrics.json")
-    suite = Suite(args, args.reference, "--reference", images.size, str(args.samples), args.batch_size, device, world)
+    suite = Suite(
+        args,
+        args.reference,
+        "--reference",
+        images.size,
+        str(args.samples),
+        args.batch_size,
+        device,
+        world,
+    )
     identity = world.first(lambda: identify(suite, args.samples, sampling, images.count))
     result = world.first(lambda: read_result(out, identity))
     if identity_of(result) != identity:

@@ -3,4 +3,6 @@
 import sys
 
 if __name__ == "__main__":
-    sys.exit("evaluations.export has moved: run python -m checkpointing.export with the same arguments")
+    sys.exit(
+        "evaluations.export has moved: run python -m checkpointing.export with the same arguments"
+    )

@@ -39,13 +39,20 @@ OUTPUTS = {
 
 
 def load_extractor(
-    name: str, inception_weights: Path | None, size: tuple[int, int], device: torch.device | str, what: str,
-    flag: str = "--features", encoder_weights: Path | None = None,
-) -> nn.Module:  # fmt: skip
+    name: str,
+    inception_weights: Path | None,
+    size: tuple[int, int],
+    device: torch.device | str,
+    what: str,
+    flag: str = "--features",
+    encoder_weights: Path | None = None,
+) -> nn.Module:
     """The network called `name`, for images of `size` (H, W); `what` names them. Raises UserError naming `flag`."""
     if name == "fashion":
         if size != (RESOLUTION, RESOLUTION):
-            raise UserError(f"{flag} fashion needs {RESOLUTION}x{RESOLUTION} images, {what} holds {size[0]}x{size[1]}")
+            raise UserError(
+                f"{flag} fashion needs {RESOLUTION}x{RESOLUTION} images, {what} holds {size[0]}x{size[1]}"
+            )
         return load_classifier().to(device)
     if name == "inception":
         return InceptionFeatures(inception_weights).to(device)
@@ -63,7 +70,9 @@ def gather(outputs: Iterable[tuple[Tensor, ...]], count: int) -> Features:
     return columns(([output.cpu().numpy() for output in batch] for batch in outputs), count)
 
 
-def batches(images: Images, size: int, desc: str, world: World | None) -> Iterator[tuple[int, np.ndarray]]:
+def batches(
+    images: Images, size: int, desc: str, world: World | None
+) -> Iterator[tuple[int, np.ndarray]]:
     """The batches of this process, numbered: every processes-th. The next is read while one is used."""
     rank, processes = (world.rank, world.processes) if world else (0, 1)
     numbers = range(rank, -(-images.count // size), processes)
@@ -74,20 +83,31 @@ def batches(images: Images, size: int, desc: str, world: World | None) -> Iterat
         ahead = [reader.submit(images.batch, k * size, (k + 1) * size) for k in numbers[:1]]
         for i, k in enumerate(numbers):
             batch = ahead.pop().result()
-            ahead = [reader.submit(images.batch, n * size, (n + 1) * size) for n in numbers[i + 1 : i + 2]]
+            ahead = [
+                reader.submit(images.batch, n * size, (n + 1) * size)
+                for n in numbers[i + 1 : i + 2]
+            ]
             yield k, batch
             bar.update(len(batch) * processes)
 
 
 def extract_all(
-    networks: dict[str, nn.Module], images: Images, size: int, desc: str, device: torch.device | str, world: World | None = None
+    networks: dict[str, nn.Module],
+    images: Images,
+    size: int,
+    desc: str,
+    device: torch.device | str,
+    world: World | None = None,
 ) -> dict[str, Features] | None:
     """All networks over one reading of the images, `size` at a time, on all processes -> Features by name on the first
     process, None on the others."""
     mine = {}
     for k, batch in batches(images, size, desc, world):
         pixels = torch.from_numpy(batch).to(device)
-        mine[k] = {name: tuple(part.cpu().numpy() for part in network(pixels)) for name, network in networks.items()}
+        mine[k] = {
+            name: tuple(part.cpu().numpy() for part in network(pixels))
+            for name, network in networks.items()
+        }
     parts = world.collect(mine) if world else [mine]
     if parts is None:
         return None

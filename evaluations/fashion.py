@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from common.files import sha256
 from evaluations.metrics import no_tf32
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist" / "classifier.safetensors"
+WEIGHTS = (
+    Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist" / "classifier.safetensors"
+)
 RESOLUTION = 32
 
 
 def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU(inplace=True),
+    )
 
 
 class GarmentClassifier(nn.Module):
@@ -30,7 +36,13 @@ class GarmentClassifier(nn.Module):
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
-        self.body = nn.Sequential(_conv(3, 32), _conv(32, 64, 2), _conv(64, 64), _conv(64, 96, 2), _conv(96, self.features))
+        self.body = nn.Sequential(
+            _conv(3, 32),
+            _conv(32, 64, 2),
+            _conv(64, 64),
+            _conv(64, 96, 2),
+            _conv(96, self.features),
+        )
         self.head = nn.Linear(self.features, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,5 +60,7 @@ def load_classifier(path: Path = WEIGHTS) -> GarmentClassifier:
     """The shipped classifier in eval mode, float32 (stored as float16)."""
     model = GarmentClassifier()
     model.weights_sha256 = sha256(path)
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    model.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    )
     return model.eval().requires_grad_(False)

@@ -32,7 +32,9 @@ class Npz:
         self.path, self.flag = path, flag
         try:
             with zipfile.ZipFile(path) as archive:
-                self.members = {name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()}
+                self.members = {
+                    name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
+                }
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise self._broken(error) from None
 
@@ -53,7 +55,9 @@ class Npz:
         """arr_0. Raises UserError if it is not there, or not (n, H, W, 3) uint8."""
         if "arr_0" not in self:
             names = ", ".join(self.members) or "nothing"
-            raise UserError(f"{self.flag} {self.path} holds no images under arr_0; it holds {names}")
+            raise UserError(
+                f"{self.flag} {self.path} holds no images under arr_0; it holds {names}"
+            )
         try:
             return NpzImages(self)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -71,18 +75,30 @@ class NpzImages(Images):
         self.flag, self.stream, self.lock = npz.flag, None, threading.Lock()
         with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
             version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             self.shape, fortran, dtype = read(file)
             self.header = file.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran:
             found = f"{dtype} {self.shape}{' in Fortran order' if fortran else ''}"
-            raise UserError(f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), it is {found}")
+            raise UserError(
+                f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), it is {found}"
+            )
         self.count, self.size = self.shape[0], self.shape[1:3]
         self.map = None
         if self.member.compress_type == zipfile.ZIP_STORED and self.count:
-            with open(self.path, "rb") as file:  # the local header's name and extra field may differ from the directory's
+            with open(
+                self.path, "rb"
+            ) as file:  # the local header's name and extra field may differ from the directory's
                 file.seek(self.member.header_offset + 26)
-                begin = self.member.header_offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
+                begin = (
+                    self.member.header_offset
+                    + 30
+                    + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
+                )
             self.map = np.memmap(self.path, np.uint8, "r", begin + self.header, self.shape)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -99,9 +115,13 @@ class NpzImages(Images):
         if self.stream is None:
             self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  kept open for the batches to come
         each = int(np.prod(self.shape[1:]))
-        self.stream.seek(self.header + start * each)  # back to an earlier one means to unpack from the beginning
+        self.stream.seek(
+            self.header + start * each
+        )  # back to an earlier one means to unpack from the beginning
         stop = min(stop, self.count)
-        return np.frombuffer(self.stream.read((stop - start) * each), np.uint8).reshape(stop - start, *self.shape[1:])
+        return np.frombuffer(self.stream.read((stop - start) * each), np.uint8).reshape(
+            stop - start, *self.shape[1:]
+        )
 
     def batch(self, start: int, stop: int) -> np.ndarray:
         return np.ascontiguousarray(self.rows(start, stop).transpose(0, 3, 1, 2))
@@ -114,14 +134,24 @@ class SourceImages(Images):
         self.source, self.flag, self.count, self.size = source, flag, len(source), (side, side)
 
     def batch(self, start: int, stop: int) -> np.ndarray:
-        return np.stack([read_or_name(self.source, i, self.size[0], self.flag) for i in range(start, min(stop, self.count))])
+        return np.stack(
+            [
+                read_or_name(self.source, i, self.size[0], self.flag)
+                for i in range(start, min(stop, self.count))
+            ]
+        )
 
 
 class Chosen(Images):
     """Some of the images, by their numbers (n,)."""
 
     def __init__(self, images: Images, numbers: np.ndarray):
-        self.images, self.numbers, self.count, self.size = images, numbers, len(numbers), images.size
+        self.images, self.numbers, self.count, self.size = (
+            images,
+            numbers,
+            len(numbers),
+            images.size,
+        )
 
     def batch(self, start: int, stop: int) -> np.ndarray:
         return np.concatenate([self.images.batch(i, i + 1) for i in self.numbers[start:stop]])

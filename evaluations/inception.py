@@ -27,10 +27,14 @@ def find_weights(path: Path | None) -> Path:
             "need none: take the fashion features)"
         )
     try:
-        torch.load(place, map_location="cpu", weights_only=True)  # torch-fidelity unpickles freely: look first
+        torch.load(
+            place, map_location="cpu", weights_only=True
+        )  # torch-fidelity unpickles freely: look first
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--inception-weights {place} is no file of plain tensors ({reason}): fetch {URL} again") from None
+        raise UserError(
+            f"--inception-weights {place} is no file of plain tensors ({reason}): fetch {URL} again"
+        ) from None
     return place
 
 
@@ -49,10 +53,18 @@ class InceptionFeatures(torch.nn.Module):
         file = find_weights(weights)
         self.weights_sha256 = sha256(file)
         try:
-            self.network = FeatureExtractorInceptionV3("adm", ["2048", "logits_unbiased"], str(file))
-        except (RuntimeError, TypeError, AttributeError):  # pytorch-fid's file, for one, has other names
+            self.network = FeatureExtractorInceptionV3(
+                "adm", ["2048", "logits_unbiased"], str(file)
+            )
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+        ):  # pytorch-fid's file, for one, has other names
             raise UserError(f"--inception-weights {file} is not {WEIGHTS}: fetch {URL}") from None
-        self.kept = threading.local()  # several threads may be in here, each with a batch of its own
+        self.kept = (
+            threading.local()
+        )  # several threads may be in here, each with a batch of its own
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

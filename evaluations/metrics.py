@@ -13,7 +13,10 @@ from torch import Tensor
 
 NEIGHBOURS = 3  # of precision and recall
 ROWS = 4096  # of features that are in float64 at a time
-TILE, ADM_TILE = 2048, 10_000  # rows and columns of the distances that are in memory at a time; ADM's row_batch_size
+TILE, ADM_TILE = (
+    2048,
+    10_000,
+)  # rows and columns of the distances that are in memory at a time; ADM's row_batch_size
 
 Device = torch.device | str
 
@@ -73,7 +76,9 @@ def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> fl
     return ((mu_a - mu_b).square().sum() + s_a.trace() + s_b.trace() - 2 * trace).item()
 
 
-def influence(features: np.ndarray, own: Statistics, reference: Statistics, device: Device = "cpu") -> np.ndarray:
+def influence(
+    features: np.ndarray, own: Statistics, reference: Statistics, device: Device = "cpu"
+) -> np.ndarray:
     """How the Frechet distance to the reference moves, to first order, with the weight of each row: (n, F) -> (n,), mean 0.
     `own` are the features' own statistics.
 
@@ -81,23 +86,34 @@ def influence(features: np.ndarray, own: Statistics, reference: Statistics, devi
     optimal transport map, the only symmetric T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). More weight on a row
     x pulls mu along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary count as still."""
     n = len(features)
-    mu, sigma, mu_r, sigma_r = (torch.tensor(x, dtype=torch.float64, device=device) for x in (*own, *reference))
+    mu, sigma, mu_r, sigma_r = (
+        torch.tensor(x, dtype=torch.float64, device=device) for x in (*own, *reference)
+    )
     root, _ = _root(sigma_r)
     values, vectors = _eigh(root.T @ sigma @ root)
-    values = values.clamp(min=values[-1] * len(values) * torch.finfo(values.dtype).eps)  # below is rounding
+    values = values.clamp(
+        min=values[-1] * len(values) * torch.finfo(values.dtype).eps
+    )  # below is rounding
     half = root @ vectors * values**-0.25  # T is half half^T
     rows = []
     for i in range(0, n, ROWS):
         x = torch.from_numpy(features[i : i + ROWS] - own.mu).to(device)
-        rows.append(2 * x @ (mu - mu_r) + (x.square().sum(1) - (x @ half).square().sum(1)) * n / (n - 1))
+        rows.append(
+            2 * x @ (mu - mu_r) + (x.square().sum(1) - (x @ half).square().sum(1)) * n / (n - 1)
+        )
     moves = torch.cat(rows)
     return (moves - moves.mean()).cpu().numpy()
 
 
 def frechet_interval(
-    features: np.ndarray, reference: Statistics, level: float = 0.95, replicates: int = 1000, seed: int = 0,
-    device: Device = "cpu", own: Statistics | None = None,
-) -> tuple[float, float] | None:  # fmt: skip
+    features: np.ndarray,
+    reference: Statistics,
+    level: float = 0.95,
+    replicates: int = 1000,
+    seed: int = 0,
+    device: Device = "cpu",
+    own: Statistics | None = None,
+) -> tuple[float, float] | None:
     """Percentile interval (Efron 1979) of the Frechet distance of (n, F) features, each replicate to first order: the distance
     plus the mean of `influence` over n rows drawn with replacement. None when n <= F: the covariance is singular.
     `own` spares computing the features' statistics again.
@@ -168,9 +184,13 @@ def _radii(features: Tensor, k: int, tile: int, half: bool) -> Tensor:
 
 
 def precision_recall(
-    reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS, block: int | None = None, device: Device = "cpu",
+    reference: np.ndarray,
+    samples: np.ndarray,
+    k: int = NEIGHBOURS,
+    block: int | None = None,
+    device: Device = "cpu",
     half: bool = False,
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019): the share of samples inside the reference's manifold, and
     the share of the reference inside the samples'. A manifold is the union of balls around its features out to the k-th
     nearest other, boundary included. (n, F), (m, F) -> numbers. Raises ValueError unless n and m are above k.
@@ -179,12 +199,19 @@ def precision_recall(
     overflows. Memory on the device: both sets, and a few times block x block distances; block is 2048, with half ADM's 10,000,
     for there it says which distances fall back together."""
     if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"{len(reference)} and {len(samples)} features have no {k} neighbours each")
-    a, b = (torch.tensor(features, dtype=torch.float32, device=device) for features in (reference, samples))
+        raise ValueError(
+            f"{len(reference)} and {len(samples)} features have no {k} neighbours each"
+        )
+    a, b = (
+        torch.tensor(features, dtype=torch.float32, device=device)
+        for features in (reference, samples)
+    )
     tile = block or (ADM_TILE if half else TILE)
     with no_tf32():  # they are differences
         radii_a, radii_b = _radii(a, k, tile, half), _radii(b, k, tile, half)
-        a_covered, b_covered = (torch.zeros(len(x), dtype=torch.bool, device=device) for x in (a, b))
+        a_covered, b_covered = (
+            torch.zeros(len(x), dtype=torch.bool, device=device) for x in (a, b)
+        )
         for i in range(0, len(a), tile):
             for j in range(0, len(b), tile):
                 distances = _squared_distances(a[i : i + tile], b[j : j + tile], half)

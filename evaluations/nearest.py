@@ -24,7 +24,9 @@ class Match(NamedTuple):
 
     number: int
     image: np.ndarray
-    neighbours: list[tuple[int, float, np.ndarray]]  # number, distance and picture of a training image, nearest first
+    neighbours: list[
+        tuple[int, float, np.ndarray]
+    ]  # number, distance and picture of a training image, nearest first
 
 
 class Check(NamedTuple):
@@ -46,7 +48,11 @@ def evenly(count: int, most: int) -> np.ndarray:
 
 
 def nearest(
-    blocks: Iterable[np.ndarray], queries: np.ndarray, own: np.ndarray, k: int, device: torch.device | str = "cpu"
+    blocks: Iterable[np.ndarray],
+    queries: np.ndarray,
+    own: np.ndarray,
+    k: int,
+    device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of all features in blocks (B, F) to queries (q, F): distances and numbers (q, k), nearest first. own (q,):
     the number that is the query itself, and does not count; -1 for none. In float64: for near copies, like numbers cancel."""
@@ -57,7 +63,9 @@ def nearest(
     seen = 0
     for block in blocks:
         features = torch.from_numpy(block).to(device, torch.float64)
-        squares = wanted.square().sum(1)[:, None] - 2 * wanted @ features.T + features.square().sum(1)
+        squares = (
+            wanted.square().sum(1)[:, None] - 2 * wanted @ features.T + features.square().sum(1)
+        )
         number = torch.arange(seen, seen + len(features), device=device).expand_as(squares)
         squares = squares.clamp(min=0).masked_fill(number == itself, torch.inf)
         best, order = torch.cat((best, squares), 1).topk(k, 1, largest=False)
@@ -67,15 +75,25 @@ def nearest(
 
 
 def check(
-    samples: dict[str, Images], train: Images, network: nn.Module, batch_size: int, device: torch.device | str,
-    shown: int = 16, suspects: int = 4,
-) -> dict[str, Check]:  # fmt: skip
+    samples: dict[str, Images],
+    train: Images,
+    network: nn.Module,
+    batch_size: int,
+    device: torch.device | str,
+    shown: int = 16,
+    suspects: int = 4,
+) -> dict[str, Check]:
     """Each set of samples against all training images, which are read once, whatever the number of sets."""
 
     def features(images: Images, numbers: np.ndarray, desc: str) -> np.ndarray:
-        return extract_all({"": network}, Chosen(images, numbers), batch_size, desc, device)[""].pool
+        return extract_all({"": network}, Chosen(images, numbers), batch_size, desc, device)[
+            ""
+        ].pool
 
-    chosen = {name: np.union1d(evenly(each.count, MOST), evenly(each.count, shown)) for name, each in samples.items()}
+    chosen = {
+        name: np.union1d(evenly(each.count, MOST), evenly(each.count, shown))
+        for name, each in samples.items()
+    }
     probes = evenly(train.count, MOST)
     queries = [features(samples[name], numbers, name) for name, numbers in chosen.items()]
     queries.append(features(train, probes, "training images"))
@@ -96,16 +114,26 @@ def check(
         places = np.searchsorted(numbers, evenly(samples[name].count, shown))
         closest = np.argsort(mine[:, 0], kind="stable")[:suspects]
         spread, near = (
-            [_match(samples[name], train, numbers[i], mine[i], theirs[i]) for i in rows] for rows in (places, closest)
+            [_match(samples[name], train, numbers[i], mine[i], theirs[i]) for i in rows]
+            for rows in (places, closest)
         )
         share = float((mine[:, 0] < limit).mean())
         checks[name] = Check(
-            spread, near, len(numbers), share, len(probes), train.count, float(np.median(among)), limit
-        )  # fmt: skip
+            spread,
+            near,
+            len(numbers),
+            share,
+            len(probes),
+            train.count,
+            float(np.median(among)),
+            limit,
+        )
     return checks
 
 
-def _match(samples: Images, train: Images, number: int, distances: np.ndarray, numbers: np.ndarray) -> Match:
+def _match(
+    samples: Images, train: Images, number: int, distances: np.ndarray, numbers: np.ndarray
+) -> Match:
     found = [(int(i), float(distance), one(train, i)) for i, distance in zip(numbers, distances)]
     return Match(int(number), one(samples, number), found)
 
@@ -116,16 +144,22 @@ def one(images: Images, i: int) -> np.ndarray:
 
 
 def check_all(
-    samples: dict[str, Images], path: Path, features: str | None, weights: Path | None, batch_size: int,
+    samples: dict[str, Images],
+    path: Path,
+    features: str | None,
+    weights: Path | None,
+    batch_size: int,
     device: torch.device | str,
-) -> dict[str, Check]:  # fmt: skip
+) -> dict[str, Check]:
     """Sets of samples of several sizes against the training images of --nearest. features None: the shipped classifier for
     images of its size, otherwise Inception. Raises UserError."""
     checks: dict[str, Check] = {}
     for size in dict.fromkeys(each.size for each in samples.values()):
         group = {name: each for name, each in samples.items() if each.size == size}
         if size[0] != size[1]:
-            raise UserError(f"--nearest needs square samples, those of {next(iter(group))} are {size[1]}x{size[0]}")
+            raise UserError(
+                f"--nearest needs square samples, those of {next(iter(group))} are {size[1]}x{size[0]}"
+            )
         train = open_images(path, size[0], "--nearest")
         if train.size != size or train.count <= NEIGHBOURS:
             raise UserError(

@@ -21,18 +21,38 @@ from evaluations.moments import Moments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "python -m evaluations.reference", "--images PATH --resolution N --out FILE")
-    # fmt: off
+    parser = cli.Parser(
+        __doc__, "python -m evaluations.reference", "--images PATH --resolution N --out FILE"
+    )
+
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="a folder tree class/image.ext, a zip, tar files, parquet, or an .npz")
-    add("--resolution", type=cli.positive, required=True, help="pixels; images are centre-cropped as ADM does (not an .npz's)")
+    add(
+        "--images",
+        type=Path,
+        required=True,
+        help="a folder tree class/image.ext, a zip, tar files, parquet, or an .npz",
+    )
+    add(
+        "--resolution",
+        type=cli.positive,
+        required=True,
+        help="pixels; images are centre-cropped as ADM does (not an .npz's)",
+    )
     add("--out", type=Path, required=True, help=".npz to write")
-    add("--keep-images", type=cli.count, default=10_000,
-        help="so many images, evenly spread, go into the file: precision and recall need them (ADM: 10,000)")
+    add(
+        "--keep-images",
+        type=cli.count,
+        default=10_000,
+        help="so many images, evenly spread, go into the file: precision and recall need them (ADM: 10,000)",
+    )
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
-    add("--device", type=cli.device, help="where features are taken (default: a GPU for each process, if there is one)")
-    # fmt: on
+    add(
+        "--device",
+        type=cli.device,
+        help="where features are taken (default: a GPU for each process, if there is one)",
+    )
+
     return parser.parse_args(argv)
 
 
@@ -43,15 +63,23 @@ def main() -> None:
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out} must end in .npz")
     if 0 < args.keep_images <= NEIGHBOURS:
-        raise UserError(f"--keep-images {args.keep_images}: precision and recall need more than {NEIGHBOURS}; 0 keeps none")
+        raise UserError(
+            f"--keep-images {args.keep_images}: precision and recall need more than {NEIGHBOURS}; 0 keeps none"
+        )
     if args.out.exists():
         raise UserError(f"--out {args.out} is there already: remove it or name another")
     images = open_images(args.images, args.resolution, "--images")
     if images.size != (args.resolution, args.resolution):
-        raise UserError(f"--resolution {args.resolution}: {args.images} holds images of {images.size[0]}x{images.size[1]}")
+        raise UserError(
+            f"--resolution {args.resolution}: {args.images} holds images of {images.size[0]}x{images.size[1]}"
+        )
     if images.count <= NEIGHBOURS:
-        raise UserError(f"--images {args.images} holds {images.count} images: there is nothing to compare with")
-    network = load_extractor("inception", args.inception_weights, images.size, device, str(args.images))
+        raise UserError(
+            f"--images {args.images} holds {images.count} images: there is nothing to compare with"
+        )
+    network = load_extractor(
+        "inception", args.inception_weights, images.size, device, str(args.images)
+    )
     pool, spatial = Moments(), Moments()
     for _, batch in batches(images, args.batch_size, "reference", world):
         outputs = network(torch.from_numpy(batch).to(device))
@@ -64,10 +92,24 @@ def main() -> None:
             pool.merge(more[0])
             spatial.merge(more[1])
         (mu, sigma), (mu_s, sigma_s) = pool.statistics(), spatial.statistics()
-        kept = np.linspace(0, images.count - 1, min(args.keep_images, images.count)).round().astype(int)
+        kept = (
+            np.linspace(0, images.count - 1, min(args.keep_images, images.count))
+            .round()
+            .astype(int)
+        )
         rows = (images.batch(i, i + 1).transpose(0, 2, 3, 1) for i in kept) if len(kept) else None
-        write_npz(args.out, rows, (len(kept), *images.size, 3), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-        print(f"{args.out}: statistics of {images.count:,} images, {len(kept):,} of them kept; sha256 {sha256(args.out)}")
+        write_npz(
+            args.out,
+            rows,
+            (len(kept), *images.size, 3),
+            mu=mu,
+            sigma=sigma,
+            mu_s=mu_s,
+            sigma_s=sigma_s,
+        )
+        print(
+            f"{args.out}: statistics of {images.count:,} images, {len(kept):,} of them kept; sha256 {sha256(args.out)}"
+        )
     world.close()
 
 

@@ -35,27 +35,44 @@ class Reference(NamedTuple):
 
     pool: Statistics
     spatial: Statistics | None
-    features: np.ndarray | None  # (n, F) for precision and recall; None where only statistics are known
+    features: (
+        np.ndarray | None
+    )  # (n, F) for precision and recall; None where only statistics are known
 
 
 def cache_folder() -> Path:
     """Where features of references are kept, unless a flag says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sra2" / "references"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        / "sra2"
+        / "references"
+    )
 
 
 def load_references(
-    path: Path, digest: str, networks: dict[str, nn.Module], side: int, batch_size: int, device: torch.device | str,
-    flag: str = "--reference", cache: Path | None = None, world: World | None = None,
-) -> dict[str, Reference] | None:  # fmt: skip
+    path: Path,
+    digest: str,
+    networks: dict[str, nn.Module],
+    side: int,
+    batch_size: int,
+    device: torch.device | str,
+    flag: str = "--reference",
+    cache: Path | None = None,
+    world: World | None = None,
+) -> dict[str, Reference] | None:
     """A reference by each network's eyes, for samples of `side` pixels; on the first process of `world`, None on the others.
 
     digest: sha256 of `path`. cache: a folder where features are kept for the next time. Raises UserError naming `flag`."""
     npz = Npz(path, flag) if path.suffix == ".npz" else None
     if npz and "arr_0" not in npz:
         if not ("mu" in npz and "sigma" in npz):
-            raise UserError(f"{flag} {path} holds neither images (arr_0) nor statistics (mu, sigma)")
+            raise UserError(
+                f"{flag} {path} holds neither images (arr_0) nor statistics (mu, sigma)"
+            )
         if others := [name for name in networks if name != "inception"]:
-            raise UserError(f"{flag} {path} holds Inception statistics; the {others[0]} features need images")
+            raise UserError(
+                f"{flag} {path} holds Inception statistics; the {others[0]} features need images"
+            )
     adms = _adms(npz) if npz and "inception" in networks else (None, None)
     first = world is None or world.rank == 0
     places = {name: _place(cache, digest, network, side) for name, network in networks.items()}
@@ -66,9 +83,13 @@ def load_references(
     if missing and (npz is None or "arr_0" in npz):
         images = open_images(path, side, flag)
         if images.size != (side, side):
-            raise UserError(f"{flag} {path} holds images of {images.size[0]}x{images.size[1]}, the samples are {side}x{side}")
+            raise UserError(
+                f"{flag} {path} holds images of {images.size[0]}x{images.size[1]}, the samples are {side}x{side}"
+            )
         if images.count <= NEIGHBOURS:
-            raise UserError(f"{flag} {path} holds {images.count} images: there is nothing to compare with")
+            raise UserError(
+                f"{flag} {path} holds {images.count} images: there is nothing to compare with"
+            )
         chosen = {name: networks[name] for name in missing}
         made = extract_all(chosen, images, batch_size, "reference", device, world)
         for name, features in (made or {}).items():
@@ -78,7 +99,9 @@ def load_references(
         return None
     if "inception" in networks:  # statistics before those of the images
         images = own.get("inception") or Reference(None, None, None)
-        own["inception"] = Reference(adms[0] or images.pool, adms[1] or images.spatial, images.features)
+        own["inception"] = Reference(
+            adms[0] or images.pool, adms[1] or images.spatial, images.features
+        )
     return {name: own[name] for name in networks}
 
 
@@ -94,9 +117,15 @@ def _adms(npz: Npz) -> tuple[Statistics | None, Statistics | None]:
         if f"mu{key}" not in npz or f"sigma{key}" not in npz:
             return None
         mu, sigma = (np.asarray(npz.array(f"{name}{key}"), np.float64) for name in ("mu", "sigma"))
-        if (mu.shape, sigma.shape) != ((size,), (size, size)) or not np.isfinite(mu.sum() + sigma.sum()):
-            found = f"they are {mu.shape} and {sigma.shape}" if mu.shape != (size,) else "some are not"
-            raise UserError(f"{npz.flag} {npz.path}: mu{key} and sigma{key} must be finite numbers of {size} features; {found}")
+        if (mu.shape, sigma.shape) != ((size,), (size, size)) or not np.isfinite(
+            mu.sum() + sigma.sum()
+        ):
+            found = (
+                f"they are {mu.shape} and {sigma.shape}" if mu.shape != (size,) else "some are not"
+            )
+            raise UserError(
+                f"{npz.flag} {npz.path}: mu{key} and sigma{key} must be finite numbers of {size} features; {found}"
+            )
         return Statistics(mu, sigma)
 
     return of("", 2048), of("_s", 2023)
@@ -116,7 +145,9 @@ def _read(place: Path | None) -> Reference | None:
     try:
         with np.load(place) as content:
             spatial = Statistics(content["mu_s"], content["sigma_s"]) if "mu_s" in content else None
-            return Reference(Statistics(content["mu"], content["sigma"]), spatial, content["features"])
+            return Reference(
+                Statistics(content["mu"], content["sigma"]), spatial, content["features"]
+            )
     except Exception:  # half a file, or another program's: it is only a cache
         return None
 
@@ -124,7 +155,11 @@ def _read(place: Path | None) -> Reference | None:
 def _write(place: Path | None, reference: Reference) -> None:
     if place is None:
         return
-    arrays = {"mu": reference.pool.mu, "sigma": reference.pool.sigma, "features": reference.features}
+    arrays = {
+        "mu": reference.pool.mu,
+        "sigma": reference.pool.sigma,
+        "features": reference.features,
+    }
     if reference.spatial:
         arrays |= {"mu_s": reference.spatial.mu, "sigma_s": reference.spatial.sigma}
     buffer = io.BytesIO()

@@ -37,7 +37,10 @@ def smoothed(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray
     middle = np.unique(np.linspace(0, len(y) - 1, min(most, len(y))).round().astype(int))
     y = np.where(np.isfinite(y), y, np.nan)
     half = np.minimum(len(y) // 100, middle)
-    values = [np.nan if np.isnan(y[i]) else np.nanmedian(y[i - h : i + h + 1]) for i, h in zip(middle, half)]
+    values = [
+        np.nan if np.isnan(y[i]) else np.nanmedian(y[i - h : i + h + 1])
+        for i, h in zip(middle, half)
+    ]
     return x[middle], np.array(values)
 
 
@@ -49,7 +52,11 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray,
     kept: list[int] = []
     for part in np.array_split(np.arange(len(x)), most // 2):
         known = part[np.isfinite(y[part])]
-        kept += sorted({known[y[known].argmin()], known[y[known].argmax()]}) if len(known) else [part[0]]
+        kept += (
+            sorted({known[y[known].argmin()], known[y[known].argmax()]})
+            if len(known)
+            else [part[0]]
+        )
     return x[kept], y[kept]
 
 
@@ -58,7 +65,9 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -66,7 +75,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     stride = max(1, len(decades) // 5)
     for factors in ((1, 2, 5), (1,)):
-        found = [f * 10.0**d for d in (decades if len(factors) > 1 else decades[::stride]) for f in factors]
+        found = [
+            f * 10.0**d
+            for d in (decades if len(factors) > 1 else decades[::stride])
+            for f in factors
+        ]
         found = [tick for tick in found if low <= tick <= high]
         if len(found) <= 7:
             break
@@ -76,7 +89,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 def short(value: float, size: float | None = None) -> str:
     """A tick: 25k, 1.5M; in the unit that `size`, the largest tick of the axis, is told in."""
     size = abs(value) if size is None else size
-    unit, letter = next(((u, name) for u, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= max(u, 1e4)), (1, ""))
+    unit, letter = next(
+        ((u, name) for u, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= max(u, 1e4)),
+        (1, ""),
+    )
     return f"{float(f'{value / unit:.6g}'):g}{letter if value else ''}"
 
 
@@ -123,18 +139,40 @@ def chart(title: str, lines: list[Series], log: bool = True, zero: bool = False)
     drawn = []
     for tick, words in zip(ticks, told):
         drawn.append(el("path", d=f"M{left:.1f} {up(tick):.1f}H{WIDTH - RIGHT}", class_="grid"))
-        drawn.append(el("text", words, x=f"{left - 7:.1f}", y=f"{up(tick) + 4.5:.1f}", text_anchor="end"))
+        drawn.append(
+            el("text", words, x=f"{left - 7:.1f}", y=f"{up(tick) + 4.5:.1f}", text_anchor="end")
+        )
     for tick in (times := linear_ticks(0, last)):
         drawn.append(el("path", d=f"M{across(tick):.1f} {bottom}v4", class_="grid"))
-        drawn.append(el("text", short(tick, times[-1]), x=f"{across(tick):.1f}", y=bottom + 18, text_anchor="middle"))
-    drawn.append(el("text", "images seen", x=f"{(left + WIDTH - RIGHT) / 2:.1f}", y=HEIGHT - 5, text_anchor="middle"))
+        drawn.append(
+            el(
+                "text",
+                short(tick, times[-1]),
+                x=f"{across(tick):.1f}",
+                y=bottom + 18,
+                text_anchor="middle",
+            )
+        )
+    drawn.append(
+        el(
+            "text",
+            "images seen",
+            x=f"{(left + WIDTH - RIGHT) / 2:.1f}",
+            y=HEIGHT - 5,
+            text_anchor="middle",
+        )
+    )
     for line in lines:
         drawn += _drawn(line, across, up)
     said = "; ".join(f"{line.label} ends at {line.y[finite(line)][-1]:.4g}" for line in lines)
     return el(
-        "svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart",
+        "svg",
+        *drawn,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        class_="chart",
         aria_label=f"{title} over images seen: {said}",
-    )  # fmt: skip
+    )
 
 
 def _drawn(line: Series, across, up) -> list[Html]:
@@ -148,8 +186,19 @@ def _drawn(line: Series, across, up) -> list[Html]:
     if len(x) >= SMOOTH_FROM and not line.dots:
         parts.append(el("path", d=_path(across(a), up(b)), class_=f"line raw {colour}"))
         a, b = smoothed(x, y)
-    parts.append(el("path", d=_path(across(a), up(b)), class_=f"line {colour}", stroke_dasharray=dash))
+    parts.append(
+        el("path", d=_path(across(a), up(b)), class_=f"line {colour}", stroke_dasharray=dash)
+    )
     for at, value in zip(x, y) if line.dots and len(x) <= MOST else ():
         told = el("title", f"{line.label}: {value:.5g} at {at:,.0f} images")
-        parts.append(el("circle", told, cx=f"{across(at):.1f}", cy=f"{up(value):.1f}", r="3.4", class_=f"dot {colour}"))
+        parts.append(
+            el(
+                "circle",
+                told,
+                cx=f"{across(at):.1f}",
+                cy=f"{up(value):.1f}",
+                r="3.4",
+                class_=f"dot {colour}",
+            )
+        )
     return parts

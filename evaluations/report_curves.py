@@ -10,10 +10,12 @@ from evaluations.runs import Run, column, methods
 
 # column of metrics.jsonl -> title, whether the axis may be logarithmic, whether it begins at zero
 PANELS = {
-    "denoising": ("denoising loss", True, False), "align": ("alignment loss", True, False),
-    "cosine": ("cosine to the target", False, False), "grad_norm": ("gradient norm before clipping", True, False),
+    "denoising": ("denoising loss", True, False),
+    "align": ("alignment loss", True, False),
+    "cosine": ("cosine to the target", False, False),
+    "grad_norm": ("gradient norm before clipping", True, False),
     "images_per_s": ("images a second", False, True),
-}  # fmt: skip
+}
 DIRECTION = {"FID": "lower is better", "sFID": "lower is better", "FD": "lower is better"}
 LAST = ("denoising", "align", "cosine", "grad_norm", "images_per_s", "mfu", "peak_memory_gib")
 NOT_MEASURED = ("step", "images", "evaluation")
@@ -21,7 +23,12 @@ NOT_MEASURED = ("step", "images", "evaluation")
 
 def legend(runs: list[Run]) -> Html:
     """Which colour is which run."""
-    return el("ul", *(el("li", swatch(k), run.name) for k, run in enumerate(runs)), class_="legend sticky", aria_label="runs")
+    return el(
+        "ul",
+        *(el("li", swatch(k), run.name) for k, run in enumerate(runs)),
+        class_="legend sticky",
+        aria_label="runs",
+    )
 
 
 def figure(title: str, lines: list[Series], log: bool, zero: bool, note: str = "") -> Html:
@@ -60,9 +67,15 @@ def evaluated(runs: list[Run], metric: str, settings: dict[str, dict[str, Any]])
     lines = []
     for k, run in enumerate(runs):
         for dash, (key, values) in enumerate(settings.items()):
-            rows = [row for row in run.evaluations if json.dumps(setting(row), sort_keys=True) == key]
-            label = ", ".join([run.name, *(f"{field} {text(values.get(field))}" for field in fields)])
-            lines.append(Series(column(rows, "images"), column(rows, metric), k, label, dash, dots=True))
+            rows = [
+                row for row in run.evaluations if json.dumps(setting(row), sort_keys=True) == key
+            ]
+            label = ", ".join(
+                [run.name, *(f"{field} {text(values.get(field))}" for field in fields)]
+            )
+            lines.append(
+                Series(column(rows, "images"), column(rows, metric), k, label, dash, dots=True)
+            )
     return [line for line in lines if finite(line).any()]
 
 
@@ -70,15 +83,30 @@ def of_evaluations(runs: list[Run]) -> list[Html]:
     """The heading, what the settings are and which stroke is which, and a chart for each metric."""
     settings = settings_of(runs)
     if not settings:
-        return [absent("No evaluation while training: train.py --eval-every N --eval-reference PATH logs them.")]
+        return [
+            absent(
+                "No evaluation while training: train.py --eval-every N --eval-reference PATH logs them."
+            )
+        ]
     fields = differing(list(settings.values()))
     common = next(iter(settings.values()))
     same = [f"{key} {shown_text(value)}" for key, value in common.items() if key not in fields]
     parts = [el("h3", "Evaluations while training"), el("p", " · ".join(same), class_="soft")]
     if fields:
-        labels = [", ".join(f"{key} {text(values.get(key))}" for key in fields) for values in settings.values()]
-        strokes = [el("li", swatch(None, DASHES[k % len(DASHES)]), label) for k, label in enumerate(labels)]
-        parts.append(el("p", "Measured in several ways; points of different ones are not joined:", class_="soft"))
+        labels = [
+            ", ".join(f"{key} {text(values.get(key))}" for key in fields)
+            for values in settings.values()
+        ]
+        strokes = [
+            el("li", swatch(None, DASHES[k % len(DASHES)]), label) for k, label in enumerate(labels)
+        ]
+        parts.append(
+            el(
+                "p",
+                "Measured in several ways; points of different ones are not joined:",
+                class_="soft",
+            )
+        )
         parts.append(el("ul", *strokes, class_="legend", aria_label="settings"))
     rows = [row for run in runs for row in run.evaluations]
     pairs = [(key, value) for row in rows for key, value in row.items() if key not in NOT_MEASURED]
@@ -88,7 +116,9 @@ def of_evaluations(runs: list[Run]) -> list[Html]:
         lines = evaluated(runs, name, settings)
         if lines:
             note = DIRECTION.get(name.partition("-")[0], "")
-            figures.append(figure(name.replace("_", " "), lines, log=bool(note), zero=False, note=note))
+            figures.append(
+                figure(name.replace("_", " "), lines, log=bool(note), zero=False, note=note)
+            )
     return [*parts, el("div", *figures, class_="charts")]
 
 
@@ -107,8 +137,14 @@ def last_values(runs: list[Run]) -> Html:
         last = run.steps[-1]
         skipped = sum(row.get("skipped") or 0 for row in run.steps)
         cells = [el("th", swatch(k), " ", run.name, scope="row")]
-        cells += [el("td", f"{value:,}", class_="num") for value in (last["step"], last["images"], skipped)]
-        cells += [el("td", number(last[key]) if last.get(key) is not None else "—", class_="num") for key in keys]
+        cells += [
+            el("td", f"{value:,}", class_="num")
+            for value in (last["step"], last["images"], skipped)
+        ]
+        cells += [
+            el("td", number(last[key]) if last.get(key) is not None else "—", class_="num")
+            for key in keys
+        ]
         body.append(cells)
     names = [name.replace("_", " ") for name in ("step", "images", "skipped", *keys)]
     head = ["run", *(el("th", name, scope="col", class_="num") for name in names)]
@@ -124,4 +160,11 @@ def section(runs: list[Run]) -> Html:
         else "As logged, not smoothed; each point is the mean since the one before."
     )
     charts = el("div", *of_steps(runs), class_="charts")
-    return el("div", legend(runs), el("p", note, class_="soft"), charts, last_values(runs), *of_evaluations(runs))
+    return el(
+        "div",
+        legend(runs),
+        el("p", note, class_="soft"),
+        charts,
+        last_values(runs),
+        *of_evaluations(runs),
+    )

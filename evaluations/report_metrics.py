@@ -11,12 +11,25 @@ from evaluations.report_page import Html, absent, el, number, shown, swatch, tab
 from evaluations.runs import Run, read_json
 
 WHICH_MODEL = {
-    "samples", "samples_sha256", "sampling.checkpoint", "sampling.ema_sha256", "sampling.step", "sampling.images_seen",
-}  # fmt: skip
-ROUNDING = ("versions.", "feature_batch_size", "sampling.machine.", "sampling.per_proc_batch_size", "sampling.compile")
+    "samples",
+    "samples_sha256",
+    "sampling.checkpoint",
+    "sampling.ema_sha256",
+    "sampling.step",
+    "sampling.images_seen",
+}
+ROUNDING = (
+    "versions.",
+    "feature_batch_size",
+    "sampling.machine.",
+    "sampling.per_proc_batch_size",
+    "sampling.compile",
+)
 SAID_BY = {  # what does not count where another field says it better
-    "reference": "reference_sha256", "sampling.vae": "sampling.vae_fingerprint", "sampling.count": "count",
-}  # fmt: skip
+    "reference": "reference_sha256",
+    "sampling.vae": "sampling.vae_fingerprint",
+    "sampling.count": "count",
+}
 HIGHER = {"inception_score", "precision", "recall", "class_agreement"}
 LOWER = ("FID", "sFID", "FD")
 MOST_TOLD = 8  # differing fields named in the sentence above the table
@@ -65,7 +78,11 @@ def flat(content: dict, prefix: str = "") -> dict[str, Any]:
 def identity(content: dict) -> dict[str, Any]:
     """What must agree before two values may be compared."""
     fields = said_once(flat({key: value for key, value in content.items() if key not in RESULTS}))
-    return {key: value for key, value in fields.items() if key not in WHICH_MODEL and not key.startswith(ROUNDING)}
+    return {
+        key: value
+        for key, value in fields.items()
+        if key not in WHICH_MODEL and not key.startswith(ROUNDING)
+    }
 
 
 def said_once(fields: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +107,11 @@ def collect(runs: list[Run], more: list[Path], sample_dir: Path) -> list[Measure
 
     def owner(content: dict) -> int | None:
         place = content.get("sampling", {}).get("checkpoint")
-        of = [k for k, run in enumerate(runs) if place and Path(place).resolve().is_relative_to(run.folder.resolve())]
+        of = [
+            k
+            for k, run in enumerate(runs)
+            if place and Path(place).resolve().is_relative_to(run.folder.resolve())
+        ]
         return of[0] if of else None
 
     found: dict[Path, Measured] = {}
@@ -104,7 +125,9 @@ def collect(runs: list[Run], more: list[Path], sample_dir: Path) -> list[Measure
             raise
         if needs_owner and not isinstance(content.get("sampling"), dict):
             return
-        if not isinstance(content.get("metrics"), dict) or not isinstance(content.get("sampling", {}), dict):
+        if not isinstance(content.get("metrics"), dict) or not isinstance(
+            content.get("sampling", {}), dict
+        ):
             raise UserError(f"{path} is no metrics.json: evaluations.evaluate writes them")
         k = owner(content) if k is None else k
         if path.resolve() not in found and not (needs_owner and k is None):
@@ -120,7 +143,10 @@ def collect(runs: list[Run], more: list[Path], sample_dir: Path) -> list[Measure
     for path in sorted(sample_dir.glob("*.metrics.json")):
         add(path, None, needs_owner=True)
     order = {True: len(runs), False: 0}
-    return sorted(found.values(), key=lambda row: (order[row.colour is None] + (row.colour or 0), row.images, str(row.file)))
+    return sorted(
+        found.values(),
+        key=lambda row: (order[row.colour is None] + (row.colour or 0), row.images, str(row.file)),
+    )
 
 
 def _best(rows: list[Measured], name: str) -> set[int]:
@@ -164,11 +190,20 @@ def verdict(identities: list[dict[str, Any]]) -> Html:
         return el("p", "One file: there is nothing to compare it with.", class_="soft")
     fields = differing(identities)
     if not fields and any(map(_foreign, identities)):
-        return el("p", "Perhaps not comparable: how some of the samples were drawn is not known.", class_="verdict")
+        return el(
+            "p",
+            "Perhaps not comparable: how some of the samples were drawn is not known.",
+            class_="verdict",
+        )
     if not fields:
-        return el("p", "All rows agree in everything that identifies them: their values may be compared.", class_="soft")
+        return el(
+            "p",
+            "All rows agree in everything that identifies them: their values may be compared.",
+            class_="soft",
+        )
     told = [
-        Html(f"{el('b', label(key))} ") + Html(" / ").join(shown(value) for value in _values(identities, key))
+        Html(f"{el('b', label(key))} ")
+        + Html(" / ").join(shown(value) for value in _values(identities, key))
         for key in fields[:MOST_TOLD]
     ]
     rest = f"; and {len(fields) - MOST_TOLD} more" if len(fields) > MOST_TOLD else ""
@@ -177,7 +212,9 @@ def verdict(identities: list[dict[str, Any]]) -> Html:
 
 def _values(identities: list[dict[str, Any]], key: str) -> list[Any]:
     """The different values of a field, in their order of appearance."""
-    tell = [fields for fields in identities if not key.startswith("sampling.") or not _foreign(fields)]
+    tell = [
+        fields for fields in identities if not key.startswith("sampling.") or not _foreign(fields)
+    ]
     return list({text(fields.get(key)): fields.get(key) for fields in tell}.values())
 
 
@@ -189,12 +226,18 @@ def _foreign(fields: dict[str, Any]) -> bool:
 def section(rows: list[Measured]) -> Html:
     """The sentence, the table with differing fields marked, the fields that agree, FID by count, warnings."""
     if not rows:
-        return absent("No metrics.json of these runs: sample_ddp.py --ckpt RUN, then python -m evaluations.evaluate, make one.")
+        return absent(
+            "No metrics.json of these runs: sample_ddp.py --ckpt RUN, then python -m evaluations.evaluate, make one."
+        )
     identities = [identity(row.content) for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row.content["metrics"]))
     fields = differing(identities)
     best = {name: _best(rows, name) for name in names}
-    head = ["run", *(el("th", name.replace("_", " "), scope="col", class_="num") for name in names), "images seen"]
+    head = [
+        "run",
+        *(el("th", name.replace("_", " "), scope="col", class_="num") for name in names),
+        "images seen",
+    ]
     head += [el("th", label(key), scope="col", class_="differs") for key in fields]
     body = []
     for i, (row, own) in enumerate(zip(rows, identities)):
@@ -202,21 +245,37 @@ def section(rows: list[Measured]) -> Html:
         cells.append(el("td", f"{row.images:,}" if row.images else "—", class_="num"))
         cells += [el("td", shown(own.get(key)), class_="differs") for key in fields]
         body.append([_row_head(row), *cells])
-    note = "Bold leads among the rows that agree in every marked column. " if any(best.values()) else ""
+    note = (
+        "Bold leads among the rows that agree in every marked column. "
+        if any(best.values())
+        else ""
+    )
     note += "Small: 95% interval." if any(row.content.get("intervals") for row in rows) else ""
-    agreeing = [key for key in dict.fromkeys(key for own in identities for key in own) if key not in fields]
-    listed = [[el("th", label(key), scope="row"), el("td", shown(_values(identities, key)[0]))] for key in agreeing]
+    agreeing = [
+        key for key in dict.fromkeys(key for own in identities for key in own) if key not in fields
+    ]
+    listed = [
+        [el("th", label(key), scope="row"), el("td", shown(_values(identities, key)[0]))]
+        for key in agreeing
+    ]
     what = "What identifies it" if len(rows) == 1 else "The same in every row"
-    parts = [verdict(identities), table(head, body), el("p", note.strip(), class_="soft") if note else None]
+    parts = [
+        verdict(identities),
+        table(head, body),
+        el("p", note.strip(), class_="soft") if note else None,
+    ]
     warnings: dict[str, list[str]] = {}
     for row in rows:
         if not row.content.get("sampling"):
-            warnings.setdefault("samples of other code, how they were drawn is not known", []).append(
-                f"{row.name} ({row.stem})"
-            )
+            warnings.setdefault(
+                "samples of other code, how they were drawn is not known", []
+            ).append(f"{row.name} ({row.stem})")
         if row.content.get("warning"):
             warnings.setdefault(text(row.content["warning"]), []).append(f"{row.name} ({row.stem})")
-    parts += [el("p", f"{', '.join(names)}: {warning}", class_="warning") for warning, names in warnings.items()]
+    parts += [
+        el("p", f"{', '.join(names)}: {warning}", class_="warning")
+        for warning, names in warnings.items()
+    ]
     parts.append(_by_count(rows))
     if listed:
         summary = el("summary", f"{what}: {len(listed)} fields")
@@ -226,14 +285,25 @@ def section(rows: list[Measured]) -> Html:
 
 def _by_count(rows: list[Measured]) -> Html | None:
     """Distances of the first n samples, for each n that a file has."""
-    entries = [(row, name, values) for row in rows for name, values in (row.content.get("by_count") or {}).items()]
+    entries = [
+        (row, name, values)
+        for row in rows
+        for name, values in (row.content.get("by_count") or {}).items()
+    ]
     counts = sorted({count for _, _, values in entries for count in values}, key=int)
     if not entries:
         return None
     body = [
         [_row_head(row), el("td", name)]
-        + [el("td", number(values[n]) if values.get(n) is not None else "—", class_="num") for n in counts]
+        + [
+            el("td", number(values[n]) if values.get(n) is not None else "—", class_="num")
+            for n in counts
+        ]
         for row, name, values in entries
     ]
-    head = ["run", "distance", *(el("th", f"first {int(count):,}", scope="col", class_="num") for count in counts)]
+    head = [
+        "run",
+        "distance",
+        *(el("th", f"first {int(count):,}", scope="col", class_="num") for count in counts),
+    ]
     return el("div", el("h3", "By number of samples"), table(head, body))

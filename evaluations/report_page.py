@@ -20,9 +20,15 @@ class Html(str):
 def el(tag: str, *children: Any, **attributes: Any) -> Html:
     """An element. Attributes: `class_` is class, `stroke_width` is stroke-width; None leaves one out. None is no child."""
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items() if value is not None
+        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
     )
-    inner = "".join(child if isinstance(child, Html) else escape(str(child)) for child in children if child is not None)
+    inner = "".join(
+        child if isinstance(child, Html) else escape(str(child))
+        for child in children
+        if child is not None
+    )
     return Html(f"<{tag}{given}>" if tag in ("img", "meta") else f"<{tag}{given}>{inner}</{tag}>")
 
 
@@ -42,8 +48,12 @@ def shown(value: Any) -> Html:
     """A setting for people: hashes by their first twelve digits, long values cut; the tooltip has the whole."""
     whole = text(value)
     is_hash = len(whole) >= 32 and not set(whole) - set("0123456789abcdef")
-    cut = whole[:12] + "…" if is_hash else whole if len(whole) <= SHORT else whole[: SHORT - 1] + "…"
-    return el("span", cut, title=whole if cut != whole else None, class_="hash" if is_hash else None)
+    cut = (
+        whole[:12] + "…" if is_hash else whole if len(whole) <= SHORT else whole[: SHORT - 1] + "…"
+    )
+    return el(
+        "span", cut, title=whole if cut != whole else None, class_="hash" if is_hash else None
+    )
 
 
 def number(value: float, digits: int = 3) -> Html:
@@ -56,7 +66,11 @@ def swatch(colour: int | None, dash: str | None = None) -> Html:
     """A stroke in the colour of a run."""
     line = el("path", d="M1 5H21", stroke_dasharray=dash, class_="line")
     return el(
-        "svg", line, viewBox="0 0 22 10", class_=f"swatch c{colour}" if colour is not None else "swatch", aria_hidden="true"
+        "svg",
+        line,
+        viewBox="0 0 22 10",
+        class_=f"swatch c{colour}" if colour is not None else "swatch",
+        aria_hidden="true",
     )
 
 
@@ -64,12 +78,19 @@ def picture(image: Image.Image, alt: str, most: int) -> Html:
     """As part of the page, at most `most` pixels wide, PNG or JPEG, whichever is shorter."""
     image = image.convert("RGB")
     if image.width > most:
-        image = image.resize((most, max(1, round(image.height * most / image.width))), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (most, max(1, round(image.height * most / image.width))), Image.Resampling.LANCZOS
+        )
     encoded = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
-        encoded.append((len(buffer.getvalue()), f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"))
+        encoded.append(
+            (
+                len(buffer.getvalue()),
+                f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}",
+            )
+        )
     return el("img", src=min(encoded)[1], alt=alt, width=image.width, height=image.height)
 
 
@@ -84,7 +105,13 @@ def picture_file(path: Path, alt: str, most: int) -> Html:
 
 def table(head: list[Any], rows: list[list[Html]], class_: str | None = None) -> Html:
     """Cells are <td> or <th> elements; the table scrolls inside its own box."""
-    top = el("thead", el("tr", *(cell if isinstance(cell, Html) else el("th", cell, scope="col") for cell in head)))
+    top = el(
+        "thead",
+        el(
+            "tr",
+            *(cell if isinstance(cell, Html) else el("th", cell, scope="col") for cell in head),
+        ),
+    )
     body = el("tbody", *(el("tr", *row) for row in rows))
     return el("div", el("table", top, body, class_=class_), class_="scroll", tabindex="0")
 
@@ -92,7 +119,11 @@ def table(head: list[Any], rows: list[list[Html]], class_: str | None = None) ->
 def page(title: str, body: Html) -> str:
     """The whole document."""
     head = el(
-        "head", el("meta", charset="utf-8"), el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"), el("title", title), el("style", Html(STYLE.read_text())),
-    )  # fmt: skip
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", title),
+        el("style", Html(STYLE.read_text())),
+    )
     return f"<!doctype html>\n{el('html', head, el('body', body), lang='en')}\n"

@@ -30,7 +30,10 @@ class Run(NamedTuple):
 def named(folders: list[Path]) -> dict[str, Path]:
     """Runs by their names, or by their whole paths where two have the same name."""
     names = [folder.name or folder.resolve().name for folder in folders]
-    return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders)}
+    return {
+        name if names.count(name) == 1 else str(folder): folder
+        for name, folder in zip(names, folders)
+    }
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -39,7 +42,11 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         begun = (folder / "args.json").exists()
-        why = "has not logged yet (--log-every)" if begun else "is no run: name a folder like exps/NAME"
+        why = (
+            "has not logged yet (--log-every)"
+            if begun
+            else "is no run: name a folder like exps/NAME"
+        )
         raise UserError(f"{folder} {why}")
     rows = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
@@ -70,7 +77,10 @@ def read_json(path: Path) -> dict:
 def read_run(name: str, folder: Path) -> Run:
     """Raises UserError if it is none, or has not logged."""
     steps, evaluations = read_log(folder)
-    configs = sorted(folder.glob("checkpoints/[0-9]*/config.json"), key=lambda path: (len(path.parent.name), path))
+    configs = sorted(
+        folder.glob("checkpoints/[0-9]*/config.json"),
+        key=lambda path: (len(path.parent.name), path),
+    )
     config = read_json(configs[-1]) if configs else {}
     return Run(name, folder, steps, evaluations, read_json(folder / "args.json"), config)
 

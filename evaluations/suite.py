@@ -20,20 +20,45 @@ from evaluations.extractors import EXTRACTORS, Features, load_extractor
 from evaluations.metrics import NEIGHBOURS
 from evaluations.reference_features import Reference, cache_folder, known_name, load_references
 
-ASKED = ("reference_sha256", "features", "fp16_distances", "normalisers")  # what an evaluation is of, besides the samples
+ASKED = (
+    "reference_sha256",
+    "features",
+    "fp16_distances",
+    "normalisers",
+)  # what an evaluation is of, besides the samples
 NAMES = {"class_agreement": "classifier agrees with class", "inception_score": "Inception score"}
 
 
 def add_flags(add: Callable) -> None:
     """The flags of an evaluation, for an argument group's add_argument."""
-    add("--features", nargs="+", default=["inception"], metavar="NAME",
-        help=f"networks, in one pass: {' '.join(EXTRACTORS)} or any of timm's; fashion is the shipped classifier")  # fmt: skip
+    add(
+        "--features",
+        nargs="+",
+        default=["inception"],
+        metavar="NAME",
+        help=f"networks, in one pass: {' '.join(EXTRACTORS)} or any of timm's; fashion is the shipped classifier",
+    )
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add("--encoder-weights", type=Path, help="file for timm's network (default: the hub's)")
-    add("--fp16-distances", action="store_true", help="precision and recall by float16 distances, as ADM's evaluator has them")
-    add("--normalisers", nargs="+", type=normaliser, default=[], metavar="NAME=FD",
-        help="distance of real held-out images by each network; FDr is the mean of the ratios to them")  # fmt: skip
-    add("--cache-dir", type=Path, default=cache_folder(), help="where features of references are kept for the next time")
+    add(
+        "--fp16-distances",
+        action="store_true",
+        help="precision and recall by float16 distances, as ADM's evaluator has them",
+    )
+    add(
+        "--normalisers",
+        nargs="+",
+        type=normaliser,
+        default=[],
+        metavar="NAME=FD",
+        help="distance of real held-out images by each network; FDr is the mean of the ratios to them",
+    )
+    add(
+        "--cache-dir",
+        type=Path,
+        default=cache_folder(),
+        help="where features of references are kept for the next time",
+    )
 
 
 def normaliser(text: str) -> tuple[str, float]:
@@ -44,46 +69,86 @@ def normaliser(text: str) -> tuple[str, float]:
             raise argparse.ArgumentTypeError
         return name, cli.above_zero(value)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text} is not a network's name, =, and a distance above 0") from None
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a network's name, =, and a distance above 0"
+        ) from None
 
 
 class Suite:
     """Networks and reference for samples of one size. All processes of `world` make it, and call `look`, together."""
 
-    def __init__(self, args: argparse.Namespace, path: Path, flag: str, size: tuple[int, int], what: str, batch_size: int,
-                 device: torch.device | str, world: World):  # fmt: skip
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        path: Path,
+        flag: str,
+        size: tuple[int, int],
+        what: str,
+        batch_size: int,
+        device: torch.device | str,
+        world: World,
+    ):
         """args: what add_flags gave. path: the reference, that `flag` named; `what`: the samples. Raises UserError."""
         if len(set(args.features)) < len(args.features):
             raise UserError(f"--features {' '.join(args.features)}: each only once")
         strangers = [name for name, _ in args.normalisers if name not in args.features]
         if strangers:
-            raise UserError(f"--normalisers {strangers[0]}: there is no such distance without --features {strangers[0]}")
+            raise UserError(
+                f"--normalisers {strangers[0]}: there is no such distance without --features {strangers[0]}"
+            )
         timms = [name for name in args.features if name not in ("inception", "fashion")]
         if args.encoder_weights and len(timms) != 1:
-            raise UserError(f"--encoder-weights is one network's file; --features names {len(timms)} of timm's")
+            raise UserError(
+                f"--encoder-weights is one network's file; --features names {len(timms)} of timm's"
+            )
         if not path.exists():
             raise UserError(f"{flag} {path} does not exist")
-        self.args, self.path, self.flag, self.side, self.batch_size = args, path, flag, size[0], batch_size
+        self.args, self.path, self.flag, self.side, self.batch_size = (
+            args,
+            path,
+            flag,
+            size[0],
+            batch_size,
+        )
         self.device, self.world = device, world
         self.networks = {
-            name: load_extractor(name, args.inception_weights, size, device, what, encoder_weights=args.encoder_weights)
+            name: load_extractor(
+                name,
+                args.inception_weights,
+                size,
+                device,
+                what,
+                encoder_weights=args.encoder_weights,
+            )
             for name in args.features
         }
         digest = world.first(lambda: sha256(path))
         self.identity = {
-            "reference": str(path), "reference_sha256": digest, "reference_name": known_name(digest),
+            "reference": str(path),
+            "reference_sha256": digest,
+            "reference_name": known_name(digest),
             "features": {name: network.weights_sha256 for name, network in self.networks.items()},
-            "fp16_distances": args.fp16_distances, "normalisers": dict(args.normalisers), "resolution": size[0],
-            "feature_batch_size": batch_size, "versions": {name: version(name) for name in ("torch", "torch-fidelity", "timm")},
-        }  # fmt: skip
+            "fp16_distances": args.fp16_distances,
+            "normalisers": dict(args.normalisers),
+            "resolution": size[0],
+            "feature_batch_size": batch_size,
+            "versions": {name: version(name) for name in ("torch", "torch-fidelity", "timm")},
+        }
         self.references: dict[str, Reference] | None = None
 
     def look(self) -> None:
         """At the reference, unless its features are kept. Raises UserError."""
         self.references = load_references(
-            self.path, self.identity["reference_sha256"], self.networks, self.side, self.batch_size, self.device, self.flag,
-            self.args.cache_dir, self.world,
-        )  # fmt: skip
+            self.path,
+            self.identity["reference_sha256"],
+            self.networks,
+            self.side,
+            self.batch_size,
+            self.device,
+            self.flag,
+            self.args.cache_dir,
+            self.world,
+        )
 
     def judge(self, samples: dict[str, Features], labels: np.ndarray | None) -> dict:
         """The results of metrics.json, on the first process, after `look`."""
@@ -92,7 +157,9 @@ class Suite:
         count = 0
         for name, features in samples.items():
             reference, count = self.references[name], len(features.pool)
-            metrics |= compare(features, labels, reference, name, self.device, self.args.fp16_distances)
+            metrics |= compare(
+                features, labels, reference, name, self.device, self.args.fp16_distances
+            )
             sure = spread(features, reference, name, self.device)
             intervals |= sure["intervals"]
             by_count |= sure["by_count"]
@@ -108,7 +175,9 @@ class Suite:
 def enough(count: int, what: str) -> None:
     """Raises UserError if there are too few samples for anything."""
     if count <= NEIGHBOURS:
-        raise UserError(f"{what} holds {count} images: more than {NEIGHBOURS} are needed to compare anything")
+        raise UserError(
+            f"{what} holds {count} images: more than {NEIGHBOURS} are needed to compare anything"
+        )
 
 
 def read_object(path: Path, key: str, what: str) -> dict:
@@ -120,7 +189,9 @@ def read_object(path: Path, key: str, what: str) -> dict:
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or key not in content:
-        raise UserError(f"{path} is there already, and is no {what}: move it away, or name another file")
+        raise UserError(
+            f"{path} is there already, and is no {what}: move it away, or name another file"
+        )
     return content
 
 

@@ -23,7 +23,13 @@ class TimmFeatures(nn.Module):
     antialiased, rounded) and normalised with the network's own mean and standard deviation. In fp32 whatever surrounds it.
     `weights_sha256` is of the weights, the architecture, S, mean and standard deviation."""
 
-    def __init__(self, name: str, weights: Path | None = None, pretrained: bool = True, flag: str = "--features"):
+    def __init__(
+        self,
+        name: str,
+        weights: Path | None = None,
+        pretrained: bool = True,
+        flag: str = "--features",
+    ):
         """name: short, as models/encoder.py has it, or timm's; weights: timm's file, else the hub's. Raises UserError."""
         import timm
 
@@ -39,7 +45,9 @@ class TimmFeatures(nn.Module):
             self.side = DINOV2_SIDE
             resize_positions(self.network, DINOV2_SIDE)
         settings = json.dumps([wanted, self.side, config["mean"], config["std"]])
-        self.weights_sha256 = hashlib.sha256((settings + fingerprint(self.network)).encode()).hexdigest()
+        self.weights_sha256 = hashlib.sha256(
+            (settings + fingerprint(self.network)).encode()
+        ).hexdigest()
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
@@ -72,4 +80,6 @@ def resize_positions(network: nn.Module, side: int) -> None:
     grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
     assert grid.shape[-1] == new, (grid.shape, new)
     network.set_input_size(img_size=side)
-    network.pos_embed = nn.Parameter(torch.cat((first, grid.flatten(2).transpose(1, 2)), 1), requires_grad=False)
+    network.pos_embed = nn.Parameter(
+        torch.cat((first, grid.flatten(2).transpose(1, 2)), 1), requires_grad=False
+    )

@@ -35,7 +35,9 @@ class Cell(NamedTuple):
 
     name: str
     seed: int
-    flags: tuple[str, ...]  # of train.py, --max-train-steps among them, but not --exp-name, --output-dir, --seed
+    flags: tuple[
+        str, ...
+    ]  # of train.py, --max-train-steps among them, but not --exp-name, --output-dir, --seed
 
     @property
     def run(self) -> str:
@@ -44,7 +46,15 @@ class Cell(NamedTuple):
 
     def words(self, folder: Path) -> list[str]:
         """What stands behind train.py on the command line."""
-        return [*self.flags, "--exp-name", self.run, "--output-dir", str(folder), "--seed", str(self.seed)]
+        return [
+            *self.flags,
+            "--exp-name",
+            self.run,
+            "--output-dir",
+            str(folder),
+            "--seed",
+            str(self.seed),
+        ]
 
     def args(self, processes: int = 1) -> argparse.Namespace:
         """What train.py makes of its flags. Raises UserError."""
@@ -78,7 +88,10 @@ def difference(then: list[str], now: list[str]) -> str:
     """What of two lists of flags differs, in words: of a flag given twice the last."""
     was, new = ({flag: " ".join(values) for flag, *values in split(words)} for words in (then, now))
     changed = [flag for flag in {**was, **new} if was.get(flag) != new.get(flag)]
-    return "; ".join(f"{flag} was {was.get(flag, 'not given')}, is {new.get(flag, 'not given')}" for flag in changed)
+    return "; ".join(
+        f"{flag} was {was.get(flag, 'not given')}, is {new.get(flag, 'not given')}"
+        for flag in changed
+    )
 
 
 def split(words: Iterable[str]) -> list[list[str]]:
@@ -116,7 +129,9 @@ def commit() -> str | None:
     """Of the code, with -dirty behind it if files differ from it; None outside of a repository."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     return None
 
 
@@ -151,9 +166,13 @@ class Child:
         self.log = folder / f"{cell.run}.log"
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *cell.words(folder)], env=environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, str(ROOT / "train.py"), *cell.words(folder)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def note(self, done: bool) -> None:
         """Writes what `record` reads."""
@@ -177,7 +196,10 @@ class Child:
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         lines = self.log.read_text(errors="replace").replace("\r", "\n").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), f"ended with exit code {code}")
+        return next(
+            (line.strip() for line in reversed(lines) if line.strip()),
+            f"ended with exit code {code}",
+        )
 
 
 def busy(cell: Cell, folder: Path) -> bool:
@@ -209,23 +231,37 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
         try:
             held.enter_context(lock(folder / ".lock"))
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is at it; stop that, or choose another --output-dir") from None
+            raise UserError(
+                f"{folder}: another process is at it; stop that, or choose another --output-dir"
+            ) from None
         bar = held.enter_context(
-            tqdm(total=sum(goal.values()), initial=sum(seen.values()), unit="img", unit_scale=True, smoothing=0)
+            tqdm(
+                total=sum(goal.values()),
+                initial=sum(seen.values()),
+                unit="img",
+                unit_scale=True,
+                smoothing=0,
+            )
         )
         request = held.enter_context(stop_on_signal())
         held.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, request.note))
         held.callback(lambda: [child.stop(signal.SIGKILL) for child in running.values()])
         while running or (waiting and not request.name):
             for slot in range(jobs):
-                free = next((cell for cell in waiting if not busy(cell, folder)), None) if slot not in running else None
+                free = (
+                    next((cell for cell in waiting if not busy(cell, folder)), None)
+                    if slot not in running
+                    else None
+                )
                 if free and not request.name:
                     waiting.remove(free)
                     running[slot] = Child(free, folder, slot, jobs, gpus)
             if request.name and not told:
                 told = True
                 tqdm.write(f"stopping: {len(running)} runs save what they have")
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait for them
+                signal.signal(
+                    signal.SIGINT, signal.default_int_handler
+                )  # a second Ctrl-C does not wait for them
                 for child in running.values():
                     child.stop()
             time.sleep(POLL)
@@ -242,7 +278,10 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
             if time.monotonic() - looked > LOOK:
                 ended, looked = looked == 0, time.monotonic()
                 seen |= {child.cell: images(child.cell, folder) for child in running.values()}
-                bar.set_description(f"{done} of {len(cells)} runs" + f", {len(failed)} failed" * bool(failed), refresh=ended)
+                bar.set_description(
+                    f"{done} of {len(cells)} runs" + f", {len(failed)} failed" * bool(failed),
+                    refresh=ended,
+                )
                 bar.update(sum(seen.values()) - bar.n)
     if request.name == "SIGINT":
         raise KeyboardInterrupt

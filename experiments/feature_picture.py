@@ -37,7 +37,11 @@ def tile(picture: np.ndarray) -> np.ndarray:
     picture = picture / 255 if picture.dtype == np.uint8 else picture
     factor = max(1, len(picture) // TILE)
     side = len(picture) // factor
-    cut = picture[: side * factor, : side * factor].reshape(side, factor, side, factor, 3).mean((1, 3))
+    cut = (
+        picture[: side * factor, : side * factor]
+        .reshape(side, factor, side, factor, 3)
+        .mean((1, 3))
+    )
     nearest = np.arange(TILE) * side // TILE
     return cut[nearest][:, nearest]
 
@@ -70,14 +74,18 @@ def draw(figures: dict, pictures: list[Maps], classes: list[str], out: Path) -> 
 
     kinds = {"accuracy": "linear-probe accuracy, held out (95% interval)"}
     if figures["cknna"]:
-        kinds["cknna"] = f"CKNNA with {figures['cknna']['features']} features, k = {figures['cknna']['k']}"
+        kinds["cknna"] = (
+            f"CKNNA with {figures['cknna']['features']} features, k = {figures['cknna']['k']}"
+        )
     m, checkpoints = len(classes), figures["checkpoints"]
     columns = min(COLUMNS, m)
     rows = -(-m // columns)
     most = max(len(checkpoint["blocks"]) for checkpoint in checkpoints)
     left = max(4.5, INCH * columns * (3.6 + most))
     caption = textwrap.wrap(CAPTION, int(LETTERS * left))
-    high = max(4.4, rows * (INCH * 1.05 * (1 + len(figures["times"])) + 0.2) + 0.7 + 0.15 * len(caption))
+    high = max(
+        4.4, rows * (INCH * 1.05 * (1 + len(figures["times"])) + 0.2) + 0.7 + 0.15 * len(caption)
+    )
     right = 4.3 * len(kinds)
     figure = plt.figure(figsize=(left + right, high * len(checkpoints)), layout="constrained")
     lines = figure.subfigures(len(checkpoints), 1, squeeze=False)[:, 0]
@@ -88,11 +96,19 @@ def draw(figures: dict, pictures: list[Maps], classes: list[str], out: Path) -> 
             axis.set_axis_off()
             if i < m:
                 show(axis, sheet(shown, i), classes[i], checkpoint["blocks"], figures["times"])
-        for axis, (kind, label) in zip(charts.subplots(1, len(kinds), squeeze=False)[0], kinds.items()):
+        for axis, (kind, label) in zip(
+            charts.subplots(1, len(kinds), squeeze=False)[0], kinds.items()
+        ):
             chart(axis, figures, checkpoint, kind)
             axis.set_title(label, fontsize=10)
         maps.suptitle("\n".join(caption), fontsize=9)
-        charts.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False, fontsize=9)
+        charts.legend(
+            *axis.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=9,
+            frameon=False,
+            fontsize=9,
+        )
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
@@ -127,24 +143,70 @@ def chart(axis, figures: dict, checkpoint: dict, kind: str) -> None:
     last = max(part["blocks"][-1] for part in figures["checkpoints"])
     begin = min(0, 1 - 0.08 * last)  # where x_t stands
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.88, len(times)))
-    raw = {row["t"]: row for row in figures["baselines"] if row.get("path_type") == checkpoint["path_type"]}
+    raw = {
+        row["t"]: row
+        for row in figures["baselines"]
+        if row.get("path_type") == checkpoint["path_type"]
+    }
     for t, shade in zip(times, shades):
         rows = [row for row in checkpoint["results"] if row["t"] == t]
-        axis.plot(blocks, values(rows, kind), color=shade, marker="o", markersize=4, label=f"t = {t:g}")
-        axis.plot([begin], values([raw[t]], kind), color=shade, marker="D", markersize=5, markerfacecolor="none")
-        axis.plot([begin, blocks[0]], values([raw[t], rows[0]], kind), color=shade, linewidth=0.7, linestyle=":")
+        axis.plot(
+            blocks, values(rows, kind), color=shade, marker="o", markersize=4, label=f"t = {t:g}"
+        )
+        axis.plot(
+            [begin],
+            values([raw[t]], kind),
+            color=shade,
+            marker="D",
+            markersize=5,
+            markerfacecolor="none",
+        )
+        axis.plot(
+            [begin, blocks[0]],
+            values([raw[t], rows[0]], kind),
+            color=shade,
+            linewidth=0.7,
+            linestyle=":",
+        )
         if kind == "accuracy":
-            axis.fill_between(blocks, values(rows, "low"), values(rows, "high"), color=shade, alpha=0.15, linewidth=0)
-    axis.plot([], [], "D", color="0.4", markersize=5, markerfacecolor="none", label="$x_t$ itself, flattened")
+            axis.fill_between(
+                blocks,
+                values(rows, "low"),
+                values(rows, "high"),
+                color=shade,
+                alpha=0.15,
+                linewidth=0,
+            )
+    axis.plot(
+        [],
+        [],
+        "D",
+        color="0.4",
+        markersize=5,
+        markerfacecolor="none",
+        label="$x_t$ itself, flattened",
+    )
     across = {row["space"]: row[kind] for row in figures["baselines"] if "t" not in row}
     if kind == "accuracy":
         across["chance"] = figures["chance"]
     for (name, value), style in zip(across.items(), (":", "--", "-")):
         if value is not None:
             axis.axhline(value, color="0.45", linestyle=style, linewidth=1)
-            axis.annotate(name, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          ha="right", va="bottom", fontsize=8, color="0.2")  # fmt: skip
-    rows = [*figures["baselines"], *(row for part in figures["checkpoints"] for row in part["results"])]
+            axis.annotate(
+                name,
+                (1, value),
+                (-2, 2),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color="0.2",
+            )
+    rows = [
+        *figures["baselines"],
+        *(row for part in figures["checkpoints"] for row in part["results"]),
+    ]
     known = [row[kind] for row in rows if row[kind] is not None]
     axis.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
     axis.set_xlim(begin - 0.04 * last, last * 1.04)

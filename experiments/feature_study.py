@@ -29,7 +29,11 @@ MOST_BLOCKS = 8
 
 def spread(depth: int) -> list[int]:
     """All blocks, or MOST_BLOCKS of them, the first and the last among them."""
-    return sorted({round(1 + i * (depth - 1) / (MOST_BLOCKS - 1)) for i in range(MOST_BLOCKS)} if depth > 1 else {1})
+    return sorted(
+        {round(1 + i * (depth - 1) / (MOST_BLOCKS - 1)) for i in range(MOST_BLOCKS)}
+        if depth > 1
+        else {1}
+    )
 
 
 class Data(NamedTuple):
@@ -70,7 +74,9 @@ def choose(data: Data, m: int) -> Tensor:
 
 
 @torch.no_grad()
-def pooled(model: SiT, data: Data, path_type: str, t: float, blocks: list[int], size: int, bar: tqdm) -> dict[int, Tensor]:
+def pooled(
+    model: SiT, data: Data, path_type: str, t: float, blocks: list[int], size: int, bar: tqdm
+) -> dict[int, Tensor]:
     """The tokens after each block averaged over the grid: {k: (n, D)}, on the model's device. One pass for all blocks."""
     rows: dict[int, list[Tensor]] = {k: [] for k in blocks}
     for start in range(0, len(data.index), size):
@@ -89,7 +95,9 @@ def features(model: SiT, x_t: Tensor, t: float, blocks: list[int]) -> dict[int, 
     return model.features(x_t, torch.full((len(x_t),), t, device=x_t.device), null, blocks)
 
 
-def judge(space: Tensor, data: Data, num_classes: int, to: Neighbours | None) -> dict[str, float | None]:
+def judge(
+    space: Tensor, data: Data, num_classes: int, to: Neighbours | None
+) -> dict[str, float | None]:
     """Features (n, D) -> accuracy of the probe on the half it has not seen, its interval, and CKNNA of that half."""
     labels, half = data.labels.to(space.device), data.half
     probe = fit_probe(space[:half], labels[:half], num_classes)
@@ -100,18 +108,31 @@ def judge(space: Tensor, data: Data, num_classes: int, to: Neighbours | None) ->
     return {**found, "cknna": None if math.isnan(value) else value}
 
 
-def baselines(data: Data, paths: list[str], times: list[float], judged: Callable[[Tensor], dict]) -> Iterator[dict]:
+def baselines(
+    data: Data, paths: list[str], times: list[float], judged: Callable[[Tensor], dict]
+) -> Iterator[dict]:
     """What there is before any block: the latent, and x_t."""
     yield {"space": "latent, averaged", **judged(data.latents.mean((2, 3)))}
     yield {"space": "latent, flattened", **judged(data.latents.flatten(1))}
     for path in paths:
         for t in times:
-            yield {"space": "x_t, flattened", "path_type": path, "t": t, **judged(data.at(path, t).flatten(1))}
+            yield {
+                "space": "x_t, flattened",
+                "path_type": path,
+                "t": t,
+                **judged(data.at(path, t).flatten(1)),
+            }
 
 
 @torch.no_grad()
 def maps(
-    model: SiT, data: Data, path_type: str, rows: Tensor, blocks: list[int], times: list[float], vae: Autoencoder
+    model: SiT,
+    data: Data,
+    path_type: str,
+    rows: Tensor,
+    blocks: list[int],
+    times: list[float],
+    vae: Autoencoder,
 ) -> tuple[Maps, dict[tuple[float, int], float]]:
     """The pictures of the shown images, and how much of the variance of each (t, block) their three components hold.
 
@@ -120,9 +141,20 @@ def maps(
     device, m = model.pos_embed.device, len(rows)
     pixels = data.latents[rows].movedim(1, -1)
     basis = principal(pixels.flatten(0, 2))
-    found = Maps(vae.decode(data.latents[rows].to(device)).cpu().numpy(), basis.colours(pixels).numpy(), {}, {}, {})
+    found = Maps(
+        vae.decode(data.latents[rows].to(device)).cpu().numpy(),
+        basis.colours(pixels).numpy(),
+        {},
+        {},
+        {},
+    )
     side = model.config.latent_size // model.config.patch
-    before = F.adaptive_avg_pool2d(basis.scores(pixels).movedim(-1, 1), side).movedim(1, -1).reshape(-1, 3).to(device)
+    before = (
+        F.adaptive_avg_pool2d(basis.scores(pixels).movedim(-1, 1), side)
+        .movedim(1, -1)
+        .reshape(-1, 3)
+        .to(device)
+    )
     share, signs = {}, {}
     for t in times:
         x_t = data.at(path_type, t, rows)

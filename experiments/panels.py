@@ -19,7 +19,10 @@ def table(found: dict) -> str:
             f"| {panel['title']} | {metric} | against vanilla | classes agree | *the paper's FID* |",
             "|---|---|---|---|---|",
         ]
-        for value in ({"label": "vanilla", "run": "none", "paper": panel["paper"]}, *panel["values"]):
+        for value in (
+            {"label": "vanilla", "run": "none", "paper": panel["paper"]},
+            *panel["values"],
+        ):
             name, cells = value["run"], ["not run", "", ""]
             if name in at_end:
                 difference = paired(at_end[name], base) if name != "none" else None
@@ -37,8 +40,11 @@ def table(found: dict) -> str:
         "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval of it.",
         "*The paper's FID* is of SiT-B/2 with 12 blocks on ImageNet after 400K steps: another metric on other data, of which",
         "only the order can be compared.",
-        "", "```bash", found["command"], "```",
-    ]  # fmt: skip
+        "",
+        "```bash",
+        found["command"],
+        "```",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -52,9 +58,14 @@ def draw(found: dict, out: Path) -> None:
 
     at_end, count = last(found["runs"], found["metric"]), len(found["axes"])
     base, columns = at_end["none"], min(count, 4)
-    level, everything = float(np.mean([*base.values()])), [v for each in at_end.values() for v in each.values()]
+    level, everything = (
+        float(np.mean([*base.values()])),
+        [v for each in at_end.values() for v in each.values()],
+    )
     bars = [paired(each, base) for name, each in at_end.items() if name != "none"]
-    everything += [level + end for bar in bars if bar and bar.low is not None for end in (bar.low, bar.high)]
+    everything += [
+        level + end for bar in bars if bar and bar.low is not None for end in (bar.low, bar.high)
+    ]
     margin = 0.05 * (max(everything) - min(everything)) or 0.1 * abs(level)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
@@ -71,15 +82,37 @@ def draw(found: dict, out: Path) -> None:
         panel.axhline(level, color="0.35", linestyle="--", linewidth=1.2)
         for x, value in enumerate(values):
             color, ours = "C1" if value["usual"] else "C0", at_end.get(value["run"], {})
-            panel.plot([x - 0.12] * len(ours), [*ours.values()], color, marker="o", markersize=4, alpha=0.5, linestyle="")
+            panel.plot(
+                [x - 0.12] * len(ours),
+                [*ours.values()],
+                color,
+                marker="o",
+                markersize=4,
+                alpha=0.5,
+                linestyle="",
+            )
             difference = paired(ours, base)
             if difference:
-                panel.plot(x + 0.08, level + difference.mean, color, marker="_", markersize=15, markeredgewidth=2.2)
+                panel.plot(
+                    x + 0.08,
+                    level + difference.mean,
+                    color,
+                    marker="_",
+                    markersize=15,
+                    markeredgewidth=2.2,
+                )
                 if difference.low is not None:
-                    panel.plot([x + 0.08] * 2, [level + difference.low, level + difference.high], color, linewidth=1.6)
+                    panel.plot(
+                        [x + 0.08] * 2,
+                        [level + difference.low, level + difference.high],
+                        color,
+                        linewidth=1.6,
+                    )
         panel.set_xticks(range(len(values)), [value["label"] for value in values])
         panel.set(
-            title=told["title"], xlim=(-0.6, len(values) - 0.4), ylim=(min(everything) - margin, max(everything) + margin)
+            title=told["title"],
+            xlim=(-0.6, len(values) - 0.4),
+            ylim=(min(everything) - margin, max(everything) + margin),
         )
         panel.grid(True, axis="y", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
@@ -89,11 +122,23 @@ def draw(found: dict, out: Path) -> None:
         panel.set_ylabel(found["metric"])
     handles = [
         plt.Line2D([], [], color="0.35", linestyle="--", label="vanilla, and its seeds"),
-        plt.Line2D([], [], color="0.4", marker="o", markersize=4, linestyle="", alpha=0.6, label="a seed"),
-        plt.Line2D([], [], color="0.4", marker="_", markersize=12, markeredgewidth=2.2, label="mean, and 95% against vanilla"),
+        plt.Line2D(
+            [], [], color="0.4", marker="o", markersize=4, linestyle="", alpha=0.6, label="a seed"
+        ),
+        plt.Line2D(
+            [],
+            [],
+            color="0.4",
+            marker="_",
+            markersize=12,
+            markeredgewidth=2.2,
+            label="mean, and 95% against vanilla",
+        ),
         plt.Line2D([], [], color="C1", marker="o", markersize=4, label="the paper's best"),
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=4 if columns > 2 else 2, frameon=False)
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4 if columns > 2 else 2, frameon=False
+    )
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)

@@ -26,7 +26,9 @@ class Probe(NamedTuple):
         return (features.double() - self.mean) / self.std @ self.weight.T + self.bias
 
 
-def fit_probe(features: Tensor, labels: Tensor, num_classes: int, penalty: float = 1.0, most: int = 2000) -> Probe:
+def fit_probe(
+    features: Tensor, labels: Tensor, num_classes: int, penalty: float = 1.0, most: int = 2000
+) -> Probe:
     """The one minimum of the mean cross-entropy + penalty / (2 n) |weight|^2 over features (n, D), labels (n,), by L-BFGS from
     zero: scikit-learn's LogisticRegression(C=1 / penalty), and like it without a penalty on the bias.
 
@@ -38,13 +40,21 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, penalty: float
     weight = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=most, max_eval=2 * most, tolerance_grad=1e-5, tolerance_change=0, history_size=20,
+        [weight, bias],
+        max_iter=most,
+        max_eval=2 * most,
+        tolerance_grad=1e-5,
+        tolerance_change=0,
+        history_size=20,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = F.cross_entropy(F.linear(x, weight, bias), labels) + penalty / (2 * len(x)) * weight.square().sum()
+        value = (
+            F.cross_entropy(F.linear(x, weight, bias), labels)
+            + penalty / (2 * len(x)) * weight.square().sum()
+        )
         value.backward()
         return value
 
@@ -55,7 +65,10 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, penalty: float
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval (1927) of a share, `hits` of n: of 95% for z = 1.96. Stays within [0, 1], and is never empty."""
-    centre, half = (hits + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    centre, half = (
+        (hits + z * z / 2) / (n + z * z),
+        z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4),
+    )
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -75,7 +88,9 @@ def neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
         products = unit[start : start + ROWS] @ unit.T
         products.diagonal(start).fill_(-torch.inf)
         found.append(products.topk(k, 1))
-    return Neighbours(torch.cat([part.values for part in found]), torch.cat([part.indices for part in found]))
+    return Neighbours(
+        torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    )
 
 
 def local_hsic(a: Neighbours, b: Neighbours) -> float:
@@ -93,7 +108,10 @@ def local_hsic(a: Neighbours, b: Neighbours) -> float:
     trace = (k_ij * l_ij[order[at]])[place[at] == mirror].sum()  # of K L
     column_k, row_l = (torch.zeros(n, dtype=k_ij.dtype, device=k_ij.device) for _ in range(2))
     total = column_k.index_add_(0, j, k_ij) @ row_l.index_add_(0, i, l_ij)  # of all entries of K L
-    return ((trace + k_ij.sum() * l_ij.sum() / ((n - 1) * (n - 2)) - 2 * total / (n - 2)) / (n * (n - 3))).item()
+    return (
+        (trace + k_ij.sum() * l_ij.sum() / ((n - 1) * (n - 2)) - 2 * total / (n - 2))
+        / (n * (n - 3))
+    ).item()
 
 
 def cknna(a: Neighbours, b: Neighbours) -> float:
@@ -121,7 +139,9 @@ class Basis(NamedTuple):
 
     def colours(self, tokens: Tensor) -> Tensor:
         """(..., D) -> red, green, blue in [0, 1], (..., 3): each component's least value is 0, its greatest 1."""
-        return ((self.scores(tokens) - self.low) / (self.high - self.low).clamp(min=1e-12)).clamp(0, 1)
+        return ((self.scores(tokens) - self.low) / (self.high - self.low).clamp(min=1e-12)).clamp(
+            0, 1
+        )
 
 
 def principal(tokens: Tensor, like: Tensor | None = None) -> Basis:

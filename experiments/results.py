@@ -28,17 +28,28 @@ def gather(cells: list[Cell], folder: Path, unfinished: bool = False) -> list[di
             continue
         args, known = cell.args(), record(cell, folder) or {"flags": portable(cell.flags)}
         steps, evaluations = read_log(folder / cell.run)
-        evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == args.ema_decay[0]]
+        evaluations = [
+            row for row in evaluations if row["evaluation"]["ema_decay"] == args.ema_decay[0]
+        ]
         how = evaluations[-1]["evaluation"] if evaluations else {}
-        losses = [key for key in steps[-1] if key in ("denoising", "cosine") or key.startswith("align")]
-        runs.append({
-            "name": cell.name, "seed": cell.seed, **({} if done else {"finished": False}),
-            **{key: known.get(key) for key in ("flags", "seconds", "machine", "commits")},
-            "command": shlex.join(["python", "train.py", *portable(cell.words(folder))]),
-            "evaluation": {key: value for key, value in how.items() if key != "reference"},
-            "metrics": columns(evaluations, [key for key in (*evaluations, {})[0] if key not in ("step", "evaluation")]),
-            "losses": columns(steps, ["images", *losses]),
-        })  # fmt: skip
+        losses = [
+            key for key in steps[-1] if key in ("denoising", "cosine") or key.startswith("align")
+        ]
+        runs.append(
+            {
+                "name": cell.name,
+                "seed": cell.seed,
+                **({} if done else {"finished": False}),
+                **{key: known.get(key) for key in ("flags", "seconds", "machine", "commits")},
+                "command": shlex.join(["python", "train.py", *portable(cell.words(folder))]),
+                "evaluation": {key: value for key, value in how.items() if key != "reference"},
+                "metrics": columns(
+                    evaluations,
+                    [key for key in (*evaluations, {})[0] if key not in ("step", "evaluation")],
+                ),
+                "losses": columns(steps, ["images", *losses]),
+            }
+        )
     return runs
 
 
@@ -51,8 +62,12 @@ def begun(cell: Cell, folder: Path) -> bool:
 def columns(rows: list[dict], keys: list[str]) -> dict[str, list]:
     """Of lines of metrics.jsonl, each number to six digits."""
     return {
-        key: [float(f"{row[key]:.6g}") if isinstance(row.get(key), float) else row.get(key) for row in rows] for key in keys
-    }  # fmt: skip
+        key: [
+            float(f"{row[key]:.6g}") if isinstance(row.get(key), float) else row.get(key)
+            for row in rows
+        ]
+        for key in keys
+    }
 
 
 def save(path: Path, study: str, about: dict, runs: list[dict]) -> None:
@@ -65,7 +80,11 @@ def save(path: Path, study: str, about: dict, runs: list[dict]) -> None:
 def command() -> list[str]:
     """The one under way, as it would be typed here."""
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
-    return ["python", *(["-m", module] if module else portable(sys.argv[:1])), *portable(sys.argv[1:])]
+    return [
+        "python",
+        *(["-m", module] if module else portable(sys.argv[:1])),
+        *portable(sys.argv[1:]),
+    ]
 
 
 def load(path: Path, study: str) -> dict:
@@ -74,9 +93,14 @@ def load(path: Path, study: str) -> dict:
         raise UserError(f"{path} does not exist")
     found = read_json(path)
     if found.get("study") != study:
-        raise UserError(f"{path} is no result of experiments.{study}" + f", but of {found['study']}" * ("study" in found))
+        raise UserError(
+            f"{path} is no result of experiments.{study}"
+            + f", but of {found['study']}" * ("study" in found)
+        )
     if found.get("version") != VERSION:
-        raise UserError(f"{path} is of version {found.get('version')}, this code reads {VERSION}: run the study again")
+        raise UserError(
+            f"{path} is of version {found.get('version')}, this code reads {VERSION}: run the study again"
+        )
     return found
 
 
@@ -107,7 +131,9 @@ def estimate(values: list[float], level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def paired(values: dict[int, float], baseline: dict[int, float], level: float = 0.95) -> Estimate | None:
+def paired(
+    values: dict[int, float], baseline: dict[int, float], level: float = 0.95
+) -> Estimate | None:
     """values - baseline, seed by seed: what the seeds have in common falls out. None without a seed in common."""
     common = [seed for seed in values if seed in baseline]
     return estimate([values[seed] - baseline[seed] for seed in common], level) if common else None

@@ -43,11 +43,15 @@ class Gaussian(NamedTuple):
         def expected(x: Tensor, t: float | Tensor) -> Tensor:
             times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
             alpha, sigma, d_alpha, d_sigma = path.coefficients(like(times, x))
-            away = (x - alpha * self.mean) @ self.axes / (alpha**2 * self.std**2 + sigma**2)  # V^-1 (x - alpha m), in the axes
+            away = (
+                (x - alpha * self.mean) @ self.axes / (alpha**2 * self.std**2 + sigma**2)
+            )  # V^-1 (x - alpha m), in the axes
             if prediction == "eps":
                 return sigma * away @ self.axes.T
             data = self.mean + alpha * (self.std**2 * away) @ self.axes.T
-            return data if prediction == "x" else d_alpha * data + d_sigma * sigma * away @ self.axes.T
+            return (
+                data if prediction == "x" else d_alpha * data + d_sigma * sigma * away @ self.axes.T
+            )
 
         return expected
 
@@ -69,7 +73,12 @@ def example(stds: list[float], seed: int = 0) -> Gaussian:
 
 
 def sde_moments(
-    velocity: Velocity, path: Interpolant, d: int, num_steps: int, last: float = 0.04, ends: tuple[float, float] = WHOLE
+    velocity: Velocity,
+    path: Interpolant,
+    d: int,
+    num_steps: int,
+    last: float = 0.04,
+    ends: tuple[float, float] = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """The mean (D,) and covariance (D, D) of `sde`'s samples, exact and without drawing any, for a velocity affine in x.
 
@@ -84,9 +93,14 @@ def sde_moments(
 
 STDS = [0.1, 0.4, 0.8, 1.5]
 IMAGES = 256
-DRAWN = ("linear", "cosine")  # the paths of SiT's and REPA's tables: the picture, and the table of solvers
+DRAWN = (
+    "linear",
+    "cosine",
+)  # the paths of SiT's and REPA's tables: the picture, and the table of solvers
 BUDGETS = [8, 16, 32, 64, 128, 256, 512]  # network evaluations
-TOLERANCES = [10.0**-k for k in range(1, 9)]  # rtol; atol is a thousandth, as in the SiT repository (1e-6 to 1e-3)
+TOLERANCES = [
+    10.0**-k for k in range(1, 9)
+]  # rtol; atol is a thousandth, as in the SiT repository (1e-6 to 1e-3)
 SDE_BUDGETS = [8, 16, 32, 64, 128, 250, 512]  # SiT's and REPA's tables have 250
 LAST = {"last step 0.04": lambda n: 0.04, "last step 1 / n": lambda n: 1 / n}
 
@@ -108,16 +122,21 @@ def ode_figures(data: Gaussian, path: Interpolant) -> dict[str, dict[str, list]]
     adaptive = [dopri5(velocity, start, rtol / 1000, rtol) for rtol in TOLERANCES]
     counts = torch.stack([count for _, count in adaptive]).double()
     return {
-        "Euler": {"evaluations": BUDGETS, "error": [error(ode(velocity, start, n)) for n in BUDGETS]},
+        "Euler": {
+            "evaluations": BUDGETS,
+            "error": [error(ode(velocity, start, n)) for n in BUDGETS],
+        },
         "Heun": {
             "evaluations": [n - 1 for n in BUDGETS],
             "error": [error(ode(velocity, start, n // 2, heun=True)) for n in BUDGETS],
         },
         "dopri5": {
-            "evaluations": counts.amax(1).tolist(), "of an image, mean": counts.mean(1).tolist(), "rtol": TOLERANCES,
+            "evaluations": counts.amax(1).tolist(),
+            "of an image, mean": counts.mean(1).tolist(),
+            "rtol": TOLERANCES,
             "error": [error(end) for end, _ in adaptive],
         },
-    }  # fmt: skip
+    }
 
 
 def sde_figures(data: Gaussian, path: Interpolant, last: Callable[[int], float]) -> dict[str, list]:
@@ -130,7 +149,9 @@ def sde_figures(data: Gaussian, path: Interpolant, last: Callable[[int], float])
     return {"evaluations": SDE_BUDGETS, "error": [error(n) for n in SDE_BUDGETS]}
 
 
-def interval_figures(data: Gaussian, null: Gaussian, path: Interpolant, low: float = 0.25, high: float = 0.75) -> dict:
+def interval_figures(
+    data: Gaussian, null: Gaussian, path: Interpolant, low: float = 0.25, high: float = 0.75
+) -> dict:
     """dopri5 with guidance in an interval, taken in one go and in pieces: tolerance, evaluations of an image, error.
 
     The exact end is that of pieces at a tolerance a thousand times finer, which a test holds to scipy's."""
@@ -145,7 +166,10 @@ def interval_figures(data: Gaussian, null: Gaussian, path: Interpolant, low: flo
     in_pieces = partial(guided_dopri5, model, labels, 1, start, **guidance)
     exact, _ = in_pieces(atol=1e-10, rtol=1e-7)
     figures: dict = {**guidance, "rtol": [1e-3, 1e-4]}
-    for how, solve in {"one go": partial(dopri5, guided(model, labels, 1, **guidance), start), "pieces": in_pieces}.items():
+    for how, solve in {
+        "one go": partial(dopri5, guided(model, labels, 1, **guidance), start),
+        "pieces": in_pieces,
+    }.items():
         ends = [solve(atol=rtol / 1000, rtol=rtol) for rtol in figures["rtol"]]
         figures[how] = {
             "evaluations": [count.double().mean().item() for _, count in ends],
@@ -169,9 +193,10 @@ def objective_figures(data: Gaussian, name: str, prediction: str) -> dict[str, f
     _, covariance = sde_moments(velocity, path, len(data.mean), 250, ends=ends)
     return {
         "Heun": distance(data, ode(velocity, start, 32, True, path, ends), data.flow(start)),
-        "dopri5": distance(data, adaptive, data.flow(start)), "evaluations": evaluations.double().mean().item(),
+        "dopri5": distance(data, adaptive, data.flow(start)),
+        "evaluations": evaluations.double().mean().item(),
         "SDE": ((covariance - data.covariance).norm() / data.covariance.norm()).item(),
-    }  # fmt: skip
+    }
 
 
 def order(figures: dict[str, list]) -> float:
@@ -184,14 +209,31 @@ def measure() -> dict:
     """All figures, to four digits."""
     data = example(STDS)
     odes = {name: ode_figures(data, PATHS[name]) for name in DRAWN}
-    sdes = {name: {how: sde_figures(data, PATHS[name], last) for how, last in LAST.items()} for name in DRAWN}
-    orders = {name: {solver: order(odes[name][solver]) for solver in ("Euler", "Heun")} for name in DRAWN}
+    sdes = {
+        name: {how: sde_figures(data, PATHS[name], last) for how, last in LAST.items()}
+        for name in DRAWN
+    }
+    orders = {
+        name: {solver: order(odes[name][solver]) for solver in ("Euler", "Heun")} for name in DRAWN
+    }
     for name in DRAWN:
         orders[name]["Euler-Maruyama"] = order(sdes[name]["last step 1 / n"])
     guidance = interval_figures(data, example([0.5, 0.9, 1.1, 1.4], seed=1), PATHS["linear"])
     what = {"standard deviations": STDS, "images": IMAGES}
-    objectives = {name: {prediction: objective_figures(data, name, prediction) for prediction in PREDICTIONS} for name in PATHS}
-    return rounded({**what, "ode": odes, "sde": sdes, "order": orders, "interval": guidance, "objectives": objectives})
+    objectives = {
+        name: {prediction: objective_figures(data, name, prediction) for prediction in PREDICTIONS}
+        for name in PATHS
+    }
+    return rounded(
+        {
+            **what,
+            "ode": odes,
+            "sde": sdes,
+            "order": orders,
+            "interval": guidance,
+            "objectives": objectives,
+        }
+    )
 
 
 def tables(figures: dict) -> list[str]:
@@ -205,15 +247,19 @@ def tables(figures: dict) -> list[str]:
         )
         orders = " | ".join(f"{value:.2f}" for value in figures["order"][name].values())
         off = " | ".join(f"{sdes[how]['error'][published]:.2%}" for how in LAST)
-        paths.append(f"| {name} | {orders} | {at['Euler']:.2g} | {at['Heun']:.2g} | {adaptive} | {off} |")
+        paths.append(
+            f"| {name} | {orders} | {at['Euler']:.2g} | {at['Heun']:.2g} | {adaptive} | {off} |"
+        )
     ways = [
         f"| {how} | {rtol:g} | {figures['interval'][how]['evaluations'][i]:.0f} | {figures['interval'][how]['error'][i]:.2g} |"
-        for how in ("one go", "pieces") for i, rtol in enumerate(figures["interval"]["rtol"])
-    ]  # fmt: skip
+        for how in ("one go", "pieces")
+        for i, rtol in enumerate(figures["interval"]["rtol"])
+    ]
     objectives = [
         f"| {name} | {prediction} | {at['Heun']:.2g} | {at['dopri5']:.2g} ({at['evaluations']:.0f}) | {at['SDE']:.2%} |"
-        for name, predictions in figures["objectives"].items() for prediction, at in predictions.items()
-    ]  # fmt: skip
+        for name, predictions in figures["objectives"].items()
+        for prediction, at in predictions.items()
+    ]
     return ["\n".join(paths), "\n".join(ways), "\n".join(objectives)]
 
 
@@ -235,7 +281,14 @@ def draw(figures: dict, out: Path) -> None:
     for axis, (name, solvers) in zip(axes, figures["ode"].items()):
         axis.set_title(f"ODE, {name} path")
         for (solver, curve), p, color in zip(solvers.items(), (1, 2, 5), ("C0", "C1", "C2")):
-            axis.plot(curve["evaluations"], curve["error"], color, marker="o", markersize=3.5, label=solver)
+            axis.plot(
+                curve["evaluations"],
+                curve["error"],
+                color,
+                marker="o",
+                markersize=3.5,
+                label=solver,
+            )
             slope(axis, curve, p)
         axis.set_ylim(1e-10, 2)
     axes[0].set_ylabel("error of an image (RMS, data's std = 1)")
@@ -244,7 +297,13 @@ def draw(figures: dict, out: Path) -> None:
     for (name, ways), color in zip(figures["sde"].items(), ("C3", "C4")):
         for (how, curve), style in zip(ways.items(), ("-", ":")):
             axes[2].plot(
-                curve["evaluations"], curve["error"], color, linestyle=style, marker="o", markersize=3.5, label=f"{name}, {how}"
+                curve["evaluations"],
+                curve["error"],
+                color,
+                linestyle=style,
+                marker="o",
+                markersize=3.5,
+                label=f"{name}, {how}",
             )
     slope(axes[2], figures["sde"]["linear"]["last step 1 / n"], 1)
     for axis in axes:
@@ -265,12 +324,24 @@ def slope(axis, curve: dict[str, list], p: int) -> None:
     n, error = np.array(curve["evaluations"][-3:]), curve["error"][-1]
     line = (0.3 if p > 2 else 2.5) * error * (n / n[-1]) ** -float(p)
     axis.plot(n, line, "0.5", linestyle="--", linewidth=1)
-    axis.annotate(f"order {p}", (n[-1], line[-1]), (4, -3), textcoords="offset points", color="0.35", fontsize=8.5)
+    axis.annotate(
+        f"order {p}",
+        (n[-1], line[-1]),
+        (4, -3),
+        textcoords="offset points",
+        color="0.35",
+        fontsize=8.5,
+    )
 
 
 def main() -> None:
     parser = cli.Parser(__doc__, "python -m experiments.solvers", "--out PICTURE.png")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write; the figures go beside it as .json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="picture to write; the figures go beside it as .json",
+    )
     args = parser.parse_args()
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} must end in .png")

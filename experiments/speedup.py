@@ -20,7 +20,11 @@ COVERAGE = {2: 0.50, 3: 0.75, 4: 0.80, 5: 0.84, 6: 0.86, 8: 0.89, 10: 0.90}
 @lru_cache
 def resamples(count: int) -> np.ndarray:
     """(R, n): how often each of n seeds was drawn, of n drawn with replacement. The same at each call."""
-    return np.random.default_rng(0).multinomial(count, [1 / count] * count, size=RESAMPLES).astype(float)
+    return (
+        np.random.default_rng(0)
+        .multinomial(count, [1 / count] * count, size=RESAMPLES)
+        .astype(float)
+    )
 
 
 def bootstrap(values: list[float], level: float = 0.95) -> Estimate:
@@ -31,11 +35,15 @@ def bootstrap(values: list[float], level: float = 0.95) -> Estimate:
     knows no t distribution: of 5 normal ones its 95% hold the mean 84 times in 100 (COVERAGE). Tables therefore show
     Student's interval, which is exact for those, beside it."""
     first, count = values[0], len(values)
-    above = np.asarray(values) - first  # so that equal values have an interval of width zero, to the last bit
+    above = (
+        np.asarray(values) - first
+    )  # so that equal values have an interval of width zero, to the last bit
     mean = float(first + above.mean())
     if count < 2:
         return Estimate(mean, None, None, count)
-    low, high = first + np.quantile(resamples(count) @ above / count, [(1 - level) / 2, (1 + level) / 2])
+    low, high = first + np.quantile(
+        resamples(count) @ above / count, [(1 - level) / 2, (1 + level) / 2]
+    )
     return Estimate(mean, float(low), float(high), count)
 
 
@@ -51,10 +59,14 @@ def detectable(differences: list[float], power: float = 0.8, level: float = 0.05
     least = stats.t.ppf(1 - level / 2, free)
 
     def missing(noncentral: float) -> float:
-        wrong = np.nan_to_num(stats.nct.cdf(-least, free, noncentral))  # of the wrong sign; scipy's nan where that is nothing
+        wrong = np.nan_to_num(
+            stats.nct.cdf(-least, free, noncentral)
+        )  # of the wrong sign; scipy's nan where that is nothing
         return stats.nct.sf(least, free, noncentral) + wrong - power
 
-    share = np.sqrt(power)  # of two events that are enough together: a small scatter, and a noise that is not too negative
+    share = np.sqrt(
+        power
+    )  # of two events that are enough together: a small scatter, and a noise that is not too negative
     most = least * np.sqrt(stats.chi2.ppf(share, free) / free) + stats.norm.ppf(share)
     return float(optimize.brentq(missing, 0, most) * np.std(differences, ddof=1) / root)
 
@@ -72,13 +84,17 @@ def images_needed(images: np.ndarray, values: np.ndarray, quality: float | np.nd
     Between neighbouring points it is interpolated linearly in log(images) and log(value), which is exact for power laws. A
     curve that is below it at its first point needs (0, images[0]), one that never gets there (images[-1], inf)."""
     values, quality = np.asarray(values, float), np.asarray(quality, float)
-    assert values.min() > 0 and quality.min() > 0, f"curves have logarithms: {values.min()}, {quality.min()}"
+    assert values.min() > 0 and quality.min() > 0, (
+        f"curves have logarithms: {values.min()}, {quality.min()}"
+    )
     x, y, goal = np.log(np.asarray(images, float)), np.log(values), np.log(quality)
     there = y <= goal[..., None]
     at = np.maximum(there.argmax(-1), 1)[..., None]
     before, after = (np.take_along_axis(y, i, -1)[..., 0] for i in (at - 1, at))
     reached, at_once = there.any(-1), y[..., 0] < goal
-    between = np.divide(before - goal, before - after, out=np.zeros_like(before), where=before > after)
+    between = np.divide(
+        before - goal, before - after, out=np.zeros_like(before), where=before > after
+    )
     known = np.exp(x[at - 1][..., 0] + between * (x[at] - x[at - 1])[..., 0])
     low = np.where(at_once, 0, np.where(reached, known, images[-1]))
     return Span(low, np.where(at_once, images[0], np.where(reached, known, np.inf)))
@@ -108,7 +124,9 @@ def milestones(images: np.ndarray) -> list[int]:
     return sorted(nearest - {0} if len(images) > 1 else nearest)
 
 
-def speed_up(images: np.ndarray, baseline: np.ndarray, method: np.ndarray, level: float = 0.95) -> list[SpeedUp]:
+def speed_up(
+    images: np.ndarray, baseline: np.ndarray, method: np.ndarray, level: float = 0.95
+) -> list[SpeedUp]:
     """At each of the milestones, how many times fewer images the method needs than the baseline for the quality that the
     baseline has there; as the paper's 7x is meant (SiT-XL's 7M steps against 1M). images (P,), curves (n, P), of which row i is
     of the same seed in both.
@@ -129,5 +147,9 @@ def speed_up(images: np.ndarray, baseline: np.ndarray, method: np.ndarray, level
             Span(*(float(np.quantile(bound[1:], share, method="inverted_cdf")) for bound in bounds))
             for share in ((1 - level) / 2, (1 + level) / 2)
         ]
-        found.append(SpeedUp(int(images[k]), float(base[0, k]), value, *(ends if count > 1 else (None, None))))
+        found.append(
+            SpeedUp(
+                int(images[k]), float(base[0, k]), value, *(ends if count > 1 else (None, None))
+            )
+        )
     return found

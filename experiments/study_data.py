@@ -25,7 +25,10 @@ from models.autoencoder import Autoencoder, LatentScale
 from training.preemption import STOPPED
 
 IMAGES, VAE = Path("assets/fashion-mnist/images.zip"), Path("assets/fashion-mnist/vae")
-ENCODER, SIDE = "tf_efficientnet_lite0", 128  # repa's, and the pixels it sees: a grid of 4 x 4 tokens
+ENCODER, SIDE = (
+    "tf_efficientnet_lite0",
+    128,
+)  # repa's, and the pixels it sees: a grid of 4 x 4 tokens
 IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 
@@ -33,12 +36,17 @@ def split(whole: Path, train: Path, held_out: Path, every: int = 10) -> None:
     """An EDM zip as two, plainly stored: of every `every` images the first is held out."""
     with zipfile.ZipFile(whole) as archive:
         entries = json.loads(archive.read("dataset.json"))["labels"]
-        for path, chosen in ((held_out, entries[::every]), (train, [e for i, e in enumerate(entries) if i % every])):
+        for path, chosen in (
+            (held_out, entries[::every]),
+            (train, [e for i, e in enumerate(entries) if i % every]),
+        ):
             partial = path.with_suffix(".partial")
             with zipfile.ZipFile(partial, "w") as out:
                 for name, _ in chosen:
                     out.writestr(zipfile.ZipInfo(name), archive.read(name))
-                out.writestr("dataset.json", json.dumps({"labels": chosen, "class_names": CLASS_NAMES}))
+                out.writestr(
+                    "dataset.json", json.dumps({"labels": chosen, "class_names": CLASS_NAMES})
+                )
             partial.rename(path)
 
 
@@ -89,7 +97,14 @@ def prepare(scale: str, folder: Path, images: Path | None, encoder_weights: Path
     weights = encoder_weights or folder / "lite0.safetensors"
     if not weights.exists():
         call("experiments.efficientnet_weights", "--out", weights)
-    features = ("preprocessing.encode_features", folder / "train", "--encoder", ENCODER, "--encoder-weights", weights)
+    features = (
+        "preprocessing.encode_features",
+        folder / "train",
+        "--encoder",
+        ENCODER,
+        "--encoder-weights",
+        weights,
+    )
     call(*features, "--side", SIDE)
     write_file(ready, json.dumps({"scale": scale}).encode())
 
@@ -112,7 +127,14 @@ def floor(folder: Path, count: int, size: int = 250) -> dict[str, float | None]:
             yield network(vae.decode(latents).permute(0, 3, 1, 2).contiguous())
 
     reference = load_references(
-        IMAGES, sha256(IMAGES), {"fashion": network}, 32, size, device, "--eval-reference", cache_folder()
+        IMAGES,
+        sha256(IMAGES),
+        {"fashion": network},
+        32,
+        size,
+        device,
+        "--eval-reference",
+        cache_folder(),
     )["fashion"]
     labels = cache.labels[index.numpy()].astype("int64")
     numbers = compare(gather(batches(), count), labels, reference, "fashion", device)

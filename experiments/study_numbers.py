@@ -23,7 +23,10 @@ class Curves(NamedTuple):
         """(n, P) of each, a row for each of the n seeds in common."""
         both = [self.of.get(each, {}) for each in (name, other)]
         seeds = sorted(both[0].keys() & both[1].keys())
-        return tuple(np.array([each[seed] for seed in seeds]).reshape(len(seeds), len(self.images)) for each in both)
+        return tuple(
+            np.array([each[seed] for seed in seeds]).reshape(len(seeds), len(self.images))
+            for each in both
+        )
 
 
 def curves(found: dict, metric: str) -> Curves:
@@ -33,12 +36,16 @@ def curves(found: dict, metric: str) -> Curves:
         measured = zip(run["metrics"].get("images", []), run["metrics"].get(metric, []))
         at = {images: value for images, value in measured if value is not None}
         if not all(math.isfinite(value) for value in at.values()):
-            raise UserError(f"{metric} of {run['name']}, seed {run['seed']}, is not finite: a run that failed has no mean")
+            raise UserError(
+                f"{metric} of {run['name']}, seed {run['seed']}, is not finite: a run that failed has no mean"
+            )
         if at:
             points[run["name"], run["seed"]] = at
     images = sorted(set.intersection(*(set(at) for at in points.values()))) if points else []
     if points and not images:
-        raise UserError(f"{metric} was measured after other numbers of images in each run: nothing can be compared")
+        raise UserError(
+            f"{metric} was measured after other numbers of images in each run: nothing can be compared"
+        )
     of: dict[str, dict[int, np.ndarray]] = {}
     for (name, seed), at in points.items():
         of.setdefault(name, {})[seed] = np.array([at[each] for each in images])
@@ -49,13 +56,17 @@ def main_curves(found: dict) -> Curves:
     """Of the study's metric. Raises UserError without the baseline, which all others are compared with."""
     quality, base = curves(found, found["metric"]), found["methods"][0]
     if base["name"] not in quality.of:
-        raise UserError(f"no finished run of {base['label']} ({base['name']}), which all others are compared with")
+        raise UserError(
+            f"no finished run of {base['label']} ({base['name']}), which all others are compared with"
+        )
     return quality
 
 
 def held_out_times(found: dict) -> list[str]:
     """The times at which the loss on held-out images was measured, as its columns have them."""
-    keys = dict.fromkeys(key for run in found["runs"] for key in run["metrics"] if key.startswith("held_out_"))
+    keys = dict.fromkeys(
+        key for run in found["runs"] for key in run["metrics"] if key.startswith("held_out_")
+    )
     return [key.removeprefix("held_out_") for key in keys]
 
 
@@ -72,10 +83,16 @@ def costs(found: dict) -> dict[str, dict[str, float]]:
     """Unit -> method -> what training on an image costs, as a multiple of the baseline's. Only what is known."""
     each = {
         "FLOP": {method["name"]: method.get("training_flops") for method in found["methods"]},
-        "second": {method["name"]: (method.get("step_s") or {}).get("median") for method in found["methods"]},
+        "second": {
+            method["name"]: (method.get("step_s") or {}).get("median")
+            for method in found["methods"]
+        },
     }
     base = found["methods"][0]["name"]
-    return {unit: {name: cost / of[base] for name, cost in of.items() if cost and of[base]} for unit, of in each.items()}
+    return {
+        unit: {name: cost / of[base] for name, cost in of.items() if cost and of[base]}
+        for unit, of in each.items()
+    }
 
 
 def probed_seeds(found: dict) -> set[int]:
@@ -97,7 +114,9 @@ def probe(found: dict, name: str) -> tuple[str, float] | None:
     """The block from which a linear probe reads the class best, and how often, as means over the seeds of probed_seeds."""
     seeds = probed_seeds(found)
     told = [
-        run["probe"]["accuracy"] for run in found["runs"] if run["name"] == name and run["seed"] in seeds and run.get("probe")
+        run["probe"]["accuracy"]
+        for run in found["runs"]
+        if run["name"] == name and run["seed"] in seeds and run.get("probe")
     ]
     blocks = [block for block in (told[0] if told else []) if all(block in each for each in told)]
     means = {block: float(np.mean([each[block] for each in told])) for block in blocks}
@@ -108,7 +127,9 @@ def spelled(span: Span) -> str:
     """1.12, or on which side of a number it is."""
     if span.low == span.high:
         return f"{span.low:.2f}"
-    bounds = [f"> {span.low:.2f}"] * (span.low > 0) + [f"< {span.high:.2f}"] * (span.high < math.inf)
+    bounds = [f"> {span.low:.2f}"] * (span.low > 0) + [f"< {span.high:.2f}"] * (
+        span.high < math.inf
+    )
     return " and ".join(bounds) or "unknown"
 
 
@@ -126,7 +147,9 @@ def spelled_ends(found: Estimate, form: str) -> str:
 
 def spelled_estimate(found: Estimate, form: str) -> str:
     """-0.093 (-0.164 to -0.022)."""
-    return f"{found.mean:{form}}" + (f" ({spelled_ends(found, form)})" if found.low is not None else "")
+    return f"{found.mean:{form}}" + (
+        f" ({spelled_ends(found, form)})" if found.low is not None else ""
+    )
 
 
 def decimals(mean: float) -> int:
@@ -143,7 +166,12 @@ def figures(found: dict) -> dict[str, str]:
     difference`, `held-out difference`, and `held-out at T` in percent; `speed-up`, `speed-up per FLOP`, `speed-up per second`
     at the quality that the baseline ends with, and `speed-up at IMAGES` at the one that it has there."""
     base, quality, told = found["methods"][0]["name"], main_curves(found), {}
-    columns = {"agreement": "class_agreement", "held-out": "held_out", "precision": "precision", "recall": "recall"}
+    columns = {
+        "agreement": "class_agreement",
+        "held-out": "held_out",
+        "precision": "precision",
+        "recall": "recall",
+    }
     others = {what: curves(found, column) for what, column in columns.items()}
     by_time = {t: curves(found, f"held_out_{t}") for t in held_out_times(found)}
     digits = decimals(mean_end(quality, base))
@@ -156,11 +184,17 @@ def figures(found: dict) -> dict[str, str]:
                 continue
             percent, (ours, theirs) = what == "agreement", measured.pair(name, base)
             end = mean_end(measured, name)
-            places = 1 if percent else decimals(mean_end(measured, base if base in measured.of else name))
+            places = (
+                1
+                if percent
+                else decimals(mean_end(measured, base if base in measured.of else name))
+            )
             told[f"{name} {what}"] = f"{end:.1%}" if percent else f"{end:.{places}f}"
             if name != base and len(ours) and what in ("agreement", "held-out"):
                 apart = (ours - theirs)[:, -1] * (100 if percent else 1)
-                told[f"{name} {what} difference"] = spelled_estimate(bootstrap(apart.tolist()), f"+.{places}f")
+                told[f"{name} {what} difference"] = spelled_estimate(
+                    bootstrap(apart.tolist()), f"+.{places}f"
+                )
         if best := probe(found, name):
             told[f"{name} probe"] = f"{best[1]:.1%} (block {best[0]})"
         ours, theirs = quality.pair(name, base)

@@ -9,9 +9,26 @@ import numpy as np
 from common.files import write_file
 from experiments.results import estimate
 from experiments.speedup import COVERAGE, bootstrap, speed_up
-from experiments.study_numbers import Curves, all_seeds, costs, curves, figures, held_out_times, main_curves, probed_blocks
+from experiments.study_numbers import (
+    Curves,
+    all_seeds,
+    costs,
+    curves,
+    figures,
+    held_out_times,
+    main_curves,
+    probed_blocks,
+)
 
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")  # Okabe and Ito, without yellow
+COLOURS = (
+    "#000000",
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#56B4E9",
+)  # Okabe and Ito, without yellow
 MARKERS = "osDP<>h"  # those that point up and down are for bounds
 
 
@@ -28,15 +45,59 @@ def table(found: dict) -> str:
     UserError."""
     metric, told, quality = found["metric"], figures(found), main_curves(found)
     base, floor, seeds = found["methods"][0], found.get("floor") or {}, all_seeds(found)
-    ends = ["difference", "student", "detectable", "speed-up", "speed-up per FLOP", "speed-up per second"]
-    rest = ["agreement", "agreement difference", "precision", "recall", "held-out", "held-out difference", "probe"]
+    ends = [
+        "difference",
+        "student",
+        "detectable",
+        "speed-up",
+        "speed-up per FLOP",
+        "speed-up per second",
+    ]
+    rest = [
+        "agreement",
+        "agreement difference",
+        "precision",
+        "recall",
+        "held-out",
+        "held-out difference",
+        "probe",
+    ]
     against = f"against {base['label']}"
-    first = [["", metric, against, "Student's 95%", "detectable", "speed-up in images", "in FLOPs", "in seconds"]]
+    first = [
+        [
+            "",
+            metric,
+            against,
+            "Student's 95%",
+            "detectable",
+            "speed-up in images",
+            "in FLOPs",
+            "in seconds",
+        ]
+    ]
     blocks, probes = probed_blocks(found)
     probed = f"probe, best of {blocks} blocks ({probes} seed{'s' * (probes != 1)})"
-    second = [["", "classes agree", f"{against}, points", "precision", "recall", "held-out loss", against, probed]]
+    second = [
+        [
+            "",
+            "classes agree",
+            f"{against}, points",
+            "precision",
+            "recall",
+            "held-out loss",
+            against,
+            probed,
+        ]
+    ]
     at = sorted({int(key.rpartition(" ")[2]) for key in told if " speed-up at " in key})
-    third = [["", "FLOPs per image", "seconds per step", *(f"at {base['label']}'s {thousands(images)}" for images in at)]]
+    third = [
+        [
+            "",
+            "FLOPs per image",
+            "seconds per step",
+            *(f"at {base['label']}'s {thousands(images)}" for images in at),
+        ]
+    ]
     cost = costs(found)
     for method in found["methods"]:
         name, label = method["name"], method["label"]
@@ -48,17 +109,31 @@ def table(found: dict) -> str:
         first.append([label, *(told.get(f"{name} {key}", "") for key in (metric, *ends))])
         second.append([label, *(told.get(f"{name} {key}", "") for key in rest)])
         relative = [f"x {of[name]:.2f}" if name in of else "" for of in cost.values()]
-        third.append([label, *relative, *(told.get(f"{name} speed-up at {images}", "") for images in at)])
+        third.append(
+            [label, *relative, *(told.get(f"{name} speed-up at {images}", "") for images in at)]
+        )
     if metric in floor:
         first.append(["*the autoencoder's own*", f"*{floor[metric]:.3f}*", *[""] * len(ends)])
     if "class_agreement" in floor:
-        second.append(["*the autoencoder's own*", f"*{floor['class_agreement']:.1%}*", *[""] * (len(rest) - 1)])
+        second.append(
+            [
+                "*the autoencoder's own*",
+                f"*{floor['class_agreement']:.1%}*",
+                *[""] * (len(rest) - 1),
+            ]
+        )
     times = held_out_times(found)
     fourth = [[f"held-out loss, % {against}", *(f"t = {t}" for t in times)]]
     for method in found["methods"][1:] if times else ():
-        fourth.append([method["label"], *(told.get(f"{method['name']} held-out at {t}", "") for t in times)])
-    tables = [line for rows in (first, second, fourth, third) if len(rows) > 1 for line in markdown(rows)]
-    return "\n".join([*tables, *legend(found, quality), "", "```bash", found["command"], "```"]) + "\n"
+        fourth.append(
+            [method["label"], *(told.get(f"{method['name']} held-out at {t}", "") for t in times)]
+        )
+    tables = [
+        line for rows in (first, second, fourth, third) if len(rows) > 1 for line in markdown(rows)
+    ]
+    return (
+        "\n".join([*tables, *legend(found, quality), "", "```bash", found["command"], "```"]) + "\n"
+    )
 
 
 def legend(found: dict, quality: Curves) -> list[str]:
@@ -71,9 +146,15 @@ def legend(found: dict, quality: Curves) -> list[str]:
     few = narrow if max(counts, default=0) > 1 else " A single seed has none. "
     planned = found["steps"] * found["batch_size"]
     short = sum(run["metrics"]["images"][-1] < planned for run in found["runs"])
-    cut = f"{short} of {len(found['runs'])} runs have not reached their end: all are compared after "
+    cut = (
+        f"{short} of {len(found['runs'])} runs have not reached their end: all are compared after "
+    )
     return [
-        *([f"**{cut}{quality.images[-1]:,} images, the last point that all have.**", ""] if short else []),
+        *(
+            [f"**{cut}{quality.images[-1]:,} images, the last point that all have.**", ""]
+            if short
+            else []
+        ),
         f"{found['model']}, after {quality.images[-1] // found['batch_size']:,} steps of {found['batch_size']} images "
         f"({thousands(quality.images[-1])}), seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}; means over seeds. "
         "Classes agree: the share of samples that",
@@ -89,7 +170,13 @@ def legend(found: dict, quality: Curves) -> list[str]:
 
 def thousands(images: float) -> str:
     """384000 -> 384K."""
-    return f"{images / 1e6:.3g}M" if images >= 1e6 else f"{images / 1e3:.3g}K" if images >= 1e3 else f"{images:g}"
+    return (
+        f"{images / 1e6:.3g}M"
+        if images >= 1e6
+        else f"{images / 1e3:.3g}K"
+        if images >= 1e3
+        else f"{images:g}"
+    )
 
 
 def shift(i: int, count: int) -> float:
@@ -106,7 +193,10 @@ def draw(found: dict, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     quality, held_out, methods = main_curves(found), curves(found, "held_out"), found["methods"]
-    looks = {method["name"]: {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]} for i, method in enumerate(methods)}
+    looks = {
+        method["name"]: {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]}
+        for i, method in enumerate(methods)
+    }
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 8.4), layout="constrained")
     draw_curves(axes[0, 0], found, quality, looks)
     draw_speed_ups(axes[0, 1], found, quality, looks)
@@ -119,14 +209,19 @@ def draw(found: dict, out: Path) -> None:
         axis.grid(True, axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [
-        plt.Line2D([], [], **looks[method["name"]], markersize=5, linewidth=1.4, label=method["label"])
-        for method in methods if method["name"] in quality.of
-    ]  # fmt: skip
+        plt.Line2D(
+            [], [], **looks[method["name"]], markersize=5, linewidth=1.4, label=method["label"]
+        )
+        for method in methods
+        if method["name"] in quality.of
+    ]
     kinds = [
         plt.Line2D([], [], color="0.4", linewidth=2.6, label="95% over seeds, bootstrap"),
         plt.Line2D([], [], color="0.4", linewidth=0.8, label="Student's 95%"),
         plt.Line2D([], [], color="0.4", linewidth=8, alpha=0.25, label="lowest to highest seed"),
-        plt.Line2D([], [], color="0.4", linewidth=0, marker="v", label="goes on beyond what is measured"),
+        plt.Line2D(
+            [], [], color="0.4", linewidth=0, marker="v", label="goes on beyond what is measured"
+        ),
     ]
     layout = {"frameon": False, "columnspacing": 1.2, "handlelength": 1.6}
     figure.legend(handles=kinds, loc="outside lower center", ncols=4, **layout)
@@ -145,14 +240,39 @@ def draw_curves(axis, found: dict, quality: Curves, looks: dict) -> None:
         if name in quality.of:
             each = np.array([*quality.of[name].values()])
             axis.plot(quality.images, each.mean(0), **look, markersize=3.5, linewidth=1.4)
-            axis.fill_between(quality.images, each.min(0), each.max(0), color=look["color"], alpha=0.13, linewidth=0)
+            axis.fill_between(
+                quality.images,
+                each.min(0),
+                each.max(0),
+                color=look["color"],
+                alpha=0.13,
+                linewidth=0,
+            )
     floor, least = (found.get("floor") or {}).get(found["metric"]), axis.get_ylim()[0]
     if floor and floor > least / 3:
         axis.axhline(floor, color="0.35", linestyle="--", linewidth=1.2)
-        axis.text(0.02, floor, "the autoencoder's own", color="0.35", va="bottom", transform=axis.get_yaxis_transform())
+        axis.text(
+            0.02,
+            floor,
+            "the autoencoder's own",
+            color="0.35",
+            va="bottom",
+            transform=axis.get_yaxis_transform(),
+        )
     elif floor:  # its line would press the curves flat
-        axis.text(0.02, 0.02, f"the autoencoder's own: {floor:.3f}", color="0.35", transform=axis.transAxes)
-    axis.set(xscale="log", yscale="log", xlabel="images seen", title=f"{found['metric']} (lower is better)")
+        axis.text(
+            0.02,
+            0.02,
+            f"the autoencoder's own: {floor:.3f}",
+            color="0.35",
+            transform=axis.transAxes,
+        )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="images seen",
+        title=f"{found['metric']} (lower is better)",
+    )
     for side, form in ((axis.xaxis, lambda x, _: thousands(x)), (axis.yaxis, "{x:g}")):
         side.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
         side.set_major_formatter(form)
@@ -171,7 +291,11 @@ def draw_speed_ups(axis, found: dict, quality: Curves, looks: dict) -> None:
     """In images, where the baseline has measured points; an arrow stands for an end of an interval that is unknown."""
     base, *names = looks
     pairs = {name: quality.pair(name, base) for name in names}
-    speeds = {name: speed_up(quality.images, theirs, ours) for name, (ours, theirs) in pairs.items() if len(ours)}
+    speeds = {
+        name: speed_up(quality.images, theirs, ours)
+        for name, (ours, theirs) in pairs.items()
+        if len(ours)
+    }
     spans = [span for each in speeds.values() for speed in each for span in speed[2:] if span]
     known = [bound for span in spans for bound in span if 0 < bound < math.inf] + [1.0]
     low, high = 0.97 * min(known), 1.03 * max(known)
@@ -179,8 +303,13 @@ def draw_speed_ups(axis, found: dict, quality: Curves, looks: dict) -> None:
         for k, (_, _, value, least, most) in enumerate(each):
             x, look = k + shift(i, len(speeds)), {"color": looks[name]["color"], "clip_on": False}
             if least is not None:
-                axis.plot([x, x], [max(low, least.low), min(high, most.high)], linewidth=2.6, **look)
-                for there, marker, missing in ((low, "v", least.low == 0), (high, "^", most.high == math.inf)):
+                axis.plot(
+                    [x, x], [max(low, least.low), min(high, most.high)], linewidth=2.6, **look
+                )
+                for there, marker, missing in (
+                    (low, "v", least.low == 0),
+                    (high, "^", most.high == math.inf),
+                ):
                     if missing:
                         axis.plot(x, there, marker=marker, **look)
             if value.low == value.high:
@@ -204,7 +333,10 @@ def draw_differences(axis, found: dict, measured: Curves, looks: dict, title: st
         ours, theirs = measured.pair(name, base)
         if not len(ours):
             continue
-        apart, x = 100 * (ours - theirs) / theirs.mean(0), np.arange(len(measured.images)) + shift(i, len(names))
+        apart, x = (
+            100 * (ours - theirs) / theirs.mean(0),
+            np.arange(len(measured.images)) + shift(i, len(names)),
+        )
         for interval, width in ((estimate, 0.8), (bootstrap, 2.6)):
             if len(ours) > 1:
                 _, low, high, _ = zip(*(interval(column) for column in apart.T.tolist()))

@@ -39,7 +39,7 @@ METHODS = {
     "sra2+repa": Method(
         "SRA 2 and REPA", "--align sra2 repa --align-depth {sra2-cosine} {repa} {encoder}"
     ),
-}  # fmt: skip
+}
 
 
 class Scale(NamedTuple):
@@ -64,28 +64,58 @@ SAME = (
 )
 SCALES = {
     "laptop": Scale(
-        "SiT-Ti/2", 600, 4, (10, 11, 12, 13, 14), (2, 3, 4), (0,), 400, None, (10, 1), 20,
+        "SiT-Ti/2",
+        600,
+        4,
+        (10, 11, 12, 13, 14),
+        (2, 3, 4),
+        (0,),
+        400,
+        None,
+        (10, 1),
+        20,
         f"--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0 --eval-num-steps 6 "
         f"--eval-batch-size 100 {SAME}",
     ),
     "gpu": Scale(
-        "SiT-S/2", 600, 4, (10, 11, 12, 13, 14), (2, 4, 6), (0,), 600, 15, (10, 20), 50,
+        "SiT-S/2",
+        600,
+        4,
+        (10, 11, 12, 13, 14),
+        (2, 4, 6),
+        (0,),
+        600,
+        15,
+        (10, 20),
+        50,
         f"--batch-size 256 --learning-rate 5e-4 --ema-decay 0.995 --num-workers 1 --eval-num-steps 6 "
         f"--eval-batch-size 500 {SAME}",
     ),
     "imagenet": Scale(
-        "SiT-B/2", 400_000, 8, (0, 1, 2, 3, 4), (), (), 0, None, (0, 0), 100,
+        "SiT-B/2",
+        400_000,
+        8,
+        (0, 1, 2, 3, 4),
+        (),
+        (),
+        0,
+        None,
+        (0, 0),
+        100,
         "--batch-size 256 --keep-last 1 --eval-samples 50000 --eval-batch-size 128 "
         "--eval-reference VIRTUAL_imagenet256_labeled.npz",
     ),
-}  # fmt: skip
+}
 OWN = {*ablate.OWN, "--eval-latents"}  # flags of train.py that are not for those who start a study
 
 
 def caches(args: argparse.Namespace) -> dict[str, Path]:
     """Of the images that train, and of those that are held out."""
     if args.scale == "imagenet":
-        return {"train": args.data_dir, "held-out": args.data_dir.with_name(f"{args.data_dir.name}-val")}
+        return {
+            "train": args.data_dir,
+            "held-out": args.data_dir.with_name(f"{args.data_dir.name}-val"),
+        }
     return {name: args.data_dir / name for name in ("train", "held-out")}
 
 
@@ -93,10 +123,20 @@ def shared(args: argparse.Namespace, steps: int, evaluations: int) -> list[str]:
     """What all runs have in common."""
     scale = SCALES[args.scale]
     every = math.ceil(steps / evaluations)
-    saved = steps if args.scale == "gpu" else every  # a run there takes a minute, and its checkpoint half a gigabyte
+    saved = (
+        steps if args.scale == "gpu" else every
+    )  # a run there takes a minute, and its checkpoint half a gigabyte
     train, held_out = caches(args).values()
     flags = ["--data-dir", train, "--eval-latents", held_out, "--model", args.model]
-    flags += ["--max-train-steps", steps, "--eval-every", every, "--checkpointing-steps", saved, *scale.flags.split()]
+    flags += [
+        "--max-train-steps",
+        steps,
+        "--eval-every",
+        every,
+        "--checkpointing-steps",
+        saved,
+        *scale.flags.split(),
+    ]
     flags += ["--log-every", min(steps, scale.log_every)]
     return [*map(str, flags), *args.more]
 
@@ -105,7 +145,11 @@ def flags_of(name: str, knobs: dict[str, int], args: argparse.Namespace) -> list
     """A method's own flags. REPA's head, 2048 wide, would be larger than a small network: as wide as SRA 2's there."""
     width = PRESETS[args.model]["width"]
     knobs = dict.fromkeys(METHODS, "auto") | knobs
-    repa = "" if args.scale == "imagenet" else f"--repa-encoder {ENCODER} --projector-width {2 * width}"
+    repa = (
+        ""
+        if args.scale == "imagenet"
+        else f"--repa-encoder {ENCODER} --projector-width {2 * width}"
+    )
     return METHODS[name].flags.format(**knobs, encoder=repa).split()
 
 
@@ -116,13 +160,19 @@ def read_knobs(args: argparse.Namespace) -> dict[str, int]:
     found = load(args.knobs, "convergence-knobs")
     for key in ("scale", "model"):
         if found[key] != getattr(args, key):
-            raise UserError(f"--knobs {args.knobs} is of --{key} {found[key]}: run --tune at this one")
+            raise UserError(
+                f"--knobs {args.knobs} is of --{key} {found[key]}: run --tune at this one"
+            )
     missing = set().union(*(METHODS[name].knobs for name in args.methods)) - {*found["knobs"]}
     if missing:
-        raise UserError(f"--knobs {args.knobs} has no block for {' '.join(sorted(missing))}: run --tune with it")
+        raise UserError(
+            f"--knobs {args.knobs} has no block for {' '.join(sorted(missing))}: run --tune with it"
+        )
     seen = sorted({*args.seeds} & {run["seed"] for run in found["runs"]})
     if seen:
-        raise UserError(f"--seeds {' '.join(map(str, seen))}: --knobs {args.knobs} was chosen on it; report on others")
+        raise UserError(
+            f"--seeds {' '.join(map(str, seen))}: --knobs {args.knobs} was chosen on it; report on others"
+        )
     return found["knobs"]
 
 
@@ -134,7 +184,9 @@ def candidates(args: argparse.Namespace, seeds: list[int]) -> list[Cell]:
         for name in args.methods:
             for block in SCALES[args.scale].blocks if METHODS[name].knobs == {name} else ():
                 knobs = dict.fromkeys(METHODS, block)
-                cells.append(Cell(f"{name}-block{block}", seed, (*common, *flags_of(name, knobs, args))))
+                cells.append(
+                    Cell(f"{name}-block{block}", seed, (*common, *flags_of(name, knobs, args)))
+                )
     return cells
 
 
@@ -151,5 +203,9 @@ def of_study(args: argparse.Namespace) -> tuple[dict[str, int], list[Cell]]:
     """The blocks, and all runs. Raises UserError."""
     knobs = read_knobs(args)
     common = shared(args, args.max_train_steps, args.evaluations)
-    cells = [Cell(name, seed, (*common, *flags_of(name, knobs, args))) for seed in args.seeds for name in args.methods]
+    cells = [
+        Cell(name, seed, (*common, *flags_of(name, knobs, args)))
+        for seed in args.seeds
+        for name in args.methods
+    ]
     return knobs, cells

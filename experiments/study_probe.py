@@ -30,7 +30,10 @@ def probe(run: Path, cache: LatentCache) -> dict:
     blocks = [round(model.config.depth * k / 4) for k in (1, 2, 3, 4)]
     with tqdm(total=len(data.index), unit="img", desc=f"probe {run.name}", leave=False) as bar:
         spaces = pooled(model, data, source.path_type, TIME, blocks, 250, bar)
-        accuracy = {str(k): judge(space, data, cache.manifest.num_classes, None)["accuracy"] for k, space in spaces.items()}
+        accuracy = {
+            str(k): judge(space, data, cache.manifest.num_classes, None)["accuracy"]
+            for k, space in spaces.items()
+        }
     found = {"t": TIME, "images": len(data.index), "accuracy": accuracy}
     write_file(run / "probe.json", json.dumps(found).encode())
     return found

@@ -16,7 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.machine import descriptors, free_memory, room
-from latents.manifest import CacheError, Manifest, joined, read_manifest, stored_features, write_manifest
+from latents.manifest import (
+    CacheError,
+    Manifest,
+    joined,
+    read_manifest,
+    stored_features,
+    write_manifest,
+)
 
 __all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest", "write_manifest"]
 ADD_IMAGES = "give the command that made it again, with --keep-images"
@@ -36,14 +43,27 @@ class LatentCache:
         for root, manifest in zip(self.roots, self.manifests):
             held = sum(shard["count"] for shard in manifest.shards)
             if held != manifest.count or held < 1:
-                raise CacheError(f"{root / 'manifest.json'}: its shards hold {held} images, it says {manifest.count}")
+                raise CacheError(
+                    f"{root / 'manifest.json'}: its shards hold {held} images, it says {manifest.count}"
+                )
         self.manifest = self.manifests[0] if len(roots) == 1 else joined(self.roots, self.manifests)
-        self.root_of = [root for root, manifest in zip(self.roots, self.manifests) for _ in manifest.shards]
+        self.root_of = [
+            root for root, manifest in zip(self.roots, self.manifests) for _ in manifest.shards
+        ]
         self.starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
-        self.item = np.dtype((self.manifest.dtype, (2 * self.manifest.latent_shape[0], *self.manifest.latent_shape[1:])))
-        self._items = dict.fromkeys(self.manifest.sides, self.item)  # one row of each folder that is looked at
+        self.item = np.dtype(
+            (
+                self.manifest.dtype,
+                (2 * self.manifest.latent_shape[0], *self.manifest.latent_shape[1:]),
+            )
+        )
+        self._items = dict.fromkeys(
+            self.manifest.sides, self.item
+        )  # one row of each folder that is looked at
         self.labels = np.empty(len(self), np.min_scalar_type(self.manifest.num_classes - 1))
-        for k, start in enumerate(self.starts[:-1]):  # looks at every header now, so that training does not stop on day three
+        for k, start in enumerate(
+            self.starts[:-1]
+        ):  # looks at every header now, so that training does not stop on day three
             labels = self._labels(k)
             self.labels[start : start + len(labels)] = labels
             for folder in self.manifest.sides:
@@ -64,14 +84,23 @@ class LatentCache:
         try:
             return np.load(path, mmap_mode=mmap_mode)
         except (OSError, ValueError, EOFError) as error:
-            gone = getattr(error, "errno", None) in (None, errno.ENOENT)  # otherwise it is the disk, or the machine
+            gone = getattr(error, "errno", None) in (
+                None,
+                errno.ENOENT,
+            )  # otherwise it is the disk, or the machine
             remedy = f"{REMEDY} {self.root_of[shard]}"
             if folder.startswith("features/"):
                 remedy = f"remove {self.root_of[shard] / folder} and make it again with python -m preprocessing.encode_features"
-            raise CacheError(f"{path} cannot be read ({error}){f': {remedy}' if gone else ''}") from None
+            raise CacheError(
+                f"{path} cannot be read ({error}){f': {remedy}' if gone else ''}"
+            ) from None
 
     def _map(self, shard: int, folder: str) -> np.ndarray:
-        entry, channels, item = self.manifest.shards[shard], self.manifest.latent_shape[0], self._items[folder]
+        entry, channels, item = (
+            self.manifest.shards[shard],
+            self.manifest.latent_shape[0],
+            self._items[folder],
+        )
         array = self._read(shard, folder, "r")
         expected = (entry["count"], *item.shape)
         if (array.shape, array.dtype) != (expected, item.base):
@@ -93,7 +122,9 @@ class LatentCache:
             raise CacheError(f"{path} has labels outside 0..{self.manifest.num_classes - 1}")
         return labels
 
-    def gather(self, index: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def gather(
+        self, index: np.ndarray, mirrored: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Images by number, read in the order of the disk and copied once: index (B,), mirrored (B,) bool where the mirror
         image is meant -> moments (B, 2C, h, w) as stored, labels (B,) int64."""
         assert ((index >= 0) & (index < len(self))).all(), (index, len(self))
@@ -102,7 +133,9 @@ class LatentCache:
             return torch.from_numpy(self._rows(index, self.manifest.sides, mirrored)), labels
         moments = np.empty(len(index), self.item)
         rows = index if mirrored is None else index + len(self) * mirrored.astype(np.int64)
-        np.take(self._ram, rows, 0, moments, "clip")  # checked above; any other mode takes a second copy
+        np.take(
+            self._ram, rows, 0, moments, "clip"
+        )  # checked above; any other mode takes a second copy
         return torch.from_numpy(moments), labels
 
     def images(self, index: np.ndarray, mirrored: np.ndarray | None = None) -> Tensor:
@@ -130,7 +163,9 @@ class LatentCache:
         if folder == "images":
             for root, manifest in zip(self.roots, self.manifests):
                 if not manifest.images:
-                    raise CacheError(f"{root} holds no images: it was made without --keep-images; {ADD_IMAGES}")
+                    raise CacheError(
+                        f"{root} holds no images: it was made without --keep-images; {ADD_IMAGES}"
+                    )
             item = np.dtype((np.uint8, (3, self.manifest.resolution, self.manifest.resolution)))
         else:
             stored, slug = self.stored_features(), folder.removeprefix("features/")
@@ -139,7 +174,9 @@ class LatentCache:
                     f"{' '.join(map(str, self.roots))}: no features {slug}, but {', '.join(sorted(stored)) or 'none'}: make "
                     "them with python -m preprocessing.encode_features"
                 )
-            item = np.dtype((stored[slug]["dtype"], (stored[slug]["tokens_side"] ** 2, stored[slug]["width"])))
+            item = np.dtype(
+                (stored[slug]["dtype"], (stored[slug]["tokens_side"] ** 2, stored[slug]["width"]))
+            )
         self._items[folder] = item
         try:
             for k in range(len(self.manifest.shards)):
@@ -148,7 +185,9 @@ class LatentCache:
             del self._items[folder]
             raise
 
-    def _rows(self, index: np.ndarray, folders: list[str], which: np.ndarray | None = None) -> np.ndarray:
+    def _rows(
+        self, index: np.ndarray, folders: list[str], which: np.ndarray | None = None
+    ) -> np.ndarray:
         """Row index[i] of folders[which[i]], each copied once: (B, *item)."""
         item = self._items[folders[0]]
         rows_out = np.empty(len(index), item)
@@ -167,7 +206,9 @@ class LatentCache:
                 stored.madvise(mmap.MADV_WILLNEED, page, first + offset + size - page)
         started = time.perf_counter()
         for row, k, which_one, offset in rows:
-            stored, first = self._open.get((k, folders[which_one])) or self._bytes(k, folders[which_one])
+            stored, first = self._open.get((k, folders[which_one])) or self._bytes(
+                k, folders[which_one]
+            )
             out[row : row + size] = memoryview(stored)[first + offset : first + offset + size]
         waited = time.perf_counter() - started > len(rows) * (size / SLOWEST_MEMORY + 2e-6)
         self._advise[folders[0]] = ADVISED if waited else max(0, advise - 1)
@@ -186,7 +227,9 @@ class LatentCache:
             self._open[shard, folder] = stored, array.offset
         return self._open[shard, folder]
 
-    def load_into_ram(self, rank: int = 0, gather: Callable[[object], list] = lambda value: [value]) -> None:
+    def load_into_ram(
+        self, rank: int = 0, gather: Callable[[object], list] = lambda value: [value]
+    ) -> None:
         """Copies the moments (not images or features) into memory, once on each machine: its processes share them, and the
         system frees them with the last of these, however that ends. `gather` returns what every process gave, in the order of
         their ranks."""
@@ -202,14 +245,18 @@ class LatentCache:
                     raise CacheError(
                         f"--cache-in-ram needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of this machine's are free"
                     )
-                if not hasattr(os, "memfd_create"):  # macOS: no shared memory without a name, so a copy a process
+                if not hasattr(
+                    os, "memfd_create"
+                ):  # macOS: no shared memory without a name, so a copy a process
                     self._ram = np.empty(shape, self.item.base)
                 else:
                     self._memory = os.memfd_create("latents")
                     os.ftruncate(self._memory, size)
                     path = f"/proc/{os.getpid()}/fd/{self._memory}"
                     self._ram = np.memmap(path, self.item.base, "r+", shape=shape)
-                with tqdm(total=size, unit="B", unit_scale=True, desc="into memory", disable=rank > 0) as bar:
+                with tqdm(
+                    total=size, unit="B", unit_scale=True, desc="into memory", disable=rank > 0
+                ) as bar:
                     for k, start in enumerate(self.starts[:-1]):
                         for side, array in enumerate(self._map(k, folder) for folder in sides):
                             self._ram[side * len(self) + start :][: len(array)] = array

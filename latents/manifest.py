@@ -32,18 +32,24 @@ class Manifest:
     crop: str
     vae: str  # hub id or folder
     vae_fingerprint: str  # models.autoencoder.fingerprint
-    scale: float | list[float]  # of the latent, models.autoencoder.LatentScale; by channel for some VAEs
+    scale: (
+        float | list[float]
+    )  # of the latent, models.autoencoder.LatentScale; by channel for some VAEs
     shift: float | list[float]
     latent_shape: list[int]  # (C, h, w)
     dtype: str
     mean: list[float]
     std: list[float]
-    shards: list[dict] = field(default_factory=list)  # {file, count, sha256: {moments, labels, ...}, sum, sum_of_squares, ...}
+    shards: list[dict] = field(
+        default_factory=list
+    )  # {file, count, sha256: {moments, labels, ...}, sum, sum_of_squares, ...}
     skipped: int = 0  # images of the source that could not be used
     flips: bool = False  # whether the mirror images are there too
     images: bool = False  # whether the images are kept
     kinds: dict[str, int] = field(default_factory=dict)  # of images met: how many of each
-    encoding: dict = field(default_factory=dict)  # what preprocessing was asked for: enough to do a shard again
+    encoding: dict = field(
+        default_factory=dict
+    )  # what preprocessing was asked for: enough to do a shard again
     format_version: int = FORMAT_VERSION
 
     @property
@@ -74,7 +80,9 @@ def read_manifest(root: Path) -> Manifest:
     if not path.exists() and (root / "partial").exists():
         raise CacheError(f"{root} is not finished: run the command that makes it again")
     if not path.exists() and (root / "vae-sd").exists():
-        raise CacheError(f"{root} is REPA's: make a cache of it with python -m preprocessing.import_repa {root} FOLDER")
+        raise CacheError(
+            f"{root} is REPA's: make a cache of it with python -m preprocessing.import_repa {root} FOLDER"
+        )
     if not path.exists():
         raise CacheError(
             f"{root} is no latent cache (no manifest.json): make one of images with python -m "
@@ -84,18 +92,31 @@ def read_manifest(root: Path) -> Manifest:
         content = json.loads(path.read_text())
         version = content["format_version"]
         if version != FORMAT_VERSION:
-            raise CacheError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: encode the images again")
+            raise CacheError(
+                f"{path} has format version {version}, this code reads {FORMAT_VERSION}: encode the images again"
+            )
         if not all({"file", "count"} <= shard.keys() for shard in content["shards"]):
             raise KeyError("a shard without file or count")
         return Manifest(**content)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CacheError):
             raise
-        raise CacheError(f"{path} is not a manifest this code can read ({error}): encode the images again") from None
+        raise CacheError(
+            f"{path} is not a manifest this code can read ({error}): encode the images again"
+        ) from None
 
 
 # What caches must share to be read as one; the images, and how many there are, may differ.
-SHARED = ("class_names", "resolution", "vae_fingerprint", "scale", "shift", "latent_shape", "dtype", "flips")
+SHARED = (
+    "class_names",
+    "resolution",
+    "vae_fingerprint",
+    "scale",
+    "shift",
+    "latent_shape",
+    "dtype",
+    "flips",
+)
 
 
 def joined(roots: list[Path], manifests: list[Manifest]) -> Manifest:
@@ -112,10 +133,16 @@ def joined(roots: list[Path], manifests: list[Manifest]) -> Manifest:
             elif ours != theirs and name == "class_names":
                 ours, theirs = f"{len(ours)} classes", f"{len(theirs)} classes"
             if ours != theirs:
-                raise CacheError(f"{roots[0]} and {root} cannot be joined: {name} is {ours} in one, {theirs} in the other")
-    weights = np.array([manifest.count for manifest in manifests]) / sum(manifest.count for manifest in manifests)
+                raise CacheError(
+                    f"{roots[0]} and {root} cannot be joined: {name} is {ours} in one, {theirs} in the other"
+                )
+    weights = np.array([manifest.count for manifest in manifests]) / sum(
+        manifest.count for manifest in manifests
+    )
     mean = weights @ np.array([manifest.mean for manifest in manifests])
-    square = weights @ np.array([np.square(manifest.mean) + np.square(manifest.std) for manifest in manifests])
+    square = weights @ np.array(
+        [np.square(manifest.mean) + np.square(manifest.std) for manifest in manifests]
+    )
     return replace(
         first,
         source=" + ".join(manifest.source for manifest in manifests),
@@ -138,11 +165,20 @@ def stored_features(roots: list[Path], manifests: list[Manifest]) -> dict[str, d
         for path in sorted((root / "features").glob("*/features.json")):
             try:
                 stored = json.loads(path.read_text())
-                kind = {name: stored[name] for name in ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")}
+                kind = {
+                    name: stored[name]
+                    for name in ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")
+                }
                 of = {shard["file"]: shard["images_sha256"] for shard in stored["shards"]}
             except (ValueError, KeyError, TypeError) as error:
-                raise CacheError(f"{path} cannot be read ({error!r}): remove {path.parent} and make it again") from None
+                raise CacheError(
+                    f"{path} cannot be read ({error!r}): remove {path.parent} and make it again"
+                ) from None
             if of == {shard["file"]: shard["sha256"].get("images") for shard in manifest.shards}:
                 here[path.parent.name] = kind
-        found = here if i == 0 else {slug: kind for slug, kind in found.items() if here.get(slug) == kind}
+        found = (
+            here
+            if i == 0
+            else {slug: kind for slug, kind in found.items() if here.get(slug) == kind}
+        )
     return found

@@ -17,7 +17,9 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DECODE_AT_ONCE = 16
 
 
-@lru_cache(maxsize=16)  # a copy to a GPU waits for it, and there is one normalisation a training step
+@lru_cache(
+    maxsize=16
+)  # a copy to a GPU waits for it, and there is one normalisation a training step
 def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
 
@@ -60,14 +62,22 @@ def scale_of(config: Mapping[str, Any]) -> LatentScale:
     """What an AutoencoderKL's config says: scaling_factor and shift_factor, or scaling_factor with latents_mean and latents_std
     by channel, which diffusers' SDXL pipelines read as latent = (x - mean) * scaling_factor / std; either of the two alone they
     ignore. Raises ValueError."""
-    factor, shift, channels = config["scaling_factor"], config.get("shift_factor"), config["latent_channels"]
+    factor, shift, channels = (
+        config["scaling_factor"],
+        config.get("shift_factor"),
+        config["latent_channels"],
+    )
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return LatentScale(factor, shift or 0.0)
     if shift:
-        raise ValueError("its config has both shift_factor and latents_mean, and which of them is meant is not known")
+        raise ValueError(
+            "its config has both shift_factor and latents_mean, and which of them is meant is not known"
+        )
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise ValueError(f"latents_mean and latents_std of its config are no {channels} numbers each, or not above 0")
+        raise ValueError(
+            f"latents_mean and latents_std of its config are no {channels} numbers each, or not above 0"
+        )
     return LatentScale(tuple(factor / value for value in std), tuple(mean))
 
 
@@ -76,13 +86,19 @@ class Autoencoder:
     or not whole."""
 
     def __init__(self, name: str = DEFAULT_VAE, device: torch.device | str = "cpu"):
-        from diffusers import AutoencoderKL  # seconds to import, and training without previews never needs it
+        from diffusers import (
+            AutoencoderKL,
+        )  # seconds to import, and training without previews never needs it
 
         folder = Path(name)
         if folder.exists() and not (folder / "config.json").exists():
             raise FileNotFoundError(f"--vae {name} is no diffusers folder: config.json is missing")
-        if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
-            raise FileNotFoundError(f"--vae {name}: there is no such folder, seen from {Path.cwd()}")
+        if not folder.exists() and (
+            folder.is_absolute() or name.startswith(".") or name.count("/") != 1
+        ):
+            raise FileNotFoundError(
+                f"--vae {name}: there is no such folder, seen from {Path.cwd()}"
+            )
         try:
             vae, loaded = AutoencoderKL.from_pretrained(name, output_loading_info=True)
             written_for = AutoencoderKL.load_config(name).get("_class_name", "AutoencoderKL")
@@ -93,9 +109,13 @@ class Autoencoder:
                 "--local-dir FOLDER', then pass --vae FOLDER"
             ) from None
         if written_for != "AutoencoderKL":  # of which diffusers would take what fits
-            raise FileNotFoundError(f"--vae {name} is diffusers' {written_for}: an AutoencoderKL is needed")
+            raise FileNotFoundError(
+                f"--vae {name} is diffusers' {written_for}: an AutoencoderKL is needed"
+            )
         if loaded["missing_keys"]:  # which diffusers would make up
-            raise FileNotFoundError(f"--vae {name} lacks weights of its config, {min(loaded['missing_keys'])} for one")
+            raise FileNotFoundError(
+                f"--vae {name} lacks weights of its config, {min(loaded['missing_keys'])} for one"
+            )
         try:
             self.scale = scale_of(vae.config)
         except ValueError as error:
@@ -124,5 +144,14 @@ class Autoencoder:
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, H, W, 3) uint8, rounded, not truncated. A few at a time: at 512 pixels one image
         takes a gigabyte of activations."""
-        parts = [self.vae.decode(part).sample for part in self.scale.denormalize(latent.float()).split(DECODE_AT_ONCE)]
-        return (torch.cat(parts) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        parts = [
+            self.vae.decode(part).sample
+            for part in self.scale.denormalize(latent.float()).split(DECODE_AT_ONCE)
+        ]
+        return (
+            (torch.cat(parts) * 127.5 + 127.5)
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+            .permute(0, 2, 3, 1)
+        )

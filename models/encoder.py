@@ -21,10 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = {f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large", "giant")}
+SHORT = {
+    f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m"
+    for size in ("small", "base", "large", "giant")
+}
 REPA = {
-    **{f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large", "giant")},
-    **{f"dinov2reg-vit-{size[0]}": f"vit_{size}_patch14_reg4_dinov2.lvd142m" for size in ("small", "base", "large", "giant")},
+    **{
+        f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m"
+        for size in ("small", "base", "large", "giant")
+    },
+    **{
+        f"dinov2reg-vit-{size[0]}": f"vit_{size}_patch14_reg4_dinov2.lvd142m"
+        for size in ("small", "base", "large", "giant")
+    },
     "dinov1-vit-b": "vit_base_patch16_224.dino",
     "clip-vit-L": "vit_large_patch14_clip_quickgelu_224.openai",
     "mae-vit-l": "vit_large_patch16_224.mae",
@@ -46,9 +55,16 @@ class Encoder(nn.Module):
     `dtype` is autocast's, whatever surrounds it: bf16 on GPUs and float32 on the CPU unless told. It stays in eval mode."""
 
     def __init__(
-        self, name: str, resolution: int, tokens_side: int, weights: Path | None = None, pretrained: bool = True,
-        device: torch.device | str = "cpu", dtype: torch.dtype | None = None, side: int | None = None,
-    ):  # fmt: skip
+        self,
+        name: str,
+        resolution: int,
+        tokens_side: int,
+        weights: Path | None = None,
+        pretrained: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        side: int | None = None,
+    ):
         """name: of SHORT, of REPA or timm's; resolution R; tokens_side T; weights: a file of timm's, else from the hub;
         side: S where the rule is not wanted. Raises EncoderError."""
         import timm
@@ -58,12 +74,21 @@ class Encoder(nn.Module):
         network = load_network(name, weights, pretrained)
         self.name = canonical(name)
         self.tokens_side = tokens_side
-        self.dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        self.dtype = dtype or (
+            torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        )
         set_side(network, self.side)
         if name in BEFORE_NORM:
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
-        self._settings = [architecture(name), self.side, tokens_side, name in BEFORE_NORM, config["mean"], config["std"]]
+        self._settings = [
+            architecture(name),
+            self.side,
+            tokens_side,
+            name in BEFORE_NORM,
+            config["mean"],
+            config["std"],
+        ]
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
         self.network = network
@@ -90,7 +115,9 @@ class Encoder(nn.Module):
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the weights and over all that decides about the tokens but the image and the dtype."""
-        return hashlib.sha256((json.dumps(self._settings) + fingerprint(self.network)).encode()).hexdigest()
+        return hashlib.sha256(
+            (json.dumps(self._settings) + fingerprint(self.network)).encode()
+        ).hexdigest()
 
 
 def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
@@ -102,7 +129,9 @@ def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, 
     try:
         with torch.device("meta"), torch.no_grad():
             network = timm.create_model(wanted, pretrained=False, num_classes=0)
-            side = check_side(network, name, side_rule(network, resolution) if side is None else side)
+            side = check_side(
+                network, name, side_rule(network, resolution) if side is None else side
+            )
             set_side(network, side)
             return patch_tokens(network.eval(), torch.empty(1, 3, side, side)).shape[-1], side
     except EncoderError:
@@ -110,7 +139,9 @@ def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, 
     except NotSquare as error:
         raise EncoderError(f"{name} gives no square of patch tokens: {error}") from None
     except Exception as error:  # each family of timm's has its own
-        raise EncoderError(f"{name}: timm cannot run {wanted} without weights ({first_line(error)})") from None
+        raise EncoderError(
+            f"{name}: timm cannot run {wanted} without weights ({first_line(error)})"
+        ) from None
 
 
 def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
@@ -120,7 +151,11 @@ def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), torch.no_grad():
-        network = timm.create_model(architecture(name), pretrained=False, num_classes=0).eval().requires_grad_(False)
+        network = (
+            timm.create_model(architecture(name), pretrained=False, num_classes=0)
+            .eval()
+            .requires_grad_(False)
+        )
         side = describe(name, resolution, side)[1]
         set_side(network, side)
         with FlopCounterMode(display=False) as counter:
@@ -134,11 +169,19 @@ def architecture(name: str, others: Iterable[str] = ()) -> str:
     import timm
 
     if name.startswith("mocov3-"):
-        raise EncoderError(f"{name}: timm has no MoCo v3 weights; of REPA's encoders it has {', '.join(REPA)}")
+        raise EncoderError(
+            f"{name}: timm has no MoCo v3 weights; of REPA's encoders it has {', '.join(REPA)}"
+        )
     wanted = SHORT.get(name) or REPA.get(name) or name
     stem, _, tag = wanted.partition(".")
     if not timm.is_model(stem) or (tag and not timm.is_model_pretrained(wanted)):
-        known = [*SHORT, *REPA, *others, *timm.list_models(), *(timm.list_models(f"{stem}.*", pretrained=True) if tag else ())]
+        known = [
+            *SHORT,
+            *REPA,
+            *others,
+            *timm.list_models(),
+            *(timm.list_models(f"{stem}.*", pretrained=True) if tag else ()),
+        ]
         near = difflib.get_close_matches(name, known) or [*SHORT, *others]
         raise EncoderError(f"{name} is no network that timm knows; near it: {', '.join(near)}")
     return wanted
@@ -149,7 +192,9 @@ def canonical(name: str) -> str:
     return name if name in BEFORE_NORM else architecture(name)
 
 
-def load_network(name: str, weights: Path | None = None, pretrained: bool = True, others: Iterable[str] = ()) -> nn.Module:
+def load_network(
+    name: str, weights: Path | None = None, pretrained: bool = True, others: Iterable[str] = ()
+) -> nn.Module:
     """timm's network without its classifier, in eval mode and frozen; weights: a file of timm's, else from the hub. Raises
     EncoderError, with `others` as in `architecture`."""
     import timm
@@ -164,7 +209,9 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
     except Exception as error:  # the hub's client, safetensors and torch each have their own
         if weights:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            raise EncoderError(f"{name}: --encoder-weights {weights} does not fit {wanted} ({reason})") from None
+            raise EncoderError(
+                f"{name}: --encoder-weights {weights} does not fit {wanted} ({reason})"
+            ) from None
         hub = timm.get_pretrained_cfg(wanted).hf_hub_id or wanted
         hub = hub if "/" in hub else f"timm/{hub}"
         raise EncoderError(
@@ -202,7 +249,9 @@ def complete() -> Iterator[None]:
         log.setLevel(level)
     missing = [re.match(r"Missing keys \((.*?)[,)]", message) for message in messages]
     if any(missing):
-        raise ValueError(f"the file is of another network, {next(filter(None, missing))[1]} is missing")
+        raise ValueError(
+            f"the file is of another network, {next(filter(None, missing))[1]} is missing"
+        )
 
 
 def side_rule(network: nn.Module, resolution: int) -> int:

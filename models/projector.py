@@ -38,7 +38,12 @@ class Projector(nn.Sequential):
 class AlignedSiT(nn.Module):
     """Backbone and a head for each method of alignment as one module, so that DDP sees one forward."""
 
-    def __init__(self, backbone: SiT, heads: dict[str, Projector] | None = None, blocks: dict[str, int] | None = None):
+    def __init__(
+        self,
+        backbone: SiT,
+        heads: dict[str, Projector] | None = None,
+        blocks: dict[str, int] | None = None,
+    ):
         """By a method's name: its head, and the block whose tokens that gets."""
         super().__init__()
         self.backbone, self.heads, self.blocks = backbone, nn.ModuleDict(heads or {}), blocks or {}
@@ -53,7 +58,10 @@ class AlignedSiT(nn.Module):
         pred = self.backbone(x_t, t, y, return_blocks=[self.blocks[name] for name in names])
         if names:
             pred, kept = pred
-        lengths = {k: torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean(1) for k, h in kept.items()}
+        lengths = {
+            k: torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean(1)
+            for k, h in kept.items()
+        }
         projected = {name: self.heads[name](kept[self.blocks[name]]) for name in names}
         for name in idle:  # DDP waits for the gradient of every parameter that has one
             pred = pred + 0 * sum(parameter.sum() for parameter in self.heads[name].parameters())

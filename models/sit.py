@@ -35,7 +35,13 @@ PRESETS: dict[str, dict[str, int]] = {
         for patch in (1, 2, 4, 8)
     },
 }
-ALIGN_BLOCK = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}  # the paper's for B, L, XL; B's for the others
+ALIGN_BLOCK = {
+    "Ti": 2,
+    "S": 2,
+    "B": 2,
+    "L": 8,
+    "XL": 8,
+}  # the paper's for B, L, XL; B's for the others
 
 
 def align_block(model: str) -> int:
@@ -103,7 +109,9 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, -1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, -1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -127,14 +135,22 @@ class SiT(nn.Module):
     def __init__(self, config: SiTConfig):
         super().__init__()
         if config.latent_size % config.patch:
-            raise ValueError(f"--model with patch size {config.patch} cannot cut latents of side {config.latent_size}")
+            raise ValueError(
+                f"--model with patch size {config.patch} cannot cut latents of side {config.latent_size}"
+            )
         self.config = config
-        self.x_embedder = PatchEmbed(config.latent_size, config.patch, config.channels, config.width)
+        self.x_embedder = PatchEmbed(
+            config.latent_size, config.patch, config.channels, config.width
+        )
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
         side = config.latent_size // config.patch
-        self.pos_embed = nn.Parameter(sincos_position(config.width, side)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(config.width, config.heads) for _ in range(config.depth))
+        self.pos_embed = nn.Parameter(
+            sincos_position(config.width, side)[None], requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            SiTBlock(config.width, config.heads) for _ in range(config.depth)
+        )
         self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
         self.recompute = False  # set to keep a block's input only, and compute the block again in the backward pass
         self.initialize()
@@ -183,7 +199,11 @@ class SiT(nn.Module):
         tokens, kept = self.x_embedder(x) + self.pos_embed, {}
         c = self.t_embedder(t) + self.y_embedder(y)
         for k, block in enumerate(self.blocks[:last], 1):
-            tokens = checkpoint(block, tokens, c, use_reentrant=False) if self.recompute else block(tokens, c)
+            tokens = (
+                checkpoint(block, tokens, c, use_reentrant=False)
+                if self.recompute
+                else block(tokens, c)
+            )
             if k in keep:
                 kept[k] = tokens
         return tokens, c, kept

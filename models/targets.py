@@ -41,7 +41,9 @@ class Data:
     mean: list[float]  # of the unscaled latents, per channel
     std: list[float]
     images: bool = False  # whether it keeps them
-    features: dict[str, dict] | None = None  # of encoders, stored ahead of time: folder -> what features.json says
+    features: dict[str, dict] | None = (
+        None  # of encoders, stored ahead of time: folder -> what features.json says
+    )
 
 
 class Batch(NamedTuple):
@@ -66,7 +68,9 @@ class Parts(NamedTuple):
 
     device: torch.device
     ema: SiT  # the run's first average
-    noised: Callable[[Tensor, Tensor, Tensor], Tensor]  # (latent, noise, t) -> x_t on the run's path
+    noised: Callable[
+        [Tensor, Tensor, Tensor], Tensor
+    ]  # (latent, noise, t) -> x_t on the run's path
     autocast: Callable[[], AbstractContextManager]  # the run's mixed precision
     compile: bool  # whether networks are to be compiled
 
@@ -77,7 +81,9 @@ class Target:
     name: ClassVar[str]  # on the command line
     title: ClassVar[str]
     paper: ClassVar[str]
-    flags: ClassVar[tuple[str, ...]] = ()  # of its own, as argparse names them: refused without the method
+    flags: ClassVar[
+        tuple[str, ...]
+    ] = ()  # of its own, as argparse names them: refused without the method
 
     @staticmethod
     def add_flags(add: Callable[..., Any]) -> None:
@@ -98,7 +104,9 @@ class Target:
     def settle(args: argparse.Namespace, entry: dict) -> None:
         """When a run is continued: flags that were not given become what they amounted to when it began."""
 
-    def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
+    def __init__(
+        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
+    ):
         """Loads what it needs. Raises TargetError."""
         self.entry, self.config, self.data, self.parts = entry, config, data, parts
 
@@ -137,10 +145,16 @@ class Latents(Target):
 
     @staticmethod
     def add_flags(add: Callable[..., Any]) -> None:
-        add("--align-target", choices=("mean", "sample"),
-            help="sra2: posterior mean, or the very sample that was noised (default: mean)")  # fmt: skip
-        add("--align-normalize", choices=("none", "channel"),
-            help="sra2: channel: each latent channel to mean 0 and std 1 over the cache (default: none)")  # fmt: skip
+        add(
+            "--align-target",
+            choices=("mean", "sample"),
+            help="sra2: posterior mean, or the very sample that was noised (default: mean)",
+        )
+        add(
+            "--align-normalize",
+            choices=("none", "channel"),
+            help="sra2: channel: each latent channel to mean 0 and std 1 over the cache (default: none)",
+        )
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -149,11 +163,20 @@ class Latents(Target):
     @staticmethod
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
         out = config.patch**2 * config.channels
-        return {"out": out, "target": args.align_target or "mean", "normalize": args.align_normalize or "none"}
+        return {
+            "out": out,
+            "target": args.align_target or "mean",
+            "normalize": args.align_normalize or "none",
+        }
 
-    def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
+    def __init__(
+        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
+    ):
         super().__init__(entry, args, config, data, parts)
-        self.mean, self.std = (torch.tensor(value, device=parts.device)[:, None, None] for value in (data.mean, data.std))
+        self.mean, self.std = (
+            torch.tensor(value, device=parts.device)[:, None, None]
+            for value in (data.mean, data.std)
+        )
 
     def __call__(self, batch: Batch) -> Tensor:
         latent = batch.latent if self.entry["target"] == "sample" else batch.mean
@@ -170,14 +193,31 @@ class EncoderTokens(Target):
 
     @staticmethod
     def add_flags(add: Callable[..., Any]) -> None:
-        add("--repa-encoder", "--enc-type", metavar="NAME", help="repa: any of timm's, or REPA's spelling (default: dinov2-b)")
-        add("--encoder-weights", type=Path, metavar="FILE", help="repa: weights of timm's form (default: the hub's)")
-        add("--repa-side", type=int, metavar="N",
+        add(
+            "--repa-encoder",
+            "--enc-type",
+            metavar="NAME",
+            help="repa: any of timm's, or REPA's spelling (default: dinov2-b)",
+        )
+        add(
+            "--encoder-weights",
+            type=Path,
+            metavar="FILE",
+            help="repa: weights of timm's form (default: the hub's)",
+        )
+        add(
+            "--repa-side",
+            type=int,
+            metavar="N",
             help="repa: pixels a side that the encoder sees (default: as stored features, else REPA's, 224 for images of 256, "
-            "never less than 224)")  # fmt: skip
-        add("--repa-from", choices=("auto", "images", "features"),
+            "never less than 224)",
+        )
+        add(
+            "--repa-from",
+            choices=("auto", "images", "features"),
             help="repa: encode the cache's images in every step, or read features stored ahead of time "
-            "(default: auto: features where the cache has this encoder's)")  # fmt: skip
+            "(default: auto: features where the cache has this encoder's)",
+        )
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -187,18 +227,24 @@ class EncoderTokens(Target):
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
         given = "dinov2-b" if args.repa_encoder is None else args.repa_encoder
         try:
-            encoder, (width, side) = canonical(given), describe(given, data.resolution, args.repa_side)
+            encoder, (width, side) = (
+                canonical(given),
+                describe(given, data.resolution, args.repa_side),
+            )
         except EncoderError as error:
             raise TargetError(f"--repa-encoder {error}") from None
         grid = config.latent_size // config.patch
         stored = [
             folder
             for folder, told in (data.features or {}).items()
-            if (told["encoder"], told["tokens_side"]) == (encoder, grid) and args.repa_side in (None, told["side"])
+            if (told["encoder"], told["tokens_side"]) == (encoder, grid)
+            and args.repa_side in (None, told["side"])
         ]
         if len(stored) > 1:
             sides = " ".join(str(data.features[folder]["side"]) for folder in stored)
-            raise TargetError(f"--repa-side: the cache holds features of {encoder} at {sides} pixels: name one of them")
+            raise TargetError(
+                f"--repa-side: the cache holds features of {encoder} at {sides} pixels: name one of them"
+            )
         where = args.repa_from or "auto"
         if where == "features" and not stored:
             raise TargetError(
@@ -222,14 +268,21 @@ class EncoderTokens(Target):
         args.repa_from = args.repa_from or ("images" if entry["from"] == "images" else "features")
         args.repa_side = entry["side"] if args.repa_side is None else args.repa_side
 
-    def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
+    def __init__(
+        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
+    ):
         super().__init__(entry, args, config, data, parts)
         self.encoder, grid = None, config.latent_size // config.patch
         if entry["from"] != "images" and not args.encoder_weights:
             return
         try:
             encoder = Encoder(
-                entry["encoder"], data.resolution, grid, args.encoder_weights, device=parts.device, side=entry["side"]
+                entry["encoder"],
+                data.resolution,
+                grid,
+                args.encoder_weights,
+                device=parts.device,
+                side=entry["side"],
             )
         except EncoderError as error:
             raise TargetError(f"--repa-encoder {error}") from None
@@ -254,11 +307,19 @@ class EncoderTokens(Target):
     def identity(self) -> dict:
         stored = self.data.features or {}
         folder = self.entry["from"].removeprefix("features/")
-        return {"fingerprint": self.encoder.fingerprint if self.encoder else stored[folder]["fingerprint"]}
+        return {
+            "fingerprint": self.encoder.fingerprint
+            if self.encoder
+            else stored[folder]["fingerprint"]
+        }
 
     @staticmethod
     def cost(entry: dict, config: SiTConfig, data: Data) -> tuple[int, int]:
-        return cost(entry["encoder"], data.resolution, entry["side"]) if entry["from"] == "images" else (0, 0)
+        return (
+            cost(entry["encoder"], data.resolution, entry["side"])
+            if entry["from"] == "images"
+            else (0, 0)
+        )
 
 
 class Teacher(Target):
@@ -269,10 +330,18 @@ class Teacher(Target):
 
     @staticmethod
     def add_flags(add: Callable[..., Any]) -> None:
-        add("--sra-teacher-block", type=int, metavar="K",
-            help="sra: block of the average, counted from 1 (default: three quarters of the depth, 20 for XL)")  # fmt: skip
-        add("--sra-t-max", type=float, metavar="X",
-            help="sra: the average sees t - X u, u uniform on [0, 1], not below 0 (default: 0.2)")  # fmt: skip
+        add(
+            "--sra-teacher-block",
+            type=int,
+            metavar="K",
+            help="sra: block of the average, counted from 1 (default: three quarters of the depth, 20 for XL)",
+        )
+        add(
+            "--sra-t-max",
+            type=float,
+            metavar="X",
+            help="sra: the average sees t - X u, u uniform on [0, 1], not below 0 (default: 0.2)",
+        )
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -285,12 +354,16 @@ class Teacher(Target):
         block = usual if args.sra_teacher_block is None else args.sra_teacher_block
         t_max = 0.2 if args.sra_t_max is None else args.sra_t_max
         if not 1 <= block <= config.depth:
-            raise TargetError(f"--sra-teacher-block {block}: {args.model} has blocks 1 to {config.depth}")
+            raise TargetError(
+                f"--sra-teacher-block {block}: {args.model} has blocks 1 to {config.depth}"
+            )
         if not 0 <= t_max <= 1:
             raise TargetError(f"--sra-t-max {t_max} is not a number from 0 to 1")
         return {"out": config.width, "teacher_block": block, "t_max": t_max}
 
-    def __init__(self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts):
+    def __init__(
+        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
+    ):
         super().__init__(entry, args, config, data, parts)
         self.features = torch.compile(parts.ema.features) if parts.compile else parts.ema.features
 
@@ -298,7 +371,9 @@ class Teacher(Target):
         block = self.entry["teacher_block"]
         t = (batch.t - self.entry["t_max"] * batch.u).clamp(0, 1)
         with self.parts.autocast():
-            tokens = self.features(self.parts.noised(batch.latent, batch.noise, t), t, batch.labels, (block,))[block]
+            tokens = self.features(
+                self.parts.noised(batch.latent, batch.noise, t), t, batch.labels, (block,)
+            )[block]
         return tokens.float()
 
     @staticmethod
@@ -306,4 +381,6 @@ class Teacher(Target):
         return 0, backbone_flops(config, entry["teacher_block"])
 
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (Latents, EncoderTokens, Teacher)}
+TARGETS: dict[str, type[Target]] = {
+    target.name: target for target in (Latents, EncoderTokens, Teacher)
+}

@@ -27,7 +27,10 @@ from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
 from preprocessing.shards import Shard, add_images, file_of, statistics, write_shard
 
 IMAGES = {"keep_images": False}  # of a plan that does not say, as an older one
-LAST_BIT = ("batch_size", "shard_size")  # of a plan: what may differ between two calls for a cache that is whole
+LAST_BIT = (
+    "batch_size",
+    "shard_size",
+)  # of a plan: what may differ between two calls for a cache that is whole
 
 
 class Job(Protocol):
@@ -57,20 +60,34 @@ def numbers_of(job: Job, shard: int) -> range:
 
 def entries_of(manifest: Manifest) -> list[dict]:
     """Of all shards, also of those that hold nothing because all their images were bad, in their order."""
-    return sorted((*manifest.shards, *manifest.encoding.get("empty", [])), key=lambda entry: entry["file"])
+    return sorted(
+        (*manifest.shards, *manifest.encoding.get("empty", [])), key=lambda entry: entry["file"]
+    )
 
 
 def make_manifest(job: Job, entries: list[dict]) -> Manifest:
     """Joins the shards' entries, which are in their order. Raises UserError if there is no image in any."""
-    skipped, kinds = sum(len(entry["skipped"]) for entry in entries), sum((Counter(e["kinds"]) for e in entries), Counter())
-    whole, empty = [entry for entry in entries if entry["count"]], [entry for entry in entries if not entry["count"]]
+    skipped, kinds = (
+        sum(len(entry["skipped"]) for entry in entries),
+        sum((Counter(e["kinds"]) for e in entries), Counter()),
+    )
+    whole, empty = (
+        [entry for entry in entries if entry["count"]],
+        [entry for entry in entries if not entry["count"]],
+    )
     if not whole:
         raise UserError(f"{job.settings['source']}: not one image could be used")
     mean, std = statistics(whole, job.manifest["latent_shape"], job.manifest["flips"])
     return Manifest(
-        **job.manifest, count=sum(entry["count"] for entry in whole), skipped=skipped, kinds=dict(sorted(kinds.items())),
-        mean=mean.tolist(), std=std.tolist(), shards=whole, encoding=job.settings | {"plan": job.plan, "empty": empty},
-    )  # fmt: skip
+        **job.manifest,
+        count=sum(entry["count"] for entry in whole),
+        skipped=skipped,
+        kinds=dict(sorted(kinds.items())),
+        mean=mean.tolist(),
+        std=std.tolist(),
+        shards=whole,
+        encoding=job.settings | {"plan": job.plan, "empty": empty},
+    )
 
 
 def with_images(manifest: Manifest, entries: list[dict]) -> Manifest:
@@ -84,9 +101,15 @@ def difference(then: dict, now: dict) -> str:
     """What of two plans differs, in words."""
 
     def short(value: object) -> object:
-        return f"{value[:8]}..." if isinstance(value, str) and len(value) > 40 else value  # a digest
+        return (
+            f"{value[:8]}..." if isinstance(value, str) and len(value) > 40 else value
+        )  # a digest
 
-    return ", ".join(f"{key} was {short(then.get(key))}, is {short(now[key])}" for key in now if then.get(key) != now[key])
+    return ", ".join(
+        f"{key} was {short(then.get(key))}, is {short(now[key])}"
+        for key in now
+        if then.get(key) != now[key]
+    )
 
 
 def whole_cache(dest: Path, plan: dict) -> Manifest | None:
@@ -96,13 +119,22 @@ def whole_cache(dest: Path, plan: dict) -> Manifest | None:
     try:
         manifest = read_manifest(dest)
     except CacheError as error:
-        raise UserError(f"--dest {dest} holds a cache that this code cannot read: choose another folder ({error})") from None
-    then, now = manifest.encoding.get("plan", {}), {k: v for k, v in plan.items() if k not in (*LAST_BIT, *IMAGES)}
+        raise UserError(
+            f"--dest {dest} holds a cache that this code cannot read: choose another folder ({error})"
+        ) from None
+    then, now = (
+        manifest.encoding.get("plan", {}),
+        {k: v for k, v in plan.items() if k not in (*LAST_BIT, *IMAGES)},
+    )
     changed = difference(then, now)
     if changed:
-        raise UserError(f"--dest {dest} holds a cache made otherwise ({changed}); choose another folder or remove it")
+        raise UserError(
+            f"--dest {dest} holds a cache made otherwise ({changed}); choose another folder or remove it"
+        )
     if plan["keep_images"] and not manifest.images and then["shard_size"] != plan["shard_size"]:
-        raise UserError(f"--dest {dest} was made with --shard-size {then['shard_size']}: add the images with that")
+        raise UserError(
+            f"--dest {dest} was made with --shard-size {then['shard_size']}: add the images with that"
+        )
     return manifest
 
 
@@ -113,7 +145,9 @@ def check_plan(dest: Path, plan: dict) -> None:
     if path.exists() and list(path.parent.glob("*.npy.json")):
         changed = difference(IMAGES | json.loads(path.read_text()), plan)
         if changed:
-            raise UserError(f"{dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})")
+            raise UserError(
+                f"{dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})"
+            )
     else:
         write_file(path, json.dumps(plan).encode())
         if not (dest / "manifest.json").exists():
@@ -126,7 +160,9 @@ def claim(dest: Path, held: ExitStack) -> None:
     try:
         (dest / "partial").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--dest {dest} cannot be made ({error.strerror}): name another place") from None
+        raise UserError(
+            f"--dest {dest} cannot be made ({error.strerror}): name another place"
+        ) from None
     try:
         for other in (dest / "partial").glob("lock.*"):
             with lock(other):
@@ -134,7 +170,10 @@ def claim(dest: Path, held: ExitStack) -> None:
         held.enter_context(lock(dest / "partial" / "lock.0"))
     except BlockingIOError:
         raise UserError(f"--dest {dest}: another process is working on it") from None
-    for folder in (dest, *(dest / name for name in ("partial", "moments", "mirrored", "labels", "images"))):
+    for folder in (
+        dest,
+        *(dest / name for name in ("partial", "moments", "mirrored", "labels", "images")),
+    ):
         for leftover in folder.glob(".*.partial"):
             leftover.unlink()
 
@@ -157,7 +196,9 @@ def same_plan(job: Job, world: World) -> None:
     for rank, plan in enumerate(world.gather(job.plan)):
         changed = difference(job.plan, plan)
         if changed:
-            raise UserError(f"process {rank} does not see what process {world.rank} sees ({changed}): same source, same flags?")
+            raise UserError(
+                f"process {rank} does not see what process {world.rank} sees ({changed}): same source, same flags?"
+            )
 
 
 def clear(dest: Path) -> None:
@@ -168,7 +209,12 @@ def clear(dest: Path) -> None:
 
 
 def make_shards(
-    dest: Path, job: Job, todo: list[int], world: World, done: Callable[[int, dict], None], whole: dict[str, dict] | None = None
+    dest: Path,
+    job: Job,
+    todo: list[int],
+    world: World,
+    done: Callable[[int, dict], None],
+    whole: dict[str, dict] | None = None,
 ) -> None:
     """This process's share of the shards `todo`, dealt by number: makes each, and writes it while the next is made.
     done(number, entry) is called for each that is written, and also if one after it fails. whole: entries of shards that lack
@@ -178,7 +224,11 @@ def make_shards(
 
     def write(number: int, shard: Shard) -> None:
         with discarding(shard.images):
-            entry = write_shard(dest, number, shard) if whole is None else add_images(dest, whole[file_of(number)], shard)
+            entry = (
+                write_shard(dest, number, shard)
+                if whole is None
+                else add_images(dest, whole[file_of(number)], shard)
+            )
         done(number, entry)
 
     with (
@@ -186,7 +236,9 @@ def make_shards(
         tqdm(total=left, unit="img", desc=job.what, disable=world.rank > 0, smoothing=0.05) as bar,
     ):
         before = None
-        made = job.shards(dest, mine, lambda images: bar.update(images * world.processes), whole is not None)
+        made = job.shards(
+            dest, mine, lambda images: bar.update(images * world.processes), whole is not None
+        )
         for number, shard in made:
             with discarding(shard.images):
                 if before:
@@ -204,7 +256,9 @@ def build(dest: Path, job: Job, world: World) -> Manifest:
     if manifest and (manifest.images or not job.plan["keep_images"]):
         return manifest
     whole = {entry["file"]: entry for entry in manifest.shards} if manifest else None
-    shards = [k for k in range(-(-job.images // job.shard_size)) if whole is None or file_of(k) in whole]
+    shards = [
+        k for k in range(-(-job.images // job.shard_size)) if whole is None or file_of(k) in whole
+    ]
     records = {k: dest / "partial" / f"{file_of(k)}.json" for k in shards}
 
     def is_done(shard: int) -> bool:
@@ -242,7 +296,9 @@ def finish(dest: Path, manifest: Manifest) -> None:
     """Writes what is written last, and removes the records of the work."""
     skipped = [row for entry in entries_of(manifest) for row in entry["skipped"]]
     if skipped:
-        write_file(dest / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode())
+        write_file(
+            dest / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode()
+        )
     else:
         (dest / "skipped.jsonl").unlink(missing_ok=True)
     write_manifest(dest, manifest)
@@ -255,30 +311,51 @@ def redo(dest: Path, job: Job, shards: list[int], images: list[int], world: Worl
     manifest = read_manifest(dest)
     changed = difference(IMAGES | manifest.encoding.get("plan", {}), job.plan)
     if changed:
-        raise UserError(f"{dest} was made otherwise than it would be now ({changed}): name what it was made of")
+        raise UserError(
+            f"{dest} was made otherwise than it would be now ({changed}): name what it was made of"
+        )
     same_plan(job, world)
     whole = {entry["file"]: entry for entry in manifest.shards}
     with ExitStack() as held:
         together(world, held, dest, lambda: None)
         mine: dict[str, dict] = {}
         for numbers, lacking in ((shards, None), (images, whole)):
-            make_shards(dest, job, numbers, world, lambda _, entry: mine.update({entry["file"]: entry}), lacking)
+            make_shards(
+                dest,
+                job,
+                numbers,
+                world,
+                lambda _, entry: mine.update({entry["file"]: entry}),
+                lacking,
+            )
         new = {file: entry for part in world.gather(mine) for file, entry in part.items()}
         if world.rank == 0:
-            finish(dest, make_manifest(job, [new.get(entry["file"], entry) for entry in entries_of(manifest)]))
+            finish(
+                dest,
+                make_manifest(
+                    job, [new.get(entry["file"], entry) for entry in entries_of(manifest)]
+                ),
+            )
         world.barrier()
-    return sorted(file for file, entry in new.items() if entry["sha256"] != whole.get(file, {}).get("sha256"))
+    return sorted(
+        file for file, entry in new.items() if entry["sha256"] != whole.get(file, {}).get("sha256")
+    )
 
 
 def summary(dest: Path, manifest: Manifest) -> str:
     """What the cache is, and what was met in the images, in a few lines."""
     shape = "x".join(map(str, manifest.latent_shape))
     std = ", ".join(f"{value:.2f}" for value in np.multiply(manifest.std, manifest.scale))
-    mirrored = (" and as many mirrored" if manifest.flips else "") + (", the images too" if manifest.images else "")
+    mirrored = (" and as many mirrored" if manifest.flips else "") + (
+        ", the images too" if manifest.images else ""
+    )
     lines = [
         f"{dest}: {manifest.count:,} images{mirrored}, {manifest.num_classes} classes, latents {shape}, std per channel {std}"
     ]
-    lines += [f"  {count:>9,} {kind}" for kind, count in sorted(manifest.kinds.items(), key=lambda pair: (-pair[1], pair[0]))]
+    lines += [
+        f"  {count:>9,} {kind}"
+        for kind, count in sorted(manifest.kinds.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
     if manifest.skipped:
         lines.append(f"  {manifest.skipped:>9,} skipped: {dest / 'skipped.jsonl'} says why")
     return "\n".join(lines)

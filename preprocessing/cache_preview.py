@@ -25,7 +25,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def compare(names: list[str], images: list[Tensor | None], moments: list[Tensor], vae: Autoencoder) -> tuple[Image.Image, str]:
+def compare(
+    names: list[str], images: list[Tensor | None], moments: list[Tensor], vae: Autoencoder
+) -> tuple[Image.Image, str]:
     """images (3, S, S) uint8, or None, and their moments (1, 2C, h, w) -> a row each: the image, the reconstruction of the
     posterior's mean, the latent's first three channels from -3 to 3; and a line with the PSNR."""
     rows, decibels, latents = [], [], []
@@ -41,11 +43,15 @@ def compare(names: list[str], images: list[Tensor | None], moments: list[Tensor]
         colours = colours[[0, 1 % len(colours), 2 % len(colours)]].permute(1, 2, 0).numpy()
         side = pictures[0].shape[:2]
         enlarged = Image.fromarray(colours).resize(side, Image.Resampling.NEAREST)
-        rows.append((label, np.stack([*(picture.numpy() for picture in pictures), np.asarray(enlarged)])))
+        rows.append(
+            (label, np.stack([*(picture.numpy() for picture in pictures), np.asarray(enlarged)]))
+        )
     if not rows:
         return Image.new("RGB", (8, 8)), "none of the images tried could be used"
     line = f"{len(rows)} images"
-    title = "Image, reconstruction, latent -3 to 3" if decibels else "Reconstruction, latent -3 to 3"
+    title = (
+        "Image, reconstruction, latent -3 to 3" if decibels else "Reconstruction, latent -3 to 3"
+    )
     std = torch.cat(latents).std().item()
     if decibels:
         mean = sum(decibels) / len(decibels)

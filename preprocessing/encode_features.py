@@ -28,17 +28,36 @@ def tokens_side(text: str) -> int | None:
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m preprocessing.encode_features", "CACHE --encoder NAME")
-    # fmt: off
+
     add = parser.add_argument
-    add("cache", metavar="CACHE", type=Path, help="folder of a latent cache that was made with --keep-images")
+    add(
+        "cache",
+        metavar="CACHE",
+        type=Path,
+        help="folder of a latent cache that was made with --keep-images",
+    )
     add("--encoder", required=True, help="of timm's, as train.py's --repa-encoder")
     add("--encoder-weights", type=Path, help="file of its weights (default: timm fetches them)")
-    add("--tokens-side", type=tokens_side, default="auto", help="features are N = side x side tokens an image, 2 N x width "
-        "bytes; auto: half the latents' side, the tokens of a network of patch 2")
-    add("--side", type=cli.positive, help="pixels a side that the encoder sees (default: REPA's rule, never less than 224)")
+    add(
+        "--tokens-side",
+        type=tokens_side,
+        default="auto",
+        help="features are N = side x side tokens an image, 2 N x width "
+        "bytes; auto: half the latents' side, the tokens of a network of patch 2",
+    )
+    add(
+        "--side",
+        type=cli.positive,
+        help="pixels a side that the encoder sees (default: REPA's rule, never less than 224)",
+    )
     add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
-    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
-    # fmt: on
+    add(
+        "--device",
+        type=cli.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
+
     return parser.parse_args()
 
 
@@ -51,14 +70,21 @@ def check(root: Path, manifest: Manifest, side: int | None) -> int:
             f"{root} was made with --flip, and features of mirror images are not kept: train on its images without stored ones"
         )
     if side is None and manifest.latent_shape[1] % 2:
-        raise UserError(f"--tokens-side auto: latents of side {manifest.latent_shape[1]} are not cut by patch 2; give a number")
+        raise UserError(
+            f"--tokens-side auto: latents of side {manifest.latent_shape[1]} are not cut by patch 2; give a number"
+        )
     if side and side > manifest.resolution:
-        raise UserError(f"--tokens-side {side}: an image has only {manifest.resolution} pixels a side")
+        raise UserError(
+            f"--tokens-side {side}: an image has only {manifest.resolution} pixels a side"
+        )
     return side or manifest.latent_shape[1] // 2
 
 
 def main() -> None:
-    from models.encoder import Encoder, EncoderError  # timm's import takes a second, and a mistake should not
+    from models.encoder import (
+        Encoder,
+        EncoderError,
+    )  # timm's import takes a second, and a mistake should not
 
     args = parse_args()
     try:
@@ -69,14 +95,25 @@ def main() -> None:
     device = world.device() if args.device == "cuda" else torch.device(args.device)
     try:
         encoder = Encoder(
-            args.encoder, manifest.resolution, side, weights=args.encoder_weights, device=device, side=args.side
-        )  # fmt: skip
+            args.encoder,
+            manifest.resolution,
+            side,
+            weights=args.encoder_weights,
+            device=device,
+            side=args.side,
+        )
     except EncoderError as error:
         raise UserError(f"--encoder {error}") from None
     plan = {
-        "encoder": encoder.name, "fingerprint": encoder.fingerprint, "resolution": manifest.resolution, "side": encoder.side,
-        "tokens_side": side, "width": encoder.width, "dtype": DTYPE.name, "count": manifest.count,
-    }  # fmt: skip
+        "encoder": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        "resolution": manifest.resolution,
+        "side": encoder.side,
+        "tokens_side": side,
+        "width": encoder.width,
+        "dtype": DTYPE.name,
+        "count": manifest.count,
+    }
 
     def encode(images: Tensor) -> Tensor:
         return encoder(images.to(device))
@@ -84,8 +121,13 @@ def main() -> None:
     slug = slug_of(encoder.name, encoder.side, side)
     if world.rank == 0:
         size = size_of(manifest, side, encoder.width)
-        print(f"features/{slug}: {manifest.count:,} x {side**2} x {encoder.width} {DTYPE}, {size / 1e9:.2f} GB", flush=True)
-    made = make(args.cache, manifest, args.cache / "features" / slug, plan, encode, args.batch_size, world)
+        print(
+            f"features/{slug}: {manifest.count:,} x {side**2} x {encoder.width} {DTYPE}, {size / 1e9:.2f} GB",
+            flush=True,
+        )
+    made = make(
+        args.cache, manifest, args.cache / "features" / slug, plan, encode, args.batch_size, world
+    )
     if world.rank == 0:
         print(f"{args.cache / 'features' / slug} is complete{'' if made else ' already'}")
     world.close()

@@ -30,7 +30,9 @@ DTYPE = np.dtype(np.float16)
 
 def slug_of(name: str, side: int, tokens_side: int) -> str:
     """The folder of the features of an encoder that sees `side` pixels."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{side}-{tokens_side}x{tokens_side}"
+    return (
+        f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{side}-{tokens_side}x{tokens_side}"
+    )
 
 
 def size_of(manifest: Manifest, tokens_side: int, width: int) -> int:
@@ -50,14 +52,24 @@ def finished(dest: Path, plan: dict, shards: list[dict]) -> bool:
         raise UserError(f"{path} cannot be read: remove {dest} and make it again") from None
     changed = difference(then, plan)
     if changed:
-        raise UserError(f"{dest} holds features made otherwise ({changed}): remove it to make them again")
+        raise UserError(
+            f"{dest} holds features made otherwise ({changed}): remove it to make them again"
+        )
     if of != {entry["file"]: entry["sha256"]["images"] for entry in shards}:
-        raise UserError(f"{dest} holds features of images that have changed since: remove it to make them again")
+        raise UserError(
+            f"{dest} holds features of images that have changed since: remove it to make them again"
+        )
     return all((dest / file).exists() for file in of)
 
 
 def make(
-    root: Path, manifest: Manifest, dest: Path, plan: dict, encode: Callable[[Tensor], Tensor], size: int, world: World
+    root: Path,
+    manifest: Manifest,
+    dest: Path,
+    plan: dict,
+    encode: Callable[[Tensor], Tensor],
+    size: int,
+    world: World,
 ) -> bool:
     """Makes what is missing of CACHE's features, on all processes of `world`; whether anything was. plan: what features.json
     says of the encoder. encode: images (B, 3, R, R) uint8 in host memory -> tokens (B, N, D). size: images a forward pass.
@@ -74,39 +86,64 @@ def make(
 
     def begin() -> list[int]:
         check_plan(dest, plan)
-        return [k for k, (entry, record) in enumerate(zip(manifest.shards, records)) if not done(entry, record)]
+        return [
+            k
+            for k, (entry, record) in enumerate(zip(manifest.shards, records))
+            if not done(entry, record)
+        ]
 
     made: dict[int, dict] = {}
     with ExitStack() as held:
         todo = together(world, held, dest, begin)
         mine = todo[world.rank :: world.processes]
         left = sum(manifest.shards[k]["count"] for k in mine) * world.processes
-        with tqdm(total=left, unit="img", desc=f"{dest.name}", disable=world.rank > 0, smoothing=0.05) as bar:
+        with tqdm(
+            total=left, unit="img", desc=f"{dest.name}", disable=world.rank > 0, smoothing=0.05
+        ) as bar:
             for k in mine:
                 entry = manifest.shards[k]
                 progress = lambda images: bar.update(images * world.processes)  # noqa: E731
-                digest = shard(root / "images" / entry["file"], dest / entry["file"], plan, encode, size, progress)
+                digest = shard(
+                    root / "images" / entry["file"],
+                    dest / entry["file"],
+                    plan,
+                    encode,
+                    size,
+                    progress,
+                )
                 made[k] = {"file": entry["file"], "count": entry["count"], "sha256": digest}
                 made[k]["images_sha256"] = entry["sha256"]["images"]
                 write_file(records[k], json.dumps(made[k]).encode())
         made = {k: record for part in world.gather(made) for k, record in part.items()}
         if world.rank == 0:
-            shards = [made.get(k) or json.loads(record.read_text()) for k, record in enumerate(records)]
-            write_file(dest / "features.json", (json.dumps(plan | {"shards": shards}, indent=2) + "\n").encode())
+            shards = [
+                made.get(k) or json.loads(record.read_text()) for k, record in enumerate(records)
+            ]
+            write_file(
+                dest / "features.json",
+                (json.dumps(plan | {"shards": shards}, indent=2) + "\n").encode(),
+            )
             clear(dest)
         world.barrier()
     return True
 
 
 def shard(
-    images: Path, path: Path, plan: dict, encode: Callable[[Tensor], Tensor], size: int, progress: Callable[[int], None]
+    images: Path,
+    path: Path,
+    plan: dict,
+    encode: Callable[[Tensor], Tensor],
+    size: int,
+    progress: Callable[[int], None],
 ) -> str:
     """The features of one file of images, written a batch at a time; their sha256. While one batch is copied off a GPU and
     written, the next is computed. Raises UserError."""
     try:
         stored = np.load(images, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{images} cannot be read ({error}): python -m preprocessing.verify --repair makes it again") from None
+        raise UserError(
+            f"{images} cannot be read ({error}): python -m preprocessing.verify --repair makes it again"
+        ) from None
 
     def compute(start: int) -> np.ndarray:
         with torch.no_grad():
@@ -117,7 +154,9 @@ def shard(
     with discarding(out), ThreadPoolExecutor(2 if torch.cuda.is_available() else 1) as pool:
         for tokens in in_order(pool, compute, range(0, len(stored), size), 2):
             if not np.isfinite(tokens).all():
-                raise UserError(f"{plan['encoder']} makes values of {images} that float16 cannot hold")
+                raise UserError(
+                    f"{plan['encoder']} makes values of {images} that float16 cannot hold"
+                )
             out.append(tokens)
             progress(len(tokens))
         return out.finish()

@@ -112,7 +112,9 @@ class Batches(Dataset):
         side = self.square.side
         stacked = np.stack(pixels) if pixels else np.empty((0, 3, side, side), np.uint8)
         labels, begins = self.source.labels[good], k == 0 or self.batches[k - 1][0] != shard
-        return Decoded(shard, len(numbers), torch.from_numpy(stacked), labels, bad, kinds, begins=begins)
+        return Decoded(
+            shard, len(numbers), torch.from_numpy(stacked), labels, bad, kinds, begins=begins
+        )
 
 
 def lasting(path: str | None) -> str | None:
@@ -131,7 +133,9 @@ def in_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int
+) -> Iterator[B]:
     """map(function, items) on the pool's threads, at most `ahead` items before the one that is taken. If `items` fails, what
     came before is finished first."""
     waiting: deque = deque()
@@ -155,7 +159,9 @@ class Encoding:
     def __init__(self, settings: Settings, device: str, num_workers: int, world: World):
         """Opens source and VAE. Raises UserError."""
         self.what = f"encoding {Path(settings.source).name}"
-        self.source = open_source(Path(settings.source), labels=Path(settings.labels) if settings.labels else None)
+        self.source = open_source(
+            Path(settings.source), labels=Path(settings.labels) if settings.labels else None
+        )
         self.device = torch.device(device)
         if self.device.index is not None and world.local_processes > 1:
             raise UserError(
@@ -164,10 +170,14 @@ class Encoding:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # for the loader's thread, too, or it would hold memory of the first
+            torch.cuda.set_device(
+                self.device
+            )  # for the loader's thread, too, or it would hold memory of the first
         if settings.precision == "tf32" and self.device.type == "cpu":
             raise UserError("--precision tf32 is a GPU's; on the CPU there are fp32 and bf16")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            settings.precision == "tf32"
+        )
         try:
             self.vae = Autoencoder(settings.vae, self.device)
         except FileNotFoundError as error:
@@ -178,37 +188,71 @@ class Encoding:
             )
         cores = max(1, world.cores // world.local_processes)
         self.threads, self.num_workers = 1, min(cores, 16) if num_workers < 0 else num_workers
-        if self.device.type == "cpu":  # whole batches side by side, each on one thread, or its bits would depend on how many
+        if (
+            self.device.type == "cpu"
+        ):  # whole batches side by side, each on one thread, or its bits would depend on how many
             torch.set_num_threads(1)
             self.threads = cores
         self.batch_size = settings.batch_size or automatic(settings.resolution, self.device)
-        self.settings = asdict(settings) | {"batch_size": self.batch_size, "made_by": "encode_latents"}
-        self.settings |= {name: lasting(self.settings[name]) for name in ("source", "labels", "vae")}
-        self.precision, self.dtype, self.flip = settings.precision, DTYPES[settings.dtype], settings.flip
-        self.skip_bad, self.shard_size, self.keep_images = settings.skip_bad, settings.shard_size, settings.keep_images
+        self.settings = asdict(settings) | {
+            "batch_size": self.batch_size,
+            "made_by": "encode_latents",
+        }
+        self.settings |= {
+            name: lasting(self.settings[name]) for name in ("source", "labels", "vae")
+        }
+        self.precision, self.dtype, self.flip = (
+            settings.precision,
+            DTYPES[settings.dtype],
+            settings.flip,
+        )
+        self.skip_bad, self.shard_size, self.keep_images = (
+            settings.skip_bad,
+            settings.shard_size,
+            settings.keep_images,
+        )
         self.pixels = (3, settings.resolution, settings.resolution)
         self.square = Square(settings.resolution, settings.crop, settings.background, settings.seed)
         self.images = min(settings.limit or len(self.source), len(self.source))
         side = settings.resolution // self.vae.factor
         random = settings.crop != "center"
         self.plan: dict[str, Any] = {
-            "images": self.images, "resolution": settings.resolution,
-            "crop": settings.crop, "seed": settings.seed if random else None, "background": settings.background,
-            "flip": settings.flip, "vae_fingerprint": self.vae.fingerprint(), "precision": settings.precision,
-            "dtype": settings.dtype, "shard_size": self.shard_size, "batch_size": self.batch_size,
-            "keep_images": settings.keep_images, "names_and_labels": self.source.digest(self.images),
-        }  # fmt: skip
+            "images": self.images,
+            "resolution": settings.resolution,
+            "crop": settings.crop,
+            "seed": settings.seed if random else None,
+            "background": settings.background,
+            "flip": settings.flip,
+            "vae_fingerprint": self.vae.fingerprint(),
+            "precision": settings.precision,
+            "dtype": settings.dtype,
+            "shard_size": self.shard_size,
+            "batch_size": self.batch_size,
+            "keep_images": settings.keep_images,
+            "names_and_labels": self.source.digest(self.images),
+        }
         self.manifest: dict[str, Any] = {
-            "source": settings.source, "num_classes": len(self.source.class_names), "class_names": self.source.class_names,
-            "resolution": settings.resolution, "crop": f"random, seed {settings.seed}" if random else "center",
-            "vae": settings.vae, "vae_fingerprint": self.plan["vae_fingerprint"],
-            "scale": self.vae.scale.scale, "shift": self.vae.scale.shift,
-            "latent_shape": [self.vae.channels, side, side], "dtype": settings.dtype, "flips": settings.flip,
+            "source": settings.source,
+            "num_classes": len(self.source.class_names),
+            "class_names": self.source.class_names,
+            "resolution": settings.resolution,
+            "crop": f"random, seed {settings.seed}" if random else "center",
+            "vae": settings.vae,
+            "vae_fingerprint": self.plan["vae_fingerprint"],
+            "scale": self.vae.scale.scale,
+            "shift": self.vae.scale.shift,
+            "latent_shape": [self.vae.channels, side, side],
+            "dtype": settings.dtype,
+            "flips": settings.flip,
             "images": settings.keep_images,
-        }  # fmt: skip
+        }
 
     def shards(
-        self, dest: Path, numbers: list[int], progress: Callable[[int], None], only_images: bool = False
+        self,
+        dest: Path,
+        numbers: list[int],
+        progress: Callable[[int], None],
+        only_images: bool = False,
     ) -> Iterator[tuple[int, Shard]]:
         """(number, shard) of each, in this order. only_images: of the moments only those of a shard's first batch."""
 
@@ -218,15 +262,26 @@ class Encoding:
         batches = []
         for shard in numbers:
             images = numbers_of(self, shard)
-            batches += [(shard, images[start : start + self.batch_size]) for start in range(0, len(images), self.batch_size)]
+            batches += [
+                (shard, images[start : start + self.batch_size])
+                for start in range(0, len(images), self.batch_size)
+            ]
         loader = DataLoader(
-            Batches(self.source, self.square, batches), batch_size=None, num_workers=min(self.num_workers, len(batches)),
-            worker_init_fn=in_worker, collate_fn=unchanged, pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
+            Batches(self.source, self.square, batches),
+            batch_size=None,
+            num_workers=min(self.num_workers, len(batches)),
+            worker_init_fn=in_worker,
+            collate_fn=unchanged,
+            pin_memory=self.device.type == "cuda",
+        )
         with ThreadPoolExecutor(self.threads, initializer=self._in_thread) as pool:
             encoded = in_order(pool, encode, self._checked(loader), self.threads)
             for shard, group in itertools.groupby(encoded, key=lambda batch: batch.shard):
-                images = GrowingArray(dest / "images" / file_of(shard), np.uint8, self.pixels) if self.keep_images else None
+                images = (
+                    GrowingArray(dest / "images" / file_of(shard), np.uint8, self.pixels)
+                    if self.keep_images
+                    else None
+                )
                 with discarding(images):
                     joined = self._joined(shard, group, progress, images)
                 yield shard, joined
@@ -262,7 +317,9 @@ class Encoding:
         for name, images in sides.items():
             if len(images):
                 try:
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    with torch.autocast(
+                        self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+                    ):
                         values = self.vae.encode(images).to(self.dtype)
                 except torch.OutOfMemoryError:
                     raise UserError(
@@ -274,14 +331,23 @@ class Encoding:
             landed = torch.cuda.Event()
             landed.record(torch.cuda.current_stream(self.device))
         kept = batch.pixels.numpy() if self.keep_images else None
-        return Encoded(batch.shard, batch.read, moments, batch.labels, batch.bad, batch.kinds, landed, kept)
+        return Encoded(
+            batch.shard, batch.read, moments, batch.labels, batch.bad, batch.kinds, landed, kept
+        )
 
     def _joined(
-        self, shard: int, batches: Iterator[Encoded], progress: Callable[[int], None], images: GrowingArray | None
+        self,
+        shard: int,
+        batches: Iterator[Encoded],
+        progress: Callable[[int], None],
+        images: GrowingArray | None,
     ) -> Shard:
         latent = self.manifest["latent_shape"]
         shape = (len(numbers_of(self, shard)), 2 * latent[0], *latent[1:])
-        arrays = {name: np.empty(shape, self.settings["dtype"]) for name in ("moments", "mirrored")[: 1 + self.flip]}
+        arrays = {
+            name: np.empty(shape, self.settings["dtype"])
+            for name in ("moments", "mirrored")[: 1 + self.flip]
+        }
         labels, skipped, kinds, filled, left = [], [], Counter(), Counter(), shape[0]
         for batch in batches:
             if batch.landed:
@@ -293,13 +359,18 @@ class Encoding:
                 images.append(batch.pixels)
             labels.append(batch.labels)
             kinds.update(batch.kinds)
-            skipped += [{"file": self.source.names[i], "shard": file_of(shard), "reason": reason} for i, reason in batch.bad]
+            skipped += [
+                {"file": self.source.names[i], "shard": file_of(shard), "reason": reason}
+                for i, reason in batch.bad
+            ]
             progress(batch.read)
             left -= batch.read
             if not left:  # or the next batch would be waited for, which may never come
                 break
         arrays = {name: array[: filled[name]] for name, array in arrays.items()}
-        return Shard(arrays | {"labels": np.concatenate(labels).astype(np.int64)}, skipped, kinds, images)
+        return Shard(
+            arrays | {"labels": np.concatenate(labels).astype(np.int64)}, skipped, kinds, images
+        )
 
     def preview(self) -> tuple[Image.Image, str]:
         """Images spread over the source beside what the VAE makes of them, through the cache's own dtype."""
@@ -310,7 +381,10 @@ class Encoding:
             except (BadImage, Unreadable):
                 continue
         names = [self.source.class_names[self.source.labels[i]] for i, _ in good]
-        encoded = [self._encode(Decoded(0, 1, pixels[None], np.zeros(1), [], Counter())) for _, pixels in good]
+        encoded = [
+            self._encode(Decoded(0, 1, pixels[None], np.zeros(1), [], Counter()))
+            for _, pixels in good
+        ]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         moments = [batch.moments["moments"] for batch in encoded]

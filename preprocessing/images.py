@@ -17,7 +17,15 @@ from preprocessing.sources import ImageSource
 
 CROPS = ("center", "random-seeded")
 BACKGROUNDS = ("white", "black")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: some run programs, none are photographs
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+)  # no others: some run programs, none are photographs
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 MOST_PIXELS = 89_478_485  # PIL's: a quarter of a gigabyte of RGB
 
@@ -67,14 +75,18 @@ class Square:
         except UnidentifiedImageError:
             raise BadImage(f"not one of {', '.join(FORMATS)}") from None
         except Exception as error:  # whatever a decoder may raise for a broken file
-            reason = (getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").splitlines()[0]
+            reason = (
+                getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            ).splitlines()[0]
             if isinstance(error, OSError) and not is_the_files_own(error):
                 raise Unreadable(reason) from None
             raise BadImage(reason) from None
 
     def _decoded(self, file: BinaryIO, i: int) -> Picture:
         with Image.open(file, formats=FORMATS) as image:
-            kinds = [f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"]  # MPO: what phones write
+            kinds = [
+                f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"
+            ]  # MPO: what phones write
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 kinds.append("animated or of several pages: the first")
             rgb = to_rgb(image, self.background, kinds)
@@ -86,11 +98,17 @@ class Square:
         short, long = sorted(image.size)
         if short < self.side:
             kinds.append(f"smaller than {self.side} pixels: enlarged")
-        if long / short * self.side**2 > MOST_PIXELS:  # the whole of it is resized before it is cropped
-            raise BadImage(f"{image.width}x{image.height} is too long and thin to be a square of {self.side}")
+        if (
+            long / short * self.side**2 > MOST_PIXELS
+        ):  # the whole of it is resized before it is cropped
+            raise BadImage(
+                f"{image.width}x{image.height} is too long and thin to be a square of {self.side}"
+            )
         if self.crop == "center":
             return center_crop(image, self.side)
-        return random_crop(image, self.side, uniform(self.seed, Purpose.CROP, torch.tensor([i]), (3,))[0].tolist())
+        return random_crop(
+            image, self.side, uniform(self.seed, Purpose.CROP, torch.tensor([i]), (3,))[0].tolist()
+        )
 
 
 def is_the_files_own(error: OSError) -> bool:
@@ -106,7 +124,9 @@ def _scaled(image: Image.Image, short: int) -> Image.Image:
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = short / min(image.size)
-    return image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+    return image.resize(
+        (round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC
+    )
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -118,16 +138,22 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def random_crop(image: Image.Image, size: int, chance: list[float], smallest: float = 0.8) -> Image.Image:
+def random_crop(
+    image: Image.Image, size: int, chance: list[float], smallest: float = 0.8
+) -> Image.Image:
     """ADM's random crop (guided-diffusion, image_datasets.py): the square covers between `smallest` and all of the shorter
     side and lies anywhere. `chance`: three numbers in (0, 1), for scale, top and left."""
     most = math.ceil(size / smallest)
     image = _scaled(image, size + math.floor(chance[0] * (most - size + 1)))
-    top, left = (math.floor(u * (n - size + 1)) for u, n in zip(chance[1:], (image.height, image.width)))
+    top, left = (
+        math.floor(u * (n - size + 1)) for u, n in zip(chance[1:], (image.height, image.width))
+    )
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(image: Image.Image, background: str = "white", kinds: list[str] | None = None) -> Image.Image:
+def to_rgb(
+    image: Image.Image, background: str = "white", kinds: list[str] | None = None
+) -> Image.Image:
     """Upright and RGB, transparency laid over `background`. What was done is appended to `kinds`. Raises BadImage."""
     kinds = [] if kinds is None else kinds
     image.load()
@@ -161,7 +187,9 @@ def read_or_name(source: ImageSource, i: int, side: int, flag: str = "--referenc
         raise UserError(bad_line(flag, source, i, error)) from None
 
 
-def bad_line(flag: str, source: ImageSource, i: int, reason: Exception | str, what: str = "cannot be used") -> str:
+def bad_line(
+    flag: str, source: ImageSource, i: int, reason: Exception | str, what: str = "cannot be used"
+) -> str:
     """One line that any terminal can show."""
     name = source.names[i]
     return f"{flag} {source.root}: {name if name.isprintable() else ascii(name)} {what} ({reason})"

@@ -21,31 +21,64 @@ from preprocessing.repa_files import Import, Settings
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m preprocessing.import_repa", "SRC DEST")
-    # fmt: off
+
     add = parser.add_argument
-    add("source", metavar="SRC", type=Path, help="REPA's data folder, with vae-sd/**/img-mean-std-*.npy and its dataset.json")
+    add(
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="REPA's data folder, with vae-sd/**/img-mean-std-*.npy and its dataset.json",
+    )
     add("dest", metavar="DEST", type=Path, help="folder of the cache to make")
-    add("--vae", default=DEFAULT_VAE, help="the VAE that made SRC: hub id or folder; its scale and fingerprint are recorded")
-    add("--dtype", choices=DTYPES, default="float16", help="of the stored moments; SRC's are float32")
+    add(
+        "--vae",
+        default=DEFAULT_VAE,
+        help="the VAE that made SRC: hub id or folder; its scale and fingerprint are recorded",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float16",
+        help="of the stored moments; SRC's are float32",
+    )
     add("--shard-size", type=cli.positive, default=8192, help="images a shard")
-    add("--keep-images", action="store_true", help="take SRC's images too, as uint8, for --align repa; an imported cache gets "
-        "them by the same command again with this flag")
-    add("--skip-bad", action="store_true", help="list files that cannot be used in DEST/skipped.jsonl and go on")
-    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="decodes the preview")
-    # fmt: on
+    add(
+        "--keep-images",
+        action="store_true",
+        help="take SRC's images too, as uint8, for --align repa; an imported cache gets "
+        "them by the same command again with this flag",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="list files that cannot be used in DEST/skipped.jsonl and go on",
+    )
+    add(
+        "--device",
+        type=cli.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="decodes the preview",
+    )
+
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)} | {"source": str(args.source)}
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)} | {
+        "source": str(args.source)
+    }
     world = World()
     path = args.dest / "manifest.json"
     before = path.read_bytes() if path.exists() else b""
     manifest = build(args.dest, Import(Settings(**given), args.device), world)
     if world.rank == 0:
         complete = path.read_bytes() == before
-        print(f"{args.dest} is complete: {manifest.count:,} images" if complete else summary(args.dest, manifest))
+        print(
+            f"{args.dest} is complete: {manifest.count:,} images"
+            if complete
+            else summary(args.dest, manifest)
+        )
     world.close()
 
 

@@ -46,7 +46,9 @@ def read_labels(path: Path) -> Given:
         raise UserError(f"{what} is neither a CSV of image,class nor a JSON ({error})") from None
     for k, row in enumerate(rows):
         if len(row) != 2:
-            raise UserError(f"{what}: row {k + 1} has {len(row)} columns; wanted are two, image,class, with a comma between")
+            raise UserError(
+                f"{what}: row {k + 1} has {len(row)} columns; wanted are two, image,class, with a comma between"
+            )
     if len(rows) > 1 and not is_image(rows[0][0]) and is_image(rows[1][0]):
         rows = rows[1:]  # headings
     classes: dict = {}
@@ -72,19 +74,25 @@ def read_json(text: str | bytes, what: str) -> Given:
 def number(values: list, class_names: list[str] | None, what: str) -> tuple[np.ndarray, list[str]]:
     """Classes as given, numbers or names -> labels (n,) int64 and the names of all classes. Raises UserError."""
     if class_names is not None:
-        if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+        if not (
+            isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
+        ):
             raise UserError(f"{what}: class_names must be a list of names")
         if len(set(class_names)) < len(class_names):
             raise UserError(f"{what}: class_names has a name twice")
     whole = [_whole(value) for value in values]
-    if not any(isinstance(k, int) for k in whole) and all(isinstance(value, str) and value for value in values):
+    if not any(isinstance(k, int) for k in whole) and all(
+        isinstance(value, str) and value for value in values
+    ):
         names = class_names or sorted(set(values))
         code = {name: k for k, name in enumerate(names)}
         if unknown := sorted({*values} - {*names}):
             raise UserError(f"{what}: class {unknown[0]} is none of those in class_names")
         return np.array([code[value] for value in values], np.int64), names
     if None in whole:
-        raise UserError(f"{what}: classes must be all whole numbers, or all names, not {values[whole.index(None)]!r}")
+        raise UserError(
+            f"{what}: classes must be all whole numbers, or all names, not {values[whole.index(None)]!r}"
+        )
     low, high = min(whole, default=0), max(whole, default=0)
     if low < 0 or high >= MOST_CLASSES:
         raise UserError(f"{what} has label {low if low < 0 else high}: classes are numbered from 0")
@@ -111,7 +119,11 @@ def labelled(names: list[str], given: Given) -> tuple[np.ndarray, list[str]]:
     keys = []
     for name in names:
         last = name.rsplit("/", 1)[-1]
-        keys.append(next((key for key in (name, last, last.rsplit(".", 1)[0]) if key in given.classes), None))
+        keys.append(
+            next(
+                (key for key in (name, last, last.rsplit(".", 1)[0]) if key in given.classes), None
+            )
+        )
     missing = [name for name, key in zip(names, keys) if key is None]
     if missing:
         raise UserError(f"{given.what} has no label for {some(missing)}")
@@ -129,10 +141,15 @@ def some(names: list[str]) -> str:
 
 def by_folder(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
     """Classes are the first parts of the names, sorted; images without a folder are one class. Raises UserError."""
-    tops = [top if rest else "" for top, _, rest in (name.removeprefix("./").partition("/") for name in names)]
+    tops = [
+        top if rest else ""
+        for top, _, rest in (name.removeprefix("./").partition("/") for name in names)
+    ]
     classes = sorted(set(tops))
     if "" in classes and len(classes) > 1:
         alone = names[tops.index("")]
-        raise UserError(f"{what} has images in class folders and beside them ({alone}): move those, or give --labels")
+        raise UserError(
+            f"{what} has images in class folders and beside them ({alone}): move those, or give --labels"
+        )
     code = {name: k for k, name in enumerate(classes)}
     return np.array([code[top] for top in tops], np.int64), [name or "0" for name in classes]

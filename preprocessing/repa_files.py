@@ -56,8 +56,16 @@ class Import:
         self.root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
         self.pixels = self.root.parent / "images"
         self.source = open_moments(self.root)
-        self.what, self.images, self.shard_size = f"importing {root.name}", len(self.source), settings.shard_size
-        self.skip_bad, self.dtype, self.keep_images = settings.skip_bad, np.dtype(settings.dtype), settings.keep_images
+        self.what, self.images, self.shard_size = (
+            f"importing {root.name}",
+            len(self.source),
+            settings.shard_size,
+        )
+        self.skip_bad, self.dtype, self.keep_images = (
+            settings.skip_bad,
+            np.dtype(settings.dtype),
+            settings.keep_images,
+        )
         try:
             self.vae = Autoencoder(settings.vae, device)
         except FileNotFoundError as error:
@@ -67,25 +75,40 @@ class Import:
         self.settings = asdict(settings) | {"made_by": "import_repa"}
         self.settings |= {name: lasting(self.settings[name]) for name in ("source", "vae")}
         self.plan: dict[str, Any] = {
-            "images": self.images, "vae_fingerprint": self.vae.fingerprint(), "dtype": settings.dtype,
-            "shard_size": settings.shard_size, "keep_images": settings.keep_images,
+            "images": self.images,
+            "vae_fingerprint": self.vae.fingerprint(),
+            "dtype": settings.dtype,
+            "shard_size": settings.shard_size,
+            "keep_images": settings.keep_images,
             "names_and_labels": self.source.digest(self.images),
-        }  # fmt: skip
+        }
         self.manifest: dict[str, Any] = {
-            "source": settings.source, "num_classes": len(self.source.class_names), "class_names": self.source.class_names,
-            "resolution": side * self.vae.factor, "crop": "as imported", "vae": settings.vae,
-            "vae_fingerprint": self.plan["vae_fingerprint"], "scale": self.vae.scale.scale, "shift": self.vae.scale.shift,
-            "latent_shape": [channels, side, side], "dtype": settings.dtype, "flips": False,
+            "source": settings.source,
+            "num_classes": len(self.source.class_names),
+            "class_names": self.source.class_names,
+            "resolution": side * self.vae.factor,
+            "crop": "as imported",
+            "vae": settings.vae,
+            "vae_fingerprint": self.plan["vae_fingerprint"],
+            "scale": self.vae.scale.scale,
+            "shift": self.vae.scale.shift,
+            "latent_shape": [channels, side, side],
+            "dtype": settings.dtype,
+            "flips": False,
             "images": settings.keep_images,
-        }  # fmt: skip
+        }
 
     def _shape_of_first(self) -> tuple[int, int, int]:
         """What every file must have: (2C, h, h)."""
         shapes: list[tuple] = []
-        for i in spread(self.images):  # a few, of which one may be odd; reading its shard will say so
+        for i in spread(
+            self.images
+        ):  # a few, of which one may be odd; reading its shard will say so
             with suppress(OSError, ValueError, EOFError, AttributeError):
                 shapes.append((np.load(self.root / self.source.names[i], mmap_mode="r").shape, i))
-        for shape, i in sorted(shapes, key=lambda pair: -[shape for shape, _ in shapes].count(pair[0])):
+        for shape, i in sorted(
+            shapes, key=lambda pair: -[shape for shape, _ in shapes].count(pair[0])
+        ):
             channels = self.vae.channels
             if len(shape) == 4 and shape[0] == 1:
                 shape = shape[1:]
@@ -108,7 +131,9 @@ class Import:
         except (OSError, ValueError, EOFError) as error:
             if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EACCES):
                 line = bad_line("SRC", self.source, i, error.strerror, "could not be read")
-                raise UserError(f"{line}: when that is mended, run the same command again") from None
+                raise UserError(
+                    f"{line}: when that is mended, run the same command again"
+                ) from None
             return BadImage(f"{type(error).__name__}: {error}".splitlines()[0])
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
             return BadImage("it is no array of floating-point numbers")
@@ -134,10 +159,18 @@ class Import:
         except Unreadable as error:
             line = bad_line("SRC", self.source, i, error, "has an image that could not be read")
             raise UserError(f"{line}: when that is mended, run the same command again") from None
-        return BadImage(f"its image is not in {self.pixels}") if pixels is None else (moments, pixels.numpy())
+        return (
+            BadImage(f"its image is not in {self.pixels}")
+            if pixels is None
+            else (moments, pixels.numpy())
+        )
 
     def shards(
-        self, dest: Path, numbers: list[int], progress: Callable[[int], None], only_images: bool = False
+        self,
+        dest: Path,
+        numbers: list[int],
+        progress: Callable[[int], None],
+        only_images: bool = False,
     ) -> Iterator[tuple[int, Shard]]:
         """(number, shard) of each, in this order. Also for the images alone the moments are read, to be compared."""
         for shard in numbers:
@@ -148,7 +181,9 @@ class Import:
                 made = self._shard(shard, progress, images)
             yield shard, made
 
-    def _shard(self, shard: int, progress: Callable[[int], None], images: GrowingArray | None) -> Shard:
+    def _shard(
+        self, shard: int, progress: Callable[[int], None], images: GrowingArray | None
+    ) -> Shard:
         numbers, labels, skipped = numbers_of(self, shard), [], []
         moments = np.empty((len(numbers), *self.shape), self.dtype)
         with ThreadPoolExecutor(READERS) as pool:
@@ -156,8 +191,12 @@ class Import:
                 if isinstance(read, BadImage):
                     if not self.skip_bad:
                         pool.shutdown(cancel_futures=True)
-                        raise UserError(f"{bad_line('SRC', self.source, i, read)}; mend it or pass --skip-bad")
-                    skipped.append({"file": self.source.names[i], "shard": file_of(shard), "reason": str(read)})
+                        raise UserError(
+                            f"{bad_line('SRC', self.source, i, read)}; mend it or pass --skip-bad"
+                        )
+                    skipped.append(
+                        {"file": self.source.names[i], "shard": file_of(shard), "reason": str(read)}
+                    )
                 else:
                     moments[len(labels)] = read[0]
                     labels.append(self.source.labels[i])
@@ -166,7 +205,9 @@ class Import:
                 if (i + 1) % 256 == 0 or i == numbers[-1]:
                     progress(i % 256 + 1 if i >= numbers[0] + 255 else i - numbers[0] + 1)
         arrays = {"moments": moments[: len(labels)], "labels": np.array(labels, np.int64)}
-        return Shard(arrays, skipped, Counter({"imported moments": len(labels)} if labels else {}), images)
+        return Shard(
+            arrays, skipped, Counter({"imported moments": len(labels)} if labels else {}), images
+        )
 
     def preview(self) -> tuple[Image.Image, str]:
         """Moments spread over the tree, decoded, beside the images they were made of where those are kept."""
@@ -197,7 +238,9 @@ def open_moments(root: Path) -> ImageSource:
     for folder, folders, files in os.walk(root, followlinks=True):
         folders.sort()
         prefix = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
-        names += [prefix + file for file in files if file.endswith(".npy") and not file.startswith(".")]
+        names += [
+            prefix + file for file in files if file.endswith(".npy") and not file.startswith(".")
+        ]
     if not names:
         raise UserError(
             f"SRC {root} holds no .npy files: it should be REPA's data folder, with vae-sd/00000/img-mean-std-*.npy"
@@ -205,7 +248,9 @@ def open_moments(root: Path) -> ImageSource:
     names.sort()
     record = root / "dataset.json"
     if not record.exists():
-        raise UserError(f"SRC {record} is missing, and with it the classes: REPA's encoding writes it last; was it finished?")
+        raise UserError(
+            f"SRC {record} is missing, and with it the classes: REPA's encoding writes it last; was it finished?"
+        )
     given = read_json(record.read_bytes(), f"SRC {record}")
     gone = sorted({*given.classes} - {*names})
     if gone:

@@ -18,10 +18,14 @@ ALIKE = 0.05  # of the moments' own spread: what two machines, or batch sizes, m
 class Shard(NamedTuple):
     """What is kept of a stretch of images."""
 
-    arrays: dict[str, np.ndarray]  # moments and, with flips, mirrored: (n, 2C, h, w); labels: (n,) int64
+    arrays: dict[
+        str, np.ndarray
+    ]  # moments and, with flips, mirrored: (n, 2C, h, w); labels: (n,) int64
     skipped: list[dict]  # {file, reason} of each image that cannot be used
     kinds: Counter  # of images met
-    images: GrowingArray | None = None  # (n, 3, S, S) uint8, if they are kept: on the disk already, but for the name
+    images: GrowingArray | None = (
+        None  # (n, 3, S, S) uint8, if they are kept: on the disk already, but for the name
+    )
 
 
 def file_of(number: int) -> str:
@@ -43,7 +47,13 @@ def sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
 def write_shard(dest: Path, number: int, shard: Shard) -> dict:
     """Writes one whole; returns its entry for the manifest. Raises UserError for values that its dtype cannot hold."""
     file, count = file_of(number), len(shard.arrays["labels"])
-    entry = {"file": file, "count": count, "sha256": {}, "skipped": shard.skipped, "kinds": dict(sorted(shard.kinds.items()))}
+    entry = {
+        "file": file,
+        "count": count,
+        "sha256": {},
+        "skipped": shard.skipped,
+        "kinds": dict(sorted(shard.kinds.items())),
+    }
     if count:
         moments = [array for name, array in shard.arrays.items() if name != "labels"]
         if not all(np.isfinite(array).all() for array in moments):
@@ -86,8 +96,14 @@ def add_images(dest: Path, entry: dict, shard: Shard) -> dict:
     return entry | {"sha256": entry["sha256"] | _named(shard.images, entry["count"])}
 
 
-def statistics(entries: list[dict], latent_shape: list[int], flips: bool) -> tuple[np.ndarray, np.ndarray]:
+def statistics(
+    entries: list[dict], latent_shape: list[int], flips: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std per channel, (C,) each, of all shards, by their sums."""
-    values = sum(entry["count"] for entry in entries) * latent_shape[1] * latent_shape[2] * (1 + flips)
+    values = (
+        sum(entry["count"] for entry in entries) * latent_shape[1] * latent_shape[2] * (1 + flips)
+    )
     mean = np.sum([entry["sum"] for entry in entries], 0) / values
-    return mean, np.sqrt(np.sum([entry["sum_of_squares"] for entry in entries], 0) / values - mean**2)
+    return mean, np.sqrt(
+        np.sum([entry["sum_of_squares"] for entry in entries], 0) / values - mean**2
+    )

@@ -21,7 +21,17 @@ from typing import BinaryIO
 import numpy as np
 
 from common.cli import UserError
-from preprocessing.labels import EXTENSIONS, Given, by_folder, is_image, labelled, number, read_json, read_labels, some
+from preprocessing.labels import (
+    EXTENSIONS,
+    Given,
+    by_folder,
+    is_image,
+    labelled,
+    number,
+    read_json,
+    read_labels,
+    some,
+)
 
 MOST_OPEN = 64  # tar files at once in a process
 
@@ -60,7 +70,9 @@ class ZipSource(ImageSource):
     def open(self, i: int) -> BinaryIO:
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.root)
-        elif self._process != os.getpid():  # the list of members came with the fork, the place in the file must not be shared
+        elif (
+            self._process != os.getpid()
+        ):  # the list of members came with the fork, the place in the file must not be shared
             self._archive = copy.copy(self._archive)
             self._archive.fp = self.root.open("rb")
         self._process = os.getpid()
@@ -83,7 +95,9 @@ class TarSource(ImageSource):
             if len(self._descriptors) >= MOST_OPEN:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[file] = os.open(self.files[file], os.O_RDONLY)
-        data = os.pread(self._descriptors[file], size, offset)  # pread: processes may share a descriptor
+        data = os.pread(
+            self._descriptors[file], size, offset
+        )  # pread: processes may share a descriptor
         if len(data) < size:
             raise OSError(f"{self.files[file].name} ends early")
         return io.BytesIO(data)
@@ -124,12 +138,21 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     if not path.exists():
         files = sorted(map(Path, glob.glob(str(path))))
         if not files:
-            raise UserError(f"{flag} {path} {'matches no file' if any(c in str(path) for c in '*?[') else 'does not exist'}")
+            raise UserError(
+                f"{flag} {path} {'matches no file' if any(c in str(path) for c in '*?[') else 'does not exist'}"
+            )
     else:
         files = _archives(path, flag) if path.is_dir() else [path]
-    kinds = {"".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst", ".xz", ".bz2") else file.suffix for file in files}
+    kinds = {
+        "".join(file.suffixes[-2:])
+        if file.suffix in (".gz", ".zst", ".xz", ".bz2")
+        else file.suffix
+        for file in files
+    }
     if len(kinds) > 1:
-        raise UserError(f"{flag} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name those of one")
+        raise UserError(
+            f"{flag} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name those of one"
+        )
     given = read_labels(labels) if labels else None
     if path.is_dir() and not files:
         source = _open_folder(path, flag, given)
@@ -138,9 +161,13 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     elif kinds == {".parquet"}:
         source = _open_parquet(path, files, flag, given)
     elif len(files) > 1:
-        raise UserError(f"{flag} {path} is a pattern of files that are neither tar nor parquet: name a folder, or one zip")
+        raise UserError(
+            f"{flag} {path} is a pattern of files that are neither tar nor parquet: name a folder, or one zip"
+        )
     elif kinds & {".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tgz"}:
-        raise UserError(f"{flag} {path}: {', '.join(kinds)} files cannot be read from the middle: unpack it first")
+        raise UserError(
+            f"{flag} {path}: {', '.join(kinds)} files cannot be read from the middle: unpack it first"
+        )
     else:
         source = _open_zip(files[0], flag, given)
     if not len(source):
@@ -151,12 +178,22 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
 def _archives(folder: Path, flag: str) -> list[Path]:
     """The tar or parquet files in a folder, or, as Hugging Face lays them out, in its folder data."""
     for place in (folder, folder / "data"):
-        inside = [child for child in place.iterdir() if not child.name.startswith(".")] if place.is_dir() else []
-        files = sorted(child for child in inside if child.suffix in (".parquet", ".tar") and child.is_file())
+        inside = (
+            [child for child in place.iterdir() if not child.name.startswith(".")]
+            if place.is_dir()
+            else []
+        )
+        files = sorted(
+            child for child in inside if child.suffix in (".parquet", ".tar") and child.is_file()
+        )
         if files and any(child.suffix == ".zip" for child in inside):
-            raise UserError(f"{flag} {place} holds {files[0].suffix} and .zip files: name those of one kind")
+            raise UserError(
+                f"{flag} {place} holds {files[0].suffix} and .zip files: name those of one kind"
+            )
         if files and any(child.is_dir() for child in inside):
-            raise UserError(f"{flag} {place} holds {files[0].suffix} files and folders: name one, as in '{place}/*.tar'")
+            raise UserError(
+                f"{flag} {place} holds {files[0].suffix} files and folders: name one, as in '{place}/*.tar'"
+            )
         if files:
             return files
     return []
@@ -176,7 +213,9 @@ def _open_folder(path: Path, flag: str, given: Given | None) -> ImageSource:
             continue
         above[folder] = outer | {inode}
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        prefix = os.path.relpath(folder, path).replace(os.sep, "/") + "/" if folder != str(path) else ""
+        prefix = (
+            os.path.relpath(folder, path).replace(os.sep, "/") + "/" if folder != str(path) else ""
+        )
         names += [prefix + name for name in files if is_image(name)]
         if folder == str(path):
             empty = folders.copy()
@@ -190,7 +229,9 @@ def _open_folder(path: Path, flag: str, given: Given | None) -> ImageSource:
     labels, class_names = by_folder(names, what)
     empty = sorted({*empty} - {*class_names})
     if names and empty:
-        raise UserError(f"{flag} {path}: classes without images ({', '.join(empty[:5])}): fill or remove those folders")
+        raise UserError(
+            f"{flag} {path}: classes without images ({', '.join(empty[:5])}): fill or remove those folders"
+        )
     return ImageSource(path, names, labels, class_names)
 
 
@@ -202,9 +243,20 @@ def _open_zip(path: Path, flag: str, given: Given | None) -> ImageSource:
             names = sorted({name for name in members if is_image(name)})
             if given is None and "dataset.json" in members:
                 given = read_json(archive.read("dataset.json"), f"{what}: dataset.json")
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path} is no folder, tar or parquet, nor a zip that can be read ({error})") from None
-    return ZipSource(path, names, *(by_folder(names, what) if given is None else labelled(names, given)))
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zlib.error,
+        RuntimeError,
+        NotImplementedError,
+        UnicodeDecodeError,
+    ) as error:
+        raise UserError(
+            f"{flag} {path} is no folder, tar or parquet, nor a zip that can be read ({error})"
+        ) from None
+    return ZipSource(
+        path, names, *(by_folder(names, what) if given is None else labelled(names, given))
+    )
 
 
 def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, bytes | None]]:
@@ -230,42 +282,62 @@ def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, 
         end = file.read(tarfile.BLOCKSIZE)
         if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
             which = f"{prefix.rstrip('/')}.tar in it" if prefix else "it"
-            raise tarfile.ReadError(f"{which} ends at byte {archive.offset:,} as if it were cut off")
+            raise tarfile.ReadError(
+                f"{which} ends at byte {archive.offset:,} as if it were cut off"
+            )
 
 
 def _open_tars(path: Path, files: list[Path], flag: str, given: Given | None) -> ImageSource:
     found, classes, what = {}, {}, f"{flag} {path}"
     for k, tar in enumerate(files):
-        prefix = "" if len(files) == 1 else f"{tar.relative_to(path) if path.is_dir() else tar.name}:"
+        prefix = (
+            "" if len(files) == 1 else f"{tar.relative_to(path) if path.is_dir() else tar.name}:"
+        )
         try:
             with tar.open("rb") as file:
                 for member, offset, size, content in _members(file):
-                    if content is None:  # a name that comes twice counts once, as tar takes it: the last
+                    if (
+                        content is None
+                    ):  # a name that comes twice counts once, as tar takes it: the last
                         found[prefix + member] = (member, k, offset, size)
                     elif member.endswith(".cls"):
                         classes[prefix + member.removesuffix(".cls")] = content.decode().strip()
                     elif given is None and len(files) == 1:
-                        inside = "" if member == "dataset.json" else member.removesuffix("dataset.json")
+                        inside = (
+                            "" if member == "dataset.json" else member.removesuffix("dataset.json")
+                        )
                         given = read_json(content, f"{flag} {tar}: {member}")
-                        given = given._replace(classes={inside + name: k for name, k in given.classes.items()})
+                        given = given._replace(
+                            classes={inside + name: k for name, k in given.classes.items()}
+                        )
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {tar} is not a readable tar ({error})") from None
     names = sorted(found)
     members = [found[name][0] for name in names]
     if given is not None:
         labels = labelled(members, given)
-    elif classes:  # WebDataset: an image and its class share their name up to the first dot of its last part
+    elif (
+        classes
+    ):  # WebDataset: an image and its class share their name up to the first dot of its last part
         starts = [len(name) - len(member) for name, member in zip(names, members)]
-        keys = [name[: start + _stem(member)] for name, member, start in zip(names, members, starts)]
+        keys = [
+            name[: start + _stem(member)] for name, member, start in zip(names, members, starts)
+        ]
         missing = [name for name, key in zip(names, keys) if key not in classes]
         if missing:
             raise UserError(f"{what} has no .cls beside {some(missing)}")
         twice = next((b for a, b in zip(keys, keys[1:]) if a == b), None)
         if twice:
-            raise UserError(f"{what} has two images for one class, {twice}.cls: which is meant? Leave the other out")
+            raise UserError(
+                f"{what} has two images for one class, {twice}.cls: which is meant? Leave the other out"
+            )
         labels = number([classes[key] for key in keys], None, what)
-    elif len(files) > 1 and all(re.fullmatch(r"n\d{8}", tar.stem) for tar in files):  # ImageNet's, a class each
-        labels = by_folder([f"{files[found[name][1]].stem}/{member}" for name, member in zip(names, members)], what)
+    elif len(files) > 1 and all(
+        re.fullmatch(r"n\d{8}", tar.stem) for tar in files
+    ):  # ImageNet's, a class each
+        labels = by_folder(
+            [f"{files[found[name][1]].stem}/{member}" for name, member in zip(names, members)], what
+        )
     else:
         labels = by_folder(members, what)
     where = np.array([found[name][1:] for name in names], np.int64).reshape(-1, 3)
@@ -282,23 +354,38 @@ def _open_parquet(path: Path, files: list[Path], flag: str, given: Given | None)
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{flag} {path}: reading parquet needs pyarrow, which is not installed: pip install pyarrow") from None
+        raise UserError(
+            f"{flag} {path}: reading parquet needs pyarrow, which is not installed: pip install pyarrow"
+        ) from None
     splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
     if len(splits) > 1:
         pattern = files[-1].parent / f"{splits[-1]}-*.parquet"
-        raise UserError(f"{flag} {path} holds several splits ({', '.join(splits)}): name one, as in {flag} '{pattern}'")
+        raise UserError(
+            f"{flag} {path} holds several splits ({', '.join(splits)}): name one, as in {flag} '{pattern}'"
+        )
     names, values, where, class_names = [], [], [], None
     for k, file in enumerate(files):
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{flag} {file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"{flag} {file} is not a readable parquet file ({str(error).splitlines()[0]})"
+            ) from None
         with parquet:
             before, schema = len(where), parquet.schema_arrow
             column = _image_column(schema, pyarrow.types)
             if column is None:
-                raise UserError(f"{flag} {file} has no column of image bytes, only {', '.join(schema.names)}")
-            label = next((name for name in ("label", "labels", "cls", "class", "fine_label") if name in schema.names), None)
+                raise UserError(
+                    f"{flag} {file} has no column of image bytes, only {', '.join(schema.names)}"
+                )
+            label = next(
+                (
+                    name
+                    for name in ("label", "labels", "cls", "class", "fine_label")
+                    if name in schema.names
+                ),
+                None,
+            )
             if label and given is None:
                 values += parquet.read([label], use_threads=False).column(0).to_pylist()
                 class_names = class_names or _hub_classes(schema, label)
@@ -308,10 +395,14 @@ def _open_parquet(path: Path, files: list[Path], flag: str, given: Given | None)
                 where += [(k, group, row) for row in range(rows)]
     what = f"{flag} {path}"
     if given is not None:
-        raise UserError(f"--labels goes with images that have names; those of {path} are rows with labels of their own")
+        raise UserError(
+            f"--labels goes with images that have names; those of {path} are rows with labels of their own"
+        )
     if values and (len(values) != len(names) or None in values):
         raise UserError(f"{what}: some rows have a label and some have none")
-    labels = number(values, class_names, what) if values else (np.zeros(len(names), np.int64), ["0"])
+    labels = (
+        number(values, class_names, what) if values else (np.zeros(len(names), np.int64), ["0"])
+    )
     where = np.array(where, np.int64).reshape(-1, 3)
     return ParquetSource(path, names, *labels, files=files, where=where, column=column)
 
@@ -322,9 +413,16 @@ def _image_column(schema, types) -> str | None:
     def is_binary(kind) -> bool:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
-    structs = [field.name for field in schema if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0]
+    structs = [
+        field.name
+        for field in schema
+        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+    ]
     columns = structs + [field.name for field in schema if is_binary(field.type)]
-    return next((name for name in columns if name in ("image", "img", "jpg", "jpeg", "png")), next(iter(columns), None))
+    return next(
+        (name for name in columns if name in ("image", "img", "jpg", "jpeg", "png")),
+        next(iter(columns), None),
+    )
 
 
 def _hub_classes(schema, label: str) -> list[str] | None:

@@ -29,16 +29,34 @@ from preprocessing.shards import AT_ONCE, statistics, sums
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__, "python -m preprocessing.verify", "DATA")
-    # fmt: off
+
     add = parser.add_argument
     add("data", metavar="DATA", type=Path, help="folder of a latent cache")
     add("--repair", action="store_true", help="make what is not sound again")
-    add("--source", type=Path, help="for --repair, where the images are now (default: where they were)")
-    add("--labels", type=Path, help="for --repair, where the file of labels is now (default: where it was)")
+    add(
+        "--source",
+        type=Path,
+        help="for --repair, where the images are now (default: where they were)",
+    )
+    add(
+        "--labels",
+        type=Path,
+        help="for --repair, where the file of labels is now (default: where it was)",
+    )
     add("--vae", help="for --repair, where the VAE is now (default: as recorded)")
-    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="for --repair")
-    add("--num-workers", type=int, default=-1, help="for --repair, decoding processes; -1: one for each core")
-    # fmt: on
+    add(
+        "--device",
+        type=cli.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="for --repair",
+    )
+    add(
+        "--num-workers",
+        type=int,
+        default=-1,
+        help="for --repair, decoding processes; -1: one for each core",
+    )
+
     return parser.parse_args()
 
 
@@ -46,7 +64,10 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
     """What is wrong with a shard, in words; nothing if it is sound."""
     arrays, found = {}, []
     channels, *side = manifest.latent_shape
-    rows = {"labels": ((), np.int64), "images": ((3, manifest.resolution, manifest.resolution), np.uint8)}
+    rows = {
+        "labels": ((), np.int64),
+        "images": ((3, manifest.resolution, manifest.resolution), np.uint8),
+    }
     for folder in manifest.folders:
         path = root / folder / entry["file"]
         try:
@@ -63,8 +84,14 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
             found.append(f"{folder}: is {array.dtype} {array.shape}, should be {dtype} {expected}")
     labels = arrays.pop("labels", None)
     arrays.pop("images", None)
-    if labels is not None and labels.size and not 0 <= labels.min() <= labels.max() < manifest.num_classes:
-        found.append(f"labels: from {labels.min()} to {labels.max()}, should be from 0 to {manifest.num_classes - 1}")
+    if (
+        labels is not None
+        and labels.size
+        and not 0 <= labels.min() <= labels.max() < manifest.num_classes
+    ):
+        found.append(
+            f"labels: from {labels.min()} to {labels.max()}, should be from 0 to {manifest.num_classes - 1}"
+        )
     for folder, array in arrays.items():
         for start in range(0, len(array), AT_ONCE):
             part = array[start : start + AT_ONCE]
@@ -86,7 +113,9 @@ def statistics_fault(manifest: Manifest) -> str | None:
     if any("sum" not in entry for entry in manifest.shards):
         return "manifest.json lacks the sums of its shards: it is an older one"
     mean, std = statistics(manifest.shards, manifest.latent_shape, manifest.flips)
-    if np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9) and np.allclose(std, manifest.std, rtol=1e-6):
+    if np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9) and np.allclose(
+        std, manifest.std, rtol=1e-6
+    ):
         return None
     return "mean and std of manifest.json are not those of its shards"
 
@@ -98,7 +127,9 @@ def verify(root: Path, manifest: Manifest, quiet: bool) -> dict[str, list[str]]:
         tqdm(total=manifest.count, unit="img", desc=f"verifying {root.name}", disable=quiet) as bar,
     ):
         found = {}
-        for entry, wrong in zip(manifest.shards, pool.map(lambda entry: faults(root, manifest, entry), manifest.shards)):
+        for entry, wrong in zip(
+            manifest.shards, pool.map(lambda entry: faults(root, manifest, entry), manifest.shards)
+        ):
             bar.update(entry["count"])
             if wrong:
                 found[entry["file"]] = wrong
@@ -111,8 +142,14 @@ def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> Job:
     made_by = recorded.get("made_by")
     kinds = {"encode_latents": encoding.Settings, "import_repa": repa_files.Settings}
     if made_by not in kinds:
-        raise UserError(f"{args.data}: its manifest does not say how it was made; encode the images again into another folder")
-    moved = {"source": args.source and str(args.source), "labels": args.labels and str(args.labels), "vae": args.vae}
+        raise UserError(
+            f"{args.data}: its manifest does not say how it was made; encode the images again into another folder"
+        )
+    moved = {
+        "source": args.source and str(args.source),
+        "labels": args.labels and str(args.labels),
+        "vae": args.vae,
+    }
     recorded |= {key: value for key, value in moved.items() if value}
     known = {field.name for field in fields(kinds[made_by])} & recorded.keys()
     settings = kinds[made_by](**{name: recorded[name] for name in known})
@@ -142,11 +179,15 @@ def main() -> None:
     elif whole and not found:
         raise UserError(f"{args.data}: {whole}; encode the images again into another folder")
     elif not args.repair:
-        raise UserError(f"{args.data}: {len(found)} of {len(manifest.shards)} shards are not sound: --repair makes them again")
+        raise UserError(
+            f"{args.data}: {len(found)} of {len(manifest.shards)} shards are not sound: --repair makes them again"
+        )
     else:
         numbers, images = [], []
         for file, wrong in sorted(found.items()):
-            (images if all(line.startswith("images:") for line in wrong) else numbers).append(int(Path(file).stem))
+            (images if all(line.startswith("images:") for line in wrong) else numbers).append(
+                int(Path(file).stem)
+            )
         changed = redo(args.data, job_of(manifest, args, world), numbers, images, world)
         if world.rank == 0:
             print(f"{args.data}: made {len(found)} of {len(manifest.shards)} shards again")

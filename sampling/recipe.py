@@ -49,7 +49,9 @@ class Recipe(NamedTuple):
         if self.cfg_scale < 1:
             raise UserError(f"{flag}cfg-scale {self.cfg_scale} is below 1; 1 is no guidance")
         if self.guidance_low > self.guidance_high:
-            raise UserError(f"{flag}guidance-low {self.guidance_low} lies above {flag}guidance-high {self.guidance_high}")
+            raise UserError(
+                f"{flag}guidance-low {self.guidance_low} lies above {flag}guidance-high {self.guidance_high}"
+            )
         for name in ("heun", "dopri5"):
             if getattr(self, name) and self.mode == "sde":
                 raise UserError(f"{flag}{name} is an ODE solver: add {flag}mode ode")
@@ -72,10 +74,14 @@ class Recipe(NamedTuple):
             given = read_labels(Path(self.labels))
             listed = torch.from_numpy(given)
             if len(given) < count:
-                raise UserError(f"--labels {self.labels} holds {len(given):,} classes, --num-fid-samples asks for {count:,}")
+                raise UserError(
+                    f"--labels {self.labels} holds {len(given):,} classes, --num-fid-samples asks for {count:,}"
+                )
         wrong = given[(given < 0) | (given >= num_classes)]
         if len(wrong):
-            raise UserError(f"--labels {self.labels}: {wrong[0]} is no class; the model has 0 to {num_classes - 1}")
+            raise UserError(
+                f"--labels {self.labels}: {wrong[0]} is no class; the model has 0 to {num_classes - 1}"
+            )
         return self._replace(listed=listed)
 
     def classes(self, index: Tensor, num_classes: int) -> Tensor:
@@ -86,11 +92,19 @@ class Recipe(NamedTuple):
             return torch.full_like(index, int(self.labels))
         if self.labels == "balanced":
             return index % num_classes
-        return (uniform(self.seed, Purpose.CLASS, index) * num_classes).long().clamp(max=num_classes - 1)
+        return (
+            (uniform(self.seed, Purpose.CLASS, index) * num_classes)
+            .long()
+            .clamp(max=num_classes - 1)
+        )
 
     @torch.no_grad()
     def latents(
-        self, model: SiT, index: Tensor, dtype: torch.dtype = torch.float32, check: Callable[[], None] = lambda: None
+        self,
+        model: SiT,
+        index: Tensor,
+        dtype: torch.dtype = torch.float32,
+        check: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Numbers (B,) -> latents (B, C, H, W), of the state's dtype, on the numbers' device.
 
@@ -106,11 +120,16 @@ class Recipe(NamedTuple):
                 return model(x, t, y)
 
         path = PATHS[self.path_type]
-        ends, velocities = interval(path, self.prediction), velocity_model(network, path, self.prediction)
+        ends, velocities = (
+            interval(path, self.prediction),
+            velocity_model(network, path, self.prediction),
+        )
         guidance = self.cfg_scale, self.guidance_low, self.guidance_high
         if self.dopri5:
             tolerance = self.atol, self.rtol
-            return guided_dopri5(velocities, labels, config.num_classes, start, *guidance, *tolerance, path, ends)[0]
+            return guided_dopri5(
+                velocities, labels, config.num_classes, start, *guidance, *tolerance, path, ends
+            )[0]
         velocity = guided(velocities, labels, config.num_classes, *guidance)
         if self.mode == "ode":
             return ode(velocity, start, self.num_steps, self.heun, path, ends)
@@ -141,10 +160,18 @@ def read_labels(path: Path) -> np.ndarray:
             values = np.array(json.loads(path.read_text()))
         else:
             values = np.array([int(word) for word in path.read_text().split()])
-        if values.ndim != 1 or not len(values) or not np.array_equal(values, values.astype(np.int64)):
+        if (
+            values.ndim != 1
+            or not len(values)
+            or not np.array_equal(values, values.astype(np.int64))
+        ):
             raise ValueError("not a list of whole numbers")
     except FileNotFoundError:
-        raise UserError(f"--labels {path} is neither random, balanced, a class nor a file") from None
+        raise UserError(
+            f"--labels {path} is neither random, balanced, a class nor a file"
+        ) from None
     except Exception as error:  # whatever numpy, json and int say of files that are something else
-        raise UserError(f"--labels {path} cannot be read as a class for each image ({error})") from None
+        raise UserError(
+            f"--labels {path} cannot be read as a class for each image ({error})"
+        ) from None
     return values.astype(np.int64)

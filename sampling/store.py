@@ -29,7 +29,11 @@ from evaluations.extractors import OUTPUTS, Features
 from evaluations.image_batches import Npz, NpzImages
 
 FREE = ("count", "machine")  # of sampling.json: they may differ when samples are continued
-SAID_BY = {"checkpoint": "ema_sha256", "vae": "vae_fingerprint", "labels": "labels_sha256"}  # these too, if the hash is one
+SAID_BY = {
+    "checkpoint": "ema_sha256",
+    "vae": "vae_fingerprint",
+    "labels": "labels_sha256",
+}  # these too, if the hash is one
 PATIENCE = 120  # seconds that a network disk may take to show one machine what another wrote
 
 
@@ -45,12 +49,24 @@ class SampleStore:
     """The samples NAME in a folder."""
 
     def __init__(
-        self, folder: Path, name: str, what: dict, networks: dict[str, str], keep_images: bool = True, png: bool = False
+        self,
+        folder: Path,
+        name: str,
+        what: dict,
+        networks: dict[str, str],
+        keep_images: bool = True,
+        png: bool = False,
     ):
         """what: sampling.json. networks: whose features are kept, and the sha256 of their weights. keep_images: False leaves
         no .npz behind."""
-        self.parts, self.npz, self.pictures = folder / f"{name}.parts", folder / f"{name}.npz", folder / name
-        self.record, self.png_grid, self.metrics = (folder / f"{name}.{end}" for end in ("json", "png", "metrics.json"))
+        self.parts, self.npz, self.pictures = (
+            folder / f"{name}.parts",
+            folder / f"{name}.npz",
+            folder / name,
+        )
+        self.record, self.png_grid, self.metrics = (
+            folder / f"{name}.{end}" for end in ("json", "png", "metrics.json")
+        )
         self.what, self.size, self.count = what, what["per_proc_batch_size"], what["count"]
         self.networks, self.keep_images, self.png = networks, keep_images, png
         self.finished: NpzImages | None = None  # what an earlier call finished, as far as it goes
@@ -63,19 +79,31 @@ class SampleStore:
         try:
             held.enter_context(lock(self.parts / ".lock"))
         except BlockingIOError:
-            raise UserError(f"{self.parts} is being sampled by another process: wait for it, or give another --name") from None
+            raise UserError(
+                f"{self.parts} is being sampled by another process: wait for it, or give another --name"
+            ) from None
         held.callback(self._tidy)
         self._refuse_others()
         record = json.dumps(self.what, indent=2).encode()
         for folder in (self.parts, self.pictures) if self.png else (self.parts,):
             write_file(folder / "sampling.json", record)
-        for leftover in self.npz.parent.glob(f".{glob.escape(self.npz.name)}.*.partial"):  # of a process that was killed
+        for leftover in self.npz.parent.glob(
+            f".{glob.escape(self.npz.name)}.*.partial"
+        ):  # of a process that was killed
             leftover.unlink(missing_ok=True)
         images = {int(path.stem) for path in self.parts.glob("[0-9]*.npy")}
-        images |= {k for k in self.batches if self.finished and self._span(k)[1] <= self.finished.count}
-        features = {int(path.stem) for path in self.parts.glob("[0-9]*.safetensors") if self._has_features(path)}
+        images |= {
+            k for k in self.batches if self.finished and self._span(k)[1] <= self.finished.count
+        }
+        features = {
+            int(path.stem)
+            for path in self.parts.glob("[0-9]*.safetensors")
+            if self._has_features(path)
+        }
         pngs = self._pngs() if self.png else set()
-        pictures = {k for k in self.batches if not self.png or pngs.issuperset(range(*self._span(k)))}
+        pictures = {
+            k for k in self.batches if not self.png or pngs.issuperset(range(*self._span(k)))
+        }
         return Done(images, features, pictures)
 
     def open(self) -> None:
@@ -95,7 +123,11 @@ class SampleStore:
     def _refuse_others(self) -> None:
         """Raises UserError unless all there is under NAME is of the same call, but for fewer images."""
         old, whole = read_record(self.record), self.npz.with_suffix(".*")
-        if self.npz.exists() or self.metrics.exists() or (self.record.exists() and "ema_sha256" not in old):
+        if (
+            self.npz.exists()
+            or self.metrics.exists()
+            or (self.record.exists() and "ema_sha256" not in old)
+        ):
             self._same(self.record, whole)
         if any(self.parts.glob("[0-9]*")):
             self._same(self.parts / "sampling.json", self.parts)
@@ -109,9 +141,13 @@ class SampleStore:
                 f"{whole} holds {have:,} images already, and --num-fid-samples asks for {self.count:,}: give another --name"
             )
         if not self.keep_images and self.npz.exists():
-            raise UserError(f"--no-npz: {self.npz} is there already: leave the flag out, or give another --name")
+            raise UserError(
+                f"--no-npz: {self.npz} is there already: leave the flag out, or give another --name"
+            )
         if not self.keep_images and self.metrics.exists() and old.get("count") != self.count:
-            raise UserError(f"{self.metrics} is of {old.get('count')} images, which were not kept: give another --name")
+            raise UserError(
+                f"{self.metrics} is of {old.get('count')} images, which were not kept: give another --name"
+            )
 
     def _pngs(self) -> set[int]:
         """The numbers of the images that are pictures already."""
@@ -131,7 +167,9 @@ class SampleStore:
             return np.array(self.finished.rows(start, stop))
         return np.load(self._part(k, "npy"))
 
-    def write(self, k: int, images: np.ndarray, features: dict[str, tuple[np.ndarray, ...]], fresh: bool) -> None:
+    def write(
+        self, k: int, images: np.ndarray, features: dict[str, tuple[np.ndarray, ...]], fresh: bool
+    ) -> None:
         """A batch: images (B, H, W, 3), the last padded beyond the end, and the outputs of networks. fresh: not stored yet."""
         start, stop = self._span(k)
         if fresh and self.keep_images:
@@ -145,18 +183,29 @@ class SampleStore:
                 save_png(Image.fromarray(image), self.pictures / f"{i:06d}.png")
         if features:  # last: without images it is what says that the batch is done
             tensors = {
-                f"{name}/{column}": part for name, row in features.items() for column, part in zip(OUTPUTS[len(row)], row)
+                f"{name}/{column}": part
+                for name, row in features.items()
+                for column, part in zip(OUTPUTS[len(row)], row)
             }
             whole = {key: np.ascontiguousarray(part) for key, part in tensors.items()}
-            write_file(self._part(k, "safetensors"), save(whole, {"networks": json.dumps(self.networks)}))
+            write_file(
+                self._part(k, "safetensors"), save(whole, {"networks": json.dumps(self.networks)})
+            )
 
     def finish(self, labels: np.ndarray) -> None:
         """By the first process, when no batch lacks anything: NAME.json, NAME.npz, NAME.png."""
-        write_file(self.record, json.dumps(self.what, indent=2).encode())  # an .npz never stands without it
+        write_file(
+            self.record, json.dumps(self.what, indent=2).encode()
+        )  # an .npz never stands without it
         if self.keep_images and (self.finished is None or self.finished.count < self.count):
             blocks = self._blocks()
             first = next(blocks)
-            write_npz(self.npz, itertools.chain([first], blocks), (self.count, *first.shape[1:]), arr_1=labels)
+            write_npz(
+                self.npz,
+                itertools.chain([first], blocks),
+                (self.count, *first.shape[1:]),
+                arr_1=labels,
+            )
             self.open()
         self._draw(labels)
 
@@ -181,7 +230,9 @@ class SampleStore:
     def choose(self, labels: np.ndarray, rows: int = 10, columns: int = 10) -> None:
         """Which images are drawn: the first of each class; of more than ten classes, ten spread over all that occur."""
         present = np.unique(labels)
-        chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)]
+        chosen = present[
+            np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)
+        ]
         self.drawn = [int(i) for k in chosen for i in np.flatnonzero(labels == k)[:columns]]
 
     def _draw(self, labels: np.ndarray) -> None:
@@ -238,16 +289,28 @@ class SampleStore:
                 return path
             list(path.parent.iterdir())  # makes a network disk look again
             time.sleep(1)
-        raise UserError(f"{path} is missing: --sample-dir must be on a disk that all machines share") from None
+        raise UserError(
+            f"{path} is missing: --sample-dir must be on a disk that all machines share"
+        ) from None
 
     def _same(self, record: Path, owner: Path) -> None:
         """Raises UserError unless the record, of what `owner` is, says the same as this call."""
         old, new = read_record(record), json.loads(json.dumps(self.what))
-        known = {key for key, digest in SAID_BY.items() if new.get(digest) and old.get(digest) == new[digest]}
-        keys = [key for key in {**new, **old} if key not in known.union(FREE) and old.get(key) != new.get(key)]
+        known = {
+            key
+            for key, digest in SAID_BY.items()
+            if new.get(digest) and old.get(digest) == new[digest]
+        }
+        keys = [
+            key
+            for key in {**new, **old}
+            if key not in known.union(FREE) and old.get(key) != new.get(key)
+        ]
         if keys:
             changed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
-            raise UserError(f"{owner} was sampled otherwise: {changed}. Remove it or give another --name")
+            raise UserError(
+                f"{owner} was sampled otherwise: {changed}. Remove it or give another --name"
+            )
 
 
 def read_record(path: Path) -> dict:

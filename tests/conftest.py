@@ -11,9 +11,13 @@ import torch
 from tests.helpers import make_tree, make_vae, train_flags
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)  # what is tested is small: a second thread costs more than it gives, on a busy machine very much more
+torch.set_num_threads(
+    1
+)  # what is tested is small: a second thread costs more than it gives, on a busy machine very much more
 os.environ.setdefault("TQDM_MININTERVAL", "10")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sra2-tests-")  # where features of references are kept
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
+    prefix="sra2-tests-"
+)  # where features of references are kept
 
 
 @pytest.fixture
@@ -25,7 +29,9 @@ def call(monkeypatch, capsys):
 
     def run(module, *flags) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        AcceleratorState._reset_state(reset_partial_state=True)  # it outlives an Accelerator, as a process would not
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # it outlives an Accelerator, as a process would not
         code = 0
         try:
             cli.run(module.main)
@@ -54,7 +60,10 @@ def cache(tmp_path_factory, tree, vae_folder) -> Path:
 
     folder = tmp_path_factory.mktemp("cache") / "data"
     before = sys.argv
-    sys.argv = ["encode", *f"--source {tree} --dest {folder} --resolution 32 --vae {vae_folder} --shard-size 10".split()]
+    sys.argv = [
+        "encode",
+        *f"--source {tree} --dest {folder} --resolution 32 --vae {vae_folder} --shard-size 10".split(),
+    ]
     try:
         encode_latents.main()
     finally:

@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_vae(
-    folder: Path, seed: int = 0, latent_channels: int = 4, shift: float | None = 0.25, blocks: int = 3, **config
+    folder: Path,
+    seed: int = 0,
+    latent_channels: int = 4,
+    shift: float | None = 0.25,
+    blocks: int = 3,
+    **config,
 ) -> Path:
     """A random AutoencoderKL, f4 with three blocks, as save_pretrained writes it. config: what else it is made with."""
     from diffusers import AutoencoderKL
@@ -25,10 +30,15 @@ def make_vae(
     torch.manual_seed(seed)
     config = {"scaling_factor": 0.7, "shift_factor": shift} | config
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(8,) * blocks, layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels,
-        sample_size=32, **config,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        sample_size=32,
+        **config,
+    )
     vae.save_pretrained(folder)
     return folder
 
@@ -45,10 +55,27 @@ def make_tree(folder: Path, images: int = 24, side: int = 32) -> Path:
 
 def torchrun(processes: int, script: str, *flags) -> str:
     """The script under torchrun on this machine's CPU; raises if it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", script, *map(str, flags)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "0",
+    ]
+    command += [
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        script,
+        *map(str, flags),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -93,7 +120,9 @@ def ranks(processes: int, module: str, *flags) -> str:
     """The module's main on several processes, with torchrun's environment but in half its time: forked after the imports."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LEAVE + RANKS, str(processes), module, *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -116,8 +145,12 @@ def rows(run: Path) -> list[dict]:
 def same_weights(a: Path, b: Path, step: str = "0000010") -> bool:
     """Whether two runs' weights, EMA and optimizer are the same to the bit."""
     for name in ("model", "ema", "optimizer"):
-        ours, theirs = (load_file(run / "checkpoints" / step / f"{name}.safetensors") for run in (a, b))
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        ours, theirs = (
+            load_file(run / "checkpoints" / step / f"{name}.safetensors") for run in (a, b)
+        )
+        if ours.keys() != theirs.keys() or not all(
+            torch.equal(ours[key], theirs[key]) for key in ours
+        ):
             return False
     return True
 
@@ -145,9 +178,14 @@ class Forks:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with open(log, "w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LEAVE + FORKS], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=file, text=True,
-            )  # fmt: skip
+                [sys.executable, "-c", LEAVE + FORKS],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
 
     def start(self, flags: list[str]) -> int:
         """train.py in a session of its own; returns its process id. One that an earlier test left running is killed."""

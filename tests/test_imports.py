@@ -56,11 +56,15 @@ def test_imports_follow_the_table(path):
     package = path.with_suffix("").parts[0]
     for module in imported_modules(path):
         if module.split(".")[0] in ALLOWED:
-            assert is_allowed(module, ALLOWED[package] | {package}), f"{path} may not import {module}"
+            assert is_allowed(module, ALLOWED[package] | {package}), (
+                f"{path} may not import {module}"
+            )
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in source_files() if path.with_suffix("").parts[0] in NO_COMMAND_LINE], ids=str
+    "path",
+    [path for path in source_files() if path.with_suffix("").parts[0] in NO_COMMAND_LINE],
+    ids=str,
 )
 def test_method_and_models_do_not_parse_command_lines(path):
     assert "argparse" not in {module.split(".")[0] for module in imported_modules(path)}
@@ -68,7 +72,14 @@ def test_method_and_models_do_not_parse_command_lines(path):
 
 def test_top_level_has_six_python_files():
     names = {path.name for path in ROOT.glob("*.py")}
-    assert names == {"train.py", "sample_ddp.py", "loss.py", "interpolant.py", "samplers.py", "dataset.py"}
+    assert names == {
+        "train.py",
+        "sample_ddp.py",
+        "loss.py",
+        "interpolant.py",
+        "samplers.py",
+        "dataset.py",
+    }
 
 
 def test_tests_package_is_ours():

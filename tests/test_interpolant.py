@@ -16,7 +16,7 @@ from interpolant import (
     to_velocity,
     training_target,
     velocity_to_score,
-)  # fmt: skip
+)
 
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -42,8 +42,12 @@ def test_velocity_is_the_derivative_of_the_path(path):
 @paths
 def test_time_zero_is_data_and_time_one_is_noise(path):
     x, noise, _ = example()
-    torch.testing.assert_close(interpolate(path, x, noise, torch.zeros(6, dtype=torch.float64))[0], x)
-    left = 0.0 if path is not PATHS["vp"] else math.exp(-10.05 / 2)  # of the data, at the end of DDPM's schedule
+    torch.testing.assert_close(
+        interpolate(path, x, noise, torch.zeros(6, dtype=torch.float64))[0], x
+    )
+    left = (
+        0.0 if path is not PATHS["vp"] else math.exp(-10.05 / 2)
+    )  # of the data, at the end of DDPM's schedule
     end = interpolate(path, x, noise, torch.ones(6, dtype=torch.float64))[0]
     torch.testing.assert_close(end, left * x + (1 - left**2) ** 0.5 * noise)
 
@@ -59,7 +63,9 @@ def test_score_of_a_known_point_is_minus_noise_over_sigma(path):
 @paths
 def test_score_and_velocity_are_inverses(path):
     x_t, v, t = example()
-    torch.testing.assert_close(score_to_velocity(path, velocity_to_score(path, v, x_t, t), x_t, t), v)
+    torch.testing.assert_close(
+        score_to_velocity(path, velocity_to_score(path, v, x_t, t), x_t, t), v
+    )
 
 
 def test_score_is_repas_formula():
@@ -68,7 +74,9 @@ def test_score_is_repas_formula():
     angle = t[:, None, None, None] * math.pi / 2
     ratio = -torch.cos(angle) / (math.pi / 2 * torch.sin(angle))
     variance = torch.sin(angle) ** 2 - ratio * (math.pi / 2 * torch.cos(angle)) * torch.sin(angle)
-    torch.testing.assert_close(velocity_to_score(PATHS["cosine"], v, x_t, t), (ratio * v - x_t) / variance)
+    torch.testing.assert_close(
+        velocity_to_score(PATHS["cosine"], v, x_t, t), (ratio * v - x_t) / variance
+    )
 
 
 def test_the_sit_repository_counts_time_backwards():
@@ -87,10 +95,15 @@ def test_vp_keeps_the_variance_and_follows_ddpms_thousand_steps():
     """log alpha_bar is a sum of log(1 - beta), the integral of -beta in the limit: apart by beta^2 / 2 and half a step each."""
     k = torch.arange(1001, dtype=torch.float64)
     alpha, sigma, _, _ = PATHS["vp"].coefficients(k / 1000)
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-15
+    )
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     discrete = (1 - betas).log().cumsum(0)
-    assert ((2 * alpha[1:].log() - discrete).abs() < (0.51 * betas**2).cumsum(0) + k[1:] * (betas[1] - betas[0]) / 2).all()
+    assert (
+        (2 * alpha[1:].log() - discrete).abs()
+        < (0.51 * betas**2).cumsum(0) + k[1:] * (betas[1] - betas[0]) / 2
+    ).all()
 
 
 def test_vp_is_exact_in_float32_down_to_its_first_step():
@@ -106,8 +119,12 @@ def test_vp_is_exact_in_float32_down_to_its_first_step():
 @predictions
 def test_a_prediction_and_its_velocity_are_inverses(path, prediction):
     x_t, v, t = example()
-    torch.testing.assert_close(to_velocity(path, prediction, from_velocity(path, prediction, v, x_t, t), x_t, t), v)
-    torch.testing.assert_close(from_velocity(path, prediction, to_velocity(path, prediction, v, x_t, t), x_t, t), v)
+    torch.testing.assert_close(
+        to_velocity(path, prediction, from_velocity(path, prediction, v, x_t, t), x_t, t), v
+    )
+    torch.testing.assert_close(
+        from_velocity(path, prediction, to_velocity(path, prediction, v, x_t, t), x_t, t), v
+    )
 
 
 @paths
@@ -137,7 +154,9 @@ def test_to_guide_a_prediction_is_to_guide_its_velocity_and_score(path, predicti
         return velocity_to_score(path, velocity(output), x_t, t)
 
     for quantity in (velocity, score):
-        torch.testing.assert_close(quantity(guide(with_class, without)), guide(quantity(with_class), quantity(without)))
+        torch.testing.assert_close(
+            quantity(guide(with_class, without)), guide(quantity(with_class), quantity(without))
+        )
 
 
 # Times
@@ -152,8 +171,12 @@ def test_an_end_is_cut_off_if_and_only_if_it_is_singular(path, prediction):
     def size(t):
         t = torch.tensor([t], dtype=torch.float64)
         one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-        gain = to_velocity(path, prediction, one, none, t) - to_velocity(path, prediction, none, none, t)
-        return max(number.abs().nan_to_num(torch.inf).max() for number in (gain, *path.coefficients(t)))
+        gain = to_velocity(path, prediction, one, none, t) - to_velocity(
+            path, prediction, none, none, t
+        )
+        return max(
+            number.abs().nan_to_num(torch.inf).max() for number in (gain, *path.coefficients(t))
+        )
 
     lo, hi = interval(path, prediction)
     assert all(size(t) < 2000 for t in (lo, 0.5, hi)) and lo < 0.01 and hi > 0.99
@@ -168,7 +191,9 @@ def test_float32_does_at_both_ends(path, prediction):
         t = t.expand(6)
         x_t, v = interpolate(path, x, noise, t.double())
         output = training_target(path, prediction, x, noise, t.double()).float()
-        torch.testing.assert_close(to_velocity(path, prediction, output, x_t.float(), t).double(), v, rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            to_velocity(path, prediction, output, x_t.float(), t).double(), v, rtol=0, atol=2e-3
+        )
 
 
 def test_uniform_times_of_velocity_are_the_draws_themselves():
@@ -196,5 +221,9 @@ def test_lognormal_times_have_log_normal_noise(path):
     alpha, sigma, _, _ = path.coefficients(t)
     normal = torch.from_numpy(norm.ppf(u.numpy()))
     torch.testing.assert_close((sigma / alpha).log(), normal, rtol=0, atol=1e-9)
-    repas = {"linear": normal.exp() / (1 + normal.exp()), "cosine": 2 / math.pi * torch.atan(normal.exp()), "vp": t}
+    repas = {
+        "linear": normal.exp() / (1 + normal.exp()),
+        "cosine": 2 / math.pi * torch.atan(normal.exp()),
+        "vp": t,
+    }
     torch.testing.assert_close(t, next(repas[name] for name in PATHS if PATHS[name] is path))

@@ -18,7 +18,14 @@ from tests.helpers import ROOT
 from tests.preprocessing.test_import_repa import make_repa
 
 README = (ROOT / "README.md").read_text()
-NOT_OURS = ("--cpu", "--requeue", "--nnodes", "--rdzv_endpoint", "--rdzv", "--coarse-side")  # of launchers, of an example
+NOT_OURS = (
+    "--cpu",
+    "--requeue",
+    "--nnodes",
+    "--rdzv_endpoint",
+    "--rdzv",
+    "--coarse-side",
+)  # of launchers, of an example
 
 
 def commands() -> list[list[str]]:
@@ -66,12 +73,17 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     assert len(trainings) == 2 and len(evaluated) == 1 and len(samplings) == 2
     code, out = call(encode_latents, *encode, "--vae", vae_folder)
     assert code == 0 and "6 images, 2 classes" in out, out
-    assert "is sound" in call(verify, "data/imagenet256")[1] and "preprocessing.verify data/imagenet256" in README
+    assert (
+        "is sound" in call(verify, "data/imagenet256")[1]
+        and "preprocessing.verify data/imagenet256" in README
+    )
     for i, flags in enumerate(trainings):
         code, out = call(train, *flags, *short_training, "--exp-name", f"xl2-sra2{'-again' * i}")
         assert code == 0, out
     for flags in samplings:
-        code, out = call(sample_ddp, *flags, "--num-fid-samples", 5, "--num-steps", 2, "--per-proc-batch-size", 5)
+        code, out = call(
+            sample_ddp, *flags, "--num-fid-samples", 5, "--num-steps", 2, "--per-proc-batch-size", 5
+        )
         assert code == 0, out
     (report_flags,) = of("evaluations.report")
     assert call(report, *report_flags)[0] == 0 and (imagenet / "report.html").exists()
@@ -79,7 +91,10 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     assert (imagenet / name).exists()
     np.savez(imagenet / evaluation[2], arr_0=np.zeros((5, 256, 256, 3), np.uint8))
     monkeypatch.setenv("TORCH_HOME", str(imagenet))
-    for script, flags in ((evaluate, [name, *evaluation[1:]]), (train, [*evaluated[0], *short_training, "--exp-name", "e"])):
+    for script, flags in (
+        (evaluate, [name, *evaluation[1:]]),
+        (train, [*evaluated[0], *short_training, "--exp-name", "e"]),
+    ):
         code, out = call(script, *flags)
         assert code == 2 and "no Inception weights: fetch" in out
 
@@ -103,7 +118,9 @@ def test_the_cache_is_read_from_other_code_as_written(cache, monkeypatch, tmp_pa
     exec(code, names)
     stored, labels = LatentCache("data/imagenet256").gather(np.arange(10))
     np.testing.assert_array_equal(names["labels"], labels)
-    np.testing.assert_array_equal(np.concatenate((names["mean"], names["std"]), 1), stored.float().numpy())
+    np.testing.assert_array_equal(
+        np.concatenate((names["mean"], names["std"]), 1), stored.float().numpy()
+    )
     assert names["latents"].shape == (10, 4, 8, 8)
 
 
@@ -118,13 +135,20 @@ def test_launchers_take_the_flags_given_to_them():
             launched += parsed.training_script == "train.py"
         elif words[0] == "torchrun":
             parsed = get_args_parser().parse_args(words[1:])
-            launched += parsed.training_script in ("sample_ddp.py", "evaluations.evaluate") and parsed.nproc_per_node == "8"
+            launched += (
+                parsed.training_script in ("sample_ddp.py", "evaluations.evaluate")
+                and parsed.nproc_per_node == "8"
+            )
     assert launched == 5
 
 
 def test_a_step_number_in_a_file_name_has_seven_digits():
     """The README's samples/NAME follows from the README's --max-train-steps."""
-    steps = {flags[flags.index("--max-train-steps") + 1] for flags in of("train.py") if "data/imagenet256" in flags}
+    steps = {
+        flags[flags.index("--max-train-steps") + 1]
+        for flags in of("train.py")
+        if "data/imagenet256" in flags
+    }
     assert steps == {"4000000"} and "xl2-sra2-4000000-" in of("evaluations.evaluate")[0][0]
 
 
@@ -138,7 +162,10 @@ def test_what_documents_name_exists(document):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / document).parent.joinpath(target).exists(), target
     for names, file in re.findall(r"`([A-Za-z_.]+)(?:\([^`]*\))?` \(([a-z_/]+\.py)\)", text):
-        assert all(re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()) for name in names.split(".")), (names, file)
+        assert all(
+            re.search(rf"(def|class) {name}\b", (ROOT / file).read_text())
+            for name in names.split(".")
+        ), (names, file)
     scripts = (
         path
         for folder in (".", "models", "preprocessing", "evaluations", "benchmarks", "experiments")
@@ -158,6 +185,9 @@ def test_what_documents_name_exists(document):
 
 def test_the_demos_figures_are_those_that_were_measured():
     """docs/demo.json is the metrics.json of the run whose picture stands in the README."""
-    text, measured = (ROOT / "README.md").read_text(), json.loads((ROOT / "docs/demo.json").read_text())
+    text, measured = (
+        (ROOT / "README.md").read_text(),
+        json.loads((ROOT / "docs/demo.json").read_text()),
+    )
     assert suite.table(measured) in text
     assert measured["metrics"]["class_agreement"] >= 0.75

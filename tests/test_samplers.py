@@ -21,17 +21,27 @@ from sampling.recipe import Recipe
 from tests.helpers import ROOT
 
 DATA, NULL = example([0.3, 0.7, 1.6]), example([0.5, 1.1, 1.3], seed=1)
-SCALE, LOW, HIGH = 1.8, 0.25 + 1e-6, 0.75 + 1e-6  # grids of 4 n steps then guide on just (0.25, 0.75]
+SCALE, LOW, HIGH = (
+    1.8,
+    0.25 + 1e-6,
+    0.75 + 1e-6,
+)  # grids of 4 n steps then guide on just (0.25, 0.75]
 COEFFICIENTS = {
     "linear": lambda t: (1 - t, t, -1, 1),
     "cosine": lambda t: (
-        math.cos(math.pi * t / 2), math.sin(math.pi * t / 2),
-        -math.pi / 2 * math.sin(math.pi * t / 2), math.pi / 2 * math.cos(math.pi * t / 2),
+        math.cos(math.pi * t / 2),
+        math.sin(math.pi * t / 2),
+        -math.pi / 2 * math.sin(math.pi * t / 2),
+        math.pi / 2 * math.cos(math.pi * t / 2),
     ),
     "vp": lambda t: vp(math.exp(-9.95 * t**2 - 0.1 * t), 0.1 + 19.9 * t),
-}  # fmt: skip
-both = pytest.mark.parametrize("name", ("linear", "cosine"))  # nothing is singular on them, for velocities
-objectives = pytest.mark.parametrize(("name", "prediction"), [(name, one) for name in PATHS for one in PREDICTIONS])
+}
+both = pytest.mark.parametrize(
+    "name", ("linear", "cosine")
+)  # nothing is singular on them, for velocities
+objectives = pytest.mark.parametrize(
+    ("name", "prediction"), [(name, one) for name in PATHS for one in PREDICTIONS]
+)
 
 
 def vp(variance, beta):
@@ -65,10 +75,16 @@ def integrate(drift, x, edges=(1.0, 0.0)):
     for begin, end in itertools.pairwise(edges):
 
         def slope(t, y, begin=begin, end=end):
-            matrix, c = drift(min(max(t, end + 1e-9), begin - 1e-9))  # where it jumps at an edge, the side that is meant
+            matrix, c = drift(
+                min(max(t, end + 1e-9), begin - 1e-9)
+            )  # where it jumps at an edge, the side that is meant
             return (y.reshape(-1, 3) @ matrix.T + c).ravel()
 
-        x = solve_ivp(slope, (begin, end), x.ravel(), method="DOP853", rtol=1e-11, atol=1e-11).y[:, -1].reshape(-1, 3)
+        x = (
+            solve_ivp(slope, (begin, end), x.ravel(), method="DOP853", rtol=1e-11, atol=1e-11)
+            .y[:, -1]
+            .reshape(-1, 3)
+        )
     return torch.from_numpy(x)
 
 
@@ -88,7 +104,9 @@ def recursion(drift, num_steps, last, first=1.0, denoise=None):
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         if denoise and t_next == 0:
             matrix, c = denoise
-            return torch.from_numpy(matrix @ mean + c), torch.from_numpy(matrix @ covariance @ matrix.T)
+            return torch.from_numpy(matrix @ mean + c), torch.from_numpy(
+                matrix @ covariance @ matrix.T
+            )
         matrix, c = drift(t, 2 * t)
         step = np.eye(3) + (t_next - t) * matrix
         mean, covariance = step @ mean + (t_next - t) * c, step @ covariance @ step.T
@@ -124,7 +142,10 @@ def orders(errors):
 def test_the_flow_is_what_scipy_integrates_and_gives_the_data(name):
     """The exact answer of the tests below, m + S^(1/2) x, and the velocity they integrate, against an independent form."""
     torch.testing.assert_close(
-        integrate(lambda t: affine(DATA, name, t), start().numpy()), DATA.flow(start()), atol=1e-8, rtol=0
+        integrate(lambda t: affine(DATA, name, t), start().numpy()),
+        DATA.flow(start()),
+        atol=1e-8,
+        rtol=0,
     )
     root = DATA.flow(torch.eye(3).double()) - DATA.mean
     torch.testing.assert_close(root.T @ root, DATA.covariance)
@@ -136,13 +157,18 @@ def test_the_flow_is_what_scipy_integrates_and_gives_the_data(name):
 @both
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
 def test_order_of_convergence(name, heun, order):
-    errors = [(ode(DATA.velocity(PATHS[name]), start(), n, heun) - DATA.flow(start())).abs().max() for n in (32, 64, 128)]
+    errors = [
+        (ode(DATA.velocity(PATHS[name]), start(), n, heun) - DATA.flow(start())).abs().max()
+        for n in (32, 64, 128)
+    ]
     assert errors[-1] < (4e-2, 3e-3)[heun] and orders(errors) == pytest.approx([order] * 2, abs=0.2)
 
 
 @pytest.mark.parametrize("heun", [False, True])
 def test_ode_is_exact_on_constant_velocity(heun):
-    torch.testing.assert_close(ode(lambda x, t: torch.full_like(x, 3.0), start(), 7, heun), start() - 3)
+    torch.testing.assert_close(
+        ode(lambda x, t: torch.full_like(x, 3.0), start(), 7, heun), start() - 3
+    )
 
 
 def test_evaluations_are_where_repa_has_them():
@@ -175,7 +201,12 @@ def test_dopri5_follows_its_tolerance_at_the_cost_of_scipys(name):
         assert (end - DATA.flow(x)).abs().max() < 20 * rtol
         runs = [
             solve_ivp(
-                lambda t, y: velocity(torch.from_numpy(y)[None], t)[0].numpy(), (1, 0), row, "RK45", rtol=rtol, atol=rtol / 1000
+                lambda t, y: velocity(torch.from_numpy(y)[None], t)[0].numpy(),
+                (1, 0),
+                row,
+                "RK45",
+                rtol=rtol,
+                atol=rtol / 1000,
             )
             for row in x.numpy()
         ]
@@ -217,7 +248,9 @@ def test_an_image_that_turns_nan_ends_and_leaves_the_others_alone():
 
 def test_dopri5_crosses_a_jump():
     """As at the end of a guidance interval: however tight the tolerance, it ends."""
-    end, evaluations = dopri5(lambda x, t: torch.where(t < 0.3, 1.0, 5.0)[:, None].to(x).expand_as(x), start(2), 1e-13, 0)
+    end, evaluations = dopri5(
+        lambda x, t: torch.where(t < 0.3, 1.0, 5.0)[:, None].to(x).expand_as(x), start(2), 1e-13, 0
+    )
     torch.testing.assert_close(end, start(2) - 5 * 0.7 - 0.3, atol=1e-7, rtol=0)
     assert evaluations.max() < 500
 
@@ -240,7 +273,9 @@ def test_sde_has_weak_order_one(name):
 
     def error(num_steps, last):
         mean, covariance = sde_moments(DATA.velocity(PATHS[name]), PATHS[name], 3, num_steps, last)
-        return max((mean - DATA.mean).abs().max(), (covariance - DATA.covariance).abs().max()).item()
+        return max(
+            (mean - DATA.mean).abs().max(), (covariance - DATA.covariance).abs().max()
+        ).item()
 
     errors = [error(n, 1 / n) for n in (50, 100, 200)]
     assert errors[-1] < 0.02 and orders(errors) == pytest.approx([1, 1], abs=0.2)
@@ -251,7 +286,13 @@ def test_sdes_samples_have_the_predicted_moments(name):
     """Drawn as sample_ddp.py draws them; each moment within four of its standard errors."""
     n, steps, path = 10_000, 40, PATHS[name]
     index = torch.arange(n)
-    samples = sde(DATA.velocity(path), path, start(n), steps, lambda i: normal(0, Purpose.BROWNIAN, index, (3,), draw=i))
+    samples = sde(
+        DATA.velocity(path),
+        path,
+        start(n),
+        steps,
+        lambda i: normal(0, Purpose.BROWNIAN, index, (3,), draw=i),
+    )
     mean, covariance = recursion(lambda t, w: affine(DATA, name, t, w), steps, 0.04)
     variances = covariance.diagonal()
     assert ((samples.mean(0) - mean).abs() < 4 * (variances / n).sqrt()).all()
@@ -283,7 +324,12 @@ def labelled(x, t, y):
 def test_scale_one_is_no_guidance_and_never_asks_for_the_null_class():
     for t in (0.5, torch.tensor([0.5, 0.1]).double()):
         asked = []
-        velocity = guided(lambda x, t, y, asked=asked: asked.append(y) or labelled(x, t, y), torch.tensor([0, 1]), 9, scale=1.0)
+        velocity = guided(
+            lambda x, t, y, asked=asked: asked.append(y) or labelled(x, t, y),
+            torch.tensor([0, 1]),
+            9,
+            scale=1.0,
+        )
         assert torch.equal(velocity(torch.zeros(2, 1), t), torch.full((2, 1), 3.0))
         assert len(asked) == 1 and not (asked[0] == 9).any()
 
@@ -300,7 +346,14 @@ def test_guidance_formula_and_interval():
 
 def test_the_null_class_is_not_asked_outside_the_interval():
     asked = []
-    velocity = guided(lambda x, t, y: asked.append(len(y)) or labelled(x, t, y), torch.tensor([0, 1]), 9, 2.0, 0.2, 0.8)
+    velocity = guided(
+        lambda x, t, y: asked.append(len(y)) or labelled(x, t, y),
+        torch.tensor([0, 1]),
+        9,
+        2.0,
+        0.2,
+        0.8,
+    )
     for t in (0.1, 0.5, 0.9):
         velocity(torch.zeros(2, 1), t)
     assert asked == [2, 4, 2]
@@ -312,16 +365,31 @@ def test_guided_ode_is_the_guided_flow(name):
     x, model = start(6), two_gaussians(name)
     exact = integrate(lambda t: guided_affine(name, t), x.numpy(), (1.0, HIGH, LOW, 0.0))
     assert (exact - DATA.flow(x)).abs().max() > 0.3
-    errors = [(ode(guided_gaussian(name, 6, low=LOW, high=HIGH), x, n) - exact).abs().max() for n in (32, 64, 128)]
+    errors = [
+        (ode(guided_gaussian(name, 6, low=LOW, high=HIGH), x, n) - exact).abs().max()
+        for n in (32, 64, 128)
+    ]
     assert errors[-1] < 8e-2 and orders(errors) == pytest.approx([1, 1], abs=0.2)
     calls = []
     end, evaluations = guided_dopri5(
-        lambda x, t, y: calls.append(len(y)) or model(x, t, y), torch.arange(6), 9, x, SCALE, LOW, HIGH, 1e-6, 1e-6
+        lambda x, t, y: calls.append(len(y)) or model(x, t, y),
+        torch.arange(6),
+        9,
+        x,
+        SCALE,
+        LOW,
+        HIGH,
+        1e-6,
+        1e-6,
     )
-    assert sorted(set(calls)) == [6, 12] and max(calls.count(6), calls.count(12)) < evaluations.max() <= len(calls)
+    assert sorted(set(calls)) == [6, 12] and max(
+        calls.count(6), calls.count(12)
+    ) < evaluations.max() <= len(calls)
     torch.testing.assert_close(end, exact, atol=2e-5, rtol=0)
     fine, _ = guided_dopri5(model, torch.arange(6), 9, x, SCALE, atol=1e-6, rtol=1e-6)
-    errors = [(ode(guided_gaussian(name, 6), x, n, heun=True) - fine).abs().max() for n in (32, 64, 128)]
+    errors = [
+        (ode(guided_gaussian(name, 6), x, n, heun=True) - fine).abs().max() for n in (32, 64, 128)
+    ]
     assert errors[-1] < 5e-3 and orders(errors) == pytest.approx([2, 2], abs=0.3)
 
 
@@ -340,9 +408,15 @@ def test_guided_sdes_moments_are_those_of_the_guided_drift(name):
 def flow_between(name, ends, x):
     """Where the exact flow takes x (B, 3) from hi to lo, and E[x | x_lo] of that, in closed form, each quantile staying one."""
     (alpha, sigma, _, _), (alpha_hi, sigma_hi, _, _) = map(COEFFICIENTS[name], ends)
-    std, std_hi = ((a**2 * DATA.std**2 + b**2).sqrt() for a, b in ((alpha, sigma), (alpha_hi, sigma_hi)))
+    std, std_hi = (
+        (a**2 * DATA.std**2 + b**2).sqrt() for a, b in ((alpha, sigma), (alpha_hi, sigma_hi))
+    )
     quantile = (x - alpha_hi * DATA.mean) @ DATA.axes / std_hi
-    return DATA.mean + alpha * DATA.std**2 / std * quantile @ DATA.axes.T if ends[0] > 0 else DATA.flow(quantile @ DATA.axes.T)
+    return (
+        DATA.mean + alpha * DATA.std**2 / std * quantile @ DATA.axes.T
+        if ends[0] > 0
+        else DATA.flow(quantile @ DATA.axes.T)
+    )
 
 
 def perfect(name, prediction):
@@ -380,19 +454,34 @@ def test_every_objective_has_the_datas_moments(name, prediction):
     }
     for way, (mean, covariance) in ways.items():
         assert (mean - DATA.mean).norm() / DATA.mean.norm() < 0.008, way
-        assert (covariance - DATA.covariance).norm() / DATA.covariance.norm() < (0.016 if way == "SDE" else 0.0025), way
+        assert (covariance - DATA.covariance).norm() / DATA.covariance.norm() < (
+            0.016 if way == "SDE" else 0.0025
+        ), way
 
 
 @objectives
 def test_solvers_go_from_end_to_end_of_the_interval(name, prediction):
     """dopri5 to its tolerance, Heun with its order, the SDE as the recursion has it, all with the last step."""
-    path, ends, velocity, x = PATHS[name], interval(PATHS[name], prediction), perfect(name, prediction), start()
+    path, ends, velocity, x = (
+        PATHS[name],
+        interval(PATHS[name], prediction),
+        perfect(name, prediction),
+        start(),
+    )
     exact = flow_between(name, ends, x)
     errors = [(ode(velocity, x, n, True, path, ends) - exact).abs().max() for n in (64, 128, 256)]
     assert errors[-1] < 1e-4 and orders(errors) == pytest.approx([2] * 2, abs=0.1)
     lo, hi = ends
-    expected = recursion(lambda t, w: affine(DATA, name, t, w), 25, lo or 0.04, hi, affine_data(name, lo) if lo else None)
-    torch.testing.assert_close(sde_moments(velocity, path, 3, 25, ends=ends), expected, rtol=0, atol=1e-9)
+    expected = recursion(
+        lambda t, w: affine(DATA, name, t, w),
+        25,
+        lo or 0.04,
+        hi,
+        affine_data(name, lo) if lo else None,
+    )
+    torch.testing.assert_close(
+        sde_moments(velocity, path, 3, 25, ends=ends), expected, rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -413,9 +502,16 @@ def test_dopri5s_last_step_is_guided_where_its_time_is():
     for low, high, asked in ((0.0, 1.0, 4), (0.3, 0.7, 2), (0.0, 0.0005, 2)):
         sizes = []
         _, evaluations = guided_dopri5(
-            lambda x, t, y, sizes=sizes: sizes.append(len(y)) or x, torch.arange(2), 9, start(2), SCALE, low, high,
-            path=PATHS["linear"], ends=(0.001, 1.0),
-        )  # fmt: skip
+            lambda x, t, y, sizes=sizes: sizes.append(len(y)) or x,
+            torch.arange(2),
+            9,
+            start(2),
+            SCALE,
+            low,
+            high,
+            path=PATHS["linear"],
+            ends=(0.001, 1.0),
+        )
         assert sizes[-1] == asked and evaluations.max() <= len(sizes)
 
 
@@ -423,10 +519,19 @@ def test_dopri5s_last_step_is_guided_where_its_time_is():
 def test_evaluations_are_as_many_whatever_the_interval(ends):
     for heun, count in ((False, 5), (True, 9)):
         times = []
-        ode(lambda x, t, times=times: times.append(t) or x, start(2), 5, heun, PATHS["cosine"], ends)
+        ode(
+            lambda x, t, times=times: times.append(t) or x, start(2), 5, heun, PATHS["cosine"], ends
+        )
         assert len(times) == count and times[0] == ends[1] and (times[-1] == 0.001) == (ends[0] > 0)
     times = []
-    sde(lambda x, t: times.append(t) or x, PATHS["cosine"], start(2), 5, lambda i: torch.zeros(2, 3), ends=ends)
+    sde(
+        lambda x, t: times.append(t) or x,
+        PATHS["cosine"],
+        start(2),
+        5,
+        lambda i: torch.zeros(2, 3),
+        ends=ends,
+    )
     assert len(times) == 5 and (times[0], times[-1]) == (ends[1], ends[0] or 0.04)
 
 
@@ -436,7 +541,9 @@ def network_of(name, prediction, channels=3):
 
     def network(x, t, y):
         assert x.dtype == t.dtype == torch.float32
-        with_class, without = (output(x.flatten(1).double(), t.double()).float() for output in outputs)
+        with_class, without = (
+            output(x.flatten(1).double(), t.double()).float() for output in outputs
+        )
         return torch.where((y == 9)[:, None], without, with_class).reshape(x.shape)
 
     network.config = SimpleNamespace(channels=channels, latent_size=1, num_classes=9)
@@ -446,19 +553,32 @@ def network_of(name, prediction, channels=3):
 @objectives
 def test_a_recipe_serves_every_objective(name, prediction):
     """As sample_ddp.py has it: a float32 network's own prediction, on a grid and with adaptive steps, to the exact end."""
-    index, model, ends = torch.arange(10), network_of(name, prediction), interval(PATHS[name], prediction)
+    index, model, ends = (
+        torch.arange(10),
+        network_of(name, prediction),
+        interval(PATHS[name], prediction),
+    )
     exact = flow_between(name, ends, start()).float()
-    for more, tolerance in (({"heun": True, "num_steps": 128}, 5e-4), ({"dopri5": True, "rtol": 1e-4}, 2e-3)):
+    for more, tolerance in (
+        ({"heun": True, "num_steps": 128}, 5e-4),
+        ({"dopri5": True, "rtol": 1e-4}, 2e-3),
+    ):
         recipe = Recipe("ode", path_type=name, prediction=prediction, **more)
         latents = recipe.latents(model, index).flatten(1)
         assert (latents - exact).abs().max() < tolerance, more
     recipe = Recipe("sde", num_steps=20, path_type=name, prediction=prediction)
     noise = [normal(0, Purpose.BROWNIAN, index, (3,), draw=i) for i in range(19)]
-    by_hand = sde(perfect(name, prediction), PATHS[name], start(), 20, lambda i: noise[i], ends=ends)
-    torch.testing.assert_close(recipe.latents(model, index).flatten(1).double(), by_hand, rtol=0, atol=1e-3)
+    by_hand = sde(
+        perfect(name, prediction), PATHS[name], start(), 20, lambda i: noise[i], ends=ends
+    )
+    torch.testing.assert_close(
+        recipe.latents(model, index).flatten(1).double(), by_hand, rtol=0, atol=1e-3
+    )
 
 
-@pytest.mark.parametrize(("name", "prediction"), [(name, one) for name in PATHS for one in PREDICTIONS if one != "v"])
+@pytest.mark.parametrize(
+    ("name", "prediction"), [(name, one) for name in PATHS for one in PREDICTIONS if one != "v"]
+)
 def test_guidance_of_every_objective_is_that_of_velocity(name, prediction):
     """On a grid and in dopri5's pieces, inside an interval that reaches beyond the network's."""
     path, x, labels = PATHS[name], start(6).float(), torch.arange(6)
@@ -504,7 +624,10 @@ def test_no_step_of_a_fixed_grid_waits_for_the_device():
     """On the meta device there is nothing to wait for: asking for a value is an error."""
     x, labels = torch.empty(2, 3, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     velocity = guided(lambda x, t, y: x * t[:, None] + y[:, None], labels, 9, 2.0, LOW, HIGH)
-    assert ode(velocity, x, 4, heun=True).is_meta and sde(velocity, PATHS["cosine"], x, 4, lambda i: x).is_meta
+    assert (
+        ode(velocity, x, 4, heun=True).is_meta
+        and sde(velocity, PATHS["cosine"], x, 4, lambda i: x).is_meta
+    )
     assert velocity(x, torch.empty(2, device="meta")).is_meta
     with pytest.raises(RuntimeError):
         dopri5(velocity, x)

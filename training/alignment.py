@@ -21,39 +21,103 @@ from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import TARGETS, Data, Parts, Target, TargetError
 
 SHARED_FLAGS = (
-    "align_depth", "align_weight", "align_loss", "align_beta", "align_t_range", "align_stop_step", "projector_layers",
+    "align_depth",
+    "align_weight",
+    "align_loss",
+    "align_beta",
+    "align_t_range",
+    "align_stop_step",
+    "projector_layers",
     "projector_width",
-)  # fmt: skip
+)
 
 
-SHARED = ("method", "block", "weight", "loss", "beta", "t_range", "stop_step", "head")  # of an entry in config.json
+SHARED = (
+    "method",
+    "block",
+    "weight",
+    "loss",
+    "beta",
+    "t_range",
+    "stop_step",
+    "head",
+)  # of an entry in config.json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Those that methods share, and those of each."""
-    # fmt: off
-    add = parser.add_argument_group("alignment (where several values may stand: one for all methods, or one each)").add_argument
-    add("--align", choices=(*TARGETS, "none"), nargs="+", default=["sra2"], metavar="METHOD",
-        help=f"one or several of {', '.join(TARGETS)}; none is vanilla SiT")
-    add("--align-depth", "--encoder-depth", type=block, nargs="+", metavar="K",
-        help="block aligned, counted from 1 (default: auto, the paper's for the model; sra2: B 2, L 8, XL 8; repa: 8)")
-    add("--align-weight", "--proj-coeff", type=cli.amount, nargs="+", metavar="X",
-        help="lambda of the alignment loss (default: sra2 1, repa 0.5, sra 0.5, or 0.2 if not cosine)")
-    add("--align-loss", choices=ALIGN_LOSSES, nargs="+", metavar="NAME",
-        help=f"{', '.join(ALIGN_LOSSES)} (default: cosine; sra2's paper has smooth_l1 as its best)")
-    add("--align-beta", type=cli.above_zero, nargs="+", metavar="X",
-        help="where smooth_l1 turns from quadratic to linear (default: 0.05)")
-    add("--align-t-range", type=cli.fraction, nargs="+", metavar="LO HI",
-        help="timesteps aligned; 0 is data, 1 is noise (default: 0 1)")
-    add("--align-stop-step", type=cli.count, nargs="+", metavar="N",
-        help="align in the first N steps only; 0 in all (default: 0)")
-    add("--projector-layers", type=cli.positive, nargs="+", metavar="N",
-        help="linear layers of the head (default: sra2 5, repa 3, sra 2)")
-    add("--projector-width", type=cli.positive, nargs="+", metavar="N",
-        help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)")
+
+    add = parser.add_argument_group(
+        "alignment (where several values may stand: one for all methods, or one each)"
+    ).add_argument
+    add(
+        "--align",
+        choices=(*TARGETS, "none"),
+        nargs="+",
+        default=["sra2"],
+        metavar="METHOD",
+        help=f"one or several of {', '.join(TARGETS)}; none is vanilla SiT",
+    )
+    add(
+        "--align-depth",
+        "--encoder-depth",
+        type=block,
+        nargs="+",
+        metavar="K",
+        help="block aligned, counted from 1 (default: auto, the paper's for the model; sra2: B 2, L 8, XL 8; repa: 8)",
+    )
+    add(
+        "--align-weight",
+        "--proj-coeff",
+        type=cli.amount,
+        nargs="+",
+        metavar="X",
+        help="lambda of the alignment loss (default: sra2 1, repa 0.5, sra 0.5, or 0.2 if not cosine)",
+    )
+    add(
+        "--align-loss",
+        choices=ALIGN_LOSSES,
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(ALIGN_LOSSES)} (default: cosine; sra2's paper has smooth_l1 as its best)",
+    )
+    add(
+        "--align-beta",
+        type=cli.above_zero,
+        nargs="+",
+        metavar="X",
+        help="where smooth_l1 turns from quadratic to linear (default: 0.05)",
+    )
+    add(
+        "--align-t-range",
+        type=cli.fraction,
+        nargs="+",
+        metavar="LO HI",
+        help="timesteps aligned; 0 is data, 1 is noise (default: 0 1)",
+    )
+    add(
+        "--align-stop-step",
+        type=cli.count,
+        nargs="+",
+        metavar="N",
+        help="align in the first N steps only; 0 in all (default: 0)",
+    )
+    add(
+        "--projector-layers",
+        type=cli.positive,
+        nargs="+",
+        metavar="N",
+        help="linear layers of the head (default: sra2 5, repa 3, sra 2)",
+    )
+    add(
+        "--projector-width",
+        type=cli.positive,
+        nargs="+",
+        metavar="N",
+        help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)",
+    )
     for target in TARGETS.values():
         target.add_flags(add)
-    # fmt: on
 
 
 def check(args: argparse.Namespace) -> None:
@@ -66,7 +130,9 @@ def check(args: argparse.Namespace) -> None:
     for name, target in TARGETS.items():
         given = [flag for flag in target.flags if getattr(args, flag) is not None]
         if given and name not in methods:
-            raise UserError(f"{spelled(given[0])} goes with --align {name}, and --align is {' '.join(args.align)}")
+            raise UserError(
+                f"{spelled(given[0])} goes with --align {name}, and --align is {' '.join(args.align)}"
+            )
     given = [flag for flag in SHARED_FLAGS if getattr(args, flag) is not None]
     if given and not methods:
         raise UserError(f"{spelled(given[0])} says how to align, and --align none does not")
@@ -74,17 +140,24 @@ def check(args: argparse.Namespace) -> None:
     preset = PRESETS[args.model]
     losses = for_each(args, "align_loss", methods, [["cosine"]] * len(methods))
     usual = [
-        TARGETS[name].defaults(args.model, preset["depth"], preset["width"], loss) for name, [loss] in zip(methods, losses)
+        TARGETS[name].defaults(args.model, preset["depth"], preset["width"], loss)
+        for name, [loss] in zip(methods, losses)
     ]
     values = {
-        "align_depth": [[each.block] for each in usual], "align_weight": [[each.weight] for each in usual],
-        "align_loss": [["cosine"] for _ in usual], "align_beta": [[0.05] for _ in usual],
-        "align_t_range": [[0.0, 1.0] for _ in usual], "align_stop_step": [[0] for _ in usual],
-        "projector_layers": [[each.layers] for each in usual], "projector_width": [[each.hidden] for each in usual],
-    }  # fmt: skip
+        "align_depth": [[each.block] for each in usual],
+        "align_weight": [[each.weight] for each in usual],
+        "align_loss": [["cosine"] for _ in usual],
+        "align_beta": [[0.05] for _ in usual],
+        "align_t_range": [[0.0, 1.0] for _ in usual],
+        "align_stop_step": [[0] for _ in usual],
+        "projector_layers": [[each.layers] for each in usual],
+        "projector_width": [[each.hidden] for each in usual],
+    }
     for flag, default in values.items():
         found = for_each(args, flag, methods, default)
-        found = [usual if value == [None] else value for value, usual in zip(found, default)]  # auto
+        found = [
+            usual if value == [None] else value for value, usual in zip(found, default)
+        ]  # auto
         setattr(args, flag, [value if len(value) > 1 else value[0] for value in found])
     for k in args.align_depth:
         if k > preset["depth"]:
@@ -94,15 +167,23 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--align-t-range {low} {high}: LO lies above HI")
 
 
-def for_each(args: argparse.Namespace, flag: str, methods: list[str], default: list[list]) -> list[list]:
+def for_each(
+    args: argparse.Namespace, flag: str, methods: list[str], default: list[list]
+) -> list[list]:
     """What a flag says, cut into a piece for each method. Raises UserError."""
     given, size = getattr(args, flag), len(default[0]) if default else 1
     if given is None or not methods:
         return default
     if len(given) not in (size, size * len(methods)):
-        each = f", or {size * len(methods)} for each of --align {' '.join(methods)}" if len(methods) > 1 else ""
+        each = (
+            f", or {size * len(methods)} for each of --align {' '.join(methods)}"
+            if len(methods) > 1
+            else ""
+        )
         wanted = f"{size} value{'s' * (size > 1)}{' for all methods' if each else ''}{each}"
-        raise UserError(f"{spelled(flag)} {' '.join(map(str, given))}: {len(given)} given, it takes {wanted}")
+        raise UserError(
+            f"{spelled(flag)} {' '.join(map(str, given))}: {len(given)} given, it takes {wanted}"
+        )
     pieces = [given[i : i + size] for i in range(0, len(given), size)]
     return pieces * len(methods) if len(pieces) == 1 else pieces
 
@@ -120,9 +201,13 @@ def block(text: str) -> int | None:
 def data_of(manifest: Manifest, features: dict[str, dict] | None = None) -> Data:
     """What methods of alignment may ask of a cache; `features` are those that it holds of encoders."""
     return Data(
-        manifest.resolution, LatentScale(manifest.scale, manifest.shift), manifest.mean, manifest.std,
-        manifest.images, features,
-    )  # fmt: skip
+        manifest.resolution,
+        LatentScale(manifest.scale, manifest.shift),
+        manifest.mean,
+        manifest.std,
+        manifest.images,
+        features,
+    )
 
 
 def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[dict]:
@@ -134,11 +219,19 @@ def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[dict]:
         except TargetError as error:
             raise UserError(str(error)) from None
         head = {"width": config.width, "out": own.pop("out"), "layers": args.projector_layers[i]}
-        found.append({
-            "method": method, "block": args.align_depth[i], "weight": args.align_weight[i], "loss": args.align_loss[i],
-            "beta": args.align_beta[i], "t_range": args.align_t_range[i], "stop_step": args.align_stop_step[i],
-            "head": head | {"hidden": args.projector_width[i]}, **own,
-        })  # fmt: skip
+        found.append(
+            {
+                "method": method,
+                "block": args.align_depth[i],
+                "weight": args.align_weight[i],
+                "loss": args.align_loss[i],
+                "beta": args.align_beta[i],
+                "t_range": args.align_t_range[i],
+                "stop_step": args.align_stop_step[i],
+                "head": head | {"hidden": args.projector_width[i]},
+                **own,
+            }
+        )
     return found
 
 
@@ -151,9 +244,13 @@ def settle(args: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def load(
-    args: argparse.Namespace, config: dict, data: Data, ema: SiT, device: torch.device,
+    args: argparse.Namespace,
+    config: dict,
+    data: Data,
+    ema: SiT,
+    device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-) -> dict[str, Target]:  # fmt: skip
+) -> dict[str, Target]:
     """What each method aligns to; what identifies it is added to its entry in config. Raises UserError."""
     path, network = PATHS[args.path_type], SiTConfig(**config["model"])
 
@@ -174,17 +271,24 @@ def extra(targets: dict[str, Target]) -> str | None:
     """What of the cache the targets need beside latents. Raises UserError if they need two things."""
     needed = {target.extra for target in targets.values()} - {None}
     if len(needed) > 1:
-        raise UserError(f"--align {' '.join(targets)}: they need {' and '.join(sorted(needed))} of the cache, which gives one")
+        raise UserError(
+            f"--align {' '.join(targets)}: they need {' and '.join(sorted(needed))} of the cache, which gives one"
+        )
     return needed.pop() if needed else None
 
 
 def describe(entry: dict, model: AlignedSiT, data: Data) -> str:
     """A method in one line: what of the network it is put on, and what it costs."""
-    config, head = model.backbone.config, sum(p.numel() for p in model.heads[entry["method"]].parameters())
+    config, head = (
+        model.backbone.config,
+        sum(p.numel() for p in model.heads[entry["method"]].parameters()),
+    )
     size, body = sum(p.numel() for p in model.backbone.parameters()), backbone_flops(config)
     outside, flops = TARGETS[entry["method"]].cost(entry, config, data)
     own = "".join(
-        f"{key.replace('_', ' ')} {value}, " for key, value in entry.items() if key not in SHARED and key != "fingerprint"
+        f"{key.replace('_', ' ')} {value}, "
+        for key, value in entry.items()
+        if key not in SHARED and key != "fingerprint"
     )
     line = (
         f"{entry['method']}: {own}block {entry['block']}, {entry['loss']}, weight {entry['weight']:g}, a head of "

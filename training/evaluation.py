@@ -32,14 +32,24 @@ class Evaluator:
     """Draws --eval-samples from a model and compares them with --eval-reference, read once at the start."""
 
     def __init__(
-        self, args: argparse.Namespace, manifest: Manifest, vae: Autoencoder, dtype: torch.dtype, rank: int, processes: int
+        self,
+        args: argparse.Namespace,
+        manifest: Manifest,
+        vae: Autoencoder,
+        dtype: torch.dtype,
+        rank: int,
+        processes: int,
     ):
         """dtype: of the network's products while it samples. Raises UserError."""
         steps, scale = args.eval_num_steps, args.eval_cfg_scale
         self.recipe = Recipe(
-            args.eval_mode, args.eval_heun, num_steps=steps, cfg_scale=scale, path_type=args.path_type,
+            args.eval_mode,
+            args.eval_heun,
+            num_steps=steps,
+            cfg_scale=scale,
+            path_type=args.path_type,
             prediction=args.prediction,
-        )  # fmt: skip
+        )
         self.recipe.check("--eval-")
         if args.eval_samples <= NEIGHBOURS:
             raise UserError(
@@ -50,10 +60,19 @@ class Evaluator:
                 "--eval-every needs --eval-reference: ADM's .npz, or images (a folder tree class/image.ext or a zip)"
             )
         self.vae, self.dtype, self.rank, self.processes = vae, dtype, rank, processes
-        self.count, self.size, self.features = args.eval_samples, args.eval_batch_size, args.eval_features
+        self.count, self.size, self.features = (
+            args.eval_samples,
+            args.eval_batch_size,
+            args.eval_features,
+        )
         self.device, side = vae.vae.device, manifest.resolution
         self.network = load_extractor(
-            self.features, args.inception_weights, (side, side), self.device, str(args.data_dir[0]), "--eval-features"
+            self.features,
+            args.inception_weights,
+            (side, side),
+            self.device,
+            str(args.data_dir[0]),
+            "--eval-features",
         )
         self.held_out = None
         if args.eval_latents:
@@ -65,17 +84,31 @@ class Evaluator:
                 raise UserError(f"--eval-reference {args.eval_reference} does not exist")
             digest = sha256(args.eval_reference)
             self.reference = load_references(
-                args.eval_reference, digest, {self.features: self.network}, side, self.size, self.device, "--eval-reference",
+                args.eval_reference,
+                digest,
+                {self.features: self.network},
+                side,
+                self.size,
+                self.device,
+                "--eval-reference",
                 cache_folder(),
-            )[self.features]  # fmt: skip
+            )[self.features]
             self.identity = {
-                "samples": self.count, "features": self.features, "reference": str(args.eval_reference),
-                "reference_sha256": digest, "path_type": args.path_type, "prediction": args.prediction,
+                "samples": self.count,
+                "features": self.features,
+                "reference": str(args.eval_reference),
+                "reference_sha256": digest,
+                "path_type": args.path_type,
+                "prediction": args.prediction,
                 "solver": self.recipe.solver,
-                "num_steps": self.recipe.num_steps, "cfg_scale": self.recipe.cfg_scale, "labels": self.recipe.labels,
-                "seed": self.recipe.seed, "batch_size": self.size, "dtype": str(dtype).removeprefix("torch."),
+                "num_steps": self.recipe.num_steps,
+                "cfg_scale": self.recipe.cfg_scale,
+                "labels": self.recipe.labels,
+                "seed": self.recipe.seed,
+                "batch_size": self.size,
+                "dtype": str(dtype).removeprefix("torch."),
                 "allow_tf32": args.allow_tf32,
-            }  # fmt: skip
+            }
             if self.held_out:
                 self.identity["held_out"] = self.held_out.identity
 
@@ -103,14 +136,22 @@ class Evaluator:
         labels = self.recipe.classes(torch.arange(self.count), model.config.num_classes).numpy()
         return compare(features, labels, self.reference, self.features, self.device) | loss
 
-    def _batches(self, model: SiT, gather_all: Callable, look: Callable[[], None]) -> Iterator[tuple[Tensor, ...]]:
+    def _batches(
+        self, model: SiT, gather_all: Callable, look: Callable[[], None]
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Features of one batch of each process, in the order of the images; the last is padded with those that follow."""
         step = self.size * self.processes
-        with tqdm(total=self.count, unit="img", desc="evaluating", leave=False, disable=self.rank > 0) as bar:
+        with tqdm(
+            total=self.count, unit="img", desc="evaluating", leave=False, disable=self.rank > 0
+        ) as bar:
             for first in range(0, self.count, step):
                 begin = first + self.rank * self.size
                 index = torch.arange(begin, begin + self.size, device=self.device)
-                images = self.vae.decode(self.recipe.latents(model, index, self.dtype)).permute(0, 3, 1, 2).contiguous()
+                images = (
+                    self.vae.decode(self.recipe.latents(model, index, self.dtype))
+                    .permute(0, 3, 1, 2)
+                    .contiguous()
+                )
                 outputs = self.network(images)
                 yield tuple(gather_all(output) for output in outputs)
                 bar.update(min(step, self.count - first))

@@ -19,7 +19,9 @@ class Guard:
     log brings it over with everything else. Under fp16 the scaler skips overflown gradients itself, as a matter of course:
     there only the losses count, and overflows that lowering the scale does not end."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, fp16: bool, streak: int = 0, overflows: int = 0):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, fp16: bool, streak: int = 0, overflows: int = 0
+    ):
         """streak and overflows: those in a row when the run was saved."""
         self.optimizer, self.fp16, self.streak, self.overflows = optimizer, fp16, streak, overflows
         self.steps: list[int] = []
@@ -30,7 +32,9 @@ class Guard:
         device."""
         bad = ~torch.isfinite(torch.stack((denoising, align, grad_norm)).detach())
         if not self.fp16:
-            self.optimizer.found_inf = bad[2].float()  # a bad loss makes a bad gradient, and DDP makes it everyone's
+            self.optimizer.found_inf = bad[
+                2
+            ].float()  # a bad loss makes a bad gradient, and DDP makes it everyone's
         self.steps.append(step)
         self.verdicts.append(bad.float())
         return 1 - bad.any().float()

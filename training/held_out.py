@@ -17,8 +17,22 @@ from loss import training_losses
 from models.autoencoder import LatentScale
 from models.sit import SiT
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five equal parts: their mean stands for a uniform t
-SAME = ("class_names", "num_classes", "resolution", "latent_shape", "vae_fingerprint", "scale", "shift")
+TIMES = (
+    0.1,
+    0.3,
+    0.5,
+    0.7,
+    0.9,
+)  # the middles of five equal parts: their mean stands for a uniform t
+SAME = (
+    "class_names",
+    "num_classes",
+    "resolution",
+    "latent_shape",
+    "vae_fingerprint",
+    "scale",
+    "shift",
+)
 SEED = 0  # of noise and of the draw from the posterior, whatever the run's
 
 
@@ -37,7 +51,9 @@ class HeldOut:
 
     def check(self, manifest: Manifest, flag: str = "--eval-latents") -> None:
         """Against that of what is trained on. Raises UserError."""
-        different = [key for key in SAME if getattr(self.cache.manifest, key) != getattr(manifest, key)]
+        different = [
+            key for key in SAME if getattr(self.cache.manifest, key) != getattr(manifest, key)
+        ]
         if different:
             raise UserError(
                 f"{flag} {self.root} is not made as --data-dir was: {', '.join(different)} differ; encode it in the same way"
@@ -46,14 +62,24 @@ class HeldOut:
     @property
     def identity(self) -> dict:
         """What decides the numbers besides the network."""
-        digest = hashlib.sha256(json.dumps(self.cache.manifest.shards, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps(self.cache.manifest.shards, sort_keys=True).encode()
+        ).hexdigest()
         return {"latents_sha256": digest, "images": self.count, "times": list(TIMES)}
 
     @torch.no_grad()
     def measure(
-        self, model: SiT, path_type: str, prediction: str, dtype: torch.dtype, size: int, rank: int, processes: int,
-        gather_all: Callable[[Tensor], Tensor], look: Callable[[], None],
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        model: SiT,
+        path_type: str,
+        prediction: str,
+        dtype: torch.dtype,
+        size: int,
+        rank: int,
+        processes: int,
+        gather_all: Callable[[Tensor], Tensor],
+        look: Callable[[], None],
+    ) -> dict[str, float]:
         """Mean over images and TIMES, and that of each time: {"held_out": ..., "held_out_0.1": ...}.
 
         The average is asked with the images' own classes, and its products are of `dtype`; `size` images at a time.
@@ -71,12 +97,18 @@ class HeldOut:
             if len(index):
                 moments, labels = (tensor.to(device) for tensor in self.cache.gather(index.numpy()))
                 number = index.to(device)
-                latent = self.scale.sample(moments, normal(SEED, Purpose.POSTERIOR, number, shape).float())
+                latent = self.scale.sample(
+                    moments, normal(SEED, Purpose.POSTERIOR, number, shape).float()
+                )
                 for k, t in enumerate(TIMES):
                     noise = normal(SEED, Purpose.NOISE, number, shape, draw=k).float()
                     at = torch.full((len(index),), t, device=device)
-                    terms = training_losses(network, PATHS[path_type], prediction, latent, labels, noise, at)
+                    terms = training_losses(
+                        network, PATHS[path_type], prediction, latent, labels, noise, at
+                    )
                     sums[0, k] += terms.denoising.double().sum()
             look()
         means = (gather_all(sums).sum(0) / self.count).tolist()
-        return {"held_out": sum(means) / len(means)} | {f"held_out_{t}": mean for t, mean in zip(TIMES, means)}
+        return {"held_out": sum(means) / len(means)} | {
+            f"held_out_{t}": mean for t, mean in zip(TIMES, means)
+        }

@@ -34,7 +34,9 @@ class Log:
         their name behind."""
         names = ["loss", "denoising"]
         for i, method in enumerate(methods):
-            names += [f"{name}_{method}" if i else name for name in ("align", "cosine", "token_norm")]
+            names += [
+                f"{name}_{method}" if i else name for name in ("align", "cosine", "token_norm")
+            ]
         return [*names, "grad_norm"]
 
     def __init__(
@@ -51,9 +53,17 @@ class Log:
     ):
         """utilisation is the mfu that one image a second would be; reduce(tensor, "mean") averages over processes; the
         tracker has log(row, step), image(path, step) and finish()."""
-        self.args, self.folder, self.main, self.reduce, self.tracker = args, folder, main, reduce, tracker
+        self.args, self.folder, self.main, self.reduce, self.tracker = (
+            args,
+            folder,
+            main,
+            reduce,
+            tracker,
+        )
         self.terms = self.names([] if args.align == ["none"] else args.align)
-        self.sums = torch.tensor(state.extra.get("log_sums", [0.0] * len(self.terms)), device=device)
+        self.sums = torch.tensor(
+            state.extra.get("log_sums", [0.0] * len(self.terms)), device=device
+        )
         self.good = torch.tensor(state.extra.get("log_good", 0.0), device=device)
         self.skipped = state.extra.get("log_skipped", 0)
         self.guard, self.utilisation, self.waited = guard, utilisation, 0.0
@@ -64,7 +74,14 @@ class Log:
         if main:
             self._take_up(state.step, state.extra.get("log_waiting", ""))
             total, done = args.max_train_steps * args.batch_size, state.step * args.batch_size
-            self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc=args.exp_name, smoothing=0.05)
+            self.bar = tqdm(
+                total=total,
+                initial=done,
+                unit="img",
+                unit_scale=True,
+                desc=args.exp_name,
+                smoothing=0.05,
+            )
 
     def _take_up(self, step: int, waiting: str) -> None:
         """A run that stopped after its last checkpoint repeats some steps: their old lines go. Those come back that waited in
@@ -94,21 +111,32 @@ class Log:
         self._hear_guard()
         sums, good = self._reduced()
         now = time.perf_counter()
-        means = dict.fromkeys(self.names(["none"]))  # so that every run's lines have the same first columns
+        means = dict.fromkeys(
+            self.names(["none"])
+        )  # so that every run's lines have the same first columns
         means |= {key: total / good if good else None for key, total in zip(self.terms, sums)}
-        row = {"step": step, "images": step * self.args.batch_size, **means, "skipped": self.skipped}
+        row = {
+            "step": step,
+            "images": step * self.args.batch_size,
+            **means,
+            "skipped": self.skipped,
+        }
         row |= self._gauges(step - self.clock_step, now - self.clock)
         self.clock, self.clock_step, self.skipped, self.waited = now, step, 0, 0.0
         self.sums.zero_()
         self.good.zero_()
         if self.main:
             self._append(row)
-            self.bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if value is not None})
+            self.bar.set_postfix(
+                {key: f"{value:.4f}" for key, value in means.items() if value is not None}
+            )
             self._track("log", row, step)
 
     def _append(self, row: dict) -> None:
         if not self.lines.append(json.dumps(row) + "\n"):
-            self.say(f"could not write to {self.lines.path}: its lines wait in memory, training goes on")
+            self.say(
+                f"could not write to {self.lines.path}: its lines wait in memory, training goes on"
+            )
 
     def _track(self, method: str, *args: Any) -> None:
         """Tells the tracker; one that fails is let go, and training goes on."""
@@ -118,7 +146,9 @@ class Log:
         except Exception as error:  # whatever a service far away may raise
             self.tracker = None
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.say(f"--report-to {self.args.report_to} failed ({reason}): training goes on without it, metrics.jsonl has all")
+            self.say(
+                f"--report-to {self.args.report_to} failed ({reason}): training goes on without it, metrics.jsonl has all"
+            )
 
     def _gauges(self, steps: int, seconds: float) -> dict[str, float]:
         """step_s: seconds a step, of which the host waited data_s for batches, and compute_s is the rest (a GPU may have been
@@ -126,7 +156,12 @@ class Log:
         fill; peak_memory_gib: of the device, in training. Saving, previews and evaluations do not count."""
         rate = steps * self.args.batch_size / seconds
         step_s, data_s = seconds / steps, self.waited / steps
-        gauges = {"images_per_s": rate, "step_s": step_s, "data_s": data_s, "compute_s": step_s - data_s}
+        gauges = {
+            "images_per_s": rate,
+            "step_s": step_s,
+            "data_s": data_s,
+            "compute_s": step_s - data_s,
+        }
         gauges["mfu"] = rate * self.utilisation
         if self.sums.is_cuda:
             gauges["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.sums.device) / 2**30
@@ -158,11 +193,16 @@ class Log:
         self._hear_guard()
         sums, good = self._reduced()
         if self.main:
-            self.lines.append(sync=True)  # a power cut after the checkpoint must not take lines from before it
+            self.lines.append(
+                sync=True
+            )  # a power cut after the checkpoint must not take lines from before it
         return {
-            "log_sums": sums, "log_good": good, "log_skipped": self.skipped, "log_waiting": self.lines.waiting,
+            "log_sums": sums,
+            "log_good": good,
+            "log_skipped": self.skipped,
+            "log_waiting": self.lines.waiting,
             "bad_in_a_row": (self.guard.streak, self.guard.overflows),
-        }  # fmt: skip
+        }
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -181,12 +221,16 @@ class Log:
         self.say(f"drew {path}")
         self._track("image", path, step)
 
-    def evaluation(self, step: int, decay: float, numbers: dict[str, float | None], identity: dict) -> None:
+    def evaluation(
+        self, step: int, decay: float, numbers: dict[str, float | None], identity: dict
+    ) -> None:
         """The averaged model was measured: a line of its own, with all that identifies the numbers."""
         if self.main:
             row = {"step": step, "images": step * self.args.batch_size, **numbers}
             self._append(row | {"evaluation": {"ema_decay": decay, **identity}})
-            told = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if value is not None)
+            told = ", ".join(
+                f"{key} {value:.4g}" for key, value in numbers.items() if value is not None
+            )
             self.say(f"step {step:,}, EMA {decay}: {told}")
             name = "eval" if decay == self.args.ema_decay[0] else f"eval-ema{decay}"
             self._track("log", {f"{name}/{key}": value for key, value in numbers.items()}, step)
@@ -196,7 +240,10 @@ class Log:
         if self.main:
             self.bar.close()
             if not self.lines.append() or not self.text.append():
-                print(f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written", file=sys.stderr)
+                print(
+                    f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written",
+                    file=sys.stderr,
+                )
             self._track("finish")
 
 
@@ -205,9 +252,17 @@ def read_rows(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 def evaluated(folder: Path, step: int) -> set[float]:
     """The --ema-decay of which metrics.jsonl holds an evaluation at this step."""
-    return {row["evaluation"]["ema_decay"] for row in read_rows(folder) if row["step"] == step and "evaluation" in row}
+    return {
+        row["evaluation"]["ema_decay"]
+        for row in read_rows(folder)
+        if row["step"] == step and "evaluation" in row
+    }

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-PATIENCE = timedelta(hours=2)  # how long the others wait while the first process draws, measures or saves
+PATIENCE = timedelta(
+    hours=2
+)  # how long the others wait while the first process draws, measures or saves
 STOPPED = 75  # exit code of a run that a signal asked to stop: EX_TEMPFAIL, start it again
 
 

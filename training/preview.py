@@ -20,8 +20,15 @@ class Preview:
 
     rows, columns, num_steps = 10, 8, 50
 
-    def __init__(self, args: argparse.Namespace, manifest: Manifest, folder: Path, vae: Autoencoder):
-        self.vae, self.folder, self.cfg_scale, device = vae, folder, args.preview_cfg_scale, vae.vae.device
+    def __init__(
+        self, args: argparse.Namespace, manifest: Manifest, folder: Path, vae: Autoencoder
+    ):
+        self.vae, self.folder, self.cfg_scale, device = (
+            vae,
+            folder,
+            args.preview_cfg_scale,
+            vae.vae.device,
+        )
         self.path, self.prediction = PATHS[args.path_type], args.prediction
         rows = min(self.rows, manifest.num_classes)
         classes = torch.linspace(0, manifest.num_classes - 1, rows).round().long()
@@ -33,11 +40,16 @@ class Preview:
     @torch.no_grad()
     def draw(self, ema: SiT, step: int, name: str = "") -> Path:
         """Euler ODE, then the VAE; returns the picture's path."""
-        network, ends = velocity_model(ema, self.path, self.prediction), interval(self.path, self.prediction)
+        network, ends = (
+            velocity_model(ema, self.path, self.prediction),
+            interval(self.path, self.prediction),
+        )
         velocity = guided(network, self.labels, ema.config.num_classes, self.cfg_scale)
         latents = ode(velocity, self.start, self.num_steps, path=self.path, ends=ends)
         images = self.vae.decode(latents).cpu().numpy()
-        rows = list(zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:])))
+        rows = list(
+            zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:]))
+        )
         path = preview_path(self.folder, step, name)
         title = f"EMA{name.replace('-ema', ' ')} at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"
         save_png(labelled_grid(rows, title), path)
@@ -54,7 +66,9 @@ def load_vae(name: str, manifest: Manifest, device: torch.device) -> Autoencoder
     try:
         vae = Autoencoder(name, device)
     except FileNotFoundError as error:
-        raise UserError(f"{error}; or train without previews and evaluation: --sampling-steps 0 --eval-every 0") from None
+        raise UserError(
+            f"{error}; or train without previews and evaluation: --sampling-steps 0 --eval-every 0"
+        ) from None
     if vae.fingerprint() != manifest.vae_fingerprint:
         raise UserError(
             f"--vae {name} is not the VAE that made the cache ({manifest.vae}): its weights differ, so would the colours"

@@ -18,14 +18,21 @@ class Monitor:
     """A preview every --sampling-steps, an evaluation every --eval-every, of each average, and both at the end."""
 
     def __init__(
-        self, args: argparse.Namespace, log: Log, preview: Preview | None, evaluator: Evaluator | None,
-        start: int, measured: set[float],
-    ):  # fmt: skip
+        self,
+        args: argparse.Namespace,
+        log: Log,
+        preview: Preview | None,
+        evaluator: Evaluator | None,
+        start: int,
+        measured: set[float],
+    ):
         """measured: the averages whose evaluation at step `start` the run had when it was started."""
         self.args, self.log, self.preview, self.evaluator = args, log, preview, evaluator
         self.measured = {(start, decay) for decay in measured}
 
-    def look(self, state: TrainState, gather: Callable[[Tensor], Tensor], stopped: Callable[[], bool]) -> bool:
+    def look(
+        self, state: TrainState, gather: Callable[[Tensor], Tensor], stopped: Callable[[], bool]
+    ) -> bool:
         """Does what is due at this step and not done yet. Called by all processes; gather stacks a tensor of each. Returns
         False if `stopped` cut it short."""
         args, step = self.args, state.step

@@ -22,7 +22,7 @@ from checkpointing.storage import (
     reason,
     remove_checkpoint,
     save_tensors,
-)  # fmt: skip
+)
 from common.files import fsync, sha256, write_file
 
 
@@ -34,11 +34,15 @@ class TrainState:
     emas: list[nn.Module]  # one for each --ema-decay; the first is the run's own
     optimizer: torch.optim.Optimizer
     step: int = 0
-    extra: dict = field(default_factory=dict)  # plain numbers: the scaler's state, the log's running sums
+    extra: dict = field(
+        default_factory=dict
+    )  # plain numbers: the scaler's state, the log's running sums
 
     def snapshot(self, config: dict) -> "Snapshot":
         """Copies all of it to host memory; this is the only part of saving that training waits for."""
-        *emas, model, optimizer = (_to_host(part.state_dict()) for part in (*self.emas, self.model, self.optimizer))
+        *emas, model, optimizer = (
+            _to_host(part.state_dict()) for part in (*self.emas, self.model, self.optimizer)
+        )
         return Snapshot(self.step, config, emas, model, optimizer, dict(self.extra))
 
     def load(self, checkpoint: Path, progress: dict) -> None:
@@ -50,9 +54,13 @@ class TrainState:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in load_tensors(checkpoint / "optimizer.safetensors").items():
             i, key = name.split(".", 1)
-            moments.setdefault(int(i), {})[key] = tensor.clone()  # the optimizer keeps what it is given
+            moments.setdefault(int(i), {})[key] = (
+                tensor.clone()
+            )  # the optimizer keeps what it is given
         self.extra = dict(progress)
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.extra.pop("param_groups")})
+        self.optimizer.load_state_dict(
+            {"state": moments, "param_groups": self.extra.pop("param_groups")}
+        )
         self.step = self.extra.pop("step")
 
 
@@ -72,15 +80,33 @@ class Snapshot:
         final = run / "checkpoints" / f"{self.step:07d}"
         partial = hidden(final, "partial")
         shutil.rmtree(partial, ignore_errors=True)
-        emas = {ema_name(self.config, decay): ema for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True)}
-        moments = {f"{i}.{key}": value for i, state in self.optimizer["state"].items() for key, value in state.items()}
+        emas = {
+            ema_name(self.config, decay): ema
+            for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True)
+        }
+        moments = {
+            f"{i}.{key}": value
+            for i, state in self.optimizer["state"].items()
+            for key, value in state.items()
+        }
         try:
             write_file(partial / "config.json", json.dumps(self.config, indent=2).encode())
-            for name, tensors in {**emas, "model.safetensors": self.model, "optimizer.safetensors": moments}.items():
+            for name, tensors in {
+                **emas,
+                "model.safetensors": self.model,
+                "optimizer.safetensors": moments,
+            }.items():
                 save_tensors(tensors, partial / name)
-            progress = {"step": self.step, "param_groups": self.optimizer["param_groups"], **self.extra}
+            progress = {
+                "step": self.step,
+                "param_groups": self.optimizer["param_groups"],
+                **self.extra,
+            }
             progress["sha256"] = {file.name: sha256(file) for file in sorted(partial.iterdir())}
-            write_file(partial / "progress.json", json.dumps(progress | {"digest": digest(progress)}).encode())
+            write_file(
+                partial / "progress.json",
+                json.dumps(progress | {"digest": digest(progress)}).encode(),
+            )
             if final.exists():
                 remove_checkpoint(final)
             partial.rename(final)
@@ -98,7 +124,12 @@ class Writer:
 
     def __init__(self, run: Path, config: dict, keep_last: int = 0, milestone_steps: int = 0):
         """config goes into config.json; keep_last 0 keeps all; a multiple of milestone_steps is never removed."""
-        self.run, self.config, self.keep_last, self.milestone_steps = run, config, keep_last, milestone_steps
+        self.run, self.config, self.keep_last, self.milestone_steps = (
+            run,
+            config,
+            keep_last,
+            milestone_steps,
+        )
         self.thread: threading.Thread | None = None
         self.messages: list[str] = []
         self.problem = ""  # what went wrong with the last save
@@ -134,7 +165,9 @@ class Writer:
             saved = snapshot.write(self.run)
         except Exception as error:  # whatever it is, the training thread must hear of it
             self.problem = reason(error)
-            self.messages.append(f"could not save step {snapshot.step:,}: {self.problem}; training goes on and tries again")
+            self.messages.append(
+                f"could not save step {snapshot.step:,}: {self.problem}; training goes on and tries again"
+            )
             return
         self.messages.append(f"saved {saved}")
         for folder in checkpoints(self.run)[: -self.keep_last] if self.keep_last else []:
@@ -149,7 +182,11 @@ class EMA:
     """Exponential moving average of a module's trained parameters: one multi-tensor update, in the parameters' float32."""
 
     def __init__(self, ema: nn.Module, model: nn.Module, decay: float):
-        pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+        pairs = [
+            (e, p)
+            for e, p in zip(ema.parameters(), model.parameters(), strict=True)
+            if p.requires_grad
+        ]
         self.ema, self.model = ([e for e, _ in pairs], [p for _, p in pairs])
         self.average = get_ema_multi_avg_fn(decay)
 

@@ -35,7 +35,12 @@ def test_zip_is_edms_with_rgb_pngs():
         assert len(content["labels"]) == 10_000 and content["class_names"] == CLASS_NAMES
         name, label = content["labels"][1234]
         image = Image.open(io.BytesIO(archive.read(name)))
-        assert (image.format, image.mode, image.size, name.split("/")[0]) == ("PNG", "RGB", (32, 32), str(label))
+        assert (image.format, image.mode, image.size, name.split("/")[0]) == (
+            "PNG",
+            "RGB",
+            (32, 32),
+            str(label),
+        )
     counts = np.bincount([label for _, label in content["labels"]])
     assert counts.tolist() == [1000] * 10
 
@@ -54,7 +59,9 @@ def test_vae_and_latents_are_as_good_as_stated(some):
     stated = json.loads((FOLDER / "figures.json").read_text())["vae_psnr_db_of_mean_error"]
     measured = psnr(((decoded.float() - images.float()) / 127.5).square().mean().item())
     assert measured == pytest.approx(stated, abs=0.5) and stated >= 26
-    latent = vae.scale.normalize(mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
+    latent = vae.scale.normalize(
+        mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    )
     assert latent.std().item() == pytest.approx(1, abs=0.03)
 
 
@@ -63,12 +70,20 @@ def test_classifier_is_as_good_as_stated(some):
     stated = json.loads((FOLDER / "figures.json").read_text())["classifier_accuracy"]
     features, logits = load_classifier()(images)
     assert features.shape == (500, 128)
-    assert (logits.argmax(1) == labels).float().mean().item() == pytest.approx(stated, abs=0.03) and stated >= 0.91
+    assert (logits.argmax(1) == labels).float().mean().item() == pytest.approx(
+        stated, abs=0.03
+    ) and stated >= 0.91
 
 
 def test_readme_states_the_figures():
-    text, figures = (FOLDER / "README.md").read_text(), json.loads((FOLDER / "figures.json").read_text())
-    assert f"{figures['vae_psnr_db_of_mean_error']:.2f} dB" in text and f"{figures['classifier_accuracy']:.1%}" in text
+    text, figures = (
+        (FOLDER / "README.md").read_text(),
+        json.loads((FOLDER / "figures.json").read_text()),
+    )
+    assert (
+        f"{figures['vae_psnr_db_of_mean_error']:.2f} dB" in text
+        and f"{figures['classifier_accuracy']:.1%}" in text
+    )
     assert re.search(r"Permission is hereby granted", (FOLDER / "LICENSE").read_text())
 
 

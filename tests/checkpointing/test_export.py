@@ -24,8 +24,15 @@ def run(tmp_path_factory, trained):
     folder = run / "checkpoints/0000002"
     generator, state = torch.Generator().manual_seed(0), load_file(folder / "ema.safetensors")
     for name in ("ema", "ema-0.5"):
-        random = {key: torch.randn(value.shape, generator=generator) for key, value in state.items() if "pos" not in key}
-        save_file({**state, **{key: state[key] + 0.1 * value for key, value in random.items()}}, folder / f"{name}.safetensors")
+        random = {
+            key: torch.randn(value.shape, generator=generator)
+            for key, value in state.items()
+            if "pos" not in key
+        }
+        save_file(
+            {**state, **{key: state[key] + 0.1 * value for key, value in random.items()}},
+            folder / f"{name}.safetensors",
+        )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "ema_decay": [0.9, 0.5]}))
     return run
@@ -35,7 +42,16 @@ def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
     """The images are the run's, the card has the numbers of these weights, and its lines for diffusers make our latents."""
 
     def sample(ckpt, name):
-        flags = ["--num-fid-samples", 6, "--per-proc-batch-size", 6, "--num-steps", 2, "--mode", "ode"]
+        flags = [
+            "--num-fid-samples",
+            6,
+            "--per-proc-batch-size",
+            6,
+            "--num-steps",
+            2,
+            "--mode",
+            "ode",
+        ]
         code, out = call(sample_ddp, "--ckpt", ckpt, "--sample-dir", run, "--name", name, *flags)
         assert code == 0, out
         with np.load(run / f"{name}.npz") as content:
@@ -52,7 +68,11 @@ def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
 
     card = (to / "README.md").read_text()
     distance = json.loads((run / "s.metrics.json").read_text())["metrics"]["FD-fashion"]
-    assert f"FD-fashion {distance:.4g}" in card and "123" not in card and "2 steps of 8 images: 16 images seen" in card
+    assert (
+        f"FD-fashion {distance:.4g}" in card
+        and "123" not in card
+        and "2 steps of 8 images: 16 images seen" in card
+    )
     assert str(run.parent) not in card
     (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
     assert 'here = "."' in code and "steps = torch.tensor([0, 1, 2]), 1.5, 50" in code
@@ -73,14 +93,20 @@ def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
 def test_diffusers_form_is_the_same_function_whatever_the_sizes():
     """The epsilon of norms makes 1e-6 of the velocity, too little to be told from rounding: looked at by itself."""
     torch.manual_seed(0)
-    config = SiTConfig(depth=2, width=48, heads=3, patch=4, latent_size=8, channels=3, num_classes=2)
+    config = SiTConfig(
+        depth=2, width=48, heads=3, patch=4, latent_size=8, channels=3, num_classes=2
+    )
     model = SiT(config).requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name != "pos_embed":
             torch.nn.init.normal_(parameter, std=0.1)
     form = diffusers_dit.to_diffusers(model)
     assert diffusers_dit.difference(model, form) < 3e-6
-    assert {module.eps for module in [*model.modules(), *form.modules()] if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+    assert {
+        module.eps
+        for module in [*model.modules(), *form.modules()]
+        if isinstance(module, torch.nn.LayerNorm)
+    } == {1e-6}
     form.proj_out_2.bias += 1e-3
     assert diffusers_dit.difference(model, form) > 1e-4
 
@@ -100,7 +126,9 @@ def test_the_average_asked_for_is_the_one_exported(call, run, tmp_path):
         load(tmp_path / "to")
 
 
-def test_without_the_map_of_frequencies_there_is_no_form_for_diffusers(call, run, tmp_path, monkeypatch):
+def test_without_the_map_of_frequencies_there_is_no_form_for_diffusers(
+    call, run, tmp_path, monkeypatch
+):
     """Their features of time are not ours: 3e-3 apart, and once mapped 1e-7, float32's rounding. A form that differs is not
     written, and an earlier one does not stay."""
     t = torch.linspace(0, 1, 1001)
@@ -113,10 +141,18 @@ def test_without_the_map_of_frequencies_there_is_no_form_for_diffusers(call, run
 
     assert call(export, run, "--to", tmp_path / "to")[0] == 0
     monkeypatch.setattr(diffusers_dit, "TIMESTEPS", 1)
-    monkeypatch.setattr(diffusers_dit, "frequency_map", lambda frequencies: torch.eye(frequencies, dtype=torch.float64))
+    monkeypatch.setattr(
+        diffusers_dit,
+        "frequency_map",
+        lambda frequencies: torch.eye(frequencies, dtype=torch.float64),
+    )
     code, out = call(export, run, "--to", tmp_path / "to")
     assert code == 0 and "no form for diffusers: there its velocities would differ by" in out
-    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["README.md", "config.json", "ema.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
+        "README.md",
+        "config.json",
+        "ema.safetensors",
+    ]
     assert "from_pretrained" not in (tmp_path / "to/README.md").read_text()
 
 
@@ -125,9 +161,11 @@ def test_nothing_of_others_is_written_over(call, run, tmp_path, what):
     (tmp_path / "others").mkdir()
     (tmp_path / "others/thesis.tex").write_text("years")
     to = {
-        "a folder of others": tmp_path / "others", "the run": run, "a checkpoint": run / "checkpoints/0000002",
+        "a folder of others": tmp_path / "others",
+        "the run": run,
+        "a checkpoint": run / "checkpoints/0000002",
         "a file": tmp_path / "others/thesis.tex",
-    }[what]  # fmt: skip
+    }[what]
     before = sorted(path for path in tmp_path.rglob("*"))
     code, out = call(export, run, "--to", to)
     assert code == 2 and f"--to {to}" in out and len(out.strip().splitlines()) == 1

@@ -22,7 +22,9 @@ from models.sit import PRESETS, SiT, SiTConfig
 def network(seed=0, **more) -> SiT:
     """A SiT-Ti/2 of five classes and latents 4x8x8, with random weights that all do something."""
     torch.manual_seed(seed)
-    model = SiT(SiTConfig(**PRESETS["SiT-Ti/2"], **{"latent_size": 8, "num_classes": 5, **more})).requires_grad_(False)
+    model = SiT(
+        SiTConfig(**PRESETS["SiT-Ti/2"], **{"latent_size": 8, "num_classes": 5, **more})
+    ).requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name != "pos_embed":
             nn.init.normal_(parameter, std=0.1)
@@ -34,7 +36,9 @@ def learned_sigma(model: SiT) -> SiT:
     model.final_layer.linear = nn.Linear(128, 2 * 2 * 8).requires_grad_(False)
 
     def unpatchify(tokens):
-        picture = torch.einsum("nhwpqc->nchpwq", tokens.reshape(-1, 4, 4, 2, 2, 8)).reshape(-1, 8, 8, 8)
+        picture = torch.einsum("nhwpqc->nchpwq", tokens.reshape(-1, 4, 4, 2, 2, 8)).reshape(
+            -1, 8, 8, 8
+        )
         return picture.chunk(2, 1)[0]
 
     model.unpatchify = unpatchify
@@ -51,8 +55,14 @@ def official(kind: str, model: SiT) -> dict:
         state = {**state, heads[kind]: torch.ones(2, 2)}
     if kind == "repa":
         state = {f"module.{key}": value for key, value in state.items()}
-    settings = argparse.Namespace(path_type="Linear" if kind == "sit" else "linear", exp_name="x", ema=None)
-    content = {"model": network(seed=9).state_dict(), "ema": state, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}}
+    settings = argparse.Namespace(
+        path_type="Linear" if kind == "sit" else "linear", exp_name="x", ema=None
+    )
+    content = {
+        "model": network(seed=9).state_dict(),
+        "ema": state,
+        "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+    }
     return content | {"args": settings} | ({} if kind == "sit" else {"steps": 40})
 
 
@@ -81,14 +91,22 @@ def test_official_networks_come_out_as_they_are_and_in_our_time(save, kind):
     else:
         assert torch.equal(got.model(x, t, y), theirs(x, t, y))
     assert (got.path_type, got.name, got.class_names) == ("linear", "0000040", list("01234"))
-    assert got.identity["origin"] == origin and got.identity["step"] == (40 if origin in ("repa", "sra") else None)
+    assert got.identity["origin"] == origin and got.identity["step"] == (
+        40 if origin in ("repa", "sra") else None
+    )
     assert got.vae == "stabilityai/sd-vae-ft-ema" and got.vae_fingerprint is None
-    assert not got.model.training and not any(parameter.requires_grad for parameter in got.model.parameters())
+    assert not got.model.training and not any(
+        parameter.requires_grad for parameter in got.model.parameters()
+    )
 
 
 def test_shapes_say_how_many_classes_and_how_large_a_latent(save):
-    got = load(save(official("repa", network(num_classes=3, latent_size=4, channels=2))), model="SiT-Ti/2")
-    assert got.model.config == SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=4, channels=2, num_classes=3)
+    got = load(
+        save(official("repa", network(num_classes=3, latent_size=4, channels=2))), model="SiT-Ti/2"
+    )
+    assert got.model.config == SiTConfig(
+        **PRESETS["SiT-Ti/2"], latent_size=4, channels=2, num_classes=3
+    )
 
 
 def test_turning_time_twice_turns_nothing():
@@ -103,7 +121,9 @@ def test_origin_is_asked_for_only_where_the_file_does_not_tell(save):
     path, (x, t, y) = save(network().state_dict()), inputs()
     with pytest.raises(UserError, match="add --origin"):
         load(path, model="SiT-Ti/2")
-    reversed_, same = (load(path, model="SiT-Ti/2", origin=origin).model(x, t, y) for origin in ("sit", "sra"))
+    reversed_, same = (
+        load(path, model="SiT-Ti/2", origin=origin).model(x, t, y) for origin in ("sit", "sra")
+    )
     torch.testing.assert_close(reversed_, -network()(x, 1 - t, y), rtol=1e-5, atol=1e-5)
     assert torch.equal(same, network()(x, t, y))
 
@@ -111,13 +131,20 @@ def test_origin_is_asked_for_only_where_the_file_does_not_tell(save):
 @pytest.mark.parametrize(
     ("settings", "flag", "expected"),
     [
-        ({}, None, "linear"), ({}, "cosine", "cosine"), ({"path_type": "GVP"}, None, "cosine"),
-        ({"path_type": "cosine"}, "cosine", "cosine"), ({"path_type": "VP"}, None, "vp"),
+        ({}, None, "linear"),
+        ({}, "cosine", "cosine"),
+        ({"path_type": "GVP"}, None, "cosine"),
+        ({"path_type": "cosine"}, "cosine", "cosine"),
+        ({"path_type": "VP"}, None, "vp"),
         ({"path_type": "EDM"}, None, "trained on the path EDM"),
-        ({"path_type": "GVP"}, "linear", "--path-type linear: .* itself that it was trained on the cosine path"),
+        (
+            {"path_type": "GVP"},
+            "linear",
+            "--path-type linear: .* itself that it was trained on the cosine path",
+        ),
         ({"prediction": "noise"}, None, "predicts noise, not velocity"),
     ],
-)  # fmt: skip
+)
 def test_path_is_what_the_file_says_or_else_the_flag(save, settings, flag, expected):
     path = save({**official("repa", network()), "args": argparse.Namespace(**settings)})
     if expected in PATHS:
@@ -135,13 +162,37 @@ def without(content: dict, key: str) -> dict:
     ("change", "flags", "expected"),
     [
         (lambda state: state, {}, "shapes are those of SiT-Ti/2: add --model SiT-Ti/2"),
-        (lambda state: state, {"model": "SiT-B/2"}, "--model SiT-B/2 does not fit .* are those of SiT-Ti/2"),
-        (lambda state: state, {"model": "SiT-Ti/2", "origin": "sit"}, "--origin sit: .* holds what only sra has"),
-        (lambda state: state, {"model": "SiT-Ti/2", "ema_decay": 0.9}, "--ema-decay is for runs of this repository"),
+        (
+            lambda state: state,
+            {"model": "SiT-B/2"},
+            "--model SiT-B/2 does not fit .* are those of SiT-Ti/2",
+        ),
+        (
+            lambda state: state,
+            {"model": "SiT-Ti/2", "origin": "sit"},
+            "--origin sit: .* holds what only sra has",
+        ),
+        (
+            lambda state: state,
+            {"model": "SiT-Ti/2", "ema_decay": 0.9},
+            "--ema-decay is for runs of this repository",
+        ),
         (lambda state: without(state, "pos_embed"), {}, "holds no SiT: there is no pos_embed"),
-        (lambda state: without(state, "blocks.5.mlp.fc1.bias"), {"model": "SiT-Ti/2"}, "cannot be loaded .*fc1.bias"),
-        (lambda state: {**state, "blocks.6.x": torch.ones(1)}, {}, "has 7 blocks of width 128 and patches of 2"),
-        (lambda state: {**state, "blocks.0.attn.q_norm.weight": torch.ones(32)}, {}, "was trained with --qk-norm"),
+        (
+            lambda state: without(state, "blocks.5.mlp.fc1.bias"),
+            {"model": "SiT-Ti/2"},
+            "cannot be loaded .*fc1.bias",
+        ),
+        (
+            lambda state: {**state, "blocks.6.x": torch.ones(1)},
+            {},
+            "has 7 blocks of width 128 and patches of 2",
+        ),
+        (
+            lambda state: {**state, "blocks.0.attn.q_norm.weight": torch.ones(32)},
+            {},
+            "was trained with --qk-norm",
+        ),
         (lambda state: {"note": "x"}, {}, "holds no state dict"),
         (lambda state: [1, 2], {}, "holds no state dict"),
     ],
@@ -160,7 +211,11 @@ class Harmful:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_no_code_in_a_file_is_run(tmp_path, monkeypatch, legacy):
     monkeypatch.chdir(tmp_path)
-    torch.save({"ema": network().state_dict(), "args": Harmful()}, "x.pt", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"ema": network().state_dict(), "args": Harmful()},
+        "x.pt",
+        _use_new_zipfile_serialization=not legacy,
+    )
     with pytest.raises(CheckpointError, match=r"x.pt holds code \(posix.mkdir\)"):
         load(tmp_path / "x.pt", model="SiT-Ti/2")
     assert not (tmp_path / "harm").exists()
@@ -176,19 +231,36 @@ def run(tmp_path, trained):
     folder = run / "checkpoints/0000002"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "ema_decay": [0.9, 0.5]}))
-    save_file({key: 2 * value for key, value in load_file(folder / "ema.safetensors").items()}, folder / "ema-0.5.safetensors")
+    save_file(
+        {key: 2 * value for key, value in load_file(folder / "ema.safetensors").items()},
+        folder / "ema-0.5.safetensors",
+    )
     return run
 
 
 def test_a_run_its_checkpoint_and_its_averages_are_one_thing(run, vae_folder):
     folder = run / "checkpoints/0000002"
     assert find(run) == find(folder) == folder
-    for decay, file, average in ((0.9, "ema.safetensors", ""), (0.5, "ema-0.5.safetensors", "-ema0.5")):
+    for decay, file, average in (
+        (0.9, "ema.safetensors", ""),
+        (0.5, "ema-0.5.safetensors", "-ema0.5"),
+    ):
         expected = load_file(folder / file)
-        for got in (load(run, decay), load(folder, decay), load(folder / file), load(folder / file, decay)):
-            assert all(torch.equal(value, expected[key]) for key, value in got.model.state_dict().items())
+        for got in (
+            load(run, decay),
+            load(folder, decay),
+            load(folder / file),
+            load(folder / file, decay),
+        ):
+            assert all(
+                torch.equal(value, expected[key]) for key, value in got.model.state_dict().items()
+            )
             assert got.name == f"run-0000002{average}" and got.identity["checkpoint"] == str(folder)
-            assert (got.identity["ema_decay"], got.identity["step"], got.identity["images_seen"]) == (decay, 2, 16)
+            assert (
+                got.identity["ema_decay"],
+                got.identity["step"],
+                got.identity["images_seen"],
+            ) == (decay, 2, 16)
     assert (got.path_type, got.vae, len(got.class_names)) == ("linear", str(vae_folder), 3)
     assert load(run).identity["ema_decay"] == 0.9
 
@@ -208,18 +280,33 @@ def test_what_the_network_predicts_reaches_samples_their_record_and_the_export(r
             images[prediction] = content["arr_0"].astype(int)
     assert (images["v"] != images["eps"]).mean() > 0.5
     code, out = call(export, run, "--to", tmp_path / "to")
-    assert code == 0 and "no form for diffusers, whose scheduler takes velocities: this network predicts eps" in out
-    assert not (tmp_path / "to/diffusers").exists() and "noise on the vp path" in (tmp_path / "to/README.md").read_text()
+    assert (
+        code == 0
+        and "no form for diffusers, whose scheduler takes velocities: this network predicts eps"
+        in out
+    )
+    assert (
+        not (tmp_path / "to/diffusers").exists()
+        and "noise on the vp path" in (tmp_path / "to/README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "flags", "expected"),
     [
-        ("", {"model": "SiT-Ti/2"}, "--model is for official .pt files; .* says itself that it is SiT-Ti/2"),
+        (
+            "",
+            {"model": "SiT-Ti/2"},
+            "--model is for official .pt files; .* says itself that it is SiT-Ti/2",
+        ),
         ("", {"origin": "sit"}, "--origin is for official .pt files"),
         ("", {"path_type": "cosine"}, "--path-type is for official .pt files"),
         ("", {"ema_decay": 0.7}, "has no average of --ema-decay 0.7; it has 0.9 0.5"),
-        ("checkpoints/0000002/ema-0.5.safetensors", {"ema_decay": 0.9}, "--ema-decay 0.9: .* is the average of 0.5"),
+        (
+            "checkpoints/0000002/ema-0.5.safetensors",
+            {"ema_decay": 0.9},
+            "--ema-decay 0.9: .* is the average of 0.5",
+        ),
         (
             "checkpoints/0000002/model.safetensors",
             {},

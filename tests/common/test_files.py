@@ -89,7 +89,11 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
 
 
 def test_arrays_are_numpys_files(tmp_path):
-    for array in (np.arange(24, dtype=np.float16).reshape(2, 3, 4), np.arange(6).reshape(2, 3).T, np.empty((0, 4), np.float32)):
+    for array in (
+        np.arange(24, dtype=np.float16).reshape(2, 3, 4),
+        np.arange(6).reshape(2, 3).T,
+        np.empty((0, 4), np.float32),
+    ):
         digest = write_array(tmp_path / "ours.npy", array)
         np.save(tmp_path / "numpys.npy", np.ascontiguousarray(array))
         assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
@@ -104,7 +108,9 @@ def test_an_npz_of_statistics_alone_holds_no_images(tmp_path):
 
 @pytest.mark.parametrize("shape", [(0, 3, 2), (7, 3, 2), (12345, 1)])
 def test_an_array_that_grows_is_numpys_file_and_appears_when_it_is_finished(tmp_path, shape):
-    array = np.arange(np.prod(shape), dtype=np.uint8 if len(shape) == 3 else np.int64).reshape(shape)
+    array = np.arange(np.prod(shape), dtype=np.uint8 if len(shape) == 3 else np.int64).reshape(
+        shape
+    )
     np.save(tmp_path / "numpys.npy", array)
     growing = files.GrowingArray(tmp_path / "ours.npy", array.dtype, shape[1:])
     for part in np.array_split(array, 3):

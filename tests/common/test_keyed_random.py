@@ -25,7 +25,9 @@ def test_philox_gives_the_authors_known_answers():
 
 def test_an_index_gets_its_numbers_whatever_the_batch():
     whole = normal(3, Purpose.NOISE, torch.arange(50), (4, 3, 3))
-    pieces = [normal(3, Purpose.NOISE, torch.tensor(part), (4, 3, 3)) for part in ([7], [49, 0, 12])]
+    pieces = [
+        normal(3, Purpose.NOISE, torch.tensor(part), (4, 3, 3)) for part in ([7], [49, 0, 12])
+    ]
     assert torch.equal(pieces[0], whole[[7]]) and torch.equal(pieces[1], whole[[49, 0, 12]])
 
 
@@ -33,7 +35,11 @@ def test_seed_purpose_index_and_draw_each_matter():
     index = torch.tensor([5, 5 + 2**32])
     base = uniform(0, Purpose.TIME, index)
     assert base[0] != base[1]
-    for other in (uniform(1, Purpose.TIME, index), uniform(0, Purpose.CLASS, index), uniform(0, Purpose.TIME, index, draw=1)):
+    for other in (
+        uniform(1, Purpose.TIME, index),
+        uniform(0, Purpose.CLASS, index),
+        uniform(0, Purpose.TIME, index, draw=1),
+    ):
         assert not torch.isclose(base, other).any()
 
 

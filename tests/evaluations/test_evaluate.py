@@ -55,9 +55,13 @@ def inception_weights(tmp_path_factory):
 def test_inception_features_are_torch_fidelitys_with_adms_spatial_tap(inception_weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     pool, spatial, probabilities = InceptionFeatures(inception_weights)(images)
-    oracle = FeatureExtractorInceptionV3("oracle", ["2048", "logits_unbiased"], str(inception_weights))
+    oracle = FeatureExtractorInceptionV3(
+        "oracle", ["2048", "logits_unbiased"], str(inception_weights)
+    )
     kept = {}
     oracle.Mixed_6d.register_forward_pre_hook(lambda module, inputs: kept.update(x=inputs[0]))
     features, logits = oracle(images)
@@ -65,7 +69,9 @@ def test_inception_features_are_torch_fidelitys_with_adms_spatial_tap(inception_
     torch.testing.assert_close(probabilities, torch.softmax(logits, 1))
     conv = oracle.Mixed_6d.branch1x1
     by_hand = torch.relu(conv.bn(conv.conv(kept["x"])))  # mixed_6/conv, 17 x 17 x 192
-    expected = [by_hand[:, c, y, x] for y in range(17) for x in range(17) for c in range(7)]  # NHWC: the channel runs fastest
+    expected = [
+        by_hand[:, c, y, x] for y in range(17) for x in range(17) for c in range(7)
+    ]  # NHWC: the channel runs fastest
     torch.testing.assert_close(spatial, torch.stack(expected, 1))
     assert spatial.count_nonzero() > 100
 
@@ -75,15 +81,30 @@ def test_inception_metrics_against_images_and_against_statistics(call, tmp_path,
     write_samples(tmp_path / "s.npz", 6)
     others = write_samples(tmp_path / "r.npz", 5, seed=1)
     flags = [tmp_path / "s.npz", "--inception-weights", inception_weights]
-    code, out = call(evaluate, *flags, "--reference", tmp_path / "r.npz", "--out", tmp_path / "images.json")
+    code, out = call(
+        evaluate, *flags, "--reference", tmp_path / "r.npz", "--out", tmp_path / "images.json"
+    )
     assert code == 0 and "FID" in out and "FD-fashion" not in out
     numbers = json.loads((tmp_path / "images.json").read_text())["metrics"]
     assert numbers["inception_score"] >= 1 and 0 <= numbers["precision"] <= 1
 
-    pool, spatial, _ = (x.numpy() for x in InceptionFeatures(inception_weights)(torch.from_numpy(others).permute(0, 3, 1, 2)))
+    pool, spatial, _ = (
+        x.numpy()
+        for x in InceptionFeatures(inception_weights)(torch.from_numpy(others).permute(0, 3, 1, 2))
+    )
     (mu, sigma), (mu_s, sigma_s) = statistics(pool), statistics(spatial)
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    assert call(evaluate, *flags, "--reference", tmp_path / "stats.npz", "--out", tmp_path / "stats.json")[0] == 0
+    assert (
+        call(
+            evaluate,
+            *flags,
+            "--reference",
+            tmp_path / "stats.npz",
+            "--out",
+            tmp_path / "stats.json",
+        )[0]
+        == 0
+    )
     again = json.loads((tmp_path / "stats.json").read_text())["metrics"]
     assert numbers["FID"] > 0 and again["FID"] == pytest.approx(numbers["FID"], rel=1e-4)
     assert numbers["sFID"] > 0 and again["sFID"] == pytest.approx(numbers["sFID"], rel=1e-4)
@@ -95,23 +116,43 @@ def test_fashion_against_a_tree_of_images(call, tmp_path):
     record = {"solver": "euler", "num_steps": 5, "cfg_scale": 1.5, "global_seed": 3}
     (tmp_path / "s.json").write_text(json.dumps(record | {"class_names": []}))
     reference = make_tree(tmp_path / "tree", images=30)
-    code, out = call(evaluate, tmp_path / "s.npz", "--reference", reference, "--features", "fashion")
+    code, out = call(
+        evaluate, tmp_path / "s.npz", "--reference", reference, "--features", "fashion"
+    )
     assert code == 0 and "FD-fashion" in out and "FID" not in out
     result = json.loads((tmp_path / "s.metrics.json").read_text())
     assert result["sampling"] == record
-    assert (result["count"], len(result["reference_sha256"]), len(result["samples_sha256"])) == (40, 64, 64)
+    assert (result["count"], len(result["reference_sha256"]), len(result["samples_sha256"])) == (
+        40,
+        64,
+        64,
+    )
     assert "FID" not in result["metrics"]
     scores = load_classifier()(torch.from_numpy(samples).permute(0, 3, 1, 2))[1].argmax(1)
-    assert result["metrics"]["class_agreement"] == pytest.approx((scores == torch.arange(40) % 10).float().mean().item())
+    assert result["metrics"]["class_agreement"] == pytest.approx(
+        (scores == torch.arange(40) % 10).float().mean().item()
+    )
 
 
 def test_samples_against_themselves(call, tmp_path, monkeypatch):
     write_samples(tmp_path / "s.npz", labels=False)
-    assert call(evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion")[0] == 0
+    assert (
+        call(
+            evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion"
+        )[0]
+        == 0
+    )
     metrics = json.loads((tmp_path / "s.metrics.json").read_text())["metrics"]
     assert metrics["FD-fashion"] == pytest.approx(0, abs=1e-4)
-    monkeypatch.setattr(evaluate, "extract_all", None)  # the same samples and reference again: nothing is done twice
-    assert call(evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion")[0] == 0
+    monkeypatch.setattr(
+        evaluate, "extract_all", None
+    )  # the same samples and reference again: nothing is done twice
+    assert (
+        call(
+            evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion"
+        )[0]
+        == 0
+    )
     assert (metrics["precision"], metrics["recall"], metrics["class_agreement"]) == (1, 1, None)
 
 
@@ -123,12 +164,21 @@ def test_a_reference_is_looked_at_once(call, tmp_path, monkeypatch):
     write_samples(tmp_path / "a.npz")
     write_samples(tmp_path / "b.npz", seed=1)
     write_samples(tmp_path / "r.npz", seed=2)
-    flags = ["--reference", tmp_path / "r.npz", "--features", "fashion", "--cache-dir", tmp_path / "cache"]
+    flags = [
+        "--reference",
+        tmp_path / "r.npz",
+        "--features",
+        "fashion",
+        "--cache-dir",
+        tmp_path / "cache",
+    ]
     assert call(evaluate, tmp_path / "a.npz", *flags)[0] == 0
     (kept,) = (tmp_path / "cache").iterdir()
     looked = []
     extract_all = reference_features.extract_all
-    monkeypatch.setattr(reference_features, "extract_all", lambda *args: looked.append(1) or extract_all(*args))
+    monkeypatch.setattr(
+        reference_features, "extract_all", lambda *args: looked.append(1) or extract_all(*args)
+    )
     assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and not looked
     fresh = ["--cache-dir", tmp_path / "other", "--out", tmp_path / "fresh.json"]
     assert call(evaluate, tmp_path / "b.npz", *flags, *fresh)[0] == 0 and len(looked) == 1
@@ -137,8 +187,13 @@ def test_a_reference_is_looked_at_once(call, tmp_path, monkeypatch):
     (tmp_path / "b.metrics.json").unlink()
     assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and len(looked) == 2
     assert metrics(tmp_path / "b.metrics.json") == metrics(tmp_path / "fresh.json")
-    write_samples(tmp_path / "r.npz", seed=3)  # other images under the same name are another reference
-    assert call(evaluate, tmp_path / "b.npz", *flags, "--out", tmp_path / "o.json")[0] == 0 and len(looked) == 3
+    write_samples(
+        tmp_path / "r.npz", seed=3
+    )  # other images under the same name are another reference
+    assert (
+        call(evaluate, tmp_path / "b.npz", *flags, "--out", tmp_path / "o.json")[0] == 0
+        and len(looked) == 3
+    )
     assert metrics(tmp_path / "o.json") != metrics(tmp_path / "fresh.json")
 
 
@@ -170,7 +225,11 @@ def test_numbers_of_another_evaluation_are_not_written_over(call, tmp_path):
     assert code == 2 and "another evaluation (reference_sha256 differ)" in out
     (tmp_path / "notes.json").write_text('{"mine": 1}')
     code, out = call(evaluate, *flags, tmp_path / "b.npz", "--out", tmp_path / "notes.json")
-    assert code == 2 and "is no metrics.json" in out and "mine" in (tmp_path / "notes.json").read_text()
+    assert (
+        code == 2
+        and "is no metrics.json" in out
+        and "mine" in (tmp_path / "notes.json").read_text()
+    )
     write_samples(tmp_path / "s.npz", seed=3)  # other samples in their place are measured anew
     assert call(evaluate, *flags, tmp_path / "a.npz")[0] == 0
 
@@ -178,7 +237,15 @@ def test_numbers_of_another_evaluation_are_not_written_over(call, tmp_path):
 def test_two_processes_measure_what_one_does(call, tmp_path):
     write_samples(tmp_path / "s.npz", n=300)
     write_samples(tmp_path / "r.npz", n=130, seed=1)
-    flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--features", "fashion", "--batch-size", 16]
+    flags = [
+        tmp_path / "s.npz",
+        "--reference",
+        tmp_path / "r.npz",
+        "--features",
+        "fashion",
+        "--batch-size",
+        16,
+    ]
     flags += ["--cache-dir", tmp_path / "none", "--out"]
     ranks(2, "evaluations.evaluate", *flags, tmp_path / "two.json")
     shutil.rmtree(tmp_path / "none")
@@ -194,29 +261,52 @@ def test_two_processes_measure_what_one_does(call, tmp_path):
 def test_a_packed_npz_is_read_like_a_plain_one(tmp_path):
     images = write_samples(tmp_path / "plain.npz", n=50)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
-    plain, packed = (Npz(tmp_path / f"{name}.npz", "samples").images() for name in ("plain", "packed"))
+    plain, packed = (
+        Npz(tmp_path / f"{name}.npz", "samples").images() for name in ("plain", "packed")
+    )
     assert plain.map is not None and packed.map is None
     with ThreadPoolExecutor(4) as pool:  # as sample_ddp.py reads it
         parts = pool.map(lambda k: packed.rows(k, k + 1)[0], [i % 50 for i in range(0, 2000, 7)])
-        assert all(np.array_equal(part, images[i % 50]) for part, i in zip(parts, range(0, 2000, 7)))
+        assert all(
+            np.array_equal(part, images[i % 50]) for part, i in zip(parts, range(0, 2000, 7))
+        )
     for start, stop in ((0, 8), (8, 16), (40, 56), (4, 9)):
         expected = images[start:stop].transpose(0, 3, 1, 2)
-        assert np.array_equal(plain.batch(start, stop), expected) and np.array_equal(packed.batch(start, stop), expected)
+        assert np.array_equal(plain.batch(start, stop), expected) and np.array_equal(
+            packed.batch(start, stop), expected
+        )
 
 
 def test_a_reference_in_adms_format_is_of_all_images(call, tmp_path, inception_weights):
     make_tree(tmp_path / "tree", images=9, side=40)
     common = ["--inception-weights", inception_weights, "--batch-size", 4]
-    made = ["--images", tmp_path / "tree", "--resolution", 32, "--out", tmp_path / "r.npz", "--keep-images", 5, *common]
+    made = [
+        "--images",
+        tmp_path / "tree",
+        "--resolution",
+        32,
+        "--out",
+        tmp_path / "r.npz",
+        "--keep-images",
+        5,
+        *common,
+    ]
     code, out = call(reference, *made)
     assert code == 0 and "statistics of 9 images, 5 of them kept" in out, out
     source = open_images(tmp_path / "tree", 32, "--images")
-    pool, spatial, _ = (x.numpy() for x in InceptionFeatures(inception_weights)(torch.from_numpy(source.batch(0, 9))))
+    pool, spatial, _ = (
+        x.numpy()
+        for x in InceptionFeatures(inception_weights)(torch.from_numpy(source.batch(0, 9)))
+    )
     with np.load(tmp_path / "r.npz") as content:
         for key, features in (("", pool), ("_s", spatial)):
             np.testing.assert_allclose(content[f"mu{key}"], features.mean(0), rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(content[f"sigma{key}"], np.cov(features, rowvar=False), rtol=1e-2, atol=1e-5)
-        kept = np.concatenate([source.batch(i, i + 1) for i in (0, 2, 4, 6, 8)]).transpose(0, 2, 3, 1)
+            np.testing.assert_allclose(
+                content[f"sigma{key}"], np.cov(features, rowvar=False), rtol=1e-2, atol=1e-5
+            )
+        kept = np.concatenate([source.batch(i, i + 1) for i in (0, 2, 4, 6, 8)]).transpose(
+            0, 2, 3, 1
+        )
         assert np.array_equal(content["arr_0"], kept)
     assert call(reference, *made)[0] == 2  # nothing is overwritten
     code, out = call(reference, *made, "--out", tmp_path / "few.npz", "--keep-images", 2)
@@ -236,7 +326,9 @@ def test_statistics_that_cannot_be_inceptions_are_refused(tmp_path):
 
 def test_moments_are_those_of_all_batches():
     rng = np.random.default_rng(0)
-    features = (rng.normal(size=(100, 7)) + 1000).astype(np.float32)  # sums of squares would lose six digits
+    features = (rng.normal(size=(100, 7)) + 1000).astype(
+        np.float32
+    )  # sums of squares would lose six digits
     whole, parts = Moments(), [Moments(), Moments(), Moments()]
     for i, batch in enumerate(np.split(features, [1, 20, 64])):
         whole.add(torch.from_numpy(batch))
@@ -246,7 +338,9 @@ def test_moments_are_those_of_all_batches():
     for moments in (whole, parts[0]):
         mu, sigma = moments.statistics()
         np.testing.assert_allclose(mu, features.astype(float).mean(0), rtol=1e-14)
-        np.testing.assert_allclose(sigma, np.cov(features.astype(float), rowvar=False), rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(
+            sigma, np.cov(features.astype(float), rowvar=False), rtol=1e-11, atol=1e-12
+        )
 
 
 def test_networks_of_timm_have_their_own_distance_over_one_reading(call, tmp_path, monkeypatch):
@@ -257,7 +351,13 @@ def test_networks_of_timm_have_their_own_distance_over_one_reading(call, tmp_pat
     torch.save(network.state_dict(), tmp_path / "w.pth")
     write_samples(tmp_path / "s.npz", 8)
     write_samples(tmp_path / "r.npz", 9, seed=1)
-    flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--encoder-weights", tmp_path / "w.pth"]
+    flags = [
+        tmp_path / "s.npz",
+        "--reference",
+        tmp_path / "r.npz",
+        "--encoder-weights",
+        tmp_path / "w.pth",
+    ]
     read = []
     batch = NpzImages.batch
     monkeypatch.setattr(NpzImages, "batch", lambda *args: read.append(args[1]) or batch(*args))
@@ -266,20 +366,28 @@ def test_networks_of_timm_have_their_own_distance_over_one_reading(call, tmp_pat
     assert code == 0, out
     assert len(read) == 2  # samples and reference, once each
     numbers = metrics(tmp_path / "s.metrics.json")
-    assert numbers["FDr"] == pytest.approx((numbers["FD-test_vit"] / 0.5 + numbers["FD-fashion"] / 2) / 2)
+    assert numbers["FDr"] == pytest.approx(
+        (numbers["FD-test_vit"] / 0.5 + numbers["FD-fashion"] / 2) / 2
+    )
     assert 0 <= numbers["precision-test_vit"] <= 1
     encoder = TimmFeatures("test_vit", tmp_path / "w.pth")
     features = []
     for name in ("s", "r"):
         with np.load(tmp_path / f"{name}.npz") as content:
-            features.append(encoder(torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2))[0].numpy())
+            features.append(
+                encoder(torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2))[0].numpy()
+            )
     assert numbers["FD-test_vit"] == pytest.approx(frechet_distance(*map(statistics, features)))
 
 
 def test_images_are_resized_for_an_encoder_as_pil_does():
-    image = torch.randint(0, 256, (1, 3, 90, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (1, 3, 90, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     for side in (64, 112):
-        expected = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        expected = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
         ours = resize(image, side)[0].permute(1, 2, 0).numpy()
         difference = np.abs(ours - np.asarray(expected, float))
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
@@ -298,7 +406,9 @@ def test_dinov2_positions_are_stretched_by_its_own_factor():
     resize_positions(network, 224)
     assert network.pos_embed.shape == (1, 257, 384) and network.pos_embed[0, 0, 0] == 7
     expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
-    torch.testing.assert_close(network.pos_embed[0, 1:17, 0][1:-1], expected[1:-1], atol=0.06, rtol=0)
+    torch.testing.assert_close(
+        network.pos_embed[0, 1:17, 0][1:-1], expected[1:-1], atol=0.06, rtol=0
+    )
     assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
 
 
@@ -314,10 +424,15 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     write_samples(tmp_path / "few.npz", n=3)
     make_tree(tmp_path / "bad", images=6)
-    np.savez(tmp_path / "onehot.npz", arr_0=np.zeros((5, 32, 32, 3), np.uint8), arr_1=np.zeros((5, 10)))
+    np.savez(
+        tmp_path / "onehot.npz", arr_0=np.zeros((5, 32, 32, 3), np.uint8), arr_1=np.zeros((5, 10))
+    )
     np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(np.zeros((5, 32, 32, 3), np.uint8)))
     np.savez(tmp_path / "named.npz", images=np.zeros((5, 32, 32, 3), np.uint8))
-    np.savez_compressed(tmp_path / "damaged.npz", arr_0=np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8))
+    np.savez_compressed(
+        tmp_path / "damaged.npz",
+        arr_0=np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8),
+    )
     content = bytearray((tmp_path / "damaged.npz").read_bytes())
     content[5000:5100] = bytes(100)
     (tmp_path / "damaged.npz").write_bytes(content)
@@ -327,32 +442,85 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
             ["s.npz", "--reference", "s.npz"],
             r"no Inception weights: fetch https://.*put it at .*hub/checkpoints/",
         ),
-        (["s.npz", "--reference", "s.npz", "--inception-weights", "evil.pth"], "is no file of plain tensors"),
-        (["s.npz", "--reference", "s.npz", "--inception-weights", "other.pth"], r"other\.pth is not weights-inception"),
-        (["s.npz", "--reference", "large.npz", "--features", "fashion"], "holds images of 64x64, the samples are 32x32"),
-        (["onehot.npz", "--reference", "s.npz", "--features", "fashion"], r"arr_1 must be the classes of 5 images"),
+        (
+            ["s.npz", "--reference", "s.npz", "--inception-weights", "evil.pth"],
+            "is no file of plain tensors",
+        ),
+        (
+            ["s.npz", "--reference", "s.npz", "--inception-weights", "other.pth"],
+            r"other\.pth is not weights-inception",
+        ),
+        (
+            ["s.npz", "--reference", "large.npz", "--features", "fashion"],
+            "holds images of 64x64, the samples are 32x32",
+        ),
+        (
+            ["onehot.npz", "--reference", "s.npz", "--features", "fashion"],
+            r"arr_1 must be the classes of 5 images",
+        ),
         (["fortran.npz", "--reference", "s.npz", "--features", "fashion"], "in Fortran order"),
-        (["damaged.npz", "--reference", "s.npz", "--features", "fashion"], r"damaged\.npz is damaged"),
+        (
+            ["damaged.npz", "--reference", "s.npz", "--features", "fashion"],
+            r"damaged\.npz is damaged",
+        ),
         (["named.npz", "--reference", "s.npz"], "holds no images under arr_0; it holds images"),
-        (["s.npz", "--reference", "none.npz", "--features", "fashion"], "--reference .*none.npz does not exist"),
+        (
+            ["s.npz", "--reference", "none.npz", "--features", "fashion"],
+            "--reference .*none.npz does not exist",
+        ),
         (["s.npz", "--reference", "other.npz", "--features", "fashion"], "holds neither images"),
-        (["s.npz", "--reference", "stats.npz", "--features", "fashion"], "holds Inception statistics"),
-        (["large.npz", "--reference", "s.npz", "--features", "fashion"], "needs 32x32 images, .* holds 64x64"),
+        (
+            ["s.npz", "--reference", "stats.npz", "--features", "fashion"],
+            "holds Inception statistics",
+        ),
+        (
+            ["large.npz", "--reference", "s.npz", "--features", "fashion"],
+            "needs 32x32 images, .* holds 64x64",
+        ),
         (["float.npz", "--reference", "s.npz", "--features", "fashion"], "must be uint8"),
-        (["broken.npz", "--reference", "s.npz", "--features", "fashion"], r"cannot be read as \.npz"),
-        (["stats.npz", "--reference", "s.npz", "--features", "fashion"], "holds no images under arr_0"),
+        (
+            ["broken.npz", "--reference", "s.npz", "--features", "fashion"],
+            r"cannot be read as \.npz",
+        ),
+        (
+            ["stats.npz", "--reference", "s.npz", "--features", "fashion"],
+            "holds no images under arr_0",
+        ),
         (["none.npz", "--reference", "s.npz"], "none.npz does not exist"),
-        (["s.npz", "--reference", "few.npz", "--features", "fashion"], "--reference few.npz holds 3 images"),
-        (["s.npz", "--reference", "bad", "--features", "fashion"], r"--reference bad: class1/001\.png cannot be used"),
+        (
+            ["s.npz", "--reference", "few.npz", "--features", "fashion"],
+            "--reference few.npz holds 3 images",
+        ),
+        (
+            ["s.npz", "--reference", "bad", "--features", "fashion"],
+            r"--reference bad: class1/001\.png cannot be used",
+        ),
         (
             ["s.npz", "--reference", "s.npz", "--features", "dinov2-x"],
             "dinov2-x is no network that timm knows; near it: dinov2-",
         ),
-        (["s.npz", "--reference", "s.npz", "--features", "test_vit"], "timm cannot load test_vit .*fetch it with"),
+        (
+            ["s.npz", "--reference", "s.npz", "--features", "test_vit"],
+            "timm cannot load test_vit .*fetch it with",
+        ),
         (["s.npz", "--reference", "s.npz", "--features", "fashion", "fashion"], "each only once"),
-        (["s.npz", "--reference", "s.npz", "--features", "fashion", "--normalisers", "x=1"], "--normalisers x: there is no"),
+        (
+            ["s.npz", "--reference", "s.npz", "--features", "fashion", "--normalisers", "x=1"],
+            "--normalisers x: there is no",
+        ),
         (["s.npz", "--reference", "s.npz", "--normalisers", "x=0"], "x=0 is not a network's name"),
-        (["s.npz", "--reference", "s.npz", "--features", "fashion", "--encoder-weights", "s.npz"], "names 0 of timm's"),
+        (
+            [
+                "s.npz",
+                "--reference",
+                "s.npz",
+                "--features",
+                "fashion",
+                "--encoder-weights",
+                "s.npz",
+            ],
+            "names 0 of timm's",
+        ),
     ]
     monkeypatch.chdir(tmp_path)
     import re
@@ -369,10 +537,17 @@ def test_curves_draw_several_runs(call, trained, tmp_path):
     evaluated = shutil.copytree(trained, tmp_path / "evaluated")
     with open(evaluated / "metrics.jsonl", "a") as file:  # as --eval-every writes them
         for images, distance in ((8, 5.0), (16, 4.0)):
-            row = {"step": 1, "images": images, "FD-fashion": distance, "evaluation": {"ema_decay": 0.9}}
+            row = {
+                "step": 1,
+                "images": images,
+                "FD-fashion": distance,
+                "evaluation": {"ema_decay": 0.9},
+            }
             file.write(json.dumps(row) + "\n")
     assert call(curves, trained, evaluated, "--out", tmp_path / "e.png")[0] == 0
-    assert Image.open(tmp_path / "e.png").width > 1.3 * Image.open(tmp_path / "c.png").width  # one panel more
+    assert (
+        Image.open(tmp_path / "e.png").width > 1.3 * Image.open(tmp_path / "c.png").width
+    )  # one panel more
     code, out = call(curves, tmp_path)
     assert code == 2 and "is no run" in out
     code, out = call(curves, trained, "--out", tmp_path / "c.txt")

@@ -29,7 +29,11 @@ def resize_matrix(size: int, to: int = 299) -> np.ndarray:
 
 def resized(images: np.ndarray) -> np.ndarray:
     """(B, 3, H, W) uint8 -> (B, 3, 299, 299)."""
-    return resize_matrix(images.shape[2]) @ images.astype(np.float64) @ resize_matrix(images.shape[3]).T
+    return (
+        resize_matrix(images.shape[2])
+        @ images.astype(np.float64)
+        @ resize_matrix(images.shape[3]).T
+    )
 
 
 def enliven(network: torch.nn.Module, images: np.ndarray) -> None:
@@ -37,7 +41,10 @@ def enliven(network: torch.nn.Module, images: np.ndarray) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         if parameter.ndim > 1:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2 / parameter[0].numel()) ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                * (2 / parameter[0].numel()) ** 0.5
+            )
         else:
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     for module in network.modules():
@@ -59,7 +66,9 @@ def ports(tmp_path_factory, images):
     state, path = network.state_dict(), tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(state, path)
     ours, digest = InceptionFeatures(path), sha256(path)
-    fidelity = FeatureExtractorInceptionV3("oracle", ["2048", "logits_unbiased", "logits"], str(path))
+    fidelity = FeatureExtractorInceptionV3(
+        "oracle", ["2048", "logits_unbiased", "logits"], str(path)
+    )
     path.unlink()  # 95 MB
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pytorch_fid, "load_state_dict_from_url", lambda url, progress: state)
@@ -83,22 +92,30 @@ def outputs(ports, images):
 def test_the_random_network_is_alive(outputs):
     """Or the comparisons below would see no fault in it."""
     pool, spatial, probabilities = outputs
-    assert pool.shape == (3, 2048) and spatial.shape == (3, 2023) and probabilities.shape == (3, 1008)
+    assert (
+        pool.shape == (3, 2048) and spatial.shape == (3, 2023) and probabilities.shape == (3, 1008)
+    )
     for features in (pool, spatial):
-        assert (features > 0).float().mean() > 0.3 and features.std(0).mean() > 0.05 * features.mean()
+        assert (features > 0).float().mean() > 0.3 and features.std(
+            0
+        ).mean() > 0.05 * features.mean()
     assert probabilities.max(1).values.min() > 1e-3 and probabilities.max() < 0.9
 
 
 def test_features_are_torch_fidelitys(ports, images, outputs):
     fidelity = ports[1]
     kept = []
-    hook = fidelity.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    hook = fidelity.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, inputs, output: kept.append(output)
+    )
     pool, unbiased, biased = fidelity(torch.from_numpy(images))
     hook.remove()
     torch.testing.assert_close(outputs[0], pool, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(outputs[2], unbiased.softmax(1), rtol=1e-4, atol=1e-7)
     assert not torch.allclose(outputs[2], biased.softmax(1), rtol=1e-2)
-    channel_last = np.ascontiguousarray(kept[0].numpy().transpose(0, 2, 3, 1)[..., :7]).reshape(3, -1)
+    channel_last = np.ascontiguousarray(kept[0].numpy().transpose(0, 2, 3, 1)[..., :7]).reshape(
+        3, -1
+    )
     np.testing.assert_allclose(outputs[1].numpy(), channel_last, rtol=1e-5, atol=1e-6)
 
 
@@ -106,12 +123,16 @@ def test_features_are_pytorch_fids(ports, images, outputs):
     """Another port, our formula of the resize, the product with the classes written out; up to the rounding of 94 layers."""
     *_, fid, state, _ = ports
     kept = []
-    hook = fid.blocks[2][6].branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    hook = fid.blocks[2][6].branch1x1.register_forward_hook(
+        lambda module, inputs, output: kept.append(output)
+    )
     with torch.no_grad():
         pool = fid(torch.from_numpy((resized(images) - 128) / 128).float())[0][:, :, 0, 0]
     hook.remove()
     torch.testing.assert_close(outputs[0], pool, rtol=1e-3, atol=1e-4)
-    spatial = torch.stack([kept[0][:, c, y, x] for y in range(17) for x in range(17) for c in range(7)], 1)
+    spatial = torch.stack(
+        [kept[0][:, c, y, x] for y in range(17) for x in range(17) for c in range(7)], 1
+    )
     torch.testing.assert_close(outputs[1], spatial, rtol=1e-3, atol=1e-4)
     assert outputs[1].min() == 0 < outputs[1].max()  # what a ReLU leaves
     logits = pool.double() @ state["fc.weight"].double().T
@@ -132,10 +153,16 @@ def test_the_features_know_their_weights(ports):
 @pytest.mark.parametrize("size", [32, 256, 299, 512])
 def test_torch_fidelity_resizes_as_tensorflow_1(size):
     images = np.random.default_rng(size).integers(0, 256, (1, 3, size, size), np.uint8)
-    theirs = interpolate_bilinear_2d_like_tensorflow1x(torch.from_numpy(images).float(), size=(299, 299), align_corners=False)
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(
+        torch.from_numpy(images).float(), size=(299, 299), align_corners=False
+    )
     np.testing.assert_allclose(theirs.numpy(), resized(images), atol=2e-4)
-    centres = torch.nn.functional.interpolate(torch.from_numpy(images).float(), (299, 299), mode="bilinear")
-    assert size == 299 or (centres - theirs).abs().mean() > 5  # what it would be around pixel centres, as pytorch-fid has it
+    centres = torch.nn.functional.interpolate(
+        torch.from_numpy(images).float(), (299, 299), mode="bilinear"
+    )
+    assert (
+        size == 299 or (centres - theirs).abs().mean() > 5
+    )  # what it would be around pixel centres, as pytorch-fid has it
 
 
 def test_missing_weights_are_named(tmp_path):

@@ -25,8 +25,17 @@ from tests.helpers import ROOT
 from training.config import check_args, parse_args
 from training.log import read_rows
 
-ALIGN = ("align", "align_depth", "align_t_range", "align_loss", "align_weight", "projector_layers", "align_stop_step",
-         "align_target", "align_normalize")  # fmt: skip
+ALIGN = (
+    "align",
+    "align_depth",
+    "align_t_range",
+    "align_loss",
+    "align_weight",
+    "projector_layers",
+    "align_stop_step",
+    "align_target",
+    "align_normalize",
+)
 
 
 def aligned(flags: list[str], processes: int = 1) -> tuple:
@@ -41,21 +50,29 @@ def aligned(flags: list[str], processes: int = 1) -> tuple:
 def test_each_run_differs_from_the_default_in_one_axis_and_none_is_run_twice(model):
     named, axes = ablate.grid([*ablate.TITLES], model, 400, demo=True)
     given = {
-        name: aligned(["--exp-name", "x", "--data-dir", "x", "--model", model, *words.split()]) for name, words in named.items()
+        name: aligned(["--exp-name", "x", "--data-dir", "x", "--model", model, *words.split()])
+        for name, words in named.items()
     }
     assert len(set(given.values())) == len(given)
     for name, values in given.items():
         if name not in ("none", "sra2"):
             assert sum(a != b for a, b in zip(values, given["sra2"])) == 1, name
     assert {value["run"] for panel in axes for value in panel["values"]} | {"none"} == set(named)
-    assert all([value["run"] for value in panel["values"] if value["usual"]] == ["sra2"] for panel in axes)
+    assert all(
+        [value["run"] for value in panel["values"] if value["usual"]] == ["sra2"] for panel in axes
+    )
 
 
 def test_blocks_scale_with_the_model():
     labels = {
-        model: [value.label for value in ablate.axis("depth", model, 400, True)] for model in ("SiT-Ti/2", "SiT-B/2", "SiT-L/2")
+        model: [value.label for value in ablate.axis("depth", model, 400, True)]
+        for model in ("SiT-Ti/2", "SiT-B/2", "SiT-L/2")
     }
-    assert labels == {"SiT-Ti/2": list("123456"), "SiT-B/2": list("2368"), "SiT-L/2": ["4", "6", "8", "12", "16"]}
+    assert labels == {
+        "SiT-Ti/2": list("123456"),
+        "SiT-B/2": list("2368"),
+        "SiT-L/2": ["4", "6", "8", "12", "16"],
+    }
 
 
 def test_imagenet_prints_table_1_as_commands_that_parse(call):
@@ -68,18 +85,41 @@ def test_imagenet_prints_table_1_as_commands_that_parse(call):
         assert training[:at] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "8"]
         args = parse_args("", training[at + 1 :])
         check_args(args, 8)
-        assert (args.model, args.max_train_steps, args.batch_size, args.seed) == ("SiT-B/2", 400_000, 256, 0)
-        rows.add(tuple(str(getattr(args, name)) for name in (*ALIGN[:6], "align_beta")) if args.align != ["none"] else None)
+        assert (args.model, args.max_train_steps, args.batch_size, args.seed) == (
+            "SiT-B/2",
+            400_000,
+            256,
+            0,
+        )
+        rows.add(
+            tuple(str(getattr(args, name)) for name in (*ALIGN[:6], "align_beta"))
+            if args.align != ["none"]
+            else None
+        )
         drawn = sample_ddp.parse_args(sampling[sampling.index("sample_ddp.py") + 1 :])
-        assert (drawn.num_fid_samples, drawn.mode, drawn.num_steps, drawn.cfg_scale) == (50_000, "sde", 250, 1)
+        assert (drawn.num_fid_samples, drawn.mode, drawn.num_steps, drawn.cfg_scale) == (
+            50_000,
+            "sde",
+            250,
+            1,
+        )
         assert drawn.ckpt == args.output_dir / args.exp_name
         judged = evaluate.parse_args(evaluation[evaluation.index("evaluations.evaluate") + 1 :])
         assert judged.samples == drawn.sample_dir / f"{drawn.name}.npz"
     best = (2, (0.0, 1.0), "smooth_l1", 1.0, 5)
-    varied = {0: (2, 3, 6, 8), 1: ((0.0, 0.5), (0.5, 1.0)), 2: ("cosine", "l2", "l1"), 3: (0.1,), 4: (2,)}
-    paper = {best[:i] + (value,) + best[i + 1 :] for i, values in varied.items() for value in values}
+    varied = {
+        0: (2, 3, 6, 8),
+        1: ((0.0, 0.5), (0.5, 1.0)),
+        2: ("cosine", "l2", "l1"),
+        3: (0.1,),
+        4: (2,),
+    }
+    paper = {
+        best[:i] + (value,) + best[i + 1 :] for i, values in varied.items() for value in values
+    }
     told = {
-        ("['sra2']", f"[{k}]", f"[{[*window]}]", f"['{loss}']", f"[{w}]", f"[{n}]", "[0.05]") for k, window, loss, w, n in paper
+        ("['sra2']", f"[{k}]", f"[{[*window]}]", f"['{loss}']", f"[{w}]", f"[{n}]", "[0.05]")
+        for k, window, loss, w, n in paper
     }
     assert rows == told | {None}
 
@@ -89,7 +129,10 @@ def test_intervals_are_scipys():
     a, b = (dict(enumerate(rng.normal(size=5).tolist())) for _ in range(2))
     theirs = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.9)
     ours = results.paired(a, b, level=0.9)
-    assert np.allclose((ours.low, ours.high), (theirs.low, theirs.high), rtol=1e-12) and ours.count == 5
+    assert (
+        np.allclose((ours.low, ours.high), (theirs.low, theirs.high), rtol=1e-12)
+        and ours.count == 5
+    )
     theirs = stats.ttest_1samp([*a.values()], 0).confidence_interval(0.95)
     assert np.allclose(results.estimate([*a.values()])[1:3], (theirs.low, theirs.high), rtol=1e-12)
 
@@ -98,14 +141,21 @@ def test_what_seeds_have_in_common_falls_out():
     baseline = {0: 3.0, 1: 30.0, 2: 300.0}
     shifted = {seed: value - 0.5 for seed, value in baseline.items()}
     assert results.paired(shifted | {7: 1e9}, baseline) == (-0.5, -0.5, -0.5, 3)
-    assert results.paired({0: 2.0}, baseline) == (-1.0, None, None, 1) and results.paired({9: 1.0}, baseline) is None
+    assert (
+        results.paired({0: 2.0}, baseline) == (-1.0, None, None, 1)
+        and results.paired({9: 1.0}, baseline) is None
+    )
 
 
 def test_a_row_has_the_interval_of_paired_differences_and_what_is_missing_is_said(tmp_path):
     _, axes = ablate.grid(["layers"], "SiT-Ti/2", 400, demo=True)
     values = {"none": [3.0, 4.0, 5.0], "sra2": [2.4, 3.5, 4.3]}
     runs = [
-        {"name": name, "seed": seed, "metrics": {"FD-fashion": [99.0, value], "class_agreement": [0.0, 0.25]}}
+        {
+            "name": name,
+            "seed": seed,
+            "metrics": {"FD-fashion": [99.0, value], "class_agreement": [0.0, 0.25]},
+        }
         for name, each in values.items()
         for seed, value in enumerate(each)
     ]
@@ -113,7 +163,9 @@ def test_a_row_has_the_interval_of_paired_differences_and_what_is_missing_is_sai
     results.save(tmp_path / "made-up.json", "ablate", about, runs)
     rows = panels.table(results.load(tmp_path / "made-up.json", "ablate")).splitlines()
     assert "| vanilla | 4.000 |  | 25.0% | *33.02* |" in rows
-    assert "| 5 | 3.400 | -0.600 (-0.848 to -0.352) | 25.0% | *28.89* |" in rows  # t(0.975, 2) = 4.303, s = 0.1
+    assert (
+        "| 5 | 3.400 | -0.600 (-0.848 to -0.352) | 25.0% | *28.89* |" in rows
+    )  # t(0.975, 2) = 4.303, s = 0.1
     assert "| 2 | not run |  |  | *31.32* |" in rows
 
 
@@ -152,8 +204,20 @@ def fake(tmp_path, monkeypatch):
 
 
 def three() -> list[Cell]:
-    flags = ["--data-dir", "data", "--model", "SiT-Ti/2", "--batch-size", "8", "--max-train-steps", "4"]
-    return [Cell(name, 0, (*flags, "--align", align)) for name, align in (("a", "none"), ("b", "sra2"), ("c", "sra"))]
+    flags = [
+        "--data-dir",
+        "data",
+        "--model",
+        "SiT-Ti/2",
+        "--batch-size",
+        "8",
+        "--max-train-steps",
+        "4",
+    ]
+    return [
+        Cell(name, 0, (*flags, "--align", align))
+        for name, align in (("a", "none"), ("b", "sra2"), ("c", "sra"))
+    ]
 
 
 def starts(folder) -> list[int]:
@@ -165,11 +229,16 @@ def starts(folder) -> list[int]:
 def test_a_run_that_fails_is_named_and_the_others_go_on(fake, capsys):
     (fake / "a-seed0.broken").touch()
     assert cells.run(three(), fake, jobs=2) == {"a-seed0": "error: no luck"}
-    assert "a-seed0: error: no luck" in capsys.readouterr().out and "many words" in (fake / "a-seed0.log").read_text()
+    assert (
+        "a-seed0: error: no luck" in capsys.readouterr().out
+        and "many words" in (fake / "a-seed0.log").read_text()
+    )
     assert [cells.finished(cell, fake) for cell in three()] == [False, True, True]
     (fake / "a-seed0.broken").unlink()
     assert cells.run(three(), fake, jobs=2) == {} and starts(fake) == [2, 1, 1]
-    assert json.loads((fake / "b-seed0/starts").read_text())["OMP_NUM_THREADS"] == str(max(1, cores() // 2))
+    assert json.loads((fake / "b-seed0/starts").read_text())["OMP_NUM_THREADS"] == str(
+        max(1, cores() // 2)
+    )
 
 
 def test_each_at_a_time_has_a_gpu_of_its_own(fake, monkeypatch):
@@ -178,7 +247,10 @@ def test_each_at_a_time_has_a_gpu_of_its_own(fake, monkeypatch):
     (fake / "hold").touch()
     threading.Timer(0.3, (fake / "hold").unlink).start()
     assert cells.run(three()[:2], fake, jobs=2) == {}
-    seen = {json.loads((fake / f"{name}-seed0/starts").read_text())["CUDA_VISIBLE_DEVICES"] for name in "ab"}
+    seen = {
+        json.loads((fake / f"{name}-seed0/starts").read_text())["CUDA_VISIBLE_DEVICES"]
+        for name in "ab"
+    }
     assert seen == {"3", "5"} and cells.record(three()[0], fake)["machine"]["device"] == "cuda"
 
 
@@ -194,14 +266,18 @@ def test_ctrl_c_stops_all_and_the_same_call_goes_on(fake):
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         cells.run(three(), fake, jobs=2)
-    assert starts(fake) == [1, 1, 0] and all((fake / f"{name}-seed0/saved").exists() for name in "ab")
+    assert starts(fake) == [1, 1, 0] and all(
+        (fake / f"{name}-seed0/saved").exists() for name in "ab"
+    )
     (fake / "hold").unlink()
     assert cells.run(three(), fake, jobs=2) == {} and starts(fake) == [2, 2, 1]
 
 
 def test_a_folder_has_one_master(fake):
     code = f"import fcntl; file = open({str(fake / '.lock')!r}, 'wb'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     other.stdout.readline()
     with pytest.raises(cli.UserError, match="another process is at it"):
         cells.run(three(), fake, jobs=1)
@@ -232,7 +308,10 @@ def in_process(monkeypatch):
         def poll(self):
             return self.returncode
 
-    given = {name: getattr(subprocess, name) for name in ("run", "DEVNULL", "STDOUT", "CalledProcessError")}
+    given = {
+        name: getattr(subprocess, name)
+        for name in ("run", "DEVNULL", "STDOUT", "CalledProcessError")
+    }
     monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=Here, **given))
     monkeypatch.setattr(cells, "POLL", 0)
     return begun
@@ -244,32 +323,65 @@ def test_a_grid_is_run_gathered_and_drawn_again(call, in_process, cache, tree, t
     def study(steps: int = 2) -> tuple[int, str]:
         where = ["--data-dir", cache, "--output-dir", tmp_path]
         more = ["--", *short.split(), "--eval-reference", tree]
-        return call(ablate, "--axis", "layers", "--seeds", 3, "--jobs", 1, "--max-train-steps", steps, *where, *more)
+        return call(
+            ablate,
+            "--axis",
+            "layers",
+            "--seeds",
+            3,
+            "--jobs",
+            1,
+            "--max-train-steps",
+            steps,
+            *where,
+            *more,
+        )
 
     code, out = study()
     assert code == 0 and len(in_process) == 3, out
     text = (tmp_path / "layers.json").read_text()
     found = json.loads(text)
-    assert [run["name"] for run in found["runs"]] == ["none", "sra2", "layers-2"] and found["metric"] == "FD-fashion"
+    assert [run["name"] for run in found["runs"]] == ["none", "sra2", "layers-2"] and found[
+        "metric"
+    ] == "FD-fashion"
     for run in found["runs"]:
         rows = read_rows(tmp_path / f"{run['name']}-seed3")
-        assert run["losses"]["denoising"] == [float(f"{row['denoising']:.6g}") for row in rows if "evaluation" not in row]
+        assert run["losses"]["denoising"] == [
+            float(f"{row['denoising']:.6g}") for row in rows if "evaluation" not in row
+        ]
         (evaluation,) = (row for row in rows if "evaluation" in row)
-        assert run["metrics"]["FD-fashion"] == [float(f"{evaluation['FD-fashion']:.6g}")] and run["metrics"]["images"] == [16]
-        assert run["seconds"] > 0 and run["machine"]["torch"] and len(run["commits"]) == 1 and run["seed"] == 3
+        assert run["metrics"]["FD-fashion"] == [float(f"{evaluation['FD-fashion']:.6g}")] and run[
+            "metrics"
+        ]["images"] == [16]
+        assert (
+            run["seconds"] > 0
+            and run["machine"]["torch"]
+            and len(run["commits"]) == 1
+            and run["seed"] == 3
+        )
     first = {run["losses"]["denoising"][0] for run in found["runs"]}
-    assert len(first) == 1, "common images, noise and weights have a common loss before the first update"
+    assert len(first) == 1, (
+        "common images, noise and weights have a common loss before the first update"
+    )
     assert "/" not in {word[0] for word in text.replace('"', " ").split()}, "a path of this machine"
 
     table, picture = (tmp_path / f"layers.{suffix}" for suffix in ("md", "png"))
     before = table.read_text()
     fd = {run["name"]: run["metrics"]["FD-fashion"][0] for run in found["runs"]}
-    for label, run, paper in (("vanilla", "none", "33.02"), ("5", "sra2", "28.89"), ("2", "layers-2", "31.32")):
-        (row,) = (line.split(" | ") for line in before.splitlines() if line.startswith(f"| {label} |"))
+    for label, run, paper in (
+        ("vanilla", "none", "33.02"),
+        ("5", "sra2", "28.89"),
+        ("2", "layers-2", "31.32"),
+    ):
+        (row,) = (
+            line.split(" | ") for line in before.splitlines() if line.startswith(f"| {label} |")
+        )
         assert row[1] == f"{fd[run]:.3f}" and row[-1] == f"*{paper}* |"
         assert row[2] == (f"{fd[run] - fd['none']:+.3f}" if run != "none" else "")
     table.unlink(), picture.unlink()
-    assert call(ablate, "--plot", tmp_path / "layers.json")[0] == 0 and picture.stat().st_size > 5000
+    assert (
+        call(ablate, "--plot", tmp_path / "layers.json")[0] == 0 and picture.stat().st_size > 5000
+    )
     assert study()[0] == 0 and len(in_process) == 3, "finished runs are not run again"
     assert table.read_text() == before
     code, out = study(steps=3)
@@ -298,7 +410,10 @@ def test_a_grid_is_run_gathered_and_drawn_again(call, in_process, cache, tree, t
 )
 def test_mistakes_are_one_line(call, tmp_path, monkeypatch, flags, told):
     monkeypatch.chdir(tmp_path)
-    heads = {"old": {"study": "ablate", "version": 0}, "other": {"study": "convergence", "version": results.VERSION}}
+    heads = {
+        "old": {"study": "ablate", "version": 0},
+        "other": {"study": "convergence", "version": results.VERSION},
+    }
     for name, head in heads.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(head))
     (tmp_path / "torn.json").write_text("{")
@@ -318,10 +433,17 @@ def test_the_page_holds_the_table_of_the_result():
 
 
 def test_the_page_says_of_the_features_what_their_file_says():
-    found, page = json.loads((ROOT / "docs/features.json").read_text()), (ROOT / "docs/ablations.md").read_text()
+    found, page = (
+        json.loads((ROOT / "docs/features.json").read_text()),
+        (ROOT / "docs/ablations.md").read_text(),
+    )
     rows = found["checkpoints"][0]["results"]
     for t in (0.5, 0.1):
         best = max(row["accuracy"] for row in rows if row["t"] == t)
-        own = next(row["accuracy"] for row in found["baselines"] if row["space"] == "x_t, flattened" and row["t"] == t)
+        own = next(
+            row["accuracy"]
+            for row in found["baselines"]
+            if row["space"] == "x_t, flattened" and row["t"] == t
+        )
         assert f"{best:.1%}" in page and f"{own:.1%}" in page
     assert found["command"].replace("python -m experiments.features", "") in page

@@ -37,7 +37,9 @@ def naive_cknna(a: np.ndarray, b: np.ndarray, k: int) -> float:
         right = np.array([[two[i][j] if both[i][j] else 0.0 for j in range(n)] for i in range(n)])
         ones, product = np.ones(n), left @ right
         independent = (ones @ left @ ones) * (ones @ right @ ones) / (n - 1) / (n - 2)
-        return (np.trace(product) + independent - 2 / (n - 2) * (ones @ product @ ones)) / n / (n - 3)
+        return (
+            (np.trace(product) + independent - 2 / (n - 2) * (ones @ product @ ones)) / n / (n - 3)
+        )
 
     return hsic(*kernels) / math.sqrt(hsic(kernels[0], kernels[0]) * hsic(kernels[1], kernels[1]))
 
@@ -59,19 +61,27 @@ def test_cknna_knows_the_same_space_however_it_lies_and_no_other():
     assert cknna(neighbours(a), neighbours(a)) == pytest.approx(1, abs=1e-12)
     assert cknna(neighbours(a), neighbours(turned)) == pytest.approx(1, abs=1e-9)
     mixed = cknna(neighbours(a + b), to)
-    assert cknna(neighbours((a + b) @ torch.linalg.qr(random(12, 12, seed=2))[0]), to) == pytest.approx(mixed, abs=1e-9)
+    assert cknna(
+        neighbours((a + b) @ torch.linalg.qr(random(12, 12, seed=2))[0]), to
+    ) == pytest.approx(mixed, abs=1e-9)
     assert abs(cknna(neighbours(a), to)) < 2 * 10 / 600 < 0.1 < mixed
 
 
 def test_the_probe_is_at_the_minimum_of_what_it_says_it_minimises():
     x = torch.cat(
-        (random(79, 3) * torch.tensor([1, 20, 0.1]) + 5, torch.full((79, 1), 1e6 / 3, dtype=torch.float64)), 1
+        (
+            random(79, 3) * torch.tensor([1, 20, 0.1]) + 5,
+            torch.full((79, 1), 1e6 / 3, dtype=torch.float64),
+        ),
+        1,
     )  # the last one never changes
     y = (x[:, 0] + random(79, seed=1) > 5).long() + (x[:, 1] > 25).long()
     probe = fit_probe(x, y, 4)  # nothing is of class 3
     scaled = (x[:, :3] - x[:, :3].mean(0)) / x[:, :3].std(0, correction=0)
     scores = scaled @ probe.weight[:, :3].T + probe.bias
-    assert torch.allclose(probe.logits(x), scores, atol=1e-9) and probe.weight[:, 3].abs().max() == 0
+    assert (
+        torch.allclose(probe.logits(x), scores, atol=1e-9) and probe.weight[:, 3].abs().max() == 0
+    )
     error = torch.softmax(scores, 1) - torch.eye(4, dtype=torch.float64)[y]
     assert error.mean(0).abs().max() < 1e-5
     assert (error.T @ scaled / 79 + probe.weight[:, :3] / 79).abs().max() < 1e-5
@@ -90,20 +100,36 @@ def test_colours_are_the_principal_components_and_keep_the_sign_asked_for():
     basis = principal(tokens)
     assert basis.share == pytest.approx(1) and principal(random(50, 9)).share < 0.9
     found, colours = basis.scores(tokens), basis.colours(tokens)
-    assert torch.linalg.svdvals(found).tolist() == pytest.approx(torch.linalg.svdvals(scores - scores.mean(0)).tolist())
-    assert torch.allclose(found.T @ found, torch.diag((found**2).sum(0)), atol=1e-9)  # along the axes of the variance
-    assert colours.amin(0).tolist() == [0, 0, 0] and colours.amax(0).tolist() == pytest.approx([1, 1, 1])
+    assert torch.linalg.svdvals(found).tolist() == pytest.approx(
+        torch.linalg.svdvals(scores - scores.mean(0)).tolist()
+    )
+    assert torch.allclose(
+        found.T @ found, torch.diag((found**2).sum(0)), atol=1e-9
+    )  # along the axes of the variance
+    assert colours.amin(0).tolist() == [0, 0, 0] and colours.amax(0).tolist() == pytest.approx(
+        [1, 1, 1]
+    )
     flipped = found * torch.tensor([-1.0, 1.0, -1.0])
     assert torch.allclose(principal(tokens, flipped).scores(tokens), flipped, atol=1e-9)
-    assert basis.colours(1e6 * tokens).amax() == 1 and basis.colours(-1e6 * tokens).amin() == 0  # of what it was not made of
-    assert principal(random(9, 2)).colours(random(1, 9, 2)).shape == (1, 9, 3)  # fewer features than colours
+    assert (
+        basis.colours(1e6 * tokens).amax() == 1 and basis.colours(-1e6 * tokens).amin() == 0
+    )  # of what it was not made of
+    assert principal(random(9, 2)).colours(random(1, 9, 2)).shape == (
+        1,
+        9,
+        3,
+    )  # fewer features than colours
 
 
 def test_images_are_drawn_without_replacement_and_keep_their_noise(cache):
     stored = LatentCache(cache)
     all_of_them, some = read(stored, 24, seed=3), read(stored, 12, seed=3)
-    assert sorted(all_of_them.index) == list(range(24)) and list(all_of_them.index) != list(range(24))
-    assert (some.index == all_of_them.index[:12]).all() and torch.equal(some.noise, all_of_them.noise[:12])
+    assert sorted(all_of_them.index) == list(range(24)) and list(all_of_them.index) != list(
+        range(24)
+    )
+    assert (some.index == all_of_them.index[:12]).all() and torch.equal(
+        some.noise, all_of_them.noise[:12]
+    )
     assert torch.equal(some.labels, torch.from_numpy(stored.labels[some.index].astype(np.int64)))
     assert (read(stored, 24, seed=4).index != all_of_them.index).any()
     own = normal(3, Purpose.NOISE, torch.from_numpy(some.index[5:6]), (4, 8, 8)).float()
@@ -117,7 +143,9 @@ def test_images_are_drawn_without_replacement_and_keep_their_noise(cache):
 
 def test_features_are_of_the_null_class_and_do_not_depend_on_the_batch(cache):
     torch.manual_seed(0)
-    model = SiT(SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8, num_classes=3)).requires_grad_(False)
+    model = SiT(SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8, num_classes=3)).requires_grad_(
+        False
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     data = read(LatentCache(cache), 24, 0)
@@ -154,14 +182,21 @@ def test_blocks_are_spread_from_the_first_to_the_last():
 
 def test_a_sheet_has_each_map_in_its_place():
     places = [(0.1, 1), (0.1, 4), (0.9, 1), (0.9, 4)]
-    grey = {place: np.full((2, 2, 2, 3), value) for place, value in zip(places, (0.1, 0.2, 0.3, 0.4))}
+    grey = {
+        place: np.full((2, 2, 2, 3), value) for place, value in zip(places, (0.1, 0.2, 0.3, 0.4))
+    }
     grey[0.9, 4][1, 1, 0] = 0.5  # a token
     seen = np.full((2, 4, 4, 3), 51, np.uint8)
-    shown = feature_picture.Maps(seen, grey[0.1, 1], {0.1: seen, 0.9: seen}, {0.1: grey[0.1, 1], 0.9: grey[0.1, 1]}, grey)
+    shown = feature_picture.Maps(
+        seen, grey[0.1, 1], {0.1: seen, 0.9: seen}, {0.1: grey[0.1, 1], 0.9: grey[0.1, 1]}, grey
+    )
     canvas, step = feature_picture.sheet(shown, 1), feature_picture.TILE + feature_picture.GAP
     assert canvas[0, 0, 0] == 0.2 and canvas[0, 2 * step, 0] == 1  # the image; no tokens at t = 0
     assert canvas[step, 3 * step, 0] == 0.2 and canvas[2 * step, 2 * step, 0] == 0.3
-    assert canvas[-1, -feature_picture.TILE, 0] == 0.5 and canvas[-1, -1, 0] == canvas[2 * step, -1, 0] == 0.4
+    assert (
+        canvas[-1, -feature_picture.TILE, 0] == 0.5
+        and canvas[-1, -1, 0] == canvas[2 * step, -1, 0] == 0.4
+    )
 
 
 def test_a_tile_enlarges_tokens_and_averages_pixels():
@@ -169,26 +204,41 @@ def test_a_tile_enlarges_tokens_and_averages_pixels():
     pixels[:3, :3] = 255 * np.eye(3)[..., None]
     large = feature_picture.tile(tokens)
     assert (large == np.kron(tokens, np.ones((16, 16, 1)))).all()
-    assert feature_picture.tile(pixels).shape == (64, 64, 3) and feature_picture.tile(pixels)[0, 0, 0] == pytest.approx(1 / 3)
+    assert feature_picture.tile(pixels).shape == (64, 64, 3) and feature_picture.tile(pixels)[
+        0, 0, 0
+    ] == pytest.approx(1 / 3)
 
 
 def test_a_checkpoint_becomes_a_picture_and_its_numbers(cache, trained, tmp_path, call):
     out = tmp_path / "made" / "features.png"
     text = "--times 0.8 0.2 --blocks 3 1 --images 2 --probe-images 24 --batch-size 10 --device cpu"
     flags = text.split()
-    code, said = call(features, "--ckpt", trained, trained, "--data-dir", cache, "--out", out, *flags)
+    code, said = call(
+        features, "--ckpt", trained, trained, "--data-dir", cache, "--out", out, *flags
+    )
     assert code == 0, said
     assert Image.open(out).size[0] > 1000
     found = json.loads(out.with_suffix(".json").read_text())
     first, second = found["checkpoints"]
     assert first == second and first["step"] == 2 and len(first["ema_sha256"]) == 64
-    assert [(row["t"], row["block"]) for row in first["results"]] == [(0.2, 1), (0.2, 3), (0.8, 1), (0.8, 3)]
-    assert len(found["baselines"]) == 2 + 2 and found["cknna"]["images"] == found["data"]["held_out"] == 12
+    assert [(row["t"], row["block"]) for row in first["results"]] == [
+        (0.2, 1),
+        (0.2, 3),
+        (0.8, 1),
+        (0.8, 3),
+    ]
+    assert (
+        len(found["baselines"]) == 2 + 2
+        and found["cknna"]["images"] == found["data"]["held_out"] == 12
+    )
     data = read(LatentCache(cache), 24, 0)
     counts = torch.bincount(data.labels[12:])
     assert found["chance"] == pytest.approx(counts.max().item() / 12)
     expected = judge(data.at("linear", 0.8).flatten(1), data, 3, None)
-    assert found["baselines"][-1]["accuracy"] == expected["accuracy"] and found["baselines"][-1]["cknna"] is not None
+    assert (
+        found["baselines"][-1]["accuracy"] == expected["accuracy"]
+        and found["baselines"][-1]["cknna"] is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +258,17 @@ def test_a_checkpoint_becomes_a_picture_and_its_numbers(cache, trained, tmp_path
     ],
 )
 def test_mistakes_end_in_one_line(cache, trained, tmp_path, call, flags, message):
-    given = ["--ckpt", trained, "--data-dir", cache, "--out", tmp_path / "x.png", "--probe-images", 24, *flags.split()]
+    given = [
+        "--ckpt",
+        trained,
+        "--data-dir",
+        cache,
+        "--out",
+        tmp_path / "x.png",
+        "--probe-images",
+        24,
+        *flags.split(),
+    ]
     code, said = call(features, *given)
     assert code == 2 and message in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
@@ -216,9 +276,22 @@ def test_mistakes_end_in_one_line(cache, trained, tmp_path, call, flags, message
 def test_latents_of_another_vae_are_refused(cache, trained, tmp_path):
     shutil.copytree(cache, tmp_path / "other")
     manifest = json.loads((cache / "manifest.json").read_text())
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"vae_fingerprint": "f" * 64, "vae": "other/vae"}))
-    flags = ["--ckpt", trained, "--data-dir", tmp_path / "other", "--out", "x.png", "--probe-images", 24]
-    with pytest.raises(UserError, match=r"latents of another VAE .* than --data-dir holds \(other/vae\)"):
+    (tmp_path / "other" / "manifest.json").write_text(
+        json.dumps(manifest | {"vae_fingerprint": "f" * 64, "vae": "other/vae"})
+    )
+    flags = [
+        "--ckpt",
+        trained,
+        "--data-dir",
+        tmp_path / "other",
+        "--out",
+        "x.png",
+        "--probe-images",
+        24,
+    ]
+    with pytest.raises(
+        UserError, match=r"latents of another VAE .* than --data-dir holds \(other/vae\)"
+    ):
         features.measure(features.parse_args(list(map(str, flags))))
 
 
@@ -232,6 +305,8 @@ def test_a_network_without_a_trained_null_class_is_pointed_out(trained, tmp_path
     shutil.copytree(trained, tmp_path / "run")
     path = next((tmp_path / "run" / "checkpoints").iterdir()) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cfg_prob": 0.0}))
-    args = features.parse_args(["--ckpt", str(path.parent), str(trained), "--data-dir", "x", "--out", "x.png"])
+    args = features.parse_args(
+        ["--ckpt", str(path.parent), str(trained), "--data-dir", "x", "--out", "x.png"]
+    )
     assert len(features.load_checkpoints(args)) == 2
     assert capsys.readouterr().err.count("without label dropout") == 1

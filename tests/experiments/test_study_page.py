@@ -9,7 +9,16 @@ from scipy import stats
 
 from common.cli import UserError
 from experiments import results
-from experiments.speedup import COVERAGE, Span, bootstrap, detectable, images_needed, milestones, resamples, speed_up
+from experiments.speedup import (
+    COVERAGE,
+    Span,
+    bootstrap,
+    detectable,
+    images_needed,
+    milestones,
+    resamples,
+    speed_up,
+)
 from experiments.study_numbers import curves, figures, probe
 from experiments.study_page import draw, table
 
@@ -18,7 +27,9 @@ IMAGES = np.array([1, 2, 4, 8, 16, 32, 64]) * 1000.0
 
 def falling(count: int, points: int = 8, seed: int = 0) -> np.ndarray:
     """(n, P) curves of no particular form, each falling at each step."""
-    return np.exp(-np.cumsum(np.random.default_rng(seed).uniform(0.1, 0.5, (count, points)), axis=1))
+    return np.exp(
+        -np.cumsum(np.random.default_rng(seed).uniform(0.1, 0.5, (count, points)), axis=1)
+    )
 
 
 def test_a_power_law_is_crossed_where_it_is_at_the_quality():
@@ -56,7 +67,11 @@ def test_a_curve_that_is_ahead_by_a_factor_has_it_as_speed_up_with_certainty(cou
     assert [each.images for each in found] == [16000, 32000, 64000]
     for each in found:
         assert [*each.value] == pytest.approx([2, 2], rel=1e-12)
-        assert (each.low, each.high) == (None, None) if count == 1 else np.allclose([each.low, each.high], 2, rtol=1e-12)
+        assert (
+            (each.low, each.high) == (None, None)
+            if count == 1
+            else np.allclose([each.low, each.high], 2, rtol=1e-12)
+        )
     assert all(np.allclose(each.value, 1, rtol=1e-12) for each in speed_up(IMAGES, ahead, ahead))
 
 
@@ -89,7 +104,10 @@ def test_an_end_of_the_interval_is_a_bound_where_such_seeds_may_be_drawn():
 
 def test_a_speed_up_in_cost_is_divided_by_it():
     found = speed_up(IMAGES, falling(3, 7), 0.9 * falling(3, 7))[-1]
-    assert np.allclose(found.per(1.5)[2:], np.array(found[2:]) / 1.5) and found.per(1.5)[:2] == found[:2]
+    assert (
+        np.allclose(found.per(1.5)[2:], np.array(found[2:]) / 1.5)
+        and found.per(1.5)[:2] == found[:2]
+    )
     single = speed_up(IMAGES, falling(1, 7), falling(1, 7))[-1]
     assert single.per(2.0).low is None
 
@@ -117,13 +135,17 @@ def test_a_bootstrap_of_equal_values_is_sure_and_moves_with_them():
     assert bootstrap([0.1] * 5) == (0.1, 0.1, 0.1, 5) and bootstrap([0.3]) == (0.3, None, None, 1)
     values = np.random.default_rng(0).normal(size=5)
     assert bootstrap(values - 7)[:3] == pytest.approx(np.array(bootstrap(values)[:3]) - 7)
-    assert bootstrap(-2 * values)[:3] == pytest.approx(-2 * np.array(bootstrap(values)[:3])[[0, 2, 1]], abs=0.05)
+    assert bootstrap(-2 * values)[:3] == pytest.approx(
+        -2 * np.array(bootstrap(values)[:3])[[0, 2, 1]], abs=0.05
+    )
 
 
 def test_a_bootstrap_covers_as_often_as_is_told():
     drawn = np.random.default_rng(0).normal(size=(600, 5))
     covered = np.mean([found.low <= 0 <= found.high for found in map(bootstrap, drawn)])
-    assert covered == pytest.approx(COVERAGE[5], abs=0.04)  # 2.7 standard errors; 95% lie far outside
+    assert covered == pytest.approx(
+        COVERAGE[5], abs=0.04
+    )  # 2.7 standard errors; 95% lie far outside
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 20])
@@ -140,22 +162,49 @@ def test_the_detectable_difference_is_found_in_80_percent_of_studies(count):
 
 def study(seeds=(1, 2, 3), without=(), plain=False) -> dict:
     """A result of made-up curves; of `without` (name, seed) there are no runs, and if `plain` nothing that may be absent."""
-    methods = [("vanilla", "vanilla SiT", 1.0), ("sra2", "SRA 2, cosine", 0.95), ("repa", "REPA", 0.9)]
+    methods = [
+        ("vanilla", "vanilla SiT", 1.0),
+        ("sra2", "SRA 2, cosine", 0.95),
+        ("repa", "REPA", 0.9),
+    ]
     noise, runs = np.random.default_rng(0), []
     for (name, _, factor), seed in itertools.product(methods, seeds):
-        fd, agree, loss = factor * 99 * IMAGES**-0.5 * noise.uniform(1, 1.1, 7), *noise.uniform(0.6, 0.7, (2, 7))
+        fd, agree, loss = (
+            factor * 99 * IMAGES**-0.5 * noise.uniform(1, 1.1, 7),
+            *noise.uniform(0.6, 0.7, (2, 7)),
+        )
         more = {} if plain else {"class_agreement": agree.tolist(), "held_out": loss.tolist()}
-        more |= {} if plain else {"held_out_0.5": (loss * (1 if name == "vanilla" else 1.25 - seed / 4)).tolist()}
-        run = {"name": name, "seed": seed, "metrics": {"images": IMAGES.tolist(), "FD-fashion": fd.tolist(), **more}}
+        more |= (
+            {}
+            if plain
+            else {"held_out_0.5": (loss * (1 if name == "vanilla" else 1.25 - seed / 4)).tolist()}
+        )
+        run = {
+            "name": name,
+            "seed": seed,
+            "metrics": {"images": IMAGES.tolist(), "FD-fashion": fd.tolist(), **more},
+        }
         if not plain:
             run["probe"] = {"t": 0.5, "accuracy": {"3": 0.6, "6": 0.7 + 0.01 * seed, "9": 0.5}}
         if (name, seed) not in without:
             runs.append(run)
     told = [
-        {"name": name, "label": label, "training_flops": 1e9 / factor, "step_s": {"median": 0.01 / factor**2}}
+        {
+            "name": name,
+            "label": label,
+            "training_flops": 1e9 / factor,
+            "step_s": {"median": 0.01 / factor**2},
+        }
         for name, label, factor in methods
     ]
-    about = {"model": "SiT-S/2", "batch_size": 100, "steps": 640, "metric": "FD-fashion", "methods": told, "command": "python"}
+    about = {
+        "model": "SiT-S/2",
+        "batch_size": 100,
+        "steps": 640,
+        "metric": "FD-fashion",
+        "methods": told,
+        "command": "python",
+    }
     if plain:
         about["methods"] = [method | {"step_s": None} for method in told]
     else:
@@ -178,8 +227,13 @@ def test_numbers_are_those_of_the_runs():
     assert told["repa student"] == f"{student.low:+.4f} to {student.high:+.4f}"
     assert told["repa detectable"] == f"{detectable(apart):.4f}"
     assert told["repa probe"] == "72.0% (block 6)"
-    for what, metric, form, unit in (("agreement", "class_agreement", "+.1f", 100), ("held-out", "held_out", "+.4f", 1)):
-        mean = unit * results.paired(ends(found, "repa", metric), ends(found, "vanilla", metric)).mean
+    for what, metric, form, unit in (
+        ("agreement", "class_agreement", "+.1f", 100),
+        ("held-out", "held_out", "+.4f", 1),
+    ):
+        mean = (
+            unit * results.paired(ends(found, "repa", metric), ends(found, "vanilla", metric)).mean
+        )
         assert told[f"repa {what} difference"].startswith(f"{mean:{form}} (")
     in_images, in_flops, in_seconds = (
         float(told[f"repa speed-up{unit}"].split()[0]) for unit in ("", " per FLOP", " per second")
@@ -191,24 +245,37 @@ def test_numbers_are_those_of_the_runs():
 def test_a_difference_at_a_time_is_in_percent_of_the_baseline():
     found = study()
     for run in found["runs"]:
-        factor = {"vanilla": 1, "sra2": 1.25 - run["seed"] / 4, "repa": 1 + run["seed"] / 4}[run["name"]]
-        run["metrics"]["held_out_0.5"] = [0.8 * factor] * 7  # of sra2 with seed 1 as much, then a quarter less each
+        factor = {"vanilla": 1, "sra2": 1.25 - run["seed"] / 4, "repa": 1 + run["seed"] / 4}[
+            run["name"]
+        ]
+        run["metrics"]["held_out_0.5"] = [
+            0.8 * factor
+        ] * 7  # of sra2 with seed 1 as much, then a quarter less each
         run["metrics"]["FD-fashion"] = [factor] * 7
     told = figures(found)
-    assert told["sra2 held-out at 0.5"] == "-25.0 (-50.0 to +0.0)" and told["repa held-out at 0.5"].startswith("+50.0 (")
+    assert told["sra2 held-out at 0.5"] == "-25.0 (-50.0 to +0.0)" and told[
+        "repa held-out at 0.5"
+    ].startswith("+50.0 (")
     assert (told["sra2 better"], told["repa better"]) == ("2 of 3", "0 of 3")
 
 
-@pytest.mark.parametrize("found", [study(), study((4,), plain=True)], ids=["full", "one plain seed"])
+@pytest.mark.parametrize(
+    "found", [study(), study((4,), plain=True)], ids=["full", "one plain seed"]
+)
 def test_the_tables_have_every_method_and_number(found, tmp_path):
     results.save(tmp_path / "made-up.json", "convergence", found, found["runs"])
     found = results.load(tmp_path / "made-up.json", "convergence")
     text, told = table(found), figures(found)
     cells = {cell.strip() for line in text.splitlines() for cell in line.split("|")}
     assert {method["label"] for method in found["methods"]} <= cells
-    assert {value for key, value in told.items() if not key.endswith((" seeds", " better"))} <= cells
+    assert {
+        value for key, value in told.items() if not key.endswith((" seeds", " better"))
+    } <= cells
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    widths = [(len(list(group)), width) for width, group in itertools.groupby(rows, lambda row: row.count("|"))]
+    widths = [
+        (len(list(group)), width)
+        for width, group in itertools.groupby(rows, lambda row: row.count("|"))
+    ]
     assert all(height >= 4 for height, _ in widths) and ("*0.310*" in cells) == ("floor" in found)
     assert all(len(line) <= 250 for line in text.splitlines())
 
@@ -216,16 +283,28 @@ def test_the_tables_have_every_method_and_number(found, tmp_path):
 def test_only_seeds_in_common_are_compared_and_the_table_says_how_many():
     found = study(without={("vanilla", 1), ("repa", 3), ("sra2", 1), ("sra2", 2), ("sra2", 3)})
     told, text = figures(found), table(found)
-    assert told["repa difference"].startswith(f"{ends(found, 'repa')[2] - ends(found, 'vanilla')[2]:+.4f}")
-    assert told["repa seeds"] == "1" and "repa student" not in told and "(" not in told["repa difference"]
-    for row in ("| vanilla SiT (2 of 3 seeds) |", "| REPA (1 of 3 seeds) |", "| SRA 2, cosine | not run |"):
+    assert told["repa difference"].startswith(
+        f"{ends(found, 'repa')[2] - ends(found, 'vanilla')[2]:+.4f}"
+    )
+    assert (
+        told["repa seeds"] == "1"
+        and "repa student" not in told
+        and "(" not in told["repa difference"]
+    )
+    for row in (
+        "| vanilla SiT (2 of 3 seeds) |",
+        "| REPA (1 of 3 seeds) |",
+        "| SRA 2, cosine | not run |",
+    ):
         assert row in text
 
 
 def test_without_seeds_in_common_there_is_a_mean_alone():
     found = study(without={("vanilla", 1), ("repa", 2), ("repa", 3)})
     assert f"| REPA (0 of 3 seeds) | {ends(found, 'repa')[1]:.4f} |  |" in table(found)
-    assert {key for key in figures(found) if "repa" in key and ("difference" in key or "speed" in key)} == set()
+    assert {
+        key for key in figures(found) if "repa" in key and ("difference" in key or "speed" in key)
+    } == set()
 
 
 def test_what_cannot_be_compared_is_said_in_one_line():
@@ -240,7 +319,9 @@ def test_what_cannot_be_compared_is_said_in_one_line():
 def test_curves_are_compared_where_all_runs_were_measured():
     found = study()
     found["runs"][0]["metrics"]["FD-fashion"][1] = None
-    found["runs"][1]["metrics"] = {key: values[2:] for key, values in found["runs"][1]["metrics"].items()}
+    found["runs"][1]["metrics"] = {
+        key: values[2:] for key, values in found["runs"][1]["metrics"].items()
+    }
     measured = curves(found, "FD-fashion")
     assert measured.images.tolist() == IMAGES[2:].tolist()
     assert measured.of["vanilla"][2].tolist() == found["runs"][1]["metrics"]["FD-fashion"]
@@ -259,11 +340,16 @@ def test_bounds_are_spelled():
         run["metrics"]["FD-fashion"] = [factor * value for value in run["metrics"]["FD-fashion"]]
     told = figures(found)
     assert told["sra2 speed-up"] == "< 1.00" and told["sra2 speed-up at 16000"] == "< 0.25"
-    assert told["repa speed-up at 32000"].startswith("> 32.00") and told["repa speed-up per FLOP"] == "> 57.60"
+    assert (
+        told["repa speed-up at 32000"].startswith("> 32.00")
+        and told["repa speed-up per FLOP"] == "> 57.60"
+    )
 
 
 @pytest.mark.parametrize(
-    "found", [study(without={("repa", 2)}), study((4,), {("sra2", 4)}, plain=True)], ids=["rich", "plain with runs missing"]
+    "found",
+    [study(without={("repa", 2)}), study((4,), {("sra2", 4)}, plain=True)],
+    ids=["rich", "plain with runs missing"],
 )
 def test_the_figure_shows_means_and_paired_differences(found, tmp_path, monkeypatch):
     from matplotlib import pyplot
@@ -282,5 +368,7 @@ def test_the_figure_shows_means_and_paired_differences(found, tmp_path, monkeypa
     assert [[*line.get_ydata()] for line in quality.lines][: len(means)] == means
     ours, theirs = measured.pair("repa", "vanilla")
     told = [line.get_ydata() for line in difference.lines if len(line.get_xdata()) == len(IMAGES)]
-    assert len(told) == len(there) - 1 and np.allclose(told[-1], 100 * (ours.mean(0) / theirs.mean(0) - 1))
+    assert len(told) == len(there) - 1 and np.allclose(
+        told[-1], 100 * (ours.mean(0) / theirs.mean(0) - 1)
+    )
     assert loss.get_visible() == ("probe" in found["runs"][0])

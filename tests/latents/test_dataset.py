@@ -41,7 +41,9 @@ def test_shuffle_looks_uniform():
 
 
 def test_shuffle_needs_no_permutation_in_memory():
-    index = shuffled(np.arange(10**9 - 128, 10**9 + 128), 10**9, seed=0)  # a billion images, across an epoch's end
+    index = shuffled(
+        np.arange(10**9 - 128, 10**9 + 128), 10**9, seed=0
+    )  # a billion images, across an epoch's end
     assert index.min() >= 0 and index.max() < 10**9 and len(np.unique(index)) > 250
 
 
@@ -69,13 +71,17 @@ def test_gather_returns_rows_in_the_order_asked(cache):
     moments, labels = data.gather(index)
     for row, i in enumerate(index):
         shard, offset = divmod(i, 10)
-        np.testing.assert_array_equal(moments[row], np.load(cache / f"moments/0000{shard}.npy")[offset])
+        np.testing.assert_array_equal(
+            moments[row], np.load(cache / f"moments/0000{shard}.npy")[offset]
+        )
         assert labels[row] == np.load(cache / f"labels/0000{shard}.npy")[offset]
 
 
 def test_loader_with_workers_is_the_stream(cache):
     stream = TrainingStream(LatentCache(cache), 0, 8)
-    for step, batch in zip(range(2, 6), stream.loader(2, 6, num_workers=2, pin_memory=False), strict=True):
+    for step, batch in zip(
+        range(2, 6), stream.loader(2, 6, num_workers=2, pin_memory=False), strict=True
+    ):
         assert all(torch.equal(a, b) for a, b in zip(batch, stream[step]))
 
 
@@ -102,7 +108,9 @@ def test_what_the_manifest_does_not_vouch_for_is_not_read(copied):
 
 def test_latents_are_not_mistaken_for_moments(copied):
     write_array(copied / "moments/00001.npy", np.zeros((10, 4, 8, 8), np.float16))
-    with pytest.raises(CacheError, match=r"00001\.npy.*\(10, 4, 8, 8\).*4 channels are latents.*8 channels"):
+    with pytest.raises(
+        CacheError, match=r"00001\.npy.*\(10, 4, 8, 8\).*4 channels are latents.*8 channels"
+    ):
         LatentCache(copied)
 
 
@@ -135,7 +143,9 @@ def flipped(tmp_path_factory, tree, vae_folder):
     from preprocessing.encoding import Encoding, Settings
 
     dest = tmp_path_factory.mktemp("flipped") / "data"
-    settings = Settings(str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=8, flip=True)
+    settings = Settings(
+        str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=8, flip=True
+    )
     build(dest, Encoding(settings, "cpu", 0, World()), World())
     return dest
 
@@ -155,7 +165,10 @@ def test_no_two_processes_get_one_image(cache):
 def test_every_place_goes_everywhere(size, rounds):
     """Chi-squared of where three places go, over many epochs and over many seeds: neither too uneven nor too even."""
     places = np.array([0, size // 2, size - 1])
-    by_epoch = [np.bincount(shuffled(np.arange(rounds) * size + place, size, seed=7), minlength=size) for place in places]
+    by_epoch = [
+        np.bincount(shuffled(np.arange(rounds) * size + place, size, seed=7), minlength=size)
+        for place in places
+    ]
     by_seed = np.zeros((3, size))
     for seed in range(rounds):
         by_seed[range(3), shuffled(places, size, seed)] += 1
@@ -176,7 +189,9 @@ def test_neighbours_are_independent():
 
 def test_one_image_and_a_billion():
     assert shuffled(np.arange(5), 1, 0).tolist() == 5 * [0]
-    sample = shuffled(np.arange(0, 10**9, 10**4), 10**9, seed=0)  # every ten-thousandth place of a billion
+    sample = shuffled(
+        np.arange(0, 10**9, 10**4), 10**9, seed=0
+    )  # every ten-thousandth place of a billion
     assert len(np.unique(sample)) == len(sample) and abs(sample.mean() / 10**9 - 0.5) < 0.005
 
 
@@ -186,9 +201,14 @@ def test_the_stream_mirrors_by_the_seed(flipped):
     index = shuffled(number.numpy(), 24, 5)
     both = [data.gather(index, np.full(8, side))[0] for side in (False, True)]
     mirrored = [not torch.equal(moments[i], both[0][i]) for i in range(8)]
-    assert all(torch.equal(moments[i], both[mirrored[i]][i]) for i in range(8)) and 0 < sum(mirrored) < 8
+    assert (
+        all(torch.equal(moments[i], both[mirrored[i]][i]) for i in range(8))
+        and 0 < sum(mirrored) < 8
+    )
     for rank in range(2):
-        assert torch.equal(TrainingStream(data, 5, 8, rank, 2)[4][1], moments[4 * rank : 4 * rank + 4])
+        assert torch.equal(
+            TrainingStream(data, 5, 8, rank, 2)[4][1], moments[4 * rank : 4 * rank + 4]
+        )
     seen = torch.cat([uniform(5, Purpose.MIRROR, torch.arange(4000)) < 0.5])
     assert abs(seen.float().mean() - 0.5) < 0.04
 
@@ -223,7 +243,10 @@ def test_statistics_of_joined_caches_are_those_of_all_images(cache, copied):
     ("changes", "message"),
     [
         ({"scale": 0.9}, "scale is 0.7 in one, 0.9 in the other"),
-        ({"class_names": ["class0", "dog", "class2"]}, "class_names is 'class1' for class 1 in one, 'dog' for class 1"),
+        (
+            {"class_names": ["class0", "dog", "class2"]},
+            "class_names is 'class1' for class 1 in one, 'dog' for class 1",
+        ),
         ({"class_names": ["a", "b"]}, "class_names is 3 classes in one, 2 classes"),
         ({"vae_fingerprint": "x"}, "vae_fingerprint is"),
     ],
@@ -239,10 +262,14 @@ def test_a_cache_in_memory_is_the_cache(cache, flipped):
         on_disk, in_ram = LatentCache(root), LatentCache(root)
         in_ram.load_into_ram()
         for step in (0, 3):
-            for a, b in zip(TrainingStream(on_disk, 1, 8)[step], TrainingStream(in_ram, 1, 8)[step]):
+            for a, b in zip(
+                TrainingStream(on_disk, 1, 8)[step], TrainingStream(in_ram, 1, 8)[step]
+            ):
                 assert torch.equal(a, b)
         batches = TrainingStream(in_ram, 1, 8).loader(0, 2, num_workers=1, pin_memory=False)
-        assert all(torch.equal(a, b) for a, b in zip(next(iter(batches)), TrainingStream(on_disk, 1, 8)[0]))
+        assert all(
+            torch.equal(a, b) for a, b in zip(next(iter(batches)), TrainingStream(on_disk, 1, 8)[0])
+        )
 
 
 SHARING = """
@@ -270,14 +297,19 @@ def test_processes_share_one_memory(cache, tmp_path):
 
 def test_a_cache_that_memory_cannot_hold_is_refused(cache, monkeypatch):
     monkeypatch.setattr(cache_module, "free_memory", lambda: 1000)
-    with pytest.raises(CacheError, match=r"--cache-in-ram needs 0\.0 GB, 0\.0 GB of this machine's are free"):
+    with pytest.raises(
+        CacheError, match=r"--cache-in-ram needs 0\.0 GB, 0\.0 GB of this machine's are free"
+    ):
         LatentCache(cache).load_into_ram()
 
 
 def test_few_shards_are_open_at_once(cache, monkeypatch):
     monkeypatch.setattr(cache_module, "MOST_OPEN", 2)
     data, index = LatentCache(cache), np.array([23, 0, 11, 5, 22])
-    assert torch.equal(data.gather(index)[0], LatentCache(cache).gather(index)[0]) and len(data._open) == 2
+    assert (
+        torch.equal(data.gather(index)[0], LatentCache(cache).gather(index)[0])
+        and len(data._open) == 2
+    )
 
 
 MANY = """
@@ -295,7 +327,9 @@ print("read")
 
 def test_more_shards_than_files_may_be_open(cache, copied, tmp_path):
     manifest = json.loads((copied / "manifest.json").read_text())
-    moments = np.concatenate([np.load(copied / "moments" / entry["file"]) for entry in manifest["shards"]])
+    moments = np.concatenate(
+        [np.load(copied / "moments" / entry["file"]) for entry in manifest["shards"]]
+    )
     entries = []
     for k in range(400):
         entries.append({"file": f"{k:05d}.npy", "count": 3})
@@ -328,7 +362,11 @@ def test_free_memory_heeds_a_jobs_own_limit(tmp_path, monkeypatch):
 def test_joined_caches_in_another_order_are_another_run(call, cache, copied, tmp_path):
     edit_manifest(copied, mean=[0.1, 0.2, 0.3, 0.4])
     given = train_flags(cache, tmp_path, "run")
-    for steps, order, outcome in ((1, (cache, copied), 0), (2, (copied, cache), 2), (2, (cache, copied), 0)):
+    for steps, order, outcome in (
+        (1, (cache, copied), 0),
+        (2, (copied, cache), 2),
+        (2, (cache, copied), 0),
+    ):
         code, out = call(train, "--data-dir", *order, *given[2:], "--max-train-steps", steps)
         assert code == outcome and ("joined differ" in out) == (outcome == 2), out
 

@@ -11,7 +11,9 @@ def vae(vae_folder):
 
 
 def pictures(n=3):
-    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_moments_are_diffusers_posterior_of_images_in_minus_one_to_one(vae):
@@ -47,13 +49,16 @@ def test_latents_from_moments():
 def test_fingerprint_sees_weights_and_scale(vae, tmp_path):
     assert vae.fingerprint() == Autoencoder(vae.name).fingerprint()
     others = [make_vae(tmp_path / "weights", seed=1), make_vae(tmp_path / "shift", shift=0.5)]
-    assert len({vae.fingerprint(), *(Autoencoder(str(other)).fingerprint() for other in others)}) == 3
+    assert (
+        len({vae.fingerprint(), *(Autoencoder(str(other)).fingerprint() for other in others)}) == 3
+    )
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-vae", "stabilityai/sd-vae-ft-mse"])
 def test_a_missing_download_says_what_to_fetch_and_where_to_put_it(name):
     with pytest.raises(
-        FileNotFoundError, match=rf"--vae {name} cannot be loaded.*hf download {name} --local-dir FOLDER.*--vae FOLDER"
+        FileNotFoundError,
+        match=rf"--vae {name} cannot be loaded.*hf download {name} --local-dir FOLDER.*--vae FOLDER",
     ):
         Autoencoder(name)
 

@@ -10,11 +10,25 @@ from timm.layers import resample_abs_pos_embed
 from evaluations.timm_networks import TimmFeatures
 from experiments import efficientnet_weights
 from models import encoder
-from models.encoder import Encoder, EncoderError, architecture, describe, load_network, patch_tokens, resample
+from models.encoder import (
+    Encoder,
+    EncoderError,
+    architecture,
+    describe,
+    load_network,
+    patch_tokens,
+    resample,
+)
 
 
 def images(count: int, side: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0,
+        256,
+        (count, 3, side, side),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +46,16 @@ def vit(tmp_path_factory):
 
 def test_tokens_are_those_of_the_network_after_repas_preprocessing(vit):
     ours = Encoder("test_vit", 256, 16, vit)
-    assert (ours.name, ours.width, ours.side) == ("test_vit", 64, 256) and ours.fingerprint == ours.fingerprint
+    assert (ours.name, ours.width, ours.side) == (
+        "test_vit",
+        64,
+        256,
+    ) and ours.fingerprint == ours.fingerprint
     plain = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
     plain.load_state_dict(torch.load(vit))
-    positions = resample_abs_pos_embed(plain.pos_embed.detach(), (16, 16), (10, 10), num_prefix_tokens=1)
+    positions = resample_abs_pos_embed(
+        plain.pos_embed.detach(), (16, 16), (10, 10), num_prefix_tokens=1
+    )
     x = images(2, 256) / 127.5 - 1
     with torch.no_grad():
         x = plain.patch_embed(x).flatten(1, 2) + positions[:, 1:]
@@ -50,8 +70,12 @@ def test_tokens_are_those_of_the_network_after_repas_preprocessing(vit):
 
 
 def test_colours_are_normalised_as_the_network_was_trained():
-    ours = Encoder("lcnet_035", 32, 7, pretrained=False)  # ImageNet's mean and deviation, unlike test_vit's
-    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    ours = Encoder(
+        "lcnet_035", 32, 7, pretrained=False
+    )  # ImageNet's mean and deviation, unlike test_vit's
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     seen = []
     ours.network.conv_stem.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
     ours(images(1, 224))
@@ -61,7 +85,12 @@ def test_colours_are_normalised_as_the_network_was_trained():
 @pytest.mark.parametrize(
     ("name", "resolution", "side"),
     [
-        *(("dinov2-s", 256, 224), ("dinov2-s", 512, 448), ("dinov2-s", 32, 224), ("test_vit", 256, 256)),
+        *(
+            ("dinov2-s", 256, 224),
+            ("dinov2-s", 512, 448),
+            ("dinov2-s", 32, 224),
+            ("test_vit", 256, 256),
+        ),
         *(("test_vit", 32, 224), ("tf_efficientnet_lite0", 250, 256), ("mixer_s16_224", 512, 224)),
     ],
 )
@@ -73,7 +102,9 @@ def test_the_last_norm_is_left_out_where_repa_leaves_it_out(monkeypatch, vit):
     monkeypatch.setitem(encoder.REPA, "mae-vit-l", "test_vit")
     before, after = Encoder("mae-vit-l", 224, 14, vit), Encoder("test_vit", 224, 14, vit)
     with torch.no_grad():
-        torch.testing.assert_close(after.network.norm(before(images(1, 224))), after(images(1, 224)))
+        torch.testing.assert_close(
+            after.network.norm(before(images(1, 224))), after(images(1, 224))
+        )
     assert before.fingerprint != after.fingerprint
 
 
@@ -150,17 +181,44 @@ def test_repas_spellings_are_networks_with_weights():
 
 def test_mistakes(vit, tmp_path):
     torch.save({"a": print}, tmp_path / "evil.pth")
-    torch.save({key: value for key, value in torch.load(vit).items() if key != "pos_embed"}, tmp_path / "few.pth")
+    torch.save(
+        {key: value for key, value in torch.load(vit).items() if key != "pos_embed"},
+        tmp_path / "few.pth",
+    )
     cases = [
-        (lambda: describe("dinov2-vit-x", 256), "dinov2-vit-x is no network that timm knows; near it: dinov2-vit-"),
-        (lambda: describe("vit_base_patch14_dinov2.lvd", 256), "near it: vit_base_patch14_dinov2.lvd142m"),
-        (lambda: describe("mocov3-vit-b", 256), "timm has no MoCo v3 weights; of REPA's encoders it has .*dinov2-vit-b"),
-        (lambda: describe("volo_d1_224", 256), "no square of patch tokens: an image becomes an array of 197 x 384"),
-        (lambda: describe("pit_ti_224", 256), "no square of patch tokens: an image becomes a single token"),
+        (
+            lambda: describe("dinov2-vit-x", 256),
+            "dinov2-vit-x is no network that timm knows; near it: dinov2-vit-",
+        ),
+        (
+            lambda: describe("vit_base_patch14_dinov2.lvd", 256),
+            "near it: vit_base_patch14_dinov2.lvd142m",
+        ),
+        (
+            lambda: describe("mocov3-vit-b", 256),
+            "timm has no MoCo v3 weights; of REPA's encoders it has .*dinov2-vit-b",
+        ),
+        (
+            lambda: describe("volo_d1_224", 256),
+            "no square of patch tokens: an image becomes an array of 197 x 384",
+        ),
+        (
+            lambda: describe("pit_ti_224", 256),
+            "no square of patch tokens: an image becomes a single token",
+        ),
         (lambda: describe("test_vit", 256, side=0), "takes images of 16 pixels and more, not of 0"),
-        (lambda: describe("test_vit", 256, side=100), "test_vit takes images of a multiple of 16 pixels, not of 100"),
-        (lambda: describe("mixer_s16_224", 256, side=240), "takes images of 224 pixels only, not of 240"),
-        (lambda: load_network("test_vit", tmp_path / "no.pth"), "test_vit: --encoder-weights .*no.pth does not exist"),
+        (
+            lambda: describe("test_vit", 256, side=100),
+            "test_vit takes images of a multiple of 16 pixels, not of 100",
+        ),
+        (
+            lambda: describe("mixer_s16_224", 256, side=240),
+            "takes images of 224 pixels only, not of 240",
+        ),
+        (
+            lambda: load_network("test_vit", tmp_path / "no.pth"),
+            "test_vit: --encoder-weights .*no.pth does not exist",
+        ),
         (
             lambda: load_network("test_vit", tmp_path / "evil.pth"),
             "--encoder-weights .*evil.pth does not fit test_vit .*[Ww]eights",
@@ -169,7 +227,10 @@ def test_mistakes(vit, tmp_path):
             lambda: Encoder("test_vit2", 32, 4, vit),
             "--encoder-weights .* does not fit test_vit2 .*of another network, .* is missing",
         ),
-        (lambda: Encoder("test_vit", 32, 4, tmp_path / "few.pth"), "few.pth does not fit test_vit .*, pos_embed is missing"),
+        (
+            lambda: Encoder("test_vit", 32, 4, tmp_path / "few.pth"),
+            "few.pth does not fit test_vit .*, pos_embed is missing",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(EncoderError, match=message) as error:
@@ -178,7 +239,9 @@ def test_mistakes(vit, tmp_path):
 
 
 def test_features_of_evaluations_come_from_the_same_network(vit):
-    assert encoder.fingerprint(TimmFeatures("test_vit", vit).network) == encoder.fingerprint(load_network("test_vit", vit))
+    assert encoder.fingerprint(TimmFeatures("test_vit", vit).network) == encoder.fingerprint(
+        load_network("test_vit", vit)
+    )
 
 
 def test_the_packages_weights_are_timms(call, tmp_path):
@@ -186,17 +249,25 @@ def test_the_packages_weights_are_timms(call, tmp_path):
     the same shape exchanged they are 1.6 of its deviations away, not 0.3. (The package's own network agrees to the bit.)"""
     code, out = call(efficientnet_weights, "--out", tmp_path / "w.safetensors")
     assert code == 0, out
-    timm.create_model("tf_efficientnet_lite0").load_state_dict(load_file(tmp_path / "w.safetensors"))
+    timm.create_model("tf_efficientnet_lite0").load_state_dict(
+        load_file(tmp_path / "w.safetensors")
+    )
     ours = Encoder("tf_efficientnet_lite0", 64, 7, tmp_path / "w.safetensors")
     away = []
 
     def compare(module, x):
-        away.append(((x[0].mean((0, 2, 3)) - module.running_mean) / (module.running_var + 1e-3).sqrt()).abs().mean())
+        away.append(
+            ((x[0].mean((0, 2, 3)) - module.running_mean) / (module.running_var + 1e-3).sqrt())
+            .abs()
+            .mean()
+        )
 
     for module in ours.network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_pre_hook(compare)
-    smooth = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)).cumsum(2).cumsum(3) + torch.zeros(2, 3, 1, 1)
+    smooth = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)).cumsum(2).cumsum(
+        3
+    ) + torch.zeros(2, 3, 1, 1)
     smooth = (smooth - smooth.mean()) / smooth.std() * 60 + 115
     assert ours(smooth.clamp(0, 255).to(torch.uint8)).shape == (2, 49, 1280)
     assert torch.stack(away).median() < 0.8, away

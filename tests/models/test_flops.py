@@ -28,7 +28,9 @@ def test_flops_are_those_of_torchs_counter():
     assert both.get_total_flops() == pytest.approx(2 * training_flops(SMALL, [SRA2]), rel=0.02)
     with FlopCounterMode(display=False) as teacher:
         model.backbone.features(x, t, y, (2,))
-    extra = training_flops(SMALL, [{"method": "sra", "teacher_block": 2, "head": None}]) - training_flops(SMALL, [])
+    extra = training_flops(
+        SMALL, [{"method": "sra", "teacher_block": 2, "head": None}]
+    ) - training_flops(SMALL, [])
     assert teacher.get_total_flops() == 2 * extra
 
 

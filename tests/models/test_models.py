@@ -30,7 +30,9 @@ def millions(module: torch.nn.Module) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-@pytest.mark.parametrize(("name", "expected"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)]
+)
 def test_parameter_counts_are_the_papers(name, expected):
     with torch.device("meta"):
         assert millions(SiT(SiTConfig(**PRESETS[name]))) == pytest.approx(expected, abs=0.6)
@@ -39,17 +41,24 @@ def test_parameter_counts_are_the_papers(name, expected):
 def test_xl_counts_what_dit_prints_less_the_learned_sigma():
     """DiT-XL/2 prints 675,129,632 parameters; its output layer has 16 rows more."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in SiT(SiTConfig(**PRESETS["SiT-XL/2"])).parameters()) == 675_129_632 - 16 * (1152 + 1)
+        assert sum(
+            p.numel() for p in SiT(SiTConfig(**PRESETS["SiT-XL/2"])).parameters()
+        ) == 675_129_632 - 16 * (1152 + 1)
 
 
-@pytest.mark.parametrize(("name", "layers", "expected"), [("SiT-B/2", 5, 8.3), ("SiT-B/2", 2, 1.2), ("SiT-XL/2", 5, 18.6)])
+@pytest.mark.parametrize(
+    ("name", "layers", "expected"),
+    [("SiT-B/2", 5, 8.3), ("SiT-B/2", 2, 1.2), ("SiT-XL/2", 5, 18.6)],
+)
 def test_head_counts_are_the_papers(name, layers, expected):
     with torch.device("meta"):
         assert round(millions(Projector(PRESETS[name]["width"], 16, layers)), 1) == expected
 
 
 def test_every_preset_is_there_and_auto_depth_is_the_papers():
-    assert {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (1, 2, 4, 8)} | {"SiT-Ti/2"} == set(PRESETS)
+    assert {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (1, 2, 4, 8)} | {
+        "SiT-Ti/2"
+    } == set(PRESETS)
     assert [align_block(name) for name in ("SiT-B/2", "SiT-L/2", "SiT-XL/2")] == [2, 8, 8]
     assert all(align_block(name) <= PRESETS[name]["depth"] for name in PRESETS)
 
@@ -57,18 +66,32 @@ def test_every_preset_is_there_and_auto_depth_is_the_papers():
 def test_parameter_names_and_shapes_are_the_official_ones():
     d, p, c, k, side = 32, 2, 4, 5, 8
     block = {
-        "attn.qkv.weight": (3 * d, d), "attn.qkv.bias": (3 * d,), "attn.proj.weight": (d, d), "attn.proj.bias": (d,),
-        "mlp.fc1.weight": (4 * d, d), "mlp.fc1.bias": (4 * d,), "mlp.fc2.weight": (d, 4 * d), "mlp.fc2.bias": (d,),
-        "adaLN_modulation.1.weight": (6 * d, d), "adaLN_modulation.1.bias": (6 * d,),
-    }  # fmt: skip
+        "attn.qkv.weight": (3 * d, d),
+        "attn.qkv.bias": (3 * d,),
+        "attn.proj.weight": (d, d),
+        "attn.proj.bias": (d,),
+        "mlp.fc1.weight": (4 * d, d),
+        "mlp.fc1.bias": (4 * d,),
+        "mlp.fc2.weight": (d, 4 * d),
+        "mlp.fc2.bias": (d,),
+        "adaLN_modulation.1.weight": (6 * d, d),
+        "adaLN_modulation.1.bias": (6 * d,),
+    }
     expected = {
-        "pos_embed": (1, (side // p) ** 2, d), "x_embedder.proj.weight": (d, c, p, p), "x_embedder.proj.bias": (d,),
-        "t_embedder.mlp.0.weight": (d, 256), "t_embedder.mlp.0.bias": (d,), "t_embedder.mlp.2.weight": (d, d),
-        "t_embedder.mlp.2.bias": (d,), "y_embedder.embedding_table.weight": (k + 1, d),
-        "final_layer.linear.weight": (p * p * c, d), "final_layer.linear.bias": (p * p * c,),
-        "final_layer.adaLN_modulation.1.weight": (2 * d, d), "final_layer.adaLN_modulation.1.bias": (2 * d,),
+        "pos_embed": (1, (side // p) ** 2, d),
+        "x_embedder.proj.weight": (d, c, p, p),
+        "x_embedder.proj.bias": (d,),
+        "t_embedder.mlp.0.weight": (d, 256),
+        "t_embedder.mlp.0.bias": (d,),
+        "t_embedder.mlp.2.weight": (d, d),
+        "t_embedder.mlp.2.bias": (d,),
+        "y_embedder.embedding_table.weight": (k + 1, d),
+        "final_layer.linear.weight": (p * p * c, d),
+        "final_layer.linear.bias": (p * p * c,),
+        "final_layer.adaLN_modulation.1.weight": (2 * d, d),
+        "final_layer.adaLN_modulation.1.bias": (2 * d,),
         **{f"blocks.{i}.{key}": shape for i in range(3) for key, shape in block.items()},
-    }  # fmt: skip
+    }
     assert {key: tuple(value.shape) for key, value in small().state_dict().items()} == expected
 
 
@@ -101,8 +124,15 @@ def test_train_and_eval_mode_are_the_same():
 
 
 def test_other_sides_channels_and_class_counts():
-    model = SiT(SiTConfig(depth=1, width=32, heads=2, patch=4, latent_size=16, channels=16, num_classes=3))
-    assert model(torch.zeros(2, 16, 16, 16), torch.zeros(2), torch.tensor([0, 3])).shape == (2, 16, 16, 16)
+    model = SiT(
+        SiTConfig(depth=1, width=32, heads=2, patch=4, latent_size=16, channels=16, num_classes=3)
+    )
+    assert model(torch.zeros(2, 16, 16, 16), torch.zeros(2), torch.tensor([0, 3])).shape == (
+        2,
+        16,
+        16,
+        16,
+    )
     with pytest.raises(ValueError, match="patch size 4 cannot cut latents of side 6"):
         SiT(SiTConfig(depth=1, width=32, heads=2, patch=4, latent_size=6))
 
@@ -137,7 +167,10 @@ def test_gradients_reach_the_blocks_up_to_the_aligned_one_only():
     backbone = awake(small())
     model = AlignedSiT(backbone, {"a": Projector(32, 16, layers=2)}, {"a": 2})
     model(*inputs())[1]["a"].sum().backward()
-    reached = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in backbone.blocks]
+    reached = [
+        any(p.grad is not None and p.grad.any() for p in block.parameters())
+        for block in backbone.blocks
+    ]
     assert reached == [True, True, False]
     assert backbone.pos_embed.grad is None
     assert AlignedSiT(backbone)(*inputs())[1:] == ({}, {})
@@ -150,11 +183,15 @@ def test_each_head_gets_its_blocks_tokens_and_an_idle_one_has_no_gradient_but_ze
     pred, projected, lengths = model(*inputs())
     assert torch.equal(pred, velocity)
     for name, k in model.blocks.items():
-        assert torch.equal(projected[name], heads[name](kept[k])) and torch.equal(lengths[name], kept[k].norm(dim=-1).mean(1))
+        assert torch.equal(projected[name], heads[name](kept[k])) and torch.equal(
+            lengths[name], kept[k].norm(dim=-1).mean(1)
+        )
     pred, projected, lengths = model(*inputs(), idle=["a"])
     assert {*projected} == {*lengths} == {"b"} and torch.equal(pred, velocity)
     (pred.sum() + projected["b"].sum()).backward()
-    assert all(not p.grad.any() for p in heads["a"].parameters()) and all(p.grad.any() for p in heads["b"].parameters())
+    assert all(not p.grad.any() for p in heads["a"].parameters()) and all(
+        p.grad.any() for p in heads["b"].parameters()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -166,4 +203,6 @@ def test_what_is_aligned_is_float32_under_any_autocast(dtype):
         aligned = AlignedSiT(awake(small()), {"a": head}, {"a": 2})(*inputs())[1]["a"]
     assert aligned.dtype == torch.float32 and hidden[0].dtype == torch.float32
     assert not torch.equal(aligned, aligned.to(dtype).float())  # not rounded and widened again
-    assert torch.equal(hidden[0], hidden[0].to(dtype).float())  # while the layers before did run in half precision
+    assert torch.equal(
+        hidden[0], hidden[0].to(dtype).float()
+    )  # while the layers before did run in half precision

@@ -18,7 +18,12 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def _png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = [_chunk(b"IHDR", header), *extra, _chunk(b"IDAT", zlib.compress(rows)), _chunk(b"IEND", b"")]
+    parts = [
+        _chunk(b"IHDR", header),
+        *extra,
+        _chunk(b"IDAT", zlib.compress(rows)),
+        _chunk(b"IEND", b""),
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -55,7 +60,11 @@ def make_hostile(folder: Path) -> dict[str, tuple[str, str]]:
         "turned.jpg": (_saved(photo, "JPEG", exif=turned), "", "turned by EXIF"),
         "broken_exif.jpg": (_saved(photo, "JPEG", exif=odd), "", "JPEG RGB"),
         "palette.png": (_saved(palette, "PNG"), "", "PNG P"),
-        "palette_clear.png": (_saved(palette, "PNG", transparency=3), "", "transparent: over white"),
+        "palette_clear.png": (
+            _saved(palette, "PNG", transparency=3),
+            "",
+            "transparent: over white",
+        ),
         "rgba.png": (_saved(rgba, "PNG"), "", "transparent: over white"),
         "opaque.png": (_saved(photo.convert("RGBA"), "PNG"), "", "PNG RGBA"),
         "la.png": (_saved(rgba.convert("LA"), "PNG"), "", "transparent: over white"),
@@ -63,7 +72,11 @@ def make_hostile(folder: Path) -> dict[str, tuple[str, str]]:
         "grey16.png": (_saved(grey16, "PNG"), "", "16 bits: rounded to 8"),
         "grey16.tif": (_saved(grey16, "TIFF"), "", "16 bits: rounded to 8"),
         "rgb48.png": (_png(80, 60, 16, 2, deep.tobytes()), "", "PNG RGB"),
-        "moving.gif": (_saved(palette, "GIF", save_all=True, append_images=[photo.quantize(8)]), "", first),
+        "moving.gif": (
+            _saved(palette, "GIF", save_all=True, append_images=[photo.quantize(8)]),
+            "",
+            first,
+        ),
         "moving.webp": (_saved(photo, "WEBP", save_all=True, append_images=[rgba]), "", first),
         "moving.png": (_saved(photo, "PNG", save_all=True, append_images=[rgba]), "", first),
         "pages.tiff": (_saved(photo, "TIFF", save_all=True, append_images=[photo]), "", first),
@@ -81,15 +94,21 @@ def make_hostile(folder: Path) -> dict[str, tuple[str, str]]:
         "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", BAD, "not one of PNG"),
         "bomb.png": (_png(65535, 65535, 1, 0, bytes(1000)), BAD, "more than 89,478,485 pixels"),
         "text_bomb.png": (
-            _png(8, 8, 8, 0, bytes(72), long_text), BAD, "Decompressed data too large",
+            _png(8, 8, 8, 0, bytes(72), long_text),
+            BAD,
+            "Decompressed data too large",
         ),
         "thread.png": (_saved(Image.new("RGB", (1, 100_000)), "PNG"), BAD, "too long and thin"),
         "float.tiff": (_saved(Image.new("F", (40, 40), 0.5), "TIFF"), BAD, "no agreed range"),
-        "deep.tiff": (_saved(Image.fromarray(np.full((40, 40), 70_000, np.int32)), "TIFF"), BAD, "no agreed range"),
+        "deep.tiff": (
+            _saved(Image.fromarray(np.full((40, 40), 70_000, np.int32)), "TIFF"),
+            BAD,
+            "no agreed range",
+        ),
         ".hidden.png": (png, IGNORED, ""),
         "._of_a_mac.jpg": (bytes(100), IGNORED, ""),
         "notes.txt": (b"hello", IGNORED, ""),
-    }  # fmt: skip
+    }
     place = folder / "class"
     place.mkdir(parents=True)
     for name, (data, _, _) in files.items():
@@ -98,4 +117,8 @@ def make_hostile(folder: Path) -> dict[str, tuple[str, str]]:
     os.mkfifo(place / "pipe.png")
     (place / "folder.png").mkdir()
     expected = {name: (outcome, what) for name, (_, outcome, what) in files.items()}
-    return expected | {"gone.png": (BAD, "No such file"), "pipe.png": (BAD, "not a file"), "folder.png": (IGNORED, "")}
+    return expected | {
+        "gone.png": (BAD, "No such file"),
+        "pipe.png": (BAD, "not a file"),
+        "folder.png": (IGNORED, ""),
+    }

@@ -26,7 +26,9 @@ class Encoder(torch.nn.Module):
 
     width, fingerprint, calls = 3, "f1", []
 
-    def __init__(self, name, resolution, tokens_side, weights=None, pretrained=True, device="cpu", side=None):
+    def __init__(
+        self, name, resolution, tokens_side, weights=None, pretrained=True, device="cpu", side=None
+    ):
         super().__init__()
         if name == "unknown":
             raise EncoderError("unknown is no network")
@@ -55,7 +57,9 @@ def whole(tmp_path_factory, tree, vae_folder):
     from preprocessing.encoding import Encoding, Settings
 
     dest = tmp_path_factory.mktemp("features") / "data"
-    settings = Settings(str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True)
+    settings = Settings(
+        str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True
+    )
     build(dest, Encoding(settings, "cpu", 0, World()), World())
     return dest
 
@@ -71,9 +75,16 @@ def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
     data, index = LatentCache(kept), np.array([23, 0, 10, 9, 0])
     (slug,) = data.stored_features()
     assert data.stored_features()[slug] == {
-        "encoder": "a/b:c", "fingerprint": "f1", "side": 224, "tokens_side": 4, "width": 3, "dtype": "float16"
-    }  # fmt: skip
-    images = data.images(index).float().reshape(5, 3, 4, 8, 4, 8)  # latents of side 8, cut by patch 2: 4 x 4 tokens
+        "encoder": "a/b:c",
+        "fingerprint": "f1",
+        "side": 224,
+        "tokens_side": 4,
+        "width": 3,
+        "dtype": "float16",
+    }
+    images = (
+        data.images(index).float().reshape(5, 3, 4, 8, 4, 8)
+    )  # latents of side 8, cut by patch 2: 4 x 4 tokens
     expected = images.mean((3, 5)).flatten(2).transpose(1, 2)
     assert torch.equal(data.features(slug, index), expected.half())
     batch = TrainingStream(data, 5, 8, extra=f"features/{slug}")[4]
@@ -81,14 +92,19 @@ def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
     assert torch.equal(batch[1], TrainingStream(data, 5, 8)[4][1])
     assert call(verify, kept)[0] == 0
     calls = len(Encoder.calls)
-    assert "is complete already" in call(encode_features, kept, "--encoder", "a/b:c")[1] and len(Encoder.calls) == calls
+    assert (
+        "is complete already" in call(encode_features, kept, "--encoder", "a/b:c")[1]
+        and len(Encoder.calls) == calls
+    )
 
 
 def test_stopped_it_goes_on(call, encoder, kept, whole, tmp_path, monkeypatch):
     given = [kept, "--encoder", "tires", "--batch-size", 4, "--tokens-side", 2]
     assert call(encode_features, *given)[0] == 130
     dest = kept / "features/tires-224-2x2"
-    assert sorted(path.name for path in dest.glob("*.npy")) == ["00000.npy"] and not list(dest.glob(".*.partial"))
+    assert sorted(path.name for path in dest.glob("*.npy")) == ["00000.npy"] and not list(
+        dest.glob(".*.partial")
+    )
     assert LatentCache(kept).stored_features() == {}
     Encoder.calls[:] = [0] * 5  # tired no more
     assert call(encode_features, *given)[0] == 0 and Encoder.calls[5:] == [4, 4, 2, 4]
@@ -101,19 +117,27 @@ def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder,
     given = [kept, "--encoder", "e"]
     assert call(encode_features, *given)[0] == 0
     both = LatentCache(kept, shutil.copytree(kept, kept.parent / "again"))
-    assert torch.equal(both.features("e-224-4x4", np.array([3])), both.features("e-224-4x4", np.array([27])))
+    assert torch.equal(
+        both.features("e-224-4x4", np.array([3])), both.features("e-224-4x4", np.array([27]))
+    )
     monkeypatch.setattr(Encoder, "fingerprint", "f2")
     code, out = call(encode_features, *given)
-    assert code == 2 and "holds features made otherwise (fingerprint was f1, is f2): remove it" in out
+    assert (
+        code == 2 and "holds features made otherwise (fingerprint was f1, is f2): remove it" in out
+    )
     monkeypatch.setattr(Encoder, "fingerprint", "f1")
     manifest = json.loads((kept / "manifest.json").read_text())
     manifest["shards"][1]["sha256"]["images"] = "others"
     (kept / "manifest.json").write_text(json.dumps(manifest))
     data = LatentCache(kept)
     assert data.stored_features() == {}
-    with pytest.raises(CacheError, match="no features e-224-4x4, but none: make them with python -m preprocessing"):
+    with pytest.raises(
+        CacheError, match="no features e-224-4x4, but none: make them with python -m preprocessing"
+    ):
         TrainingStream(data, 0, 8, extra="features/e-224-4x4")
-    assert "features of images that have changed since: remove it" in call(encode_features, *given)[1]
+    assert (
+        "features of images that have changed since: remove it" in call(encode_features, *given)[1]
+    )
     assert LatentCache(kept, kept.parent / "again").stored_features() == {}
     (kept / "features/e-224-4x4/features.json").write_text("{")
     with pytest.raises(CacheError, match=r"features\.json cannot be read.*remove"):
@@ -123,7 +147,9 @@ def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder,
 def test_damaged_features_are_named_before_training(call, encoder, kept):
     assert call(encode_features, kept, "--encoder", "e")[0] == 0
     (kept / "features/e-224-4x4/00002.npy").write_bytes(b"")
-    with pytest.raises(CacheError, match=r"00002\.npy cannot be read .*remove .*e-224-4x4 and make it again with"):
+    with pytest.raises(
+        CacheError, match=r"00002\.npy cannot be read .*remove .*e-224-4x4 and make it again with"
+    ):
         TrainingStream(LatentCache(kept), 0, 8, extra="features/e-224-4x4")
 
 
@@ -178,9 +204,16 @@ class First(Second):
 def test_processes_share_the_shards(call, encoder, kept, whole, tmp_path):
     plan, dest = {"encoder": "e", "tokens_side": 2, "width": 3}, kept / "features/e"
     second = Second()
-    for world, made in ((second, ["00001.npy"]), (First(second.said), ["00000.npy", "00001.npy", "00002.npy"])):
-        assert encoder_features.make(kept, read_manifest(kept), dest, plan, Encoder("e", 32, 2), 4, world)
+    for world, made in (
+        (second, ["00001.npy"]),
+        (First(second.said), ["00000.npy", "00001.npy", "00002.npy"]),
+    ):
+        assert encoder_features.make(
+            kept, read_manifest(kept), dest, plan, Encoder("e", 32, 2), 4, world
+        )
         assert sorted(path.name for path in dest.glob("*.npy")) == made
     whole = shutil.copytree(whole, tmp_path / "whole")
-    encoder_features.make(whole, read_manifest(whole), whole / "features/e", plan, Encoder("e", 32, 2), 4, World())
+    encoder_features.make(
+        whole, read_manifest(whole), whole / "features/e", plan, Encoder("e", 32, 2), 4, World()
+    )
     assert files(kept) == files(whole)

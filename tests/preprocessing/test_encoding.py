@@ -25,11 +25,29 @@ FASHION = ROOT / "assets/fashion-mnist"
 
 
 def flags(source, dest, vae, *more):
-    return ["--source", source, "--dest", dest, "--resolution", 32, "--vae", vae, "--batch-size", 4, "--shard-size", 10, *more]
+    return [
+        "--source",
+        source,
+        "--dest",
+        dest,
+        "--resolution",
+        32,
+        "--vae",
+        vae,
+        "--batch-size",
+        4,
+        "--shard-size",
+        10,
+        *more,
+    ]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_latents_are_diffusers_own_to_float16s_rounding(cache, tree, vae_folder):
@@ -38,11 +56,15 @@ def test_latents_are_diffusers_own_to_float16s_rounding(cache, tree, vae_folder)
     vae, source = AutoencoderKL.from_pretrained(vae_folder), open_source(tree)
     pixels = np.stack([np.asarray(Image.open(tree / name)) for name in source.names])
     with torch.no_grad():
-        posterior = vae.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+        posterior = vae.encode(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        ).latent_dist
     expected = torch.cat((posterior.mean, posterior.std), 1)
     stored, labels = LatentCache(cache).gather(np.arange(24))
     assert torch.equal(labels, torch.from_numpy(source.labels))
-    ulp = torch.from_numpy(np.spacing(np.abs(expected.numpy()).astype(np.float16)).astype(np.float32))
+    ulp = torch.from_numpy(
+        np.spacing(np.abs(expected.numpy()).astype(np.float16)).astype(np.float32)
+    )
     assert (
         (stored.float() - expected).abs() <= 0.5 * ulp + 2e-6
     ).all()  # half a float16, and float32 kernels of another batch size
@@ -50,10 +72,26 @@ def test_latents_are_diffusers_own_to_float16s_rounding(cache, tree, vae_folder)
 
 def start(processes: int, *given) -> subprocess.Popen:
     """The command under torchrun, not waited for."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", "-m", "preprocessing.encode_latents", *map(str, given)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--rdzv_backend",
+        "c10d",
+    ]
+    command += [
+        "--rdzv_endpoint",
+        "localhost:0",
+        "-m",
+        "preprocessing.encode_latents",
+        *map(str, given),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def kill_all(dest: Path) -> None:
@@ -65,8 +103,22 @@ def kill_all(dest: Path) -> None:
                     os.kill(int(entry.name), signal.SIGKILL)
 
 
-def test_killed_on_two_and_on_three_processes_and_ended_by_one_the_cache_is_the_same_to_the_byte(call, tmp_path):
-    given = ["--resolution", 32, "--vae", FASHION / "vae", "--limit", 1500, "--shard-size", 50, "--batch-size", 16, "--flip"]
+def test_killed_on_two_and_on_three_processes_and_ended_by_one_the_cache_is_the_same_to_the_byte(
+    call, tmp_path
+):
+    given = [
+        "--resolution",
+        32,
+        "--vae",
+        FASHION / "vae",
+        "--limit",
+        1500,
+        "--shard-size",
+        50,
+        "--batch-size",
+        16,
+        "--flip",
+    ]
     given = ["--source", FASHION / "images.zip", *given]
     code, out = call(encode_latents, *given, "--dest", tmp_path / "whole")
     assert code == 0, out
@@ -93,7 +145,8 @@ def test_two_commands_do_not_work_on_one_cache(call, tree, vae_folder, tmp_path)
     holder = "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print('has it', flush=True)"
     (tmp_path / "data/partial").mkdir(parents=True)
     other = subprocess.Popen(
-        [sys.executable, "-c", f"{holder}; time.sleep(60)", str(tmp_path / "data/partial/lock.1")], stdout=subprocess.PIPE
+        [sys.executable, "-c", f"{holder}; time.sleep(60)", str(tmp_path / "data/partial/lock.1")],
+        stdout=subprocess.PIPE,
     )
     try:
         other.stdout.readline()
@@ -106,17 +159,28 @@ def test_two_commands_do_not_work_on_one_cache(call, tree, vae_folder, tmp_path)
 
 def test_mirror_images_are_encoded_not_mirrored_latents(call, tree, vae_folder, tmp_path):
     assert call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--flip"))[0] == 0
-    data, vae, source = LatentCache(tmp_path / "data"), Autoencoder(str(vae_folder)), open_source(tree)
+    data, vae, source = (
+        LatentCache(tmp_path / "data"),
+        Autoencoder(str(vae_folder)),
+        open_source(tree),
+    )
     images = torch.from_numpy(np.stack([load_square(source, i, 32) for i in range(24)]))
     side = np.arange(24) % 2 == 1
-    expected = vae.encode(torch.where(torch.from_numpy(side)[:, None, None, None], images.flip(-1), images))
-    torch.testing.assert_close(data.gather(np.arange(24), side)[0].float(), expected, rtol=2e-3, atol=1e-4)
-    both = torch.cat([data.gather(np.arange(24), np.full(24, which))[0] for which in (False, True)]).double()
+    expected = vae.encode(
+        torch.where(torch.from_numpy(side)[:, None, None, None], images.flip(-1), images)
+    )
+    torch.testing.assert_close(
+        data.gather(np.arange(24), side)[0].float(), expected, rtol=2e-3, atol=1e-4
+    )
+    both = torch.cat(
+        [data.gather(np.arange(24), np.full(24, which))[0] for which in (False, True)]
+    ).double()
     np.testing.assert_allclose(data.manifest.mean, both.chunk(2, 1)[0].mean((0, 2, 3)), rtol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("more", "tolerance"), [(("--dtype", "float32"), 1e-6), (("--precision", "bf16"), 3e-2), (("--num-workers", 0), 2e-3)]
+    ("more", "tolerance"),
+    [(("--dtype", "float32"), 1e-6), (("--precision", "bf16"), 3e-2), (("--num-workers", 0), 2e-3)],
 )
 def test_dtype_and_precision(call, tree, vae_folder, tmp_path, cache, more, tolerance):
     assert call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, *more))[0] == 0
@@ -158,15 +222,22 @@ def test_background_limit_and_batch_size(call, vae_folder, tmp_path):
         given = flags(source.parent, tmp_path / name, vae_folder, "--limit", 7, "--background")
         assert call(encode_latents, *given, name)[0] == 0
         manifest = read_manifest(tmp_path / name)
-        assert manifest.count == 7 and manifest.kinds == {"PNG RGBA": 7, f"transparent: over {name}": 7}
+        assert manifest.count == 7 and manifest.kinds == {
+            "PNG RGBA": 7,
+            f"transparent: over {name}": 7,
+        }
         plain = torch.full((1, 3, 32, 32), 255 if name == "white" else 0, dtype=torch.uint8)
         stored = LatentCache(tmp_path / name).gather(np.array([3]))[0].float()
-        torch.testing.assert_close(stored, Autoencoder(str(vae_folder)).encode(plain), rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(
+            stored, Autoencoder(str(vae_folder)).encode(plain), rtol=2e-3, atol=1e-4
+        )
     code, out = call(encode_latents, *given, "white")
     assert code == 2 and "background was black, is white" in out
 
 
-def test_a_source_that_changed_under_an_unfinished_cache_is_refused(call, vae_folder, tmp_path, monkeypatch):
+def test_a_source_that_changed_under_an_unfinished_cache_is_refused(
+    call, vae_folder, tmp_path, monkeypatch
+):
     source = make_tree(tmp_path / "tree")
     encode = Autoencoder.encode
     calls = []
@@ -196,7 +267,9 @@ def test_preview_shows_images_reconstructions_and_latents(call, vae_folder, tmp_
 
 
 def test_values_beyond_float16_are_refused_with_the_remedy(call, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: torch.full((len(images), 8, 8, 8), 1e6))
+    monkeypatch.setattr(
+        Autoencoder, "encode", lambda self, images: torch.full((len(images), 8, 8, 8), 1e6)
+    )
     vae = make_vae(tmp_path / "vae")
     code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae))
     assert code == 2 and "float16 cannot" in out and "--dtype float32" in out
@@ -214,12 +287,21 @@ def test_a_worker_that_is_killed_ends_in_one_line(call, tree, vae_folder, tmp_pa
         return read(self, source, i)
 
     monkeypatch.setattr(Square, "read", dies)
-    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1))
-    assert code == 2 and "a process that decodes images ended" in out and "--num-workers" in out and "Traceback" not in out
+    code, out = call(
+        encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
+    )
+    assert (
+        code == 2
+        and "a process that decodes images ended" in out
+        and "--num-workers" in out
+        and "Traceback" not in out
+    )
 
 
 def test_tf32_is_a_gpus(call, tree, vae_folder, tmp_path):
-    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32"))
+    code, out = call(
+        encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32")
+    )
     assert code == 2 and "--precision tf32" in out
 
 
@@ -231,10 +313,21 @@ def test_skipped_images_are_told_with_their_shard(call, vae_folder, tmp_path):
     code, out = call(encode_latents, *given)
     assert code == 0 and "5 skipped" in out
     rows = [json.loads(line) for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()]
-    assert [row["shard"] for row in rows] == ["00000.npy"] + 4 * ["00001.npy"]  # the second shard is empty, and is no shard
+    assert [row["shard"] for row in rows] == ["00000.npy"] + 4 * [
+        "00001.npy"
+    ]  # the second shard is empty, and is no shard
     manifest = read_manifest(tmp_path / "data")
-    assert [shard["file"] for shard in manifest.shards] == ["00000.npy", "00002.npy", "00003.npy", "00004.npy", "00005.npy"]
-    assert len(LatentCache(tmp_path / "data")) == 19 and "complete: 19" in call(encode_latents, *given)[1]
+    assert [shard["file"] for shard in manifest.shards] == [
+        "00000.npy",
+        "00002.npy",
+        "00003.npy",
+        "00004.npy",
+        "00005.npy",
+    ]
+    assert (
+        len(LatentCache(tmp_path / "data")) == 19
+        and "complete: 19" in call(encode_latents, *given)[1]
+    )
 
 
 def test_a_disk_that_fails_is_no_bad_image(call, tree, vae_folder, tmp_path, monkeypatch):
@@ -252,8 +345,13 @@ def test_a_disk_that_fails_is_no_bad_image(call, tree, vae_folder, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(ImageSource, "open", fails)
         code, out = call(encode_latents, *given)
-    assert code == 2 and "class1/016.png could not be read (Input/output error): when that is mended" in out
-    assert [path.name for path in (tmp_path / "data/partial").glob("*.npy.json")] == ["00000.npy.json"]
+    assert (
+        code == 2
+        and "class1/016.png could not be read (Input/output error): when that is mended" in out
+    )
+    assert [path.name for path in (tmp_path / "data/partial").glob("*.npy.json")] == [
+        "00000.npy.json"
+    ]
     assert call(encode_latents, *given)[0] == 0 and read_manifest(tmp_path / "data").count == 24
 
 
@@ -267,12 +365,27 @@ def test_a_batch_that_memory_cannot_hold_is_one_line(call, tree, vae_folder, tmp
 
     monkeypatch.setattr(Autoencoder, "encode", full)
     code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
-    assert code == 2 and "--batch-size 4 is more than cpu has memory for" in out and "Traceback" not in out
+    assert (
+        code == 2
+        and "--batch-size 4 is more than cpu has memory for" in out
+        and "Traceback" not in out
+    )
 
 
 def test_bits_do_not_depend_on_torchs_threads(call, tmp_path):
     """They would: a convolution or a norm adds up in another order on two threads."""
-    given = ["--source", FASHION / "images.zip", "--resolution", 32, "--vae", FASHION / "vae", "--limit", 42, "--batch-size", 7]
+    given = [
+        "--source",
+        FASHION / "images.zip",
+        "--resolution",
+        32,
+        "--vae",
+        FASHION / "vae",
+        "--limit",
+        42,
+        "--batch-size",
+        7,
+    ]
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -282,8 +395,20 @@ def test_bits_do_not_depend_on_torchs_threads(call, tmp_path):
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
-def test_a_bad_preview_is_drawn_anew_when_the_vae_is_changed(call, vae_folder, tmp_path, monkeypatch):
-    given = ["--source", FASHION / "images.zip", "--resolution", 32, "--limit", 40, "--dest", tmp_path / "data", "--vae"]
+def test_a_bad_preview_is_drawn_anew_when_the_vae_is_changed(
+    call, vae_folder, tmp_path, monkeypatch
+):
+    given = [
+        "--source",
+        FASHION / "images.zip",
+        "--resolution",
+        32,
+        "--limit",
+        40,
+        "--dest",
+        tmp_path / "data",
+        "--vae",
+    ]
     encode = Autoencoder.encode
 
     def stops(self, images):
@@ -307,7 +432,11 @@ def test_a_manifest_that_cannot_be_read_is_not_written_over(call, tree, vae_fold
     for text in (json.dumps(manifest | {"format_version": 2}).encode(), b"\xff", b"{}"):
         (tmp_path / "data/manifest.json").write_bytes(text)
         code, out = call(encode_latents, *given)
-        assert code == 2 and "holds a cache that this code cannot read" in out and "Traceback" not in out
+        assert (
+            code == 2
+            and "holds a cache that this code cannot read" in out
+            and "Traceback" not in out
+        )
         assert (tmp_path / "data/manifest.json").read_bytes() == text
 
 
@@ -322,7 +451,11 @@ def test_pinning_a_batch_does_not_change_its_counts(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 0)
     batch = Decoded(0, 4, torch.ones(4), np.arange(4), [], Counter({"PNG RGB": 4}))
     pinned = pin_memory(batch)
-    assert pinned.kinds == Counter({"PNG RGB": 4}) and pinned.pixels is not batch.pixels and pinned.labels is batch.labels
+    assert (
+        pinned.kinds == Counter({"PNG RGB": 4})
+        and pinned.pixels is not batch.pixels
+        and pinned.labels is batch.labels
+    )
 
 
 def test_a_source_that_goes_away_is_no_bad_image(call, vae_folder, tmp_path, monkeypatch):
@@ -336,7 +469,10 @@ def test_a_source_that_goes_away_is_no_bad_image(call, vae_folder, tmp_path, mon
         return opened(self, i)
 
     monkeypatch.setattr(ImageSource, "open", goes)
-    code, out = call(encode_latents, *flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0))
+    code, out = call(
+        encode_latents,
+        *flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0),
+    )
     assert code == 2 and "could not be read (No such file or directory)" in out
 
 
@@ -372,6 +508,8 @@ def test_processes_that_see_different_sources_stop(vae_folder, tmp_path):
     make_tree(tmp_path / "tree0"), make_tree(tmp_path / "tree1", images=23)
     (tmp_path / "different.py").write_text(DIFFERENT)
     given = flags(tmp_path / "tree", tmp_path / "data", vae_folder)
-    with pytest.raises(AssertionError, match=r"process 1 does not see what process 0 sees \(images was 24, is 23"):
+    with pytest.raises(
+        AssertionError, match=r"process 1 does not see what process 0 sees \(images was 24, is 23"
+    ):
         torchrun(2, tmp_path / "different.py", *given)
     assert not (tmp_path / "data").exists()

@@ -35,10 +35,28 @@ def hostile(tmp_path_factory):
 
 def encode(source, dest, vae, *more):
     """The command in a process of its own; its exit code, output, and the peak memory of it or a worker, in MB."""
-    flags = ["--source", source, "--dest", dest, "--resolution", 32, "--vae", vae, "--batch-size", 4, "--num-workers", 2, *more]
+    flags = [
+        "--source",
+        source,
+        "--dest",
+        dest,
+        "--resolution",
+        32,
+        "--vae",
+        vae,
+        "--batch-size",
+        4,
+        "--num-workers",
+        2,
+        *more,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, flags)], capture_output=True, text=True, env=environment, timeout=200
+        [sys.executable, "-c", MEASURED, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
     )
     peak = int(re.search(r"peak (\d+)", result.stderr).group(1))
     return result.returncode, result.stdout + result.stderr, peak
@@ -58,7 +76,9 @@ def test_each_comes_out_as_documented(hostile, vae_folder, tmp_path):
         bad.remove(name)
         assert expected[name][1] in row["reason"], row
     assert not bad
-    for what in {expected[name][1] for name in good}:  # as many of each kind as are expected, and it is told
+    for what in {
+        expected[name][1] for name in good
+    }:  # as many of each kind as are expected, and it is told
         count = sum(number for kind, number in manifest.kinds.items() if kind.endswith(what))
         assert count >= sum(expected[name][1] == what for name in good), (what, manifest.kinds)
         assert re.search(rf"\d .*{re.escape(what)}", out)
@@ -68,9 +88,24 @@ def test_each_comes_out_as_documented(hostile, vae_folder, tmp_path):
 
 
 def test_a_bad_one_stops_it_by_name(call, hostile, vae_folder, tmp_path):
-    given = ["--source", hostile[0], "--dest", tmp_path / "data", "--resolution", 32, "--vae", vae_folder, "--num-workers", 0]
+    given = [
+        "--source",
+        hostile[0],
+        "--dest",
+        tmp_path / "data",
+        "--resolution",
+        32,
+        "--vae",
+        vae_folder,
+        "--num-workers",
+        0,
+    ]
     code, out = call(encode_latents, *given)
-    assert code == 2 and "class/bomb.png cannot be used (more than 89,478,485 pixels); mend it or pass --skip-bad" in out
+    assert (
+        code == 2
+        and "class/bomb.png cannot be used (more than 89,478,485 pixels); mend it or pass --skip-bad"
+        in out
+    )
     assert "Traceback" not in out and not (tmp_path / "data/manifest.json").exists()
 
 

@@ -31,7 +31,13 @@ def made(tmp_path_factory, tree, vae_folder):
         dest = root / f"{keep_images}-{flip}"
         if not dest.exists():
             settings = Settings(
-                str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, flip=flip, keep_images=keep_images
+                str(tree),
+                resolution=32,
+                vae=str(vae_folder),
+                shard_size=10,
+                batch_size=4,
+                flip=flip,
+                keep_images=keep_images,
             )
             build(dest, Encoding(settings, "cpu", 0, World()), World())
         return dest
@@ -54,8 +60,13 @@ def test_images_are_what_was_encoded_and_nothing_else_is_another(made, pixels):
     assert torch.equal(LatentCache(made(keep_images=True)).images(index), pixels[index])
 
 
-def test_they_are_added_to_a_whole_cache_without_encoding(call, tree, vae_folder, made, tmp_path, monkeypatch):
-    dest, given = tmp_path / "data", flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0, "--keep-images")
+def test_they_are_added_to_a_whole_cache_without_encoding(
+    call, tree, vae_folder, made, tmp_path, monkeypatch
+):
+    dest, given = (
+        tmp_path / "data",
+        flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0, "--keep-images"),
+    )
     shutil.copytree(made(), dest)
     before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
     finish, finished = GrowingArray.finish, []
@@ -69,36 +80,56 @@ def test_they_are_added_to_a_whole_cache_without_encoding(call, tree, vae_folder
     with monkeypatch.context() as patch:
         patch.setattr(GrowingArray, "finish", stops)
         assert call(encode_latents, *given)[0] == 130
-    assert not LatentCache(dest).manifest.images and not list(dest.glob("*/.*.partial"))  # as whole as it was
+    assert not LatentCache(dest).manifest.images and not list(
+        dest.glob("*/.*.partial")
+    )  # as whole as it was
     first = finished[0].stat().st_mtime_ns
     code, out = call(encode_latents, *given)
     assert code == 0 and "the images too" in out
     assert files(dest) == files(made(keep_images=True)) and first == finished[0].stat().st_mtime_ns
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert "is complete: 24 images" in call(encode_latents, *given)[1]
-    assert "is complete: 24 images" in call(encode_latents, *given[:-1])[1]  # a cache with images is one without, too
+    assert (
+        "is complete: 24 images" in call(encode_latents, *given[:-1])[1]
+    )  # a cache with images is one without, too
 
 
 def test_images_of_another_source_are_not_added(call, vae_folder, tmp_path):
-    source, given = make_tree(tmp_path / "tree"), flags(tmp_path / "tree", tmp_path / "data", vae_folder, "--num-workers", 0)
+    source, given = (
+        make_tree(tmp_path / "tree"),
+        flags(tmp_path / "tree", tmp_path / "data", vae_folder, "--num-workers", 0),
+    )
     (source / "class0/003.png").write_bytes(b"")
     assert call(encode_latents, *given, "--skip-bad")[0] == 0
     whole = files(tmp_path / "data")
-    Image.new("RGB", (32, 32), (9, 9, 9)).save(source / "class0/003.png")  # mended: it is in no shard
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(
+        source / "class0/003.png"
+    )  # mended: it is in no shard
     code, out = call(encode_latents, *given, "--skip-bad", "--keep-images")
     assert code == 2 and "what the source holds now is not what shard 00000.npy was made of" in out
     (source / "class0/003.png").write_bytes(b"")
     for i in (0, 3, 6, 9):
-        (source / f"class0/{i:03d}.png").write_bytes((source / "class1/001.png").read_bytes() if i != 3 else b"")
-    assert "is not what shard 00000.npy was made of" in call(encode_latents, *given, "--skip-bad", "--keep-images")[1]
+        (source / f"class0/{i:03d}.png").write_bytes(
+            (source / "class1/001.png").read_bytes() if i != 3 else b""
+        )
+    assert (
+        "is not what shard 00000.npy was made of"
+        in call(encode_latents, *given, "--skip-bad", "--keep-images")[1]
+    )
     code, out = call(encode_latents, *given, "--skip-bad", "--keep-images", "--shard-size", 12)
     assert code == 2 and "was made with --shard-size 10: add the images with that" in out
-    assert {name: data for name, data in files(tmp_path / "data").items() if "partial" not in name} == whole
+    assert {
+        name: data for name, data in files(tmp_path / "data").items() if "partial" not in name
+    } == whole
 
 
-def test_an_unfinished_cache_is_finished_as_it_was_begun(call, tree, vae_folder, tmp_path, monkeypatch):
+def test_an_unfinished_cache_is_finished_as_it_was_begun(
+    call, tree, vae_folder, tmp_path, monkeypatch
+):
     given = flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0)
-    monkeypatch.setattr(GrowingArray, "finish", lambda self: 1 / 0 if "00001" in self.path.name else "")
+    monkeypatch.setattr(
+        GrowingArray, "finish", lambda self: 1 / 0 if "00001" in self.path.name else ""
+    )
     with pytest.raises(ZeroDivisionError):
         call(encode_latents, *given, "--keep-images")
     code, out = call(encode_latents, *given)
@@ -113,12 +144,18 @@ def test_verify_finds_and_mends_them_alone(call, made, tmp_path):
     array[3, 0, 0, 0] ^= 1
     write_array(data / "images/00001.npy", array)
     code, out = call(verify, data)
-    assert code == 2 and "00000.npy: images: cannot be read" in out and "00001.npy: images: not the bytes" in out
+    assert (
+        code == 2
+        and "00000.npy: images: cannot be read" in out
+        and "00001.npy: images: not the bytes" in out
+    )
     assert "00002.npy: images: is uint8 (4, 3, 16, 16), should be uint8 (4, 3, 32, 32)" in out
     (data / "moments/00002.npy").unlink()
     before = {path: path.stat().st_mtime_ns for path in data.glob("moments/0000[01].npy")}
     code, out = call(verify, data, "--repair", "--num-workers", 0)
-    assert code == 0 and "made 3 of 3 shards again" in out and "manifest.json has the new" not in out
+    assert (
+        code == 0 and "made 3 of 3 shards again" in out and "manifest.json has the new" not in out
+    )
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert files(data) == files(made(keep_images=True)) and call(verify, data)[0] == 0
 
@@ -126,7 +163,10 @@ def test_verify_finds_and_mends_them_alone(call, made, tmp_path):
 def test_a_cache_without_them_says_what_to_do(made, tmp_path):
     both = LatentCache(made(keep_images=True), made())
     assert len(both.gather(np.array([47, 0]))[0]) == 2
-    with pytest.raises(CacheError, match=rf"{made()} holds no images: it was made without --keep-images; give the command"):
+    with pytest.raises(
+        CacheError,
+        match=rf"{made()} holds no images: it was made without --keep-images; give the command",
+    ):
         both.images(np.array([0]))
     with pytest.raises(CacheError, match="holds no images"):
         TrainingStream(LatentCache(made()), 0, 8, extra="images")
@@ -179,6 +219,8 @@ def test_repas_images_are_imported_with_their_moments(call, vae_folder, tmp_path
     assert call(import_repa, *given, "--keep-images")[0] == 0
     images = LatentCache(dest).images(np.arange(12))
     for i in range(12):
-        stored = np.asarray(Image.open(root / f"images/{i // 5:05d}/img{i:08d}.png")).transpose(2, 0, 1)
+        stored = np.asarray(Image.open(root / f"images/{i // 5:05d}/img{i:08d}.png")).transpose(
+            2, 0, 1
+        )
         np.testing.assert_array_equal(images[i], stored)
     assert call(verify, dest)[0] == 0

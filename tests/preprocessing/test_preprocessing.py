@@ -16,7 +16,21 @@ from tests.helpers import make_tree, make_vae
 
 
 def flags(source, dest, vae, *more):
-    return ["--source", source, "--dest", dest, "--resolution", 32, "--vae", vae, "--batch-size", 4, "--shard-size", 10, *more]
+    return [
+        "--source",
+        source,
+        "--dest",
+        dest,
+        "--resolution",
+        32,
+        "--vae",
+        vae,
+        "--batch-size",
+        4,
+        "--shard-size",
+        10,
+        *more,
+    ]
 
 
 def test_cache_holds_the_posteriors_to_float16(cache, tree, vae_folder):
@@ -28,7 +42,11 @@ def test_cache_holds_the_posteriors_to_float16(cache, tree, vae_folder):
     latent = data.manifest
     mean, std = moments.double().chunk(2, 1)
     np.testing.assert_allclose(latent.mean, mean.mean((0, 2, 3)), rtol=1e-9)
-    np.testing.assert_allclose(latent.std, (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt(), rtol=1e-9)
+    np.testing.assert_allclose(
+        latent.std,
+        (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt(),
+        rtol=1e-9,
+    )
     assert (latent.class_names, latent.num_classes, latent.scale, latent.shift) == (
         ["class0", "class1", "class2"],
         3,
@@ -38,10 +56,16 @@ def test_cache_holds_the_posteriors_to_float16(cache, tree, vae_folder):
     assert not (cache / "partial").exists()
 
 
-def test_second_run_does_nothing_and_other_settings_are_refused(call, cache, tree, vae_folder, tmp_path):
+def test_second_run_does_nothing_and_other_settings_are_refused(
+    call, cache, tree, vae_folder, tmp_path
+):
     before = (cache / "manifest.json").stat().st_mtime_ns
     code, out = call(encode_latents, *flags(tree, cache, vae_folder))
-    assert code == 0 and "complete: 24 images" in out and (cache / "manifest.json").stat().st_mtime_ns == before
+    assert (
+        code == 0
+        and "complete: 24 images" in out
+        and (cache / "manifest.json").stat().st_mtime_ns == before
+    )
     code, out = call(encode_latents, *flags(tree, cache, vae_folder), "--resolution", 64)
     assert code == 2 and "resolution was 32, is 64" in out
     code, out = call(encode_latents, *flags(tree, cache, vae_folder), "--limit", 10)
@@ -51,7 +75,9 @@ def test_second_run_does_nothing_and_other_settings_are_refused(call, cache, tre
     assert code == 2 and "vae_fingerprint was" in out
 
 
-def test_interrupted_encoding_goes_on_and_gives_the_same_bytes(call, cache, tree, vae_folder, tmp_path, monkeypatch):
+def test_interrupted_encoding_goes_on_and_gives_the_same_bytes(
+    call, cache, tree, vae_folder, tmp_path, monkeypatch
+):
     dest, encode = tmp_path / "data", Autoencoder.encode
     calls = []
 
@@ -65,16 +91,26 @@ def test_interrupted_encoding_goes_on_and_gives_the_same_bytes(call, cache, tree
     monkeypatch.setattr(Autoencoder, "encode", interrupted)
     code, out = call(encode_latents, *flags(tree, dest, vae_folder))
     assert code == 130 and "run the same command again" in out
-    assert not (dest / "manifest.json").exists() and sorted(p.name for p in dest.glob("moments/*")) == ["00000.npy"]
+    assert not (dest / "manifest.json").exists() and sorted(
+        p.name for p in dest.glob("moments/*")
+    ) == ["00000.npy"]
 
     before = len(calls)
     code, out = call(encode_latents, *flags(tree, dest, vae_folder)[:-1], 11)
     assert code == 2 and "shard_size was 10, is 11" in out
     code, _ = call(encode_latents, *flags(tree, dest, vae_folder))
-    assert code == 0 and len(calls) == before + 4  # the first shard's three batches were not done again
+    assert (
+        code == 0 and len(calls) == before + 4
+    )  # the first shard's three batches were not done again
     whole = tmp_path / "whole"
     assert call(encode_latents, *flags(tree, whole, vae_folder))[0] == 0
-    for file in ("manifest.json", "moments/00000.npy", "moments/00001.npy", "moments/00002.npy", "labels/00001.npy"):
+    for file in (
+        "manifest.json",
+        "moments/00000.npy",
+        "moments/00001.npy",
+        "moments/00002.npy",
+        "labels/00001.npy",
+    ):
         assert (dest / file).read_bytes() == (whole / file).read_bytes()
 
 
@@ -87,11 +123,19 @@ def test_a_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
     code, out = call(encode_latents, *flags(source, tmp_path / "data", vae_folder))
     assert code == 2 and "a/1.png cannot be used" in out and "--skip-bad" in out
     assert not (tmp_path / "data" / "manifest.json").exists()
-    code, out = call(encode_latents, *flags(source, tmp_path / "data", vae_folder, "--skip-bad"))  # as the message advises
+    code, out = call(
+        encode_latents, *flags(source, tmp_path / "data", vae_folder, "--skip-bad")
+    )  # as the message advises
     manifest = read_manifest(tmp_path / "data")
     assert code == 0 and (manifest.count, manifest.skipped) == (2, 1)
-    assert "is complete" in call(encode_latents, *flags(source, tmp_path / "data", vae_folder, "--skip-bad"))[1]
-    assert [json.loads(line)["file"] for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()] == ["a/1.png"]
+    assert (
+        "is complete"
+        in call(encode_latents, *flags(source, tmp_path / "data", vae_folder, "--skip-bad"))[1]
+    )
+    assert [
+        json.loads(line)["file"]
+        for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()
+    ] == ["a/1.png"]
 
 
 @pytest.mark.parametrize(
@@ -123,18 +167,34 @@ def test_a_place_that_cannot_be_written_is_named(call, tree, vae_folder, tmp_pat
     assert code == 2 and "Not a directory" in out and "Traceback" not in out
 
 
-@pytest.mark.parametrize(("device", "message"), [("gpu", "none of cpu, cuda"), ("cuda:99", "there is no cuda:99 here")])
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "none of cpu, cuda"), ("cuda:99", "there is no cuda:99 here")]
+)
 def test_devices_are_checked(call, tree, vae_folder, tmp_path, device, message):
-    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder), "--device", device)
+    code, out = call(
+        encode_latents, *flags(tree, tmp_path / "data", vae_folder), "--device", device
+    )
     assert code == 2 and message in out
 
 
 def test_resolution_must_fit_the_vae(call, tree, vae_folder, tmp_path):
-    code, out = call(encode_latents, "--source", tree, "--dest", tmp_path / "d", "--resolution", 30, "--vae", vae_folder)
+    code, out = call(
+        encode_latents,
+        "--source",
+        tree,
+        "--dest",
+        tmp_path / "d",
+        "--resolution",
+        30,
+        "--vae",
+        vae_folder,
+    )
     assert code == 2 and "--resolution 30 is no multiple of 4" in out
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_nothing_to_trust(call, tree, vae_folder, tmp_path, monkeypatch):
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing_to_trust(
+    call, tree, vae_folder, tmp_path, monkeypatch
+):
     from common import files
 
     def full(*_):
@@ -142,7 +202,12 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_to_trust(call, tree, va
 
     monkeypatch.setattr(files.os, "fsync", full)
     code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
-    assert code == 2 and "No space left" in out and "data/partial/plan.json" in out and "Traceback" not in out
+    assert (
+        code == 2
+        and "No space left" in out
+        and "data/partial/plan.json" in out
+        and "Traceback" not in out
+    )
     assert [p.name for p in (tmp_path / "data").rglob("*") if p.is_file()] == ["lock.0"]
 
 
@@ -152,9 +217,18 @@ def test_edm_zip_and_tree_give_the_same_cache(call, tree, vae_folder, tmp_path, 
         for name in source.names:
             archive.write(tree / name, name)
         archive.writestr(
-            "dataset.json", json.dumps({"labels": [[name, int(label)] for name, label in zip(source.names, source.labels)]})
+            "dataset.json",
+            json.dumps(
+                {"labels": [[name, int(label)] for name, label in zip(source.names, source.labels)]}
+            ),
         )
-    assert call(encode_latents, *flags(tmp_path / "set.zip", tmp_path / "data", vae_folder, "--batch-size", 64))[0] == 0
+    assert (
+        call(
+            encode_latents,
+            *flags(tmp_path / "set.zip", tmp_path / "data", vae_folder, "--batch-size", 64),
+        )[0]
+        == 0
+    )
     ours, theirs = LatentCache(tmp_path / "data"), LatentCache(cache)
     for a, b in zip(ours.gather(np.arange(24)), theirs.gather(np.arange(24))):
         torch.testing.assert_close(a, b)
@@ -176,13 +250,17 @@ def adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(32, 32), (33, 47), (129, 64), (20, 31), (200, 65), (64, 64)])
 def test_center_crop_is_adms(shape):
     array = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(array), 32)), adm_center_crop(array, 32))
+    np.testing.assert_array_equal(
+        np.asarray(center_crop(Image.fromarray(array), 32)), adm_center_crop(array, 32)
+    )
 
 
 def test_box_halving_averages_two_by_two():
     array = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     expected = array.reshape(32, 2, 32, 2, 3).mean((1, 3))
-    assert np.abs(np.asarray(center_crop(Image.fromarray(array), 32)) - expected).max() <= 1  # PIL rounds once an axis
+    assert (
+        np.abs(np.asarray(center_crop(Image.fromarray(array), 32)) - expected).max() <= 1
+    )  # PIL rounds once an axis
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"])

@@ -24,7 +24,9 @@ CLASSES = ["apple", "bear", "cow"]
 
 def png(i: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
@@ -69,14 +71,19 @@ def write_parquet(path: Path, numbers, labels=True, names=CLASSES) -> Path:
         table["label"] = pa.array([rows[i][1] for i in numbers])
     info = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
     parquet.write_table(
-        pa.table(table).replace_schema_metadata({"huggingface": json.dumps(info)} if names else {}), path, row_group_size=2
+        pa.table(table).replace_schema_metadata({"huggingface": json.dumps(info)} if names else {}),
+        path,
+        row_group_size=2,
     )
     return path
 
 
 def content(source) -> dict[bytes, str]:
     """Image -> class."""
-    return {bytes(load_square(source, i, 8)): source.class_names[source.labels[i]] for i in range(len(source))}
+    return {
+        bytes(load_square(source, i, 8)): source.class_names[source.labels[i]]
+        for i in range(len(source))
+    }
 
 
 EXPECTED = None
@@ -93,7 +100,11 @@ def webdataset(names) -> dict:
     files = {}
     for name in names:
         key = name.replace("/", "_")[:-4]
-        files |= {f"{key}.seg.png.txt": b"-", f"{key}.png": FILES[name], f"{key}.cls": str(LABELS[name]).encode()}
+        files |= {
+            f"{key}.seg.png.txt": b"-",
+            f"{key}.png": FILES[name],
+            f"{key}.cls": str(LABELS[name]).encode(),
+        }
     return files
 
 
@@ -102,19 +113,30 @@ def test_a_zip_with_and_without_dataset_json(tmp_path, expected):
     meta = {"labels": list(LABELS.items()), "class_names": CLASSES}
     flat = {f"00000/{i}.png": data for i, data in enumerate(FILES.values())}
     assert content(open_source(write_zip(tmp_path / "b.zip", FILES, meta))) == expected
-    unlabelled = open_source(write_zip(tmp_path / "c.zip", flat, {"labels": None}))  # EDM's folders are no classes
+    unlabelled = open_source(
+        write_zip(tmp_path / "c.zip", flat, {"labels": None})
+    )  # EDM's folders are no classes
     assert unlabelled.class_names == ["0"] and set(content(unlabelled)) == set(expected)
 
 
 def test_tars(tmp_path, expected):
     assert (
-        content(open_source(write_tar(tmp_path / "one.tar", {f"./{name}": data for name, data in FILES.items()}))) == expected
+        content(
+            open_source(
+                write_tar(tmp_path / "one.tar", {f"./{name}": data for name, data in FILES.items()})
+            )
+        )
+        == expected
     )
     inner = {}
     for name in CLASSES:
-        members = {file.split("/")[1]: data for file, data in FILES.items() if file.startswith(name)}
+        members = {
+            file.split("/")[1]: data for file, data in FILES.items() if file.startswith(name)
+        }
         inner[f"{name}.tar"] = write_tar(tmp_path / "inner" / f"{name}.tar", members).read_bytes()
-    assert content(open_source(write_tar(tmp_path / "imagenet.tar", inner))) == expected  # ILSVRC2012_img_train.tar
+    assert (
+        content(open_source(write_tar(tmp_path / "imagenet.tar", inner))) == expected
+    )  # ILSVRC2012_img_train.tar
     names = list(FILES)
     write_tar(tmp_path / "shards/0000.tar", webdataset(names[:4]))
     write_tar(tmp_path / "shards/0001.tar", webdataset(names[4:]))
@@ -130,7 +152,10 @@ def test_parquet(tmp_path, expected):
     write_parquet(tmp_path / "hub/data/train-00001-of-00002.parquet", range(5, 7))
     assert content(open_source(tmp_path / "hub")) == expected
     write_parquet(tmp_path / "hub/data/test-00000-of-00001.parquet", range(2))
-    with pytest.raises(UserError, match=r"several splits \(test, train\): name one, as in --source '.*/train-\*.parquet'"):
+    with pytest.raises(
+        UserError,
+        match=r"several splits \(test, train\): name one, as in --source '.*/train-\*.parquet'",
+    ):
         open_source(tmp_path / "hub")
     assert content(open_source(tmp_path / "hub/data/train-*.parquet")) == expected
     bare = open_source(write_parquet(tmp_path / "bare.parquet", range(7), labels=False))
@@ -145,7 +170,9 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
 
 
 def test_labels_by_csv_and_json(tmp_path, expected):
-    flat = write_tree(tmp_path / "flat", {name.replace("/", "_"): data for name, data in FILES.items()})
+    flat = write_tree(
+        tmp_path / "flat", {name.replace("/", "_"): data for name, data in FILES.items()}
+    )
     assert open_source(flat).class_names == ["0"]  # unlabelled data is one class
     for style in ("path", "stem"):
         with open(tmp_path / f"{style}.csv", "w", newline="") as file:
@@ -155,8 +182,12 @@ def test_labels_by_csv_and_json(tmp_path, expected):
                 key = name.replace("/", "_")
                 writer.writerow([key if style == "path" else key[:-4], name.split("/")[0]])
         assert content(open_source(flat, labels=tmp_path / f"{style}.csv")) == expected
-    (tmp_path / "n.csv").write_text("".join(f"{name.replace('/', '_')},{label}\n" for name, label in LABELS.items()))
-    assert open_source(flat, labels=tmp_path / "n.csv").labels.tolist() == [LABELS[n] for n in sorted(FILES)]
+    (tmp_path / "n.csv").write_text(
+        "".join(f"{name.replace('/', '_')},{label}\n" for name, label in LABELS.items())
+    )
+    assert open_source(flat, labels=tmp_path / "n.csv").labels.tolist() == [
+        LABELS[n] for n in sorted(FILES)
+    ]
     labels = [[name.replace("/", "_"), label] for name, label in LABELS.items()]
     (tmp_path / "labels.json").write_text(json.dumps({"labels": labels, "class_names": CLASSES}))
     assert content(open_source(flat, labels=tmp_path / "labels.json")) == expected
@@ -203,12 +234,23 @@ def test_the_digest_tells_lists_apart(tmp_path):
             lambda p: write_zip(p.with_suffix(".zip"), FILES, {"labels": [[n, -1] for n in FILES]}),
             "label -1: .*from 0",
         ),
-        (lambda p: write_zip(p.with_suffix(".zip"), FILES, {"labels": [[n, 0.5] for n in FILES]}), "not 0.5"),
+        (
+            lambda p: write_zip(
+                p.with_suffix(".zip"), FILES, {"labels": [[n, 0.5] for n in FILES]}
+            ),
+            "not 0.5",
+        ),
         (lambda p: write_zip(p.with_suffix(".zip"), FILES, {"classes": 3}), "KeyError"),
-        (lambda p: write_tar(p.with_suffix(".tar"), FILES | {"x.cls": b"1"}), "no .cls beside apple/00.png"),
+        (
+            lambda p: write_tar(p.with_suffix(".tar"), FILES | {"x.cls": b"1"}),
+            "no .cls beside apple/00.png",
+        ),
         (lambda p: write_tree(p, {"a.tar": b"x", "b/1.png": png(0)}), r"\.tar files and folders"),
         (lambda p: write_tree(p, {"a.tar": b"not a tar"}), "not a readable tar"),
-        (lambda p: write_tree(p, {"a.tar.gz": b"x"}) / "a.tar.gz", "cannot be read from the middle: unpack"),
+        (
+            lambda p: write_tree(p, {"a.tar.gz": b"x"}) / "a.tar.gz",
+            "cannot be read from the middle: unpack",
+        ),
         (lambda p: write_tree(p, {"a.parquet": b"PAR1nonsense"}), "not a readable parquet"),
         (lambda p: write_tree(p, {"a.txt": b"x"}), "holds no images"),
         (lambda p: p / "*.tar", "matches no file"),
@@ -257,7 +299,9 @@ def test_damaged_and_cut_off_tars_are_refused(tmp_path):
     damaged = data[:fourth] + b"x" * 512 + data[fourth + 512 :]
     for text in (damaged, data[:fourth], data[: fourth + 100], data[: fourth + 600]):
         (tmp_path / "a.tar").write_bytes(text)
-        with pytest.raises(UserError, match=r"a\.tar is not a readable tar \((it ends at byte|unexpected end)"):
+        with pytest.raises(
+            UserError, match=r"a\.tar is not a readable tar \((it ends at byte|unexpected end)"
+        ):
             open_source(tmp_path / "a.tar")
     good = write_tar(tmp_path / "good.tar", {"1.png": png(1)}).read_bytes()
     for bad in (damaged, b"not a tar" * 100, bytes(10240)):
@@ -268,23 +312,42 @@ def test_damaged_and_cut_off_tars_are_refused(tmp_path):
 
 def test_class_tars_of_imagenet_in_a_folder(tmp_path):
     for k, name in enumerate(("n02084071", "n01440764")):
-        write_tar(tmp_path / f"t/{name}.tar", {f"{name}_{i}.png": png(10 * k + i) for i in range(2)})
+        write_tar(
+            tmp_path / f"t/{name}.tar", {f"{name}_{i}.png": png(10 * k + i) for i in range(2)}
+        )
     source = open_source(tmp_path / "t")
-    assert source.class_names == ["n01440764", "n02084071"] and source.labels.tolist() == [0, 0, 1, 1]
+    assert source.class_names == ["n01440764", "n02084071"] and source.labels.tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_odd_tars(tmp_path, expected):
     """A folder of EDM's in a tar, absolute names, a name that comes twice, two images for one class."""
     meta = json.dumps({"labels": list(LABELS.items()), "class_names": CLASSES}).encode()
     inside = {f"set/{name}": data for name, data in FILES.items()}
-    assert content(open_source(write_tar(tmp_path / "a.tar", inside | {"set/dataset.json": meta}))) == expected
-    assert content(open_source(write_tar(tmp_path / "b.tar", {f"/{name}": data for name, data in FILES.items()}))) == expected
+    assert (
+        content(open_source(write_tar(tmp_path / "a.tar", inside | {"set/dataset.json": meta})))
+        == expected
+    )
+    assert (
+        content(
+            open_source(
+                write_tar(tmp_path / "b.tar", {f"/{name}": data for name, data in FILES.items()})
+            )
+        )
+        == expected
+    )
     with tarfile.open(write_tar(tmp_path / "c.tar", FILES), "a") as archive:
         info = tarfile.TarInfo("apple/00.png")
         info.size = len(png(77))
         archive.addfile(info, io.BytesIO(png(77)))
     twice = open_source(tmp_path / "c.tar")
-    assert len(twice) == 7 and bytes(load_square(twice, 0, 8)) not in expected  # as tar does: the last
+    assert (
+        len(twice) == 7 and bytes(load_square(twice, 0, 8)) not in expected
+    )  # as tar does: the last
     write_tar(tmp_path / "d.tar", {"1.png": png(1), "1.seg.png": png(2), "1.cls": b"0"})
     with pytest.raises(UserError, match=r"two images for one class, 1\.cls"):
         open_source(tmp_path / "d.tar")
@@ -309,14 +372,20 @@ def test_odd_labels(labels, message):
             number(labels, None, "--labels x")
     else:
         assert number(labels, None, "--labels x")[0].tolist() == [2, 10, 1]
-    for names, what in ((5, "list of names"), (["a", "a"], "a name twice"), (["a", 1], "list of names")):
+    for names, what in (
+        (5, "list of names"),
+        (["a", "a"], "a name twice"),
+        (["a", 1], "list of names"),
+    ):
         with pytest.raises(UserError, match=what):
             number([0, 1], names, "--labels x")
 
 
 def test_a_csv_of_a_spreadsheet(tmp_path, expected):
     """Byte-order mark, CRLF, quotes, spaces."""
-    tree = write_tree(tmp_path / "flat", {name.replace("/", "_"): data for name, data in FILES.items()})
+    tree = write_tree(
+        tmp_path / "flat", {name.replace("/", "_"): data for name, data in FILES.items()}
+    )
     rows = "".join(f'"{name.replace("/", "_")}" , {name.split("/")[0]}\r\n' for name in FILES)
     (tmp_path / "l.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     assert content(open_source(tree, labels=tmp_path / "l.csv")) == expected
@@ -327,9 +396,10 @@ def test_parquet_of_polars_and_with_other_columns(tmp_path, expected):
     from pyarrow import parquet
 
     columns = {
-        "hash": pa.array([b"x"] * 7, pa.binary()), "jpg": pa.array(list(FILES.values()), pa.large_binary()),
+        "hash": pa.array([b"x"] * 7, pa.binary()),
+        "jpg": pa.array(list(FILES.values()), pa.large_binary()),
         "label": [name.split("/")[0] for name in FILES],
-    }  # fmt: skip
+    }
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     assert content(open_source(tmp_path / "a.parquet")) == expected
 

@@ -23,7 +23,13 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     make_tree(root / "tree"), make_vae(root / "vae")
     settings = Settings(
-        str(root / "tree"), resolution=32, vae=str(root / "vae"), shard_size=10, batch_size=4, flip=True, crop="random-seeded"
+        str(root / "tree"),
+        resolution=32,
+        vae=str(root / "vae"),
+        shard_size=10,
+        batch_size=4,
+        flip=True,
+        crop="random-seeded",
     )
     build(root / "data", Encoding(settings, "cpu", 0, World()), World())
     return root
@@ -35,7 +41,11 @@ def data(made, tmp_path):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def change(folder, name, edit, vouched=False):
@@ -59,20 +69,58 @@ def test_a_sound_cache_is_sound(call, data):
 @pytest.mark.parametrize(
     ("name", "edit", "vouched", "message"),
     [
-        ("moments/00001.npy", lambda a: a.__setitem__((3, 0, 0, 0), 9), False, "moments: not the bytes that were written"),
-        ("mirrored/00001.npy", lambda a: a.__setitem__((3, 0, 0, 0), 9), False, "mirrored: not the bytes"),
-        ("moments/00001.npy", lambda a: a.__setitem__((3, 0, 0, 0), np.nan), True, "moments: values that are not finite"),
-        ("moments/00001.npy", lambda a: a.__setitem__((3, 5, 0, 0), -1), True, "moments: standard deviations below 0"),
-        ("moments/00001.npy", lambda a: a.__setitem__((3, 0, 0, 0), 9), True, "statistics: not what the manifest says"),
-        ("labels/00001.npy", lambda a: a.__setitem__(2, 3), True, "labels: from 1 to 3, should be from 0 to 2"),
+        (
+            "moments/00001.npy",
+            lambda a: a.__setitem__((3, 0, 0, 0), 9),
+            False,
+            "moments: not the bytes that were written",
+        ),
+        (
+            "mirrored/00001.npy",
+            lambda a: a.__setitem__((3, 0, 0, 0), 9),
+            False,
+            "mirrored: not the bytes",
+        ),
+        (
+            "moments/00001.npy",
+            lambda a: a.__setitem__((3, 0, 0, 0), np.nan),
+            True,
+            "moments: values that are not finite",
+        ),
+        (
+            "moments/00001.npy",
+            lambda a: a.__setitem__((3, 5, 0, 0), -1),
+            True,
+            "moments: standard deviations below 0",
+        ),
+        (
+            "moments/00001.npy",
+            lambda a: a.__setitem__((3, 0, 0, 0), 9),
+            True,
+            "statistics: not what the manifest says",
+        ),
+        (
+            "labels/00001.npy",
+            lambda a: a.__setitem__(2, 3),
+            True,
+            "labels: from 1 to 3, should be from 0 to 2",
+        ),
     ],
 )
 def test_faults_are_found_and_mended(call, made, data, name, edit, vouched, message):
     change(data, name, edit, vouched)
     code, out = call(verify, data)
-    assert code == 2 and f"00001.npy: {message}" in out and "1 of 3 shards are not sound: --repair" in out
+    assert (
+        code == 2
+        and f"00001.npy: {message}" in out
+        and "1 of 3 shards are not sound: --repair" in out
+    )
     code, out = call(verify, data, "--repair", "--num-workers", 0)
-    assert code == 0 and "made 1 of 3 shards again" in out and ("manifest.json has the new sha256" in out) == vouched
+    assert (
+        code == 0
+        and "made 1 of 3 shards again" in out
+        and ("manifest.json has the new sha256" in out) == vouched
+    )
     assert call(verify, data)[0] == 0
     assert files(data) == files(made / "data")
 
@@ -83,7 +131,9 @@ def test_missing_and_cut_off_files_are_mended(call, made, data):
     (data / "labels/00002.npy").write_bytes((data / "labels/00002.npy").read_bytes()[:-8])
     write_array(data / "mirrored/00001.npy", np.zeros((10, 4, 8, 8), np.float16))
     code, out = call(verify, data)
-    assert code == 2 and "00000.npy: moments: cannot be read" in out and "00002.npy: labels: " in out
+    assert (
+        code == 2 and "00000.npy: moments: cannot be read" in out and "00002.npy: labels: " in out
+    )
     assert "00000.npy: mirrored: cannot be read (No data left in file)" in out
     assert "00001.npy: mirrored: is float16 (10, 4, 8, 8), should be float16 (10, 8, 8, 8)" in out
     assert call(verify, data, "--repair", "--num-workers", 0)[0] == 0
@@ -98,8 +148,16 @@ def test_repair_takes_moved_sources_and_refuses_others(call, made, data, tmp_pat
     code, out = call(verify, data, "--repair", "--vae", other)
     assert code == 2 and "vae_fingerprint was" in out
     assert not (data / "moments/00001.npy").exists()
-    assert call(verify, data, "--repair", "--source", tmp_path / "elsewhere", "--vae", tmp_path / "vae")[0] == 0
-    assert torch.equal(LatentCache(data).gather(np.arange(24))[0], LatentCache(made / "data").gather(np.arange(24))[0])
+    assert (
+        call(
+            verify, data, "--repair", "--source", tmp_path / "elsewhere", "--vae", tmp_path / "vae"
+        )[0]
+        == 0
+    )
+    assert torch.equal(
+        LatentCache(data).gather(np.arange(24))[0],
+        LatentCache(made / "data").gather(np.arange(24))[0],
+    )
 
 
 def test_statistics_of_the_whole(call, data):
@@ -122,7 +180,19 @@ def test_repair_counts_anew(call, tmp_path):
     (source / "class1/016.png").write_bytes(b"")
     for i in (2, 5, 8, 11, 14, 17, 20, 23):  # all of a class, which is a shard that is empty
         (source / f"class2/{i:03d}.png").write_bytes(b"")
-    flags = ["--source", source, "--dest", tmp_path / "data", "--vae", vae, "--resolution", 32, "--shard-size", 8, "--skip-bad"]
+    flags = [
+        "--source",
+        source,
+        "--dest",
+        tmp_path / "data",
+        "--vae",
+        vae,
+        "--resolution",
+        32,
+        "--shard-size",
+        8,
+        "--skip-bad",
+    ]
     assert call(encode_latents, *flags, "--num-workers", 0)[0] == 0
     (source / "class1/016.png").write_bytes(good)
     (tmp_path / "data/labels/00001.npy").unlink()
@@ -130,5 +200,12 @@ def test_repair_counts_anew(call, tmp_path):
     assert code == 0 and "00001.npy is not to the byte what it was" in out
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     assert (manifest["count"], manifest["skipped"], manifest["kinds"]) == (16, 8, {"PNG RGB": 16})
-    skipped = [json.loads(line)["file"] for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()]
-    assert len(skipped) == 8 and "class1/016.png" not in skipped and call(verify, tmp_path / "data")[0] == 0
+    skipped = [
+        json.loads(line)["file"]
+        for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()
+    ]
+    assert (
+        len(skipped) == 8
+        and "class1/016.png" not in skipped
+        and call(verify, tmp_path / "data")[0] == 0
+    )

@@ -53,18 +53,50 @@ def test_it_reports_what_the_commands_report(call, unbroken, tree, cache, tmp_pa
     found = evaluations(unbroken)
     assert list(found) == [(step, decay) for step in (2, 4, 5) for decay in (0.9, 0.0)]
     for decay in (0.9, 0.0):
-        sample = ["--ckpt", unbroken, "--num-fid-samples", 9, "--num-steps", 3, "--per-proc-batch-size", 4]
-        assert call(sample_ddp, *sample, "--ema-decay", decay, "--sample-dir", tmp_path, "--name", decay)[0] == 0
+        sample = [
+            "--ckpt",
+            unbroken,
+            "--num-fid-samples",
+            9,
+            "--num-steps",
+            3,
+            "--per-proc-batch-size",
+            4,
+        ]
+        assert (
+            call(
+                sample_ddp, *sample, "--ema-decay", decay, "--sample-dir", tmp_path, "--name", decay
+            )[0]
+            == 0
+        )
         measured = tmp_path / f"{decay}.npz"
-        assert call(evaluate, measured, "--reference", tree, "--features", "fashion", "--out", tmp_path / "m.json")[0] == 0
+        assert (
+            call(
+                evaluate,
+                measured,
+                "--reference",
+                tree,
+                "--features",
+                "fashion",
+                "--out",
+                tmp_path / "m.json",
+            )[0]
+            == 0
+        )
         metrics = json.loads((tmp_path / "m.json").read_text())
         (tmp_path / "m.json").unlink()
         row = found[5, decay]
         assert metrics["sampling"]["ema_decay"] == decay
-        assert {key: row[key] for key in metrics["metrics"]} == pytest.approx(metrics["metrics"], rel=1e-6)
+        assert {key: row[key] for key in metrics["metrics"]} == pytest.approx(
+            metrics["metrics"], rel=1e-6
+        )
         assert row["evaluation"]["reference_sha256"] == metrics["reference_sha256"]
         assert row["held_out"] > 0 and row["evaluation"]["held_out"] == HeldOut(cache, 9).identity
-        assert (row["images"], row["evaluation"]["solver"], row["evaluation"]["samples"]) == (40, "euler-maruyama", 9)
+        assert (row["images"], row["evaluation"]["solver"], row["evaluation"]["samples"]) == (
+            40,
+            "euler-maruyama",
+            9,
+        )
     ours, theirs = (np.load(tmp_path / f"{decay}.npz")["arr_0"] for decay in (0.9, 0.0))
     assert not np.array_equal(ours, theirs)
 
@@ -88,11 +120,15 @@ def test_two_processes_report_what_one_does(flags, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("at", [2, 4, 5])
-def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(call, flags, unbroken, tmp_path, monkeypatch, at):
+def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(
+    call, flags, unbroken, tmp_path, monkeypatch, at
+):
     measure = evaluation.Evaluator.measure
 
     def signalled(self, model, gather_all, stopped):
-        if len(evaluations(tmp_path / "run")) == {2: 0, 4: 2, 5: 5}[at]:  # at the last step, between the two averages
+        if (
+            len(evaluations(tmp_path / "run")) == {2: 0, 4: 2, 5: 5}[at]
+        ):  # at the last step, between the two averages
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(self, model, gather_all, stopped)
 
@@ -118,7 +154,10 @@ def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(call, flags, un
         (["--eval-every", 0, "--resolution", 32], "--eval-latents needs --eval-every"),
         (["--eval-latents", "/nonexistent"], "--eval-latents: /nonexistent"),
         (["--ema-decay", 0.9, 0.9], "--ema-decay 0.9 0.9: each only once"),
-        (["--eval-features", "inception", "--inception-weights", "/nonexistent"], "no Inception weights: fetch"),
+        (
+            ["--eval-features", "inception", "--inception-weights", "/nonexistent"],
+            "no Inception weights: fetch",
+        ),
         (["--epochs", 2], "--epochs and --max-train-steps both say how long to train"),
     ],
 )

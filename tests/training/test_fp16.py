@@ -24,7 +24,9 @@ def fp16(monkeypatch):
 
     monkeypatch.setattr(train, "Accelerator", OnCPU)
     monkeypatch.setattr(train, "precision", lambda flag: flag)
-    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e12)  # of fp16 it is very slow on CPUs
+    monkeypatch.setattr(
+        train, "matmul_rate", lambda device, dtype: 1e12
+    )  # of fp16 it is very slow on CPUs
     return ["--mixed-precision", "fp16", "--log-every", "2", "--align-weight", "8"]
 
 
@@ -35,13 +37,19 @@ def scaler(run, step) -> dict:
 def test_the_scaler_is_part_of_the_run_and_its_overflows_are_ordinary(call, fp16, cache, tmp_path):
     for name, stops in (("whole", (12,)), ("broken", (1, 7, 12))):
         for stop in stops:
-            command = train_flags(cache, tmp_path, name, *fp16, "--max-train-steps", stop, "--checkpointing-steps", 1)
+            command = train_flags(
+                cache, tmp_path, name, *fp16, "--max-train-steps", stop, "--checkpointing-steps", 1
+            )
             code, out = call(train, *command)
             assert code == 0 and "not finite" not in out, out
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     scales = [scaler(whole, step)["scale"] for step in range(1, 13)]
-    assert scales[0] < 2.0**127 and any(b > a for a, b in zip(scales, scales[1:])), scales  # both ways
-    assert [scaler(broken, step) for step in (1, 7, 12)] == [scaler(whole, step) for step in (1, 7, 12)]
+    assert scales[0] < 2.0**127 and any(b > a for a, b in zip(scales, scales[1:])), (
+        scales
+    )  # both ways
+    assert [scaler(broken, step) for step in (1, 7, 12)] == [
+        scaler(whole, step) for step in (1, 7, 12)
+    ]
     assert rows(broken) == rows(whole) and same_weights(broken, whole, "0000012")
     assert all(row["skipped"] == 0 for row in rows(whole))
     assert rows(whole)[0]["loss"] is None  # both steps overflowed: nothing to average

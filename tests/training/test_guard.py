@@ -19,8 +19,14 @@ def alone(tensor, how):
 
 def test_fp16s_overflown_gradients_are_not_counted_but_its_losses_are():
     guard, inf, nan = Guard(Optimizer(), fp16=True), float("inf"), float("nan")
-    assert [judge(guard, 1, gradient=inf), judge(guard, 2, align=nan, gradient=nan)] == [0, 0]  # neither counts in the means
-    assert guard.report(alone) == (["step 2: alignment loss, gradient not finite, update skipped"], 1)
+    assert [judge(guard, 1, gradient=inf), judge(guard, 2, align=nan, gradient=nan)] == [
+        0,
+        0,
+    ]  # neither counts in the means
+    assert guard.report(alone) == (
+        ["step 2: alignment loss, gradient not finite, update skipped"],
+        1,
+    )
     assert not hasattr(guard.optimizer, "found_inf")  # skipping is the scaler's
 
 
@@ -42,7 +48,10 @@ def test_a_streak_goes_on_across_reports_and_ends_with_a_good_step():
         judge(guard, step, gradient=nan)
         if step < 10 + PATIENCE - 1:
             guard.report(alone)
-    with pytest.raises(UserError, match=f"step {10 + PATIENCE - 1}: gradient not finite.*like the {PATIENCE - 1} before it"):
+    with pytest.raises(
+        UserError,
+        match=f"step {10 + PATIENCE - 1}: gradient not finite.*like the {PATIENCE - 1} before it",
+    ):
         guard.report(alone)
 
 
@@ -53,7 +62,10 @@ def test_overflows_that_no_scale_ends_are_no_longer_ordinary():
     assert guard.report(alone) == ([], 0) and guard.overflows == OVERFLOWS - 1
     resumed = Guard(Optimizer(), True, guard.streak, guard.overflows)
     judge(resumed, OVERFLOWS, gradient=inf)
-    with pytest.raises(UserError, match=f"step {OVERFLOWS}: gradient not finite in fp16, like the {OVERFLOWS - 1} before it"):
+    with pytest.raises(
+        UserError,
+        match=f"step {OVERFLOWS}: gradient not finite in fp16, like the {OVERFLOWS - 1} before it",
+    ):
         resumed.report(alone)
     judge(guard, OVERFLOWS)
     assert guard.report(alone) == ([], 0) and guard.overflows == 0

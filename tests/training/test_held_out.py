@@ -23,7 +23,9 @@ def model() -> SiT:
     return network
 
 
-def measure(held_out: HeldOut, model: SiT, size: int = 24, rank: int = 0, processes: int = 1, **more) -> dict[str, float]:
+def measure(
+    held_out: HeldOut, model: SiT, size: int = 24, rank: int = 0, processes: int = 1, **more
+) -> dict[str, float]:
     given = {"gather_all": lambda x: x, "look": lambda: None} | more
     return held_out.measure(model, "linear", "v", torch.float32, size, rank, processes, **given)
 
@@ -53,10 +55,24 @@ def test_it_depends_neither_on_the_batch_size_nor_on_the_processes(cache, model)
     whole = measure(held_out, model)
     assert measure(held_out, model, size=5) == pytest.approx(whole, rel=1e-6)
     looks, shares = [], []
-    for rank in range(3):  # 24 images are four batches of five and four over: the last process's last one is empty
-        measure(held_out, model, 5, rank, 3, gather_all=lambda x: shares.append(x) or x, look=partial(looks.append, rank))
-    assert looks.count(0) == looks.count(1) == looks.count(2) == 2, "processes that do not look together wait for ever"
-    assert measure(held_out, model, gather_all=lambda x: torch.cat(shares)) == pytest.approx(whole, rel=1e-6)
+    for rank in range(
+        3
+    ):  # 24 images are four batches of five and four over: the last process's last one is empty
+        measure(
+            held_out,
+            model,
+            5,
+            rank,
+            3,
+            gather_all=lambda x: shares.append(x) or x,
+            look=partial(looks.append, rank),
+        )
+    assert looks.count(0) == looks.count(1) == looks.count(2) == 2, (
+        "processes that do not look together wait for ever"
+    )
+    assert measure(held_out, model, gather_all=lambda x: torch.cat(shares)) == pytest.approx(
+        whole, rel=1e-6
+    )
 
 
 def test_fewer_images_are_spread_evenly(cache):
@@ -68,7 +84,9 @@ def test_what_does_not_fit_is_said(cache, tmp_path):
     manifest = LatentCache(cache).manifest
     HeldOut(cache, 5).check(manifest)
     other = replace(manifest, class_names=manifest.class_names[::-1], shift=manifest.shift + 1)
-    with pytest.raises(UserError, match=r"^--eval-latents .* class_names, shift differ; encode it in the same way$"):
+    with pytest.raises(
+        UserError, match=r"^--eval-latents .* class_names, shift differ; encode it in the same way$"
+    ):
         HeldOut(cache, 5).check(other)
     with pytest.raises(UserError, match=r"^--eval-latents: .*manifest\.json"):
         HeldOut(tmp_path, 5)

@@ -21,8 +21,14 @@ META = torch.device("meta")
 def make_step(cache, monkeypatch):
     """make_step(*flags) -> a Step on the meta device, and a batch in host memory; make_step.synced: of each backward, whether
     the processes' gradients are summed in it."""
-    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    monkeypatch.setattr(torch, "autocast", lambda device_type, **_: nullcontext())  # there is none on this device
+    monkeypatch.setattr(
+        sys.modules["torch.optim.optimizer"],
+        "_get_fused_kernels_supported_devices",
+        lambda: ["meta"],
+    )
+    monkeypatch.setattr(
+        torch, "autocast", lambda device_type, **_: nullcontext()
+    )  # there is none on this device
 
     unsynced, synced = [], []
 
@@ -33,7 +39,20 @@ def make_step(cache, monkeypatch):
         unsynced.pop()
 
     def make(*flags):
-        args = parse_args("", ["--exp-name", "x", "--data-dir", str(cache), "--model", "SiT-Ti/2", "--batch-size", "8", *flags])
+        args = parse_args(
+            "",
+            [
+                "--exp-name",
+                "x",
+                "--data-dir",
+                str(cache),
+                "--model",
+                "SiT-Ti/2",
+                "--batch-size",
+                "8",
+                *flags,
+            ],
+        )
         check_args(args, 1)
         held = LatentCache(cache)
         data = alignment.data_of(held.manifest)
@@ -41,11 +60,20 @@ def make_step(cache, monkeypatch):
         state = train.build(args, config, META)
         targets = alignment.load(args, config, data, state.emas[0], META, nullcontext)
         accelerator = SimpleNamespace(
-            device=META, prepare=lambda *parts: parts, no_sync=no_sync, clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+            device=META,
+            prepare=lambda *parts: parts,
+            no_sync=no_sync,
+            clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
             backward=lambda loss: (synced.append(not unsynced), loss.backward()),
-        )  # fmt: skip
-        step = train.Step(args, accelerator, held.manifest, state, targets, Guard(state.optimizer, fp16=False))
-        batch = torch.arange(8), torch.zeros(8, 8, 8, 8, dtype=torch.float16), torch.zeros(8, dtype=torch.int64)
+        )
+        step = train.Step(
+            args, accelerator, held.manifest, state, targets, Guard(state.optimizer, fp16=False)
+        )
+        batch = (
+            torch.arange(8),
+            torch.zeros(8, 8, 8, 8, dtype=torch.float16),
+            torch.zeros(8, dtype=torch.int64),
+        )
         return step, batch
 
     make.synced = synced
@@ -55,10 +83,34 @@ def make_step(cache, monkeypatch):
 OPTIONS = {
     "default": [],
     "vanilla": ["--align", "none"],
-    "accumulated": ["--gradient-accumulation-steps", "2", "--align-t-range", "0", "0.5", "--ema-decay", "0.9", "0.5"],
+    "accumulated": [
+        "--gradient-accumulation-steps",
+        "2",
+        "--align-t-range",
+        "0",
+        "0.5",
+        "--ema-decay",
+        "0.9",
+        "0.5",
+    ],
     "stopped": ["--align-stop-step", "1", "--prediction", "x", "--weighting", "lognormal"],
-    "teacher": ["--align", "sra2", "sra", "--align-loss", "cosine", "l2", "--gradient-accumulation-steps", "2"],
-    "recomputed": ["--activation-checkpointing", "--align-loss", "smooth_l1", "--align-target", "sample"],
+    "teacher": [
+        "--align",
+        "sra2",
+        "sra",
+        "--align-loss",
+        "cosine",
+        "l2",
+        "--gradient-accumulation-steps",
+        "2",
+    ],
+    "recomputed": [
+        "--activation-checkpointing",
+        "--align-loss",
+        "smooth_l1",
+        "--align-target",
+        "sample",
+    ],
 }
 
 
@@ -71,7 +123,9 @@ def test_nothing_in_a_step_waits_for_the_device(make_step, flags):
     assert step.state.step == 2 and len(step.state.optimizer.state) > 50
 
 
-@pytest.mark.parametrize("ask", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, bool])
+@pytest.mark.parametrize(
+    "ask", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, bool]
+)
 def test_that_this_would_be_noticed(make_step, monkeypatch, ask):
     step, batch = make_step()
     monkeypatch.setattr(step.guard, "judge", lambda number, denoising, align, norm: ask(norm))
@@ -84,7 +138,9 @@ def test_the_frozen_position_has_no_gradient_and_no_optimizer_state(make_step):
     without, clip = [], step.accelerator.clip_grad_norm_
 
     def spy(parameters, norm):
-        without.extend(name for name, parameter in step.model.named_parameters() if parameter.grad is None)
+        without.extend(
+            name for name, parameter in step.model.named_parameters() if parameter.grad is None
+        )
         return clip(parameters, norm)
 
     step.accelerator.clip_grad_norm_ = spy
@@ -101,21 +157,31 @@ def test_gradients_are_summed_over_processes_once_a_step(make_step):
 
 @pytest.fixture
 def one_process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.parallel.DistributedDataParallel], ids=["alone", "DDP"])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, torch.nn.parallel.DistributedDataParallel], ids=["alone", "DDP"]
+)
 def test_all_blocks_are_one_compiled_graph(one_process_group, monkeypatch, cache, wrap):
     counter = CompileCounter()
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=counter, fullgraph=True))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module: compile_module(module, backend=counter, fullgraph=True),
+    )
     torch._dynamo.reset()
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     outputs = []
     for flags in ([], ["--compile"]):
-        args = parse_args("", ["--exp-name", "x", "--data-dir", str(cache), "--model", "SiT-S/2", *flags])
+        args = parse_args(
+            "", ["--exp-name", "x", "--data-dir", str(cache), "--model", "SiT-S/2", *flags]
+        )
         check_args(args, 1)
         held = LatentCache(cache)
         config = make_config(args, held.manifest)

@@ -29,7 +29,16 @@ def forks(tmp_path_factory):
 
 
 def flags(cache, exps, *more) -> list[str]:
-    small = ["--max-train-steps", STEPS, "--checkpointing-steps", 3, "--log-every", 2, "--keep-last", 2]
+    small = [
+        "--max-train-steps",
+        STEPS,
+        "--checkpointing-steps",
+        3,
+        "--log-every",
+        2,
+        "--keep-last",
+        2,
+    ]
     return train_flags(cache, exps, "run", *small, *more)
 
 
@@ -63,12 +72,21 @@ def test_kill_9_at_random_moments_loses_nothing(forks, cache, tmp_path, unbroken
         run = tmp_path / str(part) / "run"
         done = len(checkpoints(run))
         pid = forks.start(flags(cache, run.parent))
-        until(lambda done=done, run=run: len(checkpoints(run)) > min(done, 1) or contains(run / "log.txt", "finished"))
+        until(
+            lambda done=done, run=run: (
+                len(checkpoints(run)) > min(done, 1) or contains(run / "log.txt", "finished")
+            )
+        )
         if kill % 2:  # any moment
             time.sleep(rng.uniform(0, 0.12))
         else:  # the middle of a save
             saving = run / "checkpoints"
-            until(lambda saving=saving, run=run: [*saving.glob(".*.partial")] or contains(run / "log.txt", "finished"), pause=0)
+            until(
+                lambda saving=saving, run=run: (
+                    [*saving.glob(".*.partial")] or contains(run / "log.txt", "finished")
+                ),
+                pause=0,
+            )
             time.sleep(rng.uniform(0, 0.005))
         with suppress(ProcessLookupError):  # it may have finished by now
             os.killpg(pid, signal.SIGKILL)
@@ -86,18 +104,25 @@ def test_kill_9_at_random_moments_loses_nothing(forks, cache, tmp_path, unbroken
     forks.start(flags(cache, run.parent))
     assert forks.wait() == 0
     assert same(run, unbroken)
-    assert [int(folder.name) for folder in sorted((run / "checkpoints").iterdir())] == [STEPS - 3, STEPS]  # no leftovers
+    assert [int(folder.name) for folder in sorted((run / "checkpoints").iterdir())] == [
+        STEPS - 3,
+        STEPS,
+    ]  # no leftovers
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_finishes_the_step_saves_and_exits_with_the_documented_code(forks, cache, tmp_path, unbroken, number):
+def test_a_signal_finishes_the_step_saves_and_exits_with_the_documented_code(
+    forks, cache, tmp_path, unbroken, number
+):
     run = tmp_path / "run"
     pid = forks.start(flags(cache, tmp_path, "--checkpointing-steps", 1000, "--num-workers", 2))
     until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
     os.killpg(pid, number)  # the whole job, loader processes too, as a scheduler does
     assert forks.wait() == STOPPED == 75
     (saved,) = checkpoints(run)
-    assert 4 <= int(saved.name) < STEPS and contains(run / "log.txt", f"stopped by {number.name} at step {int(saved.name)}")
+    assert 4 <= int(saved.name) < STEPS and contains(
+        run / "log.txt", f"stopped by {number.name} at step {int(saved.name)}"
+    )
     forks.start(flags(cache, tmp_path, "--checkpointing-steps", 1000))
     assert forks.wait() == 0
     assert same(run, unbroken)
@@ -107,7 +132,9 @@ def test_a_full_disk_is_told_of_and_tried_again(forks, cache, tmp_path, unbroken
     run = tmp_path / "run"
     pid = forks.start(flags(cache, tmp_path))
     until(lambda: checkpoints(run))
-    whole = resource.prlimit(pid, resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))  # EFBIG, as a quota gives
+    whole = resource.prlimit(
+        pid, resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY)
+    )  # EFBIG, as a quota gives
     until(lambda: contains(run / "log.txt", "could not save step"))
     before = checkpoints(run)
     assert before
@@ -121,7 +148,9 @@ def test_lines_that_a_full_disk_refuses_are_written_later(forks, cache, tmp_path
     metrics = run / "metrics.jsonl"
     pid = forks.start(flags(cache, tmp_path, "--num-workers", 0))
     until(lambda: contains(metrics, '"step": 8'))
-    whole = resource.prlimit(pid, resource.RLIMIT_FSIZE, (metrics.stat().st_size + 50, resource.RLIM_INFINITY))  # half a line
+    whole = resource.prlimit(
+        pid, resource.RLIMIT_FSIZE, (metrics.stat().st_size + 50, resource.RLIM_INFINITY)
+    )  # half a line
     until(lambda: contains(run / "log.txt", "its lines wait in memory, training goes on"))
     resource.prlimit(pid, resource.RLIMIT_FSIZE, whole)
     assert forks.wait() == 0
@@ -133,10 +162,16 @@ def test_a_run_belongs_to_one_process(forks, cache, tmp_path):
     with lock(tmp_path / "run/.lock"):
         forks.start(flags(cache, tmp_path))
         assert forks.wait() == 2
-        with pytest.raises(AssertionError) as failed:  # the second process has made no mistake, and must not wait for the first
+        with pytest.raises(
+            AssertionError
+        ) as failed:  # the second process has made no mistake, and must not wait for the first
             torchrun(2, "train.py", *flags(cache, tmp_path))
     said = str(failed.value)
-    assert said.count("is being trained by another process") == 1 and "exitcode  : 2" in said and "exitcode  : -" not in said
+    assert (
+        said.count("is being trained by another process") == 1
+        and "exitcode  : 2" in said
+        and "exitcode  : -" not in said
+    )
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
@@ -156,21 +191,35 @@ def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "1",
+        ]
         command += ["--master_addr", "localhost", "--master_port", str(port)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         return [
             subprocess.Popen(
-                [*command, "--node_rank", str(node), "train.py", *flags(cache, tmp_path)], cwd=ROOT, env=environment,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                [*command, "--node_rank", str(node), "train.py", *flags(cache, tmp_path)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
             for node in range(2)
-        ]  # fmt: skip
+        ]
 
     agents = job()
     try:
         until(lambda: checkpoints(tmp_path / "run"), seconds=120)
-        workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
+        workers = subprocess.run(
+            ["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True
+        ).stdout.split()
         os.killpg(agents[1].pid, signal.SIGKILL)
         for worker in workers:
             os.kill(int(worker), signal.SIGKILL)
@@ -186,20 +235,58 @@ def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(cache, tmp_path, unbroken):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "train.py", *flags(cache, tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+    ]
+    command += [
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        "train.py",
+        *flags(cache, tmp_path),
+    ]
     slow = "import atexit, os, time\nif os.environ.get('RANK') == '0':\n    atexit.register(time.sleep, 2)\n"
-    (tmp_path / "sitecustomize.py").write_text(slow)  # the first leaves long after the second, as happens on a busy machine
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (tmp_path / "sitecustomize.py").write_text(
+        slow
+    )  # the first leaves long after the second, as happens on a busy machine
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+    }
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     until(lambda: contains(tmp_path / "run/metrics.jsonl", '"step": 4'), seconds=120)
-    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-    (second,) = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    workers = subprocess.run(
+        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True
+    ).stdout.split()
+    (second,) = [
+        pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    ]
     os.kill(int(second), signal.SIGTERM)
     out = job.communicate(timeout=120)[0]
-    assert "exitcode  : 75" in out and "Signal" not in out, out  # the first was not killed while it closed
+    assert "exitcode  : 75" in out and "Signal" not in out, (
+        out
+    )  # the first was not killed while it closed
     newest = checkpoints(tmp_path / "run")[-1]
-    assert contains(tmp_path / "run/log.txt", f"stopped by a signal to another process at step {int(newest.name)}")
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(2, int(newest.name) + 1, 2))
+    assert contains(
+        tmp_path / "run/log.txt",
+        f"stopped by a signal to another process at step {int(newest.name)}",
+    )
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(
+        range(2, int(newest.name) + 1, 2)
+    )
     for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken)):
         assert ours == pytest.approx(theirs, rel=1e-3)

@@ -43,7 +43,9 @@ def values(items) -> dict:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def test_a_run_is_logged_with_config_and_pictures_and_taken_up_under_the_same_id(call, offline, cache, tmp_path, monkeypatch):
+def test_a_run_is_logged_with_config_and_pictures_and_taken_up_under_the_same_id(
+    call, offline, cache, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train.Preview, "num_steps", 2)
     flags = [*train_flags(cache, tmp_path, "run", "--report-to", "wandb"), "--sampling-steps", 2]
     for steps in (2, 4):
@@ -55,16 +57,24 @@ def test_a_run_is_logged_with_config_and_pictures_and_taken_up_under_the_same_id
     logged, pictures = [], []
     for folder in folders:
         found = records(folder)
-        config = next(values(r.run.config.update) for r in found if r.WhichOneof("record_type") == "run")
+        config = next(
+            values(r.run.config.update) for r in found if r.WhichOneof("record_type") == "run"
+        )
         assert config["learning_rate"] == 1e-3 and config["data"]["count"] == 24
-        history = [values(r.history.item) for r in found if r.WhichOneof("record_type") == "history"]
+        history = [
+            values(r.history.item) for r in found if r.WhichOneof("record_type") == "history"
+        ]
         logged += [row for row in history if "loss" in row]
-        pictures += [folder / "files" / row["samples/path"] for row in history if "samples/path" in row]
+        pictures += [
+            folder / "files" / row["samples/path"] for row in history if "samples/path" in row
+        ]
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
     for ours, theirs in zip(rows(tmp_path / "run"), logged, strict=True):
         assert {key: theirs[key] for key in ours} == ours
     drawn = sorted((tmp_path / "run/samples").glob("*.png"))
-    assert [picture.read_bytes() for picture in pictures] == [path.read_bytes() for path in drawn] and len(drawn) == 2
+    assert [picture.read_bytes() for picture in pictures] == [
+        path.read_bytes() for path in drawn
+    ] and len(drawn) == 2
 
 
 def test_a_tracker_that_fails_is_let_go_and_training_goes_on(call, cache, tmp_path, monkeypatch):
@@ -81,8 +91,13 @@ def test_a_tracker_that_fails_is_let_go_and_training_goes_on(call, cache, tmp_pa
         image = finish = None
 
     monkeypatch.setattr(train, "Wandb", Failing)
-    code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 4, "--report-to", "wandb"))
-    assert code == 0 and out.count("--report-to wandb failed (ConnectionError: the service is gone)") == 1
+    code, out = call(
+        train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 4, "--report-to", "wandb")
+    )
+    assert (
+        code == 0
+        and out.count("--report-to wandb failed (ConnectionError: the service is gone)") == 1
+    )
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
 
 
@@ -93,6 +108,10 @@ def test_a_tracker_that_cannot_start_says_so_before_any_work(call, cache, tmp_pa
         raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 4, "--report-to", "wandb"))
-    assert code == 2 and "--report-to wandb cannot start (UsageError: No API key configured.)" in out
+    code, out = call(
+        train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 4, "--report-to", "wandb")
+    )
+    assert (
+        code == 2 and "--report-to wandb cannot start (UsageError: No API key configured.)" in out
+    )
     assert not (tmp_path / "run/metrics.jsonl").exists()

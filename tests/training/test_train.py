@@ -31,7 +31,9 @@ def unbroken(tmp_path_factory, cache):
 def test_ten_steps_equal_five_and_five_bit_for_bit(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", *ALIGNED)
     assert call(train, *flags, "--max-train-steps", 5)[0] == 0
-    with open(tmp_path / "run/metrics.jsonl", "a") as file:  # as a run that was killed after its last checkpoint leaves it
+    with open(
+        tmp_path / "run/metrics.jsonl", "a"
+    ) as file:  # as a run that was killed after its last checkpoint leaves it
         file.write('{"step": 6, "loss": 0}\n{"step": 7, "lo')
     code, out = call(train, *flags, "--max-train-steps", 10)
     assert code == 0 and "continuing from" in out
@@ -45,11 +47,16 @@ def test_the_ema_follows_the_weights_of_every_step(call, cache, tmp_path):
     flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 3, "--checkpointing-steps", 1)
     assert call(train, *flags)[0] == 0
     folders = [tmp_path / f"run/checkpoints/000000{k}" for k in (1, 2, 3)]
-    weights, averages = ([load_file(folder / f"{name}.safetensors") for folder in folders] for name in ("model", "ema"))
+    weights, averages = (
+        [load_file(folder / f"{name}.safetensors") for folder in folders]
+        for name in ("model", "ema")
+    )
     for before, after, now in zip(averages, averages[1:], weights[1:]):
         for key in after:
             torch.testing.assert_close(after[key], 0.9 * before[key] + 0.1 * now[f"backbone.{key}"])
-    assert not torch.equal(averages[0]["blocks.0.attn.qkv.weight"], averages[2]["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(
+        averages[0]["blocks.0.attn.qkv.weight"], averages[2]["blocks.0.attn.qkv.weight"]
+    )
 
 
 def test_accumulation_is_the_same_run(call, cache, tmp_path, unbroken):
@@ -87,49 +94,84 @@ def test_joined_caches_train_and_memory_may_be_chosen_later(call, cache, tmp_pat
     code, out = call(train, *flags, "--max-train-steps", 6, "--cache-in-ram")
     assert code == 0 and "48 images an epoch" in out, out
     lines = rows(tmp_path / "run")
-    assert len(lines) == 6 and lines[0]["denoising"] != rows(unbroken)[0]["denoising"]  # other images come first
+    assert (
+        len(lines) == 6 and lines[0]["denoising"] != rows(unbroken)[0]["denoising"]
+    )  # other images come first
     code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 9))
     assert code == 2 and "is not the cache that" in out and "count" in out
     (copied / "moments/00001.npy").unlink()
     code, out = call(train, *flags, "--max-train-steps", 9)
-    assert code == 2 and "00001.npy cannot be read" in out and f"preprocessing.verify --repair {copied}" in out
+    assert (
+        code == 2
+        and "00001.npy cannot be read" in out
+        and f"preprocessing.verify --repair {copied}" in out
+    )
 
 
 def test_bf16_trains_close_to_float32(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", *ALIGNED, "--max-train-steps", 10)
     assert call(train, *flags, "--mixed-precision", "bf16")[0] == 0
     ours, theirs = rows(tmp_path / "run")[-1], rows(unbroken)[-1]
-    assert ours["denoising"] != theirs["denoising"] and ours["denoising"] == pytest.approx(theirs["denoising"], rel=0.05)
+    assert ours["denoising"] != theirs["denoising"] and ours["denoising"] == pytest.approx(
+        theirs["denoising"], rel=0.05
+    )
     weights = load_file(tmp_path / "run/checkpoints/0000010/ema.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
 def test_time_spent_waiting_for_data_is_told_apart(call, cache, tmp_path, monkeypatch):
     gather = train.LatentCache.gather
-    monkeypatch.setattr(train.LatentCache, "gather", lambda *args: (time.sleep(0.05), gather(*args))[1])
+    monkeypatch.setattr(
+        train.LatentCache, "gather", lambda *args: (time.sleep(0.05), gather(*args))[1]
+    )
     assert call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 3))[0] == 0
     for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        assert row["data_s"] >= 0.05 and row["step_s"] == pytest.approx(row["data_s"] + row["compute_s"])
+        assert row["data_s"] >= 0.05 and row["step_s"] == pytest.approx(
+            row["data_s"] + row["compute_s"]
+        )
 
 
 @pytest.mark.parametrize("method", ["sra2", "sra"])
 def test_vanilla_and_weight_zero_are_the_same_network_to_the_bit(call, cache, tmp_path, method):
     clipped = ("--max-train-steps", 4, "--max-grad-norm", 0.5)
     assert call(train, *train_flags(cache, tmp_path, "none", "--align", "none", *clipped))[0] == 0
-    assert call(train, *train_flags(cache, tmp_path, "zero", "--align", method, "--align-weight", 0, *clipped))[0] == 0
-    none, zero = (load_file(tmp_path / run / "checkpoints/0000004/ema.safetensors") for run in ("none", "zero"))
+    assert (
+        call(
+            train,
+            *train_flags(cache, tmp_path, "zero", "--align", method, "--align-weight", 0, *clipped),
+        )[0]
+        == 0
+    )
+    none, zero = (
+        load_file(tmp_path / run / "checkpoints/0000004/ema.safetensors")
+        for run in ("none", "zero")
+    )
     assert none.keys() == zero.keys() and all(torch.equal(none[key], zero[key]) for key in none)
     ours, theirs = ([row["grad_norm"] for row in rows(tmp_path / run)] for run in ("none", "zero"))
     assert ours == theirs and min(ours) > 0.5
-    assert all(row[key] is None for row in rows(tmp_path / "none") for key in ("align", "cosine", "token_norm"))
+    assert all(
+        row[key] is None
+        for row in rows(tmp_path / "none")
+        for key in ("align", "cosine", "token_norm")
+    )
 
 
 def test_alignment_changes_the_run_and_every_option_trains(call, cache, tmp_path):
     options = {
         "cosine": [],
         "smooth_l1": ["--align-loss", "smooth_l1", "--align-target", "sample"],
-        "window": ["--align-t-range", 0, 0.5, "--path-type", "cosine", "--align-depth", 3, "--projector-layers", 2],
+        "window": [
+            "--align-t-range",
+            0,
+            0.5,
+            "--path-type",
+            "cosine",
+            "--align-depth",
+            3,
+            "--projector-layers",
+            2,
+        ],
     }
     losses = {}
     for name, flags in options.items():
@@ -145,25 +187,42 @@ def test_previews_are_drawn_from_the_ema_with_fixed_noise(call, cache, tmp_path,
 
     def spy(self, ema, step, name):
         assert not ema.training and not any(p.requires_grad for p in ema.parameters())
-        drawn.append((self.start.clone(), self.labels.clone(), {key: value.clone() for key, value in ema.state_dict().items()}))
+        drawn.append(
+            (
+                self.start.clone(),
+                self.labels.clone(),
+                {key: value.clone() for key, value in ema.state_dict().items()},
+            )
+        )
         return draw(self, ema, step, name)
 
     monkeypatch.setattr(train.Preview, "draw", spy)
     monkeypatch.setattr(train.Preview, "num_steps", 2)
-    code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 3), "--sampling-steps", 2)
+    code, out = call(
+        train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 3), "--sampling-steps", 2
+    )
     assert code == 0, out
-    assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == ["0000002.png", "0000003.png"]
+    assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == [
+        "0000002.png",
+        "0000003.png",
+    ]
     assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
     saved = load_file(tmp_path / "run/checkpoints/0000003/ema.safetensors")
     assert all(torch.equal(drawn[1][2][key], saved[key]) for key in saved)
     plain = call(train, *train_flags(cache, tmp_path, "plain", "--max-train-steps", 3))[0]
-    assert plain == 0 and rows(tmp_path / "plain") == rows(tmp_path / "run")  # looking changes nothing
+    assert plain == 0 and rows(tmp_path / "plain") == rows(
+        tmp_path / "run"
+    )  # looking changes nothing
 
 
 def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
     flags = train_flags(cache, trained.parent, trained.name, "--max-train-steps", 4)
     code, out = call(train, *flags, "--learning-rate", 5e-4, "--align-loss", "l2")
-    assert code == 2 and "--learning-rate was 0.001, is 0.0005" in out and "--align-loss was cosine, is l2" in out
+    assert (
+        code == 2
+        and "--learning-rate was 0.001, is 0.0005" in out
+        and "--align-loss was cosine, is l2" in out
+    )
     assert len(rows(trained)) == 2
 
 
@@ -171,7 +230,9 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
     other = shutil.copytree(cache, tmp_path / "data")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"vae_fingerprint": "0" * 64}))
-    code, out = call(train, *train_flags(other, trained.parent, trained.name, "--max-train-steps", 4))
+    code, out = call(
+        train, *train_flags(other, trained.parent, trained.name, "--max-train-steps", 4)
+    )
     assert code == 2 and "not the cache" in out and "vae_fingerprint" in out
 
 
@@ -182,7 +243,10 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
         (["--align-depth", 0], "--align-depth/--encoder-depth: 0 is not"),
         (["--align-depth", "two"], "--encoder-depth: two is not"),
         (["--align-t-range", 0.5, 0.4], "--align-t-range 0.5 0.4: LO lies above HI"),
-        (["--gradient-accumulation-steps", 3], "--batch-size 8 (global) is not a multiple of 1 (processes) x"),
+        (
+            ["--gradient-accumulation-steps", 3],
+            "--batch-size 8 (global) is not a multiple of 1 (processes) x",
+        ),
         (["--model", "SiT-S/8", "--resolution", 64], "--resolution 64"),
         (["--num-classes", 1000], "--num-classes 1000"),
         (["--data-dir", "/nonexistent"], "--data-dir: /nonexistent does not exist"),
@@ -195,7 +259,10 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
         (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
         (["--align-loss", "huber"], "invalid choice: 'huber'"),
         (["--batch-size", 0], "0 is not a whole number of at least 1"),
-        (["--sampling-steps", 2, "--vae", "/nonexistent/vae"], "--vae /nonexistent/vae: there is no such folder"),
+        (
+            ["--sampling-steps", 2, "--vae", "/nonexistent/vae"],
+            "--vae /nonexistent/vae: there is no such folder",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
@@ -206,17 +273,24 @@ def test_mistakes_end_in_one_line_before_any_work(call, cache, tmp_path, flags, 
 
 def test_a_vae_that_did_not_make_the_cache_is_refused(call, cache, tmp_path):
     other = make_vae(tmp_path / "vae", seed=1)
-    code, out = call(train, *train_flags(cache, tmp_path, "run"), "--sampling-steps", 2, "--vae", other)
+    code, out = call(
+        train, *train_flags(cache, tmp_path, "run"), "--sampling-steps", 2, "--vae", other
+    )
     assert code == 2 and "is not the VAE that made the cache" in out
 
 
 def test_patches_must_fit_the_latents(call, cache, tmp_path):
-    code, _ = call(train, *train_flags(cache, tmp_path, "ok", "--model", "SiT-S/8", "--max-train-steps", 1))
+    code, _ = call(
+        train, *train_flags(cache, tmp_path, "ok", "--model", "SiT-S/8", "--max-train-steps", 1)
+    )
     assert code == 0  # 8x8 latents are one patch of 8
     other = shutil.copytree(cache, tmp_path / "data")
     manifest = json.loads((other / "manifest.json").read_text())
     for shard in manifest["shards"]:
-        np.save(other / "moments" / shard["file"], np.load(other / "moments" / shard["file"])[:, :, :6, :6])
+        np.save(
+            other / "moments" / shard["file"],
+            np.load(other / "moments" / shard["file"])[:, :, :6, :6],
+        )
     (other / "manifest.json").write_text(json.dumps(manifest | {"latent_shape": [4, 6, 6]}))
     code, out = call(train, *train_flags(other, tmp_path, "run", "--model", "SiT-S/4"))
     assert code == 2 and "cannot cut the latents" in out
@@ -235,7 +309,13 @@ def test_a_sample_is_aligned_to_its_own_latent(monkeypatch, call, cache, tmp_pat
         return losses(model, path, prediction, latent, labels, noise, t, targets, align)
 
     monkeypatch.setattr(train, "training_losses", spy)
-    assert call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 3, "--align-target", target))[0] == 0
+    assert (
+        call(
+            train,
+            *train_flags(cache, tmp_path, "run", "--max-train-steps", 3, "--align-target", target),
+        )[0]
+        == 0
+    )
     latent, tokens = (torch.cat(parts) for parts in zip(*seen))  # one epoch: every image once
     if target == "sample":
         assert torch.equal(tokens, latent_tokens(latent, 2))
@@ -261,6 +341,16 @@ def test_label_dropout_is_cfg_prob(monkeypatch, call, cache, tmp_path):
     for probability, low, high in ((0.0, 0, 0), (1.0, 1, 1), (0.3, 0.1, 0.55)):
         seen.clear()
         name = f"p{probability}"
-        assert call(train, *train_flags(cache, tmp_path, name, "--max-train-steps", 6, "--cfg-prob", probability))[0] == 0
-        share = (torch.cat(seen) == 3).float().mean().item()  # the null class of three classes, not 1000
+        assert (
+            call(
+                train,
+                *train_flags(
+                    cache, tmp_path, name, "--max-train-steps", 6, "--cfg-prob", probability
+                ),
+            )[0]
+            == 0
+        )
+        share = (
+            (torch.cat(seen) == 3).float().mean().item()
+        )  # the null class of three classes, not 1000
         assert low <= share <= high

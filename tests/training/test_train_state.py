@@ -41,7 +41,9 @@ def test_a_saved_state_comes_back_whole(tmp_path):
     other.load(folder, verify(folder))
     assert (other.step, other.extra) == (7, {"log_sums": [0.1], "log_steps": 3})
     assert torch.equal(other.model.weight, state.model.weight) and len(other.emas) == 2
-    assert all(torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(other.emas, state.emas))
+    assert all(
+        torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(other.emas, state.emas)
+    )
     for ours, theirs in zip(other.optimizer.state.values(), state.optimizer.state.values()):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert json.loads((folder / "config.json").read_text()) == CONFIG
@@ -104,11 +106,17 @@ def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
         writer.submit(state)
     writer.wait()
     assert [int(folder.name) for folder in checkpoints(tmp_path)] == [4, 8, 9, 10]
-    assert [message.split("/")[-1] for message in writer.take_messages()][-1] == "0000010" and not writer.take_messages()
+    assert [message.split("/")[-1] for message in writer.take_messages()][
+        -1
+    ] == "0000010" and not writer.take_messages()
 
 
 def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    state, writer, write = make_state(), Writer(tmp_path, CONFIG, keep_last=1), state_module.write_file
+    state, writer, write = (
+        make_state(),
+        Writer(tmp_path, CONFIG, keep_last=1),
+        state_module.write_file,
+    )
 
     def full(path, data):
         raise OSError(28, "No space left on device", str(path))
@@ -134,7 +142,9 @@ def stuck(path, target, rename=Path.rename):
     return rename(path, target)
 
 
-def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(tmp_path, monkeypatch):
+def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(
+    tmp_path, monkeypatch
+):
     state, writer = make_state(), Writer(tmp_path, CONFIG, keep_last=1)
 
     def broken(tensors, path):
@@ -144,20 +154,32 @@ def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(
         patch.setattr(state_module, "save_tensors", broken)
         writer.submit(state)
         writer.wait()
-    assert writer.problem and "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]
+    assert (
+        writer.problem
+        and "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]
+    )
     monkeypatch.setattr(Path, "rename", stuck)
     for state.step in (8, 9):
         writer.submit(state)
         writer.wait()
-    assert not writer.problem and [folder.name for folder in checkpoints(tmp_path)] == ["0000008", "0000009"]
+    assert not writer.problem and [folder.name for folder in checkpoints(tmp_path)] == [
+        "0000008",
+        "0000009",
+    ]
     *_, saved, kept = writer.take_messages()
-    assert saved.endswith("0000009") and kept.startswith("could not remove") and "Directory not empty" in kept
+    assert (
+        saved.endswith("0000009")
+        and kept.startswith("could not remove")
+        and "Directory not empty" in kept
+    )
 
 
 def test_messages_that_come_while_they_are_taken_are_not_lost(tmp_path, monkeypatch):
     state, writer = make_state(), Writer(tmp_path, CONFIG)
     write = state_module.Snapshot.write
-    monkeypatch.setattr(state_module.Snapshot, "write", lambda *args: (writer.take_messages(), write(*args))[1])
+    monkeypatch.setattr(
+        state_module.Snapshot, "write", lambda *args: (writer.take_messages(), write(*args))[1]
+    )
     writer.submit(state)
     writer.wait()
     assert writer.take_messages() == [f"saved {checkpoints(tmp_path)[0]}"]
@@ -173,15 +195,26 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_appears(tmp_path, monke
 
     monkeypatch.setattr(os, "fsync", spy)
     folder = make_state().snapshot(CONFIG).write(tmp_path)
-    before, after = ([name for name, visible in synced if visible is when] for when in (False, True))
+    before, after = (
+        [name for name, visible in synced if visible is when] for when in (False, True)
+    )
     for path in folder.iterdir():
-        assert any(path.name in name for name in before), path.name  # config.json is .config.json.123.partial until it is whole
+        assert any(path.name in name for name in before), (
+            path.name
+        )  # config.json is .config.json.123.partial until it is whole
     assert before[-1] == ".0000007.partial" and after == ["checkpoints"]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "ema.safetensors", "ema-0.5.safetensors", "model.safetensors", "optimizer.safetensors", "progress.json"],
+    [
+        "config.json",
+        "ema.safetensors",
+        "ema-0.5.safetensors",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "progress.json",
+    ],
 )
 def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_path, name):
     state = make_state()
@@ -192,7 +225,9 @@ def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_pa
         (folder / name).write_bytes(bad)
         other = make_state(seed=1)
         before = other.model.weight.clone()
-        with pytest.raises(CheckpointError, match=rf"{name}.*remove .*0000009 to continue from 0000007"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name}.*remove .*0000009 to continue from 0000007"
+        ):
             other.load(folder, verify(folder))
         assert torch.equal(other.model.weight, before)
     (folder / name).unlink()
