@@ -1,6 +1,7 @@
 """The order in which training reads the latent cache: a function of the seed (docs/data.md).
 
-B images of a global batch, b of them this process's share."""
+B images of a global batch, b of them this process's share.
+"""
 
 import math
 from collections.abc import Callable
@@ -29,7 +30,8 @@ def shuffled(number: np.ndarray, size: int, seed: int) -> np.ndarray:
 
     Every run of `size` numbers from a multiple of `size` on is one epoch, each a permutation of its own. The permutation is
     computed, not stored: a Feistel network over the cells of the smallest rectangle, nearly square, that holds `size` of them,
-    and again for those few that land in a cell too many (Black & Rogaway 2002, generalised Feistel and cycle walking)."""
+    and again for those few that land in a cell too many (Black & Rogaway 2002, generalised Feistel and cycle walking).
+    """
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
     sides = (np.uint64(rows), np.uint64(columns))
@@ -59,7 +61,8 @@ class TrainingStream(Dataset):
     `extra` names: "images" (b, 3, R, R) uint8, mirrored where the moments are, or "features/SLUG" (b, N, D) float16.
 
     Image number n of the run, and whether it is mirrored, is the same on any number of processes: it depends on the seed
-    alone. Raises CacheError if the cache holds no such extra."""
+    alone. Raises CacheError if the cache holds no such extra.
+    """
 
     def __init__(
         self,

@@ -3,7 +3,8 @@ what a network may predict, how that becomes velocity and score, and at which ti
 
 The time convention of this repository is stated here and nowhere else: **t = 0 is data, t = 1 is noise**, as in REPA.
 (The SiT repository counts the other way: its model at time s is ours at t = 1 - s, with the velocity's sign turned.)
-B batch; x and everything like it (B, ...); t (B,)."""
+B batch; x and everything like it (B, ...); t (B,).
+"""
 
 import math
 from collections.abc import Callable
@@ -49,7 +50,8 @@ class VP:
     continuous time (Song et al. 2021, arXiv:2011.13456, eq. 32).
 
     ADM and DiT (arXiv:2212.09748) kept that schedule; their step k, counted from 1, is t = k / 1000, and with eps predicted
-    this is DiT's objective. A little of the data is left at t = 1, where alpha is 0.0066."""
+    this is DiT's objective. A little of the data is left at t = 1, where alpha is 0.0066.
+    """
 
     first, last = 0.1, 20.0  # beta at t = 0 and 1
 
@@ -145,7 +147,8 @@ def interval(path: Path, prediction: str) -> tuple[float, float]:
     An end is singular if the velocity, which all solvers integrate, does not follow from the prediction there, or is infinite:
     t = 0 for x (an error of it is multiplied by 1 / sigma), and on a path on which sigma starts vertically, vp; t = 1 for eps
     (by 1 / alpha) on a path that ends in noise alone, linear and cosine. EDGE is cut off such an end, as in SiT's
-    transport.check_interval, which cuts both ends on linear and cosine for whatever is no velocity."""
+    transport.check_interval, which cuts both ends on linear and cosine for whatever is no velocity.
+    """
     alpha, _, _, d_sigma = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
     lo = EDGE if prediction == "x" or not d_sigma[0].isfinite() else 0.0
     return lo, 1 - EDGE if prediction == "eps" and alpha[1] < 1e-9 else 1.0

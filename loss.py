@@ -1,7 +1,8 @@
 """Flow matching plus alignment: L = L_denoising + sum over methods of lambda L_align (SRA 2, arXiv:2601.17830).
 
 Pure functions of tensors; all of it in float32 whatever the autocast, since a normalisation in half precision is a known
-source of NaN. B batch, N tokens, D numbers a token."""
+source of NaN. B batch, N tokens, D numbers a token.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -74,7 +75,8 @@ def alignment_loss(pred: Tensor, target: Tensor, t: Tensor, how: Alignment = COS
     """Distance between projected tokens and target tokens, zero where t lies outside the window.
 
     (B, N, D), (B, N, D), (B,) -> (B,). No gradient flows into the target. A sample outside the window counts as zero
-    rather than leaving the mean, so narrowing the window never raises the weight of the samples that stay."""
+    rather than leaving the mean, so narrowing the window never raises the weight of the samples that stay.
+    """
     assert pred.shape == target.shape, (pred.shape, target.shape)
     lo, hi = how.t_range
     distance = ALIGN_LOSSES[how.loss](pred, target.detach(), how.beta)
@@ -95,7 +97,8 @@ def training_losses(
     """All terms for one batch.
 
     model(x_t, t, labels) -> what it predicts (B, C, H, W), and by method projected tokens (B, N, D) and token norm (B,);
-    latent and noise (B, C, H, W), labels and t (B,); targets (B, N, D) by method: one that has none is idle."""
+    latent and noise (B, C, H, W), labels and t (B,); targets (B, N, D) by method: one that has none is idle.
+    """
     targets, align = targets or {}, align or {}
     x_t, _ = interpolate(path, latent, noise, t)
     pred, projected, token_norm = model(x_t, t, labels)

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 8 sample_ddp.py --ckpt exps/sit-xl2-sra2 --num-fid-samples 50000
 
 An image depends on the checkpoint, these flags and its index alone, not on how many processes or what came before. Each
-batch is a file of its own until all are there, so an interrupted run goes on where it stopped."""
+batch is a file of its own until all are there, so an interrupted run goes on where it stopped.
+"""
 
 import argparse
 import threading

@@ -6,7 +6,8 @@ denoised image E[x | x_t] (on the linear path Euler's step to 0 is just that).
 
 The state keeps the dtype of the x that comes in (REPA: float64); the network always sees float32.
 B batch; x (B, ...). With a fixed grid a time is one Python float for all images, so that no step waits for the device; with
-adaptive steps it is (B,), each image having its own."""
+adaptive steps it is (B,), each image having its own.
+"""
 
 from collections.abc import Callable
 
@@ -61,7 +62,8 @@ def guided(
     v = v_null + scale (v_class - v_null), both from one doubled batch; scale 1 is the plain conditional model. Since score, x
     and eps are affine in the velocity, guiding it guides them, and the SDE's drift, just the same. With times (B,) the batch is
     always doubled, and an image outside the interval keeps its v_class: to ask whether any is inside would wait for the
-    device."""
+    device.
+    """
     nulls = torch.full_like(labels, null_class)
 
     def velocity(x: Tensor, t: float | Tensor) -> Tensor:
@@ -89,7 +91,8 @@ def ode(
 ) -> Tensor:
     """Probability-flow ODE on a uniform grid from 1 to 0: Euler (n evaluations), or Heun ending with Euler (2 n - 1).
 
-    Where lo > 0, for which `path` is needed: n times from hi to lo, then the denoised image; as many evaluations."""
+    Where lo > 0, for which `path` is needed: n times from hi to lo, then the denoised image; as many evaluations.
+    """
     lo, hi = ends
     times = torch.linspace(hi, lo, num_steps + (lo == 0), dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:]):
@@ -118,7 +121,8 @@ def dopri5(
     Six evaluations a step, accepted or not, and one before the first. The whole batch is evaluated until its last image has
     arrived, so that an image does not depend on when others do; each step waits once for the device, to know whether that
     is so. The estimate of the error takes the velocity to be smooth: see guided_dopri5 for one that jumps. An image that
-    turns NaN goes through in long steps and ends as NaN, as with the other solvers."""
+    turns NaN goes through in long steps and ends as NaN, as with the other solvers.
+    """
     t = torch.full((len(x),), begin, dtype=torch.float64, device=x.device)
     h = torch.full_like(t, (0.01 * (atol + rtol)) ** 0.2)
     first, evaluations = velocity(x, t), torch.ones_like(t, dtype=torch.int64)
@@ -164,7 +168,8 @@ def guided_dopri5(
     Where lo > 0, for which `path` is needed, from hi to lo, then the denoised image with one evaluation more.
 
     In one go, a step across an end of the interval shrinks until the estimate of its error happens to miss the jump: more
-    evaluations, and a far worse end (docs/sampling.md has figures). In pieces the null class is not asked outside, either."""
+    evaluations, and a far worse end (docs/sampling.md has figures). In pieces the null class is not asked outside, either.
+    """
     lo, hi = ends
     top, bottom = (min(max(edge, lo), hi) for edge in (high, low))
     pieces = (
@@ -199,7 +204,8 @@ def sde(
 
     REPA's schedule: num_steps times from 1 to `last`, noise between them, then one deterministic step to 0; num_steps
     evaluations in all. Where lo > 0: as many from hi to lo, whatever `last` is, and that step is to the denoised image.
-    noise(i) gives step i's standard normal numbers, of x's shape."""
+    noise(i) gives step i's standard normal numbers, of x's shape.
+    """
     lo, hi = ends
     times = torch.linspace(hi, lo or last, num_steps, dtype=torch.float64).tolist() + [0.0]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):

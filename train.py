@@ -2,7 +2,8 @@
 
     accelerate launch train.py --data-dir data/imagenet256 --exp-name sit-xl2-sra2 --model SiT-XL/2
 
-Read `Step` below: it is the method. Running the same command again continues the run."""
+Read `Step` below: it is the method. Running the same command again continues the run.
+"""
 
 import argparse
 import copy
@@ -93,7 +94,8 @@ class Step:
 
     def __call__(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,), what targets
-        ask for besides -> Log.names of it, and whether the step was good, 1 or 0, both on the device."""
+        ask for besides -> Log.names of it, and whether the step was good, 1 or 0, both on the device.
+        """
         args, accelerator, parts = (
             self.args,
             self.accelerator,

@@ -4,7 +4,8 @@
     python -m assets.build_fashion_mnist
 
 Writes, in this order, what is missing: images.zip, classifier.safetensors, vae/, and figures.json with what was measured.
-Remove a file to have it made again. About an hour on two CPU cores; the same machine and thread count give the same files."""
+Remove a file to have it made again. About an hour on two CPU cores; the same machine and thread count give the same files.
+"""
 
 import argparse
 import gzip
@@ -54,7 +55,8 @@ def write_zip(
     path: Path, images: np.ndarray, labels: np.ndarray, packing: int = zipfile.ZIP_LZMA
 ) -> None:
     """RGB PNGs and dataset.json, in EDM's layout. The PNGs are stored plain and the zip's LZMA packs them: a fifth smaller
-    than deflated PNGs, since deflate is poor at three equal channels. Of a file that is not shipped ZIP_STORED is faster."""
+    than deflated PNGs, since deflate is poor at three equal channels. Of a file that is not shipped ZIP_STORED is faster.
+    """
     entries = []
     partial = path.with_suffix(".partial")
     with zipfile.ZipFile(partial, "w", packing) as archive:

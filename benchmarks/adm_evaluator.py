@@ -4,7 +4,8 @@
     python -m benchmarks.adm_evaluator --evaluator guided-diffusion/evaluations/evaluator.py --python adm/bin/python
 
 The features are synthetic: clusters, cut off below 0, of Inception's width. TensorFlow lives in an environment of its own, in
-which benchmarks/adm_original.py runs; arrays travel as .npz."""
+which benchmarks/adm_original.py runs; arrays travel as .npz.
+"""
 
 import argparse
 import json

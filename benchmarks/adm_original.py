@@ -1,7 +1,8 @@
 """The side of benchmarks.adm_evaluator that runs ADM's evaluator, unchanged, in an environment that has TensorFlow.
 
 It needs the feature graph for nothing that is computed from features, so the file of the graph is never opened: what the
-Evaluator's methods use is put in place by hand."""
+Evaluator's methods use is put in place by hand.
+"""
 
 import importlib.util
 import json

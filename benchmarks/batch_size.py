@@ -3,7 +3,8 @@
     python -m benchmarks.batch_size --ckpt exps/demo --dest /tmp --json batch_size.json
 
 Noise, classes and steps of an image depend on its number alone; but a matrix product of another size is computed by another
-kernel, in another order. The same images are made at each batch size and compared with those of the first."""
+kernel, in another order. The same images are made at each batch size and compared with those of the first.
+"""
 
 import argparse
 import itertools

@@ -3,7 +3,8 @@
     python -m benchmarks.checkpoint --model SiT-B/2 --dest exps --json checkpoint.json
 
 `copy_s` is what training waits for, the copy to host memory. `write_s` is what happens beside it. `longest_pause_s` is the
-longest that a Python loop in the training thread stood still meanwhile: hashing and writing must not hold the interpreter."""
+longest that a Python loop in the training thread stood still meanwhile: hashing and writing must not hold the interpreter.
+"""
 
 import argparse
 import shutil

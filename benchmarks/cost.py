@@ -5,7 +5,8 @@
 Parameters are those of the backbone, of the heads, which are dropped after training, and external ones: of what runs for the
 targets alone. FLOPs are of one image (models/flops.py; a multiply-accumulate is two): forward through backbone, heads and what
 runs for the targets, and of training, three times the first two and once the last. Steps are timed as benchmarks/train_step.py
-does; with --no-timing nothing is built, and the counts take a second."""
+does; with --no-timing nothing is built, and the counts take a second.
+"""
 
 import argparse
 

@@ -6,7 +6,8 @@ Random moments of ImageNet's shape, 8x32x32, in as many shards as ImageNet has a
 DataLoader that hands out batches in random order. `npy`: float32 files, read and stacked image by image (REPA's own loader
 reads a PNG beside each, which is left out). `cache`: train.py's stream, float16. `memory`: the same after --cache-in-ram.
 `copy` is the floor: one contiguous copy of a batch. Cold rows drop the files from the system's page cache before each timing;
-what lies below it (a RAID's or a host's cache) is out of reach."""
+what lies below it (a RAID's or a host's cache) is out of reach.
+"""
 
 import argparse
 import mmap

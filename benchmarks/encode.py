@@ -5,7 +5,8 @@
 JPEGs of ImageNet's average size are made first. The VAE has the architecture of sd-vae-ft-mse, with random weights unless --vae
 names others: speed is the same. `encode_latents`: the command's own code, from files to a whole cache. `one at a time`: decode,
 crop, encode and np.save for each image in turn. `VAE alone`: the same batches, already decoded; its share of the first is how
-busy the VAE is kept. `decoding alone`: files to squares, in one process: what one worker delivers."""
+busy the VAE is kept. `decoding alone`: files to squares, in one process: what one worker delivers.
+"""
 
 import argparse
 import shutil

@@ -4,7 +4,8 @@
 
 Features are random numbers of Inception's width. `frechet_distance` against `sqrtm`, which is pytorch-fid's
 calculate_frechet_distance (the same lines as ADM's) with scipy's matrix square root; `statistics` against numpy's mean and cov;
-`precision_recall` of as many samples as references against torch-fidelity's. What is not ours runs on the CPU."""
+`precision_recall` of as many samples as references against torch-fidelity's. What is not ours runs on the CPU.
+"""
 
 import argparse
 from collections.abc import Callable

@@ -55,7 +55,8 @@ def in_turn(
     warm_up: int,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Times the actions A B C A B C ..., so that a machine whose speed drifts drifts for all: seconds a call, one for each
-    round, of `calls` calls without waiting between them; and the peak memory of each in GiB (on CPUs: of the process)."""
+    round, of `calls` calls without waiting between them; and the peak memory of each in GiB (on CPUs: of the process).
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     peak = dict.fromkeys(actions, 0.0)
     for k in tqdm(range(-warm_up, rounds), unit="round", desc="timing"):

@@ -1,7 +1,8 @@
 """Counts the arithmetic of runs of train.py, and times a step of each in turn, by their own flags on their own data.
 
 For studies that set a method's gain against its price (experiments/convergence.py). All are held at once: for small
-networks."""
+networks.
+"""
 
 import argparse
 from functools import partial
@@ -39,7 +40,8 @@ def time_runs(
     runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm_up: int = 2
 ) -> dict[str, dict]:
     """Seconds of an update: median and quartiles over `rounds` of `calls` updates of a batch that is in memory, without waiting
-    between them. Raises UserError."""
+    between them. Raises UserError.
+    """
     precisions = {precision(args.mixed_precision) for args in runs.values()}
     assert len(precisions) == 1, precisions
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precisions.pop())

@@ -7,7 +7,8 @@ The network has random weights, none of them zero; so has the VAE, of sd-vae-ft-
 precisions. `plain`: one batch after the other, the state in float64, the network in float32 (on GPUs TF32), not compiled; each
 image a PNG as soon as it is there, and at the end all of them read back for np.savez. The steps themselves are samplers.py's in
 both. `network alone` and `VAE alone`: the same evaluations and decodings, on as many threads as sample_ddp has, and nothing
-else: what it cannot be faster than. The fastest round of each is given too: neighbours disturb it least."""
+else: what it cannot be faster than. The fastest round of each is given too: neighbours disturb it least.
+"""
 
 import argparse
 import copy

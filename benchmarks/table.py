@@ -1,6 +1,7 @@
 """The tables of docs/{performance,data,evaluation,sampling}.md, from the files under benchmarks/results.
 
-python -m benchmarks.table"""
+python -m benchmarks.table
+"""
 
 import json
 from pathlib import Path

@@ -6,7 +6,8 @@ Random latents of ImageNet's shape start in host memory, as a loader leaves them
 random weights, as the arithmetic is the same. All that is timed shares backbone, averages and optimizer; peak memory on a GPU
 is measured afterwards, of each without the others. `plain` is the least that trains the network of sra2: forward, both
 losses, backward, AdamW, on a batch interpolated beforehand; without clipping, EMA, random numbers, gauges and guard. What is
-compiled is compiled in the first step of the first of them. What each adds in parameters and FLOPs: benchmarks/cost.py."""
+compiled is compiled in the first step of the first of them. What each adds in parameters and FLOPs: benchmarks/cost.py.
+"""
 
 import argparse
 import copy
@@ -44,7 +45,6 @@ from training.throughput import matmul_rate, training_flops
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What to time and how; benchmarks/cost.py takes them too."""
-
     add = parser.add_argument
     add(
         "--model",

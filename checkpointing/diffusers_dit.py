@@ -3,7 +3,8 @@
 Two things are not the same there. Every block embeds time and class again, so those weights stand in each. And the features
 of time have other frequencies, 10000^(-i/127) for our 10000^(-i/128), and are of 1000 t, the timestep of diffusers'
 schedulers: the first layer of the embedder takes in the linear map from their features to ours (`frequency_map`).
-D width, B batch."""
+D width, B batch.
+"""
 
 import math
 
@@ -27,7 +28,8 @@ def frequency_map(frequencies: int = 256) -> Tensor:
 
     Not exactly: sines of different frequencies are independent. But on [0, 1] ours, of frequencies up to 1, are so smooth
     that a dozen functions span them to float64's precision. Least squares on Chebyshev points, without singular values below
-    1e-9, has an error below float32's rounding and no coefficient above 0.1."""
+    1e-9, has an error below float32's rounding and no coefficient above 0.1.
+    """
     half = frequencies // 2
     nodes = torch.arange(400, dtype=torch.float64)
     t = (1 - torch.cos(math.pi * (nodes + 0.5) / len(nodes))) / 2
@@ -93,7 +95,8 @@ def to_diffusers(model: SiT) -> DiTTransformer2DModel:
 @torch.no_grad()
 def difference(model: SiT, dit: DiTTransformer2DModel, batch: int = 4) -> float:
     """The largest difference of the two velocities on random inputs, as a share of the largest velocity. Times from 0 to 1,
-    both included; the null class included."""
+    both included; the null class included.
+    """
     config = model.config
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(

@@ -3,7 +3,8 @@
     python -m checkpointing.export exps/NAME --to DIR
 
 DIR/ema.safetensors and config.json are what sample_ddp.py --ckpt DIR makes the run's own images from. DIR/diffusers holds a
-DiTTransformer2DModel and a flow-matching scheduler, written only if its outputs are the network's."""
+DiTTransformer2DModel and a flow-matching scheduler, written only if its outputs are the network's.
+"""
 
 import argparse
 import json

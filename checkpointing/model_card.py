@@ -48,7 +48,8 @@ def write_card(
     source: Pretrained, config: dict, args: dict, metrics: list[dict], difference: float | None
 ) -> str:
     """Markdown. `config` is config.json; `args` is the run's args.json, or empty; `difference` is that of the diffusers form,
-    None if there is none."""
+    None if there is none.
+    """
     data, identity = config["data"], source.identity
     header = ["---", *(["library_name: diffusers"] if difference is not None else [])]
     header += [

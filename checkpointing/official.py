@@ -3,7 +3,8 @@
 What differs, read off their code: each keeps its parameters under the names of models/sit.py, REPA and SRA with a head more
 (`projectors`, `ap_head`). SiT's output layer is twice as wide, velocity and then a sigma that nothing trains, and its time
 runs from noise at 0 to data at 1; REPA's and SRA's time is ours. The null class is the label table's last row.
-D width, p patch size, C channels."""
+D width, p patch size, C channels.
+"""
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ def official_state_dict(
     """A state dict of one of the repositories -> one that SiT(config) loads strictly, in our time.
 
     Drops DDP's prefix, the heads, and the half of the output layer that holds SiT's learned sigma: of the 2C channels of
-    each pixel of a patch, the last C."""
+    each pixel of a patch, the last C.
+    """
     state = {
         key: value
         for key, value in strip_prefix(state).items()
@@ -90,7 +92,8 @@ def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of -v(x, 1 - t) from those of v(x, t), so that what comes out is a SiT like any other.
 
     cos w(1-t) and sin w(1-t) are cos wt and sin wt reflected by the angle w, which the time embedder's first layer (D, 256)
-    takes in; the output layer takes the sign."""
+    takes in; the output layer takes the sign.
+    """
     cos, sin = state["t_embedder.mlp.0.weight"].double().chunk(2, 1)
     omega = TimestepEmbedder(1, 2 * cos.shape[1]).omega.double()
     turned = torch.cat(

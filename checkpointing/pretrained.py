@@ -5,7 +5,8 @@
     DIR                                         what checkpointing.export wrote
     FILE.pt                                     of the SiT, REPA and SRA repositories
 
-No file is unpickled beyond tensors and the argparse.Namespace that the official ones keep their settings in."""
+No file is unpickled beyond tensors and the argparse.Namespace that the official ones keep their settings in.
+"""
 
 import argparse
 import re
@@ -70,7 +71,8 @@ def load(
     path_type: str | None = None,
 ) -> Pretrained:
     """`ema_decay` chooses among the averages of ours; the rest (--model, --origin, --path-type) is for official files, which
-    do not say it. Raises CheckpointError, and UserError naming the flag."""
+    do not say it. Raises CheckpointError, and UserError naming the flag.
+    """
     path = find(path)
     if path.is_file() and path.suffix != ".safetensors":
         return _load_official(path, ema_decay, model, origin, path_type)

@@ -8,7 +8,8 @@
       optimizer.safetensors  AdamW's moments; no file of a checkpoint is unpickled
       progress.json       step, optimizer's settings, gradient scaler, running averages of the log, sha256 of the other files
 
-A checkpoint appears whole or not at all: it is written in a folder beside its place, fsynced and renamed."""
+A checkpoint appears whole or not at all: it is written in a folder beside its place, fsynced and renamed.
+"""
 
 import hashlib
 import json
@@ -115,7 +116,8 @@ def digest(progress: dict) -> str:
 @contextmanager
 def claim(run: Path, saved: list[Path]) -> Iterator[None]:
     """Keeps other processes from a run, and first removes what a killed save, or a killed removal, left behind. Raises
-    CheckpointError if another process has it, or had it until now: its checkpoints are no longer those in `saved`."""
+    CheckpointError if another process has it, or had it until now: its checkpoints are no longer those in `saved`.
+    """
     with ExitStack() as held:
         try:
             held.enter_context(lock(run / ".lock"))

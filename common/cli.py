@@ -41,7 +41,8 @@ class Screen:
 
 def run(main: Callable[[], None]) -> None:
     """Calls main; turns UserError, a full disk and a place that cannot be written into one line on stderr and exit code 2,
-    Ctrl-C into exit code 130."""
+    Ctrl-C into exit code 130.
+    """
     who = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     try:
@@ -79,7 +80,8 @@ def _end(line: str, code: int) -> int:
 class Parser(argparse.ArgumentParser):
     """Help with every default in it; a flag that argparse refuses ends in one line too, without the whole usage.
 
-    `required` is what the usage line shows: the flags that nobody can leave out; `last` what stands behind all flags."""
+    `required` is what the usage line shows: the flags that nobody can leave out; `last` what stands behind all flags.
+    """
 
     def __init__(self, doc: str, prog: str, required: str, last: str = ""):
         super().__init__(

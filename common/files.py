@@ -120,7 +120,8 @@ def write_npz(
     path: Path, blocks: Iterable[np.ndarray] | None, shape: tuple[int, ...], **arrays: np.ndarray
 ) -> None:
     """ADM's file: arr_0 uint8 of `shape`, whose rows come in blocks, so that it is never in memory (None: without it); and
-    other arrays. Appears whole or not at all."""
+    other arrays. Appears whole or not at all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -2,7 +2,8 @@
 
 Philox4x32-10, the counter-based generator of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", in integer
 tensor arithmetic. There is no state to save, to hand over or to get out of step: image number 1,000 of a run gets the same
-noise on one process or on sixty-four, before and after a resume, on the CPU and (to a float32's last bit) on a GPU."""
+noise on one process or on sixty-four, before and after a resume, on the CPU and (to a float32's last bit) on a GPU.
+"""
 
 import math
 from enum import IntEnum

@@ -1,6 +1,7 @@
 """The curves of one or several runs, over images seen, as one picture.
 
-python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png"""
+python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png
+"""
 
 from pathlib import Path
 
@@ -21,7 +22,8 @@ PANELS = {
 
 def draw(runs: list[Run], out: Path) -> None:
     """One panel a quantity, one colour a run; one more panel for each Frechet distance that a run was evaluated by, and for
-    the loss on images held out, with a line for each way of measuring it."""
+    the loss on images held out, with a line for each way of measuring it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

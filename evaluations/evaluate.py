@@ -4,7 +4,8 @@
     python -m evaluations.evaluate samples/NAME.npz --reference assets/fashion-mnist/images.zip --features fashion
 
 On several GPUs: torchrun --nproc_per_node 8 -m evaluations.evaluate ... Writes metrics.json: the numbers with everything that
-identifies them."""
+identifies them.
+"""
 
 import argparse
 from pathlib import Path

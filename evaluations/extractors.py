@@ -1,6 +1,7 @@
 """What networks say of images: the features that every number of an evaluation is made of.
 
-B images of a batch, n in all, F features an image, K classes."""
+B images of a batch, n in all, F features an image, K classes.
+"""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,8 @@ def extract_all(
     world: World | None = None,
 ) -> dict[str, Features] | None:
     """All networks over one reading of the images, `size` at a time, on all processes -> Features by name on the first
-    process, None on the others."""
+    process, None on the others.
+    """
     mine = {}
     for k, batch in batches(images, size, desc, world):
         pixels = torch.from_numpy(batch).to(device)

@@ -2,7 +2,8 @@
 
 It stands in for Inception where no weights can be downloaded. Its Frechet distance is called FD-fashion, never FID:
 the two are different numbers on different scales.
-B batch, F = 128 features, K = 10 classes."""
+B batch, F = 128 features, K = 10 classes.
+"""
 
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
 class GarmentClassifier(nn.Module):
     """Five convolutions, global average pooling, one linear layer.
 
-    forward: (B, 3, 32, 32) in [0, 255] -> features (B, 128), logits (B, 10)."""
+    forward: (B, 3, 32, 32) in [0, 255] -> features (B, 128), logits (B, 10).
+    """
 
     features = 128
 

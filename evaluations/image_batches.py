@@ -1,6 +1,7 @@
 """Images to evaluate, read a batch at a time: samples or references, from an .npz, a folder, a zip.
 
-n images, B of a batch, H W pixels. Nothing holds more than the batch it was asked for: 50,000 samples are 10 GB."""
+n images, B of a batch, H W pixels. Nothing holds more than the batch it was asked for: 50,000 samples are 10 GB.
+"""
 
 import threading
 import zipfile

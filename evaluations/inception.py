@@ -1,7 +1,8 @@
 """Inception features as ADM's evaluator takes them, through torch-fidelity's port of the TensorFlow graph.
 
 The port resizes as TensorFlow 1 does and its weights are converted from the same graph file, classify_image_graph_def.pb, whose
-names are those below. B batch."""
+names are those below. B batch.
+"""
 
 import pickle
 import threading
@@ -44,7 +45,8 @@ class InceptionFeatures(torch.nn.Module):
     Spatial is mixed_6/conv, its first 7 channels, 17 x 17 x 7 flattened with the channel last (_create_feature_graph of ADM).
     The scope of a convolution in the graph holds Conv2D, batchnorm, CheckNumerics, control_dependency, and, under the scope's
     own name, what they end in: its ReLU. So it is the output of Mixed_6d.branch1x1 here, not negative. Probabilities are the
-    softmax of pool_3 times softmax/weights, without softmax/biases (_create_softmax_graph). `weights_sha256` is the file's."""
+    softmax of pool_3 times softmax/weights, without softmax/biases (_create_softmax_graph). `weights_sha256` is the file's.
+    """
 
     def __init__(self, weights: Path | None = None):
         super().__init__()

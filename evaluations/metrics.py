@@ -1,7 +1,8 @@
 """The numbers, as ADM's evaluator defines them (Dhariwal & Nichol 2021, guided-diffusion/evaluations/evaluator.py).
 
 n and m images, F features an image, K classes. Features come in as float32 numpy arrays; whatever is made of their means and
-covariances is float64. `device` is where the work is done; what comes back is in host memory."""
+covariances is float64. `device` is where the work is done; what comes back is in host memory.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,8 @@ def statistics(features: np.ndarray, device: Device = "cpu") -> Statistics:
 
 def _root(sigma: Tensor) -> tuple[Tensor, bool]:
     """R (F, rank) with R R^T = sigma, and whether sigma is singular: Cholesky's factor, or else from the eigenvectors of the
-    eigenvalues that are not rounding."""
+    eigenvalues that are not rounding.
+    """
     root, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
         return root, False
@@ -67,7 +69,8 @@ def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> fl
 
     S_a S_b and R^T S_b R share their eigenvalues for every R with R R^T = S_a, and the latter is symmetric: no general matrix
     square root, nothing complex, and no epsilon on the diagonal. If one is singular it is the one that is taken apart, without
-    its null space, where rounding has square roots that are no longer small."""
+    its null space, where rounding has square roots that are no longer small.
+    """
     mu_a, s_a, mu_b, s_b = (torch.tensor(x, dtype=torch.float64, device=device) for x in (*a, *b))
     (root, singular), other = _root(s_a), s_b
     if not singular and torch.linalg.cholesky_ex(s_b).info:
@@ -84,7 +87,8 @@ def influence(
 
     The distance's gradient is 2 (mu - mu_r) in mu and I - T in S, where T = R (R^T S R)^(-1/2) R^T with R R^T = S_r is the
     optimal transport map, the only symmetric T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). More weight on a row
-    x pulls mu along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary count as still."""
+    x pulls mu along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary count as still.
+    """
     n = len(features)
     mu, sigma, mu_r, sigma_r = (
         torch.tensor(x, dtype=torch.float64, device=device) for x in (*own, *reference)
@@ -120,7 +124,8 @@ def frechet_interval(
 
     It covers what another n images of the same model would change. It does not cover the bias: a finite n makes the distance
     too large (Chong & Forsyth 2020), every draw about alike. Nor does it know that the reference is finite too. As the distance
-    goes to 0 its first order vanishes, and the interval with it."""
+    goes to 0 its first order vanishes, and the interval with it.
+    """
     n, size = features.shape
     if n <= size:
         return None
@@ -136,7 +141,8 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
     """exp E[KL(p(y|x) | p(y))] over consecutive chunks of split_size, averaged (Salimans et al. 2016): (n, K) -> number.
 
     As compute_inception_score of ADM does: rows in their order, and a last chunk that is not full counts like the others. A
-    probability of 0 adds 0 (in ADM, whose logarithms are float32's, it makes the score nan)."""
+    probability of 0 adds 0 (in ADM, whose logarithms are float32's, it makes the score nan).
+    """
     scores = []
     for start in range(0, len(probabilities), split_size):
         p = np.asarray(probabilities[start : start + split_size], np.float64)
@@ -162,7 +168,8 @@ def no_tf32() -> Iterator[None]:
 def _squared_distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
     """(n, F), (m, F) float32 -> (n, m) float32, by ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, at least 0.
 
-    With `half` in float16, unless any of it overflows: then all of it again in float32 (DistanceBlock of ADM)."""
+    With `half` in float16, unless any of it overflows: then all of it again in float32 (DistanceBlock of ADM).
+    """
     if half:
         distances = _squared_distances(a.half(), b.half(), False)
         if distances.isfinite().all():
@@ -197,7 +204,8 @@ def precision_recall(
 
     `half` is ADM's way (manifold_radii and evaluate_pr): float16 distances, compared as float32, and float32 for a block that
     overflows. Memory on the device: both sets, and a few times block x block distances; block is 2048, with half ADM's 10,000,
-    for there it says which distances fall back together."""
+    for there it says which distances fall back together.
+    """
     if min(len(reference), len(samples)) <= k:
         raise ValueError(
             f"{len(reference)} and {len(samples)} features have no {k} neighbours each"

@@ -1,6 +1,7 @@
 """The training images nearest to samples, and whether samples are nearer to them than training images are to each other.
 
-Distances are Euclidean, between an extractor's features: n training images, q queries, F features an image, k neighbours."""
+Distances are Euclidean, between an extractor's features: n training images, q queries, F features an image, k neighbours.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,7 +56,8 @@ def nearest(
     device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of all features in blocks (B, F) to queries (q, F): distances and numbers (q, k), nearest first. own (q,):
-    the number that is the query itself, and does not count; -1 for none. In float64: for near copies, like numbers cancel."""
+    the number that is the query itself, and does not count; -1 for none. In float64: for near copies, like numbers cancel.
+    """
     wanted = torch.from_numpy(queries).to(device, torch.float64)
     itself = torch.from_numpy(own).to(device)[:, None]
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=device)
@@ -152,7 +154,8 @@ def check_all(
     device: torch.device | str,
 ) -> dict[str, Check]:
     """Sets of samples of several sizes against the training images of --nearest. features None: the shipped classifier for
-    images of its size, otherwise Inception. Raises UserError."""
+    images of its size, otherwise Inception. Raises UserError.
+    """
     checks: dict[str, Check] = {}
     for size in dict.fromkeys(each.size for each in samples.values()):
         group = {name: each for name, each in samples.items() if each.size == size}

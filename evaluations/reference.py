@@ -2,7 +2,8 @@
 
     python -m evaluations.reference --images data/imagenet/train --resolution 256 --out imagenet256.npz
 
-On several GPUs: torchrun --nproc_per_node 8 -m evaluations.reference ..."""
+On several GPUs: torchrun --nproc_per_node 8 -m evaluations.reference ...
+"""
 
 import argparse
 from pathlib import Path

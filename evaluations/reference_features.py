@@ -1,6 +1,7 @@
 """What samples are compared with: statistics or images, whatever they come as, and a cache of what was made of them.
 
-F features an image; n images of the reference."""
+F features an image; n images of the reference.
+"""
 
 import hashlib
 import io
@@ -62,7 +63,8 @@ def load_references(
 ) -> dict[str, Reference] | None:
     """A reference by each network's eyes, for samples of `side` pixels; on the first process of `world`, None on the others.
 
-    digest: sha256 of `path`. cache: a folder where features are kept for the next time. Raises UserError naming `flag`."""
+    digest: sha256 of `path`. cache: a folder where features are kept for the next time. Raises UserError naming `flag`.
+    """
     npz = Npz(path, flag) if path.suffix == ".npz" else None
     if npz and "arr_0" not in npz:
         if not ("mu" in npz and "sigma" in npz):

@@ -3,7 +3,8 @@
     python -m evaluations.report exps/vanilla exps/sra2 --out report.html
     python -m evaluations.report exps/sra2 --nearest data/imagenet/train --out report.html
 
-The page is one file, needs no network, and reads without scripts."""
+The page is one file, needs no network, and reads without scripts.
+"""
 
 import argparse
 from datetime import datetime

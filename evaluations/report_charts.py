@@ -33,7 +33,8 @@ def finite(series: Series) -> np.ndarray:
 
 def smoothed(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
     """Running median at `most` points, over 2% of the line: less at its beginning, where curves are steep, and at its end only
-    over what came before. NaN counts nowhere; a point without a value stays without."""
+    over what came before. NaN counts nowhere; a point without a value stays without.
+    """
     middle = np.unique(np.linspace(0, len(y) - 1, min(most, len(y))).round().astype(int))
     y = np.where(np.isfinite(y), y, np.nan)
     half = np.minimum(len(y) // 100, middle)
@@ -46,7 +47,8 @@ def smoothed(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
     """Of each of most / 2 stretches the lowest and the highest point, so that no spike is lost; a stretch without any stays a
-    gap."""
+    gap.
+    """
     if len(x) <= most:
         return x, y
     kept: list[int] = []
@@ -110,7 +112,8 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 def chart(title: str, lines: list[Series], log: bool = True, zero: bool = False) -> Html:
     """The lines that have a point, over images seen. log: where all is positive and far apart, the axis is logarithmic; zero:
-    it begins at zero."""
+    it begins at zero.
+    """
     lines = [line for line in lines if finite(line).any()]
     values = np.concatenate([line.y[finite(line)] for line in lines])
     low, high = float(values.min()), float(values.max())

@@ -103,7 +103,8 @@ def differing(identities: list[dict[str, Any]]) -> list[str]:
 
 def collect(runs: list[Run], more: list[Path], sample_dir: Path) -> list[Measured]:
     """Every metrics.json of the runs: inside them, in sample_dir if their samples come from a checkpoint of one, and `more`.
-    Raises UserError."""
+    Raises UserError.
+    """
 
     def owner(content: dict) -> int | None:
         place = content.get("sampling", {}).get("checkpoint")

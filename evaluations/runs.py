@@ -38,7 +38,8 @@ def named(folders: list[Path]) -> dict[str, Path]:
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """metrics.jsonl of a run: its lines of steps, and those of evaluations. Half a line at the end is a write under way.
-    Raises UserError."""
+    Raises UserError.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
         begun = (folder / "args.json").exists()
@@ -87,7 +88,8 @@ def read_run(name: str, folder: Path) -> Run:
 
 def methods(run: Run, key: str) -> dict[str, str]:
     """Column -> whose it is, of a quantity that each method of alignment has: the first's has no name behind it. Of any other
-    quantity, and with one method: its own name -> the run's."""
+    quantity, and with one method: its own name -> the run's.
+    """
     first = run.args.get("align") or [""]
     more = [name for name in run.steps[-1] if key in OF_METHODS and name.startswith(f"{key}_")]
     if not more or not isinstance(first, list):

@@ -1,6 +1,7 @@
 """An evaluation as a whole: the networks asked for, the reference, and metrics.json with all that identifies a number.
 
-Shared by evaluations.evaluate and by sample_ddp.py --evaluate."""
+Shared by evaluations.evaluate and by sample_ddp.py --evaluate.
+"""
 
 import argparse
 import json
@@ -197,7 +198,8 @@ def read_object(path: Path, key: str, what: str) -> dict:
 
 def read_result(path: Path, identity: dict) -> dict:
     """A metrics.json that is there already, if its numbers are of the same reference and networks, or {}. Raises UserError if
-    it is something else, which is not to be lost."""
+    it is something else, which is not to be lost.
+    """
     old = read_object(path, "metrics", "metrics.json")
     changed = [key for key in ASKED if old and old.get(key) != identity[key]]
     if changed:

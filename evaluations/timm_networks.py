@@ -1,6 +1,7 @@
 """Any timm network as a space to compare images in; FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675) as its authors take it.
 
-B batch, F features, S the network's side in pixels."""
+B batch, F features, S the network's side in pixels.
+"""
 
 import hashlib
 import json
@@ -21,7 +22,8 @@ DINOV2_SIDE = 224  # of FD-DINOv2; the networks themselves were last trained at 
 class TimmFeatures(nn.Module):
     """(B, 3, H, W) uint8 -> what the classifier would see, (B, F). Images are resized to S x S as PIL does it (bicubic,
     antialiased, rounded) and normalised with the network's own mean and standard deviation. In fp32 whatever surrounds it.
-    `weights_sha256` is of the weights, the architecture, S, mean and standard deviation."""
+    `weights_sha256` is of the weights, the architecture, S, mean and standard deviation.
+    """
 
     def __init__(
         self,
@@ -60,7 +62,8 @@ class TimmFeatures(nn.Module):
 
 def resize(images: Tensor, side: int) -> Tensor:
     """(B, 3, H, W) uint8 -> (B, 3, side, side) float32 of whole grey levels: PIL's bicubic to within one of them, since it
-    rounds and clips after each axis as PIL does."""
+    rounds and clips after each axis as PIL does.
+    """
     x = images.float()
     for size in ((images.shape[-2], side), (side, side)):
         if x.shape[-2:] != size:
@@ -70,7 +73,8 @@ def resize(images: Tensor, side: int) -> Tensor:
 
 def resize_positions(network: nn.Module, side: int) -> None:
     """DINOv2's own way to another side, in place: bicubic without antialiasing, by a factor of (n + 0.1) / m for n patches
-    where there were m (facebookresearch/dinov2, vision_transformer.py). timm's own differs a little."""
+    where there were m (facebookresearch/dinov2, vision_transformer.py). timm's own differs a little.
+    """
     old = network.patch_embed.grid_size[0]
     new = side // network.patch_embed.patch_size[0]
     positions = network.pos_embed.detach()

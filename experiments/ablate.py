@@ -5,7 +5,8 @@
     python -m experiments.ablate --axis loss -- --batch-size 128 --eval-samples 5000
 
 Writes NAME.json, and from it NAME.md and NAME.png, which --plot NAME.json makes again without running anything. Calling it
-again goes on where it stopped, and runs that axes share are run once. What stands behind -- goes to every train.py."""
+again goes on where it stopped, and runs that axes share are run once. What stands behind -- goes to every train.py.
+"""
 
 import argparse
 import math

@@ -1,7 +1,8 @@
 """What studies share: many runs of train.py, each a process of its own. results.py gathers and compares what they measured.
 
 Runs of one seed have the same images, noise, timesteps and initial weights (train.py's --seed decides them), so a difference
-between two of them is that of their flags."""
+between two of them is that of their flags.
+"""
 
 import argparse
 import json
@@ -65,7 +66,8 @@ class Cell(NamedTuple):
 
 def check(cells: list[Cell], folder: Path) -> None:
     """Mistakes that can be seen before anything runs: flags that train.py would refuse, runs that were started with others.
-    Raises UserError."""
+    Raises UserError.
+    """
     for cell in cells:
         cell.args()
         then, now = record(cell, folder).get("flags"), portable(cell.flags)
@@ -222,7 +224,8 @@ def images(cell: Cell, folder: Path) -> int:
 
 def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
     """Runs the cells that are not finished, `jobs` at a time. Returns what went wrong, by the name of the run; the others go
-    on. On Ctrl-C, or a signal to stop, all save and stop, and the next call goes on. Raises UserError."""
+    on. On Ctrl-C, or a signal to stop, all save and stop, and the next call goes on. Raises UserError.
+    """
     waiting, running, failed = [cell for cell in cells if not finished(cell, folder)], {}, {}
     goal = {cell: cell.args().max_train_steps * cell.args().batch_size for cell in cells}
     seen = {cell: images(cell, folder) if cell in waiting else goal[cell] for cell in cells}

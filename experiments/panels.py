@@ -50,7 +50,8 @@ def table(found: dict) -> str:
 
 def draw(found: dict, out: Path) -> None:
     """A panel an axis: a point for each seed; the mean, and the interval of its difference to vanilla, seed by seed, put on
-    vanilla's mean, so that it clears the dashed line where that difference is sure."""
+    vanilla's mean, so that it clears the dashed line where that difference is sure.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,7 @@
 """What a representation is worth: a linear probe, CKNNA, and principal components as colours. Tensors in, numbers out.
 
-n images or tokens, D features, K classes, k neighbours. Whatever is solved for or summed up is float64."""
+n images or tokens, D features, K classes, k neighbours. Whatever is solved for or summed up is float64.
+"""
 
 import math
 from typing import NamedTuple
@@ -32,7 +33,8 @@ def fit_probe(
     """The one minimum of the mean cross-entropy + penalty / (2 n) |weight|^2 over features (n, D), labels (n,), by L-BFGS from
     zero: scikit-learn's LogisticRegression(C=1 / penalty), and like it without a penalty on the bias.
 
-    Ends where no partial derivative is above 1e-5, or after `most` iterations. A feature that never changes stays at 0."""
+    Ends where no partial derivative is above 1e-5, or after `most` iterations. A feature that never changes stays at 0.
+    """
     x = features.double()
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 1e-12 * (1 + mean.abs()), std, torch.inf)
@@ -96,7 +98,8 @@ def neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
 def local_hsic(a: Neighbours, b: Neighbours) -> float:
     """The unbiased HSIC (Song et al. 2012, eq. 5) of two kernels (n, n) that are 0 but where j is a neighbour of i in both.
 
-    Such kernels have at most n k entries, and are never made whole: K_ij and L_ij are lists of those."""
+    Such kernels have at most n k entries, and are never made whole: K_ij and L_ij are lists of those.
+    """
     n = len(a.index)
     i, in_a, in_b = (a.index[:, :, None] == b.index[:, None, :]).nonzero(as_tuple=True)
     j, k_ij, l_ij = a.index[i, in_a], a.product[i, in_a], b.product[i, in_b]
@@ -119,7 +122,8 @@ def cknna(a: Neighbours, b: Neighbours) -> float:
     the same space, about k / n for two that know nothing of each other. NaN where either space agrees with itself in nothing.
 
     As their metrics.py: kernels of inner products, neighbours of either space met, the unbiased HSIC; but for the 1e-6 that
-    it adds to the denominator. Depends on n: compare only values of the same images."""
+    it adds to the denominator. Depends on n: compare only values of the same images.
+    """
     scale = local_hsic(a, a) * local_hsic(b, b)
     return local_hsic(a, b) / math.sqrt(scale) if scale > 0 else math.nan
 
@@ -146,7 +150,8 @@ class Basis(NamedTuple):
 
 def principal(tokens: Tensor, like: Tensor | None = None) -> Basis:
     """Of tokens (n, D). A component's sign is free: it is the one with which the scores go up where those of `like` (n, 3) do,
-    so that maps drawn one after the other differ in colour only where they differ."""
+    so that maps drawn one after the other differ in colour only where they differ.
+    """
     x = tokens.double()
     mean = x.mean(0)
     _, values, rows = torch.linalg.svd(x - mean, full_matrices=False)

@@ -20,7 +20,8 @@ VERSION = 1  # of the JSON
 
 def gather(cells: list[Cell], folder: Path, unfinished: bool = False) -> list[dict]:
     """What the finished ones measured, or with `unfinished` all that have measured something, also those that a cluster ran: an
-    entry a run, its columns over images. Of several averages the first."""
+    entry a run, its columns over images. Of several averages the first.
+    """
     runs = []
     for cell in cells:
         done = finished(cell, folder)

@@ -3,7 +3,8 @@
 python -m experiments.solvers --out docs/solvers.png
 
 Data N(m, S), D numbers. x_t is then Gaussian with mean alpha m and covariance V = alpha^2 S + sigma^2 I, and the velocity is
-affine in x. Writes the picture and, beside it, the figures as JSON. A few seconds on a CPU."""
+affine in x. Writes the picture and, beside it, the figures as JSON. A few seconds on a CPU.
+"""
 
 import io
 import json
@@ -38,7 +39,8 @@ class Gaussian(NamedTuple):
 
     def expected(self, path: Interpolant, prediction: str) -> Velocity:
         """E[v | x_t] = alpha' E[x | x_t] + sigma' E[eps | x_t], or one of the two others, for x (B, D) and one time or (B,) of
-        them: what a perfect network of that prediction gives."""
+        them: what a perfect network of that prediction gives.
+        """
 
         def expected(x: Tensor, t: float | Tensor) -> Tensor:
             times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
@@ -61,7 +63,8 @@ class Gaussian(NamedTuple):
 
     def flow(self, x: Tensor) -> Tensor:
         """Where the ODE takes noise x (B, D). Along an axis (x_t - alpha m) / V^(1/2) stays what it is, so to m + S^(1/2) x:
-        each quantile of the noise becomes the same quantile of the data."""
+        each quantile of the noise becomes the same quantile of the data.
+        """
         return self.mean + x @ self.axes * self.std @ self.axes.T
 
 
@@ -83,7 +86,8 @@ def sde_moments(
     """The mean (D,) and covariance (D, D) of `sde`'s samples, exact and without drawing any, for a velocity affine in x.
 
     The sample is then affine in the start and in every step's noise: one row of a batch gives the constant, one row for
-    each number of start and noise gives a column."""
+    each number of start and noise gives a column.
+    """
     rows = 1 + d * num_steps
     impulses = torch.eye(rows, dtype=torch.float64)[:, 1:].reshape(rows, num_steps, d)
     end = sde(velocity, path, impulses[:, 0], num_steps, lambda i: impulses[:, 1 + i], last, ends)
@@ -154,7 +158,8 @@ def interval_figures(
 ) -> dict:
     """dopri5 with guidance in an interval, taken in one go and in pieces: tolerance, evaluations of an image, error.
 
-    The exact end is that of pieces at a tolerance a thousand times finer, which a test holds to scipy's."""
+    The exact end is that of pieces at a tolerance a thousand times finer, which a test holds to scipy's.
+    """
     start, labels = begin(data), torch.zeros(IMAGES, dtype=torch.int64)
     classes = data.velocity(path), null.velocity(path)
 

@@ -1,7 +1,8 @@
 """How sure a difference between runs of the same seeds is, and how many times fewer images one of them needed.
 
 n seeds, P measured points of a curve, R resamples of the seeds. Curves are those of which lower is better: of a fraction that
-should be high, take what is missing to 1."""
+should be high, take what is missing to 1.
+"""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,7 +34,8 @@ def bootstrap(values: list[float], level: float = 0.95) -> Estimate:
 
     Of few values it is too narrow, because resamples of n scatter by sqrt((n - 1) / n) of what they should, and because it
     knows no t distribution: of 5 normal ones its 95% hold the mean 84 times in 100 (COVERAGE). Tables therefore show
-    Student's interval, which is exact for those, beside it."""
+    Student's interval, which is exact for those, beside it.
+    """
     first, count = values[0], len(values)
     above = (
         np.asarray(values) - first
@@ -51,7 +53,8 @@ def detectable(differences: list[float], power: float = 0.8, level: float = 0.05
     """The smallest mean difference that a two-sided paired t test at this level finds with this power, when differences
     scatter as these do: delta with P(|T| > t) = power, T of the noncentral t distribution with n - 1 degrees of freedom and
     noncentrality delta sqrt(n) / s. None of a single one. It is as uncertain as the scatter s: with five seeds 95% of the
-    studies find between 0.35 and 1.67 times the true s."""
+    studies find between 0.35 and 1.67 times the true s.
+    """
     count = len(differences)
     if count < 2:
         return None
@@ -82,7 +85,8 @@ def images_needed(images: np.ndarray, values: np.ndarray, quality: float | np.nd
     """Where curves first come down to a quality: images (P,), values (..., P), quality (...) -> a Span of (...).
 
     Between neighbouring points it is interpolated linearly in log(images) and log(value), which is exact for power laws. A
-    curve that is below it at its first point needs (0, images[0]), one that never gets there (images[-1], inf)."""
+    curve that is below it at its first point needs (0, images[0]), one that never gets there (images[-1], inf).
+    """
     values, quality = np.asarray(values, float), np.asarray(quality, float)
     assert values.min() > 0 and quality.min() > 0, (
         f"curves have logarithms: {values.min()}, {quality.min()}"
@@ -102,7 +106,8 @@ def images_needed(images: np.ndarray, values: np.ndarray, quality: float | np.nd
 
 class SpeedUp(NamedTuple):
     """At the quality that the baseline has after `images`: images it needs / images the method needs. `low` and `high` are
-    the ends of the interval; None with a single seed."""
+    the ends of the interval; None with a single seed.
+    """
 
     images: int
     quality: float
@@ -112,14 +117,16 @@ class SpeedUp(NamedTuple):
 
     def per(self, cost: float) -> "SpeedUp":
         """In FLOPs or seconds instead of images, when an image costs the method `cost` times as much. The cost is taken as
-        exact."""
+        exact.
+        """
         spans = (span and Span(span.low / cost, span.high / cost) for span in self[2:])
         return SpeedUp(*self[:2], *spans)
 
 
 def milestones(images: np.ndarray) -> list[int]:
     """The measured points that are nearest to PARTS of the budget, each once; not the first one, at whose quality a method that
-    is ahead has no known point, unless there is no other."""
+    is ahead has no known point, unless there is no other.
+    """
     nearest = {int(np.argmin(np.abs(np.asarray(images) - part * images[-1]))) for part in PARTS}
     return sorted(nearest - {0} if len(images) > 1 else nearest)
 
@@ -133,7 +140,8 @@ def speed_up(
 
     Curves are averaged over seeds before they are crossed. The interval is the percentile bootstrap's: each resample of the
     seeds gives both averages, and so the quality. Where a crossing lies outside of what was measured, a Span says on
-    which side; ends of the interval are the quantiles of the lower and of the upper bounds, which enclose the true ones."""
+    which side; ends of the interval are the quantiles of the lower and of the upper bounds, which enclose the true ones.
+    """
     baseline, method, count = np.asarray(baseline, float), np.asarray(method, float), len(baseline)
     drawn = np.vstack([np.ones(count), resamples(count)]) / count  # first the seeds as they are
     base, ours = drawn @ baseline, drawn @ method

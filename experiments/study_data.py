@@ -1,7 +1,8 @@
 """What a convergence study trains on and is measured against: two latent caches, an encoder's features, the VAE's floor.
 
 `laptop`: of the embedded 10,000 garments every tenth is held out, the others train. `gpu`: Fashion-MNIST's own 60,000 training
-images, and the embedded ones, its test images, are held out. Samples are compared with the embedded 10,000 in both."""
+images, and the embedded ones, its test images, are held out. Samples are compared with the embedded 10,000 in both.
+"""
 
 import json
 import shlex

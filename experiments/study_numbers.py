@@ -1,7 +1,8 @@
 """What a study of convergence found, from its JSON alone: its curves, and the numbers as tables and prose write them.
 
 The first of found["methods"] is the baseline. Runs are compared seed by seed, so of a study under way only the seeds that both
-have."""
+have.
+"""
 
 import math
 from typing import NamedTuple
@@ -164,7 +165,8 @@ def figures(found: dict) -> dict[str, str]:
     `recall`, `held-out`, `probe`.
     Against the baseline `difference`, `better` (the seeds that are), `student` (its other interval), `detectable`, `agreement
     difference`, `held-out difference`, and `held-out at T` in percent; `speed-up`, `speed-up per FLOP`, `speed-up per second`
-    at the quality that the baseline ends with, and `speed-up at IMAGES` at the one that it has there."""
+    at the quality that the baseline ends with, and `speed-up at IMAGES` at the one that it has there.
+    """
     base, quality, told = found["methods"][0]["name"], main_curves(found), {}
     columns = {
         "agreement": "class_agreement",

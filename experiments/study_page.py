@@ -42,7 +42,8 @@ def markdown(rows: list[list[str]]) -> list[str]:
 
 def table(found: dict) -> str:
     """Markdown: quality and speed-up at the end; what else was measured there, and at which times; speed-up on the way. Raises
-    UserError."""
+    UserError.
+    """
     metric, told, quality = found["metric"], figures(found), main_curves(found)
     base, floor, seeds = found["methods"][0], found.get("floor") or {}, all_seeds(found)
     ends = [
@@ -186,7 +187,8 @@ def shift(i: int, count: int) -> float:
 
 def draw(found: dict, out: Path) -> None:
     """Curves over images; and as points beside the same numbers of images what each method differs by, and its speed-up.
-    Raises UserError."""
+    Raises UserError.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,7 @@
 """What a study of convergence runs: its methods, its scales, and the flags that make a run of them.
 
-The block that each method aligns is a knob: it is chosen on other seeds than those that are reported."""
+The block that each method aligns is a knob: it is chosen on other seeds than those that are reported.
+"""
 
 import argparse
 import math

@@ -1,6 +1,7 @@
 """The latent cache, read: moments, images and features by number, out of memory maps. What lies where: manifest.py.
 
-B images asked for, C latent channels, h w latent side, R resolution, N tokens, D width."""
+B images asked for, C latent channels, h w latent side, R resolution, N tokens, D width.
+"""
 
 import errno
 import mmap
@@ -35,7 +36,8 @@ MOST_OPEN = 16_384  # shards mapped at once; Linux allows a process 65,530 maps
 
 class LatentCache:
     """One cache, or several joined, image numbers 0 to len - 1. Arrays are memory-mapped on first use, so that loader
-    processes each map their own; labels are held in as few bytes as the classes need. Raises CacheError."""
+    processes each map their own; labels are held in as few bytes as the classes need. Raises CacheError.
+    """
 
     def __init__(self, *roots: Path | str):
         self.roots = [Path(root) for root in roots]
@@ -126,7 +128,8 @@ class LatentCache:
         self, index: np.ndarray, mirrored: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
         """Images by number, read in the order of the disk and copied once: index (B,), mirrored (B,) bool where the mirror
-        image is meant -> moments (B, 2C, h, w) as stored, labels (B,) int64."""
+        image is meant -> moments (B, 2C, h, w) as stored, labels (B,) int64.
+        """
         assert ((index >= 0) & (index < len(self))).all(), (index, len(self))
         labels = torch.from_numpy(self.labels[index].astype(np.int64))
         if self._ram is None:
@@ -140,7 +143,8 @@ class LatentCache:
 
     def images(self, index: np.ndarray, mirrored: np.ndarray | None = None) -> Tensor:
         """What was encoded: index (B,), mirrored (B,) bool -> (B, 3, R, R) uint8. They stay on the disk, also where the moments
-        are in memory."""
+        are in memory.
+        """
         self.require("images")
         images = self._rows(index, ["images"])
         if mirrored is not None:
@@ -216,7 +220,8 @@ class LatentCache:
 
     def _bytes(self, shard: int, folder: str) -> tuple[mmap.mmap, int]:
         """The map of a shard's file, and where its array begins. It is read here and there: without being told so, the system
-        reads megabytes around each image."""
+        reads megabytes around each image.
+        """
         if (shard, folder) not in self._open:
             if len(self._open) >= self._most_open:
                 self._open.pop(next(iter(self._open)))[0].close()
@@ -232,7 +237,8 @@ class LatentCache:
     ) -> None:
         """Copies the moments (not images or features) into memory, once on each machine: its processes share them, and the
         system frees them with the last of these, however that ends. `gather` returns what every process gave, in the order of
-        their ranks."""
+        their ranks.
+        """
         sides = self.manifest.sides
         shape = (len(sides) * len(self), *self.item.shape)
         size = len(sides) * len(self) * self.item.itemsize

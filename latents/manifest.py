@@ -7,7 +7,8 @@
     images/00000.npy   (n, 3, R, R) uint8, what was encoded, in a cache that keeps the images
     features/SLUG/     of an image encoder, by preprocessing.encode_features: 00000.npy (n, N, D) float16 and features.json
 
-n images in a shard, C latent channels, h w latent side, R resolution, N tokens, D width."""
+n images in a shard, C latent channels, h w latent side, R resolution, N tokens, D width.
+"""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -158,7 +159,8 @@ def joined(roots: list[Path], manifests: list[Manifest]) -> Manifest:
 
 def stored_features(roots: list[Path], manifests: list[Manifest]) -> dict[str, dict]:
     """{slug: features.json} of the features that every cache holds, by one encoder and of the images that are there now. Raises
-    CacheError for a features.json that cannot be read."""
+    CacheError for a features.json that cannot be read.
+    """
     found: dict[str, dict] = {}
     for i, (root, manifest) in enumerate(zip(roots, manifests)):
         here = {}

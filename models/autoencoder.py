@@ -1,7 +1,8 @@
 """The frozen VAE: images <-> latents. The only place that knows its scale and shift.
 
 Moments are the posterior's mean and standard deviation as the VAE gives them; a latent is normalised, what the model sees:
-latent = (sample - shift) * scale. B batch, C latent channels, h w latent side, H W image side."""
+latent = (sample - shift) * scale. B batch, C latent channels, h w latent side, H W image side.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,8 @@ class LatentScale:
 def scale_of(config: Mapping[str, Any]) -> LatentScale:
     """What an AutoencoderKL's config says: scaling_factor and shift_factor, or scaling_factor with latents_mean and latents_std
     by channel, which diffusers' SDXL pipelines read as latent = (x - mean) * scaling_factor / std; either of the two alone they
-    ignore. Raises ValueError."""
+    ignore. Raises ValueError.
+    """
     factor, shift, channels = (
         config["scaling_factor"],
         config.get("shift_factor"),
@@ -83,7 +85,8 @@ def scale_of(config: Mapping[str, Any]) -> LatentScale:
 
 class Autoencoder:
     """A diffusers AutoencoderKL, frozen and in eval mode, by hub id or folder. Raises FileNotFoundError if it is neither,
-    or not whole."""
+    or not whole.
+    """
 
     def __init__(self, name: str = DEFAULT_VAE, device: torch.device | str = "cpu"):
         from diffusers import (
@@ -143,7 +146,8 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, H, W, 3) uint8, rounded, not truncated. A few at a time: at 512 pixels one image
-        takes a gigabyte of activations."""
+        takes a gigabyte of activations.
+        """
         parts = [
             self.vae.decode(part).sample
             for part in self.scale.denormalize(latent.float()).split(DECODE_AT_ONCE)

@@ -4,7 +4,8 @@ The side rule. REPA gives a network of patch 14 224 pixels where the image has 2
 other network the image as it is. Here S = 224 R / 256 or R, but at least 224, as a network trained on photographs sees nothing
 in a thumbnail; rounded to whole patches (to the stride of a convolutional network). A network that takes one size gets that.
 
-B batch, R image side, S the network's side in pixels, G side of its grid of tokens, T of the grid asked for, D width."""
+B batch, R image side, S the network's side in pixels, G side of its grid of tokens, T of the grid asked for, D width.
+"""
 
 import difflib
 import hashlib
@@ -52,7 +53,8 @@ class Encoder(nn.Module):
     """Images (B, 3, R, R) uint8 -> tokens (B, T * T, D) float32, row by row; class, register and distillation tokens dropped.
 
     Images are normalised with the network's own mean and deviation and resized as REPA does, bicubic without antialiasing.
-    `dtype` is autocast's, whatever surrounds it: bf16 on GPUs and float32 on the CPU unless told. It stays in eval mode."""
+    `dtype` is autocast's, whatever surrounds it: bf16 on GPUs and float32 on the CPU unless told. It stays in eval mode.
+    """
 
     def __init__(
         self,
@@ -66,7 +68,8 @@ class Encoder(nn.Module):
         side: int | None = None,
     ):
         """name: of SHORT, of REPA or timm's; resolution R; tokens_side T; weights: a file of timm's, else from the hub;
-        side: S where the rule is not wanted. Raises EncoderError."""
+        side: S where the rule is not wanted. Raises EncoderError.
+        """
         import timm
 
         super().__init__()
@@ -122,7 +125,8 @@ class Encoder(nn.Module):
 
 def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
     """(D, S) of the Encoder of this name, for images of `resolution` pixels, without weights: the network is made and run on
-    the meta device, in a fraction of a second. Raises EncoderError for whatever is wrong with it but its weights."""
+    the meta device, in a fraction of a second. Raises EncoderError for whatever is wrong with it but its weights.
+    """
     import timm
 
     wanted = architecture(name)
@@ -146,7 +150,8 @@ def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, 
 
 def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
     """Parameters, and forward FLOPs of one image (matrix products and convolutions, as PyTorch's counter has them), without
-    weights."""
+    weights.
+    """
     import timm
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -165,7 +170,8 @@ def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]
 
 def architecture(name: str, others: Iterable[str] = ()) -> str:
     """timm's name of a network called by that name, by one of SHORT or of REPA. `others` are names that the caller knows, to be
-    proposed. Raises EncoderError."""
+    proposed. Raises EncoderError.
+    """
     import timm
 
     if name.startswith("mocov3-"):
@@ -196,7 +202,8 @@ def load_network(
     name: str, weights: Path | None = None, pretrained: bool = True, others: Iterable[str] = ()
 ) -> nn.Module:
     """timm's network without its classifier, in eval mode and frozen; weights: a file of timm's, else from the hub. Raises
-    EncoderError, with `others` as in `architecture`."""
+    EncoderError, with `others` as in `architecture`.
+    """
     import timm
 
     wanted = architecture(name, others)
@@ -236,7 +243,8 @@ def quiet_hub() -> Iterator[None]:
 @contextmanager
 def complete() -> Iterator[None]:
     """Raises ValueError at its end if timm has loaded a file that lacked weights of the network: without a classifier timm is
-    not strict, leaves them random, and says so in its log only, where nobody looks."""
+    not strict, leaves them random, and says so in its log only, where nobody looks.
+    """
     messages, log = [], logging.getLogger("timm.models._builder")
     level, handler = log.level, logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -292,7 +300,8 @@ class NotSquare(ValueError):
 
 def patch_tokens(network: nn.Module, x: Tensor) -> Tensor:
     """What timm's forward_features gives, (B, N, D), (B, D, G, G) or (B, G, G, D), as (B, G * G, D) without the tokens that
-    stand for no place. Raises NotSquare if there are no such."""
+    stand for no place. Raises NotSquare if there are no such.
+    """
     features = network.forward_features(x)
     if not isinstance(features, Tensor):
         raise NotSquare(f"it gives a {type(features).__name__}")
@@ -310,7 +319,8 @@ def patch_tokens(network: nn.Module, x: Tensor) -> Tensor:
 
 def resample(tokens: Tensor, side: int) -> Tensor:
     """(B, G * G, D) -> (B, side * side, D): as they are if the grids agree, else bilinear, with antialiasing, so that every
-    token has its share where there are fewer after it than before it."""
+    token has its share where there are fewer after it than before it.
+    """
     grid = math.isqrt(tokens.shape[1])
     if grid == side:
         return tokens

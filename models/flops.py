@@ -1,6 +1,7 @@
 """How much arithmetic the networks need: matrix products alone, as PyTorch's FlopCounterMode counts them, which agrees.
 
-One multiply-accumulate is two FLOPs."""
+One multiply-accumulate is two FLOPs.
+"""
 
 from models.sit import SiTConfig
 

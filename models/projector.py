@@ -1,5 +1,6 @@
 """The heads of alignment: an MLP on one block's tokens, dropped after training (widths: docs/method.md).
-B batch, N tokens, D width."""
+B batch, N tokens, D width.
+"""
 
 from collections.abc import Collection
 
@@ -13,7 +14,8 @@ class Projector(nn.Sequential):
     """`layers` linear layers with SiLU between: width -> hidden -> ... -> hidden -> out. (B, N, width) -> (B, N, out).
 
     What comes out is float32 under any autocast. A last layer that is small beside the others (SRA 2's is 0.2% of the head) is
-    computed in it too, so that the alignment loss compares no rounded numbers."""
+    computed in it too, so that the alignment loss compares no rounded numbers.
+    """
 
     def __init__(self, width: int, out: int, layers: int = 5, hidden: int | None = None):
         hidden = hidden or 2 * width
@@ -52,7 +54,8 @@ class AlignedSiT(nn.Module):
         self, x_t: Tensor, t: Tensor, y: Tensor, idle: Collection[str] = ()
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """-> what the backbone predicts; by a method's name the projected tokens (B, N, out), and the mean length (B,) of its
-        block's own tokens, a gauge without gradient. Heads that are `idle` do not run, and their gradient is zero."""
+        block's own tokens, a gauge without gradient. Heads that are `idle` do not run, and their gradient is zero.
+        """
         names = [name for name in self.heads if name not in idle]
         kept: dict[int, Tensor] = {}
         pred = self.backbone(x_t, t, y, return_blocks=[self.blocks[name] for name in names])

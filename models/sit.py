@@ -1,7 +1,8 @@
 """SiT backbone (Ma et al. 2024, arXiv:2401.08740), a DiT (arXiv:2212.09748) that predicts velocity.
 
 Parameter names, shapes and initialisation are those of the SiT and REPA repositories: checkpointing/official.py loads theirs.
-B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, K classes."""
+B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, K classes.
+"""
 
 import math
 from collections.abc import Sequence
@@ -182,7 +183,8 @@ class SiT(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..K with K the null class -> velocity (B, C, H, W).
 
-        With return_blocks also the tokens (B, N, D) after each of those blocks, counted from 1, by their number."""
+        With return_blocks also the tokens (B, N, D) after each of those blocks, counted from 1, by their number.
+        """
         tokens, c, kept = self._through(x, t, y, return_blocks, self.config.depth)
         velocity = self.unpatchify(self.final_layer(tokens, c))
         return (velocity, kept) if return_blocks else velocity

@@ -1,7 +1,8 @@
 """What a block is aligned to: one class a method. How to add one: docs/extending.md.
 
 A target says what its head must give before anything is loaded (`plan`), and then what a batch's tokens are compared with.
-B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, S image side."""
+B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, S image side.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -97,7 +98,8 @@ class Target:
     @staticmethod
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
         """What belongs into config.json, "out" among it: how many numbers a token of the target has. Nothing is loaded yet.
-        Raises TargetError."""
+        Raises TargetError.
+        """
         raise NotImplementedError
 
     @staticmethod

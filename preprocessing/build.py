@@ -4,7 +4,8 @@
     DEST/partial/00000.npy.json   shard 0 is whole: its entry for the manifest
     DEST/manifest.json            all are; written last
 
-n images of a shard, C latent channels, h w latent side."""
+n images of a shard, C latent channels, h w latent side.
+"""
 
 import json
 from collections import Counter
@@ -47,7 +48,8 @@ class Job(Protocol):
         self, dest: Path, numbers: list[int], progress: Callable[[int], None], only_images: bool
     ) -> Iterator[tuple[int, Shard]]:
         """(number, shard) of each, in this order; progress(n) is called after every few images. only_images: as add_images
-        takes them."""
+        takes them.
+        """
 
     def preview(self) -> tuple[Image.Image, str]:
         """A picture that shows whether all is as it should be, and a line about it."""
@@ -140,7 +142,8 @@ def whole_cache(dest: Path, plan: dict) -> Manifest | None:
 
 def check_plan(dest: Path, plan: dict) -> None:
     """Refuses to mix two caches in one folder; records a plan before a first shard is done. (What is done holds no bad images,
-    so --skip-bad may come later.) Raises UserError."""
+    so --skip-bad may come later.) Raises UserError.
+    """
     path = dest / "partial" / "plan.json"
     if path.exists() and list(path.parent.glob("*.npy.json")):
         changed = difference(IMAGES | json.loads(path.read_text()), plan)
@@ -156,7 +159,8 @@ def check_plan(dest: Path, plan: dict) -> None:
 
 def claim(dest: Path, held: ExitStack) -> None:
     """Holds DEST against a second command, also one whose first process was killed alone, and clears away what was left half
-    written. Raises UserError."""
+    written. Raises UserError.
+    """
     try:
         (dest / "partial").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -218,7 +222,8 @@ def make_shards(
 ) -> None:
     """This process's share of the shards `todo`, dealt by number: makes each, and writes it while the next is made.
     done(number, entry) is called for each that is written, and also if one after it fails. whole: entries of shards that lack
-    their images and nothing else."""
+    their images and nothing else.
+    """
     mine = todo[world.rank :: world.processes]
     left = sum(len(numbers_of(job, k)) for k in mine) * world.processes
 
@@ -250,7 +255,8 @@ def make_shards(
 
 def build(dest: Path, job: Job, world: World) -> Manifest:
     """Makes what is missing of a cache, on all processes of `world`: shards, or the images of all that it has. (Until those are
-    there, it is the whole cache without them that it was.) Raises UserError."""
+    there, it is the whole cache without them that it was.) Raises UserError.
+    """
     same_plan(job, world)
     manifest = world.first(lambda: whole_cache(dest, job.plan))
     if manifest and (manifest.images or not job.plan["keep_images"]):
@@ -307,7 +313,8 @@ def finish(dest: Path, manifest: Manifest) -> None:
 
 def redo(dest: Path, job: Job, shards: list[int], images: list[int], world: World) -> list[str]:
     """Makes some shards of a whole cache again, and of others the images alone; returns the files that are not what they were.
-    Raises UserError if the job is not the one that made the cache."""
+    Raises UserError if the job is not the one that made the cache.
+    """
     manifest = read_manifest(dest)
     changed = difference(IMAGES | manifest.encoding.get("plan", {}), job.plan)
     if changed:

@@ -29,7 +29,8 @@ def compare(
     names: list[str], images: list[Tensor | None], moments: list[Tensor], vae: Autoencoder
 ) -> tuple[Image.Image, str]:
     """images (3, S, S) uint8, or None, and their moments (1, 2C, h, w) -> a row each: the image, the reconstruction of the
-    posterior's mean, the latent's first three channels from -3 to 3; and a line with the PSNR."""
+    posterior's mean, the latent's first three channels from -3 to 3; and a line with the PSNR.
+    """
     rows, decibels, latents = [], [], []
     for name, image, stored in zip(names, images, moments):
         latent = vae.scale.mean(stored.to(vae.vae.device))

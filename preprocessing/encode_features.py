@@ -5,7 +5,8 @@
 
 For --align repa where the encoder costs more than the training: small sets, small machines. Of ImageNet and DINOv2-B they are
 504 GB (256 tokens x 768 x 2 bytes x 1.28 million): there the encoder runs while training, which is meant for that. Shards are
-dealt to the processes; stopped, the same command goes on."""
+dealt to the processes; stopped, the same command goes on.
+"""
 
 import argparse
 from pathlib import Path

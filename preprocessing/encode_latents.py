@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 -m preprocessing.encode_latents --source ... (the same)
 
 Shards are dealt to the processes, written one by one, each whole or not at all, and the manifest last. The same command run
-again, on any number of processes, does what is missing; the cache is the same to the byte."""
+again, on any number of processes, does what is missing; the cache is the same to the byte.
+"""
 
 import argparse
 from dataclasses import fields

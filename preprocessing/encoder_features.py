@@ -4,7 +4,8 @@
     CACHE/features/SLUG/features.json   which encoder, and the list of shards; written last
     CACHE/features/SLUG/partial/        only while they are made
 
-n images of a shard, B of a batch, N tokens, D width, R resolution."""
+n images of a shard, B of a batch, N tokens, D width, R resolution.
+"""
 
 import json
 import re
@@ -73,7 +74,8 @@ def make(
 ) -> bool:
     """Makes what is missing of CACHE's features, on all processes of `world`; whether anything was. plan: what features.json
     says of the encoder. encode: images (B, 3, R, R) uint8 in host memory -> tokens (B, N, D). size: images a forward pass.
-    Raises UserError."""
+    Raises UserError.
+    """
     if world.first(lambda: finished(dest, plan, manifest.shards)):
         return False
     records = [dest / "partial" / f"{entry['file']}.json" for entry in manifest.shards]
@@ -137,7 +139,8 @@ def shard(
     progress: Callable[[int], None],
 ) -> str:
     """The features of one file of images, written a batch at a time; their sha256. While one batch is copied off a GPU and
-    written, the next is computed. Raises UserError."""
+    written, the next is computed. Raises UserError.
+    """
     try:
         stored = np.load(images, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:

@@ -1,7 +1,8 @@
 """Images -> moments: decoded in worker processes, encoded batch by batch, copied back while the next batch is computed.
 
 A shard is always cut into the same batches and each batch runs the same kernels, so the bytes do not depend on how many
-processes, threads or attempts it took. B images of a batch, S their side, C latent channels, h w latent side."""
+processes, threads or attempts it took. B images of a batch, S their side, C latent channels, h w latent side.
+"""
 
 import itertools
 import os
@@ -137,7 +138,8 @@ def in_order(
     pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int
 ) -> Iterator[B]:
     """map(function, items) on the pool's threads, at most `ahead` items before the one that is taken. If `items` fails, what
-    came before is finished first."""
+    came before is finished first.
+    """
     waiting: deque = deque()
     items, failure, more = iter(items), None, True
     while more or waiting:
@@ -393,6 +395,7 @@ class Encoding:
 
 def automatic(resolution: int, device: torch.device) -> int:
     """Images a forward pass: on a GPU as many as 64 of 256 pixels, on the CPU, where each thread has its own, as 4; no more
-    than 64."""
+    than 64.
+    """
     most = (64 if device.type == "cuda" else 4) * 256**2
     return max(1, min(64, most // resolution**2))

@@ -56,7 +56,8 @@ class Square:
 
     def read(self, source: ImageSource, i: int) -> Picture:
         """Image i of the source. An RGB image that already has the size passes through untouched. Raises BadImage or
-        Unreadable."""
+        Unreadable.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata, a line for each image
@@ -113,7 +114,8 @@ class Square:
 
 def is_the_files_own(error: OSError) -> bool:
     """Whether a file could not be read for a reason of its own. A disk that fails is none, nor is a file that was there when
-    the list was made, unless it is a link that leads nowhere."""
+    the list was made, unless it is a link that leads nowhere.
+    """
     if error.errno == errno.ENOENT:
         return error.filename is not None and os.path.islink(error.filename)
     return error.errno in (None, errno.EACCES, errno.ELOOP)
@@ -132,7 +134,8 @@ def _scaled(image: Image.Image, short: int) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop (guided-diffusion, image_datasets.py): the shorter side to `size`, and the middle.
 
-    Images smaller than `size` are enlarged by the same bicubic step."""
+    Images smaller than `size` are enlarged by the same bicubic step.
+    """
     image = _scaled(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -142,7 +145,8 @@ def random_crop(
     image: Image.Image, size: int, chance: list[float], smallest: float = 0.8
 ) -> Image.Image:
     """ADM's random crop (guided-diffusion, image_datasets.py): the square covers between `smallest` and all of the shorter
-    side and lies anywhere. `chance`: three numbers in (0, 1), for scale, top and left."""
+    side and lies anywhere. `chance`: three numbers in (0, 1), for scale, top and left.
+    """
     most = math.ceil(size / smallest)
     image = _scaled(image, size + math.floor(chance[0] * (most - size + 1)))
     top, left = (

@@ -3,7 +3,8 @@
     python -m preprocessing.import_repa data/repa-imagenet256 data/imagenet256
 
 Moments and classes are paired by name. preview.png shows some of them decoded, beside the images if those are there: a folder
-that another VAE made is seen at once. Stopped, the same command goes on."""
+that another VAE made is seen at once. Stopped, the same command goes on.
+"""
 
 import argparse
 from dataclasses import fields

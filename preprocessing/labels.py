@@ -113,7 +113,8 @@ def _whole(value: object) -> int | None:
 
 def labelled(names: list[str], given: Given) -> tuple[np.ndarray, list[str]]:
     """Classes by image: by its name as the source has it, or by its last part with or without the extension. Raises
-    UserError."""
+    UserError.
+    """
     if not given.classes:  # EDM writes "labels": null
         return np.zeros(len(names), np.int64), ["0"]
     keys = []

@@ -2,7 +2,8 @@
 
 vae-sd/00000/img-mean-std-00000000.npy  (2C, h, w) float32, posterior mean and standard deviation
 vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-00000000.npy", class], ...]}
-images/00000/img00000000.png            what they were made of: for preview.png, and with --keep-images for the cache"""
+images/00000/img00000000.png            what they were made of: for preview.png, and with --keep-images for the cache
+"""
 
 import errno
 import os

@@ -1,6 +1,7 @@
 """A shard on its way to the disk: its arrays, its entry in the manifest, and whether what lies there is the same.
 
-n images of a shard, C latent channels, h w latent side, S image side."""
+n images of a shard, C latent channels, h w latent side, S image side.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -79,7 +80,8 @@ def _named(images: GrowingArray, count: int) -> dict[str, str]:
 
 def add_images(dest: Path, entry: dict, shard: Shard) -> dict:
     """Writes the images of a shard that is whole but for them; returns its new entry. `shard` holds its labels and the first of
-    its moments, made again. Raises UserError if they are not what is there: the images would be others, too."""
+    its moments, made again. Raises UserError if they are not what is there: the images would be others, too.
+    """
     same = shard.skipped == entry["skipped"]
     for name, array in shard.arrays.items():
         stored = np.load(dest / name / entry["file"], mmap_mode="r")

@@ -1,7 +1,8 @@
 """Where images come from: a numbered list of names and labels, and the stored bytes of each.
 
 A folder tree, EDM's zip, tar files (one, a folder of them, WebDataset's, or ImageNet's tar of tars), or Hugging Face's parquet.
-All can be read by processes forked from the one that opened them, or handed to new ones."""
+All can be read by processes forked from the one that opened them, or handed to new ones.
+"""
 
 import copy
 import glob
@@ -134,7 +135,8 @@ class ParquetSource(ImageSource):
 
 def open_source(path: Path, flag: str = "--source", labels: Path | None = None) -> ImageSource:
     """The images at `path`: a folder, a file, or a pattern of files in quotes. `labels`: CSV or dataset.json with the class of
-    each by name. Raises UserError, naming `flag`."""
+    each by name. Raises UserError, naming `flag`.
+    """
     if not path.exists():
         files = sorted(map(Path, glob.glob(str(path))))
         if not files:
@@ -261,7 +263,8 @@ def _open_zip(path: Path, flag: str, given: Given | None) -> ImageSource:
 
 def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, bytes | None]]:
     """(name, offset, size, content of a file about labels) of a tar, and of those in it as if they were folders. Raises
-    tarfile.TarError, also for one that is cut off, which tarfile takes for its end."""
+    tarfile.TarError, also for one that is cut off, which tarfile takes for its end.
+    """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             archive.members.clear()  # or it keeps a kilobyte of each

@@ -5,7 +5,8 @@
 
 Every file's sha256, shapes, finite values, standard deviations that are not negative, labels in range, and the statistics per
 channel. Says which shards are not sound; --repair makes those again from the images (or the tree they were imported from), with
-the settings that the manifest records. Exit code 2 if something is wrong and was not mended."""
+the settings that the manifest records. Exit code 2 if something is wrong and was not mended.
+"""
 
 import argparse
 import os

@@ -108,7 +108,8 @@ class Recipe(NamedTuple):
     ) -> Tensor:
         """Numbers (B,) -> latents (B, C, H, W), of the state's dtype, on the numbers' device.
 
-        dtype: of the network's products. check: called before each evaluation of the network; what it raises ends the work."""
+        dtype: of the network's products. check: called before each evaluation of the network; what it raises ends the work.
+        """
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
         start = normal(self.seed, Purpose.START, index, shape).to(STATES[self.state])
@@ -149,7 +150,8 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
 
 def read_labels(path: Path) -> np.ndarray:
     """A class for each image: .npy, .npz (arr_1, as samples have it), .json (a list) or text with white space between.
-    (n,) int64. Raises UserError."""
+    (n,) int64. Raises UserError.
+    """
     try:
         if path.suffix == ".npy":
             values = np.load(path)

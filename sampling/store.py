@@ -5,7 +5,8 @@ there, so that any number of processes, on any number of machines, can make them
     NAME.parts/000012.npy            images of batch 12: (B, H, W, 3) uint8
     NAME.parts/000012.safetensors    what networks said of them, if they are evaluated: NETWORK/COLUMN (B, ...) float32
     NAME.npz  NAME.json  NAME.png    the end: ADM's arr_0 and arr_1, what they are, a picture
-    NAME/000345.png                  each image, if asked for"""
+    NAME/000345.png                  each image, if asked for
+"""
 
 import glob
 import itertools
@@ -58,7 +59,8 @@ class SampleStore:
         png: bool = False,
     ):
         """what: sampling.json. networks: whose features are kept, and the sha256 of their weights. keep_images: False leaves
-        no .npz behind."""
+        no .npz behind.
+        """
         self.parts, self.npz, self.pictures = (
             folder / f"{name}.parts",
             folder / f"{name}.npz",
@@ -75,7 +77,8 @@ class SampleStore:
 
     def claim(self, held: ExitStack) -> Done:
         """By the first process: says what is there, and records what is being made, until `held` closes. Raises UserError if
-        NAME is something else's, or another process is at it."""
+        NAME is something else's, or another process is at it.
+        """
         try:
             held.enter_context(lock(self.parts / ".lock"))
         except BlockingIOError:

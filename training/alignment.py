@@ -46,7 +46,6 @@ SHARED = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Those that methods share, and those of each."""
-
     add = parser.add_argument_group(
         "alignment (where several values may stand: one for all methods, or one each)"
     ).add_argument
@@ -237,7 +236,8 @@ def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[dict]:
 
 def settle(args: argparse.Namespace, checkpoint: Path) -> None:
     """What was left open when the run of this checkpoint began stays what it became then. (One that is damaged is told of
-    where it is loaded.)"""
+    where it is loaded.)
+    """
     with suppress(CheckpointError):
         for entry in read_config(checkpoint).get("align", []):
             TARGETS[entry["method"]].settle(args, entry)

@@ -385,7 +385,8 @@ def shown(value: object) -> str:
 
 def check_same_data(args: argparse.Namespace, folder: Path, then: dict, now: dict) -> None:
     """Two config.json, of a run begun and of the flags given now. Raises UserError listing what differs of their data, or of
-    what they align to."""
+    what they align to.
+    """
     changed = [
         key
         for key in then["data"]

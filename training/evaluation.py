@@ -2,7 +2,8 @@
 And, with --eval-latents, the denoising loss on images held out.
 
 What it reports is what sample_ddp.py and evaluations.evaluate report for the same checkpoint, flags and batch size, as far as
---mixed-precision and --allow-tf32 let it: those two commands work in float32."""
+--mixed-precision and --allow-tf32 let it: those two commands work in float32.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -117,7 +118,8 @@ class Evaluator:
         self, model: SiT, gather_all: Callable[[Tensor], Tensor], stopped: Callable[[], bool]
     ) -> dict[str, float | None] | None:
         """The numbers, on the first process; None on the others. gather_all stacks a tensor of every process in their order.
-        Raises Stopped, on every process at once, when `stopped` says so on any."""
+        Raises Stopped, on every process at once, when `stopped` says so on any.
+        """
 
         def look() -> None:
             if gather_all(torch.tensor([int(stopped())], device=self.device)).any():

@@ -17,7 +17,8 @@ class Guard:
 
     The verdict stays on the device: the optimizer skips the update by it (torch's `found_inf`, as GradScaler does), and the
     log brings it over with everything else. Under fp16 the scaler skips overflown gradients itself, as a matter of course:
-    there only the losses count, and overflows that lowering the scale does not end."""
+    there only the losses count, and overflows that lowering the scale does not end.
+    """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, fp16: bool, streak: int = 0, overflows: int = 0
@@ -29,7 +30,8 @@ class Guard:
 
     def judge(self, step: int, denoising: Tensor, align: Tensor, grad_norm: Tensor) -> Tensor:
         """Losses of this process, gradient norm of all, each a number -> 1 if the step updates the weights, else 0, on the
-        device."""
+        device.
+        """
         bad = ~torch.isfinite(torch.stack((denoising, align, grad_norm)).detach())
         if not self.fp16:
             self.optimizer.found_inf = bad[

@@ -1,5 +1,6 @@
 """The denoising loss on images held out: at fixed times and with fixed noise, so that two runs, or two steps of one, are asked
-the same questions."""
+the same questions.
+"""
 
 import hashlib
 import json
@@ -83,7 +84,8 @@ class HeldOut:
         """Mean over images and TIMES, and that of each time: {"held_out": ..., "held_out_0.1": ...}.
 
         The average is asked with the images' own classes, and its products are of `dtype`; `size` images at a time.
-        gather_all stacks a tensor of every process; look is called by all between batches, and what it raises ends the work."""
+        gather_all stacks a tensor of every process; look is called by all between batches, and what it raises ends the work.
+        """
         device, shape = model.pos_embed.device, tuple(self.cache.manifest.latent_shape)
         sums = torch.zeros(1, len(TIMES), dtype=torch.float64, device=device)
 

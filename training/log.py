@@ -31,7 +31,8 @@ class Log:
     @staticmethod
     def names(methods: list[str]) -> list[str]:
         """The numbers of a step, in this order: the first method's as align, cosine and token_norm, those of further ones with
-        their name behind."""
+        their name behind.
+        """
         names = ["loss", "denoising"]
         for i, method in enumerate(methods):
             names += [
@@ -52,7 +53,8 @@ class Log:
         tracker: Any = None,
     ):
         """utilisation is the mfu that one image a second would be; reduce(tensor, "mean") averages over processes; the
-        tracker has log(row, step), image(path, step) and finish()."""
+        tracker has log(row, step), image(path, step) and finish().
+        """
         self.args, self.folder, self.main, self.reduce, self.tracker = (
             args,
             folder,
@@ -85,7 +87,8 @@ class Log:
 
     def _take_up(self, step: int, waiting: str) -> None:
         """A run that stopped after its last checkpoint repeats some steps: their old lines go. Those come back that waited in
-        memory when it was saved, and were not written since."""
+        memory when it was saved, and were not written since.
+        """
         kept = [json.dumps(row) + "\n" for row in read_rows(self.folder) if row["step"] <= step]
         kept += [line for line in waiting.splitlines(keepends=True) if line not in kept]
         if kept or self.lines.path.exists():
@@ -99,7 +102,8 @@ class Log:
 
     def step(self, step: int, terms: Tensor, good: Tensor) -> None:
         """Ends a step: its terms of this process, on the device, which count in the means if `good` is 1. Every --log-every
-        steps reduces over processes and writes."""
+        steps reduces over processes and writes.
+        """
         self.sums += torch.where(good > 0, terms, 0)
         self.good += good
         if self.main:
@@ -153,7 +157,8 @@ class Log:
     def _gauges(self, steps: int, seconds: float) -> dict[str, float]:
         """step_s: seconds a step, of which the host waited data_s for batches, and compute_s is the rest (a GPU may have been
         busy with earlier steps while the host waited); mfu: share of the machine's matrix products that the run's own FLOPs
-        fill; peak_memory_gib: of the device, in training. Saving, previews and evaluations do not count."""
+        fill; peak_memory_gib: of the device, in training. Saving, previews and evaluations do not count.
+        """
         rate = steps * self.args.batch_size / seconds
         step_s, data_s = seconds / steps, self.waited / steps
         gauges = {

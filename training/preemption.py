@@ -1,7 +1,8 @@
 """What the processes of a run must decide together: a host's word reaches the others without the device being asked.
 
 Hosts run ahead of their devices, each by its own number of steps, so a signal sent to all "at once" reaches them at different
-steps. Every step therefore casts a vote whose outcome all read at the end of the next step, and all act at the same one."""
+steps. Every step therefore casts a vote whose outcome all read at the end of the next step, and all act at the same one.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """SIGTERM and SIGUSR1 are noted instead of ending the process, for as long as this lasts; when it exits, ignored.
 
-    A launcher that sees one process leave with a code sends the others SIGTERM, which would kill those that close later."""
+    A launcher that sees one process leave with a code sends the others SIGTERM, which would kill those that close later.
+    """
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:

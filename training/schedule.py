@@ -34,7 +34,8 @@ class Monitor:
         self, state: TrainState, gather: Callable[[Tensor], Tensor], stopped: Callable[[], bool]
     ) -> bool:
         """Does what is due at this step and not done yet. Called by all processes; gather stacks a tensor of each. Returns
-        False if `stopped` cut it short."""
+        False if `stopped` cut it short.
+        """
         args, step = self.args, state.step
         draw = self.preview and due(args, step, args.sampling_steps)
         measure = self.evaluator and due(args, step, args.eval_every)
@@ -75,7 +76,8 @@ def average_names(args: argparse.Namespace) -> list[str]:
 
 def where(args: argparse.Namespace, folder: Path) -> tuple[list[Path], int, set[float], bool]:
     """Where a run stands: its checkpoints, the step of the newest, the averages evaluated there, and whether a look at them is
-    still owed, as the run was stopped before it."""
+    still owed, as the run was stopped before it.
+    """
     saved = checkpoints(folder)
     step = int(saved[-1].name) if saved else 0
     measured = evaluated(folder, step)

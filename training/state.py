@@ -120,7 +120,8 @@ class Snapshot:
 class Writer:
     """Writes checkpoints in a thread of its own and clears away old ones. A failed save leaves those there are alone.
 
-    As a context manager it waits, however the block ends, for what is being written."""
+    As a context manager it waits, however the block ends, for what is being written.
+    """
 
     def __init__(self, run: Path, config: dict, keep_last: int = 0, milestone_steps: int = 0):
         """config goes into config.json; keep_last 0 keeps all; a multiple of milestone_steps is never removed."""

@@ -12,7 +12,8 @@ from models.targets import TARGETS, Data
 
 def training_flops(config: SiTConfig, align: list[dict], data: Data | None = None) -> int:
     """Of one image: forward and backward of backbone and heads (a product's backward is two of the same size; recomputation
-    does not count), forward of what runs for the targets alone. `align` is config.json's; `data` what its targets ask."""
+    does not count), forward of what runs for the targets alone. `align` is config.json's; `data` what its targets ask.
+    """
     heads = sum(head_flops(config, entry["head"]) for entry in align)
     targets = sum(TARGETS[entry["method"]].cost(entry, config, data)[1] for entry in align)
     return 3 * (backbone_flops(config) + heads) + targets
