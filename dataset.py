@@ -4,7 +4,8 @@ B images of a global batch, b of them this process's share.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def shuffled(number: np.ndarray, size: int, seed: int) -> np.ndarray:
+def to_image_index(number: np.ndarray, size: int, seed: int) -> np.ndarray:
     """The image at each place of the endless training stream: number (B,) int64 -> index (B,) int64 in [0, size).
 
     Every run of `size` numbers from a multiple of `size` on is one epoch, each a permutation of its own. The permutation is
@@ -56,12 +57,49 @@ def shuffled(number: np.ndarray, size: int, seed: int) -> np.ndarray:
     return index
 
 
-class TrainingStream(Dataset):
-    """Item k is this process's share of global batch k: stream numbers (b,), moments (b, 2C, h, w), labels (b,); and what
-    `extra` names: "images" (b, 3, R, R) uint8, mirrored where the moments are, or "features/SLUG" (b, N, D) float16.
+@dataclass(frozen=True)
+class CachedBatch:
+    """One process's share of a global batch as read from the cache."""
 
-    Image number n of the run, and whether it is mirrored, is the same on any number of processes: it depends on the seed
-    alone. Raises CacheError if the cache holds no such extra.
+    stream_position: Tensor  # (b,) int64, n for the n-th image of the run
+    moments: Tensor  # (b, 2C, h, w), posterior mean and std as stored
+    labels: Tensor  # (b,) int64
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # further inputs by name
+
+    def to(self, device: torch.device) -> "CachedBatch":
+        """Copy all tensors to a device without waiting for the copy."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "CachedBatch":
+        """Copy all tensors to pinned host memory; called by the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "CachedBatch":
+        return CachedBatch(
+            function(self.stream_position),
+            function(self.moments),
+            function(self.labels),
+            {name: function(tensor) for name, tensor in self.inputs.items()},
+        )
+
+
+class TrainingStream(Dataset):
+    """The batches of a run: item k is this process's share of global batch k.
+
+    The n-th image of the run, and whether it is flipped, depend on the seed alone and are the same
+    on any number of processes.
+
+    Args:
+        cache: The latent cache.
+        seed: Seed of the run.
+        batch_size: Global batch size, a multiple of `num_processes`.
+        rank: Rank of this process.
+        num_processes: Number of processes.
+        inputs: Further inputs to read: "images" (b, 3, R, R) uint8, flipped where the moments are,
+            or "features/SLUG" (b, N, D) float16.
+
+    Raises:
+        CacheError: The cache does not hold these inputs.
     """
 
     def __init__(
@@ -70,30 +108,37 @@ class TrainingStream(Dataset):
         seed: int,
         batch_size: int,
         rank: int = 0,
-        processes: int = 1,
-        extra: str | None = None,
+        num_processes: int = 1,
+        inputs: Sequence[str] = (),
     ):
-        assert batch_size % processes == 0, (batch_size, processes)
-        self.cache, self.seed, self.batch_size, self.extra = cache, seed, batch_size, extra
-        if extra:
-            cache.require(extra)
-        share = batch_size // processes
-        self.own = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
+        assert batch_size % num_processes == 0, (batch_size, num_processes)
+        self.cache = cache
+        self.seed = seed
+        self.batch_size = batch_size
+        self.inputs = inputs
+        for name in inputs:
+            cache.require_folder(name)
+        share = batch_size // num_processes
+        self.offsets = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
-        number, mirrored = step * self.batch_size + self.own, None
-        key = torch.from_numpy(number)
+    def __getitem__(self, step: int) -> CachedBatch:
+        """Read this process's share of global batch `step`."""
+        position = step * self.batch_size + self.offsets
+        position_tensor = torch.from_numpy(position)
+        flipped = None
         if self.cache.manifest.flips:
-            mirrored = (uniform(self.seed, Purpose.MIRROR, key) < 0.5).numpy()
-        index = shuffled(number, len(self.cache), self.seed)
-        batch = key, *self.cache.gather(index, mirrored)
-        if self.extra == "images":
-            return *batch, self.cache.images(index, mirrored)
-        if self.extra:
-            return *batch, self.cache.features(self.extra.removeprefix("features/"), index)
-        return batch
+            flipped = (uniform(self.seed, Purpose.FLIP, position_tensor) < 0.5).numpy()
+        image_index = to_image_index(position, len(self.cache), self.seed)
+        moments, labels = self.cache.gather(image_index, flipped)
+        inputs = {name: self._read_input(name, image_index, flipped) for name in self.inputs}
+        return CachedBatch(position_tensor, moments, labels, inputs)
 
-    def loader(
+    def _read_input(self, name: str, image_index: np.ndarray, flipped: np.ndarray | None) -> Tensor:
+        if name == "images":
+            return self.cache.images(image_index, flipped)
+        return self.cache.features(name.removeprefix("features/"), image_index)
+
+    def make_loader(
         self,
         first: int,
         last: int,

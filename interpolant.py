@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Path(Protocol):
+class Interpolant(Protocol):
     """x_t = alpha(t) x + sigma(t) eps."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,37 +76,39 @@ class VP:
         )
 
 
-PATHS: dict[str, Path] = {"linear": Linear(), "cosine": Cosine(), "vp": VP()}
+INTERPOLANTS: dict[str, Interpolant] = {"linear": Linear(), "cosine": Cosine(), "vp": VP()}
 PREDICTIONS = ("v", "x", "eps")
-EDGE = (
+ENDPOINT_MARGIN = (
     1e-3  # what is cut off an end that is singular: SiT's, and the first of DDPM's thousand times
 )
 
 
-def like(t: Tensor, x: Tensor) -> Tensor:
+def expand_like(t: Tensor, x: Tensor) -> Tensor:
     """t (B,) with axes of size 1 added, to broadcast against x (B, ...)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def interpolate(path: Path, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x_t and its velocity v = d x_t / dt."""
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(like(t, x))
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x))
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
-def velocity_to_score(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def velocity_to_score(path: Interpolant, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """s = grad log p_t(x_t) = -E[eps | x_t] / sigma, for 0 < t (SiT, eq. 9). At t = 0 it does not exist."""
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(like(t, x_t))
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     return (alpha * v - d_alpha * x_t) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
-def score_to_velocity(path: Path, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def score_to_velocity(path: Interpolant, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The inverse of velocity_to_score, for t < 1."""
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(like(t, x_t))
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     return (sigma * (d_alpha * sigma - alpha * d_sigma) * score + d_alpha * x_t) / alpha
 
 
-def training_target(path: Path, prediction: str, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def regression_target(
+    path: Interpolant, prediction: str, x: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
     """What the network is to predict from x_t: the velocity, the data or the noise."""
     assert prediction in PREDICTIONS, prediction
     return (
@@ -118,30 +120,34 @@ def training_target(path: Path, prediction: str, x: Tensor, noise: Tensor, t: Te
     )
 
 
-def to_velocity(path: Path, prediction: str, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def prediction_to_velocity(
+    path: Interpolant, prediction: str, output: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
     """The velocity that a prediction amounts to. Of x not at t = 0, where sigma is 0; of eps not where alpha is."""
     assert prediction in PREDICTIONS, prediction
     if prediction == "v":
         return output
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(like(t, x_t))
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     if prediction == "x":
         return d_alpha * output + d_sigma * (x_t - alpha * output) / sigma
     return d_alpha * (x_t - sigma * output) / alpha + d_sigma * output
 
 
-def from_velocity(path: Path, prediction: str, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def velocity_to_prediction(
+    path: Interpolant, prediction: str, v: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
     """The inverse of to_velocity. Of x at 0 < t it is the denoised image E[x | x_t]."""
     assert prediction in PREDICTIONS, prediction
     if prediction == "v":
         return v
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(like(t, x_t))
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     determinant = d_alpha * sigma - alpha * d_sigma
     return (
         sigma * v - d_sigma * x_t if prediction == "x" else d_alpha * x_t - alpha * v
     ) / determinant
 
 
-def interval(path: Path, prediction: str) -> tuple[float, float]:
+def time_interval(path: Interpolant, prediction: str) -> tuple[float, float]:
     """(lo, hi), the times at which such a network is trained, and asked by the samplers: [0, 1] without singular ends.
 
     An end is singular if the velocity, which all solvers integrate, does not follow from the prediction there, or is infinite:
@@ -150,26 +156,26 @@ def interval(path: Path, prediction: str) -> tuple[float, float]:
     transport.check_interval, which cuts both ends on linear and cosine for whatever is no velocity.
     """
     alpha, _, _, d_sigma = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    lo = EDGE if prediction == "x" or not d_sigma[0].isfinite() else 0.0
-    return lo, 1 - EDGE if prediction == "eps" and alpha[1] < 1e-9 else 1.0
+    lo = ENDPOINT_MARGIN if prediction == "x" or not d_sigma[0].isfinite() else 0.0
+    return lo, 1 - ENDPOINT_MARGIN if prediction == "eps" and alpha[1] < 1e-9 else 1.0
 
 
-def uniform_times(path: Path, u: Tensor, lo: float, hi: float) -> Tensor:
+def uniform_times(path: Interpolant, u: Tensor, lo: float, hi: float) -> Tensor:
     """Every time as often."""
     return lo + (hi - lo) * u
 
 
-def lognormal_times(path: Path, u: Tensor, lo: float, hi: float) -> Tensor:
+def lognormal_times(path: Interpolant, u: Tensor, lo: float, hi: float) -> Tensor:
     """log(sigma / alpha) standard normal (REPA's loss.py, after EDM, arXiv:2206.00364)."""
     return path.time(torch.special.ndtri(u).exp()).clamp(lo, hi)
 
 
-WEIGHTINGS: dict[str, Callable[[Path, Tensor, float, float], Tensor]] = {
+WEIGHTINGS: dict[str, Callable[[Interpolant, Tensor, float, float], Tensor]] = {
     "uniform": uniform_times,
     "lognormal": lognormal_times,
 }
 
 
-def draw_times(path: Path, prediction: str, weighting: str, u: Tensor) -> Tensor:
+def draw_times(path: Interpolant, prediction: str, weighting: str, u: Tensor) -> Tensor:
     """Times of training inside `interval`, rising with u: uniform on (0, 1), float64, (B,) -> (B,)."""
-    return WEIGHTINGS[weighting](path, u, *interval(path, prediction))
+    return WEIGHTINGS[weighting](path, u, *time_interval(path, prediction))

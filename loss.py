@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interpolant import Path, interpolate, training_target
+from interpolant import Interpolant, interpolate, regression_target
 
 
 class Alignment(NamedTuple):
@@ -85,7 +85,7 @@ def alignment_loss(pred: Tensor, target: Tensor, t: Tensor, how: Alignment = COS
 
 def training_losses(
     model: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]],
-    path: Path,
+    path: Interpolant,
     prediction: str,
     latent: Tensor,
     labels: Tensor,
@@ -102,7 +102,7 @@ def training_losses(
     targets, align = targets or {}, align or {}
     x_t, _ = interpolate(path, latent, noise, t)
     pred, projected, token_norm = model(x_t, t, labels)
-    denoising = denoising_loss(pred, training_target(path, prediction, latent, noise, t))
+    denoising = denoising_loss(pred, regression_target(path, prediction, latent, noise, t))
     zero = torch.zeros_like(denoising)
     distance, cosine = (dict.fromkeys(align, zero) for _ in range(2))
     for name, target in targets.items():

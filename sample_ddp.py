@@ -24,20 +24,20 @@ from common.cli import UserError
 from common.files import sha256
 from common.processes import World
 from evaluations.suite import (
-    Suite,
+    EvaluationSuite,
     add_flags,
-    enough,
-    identify,
-    identity_of,
+    build_identity,
+    check_sample_count,
+    drop_results,
+    format_results,
     read_result,
-    table,
     write_result,
 )
-from interpolant import PATHS
+from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
-from sampling.recipe import STATES, Recipe, cast_products
-from sampling.store import Done, SampleStore
+from sampling.recipe import STATE_DTYPES, Recipe, cast_matmul_weights
+from sampling.store import SampleStore, StoredBatches
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--origin", choices=ORIGINS, help="of a .pt that does not tell: the repository it is from")
     add(
         "--path-type",
-        choices=sorted(PATHS),
+        choices=sorted(INTERPOLANTS),
         help="of a .pt that does not tell: the path it was trained on",
     )
     add(
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("what to sample").add_argument
-    add("--num-fid-samples", type=cli.positive, default=50_000, help="images")
+    add("--num-fid-samples", type=cli.positive_int, default=50_000, help="images")
     add(
         "--labels",
         default="random",
@@ -101,10 +101,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="ODE with steps that adapt to each image, instead of --num-steps",
     )
-    add("--num-steps", type=cli.positive, default=250, help="steps from noise to data")
-    add("--atol", type=cli.above_zero, default=1e-6, help="absolute tolerance of --dopri5")
-    add("--rtol", type=cli.amount, default=1e-3, help="relative tolerance of --dopri5")
-    add("--cfg-scale", type=cli.amount, default=1.0, help="classifier-free guidance; 1 is none")
+    add("--num-steps", type=cli.positive_int, default=250, help="steps from noise to data")
+    add("--atol", type=cli.positive_float, default=1e-6, help="absolute tolerance of --dopri5")
+    add("--rtol", type=cli.non_negative_float, default=1e-3, help="relative tolerance of --dopri5")
+    add(
+        "--cfg-scale",
+        type=cli.non_negative_float,
+        default=1.0,
+        help="classifier-free guidance; 1 is none",
+    )
     add(
         "--guidance-low",
         type=cli.fraction,
@@ -127,14 +132,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--state-dtype",
-        choices=sorted(STATES),
+        choices=sorted(STATE_DTYPES),
         default="float32",
         help="of the image between two steps (REPA: float64)",
     )
     add("--compile", action="store_true", help="compile the network's blocks")
 
     add = parser.add_argument_group("work and files").add_argument
-    add("--per-proc-batch-size", type=cli.positive, default=32, help="images made at once")
+    add("--per-proc-batch-size", type=cli.positive_int, default=32, help="images made at once")
     add(
         "--sample-dir",
         type=Path,
@@ -180,15 +185,15 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
         args.guidance_high,
         args.labels,
         args.global_seed,
-        state=args.state_dtype,
+        state_dtype=args.state_dtype,
     )
-    recipe.check()
+    recipe.validate()
     return recipe
 
 
-def describe(
+def build_record(
     args: argparse.Namespace,
-    source: pretrained.Pretrained,
+    source: pretrained.PretrainedModel,
     vae: Autoencoder,
     recipe: Recipe,
     device,
@@ -208,7 +213,7 @@ def describe(
         "guidance_low": recipe.guidance_low,
         "guidance_high": recipe.guidance_high,
         "labels": recipe.labels,
-        "labels_sha256": sha256(given) if recipe.listed is not None else None,
+        "labels_sha256": sha256(given) if recipe.explicit_labels is not None else None,
         "global_seed": recipe.seed,
         "count": args.num_fid_samples,
         "per_proc_batch_size": args.per_proc_batch_size,
@@ -216,7 +221,7 @@ def describe(
         "vae_fingerprint": vae.fingerprint(),
         "mixed_precision": args.mixed_precision,
         "allow_tf32": args.allow_tf32,
-        "state_dtype": recipe.state,
+        "state_dtype": recipe.state_dtype,
         "compile": args.compile,
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -226,7 +231,9 @@ def describe(
     }
 
 
-def default_name(args: argparse.Namespace, source: pretrained.Pretrained, recipe: Recipe) -> str:
+def default_name(
+    args: argparse.Namespace, source: pretrained.PretrainedModel, recipe: Recipe
+) -> str:
     """run-step-solver-guidance-labels-seed."""
     steps = "" if recipe.dopri5 else recipe.num_steps
     guidance = f"-cfg{recipe.cfg_scale:g}" if recipe.cfg_scale > 1 else ""
@@ -236,7 +243,7 @@ def default_name(args: argparse.Namespace, source: pretrained.Pretrained, recipe
     if labels is None:
         labels = (
             f"-class{recipe.labels}"
-            if recipe.listed is None
+            if recipe.explicit_labels is None
             else f"-labels{sha256(Path(recipe.labels))[:8]}"
         )
     return f"{source.name}-{recipe.solver}{steps}{guidance}{labels}-seed{recipe.seed}"
@@ -256,7 +263,7 @@ class Worker:
         recipe: Recipe,
         dtype: torch.dtype,
         store: SampleStore,
-        done: Done,
+        done: StoredBatches,
         networks: dict[str, torch.nn.Module],
         device: torch.device,
     ):
@@ -285,24 +292,25 @@ class Worker:
         self.check()
         fresh = k not in self.done.images
         with self._stream():
-            images = (
-                self._sample(k) if fresh else torch.from_numpy(self.store.images(k)).to(self.device)
-            )
+            if fresh:
+                images = self._sample(k)
+            else:
+                stored = torch.from_numpy(self.store.images(k)).to(self.device)
+                images = stored.permute(0, 3, 1, 2).contiguous()
             features = {}
             if k not in self.done.features:
-                seen = images.permute(0, 3, 1, 2).contiguous()  # as evaluations.evaluate has them
                 features = {
-                    name: tuple(map(_host, network(seen)))
+                    name: tuple(map(_host, network(images)))
                     for name, network in self.networks.items()
                 }
-            images = _host(images)
+            images = _host(images.permute(0, 2, 3, 1))
         self.store.write(k, images, features, fresh)
 
     def _sample(self, k: int) -> Tensor:
         """The last batch is padded with the numbers that follow: every batch runs the same kernels."""
         size = self.store.size
         index = torch.arange(k * size, (k + 1) * size, device=self.device)
-        latents = self.recipe.latents(self.model, index, self.dtype, self.check)
+        latents = self.recipe.sample_latents(self.model, index, self.dtype, self.check)
         if not latents.isfinite().all():
             raise UserError(
                 f"--ckpt {self.store.what['checkpoint']}: the network's latents of batch {k} are not finite"
@@ -324,7 +332,7 @@ def _host(tensor: Tensor):
     return tensor.cpu().numpy()
 
 
-def make(
+def run_batches(
     worker: Worker, mine: list[int], threads: int, warm_up: bool, bar: tqdm, images: int
 ) -> None:
     """All batches of this process; `images` go to the bar with each."""
@@ -347,7 +355,7 @@ def main() -> None:
     args = parse_args()
     recipe = make_recipe(args)
     world = World()
-    device = world.device()
+    device = world.select_device()
     cuda = device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     if not cuda:
@@ -355,8 +363,8 @@ def main() -> None:
             1
         )  # a sum's order, and so its last bit, depends on how many share it: threads take whole batches
     try:
-        path = world.first(
-            lambda: pretrained.find(args.ckpt)
+        path = world.run_on_first_rank(
+            lambda: pretrained.resolve_checkpoint(args.ckpt)
         )  # a run that goes on may save another one meanwhile
         source = pretrained.load(path, args.ema_decay, args.model, args.origin, args.path_type)
         vae = Autoencoder(args.vae or source.vae, device)
@@ -366,11 +374,11 @@ def main() -> None:
         ) from None
     model = source.model.to(device)
     recipe = recipe._replace(path_type=source.path_type, prediction=source.prediction)
-    recipe = recipe.with_labels(model.config.num_classes, args.num_fid_samples)
-    what = describe(args, source, vae, recipe, device)
+    recipe = recipe.with_loaded_labels(model.config.num_classes, args.num_fid_samples)
+    what = build_record(args, source, vae, recipe, device)
     check_vae(vae, what["vae_fingerprint"], source, model.config)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
-    cast_products(model, dtype)
+    cast_matmul_weights(model, dtype)
     if args.compile:
         for module in model.modules():
             if isinstance(module, SiTBlock):
@@ -379,28 +387,30 @@ def main() -> None:
     name = args.name or default_name(args, source, recipe)
     suite = None
     if args.evaluate:
-        side = model.config.latent_size * vae.factor
+        side = model.config.latent_size * vae.downsampling_factor
         size = args.per_proc_batch_size
-        enough(args.num_fid_samples, "--num-fid-samples")
-        suite = Suite(
+        check_sample_count(args.num_fid_samples, "--num-fid-samples")
+        suite = EvaluationSuite(
             args, args.evaluate, "--evaluate", (side, side), "the model", size, device, world
         )
     networks = suite.networks if suite else {}
     seen_by = {key: network.weights_sha256 for key, network in networks.items()}
     store = SampleStore(args.sample_dir, name, what, seen_by, not args.no_npz, args.png)
-    labels = recipe.classes(torch.arange(args.num_fid_samples), model.config.num_classes).numpy()
-    store.choose(labels)
+    labels = recipe.compute_labels(
+        torch.arange(args.num_fid_samples), model.config.num_classes
+    ).numpy()
+    store.choose_grid_images(labels)
     with ExitStack() as held:
-        done = world.first(lambda: store.claim(held))
+        done = world.run_on_first_rank(lambda: store.claim(held))
         store.open()
-        if suite and world.first(lambda: bool(evaluated(store, suite))):
+        if suite and world.run_on_first_rank(lambda: bool(evaluated(store, suite))):
             done = done._replace(features=set(store.batches))
         elif suite:
-            suite.look()
-        to_do = store.to_do(done)
-        mine = to_do[world.rank :: world.processes]
+            suite.load_reference()
+        to_do = store.pending_batches(done)
+        mine = to_do[world.rank :: world.num_processes]
         worker = Worker(model, vae, recipe, dtype, store, done, networks, device)
-        threads = max(1, world.cores // world.local_processes)
+        threads = max(1, world.cores // world.num_local_processes)
         if cuda:
             threads = (
                 1 if suite and args.allow_tf32 else 2
@@ -408,7 +418,7 @@ def main() -> None:
         size = args.per_proc_batch_size
         total, quiet = min(len(to_do) * size, args.num_fid_samples), world.rank > 0 or not to_do
         with tqdm(total=total, unit="img", desc="sampling", disable=quiet, smoothing=0.05) as bar:
-            make(worker, mine, threads, args.compile, bar, size * world.processes)
+            run_batches(worker, mine, threads, args.compile, bar, size * world.num_processes)
         world.barrier()
         if world.rank == 0:
             finish(args, store, suite, labels, made=bool(to_do))
@@ -416,7 +426,7 @@ def main() -> None:
 
 
 def check_vae(
-    vae: Autoencoder, fingerprint: str, source: pretrained.Pretrained, config: SiTConfig
+    vae: Autoencoder, fingerprint: str, source: pretrained.PretrainedModel, config: SiTConfig
 ) -> None:
     """Raises UserError for another decoder than the training latents' own, as far as that is known."""
     if source.vae_fingerprint not in (None, fingerprint):
@@ -429,36 +439,40 @@ def check_vae(
         )
 
 
-def evaluated(store: SampleStore, suite: Suite) -> dict:
+def evaluated(store: SampleStore, suite: EvaluationSuite) -> dict:
     """The metrics.json of just these samples, or {}. Raises UserError if there is one of another evaluation."""
     if not store.metrics.exists():
         return {}
-    who = identify(suite, store.npz if store.complete() else None, store.what, store.count)
+    who = build_identity(
+        suite, store.npz_path if store.complete() else None, store.what, store.count
+    )
     old = read_result(store.metrics, who)
-    return old if identity_of(old) == who else {}
+    return old if drop_results(old) == who else {}
 
 
 def finish(
-    args: argparse.Namespace, store: SampleStore, suite: Suite | None, labels, made: bool
+    args: argparse.Namespace, store: SampleStore, suite: EvaluationSuite | None, labels, made: bool
 ) -> None:
     """By the first process, when every batch is there: the files, the numbers, a word on the screen."""
-    store.finish(labels)
+    store.finalize(labels)
     result = None
     if suite:
         result = evaluated(store, suite)
         if not result:
-            who = identify(suite, store.npz if store.keep_images else None, store.what, store.count)
-            result = {**suite.judge(store.all_features(), labels), **who}
+            who = build_identity(
+                suite, store.npz_path if store.keep_images else None, store.what, store.count
+            )
+            result = {**suite.compute_results(store.all_features(), labels), **who}
             write_result(store.metrics, result)
-    store.clear()
+    store.remove_parts()
     if args.no_npz:
         print(f"{store.count:,} images, not kept; look at {store.png_grid}")
     elif made:
-        print(f"{store.npz}: {store.count:,} images; look at {store.png_grid}")
+        print(f"{store.npz_path}: {store.count:,} images; look at {store.png_grid}")
     else:
-        print(f"{store.npz} is complete: {store.count:,} images")
+        print(f"{store.npz_path} is complete: {store.count:,} images")
     if result:
-        print(f"{table(result)}\n  written to {store.metrics}")
+        print(f"{format_results(result)}\n  written to {store.metrics}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from interpolant import Path, from_velocity, like, to_velocity, velocity_to_score
+from interpolant import (
+    Interpolant,
+    expand_like,
+    prediction_to_velocity,
+    velocity_to_prediction,
+    velocity_to_score,
+)
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, times (B,), labels (B,) -> velocity
-Velocity = Callable[[Tensor, float | Tensor], Tensor]
-WHOLE = (0.0, 1.0)
+VelocityField = Callable[[Tensor, float | Tensor], Tensor]
+UNIT_INTERVAL = (0.0, 1.0)
 
 # The pair RK5(4)7M of Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae", table 2. The last row of stages is
 # also the solution of order 5; ERROR is that minus the one of order 4.
@@ -35,28 +41,28 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 SMALLEST = 1e-8  # a step of this length is taken whatever its error
 
 
-def velocity_model(network: Model, path: Path, prediction: str) -> Model:
+def VelocityModel(network: Model, path: Interpolant, prediction: str) -> Model:
     """The velocity of a network that predicts it, the data or the noise; float32, as the network."""
     if prediction == "v":
         return network
-    return lambda x, t, y: to_velocity(path, prediction, network(x, t, y), x, t)
+    return lambda x, t, y: prediction_to_velocity(path, prediction, network(x, t, y), x, t)
 
 
-def denoised(velocity: Velocity, path: Path, x: Tensor, t: float) -> Tensor:
+def denoise(velocity: VelocityField, path: Interpolant, x: Tensor, t: float) -> Tensor:
     """E[x | x_t], with one evaluation."""
-    return from_velocity(
+    return velocity_to_prediction(
         path, "x", velocity(x, t), x, torch.full((len(x),), t, device=x.device, dtype=x.dtype)
     )
 
 
-def guided(
+def GuidedVelocity(
     model: Model,
     labels: Tensor,
     null_class: int,
     scale: float = 1.0,
     low: float = 0.0,
     high: float = 1.0,
-) -> Velocity:
+) -> VelocityField:
     """Classifier-free guidance (Ho & Salimans 2022) inside the interval low <= t <= high (Kynkaanniemi et al. 2024).
 
     v = v_null + scale (v_class - v_null), both from one doubled batch; scale 1 is the plain conditional model. Since score, x
@@ -76,18 +82,20 @@ def guided(
         )
         v, v_null = both.to(x.dtype).chunk(2)
         v_guided = v_null + scale * (v - v_null)
-        return torch.where(like((low <= t) & (t <= high), x), v_guided, v) if each else v_guided
+        return (
+            torch.where(expand_like((low <= t) & (t <= high), x), v_guided, v) if each else v_guided
+        )
 
     return velocity
 
 
 def ode(
-    velocity: Velocity,
+    velocity: VelocityField,
     x: Tensor,
     num_steps: int,
     heun: bool = False,
-    path: Path | None = None,
-    ends: tuple[float, float] = WHOLE,
+    path: Interpolant | None = None,
+    ends: tuple[float, float] = UNIT_INTERVAL,
 ) -> Tensor:
     """Probability-flow ODE on a uniform grid from 1 to 0: Euler (n evaluations), or Heun ending with Euler (2 n - 1).
 
@@ -101,16 +109,16 @@ def ode(
         if heun and t_next > 0:
             x_next = x + (t_next - t) * 0.5 * (v + velocity(x_next, t_next))
         x = x_next
-    return denoised(velocity, path, x, times[-1]) if lo > 0 else x
+    return denoise(velocity, path, x, times[-1]) if lo > 0 else x
 
 
 def dopri5(
-    velocity: Velocity,
+    velocity: VelocityField,
     x: Tensor,
     atol: float = 1e-6,
     rtol: float = 1e-3,
-    begin: float = 1.0,
-    end: float = 0.0,
+    t_start: float = 1.0,
+    t_end: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Probability-flow ODE by Dormand and Prince's pair, with steps of each image's own: (x at the end, evaluations (B,)).
 
@@ -123,13 +131,13 @@ def dopri5(
     is so. The estimate of the error takes the velocity to be smooth: see guided_dopri5 for one that jumps. An image that
     turns NaN goes through in long steps and ends as NaN, as with the other solvers.
     """
-    t = torch.full((len(x),), begin, dtype=torch.float64, device=x.device)
+    t = torch.full((len(x),), t_start, dtype=torch.float64, device=x.device)
     h = torch.full_like(t, (0.01 * (atol + rtol)) ** 0.2)
     first, evaluations = velocity(x, t), torch.ones_like(t, dtype=torch.int64)
-    while (t > end).any():
-        running, slopes = t > end, [first]
-        h = torch.minimum(h, t - end)
-        length = like(h, x).to(x.dtype)
+    while (t > t_end).any():
+        running, slopes = t > t_end, [first]
+        h = torch.minimum(h, t - t_end)
+        length = expand_like(h, x).to(x.dtype)
         for node, row in zip(NODES, STAGES):
             x_next = x - length * sum(a * v for a, v in zip(row, slopes))
             slopes.append(velocity(x_next, t - node * h))
@@ -140,11 +148,11 @@ def dopri5(
         )
         error = error.flatten(1).square().mean(1).sqrt().double()
         taken = ~(error > 1) | (h <= SMALLEST)  # of an image that has arrived: h is 0
-        x = torch.where(like(taken, x), x_next, x)
+        x = torch.where(expand_like(taken, x), x_next, x)
         first = torch.where(
-            like(taken, x), slopes[-1], first
+            expand_like(taken, x), slopes[-1], first
         )  # the last slope of a step is the first of the next
-        t = torch.where(taken, torch.where(h < t - end, t - h, end), t)
+        t = torch.where(taken, torch.where(h < t - t_end, t - h, t_end), t)
         evaluations = evaluations + 6 * running
         h = (h * (0.9 * error**-0.2).nan_to_num(10).clamp(0.2, 10)).clamp(min=SMALLEST)
     return x, evaluations
@@ -160,8 +168,8 @@ def guided_dopri5(
     high: float = 1.0,
     atol: float = 1e-6,
     rtol: float = 1e-3,
-    path: Path | None = None,
-    ends: tuple[float, float] = WHOLE,
+    path: Interpolant | None = None,
+    ends: tuple[float, float] = UNIT_INTERVAL,
 ) -> tuple[Tensor, Tensor]:
     """dopri5 with guidance on low <= t <= high, from 1 to high, to low, to 0, each piece of which is smooth.
 
@@ -178,27 +186,27 @@ def guided_dopri5(
         else ((hi, lo, 1.0),)
     )
     evaluations = torch.zeros_like(labels)
-    for begin, end, strength in pieces:
-        if begin > end:
+    for t_start, t_end, strength in pieces:
+        if t_start > t_end:
             x, count = dopri5(
-                guided(model, labels, null_class, strength), x, atol, rtol, begin, end
+                GuidedVelocity(model, labels, null_class, strength), x, atol, rtol, t_start, t_end
             )
             evaluations = evaluations + count
     if lo > 0:
-        return denoised(
-            guided(model, labels, null_class, scale, low, high), path, x, lo
+        return denoise(
+            GuidedVelocity(model, labels, null_class, scale, low, high), path, x, lo
         ), evaluations + 1
     return x, evaluations
 
 
 def sde(
-    velocity: Velocity,
-    path: Path,
+    velocity: VelocityField,
+    path: Interpolant,
     x: Tensor,
     num_steps: int,
     noise: Callable[[int], Tensor],
     last: float = 0.04,
-    ends: tuple[float, float] = WHOLE,
+    ends: tuple[float, float] = UNIT_INTERVAL,
 ) -> Tensor:
     """Reverse SDE dx = (v - w s / 2) dt + sqrt(w) dW with w(t) = 2 t, by Euler-Maruyama.
 
@@ -210,7 +218,7 @@ def sde(
     times = torch.linspace(hi, lo or last, num_steps, dtype=torch.float64).tolist() + [0.0]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         if lo > 0 and t_next == 0:
-            return denoised(velocity, path, x, t)
+            return denoise(velocity, path, x, t)
         v = velocity(x, t)
         score = velocity_to_score(
             path, v, x, torch.full((len(x),), t, device=x.device, dtype=x.dtype)

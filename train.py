@@ -19,13 +19,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from checkpointing.storage import CheckpointError, claim, read_config, verify
+from checkpointing.storage import CheckpointError, lock_run, read_config, verify_checkpoint
 from common import cli
 from common.cli import UserError
 from common.files import write_file
 from common.keyed_random import Purpose, normal, uniform
-from dataset import TrainingStream
-from interpolant import PATHS, draw_times
+from dataset import CachedBatch, TrainingStream
+from interpolant import INTERPOLANTS, draw_times
 from latents.cache import CacheError, LatentCache, Manifest
 from loss import Alignment, training_losses
 from models.autoencoder import LatentScale
@@ -44,13 +44,13 @@ from training.config import (
     precision,
 )
 from training.evaluation import Evaluator
-from training.guard import Guard
+from training.guard import NonFiniteGuard
 from training.log import Log, every
 from training.preemption import (
+    EXIT_STOPPED,
     PATIENCE,
-    STOPPED,
+    FlagReducer,
     StopRequest,
-    Votes,
     ignore_signals,
     stop_on_signal,
 )
@@ -70,7 +70,7 @@ class Step:
         manifest: Manifest,
         state: TrainState,
         targets: dict[str, Target],
-        guard: Guard,
+        guard: NonFiniteGuard,
     ):
         self.args, self.accelerator, self.state, self.targets, self.guard = (
             args,
@@ -83,7 +83,10 @@ class Step:
         self.emas = [
             EMA(ema, state.model.backbone, decay) for ema, decay in zip(state.emas, args.ema_decay)
         ]
-        self.scale, self.path = LatentScale(manifest.scale, manifest.shift), PATHS[args.path_type]
+        self.scale, self.path = (
+            LatentScale(manifest.scale, manifest.shift),
+            INTERPOLANTS[args.path_type],
+        )
         self.null_class, self.shape = manifest.num_classes, tuple(manifest.latent_shape)
         how = zip(args.align_loss, args.align_beta, args.align_t_range)
         self.align = {name: Alignment(*each) for name, each in zip(targets, how)}
@@ -92,7 +95,7 @@ class Step:
             dict(zip(targets, args.align_stop_step)),
         )
 
-    def __call__(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: CachedBatch) -> tuple[Tensor, Tensor]:
         """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,), what targets
         ask for besides -> Log.names of it, and whether the step was good, 1 or 0, both on the device.
         """
@@ -101,10 +104,10 @@ class Step:
             self.accelerator,
             self.args.gradient_accumulation_steps,
         )
-        number, moments, labels, *extra = (
-            tensor.to(accelerator.device, non_blocking=True) for tensor in batch
-        )
-        u = uniform(args.seed, Purpose.TIME, number)
+        batch = batch.to(accelerator.device)
+        number, moments, labels = batch.stream_position, batch.moments, batch.labels
+        extra = batch.inputs.values()
+        u = uniform(args.seed, Purpose.TIMESTEP, number)
         t = draw_times(self.path, args.prediction, args.weighting, u).float()
         noise = normal(args.seed, Purpose.NOISE, number, self.shape).float()
         posterior_noise = normal(args.seed, Purpose.POSTERIOR, number, self.shape)
@@ -166,13 +169,14 @@ def train(
 ) -> bool:
     """Steps, and what is due after each. Returns whether the run is finished, not stopped by a signal."""
     rank, processes = accelerator.process_index, accelerator.num_processes
-    stream = TrainingStream(cache, args.seed, args.batch_size, rank, processes, extra)
+    inputs = [extra] if extra else []
+    stream = TrainingStream(cache, args.seed, args.batch_size, rank, processes, inputs)
     pin_memory = accelerator.device.type == "cuda"
-    batches = stream.loader(
+    batches = stream.make_loader(
         state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals
     )
     step = Step(args, accelerator, cache.manifest, state, targets, log.guard)
-    votes = Votes(accelerator.num_processes, questions=2)
+    votes = FlagReducer(accelerator.num_processes, questions=2)
 
     def look() -> bool:
         return monitor.look(state, accelerator.gather, lambda: request.name is not None)
@@ -313,7 +317,7 @@ def build(args: argparse.Namespace, config: dict, device: torch.device) -> Train
         eps=args.adam_epsilon,
         fused=True,
     )
-    backbone.recompute = args.activation_checkpointing
+    backbone.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         torch._dynamo.config.optimize_ddp = (
             False  # or DDP's buckets cut a block's graph; each block reduces on its own anyway
@@ -354,7 +358,7 @@ def run(
         return True
     if saved:
         alignment.settle(args, saved[-1])
-    data = alignment.data_of(cache.manifest, cache.stored_features())
+    data = alignment.data_of(cache.manifest, cache.read_feature_metadata())
     config = make_config(args, cache.manifest, data)
 
     vae = preview = evaluator = mistake = None
@@ -366,14 +370,14 @@ def run(
         if args.eval_every:
             evaluator = Evaluator(args, cache.manifest, vae, dtype, rank, processes)
         if main_process:
-            held.enter_context(claim(folder, saved))
+            held.enter_context(lock_run(folder, saved))
         state = build(args, config, device)
         targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
         extra = alignment.extra(targets)
         if extra:
-            cache.require(extra)
+            cache.require_folder(extra)
         if saved:
-            progress = verify(saved[-1])
+            progress = verify_checkpoint(saved[-1])
             check_same_data(args, folder, read_config(saved[-1]), config)
             state.load(saved[-1], progress)
             if accelerator.scaler is not None and "scaler" in state.extra:
@@ -393,7 +397,7 @@ def run(
     tracker = (
         Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
     )
-    guard = Guard(
+    guard = NonFiniteGuard(
         state.optimizer, accelerator.mixed_precision == "fp16", *state.extra.get("bad_in_a_row", ())
     )
     flops = training_flops(SiTConfig(**config["model"]), config["align"], data)
@@ -437,7 +441,7 @@ def main() -> None:
         accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one leaves with a code
         accelerator.end_training()
         if not finished:
-            sys.exit(STOPPED)
+            sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from benchmarks.measure import machine, report
+from benchmarks.measure import describe_machine, report
 from common import cli
 from common.files import sha256
 from evaluations.metrics import (
-    NEIGHBOURS,
-    _radii,
+    MANIFOLD_NEIGHBOURS,
+    compute_statistics,
     frechet_distance,
     inception_score,
+    manifold_radii,
     precision_recall,
-    statistics,
 )
 
 OVERFLOW = 128  # times this, squared distances of the features leave float16; a power of two changes no digit in float32
@@ -66,7 +66,9 @@ def features(
     return np.maximum(values + 0.03 * rng.standard_normal((count, width)), 0).astype(np.float32)
 
 
-def inputs(counts: dict[str, int], width: int = 2048, classes: int = 1008) -> dict[str, np.ndarray]:
+def make_inputs(
+    counts: dict[str, int], width: int = 2048, classes: int = 1008
+) -> dict[str, np.ndarray]:
     """What both are given."""
     rng = np.random.default_rng(0)
     arrays = {
@@ -83,23 +85,26 @@ def inputs(counts: dict[str, int], width: int = 2048, classes: int = 1008) -> di
     }
 
 
-def ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same by this repository's code."""
     a, b = arrays["reference"], arrays["samples"]
-    reference, samples = statistics(a), statistics(b)
+    reference, samples = compute_statistics(a), compute_statistics(b)
     probabilities = torch.from_numpy(arrays["activations"] @ arrays["weights"]).softmax(1).numpy()
     results = {
         "mean": samples.mu,
         "covariance": samples.sigma,
         "distance": frechet_distance(samples, reference),
-        "distance of few": frechet_distance(statistics(arrays["few"]), reference),
+        "distance of few": frechet_distance(compute_statistics(arrays["few"]), reference),
         "inception score": inception_score(probabilities),
     }
     for kind, half in (("float16", True), ("float32", False)):
-        radii = [_radii(torch.from_numpy(x), NEIGHBOURS, 10_000, half).numpy() for x in (a, b)]
+        radii = [
+            manifold_radii(torch.from_numpy(x), MANIFOLD_NEIGHBOURS, 10_000, half).numpy()
+            for x in (a, b)
+        ]
         results[f"radii, {kind}"] = np.concatenate(radii)
         results[f"precision, {kind}"], results[f"recall, {kind}"] = precision_recall(
-            a, b, half=half
+            a, b, fp16=half
         )
     for name in (name for name in arrays if name.startswith("image")):
         image = torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).float()
@@ -110,7 +115,7 @@ def ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return results
 
 
-def theirs(
+def compute_adm(
     evaluator: Path, python: Path, arrays: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """By ADM's, and the versions of what it ran on."""
@@ -124,7 +129,7 @@ def theirs(
     return results, json.loads(str(results.pop("versions")))
 
 
-def compared(adm: np.ndarray, our: np.ndarray) -> dict[str, float]:
+def compare_results(adm: np.ndarray, our: np.ndarray) -> dict[str, float]:
     """Two results, or the means of two arrays, and the largest difference in units of the largest value."""
     adm, our = np.asarray(adm, np.float64), np.asarray(our, np.float64)
     return {
@@ -148,20 +153,20 @@ def table(result: dict) -> str:
 def main() -> None:
     args = parse()
     counts = {"reference": 3000, "samples": 4000, "few": 500, "activations": 7000}
-    arrays = inputs(counts)
-    adm, versions = theirs(args.evaluator, args.python, arrays)
-    our = ours(arrays)
+    arrays = make_inputs(counts)
+    adm, versions = compute_adm(args.evaluator, args.python, arrays)
+    our = compute_ours(arrays)
     report(
         {
             "benchmark": "adm_evaluator",
             "evaluator_sha256": sha256(args.evaluator),
-            "machine": machine(torch.device("cpu")),
+            "machine": describe_machine(torch.device("cpu")),
             "versions": {
                 "theirs": versions,
                 "ours": {"torch": torch.__version__, "numpy": np.__version__},
             },
             "counts": counts,
-            "quantities": {name: compared(adm[name], our[name]) for name in adm},
+            "quantities": {name: compare_results(adm[name], our[name]) for name in adm},
         },
         args.out,
     )

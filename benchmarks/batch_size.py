@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import machine, report
+from benchmarks.measure import describe_machine, report
 from benchmarks.sampling import Sampler
 from checkpointing import pretrained
 from checkpointing.storage import CheckpointError
@@ -31,18 +31,18 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="as sample_ddp.py's")
     add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
-    add("--images", type=cli.positive, default=256, help="images")
+    add("--images", type=cli.positive_int, default=256, help="images")
     add(
         "--batch-sizes",
-        type=cli.positive,
+        type=cli.positive_int,
         nargs="+",
         default=[32, 7, 64],
         help="the others are compared with the first",
     )
-    add("--num-steps", type=cli.positive, default=50, help="as sample_ddp.py's")
+    add("--num-steps", type=cli.positive_int, default=50, help="as sample_ddp.py's")
     add(
         "--cfg-scale",
-        type=cli.amount,
+        type=cli.non_negative_float,
         nargs="+",
         default=[1.0, 1.5],
         help="as sample_ddp.py's, each in turn",
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(a: np.ndarray, b: np.ndarray) -> dict:
+def compare_images(a: np.ndarray, b: np.ndarray) -> dict:
     """Images (n, H, W, 3) uint8: the largest difference in grey levels, and which shares of numbers and of images differ."""
     difference = np.abs(a.astype(int) - b)
     return {
@@ -67,7 +67,7 @@ def main() -> None:
     world, root = World(), args.dest / "benchmark-batch-size"
     try:
         source = pretrained.load(args.ckpt)
-        vae = Autoencoder(source.vae, world.device())
+        vae = Autoencoder(source.vae, world.select_device())
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"--ckpt {args.ckpt}: {error}") from None
     results = {}
@@ -90,7 +90,7 @@ def main() -> None:
             ) as content:
                 made.append(content["arr_0"])
         results[f"{solver}, guidance {scale:g}" if scale > 1 else solver] = [
-            {"batch_size": size, **compare(made[0], other)}
+            {"batch_size": size, **compare_images(made[0], other)}
             for size, other in zip(args.batch_sizes[1:], made[1:], strict=True)
         ]
     shutil.rmtree(root)
@@ -98,7 +98,7 @@ def main() -> None:
     report(
         {
             "benchmark": "batch_size",
-            "machine": machine(world.device()),
+            "machine": describe_machine(world.select_device()),
             "model": identity["model"],
             "step": identity["step"],
             "ema_sha256": identity["ema_sha256"],

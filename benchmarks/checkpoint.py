@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import machine, report, spread, synchronize
-from benchmarks.train_step import flags_of_training, synthetic_manifest
-from checkpointing.storage import checkpoints
+from benchmarks.measure import describe_machine, median_and_quartiles, report, synchronize
+from benchmarks.train_step import parse_training_flags, synthetic_manifest
+from checkpointing.storage import list_checkpoints
 from common import cli
 from models.sit import PRESETS
 from train import build
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
         "--dest", type=Path, default=Path("exps"), help="a folder on the disk to write to"
     )
     parser.add_argument(
-        "--rounds", type=cli.positive, default=5, help="checkpoints, of which the median counts"
+        "--rounds", type=cli.positive_int, default=5, help="checkpoints, of which the median counts"
     )
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args()
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flags = flags_of_training(["--model", args.model])
+    flags = parse_training_flags(["--model", args.model])
     config = make_config(flags, synthetic_manifest())
     state = build(flags, config, device)
     for parameter in state.model.parameters():
@@ -76,14 +76,14 @@ def main() -> None:
                     ):
                         values.append(value)
             writer.wait()
-        size = sum(file.stat().st_size for file in checkpoints(run)[-1].iterdir())
+        size = sum(file.stat().st_size for file in list_checkpoints(run)[-1].iterdir())
     finally:
         shutil.rmtree(run)
-    results = {name: spread(values) for name, values in figures.items()}
+    results = {name: median_and_quartiles(values) for name, values in figures.items()}
     report(
         {
             "benchmark": "checkpoint",
-            "machine": machine(device),
+            "machine": describe_machine(device),
             "model": args.model,
             "rounds": args.rounds,
             "bytes": size,

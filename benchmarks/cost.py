@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.measure import report
 from benchmarks.table import cost_table
-from benchmarks.train_step import Plan, add_flags, measure, plan
+from benchmarks.train_step import Plan, add_flags, make_plan, measure
 from common import cli
 from models.flops import backbone_flops, head_flops
 from models.projector import Projector
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def counts(planned: Plan, name: str) -> dict:
+def count_costs(planned: Plan, name: str) -> dict:
     """Of one way: parameters, FLOPs for an image, and how much more than without alignment they are."""
     network, data, align = planned.network, planned.data, planned.align(name)
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def counts(planned: Plan, name: str) -> dict:
 def main() -> None:
     args = parse()
     names = [*dict.fromkeys(args.align)]
-    planned = plan(args, names)
+    planned = make_plan(args, names)
     result = {
         "model": args.model,
         "latent_size": args.latent_size,
@@ -73,7 +73,7 @@ def main() -> None:
     if not args.no_timing:
         result = measure(args, names)
     for name, figures in result["results"].items():
-        figures |= counts(planned, name)
+        figures |= count_costs(planned, name)
     result |= {"benchmark": "cost", "align": planned.config["align"]}
     report(result, args.json)
     print(f"\n{cost_table([result])}")

@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from benchmarks.measure import in_turn, machine, ratio, report, spread
+from benchmarks.measure import (
+    describe_machine,
+    median_and_quartiles,
+    ratio_per_round,
+    report,
+    time_in_turn,
+)
 from common import cli
 from common.files import write_array
 from dataset import TrainingStream
@@ -45,22 +51,22 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--images",
-        type=cli.positive,
+        type=cli.positive_int,
         default=40_000,
         help="images; 32 KB each as .npy, 16 KB in the cache",
     )
-    add("--shards", type=cli.positive, default=157, help="of the cache")
-    add("--batch-size", type=cli.positive, default=256, help="images a batch")
-    add("--batches", type=cli.positive, default=40, help="batches of one timing")
+    add("--shards", type=cli.positive_int, default=157, help="of the cache")
+    add("--batch-size", type=cli.positive_int, default=256, help="images a batch")
+    add("--batches", type=cli.positive_int, default=40, help="batches of one timing")
     add(
         "--rounds",
-        type=cli.positive,
+        type=cli.positive_int,
         default=15,
         help="timings of each, of which the median counts",
     )
     add(
         "--num-workers",
-        type=cli.positive,
+        type=cli.positive_int,
         default=2,
         help="loader processes of the rows that have some",
     )
@@ -124,7 +130,7 @@ def write(dest: Path, count: int, shards: int) -> None:
 
 def evict(folder: Path, cache: LatentCache | None = None) -> None:
     """Out of the page cache, as far as the system lets a user; first out of the maps of `cache`, or they hold it there."""
-    for stored, _ in cache._open.values() if cache else ():
+    for stored, _ in cache.open_shards.values() if cache else ():
         stored.madvise(mmap.MADV_DONTNEED)
     for path in folder.rglob("*.npy"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -172,7 +178,7 @@ def main() -> None:
     def stream(data: LatentCache, workers: int) -> Timed:
         return Timed(
             args.batches,
-            lambda: TrainingStream(data, 0, args.batch_size).loader(0, 10**6, workers, False),
+            lambda: TrainingStream(data, 0, args.batch_size).make_loader(0, 10**6, workers, False),
         )
 
     source, target = (np.zeros((args.batch_size, *SHAPE), np.float16) for _ in range(2))
@@ -193,7 +199,7 @@ def main() -> None:
         for folder in (root / "npy", root / "cache"):
             for path in folder.rglob("*.npy"):
                 path.read_bytes()
-        seconds, _ = in_turn(warm, CPU, args.rounds, 1, 1)
+        seconds, _ = time_in_turn(warm, CPU, args.rounds, 1, 1)
         for action in warm.values():  # ends the workers, whose maps would keep the files in memory
             if isinstance(action, Timed):
                 action.iterator = iter(())
@@ -210,15 +216,17 @@ def main() -> None:
         }
         actions = {name: cold(*row) for name, row in rows.items()}
         actions |= {f"evict {name}": partial(evict, *row[1:]) for name, row in rows.items()}
-        times, _ = in_turn(actions, CPU, args.rounds, 1, 1)
+        times, _ = time_in_turn(actions, CPU, args.rounds, 1, 1)
     finally:
         shutil.rmtree(root)
     per_call = dict.fromkeys(warm, args.batches) | dict.fromkeys(rows, few)
     seconds |= {name: [a - b for a, b in zip(times[name], times[f"evict {name}"])] for name in rows}
     results = {
         name: {
-            "batch_s": spread([value / per_call[name] for value in values]),
-            "samples_per_s": args.batch_size * per_call[name] / spread(values)["median"],
+            "batch_s": median_and_quartiles([value / per_call[name] for value in values]),
+            "samples_per_s": args.batch_size
+            * per_call[name]
+            / median_and_quartiles(values)["median"],
         }
         for name, values in seconds.items()
     }
@@ -232,14 +240,14 @@ def main() -> None:
     report(
         {
             "benchmark": "data_loading",
-            "machine": machine(CPU),
+            "machine": describe_machine(CPU),
             "images": args.images,
             "shards": args.shards,
             "batch_size": args.batch_size,
             "rounds": args.rounds,
             "batches": args.batches,
             "results": results,
-            "ratios": {f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
+            "ratios": {f"{a}/{b}": ratio_per_round(seconds[a], seconds[b]) for a, b in pairs},
         },
         args.json,
     )

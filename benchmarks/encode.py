@@ -20,13 +20,26 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.measure import in_turn, machine, ratio, report, spread
+from benchmarks.measure import (
+    describe_machine,
+    median_and_quartiles,
+    ratio_per_round,
+    report,
+    time_in_turn,
+)
 from common import cli
 from common.processes import World
 from models.autoencoder import Autoencoder
-from preprocessing.build import build
-from preprocessing.encoding import PRECISIONS, Decoded, Encoding, Settings, automatic, in_order
-from preprocessing.images import Square
+from preprocessing.build import build_cache
+from preprocessing.encoding import (
+    PRECISIONS,
+    DecodedBatch,
+    EncodingJob,
+    EncodingSettings,
+    default_batch_size,
+    map_in_order,
+)
+from preprocessing.images import SquareReader
 from training.throughput import matmul_rate
 
 
@@ -37,14 +50,14 @@ def parse() -> argparse.Namespace:
     add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
     add(
         "--images",
-        type=cli.positive,
+        type=cli.positive_int,
         default=512 if torch.cuda.is_available() else 16,
         help="images",
     )
-    add("--resolution", type=cli.positive, default=256, help="pixels a side")
+    add("--resolution", type=cli.positive_int, default=256, help="pixels a side")
     add("--vae", help="hub id or folder (default: random weights)")
     add("--precision", choices=PRECISIONS, default="fp32", help="as encode_latents'")
-    add("--batch-size", type=cli.count, default=0, help="as encode_latents'")
+    add("--batch-size", type=cli.non_negative_int, default=0, help="as encode_latents'")
     add(
         "--device",
         type=cli.device,
@@ -53,14 +66,17 @@ def parse() -> argparse.Namespace:
     )
     add("--num-workers", type=int, default=-1, help="as encode_latents'")
     add(
-        "--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts"
+        "--rounds",
+        type=cli.positive_int,
+        default=5,
+        help="timings of each, of which the median counts",
     )
     add("--json", type=Path, help="file for the result")
 
     return parser.parse_args()
 
 
-def random_vae(folder: Path) -> Path:
+def make_random_vae(folder: Path) -> Path:
     """sd-vae-ft-mse's architecture."""
     from diffusers import AutoencoderKL
 
@@ -95,11 +111,11 @@ def photographs(folder: Path, count: int) -> Path:
 def main() -> None:
     args = parse()
     root, world = args.dest / "benchmark-encode", World()
-    vae = args.vae or str(random_vae(root / "vae"))
+    vae = args.vae or str(make_random_vae(root / "vae"))
     shutil.rmtree(root / "images", ignore_errors=True)
     source = photographs(root / "images/class", args.images)
-    batch_size = args.batch_size or automatic(args.resolution, torch.device(args.device))
-    settings = Settings(
+    batch_size = args.batch_size or default_batch_size(args.resolution, torch.device(args.device))
+    settings = EncodingSettings(
         str(source),
         resolution=args.resolution,
         vae=vae,
@@ -108,12 +124,12 @@ def main() -> None:
         shard_size=batch_size * -(-args.images // (2 * batch_size)),  # two shards
     )
     threads = torch.get_num_threads()
-    job = Encoding(settings, args.device, args.num_workers, world)
+    job = EncodingJob(settings, args.device, args.num_workers, world)
     own_threads, device, cache = torch.get_num_threads(), job.device, root / "cache"
-    square, count = Square(args.resolution), range(args.images)
-    pixels = torch.from_numpy(np.stack([square.read(job.source, i).pixels for i in count]))
+    reader, count = SquareReader(args.resolution), range(args.images)
+    pixels = torch.from_numpy(np.stack([reader.read(job.source, i).pixels for i in count]))
     decoded = [
-        Decoded(
+        DecodedBatch(
             0,
             len(part),
             part.pin_memory() if device.type == "cuda" else part,
@@ -126,21 +142,21 @@ def main() -> None:
 
     def ours() -> None:
         torch.set_num_threads(own_threads)
-        build(cache, job, world)
+        build_cache(cache, job, world)
         shutil.rmtree(cache)
 
     def alone() -> None:
         torch.set_num_threads(own_threads)
-        with ThreadPoolExecutor(job.threads, initializer=job._in_thread) as pool:
-            for batch in in_order(pool, job._encode, decoded, job.threads):
-                if batch.landed:
-                    batch.landed.synchronize()
+        with ThreadPoolExecutor(job.num_threads, initializer=job.init_thread) as pool:
+            for batch in map_in_order(pool, job.encode_batch, decoded, job.num_threads):
+                if batch.copy_done:
+                    batch.copy_done.synchronize()
 
     def one_at_a_time() -> None:
         torch.set_num_threads(threads)
         (root / "one").mkdir(exist_ok=True)
         for i in count:
-            image = torch.from_numpy(square.read(job.source, i).pixels[None].copy())
+            image = torch.from_numpy(reader.read(job.source, i).pixels[None].copy())
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 moments = job.vae.encode(image.to(device))
             np.save(root / "one" / f"{i}.npy", moments[0].cpu().numpy())
@@ -148,7 +164,7 @@ def main() -> None:
     def decode() -> None:
         torch.set_num_threads(1)
         for i in count:
-            square.read(job.source, i)
+            reader.read(job.source, i)
 
     with FlopCounterMode(display=False) as counter:
         Autoencoder(vae).encode(
@@ -158,7 +174,7 @@ def main() -> None:
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     torch.set_num_threads(threads)
     rate = matmul_rate(device, dtype, seconds=1.0)
-    job.preview = lambda: (
+    job.make_preview = lambda: (
         Image.new("RGB", (8, 8)),
         "left out",
     )  # it is drawn once a cache, not once a shard
@@ -169,16 +185,16 @@ def main() -> None:
             "one at a time": one_at_a_time,
             "decoding alone": decode,
         }
-        seconds, peak = in_turn(actions, device, args.rounds, 1, 1)
+        seconds, peak = time_in_turn(actions, device, args.rounds, 1, 1)
     finally:
         shutil.rmtree(root)
     torch.set_num_threads(threads)
     rate = max(rate, matmul_rate(device, dtype, seconds=1.0))
     results = {}
     for name, values in seconds.items():
-        images_per_s = args.images / spread(values)["median"]
+        images_per_s = args.images / median_and_quartiles(values)["median"]
         results[name] = {
-            "image_s": spread([value / args.images for value in values]),
+            "image_s": median_and_quartiles([value / args.images for value in values]),
             "images_per_s": images_per_s,
             "share_of_matmul_rate": None
             if name == "decoding alone"
@@ -188,7 +204,7 @@ def main() -> None:
     report(
         {
             "benchmark": "encode",
-            "machine": machine(device),
+            "machine": describe_machine(device),
             "images": args.images,
             "resolution": args.resolution,
             "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
@@ -200,10 +216,12 @@ def main() -> None:
             "matmul_flops_per_s": rate,
             "results": results,
             "ratios": {
-                "one at a time/encode_latents": ratio(
+                "one at a time/encode_latents": ratio_per_round(
                     seconds["one at a time"], seconds["encode_latents"]
                 ),
-                "VAE alone/encode_latents": ratio(seconds["VAE alone"], seconds["encode_latents"]),
+                "VAE alone/encode_latents": ratio_per_round(
+                    seconds["VAE alone"], seconds["encode_latents"]
+                ),
             },
         },
         args.json,

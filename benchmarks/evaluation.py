@@ -18,9 +18,15 @@ import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from benchmarks.measure import in_turn, machine, ratio, report, spread
+from benchmarks.measure import (
+    describe_machine,
+    median_and_quartiles,
+    ratio_per_round,
+    report,
+    time_in_turn,
+)
 from common import cli
-from evaluations.metrics import frechet_distance, precision_recall, statistics
+from evaluations.metrics import compute_statistics, frechet_distance, precision_recall
 
 PAIRS = {"frechet_distance": "sqrtm", "statistics": "numpy", "precision_recall": "torch-fidelity"}
 
@@ -31,15 +37,18 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--images",
-        type=cli.positive,
+        type=cli.positive_int,
         default=10_000,
         help="rows of each of the two sets of features",
     )
-    add("--width", type=cli.positive, default=2048, help="features an image")
+    add("--width", type=cli.positive_int, default=2048, help="features an image")
     add(
-        "--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts"
+        "--rounds",
+        type=cli.positive_int,
+        default=5,
+        help="timings of each, of which the median counts",
     )
-    add("--warm-up", type=cli.count, default=1, help="rounds before those")
+    add("--warm-up", type=cli.non_negative_int, default=1, help="rounds before those")
     add(
         "--device",
         type=cli.device,
@@ -60,28 +69,31 @@ def main() -> None:
         np.maximum(rng.standard_normal((args.images, args.width), np.float32) @ mix + 0.3, 0)
         for _ in range(2)
     )
-    s_a, s_b = (statistics(x, device) for x in (a, b))
+    s_a, s_b = (compute_statistics(x, device) for x in (a, b))
     actions: dict[str, Callable[[], object]] = {
         "frechet_distance": partial(frechet_distance, s_a, s_b, device),
         "sqrtm": partial(calculate_frechet_distance, *s_a, *s_b),
-        "statistics": partial(statistics, a, device),
+        "statistics": partial(compute_statistics, a, device),
         "numpy": lambda: (a.mean(0), np.cov(a, rowvar=False)),
         "precision_recall": partial(precision_recall, a, b, device=device),
         "torch-fidelity": partial(
             prc_features_to_metric, torch.from_numpy(b), torch.from_numpy(a), verbose=False
         ),
     }
-    seconds, _ = in_turn(actions, device, args.rounds, 1, args.warm_up)
+    seconds, _ = time_in_turn(actions, device, args.rounds, 1, args.warm_up)
     report(
         {
             "benchmark": "evaluation",
-            "machine": machine(device) | {"numpy": np.__version__, "scipy": scipy.__version__},
+            "machine": describe_machine(device)
+            | {"numpy": np.__version__, "scipy": scipy.__version__},
             "images": args.images,
             "width": args.width,
             "rounds": args.rounds,
-            "results": {name: {"call_s": spread(values)} for name, values in seconds.items()},
+            "results": {
+                name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
+            },
             "ratios": {
-                f"{other}/{own}": ratio(seconds[other], seconds[own])
+                f"{other}/{own}": ratio_per_round(seconds[other], seconds[own])
                 for own, other in PAIRS.items()
             },
         },

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.files import write_file
 
 
-def machine(device: torch.device) -> dict:
+def describe_machine(device: torch.device) -> dict:
     """What a figure depends on beside the code."""
     info = {
         "device": platform.processor() or platform.machine(),
@@ -38,7 +38,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def first_call(action: Callable[[], object], device: torch.device) -> float:
+def time_first_call(action: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call; of the first, with everything that is compiled, chosen or allocated in it."""
     synchronize(device)
     started = time.perf_counter()
@@ -47,7 +47,7 @@ def first_call(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(
+def time_in_turn(
     actions: dict[str, Callable[[], object]],
     device: torch.device,
     rounds: int,
@@ -81,7 +81,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def median_and_quartiles(values: list[float]) -> dict[str, float]:
     """Median, with the quartiles around it."""
     low, median, high = (
         statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
@@ -89,9 +89,9 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median, "quartiles": [low, high]}
 
 
-def ratio(a: list[float], b: list[float]) -> dict[str, float]:
+def ratio_per_round(a: list[float], b: list[float]) -> dict[str, float]:
     """Of a to b, round by round."""
-    return spread([x / y for x, y in zip(a, b, strict=True)])
+    return median_and_quartiles([x / y for x, y in zip(a, b, strict=True)])
 
 
 def report(result: dict, path: Path | None) -> None:

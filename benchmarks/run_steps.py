@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
-from benchmarks.measure import in_turn, spread
+from benchmarks.measure import median_and_quartiles, time_in_turn
 from dataset import TrainingStream
 from latents.cache import LatentCache
 from models.sit import SiTConfig
@@ -18,7 +18,7 @@ from models.targets import Data
 from train import Step, build
 from training import alignment
 from training.config import check_cache, make_config, precision
-from training.guard import Guard
+from training.guard import NonFiniteGuard
 from training.throughput import training_flops
 
 
@@ -26,7 +26,7 @@ def planned(args: argparse.Namespace) -> tuple[LatentCache, Data, dict]:
     """A run's cache, what methods may ask of it, and its config.json. Raises UserError."""
     cache = LatentCache(*args.data_dir)
     check_cache(args, cache)
-    data = alignment.data_of(cache.manifest, cache.stored_features())
+    data = alignment.data_of(cache.manifest, cache.read_feature_metadata())
     return cache, data, make_config(args, cache.manifest, data)
 
 
@@ -57,11 +57,11 @@ def time_runs(
             cache.manifest,
             state,
             targets,
-            Guard(state.optimizer, args.mixed_precision == "fp16"),
+            NonFiniteGuard(state.optimizer, args.mixed_precision == "fp16"),
         )
-        batch = TrainingStream(cache, args.seed, args.batch_size, extra=alignment.extra(targets))[0]
-        actions[name] = partial(
-            step, tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch
-        )
-    seconds, _ = in_turn(actions, device, rounds, calls, warm_up)
-    return {name: spread(values) for name, values in seconds.items()}
+        batch = TrainingStream(
+            cache, args.seed, args.batch_size, inputs=[x for x in [alignment.extra(targets)] if x]
+        )[0]
+        actions[name] = partial(step, batch.pin_memory() if device.type == "cuda" else batch)
+    seconds, _ = time_in_turn(actions, device, rounds, calls, warm_up)
+    return {name: median_and_quartiles(values) for name, values in seconds.items()}

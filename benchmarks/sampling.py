@@ -29,16 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample_ddp
-from benchmarks.encode import random_vae
-from benchmarks.measure import in_turn, machine, ratio, report, spread
-from checkpointing.pretrained import Pretrained
+from benchmarks.encode import make_random_vae
+from benchmarks.measure import (
+    describe_machine,
+    median_and_quartiles,
+    ratio_per_round,
+    report,
+    time_in_turn,
+)
+from checkpointing.pretrained import PretrainedModel
 from common import cli
 from common.cli import UserError
 from common.processes import World
-from interpolant import PATHS
+from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
-from samplers import guided, ode, sde
+from samplers import GuidedVelocity, ode, sde
 from sampling.store import SampleStore
 from training.throughput import backbone_flops, matmul_rate
 
@@ -64,37 +70,52 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="a preset of models/sit.py",
     )
-    add("--resolution", type=cli.positive, default=256, help="pixels a side")
+    add("--resolution", type=cli.positive_int, default=256, help="pixels a side")
     add("--vae", help="hub id or folder (default: random weights)")
     add("--mode", choices=("sde", "ode"), default="sde", help="as sample_ddp.py's")
     add(
         "--num-steps",
-        type=cli.positive,
+        type=cli.positive_int,
         default=250 if cuda else 10,
         help="steps from noise to data",
     )
-    add("--cfg-scale", type=cli.amount, default=1.5, help="classifier-free guidance; 1 is none")
-    add("--images", type=cli.positive, default=512 if cuda else 8, help="images of one timing")
-    add("--batch-size", type=cli.positive, default=128 if cuda else 4, help="images made at once")
     add(
-        "--rounds", type=cli.positive, default=5, help="timings of each, of which the median counts"
+        "--cfg-scale",
+        type=cli.non_negative_float,
+        default=1.5,
+        help="classifier-free guidance; 1 is none",
     )
-    add("--warm-up", type=cli.count, default=1, help="rounds before those")
+    add("--images", type=cli.positive_int, default=512 if cuda else 8, help="images of one timing")
+    add(
+        "--batch-size",
+        type=cli.positive_int,
+        default=128 if cuda else 4,
+        help="images made at once",
+    )
+    add(
+        "--rounds",
+        type=cli.positive_int,
+        default=5,
+        help="timings of each, of which the median counts",
+    )
+    add("--warm-up", type=cli.non_negative_int, default=1, help="rounds before those")
     add("--json", type=Path, help="file for the result")
 
     return parser.parse_args()
 
 
-def random_source(name: str, vae: Autoencoder, resolution: int) -> Pretrained:
+def make_random_source(name: str, vae: Autoencoder, resolution: int) -> PretrainedModel:
     """Of ImageNet's classes. Zeros, of which a fresh network has many, are drawn as well: speed may depend on them."""
     torch.manual_seed(0)
-    config = SiTConfig(**PRESETS[name], latent_size=resolution // vae.factor, channels=vae.channels)
+    config = SiTConfig(
+        **PRESETS[name], latent_size=resolution // vae.downsampling_factor, channels=vae.channels
+    )
     model = SiT(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     who = {"checkpoint": "random weights", "ema_sha256": "", "model": name, "step": None}
-    return Pretrained(
+    return PretrainedModel(
         model,
         "linear",
         "v",
@@ -115,10 +136,10 @@ def sampling_flags(args: argparse.Namespace) -> list:
 class Sampler:
     """sample_ddp.py's own work with these flags, from a network in memory to an .npz."""
 
-    def __init__(self, flags: list, source: Pretrained, vae: Autoencoder, world: World):
+    def __init__(self, flags: list, source: PretrainedModel, vae: Autoencoder, world: World):
         self.args, self.device, self.vae = (
             sample_ddp.parse_args(["--ckpt", ".", *map(str, flags)]),
-            world.device(),
+            world.select_device(),
             vae,
         )
         self.model = copy.deepcopy(source.model).to(self.device)
@@ -135,31 +156,31 @@ class Sampler:
             path_type=source.path_type, prediction=source.prediction
         )
         self.recipe, self.dtype = (
-            recipe.with_labels(classes, self.count),
+            recipe.with_loaded_labels(classes, self.count),
             DTYPES[self.args.mixed_precision],
         )
-        self.what = sample_ddp.describe(self.args, source, vae, self.recipe, self.device)
+        self.what = sample_ddp.build_record(self.args, source, vae, self.recipe, self.device)
         self.threads = 2 if self.device.type == "cuda" else world.cores
 
     def __call__(self, folder: Path) -> Path:
         """Writes samples.npz and its company into the folder; returns its path."""
         set_up(self.device, self.args.allow_tf32, 1)
-        labels = self.recipe.classes(
+        labels = self.recipe.compute_labels(
             torch.arange(self.count), self.model.config.num_classes
         ).numpy()
         store = SampleStore(folder, "samples", self.what, {})
-        store.choose(labels)
+        store.choose_grid_images(labels)
         with ExitStack() as held, tqdm(total=self.count, disable=True) as bar:
             done = store.claim(held)
             worker = sample_ddp.Worker(
                 self.model, self.vae, self.recipe, self.dtype, store, done, {}, self.device
             )
-            sample_ddp.make(
-                worker, store.to_do(done), self.threads, self.args.compile, bar, self.size
+            sample_ddp.run_batches(
+                worker, store.pending_batches(done), self.threads, self.args.compile, bar, self.size
             )
-            store.finish(labels)
-            store.clear()
-        return store.npz
+            store.finalize(labels)
+            store.remove_parts()
+        return store.npz_path
 
     @torch.no_grad()
     def evaluate(self, k: int) -> None:
@@ -200,7 +221,7 @@ def set_up(device: torch.device, tf32: bool, threads: int) -> None:
 
 
 @torch.no_grad()
-def plain(
+def sample_plain(
     model: SiT, vae: Autoencoder, args: argparse.Namespace, device: torch.device, folder: Path
 ) -> Path:
     """What `plain` is: writes folder/INDEX.png and then folder.npz."""
@@ -214,11 +235,11 @@ def plain(
     for first in range(0, args.images, size):
         noise = torch.randn(shape, device=device).double()
         labels = torch.randint(config.num_classes, (size,), device=device)
-        velocity = guided(model, labels, config.num_classes, args.cfg_scale)
+        velocity = GuidedVelocity(model, labels, config.num_classes, args.cfg_scale)
         if args.mode == "ode":
             latents = ode(velocity, noise, args.num_steps)
         else:
-            latents = sde(velocity, PATHS["linear"], noise, args.num_steps, brownian)
+            latents = sde(velocity, INTERPOLANTS["linear"], noise, args.num_steps, brownian)
         decoded = vae.vae.decode(vae.scale.denormalize(latents.float())).sample
         pixels = (
             ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
@@ -233,18 +254,18 @@ def plain(
 def main() -> None:
     args = parse()
     root, world, threads = args.dest / "benchmark-sampling", World(), torch.get_num_threads()
-    device = world.device()
+    device = world.select_device()
     shutil.rmtree(root, ignore_errors=True)
     try:
-        vae = Autoencoder(args.vae or str(random_vae(root / "vae")), device)
+        vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
-    step = vae.factor * PRESETS[args.model]["patch"]
+    step = vae.downsampling_factor * PRESETS[args.model]["patch"]
     if args.resolution % step:
         raise UserError(
             f"--resolution {args.resolution} is no multiple of {step}, the pixels of a token of {args.model}"
         )
-    source = random_source(args.model, vae, args.resolution)
+    source = make_random_source(args.model, vae, args.resolution)
     config, flags = source.model.config, sampling_flags(args)
     cuda = device.type == "cuda"
     variants = VARIANTS if cuda else {"fp32": []}
@@ -257,7 +278,7 @@ def main() -> None:
 
     def theirs() -> None:
         set_up(device, True, threads)
-        plain(network, vae, args, device, next(folders))
+        sample_plain(network, vae, args, device, next(folders))
 
     actions: dict[str, Callable[[], object]] = {"plain": theirs}
     for variant, work in ours.items():
@@ -274,7 +295,7 @@ def main() -> None:
 
     before, load = rates(), os.getloadavg()[0]
     try:
-        seconds, peak = in_turn(actions, device, args.rounds, 1, args.warm_up)
+        seconds, peak = time_in_turn(actions, device, args.rounds, 1, args.warm_up)
     finally:
         shutil.rmtree(root)
     rate = {variant: max(before[variant], after) for variant, after in rates().items()}
@@ -287,10 +308,10 @@ def main() -> None:
     results, ratios = {}, {}
     for name, values in seconds.items():
         way, _, variant = name.partition(", ")
-        images_per_s = args.images / spread(values)["median"]
+        images_per_s = args.images / median_and_quartiles(values)["median"]
         needed = flops.get(way.removesuffix(" alone"), sum(flops.values()))
         results[name] = {
-            "image_s": spread([value / args.images for value in values]),
+            "image_s": median_and_quartiles([value / args.images for value in values]),
             "fastest_image_s": min(values) / args.images,
             "images_per_s": images_per_s,
             "share_of_matmul_rate": needed
@@ -303,12 +324,14 @@ def main() -> None:
             seconds[f"sample_ddp, {variant}"],
             zip(*(seconds[f"{part} alone, {variant}"] for part in flops)),
         )
-        ratios[f"plain/sample_ddp, {variant}"] = ratio(seconds["plain"], own)
-        ratios[f"alone/sample_ddp, {variant}"] = ratio([sum(parts) for parts in least], own)
+        ratios[f"plain/sample_ddp, {variant}"] = ratio_per_round(seconds["plain"], own)
+        ratios[f"alone/sample_ddp, {variant}"] = ratio_per_round(
+            [sum(parts) for parts in least], own
+        )
     report(
         {
             "benchmark": "sampling",
-            "machine": machine(device),
+            "machine": describe_machine(device),
             "load_average": [load, os.getloadavg()[0]],
             "model": args.model,
             "resolution": args.resolution,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-IMAGENET = 1_281_167  # training images
+NUM_IMAGENET_IMAGES = 1_281_167  # training images
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 PAPERS_COST = "| the paper's: SiT-XL/2, batch 256, H100 | SRA 2 | 0 | 18M | +4%, latency +6% | | | | speed 7.2, without it 8.1 |"
 TEACHER = "sra's teacher is the average that every run keeps: no external parameters, and no memory but its activations'."
@@ -187,14 +187,14 @@ def batch_size_rows(result: dict) -> list[str]:
 def imagenet_rows(result: dict) -> list[str]:
     """What ImageNet's training images would take: size of the cache by count, time by the rate that was measured."""
     side, rate, figures = result["resolution"] // 8, result["matmul_flops_per_s"], result["results"]
-    size, flops = IMAGENET * 8 * side**2 * 2, result["flops_per_image"]
-    days = IMAGENET / figures["encode_latents"]["images_per_s"] / 86400
+    size, flops = NUM_IMAGENET_IMAGES * 8 * side**2 * 2, result["flops_per_image"]
+    days = NUM_IMAGENET_IMAGES / figures["encode_latents"]["images_per_s"] / 86400
     share = figures["encode_latents"]["share_of_matmul_rate"]
-    images = IMAGENET * 3 * result["resolution"] ** 2
+    images = NUM_IMAGENET_IMAGES * 3 * result["resolution"] ** 2
     return [
         f"| {result['resolution']} | {size / 1e9:.0f} GB | {2 * size / 1e9:.0f} GB | {images / 1e9:,.0f} GB | "
         f"{flops / 1e9:.0f} | "
-        f"{IMAGENET * flops / 1e15:.0f} | {days:.0f} days at {share:.0%} of {rate / 1e9:.0f} GFLOP/s |"
+        f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f} | {days:.0f} days at {share:.0%} of {rate / 1e9:.0f} GFLOP/s |"
     ]
 
 
@@ -222,7 +222,7 @@ def scaled(figure: dict, factor: float) -> dict:
     }
 
 
-def tables(folder: Path = RESULTS) -> dict[str, str]:
+def make_tables(folder: Path = RESULTS) -> dict[str, str]:
     """Markdown of each benchmark, by name."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     steps = [
@@ -317,4 +317,4 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(tables().values()))
+    print("\n\n".join(make_tables().values()))

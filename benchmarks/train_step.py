@@ -26,11 +26,19 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 import models.targets
-from benchmarks.measure import first_call, in_turn, machine, ratio, report, spread
+from benchmarks.measure import (
+    describe_machine,
+    median_and_quartiles,
+    ratio_per_round,
+    report,
+    time_first_call,
+    time_in_turn,
+)
 from common import cli
 from common.cli import UserError
 from common.keyed_random import Purpose, normal, uniform
-from interpolant import PATHS, interpolate
+from dataset import CachedBatch
+from interpolant import INTERPOLANTS, interpolate
 from latents.cache import Manifest
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
@@ -39,7 +47,7 @@ from models.targets import TARGETS, Data, latent_tokens
 from train import Step, build
 from training import alignment
 from training.config import check_args, make_config, parse_args, precision
-from training.guard import Guard
+from training.guard import NonFiniteGuard
 from training.throughput import matmul_rate, training_flops
 
 
@@ -62,7 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=f"what to compare: none, {', '.join(TARGETS)}, or several of these as in sra2+repa",
     )
     add("--repa-encoder", metavar="NAME", help="as train.py's")
-    add("--batch-size", type=cli.positive, default=256, help="images of one update")
+    add("--batch-size", type=cli.positive_int, default=256, help="images of one update")
     add(
         "--precision",
         choices=("auto", "no", "fp16", "bf16"),
@@ -72,21 +80,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="as train.py's")
     add("--activation-checkpointing", action="store_true", help="as train.py's")
     add("--allow-tf32", action="store_true", help="as train.py's")
-    add("--gradient-accumulation-steps", type=cli.positive, default=1, help="as train.py's")
+    add("--gradient-accumulation-steps", type=cli.positive_int, default=1, help="as train.py's")
     add(
         "--latent-size",
-        type=cli.positive,
+        type=cli.positive_int,
         default=32,
         help="side of the latents: 32 for 256 pixels, 64 for 512",
     )
     add(
         "--rounds",
-        type=cli.positive,
+        type=cli.positive_int,
         default=20,
         help="timings of each, of which the median counts",
     )
-    add("--steps", type=cli.positive, help="steps of one timing (default: 10 on a GPU, 1 on CPUs)")
-    add("--warm-up", type=cli.count, default=2, help="rounds before those")
+    add(
+        "--steps",
+        type=cli.positive_int,
+        help="steps of one timing (default: 10 on a GPU, 1 on CPUs)",
+    )
+    add("--warm-up", type=cli.non_negative_int, default=2, help="rounds before those")
     add("--json", type=Path, help="file for the result")
 
 
@@ -100,12 +112,12 @@ def way(text: str) -> str:
     return text
 
 
-def methods(name: str) -> list[str]:
+def alignment_methods(name: str) -> list[str]:
     """'sra2+repa' -> sra2 and repa; of none no method."""
     return {"none": [], "plain": ["sra2"]}.get(name, name.split("+"))
 
 
-def flags_of_training(given: list) -> argparse.Namespace:
+def parse_training_flags(given: list) -> argparse.Namespace:
     """train.py's flags, at their defaults but for those given here."""
     flags = parse_args("", ["--exp-name", "benchmark", "--data-dir", ".", *map(str, given)])
     check_args(flags, processes=1)
@@ -123,12 +135,14 @@ class Plan(NamedTuple):
 
     def align(self, name: str) -> list[dict]:
         """The entries of config.json's "align" that this way has."""
-        return [entry for entry in self.config["align"] if entry["method"] in methods(name)]
+        return [
+            entry for entry in self.config["align"] if entry["method"] in alignment_methods(name)
+        ]
 
 
-def plan(args: argparse.Namespace, names: list[str]) -> Plan:
+def make_plan(args: argparse.Namespace, names: list[str]) -> Plan:
     """Nothing is built yet. Raises UserError."""
-    every = dict.fromkeys(method for name in names for method in methods(name))
+    every = dict.fromkeys(method for name in names for method in alignment_methods(name))
     given = [
         "--model",
         args.model,
@@ -149,7 +163,7 @@ def plan(args: argparse.Namespace, names: list[str]) -> Plan:
         for flag in ("--compile", "--activation-checkpointing", "--allow-tf32")
         if getattr(args, flag[2:].replace("-", "_"))
     ]
-    flags, manifest = flags_of_training(given), synthetic_manifest(args.latent_size)
+    flags, manifest = parse_training_flags(given), synthetic_manifest(args.latent_size)
     if args.latent_size % PRESETS[args.model]["patch"]:
         raise UserError(
             f"--latent-size {args.latent_size}: {args.model} cannot cut it into patches"
@@ -179,14 +193,15 @@ def synthetic_manifest(latent_size: int = 32) -> Manifest:
     )
 
 
-def random_batch(manifest: Manifest, size: int, pinned: bool) -> tuple[torch.Tensor, ...]:
+def random_batch(manifest: Manifest, size: int, pinned: bool) -> CachedBatch:
     """Numbers, moments and labels as the loader hands them to a step."""
     torch.manual_seed(0)
     channels, height, width = manifest.latent_shape
     moments = torch.randn(size, 2 * channels, height, width)
     moments[:, channels:] = 0.05
-    batch = torch.arange(size), moments.half(), torch.randint(manifest.num_classes, (size,))
-    return tuple(tensor.pin_memory() for tensor in batch) if pinned else batch
+    labels = torch.randint(manifest.num_classes, (size,))
+    batch = CachedBatch(torch.arange(size), moments.half(), labels)
+    return batch.pin_memory() if pinned else batch
 
 
 def random_images(data: Data, size: int, pinned: bool) -> tuple[torch.Tensor]:
@@ -203,10 +218,10 @@ def plain_step(
     number, moments, labels = (tensor.to(device) for tensor in batch)
     latent, t = (
         moments.float().chunk(2, 1)[0] * manifest.scale,
-        uniform(0, Purpose.TIME, number).float(),
+        uniform(0, Purpose.TIMESTEP, number).float(),
     )
     x_t, v = interpolate(
-        PATHS["linear"], latent, normal(0, Purpose.NOISE, number, shape).float(), t
+        INTERPOLANTS["linear"], latent, normal(0, Purpose.NOISE, number, shape).float(), t
     )
     target = latent_tokens(latent, PRESETS[flags.model]["patch"])
     optimizer = torch.optim.AdamW(
@@ -236,16 +251,16 @@ def plain_step(
     return step
 
 
-def steps(
+def build_steps(
     args: argparse.Namespace, accelerator: Accelerator, names: list[str]
 ) -> dict[str, Callable[[], object]]:
     """Of each way one update of train.py's on a batch of its own kind. Raises UserError."""
-    flags, manifest, data, config, _ = plan(args, names)
+    flags, manifest, data, config, _ = make_plan(args, names)
     device, actions = accelerator.device, {}
     state, pinned = build(flags, config, device), device.type == "cuda"
     with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
         targets = alignment.load(flags, config, data, state.emas[0], device, accelerator.autocast)
-    guard = Guard(state.optimizer, accelerator.mixed_precision == "fp16")
+    guard = NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16")
     whole, network = Step(flags, accelerator, manifest, state, targets, guard), state.model
     latents = random_batch(manifest, args.batch_size, pinned)
     images = random_images(data, args.batch_size, pinned) if alignment.extra(targets) else ()
@@ -255,7 +270,7 @@ def steps(
             continue
         step = copy.copy(whole)
         heads, blocks, step.targets, step.stop = (
-            {method: each[method] for method in methods(name)}
+            {method: each[method] for method in alignment_methods(name)}
             for each in (network.heads, network.blocks, targets, whole.stop)
         )
         step.model = accelerator.prepare(AlignedSiT(network.backbone, heads, blocks))
@@ -265,13 +280,13 @@ def steps(
     return actions
 
 
-def peak_alone(args: argparse.Namespace, accelerator: Accelerator, name: str) -> float:
+def measure_peak_memory(args: argparse.Namespace, accelerator: Accelerator, name: str) -> float:
     """GiB on the GPU of this way's update, where no other's heads, moments and encoder are held beside it."""
     accelerator.free_memory()
     gc.collect()
     held = torch.cuda.memory_allocated(accelerator.device) / 2**30
-    _, peak = in_turn(
-        steps(args, accelerator, [name]), accelerator.device, rounds=1, calls=1, warm_up=2
+    _, peak = time_in_turn(
+        build_steps(args, accelerator, [name]), accelerator.device, rounds=1, calls=1, warm_up=2
     )
     return peak[name] - held
 
@@ -282,7 +297,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> dict:
         raise UserError(
             "this benchmark runs on one process; train.py's own gauges tell the speed of several"
         )
-    planned = plan(args, names)
+    planned = make_plan(args, names)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=precision(args.precision)
     )
@@ -295,21 +310,21 @@ def measure(args: argparse.Namespace, names: list[str]) -> dict:
         device, dtype, seconds=1.0
     )  # before and after, as machines heat up and neighbours come and go
 
-    actions = steps(args, accelerator, names)
+    actions = build_steps(args, accelerator, names)
     calls = args.steps or (10 if device.type == "cuda" else 1)
-    first = {name: first_call(action, device) for name, action in actions.items()}
-    seconds, peak = in_turn(actions, device, args.rounds, calls, args.warm_up)
+    first = {name: time_first_call(action, device) for name, action in actions.items()}
+    seconds, peak = time_in_turn(actions, device, args.rounds, calls, args.warm_up)
     rate = max(rate, matmul_rate(device, dtype, seconds=1.0))
     actions.clear()
     if device.type == "cuda":
-        peak = {name: peak_alone(args, accelerator, name) for name in names}
+        peak = {name: measure_peak_memory(args, accelerator, name) for name in names}
 
     results = {}
     for name, values in seconds.items():
-        images_per_s = args.batch_size / spread(values)["median"]
+        images_per_s = args.batch_size / median_and_quartiles(values)["median"]
         flops = training_flops(network, planned.align(name), planned.data)
         results[name] = {
-            "step_s": spread(values),
+            "step_s": median_and_quartiles(values),
             "images_per_s": images_per_s,
             "mfu": flops * images_per_s / rate,
             "peak_memory_gib": peak[name],
@@ -324,7 +339,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> dict:
     ]
     return {
         "benchmark": "train_step",
-        "machine": machine(device),
+        "machine": describe_machine(device),
         "model": args.model,
         "batch_size": args.batch_size,
         "latent_size": args.latent_size,
@@ -339,7 +354,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> dict:
         "matmul_flops_per_s": rate,
         "forward_flops_per_image": backbone_flops(network),
         "results": results,
-        "ratios": {f"{a}/{b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
+        "ratios": {f"{a}/{b}": ratio_per_round(seconds[a], seconds[b]) for a, b in pairs},
     }
 
 
@@ -350,7 +365,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help=plain)
     args = parser.parse_args()
     names = [*["plain"] * args.plain, *dict.fromkeys(args.align)]
-    planned, result = plan(args, names), measure(args, names)
+    planned, result = make_plan(args, names), measure(args, names)
     heads = sum(head_flops(planned.network, entry["head"]) for entry in planned.config["align"])
     report(result | {"head_flops_share": heads / backbone_flops(planned.network)}, args.json)
 

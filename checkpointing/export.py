@@ -14,8 +14,8 @@ from pathlib import Path
 import safetensors.torch
 
 from checkpointing.model_card import read_metrics, write_card
-from checkpointing.pretrained import find, load, read_ours
-from checkpointing.storage import CheckpointError, ema_name
+from checkpointing.pretrained import load, read_own_config, resolve_checkpoint
+from checkpointing.storage import CheckpointError, ema_filename
 from common import cli
 from common.cli import UserError
 from common.files import write_file
@@ -80,11 +80,13 @@ def main() -> None:
     args = parse_args()
     check_destination(args.to)
     try:
-        path = find(args.run)  # once: a run that goes on may save another checkpoint meanwhile
+        path = resolve_checkpoint(
+            args.run
+        )  # once: a run that goes on may save another checkpoint meanwhile
         if path.is_file() and path.suffix != ".safetensors":
             raise UserError(f"{path}: only what this repository trained is exported")
         source = load(path, args.ema_decay)
-        folder, config = read_ours(path)
+        folder, config = read_own_config(path)
     except CheckpointError as error:
         raise UserError(f"{args.run}: {error}") from None
     run = folder.absolute().parents[1] if folder.absolute().parent.name == "checkpoints" else folder
@@ -93,7 +95,7 @@ def main() -> None:
     except (OSError, ValueError):
         settings = {}  # a checkpoint without its run: the card says less
     decay, digest = source.identity["ema_decay"], source.identity["ema_sha256"]
-    weights = (folder / ema_name(config, decay)).read_bytes()
+    weights = (folder / ema_filename(config, decay)).read_bytes()
     exported = {
         **config,
         "ema_decay": [decay],

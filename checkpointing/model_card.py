@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from checkpointing.pretrained import Pretrained
+from checkpointing.pretrained import PretrainedModel
 from models.targets import TARGETS
 
 MOST_NAMED = 20  # classes
@@ -45,7 +45,7 @@ def read_metrics(run: Path, digest: str) -> list[dict]:
 
 
 def write_card(
-    source: Pretrained, config: dict, args: dict, metrics: list[dict], difference: float | None
+    source: PretrainedModel, config: dict, args: dict, metrics: list[dict], difference: float | None
 ) -> str:
     """Markdown. `config` is config.json; `args` is the run's args.json, or empty; `difference` is that of the diffusers form,
     None if there is none.
@@ -143,7 +143,7 @@ def _alignment(config: dict) -> str:
     return "; ".join(texts) or "none"
 
 
-def _with_diffusers(source: Pretrained, data: dict, difference: float | None) -> list[str]:
+def _with_diffusers(source: PretrainedModel, data: dict, difference: float | None) -> list[str]:
     if difference is None:
         return [
             "There is no form of it for diffusers: what came out of it there was not the same, or is no velocity."

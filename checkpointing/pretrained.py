@@ -26,7 +26,7 @@ from checkpointing.official import (
 )
 from checkpointing.storage import (
     CheckpointError,
-    ema_name,
+    ema_filename,
     find_checkpoint,
     load_weights,
     read_config,
@@ -45,7 +45,7 @@ OFFICIAL_PATHS = {
 }
 
 
-class Pretrained(NamedTuple):
+class PretrainedModel(NamedTuple):
     """A network and what sampling needs to know of it."""
 
     model: SiT  # in our time, in eval mode, without gradients, on the CPU
@@ -58,7 +58,7 @@ class Pretrained(NamedTuple):
     identity: dict  # for records: checkpoint, ema_sha256, model, step, images_seen, ema_decay, origin; None: not recorded
 
 
-def find(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """A run's newest checkpoint; anything else is found already. Raises CheckpointError."""
     return path if path.is_file() else find_checkpoint(path)
 
@@ -69,14 +69,14 @@ def load(
     model: str | None = None,
     origin: str | None = None,
     path_type: str | None = None,
-) -> Pretrained:
+) -> PretrainedModel:
     """`ema_decay` chooses among the averages of ours; the rest (--model, --origin, --path-type) is for official files, which
     do not say it. Raises CheckpointError, and UserError naming the flag.
     """
-    path = find(path)
+    path = resolve_checkpoint(path)
     if path.is_file() and path.suffix != ".safetensors":
         return _load_official(path, ema_decay, model, origin, path_type)
-    folder, config = read_ours(path)
+    folder, config = read_own_config(path)
     said = config["model_name"], "of this repository", f"on the {config['path_type']} path"
     for flag, value, own in zip(
         ("--model", "--origin", "--path-type"), (model, origin, path_type), said
@@ -85,8 +85,8 @@ def load(
             raise UserError(
                 f"{flag} is for official .pt files; {path} says itself that it is {own}"
             )
-    decay = choose_average(path, config, ema_decay)
-    weights = folder / ema_name(config, decay)
+    decay = choose_ema_decay(path, config, ema_decay)
+    weights = folder / ema_filename(config, decay)
     network = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
     load_weights(network, weights)
     digest = sha256(weights)
@@ -104,7 +104,7 @@ def load(
         "origin": "ours",
     }
     prediction = config.get("prediction", "v")  # checkpoints from before there was a choice
-    return Pretrained(
+    return PretrainedModel(
         network,
         config["path_type"],
         prediction,
@@ -116,7 +116,7 @@ def load(
     )
 
 
-def read_ours(path: Path) -> tuple[Path, dict]:
+def read_own_config(path: Path) -> tuple[Path, dict]:
     """The folder and config.json of a checkpoint, an export, or an average in one. Raises CheckpointError."""
     folder = path.parent if path.is_file() else path
     config = read_config(folder)
@@ -128,12 +128,12 @@ def read_ours(path: Path) -> tuple[Path, dict]:
     return folder, config
 
 
-def choose_average(path: Path, config: dict, ema_decay: float | None) -> float:
+def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float:
     """The decay of the average that a path and --ema-decay name together. Raises CheckpointError, UserError."""
     if not path.is_file():
-        ema_name(config, ema_decay)
+        ema_filename(config, ema_decay)
         return config["ema_decay"][0] if ema_decay is None else ema_decay
-    averages = {ema_name(config, decay): decay for decay in config["ema_decay"]}
+    averages = {ema_filename(config, decay): decay for decay in config["ema_decay"]}
     if path.name not in averages:
         raise CheckpointError(f"{path} is not an average: beside it there is {' '.join(averages)}")
     if ema_decay not in (None, averages[path.name]):
@@ -156,7 +156,7 @@ def _load_official(
     model: str | None,
     origin: str | None,
     path_type: str | None,
-) -> Pretrained:
+) -> PretrainedModel:
     if ema_decay is not None:
         raise UserError(f"--ema-decay is for runs of this repository; {path} holds one average")
     state, settings, step = _read_official(path)
@@ -198,7 +198,9 @@ def _load_official(
         "origin": origin or told,
     }
     classes = [str(k) for k in range(config.num_classes)]
-    return Pretrained(network, path_type, "v", OFFICIAL_VAE, None, classes, path.stem, identity)
+    return PretrainedModel(
+        network, path_type, "v", OFFICIAL_VAE, None, classes, path.stem, identity
+    )
 
 
 def _read_official(path: Path) -> tuple[dict[str, Tensor], dict, int | None]:

@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
     """No checkpoint where one was asked for, or one that cannot be read."""
 
 
-def checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("[0-9]*")
     return sorted(
@@ -44,7 +44,7 @@ def find_checkpoint(path: Path) -> Path:
     """A run's newest checkpoint, or `path` itself if it is one. Raises CheckpointError."""
     if (path / "config.json").exists() and (path / "ema.safetensors").exists():
         return path
-    found = checkpoints(path)
+    found = list_checkpoints(path)
     if not found:
         what = (
             "does not exist"
@@ -67,7 +67,7 @@ def read_config(checkpoint: Path) -> dict:
         ) from None
 
 
-def ema_name(config: dict, decay: float | None = None) -> str:
+def ema_filename(config: dict, decay: float | None = None) -> str:
     """The file of the average with this decay; None is the run's first. Raises CheckpointError if the run keeps no such one."""
     decays = config["ema_decay"]
     if decay is None or decay == decays[0]:
@@ -79,18 +79,18 @@ def ema_name(config: dict, decay: float | None = None) -> str:
     return f"ema-{decay}.safetensors"
 
 
-def verify(checkpoint: Path) -> dict:
+def verify_checkpoint(checkpoint: Path) -> dict:
     """progress.json without the hashes, once every file agrees with its own. Raises CheckpointError otherwise."""
     before = [
         folder
-        for folder in checkpoints(checkpoint.parent.parent)
+        for folder in list_checkpoints(checkpoint.parent.parent)
         if int(folder.name) < int(checkpoint.name)
     ]
     then = f"continue from {before[-1].name}" if before else "start anew"
     path = checkpoint / "progress.json"
     try:
         progress: dict[str, Any] = json.loads(path.read_text())
-        if progress.pop("digest") != digest(progress):
+        if progress.pop("digest") != progress_digest(progress):
             raise CheckpointError(f"{path} is not what was saved: remove {checkpoint} to {then}")
         hashes = progress.pop("sha256")
         for name, expected in hashes.items():
@@ -108,13 +108,13 @@ def verify(checkpoint: Path) -> dict:
     return progress
 
 
-def digest(progress: dict) -> str:
+def progress_digest(progress: dict) -> str:
     """What progress.json says of itself."""
     return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
 @contextmanager
-def claim(run: Path, saved: list[Path]) -> Iterator[None]:
+def lock_run(run: Path, saved: list[Path]) -> Iterator[None]:
     """Keeps other processes from a run, and first removes what a killed save, or a killed removal, left behind. Raises
     CheckpointError if another process has it, or had it until now: its checkpoints are no longer those in `saved`.
     """
@@ -125,7 +125,7 @@ def claim(run: Path, saved: list[Path]) -> Iterator[None]:
             raise CheckpointError(
                 f"{run} is being trained by another process: stop it, or name another --exp-name"
             ) from None
-        if checkpoints(run) != saved:
+        if list_checkpoints(run) != saved:
             raise CheckpointError(
                 f"{run} was trained by another process until now: run the command again"
             )
@@ -137,13 +137,13 @@ def claim(run: Path, saved: list[Path]) -> Iterator[None]:
 
 def remove_checkpoint(folder: Path) -> None:
     """Renames first, so that a half-removed checkpoint is never taken for one."""
-    removed = hidden(folder, "removed")
+    removed = hidden_path(folder, "removed")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
     shutil.rmtree(removed)
 
 
-def hidden(folder: Path, suffix: str) -> Path:
+def hidden_path(folder: Path, suffix: str) -> Path:
     """Where a checkpoint is while it is not whole, and never taken for one."""
     return folder.with_name(f".{folder.name}.{suffix}")
 
@@ -177,7 +177,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})") from None
 
 
-def reason(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """An error in one line."""
     return (
         f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else _first_line(error)

@@ -20,7 +20,7 @@ class UserError(ValueError):
     """A mistake of the user's. The message names the flag or file and says what to change."""
 
 
-class Screen:
+class DiskFullSafeStream:
     """stdout or stderr, which may be a file on a full disk: what cannot be shown ends nothing."""
 
     def __init__(self, stream: TextIO):
@@ -44,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
     Ctrl-C into exit code 130.
     """
     who = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    sys.stdout, sys.stderr = DiskFullSafeStream(sys.stdout), DiskFullSafeStream(sys.stderr)
     try:
         main()
     except UserError as error:
@@ -116,9 +116,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type in (positive, count, seed):
+        if action.type in (positive_int, non_negative_int, seed):
             return "N"
-        if action.type in (fraction, decay, amount, above_zero, float):
+        if action.type in (fraction, decay, non_negative_float, positive_float, float):
             return "X"
         return {Path: "PATH", device: "DEVICE"}.get(action.type, "NAME")
 
@@ -133,12 +133,12 @@ def _number(text: str, kind: type, allowed: Callable[[float], bool], which: str)
     return value
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
-def count(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """An argparse type: an integer of at least 0."""
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
 
@@ -160,12 +160,12 @@ def decay(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 
-def amount(text: str) -> float:
+def non_negative_float(text: str) -> float:
     """An argparse type: a finite number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 
-def above_zero(text: str) -> float:
+def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 

@@ -44,13 +44,13 @@ def write_array(path: Path, array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-class GrowingArray:
+class NpyWriter:
     """A .npy file that is written a few rows at a time, so that memory need not hold it. `finish` gives it its name."""
 
     def __init__(self, path: Path, dtype: np.dtype | type, row: tuple[int, ...]):
         """row: the shape of one. On a full disk raises OSError, here and below; `discard` then leaves nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.dtype, self.row, self.rows = path, np.dtype(dtype), row, 0
+        self.path, self.dtype, self.row, self.num_rows = path, np.dtype(dtype), row, 0
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self.file = open(self.partial, "w+b")  # noqa: SIM115
         self.begin = self._header()
@@ -61,7 +61,7 @@ class GrowingArray:
         header = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
-            "shape": (self.rows, *self.row),
+            "shape": (self.num_rows, *self.row),
         }
         np.lib.format.write_array_header_1_0(self.file, header)
         return self.file.tell()
@@ -72,7 +72,7 @@ class GrowingArray:
         if rows.size:
             with self._named():
                 self.file.write(memoryview(np.ascontiguousarray(rows)).cast("B"))
-        self.rows += len(rows)
+        self.num_rows += len(rows)
 
     def finish(self) -> str:
         """Gives it its name; returns its sha256."""
@@ -106,7 +106,7 @@ class GrowingArray:
 
 
 @contextmanager
-def discarding(array: GrowingArray | None) -> Iterator[None]:
+def discard_on_error(array: NpyWriter | None) -> Iterator[None]:
     """Discards it if what is done here fails."""
     try:
         yield
@@ -148,19 +148,19 @@ def write_npz(
     fsync(path.parent)
 
 
-class Lines:
+class LineWriter:
     """A text file that grows by whole lines. On a full disk they wait in memory for the next call."""
 
     def __init__(self, path: Path):
-        self.path, self.waiting = path, ""
+        self.path, self.pending = path, ""
         self.whole: int | None = (
             None  # bytes of the file before a write that failed, and may have left part of a line
         )
 
     def append(self, text: str = "", sync: bool = False) -> bool:
         """Adds lines, and those that waited, and fsyncs them if asked. Returns whether all are written."""
-        self.waiting += text
-        rest = self.waiting.encode()
+        self.pending += text
+        rest = self.pending.encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
                 if self.whole is not None:
@@ -172,7 +172,7 @@ class Lines:
                     os.fsync(file.fileno())
         except OSError:
             return False
-        self.waiting, self.whole = "", None
+        self.pending, self.whole = "", None
         return True
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common.files import write_file
 
 
-def labelled_grid(
+def draw_labelled_grid(
     rows: list[tuple[str, np.ndarray]], title: str = "", tile: int = 64
 ) -> Image.Image:
     """rows: (name, (n, H, W, 3) uint8), names may repeat. Images smaller than `tile` pixels are enlarged by a whole factor."""

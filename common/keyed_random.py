@@ -17,14 +17,14 @@ WORD = 0xFFFFFFFF
 class Purpose(IntEnum):
     """Keeps the streams of one seed apart. The values are part of what makes a run repeatable: never renumber them."""
 
-    TIME = 1  # training: t
+    TIMESTEP = 1  # training: t
     NOISE = 2  # training: eps
     POSTERIOR = 3  # training: the draw from the VAE's posterior
     LABEL_DROP = 4  # training: classifier-free guidance's dropped labels
     CLASS = 5  # sampling: the class of an image
-    START = 6  # sampling: x at t = 1
+    INITIAL_NOISE = 6  # sampling: x at t = 1
     BROWNIAN = 7  # sampling: the increments of the SDE
-    MIRROR = 8  # training: whether an image is mirrored
+    FLIP = 8  # training: whether an image is mirrored
     CROP = 9  # preprocessing: where a random crop lies
     TARGET = 10  # training: what a method of alignment draws for itself
 

@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def cores() -> int:
+def available_cores() -> int:
     """That this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def room() -> tuple:
+def memory_sharing_domain() -> tuple:
     """What processes have in common that can open each other's files in /proc: machine, view of its processes, user."""
     try:
         return (
@@ -25,7 +25,7 @@ def room() -> tuple:
         return (os.getpid(), os.uname().nodename)
 
 
-def descriptors() -> int:
+def raise_open_file_limit() -> int:
     """How many files a process may open here. Asks for as many as the system lets it have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -36,7 +36,7 @@ def descriptors() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def free_memory() -> float:
+def available_memory() -> float:
     """Bytes that this machine, and the job's own limit on it, can give; infinity where neither says."""
     free = math.inf
     with suppress(OSError, StopIteration):

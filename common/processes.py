@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.machine import cores
+from common.machine import available_cores
 
 
 @contextmanager
@@ -37,13 +37,18 @@ class World:
         def read(name: str, default: int) -> int:
             return int(os.environ.get(name, default))
 
-        self.rank, self.processes = read("RANK", 0), read("WORLD_SIZE", 1)
-        self.local_rank, self.local_processes = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
-        self.cores = cores()
-        if self.processes > 1:  # of words between hosts only, and one may be days behind another
+        self.rank, self.num_processes = read("RANK", 0), read("WORLD_SIZE", 1)
+        self.local_rank, self.num_local_processes = (
+            read("LOCAL_RANK", 0),
+            read("LOCAL_WORLD_SIZE", 1),
+        )
+        self.cores = available_cores()
+        if (
+            self.num_processes > 1
+        ):  # of words between hosts only, and one may be days behind another
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 
-    def device(self) -> torch.device:
+    def select_device(self) -> torch.device:
         """This process's own: a GPU of this machine, if there is one, and then the default of this process."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -54,12 +59,12 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """What the first process gives, on all."""
         values = [value]
-        if self.processes > 1:
+        if self.num_processes > 1:
             with unless_one_ended():
                 dist.broadcast_object_list(values)
         return values[0]
 
-    def first(self, compute: Callable[[], Any]) -> Any:
+    def run_on_first_rank(self, compute: Callable[[], Any]) -> Any:
         """What `compute` gives on the first process, on all. If it raises there, the others leave quietly with code 2."""
         value, mistake = None, None
         if self.rank == 0:
@@ -72,30 +77,30 @@ class World:
             raise mistake or SystemExit(2)
         return value
 
-    def gather(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """What each process gives, in their order, on all."""
-        values = [value] * self.processes
-        if self.processes > 1:
+        values = [value] * self.num_processes
+        if self.num_processes > 1:
             with unless_one_ended():
                 dist.all_gather_object(values, value)
         return values
 
-    def collect(self, value: Any) -> list | None:
+    def gather(self, value: Any) -> list | None:
         """What each process gives, in their order, on the first; None on the others."""
-        values = [value] * self.processes if self.rank == 0 else None
-        if self.processes > 1:
+        values = [value] * self.num_processes if self.rank == 0 else None
+        if self.num_processes > 1:
             with unless_one_ended():
                 dist.gather_object(value, values)
         return values
 
     def barrier(self) -> None:
         """Until all are here."""
-        if self.processes > 1:
+        if self.num_processes > 1:
             with unless_one_ended():
                 dist.barrier()
 
     def close(self) -> None:
         """The end, reached by all together: torchrun ends all as soon as one leaves with a code."""
-        if self.processes > 1:
+        if self.num_processes > 1:
             self.barrier()
             dist.destroy_process_group()

@@ -5,13 +5,13 @@ import torch
 
 from evaluations.extractors import Features
 from evaluations.metrics import (
+    compute_statistics,
     frechet_distance,
     frechet_interval,
     inception_score,
     precision_recall,
-    statistics,
 )
-from evaluations.reference_features import Reference
+from evaluations.reference_features import ReferenceFeatures
 
 COUNTS = (
     500,
@@ -22,7 +22,7 @@ COUNTS = (
     20_000,
     50_000,
 )  # at which a distance is told, of those below the number of samples
-RESULTS = (
+RESULT_KEYS = (
     "metrics",
     "intervals",
     "by_count",
@@ -37,10 +37,10 @@ def frechet_name(network: str) -> str:
     return FRECHET.get(network, f"FD-{network}")
 
 
-def compare(
+def compute_metrics(
     samples: Features,
     labels: np.ndarray | None,
-    reference: Reference,
+    reference: ReferenceFeatures,
     network: str,
     device: torch.device | str,
     fp16_distances: bool = False,
@@ -48,12 +48,12 @@ def compare(
     """The numbers of one set of samples; None where the reference, or missing labels (n,), cannot give one."""
     numbers = {
         frechet_name(network): frechet_distance(
-            statistics(samples.pool, device), reference.pool, device
+            compute_statistics(samples.pool, device), reference.pool, device
         )
     }
     if network == "inception":
         spatial = reference.spatial and frechet_distance(
-            statistics(samples.spatial, device), reference.spatial, device
+            compute_statistics(samples.spatial, device), reference.spatial, device
         )
         numbers |= {"sFID": spatial, "inception_score": inception_score(samples.scores)}
     if network == "fashion":
@@ -63,23 +63,25 @@ def compare(
     pair = (None, None)
     if reference.features is not None:
         pair = precision_recall(
-            reference.features, samples.pool, device=device, half=fp16_distances
+            reference.features, samples.pool, device=device, fp16=fp16_distances
         )
     suffix = "" if network in ("inception", "fashion") else f"-{network}"
     return numbers | {f"precision{suffix}": pair[0], f"recall{suffix}": pair[1]}
 
 
 def spread(
-    samples: Features, reference: Reference, network: str, device: torch.device | str
+    samples: Features, reference: ReferenceFeatures, network: str, device: torch.device | str
 ) -> dict[str, dict]:
     """How sure the Frechet distance is: a 95% bootstrap interval, and the same distance of fewer samples, the first ones."""
     name, count = frechet_name(network), len(samples.pool)
     counts = [n for n in COUNTS if count / 10 <= n < count]
     fewer = {
-        str(n): frechet_distance(statistics(samples.pool[:n], device), reference.pool, device)
+        str(n): frechet_distance(
+            compute_statistics(samples.pool[:n], device), reference.pool, device
+        )
         for n in counts
     }
-    own = statistics(samples.pool, device)
+    own = compute_statistics(samples.pool, device)
     interval = frechet_interval(samples.pool, reference.pool, device=device, own=own)
     return {
         "intervals": {} if interval is None else {name: list(interval)},

@@ -14,16 +14,16 @@ from common import cli
 from common.cli import UserError
 from common.processes import World
 from evaluations.extractors import extract_all
-from evaluations.image_batches import Npz
+from evaluations.image_batches import NpzFile
 from evaluations.suite import (
-    Suite,
+    EvaluationSuite,
     add_flags,
-    enough,
-    identify,
-    identity_of,
+    build_identity,
+    check_sample_count,
+    drop_results,
+    format_results,
     read_object,
     read_result,
-    table,
     write_result,
 )
 
@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="ADM's .npz, an .npz of statistics alone (mu, sigma), or images: a tree class/image.ext, a zip, tar or parquet",
     )
     add_flags(add)
-    add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
+    add("--batch-size", type=cli.positive_int, default=64, help="images a forward pass")
     add(
         "--device",
         type=cli.device,
@@ -58,20 +58,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     world = World()
-    device = args.device or world.device()
+    device = args.device or world.select_device()
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
-    npz = Npz(args.samples, "samples")
-    images = npz.images()
-    enough(images.count, str(args.samples))
-    labels = npz.array("arr_1")
+    npz = NpzFile(args.samples, "samples")
+    images = npz.open_images()
+    check_sample_count(images.count, str(args.samples))
+    labels = npz.read_array("arr_1")
     if labels is not None and labels.shape != (images.count,):
         raise UserError(
             f"{args.samples}: arr_1 must be the classes of {images.count} images, it is of shape {labels.shape}"
         )
     sampling = read_object(args.samples.with_suffix(".json"), "solver", "record of samples")
     out = args.out or args.samples.with_suffix(".metrics.json")
-    suite = Suite(
+    suite = EvaluationSuite(
         args,
         args.reference,
         "--reference",
@@ -81,16 +81,18 @@ def main() -> None:
         device,
         world,
     )
-    identity = world.first(lambda: identify(suite, args.samples, sampling, images.count))
-    result = world.first(lambda: read_result(out, identity))
-    if identity_of(result) != identity:
-        suite.look()
+    identity = world.run_on_first_rank(
+        lambda: build_identity(suite, args.samples, sampling, images.count)
+    )
+    result = world.run_on_first_rank(lambda: read_result(out, identity))
+    if drop_results(result) != identity:
+        suite.load_reference()
         features = extract_all(suite.networks, images, args.batch_size, "samples", device, world)
         if features:
-            result = {**suite.judge(features, labels), **identity}
+            result = {**suite.compute_results(features, labels), **identity}
             write_result(out, result)
     if world.rank == 0:
-        print(table(result) + f"\n  written to {out}")
+        print(format_results(result) + f"\n  written to {out}")
     world.close()
 
 

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from common.cli import UserError
 from common.processes import World
-from evaluations.fashion import RESOLUTION, load_classifier
+from evaluations.fashion import FASHION_RESOLUTION, load_classifier
 from evaluations.image_batches import Images
 from evaluations.inception import InceptionFeatures
 from evaluations.timm_networks import TimmFeatures
-from models.encoder import SHORT
+from models.encoder import ENCODER_ALIASES
 
-EXTRACTORS = ("inception", "fashion", *SHORT)
+EXTRACTOR_NAMES = ("inception", "fashion", *ENCODER_ALIASES)
 
 
 class Features(NamedTuple):
@@ -50,9 +50,9 @@ def load_extractor(
 ) -> nn.Module:
     """The network called `name`, for images of `size` (H, W); `what` names them. Raises UserError naming `flag`."""
     if name == "fashion":
-        if size != (RESOLUTION, RESOLUTION):
+        if size != (FASHION_RESOLUTION, FASHION_RESOLUTION):
             raise UserError(
-                f"{flag} fashion needs {RESOLUTION}x{RESOLUTION} images, {what} holds {size[0]}x{size[1]}"
+                f"{flag} fashion needs {FASHION_RESOLUTION}x{FASHION_RESOLUTION} images, {what} holds {size[0]}x{size[1]}"
             )
         return load_classifier().to(device)
     if name == "inception":
@@ -66,7 +66,7 @@ def columns(rows: Iterable[tuple[np.ndarray, ...]], count: int) -> Features:
     return Features(**dict(zip(OUTPUTS[len(arrays)], arrays)))
 
 
-def gather(outputs: Iterable[tuple[Tensor, ...]], count: int) -> Features:
+def collect_features(outputs: Iterable[tuple[Tensor, ...]], count: int) -> Features:
     """As `columns`, of tensors on any device."""
     return columns(([output.cpu().numpy() for output in batch] for batch in outputs), count)
 
@@ -75,17 +75,17 @@ def batches(
     images: Images, size: int, desc: str, world: World | None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The batches of this process, numbered: every processes-th. The next is read while one is used."""
-    rank, processes = (world.rank, world.processes) if world else (0, 1)
+    rank, processes = (world.rank, world.num_processes) if world else (0, 1)
     numbers = range(rank, -(-images.count // size), processes)
     with (
         ThreadPoolExecutor(1) as reader,
         tqdm(total=images.count, unit="img", desc=desc, leave=False, disable=rank > 0) as bar,
     ):
-        ahead = [reader.submit(images.batch, k * size, (k + 1) * size) for k in numbers[:1]]
+        ahead = [reader.submit(images.read_batch, k * size, (k + 1) * size) for k in numbers[:1]]
         for i, k in enumerate(numbers):
             batch = ahead.pop().result()
             ahead = [
-                reader.submit(images.batch, n * size, (n + 1) * size)
+                reader.submit(images.read_batch, n * size, (n + 1) * size)
                 for n in numbers[i + 1 : i + 2]
             ]
             yield k, batch
@@ -110,7 +110,7 @@ def extract_all(
             name: tuple(part.cpu().numpy() for part in network(pixels))
             for name, network in networks.items()
         }
-    parts = world.collect(mine) if world else [mine]
+    parts = world.gather(mine) if world else [mine]
     if parts is None:
         return None
     rows = dict(sorted(item for part in parts for item in part.items()))

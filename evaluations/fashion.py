@@ -17,7 +17,7 @@ from evaluations.metrics import no_tf32
 WEIGHTS = (
     Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist" / "classifier.safetensors"
 )
-RESOLUTION = 32
+FASHION_RESOLUTION = 32
 
 
 def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
@@ -48,9 +48,9 @@ class GarmentClassifier(nn.Module):
         self.head = nn.Linear(self.features, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if images.shape[1:] != (3, RESOLUTION, RESOLUTION):
+        if images.shape[1:] != (3, FASHION_RESOLUTION, FASHION_RESOLUTION):
             raise ValueError(
-                f"--features fashion needs 3x{RESOLUTION}x{RESOLUTION} images, got {'x'.join(map(str, images.shape[1:]))}; "
+                f"--features fashion needs 3x{FASHION_RESOLUTION}x{FASHION_RESOLUTION} images, got {'x'.join(map(str, images.shape[1:]))}; "
                 "use --features inception for other images"
             )
         with torch.autocast(images.device.type, enabled=False), no_tf32():

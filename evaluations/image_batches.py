@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from preprocessing.images import read_or_name
+from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import ImageSource, open_source
 
 
@@ -21,12 +21,12 @@ class Images:
     count: int
     size: tuple[int, int]
 
-    def batch(self, start: int, stop: int) -> np.ndarray:
+    def read_batch(self, start: int, stop: int) -> np.ndarray:
         """Images start..stop-1: (B, 3, H, W) uint8. Fastest in ascending order."""
         raise NotImplementedError
 
 
-class Npz:
+class NpzFile:
     """An .npz file as ADM writes it, of which only what is asked for is read. Raises UserError if it is none."""
 
     def __init__(self, path: Path, flag: str):
@@ -42,7 +42,7 @@ class Npz:
     def __contains__(self, name: str) -> bool:
         return name in self.members
 
-    def array(self, name: str) -> np.ndarray | None:
+    def read_array(self, name: str) -> np.ndarray | None:
         """A whole array, or None if there is none of this name. Raises UserError."""
         if name not in self.members:
             return None
@@ -52,7 +52,7 @@ class Npz:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise self._broken(error) from None
 
-    def images(self) -> Images:
+    def open_images(self) -> Images:
         """arr_0. Raises UserError if it is not there, or not (n, H, W, 3) uint8."""
         if "arr_0" not in self:
             names = ", ".join(self.members) or "nothing"
@@ -71,7 +71,7 @@ class Npz:
 class NpzImages(Images):
     """arr_0 of an .npz: mapped where it is stored plainly, as np.savez does; else unpacked as it is read."""
 
-    def __init__(self, npz: Npz):
+    def __init__(self, npz: NpzFile):
         self.path, self.member = npz.path, npz.members["arr_0"]
         self.flag, self.stream, self.lock = npz.flag, None, threading.Lock()
         with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
@@ -102,7 +102,7 @@ class NpzImages(Images):
                 )
             self.map = np.memmap(self.path, np.uint8, "r", begin + self.header, self.shape)
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """(B, H, W, 3), as they lie in the file. Raises UserError where it is damaged."""
         if self.map is not None:
             return self.map[start:stop]
@@ -124,8 +124,8 @@ class NpzImages(Images):
             stop - start, *self.shape[1:]
         )
 
-    def batch(self, start: int, stop: int) -> np.ndarray:
-        return np.ascontiguousarray(self.rows(start, stop).transpose(0, 3, 1, 2))
+    def read_batch(self, start: int, stop: int) -> np.ndarray:
+        return np.ascontiguousarray(self.read_rows(start, stop).transpose(0, 3, 1, 2))
 
 
 class SourceImages(Images):
@@ -134,16 +134,16 @@ class SourceImages(Images):
     def __init__(self, source: ImageSource, side: int, flag: str):
         self.source, self.flag, self.count, self.size = source, flag, len(source), (side, side)
 
-    def batch(self, start: int, stop: int) -> np.ndarray:
+    def read_batch(self, start: int, stop: int) -> np.ndarray:
         return np.stack(
             [
-                read_or_name(self.source, i, self.size[0], self.flag)
+                load_square_or_user_error(self.source, i, self.size[0], self.flag)
                 for i in range(start, min(stop, self.count))
             ]
         )
 
 
-class Chosen(Images):
+class ImageSubset(Images):
     """Some of the images, by their numbers (n,)."""
 
     def __init__(self, images: Images, numbers: np.ndarray):
@@ -154,12 +154,12 @@ class Chosen(Images):
             images.size,
         )
 
-    def batch(self, start: int, stop: int) -> np.ndarray:
-        return np.concatenate([self.images.batch(i, i + 1) for i in self.numbers[start:stop]])
+    def read_batch(self, start: int, stop: int) -> np.ndarray:
+        return np.concatenate([self.images.read_batch(i, i + 1) for i in self.numbers[start:stop]])
 
 
 def open_images(path: Path, side: int, flag: str) -> Images:
     """Whatever holds images. Raises UserError naming `flag`."""
     if path.suffix == ".npz":
-        return Npz(path, flag).images()
+        return NpzFile(path, flag).open_images()
     return SourceImages(open_source(path, flag), side, flag)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 3  # of precision and recall
+MANIFOLD_NEIGHBOURS = 3  # of precision and recall
 ROWS = 4096  # of features that are in float64 at a time
 TILE, ADM_TILE = (
     2048,
@@ -41,7 +41,7 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.from_numpy(part) for part in np.linalg.eigh(symmetric.numpy()))
 
 
-def statistics(features: np.ndarray, device: Device = "cpu") -> Statistics:
+def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statistics:
     """(n, F) -> Statistics: compute_statistics of ADM. The mean first, then the covariance around it, part by part."""
     n, size = features.shape
     starts = range(0, n, ROWS)
@@ -129,7 +129,7 @@ def frechet_interval(
     n, size = features.shape
     if n <= size:
         return None
-    own = own or statistics(features, device)
+    own = own or compute_statistics(features, device)
     distance, rng = frechet_distance(own, reference, device), np.random.default_rng(seed)
     moves = influence(features, own, reference, device)
     drawn = [distance + moves[rng.integers(n, size=n)].mean() for _ in range(replicates)]
@@ -165,12 +165,12 @@ def no_tf32() -> Iterator[None]:
             backend.allow_tf32 = allowed
 
 
-def _squared_distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
+def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
     """(n, F), (m, F) float32 -> (n, m) float32, by ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, at least 0.
 
     With `half` in float16, unless any of it overflows: then all of it again in float32 (DistanceBlock of ADM).
     """
-    if half:
+    if fp16:
         distances = _squared_distances(a.half(), b.half(), False)
         if distances.isfinite().all():
             return distances.float()
@@ -178,13 +178,13 @@ def _squared_distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
     return products.add_(a.square().sum(1)[:, None]).add_(b.square().sum(1)).clamp_(min=0)
 
 
-def _radii(features: Tensor, k: int, tile: int, half: bool) -> Tensor:
+def manifold_radii(features: Tensor, k: int, tile: int, fp16: bool) -> Tensor:
     """Squared distance of each feature to its k-th nearest other, float32: (n, F) -> (n,)."""
     radii = []
     for rows in features.split(tile):
         nearest = rows.new_empty(len(rows), 0)  # the k + 1 smallest so far, itself among them
         for columns in features.split(tile):
-            nearest = torch.cat([nearest, _squared_distances(rows, columns, half)], 1)
+            nearest = torch.cat([nearest, _squared_distances(rows, columns, fp16)], 1)
             nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values
         radii.append(nearest.max(1).values)
     return torch.cat(radii)
@@ -193,10 +193,10 @@ def _radii(features: Tensor, k: int, tile: int, half: bool) -> Tensor:
 def precision_recall(
     reference: np.ndarray,
     samples: np.ndarray,
-    k: int = NEIGHBOURS,
-    block: int | None = None,
+    k: int = MANIFOLD_NEIGHBOURS,
+    tile_size: int | None = None,
     device: Device = "cpu",
-    half: bool = False,
+    fp16: bool = False,
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019): the share of samples inside the reference's manifold, and
     the share of the reference inside the samples'. A manifold is the union of balls around its features out to the k-th
@@ -214,15 +214,15 @@ def precision_recall(
         torch.tensor(features, dtype=torch.float32, device=device)
         for features in (reference, samples)
     )
-    tile = block or (ADM_TILE if half else TILE)
+    tile = tile_size or (ADM_TILE if fp16 else TILE)
     with no_tf32():  # they are differences
-        radii_a, radii_b = _radii(a, k, tile, half), _radii(b, k, tile, half)
+        radii_a, radii_b = manifold_radii(a, k, tile, fp16), manifold_radii(b, k, tile, fp16)
         a_covered, b_covered = (
             torch.zeros(len(x), dtype=torch.bool, device=device) for x in (a, b)
         )
         for i in range(0, len(a), tile):
             for j in range(0, len(b), tile):
-                distances = _squared_distances(a[i : i + tile], b[j : j + tile], half)
+                distances = _squared_distances(a[i : i + tile], b[j : j + tile], fp16)
                 a_covered[i : i + tile] |= (distances <= radii_b[j : j + tile]).any(1)
                 b_covered[j : j + tile] |= (distances <= radii_a[i : i + tile, None]).any(0)
     return b_covered.double().mean().item(), a_covered.double().mean().item()

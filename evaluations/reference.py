@@ -17,7 +17,7 @@ from common.files import sha256, write_npz
 from common.processes import World
 from evaluations.extractors import batches, load_extractor
 from evaluations.image_batches import open_images
-from evaluations.metrics import NEIGHBOURS
+from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from evaluations.moments import Moments
 
 
@@ -35,19 +35,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--resolution",
-        type=cli.positive,
+        type=cli.positive_int,
         required=True,
         help="pixels; images are centre-cropped as ADM does (not an .npz's)",
     )
     add("--out", type=Path, required=True, help=".npz to write")
     add(
         "--keep-images",
-        type=cli.count,
+        type=cli.non_negative_int,
         default=10_000,
         help="so many images, evenly spread, go into the file: precision and recall need them (ADM: 10,000)",
     )
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
-    add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
+    add("--batch-size", type=cli.positive_int, default=64, help="images a forward pass")
     add(
         "--device",
         type=cli.device,
@@ -60,12 +60,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     world = World()
-    device = args.device or world.device()
+    device = args.device or world.select_device()
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out} must end in .npz")
-    if 0 < args.keep_images <= NEIGHBOURS:
+    if 0 < args.keep_images <= MANIFOLD_NEIGHBOURS:
         raise UserError(
-            f"--keep-images {args.keep_images}: precision and recall need more than {NEIGHBOURS}; 0 keeps none"
+            f"--keep-images {args.keep_images}: precision and recall need more than {MANIFOLD_NEIGHBOURS}; 0 keeps none"
         )
     if args.out.exists():
         raise UserError(f"--out {args.out} is there already: remove it or name another")
@@ -74,7 +74,7 @@ def main() -> None:
         raise UserError(
             f"--resolution {args.resolution}: {args.images} holds images of {images.size[0]}x{images.size[1]}"
         )
-    if images.count <= NEIGHBOURS:
+    if images.count <= MANIFOLD_NEIGHBOURS:
         raise UserError(
             f"--images {args.images} holds {images.count} images: there is nothing to compare with"
         )
@@ -86,7 +86,7 @@ def main() -> None:
         outputs = network(torch.from_numpy(batch).to(device))
         pool.add(outputs[0])
         spatial.add(outputs[1])
-    parts = world.collect((pool.cpu(), spatial.cpu()))
+    parts = world.gather((pool.cpu(), spatial.cpu()))
     if parts:
         pool, spatial = parts[0]
         for more in parts[1:]:
@@ -98,7 +98,9 @@ def main() -> None:
             .round()
             .astype(int)
         )
-        rows = (images.batch(i, i + 1).transpose(0, 2, 3, 1) for i in kept) if len(kept) else None
+        rows = (
+            (images.read_batch(i, i + 1).transpose(0, 2, 3, 1) for i in kept) if len(kept) else None
+        )
         write_npz(
             args.out,
             rows,

@@ -19,8 +19,8 @@ from common.cli import UserError
 from common.files import write_file
 from common.processes import World
 from evaluations.extractors import Features, extract_all
-from evaluations.image_batches import Npz, open_images
-from evaluations.metrics import NEIGHBOURS, Statistics, statistics
+from evaluations.image_batches import NpzFile, open_images
+from evaluations.metrics import MANIFOLD_NEIGHBOURS, Statistics, compute_statistics
 
 KNOWN = {  # sha256 -> name; the first three as others recorded them (Git LFS pointers, checks of downloads), not hashed here
     "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758": "ADM's ImageNet 256 (VIRTUAL_imagenet256_labeled.npz)",
@@ -31,7 +31,7 @@ KNOWN = {  # sha256 -> name; the first three as others recorded them (Git LFS po
 CACHE_FORMAT = 1
 
 
-class Reference(NamedTuple):
+class ReferenceFeatures(NamedTuple):
     """What one network says of a reference. An ADM .npz may hold statistics, images or both; statistics win, as in ADM."""
 
     pool: Statistics
@@ -41,7 +41,7 @@ class Reference(NamedTuple):
     )  # (n, F) for precision and recall; None where only statistics are known
 
 
-def cache_folder() -> Path:
+def default_cache_dir() -> Path:
     """Where features of references are kept, unless a flag says otherwise."""
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -50,7 +50,7 @@ def cache_folder() -> Path:
     )
 
 
-def load_references(
+def load_reference_features(
     path: Path,
     digest: str,
     networks: dict[str, nn.Module],
@@ -60,12 +60,12 @@ def load_references(
     flag: str = "--reference",
     cache: Path | None = None,
     world: World | None = None,
-) -> dict[str, Reference] | None:
+) -> dict[str, ReferenceFeatures] | None:
     """A reference by each network's eyes, for samples of `side` pixels; on the first process of `world`, None on the others.
 
     digest: sha256 of `path`. cache: a folder where features are kept for the next time. Raises UserError naming `flag`.
     """
-    npz = Npz(path, flag) if path.suffix == ".npz" else None
+    npz = NpzFile(path, flag) if path.suffix == ".npz" else None
     if npz and "arr_0" not in npz:
         if not ("mu" in npz and "sigma" in npz):
             raise UserError(
@@ -88,7 +88,7 @@ def load_references(
             raise UserError(
                 f"{flag} {path} holds images of {images.size[0]}x{images.size[1]}, the samples are {side}x{side}"
             )
-        if images.count <= NEIGHBOURS:
+        if images.count <= MANIFOLD_NEIGHBOURS:
             raise UserError(
                 f"{flag} {path} holds {images.count} images: there is nothing to compare with"
             )
@@ -100,25 +100,27 @@ def load_references(
     if not first:
         return None
     if "inception" in networks:  # statistics before those of the images
-        images = own.get("inception") or Reference(None, None, None)
-        own["inception"] = Reference(
+        images = own.get("inception") or ReferenceFeatures(None, None, None)
+        own["inception"] = ReferenceFeatures(
             adms[0] or images.pool, adms[1] or images.spatial, images.features
         )
     return {name: own[name] for name in networks}
 
 
-def _reference(features: Features, device: torch.device | str) -> Reference:
-    spatial = None if features.spatial is None else statistics(features.spatial, device)
-    return Reference(statistics(features.pool, device), spatial, features.pool)
+def _reference(features: Features, device: torch.device | str) -> ReferenceFeatures:
+    spatial = None if features.spatial is None else compute_statistics(features.spatial, device)
+    return ReferenceFeatures(compute_statistics(features.pool, device), spatial, features.pool)
 
 
-def _adms(npz: Npz) -> tuple[Statistics | None, Statistics | None]:
+def _adms(npz: NpzFile) -> tuple[Statistics | None, Statistics | None]:
     """The statistics of pool and spatial features that an .npz holds. Raises UserError for what cannot be Inception's."""
 
     def of(key: str, size: int) -> Statistics | None:
         if f"mu{key}" not in npz or f"sigma{key}" not in npz:
             return None
-        mu, sigma = (np.asarray(npz.array(f"{name}{key}"), np.float64) for name in ("mu", "sigma"))
+        mu, sigma = (
+            np.asarray(npz.read_array(f"{name}{key}"), np.float64) for name in ("mu", "sigma")
+        )
         if (mu.shape, sigma.shape) != ((size,), (size, size)) or not np.isfinite(
             mu.sum() + sigma.sum()
         ):
@@ -141,20 +143,20 @@ def _place(cache: Path | None, digest: str, network: nn.Module, side: int) -> Pa
     return cache / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
 
 
-def _read(place: Path | None) -> Reference | None:
+def _read(place: Path | None) -> ReferenceFeatures | None:
     if place is None or not place.exists():
         return None
     try:
         with np.load(place) as content:
             spatial = Statistics(content["mu_s"], content["sigma_s"]) if "mu_s" in content else None
-            return Reference(
+            return ReferenceFeatures(
                 Statistics(content["mu"], content["sigma"]), spatial, content["features"]
             )
     except Exception:  # half a file, or another program's: it is only a cache
         return None
 
 
-def _write(place: Path | None, reference: Reference) -> None:
+def _write(place: Path | None, reference: ReferenceFeatures) -> None:
     if place is None:
         return
     arrays = {

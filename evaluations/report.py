@@ -17,9 +17,9 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 from evaluations import report_curves, report_images, report_metrics
-from evaluations.extractors import EXTRACTORS
-from evaluations.image_batches import Images, Npz
-from evaluations.nearest import Check, check_all
+from evaluations.extractors import EXTRACTOR_NAMES
+from evaluations.image_batches import Images, NpzFile
+from evaluations.nearest import MemorisationCheck, check_memorisation
 from evaluations.report_metrics import Measured, differing, flat
 from evaluations.report_page import Html, absent, el, page, shown, swatch, table
 from evaluations.runs import Run, named, read_run
@@ -58,11 +58,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--features",
-        choices=EXTRACTORS,
+        choices=EXTRACTOR_NAMES,
         help="what is near (default: fashion for 32x32 images, else inception)",
     )
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
-    add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
+    add("--batch-size", type=cli.positive_int, default=64, help="images a forward pass")
     add(
         "--device",
         type=cli.device,
@@ -173,11 +173,13 @@ def newest_samples(runs: list[Run], rows: list[Measured]) -> dict[str, Images]:
         there = [row for row in rows if row.run is run and row.samples and row.samples.exists()]
         if there:
             latest = max(there, key=lambda row: (row.images, row.content.get("count") or 0))
-            found[run.name] = Npz(latest.samples, "samples").images()
+            found[run.name] = NpzFile(latest.samples, "samples").open_images()
     return found
 
 
-def build(runs: list[Run], rows: list[Measured], checks: dict[str, Check] | None) -> str:
+def build(
+    runs: list[Run], rows: list[Measured], checks: dict[str, MemorisationCheck] | None
+) -> str:
     """The whole page."""
     sections = {
         "curves": ("Curves", lambda: report_curves.section(runs)),
@@ -218,7 +220,7 @@ def main() -> None:
     checks = None
     if args.nearest:
         samples = newest_samples(runs, rows)
-        checks = check_all(
+        checks = check_memorisation(
             samples,
             args.nearest,
             args.features,

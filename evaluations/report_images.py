@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluations.nearest import Check, Match
+from evaluations.nearest import MemorisationCheck, NearestMatch
 from evaluations.report_metrics import Measured
 from evaluations.report_page import Html, absent, el, picture, picture_file
 from evaluations.runs import Run
@@ -83,8 +83,14 @@ def _tile(pixels: np.ndarray, alt: str) -> Html:
     return picture(Image.fromarray(np.ascontiguousarray(pixels)), alt, TILE)
 
 
-def _match(match: Match, limit: float) -> Html:
-    cells = [el("div", _tile(match.image, f"sample {match.number}"), f"sample {match.number}")]
+def _match(match: NearestMatch, limit: float) -> Html:
+    cells = [
+        el(
+            "div",
+            _tile(match.image, f"sample {match.sample_index}"),
+            f"sample {match.sample_index}",
+        )
+    ]
     for number, distance, image in match.neighbours:
         told = el("span", f"{distance:#.3g}", class_="close" if distance < limit else None)
         cells.append(
@@ -93,7 +99,7 @@ def _match(match: Match, limit: float) -> Html:
     return el("div", *cells, class_="match")
 
 
-def nearest(runs: list[Run], checks: dict[str, Check] | None) -> Html:
+def nearest(runs: list[Run], checks: dict[str, MemorisationCheck] | None) -> Html:
     """The memorisation check of each run; None where it was not asked for."""
     if checks is None:
         return absent(
@@ -111,17 +117,21 @@ def nearest(runs: list[Run], checks: dict[str, Check] | None) -> Html:
             )
             continue
         told = (
-            f" of {found.measured:,} samples lie closer to a training image than {found.percentile:.3g}, which is the first "
-            f"percentile of how far {found.among:,} of the {found.images:,} training images lie from the nearest other one; "
-            f"the median of that is {found.median:.3g}. A model that does not copy stays near 1% or below."
+            f" of {found.num_samples:,} samples lie closer to a training image than {found.first_percentile:.3g}, which is the first "
+            f"percentile of how far {found.num_probes:,} of the {found.num_train_images:,} training images lie from the nearest other one; "
+            f"the median of that is {found.median_distance:.3g}. A model that does not copy stays near 1% or below."
         )
-        parts.append(el("p", el("b", f"{found.close:.1%}"), told))
+        parts.append(el("p", el("b", f"{found.close_fraction:.1%}"), told))
         for title, matches in (
             ("The closest of all", found.closest),
-            ("Evenly over the samples", found.spread),
+            ("Evenly over the samples", found.evenly_spaced),
         ):
             parts.append(el("p", title, class_="soft"))
             parts.append(
-                el("div", *(_match(match, found.percentile) for match in matches), class_="matches")
+                el(
+                    "div",
+                    *(_match(match, found.first_percentile) for match in matches),
+                    class_="matches",
+                )
             )
     return el("div", *parts)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli import UserError
-from evaluations.compare import RESULTS
+from evaluations.compare import RESULT_KEYS
 from evaluations.report_page import Html, absent, el, number, shown, swatch, table, text
 from evaluations.runs import Run, read_json
 
@@ -77,7 +77,9 @@ def flat(content: dict, prefix: str = "") -> dict[str, Any]:
 
 def identity(content: dict) -> dict[str, Any]:
     """What must agree before two values may be compared."""
-    fields = said_once(flat({key: value for key, value in content.items() if key not in RESULTS}))
+    fields = said_once(
+        flat({key: value for key, value in content.items() if key not in RESULT_KEYS})
+    )
     return {
         key: value
         for key, value in fields.items()

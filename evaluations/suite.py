@@ -16,10 +16,15 @@ from common import cli
 from common.cli import UserError
 from common.files import sha256, write_file
 from common.processes import World
-from evaluations.compare import RESULTS, compare, frechet_name, spread, warning
-from evaluations.extractors import EXTRACTORS, Features, load_extractor
-from evaluations.metrics import NEIGHBOURS
-from evaluations.reference_features import Reference, cache_folder, known_name, load_references
+from evaluations.compare import RESULT_KEYS, compute_metrics, frechet_name, spread, warning
+from evaluations.extractors import EXTRACTOR_NAMES, Features, load_extractor
+from evaluations.metrics import MANIFOLD_NEIGHBOURS
+from evaluations.reference_features import (
+    ReferenceFeatures,
+    default_cache_dir,
+    known_name,
+    load_reference_features,
+)
 
 ASKED = (
     "reference_sha256",
@@ -37,7 +42,7 @@ def add_flags(add: Callable) -> None:
         nargs="+",
         default=["inception"],
         metavar="NAME",
-        help=f"networks, in one pass: {' '.join(EXTRACTORS)} or any of timm's; fashion is the shipped classifier",
+        help=f"networks, in one pass: {' '.join(EXTRACTOR_NAMES)} or any of timm's; fashion is the shipped classifier",
     )
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add("--encoder-weights", type=Path, help="file for timm's network (default: the hub's)")
@@ -57,7 +62,7 @@ def add_flags(add: Callable) -> None:
     add(
         "--cache-dir",
         type=Path,
-        default=cache_folder(),
+        default=default_cache_dir(),
         help="where features of references are kept for the next time",
     )
 
@@ -68,14 +73,14 @@ def normaliser(text: str) -> tuple[str, float]:
     try:
         if not name:
             raise argparse.ArgumentTypeError
-        return name, cli.above_zero(value)
+        return name, cli.positive_float(value)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"{text} is not a network's name, =, and a distance above 0"
         ) from None
 
 
-class Suite:
+class EvaluationSuite:
     """Networks and reference for samples of one size. All processes of `world` make it, and call `look`, together."""
 
     def __init__(
@@ -123,7 +128,7 @@ class Suite:
             )
             for name in args.features
         }
-        digest = world.first(lambda: sha256(path))
+        digest = world.run_on_first_rank(lambda: sha256(path))
         self.identity = {
             "reference": str(path),
             "reference_sha256": digest,
@@ -135,11 +140,11 @@ class Suite:
             "feature_batch_size": batch_size,
             "versions": {name: version(name) for name in ("torch", "torch-fidelity", "timm")},
         }
-        self.references: dict[str, Reference] | None = None
+        self.references: dict[str, ReferenceFeatures] | None = None
 
-    def look(self) -> None:
+    def load_reference(self) -> None:
         """At the reference, unless its features are kept. Raises UserError."""
-        self.references = load_references(
+        self.references = load_reference_features(
             self.path,
             self.identity["reference_sha256"],
             self.networks,
@@ -151,14 +156,14 @@ class Suite:
             self.world,
         )
 
-    def judge(self, samples: dict[str, Features], labels: np.ndarray | None) -> dict:
+    def compute_results(self, samples: dict[str, Features], labels: np.ndarray | None) -> dict:
         """The results of metrics.json, on the first process, after `look`."""
         metrics, intervals, by_count, ratios = {}, {}, {}, []
         given = dict(self.args.normalisers)
         count = 0
         for name, features in samples.items():
             reference, count = self.references[name], len(features.pool)
-            metrics |= compare(
+            metrics |= compute_metrics(
                 features, labels, reference, name, self.device, self.args.fp16_distances
             )
             sure = spread(features, reference, name, self.device)
@@ -173,11 +178,11 @@ class Suite:
         return result | ({"warning": said} if said else {})
 
 
-def enough(count: int, what: str) -> None:
+def check_sample_count(count: int, what: str) -> None:
     """Raises UserError if there are too few samples for anything."""
-    if count <= NEIGHBOURS:
+    if count <= MANIFOLD_NEIGHBOURS:
         raise UserError(
-            f"{what} holds {count} images: more than {NEIGHBOURS} are needed to compare anything"
+            f"{what} holds {count} images: more than {MANIFOLD_NEIGHBOURS} are needed to compare anything"
         )
 
 
@@ -210,7 +215,9 @@ def read_result(path: Path, identity: dict) -> dict:
     return old
 
 
-def identify(suite: Suite, samples: Path | None, sampling: dict, count: int) -> dict:
+def build_identity(
+    suite: EvaluationSuite, samples: Path | None, sampling: dict, count: int
+) -> dict:
     """All of a metrics.json but its results. samples: None where they are not kept; sampling: what their NAME.json says."""
     said = {key: value for key, value in sampling.items() if key not in ("class_names", "count")}
     file = {"samples": None, "samples_sha256": None}
@@ -219,16 +226,16 @@ def identify(suite: Suite, samples: Path | None, sampling: dict, count: int) -> 
     return json.loads(json.dumps({**file, "count": count, **suite.identity, "sampling": said}))
 
 
-def identity_of(result: dict) -> dict:
+def drop_results(result: dict) -> dict:
     """All of a metrics.json but its results."""
-    return {key: value for key, value in result.items() if key not in RESULTS}
+    return {key: value for key, value in result.items() if key not in RESULT_KEYS}
 
 
 def write_result(path: Path, result: dict) -> None:
     write_file(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
-def table(result: dict) -> str:
+def format_results(result: dict) -> str:
     """A metrics.json for the screen."""
     lines = []
     for key, value in result["metrics"].items():

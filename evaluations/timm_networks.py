@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from evaluations.metrics import no_tf32
-from models.encoder import EncoderError, architecture, fingerprint, load_network
+from models.encoder import EncoderError, load_network, timm_name, weights_fingerprint
 
 OTHERS = ("inception", "fashion")  # what --features knows besides timm's
 DINOV2_SIDE = 224  # of FD-DINOv2; the networks themselves were last trained at 518
@@ -37,7 +37,7 @@ class TimmFeatures(nn.Module):
 
         super().__init__()
         try:
-            wanted = architecture(name, OTHERS)
+            wanted = timm_name(name, OTHERS)
             self.network = load_network(name, weights, pretrained, OTHERS)
         except EncoderError as error:
             raise UserError(f"{flag} {error}") from None
@@ -48,7 +48,7 @@ class TimmFeatures(nn.Module):
             resize_positions(self.network, DINOV2_SIDE)
         settings = json.dumps([wanted, self.side, config["mean"], config["std"]])
         self.weights_sha256 = hashlib.sha256(
-            (settings + fingerprint(self.network)).encode()
+            (settings + weights_fingerprint(self.network)).encode()
         ).hexdigest()
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)

@@ -19,13 +19,13 @@ from typing import NamedTuple
 from common import cli
 from common.cli import UserError
 from common.files import write_file
-from common.machine import cores
+from common.machine import available_cores
 from evaluations.compare import frechet_name
 from experiments.cells import Cell, check, devices, run
 from experiments.panels import draw, table
 from experiments.results import gather, last, load, save
 from latents.cache import CacheError, LatentCache
-from models.sit import PRESETS, align_block
+from models.sit import PRESETS, default_align_block
 
 
 class Value(NamedTuple):
@@ -79,7 +79,7 @@ def axis(name: str, model: str, steps: int, demo: bool) -> list[Value]:
     few = (
         range(1, depth + 1)
         if depth <= 8
-        else sorted({align_block(model), *(round(depth * k / 12) for k in (2, 3, 6, 8))})
+        else sorted({default_align_block(model), *(round(depth * k / 12) for k in (2, 3, 6, 8))})
     )
     return {
         "depth": [Value(str(k), f"--align-depth {k}", fid.get(k)) for k in few],
@@ -125,7 +125,7 @@ def usual(model: str) -> dict[str, str]:
         "target": "mean",
         "schedule": "all",
     }
-    return {"depth": str(align_block(model)), **rest}
+    return {"depth": str(default_align_block(model)), **rest}
 
 
 def grid(axes: list[str], model: str, steps: int, demo: bool) -> tuple[dict[str, str], list[dict]]:
@@ -233,17 +233,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="of models/sit.py (default: SiT-Ti/2; imagenet: SiT-B/2)",
     )
     add("--seeds", type=cli.seed, nargs="+", help="a run of each (default: 0 1 2; imagenet: 0)")
-    add("--max-train-steps", type=cli.positive, help="of each run (default: 400; imagenet: 400000)")
+    add(
+        "--max-train-steps",
+        type=cli.positive_int,
+        help="of each run (default: 400; imagenet: 400000)",
+    )
     add(
         "--evaluations",
-        type=cli.positive,
+        type=cli.positive_int,
         default=1,
         help="of each run, evenly on the way; the last at the end",
     )
-    add("--jobs", type=cli.positive, help="runs at a time (default: one a GPU, or one a core)")
+    add("--jobs", type=cli.positive_int, help="runs at a time (default: one a GPU, or one a core)")
     add(
         "--gpus",
-        type=cli.positive,
+        type=cli.positive_int,
         default=8,
         help="of a machine of the cluster, for --scale imagenet",
     )
@@ -278,7 +282,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.seeds = args.seeds or ([0] if imagenet else [0, 1, 2])
     args.max_train_steps = args.max_train_steps or (400_000 if imagenet else 400)
     args.output_dir = args.output_dir or Path("exps/ablate-imagenet" if imagenet else "exps/ablate")
-    args.jobs = args.jobs or len(devices()) or cores()
+    args.jobs = args.jobs or len(devices()) or available_cores()
     args.out = args.out or args.output_dir / f"{'-'.join(args.axis)}.json"
     if args.out.suffix != ".json" and not args.plot:
         raise UserError(f"--out {args.out} must end in .json")

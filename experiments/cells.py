@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.measure import machine
+from benchmarks.measure import describe_machine
 from common.cli import UserError
 from common.files import lock, write_file
-from common.machine import cores
+from common.machine import available_cores
 from evaluations.runs import read_json, read_log
 from training.config import check_args, parse_args
-from training.preemption import STOPPED, stop_on_signal
+from training.preemption import EXIT_STOPPED, stop_on_signal
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL, LOOK = 0.1, 2.0  # seconds between looks at the processes, and at their metrics.jsonl
@@ -150,7 +150,7 @@ class Child:
 
     def __init__(self, cell: Cell, folder: Path, slot: int, jobs: int, gpus: list[str]):
         self.cell, self.folder, self.begun = cell, folder, time.monotonic()
-        threads = max(1, cores() // jobs)
+        threads = max(1, available_cores() // jobs)
         quiet = {
             "PYTHONUNBUFFERED": "1",
             "TQDM_DISABLE": "1",
@@ -160,7 +160,7 @@ class Child:
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         before = record(cell, folder)
-        made = machine(torch.device("cuda" if gpus else "cpu")) | {"cpu_threads": threads}
+        made = describe_machine(torch.device("cuda" if gpus else "cpu")) | {"cpu_threads": threads}
         commits = list(dict.fromkeys([*before.get("commits", []), commit()]))
         self.seconds = before.get("seconds", 0.0)
         self.known = {"flags": portable(cell.flags), "machine": made, "commits": commits}
@@ -193,7 +193,7 @@ class Child:
         self.note(code == 0)
         if code == 0:
             return None
-        if code == STOPPED or code == -signal.SIGTERM:
+        if code == EXIT_STOPPED or code == -signal.SIGTERM:
             return "was stopped"
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
@@ -289,5 +289,5 @@ def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
     if request.name == "SIGINT":
         raise KeyboardInterrupt
     if request.name:
-        sys.exit(STOPPED)
+        sys.exit(EXIT_STOPPED)
     return failed

@@ -24,7 +24,7 @@ from benchmarks.run_steps import count_flops, time_runs
 from common import cli
 from common.cli import UserError
 from common.files import write_file
-from common.machine import cores
+from common.machine import available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
 from experiments.cells import ROOT, Cell, check, devices, portable, run
@@ -216,10 +216,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="of models/sit.py (default: SiT-Ti/2, SiT-S/2, SiT-B/2)",
     )
-    add("--max-train-steps", type=cli.positive, help="of each run (default: the scale's)")
+    add("--max-train-steps", type=cli.positive_int, help="of each run (default: the scale's)")
     add(
         "--evaluations",
-        type=cli.positive,
+        type=cli.positive_int,
         help="of each run, evenly on the way; the last at the end",
     )
     add(
@@ -239,10 +239,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="where the data are made (default: data/study-SCALE; imagenet: data/imagenet256)",
     )
     add("--output-dir", type=Path, help="where the runs live (default: exps/study-SCALE)")
-    add("--jobs", type=cli.positive, help="runs at a time (default: one a core; gpu: 15 a GPU)")
+    add("--jobs", type=cli.positive_int, help="runs at a time (default: one a core; gpu: 15 a GPU)")
     add(
         "--gpus",
-        type=cli.positive,
+        type=cli.positive_int,
         default=8,
         help="of a machine of the cluster, for --scale imagenet",
     )
@@ -288,7 +288,7 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     args.data_dir = args.data_dir or Path("data/imagenet256" if imagenet else f"data/study-{name}")
     args.output_dir = args.output_dir or Path(f"exps/study-{name}")
     args.knobs = args.knobs or ROOT / f"docs/study-{name}-knobs.json"
-    args.jobs = args.jobs or (scale.jobs or 1) * len(devices()) or cores()
+    args.jobs = args.jobs or (scale.jobs or 1) * len(devices()) or available_cores()
     args.out = args.out or args.output_dir / ("knobs.json" if args.tune else "study.json")
     if args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.keyed_random import Purpose, normal, uniform
 from experiments.feature_picture import Maps
 from experiments.representation import Neighbours, cknna, fit_probe, neighbours, principal, wilson
-from interpolant import PATHS, interpolate
+from interpolant import INTERPOLANTS, interpolate
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
 from models.sit import SiT
@@ -52,7 +52,9 @@ class Data(NamedTuple):
     def at(self, path_type: str, t: float, rows: slice | Tensor = slice(None)) -> Tensor:
         """x_t of some of the images."""
         x = self.latents[rows]
-        return interpolate(PATHS[path_type], x, self.noise[rows], torch.full((len(x),), t))[0]
+        return interpolate(INTERPOLANTS[path_type], x, self.noise[rows], torch.full((len(x),), t))[
+            0
+        ]
 
 
 def read(cache: LatentCache, n: int, seed: int) -> Data:
@@ -144,7 +146,7 @@ def maps(
     pixels = data.latents[rows].movedim(1, -1)
     basis = principal(pixels.flatten(0, 2))
     found = Maps(
-        vae.decode(data.latents[rows].to(device)).cpu().numpy(),
+        vae.decode(data.latents[rows].to(device)).permute(0, 2, 3, 1).cpu().numpy(),
         basis.colours(pixels).numpy(),
         {},
         {},
@@ -160,7 +162,7 @@ def maps(
     share, signs = {}, {}
     for t in times:
         x_t = data.at(path_type, t, rows)
-        found.noised[t] = vae.decode(x_t.to(device)).cpu().numpy()
+        found.noised[t] = vae.decode(x_t.to(device)).permute(0, 2, 3, 1).cpu().numpy()
         found.x_t[t] = basis.colours(x_t.movedim(1, -1)).numpy()
         for k, tokens in features(model, x_t, t, blocks).items():
             own = principal(tokens.flatten(0, 1), signs.get(k, before))

@@ -22,7 +22,7 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 from evaluations.extractors import load_extractor
-from evaluations.fashion import RESOLUTION
+from evaluations.fashion import FASHION_RESOLUTION
 from experiments.feature_picture import Maps, draw
 from experiments.feature_study import (
     MOST_BLOCKS,
@@ -36,7 +36,7 @@ from experiments.feature_study import (
     spread,
 )
 from experiments.representation import NEIGHBOURS, Neighbours, neighbours
-from interpolant import PATHS
+from interpolant import INTERPOLANTS
 from latents.cache import CacheError, LatentCache
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS
@@ -78,12 +78,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--path-type",
-        choices=sorted(PATHS),
+        choices=sorted(INTERPOLANTS),
         help="of .pt files that do not tell: the path they were trained on",
     )
     add(
         "--blocks",
-        type=cli.positive,
+        type=cli.positive_int,
         nargs="+",
         metavar="K",
         help=f"counted from 1 (default: all, or {MOST_BLOCKS} evenly spread)",
@@ -104,13 +104,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae", help="hub id or folder of the decoder (default: the one that made the cache)")
     add(
         "--images",
-        type=cli.positive,
+        type=cli.positive_int,
         default=4,
         help="shown, of different classes as far as there are any",
     )
     add(
         "--probe-images",
-        type=cli.positive,
+        type=cli.positive_int,
         default=5000,
         help="one half trains the probe, the other is measured",
     )
@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         metavar="NAME",
         help="what CKNNA compares with: fashion (the shipped classifier), inception, dinov2-l, any timm network, or none; "
-        f"auto: fashion for images of {RESOLUTION} pixels, else none",
+        f"auto: fashion for images of {FASHION_RESOLUTION} pixels, else none",
     )
     add(
         "--encoder-weights",
@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.seed, default=0, help="decides which images, and their noise")
 
     add = parser.add_argument_group("work and files").add_argument
-    add("--batch-size", type=cli.positive, default=128, help="images at once")
+    add("--batch-size", type=cli.positive_int, default=128, help="images at once")
     add(
         "--device",
         type=cli.device,
@@ -166,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_checkpoints(args: argparse.Namespace) -> list[pretrained.Pretrained]:
+def load_checkpoints(args: argparse.Namespace) -> list[pretrained.PretrainedModel]:
     """Each with the flags that are for its kind of file; a flag that is for none of them is refused as elsewhere."""
     found = []
     official = [path.is_file() and path.suffix != ".safetensors" for path in args.ckpt]
@@ -187,7 +187,7 @@ def load_checkpoints(args: argparse.Namespace) -> list[pretrained.Pretrained]:
 
 def cfg_prob(path: Path) -> float | None:
     """The share of labels dropped while a checkpoint of ours was trained; None: not recorded."""
-    return pretrained.read_ours(pretrained.find(path))[1].get("cfg_prob")
+    return pretrained.read_own_config(pretrained.resolve_checkpoint(path))[1].get("cfg_prob")
 
 
 def load_cache(roots: list[Path], wanted: int) -> LatentCache:
@@ -202,7 +202,7 @@ def load_cache(roots: list[Path], wanted: int) -> LatentCache:
     return cache
 
 
-def check(source: pretrained.Pretrained, cache: LatentCache, blocks: list[int]) -> None:
+def check(source: pretrained.PretrainedModel, cache: LatentCache, blocks: list[int]) -> None:
     """Raises UserError where a checkpoint is not of these latents, or has not got these blocks."""
     what, config, manifest = (
         f"--ckpt {source.identity['checkpoint']}",
@@ -254,7 +254,7 @@ def reference(
     )
     held, features = data.latents[data.half :], []
     for part in tqdm(held.split(args.batch_size), unit="batch", desc=name, leave=False):
-        features.append(network(vae.decode(part.to(args.device)).permute(0, 3, 1, 2))[0].float())
+        features.append(network(vae.decode(part.to(args.device)))[0].float())
     features = torch.cat(features)
     return neighbours(features), {
         "features": name,
@@ -275,7 +275,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[Maps], list[str]]:
     rows = choose(data, args.images)
     name = args.reference_features
     if name == "auto":
-        name = "fashion" if manifest.resolution == RESOLUTION else "none"
+        name = "fashion" if manifest.resolution == FASHION_RESOLUTION else "none"
     to, of = (
         (None, None) if name == "none" else reference(name, args, data, vae, manifest.resolution)
     )

@@ -21,9 +21,24 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 from common.keyed_random import Purpose, normal
-from interpolant import PATHS, PREDICTIONS, interval, like, to_velocity
-from interpolant import Path as Interpolant
-from samplers import WHOLE, Velocity, denoised, dopri5, guided, guided_dopri5, ode, sde
+from interpolant import (
+    INTERPOLANTS,
+    PREDICTIONS,
+    Interpolant,
+    expand_like,
+    prediction_to_velocity,
+    time_interval,
+)
+from samplers import (
+    UNIT_INTERVAL,
+    GuidedVelocity,
+    VelocityField,
+    denoise,
+    dopri5,
+    guided_dopri5,
+    ode,
+    sde,
+)
 
 
 class Gaussian(NamedTuple):
@@ -37,14 +52,14 @@ class Gaussian(NamedTuple):
     def covariance(self) -> Tensor:
         return self.axes * self.std**2 @ self.axes.T
 
-    def expected(self, path: Interpolant, prediction: str) -> Velocity:
+    def predict_expected(self, path: Interpolant, prediction: str) -> VelocityField:
         """E[v | x_t] = alpha' E[x | x_t] + sigma' E[eps | x_t], or one of the two others, for x (B, D) and one time or (B,) of
         them: what a perfect network of that prediction gives.
         """
 
-        def expected(x: Tensor, t: float | Tensor) -> Tensor:
+        def predict_expected(x: Tensor, t: float | Tensor) -> Tensor:
             times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
-            alpha, sigma, d_alpha, d_sigma = path.coefficients(like(times, x))
+            alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(times, x))
             away = (
                 (x - alpha * self.mean) @ self.axes / (alpha**2 * self.std**2 + sigma**2)
             )  # V^-1 (x - alpha m), in the axes
@@ -55,11 +70,11 @@ class Gaussian(NamedTuple):
                 data if prediction == "x" else d_alpha * data + d_sigma * sigma * away @ self.axes.T
             )
 
-        return expected
+        return predict_expected
 
-    def velocity(self, path: Interpolant) -> Velocity:
+    def velocity(self, path: Interpolant) -> VelocityField:
         """E[v | x_t]."""
-        return self.expected(path, "v")
+        return self.predict_expected(path, "v")
 
     def flow(self, x: Tensor) -> Tensor:
         """Where the ODE takes noise x (B, D). Along an axis (x_t - alpha m) / V^(1/2) stays what it is, so to m + S^(1/2) x:
@@ -68,7 +83,7 @@ class Gaussian(NamedTuple):
         return self.mean + x @ self.axes * self.std @ self.axes.T
 
 
-def example(stds: list[float], seed: int = 0) -> Gaussian:
+def example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
     """With these standard deviations along axes that are none of the coordinates'."""
     d = len(stds)
     draw = normal(seed, Purpose.NOISE, torch.arange(d + 1), (d,))
@@ -76,12 +91,12 @@ def example(stds: list[float], seed: int = 0) -> Gaussian:
 
 
 def sde_moments(
-    velocity: Velocity,
+    velocity: VelocityField,
     path: Interpolant,
     d: int,
     num_steps: int,
     last: float = 0.04,
-    ends: tuple[float, float] = WHOLE,
+    ends: tuple[float, float] = UNIT_INTERVAL,
 ) -> tuple[Tensor, Tensor]:
     """The mean (D,) and covariance (D, D) of `sde`'s samples, exact and without drawing any, for a velocity affine in x.
 
@@ -95,13 +110,13 @@ def sde_moments(
     return end[0], columns.T @ columns
 
 
-STDS = [0.1, 0.4, 0.8, 1.5]
+EXAMPLE_STDS = [0.1, 0.4, 0.8, 1.5]
 IMAGES = 256
 DRAWN = (
     "linear",
     "cosine",
 )  # the paths of SiT's and REPA's tables: the picture, and the table of solvers
-BUDGETS = [8, 16, 32, 64, 128, 256, 512]  # network evaluations
+EVALUATION_COUNTS = [8, 16, 32, 64, 128, 256, 512]  # network evaluations
 TOLERANCES = [
     10.0**-k for k in range(1, 9)
 ]  # rtol; atol is a thousandth, as in the SiT repository (1e-6 to 1e-3)
@@ -109,30 +124,30 @@ SDE_BUDGETS = [8, 16, 32, 64, 128, 250, 512]  # SiT's and REPA's tables have 250
 LAST = {"last step 0.04": lambda n: 0.04, "last step 1 / n": lambda n: 1 / n}
 
 
-def begin(data: Gaussian) -> Tensor:
+def start_noise(data: Gaussian) -> Tensor:
     """Noise, the same for all solvers: (IMAGES, D)."""
-    return normal(0, Purpose.START, torch.arange(IMAGES), data.mean.shape)
+    return normal(0, Purpose.INITIAL_NOISE, torch.arange(IMAGES), data.mean.shape)
 
 
-def distance(data: Gaussian, end: Tensor, exact: Tensor) -> float:
+def relative_rms_error(data: Gaussian, end: Tensor, exact: Tensor) -> float:
     """Root mean square, in units of the data's standard deviation."""
     return ((end - exact).square().mean() / data.std.square().mean()).sqrt().item()
 
 
 def ode_figures(data: Gaussian, path: Interpolant) -> dict[str, dict[str, list]]:
     """Solver -> network evaluations, and how far the images end from the exact ones."""
-    start, velocity = begin(data), data.velocity(path)
-    error = partial(distance, data, exact=data.flow(start))
+    start, velocity = start_noise(data), data.velocity(path)
+    error = partial(relative_rms_error, data, exact=data.flow(start))
     adaptive = [dopri5(velocity, start, rtol / 1000, rtol) for rtol in TOLERANCES]
     counts = torch.stack([count for _, count in adaptive]).double()
     return {
         "Euler": {
-            "evaluations": BUDGETS,
-            "error": [error(ode(velocity, start, n)) for n in BUDGETS],
+            "evaluations": EVALUATION_COUNTS,
+            "error": [error(ode(velocity, start, n)) for n in EVALUATION_COUNTS],
         },
         "Heun": {
-            "evaluations": [n - 1 for n in BUDGETS],
-            "error": [error(ode(velocity, start, n // 2, heun=True)) for n in BUDGETS],
+            "evaluations": [n - 1 for n in EVALUATION_COUNTS],
+            "error": [error(ode(velocity, start, n // 2, heun=True)) for n in EVALUATION_COUNTS],
         },
         "dopri5": {
             "evaluations": counts.amax(1).tolist(),
@@ -160,45 +175,51 @@ def interval_figures(
 
     The exact end is that of pieces at a tolerance a thousand times finer, which a test holds to scipy's.
     """
-    start, labels = begin(data), torch.zeros(IMAGES, dtype=torch.int64)
+    start, labels = start_noise(data), torch.zeros(IMAGES, dtype=torch.int64)
     classes = data.velocity(path), null.velocity(path)
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         v, v_null = (velocity(x.double(), t.double()) for velocity in classes)
-        return torch.where(like(y == 1, x), v_null, v)
+        return torch.where(expand_like(y == 1, x), v_null, v)
 
     guidance = {"scale": 2.0, "low": low, "high": high}
     in_pieces = partial(guided_dopri5, model, labels, 1, start, **guidance)
     exact, _ = in_pieces(atol=1e-10, rtol=1e-7)
     figures: dict = {**guidance, "rtol": [1e-3, 1e-4]}
     for how, solve in {
-        "one go": partial(dopri5, guided(model, labels, 1, **guidance), start),
+        "one go": partial(dopri5, GuidedVelocity(model, labels, 1, **guidance), start),
         "pieces": in_pieces,
     }.items():
         ends = [solve(atol=rtol / 1000, rtol=rtol) for rtol in figures["rtol"]]
         figures[how] = {
             "evaluations": [count.double().mean().item() for _, count in ends],
-            "error": [distance(data, end, exact) for end, _ in ends],
+            "error": [relative_rms_error(data, end, exact) for end, _ in ends],
         }
     return figures
 
 
 def objective_figures(data: Gaussian, name: str, prediction: str) -> dict[str, float]:
     """Of a perfect network of that prediction: distance of the ODE's images, and of the SDE's covariance as in sde_figures."""
-    path, start, network = PATHS[name], begin(data), data.expected(PATHS[name], prediction)
-    lo, hi = ends = interval(path, prediction)
+    path, start, network = (
+        INTERPOLANTS[name],
+        start_noise(data),
+        data.predict_expected(INTERPOLANTS[name], prediction),
+    )
+    lo, hi = ends = time_interval(path, prediction)
 
     def velocity(x: Tensor, t: float | Tensor) -> Tensor:
         times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
-        return to_velocity(path, prediction, network(x, times), x, times)
+        return prediction_to_velocity(path, prediction, network(x, times), x, times)
 
-    adaptive, evaluations = dopri5(velocity, start, begin=hi, end=lo)
+    adaptive, evaluations = dopri5(velocity, start, t_start=hi, t_end=lo)
     if lo > 0:
-        adaptive, evaluations = denoised(velocity, path, adaptive, lo), evaluations + 1
+        adaptive, evaluations = denoise(velocity, path, adaptive, lo), evaluations + 1
     _, covariance = sde_moments(velocity, path, len(data.mean), 250, ends=ends)
     return {
-        "Heun": distance(data, ode(velocity, start, 32, True, path, ends), data.flow(start)),
-        "dopri5": distance(data, adaptive, data.flow(start)),
+        "Heun": relative_rms_error(
+            data, ode(velocity, start, 32, True, path, ends), data.flow(start)
+        ),
+        "dopri5": relative_rms_error(data, adaptive, data.flow(start)),
         "evaluations": evaluations.double().mean().item(),
         "SDE": ((covariance - data.covariance).norm() / data.covariance.norm()).item(),
     }
@@ -212,10 +233,10 @@ def order(figures: dict[str, list]) -> float:
 
 def measure() -> dict:
     """All figures, to four digits."""
-    data = example(STDS)
-    odes = {name: ode_figures(data, PATHS[name]) for name in DRAWN}
+    data = example_gaussian(EXAMPLE_STDS)
+    odes = {name: ode_figures(data, INTERPOLANTS[name]) for name in DRAWN}
     sdes = {
-        name: {how: sde_figures(data, PATHS[name], last) for how, last in LAST.items()}
+        name: {how: sde_figures(data, INTERPOLANTS[name], last) for how, last in LAST.items()}
         for name in DRAWN
     }
     orders = {
@@ -223,11 +244,13 @@ def measure() -> dict:
     }
     for name in DRAWN:
         orders[name]["Euler-Maruyama"] = order(sdes[name]["last step 1 / n"])
-    guidance = interval_figures(data, example([0.5, 0.9, 1.1, 1.4], seed=1), PATHS["linear"])
-    what = {"standard deviations": STDS, "images": IMAGES}
+    guidance = interval_figures(
+        data, example_gaussian([0.5, 0.9, 1.1, 1.4], seed=1), INTERPOLANTS["linear"]
+    )
+    what = {"standard deviations": EXAMPLE_STDS, "images": IMAGES}
     objectives = {
         name: {prediction: objective_figures(data, name, prediction) for prediction in PREDICTIONS}
-        for name in PATHS
+        for name in INTERPOLANTS
     }
     return rounded(
         {
@@ -241,12 +264,15 @@ def measure() -> dict:
     )
 
 
-def tables(figures: dict) -> list[str]:
+def markdown_tables(figures: dict) -> list[str]:
     """The rows of docs/sampling.md: of each path; of guidance in an interval; of each objective."""
     paths, k, published = [], TOLERANCES.index(1e-3), SDE_BUDGETS.index(250)
     for name in DRAWN:
         solved, sdes = figures["ode"][name], figures["sde"][name]
-        at = {solver: solved[solver]["error"][BUDGETS.index(64)] for solver in ("Euler", "Heun")}
+        at = {
+            solver: solved[solver]["error"][EVALUATION_COUNTS.index(64)]
+            for solver in ("Euler", "Heun")
+        }
         adaptive = "{:.2g} ({:.0f}, at most {:.0f})".format(
             *(solved["dopri5"][key][k] for key in ("error", "of an image, mean", "evaluations"))
         )
@@ -313,7 +339,7 @@ def draw(figures: dict, out: Path) -> None:
     slope(axes[2], figures["sde"]["linear"]["last step 1 / n"], 1)
     for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="network evaluations", xlim=(6, 1000))
-        axis.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
+        axis.set_xticks(EVALUATION_COUNTS, [str(n) for n in EVALUATION_COUNTS])
         axis.minorticks_off()
         axis.grid(True, alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -17,13 +17,13 @@ import torch
 from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
 from common.cli import UserError
 from common.files import sha256, write_file
-from evaluations.compare import compare
-from evaluations.extractors import gather, load_extractor
-from evaluations.reference_features import cache_folder, load_references
+from evaluations.compare import compute_metrics
+from evaluations.extractors import collect_features, load_extractor
+from evaluations.reference_features import default_cache_dir, load_reference_features
 from evaluations.runs import read_json
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
-from training.preemption import STOPPED
+from training.preemption import EXIT_STOPPED
 
 IMAGES, VAE = Path("assets/fashion-mnist/images.zip"), Path("assets/fashion-mnist/vae")
 ENCODER, SIDE = (
@@ -76,7 +76,7 @@ def call(*words: object) -> None:
     told = shlex.join(["python", "-m", *map(str, words)])
     print(told, flush=True)
     code = subprocess.run([sys.executable, "-m", *map(str, words)]).returncode
-    if code in (STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
+    if code in (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         raise UserError(f"could not prepare the data: {told} ended with exit code {code}")
@@ -125,9 +125,9 @@ def floor(folder: Path, count: int, size: int = 250) -> dict[str, float | None]:
     def batches():
         for part in index.split(size):
             latents = scale.mean(cache.gather(part.numpy())[0].to(device))
-            yield network(vae.decode(latents).permute(0, 3, 1, 2).contiguous())
+            yield network(vae.decode(latents))
 
-    reference = load_references(
+    reference = load_reference_features(
         IMAGES,
         sha256(IMAGES),
         {"fashion": network},
@@ -135,9 +135,11 @@ def floor(folder: Path, count: int, size: int = 250) -> dict[str, float | None]:
         size,
         device,
         "--eval-reference",
-        cache_folder(),
+        default_cache_dir(),
     )["fashion"]
     labels = cache.labels[index.numpy()].astype("int64")
-    numbers = compare(gather(batches(), count), labels, reference, "fashion", device)
+    numbers = compute_metrics(
+        collect_features(batches(), count), labels, reference, "fashion", device
+    )
     write_file(path, json.dumps(numbers).encode())
     return numbers

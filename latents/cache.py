@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.machine import descriptors, free_memory, room
+from common.machine import available_memory, memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
     Manifest,
-    joined,
+    join_manifests,
+    read_feature_metadata,
     read_manifest,
-    stored_features,
     write_manifest,
 )
 
 __all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest", "write_manifest"]
-ADD_IMAGES = "give the command that made it again, with --keep-images"
+KEEP_IMAGES_REMEDY = "give the command that made it again, with --keep-images"
 REMEDY = "do it again with python -m preprocessing.verify --repair"
 ADVISED = 8  # batches, after one that waited for the disk
 SLOWEST_MEMORY = 2e9  # bytes a second; a copy that takes longer has waited for a disk
-MOST_OPEN = 16_384  # shards mapped at once; Linux allows a process 65,530 maps
+MAX_OPEN_MAPS = 16_384  # shards mapped at once; Linux allows a process 65,530 maps
 
 
 class LatentCache:
@@ -48,8 +48,10 @@ class LatentCache:
                 raise CacheError(
                     f"{root / 'manifest.json'}: its shards hold {held} images, it says {manifest.count}"
                 )
-        self.manifest = self.manifests[0] if len(roots) == 1 else joined(self.roots, self.manifests)
-        self.root_of = [
+        self.manifest = (
+            self.manifests[0] if len(roots) == 1 else join_manifests(self.roots, self.manifests)
+        )
+        self.shard_roots = [
             root for root, manifest in zip(self.roots, self.manifests) for _ in manifest.shards
         ]
         self.starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
@@ -60,7 +62,7 @@ class LatentCache:
             )
         )
         self._items = dict.fromkeys(
-            self.manifest.sides, self.item
+            self.manifest.moment_folders, self.item
         )  # one row of each folder that is looked at
         self.labels = np.empty(len(self), np.min_scalar_type(self.manifest.num_classes - 1))
         for k, start in enumerate(
@@ -68,21 +70,21 @@ class LatentCache:
         ):  # looks at every header now, so that training does not stop on day three
             labels = self._labels(k)
             self.labels[start : start + len(labels)] = labels
-            for folder in self.manifest.sides:
+            for folder in self.manifest.moment_folders:
                 self._map(k, folder)
         self._ram: np.ndarray | None = None
-        self._open: dict[tuple[int, str], tuple[mmap.mmap, int]] = {}
+        self.open_shards: dict[tuple[int, str], tuple[mmap.mmap, int]] = {}
         self._advise: Counter = Counter()  # by folder
-        self._most_open = min(MOST_OPEN, descriptors() // 2)  # each map keeps one
+        self._most_open = min(MAX_OPEN_MAPS, raise_open_file_limit() // 2)  # each map keeps one
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}  # maps are every process's own
+        return self.__dict__ | {"open_shards": {}}  # maps are every process's own
 
     def _read(self, shard: int, folder: str, mmap_mode: str | None = None) -> np.ndarray:
-        path = self.root_of[shard] / folder / self.manifest.shards[shard]["file"]
+        path = self.shard_roots[shard] / folder / self.manifest.shards[shard]["file"]
         try:
             return np.load(path, mmap_mode=mmap_mode)
         except (OSError, ValueError, EOFError) as error:
@@ -90,9 +92,9 @@ class LatentCache:
                 None,
                 errno.ENOENT,
             )  # otherwise it is the disk, or the machine
-            remedy = f"{REMEDY} {self.root_of[shard]}"
+            remedy = f"{REMEDY} {self.shard_roots[shard]}"
             if folder.startswith("features/"):
-                remedy = f"remove {self.root_of[shard] / folder} and make it again with python -m preprocessing.encode_features"
+                remedy = f"remove {self.shard_roots[shard] / folder} and make it again with python -m preprocessing.encode_features"
             raise CacheError(
                 f"{path} cannot be read ({error}){f': {remedy}' if gone else ''}"
             ) from None
@@ -106,8 +108,12 @@ class LatentCache:
         array = self._read(shard, folder, "r")
         expected = (entry["count"], *item.shape)
         if (array.shape, array.dtype) != (expected, item.base):
-            path, hint = self.root_of[shard] / folder / entry["file"], ""
-            if folder in self.manifest.sides and array.ndim == 4 and array.shape[1] == channels:
+            path, hint = self.shard_roots[shard] / folder / entry["file"], ""
+            if (
+                folder in self.manifest.moment_folders
+                and array.ndim == 4
+                and array.shape[1] == channels
+            ):
                 hint = f" ({channels} channels are latents; a cache holds moments, {2 * channels} channels)"
             raise CacheError(
                 f"{path} has shape {array.shape} and dtype {array.dtype}, the manifest says {expected} and {item.base}{hint}"
@@ -117,7 +123,7 @@ class LatentCache:
 
     def _labels(self, shard: int) -> np.ndarray:
         labels, count = self._read(shard, "labels"), self.manifest.shards[shard]["count"]
-        path = self.root_of[shard] / "labels" / self.manifest.shards[shard]["file"]
+        path = self.shard_roots[shard] / "labels" / self.manifest.shards[shard]["file"]
         if labels.shape != (count,):
             raise CacheError(f"{path} has shape {labels.shape}, the manifest says {(count,)}")
         if labels.size and not 0 <= labels.min() <= labels.max() < self.manifest.num_classes:
@@ -133,7 +139,9 @@ class LatentCache:
         assert ((index >= 0) & (index < len(self))).all(), (index, len(self))
         labels = torch.from_numpy(self.labels[index].astype(np.int64))
         if self._ram is None:
-            return torch.from_numpy(self._rows(index, self.manifest.sides, mirrored)), labels
+            return torch.from_numpy(
+                self._rows(index, self.manifest.moment_folders, mirrored)
+            ), labels
         moments = np.empty(len(index), self.item)
         rows = index if mirrored is None else index + len(self) * mirrored.astype(np.int64)
         np.take(
@@ -145,7 +153,7 @@ class LatentCache:
         """What was encoded: index (B,), mirrored (B,) bool -> (B, 3, R, R) uint8. They stay on the disk, also where the moments
         are in memory.
         """
-        self.require("images")
+        self.require_folder("images")
         images = self._rows(index, ["images"])
         if mirrored is not None:
             images[mirrored] = images[mirrored][..., ::-1]
@@ -153,14 +161,14 @@ class LatentCache:
 
     def features(self, slug: str, index: np.ndarray) -> Tensor:
         """What preprocessing.encode_features stored: index (B,) -> (B, N, D) float16."""
-        self.require(f"features/{slug}")
+        self.require_folder(f"features/{slug}")
         return torch.from_numpy(self._rows(index, [f"features/{slug}"]))
 
-    def stored_features(self) -> dict[str, dict]:
+    def read_feature_metadata(self) -> dict[str, dict]:
         """{slug: features.json} of those that every cache here holds, made by one encoder."""
-        return stored_features(self.roots, self.manifests)
+        return read_feature_metadata(self.roots, self.manifests)
 
-    def require(self, folder: str) -> None:
+    def require_folder(self, folder: str) -> None:
         """Looks at the headers of "images" or "features/SLUG", once. Raises CacheError if they are not there or not sound."""
         if folder in self._items:
             return
@@ -168,11 +176,11 @@ class LatentCache:
             for root, manifest in zip(self.roots, self.manifests):
                 if not manifest.images:
                     raise CacheError(
-                        f"{root} holds no images: it was made without --keep-images; {ADD_IMAGES}"
+                        f"{root} holds no images: it was made without --keep-images; {KEEP_IMAGES_REMEDY}"
                     )
             item = np.dtype((np.uint8, (3, self.manifest.resolution, self.manifest.resolution)))
         else:
-            stored, slug = self.stored_features(), folder.removeprefix("features/")
+            stored, slug = self.read_feature_metadata(), folder.removeprefix("features/")
             if slug not in stored:
                 raise CacheError(
                     f"{' '.join(map(str, self.roots))}: no features {slug}, but {', '.join(sorted(stored)) or 'none'}: make "
@@ -210,7 +218,7 @@ class LatentCache:
                 stored.madvise(mmap.MADV_WILLNEED, page, first + offset + size - page)
         started = time.perf_counter()
         for row, k, which_one, offset in rows:
-            stored, first = self._open.get((k, folders[which_one])) or self._bytes(
+            stored, first = self.open_shards.get((k, folders[which_one])) or self._bytes(
                 k, folders[which_one]
             )
             out[row : row + size] = memoryview(stored)[first + offset : first + offset + size]
@@ -222,15 +230,15 @@ class LatentCache:
         """The map of a shard's file, and where its array begins. It is read here and there: without being told so, the system
         reads megabytes around each image.
         """
-        if (shard, folder) not in self._open:
-            if len(self._open) >= self._most_open:
-                self._open.pop(next(iter(self._open)))[0].close()
+        if (shard, folder) not in self.open_shards:
+            if len(self.open_shards) >= self._most_open:
+                self.open_shards.pop(next(iter(self.open_shards)))[0].close()
             array = self._map(shard, folder)
             with open(array.filename, "rb") as file:
                 stored = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
             stored.madvise(mmap.MADV_RANDOM)
-            self._open[shard, folder] = stored, array.offset
-        return self._open[shard, folder]
+            self.open_shards[shard, folder] = stored, array.offset
+        return self.open_shards[shard, folder]
 
     def load_into_ram(
         self, rank: int = 0, gather: Callable[[object], list] = lambda value: [value]
@@ -239,15 +247,15 @@ class LatentCache:
         system frees them with the last of these, however that ends. `gather` returns what every process gave, in the order of
         their ranks.
         """
-        sides = self.manifest.sides
+        sides = self.manifest.moment_folders
         shape = (len(sides) * len(self), *self.item.shape)
         size = len(sides) * len(self) * self.item.itemsize
-        rooms = gather(room())
+        rooms = gather(memory_sharing_domain())
         owner = rooms.index(rooms[rank])
         path, problem = None, None
         if owner == rank:
             try:
-                if size > (free := free_memory()):
+                if size > (free := available_memory()):
                     raise CacheError(
                         f"--cache-in-ram needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of this machine's are free"
                     )

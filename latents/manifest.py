@@ -54,14 +54,14 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @property
-    def sides(self) -> list[str]:
+    def moment_folders(self) -> list[str]:
         """Where a shard's moments lie."""
         return ["moments", *["mirrored"] * self.flips]
 
     @property
     def folders(self) -> list[str]:
         """Where a shard's arrays lie."""
-        return [*self.sides, "labels", *["images"] * self.images]
+        return [*self.moment_folders, "labels", *["images"] * self.images]
 
 
 class CacheError(ValueError):
@@ -120,7 +120,7 @@ SHARED = (
 )
 
 
-def joined(roots: list[Path], manifests: list[Manifest]) -> Manifest:
+def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     """Several caches as one, in the order given. Raises CacheError if they do not go together."""
     first = manifests[0]
     if len({root.resolve() for root in roots}) < len(roots):
@@ -157,7 +157,7 @@ def joined(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     )
 
 
-def stored_features(roots: list[Path], manifests: list[Manifest]) -> dict[str, dict]:
+def read_feature_metadata(roots: list[Path], manifests: list[Manifest]) -> dict[str, dict]:
     """{slug: features.json} of the features that every cache holds, by one encoder and of the images that are there now. Raises
     CacheError for a features.json that cannot be read.
     """

@@ -59,7 +59,7 @@ class LatentScale:
         return self.normalize(mean + std * noise)
 
 
-def scale_of(config: Mapping[str, Any]) -> LatentScale:
+def read_latent_scale(config: Mapping[str, Any]) -> LatentScale:
     """What an AutoencoderKL's config says: scaling_factor and shift_factor, or scaling_factor with latents_mean and latents_std
     by channel, which diffusers' SDXL pipelines read as latent = (x - mean) * scaling_factor / std; either of the two alone they
     ignore. Raises ValueError.
@@ -120,13 +120,15 @@ class Autoencoder:
                 f"--vae {name} lacks weights of its config, {min(loaded['missing_keys'])} for one"
             )
         try:
-            self.scale = scale_of(vae.config)
+            self.scale = read_latent_scale(vae.config)
         except ValueError as error:
             raise FileNotFoundError(f"--vae {name}: {error}") from None
         self.name = name
         self.vae = vae.float().eval().requires_grad_(False).to(device)
         self.channels = vae.config.latent_channels
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # image side / latent side
+        self.downsampling_factor = 2 ** (
+            len(vae.config.block_out_channels) - 1
+        )  # image side / latent side
 
     def fingerprint(self) -> str:
         """sha256 over every parameter's name, shape and float32 bytes, and over scale and shift."""
@@ -145,17 +147,11 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, H, W, 3) uint8, rounded, not truncated. A few at a time: at 512 pixels one image
+        """Latents (B, C, h, w) -> images (B, 3, H, W) uint8, rounded, not truncated. A few at a time: at 512 pixels one image
         takes a gigabyte of activations.
         """
         parts = [
             self.vae.decode(part).sample
             for part in self.scale.denormalize(latent.float()).split(DECODE_AT_ONCE)
         ]
-        return (
-            (torch.cat(parts) * 127.5 + 127.5)
-            .round()
-            .clamp(0, 255)
-            .to(torch.uint8)
-            .permute(0, 2, 3, 1)
-        )
+        return (torch.cat(parts) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

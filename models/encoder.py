@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = {
+ENCODER_ALIASES = {
     f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m"
     for size in ("small", "base", "large", "giant")
 }
@@ -73,9 +73,11 @@ class Encoder(nn.Module):
         import timm
 
         super().__init__()
-        self.width, self.side = describe(name, resolution, side)  # before anything is downloaded
+        self.width, self.side = describe_encoder(
+            name, resolution, side
+        )  # before anything is downloaded
         network = load_network(name, weights, pretrained)
-        self.name = canonical(name)
+        self.name = canonical_name(name)
         self.tokens_side = tokens_side
         self.dtype = dtype or (
             torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -85,7 +87,7 @@ class Encoder(nn.Module):
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
         self._settings = [
-            architecture(name),
+            timm_name(name),
             self.side,
             tokens_side,
             name in BEFORE_NORM,
@@ -119,17 +121,17 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """sha256 over the weights and over all that decides about the tokens but the image and the dtype."""
         return hashlib.sha256(
-            (json.dumps(self._settings) + fingerprint(self.network)).encode()
+            (json.dumps(self._settings) + weights_fingerprint(self.network)).encode()
         ).hexdigest()
 
 
-def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
+def describe_encoder(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
     """(D, S) of the Encoder of this name, for images of `resolution` pixels, without weights: the network is made and run on
     the meta device, in a fraction of a second. Raises EncoderError for whatever is wrong with it but its weights.
     """
     import timm
 
-    wanted = architecture(name)
+    wanted = timm_name(name)
     try:
         with torch.device("meta"), torch.no_grad():
             network = timm.create_model(wanted, pretrained=False, num_classes=0)
@@ -148,7 +150,7 @@ def describe(name: str, resolution: int, side: int | None = None) -> tuple[int, 
         ) from None
 
 
-def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
+def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
     """Parameters, and forward FLOPs of one image (matrix products and convolutions, as PyTorch's counter has them), without
     weights.
     """
@@ -157,18 +159,18 @@ def cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]
 
     with torch.device("meta"), torch.no_grad():
         network = (
-            timm.create_model(architecture(name), pretrained=False, num_classes=0)
+            timm.create_model(timm_name(name), pretrained=False, num_classes=0)
             .eval()
             .requires_grad_(False)
         )
-        side = describe(name, resolution, side)[1]
+        side = describe_encoder(name, resolution, side)[1]
         set_side(network, side)
         with FlopCounterMode(display=False) as counter:
             patch_tokens(network, torch.empty(1, 3, side, side))
     return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
 
 
-def architecture(name: str, others: Iterable[str] = ()) -> str:
+def timm_name(name: str, others: Iterable[str] = ()) -> str:
     """timm's name of a network called by that name, by one of SHORT or of REPA. `others` are names that the caller knows, to be
     proposed. Raises EncoderError.
     """
@@ -178,24 +180,24 @@ def architecture(name: str, others: Iterable[str] = ()) -> str:
         raise EncoderError(
             f"{name}: timm has no MoCo v3 weights; of REPA's encoders it has {', '.join(REPA)}"
         )
-    wanted = SHORT.get(name) or REPA.get(name) or name
+    wanted = ENCODER_ALIASES.get(name) or REPA.get(name) or name
     stem, _, tag = wanted.partition(".")
     if not timm.is_model(stem) or (tag and not timm.is_model_pretrained(wanted)):
         known = [
-            *SHORT,
+            *ENCODER_ALIASES,
             *REPA,
             *others,
             *timm.list_models(),
             *(timm.list_models(f"{stem}.*", pretrained=True) if tag else ()),
         ]
-        near = difflib.get_close_matches(name, known) or [*SHORT, *others]
+        near = difflib.get_close_matches(name, known) or [*ENCODER_ALIASES, *others]
         raise EncoderError(f"{name} is no network that timm knows; near it: {', '.join(near)}")
     return wanted
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """One name for all spellings of an encoder. Raises EncoderError."""
-    return name if name in BEFORE_NORM else architecture(name)
+    return name if name in BEFORE_NORM else timm_name(name)
 
 
 def load_network(
@@ -206,7 +208,7 @@ def load_network(
     """
     import timm
 
-    wanted = architecture(name, others)
+    wanted = timm_name(name, others)
     if weights and not weights.exists():
         raise EncoderError(f"{name}: --encoder-weights {weights} does not exist")
     overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
@@ -328,7 +330,7 @@ def resample(tokens: Tensor, side: int) -> Tensor:
     return F.interpolate(maps, (side, side), mode="bilinear", antialias=True).flatten(2).mT
 
 
-def fingerprint(network: nn.Module) -> str:
+def weights_fingerprint(network: nn.Module) -> str:
     """sha256 over every parameter's and buffer's name, shape and bytes."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):

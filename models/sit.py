@@ -45,7 +45,7 @@ ALIGN_BLOCK = {
 }  # the paper's for B, L, XL; B's for the others
 
 
-def align_block(model: str) -> int:
+def default_align_block(model: str) -> int:
     """The block that `--align-depth auto` stands for: 'SiT-XL/2' -> 8."""
     return ALIGN_BLOCK[model.removeprefix("SiT-").split("/")[0]]
 
@@ -153,7 +153,7 @@ class SiT(nn.Module):
             SiTBlock(config.width, config.heads) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
-        self.recompute = False  # set to keep a block's input only, and compute the block again in the backward pass
+        self.activation_checkpointing = False  # set to keep a block's input only, and compute the block again in the backward pass
         self.initialize()
 
     def initialize(self) -> None:
@@ -203,7 +203,7 @@ class SiT(nn.Module):
         for k, block in enumerate(self.blocks[:last], 1):
             tokens = (
                 checkpoint(block, tokens, c, use_reentrant=False)
-                if self.recompute
+                if self.activation_checkpointing
                 else block(tokens, c)
             )
             if k in keep:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import LatentScale
-from models.encoder import Encoder, EncoderError, canonical, cost, describe
+from models.encoder import Encoder, EncoderError, canonical_name, describe_encoder, encoder_cost
 from models.flops import backbone_flops
-from models.sit import SiT, SiTConfig, align_block
+from models.sit import SiT, SiTConfig, default_align_block
 
 
 class TargetError(ValueError):
@@ -160,7 +160,7 @@ class Latents(Target):
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
-        return Defaults(align_block(model), 1.0, 5, 2 * width)
+        return Defaults(default_align_block(model), 1.0, 5, 2 * width)
 
     @staticmethod
     def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
@@ -230,8 +230,8 @@ class EncoderTokens(Target):
         given = "dinov2-b" if args.repa_encoder is None else args.repa_encoder
         try:
             encoder, (width, side) = (
-                canonical(given),
-                describe(given, data.resolution, args.repa_side),
+                canonical_name(given),
+                describe_encoder(given, data.resolution, args.repa_side),
             )
         except EncoderError as error:
             raise TargetError(f"--repa-encoder {error}") from None
@@ -318,7 +318,7 @@ class EncoderTokens(Target):
     @staticmethod
     def cost(entry: dict, config: SiTConfig, data: Data) -> tuple[int, int]:
         return (
-            cost(entry["encoder"], data.resolution, entry["side"])
+            encoder_cost(entry["encoder"], data.resolution, entry["side"])
             if entry["from"] == "images"
             else (0, 0)
         )

@@ -21,11 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.files import discarding, lock, write_file
+from common.files import discard_on_error, lock, write_file
 from common.image_grid import save_png
 from common.processes import World
 from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
-from preprocessing.shards import Shard, add_images, file_of, statistics, write_shard
+from preprocessing.shards import Shard, add_images, channel_statistics, shard_file_name, write_shard
 
 IMAGES = {"keep_images": False}  # of a plan that does not say, as an older one
 LAST_BIT = (
@@ -34,30 +34,34 @@ LAST_BIT = (
 )  # of a plan: what may differ between two calls for a cache that is whole
 
 
-class Job(Protocol):
+class CacheJob(Protocol):
     """Something that makes shards."""
 
     plan: dict[str, Any]  # all that decides their bytes; caches of two plans are never mixed
     settings: dict[str, Any]  # how to set up the same job again; kept in the manifest
-    manifest: dict[str, Any]  # what of the manifest is known beforehand
-    images: int
+    manifest_fields: dict[str, Any]  # what of the manifest is known beforehand
+    num_images: int
     shard_size: int
-    what: str  # for the progress bar
+    description: str  # for the progress bar
 
-    def shards(
-        self, dest: Path, numbers: list[int], progress: Callable[[int], None], only_images: bool
+    def iter_shards(
+        self,
+        dest: Path,
+        shard_indices: list[int],
+        progress: Callable[[int], None],
+        only_images: bool,
     ) -> Iterator[tuple[int, Shard]]:
         """(number, shard) of each, in this order; progress(n) is called after every few images. only_images: as add_images
         takes them.
         """
 
-    def preview(self) -> tuple[Image.Image, str]:
+    def make_preview(self) -> tuple[Image.Image, str]:
         """A picture that shows whether all is as it should be, and a line about it."""
 
 
-def numbers_of(job: Job, shard: int) -> range:
+def image_range(job: CacheJob, shard: int) -> range:
     """The images of a shard, by their number in the source."""
-    return range(shard * job.shard_size, min((shard + 1) * job.shard_size, job.images))
+    return range(shard * job.shard_size, min((shard + 1) * job.shard_size, job.num_images))
 
 
 def entries_of(manifest: Manifest) -> list[dict]:
@@ -67,7 +71,7 @@ def entries_of(manifest: Manifest) -> list[dict]:
     )
 
 
-def make_manifest(job: Job, entries: list[dict]) -> Manifest:
+def make_manifest(job: CacheJob, entries: list[dict]) -> Manifest:
     """Joins the shards' entries, which are in their order. Raises UserError if there is no image in any."""
     skipped, kinds = (
         sum(len(entry["skipped"]) for entry in entries),
@@ -79,9 +83,11 @@ def make_manifest(job: Job, entries: list[dict]) -> Manifest:
     )
     if not whole:
         raise UserError(f"{job.settings['source']}: not one image could be used")
-    mean, std = statistics(whole, job.manifest["latent_shape"], job.manifest["flips"])
+    mean, std = channel_statistics(
+        whole, job.manifest_fields["latent_shape"], job.manifest_fields["flips"]
+    )
     return Manifest(
-        **job.manifest,
+        **job.manifest_fields,
         count=sum(entry["count"] for entry in whole),
         skipped=skipped,
         kinds=dict(sorted(kinds.items())),
@@ -99,7 +105,7 @@ def with_images(manifest: Manifest, entries: list[dict]) -> Manifest:
     return replace(manifest, images=True, shards=entries, encoding=encoding)
 
 
-def difference(then: dict, now: dict) -> str:
+def describe_differences(then: dict, now: dict) -> str:
     """What of two plans differs, in words."""
 
     def short(value: object) -> object:
@@ -128,7 +134,7 @@ def whole_cache(dest: Path, plan: dict) -> Manifest | None:
         manifest.encoding.get("plan", {}),
         {k: v for k, v in plan.items() if k not in (*LAST_BIT, *IMAGES)},
     )
-    changed = difference(then, now)
+    changed = describe_differences(then, now)
     if changed:
         raise UserError(
             f"--dest {dest} holds a cache made otherwise ({changed}); choose another folder or remove it"
@@ -140,13 +146,13 @@ def whole_cache(dest: Path, plan: dict) -> Manifest | None:
     return manifest
 
 
-def check_plan(dest: Path, plan: dict) -> None:
+def check_or_record_plan(dest: Path, plan: dict) -> None:
     """Refuses to mix two caches in one folder; records a plan before a first shard is done. (What is done holds no bad images,
     so --skip-bad may come later.) Raises UserError.
     """
     path = dest / "partial" / "plan.json"
     if path.exists() and list(path.parent.glob("*.npy.json")):
-        changed = difference(IMAGES | json.loads(path.read_text()), plan)
+        changed = describe_differences(IMAGES | json.loads(path.read_text()), plan)
         if changed:
             raise UserError(
                 f"{dest} holds an unfinished encoding with other settings; finish it or remove it ({changed})"
@@ -182,30 +188,30 @@ def claim(dest: Path, held: ExitStack) -> None:
             leftover.unlink()
 
 
-def together(world: World, held: ExitStack, dest: Path, begin: Callable[[], Any]) -> Any:
+def lock_destination(world: World, held: ExitStack, dest: Path, begin: Callable[[], Any]) -> Any:
     """What `begin` gives on the first process, on all; each of them then holds DEST. Raises UserError."""
 
     def first() -> Any:
         claim(dest, held)
         return begin()
 
-    found = world.first(first)
+    found = world.run_on_first_rank(first)
     if world.rank:
         held.enter_context(lock(dest / "partial" / f"lock.{world.rank}"))
     return found
 
 
-def same_plan(job: Job, world: World) -> None:
+def same_plan(job: CacheJob, world: World) -> None:
     """Raises UserError if processes were given different things: another source on another machine, another flag."""
-    for rank, plan in enumerate(world.gather(job.plan)):
-        changed = difference(job.plan, plan)
+    for rank, plan in enumerate(world.all_gather(job.plan)):
+        changed = describe_differences(job.plan, plan)
         if changed:
             raise UserError(
                 f"process {rank} does not see what process {world.rank} sees ({changed}): same source, same flags?"
             )
 
 
-def clear(dest: Path) -> None:
+def remove_partial_records(dest: Path) -> None:
     """Removes the records of an unfinished cache."""
     for file in (dest / "partial").iterdir():
         file.unlink()
@@ -214,7 +220,7 @@ def clear(dest: Path) -> None:
 
 def make_shards(
     dest: Path,
-    job: Job,
+    job: CacheJob,
     todo: list[int],
     world: World,
     done: Callable[[int, dict], None],
@@ -224,28 +230,30 @@ def make_shards(
     done(number, entry) is called for each that is written, and also if one after it fails. whole: entries of shards that lack
     their images and nothing else.
     """
-    mine = todo[world.rank :: world.processes]
-    left = sum(len(numbers_of(job, k)) for k in mine) * world.processes
+    mine = todo[world.rank :: world.num_processes]
+    left = sum(len(image_range(job, k)) for k in mine) * world.num_processes
 
     def write(number: int, shard: Shard) -> None:
-        with discarding(shard.images):
+        with discard_on_error(shard.images):
             entry = (
                 write_shard(dest, number, shard)
                 if whole is None
-                else add_images(dest, whole[file_of(number)], shard)
+                else add_images(dest, whole[shard_file_name(number)], shard)
             )
         done(number, entry)
 
     with (
         ThreadPoolExecutor(1) as writer,
-        tqdm(total=left, unit="img", desc=job.what, disable=world.rank > 0, smoothing=0.05) as bar,
+        tqdm(
+            total=left, unit="img", desc=job.description, disable=world.rank > 0, smoothing=0.05
+        ) as bar,
     ):
         before = None
-        made = job.shards(
-            dest, mine, lambda images: bar.update(images * world.processes), whole is not None
+        made = job.iter_shards(
+            dest, mine, lambda images: bar.update(images * world.num_processes), whole is not None
         )
         for number, shard in made:
-            with discarding(shard.images):
+            with discard_on_error(shard.images):
                 if before:
                     before.result()
             before = writer.submit(write, number, shard)
@@ -253,31 +261,33 @@ def make_shards(
             before.result()
 
 
-def build(dest: Path, job: Job, world: World) -> Manifest:
+def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
     """Makes what is missing of a cache, on all processes of `world`: shards, or the images of all that it has. (Until those are
     there, it is the whole cache without them that it was.) Raises UserError.
     """
     same_plan(job, world)
-    manifest = world.first(lambda: whole_cache(dest, job.plan))
+    manifest = world.run_on_first_rank(lambda: whole_cache(dest, job.plan))
     if manifest and (manifest.images or not job.plan["keep_images"]):
         return manifest
     whole = {entry["file"]: entry for entry in manifest.shards} if manifest else None
     shards = [
-        k for k in range(-(-job.images // job.shard_size)) if whole is None or file_of(k) in whole
+        k
+        for k in range(-(-job.num_images // job.shard_size))
+        if whole is None or shard_file_name(k) in whole
     ]
-    records = {k: dest / "partial" / f"{file_of(k)}.json" for k in shards}
+    records = {k: dest / "partial" / f"{shard_file_name(k)}.json" for k in shards}
 
     def is_done(shard: int) -> bool:
         if not records[shard].exists():
             return False
         names = json.loads(records[shard].read_text())["sha256"]
-        return all((dest / name / file_of(shard)).exists() for name in names)
+        return all((dest / name / shard_file_name(shard)).exists() for name in names)
 
     def begin() -> list[int]:
-        check_plan(dest, job.plan)
+        check_or_record_plan(dest, job.plan)
         todo = [k for k in shards if not is_done(k)]
         if todo and not whole and not (dest / "preview.png").exists():
-            picture, line = job.preview()
+            picture, line = job.make_preview()
             save_png(picture, dest / "preview.png")
             print(f"{dest / 'preview.png'}: {line}", flush=True)
         return todo
@@ -289,8 +299,8 @@ def build(dest: Path, job: Job, world: World) -> Manifest:
         made[number] = entry
 
     with ExitStack() as held:
-        make_shards(dest, job, together(world, held, dest, begin), world, done, whole)
-        made = {number: entry for part in world.gather(made) for number, entry in part.items()}
+        make_shards(dest, job, lock_destination(world, held, dest, begin), world, done, whole)
+        made = {number: entry for part in world.all_gather(made) for number, entry in part.items()}
         if world.rank == 0:  # what others have just written, a network disk may not show here yet
             entries = [made.get(k) or json.loads(records[k].read_text()) for k in shards]
             manifest = with_images(manifest, entries) if manifest else make_manifest(job, entries)
@@ -308,15 +318,17 @@ def finish(dest: Path, manifest: Manifest) -> None:
     else:
         (dest / "skipped.jsonl").unlink(missing_ok=True)
     write_manifest(dest, manifest)
-    clear(dest)
+    remove_partial_records(dest)
 
 
-def redo(dest: Path, job: Job, shards: list[int], images: list[int], world: World) -> list[str]:
+def rebuild_shards(
+    dest: Path, job: CacheJob, shards: list[int], images: list[int], world: World
+) -> list[str]:
     """Makes some shards of a whole cache again, and of others the images alone; returns the files that are not what they were.
     Raises UserError if the job is not the one that made the cache.
     """
     manifest = read_manifest(dest)
-    changed = difference(IMAGES | manifest.encoding.get("plan", {}), job.plan)
+    changed = describe_differences(IMAGES | manifest.encoding.get("plan", {}), job.plan)
     if changed:
         raise UserError(
             f"{dest} was made otherwise than it would be now ({changed}): name what it was made of"
@@ -324,7 +336,7 @@ def redo(dest: Path, job: Job, shards: list[int], images: list[int], world: Worl
     same_plan(job, world)
     whole = {entry["file"]: entry for entry in manifest.shards}
     with ExitStack() as held:
-        together(world, held, dest, lambda: None)
+        lock_destination(world, held, dest, lambda: None)
         mine: dict[str, dict] = {}
         for numbers, lacking in ((shards, None), (images, whole)):
             make_shards(
@@ -335,7 +347,7 @@ def redo(dest: Path, job: Job, shards: list[int], images: list[int], world: Worl
                 lambda _, entry: mine.update({entry["file"]: entry}),
                 lacking,
             )
-        new = {file: entry for part in world.gather(mine) for file, entry in part.items()}
+        new = {file: entry for part in world.all_gather(mine) for file, entry in part.items()}
         if world.rank == 0:
             finish(
                 dest,
@@ -349,7 +361,7 @@ def redo(dest: Path, job: Job, shards: list[int], images: list[int], world: Worl
     )
 
 
-def summary(dest: Path, manifest: Manifest) -> str:
+def format_summary(dest: Path, manifest: Manifest) -> str:
     """What the cache is, and what was met in the images, in a few lines."""
     shape = "x".join(map(str, manifest.latent_shape))
     std = ", ".join(f"{value:.2f}" for value in np.multiply(manifest.std, manifest.scale))

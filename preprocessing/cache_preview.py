@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.image_grid import labelled_grid
+from common.image_grid import draw_labelled_grid
 from models.autoencoder import Autoencoder
 
 IMAGES = 8
 POOR = 20.0  # dB; a VAE made for such images does better
 
 
-def spread(count: int) -> list[int]:
+def spread_indices(count: int) -> list[int]:
     """A few numbers from 0 to count - 1."""
     return np.unique(np.linspace(0, count - 1, IMAGES).round().astype(int)).tolist()
 
@@ -25,7 +25,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def compare(
+def make_preview(
     names: list[str], images: list[Tensor | None], moments: list[Tensor], vae: Autoencoder
 ) -> tuple[Image.Image, str]:
     """images (3, S, S) uint8, or None, and their moments (1, 2C, h, w) -> a row each: the image, the reconstruction of the
@@ -34,7 +34,7 @@ def compare(
     rows, decibels, latents = [], [], []
     for name, image, stored in zip(names, images, moments):
         latent = vae.scale.mean(stored.to(vae.vae.device))
-        pictures, label = [vae.decode(latent)[0].cpu()], name[:24]
+        pictures, label = [vae.decode(latent)[0].permute(1, 2, 0).cpu()], name[:24]
         if image is not None:
             pictures.insert(0, image.permute(1, 2, 0))
             decibels.append(psnr(*pictures))
@@ -63,4 +63,4 @@ def compare(
     line += f", latents' std {std:.2f}"
     if decibels and sorted(decibels)[len(decibels) // 2] < POOR:
         line += f": poor; is {vae.name} the VAE for these?"
-    return labelled_grid(rows, title, 128), line
+    return draw_labelled_grid(rows, title, 128), line

@@ -17,14 +17,19 @@ from torch import Tensor
 from common import cli
 from common.cli import UserError
 from common.processes import World
-from latents.cache import ADD_IMAGES
+from latents.cache import KEEP_IMAGES_REMEDY
 from latents.manifest import CacheError, Manifest, read_manifest
-from preprocessing.encoder_features import DTYPE, make, size_of, slug_of
+from preprocessing.encoder_features import (
+    FEATURES_DTYPE,
+    build_features,
+    features_nbytes,
+    features_slug,
+)
 
 
 def tokens_side(text: str) -> int | None:
     """An argparse type: a number of at least 1, or auto."""
-    return None if text == "auto" else cli.positive(text)
+    return None if text == "auto" else cli.positive_int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,10 +53,10 @@ def parse_args() -> argparse.Namespace:
     )
     add(
         "--side",
-        type=cli.positive,
+        type=cli.positive_int,
         help="pixels a side that the encoder sees (default: REPA's rule, never less than 224)",
     )
-    add("--batch-size", type=cli.positive, default=64, help="images a forward pass")
+    add("--batch-size", type=cli.positive_int, default=64, help="images a forward pass")
     add(
         "--device",
         type=cli.device,
@@ -65,7 +70,9 @@ def parse_args() -> argparse.Namespace:
 def check(root: Path, manifest: Manifest, side: int | None) -> int:
     """The tokens' side. Raises UserError where the cache has no features to be made of it."""
     if not manifest.images:
-        raise UserError(f"{root} holds no images: it was made without --keep-images; {ADD_IMAGES}")
+        raise UserError(
+            f"{root} holds no images: it was made without --keep-images; {KEEP_IMAGES_REMEDY}"
+        )
     if manifest.flips:
         raise UserError(
             f"{root} was made with --flip, and features of mirror images are not kept: train on its images without stored ones"
@@ -93,7 +100,7 @@ def main() -> None:
     except CacheError as error:
         raise UserError(str(error)) from None
     side, world = check(args.cache, manifest, args.tokens_side), World()
-    device = world.device() if args.device == "cuda" else torch.device(args.device)
+    device = world.select_device() if args.device == "cuda" else torch.device(args.device)
     try:
         encoder = Encoder(
             args.encoder,
@@ -112,21 +119,21 @@ def main() -> None:
         "side": encoder.side,
         "tokens_side": side,
         "width": encoder.width,
-        "dtype": DTYPE.name,
+        "dtype": FEATURES_DTYPE.name,
         "count": manifest.count,
     }
 
     def encode(images: Tensor) -> Tensor:
         return encoder(images.to(device))
 
-    slug = slug_of(encoder.name, encoder.side, side)
+    slug = features_slug(encoder.name, encoder.side, side)
     if world.rank == 0:
-        size = size_of(manifest, side, encoder.width)
+        size = features_nbytes(manifest, side, encoder.width)
         print(
-            f"features/{slug}: {manifest.count:,} x {side**2} x {encoder.width} {DTYPE}, {size / 1e9:.2f} GB",
+            f"features/{slug}: {manifest.count:,} x {side**2} x {encoder.width} {FEATURES_DTYPE}, {size / 1e9:.2f} GB",
             flush=True,
         )
-    made = make(
+    made = build_features(
         args.cache, manifest, args.cache / "features" / slug, plan, encode, args.batch_size, world
     )
     if world.rank == 0:

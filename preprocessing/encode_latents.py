@@ -17,8 +17,8 @@ from common import cli
 from common.cli import UserError
 from common.processes import World
 from models.autoencoder import DEFAULT_VAE
-from preprocessing.build import build, summary
-from preprocessing.encoding import DTYPES, PRECISIONS, Encoding, Settings
+from preprocessing.build import build_cache, format_summary
+from preprocessing.encoding import DTYPES, PRECISIONS, EncodingJob, EncodingSettings
 from preprocessing.images import BACKGROUNDS, CROPS
 
 
@@ -41,7 +41,12 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="CSV of image,class or a JSON like EDM's dataset.json (default: what the source says)",
     )
-    add("--limit", type=cli.count, default=0, help="encode the first N images only; 0 is all")
+    add(
+        "--limit",
+        type=cli.non_negative_int,
+        default=0,
+        help="encode the first N images only; 0 is all",
+    )
     add(
         "--skip-bad",
         action="store_true",
@@ -51,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("images").add_argument
     add(
         "--resolution",
-        type=cli.positive,
+        type=cli.positive_int,
         default=256,
         help="side in pixels; other sizes are scaled and cropped",
     )
@@ -85,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE's arithmetic")
     add(
         "--batch-size",
-        type=cli.count,
+        type=cli.non_negative_int,
         default=0,
         help="images a forward pass; 0: 64 of 256 pixels on a GPU, 4 on the CPU",
     )
@@ -100,7 +105,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float16", help="of the stored moments")
     add(
         "--shard-size",
-        type=cli.positive,
+        type=cli.positive_int,
         default=8192,
         help="images a shard; what is lost at an interruption, at most",
     )
@@ -116,7 +121,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    given = {field.name: getattr(args, field.name) for field in fields(EncodingSettings)}
     given |= {name: str(given[name]) for name in ("source", "labels") if given[name] is not None}
     if args.source.is_dir() and args.source.resolve() in (
         args.dest.resolve(),
@@ -126,16 +131,16 @@ def main() -> None:
             f"--dest {args.dest} lies in --source {args.source}: its preview would be taken for an image"
         )
     world = World()
-    job = Encoding(Settings(**given), args.device, args.num_workers, world)
+    job = EncodingJob(EncodingSettings(**given), args.device, args.num_workers, world)
     path = args.dest / "manifest.json"
     before = path.read_bytes() if path.exists() else b""
-    manifest = build(args.dest, job, world)
+    manifest = build_cache(args.dest, job, world)
     if world.rank == 0:
         complete = path.read_bytes() == before
         print(
             f"{args.dest} is complete: {manifest.count:,} images"
             if complete
-            else summary(args.dest, manifest)
+            else format_summary(args.dest, manifest)
         )
     world.close()
 

@@ -20,25 +20,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.files import GrowingArray, discarding, write_file
+from common.files import NpyWriter, discard_on_error, write_file
 from common.processes import World
 from latents.manifest import Manifest
-from preprocessing.build import check_plan, clear, difference, together
-from preprocessing.encoding import in_order
+from preprocessing.build import (
+    check_or_record_plan,
+    describe_differences,
+    lock_destination,
+    remove_partial_records,
+)
+from preprocessing.encoding import map_in_order
 
-DTYPE = np.dtype(np.float16)
+FEATURES_DTYPE = np.dtype(np.float16)
 
 
-def slug_of(name: str, side: int, tokens_side: int) -> str:
+def features_slug(name: str, side: int, tokens_side: int) -> str:
     """The folder of the features of an encoder that sees `side` pixels."""
     return (
         f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{side}-{tokens_side}x{tokens_side}"
     )
 
 
-def size_of(manifest: Manifest, tokens_side: int, width: int) -> int:
+def features_nbytes(manifest: Manifest, tokens_side: int, width: int) -> int:
     """Bytes that the features of a cache take."""
-    return manifest.count * tokens_side**2 * width * DTYPE.itemsize
+    return manifest.count * tokens_side**2 * width * FEATURES_DTYPE.itemsize
 
 
 def finished(dest: Path, plan: dict, shards: list[dict]) -> bool:
@@ -51,7 +56,7 @@ def finished(dest: Path, plan: dict, shards: list[dict]) -> bool:
         of = {shard["file"]: shard["images_sha256"] for shard in then["shards"]}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} cannot be read: remove {dest} and make it again") from None
-    changed = difference(then, plan)
+    changed = describe_differences(then, plan)
     if changed:
         raise UserError(
             f"{dest} holds features made otherwise ({changed}): remove it to make them again"
@@ -63,7 +68,7 @@ def finished(dest: Path, plan: dict, shards: list[dict]) -> bool:
     return all((dest / file).exists() for file in of)
 
 
-def make(
+def build_features(
     root: Path,
     manifest: Manifest,
     dest: Path,
@@ -76,7 +81,7 @@ def make(
     says of the encoder. encode: images (B, 3, R, R) uint8 in host memory -> tokens (B, N, D). size: images a forward pass.
     Raises UserError.
     """
-    if world.first(lambda: finished(dest, plan, manifest.shards)):
+    if world.run_on_first_rank(lambda: finished(dest, plan, manifest.shards)):
         return False
     records = [dest / "partial" / f"{entry['file']}.json" for entry in manifest.shards]
 
@@ -87,7 +92,7 @@ def make(
         return json.loads(record.read_text())["images_sha256"] == entry["sha256"]["images"]
 
     def begin() -> list[int]:
-        check_plan(dest, plan)
+        check_or_record_plan(dest, plan)
         return [
             k
             for k, (entry, record) in enumerate(zip(manifest.shards, records))
@@ -96,15 +101,15 @@ def make(
 
     made: dict[int, dict] = {}
     with ExitStack() as held:
-        todo = together(world, held, dest, begin)
-        mine = todo[world.rank :: world.processes]
-        left = sum(manifest.shards[k]["count"] for k in mine) * world.processes
+        todo = lock_destination(world, held, dest, begin)
+        mine = todo[world.rank :: world.num_processes]
+        left = sum(manifest.shards[k]["count"] for k in mine) * world.num_processes
         with tqdm(
             total=left, unit="img", desc=f"{dest.name}", disable=world.rank > 0, smoothing=0.05
         ) as bar:
             for k in mine:
                 entry = manifest.shards[k]
-                progress = lambda images: bar.update(images * world.processes)  # noqa: E731
+                progress = lambda images: bar.update(images * world.num_processes)  # noqa: E731
                 digest = shard(
                     root / "images" / entry["file"],
                     dest / entry["file"],
@@ -116,7 +121,7 @@ def make(
                 made[k] = {"file": entry["file"], "count": entry["count"], "sha256": digest}
                 made[k]["images_sha256"] = entry["sha256"]["images"]
                 write_file(records[k], json.dumps(made[k]).encode())
-        made = {k: record for part in world.gather(made) for k, record in part.items()}
+        made = {k: record for part in world.all_gather(made) for k, record in part.items()}
         if world.rank == 0:
             shards = [
                 made.get(k) or json.loads(record.read_text()) for k, record in enumerate(records)
@@ -125,7 +130,7 @@ def make(
                 dest / "features.json",
                 (json.dumps(plan | {"shards": shards}, indent=2) + "\n").encode(),
             )
-            clear(dest)
+            remove_partial_records(dest)
         world.barrier()
     return True
 
@@ -153,9 +158,9 @@ def shard(
             tokens = encode(torch.from_numpy(stored[start : start + size].copy()))
         return tokens.half().cpu().numpy()
 
-    out = GrowingArray(path, DTYPE, (plan["tokens_side"] ** 2, plan["width"]))
-    with discarding(out), ThreadPoolExecutor(2 if torch.cuda.is_available() else 1) as pool:
-        for tokens in in_order(pool, compute, range(0, len(stored), size), 2):
+    out = NpyWriter(path, FEATURES_DTYPE, (plan["tokens_side"] ** 2, plan["width"]))
+    with discard_on_error(out), ThreadPoolExecutor(2 if torch.cuda.is_available() else 1) as pool:
+        for tokens in map_in_order(pool, compute, range(0, len(stored), size), 2):
             if not np.isfinite(tokens).all():
                 raise UserError(
                     f"{plan['encoder']} makes values of {images} that float16 cannot hold"

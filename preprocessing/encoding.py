@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.cli import UserError
-from common.files import GrowingArray, discarding
+from common.files import NpyWriter, discard_on_error
 from common.processes import World
 from models.autoencoder import DEFAULT_VAE, Autoencoder
-from preprocessing.build import numbers_of
-from preprocessing.cache_preview import compare, spread
-from preprocessing.images import BadImage, Square, Unreadable, bad_line
-from preprocessing.shards import Shard, file_of
+from preprocessing.build import image_range
+from preprocessing.cache_preview import make_preview, spread_indices
+from preprocessing.images import BadImage, SquareReader, UnreadableImage, format_image_error
+from preprocessing.shards import Shard, shard_file_name
 from preprocessing.sources import open_source
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -36,7 +36,7 @@ A, B = TypeVar("A"), TypeVar("B")
 
 
 @dataclass(frozen=True)
-class Settings:
+class EncodingSettings:
     """What is asked for: encode_latents' flags of the same names, but for those that say where and how fast."""
 
     source: str
@@ -57,73 +57,86 @@ class Settings:
 
 
 @dataclass
-class Decoded:
+class DecodedBatch:
     """A batch as a worker process hands it over."""
 
-    shard: int
-    read: int  # images, good and bad
+    shard_index: int
+    num_read: int  # images, good and bad
     pixels: Tensor  # (B, 3, S, S) uint8, of the good ones
     labels: np.ndarray
-    bad: list[tuple[int, str]]  # number and reason
+    bad_images: list[tuple[int, str]]  # number and reason
     kinds: Counter
-    failed: tuple[int, str] | None = None  # an image that could not be read, good or bad, and why
-    begins: bool = False  # whether it is its shard's first
+    read_error: tuple[int, str] | None = (
+        None  # an image that could not be read, good or bad, and why
+    )
+    is_first_in_shard: bool = False  # whether it is its shard's first
 
-    def pin_memory(self) -> "Decoded":
+    def pin_memory(self) -> "DecodedBatch":
         """For the loader, which left to itself would copy what is in here, and add the Counter to itself."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
-class Encoded(NamedTuple):
+class EncodedBatch(NamedTuple):
     """The same with moments for pixels, in host memory."""
 
-    shard: int
-    read: int
+    shard_index: int
+    num_read: int
     moments: dict[str, Tensor]  # by folder: (B, 2C, h, w)
     labels: np.ndarray
-    bad: list[tuple[int, str]]
+    bad_images: list[tuple[int, str]]
     kinds: Counter
-    landed: torch.cuda.Event | None
+    copy_done: torch.cuda.Event | None
     pixels: np.ndarray | None  # (B, 3, S, S) uint8, where they are kept
 
 
 class Batches(Dataset):
     """Item k is batch k, decoded: what the worker processes do."""
 
-    def __init__(self, source, square: Square, batches: list[tuple[int, range]]):
-        self.source, self.square, self.batches = source, square, batches
+    def __init__(self, source, reader: SquareReader, batches: list[tuple[int, range]]):
+        self.source, self.reader, self.batches = source, reader, batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, k: int) -> Decoded:
+    def __getitem__(self, k: int) -> DecodedBatch:
         shard, numbers = self.batches[k]
         pixels, good, bad, kinds = [], [], [], Counter()
         for i in numbers:
             try:
-                picture = self.square.read(self.source, i)
+                picture = self.reader.read(self.source, i)
             except BadImage as error:
                 bad.append((i, str(error)))
                 continue
-            except Unreadable as error:
-                return Decoded(shard, 0, torch.empty(0), np.empty(0), [], kinds, (i, str(error)))
+            except UnreadableImage as error:
+                return DecodedBatch(
+                    shard, 0, torch.empty(0), np.empty(0), [], kinds, (i, str(error))
+                )
             pixels.append(picture.pixels)
             kinds.update(picture.kinds)
             good.append(i)
-        side = self.square.side
+        side = self.reader.side
         stacked = np.stack(pixels) if pixels else np.empty((0, 3, side, side), np.uint8)
-        labels, begins = self.source.labels[good], k == 0 or self.batches[k - 1][0] != shard
-        return Decoded(
-            shard, len(numbers), torch.from_numpy(stacked), labels, bad, kinds, begins=begins
+        labels, is_first_in_shard = (
+            self.source.labels[good],
+            k == 0 or self.batches[k - 1][0] != shard,
+        )
+        return DecodedBatch(
+            shard,
+            len(numbers),
+            torch.from_numpy(stacked),
+            labels,
+            bad,
+            kinds,
+            is_first_in_shard=is_first_in_shard,
         )
 
 
-def lasting(path: str | None) -> str | None:
+def absolute_if_exists(path: str | None) -> str | None:
     """A path as it is found from any folder; what is none (a hub id, a pattern) stays what it is."""
     return os.path.abspath(path) if path and os.path.exists(path) else path
 
 
-def unchanged(batch: Decoded) -> Decoded:
+def unchanged(batch: DecodedBatch) -> DecodedBatch:
     """In place of torch's conversion, which makes tensors of arrays and adds a Counter to itself."""
     return batch
 
@@ -134,7 +147,7 @@ def in_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def in_order(
+def map_in_order(
     pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int
 ) -> Iterator[B]:
     """map(function, items) on the pool's threads, at most `ahead` items before the one that is taken. If `items` fails, what
@@ -155,19 +168,19 @@ def in_order(
         raise failure
 
 
-class Encoding:
+class EncodingJob:
     """The job (preprocessing.build.Job) that encodes images."""
 
-    def __init__(self, settings: Settings, device: str, num_workers: int, world: World):
+    def __init__(self, settings: EncodingSettings, device: str, num_workers: int, world: World):
         """Opens source and VAE. Raises UserError."""
-        self.what = f"encoding {Path(settings.source).name}"
+        self.description = f"encoding {Path(settings.source).name}"
         self.source = open_source(
             Path(settings.source), labels=Path(settings.labels) if settings.labels else None
         )
         self.device = torch.device(device)
-        if self.device.index is not None and world.local_processes > 1:
+        if self.device.index is not None and world.num_local_processes > 1:
             raise UserError(
-                f"--device {device} would put {world.local_processes} processes on one GPU: cuda gives each its own"
+                f"--device {device} would put {world.num_local_processes} processes on one GPU: cuda gives each its own"
             )
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
@@ -184,24 +197,26 @@ class Encoding:
             self.vae = Autoencoder(settings.vae, self.device)
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-        if settings.resolution % self.vae.factor:
+        if settings.resolution % self.vae.downsampling_factor:
             raise UserError(
-                f"--resolution {settings.resolution} is no multiple of {self.vae.factor}, the factor of --vae {settings.vae}"
+                f"--resolution {settings.resolution} is no multiple of {self.vae.downsampling_factor}, the factor of --vae {settings.vae}"
             )
-        cores = max(1, world.cores // world.local_processes)
-        self.threads, self.num_workers = 1, min(cores, 16) if num_workers < 0 else num_workers
+        cores = max(1, world.cores // world.num_local_processes)
+        self.num_threads, self.num_workers = 1, min(cores, 16) if num_workers < 0 else num_workers
         if (
             self.device.type == "cpu"
         ):  # whole batches side by side, each on one thread, or its bits would depend on how many
             torch.set_num_threads(1)
-            self.threads = cores
-        self.batch_size = settings.batch_size or automatic(settings.resolution, self.device)
+            self.num_threads = cores
+        self.batch_size = settings.batch_size or default_batch_size(
+            settings.resolution, self.device
+        )
         self.settings = asdict(settings) | {
             "batch_size": self.batch_size,
             "made_by": "encode_latents",
         }
         self.settings |= {
-            name: lasting(self.settings[name]) for name in ("source", "labels", "vae")
+            name: absolute_if_exists(self.settings[name]) for name in ("source", "labels", "vae")
         }
         self.precision, self.dtype, self.flip = (
             settings.precision,
@@ -214,12 +229,14 @@ class Encoding:
             settings.keep_images,
         )
         self.pixels = (3, settings.resolution, settings.resolution)
-        self.square = Square(settings.resolution, settings.crop, settings.background, settings.seed)
-        self.images = min(settings.limit or len(self.source), len(self.source))
-        side = settings.resolution // self.vae.factor
+        self.reader = SquareReader(
+            settings.resolution, settings.crop, settings.background, settings.seed
+        )
+        self.num_images = min(settings.limit or len(self.source), len(self.source))
+        side = settings.resolution // self.vae.downsampling_factor
         random = settings.crop != "center"
         self.plan: dict[str, Any] = {
-            "images": self.images,
+            "images": self.num_images,
             "resolution": settings.resolution,
             "crop": settings.crop,
             "seed": settings.seed if random else None,
@@ -231,9 +248,9 @@ class Encoding:
             "shard_size": self.shard_size,
             "batch_size": self.batch_size,
             "keep_images": settings.keep_images,
-            "names_and_labels": self.source.digest(self.images),
+            "names_and_labels": self.source.digest(self.num_images),
         }
-        self.manifest: dict[str, Any] = {
+        self.manifest_fields: dict[str, Any] = {
             "source": settings.source,
             "num_classes": len(self.source.class_names),
             "class_names": self.source.class_names,
@@ -249,58 +266,60 @@ class Encoding:
             "images": settings.keep_images,
         }
 
-    def shards(
+    def iter_shards(
         self,
         dest: Path,
-        numbers: list[int],
+        shard_indices: list[int],
         progress: Callable[[int], None],
         only_images: bool = False,
     ) -> Iterator[tuple[int, Shard]]:
         """(number, shard) of each, in this order. only_images: of the moments only those of a shard's first batch."""
 
-        def encode(batch: Decoded) -> Encoded:
-            return self._encode(batch, not only_images or batch.begins)
+        def encode(batch: DecodedBatch) -> EncodedBatch:
+            return self.encode_batch(batch, not only_images or batch.is_first_in_shard)
 
         batches = []
-        for shard in numbers:
-            images = numbers_of(self, shard)
+        for shard in shard_indices:
+            images = image_range(self, shard)
             batches += [
                 (shard, images[start : start + self.batch_size])
                 for start in range(0, len(images), self.batch_size)
             ]
         loader = DataLoader(
-            Batches(self.source, self.square, batches),
+            Batches(self.source, self.reader, batches),
             batch_size=None,
             num_workers=min(self.num_workers, len(batches)),
             worker_init_fn=in_worker,
             collate_fn=unchanged,
             pin_memory=self.device.type == "cuda",
         )
-        with ThreadPoolExecutor(self.threads, initializer=self._in_thread) as pool:
-            encoded = in_order(pool, encode, self._checked(loader), self.threads)
-            for shard, group in itertools.groupby(encoded, key=lambda batch: batch.shard):
+        with ThreadPoolExecutor(self.num_threads, initializer=self.init_thread) as pool:
+            encoded = map_in_order(pool, encode, self._checked(loader), self.num_threads)
+            for shard, group in itertools.groupby(encoded, key=lambda batch: batch.shard_index):
                 images = (
-                    GrowingArray(dest / "images" / file_of(shard), np.uint8, self.pixels)
+                    NpyWriter(dest / "images" / shard_file_name(shard), np.uint8, self.pixels)
                     if self.keep_images
                     else None
                 )
-                with discarding(images):
+                with discard_on_error(images):
                     joined = self._joined(shard, group, progress, images)
                 yield shard, joined
 
-    def _in_thread(self) -> None:
+    def init_thread(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def _checked(self, loader: DataLoader) -> Iterator[Decoded]:
+    def _checked(self, loader: DataLoader) -> Iterator[DecodedBatch]:
         """The batches. Raises UserError for a bad image, unless bad ones are skipped, and for a worker that was killed."""
         try:
             for batch in loader:
-                if batch.failed:
-                    line = bad_line("--source", self.source, *batch.failed, "could not be read")
+                if batch.read_error:
+                    line = format_image_error(
+                        "--source", self.source, *batch.read_error, "could not be read"
+                    )
                     raise UserError(f"{line}: when that is mended, run the same command again")
-                if batch.bad and not self.skip_bad:
-                    line = bad_line("--source", self.source, *batch.bad[0])
+                if batch.bad_images and not self.skip_bad:
+                    line = format_image_error("--source", self.source, *batch.bad_images[0])
                     raise UserError(f"{line}; mend it or pass --skip-bad")
                 yield batch
         except RuntimeError as error:
@@ -311,8 +330,8 @@ class Encoding:
                 f"a process that decodes images ended ({reason}): with less in memory, --num-workers 1, run it again"
             ) from None
 
-    def _encode(self, batch: Decoded, moments_too: bool = True) -> Encoded:
-        moments, landed, on_gpu, sides = {}, None, self.device.type == "cuda", {}
+    def encode_batch(self, batch: DecodedBatch, moments_too: bool = True) -> EncodedBatch:
+        moments, copy_done, on_gpu, sides = {}, None, self.device.type == "cuda", {}
         if moments_too:
             pixels = batch.pixels.to(self.device, non_blocking=True)
             sides = {"moments": pixels} | ({"mirrored": pixels.flip(-1)} if self.flip else {})
@@ -330,30 +349,37 @@ class Encoding:
                 moments[name] = torch.empty(values.shape, dtype=self.dtype, pin_memory=on_gpu)
                 moments[name].copy_(values, non_blocking=True)
         if on_gpu and moments:
-            landed = torch.cuda.Event()
-            landed.record(torch.cuda.current_stream(self.device))
+            copy_done = torch.cuda.Event()
+            copy_done.record(torch.cuda.current_stream(self.device))
         kept = batch.pixels.numpy() if self.keep_images else None
-        return Encoded(
-            batch.shard, batch.read, moments, batch.labels, batch.bad, batch.kinds, landed, kept
+        return EncodedBatch(
+            batch.shard_index,
+            batch.num_read,
+            moments,
+            batch.labels,
+            batch.bad_images,
+            batch.kinds,
+            copy_done,
+            kept,
         )
 
     def _joined(
         self,
         shard: int,
-        batches: Iterator[Encoded],
+        batches: Iterator[EncodedBatch],
         progress: Callable[[int], None],
-        images: GrowingArray | None,
+        images: NpyWriter | None,
     ) -> Shard:
-        latent = self.manifest["latent_shape"]
-        shape = (len(numbers_of(self, shard)), 2 * latent[0], *latent[1:])
+        latent = self.manifest_fields["latent_shape"]
+        shape = (len(image_range(self, shard)), 2 * latent[0], *latent[1:])
         arrays = {
             name: np.empty(shape, self.settings["dtype"])
             for name in ("moments", "mirrored")[: 1 + self.flip]
         }
         labels, skipped, kinds, filled, left = [], [], Counter(), Counter(), shape[0]
         for batch in batches:
-            if batch.landed:
-                batch.landed.synchronize()
+            if batch.copy_done:
+                batch.copy_done.synchronize()
             for name, moments in batch.moments.items():
                 arrays[name][filled[name] : filled[name] + len(moments)] = moments.numpy()
                 filled[name] += len(moments)
@@ -362,11 +388,11 @@ class Encoding:
             labels.append(batch.labels)
             kinds.update(batch.kinds)
             skipped += [
-                {"file": self.source.names[i], "shard": file_of(shard), "reason": reason}
-                for i, reason in batch.bad
+                {"file": self.source.names[i], "shard": shard_file_name(shard), "reason": reason}
+                for i, reason in batch.bad_images
             ]
-            progress(batch.read)
-            left -= batch.read
+            progress(batch.num_read)
+            left -= batch.num_read
             if not left:  # or the next batch would be waited for, which may never come
                 break
         arrays = {name: array[: filled[name]] for name, array in arrays.items()}
@@ -374,26 +400,26 @@ class Encoding:
             arrays | {"labels": np.concatenate(labels).astype(np.int64)}, skipped, kinds, images
         )
 
-    def preview(self) -> tuple[Image.Image, str]:
+    def make_preview(self) -> tuple[Image.Image, str]:
         """Images spread over the source beside what the VAE makes of them, through the cache's own dtype."""
         good = []
-        for i in spread(self.images):
+        for i in spread_indices(self.num_images):
             try:
-                good.append((i, torch.from_numpy(self.square.read(self.source, i).pixels.copy())))
-            except (BadImage, Unreadable):
+                good.append((i, torch.from_numpy(self.reader.read(self.source, i).pixels.copy())))
+            except (BadImage, UnreadableImage):
                 continue
         names = [self.source.class_names[self.source.labels[i]] for i, _ in good]
         encoded = [
-            self._encode(Decoded(0, 1, pixels[None], np.zeros(1), [], Counter()))
+            self.encode_batch(DecodedBatch(0, 1, pixels[None], np.zeros(1), [], Counter()))
             for _, pixels in good
         ]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         moments = [batch.moments["moments"] for batch in encoded]
-        return compare(names, [pixels for _, pixels in good], moments, self.vae)
+        return make_preview(names, [pixels for _, pixels in good], moments, self.vae)
 
 
-def automatic(resolution: int, device: torch.device) -> int:
+def default_batch_size(resolution: int, device: torch.device) -> int:
     """Images a forward pass: on a GPU as many as 64 of 256 pixels, on the CPU, where each thread has its own, as 4; no more
     than 64.
     """

@@ -34,11 +34,11 @@ class BadImage(ValueError):
     """An image that cannot be used, and why."""
 
 
-class Unreadable(OSError):
+class UnreadableImage(OSError):
     """An image that nothing is known about, since the disk or the machine failed: no reason to skip it."""
 
 
-class Picture(NamedTuple):
+class DecodedImage(NamedTuple):
     """An image as training sees it, and what was met on the way."""
 
     pixels: np.ndarray  # (3, side, side) uint8
@@ -46,7 +46,7 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Square:
+class SquareReader:
     """How an image becomes a square of `side` pixels."""
 
     side: int
@@ -54,7 +54,7 @@ class Square:
     background: str = "white"
     seed: int = 0  # of random crops
 
-    def read(self, source: ImageSource, i: int) -> Picture:
+    def read(self, source: ImageSource, i: int) -> DecodedImage:
         """Image i of the source. An RGB image that already has the size passes through untouched. Raises BadImage or
         Unreadable.
         """
@@ -70,7 +70,7 @@ class Square:
         except BadImage:
             raise
         except MemoryError:
-            raise Unreadable("out of memory") from None
+            raise UnreadableImage("out of memory") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise BadImage(f"more than {MOST_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
@@ -80,10 +80,10 @@ class Square:
                 getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             ).splitlines()[0]
             if isinstance(error, OSError) and not is_the_files_own(error):
-                raise Unreadable(reason) from None
+                raise UnreadableImage(reason) from None
             raise BadImage(reason) from None
 
-    def _decoded(self, file: BinaryIO, i: int) -> Picture:
+    def _decoded(self, file: BinaryIO, i: int) -> DecodedImage:
         with Image.open(file, formats=FORMATS) as image:
             kinds = [
                 f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"
@@ -93,7 +93,7 @@ class Square:
             rgb = to_rgb(image, self.background, kinds)
         if rgb.size != (self.side, self.side):
             rgb = self._cropped(rgb, i, kinds)
-        return Picture(np.asarray(rgb).transpose(2, 0, 1), kinds)
+        return DecodedImage(np.asarray(rgb).transpose(2, 0, 1), kinds)
 
     def _cropped(self, image: Image.Image, i: int, kinds: list[str]) -> Image.Image:
         short, long = sorted(image.size)
@@ -180,18 +180,20 @@ def to_rgb(
 
 def load_square(source: ImageSource, i: int, side: int) -> np.ndarray:
     """Image i, centre-cropped: (3, side, side) uint8. Raises BadImage."""
-    return Square(side).read(source, i).pixels
+    return SquareReader(side).read(source, i).pixels
 
 
-def read_or_name(source: ImageSource, i: int, side: int, flag: str = "--reference") -> np.ndarray:
+def load_square_or_user_error(
+    source: ImageSource, i: int, side: int, flag: str = "--reference"
+) -> np.ndarray:
     """load_square; an image that cannot be used is a UserError that names it."""
     try:
         return load_square(source, i, side)
-    except (BadImage, Unreadable) as error:
-        raise UserError(bad_line(flag, source, i, error)) from None
+    except (BadImage, UnreadableImage) as error:
+        raise UserError(format_image_error(flag, source, i, error)) from None
 
 
-def bad_line(
+def format_image_error(
     flag: str, source: ImageSource, i: int, reason: Exception | str, what: str = "cannot be used"
 ) -> str:
     """One line that any terminal can show."""

@@ -15,9 +15,9 @@ import torch
 from common import cli
 from common.processes import World
 from models.autoencoder import DEFAULT_VAE
-from preprocessing.build import build, summary
+from preprocessing.build import build_cache, format_summary
 from preprocessing.encoding import DTYPES
-from preprocessing.repa_files import Import, Settings
+from preprocessing.repa_files import ImportJob, ImportSettings
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         default="float16",
         help="of the stored moments; SRC's are float32",
     )
-    add("--shard-size", type=cli.positive, default=8192, help="images a shard")
+    add("--shard-size", type=cli.positive_int, default=8192, help="images a shard")
     add(
         "--keep-images",
         action="store_true",
@@ -66,19 +66,19 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)} | {
+    given = {field.name: getattr(args, field.name) for field in fields(ImportSettings)} | {
         "source": str(args.source)
     }
     world = World()
     path = args.dest / "manifest.json"
     before = path.read_bytes() if path.exists() else b""
-    manifest = build(args.dest, Import(Settings(**given), args.device), world)
+    manifest = build_cache(args.dest, ImportJob(ImportSettings(**given), args.device), world)
     if world.rank == 0:
         complete = path.read_bytes() == before
         print(
             f"{args.dest} is complete: {manifest.count:,} images"
             if complete
-            else summary(args.dest, manifest)
+            else format_summary(args.dest, manifest)
         )
     world.close()
 

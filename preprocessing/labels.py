@@ -11,32 +11,32 @@ import numpy as np
 
 from common.cli import UserError
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 MOST_CLASSES = 1_000_000  # a larger label is no class number but something else
 
 
-def is_image(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """By its extension; what a file browser hides is none."""
-    return PurePosixPath(name).suffix.lower() in EXTENSIONS and not any(
+    return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not any(
         part.startswith(".") for part in name.removeprefix("./").split("/")
     )
 
 
-class Given(NamedTuple):
+class LabelTable(NamedTuple):
     """Classes that a file gives, by image, and where from."""
 
     classes: dict
     class_names: list[str] | None
-    what: str  # flag and file, for messages
+    origin: str  # flag and file, for messages
 
 
-def read_labels(path: Path) -> Given:
+def read_label_file(path: Path) -> LabelTable:
     """A CSV of image,class (with or without a line of headings), or a JSON as EDM's dataset.json. Raises UserError."""
     what = f"--labels {path}"
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            return read_json(text, what)
+            return parse_dataset_json(text, what)
         rows = [row for row in csv.reader(io.StringIO(text)) if row]
     except UserError:
         raise
@@ -49,7 +49,7 @@ def read_labels(path: Path) -> Given:
             raise UserError(
                 f"{what}: row {k + 1} has {len(row)} columns; wanted are two, image,class, with a comma between"
             )
-    if len(rows) > 1 and not is_image(rows[0][0]) and is_image(rows[1][0]):
+    if len(rows) > 1 and not is_image_name(rows[0][0]) and is_image_name(rows[1][0]):
         rows = rows[1:]  # headings
     classes: dict = {}
     for name, value in rows:
@@ -58,20 +58,22 @@ def read_labels(path: Path) -> Given:
         classes[name.strip()] = value.strip()
     if not classes:
         raise UserError(f"{what} is empty")
-    return Given(classes, None, what)
+    return LabelTable(classes, None, what)
 
 
-def read_json(text: str | bytes, what: str) -> Given:
+def parse_dataset_json(text: str | bytes, what: str) -> LabelTable:
     """EDM's dataset.json. Raises UserError."""
     try:
         meta = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-        return Given(dict(meta["labels"] or []), meta.get("class_names"), what)
+        return LabelTable(dict(meta["labels"] or []), meta.get("class_names"), what)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f'{what} is not {{"labels": [[image, class], ...]}} ({reason})') from None
 
 
-def number(values: list, class_names: list[str] | None, what: str) -> tuple[np.ndarray, list[str]]:
+def index_classes(
+    values: list, class_names: list[str] | None, what: str
+) -> tuple[np.ndarray, list[str]]:
     """Classes as given, numbers or names -> labels (n,) int64 and the names of all classes. Raises UserError."""
     if class_names is not None:
         if not (
@@ -111,7 +113,7 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def labelled(names: list[str], given: Given) -> tuple[np.ndarray, list[str]]:
+def assign_labels(names: list[str], given: LabelTable) -> tuple[np.ndarray, list[str]]:
     """Classes by image: by its name as the source has it, or by its last part with or without the extension. Raises
     UserError.
     """
@@ -127,20 +129,22 @@ def labelled(names: list[str], given: Given) -> tuple[np.ndarray, list[str]]:
         )
     missing = [name for name, key in zip(names, keys) if key is None]
     if missing:
-        raise UserError(f"{given.what} has no label for {some(missing)}")
+        raise UserError(f"{given.origin} has no label for {summarize_names(missing)}")
     if len(set(keys)) < len(keys):
         first = dict(zip(reversed(keys), reversed(names)))
         a, b = next((first[key], name) for name, key in zip(names, keys) if first[key] != name)
-        raise UserError(f"{given.what} does not tell {a} and {b} apart: name images by their paths")
-    return number([given.classes[key] for key in keys], given.class_names, given.what)
+        raise UserError(
+            f"{given.origin} does not tell {a} and {b} apart: name images by their paths"
+        )
+    return index_classes([given.classes[key] for key in keys], given.class_names, given.origin)
 
 
-def some(names: list[str]) -> str:
+def summarize_names(names: list[str]) -> str:
     """The first of several, and how many more there are."""
     return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
-def by_folder(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
+def labels_from_folders(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
     """Classes are the first parts of the names, sorted; images without a folder are one class. Raises UserError."""
     tops = [
         top if rest else ""

@@ -21,21 +21,21 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from common.files import GrowingArray, discarding
+from common.files import NpyWriter, discard_on_error
 from models.autoencoder import DEFAULT_VAE, Autoencoder
-from preprocessing.build import numbers_of
-from preprocessing.cache_preview import compare, spread
-from preprocessing.encoding import in_order, lasting
-from preprocessing.images import BadImage, Square, Unreadable, bad_line
-from preprocessing.labels import labelled, read_json, some
-from preprocessing.shards import Shard, file_of
+from preprocessing.build import image_range
+from preprocessing.cache_preview import make_preview, spread_indices
+from preprocessing.encoding import absolute_if_exists, map_in_order
+from preprocessing.images import BadImage, SquareReader, UnreadableImage, format_image_error
+from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
+from preprocessing.shards import Shard, shard_file_name
 from preprocessing.sources import ImageSource
 
 READERS = 16  # threads that read small files, which is waiting for the most part
 
 
 @dataclass(frozen=True)
-class Settings:
+class ImportSettings:
     """What is asked for: import_repa's flags of the same names."""
 
     source: str
@@ -46,10 +46,10 @@ class Settings:
     keep_images: bool = False
 
 
-class Import:
+class ImportJob:
     """The job (preprocessing.build.Job) that reads moments from REPA's files."""
 
-    def __init__(self, settings: Settings, device: str):
+    def __init__(self, settings: ImportSettings, device: str):
         """Lists the files and opens the VAE. Raises UserError."""
         root = Path(settings.source)
         if not root.is_dir():
@@ -57,7 +57,7 @@ class Import:
         self.root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
         self.pixels = self.root.parent / "images"
         self.source = open_moments(self.root)
-        self.what, self.images, self.shard_size = (
+        self.description, self.num_images, self.shard_size = (
             f"importing {root.name}",
             len(self.source),
             settings.shard_size,
@@ -74,20 +74,22 @@ class Import:
         self.shape = self._shape_of_first()
         channels, side = self.vae.channels, self.shape[1]
         self.settings = asdict(settings) | {"made_by": "import_repa"}
-        self.settings |= {name: lasting(self.settings[name]) for name in ("source", "vae")}
+        self.settings |= {
+            name: absolute_if_exists(self.settings[name]) for name in ("source", "vae")
+        }
         self.plan: dict[str, Any] = {
-            "images": self.images,
+            "images": self.num_images,
             "vae_fingerprint": self.vae.fingerprint(),
             "dtype": settings.dtype,
             "shard_size": settings.shard_size,
             "keep_images": settings.keep_images,
-            "names_and_labels": self.source.digest(self.images),
+            "names_and_labels": self.source.digest(self.num_images),
         }
-        self.manifest: dict[str, Any] = {
+        self.manifest_fields: dict[str, Any] = {
             "source": settings.source,
             "num_classes": len(self.source.class_names),
             "class_names": self.source.class_names,
-            "resolution": side * self.vae.factor,
+            "resolution": side * self.vae.downsampling_factor,
             "crop": "as imported",
             "vae": settings.vae,
             "vae_fingerprint": self.plan["vae_fingerprint"],
@@ -102,8 +104,8 @@ class Import:
     def _shape_of_first(self) -> tuple[int, int, int]:
         """What every file must have: (2C, h, h)."""
         shapes: list[tuple] = []
-        for i in spread(
-            self.images
+        for i in spread_indices(
+            self.num_images
         ):  # a few, of which one may be odd; reading its shard will say so
             with suppress(OSError, ValueError, EOFError, AttributeError):
                 shapes.append((np.load(self.root / self.source.names[i], mmap_mode="r").shape, i))
@@ -131,7 +133,9 @@ class Import:
             moments = np.load(self.root / self.source.names[i])
         except (OSError, ValueError, EOFError) as error:
             if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EACCES):
-                line = bad_line("SRC", self.source, i, error.strerror, "could not be read")
+                line = format_image_error(
+                    "SRC", self.source, i, error.strerror, "could not be read"
+                )
                 raise UserError(
                     f"{line}: when that is mended, run the same command again"
                 ) from None
@@ -157,8 +161,10 @@ class Import:
             pixels = self._image_of(self.source.names[i])
         except BadImage as error:
             return BadImage(f"its image: {error}")
-        except Unreadable as error:
-            line = bad_line("SRC", self.source, i, error, "has an image that could not be read")
+        except UnreadableImage as error:
+            line = format_image_error(
+                "SRC", self.source, i, error, "has an image that could not be read"
+            )
             raise UserError(f"{line}: when that is mended, run the same command again") from None
         return (
             BadImage(f"its image is not in {self.pixels}")
@@ -166,37 +172,43 @@ class Import:
             else (moments, pixels.numpy())
         )
 
-    def shards(
+    def iter_shards(
         self,
         dest: Path,
-        numbers: list[int],
+        shard_indices: list[int],
         progress: Callable[[int], None],
         only_images: bool = False,
     ) -> Iterator[tuple[int, Shard]]:
         """(number, shard) of each, in this order. Also for the images alone the moments are read, to be compared."""
-        for shard in numbers:
-            images, side = None, self.manifest["resolution"]
+        for shard in shard_indices:
+            images, side = None, self.manifest_fields["resolution"]
             if self.keep_images:
-                images = GrowingArray(dest / "images" / file_of(shard), np.uint8, (3, side, side))
-            with discarding(images):
+                images = NpyWriter(
+                    dest / "images" / shard_file_name(shard), np.uint8, (3, side, side)
+                )
+            with discard_on_error(images):
                 made = self._shard(shard, progress, images)
             yield shard, made
 
     def _shard(
-        self, shard: int, progress: Callable[[int], None], images: GrowingArray | None
+        self, shard: int, progress: Callable[[int], None], images: NpyWriter | None
     ) -> Shard:
-        numbers, labels, skipped = numbers_of(self, shard), [], []
+        numbers, labels, skipped = image_range(self, shard), [], []
         moments = np.empty((len(numbers), *self.shape), self.dtype)
         with ThreadPoolExecutor(READERS) as pool:
-            for i, read in zip(numbers, in_order(pool, self._read_both, numbers, 4 * READERS)):
+            for i, read in zip(numbers, map_in_order(pool, self._read_both, numbers, 4 * READERS)):
                 if isinstance(read, BadImage):
                     if not self.skip_bad:
                         pool.shutdown(cancel_futures=True)
                         raise UserError(
-                            f"{bad_line('SRC', self.source, i, read)}; mend it or pass --skip-bad"
+                            f"{format_image_error('SRC', self.source, i, read)}; mend it or pass --skip-bad"
                         )
                     skipped.append(
-                        {"file": self.source.names[i], "shard": file_of(shard), "reason": str(read)}
+                        {
+                            "file": self.source.names[i],
+                            "shard": shard_file_name(shard),
+                            "reason": str(read),
+                        }
                     )
                 else:
                     moments[len(labels)] = read[0]
@@ -210,10 +222,10 @@ class Import:
             arrays, skipped, Counter({"imported moments": len(labels)} if labels else {}), images
         )
 
-    def preview(self) -> tuple[Image.Image, str]:
+    def make_preview(self) -> tuple[Image.Image, str]:
         """Moments spread over the tree, decoded, beside the images they were made of where those are kept."""
         names, images, moments = [], [], []
-        for i in spread(self.images):
+        for i in spread_indices(self.num_images):
             values = self._read(i)
             if not isinstance(values, BadImage):
                 names.append(self.source.class_names[self.source.labels[i]])
@@ -221,7 +233,7 @@ class Import:
                 images.append(None)
                 with suppress(BadImage):
                     images[-1] = self._image_of(self.source.names[i])
-        return compare(names, images, moments, self.vae)
+        return make_preview(names, images, moments, self.vae)
 
     def _image_of(self, name: str) -> torch.Tensor | None:
         """Raises BadImage."""
@@ -230,7 +242,9 @@ class Import:
         if path is None or not (self.pixels / path).exists():
             return None
         source = ImageSource(self.pixels, [str(path)], np.zeros(1, np.int64), ["0"])
-        return torch.from_numpy(Square(self.manifest["resolution"]).read(source, 0).pixels.copy())
+        return torch.from_numpy(
+            SquareReader(self.manifest_fields["resolution"]).read(source, 0).pixels.copy()
+        )
 
 
 def open_moments(root: Path) -> ImageSource:
@@ -252,8 +266,10 @@ def open_moments(root: Path) -> ImageSource:
         raise UserError(
             f"SRC {record} is missing, and with it the classes: REPA's encoding writes it last; was it finished?"
         )
-    given = read_json(record.read_bytes(), f"SRC {record}")
+    given = parse_dataset_json(record.read_bytes(), f"SRC {record}")
     gone = sorted({*given.classes} - {*names})
     if gone:
-        raise UserError(f"SRC {record} names what is not there: {some(gone)}; is the tree whole?")
-    return ImageSource(root, names, *labelled(names, given))
+        raise UserError(
+            f"SRC {record} names what is not there: {summarize_names(gone)}; is the tree whole?"
+        )
+    return ImageSource(root, names, *assign_labels(names, given))

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import UserError
-from common.files import GrowingArray, write_array
+from common.files import NpyWriter, write_array
 
-AT_ONCE = 256  # images whose sums are taken at once, in float64
+IMAGES_PER_CHUNK = 256  # images whose sums are taken at once, in float64
 ALIKE = 0.05  # of the moments' own spread: what two machines, or batch sizes, may make of one image, and no two images
 
 
@@ -24,22 +24,24 @@ class Shard(NamedTuple):
     ]  # moments and, with flips, mirrored: (n, 2C, h, w); labels: (n,) int64
     skipped: list[dict]  # {file, reason} of each image that cannot be used
     kinds: Counter  # of images met
-    images: GrowingArray | None = (
+    images: NpyWriter | None = (
         None  # (n, 3, S, S) uint8, if they are kept: on the disk already, but for the name
     )
 
 
-def file_of(number: int) -> str:
+def shard_file_name(number: int) -> str:
     """The name of a shard's files."""
     return f"{number:05d}.npy"
 
 
-def sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
+def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     """Of z ~ posterior and of z^2, per channel, over moments (n, 2C, h, w): E[z^2] = mean^2 + std^2."""
     total, square = 0.0, 0.0
     for array in arrays:
-        for start in range(0, len(array), AT_ONCE):
-            mean, std = np.split(array[start : start + AT_ONCE].astype(np.float64), 2, axis=1)
+        for start in range(0, len(array), IMAGES_PER_CHUNK):
+            mean, std = np.split(
+                array[start : start + IMAGES_PER_CHUNK].astype(np.float64), 2, axis=1
+            )
             total = total + mean.sum((0, 2, 3))
             square = square + (mean**2 + std**2).sum((0, 2, 3))
     return {"sum": total.tolist(), "sum_of_squares": square.tolist()}
@@ -47,7 +49,7 @@ def sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
 
 def write_shard(dest: Path, number: int, shard: Shard) -> dict:
     """Writes one whole; returns its entry for the manifest. Raises UserError for values that its dtype cannot hold."""
-    file, count = file_of(number), len(shard.arrays["labels"])
+    file, count = shard_file_name(number), len(shard.arrays["labels"])
     entry = {
         "file": file,
         "count": count,
@@ -62,7 +64,7 @@ def write_shard(dest: Path, number: int, shard: Shard) -> dict:
                 f"shard {file} holds values that {moments[0].dtype} cannot: is it the right VAE for these images? "
                 "(--dtype float32 holds larger ones)"
             )
-        entry |= sums(moments)
+        entry |= channel_sums(moments)
         for name, array in shard.arrays.items():
             entry["sha256"][name] = write_array(dest / name / file, array)
     if shard.images:
@@ -70,8 +72,8 @@ def write_shard(dest: Path, number: int, shard: Shard) -> dict:
     return entry
 
 
-def _named(images: GrowingArray, count: int) -> dict[str, str]:
-    assert images.rows == count, (images.path, images.rows, count)
+def _named(images: NpyWriter, count: int) -> dict[str, str]:
+    assert images.num_rows == count, (images.path, images.num_rows, count)
     if count:
         return {"images": images.finish()}
     images.discard()
@@ -98,7 +100,7 @@ def add_images(dest: Path, entry: dict, shard: Shard) -> dict:
     return entry | {"sha256": entry["sha256"] | _named(shard.images, entry["count"])}
 
 
-def statistics(
+def channel_statistics(
     entries: list[dict], latent_shape: list[int], flips: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std per channel, (C,) each, of all shards, by their sums."""

@@ -23,15 +23,15 @@ import numpy as np
 
 from common.cli import UserError
 from preprocessing.labels import (
-    EXTENSIONS,
-    Given,
-    by_folder,
-    is_image,
-    labelled,
-    number,
-    read_json,
-    read_labels,
-    some,
+    IMAGE_EXTENSIONS,
+    LabelTable,
+    assign_labels,
+    index_classes,
+    is_image_name,
+    labels_from_folders,
+    parse_dataset_json,
+    read_label_file,
+    summarize_names,
 )
 
 MOST_OPEN = 64  # tar files at once in a process
@@ -155,7 +155,7 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
         raise UserError(
             f"{flag} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name those of one"
         )
-    given = read_labels(labels) if labels else None
+    given = read_label_file(labels) if labels else None
     if path.is_dir() and not files:
         source = _open_folder(path, flag, given)
     elif kinds == {".tar"}:
@@ -173,7 +173,7 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     else:
         source = _open_zip(files[0], flag, given)
     if not len(source):
-        raise UserError(f"{flag} {path} holds no images ({' '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{flag} {path} holds no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
     return source
 
 
@@ -201,7 +201,7 @@ def _archives(folder: Path, flag: str) -> list[Path]:
     return []
 
 
-def _open_folder(path: Path, flag: str, given: Given | None) -> ImageSource:
+def _open_folder(path: Path, flag: str, given: LabelTable | None) -> ImageSource:
     names, empty, above = [], [], {}
 
     def fail(error: OSError) -> None:
@@ -218,17 +218,17 @@ def _open_folder(path: Path, flag: str, given: Given | None) -> ImageSource:
         prefix = (
             os.path.relpath(folder, path).replace(os.sep, "/") + "/" if folder != str(path) else ""
         )
-        names += [prefix + name for name in files if is_image(name)]
+        names += [prefix + name for name in files if is_image_name(name)]
         if folder == str(path):
             empty = folders.copy()
     names.sort()
     what = f"{flag} {path}"
     record = path / "dataset.json"
     if given is None and record.exists():
-        given = read_json(record.read_bytes(), f"{flag} {record}")
+        given = parse_dataset_json(record.read_bytes(), f"{flag} {record}")
     if given is not None:
-        return ImageSource(path, names, *labelled(names, given))
-    labels, class_names = by_folder(names, what)
+        return ImageSource(path, names, *assign_labels(names, given))
+    labels, class_names = labels_from_folders(names, what)
     empty = sorted({*empty} - {*class_names})
     if names and empty:
         raise UserError(
@@ -237,14 +237,14 @@ def _open_folder(path: Path, flag: str, given: Given | None) -> ImageSource:
     return ImageSource(path, names, labels, class_names)
 
 
-def _open_zip(path: Path, flag: str, given: Given | None) -> ImageSource:
+def _open_zip(path: Path, flag: str, given: LabelTable | None) -> ImageSource:
     what = f"{flag} {path}"
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-            names = sorted({name for name in members if is_image(name)})
+            names = sorted({name for name in members if is_image_name(name)})
             if given is None and "dataset.json" in members:
-                given = read_json(archive.read("dataset.json"), f"{what}: dataset.json")
+                given = parse_dataset_json(archive.read("dataset.json"), f"{what}: dataset.json")
     except (
         OSError,
         zipfile.BadZipFile,
@@ -257,7 +257,9 @@ def _open_zip(path: Path, flag: str, given: Given | None) -> ImageSource:
             f"{flag} {path} is no folder, tar or parquet, nor a zip that can be read ({error})"
         ) from None
     return ZipSource(
-        path, names, *(by_folder(names, what) if given is None else labelled(names, given))
+        path,
+        names,
+        *(labels_from_folders(names, what) if given is None else assign_labels(names, given)),
     )
 
 
@@ -279,7 +281,7 @@ def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, 
                 yield from inner
             elif name.endswith(".cls") or PurePosixPath(name).name == "dataset.json":
                 yield name, 0, 0, file.read(member.size)
-            elif is_image(name):
+            elif is_image_name(name):
                 yield name, member.offset_data, member.size, None
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
@@ -290,7 +292,7 @@ def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, 
             )
 
 
-def _open_tars(path: Path, files: list[Path], flag: str, given: Given | None) -> ImageSource:
+def _open_tars(path: Path, files: list[Path], flag: str, given: LabelTable | None) -> ImageSource:
     found, classes, what = {}, {}, f"{flag} {path}"
     for k, tar in enumerate(files):
         prefix = (
@@ -309,7 +311,7 @@ def _open_tars(path: Path, files: list[Path], flag: str, given: Given | None) ->
                         inside = (
                             "" if member == "dataset.json" else member.removesuffix("dataset.json")
                         )
-                        given = read_json(content, f"{flag} {tar}: {member}")
+                        given = parse_dataset_json(content, f"{flag} {tar}: {member}")
                         given = given._replace(
                             classes={inside + name: k for name, k in given.classes.items()}
                         )
@@ -318,7 +320,7 @@ def _open_tars(path: Path, files: list[Path], flag: str, given: Given | None) ->
     names = sorted(found)
     members = [found[name][0] for name in names]
     if given is not None:
-        labels = labelled(members, given)
+        labels = assign_labels(members, given)
     elif (
         classes
     ):  # WebDataset: an image and its class share their name up to the first dot of its last part
@@ -328,21 +330,21 @@ def _open_tars(path: Path, files: list[Path], flag: str, given: Given | None) ->
         ]
         missing = [name for name, key in zip(names, keys) if key not in classes]
         if missing:
-            raise UserError(f"{what} has no .cls beside {some(missing)}")
+            raise UserError(f"{what} has no .cls beside {summarize_names(missing)}")
         twice = next((b for a, b in zip(keys, keys[1:]) if a == b), None)
         if twice:
             raise UserError(
                 f"{what} has two images for one class, {twice}.cls: which is meant? Leave the other out"
             )
-        labels = number([classes[key] for key in keys], None, what)
+        labels = index_classes([classes[key] for key in keys], None, what)
     elif len(files) > 1 and all(
         re.fullmatch(r"n\d{8}", tar.stem) for tar in files
     ):  # ImageNet's, a class each
-        labels = by_folder(
+        labels = labels_from_folders(
             [f"{files[found[name][1]].stem}/{member}" for name, member in zip(names, members)], what
         )
     else:
-        labels = by_folder(members, what)
+        labels = labels_from_folders(members, what)
     where = np.array([found[name][1:] for name in names], np.int64).reshape(-1, 3)
     return TarSource(path, names, *labels, files=files, where=where)
 
@@ -352,7 +354,9 @@ def _stem(member: str) -> int:
     return member.find(".", member.rfind("/") + 1)
 
 
-def _open_parquet(path: Path, files: list[Path], flag: str, given: Given | None) -> ImageSource:
+def _open_parquet(
+    path: Path, files: list[Path], flag: str, given: LabelTable | None
+) -> ImageSource:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -404,7 +408,9 @@ def _open_parquet(path: Path, files: list[Path], flag: str, given: Given | None)
     if values and (len(values) != len(names) or None in values):
         raise UserError(f"{what}: some rows have a label and some have none")
     labels = (
-        number(values, class_names, what) if values else (np.zeros(len(names), np.int64), ["0"])
+        index_classes(values, class_names, what)
+        if values
+        else (np.zeros(len(names), np.int64), ["0"])
     )
     where = np.array(where, np.int64).reshape(-1, 3)
     return ParquetSource(path, names, *labels, files=files, where=where, column=column)

@@ -24,8 +24,8 @@ from common.files import sha256
 from common.processes import World
 from latents.cache import CacheError, Manifest, read_manifest
 from preprocessing import encoding, repa_files
-from preprocessing.build import Job, redo
-from preprocessing.shards import AT_ONCE, statistics, sums
+from preprocessing.build import CacheJob, rebuild_shards
+from preprocessing.shards import IMAGES_PER_CHUNK, channel_statistics, channel_sums
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,8 +94,8 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
             f"labels: from {labels.min()} to {labels.max()}, should be from 0 to {manifest.num_classes - 1}"
         )
     for folder, array in arrays.items():
-        for start in range(0, len(array), AT_ONCE):
-            part = array[start : start + AT_ONCE]
+        for start in range(0, len(array), IMAGES_PER_CHUNK):
+            part = array[start : start + IMAGES_PER_CHUNK]
             if not np.isfinite(part).all():
                 found.append(f"{folder}: values that are not finite")
                 break
@@ -103,7 +103,7 @@ def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
                 found.append(f"{folder}: standard deviations below 0")
                 break
     if not found and "sum" in entry:
-        now = sums(list(arrays.values()))
+        now = channel_sums(list(arrays.values()))
         if not all(np.allclose(now[key], entry[key], rtol=1e-9) for key in now):
             found.append("statistics: not what the manifest says of this shard")
     return found
@@ -113,7 +113,7 @@ def statistics_fault(manifest: Manifest) -> str | None:
     """Whether mean and std of the whole follow from the shards'."""
     if any("sum" not in entry for entry in manifest.shards):
         return "manifest.json lacks the sums of its shards: it is an older one"
-    mean, std = statistics(manifest.shards, manifest.latent_shape, manifest.flips)
+    mean, std = channel_statistics(manifest.shards, manifest.latent_shape, manifest.flips)
     if np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9) and np.allclose(
         std, manifest.std, rtol=1e-6
     ):
@@ -137,7 +137,7 @@ def verify(root: Path, manifest: Manifest, quiet: bool) -> dict[str, list[str]]:
     return found
 
 
-def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> Job:
+def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> CacheJob:
     """The job that made a cache. Raises UserError if it is not known, or if what it was made of is gone."""
     recorded = dict(manifest.encoding)
     made_by = recorded.get("made_by")
@@ -155,8 +155,8 @@ def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> Job:
     known = {field.name for field in fields(kinds[made_by])} & recorded.keys()
     settings = kinds[made_by](**{name: recorded[name] for name in known})
     if made_by == "import_repa":
-        return repa_files.Import(settings, args.device)
-    return encoding.Encoding(settings, args.device, args.num_workers, world)
+        return repa_files.ImportJob(settings, args.device)
+    return encoding.EncodingJob(settings, args.device, args.num_workers, world)
 
 
 def main() -> None:
@@ -189,7 +189,7 @@ def main() -> None:
             (images if all(line.startswith("images:") for line in wrong) else numbers).append(
                 int(Path(file).stem)
             )
-        changed = redo(args.data, job_of(manifest, args, world), numbers, images, world)
+        changed = rebuild_shards(args.data, job_of(manifest, args, world), numbers, images, world)
         if world.rank == 0:
             print(f"{args.data}: made {len(found)} of {len(manifest.shards)} shards again")
             for file in changed:

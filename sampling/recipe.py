@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from common.keyed_random import Purpose, normal, uniform
-from interpolant import PATHS, interval
+from interpolant import INTERPOLANTS, time_interval
 from models.sit import SiT
-from samplers import guided, guided_dopri5, ode, sde, velocity_model
+from samplers import GuidedVelocity, VelocityModel, guided_dopri5, ode, sde
 
-STATES = {"float32": torch.float32, "float64": torch.float64}
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Recipe(NamedTuple):
@@ -34,8 +34,8 @@ class Recipe(NamedTuple):
     seed: int = 0
     path_type: str = "linear"
     prediction: str = "v"  # what the network gives: v, x or eps
-    state: str = "float32"  # of x between two steps; REPA's is float64
-    listed: Tensor | None = None  # (n,) what the file of labels holds
+    state_dtype: str = "float32"  # of x between two steps; REPA's is float64
+    explicit_labels: Tensor | None = None  # (n,) what the file of labels holds
 
     @property
     def solver(self) -> str:
@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
             return "euler-maruyama"
         return "dopri5" if self.dopri5 else "heun" if self.heun else "euler"
 
-    def check(self, flag: str = "--") -> None:
+    def validate(self, flag: str = "--") -> None:
         """Raises UserError, with `flag` before the names of the flags at fault."""
         if self.cfg_scale < 1:
             raise UserError(f"{flag}cfg-scale {self.cfg_scale} is below 1; 1 is no guidance")
@@ -63,16 +63,16 @@ class Recipe(NamedTuple):
                 "which ends with one deterministic step after at least one other"
             )
 
-    def with_labels(self, num_classes: int, count: int) -> "Recipe":
+    def with_loaded_labels(self, num_classes: int, count: int) -> "Recipe":
         """The recipe, its labels read and found to be classes of the model. Raises UserError."""
         if self.labels in ("random", "balanced"):
             return self
-        listed = None
+        explicit_labels = None
         if self.labels.isdecimal() and len(self.labels) < 10:
             given = np.array([int(self.labels)])
         else:
-            given = read_labels(Path(self.labels))
-            listed = torch.from_numpy(given)
+            given = load_labels(Path(self.labels))
+            explicit_labels = torch.from_numpy(given)
             if len(given) < count:
                 raise UserError(
                     f"--labels {self.labels} holds {len(given):,} classes, --num-fid-samples asks for {count:,}"
@@ -82,12 +82,14 @@ class Recipe(NamedTuple):
             raise UserError(
                 f"--labels {self.labels}: {wrong[0]} is no class; the model has 0 to {num_classes - 1}"
             )
-        return self._replace(listed=listed)
+        return self._replace(explicit_labels=explicit_labels)
 
-    def classes(self, index: Tensor, num_classes: int) -> Tensor:
+    def compute_labels(self, index: Tensor, num_classes: int) -> Tensor:
         """The class of each image: numbers (B,) -> (B,)."""
-        if self.listed is not None:  # a last batch is padded with numbers beyond the end
-            return self.listed.to(index.device)[index.clamp(max=len(self.listed) - 1)]
+        if self.explicit_labels is not None:  # a last batch is padded with numbers beyond the end
+            return self.explicit_labels.to(index.device)[
+                index.clamp(max=len(self.explicit_labels) - 1)
+            ]
         if self.labels.isdecimal():
             return torch.full_like(index, int(self.labels))
         if self.labels == "balanced":
@@ -99,7 +101,7 @@ class Recipe(NamedTuple):
         )
 
     @torch.no_grad()
-    def latents(
+    def sample_latents(
         self,
         model: SiT,
         index: Tensor,
@@ -112,18 +114,20 @@ class Recipe(NamedTuple):
         """
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
-        start = normal(self.seed, Purpose.START, index, shape).to(STATES[self.state])
-        labels = self.classes(index, config.num_classes)
+        start = normal(self.seed, Purpose.INITIAL_NOISE, index, shape).to(
+            STATE_DTYPES[self.state_dtype]
+        )
+        labels = self.compute_labels(index, config.num_classes)
 
         def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             check()
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 return model(x, t, y)
 
-        path = PATHS[self.path_type]
+        path = INTERPOLANTS[self.path_type]
         ends, velocities = (
-            interval(path, self.prediction),
-            velocity_model(network, path, self.prediction),
+            time_interval(path, self.prediction),
+            VelocityModel(network, path, self.prediction),
         )
         guidance = self.cfg_scale, self.guidance_low, self.guidance_high
         if self.dopri5:
@@ -131,7 +135,7 @@ class Recipe(NamedTuple):
             return guided_dopri5(
                 velocities, labels, config.num_classes, start, *guidance, *tolerance, path, ends
             )[0]
-        velocity = guided(velocities, labels, config.num_classes, *guidance)
+        velocity = GuidedVelocity(velocities, labels, config.num_classes, *guidance)
         if self.mode == "ode":
             return ode(velocity, start, self.num_steps, self.heun, path, ends)
 
@@ -141,14 +145,14 @@ class Recipe(NamedTuple):
         return sde(velocity, path, start, self.num_steps, brownian, ends=ends)
 
 
-def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Keeps the weights of products in the dtype that autocast would give them anew in every evaluation: the same numbers."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.to(dtype)
 
 
-def read_labels(path: Path) -> np.ndarray:
+def load_labels(path: Path) -> np.ndarray:
     """A class for each image: .npy, .npz (arr_1, as samples have it), .json (a list) or text with white space between.
     (n,) int64. Raises UserError.
     """

@@ -25,9 +25,9 @@ from safetensors.numpy import load_file, save
 
 from common.cli import UserError
 from common.files import lock, write_array, write_file, write_npz
-from common.image_grid import labelled_grid, save_png
+from common.image_grid import draw_labelled_grid, save_png
 from evaluations.extractors import OUTPUTS, Features
-from evaluations.image_batches import Npz, NpzImages
+from evaluations.image_batches import NpzFile, NpzImages
 
 FREE = ("count", "machine")  # of sampling.json: they may differ when samples are continued
 SAID_BY = {
@@ -38,7 +38,7 @@ SAID_BY = {
 PATIENCE = 120  # seconds that a network disk may take to show one machine what another wrote
 
 
-class Done(NamedTuple):
+class StoredBatches(NamedTuple):
     """Which batches have what."""
 
     images: set[int]
@@ -61,7 +61,7 @@ class SampleStore:
         """what: sampling.json. networks: whose features are kept, and the sha256 of their weights. keep_images: False leaves
         no .npz behind.
         """
-        self.parts, self.npz, self.pictures = (
+        self.parts, self.npz_path, self.pictures = (
             folder / f"{name}.parts",
             folder / f"{name}.npz",
             folder / name,
@@ -75,7 +75,7 @@ class SampleStore:
         self.batches = range(-(-self.count // self.size))
         self.drawn: list[int] = []  # numbers of the images in the picture
 
-    def claim(self, held: ExitStack) -> Done:
+    def claim(self, held: ExitStack) -> StoredBatches:
         """By the first process: says what is there, and records what is being made, until `held` closes. Raises UserError if
         NAME is something else's, or another process is at it.
         """
@@ -90,8 +90,8 @@ class SampleStore:
         record = json.dumps(self.what, indent=2).encode()
         for folder in (self.parts, self.pictures) if self.png else (self.parts,):
             write_file(folder / "sampling.json", record)
-        for leftover in self.npz.parent.glob(
-            f".{glob.escape(self.npz.name)}.*.partial"
+        for leftover in self.npz_path.parent.glob(
+            f".{glob.escape(self.npz_path.name)}.*.partial"
         ):  # of a process that was killed
             leftover.unlink(missing_ok=True)
         images = {int(path.stem) for path in self.parts.glob("[0-9]*.npy")}
@@ -107,12 +107,12 @@ class SampleStore:
         pictures = {
             k for k in self.batches if not self.png or pngs.issuperset(range(*self._span(k)))
         }
-        return Done(images, features, pictures)
+        return StoredBatches(images, features, pictures)
 
     def open(self) -> None:
         """What an earlier call finished, on every process."""
-        if self.npz.exists():
-            self.finished = Npz(self.npz, "--name").images()
+        if self.npz_path.exists():
+            self.finished = NpzFile(self.npz_path, "--name").open_images()
 
     def complete(self) -> bool:
         """Whether the .npz holds all images."""
@@ -121,13 +121,13 @@ class SampleStore:
     def _tidy(self) -> None:
         """Leaves no parts behind that hold nothing."""
         if not any(self.parts.glob("[0-9]*")):
-            self.clear()
+            self.remove_parts()
 
     def _refuse_others(self) -> None:
         """Raises UserError unless all there is under NAME is of the same call, but for fewer images."""
-        old, whole = read_record(self.record), self.npz.with_suffix(".*")
+        old, whole = read_record(self.record), self.npz_path.with_suffix(".*")
         if (
-            self.npz.exists()
+            self.npz_path.exists()
             or self.metrics.exists()
             or (self.record.exists() and "ema_sha256" not in old)
         ):
@@ -143,9 +143,9 @@ class SampleStore:
             raise UserError(
                 f"{whole} holds {have:,} images already, and --num-fid-samples asks for {self.count:,}: give another --name"
             )
-        if not self.keep_images and self.npz.exists():
+        if not self.keep_images and self.npz_path.exists():
             raise UserError(
-                f"--no-npz: {self.npz} is there already: leave the flag out, or give another --name"
+                f"--no-npz: {self.npz_path} is there already: leave the flag out, or give another --name"
             )
         if not self.keep_images and self.metrics.exists() and old.get("count") != self.count:
             raise UserError(
@@ -156,7 +156,7 @@ class SampleStore:
         """The numbers of the images that are pictures already."""
         return {int(path.stem) for path in self.pictures.glob("*.png") if path.stem.isdecimal()}
 
-    def to_do(self, done: Done) -> list[int]:
+    def pending_batches(self, done: StoredBatches) -> list[int]:
         """The batches that lack something. Without images kept, features are all that a batch leaves."""
         images = done.images if self.keep_images else done.images | done.features
         every = set(self.batches)
@@ -167,7 +167,7 @@ class SampleStore:
         """The images of a batch that has them: (B, H, W, 3)."""
         start, stop = self._span(k)
         if self.finished and stop <= self.finished.count:
-            return np.array(self.finished.rows(start, stop))
+            return np.array(self.finished.read_rows(start, stop))
         return np.load(self._part(k, "npy"))
 
     def write(
@@ -195,7 +195,7 @@ class SampleStore:
                 self._part(k, "safetensors"), save(whole, {"networks": json.dumps(self.networks)})
             )
 
-    def finish(self, labels: np.ndarray) -> None:
+    def finalize(self, labels: np.ndarray) -> None:
         """By the first process, when no batch lacks anything: NAME.json, NAME.npz, NAME.png."""
         write_file(
             self.record, json.dumps(self.what, indent=2).encode()
@@ -204,7 +204,7 @@ class SampleStore:
             blocks = self._blocks()
             first = next(blocks)
             write_npz(
-                self.npz,
+                self.npz_path,
                 itertools.chain([first], blocks),
                 (self.count, *first.shape[1:]),
                 arr_1=labels,
@@ -226,11 +226,11 @@ class SampleStore:
             rows.setdefault(name, {})[column] = array
         return {name: Features(**rows[name]) for name in self.networks}
 
-    def clear(self) -> None:
+    def remove_parts(self) -> None:
         """Removes the parts."""
         shutil.rmtree(self.parts, ignore_errors=True)
 
-    def choose(self, labels: np.ndarray, rows: int = 10, columns: int = 10) -> None:
+    def choose_grid_images(self, labels: np.ndarray, rows: int = 10, columns: int = 10) -> None:
         """Which images are drawn: the first of each class; of more than ten classes, ten spread over all that occur."""
         present = np.unique(labels)
         chosen = present[
@@ -243,7 +243,7 @@ class SampleStore:
         for i in self.drawn:
             place = self.parts / f"drawn-{i:06d}.npy"
             if self.keep_images:
-                rows.setdefault(int(labels[i]), []).append(self.finished.rows(i, i + 1)[0])
+                rows.setdefault(int(labels[i]), []).append(self.finished.read_rows(i, i + 1)[0])
             elif place.exists():  # not, where an interrupted call was to make fewer
                 rows.setdefault(int(labels[i]), []).append(np.load(place))
         if not rows:
@@ -257,7 +257,7 @@ class SampleStore:
             if (what["guidance_low"], what["guidance_high"]) != (0, 1):
                 title += f" for {what['guidance_low']:g} ≤ t ≤ {what['guidance_high']:g}"
         named = [(what["class_names"][k], np.stack(images)) for k, images in rows.items()]
-        save_png(labelled_grid(named, title), self.png_grid)
+        save_png(draw_labelled_grid(named, title), self.png_grid)
 
     def _blocks(self) -> Iterator[np.ndarray]:
         """All images in order, a batch at a time."""

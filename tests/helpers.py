@@ -116,7 +116,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 """
 
 
-def ranks(processes: int, module: str, *flags) -> str:
+def run_ranks(processes: int, module: str, *flags) -> str:
     """The module's main on several processes, with torchrun's environment but in half its time: forked after the imports."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LEAVE + RANKS, str(processes), module, *map(str, flags)]
@@ -135,14 +135,14 @@ def train_flags(cache: Path, exps: Path, name: str, *more) -> list[str]:
     return [*flags.split(), *rest.split(), *head, *map(str, more)]
 
 
-def rows(run: Path) -> list[dict]:
+def read_metrics(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("images_per_s", "step_s", "data_s", "compute_s", "mfu")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
-def same_weights(a: Path, b: Path, step: str = "0000010") -> bool:
+def have_equal_weights(a: Path, b: Path, step: str = "0000010") -> bool:
     """Whether two runs' weights, EMA and optimizer are the same to the bit."""
     for name in ("model", "ema", "optimizer"):
         ours, theirs = (
@@ -170,7 +170,7 @@ for line in sys.stdin:
 """
 
 
-class Forks:
+class ForkServer:
     """Starts train.py in a fraction of a second: forked from a process that has done the imports and no more."""
 
     def __init__(self, log: Path):

@@ -5,20 +5,20 @@ import torch
 from scipy.stats import norm
 
 from interpolant import (
-    PATHS,
+    INTERPOLANTS,
     PREDICTIONS,
     WEIGHTINGS,
     draw_times,
-    from_velocity,
     interpolate,
-    interval,
+    prediction_to_velocity,
+    regression_target,
     score_to_velocity,
-    to_velocity,
-    training_target,
+    time_interval,
+    velocity_to_prediction,
     velocity_to_score,
 )
 
-paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+paths = pytest.mark.parametrize("path", INTERPOLANTS.values(), ids=INTERPOLANTS)
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
 
 
@@ -46,7 +46,7 @@ def test_time_zero_is_data_and_time_one_is_noise(path):
         interpolate(path, x, noise, torch.zeros(6, dtype=torch.float64))[0], x
     )
     left = (
-        0.0 if path is not PATHS["vp"] else math.exp(-10.05 / 2)
+        0.0 if path is not INTERPOLANTS["vp"] else math.exp(-10.05 / 2)
     )  # of the data, at the end of DDPM's schedule
     end = interpolate(path, x, noise, torch.ones(6, dtype=torch.float64))[0]
     torch.testing.assert_close(end, left * x + (1 - left**2) ** 0.5 * noise)
@@ -75,14 +75,14 @@ def test_score_is_repas_formula():
     ratio = -torch.cos(angle) / (math.pi / 2 * torch.sin(angle))
     variance = torch.sin(angle) ** 2 - ratio * (math.pi / 2 * torch.cos(angle)) * torch.sin(angle)
     torch.testing.assert_close(
-        velocity_to_score(PATHS["cosine"], v, x_t, t), (ratio * v - x_t) / variance
+        velocity_to_score(INTERPOLANTS["cosine"], v, x_t, t), (ratio * v - x_t) / variance
     )
 
 
 def test_the_sit_repository_counts_time_backwards():
     """There x_s = s x + (1 - s) eps with velocity x - eps: ours at t = 1 - s, with the sign turned."""
     x, noise, t = example()
-    x_t, v = interpolate(PATHS["linear"], x, noise, t)
+    x_t, v = interpolate(INTERPOLANTS["linear"], x, noise, t)
     s = (1 - t)[:, None, None, None]
     torch.testing.assert_close(x_t, s * x + (1 - s) * noise)
     torch.testing.assert_close(v, -(x - noise))
@@ -94,7 +94,7 @@ def test_the_sit_repository_counts_time_backwards():
 def test_vp_keeps_the_variance_and_follows_ddpms_thousand_steps():
     """log alpha_bar is a sum of log(1 - beta), the integral of -beta in the limit: apart by beta^2 / 2 and half a step each."""
     k = torch.arange(1001, dtype=torch.float64)
-    alpha, sigma, _, _ = PATHS["vp"].coefficients(k / 1000)
+    alpha, sigma, _, _ = INTERPOLANTS["vp"].coefficients(k / 1000)
     torch.testing.assert_close(
         alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-15
     )
@@ -108,7 +108,9 @@ def test_vp_keeps_the_variance_and_follows_ddpms_thousand_steps():
 
 def test_vp_is_exact_in_float32_down_to_its_first_step():
     t = torch.logspace(-5, 0, 200)
-    for rough, fine in zip(PATHS["vp"].coefficients(t), PATHS["vp"].coefficients(t.double())):
+    for rough, fine in zip(
+        INTERPOLANTS["vp"].coefficients(t), INTERPOLANTS["vp"].coefficients(t.double())
+    ):
         torch.testing.assert_close(rough.double(), fine, rtol=2e-6, atol=0)
 
 
@@ -120,10 +122,16 @@ def test_vp_is_exact_in_float32_down_to_its_first_step():
 def test_a_prediction_and_its_velocity_are_inverses(path, prediction):
     x_t, v, t = example()
     torch.testing.assert_close(
-        to_velocity(path, prediction, from_velocity(path, prediction, v, x_t, t), x_t, t), v
+        prediction_to_velocity(
+            path, prediction, velocity_to_prediction(path, prediction, v, x_t, t), x_t, t
+        ),
+        v,
     )
     torch.testing.assert_close(
-        from_velocity(path, prediction, to_velocity(path, prediction, v, x_t, t), x_t, t), v
+        velocity_to_prediction(
+            path, prediction, prediction_to_velocity(path, prediction, v, x_t, t), x_t, t
+        ),
+        v,
     )
 
 
@@ -132,10 +140,10 @@ def test_a_prediction_and_its_velocity_are_inverses(path, prediction):
 def test_the_target_is_what_the_paths_velocity_comes_from(path, prediction):
     x, noise, t = example()
     x_t, v = interpolate(path, x, noise, t)
-    target = training_target(path, prediction, x, noise, t)
+    target = regression_target(path, prediction, x, noise, t)
     assert torch.equal(target, {"v": v, "x": x, "eps": noise}[prediction])
-    torch.testing.assert_close(to_velocity(path, prediction, target, x_t, t), v)
-    torch.testing.assert_close(from_velocity(path, prediction, v, x_t, t), target)
+    torch.testing.assert_close(prediction_to_velocity(path, prediction, target, x_t, t), v)
+    torch.testing.assert_close(velocity_to_prediction(path, prediction, v, x_t, t), target)
 
 
 @paths
@@ -148,7 +156,7 @@ def test_to_guide_a_prediction_is_to_guide_its_velocity_and_score(path, predicti
         return b + 1.8 * (a - b)
 
     def velocity(output):
-        return to_velocity(path, prediction, output, x_t, t)
+        return prediction_to_velocity(path, prediction, output, x_t, t)
 
     def score(output):
         return velocity_to_score(path, velocity(output), x_t, t)
@@ -171,14 +179,14 @@ def test_an_end_is_cut_off_if_and_only_if_it_is_singular(path, prediction):
     def size(t):
         t = torch.tensor([t], dtype=torch.float64)
         one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-        gain = to_velocity(path, prediction, one, none, t) - to_velocity(
+        gain = prediction_to_velocity(path, prediction, one, none, t) - prediction_to_velocity(
             path, prediction, none, none, t
         )
         return max(
             number.abs().nan_to_num(torch.inf).max() for number in (gain, *path.coefficients(t))
         )
 
-    lo, hi = interval(path, prediction)
+    lo, hi = time_interval(path, prediction)
     assert all(size(t) < 2000 for t in (lo, 0.5, hi)) and lo < 0.01 and hi > 0.99
     assert all(size(end) > 1e12 for t, end in ((lo, 0.0), (hi, 1.0)) if t != end)
 
@@ -187,21 +195,26 @@ def test_an_end_is_cut_off_if_and_only_if_it_is_singular(path, prediction):
 @predictions
 def test_float32_does_at_both_ends(path, prediction):
     x, noise, _ = example()
-    for t in map(torch.tensor, interval(path, prediction)):
+    for t in map(torch.tensor, time_interval(path, prediction)):
         t = t.expand(6)
         x_t, v = interpolate(path, x, noise, t.double())
-        output = training_target(path, prediction, x, noise, t.double()).float()
+        output = regression_target(path, prediction, x, noise, t.double()).float()
         torch.testing.assert_close(
-            to_velocity(path, prediction, output, x_t.float(), t).double(), v, rtol=0, atol=2e-3
+            prediction_to_velocity(path, prediction, output, x_t.float(), t).double(),
+            v,
+            rtol=0,
+            atol=2e-3,
         )
 
 
 def test_uniform_times_of_velocity_are_the_draws_themselves():
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     for name in ("linear", "cosine"):
-        assert torch.equal(draw_times(PATHS[name], "v", "uniform", u), u)
-    torch.testing.assert_close(draw_times(PATHS["linear"], "eps", "uniform", u), 0.999 * u)
-    torch.testing.assert_close(draw_times(PATHS["vp"], "eps", "uniform", u), 0.001 + 0.999 * u)
+        assert torch.equal(draw_times(INTERPOLANTS[name], "v", "uniform", u), u)
+    torch.testing.assert_close(draw_times(INTERPOLANTS["linear"], "eps", "uniform", u), 0.999 * u)
+    torch.testing.assert_close(
+        draw_times(INTERPOLANTS["vp"], "eps", "uniform", u), 0.001 + 0.999 * u
+    )
 
 
 @paths
@@ -209,7 +222,7 @@ def test_uniform_times_of_velocity_are_the_draws_themselves():
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_times_rise_with_the_draws_and_stay_inside(path, prediction, weighting):
     u = torch.cat((torch.logspace(-9, -1, 50).double(), 1 - torch.logspace(-1, -9, 50).double()))
-    t, (lo, hi) = draw_times(path, prediction, weighting, u), interval(path, prediction)
+    t, (lo, hi) = draw_times(path, prediction, weighting, u), time_interval(path, prediction)
     assert t.dtype == torch.float64 and (t.diff() >= 0).all() and lo <= t[0] < t[-1] <= hi
 
 
@@ -226,4 +239,6 @@ def test_lognormal_times_have_log_normal_noise(path):
         "cosine": 2 / math.pi * torch.atan(normal.exp()),
         "vp": t,
     }
-    torch.testing.assert_close(t, next(repas[name] for name in PATHS if PATHS[name] is path))
+    torch.testing.assert_close(
+        t, next(repas[name] for name in INTERPOLANTS if INTERPOLANTS[name] is path)
+    )

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from interpolant import PATHS, PREDICTIONS
+from interpolant import INTERPOLANTS, PREDICTIONS
 from loss import ALIGN_LOSSES, Alignment, alignment_loss, denoising_loss, training_losses
 
 
@@ -93,7 +93,7 @@ def test_training_losses_of_a_perfect_model_are_zero(prediction):
     x, noise = tokens(0, (4, 3, 8, 8)), tokens(1, (4, 3, 8, 8))
     targets = {"a": tokens(2), "b": tokens(3, (4, 16, 5))}
     right = {"v": noise - x, "x": x, "eps": noise}[prediction]
-    given = PATHS["linear"], prediction, x, None, noise, T
+    given = INTERPOLANTS["linear"], prediction, x, None, noise, T
     how = {name: Alignment() for name in targets}
     perfect = training_losses(
         lambda x_t, t, y: (right, targets, dict.fromkeys(targets, T)), *given, targets, how
@@ -117,7 +117,7 @@ def test_a_method_without_a_target_is_idle_and_each_has_its_own_loss():
             {name: pred[name] for name in targets},
             dict.fromkeys(targets, T),
         )  # noqa: E731
-        return training_losses(model, PATHS["linear"], "v", x, None, x, T, targets, how)
+        return training_losses(model, INTERPOLANTS["linear"], "v", x, None, x, T, targets, how)
 
     both, one = terms(a=tokens(3), b=tokens(4)), terms(b=tokens(4))
     for name, seed in (("a", 3), ("b", 4)):

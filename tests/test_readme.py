@@ -15,7 +15,7 @@ from evaluations import evaluate, report, suite
 from latents.cache import LatentCache
 from preprocessing import encode_latents, import_repa, verify
 from tests.helpers import ROOT
-from tests.preprocessing.test_import_repa import make_repa
+from tests.preprocessing.test_import_repa import make_repa_folder
 
 README = (ROOT / "README.md").read_text()
 NOT_OURS = (
@@ -102,7 +102,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
 def test_repas_data_is_imported_as_written(call, vae_folder, tmp_path, monkeypatch):
     (flags,) = of("preprocessing.import_repa")
     monkeypatch.chdir(tmp_path)
-    make_repa(tmp_path / flags[0], vae_folder)
+    make_repa_folder(tmp_path / flags[0], vae_folder)
     code, out = call(import_repa, *flags, "--vae", vae_folder)
     assert code == 0 and len(LatentCache(flags[1])) == 12, out
 
@@ -189,5 +189,5 @@ def test_the_demos_figures_are_those_that_were_measured():
         (ROOT / "README.md").read_text(),
         json.loads((ROOT / "docs/demo.json").read_text()),
     )
-    assert suite.table(measured) in text
+    assert suite.format_results(measured) in text
     assert measured["metrics"]["class_agreement"] >= 0.75

@@ -14,13 +14,13 @@ from scipy.integrate import RK45, solve_ivp
 import samplers
 from common.keyed_random import Purpose, normal
 from experiments import solvers
-from experiments.solvers import example, sde_moments
-from interpolant import PATHS, PREDICTIONS, interval, to_velocity
-from samplers import denoised, dopri5, guided, guided_dopri5, ode, sde, velocity_model
+from experiments.solvers import example_gaussian, sde_moments
+from interpolant import INTERPOLANTS, PREDICTIONS, prediction_to_velocity, time_interval
+from samplers import GuidedVelocity, VelocityModel, denoise, dopri5, guided_dopri5, ode, sde
 from sampling.recipe import Recipe
 from tests.helpers import ROOT
 
-DATA, NULL = example([0.3, 0.7, 1.6]), example([0.5, 1.1, 1.3], seed=1)
+DATA, NULL = example_gaussian([0.3, 0.7, 1.6]), example_gaussian([0.5, 1.1, 1.3], seed=1)
 SCALE, LOW, HIGH = (
     1.8,
     0.25 + 1e-6,
@@ -40,7 +40,7 @@ both = pytest.mark.parametrize(
     "name", ("linear", "cosine")
 )  # nothing is singular on them, for velocities
 objectives = pytest.mark.parametrize(
-    ("name", "prediction"), [(name, one) for name in PATHS for one in PREDICTIONS]
+    ("name", "prediction"), [(name, one) for name in INTERPOLANTS for one in PREDICTIONS]
 )
 
 
@@ -51,7 +51,7 @@ def vp(variance, beta):
 
 
 def start(n=10, d=3):
-    return normal(0, Purpose.START, torch.arange(n), (d,))
+    return normal(0, Purpose.INITIAL_NOISE, torch.arange(n), (d,))
 
 
 def affine(data, name, t, w=0.0):
@@ -96,14 +96,14 @@ def affine_data(name, t):
     return matrix, mean - alpha * matrix @ mean
 
 
-def recursion(drift, num_steps, last, first=1.0, denoise=None):
+def recursion(drift, num_steps, last, first=1.0, final_step=None):
     """Mean and covariance that Euler and Maruyama's scheme gives, x_next = A x + b + noise, from N(0, I); `denoise` is the last
     A and b, if they are not the drift's."""
     times = [*np.linspace(first, last, num_steps), 0.0]
     mean, covariance = np.zeros(3), np.eye(3)
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        if denoise and t_next == 0:
-            matrix, c = denoise
+        if final_step and t_next == 0:
+            matrix, c = final_step
             return torch.from_numpy(matrix @ mean + c), torch.from_numpy(
                 matrix @ covariance @ matrix.T
             )
@@ -117,7 +117,7 @@ def recursion(drift, num_steps, last, first=1.0, denoise=None):
 
 def two_gaussians(name):
     """A model of float32 numbers whose classes are all DATA, and whose null class, 9, is NULL."""
-    path = PATHS[name]
+    path = INTERPOLANTS[name]
 
     def model(x, t, y):
         assert x.dtype == t.dtype == torch.float32
@@ -128,7 +128,7 @@ def two_gaussians(name):
 
 
 def guided_gaussian(name, n, **interval):
-    return guided(two_gaussians(name), torch.arange(n) % 9, 9, SCALE, **interval)
+    return GuidedVelocity(two_gaussians(name), torch.arange(n) % 9, 9, SCALE, **interval)
 
 
 def orders(errors):
@@ -151,14 +151,16 @@ def test_the_flow_is_what_scipy_integrates_and_gives_the_data(name):
     torch.testing.assert_close(root.T @ root, DATA.covariance)
     for t in (0.02, 0.5, 1.0):
         matrix, c = map(torch.from_numpy, affine(DATA, name, t))
-        torch.testing.assert_close(DATA.velocity(PATHS[name])(start(), t), start() @ matrix.T + c)
+        torch.testing.assert_close(
+            DATA.velocity(INTERPOLANTS[name])(start(), t), start() @ matrix.T + c
+        )
 
 
 @both
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
 def test_order_of_convergence(name, heun, order):
     errors = [
-        (ode(DATA.velocity(PATHS[name]), start(), n, heun) - DATA.flow(start())).abs().max()
+        (ode(DATA.velocity(INTERPOLANTS[name]), start(), n, heun) - DATA.flow(start())).abs().max()
         for n in (32, 64, 128)
     ]
     assert errors[-1] < (4e-2, 3e-3)[heun] and orders(errors) == pytest.approx([order] * 2, abs=0.2)
@@ -194,7 +196,7 @@ def test_tableau_is_scipys():
 @both
 def test_dopri5_follows_its_tolerance_at_the_cost_of_scipys(name):
     """scipy's RK45 has the same pair, norm and factors, but another first step, which costs it one evaluation more."""
-    path, x = PATHS[name], start(8)
+    path, x = INTERPOLANTS[name], start(8)
     velocity = DATA.velocity(path)
     for rtol in (1e-3, 1e-6, 1e-9):
         end, evaluations = dopri5(velocity, x, rtol / 1000, rtol)
@@ -262,7 +264,9 @@ def test_dopri5_crosses_a_jump():
 def test_sdes_moments_are_those_of_the_scheme(name):
     """Exact, no sampling: the map from start and noise to sample, against the linear recursion of mean and covariance."""
     for num_steps, last in ((2, 0.5), (25, 0.04)):
-        moments = sde_moments(DATA.velocity(PATHS[name]), PATHS[name], 3, num_steps, last)
+        moments = sde_moments(
+            DATA.velocity(INTERPOLANTS[name]), INTERPOLANTS[name], 3, num_steps, last
+        )
         expected = recursion(lambda t, w: affine(DATA, name, t, w), num_steps, last)
         torch.testing.assert_close(moments, expected, rtol=0, atol=1e-12)
 
@@ -272,7 +276,9 @@ def test_sde_has_weak_order_one(name):
     """With a last step that shrinks with the others, mean and covariance tend to the data's; it does not at 0.04 for ever."""
 
     def error(num_steps, last):
-        mean, covariance = sde_moments(DATA.velocity(PATHS[name]), PATHS[name], 3, num_steps, last)
+        mean, covariance = sde_moments(
+            DATA.velocity(INTERPOLANTS[name]), INTERPOLANTS[name], 3, num_steps, last
+        )
         return max(
             (mean - DATA.mean).abs().max(), (covariance - DATA.covariance).abs().max()
         ).item()
@@ -284,7 +290,7 @@ def test_sde_has_weak_order_one(name):
 @both
 def test_sdes_samples_have_the_predicted_moments(name):
     """Drawn as sample_ddp.py draws them; each moment within four of its standard errors."""
-    n, steps, path = 10_000, 40, PATHS[name]
+    n, steps, path = 10_000, 40, INTERPOLANTS[name]
     index = torch.arange(n)
     samples = sde(
         DATA.velocity(path),
@@ -308,7 +314,13 @@ def test_sde_schedule_is_repas():
         times.append(t)
         return x
 
-    sde(velocity, PATHS["linear"], start(2), 25, lambda i: draws.append(i) or torch.zeros(2, 3))
+    sde(
+        velocity,
+        INTERPOLANTS["linear"],
+        start(2),
+        25,
+        lambda i: draws.append(i) or torch.zeros(2, 3),
+    )
     torch.testing.assert_close(torch.tensor(times), torch.linspace(1, 0.04, 25))
     assert draws == list(range(24))
 
@@ -324,7 +336,7 @@ def labelled(x, t, y):
 def test_scale_one_is_no_guidance_and_never_asks_for_the_null_class():
     for t in (0.5, torch.tensor([0.5, 0.1]).double()):
         asked = []
-        velocity = guided(
+        velocity = GuidedVelocity(
             lambda x, t, y, asked=asked: asked.append(y) or labelled(x, t, y),
             torch.tensor([0, 1]),
             9,
@@ -336,7 +348,7 @@ def test_scale_one_is_no_guidance_and_never_asks_for_the_null_class():
 
 def test_guidance_formula_and_interval():
     times, expected = [0.2, 0.5, 0.8, 0.19, 0.81], torch.tensor([[6.0], [6.0], [6.0], [3.0], [3.0]])
-    velocity = guided(labelled, torch.arange(5), 9, scale=2.5, low=0.2, high=0.8)
+    velocity = GuidedVelocity(labelled, torch.arange(5), 9, scale=2.5, low=0.2, high=0.8)
     for t, one in zip(times, expected):
         assert torch.equal(velocity(torch.zeros(5, 1), t), one.expand(5, 1)), t
     assert torch.equal(
@@ -346,7 +358,7 @@ def test_guidance_formula_and_interval():
 
 def test_the_null_class_is_not_asked_outside_the_interval():
     asked = []
-    velocity = guided(
+    velocity = GuidedVelocity(
         lambda x, t, y: asked.append(len(y)) or labelled(x, t, y),
         torch.tensor([0, 1]),
         9,
@@ -397,7 +409,9 @@ def test_guided_ode_is_the_guided_flow(name):
 def test_guided_sdes_moments_are_those_of_the_guided_drift(name):
     """REPA guides v - w s / 2; the score is affine in v, so guiding v is the same."""
     rows = 1 + 3 * 24
-    moments = sde_moments(guided_gaussian(name, rows, low=LOW, high=HIGH), PATHS[name], 3, 24, 0.04)
+    moments = sde_moments(
+        guided_gaussian(name, rows, low=LOW, high=HIGH), INTERPOLANTS[name], 3, 24, 0.04
+    )
     expected = recursion(lambda t, w: guided_affine(name, t, w), 24, 0.04)
     torch.testing.assert_close(moments, expected, rtol=0, atol=1e-5)  # the network sees float32
 
@@ -421,11 +435,11 @@ def flow_between(name, ends, x):
 
 def perfect(name, prediction):
     """The velocity of a perfect network of that prediction, in float64."""
-    path, output = PATHS[name], DATA.expected(PATHS[name], prediction)
+    path, output = INTERPOLANTS[name], DATA.predict_expected(INTERPOLANTS[name], prediction)
 
     def velocity(x, t):
         times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
-        return to_velocity(path, prediction, output(x, times), x, times)
+        return prediction_to_velocity(path, prediction, output(x, times), x, times)
 
     return velocity
 
@@ -440,12 +454,16 @@ def moments(solve):
 def test_every_objective_has_the_datas_moments(name, prediction):
     """Exact, no sampling. Left are, of the mean, that the start is taken for noise alone while alpha(hi) is up to 0.007; of the
     covariance, on linear with eps, that its start is too wide by 0.001; and the SDE's own error, 1.5% and of order 1."""
-    path, ends, velocity = PATHS[name], interval(PATHS[name], prediction), perfect(name, prediction)
+    path, ends, velocity = (
+        INTERPOLANTS[name],
+        time_interval(INTERPOLANTS[name], prediction),
+        perfect(name, prediction),
+    )
     lo, hi = ends
 
     def adaptive(x):
         end, _ = dopri5(velocity, x, 1e-9, 1e-6, hi, lo)
-        return denoised(velocity, path, end, lo) if lo > 0 else end
+        return denoise(velocity, path, end, lo) if lo > 0 else end
 
     ways = {
         "Heun": moments(lambda x: ode(velocity, x, 128, True, path, ends)),
@@ -463,8 +481,8 @@ def test_every_objective_has_the_datas_moments(name, prediction):
 def test_solvers_go_from_end_to_end_of_the_interval(name, prediction):
     """dopri5 to its tolerance, Heun with its order, the SDE as the recursion has it, all with the last step."""
     path, ends, velocity, x = (
-        PATHS[name],
-        interval(PATHS[name], prediction),
+        INTERPOLANTS[name],
+        time_interval(INTERPOLANTS[name], prediction),
         perfect(name, prediction),
         start(),
     )
@@ -484,10 +502,10 @@ def test_solvers_go_from_end_to_end_of_the_interval(name, prediction):
     )
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_where_nothing_is_singular_the_samples_are_those_of_the_velocity(name):
-    x, path, ends = start(), PATHS[name], (0.001, 0.999)
-    noise = normal(1, Purpose.START, torch.arange(8), (3,))
+    x, path, ends = start(), INTERPOLANTS[name], (0.001, 0.999)
+    noise = normal(1, Purpose.INITIAL_NOISE, torch.arange(8), (3,))
     for solve in (
         lambda velocity: ode(velocity, x, 8, False, path, ends),
         lambda velocity: ode(velocity, x, 8, True, path, ends),
@@ -509,7 +527,7 @@ def test_dopri5s_last_step_is_guided_where_its_time_is():
             SCALE,
             low,
             high,
-            path=PATHS["linear"],
+            path=INTERPOLANTS["linear"],
             ends=(0.001, 1.0),
         )
         assert sizes[-1] == asked and evaluations.max() <= len(sizes)
@@ -520,13 +538,18 @@ def test_evaluations_are_as_many_whatever_the_interval(ends):
     for heun, count in ((False, 5), (True, 9)):
         times = []
         ode(
-            lambda x, t, times=times: times.append(t) or x, start(2), 5, heun, PATHS["cosine"], ends
+            lambda x, t, times=times: times.append(t) or x,
+            start(2),
+            5,
+            heun,
+            INTERPOLANTS["cosine"],
+            ends,
         )
         assert len(times) == count and times[0] == ends[1] and (times[-1] == 0.001) == (ends[0] > 0)
     times = []
     sde(
         lambda x, t: times.append(t) or x,
-        PATHS["cosine"],
+        INTERPOLANTS["cosine"],
         start(2),
         5,
         lambda i: torch.zeros(2, 3),
@@ -537,7 +560,7 @@ def test_evaluations_are_as_many_whatever_the_interval(ends):
 
 def network_of(name, prediction, channels=3):
     """Shaped as a SiT: float32 images (B, C, 1, 1) of classes that are all DATA, and of the null class 9, NULL."""
-    outputs = [data.expected(PATHS[name], prediction) for data in (DATA, NULL)]
+    outputs = [data.predict_expected(INTERPOLANTS[name], prediction) for data in (DATA, NULL)]
 
     def network(x, t, y):
         assert x.dtype == t.dtype == torch.float32
@@ -556,7 +579,7 @@ def test_a_recipe_serves_every_objective(name, prediction):
     index, model, ends = (
         torch.arange(10),
         network_of(name, prediction),
-        interval(PATHS[name], prediction),
+        time_interval(INTERPOLANTS[name], prediction),
     )
     exact = flow_between(name, ends, start()).float()
     for more, tolerance in (
@@ -564,37 +587,38 @@ def test_a_recipe_serves_every_objective(name, prediction):
         ({"dopri5": True, "rtol": 1e-4}, 2e-3),
     ):
         recipe = Recipe("ode", path_type=name, prediction=prediction, **more)
-        latents = recipe.latents(model, index).flatten(1)
+        latents = recipe.sample_latents(model, index).flatten(1)
         assert (latents - exact).abs().max() < tolerance, more
     recipe = Recipe("sde", num_steps=20, path_type=name, prediction=prediction)
     noise = [normal(0, Purpose.BROWNIAN, index, (3,), draw=i) for i in range(19)]
     by_hand = sde(
-        perfect(name, prediction), PATHS[name], start(), 20, lambda i: noise[i], ends=ends
+        perfect(name, prediction), INTERPOLANTS[name], start(), 20, lambda i: noise[i], ends=ends
     )
     torch.testing.assert_close(
-        recipe.latents(model, index).flatten(1).double(), by_hand, rtol=0, atol=1e-3
+        recipe.sample_latents(model, index).flatten(1).double(), by_hand, rtol=0, atol=1e-3
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "prediction"), [(name, one) for name in PATHS for one in PREDICTIONS if one != "v"]
+    ("name", "prediction"),
+    [(name, one) for name in INTERPOLANTS for one in PREDICTIONS if one != "v"],
 )
 def test_guidance_of_every_objective_is_that_of_velocity(name, prediction):
     """On a grid and in dopri5's pieces, inside an interval that reaches beyond the network's."""
-    path, x, labels = PATHS[name], start(6).float(), torch.arange(6)
+    path, x, labels = INTERPOLANTS[name], start(6).float(), torch.arange(6)
     ends = (0.001, 0.999)
-    models = [velocity_model(network_of(name, one), path, one) for one in (prediction, "v")]
+    models = [VelocityModel(network_of(name, one), path, one) for one in (prediction, "v")]
     for low, high in ((0.0, 1.0), (0.3, 0.7), (0.0, 0.0005)):
         ours, by_velocity = (
             (
-                ode(guided(model, labels, 9, SCALE, low, high), x, 9, True, path, ends),
+                ode(GuidedVelocity(model, labels, 9, SCALE, low, high), x, 9, True, path, ends),
                 guided_dopri5(model, labels, 9, x, SCALE, low, high, 1e-4, 1e-4, path, ends)[0],
             )
             for model in models
         )
         for one, other in zip(ours, by_velocity):
             torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
-        plain = ode(guided(models[0], labels, 9), x, 9, True, path, ends)
+        plain = ode(GuidedVelocity(models[0], labels, 9), x, 9, True, path, ends)
         assert (high < 0.001) == torch.equal(ours[0], plain)
 
 
@@ -608,13 +632,13 @@ def test_state_keeps_its_dtype_and_the_network_sees_float32():
         seen.append((x.dtype, t.dtype))
         return labelled(x, t, y)
 
-    velocity = guided(model, torch.tensor([0, 1]), 9, scale=2.0)
+    velocity = GuidedVelocity(model, torch.tensor([0, 1]), 9, scale=2.0)
     for dtype in (torch.float32, torch.float64):
         x = torch.zeros(2, 1, dtype=dtype)
         ends = (
             ode(velocity, x, 2),
             dopri5(velocity, x)[0],
-            sde(velocity, PATHS["linear"], x, 2, lambda i: torch.ones(2, 1).double()),
+            sde(velocity, INTERPOLANTS["linear"], x, 2, lambda i: torch.ones(2, 1).double()),
         )
         assert {end.dtype for end in ends} == {dtype}
     assert set(seen) == {(torch.float32, torch.float32)}
@@ -623,10 +647,12 @@ def test_state_keeps_its_dtype_and_the_network_sees_float32():
 def test_no_step_of_a_fixed_grid_waits_for_the_device():
     """On the meta device there is nothing to wait for: asking for a value is an error."""
     x, labels = torch.empty(2, 3, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
-    velocity = guided(lambda x, t, y: x * t[:, None] + y[:, None], labels, 9, 2.0, LOW, HIGH)
+    velocity = GuidedVelocity(
+        lambda x, t, y: x * t[:, None] + y[:, None], labels, 9, 2.0, LOW, HIGH
+    )
     assert (
         ode(velocity, x, 4, heun=True).is_meta
-        and sde(velocity, PATHS["cosine"], x, 4, lambda i: x).is_meta
+        and sde(velocity, INTERPOLANTS["cosine"], x, 4, lambda i: x).is_meta
     )
     assert velocity(x, torch.empty(2, device="meta")).is_meta
     with pytest.raises(RuntimeError):
@@ -637,9 +663,11 @@ def test_the_documents_figures_are_those_that_were_measured():
     """docs/solvers.json is what `python -m experiments.solvers` wrote; spot checks that it would write the same now."""
     figures = json.loads((ROOT / "docs/solvers.json").read_text())
     text = (ROOT / "docs/sampling.md").read_text()
-    assert all(table in text for table in solvers.tables(figures))
-    data = example(solvers.STDS)
-    end = ode(data.velocity(PATHS["linear"]), solvers.begin(data), 16, heun=True)
-    assert solvers.distance(data, end, data.flow(solvers.begin(data))) == pytest.approx(
-        figures["ode"]["linear"]["Heun"]["error"][solvers.BUDGETS.index(32)], rel=1e-3
+    assert all(table in text for table in solvers.markdown_tables(figures))
+    data = example_gaussian(solvers.EXAMPLE_STDS)
+    end = ode(data.velocity(INTERPOLANTS["linear"]), solvers.start_noise(data), 16, heun=True)
+    assert solvers.relative_rms_error(
+        data, end, data.flow(solvers.start_noise(data))
+    ) == pytest.approx(
+        figures["ode"]["linear"]["Heun"]["error"][solvers.EVALUATION_COUNTS.index(32)], rel=1e-3
     )

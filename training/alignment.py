@@ -11,7 +11,7 @@ from torch import Tensor
 from checkpointing.storage import CheckpointError, read_config
 from common import cli
 from common.cli import UserError
-from interpolant import PATHS, interpolate
+from interpolant import INTERPOLANTS, interpolate
 from latents.cache import Manifest
 from loss import ALIGN_LOSSES
 from models.autoencoder import LatentScale
@@ -68,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--align-weight",
         "--proj-coeff",
-        type=cli.amount,
+        type=cli.non_negative_float,
         nargs="+",
         metavar="X",
         help="lambda of the alignment loss (default: sra2 1, repa 0.5, sra 0.5, or 0.2 if not cosine)",
@@ -82,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--align-beta",
-        type=cli.above_zero,
+        type=cli.positive_float,
         nargs="+",
         metavar="X",
         help="where smooth_l1 turns from quadratic to linear (default: 0.05)",
@@ -96,21 +96,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--align-stop-step",
-        type=cli.count,
+        type=cli.non_negative_int,
         nargs="+",
         metavar="N",
         help="align in the first N steps only; 0 in all (default: 0)",
     )
     add(
         "--projector-layers",
-        type=cli.positive,
+        type=cli.positive_int,
         nargs="+",
         metavar="N",
         help="linear layers of the head (default: sra2 5, repa 3, sra 2)",
     )
     add(
         "--projector-width",
-        type=cli.positive,
+        type=cli.positive_int,
         nargs="+",
         metavar="N",
         help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)",
@@ -194,7 +194,7 @@ def spelled(flag: str) -> str:
 
 def block(text: str) -> int | None:
     """An argparse type: the number of a block, or auto, which is None."""
-    return None if text == "auto" else cli.positive(text)
+    return None if text == "auto" else cli.positive_int(text)
 
 
 def data_of(manifest: Manifest, features: dict[str, dict] | None = None) -> Data:
@@ -252,7 +252,7 @@ def load(
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Target]:
     """What each method aligns to; what identifies it is added to its entry in config. Raises UserError."""
-    path, network = PATHS[args.path_type], SiTConfig(**config["model"])
+    path, network = INTERPOLANTS[args.path_type], SiTConfig(**config["model"])
 
     def noised(latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(path, latent, noise, t)[0]

@@ -12,9 +12,9 @@ import torch
 
 from common import cli
 from common.cli import UserError
-from common.machine import cores
-from evaluations.extractors import EXTRACTORS
-from interpolant import PATHS, PREDICTIONS, WEIGHTINGS
+from common.machine import available_cores
+from evaluations.extractors import EXTRACTOR_NAMES
+from interpolant import INTERPOLANTS, PREDICTIONS, WEIGHTINGS
 from latents.cache import LatentCache, Manifest
 from models.sit import PRESETS, SiTConfig
 from models.targets import TARGETS, Data
@@ -87,12 +87,16 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="read the cache into memory first, once on each machine: for slow disks",
     )
-    add("--resolution", type=cli.positive, help="stop unless the cache has this many pixels a side")
-    add("--num-classes", type=cli.positive, help="stop unless the cache has this many classes")
+    add(
+        "--resolution",
+        type=cli.positive_int,
+        help="stop unless the cache has this many pixels a side",
+    )
+    add("--num-classes", type=cli.positive_int, help="stop unless the cache has this many classes")
     add(
         "--num-workers",
-        type=cli.count,
-        default=min(4, cores()),
+        type=cli.non_negative_int,
+        default=min(4, available_cores()),
         help="loader processes for each training process",
     )
 
@@ -106,7 +110,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--path-type",
-        choices=PATHS,
+        choices=INTERPOLANTS,
         default="linear",
         help="between data and noise; vp is DDPM's and DiT's",
     )
@@ -134,28 +138,32 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("optimisation").add_argument
     add(
         "--max-train-steps",
-        type=cli.positive,
+        type=cli.positive_int,
         help="optimizer updates (default: 400,000, unless --epochs says)",
     )
-    add("--epochs", type=cli.above_zero, help="passes over the data, instead of --max-train-steps")
+    add(
+        "--epochs",
+        type=cli.positive_float,
+        help="passes over the data, instead of --max-train-steps",
+    )
     add(
         "--batch-size",
-        type=cli.positive,
+        type=cli.positive_int,
         default=256,
         help="global batch: images of one update, over all processes",
     )
     add(
         "--gradient-accumulation-steps",
-        type=cli.positive,
+        type=cli.positive_int,
         default=1,
         help="parts a process cuts its share of the batch into",
     )
-    add("--learning-rate", type=cli.above_zero, default=1e-4, help="AdamW's, constant")
+    add("--learning-rate", type=cli.positive_float, default=1e-4, help="AdamW's, constant")
     add("--adam-beta1", type=cli.decay, default=0.9, help="AdamW")
     add("--adam-beta2", type=cli.decay, default=0.999, help="AdamW")
-    add("--adam-weight-decay", type=cli.amount, default=0.0, help="AdamW")
-    add("--adam-epsilon", type=cli.above_zero, default=1e-8, help="AdamW")
-    add("--max-grad-norm", type=cli.above_zero, default=1.0, help="gradient clipping")
+    add("--adam-weight-decay", type=cli.non_negative_float, default=0.0, help="AdamW")
+    add("--adam-epsilon", type=cli.positive_float, default=1e-8, help="AdamW")
+    add("--max-grad-norm", type=cli.positive_float, default=1.0, help="gradient clipping")
     add(
         "--ema-decay",
         type=cli.decay,
@@ -178,29 +186,39 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
 
     add = parser.add_argument_group("logging").add_argument
-    add("--log-every", type=cli.positive, default=100, help="steps between lines of metrics.jsonl")
+    add(
+        "--log-every",
+        type=cli.positive_int,
+        default=100,
+        help="steps between lines of metrics.jsonl",
+    )
     add(
         "--checkpointing-steps",
-        type=cli.positive,
+        type=cli.positive_int,
         default=50_000,
         help="steps between checkpoints; the last step has one too",
     )
-    add("--keep-last", type=cli.count, default=0, help="newest checkpoints kept; 0 keeps all")
+    add(
+        "--keep-last",
+        type=cli.non_negative_int,
+        default=0,
+        help="newest checkpoints kept; 0 keeps all",
+    )
     add(
         "--milestone-steps",
-        type=cli.count,
+        type=cli.non_negative_int,
         default=0,
         help="with --keep-last, multiples of this many steps are kept too",
     )
     add(
         "--sampling-steps",
-        type=cli.count,
+        type=cli.non_negative_int,
         default=10_000,
         help="steps between previews; 0 for none",
     )
     add(
         "--preview-cfg-scale",
-        type=cli.amount,
+        type=cli.non_negative_float,
         default=1.5,
         help="guidance of the previews; 1 is none",
     )
@@ -220,13 +238,13 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     ).add_argument
     add(
         "--eval-every",
-        type=cli.count,
+        type=cli.non_negative_int,
         default=0,
         help="steps between evaluations, and one at the end; 0 for none",
     )
     add(
         "--eval-samples",
-        type=cli.positive,
+        type=cli.positive_int,
         default=5000,
         help="images; fewer than 50,000 make a larger FID",
     )
@@ -244,7 +262,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--eval-features",
         default="inception",
-        help=f"a network: {', '.join(EXTRACTORS)} (the shipped classifier is fashion)",
+        help=f"a network: {', '.join(EXTRACTOR_NAMES)} (the shipped classifier is fashion)",
     )
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
     add(
@@ -254,11 +272,21 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         help="as sample_ddp.py's --mode, with --global-seed 0",
     )
     add("--eval-heun", action="store_true", help="as sample_ddp.py's --heun")
-    add("--eval-num-steps", type=cli.positive, default=250, help="as sample_ddp.py's --num-steps")
-    add("--eval-cfg-scale", type=cli.amount, default=1.0, help="as sample_ddp.py's --cfg-scale")
+    add(
+        "--eval-num-steps",
+        type=cli.positive_int,
+        default=250,
+        help="as sample_ddp.py's --num-steps",
+    )
+    add(
+        "--eval-cfg-scale",
+        type=cli.non_negative_float,
+        default=1.0,
+        help="as sample_ddp.py's --cfg-scale",
+    )
     add(
         "--eval-batch-size",
-        type=cli.positive,
+        type=cli.positive_int,
         default=32,
         help="as sample_ddp.py's --per-proc-batch-size",
     )

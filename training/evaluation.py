@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from common.cli import UserError
 from common.files import sha256
-from evaluations.compare import compare
-from evaluations.extractors import gather, load_extractor
-from evaluations.metrics import NEIGHBOURS
-from evaluations.reference_features import cache_folder, load_references
+from evaluations.compare import compute_metrics
+from evaluations.extractors import collect_features, load_extractor
+from evaluations.metrics import MANIFOLD_NEIGHBOURS
+from evaluations.reference_features import default_cache_dir, load_reference_features
 from latents.cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
@@ -51,10 +51,10 @@ class Evaluator:
             path_type=args.path_type,
             prediction=args.prediction,
         )
-        self.recipe.check("--eval-")
-        if args.eval_samples <= NEIGHBOURS:
+        self.recipe.validate("--eval-")
+        if args.eval_samples <= MANIFOLD_NEIGHBOURS:
             raise UserError(
-                f"--eval-samples {args.eval_samples} is too few: precision and recall need {NEIGHBOURS + 1} or more"
+                f"--eval-samples {args.eval_samples} is too few: precision and recall need {MANIFOLD_NEIGHBOURS + 1} or more"
             )
         if args.eval_reference is None:
             raise UserError(
@@ -84,7 +84,7 @@ class Evaluator:
             if not args.eval_reference.exists():
                 raise UserError(f"--eval-reference {args.eval_reference} does not exist")
             digest = sha256(args.eval_reference)
-            self.reference = load_references(
+            self.reference = load_reference_features(
                 args.eval_reference,
                 digest,
                 {self.features: self.network},
@@ -92,7 +92,7 @@ class Evaluator:
                 self.size,
                 self.device,
                 "--eval-reference",
-                cache_folder(),
+                default_cache_dir(),
             )[self.features]
             self.identity = {
                 "samples": self.count,
@@ -134,9 +134,11 @@ class Evaluator:
             for _ in batches:
                 pass
             return None
-        features = gather(batches, self.count)
-        labels = self.recipe.classes(torch.arange(self.count), model.config.num_classes).numpy()
-        return compare(features, labels, self.reference, self.features, self.device) | loss
+        features = collect_features(batches, self.count)
+        labels = self.recipe.compute_labels(
+            torch.arange(self.count), model.config.num_classes
+        ).numpy()
+        return compute_metrics(features, labels, self.reference, self.features, self.device) | loss
 
     def _batches(
         self, model: SiT, gather_all: Callable, look: Callable[[], None]
@@ -149,11 +151,7 @@ class Evaluator:
             for first in range(0, self.count, step):
                 begin = first + self.rank * self.size
                 index = torch.arange(begin, begin + self.size, device=self.device)
-                images = (
-                    self.vae.decode(self.recipe.latents(model, index, self.dtype))
-                    .permute(0, 3, 1, 2)
-                    .contiguous()
-                )
+                images = self.vae.decode(self.recipe.sample_latents(model, index, self.dtype))
                 outputs = self.network(images)
                 yield tuple(gather_all(output) for output in outputs)
                 bar.update(min(step, self.count - first))

@@ -12,7 +12,7 @@ OVERFLOWS = 32  # likewise of fp16's overflows, which are ordinary: the scale, 6
 SOURCES = ("denoising loss", "alignment loss", "gradient")
 
 
-class Guard:
+class NonFiniteGuard:
     """Finds steps whose losses or gradient are not finite.
 
     The verdict stays on the device: the optimizer skips the update by it (torch's `found_inf`, as GradScaler does), and the

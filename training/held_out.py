@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.keyed_random import Purpose, normal
-from interpolant import PATHS
+from interpolant import INTERPOLANTS
 from latents.cache import CacheError, LatentCache, Manifest
 from loss import training_losses
 from models.autoencoder import LatentScale
@@ -106,7 +106,7 @@ class HeldOut:
                     noise = normal(SEED, Purpose.NOISE, number, shape, draw=k).float()
                     at = torch.full((len(index),), t, device=device)
                     terms = training_losses(
-                        network, PATHS[path_type], prediction, latent, labels, noise, at
+                        network, INTERPOLANTS[path_type], prediction, latent, labels, noise, at
                     )
                     sums[0, k] += terms.denoising.double().sum()
             look()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import Lines, write_file
-from training.guard import Guard
+from common.files import LineWriter, write_file
+from training.guard import NonFiniteGuard
 from training.state import TrainState
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Log:
         device: torch.device,
         main: bool,
         reduce: Callable[[Tensor, str], Tensor],
-        guard: Guard,
+        guard: NonFiniteGuard,
         utilisation: float,
         tracker: Any = None,
     ):
@@ -70,7 +70,7 @@ class Log:
         self.skipped = state.extra.get("log_skipped", 0)
         self.guard, self.utilisation, self.waited = guard, utilisation, 0.0
         self.clock, self.clock_step = time.perf_counter(), state.step
-        self.lines, self.text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
+        self.lines, self.text = LineWriter(folder / "metrics.jsonl"), LineWriter(folder / "log.txt")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if main:
@@ -205,7 +205,7 @@ class Log:
             "log_sums": sums,
             "log_good": good,
             "log_skipped": self.skipped,
-            "log_waiting": self.lines.waiting,
+            "log_waiting": self.lines.pending,
             "bad_in_a_row": (self.guard.streak, self.guard.overflows),
         }
 

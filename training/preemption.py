@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = timedelta(
     hours=2
 )  # how long the others wait while the first process draws, measures or saves
-STOPPED = 75  # exit code of a run that a signal asked to stop: EX_TEMPFAIL, start it again
+EXIT_STOPPED = 75  # exit code of a run that a signal asked to stop: EX_TEMPFAIL, start it again
 
 
 class StopRequest:
@@ -53,7 +53,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Votes:
+class FlagReducer:
     """votes.cast(a, b) -> whether any process said a, and b; of the step before, or, alone, of this one."""
 
     def __init__(self, processes: int, questions: int):

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from common.cli import UserError
-from common.image_grid import labelled_grid, save_png
+from common.image_grid import draw_labelled_grid, save_png
 from common.keyed_random import Purpose, normal
-from interpolant import PATHS, interval
+from interpolant import INTERPOLANTS, time_interval
 from latents.cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
-from samplers import guided, ode, velocity_model
+from samplers import GuidedVelocity, VelocityModel, ode
 
 
 class Preview:
@@ -29,30 +29,32 @@ class Preview:
             args.preview_cfg_scale,
             vae.vae.device,
         )
-        self.path, self.prediction = PATHS[args.path_type], args.prediction
+        self.path, self.prediction = INTERPOLANTS[args.path_type], args.prediction
         rows = min(self.rows, manifest.num_classes)
         classes = torch.linspace(0, manifest.num_classes - 1, rows).round().long()
         self.names = [manifest.class_names[k] for k in classes]
         self.labels = classes.repeat_interleave(self.columns).to(device)
         index = torch.arange(len(self.labels), device=device)
-        self.start = normal(args.seed, Purpose.START, index, tuple(manifest.latent_shape)).float()
+        self.start = normal(
+            args.seed, Purpose.INITIAL_NOISE, index, tuple(manifest.latent_shape)
+        ).float()
 
     @torch.no_grad()
     def draw(self, ema: SiT, step: int, name: str = "") -> Path:
         """Euler ODE, then the VAE; returns the picture's path."""
         network, ends = (
-            velocity_model(ema, self.path, self.prediction),
-            interval(self.path, self.prediction),
+            VelocityModel(ema, self.path, self.prediction),
+            time_interval(self.path, self.prediction),
         )
-        velocity = guided(network, self.labels, ema.config.num_classes, self.cfg_scale)
+        velocity = GuidedVelocity(network, self.labels, ema.config.num_classes, self.cfg_scale)
         latents = ode(velocity, self.start, self.num_steps, path=self.path, ends=ends)
-        images = self.vae.decode(latents).cpu().numpy()
+        images = self.vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
         rows = list(
             zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:]))
         )
         path = preview_path(self.folder, step, name)
         title = f"EMA{name.replace('-ema', ' ')} at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"
-        save_png(labelled_grid(rows, title), path)
+        save_png(draw_labelled_grid(rows, title), path)
         return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpointing.storage import checkpoints, reason
+from checkpointing.storage import format_error, list_checkpoints
 from models.sit import SiT
 from training.evaluation import Evaluator, Stopped
 from training.log import Log, evaluated, every
@@ -61,7 +61,7 @@ class Monitor:
         try:
             self.log.image(self.preview.draw(ema, step, name), step)
         except OSError as error:  # no picture is worth a run
-            self.log.say(f"could not draw {path}: {reason(error)}; training goes on")
+            self.log.say(f"could not draw {path}: {format_error(error)}; training goes on")
 
 
 def due(args: argparse.Namespace, step: int, period: int) -> bool:
@@ -78,7 +78,7 @@ def where(args: argparse.Namespace, folder: Path) -> tuple[list[Path], int, set[
     """Where a run stands: its checkpoints, the step of the newest, the averages evaluated there, and whether a look at them is
     still owed, as the run was stopped before it.
     """
-    saved = checkpoints(folder)
+    saved = list_checkpoints(folder)
     step = int(saved[-1].name) if saved else 0
     measured = evaluated(folder, step)
     pictures = all(preview_path(folder, step, name).exists() for name in average_names(args))

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpointing.storage import (
-    checkpoints,
-    digest,
-    ema_name,
-    hidden,
+    ema_filename,
+    format_error,
+    hidden_path,
+    list_checkpoints,
     load_tensors,
     load_weights,
+    progress_digest,
     read_config,
-    reason,
     remove_checkpoint,
     save_tensors,
 )
@@ -49,7 +49,7 @@ class TrainState:
         """Restores everything in place; progress is what `verify` gave. Raises CheckpointError naming the file that is bad."""
         config = read_config(checkpoint)
         for decay, ema in zip(config["ema_decay"], self.emas, strict=True):
-            load_weights(ema, checkpoint / ema_name(config, decay))
+            load_weights(ema, checkpoint / ema_filename(config, decay))
         load_weights(self.model, checkpoint / "model.safetensors")
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in load_tensors(checkpoint / "optimizer.safetensors").items():
@@ -78,10 +78,10 @@ class Snapshot:
     def write(self, run: Path) -> Path:
         """Makes run/checkpoints/STEP and returns it. On a full disk raises OSError and leaves nothing."""
         final = run / "checkpoints" / f"{self.step:07d}"
-        partial = hidden(final, "partial")
+        partial = hidden_path(final, "partial")
         shutil.rmtree(partial, ignore_errors=True)
         emas = {
-            ema_name(self.config, decay): ema
+            ema_filename(self.config, decay): ema
             for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True)
         }
         moments = {
@@ -105,7 +105,7 @@ class Snapshot:
             progress["sha256"] = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             write_file(
                 partial / "progress.json",
-                json.dumps(progress | {"digest": digest(progress)}).encode(),
+                json.dumps(progress | {"digest": progress_digest(progress)}).encode(),
             )
             if final.exists():
                 remove_checkpoint(final)
@@ -165,18 +165,18 @@ class Writer:
         try:
             saved = snapshot.write(self.run)
         except Exception as error:  # whatever it is, the training thread must hear of it
-            self.problem = reason(error)
+            self.problem = format_error(error)
             self.messages.append(
                 f"could not save step {snapshot.step:,}: {self.problem}; training goes on and tries again"
             )
             return
         self.messages.append(f"saved {saved}")
-        for folder in checkpoints(self.run)[: -self.keep_last] if self.keep_last else []:
+        for folder in list_checkpoints(self.run)[: -self.keep_last] if self.keep_last else []:
             if not (self.milestone_steps and int(folder.name) % self.milestone_steps == 0):
                 try:
                     remove_checkpoint(folder)
                 except OSError as error:  # as on network disks, while somebody samples from it
-                    self.messages.append(f"could not remove {folder}: {reason(error)}")
+                    self.messages.append(f"could not remove {folder}: {format_error(error)}")
 
 
 class EMA:

@@ -177,10 +177,10 @@ def test_evaluation_compares_with_the_code_of_others(call, tmp_path):
 
 
 def test_adms_evaluator_is_asked_what_ours_answers():
-    arrays = adm_evaluator.inputs(
+    arrays = adm_evaluator.make_inputs(
         {"reference": 50, "samples": 60, "few": 9, "activations": 30}, 24, 10
     )
-    ours = adm_evaluator.ours(arrays)
+    ours = adm_evaluator.compute_ours(arrays)
     assert list(ours) == list(
         json.loads((ROOT / "docs/adm_evaluator.json").read_text())["quantities"]
     )
@@ -214,7 +214,8 @@ def test_the_page_about_evaluation_holds_what_adms_evaluator_said():
             ("mean", "covariance", "radii", "resize")
         ):  # arrays, of which the file keeps means
             assert (
-                row["difference"] == adm_evaluator.compared(row["adm"], row["ours"])["difference"]
+                row["difference"]
+                == adm_evaluator.compare_results(row["adm"], row["ours"])["difference"]
             )
 
 
@@ -254,11 +255,11 @@ def test_both_ways_of_sampling_write_all_images(vae_folder, tmp_path, mode, monk
     monkeypatch.setattr("sys.argv", ["sampling", *flags.split()])
     args, source = (
         sampling.parse(),
-        sampling.random_source("SiT-Ti/2", vae := Autoencoder(str(vae_folder)), 32),
+        sampling.make_random_source("SiT-Ti/2", vae := Autoencoder(str(vae_folder)), 32),
     )
     ours = sampling.Sampler(sampling.sampling_flags(args), source, vae, World())
     seen: dict[str, list[int]] = {"theirs": [], "ours": [], "floor": []}
-    theirs = sampling.plain(
+    theirs = sampling.sample_plain(
         counted(source.model, seen["theirs"]), vae, args, torch.device("cpu"), tmp_path / "theirs"
     )
     ours.model = counted(source.model, seen["ours"])
@@ -298,8 +299,8 @@ def test_the_batch_size_is_compared_with_the_first(call, trained, tmp_path):
     b = a.copy()
     b[1, 0, 0] = 1, 0, 255
     assert (
-        batch_size.compare(a, b)
-        == batch_size.compare(b, a)
+        batch_size.compare_images(a, b)
+        == batch_size.compare_images(b, a)
         == {"largest": 255, "values": 2 / 48, "images": 1 / 4}
     )
 
@@ -311,7 +312,7 @@ def test_the_pages_hold_the_tables_of_the_results():
         "sampling": "sampling",
         "batch_size": "sampling",
     }
-    for name, text in table.tables().items():
+    for name, text in table.make_tables().items():
         assert text in (ROOT / "docs" / f"{pages.get(name, 'performance')}.md").read_text()
 
 
@@ -333,11 +334,11 @@ def test_the_page_about_data_computes_from_the_results():
     page = (ROOT / "docs/data.md").read_text()
     result = json.loads((ROOT / "benchmarks/results/encode-256-cpu.json").read_text())
     assert f"{result['flops_per_image'] / 1e12:.2f} / R seconds" in page
-    minutes = table.IMAGENET * result["flops_per_image"] / (8 * 50e12) / 60
+    minutes = table.NUM_IMAGENET_IMAGES * result["flops_per_image"] / (8 * 50e12) / 60
     assert (
         13.5 < minutes < 16.5
         and "a quarter of an hour" in page
-        and 1400 < table.IMAGENET / minutes / 60 < 1600
+        and 1400 < table.NUM_IMAGENET_IMAGES / minutes / 60 < 1600
     )
     decoded = int(result["results"]["decoding alone"]["images_per_s"])
     assert (

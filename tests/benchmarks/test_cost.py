@@ -57,9 +57,9 @@ def stub_cost(name, resolution, side=None):
 def stub(monkeypatch):
     monkeypatch.setattr(models.targets, "Encoder", Stub)
     monkeypatch.setattr(
-        models.targets, "describe", lambda name, resolution, side=None: (WIDTH, resolution)
+        models.targets, "describe_encoder", lambda name, resolution, side=None: (WIDTH, resolution)
     )
-    monkeypatch.setattr(models.targets, "cost", stub_cost)
+    monkeypatch.setattr(models.targets, "encoder_cost", stub_cost)
     monkeypatch.setattr(train_step, "matmul_rate", lambda *_, **__: 1e11)  # which takes a second
     Stub.made.clear()
 
@@ -151,8 +151,12 @@ def test_sit_xl_by_hand(call, tmp_path):
 
 def test_sit_b_by_hand():
     """The paper's head of 8M parameters; sra's teacher is block 9 of 12."""
-    planned, d, n = train_step.plan(tiny(model="SiT-B/2", latent_size=32), ["sra2+sra"]), 768, 256
-    figures = cost.counts(planned, "sra2+sra")
+    planned, d, n = (
+        train_step.make_plan(tiny(model="SiT-B/2", latent_size=32), ["sra2+sra"]),
+        768,
+        256,
+    )
+    figures = cost.count_costs(planned, "sra2+sra")
     sra2, sra = (
         d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16,
         d * 1536 + 1536 + 1536 * d + d,
@@ -168,13 +172,13 @@ def test_a_step_does_what_was_counted():
     """train.py's own, with every method, by PyTorch's counter: forward alone to the last product; with its backward up to what
     that leaves out, as no gradient is asked of what comes in."""
     name, rel = "sra2+repa+sra", {"forward": 0.0, "both": 0.02}
-    figures = cost.counts(train_step.plan(tiny(), [name]), name)
+    figures = cost.count_costs(train_step.make_plan(tiny(), [name]), name)
     expected = {
         "forward": sum(figures["forward_flops"].values()),
         "both": figures["training_flops"],
     }
     for what, backward in (("forward", lambda loss: None), ("both", lambda loss: loss.backward())):
-        action = train_step.steps(tiny(), host(backward), [name])[name]
+        action = train_step.build_steps(tiny(), host(backward), [name])[name]
         step = action.func
         for block in (*step.model.backbone.blocks, *step.state.emas[0].blocks):
             block.attn.fused_attn = False  # the counter does not know the CPU's fused attention
@@ -186,7 +190,7 @@ def test_a_step_does_what_was_counted():
 def test_a_way_trains_its_own_heads_and_no_others():
     """And is the step that it would be alone: what the others hold beside it changes nothing."""
     ways = ["sra2", "none", "sra", "sra2+sra"]
-    actions = train_step.steps(tiny(), host(), ways)
+    actions = train_step.build_steps(tiny(), host(), ways)
     heads = actions["sra2"].func.state.model.heads
     for name in ways:
         before = {method: head[0].weight.clone() for method, head in heads.items()}
@@ -196,9 +200,9 @@ def test_a_way_trains_its_own_heads_and_no_others():
             for method, head in heads.items()
             if not torch.equal(head[0].weight, before[method])
         }
-        assert moved == {*train_step.methods(name)} and len(terms) == 3 + 3 * len(moved)
+        assert moved == {*train_step.alignment_methods(name)} and len(terms) == 3 + 3 * len(moved)
         if name == ways[0]:
-            alone, _ = train_step.steps(tiny(), host(), [name])[name]()
+            alone, _ = train_step.build_steps(tiny(), host(), [name])[name]()
             assert torch.equal(terms, alone)
 
 
@@ -229,9 +233,9 @@ def test_steps_are_timed_beside_the_counts(call, tmp_path):
 def test_peak_memory_is_what_comes_on_top_of_what_is_held(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(
-        train_step, "in_turn", lambda actions, *_, **__: ({}, dict.fromkeys(actions, 8.0))
+        train_step, "time_in_turn", lambda actions, *_, **__: ({}, dict.fromkeys(actions, 8.0))
     )
-    assert train_step.peak_alone(tiny(), host(), "none") == 5
+    assert train_step.measure_peak_memory(tiny(), host(), "none") == 5
 
 
 @pytest.mark.parametrize(
@@ -254,10 +258,10 @@ def test_what_cannot_be_compared_ends_in_one_line(call, flags, message):
 def test_the_results_are_what_is_counted_now(path, monkeypatch):
     monkeypatch.undo()  # the encoder itself
     result = json.loads(path.read_text())
-    planned = train_step.plan(
+    planned = train_step.make_plan(
         tiny(model=result["model"], latent_size=result["latent_size"]), list(result["results"])
     )
     assert planned.config["align"] == result["align"]
     for name, figures in result["results"].items():
-        now = cost.counts(planned, name)
+        now = cost.count_costs(planned, name)
         assert {key: figures[key] for key in now} == now

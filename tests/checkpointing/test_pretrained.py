@@ -12,10 +12,10 @@ from torch import nn
 import sample_ddp
 from checkpointing import export
 from checkpointing.official import turn_time
-from checkpointing.pretrained import find, load
+from checkpointing.pretrained import load, resolve_checkpoint
 from checkpointing.storage import CheckpointError
 from common.cli import UserError
-from interpolant import PATHS
+from interpolant import INTERPOLANTS
 from models.sit import PRESETS, SiT, SiTConfig
 
 
@@ -147,7 +147,7 @@ def test_origin_is_asked_for_only_where_the_file_does_not_tell(save):
 )
 def test_path_is_what_the_file_says_or_else_the_flag(save, settings, flag, expected):
     path = save({**official("repa", network()), "args": argparse.Namespace(**settings)})
-    if expected in PATHS:
+    if expected in INTERPOLANTS:
         assert load(path, model="SiT-Ti/2", path_type=flag)[1:3] == (expected, "v")
     else:
         with pytest.raises((CheckpointError, UserError), match=expected):
@@ -240,7 +240,7 @@ def run(tmp_path, trained):
 
 def test_a_run_its_checkpoint_and_its_averages_are_one_thing(run, vae_folder):
     folder = run / "checkpoints/0000002"
-    assert find(run) == find(folder) == folder
+    assert resolve_checkpoint(run) == resolve_checkpoint(folder) == folder
     for decay, file, average in (
         (0.9, "ema.safetensors", ""),
         (0.5, "ema-0.5.safetensors", "-ema0.5"),

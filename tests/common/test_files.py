@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common import files
-from common.cli import Screen
-from common.files import Lines, write_array, write_file, write_npz
+from common.cli import DiskFullSafeStream
+from common.files import LineWriter, write_array, write_file, write_npz
 
 
 class Full:
@@ -36,7 +36,7 @@ class Full:
 
 
 def test_lines_that_do_not_fit_wait_and_are_neither_torn_nor_doubled(tmp_path, monkeypatch):
-    lines = Lines(tmp_path / "log")
+    lines = LineWriter(tmp_path / "log")
     assert lines.append("first\n", sync=True)
     for room in (3, 0, 9):
         with monkeypatch.context() as patch:
@@ -45,14 +45,14 @@ def test_lines_that_do_not_fit_wait_and_are_neither_torn_nor_doubled(tmp_path, m
             assert not lines.append(f"with room for {room}\n")
     assert lines.append("last\n")
     expected = ["first", "with room for 3", "with room for 0", "with room for 9", "last"]
-    assert (tmp_path / "log").read_text().splitlines() == expected and lines.waiting == ""
+    assert (tmp_path / "log").read_text().splitlines() == expected and lines.pending == ""
 
 
 def test_lines_whose_fsync_fails_come_once(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    lines = Lines(tmp_path / "log")
+    lines = LineWriter(tmp_path / "log")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         assert not lines.append("first\n", sync=True)
@@ -67,7 +67,7 @@ def test_a_screen_that_is_full_ends_nothing():
 
         flush = write
 
-    screen = Screen(FullDisk())
+    screen = DiskFullSafeStream(FullDisk())
     assert screen.write("text") == 4 and screen.flush() is None
     print("more", file=screen, flush=True)
     assert screen.getvalue() == ""
@@ -112,14 +112,14 @@ def test_an_array_that_grows_is_numpys_file_and_appears_when_it_is_finished(tmp_
         shape
     )
     np.save(tmp_path / "numpys.npy", array)
-    growing = files.GrowingArray(tmp_path / "ours.npy", array.dtype, shape[1:])
+    growing = files.NpyWriter(tmp_path / "ours.npy", array.dtype, shape[1:])
     for part in np.array_split(array, 3):
         growing.append(part)
     assert not (tmp_path / "ours.npy").exists()
     digest = growing.finish()
     assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
     assert digest == hashlib.sha256((tmp_path / "ours.npy").read_bytes()).hexdigest()
-    other = files.GrowingArray(tmp_path / "other.npy", array.dtype, shape[1:])
+    other = files.NpyWriter(tmp_path / "other.npy", array.dtype, shape[1:])
     other.append(array)
     other.discard()
     assert sorted(os.listdir(tmp_path)) == ["numpys.npy", "ours.npy"]

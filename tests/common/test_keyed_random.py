@@ -33,23 +33,23 @@ def test_an_index_gets_its_numbers_whatever_the_batch():
 
 def test_seed_purpose_index_and_draw_each_matter():
     index = torch.tensor([5, 5 + 2**32])
-    base = uniform(0, Purpose.TIME, index)
+    base = uniform(0, Purpose.TIMESTEP, index)
     assert base[0] != base[1]
     for other in (
-        uniform(1, Purpose.TIME, index),
+        uniform(1, Purpose.TIMESTEP, index),
         uniform(0, Purpose.CLASS, index),
-        uniform(0, Purpose.TIME, index, draw=1),
+        uniform(0, Purpose.TIMESTEP, index, draw=1),
     ):
         assert not torch.isclose(base, other).any()
 
 
 def test_moments():
-    x = normal(0, Purpose.START, torch.arange(2000), (10, 10))
+    x = normal(0, Purpose.INITIAL_NOISE, torch.arange(2000), (10, 10))
     n = x.numel()
     assert abs(x.mean()) < 4 / n**0.5
     assert abs(x.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((x**4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert abs((x[:, 0, 0] * x[:, 0, 1]).mean()) < 4 / 2000**0.5  # the two of a Box-Muller pair
-    u = uniform(0, Purpose.TIME, torch.arange(100_000))
+    u = uniform(0, Purpose.TIMESTEP, torch.arange(100_000))
     assert u.min() > 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / 1e5) ** 0.5

@@ -10,12 +10,12 @@ from PIL import Image
 from common.cli import UserError
 from evaluations import curves, evaluate, reference, reference_features
 from evaluations.fashion import load_classifier
-from evaluations.image_batches import Npz, NpzImages, open_images
+from evaluations.image_batches import NpzFile, NpzImages, open_images
 from evaluations.inception import InceptionFeatures
-from evaluations.metrics import frechet_distance, statistics
+from evaluations.metrics import compute_statistics, frechet_distance
 from evaluations.moments import Moments
 from evaluations.timm_networks import TimmFeatures, resize, resize_positions
-from tests.helpers import ROOT, make_tree, ranks
+from tests.helpers import ROOT, make_tree, run_ranks
 
 IMAGES = ROOT / "assets/fashion-mnist/images.zip"
 
@@ -92,7 +92,7 @@ def test_inception_metrics_against_images_and_against_statistics(call, tmp_path,
         x.numpy()
         for x in InceptionFeatures(inception_weights)(torch.from_numpy(others).permute(0, 3, 1, 2))
     )
-    (mu, sigma), (mu_s, sigma_s) = statistics(pool), statistics(spatial)
+    (mu, sigma), (mu_s, sigma_s) = compute_statistics(pool), compute_statistics(spatial)
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     assert (
         call(
@@ -247,7 +247,7 @@ def test_two_processes_measure_what_one_does(call, tmp_path):
         16,
     ]
     flags += ["--cache-dir", tmp_path / "none", "--out"]
-    ranks(2, "evaluations.evaluate", *flags, tmp_path / "two.json")
+    run_ranks(2, "evaluations.evaluate", *flags, tmp_path / "two.json")
     shutil.rmtree(tmp_path / "none")
     assert call(evaluate, *flags, tmp_path / "one.json")[0] == 0
     assert metrics(tmp_path / "one.json") == metrics(tmp_path / "two.json")
@@ -262,18 +262,20 @@ def test_a_packed_npz_is_read_like_a_plain_one(tmp_path):
     images = write_samples(tmp_path / "plain.npz", n=50)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
     plain, packed = (
-        Npz(tmp_path / f"{name}.npz", "samples").images() for name in ("plain", "packed")
+        NpzFile(tmp_path / f"{name}.npz", "samples").open_images() for name in ("plain", "packed")
     )
     assert plain.map is not None and packed.map is None
     with ThreadPoolExecutor(4) as pool:  # as sample_ddp.py reads it
-        parts = pool.map(lambda k: packed.rows(k, k + 1)[0], [i % 50 for i in range(0, 2000, 7)])
+        parts = pool.map(
+            lambda k: packed.read_rows(k, k + 1)[0], [i % 50 for i in range(0, 2000, 7)]
+        )
         assert all(
             np.array_equal(part, images[i % 50]) for part, i in zip(parts, range(0, 2000, 7))
         )
     for start, stop in ((0, 8), (8, 16), (40, 56), (4, 9)):
         expected = images[start:stop].transpose(0, 3, 1, 2)
-        assert np.array_equal(plain.batch(start, stop), expected) and np.array_equal(
-            packed.batch(start, stop), expected
+        assert np.array_equal(plain.read_batch(start, stop), expected) and np.array_equal(
+            packed.read_batch(start, stop), expected
         )
 
 
@@ -296,7 +298,7 @@ def test_a_reference_in_adms_format_is_of_all_images(call, tmp_path, inception_w
     source = open_images(tmp_path / "tree", 32, "--images")
     pool, spatial, _ = (
         x.numpy()
-        for x in InceptionFeatures(inception_weights)(torch.from_numpy(source.batch(0, 9)))
+        for x in InceptionFeatures(inception_weights)(torch.from_numpy(source.read_batch(0, 9)))
     )
     with np.load(tmp_path / "r.npz") as content:
         for key, features in (("", pool), ("_s", spatial)):
@@ -304,7 +306,7 @@ def test_a_reference_in_adms_format_is_of_all_images(call, tmp_path, inception_w
             np.testing.assert_allclose(
                 content[f"sigma{key}"], np.cov(features, rowvar=False), rtol=1e-2, atol=1e-5
             )
-        kept = np.concatenate([source.batch(i, i + 1) for i in (0, 2, 4, 6, 8)]).transpose(
+        kept = np.concatenate([source.read_batch(i, i + 1) for i in (0, 2, 4, 6, 8)]).transpose(
             0, 2, 3, 1
         )
         assert np.array_equal(content["arr_0"], kept)
@@ -321,7 +323,7 @@ def test_statistics_that_cannot_be_inceptions_are_refused(tmp_path):
     for arrays, message in cases:
         np.savez(tmp_path / "s.npz", **arrays)
         with pytest.raises(UserError, match=message):
-            reference_features._adms(Npz(tmp_path / "s.npz", "--reference"))
+            reference_features._adms(NpzFile(tmp_path / "s.npz", "--reference"))
 
 
 def test_moments_are_those_of_all_batches():
@@ -359,8 +361,8 @@ def test_networks_of_timm_have_their_own_distance_over_one_reading(call, tmp_pat
         tmp_path / "w.pth",
     ]
     read = []
-    batch = NpzImages.batch
-    monkeypatch.setattr(NpzImages, "batch", lambda *args: read.append(args[1]) or batch(*args))
+    batch = NpzImages.read_batch
+    monkeypatch.setattr(NpzImages, "read_batch", lambda *args: read.append(args[1]) or batch(*args))
     more = ["--features", "fashion", "test_vit", "--normalisers", "test_vit=0.5", "fashion=2"]
     code, out = call(evaluate, *flags, *more)
     assert code == 0, out
@@ -377,7 +379,9 @@ def test_networks_of_timm_have_their_own_distance_over_one_reading(call, tmp_pat
             features.append(
                 encoder(torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2))[0].numpy()
             )
-    assert numbers["FD-test_vit"] == pytest.approx(frechet_distance(*map(statistics, features)))
+    assert numbers["FD-test_vit"] == pytest.approx(
+        frechet_distance(*map(compute_statistics, features))
+    )
 
 
 def test_images_are_resized_for_an_encoder_as_pil_does():

@@ -12,12 +12,12 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from evaluations import metrics
 from evaluations.metrics import (
     Statistics,
+    compute_statistics,
     frechet_distance,
     frechet_interval,
     inception_score,
     influence,
     precision_recall,
-    statistics,
 )
 
 
@@ -30,7 +30,10 @@ def features(n, dims, seed, shift=0.0):
 
 @pytest.mark.parametrize("dims", [8, 64, 256])
 def test_frechet_distance_is_torch_fidelitys_and_pytorch_fids(dims):
-    a, b = statistics(features(1000, dims, 0)), statistics(features(800, dims, 1, 0.3))
+    a, b = (
+        compute_statistics(features(1000, dims, 0)),
+        compute_statistics(features(800, dims, 1, 0.3)),
+    )
     oracle = fid_statistics_to_metric(a._asdict(), b._asdict(), verbose=False)[
         "frechet_inception_distance"
     ]
@@ -56,7 +59,9 @@ def test_frechet_distance_of_few_images_needs_no_square_root_at_all(n, m):
     trace = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     shift = a.astype(np.float64).mean(0) - b.astype(np.float64).mean(0)
     expected = shift @ shift + sum((x**2).sum() for x in centred) - 2 * trace
-    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance(compute_statistics(a), compute_statistics(b)) == pytest.approx(
+        expected, rel=1e-11
+    )
 
 
 def test_frechet_distance_to_itself_is_zero_even_when_singular():
@@ -64,7 +69,7 @@ def test_frechet_distance_to_itself_is_zero_even_when_singular():
         features(500, 32, 0),
         features(10, 32, 0),
     ):  # fewer images than dimensions: the covariance is singular
-        s = statistics(x)
+        s = compute_statistics(x)
         assert frechet_distance(s, s) == pytest.approx(0, abs=1e-12)
     nothing = Statistics(np.zeros(3), np.zeros((3, 3)))
     assert frechet_distance(nothing, nothing) == 0
@@ -73,7 +78,7 @@ def test_frechet_distance_to_itself_is_zero_even_when_singular():
 def test_statistics_are_unbiased():
     x = features(50, 4, 0).astype(np.float64)
     centred = x - x.sum(0) / 50
-    np.testing.assert_allclose(statistics(x).sigma, centred.T @ centred / 49, rtol=1e-12)
+    np.testing.assert_allclose(compute_statistics(x).sigma, centred.T @ centred / 49, rtol=1e-12)
 
 
 def test_statistics_are_numpys_and_never_hold_all_features_twice():
@@ -89,14 +94,14 @@ def test_statistics_are_numpys_and_never_hold_all_features_twice():
     x = features(
         2 * metrics.ROWS + 5, 6, 0, shift=50
     )  # far from 0, where one pass would lose digits
-    mu, sigma = statistics(Rows())
+    mu, sigma = compute_statistics(Rows())
     np.testing.assert_allclose(mu, x.astype(np.float64).mean(0), rtol=1e-12)
     np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), rtol=1e-12)
 
 
 def test_the_influence_is_the_derivative_by_the_weights():
     """By autograd, through the Frechet distance of weighted rows written out."""
-    x, reference = features(60, 5, 0), statistics(features(90, 5, 1, 0.4))
+    x, reference = features(60, 5, 0), compute_statistics(features(90, 5, 1, 0.4))
     rows, mu_r, sigma_r = (torch.tensor(v, dtype=torch.float64) for v in (x, *reference))
     weights = torch.full((60,), 1 / 60, dtype=torch.float64, requires_grad=True)
     shares = weights / weights.sum()
@@ -105,27 +110,30 @@ def test_the_influence_is_the_derivative_by_the_weights():
     root = torch.linalg.cholesky(sigma_r)
     trace = torch.linalg.eigvalsh(root.T @ sigma @ root).sqrt().sum()
     distance = (mu - mu_r).square().sum() + sigma.trace() + sigma_r.trace() - 2 * trace
-    assert distance.item() == pytest.approx(frechet_distance(statistics(x), reference), rel=1e-12)
+    assert distance.item() == pytest.approx(
+        frechet_distance(compute_statistics(x), reference), rel=1e-12
+    )
     distance.backward()
     np.testing.assert_allclose(
-        influence(x, statistics(x), reference), weights.grad.numpy(), rtol=1e-9, atol=1e-12
+        influence(x, compute_statistics(x), reference), weights.grad.numpy(), rtol=1e-9, atol=1e-12
     )
 
 
 def test_the_interval_is_as_wide_as_resampling_itself_and_as_fresh_draws():
     """Widths and not places: a resampled distance is too large once more."""
     n, draws = 1500, 300
-    x, reference = features(n, 4, 0), statistics(features(5000, 4, 1, 0.4))
+    x, reference = features(n, 4, 0), compute_statistics(features(5000, 4, 1, 0.4))
     low, high = frechet_interval(x, reference, replicates=2000)
-    assert low < frechet_distance(statistics(x), reference) < high
+    assert low < frechet_distance(compute_statistics(x), reference) < high
     rng, mix = np.random.default_rng(5), np.random.default_rng(0)
     mix.standard_normal((n, 4))
     mix = mix.standard_normal((4, 4)) / 2  # what features(n, 4, 0) multiplies by
     resampled = [
-        frechet_distance(statistics(x[rng.integers(n, size=n)]), reference) for _ in range(draws)
+        frechet_distance(compute_statistics(x[rng.integers(n, size=n)]), reference)
+        for _ in range(draws)
     ]
     fresh = [
-        frechet_distance(statistics(rng.standard_normal((n, 4)) @ mix), reference)
+        frechet_distance(compute_statistics(rng.standard_normal((n, 4)) @ mix), reference)
         for _ in range(draws)
     ]
     for distances in (resampled, fresh):
@@ -133,26 +141,26 @@ def test_the_interval_is_as_wide_as_resampling_itself_and_as_fresh_draws():
     narrow = frechet_interval(x, reference, level=0.5, replicates=2000)
     assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.6745 / 1.96, rel=0.1)
     assert frechet_interval(x, reference, seed=3) == frechet_interval(
-        x, reference, seed=3, own=statistics(x)
+        x, reference, seed=3, own=compute_statistics(x)
     )
 
 
 def test_there_is_no_interval_where_the_covariance_is_singular():
-    reference = statistics(features(50, 16, 1))
+    reference = compute_statistics(features(50, 16, 1))
     assert frechet_interval(features(16, 16, 0), reference) is None
     assert frechet_interval(features(17, 16, 0), reference) is not None
     twice = np.tile(
         features(200, 8, 0), 2
     )  # features that repeat others, or never fire, make it singular at any n
     low, high = frechet_interval(twice, reference)
-    assert low < frechet_distance(statistics(twice), reference) < high < 2 * low
+    assert low < frechet_distance(compute_statistics(twice), reference) < high < 2 * low
 
 
 @pytest.mark.parametrize("dims", [2, 16])
 def test_precision_and_recall_are_prdcs_and_torch_fidelitys(dims):
     a, b = features(300, dims, 0), features(400, dims, 1, 0.8)
     oracle = compute_prdc(a, b, nearest_k=3)
-    assert precision_recall(a, b, block=64) == (oracle["precision"], oracle["recall"])
+    assert precision_recall(a, b, tile_size=64) == (oracle["precision"], oracle["recall"])
     other = prc_features_to_metric(torch.from_numpy(b), torch.from_numpy(a), verbose=False)
     assert precision_recall(a, b) == pytest.approx(
         (other["precision"], other["recall"]), abs=1e-6
@@ -193,28 +201,29 @@ def test_half_rounds_every_distance_to_float16():
     radii = [np.sort(half_distances(x, x), 1)[:, 3] for x in (a, b)]
     distances = half_distances(a, b)
     expected = (distances <= radii[0][:, None]).any(0).mean(), (distances <= radii[1]).any(1).mean()
-    assert precision_recall(a, b, half=True) == expected
+    assert precision_recall(a, b, fp16=True) == expected
     assert expected != precision_recall(a, b)
 
 
 def test_half_falls_back_to_float32_for_a_block_that_overflows():
     a, b = features(120, 16, 0, 5), features(150, 16, 1, 5.4)  # far from 0, where float16 is coarse
-    assert precision_recall(100 * a, 100 * b, half=True) == precision_recall(
+    assert precision_recall(100 * a, 100 * b, fp16=True) == precision_recall(
         100 * a, 100 * b
     )  # every block of this
     far = np.concatenate([b, np.full((1, 16), 300, np.float32)])  # the last row overflows, alone
     share = 150 / 151  # of the samples: it is in a block by itself
-    assert precision_recall(a, far, half=True, block=150)[0] == pytest.approx(
-        precision_recall(a, b, half=True)[0] * share
+    assert precision_recall(a, far, fp16=True, tile_size=150)[0] == pytest.approx(
+        precision_recall(a, b, fp16=True)[0] * share
     )
     assert (
-        precision_recall(a, far, half=True)[1] != precision_recall(a, far, half=True, block=150)[1]
+        precision_recall(a, far, fp16=True)[1]
+        != precision_recall(a, far, fp16=True, tile_size=150)[1]
     )
 
 
 def test_blocks_change_nothing():
     a, b = features(97, 8, 0), features(130, 8, 1, 0.8)
-    assert len({precision_recall(a, b, block=block) for block in (2, 7, 97, None)}) == 1
+    assert len({precision_recall(a, b, tile_size=block) for block in (2, 7, 97, None)}) == 1
 
 
 @pytest.mark.parametrize("n", [5000, 10_000])

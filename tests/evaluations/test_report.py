@@ -463,7 +463,7 @@ def test_nearest_is_what_all_distances_say():
         np.concatenate((rng.normal(size=(6, 5)).astype(np.float32), train[[3, 30]])),
         np.array([-1] * 6 + [3, 30]),
     )
-    distances, numbers = nearest.nearest(np.split(train, [7, 20]), queries, own, 3)
+    distances, numbers = nearest.find_nearest(np.split(train, [7, 20]), queries, own, 3)
     every = np.linalg.norm(queries[:, None] - train[None], axis=-1)
     every[[6, 7], [3, 30]] = np.inf  # itself
     assert np.array_equal(numbers, every.argsort(1)[:, :3])

@@ -17,7 +17,7 @@ from scipy import stats
 import sample_ddp
 import train
 from common import cli
-from common.machine import cores
+from common.machine import available_cores
 from evaluations import evaluate
 from experiments import ablate, cells, panels, results
 from experiments.cells import Cell
@@ -237,13 +237,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(fake, capsys):
     (fake / "a-seed0.broken").unlink()
     assert cells.run(three(), fake, jobs=2) == {} and starts(fake) == [2, 1, 1]
     assert json.loads((fake / "b-seed0/starts").read_text())["OMP_NUM_THREADS"] == str(
-        max(1, cores() // 2)
+        max(1, available_cores() // 2)
     )
 
 
 def test_each_at_a_time_has_a_gpu_of_its_own(fake, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(cells, "machine", lambda device: {"device": device.type})
+    monkeypatch.setattr(cells, "describe_machine", lambda device: {"device": device.type})
     (fake / "hold").touch()
     threading.Timer(0.3, (fake / "hold").unlink).start()
     assert cells.run(three()[:2], fake, jobs=2) == {}

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.run_steps import count_flops, time_runs
 from common.cli import UserError
-from common.machine import cores
+from common.machine import available_cores
 from experiments import cells, convergence, results, study_data
 from experiments.cells import Cell
 from experiments.convergence import parse
@@ -229,7 +229,7 @@ def test_a_gpus_study_needs_one(monkeypatch):
     monkeypatch.setattr(convergence, "devices", list)
     with pytest.raises(UserError, match=r"^--scale gpu needs a GPU, and there is none here"):
         written("gpu")
-    assert written("gpu", "--gather").gather and written("laptop").jobs == cores()
+    assert written("gpu", "--gather").gather and written("laptop").jobs == available_cores()
 
 
 def test_data_are_made_once_and_of_one_scale(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import train
 from common import machine
 from common.files import write_array, write_file
 from common.keyed_random import Purpose, uniform
-from dataset import TrainingStream, shuffled
+from dataset import CachedBatch, TrainingStream, to_image_index
 from latents import cache as cache_module
 from latents.cache import CacheError, LatentCache, read_manifest
 from tests.helpers import ROOT, torchrun, train_flags
@@ -21,27 +21,29 @@ from tests.helpers import ROOT, torchrun, train_flags
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 100, 1023, 1025, 10_000])
 def test_every_epoch_is_a_permutation_of_its_own(size):
-    epochs = [shuffled(np.arange(size) + k * size, size, seed=3) for k in range(3)]
+    epochs = [to_image_index(np.arange(size) + k * size, size, seed=3) for k in range(3)]
     for epoch in epochs:
         assert np.array_equal(np.sort(epoch), np.arange(size))
     if size > 8:
         assert not np.array_equal(epochs[0], epochs[1])
-        assert not np.array_equal(epochs[0], shuffled(np.arange(size), size, seed=4))
+        assert not np.array_equal(epochs[0], to_image_index(np.arange(size), size, seed=4))
 
 
 def test_shuffle_looks_uniform():
     """Chi-squared of where the first and the middle place send 1,000 epochs, and no correlation of neighbours."""
     size, epochs = 50, 5000
     for place in (0, 25):
-        hits = np.bincount(shuffled(np.arange(epochs) * size + place, size, seed=0), minlength=size)
+        hits = np.bincount(
+            to_image_index(np.arange(epochs) * size + place, size, seed=0), minlength=size
+        )
         chi2 = ((hits - epochs / size) ** 2 / (epochs / size)).sum()
         assert chi2 < size - 1 + 4 * (2 * (size - 1)) ** 0.5
-    order = shuffled(np.arange(100_000), 100_000, seed=0)
+    order = to_image_index(np.arange(100_000), 100_000, seed=0)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / 100_000**0.5
 
 
 def test_shuffle_needs_no_permutation_in_memory():
-    index = shuffled(
+    index = to_image_index(
         np.arange(10**9 - 128, 10**9 + 128), 10**9, seed=0
     )  # a billion images, across an epoch's end
     assert index.min() >= 0 and index.max() < 10**9 and len(np.unique(index)) > 250
@@ -53,14 +55,20 @@ def test_processes_share_one_global_batch(cache):
         whole = TrainingStream(data, 5, 8)[step]
         for processes in (2, 4):
             parts = [TrainingStream(data, 5, 8, rank, processes)[step] for rank in range(processes)]
-            for joined, expected in zip(map(torch.cat, zip(*parts)), whole):
-                assert torch.equal(joined, expected)
+            for name in ("stream_position", "moments", "labels"):
+                joined = torch.cat([getattr(part, name) for part in parts])
+                assert torch.equal(joined, getattr(whole, name))
+
+
+def have_equal_tensors(a: CachedBatch, b: CachedBatch) -> bool:
+    names = ("stream_position", "moments", "labels")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 def test_an_epoch_shows_every_image_once(cache):
     data = LatentCache(cache)
     stream = TrainingStream(data, 5, 8)
-    rows = torch.cat([stream[step][1].flatten(1) for step in (3, 4, 5)])
+    rows = torch.cat([stream[step].moments.flatten(1) for step in (3, 4, 5)])
     stored = data.gather(np.arange(24))[0].flatten(1)
     assert sorted(map(bytes, rows.numpy())) == sorted(map(bytes, stored.numpy()))
 
@@ -80,9 +88,9 @@ def test_gather_returns_rows_in_the_order_asked(cache):
 def test_loader_with_workers_is_the_stream(cache):
     stream = TrainingStream(LatentCache(cache), 0, 8)
     for step, batch in zip(
-        range(2, 6), stream.loader(2, 6, num_workers=2, pin_memory=False), strict=True
+        range(2, 6), stream.make_loader(2, 6, num_workers=2, pin_memory=False), strict=True
     ):
-        assert all(torch.equal(a, b) for a, b in zip(batch, stream[step]))
+        assert have_equal_tensors(batch, stream[step])
 
 
 @pytest.fixture
@@ -139,14 +147,14 @@ def test_faults_are_named(copied):
 def flipped(tmp_path_factory, tree, vae_folder):
     """The cache with mirror images."""
     from common.processes import World
-    from preprocessing.build import build
-    from preprocessing.encoding import Encoding, Settings
+    from preprocessing.build import build_cache
+    from preprocessing.encoding import EncodingJob, EncodingSettings
 
     dest = tmp_path_factory.mktemp("flipped") / "data"
-    settings = Settings(
+    settings = EncodingSettings(
         str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=8, flip=True
     )
-    build(dest, Encoding(settings, "cpu", 0, World()), World())
+    build_cache(dest, EncodingJob(settings, "cpu", 0, World()), World())
     return dest
 
 
@@ -154,10 +162,10 @@ def test_no_two_processes_get_one_image(cache):
     data = LatentCache(cache)
     for step in range(7):  # 24 images in batches of 8
         parts = [TrainingStream(data, 5, 8, rank, 4)[step] for rank in range(4)]
-        numbers = torch.cat([part[0] for part in parts])
+        numbers = torch.cat([part.stream_position for part in parts])
         assert torch.equal(numbers, torch.arange(8 * step, 8 * step + 8))
         if step % 3 == 2:  # an epoch is whole
-            images = shuffled(np.arange(8 * step - 16, 8 * step + 8), 24, 5)
+            images = to_image_index(np.arange(8 * step - 16, 8 * step + 8), 24, 5)
             assert sorted(images) == list(range(24))
 
 
@@ -166,12 +174,12 @@ def test_every_place_goes_everywhere(size, rounds):
     """Chi-squared of where three places go, over many epochs and over many seeds: neither too uneven nor too even."""
     places = np.array([0, size // 2, size - 1])
     by_epoch = [
-        np.bincount(shuffled(np.arange(rounds) * size + place, size, seed=7), minlength=size)
+        np.bincount(to_image_index(np.arange(rounds) * size + place, size, seed=7), minlength=size)
         for place in places
     ]
     by_seed = np.zeros((3, size))
     for seed in range(rounds):
-        by_seed[range(3), shuffled(places, size, seed)] += 1
+        by_seed[range(3), to_image_index(places, size, seed)] += 1
     expected, freedom = rounds / size, size - 1
     chi2 = ((np.array([*by_epoch, *by_seed]) - expected) ** 2 / expected).sum(1)
     low, high = freedom - 4 * (2 * freedom) ** 0.5, freedom + 5 * (2 * freedom) ** 0.5
@@ -181,15 +189,15 @@ def test_every_place_goes_everywhere(size, rounds):
 def test_neighbours_are_independent():
     """Where a place goes says nothing about where the next one goes: chi-squared over pairs of eighths."""
     size = 1 << 20
-    order = shuffled(np.arange(200_000), size, seed=11) * 8 // size
+    order = to_image_index(np.arange(200_000), size, seed=11) * 8 // size
     pairs = np.bincount(order[:-1] * 8 + order[1:], minlength=64)
     expected = pairs.sum() / 64
     assert ((pairs - expected) ** 2 / expected).sum() < 63 + 5 * 126**0.5
 
 
 def test_one_image_and_a_billion():
-    assert shuffled(np.arange(5), 1, 0).tolist() == 5 * [0]
-    sample = shuffled(
+    assert to_image_index(np.arange(5), 1, 0).tolist() == 5 * [0]
+    sample = to_image_index(
         np.arange(0, 10**9, 10**4), 10**9, seed=0
     )  # every ten-thousandth place of a billion
     assert len(np.unique(sample)) == len(sample) and abs(sample.mean() / 10**9 - 0.5) < 0.005
@@ -197,8 +205,9 @@ def test_one_image_and_a_billion():
 
 def test_the_stream_mirrors_by_the_seed(flipped):
     data = LatentCache(flipped)
-    number, moments, _ = TrainingStream(data, 5, 8)[4]
-    index = shuffled(number.numpy(), 24, 5)
+    batch = TrainingStream(data, 5, 8)[4]
+    moments = batch.moments
+    index = to_image_index(batch.stream_position.numpy(), 24, 5)
     both = [data.gather(index, np.full(8, side))[0] for side in (False, True)]
     mirrored = [not torch.equal(moments[i], both[0][i]) for i in range(8)]
     assert (
@@ -207,9 +216,9 @@ def test_the_stream_mirrors_by_the_seed(flipped):
     )
     for rank in range(2):
         assert torch.equal(
-            TrainingStream(data, 5, 8, rank, 2)[4][1], moments[4 * rank : 4 * rank + 4]
+            TrainingStream(data, 5, 8, rank, 2)[4].moments, moments[4 * rank : 4 * rank + 4]
         )
-    seen = torch.cat([uniform(5, Purpose.MIRROR, torch.arange(4000)) < 0.5])
+    seen = torch.cat([uniform(5, Purpose.FLIP, torch.arange(4000)) < 0.5])
     assert abs(seen.float().mean() - 0.5) < 0.04
 
 
@@ -262,14 +271,10 @@ def test_a_cache_in_memory_is_the_cache(cache, flipped):
         on_disk, in_ram = LatentCache(root), LatentCache(root)
         in_ram.load_into_ram()
         for step in (0, 3):
-            for a, b in zip(
-                TrainingStream(on_disk, 1, 8)[step], TrainingStream(in_ram, 1, 8)[step]
-            ):
-                assert torch.equal(a, b)
-        batches = TrainingStream(in_ram, 1, 8).loader(0, 2, num_workers=1, pin_memory=False)
-        assert all(
-            torch.equal(a, b) for a, b in zip(next(iter(batches)), TrainingStream(on_disk, 1, 8)[0])
-        )
+            batches = TrainingStream(on_disk, 1, 8)[step], TrainingStream(in_ram, 1, 8)[step]
+            assert have_equal_tensors(*batches)
+        batches = TrainingStream(in_ram, 1, 8).make_loader(0, 2, num_workers=1, pin_memory=False)
+        assert have_equal_tensors(next(iter(batches)), TrainingStream(on_disk, 1, 8)[0])
 
 
 SHARING = """
@@ -279,10 +284,10 @@ from latents.cache import LatentCache
 from common.processes import World
 world = World()
 cache = LatentCache(sys.argv[1])
-cache.load_into_ram(world.rank, world.gather)
+cache.load_into_ram(world.rank, world.all_gather)
 own = hasattr(cache, "_memory")
 sum = cache.gather(np.arange(24))[0].double().sum().item()
-assert world.gather((own, sum)) == [(True, sum), (False, sum)], (own, sum)
+assert world.all_gather((own, sum)) == [(True, sum), (False, sum)], (own, sum)
 if not own:  # it is one memory, not two
     assert "memfd:latents" in open("/proc/self/maps").read()
 world.close()
@@ -296,7 +301,7 @@ def test_processes_share_one_memory(cache, tmp_path):
 
 
 def test_a_cache_that_memory_cannot_hold_is_refused(cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "free_memory", lambda: 1000)
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
     with pytest.raises(
         CacheError, match=r"--cache-in-ram needs 0\.0 GB, 0\.0 GB of this machine's are free"
     ):
@@ -304,11 +309,11 @@ def test_a_cache_that_memory_cannot_hold_is_refused(cache, monkeypatch):
 
 
 def test_few_shards_are_open_at_once(cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "MOST_OPEN", 2)
+    monkeypatch.setattr(cache_module, "MAX_OPEN_MAPS", 2)
     data, index = LatentCache(cache), np.array([23, 0, 11, 5, 22])
     assert (
         torch.equal(data.gather(index)[0], LatentCache(cache).gather(index)[0])
-        and len(data._open) == 2
+        and len(data.open_shards) == 2
     )
 
 
@@ -319,8 +324,8 @@ import numpy as np
 from dataset import TrainingStream
 from latents.cache import LatentCache
 cache = LatentCache(sys.argv[1])
-loader = TrainingStream(cache, 0, 100).loader(0, 12, num_workers=1, pin_memory=False)
-assert sum(float(moments.double().sum()) for _, moments, _ in loader) != 0
+loader = TrainingStream(cache, 0, 100).make_loader(0, 12, num_workers=1, pin_memory=False)
+assert sum(float(batch.moments.double().sum()) for batch in loader) != 0
 print("read")
 """
 
@@ -356,7 +361,7 @@ def test_free_memory_heeds_a_jobs_own_limit(tmp_path, monkeypatch):
     (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8000000 kB\n")
     monkeypatch.setattr(machine, "Path", lambda path: Path(str(tmp_path) + str(path)))
-    assert machine.free_memory() == 3_000_000
+    assert machine.available_memory() == 3_000_000
 
 
 def test_joined_caches_in_another_order_are_another_run(call, cache, copied, tmp_path):

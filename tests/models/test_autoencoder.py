@@ -32,9 +32,9 @@ def test_decoding_undoes_scale_and_shift_and_rounds(vae):
     with torch.no_grad():
         images = vae.vae.decode(latent / 0.7 + 0.25).sample
     expected = ((images.double() + 1) * 127.5).clamp(0, 255)
-    ours = vae.decode(latent).permute(0, 3, 1, 2).double()
+    ours = vae.decode(latent).double()
     assert (ours - expected).abs().max() <= 0.5 + 1e-3  # truncation would be off by up to 1
-    assert vae.decode(latent).dtype == torch.uint8 and vae.decode(latent).shape == (2, 32, 32, 3)
+    assert vae.decode(latent).dtype == torch.uint8 and vae.decode(latent).shape == (2, 3, 32, 32)
 
 
 def test_latents_from_moments():

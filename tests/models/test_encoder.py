@@ -13,11 +13,11 @@ from models import encoder
 from models.encoder import (
     Encoder,
     EncoderError,
-    architecture,
-    describe,
+    describe_encoder,
     load_network,
     patch_tokens,
     resample,
+    timm_name,
 )
 
 
@@ -95,7 +95,7 @@ def test_colours_are_normalised_as_the_network_was_trained():
     ],
 )
 def test_a_token_of_patch_14_sees_16_pixels_and_others_the_image_as_it_is(name, resolution, side):
-    assert describe(name, resolution)[1] == side
+    assert describe_encoder(name, resolution)[1] == side
 
 
 def test_the_last_norm_is_left_out_where_repa_leaves_it_out(monkeypatch, vit):
@@ -175,8 +175,8 @@ def test_the_fingerprint_knows_weights_and_settings(vit):
 
 
 def test_repas_spellings_are_networks_with_weights():
-    for name in (*encoder.SHORT, *encoder.REPA):
-        assert timm.is_model_pretrained(architecture(name)), name
+    for name in (*encoder.ENCODER_ALIASES, *encoder.REPA):
+        assert timm.is_model_pretrained(timm_name(name)), name
 
 
 def test_mistakes(vit, tmp_path):
@@ -187,32 +187,35 @@ def test_mistakes(vit, tmp_path):
     )
     cases = [
         (
-            lambda: describe("dinov2-vit-x", 256),
+            lambda: describe_encoder("dinov2-vit-x", 256),
             "dinov2-vit-x is no network that timm knows; near it: dinov2-vit-",
         ),
         (
-            lambda: describe("vit_base_patch14_dinov2.lvd", 256),
+            lambda: describe_encoder("vit_base_patch14_dinov2.lvd", 256),
             "near it: vit_base_patch14_dinov2.lvd142m",
         ),
         (
-            lambda: describe("mocov3-vit-b", 256),
+            lambda: describe_encoder("mocov3-vit-b", 256),
             "timm has no MoCo v3 weights; of REPA's encoders it has .*dinov2-vit-b",
         ),
         (
-            lambda: describe("volo_d1_224", 256),
+            lambda: describe_encoder("volo_d1_224", 256),
             "no square of patch tokens: an image becomes an array of 197 x 384",
         ),
         (
-            lambda: describe("pit_ti_224", 256),
+            lambda: describe_encoder("pit_ti_224", 256),
             "no square of patch tokens: an image becomes a single token",
         ),
-        (lambda: describe("test_vit", 256, side=0), "takes images of 16 pixels and more, not of 0"),
         (
-            lambda: describe("test_vit", 256, side=100),
+            lambda: describe_encoder("test_vit", 256, side=0),
+            "takes images of 16 pixels and more, not of 0",
+        ),
+        (
+            lambda: describe_encoder("test_vit", 256, side=100),
             "test_vit takes images of a multiple of 16 pixels, not of 100",
         ),
         (
-            lambda: describe("mixer_s16_224", 256, side=240),
+            lambda: describe_encoder("mixer_s16_224", 256, side=240),
             "takes images of 224 pixels only, not of 240",
         ),
         (
@@ -239,9 +242,9 @@ def test_mistakes(vit, tmp_path):
 
 
 def test_features_of_evaluations_come_from_the_same_network(vit):
-    assert encoder.fingerprint(TimmFeatures("test_vit", vit).network) == encoder.fingerprint(
-        load_network("test_vit", vit)
-    )
+    assert encoder.weights_fingerprint(
+        TimmFeatures("test_vit", vit).network
+    ) == encoder.weights_fingerprint(load_network("test_vit", vit))
 
 
 def test_the_packages_weights_are_timms(call, tmp_path):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from models.projector import AlignedSiT, Projector
-from models.sit import PRESETS, SiT, SiTConfig, align_block, sincos_position
+from models.sit import PRESETS, SiT, SiTConfig, default_align_block, sincos_position
 from models.targets import latent_tokens
 
 
@@ -59,8 +59,8 @@ def test_every_preset_is_there_and_auto_depth_is_the_papers():
     assert {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (1, 2, 4, 8)} | {
         "SiT-Ti/2"
     } == set(PRESETS)
-    assert [align_block(name) for name in ("SiT-B/2", "SiT-L/2", "SiT-XL/2")] == [2, 8, 8]
-    assert all(align_block(name) <= PRESETS[name]["depth"] for name in PRESETS)
+    assert [default_align_block(name) for name in ("SiT-B/2", "SiT-L/2", "SiT-XL/2")] == [2, 8, 8]
+    assert all(default_align_block(name) <= PRESETS[name]["depth"] for name in PRESETS)
 
 
 def test_parameter_names_and_shapes_are_the_official_ones():
@@ -156,7 +156,7 @@ def test_recomputing_blocks_changes_nothing():
     gradients = []
     for recompute in (False, True):
         model = awake(small())
-        model.recompute = recompute
+        model.activation_checkpointing = recompute
         velocity, kept = model(*inputs(), return_blocks=(2,))
         (velocity.square().sum() + kept[2].sum()).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])

@@ -15,13 +15,13 @@ from timm.layers import resample_abs_pos_embed
 import models.targets
 import train
 from dataset import TrainingStream
-from interpolant import PATHS
+from interpolant import INTERPOLANTS
 from latents.cache import LatentCache
 from preprocessing import encode_features, encode_latents
-from tests.helpers import ROOT, rows, same_weights, train_flags
+from tests.helpers import ROOT, have_equal_weights, read_metrics, train_flags
 from training import alignment
 from training.config import check_args, make_config, parse_args
-from training.guard import Guard
+from training.guard import NonFiniteGuard
 
 CPU = torch.device("cpu")
 
@@ -58,14 +58,14 @@ def make(cache):
         )
         check_args(args, 1)
         held = LatentCache(data)
-        found = alignment.data_of(held.manifest, held.stored_features())
+        found = alignment.data_of(held.manifest, held.read_feature_metadata())
         config = make_config(args, held.manifest, found)
         state = train.build(args, config, CPU)
         for average in state.emas:  # they start at zero, and so would what they say
             for block in average.blocks:
                 torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
         targets = alignment.load(args, config, found, state.emas[0], CPU, nullcontext)
-        stream = TrainingStream(held, 0, 8, extra=alignment.extra(targets))
+        stream = TrainingStream(held, 0, 8, cache_input=alignment.extra(targets))
         build.seen = {name: [] for name in targets}
         for name, target in targets.items():
             targets[name] = Spy(target, build.seen[name])
@@ -77,7 +77,12 @@ def make(cache):
             backward=lambda loss: loss.backward(),
         )
         step = train.Step(
-            args, accelerator, held.manifest, state, targets, Guard(state.optimizer, fp16=False)
+            args,
+            accelerator,
+            held.manifest,
+            state,
+            targets,
+            NonFiniteGuard(state.optimizer, fp16=False),
         )
         return step, stream[0]
 
@@ -194,7 +199,7 @@ def test_stored_features_are_trained_on_as_the_images_would_be(call, pictures, t
         code, out = call(train, *flags, *more)
         assert code == 0, out
         config = json.loads((tmp_path / name / "checkpoints/0000003/config.json").read_text())
-        return rows(tmp_path / name), config["align"][0]
+        return read_metrics(tmp_path / name), config["align"][0]
 
     images, entry = run("images", "--repa-side", 64)
     given = (
@@ -284,7 +289,7 @@ def test_the_teacher_of_sra_sees_the_students_noise_and_dropped_labels(make, mon
     )
     step(batch)
     [(part, _)], [(_, path, prediction, latent, labels, noise, t, *_)] = make.seen["sra"], seen
-    assert path is PATHS["linear"] and prediction == "eps"
+    assert path is INTERPOLANTS["linear"] and prediction == "eps"
     for ours, theirs in zip(
         (part.latent, part.labels, part.noise, part.t), (latent, labels, noise, t)
     ):
@@ -358,8 +363,8 @@ def test_all_methods_together_resume_bit_for_bit(call, pictures, tmp_path):
     assert call(train, *whole, "--max-train-steps", 4)[0] == 0
     assert call(train, *parts, "--max-train-steps", 2)[0] == 0
     assert call(train, *parts, "--max-train-steps", 4)[0] == 0
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    assert same_weights(tmp_path / "whole", tmp_path / "parts", "0000004")
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
+    assert have_equal_weights(tmp_path / "whole", tmp_path / "parts", "0000004")
     code, out = call(train, *parts, "--max-train-steps", 6, "--align-depth", 1)
     assert code == 2 and "--align-depth was" in out
 
@@ -467,7 +472,7 @@ def test_the_method_of_the_docs_is_one_class_and_trains(call, cache, tmp_path, m
     options = options.split()
     code, out = call(train, *flags, *options)
     assert code == 0 and "coarse: side 4, block 6, cosine, weight 1, a head" in out, out
-    assert rows(tmp_path / "run")[-1]["align_coarse"] > 0
+    assert read_metrics(tmp_path / "run")[-1]["align_coarse"] > 0
     code, out = call(train, *flags, *options, "--max-train-steps", 3, "--coarse-side", 2)
     assert code == 2 and "side was 4, is 2" in out
     code, out = call(

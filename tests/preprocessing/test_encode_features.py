@@ -11,10 +11,10 @@ import torch
 
 from common.files import write_file
 from common.processes import World
-from dataset import TrainingStream, shuffled
+from dataset import TrainingStream, to_image_index
 from latents.cache import CacheError, LatentCache, read_manifest
 from preprocessing import encode_features, encoder_features, verify
-from tests.preprocessing.test_encoding import files
+from tests.preprocessing.test_encoding import file_contents
 
 
 class EncoderError(ValueError):
@@ -53,14 +53,14 @@ def encoder(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tree, vae_folder):
     from common.processes import World
-    from preprocessing.build import build
-    from preprocessing.encoding import Encoding, Settings
+    from preprocessing.build import build_cache
+    from preprocessing.encoding import EncodingJob, EncodingSettings
 
     dest = tmp_path_factory.mktemp("features") / "data"
-    settings = Settings(
+    settings = EncodingSettings(
         str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True
     )
-    build(dest, Encoding(settings, "cpu", 0, World()), World())
+    build_cache(dest, EncodingJob(settings, "cpu", 0, World()), World())
     return dest
 
 
@@ -73,8 +73,8 @@ def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
     code, out = call(encode_features, kept, "--encoder", "a/b:c", "--batch-size", 4)
     assert code == 0 and "features/a-b-c-224-4x4: 24 x 16 x 3 float16, 0.00 GB" in out
     data, index = LatentCache(kept), np.array([23, 0, 10, 9, 0])
-    (slug,) = data.stored_features()
-    assert data.stored_features()[slug] == {
+    (slug,) = data.read_feature_metadata()
+    assert data.read_feature_metadata()[slug] == {
         "encoder": "a/b:c",
         "fingerprint": "f1",
         "side": 224,
@@ -87,9 +87,12 @@ def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
     )  # latents of side 8, cut by patch 2: 4 x 4 tokens
     expected = images.mean((3, 5)).flatten(2).transpose(1, 2)
     assert torch.equal(data.features(slug, index), expected.half())
-    batch = TrainingStream(data, 5, 8, extra=f"features/{slug}")[4]
-    assert torch.equal(batch[3], data.features(slug, shuffled(batch[0].numpy(), 24, 5)))
-    assert torch.equal(batch[1], TrainingStream(data, 5, 8)[4][1])
+    batch = TrainingStream(data, 5, 8, inputs=[f"features/{slug}"])[4]
+    assert torch.equal(
+        batch.inputs[f"features/{slug}"],
+        data.features(slug, to_image_index(batch.stream_position.numpy(), 24, 5)),
+    )
+    assert torch.equal(batch.moments, TrainingStream(data, 5, 8)[4].moments)
     assert call(verify, kept)[0] == 0
     calls = len(Encoder.calls)
     assert (
@@ -105,12 +108,12 @@ def test_stopped_it_goes_on(call, encoder, kept, whole, tmp_path, monkeypatch):
     assert sorted(path.name for path in dest.glob("*.npy")) == ["00000.npy"] and not list(
         dest.glob(".*.partial")
     )
-    assert LatentCache(kept).stored_features() == {}
+    assert LatentCache(kept).read_feature_metadata() == {}
     Encoder.calls[:] = [0] * 5  # tired no more
     assert call(encode_features, *given)[0] == 0 and Encoder.calls[5:] == [4, 4, 2, 4]
     whole = shutil.copytree(whole, tmp_path / "whole")
     assert call(encode_features, whole, *given[1:])[0] == 0
-    assert files(dest) == files(whole / "features/tires-224-2x2")
+    assert file_contents(dest) == file_contents(whole / "features/tires-224-2x2")
 
 
 def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder, kept, monkeypatch):
@@ -130,18 +133,18 @@ def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder,
     manifest["shards"][1]["sha256"]["images"] = "others"
     (kept / "manifest.json").write_text(json.dumps(manifest))
     data = LatentCache(kept)
-    assert data.stored_features() == {}
+    assert data.read_feature_metadata() == {}
     with pytest.raises(
         CacheError, match="no features e-224-4x4, but none: make them with python -m preprocessing"
     ):
-        TrainingStream(data, 0, 8, extra="features/e-224-4x4")
+        TrainingStream(data, 0, 8, inputs=["features/e-224-4x4"])
     assert (
         "features of images that have changed since: remove it" in call(encode_features, *given)[1]
     )
-    assert LatentCache(kept, kept.parent / "again").stored_features() == {}
+    assert LatentCache(kept, kept.parent / "again").read_feature_metadata() == {}
     (kept / "features/e-224-4x4/features.json").write_text("{")
     with pytest.raises(CacheError, match=r"features\.json cannot be read.*remove"):
-        LatentCache(kept).stored_features()
+        LatentCache(kept).read_feature_metadata()
 
 
 def test_damaged_features_are_named_before_training(call, encoder, kept):
@@ -150,7 +153,7 @@ def test_damaged_features_are_named_before_training(call, encoder, kept):
     with pytest.raises(
         CacheError, match=r"00002\.npy cannot be read .*remove .*e-224-4x4 and make it again with"
     ):
-        TrainingStream(LatentCache(kept), 0, 8, extra="features/e-224-4x4")
+        TrainingStream(LatentCache(kept), 0, 8, inputs=["features/e-224-4x4"])
 
 
 def test_mistakes_are_one_line(call, encoder, kept, cache, tmp_path):
@@ -174,16 +177,16 @@ class Second(World):
 
     def __init__(self):
         super().__init__()
-        self.rank, self.processes, self.said = 1, 2, []
+        self.rank, self.num_processes, self.said = 1, 2, []
 
     def broadcast(self, value):
         return value
 
-    def first(self, compute):
+    def run_on_first_rank(self, compute):
         self.said.append(compute())
         return self.said[-1]
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [value]
 
     def barrier(self):
@@ -197,7 +200,7 @@ class First(Second):
         super().__init__()
         self.rank, self.said = 0, said
 
-    def first(self, compute):
+    def run_on_first_rank(self, compute):
         return self.said.pop(0)
 
 
@@ -216,4 +219,4 @@ def test_processes_share_the_shards(call, encoder, kept, whole, tmp_path):
     encoder_features.make(
         whole, read_manifest(whole), whole / "features/e", plan, Encoder("e", 32, 2), 4, World()
     )
-    assert files(kept) == files(whole)
+    assert file_contents(kept) == file_contents(whole)

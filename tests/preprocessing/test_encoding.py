@@ -24,7 +24,7 @@ from tests.helpers import ROOT, make_tree, make_vae, torchrun
 FASHION = ROOT / "assets/fashion-mnist"
 
 
-def flags(source, dest, vae, *more):
+def encode_flags(source, dest, vae, *more):
     return [
         "--source",
         source,
@@ -42,7 +42,7 @@ def flags(source, dest, vae, *more):
     ]
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def file_contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -137,7 +137,7 @@ def test_killed_on_two_and_on_three_processes_and_ended_by_one_the_cache_is_the_
         times = now
         (dest / "moments" / ".00029.npy.1.partial").write_bytes(b"half of it")
     assert call(encode_latents, *given, "--dest", dest)[0] == 0
-    assert files(dest) == files(tmp_path / "whole")
+    assert file_contents(dest) == file_contents(tmp_path / "whole")
     assert times == {file: (dest / "moments" / file).stat().st_mtime_ns for file in done}
 
 
@@ -150,7 +150,7 @@ def test_two_commands_do_not_work_on_one_cache(call, tree, vae_folder, tmp_path)
     )
     try:
         other.stdout.readline()
-        code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
+        code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
         assert code == 2 and "another process is working on it" in out
     finally:
         other.kill()
@@ -158,7 +158,9 @@ def test_two_commands_do_not_work_on_one_cache(call, tree, vae_folder, tmp_path)
 
 
 def test_mirror_images_are_encoded_not_mirrored_latents(call, tree, vae_folder, tmp_path):
-    assert call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--flip"))[0] == 0
+    assert (
+        call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, "--flip"))[0] == 0
+    )
     data, vae, source = (
         LatentCache(tmp_path / "data"),
         Autoencoder(str(vae_folder)),
@@ -183,7 +185,7 @@ def test_mirror_images_are_encoded_not_mirrored_latents(call, tree, vae_folder, 
     [(("--dtype", "float32"), 1e-6), (("--precision", "bf16"), 3e-2), (("--num-workers", 0), 2e-3)],
 )
 def test_dtype_and_precision(call, tree, vae_folder, tmp_path, cache, more, tolerance):
-    assert call(encode_latents, *flags(tree, tmp_path / "data", vae_folder, *more))[0] == 0
+    assert call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, *more))[0] == 0
     stored = LatentCache(tmp_path / "data").gather(np.arange(24))[0]
     assert stored.dtype == (torch.float32 if "float32" in more else torch.float16)
     vae, source = Autoencoder(str(vae_folder)), open_source(tree)
@@ -199,7 +201,9 @@ def test_random_crops_are_adms_and_decided_by_the_seed(call, vae_folder, tmp_pat
     caches = {}
     for name, seed in (("a", 1), ("again", 1), ("b", 2)):
         more = ("--crop", "random-seeded", "--seed", seed, "--num-workers", 0 if name == "a" else 2)
-        assert call(encode_latents, *flags(source, tmp_path / name, vae_folder, *more))[0] == 0
+        assert (
+            call(encode_latents, *encode_flags(source, tmp_path / name, vae_folder, *more))[0] == 0
+        )
         caches[name] = LatentCache(tmp_path / name).gather(np.arange(6))[0]
     assert torch.equal(caches["a"], caches["again"]) and not torch.equal(caches["a"], caches["b"])
     assert read_manifest(tmp_path / "a").crop == "random, seed 1"
@@ -219,7 +223,9 @@ def test_background_limit_and_batch_size(call, vae_folder, tmp_path):
     for i in range(9):
         Image.new("RGBA", (32, 32), (200, 30, i, 0)).save(source / f"{i}.png")
     for name in ("white", "black"):
-        given = flags(source.parent, tmp_path / name, vae_folder, "--limit", 7, "--background")
+        given = encode_flags(
+            source.parent, tmp_path / name, vae_folder, "--limit", 7, "--background"
+        )
         assert call(encode_latents, *given, name)[0] == 0
         manifest = read_manifest(tmp_path / name)
         assert manifest.count == 7 and manifest.kinds == {
@@ -250,9 +256,9 @@ def test_a_source_that_changed_under_an_unfinished_cache_is_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(Autoencoder, "encode", stops)
-        assert call(encode_latents, *flags(source, tmp_path / "data", vae_folder))[0] == 130
+        assert call(encode_latents, *encode_flags(source, tmp_path / "data", vae_folder))[0] == 130
     (source / "class1/001.png").rename(source / "class1/000.png")
-    code, out = call(encode_latents, *flags(source, tmp_path / "data", vae_folder))
+    code, out = call(encode_latents, *encode_flags(source, tmp_path / "data", vae_folder))
     assert code == 2 and "names_and_labels was" in out
 
 
@@ -271,24 +277,27 @@ def test_values_beyond_float16_are_refused_with_the_remedy(call, tree, tmp_path,
         Autoencoder, "encode", lambda self, images: torch.full((len(images), 8, 8, 8), 1e6)
     )
     vae = make_vae(tmp_path / "vae")
-    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae))
+    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae))
     assert code == 2 and "float16 cannot" in out and "--dtype float32" in out
-    assert call(encode_latents, *flags(tree, tmp_path / "data", vae, "--dtype", "float32"))[0] == 0
+    assert (
+        call(encode_latents, *encode_flags(tree, tmp_path / "data", vae, "--dtype", "float32"))[0]
+        == 0
+    )
 
 
 def test_a_worker_that_is_killed_ends_in_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
-    from preprocessing.images import Square
+    from preprocessing.images import SquareReader
 
-    parent, read = os.getpid(), Square.read
+    parent, read = os.getpid(), SquareReader.read
 
     def dies(self, source, i):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, source, i)
 
-    monkeypatch.setattr(Square, "read", dies)
+    monkeypatch.setattr(SquareReader, "read", dies)
     code, out = call(
-        encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
+        encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
     )
     assert (
         code == 2
@@ -300,7 +309,7 @@ def test_a_worker_that_is_killed_ends_in_one_line(call, tree, vae_folder, tmp_pa
 
 def test_tf32_is_a_gpus(call, tree, vae_folder, tmp_path):
     code, out = call(
-        encode_latents, *flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32")
+        encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32")
     )
     assert code == 2 and "--precision tf32" in out
 
@@ -309,7 +318,7 @@ def test_skipped_images_are_told_with_their_shard(call, vae_folder, tmp_path):
     source = make_tree(tmp_path / "tree")
     for i in (3, 12, 15, 18, 21):
         (source / f"class0/{i:03d}.png").write_bytes(b"")
-    given = flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--shard-size", 4)
+    given = encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--shard-size", 4)
     code, out = call(encode_latents, *given)
     assert code == 0 and "5 skipped" in out
     rows = [json.loads(line) for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()]
@@ -341,7 +350,7 @@ def test_a_disk_that_fails_is_no_bad_image(call, tree, vae_folder, tmp_path, mon
             raise OSError(5, "Input/output error")
         return opened(self, i)
 
-    given = flags(tree, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 1)
+    given = encode_flags(tree, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 1)
     with monkeypatch.context() as patch:
         patch.setattr(ImageSource, "open", fails)
         code, out = call(encode_latents, *given)
@@ -364,7 +373,7 @@ def test_a_batch_that_memory_cannot_hold_is_one_line(call, tree, vae_folder, tmp
         return encode(self, images)
 
     monkeypatch.setattr(Autoencoder, "encode", full)
-    code, out = call(encode_latents, *flags(tree, tmp_path / "data", vae_folder))
+    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
     assert (
         code == 2
         and "--batch-size 4 is more than cpu has memory for" in out
@@ -392,7 +401,7 @@ def test_bits_do_not_depend_on_torchs_threads(call, tmp_path):
             assert call(encode_latents, *given, "--dest", tmp_path / str(threads))[0] == 0
     finally:
         torch.set_num_threads(1)
-    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert file_contents(tmp_path / "1") == file_contents(tmp_path / "2")
 
 
 def test_a_bad_preview_is_drawn_anew_when_the_vae_is_changed(
@@ -426,7 +435,7 @@ def test_a_bad_preview_is_drawn_anew_when_the_vae_is_changed(
 
 
 def test_a_manifest_that_cannot_be_read_is_not_written_over(call, tree, vae_folder, tmp_path):
-    given = flags(tree, tmp_path / "data", vae_folder)
+    given = encode_flags(tree, tmp_path / "data", vae_folder)
     assert call(encode_latents, *given)[0] == 0
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     for text in (json.dumps(manifest | {"format_version": 2}).encode(), b"\xff", b"{}"):
@@ -446,10 +455,10 @@ def test_pinning_a_batch_does_not_change_its_counts(monkeypatch):
 
     from torch.utils.data._utils.pin_memory import pin_memory
 
-    from preprocessing.encoding import Decoded
+    from preprocessing.encoding import DecodedBatch
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 0)
-    batch = Decoded(0, 4, torch.ones(4), np.arange(4), [], Counter({"PNG RGB": 4}))
+    batch = DecodedBatch(0, 4, torch.ones(4), np.arange(4), [], Counter({"PNG RGB": 4}))
     pinned = pin_memory(batch)
     assert (
         pinned.kinds == Counter({"PNG RGB": 4})
@@ -471,26 +480,26 @@ def test_a_source_that_goes_away_is_no_bad_image(call, vae_folder, tmp_path, mon
     monkeypatch.setattr(ImageSource, "open", goes)
     code, out = call(
         encode_latents,
-        *flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0),
+        *encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0),
     )
     assert code == 2 and "could not be read (No such file or directory)" in out
 
 
 def test_a_record_without_its_files_is_done_again(call, tree, vae_folder, tmp_path):
-    given, dest = flags(tree, tmp_path / "data", vae_folder), tmp_path / "data"
+    given, dest = encode_flags(tree, tmp_path / "data", vae_folder), tmp_path / "data"
     assert call(encode_latents, *given)[0] == 0
-    whole, manifest = files(dest), read_manifest(dest)
+    whole, manifest = file_contents(dest), read_manifest(dest)
     (dest / "manifest.json").unlink()
     (dest / "partial").mkdir()
     (dest / "partial/plan.json").write_text(json.dumps(manifest.encoding["plan"]))
     for entry in manifest.shards:
         (dest / "partial" / f"{entry['file']}.json").write_text(json.dumps(entry))
     (dest / "moments/00001.npy").unlink()
-    assert call(encode_latents, *given)[0] == 0 and files(dest) == whole
+    assert call(encode_latents, *given)[0] == 0 and file_contents(dest) == whole
 
 
 def test_the_cache_is_not_made_inside_its_source(call, tree, vae_folder, tmp_path):
-    code, out = call(encode_latents, *flags(tree, tree / "cache", vae_folder))
+    code, out = call(encode_latents, *encode_flags(tree, tree / "cache", vae_folder))
     assert code == 2 and "lies in --source" in out and not (tree / "cache").exists()
 
 
@@ -507,7 +516,7 @@ cli.run(encode_latents.main)
 def test_processes_that_see_different_sources_stop(vae_folder, tmp_path):
     make_tree(tmp_path / "tree0"), make_tree(tmp_path / "tree1", images=23)
     (tmp_path / "different.py").write_text(DIFFERENT)
-    given = flags(tmp_path / "tree", tmp_path / "data", vae_folder)
+    given = encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder)
     with pytest.raises(
         AssertionError, match=r"process 1 does not see what process 0 sees \(images was 24, is 23"
     ):

@@ -15,7 +15,7 @@ from tests.helpers import make_vae
 SEVENTH = "00001/img-mean-std-00000007.npy"
 
 
-def make_repa(root, vae, images=12):
+def make_repa_folder(root, vae, images=12):
     """images/00000/img00000000.png and vae-sd/00000/img-mean-std-00000000.npy, and in dataset.json the classes, out of order.
     Returns the moments."""
     rng, labels = np.random.default_rng(0), []
@@ -33,7 +33,7 @@ def make_repa(root, vae, images=12):
 
 @pytest.fixture
 def repa(tmp_path, vae_folder):
-    return tmp_path / "repa", make_repa(tmp_path / "repa", vae_folder)
+    return tmp_path / "repa", make_repa_folder(tmp_path / "repa", vae_folder)
 
 
 def test_a_tree_becomes_a_cache(call, repa, vae_folder, tmp_path):

@@ -7,30 +7,30 @@ import pytest
 import torch
 from PIL import Image
 
-from common.files import GrowingArray, write_array
+from common.files import NpyWriter, write_array
 from dataset import TrainingStream
 from latents.cache import CacheError, LatentCache
 from preprocessing import encode_latents, import_repa, verify
 from preprocessing.images import load_square
 from preprocessing.sources import open_source
 from tests.helpers import make_tree
-from tests.preprocessing.test_encoding import files, flags
-from tests.preprocessing.test_import_repa import make_repa
+from tests.preprocessing.test_encoding import encode_flags, file_contents
+from tests.preprocessing.test_import_repa import make_repa_folder
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tree, vae_folder):
     """made(keep_images=..., flip=...) -> a cache, built once."""
     from common.processes import World
-    from preprocessing.build import build
-    from preprocessing.encoding import Encoding, Settings
+    from preprocessing.build import build_cache
+    from preprocessing.encoding import EncodingJob, EncodingSettings
 
     root = tmp_path_factory.mktemp("kept")
 
     def make(keep_images=False, flip=False):
         dest = root / f"{keep_images}-{flip}"
         if not dest.exists():
-            settings = Settings(
+            settings = EncodingSettings(
                 str(tree),
                 resolution=32,
                 vae=str(vae_folder),
@@ -39,7 +39,7 @@ def made(tmp_path_factory, tree, vae_folder):
                 flip=flip,
                 keep_images=keep_images,
             )
-            build(dest, Encoding(settings, "cpu", 0, World()), World())
+            build_cache(dest, EncodingJob(settings, "cpu", 0, World()), World())
         return dest
 
     return make
@@ -52,7 +52,7 @@ def pixels(tree):
 
 
 def test_images_are_what_was_encoded_and_nothing_else_is_another(made, pixels):
-    plain, kept = files(made()), files(made(keep_images=True))
+    plain, kept = file_contents(made()), file_contents(made(keep_images=True))
     images = {f"images/{k:05d}.npy" for k in range(3)}
     assert kept.keys() == plain.keys() | images
     assert all(kept[name] == plain[name] for name in plain if name != "manifest.json")
@@ -65,11 +65,11 @@ def test_they_are_added_to_a_whole_cache_without_encoding(
 ):
     dest, given = (
         tmp_path / "data",
-        flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0, "--keep-images"),
+        encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0, "--keep-images"),
     )
     shutil.copytree(made(), dest)
     before = {path: path.stat().st_mtime_ns for path in dest.rglob("*.npy")}
-    finish, finished = GrowingArray.finish, []
+    finish, finished = NpyWriter.finish, []
 
     def stops(self):
         if finished:
@@ -78,7 +78,7 @@ def test_they_are_added_to_a_whole_cache_without_encoding(
         return finish(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GrowingArray, "finish", stops)
+        patch.setattr(NpyWriter, "finish", stops)
         assert call(encode_latents, *given)[0] == 130
     assert not LatentCache(dest).manifest.images and not list(
         dest.glob("*/.*.partial")
@@ -86,7 +86,10 @@ def test_they_are_added_to_a_whole_cache_without_encoding(
     first = finished[0].stat().st_mtime_ns
     code, out = call(encode_latents, *given)
     assert code == 0 and "the images too" in out
-    assert files(dest) == files(made(keep_images=True)) and first == finished[0].stat().st_mtime_ns
+    assert (
+        file_contents(dest) == file_contents(made(keep_images=True))
+        and first == finished[0].stat().st_mtime_ns
+    )
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert "is complete: 24 images" in call(encode_latents, *given)[1]
     assert (
@@ -97,11 +100,11 @@ def test_they_are_added_to_a_whole_cache_without_encoding(
 def test_images_of_another_source_are_not_added(call, vae_folder, tmp_path):
     source, given = (
         make_tree(tmp_path / "tree"),
-        flags(tmp_path / "tree", tmp_path / "data", vae_folder, "--num-workers", 0),
+        encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder, "--num-workers", 0),
     )
     (source / "class0/003.png").write_bytes(b"")
     assert call(encode_latents, *given, "--skip-bad")[0] == 0
-    whole = files(tmp_path / "data")
+    whole = file_contents(tmp_path / "data")
     Image.new("RGB", (32, 32), (9, 9, 9)).save(
         source / "class0/003.png"
     )  # mended: it is in no shard
@@ -119,16 +122,18 @@ def test_images_of_another_source_are_not_added(call, vae_folder, tmp_path):
     code, out = call(encode_latents, *given, "--skip-bad", "--keep-images", "--shard-size", 12)
     assert code == 2 and "was made with --shard-size 10: add the images with that" in out
     assert {
-        name: data for name, data in files(tmp_path / "data").items() if "partial" not in name
+        name: data
+        for name, data in file_contents(tmp_path / "data").items()
+        if "partial" not in name
     } == whole
 
 
 def test_an_unfinished_cache_is_finished_as_it_was_begun(
     call, tree, vae_folder, tmp_path, monkeypatch
 ):
-    given = flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0)
+    given = encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0)
     monkeypatch.setattr(
-        GrowingArray, "finish", lambda self: 1 / 0 if "00001" in self.path.name else ""
+        NpyWriter, "finish", lambda self: 1 / 0 if "00001" in self.path.name else ""
     )
     with pytest.raises(ZeroDivisionError):
         call(encode_latents, *given, "--keep-images")
@@ -157,7 +162,9 @@ def test_verify_finds_and_mends_them_alone(call, made, tmp_path):
         code == 0 and "made 3 of 3 shards again" in out and "manifest.json has the new" not in out
     )
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert files(data) == files(made(keep_images=True)) and call(verify, data)[0] == 0
+    assert (
+        file_contents(data) == file_contents(made(keep_images=True)) and call(verify, data)[0] == 0
+    )
 
 
 def test_a_cache_without_them_says_what_to_do(made, tmp_path):
@@ -169,47 +176,49 @@ def test_a_cache_without_them_says_what_to_do(made, tmp_path):
     ):
         both.images(np.array([0]))
     with pytest.raises(CacheError, match="holds no images"):
-        TrainingStream(LatentCache(made()), 0, 8, extra="images")
+        TrainingStream(LatentCache(made()), 0, 8, inputs=["images"])
     data = shutil.copytree(made(keep_images=True), tmp_path / "data")
     twice = LatentCache(made(keep_images=True), data)
     assert torch.equal(twice.images(np.array([5])), twice.images(np.array([29])))
     (data / "images/00001.npy").unlink()
     assert len(LatentCache(data)) == 24  # nothing else needs them
     with pytest.raises(CacheError, match=r"images/00001\.npy cannot be read.*--repair"):
-        TrainingStream(LatentCache(data), 0, 8, extra="images")
+        TrainingStream(LatentCache(data), 0, 8, inputs=["images"])
 
 
 def test_the_stream_gives_the_images_of_its_moments(made, pixels):
-    from dataset import shuffled
+    from dataset import to_image_index
 
     data = LatentCache(made(keep_images=True, flip=True))
-    stream, plain = TrainingStream(data, 5, 8, extra="images"), TrainingStream(data, 5, 8)
+    stream, plain = TrainingStream(data, 5, 8, inputs=["images"]), TrainingStream(data, 5, 8)
     for step in (4, 5):
         batch = stream[step]
-        assert all(torch.equal(a, b) for a, b in zip(batch[:3], plain[step], strict=True))
-        index = shuffled(batch[0].numpy(), 24, 5)
+        for name in ("stream_position", "moments", "labels"):
+            assert torch.equal(getattr(batch, name), getattr(plain[step], name))
+        index = to_image_index(batch.stream_position.numpy(), 24, 5)
         straight = data.gather(index)[0]
-        mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(batch[1], straight)])
+        mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(batch.moments, straight)])
         assert 0 < mirrored.sum() < 8
         expected = torch.where(mirrored[:, None, None, None], pixels[index].flip(-1), pixels[index])
-        assert torch.equal(batch[3], expected)
-        parts = [TrainingStream(data, 5, 8, rank, 2, "images")[step][3] for rank in range(2)]
+        assert torch.equal(batch.inputs["images"], expected)
+        streams = [TrainingStream(data, 5, 8, rank, 2, ["images"]) for rank in range(2)]
+        parts = [stream[step].inputs["images"] for stream in streams]
         assert torch.equal(torch.cat(parts), expected)
 
 
 def test_few_files_are_open_at_once(made, monkeypatch):
     from latents import cache as cache_module
 
-    monkeypatch.setattr(cache_module, "MOST_OPEN", 2)
+    monkeypatch.setattr(cache_module, "MAX_OPEN_MAPS", 2)
     data, index = LatentCache(made(keep_images=True)), np.array([23, 0, 11, 5, 22])
     assert torch.equal(data.images(index), LatentCache(made(keep_images=True)).images(index))
     data.gather(index)
-    assert len(data._open) == 2
+    assert len(data.open_shards) == 2
 
 
 def test_repas_images_are_imported_with_their_moments(call, vae_folder, tmp_path):
     root, dest = tmp_path / "repa", tmp_path / "data"
-    make_repa(root, vae_folder)
+    make_repa_folder(root, vae_folder)
     given = [root, dest, "--vae", vae_folder, "--shard-size", 5]
     assert call(import_repa, *given)[0] == 0
     (root / "images/00001/img00000007.png").rename(tmp_path / "7.png")

@@ -9,7 +9,7 @@ import torch
 import sample_ddp
 import train
 from latents.cache import LatentCache
-from models.autoencoder import Autoencoder, LatentScale, scale_of
+from models.autoencoder import Autoencoder, LatentScale, read_latent_scale
 from preprocessing import encode_latents
 from tests.helpers import make_tree, make_vae, train_flags
 
@@ -116,11 +116,14 @@ def test_512_pixels_from_images_to_samples(call, tmp_path):
 def test_by_channel_as_diffusers_pipelines_do_it():
     """(z - mean) * factor / std, and back; a number for all channels is what it was, to the bit."""
     config = {"scaling_factor": 0.5, "latent_channels": 4, "latents_mean": MEAN, "latents_std": STD}
-    scale, z = scale_of(config), torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    scale, z = (
+        read_latent_scale(config),
+        torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)),
+    )
     mean, std = (torch.tensor(value).view(1, 4, 1, 1) for value in (MEAN, STD))
     torch.testing.assert_close(scale.normalize(z), (z - mean) * 0.5 / std)
     torch.testing.assert_close(scale.denormalize(z), z * std / 0.5 + mean)
-    assert scale_of(config | {"latents_std": None}) == LatentScale(
+    assert read_latent_scale(config | {"latents_std": None}) == LatentScale(
         0.5
     )  # diffusers heeds them together or not at all
     assert torch.equal(LatentScale(0.7, 0.25).normalize(z), (z - 0.25) * 0.7)

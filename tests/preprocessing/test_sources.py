@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.cli import UserError
 from preprocessing.images import load_square
-from preprocessing.labels import number
+from preprocessing.labels import index_classes
 from preprocessing.sources import open_source
 
 CLASSES = ["apple", "bear", "cow"]
@@ -369,16 +369,16 @@ def test_odd_tars(tmp_path, expected):
 def test_odd_labels(labels, message):
     if message:
         with pytest.raises(UserError, match=re.escape(message)):
-            number(labels, None, "--labels x")
+            index_classes(labels, None, "--labels x")
     else:
-        assert number(labels, None, "--labels x")[0].tolist() == [2, 10, 1]
+        assert index_classes(labels, None, "--labels x")[0].tolist() == [2, 10, 1]
     for names, what in (
         (5, "list of names"),
         (["a", "a"], "a name twice"),
         (["a", 1], "list of names"),
     ):
         with pytest.raises(UserError, match=what):
-            number([0, 1], names, "--labels x")
+            index_classes([0, 1], names, "--labels x")
 
 
 def test_a_csv_of_a_spreadsheet(tmp_path, expected):

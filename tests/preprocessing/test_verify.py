@@ -17,12 +17,12 @@ from tests.helpers import make_tree, make_vae
 def made(tmp_path_factory):
     """A folder with a cache that is sound, and what it was made of."""
     from common.processes import World
-    from preprocessing.build import build
-    from preprocessing.encoding import Encoding, Settings
+    from preprocessing.build import build_cache
+    from preprocessing.encoding import EncodingJob, EncodingSettings
 
     root = tmp_path_factory.mktemp("made")
     make_tree(root / "tree"), make_vae(root / "vae")
-    settings = Settings(
+    settings = EncodingSettings(
         str(root / "tree"),
         resolution=32,
         vae=str(root / "vae"),
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
         flip=True,
         crop="random-seeded",
     )
-    build(root / "data", Encoding(settings, "cpu", 0, World()), World())
+    build_cache(root / "data", EncodingJob(settings, "cpu", 0, World()), World())
     return root
 
 

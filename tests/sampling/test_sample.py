@@ -15,7 +15,7 @@ import sample_ddp
 from checkpointing import pretrained
 from evaluations import evaluate
 from models.sit import SiT
-from tests.helpers import ROOT, make_vae, ranks
+from tests.helpers import ROOT, make_vae, run_ranks
 
 
 def flags(trained, folder, *more):
@@ -170,16 +170,18 @@ def test_killed_on_two_processes_and_continued_on_three_it_is_the_file_of_one(
     job.wait()
     there = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.npy")}
     assert 3 <= len(there) < 16 and not (tmp_path / "s.npz").exists()
-    ranks(3, "sample_ddp", *flags(trained, tmp_path, *more))
+    run_ranks(3, "sample_ddp", *flags(trained, tmp_path, *more))
     assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "one/s.npz").read_bytes()
     assert not parts.exists()
 
 
 def test_more_samples_are_added_to_those_there(call, trained, tmp_path, monkeypatch):
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
-    latents, made = sample_ddp.Recipe.latents, []
+    latents, made = sample_ddp.Recipe.sample_latents, []
     monkeypatch.setattr(
-        sample_ddp.Recipe, "latents", lambda *args: made.append(args[2].tolist()) or latents(*args)
+        sample_ddp.Recipe,
+        "sample_latents",
+        lambda *args: made.append(args[2].tolist()) or latents(*args),
     )
     assert (
         call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-fid-samples", 18)[0] == 0
@@ -212,7 +214,7 @@ def test_evaluated_on_the_fly_or_afterwards_the_numbers_are_the_same(
     ]
     assert Image.open(tmp_path / "fly.png").width > 4 * 64
     monkeypatch.setattr(
-        sample_ddp, "make", lambda worker, mine, *args: mine and pytest.fail("made again")
+        sample_ddp, "run_batches", lambda worker, mine, *args: mine and pytest.fail("made again")
     )
     code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "fly", *more, "--no-npz"))
     assert code == 0 and "FD-fashion" in out
@@ -461,16 +463,16 @@ def test_bf16_and_compile_reach_the_network(call, trained, tmp_path, monkeypatch
 
     model = pretrained.load(trained).model
     index, recipe = torch.arange(3), sample_ddp.Recipe(mode="ode", num_steps=3)
-    as_autocast = recipe.latents(model, index, torch.bfloat16)
-    sample_ddp.cast_products(model, torch.bfloat16)
-    assert torch.equal(recipe.latents(model, index, torch.bfloat16), as_autocast)
+    as_autocast = recipe.sample_latents(model, index, torch.bfloat16)
+    sample_ddp.cast_matmul_weights(model, torch.bfloat16)
+    assert torch.equal(recipe.sample_latents(model, index, torch.bfloat16), as_autocast)
 
 
 def test_interrupted_sampling_goes_on_and_leftovers_are_refused(
     call, trained, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("common.processes.cores", lambda: 1)  # one batch at a time
-    latents, done = sample_ddp.Recipe.latents, []
+    latents, done = sample_ddp.Recipe.sample_latents, []
 
     def interrupted(*args):
         done.append(1)
@@ -478,7 +480,7 @@ def test_interrupted_sampling_goes_on_and_leftovers_are_refused(
             raise KeyboardInterrupt
         return latents(*args)
 
-    monkeypatch.setattr(sample_ddp.Recipe, "latents", interrupted)
+    monkeypatch.setattr(sample_ddp.Recipe, "sample_latents", interrupted)
     assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 130
     code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-steps", 4)
     assert code == 2 and "num_steps was 3, is 4" in out
@@ -532,7 +534,7 @@ def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
     model = SiT(SiTConfig(**config["model"]))
     model.load_state_dict(load_file(trained / "checkpoints/0000002/ema.safetensors"))
     vae = AutoencoderKL.from_pretrained(config["data"]["vae"])
-    x = normal(0, Purpose.START, torch.arange(3), (4, 8, 8)).float()
+    x = normal(0, Purpose.INITIAL_NOISE, torch.arange(3), (4, 8, 8)).float()
     with torch.no_grad():
         for t in (1.0, 0.5):
             v = model(x, torch.full((3,), t), torch.arange(3))

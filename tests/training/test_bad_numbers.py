@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from tests.helpers import ranks, rows, train_flags
+from tests.helpers import read_metrics, run_ranks, train_flags
 
 
 def poison(monkeypatch, steps):
@@ -36,9 +36,9 @@ def test_a_step_gone_bad_is_skipped_and_named(call, cache, tmp_path, monkeypatch
         and "step 3: denoising loss, gradient not finite, update skipped" in out
         and "step 5: denoising" in out
     )
-    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 1]
+    assert [row["skipped"] for row in read_metrics(tmp_path / "run")] == [0, 1, 1]
     assert all(
-        row["loss"] < 10 for row in rows(tmp_path / "run")
+        row["loss"] < 10 for row in read_metrics(tmp_path / "run")
     )  # the means are of the good steps
     state = load_file(tmp_path / "run/checkpoints/0000006/optimizer.safetensors")
     assert state["0.step"] == 4 and all(torch.isfinite(value).all() for value in state.values())
@@ -82,9 +82,9 @@ def test_a_nan_on_one_process_is_skipped_by_all(call, cache, tmp_path):
     moments[3] = np.nan
     np.save(shard, moments)
     flags = ["--max-train-steps", 3]
-    ranks(2, "train", *train_flags(data, tmp_path, "two", *flags))
+    run_ranks(2, "train", *train_flags(data, tmp_path, "two", *flags))
     assert call(train, *train_flags(data, tmp_path, "one", *flags))[0] == 0
-    ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
+    ours, theirs = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
     assert sorted(row["skipped"] for row in ours) == [0, 0, 1]
     for row, other in zip(ours, theirs, strict=True):
         assert row["skipped"] == other["skipped"]

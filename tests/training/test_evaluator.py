@@ -10,11 +10,11 @@ import pytest
 import sample_ddp
 import train
 from evaluations import evaluate
-from tests.helpers import ranks, rows, same_weights, train_flags
+from tests.helpers import have_equal_weights, read_metrics, run_ranks, train_flags
 from training import evaluation
 from training.held_out import HeldOut
 from training.log import read_rows
-from training.preemption import STOPPED
+from training.preemption import EXIT_STOPPED
 
 EVAL = "--eval-every 2 --eval-samples 9 --eval-features fashion --eval-num-steps 3 --eval-batch-size 4 --ema-decay 0.9 0"
 
@@ -39,13 +39,13 @@ def evaluations(run) -> dict[tuple, dict]:
 
 
 def training(run) -> list[dict]:
-    return [row for row in rows(run) if "evaluation" not in row]
+    return [row for row in read_metrics(run) if "evaluation" not in row]
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, flags):
     exps = tmp_path_factory.mktemp("evaluated")
-    ranks(1, "train", *flags(exps))
+    run_ranks(1, "train", *flags(exps))
     return exps / "run"
 
 
@@ -104,13 +104,13 @@ def test_it_reports_what_the_commands_report(call, unbroken, tree, cache, tmp_pa
 def test_training_does_not_notice(call, flags, unbroken, tmp_path):
     assert call(train, *flags(tmp_path, "--eval-every", 0))[0] == 0
     assert training(tmp_path / "run") == training(unbroken) and not evaluations(tmp_path / "run")
-    assert same_weights(tmp_path / "run", unbroken, "0000005")
+    assert have_equal_weights(tmp_path / "run", unbroken, "0000005")
 
 
 def test_two_processes_report_what_one_does(flags, unbroken, tmp_path):
     """Of the same weights: a run finished without evaluation is evaluated when it is asked for."""
-    ranks(1, "train", *flags(tmp_path, "--eval-every", 0))
-    ranks(2, "train", *flags(tmp_path))
+    run_ranks(1, "train", *flags(tmp_path, "--eval-every", 0))
+    run_ranks(2, "train", *flags(tmp_path))
     ours, theirs = evaluations(tmp_path / "run"), evaluations(unbroken)
     assert list(ours) == [(5, 0.9), (5, 0.0)]
     for key, row in ours.items():
@@ -133,13 +133,13 @@ def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(
         return measure(self, model, gather_all, stopped)
 
     monkeypatch.setattr(train.Evaluator, "measure", signalled)
-    assert call(train, *flags(tmp_path))[0] == STOPPED
+    assert call(train, *flags(tmp_path))[0] == EXIT_STOPPED
     monkeypatch.setattr(train.Evaluator, "measure", measure)
     assert (tmp_path / f"run/checkpoints/000000{at}").exists()
     code, out = call(train, *flags(tmp_path))
     assert code == 0 and "finished at step 5" in out
-    assert rows(tmp_path / "run") == rows(unbroken)
-    assert same_weights(tmp_path / "run", unbroken, "0000005")
+    assert read_metrics(tmp_path / "run") == read_metrics(unbroken)
+    assert have_equal_weights(tmp_path / "run", unbroken, "0000005")
     code, out = call(train, *flags(tmp_path))
     assert code == 0 and "has finished its 5 steps" in out
 

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import AutocastKwargs
 
 import train
-from tests.helpers import rows, same_weights, train_flags
+from tests.helpers import have_equal_weights, read_metrics, train_flags
 from training import config
 
 
@@ -50,10 +50,12 @@ def test_the_scaler_is_part_of_the_run_and_its_overflows_are_ordinary(call, fp16
     assert [scaler(broken, step) for step in (1, 7, 12)] == [
         scaler(whole, step) for step in (1, 7, 12)
     ]
-    assert rows(broken) == rows(whole) and same_weights(broken, whole, "0000012")
-    assert all(row["skipped"] == 0 for row in rows(whole))
-    assert rows(whole)[0]["loss"] is None  # both steps overflowed: nothing to average
-    assert all(0 < row["grad_norm"] < 100 for row in rows(whole)[-3:])
+    assert read_metrics(broken) == read_metrics(whole) and have_equal_weights(
+        broken, whole, "0000012"
+    )
+    assert all(row["skipped"] == 0 for row in read_metrics(whole))
+    assert read_metrics(whole)[0]["loss"] is None  # both steps overflowed: nothing to average
+    assert all(0 < row["grad_norm"] < 100 for row in read_metrics(whole)[-3:])
 
 
 def test_fp16_without_a_gpu_is_refused(monkeypatch):

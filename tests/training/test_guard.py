@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from common.cli import UserError
-from training.guard import OVERFLOWS, PATIENCE, Guard
+from training.guard import OVERFLOWS, PATIENCE, NonFiniteGuard
 
 
 class Optimizer:
@@ -18,7 +18,7 @@ def alone(tensor, how):
 
 
 def test_fp16s_overflown_gradients_are_not_counted_but_its_losses_are():
-    guard, inf, nan = Guard(Optimizer(), fp16=True), float("inf"), float("nan")
+    guard, inf, nan = NonFiniteGuard(Optimizer(), fp16=True), float("inf"), float("nan")
     assert [judge(guard, 1, gradient=inf), judge(guard, 2, align=nan, gradient=nan)] == [
         0,
         0,
@@ -31,14 +31,14 @@ def test_fp16s_overflown_gradients_are_not_counted_but_its_losses_are():
 
 
 def test_without_a_scaler_the_optimizer_is_told():
-    guard = Guard(Optimizer(), fp16=False)
+    guard = NonFiniteGuard(Optimizer(), fp16=False)
     for gradient, verdict in ((float("nan"), 1.0), (2.0, 0.0)):
         judge(guard, 1, gradient=gradient)
         assert guard.optimizer.found_inf.item() == verdict
 
 
 def test_a_streak_goes_on_across_reports_and_ends_with_a_good_step():
-    guard, nan = Guard(Optimizer(), fp16=False), float("nan")
+    guard, nan = NonFiniteGuard(Optimizer(), fp16=False), float("nan")
     for step in range(1, PATIENCE):
         judge(guard, step, gradient=nan)
     assert guard.report(alone)[1] == guard.streak == PATIENCE - 1
@@ -56,11 +56,11 @@ def test_a_streak_goes_on_across_reports_and_ends_with_a_good_step():
 
 
 def test_overflows_that_no_scale_ends_are_no_longer_ordinary():
-    guard, inf = Guard(Optimizer(), fp16=True), float("inf")
+    guard, inf = NonFiniteGuard(Optimizer(), fp16=True), float("inf")
     for step in range(1, OVERFLOWS):
         judge(guard, step, gradient=inf)
     assert guard.report(alone) == ([], 0) and guard.overflows == OVERFLOWS - 1
-    resumed = Guard(Optimizer(), True, guard.streak, guard.overflows)
+    resumed = NonFiniteGuard(Optimizer(), True, guard.streak, guard.overflows)
     judge(resumed, OVERFLOWS, gradient=inf)
     with pytest.raises(
         UserError,

@@ -12,7 +12,7 @@ import train
 from latents.cache import LatentCache
 from training import alignment
 from training.config import check_args, make_config, parse_args
-from training.guard import Guard
+from training.guard import NonFiniteGuard
 
 META = torch.device("meta")
 
@@ -67,7 +67,12 @@ def make_step(cache, monkeypatch):
             backward=lambda loss: (synced.append(not unsynced), loss.backward()),
         )
         step = train.Step(
-            args, accelerator, held.manifest, state, targets, Guard(state.optimizer, fp16=False)
+            args,
+            accelerator,
+            held.manifest,
+            state,
+            targets,
+            NonFiniteGuard(state.optimizer, fp16=False),
         )
         batch = (
             torch.arange(8),

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing.storage import checkpoints
+from checkpointing.storage import list_checkpoints
 from common.files import lock
-from tests.helpers import ROOT, Forks, rows, same_weights, torchrun, train_flags
-from training.preemption import STOPPED
+from tests.helpers import ROOT, ForkServer, have_equal_weights, read_metrics, torchrun, train_flags
+from training.preemption import EXIT_STOPPED
 
 STEPS = 90
 
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks") / "log.txt")
+    forks = ForkServer(tmp_path_factory.mktemp("forks") / "log.txt")
     yield forks
     forks.close()
 
@@ -51,7 +51,9 @@ def unbroken(tmp_path_factory, cache, forks) -> Path:
 
 
 def same(run: Path, other: Path) -> bool:
-    return rows(run) == rows(other) and same_weights(run, other, f"{STEPS:07d}")
+    return read_metrics(run) == read_metrics(other) and have_equal_weights(
+        run, other, f"{STEPS:07d}"
+    )
 
 
 def until(condition, seconds=60.0, pause=0.01):
@@ -70,11 +72,11 @@ def test_kill_9_at_random_moments_loses_nothing(forks, cache, tmp_path, unbroken
     rng, kills, torn, part = random.Random(0), 0, 0, 0
     for kill in range(60):
         run = tmp_path / str(part) / "run"
-        done = len(checkpoints(run))
+        done = len(list_checkpoints(run))
         pid = forks.start(flags(cache, run.parent))
         until(
             lambda done=done, run=run: (
-                len(checkpoints(run)) > min(done, 1) or contains(run / "log.txt", "finished")
+                len(list_checkpoints(run)) > min(done, 1) or contains(run / "log.txt", "finished")
             )
         )
         if kill % 2:  # any moment
@@ -118,8 +120,8 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_documented_code(
     pid = forks.start(flags(cache, tmp_path, "--checkpointing-steps", 1000, "--num-workers", 2))
     until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
     os.killpg(pid, number)  # the whole job, loader processes too, as a scheduler does
-    assert forks.wait() == STOPPED == 75
-    (saved,) = checkpoints(run)
+    assert forks.wait() == EXIT_STOPPED == 75
+    (saved,) = list_checkpoints(run)
     assert 4 <= int(saved.name) < STEPS and contains(
         run / "log.txt", f"stopped by {number.name} at step {int(saved.name)}"
     )
@@ -131,12 +133,12 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_documented_code(
 def test_a_full_disk_is_told_of_and_tried_again(forks, cache, tmp_path, unbroken):
     run = tmp_path / "run"
     pid = forks.start(flags(cache, tmp_path))
-    until(lambda: checkpoints(run))
+    until(lambda: list_checkpoints(run))
     whole = resource.prlimit(
         pid, resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY)
     )  # EFBIG, as a quota gives
     until(lambda: contains(run / "log.txt", "could not save step"))
-    before = checkpoints(run)
+    before = list_checkpoints(run)
     assert before
     resource.prlimit(pid, resource.RLIMIT_FSIZE, whole)
     assert forks.wait() == 0
@@ -178,10 +180,10 @@ def test_a_run_belongs_to_one_process(forks, cache, tmp_path):
 def test_a_disk_that_stays_full_ends_in_one_line_with_the_old_checkpoint(forks, cache, tmp_path):
     run = tmp_path / "run"
     pid = forks.start(flags(cache, tmp_path))
-    until(lambda: checkpoints(run))
+    until(lambda: list_checkpoints(run))
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
     assert forks.wait() == 2
-    assert checkpoints(run) and not list((run / "checkpoints").glob(".*"))
+    assert list_checkpoints(run) and not list((run / "checkpoints").glob(".*"))
 
 
 def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
@@ -216,7 +218,7 @@ def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
 
     agents = job()
     try:
-        until(lambda: checkpoints(tmp_path / "run"), seconds=120)
+        until(lambda: list_checkpoints(tmp_path / "run"), seconds=120)
         workers = subprocess.run(
             ["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True
         ).stdout.split()
@@ -230,7 +232,7 @@ def test_two_nodes_of_which_one_is_killed(cache, tmp_path, unbroken):
         for agent in agents:
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)
-    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
@@ -280,13 +282,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(cache, tmp_path, 
     assert "exitcode  : 75" in out and "Signal" not in out, (
         out
     )  # the first was not killed while it closed
-    newest = checkpoints(tmp_path / "run")[-1]
+    newest = list_checkpoints(tmp_path / "run")[-1]
     assert contains(
         tmp_path / "run/log.txt",
         f"stopped by a signal to another process at step {int(newest.name)}",
     )
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(
         range(2, int(newest.name) + 1, 2)
     )
-    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken)):
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(unbroken)):
         assert ours == pytest.approx(theirs, rel=1e-3)

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 import train
-from tests.helpers import rows, train_flags
+from tests.helpers import read_metrics, train_flags
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_run_is_logged_with_config_and_pictures_and_taken_up_under_the_same_id
             folder / "files" / row["samples/path"] for row in history if "samples/path" in row
         ]
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
-    for ours, theirs in zip(rows(tmp_path / "run"), logged, strict=True):
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), logged, strict=True):
         assert {key: theirs[key] for key in ours} == ours
     drawn = sorted((tmp_path / "run/samples").glob("*.png"))
     assert [picture.read_bytes() for picture in pictures] == [
@@ -98,7 +98,7 @@ def test_a_tracker_that_fails_is_let_go_and_training_goes_on(call, cache, tmp_pa
         code == 0
         and out.count("--report-to wandb failed (ConnectionError: the service is gone)") == 1
     )
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_a_tracker_that_cannot_start_says_so_before_any_work(call, cache, tmp_path, monkeypatch):

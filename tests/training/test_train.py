@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from tests.helpers import make_vae, ranks, rows, same_weights, train_flags
+from tests.helpers import have_equal_weights, make_vae, read_metrics, run_ranks, train_flags
 
 # two methods, one of which stops on the way
 ALIGNED = ("--align", "sra2", "sra", "--align-stop-step", 6, 0, "--log-every", 2)
@@ -37,8 +37,8 @@ def test_ten_steps_equal_five_and_five_bit_for_bit(call, cache, tmp_path, unbrok
         file.write('{"step": 6, "loss": 0}\n{"step": 7, "lo')
     code, out = call(train, *flags, "--max-train-steps", 10)
     assert code == 0 and "continuing from" in out
-    assert rows(tmp_path / "run") == rows(unbroken)
-    assert same_weights(tmp_path / "run", unbroken)
+    assert read_metrics(tmp_path / "run") == read_metrics(unbroken)
+    assert have_equal_weights(tmp_path / "run", unbroken)
     code, out = call(train, *flags, "--max-train-steps", 10)
     assert code == 0 and "has finished its 10 steps" in out
 
@@ -62,14 +62,14 @@ def test_the_ema_follows_the_weights_of_every_step(call, cache, tmp_path):
 def test_accumulation_is_the_same_run(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", *ALIGNED, "--max-train-steps", 10)
     assert call(train, *flags, "--gradient-accumulation-steps", 4)[0] == 0
-    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
     given = (*ALIGNED, "--max-train-steps", 10, "--cache-in-ram")  # one memory for both
-    ranks(2, "train", *train_flags(cache, tmp_path, "run", *given))
-    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+    run_ranks(2, "train", *train_flags(cache, tmp_path, "run", *given))
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(unbroken), strict=True):
         assert ours["step"] == theirs["step"]
         keys = ("loss", "denoising", "align", "align_sra")
         assert [ours[k] for k in keys] == pytest.approx([theirs[k] for k in keys], abs=1e-5)
@@ -79,9 +79,9 @@ def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
 def test_a_run_goes_from_one_process_to_two_and_back(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", *ALIGNED)
     assert call(train, *flags, "--max-train-steps", 3)[0] == 0
-    ranks(2, "train", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
+    run_ranks(2, "train", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
     assert call(train, *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 4)[0] == 0
-    for ours, theirs in zip(rows(tmp_path / "run"), rows(unbroken), strict=True):
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
@@ -93,9 +93,9 @@ def test_joined_caches_train_and_memory_may_be_chosen_later(call, cache, tmp_pat
     assert call(train, *flags, "--max-train-steps", 3)[0] == 0
     code, out = call(train, *flags, "--max-train-steps", 6, "--cache-in-ram")
     assert code == 0 and "48 images an epoch" in out, out
-    lines = rows(tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
     assert (
-        len(lines) == 6 and lines[0]["denoising"] != rows(unbroken)[0]["denoising"]
+        len(lines) == 6 and lines[0]["denoising"] != read_metrics(unbroken)[0]["denoising"]
     )  # other images come first
     code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 9))
     assert code == 2 and "is not the cache that" in out and "count" in out
@@ -111,7 +111,7 @@ def test_joined_caches_train_and_memory_may_be_chosen_later(call, cache, tmp_pat
 def test_bf16_trains_close_to_float32(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", *ALIGNED, "--max-train-steps", 10)
     assert call(train, *flags, "--mixed-precision", "bf16")[0] == 0
-    ours, theirs = rows(tmp_path / "run")[-1], rows(unbroken)[-1]
+    ours, theirs = read_metrics(tmp_path / "run")[-1], read_metrics(unbroken)[-1]
     assert ours["denoising"] != theirs["denoising"] and ours["denoising"] == pytest.approx(
         theirs["denoising"], rel=0.05
     )
@@ -148,11 +148,13 @@ def test_vanilla_and_weight_zero_are_the_same_network_to_the_bit(call, cache, tm
         for run in ("none", "zero")
     )
     assert none.keys() == zero.keys() and all(torch.equal(none[key], zero[key]) for key in none)
-    ours, theirs = ([row["grad_norm"] for row in rows(tmp_path / run)] for run in ("none", "zero"))
+    ours, theirs = (
+        [row["grad_norm"] for row in read_metrics(tmp_path / run)] for run in ("none", "zero")
+    )
     assert ours == theirs and min(ours) > 0.5
     assert all(
         row[key] is None
-        for row in rows(tmp_path / "none")
+        for row in read_metrics(tmp_path / "none")
         for key in ("align", "cosine", "token_norm")
     )
 
@@ -177,7 +179,7 @@ def test_alignment_changes_the_run_and_every_option_trains(call, cache, tmp_path
     for name, flags in options.items():
         code, out = call(train, *train_flags(cache, tmp_path, name, "--max-train-steps", 2, *flags))
         assert code == 0, out
-        losses[name] = rows(tmp_path / name)[-1]["align"]
+        losses[name] = read_metrics(tmp_path / name)[-1]["align"]
     assert len(set(losses.values())) == 3 and all(value > 0 for value in losses.values())
 
 
@@ -210,7 +212,7 @@ def test_previews_are_drawn_from_the_ema_with_fixed_noise(call, cache, tmp_path,
     saved = load_file(tmp_path / "run/checkpoints/0000003/ema.safetensors")
     assert all(torch.equal(drawn[1][2][key], saved[key]) for key in saved)
     plain = call(train, *train_flags(cache, tmp_path, "plain", "--max-train-steps", 3))[0]
-    assert plain == 0 and rows(tmp_path / "plain") == rows(
+    assert plain == 0 and read_metrics(tmp_path / "plain") == read_metrics(
         tmp_path / "run"
     )  # looking changes nothing
 
@@ -223,7 +225,7 @@ def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
         and "--learning-rate was 0.001, is 0.0005" in out
         and "--align-loss was cosine, is l2" in out
     )
-    assert len(rows(trained)) == 2
+    assert len(read_metrics(trained)) == 2
 
 
 def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_path):

@@ -8,13 +8,13 @@ import torch
 
 from checkpointing.storage import (
     CheckpointError,
-    checkpoints,
-    claim,
-    ema_name,
+    ema_filename,
     find_checkpoint,
+    list_checkpoints,
     load_weights,
+    lock_run,
     save_tensors,
-    verify,
+    verify_checkpoint,
 )
 from training import state as state_module
 from training.state import EMA, TrainState, Writer
@@ -38,7 +38,7 @@ def test_a_saved_state_comes_back_whole(tmp_path):
         state.emas[1].weight += 1  # tells the two averages apart
     folder = state.snapshot(CONFIG).write(tmp_path)
     assert folder == find_checkpoint(tmp_path) == find_checkpoint(folder)
-    other.load(folder, verify(folder))
+    other.load(folder, verify_checkpoint(folder))
     assert (other.step, other.extra) == (7, {"log_sums": [0.1], "log_steps": 3})
     assert torch.equal(other.model.weight, state.model.weight) and len(other.emas) == 2
     assert all(
@@ -66,7 +66,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch, fail_at
         monkeypatch.setattr(state_module, name, full(getattr(state_module, name)))
     with pytest.raises(OSError, match="No space left"):
         make_state().snapshot(CONFIG).write(tmp_path)
-    assert checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").glob("*"))
+    assert list_checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").glob("*"))
 
 
 def test_a_disk_that_refuses_tensors_is_an_os_error_that_names_the_file(tmp_path):
@@ -79,11 +79,11 @@ def test_leftovers_of_a_killed_save_or_removal_are_not_checkpoints_and_are_clear
     for name in (".0000007.partial", ".0000003.removed"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
     folder = make_state().snapshot(CONFIG).write(tmp_path)
-    with claim(tmp_path, [folder]):
+    with lock_run(tmp_path, [folder]):
         pass
-    assert list((tmp_path / "checkpoints").iterdir()) == checkpoints(tmp_path) == [folder]
+    assert list((tmp_path / "checkpoints").iterdir()) == list_checkpoints(tmp_path) == [folder]
 
 
 def test_a_snapshot_is_cut_off_from_training(tmp_path):
@@ -94,7 +94,7 @@ def test_a_snapshot_is_cut_off_from_training(tmp_path):
         next(iter(state.optimizer.state.values()))["exp_avg"] += 1
     other = make_state(seed=1)
     folder = snapshot.write(tmp_path)
-    other.load(folder, verify(folder))
+    other.load(folder, verify_checkpoint(folder))
     assert torch.equal(other.model.weight, same.model.weight)
     for ours, theirs in zip(other.optimizer.state.values(), same.optimizer.state.values()):
         assert torch.equal(ours["exp_avg"], theirs["exp_avg"])
@@ -105,7 +105,7 @@ def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
     for state.step in range(1, 11):
         writer.submit(state)
     writer.wait()
-    assert [int(folder.name) for folder in checkpoints(tmp_path)] == [4, 8, 9, 10]
+    assert [int(folder.name) for folder in list_checkpoints(tmp_path)] == [4, 8, 9, 10]
     assert [message.split("/")[-1] for message in writer.take_messages()][
         -1
     ] == "0000010" and not writer.take_messages()
@@ -162,7 +162,7 @@ def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(
     for state.step in (8, 9):
         writer.submit(state)
         writer.wait()
-    assert not writer.problem and [folder.name for folder in checkpoints(tmp_path)] == [
+    assert not writer.problem and [folder.name for folder in list_checkpoints(tmp_path)] == [
         "0000008",
         "0000009",
     ]
@@ -182,7 +182,7 @@ def test_messages_that_come_while_they_are_taken_are_not_lost(tmp_path, monkeypa
     )
     writer.submit(state)
     writer.wait()
-    assert writer.take_messages() == [f"saved {checkpoints(tmp_path)[0]}"]
+    assert writer.take_messages() == [f"saved {list_checkpoints(tmp_path)[0]}"]
 
 
 def test_every_file_is_on_the_disk_before_the_checkpoint_appears(tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_appears(tmp_path, monke
 
     def spy(descriptor):
         place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced.append((place.name, bool(checkpoints(tmp_path))))
+        synced.append((place.name, bool(list_checkpoints(tmp_path))))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", spy)
@@ -228,11 +228,11 @@ def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_pa
         with pytest.raises(
             CheckpointError, match=rf"{name}.*remove .*0000009 to continue from 0000007"
         ):
-            other.load(folder, verify(folder))
+            other.load(folder, verify_checkpoint(folder))
         assert torch.equal(other.model.weight, before)
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
-        other.load(folder, verify(folder))
+        other.load(folder, verify_checkpoint(folder))
 
 
 def test_newest_is_by_number(tmp_path):
@@ -272,7 +272,7 @@ def test_ema_is_the_moving_average():
 
 
 def test_averages_are_found_by_their_decay():
-    names = [ema_name(CONFIG, decay) for decay in (None, 0.9, 0.5)]
+    names = [ema_filename(CONFIG, decay) for decay in (None, 0.9, 0.5)]
     assert names == ["ema.safetensors", "ema.safetensors", "ema-0.5.safetensors"]
     with pytest.raises(CheckpointError, match=r"no average of --ema-decay 0\.7; it has 0\.9 0\.5"):
-        ema_name(CONFIG, 0.7)
+        ema_filename(CONFIG, 0.7)
