@@ -1,9 +1,10 @@
-"""The path between data and noise, and what follows from it (Albergo & Vanden-Eijnden 2022; SiT, arXiv:2401.08740, sec. 2):
-what a network may predict, how that becomes velocity and score, and at which times it is trained and asked.
+"""Interpolants between data and noise, and the quantities that follow from them.
 
-The time convention of this repository is stated here and nowhere else: **t = 0 is data, t = 1 is noise**, as in REPA.
-(The SiT repository counts the other way: its model at time s is ours at t = 1 - s, with the velocity's sign turned.)
-B batch; x and everything like it (B, ...); t (B,).
+Albergo & Vanden-Eijnden 2022; SiT, arXiv:2401.08740, sec. 2. **Time convention: t = 0 is data and
+t = 1 is noise**, as in REPA; no other module defines it. (The SiT repository uses the reverse: its
+model at time s is ours at t = 1 - s with the sign of the velocity flipped.)
+
+B batch; x and tensors like it (B, ...); t (B,).
 """
 
 import math
@@ -13,117 +14,133 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+PREDICTIONS = ("v", "x", "eps")
+ENDPOINT_MARGIN = 1e-3  # distance kept from a singular endpoint: SiT's, and DDPM's first timestep
+
 
 class Interpolant(Protocol):
     """x_t = alpha(t) x + sigma(t) eps."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, sigma and their derivatives in t, each of t's shape."""
+        """Return alpha, sigma, d alpha / dt and d sigma / dt, each with the shape of t."""
 
     def time(self, ratio: Tensor) -> Tensor:
-        """The t at which sigma / alpha is `ratio`."""
+        """Return the t at which sigma / alpha equals `ratio`."""
 
 
 class Linear:
     """x_t = (1 - t) x + t eps."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return alpha, sigma and their derivatives."""
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
 
     def time(self, ratio: Tensor) -> Tensor:
+        """Return the t at which sigma / alpha equals `ratio`."""
         return ratio / (1 + ratio)
 
 
 class Cosine:
-    """x_t = cos(pi t / 2) x + sin(pi t / 2) eps, which keeps the variance of unit-variance data."""
+    """x_t = cos(pi t / 2) x + sin(pi t / 2) eps; keeps the variance of unit-variance data."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        cos, sin = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+        """Return alpha, sigma and their derivatives."""
+        cos = torch.cos(t * math.pi / 2)
+        sin = torch.sin(t * math.pi / 2)
         return cos, sin, -sin * math.pi / 2, cos * math.pi / 2
 
     def time(self, ratio: Tensor) -> Tensor:
+        """Return the t at which sigma / alpha equals `ratio`."""
         return 2 / math.pi * torch.atan(ratio)
 
 
 class VP:
-    """alpha = exp(-1/2 int_0^t beta), alpha^2 + sigma^2 = 1, beta(t) = 0.1 + 19.9 t: DDPM's linear schedule of 1,000 steps in
-    continuous time (Song et al. 2021, arXiv:2011.13456, eq. 32).
+    """DDPM's linear schedule of 1,000 steps in continuous time.
 
-    ADM and DiT (arXiv:2212.09748) kept that schedule; their step k, counted from 1, is t = k / 1000, and with eps predicted
-    this is DiT's objective. A little of the data is left at t = 1, where alpha is 0.0066.
+    alpha = exp(-1/2 int_0^t beta) and alpha^2 + sigma^2 = 1 with beta(t) = 0.1 + 19.9 t (Song et
+    al. 2021, arXiv:2011.13456, eq. 32). ADM and DiT (arXiv:2212.09748) use this schedule; their
+    timestep k, counted from 1, is t = k / 1000. With eps prediction it is DiT's objective. At t = 1
+    a small part of the data remains: alpha is 0.0066.
     """
 
-    first, last = 0.1, 20.0  # beta at t = 0 and 1
+    beta_start = 0.1
+    beta_end = 20.0
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """d sigma / dt is infinite at t = 0, where sigma grows as the root of 0.1 t."""
-        rise = self.last - self.first
-        integral, beta = t * (self.first + t * rise / 2), self.first + t * rise
-        alpha, sigma = (
-            torch.exp(-integral / 2),
-            torch.sqrt(-torch.expm1(-integral)),
-        )  # 1 - exp would lose digits near t = 0
+        """Return alpha, sigma and their derivatives.
+
+        d sigma / dt is infinite at t = 0, where sigma is close to the square root of 0.1 t.
+        """
+        slope = self.beta_end - self.beta_start
+        integral = t * (self.beta_start + t * slope / 2)
+        beta = self.beta_start + t * slope
+        alpha = torch.exp(-integral / 2)
+        sigma = torch.sqrt(-torch.expm1(-integral))  # 1 - exp() would lose precision near t = 0
         return alpha, sigma, -beta / 2 * alpha, beta / 2 * alpha.square() / sigma
 
     def time(self, ratio: Tensor) -> Tensor:
-        integral = torch.log1p(
-            ratio.square()
-        )  # (sigma / alpha)^2 = exp(integral) - 1; then a quadratic equation for t
-        return (
-            2
-            * integral
-            / (self.first + torch.sqrt(self.first**2 + 2 * (self.last - self.first) * integral))
-        )
+        """Return the t at which sigma / alpha equals `ratio`."""
+        integral = torch.log1p(ratio.square())  # (sigma / alpha)^2 = exp(integral) - 1
+        slope = self.beta_end - self.beta_start  # solve integral = beta_start t + slope t^2 / 2
+        root = torch.sqrt(self.beta_start**2 + 2 * slope * integral)
+        return 2 * integral / (self.beta_start + root)
 
 
 INTERPOLANTS: dict[str, Interpolant] = {"linear": Linear(), "cosine": Cosine(), "vp": VP()}
-PREDICTIONS = ("v", "x", "eps")
-ENDPOINT_MARGIN = (
-    1e-3  # what is cut off an end that is singular: SiT's, and the first of DDPM's thousand times
-)
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) with axes of size 1 added, to broadcast against x (B, ...)."""
+    """Append axes of size 1 to t (B,) so that it broadcasts against x (B, ...)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and its velocity v = d x_t / dt."""
+    """Return the noisy sample x_t and its velocity v = d x_t / dt, both with the shape of x."""
     alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x))
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
+def regression_target(prediction: str, x: Tensor, noise: Tensor, velocity: Tensor) -> Tensor:
+    """Return what the network learns to predict: the velocity, the data or the noise."""
+    return {"v": velocity, "x": x, "eps": noise}[prediction]
+
+
 def velocity_to_score(path: Interpolant, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """s = grad log p_t(x_t) = -E[eps | x_t] / sigma, for 0 < t (SiT, eq. 9). At t = 0 it does not exist."""
+    """Convert a velocity to the score of p_t (SiT, eq. 9).
+
+    Args:
+        path: The interpolant.
+        v: Velocity, (B, ...).
+        x_t: Noisy samples, (B, ...).
+        t: Timesteps in (0, 1], (B,). The score is undefined at t = 0.
+
+    Returns:
+        grad log p_t(x_t) = -E[eps | x_t] / sigma, (B, ...).
+    """
     alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     return (alpha * v - d_alpha * x_t) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
 def score_to_velocity(path: Interpolant, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The inverse of velocity_to_score, for t < 1."""
+    """Invert `velocity_to_score`, for t < 1."""
     alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     return (sigma * (d_alpha * sigma - alpha * d_sigma) * score + d_alpha * x_t) / alpha
-
-
-def regression_target(
-    path: Interpolant, prediction: str, x: Tensor, noise: Tensor, t: Tensor
-) -> Tensor:
-    """What the network is to predict from x_t: the velocity, the data or the noise."""
-    assert prediction in PREDICTIONS, prediction
-    return (
-        x
-        if prediction == "x"
-        else noise
-        if prediction == "eps"
-        else interpolate(path, x, noise, t)[1]
-    )
 
 
 def prediction_to_velocity(
     path: Interpolant, prediction: str, output: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The velocity that a prediction amounts to. Of x not at t = 0, where sigma is 0; of eps not where alpha is."""
+    """Convert a network's output to the velocity.
+
+    Undefined for x prediction where sigma is 0 (t = 0) and for eps prediction where alpha is 0.
+
+    Args:
+        path: The interpolant.
+        prediction: What the network predicts, one of PREDICTIONS.
+        output: Output of the network, (B, ...).
+        x_t: Noisy samples, (B, ...).
+        t: Timesteps, (B,).
+    """
     assert prediction in PREDICTIONS, prediction
     if prediction == "v":
         return output
@@ -136,38 +153,51 @@ def prediction_to_velocity(
 def velocity_to_prediction(
     path: Interpolant, prediction: str, v: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The inverse of to_velocity. Of x at 0 < t it is the denoised image E[x | x_t]."""
+    """Invert `prediction_to_velocity`. With "x" and t > 0 it returns the denoised E[x | x_t]."""
     assert prediction in PREDICTIONS, prediction
     if prediction == "v":
         return v
     alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     determinant = d_alpha * sigma - alpha * d_sigma
-    return (
-        sigma * v - d_sigma * x_t if prediction == "x" else d_alpha * x_t - alpha * v
-    ) / determinant
+    if prediction == "x":
+        return (sigma * v - d_sigma * x_t) / determinant
+    return (d_alpha * x_t - alpha * v) / determinant
 
 
 def time_interval(path: Interpolant, prediction: str) -> tuple[float, float]:
-    """(lo, hi), the times at which such a network is trained, and asked by the samplers: [0, 1] without singular ends.
+    """Return the lowest and highest t at which a network is trained and evaluated.
 
-    An end is singular if the velocity, which all solvers integrate, does not follow from the prediction there, or is infinite:
-    t = 0 for x (an error of it is multiplied by 1 / sigma), and on a path on which sigma starts vertically, vp; t = 1 for eps
-    (by 1 / alpha) on a path that ends in noise alone, linear and cosine. EDGE is cut off such an end, as in SiT's
-    transport.check_interval, which cuts both ends on linear and cosine for whatever is no velocity.
+    This is [0, 1] without singular endpoints. An endpoint is singular if the velocity, which all
+    solvers integrate, is infinite there or cannot be computed from the prediction:
+
+    - t = 0 for x prediction (its error is multiplied by 1 / sigma), and for every prediction on a
+      path where sigma has infinite slope there (vp);
+    - t = 1 for eps prediction (its error is multiplied by 1 / alpha) on a path that ends in pure
+      noise (linear and cosine).
+
+    `ENDPOINT_MARGIN` is removed there, as in SiT's transport.check_interval, which removes it at
+    both ends for every prediction other than the velocity.
     """
     alpha, _, _, d_sigma = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    lo = ENDPOINT_MARGIN if prediction == "x" or not d_sigma[0].isfinite() else 0.0
-    return lo, 1 - ENDPOINT_MARGIN if prediction == "eps" and alpha[1] < 1e-9 else 1.0
+    low, high = 0.0, 1.0
+    if prediction == "x" or not d_sigma[0].isfinite():
+        low = ENDPOINT_MARGIN
+    if prediction == "eps" and alpha[1] < 1e-9:
+        high = 1 - ENDPOINT_MARGIN
+    return low, high
 
 
-def uniform_times(path: Interpolant, u: Tensor, lo: float, hi: float) -> Tensor:
-    """Every time as often."""
-    return lo + (hi - lo) * u
+def uniform_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tensor:
+    """Map u to timesteps that are uniform on [low, high]."""
+    return low + (high - low) * u
 
 
-def lognormal_times(path: Interpolant, u: Tensor, lo: float, hi: float) -> Tensor:
-    """log(sigma / alpha) standard normal (REPA's loss.py, after EDM, arXiv:2206.00364)."""
-    return path.time(torch.special.ndtri(u).exp()).clamp(lo, hi)
+def lognormal_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tensor:
+    """Map u to timesteps with standard normal log(sigma / alpha).
+
+    As in REPA's loss.py, after EDM (arXiv:2206.00364).
+    """
+    return path.time(torch.special.ndtri(u).exp()).clamp(low, high)
 
 
 WEIGHTINGS: dict[str, Callable[[Interpolant, Tensor, float, float], Tensor]] = {
@@ -177,5 +207,15 @@ WEIGHTINGS: dict[str, Callable[[Interpolant, Tensor, float, float], Tensor]] = {
 
 
 def draw_times(path: Interpolant, prediction: str, weighting: str, u: Tensor) -> Tensor:
-    """Times of training inside `interval`, rising with u: uniform on (0, 1), float64, (B,) -> (B,)."""
+    """Return training timesteps inside `time_interval`.
+
+    Args:
+        path: The interpolant.
+        prediction: One of PREDICTIONS.
+        weighting: A key of WEIGHTINGS.
+        u: Uniform on (0, 1), float64, (B,).
+
+    Returns:
+        (B,), increasing in u.
+    """
     return WEIGHTINGS[weighting](path, u, *time_interval(path, prediction))

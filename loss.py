@@ -1,66 +1,44 @@
-"""Flow matching plus alignment: L = L_denoising + sum over methods of lambda L_align (SRA 2, arXiv:2601.17830).
+"""Flow matching and alignment losses (SRA 2, arXiv:2601.17830): L = L_denoising + lambda L_align.
 
-Pure functions of tensors; all of it in float32 whatever the autocast, since a normalisation in half precision is a known
-source of NaN. B batch, N tokens, D numbers a token.
+Pure functions of tensors, one value per sample, so that weighting and averaging stay with the
+caller. All of them compute in float32 under any autocast: normalisation in half precision is a
+known source of NaN. B batch, N tokens, D token dimension.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interpolant import Interpolant, interpolate, regression_target
+
+def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of velocity, x or eps: (B, ...), (B, ...) -> (B,)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-class Alignment(NamedTuple):
-    """How one method's tokens are compared with its target."""
-
-    loss: str = "cosine"  # of ALIGN_LOSSES
-    beta: float = 0.05  # smooth_l1's
-    t_range: tuple[float, float] = (0.0, 1.0)
+def cosine_distance(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
+    """Return 1 - cosine over each token (dim=-1), averaged over tokens: (B, N, D) x 2 -> (B,)."""
+    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean(-1)
 
 
-COSINE = Alignment()
+def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
+    """Return the mean smooth L1 distance: quadratic below beta, linear above.
+
+    The paper's best loss, with beta = 0.05 (table 1).
+    """
+    distance = F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none")
+    return distance.mean((1, 2))
 
 
-class LossTerms(NamedTuple):
-    """One number per sample and term, so that weighting and averaging stay with the caller. Dicts are by method."""
-
-    denoising: Tensor  # (B,)
-    align: dict[str, Tensor]  # (B,), zero outside the timestep window and for a method that is idle
-    cosine: dict[
-        str, Tensor
-    ]  # (B,), between head output and target whatever the loss: a gauge, without gradient
-    token_norm: dict[
-        str, Tensor
-    ]  # (B,), length of the aligned block's tokens: a gauge, without gradient
+def l1(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
+    """Return the mean absolute error."""
+    return (prediction.float() - target.float()).abs().mean((1, 2))
 
 
-def denoising_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of velocity, x or eps: (B, ...), (B, ...) -> (B,)."""
-    return (pred.float() - target.float()).square().flatten(1).mean(1)
-
-
-def cosine_distance(pred: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
-    """1 - cosine over a token's D numbers (dim=-1), averaged over tokens: (B, N, D), (B, N, D) -> (B,)."""
-    return 1 - F.cosine_similarity(pred.float(), target.float(), dim=-1).mean(-1)
-
-
-def smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Quadratic below beta, linear above, averaged over all numbers; the paper's best with beta = 0.05."""
-    return F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction="none").mean((1, 2))
-
-
-def l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Mean absolute error."""
-    return (pred.float() - target.float()).abs().mean((1, 2))
-
-
-def l2(pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Mean squared error."""
-    return (pred.float() - target.float()).square().mean((1, 2))
+def l2(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
+    """Return the mean squared error."""
+    return (prediction.float() - target.float()).square().mean((1, 2))
 
 
 ALIGN_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -71,41 +49,31 @@ ALIGN_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
-def alignment_loss(pred: Tensor, target: Tensor, t: Tensor, how: Alignment = COSINE) -> Tensor:
-    """Distance between projected tokens and target tokens, zero where t lies outside the window.
-
-    (B, N, D), (B, N, D), (B,) -> (B,). No gradient flows into the target. A sample outside the window counts as zero
-    rather than leaving the mean, so narrowing the window never raises the weight of the samples that stay.
-    """
-    assert pred.shape == target.shape, (pred.shape, target.shape)
-    lo, hi = how.t_range
-    distance = ALIGN_LOSSES[how.loss](pred, target.detach(), how.beta)
-    return torch.where((t >= lo) & (t <= hi), distance, torch.zeros_like(distance))
-
-
-def training_losses(
-    model: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]],
-    path: Interpolant,
-    prediction: str,
-    latent: Tensor,
-    labels: Tensor,
-    noise: Tensor,
+def alignment_loss(
+    prediction: Tensor,
+    target: Tensor,
     t: Tensor,
-    targets: dict[str, Tensor] | None = None,
-    align: dict[str, Alignment] | None = None,
-) -> LossTerms:
-    """All terms for one batch.
+    loss: str = "cosine",
+    beta: float = 0.05,
+    t_range: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Return the distance between projected tokens and target tokens, zero outside `t_range`.
 
-    model(x_t, t, labels) -> what it predicts (B, C, H, W), and by method projected tokens (B, N, D) and token norm (B,);
-    latent and noise (B, C, H, W), labels and t (B,); targets (B, N, D) by method: one that has none is idle.
+    A sample outside the range counts as zero instead of leaving the mean, so that a narrower range
+    never raises the weight of the remaining samples. No gradient flows into the target.
+
+    Args:
+        prediction: Projected tokens (B, N, D).
+        target: Target tokens (B, N, D).
+        t: Timesteps (B,).
+        loss: A key of ALIGN_LOSSES.
+        beta: Transition point of smooth_l1.
+        t_range: Lowest and highest aligned timestep.
+
+    Returns:
+        (B,).
     """
-    targets, align = targets or {}, align or {}
-    x_t, _ = interpolate(path, latent, noise, t)
-    pred, projected, token_norm = model(x_t, t, labels)
-    denoising = denoising_loss(pred, regression_target(path, prediction, latent, noise, t))
-    zero = torch.zeros_like(denoising)
-    distance, cosine = (dict.fromkeys(align, zero) for _ in range(2))
-    for name, target in targets.items():
-        distance[name] = alignment_loss(projected[name], target, t, align[name])
-        cosine[name] = 1 - cosine_distance(projected[name].detach(), target.detach())
-    return LossTerms(denoising, distance, cosine, dict.fromkeys(align, zero) | token_norm)
+    assert prediction.shape == target.shape, (prediction.shape, target.shape)
+    low, high = t_range
+    distance = ALIGN_LOSSES[loss](prediction, target.detach(), beta)
+    return torch.where((t >= low) & (t <= high), distance, torch.zeros_like(distance))

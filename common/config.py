@@ -1,11 +1,6 @@
 """Settings as frozen dataclasses: a field holds the default and the help text, argparse is filled from it.
 
-@dataclass(frozen=True)
-class LoopConfig:
-    batch_size: int = setting(256, help="global batch size", type=cli.positive)
-
-add_flags(parser.add_argument_group("loop"), LoopConfig)
-loop = read_flags(LoopConfig, parser.parse_args())
+Declare fields with `setting`, fill a parser with `add_flags`, and build the dataclass with `read_flags`.
 """
 
 import argparse
@@ -24,8 +19,8 @@ def setting(default: Any = dataclasses.MISSING, *, help: str, **options: Any) ->
     Args:
         default: Default value. A field without one becomes a required flag.
         help: Help text: a noun phrase that says what the value is, with its unit.
-        options: `flags`, the names on the command line (default: `--field-name`), or any keyword of
-            `add_argument`, such as type, choices, nargs, action and metavar.
+        options: `flags`, the names on the command line (default: `--field-name`); `may_change`,
+            whether a resumed run may use another value; and any keyword of `add_argument`.
     """
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
@@ -40,30 +35,30 @@ def destination(field: dataclasses.Field) -> str:
     return flag_names(field)[0].removeprefix("--").replace("-", "_")
 
 
-def flag_of(config: type, name: str) -> str:
-    """Return the flag of the field `name`, for messages."""
-    return next(flag_names(f)[0] for f in dataclasses.fields(config) if f.name == name)
+def argparse_type(config: type, field: dataclasses.Field) -> Any:
+    """Return the type of a field without `None`, such as `int` for `int | None`."""
+    hint = typing.get_type_hints(config)[field.name]
+    kinds = [kind for kind in typing.get_args(hint) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 else hint
 
 
 def add_flags(group: Any, config: type, **overrides: Any) -> None:
-    """Add one flag per field to a parser or an argument group.
+    """Add one flag per field with a help text to a parser or an argument group.
 
     Args:
         group: The parser or the group.
         config: A settings dataclass.
         overrides: Keywords of `add_argument` that replace those of every field.
     """
-    hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        options = {key: value for key, value in field.metadata.items() if key != "flags"}
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required:
+        if "help" not in field.metadata:
+            continue
+        options = {k: v for k, v in field.metadata.items() if k not in ("flags", "may_change")}
+        if field.default is dataclasses.MISSING:
             options["required"] = True
         else:
             options["default"] = field.default
-        kind = _plain_type(hints[field.name])
+        kind = argparse_type(config, field)
         if kind is bool:
             options.setdefault("action", "store_true")
         elif kind in (int, float, Path):
@@ -77,19 +72,17 @@ def read_flags(config: type[Config], args: argparse.Namespace) -> Config:
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def format_settings(*configs: Any) -> str:
-    """Return one line per setting, `--flag value`, below a line with the name of its dataclass."""
-    lines = []
+def record_flags(*configs: Any) -> dict[str, Any]:
+    """Return settings as a flat dict that JSON can hold, with argparse's names as keys."""
+    record = {}
     for config in configs:
-        lines.append(f"[{type(config).__name__.removesuffix('Config')}]")
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            words = map(str, value) if isinstance(value, tuple) else [str(value)]
-            lines.append(" ".join([flag_names(field)[0], *words]))
-    return "\n".join(lines)
+            plain = [str(v) if isinstance(v, Path) else v for v in value] if isinstance(value, tuple) else value
+            record[destination(field)] = str(plain) if isinstance(plain, Path) else plain
+    return record
 
 
-def _plain_type(hint: Any) -> Any:
-    """Return `int` for `int | None`, and the hint itself otherwise."""
-    arguments = [kind for kind in typing.get_args(hint) if kind is not NoneType]
-    return arguments[0] if len(arguments) == 1 else hint
+def format_flags(record: dict[str, Any]) -> str:
+    """Return a record of flags as one line per flag."""
+    return "\n".join(f"{key} = {value}" for key, value in record.items())

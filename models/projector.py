@@ -1,8 +1,10 @@
-"""The heads of alignment: an MLP on one block's tokens, dropped after training (widths: docs/method.md).
-B batch, N tokens, D width.
+"""Alignment heads: they map the tokens of one block to a target and are dropped after training.
+
+docs/method.md explains the widths. B batch, N tokens, D width.
 """
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,17 @@ from models.sit import SiT, init_linear
 
 
 class Projector(nn.Sequential):
-    """`layers` linear layers with SiLU between: width -> hidden -> ... -> hidden -> out. (B, N, width) -> (B, N, out).
+    """An MLP: linear layers with SiLU between them, (B, N, width) -> (B, N, out) in float32.
 
-    What comes out is float32 under any autocast. A last layer that is small beside the others (SRA 2's is 0.2% of the head) is
-    computed in it too, so that the alignment loss compares no rounded numbers.
+    A last layer that is small compared with the others (SRA 2's has 0.2% of the head's weights) is
+    computed in float32 under any autocast, so that the alignment loss does not compare rounded
+    numbers.
+
+    Args:
+        width: Dimension of the input tokens.
+        out: Dimension of the output tokens.
+        layers: Number of linear layers.
+        hidden: Width between the layers, 2 * width by default.
     """
 
     def __init__(self, width: int, out: int, layers: int = 5, hidden: int | None = None):
@@ -25,47 +34,97 @@ class Projector(nn.Sequential):
             modules += [nn.Linear(size_in, size_out), nn.SiLU()]
         super().__init__(*modules[:-1])
         self.apply(init_linear)
-        self.small = 8 * out <= sizes[-2]
+        self.has_small_output = 8 * out <= sizes[-2]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, N, width) to (B, N, out), float32."""
         *hidden, last = self
         for layer in hidden:
             tokens = layer(tokens)
-        if not self.small:
+        if not self.has_small_output:
             return last(tokens).float()
         with torch.autocast(tokens.device.type, enabled=False):
             return last(tokens.float())
 
 
+HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
+
+
+def make_head(spec: dict | None) -> nn.Module:
+    """Build a head from its entry in config.json: its kind ("mlp" if absent) and its arguments.
+
+    None stands for no head: the block's tokens are compared as they are.
+    """
+    if spec is None:
+        return nn.Identity()
+    arguments = dict(spec)
+    return HEADS[arguments.pop("kind", "mlp")](**arguments)
+
+
+class AlignedOutput(NamedTuple):
+    """The output of an `AlignedSiT`. The dicts have the names of the heads as keys."""
+
+    prediction: Tensor  # (B, C, H, W)
+    projected: dict[str, Tensor]  # (B, N, out)
+    token_norm: dict[str, Tensor]  # (B,), mean norm of the block's tokens, without gradient
+    student_tokens: dict[int, Tensor]  # (B, N, D) after each requested block
+
+
 class AlignedSiT(nn.Module):
-    """Backbone and a head for each method of alignment as one module, so that DDP sees one forward."""
+    """The backbone and the alignment heads as one module, so that DDP sees one forward pass.
+
+    Args:
+        backbone: The network that is sampled after training.
+        heads: Alignment heads by name.
+        blocks: For each head, the block (counted from 1) whose tokens it receives.
+    """
 
     def __init__(
         self,
         backbone: SiT,
-        heads: dict[str, Projector] | None = None,
+        heads: dict[str, nn.Module] | None = None,
         blocks: dict[str, int] | None = None,
     ):
-        """By a method's name: its head, and the block whose tokens that gets."""
         super().__init__()
-        self.backbone, self.heads, self.blocks = backbone, nn.ModuleDict(heads or {}), blocks or {}
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads or {})
+        self.blocks = blocks or {}
 
     def forward(
-        self, x_t: Tensor, t: Tensor, y: Tensor, idle: Collection[str] = ()
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """-> what the backbone predicts; by a method's name the projected tokens (B, N, out), and the mean length (B,) of its
-        block's own tokens, a gauge without gradient. Heads that are `idle` do not run, and their gradient is zero.
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        y: Tensor,
+        idle: Collection[str] = (),
+        student_blocks: Collection[int] = (),
+    ) -> AlignedOutput:
+        """Run the backbone and the heads.
+
+        Args:
+            x_t: Noisy latents (B, C, H, W).
+            t: Timesteps (B,).
+            y: Labels (B,).
+            idle: Names of heads that do not run; their gradient is zero.
+            student_blocks: Blocks whose tokens to return as well.
         """
         names = [name for name in self.heads if name not in idle]
-        kept: dict[int, Tensor] = {}
-        pred = self.backbone(x_t, t, y, return_blocks=[self.blocks[name] for name in names])
-        if names:
-            pred, kept = pred
-        lengths = {
-            k: torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32).mean(1)
-            for k, h in kept.items()
-        }
-        projected = {name: self.heads[name](kept[self.blocks[name]]) for name in names}
-        for name in idle:  # DDP waits for the gradient of every parameter that has one
-            pred = pred + 0 * sum(parameter.sum() for parameter in self.heads[name].parameters())
-        return pred, projected, {name: lengths[self.blocks[name]] for name in names}
+        wanted = [*(self.blocks[name] for name in names), *student_blocks]
+        prediction = self.backbone(x_t, t, y, return_blocks=wanted)
+        tokens: dict[int, Tensor] = {}
+        if wanted:
+            prediction, tokens = prediction
+
+        projected = {name: self.heads[name](tokens[self.blocks[name]]) for name in names}
+        norms = {block: _mean_norm(tokens[block]) for block in {self.blocks[n] for n in names}}
+        token_norm = {name: norms[self.blocks[name]] for name in names}
+
+        # DDP waits for a gradient of every parameter: give those of idle heads a zero gradient.
+        for name in idle:
+            prediction = prediction + 0 * sum(p.sum() for p in self.heads[name].parameters())
+        return AlignedOutput(
+            prediction, projected, token_norm, {block: tokens[block] for block in student_blocks}
+        )
+
+
+def _mean_norm(tokens: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float32).mean(1)

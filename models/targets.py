@@ -1,13 +1,12 @@
-"""What a block is aligned to: one class a method. How to add one: docs/extending.md.
+"""Alignment targets: what the tokens of a block are compared with, one class per method.
 
-A target says what its head must give before anything is loaded (`plan`), and then what a batch's tokens are compared with.
-B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, S image side.
+docs/extending.md shows how to add a method. B batch, C channels, H W latent size, p patch size,
+N = HW / p^2 tokens, D width, S image size.
 """
 
-import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,371 +15,471 @@ from torch import Tensor
 
 from models.autoencoder import LatentScale
 from models.encoder import Encoder, EncoderError, canonical_name, describe_encoder, encoder_cost
+from models.errors import FieldError
 from models.flops import backbone_flops
 from models.sit import SiT, SiTConfig, default_align_block
 
 
-class TargetError(ValueError):
-    """A method that cannot be used on these data or with this network. The message names the flag."""
-
-
-class Defaults(NamedTuple):
-    """What `auto` stands for."""
-
-    block: int
-    weight: float
-    layers: int  # of the head
-    hidden: int  # width between them
-
-
 @dataclass(frozen=True)
-class Data:
-    """What the cache holds, as far as a method may ask."""
+class CacheInfo:
+    """The properties of a latent cache that a method may depend on."""
 
-    resolution: int
+    resolution: int  # image size in pixels
     scale: LatentScale
     mean: list[float]  # of the unscaled latents, per channel
     std: list[float]
-    images: bool = False  # whether it keeps them
-    features: dict[str, dict] | None = (
-        None  # of encoders, stored ahead of time: folder -> what features.json says
-    )
+    has_images: bool = False
+    features: dict[str, dict] = field(default_factory=dict)  # folder -> contents of features.json
 
 
-class Batch(NamedTuple):
-    """A part of a global batch, on the device. All of it but `mean`, `u` and `extra` is what the network trains on."""
+@dataclass(frozen=True)
+class TrainingInputs:
+    """A global batch's share on this process, or a micro-batch of it, ready for the network."""
 
-    latent: Tensor  # (B, C, H, W) the draw from the posterior that is noised
-    labels: Tensor  # (B,) after label dropout
+    latents: Tensor  # (B, C, H, W), the posterior sample that noise is added to
+    labels: Tensor  # (B,), after label dropout
     noise: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
-    mean: Tensor  # (B, C, H, W) the latent of the posterior's mean
-    u: Tensor  # (B,) uniform on (0, 1): a random number for the method's own use
-    extra: Tensor | None = None  # (B, ...) what the method's `extra` asked of the cache
+    posterior_mean: Tensor  # (B, C, H, W), in the same normalised space as `latents`
+    target_uniform: Tensor  # (B,), uniform on (0, 1), for random choices of a method
+    cache_inputs: dict[str, Tensor] = field(default_factory=dict)  # what `Target.cache_inputs` names
 
-    def chunk(self, parts: int) -> list["Batch"]:
-        """Cut along B."""
-        split = [[None] * parts if tensor is None else tensor.chunk(parts) for tensor in self]
-        return [Batch(*part) for part in zip(*split)]
+    def split(self, parts: int) -> list["TrainingInputs"]:
+        """Return `parts` micro-batches of equal size."""
+        size = len(self.t) // parts
+        return [self._slice(slice(i * size, (i + 1) * size)) for i in range(parts)]
+
+    def _slice(self, rows: slice) -> "TrainingInputs":
+        tensors = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return TrainingInputs(
+            **tensors, cache_inputs={k: v[rows] for k, v in self.cache_inputs.items()}
+        )
 
 
-class Parts(NamedTuple):
-    """What of a run a method may use."""
+@dataclass(frozen=True)
+class RunContext:
+    """The parts of a run that a target may use."""
 
     device: torch.device
-    ema: SiT  # the run's first average
-    noised: Callable[
-        [Tensor, Tensor, Tensor], Tensor
-    ]  # (latent, noise, t) -> x_t on the run's path
+    ema: SiT  # the first EMA of the run
+    add_noise: Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, noise, t) -> x_t
     autocast: Callable[[], AbstractContextManager]  # the run's mixed precision
-    compile: bool  # whether networks are to be compiled
+    compile: bool  # whether to compile networks
+
+
+class Defaults(NamedTuple):
+    """Values of the shared settings that the user left open."""
+
+    block: int
+    weight: float
+    layers: int  # linear layers of the head
+    hidden: int  # width between them
+
+
+class Plan(NamedTuple):
+    """The part of a run that a method decides before anything is loaded."""
+
+    out: int | dict[str, int]  # dimension of a target token; with several targets, by name
+    record: dict[str, Any] = {}  # the method's own keys in config.json
+
+
+class Cost(NamedTuple):
+    """Networks that run only for the target: parameters, and forward FLOPs per image."""
+
+    parameters: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Settings of a method that has none of its own."""
 
 
 class Target:
-    """A method. `entry` is its entry in config.json's "align": block, weight, loss, head, and what `plan` added of its own."""
+    """Base class of the alignment methods.
 
-    name: ClassVar[str]  # on the command line
+    A method may use no head (`head = None`), read further blocks of the student's own forward pass
+    (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and have
+    several targets with one head each (a `Plan.out` with names, and a dict from `__call__`).
+
+    Args:
+        record: The method's entry in config.json: block, weight, loss, ... and `Plan.record`.
+        settings: An instance of the class's `Settings`.
+        network: The architecture of the backbone.
+        cache: Properties of the latent cache.
+        context: Parts of the run.
+
+    Raises:
+        FieldError: A network or file that a setting names cannot be loaded.
+    """
+
+    name: ClassVar[str]  # value of --align
     title: ClassVar[str]
     paper: ClassVar[str]
-    flags: ClassVar[
-        tuple[str, ...]
-    ] = ()  # of its own, as argparse names them: refused without the method
+    head: ClassVar[str | None] = "mlp"  # key of models.projector.HEADS
+    Settings: ClassVar[type] = NoSettings  # a frozen dataclass; each field becomes --NAME-FIELD
 
-    @staticmethod
-    def add_flags(add: Callable[..., Any]) -> None:
-        """Adds its own flags; their default is None, and stands in the help."""
+    def __init__(
+        self,
+        record: dict,
+        settings: Any,
+        network: SiTConfig,
+        cache: CacheInfo,
+        context: RunContext,
+    ):
+        self.record = record
+        self.settings = settings
+        self.network = network
+        self.cache = cache
+        self.context = context
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
-        """Of the paper, for a preset and the loss chosen."""
+        """Return the paper's settings for a preset and the chosen loss."""
         raise NotImplementedError
 
     @staticmethod
-    def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
-        """What belongs into config.json, "out" among it: how many numbers a token of the target has. Nothing is loaded yet.
-        Raises TargetError.
+    def plan(settings: Any, network: SiTConfig, cache: CacheInfo) -> Plan:
+        """Check the settings and return what follows from them, before anything is loaded.
+
+        Raises:
+            FieldError: A setting does not fit the network or the cache.
         """
         raise NotImplementedError
 
     @staticmethod
-    def settle(args: argparse.Namespace, entry: dict) -> None:
-        """When a run is continued: flags that were not given become what they amounted to when it began."""
+    def restore(settings: Any, record: dict) -> Any:
+        """Return the settings of a resumed run: those left open get the values they began with."""
+        return settings
 
-    def __init__(
-        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
-    ):
-        """Loads what it needs. Raises TargetError."""
-        self.entry, self.config, self.data, self.parts = entry, config, data, parts
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """(B, N, out) float32, without gradient."""
-        raise NotImplementedError
+    @staticmethod
+    def cost(record: dict, network: SiTConfig, cache: CacheInfo) -> Cost:
+        """Return the cost of the networks that run only for the target."""
+        return Cost()
 
     @property
-    def extra(self) -> str | None:
-        """What of the cache it needs beside latents: None, "images" (B, 3, S, S) uint8, or "features/NAME" (B, N, out)."""
-        return None
+    def cache_inputs(self) -> tuple[str, ...]:
+        """Inputs to read from the cache: "images" (B, 3, S, S) uint8, "features/NAME" (B, N, D)."""
+        return ()
+
+    @property
+    def student_blocks(self) -> tuple[int, ...]:
+        """Further blocks, counted from 1, whose tokens `__call__` receives."""
+        return ()
 
     @property
     def identity(self) -> dict:
-        """What must be the same when a run is continued; kept in config.json."""
+        """Values that must be the same when the run is resumed; stored in config.json."""
         return {}
 
-    @staticmethod
-    def cost(entry: dict, config: SiTConfig, data: Data) -> tuple[int, int]:
-        """Of what runs for the target alone, forward and without gradient: parameters, FLOPs for one image."""
-        return 0, 0
+    def __call__(
+        self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the target tokens. Called without gradient; must not wait for the device.
+
+        Args:
+            inputs: A micro-batch.
+            student_tokens: Tokens (B, N, D) of `student_blocks`, by block.
+
+        Returns:
+            (B, N, out), or several such tensors by name.
+        """
+        raise NotImplementedError
 
 
-def latent_tokens(latent: Tensor, patch: int) -> Tensor:
-    """Cuts a latent into the backbone's patches: (B, C, H, W) -> (B, N, p * p * C), in the order SiT's output layer has."""
-    b, c, h, w = latent.shape
-    grid = latent.reshape(b, c, h // patch, patch, w // patch, patch)
+def latent_tokens(latents: Tensor, patch: int) -> Tensor:
+    """Cut latents into the backbone's patches, in the order of SiT's output layer.
+
+    Args:
+        latents: (B, C, H, W).
+        patch: Patch size p.
+
+    Returns:
+        (B, N, p * p * C).
+    """
+    b, c, h, w = latents.shape
+    grid = latents.reshape(b, c, h // patch, patch, w // patch, patch)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
 
 
+@dataclass(frozen=True)
+class LatentSettings:
+    """Settings of SRA 2."""
+
+    target: str = field(
+        default="mean",
+        metadata={
+            "help": "posterior mean, or the posterior sample that noise is added to",
+            "choices": ("mean", "sample"),
+        },
+    )
+    normalize: str = field(
+        default="none",
+        metadata={
+            "help": "channel: normalise each latent channel to mean 0 and std 1 over the cache",
+            "choices": ("none", "channel"),
+        },
+    )
+
+
 class Latents(Target):
-    """SRA 2: the clean latents that the frozen VAE has already made."""
+    """SRA 2: the clean latents that the frozen VAE has already produced."""
 
-    name, title, paper = "sra2", "SRA 2", "arXiv:2601.17830"
-    flags = ("align_target", "align_normalize")
+    name = "sra2"
+    title = "SRA 2"
+    paper = "arXiv:2601.17830"
+    Settings = LatentSettings
 
-    @staticmethod
-    def add_flags(add: Callable[..., Any]) -> None:
-        add(
-            "--align-target",
-            choices=("mean", "sample"),
-            help="sra2: posterior mean, or the very sample that was noised (default: mean)",
-        )
-        add(
-            "--align-normalize",
-            choices=("none", "channel"),
-            help="sra2: channel: each latent channel to mean 0 and std 1 over the cache (default: none)",
-        )
+    def __init__(
+        self,
+        record: dict,
+        settings: LatentSettings,
+        network: SiTConfig,
+        cache: CacheInfo,
+        context: RunContext,
+    ):
+        super().__init__(record, settings, network, cache, context)
+        self.mean = torch.tensor(cache.mean, device=context.device)[:, None, None]
+        self.std = torch.tensor(cache.std, device=context.device)[:, None, None]
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
-        return Defaults(default_align_block(model), 1.0, 5, 2 * width)
+        return Defaults(default_align_block(model), weight=1.0, layers=5, hidden=2 * width)
 
     @staticmethod
-    def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
-        out = config.patch**2 * config.channels
-        return {
-            "out": out,
-            "target": args.align_target or "mean",
-            "normalize": args.align_normalize or "none",
-        }
+    def plan(settings: LatentSettings, network: SiTConfig, cache: CacheInfo) -> Plan:
+        record = {"target": settings.target, "normalize": settings.normalize}
+        return Plan(network.patch**2 * network.channels, record)
 
-    def __init__(
-        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
-    ):
-        super().__init__(entry, args, config, data, parts)
-        self.mean, self.std = (
-            torch.tensor(value, device=parts.device)[:, None, None]
-            for value in (data.mean, data.std)
-        )
+    def __call__(self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]) -> Tensor:
+        use_sample = self.record["target"] == "sample"
+        latents = inputs.latents if use_sample else inputs.posterior_mean
+        if self.record["normalize"] == "channel":
+            latents = (self.cache.scale.denormalize(latents) - self.mean) / self.std
+        return latent_tokens(latents, self.network.patch)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        latent = batch.latent if self.entry["target"] == "sample" else batch.mean
-        if self.entry["normalize"] == "channel":
-            latent = (self.data.scale.denormalize(latent) - self.mean) / self.std
-        return latent_tokens(latent, self.config.patch)
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Settings of REPA."""
+
+    encoder: str = field(
+        default="dinov2-b",
+        metadata={"help": "image encoder: a timm model name, or REPA's name for it"},
+    )
+    weights: Path | None = field(
+        default=None,
+        metadata={
+            "help": "file with the encoder's weights in timm's format (default: download from the hub)"
+        },
+    )
+    side: int | None = field(
+        default=None,
+        metadata={
+            "help": "encoder input size in pixels (default: that of the stored features, otherwise "
+            "REPA's, 224 for 256-pixel images, and never below 224)"
+        },
+    )
+    source: str = field(
+        default="auto",
+        metadata={
+            "help": "images: encode the cache's images in every step; features: read features that "
+            "preprocessing.encode_features stored; auto: features if the cache has them",
+            "choices": ("auto", "images", "features"),
+        },
+    )
 
 
 class EncoderTokens(Target):
-    """REPA: the patch tokens of a frozen image encoder that others have trained."""
+    """REPA: the patch tokens of a frozen, pretrained image encoder."""
 
-    name, title, paper = "repa", "REPA", "arXiv:2410.06940"
-    flags = ("repa_encoder", "encoder_weights", "repa_side", "repa_from")
-
-    @staticmethod
-    def add_flags(add: Callable[..., Any]) -> None:
-        add(
-            "--repa-encoder",
-            "--enc-type",
-            metavar="NAME",
-            help="repa: any of timm's, or REPA's spelling (default: dinov2-b)",
-        )
-        add(
-            "--encoder-weights",
-            type=Path,
-            metavar="FILE",
-            help="repa: weights of timm's form (default: the hub's)",
-        )
-        add(
-            "--repa-side",
-            type=int,
-            metavar="N",
-            help="repa: pixels a side that the encoder sees (default: as stored features, else REPA's, 224 for images of 256, "
-            "never less than 224)",
-        )
-        add(
-            "--repa-from",
-            choices=("auto", "images", "features"),
-            help="repa: encode the cache's images in every step, or read features stored ahead of time "
-            "(default: auto: features where the cache has this encoder's)",
-        )
-
-    @staticmethod
-    def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
-        return Defaults(min(8, max(1, 2 * depth // 3)), 0.5, 3, 2048)
-
-    @staticmethod
-    def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
-        given = "dinov2-b" if args.repa_encoder is None else args.repa_encoder
-        try:
-            encoder, (width, side) = (
-                canonical_name(given),
-                describe_encoder(given, data.resolution, args.repa_side),
-            )
-        except EncoderError as error:
-            raise TargetError(f"--repa-encoder {error}") from None
-        grid = config.latent_size // config.patch
-        stored = [
-            folder
-            for folder, told in (data.features or {}).items()
-            if (told["encoder"], told["tokens_side"]) == (encoder, grid)
-            and args.repa_side in (None, told["side"])
-        ]
-        if len(stored) > 1:
-            sides = " ".join(str(data.features[folder]["side"]) for folder in stored)
-            raise TargetError(
-                f"--repa-side: the cache holds features of {encoder} at {sides} pixels: name one of them"
-            )
-        where = args.repa_from or "auto"
-        if where == "features" and not stored:
-            raise TargetError(
-                f"--repa-from features: the cache holds none of {encoder} on a grid of {grid} x {grid}: make them with "
-                f"python -m preprocessing.encode_features CACHE --encoder {given} --tokens-side {grid}"
-                + f" --side {args.repa_side}"
-                * (args.repa_side is not None)
-            )
-        source = f"features/{stored[0]}" if stored and where != "images" else "images"
-        if source == "images" and not data.images:
-            raise TargetError(
-                "--align repa needs images and the cache keeps none: give the command that made it (encode_latents or "
-                "import_repa) again, with --keep-images"
-            )
-        if source != "images":
-            side = data.features[stored[0]]["side"]
-        return {"out": width, "encoder": encoder, "side": side, "from": source}
-
-    @staticmethod
-    def settle(args: argparse.Namespace, entry: dict) -> None:
-        args.repa_from = args.repa_from or ("images" if entry["from"] == "images" else "features")
-        args.repa_side = entry["side"] if args.repa_side is None else args.repa_side
+    name = "repa"
+    title = "REPA"
+    paper = "arXiv:2410.06940"
+    Settings = EncoderSettings
 
     def __init__(
-        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
+        self,
+        record: dict,
+        settings: EncoderSettings,
+        network: SiTConfig,
+        cache: CacheInfo,
+        context: RunContext,
     ):
-        super().__init__(entry, args, config, data, parts)
-        self.encoder, grid = None, config.latent_size // config.patch
-        if entry["from"] != "images" and not args.encoder_weights:
+        super().__init__(record, settings, network, cache, context)
+        self.encoder: Encoder | None = None
+        reads_images = record["from"] == "images"
+        if not reads_images and not settings.weights:
             return
         try:
             encoder = Encoder(
-                entry["encoder"],
-                data.resolution,
-                grid,
-                args.encoder_weights,
-                device=parts.device,
-                side=entry["side"],
+                record["encoder"],
+                cache.resolution,
+                network.latent_size // network.patch,
+                settings.weights,
+                device=context.device,
+                side=record["side"],
             )
         except EncoderError as error:
-            raise TargetError(f"--repa-encoder {error}") from None
-        if entry["from"] == "images":
+            raise FieldError("encoder", str(error)) from None
+        if reads_images:
             self.encoder = encoder
-            if parts.compile:
+            if context.compile:
                 self.encoder.compile()
         elif encoder.fingerprint != self.identity["fingerprint"]:
-            raise TargetError(
-                f"--encoder-weights {args.encoder_weights}: the cache's {entry['from']} were made with other weights of "
-                f"{entry['encoder']}; --repa-from images takes these"
+            raise FieldError(
+                "weights",
+                f"{settings.weights} differs from the weights of {record['encoder']} that the "
+                f"cache's {record['from']} were computed with; pass --repa-from images to use it",
             )
 
-    def __call__(self, batch: Batch) -> Tensor:
-        return batch.extra.float() if self.encoder is None else self.encoder(batch.extra)
+    @staticmethod
+    def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
+        block = min(8, max(1, 2 * depth // 3))
+        return Defaults(block, weight=0.5, layers=3, hidden=2048)
+
+    @staticmethod
+    def plan(settings: EncoderSettings, network: SiTConfig, cache: CacheInfo) -> Plan:
+        try:
+            encoder = canonical_name(settings.encoder)
+            width, side = describe_encoder(settings.encoder, cache.resolution, settings.side)
+        except EncoderError as error:
+            raise FieldError("encoder", str(error)) from None
+        folder = _find_features(settings, encoder, network.latent_size // network.patch, cache)
+        if folder and settings.source != "images":
+            side = cache.features[folder]["side"]
+            return Plan(width, {"encoder": encoder, "side": side, "from": f"features/{folder}"})
+        if not cache.has_images:
+            raise FieldError(
+                "method",
+                "needs images, but the cache has none: rerun the command that created it "
+                "(encode_latents or import_repa) with --keep-images",
+            )
+        return Plan(width, {"encoder": encoder, "side": side, "from": "images"})
+
+    @staticmethod
+    def restore(settings: EncoderSettings, record: dict) -> EncoderSettings:
+        if settings.source == "auto":
+            source = "images" if record["from"] == "images" else "features"
+            settings = replace(settings, source=source)
+        if settings.side is None:
+            settings = replace(settings, side=record["side"])
+        return settings
+
+    @staticmethod
+    def cost(record: dict, network: SiTConfig, cache: CacheInfo) -> Cost:
+        if record["from"] != "images":
+            return Cost()
+        return Cost(*encoder_cost(record["encoder"], cache.resolution, record["side"]))
 
     @property
-    def extra(self) -> str | None:
-        return self.entry["from"]
+    def cache_inputs(self) -> tuple[str, ...]:
+        return (self.record["from"],)
 
     @property
     def identity(self) -> dict:
-        stored = self.data.features or {}
-        folder = self.entry["from"].removeprefix("features/")
-        return {
-            "fingerprint": self.encoder.fingerprint
-            if self.encoder
-            else stored[folder]["fingerprint"]
-        }
+        if self.encoder:
+            return {"fingerprint": self.encoder.fingerprint}
+        folder = self.record["from"].removeprefix("features/")
+        return {"fingerprint": self.cache.features[folder]["fingerprint"]}
 
-    @staticmethod
-    def cost(entry: dict, config: SiTConfig, data: Data) -> tuple[int, int]:
-        return (
-            encoder_cost(entry["encoder"], data.resolution, entry["side"])
-            if entry["from"] == "images"
-            else (0, 0)
+    def __call__(self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]) -> Tensor:
+        stored = inputs.cache_inputs[self.record["from"]]
+        return stored.float() if self.encoder is None else self.encoder(stored)
+
+
+def _find_features(
+    settings: EncoderSettings, encoder: str, grid: int, cache: CacheInfo
+) -> str | None:
+    """Return the folder of stored features that fits the settings, or None."""
+    folders = [
+        folder
+        for folder, info in cache.features.items()
+        if (info["encoder"], info["tokens_side"]) == (encoder, grid)
+        and settings.side in (None, info["side"])
+    ]
+    if len(folders) > 1:
+        sides = " ".join(str(cache.features[folder]["side"]) for folder in folders)
+        raise FieldError(
+            "side", f"the cache holds features of {encoder} at {sides} pixels: choose one of them"
         )
+    if not folders and settings.source == "features":
+        side = "" if settings.side is None else f" --side {settings.side}"
+        raise FieldError(
+            "source",
+            f"features: the cache has no features of {encoder} on a {grid} x {grid} grid: create "
+            f"them with python -m preprocessing.encode_features CACHE --encoder {settings.encoder} "
+            f"--tokens-side {grid}{side}",
+        )
+    return folders[0] if folders else None
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Settings of SRA."""
+
+    teacher_block: int | None = field(
+        default=None,
+        metadata={
+            "help": "block of the EMA teacher, counted from 1 (default: three quarters of the "
+            "depth, 20 for XL)"
+        },
+    )
+    t_max: float = field(
+        default=0.2,
+        metadata={"help": "X in the teacher's timestep max(t - X u, 0), with u uniform on [0, 1]"},
+    )
 
 
 class Teacher(Target):
-    """SRA: a later block of the run's own average, which sees less noise (arXiv:2505.02831, sec. 3)."""
+    """SRA: a later block of the run's own EMA at a smaller timestep (arXiv:2505.02831, sec. 3)."""
 
-    name, title, paper = "sra", "SRA", "arXiv:2505.02831"
-    flags = ("sra_teacher_block", "sra_t_max")
+    name = "sra"
+    title = "SRA"
+    paper = "arXiv:2505.02831"
+    Settings = TeacherSettings
 
-    @staticmethod
-    def add_flags(add: Callable[..., Any]) -> None:
-        add(
-            "--sra-teacher-block",
-            type=int,
-            metavar="K",
-            help="sra: block of the average, counted from 1 (default: three quarters of the depth, 20 for XL)",
-        )
-        add(
-            "--sra-t-max",
-            type=float,
-            metavar="X",
-            help="sra: the average sees t - X u, u uniform on [0, 1], not below 0 (default: 0.2)",
-        )
+    def __init__(
+        self,
+        record: dict,
+        settings: TeacherSettings,
+        network: SiTConfig,
+        cache: CacheInfo,
+        context: RunContext,
+    ):
+        super().__init__(record, settings, network, cache, context)
+        features = context.ema.features
+        self.features = torch.compile(features) if context.compile else features
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
         block = 8 if "-XL/" in model else max(1, round(depth / 4))
-        return Defaults(block, 0.5 if loss == "cosine" else 0.2, 2, 2 * width)
+        weight = 0.5 if loss == "cosine" else 0.2
+        return Defaults(block, weight, layers=2, hidden=2 * width)
 
     @staticmethod
-    def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> dict:
-        usual = 20 if "-XL/" in args.model else round(3 * config.depth / 4)
-        block = usual if args.sra_teacher_block is None else args.sra_teacher_block
-        t_max = 0.2 if args.sra_t_max is None else args.sra_t_max
-        if not 1 <= block <= config.depth:
-            raise TargetError(
-                f"--sra-teacher-block {block}: {args.model} has blocks 1 to {config.depth}"
-            )
-        if not 0 <= t_max <= 1:
-            raise TargetError(f"--sra-t-max {t_max} is not a number from 0 to 1")
-        return {"out": config.width, "teacher_block": block, "t_max": t_max}
+    def plan(settings: TeacherSettings, network: SiTConfig, cache: CacheInfo) -> Plan:
+        depth = network.depth
+        block = settings.teacher_block
+        if block is None:
+            block = 20 if depth == 28 else round(3 * depth / 4)  # only XL has 28 blocks
+        if not 1 <= block <= depth:
+            raise FieldError("teacher_block", f"{block}: the model has blocks 1 to {depth}")
+        if not 0 <= settings.t_max <= 1:
+            raise FieldError("t_max", f"{settings.t_max} is not a number from 0 to 1")
+        return Plan(network.width, {"teacher_block": block, "t_max": settings.t_max})
 
-    def __init__(
-        self, entry: dict, args: argparse.Namespace, config: SiTConfig, data: Data, parts: Parts
-    ):
-        super().__init__(entry, args, config, data, parts)
-        self.features = torch.compile(parts.ema.features) if parts.compile else parts.ema.features
+    @staticmethod
+    def cost(record: dict, network: SiTConfig, cache: CacheInfo) -> Cost:
+        return Cost(flops=backbone_flops(network, record["teacher_block"]))
 
-    def __call__(self, batch: Batch) -> Tensor:
-        block = self.entry["teacher_block"]
-        t = (batch.t - self.entry["t_max"] * batch.u).clamp(0, 1)
-        with self.parts.autocast():
-            tokens = self.features(
-                self.parts.noised(batch.latent, batch.noise, t), t, batch.labels, (block,)
-            )[block]
+    def __call__(self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]) -> Tensor:
+        block = self.record["teacher_block"]
+        t = (inputs.t - self.record["t_max"] * inputs.target_uniform).clamp(0, 1)
+        with self.context.autocast():
+            x_t = self.context.add_noise(inputs.latents, inputs.noise, t)
+            tokens = self.features(x_t, t, inputs.labels, (block,))[block]
         return tokens.float()
-
-    @staticmethod
-    def cost(entry: dict, config: SiTConfig, data: Data) -> tuple[int, int]:
-        return 0, backbone_flops(config, entry["teacher_block"])
 
 
 TARGETS: dict[str, type[Target]] = {

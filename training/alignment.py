@@ -1,299 +1,290 @@
-"""Which methods of alignment a run has, and how: their flags, and what these amount to."""
+"""Alignment methods in a run: planned from the settings, loaded once, applied in every step."""
 
-import argparse
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from checkpointing.storage import CheckpointError, read_config
-from common import cli
 from common.cli import UserError
 from interpolant import INTERPOLANTS, interpolate
-from latents.cache import Manifest
-from loss import ALIGN_LOSSES
+from latents.manifest import Manifest
+from loss import alignment_loss, cosine_distance
 from models.autoencoder import LatentScale
+from models.errors import FieldError
 from models.flops import backbone_flops, head_flops
-from models.projector import AlignedSiT
-from models.sit import PRESETS, SiT, SiTConfig
-from models.targets import TARGETS, Data, Parts, Target, TargetError
+from models.projector import AlignedOutput, AlignedSiT, make_head
+from models.sit import SiT, SiTConfig
+from models.targets import TARGETS, CacheInfo, RunContext, Target, TrainingInputs
+from training.alignment_config import AlignmentConfig, method_flags
 
-SHARED_FLAGS = (
-    "align_depth",
-    "align_weight",
-    "align_loss",
-    "align_beta",
-    "align_t_range",
-    "align_stop_step",
-    "projector_layers",
-    "projector_width",
-)
+# Keys of an entry of config.json's "align" that all methods have.
+SHARED_KEYS = (
+    "method", "block", "weight", "loss", "beta", "t_range", "stop_step", "head", "heads",
+)  # fmt: skip
 
 
-SHARED = (
-    "method",
-    "block",
-    "weight",
-    "loss",
-    "beta",
-    "t_range",
-    "stop_step",
-    "head",
-)  # of an entry in config.json
+class AlignmentTerms(NamedTuple):
+    """Values of one alignment method, one per sample."""
+
+    loss: Tensor  # (B,), zero outside the timestep range
+    cosine: Tensor  # (B,), between projected and target tokens, whatever the loss; no gradient
+    token_norm: Tensor  # (B,), mean norm of the aligned block's tokens; no gradient
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Those that methods share, and those of each."""
-    add = parser.add_argument_group(
-        "alignment (where several values may stand: one for all methods, or one each)"
-    ).add_argument
-    add(
-        "--align",
-        choices=(*TARGETS, "none"),
-        nargs="+",
-        default=["sra2"],
-        metavar="METHOD",
-        help=f"one or several of {', '.join(TARGETS)}; none is vanilla SiT",
-    )
-    add(
-        "--align-depth",
-        "--encoder-depth",
-        type=block,
-        nargs="+",
-        metavar="K",
-        help="block aligned, counted from 1 (default: auto, the paper's for the model; sra2: B 2, L 8, XL 8; repa: 8)",
-    )
-    add(
-        "--align-weight",
-        "--proj-coeff",
-        type=cli.non_negative_float,
-        nargs="+",
-        metavar="X",
-        help="lambda of the alignment loss (default: sra2 1, repa 0.5, sra 0.5, or 0.2 if not cosine)",
-    )
-    add(
-        "--align-loss",
-        choices=ALIGN_LOSSES,
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(ALIGN_LOSSES)} (default: cosine; sra2's paper has smooth_l1 as its best)",
-    )
-    add(
-        "--align-beta",
-        type=cli.positive_float,
-        nargs="+",
-        metavar="X",
-        help="where smooth_l1 turns from quadratic to linear (default: 0.05)",
-    )
-    add(
-        "--align-t-range",
-        type=cli.fraction,
-        nargs="+",
-        metavar="LO HI",
-        help="timesteps aligned; 0 is data, 1 is noise (default: 0 1)",
-    )
-    add(
-        "--align-stop-step",
-        type=cli.non_negative_int,
-        nargs="+",
-        metavar="N",
-        help="align in the first N steps only; 0 in all (default: 0)",
-    )
-    add(
-        "--projector-layers",
-        type=cli.positive_int,
-        nargs="+",
-        metavar="N",
-        help="linear layers of the head (default: sra2 5, repa 3, sra 2)",
-    )
-    add(
-        "--projector-width",
-        type=cli.positive_int,
-        nargs="+",
-        metavar="N",
-        help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)",
-    )
-    for target in TARGETS.values():
-        target.add_flags(add)
+class Alignment:
+    """One alignment method of a run: its settings, its target and its loss.
 
+    Args:
+        config: Settings of the method.
+        target: The target.
+        heads: Names of the method's heads in the `AlignedSiT`, by the names of the targets.
+    """
 
-def check(args: argparse.Namespace) -> None:
-    """Puts in the place of each flag that methods share a list of what it is for each of them. Raises UserError."""
-    methods = [] if args.align == ["none"] else args.align
-    if "none" in methods:
-        raise UserError(f"--align {' '.join(methods)}: none goes with no other")
-    if len(set(methods)) < len(methods):
-        raise UserError(f"--align {' '.join(methods)}: each only once")
-    for name, target in TARGETS.items():
-        given = [flag for flag in target.flags if getattr(args, flag) is not None]
-        if given and name not in methods:
-            raise UserError(
-                f"{spelled(given[0])} goes with --align {name}, and --align is {' '.join(args.align)}"
+    def __init__(self, config: AlignmentConfig, target: Target, heads: dict[str, str]):
+        self.config = config
+        self.target = target
+        self.heads = heads
+
+    def is_active(self, step: int) -> bool:
+        """Return whether the method is applied in the update that follows `step` updates."""
+        return not self.config.stop_step or step < self.config.stop_step
+
+    def terms(self, output: AlignedOutput, inputs: TrainingInputs) -> AlignmentTerms:
+        """Compute the target and compare the projected tokens with it.
+
+        With several targets, loss and cosine are averaged over them.
+        """
+        with torch.no_grad():
+            tokens = {block: output.student_tokens[block] for block in self.target.student_blocks}
+            target = self.target(inputs, tokens)
+        targets = target if isinstance(target, dict) else {"": target}
+        losses = []
+        cosines = []
+        for name, target_tokens in targets.items():
+            projected = output.projected[self.heads[name]]
+            losses.append(
+                alignment_loss(
+                    projected,
+                    target_tokens,
+                    inputs.t,
+                    self.config.loss,
+                    self.config.beta,
+                    self.config.t_range,
+                )
             )
-    given = [flag for flag in SHARED_FLAGS if getattr(args, flag) is not None]
-    if given and not methods:
-        raise UserError(f"{spelled(given[0])} says how to align, and --align none does not")
-
-    preset = PRESETS[args.model]
-    losses = for_each(args, "align_loss", methods, [["cosine"]] * len(methods))
-    usual = [
-        TARGETS[name].defaults(args.model, preset["depth"], preset["width"], loss)
-        for name, [loss] in zip(methods, losses)
-    ]
-    values = {
-        "align_depth": [[each.block] for each in usual],
-        "align_weight": [[each.weight] for each in usual],
-        "align_loss": [["cosine"] for _ in usual],
-        "align_beta": [[0.05] for _ in usual],
-        "align_t_range": [[0.0, 1.0] for _ in usual],
-        "align_stop_step": [[0] for _ in usual],
-        "projector_layers": [[each.layers] for each in usual],
-        "projector_width": [[each.hidden] for each in usual],
-    }
-    for flag, default in values.items():
-        found = for_each(args, flag, methods, default)
-        found = [
-            usual if value == [None] else value for value, usual in zip(found, default)
-        ]  # auto
-        setattr(args, flag, [value if len(value) > 1 else value[0] for value in found])
-    for k in args.align_depth:
-        if k > preset["depth"]:
-            raise UserError(f"--align-depth {k}: {args.model} has blocks 1 to {preset['depth']}")
-    for low, high in args.align_t_range:
-        if low > high:
-            raise UserError(f"--align-t-range {low} {high}: LO lies above HI")
+            cosines.append(1 - cosine_distance(projected.detach(), target_tokens))
+        token_norm = output.token_norm[next(iter(self.heads.values()))]
+        return AlignmentTerms(_mean(losses), _mean(cosines), token_norm)
 
 
-def for_each(
-    args: argparse.Namespace, flag: str, methods: list[str], default: list[list]
-) -> list[list]:
-    """What a flag says, cut into a piece for each method. Raises UserError."""
-    given, size = getattr(args, flag), len(default[0]) if default else 1
-    if given is None or not methods:
-        return default
-    if len(given) not in (size, size * len(methods)):
-        each = (
-            f", or {size * len(methods)} for each of --align {' '.join(methods)}"
-            if len(methods) > 1
-            else ""
-        )
-        wanted = f"{size} value{'s' * (size > 1)}{' for all methods' if each else ''}{each}"
-        raise UserError(
-            f"{spelled(flag)} {' '.join(map(str, given))}: {len(given)} given, it takes {wanted}"
-        )
-    pieces = [given[i : i + size] for i in range(0, len(given), size)]
-    return pieces * len(methods) if len(pieces) == 1 else pieces
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
 
-def spelled(flag: str) -> str:
-    """As on the command line."""
-    return f"--{flag.replace('_', '-')}"
+def make_cache_info(manifest: Manifest, features: dict[str, dict] | None = None) -> CacheInfo:
+    """Return the properties of a cache that methods may depend on.
 
-
-def block(text: str) -> int | None:
-    """An argparse type: the number of a block, or auto, which is None."""
-    return None if text == "auto" else cli.positive_int(text)
-
-
-def data_of(manifest: Manifest, features: dict[str, dict] | None = None) -> Data:
-    """What methods of alignment may ask of a cache; `features` are those that it holds of encoders."""
-    return Data(
+    Args:
+        manifest: Manifest of the cache.
+        features: Encoder features that the cache stores: folder -> contents of features.json.
+    """
+    return CacheInfo(
         manifest.resolution,
         LatentScale(manifest.scale, manifest.shift),
         manifest.mean,
         manifest.std,
         manifest.images,
-        features,
+        features or {},
     )
 
 
-def plan(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[dict]:
-    """config.json's "align": an entry for each method. Raises UserError."""
-    found = []
-    for i, method in enumerate([] if args.align == ["none"] else args.align):
-        try:
-            own = TARGETS[method].plan(args, config, data)
-        except TargetError as error:
-            raise UserError(str(error)) from None
-        head = {"width": config.width, "out": own.pop("out"), "layers": args.projector_layers[i]}
-        found.append(
-            {
-                "method": method,
-                "block": args.align_depth[i],
-                "weight": args.align_weight[i],
-                "loss": args.align_loss[i],
-                "beta": args.align_beta[i],
-                "t_range": args.align_t_range[i],
-                "stop_step": args.align_stop_step[i],
-                "head": head | {"hidden": args.projector_width[i]},
-                **own,
-            }
-        )
-    return found
+def plan_alignments(
+    alignments: tuple[AlignmentConfig, ...], network: SiTConfig, cache: CacheInfo
+) -> list[dict]:
+    """Return config.json's "align": one entry per method.
 
-
-def settle(args: argparse.Namespace, checkpoint: Path) -> None:
-    """What was left open when the run of this checkpoint began stays what it became then. (One that is damaged is told of
-    where it is loaded.)
+    Raises:
+        UserError: A setting does not fit the network or the cache.
     """
-    with suppress(CheckpointError):
-        for entry in read_config(checkpoint).get("align", []):
-            TARGETS[entry["method"]].settle(args, entry)
+    entries = []
+    for config in alignments:
+        target = TARGETS[config.method]
+        try:
+            plan = target.plan(config.settings, network, cache)
+        except FieldError as error:
+            raise _name_flag(config.method, error) from None
+        entry = {
+            "method": config.method,
+            "block": config.block,
+            "weight": config.weight,
+            "loss": config.loss,
+            "beta": config.beta,
+            "t_range": list(config.t_range),
+            "stop_step": config.stop_step,
+        }
+        sizes = plan.out if isinstance(plan.out, dict) else {"": plan.out}
+        heads = {name: _head_spec(config, target, network.width, out) for name, out in sizes.items()}
+        entry |= {"heads": heads} if isinstance(plan.out, dict) else {"head": heads[""]}
+        entries.append(entry | plan.record)
+    return entries
 
 
-def load(
-    args: argparse.Namespace,
-    config: dict,
-    data: Data,
+def _head_spec(
+    config: AlignmentConfig, target: type[Target], width: int, out: int
+) -> dict | None:
+    if target.head is None:
+        return None
+    spec = {
+        "width": width,
+        "out": out,
+        "layers": config.projector_layers,
+        "hidden": config.projector_width,
+    }
+    return spec if target.head == "mlp" else {"kind": target.head, **spec}
+
+
+def head_specs(entry: dict) -> dict[str, dict | None]:
+    """Return the heads of a method by the names of its targets; "" if it has a single target."""
+    return entry["heads"] if "heads" in entry else {"": entry["head"]}
+
+
+def head_names(entry: dict) -> dict[str, str]:
+    """Return the names of a method's heads in the network, by the names of its targets."""
+    method = entry["method"]
+    return {name: f"{method}-{name}" if name else method for name in head_specs(entry)}
+
+
+def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
+    """Add the heads that config.json's "align" describes to a backbone."""
+    heads: dict[str, nn.Module] = {}
+    blocks = {}
+    for entry in align:
+        for target, name in head_names(entry).items():
+            heads[name] = make_head(head_specs(entry)[target])
+            blocks[name] = entry["block"]
+            # A head with weight 0 must not change the summation order of the clipping norm.
+            heads[name].requires_grad_(entry["weight"] > 0)
+    return AlignedSiT(backbone, heads, blocks)
+
+
+def restore_settings(
+    alignments: tuple[AlignmentConfig, ...], stored: list[dict]
+) -> tuple[AlignmentConfig, ...]:
+    """Return the settings of a resumed run: open ones get the values that the run started with.
+
+    Args:
+        alignments: Settings from the flags of this start.
+        stored: config.json's "align" of the checkpoint.
+    """
+    entries = {entry["method"]: entry for entry in stored}
+    return tuple(
+        replace(
+            config,
+            settings=TARGETS[config.method].restore(config.settings, entries[config.method]),
+        )
+        if config.method in entries
+        else config
+        for config in alignments
+    )
+
+
+def load_alignments(
+    alignments: tuple[AlignmentConfig, ...],
+    align: list[dict],
+    network: SiTConfig,
+    cache: CacheInfo,
+    context: RunContext,
+) -> dict[str, Alignment]:
+    """Load the target of each method and add what identifies it to its entry of `align`.
+
+    Args:
+        alignments: Settings of the methods.
+        align: config.json's "align", from `plan_alignments`.
+        network: Architecture of the backbone.
+        cache: Properties of the latent cache.
+        context: Parts of the run.
+
+    Raises:
+        UserError: A network or file that a setting names cannot be loaded.
+    """
+    loaded = {}
+    for config, entry in zip(alignments, align, strict=True):
+        try:
+            target = TARGETS[config.method](entry, config.settings, network, cache, context)
+        except FieldError as error:
+            raise _name_flag(config.method, error) from None
+        entry |= target.identity
+        loaded[config.method] = Alignment(config, target, head_names(entry))
+    return loaded
+
+
+def make_run_context(
+    path_type: str,
     ema: SiT,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-) -> dict[str, Target]:
-    """What each method aligns to; what identifies it is added to its entry in config. Raises UserError."""
-    path, network = INTERPOLANTS[args.path_type], SiTConfig(**config["model"])
+    compile: bool,  # noqa: A002 (torch's word)
+) -> RunContext:
+    """Return the parts of a run that targets may use.
 
-    def noised(latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return interpolate(path, latent, noise, t)[0]
+    Args:
+        path_type: A key of INTERPOLANTS.
+        ema: The first EMA of the run.
+        device: Device of the step.
+        autocast: Context manager of the run's mixed precision.
+        compile: Whether targets compile their networks.
+    """
+    path = INTERPOLANTS[path_type]
 
-    parts, targets = Parts(device, ema, noised, autocast, args.compile), {}
-    for entry in config["align"]:
-        try:
-            targets[entry["method"]] = TARGETS[entry["method"]](entry, args, network, data, parts)
-        except TargetError as error:
-            raise UserError(str(error)) from None
-        entry |= targets[entry["method"]].identity
-    return targets
+    def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return interpolate(path, latents, noise, t)[0]
 
-
-def extra(targets: dict[str, Target]) -> str | None:
-    """What of the cache the targets need beside latents. Raises UserError if they need two things."""
-    needed = {target.extra for target in targets.values()} - {None}
-    if len(needed) > 1:
-        raise UserError(
-            f"--align {' '.join(targets)}: they need {' and '.join(sorted(needed))} of the cache, which gives one"
-        )
-    return needed.pop() if needed else None
+    return RunContext(device, ema, add_noise, autocast, compile)
 
 
-def describe(entry: dict, model: AlignedSiT, data: Data) -> str:
-    """A method in one line: what of the network it is put on, and what it costs."""
-    config, head = (
-        model.backbone.config,
-        sum(p.numel() for p in model.heads[entry["method"]].parameters()),
-    )
-    size, body = sum(p.numel() for p in model.backbone.parameters()), backbone_flops(config)
-    outside, flops = TARGETS[entry["method"]].cost(entry, config, data)
-    own = "".join(
+def required_cache_inputs(alignments: dict[str, Alignment]) -> list[str]:
+    """Return the inputs that the methods read from the cache besides latents and labels."""
+    return sorted({name for a in alignments.values() for name in a.target.cache_inputs})
+
+
+def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
+    """Return one line about a method: its settings and its cost relative to the backbone.
+
+    Args:
+        entry: The method's entry in config.json.
+        model: The network.
+        cache: Properties of the latent cache.
+    """
+    config = model.backbone.config
+    backbone_size = sum(p.numel() for p in model.backbone.parameters())
+    heads = [model.heads[name] for name in head_names(entry).values()]
+    head_size = sum(p.numel() for head in heads for p in head.parameters())
+    flops = sum(head_flops(config, spec) for spec in head_specs(entry).values())
+    own_settings = "".join(
         f"{key.replace('_', ' ')} {value}, "
         for key, value in entry.items()
-        if key not in SHARED and key != "fingerprint"
+        if key not in SHARED_KEYS and key != "fingerprint"
     )
     line = (
-        f"{entry['method']}: {own}block {entry['block']}, {entry['loss']}, weight {entry['weight']:g}, a head of "
-        f"{head / 1e6:.1f}M parameters (+{head / size:.1%}), +{head_flops(config, entry['head']) / body:.1%} FLOPs both ways"
+        f"{entry['method']}: {own_settings}block {entry['block']}, {entry['loss']}, weight "
+        f"{entry['weight']:g}; head: {head_size / 1e6:.1f}M parameters "
+        f"(+{head_size / backbone_size:.1%}), +{flops / backbone_flops(config):.1%} FLOPs "
+        "forward and backward"
     )
-    if flops:
-        line += f"; for its target {outside / 1e6:.1f}M parameters and +{flops / body:.1%} FLOPs forward"
+    cost = TARGETS[entry["method"]].cost(entry, config, cache)
+    if cost.flops:
+        line += (
+            f"; target: {cost.parameters / 1e6:.1f}M parameters, "
+            f"+{cost.flops / backbone_flops(config):.1%} FLOPs forward"
+        )
     return line
+
+
+def _name_flag(method: str, error: FieldError) -> UserError:
+    """Return the error with the flag that its field stands for."""
+    if error.field == "method":
+        return UserError(f"--align {method} {error.reason}")
+    return UserError(f"{method_flags(method, error.field)[0]}: {error.reason}")

@@ -1,358 +1,510 @@
-"""The command line of train.py, and every mistake in it that can be seen before any work is done."""
+"""Settings of train.py as frozen dataclasses, its command line, and checks of the settings."""
 
-import argparse
 import json
 import math
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from common import cli
 from common.cli import UserError
+from common.config import add_flags, destination, flag_of, read_flags, record_flags, setting
 from common.machine import available_cores
 from evaluations.extractors import EXTRACTOR_NAMES
 from interpolant import INTERPOLANTS, PREDICTIONS, WEIGHTINGS
 from latents.cache import LatentCache, Manifest
 from models.sit import PRESETS, SiTConfig
-from models.targets import TARGETS, Data
-from training import alignment
-from training.alignment import spelled
+from training.alignment_config import (
+    AlignmentConfig,
+    add_alignment_flags,
+    method_destinations,
+    record_alignments,
+    resolve_alignments,
+)
+from training.trackers import TRACKER_NAMES
 
-# Flags that may change between two starts of one run; every other one is part of what the run is.
-FREE_FLAGS = {
-    "data_dir",
-    "cache_in_ram",
-    "output_dir",
-    "max_train_steps",
-    "checkpointing_steps",
-    "sampling_steps",
-    "preview_cfg_scale",
-    "log_every",
-    "keep_last",
-    "milestone_steps",
-    "num_workers",
-    "report_to",
-    "gradient_accumulation_steps",
-    "compile",
-    "activation_checkpointing",
-    "vae",
-    "resolution",
-    "num_classes",
-    "epochs",
-    "eval_every",
-    "eval_samples",
-    "eval_reference",
-    "eval_latents",
-    "eval_features",
-    "eval_mode",
-    "eval_heun",
-    "eval_num_steps",
-    "eval_cfg_scale",
-    "eval_batch_size",
-    "inception_weights",
-    *(
-        flag for target in TARGETS.values() for flag in target.flags
-    ),  # what they say stands in config.json
-}
+DEFAULT_NUM_STEPS = 400_000
+GPU_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags as they stand on the command line, or in argv; `doc` heads the help."""
-    parser = cli.Parser(doc, "train.py", "--exp-name NAME --data-dir PATH")
+@dataclass(frozen=True)
+class RunConfig:
+    """Name, place and seed of a run."""
 
-    add = parser.add_argument_group("run").add_argument
-    add("--exp-name", required=True, help="name of the run; it lives in OUTPUT_DIR/EXP_NAME")
-    add("--output-dir", type=Path, default=Path("exps"), help="where runs live")
-    add(
-        "--seed",
-        type=cli.seed,
-        default=0,
-        help="of initialisation and of the whole training stream",
+    exp_name: str = setting(help="name of the run; its files are in OUTPUT_DIR/EXP_NAME")
+    output_dir: Path = setting(
+        Path("exps"), help="folder that holds the run folders", may_change=True
+    )
+    seed: int = setting(
+        0, help="seed of the initial weights and of all training randomness", type=cli.seed
     )
 
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data-dir",
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.output_dir / self.exp_name
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The latent cache and how it is read."""
+
+    data_dir: tuple[Path, ...] = setting(
+        help="latent cache; several caches are joined",
         type=Path,
-        required=True,
         nargs="+",
         action="extend",
-        help="latent cache; several are joined",
+        may_change=True,
     )
-    add(
-        "--cache-in-ram",
-        action="store_true",
-        help="read the cache into memory first, once on each machine: for slow disks",
+    cache_in_ram: bool = setting(
+        False,
+        help="load the cache into memory first, once per machine; for slow disks",
+        may_change=True,
     )
-    add(
-        "--resolution",
+    resolution: int | None = setting(
+        None,
+        help="image size in pixels that the cache must have",
         type=cli.positive_int,
-        help="stop unless the cache has this many pixels a side",
+        may_change=True,
     )
-    add("--num-classes", type=cli.positive_int, help="stop unless the cache has this many classes")
-    add(
-        "--num-workers",
+    num_classes: int | None = setting(
+        None,
+        help="number of classes that the cache must have",
+        type=cli.positive_int,
+        may_change=True,
+    )
+    num_workers: int = setting(
+        min(4, available_cores()),
+        help="loader processes per training process",
         type=cli.non_negative_int,
-        default=min(4, available_cores()),
-        help="loader processes for each training process",
+        may_change=True,
     )
 
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    model: str = setting(
+        "SiT-XL/2",
+        help="SiT-Ti/2, or SiT-{S,B,L,XL} with patch size /1, /2, /4 or /8",
         choices=PRESETS,
-        default="SiT-XL/2",
         metavar="NAME",
-        help="SiT-Ti/2, or SiT- S, B, L, XL with /1 /2 /4 /8",
     )
-    add(
-        "--path-type",
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The denoising objective."""
+
+    path_type: str = setting(
+        "linear",
+        help="interpolant between data and noise; vp is that of DDPM and DiT",
         choices=INTERPOLANTS,
-        default="linear",
-        help="between data and noise; vp is DDPM's and DiT's",
     )
-    add(
-        "--prediction",
-        choices=PREDICTIONS,
-        default="v",
-        help="what the network predicts: velocity, data or noise",
+    prediction: str = setting(
+        "v", help="what the network predicts: velocity, data or noise", choices=PREDICTIONS
     )
-    add(
-        "--weighting",
+    weighting: str = setting(
+        "uniform",
+        help="distribution of timesteps; lognormal: log-normal sigma/alpha, as in REPA",
         choices=WEIGHTINGS,
-        default="uniform",
-        help="of timesteps; lognormal: sigma/alpha is, as in REPA",
     )
-    add(
-        "--cfg-prob",
+    cfg_prob: float = setting(
+        0.1,
+        help="fraction of labels dropped for classifier-free guidance",
         type=cli.fraction,
-        default=0.1,
-        help="share of labels dropped for classifier-free guidance",
     )
 
-    alignment.add_flags(parser)
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add(
-        "--max-train-steps",
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length of the run and size of its batches."""
+
+    max_train_steps: int | None = setting(
+        None,
+        help=f"number of optimizer updates (default: {DEFAULT_NUM_STEPS:,}, unless --epochs is "
+        "passed)",
         type=cli.positive_int,
-        help="optimizer updates (default: 400,000, unless --epochs says)",
+        may_change=True,
     )
-    add(
-        "--epochs",
+    epochs: float | None = setting(
+        None,
+        help="number of passes over the data, instead of --max-train-steps",
         type=cli.positive_float,
-        help="passes over the data, instead of --max-train-steps",
+        may_change=True,
     )
-    add(
-        "--batch-size",
+    batch_size: int = setting(
+        256,
+        help="global batch size: images per update over all processes",
         type=cli.positive_int,
-        default=256,
-        help="global batch: images of one update, over all processes",
     )
-    add(
-        "--gradient-accumulation-steps",
+    gradient_accumulation_steps: int = setting(
+        1,
+        help="number of micro-batches per process and update",
         type=cli.positive_int,
-        default=1,
-        help="parts a process cuts its share of the batch into",
+        may_change=True,
     )
-    add("--learning-rate", type=cli.positive_float, default=1e-4, help="AdamW's, constant")
-    add("--adam-beta1", type=cli.decay, default=0.9, help="AdamW")
-    add("--adam-beta2", type=cli.decay, default=0.999, help="AdamW")
-    add("--adam-weight-decay", type=cli.non_negative_float, default=0.0, help="AdamW")
-    add("--adam-epsilon", type=cli.positive_float, default=1e-8, help="AdamW")
-    add("--max-grad-norm", type=cli.positive_float, default=1.0, help="gradient clipping")
-    add(
-        "--ema-decay",
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, gradient clipping and weight averages."""
+
+    learning_rate: float = setting(
+        1e-4, help="learning rate of AdamW, constant", type=cli.positive_float
+    )
+    adam_beta1: float = setting(0.9, help="beta1 of AdamW", type=cli.decay)
+    adam_beta2: float = setting(0.999, help="beta2 of AdamW", type=cli.decay)
+    adam_weight_decay: float = setting(
+        0.0, help="weight decay of AdamW", type=cli.non_negative_float
+    )
+    adam_epsilon: float = setting(1e-8, help="epsilon of AdamW", type=cli.positive_float)
+    max_grad_norm: float = setting(
+        1.0, help="gradient norm above which gradients are scaled down", type=cli.positive_float
+    )
+    ema_decay: tuple[float, ...] = setting(
+        (0.9999,),
+        help="EMA decay per step; pass several for several EMAs (the first is the primary one)",
         type=cli.decay,
         nargs="+",
-        default=[0.9999],
-        help="of the averaged weights, per step; several keep an average each, the first is the run's own",
     )
-    add(
-        "--mixed-precision",
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Precision and memory use on the device."""
+
+    mixed_precision: str = setting(
+        "auto",
+        help="autocast precision; auto: bf16 on GPUs that support it, otherwise no",
         choices=("auto", "no", "fp16", "bf16"),
-        default="auto",
-        help="auto: bf16 on GPUs that have it",
     )
-    add("--compile", action="store_true", help="compile the repeated block once (torch.compile)")
-    add(
-        "--activation-checkpointing",
-        action="store_true",
-        help="keep the blocks' inputs only: less memory, a third more work",
+    compile: bool = setting(
+        False, help="compile the repeated block once (torch.compile)", may_change=True
     )
-    add("--allow-tf32", action="store_true", help="TF32 for float32 matrix products on GPUs")
+    activation_checkpointing: bool = setting(
+        False,
+        help="keep only the inputs of the blocks: less memory, a third more computation",
+        may_change=True,
+    )
+    allow_tf32: bool = setting(
+        False, help="use TF32 for float32 matrix products and convolutions on GPUs"
+    )
 
-    add = parser.add_argument_group("logging").add_argument
-    add(
-        "--log-every",
-        type=cli.positive_int,
-        default=100,
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Metrics and trackers."""
+
+    log_every: int = setting(
+        100,
         help="steps between lines of metrics.jsonl",
-    )
-    add(
-        "--checkpointing-steps",
         type=cli.positive_int,
-        default=50_000,
-        help="steps between checkpoints; the last step has one too",
+        may_change=True,
     )
-    add(
-        "--keep-last",
+    report_to: tuple[str, ...] = setting(
+        ("none",),
+        help="experiment trackers besides metrics.jsonl: none, all (every installed one), or names "
+        f"out of {', '.join(TRACKER_NAMES)}",
+        choices=("none", "all", *TRACKER_NAMES),
+        nargs="+",
+        metavar="NAME",
+        may_change=True,
+    )
+    wandb_project: str = setting("sra2", help="project name in the trackers", may_change=True)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    checkpointing_steps: int = setting(
+        50_000,
+        help="steps between checkpoints; the last step is saved as well",
+        type=cli.positive_int,
+        may_change=True,
+    )
+    keep_last: int = setting(
+        0,
+        help="number of newest checkpoints to keep; 0 keeps all",
         type=cli.non_negative_int,
-        default=0,
-        help="newest checkpoints kept; 0 keeps all",
+        may_change=True,
     )
-    add(
-        "--milestone-steps",
+    milestone_steps: int = setting(
+        0,
+        help="with --keep-last, also keep checkpoints at multiples of this many steps",
         type=cli.non_negative_int,
-        default=0,
-        help="with --keep-last, multiples of this many steps are kept too",
-    )
-    add(
-        "--sampling-steps",
-        type=cli.non_negative_int,
-        default=10_000,
-        help="steps between previews; 0 for none",
-    )
-    add(
-        "--preview-cfg-scale",
-        type=cli.non_negative_float,
-        default=1.5,
-        help="guidance of the previews; 1 is none",
-    )
-    add(
-        "--vae",
-        help="autoencoder that decodes previews: hub id or folder (default: the one that made the cache)",
-    )
-    add(
-        "--report-to",
-        choices=("none", "wandb"),
-        default="none",
-        help="metrics.jsonl is always written",
+        may_change=True,
     )
 
-    add = parser.add_argument_group(
-        "evaluation while training, on the averaged weights"
-    ).add_argument
-    add(
-        "--eval-every",
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Sample grids of the EMA during training."""
+
+    every: int = setting(
+        10_000,
+        help="steps between previews; 0 disables them",
+        flags=("--sampling-steps",),
         type=cli.non_negative_int,
-        default=0,
-        help="steps between evaluations, and one at the end; 0 for none",
+        may_change=True,
     )
-    add(
-        "--eval-samples",
+    cfg_scale: float = setting(
+        1.5,
+        help="guidance scale of previews; 1 disables guidance",
+        flags=("--preview-cfg-scale",),
+        type=cli.non_negative_float,
+        may_change=True,
+    )
+    vae: str | None = setting(
+        None,
+        help="autoencoder that decodes previews: hub id or folder (default: the one that created "
+        "the cache)",
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Metrics of the EMA during training."""
+
+    every: int = setting(
+        0,
+        help="steps between evaluations; the last step is evaluated as well; 0 disables them",
+        flags=("--eval-every",),
+        type=cli.non_negative_int,
+        may_change=True,
+    )
+    samples: int = setting(
+        5000,
+        help="number of samples; fewer than 50,000 give a larger FID",
+        flags=("--eval-samples",),
         type=cli.positive_int,
-        default=5000,
-        help="images; fewer than 50,000 make a larger FID",
+        may_change=True,
     )
-    add(
-        "--eval-reference",
-        type=Path,
+    reference: Path | None = setting(
+        None,
         help="ADM's .npz, or images: a folder tree class/image.ext or a zip",
+        flags=("--eval-reference",),
+        may_change=True,
     )
-    add(
-        "--eval-latents",
-        type=Path,
+    latents: Path | None = setting(
+        None,
+        help="latent cache of held-out images; their loss is measured on EVAL_SAMPLES images",
+        flags=("--eval-latents",),
         metavar="DIR",
-        help="images held out, a latent cache: the loss on EVAL_SAMPLES of them",
+        may_change=True,
     )
-    add(
-        "--eval-features",
-        default="inception",
-        help=f"a network: {', '.join(EXTRACTOR_NAMES)} (the shipped classifier is fashion)",
+    features: str = setting(
+        "inception",
+        help=f"feature network: {', '.join(EXTRACTOR_NAMES)} (fashion is the bundled classifier)",
+        flags=("--eval-features",),
+        may_change=True,
     )
-    add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
-    add(
-        "--eval-mode",
+    inception_weights: Path | None = setting(
+        None,
+        help="file with Inception's weights (default: torch hub's folder)",
+        may_change=True,
+    )
+    mode: str = setting(
+        "sde",
+        help="same as --mode of sample_ddp.py, with --global-seed 0",
+        flags=("--eval-mode",),
         choices=("sde", "ode"),
-        default="sde",
-        help="as sample_ddp.py's --mode, with --global-seed 0",
+        may_change=True,
     )
-    add("--eval-heun", action="store_true", help="as sample_ddp.py's --heun")
-    add(
-        "--eval-num-steps",
+    heun: bool = setting(
+        False, help="same as --heun of sample_ddp.py", flags=("--eval-heun",), may_change=True
+    )
+    num_steps: int = setting(
+        250,
+        help="same as --num-steps of sample_ddp.py",
+        flags=("--eval-num-steps",),
         type=cli.positive_int,
-        default=250,
-        help="as sample_ddp.py's --num-steps",
+        may_change=True,
     )
-    add(
-        "--eval-cfg-scale",
+    cfg_scale: float = setting(
+        1.0,
+        help="same as --cfg-scale of sample_ddp.py",
+        flags=("--eval-cfg-scale",),
         type=cli.non_negative_float,
-        default=1.0,
-        help="as sample_ddp.py's --cfg-scale",
+        may_change=True,
     )
-    add(
-        "--eval-batch-size",
+    batch_size: int = setting(
+        32,
+        help="same as --per-proc-batch-size of sample_ddp.py",
+        flags=("--eval-batch-size",),
         type=cli.positive_int,
-        default=32,
-        help="as sample_ddp.py's --per-proc-batch-size",
+        may_change=True,
     )
 
-    return parser.parse_args(argv)
+
+class Settings(NamedTuple):
+    """Everything that train.py's command line sets. Classes take the parts that they need."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    alignments: tuple[AlignmentConfig, ...]
+    loop: LoopConfig
+    optimizer: OptimizerConfig
+    device: DeviceConfig
+    log: LogConfig
+    checkpoint: CheckpointConfig
+    preview: PreviewConfig
+    evaluation: EvaluationConfig
+    print_config: bool
 
 
-def paths(several: list[Path]) -> str:
-    """As they stand on the command line."""
-    return " ".join(map(str, several))
+_GROUPS: dict[str, tuple[type, ...]] = {
+    "run": (RunConfig,),
+    "data": (DataConfig,),
+    "model": (ModelConfig, ObjectiveConfig),
+    "alignment": (),
+    "optimisation": (LoopConfig, OptimizerConfig, DeviceConfig),
+    "logging": (LogConfig, CheckpointConfig, PreviewConfig),
+    "evaluation of the EMA during training": (EvaluationConfig,),
+}
+_CONFIGS = [config for configs in _GROUPS.values() for config in configs]
 
 
-def check_args(args: argparse.Namespace, processes: int) -> None:
-    """Mistakes that can be seen before anything is read. Raises UserError."""
-    share = args.batch_size // processes
-    if args.batch_size % processes or share % args.gradient_accumulation_steps:
-        raise UserError(
-            f"--batch-size {args.batch_size} (global) is not a multiple of {processes} (processes) x "
-            f"--gradient-accumulation-steps {args.gradient_accumulation_steps}"
-        )
-    alignment.check(args)
-    if len(set(args.ema_decay)) < len(args.ema_decay):
-        raise UserError(f"--ema-decay {' '.join(map(str, args.ema_decay))}: each only once")
-    if args.epochs and args.max_train_steps:
-        raise UserError("--epochs and --max-train-steps both say how long to train: give one")
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise UserError(
-            "--compile needs a C++ compiler (g++ or clang++, or name one in CXX): there is none here"
-        )
-    if args.eval_latents and not args.eval_every:
-        raise UserError("--eval-latents needs --eval-every, which says how often")
-    if not args.exp_name or "/" in args.exp_name or args.exp_name.startswith("."):
-        raise UserError(
-            f"--exp-name '{args.exp_name}' must be a plain folder name; the folder above it is --output-dir"
-        )
+def parse_settings(argv: Sequence[str] | None = None, description: str = "Train a SiT.") -> Settings:
+    """Parse a command line, by default that of the process.
 
-
-def check_cache(args: argparse.Namespace, cache: LatentCache) -> None:
-    """The cache against what was asked for, and how many steps that is. Raises UserError."""
-    manifest, patch = cache.manifest, PRESETS[args.model]["patch"]
-    if args.epochs:
-        args.max_train_steps = math.ceil(args.epochs * len(cache) / args.batch_size)
-    args.max_train_steps = args.max_train_steps or 400_000
-    if args.resolution and args.resolution != manifest.resolution:
-        raise UserError(
-            f"--resolution {args.resolution}: {paths(args.data_dir)} holds images of {manifest.resolution} pixels"
-        )
-    if args.num_classes and args.num_classes != manifest.num_classes:
-        raise UserError(
-            f"--num-classes {args.num_classes}: {paths(args.data_dir)} has {manifest.num_classes}"
-        )
-    if manifest.latent_shape[1] != manifest.latent_shape[2] or manifest.latent_shape[1] % patch:
-        raise UserError(
-            f"--model {args.model} cannot cut the latents of {paths(args.data_dir)} {manifest.latent_shape} into patches of "
-            f"{patch}"
-        )
-
-
-def make_config(args: argparse.Namespace, manifest: Manifest, data: Data | None = None) -> dict:
-    """config.json: the network, what its latents are, and how it was trained. Raises UserError."""
-    channels, side, _ = manifest.latent_shape
-    model = SiTConfig(
-        **PRESETS[args.model], latent_size=side, channels=channels, num_classes=manifest.num_classes
+    Raises:
+        UserError: A flag is unknown, has a bad value, or contradicts another flag.
+    """
+    parser = cli.Parser(description, "train.py", "--exp-name NAME --data-dir PATH")
+    for title, configs in _GROUPS.items():
+        if title == "alignment":
+            add_alignment_flags(parser)
+        else:
+            group = parser.add_argument_group(title)
+            for config in configs:
+                add_flags(group, config)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the settings of the run and exit"
     )
-    data = data or alignment.data_of(manifest)
-    kept = (
+    args = parser.parse_args(argv)
+    run, data, model, objective, loop, optimizer, device, log, checkpoint, preview, evaluation = (
+        read_flags(config, args) for config in _CONFIGS
+    )
+    settings = Settings(
+        run=run,
+        data=data,
+        model=model,
+        objective=objective,
+        alignments=resolve_alignments(args, model.model),
+        loop=loop,
+        optimizer=optimizer,
+        device=replace(device, mixed_precision=resolve_precision(device.mixed_precision)),
+        log=log,
+        checkpoint=checkpoint,
+        preview=preview,
+        evaluation=evaluation,
+        print_config=args.print_config,
+    )
+    _check_settings(settings)
+    return settings
+
+
+def _check_settings(settings: Settings) -> None:
+    run = settings.run
+    if not run.exp_name or "/" in run.exp_name or run.exp_name.startswith("."):
+        raise UserError(
+            f"--exp-name '{run.exp_name}' must be a plain folder name; pass the folder above it as "
+            "--output-dir"
+        )
+    decays = settings.optimizer.ema_decay
+    if len(set(decays)) < len(decays):
+        raise UserError(f"--ema-decay {_join(decays)} repeats a value: pass each decay once")
+    if settings.loop.epochs and settings.loop.max_train_steps:
+        raise UserError("--epochs and --max-train-steps both set the length: pass only one")
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if settings.device.compile and not any(map(shutil.which, compilers)):
+        raise UserError(
+            "--compile needs a C++ compiler, and none was found: install g++ or clang++, or name "
+            "one in CXX"
+        )
+    if settings.evaluation.latents and not settings.evaluation.every:
+        raise UserError("--eval-latents needs --eval-every: pass the steps between evaluations")
+    report_to = settings.log.report_to
+    if "none" in report_to and len(report_to) > 1:
+        raise UserError(f"--report-to {_join(report_to)}: none excludes the others")
+
+
+def check_batch_size(loop: LoopConfig, num_processes: int) -> None:
+    """Raise UserError unless the global batch divides into equal micro-batches."""
+    parts = num_processes * loop.gradient_accumulation_steps
+    if loop.batch_size % parts:
+        raise UserError(
+            f"--batch-size {loop.batch_size} (global) is not a multiple of {num_processes} "
+            "(processes) x --gradient-accumulation-steps "
+            f"{loop.gradient_accumulation_steps}"
+        )
+
+
+def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> None:
+    """Raise UserError unless the cache is what the flags ask for and fits the network."""
+    patch = PRESETS[model.model]["patch"]
+    if data.resolution not in (None, manifest.resolution):
+        raise UserError(
+            f"--resolution {data.resolution}: {_join(data.data_dir)} contains images of "
+            f"{manifest.resolution} pixels"
+        )
+    if data.num_classes not in (None, manifest.num_classes):
+        raise UserError(
+            f"--num-classes {data.num_classes}: {_join(data.data_dir)} has {manifest.num_classes}"
+        )
+    _, height, width = manifest.latent_shape
+    if height != width or height % patch:
+        raise UserError(
+            f"--model {model.model} cannot cut the latents of {_join(data.data_dir)} "
+            f"{manifest.latent_shape} into patches of {patch}"
+        )
+
+
+def resolve_num_steps(loop: LoopConfig, num_images: int) -> LoopConfig:
+    """Return the settings with `max_train_steps` filled in."""
+    steps = loop.max_train_steps or DEFAULT_NUM_STEPS
+    if loop.epochs:
+        steps = math.ceil(loop.epochs * num_images / loop.batch_size)
+    return replace(loop, max_train_steps=steps)
+
+
+def resolve_precision(mixed_precision: str) -> str:
+    """Return the precision that "auto" stands for on this machine."""
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16 needs a GPU, and none was found: use no or bf16")
+    if mixed_precision != "auto":
+        return mixed_precision
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "no"
+
+
+def build_network_config(model: ModelConfig, manifest: Manifest) -> SiTConfig:
+    """Return the architecture for the cache's latents and classes."""
+    channels, size, _ = manifest.latent_shape
+    return SiTConfig(
+        **PRESETS[model.model],
+        latent_size=size,
+        channels=channels,
+        num_classes=manifest.num_classes,
+    )
+
+
+def build_config_json(
+    settings: Settings, network: SiTConfig, align: list[dict], manifest: Manifest
+) -> dict:
+    """Return the contents of config.json: the network, its latents, and how it is trained."""
+    data_keys = (
         "source",
         "count",
         "resolution",
@@ -364,85 +516,97 @@ def make_config(args: argparse.Namespace, manifest: Manifest, data: Data | None 
         "latent_shape",
         "mean",
     )
+    data = {key: getattr(manifest, key) for key in data_keys}
     return {
-        "model_name": args.model,
-        "model": asdict(model),
-        "align": alignment.plan(args, model, data),
-        "path_type": args.path_type,
-        "prediction": args.prediction,
-        "weighting": args.weighting,
-        "cfg_prob": args.cfg_prob,
-        "batch_size": args.batch_size,
-        "ema_decay": args.ema_decay,
-        "data": {key: getattr(manifest, key) for key in kept}
-        | {"joined": manifest.encoding.get("joined")},
+        "model_name": settings.model.model,
+        "model": asdict(network),
+        "align": align,
+        **asdict(settings.objective),
+        "batch_size": settings.loop.batch_size,
+        "ema_decay": list(settings.optimizer.ema_decay),
+        "data": data | {"joined": manifest.encoding.get("joined")},
     }
 
 
-def check_same_run(args: argparse.Namespace, folder: Path) -> dict:
-    """The flags as args.json keeps them. Raises UserError listing what differs from those of a run begun."""
-    now = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-    }
-    now["data_dir"] = [str(path) for path in args.data_dir]
-    path = folder / "args.json"
-    if path.exists():
-        try:
-            then = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(
-                f"{path} is damaged: remove it to continue the run under the flags given now"
-            ) from None
-        changed = [
-            key for key in now if key not in FREE_FLAGS and key in then and then[key] != now[key]
-        ]
-        if changed:
-            what = "; ".join(
-                f"{spelled(key)} was {shown(then[key])}, is {shown(now[key])}" for key in changed
-            )
-            raise UserError(
-                f"{folder} was started with other flags: {what}. Choose another --exp-name, or go back to those flags"
-            )
-    return now
+def build_args_json(settings: Settings) -> dict:
+    """Return the contents of args.json: every flag and its value."""
+    configs = (getattr(settings, name) for name in Settings._fields)
+    flat = record_flags(*(config for config in configs if type(config) in _CONFIGS))
+    return flat | record_alignments(settings.alignments)
 
 
-def shown(value: object) -> str:
-    """As it would stand on the command line."""
-    return " ".join(map(shown, value)) if isinstance(value, list) else str(value)
+def check_same_run(flags: dict, folder: Path) -> None:
+    """Raise UserError if a run in `folder` was started with other flags.
 
-
-def check_same_data(args: argparse.Namespace, folder: Path, then: dict, now: dict) -> None:
-    """Two config.json, of a run begun and of the flags given now. Raises UserError listing what differs of their data, or of
-    what they align to.
+    Args:
+        flags: Contents of args.json for this start.
+        folder: The run folder.
     """
-    changed = [
-        key
-        for key in then["data"]
-        if key not in ("source", "vae") and then["data"][key] != now["data"][key]
-    ]
+    path = folder / "args.json"
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(
+            f"{path} is damaged: remove it to resume the run with the flags of this command"
+        ) from None
+    changed = [key for key in flags if key in stored and stored[key] != flags[key]]
+    changed = [key for key in changed if key not in _flags_that_may_change()]
+    if changed:
+        differences = "; ".join(
+            f"--{key.replace('_', '-')} was {_join(stored[key])}, now {_join(flags[key])}"
+            for key in changed
+        )
+        raise UserError(
+            f"{folder} was started with other flags: {differences}. Choose another --exp-name, or "
+            "pass the flags it was started with"
+        )
+
+
+def _flags_that_may_change() -> set[str]:
+    free = {destination(f) for c in _CONFIGS for f in fields(c) if f.metadata.get("may_change")}
+    return free | method_destinations()  # config.json records what these lead to
+
+
+def check_same_data(data: DataConfig, folder: Path, stored: dict, current: dict) -> None:
+    """Raise UserError if two config.json differ in their data or their alignment.
+
+    Args:
+        data: Settings of the data, for the message.
+        folder: The run folder, for the message.
+        stored: config.json of the checkpoint to resume from.
+        current: config.json that this start would write.
+    """
+    before, now = stored["data"], current["data"]
+    changed = [key for key in before if key not in ("source", "vae") and before[key] != now[key]]
     if changed:
         raise UserError(
-            f"--data-dir {paths(args.data_dir)} is not the cache that {folder} was started on: {', '.join(changed)} differ"
+            f"--data-dir {_join(data.data_dir)} is not the cache that {folder} was started with: "
+            f"{', '.join(changed)} differ"
         )
-    for before, after in zip(then.get("align", []), now["align"]):
-        changed = [key for key in after if key not in before or before[key] != after[key]]
+    for before, now in zip(stored.get("align", []), current["align"]):
+        changed = [key for key in now if key not in before or before[key] != now[key]]
         if changed:
-            what = "; ".join(
-                f"{key} was {shown(before.get(key))}, is {shown(after[key])}" for key in changed
+            differences = "; ".join(
+                f"{key} was {_join(before.get(key))}, now {_join(now[key])}" for key in changed
             )
             raise UserError(
-                f"{folder} was started with another {after['method']} to align to: {what}"
+                f"{folder} was started with another setting of --align {now['method']}: "
+                f"{differences}"
             )
 
 
-def precision(flag: str) -> str:
-    """What `auto` stands for here."""
-    if flag == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed-precision fp16 needs a GPU; there is none here, use no or bf16")
-    if flag != "auto":
-        return flag
-    return (
-        "bf16"
-        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "no"
-    )
+def autocast_dtype(mixed_precision: str) -> torch.dtype:
+    """Return the dtype that autocast uses for a precision, float32 without mixed precision."""
+    return GPU_DTYPES.get(mixed_precision, torch.float32)
+
+
+def sampler_flag(field: str) -> str:
+    """Return the flag of `EvaluationConfig` for a field of a sampling recipe, for messages."""
+    return flag_of(EvaluationConfig, field)
+
+
+def _join(value: Any) -> str:
+    """Return a value as it would be written on the command line."""
+    return " ".join(map(_join, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,69 +1,113 @@
-"""Keeps numbers gone bad out of the weights, without asking the device in the step."""
+"""Skip updates with non-finite losses or gradients, without a host-device synchronisation per step."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.cli import UserError
 
-PATIENCE = 5  # bad steps in a row that end a run
-OVERFLOWS = 32  # likewise of fp16's overflows, which are ordinary: the scale, 65,536 at first, is 2**-16 after so many
-SOURCES = ("denoising loss", "alignment loss", "gradient")
+MAX_CONSECUTIVE_BAD_STEPS = 5
+# Isolated fp16 overflows are normal. After 32 in a row the loss scale has fallen from 2**16 to
+# 2**-16, so lowering it further does not help.
+MAX_CONSECUTIVE_OVERFLOWS = 32
+
+
+class _StepRecord(NamedTuple):
+    step: int
+    is_bad: Tensor  # (number of scalars,), 1.0 where a scalar is not finite
 
 
 class NonFiniteGuard:
-    """Finds steps whose losses or gradient are not finite.
+    """Makes the optimizer skip updates that would write NaN or Inf into the weights.
 
-    The verdict stays on the device: the optimizer skips the update by it (torch's `found_inf`, as GradScaler does), and the
-    log brings it over with everything else. Under fp16 the scaler skips overflown gradients itself, as a matter of course:
-    there only the losses count, and overflows that lowering the scale does not end.
+    Fused optimizers read `optimizer.found_inf` on the device and skip the update if it is 1;
+    GradScaler uses the same mechanism. With fp16 the GradScaler already skips overflowed gradients,
+    so that this class then reports only non-finite losses, and overflows that persist although the
+    loss scale is lowered.
+
+    Args:
+        optimizer: A fused optimizer.
+        uses_grad_scaler: Whether mixed precision is fp16.
+        bad_in_a_row: Consecutive bad steps at the time of the checkpoint.
+        overflows_in_a_row: Consecutive fp16 overflows at the time of the checkpoint.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, fp16: bool, streak: int = 0, overflows: int = 0
+        self,
+        optimizer: torch.optim.Optimizer,
+        uses_grad_scaler: bool = False,
+        bad_in_a_row: int = 0,
+        overflows_in_a_row: int = 0,
     ):
-        """streak and overflows: those in a row when the run was saved."""
-        self.optimizer, self.fp16, self.streak, self.overflows = optimizer, fp16, streak, overflows
-        self.steps: list[int] = []
-        self.verdicts: list[Tensor] = []
+        self.optimizer = optimizer
+        self.uses_grad_scaler = uses_grad_scaler
+        self.bad_in_a_row = bad_in_a_row
+        self.overflows_in_a_row = overflows_in_a_row
+        self.names: list[str] = []
+        self.pending: list[_StepRecord] = []
 
-    def judge(self, step: int, denoising: Tensor, align: Tensor, grad_norm: Tensor) -> Tensor:
-        """Losses of this process, gradient norm of all, each a number -> 1 if the step updates the weights, else 0, on the
-        device.
+    def mark_step(self, step: int, scalars: dict[str, Tensor]) -> Tensor:
+        """Record a step and make the optimizer skip its update if the gradient is not finite.
+
+        Call it after the backward pass and before `optimizer.step()`.
+
+        Args:
+            step: Number of the step, for the report.
+            scalars: The losses of this process and, last, the gradient norm of all processes as
+                "grad_norm"; scalar tensors.
+
+        Returns:
+            1.0 if the update is applied and 0.0 if it is skipped, on the device.
         """
-        bad = ~torch.isfinite(torch.stack((denoising, align, grad_norm)).detach())
-        if not self.fp16:
-            self.optimizer.found_inf = bad[
-                2
-            ].float()  # a bad loss makes a bad gradient, and DDP makes it everyone's
-        self.steps.append(step)
-        self.verdicts.append(bad.float())
-        return 1 - bad.any().float()
+        self.names = list(scalars)
+        is_bad = ~torch.isfinite(torch.stack(list(scalars.values())).detach())
+        if not self.uses_grad_scaler:
+            # A non-finite loss gives a non-finite gradient, which DDP spreads to every process.
+            self.optimizer.found_inf = is_bad[-1].float()
+        self.pending.append(_StepRecord(step, is_bad.float()))
+        return 1 - is_bad.any().float()
 
-    def report(self, reduce: Callable[[Tensor, str], Tensor]) -> tuple[list[str], int]:
-        """What to tell of the steps since the last report, and how many were bad. Raises UserError after PATIENCE in a row."""
-        if not self.steps:
-            return [], 0
-        rows = reduce(torch.stack(self.verdicts), "mean").gt(0).tolist()
-        lines = []
-        for step, row in zip(self.steps, rows):
-            overflow = self.fp16 and not any(row[:2]) and row[2]
-            self.overflows = self.overflows + 1 if overflow else 0
-            bad = any(row) and not overflow
-            self.streak = self.streak + 1 if bad else 0
-            if bad:
-                what = ", ".join(name for name, bad in zip(SOURCES, row) if bad)
-                lines.append(f"step {step:,}: {what} not finite" + ", update skipped" * row[2])
-            if self.streak == PATIENCE:
-                raise UserError(
-                    f"{lines[-1]}, like the {PATIENCE - 1} before it; stopped, with the last checkpoint as it was. "
-                    "A lower --learning-rate in a new run may help"
-                )
-            if self.overflows == OVERFLOWS:
-                raise UserError(
-                    f"step {step:,}: gradient not finite in fp16, like the {OVERFLOWS - 1} before it, whatever its scale; "
-                    "stopped, with the last checkpoint as it was. --mixed-precision bf16 in a new run has a float32's range"
-                )
-        self.steps, self.verdicts = [], []
-        return lines, len(lines)
+    def report(self, reduce: Callable[[Tensor, str], Tensor]) -> list[str]:
+        """Return one message per bad step since the last report.
+
+        Args:
+            reduce: `reduce(tensor, "mean")` averages over the processes.
+
+        Raises:
+            UserError: Too many consecutive steps were bad.
+        """
+        if not self.pending:
+            return []
+        table = torch.stack([record.is_bad for record in self.pending])
+        rows = reduce(table, "mean").gt(0).tolist()
+        steps = [record.step for record in self.pending]
+        self.pending = []
+        messages = []
+        for step, row in zip(steps, rows):
+            bad_names = [name for name, is_bad in zip(self.names, row) if is_bad]
+            is_overflow = self.uses_grad_scaler and bad_names == ["grad_norm"]
+            is_bad_step = bool(bad_names) and not is_overflow
+            self.overflows_in_a_row = self.overflows_in_a_row + 1 if is_overflow else 0
+            self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad_step else 0
+            if is_bad_step:
+                skipped = ", update skipped" if "grad_norm" in bad_names else ""
+                messages.append(f"step {step:,}: {', '.join(bad_names)} not finite{skipped}")
+            self._check_limits(step, messages)
+        return messages
+
+    def _check_limits(self, step: int, messages: list[str]) -> None:
+        if self.bad_in_a_row == MAX_CONSECUTIVE_BAD_STEPS:
+            raise UserError(
+                f"{messages[-1]}, the same as in the {MAX_CONSECUTIVE_BAD_STEPS - 1} steps before; "
+                "training stopped, the last checkpoint is unaffected. Start a new run with a lower "
+                "--learning-rate"
+            )
+        if self.overflows_in_a_row == MAX_CONSECUTIVE_OVERFLOWS:
+            raise UserError(
+                f"step {step:,}: gradient not finite in fp16 at any loss scale, the same as in the "
+                f"{MAX_CONSECUTIVE_OVERFLOWS - 1} steps before; training stopped, the last "
+                "checkpoint is unaffected. Start a new run with --mixed-precision bf16, which has "
+                "the range of float32"
+            )

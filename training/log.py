@@ -1,273 +1,280 @@
-"""The log of a run: one call writes the console, metrics.jsonl and the tracker."""
+"""Log of a run: metrics.jsonl, log.txt, the progress bar and the trackers."""
 
-import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from common.files import LineWriter, write_file
+from common.metrics_log import METRICS_SCHEMA, read_rows
 from training.guard import NonFiniteGuard
-from training.state import TrainState
+from training.throughput import Throughput
+from training.trackers import Trackers
 
-T = TypeVar("T")
 
-
-def every(step: int, period: int) -> bool:
-    """Whether something done every `period` steps is due; a period of 0 is never."""
+def is_due(step: int, period: int) -> bool:
+    """Return whether an action of every `period` steps is due; a period of 0 disables it."""
     return period > 0 and step % period == 0
 
 
-class Log:
-    """Running means on the device, brought over every --log-every steps."""
+class MetricMeans:
+    """Means of named scalars since the last log line, accumulated on the device.
 
-    @staticmethod
-    def names(methods: list[str]) -> list[str]:
-        """The numbers of a step, in this order: the first method's as align, cosine and token_norm, those of further ones with
-        their name behind.
-        """
-        names = ["loss", "denoising"]
-        for i, method in enumerate(methods):
-            names += [
-                f"{name}_{method}" if i else name for name in ("align", "cosine", "token_norm")
-            ]
-        return [*names, "grad_norm"]
+    Args:
+        names: Names of the scalars.
+        device: Device of the scalars.
+        reduce: `reduce(tensor, "mean")` averages over the processes.
+        progress: Values that `state_dict` returned when the checkpoint was written.
+    """
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        folder: Path,
-        state: TrainState,
+        names: list[str],
         device: torch.device,
-        main: bool,
         reduce: Callable[[Tensor, str], Tensor],
-        guard: NonFiniteGuard,
-        utilisation: float,
-        tracker: Any = None,
+        progress: dict | None = None,
     ):
-        """utilisation is the mfu that one image a second would be; reduce(tensor, "mean") averages over processes; the
-        tracker has log(row, step), image(path, step) and finish().
-        """
-        self.args, self.folder, self.main, self.reduce, self.tracker = (
-            args,
-            folder,
-            main,
-            reduce,
-            tracker,
-        )
-        self.terms = self.names([] if args.align == ["none"] else args.align)
-        self.sums = torch.tensor(
-            state.extra.get("log_sums", [0.0] * len(self.terms)), device=device
-        )
-        self.good = torch.tensor(state.extra.get("log_good", 0.0), device=device)
-        self.skipped = state.extra.get("log_skipped", 0)
-        self.guard, self.utilisation, self.waited = guard, utilisation, 0.0
-        self.clock, self.clock_step = time.perf_counter(), state.step
-        self.lines, self.text = LineWriter(folder / "metrics.jsonl"), LineWriter(folder / "log.txt")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        if main:
-            self._take_up(state.step, state.extra.get("log_waiting", ""))
-            total, done = args.max_train_steps * args.batch_size, state.step * args.batch_size
-            self.bar = tqdm(
-                total=total,
-                initial=done,
-                unit="img",
-                unit_scale=True,
-                desc=args.exp_name,
-                smoothing=0.05,
-            )
+        progress = progress or {}
+        self.names = names
+        self.reduce = reduce
+        self.sums = torch.tensor(progress.get("log_sums", [0.0] * len(names)), device=device)
+        self.num_finite_steps = torch.tensor(progress.get("log_good", 0.0), device=device)
 
-    def _take_up(self, step: int, waiting: str) -> None:
-        """A run that stopped after its last checkpoint repeats some steps: their old lines go. Those come back that waited in
-        memory when it was saved, and were not written since.
+    def add(self, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
+        """Add one step's scalars of this process; they count only if `is_finite` is 1."""
+        self.sums += torch.where(is_finite > 0, torch.stack(list(scalars.values())), 0)
+        self.num_finite_steps += is_finite
+
+    def compute(self) -> dict[str, float | None]:
+        """Return the means over steps and processes, None if no step was finite, and reset them."""
+        *sums, num_steps = self._reduced()
+        self.sums.zero_()
+        self.num_finite_steps.zero_()
+        return {
+            name: total / num_steps if num_steps else None for name, total in zip(self.names, sums)
+        }
+
+    def state_dict(self) -> dict:
+        """Return the sums so far, for a checkpoint."""
+        *sums, num_steps = self._reduced()
+        return {"log_sums": sums, "log_good": num_steps}
+
+    def _reduced(self) -> list[float]:
+        packed = torch.cat((self.sums, self.num_finite_steps.reshape(1)))
+        return self.reduce(packed, "mean").tolist()
+
+
+class Console:
+    """Progress bar and log.txt of the main process; silent on the others.
+
+    Args:
+        folder: The run folder.
+        total: Number of images of the run.
+        initial: Number of images before this start.
+        is_main_process: Whether to write anything.
+    """
+
+    def __init__(self, folder: Path, total: int, initial: int, is_main_process: bool = True):
+        self.lines = LineWriter(folder / "log.txt")
+        self.is_main_process = is_main_process
+        self.bar = tqdm(
+            total=total,
+            initial=initial,
+            unit="img",
+            unit_scale=True,
+            desc=folder.name,
+            smoothing=0.05,
+            disable=None if is_main_process else True,
+        )
+
+    def info(self, text: str) -> None:
+        """Write one message above the progress bar and to log.txt."""
+        if self.is_main_process:
+            tqdm.write(text)
+            self.lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def advance(self, num_images: int) -> None:
+        """Advance the progress bar."""
+        self.bar.update(num_images)
+
+    def show(self, values: dict[str, float | None]) -> None:
+        """Show numbers behind the progress bar."""
+        self.bar.set_postfix({k: f"{v:.4f}" for k, v in values.items() if v is not None})
+
+    def close(self) -> bool:
+        """Close the bar. Return whether log.txt is complete."""
+        self.bar.close()
+        return self.lines.append()
+
+
+class MetricsFile:
+    """metrics.jsonl of a run. While the disk is full, lines are buffered in memory.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lines = LineWriter(folder / "metrics.jsonl")
+
+    def truncate_to_checkpoint(self, step: int, buffered: str) -> None:
+        """Drop lines newer than the checkpoint, because those steps are repeated.
+
+        Args:
+            step: Step of the checkpoint.
+            buffered: Lines that were buffered in memory when the checkpoint was written; those
+                that were not written later are restored.
         """
         kept = [json.dumps(row) + "\n" for row in read_rows(self.folder) if row["step"] <= step]
-        kept += [line for line in waiting.splitlines(keepends=True) if line not in kept]
+        kept += [line for line in buffered.splitlines(keepends=True) if line not in kept]
         if kept or self.lines.path.exists():
             write_file(self.lines.path, "".join(kept).encode())
 
-    def say(self, text: str) -> None:
-        """One line for people: above the bar and in log.txt."""
-        if self.main:
-            tqdm.write(text)
-            self.text.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    def append(self, row: dict) -> bool:
+        """Append a line. Return False if the disk did not take it."""
+        return self.lines.append(json.dumps({"schema": METRICS_SCHEMA, **row}) + "\n")
 
-    def step(self, step: int, terms: Tensor, good: Tensor) -> None:
-        """Ends a step: its terms of this process, on the device, which count in the means if `good` is 1. Every --log-every
-        steps reduces over processes and writes.
-        """
-        self.sums += torch.where(good > 0, terms, 0)
-        self.good += good
-        if self.main:
-            self.bar.update(self.args.batch_size)
-        if every(step, self.args.log_every):
-            self._write(step)
+    def sync(self) -> bool:
+        """Write buffered lines and fsync the file. Return False if the disk did not take them."""
+        return self.lines.append(sync=True)
 
-    def _write(self, step: int) -> None:
-        self._hear_guard()
-        sums, good = self._reduced()
-        now = time.perf_counter()
-        means = dict.fromkeys(
-            self.names(["none"])
-        )  # so that every run's lines have the same first columns
-        means |= {key: total / good if good else None for key, total in zip(self.terms, sums)}
-        row = {
-            "step": step,
-            "images": step * self.args.batch_size,
-            **means,
-            "skipped": self.skipped,
-        }
-        row |= self._gauges(step - self.clock_step, now - self.clock)
-        self.clock, self.clock_step, self.skipped, self.waited = now, step, 0, 0.0
-        self.sums.zero_()
-        self.good.zero_()
-        if self.main:
-            self._append(row)
-            self.bar.set_postfix(
-                {key: f"{value:.4f}" for key, value in means.items() if value is not None}
-            )
-            self._track("log", row, step)
 
-    def _append(self, row: dict) -> None:
-        if not self.lines.append(json.dumps(row) + "\n"):
-            self.say(
-                f"could not write to {self.lines.path}: its lines wait in memory, training goes on"
-            )
+class RunLog:
+    """Records the metrics of a run every `log_every` steps.
 
-    def _track(self, method: str, *args: Any) -> None:
-        """Tells the tracker; one that fails is let go, and training goes on."""
-        try:
-            if self.tracker:
-                getattr(self.tracker, method)(*args)
-        except Exception as error:  # whatever a service far away may raise
-            self.tracker = None
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.say(
-                f"--report-to {self.args.report_to} failed ({reason}): training goes on without it, metrics.jsonl has all"
-            )
+    Args:
+        console: Progress bar and messages.
+        file: metrics.jsonl.
+        trackers: Experiment trackers.
+        means: Means of the scalars of the steps.
+        throughput: Speed of the steps.
+        guard: Reports skipped steps.
+        log_every: Steps between lines.
+    """
 
-    def _gauges(self, steps: int, seconds: float) -> dict[str, float]:
-        """step_s: seconds a step, of which the host waited data_s for batches, and compute_s is the rest (a GPU may have been
-        busy with earlier steps while the host waited); mfu: share of the machine's matrix products that the run's own FLOPs
-        fill; peak_memory_gib: of the device, in training. Saving, previews and evaluations do not count.
-        """
-        rate = steps * self.args.batch_size / seconds
-        step_s, data_s = seconds / steps, self.waited / steps
-        gauges = {
-            "images_per_s": rate,
-            "step_s": step_s,
-            "data_s": data_s,
-            "compute_s": step_s - data_s,
-        }
-        gauges["mfu"] = rate * self.utilisation
-        if self.sums.is_cuda:
-            gauges["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.sums.device) / 2**30
-        return gauges
+    def __init__(
+        self,
+        console: Console,
+        file: MetricsFile,
+        trackers: Trackers,
+        means: MetricMeans,
+        throughput: Throughput,
+        guard: NonFiniteGuard,
+        log_every: int,
+    ):
+        self.console = console
+        self.file = file
+        self.trackers = trackers
+        self.means = means
+        self.throughput = throughput
+        self.guard = guard
+        self.log_every = log_every
+        self.num_skipped = 0
 
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches, noting how long each was waited for."""
-        iterator = iter(batches)
-        while True:
-            started = time.perf_counter()
-            batch = next(iterator, None)
-            self.waited += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.file.folder
 
-    def _hear_guard(self) -> None:
-        lines, bad = self.guard.report(self.reduce)
-        self.skipped += bad
-        for line in lines:
-            self.say(line)
+    def restore(self, step: int, progress: dict) -> None:
+        """Continue the log at a checkpoint, given what `state_dict` returned then."""
+        self.num_skipped = progress.get("log_skipped", 0)
+        if self.console.is_main_process:
+            self.file.truncate_to_checkpoint(step, progress.get("log_waiting", ""))
 
-    def _reduced(self) -> tuple[list[float], float]:
-        *sums, good = self.reduce(torch.cat((self.sums, self.good.reshape(1))), "mean").tolist()
-        return sums, good
-
-    def unfinished(self) -> dict:
-        """The means begun since the last line; kept in checkpoints, so that a resumed run logs what an unbroken one does."""
-        self._hear_guard()
-        sums, good = self._reduced()
-        if self.main:
-            self.lines.append(
-                sync=True
-            )  # a power cut after the checkpoint must not take lines from before it
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps, so that a resumed run logs what an unbroken one does."""
+        self._collect_skipped_steps()
+        values = self.means.state_dict()
+        if self.console.is_main_process:
+            self.file.sync()  # a power failure after the checkpoint must not remove older lines
+        guard = self.guard
         return {
-            "log_sums": sums,
-            "log_good": good,
-            "log_skipped": self.skipped,
-            "log_waiting": self.lines.pending,
-            "bad_in_a_row": (self.guard.streak, self.guard.overflows),
+            **values,
+            "log_skipped": self.num_skipped,
+            "log_waiting": self.file.lines.pending,
+            "bad_in_a_row": (guard.bad_in_a_row, guard.overflows_in_a_row),
         }
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens in here counts neither in the times nor in the peak memory. Waits for the device."""
-        if self.sums.is_cuda:
-            torch.cuda.synchronize(self.sums.device)
-        started = time.perf_counter()
-        yield
-        if self.sums.is_cuda:
-            torch.cuda.synchronize(self.sums.device)
-            torch.cuda.reset_peak_memory_stats(self.sums.device)
-        self.clock += time.perf_counter() - started
+    def info(self, text: str) -> None:
+        """Write one message to the console and log.txt."""
+        self.console.info(text)
 
-    def image(self, path: Path, step: int) -> None:
-        """A preview was drawn."""
-        self.say(f"drew {path}")
-        self._track("image", path, step)
+    def step(self, step: int, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
+        """Record a step; every `log_every` steps, reduce over the processes and write a line.
 
-    def evaluation(
-        self, step: int, decay: float, numbers: dict[str, float | None], identity: dict
-    ) -> None:
-        """The averaged model was measured: a line of its own, with all that identifies the numbers."""
-        if self.main:
-            row = {"step": step, "images": step * self.args.batch_size, **numbers}
-            self._append(row | {"evaluation": {"ema_decay": decay, **identity}})
-            told = ", ".join(
-                f"{key} {value:.4g}" for key, value in numbers.items() if value is not None
-            )
-            self.say(f"step {step:,}, EMA {decay}: {told}")
-            name = "eval" if decay == self.args.ema_decay[0] else f"eval-ema{decay}"
-            self._track("log", {f"{name}/{key}": value for key, value in numbers.items()}, step)
+        Args:
+            step: Number of updates so far.
+            scalars: Scalars of this process, on the device.
+            is_finite: 1 if the scalars count in the means, else 0, on the device.
+        """
+        self.means.add(scalars, is_finite)
+        self.console.advance(self.throughput.batch_size)
+        if is_due(step, self.log_every):
+            self._write_line(step)
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Record a preview."""
+        self.info(f"saved {path}")
+        self.trackers.log_image(name, path, step)
+
+    def evaluation(self, name: str, step: int, metrics: dict, identity: dict) -> None:
+        """Record an evaluation on a line of its own.
+
+        Args:
+            name: Prefix of the metrics in the trackers.
+            step: Number of updates so far.
+            metrics: Numbers of the evaluation.
+            identity: Everything that identifies the numbers, "ema_decay" among it.
+        """
+        if not self.console.is_main_process:
+            return
+        self._append({**self._position(step), **metrics, "evaluation": identity})
+        values = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None)
+        self.info(f"step {step:,}, EMA {identity['ema_decay']}: {values}")
+        self.trackers.log({f"{name}/{key}": value for key, value in metrics.items()}, step)
 
     def close(self) -> None:
-        """Ends the bar and the tracker's run."""
-        if self.main:
-            self.bar.close()
-            if not self.lines.append() or not self.text.append():
-                print(
-                    f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written",
-                    file=sys.stderr,
-                )
-            self._track("finish")
+        """Write what is buffered, and close the bar and the trackers."""
+        is_main = self.console.is_main_process
+        is_complete = self.console.close()
+        if is_main and not (self.file.lines.append() and is_complete):
+            print(
+                f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written",
+                file=sys.stderr,
+            )
+        self.trackers.close()
 
+    def _write_line(self, step: int) -> None:
+        self._collect_skipped_steps()
+        means = self.means.compute()
+        row: dict[str, Any] = {**self._position(step), **means, "skipped": self.num_skipped}
+        row |= self.throughput.measure(step)
+        self.num_skipped = 0
+        if self.console.is_main_process:
+            self._append(row)
+            self.console.show(means)
+            self.trackers.log(row, step)
 
-def read_rows(folder: Path) -> list[dict]:
-    """The whole lines of a run's metrics.jsonl; a killed process may leave half a one at the end."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [
-        json.loads(line)
-        for line in path.read_text().splitlines(keepends=True)
-        if line.endswith("\n")
-    ]
+    def _position(self, step: int) -> dict[str, int]:
+        return {"step": step, "images": step * self.throughput.batch_size}
 
+    def _append(self, row: dict) -> None:
+        if not self.file.append(row):
+            self.info(
+                f"could not write to {self.file.lines.path}: its lines are buffered in memory, "
+                "training continues"
+            )
 
-def evaluated(folder: Path, step: int) -> set[float]:
-    """The --ema-decay of which metrics.jsonl holds an evaluation at this step."""
-    return {
-        row["evaluation"]["ema_decay"]
-        for row in read_rows(folder)
-        if row["step"] == step and "evaluation" in row
-    }
+    def _collect_skipped_steps(self) -> None:
+        messages = self.guard.report(self.means.reduce)
+        self.num_skipped += len(messages)
+        for message in messages:
+            self.info(message)

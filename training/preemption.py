@@ -1,7 +1,8 @@
-"""What the processes of a run must decide together: a host's word reaches the others without the device being asked.
+"""Stop signals, and how all processes of a run act on them at the same step.
 
-Hosts run ahead of their devices, each by its own number of steps, so a signal sent to all "at once" reaches them at different
-steps. Every step therefore casts a vote whose outcome all read at the end of the next step, and all act at the same one.
+Hosts run ahead of their devices by different numbers of steps, so that a signal sent to all of them
+arrives at different steps. In every step the processes therefore exchange flags over gloo, without
+synchronising the GPU, and read the result one step later.
 """
 
 import signal
@@ -13,62 +14,71 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-PATIENCE = timedelta(
-    hours=2
-)  # how long the others wait while the first process draws, measures or saves
-EXIT_STOPPED = 75  # exit code of a run that a signal asked to stop: EX_TEMPFAIL, start it again
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank 0 samples, evaluates or saves
+EXIT_STOPPED = 75  # exit code of a run stopped by a signal (EX_TEMPFAIL: rerun to resume)
 
 
 class StopRequest:
-    """Remembers that a signal came, and which."""
+    """Remembers whether a stop signal arrived, and which one."""
 
     name: str | None = None
 
-    def note(self, number: int, frame: object) -> None:
-        """A signal handler."""
+    def handle(self, number: int, frame: object) -> None:
+        """Record a signal; used as a signal handler."""
         self.name = signal.Signals(number).name
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """SIGTERM and SIGUSR1 are noted instead of ending the process, for as long as this lasts; when it exits, ignored.
+    """Record SIGTERM and SIGUSR1 instead of terminating the process.
 
-    A launcher that sees one process leave with a code sends the others SIGTERM, which would kill those that close later.
+    On SystemExit the signals are ignored from then on: when one process exits with a non-zero code,
+    the launcher sends SIGTERM to the others, which would kill those that are still shutting down.
     """
     request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
     try:
         yield request
     except SystemExit:
-        before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+        handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
         raise
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def ignore_signals(worker: int) -> None:
-    """For loader processes: a signal to the whole job is the training process's business; they end when it does."""
+    """Ignore stop signals in a loader process, which ends together with its training process."""
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class FlagReducer:
-    """votes.cast(a, b) -> whether any process said a, and b; of the step before, or, alone, of this one."""
+    """OR-reduces boolean flags over all processes, one step late with several processes.
 
-    def __init__(self, processes: int, questions: int):
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if processes > 1 else None
-        self.ballot = torch.zeros(questions, dtype=torch.int32)
+    Args:
+        num_processes: Number of processes.
+        num_flags: Number of flags per step.
+    """
+
+    def __init__(self, num_processes: int, num_flags: int):
+        self.group = None
+        if num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self.flags = torch.zeros(num_flags, dtype=torch.int32)
         self.pending: dist.Work | None = None
 
-    def cast(self, *answers: bool) -> list[bool]:
-        """Once a step on every process."""
+    def reduce(self, *flags: bool) -> list[bool]:
+        """Submit this step's flags; return those of the previous step over all processes.
+
+        Call it once per step on every process. With one process it returns this step's flags.
+        """
         if self.group is None:
-            return list(answers)
-        outcome = [False] * len(answers)
+            return list(flags)
+        result = [False] * len(flags)
         if self.pending:
             self.pending.wait()
-            outcome = self.ballot.bool().tolist()
-        self.ballot = torch.tensor(answers, dtype=torch.int32)
-        self.pending = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, self.group, async_op=True)
-        return outcome
+            result = self.flags.bool().tolist()
+        self.flags = torch.tensor(flags, dtype=torch.int32)
+        self.pending = dist.all_reduce(self.flags, dist.ReduceOp.MAX, self.group, async_op=True)
+        return result

@@ -1,4 +1,7 @@
-"""What a run must remember, and the thread that saves it. What is in a checkpoint: checkpoint.py."""
+"""State of a training run, and the background thread that saves it.
+
+checkpointing/storage.py describes the files of a checkpoint.
+"""
 
 import json
 import shutil
@@ -28,85 +31,81 @@ from common.files import fsync, sha256, write_file
 
 @dataclass
 class TrainState:
-    """Everything that changes while a run goes on. `model` is the bare module, outside any wrapper."""
+    """Everything that changes during a run.
+
+    Args:
+        model: The network without DDP's wrapper.
+        emas: One average of the backbone per EMA decay; the first is the primary one.
+        optimizer: The optimizer.
+        step: Number of updates so far.
+        progress: Plain values that checkpoints keep: gradient scaler, buffered metrics.
+    """
 
     model: nn.Module
-    emas: list[nn.Module]  # one for each --ema-decay; the first is the run's own
+    emas: list[nn.Module]
     optimizer: torch.optim.Optimizer
     step: int = 0
-    extra: dict = field(
-        default_factory=dict
-    )  # plain numbers: the scaler's state, the log's running sums
+    progress: dict = field(default_factory=dict)
 
     def snapshot(self, config: dict) -> "Snapshot":
-        """Copies all of it to host memory; this is the only part of saving that training waits for."""
-        *emas, model, optimizer = (
-            _to_host(part.state_dict()) for part in (*self.emas, self.model, self.optimizer)
+        """Copy the state to host memory: the only part of saving that training waits for."""
+        return Snapshot(
+            step=self.step,
+            config=config,
+            emas=[_to_host(ema.state_dict()) for ema in self.emas],
+            model=_to_host(self.model.state_dict()),
+            optimizer=_to_host(self.optimizer.state_dict()),
+            progress=dict(self.progress),
         )
-        return Snapshot(self.step, config, emas, model, optimizer, dict(self.extra))
 
     def load(self, checkpoint: Path, progress: dict) -> None:
-        """Restores everything in place; progress is what `verify` gave. Raises CheckpointError naming the file that is bad."""
+        """Restore the state in place.
+
+        Args:
+            checkpoint: Folder of the checkpoint.
+            progress: Return value of `verify_checkpoint`.
+
+        Raises:
+            CheckpointError: A file cannot be loaded.
+        """
         config = read_config(checkpoint)
         for decay, ema in zip(config["ema_decay"], self.emas, strict=True):
             load_weights(ema, checkpoint / ema_filename(config, decay))
         load_weights(self.model, checkpoint / "model.safetensors")
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in load_tensors(checkpoint / "optimizer.safetensors").items():
-            i, key = name.split(".", 1)
-            moments.setdefault(int(i), {})[key] = (
-                tensor.clone()
-            )  # the optimizer keeps what it is given
-        self.extra = dict(progress)
-        self.optimizer.load_state_dict(
-            {"state": moments, "param_groups": self.extra.pop("param_groups")}
-        )
-        self.step = self.extra.pop("step")
+            index, key = name.split(".", 1)
+            # The optimizer keeps this tensor: clone it, because the loaded one is a memory map.
+            moments.setdefault(int(index), {})[key] = tensor.clone()
+        progress = dict(progress)
+        param_groups = progress.pop("param_groups")
+        self.optimizer.load_state_dict({"state": moments, "param_groups": param_groups})
+        self.step = progress.pop("step")
+        self.progress = progress
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A TrainState in host memory, cut off from the training that goes on."""
+    """A copy of a `TrainState` in host memory, independent of further training."""
 
     step: int
     config: dict
     emas: list[dict[str, Tensor]]  # in the order of config["ema_decay"]
     model: dict[str, Tensor]
     optimizer: dict
-    extra: dict
+    progress: dict
 
     def write(self, run: Path) -> Path:
-        """Makes run/checkpoints/STEP and returns it. On a full disk raises OSError and leaves nothing."""
+        """Write run/checkpoints/STEP and return it.
+
+        Raises:
+            OSError: The disk is full or fails. No partial checkpoint remains.
+        """
         final = run / "checkpoints" / f"{self.step:07d}"
         partial = hidden_path(final, "partial")
         shutil.rmtree(partial, ignore_errors=True)
-        emas = {
-            ema_filename(self.config, decay): ema
-            for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True)
-        }
-        moments = {
-            f"{i}.{key}": value
-            for i, state in self.optimizer["state"].items()
-            for key, value in state.items()
-        }
         try:
-            write_file(partial / "config.json", json.dumps(self.config, indent=2).encode())
-            for name, tensors in {
-                **emas,
-                "model.safetensors": self.model,
-                "optimizer.safetensors": moments,
-            }.items():
-                save_tensors(tensors, partial / name)
-            progress = {
-                "step": self.step,
-                "param_groups": self.optimizer["param_groups"],
-                **self.extra,
-            }
-            progress["sha256"] = {file.name: sha256(file) for file in sorted(partial.iterdir())}
-            write_file(
-                partial / "progress.json",
-                json.dumps(progress | {"digest": progress_digest(progress)}).encode(),
-            )
+            self._write_files(partial)
             if final.exists():
                 remove_checkpoint(final)
             partial.rename(final)
@@ -116,33 +115,54 @@ class Snapshot:
         fsync(final.parent)
         return final
 
+    def _write_files(self, folder: Path) -> None:
+        write_file(folder / "config.json", json.dumps(self.config, indent=2).encode())
+        for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True):
+            save_tensors(ema, folder / ema_filename(self.config, decay))
+        save_tensors(self.model, folder / "model.safetensors")
+        moments = {
+            f"{index}.{key}": value
+            for index, values in self.optimizer["state"].items()
+            for key, value in values.items()
+        }
+        save_tensors(moments, folder / "optimizer.safetensors")
+        progress = {"step": self.step, "param_groups": self.optimizer["param_groups"]}
+        progress |= self.progress
+        progress["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        progress["digest"] = progress_digest(progress)
+        write_file(folder / "progress.json", json.dumps(progress).encode())
 
-class Writer:
-    """Writes checkpoints in a thread of its own and clears away old ones. A failed save leaves those there are alone.
 
-    As a context manager it waits, however the block ends, for what is being written.
+class CheckpointWriter:
+    """Writes checkpoints in a background thread and removes old ones.
+
+    A failed save leaves existing checkpoints unchanged. As a context manager it waits, at the end
+    of the block, until the current save is complete.
+
+    Args:
+        run: The run folder.
+        config: Contents of config.json.
+        keep_last: Number of newest checkpoints to keep; 0 keeps all.
+        milestone_steps: Checkpoints at multiples of this many steps are never removed.
     """
 
     def __init__(self, run: Path, config: dict, keep_last: int = 0, milestone_steps: int = 0):
-        """config goes into config.json; keep_last 0 keeps all; a multiple of milestone_steps is never removed."""
-        self.run, self.config, self.keep_last, self.milestone_steps = (
-            run,
-            config,
-            keep_last,
-            milestone_steps,
-        )
+        self.run = run
+        self.config = config
+        self.keep_last = keep_last
+        self.milestone_steps = milestone_steps
         self.thread: threading.Thread | None = None
         self.messages: list[str] = []
-        self.problem = ""  # what went wrong with the last save
+        self.problem = ""  # why the last save failed
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.wait()
 
     def submit(self, state: TrainState) -> None:
-        """Waits for the save before, if it is still under way, copies the state and begins to write it."""
+        """Copy the state and start writing it, after the previous save is complete."""
         self.wait()
         self.problem = ""
         snapshot = state.snapshot(self.config | {"step": state.step})
@@ -150,55 +170,68 @@ class Writer:
         self.thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until the current save is complete."""
         if self.thread:
             self.thread.join()
             self.thread = None
 
     def take_messages(self) -> list[str]:
-        """What there is to tell since the last call."""
-        count = len(self.messages)  # the thread may add one meanwhile
-        messages, self.messages[:count] = self.messages[:count], []
+        """Return and clear queued log messages."""
+        count = len(self.messages)  # the thread may append one meanwhile
+        messages = self.messages[:count]
+        del self.messages[:count]
         return messages
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
             saved = snapshot.write(self.run)
-        except Exception as error:  # whatever it is, the training thread must hear of it
+        except Exception as error:  # noqa: BLE001 (any failure must be reported, not lost with the thread)
             self.problem = format_error(error)
             self.messages.append(
-                f"could not save step {snapshot.step:,}: {self.problem}; training goes on and tries again"
+                f"could not save step {snapshot.step:,}: {self.problem}; training continues and "
+                "will retry"
             )
             return
         self.messages.append(f"saved {saved}")
-        for folder in list_checkpoints(self.run)[: -self.keep_last] if self.keep_last else []:
-            if not (self.milestone_steps and int(folder.name) % self.milestone_steps == 0):
-                try:
-                    remove_checkpoint(folder)
-                except OSError as error:  # as on network disks, while somebody samples from it
-                    self.messages.append(f"could not remove {folder}: {format_error(error)}")
+        if self.keep_last:
+            for folder in list_checkpoints(self.run)[: -self.keep_last]:
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        if self.milestone_steps and int(folder.name) % self.milestone_steps == 0:
+            return
+        try:
+            remove_checkpoint(folder)
+        except OSError as error:  # for example on a network disk while another process reads it
+            self.messages.append(f"could not remove {folder}: {format_error(error)}")
 
 
 class EMA:
-    """Exponential moving average of a module's trained parameters: one multi-tensor update, in the parameters' float32."""
+    """Exponential moving average of a module's trainable parameters.
+
+    One multi-tensor update in the dtype of the parameters (float32).
+
+    Args:
+        ema: The averaged module.
+        model: The trained module.
+        decay: Decay per step.
+    """
 
     def __init__(self, ema: nn.Module, model: nn.Module, decay: float):
-        pairs = [
-            (e, p)
-            for e, p in zip(ema.parameters(), model.parameters(), strict=True)
-            if p.requires_grad
-        ]
-        self.ema, self.model = ([e for e, _ in pairs], [p for _, p in pairs])
-        self.average = get_ema_multi_avg_fn(decay)
+        pairs = zip(ema.parameters(), model.parameters(), strict=True)
+        trained = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
+        self.averages = [average for average, _ in trained]
+        self.parameters = [parameter for _, parameter in trained]
+        self.update_averages = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
-        """ema <- decay ema + (1 - decay) model."""
-        self.average(self.ema, self.model, None)
+        """Set ema = decay * ema + (1 - decay) * model."""
+        self.update_averages(self.averages, self.parameters, None)
 
 
 def _to_host(value: Any) -> Any:
-    """Deep copy with every tensor in host memory."""
+    """Return a deep copy with every tensor in host memory."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, dict):

@@ -1,36 +1,134 @@
-"""How much arithmetic a run needs, and how much of the machine's it gets. One multiply-accumulate is two FLOPs."""
+"""Throughput of a run: images per second, waiting for data, and model FLOP utilisation.
+
+One multiply-accumulate counts as two FLOPs.
+"""
 
 import math
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from models.flops import backbone_flops, head_flops
 from models.sit import SiTConfig
-from models.targets import TARGETS, Data
+from models.targets import TARGETS, CacheInfo
+from training.alignment import head_specs
+
+T = TypeVar("T")
 
 
-def training_flops(config: SiTConfig, align: list[dict], data: Data | None = None) -> int:
-    """Of one image: forward and backward of backbone and heads (a product's backward is two of the same size; recomputation
-    does not count), forward of what runs for the targets alone. `align` is config.json's; `data` what its targets ask.
+def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> int:
+    """Return the FLOPs of a training step per image.
+
+    Forward and backward pass of backbone and heads (the backward pass of a matrix product is two
+    products of the same size; recomputation does not count), and the forward pass of the networks
+    that only compute targets.
+
+    Args:
+        network: Architecture of the backbone.
+        align: config.json's "align".
+        cache: Properties of the latent cache.
     """
-    heads = sum(head_flops(config, entry["head"]) for entry in align)
-    targets = sum(TARGETS[entry["method"]].cost(entry, config, data)[1] for entry in align)
-    return 3 * (backbone_flops(config) + heads) + targets
+    heads = sum(head_flops(network, spec) for entry in align for spec in head_specs(entry).values())
+    targets = sum(TARGETS[entry["method"]].cost(entry, network, cache).flops for entry in align)
+    return 3 * (backbone_flops(network) + heads) + targets
 
 
 @torch.no_grad()
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of large square matrix products, the fastest seen here and now: what model FLOP utilisation is a share of."""
-    gpu = device.type == "cuda"
-    side, products = (8192, 5) if gpu else (1024, 1)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    begun, fastest = time.perf_counter(), math.inf
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Return the FLOP/s of large square matrix products, the best of those measured now.
+
+    The log's `mfu` is relative to this rate.
+    """
+    is_gpu = device.type == "cuda"
+    size, repeats = (8192, 5) if is_gpu else (1024, 1)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    begun = time.perf_counter()
+    fastest = math.inf
     while fastest == math.inf or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
-        for _ in range(products):
-            a @ a
-        if gpu:
+        for _ in range(repeats):
+            matrix @ matrix
+        if is_gpu:
             torch.cuda.synchronize(device)
-        fastest = min(fastest, (time.perf_counter() - started) / products)
-    return 2 * side**3 / fastest
+        fastest = min(fastest, (time.perf_counter() - started) / repeats)
+    return 2 * size**3 / fastest
+
+
+class Throughput:
+    """Measures the speed of training between two log lines.
+
+    Args:
+        batch_size: Global batch size.
+        device: Device of the step.
+        step: Number of updates at the start.
+        mfu_per_image_rate: Model FLOP utilisation at one image per second.
+    """
+
+    def __init__(
+        self, batch_size: int, device: torch.device, step: int = 0, mfu_per_image_rate: float = 0.0
+    ):
+        self.batch_size = batch_size
+        self.device = device
+        self.mfu_per_image_rate = mfu_per_image_rate
+        self.started = time.perf_counter()
+        self.start_step = step
+        self.data_wait_seconds = 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def time_batches(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches and measure how long the host waits for each."""
+        iterator = iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(iterator, None)
+            self.data_wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Return the speed since the previous call.
+
+        - images_per_s: images per second over all processes
+        - step_s: seconds per step, the sum of data_s and compute_s
+        - data_s: seconds per step in which the host waited for batches (the GPU may have been busy)
+        - mfu: share of the device's matrix product rate that the FLOPs of the run use
+        - peak_memory_gib: peak memory of the GPU during training
+
+        Saving, previews and evaluations do not count.
+        """
+        now = time.perf_counter()
+        seconds = now - self.started
+        steps = step - self.start_step
+        rate = steps * self.batch_size / seconds
+        step_s = seconds / steps
+        data_s = self.data_wait_seconds / steps
+        values = {
+            "images_per_s": rate,
+            "step_s": step_s,
+            "data_s": data_s,
+            "compute_s": step_s - data_s,
+            "mfu": rate * self.mfu_per_image_rate,
+        }
+        if self.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.started = now
+        self.start_step = step
+        self.data_wait_seconds = 0.0
+        return values
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Exclude the block from times and peak memory. Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        paused = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.started += time.perf_counter() - paused

@@ -1,0 +1,261 @@
+"""Settings of the alignment methods and their flags.
+
+A shared setting, such as the block, takes one value for all methods or one per method. The settings
+of a single method are the fields of its `Settings` dataclass (models/targets.py).
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from common import cli
+from common.cli import UserError
+from common.config import add_flags, argparse_type, destination, flag_names, setting
+from loss import ALIGN_LOSSES
+from models.sit import PRESETS
+from models.targets import TARGETS
+
+# Flags of method settings that are not called --METHOD-FIELD.
+METHOD_FLAGS = {
+    ("sra2", "target"): ("--align-target",),
+    ("sra2", "normalize"): ("--align-normalize",),
+    ("repa", "encoder"): ("--repa-encoder", "--enc-type"),
+    ("repa", "weights"): ("--encoder-weights",),
+    ("repa", "source"): ("--repa-from",),
+}
+
+
+def block_or_auto(text: str) -> int | None:
+    """Parse a block number; "auto" gives None."""
+    return None if text == "auto" else cli.positive_int(text)
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The use of one alignment method in a run.
+
+    `default_alignment` fills in the paper's values for a model.
+    """
+
+    method: str
+    block: int = setting(
+        help="aligned block, counted from 1 (default: auto, the paper's for the model; sra2: 2 for "
+        "B, 8 for L and XL; repa: 8; sra: 8 for XL, otherwise a quarter of the depth)",
+        flags=("--align-depth", "--encoder-depth"),
+        type=block_or_auto,
+        metavar="K",
+    )
+    weight: float = setting(
+        help="weight lambda of the alignment loss (default: sra2 1, repa 0.5, sra 0.5, or 0.2 if "
+        "the loss is not cosine)",
+        flags=("--align-weight", "--proj-coeff"),
+        type=cli.non_negative_float,
+        metavar="X",
+    )
+    loss: str = setting(
+        "cosine",
+        help=f"{', '.join(ALIGN_LOSSES)} (default: cosine; smooth_l1 is best in the SRA 2 paper)",
+        flags=("--align-loss",),
+        choices=ALIGN_LOSSES,
+        metavar="NAME",
+    )
+    beta: float = setting(
+        0.05,
+        help="transition of smooth_l1 from quadratic to linear (default: 0.05)",
+        flags=("--align-beta",),
+        type=cli.positive_float,
+        metavar="X",
+    )
+    t_range: tuple[float, float] = setting(
+        (0.0, 1.0),
+        help="lowest and highest aligned timestep; 0 is data, 1 is noise (default: 0 1)",
+        flags=("--align-t-range",),
+        type=cli.fraction,
+        metavar="LO HI",
+    )
+    stop_step: int = setting(
+        0,
+        help="number of first steps that are aligned; 0 aligns all steps (default: 0)",
+        flags=("--align-stop-step",),
+        type=cli.non_negative_int,
+        metavar="N",
+    )
+    projector_layers: int = setting(
+        help="number of linear layers of the head (default: sra2 5, repa 3, sra 2)",
+        flags=("--projector-layers",),
+        type=cli.positive_int,
+        metavar="N",
+    )
+    projector_width: int = setting(
+        help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)",
+        flags=("--projector-width",),
+        type=cli.positive_int,
+        metavar="N",
+    )
+    settings: Any = None  # an instance of the method's Settings
+
+
+_SHARED_FIELDS = [field for field in fields(AlignmentConfig) if "help" in field.metadata]
+
+
+def default_alignment(method: str, model: str, **values: Any) -> AlignmentConfig:
+    """Return the settings of a method for a model.
+
+    Args:
+        method: A key of TARGETS.
+        model: A key of PRESETS.
+        values: Fields that differ from the defaults. None stands for the default.
+    """
+    preset = PRESETS[model]
+    loss = values.get("loss") or "cosine"
+    defaults = TARGETS[method].defaults(model, preset["depth"], preset["width"], loss)
+    chosen = {key: value for key, value in values.items() if value is not None}
+    return AlignmentConfig(
+        **{
+            "method": method,
+            "block": defaults.block,
+            "weight": defaults.weight,
+            "projector_layers": defaults.layers,
+            "projector_width": defaults.hidden,
+            "settings": TARGETS[method].Settings(),
+        }
+        | chosen
+    )
+
+
+def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the alignment methods to a parser."""
+    group = parser.add_argument_group(
+        "alignment (flags that take several values: one for all methods, or one per method)"
+    )
+    group.add_argument(
+        "--align",
+        choices=(*TARGETS, "none"),
+        nargs="+",
+        default=["sra2"],
+        metavar="METHOD",
+        help=f"alignment methods, one or several of {', '.join(TARGETS)}; none trains vanilla SiT",
+    )
+    add_flags(group, AlignmentConfig, nargs="+", default=None, required=False)
+    for method, field in _method_fields():
+        default = "" if field.default is None else f" (default: {field.default})"
+        group.add_argument(
+            *method_flags(method, field.name),
+            help=f"{method}: {field.metadata['help']}{default}",
+            type=argparse_type(TARGETS[method].Settings, field),
+            choices=field.metadata.get("choices"),
+        )
+
+
+def method_flags(method: str, field: str) -> tuple[str, ...]:
+    """Return the names of a method's own flag, the main one first."""
+    generated = f"--{method}-{field.replace('_', '-')}"
+    return METHOD_FLAGS.get((method, field), (generated,))
+
+
+def method_destinations() -> set[str]:
+    """Return argparse's names of the flags that belong to a single method."""
+    return {_destination(method, field.name) for method, field in _method_fields()}
+
+
+def resolve_alignments(args: argparse.Namespace, model: str) -> tuple[AlignmentConfig, ...]:
+    """Return the settings of each method that the flags ask for.
+
+    Raises:
+        UserError: The flags contradict each other.
+    """
+    methods = [] if args.align == ["none"] else args.align
+    _check_methods(args, methods)
+    columns = {
+        field.name: _split_per_method(field, getattr(args, destination(field)), methods)
+        for field in _SHARED_FIELDS
+    }
+    alignments = []
+    for i, method in enumerate(methods):
+        shared = {name: column[i] for name, column in columns.items()}
+        alignment = default_alignment(
+            method, model, **shared, settings=_read_method_settings(args, method)
+        )
+        _check_alignment(alignment, model)
+        alignments.append(alignment)
+    return tuple(alignments)
+
+
+def record_alignments(alignments: tuple[AlignmentConfig, ...]) -> dict:
+    """Return the alignment's part of args.json: lists with one value per method."""
+    record: dict[str, Any] = {"align": [alignment.method for alignment in alignments] or ["none"]}
+    for field in _SHARED_FIELDS:
+        values = [getattr(alignment, field.name) for alignment in alignments]
+        record[destination(field)] = [list(v) if isinstance(v, tuple) else v for v in values]
+    used = {alignment.method: alignment.settings for alignment in alignments}
+    for method, field in _method_fields():
+        value = getattr(used[method], field.name) if method in used else None
+        record[_destination(method, field.name)] = value if value is None else _plain(value)
+    return record
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str)) else str(value)
+
+
+def _method_fields() -> Iterator[tuple[str, dataclasses.Field]]:
+    for method, target in TARGETS.items():
+        for field in fields(target.Settings):
+            yield method, field
+
+
+def _destination(method: str, field: str) -> str:
+    return method_flags(method, field)[0].removeprefix("--").replace("-", "_")
+
+
+def _read_method_settings(args: argparse.Namespace, method: str) -> Any:
+    values = {
+        field.name: getattr(args, _destination(name, field.name))
+        for name, field in _method_fields()
+        if name == method
+    }
+    return TARGETS[method].Settings(**{k: v for k, v in values.items() if v is not None})
+
+
+def _check_methods(args: argparse.Namespace, methods: list[str]) -> None:
+    named = f"--align {' '.join(args.align)}"
+    if "none" in methods:
+        raise UserError(f"{named}: none excludes the other methods")
+    if len(set(methods)) < len(methods):
+        raise UserError(f"{named} repeats a method: pass each method once")
+    for method, field in _method_fields():
+        if method not in methods and getattr(args, _destination(method, field.name)) is not None:
+            flag = method_flags(method, field.name)[0]
+            raise UserError(f"{flag} needs --align {method}, but {named} was passed")
+    for field in _SHARED_FIELDS:
+        if not methods and getattr(args, destination(field)) is not None:
+            flag = flag_names(field)[0]
+            raise UserError(f"{flag} has no effect with --align none: remove one of them")
+
+
+def _check_alignment(alignment: AlignmentConfig, model: str) -> None:
+    depth = PRESETS[model]["depth"]
+    if alignment.block > depth:
+        raise UserError(f"--align-depth {alignment.block}: {model} has blocks 1 to {depth}")
+    low, high = alignment.t_range
+    if low > high:
+        raise UserError(f"--align-t-range {low} {high}: LO must not be above HI")
+
+
+def _split_per_method(field: dataclasses.Field, given: list | None, methods: list[str]) -> list:
+    """Return one value per method; None where the flag was not passed."""
+    if given is None:
+        return [None] * len(methods)
+    size = 2 if field.name == "t_range" else 1
+    if len(given) not in (size, size * len(methods)):
+        plural = "s" if size > 1 else ""
+        expected = f"{size} value{plural}"
+        if len(methods) > 1:
+            each = " ".join(methods)
+            expected += f" for all methods, or {size * len(methods)} for --align {each}"
+        values = " ".join(map(str, given))
+        raise UserError(f"{flag_names(field)[0]} {values}: pass {expected}, not {len(given)}")
+    values = given if size == 1 else list(zip(given[::2], given[1::2]))
+    return values * len(methods) if len(values) == 1 else values

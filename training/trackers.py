@@ -1,0 +1,133 @@
+"""Experiment trackers, through accelerate: Weights & Biases, TensorBoard and others."""
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from PIL import Image
+
+from common.cli import UserError
+from common.files import write_file
+
+TRACKER_NAMES = (
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+
+
+def resolve_trackers(report_to: tuple[str, ...]) -> list[str]:
+    """Return the names of the trackers to use.
+
+    Raises:
+        UserError: A tracker's package is not installed.
+    """
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if "all" in report_to:
+        return installed
+    names = [name for name in report_to if name != "none"]
+    for name in names:
+        if name not in installed:
+            raise UserError(f"--report-to {name} needs a package: pip install {name}")
+    return names
+
+
+class Trackers:
+    """The trackers of a run. A tracker that fails is disabled, and training continues.
+
+    Args:
+        accelerator: An accelerator whose `log_with` names the trackers.
+        info: Writes a message to the log.
+    """
+
+    def __init__(self, accelerator: Accelerator, info: Callable[[str], None]):
+        self.accelerator = accelerator
+        self.info = info
+
+    def start(self, project: str, name: str, folder: Path, config: dict) -> None:
+        """Start the trackers; Weights & Biases resumes the run whose id is in `folder`.
+
+        Args:
+            project: Name of the project.
+            name: Name of the run.
+            folder: The run folder.
+            config: Settings to record.
+
+        Raises:
+            UserError: A tracker cannot start.
+        """
+        accelerator = self.accelerator
+        if not accelerator.log_with or not accelerator.is_main_process:
+            return
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            write_file(id_file, uuid.uuid4().hex[:8].encode())
+        wandb = {"name": name, "id": id_file.read_text(), "dir": folder, "resume": "allow"}
+        try:
+            accelerator.init_trackers(project, init_kwargs={"wandb": wandb})
+            for tracker in accelerator.trackers:
+                nested = tracker.name == "wandb"
+                tracker.store_init_configuration(config if nested else _flatten(config))
+        except Exception as error:  # noqa: BLE001 (no API key, no network, ...: any package's error)
+            names = " ".join(map(str, accelerator.log_with))
+            raise UserError(
+                f"--report-to {names} cannot start ({_first_line(error)}): log in (for wandb: wandb "
+                "login, or set WANDB_MODE=offline), or pass --report-to none"
+            ) from None
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Record numbers."""
+        numbers = {key: value for key, value in values.items() if value is not None}
+        self._call_each(lambda tracker: tracker.log(numbers, step=step))
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Record an image with those trackers that can show images."""
+
+        def record(tracker: Any) -> None:
+            if not hasattr(tracker, "log_images"):
+                return
+            if tracker.name == "tensorboard":
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [str(path)]}, step=step)
+            else:
+                tracker.log_images({name: [Image.open(path)]}, step=step)
+
+        self._call_each(record)
+
+    def close(self) -> None:
+        """Wait until the trackers have sent everything."""
+        self._call_each(lambda tracker: tracker.finish())
+        self.accelerator.trackers = []
+
+    def _call_each(self, function: Callable[[Any], None]) -> None:
+        for tracker in list(self.accelerator.trackers):
+            try:
+                function(tracker)
+            except Exception as error:  # noqa: BLE001 (a remote service may raise anything)
+                self.accelerator.trackers.remove(tracker)
+                self.info(
+                    f"--report-to {tracker.name} failed ({_first_line(error)}) and is disabled; "
+                    "training continues and metrics.jsonl still records everything"
+                )
+
+
+def _flatten(config: dict) -> dict[str, Any]:
+    """Return the config with plain values only: most trackers accept no lists and dicts."""
+    plain = (bool, int, float, str)
+    return {key: value if isinstance(value, plain) else str(value) for key, value in config.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
