@@ -1,11 +1,9 @@
-"""Metrics of the averaged models while they train: sampling and evaluation over all processes, images never leave the device.
-And, with --eval-latents, the denoising loss on images held out.
+"""Metrics of the EMA during training: samples and their features are computed on all processes.
 
-What it reports is what sample_ddp.py and evaluations.evaluate report for the same checkpoint, flags and batch size, as far as
---mixed-precision and --allow-tf32 let it: those two commands work in float32.
+The metrics equal those of sample_ddp.py and evaluations.evaluate for the same checkpoint, flags and
+batch size, up to --mixed-precision and --allow-tf32: those commands compute in float32 by default.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,141 +16,191 @@ from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from evaluations.reference_features import default_cache_dir, load_reference_features
-from latents.cache import Manifest
+from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import SiT
 from sampling.recipe import Recipe
-from training.held_out import HeldOut
+from training.config import EvaluationConfig, ObjectiveConfig, sampler_flag
+from training.held_out import HeldOutLoss
 
 
-class Stopped(Exception):
-    """A signal came while samples were drawn."""
+class Stopped(Exception):  # noqa: N818 (a stop is no error)
+    """A stop signal arrived during an evaluation."""
 
 
 class Evaluator:
-    """Draws --eval-samples from a model and compares them with --eval-reference, read once at the start."""
+    """Compares samples of a network with a reference, and measures its loss on held-out images.
+
+    Args:
+        config: Settings of the evaluation.
+        objective: What the network is trained on.
+        vae: Decodes the samples.
+        manifest: Manifest of the training cache.
+        dtype: Autocast dtype of the network while it samples.
+        rank: Rank of this process; the first process loads the reference.
+        num_processes: Number of processes.
+
+    Raises:
+        UserError: A setting is wrong, or the reference or a network cannot be loaded.
+    """
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        manifest: Manifest,
+        config: EvaluationConfig,
+        objective: ObjectiveConfig,
         vae: Autoencoder,
-        dtype: torch.dtype,
-        rank: int,
-        processes: int,
+        manifest: Manifest,
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        num_processes: int = 1,
     ):
-        """dtype: of the network's products while it samples. Raises UserError."""
-        steps, scale = args.eval_num_steps, args.eval_cfg_scale
+        _check_config(config)
+        self.config = config
+        self.vae = vae
+        self.dtype = dtype
+        self.rank = rank
+        self.num_processes = num_processes
+        self.device = vae.vae.device
         self.recipe = Recipe(
-            args.eval_mode,
-            args.eval_heun,
-            num_steps=steps,
-            cfg_scale=scale,
-            path_type=args.path_type,
-            prediction=args.prediction,
+            mode=config.mode,
+            heun=config.heun,
+            num_steps=config.num_steps,
+            cfg_scale=config.cfg_scale,
+            path_type=objective.path_type,
+            prediction=objective.prediction,
         )
-        self.recipe.validate("--eval-")
-        if args.eval_samples <= MANIFOLD_NEIGHBOURS:
-            raise UserError(
-                f"--eval-samples {args.eval_samples} is too few: precision and recall need {MANIFOLD_NEIGHBOURS + 1} or more"
-            )
-        if args.eval_reference is None:
-            raise UserError(
-                "--eval-every needs --eval-reference: ADM's .npz, or images (a folder tree class/image.ext or a zip)"
-            )
-        self.vae, self.dtype, self.rank, self.processes = vae, dtype, rank, processes
-        self.count, self.size, self.features = (
-            args.eval_samples,
-            args.eval_batch_size,
-            args.eval_features,
-        )
-        self.device, side = vae.vae.device, manifest.resolution
+        try:
+            self.recipe.validate()
+        except FieldError as error:
+            raise UserError(f"{sampler_flag(error.field)}: {error.reason}") from None
+        size = manifest.resolution
         self.network = load_extractor(
-            self.features,
-            args.inception_weights,
-            (side, side),
+            config.features,
+            config.inception_weights,
+            (size, size),
             self.device,
-            str(args.data_dir[0]),
+            "the training cache",
             "--eval-features",
         )
         self.held_out = None
-        if args.eval_latents:
-            self.held_out = HeldOut(args.eval_latents, self.count)
-            self.held_out.check(manifest)
+        if config.latents:
+            self.held_out = HeldOutLoss(config.latents, config.samples)
+            self.held_out.check_compatible(manifest)
         self.reference = None
+        self.identity: dict = {}
         if rank == 0:
-            if not args.eval_reference.exists():
-                raise UserError(f"--eval-reference {args.eval_reference} does not exist")
-            digest = sha256(args.eval_reference)
-            self.reference = load_reference_features(
-                args.eval_reference,
-                digest,
-                {self.features: self.network},
-                side,
-                self.size,
-                self.device,
-                "--eval-reference",
-                default_cache_dir(),
-            )[self.features]
-            self.identity = {
-                "samples": self.count,
-                "features": self.features,
-                "reference": str(args.eval_reference),
-                "reference_sha256": digest,
-                "path_type": args.path_type,
-                "prediction": args.prediction,
-                "solver": self.recipe.solver,
-                "num_steps": self.recipe.num_steps,
-                "cfg_scale": self.recipe.cfg_scale,
-                "labels": self.recipe.labels,
-                "seed": self.recipe.seed,
-                "batch_size": self.size,
-                "dtype": str(dtype).removeprefix("torch."),
-                "allow_tf32": args.allow_tf32,
-            }
-            if self.held_out:
-                self.identity["held_out"] = self.held_out.identity
+            self._load_reference(size)
+
+    def _load_reference(self, size: int) -> None:
+        config = self.config
+        assert config.reference is not None
+        digest = sha256(config.reference)
+        self.reference = load_reference_features(
+            config.reference,
+            digest,
+            {config.features: self.network},
+            size,
+            config.batch_size,
+            self.device,
+            "--eval-reference",
+            default_cache_dir(),
+        )[config.features]
+        self.identity = {
+            "samples": config.samples,
+            "features": config.features,
+            "reference": str(config.reference),
+            "reference_sha256": digest,
+            "path_type": self.recipe.path_type,
+            "prediction": self.recipe.prediction,
+            "solver": self.recipe.solver,
+            "num_steps": self.recipe.num_steps,
+            "cfg_scale": self.recipe.cfg_scale,
+            "labels": self.recipe.labels,
+            "seed": self.recipe.seed,
+            "batch_size": config.batch_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+        if self.held_out:
+            self.identity["held_out"] = self.held_out.identity
 
     @torch.no_grad()
     def measure(
-        self, model: SiT, gather_all: Callable[[Tensor], Tensor], stopped: Callable[[], bool]
+        self, model: SiT, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
     ) -> dict[str, float | None] | None:
-        """The numbers, on the first process; None on the others. gather_all stacks a tensor of every process in their order.
-        Raises Stopped, on every process at once, when `stopped` says so on any.
+        """Compute the metrics of a network. All processes must call this.
+
+        Args:
+            model: The network.
+            gather: Concatenates a tensor of every process, in the order of the ranks.
+            is_stopped: Whether a stop signal arrived on this process.
+
+        Returns:
+            The metrics on the first process, None on the others.
+
+        Raises:
+            Stopped: A stop signal arrived on any process; raised on all of them.
         """
 
-        def look() -> None:
-            if gather_all(torch.tensor([int(stopped())], device=self.device)).any():
+        def check_stop() -> None:
+            if gather(torch.tensor([int(is_stopped())], device=self.device)).any():
                 raise Stopped
 
-        loss = {}
+        held_out_loss = {}
         if self.held_out:
-            how = self.recipe.path_type, self.recipe.prediction, self.dtype, self.size
-            loss = self.held_out.measure(model, *how, self.rank, self.processes, gather_all, look)
-        batches = self._batches(model, gather_all, look)
+            held_out_loss = self.held_out.measure(
+                model, self.recipe, self.dtype, self.config.batch_size, self._share, gather, check_stop
+            )
+        batches = self._feature_batches(model, gather, check_stop)
         if self.reference is None:
-            for _ in batches:
+            for _ in batches:  # this process computes features for the first one
                 pass
             return None
-        features = collect_features(batches, self.count)
-        labels = self.recipe.compute_labels(
-            torch.arange(self.count), model.config.num_classes
-        ).numpy()
-        return compute_metrics(features, labels, self.reference, self.features, self.device) | loss
+        features = collect_features(batches, self.config.samples)
+        index = torch.arange(self.config.samples)
+        labels = self.recipe.compute_labels(index, model.config.num_classes).numpy()
+        metrics = compute_metrics(
+            features, labels, self.reference, self.config.features, self.device
+        )
+        return metrics | held_out_loss
 
-    def _batches(
-        self, model: SiT, gather_all: Callable, look: Callable[[], None]
+    @property
+    def _share(self) -> tuple[int, int]:
+        return self.rank, self.num_processes
+
+    def _feature_batches(
+        self, model: SiT, gather: Callable[[Tensor], Tensor], check_stop: Callable[[], None]
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Features of one batch of each process, in the order of the images; the last is padded with those that follow."""
-        step = self.size * self.processes
+        """Yield the features of one batch per process, in the order of the images.
+
+        The last batch is padded with the images that would follow.
+        """
+        batch_size = self.config.batch_size
+        num_samples = self.config.samples
+        step = batch_size * self.num_processes
         with tqdm(
-            total=self.count, unit="img", desc="evaluating", leave=False, disable=self.rank > 0
+            total=num_samples, unit="img", desc="evaluating", leave=False, disable=self.rank > 0
         ) as bar:
-            for first in range(0, self.count, step):
-                begin = first + self.rank * self.size
-                index = torch.arange(begin, begin + self.size, device=self.device)
+            for first in range(0, num_samples, step):
+                begin = first + self.rank * batch_size
+                index = torch.arange(begin, begin + batch_size, device=self.device)
                 images = self.vae.decode(self.recipe.sample_latents(model, index, self.dtype))
-                outputs = self.network(images)
-                yield tuple(gather_all(output) for output in outputs)
-                bar.update(min(step, self.count - first))
-                look()
+                yield tuple(gather(output) for output in self.network(images))
+                bar.update(min(step, num_samples - first))
+                check_stop()
+
+
+def _check_config(config: EvaluationConfig) -> None:
+    if config.samples <= MANIFOLD_NEIGHBOURS:
+        raise UserError(
+            f"--eval-samples {config.samples} is too few: precision and recall need at least "
+            f"{MANIFOLD_NEIGHBOURS + 1}"
+        )
+    if config.reference is None:
+        raise UserError(
+            "--eval-every needs --eval-reference: pass ADM's .npz, or images (a folder tree "
+            "class/image.ext or a zip)"
+        )
+    if not config.reference.exists():
+        raise UserError(f"--eval-reference {config.reference} does not exist")

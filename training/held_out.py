@@ -1,5 +1,6 @@
-"""The denoising loss on images held out: at fixed times and with fixed noise, so that two runs, or two steps of one, are asked
-the same questions.
+"""Denoising loss on held-out images, at fixed timesteps and with fixed noise.
+
+Two runs, or two steps of one run, are therefore compared on the same inputs.
 """
 
 import hashlib
@@ -12,20 +13,18 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.keyed_random import Purpose, normal
-from interpolant import INTERPOLANTS
-from latents.cache import CacheError, LatentCache, Manifest
-from loss import training_losses
+from interpolant import INTERPOLANTS, interpolate, regression_target
+from latents.cache import CacheError, LatentCache
+from latents.manifest import Manifest
+from loss import denoising_loss
 from models.autoencoder import LatentScale
 from models.sit import SiT
+from sampling.recipe import Recipe
 
-TIMES = (
-    0.1,
-    0.3,
-    0.5,
-    0.7,
-    0.9,
-)  # the middles of five equal parts: their mean stands for a uniform t
-SAME = (
+# Midpoints of five equal intervals: the mean over them stands for uniform timesteps.
+TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
+SEED = 0  # of the noise and the posterior samples, for every run
+COMPARED_FIELDS = (
     "class_names",
     "num_classes",
     "resolution",
@@ -34,83 +33,112 @@ SAME = (
     "scale",
     "shift",
 )
-SEED = 0  # of noise and of the draw from the posterior, whatever the run's
 
 
-class HeldOut:
-    """The images of a latent cache, `count` of them, evenly spread, or all there are. Each process measures its share."""
+class HeldOutLoss:
+    """Measures the denoising loss on the images of a latent cache.
 
-    def __init__(self, root: Path, count: int, flag: str = "--eval-latents"):
-        """Raises UserError."""
+    Args:
+        root: The latent cache.
+        num_images: Number of images to use, evenly spaced; all of them if the cache has fewer.
+        flag: Flag that names the cache, for messages.
+
+    Raises:
+        UserError: The cache cannot be read.
+    """
+
+    def __init__(self, root: Path, num_images: int, flag: str = "--eval-latents"):
         try:
             self.cache = LatentCache(root)
         except CacheError as error:
             raise UserError(f"{flag}: {error}") from None
-        self.root, self.count = root, min(count, len(self.cache))
-        self.index = torch.arange(self.count) * len(self.cache) // self.count
+        self.root = root
+        self.flag = flag
+        self.num_images = min(num_images, len(self.cache))
+        self.image_index = torch.arange(self.num_images) * len(self.cache) // self.num_images
         self.scale = LatentScale(self.cache.manifest.scale, self.cache.manifest.shift)
 
-    def check(self, manifest: Manifest, flag: str = "--eval-latents") -> None:
-        """Against that of what is trained on. Raises UserError."""
-        different = [
-            key for key in SAME if getattr(self.cache.manifest, key) != getattr(manifest, key)
+    def check_compatible(self, manifest: Manifest) -> None:
+        """Raise UserError unless the cache was created like the training cache."""
+        differing = [
+            key
+            for key in COMPARED_FIELDS
+            if getattr(self.cache.manifest, key) != getattr(manifest, key)
         ]
-        if different:
+        if differing:
             raise UserError(
-                f"{flag} {self.root} is not made as --data-dir was: {', '.join(different)} differ; encode it in the same way"
+                f"{self.flag} {self.root} differs from --data-dir in {', '.join(differing)}: "
+                "encode both caches with the same settings"
             )
 
     @property
     def identity(self) -> dict:
-        """What decides the numbers besides the network."""
-        digest = hashlib.sha256(
-            json.dumps(self.cache.manifest.shards, sort_keys=True).encode()
-        ).hexdigest()
-        return {"latents_sha256": digest, "images": self.count, "times": list(TIMES)}
+        """Everything that decides the loss besides the network."""
+        shards = json.dumps(self.cache.manifest.shards, sort_keys=True).encode()
+        return {
+            "latents_sha256": hashlib.sha256(shards).hexdigest(),
+            "images": self.num_images,
+            "times": list(TIMESTEPS),
+        }
 
     @torch.no_grad()
     def measure(
         self,
         model: SiT,
-        path_type: str,
-        prediction: str,
-        dtype: torch.dtype,
-        size: int,
-        rank: int,
-        processes: int,
-        gather_all: Callable[[Tensor], Tensor],
-        look: Callable[[], None],
+        recipe: Recipe,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 32,
+        share: tuple[int, int] = (0, 1),
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """Mean over images and TIMES, and that of each time: {"held_out": ..., "held_out_0.1": ...}.
+        """Return the mean loss over images and timesteps, and the mean at each timestep.
 
-        The average is asked with the images' own classes, and its products are of `dtype`; `size` images at a time.
-        gather_all stacks a tensor of every process; look is called by all between batches, and what it raises ends the work.
+        The network gets the true classes of the images.
+
+        Args:
+            model: The network.
+            recipe: Contains the interpolant and what the network predicts.
+            dtype: Autocast dtype.
+            batch_size: Images per process and forward pass.
+            share: Rank of this process and number of processes.
+            gather: Concatenates a tensor of every process.
+            check_stop: Called by all processes between batches; an exception ends the work.
+
+        Returns:
+            {"held_out": ..., "held_out_0.1": ..., ...}.
         """
-        device, shape = model.pos_embed.device, tuple(self.cache.manifest.latent_shape)
-        sums = torch.zeros(1, len(TIMES), dtype=torch.float64, device=device)
+        rank, num_processes = share
+        device = model.pos_embed.device
+        sums = torch.zeros(1, len(TIMESTEPS), dtype=torch.float64, device=device)
+        for first in range(0, self.num_images, batch_size * num_processes):
+            begin = first + rank * batch_size
+            image_index = self.image_index[begin : begin + batch_size]
+            if len(image_index):
+                sums += self._batch_sums(model, recipe, image_index, dtype)
+            check_stop()
+        means = (gather(sums).sum(0) / self.num_images).tolist()
+        per_timestep = {f"held_out_{t}": mean for t, mean in zip(TIMESTEPS, means)}
+        return {"held_out": sum(means) / len(means), **per_timestep}
 
-        def network(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, dict, dict]:
+    def _batch_sums(
+        self, model: SiT, recipe: Recipe, image_index: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the sums of the losses of a batch, (1, number of timesteps), float64."""
+        device = model.pos_embed.device
+        shape = tuple(self.cache.manifest.latent_shape)
+        path = INTERPOLANTS[recipe.path_type]
+        moments, labels = (t.to(device) for t in self.cache.gather(image_index.numpy()))
+        image_index = image_index.to(device)
+        posterior_noise = normal(SEED, Purpose.POSTERIOR, image_index, shape)
+        latents = self.scale.sample(moments, posterior_noise.float())
+        sums = []
+        for draw, timestep in enumerate(TIMESTEPS):
+            noise = normal(SEED, Purpose.NOISE, image_index, shape, draw=draw).float()
+            t = torch.full((len(image_index),), timestep, device=device)
+            x_t, velocity = interpolate(path, latents, noise, t)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return model(x, t, y), {}, {}
-
-        for first in range(0, self.count, size * processes):
-            begin = first + rank * size
-            index = self.index[begin : begin + size]
-            if len(index):
-                moments, labels = (tensor.to(device) for tensor in self.cache.gather(index.numpy()))
-                number = index.to(device)
-                latent = self.scale.sample(
-                    moments, normal(SEED, Purpose.POSTERIOR, number, shape).float()
-                )
-                for k, t in enumerate(TIMES):
-                    noise = normal(SEED, Purpose.NOISE, number, shape, draw=k).float()
-                    at = torch.full((len(index),), t, device=device)
-                    terms = training_losses(
-                        network, INTERPOLANTS[path_type], prediction, latent, labels, noise, at
-                    )
-                    sums[0, k] += terms.denoising.double().sum()
-            look()
-        means = (gather_all(sums).sum(0) / self.count).tolist()
-        return {"held_out": sum(means) / len(means)} | {
-            f"held_out_{t}": mean for t, mean in zip(TIMES, means)
-        }
+                prediction = model(x_t, t, labels)
+            target = regression_target(recipe.prediction, latents, noise, velocity)
+            sums.append(denoising_loss(prediction, target).double().sum())
+        return torch.stack(sums)[None]

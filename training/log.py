@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.files import LineWriter, write_file
-from common.metrics_log import METRICS_SCHEMA, read_rows
+from common.metrics_log import METRICS_SCHEMA
 from training.guard import NonFiniteGuard
 from training.throughput import Throughput
 from training.trackers import Trackers
@@ -132,10 +132,13 @@ class MetricsFile:
             buffered: Lines that were buffered in memory when the checkpoint was written; those
                 that were not written later are restored.
         """
-        kept = [json.dumps(row) + "\n" for row in read_rows(self.folder) if row["step"] <= step]
+        path = self.lines.path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        complete = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        kept = [line for line in complete if json.loads(line)["step"] <= step]
         kept += [line for line in buffered.splitlines(keepends=True) if line not in kept]
-        if kept or self.lines.path.exists():
-            write_file(self.lines.path, "".join(kept).encode())
+        if kept or path.exists():
+            write_file(path, "".join(kept).encode())
 
     def append(self, row: dict) -> bool:
         """Append a line. Return False if the disk did not take it."""

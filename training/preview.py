@@ -1,78 +1,95 @@
-"""Pictures of the averaged model while it trains."""
+"""Sample grids of the EMA during training."""
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from common.cli import UserError
 from common.image_grid import draw_labelled_grid, save_png
-from common.keyed_random import Purpose, normal
-from interpolant import INTERPOLANTS, time_interval
-from latents.cache import Manifest
+from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
-from samplers import GuidedVelocity, VelocityModel, ode
+from sampling.recipe import Recipe
 
 
 class Preview:
-    """The same noise and labels at every preview, sampled from the EMA: what changes between two pictures is the model."""
+    """Draws samples with the same noise and labels at every step, so that only the model changes.
 
-    rows, columns, num_steps = 10, 8, 50
+    Args:
+        vae: Decodes the samples.
+        class_names: Names of the classes; up to `num_rows` of them are shown, evenly spaced.
+        cfg_scale: Guidance scale.
+        path_type: Interpolant that the network is trained on.
+        prediction: What the network predicts.
+        seed: Seed of the initial noise.
+    """
+
+    num_rows = 10
+    num_columns = 8
+    num_steps = 50
 
     def __init__(
-        self, args: argparse.Namespace, manifest: Manifest, folder: Path, vae: Autoencoder
+        self,
+        vae: Autoencoder,
+        class_names: list[str],
+        cfg_scale: float = 1.5,
+        path_type: str = "linear",
+        prediction: str = "v",
+        seed: int = 0,
     ):
-        self.vae, self.folder, self.cfg_scale, device = (
-            vae,
-            folder,
-            args.preview_cfg_scale,
-            vae.vae.device,
+        self.vae = vae
+        num_rows = min(self.num_rows, len(class_names))
+        classes = torch.linspace(0, len(class_names) - 1, num_rows).round().long()
+        self.row_names = [class_names[k] for k in classes]
+        self.recipe = Recipe(
+            mode="ode",
+            num_steps=self.num_steps,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            path_type=path_type,
+            prediction=prediction,
+            explicit_labels=classes.repeat_interleave(self.num_columns),
         )
-        self.path, self.prediction = INTERPOLANTS[args.path_type], args.prediction
-        rows = min(self.rows, manifest.num_classes)
-        classes = torch.linspace(0, manifest.num_classes - 1, rows).round().long()
-        self.names = [manifest.class_names[k] for k in classes]
-        self.labels = classes.repeat_interleave(self.columns).to(device)
-        index = torch.arange(len(self.labels), device=device)
-        self.start = normal(
-            args.seed, Purpose.INITIAL_NOISE, index, tuple(manifest.latent_shape)
-        ).float()
 
-    @torch.no_grad()
-    def draw(self, ema: SiT, step: int, name: str = "") -> Path:
-        """Euler ODE, then the VAE; returns the picture's path."""
-        network, ends = (
-            VelocityModel(ema, self.path, self.prediction),
-            time_interval(self.path, self.prediction),
-        )
-        velocity = GuidedVelocity(network, self.labels, ema.config.num_classes, self.cfg_scale)
-        latents = ode(velocity, self.start, self.num_steps, path=self.path, ends=ends)
-        images = self.vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
-        rows = list(
-            zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:]))
-        )
-        path = preview_path(self.folder, step, name)
-        title = f"EMA{name.replace('-ema', ' ')} at step {step:,} · Euler {self.num_steps} · guidance {self.cfg_scale:g}"
-        save_png(draw_labelled_grid(rows, title), path)
-        return path
+    def draw(self, ema: SiT, path: Path, title: str) -> None:
+        """Sample a grid and write it as a PNG.
+
+        Args:
+            ema: The averaged network.
+            path: File to write.
+            title: Start of the title; the sampler's settings are appended.
+        """
+        num_images = len(self.row_names) * self.num_columns
+        index = torch.arange(num_images, device=self.vae.vae.device)
+        images = self.vae.decode(self.recipe.sample_latents(ema, index))
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        rows = pixels.reshape(len(self.row_names), self.num_columns, *pixels.shape[1:])
+        settings = f"Euler {self.num_steps} · guidance {self.recipe.cfg_scale:g}"
+        grid = draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {settings}")
+        save_png(grid, path)
 
 
-def preview_path(folder: Path, step: int, name: str = "") -> Path:
-    """Where a run's picture of a step goes; `name` tells averages apart."""
-    return folder / "samples" / f"{step:07d}{name}.png"
+def preview_path(folder: Path, step: int, suffix: str = "") -> Path:
+    """Return the file of a run's preview; the suffix tells EMAs apart."""
+    return folder / "samples" / f"{step:07d}{suffix}.png"
 
 
-def load_vae(name: str, manifest: Manifest, device: torch.device) -> Autoencoder:
-    """The VAE that decodes, which must be the one that made the cache. Raises UserError."""
+def load_vae(name: str | None, manifest: Manifest, device: torch.device) -> Autoencoder:
+    """Load the VAE that decodes samples: `name`, or the one that created the cache.
+
+    Raises:
+        UserError: It cannot be loaded, or it is not the VAE that created the cache.
+    """
+    name = name or manifest.vae
     try:
         vae = Autoencoder(name, device)
     except FileNotFoundError as error:
         raise UserError(
-            f"{error}; or train without previews and evaluation: --sampling-steps 0 --eval-every 0"
+            f"{error}; or disable previews and evaluation: --sampling-steps 0 --eval-every 0"
         ) from None
     if vae.fingerprint() != manifest.vae_fingerprint:
         raise UserError(
-            f"--vae {name} is not the VAE that made the cache ({manifest.vae}): its weights differ, so would the colours"
+            f"--vae {name} is not the VAE that created the cache ({manifest.vae}): the weights "
+            "differ and colours would be wrong; pass that VAE"
         )
     return vae
