@@ -1,18 +1,16 @@
-"""Trains a SiT with flow matching and SRA 2's alignment to the VAE latents (arXiv:2601.17830).
+"""Train a SiT with flow matching and SRA 2's alignment to the VAE latents (arXiv:2601.17830).
 
     accelerate launch train.py --data-dir data/imagenet256 --exp-name sit-xl2-sra2 --model SiT-XL/2
 
-Read `Step` below: it is the method. Running the same command again continues the run.
+`Step` below is the method. Running the same command again resumes the run.
 """
 
-import argparse
 import copy
 import json
 import sys
-import uuid
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -22,423 +20,640 @@ from torch import Tensor
 from checkpointing.storage import CheckpointError, lock_run, read_config, verify_checkpoint
 from common import cli
 from common.cli import UserError
+from common.config import format_flags
 from common.files import write_file
 from common.keyed_random import Purpose, normal, uniform
 from dataset import CachedBatch, TrainingStream
-from interpolant import INTERPOLANTS, draw_times
-from latents.cache import CacheError, LatentCache, Manifest
-from loss import Alignment, training_losses
+from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
+from latents.cache import CacheError, LatentCache
+from latents.manifest import Manifest
+from loss import denoising_loss
 from models.autoencoder import LatentScale
 from models.flops import backbone_flops
-from models.projector import AlignedSiT, Projector
 from models.sit import SiT, SiTConfig
-from models.targets import Batch, Data, Target
-from training import alignment
+from models.targets import CacheInfo, TrainingInputs
+from training.alignment import (
+    Alignment,
+    AlignmentTerms,
+    build_aligned_network,
+    describe_alignment,
+    load_alignments,
+    make_cache_info,
+    make_run_context,
+    plan_alignments,
+    required_cache_inputs,
+    restore_settings,
+)
 from training.config import (
-    check_args,
+    DeviceConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    Settings,
+    autocast_dtype,
+    build_args_json,
+    build_config_json,
+    build_network_config,
+    check_batch_size,
     check_cache,
     check_same_data,
     check_same_run,
-    make_config,
-    parse_args,
-    precision,
+    parse_settings,
+    resolve_num_steps,
 )
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
-from training.log import Log, every
+from training.log import Console, MetricMeans, MetricsFile, RunLog, is_due
 from training.preemption import (
+    COLLECTIVE_TIMEOUT,
     EXIT_STOPPED,
-    PATIENCE,
     FlagReducer,
     StopRequest,
     ignore_signals,
     stop_on_signal,
 )
 from training.preview import Preview, load_vae
-from training.schedule import Monitor, where
-from training.state import EMA, TrainState, Writer
-from training.throughput import matmul_rate, training_flops
+from training.schedule import EMASchedule, RunPosition, find_position
+from training.state import EMA, CheckpointWriter, TrainState
+from training.throughput import Throughput, measure_matmul_rate, training_flops
+from training.trackers import Trackers, resolve_trackers
+
+
+class ScalarMean:
+    """Mean of named scalars over micro-batches, on the device."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.names: list[str] = []
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Add the scalars of a micro-batch: one tensor per name, averaged over its elements."""
+        self.names = list(scalars)
+        self.rows.append(torch.stack([value.detach().mean() for value in scalars.values()]))
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the means over the micro-batches."""
+        return dict(zip(self.names, torch.stack(self.rows).mean(0)))
 
 
 class Step:
-    """The method: draw, interpolate, predict, align, step. Nothing in here waits for the device."""
+    """One optimizer update: flow matching plus alignment (arXiv:2601.17830, eq. 3-5).
 
-    def __init__(
+    Never waits for the device.
+
+    Args:
+        accelerator: Wraps network and optimizer, reduces gradients.
+        state: Network, EMAs, optimizer, step.
+        manifest: Manifest of the latent cache.
+        alignments: The alignment methods by name.
+        guard: Skips updates that are not finite.
+        objective: The denoising objective.
+        optimizer: Clipping and EMA decays.
+        seed: Seed of all training randomness.
+        accumulation: Number of micro-batches per process.
+    """
+
+    def __init__(  # noqa: PLR0913 (the objects that an update touches)
         self,
-        args: argparse.Namespace,
         accelerator: Accelerator,
-        manifest: Manifest,
         state: TrainState,
-        targets: dict[str, Target],
+        manifest: Manifest,
+        alignments: dict[str, Alignment],
         guard: NonFiniteGuard,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        seed: int = 0,
+        accumulation: int = 1,
     ):
-        self.args, self.accelerator, self.state, self.targets, self.guard = (
-            args,
-            accelerator,
-            state,
-            targets,
-            guard,
-        )
+        self.accelerator = accelerator
+        self.state = state
+        self.alignments = alignments
+        self.guard = guard
+        self.objective = objective
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.seed = seed
+        self.accumulation = accumulation
         self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
         self.emas = [
-            EMA(ema, state.model.backbone, decay) for ema, decay in zip(state.emas, args.ema_decay)
+            EMA(ema, state.model.backbone, decay)
+            for ema, decay in zip(state.emas, optimizer.ema_decay)
         ]
-        self.scale, self.path = (
-            LatentScale(manifest.scale, manifest.shift),
-            INTERPOLANTS[args.path_type],
-        )
-        self.null_class, self.shape = manifest.num_classes, tuple(manifest.latent_shape)
-        how = zip(args.align_loss, args.align_beta, args.align_t_range)
-        self.align = {name: Alignment(*each) for name, each in zip(targets, how)}
-        self.weight, self.stop = (
-            dict(zip(targets, args.align_weight)),
-            dict(zip(targets, args.align_stop_step)),
-        )
+        self.path = INTERPOLANTS[objective.path_type]
+        self.scale = LatentScale(manifest.scale, manifest.shift)
+        self.null_class = manifest.num_classes
+        self.latent_shape = tuple(manifest.latent_shape)
 
-    def __call__(self, batch: CachedBatch) -> tuple[Tensor, Tensor]:
-        """One update. This process's share of a global batch: numbers (b,), moments (b, 2C, h, w), labels (b,), what targets
-        ask for besides -> Log.names of it, and whether the step was good, 1 or 0, both on the device.
+    def __call__(self, batch: CachedBatch) -> tuple[dict[str, Tensor], Tensor]:
+        """Train on this process's share of a global batch.
+
+        Returns:
+            The scalars of this process, and 1 if the update was finite, else 0; on the device.
         """
-        args, accelerator, parts = (
-            self.args,
-            self.accelerator,
-            self.args.gradient_accumulation_steps,
-        )
-        batch = batch.to(accelerator.device)
-        number, moments, labels = batch.stream_position, batch.moments, batch.labels
-        extra = batch.inputs.values()
-        u = uniform(args.seed, Purpose.TIMESTEP, number)
-        t = draw_times(self.path, args.prediction, args.weighting, u).float()
-        noise = normal(args.seed, Purpose.NOISE, number, self.shape).float()
-        posterior_noise = normal(args.seed, Purpose.POSTERIOR, number, self.shape)
-        dropped = uniform(args.seed, Purpose.LABEL_DROP, number) < args.cfg_prob
-        labels = torch.where(dropped, self.null_class, labels)
-        latent = self.scale.sample(moments, posterior_noise.float())
-        own = uniform(args.seed, Purpose.TARGET, number).float()
-        whole = Batch(latent, labels, noise, t, self.scale.mean(moments), own, *extra)
-        active = [name for name, last in self.stop.items() if not last or self.state.step < last]
-        model = partial(self.model, idle=[name for name in self.targets if name not in active])
+        batch = batch.to(self.accelerator.device)
 
-        means = []
-        for i, part in enumerate(whole.chunk(parts)):
-            with torch.no_grad():
-                targets = {name: self.targets[name](part) for name in active}
-            with accelerator.no_sync(self.model) if i < parts - 1 else nullcontext():
-                x, y, eps, s, *_ = part
-                terms = training_losses(
-                    model, self.path, args.prediction, x, y, eps, s, targets, self.align
-                )
-                aligned = sum(
-                    self.weight[name] * terms.align[name] for name in active if self.weight[name]
-                )
-                loss = (terms.denoising + aligned).mean()
-                accelerator.backward(loss / parts)
-            gauges = (
-                term[name]
-                for name in self.targets
-                for term in (terms.align, terms.cosine, terms.token_norm)
-            )
-            means.append(
-                torch.stack([value.detach().mean() for value in (loss, terms.denoising, *gauges)])
-            )
-        losses = torch.stack(means).mean(0)
-        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-        trained = [align for align, name in zip(losses[2::3], self.targets) if self.weight[name]]
-        good = self.guard.judge(
-            self.state.step + 1, losses[1], sum(trained, torch.zeros_like(losses[0])), grad_norm
-        )
+        # Noise, timesteps, posterior sample, dropped labels: functions of (seed, position) alone.
+        inputs = self.draw(batch)
+
+        # Forward and backward, one micro-batch at a time. Gradients are reduced with the last one.
+        scalar_mean = ScalarMean()
+        for i, micro in enumerate(inputs.split(self.accumulation)):
+            is_last = i == self.accumulation - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                total, scalars = self.losses(micro)
+                self.accelerator.backward(total.mean() / self.accumulation)
+            scalar_mean.add({"loss": total, **scalars})
+        means = scalar_mean.mean()
+
+        # Clip, skip the update if anything is not finite, update the weights and their averages.
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        is_finite = self.guard.mark_step(self.state.step + 1, self.guarded(means, grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
             ema.update()
         self.state.step += 1
-        return torch.cat((losses, grad_norm.reshape(1))), good
+        return {**means, "grad_norm": grad_norm}, is_finite
+
+    def draw(self, batch: CachedBatch) -> TrainingInputs:
+        """Draw everything random about a batch, and normalise its latents."""
+        seed, position = self.seed, batch.stream_position
+        objective = self.objective
+        u = uniform(seed, Purpose.TIMESTEP, position)
+        posterior_noise = normal(seed, Purpose.POSTERIOR, position, self.latent_shape).float()
+        is_dropped = uniform(seed, Purpose.LABEL_DROP, position) < objective.cfg_prob
+        return TrainingInputs(
+            latents=self.scale.sample(batch.moments, posterior_noise),
+            labels=torch.where(is_dropped, self.null_class, batch.labels),
+            noise=normal(seed, Purpose.NOISE, position, self.latent_shape).float(),
+            t=draw_times(self.path, objective.prediction, objective.weighting, u).float(),
+            posterior_mean=self.scale.mean(batch.moments),
+            target_uniform=uniform(seed, Purpose.TARGET, position).float(),
+            cache_inputs=batch.inputs,
+        )
+
+    def losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the total loss per sample (B,), and its parts and gauges, (B,) each, by name."""
+        # L_denoising: the network predicts the velocity (or x, or eps) from the noisy latents.
+        x_t, velocity = interpolate(self.path, inputs.latents, inputs.noise, inputs.t)
+        active = [a for a in self.alignments.values() if a.is_active(self.state.step)]
+        idle = [a for a in self.alignments.values() if a not in active]
+        output = self.model(
+            x_t,
+            inputs.t,
+            inputs.labels,
+            idle=[head for alignment in idle for head in alignment.heads.values()],
+            student_blocks=[b for alignment in active for b in alignment.target.student_blocks],
+        )
+        target = regression_target(
+            self.objective.prediction, inputs.latents, inputs.noise, velocity
+        )
+        denoising = denoising_loss(output.prediction, target)
+
+        # L_align: the projected tokens of one block, compared with each method's target.
+        scalars = {"denoising": denoising}
+        weighted = []
+        for name, alignment in self.alignments.items():
+            if alignment in active:
+                terms = alignment.terms(output, inputs)
+            else:
+                terms = AlignmentTerms(*[torch.zeros_like(denoising)] * 3)
+            if alignment in active and alignment.config.weight:
+                weighted.append(alignment.config.weight * terms.loss)
+            scalars[f"align/{name}"] = terms.loss
+            scalars[f"cosine/{name}"] = terms.cosine
+            scalars[f"token_norm/{name}"] = terms.token_norm
+        return denoising + sum(weighted), scalars
+
+    def guarded(self, means: dict[str, Tensor], grad_norm: Tensor) -> dict[str, Tensor]:
+        """Return the scalars that must be finite: losses with a weight, and the gradient norm."""
+        trained = [name for name, a in self.alignments.items() if a.config.weight]
+        losses = {"denoising": means["denoising"]}
+        losses |= {f"align/{name}": means[f"align/{name}"] for name in trained}
+        return {**losses, "grad_norm": grad_norm}
+
+
+def build_state(
+    network: SiTConfig,
+    align: list[dict],
+    optimizer: OptimizerConfig,
+    options: DeviceConfig,
+    device: torch.device,
+    seed: int = 0,
+) -> TrainState:
+    """Build the networks and the optimizer at step 0.
+
+    Args:
+        network: Architecture of the backbone.
+        align: config.json's "align", which describes the heads.
+        optimizer: Settings of AdamW and the EMAs.
+        options: Compilation and activation checkpointing.
+        device: Device of the state.
+        seed: Seed of the initial weights.
+    """
+    torch.manual_seed(seed)
+    backbone = SiT(network)  # before the heads, so that its weights do not depend on them
+    model = build_aligned_network(backbone, align).to(device)
+    emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
+    adamw = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=optimizer.learning_rate,
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        weight_decay=optimizer.adam_weight_decay,
+        eps=optimizer.adam_epsilon,
+        fused=True,
+    )
+    backbone.activation_checkpointing = options.activation_checkpointing
+    if options.compile:
+        # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
+        torch._dynamo.config.optimize_ddp = False
+        for block in backbone.blocks:  # not those of the EMAs, which are sampled with other shapes
+            block.compile()
+    return TrainState(model, emas, adamw)
+
+
+class Run(NamedTuple):
+    """The objects of a run after set-up."""
+
+    cache: LatentCache
+    config: dict  # contents of config.json
+    cache_info: CacheInfo
+    state: TrainState
+    alignments: dict[str, Alignment]
+    preview: Preview | None
+    evaluator: Evaluator | None
+
+
+def open_cache(settings: Settings) -> LatentCache:
+    """Open the latent cache and check it against the flags."""
+    try:
+        cache = LatentCache(*settings.data.data_dir)
+    except CacheError as error:
+        raise UserError(f"--data-dir: {error}") from None
+    check_cache(settings.data, settings.model, cache.manifest)
+    return cache
+
+
+def read_position(settings: Settings, accelerator: Accelerator) -> RunPosition:
+    """Find out where the run stopped.
+
+    Only the first process looks, because on a network disk others may see files later.
+    """
+    position = [RunPosition()]
+    if accelerator.is_main_process:
+        position = [
+            find_position(
+                settings.run.folder,
+                settings.optimizer.ema_decay,
+                settings.loop.max_train_steps,
+                settings.preview,
+                settings.evaluation,
+            )
+        ]
+    return broadcast_object_list(position)[0]
+
+
+def build_run(
+    settings: Settings,
+    accelerator: Accelerator,
+    cache: LatentCache,
+    position: RunPosition,
+    resources: ExitStack,
+) -> Run:
+    """Build everything that may fail on one process only; contains no collective.
+
+    Args:
+        settings: Settings of the run.
+        accelerator: The accelerator.
+        cache: The latent cache.
+        position: Where the run stopped.
+        resources: Receives the lock of the run folder.
+    """
+    device, manifest, folder = accelerator.device, cache.manifest, settings.run.folder
+    checkpoint = position.checkpoints[-1] if position.checkpoints else None
+    stored = read_config(checkpoint) if checkpoint else None
+    alignments = restore_settings(settings.alignments, stored.get("align", []) if stored else [])
+    network = build_network_config(settings.model, manifest)
+    cache_info = make_cache_info(manifest, cache.read_feature_metadata())
+    align = plan_alignments(alignments, network, cache_info)
+    config = build_config_json(settings, network, align, manifest)
+
+    preview, evaluator = build_monitors(settings, accelerator, manifest)
+    if accelerator.is_main_process:
+        resources.enter_context(lock_run(folder, position.checkpoints))
+    state = build_state(
+        network, align, settings.optimizer, settings.device, device, settings.run.seed
+    )
+    context = make_run_context(
+        settings.objective.path_type,
+        state.emas[0],
+        device,
+        accelerator.autocast,
+        settings.device.compile,
+    )
+    loaded = load_alignments(alignments, align, network, cache_info, context)
+    for name in required_cache_inputs(loaded):
+        cache.require_folder(name)
+    if checkpoint:
+        progress = verify_checkpoint(checkpoint)
+        check_same_data(settings.data, folder, stored, config)
+        state.load(checkpoint, progress)
+        if accelerator.scaler is not None and "scaler" in state.progress:
+            accelerator.scaler.load_state_dict(state.progress["scaler"])
+    return Run(cache, config, cache_info, state, loaded, preview, evaluator)
+
+
+def build_monitors(
+    settings: Settings, accelerator: Accelerator, manifest: Manifest
+) -> tuple[Preview | None, Evaluator | None]:
+    """Build the preview of the first process and the evaluator, as far as they are enabled."""
+    objective = settings.objective
+    preview, evaluator = None, None
+    has_preview = settings.preview.every > 0 and accelerator.is_main_process
+    has_evaluation = settings.evaluation.every > 0
+    if not has_preview and not has_evaluation:
+        return preview, evaluator
+    vae = load_vae(settings.preview.vae, manifest, accelerator.device)
+    if has_preview:
+        preview = Preview(
+            vae,
+            manifest.class_names,
+            settings.preview.cfg_scale,
+            objective.path_type,
+            objective.prediction,
+            settings.run.seed,
+        )
+    if has_evaluation:
+        evaluator = Evaluator(
+            settings.evaluation,
+            objective,
+            vae,
+            manifest,
+            autocast_dtype(accelerator.mixed_precision),
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+    return preview, evaluator
+
+
+def agree_or_exit(accelerator: Accelerator, build: Callable[[], Run]) -> Run:
+    """Build on every process; end all of them if one fails, and report its error."""
+    run = None
+    error: UserError | None = None
+    try:
+        run = build()
+    except (UserError, CheckpointError, CacheError) as setup_error:
+        error = UserError(str(setup_error))
+    if any(gather_object([error is not None])):
+        raise error or SystemExit(2)  # the failing process prints the reason
+    assert run is not None
+    return run
+
+
+def load_cache_into_ram(cache: LatentCache, accelerator: Accelerator) -> None:
+    """Load the cache into memory that the processes of a machine share."""
+    try:
+        cache.load_into_ram(accelerator.process_index, lambda value: gather_object([value]))
+    except CacheError as error:
+        raise UserError(str(error)) from None
+
+
+def open_log(settings: Settings, accelerator: Accelerator, run: Run) -> RunLog:
+    """Open the log at the run's position and start the trackers."""
+    state, folder = run.state, settings.run.folder
+    is_main, device = accelerator.is_main_process, accelerator.device
+    batch_size = settings.loop.batch_size
+    total = settings.loop.max_train_steps * batch_size
+    names = ["loss", "denoising"]
+    for method in run.alignments:
+        names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
+    means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
+    guard = NonFiniteGuard(
+        state.optimizer,
+        accelerator.mixed_precision == "fp16",
+        *state.progress.get("bad_in_a_row", ()),
+    )
+    flops = training_flops(SiTConfig(**run.config["model"]), run.config["align"], run.cache_info)
+    rate = measure_matmul_rate(device, autocast_dtype(accelerator.mixed_precision))
+    throughput = Throughput(
+        batch_size, device, state.step, flops / rate / accelerator.num_processes
+    )
+    console = Console(folder, total, state.step * batch_size, is_main)
+    trackers = Trackers(accelerator, console.info)
+    trackers.start(
+        settings.log.wandb_project,
+        settings.run.exp_name,
+        folder,
+        run.config | build_args_json(settings),
+    )
+    log = RunLog(
+        console, MetricsFile(folder), trackers, means, throughput, guard, settings.log.log_every
+    )
+    log.restore(state.step, state.progress)
+    return log
+
+
+def summary(settings: Settings, accelerator: Accelerator, run: Run) -> str:
+    """Return what is about to run, in four lines and one more per further method."""
+    loop, objective = settings.loop, settings.objective
+    backbone = run.state.model.backbone
+    size = sum(parameter.numel() for parameter in backbone.parameters())
+    flops = backbone_flops(backbone.config)
+    methods = [
+        describe_alignment(entry, run.state.model, run.cache_info) for entry in run.config["align"]
+    ]
+    num_processes, accumulation = accelerator.num_processes, loop.gradient_accumulation_steps
+    local = loop.batch_size // num_processes // accumulation
+    num_images = len(run.cache)
+    epochs = loop.max_train_steps * loop.batch_size / num_images
+    return "\n".join(
+        [
+            f"{settings.model.model}: {size / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOPs "
+            f"({flops / 2e9:.4g} GMAC) forward",
+            *(methods or ["no alignment"]),
+            f"global batch {loop.batch_size} = {num_processes} (processes) x {local} (local) x "
+            f"{accumulation} (accumulated) on {accelerator.device.type}, precision "
+            f"{accelerator.mixed_precision}; {objective.prediction} prediction on the "
+            f"{objective.path_type} path, {objective.weighting} timesteps",
+            f"{num_images:,} images per epoch, {run.cache.manifest.num_classes} classes; "
+            f"{loop.max_train_steps:,} steps are {epochs:.1f} epochs",
+        ]
+    )
 
 
 def train(
-    args: argparse.Namespace,
+    settings: Settings,
     accelerator: Accelerator,
-    cache: LatentCache,
-    state: TrainState,
-    log: Log,
-    targets: dict[str, Target],
-    extra: str | None,
-    monitor: Monitor,
-    writer: Writer,
+    run: Run,
+    log: RunLog,
+    schedule: EMASchedule,
+    writer: CheckpointWriter,
     request: StopRequest,
 ) -> bool:
-    """Steps, and what is due after each. Returns whether the run is finished, not stopped by a signal."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    inputs = [extra] if extra else []
-    stream = TrainingStream(cache, args.seed, args.batch_size, rank, processes, inputs)
-    pin_memory = accelerator.device.type == "cuda"
-    batches = stream.make_loader(
-        state.step, args.max_train_steps, args.num_workers, pin_memory, ignore_signals
+    """Run the training loop with logging, checkpoints, previews and evaluations.
+
+    Returns:
+        False if a signal stopped the run early.
+    """
+    state, loop = run.state, settings.loop
+    stream = TrainingStream(
+        run.cache,
+        settings.run.seed,
+        loop.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        required_cache_inputs(run.alignments),
     )
-    step = Step(args, accelerator, cache.manifest, state, targets, log.guard)
-    votes = FlagReducer(accelerator.num_processes, questions=2)
+    batches = stream.make_loader(
+        state.step,
+        loop.max_train_steps,
+        settings.data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init=ignore_signals,
+    )
+    step = Step(
+        accelerator,
+        state,
+        run.cache.manifest,
+        run.alignments,
+        log.guard,
+        settings.objective,
+        settings.optimizer,
+        settings.run.seed,
+        loop.gradient_accumulation_steps,
+    )
+    flags = FlagReducer(accelerator.num_processes, num_flags=2)
 
-    def look() -> bool:
-        return monitor.look(state, accelerator.gather, lambda: request.name is not None)
+    def is_stopped() -> bool:
+        return request.name is not None
 
-    stop = not look()  # what a run that was stopped left undone
+    # A preview or evaluation that was interrupted comes first.
+    if not schedule.run_due(state, accelerator.gather, is_stopped):
+        return False
 
-    for batch in () if stop else log.timed(batches):
-        terms, good = step(batch)
-        log.step(state.step, terms, good)
-        stop, retry = votes.cast(
-            request.name is not None, bool(writer.problem) and every(state.step, args.log_every)
-        )
-        last = state.step == args.max_train_steps
-        save_due = last or stop or retry or every(state.step, args.checkpointing_steps)
-        if save_due:
+    for batch in log.throughput.time_batches(batches):
+        scalars, is_finite = step(batch)
+        log.step(state.step, scalars, is_finite)
+
+        # All processes agree on stopping, and on retrying a save that failed.
+        should_retry = bool(writer.problem) and is_due(state.step, settings.log.log_every)
+        stop, retry = flags.reduce(is_stopped(), should_retry)
+
+        is_last = state.step == loop.max_train_steps
+        save_due = is_due(state.step, settings.checkpoint.checkpointing_steps)
+        saved = is_last or stop or retry or save_due
+        if saved:
             save(state, log, accelerator, writer)
-        if not stop and not look():
+        if not stop and not schedule.run_due(state, accelerator.gather, is_stopped):
             stop = True
-            if not save_due:
+            if not saved:
                 save(state, log, accelerator, writer)
         for message in writer.take_messages():
-            log.say(message)
+            log.info(message)
         if stop:
-            break
-
-    writer.wait()
-    for message in writer.take_messages():
-        log.say(message)
-    if writer.problem:
-        raise UserError(
-            f"the last checkpoint of {log.folder} could not be saved ({writer.problem}): mend that and run again"
-        )
-    return not stop
+            return False
+    return True
 
 
-def save(state: TrainState, log: Log, accelerator: Accelerator, writer: Writer) -> None:
-    """Gathers what a checkpoint must hold from all processes; the first copies it to host memory and hands it to its writer."""
-    state.extra = log.unfinished()
+def save(
+    state: TrainState, log: RunLog, accelerator: Accelerator, writer: CheckpointWriter
+) -> None:
+    """Collect what a checkpoint holds from all processes; the first hands it to the writer."""
+    state.progress = log.state_dict()
     if accelerator.scaler is not None:
-        state.extra["scaler"] = accelerator.scaler.state_dict()
-    with log.pause():
+        state.progress["scaler"] = accelerator.scaler.state_dict()
+    with log.throughput.pause():
         if accelerator.is_main_process:
             writer.submit(state)
 
 
-def summary(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    cache: LatentCache,
-    model: AlignedSiT,
-    align: list[dict],
-    data: Data,
-) -> str:
-    """What is about to run, in four lines and one more for each further method."""
-    size, body = (
-        sum(p.numel() for p in model.backbone.parameters()),
-        backbone_flops(model.backbone.config),
-    )
-    processes, parts = accelerator.num_processes, args.gradient_accumulation_steps
-    local, epochs = (
-        args.batch_size // processes // parts,
-        args.max_train_steps * args.batch_size / len(cache),
-    )
-    methods = "\n".join(alignment.describe(entry, model, data) for entry in align) or "no alignment"
-    return (
-        f"{args.model}: {size / 1e6:.1f}M parameters, {body / 1e9:.4g} GFLOPs ({body / 2e9:.4g} GMAC) forward\n"
-        f"{methods}\n"
-        f"global batch {args.batch_size} = {processes} (processes) x {local} (local) x {parts} (accumulated) "
-        f"on {accelerator.device.type}, precision {accelerator.mixed_precision}; "
-        f"{args.prediction} on the {args.path_type} path, times {args.weighting}\n"
-        f"{len(cache):,} images an epoch, {cache.manifest.num_classes} classes; "
-        f"{args.max_train_steps:,} steps are {epochs:.1f} epochs"
-    )
-
-
-class Wandb:
-    """Weights & Biases, taken up again where it stopped."""
-
-    def __init__(self, args: argparse.Namespace, folder: Path, config: dict):
-        import wandb
-
-        self.wandb = wandb
-        name = (
-            folder / "wandb_id"
-        )  # the run's own, so that another run of the same name is another run there too
-        if not name.exists():
-            write_file(name, uuid.uuid4().hex[:8].encode())
-        try:
-            self.run = wandb.init(
-                project="sra2",
-                name=args.exp_name,
-                id=name.read_text(),
-                dir=folder,
-                resume="allow",
-                config=config,
-            )
-        except Exception as error:  # no key, no network
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(
-                f"--report-to wandb cannot start ({reason}): run 'wandb login', or set WANDB_MODE=offline"
-            ) from None
-
-    def log(self, row: dict, step: int) -> None:
-        """One line of numbers."""
-        self.run.log(row, step=step)
-
-    def image(self, path: Path, step: int) -> None:
-        """One picture, of one average."""
-        self.run.log(
-            {f"samples{path.stem.lstrip('0123456789')}": self.wandb.Image(str(path))}, step=step
-        )
-
-    def finish(self) -> None:
-        """Waits until everything is sent."""
-        self.run.finish()
-
-
-def build(args: argparse.Namespace, config: dict, device: torch.device) -> TrainState:
-    """Networks and optimizer at step 0."""
-    torch.manual_seed(args.seed)
-    backbone = SiT(
-        SiTConfig(**config["model"])
-    )  # before the head, so that it starts the same with and without one
-    heads = {entry["method"]: Projector(**entry["head"]) for entry in config["align"]}
-    model = AlignedSiT(
-        backbone, heads, {entry["method"]: entry["block"] for entry in config["align"]}
-    ).to(device)
-    for entry in config["align"]:
-        heads[entry["method"]].requires_grad_(
-            entry["weight"] > 0
-        )  # or the norm that clips would be summed in another order
-    emas = [copy.deepcopy(model.backbone).eval().requires_grad_(False) for _ in args.ema_decay]
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
-    backbone.activation_checkpointing = args.activation_checkpointing
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = (
-            False  # or DDP's buckets cut a block's graph; each block reduces on its own anyway
-        )
-        for block in backbone.blocks:  # not the averages', which are sampled from with other shapes
-            block.compile()
-    return TrainState(model, emas, optimizer)
-
-
-def run(
-    args: argparse.Namespace, accelerator: Accelerator, request: StopRequest, held: ExitStack
+def run_training(
+    settings: Settings, accelerator: Accelerator, request: StopRequest, resources: ExitStack
 ) -> bool:
-    """Everything between the command line and the exit code; `held` keeps the run's lock. Returns whether it is finished."""
-    device, main_process = accelerator.device, accelerator.is_main_process
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        accelerator.mixed_precision, torch.float32
-    )
-    folder, rank, processes = (
-        args.output_dir / args.exp_name,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    check_args(args, processes)
-    try:
-        cache = LatentCache(*args.data_dir)
-    except CacheError as error:
-        raise UserError(f"--data-dir: {error}") from None
-    check_cache(args, cache)
-    flags = check_same_run(args, folder)
-    # what the first process sees, since on a network disk others may see it later
-    saved, start, measured, owed = broadcast_object_list(
-        [*where(args, folder)] if main_process else 4 * [None]
-    )
-    if start >= args.max_train_steps and not owed:
+    """Set up the run, or resume it, and train.
+
+    Args:
+        settings: Settings of the run.
+        accelerator: The accelerator.
+        request: Set by stop signals.
+        resources: Holds the lock of the run folder.
+
+    Returns:
+        False if a signal stopped the run early.
+    """
+    check_batch_size(settings.loop, accelerator.num_processes)
+    cache = open_cache(settings)
+    settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
+    flags = build_args_json(settings)
+    if settings.print_config:
+        accelerator.print(format_flags(flags))
+        return True
+    folder = settings.run.folder
+    check_same_run(flags, folder)
+    position = read_position(settings, accelerator)
+    if position.step >= settings.loop.max_train_steps and not position.has_pending_work:
         accelerator.print(
-            f"{folder} has finished its {start:,} steps; raise --max-train-steps to go on"
+            f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
+            "further"
         )
         return True
-    if saved:
-        alignment.settle(args, saved[-1])
-    data = alignment.data_of(cache.manifest, cache.read_feature_metadata())
-    config = make_config(args, cache.manifest, data)
-
-    vae = preview = evaluator = mistake = None
-    try:  # no process waits for another in here, and some mistakes only one of them can make
-        if (args.sampling_steps and main_process) or args.eval_every:
-            vae = load_vae(args.vae or cache.manifest.vae, cache.manifest, device)
-        if args.sampling_steps and main_process:
-            preview = Preview(args, cache.manifest, folder, vae)
-        if args.eval_every:
-            evaluator = Evaluator(args, cache.manifest, vae, dtype, rank, processes)
-        if main_process:
-            held.enter_context(lock_run(folder, saved))
-        state = build(args, config, device)
-        targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
-        extra = alignment.extra(targets)
-        if extra:
-            cache.require_folder(extra)
-        if saved:
-            progress = verify_checkpoint(saved[-1])
-            check_same_data(args, folder, read_config(saved[-1]), config)
-            state.load(saved[-1], progress)
-            if accelerator.scaler is not None and "scaler" in state.extra:
-                accelerator.scaler.load_state_dict(state.extra["scaler"])
-    except (UserError, CheckpointError, CacheError) as error:
-        mistake = UserError(str(error))
-    if any(gather_object([mistake is not None])):
-        raise mistake or SystemExit(2)  # another process says what it is
-    if args.cache_in_ram:
-        try:
-            cache.load_into_ram(rank, lambda value: gather_object([value]))
-        except CacheError as error:
-            raise UserError(str(error)) from None
-
-    if main_process:
+    run = agree_or_exit(
+        accelerator, lambda: build_run(settings, accelerator, cache, position, resources)
+    )
+    if settings.data.cache_in_ram:
+        load_cache_into_ram(cache, accelerator)
+    if accelerator.is_main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
-    tracker = (
-        Wandb(args, folder, config | flags) if args.report_to == "wandb" and main_process else None
+
+    log = open_log(settings, accelerator, run)
+    log.info(summary(settings, accelerator, run))
+    if position.checkpoints:
+        log.info(f"resuming from {position.checkpoints[-1]}")
+    schedule = EMASchedule(
+        log,
+        settings.optimizer.ema_decay,
+        settings.loop.max_train_steps,
+        run.preview,
+        run.evaluator,
+        settings.preview.every,
+        settings.evaluation.every,
     )
-    guard = NonFiniteGuard(
-        state.optimizer, accelerator.mixed_precision == "fp16", *state.extra.get("bad_in_a_row", ())
-    )
-    flops = training_flops(SiTConfig(**config["model"]), config["align"], data)
-    utilisation = flops / matmul_rate(device, dtype) / processes
-    log = Log(
-        args, folder, state, device, main_process, accelerator.reduce, guard, utilisation, tracker
-    )
-    log.say(summary(args, accelerator, cache, state.model, config["align"], data))
-    if saved:
-        log.say(f"continuing from {saved[-1]}")
-    monitor = Monitor(args, log, preview, evaluator, start, measured)
-    try:
-        with Writer(folder, config, args.keep_last, args.milestone_steps) as writer:
-            finished = train(
-                args, accelerator, cache, state, log, targets, extra, monitor, writer, request
-            )
-    except CacheError as error:  # of a loader process: the last line is what went wrong
+    schedule.restore(position)
+    keep = settings.checkpoint
+    with CheckpointWriter(folder, run.config, keep.keep_last, keep.milestone_steps) as writer:
+        finished = train(settings, accelerator, run, log, schedule, writer, request)
+    for message in writer.take_messages():
+        log.info(message)
+    if writer.problem:
         raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix("latent_cache.CacheError: ")
-        ) from None
-    how = "finished" if finished else f"stopped by {request.name or 'a signal to another process'}"
-    log.say(f"{how} at step {state.step:,}")
+            f"the last checkpoint of {folder} could not be saved ({writer.problem}): fix the "
+            "problem and rerun the same command"
+        )
+    result = "finished"
+    if not finished:
+        result = f"stopped by {request.name or 'a signal to another process'}"
+    log.info(f"{result} at step {run.state.step:,}")
     log.close()
     return finished
 
 
 def main() -> None:
-    args = parse_args(__doc__)
-    args.mixed_precision = precision(args.mixed_precision)
+    """Parse the command line and run the training."""
+    settings = parse_settings(description=__doc__)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision=args.mixed_precision,
+        mixed_precision=settings.device.mixed_precision,
+        log_with=resolve_trackers(settings.log.report_to),
+        project_dir=settings.run.folder,
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=PATIENCE),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    with stop_on_signal() as request, ExitStack() as held:
-        finished = run(args, accelerator, request, held)
-        accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one leaves with a code
+    torch.backends.cuda.matmul.allow_tf32 = settings.device.allow_tf32
+    torch.backends.cudnn.allow_tf32 = settings.device.allow_tf32
+    with stop_on_signal() as request, ExitStack() as resources:
+        finished = run_training(settings, accelerator, request, resources)
+        # A launcher ends all processes as soon as one exits with a non-zero code.
+        accelerator.wait_for_everyone()
         accelerator.end_training()
         if not finished:
             sys.exit(EXIT_STOPPED)
