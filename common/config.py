@@ -78,7 +78,11 @@ def record_flags(*configs: Any) -> dict[str, Any]:
     for config in configs:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            plain = [str(v) if isinstance(v, Path) else v for v in value] if isinstance(value, tuple) else value
+            plain = (
+                [str(v) if isinstance(v, Path) else v for v in value]
+                if isinstance(value, tuple)
+                else value
+            )
             record[destination(field)] = str(plain) if isinstance(plain, Path) else plain
     return record
 

@@ -42,7 +42,9 @@ class TrainingInputs:
     t: Tensor  # (B,)
     posterior_mean: Tensor  # (B, C, H, W), in the same normalised space as `latents`
     target_uniform: Tensor  # (B,), uniform on (0, 1), for random choices of a method
-    cache_inputs: dict[str, Tensor] = field(default_factory=dict)  # what `Target.cache_inputs` names
+    cache_inputs: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what `Target.cache_inputs` names
 
     def split(self, parts: int) -> list["TrainingInputs"]:
         """Return `parts` micro-batches of equal size."""

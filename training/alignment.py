@@ -126,15 +126,15 @@ def plan_alignments(
             "stop_step": config.stop_step,
         }
         sizes = plan.out if isinstance(plan.out, dict) else {"": plan.out}
-        heads = {name: _head_spec(config, target, network.width, out) for name, out in sizes.items()}
+        heads = {
+            name: _head_spec(config, target, network.width, out) for name, out in sizes.items()
+        }
         entry |= {"heads": heads} if isinstance(plan.out, dict) else {"head": heads[""]}
         entries.append(entry | plan.record)
     return entries
 
 
-def _head_spec(
-    config: AlignmentConfig, target: type[Target], width: int, out: int
-) -> dict | None:
+def _head_spec(config: AlignmentConfig, target: type[Target], width: int, out: int) -> dict | None:
     if target.head is None:
         return None
     spec = {

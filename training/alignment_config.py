@@ -54,6 +54,18 @@ class AlignmentConfig:
         type=cli.non_negative_float,
         metavar="X",
     )
+    projector_layers: int = setting(
+        help="number of linear layers of the head (default: sra2 5, repa 3, sra 2)",
+        flags=("--projector-layers",),
+        type=cli.positive_int,
+        metavar="N",
+    )
+    projector_width: int = setting(
+        help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)",
+        flags=("--projector-width",),
+        type=cli.positive_int,
+        metavar="N",
+    )
     loss: str = setting(
         "cosine",
         help=f"{', '.join(ALIGN_LOSSES)} (default: cosine; smooth_l1 is best in the SRA 2 paper)",
@@ -80,18 +92,6 @@ class AlignmentConfig:
         help="number of first steps that are aligned; 0 aligns all steps (default: 0)",
         flags=("--align-stop-step",),
         type=cli.non_negative_int,
-        metavar="N",
-    )
-    projector_layers: int = setting(
-        help="number of linear layers of the head (default: sra2 5, repa 3, sra 2)",
-        flags=("--projector-layers",),
-        type=cli.positive_int,
-        metavar="N",
-    )
-    projector_width: int = setting(
-        help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)",
-        flags=("--projector-width",),
-        type=cli.positive_int,
         metavar="N",
     )
     settings: Any = None  # an instance of the method's Settings

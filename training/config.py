@@ -13,11 +13,11 @@ import torch
 
 from common import cli
 from common.cli import UserError
-from common.config import add_flags, destination, flag_of, read_flags, record_flags, setting
+from common.config import add_flags, destination, read_flags, record_flags, setting
 from common.machine import available_cores
 from evaluations.extractors import EXTRACTOR_NAMES
 from interpolant import INTERPOLANTS, PREDICTIONS, WEIGHTINGS
-from latents.cache import LatentCache, Manifest
+from latents.cache import Manifest
 from models.sit import PRESETS, SiTConfig
 from training.alignment_config import (
     AlignmentConfig,
@@ -375,7 +375,9 @@ _GROUPS: dict[str, tuple[type, ...]] = {
 _CONFIGS = [config for configs in _GROUPS.values() for config in configs]
 
 
-def parse_settings(argv: Sequence[str] | None = None, description: str = "Train a SiT.") -> Settings:
+def parse_settings(
+    argv: Sequence[str] | None = None, description: str = "Train a SiT."
+) -> Settings:
     """Parse a command line, by default that of the process.
 
     Raises:
@@ -600,11 +602,6 @@ def check_same_data(data: DataConfig, folder: Path, stored: dict, current: dict)
 def autocast_dtype(mixed_precision: str) -> torch.dtype:
     """Return the dtype that autocast uses for a precision, float32 without mixed precision."""
     return GPU_DTYPES.get(mixed_precision, torch.float32)
-
-
-def sampler_flag(field: str) -> str:
-    """Return the flag of `EvaluationConfig` for a field of a sampling recipe, for messages."""
-    return flag_of(EvaluationConfig, field)
 
 
 def _join(value: Any) -> str:

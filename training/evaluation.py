@@ -18,10 +18,9 @@ from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from evaluations.reference_features import default_cache_dir, load_reference_features
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
-from models.errors import FieldError
 from models.sit import SiT
 from sampling.recipe import Recipe
-from training.config import EvaluationConfig, ObjectiveConfig, sampler_flag
+from training.config import EvaluationConfig, ObjectiveConfig
 from training.held_out import HeldOutLoss
 
 
@@ -70,10 +69,7 @@ class Evaluator:
             path_type=objective.path_type,
             prediction=objective.prediction,
         )
-        try:
-            self.recipe.validate()
-        except FieldError as error:
-            raise UserError(f"{sampler_flag(error.field)}: {error.reason}") from None
+        self.recipe.validate("--eval-")
         size = manifest.resolution
         self.network = load_extractor(
             config.features,
@@ -150,7 +146,13 @@ class Evaluator:
         held_out_loss = {}
         if self.held_out:
             held_out_loss = self.held_out.measure(
-                model, self.recipe, self.dtype, self.config.batch_size, self._share, gather, check_stop
+                model,
+                self.recipe,
+                self.dtype,
+                self.config.batch_size,
+                self._share,
+                gather,
+                check_stop,
             )
         batches = self._feature_batches(model, gather, check_stop)
         if self.reference is None:

@@ -90,7 +90,7 @@ class Console:
             unit_scale=True,
             desc=folder.name,
             smoothing=0.05,
-            disable=None if is_main_process else True,
+            disable=not is_main_process,
         )
 
     def info(self, text: str) -> None:
