@@ -4,7 +4,7 @@ B images of a global batch, b of them this process's share.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.keyed_random import Purpose, uniform
-from latents.cache import LatentCache
+from latents.cache import CacheError, LatentCache
 
 ROUNDS = 8
 
@@ -138,21 +138,48 @@ class TrainingStream(Dataset):
             return self.cache.images(image_index, flipped)
         return self.cache.features(name.removeprefix("features/"), image_index)
 
-    def make_loader(
+    def read_batches(
         self,
         first: int,
         last: int,
         num_workers: int,
         pin_memory: bool,
         worker_init: Callable[[int], None] | None = None,
-    ) -> DataLoader:
-        """Steps first..last - 1, in order."""
-        steps = range(first, last)
-        return DataLoader(
-            self,
-            None,
-            sampler=steps,
+    ) -> Iterator[CachedBatch]:
+        """Yield the batches of steps first, ..., last - 1.
+
+        Args:
+            first: First step.
+            last: Step after the last one.
+            num_workers: Number of loader processes; 0 reads in this process.
+            pin_memory: Whether to copy the batches to pinned memory.
+            worker_init: Called in each loader process with its index.
+
+        Raises:
+            CacheError: A shard cannot be read.
+        """
+        loader = DataLoader(
+            _ErrorsAsItems(self),
+            batch_size=None,
+            sampler=range(first, last),
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=worker_init,
         )
+        for item in loader:
+            if isinstance(item, CacheError):
+                raise item
+            yield item
+
+
+class _ErrorsAsItems(Dataset):
+    """Returns a CacheError as an item: a DataLoader would bury its message in a traceback."""
+
+    def __init__(self, stream: TrainingStream):
+        self.stream = stream
+
+    def __getitem__(self, step: int) -> CachedBatch | CacheError:
+        try:
+            return self.stream[step]
+        except CacheError as error:
+            return error

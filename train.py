@@ -20,7 +20,7 @@ from common.files import write_file
 from common.keyed_random import Purpose, normal, uniform
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
-from latents.manifest import Manifest
+from latents.manifest import CacheError, Manifest
 from loss import denoising_loss
 from models.autoencoder import LatentScale
 from models.targets import TrainingInputs
@@ -235,7 +235,7 @@ def train(
         accelerator.num_processes,
         required_cache_inputs(run.alignments),
     )
-    batches = stream.make_loader(
+    batches = stream.read_batches(
         state.step,
         loop.max_train_steps,
         settings.data.num_workers,
@@ -349,8 +349,11 @@ def run_training(
     )
     schedule.restore(position)
     keep = settings.checkpoint
-    with CheckpointWriter(folder, run.config, keep.keep_last, keep.milestone_steps) as writer:
-        finished = train(settings, accelerator, run, log, schedule, writer, request)
+    try:
+        with CheckpointWriter(folder, run.config, keep.keep_last, keep.milestone_steps) as writer:
+            finished = train(settings, accelerator, run, log, schedule, writer, request)
+    except CacheError as error:
+        raise UserError(str(error)) from None
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:

@@ -178,7 +178,7 @@ def main() -> None:
     def stream(data: LatentCache, workers: int) -> Timed:
         return Timed(
             args.batches,
-            lambda: TrainingStream(data, 0, args.batch_size).make_loader(0, 10**6, workers, False),
+            lambda: TrainingStream(data, 0, args.batch_size).read_batches(0, 10**6, workers, False),
         )
 
     source, target = (np.zeros((args.batch_size, *SHAPE), np.float16) for _ in range(2))

@@ -140,7 +140,7 @@ def test_a_prediction_and_its_velocity_are_inverses(path, prediction):
 def test_the_target_is_what_the_paths_velocity_comes_from(path, prediction):
     x, noise, t = example()
     x_t, v = interpolate(path, x, noise, t)
-    target = regression_target(path, prediction, x, noise, t)
+    target = regression_target(prediction, x, noise, v)
     assert torch.equal(target, {"v": v, "x": x, "eps": noise}[prediction])
     torch.testing.assert_close(prediction_to_velocity(path, prediction, target, x_t, t), v)
     torch.testing.assert_close(velocity_to_prediction(path, prediction, v, x_t, t), target)
@@ -198,7 +198,7 @@ def test_float32_does_at_both_ends(path, prediction):
     for t in map(torch.tensor, time_interval(path, prediction)):
         t = t.expand(6)
         x_t, v = interpolate(path, x, noise, t.double())
-        output = regression_target(path, prediction, x, noise, t.double()).float()
+        output = regression_target(prediction, x, noise, v).float()
         torch.testing.assert_close(
             prediction_to_velocity(path, prediction, output, x_t.float(), t).double(),
             v,

@@ -1,7 +1,7 @@
 """Builds the objects of a run from its settings: networks, targets, log, previews, evaluation."""
 
 import copy
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import torch
@@ -145,8 +145,10 @@ def build_run(
     """
     device, manifest, folder = accelerator.device, cache.manifest, settings.run.folder
     checkpoint = position.checkpoints[-1] if position.checkpoints else None
-    stored = read_config(checkpoint) if checkpoint else None
-    alignments = restore_settings(settings.alignments, stored.get("align", []) if stored else [])
+    alignments = settings.alignments
+    if checkpoint:
+        with suppress(CheckpointError):  # a damaged checkpoint is reported by verify_checkpoint
+            alignments = restore_settings(alignments, read_config(checkpoint).get("align", []))
     network = build_network_config(settings.model, manifest)
     cache_info = make_cache_info(manifest, cache.read_feature_metadata())
     align = plan_alignments(alignments, network, cache_info)
@@ -170,7 +172,7 @@ def build_run(
         cache.require_folder(name)
     if checkpoint:
         progress = verify_checkpoint(checkpoint)
-        check_same_data(settings.data, folder, stored, config)
+        check_same_data(settings.data, folder, read_config(checkpoint), config)
         state.load(checkpoint, progress)
         if accelerator.scaler is not None and "scaler" in state.progress:
             accelerator.scaler.load_state_dict(state.progress["scaler"])

@@ -88,7 +88,7 @@ def test_gather_returns_rows_in_the_order_asked(cache):
 def test_loader_with_workers_is_the_stream(cache):
     stream = TrainingStream(LatentCache(cache), 0, 8)
     for step, batch in zip(
-        range(2, 6), stream.make_loader(2, 6, num_workers=2, pin_memory=False), strict=True
+        range(2, 6), stream.read_batches(2, 6, num_workers=2, pin_memory=False), strict=True
     ):
         assert have_equal_tensors(batch, stream[step])
 
@@ -273,7 +273,7 @@ def test_a_cache_in_memory_is_the_cache(cache, flipped):
         for step in (0, 3):
             batches = TrainingStream(on_disk, 1, 8)[step], TrainingStream(in_ram, 1, 8)[step]
             assert have_equal_tensors(*batches)
-        batches = TrainingStream(in_ram, 1, 8).make_loader(0, 2, num_workers=1, pin_memory=False)
+        batches = TrainingStream(in_ram, 1, 8).read_batches(0, 2, num_workers=1, pin_memory=False)
         assert have_equal_tensors(next(iter(batches)), TrainingStream(on_disk, 1, 8)[0])
 
 
@@ -324,7 +324,7 @@ import numpy as np
 from dataset import TrainingStream
 from latents.cache import LatentCache
 cache = LatentCache(sys.argv[1])
-loader = TrainingStream(cache, 0, 100).make_loader(0, 12, num_workers=1, pin_memory=False)
+loader = TrainingStream(cache, 0, 100).read_batches(0, 12, num_workers=1, pin_memory=False)
 assert sum(float(batch.moments.double().sum()) for batch in loader) != 0
 print("read")
 """

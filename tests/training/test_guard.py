@@ -2,70 +2,72 @@ import pytest
 import torch
 
 from common.cli import UserError
-from training.guard import OVERFLOWS, PATIENCE, NonFiniteGuard
+from training.guard import (
+    MAX_CONSECUTIVE_BAD_STEPS,
+    MAX_CONSECUTIVE_OVERFLOWS,
+    NonFiniteGuard,
+)
+
+INF, NAN = float("inf"), float("nan")
 
 
 class Optimizer:
-    """Takes the verdict."""
+    """Receives `found_inf`."""
 
 
-def judge(guard, step, velocity=1.0, align=1.0, gradient=1.0) -> float:
-    return guard.judge(step, *map(torch.tensor, (velocity, align, gradient))).item()
+def mark_step(guard, step, denoising=1.0, align=1.0, grad_norm=1.0) -> float:
+    scalars = {"denoising": denoising, "align/sra2": align, "grad_norm": grad_norm}
+    return guard.mark_step(step, {k: torch.tensor(v) for k, v in scalars.items()}).item()
 
 
-def alone(tensor, how):
+def one_process(tensor, reduction):
     return tensor
 
 
-def test_fp16s_overflown_gradients_are_not_counted_but_its_losses_are():
-    guard, inf, nan = NonFiniteGuard(Optimizer(), fp16=True), float("inf"), float("nan")
-    assert [judge(guard, 1, gradient=inf), judge(guard, 2, align=nan, gradient=nan)] == [
-        0,
-        0,
-    ]  # neither counts in the means
-    assert guard.report(alone) == (
-        ["step 2: alignment loss, gradient not finite, update skipped"],
-        1,
-    )
-    assert not hasattr(guard.optimizer, "found_inf")  # skipping is the scaler's
+def test_fp16_reports_bad_losses_but_not_overflowed_gradients():
+    guard = NonFiniteGuard(Optimizer(), uses_grad_scaler=True)
+    assert mark_step(guard, 1, grad_norm=INF) == 0
+    assert mark_step(guard, 2, align=NAN, grad_norm=NAN) == 0
+    assert guard.report(one_process) == [
+        "step 2: align/sra2, grad_norm not finite, update skipped"
+    ]
+    assert not hasattr(guard.optimizer, "found_inf")  # the GradScaler skips the update
 
 
-def test_without_a_scaler_the_optimizer_is_told():
-    guard = NonFiniteGuard(Optimizer(), fp16=False)
-    for gradient, verdict in ((float("nan"), 1.0), (2.0, 0.0)):
-        judge(guard, 1, gradient=gradient)
-        assert guard.optimizer.found_inf.item() == verdict
+def test_optimizer_skips_non_finite_gradients_without_grad_scaler():
+    guard = NonFiniteGuard(Optimizer())
+    for grad_norm, found_inf in ((NAN, 1.0), (2.0, 0.0)):
+        mark_step(guard, 1, grad_norm=grad_norm)
+        assert guard.optimizer.found_inf.item() == found_inf
 
 
-def test_a_streak_goes_on_across_reports_and_ends_with_a_good_step():
-    guard, nan = NonFiniteGuard(Optimizer(), fp16=False), float("nan")
-    for step in range(1, PATIENCE):
-        judge(guard, step, gradient=nan)
-    assert guard.report(alone)[1] == guard.streak == PATIENCE - 1
-    judge(guard, PATIENCE)
-    assert guard.report(alone) == ([], 0) and guard.streak == 0
-    for step in range(10, 10 + PATIENCE):
-        judge(guard, step, gradient=nan)
-        if step < 10 + PATIENCE - 1:
-            guard.report(alone)
-    with pytest.raises(
-        UserError,
-        match=f"step {10 + PATIENCE - 1}: gradient not finite.*like the {PATIENCE - 1} before it",
-    ):
-        guard.report(alone)
+def test_consecutive_bad_steps_are_counted_across_reports_and_reset_by_a_good_step():
+    limit = MAX_CONSECUTIVE_BAD_STEPS
+    guard = NonFiniteGuard(Optimizer())
+    for step in range(1, limit):
+        mark_step(guard, step, grad_norm=NAN)
+    assert len(guard.report(one_process)) == guard.bad_in_a_row == limit - 1
+    mark_step(guard, limit)
+    assert guard.report(one_process) == [] and guard.bad_in_a_row == 0
+    for step in range(10, 10 + limit):
+        mark_step(guard, step, grad_norm=NAN)
+        if step < 10 + limit - 1:
+            guard.report(one_process)
+    last = 10 + limit - 1
+    expected = f"step {last}: grad_norm not finite.*the same as in the {limit - 1} steps before"
+    with pytest.raises(UserError, match=expected):
+        guard.report(one_process)
 
 
-def test_overflows_that_no_scale_ends_are_no_longer_ordinary():
-    guard, inf = NonFiniteGuard(Optimizer(), fp16=True), float("inf")
-    for step in range(1, OVERFLOWS):
-        judge(guard, step, gradient=inf)
-    assert guard.report(alone) == ([], 0) and guard.overflows == OVERFLOWS - 1
-    resumed = NonFiniteGuard(Optimizer(), True, guard.streak, guard.overflows)
-    judge(resumed, OVERFLOWS, gradient=inf)
-    with pytest.raises(
-        UserError,
-        match=f"step {OVERFLOWS}: gradient not finite in fp16, like the {OVERFLOWS - 1} before it",
-    ):
-        resumed.report(alone)
-    judge(guard, OVERFLOWS)
-    assert guard.report(alone) == ([], 0) and guard.overflows == 0
+def test_persistent_fp16_overflows_end_the_run():
+    limit = MAX_CONSECUTIVE_OVERFLOWS
+    guard = NonFiniteGuard(Optimizer(), uses_grad_scaler=True)
+    for step in range(1, limit):
+        mark_step(guard, step, grad_norm=INF)
+    assert guard.report(one_process) == [] and guard.overflows_in_a_row == limit - 1
+    resumed = NonFiniteGuard(Optimizer(), True, guard.bad_in_a_row, guard.overflows_in_a_row)
+    mark_step(resumed, limit, grad_norm=INF)
+    with pytest.raises(UserError, match=f"step {limit}: gradient not finite in fp16"):
+        resumed.report(one_process)
+    mark_step(guard, limit)
+    assert guard.report(one_process) == [] and guard.overflows_in_a_row == 0

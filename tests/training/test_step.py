@@ -1,163 +1,115 @@
-"""The step as it runs on a GPU: on the meta device, whose tensors have no values, so that asking for one is an error."""
+"""Tests of the step on the meta device.
+
+Its tensors hold no data, so that any host-device synchronisation raises an error.
+"""
 
 import sys
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-import train
+from dataset import CachedBatch
 from latents.cache import LatentCache
-from training import alignment
-from training.config import check_args, make_config, parse_args
-from training.guard import NonFiniteGuard
+from tests.training.steps import make_settings, make_step
+from training.alignment import make_cache_info, plan_alignments
+from training.config import build_network_config
+from training.setup import build_state
 
 META = torch.device("meta")
 
 
 @pytest.fixture
-def make_step(cache, monkeypatch):
-    """make_step(*flags) -> a Step on the meta device, and a batch in host memory; make_step.synced: of each backward, whether
-    the processes' gradients are summed in it."""
-    monkeypatch.setattr(
-        sys.modules["torch.optim.optimizer"],
-        "_get_fused_kernels_supported_devices",
-        lambda: ["meta"],
-    )
-    monkeypatch.setattr(
-        torch, "autocast", lambda device_type, **_: nullcontext()
-    )  # there is none on this device
+def make_meta_step(cache, monkeypatch):
+    """Return a function of flags that builds a Step on the meta device and a batch in host memory.
 
-    unsynced, synced = [], []
+    Its attribute `is_reduced` lists, for each backward pass, whether gradients are all-reduced.
+    """
+    optimizers = sys.modules["torch.optim.optimizer"]
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    # The meta device has no autocast.
+    monkeypatch.setattr(torch, "autocast", lambda device_type, **_: nullcontext())
+    inside_no_sync, is_reduced = [], []
 
     @contextmanager
     def no_sync(model):
-        unsynced.append(model)
+        inside_no_sync.append(model)
         yield
-        unsynced.pop()
+        inside_no_sync.pop()
+
+    def backward(loss):
+        is_reduced.append(not inside_no_sync)
+        loss.backward()
 
     def make(*flags):
-        args = parse_args(
-            "",
-            [
-                "--exp-name",
-                "x",
-                "--data-dir",
-                str(cache),
-                "--model",
-                "SiT-Ti/2",
-                "--batch-size",
-                "8",
-                *flags,
-            ],
-        )
-        check_args(args, 1)
-        held = LatentCache(cache)
-        data = alignment.data_of(held.manifest)
-        config = make_config(args, held.manifest, data)
-        state = train.build(args, config, META)
-        targets = alignment.load(args, config, data, state.emas[0], META, nullcontext)
-        accelerator = SimpleNamespace(
-            device=META,
-            prepare=lambda *parts: parts,
-            no_sync=no_sync,
-            clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
-            backward=lambda loss: (synced.append(not unsynced), loss.backward()),
-        )
-        step = train.Step(
-            args,
-            accelerator,
-            held.manifest,
-            state,
-            targets,
-            NonFiniteGuard(state.optimizer, fp16=False),
-        )
-        batch = (
-            torch.arange(8),
-            torch.zeros(8, 8, 8, 8, dtype=torch.float16),
-            torch.zeros(8, dtype=torch.int64),
-        )
-        return step, batch
+        step = make_step(make_settings(cache, *flags), META, no_sync, backward)
+        moments = torch.zeros(8, 8, 8, 8, dtype=torch.float16)
+        return step, CachedBatch(torch.arange(8), moments, torch.zeros(8, dtype=torch.int64))
 
-    make.synced = synced
+    make.is_reduced = is_reduced
     return make
 
 
 OPTIONS = {
-    "default": [],
-    "vanilla": ["--align", "none"],
-    "accumulated": [
-        "--gradient-accumulation-steps",
-        "2",
-        "--align-t-range",
-        "0",
-        "0.5",
-        "--ema-decay",
-        "0.9",
-        "0.5",
-    ],
-    "stopped": ["--align-stop-step", "1", "--prediction", "x", "--weighting", "lognormal"],
-    "teacher": [
-        "--align",
-        "sra2",
-        "sra",
-        "--align-loss",
-        "cosine",
-        "l2",
-        "--gradient-accumulation-steps",
-        "2",
-    ],
-    "recomputed": [
-        "--activation-checkpointing",
-        "--align-loss",
-        "smooth_l1",
-        "--align-target",
-        "sample",
-    ],
+    "default": "",
+    "vanilla": "--align none",
+    "accumulated": "--gradient-accumulation-steps 2 --align-t-range 0 0.5 --ema-decay 0.9 0.5",
+    "stopped": "--align-stop-step 1 --prediction x --weighting lognormal",
+    "teacher": "--align sra2 sra --align-loss cosine l2 --gradient-accumulation-steps 2",
+    "recomputed": "--activation-checkpointing --align-loss smooth_l1 --align-target sample",
 }
 
 
 @pytest.mark.parametrize("flags", OPTIONS.values(), ids=OPTIONS)
-def test_nothing_in_a_step_waits_for_the_device(make_step, flags):
-    step, batch = make_step(*flags)
+def test_step_never_synchronises_with_the_device(make_meta_step, flags):
+    step, batch = make_meta_step(*flags.split())
     for _ in range(2):
-        terms, good = step(batch)
-    assert terms.is_meta and good.is_meta and terms.shape == (3 + 3 * len(step.targets),)
+        scalars, is_finite = step(batch)
+    assert is_finite.is_meta and all(value.is_meta for value in scalars.values())
+    assert len(scalars) == 3 + 3 * len(step.alignments)
     assert step.state.step == 2 and len(step.state.optimizer.state) > 50
 
 
-@pytest.mark.parametrize(
-    "ask", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, bool]
-)
-def test_that_this_would_be_noticed(make_step, monkeypatch, ask):
-    step, batch = make_step()
-    monkeypatch.setattr(step.guard, "judge", lambda number, denoising, align, norm: ask(norm))
+SYNCHRONISATIONS = [
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.cpu,
+    torch.Tensor.nonzero,
+    bool,
+]
+
+
+@pytest.mark.parametrize("synchronise", SYNCHRONISATIONS)
+def test_device_sync_is_detected(make_meta_step, monkeypatch, synchronise):
+    step, batch = make_meta_step()
+    monkeypatch.setattr(
+        step.guard, "mark_step", lambda number, scalars: synchronise(scalars["grad_norm"])
+    )
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         step(batch)
 
 
-def test_the_frozen_position_has_no_gradient_and_no_optimizer_state(make_step):
-    step, batch = make_step()
-    without, clip = [], step.accelerator.clip_grad_norm_
+def test_position_embedding_has_no_gradient_and_no_optimizer_state(make_meta_step):
+    step, batch = make_meta_step()
+    without_gradient = []
+    clip = step.accelerator.clip_grad_norm_
 
     def spy(parameters, norm):
-        without.extend(
-            name for name, parameter in step.model.named_parameters() if parameter.grad is None
-        )
+        named = step.model.named_parameters()
+        without_gradient.extend(name for name, parameter in named if parameter.grad is None)
         return clip(parameters, norm)
 
     step.accelerator.clip_grad_norm_ = spy
     step(batch)
-    assert without == ["backbone.pos_embed"]
+    assert without_gradient == ["backbone.pos_embed"]
     assert step.model.backbone.pos_embed not in step.state.optimizer.state
 
 
-def test_gradients_are_summed_over_processes_once_a_step(make_step):
-    step, batch = make_step("--gradient-accumulation-steps", "4")
+def test_gradients_are_all_reduced_once_per_step(make_meta_step):
+    step, batch = make_meta_step("--gradient-accumulation-steps", "4")
     step(batch)
-    assert make_step.synced == [False, False, False, True]
+    assert make_meta_step.is_reduced == [False, False, False, True]
 
 
 @pytest.fixture
@@ -170,9 +122,9 @@ def one_process_group(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda model: model, torch.nn.parallel.DistributedDataParallel], ids=["alone", "DDP"]
+    "wrap", [lambda model: model, torch.nn.parallel.DistributedDataParallel], ids=["plain", "DDP"]
 )
-def test_all_blocks_are_one_compiled_graph(one_process_group, monkeypatch, cache, wrap):
+def test_all_blocks_share_one_compiled_graph(one_process_group, monkeypatch, cache, wrap):
     counter = CompileCounter()
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
@@ -182,18 +134,19 @@ def test_all_blocks_are_one_compiled_graph(one_process_group, monkeypatch, cache
     )
     torch._dynamo.reset()
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
-    outputs = []
+    manifest = LatentCache(cache).manifest
+    predictions = []
     for flags in ([], ["--compile"]):
-        args = parse_args(
-            "", ["--exp-name", "x", "--data-dir", str(cache), "--model", "SiT-S/2", *flags]
+        settings = make_settings(cache, "--model", "SiT-S/2", *flags)
+        network = build_network_config(settings.model, manifest)
+        align = plan_alignments(settings.alignments, network, make_cache_info(manifest))
+        state = build_state(
+            network, align, settings.optimizer, settings.device, torch.device("cpu")
         )
-        check_args(args, 1)
-        held = LatentCache(cache)
-        config = make_config(args, held.manifest)
-        model = train.build(args, config, torch.device("cpu")).model
         torch.manual_seed(0)
-        for block in model.backbone.blocks:  # they start at zero
+        for block in state.model.backbone.blocks:  # their modulation is zero at initialisation
             torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
-        outputs.append(wrap(model)(x, t, y))
-    assert counter.frame_count == 1  # for twelve blocks; DDP's buckets would make two of each
-    torch.testing.assert_close(outputs[0], outputs[1])
+        predictions.append(wrap(state.model)(x, t, y).prediction)
+    # One graph for all twelve blocks; with optimize_ddp, DDP's buckets would split a block in two.
+    assert counter.frame_count == 1
+    torch.testing.assert_close(predictions[0], predictions[1])

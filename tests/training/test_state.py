@@ -17,7 +17,7 @@ from checkpointing.storage import (
     verify_checkpoint,
 )
 from training import state as state_module
-from training.state import EMA, TrainState, Writer
+from training.state import EMA, CheckpointWriter, TrainState
 
 CONFIG = {"ema_decay": [0.9, 0.5]}
 
@@ -29,7 +29,7 @@ def make_state(seed=0) -> TrainState:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     averages = [copy.deepcopy(model) for _ in CONFIG["ema_decay"]]
-    return TrainState(model, averages, optimizer, step=7, extra={"log_sums": [0.1], "log_steps": 3})
+    return TrainState(model, averages, optimizer, step=7, progress={"log_sums": [0.1], "log_steps": 3})
 
 
 def test_a_saved_state_comes_back_whole(tmp_path):
@@ -39,7 +39,7 @@ def test_a_saved_state_comes_back_whole(tmp_path):
     folder = state.snapshot(CONFIG).write(tmp_path)
     assert folder == find_checkpoint(tmp_path) == find_checkpoint(folder)
     other.load(folder, verify_checkpoint(folder))
-    assert (other.step, other.extra) == (7, {"log_sums": [0.1], "log_steps": 3})
+    assert (other.step, other.progress) == (7, {"log_sums": [0.1], "log_steps": 3})
     assert torch.equal(other.model.weight, state.model.weight) and len(other.emas) == 2
     assert all(
         torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(other.emas, state.emas)
@@ -101,7 +101,7 @@ def test_a_snapshot_is_cut_off_from_training(tmp_path):
 
 
 def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
-    state, writer = make_state(), Writer(tmp_path, CONFIG, keep_last=2, milestone_steps=4)
+    state, writer = make_state(), CheckpointWriter(tmp_path, CONFIG, keep_last=2, milestone_steps=4)
     for state.step in range(1, 11):
         writer.submit(state)
     writer.wait()
@@ -114,7 +114,7 @@ def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
 def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     state, writer, write = (
         make_state(),
-        Writer(tmp_path, CONFIG, keep_last=1),
+        CheckpointWriter(tmp_path, CONFIG, keep_last=1),
         state_module.write_file,
     )
 
@@ -145,7 +145,7 @@ def stuck(path, target, rename=Path.rename):
 def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(
     tmp_path, monkeypatch
 ):
-    state, writer = make_state(), Writer(tmp_path, CONFIG, keep_last=1)
+    state, writer = make_state(), CheckpointWriter(tmp_path, CONFIG, keep_last=1)
 
     def broken(tensors, path):
         raise ValueError("not tensors")
@@ -175,7 +175,7 @@ def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(
 
 
 def test_messages_that_come_while_they_are_taken_are_not_lost(tmp_path, monkeypatch):
-    state, writer = make_state(), Writer(tmp_path, CONFIG)
+    state, writer = make_state(), CheckpointWriter(tmp_path, CONFIG)
     write = state_module.Snapshot.write
     monkeypatch.setattr(
         state_module.Snapshot, "write", lambda *args: (writer.take_messages(), write(*args))[1]

@@ -1,0 +1,61 @@
+"""Builds a `Step` without accelerate's set-up, on any device."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import train
+from latents.cache import LatentCache
+from training.alignment import (
+    load_alignments,
+    make_cache_info,
+    make_run_context,
+    plan_alignments,
+)
+from training.config import Settings, build_network_config, parse_settings
+from training.guard import NonFiniteGuard
+from training.setup import build_state
+
+
+def make_settings(cache: Path, *flags: Any) -> Settings:
+    """Parse train.py's flags for the smallest model."""
+    defaults = ["--exp-name", "x", "--data-dir", cache, "--model", "SiT-Ti/2", "--batch-size", "8"]
+    return parse_settings([str(flag) for flag in (*defaults, *flags)])
+
+
+def make_step(
+    settings: Settings,
+    device: torch.device,
+    no_sync: Callable[[Any], AbstractContextManager] = lambda model: nullcontext(),
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+) -> train.Step:
+    """Build a Step with a plain stand-in for accelerate's Accelerator."""
+    cache = LatentCache(*settings.data.data_dir)
+    network = build_network_config(settings.model, cache.manifest)
+    cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
+    align = plan_alignments(settings.alignments, network, cache_info)
+    state = build_state(network, align, settings.optimizer, settings.device, device)
+    path_type = settings.objective.path_type
+    context = make_run_context(path_type, state.emas[0], device, nullcontext, False)
+    accelerator = SimpleNamespace(
+        device=device,
+        prepare=lambda *parts: parts,
+        no_sync=no_sync,
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+        backward=backward,
+    )
+    return train.Step(
+        accelerator,
+        state,
+        cache.manifest,
+        load_alignments(settings.alignments, align, network, cache_info, context),
+        NonFiniteGuard(state.optimizer),
+        settings.objective,
+        settings.optimizer,
+        settings.run.seed,
+        settings.loop.gradient_accumulation_steps,
+    )

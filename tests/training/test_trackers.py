@@ -1,0 +1,154 @@
+"""Experiment trackers: Weights & Biases with its real client in offline mode, and TensorBoard.
+
+What they wrote is read back from their files.
+"""
+
+import json
+import struct
+
+import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, WandBTracker
+
+import train
+from tests.helpers import read_metrics, train_flags
+from training.preview import Preview
+from training.trackers import TRACKER_NAMES
+
+
+@pytest.fixture
+def offline_wandb(monkeypatch, tmp_path):
+    folder = str(tmp_path / "wandb-cache")
+    options = {"MODE": "offline", "SILENT": "true", "CONFIG_DIR": folder, "CACHE_DIR": folder}
+    for key, value in options.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+
+
+def read_records(folder) -> list:
+    """Return the records of an offline run's transaction log.
+
+    The format is LevelDB's log: blocks of 32 KiB, after a header of 7 bytes.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*.wandb")
+    data, position, content, records = path.read_bytes(), 7, b"", []
+    while position < len(data):
+        if -position % 32768 < 7:  # no room for a chunk's header
+            position += -position % 32768
+            continue
+        size, kind = struct.unpack_from("<HB", data, position + 4)
+        content += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a complete record, or the last part of one
+            records.append(Record.FromString(content))
+            content = b""
+    return records
+
+
+def parse_items(items) -> dict:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_tracker_names_are_accelerates():
+    assert set(TRACKER_NAMES) == set(LOGGER_TYPE_TO_CLASS)
+
+
+def test_wandb_gets_config_metrics_and_previews_and_resumes_under_the_same_id(
+    call, offline_wandb, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Preview, "num_steps", 2)
+    flags = train_flags(cache, tmp_path, "run", "--report-to", "wandb", "--sampling-steps", 2)
+    for steps in (2, 4):
+        code, out = call(train, *flags, "--max-train-steps", steps)
+        assert code == 0, out
+    run = tmp_path / "run"
+    run_id = (run / "wandb_id").read_text()
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(folder.name.endswith(run_id) for folder in folders)
+    metrics, images = [], []
+    for folder in folders:
+        records = read_records(folder)
+        config = {}
+        for record in records:
+            if record.WhichOneof("record_type") == "run":
+                config |= parse_items(record.run.config.update)
+            if record.WhichOneof("record_type") == "config":
+                config |= parse_items(record.config.update)
+        assert config["learning_rate"] == 1e-3 and config["data"]["count"] == 24
+        history = [
+            parse_items(record.history.item)
+            for record in records
+            if record.WhichOneof("record_type") == "history"
+        ]
+        metrics += [row for row in history if "loss" in row]
+        for row in history:
+            paths = row.get("samples/filenames", [])
+            images += [folder / "files" / path for path in paths]
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    for written, tracked in zip(read_metrics(run), metrics, strict=True):
+        written.pop("schema")
+        assert {key: tracked[key] for key in written} == written
+    previews = sorted((run / "samples").glob("*.png"))
+    assert len(previews) == 2
+    assert [path.read_bytes() for path in images] == [path.read_bytes() for path in previews]
+
+
+def test_failing_tracker_is_disabled_and_training_continues(
+    call, offline_wandb, cache, tmp_path, monkeypatch
+):
+    log, calls = WandBTracker.log, []
+
+    def fail_on_second_call(self, values, step=None, **kwargs):
+        calls.append(step)
+        if len(calls) == 2:
+            raise ConnectionError("the service is gone\nfor good")
+        log(self, values, step, **kwargs)
+
+    monkeypatch.setattr(WandBTracker, "log", fail_on_second_call)
+    flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 4, "--report-to", "wandb")
+    code, out = call(train, *flags)
+    assert code == 0 and len(calls) == 2
+    assert out.count("--report-to wandb failed (ConnectionError: the service is gone)") == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_tracker_that_cannot_start_is_reported_before_any_work(call, cache, tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**kwargs):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 4, "--report-to", "wandb")
+    code, out = call(train, *flags)
+    assert code == 2
+    assert "--report-to wandb cannot start (UsageError: No API key configured.)" in out
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["comet_ml"], "--report-to comet_ml needs a package: pip install comet_ml"),
+        (["none", "wandb"], "--report-to none wandb: none excludes the others"),
+    ],
+)
+def test_unusable_trackers_are_refused(call, cache, tmp_path, names, message):
+    code, out = call(train, *train_flags(cache, tmp_path, "run", "--report-to", *names))
+    assert code == 2 and message in out
+
+
+def test_tensorboard_gets_metrics_and_previews(call, cache, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(Preview, "num_steps", 2)
+    flags = train_flags(cache, tmp_path, "run", "--report-to", "tensorboard")
+    code, out = call(train, *flags, "--max-train-steps", 2, "--sampling-steps", 2)
+    assert code == 0, out
+    events = EventAccumulator(str(tmp_path / "run/sra2"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    rows = read_metrics(tmp_path / "run")
+    assert losses == pytest.approx([row["loss"] for row in rows])
+    assert "samples" in events.Tags()["images"]
