@@ -29,7 +29,9 @@ def make_state(seed=0) -> TrainState:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     averages = [copy.deepcopy(model) for _ in CONFIG["ema_decay"]]
-    return TrainState(model, averages, optimizer, step=7, progress={"log_sums": [0.1], "log_steps": 3})
+    return TrainState(
+        model, averages, optimizer, step=7, progress={"log_sums": [0.1], "log_steps": 3}
+    )
 
 
 def test_a_saved_state_comes_back_whole(tmp_path):
