@@ -8,7 +8,7 @@ from pathlib import Path
 from common import cli
 from common.cli import UserError
 from evaluations import plots
-from evaluations.runs import Run, named, read_run
+from evaluations.runs import Run, name_folders, read_run
 
 TRAINING_QUANTITIES = ("denoising", "align", "grad_norm")
 
@@ -22,9 +22,9 @@ def draw(runs: list[Run], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = [
-        panel for panel in plots.training_panels(runs) if panel.quantity in TRAINING_QUANTITIES
+        panel for panel in plots.make_training_panels(runs) if panel.quantity in TRAINING_QUANTITIES
     ]
-    for panel in plots.evaluation_panels(runs):
+    for panel in plots.make_evaluation_panels(runs):
         if panel.quantity == "held_out":
             panels.append(panel._replace(title="denoising loss on held-out images"))
         elif panel.quantity.startswith(("FID", "FD-")):
@@ -53,7 +53,7 @@ def main() -> None:
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {out} must end in .png, .pdf or .svg")
-    draw([read_run(name, folder) for name, folder in named(args.runs).items()], out)
+    draw([read_run(name, folder) for name, folder in name_folders(args.runs).items()], out)
     print(f"curves: {out}")
 
 

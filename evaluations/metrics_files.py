@@ -10,7 +10,7 @@ from common.cli import UserError
 from evaluations.compare import RESULT_KEYS
 from evaluations.runs import Run, read_json
 
-# Fields that tell which model was evaluated. Models are what is compared.
+# Fields that identify the model. They differ between the models that are compared.
 MODEL_FIELDS = {
     "samples",
     "samples_sha256",
@@ -19,7 +19,7 @@ MODEL_FIELDS = {
     "sampling.step",
     "sampling.images_seen",
 }
-# Prefixes of fields that change numbers by rounding errors only.
+# Prefixes of fields that affect rounding errors only.
 ROUNDING_FIELDS = (
     "versions.",
     "feature_batch_size",
@@ -27,8 +27,8 @@ ROUNDING_FIELDS = (
     "sampling.per_proc_batch_size",
     "sampling.compile",
 )
-# Name -> the hash that identifies the same thing wherever it is stored.
-IDENTIFYING_HASH = {
+# Field -> the field that identifies the same thing wherever it is stored.
+IDENTIFYING_FIELD = {
     "reference": "reference_sha256",
     "sampling.vae": "sampling.vae_fingerprint",
     "sampling.count": "count",
@@ -104,16 +104,18 @@ def format_value(value: Any) -> str:
 
 
 def drop_redundant_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Drop fields whose content is already identified by a hash.
+    """Drop fields that another field identifies, such as the path of a file with a known hash.
 
-    Paths would make the same file look different in another folder.
+    Otherwise the same file in another folder would look like a different one.
     """
     return {
-        key: value for key, value in fields.items() if not fields.get(IDENTIFYING_HASH.get(key, ""))
+        key: value
+        for key, value in fields.items()
+        if not fields.get(IDENTIFYING_FIELD.get(key, ""))
     }
 
 
-def identity(content: dict[str, Any]) -> dict[str, Any]:
+def select_identity(content: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a metrics.json that must agree before two values may be compared."""
     fields = flatten({key: value for key, value in content.items() if key not in RESULT_KEYS})
     return {
@@ -133,7 +135,8 @@ def compare_settings(settings: list[dict[str, Any]]) -> Comparison:
 
     Sampling fields are compared only among settings that have any.
     """
-    differing, agreeing = {}, {}
+    differing: dict[str, list[Any]] = {}
+    agreeing: dict[str, Any] = {}
     for key in dict.fromkeys(key for fields in settings for key in fields):
         distinct: dict[str, Any] = {}
         for fields in settings:
@@ -171,7 +174,7 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
             raise UserError(f"--metrics {path} does not exist: evaluations.evaluate writes it")
         found.setdefault(path.resolve(), _with_run(MetricsFile(path, _read(path)), runs))
     for path in sorted(sample_dir.glob("*.metrics.json")):
-        # The folder is shared with other projects, whose files may be of any kind.
+        # The folder may contain files of other runs, or files that are not ours.
         with suppress(UserError):
             file = _with_run(MetricsFile(path, _read(path)), runs)
             if file.run:
@@ -221,7 +224,7 @@ def find_best(files: list[MetricsFile], metric: str) -> set[int]:
         value = file.content["metrics"].get(metric)
         if value is not None and math.isfinite(value):
             ends = [sign * end for end in file.interval(metric) or [value]]
-            key = json.dumps(identity(file.content), sort_keys=True)
+            key = json.dumps(select_identity(file.content), sort_keys=True)
             groups.setdefault(key, []).append((sign * value, min(ends), max(ends), index))
 
     best = set()

@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common.cli import UserError
-from evaluations.metrics_files import compare_settings, drop_redundant_fields, flatten, format_value
-from evaluations.runs import Run, column, column_labels
+from evaluations.metrics_files import (
+    LOWER_IS_BETTER,
+    compare_settings,
+    drop_redundant_fields,
+    flatten,
+    format_value,
+)
+from evaluations.runs import Run, label_columns, read_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Line style -> the same as `stroke-dasharray`, for legends in HTML.
+# Line style -> `stroke-dasharray` that looks the same, for legends in HTML.
 DASHES = {"-": None, "--": "7 3", ":": "2 3", "-.": "11 3 2 3"}
 
-# Matplotlib writes colours as numbers. These are placeholders for CSS variables, whose values differ
-# between light and dark mode.
+# Placeholders for CSS variables, which differ between light and dark mode. Matplotlib accepts only
+# colours with a fixed value.
 RUN_COLOURS = [f"#a0000{index}" for index in range(8)]
 TEXT_COLOUR = "#a00010"
 GRID_COLOUR = "#a00011"
@@ -90,7 +96,7 @@ def require_package(name: str, purpose: str) -> None:
         raise UserError(f"{purpose} needs {name}: pip install {name}")
 
 
-def training_panels(runs: list[Run]) -> list[Panel]:
+def make_training_panels(runs: list[Run]) -> list[Panel]:
     """Return a panel per logged quantity, without series if no run has logged it."""
     panels = [
         Panel("denoising", "denoising loss", [], log_scale=True),
@@ -101,30 +107,30 @@ def training_panels(runs: list[Run]) -> list[Panel]:
     ]
     for panel in panels:
         for run_index, run in enumerate(runs):
-            x = column(run.steps, "images")
-            for style_index, (key, label) in enumerate(column_labels(run, panel.quantity).items()):
-                series = Series(x, column(run.steps, key), run_index, label, style_index)
+            x = read_column(run.steps, "images")
+            for style_index, (key, label) in enumerate(label_columns(run, panel.quantity).items()):
+                series = Series(x, read_column(run.steps, key), run_index, label, style_index)
                 if series.is_finite.any():
                     panel.series.append(series)
     return panels
 
 
-def evaluation_settings(runs: list[Run]) -> list[dict[str, Any]]:
+def collect_settings(runs: list[Run]) -> list[dict[str, Any]]:
     """Return the distinct settings of the runs' evaluations, in order of appearance."""
     settings: list[dict[str, Any]] = []
     for run in runs:
         for row in run.evaluations:
-            if (setting := flat_setting(row)) not in settings:
+            if (setting := flatten_setting(row)) not in settings:
                 settings.append(setting)
     return settings
 
 
-def flat_setting(row: dict[str, Any]) -> dict[str, Any]:
+def flatten_setting(row: dict[str, Any]) -> dict[str, Any]:
     """Return everything that the numbers of an evaluation depend on besides the model."""
     return drop_redundant_fields(flatten(row["evaluation"]))
 
 
-def metric_values(row: dict[str, Any]) -> dict[str, float]:
+def select_metrics(row: dict[str, Any]) -> dict[str, float]:
     """Return the finite metrics of an evaluation."""
     return {
         key: value
@@ -135,30 +141,30 @@ def metric_values(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def evaluation_panels(runs: list[Run]) -> list[Panel]:
+def make_evaluation_panels(runs: list[Run]) -> list[Panel]:
     """Return a panel per metric of the evaluations during training.
 
     A run has one series per setting, because values of different settings are not comparable.
     """
-    settings = evaluation_settings(runs)
+    settings = collect_settings(runs)
     differing = compare_settings(settings).differing
     panels: dict[str, Panel] = {}
     for run_index, run in enumerate(runs):
         for style_index, setting in enumerate(settings):
-            rows = [row for row in run.evaluations if flat_setting(row) == setting]
+            rows = [row for row in run.evaluations if flatten_setting(row) == setting]
             fields = [f"{key} {format_value(setting.get(key))}" for key in differing]
             label = ", ".join([run.name, *fields])
-            for metric in dict.fromkeys(name for row in rows for name in metric_values(row)):
-                measured = [row for row in rows if metric in metric_values(row)]
-                x, y = column(measured, "images"), column(measured, metric)
-                note = "lower is better" if metric.startswith(("FID", "sFID", "FD")) else ""
+            for metric in dict.fromkeys(name for row in rows for name in select_metrics(row)):
+                measured = [row for row in rows if metric in select_metrics(row)]
+                x, y = read_column(measured, "images"), read_column(measured, metric)
+                note = "lower is better" if metric.startswith(LOWER_IS_BETTER) else ""
                 new_panel = Panel(metric, metric.replace("_", " "), [], bool(note), note=note)
                 series = Series(x, y, run_index, label, style_index, has_markers=True)
                 panels.setdefault(metric, new_panel).series.append(series)
     return list(panels.values())
 
 
-def running_median(
+def smooth(
     x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the running median over 2% of a line, at `max_points` of its points.
@@ -196,7 +202,7 @@ def thin(
 
 
 def line_style(index: int) -> str:
-    """Return a line style of matplotlib; they repeat after the last one."""
+    """Return a line style of matplotlib. Styles repeat after the last one."""
     return list(DASHES)[index % len(DASHES)]
 
 
@@ -250,7 +256,7 @@ def render_svg(panel: Panel) -> str:
             x, y = thin(series.x, series.y)
             if is_smoothed(series):
                 axes.plot(x, y, color=RUN_COLOURS[series.run_index], linewidth=1, alpha=0.3)
-                x, y = running_median(series.x, series.y)
+                x, y = smooth(series.x, series.y)
             shown.append(series._replace(x=x, y=y))
         draw_panel(axes, panel._replace(series=shown), RUN_COLOURS, log_scale)
         axes.set_xlim(0, max(series.x[series.is_finite].max() for series in panel.series) or 1)

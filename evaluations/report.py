@@ -28,16 +28,16 @@ from evaluations.metrics_files import (
     flatten,
     format_value,
     has_unknown_sampling,
-    identity,
+    select_identity,
 )
 from evaluations.nearest import MemorisationCheck, check_memorisation
-from evaluations.runs import Run, column_labels, named, read_run
+from evaluations.runs import Run, label_columns, name_folders, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_RUNS = len(plots.RUN_COLOURS)
 MAX_VALUE_LENGTH = 60  # characters of a setting; longer ones are cut
 HASH_LENGTH = 32  # hexadecimal digits of the shortest hash
-LAST_VALUES = (
+LAST_QUANTITIES = (
     "denoising",
     "align",
     "cosine",
@@ -104,7 +104,7 @@ def main() -> None:
     plots.require_package("matplotlib", "evaluations.report")
     if args.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {args.out} must end in .html")
-    folders = named(args.runs)
+    folders = name_folders(args.runs)
     if len(folders) > MAX_RUNS:
         raise UserError(f"a report has colours for {MAX_RUNS} runs, not {len(folders)}: pass fewer")
     if args.nearest and not args.nearest.exists():
@@ -114,7 +114,7 @@ def main() -> None:
     checks = None
     if args.nearest:
         checks = check_memorisation(
-            newest_samples(runs, files),
+            open_newest_samples(runs, files),
             args.nearest,
             args.features,
             args.inception_weights,
@@ -125,7 +125,7 @@ def main() -> None:
     print(f"report: {args.out}")
 
 
-def newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, Images]:
+def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, Images]:
     """Return the evaluated samples of each run's newest checkpoint, if they still exist.
 
     Raises:
@@ -139,7 +139,7 @@ def newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, Image
             if file.run is run and file.samples and file.samples.exists()
         ]
         if existing:
-            *_, path = max(existing)
+            *_, path = max(existing, key=lambda entry: entry[:2])
             found[run.name] = NpzFile(path, "samples").open_images()
     return found
 
@@ -165,8 +165,8 @@ def render_page(
     )
     environment.filters |= {
         "field": lambda key: key.removeprefix("sampling."),
-        "flat_setting": plots.flat_setting,
-        "previews": report_images.previews,
+        "flatten_setting": plots.flatten_setting,
+        "previews": report_images.load_previews,
         "rounded": round_value,
         "shorten": shorten,
         "summary": summarize,
@@ -185,7 +185,7 @@ def render_page(
         runs=runs,
         files=files,
         checks=checks,
-        grids=report_images.sample_grids(files),
+        grids=report_images.load_sample_grids(files),
         settings=compare_runs(runs),
         **describe_curves(runs),
         **describe_metrics(files),
@@ -219,7 +219,7 @@ def summarize_alignment(args: dict[str, Any]) -> str:
 
 def describe_curves(runs: list[Run]) -> dict[str, Any]:
     """Return the variables of the section about curves."""
-    settings = plots.evaluation_settings(runs)
+    settings = plots.collect_settings(runs)
     comparison = compare_settings(settings)
     line_styles = {}
     for index, setting in enumerate(settings):
@@ -231,17 +231,17 @@ def describe_curves(runs: list[Run]) -> dict[str, Any]:
         skipped = sum(row.get("skipped") or 0 for row in run.steps)
         last_values.append(run.steps[-1] | {"skipped": skipped})
     last_columns = ["step", "images", "skipped"]
-    for quantity in LAST_VALUES:
-        names = dict.fromkeys(name for run in runs for name in column_labels(run, quantity))
+    for quantity in LAST_QUANTITIES:
+        names = dict.fromkeys(name for run in runs for name in label_columns(run, quantity))
         last_columns += [
             name for name in names if any(row.get(name) is not None for row in last_values)
         ]
     return {
-        "training": [panel for panel in plots.training_panels(runs) if panel.series],
+        "training": [panel for panel in plots.make_training_panels(runs) if panel.series],
         "smoothing_min_points": plots.SMOOTHING_MIN_POINTS,
         "last_values": last_values,
         "last_columns": last_columns,
-        "evaluations": plots.evaluation_panels(runs),
+        "evaluations": plots.make_evaluation_panels(runs),
         "evaluation_settings": comparison,
         "line_styles": line_styles,
     }
@@ -249,14 +249,14 @@ def describe_curves(runs: list[Run]) -> dict[str, Any]:
 
 def describe_metrics(files: list[MetricsFile]) -> dict[str, Any]:
     """Return the variables of the section about metrics."""
-    identities = [identity(file.content) for file in files]
+    identities = [select_identity(file.content) for file in files]
     names = list(dict.fromkeys(name for file in files for name in file.content["metrics"]))
     warnings: dict[str, list[str]] = {}
     by_count = []
     for file in files:
         messages = [format_value(file.content["warning"])] if file.content.get("warning") else []
         if not file.sampling:
-            messages.append("samples of other code; it is unknown how they were generated")
+            messages.append("generated by other code, with unknown settings")
         for message in messages:
             warnings.setdefault(message, []).append(f"{file.name} ({file.stem})")
         for name, values in (file.content.get("by_count") or {}).items():
@@ -291,14 +291,14 @@ def is_hash(text: str) -> bool:
 
 
 def shorten(text: str) -> str:
-    """Cut a hash to its first twelve digits, and other long text."""
+    """Cut a hash to its first twelve digits, and other long text to MAX_VALUE_LENGTH."""
     if is_hash(text):
         return text[:12] + "…"
     return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"
 
 
 def round_value(value: float) -> str:
-    """Return a metric with as many digits as people compare."""
+    """Return a metric with three decimals, or one if it has three digits before the point."""
     return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
 
 

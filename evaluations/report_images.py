@@ -64,7 +64,7 @@ def embed_file(path: Path, caption: str, max_width: int) -> Figure:
         return Figure(path, caption, None)
 
 
-def previews(run: Run) -> list[Figure]:
+def load_previews(run: Run) -> list[Figure]:
     """Return previews of a run's first EMA: the first, the last, and some in between."""
     paths = [
         path for path in (run.folder / "samples").glob("*.png") if re.fullmatch(r"\d+", path.stem)
@@ -81,7 +81,7 @@ def previews(run: Run) -> list[Figure]:
     return figures
 
 
-def sample_grids(files: list[MetricsFile]) -> list[Figure]:
+def load_sample_grids(files: list[MetricsFile]) -> list[Figure]:
     """Return the grids that sample_ddp.py wrote with the evaluated samples."""
     figures = []
     for file in files:

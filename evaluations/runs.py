@@ -26,7 +26,7 @@ class Run(NamedTuple):
         return self.steps[-1]["images"]
 
 
-def named(folders: list[Path]) -> dict[str, Path]:
+def name_folders(folders: list[Path]) -> dict[str, Path]:
     """Return the folders by name, or by path if several folders have the same name."""
     names = [folder.name or folder.resolve().name for folder in folders]
     return {
@@ -87,7 +87,7 @@ def read_run(name: str, folder: Path) -> Run:
     return Run(name, folder, steps, evaluations, read_json(folder / "args.json"), config)
 
 
-def column_labels(run: Run, quantity: str) -> dict[str, str]:
+def label_columns(run: Run, quantity: str) -> dict[str, str]:
     """Return the columns of a quantity in a run's log, each with a label for plots.
 
     Alignment methods have one column each, such as align/sra2. The label is the name of the run,
@@ -99,6 +99,6 @@ def column_labels(run: Run, quantity: str) -> dict[str, str]:
     return {column: f"{run.name}, {column.partition('/')[2]}" for column in columns}
 
 
-def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+def read_column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
     """Return one column of n rows: (n,) float64, NaN where it is missing or null."""
     return np.array([row.get(key) for row in rows], float)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from evaluations import curves, nearest, report
-from evaluations.metrics_files import compare_settings, identity
-from evaluations.plots import running_median, thin, training_panels
+from evaluations.metrics_files import compare_settings, select_identity
+from evaluations.plots import make_training_panels, smooth, thin
 from evaluations.runs import read_run
 
 VOID = {"img", "meta"}
@@ -123,15 +123,12 @@ def make_metrics(path, run, metrics, **changes):
 
 
 def evaluate_while_training(run, settings):
+    """Append evaluations to a run's log, as --eval-every does."""
     with (run / "metrics.jsonl").open("a") as file:
         for k, more in enumerate(settings, 1):
             row = {"step": 10 * k, "images": 80 * k, "FD-fashion": 9.5 - k, "precision": None}
-            file.write(
-                json.dumps(
-                    row | {"evaluation": {"ema_decay": 0.9, "reference_sha256": "c" * 64, **more}}
-                )
-                + "\n"
-            )
+            row["evaluation"] = {"ema_decay": 0.9, "reference_sha256": "c" * 64, **more}
+            file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture
@@ -240,7 +237,7 @@ def test_old_and_new_columns_of_a_method_make_one_curve(write_page, tmp_path):
     new = {"schema": 2, "step": 2, "images": 16, "align/sra2": 0.25, "align/repa": 0.625}
     (run / "metrics.jsonl").write_text(f"{json.dumps(old)}\n{json.dumps(new)}\n")
     (panel,) = [
-        panel for panel in training_panels([read_run("a", run)]) if panel.quantity == "align"
+        panel for panel in make_training_panels([read_run("a", run)]) if panel.quantity == "align"
     ]
     assert [(series.label, [*series.y]) for series in panel.series] == [
         ("a, sra2", [0.5, 0.25]),
@@ -276,7 +273,7 @@ def test_differing_fields_are_marked_and_values_across_them_not_ranked(write_pag
         path.write_text(json.dumps(content))
     (tmp_path / "samples/b.metrics.json").write_text(json.dumps(content | {"sampling": {}}))
     page = write_page(a, b, "--metrics", tmp_path / "samples/b.metrics.json")
-    assert "unknown how they were generated" in page.text_of("p", "warning")[0]
+    assert "with unknown settings" in page.text_of("p", "warning")[0]
     assert page.all("p", "verdict")
 
 
@@ -292,19 +289,21 @@ def test_identity_excludes_results_and_the_model():
         "reference": "r",
         "reference_sha256": "h",
     }
-    assert identity(content) == {
+    assert select_identity(content) == {
         "count": 5,
         "new.key": 1,
         "sampling.num_steps": 5,
         "reference_sha256": "h",
     }
-    assert identity({"reference": "r"}) == {"reference": "r"}  # there is no hash to identify it
+    assert select_identity({"reference": "r"}) == {
+        "reference": "r"
+    }  # there is no hash to identify it
     rounding = {
         "versions": {"torch": "2"},
         "feature_batch_size": 9,
         "sampling": {"machine": {"device": "cpu"}, "num_steps": 5},
     }
-    assert identity(rounding) == {"sampling.num_steps": 5}
+    assert select_identity(rounding) == {"sampling.num_steps": 5}
 
 
 def test_unknown_sampling_neither_hides_nor_makes_a_difference(write_page, tmp_path):
@@ -419,10 +418,10 @@ def test_long_runs_are_thinned_and_keep_their_spikes(write_page, tmp_path):
 def test_running_median_ignores_spikes_and_keeps_gaps():
     x, y = np.arange(1000.0), 5 - np.arange(1000.0)
     spiked = np.where(x == 400, 1e6, np.where(x == 700, np.nan, y))
-    median = running_median(x, spiked, 1000)[1]
+    median = smooth(x, spiked, 1000)[1]
     assert np.isnan(median[700]) and median[0] == 5
     assert np.nanmax(np.abs(median - y)[:-10]) <= 1
-    assert len(running_median(x, y)[0]) == 240
+    assert len(smooth(x, y)[0]) == 240
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
