@@ -553,6 +553,6 @@ def test_curves_draw_several_runs(call, trained, tmp_path):
         Image.open(tmp_path / "e.png").width > 1.3 * Image.open(tmp_path / "c.png").width
     )  # one panel more
     code, out = call(curves, tmp_path)
-    assert code == 2 and "is no run" in out
+    assert code == 2 and "is not a run" in out
     code, out = call(curves, trained, "--out", tmp_path / "c.txt")
     assert code == 2 and "must end in .png" in out
