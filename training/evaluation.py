@@ -20,6 +20,7 @@ from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from evaluations.reference_features import default_cache_dir, load_reference_features
 from latents.cache import Manifest
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import SiT
 from sampling.recipe import Recipe
 from training.held_out import HeldOut
@@ -51,7 +52,11 @@ class Evaluator:
             path_type=args.path_type,
             prediction=args.prediction,
         )
-        self.recipe.validate("--eval-")
+        try:
+            self.recipe.validate()
+        except FieldError as error:
+            flag = f"--eval-{error.field.replace('_', '-')}"
+            raise UserError(f"{flag} {error.reason}") from None
         if args.eval_samples <= MANIFOLD_NEIGHBOURS:
             raise UserError(
                 f"--eval-samples {args.eval_samples} is too few: precision and recall need {MANIFOLD_NEIGHBOURS + 1} or more"
