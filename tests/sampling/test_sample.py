@@ -384,7 +384,11 @@ def test_labels_come_from_a_file_or_are_one_class(sample, call, trained, tmp_pat
 def test_bf16_and_compile_change_the_network_that_samples(sample, tmp_path, monkeypatch):
     """bf16 changes the images a little, and all six blocks are compiled."""
     compiled = []
-    monkeypatch.setattr(sample_ddp.SiTBlock, "compile", lambda block: compiled.append(block))
+
+    def record_compilation(block):
+        compiled.append(block)
+
+    monkeypatch.setattr(sample_ddp.SiTBlock, "compile", record_compilation)
     flags = ["--mode", "ode", "--labels", "balanced"]
     sample(*flags, "--compile", name="fp32")
     assert len(compiled) == 6
