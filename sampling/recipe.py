@@ -32,7 +32,7 @@ STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The settings of a sampler that are flags."""
+    """Settings of the sampler, each with a flag."""
 
     mode: str = setting(
         "sde",

@@ -397,7 +397,7 @@ def format_grid_title(record: dict[str, Any]) -> str:
 
 
 def _wait_for_file(path: Path) -> Path:
-    """Return the path once the file is visible, which another machine may have just written.
+    """Wait for a file that another machine may have just written, and return its path.
 
     Raises:
         UserError: The file is not visible after FILE_WAIT_SECONDS.

@@ -55,7 +55,7 @@ class Worker:
         self._thread_local = threading.local()
 
     def cancel(self) -> None:
-        """Make all calls raise `WorkerCancelledError` before their next evaluation of the network."""
+        """Make all calls raise `WorkerCancelledError` before they evaluate the network again."""
         self._cancelled.set()
 
     def check_cancelled(self) -> None:
