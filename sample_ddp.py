@@ -237,9 +237,11 @@ def load_networks(
         source = pretrained.load(
             path, config.ema_decay, config.model, config.origin, config.path_type
         )
-        return source, Autoencoder(config.vae or source.vae, device)
     except CheckpointError as error:
         raise UserError(f"--ckpt {config.ckpt}: {error}") from None
+    try:
+        with naming_flags(CheckpointConfig):
+            return source, Autoencoder(config.vae or source.vae, device)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
 
