@@ -277,7 +277,7 @@ def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     changed = [key for key in IDENTITY_KEYS if existing and existing.get(key) != identity[key]]
     if changed:
         raise UserError(
-            f"{path} holds the metrics of another evaluation ({', '.join(changed)} differ): "
+            f"{path} holds the numbers of another evaluation ({', '.join(changed)} differ): "
             "move it away, or pass --out to evaluations.evaluate"
         )
     return existing
