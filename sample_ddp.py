@@ -7,7 +7,6 @@ of processes or on earlier images. Each batch is stored in separate files until 
 so rerunning an interrupted command resumes it.
 """
 
-import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from common.cli import UserError
 from common.config import add_flags, flag_of, format_settings, read_flags, setting
 from common.files import sha256
 from common.processes import World
-from evaluations import suite as evaluation_suite
 from evaluations.suite import (
+    EvaluationConfig,
     EvaluationSuite,
     build_identity,
     check_sample_count,
@@ -119,7 +118,7 @@ class SamplingConfig:
     sampler: SamplerConfig
     precision: PrecisionConfig
     output: OutputConfig
-    evaluation: argparse.Namespace
+    evaluation: EvaluationConfig
     print_config: bool = False
 
 
@@ -134,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     add_flags(parser.add_argument_group("sampler"), SamplerConfig)
     add_flags(parser.add_argument_group("arithmetic"), PrecisionConfig)
     add_flags(parser.add_argument_group("images and files"), OutputConfig)
-    evaluation_suite.add_flags(parser.add_argument_group("evaluation").add_argument)
+    add_flags(parser.add_argument_group("evaluation"), EvaluationConfig)
     parser.add_argument("--print-config", action="store_true", help="print all settings and exit")
     args = parser.parse_args(argv)
 
@@ -143,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
         read_flags(SamplerConfig, args),
         read_flags(PrecisionConfig, args),
         read_flags(OutputConfig, args),
-        args,
+        read_flags(EvaluationConfig, args),
         args.print_config,
     )
     with naming_flags(SamplerConfig):
@@ -166,7 +165,15 @@ def main() -> None:
     """Run the command."""
     config = parse_args()
     if config.print_config:
-        print(format_settings(config.checkpoint, config.sampler, config.precision, config.output))
+        print(
+            format_settings(
+                config.checkpoint,
+                config.sampler,
+                config.precision,
+                config.output,
+                config.evaluation,
+            )
+        )
         return
     world = World()
     device = world.select_device()
@@ -356,12 +363,11 @@ def make_suite(
     return EvaluationSuite(
         config.evaluation,
         output.evaluate,
-        "--evaluate",
         (resolution, resolution),
-        "the model",
         output.per_proc_batch_size,
         device,
         world,
+        flag="--evaluate",
     )
 
 

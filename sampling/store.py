@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save
 from common.cli import UserError
 from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
-from evaluations.extractors import OUTPUTS, Features
+from evaluations.features import Features
 from evaluations.image_batches import NpzFile, NpzImages
 
 # Settings that may differ when more samples are added to existing ones.
@@ -147,7 +147,7 @@ class SampleStore:
         self,
         batch: int,
         images: np.ndarray,
-        features: dict[str, tuple[np.ndarray, ...]],
+        features: dict[str, Features[np.ndarray]],
         is_new: bool,
     ) -> None:
         """Store a batch.
@@ -155,7 +155,7 @@ class SampleStore:
         Args:
             batch: Index of the batch.
             images: Images (B, 3, H, W) uint8. The last batch is padded to B images.
-            features: Outputs of each network.
+            features: Features of the images, per network.
             is_new: Whether the images are not stored yet.
         """
         start, stop = self._span(batch)
@@ -175,7 +175,7 @@ class SampleStore:
             columns = {
                 f"{name}/{column}": np.ascontiguousarray(values)
                 for name, outputs in features.items()
-                for column, values in zip(OUTPUTS[len(outputs)], outputs)
+                for column, values in outputs.present().items()
             }
             metadata = {"networks": json.dumps(self.networks)}
             write_file(self._part(batch, "safetensors"), save(columns, metadata))
@@ -198,7 +198,7 @@ class SampleStore:
             self.load_finished()
         self._save_grid(labels)
 
-    def read_features(self) -> dict[str, Features]:
+    def read_features(self) -> dict[str, Features[np.ndarray]]:
         """Return the features of all images, per network. Call it on the first process only."""
         parts: dict[str, list[np.ndarray]] = {}
         for batch in self.batches:

@@ -4,12 +4,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import UserError
+from evaluations.features import FeatureNetwork, to_numpy
 from models.autoencoder import Autoencoder
 from models.sit import SiT
 from sampling.recipe import Recipe
@@ -41,7 +41,7 @@ class Worker:
         dtype: torch.dtype,
         store: SampleStore,
         stored: StoredBatches,
-        networks: dict[str, nn.Module],
+        networks: dict[str, FeatureNetwork],
     ):
         self.model = model
         self.vae = vae
@@ -76,8 +76,8 @@ class Worker:
             if batch not in self.stored.features:
                 images = images.contiguous()
                 for name, network in self.networks.items():
-                    features[name] = tuple(map(_to_numpy, network(images)))
-            pixels = _to_numpy(images)
+                    features[name] = network(images).map(to_numpy)
+            pixels = to_numpy(images)
         self.store.write_batch(batch, pixels, features, is_new)
 
     def _sample(self, batch: int) -> Tensor:
@@ -144,7 +144,3 @@ def run_batches(
             worker.cancel()
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().numpy()
