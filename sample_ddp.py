@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,45 +110,46 @@ class OutputConfig:
     )
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """All flags."""
+class SamplingConfig(NamedTuple):
+    """All settings."""
 
     checkpoint: CheckpointConfig
     sampler: SamplerConfig
     precision: PrecisionConfig
     output: OutputConfig
     evaluation: EvaluationConfig
-    print_config: bool = False
+
+
+# Titles of the groups of flags in the help text, in the order of SamplingConfig.
+FLAG_GROUPS = {
+    "checkpoint": CheckpointConfig,
+    "sampler": SamplerConfig,
+    "precision": PrecisionConfig,
+    "images and files": OutputConfig,
+    "evaluation": EvaluationConfig,
+}
 
 
 def parse_args(argv: list[str] | None = None) -> SamplingConfig:
-    """Parse and validate the flags.
+    """Parse and validate the flags. With --print-config, print the settings and exit.
 
     Raises:
         UserError: A flag is unknown, out of range or contradicts another one.
     """
     parser = cli.Parser(__doc__, "sample_ddp.py", "--ckpt PATH")
-    add_flags(parser.add_argument_group("model"), CheckpointConfig)
-    add_flags(parser.add_argument_group("sampler"), SamplerConfig)
-    add_flags(parser.add_argument_group("arithmetic"), PrecisionConfig)
-    add_flags(parser.add_argument_group("images and files"), OutputConfig)
-    add_flags(parser.add_argument_group("evaluation"), EvaluationConfig)
     parser.add_argument("--print-config", action="store_true", help="print all settings and exit")
+    for title, group in FLAG_GROUPS.items():
+        add_flags(parser.add_argument_group(title), group)
     args = parser.parse_args(argv)
+    config = SamplingConfig(*(read_flags(group, args) for group in FLAG_GROUPS.values()))
 
-    config = SamplingConfig(
-        read_flags(CheckpointConfig, args),
-        read_flags(SamplerConfig, args),
-        read_flags(PrecisionConfig, args),
-        read_flags(OutputConfig, args),
-        read_flags(EvaluationConfig, args),
-        args.print_config,
-    )
     with naming_flags(SamplerConfig):
         config.sampler.validate()
     if config.output.no_npz and config.output.evaluate is None:
         raise UserError("--no-npz would discard the samples unevaluated; add --evaluate PATH")
+    if args.print_config:
+        print(format_settings(*config))
+        raise SystemExit
     return config
 
 
@@ -162,24 +163,13 @@ def naming_flags(config: type) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command."""
+    """Sample, store and evaluate the images that the flags specify."""
     config = parse_args()
-    if config.print_config:
-        print(
-            format_settings(
-                config.checkpoint,
-                config.sampler,
-                config.precision,
-                config.output,
-                config.evaluation,
-            )
-        )
-        return
     world = World()
     device = world.select_device()
     set_up_arithmetic(config.precision, device)
 
-    # Load the network and the VAE, and complete the settings by what the checkpoint specifies.
+    # Load the network and the VAE, and complete the settings with those of the checkpoint.
     source, vae = load_networks(config.checkpoint, device, world)
     model = prepare_model(source.model, config.precision, device)
     recipe = make_recipe(config, source)
@@ -322,8 +312,8 @@ def check_vae(vae: Autoencoder, fingerprint: str, source: PretrainedModel) -> No
     """Raise UserError if the VAE is known to differ from the one that made the training latents."""
     if source.vae_fingerprint not in (None, fingerprint):
         raise UserError(
-            f"--vae {vae.name} is not the VAE that made the training latents ({source.vae}): its "
-            "weights differ; remove the flag"
+            f"--vae {vae.name} has other weights than the VAE that made the training latents "
+            f"({source.vae}); choose the same VAE"
         )
     channels = source.model.config.channels
     if vae.channels != channels:

@@ -478,7 +478,7 @@ def test_too_short_label_file_is_refused(sample, tmp_path):
 def test_other_vae_than_that_of_the_training_latents_is_refused(sample, tmp_path):
     other = make_vae(tmp_path / "vae", seed=1)
     output = sample("--vae", other, code=2)
-    assert "is not the VAE that made the training latents" in output
+    assert "has other weights than the VAE that made the training latents" in output
 
 
 def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
