@@ -74,6 +74,7 @@ class Worker:
             else:
                 images = torch.from_numpy(self.store.read_images(batch)).to(self.device)
             if batch not in self.stored.features:
+                # Another memory format would change the last digits of the features.
                 images = images.contiguous()
                 for name, network in self.networks.items():
                     features[name] = network(images).map(to_numpy)
