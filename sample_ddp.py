@@ -35,6 +35,7 @@ from evaluations.suite import (
 )
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
 from sampling.recipe import STATE_DTYPES, Recipe, cast_matmul_weights
 from sampling.store import SampleStore, StoredBatches
@@ -368,10 +369,10 @@ def main() -> None:
         )  # a run that goes on may save another one meanwhile
         source = pretrained.load(path, args.ema_decay, args.model, args.origin, args.path_type)
         vae = Autoencoder(args.vae or source.vae, device)
-    except (CheckpointError, FileNotFoundError) as error:
-        raise UserError(
-            f"--ckpt {args.ckpt}: {error}" if isinstance(error, CheckpointError) else str(error)
-        ) from None
+    except CheckpointError as error:
+        raise UserError(f"--ckpt {args.ckpt}: {error}") from None
+    except FieldError as error:
+        raise UserError(f"--vae {error.reason}") from None
     model = source.model.to(device)
     recipe = recipe._replace(path_type=source.path_type, prediction=source.prediction)
     recipe = recipe.with_loaded_labels(model.config.num_classes, args.num_fid_samples)

@@ -11,6 +11,7 @@ from common.keyed_random import Purpose, normal
 from interpolant import INTERPOLANTS, time_interval
 from latents.cache import Manifest
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import SiT
 from samplers import GuidedVelocity, VelocityModel, ode
 
@@ -67,9 +68,9 @@ def load_vae(name: str, manifest: Manifest, device: torch.device) -> Autoencoder
     """The VAE that decodes, which must be the one that made the cache. Raises UserError."""
     try:
         vae = Autoencoder(name, device)
-    except FileNotFoundError as error:
+    except FieldError as error:
         raise UserError(
-            f"{error}; or train without previews and evaluation: --sampling-steps 0 --eval-every 0"
+            f"--vae {error.reason}; or train without previews and evaluation: --sampling-steps 0 --eval-every 0"
         ) from None
     if vae.fingerprint() != manifest.vae_fingerprint:
         raise UserError(

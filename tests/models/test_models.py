@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from models.projector import AlignedSiT, Projector
-from models.sit import PRESETS, SiT, SiTConfig, default_align_block, sincos_position
+from models.sit import PRESETS, SiT, SiTConfig, default_align_block, sincos_position_embedding
 from models.targets import latent_tokens
 
 
@@ -143,7 +143,7 @@ def test_position_embedding_is_maes():
         row, column = divmod(position, side)
         omega = [10000 ** (-4 * i / width) for i in range(width // 4)]
         expected = [f(at * w) for at in (column, row) for f in (np.sin, np.cos) for w in omega]
-        np.testing.assert_allclose(sincos_position(width, side)[position], expected, rtol=1e-6)
+        np.testing.assert_allclose(sincos_position_embedding(width, side)[position], expected, rtol=1e-6)
 
 
 def test_target_tokens_have_the_order_of_the_output_layer():
