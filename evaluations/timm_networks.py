@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from evaluations.metrics import no_tf32
-from models.encoder import EncoderError, load_network, timm_name, weights_fingerprint
+from models.encoder import load_network, timm_name, weights_fingerprint
+from models.errors import FieldError
 
 OTHERS = ("inception", "fashion")  # what --features knows besides timm's
 DINOV2_SIDE = 224  # of FD-DINOv2; the networks themselves were last trained at 518
@@ -39,8 +40,9 @@ class TimmFeatures(nn.Module):
         try:
             wanted = timm_name(name, OTHERS)
             self.network = load_network(name, weights, pretrained, OTHERS)
-        except EncoderError as error:
-            raise UserError(f"{flag} {error}") from None
+        except FieldError as error:
+            source = "--encoder-weights" if error.field == "weights" else flag
+            raise UserError(f"{source} {error.reason}") from None
         config = timm.data.resolve_data_config(model=self.network)
         self.side = config["input_size"][-1]
         if "dinov2" in wanted:

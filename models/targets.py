@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import LatentScale
-from models.encoder import Encoder, EncoderError, canonical_name, describe_encoder, encoder_cost
+from models.encoder import Encoder, canonical_name, describe_encoder, encoder_cost
+from models.errors import FieldError
 from models.flops import backbone_flops
 from models.sit import SiT, SiTConfig, default_align_block
 
@@ -233,8 +234,8 @@ class EncoderTokens(Target):
                 canonical_name(given),
                 describe_encoder(given, data.resolution, args.repa_side),
             )
-        except EncoderError as error:
-            raise TargetError(f"--repa-encoder {error}") from None
+        except FieldError as error:
+            raise TargetError(f"--repa-encoder {error.reason}") from None
         grid = config.latent_size // config.patch
         stored = [
             folder
@@ -286,8 +287,9 @@ class EncoderTokens(Target):
                 device=parts.device,
                 side=entry["side"],
             )
-        except EncoderError as error:
-            raise TargetError(f"--repa-encoder {error}") from None
+        except FieldError as error:
+            flag = "--encoder-weights" if error.field == "weights" else "--repa-encoder"
+            raise TargetError(f"{flag} {error.reason}") from None
         if entry["from"] == "images":
             self.encoder = encoder
             if parts.compile:

@@ -501,11 +501,11 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
         ),
         (
             ["s.npz", "--reference", "s.npz", "--features", "dinov2-x"],
-            "dinov2-x is no network that timm knows; near it: dinov2-",
+            "dinov2-x is not a timm model; similar names: dinov2-",
         ),
         (
             ["s.npz", "--reference", "s.npz", "--features", "test_vit"],
-            "timm cannot load test_vit .*fetch it with",
+            "timm cannot load test_vit .*hf download",
         ),
         (["s.npz", "--reference", "s.npz", "--features", "fashion", "fashion"], "each only once"),
         (

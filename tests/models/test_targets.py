@@ -439,11 +439,11 @@ def test_one_value_is_for_all_methods_and_several_are_for_each_in_their_order():
         (["--align", "repa"], "--align repa needs images and the cache keeps none"),
         (
             ["--align", "repa", "--repa-encoder", "dinov2-c"],
-            "dinov2-c is no network that timm knows; near it: dinov2-",
+            "dinov2-c is not a timm model; similar names: dinov2-",
         ),
         (
             ["--align", "repa", "--repa-encoder", "mixer_b16_224", "--repa-side", 64],
-            "--repa-encoder mixer_b16_224 takes images of 224",
+            "--repa-encoder mixer_b16_224 requires inputs of exactly 224 pixels, not 64",
         ),
     ],
 )
