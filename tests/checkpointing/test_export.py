@@ -176,7 +176,7 @@ def test_nothing_of_others_is_written_over(call, run, tmp_path, what):
     ("flags", "message"),
     [
         (["/nowhere"], "/nowhere: /nowhere does not exist"),
-        (["{run}", "--ema-decay", 0.7], "has no average of --ema-decay 0.7"),
+        (["{run}", "--ema-decay", 0.7], "has no EMA of --ema-decay 0.7"),
         (["{file}"], "only what this repository trained is exported"),
     ],
 )

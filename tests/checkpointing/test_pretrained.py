@@ -301,7 +301,7 @@ def test_what_the_network_predicts_reaches_samples_their_record_and_the_export(r
         ),
         ("", {"origin": "sit"}, "--origin is for official .pt files"),
         ("", {"path_type": "cosine"}, "--path-type is for official .pt files"),
-        ("", {"ema_decay": 0.7}, "has no average of --ema-decay 0.7; it has 0.9 0.5"),
+        ("", {"ema_decay": 0.7}, "has no EMA of --ema-decay 0.7; choose one of 0.9 0.5"),
         (
             "checkpoints/0000002/ema-0.5.safetensors",
             {"ema_decay": 0.9},
