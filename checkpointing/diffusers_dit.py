@@ -17,9 +17,7 @@ from torch import Tensor
 
 from models.sit import SiT, TimestepEmbedder
 
-# DiTTransformer2DModel and the scheduler; diffusers' lazy imports hide their types.
-DiffusersModel: TypeAlias = Any
-DiffusersScheduler: TypeAlias = Any
+DiffusersObject: TypeAlias = Any  # diffusers' lazy imports hide the types of its classes
 
 TIMESTEPS = 1000  # diffusers' timestep is TIMESTEPS * t
 # Largest accepted difference, relative to the largest velocity. float32 rounding gives 1e-6 to
@@ -27,7 +25,7 @@ TIMESTEPS = 1000  # diffusers' timestep is TIMESTEPS * t
 TOLERANCE = 1e-4
 
 
-def make_scheduler() -> DiffusersScheduler:
+def make_scheduler() -> DiffusersObject:
     """Return a scheduler for Euler steps from noise at timestep TIMESTEPS to data at 0.
 
     With `sigmas=(1, 1 - 1/n, ..., 1/n)` its steps equal those of the Euler solver in samplers.py.
@@ -64,13 +62,13 @@ def frequency_map(frequencies: int = 256) -> Tensor:
     return (torch.linalg.pinv(features(their_omega), rtol=1e-9) @ ours).T
 
 
-def to_diffusers(model: SiT) -> DiffusersModel:
+def to_diffusers(model: SiT) -> DiffusersObject:
     """Convert a SiT to a DiTTransformer2DModel in eval mode.
 
     It computes the same function of (x, TIMESTEPS * t, y), up to `relative_difference`.
     """
     config = model.config
-    dit: DiffusersModel = DiTTransformer2DModel(
+    dit: DiffusersObject = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.width // config.heads,
         in_channels=config.channels,
@@ -116,7 +114,7 @@ def _convert_weights(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def relative_difference(model: SiT, dit: DiffusersModel, batch: int = 4) -> float:
+def relative_difference(model: SiT, dit: DiffusersObject, batch: int = 4) -> float:
     """Return the largest difference of the two velocities, relative to the largest velocity.
 
     The inputs are random, with timesteps from 0 to 1 inclusive, and include the null class.

@@ -11,7 +11,6 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors.torch
 
@@ -22,13 +21,6 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 from models.sit import SiT
-
-
-class DiffusersFiles(NamedTuple):
-    """A network converted for diffusers."""
-
-    contents: dict[str, bytes]  # by path in DIR; empty if there is no equivalent network
-    difference: float | None  # of the outputs, relative to the largest velocity; None if not tried
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,13 +60,17 @@ def check_destination(to: Path) -> None:
         raise UserError(f"--to {to} contains files that are not an export: choose another folder")
 
 
-def make_diffusers_files(model: SiT, prediction: str) -> DiffusersFiles:
+def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes], float | None]:
     """Convert a network for diffusers and compare the outputs.
 
     Only networks that predict velocities are converted, because the scheduler needs them.
+
+    Returns:
+        The content of each file by its path in DIR, which is empty if the outputs differ, and the
+        difference relative to the largest velocity, which is None without a conversion.
     """
     if prediction != "v":
-        return DiffusersFiles({}, None)
+        return {}, None
     # Importing diffusers takes seconds.
     from checkpointing.diffusers_dit import (
         TOLERANCE,
@@ -85,15 +81,15 @@ def make_diffusers_files(model: SiT, prediction: str) -> DiffusersFiles:
 
     dit = to_diffusers(model)
     difference = relative_difference(model, dit)
-    contents = {}
-    if difference <= TOLERANCE:  # False for NaN
-        weights = safetensors.torch.save(dit.state_dict(), {"format": "pt"})
-        contents = {
-            "diffusers/transformer/config.json": dit.to_json_string().encode(),
-            "diffusers/transformer/diffusion_pytorch_model.safetensors": weights,
-            "diffusers/scheduler/scheduler_config.json": make_scheduler().to_json_string().encode(),
-        }
-    return DiffusersFiles(contents, difference)
+    if not difference <= TOLERANCE:  # also rejects NaN
+        return {}, difference
+    weights = safetensors.torch.save(dit.state_dict(), {"format": "pt"})
+    contents = {
+        "diffusers/transformer/config.json": dit.to_json_string().encode(),
+        "diffusers/transformer/diffusion_pytorch_model.safetensors": weights,
+        "diffusers/scheduler/scheduler_config.json": make_scheduler().to_json_string().encode(),
+    }
+    return contents, difference
 
 
 def read_run_settings(folder: Path) -> tuple[Path, dict]:

@@ -33,17 +33,16 @@ def read_metrics(run: Path, digest: str) -> list[dict]:
     Files of other weights, of other programs and incomplete files are skipped. The order is that
     of the paths.
     """
-    results = map(_read_result, sorted(run.rglob("*metrics.json")))
-    return [result for result in results if result.get("sampling", {}).get("ema_sha256") == digest]
+    results = (_read_result(path, digest) for path in sorted(run.rglob("*metrics.json")))
+    return [result for result in results if result]
 
 
-def _read_result(path: Path) -> dict:
+def _read_result(path: Path, digest: str) -> dict | None:
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    is_result = isinstance(result, dict) and isinstance(result.get("sampling"), dict)
-    return result if is_result else {}
+        return result if result["sampling"]["ema_sha256"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def format_card(
@@ -114,9 +113,7 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
     data = config["data"]
     identity = source.identity
     num_parameters = sum(parameter.numel() for parameter in source.model.parameters())
-    vae = f"`{source.vae}`"
-    if source.vae_fingerprint is not None:
-        vae += f" (fingerprint `{source.vae_fingerprint[:16]}`)"
+    vae = f"`{source.vae}` (fingerprint `{data['vae_fingerprint'][:16]}`)"
     channels, height, width = data["latent_shape"]
     shift, scale = _format_numbers(data["shift"]), _format_numbers(data["scale"])
     rows = {
@@ -134,7 +131,7 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
     }
     if settings:
         rows["Optimizer"] = (
-            f"AdamW, learning rate {settings['learning_rate']:g}, gradient norm up to "
+            f"AdamW, learning rate {settings['learning_rate']:g}, gradient norm clipped to "
             f"{settings['max_grad_norm']:g}, mixed precision {settings['mixed_precision']}, "
             f"seed {settings['seed']}"
         )
@@ -178,8 +175,8 @@ def _diffusers_example(source: PretrainedModel, data: dict, difference: float) -
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
     scale, shift = _format_code(data["scale"]), _format_code(data["shift"])
-    return f"""With classes of diffusers, by Euler steps of the ODE. Velocities differ by at most
-{difference:.0e} of the largest.
+    return f"""The following code samples with the classes of diffusers, by Euler steps of the ODE.
+Velocities differ from those of the repository by at most {difference:.0e} of the largest.
 
 ```python
 import numpy as np

@@ -97,7 +97,8 @@ def load(
     if path.is_file() and path.suffix != ".safetensors":
         if ema_decay is not None:
             raise UserError(
-                f"--ema-decay is for runs of this repository, but {path} has one EMA; remove it"
+                f"--ema-decay is for runs of this repository, but {path} has one EMA; "
+                "remove the flag"
             )
         return _load_official(path, model, origin, path_type)
     folder, config = read_own_config(path)
@@ -108,7 +109,8 @@ def load(
     ):
         if value is not None:
             raise UserError(
-                f"{flag} is for official .pt files, but {path} records that {recorded}; remove it"
+                f"{flag} is for official .pt files, but {path} records that {recorded}; "
+                "remove the flag"
             )
 
     # Load the EMA, and compare it with the sha256 that an export records.
@@ -177,7 +179,9 @@ def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float
         raise CheckpointError(f"{path} is not an EMA; choose one of {' '.join(decays)}")
     decay = decays[path.name]
     if ema_decay not in (None, decay):
-        raise UserError(f"--ema-decay {ema_decay}: {path} is the EMA of decay {decay}; remove it")
+        raise UserError(
+            f"--ema-decay {ema_decay}: {path} is the EMA of decay {decay}; remove the flag"
+        )
     return decay
 
 
@@ -264,7 +268,7 @@ def _choose_origin(
         )
     if inferred not in (None, result):
         raise UserError(
-            f"--origin {origin}: {path} has weights that only {inferred} has; remove it"
+            f"--origin {origin}: {path} has weights that only {inferred} has; remove the flag"
         )
     return result
 
@@ -320,6 +324,6 @@ def _choose_path_type(path: Path, settings: dict[str, Any], path_type: str | Non
     if path_type not in (None, recorded):
         raise UserError(
             f"--path-type {path_type}: {path} records that it was trained on the {recorded} path; "
-            "remove it"
+            "remove the flag"
         )
     return recorded

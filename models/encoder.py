@@ -3,7 +3,7 @@
 Input size: REPA resizes images of 256 pixels to 224 for a network of patch size 14, so that one
 token covers 16 pixels of the image, and leaves images unchanged for other networks. Here the input
 side S is 224 R / 256 or R, respectively, but at least 224, because networks trained on photographs
-recognize little in a thumbnail. S is rounded to whole patches, or to the stride of a convolutional
+perform poorly on thumbnails. S is rounded to whole patches, or to the stride of a convolutional
 network. A network with a fixed input size uses that size.
 
 Shapes: B batch, R image side, S input side of the network in pixels, G side of the network's token
@@ -156,7 +156,7 @@ def describe_encoder(name: str, resolution: int, side: int | None = None) -> Enc
     The network is built and run on the meta device. Args are those of `Encoder`.
 
     Raises:
-        FieldError: If an encoder with these options would fail, other than for its weights.
+        FieldError: If the network is unknown or does not support these options.
     """
     architecture = timm_name(name)
     try:
@@ -306,10 +306,10 @@ def _silence_hub_retries() -> Iterator[None]:
 
 @contextmanager
 def _require_all_weights() -> Iterator[None]:
-    """Raise ValueError on exit if a network was built and a state dict lacked some of its weights.
+    """Raise ValueError on exit if a new network was loaded from a state dict without all weights.
 
-    timm loads a file with `strict=False` if the network has no classifier, and leaves missing
-    weights at their random values. Hooks on every submodule see what `load_state_dict` misses.
+    timm loads files with `strict=False` if the network has no classifier, and leaves missing
+    weights at their random values. Load hooks on the submodules record the missing keys.
     """
     missing: dict[str, None] = {}
     hooks = []
