@@ -236,11 +236,8 @@ def load_networks(
         )
     except CheckpointError as error:
         raise UserError(f"--ckpt {config.ckpt}: {error}") from None
-    try:
-        with naming_flags(CheckpointConfig):
-            return source, Autoencoder(config.vae or source.vae, device)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
+    with naming_flags(CheckpointConfig):
+        return source, Autoencoder(config.vae or source.vae, device)
 
 
 def prepare_model(model: SiT, config: PrecisionConfig, device: torch.device) -> SiT:

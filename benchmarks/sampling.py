@@ -43,6 +43,7 @@ from common.cli import UserError
 from common.processes import World
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
 from samplers import GuidedVelocity, euler, euler_maruyama, ode_times, sde_times
 from sampling.store import SampleStore
@@ -248,8 +249,8 @@ def main() -> None:
     shutil.rmtree(root, ignore_errors=True)
     try:
         vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
+    except FieldError as error:
+        raise UserError(f"--vae {error.reason}") from None
     step = vae.downsampling_factor * PRESETS[args.model]["patch"]
     if args.resolution % step:
         raise UserError(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from evaluations.features import FeatureNetwork, Features
-from models.encoder import EncoderError, load_network, timm_name, weights_fingerprint
+from models.encoder import load_network, timm_name, weights_fingerprint
+from models.errors import FieldError
 
 OTHER_NETWORKS = ("inception", "fashion")  # names that --features accepts besides timm's
 DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 used 518
@@ -54,8 +55,9 @@ class TimmFeatures(FeatureNetwork):
         try:
             architecture = timm_name(name, OTHER_NETWORKS)
             self.network = load_network(name, weights, pretrained, OTHER_NETWORKS)
-        except EncoderError as error:
-            raise UserError(f"{flag} {error}") from None
+        except FieldError as error:
+            source = "--encoder-weights" if error.field == "weights" else flag
+            raise UserError(f"{source} {error.reason}") from None
         config = timm.data.resolve_data_config(model=self.network)
         self.resolution = config["input_size"][-1]
         if "dinov2" in architecture:

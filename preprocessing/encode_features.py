@@ -19,6 +19,7 @@ from common.cli import UserError
 from common.processes import World
 from latents.cache import KEEP_IMAGES_REMEDY
 from latents.manifest import CacheError, Manifest, read_manifest
+from models.errors import FieldError
 from preprocessing.encoder_features import (
     FEATURES_DTYPE,
     build_features,
@@ -89,10 +90,8 @@ def check(root: Path, manifest: Manifest, side: int | None) -> int:
 
 
 def main() -> None:
-    from models.encoder import (
-        Encoder,
-        EncoderError,
-    )  # timm's import takes a second, and a mistake should not
+    # Importing timm takes a second; invalid flags are reported without it.
+    from models.encoder import Encoder
 
     args = parse_args()
     try:
@@ -110,8 +109,9 @@ def main() -> None:
             device=device,
             side=args.side,
         )
-    except EncoderError as error:
-        raise UserError(f"--encoder {error}") from None
+    except FieldError as error:
+        flag = "--encoder-weights" if error.field == "weights" else "--encoder"
+        raise UserError(f"{flag} {error.reason}") from None
     plan = {
         "encoder": encoder.name,
         "fingerprint": encoder.fingerprint,

@@ -24,6 +24,7 @@ from common.cli import UserError
 from common.files import NpyWriter, discard_on_error
 from common.processes import World
 from models.autoencoder import DEFAULT_VAE, Autoencoder
+from models.errors import FieldError
 from preprocessing.build import image_range
 from preprocessing.cache_preview import make_preview, spread_indices
 from preprocessing.images import BadImage, SquareReader, UnreadableImage, format_image_error
@@ -195,8 +196,8 @@ class EncodingJob:
         )
         try:
             self.vae = Autoencoder(settings.vae, self.device)
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from None
+        except FieldError as error:
+            raise UserError(f"--vae {error.reason}") from None
         if settings.resolution % self.vae.downsampling_factor:
             raise UserError(
                 f"--resolution {settings.resolution} is no multiple of {self.vae.downsampling_factor}, the factor of --vae {settings.vae}"

@@ -23,6 +23,7 @@ from PIL import Image
 from common.cli import UserError
 from common.files import NpyWriter, discard_on_error
 from models.autoencoder import DEFAULT_VAE, Autoencoder
+from models.errors import FieldError
 from preprocessing.build import image_range
 from preprocessing.cache_preview import make_preview, spread_indices
 from preprocessing.encoding import absolute_if_exists, map_in_order
@@ -69,8 +70,8 @@ class ImportJob:
         )
         try:
             self.vae = Autoencoder(settings.vae, device)
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from None
+        except FieldError as error:
+            raise UserError(f"--vae {error.reason}") from None
         self.shape = self._shape_of_first()
         channels, side = self.vae.channels, self.shape[1]
         self.settings = asdict(settings) | {"made_by": "import_repa"}

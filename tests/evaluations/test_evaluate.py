@@ -482,7 +482,7 @@ def unusable_inputs(tmp_path_factory):
         ),
         (
             "s.npz --features test_vit --reference s.npz",
-            "--features .*test_vit .*fetch",
+            "--features .*test_vit .*hf download",
         ),
         ("s.npz --features fashion fashion --reference s.npz", "pass each name only once"),
         (

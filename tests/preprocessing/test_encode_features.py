@@ -13,12 +13,9 @@ from common.files import write_file
 from common.processes import World
 from dataset import TrainingStream, to_image_index
 from latents.cache import CacheError, LatentCache, read_manifest
+from models.errors import FieldError
 from preprocessing import encode_features, encoder_features, verify
 from tests.preprocessing.test_encoding import file_contents
-
-
-class EncoderError(ValueError):
-    pass
 
 
 class Encoder(torch.nn.Module):
@@ -31,7 +28,7 @@ class Encoder(torch.nn.Module):
     ):
         super().__init__()
         if name == "unknown":
-            raise EncoderError("unknown is no network")
+            raise FieldError("encoder", "unknown is no network")
         self.name, self.tokens_side, self.side = name, tokens_side, side or 224
 
     def forward(self, images):
@@ -45,7 +42,7 @@ class Encoder(torch.nn.Module):
 @pytest.fixture
 def encoder(monkeypatch):
     module = types.ModuleType("models.encoder")
-    module.Encoder, module.EncoderError = Encoder, EncoderError
+    module.Encoder = Encoder
     monkeypatch.setitem(sys.modules, "models.encoder", module)
     Encoder.calls.clear()
 

@@ -10,6 +10,7 @@ import sample_ddp
 import train
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale, read_latent_scale
+from models.errors import FieldError
 from preprocessing import encode_latents
 from tests.helpers import make_tree, make_vae, train_flags
 
@@ -134,21 +135,25 @@ def test_a_vae_that_would_be_misread_is_refused(tmp_path):
     both = {"latents_mean": MEAN, "latents_std": STD}
     for name, config, message in (
         ("both", both, "both shift_factor and latents_mean"),
-        ("short", both | {"latents_mean": MEAN[:3], "shift_factor": None}, "no 4 numbers each"),
+        (
+            "short",
+            both | {"latents_mean": MEAN[:3], "shift_factor": None},
+            "must each have 4 numbers",
+        ),
     ):
-        with pytest.raises(FileNotFoundError, match=message):
+        with pytest.raises(FieldError, match=message):
             Autoencoder(str(make_vae(tmp_path / name, **config)))
     folder = make_vae(tmp_path / "changed")
     config = json.loads((folder / "config.json").read_text())
     for changes, message in (
         (
             {"_class_name": "AutoencoderKLFlux2"},
-            "is diffusers' AutoencoderKLFlux2: an AutoencoderKL is needed",
+            "is of class AutoencoderKLFlux2; choose an AutoencoderKL",
         ),
-        ({"layers_per_block": 2}, "lacks weights of its config, decoder"),
+        ({"layers_per_block": 2}, "lacks weights that its config requires, for example decoder"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(FileNotFoundError, match=message):
+        with pytest.raises(FieldError, match=message):
             Autoencoder(str(folder))
     one = Autoencoder(str(make_vae(tmp_path / "one", shift=None)))
     by_channel = Autoencoder(str(make_vae(tmp_path / "by-channel", shift=None, **both)))

@@ -186,7 +186,7 @@ def test_stored_features_train_like_the_images(call, with_images, tmp_path):
     assert code == 2 and "differs from the weights of test_vit" in out
     assert "--repa-from images" in out
     code, out = call(train, *flags, "--exp-name", "x", "--repa-from", "features", "--repa-side", 80)
-    assert code == 2 and "--repa-from: features: the cache has no features of test_vit" in out
+    assert code == 2 and "--repa-from features: the cache has no features of test_vit" in out
     assert "encode_features" in out
 
 
@@ -472,13 +472,13 @@ def test_settings_are_built_without_argparse():
             "--align-weight 1.0 2.0 3.0: pass 1 value for all methods, or 2 for --align sra2 sra",
         ),
         (["--align-t-range", 0.5], "--align-t-range 0.5: pass 2 values, not 1"),
-        (["--align", "sra", "--sra-teacher-block", 7], "--sra-teacher-block: 7: the model has"),
-        (["--align", "sra", "--sra-t-max", 2], "--sra-t-max: 2.0 is not a number from 0 to 1"),
+        (["--align", "sra", "--sra-teacher-block", 7], "--sra-teacher-block 7: the model has"),
+        (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number from 0 to 1"),
         (["--align", "repa"], "--align repa needs images, but the cache has none"),
-        (["--align", "repa", "--repa-encoder", "dinov2-c"], "--repa-encoder: dinov2-c"),
+        (["--align", "repa", "--repa-encoder", "dinov2-c"], "--repa-encoder dinov2-c"),
         (
             ["--align", "repa", "--repa-encoder", "mixer_b16_224", "--repa-side", 64],
-            "--repa-encoder: mixer_b16_224",
+            "--repa-encoder mixer_b16_224",
         ),
     ],
 )
