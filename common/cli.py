@@ -210,9 +210,9 @@ def positive_float(text: str) -> float:
 def device(text: str) -> str:
     """Parse cpu, cuda or cuda:N, as an argparse type. The GPU must exist on this machine."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; choose cpu, cuda or cuda:N")
     if text != "cpu" and int(text.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"there is no {text} here")
+        raise argparse.ArgumentTypeError(f"this machine has no {text}")
     return text
 
 

@@ -168,7 +168,8 @@ def test_a_place_that_cannot_be_written_is_named(call, tree, vae_folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("device", "message"), [("gpu", "none of cpu, cuda"), ("cuda:99", "there is no cuda:99 here")]
+    ("device", "message"),
+    [("gpu", "choose cpu, cuda or"), ("cuda:99", "this machine has no cuda:99")],
 )
 def test_devices_are_checked(call, tree, vae_folder, tmp_path, device, message):
     code, out = call(
