@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -17,22 +17,15 @@ import torch
 
 Number = TypeVar("Number", int, float)
 
-REMEDIES = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space and rerun the same command"
-    ),
-    **dict.fromkeys(
-        (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.ENAMETOOLONG,
-        ),
-        "choose another path",
-    ),
-}
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PATH_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 
 
 class UserError(ValueError):
@@ -77,10 +70,14 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         _exit(f"{prefix}error: {error}", 2)
     except OSError as error:
-        if error.errno not in REMEDIES:
+        if error.errno in DISK_FULL_ERRORS:
+            remedy = "free some space and rerun the same command"
+        elif error.errno in PATH_ERRORS:
+            remedy = "choose another path"
+        else:
             raise
         path = f" ({error.filename})" if error.filename else ""
-        _exit(f"{prefix}error: {error.strerror}{path}: {REMEDIES[error.errno]}", 2)
+        _exit(f"{prefix}error: {error.strerror}{path}; {remedy}", 2)
     except KeyboardInterrupt:
         _exit(f"\n{prefix}interrupted; rerun the same command to resume", 130)
 
@@ -109,11 +106,10 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def parse_args(  # type: ignore[override]  # argparse declares overloads for other namespaces
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    # argparse declares overloads for namespaces of other types, which are not needed here.
+    def parse_args(self, *args: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
         """Parse the arguments. The error for an unknown flag suggests a similar one."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(*args, **options)
         if unknown:
             message = f"unrecognized arguments: {' '.join(unknown)}"
             similar = difflib.get_close_matches(unknown[0].split("=")[0], self._list_flags(), 1)

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -108,9 +109,7 @@ class LatentCache:
         if self._moments_in_ram is None:
             moments = self._read_rows(image_index, self.manifest.moment_folders, flipped)
         else:
-            moments = np.empty(
-                (len(image_index), *self._moments_format.shape), self._moments_format.dtype
-            )
+            moments = self._moments_format.empty(len(image_index))
             row = image_index
             if flipped is not None:
                 row = image_index + len(self) * flipped.astype(np.int64)
@@ -187,9 +186,9 @@ class LatentCache:
     def _read_rows(
         self, image_index: np.ndarray, folders: list[str], flipped: np.ndarray | None = None
     ) -> np.ndarray:
-        """Read one row per image, from folders[0] or, where `flipped`, from folders[1]: (B, ...)."""
+        """Read a row per image from folders[0], or from folders[1] where `flipped`, (B, ...)."""
         row_format = self._row_formats[folders[0]]
-        out = np.empty((len(image_index), *row_format.shape), row_format.dtype)
+        out = row_format.empty(len(image_index))
 
         # Locate the rows, in the order in which they are stored.
         order = np.argsort(image_index)
@@ -203,7 +202,7 @@ class LatentCache:
         rows = list(zip(order.tolist(), shards, row_index.tolist()))
 
         policy = self._prefetch_policies[folders[0]]
-        if policy.is_active():
+        if policy.remaining_batches:
             for _, shard, row in rows:
                 self._reader(*shard).prefetch(row)
 
@@ -289,20 +288,12 @@ class LatentCache:
                 raise owner_error
         shared_path, _ = results[owner]
         if owner != rank and shared_path is not None:
-            self._moments_in_ram = np.memmap(
-                shared_path, self._moments_format.dtype, "r", shape=self._ram_shape()
-            )
-
-    def _ram_shape(self) -> tuple[int, ...]:
-        """Return the shape of the moments in memory: all images, then all flipped images."""
-        num_rows = len(self.manifest.moment_folders) * len(self)
-        return num_rows, *self._moments_format.shape
+            self._moments_in_ram = self._map_ram(shared_path, "r")
 
     def _allocate_ram(self) -> str | None:
         """Allocate memory for the moments; return a path under which other processes can map it."""
-        shape = self._ram_shape()
-        dtype = self._moments_format.dtype
-        needed = shape[0] * self._moments_format.nbytes
+        num_rows = len(self.manifest.moment_folders) * len(self)
+        needed = num_rows * self._moments_format.nbytes
         available = available_memory()
         if needed > available:
             raise CacheError(
@@ -310,13 +301,18 @@ class LatentCache:
                 f"{available / 1e9:.1f} GB available; remove the flag"
             )
         if not hasattr(os, "memfd_create"):  # macOS: each process holds a copy
-            self._moments_in_ram = np.empty(shape, dtype)
+            self._moments_in_ram = self._moments_format.empty(num_rows)
             return None
         self._ram_descriptor = os.memfd_create("latents")
         os.ftruncate(self._ram_descriptor, needed)
         path = f"/proc/{os.getpid()}/fd/{self._ram_descriptor}"
-        self._moments_in_ram = np.memmap(path, dtype, "r+", shape=shape)
+        self._moments_in_ram = self._map_ram(path, "r+")
         return path
+
+    def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
+        """Map the shared memory: the moments of all images, then those of all flipped images."""
+        shape = (-1, *self._moments_format.shape)
+        return np.memmap(path, self._moments_format.dtype, mode).reshape(shape)
 
     def _fill_ram(self, show_progress: bool) -> None:
         assert self._moments_in_ram is not None

@@ -13,7 +13,7 @@ from latents.manifest import CacheError
 
 PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that waited for the disk
 MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have waited for the disk
-ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop takes apart from copying
+ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop takes besides the copy itself
 
 
 def load_array(path: Path, remedy: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
@@ -43,6 +43,10 @@ class RowFormat:
     def nbytes(self) -> int:
         """Size of a row in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, num_rows: int) -> np.ndarray:
+        """Return an uninitialised array of rows."""
+        return np.empty((num_rows, *self.shape), self.dtype)
 
 
 class ShardReader:
@@ -81,7 +85,6 @@ class ShardReader:
         self.rows = array.view(np.ndarray)
         self._file_map = file_map
         self._data_offset = array.offset
-        self._row_bytes = row_format.nbytes
 
     def expect_random_access(self) -> None:
         """Disable the kernel's read-ahead, which would read megabytes around each row."""
@@ -89,9 +92,10 @@ class ShardReader:
 
     def prefetch(self, row: int) -> None:
         """Ask the kernel to read a row in the background."""
-        begin = self._data_offset + row * self._row_bytes
+        row_bytes = self.rows.strides[0]
+        begin = self._data_offset + row * row_bytes
         page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        self._file_map.madvise(mmap.MADV_WILLNEED, page, begin + self._row_bytes - page)
+        self._file_map.madvise(mmap.MADV_WILLNEED, page, begin + row_bytes - page)
 
     def drop_pages(self) -> None:
         """Unmap the pages that have been read, so that the kernel can evict them."""
@@ -106,12 +110,7 @@ class PrefetchPolicy:
     all rows are in the page cache, prefetching would only cost time.
     """
 
-    def __init__(self) -> None:
-        self.remaining_batches = 0
-
-    def is_active(self) -> bool:
-        """Return whether the next batch should be prefetched."""
-        return self.remaining_batches > 0
+    remaining_batches = 0  # number of batches that are still to be prefetched
 
     def update(self, num_rows: int, row_bytes: int, seconds: float) -> None:
         """Record how long the rows of a batch took to copy."""

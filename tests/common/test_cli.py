@@ -44,8 +44,8 @@ def test_help_shows_defaults():
     ("error", "code", "message"),
     [
         (UserError("--size 3 is odd"), 2, "error: --size 3 is odd\n"),
-        (OSError(28, "No space left on device", "a"), 2, "No space left on device (a): free some"),
-        (PermissionError(13, "Permission denied", "a"), 2, "Permission denied (a): choose"),
+        (OSError(28, "No space left on device", "a"), 2, "No space left on device (a); free some"),
+        (PermissionError(13, "Permission denied", "a"), 2, "Permission denied (a); choose"),
         (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume"),
     ],
 )

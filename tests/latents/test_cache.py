@@ -37,19 +37,18 @@ def test_prefetching_does_not_change_what_is_read(cache):
     before = data.gather(image_index)[0]
     (policy,) = data._prefetch_policies.values()
     policy.remaining_batches = 1
-    assert policy.is_active()
     assert torch.equal(data.gather(image_index)[0], before)
 
 
 def test_prefetching_ends_a_few_batches_after_a_slow_one():
     policy = PrefetchPolicy()
     policy.update(num_rows=100, row_bytes=10_000, seconds=1e-4)
-    assert not policy.is_active()
+    assert policy.remaining_batches == 0
     policy.update(num_rows=100, row_bytes=10_000, seconds=0.1)
     for _ in range(PREFETCH_BATCHES):
-        assert policy.is_active()
+        assert policy.remaining_batches > 0
         policy.update(num_rows=100, row_bytes=10_000, seconds=1e-4)
-    assert not policy.is_active()
+    assert policy.remaining_batches == 0
 
 
 def test_missing_manifest_is_reported(copied):

@@ -90,7 +90,7 @@ def test_interrupted_encoding_goes_on_and_gives_the_same_bytes(
 
     monkeypatch.setattr(Autoencoder, "encode", interrupted)
     code, out = call(encode_latents, *flags(tree, dest, vae_folder))
-    assert code == 130 and "run the same command again" in out
+    assert code == 130 and "rerun the same command" in out
     assert not (dest / "manifest.json").exists() and sorted(
         p.name for p in dest.glob("moments/*")
     ) == ["00000.npy"]
