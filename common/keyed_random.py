@@ -6,8 +6,8 @@ computed with integer tensor arithmetic.
 In training, `position` is the position in the stream of training images: n for the n-th image of
 the run. It is not the index of the image in the data set, so an image that returns in a later epoch
 is combined with new noise. In sampling, `position` is the index of the sample. The result does not
-depend on the number of processes, on the batch size or on resuming. CPU and GPU agree to the last
-bit of a float32.
+depend on the number of processes, on the batch size or on resuming. Results of CPU and GPU are
+equal up to the last bit of a float32.
 """
 
 import math

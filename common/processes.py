@@ -17,8 +17,8 @@ from common.machine import available_cores
 def exit_if_peer_is_lost() -> Iterator[None]:
     """Exit with code 2 if a collective operation fails because another process has ended.
 
-    gloo raises a plain RuntimeError when it loses a connection. The process that ended has printed
-    its error message, so this one prints no traceback.
+    gloo raises a plain RuntimeError when it loses a connection, so its text is printed in case of
+    another cause. The process that ended has printed its error, so no traceback is needed.
     """
     try:
         yield

@@ -30,7 +30,7 @@ from latents.shard_reader import PrefetchPolicy, RowFormat, ShardReader, load_ar
 
 __all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest", "write_manifest"]
 
-KEEP_IMAGES_REMEDY = "rerun the command that created it with --keep-images"
+KEEP_IMAGES_REMEDY = "rerun the command that created it and add --keep-images"
 MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
 
 
@@ -60,7 +60,7 @@ class LatentCache:
             if num_images != manifest.count or num_images < 1:
                 raise CacheError(
                     f"{root / 'manifest.json'}: the shards contain {num_images} images, "
-                    f"but count is {manifest.count}"
+                    f"but count is {manifest.count}; encode the images again"
                 )
         if len(self.manifests) == 1:
             self.manifest = self.manifests[0]
@@ -186,7 +186,7 @@ class LatentCache:
     def _read_rows(
         self, image_index: np.ndarray, folders: list[str], flipped: np.ndarray | None = None
     ) -> np.ndarray:
-        """Read a row per image from folders[0], or from folders[1] where `flipped`, (B, ...)."""
+        """Read one row per image, (B, ...): from folders[1] where `flipped`, else from folders[0]."""
         row_format = self._row_formats[folders[0]]
         out = row_format.empty(len(image_index))
 
@@ -206,11 +206,11 @@ class LatentCache:
             for _, shard, row in rows:
                 self._reader(*shard).prefetch(row)
 
-        # Copy each row once. A call of `_reader` per row would make this loop 5% slower.
+        # Copy each row once. Calling `_reader` for every row would make this loop 5% slower.
         started = time.perf_counter()
-        for position, shard, row in rows:
+        for i, shard, row in rows:
             reader = self.open_shards.get(shard) or self._reader(*shard)
-            out[position] = reader.rows[row]
+            out[i] = reader.rows[row]
         policy.update(len(rows), row_format.nbytes, time.perf_counter() - started)
         return out
 
@@ -237,12 +237,16 @@ class LatentCache:
 
     def _load_labels(self, shard_index: int) -> np.ndarray:
         path = self._path(shard_index, "labels")
-        labels = load_array(path, self._remedy(shard_index, "labels"))
+        remedy = self._remedy(shard_index, "labels")
+        labels = load_array(path, remedy)
         expected = (self.manifest.shards[shard_index]["count"],)
         if labels.shape != expected:
-            raise CacheError(f"{path} has shape {labels.shape}, but the manifest states {expected}")
+            raise CacheError(
+                f"{path} has shape {labels.shape}, but the manifest states {expected}; {remedy}"
+            )
         if labels.size and not 0 <= labels.min() <= labels.max() < self.manifest.num_classes:
-            raise CacheError(f"{path} has labels outside 0..{self.manifest.num_classes - 1}")
+            last_class = self.manifest.num_classes - 1
+            raise CacheError(f"{path} has labels outside 0..{last_class}; {remedy}")
         return labels
 
     def _path(self, shard_index: int, folder: str) -> Path:

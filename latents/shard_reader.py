@@ -56,7 +56,7 @@ class ShardReader:
         path: The .npy file.
         num_rows: Number of rows that the manifest states.
         row_format: Shape and data type of a row.
-        remedy: Instruction for the error message if the file is missing or damaged.
+        remedy: Instruction for the error message if the file is missing, damaged or different.
 
     Attributes:
         rows: The array in the file, (num_rows, ...), read-only.
@@ -77,7 +77,7 @@ class ShardReader:
                 )
             raise CacheError(
                 f"{path} has shape {array.shape} and dtype {array.dtype}, but the manifest "
-                f"states {expected} and {row_format.dtype}{hint}"
+                f"states {expected} and {row_format.dtype}{hint}; {remedy}"
             )
         file_map: Any = array.base  # of the whole file, though numpy declares an array
         assert isinstance(array, np.memmap) and isinstance(file_map, mmap.mmap), path
@@ -102,6 +102,7 @@ class ShardReader:
         self._file_map.madvise(mmap.MADV_DONTNEED)
 
 
+@dataclass
 class PrefetchPolicy:
     """Decides whether the rows of a batch are prefetched before they are copied.
 
@@ -110,7 +111,7 @@ class PrefetchPolicy:
     all rows are in the page cache, prefetching would only cost time.
     """
 
-    remaining_batches = 0  # number of batches that are still to be prefetched
+    remaining_batches: int = 0  # number of batches that are still to be prefetched
 
     def update(self, num_rows: int, row_bytes: int, seconds: float) -> None:
         """Record how long the rows of a batch took to copy."""
