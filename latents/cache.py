@@ -186,7 +186,7 @@ class LatentCache:
     def _read_rows(
         self, image_index: np.ndarray, folders: list[str], flipped: np.ndarray | None = None
     ) -> np.ndarray:
-        """Read one row per image, (B, ...): from folders[1] where `flipped`, else from folders[0]."""
+        """Read one row per image, (B, ...): from folders[1] where flipped, else from folders[0]."""
         row_format = self._row_formats[folders[0]]
         out = row_format.empty(len(image_index))
 
