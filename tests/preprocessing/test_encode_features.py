@@ -132,7 +132,8 @@ def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder,
     data = LatentCache(kept)
     assert data.read_feature_metadata() == {}
     with pytest.raises(
-        CacheError, match="no features e-224-4x4, but none: make them with python -m preprocessing"
+        CacheError,
+        match=r"no features e-224-4x4 \(available: none\); create them with python -m preproc",
     ):
         TrainingStream(data, 0, 8, inputs=["features/e-224-4x4"])
     assert (
@@ -148,7 +149,7 @@ def test_damaged_features_are_named_before_training(call, encoder, kept):
     assert call(encode_features, kept, "--encoder", "e")[0] == 0
     (kept / "features/e-224-4x4/00002.npy").write_bytes(b"")
     with pytest.raises(
-        CacheError, match=r"00002\.npy cannot be read .*remove .*e-224-4x4 and make it again with"
+        CacheError, match=r"00002\.npy cannot be read .*remove .*e-224-4x4 and run .* again"
     ):
         TrainingStream(LatentCache(kept), 0, 8, inputs=["features/e-224-4x4"])
 

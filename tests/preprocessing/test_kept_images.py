@@ -172,7 +172,7 @@ def test_a_cache_without_them_says_what_to_do(made, tmp_path):
     assert len(both.gather(np.array([47, 0]))[0]) == 2
     with pytest.raises(
         CacheError,
-        match=rf"{made()} holds no images: it was made without --keep-images; give the command",
+        match=rf"{made()} holds no images because it was created without --keep-images; rerun",
     ):
         both.images(np.array([0]))
     with pytest.raises(CacheError, match="holds no images"):

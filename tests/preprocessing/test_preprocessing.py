@@ -90,7 +90,7 @@ def test_interrupted_encoding_goes_on_and_gives_the_same_bytes(
 
     monkeypatch.setattr(Autoencoder, "encode", interrupted)
     code, out = call(encode_latents, *flags(tree, dest, vae_folder))
-    assert code == 130 and "run the same command again" in out
+    assert code == 130 and "rerun the same command" in out
     assert not (dest / "manifest.json").exists() and sorted(
         p.name for p in dest.glob("moments/*")
     ) == ["00000.npy"]
@@ -168,7 +168,8 @@ def test_a_place_that_cannot_be_written_is_named(call, tree, vae_folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("device", "message"), [("gpu", "none of cpu, cuda"), ("cuda:99", "there is no cuda:99 here")]
+    ("device", "message"),
+    [("gpu", "choose cpu, cuda or"), ("cuda:99", "this machine has no cuda:99")],
 )
 def test_devices_are_checked(call, tree, vae_folder, tmp_path, device, message):
     code, out = call(
