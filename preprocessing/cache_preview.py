@@ -1,6 +1,7 @@
 """Draw preview.png: images, their reconstructions and latents, to check a cache before training."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def draw_latent(latent: Tensor, factor: int) -> Tensor:
 
 
 def make_preview(
-    names: list[str], images: list[Tensor | None], moments: list[Tensor], vae: Autoencoder
+    names: list[str], images: Sequence[Tensor | None], moments: list[Tensor], vae: Autoencoder
 ) -> tuple[Image.Image, str]:
     """Draw one row per image: the image, its reconstruction, and its latent.
 

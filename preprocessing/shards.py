@@ -16,6 +16,7 @@ IMAGES_PER_CHUNK = 256  # images that are converted to float64 at a time
 # Largest mean difference of an image's moments from the stored ones, relative to their standard
 # deviation. Another machine or batch size stays below it; another image does not.
 MAX_RELATIVE_DIFFERENCE = 0.05
+ShardEntry = dict[str, Any]  # entry of a shard in manifest.json
 
 
 class Shard(NamedTuple):
@@ -58,7 +59,7 @@ def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
 
 
 def channel_statistics(
-    entries: list[dict[str, Any]], latent_shape: list[int], flips: bool
+    entries: list[ShardEntry], latent_shape: list[int], flips: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation per channel, (C,) each, from the sums of all shards."""
     images = sum(entry["count"] for entry in entries) * (1 + flips)
@@ -68,7 +69,7 @@ def channel_statistics(
     return mean, np.sqrt(mean_square - mean**2)
 
 
-def write_shard(dest: Path, shard_index: int, shard: Shard) -> dict[str, Any]:
+def write_shard(dest: Path, shard_index: int, shard: Shard) -> ShardEntry:
     """Write all files of a shard and return its entry for the manifest.
 
     Raises:
@@ -76,7 +77,7 @@ def write_shard(dest: Path, shard_index: int, shard: Shard) -> dict[str, Any]:
     """
     file = shard_file_name(shard_index)
     count = len(shard.arrays["labels"])
-    entry: dict[str, Any] = {
+    entry: ShardEntry = {
         "file": file,
         "count": count,
         "sha256": {},
@@ -98,7 +99,7 @@ def write_shard(dest: Path, shard_index: int, shard: Shard) -> dict[str, Any]:
     return entry
 
 
-def add_images(dest: Path, entry: dict[str, Any], shard: Shard) -> dict[str, Any]:
+def add_images(dest: Path, entry: ShardEntry, shard: Shard) -> ShardEntry:
     """Add the images to a shard that is complete except for them.
 
     Args:
@@ -121,7 +122,7 @@ def add_images(dest: Path, entry: dict[str, Any], shard: Shard) -> dict[str, Any
     return entry | {"sha256": entry["sha256"] | _finish_images(shard.images, entry["count"])}
 
 
-def _matches_stored_shard(dest: Path, entry: dict[str, Any], shard: Shard) -> bool:
+def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
     if shard.skipped != entry["skipped"]:
         return False
     for name, array in shard.arrays.items():
