@@ -1,6 +1,6 @@
 """Encode images to a latent cache.
 
-    python -m preprocessing.encode_latents --source data/imagenet/train --dest data/imagenet256 --resolution 256
+    python -m preprocessing.encode_latents --source data/imagenet/train --dest data/imagenet256
     torchrun --nproc_per_node 8 -m preprocessing.encode_latents --source ... (the same flags)
 
 Shards are distributed over the processes and written atomically, and the manifest is written last.

@@ -411,7 +411,7 @@ class EncodingJob:
         except RuntimeError as error:
             if not any(worker.exitcode for worker in workers):
                 raise
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = str(error.__cause__ or error).splitlines()[0].rstrip(" .")
             raise UserError(
                 f"a decoding process died ({reason}); rerun the same command with --num-workers 1 "
                 "to use less memory"

@@ -12,7 +12,7 @@ import pytest
 from latents.cache import LatentCache, read_manifest
 from preprocessing import encode_latents
 from tests.helpers import ROOT
-from tests.preprocessing.hostile import BAD, IGNORED, make_hostile
+from tests.preprocessing.unusual_images import BAD, IGNORED, make_hostile
 
 MEASURED = """
 import resource, sys
