@@ -263,7 +263,10 @@ def test_background_and_limit_are_used(call, vae_folder, tmp_path):
 
 
 def interrupt_encode(patch, num_calls, min_images=1):
-    """Raise KeyboardInterrupt after `num_calls` calls of Autoencoder.encode with enough images."""
+    """Raise KeyboardInterrupt after `num_calls` calls of Autoencoder.encode with enough images.
+
+    Returns a list to which each call appends its number of images.
+    """
     encode = Autoencoder.encode
     calls = []
 
@@ -275,6 +278,7 @@ def interrupt_encode(patch, num_calls, min_images=1):
         return encode(self, images)
 
     patch.setattr(Autoencoder, "encode", encode_or_interrupt)
+    return calls
 
 
 def test_changed_source_of_an_unfinished_cache_is_refused(call, vae_folder, tmp_path, monkeypatch):

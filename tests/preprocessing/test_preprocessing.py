@@ -1,4 +1,4 @@
-"""encode_latents writes a valid cache, resumes, and reports errors; images are cropped and converted."""
+"""encode_latents writes a valid cache, resumes and reports errors; images are converted."""
 
 import io
 import json
@@ -74,9 +74,10 @@ def test_interrupted_encoding_resumes_and_gives_the_same_bytes(
     code, out = call(encode_latents, *flags, "--shard-size", 11)
     assert code == 2 and "shard_size was 10, is 11" in out
     with monkeypatch.context() as patch:
-        # The remaining four batches; encoding one of the first shard again would interrupt.
-        interrupt_encode(patch, num_calls=4, min_images=2)
+        # Only the three batches of the second shard and the one of the third are encoded.
+        calls = interrupt_encode(patch, num_calls=99, min_images=2)
         assert call(encode_latents, *flags)[0] == 0
+        assert len(calls) == 4
     uninterrupted = tmp_path / "uninterrupted"
     assert call(encode_latents, *encode_flags(tree, uninterrupted, vae_folder))[0] == 0
     assert file_contents(dest) == file_contents(uninterrupted)
@@ -107,13 +108,13 @@ def test_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
     ("make", "message"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "holds no images"),
-        (lambda path: (path / "a").mkdir(parents=True), "holds no images"),
+        (lambda path: path.mkdir(), "contains no images"),
+        (lambda path: (path / "a").mkdir(parents=True), "contains no images"),
         (
             lambda path: make_tree(path) and (path / "empty").mkdir(),
-            "classes without images (empty)",
+            "some classes have no images (empty)",
         ),
-        (lambda path: path.write_bytes(b"PK"), "is no folder, tar or parquet, nor a zip"),
+        (lambda path: path.write_bytes(b"PK"), "is not a folder, tar, parquet or readable zip"),
     ],
 )
 def test_invalid_source_gives_an_error_of_one_line(call, vae_folder, tmp_path, make, message):

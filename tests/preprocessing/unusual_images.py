@@ -1,124 +1,153 @@
-"""A folder of images as they are: each file, and what docs/data.md says becomes of it."""
+"""A folder of unusual images, with the treatment that docs/data.md documents for each file."""
 
 import io
 import os
 import struct
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-BAD, IGNORED = "bad", "ignored"
+from preprocessing.images import EXIF_ORIENTATION
+
+GOOD = "good"
+BAD = "bad"
+IGNORED = "ignored"
+
+
+class Expected(NamedTuple):
+    """How a file is treated.
+
+    Attributes:
+        outcome: GOOD, BAD or IGNORED.
+        text: the kind that a good image is counted as, or part of the reason why an image is bad.
+    """
+
+    outcome: str
+    text: str = ""
+
+
+ENLARGED = Expected(GOOD, "smaller than 32 pixels: enlarged")
+FIRST_FRAME = Expected(GOOD, "animated or of several pages: the first")
+JPEG_RGB = Expected(GOOD, "JPEG RGB")
+PNG_RGB = Expected(GOOD, "PNG RGB")
+ROUNDED = Expected(GOOD, "16 bits: rounded to 8")
+TRANSPARENT = Expected(GOOD, "transparent: over white")
+TRUNCATED = Expected(BAD, "truncated")
+UNDEFINED_RANGE = Expected(BAD, "no agreed range")
+UNKNOWN_FORMAT = Expected(BAD, "not one of PNG")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = [
-        _chunk(b"IHDR", header),
-        *extra,
-        _chunk(b"IDAT", zlib.compress(rows)),
-        _chunk(b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+def _png(size: tuple[int, int], depth: int, color_type: int, rows: bytes, *extra: bytes) -> bytes:
+    """Return a PNG written without PIL, with extra chunks before its data."""
+    header = struct.pack(">IIBBBBB", *size, depth, color_type, 0, 0, 0)
+    data = _chunk(b"IDAT", zlib.compress(rows))
+    chunks = [_chunk(b"IHDR", header), *extra, data, _chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def _saved(image: Image.Image, kind: str, **options) -> bytes:
+def _encode(image: Image.Image, image_format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
-def make_hostile(folder: Path) -> dict[str, tuple[str, str]]:
-    """Writes the files under folder/class; returns by name: ("", a kind it is counted as), (BAD, part of the reason) or
-    (IGNORED, "")."""
-    rng = np.random.default_rng(0)
-    photo = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((80, 60))
+def _usable_images(photo: Image.Image, rng: np.random.Generator) -> dict[str, tuple]:
     rgba = photo.copy()
     rgba.putalpha(Image.linear_gradient("L").resize(photo.size))
-    turned, odd = Image.Exif(), b"Exif\0\0no TIFF header here"
-    turned[0x0112] = 6
-    long_text = _chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000)))
-    first = "animated or of several pages: the first"
-    jpeg, png = _saved(photo, "JPEG", quality=90), _saved(photo, "PNG")
-    grey16 = Image.fromarray((np.arange(80 * 60, dtype=np.uint16) * 13).reshape(60, 80))
-    deep = np.zeros((60, 1 + 80 * 6), np.uint8)
-    deep[:, 1:] = rng.integers(0, 256, (60, 480), dtype=np.uint8)
     palette = photo.quantize(16)
-    small = "smaller than 32 pixels: enlarged"
-    files: dict[str, tuple[bytes, str, str]] = {
-        "rgb.jpg": (jpeg, "", "JPEG RGB"),
-        "UPPER.JPEG": (jpeg, "", "JPEG RGB"),
-        "progressive.jpeg": (_saved(photo, "JPEG", progressive=True), "", "JPEG RGB"),
-        "grey.jpg": (_saved(photo.convert("L"), "JPEG"), "", "JPEG L"),
-        "cmyk.jpg": (_saved(photo.convert("CMYK"), "JPEG"), "", "JPEG CMYK"),
-        "phone.jpg": (_saved(photo, "MPO", save_all=True, append_images=[photo]), "", "JPEG RGB"),
-        "turned.jpg": (_saved(photo, "JPEG", exif=turned), "", "turned by EXIF"),
-        "broken_exif.jpg": (_saved(photo, "JPEG", exif=odd), "", "JPEG RGB"),
-        "palette.png": (_saved(palette, "PNG"), "", "PNG P"),
-        "palette_clear.png": (
-            _saved(palette, "PNG", transparency=3),
-            "",
-            "transparent: over white",
-        ),
-        "rgba.png": (_saved(rgba, "PNG"), "", "transparent: over white"),
-        "opaque.png": (_saved(photo.convert("RGBA"), "PNG"), "", "PNG RGBA"),
-        "la.png": (_saved(rgba.convert("LA"), "PNG"), "", "transparent: over white"),
-        "one_bit.png": (_saved(photo.convert("1"), "PNG"), "", "PNG 1"),
-        "grey16.png": (_saved(grey16, "PNG"), "", "16 bits: rounded to 8"),
-        "grey16.tif": (_saved(grey16, "TIFF"), "", "16 bits: rounded to 8"),
-        "rgb48.png": (_png(80, 60, 16, 2, deep.tobytes()), "", "PNG RGB"),
-        "moving.gif": (
-            _saved(palette, "GIF", save_all=True, append_images=[photo.quantize(8)]),
-            "",
-            first,
-        ),
-        "moving.webp": (_saved(photo, "WEBP", save_all=True, append_images=[rgba]), "", first),
-        "moving.png": (_saved(photo, "PNG", save_all=True, append_images=[rgba]), "", first),
-        "pages.tiff": (_saved(photo, "TIFF", save_all=True, append_images=[photo]), "", first),
-        "wrong_name.jpg": (png, "", "PNG RGB"),
-        "dot.png": (_saved(photo.resize((1, 1)), "PNG"), "", small),
-        "small.bmp": (_saved(photo.resize((20, 30)), "BMP"), "", small),
-        "a 'name' with \n ü.ppm": (_saved(photo, "PPM"), "", "PPM RGB"),
-        os.fsdecode(b"caf\xe9.png"): (png, "", "PNG RGB"),
-        "large.png": (_saved(Image.new("RGB", (6000, 5000), "teal"), "PNG"), "", "PNG RGB"),
-        "truncated.jpg": (jpeg[: len(jpeg) // 2], BAD, "truncated"),
-        "truncated.png": (png[: len(png) // 2], BAD, "truncated"),
-        "flipped_bits.png": (png[:60] + bytes(200) + png[260:], BAD, ""),
-        "empty.png": (b"", BAD, "the file is empty"),
-        "page.webp": (b"<html>404</html>", BAD, "not one of PNG"),
-        "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", BAD, "not one of PNG"),
-        "bomb.png": (_png(65535, 65535, 1, 0, bytes(1000)), BAD, "more than 89,478,485 pixels"),
-        "text_bomb.png": (
-            _png(8, 8, 8, 0, bytes(72), long_text),
-            BAD,
-            "Decompressed data too large",
-        ),
-        "thread.png": (_saved(Image.new("RGB", (1, 100_000)), "PNG"), BAD, "too long and thin"),
-        "float.tiff": (_saved(Image.new("F", (40, 40), 0.5), "TIFF"), BAD, "no agreed range"),
-        "deep.tiff": (
-            _saved(Image.fromarray(np.full((40, 40), 70_000, np.int32)), "TIFF"),
-            BAD,
-            "no agreed range",
-        ),
-        ".hidden.png": (png, IGNORED, ""),
-        "._of_a_mac.jpg": (bytes(100), IGNORED, ""),
-        "notes.txt": (b"hello", IGNORED, ""),
+    gray16 = Image.fromarray((np.arange(80 * 60, dtype=np.uint16) * 13).reshape(60, 80))
+    rgb48 = np.zeros((60, 1 + 80 * 6), np.uint8)  # each row starts with its filter type
+    rgb48[:, 1:] = rng.integers(0, 256, (60, 480), dtype=np.uint8)
+    rotated = Image.Exif()
+    rotated[EXIF_ORIENTATION] = 6
+    animation = {"save_all": True, "append_images": [rgba]}
+    pages = {"save_all": True, "append_images": [photo]}
+    gif = _encode(palette, "GIF", save_all=True, append_images=[photo.quantize(8)])
+    large = Image.new("RGB", (6000, 5000), "teal")
+    broken_exif = b"Exif\0\0no TIFF header here"
+    jpeg = _encode(photo, "JPEG", quality=90)
+    png = _encode(photo, "PNG")
+    return {
+        "rgb.jpg": (jpeg, JPEG_RGB),
+        "UPPER.JPEG": (jpeg, JPEG_RGB),
+        "progressive.jpeg": (_encode(photo, "JPEG", progressive=True), JPEG_RGB),
+        "gray.jpg": (_encode(photo.convert("L"), "JPEG"), Expected(GOOD, "JPEG L")),
+        "cmyk.jpg": (_encode(photo.convert("CMYK"), "JPEG"), Expected(GOOD, "JPEG CMYK")),
+        "phone.jpg": (_encode(photo, "MPO", **pages), JPEG_RGB),
+        "rotated.jpg": (_encode(photo, "JPEG", exif=rotated), Expected(GOOD, "turned by EXIF")),
+        "broken_exif.jpg": (_encode(photo, "JPEG", exif=broken_exif), JPEG_RGB),
+        "palette.png": (_encode(palette, "PNG"), Expected(GOOD, "PNG P")),
+        "transparent_palette.png": (_encode(palette, "PNG", transparency=3), TRANSPARENT),
+        "rgba.png": (_encode(rgba, "PNG"), TRANSPARENT),
+        "opaque.png": (_encode(photo.convert("RGBA"), "PNG"), Expected(GOOD, "PNG RGBA")),
+        "la.png": (_encode(rgba.convert("LA"), "PNG"), TRANSPARENT),
+        "one_bit.png": (_encode(photo.convert("1"), "PNG"), Expected(GOOD, "PNG 1")),
+        "gray16.png": (_encode(gray16, "PNG"), ROUNDED),
+        "gray16.tif": (_encode(gray16, "TIFF"), ROUNDED),
+        "rgb48.png": (_png((80, 60), 16, 2, rgb48.tobytes()), PNG_RGB),
+        "animated.gif": (gif, FIRST_FRAME),
+        "animated.webp": (_encode(photo, "WEBP", **animation), FIRST_FRAME),
+        "animated.png": (_encode(photo, "PNG", **animation), FIRST_FRAME),
+        "pages.tiff": (_encode(photo, "TIFF", **pages), FIRST_FRAME),
+        "wrong_extension.jpg": (png, PNG_RGB),
+        "one_pixel.png": (_encode(photo.resize((1, 1)), "PNG"), ENLARGED),
+        "small.bmp": (_encode(photo.resize((20, 30)), "BMP"), ENLARGED),
+        "a 'name' with \n ü.ppm": (_encode(photo, "PPM"), Expected(GOOD, "PPM RGB")),
+        os.fsdecode(b"caf\xe9.png"): (png, PNG_RGB),
+        "large.png": (_encode(large, "PNG"), PNG_RGB),
     }
-    place = folder / "class"
-    place.mkdir(parents=True)
-    for name, (data, _, _) in files.items():
-        (place / name).write_bytes(data)
-    (place / "gone.png").symlink_to("nowhere.png")
-    os.mkfifo(place / "pipe.png")
-    (place / "folder.png").mkdir()
-    expected = {name: (outcome, what) for name, (_, outcome, what) in files.items()}
-    return expected | {
-        "gone.png": (BAD, "No such file"),
-        "pipe.png": (BAD, "not a file"),
-        "folder.png": (IGNORED, ""),
+
+
+def _other_files(photo: Image.Image) -> dict[str, tuple]:
+    jpeg = _encode(photo, "JPEG", quality=90)
+    png = _encode(photo, "PNG")
+    too_large = _png((65535, 65535), 1, 0, bytes(1000))
+    long_text = _chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000)))
+    text_bomb = _png((8, 8), 8, 0, bytes(72), long_text)
+    thin = Image.new("RGB", (1, 100_000))
+    floating_point = Image.new("F", (40, 40), 0.5)
+    int32 = Image.fromarray(np.full((40, 40), 70_000, np.int32))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    return {
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], TRUNCATED),
+        "truncated.png": (png[: len(png) // 2], TRUNCATED),
+        "zeroed_bytes.png": (png[:60] + bytes(200) + png[260:], Expected(BAD)),
+        "empty.png": (b"", Expected(BAD, "the file is empty")),
+        "page.webp": (b"<html>404</html>", UNKNOWN_FORMAT),
+        "script.png": (postscript, UNKNOWN_FORMAT),
+        "bomb.png": (too_large, Expected(BAD, "more than 89,478,485 pixels")),
+        "text_bomb.png": (text_bomb, Expected(BAD, "Decompressed data too large")),
+        "thin.png": (_encode(thin, "PNG"), Expected(BAD, "too long and thin")),
+        "float.tiff": (_encode(floating_point, "TIFF"), UNDEFINED_RANGE),
+        "int32.tiff": (_encode(int32, "TIFF"), UNDEFINED_RANGE),
+        ".hidden.png": (png, Expected(IGNORED)),
+        "._macos_metadata.jpg": (bytes(100), Expected(IGNORED)),
+        "notes.txt": (b"hello", Expected(IGNORED)),
     }
+
+
+def make_unusual_images(root: Path) -> dict[str, Expected]:
+    """Write the files to ROOT/class, and return the expected treatment by file name."""
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((80, 60))
+    folder = root / "class"
+    folder.mkdir(parents=True)
+    expected = {}
+    for name, (data, treatment) in (_usable_images(photo, rng) | _other_files(photo)).items():
+        (folder / name).write_bytes(data)
+        expected[name] = treatment
+
+    (folder / "broken_link.png").symlink_to("missing.png")
+    expected["broken_link.png"] = Expected(BAD, "No such file")
+    os.mkfifo(folder / "pipe.png")
+    expected["pipe.png"] = Expected(BAD, "not a file")
+    (folder / "folder.png").mkdir()
+    expected["folder.png"] = Expected(IGNORED)
+    return expected
