@@ -36,8 +36,8 @@ Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of 
 
 # Defaults of settings that plans written by older versions do not contain.
 PLAN_DEFAULTS = {"keep_images": False}
-# Settings that may differ when a command is rerun on a complete cache: they change at most the last
-# bit of a moment, or images are added.
+# Settings that may differ when a command is rerun on a complete cache: the first two change at most
+# the last bit of a moment, and images can be added.
 FREE_SETTINGS = ("batch_size", "shard_size", "keep_images")
 
 
@@ -45,13 +45,13 @@ class CacheJob(Protocol):
     """Makes the shards of a cache.
 
     Attributes:
-        plan: all settings that determine the bytes of the shards. Shards of different plans are
+        plan: All settings that determine the bytes of the shards. Shards of different plans are
             never mixed.
-        settings: settings to create the same job again, stored in the manifest.
-        manifest_fields: the fields of the manifest that do not depend on the shards.
-        num_images: number of images of the source, including those that cannot be used.
-        shard_size: number of images per shard, except for the last one.
-        description: label of the progress bar.
+        settings: Settings to create the same job again, stored in the manifest.
+        manifest_fields: Fields of the manifest that do not depend on the shards.
+        num_images: Number of images of the source, including those that cannot be used.
+        shard_size: Number of images per shard, except for the last one.
+        description: Label of the progress bar.
     """
 
     plan: Plan
@@ -71,10 +71,11 @@ class CacheJob(Protocol):
         """Make shards.
 
         Args:
-            dest: folder of the cache, for the files of images.
-            shard_indices: the shards to make, in this order.
-            progress: called with the number of images after every few images.
-            only_images: only the images are needed, and the data that `add_images` compares.
+            dest: Folder of the cache, for the files of images.
+            shard_indices: The shards to make, in this order.
+            progress: Called after every few images with their number.
+            only_images: Whether only the images and the data that `add_images` compares are
+                needed.
 
         Yields:
             The index of each shard and the shard.
@@ -179,7 +180,7 @@ def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
 def check_or_record_plan(dest: Path, plan: Plan) -> None:
     """Record the plan of an unfinished cache, or check it if some shards are complete.
 
-    --skip-bad is not part of the plan, because complete shards do not depend on it.
+    --skip-bad is not part of the plan, so it can be added after a bad image has stopped a run.
 
     Raises:
         UserError: If the complete shards belong to another plan.
@@ -235,10 +236,10 @@ def lock_destination(
     """Lock DEST on all processes, and return the result of `begin`.
 
     Args:
-        world: all processes of this command.
-        resources: releases the locks when it is closed.
-        dest: folder of a cache or of features.
-        begin: called on the first process, after it has locked DEST.
+        world: All processes of this command.
+        resources: Releases the locks when it is closed.
+        dest: Folder of a cache or of features.
+        begin: Called on the first process, after it has locked DEST.
 
     Returns:
         The result of `begin`, on all processes.
@@ -286,14 +287,14 @@ def make_shards(
     """Make this process's share of the shards. Each is written while the next one is made.
 
     Args:
-        dest: folder of the cache.
-        job: the job of the cache.
-        shard_indices: the shards that all processes make together.
-        world: the processes over which the shards are distributed.
-        on_written: called with index and manifest entry of each shard that has been written, also
+        dest: Folder of the cache.
+        job: The job of the cache.
+        shard_indices: The shards that all processes make together.
+        world: The processes over which the shards are distributed.
+        on_written: Called with index and manifest entry of each shard that has been written, also
             if a later shard fails.
-        entries_without_images: if given, images are added to existing shards; their manifest
-            entries by file name.
+        entries_without_images: If given, images are added to existing shards. Maps the file names
+            of these shards to their manifest entries.
     """
     local_indices = shard_indices[world.rank :: world.num_processes]
     num_images = sum(len(image_range(job, k)) for k in local_indices) * world.num_processes
@@ -410,11 +411,11 @@ def rebuild_shards(
     """Make damaged shards of a complete cache again.
 
     Args:
-        dest: folder of the cache.
-        job: the job that created the cache.
-        shards: indices of shards to make again.
-        images: indices of shards of which only the images are made again.
-        world: all processes of this command.
+        dest: Folder of the cache.
+        job: The job that created the cache.
+        shards: Indices of shards to make again.
+        images: Indices of shards of which only the images are made again.
+        world: All processes of this command.
 
     Returns:
         The files whose bytes differ from those that the manifest recorded.

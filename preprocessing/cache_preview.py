@@ -30,8 +30,8 @@ def draw_latent(latent: Tensor, factor: int) -> Tensor:
     """Return an RGB image of the first three channels of a latent.
 
     Args:
-        latent: normalized latent, (C, h, w). Values from -3 to 3 are mapped to 0 to 255.
-        factor: pixels of the image per latent pixel.
+        latent: Normalized latent, (C, h, w). Values from -3 to 3 are mapped to 0 to 255.
+        factor: Pixels of the image per latent pixel.
 
     Returns:
         (3, factor * h, factor * w) uint8. With fewer than three channels, channels are repeated.
@@ -47,10 +47,10 @@ def make_preview(
     """Draw one row per image: the image, its reconstruction, and its latent.
 
     Args:
-        names: label of each row.
+        names: Label of each row.
         images: (3, S, S) uint8 each, or None where the original image is not available.
-        moments: moments of each image, (1, 2C, h, w). The posterior mean is decoded.
-        vae: the VAE that is recorded in the cache.
+        moments: Moments of each image, (1, 2C, h, w). The posterior mean is decoded.
+        vae: The VAE that is recorded in the cache.
 
     Returns:
         The preview, and one line of text with the PSNR and the standard deviation of the latents.

@@ -74,13 +74,13 @@ class DecodedBatch:
     """A batch as a worker process returns it.
 
     Attributes:
-        shard_index: shard of the batch.
-        num_read: number of images, including those that cannot be used.
+        shard_index: The shard to which the images belong.
+        num_read: Number of images, including those that cannot be used.
         pixels: (B, 3, S, S) uint8, without the images that cannot be used.
         labels: (B,) class indices.
-        bad_images: images that cannot be used.
-        kinds: number of images of each kind.
-        read_error: if set, this image could not be read, and the batch is incomplete.
+        bad_images: Images that cannot be used.
+        kinds: Number of images of each kind.
+        read_error: If set, this image could not be read, and the batch is incomplete.
         is_first_in_shard: True for the first batch of a shard.
     """
 
@@ -102,9 +102,9 @@ class EncodedBatch(NamedTuple):
     """A decoded batch with its moments.
 
     Attributes:
-        decoded: the batch.
-        moments: (B, 2C, h, w) in host memory, by folder.
-        copy_done: if set, event after which the moments are complete.
+        decoded: The decoded batch.
+        moments: (B, 2C, h, w) in host memory, by folder; empty if they were not requested.
+        copy_done: If set, the event that marks the end of the copy of the moments.
     """
 
     decoded: DecodedBatch
@@ -193,10 +193,10 @@ def map_in_order(
     If `items` raises UserError, the results of all earlier items are yielded first.
 
     Args:
-        pool: threads that call the function.
-        function: called with one item.
-        items: consumed in the thread of the caller.
-        ahead: maximum number of items that are submitted before the result of an earlier one is
+        pool: Threads that call the function.
+        function: Called with one item.
+        items: Consumed in the thread of the caller.
+        ahead: Maximum number of items that are submitted before the result of an earlier one is
             yielded.
     """
     pending: deque[Future[Result]] = deque()
@@ -248,10 +248,10 @@ class EncodingJob:
     """The job (preprocessing.build.CacheJob) that encodes images.
 
     Args:
-        settings: settings of the cache.
-        device: cpu, cuda or cuda:N.
-        num_workers: decoding processes; -1 uses one per core, up to MAX_WORKERS.
-        world: the processes of this command.
+        settings: Settings of the cache.
+        device: One of cpu, cuda and cuda:N.
+        num_workers: Decoding processes; -1 uses one per core, up to MAX_WORKERS.
+        world: The processes of this command.
 
     Raises:
         UserError: If the source or the VAE cannot be opened, or if the settings do not fit them.
@@ -491,7 +491,7 @@ class EncodingJob:
             progress(batch.num_read)
             remaining -= batch.num_read
             if not remaining:
-                # Return before the first batch of the next shard is waited for: it may fail.
+                # Do not wait for the first batch of the next shard: it may raise an error.
                 break
         arrays = {folder: array[:num_encoded] for folder, array in arrays.items()}
         arrays["labels"] = np.concatenate(labels).astype(np.int64)

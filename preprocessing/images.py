@@ -40,7 +40,7 @@ class DecodedImage(NamedTuple):
 
     Attributes:
         pixels: (3, side, side) uint8.
-        kinds: format, mode, and each conversion that was applied. They are counted in the manifest.
+        kinds: Format, mode, and each conversion that was applied. They are counted in the manifest.
     """
 
     pixels: np.ndarray
@@ -52,10 +52,10 @@ class SquareReader:
     """Reads images of a source as RGB squares.
 
     Args:
-        side: width and height of the square in pixels.
-        crop: one of CROPS.
-        background: one of BACKGROUNDS; transparent images are composited over it.
-        seed: seed of the random crops.
+        side: Width and height of the square in pixels.
+        crop: One of CROPS.
+        background: One of BACKGROUNDS; transparent images are composited over it.
+        seed: Seed of the random crops.
     """
 
     side: int
@@ -159,10 +159,10 @@ def random_crop(
     """Apply ADM's random crop (guided-diffusion, image_datasets.py, random_crop_arr).
 
     Args:
-        image: an RGB image.
-        size: side of the crop in pixels.
-        uniforms: three numbers in (0, 1) that determine scale, top and left.
-        min_fraction: the crop covers between this fraction and all of the shorter side.
+        image: An RGB image.
+        size: Side of the crop in pixels.
+        uniforms: Three numbers in (0, 1) that determine scale, top and left.
+        min_fraction: The crop covers between this fraction and all of the shorter side.
     """
     scale, *offsets = uniforms
     max_length = math.ceil(size / min_fraction)
@@ -178,9 +178,9 @@ def to_rgb(
     """Convert an image to upright RGB.
 
     Args:
-        image: an image in any mode.
-        background: color that transparent images are composited over.
-        kinds: list to which the applied conversions are appended.
+        image: An image in any mode.
+        background: Color that transparent images are composited over.
+        kinds: List to which the applied conversions are appended.
 
     Raises:
         BadImage: If the range of the gray values is undefined.

@@ -23,9 +23,10 @@ class Shard(NamedTuple):
     """The data of consecutive images.
 
     Attributes:
-        arrays: moments and, with flips, mirrored, (n, 2C, h, w) each; labels, (n,) int64.
+        arrays: Arrays by folder: moments and, with flips, mirrored, (n, 2C, h, w) each; labels,
+            (n,) int64.
         skipped: {file, shard, reason} of each image that cannot be used.
-        kinds: number of images of each kind.
+        kinds: Number of images of each kind.
         images: (n, 3, S, S) uint8 if images are kept. The rows are on disk, but not yet committed.
     """
 
@@ -44,7 +45,7 @@ def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     """Return the sums of z and z^2 per channel for z ~ posterior, using E[z^2] = mean^2 + std^2.
 
     Args:
-        arrays: moments, (n, 2C, h, w) each.
+        arrays: Arrays of moments, (n, 2C, h, w) each.
     """
     channels = arrays[0].shape[1] // 2
     total = np.zeros(channels)
@@ -103,9 +104,9 @@ def add_images(dest: Path, entry: ShardEntry, shard: Shard) -> ShardEntry:
     """Add the images to a shard that is complete except for them.
 
     Args:
-        dest: folder of the cache.
-        entry: the shard's manifest entry.
-        shard: the images, all labels, and recomputed moments of the first images.
+        dest: Folder of the cache.
+        entry: The shard's manifest entry.
+        shard: The images, all labels, and recomputed moments of the first images.
 
     Returns:
         The new manifest entry.
