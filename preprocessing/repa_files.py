@@ -247,15 +247,15 @@ class ImportJob:
                 raise self._read_failure(image_index, str(error.strerror)) from None
             raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
-            raise BadImage("not an array of floating-point numbers")
+            raise BadImage("it is not an array of floating-point numbers")
         if moments.shape not in (self.shape, (1, *self.shape)):
-            raise BadImage(f"its shape is {moments.shape}, but others have {self.shape}")
+            raise BadImage(f"its shape is {moments.shape}, but other files have {self.shape}")
         moments = moments.reshape(self.shape)
         if (moments[self.vae.channels :] < 0).any():
-            raise BadImage("negative standard deviations, which may be log-variances")
+            raise BadImage("it contains negative standard deviations; they may be log-variances")
         with np.errstate(over="ignore"):
             if not np.isfinite(moments.astype(self.dtype)).all():
-                raise BadImage(f"values that {self.dtype} cannot represent")
+                raise BadImage(f"it contains values that {self.dtype} cannot represent")
         return moments
 
     def _read_pixels(self, image_index: int) -> np.ndarray | None:

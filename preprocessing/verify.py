@@ -96,7 +96,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         path = root / folder / entry["file"]
         try:
             if sha256(path) != entry.get("sha256", {}).get(folder):
-                faults.append(Fault(folder, "not the bytes that were written (sha256 differs)"))
+                faults.append(Fault(folder, "sha256 does not match the manifest"))
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             faults.append(Fault(folder, f"cannot be read ({error})"))
@@ -115,7 +115,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         highest = labels.max()
         if lowest < 0 or highest >= manifest.num_classes:
             difference = (
-                f"from {lowest} to {highest}, should be from 0 to {manifest.num_classes - 1}"
+                f"range from {lowest} to {highest}, should be from 0 to {manifest.num_classes - 1}"
             )
             faults.append(Fault("labels", difference))
     moments = {folder: arrays[folder] for folder in manifest.moment_folders if folder in arrays}
@@ -128,7 +128,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
     if not faults and "sum" in entry:
         sums = channel_sums(list(moments.values()))
         if not all(np.allclose(value, entry[name], rtol=1e-9) for name, value in sums.items()):
-            faults.append(Fault("statistics", "not those in the manifest"))
+            faults.append(Fault("statistics", "do not match the manifest"))
     return faults
 
 
@@ -150,9 +150,9 @@ def _describe_invalid_moments(moments: np.ndarray) -> str | None:
     for start in range(0, len(moments), IMAGES_PER_CHUNK):
         chunk = moments[start : start + IMAGES_PER_CHUNK]
         if not np.isfinite(chunk).all():
-            return "values that are not finite"
+            return "contains values that are not finite"
         if (chunk[:, channels:] < 0).any():
-            return "negative standard deviations"
+            return "contains negative standard deviations"
     return None
 
 
