@@ -5,6 +5,9 @@
     images/00000/img00000000.png            the encoded image, for preview.png and --keep-images
 
 C latent channels, h w latent height and width, R image resolution.
+
+The reasons of BadImage are stored in skipped.jsonl and are compared with those of existing caches, so
+they must not be reworded.
 """
 
 import errno
@@ -247,15 +250,15 @@ class ImportJob:
                 raise self._read_failure(image_index, str(error.strerror)) from None
             raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
-            raise BadImage("it is not an array of floating-point numbers")
+            raise BadImage("it is no array of floating-point numbers")
         if moments.shape not in (self.shape, (1, *self.shape)):
-            raise BadImage(f"its shape is {moments.shape}, but other files have {self.shape}")
+            raise BadImage(f"its shape is {moments.shape}, others have {self.shape}")
         moments = moments.reshape(self.shape)
         if (moments[self.vae.channels :] < 0).any():
-            raise BadImage("it contains negative standard deviations; they may be log-variances")
+            raise BadImage("negative standard deviations: are these log-variances?")
         with np.errstate(over="ignore"):
             if not np.isfinite(moments.astype(self.dtype)).all():
-                raise BadImage(f"it contains values that {self.dtype} cannot represent")
+                raise BadImage(f"it has values that {self.dtype} cannot hold")
         return moments
 
     def _read_pixels(self, image_index: int) -> np.ndarray | None:

@@ -3,6 +3,9 @@
 Sources are folder trees, EDM's zip files, tar files (one file, a folder of files, WebDataset, or
 ImageNet's tar of tars), and Hugging Face's parquet files. A source can be read in forked processes
 and can be pickled.
+
+The messages of the errors that `open` raises are stored in skipped.jsonl and are compared with those
+of existing caches, so they must not be reworded.
 """
 
 import copy
@@ -68,7 +71,7 @@ class ImageSource:
         """Return the stored bytes of an image as a file object. Raises OSError."""
         path = self.root / self.names[image_index]
         if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe could block forever
-            raise OSError("not a regular file")
+            raise OSError("not a file")
         return path.open("rb")
 
     def digest(self, count: int) -> str:
@@ -124,7 +127,7 @@ class TarSource(ImageSource):
         # pread does not move the file offset, so that forked processes can share a descriptor.
         data = os.pread(self._descriptor(file_index), size, offset)
         if len(data) < size:
-            raise OSError(f"{self.files[file_index].name} is truncated")
+            raise OSError(f"{self.files[file_index].name} ends early")
         return io.BytesIO(data)
 
     def _descriptor(self, file_index: int) -> int:
@@ -167,7 +170,7 @@ class ParquetSource(ImageSource):
         cell = self._cells[row].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
-            raise OSError("the row contains no bytes")
+            raise OSError("the row holds no bytes")
         return io.BytesIO(data)
 
     def _read_group(self, file_index: int, group: int) -> Any:

@@ -86,7 +86,7 @@ def test_first_file_does_not_determine_the_shape(call, repa, vae_folder, tmp_pat
     np.save(repa[0] / "vae-sd/00000/img-mean-std-00000000.npy", np.zeros((4, 8, 8), np.float32))
     flags = [repa[0], tmp_path / "data", "--vae", vae_folder]
     code, out = call(import_repa, *flags)
-    reason = "(its shape is (4, 8, 8), but other files have (8, 8, 8))"
+    reason = "(its shape is (4, 8, 8), others have (8, 8, 8))"
     assert code == 2 and f"00000000.npy cannot be used {reason}" in out
     assert call(import_repa, *flags, "--skip-bad")[0] == 0
     assert read_manifest(tmp_path / "data").count == 11
@@ -113,19 +113,19 @@ def test_vae_with_other_channels_is_rejected(call, repa, tmp_path):
         ),
         (
             lambda root: np.save(root / SEVENTH, np.zeros((8, 4, 4))),
-            "00000007.npy cannot be used (its shape is (8, 4, 4), but other files have",
+            "00000007.npy cannot be used (its shape is (8, 4, 4), others have",
         ),
         (
             lambda root: np.save(root / SEVENTH, np.full((8, 8, 8), -3.0)),
-            "00000007.npy cannot be used (it contains negative standard deviations",
+            "00000007.npy cannot be used (negative standard deviations: are these log-variances?",
         ),
         (
             lambda root: np.save(root / SEVENTH, np.array(["a"])),
-            "00000007.npy cannot be used (it is not an array of floating-point",
+            "00000007.npy cannot be used (it is no array of floating-point",
         ),
         (
             lambda root: np.save(root / SEVENTH, np.full((8, 8, 8), 1e6)),
-            "00000007.npy cannot be used (it contains values that float16 cannot represent)",
+            "00000007.npy cannot be used (it has values that float16 cannot hold)",
         ),
     ],
 )

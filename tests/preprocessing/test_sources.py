@@ -150,7 +150,7 @@ def test_webdataset_classes_come_from_cls_files(tmp_path, expected):
 
 
 def test_parquet_classes_come_from_the_label_column(tmp_path, expected):
-    write_parquet(tmp_path / "hub/data/train-00000-of-00002.parquet", range(0, 5))
+    write_parquet(tmp_path / "hub/data/train-00000-of-00002.parquet", range(5))
     write_parquet(tmp_path / "hub/data/train-00001-of-00002.parquet", range(5, 7))
     assert content(open_source(tmp_path / "hub")) == expected
     unlabeled = write_parquet(tmp_path / "unlabeled.parquet", range(7), has_labels=False)
@@ -200,7 +200,7 @@ def test_folder_of_images_has_one_class(tmp_path):
 
 @pytest.mark.parametrize("style", ["file name", "stem"])
 def test_csv_assigns_class_names_to_images(tmp_path, expected, style):
-    with open(tmp_path / "labels.csv", "w", newline="") as file:
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         if style == "file name":
             writer.writerow(["image", "class"])
@@ -214,9 +214,7 @@ def test_csv_assigns_class_names_to_images(tmp_path, expected, style):
 def test_csv_assigns_class_indices_to_images(tmp_path):
     rows = "".join(f"{name},{label}\n" for name, label in FLAT_LABELS.items())
     (tmp_path / "labels.csv").write_text(rows)
-    source = open_source(
-        write_tree(tmp_path / "flat", FLAT_FILES), labels=tmp_path / "labels.csv"
-    )
+    source = open_source(write_tree(tmp_path / "flat", FLAT_FILES), labels=tmp_path / "labels.csv")
     assert source.labels.tolist() == [LABELS[name] for name in sorted(FILES)]
 
 
