@@ -152,14 +152,14 @@ def test_verify_finds_and_mends_them_alone(call, made, tmp_path):
     assert (
         code == 2
         and "00000.npy: images: cannot be read" in out
-        and "00001.npy: images: not the bytes" in out
+        and "00001.npy: images: sha256 does not match" in out
     )
     assert "00002.npy: images: is uint8 (4, 3, 16, 16), should be uint8 (4, 3, 32, 32)" in out
     (data / "moments/00002.npy").unlink()
     before = {path: path.stat().st_mtime_ns for path in data.glob("moments/0000[01].npy")}
     code, out = call(verify, data, "--repair", "--num-workers", 0)
     assert (
-        code == 0 and "made 3 of 3 shards again" in out and "manifest.json has the new" not in out
+        code == 0 and "rebuilt 3 of 3 shards" in out and "manifest.json has the new" not in out
     )
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert (

@@ -142,10 +142,10 @@ def test_a_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
     ("make", "message"),
     [
         (lambda p: None, "does not exist"),
-        (lambda p: p.mkdir(), "holds no images"),
-        (lambda p: (p / "a").mkdir(parents=True), "holds no images"),
-        (lambda p: make_tree(p) and (p / "empty").mkdir(), "classes without images (empty)"),
-        (lambda p: p.write_bytes(b"PK"), "is no folder, tar or parquet, nor a zip"),
+        (lambda p: p.mkdir(), "contains no images"),
+        (lambda p: (p / "a").mkdir(parents=True), "contains no images"),
+        (lambda p: make_tree(p) and (p / "empty").mkdir(), "some classes have no images (empty)"),
+        (lambda p: p.write_bytes(b"PK"), "is not a folder, tar, parquet or readable zip"),
     ],
 )
 def test_bad_sources_end_in_one_line(call, vae_folder, tmp_path, make, message):
