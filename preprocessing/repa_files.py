@@ -6,8 +6,8 @@
 
 C latent channels, h w latent height and width, R image resolution.
 
-The reasons of BadImage are stored in skipped.jsonl and are compared with those of existing caches, so
-they must not be reworded.
+The reasons of BadImage are stored in skipped.jsonl and are compared with those of existing caches,
+so they must not be reworded.
 """
 
 import errno

@@ -4,8 +4,8 @@ Sources are folder trees, EDM's zip files, tar files (one file, a folder of file
 ImageNet's tar of tars), and Hugging Face's parquet files. A source can be read in forked processes
 and can be pickled.
 
-The messages of the errors that `open` raises are stored in skipped.jsonl and are compared with those
-of existing caches, so they must not be reworded.
+The messages of errors that `open` raises are stored in skipped.jsonl and are compared with those of
+existing caches, so they must not be reworded.
 """
 
 import copy
@@ -20,6 +20,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -48,21 +49,21 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 
 
+@dataclass(eq=False, repr=False)
 class ImageSource:
     """Images in a fixed order, read from the files of a folder.
 
-    Args:
+    Attributes:
         root: The folder, or the file or pattern of files in subclasses.
         names: The name of each image: its path relative to `root`.
         labels: The class index of each image, (n,) int64.
         class_names: The names of all classes.
     """
 
-    def __init__(self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str]):
-        self.root = root
-        self.names = names
-        self.labels = labels
-        self.class_names = class_names
+    root: Path
+    names: list[str]
+    labels: np.ndarray
+    class_names: list[str]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,11 +84,12 @@ class ImageSource:
         return digest.hexdigest()
 
 
+@dataclass(eq=False, repr=False)
 class ZipSource(ImageSource):
     """Images in a zip file."""
 
     _archive: zipfile.ZipFile | None = None
-    _process_id = 0
+    _process_id: int = 0
 
     def open(self, image_index: int) -> BinaryIO:
         """Return the stored bytes of an image (see ImageSource.open)."""
@@ -105,21 +107,19 @@ class ZipSource(ImageSource):
         return self.__dict__ | {"_archive": None}
 
 
+@dataclass(eq=False, repr=False)
 class TarSource(ImageSource):
     """Images in tar files.
 
-    Args:
-        *args: The arguments of ImageSource.
+    Attributes:
         files: The tar files.
         locations: The index into `files`, the offset in bytes and the size in bytes of each image,
             (n, 3) int64.
     """
 
-    def __init__(self, *args: Any, files: list[Path], locations: np.ndarray):
-        super().__init__(*args)
-        self.files = files
-        self.locations = locations
-        self._descriptors: dict[int, int] = {}
+    files: list[Path]
+    locations: np.ndarray
+    _descriptors: dict[int, int] = field(default_factory=dict)
 
     def open(self, image_index: int) -> BinaryIO:
         """Return the stored bytes of an image (see ImageSource.open)."""
@@ -142,24 +142,22 @@ class TarSource(ImageSource):
         return self.__dict__ | {"_descriptors": {}}
 
 
+@dataclass(eq=False, repr=False)
 class ParquetSource(ImageSource):
     """Images in the rows of parquet files.
 
-    Args:
-        *args: The arguments of ImageSource.
+    Attributes:
         files: The parquet files.
         locations: The index into `files`, the row group and the row in the group of each image,
             (n, 3) int64.
         column: The name of the column that holds the images.
     """
 
-    def __init__(self, *args: Any, files: list[Path], locations: np.ndarray, column: str):
-        super().__init__(*args)
-        self.files = files
-        self.locations = locations
-        self.column = column
-        self._loaded_group: tuple[int, int] | None = None
-        self._cells: Any = None  # the image column of the loaded row group
+    files: list[Path]
+    locations: np.ndarray
+    column: str
+    _loaded_group: tuple[int, int] | None = None
+    _cells: Any = None  # the image column of the loaded row group
 
     def open(self, image_index: int) -> BinaryIO:
         """Return the stored bytes of an image (see ImageSource.open)."""
@@ -222,7 +220,7 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
             f"{origin}: a compressed tar file does not allow random access; decompress it first"
         )
     else:
-        source = _open_zip(path, files[0], flag, table)
+        source = _open_zip(files[0], flag, table)
     if not len(source):
         extensions = " ".join(sorted(IMAGE_EXTENSIONS))
         raise UserError(f"{origin} contains no images; supported extensions are {extensions}")
@@ -322,7 +320,7 @@ def _list_folder(root: Path, flag: str) -> tuple[list[str], list[str]]:
     return sorted(names), top_folders
 
 
-def _open_zip(path: Path, file: Path, flag: str, table: LabelTable | None) -> ImageSource:
+def _open_zip(file: Path, flag: str, table: LabelTable | None) -> ImageSource:
     origin = f"{flag} {file}"
     try:
         with zipfile.ZipFile(file) as archive:
@@ -423,7 +421,10 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
                         key = prefix + member.name.removesuffix(".cls")
                         classes[key] = member.label_file.decode().strip()
                     elif table is None and len(files) == 1:
-                        table = _read_dataset_json(member, f"{flag} {file}: {member.name}")
+                        table = parse_dataset_json(
+                            member.label_file, f"{flag} {file}: {member.name}"
+                        )
+                        table = _in_folder(table, member.name.removesuffix("dataset.json"))
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {file} is not a readable tar file ({error})") from None
 
@@ -448,11 +449,8 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
     return TarSource(path, names, *labels, files=files, locations=array)
 
 
-def _read_dataset_json(member: TarMember, origin: str) -> LabelTable:
-    """Parse a dataset.json, whose image paths are relative to its folder in the tar file."""
-    assert member.label_file is not None
-    table = parse_dataset_json(member.label_file, origin)
-    folder = member.name.removesuffix("dataset.json")
+def _in_folder(table: LabelTable, folder: str) -> LabelTable:
+    """Prepend a folder to the names of all images."""
     classes = {folder + name: value for name, value in table.classes.items()}
     return table._replace(classes=classes)
 
@@ -590,11 +588,11 @@ def _find_image_column(schema: "pyarrow.Schema") -> str | None:
 
     structs = []
     binaries = []
-    for field in schema:
-        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            structs.append(field.name)
-        elif types.is_binary(field.type) or types.is_large_binary(field.type):
-            binaries.append(field.name)
+    for column in schema:
+        if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            structs.append(column.name)
+        elif types.is_binary(column.type) or types.is_large_binary(column.type):
+            binaries.append(column.name)
     candidates = structs + binaries
     usual = [name for name in candidates if name in IMAGE_COLUMNS]
     return next(iter(usual + candidates), None)
