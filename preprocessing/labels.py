@@ -199,7 +199,7 @@ def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list
 
 
 def _find_key(name: str, classes: dict[str, object]) -> str | None:
-    """Return the form of an image name under which the classes list it, or None."""
+    """Return the key of an image in `classes`: its name, file name or stem, or None."""
     file_name = name.rsplit("/", 1)[-1]
     stem = file_name.rsplit(".", 1)[0]
     return next((key for key in (name, file_name, stem) if key in classes), None)

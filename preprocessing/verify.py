@@ -32,7 +32,12 @@ from preprocessing.shards import IMAGES_PER_CHUNK, channel_statistics, channel_s
 
 
 class Fault(NamedTuple):
-    """A fault of a shard: the folder of the file (or "statistics") and what is wrong with it."""
+    """A fault of a shard.
+
+    Attributes:
+        part: The folder of the damaged file, or "statistics".
+        description: What is wrong with the file.
+    """
 
     part: str
     description: str
@@ -105,8 +110,8 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         if array.shape == shape and array.dtype == dtype:
             arrays[folder] = array
         else:
-            difference = f"is {array.dtype} {array.shape}, should be {dtype} {shape}"
-            faults.append(Fault(folder, difference))
+            description = f"is {array.dtype} {array.shape}, should be {dtype} {shape}"
+            faults.append(Fault(folder, description))
 
     # Check the values of labels and moments.
     labels = arrays.get("labels")
@@ -114,15 +119,12 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         lowest = labels.min()
         highest = labels.max()
         if lowest < 0 or highest >= manifest.num_classes:
-            difference = (
-                f"range from {lowest} to {highest}, should be from 0 to {manifest.num_classes - 1}"
-            )
-            faults.append(Fault("labels", difference))
+            expected = f"should be from 0 to {manifest.num_classes - 1}"
+            faults.append(Fault("labels", f"range from {lowest} to {highest}, {expected}"))
     moments = {folder: arrays[folder] for folder in manifest.moment_folders if folder in arrays}
     for folder, array in moments.items():
-        description = _describe_invalid_moments(array)
-        if description:
-            faults.append(Fault(folder, description))
+        if problem := _describe_invalid_moments(array):
+            faults.append(Fault(folder, problem))
 
     # Compare the sums per channel with those in the manifest.
     if not faults and "sum" in entry:
