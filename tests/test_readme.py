@@ -74,7 +74,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     code, out = call(encode_latents, *encode, "--vae", vae_folder)
     assert code == 0 and "6 images, 2 classes" in out, out
     assert (
-        "is sound" in call(verify, "data/imagenet256")[1]
+        "is valid" in call(verify, "data/imagenet256")[1]
         and "preprocessing.verify data/imagenet256" in README
     )
     for i, flags in enumerate(trainings):
