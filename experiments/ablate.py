@@ -1,12 +1,13 @@
-"""Repeat the paper's ablations (arXiv:2601.17830, table 1): vary one setting at a time around the paper's best.
+"""Repeat the paper's ablations (arXiv:2601.17830, table 1), which vary one setting at a time.
 
     python -m experiments.ablate --axis depth --seeds 0 1 2
     python -m experiments.ablate --scale imagenet --print
     python -m experiments.ablate --axis loss -- --batch-size 128 --eval-samples 5000
 
-The result is NAME.json, with a table in NAME.md and a figure in NAME.png; --plot NAME.json writes the table and the figure
-again without running anything. Rerun the same command to resume an interrupted study. A run that several axes share is
-executed once. Flags after -- are passed to every train.py.
+All other settings keep their best values of the paper. The result is NAME.json, with a table in
+NAME.md and a figure in NAME.png; --plot NAME.json writes the table and the figure again without
+running anything. Rerun the same command to resume an interrupted study. A run that several axes
+share is executed once. Flags after -- are passed to every train.py.
 """
 
 import argparse
@@ -50,9 +51,9 @@ AXIS_TITLES = {
 }
 PAPER_AXES = ("depth", "t-range", "loss", "weight", "layers")  # table 1; the paper has no others
 DEMO_FLAGS = (
-    "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --sampling-steps 0 --num-workers 0 --keep-last 1 "
-    "--eval-samples 1000 --eval-reference assets/fashion-mnist/images.zip --eval-features fashion --eval-mode ode "
-    "--eval-num-steps 20 --eval-batch-size 100"
+    "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --sampling-steps 0 --num-workers 0 "
+    "--keep-last 1 --eval-samples 1000 --eval-reference assets/fashion-mnist/images.zip "
+    "--eval-features fashion --eval-mode ode --eval-num-steps 20 --eval-batch-size 100"
 )
 
 
@@ -176,7 +177,7 @@ def build_grid(
 
 
 def demo_flags(steps: int, evaluations: int) -> list[str]:
-    """Return the flags that all runs on the bundled data share: those of the README's comparison."""
+    """Return the flags of all runs on the bundled data, those of the README's comparison."""
     every = math.ceil(steps / evaluations)
     schedule = f"--max-train-steps {steps} --checkpointing-steps {every} --eval-every {every}"
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()

@@ -1,7 +1,8 @@
 """Run the cells of a study: many runs of train.py, each in a process of its own.
 
-Runs with the same seed have the same images, noise, timesteps and initial weights, because these depend on the --seed of
-train.py alone. The difference between two such runs is therefore caused by their other flags.
+Runs with the same seed have the same images, noise, timesteps and initial weights, because these
+depend on the --seed of train.py alone. The difference between two such runs is therefore caused by
+their other flags.
 """
 
 import argparse
@@ -252,14 +253,14 @@ class TrainingProcess:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(num_threads),
             "PYTHONUNBUFFERED": "1",
-            # No progress bar may hide the last line of the log, which names the error of a failed run.
+            # The last line of the log names the error of a failed run, so no progress bar follows.
             "TQDM_DISABLE": "1",
             "TQDM_MININTERVAL": "60",
         }
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self.log = folder / f"{cell.run_name}.log"
-        with open(self.log, "ab") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *cell.train_flags(folder)],
                 env=environment,
@@ -322,7 +323,7 @@ class Scheduler:
         return [process for process in self.slots if process]
 
     def run(self, request: StopRequest, bar: tqdm) -> None:
-        """Execute all runs, or return early when a stop is requested and the processes have saved."""
+        """Execute all runs; if a stop is requested, return when the running ones have saved."""
         while self.running or (self.waiting and not request.name):
             if not request.name:
                 self.start_processes(request)

@@ -1,4 +1,4 @@
-"""Compare how many images vanilla SiT, SRA 2, SRA and REPA need to reach a quality, with several seeds.
+"""Compare how many images vanilla SiT, SRA 2, SRA and REPA need to reach a quality.
 
     python -m experiments.convergence --scale laptop
     python -m experiments.convergence --scale gpu --images /usr/share/datasets/fashion-mnist
@@ -7,17 +7,18 @@
 
 Scales:
     laptop: SiT-Ti/2 on the bundled garments; takes less than two hours on two CPU cores.
-    gpu: SiT-S/2 on Fashion-MNIST's 60,000 training images; takes less than twenty minutes on one GPU.
+    gpu: SiT-S/2 on Fashion-MNIST's 60,000 training images; takes less than 20 minutes on one GPU.
     imagenet: Prints the commands for a cluster.
 
-The result is NAME.json, with tables in NAME.md and a figure in NAME.png; --plot NAME.json writes the
-tables and the figure again without running anything. Rerun the same command to resume an interrupted
-study. Flags after -- are passed to every train.py. --tune chooses the block that each method aligns,
-with other seeds than the study, which reads the blocks from --knobs.
+Each method runs with several seeds. The result is NAME.json, with tables in NAME.md and a figure
+in NAME.png; --plot NAME.json writes the tables and the figure again without running anything.
+Rerun the same command to resume an interrupted study. Flags after -- are passed to every train.py.
+--tune chooses the block that each method aligns, with other seeds than the study, which reads the
+blocks from --knobs.
 
-On a cluster, --data-dir is the cache of the training images (created with --keep-images, which REPA
-needs), and the cache of the held-out images has the same name with -val appended. --gather collects
-the measurements of the cluster's runs so far.
+On a cluster, --data-dir is the cache of the training images (created with --keep-images, which
+REPA needs), and the cache of the held-out images has the same name with -val appended. --gather
+collects the measurements of the cluster's runs so far.
 """
 
 import argparse

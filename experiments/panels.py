@@ -39,8 +39,10 @@ def format_table(result: dict) -> str:
     lines += [
         f"{result['model']}, {result['steps']:,} steps, seeds {seeds}. "
         f"{metric}: mean over seeds, lower is better.",
-        "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval of it.",
-        "*The paper's FID* is of SiT-B/2 with 12 blocks on ImageNet after 400K steps: another metric on other data, of which",
+        "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval "
+        "of it.",
+        "*The paper's FID* is of SiT-B/2 with 12 blocks on ImageNet after 400K steps: another "
+        "metric on other data, of which",
         "only the order can be compared.",
         "",
         "```bash",

@@ -1,4 +1,4 @@
-"""Collect the measurements of a study's runs in one JSON file, and compare runs that have the same seed."""
+"""Collect the measurements of a study's runs in a JSON file, and compare runs with equal seeds."""
 
 import json
 import math

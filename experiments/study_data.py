@@ -1,8 +1,9 @@
 """Prepare the data of a convergence study: two latent caches and the features of an image encoder.
 
-With `laptop`, every tenth of the 10,000 bundled garments is held out and the others are the training
-set. With `gpu`, the training set is that of Fashion-MNIST with 60,000 images, and the bundled images,
-which are its test set, are held out. Both compare samples with the 10,000 bundled images.
+With `laptop`, every tenth of the 10,000 bundled garments is held out and the others are the
+training set. With `gpu`, the training set is that of Fashion-MNIST with 60,000 images, and the
+bundled images, which are its test set, are held out. Both compare samples with the 10,000 bundled
+images.
 """
 
 import json
@@ -97,7 +98,7 @@ def run_module(*words: object) -> None:
     command = ["-m", *map(str, words)]
     shown = shlex.join(["python", *command])
     print(shown, flush=True)
-    code = subprocess.run([sys.executable, *command]).returncode
+    code = subprocess.run([sys.executable, *command], check=False).returncode
     if code in (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
@@ -112,7 +113,7 @@ def prepare_data(
 ) -> None:
     """Create the missing parts of the data.
 
-    They are the cache FOLDER/train, with images and encoder features, and the cache FOLDER/held-out.
+    They are the cache FOLDER/train with images and encoder features, and the cache FOLDER/held-out.
 
     Args:
         scale: "laptop" or "gpu".

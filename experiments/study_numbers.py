@@ -1,7 +1,7 @@
 """Compute the numbers of a convergence study's tables from its JSON result alone.
 
-The first entry of result["methods"] is the baseline. Methods are compared per seed, so an unfinished
-study is compared on the seeds that both methods have.
+The first entry of result["methods"] is the baseline. Methods are compared per seed, so an
+unfinished study is compared on the seeds that both methods have.
 """
 
 import math
@@ -40,7 +40,7 @@ class Curves(NamedTuple):
     by_method: dict[str, dict[int, np.ndarray]]
 
     def pair(self, name: str, other: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the curves of two methods with the n seeds that they have in common, (n, P) each."""
+        """Return the curves of two methods with their n common seeds, (n, P) each."""
         first = self.by_method.get(name, {})
         second = self.by_method.get(other, {})
         seeds = sorted(first.keys() & second.keys())

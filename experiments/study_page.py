@@ -117,9 +117,11 @@ def detail_table(result: dict, numbers: dict[str, str]) -> Table:
         "probe": f"probe, best of {num_blocks} blocks ({seeds})",
     }
     table = [["", *columns.values()]]
-    for method in result["methods"]:
-        if is_measured(method, result, numbers):
-            table.append(method_row(method, result, numbers, [*columns]))
+    table += [
+        method_row(method, result, numbers, [*columns])
+        for method in result["methods"]
+        if is_measured(method, result, numbers)
+    ]
     floor = (result.get("floor") or {}).get("class_agreement")
     if floor is not None:
         table.append([f"*{FLOOR_LABEL}*", f"*{floor:.1%}*", *[""] * (len(columns) - 1)])
