@@ -44,7 +44,7 @@ from common.processes import World
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
-from samplers import GuidedVelocity, ode, sde
+from samplers import GuidedVelocity, euler, euler_maruyama, ode_times, sde_times
 from sampling.store import SampleStore
 from training.throughput import backbone_flops, matmul_rate
 
@@ -237,9 +237,11 @@ def sample_plain(
         labels = torch.randint(config.num_classes, (size,), device=device)
         velocity = GuidedVelocity(model, labels, config.num_classes, args.cfg_scale)
         if args.mode == "ode":
-            latents = ode(velocity, noise, args.num_steps)
+            latents = euler(velocity, noise, ode_times(args.num_steps))
         else:
-            latents = sde(velocity, INTERPOLANTS["linear"], noise, args.num_steps, brownian)
+            latents = euler_maruyama(
+                velocity, INTERPOLANTS["linear"], noise, sde_times(args.num_steps), brownian
+            )
         decoded = vae.vae.decode(vae.scale.denormalize(latents.float())).sample
         pixels = (
             ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()

@@ -35,9 +35,12 @@ from samplers import (
     VelocityField,
     denoise,
     dopri5,
+    euler,
+    euler_maruyama,
     guided_dopri5,
-    ode,
-    sde,
+    heun,
+    ode_times,
+    sde_times,
 )
 
 
@@ -105,7 +108,9 @@ def sde_moments(
     """
     rows = 1 + d * num_steps
     impulses = torch.eye(rows, dtype=torch.float64)[:, 1:].reshape(rows, num_steps, d)
-    end = sde(velocity, path, impulses[:, 0], num_steps, lambda i: impulses[:, 1 + i], last, ends)
+    times = sde_times(num_steps, ends, last)
+    end = euler_maruyama(velocity, path, impulses[:, 0], times, lambda i: impulses[:, 1 + i])
+    end = denoise(velocity, path, end, times[-1])
     columns = end[1:] - end[0]
     return end[0], columns.T @ columns
 
@@ -143,11 +148,11 @@ def ode_figures(data: Gaussian, path: Interpolant) -> dict[str, dict[str, list]]
     return {
         "Euler": {
             "evaluations": EVALUATION_COUNTS,
-            "error": [error(ode(velocity, start, n)) for n in EVALUATION_COUNTS],
+            "error": [error(euler(velocity, start, ode_times(n))) for n in EVALUATION_COUNTS],
         },
         "Heun": {
             "evaluations": [n - 1 for n in EVALUATION_COUNTS],
-            "error": [error(ode(velocity, start, n // 2, heun=True)) for n in EVALUATION_COUNTS],
+            "error": [error(heun(velocity, start, ode_times(n // 2))) for n in EVALUATION_COUNTS],
         },
         "dopri5": {
             "evaluations": counts.amax(1).tolist(),
@@ -183,11 +188,12 @@ def interval_figures(
         return torch.where(expand_like(y == 1, x), v_null, v)
 
     guidance = {"scale": 2.0, "low": low, "high": high}
-    in_pieces = partial(guided_dopri5, model, labels, 1, start, **guidance)
+    velocity = GuidedVelocity(model, labels, 1, **guidance)
+    in_pieces = partial(guided_dopri5, velocity, start)
     exact, _ = in_pieces(atol=1e-10, rtol=1e-7)
     figures: dict = {**guidance, "rtol": [1e-3, 1e-4]}
     for how, solve in {
-        "one go": partial(dopri5, GuidedVelocity(model, labels, 1, **guidance), start),
+        "one go": partial(dopri5, velocity, start),
         "pieces": in_pieces,
     }.items():
         ends = [solve(atol=rtol / 1000, rtol=rtol) for rtol in figures["rtol"]]
@@ -215,10 +221,10 @@ def objective_figures(data: Gaussian, name: str, prediction: str) -> dict[str, f
     if lo > 0:
         adaptive, evaluations = denoise(velocity, path, adaptive, lo), evaluations + 1
     _, covariance = sde_moments(velocity, path, len(data.mean), 250, ends=ends)
+    times = ode_times(32, ends)
+    heun_end = denoise(velocity, path, heun(velocity, start, times), times[-1])
     return {
-        "Heun": relative_rms_error(
-            data, ode(velocity, start, 32, True, path, ends), data.flow(start)
-        ),
+        "Heun": relative_rms_error(data, heun_end, data.flow(start)),
         "dopri5": relative_rms_error(data, adaptive, data.flow(start)),
         "evaluations": evaluations.double().mean().item(),
         "SDE": ((covariance - data.covariance).norm() / data.covariance.norm()).item(),

@@ -13,7 +13,17 @@ from common.cli import UserError
 from common.keyed_random import Purpose, normal, uniform
 from interpolant import INTERPOLANTS, time_interval
 from models.sit import SiT
-from samplers import GuidedVelocity, VelocityModel, guided_dopri5, ode, sde
+from samplers import (
+    GuidedVelocity,
+    VelocityModel,
+    denoise,
+    euler,
+    euler_maruyama,
+    guided_dopri5,
+    heun,
+    ode_times,
+    sde_times,
+)
 
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -119,30 +129,32 @@ class Recipe(NamedTuple):
         )
         labels = self.compute_labels(index, config.num_classes)
 
-        def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            check()
-            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                return model(x, t, y)
-
-        path = INTERPOLANTS[self.path_type]
-        ends, velocities = (
-            time_interval(path, self.prediction),
-            VelocityModel(network, path, self.prediction),
+        interpolant = INTERPOLANTS[self.path_type]
+        interval = time_interval(interpolant, self.prediction)
+        velocity = GuidedVelocity(
+            VelocityModel(model, interpolant, self.prediction, dtype, check),
+            labels,
+            config.num_classes,
+            self.cfg_scale,
+            self.guidance_low,
+            self.guidance_high,
         )
-        guidance = self.cfg_scale, self.guidance_low, self.guidance_high
         if self.dopri5:
-            tolerance = self.atol, self.rtol
-            return guided_dopri5(
-                velocities, labels, config.num_classes, start, *guidance, *tolerance, path, ends
-            )[0]
-        velocity = GuidedVelocity(velocities, labels, config.num_classes, *guidance)
+            t_min, t_max = interval
+            x, _ = guided_dopri5(velocity, start, self.atol, self.rtol, t_max, t_min)
+            return denoise(velocity, interpolant, x, t_min)
         if self.mode == "ode":
-            return ode(velocity, start, self.num_steps, self.heun, path, ends)
+            times = ode_times(self.num_steps, interval)
+            solver = heun if self.heun else euler
+            x = solver(velocity, start, times)
+            return denoise(velocity, interpolant, x, times[-1])
 
         def brownian(step: int) -> Tensor:
             return normal(self.seed, Purpose.BROWNIAN, index, shape, draw=step)
 
-        return sde(velocity, path, start, self.num_steps, brownian, ends=ends)
+        times = sde_times(self.num_steps, interval)
+        x = euler_maruyama(velocity, interpolant, start, times, brownian)
+        return denoise(velocity, interpolant, x, times[-1])
 
 
 def cast_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:

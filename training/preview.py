@@ -12,7 +12,7 @@ from interpolant import INTERPOLANTS, time_interval
 from latents.cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
-from samplers import GuidedVelocity, VelocityModel, ode
+from samplers import GuidedVelocity, VelocityModel, denoise, euler, ode_times
 
 
 class Preview:
@@ -47,7 +47,9 @@ class Preview:
             time_interval(self.path, self.prediction),
         )
         velocity = GuidedVelocity(network, self.labels, ema.config.num_classes, self.cfg_scale)
-        latents = ode(velocity, self.start, self.num_steps, path=self.path, ends=ends)
+        times = ode_times(self.num_steps, ends)
+        latents = euler(velocity, self.start, times)
+        latents = denoise(velocity, self.path, latents, times[-1])
         images = self.vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
         rows = list(
             zip(self.names, images.reshape(len(self.names), self.columns, *images.shape[1:]))

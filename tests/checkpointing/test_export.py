@@ -14,7 +14,7 @@ from checkpointing.pretrained import load
 from checkpointing.storage import CheckpointError
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig, TimestepEmbedder
-from samplers import GuidedVelocity, ode
+from samplers import GuidedVelocity, euler, ode_times
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
         .replace("x = ", "torch.manual_seed(0)\nx = ", 1)
     )
     exec(code, shown)
-    expected = ode(GuidedVelocity(source.model, torch.arange(3), 3, 1.5), start, 5)
+    expected = euler(GuidedVelocity(source.model, torch.arange(3), 3, 1.5), start, ode_times(5))
     torch.testing.assert_close(shown["x"], expected, rtol=1e-4, atol=1e-4)
     assert (expected - start).abs().max() > 0.5  # the network does something
     assert shown["images"].shape == (3, 3, 32, 32)
