@@ -22,8 +22,8 @@ from common.files import write_file
 
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 
-# Names of the layers in the package -> in timm: outside of the blocks, in the first block (which has
-# no expansion), and in the other blocks.
+# Names of the layers in the package -> in timm: outside of the blocks, in the first block (which
+# has no expansion), and in the other blocks.
 OUTER_LAYERS = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",

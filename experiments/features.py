@@ -245,8 +245,8 @@ def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[i
     if source.vae_fingerprint not in (None, manifest.vae_fingerprint):
         raise UserError(
             f"{checkpoint} was trained on latents of another VAE ({source.vae}) than that of "
-            f"--data-dir ({manifest.vae}); pass its training data, or other images encoded with its "
-            "VAE"
+            f"--data-dir ({manifest.vae}); pass its training data, or other images encoded with "
+            "its VAE"
         )
     if blocks and blocks[-1] > config.depth:
         raise UserError(f"--blocks {blocks[-1]}: {checkpoint} has only {config.depth} blocks")

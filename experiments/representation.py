@@ -151,8 +151,8 @@ def cknna(a: Neighbours, b: Neighbours) -> float:
     """Return the centred kernel nearest-neighbour alignment of two spaces.
 
     Defined in the appendix of Huh et al. 2024 (arXiv:2405.07987) and implemented in their
-    metrics.py: inner-product kernels, common neighbours, and the unbiased HSIC; but without the 1e-6
-    that the implementation adds to the denominator. The value depends on n, so compare only values
+    metrics.py: inner-product kernels, common neighbours, and the unbiased HSIC; but without the
+    1e-6 that the implementation adds to the denominator. The value depends on n, so compare only values
     for the same images.
 
     Returns:
