@@ -152,8 +152,8 @@ def cknna(a: Neighbours, b: Neighbours) -> float:
 
     Defined in the appendix of Huh et al. 2024 (arXiv:2405.07987) and implemented in their
     metrics.py: inner-product kernels, common neighbours, and the unbiased HSIC; but without the
-    1e-6 that the implementation adds to the denominator. The value depends on n, so compare only values
-    for the same images.
+    1e-6 that the implementation adds to the denominator. The value depends on n, so compare only
+    values for the same images.
 
     Returns:
         A value in about [-1, 1]: 1 for equal spaces, about k / n for independent ones, and NaN if
