@@ -15,17 +15,18 @@ import math
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from common import cli
 from common.cli import UserError
-from common.files import write_file
 from common.machine import available_cores
 from evaluations.compare import frechet_name
 from experiments.cells import (
     RESERVED_FLAGS,
     Cell,
+    add_study_flags,
     check_cells,
     check_distinct_seeds,
     check_extra_flags,
@@ -35,7 +36,13 @@ from experiments.cells import (
     visible_gpus,
 )
 from experiments.panels import BASELINE, draw_figure, format_table
-from experiments.results import collect_runs, final_values, load_result, save_result
+from experiments.results import (
+    collect_runs,
+    final_values,
+    load_result,
+    save_result,
+    write_report,
+)
 from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS, default_align_block
 
@@ -225,73 +232,31 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         __doc__, "python -m experiments.ablate", "--axis NAME [NAME ...]", "[-- FLAGS OF TRAIN.PY]"
     )
-    add = parser.add_argument
     names = ", ".join(AXIS_TITLES)
-    add(
+    parser.add_argument(
         "--axis",
         nargs="+",
         choices=AXIS_TITLES,
         metavar="NAME",
         help=f"axes to vary: {names} (default with --scale imagenet: the first five)",
     )
-    add(
+    parser.add_argument(
         "--scale",
         choices=("demo", "imagenet"),
         default="demo",
         help="the bundled data, or ImageNet, which needs --print",
     )
-    add("--print", action="store_true", help="print the commands instead of running them")
-    add(
-        "--plot",
-        type=Path,
-        metavar="FILE.json",
-        help="write the table and the figure of an existing result",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        help="latent cache (default: data/fashion-mnist; imagenet: data/imagenet256)",
-    )
-    add(
-        "--model",
-        choices=PRESETS,
-        metavar="NAME",
-        help="preset of models/sit.py (default: SiT-Ti/2; imagenet: SiT-B/2)",
-    )
-    add("--seeds", type=cli.seed, nargs="+", help="seeds (default: 0 1 2; imagenet: 0)")
-    add(
-        "--max-train-steps",
-        type=cli.positive_int,
-        help="training steps per run (default: 400; imagenet: 400000)",
-    )
-    add(
-        "--evaluations",
-        type=cli.positive_int,
-        default=1,
-        help="evaluations per run, evenly spaced; the last one is after the last step",
-    )
-    add(
-        "--jobs",
-        type=cli.positive_int,
-        help="runs at a time (default: one per GPU, or one per CPU core)",
-    )
-    add(
-        "--gpus",
-        type=cli.positive_int,
-        default=8,
-        help="GPUs per machine of the cluster, for --scale imagenet",
-    )
-    add(
-        "--output-dir",
-        type=Path,
-        help="parent folder of the runs (default: exps/ablate; imagenet: exps/ablate-imagenet)",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE.json",
-        help="result, with its table and figure next to it (default: OUTPUT_DIR/AXES.json)",
-    )
+    defaults = {
+        "--data-dir": "data/fashion-mnist; imagenet: data/imagenet256",
+        "--model": "SiT-Ti/2; imagenet: SiT-B/2",
+        "--seeds": "0 1 2; imagenet: 0",
+        "--max-train-steps": "400; imagenet: 400000",
+        "--evaluations": "1",
+        "--jobs": "one per GPU, or one per CPU core",
+        "--output-dir": "exps/ablate; imagenet: exps/ablate-imagenet",
+        "--out": "OUTPUT_DIR/AXES.json",
+    }
+    add_study_flags(parser, defaults)
     return parser
 
 
@@ -316,6 +281,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args.model = args.model or ("SiT-B/2" if imagenet else "SiT-Ti/2")
     args.seeds = args.seeds or ([0] if imagenet else [0, 1, 2])
     args.max_train_steps = args.max_train_steps or (400_000 if imagenet else 400)
+    args.evaluations = args.evaluations or 1
     args.output_dir = args.output_dir or Path("exps/ablate-imagenet" if imagenet else "exps/ablate")
     args.jobs = args.jobs or len(visible_gpus()) or available_cores()
     args.out = args.out or args.output_dir / f"{'-'.join(args.axis)}.json"
@@ -342,7 +308,7 @@ def select_axes(result: dict, path: Path, axes: list[str]) -> dict:
     return result | {"axes": [panel for panel in result["axes"] if panel["name"] in selected]}
 
 
-def write_report(result: dict, path: Path) -> None:
+def write_ablation_report(result: dict, path: Path) -> None:
     """Write the table and the figure next to the JSON file, and print the table.
 
     Raises:
@@ -353,12 +319,7 @@ def write_report(result: dict, path: Path) -> None:
             f"{path} contains no finished run of vanilla SiT ({BASELINE}), the baseline of the "
             "comparison; rerun the study"
         )
-    table = format_table(result)
-    markdown = path.with_suffix(".md")
-    figure = path.with_suffix(".png")
-    write_file(markdown, table.encode())
-    draw_figure(result, figure)
-    print(f"{table}\n{path}, {markdown.name}, {figure.name}")
+    write_report(path, format_table(result), partial(draw_figure, result))
 
 
 def main() -> None:
@@ -366,7 +327,7 @@ def main() -> None:
     args, train_flags = parse(sys.argv[1:])
     if args.plot:
         result = load_result(args.plot, "ablate")
-        write_report(select_axes(result, args.plot, args.axis), args.plot)
+        write_ablation_report(select_axes(result, args.plot, args.axis), args.plot)
         return
 
     # List the runs.
@@ -410,7 +371,7 @@ def main() -> None:
     }
     save_result(args.out, "ablate", settings, entries)
     if not failed or any(entry["name"] == BASELINE for entry in entries):
-        write_report(load_result(args.out, "ablate"), args.out)
+        write_ablation_report(load_result(args.out, "ablate"), args.out)
     check_no_failures(failed, len(cells))
 
 

@@ -15,16 +15,18 @@ import time
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.measure import describe_machine
+from common import cli
 from common.cli import UserError
 from common.files import lock, write_file
 from common.machine import available_cores
 from evaluations.runs import read_json, read_log
+from models.sit import PRESETS
 from training.config import check_args, parse_args
 from training.preemption import EXIT_STOPPED, StopRequest, stop_on_signal
 
@@ -86,6 +88,34 @@ def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
         return argv, []
     index = argv.index("--")
     return argv[:index], argv[index + 1 :]
+
+
+def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
+    """Add the flags that all studies have.
+
+    Args:
+        parser: The parser of the study.
+        defaults: Descriptions of the default values, for the help of the flags.
+    """
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        default = f" (default: {defaults[flag]})" if flag in defaults else ""
+        parser.add_argument(flag, help=text + default, **options)
+
+    plot = "write the table and the figure of an existing result"
+    add("--plot", plot, type=Path, metavar="FILE.json")
+    add("--print", "print the commands instead of running them", action="store_true")
+    add("--data-dir", "latent cache, or folder of the caches", type=Path)
+    add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
+    add("--seeds", "seeds", type=cli.seed, nargs="+")
+    add("--max-train-steps", "training steps per run", type=cli.positive_int)
+    evaluations = "evaluations per run, evenly spaced; the last one is after the last step"
+    add("--evaluations", evaluations, type=cli.positive_int)
+    add("--jobs", "runs at a time", type=cli.positive_int)
+    gpus = "GPUs per machine of the cluster, for --scale imagenet"
+    add("--gpus", gpus, type=cli.positive_int, default=8)
+    add("--output-dir", "parent folder of the runs", type=Path)
+    add("--out", "result, with its table and figure next to it", type=Path, metavar="FILE.json")
 
 
 def check_extra_flags(

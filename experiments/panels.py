@@ -1,5 +1,6 @@
 """The table and the figure of an ablation study, made from its JSON result alone."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,15 +108,15 @@ def draw_figure(result: dict, path: Path) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel(result["metric"])
 
-    vanilla = {"color": "0.35", "linestyle": "--"}
-    seed = {"color": "0.4", "marker": "o", "markersize": 4, "linestyle": "", "alpha": 0.6}
-    mean = {"color": "0.4", "marker": "_", "markersize": 12, "markeredgewidth": 2.2}
-    best = {"color": "C1", "marker": "o", "markersize": 4}
+    # Without data, the lines draw nothing but their entries in the legend.
+    legend_line = partial(plt.Line2D, [], [])
+    seed = partial(legend_line, color="0.4", marker="o", markersize=4, linestyle="", alpha=0.6)
+    mean = partial(legend_line, color="0.4", marker="_", markersize=12, markeredgewidth=2.2)
     handles = [
-        plt.Line2D([], [], label="vanilla, and its seeds", **vanilla),
-        plt.Line2D([], [], label="a seed", **seed),
-        plt.Line2D([], [], label="mean, and 95% against vanilla", **mean),
-        plt.Line2D([], [], label="the paper's best", **best),
+        legend_line(color="0.35", linestyle="--", label="vanilla, and its seeds"),
+        seed(label="a seed"),
+        mean(label="mean, and 95% against vanilla"),
+        legend_line(color="C1", marker="o", markersize=4, label="the paper's best"),
     ]
     legend_columns = 4 if columns > 2 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False)
@@ -146,14 +147,21 @@ def draw_panel(axes: "Axes", panel: dict, finals: Values) -> None:
     for x, value in enumerate(panel["values"]):
         color = "C1" if value["usual"] else "C0"
         by_seed = finals.get(value["run"], {})
-        seeds = {"marker": "o", "markersize": 4, "alpha": 0.5, "linestyle": ""}
-        axes.plot([x - 0.12] * len(by_seed), [*by_seed.values()], color, **seeds)
+        axes.plot(
+            [x - 0.12] * len(by_seed),
+            [*by_seed.values()],
+            color,
+            marker="o",
+            markersize=4,
+            alpha=0.5,
+            linestyle="",
+        )
         difference = paired_difference(by_seed, baseline)
         if difference is None:
             continue
-        mean = {"marker": "_", "markersize": 15, "markeredgewidth": 2.2}
-        axes.plot(x + 0.08, level + difference.mean, color, **mean)
-        if difference.low is not None:
+        mean = level + difference.mean
+        axes.plot(x + 0.08, mean, color, marker="_", markersize=15, markeredgewidth=2.2)
+        if difference.low is not None and difference.high is not None:
             ends = [level + difference.low, level + difference.high]
             axes.plot([x + 0.08] * 2, ends, color, linewidth=1.6)
     axes.set_xticks(range(len(panel["values"])), [value["label"] for value in panel["values"]])

@@ -94,8 +94,8 @@ def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float,
 class Neighbours(NamedTuple):
     """The k rows with the largest inner products with each of n rows, excluding the row itself."""
 
-    product: Tensor  # inner products, (n, k)
-    index: Tensor  # indices of the neighbours, (n, k)
+    products: Tensor  # inner products, (n, k)
+    indices: Tensor  # of the neighbours, (n, k)
 
 
 def find_neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
@@ -107,12 +107,12 @@ def find_neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
     assert len(unit) > k, (len(unit), k)
     chunks = []
     for start in range(0, len(unit), ROWS_PER_CHUNK):
-        products = unit[start : start + ROWS_PER_CHUNK] @ unit.T
-        products.diagonal(start).fill_(-torch.inf)
-        chunks.append(products.topk(k, 1))
-    product = torch.cat([chunk.values for chunk in chunks])
-    index = torch.cat([chunk.indices for chunk in chunks])
-    return Neighbours(product, index)
+        chunk = unit[start : start + ROWS_PER_CHUNK] @ unit.T
+        chunk.diagonal(start).fill_(-torch.inf)
+        chunks.append(chunk.topk(k, 1))
+    products = torch.cat([chunk.values for chunk in chunks])
+    indices = torch.cat([chunk.indices for chunk in chunks])
+    return Neighbours(products, indices)
 
 
 def local_hsic(a: Neighbours, b: Neighbours) -> float:
@@ -121,16 +121,16 @@ def local_hsic(a: Neighbours, b: Neighbours) -> float:
     Entry (i, j) of the kernels is zero unless j is a neighbour of i in both spaces. At most n k
     entries differ from zero, and only these are stored.
     """
-    n = len(a.index)
+    n = len(a.indices)
 
     # List the entries (i, j) that differ from zero.
-    is_common = a.index[:, :, None] == b.index[:, None, :]
+    is_common = a.indices[:, :, None] == b.indices[:, None, :]
     i, rank_in_a, rank_in_b = is_common.nonzero(as_tuple=True)
     if not len(i):
         return 0.0
-    j = a.index[i, rank_in_a]
-    k_ij = a.product[i, rank_in_a]
-    l_ij = b.product[i, rank_in_b]
+    j = a.indices[i, rank_in_a]
+    k_ij = a.products[i, rank_in_a]
+    l_ij = b.products[i, rank_in_b]
 
     # Compute the trace of K L, the sum of K_ij L_ji. Entry (j, i) may be zero if (i, j) is not.
     positions, order = (i * n + j).sort()

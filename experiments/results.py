@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,6 +134,21 @@ def load_result(path: Path, study: str) -> dict:
     return result
 
 
+def write_report(path: Path, table: str, draw: Callable[[Path], None]) -> None:
+    """Write the Markdown table and the figure of a result, and print the table.
+
+    Args:
+        path: The JSON file of the result; the other files have the same name with .md and .png.
+        table: The table.
+        draw: Writes the figure to a path.
+    """
+    markdown = path.with_suffix(".md")
+    figure = path.with_suffix(".png")
+    write_file(markdown, table.encode())
+    draw(figure)
+    print(f"{table}\n{path}, {markdown.name}, {figure.name}")
+
+
 def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
     """Return the metric at the last evaluation of each run, by the name of the run and its seed."""
     values: dict[str, dict[int, float]] = {}
@@ -148,7 +164,7 @@ class Estimate(NamedTuple):
     mean: float
     low: float | None
     high: float | None
-    count: int
+    num_values: int
 
 
 def student_interval(values: list[float], level: float = 0.95) -> Estimate:

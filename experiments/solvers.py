@@ -380,7 +380,7 @@ def draw_figure(figures: dict, path: Path) -> None:
     save_png(figure, path)
 
 
-def draw_curve(axes: "Axes", curve: dict[str, list], **style: str) -> None:
+def draw_curve(axes: "Axes", curve: dict[str, list], **style: Any) -> None:
     """Draw the error over the number of evaluations."""
     axes.plot(curve["evaluations"], curve["error"], marker="o", markersize=3.5, **style)
 
@@ -391,8 +391,14 @@ def draw_slope(axes: "Axes", curve: dict[str, list], order: int) -> None:
     offset = 0.3 if order > 2 else 2.5
     line = offset * curve["error"][-1] * (n / n[-1]) ** -float(order)
     axes.plot(n, line, "0.5", linestyle="--", linewidth=1)
-    style: dict[str, Any] = {"color": "0.35", "fontsize": 8.5, "textcoords": "offset points"}
-    axes.annotate(f"order {order}", (n[-1], line[-1]), (4, -3), **style)
+    axes.annotate(
+        f"order {order}",
+        (n[-1], line[-1]),
+        (4, -3),
+        textcoords="offset points",
+        color="0.35",
+        fontsize=8.5,
+    )
 
 
 def main() -> None:

@@ -105,6 +105,10 @@ class Bounds(NamedTuple):
     low: float
     high: float
 
+    def divide(self, divisor: float) -> "Bounds":
+        """Return the bounds of the number divided by a positive divisor."""
+        return Bounds(self.low / divisor, self.high / divisor)
+
 
 def images_needed(
     images: np.ndarray, values: np.ndarray, quality: float | np.ndarray
@@ -178,18 +182,11 @@ class SpeedUp(NamedTuple):
         Args:
             cost: Cost of training on an image relative to the baseline; assumed to be exact.
         """
-        return SpeedUp(
-            self.images,
-            self.quality,
-            scale_bounds(self.value, cost),
-            self.low and scale_bounds(self.low, cost),
-            self.high and scale_bounds(self.high, cost),
+        return self._replace(
+            value=self.value.divide(cost),
+            low=self.low and self.low.divide(cost),
+            high=self.high and self.high.divide(cost),
         )
-
-
-def scale_bounds(bounds: Bounds, divisor: float) -> Bounds:
-    """Divide both bounds by a number."""
-    return Bounds(bounds.low / divisor, bounds.high / divisor)
 
 
 def select_milestones(images: np.ndarray) -> list[int]:

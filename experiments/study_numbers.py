@@ -291,7 +291,7 @@ def format_comparison(quality: Curves, name: str, baseline: str, decimals: int) 
 
 def format_held_out(by_time: dict[str, Curves], name: str, baseline: str) -> dict[str, str]:
     """Return the differences of the final held-out losses, in percent of the baseline's."""
-    numbers = {}
+    numbers: dict[str, str] = {}
     for t, curves in by_time.items():
         values, baseline_values = curves.pair(name, baseline)
         differences = 100 * (values - baseline_values)[:, -1] / baseline_values[:, -1].mean()

@@ -396,8 +396,8 @@ def draw_differences(
         if len(values) > 1:
             for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
                 estimates = [interval(column) for column in differences.T.tolist()]
-                lows = [estimate.low for estimate in estimates]
-                highs = [estimate.high for estimate in estimates]
+                lows = np.array([estimate.low for estimate in estimates])
+                highs = np.array([estimate.high for estimate in estimates])
                 axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)
         axes.plot(x, differences.mean(0), **styles[name], markersize=5, linewidth=0)
     axes.axhline(0, color=styles[baseline]["color"], linewidth=1)

@@ -121,7 +121,7 @@ def test_student_intervals_equal_scipys():
     a, b = (dict(enumerate(rng.normal(size=5).tolist())) for _ in range(2))
     expected = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.9)
     paired = results.paired_difference(a, b, level=0.9)
-    assert paired.count == 5
+    assert paired.num_values == 5
     assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     expected = stats.ttest_1samp([*a.values()], 0).confidence_interval(0.95)
     single = results.student_interval([*a.values()])

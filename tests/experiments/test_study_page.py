@@ -129,7 +129,7 @@ def test_bootstrap_interval_approximates_that_of_all_resamples():
     values = [1.0, 2.0, 4.0, 8.0]
     means = sorted(np.mean(drawn) for drawn in itertools.product(values, repeat=4))
     estimate = bootstrap_interval(values, 0.8)
-    assert estimate.mean == 3.75 and estimate.count == 4
+    assert estimate.mean == 3.75 and estimate.num_values == 4
     assert (estimate.low, estimate.high) == pytest.approx(np.quantile(means, [0.1, 0.9]), abs=0.02)
 
 
