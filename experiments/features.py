@@ -281,7 +281,7 @@ def find_reference_neighbours(
     latents = images.latents[images.half :].split(batch_size)
     features = torch.cat(
         [
-            network(vae.decode(batch.to(device)))[0].float()
+            network(vae.decode(batch.to(device))).pool.float()
             for batch in tqdm(latents, unit="batch", desc="reference features", leave=False)
         ]
     )

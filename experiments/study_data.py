@@ -23,7 +23,8 @@ from common.cli import UserError
 from common.files import sha256, write_file
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
-from evaluations.reference_features import default_cache_dir, load_reference_features
+from evaluations.features import Features
+from evaluations.reference_features import ReferenceFile, load_reference_features
 from evaluations.runs import read_json
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
@@ -171,23 +172,16 @@ def measure_floor(folder: Path, count: int, batch_size: int = 250) -> dict[str, 
     network = load_extractor("fashion", None, (32, 32), device, str(folder), "--features")
     index = torch.arange(count) * len(cache) // count
 
-    def extract_features() -> Iterator[tuple[Tensor, ...]]:
+    def extract_features() -> Iterator[Features[Tensor]]:
         for part in index.split(batch_size):
             moments, _ = cache.gather(part.numpy())
             yield network(vae.decode(scale.mean(moments.to(device))))
 
-    reference = load_reference_features(
-        BUNDLED_IMAGES,
-        sha256(BUNDLED_IMAGES),
-        {"fashion": network},
-        32,
-        batch_size,
-        device,
-        "--eval-reference",
-        default_cache_dir(),
-    )["fashion"]
+    file = ReferenceFile(BUNDLED_IMAGES, sha256(BUNDLED_IMAGES), 32, "--eval-reference")
+    references = load_reference_features(file, {"fashion": network}, batch_size, device)
+    assert references is not None  # only on other ranks of a distributed job
     features = collect_features(extract_features(), count)
     labels = cache.labels[index.numpy()].astype("int64")
-    metrics = compute_metrics(features, labels, reference, "fashion", device)
+    metrics = compute_metrics(features, labels, references["fashion"], "fashion", device)
     write_file(path, json.dumps(metrics).encode())
     return metrics

@@ -234,7 +234,7 @@ def format_numbers(result: dict) -> dict[str, str]:
     metrics = {key: collect_curves(result, column) for key, column in METRIC_COLUMNS.items()}
     by_time = {t: collect_curves(result, f"held_out_{t}") for t in held_out_times(result)}
     costs = relative_costs(result)
-    numbers = {}
+    numbers: dict[str, str] = {}
     for name in (method["name"] for method in result["methods"]):
         own = {}
         if name in quality.by_method:

@@ -90,11 +90,12 @@ def test_imagenet_commands_are_valid_and_cover_table_1(call):
         settings.add(tuple(str(getattr(args, name)) for name in names) if is_aligned else None)
 
         config = sample_ddp.parse_args(sampling[sampling.index("sample_ddp.py") + 1 :])
-        assert (config.num_fid_samples, config.cfg_scale) == (50_000, 1)
-        assert (config.mode, config.num_steps) == ("sde", 250)
-        assert config.ckpt == args.output_dir / args.exp_name
+        sampler = config.sampler
+        assert config.output.num_fid_samples == 50_000
+        assert (sampler.mode, sampler.num_steps, sampler.cfg_scale) == ("sde", 250, 1)
+        assert config.checkpoint.ckpt == args.output_dir / args.exp_name
         evaluated = evaluate.parse_args(evaluation[evaluation.index("evaluations.evaluate") + 1 :])
-        assert evaluated.samples == config.sample_dir / f"{config.name}.npz"
+        assert evaluated.samples == config.output.sample_dir / f"{config.output.name}.npz"
 
     best = (2, (0.0, 1.0), "smooth_l1", 1.0, 5)
     values_by_axis = (

@@ -149,7 +149,7 @@ def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(
     [
         (["--eval-reference", "/nonexistent"], "--eval-reference /nonexistent does not exist"),
         (["--eval-cfg-scale", 0.5], "--eval-cfg-scale 0.5 is below 1"),
-        (["--eval-heun"], "--eval-heun is an ODE solver: add --eval-mode ode"),
+        (["--eval-heun"], "--eval-heun is an ODE solver; set the mode to ode"),
         (["--eval-samples", 3], "--eval-samples 3 is too few"),
         (["--eval-every", 0, "--resolution", 32], "--eval-latents needs --eval-every"),
         (["--eval-latents", "/nonexistent"], "--eval-latents: /nonexistent"),
