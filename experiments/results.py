@@ -17,7 +17,6 @@ from evaluations.runs import read_json, read_log
 from experiments.cells import Cell, is_finished, make_portable, read_record
 
 RESULT_VERSION = 1  # version of the JSON format
-LOSS_COLUMNS = ("denoising", "cosine")  # and every column whose name starts with "align"
 
 
 def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
@@ -57,8 +56,13 @@ def summarize_run(cell: Cell, folder: Path, finished: bool) -> dict:
     if evaluations:
         evaluation_settings = dict(evaluations[-1]["evaluation"])
         evaluation_settings.pop("reference", None)
-        metrics = [key for key in evaluations[0] if key not in ("step", "evaluation")]
-    losses = [key for key in steps[-1] if key in LOSS_COLUMNS or key.startswith("align")]
+        metrics = [key for key in evaluations[0] if key not in ("schema", "step", "evaluation")]
+    # Columns of alignment methods are align/METHOD and cosine/METHOD, or without names in old logs.
+    losses = [
+        key
+        for key in steps[-1]
+        if key.startswith("align") or key.split("/")[0] in ("denoising", "cosine")
+    ]
 
     entry: dict = {"name": cell.name, "seed": cell.seed}
     if not finished:
