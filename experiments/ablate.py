@@ -228,7 +228,7 @@ def print_imagenet_commands(cells: list[Cell], folder: Path, gpus: int) -> None:
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of the command's own flags."""
+    """Return the parser of the study's flags."""
     parser = cli.Parser(
         __doc__, "python -m experiments.ablate", "--axis NAME [NAME ...]", "[-- FLAGS OF TRAIN.PY]"
     )
@@ -261,13 +261,13 @@ def make_parser() -> cli.Parser:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own flags and the flags for every train.py.
+    """Return the flags of the study and those for every train.py.
 
     Raises:
-        UserError: If a flag is wrong, or does not fit to another one.
+        UserError: If a flag is wrong, or incompatible with another one.
     """
-    own, train_flags = split_argv(argv)
-    args = make_parser().parse_args(own)
+    study_argv, train_flags = split_argv(argv)
+    args = make_parser().parse_args(study_argv)
     check_extra_flags(train_flags, RESERVED_FLAGS, ("--align", "--projector"))
     imagenet = args.scale == "imagenet"
     if imagenet and not args.print:

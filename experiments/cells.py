@@ -1,4 +1,4 @@
-"""Run the cells of a study: many runs of train.py, each in a process of its own.
+"""Run the cells of a study: many runs of train.py, each in a separate process.
 
 Runs with the same seed have the same images, noise, timesteps and initial weights, because these
 depend on the --seed of train.py alone. The difference between two such runs is therefore caused by
@@ -107,7 +107,7 @@ def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -
     add("--print", "print the commands instead of running them", action="store_true")
     add("--data-dir", "latent cache, or folder of the caches", type=Path)
     add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
-    add("--seeds", "seeds", type=cli.seed, nargs="+")
+    add("--seeds", "seeds; each setting runs with each of them", type=cli.seed, nargs="+")
     add("--max-train-steps", "training steps per run", type=cli.positive_int)
     evaluations = "evaluations per run, evenly spaced; the last one is after the last step"
     add("--evaluations", evaluations, type=cli.positive_int)
@@ -124,7 +124,7 @@ def check_extra_flags(
     """Raise UserError if the flags after "--" include one that the study sets itself."""
     for word in flags:
         if word.split("=")[0] in reserved or word.startswith(prefixes):
-            raise UserError(f"-- {word}: this flag is set by the study; remove it after the --")
+            raise UserError(f"-- {word}: the study sets this flag itself; remove it")
 
 
 def check_distinct_seeds(seeds: list[int]) -> None:
@@ -257,7 +257,7 @@ def visible_gpus() -> list[str]:
 class TrainingProcess:
     """The process of train.py that executes a cell, and the record of the run.
 
-    The process has its own session, so that Ctrl-C does not reach it directly.
+    The process runs in a new session, so that Ctrl-C does not reach it directly.
 
     Args:
         cell: The run to execute.
@@ -283,7 +283,7 @@ class TrainingProcess:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(num_threads),
             "PYTHONUNBUFFERED": "1",
-            # The last line of the log names the error of a failed run, so no progress bar follows.
+            # The last line of the log names the error of a failed run, so progress bars are disabled.
             "TQDM_DISABLE": "1",
             "TQDM_MININTERVAL": "60",
         }
@@ -291,7 +291,7 @@ class TrainingProcess:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self.log = folder / f"{cell.run_name}.log"
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.popen = subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *cell.train_flags(folder)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -309,11 +309,11 @@ class TrainingProcess:
     def send_signal(self, number: int) -> None:
         """Send a signal to the process and its children, if they still exist."""
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self.popen.pid, number)
 
     def close(self) -> str | None:
         """Record the outcome of a process that has exited; return its error, or None."""
-        code = self.process.returncode
+        code = self.popen.returncode
         self.write_record(finished=code == 0)
         if code == 0:
             return None
@@ -394,7 +394,7 @@ class Scheduler:
         """Free the slots of processes that have exited; return whether there were any."""
         has_changed = False
         for slot, process in enumerate(self.slots):
-            if not process or process.process.poll() is None:
+            if not process or process.popen.poll() is None:
                 continue
             has_changed = True
             self.slots[slot] = None

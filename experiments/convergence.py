@@ -260,7 +260,7 @@ def write_convergence_report(path: Path) -> None:
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of the command's own flags."""
+    """Return the parser of the study's flags."""
     parser = cli.Parser(
         __doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]"
     )
@@ -313,13 +313,13 @@ def make_parser() -> cli.Parser:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own flags and the flags for every train.py.
+    """Return the flags of the study and those for every train.py.
 
     Raises:
-        UserError: If a flag is wrong, or does not fit to another one.
+        UserError: If a flag is wrong, or incompatible with another one.
     """
-    own, train_flags = split_argv(argv)
-    args = make_parser().parse_args(own)
+    study_argv, train_flags = split_argv(argv)
+    args = make_parser().parse_args(study_argv)
     if not args.scale and not args.plot:
         raise UserError(f"--scale is missing; pass one of {', '.join(SCALES)}, or --plot FILE.json")
     reserved = {*RESERVED_FLAGS, "--eval-latents"}

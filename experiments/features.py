@@ -232,7 +232,7 @@ def load_cache(folders: list[Path], min_images: int) -> LatentCache:
 
 
 def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[int]) -> None:
-    """Raise UserError if a checkpoint does not fit to the latents, or lacks a block."""
+    """Raise UserError if a checkpoint does not fit the latents, or lacks a block."""
     checkpoint = f"--ckpt {source.identity['checkpoint']}"
     config = source.model.config
     manifest = cache.manifest
@@ -296,7 +296,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
         the figure.
 
     Raises:
-        UserError: If the flags, the checkpoints and the cache do not fit to each other.
+        UserError: If the flags, the checkpoints and the cache do not fit each other.
     """
     # Load the inputs.
     official_flags = {name: getattr(args, name) for name in ("model", "origin", "path_type")}

@@ -236,21 +236,21 @@ def format_numbers(result: dict) -> dict[str, str]:
     costs = relative_costs(result)
     numbers: dict[str, str] = {}
     for name in (method["name"] for method in result["methods"]):
-        own = {}
+        quantities = {}
         if name in quality.by_method:
-            own["seeds"] = str(len(quality.pair(name, baseline)[0]))
-            own[result["metric"]] = f"{quality.final_mean(name):.{decimals}f}"
+            quantities["seeds"] = str(len(quality.pair(name, baseline)[0]))
+            quantities[result["metric"]] = f"{quality.final_mean(name):.{decimals}f}"
         for metric, curves in metrics.items():
             if name in curves.by_method:
-                own |= format_metric(metric, curves, name, baseline)
+                quantities |= format_metric(metric, curves, name, baseline)
         if probe := best_probe(result, name):
             block, accuracy = probe
-            own["probe"] = f"{accuracy:.1%} (block {block})"
+            quantities["probe"] = f"{accuracy:.1%} (block {block})"
         if name != baseline and len(quality.pair(name, baseline)[0]):
-            own |= format_comparison(quality, name, baseline, decimals)
-            own |= format_held_out(by_time, name, baseline)
-            own |= format_speed_ups(quality, name, baseline, costs)
-        numbers |= {f"{name} {quantity}": text for quantity, text in own.items()}
+            quantities |= format_comparison(quality, name, baseline, decimals)
+            quantities |= format_held_out(by_time, name, baseline)
+            quantities |= format_speed_ups(quality, name, baseline, costs)
+        numbers |= {f"{name} {quantity}": text for quantity, text in quantities.items()}
     return numbers
 
 
@@ -307,7 +307,9 @@ def format_speed_ups(
     values, baseline_values = quality.pair(name, baseline)
     speed_ups = compute_speed_ups(quality.images, baseline_values, values)
     final = speed_ups[-1]
-    numbers = {f"speed-up at {each.images}": format_speed_up(each) for each in speed_ups}
+    numbers = {
+        f"speed-up at {speed_up.images}": format_speed_up(speed_up) for speed_up in speed_ups
+    }
     numbers["speed-up"] = format_speed_up(final)
     for unit, factors in costs.items():
         if name in factors:

@@ -140,12 +140,12 @@ def test_imagenet_prints_valid_commands_for_a_cluster(call):
         ("--scale gpu --seeds 1 1", "--seeds 1 1: pass each seed only once"),
         ("--scale imagenet --tune", "--tune needs --scale laptop or gpu"),
         ("--scale gpu --out x.txt", "--out x.txt must end in .json"),
-        ("--scale gpu -- --align-depth 3", "-- --align-depth: this flag is set by the study"),
+        ("--scale gpu -- --align-depth 3", "-- --align-depth: the study sets this flag itself"),
         ("--scale laptop --tune --gather", "--gather does not apply to --tune"),
         ("--plot docs/study.md", "--plot docs/study.md must end in .json"),
-        ("--scale gpu -- --encoder-depth 3", "-- --encoder-depth: this flag is set by the study"),
-        ("--scale gpu -- --eval-latents x", "-- --eval-latents: this flag is set by the study"),
-        ("--scale gpu -- --seed=3", "-- --seed=3: this flag is set by the study"),
+        ("--scale gpu -- --encoder-depth 3", "-- --encoder-depth: the study sets this flag itself"),
+        ("--scale gpu -- --eval-latents x", "-- --eval-latents: the study sets this flag itself"),
+        ("--scale gpu -- --seed=3", "-- --seed=3: the study sets this flag itself"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
