@@ -283,7 +283,7 @@ class TrainingProcess:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(num_threads),
             "PYTHONUNBUFFERED": "1",
-            # The last line of the log names the error of a failed run, so progress bars are disabled.
+            # The last line of the log names the error of a failed run, so hide progress bars.
             "TQDM_DISABLE": "1",
             "TQDM_MININTERVAL": "60",
         }
