@@ -67,8 +67,8 @@ def test_runs_with_equal_seeds_differ_only_in_the_method(scale):
 def test_evaluations_are_evenly_spaced(steps, evaluations, every, log_every):
     flags = ("--max-train-steps", str(steps), "--evaluations", str(evaluations))
     settings = make_plan("laptop", *flags).study_cells({})[0].settings()
-    assert (args.eval_every, args.checkpointing_steps) == (every, every)
-    assert (args.log_every, args.max_train_steps) == (log_every, steps)
+    assert settings.evaluation.every == settings.checkpoint.checkpointing_steps == every
+    assert (settings.log.log_every, settings.loop.max_train_steps) == (log_every, steps)
 
 
 @pytest.mark.parametrize("scale", ["laptop", "gpu"])
@@ -129,9 +129,10 @@ def test_imagenet_prints_valid_commands_for_a_cluster(call):
         assert (evaluation.every, evaluation.samples) == (50_000, 50_000)
         assert (evaluation.mode, evaluation.num_steps) == ("sde", 250)
         assert (evaluation.cfg_scale, settings.optimizer.ema_decay) == (1.0, (0.9999,))
-        if "repa" in args.align:
-            assert args.repa_encoder is None
-            assert (args.align_depth[-1], args.projector_width[-1]) == (8, 2048)
+        for alignment in settings.alignments:
+            if alignment.method == "repa":
+                assert alignment.settings.encoder == "dinov2-b"
+                assert (alignment.block, alignment.projector_width) == (8, 2048)
 
 
 @pytest.mark.parametrize(
