@@ -238,7 +238,7 @@ def train(
     )
     batches = stream.read_batches(
         state.step,
-        loop.max_train_steps,
+        loop.num_steps,
         settings.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init=ignore_signals,
@@ -271,7 +271,7 @@ def train(
         should_retry = bool(writer.problem) and is_due(state.step, settings.log.log_every)
         stop, retry = flags.reduce(is_stopped(), should_retry)
 
-        is_last = state.step == loop.max_train_steps
+        is_last = state.step == loop.num_steps
         save_due = is_due(state.step, settings.checkpoint.checkpointing_steps)
         saved = is_last or stop or retry or save_due
         if saved:
@@ -323,7 +323,7 @@ def run_training(
     folder = settings.run.folder
     check_same_run(flags, folder)
     position = read_position(settings, accelerator)
-    if position.step >= settings.loop.max_train_steps and not position.has_pending_work:
+    if position.step >= settings.loop.num_steps and not position.has_pending_work:
         accelerator.print(
             f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
             "further"
@@ -342,7 +342,7 @@ def run_training(
     schedule = EMASchedule(
         log,
         settings.optimizer.ema_decay,
-        settings.loop.max_train_steps,
+        settings.loop.num_steps,
         run.preview,
         run.evaluator,
         settings.preview.every,

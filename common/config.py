@@ -1,6 +1,6 @@
 """Settings as frozen dataclasses, from whose fields argparse is filled.
 
-Declare fields with `setting`, fill a parser with `add_flags`, build the dataclass with `read_flags`.
+Declare fields with `setting`, fill a parser with `add_flags`, build the object with `read_flags`.
 """
 
 import argparse

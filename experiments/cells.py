@@ -343,7 +343,7 @@ class Scheduler:
         self.images: dict[Cell, int] = {}
         for cell in cells:
             loop = cell.settings().loop
-            total = loop.max_train_steps * loop.batch_size
+            total = loop.num_steps * loop.batch_size
             self.total_images[cell] = total
             self.images[cell] = count_images(cell, folder) if cell in self.waiting else total
 
@@ -453,7 +453,7 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
         )
         resources.enter_context(bar)
         request = resources.enter_context(stop_on_signal())
-        previous_handler = signal.signal(signal.SIGINT, request.note)
+        previous_handler = signal.signal(signal.SIGINT, request.handle)
         resources.callback(signal.signal, signal.SIGINT, previous_handler)
         resources.callback(scheduler.kill_processes)
         scheduler.run(request, bar)

@@ -98,7 +98,7 @@ def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: i
     if is_distributed:
         launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
     for cell in cells:
-        cell.args(gpus if is_distributed else 1)
+        cell.settings(gpus if is_distributed else 1)
         print(f"{launcher} train.py {shlex.join(cell.train_flags(output_dir))}")
 
 

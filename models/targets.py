@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     """The part of a run that a method decides before anything is loaded."""
 
     out: int | dict[str, int]  # dimension of a target token; with several targets, by name
-    record: dict[str, Any] = {}  # the method's own keys in config.json
+    record: dict[str, Any] | None = None  # the method's own keys in config.json
 
 
 class Cost(NamedTuple):

@@ -130,7 +130,7 @@ def plan_alignments(
             name: _head_spec(config, target, network.width, out) for name, out in sizes.items()
         }
         entry |= {"heads": heads} if isinstance(plan.out, dict) else {"head": heads[""]}
-        entries.append(entry | plan.record)
+        entries.append(entry | (plan.record or {}))
     return entries
 
 
@@ -226,7 +226,7 @@ def make_run_context(
     ema: SiT,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-    compile: bool,  # noqa: A002 (torch's word)
+    compile: bool,
 ) -> RunContext:
     """Return the parts of a run that targets may use.
 

@@ -254,12 +254,12 @@ def _split_per_method(field: dataclasses.Field, given: list | None, methods: lis
         return [None] * len(methods)
     size = 2 if field.name == "t_range" else 1
     if len(given) not in (size, size * len(methods)):
-        plural = "s" if size > 1 else ""
-        expected = f"{size} value{plural}"
+        expected = f"{size} value" if size == 1 else f"{size} values"
         if len(methods) > 1:
-            each = " ".join(methods)
-            expected += f" for all methods, or {size * len(methods)} for --align {each}"
-        values = " ".join(map(str, given))
-        raise UserError(f"{flag_names(field)[0]} {values}: pass {expected}, not {len(given)}")
+            expected += (
+                f" for all methods, or {size * len(methods)} for --align {' '.join(methods)}"
+            )
+        passed = " ".join(map(str, given))
+        raise UserError(f"{flag_names(field)[0]} {passed}: pass {expected}, not {len(given)}")
     values = given if size == 1 else list(zip(given[::2], given[1::2]))
     return values * len(methods) if len(values) == 1 else values

@@ -151,6 +151,11 @@ class LoopConfig:
         may_change=True,
     )
 
+    @property
+    def num_steps(self) -> int:
+        """Number of updates of the run; `resolve_num_steps` applies --epochs."""
+        return self.max_train_steps or DEFAULT_NUM_STEPS
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -395,22 +400,20 @@ def parse_settings(
         "--print-config", action="store_true", help="print the settings of the run and exit"
     )
     args = parser.parse_args(argv)
-    run, data, model, objective, loop, optimizer, device, log, checkpoint, preview, evaluation = (
-        read_flags(config, args) for config in _CONFIGS
-    )
+    model = read_flags(ModelConfig, args)
     settings = Settings(
-        run=run,
-        data=data,
+        run=read_flags(RunConfig, args),
+        data=read_flags(DataConfig, args),
         model=model,
-        objective=objective,
+        objective=read_flags(ObjectiveConfig, args),
         alignments=resolve_alignments(args, model.model),
-        loop=loop,
-        optimizer=optimizer,
-        device=device,
-        log=log,
-        checkpoint=checkpoint,
-        preview=preview,
-        evaluation=evaluation,
+        loop=read_flags(LoopConfig, args),
+        optimizer=read_flags(OptimizerConfig, args),
+        device=read_flags(DeviceConfig, args),
+        log=read_flags(LogConfig, args),
+        checkpoint=read_flags(CheckpointConfig, args),
+        preview=read_flags(PreviewConfig, args),
+        evaluation=read_flags(EvaluationConfig, args),
         print_config=args.print_config,
     )
     _check_settings(settings)
@@ -475,7 +478,7 @@ def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> Non
 
 def resolve_num_steps(loop: LoopConfig, num_images: int) -> LoopConfig:
     """Return the settings with `max_train_steps` filled in."""
-    steps = loop.max_train_steps or DEFAULT_NUM_STEPS
+    steps = loop.num_steps
     if loop.epochs:
         steps = math.ceil(loop.epochs * num_images / loop.batch_size)
     return replace(loop, max_train_steps=steps)

@@ -16,7 +16,11 @@ from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
 from evaluations.features import Features
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
-from evaluations.reference_features import ReferenceFile, load_reference_features
+from evaluations.reference_features import (
+    ReferenceFeatures,
+    ReferenceFile,
+    load_reference_features,
+)
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
@@ -89,7 +93,7 @@ class Evaluator:
         if config.latents:
             self.held_out = HeldOutLoss(config.latents, config.samples)
             self.held_out.check_compatible(manifest)
-        self.reference = None
+        self.reference: ReferenceFeatures | None = None
         self.identity: dict = {}
         if rank == 0:
             self._load_reference(size)

@@ -1,4 +1,4 @@
-"""Skip updates with non-finite losses or gradients, without a host-device synchronisation per step."""
+"""Skip updates with non-finite losses or gradients, without host-device synchronisation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class NonFiniteGuard:
         is_bad = ~torch.isfinite(torch.stack(list(scalars.values())).detach())
         if not self.uses_grad_scaler:
             # A non-finite loss gives a non-finite gradient, which DDP spreads to every process.
-            self.optimizer.found_inf = is_bad[-1].float()
+            setattr(self.optimizer, "found_inf", is_bad[-1].float())  # noqa: B010 (an undeclared attribute)
         self.pending.append(_StepRecord(step, is_bad.float()))
         return 1 - is_bad.any().float()
 

@@ -144,16 +144,14 @@ def find_position(
     rows = [row for row in read_rows(folder) if row["step"] == step and "evaluation" in row]
     evaluated = frozenset(row["evaluation"]["ema_decay"] for row in rows)
     previews = [preview_path(folder, step, suffix) for suffix in ema_suffixes(ema_decays)]
+    is_evaluation_due = is_due_or_last(step, evaluation.every, last_step)
+    is_preview_due = is_due_or_last(step, preview.every, last_step)
     lacks_evaluation = not evaluated >= set(ema_decays)
     lacks_preview = not all(path.exists() for path in previews)
     return RunPosition(
         checkpoints,
         step,
         evaluated,
-        has_pending_work=(
-            is_due_or_last(step, evaluation.every, last_step)
-            and lacks_evaluation
-            or is_due_or_last(step, preview.every, last_step)
-            and lacks_preview
-        ),
+        has_pending_work=(is_evaluation_due and lacks_evaluation)
+        or (is_preview_due and lacks_preview),
     )

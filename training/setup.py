@@ -119,7 +119,7 @@ def read_position(settings: Settings, accelerator: Accelerator) -> RunPosition:
             find_position(
                 settings.run.folder,
                 settings.optimizer.ema_decay,
-                settings.loop.max_train_steps,
+                settings.loop.num_steps,
                 settings.preview,
                 settings.evaluation,
             )
@@ -245,7 +245,7 @@ def open_log(settings: Settings, accelerator: Accelerator, run: Run) -> RunLog:
     state, folder = run.state, settings.run.folder
     is_main, device = accelerator.is_main_process, accelerator.device
     batch_size = settings.loop.batch_size
-    total = settings.loop.max_train_steps * batch_size
+    total = settings.loop.num_steps * batch_size
     names = ["loss", "denoising"]
     for method in run.alignments:
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
@@ -287,7 +287,7 @@ def summary(settings: Settings, accelerator: Accelerator, run: Run) -> str:
     num_processes, accumulation = accelerator.num_processes, loop.gradient_accumulation_steps
     local = loop.batch_size // num_processes // accumulation
     num_images = len(run.cache)
-    epochs = loop.max_train_steps * loop.batch_size / num_images
+    epochs = loop.num_steps * loop.batch_size / num_images
     return "\n".join(
         [
             f"{settings.model.model}: {size / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOPs "
@@ -298,6 +298,6 @@ def summary(settings: Settings, accelerator: Accelerator, run: Run) -> str:
             f"{accelerator.mixed_precision}; {objective.prediction} prediction on the "
             f"{objective.path_type} path, {objective.weighting} timesteps",
             f"{num_images:,} images per epoch, {run.cache.manifest.num_classes} classes; "
-            f"{loop.max_train_steps:,} steps are {epochs:.1f} epochs",
+            f"{loop.num_steps:,} steps are {epochs:.1f} epochs",
         ]
     )

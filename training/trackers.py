@@ -78,11 +78,11 @@ class Trackers:
             for tracker in accelerator.trackers:
                 nested = tracker.name == "wandb"
                 tracker.store_init_configuration(config if nested else _flatten(config))
-        except Exception as error:  # noqa: BLE001 (no API key, no network, ...: any package's error)
+        except Exception as error:  # no API key, no network, ...: the errors of any package
             names = " ".join(map(str, accelerator.log_with))
             raise UserError(
-                f"--report-to {names} cannot start ({_first_line(error)}): log in (for wandb: wandb "
-                "login, or set WANDB_MODE=offline), or pass --report-to none"
+                f"--report-to {names} cannot start ({_first_line(error)}): log in (for wandb, run "
+                "wandb login or set WANDB_MODE=offline), or pass --report-to none"
             ) from None
 
     def log(self, values: dict[str, Any], step: int) -> None:
@@ -115,7 +115,7 @@ class Trackers:
         for tracker in list(self.accelerator.trackers):
             try:
                 function(tracker)
-            except Exception as error:  # noqa: BLE001 (a remote service may raise anything)
+            except Exception as error:  # noqa: PERF203 (a remote service may raise anything)
                 self.accelerator.trackers.remove(tracker)
                 self.info(
                     f"--report-to {tracker.name} failed ({_first_line(error)}) and is disabled; "
