@@ -21,11 +21,12 @@ from checkpointing.official import ORIGINS
 from checkpointing.storage import CheckpointError
 from common import cli
 from common.cli import UserError
+from common.config import add_flags, read_flags
 from common.files import sha256
 from common.processes import World
 from evaluations.suite import (
+    EvaluationConfig,
     EvaluationSuite,
-    add_flags,
     build_identity,
     check_sample_count,
     drop_results,
@@ -157,13 +158,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="with --evaluate: keep only the picture and the numbers",
     )
 
-    add = parser.add_argument_group("evaluation").add_argument
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
     add(
         "--evaluate",
         type=Path,
         help="a reference to compare with, as evaluations.evaluate --reference takes it",
     )
-    add_flags(add)
+    add_flags(group, EvaluationConfig)
 
     args = parser.parse_args(argv)
     if args.no_npz and not args.evaluate:
@@ -300,8 +302,7 @@ class Worker:
             features = {}
             if k not in self.done.features:
                 features = {
-                    name: tuple(map(_host, network(images)))
-                    for name, network in self.networks.items()
+                    name: network(images).map(_host) for name, network in self.networks.items()
                 }
             images = _host(images.permute(0, 2, 3, 1))
         self.store.write(k, images, features, fresh)
@@ -390,8 +391,9 @@ def main() -> None:
         side = model.config.latent_size * vae.downsampling_factor
         size = args.per_proc_batch_size
         check_sample_count(args.num_fid_samples, "--num-fid-samples")
+        config = read_flags(EvaluationConfig, args)
         suite = EvaluationSuite(
-            args, args.evaluate, "--evaluate", (side, side), "the model", size, device, world
+            config, args.evaluate, (side, side), size, device, world, flag="--evaluate"
         )
     networks = suite.networks if suite else {}
     seen_by = {key: network.weights_sha256 for key, network in networks.items()}

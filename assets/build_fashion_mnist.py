@@ -114,7 +114,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int) -> 
     for progress, x, y in bar:
         optimizer.param_groups[0]["lr"] = one_cycle(progress, 4e-3)
         dy, dx = torch.randint(-2, 3, (2,)).tolist()
-        _, logits = model(x.roll((dy, dx), (2, 3)))
+        logits = model(x.roll((dy, dx), (2, 3))).scores
         loss = F.cross_entropy(logits, y, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -187,8 +187,8 @@ def measure(
         rounded = (vae.decode(posterior.mean).sample * 127.5 + 127.5).round().clamp(0, 255)
         error.append(((rounded - x) / 127.5).square().mean((1, 2, 3)))
         latents.append(posterior.sample() * vae.config.scaling_factor)
-        right += (classifier(x)[1].argmax(1) == y).sum().item()
-        right_after_vae += (classifier(rounded)[1].argmax(1) == y).sum().item()
+        right += (classifier(x).scores.argmax(1) == y).sum().item()
+        right_after_vae += (classifier(rounded).scores.argmax(1) == y).sum().item()
     latents, error = torch.cat(latents), torch.cat(error)
     return {
         "images": len(images),

@@ -254,7 +254,7 @@ def reference(
     )
     held, features = data.latents[data.half :], []
     for part in tqdm(held.split(args.batch_size), unit="batch", desc=name, leave=False):
-        features.append(network(vae.decode(part.to(args.device)))[0].float())
+        features.append(network(vae.decode(part.to(args.device))).pool.float())
     features = torch.cat(features)
     return neighbours(features), {
         "features": name,

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save
 from common.cli import UserError
 from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
-from evaluations.extractors import OUTPUTS, Features
+from evaluations.features import Features
 from evaluations.image_batches import NpzFile, NpzImages
 
 FREE = ("count", "machine")  # of sampling.json: they may differ when samples are continued
@@ -171,7 +171,7 @@ class SampleStore:
         return np.load(self._part(k, "npy"))
 
     def write(
-        self, k: int, images: np.ndarray, features: dict[str, tuple[np.ndarray, ...]], fresh: bool
+        self, k: int, images: np.ndarray, features: dict[str, Features[np.ndarray]], fresh: bool
     ) -> None:
         """A batch: images (B, H, W, 3), the last padded beyond the end, and the outputs of networks. fresh: not stored yet."""
         start, stop = self._span(k)
@@ -188,7 +188,7 @@ class SampleStore:
             tensors = {
                 f"{name}/{column}": part
                 for name, row in features.items()
-                for column, part in zip(OUTPUTS[len(row)], row)
+                for column, part in row.present().items()
             }
             whole = {key: np.ascontiguousarray(part) for key, part in tensors.items()}
             write_file(

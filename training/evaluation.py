@@ -16,8 +16,9 @@ from common.cli import UserError
 from common.files import sha256
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
+from evaluations.features import Features
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
-from evaluations.reference_features import default_cache_dir, load_reference_features
+from evaluations.reference_features import ReferenceFile, load_reference_features
 from latents.cache import Manifest
 from models.autoencoder import Autoencoder
 from models.sit import SiT
@@ -85,14 +86,10 @@ class Evaluator:
                 raise UserError(f"--eval-reference {args.eval_reference} does not exist")
             digest = sha256(args.eval_reference)
             self.reference = load_reference_features(
-                args.eval_reference,
-                digest,
+                ReferenceFile(args.eval_reference, digest, side, "--eval-reference"),
                 {self.features: self.network},
-                side,
                 self.size,
                 self.device,
-                "--eval-reference",
-                default_cache_dir(),
             )[self.features]
             self.identity = {
                 "samples": self.count,
@@ -142,7 +139,7 @@ class Evaluator:
 
     def _batches(
         self, model: SiT, gather_all: Callable, look: Callable[[], None]
-    ) -> Iterator[tuple[Tensor, ...]]:
+    ) -> Iterator[Features[Tensor]]:
         """Features of one batch of each process, in the order of the images; the last is padded with those that follow."""
         step = self.size * self.processes
         with tqdm(
@@ -152,7 +149,6 @@ class Evaluator:
                 begin = first + self.rank * self.size
                 index = torch.arange(begin, begin + self.size, device=self.device)
                 images = self.vae.decode(self.recipe.sample_latents(model, index, self.dtype))
-                outputs = self.network(images)
-                yield tuple(gather_all(output) for output in outputs)
+                yield self.network(images).map(gather_all)
                 bar.update(min(step, self.count - first))
                 look()
