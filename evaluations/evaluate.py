@@ -98,7 +98,7 @@ def main() -> None:
         features = extract_features(
             suite.networks, images, args.batch_size, "samples", device, world
         )
-        if features is not None:
+        if features:
             result = {**suite.compute_results(features, labels), **identity}
             write_result(out, result)
 

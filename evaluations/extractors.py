@@ -1,4 +1,4 @@
-"""Selects feature networks by name and runs them over images.
+"""Select feature networks by name and run them over images.
 
 B images per batch, n images in total.
 """
@@ -59,15 +59,15 @@ def load_extractor(
     return TimmFeatures(name, encoder_weights, flag=flag).to(device)
 
 
-def concatenate_features(batches: Iterable[Features[np.ndarray]], count: int) -> Features:
+def concatenate_features(
+    batches: Iterable[Features[np.ndarray]], count: int
+) -> Features[np.ndarray]:
     """Return the features of the first `count` images of consecutive batches."""
     outputs = [batch.present() for batch in batches]
-    return Features(
-        **{
-            name: np.concatenate([output[name] for output in outputs])[:count]
-            for name in outputs[0]
-        }
-    )
+    whole = {}
+    for name in outputs[0]:
+        whole[name] = np.concatenate([output[name] for output in outputs])[:count]
+    return Features(**whole)
 
 
 def collect_features(batches: Iterable[Features[Tensor]], count: int) -> Features[np.ndarray]:
@@ -124,7 +124,7 @@ def extract_features(
     description: str,
     device: torch.device | str,
     world: World | None = None,
-) -> dict[str, Features[np.ndarray]] | None:
+) -> dict[str, Features[np.ndarray]]:
     """Run all networks over one pass through the images, on all processes.
 
     Args:
@@ -136,7 +136,7 @@ def extract_features(
         world: Processes that share the work. By default this one does all of it.
 
     Returns:
-        The features of all images by name of the network on the first process, None on the others.
+        The features of all images by name of the network on the first process, {} on the others.
     """
     local_batches = {}
     for index, batch in iterate_batches(images, batch_size, description, world):
@@ -146,7 +146,7 @@ def extract_features(
         }
     gathered = world.gather(local_batches) if world else [local_batches]
     if gathered is None:
-        return None
+        return {}
     batches = {index: batch for part in gathered for index, batch in part.items()}
     ordered = [batches[index] for index in sorted(batches)]
     return {

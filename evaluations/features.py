@@ -33,8 +33,7 @@ class Features(Generic[Array]):
 
     def present(self) -> dict[str, Array]:
         """Return the outputs that the network has, by name."""
-        outputs = {"pool": self.pool, "spatial": self.spatial, "scores": self.scores}
-        return {name: output for name, output in outputs.items() if output is not None}
+        return {name: output for name, output in vars(self).items() if output is not None}
 
     def map(self, function: Callable[[Array], OtherArray]) -> "Features[OtherArray]":
         """Return the results of `function` for each output that the network has."""
@@ -49,8 +48,8 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 class FeatureNetwork(nn.Module):
     """Base class of feature networks.
 
-    Features are compared between machines and between training and evaluation, so they are computed
-    in float32 without TF32, whatever autocast or TF32 settings the caller uses.
+    Features from training, sampling and evaluation are compared with each other, so they are always
+    computed in float32, regardless of the caller's autocast and TF32 settings.
 
     Attributes:
         weights_sha256: Hash of the weights and of everything else that determines the features.

@@ -7,6 +7,8 @@ n images in total, B per batch, H x W pixels. Only the requested batch is held i
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +20,7 @@ from preprocessing.sources import ImageSource, open_source
 
 READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header before its name and extra field
-NAME_LENGTH_OFFSET = 26  # position in the local header of the two 16-bit lengths of these fields
+LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of these two fields
 
 
 class Images:
@@ -51,13 +53,10 @@ class NpzFile:
     def __init__(self, path: Path, flag: str):
         self.path = path
         self.flag = flag
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self.members = {
-                    name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
-                }
-        except READ_ERRORS as error:
-            raise self._unreadable(error) from None
+        with self._report_read_errors(), zipfile.ZipFile(path) as archive:
+            self.members = {
+                name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
+            }
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -66,11 +65,8 @@ class NpzFile:
         """Return a whole array, or None if the file does not contain it. Raises UserError."""
         if name not in self:
             return None
-        try:
-            with np.load(self.path) as content:
-                return content[name]
-        except READ_ERRORS as error:
-            raise self._unreadable(error) from None
+        with self._report_read_errors(), np.load(self.path) as content:
+            return content[name]
 
     def open_images(self) -> "NpzImages":
         """Return a reader of arr_0.
@@ -83,15 +79,19 @@ class NpzFile:
             raise UserError(
                 f"{self.flag} {self.path} holds no images under arr_0; it holds {names}"
             )
-        try:
+        with self._report_read_errors():
             return NpzImages(self)
+
+    @contextmanager
+    def _report_read_errors(self) -> Iterator[None]:
+        """Raise UserError for errors that an unreadable file causes in this context."""
+        try:
+            yield
         except UserError:
             raise
         except READ_ERRORS as error:
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"{self.flag} {self.path} cannot be read as .npz ({error})")
+            message = f"{self.flag} {self.path} cannot be read as .npz ({error})"
+            raise UserError(message) from None
 
 
 class NpzImages(Images):
@@ -114,7 +114,7 @@ class NpzImages(Images):
             order = " in Fortran order" if fortran_order else ""
             raise UserError(
                 f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), "
-                f"it is {dtype} {self.shape}{order}"
+                f"but it is {dtype} {self.shape}{order}"
             )
         self.count = self.shape[0]
         self.size = self.shape[1:3]
@@ -139,7 +139,7 @@ class NpzImages(Images):
 
     def _decompress(self, start: int, stop: int) -> np.ndarray:
         if self.stream is None:
-            self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  used by later calls
+            self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  stays open for later calls
         stop = min(stop, self.count)
         image_size = int(np.prod(self.shape[1:]))
         # Seeking backwards makes zipfile decompress again from the beginning of the array.
@@ -165,11 +165,8 @@ def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
     The lengths come from the local header, because its name and extra field may differ from those
     in the central directory.
     """
-    with path.open("rb") as file:
-        file.seek(member.header_offset + NAME_LENGTH_OFFSET)
-        name_length = int.from_bytes(file.read(2), "little")
-        extra_length = int.from_bytes(file.read(2), "little")
-    return member.header_offset + LOCAL_HEADER_SIZE + name_length + extra_length
+    lengths = np.fromfile(path, "<u2", 2, offset=member.header_offset + LENGTHS_OFFSET)
+    return member.header_offset + LOCAL_HEADER_SIZE + int(lengths.sum())
 
 
 class SourceImages(Images):

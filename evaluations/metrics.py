@@ -216,7 +216,8 @@ def precision_recall(
         )
     real = torch.tensor(reference, dtype=torch.float32, device=device)
     fake = torch.tensor(samples, dtype=torch.float32, device=device)
-    tile = tile_size or (ADM_TILE_SIZE if fp16 else TILE_SIZE)
+    default_tile_size = ADM_TILE_SIZE if fp16 else TILE_SIZE
+    tile = tile_size or default_tile_size
     with no_tf32():  # TF32 would lose the digits of small distances, which are differences
         real_radii = manifold_radii(real, neighbours, tile, fp16)
         fake_radii = manifold_radii(fake, neighbours, tile, fp16)

@@ -6,6 +6,7 @@ per image, k neighbours, B training images per block.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,27 +105,21 @@ def find_nearest(
     return best.sqrt().cpu().numpy(), best_indices.cpu().numpy()
 
 
+@dataclass(frozen=True)
 class MemorisationSearch:
     """Compares sets of samples with training images, which are read once for all sets.
 
-    Args:
+    Attributes:
         train: The training images.
         network: Network whose features are compared.
         batch_size: Images per forward pass.
         device: Device of the network.
     """
 
-    def __init__(
-        self,
-        train: Images,
-        network: FeatureNetwork,
-        batch_size: int,
-        device: torch.device | str,
-    ):
-        self.train = train
-        self.network = network
-        self.batch_size = batch_size
-        self.device = device
+    train: Images
+    network: FeatureNetwork
+    batch_size: int
+    device: torch.device | str
 
     def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
         """Return the result for each set of samples, which have the size of the training images."""
@@ -152,33 +147,54 @@ class MemorisationSearch:
 
         # Compare distances of samples to distances between training images.
         baseline = probe_distances[:, 0]
-        first_percentile = float(np.percentile(baseline, 1))
         checks = {}
         for (name, indices), set_distances, set_neighbours in zip(
             selected.items(), distances_per_set, neighbours_per_set
         ):
-            shown = evenly_spaced_indices(samples[name].count, NUM_SHOWN)
-            closest = np.argsort(set_distances[:, 0], kind="stable")[:NUM_CLOSEST]
-            matches = [
-                [
-                    self._match(
-                        samples[name], indices[row], set_distances[row], set_neighbours[row]
-                    )
-                    for row in rows
-                ]
-                for rows in (np.searchsorted(indices, shown), closest)
-            ]
-            checks[name] = MemorisationCheck(
-                evenly_spaced=matches[0],
-                closest=matches[1],
-                num_samples=len(indices),
-                close_fraction=float((set_distances[:, 0] < first_percentile).mean()),
-                num_probes=len(probes),
-                num_train_images=self.train.count,
-                median_distance=float(np.median(baseline)),
-                first_percentile=first_percentile,
+            checks[name] = self._summarise(
+                samples[name], indices, set_distances, set_neighbours, baseline
             )
         return checks
+
+    def _summarise(
+        self,
+        samples: Images,
+        indices: np.ndarray,
+        distances: np.ndarray,
+        neighbours: np.ndarray,
+        baseline: np.ndarray,
+    ) -> MemorisationCheck:
+        """Return the result for one set of samples.
+
+        Args:
+            samples: The set.
+            indices: Indices of the samples that were measured, (q,) ascending.
+            distances: Distances to their neighbours, (q, k).
+            neighbours: Indices of their neighbours, (q, k).
+            baseline: Distances of training images to their nearest other one.
+        """
+
+        def match(row: int) -> NearestMatch:
+            found = [
+                Neighbour(int(i), float(distance), _read_image(self.train, i))
+                for i, distance in zip(neighbours[row], distances[row])
+            ]
+            index = int(indices[row])
+            return NearestMatch(index, _read_image(samples, index), found)
+
+        shown = np.searchsorted(indices, evenly_spaced_indices(samples.count, NUM_SHOWN))
+        closest = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
+        first_percentile = float(np.percentile(baseline, 1))
+        return MemorisationCheck(
+            evenly_spaced=[match(row) for row in shown],
+            closest=[match(row) for row in closest],
+            num_samples=len(indices),
+            close_fraction=float((distances[:, 0] < first_percentile).mean()),
+            num_probes=len(baseline),
+            num_train_images=self.train.count,
+            median_distance=float(np.median(baseline)),
+            first_percentile=first_percentile,
+        )
 
     def _select(self, images: Images) -> np.ndarray:
         """Return the indices of the samples to measure, which include those to show."""
@@ -190,7 +206,6 @@ class MemorisationSearch:
         features = extract_features(
             {"network": self.network}, subset, self.batch_size, description, self.device
         )
-        assert features is not None  # this process does all the work
         return features["network"].pool
 
     def _train_blocks(self) -> Iterator[np.ndarray]:
@@ -199,15 +214,6 @@ class MemorisationSearch:
             indices = np.arange(start, min(start + BLOCK, count))
             description = f"training images from {start:,} of {count:,}"
             yield self._features(self.train, indices, description)
-
-    def _match(
-        self, samples: Images, index: int, distances: np.ndarray, neighbours: np.ndarray
-    ) -> NearestMatch:
-        found = [
-            Neighbour(int(i), float(distance), _read_image(self.train, i))
-            for i, distance in zip(neighbours, distances)
-        ]
-        return NearestMatch(int(index), _read_image(samples, index), found)
 
 
 def _read_image(images: Images, index: int) -> np.ndarray:
@@ -247,7 +253,7 @@ def check_memorisation(
         height, width = size
         if height != width:
             raise UserError(
-                f"--nearest needs square samples, but those of {first_name} are {width}x{height}: "
+                f"--nearest needs square samples, but {first_name} has {width}x{height}: "
                 "remove --nearest"
             )
         train = open_images(path, width, "--nearest")

@@ -98,7 +98,7 @@ def load_reference_features(
     device: torch.device | str,
     cache_dir: Path | None = None,
     world: World | None = None,
-) -> dict[str, ReferenceFeatures] | None:
+) -> dict[str, ReferenceFeatures]:
     """Load the features of a reference from the cache, or compute and cache them.
 
     Args:
@@ -110,7 +110,7 @@ def load_reference_features(
         world: Processes that share the work. By default this one does all of it.
 
     Returns:
-        Features by name of the network on the first process, None on the others.
+        Features by name of the network on the first process, {} on the others.
 
     Raises:
         UserError: If the reference cannot be used with these networks.
@@ -132,7 +132,7 @@ def load_reference_features(
     features: dict[str, ReferenceFeatures] = {}
     if is_first_process:
         cached = {name: _read_cache(path) for name, path in cache_paths.items()}
-        features = {name: entry for name, entry in cached.items() if entry is not None}
+        features = {name: entry for name, entry in cached.items() if entry}
     missing = [name for name in networks if name not in features]
     if world:
         missing = world.broadcast(missing)
@@ -146,7 +146,7 @@ def load_reference_features(
             features[name] = entry
             _write_cache(cache_paths[name], entry)
     if not is_first_process:
-        return None
+        return {}
 
     if pool is not None or spatial is not None:
         features["inception"] = _prefer_statistics(pool, spatial, features.get("inception"))
@@ -206,29 +206,28 @@ def _compute_features(
     Returns:
         Features by name of the network on the first process, {} on the others.
     """
-    path, side = reference.path, reference.resolution
-    images = open_images(path, side, reference.flag)
+    side = reference.resolution
+    images = open_images(reference.path, side, reference.flag)
     if images.size != (side, side):
         raise UserError(
-            f"{reference.flag} {path} holds images of {images.size[0]}x{images.size[1]}, "
-            f"the samples are {side}x{side}"
+            f"{reference.flag} {reference.path} holds images of {images.size[0]}x{images.size[1]}, "
+            f"but the samples are {side}x{side}"
         )
     if images.count <= MANIFOLD_NEIGHBOURS:
         raise UserError(
-            f"{reference.flag} {path} holds {images.count} images: "
+            f"{reference.flag} {reference.path} holds {images.count} images: "
             f"use a reference of more than {MANIFOLD_NEIGHBOURS}"
         )
     extracted = extract_features(networks, images, batch_size, "reference", device, world)
-    if extracted is None:
-        return {}
     return {name: _summarise(features, device) for name, features in extracted.items()}
 
 
 def _summarise(features: Features[np.ndarray], device: torch.device | str) -> ReferenceFeatures:
+    pool = compute_statistics(features.pool, device)
     spatial = None
     if features.spatial is not None:
         spatial = compute_statistics(features.spatial, device)
-    return ReferenceFeatures(compute_statistics(features.pool, device), spatial, features.pool)
+    return ReferenceFeatures(pool, spatial, features.pool)
 
 
 def _prefer_statistics(
@@ -236,25 +235,17 @@ def _prefer_statistics(
 ) -> ReferenceFeatures:
     """Combine the statistics of an .npz with the features of its images, if there are any."""
     if computed is not None:
-        pool = pool or computed.pool
-        spatial = spatial or computed.spatial
+        return computed._replace(pool=pool or computed.pool, spatial=spatial or computed.spatial)
     assert pool is not None  # a file without images contains mu and sigma
-    return ReferenceFeatures(pool, spatial, computed.features if computed else None)
+    return ReferenceFeatures(pool, spatial, None)
 
 
 def _cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwork) -> Path:
     """Return the cache file for this network's features of this reference."""
-    network_class = type(network).__name__
-    key = json.dumps(
-        [
-            CACHE_FORMAT,
-            reference.sha256,
-            network_class,
-            network.weights_sha256,
-            reference.resolution,
-        ]
-    )
-    return directory / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    network_identity = [type(network).__name__, network.weights_sha256]
+    key = [CACHE_FORMAT, reference.sha256, *network_identity, reference.resolution]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    return directory / f"{digest}.npz"
 
 
 def _read_cache(path: Path) -> ReferenceFeatures | None:

@@ -156,7 +156,7 @@ class EvaluationSuite:
             "feature_batch_size": batch_size,
             "versions": {name: version(name) for name in ("torch", "torch-fidelity", "timm")},
         }
-        self.reference_features: dict[str, ReferenceFeatures] | None = None
+        self.reference_features: dict[str, ReferenceFeatures] = {}
 
     def load_reference(self) -> None:
         """Load the features of the reference from the cache, or compute them. Raises UserError."""
@@ -181,7 +181,6 @@ class EvaluationSuite:
         Returns:
             The entries of metrics.json under RESULT_KEYS.
         """
-        assert self.reference_features is not None
         metrics: dict[str, Any] = {}
         intervals = {}
         by_count = {}
@@ -294,16 +293,13 @@ def build_identity(
         sampling: The record NAME.json of how they were sampled, {} if it is unknown.
         count: Number of samples.
     """
-    identity = {
-        "samples": None if samples is None else str(samples),
-        "samples_sha256": None if samples is None else sha256(samples),
-        "count": count,
-        **suite.identity,
-        "sampling": {
-            key: value for key, value in sampling.items() if key not in ("class_names", "count")
-        },
-    }
-    return json.loads(json.dumps(identity))  # the types that reading the file gives
+    file: dict[str, str | None] = {"samples": None, "samples_sha256": None}
+    if samples is not None:
+        file = {"samples": str(samples), "samples_sha256": sha256(samples)}
+    settings = {key: sampling[key] for key in sampling if key not in ("class_names", "count")}
+    identity = {**file, "count": count, **suite.identity, "sampling": settings}
+    # Convert tuples to lists and so on, as in a file that has been read.
+    return json.loads(json.dumps(identity))
 
 
 def drop_results(result: dict[str, Any]) -> dict[str, Any]:

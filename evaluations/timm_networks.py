@@ -90,6 +90,7 @@ def resize_bicubic(images: Tensor, resolution: int) -> Tensor:
         Whole grey levels as float32, (B, 3, resolution, resolution).
     """
     x = images.float()
+    # The width first, then the height.
     for size in ((images.shape[-2], resolution), (resolution, resolution)):
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)

@@ -448,7 +448,7 @@ def unusable_inputs(tmp_path_factory):
         ),
         (
             "s.npz --features fashion --reference large.npz",
-            "holds images of 64x64, the samples are 32x32",
+            "holds images of 64x64, but the samples are 32x32",
         ),
         (
             "onehot.npz --features fashion --reference s.npz",
