@@ -39,6 +39,7 @@ from experiments.representation import NEIGHBOURS, Neighbours, neighbours
 from interpolant import INTERPOLANTS
 from latents.cache import CacheError, LatentCache
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import PRESETS
 
 FEWEST = (
@@ -229,8 +230,8 @@ def check(source: pretrained.PretrainedModel, cache: LatentCache, blocks: list[i
 def load_vae(name: str, fingerprint: str, device: str) -> Autoencoder:
     try:
         vae = Autoencoder(name, device)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
+    except FieldError as error:
+        raise UserError(f"--vae {error.reason}") from None
     if vae.fingerprint() != fingerprint:
         raise UserError(
             f"--vae {name} is not the VAE that made --data-dir: its weights differ, so would the images"
@@ -254,7 +255,7 @@ def reference(
     )
     held, features = data.latents[data.half :], []
     for part in tqdm(held.split(args.batch_size), unit="batch", desc=name, leave=False):
-        features.append(network(vae.decode(part.to(args.device)))[0].float())
+        features.append(network(vae.decode(part.to(args.device))).pool.float())
     features = torch.cat(features)
     return neighbours(features), {
         "features": name,

@@ -34,7 +34,7 @@ def gather(cells: list[Cell], folder: Path, unfinished: bool = False) -> list[di
         ]
         how = evaluations[-1]["evaluation"] if evaluations else {}
         losses = [
-            key for key in steps[-1] if key in ("denoising", "cosine") or key.startswith("align")
+            key for key in steps[-1] if key.partition("/")[0] in ("denoising", "cosine", "align")
         ]
         runs.append(
             {

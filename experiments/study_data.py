@@ -19,7 +19,7 @@ from common.cli import UserError
 from common.files import sha256, write_file
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
-from evaluations.reference_features import default_cache_dir, load_reference_features
+from evaluations.reference_features import ReferenceFile, load_reference_features
 from evaluations.runs import read_json
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
@@ -128,14 +128,10 @@ def floor(folder: Path, count: int, size: int = 250) -> dict[str, float | None]:
             yield network(vae.decode(latents))
 
     reference = load_reference_features(
-        IMAGES,
-        sha256(IMAGES),
+        ReferenceFile(IMAGES, sha256(IMAGES), 32, "--eval-reference"),
         {"fashion": network},
-        32,
         size,
         device,
-        "--eval-reference",
-        default_cache_dir(),
     )["fashion"]
     labels = cache.labels[index.numpy()].astype("int64")
     numbers = compute_metrics(

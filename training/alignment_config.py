@@ -140,13 +140,15 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(group, AlignmentConfig, nargs="+", default=None, required=False)
     for method, field in _method_fields():
-        default = "" if field.default is None else f" (default: {field.default})"
-        group.add_argument(
-            *method_flags(method, field.name),
-            help=f"{method}: {field.metadata['help']}{default}",
-            type=argparse_type(TARGETS[method].Settings, field),
-            choices=field.metadata.get("choices"),
-        )
+        help_text = f"{method}: {field.metadata.get('help', field.name)}"
+        if field.default is not None:
+            help_text += f" (default: {field.default})"
+        options: dict[str, Any] = {"type": argparse_type(TARGETS[method].Settings, field)}
+        if options["type"] is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        if "choices" in field.metadata:
+            options["choices"] = field.metadata["choices"]
+        group.add_argument(*method_flags(method, field.name), help=help_text, **options)
 
 
 def method_flags(method: str, field: str) -> tuple[str, ...]:

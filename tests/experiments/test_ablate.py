@@ -97,15 +97,12 @@ def test_imagenet_prints_table_1_as_commands_that_parse(call):
             else None
         )
         drawn = sample_ddp.parse_args(sampling[sampling.index("sample_ddp.py") + 1 :])
-        assert (drawn.num_fid_samples, drawn.mode, drawn.num_steps, drawn.cfg_scale) == (
-            50_000,
-            "sde",
-            250,
-            1,
-        )
-        assert drawn.ckpt == args.output_dir / args.exp_name
+        sampler = drawn.sampler
+        assert drawn.output.num_fid_samples == 50_000
+        assert (sampler.mode, sampler.num_steps, sampler.cfg_scale) == ("sde", 250, 1)
+        assert drawn.checkpoint.ckpt == args.output_dir / args.exp_name
         judged = evaluate.parse_args(evaluation[evaluation.index("evaluations.evaluate") + 1 :])
-        assert judged.samples == drawn.sample_dir / f"{drawn.name}.npz"
+        assert judged.samples == drawn.output.sample_dir / f"{drawn.output.name}.npz"
     best = (2, (0.0, 1.0), "smooth_l1", 1.0, 5)
     varied = {
         0: (2, 3, 6, 8),
