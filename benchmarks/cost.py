@@ -1,6 +1,7 @@
-"""Measure what alignment costs in parameters, FLOPs, time and memory, as in Table 5 of the SRA 2 paper.
+r"""Measure the cost of alignment: parameters, FLOPs, time and memory (SRA 2 paper, Table 5).
 
-    python -m benchmarks.cost --model SiT-XL/2 --align none sra2 repa sra sra2+repa --batch-size 256 --precision bf16 --compile
+    python -m benchmarks.cost --model SiT-XL/2 --align none sra2 repa sra sra2+repa \
+        --batch-size 256 --precision bf16 --compile
 
 Parameters are counted for the backbone, for the heads, which are dropped after training, and for
 external networks that run only for the targets. FLOPs are per image, and a multiply-accumulate

@@ -4,9 +4,11 @@ import argparse
 import json
 import platform
 import resource
+import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +52,17 @@ def add_result_flags(
     parser.add_argument("--json", type=Path, help="file for the result")
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Create an empty folder, and remove it with its contents at the end of the block."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
 def describe_machine(device: torch.device) -> dict:
     """Return the hardware and the versions that results depend on."""
     info = {"device": _cpu_name(), "cpu_threads": torch.get_num_threads()}
@@ -88,7 +101,7 @@ def time_in_turn(
     calls: int = 1,
     warm_up: int = 1,
 ) -> Timings:
-    """Time several actions in turn (A B C A B C ...), so that all suffer from the same disturbances.
+    """Time actions in turn (A B C A B C ...), so that a drift of the machine's speed affects all.
 
     Args:
         actions: The actions by name.

@@ -1,6 +1,7 @@
-"""Time the step of train.py without and with alignment, in turn, in one process.
+r"""Time the step of train.py without and with alignment, in turn, in one process.
 
-    python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile --json xl2.json
+    python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile \
+        --json xl2.json
 
 The inputs are random latents of ImageNet's shape in host memory, where a loader leaves them, and
 random images for repa. The encoder of repa has random weights, because the arithmetic is the same.
@@ -59,7 +60,6 @@ from training.alignment_config import default_alignment
 from training.config import (
     DeviceConfig,
     LoopConfig,
-    ModelConfig,
     Settings,
     autocast_dtype,
     build_network_config,
@@ -368,7 +368,7 @@ def measure(
     Raises:
         UserError: The settings contradict each other.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "this benchmark runs on one process: run it without a launcher; the log of train.py "
             "shows the speed of several processes"
