@@ -23,7 +23,14 @@ from checkpointing.pretrained import PretrainedModel
 from checkpointing.storage import CheckpointError
 from common import cli
 from common.cli import UserError
-from common.config import add_flags, flag_of, format_settings, read_flags, setting
+from common.config import (
+    add_flags,
+    flag_of,
+    format_flags,
+    read_flags,
+    record_flags,
+    setting,
+)
 from common.files import sha256
 from common.processes import World
 from evaluations.suite import (
@@ -148,7 +155,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     if config.output.no_npz and config.output.evaluate is None:
         raise UserError("--no-npz would discard the samples unevaluated; add --evaluate PATH")
     if args.print_config:
-        print(format_settings(*config))
+        print(format_flags(record_flags(*config)))
         raise SystemExit
     return config
 

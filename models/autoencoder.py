@@ -177,4 +177,6 @@ class Autoencoder:
         """Decode latents (B, C, h, w) to images (B, 3, H, W) uint8, rounded to nearest."""
         batches = self.scale.denormalize(latent.float()).split(DECODE_BATCH_SIZE)
         pixels = torch.cat([self.vae.decode(batch).sample for batch in batches])
-        return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        images = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        # The VAE returns channels_last strides; in those, feature networks round differently.
+        return images.contiguous()

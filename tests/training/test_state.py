@@ -276,5 +276,7 @@ def test_ema_is_the_moving_average():
 def test_averages_are_found_by_their_decay():
     names = [ema_filename(CONFIG, decay) for decay in (None, 0.9, 0.5)]
     assert names == ["ema.safetensors", "ema.safetensors", "ema-0.5.safetensors"]
-    with pytest.raises(CheckpointError, match=r"no EMA of --ema-decay 0\.7; choose one of 0\.9 0\.5"):
+    with pytest.raises(
+        CheckpointError, match=r"no EMA of --ema-decay 0\.7; choose one of 0\.9 0\.5"
+    ):
         ema_filename(CONFIG, 0.7)
