@@ -84,7 +84,7 @@ def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]
     a, b = arrays["reference"], arrays["samples"]
     reference, samples = compute_statistics(a), compute_statistics(b)
     probabilities = torch.from_numpy(arrays["activations"] @ arrays["weights"]).softmax(1).numpy()
-    results = {
+    results: dict[str, np.ndarray | float] = {
         "mean": samples.mu,
         "covariance": samples.sigma,
         "distance": frechet_distance(samples, reference),

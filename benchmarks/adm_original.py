@@ -21,7 +21,7 @@ import tensorflow.compat.v1 as tf
 def load_evaluator(path: Path) -> ModuleType:
     """Import ADM's evaluator.py."""
     if not hasattr(np, "bool"):  # numpy has no np.bool, which the file uses, from 1.24 until 2.0
-        np.bool = np.bool_
+        np.bool = np.bool_  # type: ignore[misc]  # the stubs describe numpy 2
     spec = importlib.util.spec_from_file_location("adm", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

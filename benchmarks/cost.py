@@ -66,6 +66,7 @@ def main() -> None:
     config = read_flags(StepConfig, args)
     variants = list(dict.fromkeys(args.align))
     plan = make_plan(config, variants)
+    result: dict
     if args.no_timing:
         result = {
             "model": config.model,

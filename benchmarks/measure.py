@@ -7,7 +7,7 @@ import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +95,7 @@ def time_call(action: Callable[[], object], device: torch.device, calls: int = 1
 
 
 def time_in_turn(
-    actions: dict[str, Callable[[], object]],
+    actions: Mapping[str, Callable[[], object]],
     device: torch.device,
     rounds: int,
     calls: int = 1,

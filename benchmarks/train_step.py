@@ -263,7 +263,7 @@ def make_plain_step(
 
     # The inputs of all steps: noisy latents, and what the outputs are compared with.
     batch = batch.to(device)
-    latents = batch.moments.float().chunk(2, 1)[0] * plan.manifest.scale
+    latents = plan.cache.scale.mean(batch.moments)
     shape = tuple(plan.manifest.latent_shape)
     noise = normal(0, Purpose.NOISE, batch.stream_position, shape).float()
     t = uniform(0, Purpose.TIMESTEP, batch.stream_position).float()

@@ -27,6 +27,8 @@ from checkpointing.storage import (
     save_tensors,
 )
 from common.files import fsync, sha256, write_file
+from models.projector import AlignedSiT
+from models.sit import SiT
 
 
 @dataclass
@@ -41,8 +43,8 @@ class TrainState:
         progress: Plain values that checkpoints keep: gradient scaler, buffered metrics.
     """
 
-    model: nn.Module
-    emas: list[nn.Module]
+    model: AlignedSiT
+    emas: list[SiT]
     optimizer: torch.optim.Optimizer
     step: int = 0
     progress: dict = field(default_factory=dict)
