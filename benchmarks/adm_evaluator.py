@@ -100,7 +100,7 @@ def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]
         results[f"radii, {dtype}"] = np.concatenate(radii)
         results[f"precision, {dtype}"] = precision
         results[f"recall, {dtype}"] = recall
-    for name in (name for name in arrays if name.startswith("image")):
+    for name in [key for key in arrays if key.startswith("image")]:
         image = torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).float()
         resized = interpolate_bilinear_2d_like_tensorflow1x(
             image, size=(299, 299), align_corners=False

@@ -68,7 +68,7 @@ def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]
         results[f"radii, {dtype}"] = np.concatenate(radii) / scale**2
         results[f"precision, {dtype}"] = precision
         results[f"recall, {dtype}"] = recall
-    for name in (name for name in arrays if name.startswith("image")):
+    for name in [key for key in arrays if key.startswith("image")]:
         pixels = arrays[name].astype(np.float32)
         results[f"resize of {name}"] = session.run(resized, {image: pixels})
     return results

@@ -13,7 +13,7 @@ benchmarks/train_step.py. With --no-timing no network is built, and counting tak
 import torch
 
 from benchmarks.measure import report
-from benchmarks.table import cost_table
+from benchmarks.table import TABLES
 from benchmarks.train_step import Plan, StepConfig, make_parser, make_plan, measure
 from common import cli
 from common.config import read_flags
@@ -79,7 +79,7 @@ def main() -> None:
         figures |= count_costs(plan, variant)
     result |= {"benchmark": "cost", "align": plan.align}
     report(result, args.json)
-    print(f"\n{cost_table([result])}")
+    print(f"\n{TABLES['cost'].format([result])}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_call(action: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Return the seconds per call of `calls` calls without host-device synchronisation between."""
+    """Return the seconds per call, over calls without host-device synchronisation between them."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):

@@ -20,7 +20,7 @@ from training.alignment import (
     plan_alignments,
     required_cache_inputs,
 )
-from training.config import Settings, build_network_config
+from training.config import Settings, build_network_config, resolve_precision
 from training.guard import NonFiniteGuard
 from training.setup import build_state, open_cache
 from training.throughput import training_flops
@@ -49,7 +49,7 @@ def time_runs(
     Args:
         runs: Settings of the runs by name. All have the same precision.
         rounds: Number of timed rounds.
-        calls: Steps per round, without host-device synchronisation between.
+        calls: Steps per round, without host-device synchronisation between them.
         warm_up: Number of rounds before the timed ones.
 
     Returns:
@@ -58,7 +58,7 @@ def time_runs(
     Raises:
         UserError: The settings of a run do not fit its cache.
     """
-    precisions = {settings.device.mixed_precision for settings in runs.values()}
+    precisions = {resolve_precision(run.device.mixed_precision) for run in runs.values()}
     assert len(precisions) == 1, precisions
     accelerator = make_accelerator(precisions.pop())
     actions = {}
@@ -82,8 +82,14 @@ def time_runs(
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """Create an Accelerator on the GPU, or on the CPU if there is none."""
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+    """Create an Accelerator on the GPU, or on the CPU if there is none.
+
+    Raises:
+        UserError: The device does not support the precision.
+    """
+    return Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=resolve_precision(mixed_precision)
+    )
 
 
 def allow_tf32(is_allowed: bool) -> None:

@@ -66,7 +66,6 @@ from training.config import (
     check_batch_size,
     check_compiler,
     parse_settings,
-    resolve_precision,
 )
 from training.throughput import measure_matmul_rate, training_flops
 
@@ -190,7 +189,7 @@ def make_plan(config: StepConfig, variants: list[str]) -> Plan:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         ),
         device=DeviceConfig(
-            resolve_precision(config.precision),
+            config.precision,
             config.compile,
             config.activation_checkpointing,
             config.allow_tf32,
@@ -374,7 +373,7 @@ def measure(
             "shows the speed of several processes"
         )
     plan = make_plan(config, variants)
-    accelerator = make_accelerator(plan.settings.device.mixed_precision)
+    accelerator = make_accelerator(config.precision)
     allow_tf32(config.allow_tf32)
     device = accelerator.device
     dtype = autocast_dtype(accelerator.mixed_precision)

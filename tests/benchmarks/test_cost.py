@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.targets
-from benchmarks import cost, table, train_step
+from benchmarks import cost, train_step
 from benchmarks.measure import Timings
+from benchmarks.table import TABLES, cost_rows
 from benchmarks.train_step import StepConfig
 from models.encoder import EncoderShape
 from tests.helpers import ROOT
@@ -96,7 +97,7 @@ def test_costs_of_sit_xl_agree_with_counts_by_hand(call, tmp_path):
     code, out = call(cost, *flags)
     assert code == 0, out
     result = json.loads(path.read_text())
-    assert table.cost_table([result]) in out
+    assert TABLES["cost"].format([result]) in out
     assert list(result["results"]) == variants
 
     # 256 tokens of width 1152 in 28 blocks; 16 values per patch; 1000 classes and the null class.
@@ -212,12 +213,12 @@ def test_cost_reports_times_and_counts(call, tmp_path):
     assert list(result["ratios"]) == ["sra2+repa/none", "sra/none"]
     assert result["encoder_weights"] == "random"
     assert StubEncoder.pretrained_flags == [False]
-    assert table.cost_table([result]) in out
+    assert TABLES["cost"].format([result]) in out
     for figures in result["results"].values():
         rate = figures["images_per_s"]
         assert rate * figures["step_s"]["median"] == pytest.approx(2)
         assert figures["mfu"] * 1e11 == pytest.approx(rate * figures["training_flops"])
-    baseline, *aligned = table.cost_rows(result)
+    baseline, *aligned = cost_rows(result)
     assert baseline[-1] == ""
     assert len(aligned) == 2 and all(row[-1] for row in aligned)
     assert "batch 2" in baseline[0]
