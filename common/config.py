@@ -95,5 +95,9 @@ def to_plain(value: Any) -> Any:
 
 
 def format_flags(record: dict[str, Any]) -> str:
-    """Return a record of flags as one line per flag."""
-    return "\n".join(f"{key} = {value}" for key, value in record.items())
+    """Return a record of flags as one line per flag, such as "--batch-size 256"."""
+    lines = []
+    for key, value in record.items():
+        values = value if isinstance(value, list) else [value]
+        lines.append(" ".join([f"--{key.replace('_', '-')}", *map(str, values)]))
+    return "\n".join(lines)

@@ -2,13 +2,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.autoencoder import LatentScale
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT, Projector
 from models.sit import PRESETS, SiT, SiTConfig
-from training.throughput import matmul_rate, training_flops
+from models.targets import CacheInfo
+from training.throughput import measure_matmul_rate, training_flops
 
 SMALL = SiTConfig(depth=3, width=64, heads=2, patch=2, latent_size=8, num_classes=5)
 HEAD = {"width": 64, "out": 16, "layers": 3, "hidden": 128}
+CACHE = CacheInfo(32, LatentScale(1.0, 0.0), [], [])
 SRA2 = {"method": "sra2", "head": HEAD}
 
 
@@ -23,13 +26,14 @@ def test_flops_match_the_counter_of_pytorch():
         model(x, t, y)
     assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, HEAD))
     with FlopCounterMode(display=False) as both:
-        velocity, tokens, _ = model(x, t, y)
-        (velocity.sum() + tokens["sra2"].sum()).backward()
-    assert both.get_total_flops() == pytest.approx(2 * training_flops(SMALL, [SRA2]), rel=0.02)
+        output = model(x, t, y)
+        (output.prediction.sum() + output.projected["sra2"].sum()).backward()
+    expected = 2 * training_flops(SMALL, [SRA2], CACHE)
+    assert both.get_total_flops() == pytest.approx(expected, rel=0.02)
     with FlopCounterMode(display=False) as teacher:
         model.backbone.features(x, t, y, (2,))
     sra = {"method": "sra", "teacher_block": 2, "head": None}
-    teacher_flops = training_flops(SMALL, [sra]) - training_flops(SMALL, [])
+    teacher_flops = training_flops(SMALL, [sra], CACHE) - training_flops(SMALL, [], CACHE)
     assert teacher.get_total_flops() == 2 * teacher_flops
 
 
@@ -44,4 +48,4 @@ def test_flops_of_backbones_and_heads_match_the_paper():
 
 
 def test_matmul_rate_is_plausible():
-    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
+    assert 1e8 < measure_matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14

@@ -168,28 +168,30 @@ def test_activation_checkpointing_does_not_change_gradients():
 def test_alignment_gradients_reach_only_blocks_up_to_the_aligned_block():
     backbone = randomize_zeros(make_sit())
     model = AlignedSiT(backbone, {"a": Projector(32, 16, layers=2)}, {"a": 2})
-    model(*make_inputs())[1]["a"].sum().backward()
+    model(*make_inputs()).projected["a"].sum().backward()
     reached = [
         any(p.grad is not None and p.grad.any() for p in block.parameters())
         for block in backbone.blocks
     ]
     assert reached == [True, True, False]
     assert backbone.pos_embed.grad is None
-    assert AlignedSiT(backbone)(*make_inputs())[1:] == ({}, {})
+    assert AlignedSiT(backbone)(*make_inputs())[1:] == ({}, {}, {})
 
 
 def test_heads_receive_tokens_of_their_block_and_idle_heads_get_zero_gradients():
     heads = {"a": Projector(32, 16, layers=2), "b": Projector(32, 7, layers=3)}
     model = AlignedSiT(randomize_zeros(make_sit()), heads, {"a": 1, "b": 3})
     velocity, kept = model.backbone(*make_inputs(), return_blocks=(1, 3))
-    pred, projected, lengths = model(*make_inputs())
-    assert torch.equal(pred, velocity)
+    output = model(*make_inputs(), student_blocks=[3])
+    assert torch.equal(output.prediction, velocity)
+    assert torch.equal(output.student_tokens[3], kept[3])
     for name, block in model.blocks.items():
-        assert torch.equal(projected[name], heads[name](kept[block]))
-        assert torch.equal(lengths[name], kept[block].norm(dim=-1).mean(1))
-    pred, projected, lengths = model(*make_inputs(), idle=["a"])
-    assert {*projected} == {*lengths} == {"b"} and torch.equal(pred, velocity)
-    (pred.sum() + projected["b"].sum()).backward()
+        assert torch.equal(output.projected[name], heads[name](kept[block]))
+        assert torch.equal(output.token_norm[name], kept[block].norm(dim=-1).mean(1))
+    output = model(*make_inputs(), idle=["a"])
+    assert {*output.projected} == {*output.token_norm} == {"b"}
+    assert torch.equal(output.prediction, velocity)
+    (output.prediction.sum() + output.projected["b"].sum()).backward()
     assert not any(p.grad.any() for p in heads["a"].parameters())
     assert all(p.grad.any() for p in heads["b"].parameters())
 
@@ -201,7 +203,7 @@ def test_projected_tokens_are_float32_under_any_autocast(dtype):
     head[-1].register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
     with torch.autocast("cpu", dtype):
         model = AlignedSiT(randomize_zeros(make_sit()), {"a": head}, {"a": 2})
-        aligned = model(*make_inputs())[1]["a"]
+        aligned = model(*make_inputs()).projected["a"]
     # The last layer runs in float32, and the layers before it in half precision.
     assert aligned.dtype == torch.float32 and hidden[0].dtype == torch.float32
     assert not torch.equal(aligned, aligned.to(dtype).float())

@@ -226,8 +226,8 @@ def test_print_config_prints_the_resolved_flags_and_stops(call, cache, tmp_path)
     code, out = call(train, *flags, "--print-config")
     assert code == 0 and not (tmp_path / "run").exists()
     lines = out.strip().splitlines()
-    assert "max_train_steps = 6" in lines  # 2 epochs of 24 images in batches of 8
-    assert "mixed_precision = no" in lines and "align_depth = [2]" in lines
+    assert "--max-train-steps 6" in lines  # 2 epochs of 24 images in batches of 8
+    assert "--mixed-precision no" in lines and "--align-depth 2" in lines
 
 
 def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
