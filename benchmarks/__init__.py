@@ -1,1 +1,1 @@
-"""Speed of each stage, as JSON. What is slow on one machine need not be on another: run them on yours."""
+"""Benchmarks of the stages of training and sampling, with results as JSON."""

@@ -1,13 +1,16 @@
-"""The side of benchmarks.adm_evaluator that runs ADM's evaluator, unchanged, in an environment that has TensorFlow.
+"""Run ADM's unmodified evaluator in an environment that has TensorFlow.
 
-It needs the feature graph for nothing that is computed from features, so the file of the graph is never opened: what the
-Evaluator's methods use is put in place by hand.
+benchmarks/adm_evaluator.py starts this script as `adm_original.py EVALUATOR INPUTS OUTPUTS`. The
+script computes metrics from features and so never opens the file of the feature network: it sets
+the attributes that the Evaluator's methods use.
 """
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import scipy
@@ -15,60 +18,65 @@ import tensorflow
 import tensorflow.compat.v1 as tf
 
 
-def load(path: Path):
-    """ADM's evaluator.py as a module. Its np.bool left numpy in 1.24 and came back in 2.0."""
-    if not hasattr(np, "bool"):
-        np.bool = np.bool_
+def load_evaluator(path: Path) -> ModuleType:
+    """Import ADM's evaluator.py."""
+    if not hasattr(np, "bool"):  # numpy has no np.bool, which the file uses, from 1.24 until 2.0
+        np.bool = np.bool_  # type: ignore[misc]  # the stubs describe numpy 2
     spec = importlib.util.spec_from_file_location("adm", path)
-    adm = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(adm)
-    return adm
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def run(evaluator: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What ADM makes of the arrays, by the names of benchmarks.adm_evaluator.ours."""
+def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return ADM's results with the names of benchmarks.adm_evaluator.compute_ours.
+
+    Args:
+        path: ADM's evaluator.py.
+        arrays: The inputs of benchmarks.adm_evaluator.make_inputs.
+    """
     tf.disable_eager_execution()
-    adm, session = load(evaluator), tf.Session()
-    judge = object.__new__(adm.Evaluator)  # its constructor would fetch the graph
-    judge.sess, judge.softmax_batch_size, judge.manifold_estimator = (
-        session,
-        512,
-        adm.ManifoldEstimator(session),
-    )
+    adm = load_evaluator(path)
+    session = tf.Session()
+    evaluator = object.__new__(adm.Evaluator)  # its constructor would download the feature network
+    evaluator.sess = session
+    evaluator.softmax_batch_size = 512
+    evaluator.manifold_estimator = adm.ManifoldEstimator(session)
     with session.graph.as_default():
-        judge.softmax_input = tf.placeholder(tf.float32, [None, arrays["weights"].shape[0]])
-        judge.softmax = tf.nn.softmax(
-            tf.matmul(judge.softmax_input, tf.constant(arrays["weights"]))
-        )
-        pixels = tf.placeholder(tf.float32, [None, None, None, 3])
-        small = tf.image.resize_bilinear(pixels, [299, 299], align_corners=False)
-    reference, samples, few = (
-        judge.compute_statistics(arrays[name]) for name in ("reference", "samples", "few")
-    )
+        weights = tf.constant(arrays["weights"])
+        evaluator.softmax_input = tf.placeholder(tf.float32, [None, len(arrays["weights"])])
+        evaluator.softmax = tf.nn.softmax(tf.matmul(evaluator.softmax_input, weights))
+        image = tf.placeholder(tf.float32, [None, None, None, 3])
+        resized = tf.image.resize_bilinear(image, [299, 299], align_corners=False)
+
+    reference = evaluator.compute_statistics(arrays["reference"])
+    samples = evaluator.compute_statistics(arrays["samples"])
+    few = evaluator.compute_statistics(arrays["few"])
     results = {
         "mean": samples.mu,
         "covariance": samples.sigma,
         "distance": samples.frechet_distance(reference),
         "distance of few": few.frechet_distance(reference),
-        "inception score": judge.compute_inception_score(arrays["activations"]),
+        "inception score": evaluator.compute_inception_score(arrays["activations"]),
     }
-    for kind, scale in (
-        ("float16", 1),
-        ("float32", arrays["overflow"]),
-    ):  # a block that overflows is done in float32
+    # ADM computes in float16, and blocks that overflow in float32.
+    for dtype, scale in (("float16", 1), ("float32", arrays["overflow"])):
         a, b = (arrays[name] * np.float32(scale) for name in ("reference", "samples"))
-        estimator = judge.manifold_estimator
-        results[f"radii, {kind}"] = (
-            np.concatenate([estimator.manifold_radii(x)[:, 0] for x in (a, b)]) / scale**2
-        )
-        results[f"precision, {kind}"], results[f"recall, {kind}"] = judge.compute_prec_recall(a, b)
-    for name in (name for name in arrays if name.startswith("image")):
-        results[f"resize of {name}"] = session.run(small, {pixels: arrays[name].astype(np.float32)})
+        radii = [evaluator.manifold_estimator.manifold_radii(x)[:, 0] for x in (a, b)]
+        precision, recall = evaluator.compute_prec_recall(a, b)
+        results[f"radii, {dtype}"] = np.concatenate(radii) / scale**2
+        results[f"precision, {dtype}"] = precision
+        results[f"recall, {dtype}"] = recall
+    for name in [key for key in arrays if key.startswith("image")]:
+        pixels = arrays[name].astype(np.float32)
+        results[f"resize of {name}"] = session.run(resized, {image: pixels})
     return results
 
 
 if __name__ == "__main__":
-    with np.load(sys.argv[2]) as content:
-        results = run(Path(sys.argv[1]), dict(content))
+    evaluator_path, inputs, outputs = map(Path, sys.argv[1:])
+    with np.load(inputs) as content:
+        results = compute_results(evaluator_path, dict(content))
     versions = {module.__name__: module.__version__ for module in (tensorflow, np, scipy)}
-    np.savez(sys.argv[3], versions=json.dumps(versions), **results)
+    np.savez(outputs, versions=json.dumps(versions), **results)

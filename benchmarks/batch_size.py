@@ -1,20 +1,19 @@
-"""What another batch size does to the images of sample_ddp.py, in grey levels.
+"""Measure how the batch size changes the images of sample_ddp.py.
 
     python -m benchmarks.batch_size --ckpt exps/demo --dest /tmp --json batch_size.json
 
-Noise, classes and steps of an image depend on its number alone; but a matrix product of another size is computed by another
-kernel, in another order. The same images are made at each batch size and compared with those of the first.
+Noise, class and steps of an image depend only on its index, but the size of a matrix product
+determines its kernel and thereby the order of its sums. The same images are sampled with each
+batch size and compared with those of the first.
 """
 
-import argparse
 import itertools
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import describe_machine, report
-from benchmarks.sampling import Sampler
+from benchmarks.measure import describe_machine, report, scratch_folder
+from benchmarks.sampling import Sampler, make_config
 from checkpointing import pretrained
 from checkpointing.storage import CheckpointError
 from common import cli
@@ -22,39 +21,50 @@ from common.cli import UserError
 from common.processes import World
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
+from sample_ddp import PrecisionConfig
+from sampling.recipe import SamplerConfig
 
-SAMPLERS = {"Euler": "ode", "Euler-Maruyama": "sde"}
+MODES = {"Euler": "ode", "Euler-Maruyama": "sde"}
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> cli.Parser:
+    """Return the parser of the flags."""
     parser = cli.Parser(__doc__, "python -m benchmarks.batch_size", "--ckpt PATH --dest PATH")
-
-    add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="as sample_ddp.py's")
-    add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
-    add("--images", type=cli.positive_int, default=256, help="images")
-    add(
+    parser.add_argument("--ckpt", type=Path, required=True, help="same as --ckpt of sample_ddp.py")
+    parser.add_argument("--dest", type=Path, required=True, help="folder for temporary files")
+    parser.add_argument("--images", type=cli.positive_int, default=256, help="number of images")
+    parser.add_argument(
         "--batch-sizes",
         type=cli.positive_int,
         nargs="+",
         default=[32, 7, 64],
-        help="the others are compared with the first",
+        help="batch sizes; the others are compared with the first",
     )
-    add("--num-steps", type=cli.positive_int, default=50, help="as sample_ddp.py's")
-    add(
+    parser.add_argument(
+        "--num-steps",
+        type=cli.positive_int,
+        default=50,
+        help="same as --num-steps of sample_ddp.py",
+    )
+    parser.add_argument(
         "--cfg-scale",
         type=cli.non_negative_float,
         nargs="+",
         default=[1.0, 1.5],
-        help="as sample_ddp.py's, each in turn",
+        help="guidance scales; each is used in turn",
     )
-    add("--json", type=Path, help="file for the result")
-
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, help="file for the result")
+    return parser
 
 
 def compare_images(a: np.ndarray, b: np.ndarray) -> dict:
-    """Images (n, H, W, 3) uint8: the largest difference in grey levels, and which shares of numbers and of images differ."""
+    """Compare two sets of images, (N, H, W, 3) uint8 each.
+
+    Returns:
+        largest: Largest difference in grey levels.
+        values: Fraction of values that differ.
+        images: Fraction of images that differ.
+    """
     difference = np.abs(a.astype(int) - b)
     return {
         "largest": int(difference.max()),
@@ -64,49 +74,44 @@ def compare_images(a: np.ndarray, b: np.ndarray) -> dict:
 
 
 def main() -> None:
-    args = parse()
-    world, root = World(), args.dest / "benchmark-batch-size"
+    """Run the benchmark."""
+    args = make_parser().parse_args()
+    world = World()
+    device = world.select_device()
     try:
         source = pretrained.load(args.ckpt)
-        vae = Autoencoder(source.vae, world.select_device())
+        vae = Autoencoder(source.vae, device)
     except (CheckpointError, FieldError) as error:
         raise UserError(f"--ckpt {args.ckpt}: {error}") from None
+
+    def sample_images(sampler_config: SamplerConfig, batch_size: int) -> np.ndarray:
+        config = make_config(sampler_config, args.images, batch_size, PrecisionConfig())
+        with scratch_folder(args.dest / "benchmark-batch-size") as folder:
+            path = Sampler(config, source, vae, world)(folder)
+            with np.load(path) as content:
+                return content["arr_0"]
+
+    first_size, *other_sizes = args.batch_sizes
     results = {}
-    for scale, (solver, mode) in itertools.product(args.cfg_scale, SAMPLERS.items()):
-        flags = [
-            "--mode",
-            mode,
-            "--num-fid-samples",
-            args.images,
-            "--num-steps",
-            args.num_steps,
-            "--cfg-scale",
-            scale,
+    for scale, (solver, mode) in itertools.product(args.cfg_scale, MODES.items()):
+        sampler_config = SamplerConfig(mode=mode, num_steps=args.num_steps, cfg_scale=scale)
+        first = sample_images(sampler_config, first_size)
+        name = f"{solver}, guidance {scale:g}" if scale > 1 else solver
+        results[name] = [
+            {"batch_size": size, **compare_images(first, sample_images(sampler_config, size))}
+            for size in other_sizes
         ]
-        made = []
-        for size in args.batch_sizes:
-            shutil.rmtree(root, ignore_errors=True)
-            with np.load(
-                Sampler([*flags, "--per-proc-batch-size", size], source, vae, world)(root)
-            ) as content:
-                made.append(content["arr_0"])
-        results[f"{solver}, guidance {scale:g}" if scale > 1 else solver] = [
-            {"batch_size": size, **compare_images(made[0], other)}
-            for size, other in zip(args.batch_sizes[1:], made[1:], strict=True)
-        ]
-    shutil.rmtree(root)
-    identity = source.identity
     report(
         {
             "benchmark": "batch_size",
-            "machine": describe_machine(world.select_device()),
-            "model": identity["model"],
-            "step": identity["step"],
-            "ema_sha256": identity["ema_sha256"],
+            "machine": describe_machine(device),
+            "model": source.identity["model"],
+            "step": source.identity["step"],
+            "ema_sha256": source.identity["ema_sha256"],
             "images": args.images,
             "num_steps": args.num_steps,
             "cfg_scale": args.cfg_scale,
-            "batch_size": args.batch_sizes[0],
+            "batch_size": first_size,
             "results": results,
         },
         args.json,

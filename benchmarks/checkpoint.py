@@ -1,32 +1,85 @@
-"""Times a checkpoint: how long training waits for it, and what the thread that writes it takes away from training.
+"""Time how long a checkpoint delays training, and how much its writer thread disturbs training.
 
     python -m benchmarks.checkpoint --model SiT-B/2 --dest exps --json checkpoint.json
 
-`copy_s` is what training waits for, the copy to host memory. `write_s` is what happens beside it. `longest_pause_s` is the
-longest that a Python loop in the training thread stood still meanwhile: hashing and writing must not hold the interpreter.
+`copy_s` is the copy to host memory, which training waits for. `write_s` is the rest, which the
+writer thread does in the background. `longest_pause_s` is the longest interval during which a
+Python loop in the training thread did not run: hashing and writing must release the interpreter
+lock.
 """
 
-import argparse
 import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.measure import describe_machine, median_and_quartiles, report, synchronize
-from benchmarks.train_step import parse_training_flags, synthetic_manifest
+from benchmarks.measure import (
+    add_result_flags,
+    describe_machine,
+    median_and_quartiles,
+    report,
+    synchronize,
+)
+from benchmarks.train_step import default_settings, synthetic_manifest
 from checkpointing.storage import list_checkpoints
 from common import cli
 from models.sit import PRESETS
-from train import build
-from training.config import make_config
-from training.state import Writer
+from training.alignment import make_cache_info, plan_alignments
+from training.config import build_config_json, build_network_config
+from training.setup import build_state
+from training.state import CheckpointWriter, TrainState
 
-NAP = 0.001  # seconds, so that the loop that notices pauses is not itself what the writer waits for
+POLL_SECONDS = 0.001  # interval of the loop that detects pauses
 
 
-def parse() -> argparse.Namespace:
+class SaveTimes(NamedTuple):
+    """Seconds of one checkpoint; the fields are keys of the result."""
+
+    copy_s: float
+    write_s: float
+    longest_pause_s: float
+
+
+def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, dict]:
+    """Build a state with optimizer moments, and its config.json.
+
+    Args:
+        model: A key of PRESETS.
+        device: Device of the state.
+    """
+    settings = default_settings(model)
+    manifest = synthetic_manifest()
+    network = build_network_config(settings.model, manifest)
+    align = plan_alignments(settings.alignments, network, make_cache_info(manifest))
+    state = build_state(network, align, settings.optimizer, settings.device, device)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return state, build_config_json(settings, network, align, manifest)
+
+
+def time_save(writer: CheckpointWriter, state: TrainState, device: torch.device) -> SaveTimes:
+    """Save a checkpoint and measure the times."""
+    synchronize(device)
+    started = time.perf_counter()
+    writer.submit(state)
+    copied = time.perf_counter()
+    previous = copied
+    longest_pause = 0.0
+    while writer.thread is not None and writer.thread.is_alive():
+        time.sleep(POLL_SECONDS)
+        now = time.perf_counter()
+        longest_pause = max(longest_pause, now - previous - POLL_SECONDS)
+        previous = now
+    return SaveTimes(copied - started, previous - copied, longest_pause)
+
+
+def main() -> None:
+    """Run the benchmark."""
     parser = cli.Parser(__doc__, "python -m benchmarks.checkpoint", "[--model NAME]")
     parser.add_argument(
         "--model",
@@ -36,59 +89,36 @@ def parse() -> argparse.Namespace:
         help="a preset of models/sit.py",
     )
     parser.add_argument(
-        "--dest", type=Path, default=Path("exps"), help="a folder on the disk to write to"
+        "--dest", type=Path, default=Path("exps"), help="folder on the disk to write to"
     )
-    parser.add_argument(
-        "--rounds", type=cli.positive_int, default=5, help="checkpoints, of which the median counts"
-    )
-    parser.add_argument("--json", type=Path, help="file for the result")
-    return parser.parse_args()
+    add_result_flags(parser, rounds=5)
+    args = parser.parse_args()
 
-
-def main() -> None:
-    args = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flags = parse_training_flags(["--model", args.model])
-    config = make_config(flags, synthetic_manifest())
-    state = build(flags, config, device)
-    for parameter in state.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    state, config = build_trained_state(args.model, device)
     args.dest.mkdir(parents=True, exist_ok=True)
     run = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.dest))
-    figures: dict[str, list[float]] = {"copy_s": [], "write_s": [], "longest_pause_s": []}
+    times = []
     try:
-        with Writer(run, config, keep_last=1) as writer:
+        with CheckpointWriter(run, config, keep_last=1) as writer:
             for state.step in range(args.rounds + 1):
-                synchronize(device)
-                started = time.perf_counter()
-                writer.submit(state)
-                copied = last = time.perf_counter()
-                pause = 0.0
-                while writer.thread.is_alive():
-                    time.sleep(NAP)
-                    now = time.perf_counter()
-                    pause, last = max(pause, now - last - NAP), now
-                if state.step:  # the first makes the pages that the others use again
-                    for values, value in zip(
-                        figures.values(), (copied - started, last - copied, pause)
-                    ):
-                        values.append(value)
-            writer.wait()
-        size = sum(file.stat().st_size for file in list_checkpoints(run)[-1].iterdir())
+                times.append(time_save(writer, state, device))
+        num_bytes = sum(file.stat().st_size for file in list_checkpoints(run)[-1].iterdir())
     finally:
         shutil.rmtree(run)
-    results = {name: median_and_quartiles(values) for name, values in figures.items()}
+
+    # The first save allocates the memory that the later ones reuse.
+    columns = zip(SaveTimes._fields, zip(*times[1:]))
+    results = {name: median_and_quartiles(list(values)) for name, values in columns}
     report(
         {
             "benchmark": "checkpoint",
             "machine": describe_machine(device),
             "model": args.model,
             "rounds": args.rounds,
-            "bytes": size,
+            "bytes": num_bytes,
             "results": results,
-            "write_bytes_per_s": size / results["write_s"]["median"],
+            "write_bytes_per_s": num_bytes / results["write_s"]["median"],
         },
         args.json,
     )

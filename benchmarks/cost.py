@@ -1,82 +1,85 @@
-"""What alignment costs, as the paper's Table 5 has it, for any model and methods: parameters, FLOPs, time and memory.
+r"""Measure the cost of alignment: parameters, FLOPs, time and memory (SRA 2 paper, Table 5).
 
-    python -m benchmarks.cost --model SiT-XL/2 --align none sra2 repa sra sra2+repa --batch-size 256 --precision bf16 --compile
+    python -m benchmarks.cost --model SiT-XL/2 --align none sra2 repa sra sra2+repa \
+        --batch-size 256 --precision bf16 --compile
 
-Parameters are those of the backbone, of the heads, which are dropped after training, and external ones: of what runs for the
-targets alone. FLOPs are of one image (models/flops.py; a multiply-accumulate is two): forward through backbone, heads and what
-runs for the targets, and of training, three times the first two and once the last. Steps are timed as benchmarks/train_step.py
-does; with --no-timing nothing is built, and the counts take a second.
+Parameters are counted for the backbone, for the heads, which are dropped after training, and for
+external networks that run only for the targets. FLOPs are per image, and a multiply-accumulate
+counts as two (models/flops.py). Forward FLOPs are those of backbone, heads and targets; training
+FLOPs are three times those of backbone and heads, plus those of the targets. Steps are timed as in
+benchmarks/train_step.py. With --no-timing no network is built, and counting takes a second.
 """
-
-import argparse
 
 import torch
 
 from benchmarks.measure import report
-from benchmarks.table import cost_table
-from benchmarks.train_step import Plan, add_flags, make_plan, measure
+from benchmarks.table import TABLES
+from benchmarks.train_step import Plan, StepConfig, make_parser, make_plan, measure
 from common import cli
+from common.config import read_flags
 from models.flops import backbone_flops, head_flops
-from models.projector import Projector
+from models.projector import make_head
 from models.sit import SiT
 from models.targets import TARGETS
+from training.alignment import head_specs
 from training.throughput import training_flops
 
 
-def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "python -m benchmarks.cost", "[--model NAME]")
-    add_flags(parser)
-    parser.add_argument("--no-timing", action="store_true", help="count only")
-    return parser.parse_args()
-
-
-def count_costs(planned: Plan, name: str) -> dict:
-    """Of one way: parameters, FLOPs for an image, and how much more than without alignment they are."""
-    network, data, align = planned.network, planned.data, planned.align(name)
+def count_costs(plan: Plan, variant: str) -> dict:
+    """Return parameters and FLOPs per image of a variant, and their increase over no alignment."""
+    network, align = plan.network, plan.entries(variant)
+    specs = [spec for entry in align for spec in head_specs(entry).values()]
+    external = [TARGETS[entry["method"]].cost(entry, network, plan.cache) for entry in align]
     with torch.device("meta"):
-        modules = {
-            "backbone": [SiT(network)],
-            "heads": [Projector(**entry["head"]) for entry in align],
+        heads = torch.nn.ModuleList(make_head(spec) for spec in specs)
+        parameters = {
+            "backbone": _count_parameters(SiT(network)),
+            "heads": _count_parameters(heads),
+            "external": sum(cost.parameters for cost in external),
         }
-    external = [TARGETS[entry["method"]].cost(entry, network, data) for entry in align]
-    parameters = {
-        part: sum(p.numel() for module in each for p in module.parameters())
-        for part, each in modules.items()
+    forward = {
+        "backbone": backbone_flops(network),
+        "heads": sum(head_flops(network, spec) for spec in specs),
+        "targets": sum(cost.flops for cost in external),
     }
-    heads, targets = (
-        sum(head_flops(network, entry["head"]) for entry in align),
-        sum(flops for _, flops in external),
-    )
-    forward, training = (
-        {"backbone": backbone_flops(network), "heads": heads, "targets": targets},
-        training_flops(network, []),
-    )
+    training = training_flops(network, align, plan.cache)
+    baseline = training_flops(network, [], plan.cache)
     return {
-        "parameters": parameters | {"external": sum(size for size, _ in external)},
+        "parameters": parameters,
         "forward_flops": forward,
-        "training_flops": training_flops(network, align, data),
+        "training_flops": training,
         "more_parameters": parameters["heads"] / parameters["backbone"],
-        "more_forward_flops": (heads + targets) / forward["backbone"],
-        "more_training_flops": training_flops(network, align, data) / training - 1,
+        "more_forward_flops": (forward["heads"] + forward["targets"]) / forward["backbone"],
+        "more_training_flops": training / baseline - 1,
     }
+
+
+def _count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def main() -> None:
-    args = parse()
-    names = [*dict.fromkeys(args.align)]
-    planned = make_plan(args, names)
-    result = {
-        "model": args.model,
-        "latent_size": args.latent_size,
-        "results": {name: {} for name in names},
-    }
-    if not args.no_timing:
-        result = measure(args, names)
-    for name, figures in result["results"].items():
-        figures |= count_costs(planned, name)
-    result |= {"benchmark": "cost", "align": planned.config["align"]}
+    """Run the benchmark."""
+    parser = make_parser(__doc__, "python -m benchmarks.cost")
+    parser.add_argument("--no-timing", action="store_true", help="only count")
+    args = parser.parse_args()
+    config = read_flags(StepConfig, args)
+    variants = list(dict.fromkeys(args.align))
+    plan = make_plan(config, variants)
+    result: dict
+    if args.no_timing:
+        result = {
+            "model": config.model,
+            "latent_size": config.latent_size,
+            "results": {variant: {} for variant in variants},
+        }
+    else:
+        result = measure(config, variants, args.rounds, args.steps, args.warm_up)
+    for variant, figures in result["results"].items():
+        figures |= count_costs(plan, variant)
+    result |= {"benchmark": "cost", "align": plan.align}
     report(result, args.json)
-    print(f"\n{cost_table([result])}")
+    print(f"\n{TABLES['cost'].format([result])}")
 
 
 if __name__ == "__main__":

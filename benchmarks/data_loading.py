@@ -1,20 +1,21 @@
-"""Batches a second from the latent cache, against one .npy file an image (the layout of REPA's preprocessing), in one run.
+"""Time reading batches from the latent cache, and from one .npy file per image as REPA stores them.
 
     python -m benchmarks.data_loading --dest /somewhere/on/the/disk/to/test --json loading.json
 
-Random moments of ImageNet's shape, 8x32x32, in as many shards as ImageNet has at the default size (157). Every row is a torch
-DataLoader that hands out batches in random order. `npy`: float32 files, read and stacked image by image (REPA's own loader
-reads a PNG beside each, which is left out). `cache`: train.py's stream, float16. `memory`: the same after --cache-in-ram.
-`copy` is the floor: one contiguous copy of a batch. Cold rows drop the files from the system's page cache before each timing;
-what lies below it (a RAID's or a host's cache) is out of reach.
+The data are random moments of ImageNet's shape, 8x32x32, in as many shards as ImageNet has by
+default (157). Every row is a torch DataLoader that returns batches in random order. `npy` reads
+and stacks one float32 file per image (REPA's loader also reads a PNG per image, which is omitted
+here). `cache` is the stream of train.py, in float16, and `memory` is the same after
+--cache-in-ram. `copy` is the lower bound, one contiguous copy of a batch. Cold rows drop the files
+from the page cache before each round; caches of a RAID controller or a host cannot be dropped.
 """
 
 import argparse
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,217 +24,274 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from benchmarks.measure import (
+    add_result_flags,
     describe_machine,
     median_and_quartiles,
     ratio_per_round,
     report,
+    scratch_folder,
     time_in_turn,
 )
 from common import cli
 from common.files import write_array
 from dataset import TrainingStream
-from latents.cache import LatentCache, Manifest, write_manifest
+from latents.cache import LatentCache
+from latents.manifest import Manifest, write_manifest
 
 CPU = torch.device("cpu")
 SHAPE = (8, 32, 32)
+NUM_CLASSES = 1000
 
 
-def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "python -m benchmarks.data_loading", "--dest PATH")
+class NpyFiles(Dataset):
+    """Moments in one .npy file per image, with the labels in memory."""
 
-    add = parser.add_argument
-    add(
-        "--dest",
-        type=Path,
-        required=True,
-        help="folder to write to, and to empty afterwards, on the disk that is timed",
-    )
-    add(
-        "--images",
-        type=cli.positive_int,
-        default=40_000,
-        help="images; 32 KB each as .npy, 16 KB in the cache",
-    )
-    add("--shards", type=cli.positive_int, default=157, help="of the cache")
-    add("--batch-size", type=cli.positive_int, default=256, help="images a batch")
-    add("--batches", type=cli.positive_int, default=40, help="batches of one timing")
-    add(
-        "--rounds",
-        type=cli.positive_int,
-        default=15,
-        help="timings of each, of which the median counts",
-    )
-    add(
-        "--num-workers",
-        type=cli.positive_int,
-        default=2,
-        help="loader processes of the rows that have some",
-    )
-    add("--json", type=Path, help="file for the result")
-
-    return parser.parse_args()
-
-
-class Files(Dataset):
-    """One .npy an image, and the labels in a list."""
-
-    def __init__(self, folder: Path, count: int):
-        self.paths = [
-            str(folder / f"{i // 1000:05d}" / f"img-mean-std-{i:08d}.npy") for i in range(count)
-        ]
-        self.labels = np.arange(count) % 1000
+    def __init__(self, folder: Path, num_images: int):
+        self.paths = [str(npy_path(folder, i)) for i in range(num_images)]
+        self.labels = np.arange(num_images) % NUM_CLASSES
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(np.load(self.paths[i])), torch.tensor(self.labels[i])
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return moments (8, 32, 32) float32 and the label of an image."""
+        return torch.from_numpy(np.load(self.paths[index])), torch.tensor(self.labels[index])
 
 
-def write(dest: Path, count: int, shards: int) -> None:
-    """Both layouts of the same moments."""
-    rng, cuts = np.random.default_rng(0), np.linspace(0, count, shards + 1).astype(int)
-    entries = []
-    for k, (start, stop) in enumerate(zip(tqdm(cuts[:-1], desc="writing"), cuts[1:])):
-        moments = rng.standard_normal((stop - start, *SHAPE), np.float32)
+def npy_path(folder: Path, index: int) -> Path:
+    """Return the path of an image's file in REPA's layout."""
+    return folder / f"{index // 1000:05d}" / f"img-mean-std-{index:08d}.npy"
+
+
+def write_data(npy_folder: Path, cache_folder: Path, num_images: int, num_shards: int) -> None:
+    """Write the same random moments as .npy files and as a latent cache."""
+    rng = np.random.default_rng(0)
+    bounds = np.linspace(0, num_images, num_shards + 1).astype(int)
+    shards = []
+    for k in tqdm(range(num_shards), desc="writing"):
+        indices = np.arange(bounds[k], bounds[k + 1])
+        moments = rng.standard_normal((len(indices), *SHAPE), np.float32)
         file = f"{k:05d}.npy"
-        entries.append({"file": file, "count": int(stop - start)})
-        write_array(dest / "cache/moments" / file, moments.astype(np.float16))
-        write_array(dest / "cache/labels" / file, np.arange(start, stop) % 1000)
-        for i, image in zip(range(start, stop), moments):
-            path = dest / "npy" / f"{i // 1000:05d}" / f"img-mean-std-{i:08d}.npy"
+        write_array(cache_folder / "moments" / file, moments.astype(np.float16))
+        write_array(cache_folder / "labels" / file, indices % NUM_CLASSES)
+        shards.append({"file": file, "count": len(indices)})
+        for index, image in zip(indices, moments):
+            path = npy_path(npy_folder, index)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, image)
-    write_manifest(
-        dest / "cache",
-        Manifest(
-            source="synthetic",
-            count=count,
-            num_classes=1000,
-            class_names=[],
-            resolution=256,
-            crop="",
-            vae="",
-            vae_fingerprint="",
-            scale=1.0,
-            shift=0.0,
-            latent_shape=[4, 32, 32],
-            dtype="float16",
-            mean=[],
-            std=[],
-            shards=entries,
-        ),
+    manifest = Manifest(
+        source="synthetic",
+        count=num_images,
+        num_classes=NUM_CLASSES,
+        class_names=[],
+        resolution=256,
+        crop="",
+        vae="",
+        vae_fingerprint="",
+        scale=1.0,
+        shift=0.0,
+        latent_shape=[4, 32, 32],
+        dtype="float16",
+        mean=[],
+        std=[],
+        shards=shards,
     )
+    write_manifest(cache_folder, manifest)
     os.sync()
 
 
 def evict(folder: Path, cache: LatentCache | None = None) -> None:
-    """Out of the page cache, as far as the system lets a user; first out of the maps of `cache`, or they hold it there."""
-    for reader in cache.open_shards.values() if cache else ():
-        reader.drop_pages()
+    """Drop a folder's files from the page cache, as far as the kernel allows it without root.
+
+    Args:
+        folder: Folder with .npy files.
+        cache: A cache that maps the files, which would keep them in memory.
+    """
+    if cache is not None:
+        for reader in cache.open_shards.values():
+            reader.drop_pages()
     for path in folder.rglob("*.npy"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-class Timed:
-    """Calling it takes the next `batches` batches of a loader that goes on and on."""
+class BatchReader:
+    """Reads a number of batches per call, from a loader that starts again at its end.
 
-    def __init__(self, batches: int, loader: Callable[[], DataLoader]):
-        self.batches, self.loader, self.iterator = batches, loader, iter(())
+    Args:
+        make_loader: Starts the loader.
+        num_batches: Number of batches per call.
+    """
+
+    def __init__(self, make_loader: Callable[[], Iterable], num_batches: int):
+        self.make_loader = make_loader
+        self.num_batches = num_batches
+        self.iterator = self._repeat()
 
     def __call__(self) -> None:
-        for _ in range(self.batches):
-            if next(self.iterator, None) is None:
-                self.iterator = self.endless()
-                next(self.iterator)
+        """Read the batches."""
+        for _ in range(self.num_batches):
+            next(self.iterator)
 
-    def endless(self) -> Iterator:
-        """Epoch after epoch."""
+    def stop(self) -> None:
+        """Stop the loader and its worker processes."""
+        self.iterator = self._repeat()
+
+    def _repeat(self) -> Iterator:
         while True:
-            yield from self.loader()
+            yield from self.make_loader()
+
+
+def npy_reader(files: NpyFiles, batch_size: int, num_workers: int, num_batches: int) -> BatchReader:
+    """Return a reader of random batches from .npy files."""
+    make_loader = partial(
+        DataLoader, files, batch_size, shuffle=True, num_workers=num_workers, drop_last=True
+    )
+    return BatchReader(make_loader, num_batches)
+
+
+def cache_reader(
+    cache: LatentCache, batch_size: int, num_workers: int, num_batches: int
+) -> BatchReader:
+    """Return a reader of the batches of a training run."""
+    stream = TrainingStream(cache, 0, batch_size)
+    make_loader = partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False)
+    return BatchReader(make_loader, num_batches)
+
+
+class ColdReader(NamedTuple):
+    """A reader, and the function that drops its files from the page cache."""
+
+    read: BatchReader
+    evict: Callable[[], None]
+
+    def evict_and_read(self) -> None:
+        """Drop the files from the page cache and read."""
+        self.evict()
+        self.read()
+
+
+def time_cold(readers: dict[str, ColdReader], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of reading from the disk per round, without those of the eviction."""
+    actions: dict[str, Callable[[], object]] = {
+        name: reader.evict_and_read for name, reader in readers.items()
+    }
+    actions |= {f"evict {name}": reader.evict for name, reader in readers.items()}
+    seconds = time_in_turn(actions, CPU, rounds).seconds
+    return {
+        name: [total - eviction for total, eviction in zip(seconds[name], seconds[f"evict {name}"])]
+        for name in readers
+    }
+
+
+def time_readers(
+    npy_folder: Path, cache_folder: Path, args: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Time all ways of reading the data.
+
+    Args:
+        npy_folder: Folder of the .npy files.
+        cache_folder: The latent cache.
+        args: The flags.
+
+    Returns:
+        The seconds of each round, and the number of batches per round, both by name.
+    """
+    batch_size, num_batches, num_workers = args.batch_size, args.batches, args.num_workers
+    files = NpyFiles(npy_folder, args.images)
+    cache = LatentCache(cache_folder)
+    cache_in_ram = LatentCache(cache_folder)
+    cache_in_ram.load_into_ram()
+    source = np.zeros((batch_size, *SHAPE), np.float16)
+    target = np.zeros_like(source)
+
+    def copy() -> None:
+        for _ in range(num_batches):
+            np.copyto(target, source)
+
+    # Warm: all files are in the page cache.
+    readers = {
+        "npy": npy_reader(files, batch_size, 0, num_batches),
+        "cache": cache_reader(cache, batch_size, 0, num_batches),
+        "memory": cache_reader(cache_in_ram, batch_size, 0, num_batches),
+        f"npy, {num_workers} workers": npy_reader(files, batch_size, num_workers, num_batches),
+        f"cache, {num_workers} workers": cache_reader(cache, batch_size, num_workers, num_batches),
+    }
+    for folder in (npy_folder, cache_folder):
+        for path in folder.rglob("*.npy"):
+            path.read_bytes()
+    warm_seconds = time_in_turn({**readers, "copy": copy}, CPU, args.rounds).seconds
+
+    # Cold: fewer batches. The maps of worker processes would keep the files in memory.
+    for reader in readers.values():
+        reader.stop()
+    num_cold = max(1, num_batches // 10)
+    cold_readers = {
+        "npy, cold": ColdReader(
+            npy_reader(files, batch_size, 0, num_cold), partial(evict, npy_folder)
+        ),
+        "cache, cold": ColdReader(
+            cache_reader(cache, batch_size, 0, num_cold), partial(evict, cache_folder, cache)
+        ),
+    }
+    cold_seconds = time_cold(cold_readers, args.rounds)
+
+    batches = dict.fromkeys(warm_seconds, num_batches) | dict.fromkeys(cold_seconds, num_cold)
+    return warm_seconds | cold_seconds, batches
+
+
+def make_parser() -> cli.Parser:
+    """Return the parser of the flags."""
+    parser = cli.Parser(__doc__, "python -m benchmarks.data_loading", "--dest PATH")
+    parser.add_argument(
+        "--dest",
+        type=Path,
+        required=True,
+        help="folder on the disk to test, for temporary files",
+    )
+    parser.add_argument(
+        "--images",
+        type=cli.positive_int,
+        default=40_000,
+        help="number of images; an image is 32 KB as .npy and 16 KB in the cache",
+    )
+    parser.add_argument(
+        "--shards", type=cli.positive_int, default=157, help="number of shards of the cache"
+    )
+    parser.add_argument("--batch-size", type=cli.positive_int, default=256, help="images per batch")
+    parser.add_argument(
+        "--batches", type=cli.positive_int, default=40, help="number of batches per timed round"
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=cli.positive_int,
+        default=2,
+        help="number of loader processes in the rows with workers",
+    )
+    add_result_flags(parser, rounds=15)
+    return parser
 
 
 def main() -> None:
-    args = parse()
-    root = args.dest / "benchmark-data-loading"
-    write(root, args.images, args.shards)
-    cache, in_memory, files = (
-        LatentCache(root / "cache"),
-        LatentCache(root / "cache"),
-        Files(root / "npy", args.images),
-    )
-    in_memory.load_into_ram()
+    """Run the benchmark."""
+    args = make_parser().parse_args()
+    with scratch_folder(args.dest / "benchmark-data-loading") as root:
+        write_data(root / "npy", root / "cache", args.images, args.shards)
+        seconds, num_batches = time_readers(root / "npy", root / "cache", args)
 
-    def npy(workers: int) -> Timed:
-        def loader() -> DataLoader:
-            return DataLoader(
-                files, args.batch_size, shuffle=True, num_workers=workers, drop_last=True
-            )
-
-        return Timed(args.batches, loader)
-
-    def stream(data: LatentCache, workers: int) -> Timed:
-        return Timed(
-            args.batches,
-            lambda: TrainingStream(data, 0, args.batch_size).read_batches(0, 10**6, workers, False),
-        )
-
-    source, target = (np.zeros((args.batch_size, *SHAPE), np.float16) for _ in range(2))
-
-    def copy() -> None:
-        for _ in range(args.batches):
-            np.copyto(target, source)
-
-    warm = {
-        "npy": npy(0),
-        "cache": stream(cache, 0),
-        "memory": stream(in_memory, 0),
-        f"npy, {args.num_workers} workers": npy(args.num_workers),
-        f"cache, {args.num_workers} workers": stream(cache, args.num_workers),
-        "copy": copy,
-    }
-    try:
-        for folder in (root / "npy", root / "cache"):
-            for path in folder.rglob("*.npy"):
-                path.read_bytes()
-        seconds, _ = time_in_turn(warm, CPU, args.rounds, 1, 1)
-        for action in warm.values():  # ends the workers, whose maps would keep the files in memory
-            if isinstance(action, Timed):
-                action.iterator = iter(())
-
-        def cold(action: Timed, *what: Path | LatentCache) -> Callable[[], None]:
-            return lambda: (evict(*what), action())
-
-        few = max(1, args.batches // 10)
-        cold_npy, cold_cache = npy(0), stream(cache, 0)  # whose maps are open by now
-        cold_npy.batches = cold_cache.batches = few
-        rows = {
-            "npy, cold": (cold_npy, root / "npy"),
-            "cache, cold": (cold_cache, root / "cache", cache),
+    results = {}
+    for name, values in seconds.items():
+        batch_s = median_and_quartiles([value / num_batches[name] for value in values])
+        num_samples = args.batch_size * num_batches[name]
+        results[name] = {
+            "batch_s": batch_s,
+            "samples_per_s": num_samples / median_and_quartiles(values)["median"],
         }
-        actions = {name: cold(*row) for name, row in rows.items()}
-        actions |= {f"evict {name}": partial(evict, *row[1:]) for name, row in rows.items()}
-        times, _ = time_in_turn(actions, CPU, args.rounds, 1, 1)
-    finally:
-        shutil.rmtree(root)
-    per_call = dict.fromkeys(warm, args.batches) | dict.fromkeys(rows, few)
-    seconds |= {name: [a - b for a, b in zip(times[name], times[f"evict {name}"])] for name in rows}
-    results = {
-        name: {
-            "batch_s": median_and_quartiles([value / per_call[name] for value in values]),
-            "samples_per_s": args.batch_size
-            * per_call[name]
-            / median_and_quartiles(values)["median"],
-        }
-        for name, values in seconds.items()
-    }
-    workers = f", {args.num_workers} workers"
     pairs = (
         ("npy", "cache"),
         ("npy", "memory"),
-        (f"npy{workers}", f"cache{workers}"),
+        (f"npy, {args.num_workers} workers", f"cache, {args.num_workers} workers"),
         ("npy, cold", "cache, cold"),
     )
     report(

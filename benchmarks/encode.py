@@ -1,18 +1,21 @@
-"""Images a second of preprocessing.encode_latents, against one image at a time (as REPA's preprocessing does it), in one run.
+"""Time preprocessing.encode_latents, and encoding one image at a time as in REPA's preprocessing.
 
     python -m benchmarks.encode --dest /tmp --json encode.json
 
-JPEGs of ImageNet's average size are made first. The VAE has the architecture of sd-vae-ft-mse, with random weights unless --vae
-names others: speed is the same. `encode_latents`: the command's own code, from files to a whole cache. `one at a time`: decode,
-crop, encode and np.save for each image in turn. `VAE alone`: the same batches, already decoded; its share of the first is how
-busy the VAE is kept. `decoding alone`: files to squares, in one process: what one worker delivers.
+The images are generated JPEGs of ImageNet's average size. The VAE has the architecture of
+sd-vae-ft-mse and, unless --vae names another, random weights, which do not change the speed.
+`encode_latents` is the code of the command, from files to a complete cache. `one at a time`
+decodes, crops, encodes and saves (np.save) each image in turn. `VAE alone` encodes the same
+batches after decoding; its time relative to `encode_latents` is the utilisation of the VAE.
+`decoding alone` reads files as squares in one process, which is the rate of one worker.
 """
 
-import argparse
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,10 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.measure import (
+    add_result_flags,
     describe_machine,
     median_and_quartiles,
     ratio_per_round,
     report,
+    scratch_folder,
     time_in_turn,
 )
 from common import cli
@@ -40,48 +45,58 @@ from preprocessing.encoding import (
     map_in_order,
 )
 from preprocessing.images import SquareReader
-from training.throughput import matmul_rate
+from training.throughput import measure_matmul_rate
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> cli.Parser:
+    """Return the parser of the flags."""
     parser = cli.Parser(__doc__, "python -m benchmarks.encode", "--dest PATH")
-
-    add = parser.add_argument
-    add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
-    add(
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--dest", type=Path, required=True, help="folder for temporary files")
+    parser.add_argument(
         "--images",
         type=cli.positive_int,
-        default=512 if torch.cuda.is_available() else 16,
-        help="images",
+        default=512 if has_gpu else 16,
+        help="number of images",
     )
-    add("--resolution", type=cli.positive_int, default=256, help="pixels a side")
-    add("--vae", help="hub id or folder (default: random weights)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="as encode_latents'")
-    add("--batch-size", type=cli.non_negative_int, default=0, help="as encode_latents'")
-    add(
+    parser.add_argument(
+        "--resolution",
+        type=cli.positive_int,
+        default=256,
+        help="height and width of the images in pixels",
+    )
+    parser.add_argument("--vae", help="hub id or folder (default: random weights)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="same as --precision of encode_latents",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=cli.non_negative_int,
+        default=0,
+        help="same as --batch-size of encode_latents",
+    )
+    parser.add_argument(
         "--device",
         type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="as encode_latents'",
+        default="cuda" if has_gpu else "cpu",
+        help="same as --device of encode_latents",
     )
-    add("--num-workers", type=int, default=-1, help="as encode_latents'")
-    add(
-        "--rounds",
-        type=cli.positive_int,
-        default=5,
-        help="timings of each, of which the median counts",
+    parser.add_argument(
+        "--num-workers", type=int, default=-1, help="same as --num-workers of encode_latents"
     )
-    add("--json", type=Path, help="file for the result")
-
-    return parser.parse_args()
+    add_result_flags(parser, rounds=5)
+    return parser
 
 
 def make_random_vae(folder: Path) -> Path:
-    """sd-vae-ft-mse's architecture."""
+    """Save an autoencoder with the architecture of sd-vae-ft-mse and random weights."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    AutoencoderKL(
+    vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),
@@ -89,122 +104,155 @@ def make_random_vae(folder: Path) -> Path:
         latent_channels=4,
         norm_num_groups=32,
         sample_size=256,
-    ).save_pretrained(folder)
+    )
+    vae.save_pretrained(folder)  # type: ignore[attr-defined]  # of a base class without types
     return folder
 
 
-def photographs(folder: Path, count: int) -> Path:
-    """JPEGs of 500x375 pixels and about 110 KB, as ImageNet's are on average."""
+def make_photographs(folder: Path, num_images: int) -> None:
+    """Write JPEGs of 500x375 pixels and about 110 KB, the averages of ImageNet."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    for i in tqdm(range(count), desc="images"):
-        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize(
-            (500, 375), Image.Resampling.BICUBIC
+    for i in tqdm(range(num_images), desc="images"):
+        colours = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+        smooth = np.asarray(colours.resize((500, 375), Image.Resampling.BICUBIC))
+        noise = rng.integers(-16, 17, (375, 500, 3))
+        pixels = (smooth + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=90)
+
+
+def decode_batches(job: EncodingJob, reader: SquareReader, num_images: int) -> list[DecodedBatch]:
+    """Read all images into memory, in the batches of the job."""
+    images = [reader.read(job.source, i).pixels for i in range(num_images)]
+    batches = []
+    for pixels in torch.from_numpy(np.stack(images)).split(job.batch_size):
+        batch = DecodedBatch(
+            shard_index=0,
+            num_read=len(pixels),
+            pixels=pixels,
+            labels=np.zeros(len(pixels)),
+            bad_images=[],
+            kinds=Counter(),
         )
-        grain = rng.integers(-16, 17, (375, 500, 3))
-        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(
-            folder / f"{i:06d}.jpg", quality=90
-        )
-    return folder.parent
+        batches.append(batch.pin_memory() if job.device.type == "cuda" else batch)
+    return batches
 
 
-def main() -> None:
-    args = parse()
-    root, world = args.dest / "benchmark-encode", World()
-    vae = args.vae or str(make_random_vae(root / "vae"))
-    shutil.rmtree(root / "images", ignore_errors=True)
-    source = photographs(root / "images/class", args.images)
-    batch_size = args.batch_size or default_batch_size(args.resolution, torch.device(args.device))
-    settings = EncodingSettings(
-        str(source),
-        resolution=args.resolution,
-        vae=vae,
-        precision=args.precision,
-        batch_size=batch_size,
-        shard_size=batch_size * -(-args.images // (2 * batch_size)),  # two shards
-    )
-    threads = torch.get_num_threads()
-    job = EncodingJob(settings, args.device, args.num_workers, world)
-    own_threads, device, cache = torch.get_num_threads(), job.device, root / "cache"
-    reader, count = SquareReader(args.resolution), range(args.images)
-    pixels = torch.from_numpy(np.stack([reader.read(job.source, i).pixels for i in count]))
-    decoded = [
-        DecodedBatch(
-            0,
-            len(part),
-            part.pin_memory() if device.type == "cuda" else part,
-            np.zeros(len(part)),
-            [],
-            Counter(),
-        )
-        for part in pixels.split(job.batch_size)
-    ]
+def make_actions(
+    job: EncodingJob,
+    settings: EncodingSettings,
+    num_images: int,
+    folder: Path,
+    num_threads: int,
+    world: World,
+) -> dict[str, Callable[[], object]]:
+    """Return the timed functions by name; each processes all images.
 
-    def ours() -> None:
-        torch.set_num_threads(own_threads)
-        build_cache(cache, job, world)
-        shutil.rmtree(cache)
+    Args:
+        job: The job of encode_latents.
+        settings: Settings of the job.
+        num_images: Number of images.
+        folder: Folder for temporary files.
+        num_threads: Number of threads per operation without encode_latents, which sets its own.
+        world: The process of the job.
+    """
+    job_threads = torch.get_num_threads()
+    reader = SquareReader(settings.resolution)
+    batches = decode_batches(job, reader, num_images)
 
-    def alone() -> None:
-        torch.set_num_threads(own_threads)
+    def encode_latents() -> None:
+        torch.set_num_threads(job_threads)
+        build_cache(folder / "cache", job, world)
+        shutil.rmtree(folder / "cache")
+
+    def run_vae() -> None:
+        torch.set_num_threads(job_threads)
         with ThreadPoolExecutor(job.num_threads, initializer=job.init_thread) as pool:
-            for batch in map_in_order(pool, job.encode_batch, decoded, job.num_threads):
+            for batch in map_in_order(pool, job.encode_batch, batches, job.num_threads):
                 if batch.copy_done:
                     batch.copy_done.synchronize()
 
-    def one_at_a_time() -> None:
-        torch.set_num_threads(threads)
-        (root / "one").mkdir(exist_ok=True)
-        for i in count:
+    def encode_one_at_a_time() -> None:
+        torch.set_num_threads(num_threads)
+        (folder / "moments").mkdir(exist_ok=True)
+        is_bf16 = settings.precision == "bf16"
+        for i in range(num_images):
             image = torch.from_numpy(reader.read(job.source, i).pixels[None].copy())
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                moments = job.vae.encode(image.to(device))
-            np.save(root / "one" / f"{i}.npy", moments[0].cpu().numpy())
+            with torch.autocast(job.device.type, torch.bfloat16, enabled=is_bf16):
+                moments = job.vae.encode(image.to(job.device))
+            np.save(folder / "moments" / f"{i}.npy", moments[0].cpu().numpy())
 
     def decode() -> None:
         torch.set_num_threads(1)
-        for i in count:
+        for i in range(num_images):
             reader.read(job.source, i)
 
+    return {
+        "encode_latents": encode_latents,
+        "VAE alone": run_vae,
+        "one at a time": encode_one_at_a_time,
+        "decoding alone": decode,
+    }
+
+
+def count_flops(vae: str, resolution: int) -> int:
+    """Return the FLOPs of encoding one image."""
+    image = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
-        Autoencoder(vae).encode(
-            torch.zeros(1, 3, args.resolution, args.resolution, dtype=torch.uint8)
-        )
-    flops = counter.get_total_flops()
+        Autoencoder(vae).encode(image)
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = make_parser().parse_args()
+    world = World()
+    num_threads = torch.get_num_threads()
+    batch_size = args.batch_size or default_batch_size(args.resolution, torch.device(args.device))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    torch.set_num_threads(threads)
-    rate = matmul_rate(device, dtype, seconds=1.0)
-    job.make_preview = lambda: (
-        Image.new("RGB", (8, 8)),
-        "left out",
-    )  # it is drawn once a cache, not once a shard
-    try:
-        actions = {
-            "encode_latents": ours,
-            "VAE alone": alone,
-            "one at a time": one_at_a_time,
-            "decoding alone": decode,
-        }
-        seconds, peak = time_in_turn(actions, device, args.rounds, 1, 1)
-    finally:
-        shutil.rmtree(root)
-    torch.set_num_threads(threads)
-    rate = max(rate, matmul_rate(device, dtype, seconds=1.0))
+    with scratch_folder(args.dest / "benchmark-encode") as root:
+        make_photographs(root / "images/class", args.images)
+        vae = args.vae or str(make_random_vae(root / "vae"))
+        settings = EncodingSettings(
+            str(root / "images"),
+            resolution=args.resolution,
+            vae=vae,
+            precision=args.precision,
+            batch_size=batch_size,
+            shard_size=batch_size * -(-args.images // (2 * batch_size)),  # two shards
+        )
+        job = EncodingJob(settings, args.device, args.num_workers, world)
+        actions = make_actions(job, settings, args.images, root, num_threads, world)
+        flops = count_flops(vae, args.resolution)
+
+        # Measure the rate of matrix products before and after: the speed of machines drifts.
+        torch.set_num_threads(num_threads)
+        rate_before = measure_matmul_rate(job.device, dtype, seconds=1.0)
+        # The preview is drawn once per cache, so it would weigh too much in a small cache.
+        with patch.object(job, "make_preview", lambda: (Image.new("RGB", (8, 8)), "omitted")):
+            timings = time_in_turn(actions, job.device, args.rounds)
+        torch.set_num_threads(num_threads)
+        rate = max(rate_before, measure_matmul_rate(job.device, dtype, seconds=1.0))
+
+    seconds = timings.seconds
     results = {}
     for name, values in seconds.items():
         images_per_s = args.images / median_and_quartiles(values)["median"]
+        uses_vae = name != "decoding alone"
         results[name] = {
             "image_s": median_and_quartiles([value / args.images for value in values]),
             "images_per_s": images_per_s,
-            "share_of_matmul_rate": None
-            if name == "decoding alone"
-            else flops * images_per_s / rate,
-            "peak_memory_gib": peak[name],
+            "share_of_matmul_rate": flops * images_per_s / rate if uses_vae else None,
+            "peak_memory_gib": timings.peak_memory_gib[name],
         }
+    ratios = {
+        f"{name}/encode_latents": ratio_per_round(seconds[name], seconds["encode_latents"])
+        for name in ("one at a time", "VAE alone")
+    }
     report(
         {
             "benchmark": "encode",
-            "machine": describe_machine(device),
+            "machine": describe_machine(job.device),
             "images": args.images,
             "resolution": args.resolution,
             "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
@@ -215,14 +263,7 @@ def main() -> None:
             "flops_per_image": flops,
             "matmul_flops_per_s": rate,
             "results": results,
-            "ratios": {
-                "one at a time/encode_latents": ratio_per_round(
-                    seconds["one at a time"], seconds["encode_latents"]
-                ),
-                "VAE alone/encode_latents": ratio_per_round(
-                    seconds["VAE alone"], seconds["encode_latents"]
-                ),
-            },
+            "ratios": ratios,
         },
         args.json,
     )

@@ -1,16 +1,15 @@
-"""The metrics that are no networks, each against the code that others compute it with, in one run.
+"""Time the metrics, apart from their feature networks, against other implementations.
 
     python -m benchmarks.evaluation --json evaluation.json
 
-Features are random numbers of Inception's width. `frechet_distance` against `sqrtm`, which is pytorch-fid's
-calculate_frechet_distance (the same lines as ADM's) with scipy's matrix square root; `statistics` against numpy's mean and cov;
-`precision_recall` of as many samples as references against torch-fidelity's. What is not ours runs on the CPU.
+The features are random numbers with the dimension of Inception's. `frechet_distance` is compared
+with `sqrtm`, which is pytorch-fid's calculate_frechet_distance (the same formula as ADM's) with
+scipy's matrix square root; `statistics` with numpy's mean and cov; and `precision_recall`, for as
+many samples as references, with torch-fidelity's. The other implementations run on the CPU.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import scipy
@@ -19,6 +18,7 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from benchmarks.measure import (
+    add_result_flags,
     describe_machine,
     median_and_quartiles,
     ratio_per_round,
@@ -28,51 +28,49 @@ from benchmarks.measure import (
 from common import cli
 from evaluations.metrics import compute_statistics, frechet_distance, precision_recall
 
+# Functions of this repository -> what they are compared with.
 PAIRS = {"frechet_distance": "sqrtm", "statistics": "numpy", "precision_recall": "torch-fidelity"}
 
 
-def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "python -m benchmarks.evaluation", "[--json PATH]")
-
-    add = parser.add_argument
-    add(
-        "--images",
-        type=cli.positive_int,
-        default=10_000,
-        help="rows of each of the two sets of features",
+def random_features(num_images: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return two sets of correlated, non-negative features, (num_images, width) float32 each."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((width, width), np.float32) / width**0.5
+    a, b = (
+        np.maximum(rng.standard_normal((num_images, width), np.float32) @ mix + 0.3, 0)
+        for _ in range(2)
     )
-    add("--width", type=cli.positive_int, default=2048, help="features an image")
-    add(
-        "--rounds",
-        type=cli.positive_int,
-        default=5,
-        help="timings of each, of which the median counts",
-    )
-    add("--warm-up", type=cli.non_negative_int, default=1, help="rounds before those")
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where ours runs",
-    )
-    add("--json", type=Path, help="file for the result")
-
-    return parser.parse_args()
+    return a, b
 
 
 def main() -> None:
-    args = parse()
-    device = torch.device(args.device)
-    rng = np.random.default_rng(0)
-    mix = rng.standard_normal((args.width, args.width), np.float32) / args.width**0.5
-    a, b = (
-        np.maximum(rng.standard_normal((args.images, args.width), np.float32) @ mix + 0.3, 0)
-        for _ in range(2)
+    """Run the benchmark."""
+    parser = cli.Parser(__doc__, "python -m benchmarks.evaluation", "[--json PATH]")
+    parser.add_argument(
+        "--images",
+        type=cli.positive_int,
+        default=10_000,
+        help="number of rows of each of the two sets of features",
     )
-    s_a, s_b = (compute_statistics(x, device) for x in (a, b))
+    parser.add_argument(
+        "--width", type=cli.positive_int, default=2048, help="dimension of the features"
+    )
+    parser.add_argument(
+        "--device",
+        type=cli.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of this repository's implementations",
+    )
+    add_result_flags(parser, rounds=5, warm_up=1)
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    a, b = random_features(args.images, args.width)
+    statistics_a = compute_statistics(a, device)
+    statistics_b = compute_statistics(b, device)
     actions: dict[str, Callable[[], object]] = {
-        "frechet_distance": partial(frechet_distance, s_a, s_b, device),
-        "sqrtm": partial(calculate_frechet_distance, *s_a, *s_b),
+        "frechet_distance": partial(frechet_distance, statistics_a, statistics_b, device),
+        "sqrtm": partial(calculate_frechet_distance, *statistics_a, *statistics_b),
         "statistics": partial(compute_statistics, a, device),
         "numpy": lambda: (a.mean(0), np.cov(a, rowvar=False)),
         "precision_recall": partial(precision_recall, a, b, device=device),
@@ -80,22 +78,24 @@ def main() -> None:
             prc_features_to_metric, torch.from_numpy(b), torch.from_numpy(a), verbose=False
         ),
     }
-    seconds, _ = time_in_turn(actions, device, args.rounds, 1, args.warm_up)
+    seconds = time_in_turn(actions, device, args.rounds, warm_up=args.warm_up).seconds
+
+    versions = {"numpy": np.__version__, "scipy": scipy.__version__}
+    ratios = {
+        f"{other}/{ours}": ratio_per_round(seconds[other], seconds[ours])
+        for ours, other in PAIRS.items()
+    }
     report(
         {
             "benchmark": "evaluation",
-            "machine": describe_machine(device)
-            | {"numpy": np.__version__, "scipy": scipy.__version__},
+            "machine": describe_machine(device) | versions,
             "images": args.images,
             "width": args.width,
             "rounds": args.rounds,
             "results": {
                 name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
             },
-            "ratios": {
-                f"{other}/{own}": ratio_per_round(seconds[other], seconds[own])
-                for own, other in PAIRS.items()
-            },
+            "ratios": ratios,
         },
         args.json,
     )

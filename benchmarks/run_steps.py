@@ -1,10 +1,8 @@
-"""Counts the arithmetic of runs of train.py, and times a step of each in turn, by their own flags on their own data.
+"""Build and time the training step of runs of train.py, and count its FLOPs.
 
-For studies that set a method's gain against its price (experiments/convergence.py). All are held at once: for small
-networks.
+Studies relate the gain of a method to these costs (experiments/convergence.py).
 """
 
-import argparse
 from functools import partial
 
 import torch
@@ -12,56 +10,133 @@ from accelerate import Accelerator
 
 from benchmarks.measure import median_and_quartiles, time_in_turn
 from dataset import TrainingStream
-from latents.cache import LatentCache
-from models.sit import SiTConfig
-from models.targets import Data
-from train import Step, build
-from training import alignment
-from training.config import check_cache, make_config, precision
+from latents.manifest import Manifest
+from models.targets import CacheInfo
+from train import Step
+from training.alignment import (
+    load_alignments,
+    make_cache_info,
+    make_run_context,
+    plan_alignments,
+    required_cache_inputs,
+)
+from training.config import Settings, build_network_config, resolve_precision
 from training.guard import NonFiniteGuard
+from training.setup import build_state, open_cache
 from training.throughput import training_flops
 
 
-def planned(args: argparse.Namespace) -> tuple[LatentCache, Data, dict]:
-    """A run's cache, what methods may ask of it, and its config.json. Raises UserError."""
-    cache = LatentCache(*args.data_dir)
-    check_cache(args, cache)
-    data = alignment.data_of(cache.manifest, cache.read_feature_metadata())
-    return cache, data, make_config(args, cache.manifest, data)
+def count_flops(settings: Settings) -> int:
+    """Return the FLOPs of a run's training step per image.
 
-
-def count_flops(args: argparse.Namespace) -> int:
-    """FLOPs of training on one image. Raises UserError."""
-    _, data, config = planned(args)
-    return training_flops(SiTConfig(**config["model"]), config["align"], data)
+    Raises:
+        UserError: The settings do not fit the cache.
+    """
+    cache = open_cache(settings)
+    cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
+    network = build_network_config(settings.model, cache.manifest)
+    align = plan_alignments(settings.alignments, network, cache_info)
+    return training_flops(network, align, cache_info)
 
 
 def time_runs(
-    runs: dict[str, argparse.Namespace], rounds: int, calls: int, warm_up: int = 2
+    runs: dict[str, Settings], rounds: int, calls: int, warm_up: int = 2
 ) -> dict[str, dict]:
-    """Seconds of an update: median and quartiles over `rounds` of `calls` updates of a batch that is in memory, without waiting
-    between them. Raises UserError.
+    """Time the steps of several runs in turn, each with its own data, which stays in memory.
+
+    All runs are in memory at the same time, so their networks must be small.
+
+    Args:
+        runs: Settings of the runs by name. All have the same precision.
+        rounds: Number of timed rounds.
+        calls: Steps per round, without host-device synchronisation between them.
+        warm_up: Number of rounds before the timed ones.
+
+    Returns:
+        Median and quartiles of the seconds per step, for each run.
+
+    Raises:
+        UserError: The settings of a run do not fit its cache.
     """
-    precisions = {precision(args.mixed_precision) for args in runs.values()}
+    precisions = {resolve_precision(run.device.mixed_precision) for run in runs.values()}
     assert len(precisions) == 1, precisions
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precisions.pop())
-    device, actions = accelerator.device, {}
-    for name, args in runs.items():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        cache, data, config = planned(args)
-        state = build(args, config, device)
-        targets = alignment.load(args, config, data, state.emas[0], device, accelerator.autocast)
-        step = Step(
-            args,
-            accelerator,
-            cache.manifest,
-            state,
-            targets,
-            NonFiniteGuard(state.optimizer, args.mixed_precision == "fp16"),
+    accelerator = make_accelerator(precisions.pop())
+    actions = {}
+    for name, settings in runs.items():
+        allow_tf32(settings.device.allow_tf32)
+        cache = open_cache(settings)
+        cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
+        step = build_step(settings, accelerator, cache.manifest, cache_info)
+        stream = TrainingStream(
+            cache,
+            settings.run.seed,
+            settings.loop.batch_size,
+            inputs=required_cache_inputs(step.alignments),
         )
-        batch = TrainingStream(
-            cache, args.seed, args.batch_size, inputs=[x for x in [alignment.extra(targets)] if x]
-        )[0]
-        actions[name] = partial(step, batch.pin_memory() if device.type == "cuda" else batch)
-    seconds, _ = time_in_turn(actions, device, rounds, calls, warm_up)
-    return {name: median_and_quartiles(values) for name, values in seconds.items()}
+        batch = stream[0]
+        if accelerator.device.type == "cuda":
+            batch = batch.pin_memory()
+        actions[name] = partial(step, batch)
+    timings = time_in_turn(actions, accelerator.device, rounds, calls, warm_up)
+    return {name: median_and_quartiles(values) for name, values in timings.seconds.items()}
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """Create an Accelerator on the GPU, or on the CPU if there is none.
+
+    Raises:
+        UserError: The device does not support the precision.
+    """
+    return Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=resolve_precision(mixed_precision)
+    )
+
+
+def allow_tf32(is_allowed: bool) -> None:
+    """Choose whether GPUs use TF32 for float32 matrix products and convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = is_allowed
+
+
+def build_step(
+    settings: Settings, accelerator: Accelerator, manifest: Manifest, cache: CacheInfo
+) -> Step:
+    """Build the step of a run, with new weights.
+
+    Args:
+        settings: Settings of the run.
+        accelerator: The accelerator.
+        manifest: Manifest of the latent cache.
+        cache: Properties of the latent cache.
+
+    Raises:
+        UserError: The settings do not fit the cache, or a network cannot be loaded.
+    """
+    network = build_network_config(settings.model, manifest)
+    align = plan_alignments(settings.alignments, network, cache)
+    state = build_state(
+        network,
+        align,
+        settings.optimizer,
+        settings.device,
+        accelerator.device,
+        settings.run.seed,
+    )
+    context = make_run_context(
+        settings.objective.path_type,
+        state.emas[0],
+        accelerator.device,
+        accelerator.autocast,
+        settings.device.compile,
+    )
+    return Step(
+        accelerator,
+        state,
+        manifest,
+        load_alignments(settings.alignments, align, network, cache, context),
+        NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16"),
+        settings.objective,
+        settings.optimizer,
+        settings.run.seed,
+        settings.loop.gradient_accumulation_steps,
+    )

@@ -1,25 +1,26 @@
-"""Images a second of sample_ddp.py, from noise to a finished .npz, against a plain loop in the shape of REPA's generate.py.
+"""Time sample_ddp.py, from noise to the .npz, and a plain loop as in REPA's generate.py.
 
     python -m benchmarks.sampling --model SiT-XL/2 --dest /tmp --json sampling.json
 
-The network has random weights, none of them zero; so has the VAE, of sd-vae-ft-mse's architecture, unless --vae names another.
-`sample_ddp`: its own Worker, make and SampleStore, from a network in memory to NAME.npz and NAME.png; on GPUs in several
-precisions. `plain`: one batch after the other, the state in float64, the network in float32 (on GPUs TF32), not compiled; each
-image a PNG as soon as it is there, and at the end all of them read back for np.savez. The steps themselves are samplers.py's in
-both. `network alone` and `VAE alone`: the same evaluations and decodings, on as many threads as sample_ddp has, and nothing
-else: what it cannot be faster than. The fastest round of each is given too: neighbours disturb it least.
+The network has random weights, none of which are zero. So has the VAE, with the architecture of
+sd-vae-ft-mse, unless --vae names another. `sample_ddp` is the code of the command, from a network
+in memory to NAME.npz and NAME.png, on GPUs in several precisions. `plain` makes one batch after
+another, with the state in float64 and the network in float32 (TF32 on GPUs) and not compiled; it
+writes each image to a PNG, and finally reads all of them for np.savez. Both use the solvers of
+samplers.py. `network alone` and `VAE alone` are the same evaluations and decodings on as many
+threads as sample_ddp uses, and nothing else: together they are a lower bound. The fastest round is
+reported as well, because other programs disturb it least.
 """
 
-import argparse
 import copy
 import itertools
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,305 +29,425 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import sample_ddp
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
+    add_result_flags,
     describe_machine,
     median_and_quartiles,
     ratio_per_round,
     report,
+    scratch_folder,
     time_in_turn,
 )
+from benchmarks.run_steps import allow_tf32
 from checkpointing.pretrained import PretrainedModel
 from common import cli
 from common.cli import UserError
 from common.processes import World
+from evaluations.suite import EvaluationConfig
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
-from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
+from models.flops import backbone_flops
+from models.sit import PRESETS, SiT, SiTConfig
+from sample_ddp import (
+    CheckpointConfig,
+    OutputConfig,
+    PrecisionConfig,
+    SamplingConfig,
+    build_record,
+    make_recipe,
+    naming_flags,
+    prepare_model,
+    set_up_arithmetic,
+)
 from samplers import GuidedVelocity, euler, euler_maruyama, ode_times, sde_times
+from sampling.recipe import SamplerConfig
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
-from training.throughput import backbone_flops, matmul_rate
+from training.throughput import measure_matmul_rate
 
-VARIANTS = {  # flags of sample_ddp.py; on CPUs only the first
-    "fp32": [],
-    "tf32": ["--allow-tf32"],
-    "bf16": ["--allow-tf32", "--mixed-precision", "bf16"],
-    "bf16, compiled": ["--allow-tf32", "--mixed-precision", "bf16", "--compile"],
+PRECISIONS = {  # on CPUs only the first
+    "fp32": PrecisionConfig(),
+    "tf32": PrecisionConfig(allow_tf32=True),
+    "bf16": PrecisionConfig("bf16", allow_tf32=True),
+    "bf16, compiled": PrecisionConfig("bf16", allow_tf32=True, compile=True),
 }
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> cli.Parser:
+    """Return the parser of the flags."""
     parser = cli.Parser(__doc__, "python -m benchmarks.sampling", "--dest PATH")
-    cuda = torch.cuda.is_available()
-
-    add = parser.add_argument
-    add("--dest", type=Path, required=True, help="folder to write to, and to empty afterwards")
-    add(
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--dest", type=Path, required=True, help="folder for temporary files")
+    parser.add_argument(
         "--model",
         choices=PRESETS,
         default="SiT-XL/2",
         metavar="NAME",
         help="a preset of models/sit.py",
     )
-    add("--resolution", type=cli.positive_int, default=256, help="pixels a side")
-    add("--vae", help="hub id or folder (default: random weights)")
-    add("--mode", choices=("sde", "ode"), default="sde", help="as sample_ddp.py's")
-    add(
+    parser.add_argument(
+        "--resolution",
+        type=cli.positive_int,
+        default=256,
+        help="height and width of the images in pixels",
+    )
+    parser.add_argument("--vae", help="hub id or folder (default: random weights)")
+    parser.add_argument(
+        "--mode", choices=("sde", "ode"), default="sde", help="same as --mode of sample_ddp.py"
+    )
+    parser.add_argument(
         "--num-steps",
         type=cli.positive_int,
-        default=250 if cuda else 10,
-        help="steps from noise to data",
+        default=250 if has_gpu else 10,
+        help="number of steps from noise to data",
     )
-    add(
+    parser.add_argument(
         "--cfg-scale",
         type=cli.non_negative_float,
         default=1.5,
-        help="classifier-free guidance; 1 is none",
+        help="classifier-free guidance scale; 1 disables guidance",
     )
-    add("--images", type=cli.positive_int, default=512 if cuda else 8, help="images of one timing")
-    add(
+    parser.add_argument(
+        "--images",
+        type=cli.positive_int,
+        default=512 if has_gpu else 8,
+        help="number of images per timed round",
+    )
+    parser.add_argument(
         "--batch-size",
         type=cli.positive_int,
-        default=128 if cuda else 4,
-        help="images made at once",
+        default=128 if has_gpu else 4,
+        help="images per batch",
     )
-    add(
-        "--rounds",
-        type=cli.positive_int,
-        default=5,
-        help="timings of each, of which the median counts",
-    )
-    add("--warm-up", type=cli.non_negative_int, default=1, help="rounds before those")
-    add("--json", type=Path, help="file for the result")
-
-    return parser.parse_args()
+    add_result_flags(parser, rounds=5, warm_up=1)
+    return parser
 
 
-def make_random_source(name: str, vae: Autoencoder, resolution: int) -> PretrainedModel:
-    """Of ImageNet's classes. Zeros, of which a fresh network has many, are drawn as well: speed may depend on them."""
+def make_config(
+    sampler: SamplerConfig, num_images: int, batch_size: int, precision: PrecisionConfig
+) -> SamplingConfig:
+    """Return settings of sample_ddp.py.
+
+    Raises:
+        UserError: Settings of the sampler contradict each other.
+    """
+    with naming_flags(SamplerConfig):
+        sampler.validate()
+    output = OutputConfig(num_fid_samples=num_images, per_proc_batch_size=batch_size)
+    return SamplingConfig(CheckpointConfig(Path()), sampler, precision, output, EvaluationConfig())
+
+
+def make_random_source(model_name: str, vae: Autoencoder, resolution: int) -> PretrainedModel:
+    """Return a network with random weights for ImageNet's classes.
+
+    Parameters that are zero in a new network are random as well, because the speed may depend on
+    them.
+    """
     torch.manual_seed(0)
     config = SiTConfig(
-        **PRESETS[name], latent_size=resolution // vae.downsampling_factor, channels=vae.channels
+        **PRESETS[model_name],
+        latent_size=resolution // vae.downsampling_factor,
+        channels=vae.channels,
     )
     model = SiT(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    who = {"checkpoint": "random weights", "ema_sha256": "", "model": name, "step": None}
     return PretrainedModel(
-        model,
-        "linear",
-        "v",
-        vae.name,
-        None,
-        [str(k) for k in range(config.num_classes)],
-        "random",
-        who,
+        model=model,
+        path_type="linear",
+        prediction="v",
+        vae=vae.name,
+        vae_fingerprint=None,
+        class_names=[str(k) for k in range(config.num_classes)],
+        name="random",
+        identity={
+            "checkpoint": "random weights",
+            "ema_sha256": "",
+            "model": model_name,
+            "step": None,
+        },
     )
 
 
-def sampling_flags(args: argparse.Namespace) -> list:
-    """Those of sample_ddp.py."""
-    flags = ["--mode", args.mode, "--num-steps", args.num_steps, "--cfg-scale", args.cfg_scale]
-    return [*flags, "--num-fid-samples", args.images, "--per-proc-batch-size", args.batch_size]
-
-
 class Sampler:
-    """sample_ddp.py's own work with these flags, from a network in memory to an .npz."""
+    """The work of sample_ddp.py, from a network in memory to an .npz, and its parts.
 
-    def __init__(self, flags: list, source: PretrainedModel, vae: Autoencoder, world: World):
-        config = sample_ddp.parse_args(["--ckpt", ".", *map(str, flags)])
+    Args:
+        config: Settings of sample_ddp.py.
+        source: The network.
+        vae: The VAE that decodes, on the device of the sampler.
+        world: The process.
+    """
+
+    def __init__(
+        self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder, world: World
+    ):
         self.precision = config.precision
-        self.device = world.select_device()
         self.vae = vae
-        self.model = copy.deepcopy(source.model).to(self.device)
-        if self.precision.compile:
-            for module in self.model.modules():
-                if isinstance(module, SiTBlock):
-                    module.compile()
-        self.count = config.output.num_fid_samples
-        self.size = config.output.per_proc_batch_size
-        self.recipe = sample_ddp.make_recipe(config, source)
-        self.dtype = self.precision.dtype
-        self.what = sample_ddp.build_record(config, source, vae, self.recipe, self.device)
-        self.threads = 2 if self.device.type == "cuda" else world.cores
+        self.device = world.select_device()
+        self.model = prepare_model(copy.deepcopy(source.model), self.precision, self.device)
+        self.num_images = config.output.num_fid_samples
+        self.batch_size = config.output.per_proc_batch_size
+        self.recipe = make_recipe(config, source)
+        self.record = build_record(config, source, vae, self.recipe, self.device)
+        self.num_threads = 2 if self.device.type == "cuda" else world.cores
 
     def __call__(self, folder: Path) -> Path:
-        """Writes samples.npz and its company into the folder; returns its path."""
-        set_up(self.device, self.precision.allow_tf32, 1)
-        labels = self.recipe.compute_labels(
-            torch.arange(self.count), self.model.config.num_classes
-        ).numpy()
-        store = SampleStore(folder, "samples", self.what, {})
+        """Write samples.npz, its record and its grid to a folder, and return the .npz."""
+        set_up_arithmetic(self.precision, self.device)
+        num_classes = self.model.config.num_classes
+        labels = self.recipe.compute_labels(torch.arange(self.num_images), num_classes).numpy()
+        store = SampleStore(folder, "samples", self.record, {})
         store.choose_grid_images(labels)
-        with ExitStack() as held, tqdm(total=self.count, disable=True) as bar:
-            done = store.claim(held)
-            worker = Worker(self.model, self.vae, self.recipe, self.dtype, store, done, {})
-            pending = store.pending_batches(done)
-            run_batches(worker, pending, self.threads, self.precision.compile, bar, self.size)
+        dtype = self.precision.dtype
+        with ExitStack() as resources, tqdm(total=self.num_images, disable=True) as bar:
+            stored = store.claim(resources)
+            worker = Worker(self.model, self.vae, self.recipe, dtype, store, stored, {})
+            run_batches(
+                worker,
+                store.pending_batches(stored),
+                self.num_threads,
+                self.precision.compile,
+                bar,
+                self.batch_size,
+            )
             store.finalize(labels)
             store.remove_parts()
         return store.npz_path
 
     @torch.no_grad()
-    def evaluate(self, k: int) -> None:
-        """The network's part of a batch."""
-        t, y = (
-            torch.full((self.size,), 0.5, device=self.device),
-            torch.arange(self.size, device=self.device),
-        )
-        x, y = self._latents(), y % self.model.config.num_classes
+    def evaluate_network(self) -> None:
+        """Run the network as often as for one batch."""
+        dtype = self.precision.dtype
+        x = self._random_latents()
+        t = torch.full((self.batch_size,), 0.5, device=self.device)
+        labels = torch.arange(self.batch_size, device=self.device) % self.model.config.num_classes
         if self.recipe.cfg_scale > 1:
-            x, t, y = (torch.cat((part, part)) for part in (x, t, y))
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            x, t, labels = (torch.cat((tensor, tensor)) for tensor in (x, t, labels))
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for _ in range(self.recipe.num_steps):
-                self.model(x, t, y)
+                self.model(x, t, labels)
 
-    def decode(self, k: int) -> None:
-        """The VAE's."""
-        self.vae.decode(self._latents())
+    def decode(self) -> None:
+        """Decode one batch."""
+        self.vae.decode(self._random_latents())
 
-    def alone(self, part: Callable[[int], None]) -> None:
-        """One of the two for all batches, on as many threads as sampling has."""
-        set_up(self.device, self.precision.allow_tf32, 1)
-        with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(part, range(-(-self.count // self.size))))
+    def run_alone(self, part: Callable[[], None]) -> None:
+        """Run one of the parts for all batches, on as many threads as sampling uses."""
+        set_up_arithmetic(self.precision, self.device)
+        num_batches = -(-self.num_images // self.batch_size)
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for future in [pool.submit(part) for _ in range(num_batches)]:
+                future.result()
 
-    def _latents(self) -> Tensor:
+    def _random_latents(self) -> Tensor:
         config = self.model.config
-        return torch.randn(
-            self.size, config.channels, config.latent_size, config.latent_size, device=self.device
-        )
-
-
-def set_up(device: torch.device, tf32: bool, threads: int) -> None:
-    """For the whole process: TF32 on GPUs, threads inside one operation on CPUs."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if device.type == "cpu":
-        torch.set_num_threads(threads)
+        shape = (self.batch_size, config.channels, config.latent_size, config.latent_size)
+        return torch.randn(shape, device=self.device)
 
 
 @torch.no_grad()
-def sample_plain(
-    model: SiT, vae: Autoencoder, args: argparse.Namespace, device: torch.device, folder: Path
-) -> Path:
-    """What `plain` is: writes folder/INDEX.png and then folder.npz."""
-    config, size = model.config, args.batch_size
-    shape = (size, config.channels, config.latent_size, config.latent_size)
+def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: Path) -> Path:
+    """Sample as REPA's generate.py does: write folder/INDEX.png and then folder.npz.
+
+    Args:
+        model: The network, on the device of the VAE.
+        vae: The VAE that decodes.
+        config: Solver, guidance scale, number of images and batch size.
+        folder: A folder that does not exist.
+
+    Returns:
+        The .npz.
+    """
+    sampler, num_images = config.sampler, config.output.num_fid_samples
+    batch_size = config.output.per_proc_batch_size
+    num_classes, size = model.config.num_classes, model.config.latent_size
+    shape = (batch_size, model.config.channels, size, size)
+    device = vae.vae.device
     folder.mkdir(parents=True)
 
-    def brownian(step: int) -> Tensor:
+    def brownian_noise(step: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.float64)
 
-    for first in range(0, args.images, size):
+    def png_path(index: int) -> Path:
+        return folder / f"{index:06d}.png"
+
+    for start in range(0, num_images, batch_size):
         noise = torch.randn(shape, device=device).double()
-        labels = torch.randint(config.num_classes, (size,), device=device)
-        velocity = GuidedVelocity(model, labels, config.num_classes, args.cfg_scale)
-        if args.mode == "ode":
-            latents = euler(velocity, noise, ode_times(args.num_steps))
+        labels = torch.randint(num_classes, (batch_size,), device=device)
+        velocity = GuidedVelocity(model, labels, num_classes, sampler.cfg_scale)
+        if sampler.mode == "ode":
+            latents = euler(velocity, noise, ode_times(sampler.num_steps))
         else:
-            latents = euler_maruyama(
-                velocity, INTERPOLANTS["linear"], noise, sde_times(args.num_steps), brownian
-            )
+            times = sde_times(sampler.num_steps)
+            latents = euler_maruyama(velocity, INTERPOLANTS["linear"], noise, times, brownian_noise)
         decoded = vae.vae.decode(vae.scale.denormalize(latents.float())).sample
-        pixels = (
-            ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
-        )
-        for i, image in enumerate(pixels, first):
-            Image.fromarray(image).save(folder / f"{i:06d}.png")
-    whole = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(args.images)])
-    np.savez(folder.with_suffix(".npz"), arr_0=whole)
+        pixels = ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
+        for index, image in enumerate(pixels.to("cpu", torch.uint8).numpy(), start):
+            Image.fromarray(image).save(png_path(index))
+    images = np.stack([np.asarray(Image.open(png_path(index))) for index in range(num_images)])
+    np.savez(folder.with_suffix(".npz"), arr_0=images)
     return folder.with_suffix(".npz")
 
 
-def main() -> None:
-    args = parse()
-    root, world, threads = args.dest / "benchmark-sampling", World(), torch.get_num_threads()
-    device = world.select_device()
-    shutil.rmtree(root, ignore_errors=True)
-    try:
-        vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
-    except FieldError as error:
-        raise UserError(f"--vae {error.reason}") from None
-    step = vae.downsampling_factor * PRESETS[args.model]["patch"]
-    if args.resolution % step:
-        raise UserError(
-            f"--resolution {args.resolution} is no multiple of {step}, the pixels of a token of {args.model}"
-        )
-    source = make_random_source(args.model, vae, args.resolution)
-    config, flags = source.model.config, sampling_flags(args)
-    cuda = device.type == "cuda"
-    variants = VARIANTS if cuda else {"fp32": []}
-    ours = {
-        variant: Sampler([*flags, *more], source, vae, world) for variant, more in variants.items()
-    }
-    network = source.model.to(device)
+class Method(NamedTuple):
+    """One row of the result."""
 
+    run: Callable[[], object]  # for all images
+    precision: str  # a key of PRECISIONS
+    parts: tuple[str, ...] = ("network", "VAE")  # the networks that run
+
+
+def make_methods(
+    samplers: dict[str, Sampler],
+    source: PretrainedModel,
+    vae: Autoencoder,
+    config: SamplingConfig,
+    root: Path,
+) -> dict[str, Method]:
+    """Return the methods to time, by name.
+
+    Args:
+        samplers: Samplers by the name of their precision.
+        source: The network of the plain loop.
+        vae: The VAE of the plain loop.
+        config: Settings of the plain loop.
+        root: Folder for temporary files.
+    """
+    device = vae.vae.device
+    network = source.model.to(device)
+    num_threads = torch.get_num_threads()
     folders = (root / f"samples{k}" for k in itertools.count())
 
-    def theirs() -> None:
-        set_up(device, True, threads)
-        sample_plain(network, vae, args, device, next(folders))
+    def run_plain() -> None:
+        set_arithmetic(device, is_tf32=True, num_threads=num_threads)
+        sample_plain(network, vae, config, next(folders))
 
-    actions: dict[str, Callable[[], object]] = {"plain": theirs}
-    for variant, work in ours.items():
-        actions[f"sample_ddp, {variant}"] = lambda work=work: work(next(folders))
-        actions[f"network alone, {variant}"] = partial(work.alone, work.evaluate)
-        actions[f"VAE alone, {variant}"] = partial(work.alone, work.decode)
+    def run_sampler(sampler: Sampler) -> None:
+        sampler(next(folders))
 
-    def rates() -> dict[str, float]:
-        found = {}
-        for variant, work in ours.items():
-            set_up(device, work.precision.allow_tf32, threads)
-            found[variant] = matmul_rate(device, work.dtype, seconds=0.5)
-        return found
+    methods = {"plain": Method(run_plain, "tf32" if device.type == "cuda" else "fp32")}
+    for name, sampler in samplers.items():
+        methods[f"sample_ddp, {name}"] = Method(partial(run_sampler, sampler), name)
+        methods[f"network alone, {name}"] = Method(
+            partial(sampler.run_alone, sampler.evaluate_network), name, ("network",)
+        )
+        methods[f"VAE alone, {name}"] = Method(
+            partial(sampler.run_alone, sampler.decode), name, ("VAE",)
+        )
+    return methods
 
-    before, load = rates(), os.getloadavg()[0]
-    try:
-        seconds, peak = time_in_turn(actions, device, args.rounds, 1, args.warm_up)
-    finally:
-        shutil.rmtree(root)
-    rate = {variant: max(before[variant], after) for variant, after in rates().items()}
+
+def set_arithmetic(device: torch.device, is_tf32: bool, num_threads: int) -> None:
+    """Set the precision of GPUs and the number of threads of CPU operations."""
+    allow_tf32(is_tf32)
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads)
+
+
+def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, float]:
+    """Return the FLOP/s of large matrix products in each precision."""
+    rates = {}
+    for name, sampler in samplers.items():
+        precision = sampler.precision
+        set_arithmetic(sampler.device, precision.allow_tf32, num_threads)
+        rates[name] = measure_matmul_rate(sampler.device, precision.dtype, seconds=0.5)
+    return rates
+
+
+def count_flops(sampler: Sampler) -> dict[str, int]:
+    """Return the FLOPs per image of the network and of the VAE."""
+    config = sampler.model.config
+    latents = torch.zeros(
+        1, config.channels, config.latent_size, config.latent_size, device=sampler.device
+    )
     with FlopCounterMode(display=False) as counter:
-        vae.decode(torch.zeros(1, vae.channels, *2 * [config.latent_size], device=device))
-    flops = {
-        "network": args.num_steps * (2 if args.cfg_scale > 1 else 1) * backbone_flops(config),
+        sampler.vae.decode(latents)
+    evaluations = sampler.recipe.num_steps * (2 if sampler.recipe.cfg_scale > 1 else 1)
+    return {
+        "network": evaluations * backbone_flops(config),
         "VAE": counter.get_total_flops(),
     }
-    results, ratios = {}, {}
-    for name, values in seconds.items():
-        way, _, variant = name.partition(", ")
-        images_per_s = args.images / median_and_quartiles(values)["median"]
-        needed = flops.get(way.removesuffix(" alone"), sum(flops.values()))
-        results[name] = {
-            "image_s": median_and_quartiles([value / args.images for value in values]),
-            "fastest_image_s": min(values) / args.images,
-            "images_per_s": images_per_s,
-            "share_of_matmul_rate": needed
-            * images_per_s
-            / rate[variant or ("tf32" if cuda else "fp32")],
-            "peak_memory_gib": peak[name],
+
+
+def compare_methods(
+    seconds: dict[str, list[float]], samplers: dict[str, Sampler]
+) -> dict[str, dict]:
+    """Return the time of `plain`, and of the two parts alone, relative to that of sample_ddp."""
+    ratios = {}
+    for name in samplers:
+        total = seconds[f"sample_ddp, {name}"]
+        parts = zip(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])
+        alone = [network + vae for network, vae in parts]
+        ratios[f"plain/sample_ddp, {name}"] = ratio_per_round(seconds["plain"], total)
+        ratios[f"alone/sample_ddp, {name}"] = ratio_per_round(alone, total)
+    return ratios
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = make_parser().parse_args()
+    world = World()
+    device = world.select_device()
+    num_threads = torch.get_num_threads()
+    with scratch_folder(args.dest / "benchmark-sampling") as root:
+        # Load the VAE and create the network.
+        try:
+            vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
+        except FieldError as error:
+            raise UserError(f"--vae {error.reason}") from None
+        multiple = vae.downsampling_factor * PRESETS[args.model]["patch"]
+        if args.resolution % multiple:
+            raise UserError(
+                f"--resolution {args.resolution} is not a multiple of {multiple}, the size in "
+                f"pixels of a token of {args.model}"
+            )
+        source = make_random_source(args.model, vae, args.resolution)
+
+        # Create the methods.
+        sampler_config = SamplerConfig(
+            mode=args.mode, num_steps=args.num_steps, cfg_scale=args.cfg_scale
+        )
+        precisions = PRECISIONS if device.type == "cuda" else {"fp32": PRECISIONS["fp32"]}
+        configs = {
+            name: make_config(sampler_config, args.images, args.batch_size, precision)
+            for name, precision in precisions.items()
         }
-    for variant in ours:
-        own, least = (
-            seconds[f"sample_ddp, {variant}"],
-            zip(*(seconds[f"{part} alone, {variant}"] for part in flops)),
-        )
-        ratios[f"plain/sample_ddp, {variant}"] = ratio_per_round(seconds["plain"], own)
-        ratios[f"alone/sample_ddp, {variant}"] = ratio_per_round(
-            [sum(parts) for parts in least], own
-        )
+        samplers = {name: Sampler(config, source, vae, world) for name, config in configs.items()}
+        methods = make_methods(samplers, source, vae, configs["fp32"], root)
+
+        # Time them. Rates are measured before and after, because the speed of machines drifts.
+        load_before = os.getloadavg()[0]
+        rates_before = measure_rates(samplers, num_threads)
+        actions = {name: method.run for name, method in methods.items()}
+        timings = time_in_turn(actions, device, args.rounds, warm_up=args.warm_up)
+        rates_after = measure_rates(samplers, num_threads)
+        rates = {name: max(rates_before[name], rates_after[name]) for name in samplers}
+
+    flops = count_flops(samplers["fp32"])
+    results = {}
+    for name, method in methods.items():
+        image_s = [value / args.images for value in timings.seconds[name]]
+        images_per_s = args.images / median_and_quartiles(timings.seconds[name])["median"]
+        method_flops = sum(flops[part] for part in method.parts)
+        results[name] = {
+            "image_s": median_and_quartiles(image_s),
+            "fastest_image_s": min(image_s),
+            "images_per_s": images_per_s,
+            "share_of_matmul_rate": method_flops * images_per_s / rates[method.precision],
+            "peak_memory_gib": timings.peak_memory_gib[name],
+        }
     report(
         {
             "benchmark": "sampling",
             "machine": describe_machine(device),
-            "load_average": [load, os.getloadavg()[0]],
+            "load_average": [load_before, os.getloadavg()[0]],
             "model": args.model,
             "resolution": args.resolution,
-            "latent_size": config.latent_size,
+            "latent_size": source.model.config.latent_size,
             "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
             "mode": args.mode,
             "num_steps": args.num_steps,
@@ -335,9 +456,9 @@ def main() -> None:
             "batch_size": args.batch_size,
             "rounds": args.rounds,
             "flops_per_image": flops,
-            "matmul_flops_per_s": rate,
+            "matmul_flops_per_s": rates,
             "results": results,
-            "ratios": ratios,
+            "ratios": compare_methods(timings.seconds, samplers),
         },
         args.json,
     )

@@ -1,319 +1,353 @@
-"""The tables of docs/{performance,data,evaluation,sampling}.md, from the files under benchmarks/results.
+"""Print the tables of the documentation, from the results in benchmarks/results.
 
 python -m benchmarks.table
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NUM_IMAGENET_IMAGES = 1_281_167  # training images
-PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
-PAPERS_COST = "| the paper's: SiT-XL/2, batch 256, H100 | SRA 2 | 0 | 18M | +4%, latency +6% | | | | speed 7.2, without it 8.1 |"
-TEACHER = "sra's teacher is the average that every run keeps: no external parameters, and no memory but its activations'."
+PRECISION_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_tables(folder: Path = RESULTS) -> dict[str, str]:
+    """Return the tables as Markdown, by name."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    tables = {}
+    for name, table in TABLES.items():
+        selected = [result for result in results if result["benchmark"] == table.benchmark]
+        tables[name] = table.format(selected)
+    return tables
 
 
 def machine_name(result: dict) -> str:
-    """'NVIDIA H200', or 'AMD EPYC, 2 threads'."""
+    """Return a name such as "NVIDIA H200", or "AMD EPYC, 2 threads"."""
     machine = result["machine"]
-    return (
-        machine["device"]
-        if "cuda" in machine
-        else f"{machine['device']}, {machine['cpu_threads']} threads"
-    )
+    if "cuda" in machine:
+        return machine["device"]
+    return f"{machine['device']}, {machine['cpu_threads']} threads"
 
 
-def with_quartiles(figure: dict, digits: str) -> str:
-    """'1.041 (1.036 to 1.048)'."""
+def run_name(result: dict) -> str:
+    """Return a description of a training run such as "SiT-B/2, batch 8, fp32"."""
+    name = f"{result['model']}, batch {result['batch_size']}"
+    name += f", {PRECISION_NAMES[result['precision']]}"
+    return f"{name}, compiled" if result["compile"] else name
+
+
+def with_quartiles(figure: dict, digits: str, factor: float = 1.0) -> str:
+    """Return a median with its quartiles, such as "1.041 (1.036 to 1.048)".
+
+    Args:
+        figure: Return value of `median_and_quartiles`.
+        digits: Format of the numbers.
+        factor: Factor that converts the unit.
+    """
     low, high = figure["quartiles"]
-    return f"{figure['median']:{digits}} ({low:{digits}} to {high:{digits}})"
+    median, low, high = (value * factor for value in (figure["median"], low, high))
+    return f"{median:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
-def trained_how(result: dict) -> str:
-    """'SiT-B/2, batch 8, fp32'."""
-    precision, compiled = PRECISIONS[result["precision"]], ", compiled" * result["compile"]
-    return f"{result['model']}, batch {result['batch_size']}, {precision}{compiled}"
-
-
-def train_step_rows(result: dict) -> list[str]:
-    """One row a way of training, the ratios beside those that align."""
-    rows = []
-    for name, figures in result["results"].items():
-        ratios = [
-            f"{with_quartiles(ratio, '.3f')} of {key.split('/')[1]}"
-            for key, ratio in result["ratios"].items()
-            if key.split("/")[0] == name
-        ]
-        rows.append(
-            f"| {machine_name(result)} | {trained_how(result)} | {name} | {with_quartiles(figures['step_s'], '.3g')} | "
-            f"{figures['images_per_s']:.3g} | {figures['mfu']:.0%} | {figures['first_step_s']:.3g} | {', '.join(ratios)} |"
-        )
-    return rows
-
-
-def cost_rows(result: dict) -> list[str]:
-    """One row a way of training, as in the paper's Table 5; what was not timed is left empty."""
-    timed = "machine" in result
-    what = (
-        f"{machine_name(result)}: {trained_how(result)}" if timed else f"{result['model']}, counted"
-    )
-    rows = []
-    for name, figures in result["results"].items():
-        heads, external, forward = (
-            figures["parameters"]["heads"],
-            figures["parameters"]["external"],
-            figures["forward_flops"],
-        )
-        cells = [
-            f"{external / 1e6:.1f}M" if external else "0",
-            f"{heads / 1e6:.1f}M (+{figures['more_parameters']:.1%})" if heads else "0",
-            f"{sum(forward.values()) / 1e9:.4g}" + more(figures["more_forward_flops"]),
-            f"{figures['training_flops'] / 1e9:.4g}" + more(figures["more_training_flops"]),
-            f"{with_quartiles(figures['step_s'], '.3g')}, {figures['images_per_s']:.3g} images/s"
-            if timed
-            else "",
-            f"{figures['peak_memory_gib']:.1f} GiB"
-            if timed and "cuda" in result["machine"]
-            else "",
-            with_quartiles(result["ratios"][f"{name}/none"], ".3f")
-            if timed and f"{name}/none" in result["ratios"]
-            else "",
-        ]
-        rows.append(f"| {what} | {name} | {' | '.join(cells)} |")
-    return rows
-
-
-def more(share: float) -> str:
-    """' (+4.0%)', or nothing."""
+def increase(share: float) -> str:
+    """Return an increase such as " (+4.0%)", or "" if there is none."""
     return f" (+{share:.1%})" if share else ""
 
 
-def cost_table(results: list[dict]) -> str:
-    """The paper's Table 5, with the paper's own row last, and a line about the teacher."""
-    head = "| what | method | external parameters | head parameters | GFLOPs forward | of training | step, s | peak memory |"
-    rows = [row for result in results for row in cost_rows(result)]
-    return "\n".join(
-        [
-            f"{head} step, times vanilla's |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *rows,
-            PAPERS_COST,
-            "",
-            TEACHER,
-        ]
-    )
-
-
-def checkpoint_row(result: dict) -> str:
-    """One row a file."""
-    cells = [
-        with_quartiles(result["results"][key], ".3g")
-        for key in ("copy_s", "write_s", "longest_pause_s")
-    ]
-    return f"| {machine_name(result)} | {result['model']} | {result['bytes'] / 1e9:.2f} | {' | '.join(cells)} |"
-
-
-def data_loading_rows(result: dict) -> list[str]:
-    """One row a way of reading, with how many times faster than files it is."""
+def train_step_rows(result: dict) -> list[list[str]]:
+    """Return one row per variant, with the ratios of its time to those of others."""
     rows = []
-    for name, figures in result["results"].items():
-        ratios = [
-            with_quartiles(ratio, ".3g")
-            for key, ratio in result["ratios"].items()
-            if key.endswith(f"/{name}")
-        ]
+    for variant, figures in result["results"].items():
+        ratios = []
+        for pair, ratio in result["ratios"].items():
+            name, baseline = pair.split("/")
+            if name == variant:
+                ratios.append(f"{with_quartiles(ratio, '.3f')} relative to {baseline}")
         rows.append(
-            f"| {machine_name(result)} | {name} | {with_quartiles(scaled(figures['batch_s'], 1e3), '.3g')} | "
-            f"{figures['samples_per_s']:,.0f} | {ratios[0] if ratios else ''} |"
+            [
+                machine_name(result),
+                run_name(result),
+                variant,
+                with_quartiles(figures["step_s"], ".3g"),
+                f"{figures['images_per_s']:.3g}",
+                f"{figures['mfu']:.0%}",
+                f"{figures['first_step_s']:.3g}",
+                ", ".join(ratios),
+            ]
         )
     return rows
 
 
-def encode_rows(result: dict) -> list[str]:
-    """One row a way of encoding."""
-    how = f"{result['resolution']} pixels, {result['precision']}, batch {result['batch_size']}"
-    beside = {
-        "encode_latents": f"{with_quartiles(result['ratios']['one at a time/encode_latents'], '.3g')} times one at a time",
-        "VAE alone": f"{with_quartiles(result['ratios']['VAE alone/encode_latents'], '.3f')} of encode_latents' time",
+def cost_rows(result: dict) -> list[list[str]]:
+    """Return one row per variant, as in Table 5 of the paper; times are empty if not measured."""
+    is_timed = "machine" in result
+    run = f"{result['model']}, not timed"
+    if is_timed:
+        run = f"{machine_name(result)}: {run_name(result)}"
+    rows = []
+    for variant, figures in result["results"].items():
+        external = figures["parameters"]["external"]
+        heads = figures["parameters"]["heads"]
+        forward = sum(figures["forward_flops"].values())
+        timing = time_cells(result, variant) if is_timed else ["", "", ""]
+        rows.append(
+            [
+                run,
+                variant,
+                f"{external / 1e6:.1f}M" if external else "0",
+                f"{heads / 1e6:.1f}M{increase(figures['more_parameters'])}" if heads else "0",
+                f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])}",
+                f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])}",
+                *timing,
+            ]
+        )
+    return rows
+
+
+def time_cells(result: dict, variant: str) -> list[str]:
+    """Return time, peak memory on a GPU, and time relative to that without alignment."""
+    figures = result["results"][variant]
+    step = with_quartiles(figures["step_s"], ".3g")
+    memory = ""
+    if "cuda" in result["machine"]:
+        memory = f"{figures['peak_memory_gib']:.1f} GiB"
+    ratio = result["ratios"].get(f"{variant}/none")
+    relative = with_quartiles(ratio, ".3f") if ratio else ""
+    return [f"{step}, {figures['images_per_s']:.3g} images/s", memory, relative]
+
+
+def checkpoint_rows(result: dict) -> list[list[str]]:
+    """Return one row."""
+    keys = ("copy_s", "write_s", "longest_pause_s")
+    return [
+        [
+            machine_name(result),
+            result["model"],
+            f"{result['bytes'] / 1e9:.2f}",
+            *(with_quartiles(result["results"][key], ".3g") for key in keys),
+        ]
+    ]
+
+
+def data_loading_rows(result: dict) -> list[list[str]]:
+    """Return one row per source, with its speedup over .npy files."""
+    rows = []
+    for name, figures in result["results"].items():
+        speedups = [
+            with_quartiles(ratio, ".3g")
+            for pair, ratio in result["ratios"].items()
+            if pair.endswith(f"/{name}")
+        ]
+        rows.append(
+            [
+                machine_name(result),
+                name,
+                with_quartiles(figures["batch_s"], ".3g", factor=1e3),
+                f"{figures['samples_per_s']:,.0f}",
+                speedups[0] if speedups else "",
+            ]
+        )
+    return rows
+
+
+def encode_rows(result: dict) -> list[list[str]]:
+    """Return one row per method."""
+    images = f"{result['resolution']} pixels, {result['precision']}, batch {result['batch_size']}"
+    speedup = with_quartiles(result["ratios"]["one at a time/encode_latents"], ".3g")
+    vae_share = with_quartiles(result["ratios"]["VAE alone/encode_latents"], ".3f")
+    comparisons = {
+        "encode_latents": f"{speedup} times as fast as one at a time",
+        "VAE alone": f"{vae_share} of the time of encode_latents",
     }
     rows = []
     for name, figures in result["results"].items():
-        share = (
-            ""
-            if figures["share_of_matmul_rate"] is None
-            else f"{figures['share_of_matmul_rate']:.0%}"
-        )
+        share = figures["share_of_matmul_rate"]
         rows.append(
-            f"| {machine_name(result)} | {how} | {name} | {with_quartiles(figures['image_s'], '.3g')} | "
-            f"{figures['images_per_s']:.3g} | {share} | {beside.get(name, '')} |"
+            [
+                machine_name(result),
+                images,
+                name,
+                with_quartiles(figures["image_s"], ".3g"),
+                f"{figures['images_per_s']:.3g}",
+                "" if share is None else f"{share:.0%}",
+                comparisons.get(name, ""),
+            ]
         )
     return rows
 
 
-def sampling_rows(result: dict) -> list[str]:
-    """One row a way of sampling; beside sample_ddp.py's: how much faster than plain it is, and the two networks' share."""
-    how = f"{result['model']}, {result['resolution']} pixels, {result['num_steps']} steps, batch {result['batch_size']}"
+def imagenet_rows(result: dict) -> list[list[str]]:
+    """Return one row of estimates for ImageNet's training images.
+
+    Sizes follow from the number of images, and the time from the measured rate.
+    """
+    num_values = 8 * (result["resolution"] // 8) ** 2
+    num_bytes = NUM_IMAGENET_IMAGES * num_values * 2
+    image_bytes = NUM_IMAGENET_IMAGES * 3 * result["resolution"] ** 2
+    flops = result["flops_per_image"]
+    figures = result["results"]["encode_latents"]
+    days = NUM_IMAGENET_IMAGES / figures["images_per_s"] / 86400
+    rate = f"{figures['share_of_matmul_rate']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f}"
+    return [
+        [
+            str(result["resolution"]),
+            f"{num_bytes / 1e9:.0f} GB",
+            f"{2 * num_bytes / 1e9:.0f} GB",
+            f"{image_bytes / 1e9:,.0f} GB",
+            f"{flops / 1e9:.0f}",
+            f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f}",
+            f"{days:.0f} days at {rate} GFLOP/s",
+        ]
+    ]
+
+
+def evaluation_rows(result: dict) -> list[list[str]]:
+    """Return one row per implementation, with the speedup of ours."""
+    rows = []
+    for name, figures in result["results"].items():
+        speedups = [
+            f"{with_quartiles(ratio, '.3g')} times as fast as {pair.split('/')[0]}"
+            for pair, ratio in result["ratios"].items()
+            if pair.endswith(f"/{name}")
+        ]
+        rows.append(
+            [
+                machine_name(result),
+                f"{result['images']:,} x {result['width']}",
+                name,
+                with_quartiles(figures["call_s"], ".3g"),
+                ", ".join(speedups),
+            ]
+        )
+    return rows
+
+
+def sampling_rows(result: dict) -> list[list[str]]:
+    """Return one row per method; those of sample_ddp are compared with `plain` and the parts."""
+    run = f"{result['model']}, {result['resolution']} pixels"
+    run += f", {result['num_steps']} steps, batch {result['batch_size']}"
     fastest = {name: figures["fastest_image_s"] for name, figures in result["results"].items()}
     rows = []
     for name, figures in result["results"].items():
-        gain, alone = (result["ratios"].get(f"{other}/{name}") for other in ("plain", "alone"))
-        cells = (
-            ["", "", ""]
-            if gain is None
-            else [
-                with_quartiles(gain, ".3g"),
+        comparison = ["", "", ""]
+        if f"plain/{name}" in result["ratios"]:
+            comparison = [
+                with_quartiles(result["ratios"][f"plain/{name}"], ".3g"),
                 f"{fastest['plain'] / fastest[name]:.3g}",
-                with_quartiles(alone, ".3f"),
+                with_quartiles(result["ratios"][f"alone/{name}"], ".3f"),
             ]
-        )
         rows.append(
-            f"| {machine_name(result)} | {how} | {name} | {with_quartiles(figures['image_s'], '.3g')} | "
-            f"{fastest[name]:.3g} | {figures['images_per_s']:.3g} | {figures['share_of_matmul_rate']:.0%} | "
-            f"{' | '.join(cells)} |"
+            [
+                machine_name(result),
+                run,
+                name,
+                with_quartiles(figures["image_s"], ".3g"),
+                f"{fastest[name]:.3g}",
+                f"{figures['images_per_s']:.3g}",
+                f"{figures['share_of_matmul_rate']:.0%}",
+                *comparison,
+            ]
         )
     return rows
 
 
-def batch_size_rows(result: dict) -> list[str]:
-    """One row a solver and batch size."""
+def batch_size_rows(result: dict) -> list[list[str]]:
+    """Return one row per solver and batch size."""
+    num_images = result["images"]
     return [
-        f"| {solver} | {result['batch_size']} and {other['batch_size']} | {other['largest']} | "
-        f"{other['values'] * 1e6:.0f} | {other['images'] * result['images']:.0f} of {result['images']} |"
+        [
+            solver,
+            f"{result['batch_size']} and {other['batch_size']}",
+            str(other["largest"]),
+            f"{other['values'] * 1e6:.0f}",
+            f"{other['images'] * num_images:.0f} of {num_images}",
+        ]
         for solver, others in result["results"].items()
         for other in others
     ]
 
 
-def imagenet_rows(result: dict) -> list[str]:
-    """What ImageNet's training images would take: size of the cache by count, time by the rate that was measured."""
-    side, rate, figures = result["resolution"] // 8, result["matmul_flops_per_s"], result["results"]
-    size, flops = NUM_IMAGENET_IMAGES * 8 * side**2 * 2, result["flops_per_image"]
-    days = NUM_IMAGENET_IMAGES / figures["encode_latents"]["images_per_s"] / 86400
-    share = figures["encode_latents"]["share_of_matmul_rate"]
-    images = NUM_IMAGENET_IMAGES * 3 * result["resolution"] ** 2
-    return [
-        f"| {result['resolution']} | {size / 1e9:.0f} GB | {2 * size / 1e9:.0f} GB | {images / 1e9:,.0f} GB | "
-        f"{flops / 1e9:.0f} | "
-        f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f} | {days:.0f} days at {share:.0%} of {rate / 1e9:.0f} GFLOP/s |"
-    ]
+class Table(NamedTuple):
+    """A table of the documentation."""
+
+    benchmark: str  # value of "benchmark" in the results
+    rows: Callable[[dict], list[list[str]]]  # rows of one result
+    header: str
+    footer: tuple[str, ...] = ()  # further lines
+
+    def format(self, results: list[dict]) -> str:
+        """Return the table of several results as Markdown."""
+        rule = "|" + "---|" * (self.header.count("|") - 1)
+        rows = [row for result in results for row in self.rows(result)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([self.header, rule, *lines, *self.footer])
 
 
-def evaluation_rows(result: dict) -> list[str]:
-    """One row a way of computing a metric, the ratio beside ours."""
-    rows = []
-    for name, figures in result["results"].items():
-        ratios = [
-            f"{with_quartiles(ratio, '.3g')} times {key.split('/')[0]}"
-            for key, ratio in result["ratios"].items()
-            if key.endswith(f"/{name}")
-        ]
-        how = f"{result['images']:,} x {result['width']}"
-        rows.append(
-            f"| {machine_name(result)} | {how} | {name} | {with_quartiles(figures['call_s'], '.3g')} | {', '.join(ratios)} |"
-        )
-    return rows
-
-
-def scaled(figure: dict, factor: float) -> dict:
-    """A median and its quartiles in another unit."""
-    return {
-        "median": figure["median"] * factor,
-        "quartiles": [value * factor for value in figure["quartiles"]],
-    }
-
-
-def make_tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Markdown of each benchmark, by name."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    steps = [
-        row
-        for result in results
-        if result["benchmark"] == "train_step"
-        for row in train_step_rows(result)
-    ]
-    checkpoints = [
-        checkpoint_row(result) for result in results if result["benchmark"] == "checkpoint"
-    ]
-    loadings = [
-        row
-        for result in results
-        if result["benchmark"] == "data_loading"
-        for row in data_loading_rows(result)
-    ]
-    encodings = [result for result in results if result["benchmark"] == "encode"]
-    samplings = [
-        row
-        for result in results
-        if result["benchmark"] == "sampling"
-        for row in sampling_rows(result)
-    ]
-    batch_sizes = [
-        row
-        for result in results
-        if result["benchmark"] == "batch_size"
-        for row in batch_size_rows(result)
-    ]
-    return {
-        "train_step": "\n".join(
-            [
-                "| machine | what | step | seconds a step | images/s | MFU | first step, s | seconds, as a ratio |"
-            ]
-            + ["|---|---|---|---|---|---|---|---|", *steps]
+TABLES = {
+    "train_step": Table(
+        "train_step",
+        train_step_rows,
+        "| machine | run | variant | seconds per step | images/s | MFU | first step, s "
+        "| time ratio |",
+    ),
+    "checkpoint": Table(
+        "checkpoint",
+        checkpoint_rows,
+        "| machine | model | GB | copy to host memory, s | write in the background, s "
+        "| longest pause of training, s |",
+    ),
+    "data_loading": Table(
+        "data_loading",
+        data_loading_rows,
+        "| machine | source | ms per batch | samples/s | speedup over .npy |",
+    ),
+    "encode": Table(
+        "encode",
+        encode_rows,
+        "| machine | images | method | seconds per image | images/s | share of matmul rate "
+        "| comparison |",
+    ),
+    "evaluation": Table(
+        "evaluation",
+        evaluation_rows,
+        "| machine | features | implementation | seconds per call | speedup |",
+    ),
+    "sampling": Table(
+        "sampling",
+        sampling_rows,
+        "| machine | run | method | seconds per image | fastest round | images/s "
+        "| share of matmul rate | speedup over plain | speedup of the fastest round "
+        "| network and VAE alone / sample_ddp |",
+    ),
+    "batch_size": Table(
+        "batch_size",
+        batch_size_rows,
+        "| solver | batch sizes | largest difference, grey levels "
+        "| values that differ, per million | images that differ |",
+    ),
+    "imagenet": Table(
+        "encode",
+        imagenet_rows,
+        "| pixels | cache, float16 | with --flip | --keep-images | GFLOPs per image "
+        "| total PFLOPs | on two CPU cores |",
+    ),
+    "cost": Table(
+        "cost",
+        cost_rows,
+        "| run | method | external parameters | head parameters | forward GFLOPs "
+        "| training GFLOPs | seconds per step | peak memory | time relative to none |",
+        footer=(
+            # The paper does not state the unit of its speed.
+            "| SRA 2 paper: SiT-XL/2, batch 256, H100 | SRA 2 | 0 | 18M | +4%, latency +6% |  |  "
+            "|  | speed 7.2, without alignment 8.1 |",
+            "",
+            "The teacher of sra is the run's EMA: it adds no parameters, and only the memory of "
+            "its activations.",
         ),
-        "cost": cost_table([result for result in results if result["benchmark"] == "cost"]),
-        "checkpoint": "\n".join(
-            [
-                "| machine | model | GB | copied to host memory, s | written beside training, s | longest pause meanwhile, s |"
-            ]
-            + ["|---|---|---|---|---|---|", *checkpoints]
-        ),
-        "data_loading": "\n".join(
-            [
-                "| machine | what | ms a batch | samples/s | times faster than .npy, the same way |",
-                "|---|---|---|---|---|",
-            ]
-            + loadings
-        ),
-        "encode": "\n".join(
-            [
-                "| machine | what | way | seconds an image | images/s | of matmul rate | |",
-                "|---|---|---|---|---|---|---|",
-            ]
-            + [row for result in encodings for row in encode_rows(result)]
-        ),
-        "evaluation": "\n".join(
-            ["| machine | features | what | seconds | as fast as |", "|---|---|---|---|---|"]
-            + [
-                row
-                for result in results
-                if result["benchmark"] == "evaluation"
-                for row in evaluation_rows(result)
-            ]
-        ),
-        "sampling": "\n".join(
-            [
-                "| machine | what | way | seconds an image | fastest | images/s | of matmul rate | times plain's rate | "
-                "fastest | the two alone |",
-                "|---|---|---|---|---|---|---|---|---|---|",
-            ]
-            + samplings
-        ),
-        "batch_size": "\n".join(
-            [
-                "| solver | batches of | largest difference, grey levels | values that differ, in a million | images with any |"
-            ]
-            + ["|---|---|---|---|---|", *batch_sizes]
-        ),
-        "imagenet": "\n".join(
-            [
-                "| pixels | cache, float16 | with --flip | --keep-images | GFLOPs an image | PFLOPs in all | on two CPU cores |"
-            ]
-            + [
-                "|---|---|---|---|---|---|---|",
-                *(row for result in encodings for row in imagenet_rows(result)),
-            ]
-        ),
-    }
+    ),
+}
 
 
 if __name__ == "__main__":

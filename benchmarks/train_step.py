@@ -1,12 +1,15 @@
-"""Times train.py's own step without and with alignment, in turn, in one run.
+r"""Time the step of train.py without and with alignment, in turn, in one process.
 
-    python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile --json xl2.json
+    python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile \
+        --json xl2.json
 
-Random latents of ImageNet's shape start in host memory, as a loader leaves them, and for repa random images; its encoder has
-random weights, as the arithmetic is the same. All that is timed shares backbone, averages and optimizer; peak memory on a GPU
-is measured afterwards, of each without the others. `plain` is the least that trains the network of sra2: forward, both
-losses, backward, AdamW, on a batch interpolated beforehand; without clipping, EMA, random numbers, gauges and guard. What is
-compiled is compiled in the first step of the first of them. What each adds in parameters and FLOPs: benchmarks/cost.py.
+The inputs are random latents of ImageNet's shape in host memory, where a loader leaves them, and
+random images for repa. The encoder of repa has random weights, because the arithmetic is the same.
+All variants share the backbone, the EMA and the optimizer; on a GPU, the peak memory of each
+variant is measured separately afterwards. `--plain` adds the minimal step that trains the network
+of sra2: forward, both losses, backward and AdamW, on a batch that is already interpolated; without
+clipping, EMA, random numbers, gauges and guard. The first step of the first variant includes
+compilation. benchmarks/cost.py adds parameters and FLOPs of each variant.
 """
 
 import argparse
@@ -14,167 +17,196 @@ import copy
 import gc
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import Tensor
 
 import models.targets
 from benchmarks.measure import (
+    add_result_flags,
     describe_machine,
     median_and_quartiles,
     ratio_per_round,
     report,
-    time_first_call,
+    time_call,
     time_in_turn,
 )
+from benchmarks.run_steps import allow_tf32, build_step, make_accelerator
 from common import cli
 from common.cli import UserError
+from common.config import add_flags, read_flags, setting
 from common.keyed_random import Purpose, normal, uniform
 from dataset import CachedBatch
 from interpolant import INTERPOLANTS, interpolate
-from latents.cache import Manifest
+from latents.manifest import Manifest
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
 from models.sit import PRESETS, SiTConfig
-from models.targets import TARGETS, Data, latent_tokens
-from train import Step, build
-from training import alignment
-from training.config import check_args, make_config, parse_args, precision
-from training.guard import NonFiniteGuard
-from training.throughput import matmul_rate, training_flops
+from models.targets import TARGETS, CacheInfo, latent_tokens
+from train import Step
+from training.alignment import (
+    head_specs,
+    make_cache_info,
+    plan_alignments,
+    required_cache_inputs,
+)
+from training.alignment_config import default_alignment
+from training.config import (
+    DeviceConfig,
+    LoopConfig,
+    Settings,
+    autocast_dtype,
+    build_network_config,
+    check_batch_size,
+    check_compiler,
+    parse_settings,
+)
+from training.throughput import measure_matmul_rate, training_flops
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What to time and how; benchmarks/cost.py takes them too."""
-    add = parser.add_argument
-    add(
-        "--model",
-        choices=PRESETS,
-        default="SiT-XL/2",
-        metavar="NAME",
-        help="a preset of models/sit.py",
+@dataclass(frozen=True)
+class StepConfig:
+    """Settings of the steps."""
+
+    model: str = setting(
+        "SiT-XL/2", help="a preset of models/sit.py", choices=PRESETS, metavar="NAME"
     )
-    add(
+    repa_encoder: str | None = setting(
+        None, help="same as --repa-encoder of train.py", metavar="NAME"
+    )
+    batch_size: int = setting(256, help="images per update", type=cli.positive_int)
+    precision: str = setting(
+        "auto",
+        help="same as --mixed-precision of train.py",
+        choices=("auto", "no", "fp16", "bf16"),
+    )
+    compile: bool = setting(False, help="same as --compile of train.py")
+    activation_checkpointing: bool = setting(
+        False, help="same as --activation-checkpointing of train.py"
+    )
+    allow_tf32: bool = setting(False, help="same as --allow-tf32 of train.py")
+    gradient_accumulation_steps: int = setting(
+        1, help="same as --gradient-accumulation-steps of train.py", type=cli.positive_int
+    )
+    latent_size: int = setting(
+        32,
+        help="height and width of the latents: 32 for 256 pixels, 64 for 512",
+        type=cli.positive_int,
+    )
+
+
+def make_parser(description: str, command: str) -> cli.Parser:
+    """Return a parser of the flags that this benchmark shares with benchmarks/cost.py."""
+    parser = cli.Parser(description, command, "[--model NAME]")
+    add_flags(parser, StepConfig)
+    parser.add_argument(
         "--align",
-        type=way,
+        type=variant_name,
         nargs="+",
         default=["none", "sra2"],
-        metavar="WAY",
-        help=f"what to compare: none, {', '.join(TARGETS)}, or several of these as in sra2+repa",
+        metavar="VARIANT",
+        help=f"variants to compare: none, {', '.join(TARGETS)}, or several joined by +, such as "
+        "sra2+repa",
     )
-    add("--repa-encoder", metavar="NAME", help="as train.py's")
-    add("--batch-size", type=cli.positive_int, default=256, help="images of one update")
-    add(
-        "--precision",
-        choices=("auto", "no", "fp16", "bf16"),
-        default="auto",
-        help="as train.py's --mixed-precision",
-    )
-    add("--compile", action="store_true", help="as train.py's")
-    add("--activation-checkpointing", action="store_true", help="as train.py's")
-    add("--allow-tf32", action="store_true", help="as train.py's")
-    add("--gradient-accumulation-steps", type=cli.positive_int, default=1, help="as train.py's")
-    add(
-        "--latent-size",
-        type=cli.positive_int,
-        default=32,
-        help="side of the latents: 32 for 256 pixels, 64 for 512",
-    )
-    add(
-        "--rounds",
-        type=cli.positive_int,
-        default=20,
-        help="timings of each, of which the median counts",
-    )
-    add(
+    parser.add_argument(
         "--steps",
         type=cli.positive_int,
-        help="steps of one timing (default: 10 on a GPU, 1 on CPUs)",
+        help="steps per timed round (default: 10 on a GPU, 1 on a CPU)",
     )
-    add("--warm-up", type=cli.non_negative_int, default=2, help="rounds before those")
-    add("--json", type=Path, help="file for the result")
+    add_result_flags(parser, rounds=20, warm_up=2)
+    return parser
 
 
-def way(text: str) -> str:
-    """An argparse type: none, or methods joined by +."""
+def variant_name(text: str) -> str:
+    """Check the name of a variant; an argparse type."""
     names = text.split("+")
-    if text != "none" and (not {*names} <= {*TARGETS} or len({*names}) < len(names)):
+    is_known = set(names) <= set(TARGETS) and len(set(names)) == len(names)
+    if text != "none" and not is_known:
         raise argparse.ArgumentTypeError(
-            f"{text} is neither none nor some of {', '.join(TARGETS)} joined by +"
+            f"{text} must be none, or different methods out of {', '.join(TARGETS)} joined by +"
         )
     return text
 
 
-def alignment_methods(name: str) -> list[str]:
-    """'sra2+repa' -> sra2 and repa; of none no method."""
-    return {"none": [], "plain": ["sra2"]}.get(name, name.split("+"))
+def alignment_methods(variant: str) -> list[str]:
+    """Return the alignment methods of a variant."""
+    if variant == "none":
+        return []
+    if variant == "plain":
+        return ["sra2"]
+    return variant.split("+")
 
 
-def parse_training_flags(given: list) -> argparse.Namespace:
-    """train.py's flags, at their defaults but for those given here."""
-    flags = parse_args("", ["--exp-name", "benchmark", "--data-dir", ".", *map(str, given)])
-    check_args(flags, processes=1)
-    return flags
+def default_settings(model: str) -> Settings:
+    """Return the settings of train.py for a model, with all flags at their defaults."""
+    return parse_settings(["--exp-name", "benchmark", "--data-dir", ".", "--model", model])
 
 
 class Plan(NamedTuple):
-    """A run of train.py with every method of the ways compared."""
+    """A training run that has the methods of all variants."""
 
-    flags: argparse.Namespace
+    settings: Settings
     manifest: Manifest
-    data: Data
-    config: dict
+    cache: CacheInfo
     network: SiTConfig
+    align: list[dict]  # config.json's "align"
 
-    def align(self, name: str) -> list[dict]:
-        """The entries of config.json's "align" that this way has."""
-        return [
-            entry for entry in self.config["align"] if entry["method"] in alignment_methods(name)
-        ]
+    def entries(self, variant: str) -> list[dict]:
+        """Return the entries of "align" that belong to a variant."""
+        methods = alignment_methods(variant)
+        return [entry for entry in self.align if entry["method"] in methods]
 
 
-def make_plan(args: argparse.Namespace, names: list[str]) -> Plan:
-    """Nothing is built yet. Raises UserError."""
-    every = dict.fromkeys(method for name in names for method in alignment_methods(name))
-    given = [
-        "--model",
-        args.model,
-        "--batch-size",
-        args.batch_size,
-        "--mixed-precision",
-        args.precision,
-    ]
-    given += [
-        "--gradient-accumulation-steps",
-        args.gradient_accumulation_steps,
-        "--align",
-        *(every or ["none"]),
-    ]
-    given += ["--repa-encoder", args.repa_encoder] if args.repa_encoder else []
-    given += [
-        flag
-        for flag in ("--compile", "--activation-checkpointing", "--allow-tf32")
-        if getattr(args, flag[2:].replace("-", "_"))
-    ]
-    flags, manifest = parse_training_flags(given), synthetic_manifest(args.latent_size)
-    if args.latent_size % PRESETS[args.model]["patch"]:
+def make_plan(config: StepConfig, variants: list[str]) -> Plan:
+    """Plan the run of several variants, without building anything.
+
+    Raises:
+        UserError: The settings contradict each other.
+    """
+    if config.latent_size % PRESETS[config.model]["patch"]:
         raise UserError(
-            f"--latent-size {args.latent_size}: {args.model} cannot cut it into patches"
+            f"--latent-size {config.latent_size}: {config.model} cannot cut these latents into "
+            "patches; choose a multiple of its patch size"
         )
-    data = replace(alignment.data_of(manifest), images=True)
-    config = make_config(flags, manifest, data)
-    return Plan(flags, manifest, data, config, SiTConfig(**config["model"]))
+    # Each method once, in the order of the variants.
+    methods = dict.fromkeys(name for variant in variants for name in alignment_methods(variant))
+    alignments = {method: default_alignment(method, config.model) for method in methods}
+    if config.repa_encoder:
+        if "repa" not in alignments:
+            raise UserError("--repa-encoder needs repa in --align: add it, or remove the flag")
+        encoder = replace(alignments["repa"].settings, encoder=config.repa_encoder)
+        alignments["repa"] = replace(alignments["repa"], settings=encoder)
+    settings = default_settings(config.model)._replace(
+        alignments=tuple(alignments.values()),
+        loop=LoopConfig(
+            batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        ),
+        device=DeviceConfig(
+            config.precision,
+            config.compile,
+            config.activation_checkpointing,
+            config.allow_tf32,
+        ),
+    )
+    check_compiler(settings.device)
+    check_batch_size(settings.loop, num_processes=1)
+
+    manifest = synthetic_manifest(config.latent_size)
+    cache = make_cache_info(manifest)
+    network = build_network_config(settings.model, manifest)
+    align = plan_alignments(settings.alignments, network, cache)
+    return Plan(settings, manifest, cache, network, align)
 
 
 def synthetic_manifest(latent_size: int = 32) -> Manifest:
-    """Of a cache of ImageNet's latents, as far as a step reads it."""
+    """Return the manifest of a cache with ImageNet's latents and images, as far as steps use it."""
     return Manifest(
         source="synthetic",
         count=1_281_167,
@@ -190,57 +222,73 @@ def synthetic_manifest(latent_size: int = 32) -> Manifest:
         dtype="float16",
         mean=[],
         std=[],
+        images=True,
     )
 
 
-def random_batch(manifest: Manifest, size: int, pinned: bool) -> CachedBatch:
-    """Numbers, moments and labels as the loader hands them to a step."""
+def random_batch(manifest: Manifest, size: int, with_images: bool) -> CachedBatch:
+    """Return a batch of random moments and labels, as a loader returns it.
+
+    Args:
+        manifest: Manifest of the cache.
+        size: Number of images.
+        with_images: Whether the batch contains images, (B, 3, S, S) uint8.
+    """
     torch.manual_seed(0)
     channels, height, width = manifest.latent_shape
     moments = torch.randn(size, 2 * channels, height, width)
     moments[:, channels:] = 0.05
     labels = torch.randint(manifest.num_classes, (size,))
-    batch = CachedBatch(torch.arange(size), moments.half(), labels)
-    return batch.pin_memory() if pinned else batch
+    inputs = {}
+    if with_images:
+        shape = (size, 3, manifest.resolution, manifest.resolution)
+        inputs["images"] = torch.randint(256, shape, dtype=torch.uint8)
+    return CachedBatch(torch.arange(size), moments.half(), labels, inputs)
 
 
-def random_images(data: Data, size: int, pinned: bool) -> tuple[torch.Tensor]:
-    """What the loader hands over beside those where a target asks for images: (B, 3, S, S) uint8."""
-    images = torch.randint(256, (size, 3, data.resolution, data.resolution), dtype=torch.uint8)
-    return (images.pin_memory() if pinned else images,)
-
-
-def plain_step(
-    flags, accelerator: Accelerator, manifest: Manifest, model: AlignedSiT, batch
+def make_plain_step(
+    plan: Plan, accelerator: Accelerator, model: AlignedSiT, batch: CachedBatch
 ) -> Callable[[], None]:
-    """What `plain` is."""
-    device, shape = accelerator.device, tuple(manifest.latent_shape)
-    number, moments, labels = (tensor.to(device) for tensor in batch)
-    latent, t = (
-        moments.float().chunk(2, 1)[0] * manifest.scale,
-        uniform(0, Purpose.TIMESTEP, number).float(),
-    )
-    x_t, v = interpolate(
-        INTERPOLANTS["linear"], latent, normal(0, Purpose.NOISE, number, shape).float(), t
-    )
-    target = latent_tokens(latent, PRESETS[flags.model]["patch"])
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0, fused=True
-    )
-    scaler, parts = accelerator.scaler, flags.gradient_accumulation_steps
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    """Return the minimal step that trains the network of sra2.
+
+    Args:
+        plan: The run.
+        accelerator: Determines device, precision and gradient scaler.
+        model: The network, with a head for sra2.
+        batch: The batch of all steps.
+    """
+    device = accelerator.device
+    accumulation = plan.settings.loop.gradient_accumulation_steps
+
+    # The inputs of all steps: noisy latents, and what the outputs are compared with.
+    batch = batch.to(device)
+    latents = plan.cache.scale.mean(batch.moments)
+    shape = tuple(plan.manifest.latent_shape)
+    noise = normal(0, Purpose.NOISE, batch.stream_position, shape).float()
+    t = uniform(0, Purpose.TIMESTEP, batch.stream_position).float()
+    x_t, velocity = interpolate(INTERPOLANTS["linear"], latents, noise, t)
+    inputs = (x_t, t, batch.labels, velocity, latent_tokens(latents, plan.network.patch))
+    micro_batches = list(zip(*(tensor.chunk(accumulation) for tensor in inputs)))
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0, fused=True)
+    scaler = accelerator.scaler
+    dtype = autocast_dtype(accelerator.mixed_precision)
+    block, head = model.blocks["sra2"], model.heads["sra2"]
+
+    def compute_loss(x_t: Tensor, t: Tensor, labels: Tensor, v: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            prediction, tokens = model.backbone(x_t, t, labels, return_blocks=(block,))
+            projected = head(tokens[block])
+        cosine = F.cosine_similarity(projected.float(), target, dim=-1)
+        return F.mse_loss(prediction.float(), v) + 1 - cosine.mean()
 
     def step() -> None:
-        for x, s, y, u, z in zip(*(tensor.chunk(parts) for tensor in (x_t, t, labels, v, target))):
-            with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                velocity, kept = model.backbone(x, s, y, return_blocks=(model.blocks["sra2"],))
-                projected = model.heads["sra2"](kept[model.blocks["sra2"]])
-            loss = (
-                F.mse_loss(velocity.float(), u)
-                + 1
-                - F.cosine_similarity(projected.float(), z, dim=-1).mean()
-            )
-            (scaler.scale(loss) if scaler else loss).div(parts).backward()
+        for micro_batch in micro_batches:
+            loss = compute_loss(*micro_batch)
+            if scaler:
+                loss = scaler.scale(loss)
+            loss.div(accumulation).backward()
         if scaler:
             scaler.step(optimizer)
             scaler.update()
@@ -252,122 +300,161 @@ def plain_step(
 
 
 def build_steps(
-    args: argparse.Namespace, accelerator: Accelerator, names: list[str]
+    config: StepConfig, accelerator: Accelerator, variants: list[str]
 ) -> dict[str, Callable[[], object]]:
-    """Of each way one update of train.py's on a batch of its own kind. Raises UserError."""
-    flags, manifest, data, config, _ = make_plan(args, names)
-    device, actions = accelerator.device, {}
-    state, pinned = build(flags, config, device), device.type == "cuda"
+    """Build the step of each variant, with its batch.
+
+    Raises:
+        UserError: The settings contradict each other.
+    """
+    plan = make_plan(config, variants)
     with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
-        targets = alignment.load(flags, config, data, state.emas[0], device, accelerator.autocast)
-    guard = NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16")
-    whole, network = Step(flags, accelerator, manifest, state, targets, guard), state.model
-    latents = random_batch(manifest, args.batch_size, pinned)
-    images = random_images(data, args.batch_size, pinned) if alignment.extra(targets) else ()
-    for name in names:
-        if name == "plain":
-            actions[name] = plain_step(flags, accelerator, manifest, network, latents)
+        full_step = build_step(plan.settings, accelerator, plan.manifest, plan.cache)
+    with_images = "images" in required_cache_inputs(full_step.alignments)
+    batch = random_batch(plan.manifest, config.batch_size, with_images)
+    if accelerator.device.type == "cuda":
+        batch = batch.pin_memory()
+    actions: dict[str, Callable[[], object]] = {}
+    for variant in variants:
+        if variant == "plain":
+            model = full_step.state.model
+            actions[variant] = make_plain_step(plan, accelerator, model, batch)
             continue
-        step = copy.copy(whole)
-        heads, blocks, step.targets, step.stop = (
-            {method: each[method] for method in alignment_methods(name)}
-            for each in (network.heads, network.blocks, targets, whole.stop)
-        )
-        step.model = accelerator.prepare(AlignedSiT(network.backbone, heads, blocks))
-        actions[name] = partial(
-            step, (*latents, *images) if alignment.extra(step.targets) else latents
-        )
+        step = select_methods(full_step, alignment_methods(variant))
+        needed = required_cache_inputs(step.alignments)
+        inputs = {name: batch.inputs[name] for name in needed}
+        actions[variant] = partial(step, replace(batch, inputs=inputs))
     return actions
 
 
-def measure_peak_memory(args: argparse.Namespace, accelerator: Accelerator, name: str) -> float:
-    """GiB on the GPU of this way's update, where no other's heads, moments and encoder are held beside it."""
+def select_methods(step: Step, methods: list[str]) -> Step:
+    """Return a step with the same state that applies only some of the alignment methods."""
+    selected = copy.copy(step)
+    selected.alignments = {method: step.alignments[method] for method in methods}
+    network = step.state.model
+    names = [name for a in selected.alignments.values() for name in a.heads.values()]
+    heads = {name: network.heads[name] for name in names}
+    blocks = {name: network.blocks[name] for name in names}
+    selected.model = step.accelerator.prepare(AlignedSiT(network.backbone, heads, blocks))
+    return selected
+
+
+def measure_peak_memory(config: StepConfig, accelerator: Accelerator, variant: str) -> float:
+    """Return the peak GPU memory of a variant in GiB, without the other variants in memory."""
     accelerator.free_memory()
     gc.collect()
-    held = torch.cuda.memory_allocated(accelerator.device) / 2**30
-    _, peak = time_in_turn(
-        build_steps(args, accelerator, [name]), accelerator.device, rounds=1, calls=1, warm_up=2
-    )
-    return peak[name] - held
+    allocated = torch.cuda.memory_allocated(accelerator.device) / 2**30
+    steps = build_steps(config, accelerator, [variant])
+    timings = time_in_turn(steps, accelerator.device, rounds=1, warm_up=2)
+    return timings.peak_memory_gib[variant] - allocated
 
 
-def measure(args: argparse.Namespace, names: list[str]) -> dict:
-    """Seconds, memory and rates of each way, and how they compare. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+def measure(
+    config: StepConfig, variants: list[str], rounds: int, steps: int | None, warm_up: int
+) -> dict:
+    """Time the variants in turn and compare them.
+
+    Args:
+        config: Settings of the steps.
+        variants: Names of the variants.
+        rounds: Number of timed rounds.
+        steps: Steps per round, by default 10 on a GPU and 1 on a CPU.
+        warm_up: Number of rounds before the timed ones.
+
+    Returns:
+        The result of the benchmark.
+
+    Raises:
+        UserError: The settings contradict each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "this benchmark runs on one process; train.py's own gauges tell the speed of several"
+            "this benchmark runs on one process: run it without a launcher; the log of train.py "
+            "shows the speed of several processes"
         )
-    planned = make_plan(args, names)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=precision(args.precision)
-    )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    device, network = accelerator.device, planned.network
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        accelerator.mixed_precision, torch.float32
-    )
-    rate = matmul_rate(
-        device, dtype, seconds=1.0
-    )  # before and after, as machines heat up and neighbours come and go
+    plan = make_plan(config, variants)
+    accelerator = make_accelerator(config.precision)
+    allow_tf32(config.allow_tf32)
+    device = accelerator.device
+    dtype = autocast_dtype(accelerator.mixed_precision)
+    calls = steps or (10 if device.type == "cuda" else 1)
 
-    actions = build_steps(args, accelerator, names)
-    calls = args.steps or (10 if device.type == "cuda" else 1)
-    first = {name: time_first_call(action, device) for name, action in actions.items()}
-    seconds, peak = time_in_turn(actions, device, args.rounds, calls, args.warm_up)
-    rate = max(rate, matmul_rate(device, dtype, seconds=1.0))
+    # Measure the rate of matrix products before and after, because the speed of machines drifts.
+    rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
+    actions = build_steps(config, accelerator, variants)
+    first_step_s = {variant: time_call(action, device) for variant, action in actions.items()}
+    timings = time_in_turn(actions, device, rounds, calls, warm_up)
+    rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))
     actions.clear()
+    peak_memory_gib = timings.peak_memory_gib
     if device.type == "cuda":
-        peak = {name: measure_peak_memory(args, accelerator, name) for name in names}
+        peak_memory_gib = {
+            variant: measure_peak_memory(config, accelerator, variant) for variant in variants
+        }
 
     results = {}
-    for name, values in seconds.items():
-        images_per_s = args.batch_size / median_and_quartiles(values)["median"]
-        flops = training_flops(network, planned.align(name), planned.data)
-        results[name] = {
-            "step_s": median_and_quartiles(values),
+    for variant in variants:
+        step_s = median_and_quartiles(timings.seconds[variant])
+        images_per_s = config.batch_size / step_s["median"]
+        flops = training_flops(plan.network, plan.entries(variant), plan.cache)
+        results[variant] = {
+            "step_s": step_s,
             "images_per_s": images_per_s,
             "mfu": flops * images_per_s / rate,
-            "peak_memory_gib": peak[name],
-            "first_step_s": first[name],
+            "peak_memory_gib": peak_memory_gib[variant],
+            "first_step_s": first_step_s[variant],
         }
-    aligned = [name for name in seconds if name not in ("none", "plain")]
-    pairs = [
-        (a, b)
-        for a in aligned
-        for b in ("none", "plain")
-        if b in seconds and (b == "none" or a == "sra2")
-    ]
     return {
         "benchmark": "train_step",
         "machine": describe_machine(device),
-        "model": args.model,
-        "batch_size": args.batch_size,
-        "latent_size": args.latent_size,
+        "model": config.model,
+        "batch_size": config.batch_size,
+        "latent_size": config.latent_size,
         "precision": accelerator.mixed_precision,
-        "compile": args.compile,
-        "activation_checkpointing": args.activation_checkpointing,
-        "allow_tf32": args.allow_tf32,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "rounds": args.rounds,
+        "compile": config.compile,
+        "activation_checkpointing": config.activation_checkpointing,
+        "allow_tf32": config.allow_tf32,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "rounds": rounds,
         "steps": calls,
-        "encoder_weights": "random" if "repa" in planned.flags.align else None,
+        "encoder_weights": "random" if plan.entries("repa") else None,
         "matmul_flops_per_s": rate,
-        "forward_flops_per_image": backbone_flops(network),
+        "forward_flops_per_image": backbone_flops(plan.network),
         "results": results,
-        "ratios": {f"{a}/{b}": ratio_per_round(seconds[a], seconds[b]) for a, b in pairs},
+        "ratios": compare_variants(timings.seconds),
     }
 
 
+def compare_variants(seconds: dict[str, list[float]]) -> dict[str, dict]:
+    """Return the time of each aligned variant relative to `none`, and of sra2 to `plain`."""
+    pairs = []
+    for variant in seconds:
+        if variant not in ("none", "plain"):
+            pairs.append((variant, "none"))
+        if variant == "sra2":
+            pairs.append((variant, "plain"))
+    return {f"{a}/{b}": ratio_per_round(seconds[a], seconds[b]) for a, b in pairs if b in seconds}
+
+
 def main() -> None:
-    parser = cli.Parser(__doc__, "python -m benchmarks.train_step", "[--model NAME]")
-    add_flags(parser)
-    plain = "time forward, backward and AdamW alone as well; its AdamW has moments of its own"
-    parser.add_argument("--plain", action="store_true", help=plain)
+    """Run the benchmark."""
+    parser = make_parser(__doc__, "python -m benchmarks.train_step")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="also time forward, backward and AdamW alone; this AdamW has its own moments",
+    )
     args = parser.parse_args()
-    names = [*["plain"] * args.plain, *dict.fromkeys(args.align)]
-    planned, result = make_plan(args, names), measure(args, names)
-    heads = sum(head_flops(planned.network, entry["head"]) for entry in planned.config["align"])
-    report(result | {"head_flops_share": heads / backbone_flops(planned.network)}, args.json)
+    config = read_flags(StepConfig, args)
+    variants = list(dict.fromkeys(args.align))
+    if args.plain:
+        variants.insert(0, "plain")
+    result = measure(config, variants, args.rounds, args.steps, args.warm_up)
+    plan = make_plan(config, variants)
+    specs = [spec for entry in plan.align for spec in head_specs(entry).values()]
+    heads = sum(head_flops(plan.network, spec) for spec in specs)
+    result["head_flops_share"] = heads / backbone_flops(plan.network)
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -432,17 +432,22 @@ def _check_settings(settings: Settings) -> None:
         raise UserError(f"--ema-decay {_join(decays)} repeats a value: pass each decay once")
     if settings.loop.epochs and settings.loop.max_train_steps:
         raise UserError("--epochs and --max-train-steps both set the length: pass only one")
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    if settings.device.compile and not any(map(shutil.which, compilers)):
-        raise UserError(
-            "--compile needs a C++ compiler, and none was found: install g++ or clang++, or name "
-            "one in CXX"
-        )
+    check_compiler(settings.device)
     if settings.evaluation.latents and not settings.evaluation.every:
         raise UserError("--eval-latents needs --eval-every: pass the steps between evaluations")
     report_to = settings.log.report_to
     if "none" in report_to and len(report_to) > 1:
         raise UserError(f"--report-to {_join(report_to)}: none excludes the others")
+
+
+def check_compiler(device: DeviceConfig) -> None:
+    """Raise UserError if --compile was passed and there is no C++ compiler."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if device.compile and not any(map(shutil.which, compilers)):
+        raise UserError(
+            "--compile needs a C++ compiler, and none was found: install g++ or clang++, or name "
+            "one in CXX"
+        )
 
 
 def check_batch_size(loop: LoopConfig, num_processes: int) -> None:

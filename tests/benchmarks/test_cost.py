@@ -1,7 +1,6 @@
-"""benchmarks/cost.py against counts done by hand, and against PyTorch's counter on train.py's own step."""
+"""Costs of alignment agree with counts by hand, and with PyTorch's counter on train.py's step."""
 
 import json
-from argparse import Namespace
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import ClassVar
@@ -12,7 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.targets
-from benchmarks import cost, table, train_step
+from benchmarks import cost, train_step
+from benchmarks.measure import Timings
+from benchmarks.table import TABLES, cost_rows
+from benchmarks.train_step import StepConfig
+from models.encoder import EncoderShape
 from tests.helpers import ROOT
 
 RESULTS = [
@@ -23,10 +26,10 @@ RESULTS = [
 WIDTH = 768
 
 
-class Stub(nn.Module):
-    """In the encoder's place: one convolution, a token for each patch of 16 pixels."""
+class StubEncoder(nn.Module):
+    """An encoder with one convolution, which makes a token of each patch of 16 pixels."""
 
-    made: ClassVar[list[bool]] = []  # whether it was to have the weights of others
+    pretrained_flags: ClassVar[list[bool]] = []  # of all instances
     fingerprint = "f"
 
     def __init__(
@@ -41,7 +44,7 @@ class Stub(nn.Module):
         side=None,
     ):
         super().__init__()
-        self.made.append(pretrained)
+        self.pretrained_flags.append(pretrained)
         self.patches = nn.Conv2d(3, WIDTH, 16, 16)
 
     def forward(self, images):
@@ -49,41 +52,31 @@ class Stub(nn.Module):
         return self.patches(images / 255).flatten(2).mT
 
 
-def stub_cost(name, resolution, side=None):
+def stub_encoder_cost(name, resolution, side=None):
     return 3 * 16 * 16 * WIDTH + WIDTH, 2 * (resolution // 16) ** 2 * 3 * 16 * 16 * WIDTH
 
 
 @pytest.fixture(autouse=True)
-def stub(monkeypatch):
-    monkeypatch.setattr(models.targets, "Encoder", Stub)
-    monkeypatch.setattr(
-        models.targets, "describe_encoder", lambda name, resolution, side=None: (WIDTH, resolution)
-    )
-    monkeypatch.setattr(models.targets, "encoder_cost", stub_cost)
-    monkeypatch.setattr(train_step, "matmul_rate", lambda *_, **__: 1e11)  # which takes a second
-    Stub.made.clear()
+def stub_encoder(monkeypatch):
+    def describe_encoder(name, resolution, side=None):
+        return EncoderShape(WIDTH, resolution)
+
+    monkeypatch.setattr(models.targets, "Encoder", StubEncoder)
+    monkeypatch.setattr(models.targets, "describe_encoder", describe_encoder)
+    monkeypatch.setattr(models.targets, "encoder_cost", stub_encoder_cost)
+    # Measuring the rate takes a second.
+    monkeypatch.setattr(train_step, "measure_matmul_rate", lambda *_, **__: 1e11)
+    StubEncoder.pretrained_flags.clear()
 
 
-def tiny(**other) -> Namespace:
-    """Flags of the smallest network on latents of 8 x 8."""
-    given = {
-        "model": "SiT-Ti/2",
-        "batch_size": 2,
-        "precision": "no",
-        "compile": False,
-        "activation_checkpointing": False,
-    }
-    given |= {
-        "allow_tf32": False,
-        "gradient_accumulation_steps": 1,
-        "latent_size": 8,
-        "repa_encoder": None,
-    }
-    return Namespace(**given | other)
+def make_config(**settings) -> StepConfig:
+    """Return settings of the smallest network on latents of 8 x 8."""
+    defaults = {"model": "SiT-Ti/2", "batch_size": 2, "precision": "no", "latent_size": 8}
+    return StepConfig(**defaults | settings)
 
 
-def host(backward=lambda loss: loss.backward()) -> SimpleNamespace:
-    """In the Accelerator's place, on the CPU."""
+def stub_accelerator(backward=torch.Tensor.backward) -> SimpleNamespace:
+    """Return a replacement of the Accelerator, on the CPU."""
     return SimpleNamespace(
         device=torch.device("cpu"),
         mixed_precision="no",
@@ -97,145 +90,147 @@ def host(backward=lambda loss: loss.backward()) -> SimpleNamespace:
     )
 
 
-def test_sit_xl_by_hand(call, tmp_path):
-    """256 tokens of width 1152 through 28 blocks, a head of 2304 (sra2, sra) or 2048 (repa); 16 numbers a patch."""
-    ways = ["none", "sra2", "repa", "sra", "sra2+repa"]
-    code, out = call(
-        cost, "--model", "SiT-XL/2", "--align", *ways, "--no-timing", "--json", tmp_path / "a.json"
-    )
+def test_costs_of_sit_xl_agree_with_counts_by_hand(call, tmp_path):
+    variants = ["none", "sra2", "repa", "sra", "sra2+repa"]
+    path = tmp_path / "a.json"
+    flags = ["--model", "SiT-XL/2", "--align", *variants, "--no-timing", "--json", path]
+    code, out = call(cost, *flags)
     assert code == 0, out
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert table.cost_table([result]) in out and list(result["results"]) == ways
-    of, d, n = result["results"], 1152, 256
-    # queries, keys, values 3, their output 1, the MLP 4 + 4, modulation 6: 18 d x d, and as many biases but 3 x d
-    weights = 28 * (18 * d * d + 15 * d) + (2 * d * d + 2 * d)
+    result = json.loads(path.read_text())
+    assert TABLES["cost"].format([result]) in out
+    assert list(result["results"]) == variants
+
+    # 256 tokens of width 1152 in 28 blocks; 16 values per patch; 1000 classes and the null class.
+    # A block has 18 d x d matrices: queries, keys and values 3, their output 1, the MLP 4 + 4 and
+    # modulation 6. All have a bias of the size of their output.
+    d, n, depth = 1152, 256, 28
+    weights = depth * (18 * d * d + 15 * d) + (2 * d * d + 2 * d)
     weights += (16 * d + d) + (256 * d + d + d * d + d) + 1001 * d + n * d + (16 * d + 16)
-    block = n * 12 * d * d + 2 * n * n * d + 6 * d * d
-    begin = n * 16 * d + 256 * d + d * d
-    macs = 28 * block + begin + n * 16 * d + 2 * d * d
-    assert macs / 1e9 == pytest.approx(118.6, abs=0.05)
-    sra2 = d * 2304 + 3 * 2304 * 2304 + 2304 * 16  # four hidden layers
-    repa, sra = d * 2048 + 2048 * 2048 + 2048 * 768, d * 2304 + 2304 * d
-    heads = {"none": 0, "sra2": sra2, "repa": repa, "sra": sra, "sra2+repa": sra2 + repa}
-    biases = {"none": 0, "sra2": 4 * 2304 + 16, "repa": 2 * 2048 + 768, "sra": 2304 + d}
-    biases["sra2+repa"] = biases["sra2"] + biases["repa"]
-    outside = {
-        "none": 0,
-        "sra2": 0,
-        "repa": 256 * 3 * 256 * 768,
-        "sra": 20 * block + begin,
-        "sra2+repa": 256 * 3 * 256 * 768,
-    }
-    for name, figures in of.items():
-        external = 3 * 256 * 768 + 768 if "repa" in name else 0
+    block_macs = n * 12 * d * d + 2 * n * n * d + 6 * d * d
+    input_macs = n * 16 * d + 256 * d + d * d
+    backbone_macs = depth * block_macs + input_macs + n * 16 * d + 2 * d * d
+    assert backbone_macs / 1e9 == pytest.approx(118.6, abs=0.05)
+
+    # Heads: hidden width 2304 (sra2 with five layers, sra) or 2048 (repa).
+    sra2 = d * 2304 + 3 * 2304 * 2304 + 2304 * 16
+    repa = d * 2048 + 2048 * 2048 + 2048 * WIDTH
+    sra = d * 2304 + 2304 * d
+    head_weights = {"none": 0, "sra2": sra2, "repa": repa, "sra": sra, "sra2+repa": sra2 + repa}
+    head_biases = {"none": 0, "sra2": 4 * 2304 + 16, "repa": 2 * 2048 + WIDTH, "sra": 2304 + d}
+    head_biases["sra2+repa"] = head_biases["sra2"] + head_biases["repa"]
+    encoder_macs = 256 * 3 * 256 * WIDTH
+    teacher_macs = 20 * block_macs + input_macs
+    target_macs = {"repa": encoder_macs, "sra": teacher_macs, "sra2+repa": encoder_macs}
+
+    for variant, figures in result["results"].items():
+        external = 3 * 256 * WIDTH + WIDTH if "repa" in variant else 0
         assert figures["parameters"] == {
             "backbone": weights,
-            "heads": heads[name] + biases[name],
+            "heads": head_weights[variant] + head_biases[variant],
             "external": external,
         }
-        parts = {"backbone": 2 * macs, "heads": 2 * n * heads[name], "targets": 2 * outside[name]}
-        assert figures["forward_flops"] == parts
-        assert figures["training_flops"] == 3 * (2 * macs + 2 * n * heads[name]) + 2 * outside[name]
-        assert figures["more_forward_flops"] == pytest.approx(
-            (n * heads[name] + outside[name]) / macs
-        )
-        assert figures["more_training_flops"] == pytest.approx(
-            (3 * n * heads[name] + outside[name]) / (3 * macs)
-        )
-    # the paper's head: 18M parameters, 4% of the GFLOPs
-    assert of["sra2"]["parameters"]["heads"] / 1e6 == pytest.approx(18.6, abs=0.05)
-    assert n * sra2 / 1e9 == pytest.approx(4.77, abs=0.005) and of["sra2"][
-        "more_forward_flops"
-    ] == pytest.approx(0.040, abs=5e-4)
+        head_macs, targets = n * head_weights[variant], target_macs.get(variant, 0)
+        assert figures["forward_flops"] == {
+            "backbone": 2 * backbone_macs,
+            "heads": 2 * head_macs,
+            "targets": 2 * targets,
+        }
+        assert figures["training_flops"] == 2 * (3 * (backbone_macs + head_macs) + targets)
+        more_forward = (head_macs + targets) / backbone_macs
+        more_training = (3 * head_macs + targets) / (3 * backbone_macs)
+        assert figures["more_forward_flops"] == pytest.approx(more_forward)
+        assert figures["more_training_flops"] == pytest.approx(more_training)
+
+    # The paper reports a head of 18M parameters and 4% of the GFLOPs.
+    figures = result["results"]["sra2"]
+    assert figures["parameters"]["heads"] / 1e6 == pytest.approx(18.6, abs=0.05)
+    assert n * sra2 / 1e9 == pytest.approx(4.77, abs=0.005)
+    assert figures["more_forward_flops"] == pytest.approx(0.040, abs=5e-4)
 
 
-def test_sit_b_by_hand():
-    """The paper's head of 8M parameters; sra's teacher is block 9 of 12."""
-    planned, d, n = (
-        train_step.make_plan(tiny(model="SiT-B/2", latent_size=32), ["sra2+sra"]),
-        768,
-        256,
-    )
-    figures = cost.count_costs(planned, "sra2+sra")
-    sra2, sra = (
-        d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16,
-        d * 1536 + 1536 + 1536 * d + d,
-    )
-    assert figures["parameters"]["heads"] == sra2 + sra and sra2 / 1e6 == pytest.approx(
-        8.3, abs=0.05
-    )
-    block = n * 12 * d * d + 2 * n * n * d + 6 * d * d
-    assert figures["forward_flops"]["targets"] == 2 * (9 * block + n * 16 * d + 256 * d + d * d)
+def test_costs_of_sit_b_agree_with_counts_by_hand():
+    plan = train_step.make_plan(make_config(model="SiT-B/2", latent_size=32), ["sra2+sra"])
+    figures = cost.count_costs(plan, "sra2+sra")
+    d, n = 768, 256
+    sra2 = d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16
+    sra = d * 1536 + 1536 + 1536 * d + d
+    assert figures["parameters"]["heads"] == sra2 + sra
+    assert sra2 / 1e6 == pytest.approx(8.3, abs=0.05)  # the paper reports 8M
+    # The teacher of sra is block 9 of 12.
+    block_macs = n * 12 * d * d + 2 * n * n * d + 6 * d * d
+    teacher_macs = 9 * block_macs + n * 16 * d + 256 * d + d * d
+    assert figures["forward_flops"]["targets"] == 2 * teacher_macs
 
 
-def test_a_step_does_what_was_counted():
-    """train.py's own, with every method, by PyTorch's counter: forward alone to the last product; with its backward up to what
-    that leaves out, as no gradient is asked of what comes in."""
-    name, rel = "sra2+repa+sra", {"forward": 0.0, "both": 0.02}
-    figures = cost.count_costs(train_step.make_plan(tiny(), [name]), name)
-    expected = {
-        "forward": sum(figures["forward_flops"].values()),
-        "both": figures["training_flops"],
-    }
-    for what, backward in (("forward", lambda loss: None), ("both", lambda loss: loss.backward())):
-        action = train_step.build_steps(tiny(), host(backward), [name])[name]
-        step = action.func
+def test_flops_of_a_step_agree_with_pytorchs_counter():
+    variant = "sra2+repa+sra"
+    figures = cost.count_costs(train_step.make_plan(make_config(), [variant]), variant)
+
+    def count_flops(backward) -> int:
+        steps = train_step.build_steps(make_config(), stub_accelerator(backward), [variant])
+        step = steps[variant].func
         for block in (*step.model.backbone.blocks, *step.state.emas[0].blocks):
-            block.attn.fused_attn = False  # the counter does not know the CPU's fused attention
+            block.attn.fused_attn = False  # the counter does not support the CPU's fused attention
         with FlopCounterMode(display=False) as counter:
-            action()
-        assert counter.get_total_flops() == pytest.approx(2 * expected[what], rel=rel[what])
+            steps[variant]()
+        return counter.get_total_flops()
+
+    assert count_flops(lambda loss: None) == 2 * sum(figures["forward_flops"].values())
+    # The backward pass computes no gradient of the inputs, which the formula includes.
+    both = count_flops(torch.Tensor.backward)
+    assert both == pytest.approx(2 * figures["training_flops"], rel=0.02)
 
 
-def test_a_way_trains_its_own_heads_and_no_others():
-    """And is the step that it would be alone: what the others hold beside it changes nothing."""
-    ways = ["sra2", "none", "sra", "sra2+sra"]
-    actions = train_step.build_steps(tiny(), host(), ways)
-    heads = actions["sra2"].func.state.model.heads
-    for name in ways:
+def test_a_variant_trains_only_its_heads_and_does_not_depend_on_the_others():
+    variants = ["sra2", "none", "sra", "sra2+sra"]
+    steps = train_step.build_steps(make_config(), stub_accelerator(), variants)
+    heads = steps["sra2"].func.state.model.heads
+    for variant in variants:
         before = {method: head[0].weight.clone() for method, head in heads.items()}
-        terms, _ = actions[name]()
-        moved = {
+        scalars, _ = steps[variant]()
+        trained = {
             method
             for method, head in heads.items()
             if not torch.equal(head[0].weight, before[method])
         }
-        assert moved == {*train_step.alignment_methods(name)} and len(terms) == 3 + 3 * len(moved)
-        if name == ways[0]:
-            alone, _ = train_step.build_steps(tiny(), host(), [name])[name]()
-            assert torch.equal(terms, alone)
+        methods = train_step.alignment_methods(variant)
+        assert trained == set(methods)
+        assert {name for name in scalars if name.startswith("align/")} == {
+            f"align/{method}" for method in methods
+        }
+        if variant == variants[0]:
+            alone = train_step.build_steps(make_config(), stub_accelerator(), [variant])
+            expected, _ = alone[variant]()
+            assert scalars == expected
 
 
-def test_steps_are_timed_beside_the_counts(call, tmp_path):
-    flags = "--model SiT-Ti/2 --latent-size 8 --batch-size 2 --align none sra2+repa sra --rounds 2 --warm-up 0"
-    code, out = call(cost, *flags.split(), "--json", tmp_path / "a.json")
+def test_cost_reports_times_and_counts(call, tmp_path):
+    flags = "--model SiT-Ti/2 --latent-size 8 --batch-size 2 --align none sra2+repa sra"
+    flags = [*flags.split(), *["--rounds", "2", "--warm-up", "0", "--json"], tmp_path / "a.json"]
+    code, out = call(cost, *flags)
     assert code == 0, out
     result = json.loads((tmp_path / "a.json").read_text())
-    assert (
-        list(result["ratios"]) == ["sra2+repa/none", "sra/none"]
-        and result["encoder_weights"] == "random"
-    )
-    assert Stub.made == [False] and table.cost_table([result]) in out
+    assert list(result["ratios"]) == ["sra2+repa/none", "sra/none"]
+    assert result["encoder_weights"] == "random"
+    assert StubEncoder.pretrained_flags == [False]
+    assert TABLES["cost"].format([result]) in out
     for figures in result["results"].values():
-        assert figures["images_per_s"] * figures["step_s"]["median"] == pytest.approx(2)
-        assert figures["mfu"] * 1e11 == pytest.approx(
-            figures["images_per_s"] * figures["training_flops"]
-        )
-    rows = table.cost_rows(result)
-    assert (
-        len(rows) == 3
-        and rows[0].endswith("|  |")
-        and "batch 2" in rows[1]
-        and not rows[1].endswith("|  |")
-    )
+        rate = figures["images_per_s"]
+        assert rate * figures["step_s"]["median"] == pytest.approx(2)
+        assert figures["mfu"] * 1e11 == pytest.approx(rate * figures["training_flops"])
+    baseline, *aligned = cost_rows(result)
+    assert baseline[-1] == ""
+    assert len(aligned) == 2 and all(row[-1] for row in aligned)
+    assert "batch 2" in baseline[0]
 
 
-def test_peak_memory_is_what_comes_on_top_of_what_is_held(monkeypatch):
+def test_peak_memory_excludes_what_was_allocated_before(monkeypatch):
+    def time_in_turn(actions, *_, **__):
+        return Timings({}, dict.fromkeys(actions, 8.0))
+
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
-    monkeypatch.setattr(
-        train_step, "time_in_turn", lambda actions, *_, **__: ({}, dict.fromkeys(actions, 8.0))
-    )
-    assert train_step.measure_peak_memory(tiny(), host(), "none") == 5
+    monkeypatch.setattr(train_step, "time_in_turn", time_in_turn)
+    assert train_step.measure_peak_memory(make_config(), stub_accelerator(), "none") == 5
 
 
 @pytest.mark.parametrize(
@@ -243,25 +238,26 @@ def test_peak_memory_is_what_comes_on_top_of_what_is_held(monkeypatch):
     [
         (
             ["--align", "none+sra2"],
-            "none+sra2 is neither none nor some of sra2, repa, sra joined by +",
+            "none+sra2 must be none, or different methods out of sra2, repa, sra joined by +",
         ),
-        (["--align", "sra2", "sra+sra"], "sra+sra is neither"),
-        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder goes with --align repa"),
+        (["--align", "sra2", "sra+sra"], "sra+sra must be none"),
+        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs repa in --align"),
+        (["--latent-size", "9"], "--latent-size 9: SiT-XL/2 cannot cut these latents"),
     ],
 )
-def test_what_cannot_be_compared_ends_in_one_line(call, flags, message):
+def test_contradicting_flags_are_one_line_errors(call, flags, message):
     code, out = call(cost, *flags, "--no-timing")
-    assert code == 2 and message in out and len(out.strip().splitlines()) == 1
+    assert code == 2
+    assert message in out and len(out.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_the_results_are_what_is_counted_now(path, monkeypatch):
-    monkeypatch.undo()  # the encoder itself
+def test_stored_results_agree_with_current_counts(path, monkeypatch):
+    monkeypatch.undo()  # use the real encoder
     result = json.loads(path.read_text())
-    planned = train_step.make_plan(
-        tiny(model=result["model"], latent_size=result["latent_size"]), list(result["results"])
-    )
-    assert planned.config["align"] == result["align"]
-    for name, figures in result["results"].items():
-        now = cost.count_costs(planned, name)
-        assert {key: figures[key] for key in now} == now
+    config = make_config(model=result["model"], latent_size=result["latent_size"])
+    plan = train_step.make_plan(config, list(result["results"]))
+    assert plan.align == result["align"]
+    for variant, figures in result["results"].items():
+        counts = cost.count_costs(plan, variant)
+        assert {key: figures[key] for key in counts} == counts
