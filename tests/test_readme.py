@@ -88,7 +88,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     assert code == 0 and "6 images, 2 classes" in out, out
     (verification,) = re.findall(r"`python -m preprocessing.verify ([a-z0-9/]+)`", README)
     code, out = call(verify, verification)
-    assert code == 0 and "6 images" in out, out
+    assert code == 0 and "is valid" in out, out
 
     # Train. The second command gets another name, because it would resume the first run.
     for words, name in zip(plain_trainings, ("xl2-sra2", "xl2-sra2-again")):
