@@ -1,16 +1,24 @@
-# make demo    images -> latents -> training -> samples -> metrics, on the embedded data (CPU, under ten minutes)
-# make study   the study of docs/study.md: six methods, five seeds each (CPU, under two hours)
-# make test    the tests          make lint    ruff
-# Each builds .venv first, when it is missing or older than the requirements.
+# make demo       Encode, train, sample and evaluate on the bundled data, on a CPU, in under ten minutes.
+# make study      Run the study of docs/study.md: six methods with five seeds each, under two hours.
+# make test       Run the tests, without those marked `long`, in $(JOBS) processes.
+# make test-long  Run all tests.
+# make lint       Run ruff and mypy.
+#
+# Every target first installs the packages into .venv, if it does not exist or a list of packages
+# has changed since.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 DATA := data/fashion-mnist
 RUN := exps/demo
 ASSETS := assets/fashion-mnist
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One thread per process: the tensors of the tests are small, and the processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo study test lint
+.PHONY: demo study test test-long lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run
@@ -28,19 +36,23 @@ study: $(VENV)/dev
 	@echo "Look at exps/study-laptop/study.png"
 
 test: $(VENV)/dev
-	$(PY) -m pytest
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/dev
+	$(PYTEST)
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/run: requirements.txt | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/run: requirements.txt constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
-$(VENV)/dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/dev: requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@ $(VENV)/run

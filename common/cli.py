@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import importlib.util
 import math
 import os
 import re
@@ -30,6 +31,21 @@ PATH_ERRORS = (
 
 class UserError(ValueError):
     """An error that the user can fix. The message names the flag or file and the remedy."""
+
+
+def require_package(name: str, purpose: str) -> None:
+    """Check that an optional package is installed.
+
+    Args:
+        name: Name of the package, as in an import statement.
+        purpose: Command or flag that needs the package.
+
+    Raises:
+        UserError: The package is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        package = name.replace("_", "-")
+        raise UserError(f"{purpose} needs {package}: pip install {package}")
 
 
 class DiskFullSafeStream:

@@ -49,7 +49,7 @@ def main() -> None:
         "--out", type=Path, help="image to write (default: curves.png in the first run)"
     )
     args = parser.parse_args()
-    plots.require_package("matplotlib", "evaluations.curves")
+    cli.require_package("matplotlib", "evaluations.curves")
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {out} must end in .png, .pdf or .svg")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common import cli
 from common.cli import UserError
 from common.files import sha256
 from evaluations.features import FeatureNetwork, Features
@@ -63,6 +64,7 @@ class InceptionFeatures(FeatureNetwork):
 
     def __init__(self, weights: Path | None = None):
         super().__init__()
+        cli.require_package("torch_fidelity", "the Inception network")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         file = find_weights(weights)

@@ -1,6 +1,5 @@
 """Plot the curves of runs over images seen, for the report (inline SVG) and evaluations.curves."""
 
-import importlib.util
 import io
 import re
 from html import escape
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
 from evaluations.metrics_files import (
     LOWER_IS_BETTER,
     compare_settings,
@@ -88,12 +86,6 @@ class Panel(NamedTuple):
     log_scale: bool = False
     starts_at_zero: bool = False
     note: str = ""
-
-
-def require_package(name: str, purpose: str) -> None:
-    """Raise UserError if a package that only `purpose` needs is not installed."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{purpose} needs {name}: pip install {name}")
 
 
 def make_training_panels(runs: list[Run]) -> list[Panel]:

@@ -100,8 +100,8 @@ def main() -> None:
     """Run the command line."""
     args = parse_args()
     torch.backends.cudnn.allow_tf32 = False  # as in evaluations.evaluate
-    plots.require_package("jinja2", "evaluations.report")
-    plots.require_package("matplotlib", "evaluations.report")
+    cli.require_package("jinja2", "evaluations.report")
+    cli.require_package("matplotlib", "evaluations.report")
     if args.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {args.out} must end in .html")
     folders = name_folders(args.runs)

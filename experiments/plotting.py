@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from common import cli
 from common.files import write_file
 
 if TYPE_CHECKING:
@@ -13,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def load_pyplot() -> ModuleType:
-    """Import matplotlib.pyplot with the backend that needs no display."""
+    """Import matplotlib.pyplot with the backend that needs no display.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    cli.require_package("matplotlib", "the figure")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from common import cli
 from common.cli import UserError
 from preprocessing.labels import (
     IMAGE_EXTENSIONS,
@@ -506,12 +507,7 @@ def _open_parquet(
     path: Path, files: list[Path], flag: str, table: LabelTable | None
 ) -> ImageSource:
     origin = f"{flag} {path}"
-    try:
-        import pyarrow.parquet  # noqa: F401 (only checks that it is installed)
-    except ImportError:
-        raise UserError(
-            f"{origin}: reading parquet files requires pyarrow; run pip install pyarrow"
-        ) from None
+    cli.require_package("pyarrow", f"{origin}, which holds parquet files,")
     splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
     if len(splits) > 1:
         pattern = files[-1].parent / f"{splits[-1]}-*.parquet"

@@ -38,7 +38,7 @@ def resolve_trackers(report_to: tuple[str, ...]) -> list[str]:
     names = [name for name in report_to if name != "none"]
     for name in names:
         if name not in installed:
-            raise UserError(f"--report-to {name} needs a package: pip install {name}")
+            raise UserError(f"--report-to {name} needs {name}: pip install {name}")
     return names
 
 

@@ -1,5 +1,6 @@
 """Command-line errors: one line, an exit code, and a suggestion for an unknown flag."""
 
+import importlib
 import sys
 
 import pytest
@@ -69,3 +70,21 @@ def test_run_does_not_hide_other_errors(monkeypatch):
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     with pytest.raises(FileNotFoundError):
         cli.run(main)
+
+
+def test_missing_optional_package_is_an_error_with_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    message = "^the Inception network needs torch-fidelity: pip install torch-fidelity$"
+    with pytest.raises(UserError, match=message):
+        cli.require_package("torch_fidelity", "the Inception network")
+    cli.require_package("torch", "everything")
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [("evaluations.curves", "matplotlib"), ("evaluations.report", "jinja2")],
+)
+def test_command_without_its_optional_package_ends_in_one_line(call, monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, out = call(importlib.import_module(module), "exps/missing")
+    assert (code, out) == (2, f"error: {module} needs {package}: pip install {package}\n")

@@ -129,7 +129,7 @@ def test_tracker_that_cannot_start_is_reported_before_any_work(call, cache, tmp_
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["comet_ml"], "--report-to comet_ml needs a package: pip install comet_ml"),
+        (["comet_ml"], "--report-to comet_ml needs comet_ml: pip install comet_ml"),
         (["none", "wandb"], "--report-to none wandb: none excludes the others"),
     ],
 )
