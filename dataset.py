@@ -1,6 +1,7 @@
 """The order in which training reads the latent cache: a function of the seed (docs/data.md).
 
-B images of a global batch, b of them this process's share.
+A stream position n stands for the n-th image of a run. B is the global batch size, b the share of
+one process.
 """
 
 import math
@@ -15,46 +16,66 @@ from torch.utils.data import DataLoader, Dataset
 from common.keyed_random import Purpose, uniform
 from latents.cache import CacheError, LatentCache
 
-ROUNDS = 8
+NUM_ROUNDS = 8  # rounds of the Feistel network
+
+
+def to_image_index(stream_position: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Return the index of the image at each position of the endless, shuffled training stream.
+
+    Each epoch, from a multiple of `size` to the next, is a different permutation of the images. The
+    permutation is computed, not stored, by a generalised Feistel network with cycle walking (Black
+    and Rogaway 2002).
+
+    Args:
+        stream_position: Positions in the stream, (B,) int64.
+        size: Number of images.
+        seed: Seed of the run.
+
+    Returns:
+        Image indices in [0, size), (B,) int64.
+    """
+    epoch, position_in_epoch = np.divmod(stream_position, size)
+    image_index = np.empty_like(stream_position)
+    for e in np.unique(epoch):
+        in_epoch = epoch == e
+        image_index[in_epoch] = _permute(position_in_epoch[in_epoch], size, _round_keys(e, seed))
+    return image_index
+
+
+def _permute(position: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Apply a permutation of range(size) that is determined by the keys, (B,) -> (B,) uint64.
+
+    The Feistel network permutes the cells of the smallest nearly square rectangle with at least
+    `size` cells. Values that land outside range(size) are permuted again until they are inside.
+    """
+    num_rows = math.isqrt(size - 1) + 1
+    num_columns = -(-size // num_rows)
+    lengths = (np.uint64(num_rows), np.uint64(num_columns))
+    value = position.astype(np.uint64)
+    outside = np.arange(len(value))
+    while len(outside):
+        cell = list(np.divmod(value[outside], lengths[1]))  # row and column
+        for i, key in enumerate(keys):
+            this = i % 2
+            other = 1 - this
+            cell[this] = (cell[this] + _mix(cell[other] ^ key) % lengths[this]) % lengths[this]
+        value[outside] = cell[0] * lengths[1] + cell[1]
+        outside = outside[value[outside] >= size]
+    return value
+
+
+def _round_keys(epoch: int, seed: int) -> np.ndarray:
+    """Return the keys of the Feistel rounds of one epoch, (NUM_ROUNDS,) uint64."""
+    epoch_key = _mix(np.array([epoch], np.uint64))
+    return _mix(_mix(epoch_key + np.uint64(seed)) + np.arange(NUM_ROUNDS, dtype=np.uint64))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014): uint64 -> uint64, well mixed."""
+    """Apply the finaliser of SplitMix64 (Steele et al. 2014), uint64 -> uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def to_image_index(number: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The image at each place of the endless training stream: number (B,) int64 -> index (B,) int64 in [0, size).
-
-    Every run of `size` numbers from a multiple of `size` on is one epoch, each a permutation of its own. The permutation is
-    computed, not stored: a Feistel network over the cells of the smallest rectangle, nearly square, that holds `size` of them,
-    and again for those few that land in a cell too many (Black & Rogaway 2002, generalised Feistel and cycle walking).
-    """
-    rows = math.isqrt(size - 1) + 1
-    columns = -(-size // rows)
-    sides = (np.uint64(rows), np.uint64(columns))
-    epoch, place = np.divmod(number, size)
-    index = np.empty_like(number)
-    for e in np.unique(epoch):
-        keys = _mix(
-            _mix(_mix(np.array([e], np.uint64)) + np.uint64(seed))
-            + np.arange(ROUNDS, dtype=np.uint64)
-        )
-        here = np.flatnonzero(epoch == e)
-        value = place[here].astype(np.uint64)
-        outside = np.arange(len(value))
-        while len(outside):
-            cell = list(np.divmod(value[outside], sides[1]))  # a row and a column
-            for i, key in enumerate(keys):
-                k = i % 2
-                cell[k] = (cell[k] + _mix(cell[1 - k] ^ key) % sides[k]) % sides[k]
-            value[outside] = cell[0] * sides[1] + cell[1]
-            outside = outside[value[outside] >= size]
-        index[here] = value
-    return index
 
 
 @dataclass(frozen=True)
@@ -62,9 +83,9 @@ class CachedBatch:
     """One process's share of a global batch as read from the cache."""
 
     stream_position: Tensor  # (b,) int64, n for the n-th image of the run
-    moments: Tensor  # (b, 2C, h, w), posterior mean and std as stored
+    moments: Tensor  # (b, 2C, h, w), mean and standard deviation of the VAE's posterior, as stored
     labels: Tensor  # (b,) int64
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # further inputs by name
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # images or features, by folder
 
     def to(self, device: torch.device) -> "CachedBatch":
         """Copy all tensors to a device without waiting for the copy."""
@@ -123,15 +144,14 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, step: int) -> CachedBatch:
         """Read this process's share of global batch `step`."""
-        position = step * self.batch_size + self.offsets
-        position_tensor = torch.from_numpy(position)
+        stream_position = torch.from_numpy(step * self.batch_size + self.offsets)
         flipped = None
         if self.cache.manifest.flips:
-            flipped = (uniform(self.seed, Purpose.FLIP, position_tensor) < 0.5).numpy()
-        image_index = to_image_index(position, len(self.cache), self.seed)
+            flipped = (uniform(self.seed, Purpose.FLIP, stream_position) < 0.5).numpy()
+        image_index = to_image_index(stream_position.numpy(), len(self.cache), self.seed)
         moments, labels = self.cache.gather(image_index, flipped)
         inputs = {name: self._read_input(name, image_index, flipped) for name in self.inputs}
-        return CachedBatch(position_tensor, moments, labels, inputs)
+        return CachedBatch(stream_position, moments, labels, inputs)
 
     def _read_input(self, name: str, image_index: np.ndarray, flipped: np.ndarray | None) -> Tensor:
         if name == "images":
@@ -140,28 +160,28 @@ class TrainingStream(Dataset):
 
     def read_batches(
         self,
-        first: int,
-        last: int,
+        first_step: int,
+        end_step: int,
         num_workers: int,
         pin_memory: bool,
         worker_init: Callable[[int], None] | None = None,
     ) -> Iterator[CachedBatch]:
-        """Yield the batches of steps first, ..., last - 1.
+        """Yield the batches of steps first_step to end_step - 1, in order.
 
         Args:
-            first: First step.
-            last: Step after the last one.
+            first_step: First step.
+            end_step: Step after the last one.
             num_workers: Number of loader processes; 0 reads in this process.
             pin_memory: Whether to copy the batches to pinned memory.
-            worker_init: Called in each loader process with its index.
+            worker_init: Function that each loader process calls with its index.
 
         Raises:
             CacheError: A shard cannot be read.
         """
         loader = DataLoader(
             _ErrorsAsItems(self),
-            batch_size=None,
-            sampler=range(first, last),
+            batch_size=None,  # items are batches
+            sampler=range(first_step, end_step),
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=worker_init,

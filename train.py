@@ -33,6 +33,7 @@ from training.config import (
     check_batch_size,
     check_same_run,
     parse_settings,
+    resolve_device,
     resolve_num_steps,
 )
 from training.guard import NonFiniteGuard
@@ -371,7 +372,7 @@ def run_training(
 
 def main() -> None:
     """Parse the command line and run the training."""
-    settings = parse_settings(description=__doc__)
+    settings = resolve_device(parse_settings(description=__doc__))
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=settings.device.mixed_precision,

@@ -1,0 +1,1 @@
+"""Bundled data for runs without downloads, and the script that built it."""

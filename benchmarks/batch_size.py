@@ -21,6 +21,7 @@ from common import cli
 from common.cli import UserError
 from common.processes import World
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 
 SAMPLERS = {"Euler": "ode", "Euler-Maruyama": "sde"}
 
@@ -68,7 +69,7 @@ def main() -> None:
     try:
         source = pretrained.load(args.ckpt)
         vae = Autoencoder(source.vae, world.select_device())
-    except (CheckpointError, FileNotFoundError) as error:
+    except (CheckpointError, FieldError) as error:
         raise UserError(f"--ckpt {args.ckpt}: {error}") from None
     results = {}
     for scale, (solver, mode) in itertools.product(args.cfg_scale, SAMPLERS.items()):

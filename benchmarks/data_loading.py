@@ -10,7 +10,6 @@ what lies below it (a RAID's or a host's cache) is out of reach.
 """
 
 import argparse
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -130,8 +129,8 @@ def write(dest: Path, count: int, shards: int) -> None:
 
 def evict(folder: Path, cache: LatentCache | None = None) -> None:
     """Out of the page cache, as far as the system lets a user; first out of the maps of `cache`, or they hold it there."""
-    for stored, _ in cache.open_shards.values() if cache else ():
-        stored.madvise(mmap.MADV_DONTNEED)
+    for reader in cache.open_shards.values() if cache else ():
+        reader.drop_pages()
     for path in folder.rglob("*.npy"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -43,9 +43,11 @@ from common.cli import UserError
 from common.processes import World
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTBlock, SiTConfig
 from samplers import GuidedVelocity, euler, euler_maruyama, ode_times, sde_times
 from sampling.store import SampleStore
+from sampling.worker import Worker, run_batches
 from training.throughput import backbone_flops, matmul_rate
 
 VARIANTS = {  # flags of sample_ddp.py; on CPUs only the first
@@ -54,7 +56,6 @@ VARIANTS = {  # flags of sample_ddp.py; on CPUs only the first
     "bf16": ["--allow-tf32", "--mixed-precision", "bf16"],
     "bf16, compiled": ["--allow-tf32", "--mixed-precision", "bf16", "--compile"],
 }
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse() -> argparse.Namespace:
@@ -137,34 +138,25 @@ class Sampler:
     """sample_ddp.py's own work with these flags, from a network in memory to an .npz."""
 
     def __init__(self, flags: list, source: PretrainedModel, vae: Autoencoder, world: World):
-        self.args, self.device, self.vae = (
-            sample_ddp.parse_args(["--ckpt", ".", *map(str, flags)]),
-            world.select_device(),
-            vae,
-        )
+        config = sample_ddp.parse_args(["--ckpt", ".", *map(str, flags)])
+        self.precision = config.precision
+        self.device = world.select_device()
+        self.vae = vae
         self.model = copy.deepcopy(source.model).to(self.device)
-        if self.args.compile:
+        if self.precision.compile:
             for module in self.model.modules():
                 if isinstance(module, SiTBlock):
                     module.compile()
-        self.count, self.size, classes = (
-            self.args.num_fid_samples,
-            self.args.per_proc_batch_size,
-            self.model.config.num_classes,
-        )
-        recipe = sample_ddp.make_recipe(self.args)._replace(
-            path_type=source.path_type, prediction=source.prediction
-        )
-        self.recipe, self.dtype = (
-            recipe.with_loaded_labels(classes, self.count),
-            DTYPES[self.args.mixed_precision],
-        )
-        self.what = sample_ddp.build_record(self.args, source, vae, self.recipe, self.device)
+        self.count = config.output.num_fid_samples
+        self.size = config.output.per_proc_batch_size
+        self.recipe = sample_ddp.make_recipe(config, source)
+        self.dtype = self.precision.dtype
+        self.what = sample_ddp.build_record(config, source, vae, self.recipe, self.device)
         self.threads = 2 if self.device.type == "cuda" else world.cores
 
     def __call__(self, folder: Path) -> Path:
         """Writes samples.npz and its company into the folder; returns its path."""
-        set_up(self.device, self.args.allow_tf32, 1)
+        set_up(self.device, self.precision.allow_tf32, 1)
         labels = self.recipe.compute_labels(
             torch.arange(self.count), self.model.config.num_classes
         ).numpy()
@@ -172,12 +164,9 @@ class Sampler:
         store.choose_grid_images(labels)
         with ExitStack() as held, tqdm(total=self.count, disable=True) as bar:
             done = store.claim(held)
-            worker = sample_ddp.Worker(
-                self.model, self.vae, self.recipe, self.dtype, store, done, {}, self.device
-            )
-            sample_ddp.run_batches(
-                worker, store.pending_batches(done), self.threads, self.args.compile, bar, self.size
-            )
+            worker = Worker(self.model, self.vae, self.recipe, self.dtype, store, done, {})
+            pending = store.pending_batches(done)
+            run_batches(worker, pending, self.threads, self.precision.compile, bar, self.size)
             store.finalize(labels)
             store.remove_parts()
         return store.npz_path
@@ -190,10 +179,10 @@ class Sampler:
             torch.arange(self.size, device=self.device),
         )
         x, y = self._latents(), y % self.model.config.num_classes
-        if self.args.cfg_scale > 1:
+        if self.recipe.cfg_scale > 1:
             x, t, y = (torch.cat((part, part)) for part in (x, t, y))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for _ in range(self.args.num_steps):
+            for _ in range(self.recipe.num_steps):
                 self.model(x, t, y)
 
     def decode(self, k: int) -> None:
@@ -202,7 +191,7 @@ class Sampler:
 
     def alone(self, part: Callable[[int], None]) -> None:
         """One of the two for all batches, on as many threads as sampling has."""
-        set_up(self.device, self.args.allow_tf32, 1)
+        set_up(self.device, self.precision.allow_tf32, 1)
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(part, range(-(-self.count // self.size))))
 
@@ -260,8 +249,8 @@ def main() -> None:
     shutil.rmtree(root, ignore_errors=True)
     try:
         vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
+    except FieldError as error:
+        raise UserError(f"--vae {error.reason}") from None
     step = vae.downsampling_factor * PRESETS[args.model]["patch"]
     if args.resolution % step:
         raise UserError(
@@ -291,7 +280,7 @@ def main() -> None:
     def rates() -> dict[str, float]:
         found = {}
         for variant, work in ours.items():
-            set_up(device, work.args.allow_tf32, threads)
+            set_up(device, work.precision.allow_tf32, threads)
             found[variant] = matmul_rate(device, work.dtype, seconds=0.5)
         return found
 

@@ -1,12 +1,15 @@
-"""A SiT as diffusers' DiTTransformer2DModel, by weights alone.
+"""Convert a SiT to diffusers' DiTTransformer2DModel by changing weights only.
 
-Two things are not the same there. Every block embeds time and class again, so those weights stand in each. And the features
-of time have other frequencies, 10000^(-i/127) for our 10000^(-i/128), and are of 1000 t, the timestep of diffusers'
-schedulers: the first layer of the embedder takes in the linear map from their features to ours (`frequency_map`).
-D width, B batch.
+There are two differences. In diffusers, every block embeds the timestep and the class again, so
+each block gets a copy of those weights. And the sinusoidal features have other frequencies,
+10000^(-i/127) instead of 10000^(-i/128), and are computed from 1000 t, the timestep of diffusers'
+schedulers; the first layer of the embedder absorbs the linear map from their features to ours
+(`frequency_map`).
+Shapes: D width, B batch.
 """
 
 import math
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -14,43 +17,58 @@ from torch import Tensor
 
 from models.sit import SiT, TimestepEmbedder
 
-TIMESTEPS = 1000  # diffusers' timestep is TIMESTEPS t
-TOLERANCE = 1e-4  # of the largest velocity. Rounding in float32 makes 1e-6 to 1e-5 of it, frequencies left as they are 1e-3
+DiffusersObject: TypeAlias = Any  # diffusers' lazy imports hide the types of its classes
+
+TIMESTEPS = 1000  # diffusers' timestep is TIMESTEPS * t
+# Largest accepted difference, relative to the largest velocity. float32 rounding gives 1e-6 to
+# 1e-5, and the original frequencies 1e-3.
+TOLERANCE = 1e-4
 
 
-def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps from noise at timestep TIMESTEPS to data at 0: samplers.ode, if told sigmas=(1, 1 - 1/n, ... 1/n)."""
+def make_scheduler() -> DiffusersObject:
+    """Return a scheduler for Euler steps from noise at timestep TIMESTEPS to data at 0.
+
+    With `sigmas=(1, 1 - 1/n, ..., 1/n)` its steps equal those of the Euler solver in samplers.py.
+    """
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=1.0)
 
 
 def frequency_map(frequencies: int = 256) -> Tensor:
-    """M (frequencies, frequencies), float64: ours(t) = M theirs(TIMESTEPS t) for all t in [0, 1], to 3e-9.
+    """Return M with ours(t) = M theirs(TIMESTEPS t) for all t in [0, 1], up to 3e-9.
 
-    Not exactly: sines of different frequencies are independent. But on [0, 1] ours, of frequencies up to 1, are so smooth
-    that a dozen functions span them to float64's precision. Least squares on Chebyshev points, without singular values below
-    1e-9, has an error below float32's rounding and no coefficient above 0.1.
+    The map cannot be exact, because sines of different frequencies are linearly independent. On
+    [0, 1], however, our features have frequencies of at most 1, and are so smooth that a dozen
+    functions span them to float64 precision. A least-squares fit at Chebyshev points that omits
+    singular values below 1e-9 has an error below float32 rounding and no coefficient above 0.1.
+
+    Args:
+        frequencies: Number of features.
+
+    Returns:
+        M, (frequencies, frequencies) float64.
     """
     half = frequencies // 2
     nodes = torch.arange(400, dtype=torch.float64)
     t = (1 - torch.cos(math.pi * (nodes + 0.5) / len(nodes))) / 2
-    omega = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1)
-    )  # rounded as theirs are
+    # In float32, so that the frequencies are rounded as in diffusers.
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1)
+    their_omega = torch.exp(exponents) * TIMESTEPS
 
     def features(omega: Tensor) -> Tensor:
         angle = t[:, None] * omega.double()
         return torch.cat((angle.cos(), angle.sin()), 1)
 
-    return (
-        torch.linalg.pinv(features(omega * TIMESTEPS), rtol=1e-9)
-        @ features(TimestepEmbedder(1, frequencies).omega)
-    ).T
+    ours = features(TimestepEmbedder(1, frequencies).omega)
+    return (torch.linalg.pinv(features(their_omega), rtol=1e-9) @ ours).T
 
 
-def to_diffusers(model: SiT) -> DiTTransformer2DModel:
-    """The same function of (x, TIMESTEPS t, y), in eval mode; how nearly, `difference` says."""
-    config, state = model.config, model.state_dict()
-    dit = DiTTransformer2DModel(
+def to_diffusers(model: SiT) -> DiffusersObject:
+    """Convert a SiT to a DiTTransformer2DModel in eval mode.
+
+    It computes the same function of (x, TIMESTEPS * t, y), up to `relative_difference`.
+    """
+    config = model.config
+    dit: DiffusersObject = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.width // config.heads,
         in_channels=config.channels,
@@ -60,50 +78,54 @@ def to_diffusers(model: SiT) -> DiTTransformer2DModel:
         num_embeds_ada_norm=config.num_classes,
         norm_eps=1e-6,
     )
+    dit.load_state_dict(_convert_weights(model.state_dict(), config.depth))
+    return dit.eval().requires_grad_(False)
+
+
+def _convert_weights(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Rename the weights, split the qkv projections and copy the embedders to every block."""
     time = state["t_embedder.mlp.0.weight"]
+    mapped_time = time.double() @ frequency_map(time.shape[1])
     embedders = {
-        "timestep_embedder.linear_1.weight": (time.double() @ frequency_map(time.shape[1])).to(
-            time.dtype
-        ),
+        "timestep_embedder.linear_1.weight": mapped_time.to(time.dtype),
         "timestep_embedder.linear_1.bias": state["t_embedder.mlp.0.bias"],
         "timestep_embedder.linear_2.weight": state["t_embedder.mlp.2.weight"],
         "timestep_embedder.linear_2.bias": state["t_embedder.mlp.2.bias"],
         "class_embedder.embedding_table.weight": state["y_embedder.embedding_table.weight"],
     }
-    theirs = {}
+    converted = {}
     for kind in ("weight", "bias"):
-        theirs[f"pos_embed.proj.{kind}"] = state[f"x_embedder.proj.{kind}"]
-        theirs[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
-        theirs[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
-        for k in range(config.depth):
-            ours, block = f"blocks.{k}", f"transformer_blocks.{k}"
-            theirs[f"{block}.norm1.linear.{kind}"] = state[f"{ours}.adaLN_modulation.1.{kind}"]
+        converted[f"pos_embed.proj.{kind}"] = state[f"x_embedder.proj.{kind}"]
+        converted[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
+        converted[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
+    for k in range(depth):
+        ours = f"blocks.{k}"
+        theirs = f"transformer_blocks.{k}"
+        for name, value in embedders.items():
+            converted[f"{theirs}.norm1.emb.{name}"] = value
+        for kind in ("weight", "bias"):
+            converted[f"{theirs}.norm1.linear.{kind}"] = state[f"{ours}.adaLN_modulation.1.{kind}"]
             for letter, part in zip("qkv", state[f"{ours}.attn.qkv.{kind}"].chunk(3)):
-                theirs[f"{block}.attn1.to_{letter}.{kind}"] = part
-            theirs[f"{block}.attn1.to_out.0.{kind}"] = state[f"{ours}.attn.proj.{kind}"]
-            theirs[f"{block}.ff.net.0.proj.{kind}"] = state[f"{ours}.mlp.fc1.{kind}"]
-            theirs[f"{block}.ff.net.2.{kind}"] = state[f"{ours}.mlp.fc2.{kind}"]
-    theirs |= {
-        f"transformer_blocks.{k}.norm1.emb.{name}": value
-        for k in range(config.depth)
-        for name, value in embedders.items()
-    }
-    dit.load_state_dict(theirs)
-    return dit.eval().requires_grad_(False)
+                converted[f"{theirs}.attn1.to_{letter}.{kind}"] = part
+            converted[f"{theirs}.attn1.to_out.0.{kind}"] = state[f"{ours}.attn.proj.{kind}"]
+            converted[f"{theirs}.ff.net.0.proj.{kind}"] = state[f"{ours}.mlp.fc1.{kind}"]
+            converted[f"{theirs}.ff.net.2.{kind}"] = state[f"{ours}.mlp.fc2.{kind}"]
+    return converted
 
 
 @torch.no_grad()
-def difference(model: SiT, dit: DiTTransformer2DModel, batch: int = 4) -> float:
-    """The largest difference of the two velocities on random inputs, as a share of the largest velocity. Times from 0 to 1,
-    both included; the null class included.
+def relative_difference(model: SiT, dit: DiffusersObject, batch: int = 4) -> float:
+    """Return the largest difference of the two velocities, relative to the largest velocity.
+
+    The inputs are random, with timesteps from 0 to 1 inclusive, and include the null class.
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(
-        batch, config.channels, config.latent_size, config.latent_size, generator=generator
-    )
+    shape = (batch, config.channels, config.latent_size, config.latent_size)
+    x = torch.randn(shape, generator=generator)
     t = torch.linspace(0, 1, batch)
     y = torch.randint(config.num_classes, (batch,), generator=generator)
     y[-2] = config.num_classes
     ours = model(x, t, y)
-    return ((ours - dit(x, t * TIMESTEPS, y).sample).abs().max() / ours.abs().max()).item()
+    theirs = dit(x, t * TIMESTEPS, y).sample
+    return ((ours - theirs).abs().max() / ours.abs().max()).item()

@@ -1,9 +1,10 @@
-"""A run's averaged weights as a folder that stands by itself: safetensors, config, model card, and a form for diffusers.
+"""Export the EMA of a run as a self-contained folder: safetensors, config, model card, diffusers.
 
     python -m checkpointing.export exps/NAME --to DIR
 
-DIR/ema.safetensors and config.json are what sample_ddp.py --ckpt DIR makes the run's own images from. DIR/diffusers holds a
-DiTTransformer2DModel and a flow-matching scheduler, written only if its outputs are the network's.
+`sample_ddp.py --ckpt DIR` needs DIR/ema.safetensors and DIR/config.json, and generates the same
+images as the run. DIR/diffusers contains a DiTTransformer2DModel and a flow-matching scheduler; it
+is written only if the outputs of that model match the network's.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from checkpointing.model_card import read_metrics, write_card
+from checkpointing.model_card import format_card, read_metrics
 from checkpointing.pretrained import load, read_own_config, resolve_checkpoint
 from checkpointing.storage import CheckpointError, ema_filename
 from common import cli
@@ -23,112 +24,136 @@ from models.sit import SiT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags on the command line or in `argv`."""
     parser = cli.Parser(__doc__, "python -m checkpointing.export", "RUN --to DIR")
     parser.add_argument(
-        "run", type=Path, help="a run (exps/NAME: its newest checkpoint) or one checkpoint of it"
+        "run", type=Path, help="run (exps/NAME: its newest checkpoint) or a single checkpoint"
     )
     parser.add_argument(
-        "--to", type=Path, required=True, help="folder to write: new, empty, or an earlier export's"
+        "--to",
+        type=Path,
+        required=True,
+        help="destination folder: new, empty, or an earlier export, which is overwritten",
     )
     parser.add_argument(
         "--ema-decay",
         type=cli.decay,
-        help="which average, of a run that keeps several (default: its first)",
+        help="decay of the EMA to export, if the run has several (default: its first)",
     )
     return parser.parse_args(argv)
 
 
 def check_destination(to: Path) -> None:
-    """Raises UserError unless the folder is new, empty but for hidden files (a clone of a hub's), or an earlier export."""
+    """Raise UserError unless the folder is new, empty or an earlier export.
+
+    A folder with nothing but hidden files, such as the clone of a hub repository, counts as empty.
+    """
     if to.exists() and not to.is_dir():
-        raise UserError(f"--to {to} is not a folder")
+        raise UserError(f"--to {to} is not a folder: choose another path")
     if all(path.name.startswith(".") for path in to.glob("*")):
         return
     try:
-        earlier = "exported" in json.loads((to / "config.json").read_text())
+        is_export = "exported" in json.loads((to / "config.json").read_text())
     except (OSError, ValueError):
-        earlier = False
-    if not earlier:
-        raise UserError(
-            f"--to {to} holds something else than an earlier export: name another folder"
-        )
+        is_export = False
+    if not is_export:
+        raise UserError(f"--to {to} contains files that are not an export: choose another folder")
 
 
-def diffusers_form(model: SiT) -> tuple[dict[str, bytes], float]:
-    """The files of it by their names in DIR, and the difference of its outputs; no files where that is above rounding."""
+def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes], float | None]:
+    """Convert a network for diffusers and compare the outputs.
+
+    Only networks that predict velocities are converted, because the scheduler needs them.
+
+    Returns:
+        The content of each file by its path in DIR, which is empty if the outputs differ, and the
+        difference relative to the largest velocity, which is None without a conversion.
+    """
+    if prediction != "v":
+        return {}, None
+    # Importing diffusers takes seconds.
     from checkpointing.diffusers_dit import (
         TOLERANCE,
-        difference,
-        flow_scheduler,
+        make_scheduler,
+        relative_difference,
         to_diffusers,
-    )  # seconds to import
+    )
 
     dit = to_diffusers(model)
-    apart = difference(model, dit)
-    if not apart <= TOLERANCE:  # nor where it is no number
-        return {}, apart
-    return {
+    difference = relative_difference(model, dit)
+    if not difference <= TOLERANCE:  # also rejects NaN
+        return {}, difference
+    weights = safetensors.torch.save(dit.state_dict(), {"format": "pt"})
+    contents = {
         "diffusers/transformer/config.json": dit.to_json_string().encode(),
-        "diffusers/transformer/diffusion_pytorch_model.safetensors": safetensors.torch.save(
-            dit.state_dict(), {"format": "pt"}
-        ),
-        "diffusers/scheduler/scheduler_config.json": flow_scheduler().to_json_string().encode(),
-    }, apart
+        "diffusers/transformer/diffusion_pytorch_model.safetensors": weights,
+        "diffusers/scheduler/scheduler_config.json": make_scheduler().to_json_string().encode(),
+    }
+    return contents, difference
+
+
+def read_run_settings(folder: Path) -> tuple[Path, dict]:
+    """Return the run of a checkpoint and its args.json, or {} if the file cannot be read."""
+    run = folder
+    if folder.absolute().parent.name == "checkpoints":
+        run = folder.absolute().parents[1]
+    try:
+        return run, json.loads((run / "args.json").read_text())
+    except (OSError, ValueError):
+        return run, {}
 
 
 def main() -> None:
+    """Export the run that the command line names."""
     args = parse_args()
     check_destination(args.to)
+
+    # Load the network. The path is resolved once because a run may save another checkpoint now.
     try:
-        path = resolve_checkpoint(
-            args.run
-        )  # once: a run that goes on may save another checkpoint meanwhile
+        path = resolve_checkpoint(args.run)
         if path.is_file() and path.suffix != ".safetensors":
-            raise UserError(f"{path}: only what this repository trained is exported")
+            raise UserError(f"{path}: only checkpoints of this repository can be exported")
         source = load(path, args.ema_decay)
         folder, config = read_own_config(path)
     except CheckpointError as error:
         raise UserError(f"{args.run}: {error}") from None
-    run = folder.absolute().parents[1] if folder.absolute().parent.name == "checkpoints" else folder
-    try:
-        settings = json.loads((run / "args.json").read_text())
-    except (OSError, ValueError):
-        settings = {}  # a checkpoint without its run: the card says less
-    decay, digest = source.identity["ema_decay"], source.identity["ema_sha256"]
+    run, settings = read_run_settings(folder)
+
+    # Prepare all files.
+    decay = source.identity["ema_decay"]
+    digest = source.identity["ema_sha256"]
     weights = (folder / ema_filename(config, decay)).read_bytes()
     exported = {
         **config,
         "ema_decay": [decay],
         "exported": {"from": source.name, "ema_sha256": digest},
     }
-    form, apart = (
-        diffusers_form(source.model) if source.prediction == "v" else ({}, None)
-    )  # its scheduler wants velocities
-    card = write_card(source, config, settings, read_metrics(run, digest), apart if form else None)
+    contents, difference = make_diffusers_files(source.model, source.prediction)
+    metrics = read_metrics(run, digest)
+    card = format_card(source, config, settings, metrics, difference if contents else None)
 
-    write_file(
-        args.to / "config.json", json.dumps(exported, indent=2).encode()
-    )  # first: what tells an export, whole or not
+    # config.json first: it identifies the folder as an export, even if the export is interrupted.
+    write_file(args.to / "config.json", json.dumps(exported, indent=2).encode())
     write_file(args.to / "ema.safetensors", weights)
     shutil.rmtree(args.to / "diffusers", ignore_errors=True)
-    for name, content in form.items():
+    for name, content in contents.items():
         write_file(args.to / name, content)
     write_file(args.to / "README.md", card.encode())
-    print(
-        f"{args.to}: {source.identity['model']} after {source.identity['step']:,} steps; sample_ddp.py --ckpt {args.to}"
-    )
-    if form:
+
+    model, step = source.identity["model"], source.identity["step"]
+    print(f"{args.to}: {model} after {step:,} steps; sample with sample_ddp.py --ckpt {args.to}")
+    if difference is None:
         print(
-            f"{args.to}/diffusers: the same network for diffusers, to {apart:.0e} of the largest velocity"
+            "no diffusers version: its scheduler needs velocities, but this network predicts "
+            f"{source.prediction}"
         )
-    elif apart is None:
+    elif contents:
         print(
-            f"no form for diffusers, whose scheduler takes velocities: this network predicts {source.prediction}"
+            f"{args.to}/diffusers: the same network for diffusers; velocities differ by at most "
+            f"{difference:.0e} of the largest"
         )
     else:
-        print(
-            f"no form for diffusers: there its velocities would differ by {apart:.0e} of the largest"
-        )
+        print(f"no diffusers version: velocities would differ by {difference:.0e} of the largest")
 
 
 if __name__ == "__main__":

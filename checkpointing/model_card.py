@@ -1,22 +1,18 @@
-"""The README.md of an export: what the network is, how it was trained, how to sample from it, and what was measured."""
+"""Format the README.md of an export: network, training, evaluation and usage."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpointing.pretrained import PretrainedModel
 from models.targets import TARGETS
 
-MOST_NAMED = 20  # classes
-OWN = (
-    "target",
-    "normalize",
-    "encoder",
-    "teacher_block",
-    "t_max",
-)  # what methods of alignment say of themselves
-SCALARS = (str, int, float)
-# of a record of sampling, what the card says of the network
-SAID = {
+MAX_LISTED_CLASSES = 20
+# Keys of a method's entry in config.json that only some methods have.
+METHOD_KEYS = ("target", "normalize", "encoder", "teacher_block", "t_max")
+# Keys of a record of sampling that describe the network, which the table of the card covers.
+NETWORK_KEYS = {
     "checkpoint",
     "ema_sha256",
     "model",
@@ -28,31 +24,47 @@ SAID = {
     "vae",
     "vae_fingerprint",
 }
-PREDICTED = {"v": "velocity", "x": "data", "eps": "noise"}
+PREDICTION_NAMES = {"v": "velocity", "x": "data", "eps": "noise"}
 
 
 def read_metrics(run: Path, digest: str) -> list[dict]:
-    """Every metrics.json in a run's folder whose samples are of the weights with this sha256, in the order of their paths."""
-    found = []
-    for path in sorted(run.rglob("*metrics.json")):
-        try:
-            result = json.loads(path.read_text())
-            if result["sampling"]["ema_sha256"] == digest:
-                found.append(result)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # of other weights, of other code, or half written
-    return found
+    """Read the evaluations of the weights with this sha256 from all metrics.json under a run.
 
-
-def write_card(
-    source: PretrainedModel, config: dict, args: dict, metrics: list[dict], difference: float | None
-) -> str:
-    """Markdown. `config` is config.json; `args` is the run's args.json, or empty; `difference` is that of the diffusers form,
-    None if there is none.
+    Files of other weights, of other programs and incomplete files are skipped. The order is that
+    of the paths.
     """
-    data, identity = config["data"], source.identity
-    header = ["---", *(["library_name: diffusers"] if difference is not None else [])]
-    header += [
+    results = (_read_result(path, digest) for path in sorted(run.rglob("*metrics.json")))
+    return [result for result in results if result]
+
+
+def _read_result(path: Path, digest: str) -> dict | None:
+    try:
+        result = json.loads(path.read_text())
+        return result if result["sampling"]["ema_sha256"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def format_card(
+    source: PretrainedModel,
+    config: dict,
+    settings: dict,
+    metrics: list[dict],
+    difference: float | None,
+) -> str:
+    """Return the card in Markdown.
+
+    Args:
+        source: The exported network.
+        config: Its config.json.
+        settings: The args.json of its run; empty if it is missing.
+        metrics: Evaluations of the network.
+        difference: Relative difference of the diffusers version; None if there is none.
+    """
+    lines = ["---"]
+    if difference is not None:
+        lines.append("library_name: diffusers")
+    lines += [
         "tags:",
         "- class-conditional-image-generation",
         "- sit",
@@ -60,97 +72,111 @@ def write_card(
         "- sra2",
         "---",
     ]
-    vae = f"`{source.vae}` (fingerprint `{source.vae_fingerprint[:16]}`)"
-    c, h, w = data["latent_shape"]
-    rows = {
-        "Network": f"{identity['model']}, {sum(p.numel() for p in source.model.parameters()) / 1e6:.1f}M parameters, "
-        f"{PREDICTED[source.prediction]} on the {source.path_type} path",
-        "Data": f"{Path(data['source']).name}, {data['count']:,} images of {data['resolution']} pixels, "
-        f"{len(source.class_names)} classes",
-        "Latents": f"{c} x {h} x {w}, of {vae}, (moment - {_numbers(data['shift'])}) * {_numbers(data['scale'])}",
-        "Trained for": f"{identity['step']:,} steps of {config['batch_size']} images: {identity['images_seen']:,} images seen",
-        "Alignment": _alignment(config),
-        "Averaged": f"decay {identity['ema_decay']} a step",
-        "Labels dropped": f"{config['cfg_prob']:g} (the null class is {source.model.config.num_classes})",
-    }
-    if args:
-        rows["Optimiser"] = (
-            f"AdamW, learning rate {args['learning_rate']:g}, gradient norm up to {args['max_grad_norm']:g}, "
-        )
-        rows["Optimiser"] += f"mixed precision {args['mixed_precision']}, seed {args['seed']}"
-    if len(source.class_names) <= MOST_NAMED:
-        rows["Classes"] = ", ".join(f"{k} {name}" for k, name in enumerate(source.class_names))
-    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    sampling = [
+
+    title = f"# {source.name}: {source.identity['model']}"
+    if methods := [TARGETS[entry["method"]].title for entry in config.get("align", [])]:
+        title += f" with {' and '.join(methods)}"
+    lines += ["", title, "", "| | |", "|---|---|"]
+    rows = _table_rows(source, config, settings)
+    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+
+    if Path(source.vae).exists() or source.vae.startswith((".", "/")) or source.vae.count("/") != 1:
+        vae_origin = f"copy the folder `{Path(source.vae).name}` from the machine of the training"
+    else:
+        vae_origin = "it is downloaded by its name above"
+    lines += [
+        "",
         "## Sampling",
         "",
-        "With the code that trained it, from its root:",
+        "Run in the root of the repository that trained the network:",
         "",
         "```",
         "torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER",
         "```",
         "",
-        f"The VAE is not in this folder: {_where(source.vae)}, or given with `--vae`.",
+        f"The VAE is not part of this folder: {vae_origin}, or choose one with `--vae`.",
+        "",
     ]
-    sampling += ["", *_with_diffusers(source, data, difference)]
-    methods = " and ".join(TARGETS[entry["method"]].title for entry in align(config))
-    title = f"# {source.name}: {identity['model']}" + f" with {methods}" * bool(methods)
-    return (
-        "\n".join([*header, "", title, "", *table, "", *sampling, "", *_measured(metrics)]) + "\n"
-    )
-
-
-def _numbers(value: float | list[float]) -> str:
-    return (
-        f"{value:g}"
-        if not isinstance(value, list)
-        else f"({', '.join(f'{each:g}' for each in value)})"
-    )
-
-
-def _factor(value: float | list[float]) -> str:
-    """As code: a number, or one for each channel."""
-    return repr(value) if not isinstance(value, list) else f"torch.tensor({value})[:, None, None]"
-
-
-def _where(vae: str) -> str:
-    """Where somebody else has it from."""
-    local = Path(vae).exists() or vae.startswith((".", "/")) or vae.count("/") != 1
-    return (
-        f"it was the folder `{Path(vae).name}` on the machine of training, to be copied"
-        if local
-        else "fetched by its name above"
-    )
-
-
-def align(config: dict) -> list[dict]:
-    """The methods of alignment that a run was trained with."""
-    return config.get("align", [])
-
-
-def _alignment(config: dict) -> str:
-    texts = []
-    for entry in align(config):
-        low, high = entry["t_range"]
-        text = f"{TARGETS[entry['method']].title} ({TARGETS[entry['method']].paper}) on block {entry['block']}"
-        text += f", {entry['head']['layers']} layers in the head, loss {entry['loss']}, weight {entry['weight']:g}"
-        text += f", {low:g} <= t <= {high:g}" + f", in the first {entry['stop_step']:,} steps" * (
-            entry["stop_step"] > 0
-        )
-        texts.append(
-            text + "".join(f", {key.replace('_', ' ')} {entry[key]}" for key in OWN if key in entry)
-        )
-    return "; ".join(texts) or "none"
-
-
-def _with_diffusers(source: PretrainedModel, data: dict, difference: float | None) -> list[str]:
     if difference is None:
-        return [
-            "There is no form of it for diffusers: what came out of it there was not the same, or is no velocity."
-        ]
+        lines.append(
+            "There is no version for diffusers, because the network does not predict velocities or "
+            "its outputs differ there."
+        )
+    else:
+        lines += _diffusers_example(source, config["data"], difference).splitlines()
+    lines += ["", *_evaluation_lines(metrics)]
+    return "\n".join(lines) + "\n"
+
+
+def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[str, str]:
+    """Return the rows of the table that describes the network and its training."""
+    data = config["data"]
+    identity = source.identity
+    num_parameters = sum(parameter.numel() for parameter in source.model.parameters())
+    vae = f"`{source.vae}` (fingerprint `{data['vae_fingerprint'][:16]}`)"
+    channels, height, width = data["latent_shape"]
+    shift, scale = _format_numbers(data["shift"]), _format_numbers(data["scale"])
+    rows = {
+        "Network": f"{identity['model']}, {num_parameters / 1e6:.1f}M parameters, predicts "
+        f"{PREDICTION_NAMES[source.prediction]} on the {source.path_type} path",
+        "Data": f"{Path(data['source']).name}, {data['count']:,} images of {data['resolution']} "
+        f"pixels, {len(source.class_names)} classes",
+        "Latents": f"{channels} x {height} x {width}, from {vae}, (moment - {shift}) * {scale}",
+        "Training": f"{identity['step']:,} steps of {config['batch_size']} images: "
+        f"{identity['images_seen']:,} images seen",
+        "Alignment": "; ".join(map(_describe_method, config.get("align", []))) or "none",
+        "EMA": f"decay {identity['ema_decay']} per step",
+        "Label dropout": f"{config['cfg_prob']:g} (the null class is "
+        f"{source.model.config.num_classes})",
+    }
+    if settings:
+        rows["Optimizer"] = (
+            f"AdamW, learning rate {settings['learning_rate']:g}, gradient norm clipped to "
+            f"{settings['max_grad_norm']:g}, mixed precision {settings['mixed_precision']}, "
+            f"seed {settings['seed']}"
+        )
+    if len(source.class_names) <= MAX_LISTED_CLASSES:
+        rows["Classes"] = ", ".join(f"{k} {name}" for k, name in enumerate(source.class_names))
+    return rows
+
+
+def _describe_method(entry: dict) -> str:
+    """Describe an alignment method, given its entry in config.json."""
+    target = TARGETS[entry["method"]]
+    low, high = entry["t_range"]
+    parts = [
+        f"{target.title} ({target.paper}) on block {entry['block']}",
+        f"{entry['head']['layers']} layers in the head",
+        f"loss {entry['loss']}",
+        f"weight {entry['weight']:g}",
+        f"{low:g} <= t <= {high:g}",
+    ]
+    if entry["stop_step"] > 0:
+        parts.append(f"in the first {entry['stop_step']:,} steps")
+    parts += [f"{key.replace('_', ' ')} {entry[key]}" for key in METHOD_KEYS if key in entry]
+    return ", ".join(parts)
+
+
+def _format_numbers(value: float | Sequence[float]) -> str:
+    if isinstance(value, Sequence):
+        return f"({', '.join(f'{number:g}' for number in value)})"
+    return f"{value:g}"
+
+
+def _format_code(value: float | Sequence[float]) -> str:
+    """Return a number, or one number per channel, as Python code that broadcasts over latents."""
+    if isinstance(value, Sequence):
+        return f"torch.tensor({list(value)})[:, None, None]"
+    return repr(value)
+
+
+def _diffusers_example(source: PretrainedModel, data: dict, difference: float) -> str:
+    """Return a section with code that samples with diffusers' own classes."""
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
-    return f"""With diffusers' own classes, by Euler steps of the ODE (velocities differ by {difference:.0e} of the largest):
+    scale, shift = _format_code(data["scale"]), _format_code(data["shift"])
+    return f"""The following code samples with the classes of diffusers, by Euler steps of the ODE.
+Velocities differ from those of the repository by at most {difference:.0e} of the largest.
 
 ```python
 import numpy as np
@@ -171,41 +197,39 @@ with torch.no_grad():
         times = t.expand(2 * len(x))
         v, v_null = model(torch.cat((x, x)), times, torch.cat((labels, nulls))).sample.chunk(2)
         x = scheduler.step(v_null + guidance * (v - v_null), t, x).prev_sample
-    images = vae.decode(x / {_factor(data["scale"])} + {_factor(data["shift"])}).sample  # (B, 3, H, W) in [-1, 1]
-pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-```""".splitlines()
+    images = vae.decode(x / {scale} + {shift}).sample  # (B, 3, H, W) in [-1, 1]
+pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+```"""
 
 
-def _measured(metrics: list[dict]) -> list[str]:
-    """A line an evaluation: its numbers, then everything it says of itself that the card has not said above."""
+def _evaluation_lines(metrics: list[dict]) -> list[str]:
+    """Return one line per evaluation: its metrics, then its settings and those of sampling."""
     if not metrics:
         return []
-    lines = ["## Measured", ""]
+    lines = ["## Evaluation", ""]
     for result in metrics:
-        numbers = [
+        numbers = ", ".join(
             f"{key} {value:.4g}"
             for key, value in result["metrics"].items()
             if isinstance(value, int | float)
-        ]
-        said = {
-            **{
-                f"sampling {key}": value
-                for key, value in result["sampling"].items()
-                if key not in SAID
-            },
-            **result,
+        )
+        sampling = {
+            f"sampling {key}": value
+            for key, value in result["sampling"].items()
+            if key not in NETWORK_KEYS
         }
-        known = [
-            f"{key.replace('_', ' ')} {_short(key, value)}"
-            for key, value in said.items()
-            if isinstance(value, SCALARS)
-        ]
-        lines.append(f"- **{', '.join(numbers)}**: {'; '.join(known)}")
+        details = "; ".join(
+            f"{key.replace('_', ' ')} {_shorten(key, value)}"
+            for key, value in {**sampling, **result}.items()
+            if isinstance(value, str | int | float)
+        )
+        lines.append(f"- **{numbers}**: {details}")
     return lines
 
 
-def _short(key: str, value: str | float | bool) -> str:
-    """Hashes cut, paths without the folders of the machine that they were on."""
+def _shorten(key: str, value: Any) -> str:
+    """Abbreviate hashes, and remove folders from paths, which are those of another machine."""
     if key.endswith("sha256"):
         return str(value)[:16]
-    return Path(value).name if isinstance(value, str) else f"{value}"
+    return Path(value).name if isinstance(value, str) else str(value)

@@ -1,9 +1,15 @@
-"""Networks of the SiT (arXiv:2401.08740), REPA (arXiv:2410.06940) and SRA (arXiv:2505.02831) repositories as ours.
+"""Convert official state dicts to `models.sit.SiT`.
 
-What differs, read off their code: each keeps its parameters under the names of models/sit.py, REPA and SRA with a head more
-(`projectors`, `ap_head`). SiT's output layer is twice as wide, velocity and then a sigma that nothing trains, and its time
-runs from noise at 0 to data at 1; REPA's and SRA's time is ours. The null class is the label table's last row.
-D width, p patch size, C channels.
+They come from the repositories of SiT (arXiv:2401.08740), REPA (arXiv:2410.06940) and SRA
+(arXiv:2505.02831), and use the parameter names of models/sit.py. According to their code, they
+differ as follows:
+
+- REPA and SRA also store alignment heads (`projectors`, `ap_head`).
+- The output layer of SiT is twice as wide: velocity, then a sigma that is not trained.
+- Time in SiT runs from noise at 0 to data at 1; in REPA, SRA and here from data to noise.
+
+The null class is the last row of the label table in all of them.
+Shapes: D width, p patch size, C channels.
 """
 
 import torch
@@ -11,97 +17,95 @@ from torch import Tensor
 
 from models.sit import PRESETS, SiTConfig, TimestepEmbedder
 
-HEADS = {"repa": "projectors.", "sra": "ap_head."}
-ORIGINS = ("sit", *HEADS)
+HEAD_PREFIXES = {"repa": "projectors.", "sra": "ap_head."}
+ORIGINS = ("sit", *HEAD_PREFIXES)
+
+_OUTPUT_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
+_TIME_KEY = "t_embedder.mlp.0.weight"
+_LABEL_KEY = "y_embedder.embedding_table.weight"
+_PATCH_KEY = "x_embedder.proj.weight"
 
 
-def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of DistributedDataParallel and torch.compile."""
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the key prefixes that DistributedDataParallel and torch.compile add."""
     return {
         key.removeprefix("module.").removeprefix("_orig_mod."): value
         for key, value in state.items()
     }
 
 
-def read_shapes(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
-    """The preset that a state dict without prefix has the shapes of, and its config. Raises ValueError if there is none."""
-    needed = (
-        "x_embedder.proj.weight",
-        "pos_embed",
-        "y_embedder.embedding_table.weight",
-        "final_layer.linear.weight",
-    )
-    missing = [key for key in needed if key not in state]
-    if missing:
-        raise ValueError(f"holds no SiT: there is no {missing[0]}")
+def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
+    """Infer the preset and the config from the shapes in a state dict without prefixes.
+
+    Raises:
+        ValueError: If the state dict is not that of a preset. The message is a predicate, to be
+            used after the name of the file.
+    """
+    for key in (_PATCH_KEY, "pos_embed", _LABEL_KEY, _OUTPUT_KEYS[0]):
+        if key not in state:
+            raise ValueError(f"does not contain a SiT: {key} is missing")
     if any(".q_norm." in key for key in state):
-        raise ValueError("was trained with --qk-norm, which this repository's SiT does not have")
-    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        raise ValueError("was trained with --qk-norm, which this repository does not support")
+    width, channels, patch, _ = state[_PATCH_KEY].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     for name, preset in PRESETS.items():
         if (preset["depth"], preset["width"], preset["patch"]) == (depth, width, patch):
-            side = round(state["pos_embed"].shape[1] ** 0.5) * patch
-            return name, SiTConfig(
+            config = SiTConfig(
                 **preset,
-                latent_size=side,
+                latent_size=round(state["pos_embed"].shape[1] ** 0.5) * patch,
                 channels=channels,
-                num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+                num_classes=len(state[_LABEL_KEY]) - 1,
             )
+            return name, config
     raise ValueError(
-        f"has {depth} blocks of width {width} and patches of {patch}, as no SiT that --model knows"
+        f"has {depth} blocks of width {width} and patch size {patch}, unlike any preset of --model"
     )
 
 
-def learns_sigma(state: dict[str, Tensor], config: SiTConfig) -> bool:
-    """Whether the output layer is twice as wide as the velocity."""
-    return len(state["final_layer.linear.weight"]) == 2 * config.patch**2 * config.channels
+def has_learned_sigma(state: dict[str, Tensor], config: SiTConfig) -> bool:
+    """Return whether the output layer is twice as wide as the velocity."""
+    return len(state[_OUTPUT_KEYS[0]]) == 2 * config.patch**2 * config.channels
 
 
-def read_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
-    """The repository that a state dict without prefix is from; None if nothing in it tells."""
-    for origin, head in HEADS.items():
-        if any(key.startswith(head) for key in state):
+def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
+    """Infer the repository that trained a state dict without prefixes; None if it is ambiguous."""
+    for origin, prefix in HEAD_PREFIXES.items():
+        if any(key.startswith(prefix) for key in state):
             return origin
-    return "sit" if learns_sigma(state, config) else None
+    return "sit" if has_learned_sigma(state, config) else None
 
 
-def official_state_dict(
+def convert_state_dict(
     state: dict[str, Tensor], config: SiTConfig, origin: str
 ) -> dict[str, Tensor]:
-    """A state dict of one of the repositories -> one that SiT(config) loads strictly, in our time.
+    """Convert an official state dict to one that `SiT(config)` loads strictly.
 
-    Drops DDP's prefix, the heads, and the half of the output layer that holds SiT's learned sigma: of the 2C channels of
-    each pixel of a patch, the last C.
+    Alignment heads and the learned sigma are dropped, and the time of SiT is reversed.
     """
+    heads = tuple(HEAD_PREFIXES.values())
     state = {
-        key: value
-        for key, value in strip_prefix(state).items()
-        if not key.startswith(tuple(HEADS.values()))
+        key: value for key, value in strip_prefixes(state).items() if not key.startswith(heads)
     }
-    if learns_sigma(state, config):
-        for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            state[key] = (
-                state[key]
-                .unflatten(0, (config.patch**2, 2 * config.channels))[:, : config.channels]
-                .flatten(0, 1)
-            )
-    return turn_time(state) if origin == "sit" else state
+    if has_learned_sigma(state, config):
+        # Every pixel of a patch has 2C output channels, of which the last C are the sigma.
+        for key in _OUTPUT_KEYS:
+            channels = state[key].unflatten(0, (config.patch**2, 2 * config.channels))
+            state[key] = channels[:, : config.channels].flatten(0, 1)
+    return reverse_time(state) if origin == "sit" else state
 
 
-def turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of -v(x, 1 - t) from those of v(x, t), so that what comes out is a SiT like any other.
+def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of -v(x, 1 - t), given those of v(x, t).
 
-    cos w(1-t) and sin w(1-t) are cos wt and sin wt reflected by the angle w, which the time embedder's first layer (D, 256)
-    takes in; the output layer takes the sign.
+    cos w(1 - t) and sin w(1 - t) are cos wt and sin wt reflected at the angle w. The reflection is
+    absorbed into the first layer (D, 256) of the timestep embedder, and the sign into the output
+    layer.
     """
-    cos, sin = state["t_embedder.mlp.0.weight"].double().chunk(2, 1)
+    weight = state[_TIME_KEY]
+    cos, sin = weight.double().chunk(2, 1)
     omega = TimestepEmbedder(1, 2 * cos.shape[1]).omega.double()
-    turned = torch.cat(
-        (cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()), 1
-    )
-    output = {key: -state[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
-    return {
-        **state,
-        **output,
-        "t_embedder.mlp.0.weight": turned.to(state["t_embedder.mlp.0.weight"].dtype),
-    }
+    reflected_cos = cos * omega.cos() + sin * omega.sin()
+    reflected_sin = cos * omega.sin() - sin * omega.cos()
+    reflected = torch.cat((reflected_cos, reflected_sin), 1).to(weight.dtype)
+    negated_output = {key: -state[key] for key in _OUTPUT_KEYS}
+    return {**state, **negated_output, _TIME_KEY: reflected}

@@ -1,28 +1,30 @@
-"""What can be sampled from, and what it says of itself.
+"""Load a network for sampling, with everything that sampling needs to know about it.
 
-    exps/NAME, exps/NAME/checkpoints/0050000   a run of ours (its newest checkpoint), or one checkpoint
-    .../ema.safetensors, ema-0.999.safetensors  one of its averages; config.json is beside it
-    DIR                                         what checkpointing.export wrote
-    FILE.pt                                     of the SiT, REPA and SRA repositories
+    exps/NAME                                   newest checkpoint of a run of this repository
+    exps/NAME/checkpoints/0050000               one checkpoint
+    .../ema.safetensors, ema-0.999.safetensors  one EMA, next to its config.json
+    DIR                                         an export by checkpointing.export
+    FILE.pt                                     a file of the SiT, REPA or SRA repository
 
-No file is unpickled beyond tensors and the argparse.Namespace that the official ones keep their settings in.
+Files are unpickled only as far as tensors and the argparse.Namespace in which the official
+repositories store their settings.
 """
 
 import argparse
 import re
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from checkpointing.official import (
     ORIGINS,
-    official_state_dict,
-    read_origin,
-    read_shapes,
-    strip_prefix,
+    convert_state_dict,
+    infer_config,
+    infer_origin,
+    strip_prefixes,
 )
 from checkpointing.storage import (
     CheckpointError,
@@ -35,7 +37,9 @@ from common.cli import UserError
 from common.files import sha256
 from models.sit import SiT, SiTConfig
 
-OFFICIAL_VAE = "stabilityai/sd-vae-ft-ema"  # what the three repositories' generate.py decodes with; its encoder is ft-mse's
+# The decoder that generate.py uses in all three repositories. It shares its encoder with ft-mse.
+OFFICIAL_VAE = "stabilityai/sd-vae-ft-ema"
+# Names of interpolants in the official repositories -> names here.
 OFFICIAL_PATHS = {
     "linear": "linear",
     "cosine": "cosine",
@@ -46,20 +50,26 @@ OFFICIAL_PATHS = {
 
 
 class PretrainedModel(NamedTuple):
-    """A network and what sampling needs to know of it."""
+    """A network and what sampling needs to know about it."""
 
-    model: SiT  # in our time, in eval mode, without gradients, on the CPU
+    model: SiT  # uses the time convention of this repository; frozen, in eval mode, on the CPU
     path_type: str
     prediction: str  # v, x or eps
-    vae: str  # hub id or folder of the autoencoder that its latents are of
-    vae_fingerprint: str | None  # None: not recorded
+    vae: str  # hub id or folder of the autoencoder of the latents
+    vae_fingerprint: str | None  # None if the file does not record it
     class_names: list[str]
-    name: str  # for files made from it: run and step, or the folder or file itself
-    identity: dict  # for records: checkpoint, ema_sha256, model, step, images_seen, ema_decay, origin; None: not recorded
+    name: str  # run and step, or name of the folder or file; the prefix of output files
+    # Written to records of samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay
+    # and origin. Values that the file does not record are None.
+    identity: dict[str, Any]
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A run's newest checkpoint; anything else is found already. Raises CheckpointError."""
+    """Return the newest checkpoint of a run; return any other path that can be loaded unchanged.
+
+    Raises:
+        CheckpointError: If there is no checkpoint.
+    """
     return path if path.is_file() else find_checkpoint(path)
 
 
@@ -70,182 +80,250 @@ def load(
     origin: str | None = None,
     path_type: str | None = None,
 ) -> PretrainedModel:
-    """`ema_decay` chooses among the averages of ours; the rest (--model, --origin, --path-type) is for official files, which
-    do not say it. Raises CheckpointError, and UserError naming the flag.
+    """Load a network from any of the paths that the module's docstring lists.
+
+    Args:
+        path: The run, checkpoint, export or file.
+        ema_decay: Selects an EMA of a run of this repository. By default its first.
+        model: Preset of an official file, which does not record it.
+        origin: Repository of an official file, where the file is ambiguous.
+        path_type: Interpolant of an official file, where the file does not record it.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing or damaged.
+        UserError: If an argument does not fit the file. The message names its flag.
     """
     path = resolve_checkpoint(path)
     if path.is_file() and path.suffix != ".safetensors":
-        return _load_official(path, ema_decay, model, origin, path_type)
+        if ema_decay is not None:
+            raise UserError(
+                f"--ema-decay is for runs of this repository, but {path} has one EMA; "
+                "remove the flag"
+            )
+        return _load_official(path, model, origin, path_type)
     folder, config = read_own_config(path)
-    said = config["model_name"], "of this repository", f"on the {config['path_type']} path"
-    for flag, value, own in zip(
-        ("--model", "--origin", "--path-type"), (model, origin, path_type), said
+    for flag, value, recorded in (
+        ("--model", model, f"it is {config['model_name']}"),
+        ("--origin", origin, "it is of this repository"),
+        ("--path-type", path_type, f"it was trained on the {config['path_type']} path"),
     ):
         if value is not None:
             raise UserError(
-                f"{flag} is for official .pt files; {path} says itself that it is {own}"
+                f"{flag} is for official .pt files, but {path} records that {recorded}; "
+                "remove the flag"
             )
+
+    # Load the EMA, and compare it with the sha256 that an export records.
     decay = choose_ema_decay(path, config, ema_decay)
     weights = folder / ema_filename(config, decay)
     network = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
     load_weights(network, weights)
     digest = sha256(weights)
     if config.get("exported", {}).get("ema_sha256", digest) != digest:
-        raise CheckpointError(f"{weights} is not what was exported: export or fetch it again")
-    data, average = config["data"], "" if decay == config["ema_decay"][0] else f"-ema{decay}"
-    name, classes = _name(folder) + average, data["class_names"]
-    identity = {
-        "checkpoint": str(folder),
-        "ema_sha256": digest,
-        "model": config["model_name"],
-        "step": config["step"],
-        "images_seen": config["step"] * config["batch_size"],
-        "ema_decay": decay,
-        "origin": "ours",
-    }
-    prediction = config.get("prediction", "v")  # checkpoints from before there was a choice
+        raise CheckpointError(
+            f"{weights} has changed since the export: export or download it again"
+        )
+
+    name = _checkpoint_name(folder)
+    if decay != config["ema_decay"][0]:
+        name += f"-ema{decay}"
+    data = config["data"]
     return PretrainedModel(
-        network,
-        config["path_type"],
-        prediction,
-        data["vae"],
-        data["vae_fingerprint"],
-        classes,
-        name,
-        identity,
+        model=network,
+        path_type=config["path_type"],
+        prediction=config.get("prediction", "v"),  # older checkpoints do not record it
+        vae=data["vae"],
+        vae_fingerprint=data["vae_fingerprint"],
+        class_names=data["class_names"],
+        name=name,
+        identity={
+            "checkpoint": str(folder),
+            "ema_sha256": digest,
+            "model": config["model_name"],
+            "step": config["step"],
+            "images_seen": config["step"] * config["batch_size"],
+            "ema_decay": decay,
+            "origin": "ours",
+        },
     )
 
 
 def read_own_config(path: Path) -> tuple[Path, dict]:
-    """The folder and config.json of a checkpoint, an export, or an average in one. Raises CheckpointError."""
+    """Return the folder and the config.json of a checkpoint, an export, or an EMA in one of them.
+
+    Raises:
+        CheckpointError: If config.json cannot be read or was not written by this repository.
+    """
     folder = path.parent if path.is_file() else path
     config = read_config(folder)
-    if (
-        not isinstance(config, dict)
-        or not {"model_name", "model", "ema_decay", "step", "data"} <= config.keys()
-    ):
-        raise CheckpointError(f"{folder / 'config.json'} is not of a checkpoint of this repository")
+    required = {"model_name", "model", "ema_decay", "step", "data"}
+    if not isinstance(config, dict) or not required <= config.keys():
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not belong to a checkpoint of this repository"
+        )
     return folder, config
 
 
 def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float:
-    """The decay of the average that a path and --ema-decay name together. Raises CheckpointError, UserError."""
+    """Return the decay of the EMA that a path and --ema-decay select together.
+
+    Raises:
+        CheckpointError: If there is no such EMA.
+        UserError: If the path and --ema-decay contradict each other.
+    """
     if not path.is_file():
-        ema_filename(config, ema_decay)
+        ema_filename(config, ema_decay)  # raises CheckpointError for an unknown decay
         return config["ema_decay"][0] if ema_decay is None else ema_decay
-    averages = {ema_filename(config, decay): decay for decay in config["ema_decay"]}
-    if path.name not in averages:
-        raise CheckpointError(f"{path} is not an average: beside it there is {' '.join(averages)}")
-    if ema_decay not in (None, averages[path.name]):
-        raise UserError(f"--ema-decay {ema_decay}: {path} is the average of {averages[path.name]}")
-    return averages[path.name]
+    decays = {ema_filename(config, decay): decay for decay in config["ema_decay"]}
+    if path.name not in decays:
+        raise CheckpointError(f"{path} is not an EMA; choose one of {' '.join(decays)}")
+    decay = decays[path.name]
+    if ema_decay not in (None, decay):
+        raise UserError(
+            f"--ema-decay {ema_decay}: {path} is the EMA of decay {decay}; remove the flag"
+        )
+    return decay
 
 
-def _name(folder: Path) -> str:
+def _checkpoint_name(folder: Path) -> str:
     folder = folder.absolute()
-    return (
-        f"{folder.parent.parent.name}-{folder.name}"
-        if folder.parent.name == "checkpoints"
-        else folder.name
-    )
+    if folder.parent.name == "checkpoints":
+        return f"{folder.parent.parent.name}-{folder.name}"
+    return folder.name
+
+
+class _OfficialFile(NamedTuple):
+    state: dict[str, Tensor]  # EMA weights, without key prefixes
+    settings: dict[str, Any]  # flags of the training run; empty if the file does not have them
+    step: int | None
 
 
 def _load_official(
-    path: Path,
-    ema_decay: float | None,
-    model: str | None,
-    origin: str | None,
-    path_type: str | None,
+    path: Path, model: str | None, origin: str | None, path_type: str | None
 ) -> PretrainedModel:
-    if ema_decay is not None:
-        raise UserError(f"--ema-decay is for runs of this repository; {path} holds one average")
-    state, settings, step = _read_official(path)
+    """Load a .pt file; the arguments are those of `load`."""
+    file = _read_official(path)
     try:
-        name, config = read_shapes(state)
+        name, config = infer_config(file.state)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from None
-    told = read_origin(state, config)
-    from_where = "" if told or origin else f" --origin, one of {', '.join(ORIGINS)}"
-    if model is None:
-        also = f" and{from_where}" if from_where else ""
-        raise UserError(
-            f"{path} does not say what it is; its shapes are those of {name}: add --model {name}{also}"
-        )
-    if model != name:
-        raise UserError(f"--model {model} does not fit {path}: its shapes are those of {name}")
-    if from_where:
-        raise UserError(
-            f"{path} does not tell which repository it is from, and so which way its time runs (heads would say REPA or SRA, a "
-            f"learned sigma SiT): add{from_where}"
-        )
-    if told and origin not in (None, told):
-        raise UserError(f"--origin {origin}: {path} holds what only {told} has")
-    path_type = _official_path(path, settings, path_type)
+    origin = _choose_origin(path, name, model, origin, infer_origin(file.state, config))
+    path_type = _choose_path_type(path, file.settings, path_type)
     network = SiT(config).eval().requires_grad_(False)
     try:
-        network.load_state_dict(official_state_dict(state, config, origin or told))
+        network.load_state_dict(convert_state_dict(file.state, config, origin))
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be loaded ({' '.join(str(error).split())[:200]})"
-        ) from None
-    identity = {
-        "checkpoint": str(path),
-        "ema_sha256": sha256(path),
-        "model": name,
-        "step": step,
-        "images_seen": None,
-        "ema_decay": None,
-        "origin": origin or told,
-    }
-    classes = [str(k) for k in range(config.num_classes)]
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be loaded ({reason})") from None
     return PretrainedModel(
-        network, path_type, "v", OFFICIAL_VAE, None, classes, path.stem, identity
+        model=network,
+        path_type=path_type,
+        prediction="v",
+        vae=OFFICIAL_VAE,
+        vae_fingerprint=None,
+        class_names=[str(k) for k in range(config.num_classes)],
+        name=path.stem,
+        identity={
+            "checkpoint": str(path),
+            "ema_sha256": sha256(path),
+            "model": name,
+            "step": file.step,
+            "images_seen": None,
+            "ema_decay": None,
+            "origin": origin,
+        },
     )
 
 
-def _read_official(path: Path) -> tuple[dict[str, Tensor], dict, int | None]:
-    """The averaged weights of a .pt without DDP's prefix, the settings kept with them, and the step. Raises CheckpointError."""
+def _choose_origin(
+    path: Path, name: str, model: str | None, origin: str | None, inferred: str | None
+) -> str:
+    """Validate --model and --origin against the file and return its origin.
+
+    Args:
+        path: The file.
+        name: Preset that fits the shapes in the file.
+        model: Value of --model.
+        origin: Value of --origin.
+        inferred: Origin that the file implies; None if it is ambiguous.
+
+    Raises:
+        UserError: If a flag is missing or contradicts the file.
+    """
+    result = origin or inferred
+    origins = ", ".join(ORIGINS)
+    if model is None:
+        also = "" if result else f" and --origin, one of {origins}"
+        raise UserError(
+            f"{path} does not record its architecture, but its shapes are those of {name}: "
+            f"add --model {name}{also}"
+        )
+    if model != name:
+        raise UserError(f"--model {model} does not fit {path}, whose shapes are those of {name}")
+    if result is None:
+        raise UserError(
+            f"{path} does not show which repository it comes from, and therefore the direction of "
+            "time (heads would imply REPA or SRA, and a learned sigma SiT): "
+            f"add --origin, one of {origins}"
+        )
+    if inferred not in (None, result):
+        raise UserError(
+            f"--origin {origin}: {path} has weights that only {inferred} has; remove the flag"
+        )
+    return result
+
+
+def _read_official(path: Path) -> _OfficialFile:
+    """Read a .pt file.
+
+    Raises:
+        CheckpointError: If the file contains code, is damaged, or has no state dict.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except Exception as error:  # whatever bytes that are no checkpoint lead to
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = (
-            f"holds code ({code[1]}) and is not loaded"
-            if code
-            else "cannot be read as a .pt file: fetch it again"
+    except Exception as error:  # the type depends on the bytes of the file
+        problem = "cannot be read as a .pt file: download it again"
+        # torch reports the name of a forbidden function or class in its message only.
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            problem = f"contains code ({code[1]}) and is not loaded"
+        raise CheckpointError(f"{path} {problem}") from None
+    state: Any = content.get("ema", content) if isinstance(content, dict) else None
+    has_values = isinstance(state, dict) and bool(state)
+    if not has_values or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(
+            f"{path} does not contain a state dict, neither under 'ema' nor at the top level"
         )
-        raise CheckpointError(f"{path} {why}") from None
-    state = content.get("ema", content) if isinstance(content, dict) else None
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
-        raise CheckpointError(f"{path} holds no state dict, neither under 'ema' nor by itself")
     settings, step = content.get("args"), content.get("steps")
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    return (
-        strip_prefix(state),
-        settings if isinstance(settings, dict) else {},
-        None if step is None else int(step),
-    )
+    if isinstance(settings, argparse.Namespace):
+        settings = vars(settings)
+    if not isinstance(settings, dict):
+        settings = {}
+    return _OfficialFile(strip_prefixes(state), settings, None if step is None else int(step))
 
 
-def _official_path(path: Path, settings: dict, path_type: str | None) -> str:
-    """The path that a file's settings name, else the flag's, else the linear one, which every published file is of."""
+def _choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None) -> str:
+    """Return the interpolant that the file records, otherwise that of --path-type.
+
+    The default is linear, on which every published file was trained.
+
+    Raises:
+        CheckpointError: If this repository does not support the prediction or interpolant.
+        UserError: If --path-type contradicts the file.
+    """
     if settings.get("prediction", "v") not in ("v", "velocity"):
         raise CheckpointError(f"{path} predicts {settings['prediction']}, not velocity")
-    trained = str(settings.get("path_type", path_type or "linear"))
-    if trained not in OFFICIAL_PATHS:
+    official_name = str(settings.get("path_type", path_type or "linear"))
+    if official_name not in OFFICIAL_PATHS:
         raise CheckpointError(
-            f"{path} was trained on the path {trained}, which this repository does not have"
+            f"{path} was trained on the {official_name} path, which is not supported here"
         )
-    trained = OFFICIAL_PATHS[trained]
-    if path_type not in (None, trained):
+    recorded = OFFICIAL_PATHS[official_name]
+    if path_type not in (None, recorded):
         raise UserError(
-            f"--path-type {path_type}: {path} says itself that it was trained on the {trained} path"
+            f"--path-type {path_type}: {path} records that it was trained on the {recorded} path; "
+            "remove the flag"
         )
-    return trained
+    return recorded

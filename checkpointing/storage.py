@@ -1,14 +1,16 @@
-"""Checkpoints on the disk: what is in one, how it is found, trusted, read, and whose a run is.
+"""Find, verify, read and write checkpoints, and lock the run that they belong to.
 
     exps/NAME/checkpoints/0050000/
-      config.json         rebuilds the network; what sampling and evaluation need to know
-      ema.safetensors     the averaged backbone alone: all that sampling needs
-      ema-0.999.safetensors  likewise for each further --ema-decay
-      model.safetensors   backbone and head as trained
-      optimizer.safetensors  AdamW's moments; no file of a checkpoint is unpickled
-      progress.json       step, optimizer's settings, gradient scaler, running averages of the log, sha256 of the other files
+      config.json            what is needed to rebuild, sample and evaluate the network
+      ema.safetensors        EMA of the backbone, which is all that sampling needs
+      ema-0.999.safetensors  the same for each further --ema-decay
+      model.safetensors      backbone and alignment heads as trained
+      optimizer.safetensors  moments of AdamW
+      progress.json          step, optimizer settings, gradient scaler, running means of the log,
+                             sha256 of the other files
 
-A checkpoint appears whole or not at all: it is written in a folder beside its place, fsynced and renamed.
+A checkpoint appears complete or not at all: it is written to a hidden folder, fsynced and renamed.
+No file of a checkpoint is unpickled.
 """
 
 import hashlib
@@ -29,105 +31,140 @@ from common.files import fsync, lock, sha256
 
 
 class CheckpointError(ValueError):
-    """No checkpoint where one was asked for, or one that cannot be read."""
+    """A checkpoint is missing, damaged or in use."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("[0-9]*")
-    return sorted(
-        (folder for folder in folders if folder.name.isdigit()), key=lambda folder: int(folder.name)
-    )
+    return sorted((folder for folder in folders if folder.name.isdigit()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A run's newest checkpoint, or `path` itself if it is one. Raises CheckpointError."""
+    """Return the newest checkpoint of a run, or `path` if it is a checkpoint.
+
+    Raises:
+        CheckpointError: If there is no checkpoint.
+    """
     if (path / "config.json").exists() and (path / "ema.safetensors").exists():
         return path
     found = list_checkpoints(path)
-    if not found:
-        what = (
-            "does not exist"
-            if not path.exists()
-            else "has no checkpoints yet"
-            if (path / "args.json").exists()
-            else "is neither a run (exps/NAME) nor a checkpoint (exps/NAME/checkpoints/STEP)"
-        )
-        raise CheckpointError(f"{path} {what}")
-    return found[-1]
+    if found:
+        return found[-1]
+    if not path.exists():
+        problem = "does not exist"
+    elif (path / "args.json").exists():
+        problem = "has no checkpoints yet"
+    else:
+        problem = "is neither a run (exps/NAME) nor a checkpoint (exps/NAME/checkpoints/STEP)"
+    raise CheckpointError(f"{path} {problem}")
 
 
 def read_config(checkpoint: Path) -> dict:
-    """config.json of a checkpoint. Raises CheckpointError."""
+    """Read the config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+    """
+    path = checkpoint / "config.json"
     try:
-        return json.loads((checkpoint / "config.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint / 'config.json'} cannot be read ({_first_line(error)})"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)})") from None
 
 
 def ema_filename(config: dict, decay: float | None = None) -> str:
-    """The file of the average with this decay; None is the run's first. Raises CheckpointError if the run keeps no such one."""
+    """Return the name of the file with the EMA of a decay.
+
+    Args:
+        config: The config.json of the checkpoint.
+        decay: None selects the first decay of the run.
+
+    Raises:
+        CheckpointError: If the checkpoint has no EMA with this decay.
+    """
     decays = config["ema_decay"]
     if decay is None or decay == decays[0]:
         return "ema.safetensors"
     if decay not in decays:
         raise CheckpointError(
-            f"has no average of --ema-decay {decay}; it has {' '.join(f'{each}' for each in decays)}"
+            f"has no EMA of --ema-decay {decay}; choose one of {' '.join(map(str, decays))}"
         )
     return f"ema-{decay}.safetensors"
 
 
 def verify_checkpoint(checkpoint: Path) -> dict:
-    """progress.json without the hashes, once every file agrees with its own. Raises CheckpointError otherwise."""
-    before = [
-        folder
-        for folder in list_checkpoints(checkpoint.parent.parent)
-        if int(folder.name) < int(checkpoint.name)
-    ]
-    then = f"continue from {before[-1].name}" if before else "start anew"
+    """Compare every file of a checkpoint with its sha256.
+
+    Returns:
+        The content of progress.json without hashes.
+
+    Raises:
+        CheckpointError: If a file is damaged or cannot be read.
+    """
+    remedy = _removal_remedy(checkpoint)
     path = checkpoint / "progress.json"
     try:
         progress: dict[str, Any] = json.loads(path.read_text())
-        if progress.pop("digest") != progress_digest(progress):
-            raise CheckpointError(f"{path} is not what was saved: remove {checkpoint} to {then}")
+        is_intact = progress.pop("digest") == progress_digest(progress)
         hashes = progress.pop("sha256")
-        for name, expected in hashes.items():
-            path = checkpoint / name
-            if sha256(path) != expected:
-                raise CheckpointError(
-                    f"{path} is not what was saved: remove {checkpoint} to {then}"
-                )
-    except CheckpointError:
-        raise
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({_first_line(error)}): remove {checkpoint} to {then}"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
+    if not is_intact:
+        raise CheckpointError(f"{path} has changed since it was saved: {remedy}")
+    for name, expected in hashes.items():
+        _verify_file(checkpoint / name, expected, remedy)
     return progress
 
 
+def _verify_file(path: Path, expected: str, remedy: str) -> None:
+    try:
+        actual = sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
+    if actual != expected:
+        raise CheckpointError(f"{path} has changed since it was saved: {remedy}")
+
+
+def _removal_remedy(checkpoint: Path) -> str:
+    run = checkpoint.parent.parent
+    older = [folder for folder in list_checkpoints(run) if _step(folder) < _step(checkpoint)]
+    if older:
+        return f"remove {checkpoint} to continue from {older[-1].name}"
+    return f"remove {checkpoint} to start from the beginning"
+
+
 def progress_digest(progress: dict) -> str:
-    """What progress.json says of itself."""
+    """Return the sha256 that progress.json stores of the rest of its content."""
     return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
 @contextmanager
 def lock_run(run: Path, saved: list[Path]) -> Iterator[None]:
-    """Keeps other processes from a run, and first removes what a killed save, or a killed removal, left behind. Raises
-    CheckpointError if another process has it, or had it until now: its checkpoints are no longer those in `saved`.
+    """Lock a run against other processes and remove what an interrupted save or removal left.
+
+    Args:
+        run: Folder of the run.
+        saved: The checkpoints that the caller found before it locked the run.
+
+    Raises:
+        CheckpointError: If another process trains the run, or saved a checkpoint after `saved` was
+            listed.
     """
-    with ExitStack() as held:
+    with ExitStack() as resources:
         try:
-            held.enter_context(lock(run / ".lock"))
+            resources.enter_context(lock(run / ".lock"))
         except BlockingIOError:
             raise CheckpointError(
-                f"{run} is being trained by another process: stop it, or name another --exp-name"
+                f"{run} is being trained by another process: stop it or choose another --exp-name"
             ) from None
         if list_checkpoints(run) != saved:
             raise CheckpointError(
-                f"{run} was trained by another process until now: run the command again"
+                f"another process trained {run} until a moment ago: rerun the same command"
             )
         for pattern in (".*.partial", ".*.removed"):
             for folder in (run / "checkpoints").glob(pattern):
@@ -136,7 +173,7 @@ def lock_run(run: Path, saved: list[Path]) -> Iterator[None]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Renames first, so that a half-removed checkpoint is never taken for one."""
+    """Remove a checkpoint, which is renamed first so that no incomplete checkpoint is visible."""
     removed = hidden_path(folder, "removed")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
@@ -144,24 +181,34 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def hidden_path(folder: Path, suffix: str) -> Path:
-    """Where a checkpoint is while it is not whole, and never taken for one."""
+    """Return the path of a checkpoint while it is incomplete, which list_checkpoints ignores."""
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes and fsyncs a .safetensors file without holding the interpreter. On a full disk raises OSError."""
+    """Write and fsync a .safetensors file without holding the GIL.
+
+    Raises:
+        OSError: If the file cannot be written, for example because the disk is full.
+    """
     try:
         safetensors.torch.save_file(tensors, path)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+        # safetensors reports the errno in its message only.
+        match = re.search(r"os error (\d+)", str(error))
+        if match is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        errno = int(match[1])
+        raise OSError(errno, os.strerror(errno), str(path)) from None
     fsync(path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A .safetensors file. Raises CheckpointError."""
+    """Read a .safetensors file.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+    """
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
@@ -169,7 +216,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Strictly loads a .safetensors file into a module. Raises CheckpointError."""
+    """Load a .safetensors file into a module, which must have exactly the same weights.
+
+    Raises:
+        CheckpointError: If the file cannot be read or does not fit the module.
+    """
     tensors = load_tensors(path)
     try:
         module.load_state_dict(tensors)
@@ -178,10 +229,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def format_error(error: Exception) -> str:
-    """An error in one line."""
-    return (
-        f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else _first_line(error)
-    )
+    """Return a description of an error in one line, with the file of an OSError."""
+    if isinstance(error, OSError):
+        return f"{error.strerror} ({error.filename})"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""Helpers that every package uses: command line, files, processes, keyed random numbers, image grids."""
+"""Shared helpers: command line, files, processes, keyed random numbers and image grids."""

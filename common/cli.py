@@ -1,4 +1,4 @@
-"""What every command line here shares: a user's mistake, or a full disk, ends in one line and exit code 2."""
+"""Command-line helpers: argument types, help texts, and errors as one line with an exit code."""
 
 import argparse
 import difflib
@@ -11,27 +11,41 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
 
+Number = TypeVar("Number", int, float)
+
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PATH_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+
 
 class UserError(ValueError):
-    """A mistake of the user's. The message names the flag or file and says what to change."""
+    """An error that the user can fix. The message names the flag or file and the remedy."""
 
 
 class DiskFullSafeStream:
-    """stdout or stderr, which may be a file on a full disk: what cannot be shown ends nothing."""
+    """Wraps stdout or stderr and ignores failed writes, such as to a log file on a full disk."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write the text if possible; return its length in any case."""
         with suppress(OSError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream if possible."""
         with suppress(OSError):
             self.stream.flush()
 
@@ -40,73 +54,90 @@ class DiskFullSafeStream:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls main; turns UserError, a full disk and a place that cannot be written into one line on stderr and exit code 2,
-    Ctrl-C into exit code 130.
+    """Call `main` and report errors that the user can fix as one line on stderr.
+
+    Raises:
+        SystemExit: With code 2 after a UserError, or after an OSError because a disk is full or a
+            path cannot be written; with code 130 after Ctrl-C.
     """
-    who = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    sys.stdout, sys.stderr = DiskFullSafeStream(sys.stdout), DiskFullSafeStream(sys.stderr)
+    prefix = ""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        prefix = f"[rank {os.environ['RANK']}] "
+    sys.stdout = DiskFullSafeStream(sys.stdout)
+    sys.stderr = DiskFullSafeStream(sys.stderr)
     try:
         main()
     except UserError as error:
-        sys.exit(_end(f"{who}error: {error}", 2))
+        _exit(f"{prefix}error: {error}", 2)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            sys.exit(
-                _end(
-                    f"{who}error: {error.strerror}{where}: free some space and run the same command again",
-                    2,
-                )
-            )
-        if error.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.ENAMETOOLONG,
-        ):
-            sys.exit(_end(f"{who}error: {error.strerror}{where}: name another place", 2))
-        raise
+        if error.errno in DISK_FULL_ERRORS:
+            remedy = "free some space and rerun the same command"
+        elif error.errno in PATH_ERRORS:
+            remedy = "choose another path"
+        else:
+            raise
+        path = f" ({error.filename})" if error.filename else ""
+        _exit(f"{prefix}error: {error.strerror}{path}; {remedy}", 2)
     except KeyboardInterrupt:
-        sys.exit(_end(f"\n{who}interrupted: run the same command again to go on", 130))
+        _exit(f"\n{prefix}interrupted; rerun the same command to resume", 130)
 
 
-def _end(line: str, code: int) -> int:
-    print(line, file=sys.stderr, flush=True)
-    return code
+def _exit(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
-    """Help with every default in it; a flag that argparse refuses ends in one line too, without the whole usage.
+    """An argument parser whose help shows all defaults and whose errors are UserErrors.
 
-    `required` is what the usage line shows: the flags that nobody can leave out; `last` what stands behind all flags.
+    Args:
+        doc: Docstring of the command; its first line becomes the description.
+        prog: The command as the user types it.
+        required: Required arguments, for the usage line.
+        trailing: Arguments that follow all flags, for the usage line.
     """
 
-    def __init__(self, doc: str, prog: str, required: str, last: str = ""):
+    def __init__(self, doc: str | None, prog: str, required: str, trailing: str = ""):
         super().__init__(
             prog=prog,
-            usage=f"{prog} {required} [flags] {last}".rstrip(),
-            description=doc.split("\n")[0],
-            formatter_class=_Formatter,
+            usage=f"{prog} {required} [flags] {trailing}".rstrip(),
+            description=(doc or "").split("\n")[0],
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
 
+    # argparse declares overloads for namespaces of other types, which are not needed here.
+    def parse_args(self, *args: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
+        """Parse the arguments. The error for an unknown flag suggests a similar one."""
+        parsed, unknown = self.parse_known_args(*args, **options)
+        if unknown:
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            similar = difflib.get_close_matches(unknown[0].split("=")[0], self._list_flags(), 1)
+            if similar:
+                message += f"; did you mean {similar[0]}?"
+            self.error(message)
+        return parsed
+
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            wrong = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-            message = f"unrecognized arguments: {message.split(': ', 1)[1]}{f'; did you mean {near[0]}?' if near else ''}"
+        """Raise a UserError with argparse's message."""
         raise UserError(f"{message} (--help lists every flag)")
 
+    def _list_flags(self) -> list[str]:
+        """Return all flags, taken from the help: argparse has no public list of them."""
+        lines = self.format_help().splitlines()
+        headings = [line.strip().split("  ")[0] for line in lines if line.startswith("  -")]
+        return re.findall(r"--[\w-]+", " ".join(headings))
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Wide; adds a flag's default to its help, unless there is none to tell; short words for values."""
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Uses the width of the terminal, short metavars, and shows a default wherever there is one.
+
+    The two overridden methods are the hooks by which argparse's own formatters differ.
+    """
 
     def __init__(self, prog: str):
-        super().__init__(
-            prog, max_help_position=40, width=min(120, shutil.get_terminal_size((120, 24)).columns)
-        )
+        width = min(120, shutil.get_terminal_size((120, 24)).columns)
+        super().__init__(prog, max_help_position=40, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or not action.option_strings:
@@ -116,64 +147,74 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type in (positive_int, non_negative_int, seed):
-            return "N"
-        if action.type in (fraction, decay, non_negative_float, positive_float, float):
-            return "X"
-        return {Path: "PATH", device: "DEVICE"}.get(action.type, "NAME")
+        return METAVARS.get(action.type, "NAME")
 
 
-def _number(text: str, kind: type, allowed: Callable[[float], bool], which: str) -> float:
+def _parse_number(
+    text: str,
+    convert: Callable[[str], Number],
+    is_valid: Callable[[Number], bool],
+    description: str,
+) -> Number:
     try:
-        value = kind(text)
+        value = convert(text)
     except ValueError:
-        value = math.nan
-    if math.isnan(value) or not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text} is not {which}")
-    return value
+        pass
+    else:
+        if is_valid(value):  # False for NaN
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not {description}")
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+    """Parse an integer of at least 1, as an argparse type."""
+    return _parse_number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def non_negative_int(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+    """Parse an integer of at least 0, as an argparse type."""
+    return _parse_number(text, int, lambda value: value >= 0, "a whole number of at least 0")
 
 
 def seed(text: str) -> int:
-    """An argparse type: an integer in [0, 2**32)."""
-    return _number(
-        text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1"
-    )
+    """Parse an integer in [0, 2**32), as an argparse type."""
+    description = "a whole number from 0 to 2**32 - 1"
+    return _parse_number(text, int, lambda value: 0 <= value < 2**32, description)
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a number in [0, 1]."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    """Parse a number in [0, 1], as an argparse type."""
+    return _parse_number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def decay(text: str) -> float:
-    """An argparse type: a number in [0, 1)."""
-    return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+    """Parse a number in [0, 1), as an argparse type."""
+    description = "a number of at least 0 and below 1"
+    return _parse_number(text, float, lambda value: 0 <= value < 1, description)
 
 
 def non_negative_float(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+    """Parse a finite number of at least 0, as an argparse type."""
+    return _parse_number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 
 def positive_float(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+    """Parse a finite number above 0, as an argparse type."""
+    return _parse_number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def device(text: str) -> str:
-    """An argparse type: cpu, cuda or cuda:N, as far as this machine has it."""
+    """Parse cpu, cuda or cuda:N, as an argparse type. The GPU must exist on this machine."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; choose cpu, cuda or cuda:N")
     if text != "cpu" and int(text.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"there is no {text} here")
+        raise argparse.ArgumentTypeError(f"this machine has no {text}")
     return text
+
+
+METAVARS: dict[Any, str] = {
+    **dict.fromkeys((positive_int, non_negative_int, seed), "N"),
+    **dict.fromkeys((fraction, decay, non_negative_float, positive_float, float), "X"),
+    Path: "PATH",
+    device: "DEVICE",
+}

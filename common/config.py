@@ -1,6 +1,6 @@
-"""Settings as frozen dataclasses: a field holds the default and the help text, argparse is filled from it.
+"""Settings as frozen dataclasses, from whose fields argparse is filled.
 
-Declare fields with `setting`, fill a parser with `add_flags`, and build the dataclass with `read_flags`.
+Declare fields with `setting`, fill a parser with `add_flags`, build the dataclass with `read_flags`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 
-def setting(default: Any = dataclasses.MISSING, *, help: str, **options: Any) -> Any:  # noqa: A002 (argparse's own word)
+def setting(default: Any = dataclasses.MISSING, *, help: str, **options: Any) -> Any:
     """Declare a field of a settings dataclass.
 
     Args:
@@ -33,6 +33,11 @@ def flag_names(field: dataclasses.Field) -> tuple[str, ...]:
 def destination(field: dataclasses.Field) -> str:
     """Return the attribute under which argparse stores the field's value."""
     return flag_names(field)[0].removeprefix("--").replace("-", "_")
+
+
+def flag_of(config: type, name: str) -> str:
+    """Return the flag of the field `name`, for messages."""
+    return next(flag_names(field)[0] for field in dataclasses.fields(config) if field.name == name)
 
 
 def argparse_type(config: type, field: dataclasses.Field) -> Any:
@@ -68,23 +73,25 @@ def add_flags(group: Any, config: type, **overrides: Any) -> None:
 
 def read_flags(config: type[Config], args: argparse.Namespace) -> Config:
     """Build a settings dataclass from parsed flags. Lists become tuples."""
-    values = {f.name: getattr(args, destination(f)) for f in dataclasses.fields(config)}  # type: ignore[arg-type]  # a dataclass
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]  # every Config is a dataclass
+    values = {field.name: getattr(args, destination(field)) for field in fields}
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def record_flags(*configs: Any) -> dict[str, Any]:
     """Return settings as a flat dict that JSON can hold, with argparse's names as keys."""
-    record = {}
-    for config in configs:
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            plain = (
-                [str(v) if isinstance(v, Path) else v for v in value]
-                if isinstance(value, tuple)
-                else value
-            )
-            record[destination(field)] = str(plain) if isinstance(plain, Path) else plain
-    return record
+    return {
+        destination(field): to_plain(getattr(config, field.name))
+        for config in configs
+        for field in dataclasses.fields(config)
+    }
+
+
+def to_plain(value: Any) -> Any:
+    """Return a value with lists in place of tuples and strings in place of paths."""
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def format_flags(record: dict[str, Any]) -> str:

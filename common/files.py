@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that grow by whole lines."""
+"""Files that are written atomically, and text files that grow by whole lines."""
 
 import errno
 import fcntl
@@ -13,30 +13,44 @@ from pathlib import Path
 import numpy as np
 
 
-def write_file(path: Path, *data: bytes | memoryview) -> None:
-    """Writes beside the place, fsyncs, renames, fsyncs the folder. On a full disk raises OSError and leaves nothing."""
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename it to `path` at the end.
+
+    The file and its folder are flushed to the disk. On error, the temporary file is deleted, and an
+    OSError that does not name another file gets the name of `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial_path(path)
     try:
-        with open(partial, "wb") as file:
-            for part in data:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield partial
+        fsync(partial)
+        partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a failed write does not say which file it was
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)
         raise
     fsync(path.parent)
 
 
+def write_file(path: Path, *data: bytes | memoryview) -> None:
+    """Write a file atomically and flush it to the disk. If that fails, the old file stays."""
+    with _replace_atomically(path) as partial, partial.open("wb") as file:
+        for part in data:
+            file.write(part)
+
+
 def write_array(path: Path, array: np.ndarray) -> str:
-    """Writes a .npy file, without a second copy of it in memory; returns its sha256."""
-    header, array = io.BytesIO(), np.ascontiguousarray(array)
+    """Write a .npy file atomically, without copying the array, and return the file's sha256."""
+    array = np.ascontiguousarray(array)
+    header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    data = header.getvalue(), memoryview(array).cast("B") if array.size else b""
+    data = (header.getvalue(), _as_bytes(array))
     write_file(path, *data)
     digest = hashlib.sha256()
     for part in data:
@@ -44,60 +58,78 @@ def write_array(path: Path, array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def _as_bytes(array: np.ndarray) -> bytes | memoryview:
+    """Return the bytes of a contiguous array without a copy."""
+    return array.data.cast("B") if array.size else b""
+
+
 class NpyWriter:
-    """A .npy file that is written a few rows at a time, so that memory need not hold it. `finish` gives it its name."""
+    """Writes a .npy file a few rows at a time, so that the array need not fit into memory.
 
-    def __init__(self, path: Path, dtype: np.dtype | type, row: tuple[int, ...]):
-        """row: the shape of one. On a full disk raises OSError, here and below; `discard` then leaves nothing."""
+    The file appears under its name when `finish` is called. On a full disk, all methods raise
+    OSError; `discard` then removes what has been written.
+
+    Args:
+        path: The file to write.
+        dtype: Data type of the array.
+        row_shape: Shape of one row.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype | type, row_shape: tuple[int, ...]):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.dtype, self.row, self.num_rows = path, np.dtype(dtype), row, 0
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self.file = open(self.partial, "w+b")  # noqa: SIM115
-        self.begin = self._header()
+        self.path = path
+        self.dtype = np.dtype(dtype)
+        self.row_shape = row_shape
+        self.num_rows = 0
+        self.partial = _partial_path(path)
+        self.file = self.partial.open("wb")
+        self.header_size = self._write_header()
 
-    def _header(self) -> int:
-        """numpy leaves room in a header for more rows, so it has one length."""
+    def _write_header(self) -> int:
+        """Write the header for the current number of rows and return its size in bytes.
+
+        The size does not depend on the number of rows, because numpy reserves space for its digits.
+        """
         self.file.seek(0)
         header = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
-            "shape": (self.num_rows, *self.row),
+            "shape": (self.num_rows, *self.row_shape),
         }
         np.lib.format.write_array_header_1_0(self.file, header)
         return self.file.tell()
 
     def append(self, rows: np.ndarray) -> None:
-        """rows (n, *row)."""
-        assert (rows.shape[1:], rows.dtype) == (self.row, self.dtype), (rows.shape, rows.dtype)
-        if rows.size:
-            with self._named():
-                self.file.write(memoryview(np.ascontiguousarray(rows)).cast("B"))
+        """Append rows, (n, *row_shape)."""
+        assert (rows.shape[1:], rows.dtype) == (self.row_shape, self.dtype), (
+            rows.shape,
+            rows.dtype,
+        )
+        with self._name_in_errors():
+            self.file.write(_as_bytes(np.ascontiguousarray(rows)))
         self.num_rows += len(rows)
 
     def finish(self) -> str:
-        """Gives it its name; returns its sha256."""
-        with self._named():
-            length = self._header()
-            assert length == self.begin, (length, self.begin)
+        """Complete the file, give it its name and return its sha256."""
+        with self._name_in_errors():
+            header_size = self._write_header()
+            assert header_size == self.header_size, (header_size, self.header_size)
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.file.seek(0)
-            digest = hashlib.sha256()
-            while chunk := self.file.read(1 << 20):
-                digest.update(chunk)
             self.file.close()
-            os.replace(self.partial, self.path)
+            digest = sha256(self.partial)
+            self.partial.replace(self.path)
             fsync(self.path.parent)
-        return digest.hexdigest()
+        return digest
 
     def discard(self) -> None:
-        """Leaves nothing, unless it is finished."""
+        """Delete the file unless it is finished."""
         self.partial.unlink(missing_ok=True)
-        with suppress(OSError):  # what it could not write before, it cannot now
+        with suppress(OSError):  # closing writes buffered bytes, which may fail again
             self.file.close()
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _name_in_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -107,7 +139,7 @@ class NpyWriter:
 
 @contextmanager
 def discard_on_error(array: NpyWriter | None) -> Iterator[None]:
-    """Discards it if what is done here fails."""
+    """Discard the array if the body of the `with` statement fails."""
     try:
         yield
     except BaseException:
@@ -119,100 +151,128 @@ def discard_on_error(array: NpyWriter | None) -> Iterator[None]:
 def write_npz(
     path: Path, blocks: Iterable[np.ndarray] | None, shape: tuple[int, ...], **arrays: np.ndarray
 ) -> None:
-    """ADM's file: arr_0 uint8 of `shape`, whose rows come in blocks, so that it is never in memory (None: without it); and
-    other arrays. Appears whole or not at all.
+    """Write an .npz file of images in ADM's format atomically.
+
+    Args:
+        path: The file to write.
+        blocks: Consecutive blocks of the rows of arr_0, uint8, so that the whole array need not fit
+            into memory. None omits arr_0.
+        shape: Shape of arr_0.
+        arrays: Further arrays by name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            if blocks is not None:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    rows = 0
-                    for block in blocks:
-                        file.write(np.ascontiguousarray(block))
-                        rows += len(block)
-                    assert rows == shape[0], (rows, shape)
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.save(file, array)
-        fsync(partial)
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
-    fsync(path.parent)
+    with (
+        _replace_atomically(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        if blocks is not None:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                num_rows = 0
+                for block in blocks:
+                    file.write(_as_bytes(np.ascontiguousarray(block)))
+                    num_rows += len(block)
+                assert num_rows == shape[0], (num_rows, shape)
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.save(file, array)
 
 
 class LineWriter:
-    """A text file that grows by whole lines. On a full disk they wait in memory for the next call."""
+    """Appends whole lines to a text file. On a full disk, lines are buffered until the next call.
+
+    Attributes:
+        path: The file.
+        pending: Text that has not been written yet.
+    """
 
     def __init__(self, path: Path):
-        self.path, self.pending = path, ""
-        self.whole: int | None = (
-            None  # bytes of the file before a write that failed, and may have left part of a line
-        )
+        self.path = path
+        self.pending = ""
+        # Size of the file before a write that failed and may have left part of a line.
+        self._size_before_failure: int | None = None
 
     def append(self, text: str = "", sync: bool = False) -> bool:
-        """Adds lines, and those that waited, and fsyncs them if asked. Returns whether all are written."""
+        """Write pending lines and new ones.
+
+        Args:
+            text: Lines to append.
+            sync: Whether to flush the file to the disk.
+
+        Returns:
+            Whether everything has been written.
+        """
         self.pending += text
         rest = self.pending.encode()
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                if self.whole is not None:
-                    file.truncate(self.whole)
-                self.whole = file.seek(0, os.SEEK_END)
+            with self.path.open("ab", buffering=0) as file:
+                if self._size_before_failure is not None:
+                    file.truncate(self._size_before_failure)
+                self._size_before_failure = file.seek(0, os.SEEK_END)
                 while rest:
                     rest = rest[file.write(rest) :]
                 if sync:
                     os.fsync(file.fileno())
         except OSError:
             return False
-        self.pending, self.whole = "", None
+        self.pending = ""
+        self._size_before_failure = None
         return True
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Holds the lock on a file; not where the disk knows no locks. Raises BlockingIOError if another process has it."""
+    """Hold an exclusive lock on a file. File systems without locks are used without one.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise BlockingIOError(errno.EAGAIN, "another process has it", str(path)) from None
+                message = "another process holds the lock"
+                raise BlockingIOError(errno.EAGAIN, message, str(path)) from None
         yield
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, or, for a folder, of its files' names and bytes, through links to other folders."""
+    """Return the sha256 of a file, or of the names and contents of all files in a folder.
+
+    Symbolic links to folders are followed.
+    """
     digest = hashlib.sha256()
-    for file in sorted(_files(path)) if path.is_dir() else [path]:
-        if path.is_dir():
+    if path.is_dir():
+        for file in sorted(_list_files(path)):
             digest.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 20):
+            for chunk in _read_chunks(file):
                 digest.update(chunk)
+    else:
+        for chunk in _read_chunks(path):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def _files(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
-    """All files under a folder, but not through a link to a folder that it lies in."""
-    above |= {folder.resolve()}
+def _read_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            yield chunk
+
+
+def _list_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield all files under a folder, without following links to folders that contain it."""
+    ancestors |= {folder.resolve()}
     for entry in folder.iterdir():
-        if not entry.is_dir():
-            yield from [entry] if entry.is_file() else []
-        elif entry.resolve() not in above:
-            yield from _files(entry, above)
+        if entry.is_file():
+            yield entry
+        elif entry.is_dir() and entry.resolve() not in ancestors:
+            yield from _list_files(entry, ancestors)
 
 
 def fsync(path: Path) -> None:
-    """Makes a file's bytes, or the names in a folder, survive a power cut."""
+    """Flush a file, or the names in a folder, to the disk so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Pictures that people look at first: images in rows, each row with its name."""
+"""Draw images as a grid of labelled rows, and save images as PNG files."""
 
 import io
 from pathlib import Path
@@ -8,34 +8,50 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.files import write_file
 
+GAP = 2  # pixels between images
+MARGIN = 4  # pixels around the grid
+
 
 def draw_labelled_grid(
-    rows: list[tuple[str, np.ndarray]], title: str = "", tile: int = 64
+    rows: list[tuple[str, np.ndarray]], title: str = "", tile_size: int = 64
 ) -> Image.Image:
-    """rows: (name, (n, H, W, 3) uint8), names may repeat. Images smaller than `tile` pixels are enlarged by a whole factor."""
-    rows = [(name if name.isprintable() else ascii(name), images) for name, images in rows]
-    side = rows[0][1].shape[1]
-    factor = max(1, round(tile / side))
-    side *= factor
-    font = ImageFont.load_default(max(12, side // 5))
-    margin = 12 + int(max(font.getlength(name) for name, _ in rows))
-    top = 8 + font.size * 3 // 2 if title else 4
-    columns = max(len(images) for _, images in rows)
-    width = max(margin + columns * (side + 2) + 4, int(font.getlength(title)) + 12)
-    canvas = Image.new("RGB", (width, top + len(rows) * (side + 2) + 4), "white")
+    """Draw images as a grid with one label per row.
+
+    Args:
+        rows: Pairs of a label and the images of its row, (n, H, W, 3) uint8 with H = W. Labels may
+            repeat.
+        title: Text above the grid.
+        tile_size: Approximate size of an image in the grid, in pixels. Smaller images are enlarged
+            by an integer factor.
+    """
+    labels = [label if label.isprintable() else ascii(label) for label, _ in rows]
+    image_size = rows[0][1].shape[1]
+    size = image_size * max(1, round(tile_size / image_size))
+    num_columns = max(len(images) for _, images in rows)
+
+    # Lay out: labels on the left, the title above.
+    font_size = max(12, size // 5)
+    font = ImageFont.load_default(font_size)
+    left = 12 + int(max(font.getlength(label) for label in labels))
+    top = 8 + font_size * 3 // 2 if title else MARGIN
+    grid_width = left + num_columns * (size + GAP) + MARGIN
+    width = max(grid_width, int(font.getlength(title)) + 12)
+    height = top + len(rows) * (size + GAP) + MARGIN
+
+    canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((6, 4), title, "black", font)
-    for r, (name, images) in enumerate(rows):
-        y = top + r * (side + 2)
-        draw.text((6, y + side // 2), name, "black", font, anchor="lm")
-        for c, image in enumerate(images):
-            tile_image = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(tile_image, (margin + c * (side + 2), y))
+    for i, (label, (_, images)) in enumerate(zip(labels, rows)):
+        y = top + i * (size + GAP)
+        draw.text((6, y + size // 2), label, "black", font, anchor="lm")
+        for j, image in enumerate(images):
+            tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left + j * (size + GAP), y))
     return canvas
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Whole or not at all."""
+    """Save an image as a PNG file atomically."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_file(path, buffer.getvalue())

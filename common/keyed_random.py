@@ -1,8 +1,13 @@
-"""Random numbers as a pure function of what they are for: (seed, purpose, index, draw).
+"""Random numbers as a pure function of (seed, purpose, position, draw), without a generator state.
 
-Philox4x32-10, the counter-based generator of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", in integer
-tensor arithmetic. There is no state to save, to hand over or to get out of step: image number 1,000 of a run gets the same
-noise on one process or on sixty-four, before and after a resume, on the CPU and (to a float32's last bit) on a GPU.
+The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
+computed with integer tensor arithmetic.
+
+In training, `position` is the position in the stream of training images: n for the n-th image of
+the run. It is not the index of the image in the data set, so an image that returns in a later epoch
+is combined with new noise. In sampling, `position` is the index of the sample. The result does not
+depend on the number of processes, on the batch size or on resuming. Results of CPU and GPU are
+equal up to the last bit of a float32.
 """
 
 import math
@@ -11,69 +16,95 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF  # the largest 32-bit word
 
 
 class Purpose(IntEnum):
-    """Keeps the streams of one seed apart. The values are part of what makes a run repeatable: never renumber them."""
+    """Select one of the independent random streams of a seed.
+
+    The values determine the numbers that a run draws. Never change them.
+    """
 
     TIMESTEP = 1  # training: t
     NOISE = 2  # training: eps
-    POSTERIOR = 3  # training: the draw from the VAE's posterior
-    LABEL_DROP = 4  # training: classifier-free guidance's dropped labels
-    CLASS = 5  # sampling: the class of an image
+    POSTERIOR = 3  # training: sample of the VAE's posterior
+    LABEL_DROP = 4  # training: labels dropped for classifier-free guidance
+    CLASS = 5  # sampling: class of an image
     INITIAL_NOISE = 6  # sampling: x at t = 1
-    BROWNIAN = 7  # sampling: the increments of the SDE
-    FLIP = 8  # training: whether an image is mirrored
-    CROP = 9  # preprocessing: where a random crop lies
-    TARGET = 10  # training: what a method of alignment draws for itself
+    BROWNIAN = 7  # sampling: increments of the SDE
+    FLIP = 8  # training: horizontal flip of an image
+    CROP = 9  # preprocessing: position of a random crop
+    TARGET = 10  # training: random numbers of an alignment method
 
 
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10. Four int64 tensors holding 32-bit words and two 32-bit key words -> four tensors of 32-bit words."""
+    """Return the four 32-bit output words of Philox4x32-10.
+
+    Args:
+        counter: Four int64 tensors that hold 32-bit words.
+        key: Two 32-bit words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = (
-            c0 * 0xD2511F53,
-            c2 * 0xCD9E8D57,
-        )  # int64 wraps around, which leaves all 64 bits of the product right
+        # int64 multiplication wraps around, but all 64 bits of the product are correct.
+        p0 = c0 * 0xD2511F53
+        p1 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             ((p1 >> 32) & WORD) ^ c1 ^ k0,
             p1 & WORD,
             ((p0 >> 32) & WORD) ^ c3 ^ k1,
             p0 & WORD,
         )
-        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+        k0 = (k0 + 0x9E3779B9) & WORD
+        k1 = (k1 + 0xBB67AE85) & WORD
     return c0, c1, c2, c3
 
 
-def _words(seed: int, purpose: Purpose, index: Tensor, shape: tuple[int, ...], draw: int) -> Tensor:
-    """(B, ceil(n / 4), 4) words, n the size of `shape`."""
+def _uniform_blocks(
+    seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...], draw: int
+) -> Tensor:
+    """Return uniform numbers in blocks of four, (B, ceil(n / 4), 4), where n = prod(shape)."""
     assert 0 <= seed <= WORD and 0 <= draw <= WORD, (seed, draw)
-    blocks = torch.arange(math.ceil(math.prod(shape) / 4), device=index.device)
-    index = index[:, None]
+    blocks = torch.arange(math.ceil(math.prod(shape) / 4), device=position.device)
+    position = position[:, None]
     counter = torch.broadcast_tensors(
-        blocks, torch.full_like(index, draw), index & WORD, (index >> 32) & WORD
+        blocks, torch.full_like(position, draw), position & WORD, (position >> 32) & WORD
     )
-    return torch.stack(philox(counter, (seed, int(purpose))), -1)
+    words = torch.stack(philox(counter, (seed, int(purpose))), -1)
+    return (words.double() + 0.5) * 2.0**-32
 
 
 def uniform(
-    seed: int, purpose: Purpose, index: Tensor, shape: tuple[int, ...] = (), draw: int = 0
+    seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...] = (), draw: int = 0
 ) -> Tensor:
-    """Uniform on (0, 1), float64: index (B,) int64 -> (B, *shape)."""
-    words = _words(seed, purpose, index, shape, draw).flatten(1)[:, : math.prod(shape)]
-    return ((words.double() + 0.5) * 2.0**-32).reshape(len(index), *shape)
+    """Return numbers that are uniform on (0, 1).
+
+    Args:
+        seed: Seed in [0, 2**32).
+        purpose: What the numbers are used for.
+        position: Position in the stream of training images, or index of the sample, (B,) int64.
+        shape: Shape of the numbers per position.
+        draw: Index of the draw, where a position needs several with the same purpose.
+
+    Returns:
+        (B, *shape) float64.
+    """
+    numbers = _uniform_blocks(seed, purpose, position, shape, draw).flatten(1)
+    return numbers[:, : math.prod(shape)].reshape(len(position), *shape)
 
 
 def normal(
-    seed: int, purpose: Purpose, index: Tensor, shape: tuple[int, ...], draw: int = 0
+    seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...], draw: int = 0
 ) -> Tensor:
-    """Standard normal, float64, by Box and Muller's transform: index (B,) int64 -> (B, *shape)."""
-    u = (_words(seed, purpose, index, shape, draw).double() + 0.5) * 2.0**-32
-    radius, angle = (-2 * u[..., 0::2].log()).sqrt(), 2 * math.pi * u[..., 1::2]
+    """Return standard normal numbers, by the Box-Muller transform.
+
+    Arguments and shapes are those of `uniform`.
+    """
+    u = _uniform_blocks(seed, purpose, position, shape, draw)
+    radius = (-2 * u[..., 0::2].log()).sqrt()
+    angle = 2 * math.pi * u[..., 1::2]
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
-    return pairs.flatten(1)[:, : math.prod(shape)].reshape(len(index), *shape)
+    return pairs.flatten(1)[:, : math.prod(shape)].reshape(len(position), *shape)

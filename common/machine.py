@@ -1,4 +1,4 @@
-"""What this machine can give a process, and what a scheduler or container leaves of it."""
+"""Query the cores, memory and open files that are available to this process."""
 
 import math
 import os
@@ -8,53 +8,66 @@ from pathlib import Path
 
 
 def available_cores() -> int:
-    """That this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory_sharing_domain() -> tuple:
-    """What processes have in common that can open each other's files in /proc: machine, view of its processes, user."""
+    """Return a key that is equal in processes that can open each other's files under /proc.
+
+    Such processes run on the same machine, in the same PID namespace and as the same user.
+    """
     try:
-        return (
-            Path("/proc/sys/kernel/random/boot_id").read_text(),
-            os.stat("/proc/self/ns/pid").st_ino,
-            os.getuid(),
-        )
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()
+        pid_namespace = Path("/proc/self/ns/pid").stat().st_ino
+        return boot_id, pid_namespace, os.getuid()
     except OSError:
-        return (os.getpid(), os.uname().nodename)
+        return os.getpid(), os.uname().nodename
 
 
 def raise_open_file_limit() -> int:
-    """How many files a process may open here. Asks for as many as the system lets it have."""
+    """Raise this process's limit on open files as far as the system allows and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    except (ValueError, OSError):
-        pass
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 def available_memory() -> float:
-    """Bytes that this machine, and the job's own limit on it, can give; infinity where neither says."""
-    free = math.inf
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    with suppress(
-        OSError, StopIteration
-    ):  # version 2 control groups: what a container or SLURM allows
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        inner = Path("/sys/fs/cgroup") / next(line for line in lines if line.startswith("0::"))[
-            3:
-        ].lstrip("/")
-        for group in (inner, *inner.parents):
-            with suppress(OSError, ValueError):  # the file is not there, or says "max"
-                most, used = (
-                    int((group / f"memory.{name}").read_text()) for name in ("max", "current")
-                )
-                free = min(free, most - used)
-    return free
+    """Return the memory that can still be allocated, in bytes, or infinity if it is unknown.
+
+    This is the available memory of the machine or what the job's own memory limit leaves of it,
+    whichever is smaller. Containers and SLURM set such limits with control groups (version 2).
+    """
+    return min(_available_on_machine(), _left_by_control_groups())
+
+
+def _available_on_machine() -> float:
+    for line in _read_lines("/proc/meminfo"):
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return math.inf
+
+
+def _left_by_control_groups() -> float:
+    left = math.inf
+    for line in _read_lines("/proc/self/cgroup"):
+        if not line.startswith("0::"):  # a control group of version 1
+            continue
+        group = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # the file does not exist, or the limit is "max"
+                limit = int((folder / "memory.max").read_text())
+                used = int((folder / "memory.current").read_text())
+                left = min(left, limit - used)
+    return left
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

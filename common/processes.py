@@ -1,4 +1,4 @@
-"""The processes that torchrun started for one command, or this one alone."""
+"""The processes that torchrun started for one command, or a single process without torchrun."""
 
 import os
 import sys
@@ -14,42 +14,52 @@ from common.machine import available_cores
 
 
 @contextmanager
-def unless_one_ended() -> Iterator[None]:
-    """Another process may end while this one waits for it, and has said why: no place for a traceback."""
+def exit_if_peer_is_lost() -> Iterator[None]:
+    """Exit with code 2 if a collective operation fails because another process has ended.
+
+    gloo raises a plain RuntimeError when it loses a connection, so its text is printed in case of
+    another cause. The process that ended has printed its error, so no traceback is needed.
+    """
     try:
         yield
-    except (
-        RuntimeError
-    ) as error:  # torch.distributed has no narrower one for a connection that is gone
-        if "onnection" not in str(error):
-            raise
+    except RuntimeError as error:
         print(
-            "another process ended before the work was done: run the same command again to go on",
+            "another process ended before the work was done; rerun the same command to resume "
+            f"({error})",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
 
 
+def _read_environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
 class World:
-    """rank of processes, the same on this machine, and the cores they share. Close it, so that the fast wait for the slow."""
+    """All processes of one command; Python objects are exchanged between them over gloo.
+
+    Every process must call `close` at the end, so that fast processes wait for slow ones.
+
+    Attributes:
+        rank: Rank of this process among all processes.
+        num_processes: Number of processes.
+        local_rank: Rank of this process among the processes on this machine.
+        num_local_processes: Number of processes on this machine.
+        cores: Number of CPU cores that the processes on this machine share.
+    """
 
     def __init__(self) -> None:
-        def read(name: str, default: int) -> int:
-            return int(os.environ.get(name, default))
-
-        self.rank, self.num_processes = read("RANK", 0), read("WORLD_SIZE", 1)
-        self.local_rank, self.num_local_processes = (
-            read("LOCAL_RANK", 0),
-            read("LOCAL_WORLD_SIZE", 1),
-        )
+        self.rank = _read_environment("RANK", 0)
+        self.num_processes = _read_environment("WORLD_SIZE", 1)
+        self.local_rank = _read_environment("LOCAL_RANK", 0)
+        self.num_local_processes = _read_environment("LOCAL_WORLD_SIZE", 1)
         self.cores = available_cores()
-        if (
-            self.num_processes > 1
-        ):  # of words between hosts only, and one may be days behind another
+        if self.num_processes > 1:
+            # The timeout is long because one process may finish its share days before another.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 
     def select_device(self) -> torch.device:
-        """This process's own: a GPU of this machine, if there is one, and then the default of this process."""
+        """Return the device of this process: a GPU, which becomes the current one, or the CPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
         device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
@@ -57,50 +67,62 @@ class World:
         return device
 
     def broadcast(self, value: Any) -> Any:
-        """What the first process gives, on all."""
+        """Return the value of rank 0 on every process."""
         values = [value]
         if self.num_processes > 1:
-            with unless_one_ended():
+            with exit_if_peer_is_lost():
                 dist.broadcast_object_list(values)
         return values[0]
 
     def run_on_first_rank(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives on the first process, on all. If it raises there, the others leave quietly with code 2."""
-        value, mistake = None, None
+        """Call `compute` on rank 0 and return its result on every process.
+
+        Raises:
+            Exception: On rank 0, whatever `compute` raised.
+            SystemExit: On the other processes if `compute` failed, with code 2.
+        """
+        value = None
+        error = None
         if self.rank == 0:
             try:
                 value = compute()
-            except Exception as error:
-                mistake = error
-        value, failed = self.broadcast((value, mistake is not None))
-        if failed:
-            raise mistake or SystemExit(2)
+            except Exception as exception:
+                error = exception
+        value, has_failed = self.broadcast((value, error is not None))
+        if error is not None:
+            raise error
+        if has_failed:
+            raise SystemExit(2)
         return value
 
     def all_gather(self, value: Any) -> list:
-        """What each process gives, in their order, on all."""
+        """Return the values of all processes, ordered by rank, on every process."""
         values = [value] * self.num_processes
         if self.num_processes > 1:
-            with unless_one_ended():
+            with exit_if_peer_is_lost():
                 dist.all_gather_object(values, value)
         return values
 
     def gather(self, value: Any) -> list | None:
-        """What each process gives, in their order, on the first; None on the others."""
+        """Return the values of all processes, ordered by rank, on rank 0 and None elsewhere."""
         values = [value] * self.num_processes if self.rank == 0 else None
         if self.num_processes > 1:
-            with unless_one_ended():
+            with exit_if_peer_is_lost():
                 dist.gather_object(value, values)
         return values
 
     def barrier(self) -> None:
-        """Until all are here."""
+        """Wait until every process has reached this call."""
         if self.num_processes > 1:
-            with unless_one_ended():
+            with exit_if_peer_is_lost():
                 dist.barrier()
 
     def close(self) -> None:
-        """The end, reached by all together: torchrun ends all as soon as one leaves with a code."""
+        """Wait for all processes and leave the process group.
+
+        Without this wait, torchrun would terminate the slower processes as soon as a process exits
+        with an error code.
+        """
         if self.num_processes > 1:
             self.barrier()
             dist.destroy_process_group()

@@ -1,1 +1,1 @@
-"""Samples -> numbers. Reads .npz files and images; knows nothing of training."""
+"""Metrics of generated images (FID and related) and reports of runs. Independent of training."""

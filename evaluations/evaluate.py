@@ -1,10 +1,11 @@
-"""Samples against a reference: FID, sFID, Inception score, precision and recall, FD-DINOv2, or the offline FD-fashion.
+r"""Compute FID, sFID, Inception score, precision and recall, FD-DINOv2 or FD-fashion of samples.
 
     python -m evaluations.evaluate samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
-    python -m evaluations.evaluate samples/NAME.npz --reference assets/fashion-mnist/images.zip --features fashion
+    python -m evaluations.evaluate samples/NAME.npz --features fashion \
+        --reference assets/fashion-mnist/images.zip
 
-On several GPUs: torchrun --nproc_per_node 8 -m evaluations.evaluate ... Writes metrics.json: the numbers with everything that
-identifies them.
+On several GPUs: torchrun --nproc_per_node 8 -m evaluations.evaluate ... Writes the metrics, with
+everything that identifies them, to metrics.json. FD-fashion needs no download.
 """
 
 import argparse
@@ -12,53 +13,64 @@ from pathlib import Path
 
 from common import cli
 from common.cli import UserError
+from common.config import add_flags, read_flags
 from common.processes import World
-from evaluations.extractors import extract_all
+from evaluations.extractors import extract_features
 from evaluations.image_batches import NpzFile
 from evaluations.suite import (
+    EvaluationConfig,
     EvaluationSuite,
-    add_flags,
     build_identity,
     check_sample_count,
     drop_results,
     format_results,
-    read_object,
+    read_json_object,
     read_result,
     write_result,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags of the command."""
     parser = cli.Parser(__doc__, "python -m evaluations.evaluate", "SAMPLES --reference PATH")
 
     add = parser.add_argument
     add(
         "samples",
         type=Path,
-        help=".npz of sample_ddp.py or of any code that writes ADM's format (arr_0, uint8 NHWC)",
+        help=".npz of samples from sample_ddp.py or any code that writes ADM's format (arr_0, "
+        "uint8 NHWC)",
     )
     add(
         "--reference",
         type=Path,
         required=True,
-        help="ADM's .npz, an .npz of statistics alone (mu, sigma), or images: a tree class/image.ext, a zip, tar or parquet",
+        help="ADM's .npz, an .npz of statistics alone (mu, sigma), or images: a folder tree "
+        "class/image.ext, a zip, tar or parquet",
     )
-    add_flags(add)
-    add("--batch-size", type=cli.positive_int, default=64, help="images a forward pass")
+    add_flags(parser, EvaluationConfig)
+    add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
     add(
         "--device",
         type=cli.device,
-        help="where features are taken (default: a GPU for each process, if there is one)",
+        help="device of the feature networks (default: one GPU per process if available)",
     )
-    add("--out", type=Path, help="where the numbers go (default: SAMPLES with .metrics.json)")
+    add(
+        "--out",
+        type=Path,
+        help="file for the metrics (default: SAMPLES with the suffix .metrics.json)",
+    )
 
     return parser.parse_args(argv)
 
 
 def main() -> None:
+    """Run the command."""
     args = parse_args()
     world = World()
     device = args.device or world.select_device()
+
+    # Open the samples with their labels and the record of how they were sampled.
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
     npz = NpzFile(args.samples, "samples")
@@ -67,32 +79,31 @@ def main() -> None:
     labels = npz.read_array("arr_1")
     if labels is not None and labels.shape != (images.count,):
         raise UserError(
-            f"{args.samples}: arr_1 must be the classes of {images.count} images, it is of shape {labels.shape}"
+            f"{args.samples}: arr_1 must be the classes of {images.count} images, "
+            f"but its shape is {labels.shape}"
         )
-    sampling = read_object(args.samples.with_suffix(".json"), "solver", "record of samples")
+    record = args.samples.with_suffix(".json")
+    sampling = read_json_object(record, "solver", "record of samples")
+
+    # Evaluate them, unless the same evaluation has been done before.
+    config = read_flags(EvaluationConfig, args)
+    suite = EvaluationSuite(config, args.reference, images.size, args.batch_size, device, world)
     out = args.out or args.samples.with_suffix(".metrics.json")
-    suite = EvaluationSuite(
-        args,
-        args.reference,
-        "--reference",
-        images.size,
-        str(args.samples),
-        args.batch_size,
-        device,
-        world,
-    )
     identity = world.run_on_first_rank(
         lambda: build_identity(suite, args.samples, sampling, images.count)
     )
     result = world.run_on_first_rank(lambda: read_result(out, identity))
     if drop_results(result) != identity:
         suite.load_reference()
-        features = extract_all(suite.networks, images, args.batch_size, "samples", device, world)
-        if features:
+        features = extract_features(
+            suite.networks, images, args.batch_size, "samples", device, world
+        )
+        if features is not None:
             result = {**suite.compute_results(features, labels), **identity}
             write_result(out, result)
+
     if world.rank == 0:
-        print(format_results(result) + f"\n  written to {out}")
+        print(f"{format_results(result)}\n  written to {out}")
     world.close()
 
 

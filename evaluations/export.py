@@ -1,4 +1,4 @@
-"""Points to the new place of the export command."""
+"""Points to the new location of the export command."""
 
 import sys
 

@@ -1,21 +1,21 @@
-"""What networks say of images: the features that every number of an evaluation is made of.
+"""Selects feature networks by name and runs them over images.
 
-B images of a batch, n in all, F features an image, K classes.
+B images per batch, n images in total.
 """
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import UserError
 from common.processes import World
 from evaluations.fashion import FASHION_RESOLUTION, load_classifier
+from evaluations.features import FeatureNetwork, Features, to_numpy
 from evaluations.image_batches import Images
 from evaluations.inception import InceptionFeatures
 from evaluations.timm_networks import TimmFeatures
@@ -24,35 +24,34 @@ from models.encoder import ENCODER_ALIASES
 EXTRACTOR_NAMES = ("inception", "fashion", *ENCODER_ALIASES)
 
 
-class Features(NamedTuple):
-    """What a network says of n images; float32."""
-
-    pool: np.ndarray  # (n, F)
-    spatial: np.ndarray | None = None  # (n, 2023), Inception only
-    scores: np.ndarray | None = None  # (n, K) class probabilities or logits, of classifiers
-
-
-OUTPUTS = {
-    1: ("pool",),
-    2: ("pool", "scores"),
-    3: ("pool", "spatial", "scores"),
-}  # what a network's outputs are, by their number
-
-
 def load_extractor(
     name: str,
     inception_weights: Path | None,
     size: tuple[int, int],
     device: torch.device | str,
-    what: str,
+    source: str,
     flag: str = "--features",
     encoder_weights: Path | None = None,
-) -> nn.Module:
-    """The network called `name`, for images of `size` (H, W); `what` names them. Raises UserError naming `flag`."""
+) -> FeatureNetwork:
+    """Return a feature network on `device`.
+
+    Args:
+        name: "inception", "fashion", a short name of models/encoder.py or a timm name.
+        inception_weights: File of Inception weights. By default the one in torch hub's folder.
+        size: Height and width of the images that it will be applied to.
+        device: Device to move the network to.
+        source: Where these images come from, for error messages.
+        flag: Flag that selected the network, for error messages.
+        encoder_weights: File of weights for a timm network. By default they come from the hub.
+
+    Raises:
+        UserError: If there is no such network, its weights are missing, or `size` is wrong for it.
+    """
     if name == "fashion":
         if size != (FASHION_RESOLUTION, FASHION_RESOLUTION):
             raise UserError(
-                f"{flag} fashion needs {FASHION_RESOLUTION}x{FASHION_RESOLUTION} images, {what} holds {size[0]}x{size[1]}"
+                f"{flag} fashion needs {FASHION_RESOLUTION}x{FASHION_RESOLUTION} images, "
+                f"found {size[0]}x{size[1]} in {source}"
             )
         return load_classifier().to(device)
     if name == "inception":
@@ -60,58 +59,97 @@ def load_extractor(
     return TimmFeatures(name, encoder_weights, flag=flag).to(device)
 
 
-def columns(rows: Iterable[tuple[np.ndarray, ...]], count: int) -> Features:
-    """The outputs of each batch, in order -> the Features of the first `count` images."""
-    arrays = [np.concatenate(column)[:count] for column in zip(*rows)]
-    return Features(**dict(zip(OUTPUTS[len(arrays)], arrays)))
+def concatenate_features(batches: Iterable[Features[np.ndarray]], count: int) -> Features:
+    """Return the features of the first `count` images of consecutive batches."""
+    outputs = [batch.present() for batch in batches]
+    return Features(
+        **{
+            name: np.concatenate([output[name] for output in outputs])[:count]
+            for name in outputs[0]
+        }
+    )
 
 
-def collect_features(outputs: Iterable[tuple[Tensor, ...]], count: int) -> Features:
-    """As `columns`, of tensors on any device."""
-    return columns(([output.cpu().numpy() for output in batch] for batch in outputs), count)
+def collect_features(batches: Iterable[Features[Tensor]], count: int) -> Features[np.ndarray]:
+    """Return the features of the first `count` images of consecutive batches as NumPy arrays."""
+    return concatenate_features((batch.map(to_numpy) for batch in batches), count)
 
 
-def batches(
-    images: Images, size: int, desc: str, world: World | None
+def iterate_batches(
+    images: Images, batch_size: int, description: str, world: World | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The batches of this process, numbered: every processes-th. The next is read while one is used."""
-    rank, processes = (world.rank, world.num_processes) if world else (0, 1)
-    numbers = range(rank, -(-images.count // size), processes)
+    """Yield this process's batches with their indices, reading the next batch in the background.
+
+    Process r of P reads batches r, r + P, r + 2P, and so on.
+
+    Args:
+        images: The images to read.
+        batch_size: Images per batch.
+        description: Label of the progress bar.
+        world: Processes that share the images. By default all are read by this one.
+
+    Yields:
+        The index of a batch and its images, (B, 3, H, W) uint8.
+    """
+    rank = world.rank if world else 0
+    num_processes = world.num_processes if world else 1
+    num_batches = -(-images.count // batch_size)
     with (
         ThreadPoolExecutor(1) as reader,
-        tqdm(total=images.count, unit="img", desc=desc, leave=False, disable=rank > 0) as bar,
+        tqdm(
+            total=images.count, unit="img", desc=description, leave=False, disable=rank > 0
+        ) as progress,
     ):
-        ahead = [reader.submit(images.read_batch, k * size, (k + 1) * size) for k in numbers[:1]]
-        for i, k in enumerate(numbers):
-            batch = ahead.pop().result()
-            ahead = [
-                reader.submit(images.read_batch, n * size, (n + 1) * size)
-                for n in numbers[i + 1 : i + 2]
-            ]
-            yield k, batch
-            bar.update(len(batch) * processes)
+
+        def start_reading(batch_index: int) -> Future:
+            start = batch_index * batch_size
+            return reader.submit(images.read_batch, start, start + batch_size)
+
+        futures = (
+            (index, start_reading(index)) for index in range(rank, num_batches, num_processes)
+        )
+        upcoming = next(futures, None)
+        while upcoming:
+            index, future = upcoming
+            batch = future.result()
+            upcoming = next(futures, None)  # starts to read the next batch
+            yield index, batch
+            progress.update(len(batch) * num_processes)
 
 
-def extract_all(
-    networks: dict[str, nn.Module],
+def extract_features(
+    networks: Mapping[str, FeatureNetwork],
     images: Images,
-    size: int,
-    desc: str,
+    batch_size: int,
+    description: str,
     device: torch.device | str,
     world: World | None = None,
-) -> dict[str, Features] | None:
-    """All networks over one reading of the images, `size` at a time, on all processes -> Features by name on the first
-    process, None on the others.
+) -> dict[str, Features[np.ndarray]] | None:
+    """Run all networks over one pass through the images, on all processes.
+
+    Args:
+        networks: Feature networks by name.
+        images: The images to read.
+        batch_size: Images per forward pass.
+        description: Label of the progress bar.
+        device: Device of the networks.
+        world: Processes that share the work. By default this one does all of it.
+
+    Returns:
+        The features of all images by name of the network on the first process, None on the others.
     """
-    mine = {}
-    for k, batch in batches(images, size, desc, world):
+    local_batches = {}
+    for index, batch in iterate_batches(images, batch_size, description, world):
         pixels = torch.from_numpy(batch).to(device)
-        mine[k] = {
-            name: tuple(part.cpu().numpy() for part in network(pixels))
-            for name, network in networks.items()
+        local_batches[index] = {
+            name: network(pixels).map(to_numpy) for name, network in networks.items()
         }
-    parts = world.gather(mine) if world else [mine]
-    if parts is None:
+    gathered = world.gather(local_batches) if world else [local_batches]
+    if gathered is None:
         return None
-    rows = dict(sorted(item for part in parts for item in part.items()))
-    return {name: columns((row[name] for row in rows.values()), images.count) for name in networks}
+    batches = {index: batch for part in gathered for index, batch in part.items()}
+    ordered = [batches[index] for index in sorted(batches)]
+    return {
+        name: concatenate_features((batch[name] for batch in ordered), images.count)
+        for name in networks
+    }

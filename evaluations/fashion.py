@@ -1,68 +1,73 @@
-"""The offline feature extractor: a small garment classifier trained on Fashion-MNIST.
+"""The offline feature network: a small garment classifier trained on Fashion-MNIST.
 
-It stands in for Inception where no weights can be downloaded. Its Frechet distance is called FD-fashion, never FID:
-the two are different numbers on different scales.
-B batch, F = 128 features, K = 10 classes.
+It replaces Inception where no weights can be downloaded. Its Frechet distance is called FD-fashion,
+never FID, because the two are different numbers on different scales.
+B images per batch, F = 128 features, K = 10 classes.
 """
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.files import sha256
-from evaluations.metrics import no_tf32
+from evaluations.features import FeatureNetwork, Features
 
-WEIGHTS = (
-    Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist" / "classifier.safetensors"
-)
+FASHION_ASSETS = Path(__file__).resolve().parent.parent / "assets" / "fashion-mnist"
+FASHION_WEIGHTS = FASHION_ASSETS / "classifier.safetensors"
 FASHION_RESOLUTION = 32
 
 
-def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(c_out),
-        nn.ReLU(inplace=True),
-    )
+class GarmentClassifier(FeatureNetwork):
+    """Five convolutions, global average pooling and one linear layer.
 
-
-class GarmentClassifier(nn.Module):
-    """Five convolutions, global average pooling, one linear layer.
-
-    forward: (B, 3, 32, 32) in [0, 255] -> features (B, 128), logits (B, 10).
+    Maps images (B, 3, 32, 32) in [0, 255] to `pool` (B, 128) and `scores`, logits (B, 10).
     """
 
-    features = 128
+    num_features = 128
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
         self.body = nn.Sequential(
-            _conv(3, 32),
-            _conv(32, 64, 2),
-            _conv(64, 64),
-            _conv(64, 96, 2),
-            _conv(96, self.features),
+            _convolution(3, 32),
+            _convolution(32, 64, stride=2),
+            _convolution(64, 64),
+            _convolution(64, 96, stride=2),
+            _convolution(96, self.num_features),
         )
-        self.head = nn.Linear(self.features, num_classes)
+        self.head = nn.Linear(self.num_features, num_classes)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def extract(self, images: Tensor) -> Features[Tensor]:
+        """Return the features and logits of a batch.
+
+        Raises:
+            ValueError: If the images have another size.
+        """
         if images.shape[1:] != (3, FASHION_RESOLUTION, FASHION_RESOLUTION):
+            shape = "x".join(map(str, images.shape[1:]))
             raise ValueError(
-                f"--features fashion needs 3x{FASHION_RESOLUTION}x{FASHION_RESOLUTION} images, got {'x'.join(map(str, images.shape[1:]))}; "
-                "use --features inception for other images"
+                f"--features fashion needs 3x{FASHION_RESOLUTION}x{FASHION_RESOLUTION} images, "
+                f"got {shape}; use --features inception for other images"
             )
-        with torch.autocast(images.device.type, enabled=False), no_tf32():
-            features = self.body(images.float() / 127.5 - 1).mean((2, 3))
-            return features, self.head(features)
+        pool = self.body(images.float() / 127.5 - 1).mean((2, 3))
+        return Features(pool, scores=self.head(pool))
 
 
-def load_classifier(path: Path = WEIGHTS) -> GarmentClassifier:
-    """The shipped classifier in eval mode, float32 (stored as float16)."""
+def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def load_classifier(path: Path = FASHION_WEIGHTS) -> GarmentClassifier:
+    """Load the bundled classifier in eval mode. Its weights, stored as float16, become float32."""
     model = GarmentClassifier()
     model.weights_sha256 = sha256(path)
-    model.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
-    )
+    state = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in load_file(path).items()
+    }
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)

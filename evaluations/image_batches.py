@@ -1,12 +1,14 @@
-"""Images to evaluate, read a batch at a time: samples or references, from an .npz, a folder, a zip.
+"""Readers of the images to evaluate, samples or references, one batch at a time.
 
-n images, B of a batch, H W pixels. Nothing holds more than the batch it was asked for: 50,000 samples are 10 GB.
+n images in total, B per batch, H x W pixels. Only the requested batch is held in memory, because
+50,000 samples of 256 pixels take 10 GB.
 """
 
 import threading
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -14,152 +16,215 @@ from common.cli import UserError
 from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import ImageSource, open_source
 
+READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header before its name and extra field
+NAME_LENGTH_OFFSET = 26  # position in the local header of the two 16-bit lengths of these fields
+
 
 class Images:
-    """n images of H x W pixels."""
+    """Base class of readers.
+
+    Attributes:
+        count: Number of images.
+        size: Height and width.
+    """
 
     count: int
     size: tuple[int, int]
 
     def read_batch(self, start: int, stop: int) -> np.ndarray:
-        """Images start..stop-1: (B, 3, H, W) uint8. Fastest in ascending order."""
+        """Return images start to stop - 1, (B, 3, H, W) uint8. Ascending order is fastest."""
         raise NotImplementedError
 
 
 class NpzFile:
-    """An .npz file as ADM writes it, of which only what is asked for is read. Raises UserError if it is none."""
+    """An .npz file in ADM's format, of which only the requested arrays are read.
+
+    Args:
+        path: The file.
+        flag: Flag that selected the file, for error messages.
+
+    Raises:
+        UserError: If the file cannot be read as .npz.
+    """
 
     def __init__(self, path: Path, flag: str):
-        self.path, self.flag = path, flag
+        self.path = path
+        self.flag = flag
         try:
             with zipfile.ZipFile(path) as archive:
                 self.members = {
                     name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
                 }
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise self._broken(error) from None
+        except READ_ERRORS as error:
+            raise self._unreadable(error) from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
 
     def read_array(self, name: str) -> np.ndarray | None:
-        """A whole array, or None if there is none of this name. Raises UserError."""
-        if name not in self.members:
+        """Return a whole array, or None if the file does not contain it. Raises UserError."""
+        if name not in self:
             return None
         try:
             with np.load(self.path) as content:
                 return content[name]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise self._broken(error) from None
+        except READ_ERRORS as error:
+            raise self._unreadable(error) from None
 
-    def open_images(self) -> Images:
-        """arr_0. Raises UserError if it is not there, or not (n, H, W, 3) uint8."""
+    def open_images(self) -> "NpzImages":
+        """Return a reader of arr_0.
+
+        Raises:
+            UserError: If it is missing or is not uint8 of shape (n, H, W, 3).
+        """
         if "arr_0" not in self:
-            names = ", ".join(self.members) or "nothing"
+            names = ", ".join(self.members) or "no arrays"
             raise UserError(
                 f"{self.flag} {self.path} holds no images under arr_0; it holds {names}"
             )
         try:
             return NpzImages(self)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise error if isinstance(error, UserError) else self._broken(error) from None
+        except UserError:
+            raise
+        except READ_ERRORS as error:
+            raise self._unreadable(error) from None
 
-    def _broken(self, error: Exception) -> UserError:
+    def _unreadable(self, error: Exception) -> UserError:
         return UserError(f"{self.flag} {self.path} cannot be read as .npz ({error})")
 
 
 class NpzImages(Images):
-    """arr_0 of an .npz: mapped where it is stored plainly, as np.savez does; else unpacked as it is read."""
+    """The images in arr_0 of an .npz file.
+
+    An uncompressed array, as np.savez and sample_ddp.py write it, is memory-mapped. A compressed
+    array is decompressed as it is read. Several threads may read at the same time.
+    """
 
     def __init__(self, npz: NpzFile):
-        self.path, self.member = npz.path, npz.members["arr_0"]
-        self.flag, self.stream, self.lock = npz.flag, None, threading.Lock()
+        self.path = npz.path
+        self.flag = npz.flag
+        self.member = npz.members["arr_0"]
+        self.stream: IO[bytes] | None = None
+        self.lock = threading.Lock()
         with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            self.shape, fortran, dtype = read(file)
-            self.header = file.tell()
-        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran:
-            found = f"{dtype} {self.shape}{' in Fortran order' if fortran else ''}"
+            self.shape, fortran_order, dtype = _read_npy_header(file)
+            self.header_size = file.tell()
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
+            order = " in Fortran order" if fortran_order else ""
             raise UserError(
-                f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), it is {found}"
+                f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), "
+                f"it is {dtype} {self.shape}{order}"
             )
-        self.count, self.size = self.shape[0], self.shape[1:3]
-        self.map = None
+        self.count = self.shape[0]
+        self.size = self.shape[1:3]
+        self.map: np.memmap | None = None
         if self.member.compress_type == zipfile.ZIP_STORED and self.count:
-            with open(
-                self.path, "rb"
-            ) as file:  # the local header's name and extra field may differ from the directory's
-                file.seek(self.member.header_offset + 26)
-                begin = (
-                    self.member.header_offset
-                    + 30
-                    + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
-                )
-            self.map = np.memmap(self.path, np.uint8, "r", begin + self.header, self.shape)
+            offset = _member_offset(self.path, self.member) + self.header_size
+            self.map = np.memmap(self.path, np.uint8, "r", offset, self.shape)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """(B, H, W, 3), as they lie in the file. Raises UserError where it is damaged."""
+        """Return images start to stop - 1 as stored, (B, H, W, 3).
+
+        Raises:
+            UserError: If the file is damaged.
+        """
         if self.map is not None:
             return self.map[start:stop]
         try:
             with self.lock:
-                return self._unpacked(start, stop)
-        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+                return self._decompress(start, stop)
+        except (*READ_ERRORS, zlib.error) as error:
             raise UserError(f"{self.flag} {self.path} is damaged ({error})") from None
 
-    def _unpacked(self, start: int, stop: int) -> np.ndarray:
+    def _decompress(self, start: int, stop: int) -> np.ndarray:
         if self.stream is None:
-            self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  kept open for the batches to come
-        each = int(np.prod(self.shape[1:]))
-        self.stream.seek(
-            self.header + start * each
-        )  # back to an earlier one means to unpack from the beginning
+            self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  used by later calls
         stop = min(stop, self.count)
-        return np.frombuffer(self.stream.read((stop - start) * each), np.uint8).reshape(
-            stop - start, *self.shape[1:]
-        )
+        image_size = int(np.prod(self.shape[1:]))
+        # Seeking backwards makes zipfile decompress again from the beginning of the array.
+        self.stream.seek(self.header_size + start * image_size)
+        data = self.stream.read((stop - start) * image_size)
+        return np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
 
     def read_batch(self, start: int, stop: int) -> np.ndarray:
+        """Return images start to stop - 1, (B, 3, H, W)."""
         return np.ascontiguousarray(self.read_rows(start, stop).transpose(0, 3, 1, 2))
 
 
-class SourceImages(Images):
-    """Images of a folder, zip, tar or parquet (preprocessing/sources.py), centre-cropped to `side` as ADM does."""
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, Fortran order and dtype from the header of a .npy file."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
 
-    def __init__(self, source: ImageSource, side: int, flag: str):
-        self.source, self.flag, self.count, self.size = source, flag, len(source), (side, side)
+
+def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
+    """Return the position in a zip file of an uncompressed member's first byte.
+
+    The lengths come from the local header, because its name and extra field may differ from those
+    in the central directory.
+    """
+    with path.open("rb") as file:
+        file.seek(member.header_offset + NAME_LENGTH_OFFSET)
+        name_length = int.from_bytes(file.read(2), "little")
+        extra_length = int.from_bytes(file.read(2), "little")
+    return member.header_offset + LOCAL_HEADER_SIZE + name_length + extra_length
+
+
+class SourceImages(Images):
+    """Images of a folder, zip, tar or parquet file, centre-cropped to `resolution` as ADM does."""
+
+    def __init__(self, source: ImageSource, resolution: int, flag: str):
+        self.source = source
+        self.flag = flag
+        self.count = len(source)
+        self.size = (resolution, resolution)
 
     def read_batch(self, start: int, stop: int) -> np.ndarray:
-        return np.stack(
-            [
-                load_square_or_user_error(self.source, i, self.size[0], self.flag)
-                for i in range(start, min(stop, self.count))
-            ]
-        )
+        """Return images start to stop - 1, (B, 3, H, W).
+
+        Raises:
+            UserError: If one of them cannot be used.
+        """
+        indices = range(start, min(stop, self.count))
+        images = [
+            load_square_or_user_error(self.source, i, self.size[0], self.flag) for i in indices
+        ]
+        return np.stack(images)
 
 
 class ImageSubset(Images):
-    """Some of the images, by their numbers (n,)."""
+    """The images at the given indices (n,) of other images."""
 
-    def __init__(self, images: Images, numbers: np.ndarray):
-        self.images, self.numbers, self.count, self.size = (
-            images,
-            numbers,
-            len(numbers),
-            images.size,
-        )
+    def __init__(self, images: Images, indices: np.ndarray):
+        self.images = images
+        self.indices = indices
+        self.count = len(indices)
+        self.size = images.size
 
     def read_batch(self, start: int, stop: int) -> np.ndarray:
-        return np.concatenate([self.images.read_batch(i, i + 1) for i in self.numbers[start:stop]])
+        """Return images start to stop - 1 of the subset, (B, 3, H, W)."""
+        images = [self.images.read_batch(i, i + 1) for i in self.indices[start:stop]]
+        return np.concatenate(images)
 
 
-def open_images(path: Path, side: int, flag: str) -> Images:
-    """Whatever holds images. Raises UserError naming `flag`."""
+def evenly_spaced_indices(count: int, most: int) -> np.ndarray:
+    """Return at most `most` evenly spaced indices from 0 to `count` - 1, ascending."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def open_images(path: Path, resolution: int, flag: str) -> Images:
+    """Return a reader of an .npz file, folder, zip, tar or parquet file.
+
+    Args:
+        path: The file, folder or pattern of files.
+        resolution: Size to crop images to. Images in an .npz file keep their size.
+        flag: Flag that selected the path, for error messages.
+
+    Raises:
+        UserError: If there are no images that can be read.
+    """
     if path.suffix == ".npz":
         return NpzFile(path, flag).open_images()
-    return SourceImages(open_source(path, flag), side, flag)
+    return SourceImages(open_source(path, flag), resolution, flag)

@@ -1,7 +1,8 @@
-"""Inception features as ADM's evaluator takes them, through torch-fidelity's port of the TensorFlow graph.
+"""Inception features as ADM's evaluator computes them.
 
-The port resizes as TensorFlow 1 does and its weights are converted from the same graph file, classify_image_graph_def.pb, whose
-names are those below. B batch.
+They are computed by torch-fidelity's port of the TensorFlow graph. The port resizes images as
+TensorFlow 1 does. Its weights are converted from the same graph file, classify_image_graph_def.pb,
+whose layer names are used in this module. B images per batch.
 """
 
 import pickle
@@ -13,39 +14,51 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.files import sha256
-from evaluations.metrics import no_tf32
+from evaluations.features import FeatureNetwork, Features
 
-WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
+SPATIAL_CHANNELS = 7  # of mixed_6/conv; _create_feature_graph of ADM takes the first seven
 
 
 def find_weights(path: Path | None) -> Path:
-    """The weights file given, or in torch hub's folder. Raises UserError that says what to fetch and where to put it."""
-    place = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-    if not place.exists():
+    """Return the file of Inception weights: `path`, or by default the one in torch hub's folder.
+
+    Raises:
+        UserError: If the file is missing or is not a file of tensors.
+    """
+    file = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
+    if not file.exists():
         raise UserError(
-            f"no Inception weights: fetch {URL} and put it at {place}, or pass --inception-weights FILE (the embedded garments "
-            "need none: take the fashion features)"
+            f"no Inception weights: fetch {WEIGHTS_URL} and put it at {file}, or pass "
+            "--inception-weights FILE (the bundled garments can be evaluated without them: use the "
+            "fashion features)"
         )
     try:
-        torch.load(
-            place, map_location="cpu", weights_only=True
-        )  # torch-fidelity unpickles freely: look first
+        # torch-fidelity unpickles without restrictions, so make sure first that the file is safe.
+        torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--inception-weights {place} is no file of plain tensors ({reason}): fetch {URL} again"
+            f"--inception-weights {file} is not a file of plain tensors ({reason}): "
+            f"fetch {WEIGHTS_URL} again"
         ) from None
-    return place
+    return file
 
 
-class InceptionFeatures(torch.nn.Module):
-    """(B, 3, H, W) uint8 -> pool_3 (B, 2048), spatial (B, 2023), class probabilities (B, 1008). In fp32 whatever surrounds it.
+class InceptionFeatures(FeatureNetwork):
+    """Maps uint8 images (B, 3, H, W) to pool_3 (B, 2048), spatial (B, 2023) and scores (B, 1008).
 
-    Spatial is mixed_6/conv, its first 7 channels, 17 x 17 x 7 flattened with the channel last (_create_feature_graph of ADM).
-    The scope of a convolution in the graph holds Conv2D, batchnorm, CheckNumerics, control_dependency, and, under the scope's
-    own name, what they end in: its ReLU. So it is the output of Mixed_6d.branch1x1 here, not negative. Probabilities are the
-    softmax of pool_3 times softmax/weights, without softmax/biases (_create_softmax_graph). `weights_sha256` is the file's.
+    `spatial` is the first 7 channels of mixed_6/conv, 17 x 17 x 7, flattened with the channel last
+    (_create_feature_graph of ADM). The scope of a convolution in the graph holds Conv2D, batchnorm,
+    CheckNumerics, control_dependency and, under the scope's name, the final ReLU. The tensor is
+    therefore the non-negative output of Mixed_6d.branch1x1 in the port.
+
+    `scores` are class probabilities: the softmax of pool_3 times softmax/weights, without
+    softmax/biases (_create_softmax_graph of ADM).
+
+    Args:
+        weights: File of weights. By default the one in torch hub's folder.
     """
 
     def __init__(self, weights: Path | None = None):
@@ -54,26 +67,26 @@ class InceptionFeatures(torch.nn.Module):
 
         file = find_weights(weights)
         self.weights_sha256 = sha256(file)
+        outputs = ["2048", "logits_unbiased"]
         try:
-            self.network = FeatureExtractorInceptionV3(
-                "adm", ["2048", "logits_unbiased"], str(file)
-            )
-        except (
-            RuntimeError,
-            TypeError,
-            AttributeError,
-        ):  # pytorch-fid's file, for one, has other names
-            raise UserError(f"--inception-weights {file} is not {WEIGHTS}: fetch {URL}") from None
-        self.kept = (
-            threading.local()
-        )  # several threads may be in here, each with a batch of its own
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+            self.network = FeatureExtractorInceptionV3("adm", outputs, str(file))
+        except (RuntimeError, TypeError, AttributeError):
+            # Files of other ports, such as pytorch-fid's, have other parameter names.
+            raise UserError(
+                f"--inception-weights {file} is not {WEIGHTS_NAME}: fetch {WEIGHTS_URL}"
+            ) from None
+        # Several threads may call the network at the same time, each with a different batch.
+        self.hook_output = threading.local()
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._store_spatial)
 
-    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        self.kept.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+    def _store_spatial(
+        self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        channels_last = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)
+        self.hook_output.spatial = channels_last.flatten(1)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(images.device.type, enabled=False), no_tf32():
-            pool, logits = self.network(images)
-            return pool, self.kept.spatial, logits.softmax(1)
+    def extract(self, images: Tensor) -> Features[Tensor]:
+        """Return the features and class probabilities of a batch."""
+        pool, logits = self.network(images)
+        return Features(pool, self.hook_output.spatial, logits.softmax(1))

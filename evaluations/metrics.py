@@ -1,48 +1,56 @@
-"""The numbers, as ADM's evaluator defines them (Dhariwal & Nichol 2021, guided-diffusion/evaluations/evaluator.py).
+"""The metrics of ADM's evaluator (Dhariwal & Nichol 2021).
 
-n and m images, F features an image, K classes. Features come in as float32 numpy arrays; whatever is made of their means and
-covariances is float64. `device` is where the work is done; what comes back is in host memory.
+The original is evaluations/evaluator.py of openai/guided-diffusion.
+n and m images, F features per image, K classes. Features are float32 NumPy arrays. Everything
+computed from their means and covariances is float64. `device` is where the work is done; results
+are returned in host memory.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MANIFOLD_NEIGHBOURS = 3  # of precision and recall
-ROWS = 4096  # of features that are in float64 at a time
-TILE, ADM_TILE = (
-    2048,
-    10_000,
-)  # rows and columns of the distances that are in memory at a time; ADM's row_batch_size
+MANIFOLD_NEIGHBOURS = 3  # k of precision and recall
+ROWS = 4096  # features that are converted to float64 at a time
+TILE_SIZE = 2048  # rows and columns of distances that are in memory at a time
+ADM_TILE_SIZE = 10_000  # the same in ADM's evaluator (row_batch_size)
 
 Device = torch.device | str
 
 
 class Statistics(NamedTuple):
-    """Mean (F,) and covariance (F, F), float64, with n - 1 in the denominator: `mu` and `sigma` of ADM's .npz."""
+    """Mean and covariance of features, float64: `mu` and `sigma` of ADM's .npz.
+
+    Attributes:
+        mu: Mean, (F,).
+        sigma: Covariance with n - 1 in the denominator, (F, F).
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
 
 
-def _gram(x: Tensor) -> Tensor:
-    """x^T x. On the CPU by numpy, which computes half of what is symmetric."""
-    return x.T @ x if x.is_cuda else torch.from_numpy(x.numpy().T @ x.numpy())
+class PrecisionRecall(NamedTuple):
+    """Precision and recall, both in [0, 1]."""
 
-
-def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in rising order, and eigenvectors. On the CPU by numpy, whose LAPACK takes half as long for the vectors."""
-    if symmetric.is_cuda:
-        return tuple(torch.linalg.eigh(symmetric))
-    return tuple(torch.from_numpy(part) for part in np.linalg.eigh(symmetric.numpy()))
+    precision: float
+    recall: float
 
 
 def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statistics:
-    """(n, F) -> Statistics: compute_statistics of ADM. The mean first, then the covariance around it, part by part."""
+    """Compute mean and covariance of features as compute_statistics of ADM does.
+
+    The features are converted to float64 a few rows at a time, first for the mean and then for the
+    covariance around it.
+
+    Args:
+        features: Features, (n, F).
+        device: Where the covariance is computed.
+    """
     n, size = features.shape
     starts = range(0, n, ROWS)
     mu = sum(features[i : i + ROWS].sum(0, dtype=np.float64) for i in starts) / n
@@ -52,61 +60,64 @@ def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statisti
     return Statistics(mu, sigma.div_(n - 1).cpu().numpy())
 
 
-def _root(sigma: Tensor) -> tuple[Tensor, bool]:
-    """R (F, rank) with R R^T = sigma, and whether sigma is singular: Cholesky's factor, or else from the eigenvectors of the
-    eigenvalues that are not rounding.
-    """
-    root, failed = torch.linalg.cholesky_ex(sigma)
-    if not failed:
-        return root, False
-    values, vectors = _eigh(sigma)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt(), True
-
-
 def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), Dowson & Landau 1982; FID when the features are Inception's.
+    """Compute |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson & Landau 1982).
 
-    S_a S_b and R^T S_b R share their eigenvalues for every R with R R^T = S_a, and the latter is symmetric: no general matrix
-    square root, nothing complex, and no epsilon on the diagonal. If one is singular it is the one that is taken apart, without
-    its null space, where rounding has square roots that are no longer small.
+    The distance is the FID if the features are Inception's.
+
+    S_a S_b and R^T S_b R have the same eigenvalues for every R with R R^T = S_a, and the latter is
+    symmetric. This avoids a general matrix square root, complex numbers and an epsilon on the
+    diagonal. If one of the matrices is singular, that one is factorised, without its null space,
+    because the square roots of rounding errors in there would not be small.
     """
-    mu_a, s_a, mu_b, s_b = (torch.tensor(x, dtype=torch.float64, device=device) for x in (*a, *b))
-    (root, singular), other = _root(s_a), s_b
-    if not singular and torch.linalg.cholesky_ex(s_b).info:
-        (root, _), other = _root(s_b), s_a
-    trace = torch.linalg.eigvalsh(root.T @ other @ root).clamp(min=0).sqrt().sum()
-    return ((mu_a - mu_b).square().sum() + s_a.trace() + s_b.trace() - 2 * trace).item()
+    mu_a, sigma_a = _to_tensors(a, device)
+    mu_b, sigma_b = _to_tensors(b, device)
+    factor, is_singular = _factorise(sigma_a)
+    other = sigma_b
+    if not is_singular and torch.linalg.cholesky_ex(sigma_b).info:
+        factor, _ = _factorise(sigma_b)
+        other = sigma_a
+    eigenvalues = torch.linalg.eigvalsh(factor.T @ other @ factor)
+    trace = eigenvalues.clamp(min=0).sqrt().sum()
+    distance = (mu_a - mu_b).square().sum() + sigma_a.trace() + sigma_b.trace() - 2 * trace
+    return distance.item()
 
 
-def influence(
-    features: np.ndarray, own: Statistics, reference: Statistics, device: Device = "cpu"
+def frechet_influence(
+    features: np.ndarray, statistics: Statistics, reference: Statistics, device: Device = "cpu"
 ) -> np.ndarray:
-    """How the Frechet distance to the reference moves, to first order, with the weight of each row: (n, F) -> (n,), mean 0.
-    `own` are the features' own statistics.
+    """Compute the derivative of the Frechet distance with respect to the weight of each row.
 
-    The distance's gradient is 2 (mu - mu_r) in mu and I - T in S, where T = R (R^T S R)^(-1/2) R^T with R R^T = S_r is the
-    optimal transport map, the only symmetric T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). More weight on a row
-    x pulls mu along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary count as still.
+    The gradient of the distance is 2 (mu - mu_r) in mu and I - T in S, where
+    T = R (R^T S R)^(-1/2) R^T with R R^T = S_r is the optimal transport map, the only symmetric
+    T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). More weight on a row x moves mu
+    along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary are
+    treated as constant.
+
+    Args:
+        features: Features of the samples, (n, F).
+        statistics: Their mean and covariance.
+        reference: Mean and covariance of the reference.
+        device: Where the derivative is computed.
+
+    Returns:
+        The derivatives, (n,), with mean 0.
     """
     n = len(features)
-    mu, sigma, mu_r, sigma_r = (
-        torch.tensor(x, dtype=torch.float64, device=device) for x in (*own, *reference)
-    )
-    root, _ = _root(sigma_r)
-    values, vectors = _eigh(root.T @ sigma @ root)
-    values = values.clamp(
-        min=values[-1] * len(values) * torch.finfo(values.dtype).eps
-    )  # below is rounding
-    half = root @ vectors * values**-0.25  # T is half half^T
-    rows = []
+    mu, sigma = _to_tensors(statistics, device)
+    mu_r, sigma_r = _to_tensors(reference, device)
+    factor, _ = _factorise(sigma_r)
+    values, vectors = _eigh(factor.T @ sigma @ factor)
+    values = values.clamp(min=_rounding_error(values))
+    half_map = factor @ vectors * values**-0.25  # T = half_map half_map^T
+    derivatives = []
     for i in range(0, n, ROWS):
-        x = torch.from_numpy(features[i : i + ROWS] - own.mu).to(device)
-        rows.append(
-            2 * x @ (mu - mu_r) + (x.square().sum(1) - (x @ half).square().sum(1)) * n / (n - 1)
-        )
-    moves = torch.cat(rows)
-    return (moves - moves.mean()).cpu().numpy()
+        x = torch.from_numpy(features[i : i + ROWS] - statistics.mu).to(device)
+        of_mean = 2 * x @ (mu - mu_r)
+        of_covariance = x.square().sum(1) - (x @ half_map).square().sum(1)
+        derivatives.append(of_mean + of_covariance * n / (n - 1))
+    influence = torch.cat(derivatives)
+    return (influence - influence.mean()).cpu().numpy()
 
 
 def frechet_interval(
@@ -116,113 +127,205 @@ def frechet_interval(
     replicates: int = 1000,
     seed: int = 0,
     device: Device = "cpu",
-    own: Statistics | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple[float, float] | None:
-    """Percentile interval (Efron 1979) of the Frechet distance of (n, F) features, each replicate to first order: the distance
-    plus the mean of `influence` over n rows drawn with replacement. None when n <= F: the covariance is singular.
-    `own` spares computing the features' statistics again.
+    """Compute a bootstrap percentile interval of the Frechet distance (Efron 1979), to first order.
 
-    It covers what another n images of the same model would change. It does not cover the bias: a finite n makes the distance
-    too large (Chong & Forsyth 2020), every draw about alike. Nor does it know that the reference is finite too. As the distance
-    goes to 0 its first order vanishes, and the interval with it.
+    A replicate is the distance plus the mean of `frechet_influence` over n rows drawn with
+    replacement. The interval covers what another n images of the same model would change. It does
+    not cover the bias, which makes the distance of a finite n too large, by about the same amount
+    in every draw (Chong & Forsyth 2020), nor the finite size of the reference. As the distance
+    approaches 0, its first-order term and the interval vanish.
+
+    Args:
+        features: Features of the samples, (n, F).
+        reference: Mean and covariance of the reference.
+        level: Coverage of the interval.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the draws.
+        device: Where the distance and the influence are computed.
+        statistics: Mean and covariance of `features`, computed here by default.
+
+    Returns:
+        Lower and upper end, or None if n <= F, because the covariance is singular then.
     """
     n, size = features.shape
     if n <= size:
         return None
-    own = own or compute_statistics(features, device)
-    distance, rng = frechet_distance(own, reference, device), np.random.default_rng(seed)
-    moves = influence(features, own, reference, device)
-    drawn = [distance + moves[rng.integers(n, size=n)].mean() for _ in range(replicates)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    if statistics is None:
+        statistics = compute_statistics(features, device)
+    distance = frechet_distance(statistics, reference, device)
+    influence = frechet_influence(features, statistics, reference, device)
+    rng = np.random.default_rng(seed)
+    distances = [distance + influence[rng.integers(n, size=n)].mean() for _ in range(replicates)]
+    low, high = np.quantile(distances, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
-    """exp E[KL(p(y|x) | p(y))] over consecutive chunks of split_size, averaged (Salimans et al. 2016): (n, K) -> number.
+    """Compute exp E[KL(p(y|x) | p(y))] (Salimans et al. 2016), averaged over consecutive splits.
 
-    As compute_inception_score of ADM does: rows in their order, and a last chunk that is not full counts like the others. A
-    probability of 0 adds 0 (in ADM, whose logarithms are float32's, it makes the score nan).
+    As in compute_inception_score of ADM, rows keep their order and a last split that is not full
+    has the same weight as the others. A probability of 0 contributes 0. (In ADM it makes the score
+    nan, because its logarithms are float32.)
+
+    Args:
+        probabilities: Class probabilities, (n, K).
+        split_size: Rows per split.
     """
     scores = []
     for start in range(0, len(probabilities), split_size):
         p = np.asarray(probabilities[start : start + split_size], np.float64)
-        log_p, log_mean = np.log(p.clip(1e-300)), np.log(p.mean(0, keepdims=True).clip(1e-300))
+        log_p = np.log(p.clip(1e-300))
+        log_mean = np.log(p.mean(0, keepdims=True).clip(1e-300))
         scores.append(np.exp((p * (log_p - log_mean)).sum(1).mean()))
     return float(np.mean(scores))
-
-
-@contextmanager
-def no_tf32() -> Iterator[None]:
-    """Float32 products and convolutions on GPUs with all their digits, whatever training has allowed."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
-
-
-def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
-    """(n, F), (m, F) float32 -> (n, m) float32, by ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, at least 0.
-
-    With `half` in float16, unless any of it overflows: then all of it again in float32 (DistanceBlock of ADM).
-    """
-    if fp16:
-        distances = _squared_distances(a.half(), b.half(), False)
-        if distances.isfinite().all():
-            return distances.float()
-    products = (a @ b.T).mul_(-2)
-    return products.add_(a.square().sum(1)[:, None]).add_(b.square().sum(1)).clamp_(min=0)
-
-
-def manifold_radii(features: Tensor, k: int, tile: int, fp16: bool) -> Tensor:
-    """Squared distance of each feature to its k-th nearest other, float32: (n, F) -> (n,)."""
-    radii = []
-    for rows in features.split(tile):
-        nearest = rows.new_empty(len(rows), 0)  # the k + 1 smallest so far, itself among them
-        for columns in features.split(tile):
-            nearest = torch.cat([nearest, _squared_distances(rows, columns, fp16)], 1)
-            nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values
-        radii.append(nearest.max(1).values)
-    return torch.cat(radii)
 
 
 def precision_recall(
     reference: np.ndarray,
     samples: np.ndarray,
-    k: int = MANIFOLD_NEIGHBOURS,
+    neighbours: int = MANIFOLD_NEIGHBOURS,
     tile_size: int | None = None,
     device: Device = "cpu",
     fp16: bool = False,
-) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019): the share of samples inside the reference's manifold, and
-    the share of the reference inside the samples'. A manifold is the union of balls around its features out to the k-th
-    nearest other, boundary included. (n, F), (m, F) -> numbers. Raises ValueError unless n and m are above k.
+) -> PrecisionRecall:
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019).
 
-    `half` is ADM's way (manifold_radii and evaluate_pr): float16 distances, compared as float32, and float32 for a block that
-    overflows. Memory on the device: both sets, and a few times block x block distances; block is 2048, with half ADM's 10,000,
-    for there it says which distances fall back together.
+    Precision is the fraction of samples inside the manifold of the reference; recall is the
+    fraction of the reference inside the manifold of the samples. A manifold is the union of closed
+    balls around its features, each with the distance to the k-th nearest other feature as radius.
+
+    Args:
+        reference: Features of the reference, (n, F).
+        samples: Features of the samples, (m, F).
+        neighbours: k.
+        tile_size: Rows and columns of the blocks in which distances are computed. With fp16 it
+            determines which distances fall back to float32 together. The default is 2048, or with
+            fp16 ADM's 10,000.
+        device: Where distances are computed. It holds both sets and a few blocks of distances.
+        fp16: Whether to compute distances as ADM does (manifold_radii and evaluate_pr): in float16,
+            compared as float32, and in float32 for a block that overflows.
+
+    Raises:
+        ValueError: If n or m is not above k.
     """
-    if min(len(reference), len(samples)) <= k:
+    if min(len(reference), len(samples)) <= neighbours:
         raise ValueError(
-            f"{len(reference)} and {len(samples)} features have no {k} neighbours each"
+            f"{len(reference)} and {len(samples)} features have no {neighbours} neighbours each"
         )
-    a, b = (
-        torch.tensor(features, dtype=torch.float32, device=device)
-        for features in (reference, samples)
+    real = torch.tensor(reference, dtype=torch.float32, device=device)
+    fake = torch.tensor(samples, dtype=torch.float32, device=device)
+    tile = tile_size or (ADM_TILE_SIZE if fp16 else TILE_SIZE)
+    with no_tf32():  # TF32 would lose the digits of small distances, which are differences
+        real_radii = manifold_radii(real, neighbours, tile, fp16)
+        fake_radii = manifold_radii(fake, neighbours, tile, fp16)
+        is_real_covered = torch.zeros(len(real), dtype=torch.bool, device=device)
+        is_fake_covered = torch.zeros(len(fake), dtype=torch.bool, device=device)
+        for i in range(0, len(real), tile):
+            for j in range(0, len(fake), tile):
+                distances = _squared_distances(real[i : i + tile], fake[j : j + tile], fp16)
+                in_fake_ball = distances <= fake_radii[j : j + tile]
+                in_real_ball = distances <= real_radii[i : i + tile, None]
+                is_real_covered[i : i + tile] |= in_fake_ball.any(1)
+                is_fake_covered[j : j + tile] |= in_real_ball.any(0)
+    return PrecisionRecall(
+        precision=is_fake_covered.double().mean().item(),
+        recall=is_real_covered.double().mean().item(),
     )
-    tile = tile_size or (ADM_TILE if fp16 else TILE)
-    with no_tf32():  # they are differences
-        radii_a, radii_b = manifold_radii(a, k, tile, fp16), manifold_radii(b, k, tile, fp16)
-        a_covered, b_covered = (
-            torch.zeros(len(x), dtype=torch.bool, device=device) for x in (a, b)
-        )
-        for i in range(0, len(a), tile):
-            for j in range(0, len(b), tile):
-                distances = _squared_distances(a[i : i + tile], b[j : j + tile], fp16)
-                a_covered[i : i + tile] |= (distances <= radii_b[j : j + tile]).any(1)
-                b_covered[j : j + tile] |= (distances <= radii_a[i : i + tile, None]).any(0)
-    return b_covered.double().mean().item(), a_covered.double().mean().item()
+
+
+def manifold_radii(features: Tensor, neighbours: int, tile_size: int, fp16: bool) -> Tensor:
+    """Compute the squared distance of each feature to its k-th nearest other feature.
+
+    Args:
+        features: Features, (n, F) float32.
+        neighbours: k.
+        tile_size: Rows and columns of the blocks in which distances are computed.
+        fp16: Whether distances are computed in float16.
+
+    Returns:
+        The squared distances, (n,) float32.
+    """
+    radii = []
+    for rows in features.split(tile_size):
+        nearest = rows.new_empty(len(rows), 0)  # the k + 1 smallest distances, including to itself
+        for columns in features.split(tile_size):
+            nearest = torch.cat([nearest, _squared_distances(rows, columns, fp16)], 1)
+            kept = min(neighbours + 1, nearest.shape[1])
+            nearest = nearest.topk(kept, largest=False).values
+        radii.append(nearest.max(1).values)
+    return torch.cat(radii)
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """Disable TF32 for float32 matrix products and convolutions in this context."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    previous = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, is_allowed in zip(backends, previous):
+            backend.allow_tf32 = is_allowed
+
+
+def _to_tensors(statistics: Statistics, device: Device) -> tuple[Tensor, Tensor]:
+    """Return mean and covariance as float64 tensors on `device`."""
+    mu = torch.tensor(statistics.mu, dtype=torch.float64, device=device)
+    return mu, torch.tensor(statistics.sigma, dtype=torch.float64, device=device)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return x^T x. On the CPU NumPy computes it, because it uses the symmetry of the result."""
+    if x.is_cuda:
+        return x.T @ x
+    return torch.from_numpy(x.numpy().T @ x.numpy())
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues in ascending order and eigenvectors.
+
+    On the CPU NumPy computes them, because its LAPACK needs half the time for the vectors.
+    """
+    if symmetric.is_cuda:
+        values, vectors = torch.linalg.eigh(symmetric)
+        return values, vectors
+    decomposition = np.linalg.eigh(symmetric.numpy())
+    return torch.from_numpy(decomposition[0]), torch.from_numpy(decomposition[1])
+
+
+def _rounding_error(eigenvalues: Tensor) -> Tensor:
+    """Return the magnitude up to which ascending eigenvalues (F,) may be rounding errors."""
+    return eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+
+
+def _factorise(sigma: Tensor) -> tuple[Tensor, bool]:
+    """Return R (F, rank) with R R^T = sigma, and whether sigma is singular.
+
+    R is the Cholesky factor, or for a singular matrix the scaled eigenvectors of the eigenvalues
+    that are not rounding errors.
+    """
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed:
+        return factor, False
+    values, vectors = _eigh(sigma)
+    is_significant = values > _rounding_error(values)
+    return vectors[:, is_significant] * values[is_significant].sqrt(), True
+
+
+def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
+    """Return the squared distances between float32 features (n, F) and (m, F) as (n, m) float32.
+
+    They are computed as in _batch_pairwise_distances of ADM: |a|^2 - 2 a b + |b|^2, at least 0.
+    With `fp16` they are computed in float16, and again in float32 if any of them overflows
+    (DistanceBlock of ADM).
+    """
+    if fp16:
+        distances = _squared_distances(a.half(), b.half(), fp16=False)
+        if distances.isfinite().all():
+            return distances.float()
+    products = (a @ b.T).mul_(-2)
+    return products.add_(a.square().sum(1)[:, None]).add_(b.square().sum(1)).clamp_(min=0)

@@ -1,4 +1,7 @@
-"""Mean and covariance of features that are never all in memory. B of a batch, n in all, F features an image."""
+"""Mean and covariance of features that are never all in memory.
+
+B features per batch, n in total, each of size F.
+"""
 
 import numpy as np
 import torch
@@ -7,40 +10,56 @@ from torch import Tensor
 from evaluations.metrics import Statistics
 
 
-class Moments:
-    """Running mean (F,) and scatter (F, F), float64, merged as Chan, Golub and LeVeque 1979 do: no difference of large sums."""
+class RunningMoments:
+    """Running mean and scatter matrix in float64.
+
+    Batches are merged with the formulas of Chan, Golub and LeVeque (1979), which avoid differences
+    of large sums.
+
+    Attributes:
+        count: Number of features added.
+        mean: Their mean, (F,). Undefined while `count` is 0.
+        scatter: Sum of the outer products of their deviations from the mean, (F, F), likewise.
+    """
+
+    mean: Tensor
+    scatter: Tensor
 
     def __init__(self) -> None:
-        self.n, self.mean, self.scatter = 0, None, None
+        self.count = 0
 
     def add(self, features: Tensor) -> None:
-        """(B, F), on any device; they stay there."""
+        """Add a batch of features, (B, F). The moments stay on the device of the first batch."""
         x = features.double()
         mean = x.mean(0)
         self._merge(len(x), mean, (x - mean).T @ (x - mean))
 
-    def merge(self, other: "Moments") -> None:
-        """Those of other images."""
-        if other.n:
-            self._merge(other.n, other.mean, other.scatter)
+    def merge(self, other: "RunningMoments") -> None:
+        """Add all features that `other` was computed from."""
+        if other.count:
+            self._merge(other.count, other.mean, other.scatter)
 
-    def _merge(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        if not self.n:
-            self.n, self.mean, self.scatter = n, mean, scatter
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if not self.count:
+            self.count = count
+            self.mean = mean
+            self.scatter = scatter
             return
-        total, delta = self.n + n, mean - self.mean
-        self.scatter += scatter + torch.outer(delta, delta) * (self.n * n / total)
-        self.mean = self.mean + delta * (n / total)
-        self.n = total
+        total = self.count + count
+        delta = mean - self.mean
+        self.scatter += scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
 
-    def cpu(self) -> "Moments":
-        """A copy in host memory."""
-        copy = Moments()
-        copy.n = self.n
-        if self.n:
-            copy.mean, copy.scatter = self.mean.cpu(), self.scatter.cpu()
+    def cpu(self) -> "RunningMoments":
+        """Return a copy in host memory."""
+        copy = RunningMoments()
+        copy.count = self.count
+        if self.count:
+            copy.mean = self.mean.cpu()
+            copy.scatter = self.scatter.cpu()
         return copy
 
-    def statistics(self) -> Statistics:
-        """With n - 1 in the denominator, as numpy's cov."""
-        return Statistics(np.asarray(self.mean), np.asarray(self.scatter) / (self.n - 1))
+    def compute_statistics(self) -> Statistics:
+        """Return mean and covariance, with n - 1 in the denominator as in numpy.cov."""
+        return Statistics(np.asarray(self.mean), np.asarray(self.scatter) / (self.count - 1))

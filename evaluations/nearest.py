@@ -1,6 +1,8 @@
-"""The training images nearest to samples, and whether samples are nearer to them than training images are to each other.
+"""Search for memorised training images: those nearest to samples, in the features of a network.
 
-Distances are Euclidean, between an extractor's features: n training images, q queries, F features an image, k neighbours.
+A model that copies has samples closer to a training image than training images are to each other.
+Distances are Euclidean. n training images, q queries, F features
+per image, k neighbours, B training images per block.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,146 +11,208 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from common.cli import UserError
-from evaluations.extractors import extract_all, load_extractor
-from evaluations.image_batches import Images, ImageSubset, open_images
+from evaluations.extractors import extract_features, load_extractor
+from evaluations.fashion import FASHION_RESOLUTION
+from evaluations.features import FeatureNetwork
+from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices, open_images
 
 NEIGHBOURS_PER_SAMPLE = 5
-MOST = 2000  # samples, and training images measured against the others
-BLOCK = 2048  # training images whose features are in memory at once
+MAX_QUERIES = 2000  # samples per set, and training images, whose nearest neighbours are searched
+BLOCK = 2048  # training images whose features are in memory at a time
+NUM_SHOWN = 16  # evenly spaced samples that are shown with their neighbours
+NUM_CLOSEST = 4  # samples closest to a training image that are shown with their neighbours
+
+
+class Neighbour(NamedTuple):
+    """A training image (H, W, 3) and its distance to a sample."""
+
+    train_index: int
+    distance: float
+    image: np.ndarray
 
 
 class NearestMatch(NamedTuple):
-    """A sample and what lies nearest to it; pictures (H, W, 3)."""
+    """A sample (H, W, 3) and the training images nearest to it, nearest first."""
 
     sample_index: int
     image: np.ndarray
-    neighbours: list[
-        tuple[int, float, np.ndarray]
-    ]  # number, distance and picture of a training image, nearest first
+    neighbours: list[Neighbour]
 
 
 class MemorisationCheck(NamedTuple):
-    """What was found of one set of samples."""
+    """The result for one set of samples.
 
-    evenly_spaced: list[NearestMatch]  # evenly over the samples
-    closest: list[
-        NearestMatch
-    ]  # those of all that were measured whose nearest training image is closest
-    num_samples: int  # samples
-    close_fraction: float  # share of them closer to a training image than `percentile`
-    num_probes: int  # training images whose nearest other one was looked for, in `images`
+    Attributes:
+        evenly_spaced: Samples evenly spaced over the set.
+        closest: The samples that are closest to a training image, of all that were measured.
+        num_samples: Number of samples measured.
+        close_fraction: Fraction of them closer to a training image than `first_percentile`.
+        num_probes: Number of training images whose nearest other training image was searched.
+        num_train_images: Number of training images that were searched.
+        median_distance: Median distance of the probes to their nearest other training image.
+        first_percentile: First percentile of these distances.
+    """
+
+    evenly_spaced: list[NearestMatch]
+    closest: list[NearestMatch]
+    num_samples: int
+    close_fraction: float
+    num_probes: int
     num_train_images: int
-    median_distance: float  # distance of a training image to its nearest other one
-    first_percentile: float  # the first, of the same
-
-
-def evenly_spaced_indices(count: int, most: int) -> np.ndarray:
-    """At most `most` numbers below `count`, evenly spread, both ends among them, ascending."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    median_distance: float
+    first_percentile: float
 
 
 def find_nearest(
     blocks: Iterable[np.ndarray],
     queries: np.ndarray,
-    own: np.ndarray,
+    self_indices: np.ndarray,
     k: int,
     device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of all features in blocks (B, F) to queries (q, F): distances and numbers (q, k), nearest first. own (q,):
-    the number that is the query itself, and does not count; -1 for none. In float64: for near copies, like numbers cancel.
+    """Find the k nearest features to each query.
+
+    Distances are computed in float64, because the squared norms of near copies cancel.
+
+    Args:
+        blocks: Consecutive blocks of features, (B, F).
+        queries: Queries, (q, F).
+        self_indices: Index of the feature that is the query itself and is not its neighbour, or -1
+            if there is none, (q,).
+        k: Number of neighbours.
+        device: Where distances are computed.
+
+    Returns:
+        Distances and indices of the neighbours, (q, k), nearest first.
     """
-    wanted = torch.from_numpy(queries).to(device, torch.float64)
-    itself = torch.from_numpy(own).to(device)[:, None]
+    query = torch.from_numpy(queries).to(device, torch.float64)
+    excluded = torch.from_numpy(self_indices).to(device)[:, None]
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=device)
-    which = torch.full((len(queries), k), -1, dtype=torch.long, device=device)
-    seen = 0
+    best_indices = torch.full((len(queries), k), -1, dtype=torch.long, device=device)
+    start = 0
     for block in blocks:
         features = torch.from_numpy(block).to(device, torch.float64)
-        squares = (
-            wanted.square().sum(1)[:, None] - 2 * wanted @ features.T + features.square().sum(1)
-        )
-        number = torch.arange(seen, seen + len(features), device=device).expand_as(squares)
-        squares = squares.clamp(min=0).masked_fill(number == itself, torch.inf)
+        query_norms = query.square().sum(1)[:, None]
+        squares = query_norms - 2 * query @ features.T + features.square().sum(1)
+        indices = torch.arange(start, start + len(features), device=device).expand_as(squares)
+        squares = squares.clamp(min=0).masked_fill(indices == excluded, torch.inf)
         best, order = torch.cat((best, squares), 1).topk(k, 1, largest=False)
-        which = torch.cat((which, number), 1).gather(1, order)
-        seen += len(features)
-    return best.sqrt().cpu().numpy(), which.cpu().numpy()
+        best_indices = torch.cat((best_indices, indices), 1).gather(1, order)
+        start += len(features)
+    return best.sqrt().cpu().numpy(), best_indices.cpu().numpy()
 
 
-def check(
-    samples: dict[str, Images],
-    train: Images,
-    network: nn.Module,
-    batch_size: int,
-    device: torch.device | str,
-    shown: int = 16,
-    suspects: int = 4,
-) -> dict[str, MemorisationCheck]:
-    """Each set of samples against all training images, which are read once, whatever the number of sets."""
+class MemorisationSearch:
+    """Compares sets of samples with training images, which are read once for all sets.
 
-    def features(images: Images, numbers: np.ndarray, desc: str) -> np.ndarray:
-        return extract_all({"": network}, ImageSubset(images, numbers), batch_size, desc, device)[
-            ""
-        ].pool
+    Args:
+        train: The training images.
+        network: Network whose features are compared.
+        batch_size: Images per forward pass.
+        device: Device of the network.
+    """
 
-    chosen = {
-        name: np.union1d(
-            evenly_spaced_indices(each.count, MOST), evenly_spaced_indices(each.count, shown)
+    def __init__(
+        self,
+        train: Images,
+        network: FeatureNetwork,
+        batch_size: int,
+        device: torch.device | str,
+    ):
+        self.train = train
+        self.network = network
+        self.batch_size = batch_size
+        self.device = device
+
+    def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
+        """Return the result for each set of samples, which have the size of the training images."""
+        # Compute the features of some samples of each set, and of some training images.
+        selected = {name: self._select(images) for name, images in samples.items()}
+        probes = evenly_spaced_indices(self.train.count, MAX_QUERIES)
+        queries = [
+            self._features(samples[name], indices, name) for name, indices in selected.items()
+        ]
+        queries.append(self._features(self.train, probes, "training images"))
+        num_selected = sum(map(len, selected.values()))
+        self_indices = np.concatenate([np.full(num_selected, -1), probes])
+
+        # Find the nearest training images of all of them.
+        distances, neighbours = find_nearest(
+            self._train_blocks(),
+            np.concatenate(queries),
+            self_indices,
+            NEIGHBOURS_PER_SAMPLE,
+            self.device,
         )
-        for name, each in samples.items()
-    }
-    probes = evenly_spaced_indices(train.count, MOST)
-    queries = [features(samples[name], numbers, name) for name, numbers in chosen.items()]
-    queries.append(features(train, probes, "training images"))
-    own = np.concatenate([np.full(sum(map(len, chosen.values())), -1), probes])
+        ends = np.cumsum([len(indices) for indices in selected.values()])
+        *distances_per_set, probe_distances = np.split(distances, ends)
+        *neighbours_per_set, _ = np.split(neighbours, ends)
 
-    def blocks() -> Iterator[np.ndarray]:
-        for start in range(0, train.count, BLOCK):
-            numbers = np.arange(start, min(start + BLOCK, train.count))
-            yield features(train, numbers, f"training images from {start:,} of {train.count:,}")
+        # Compare distances of samples to distances between training images.
+        baseline = probe_distances[:, 0]
+        first_percentile = float(np.percentile(baseline, 1))
+        checks = {}
+        for (name, indices), set_distances, set_neighbours in zip(
+            selected.items(), distances_per_set, neighbours_per_set
+        ):
+            shown = evenly_spaced_indices(samples[name].count, NUM_SHOWN)
+            closest = np.argsort(set_distances[:, 0], kind="stable")[:NUM_CLOSEST]
+            matches = [
+                [
+                    self._match(
+                        samples[name], indices[row], set_distances[row], set_neighbours[row]
+                    )
+                    for row in rows
+                ]
+                for rows in (np.searchsorted(indices, shown), closest)
+            ]
+            checks[name] = MemorisationCheck(
+                evenly_spaced=matches[0],
+                closest=matches[1],
+                num_samples=len(indices),
+                close_fraction=float((set_distances[:, 0] < first_percentile).mean()),
+                num_probes=len(probes),
+                num_train_images=self.train.count,
+                median_distance=float(np.median(baseline)),
+                first_percentile=first_percentile,
+            )
+        return checks
 
-    distance, number = find_nearest(
-        blocks(), np.concatenate(queries), own, NEIGHBOURS_PER_SAMPLE, device
-    )
-    among = distance[-len(probes) :, 0]
-    limit = float(np.percentile(among, 1))
-    checks, start = {}, 0
-    for name, numbers in chosen.items():
-        mine, theirs = (array[start : start + len(numbers)] for array in (distance, number))
-        start += len(numbers)
-        places = np.searchsorted(numbers, evenly_spaced_indices(samples[name].count, shown))
-        closest = np.argsort(mine[:, 0], kind="stable")[:suspects]
-        spread, near = (
-            [_match(samples[name], train, numbers[i], mine[i], theirs[i]) for i in rows]
-            for rows in (places, closest)
+    def _select(self, images: Images) -> np.ndarray:
+        """Return the indices of the samples to measure, which include those to show."""
+        measured = evenly_spaced_indices(images.count, MAX_QUERIES)
+        return np.union1d(measured, evenly_spaced_indices(images.count, NUM_SHOWN))
+
+    def _features(self, images: Images, indices: np.ndarray, description: str) -> np.ndarray:
+        subset = ImageSubset(images, indices)
+        features = extract_features(
+            {"network": self.network}, subset, self.batch_size, description, self.device
         )
-        share = float((mine[:, 0] < limit).mean())
-        checks[name] = MemorisationCheck(
-            spread,
-            near,
-            len(numbers),
-            share,
-            len(probes),
-            train.count,
-            float(np.median(among)),
-            limit,
-        )
-    return checks
+        assert features is not None  # this process does all the work
+        return features["network"].pool
+
+    def _train_blocks(self) -> Iterator[np.ndarray]:
+        count = self.train.count
+        for start in range(0, count, BLOCK):
+            indices = np.arange(start, min(start + BLOCK, count))
+            description = f"training images from {start:,} of {count:,}"
+            yield self._features(self.train, indices, description)
+
+    def _match(
+        self, samples: Images, index: int, distances: np.ndarray, neighbours: np.ndarray
+    ) -> NearestMatch:
+        found = [
+            Neighbour(int(i), float(distance), _read_image(self.train, i))
+            for i, distance in zip(neighbours, distances)
+        ]
+        return NearestMatch(int(index), _read_image(samples, index), found)
 
 
-def _match(
-    samples: Images, train: Images, number: int, distances: np.ndarray, numbers: np.ndarray
-) -> NearestMatch:
-    found = [(int(i), float(distance), one(train, i)) for i, distance in zip(numbers, distances)]
-    return NearestMatch(int(number), one(samples, number), found)
-
-
-def one(images: Images, i: int) -> np.ndarray:
-    """Image i: (H, W, 3)."""
-    return images.read_batch(i, i + 1)[0].transpose(1, 2, 0)
+def _read_image(images: Images, index: int) -> np.ndarray:
+    """Return one image, (H, W, 3)."""
+    return images.read_batch(index, index + 1)[0].transpose(1, 2, 0)
 
 
 def check_memorisation(
@@ -159,23 +223,42 @@ def check_memorisation(
     batch_size: int,
     device: torch.device | str,
 ) -> dict[str, MemorisationCheck]:
-    """Sets of samples of several sizes against the training images of --nearest. features None: the shipped classifier for
-    images of its size, otherwise Inception. Raises UserError.
+    """Compare sets of samples of any sizes with the training images of --nearest.
+
+    Args:
+        samples: Sets of samples by name.
+        path: The training images.
+        features: Name of the feature network. By default the bundled classifier for images of its
+            size, and Inception for others.
+        weights: File of Inception weights. By default the one in torch hub's folder.
+        batch_size: Images per forward pass.
+        device: Device of the network.
+
+    Returns:
+        The result for each set of samples, by its name.
+
+    Raises:
+        UserError: If the training images do not match the samples, or the network cannot be loaded.
     """
     checks: dict[str, MemorisationCheck] = {}
-    for size in dict.fromkeys(each.size for each in samples.values()):
-        group = {name: each for name, each in samples.items() if each.size == size}
-        if size[0] != size[1]:
+    for size in dict.fromkeys(images.size for images in samples.values()):
+        group = {name: images for name, images in samples.items() if images.size == size}
+        first_name = next(iter(group))
+        height, width = size
+        if height != width:
             raise UserError(
-                f"--nearest needs square samples, those of {next(iter(group))} are {size[1]}x{size[0]}"
+                f"--nearest needs square samples, but those of {first_name} are {width}x{height}: "
+                "remove --nearest"
             )
-        train = open_images(path, size[0], "--nearest")
+        train = open_images(path, width, "--nearest")
         if train.size != size or train.count <= NEIGHBOURS_PER_SAMPLE:
             raise UserError(
-                f"--nearest {path} holds {train.count} images of {train.size[1]}x{train.size[0]}; more than {NEIGHBOURS_PER_SAMPLE} of "
-                f"{size[1]}x{size[0]} are needed, as the samples are"
+                f"--nearest {path} holds {train.count} images of {train.size[1]}x{train.size[0]}: "
+                f"pass more than {NEIGHBOURS_PER_SAMPLE} images of the samples' size, "
+                f"{width}x{height}"
             )
-        name = features or ("fashion" if size == (32, 32) else "inception")
-        network = load_extractor(name, weights, size, device, next(iter(group)), "--features")
-        checks |= check(group, train, network, batch_size, device)
+        is_fashion_size = size == (FASHION_RESOLUTION, FASHION_RESOLUTION)
+        name = features or ("fashion" if is_fashion_size else "inception")
+        network = load_extractor(name, weights, size, device, first_name, "--features")
+        checks |= MemorisationSearch(train, network, batch_size, device).check(group)
     return checks

@@ -1,9 +1,9 @@
-"""One page about one or several runs: curves, metrics with all that identifies them, samples, memorisation, settings.
+"""Write one page about one or several runs: curves, metrics, samples, memorisation and settings.
 
     python -m evaluations.report exps/vanilla exps/sra2 --out report.html
     python -m evaluations.report exps/sra2 --nearest data/imagenet/train --out report.html
 
-The page is one file, needs no network, and reads without scripts.
+The page is one file, needs no network, and works without JavaScript.
 """
 
 import argparse
@@ -16,18 +16,40 @@ import torch
 from common import cli
 from common.cli import UserError
 from common.files import write_file
-from evaluations import report_curves, report_images, report_metrics
+from evaluations import plots, report_images
 from evaluations.extractors import EXTRACTOR_NAMES
 from evaluations.image_batches import Images, NpzFile
+from evaluations.metrics_files import (
+    Comparison,
+    MetricsFile,
+    compare_settings,
+    find_best,
+    find_metrics_files,
+    flatten,
+    format_value,
+    has_unknown_sampling,
+    select_identity,
+)
 from evaluations.nearest import MemorisationCheck, check_memorisation
-from evaluations.report_metrics import Measured, differing, flat
-from evaluations.report_page import Html, absent, el, page, shown, swatch, table
-from evaluations.runs import Run, named, read_run
+from evaluations.runs import Run, label_columns, name_folders, read_run
 
-COLOURS = 8  # that can be told apart
+TEMPLATES = Path(__file__).with_name("templates")
+MAX_RUNS = len(plots.RUN_COLOURS)
+MAX_VALUE_LENGTH = 60  # characters of a setting; longer ones are cut
+HASH_LENGTH = 32  # hexadecimal digits of the shortest hash
+LAST_QUANTITIES = (
+    "denoising",
+    "align",
+    "cosine",
+    "grad_norm",
+    "images_per_s",
+    "mfu",
+    "peak_memory_gib",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = cli.Parser(__doc__, "python -m evaluations.report", "RUN [RUN ...]")
 
     add = parser.add_argument
@@ -39,13 +61,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         action="extend",
-        help="further files of evaluations.evaluate",
+        help="further files written by evaluations.evaluate",
     )
     add(
         "--sample-dir",
         type=Path,
         default=Path("samples"),
-        help="where metrics of samples of these runs are looked for",
+        help="folder that is searched for metrics of samples of these runs",
     )
 
     add = parser.add_argument_group("memorisation").add_argument
@@ -53,183 +75,231 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--nearest",
         type=Path,
         metavar="IMAGES",
-        help="the training images, to show those nearest to samples: "
+        help="training images among which those nearest to samples are searched: "
         "a folder tree class/image.ext, a zip, or .npz",
     )
     add(
         "--features",
         choices=EXTRACTOR_NAMES,
-        help="what is near (default: fashion for 32x32 images, else inception)",
+        help="network whose features define the distance "
+        "(default: fashion for 32x32 images, else inception)",
     )
     add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
-    add("--batch-size", type=cli.positive_int, default=64, help="images a forward pass")
+    add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
     add(
         "--device",
         type=cli.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where features are taken",
+        help="device that computes features",
     )
 
     return parser.parse_args(argv)
 
 
-def summary(run: Run) -> str:
-    """A run in one line: model, method, how far it is."""
-    args, config = run.args, run.config
-    model = args.get("model") or config.get("model_name") or "unknown model"
-    if not args:
-        method = "args.json is missing"
-    else:
-        given = (
-            args.get(key) or [] for key in ("align", "align_depth", "align_loss", "align_weight")
-        )
-        names, *how = (value if isinstance(value, list) else [value] for value in given)
-        told = [
-            f"{name}: block {block}, {loss}, weight {weight:g}"
-            for name, block, loss, weight in zip(names, *how)
-        ]
-        method = "; ".join(told) or "no alignment"
-    step, images = run.steps[-1]["step"], run.images
-    if config.get("step", 0) > step:  # its newest checkpoint is of later than its last line
-        step, images = config["step"], config["step"] * config["batch_size"]
-    return f"{model} · {method} · {step:,} steps · {images:,} images seen"
-
-
-def heading(runs: list[Run], sections: dict[str, str]) -> Html:
-    """The runs compared, the date, where to find what."""
-    told = [el("span", el("b", run.name), el("span", summary(run), class_="soft")) for run in runs]
-    items = [el("li", swatch(k), lines) for k, lines in enumerate(told)]
-    links = [el("a", title, href=f"#{name}") for name, title in sections.items()]
-    now = datetime.now()
-    date = el(
-        "p", el("time", f"{now:%d %B %Y, %H:%M}", datetime=f"{now:%Y-%m-%dT%H:%M}"), class_="soft"
-    )
-    return el(
-        "header", el("h1", title_of(runs)), date, el("ul", *items, class_="runs"), el("nav", *links)
-    )
-
-
-def title_of(runs: list[Run]) -> str:
-    """The names, the first three of many."""
-    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-    return ", ".join(run.name for run in runs[:3]) + more
-
-
-def side_by_side(runs: list[Run], values: list[dict[str, Any]], what: str) -> list[Html]:
-    """Settings that differ on top and marked, those that agree folded."""
-    fields = differing(values)
-    keys = list(dict.fromkeys(key for each in values for key in each))
-    head = [what, *(el("th", swatch(k), " ", run.name, scope="col") for k, run in enumerate(runs))]
-
-    rows = [
-        [
-            el("th", key, scope="row"),
-            *(el("td", shown(each.get(key)), class_="differs") for each in values),
-        ]
-        for key in fields
-    ]
-    same = [key for key in keys if key not in fields]
-    parts = [el("h3", what)]
-    if fields:
-        parts.append(table(head, rows, "settings"))
-    elif len(runs) > 1:
-        parts.append(el("p", "They agree in all of them.", class_="soft"))
-    if same:
-        agreeing = [
-            [el("th", key, scope="row"), el("td", shown(values[0].get(key)))] for key in same
-        ]
-        summary = el("summary", f"{len(same)} " + ("that agree" if len(runs) > 1 else "settings"))
-        parts.append(el("details", summary, table([what, "value"], agreeing, "settings")))
-    return parts
-
-
-def settings(runs: list[Run]) -> Html:
-    """args.json of each run, then config.json of its newest checkpoint."""
-    parts: list[Html] = []
-    for run in runs:
-        if not run.args:
-            parts.append(
-                absent(f"{run.folder / 'args.json'} is missing: train.py writes it when it starts.")
-            )
-        if not run.config:
-            parts.append(
-                absent(
-                    f"{run.name} has no checkpoint yet: train.py --checkpointing-steps N saves them."
-                )
-            )
-    if any(run.args for run in runs):
-        parts += side_by_side(
-            runs, [{k: v for k, v in run.args.items() if k != "exp_name"} for run in runs], "flags"
-        )
-    if any(run.config for run in runs):
-        parts += side_by_side(runs, [flat(run.config) for run in runs], "network and data")
-    return el("div", *parts)
-
-
-def newest_samples(runs: list[Run], rows: list[Measured]) -> dict[str, Images]:
-    """Of each run the measured .npz of its latest checkpoint that is still there. Raises UserError."""
-    found: dict[str, Images] = {}
-    for run in runs:
-        there = [row for row in rows if row.run is run and row.samples and row.samples.exists()]
-        if there:
-            latest = max(there, key=lambda row: (row.images, row.content.get("count") or 0))
-            found[run.name] = NpzFile(latest.samples, "samples").open_images()
-    return found
-
-
-def build(
-    runs: list[Run], rows: list[Measured], checks: dict[str, MemorisationCheck] | None
-) -> str:
-    """The whole page."""
-    sections = {
-        "curves": ("Curves", lambda: report_curves.section(runs)),
-        "metrics": ("Metrics", lambda: report_metrics.section(rows)),
-        "samples": (
-            "Samples",
-            lambda: el(
-                "div",
-                report_images.over_time(runs),
-                el("h3", "Measured samples"),
-                report_images.grids(rows),
-            ),
-        ),
-        "nearest": ("Nearest training images", lambda: report_images.nearest(runs, checks)),
-        "settings": ("Settings", lambda: settings(runs)),
-    }
-    parts = [heading(runs, {name: title for name, (title, _) in sections.items()})]
-    parts += [
-        el("section", el("h2", title), make(), id=name) for name, (title, make) in sections.items()
-    ]
-    return page(f"{title_of(runs)} · report", el("main", *parts))
-
-
 def main() -> None:
+    """Run the command line."""
     args = parse_args()
     torch.backends.cudnn.allow_tf32 = False  # as in evaluations.evaluate
+    plots.require_package("jinja2", "evaluations.report")
+    plots.require_package("matplotlib", "evaluations.report")
     if args.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {args.out} must end in .html")
-    folders = named(args.runs)
-    if len(folders) > COLOURS:
-        raise UserError(
-            f"{len(folders)} runs are too many: a page tells at most {COLOURS} apart, name fewer"
-        )
+    folders = name_folders(args.runs)
+    if len(folders) > MAX_RUNS:
+        raise UserError(f"a report has colours for {MAX_RUNS} runs, not {len(folders)}: pass fewer")
     if args.nearest and not args.nearest.exists():
         raise UserError(f"--nearest {args.nearest} does not exist")
     runs = [read_run(name, folder) for name, folder in folders.items()]
-    rows = report_metrics.collect(runs, args.metrics, args.sample_dir)
+    files = find_metrics_files(runs, args.metrics, args.sample_dir)
     checks = None
     if args.nearest:
-        samples = newest_samples(runs, rows)
         checks = check_memorisation(
-            samples,
+            open_newest_samples(runs, files),
             args.nearest,
             args.features,
             args.inception_weights,
             args.batch_size,
             args.device,
         )
-    write_file(args.out, build(runs, rows, checks).encode())
+    write_file(args.out, render_page(runs, files, checks).encode())
     print(f"report: {args.out}")
+
+
+def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, Images]:
+    """Return the evaluated samples of each run's newest checkpoint, if they still exist.
+
+    Raises:
+        UserError: A file is not a valid .npz of images.
+    """
+    found: dict[str, Images] = {}
+    for run in runs:
+        existing = [
+            (file.images, file.content.get("count") or 0, file.samples)
+            for file in files
+            if file.run is run and file.samples and file.samples.exists()
+        ]
+        if existing:
+            *_, path = max(existing, key=lambda entry: entry[:2])
+            found[run.name] = NpzFile(path, "samples").open_images()
+    return found
+
+
+def render_page(
+    runs: list[Run], files: list[MetricsFile], checks: dict[str, MemorisationCheck] | None
+) -> str:
+    """Return the page.
+
+    Args:
+        runs: Runs to compare.
+        files: Metrics of these runs, and of others to compare them with.
+        checks: Result of the memorisation check per run; None if it was not requested.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "field": lambda key: key.removeprefix("sampling."),
+        "flatten_setting": plots.flatten_setting,
+        "previews": report_images.load_previews,
+        "rounded": round_value,
+        "shorten": shorten,
+        "summary": summarize,
+        "svg": plots.render_svg,
+        "text": format_value,
+        "thousands": "{:,}".format,
+        "tile": lambda pixels: report_images.embed(pixels, report_images.TILE_WIDTH),
+    }
+    environment.tests["hash"] = is_hash
+    title = ", ".join(run.name for run in runs[:3])
+    if len(runs) > 3:
+        title += f" and {len(runs) - 3} more"
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        date=f"{datetime.now():%d %B %Y, %H:%M}",
+        runs=runs,
+        files=files,
+        checks=checks,
+        grids=report_images.load_sample_grids(files),
+        settings=compare_runs(runs),
+        **describe_curves(runs),
+        **describe_metrics(files),
+    )
+
+
+def summarize(run: Run) -> str:
+    """Return a run in one line: model, alignment methods and progress."""
+    model = run.args.get("model") or run.config.get("model_name") or "unknown model"
+    step, images = run.steps[-1]["step"], run.images
+    if run.config.get("step", 0) > step:  # the checkpoint is newer than the last line
+        step = run.config["step"]
+        images = step * run.config["batch_size"]
+    return f"{model} · {summarize_alignment(run.args)} · {step:,} steps · {images:,} images seen"
+
+
+def summarize_alignment(args: dict[str, Any]) -> str:
+    """Return the alignment methods of a run with block, loss and weight."""
+    if not args:
+        return "args.json is missing"
+    columns = []
+    for key in ("align", "align_depth", "align_loss", "align_weight"):
+        value = args.get(key) or []
+        columns.append(value if isinstance(value, list) else [value])
+    methods = [
+        f"{name}: block {block}, {loss}, weight {weight:g}"
+        for name, block, loss, weight in zip(*columns)
+    ]
+    return "; ".join(methods) or "no alignment"
+
+
+def describe_curves(runs: list[Run]) -> dict[str, Any]:
+    """Return the variables of the section about curves."""
+    settings = plots.collect_settings(runs)
+    comparison = compare_settings(settings)
+    line_styles = {}
+    for index, setting in enumerate(settings):
+        label = ", ".join(f"{key} {format_value(setting.get(key))}" for key in comparison.differing)
+        line_styles[label] = plots.DASHES[plots.line_style(index)]
+
+    last_values = []
+    for run in runs:
+        skipped = sum(row.get("skipped") or 0 for row in run.steps)
+        last_values.append(run.steps[-1] | {"skipped": skipped})
+    last_columns = ["step", "images", "skipped"]
+    for quantity in LAST_QUANTITIES:
+        names = dict.fromkeys(name for run in runs for name in label_columns(run, quantity))
+        last_columns += [
+            name for name in names if any(row.get(name) is not None for row in last_values)
+        ]
+    return {
+        "training": [panel for panel in plots.make_training_panels(runs) if panel.series],
+        "smoothing_min_points": plots.SMOOTHING_MIN_POINTS,
+        "last_values": last_values,
+        "last_columns": last_columns,
+        "evaluations": plots.make_evaluation_panels(runs),
+        "evaluation_settings": comparison,
+        "line_styles": line_styles,
+    }
+
+
+def describe_metrics(files: list[MetricsFile]) -> dict[str, Any]:
+    """Return the variables of the section about metrics."""
+    identities = [select_identity(file.content) for file in files]
+    names = list(dict.fromkeys(name for file in files for name in file.content["metrics"]))
+    warnings: dict[str, list[str]] = {}
+    by_count = []
+    for file in files:
+        messages = [format_value(file.content["warning"])] if file.content.get("warning") else []
+        if not file.sampling:
+            messages.append("generated by other code, with unknown settings")
+        for message in messages:
+            warnings.setdefault(message, []).append(f"{file.name} ({file.stem})")
+        for name, values in (file.content.get("by_count") or {}).items():
+            by_count.append((file, name, values))
+    counts = {count for *_, values in by_count for count in values}
+    return {
+        "identities": identities,
+        "metrics_comparison": compare_settings(identities),
+        "has_unknown_sampling": any(map(has_unknown_sampling, identities)),
+        "metric_names": names,
+        "best": {name: find_best(files, name) for name in names},
+        "warnings": warnings,
+        "by_count": by_count,
+        "sample_counts": {count: f"first {int(count):,}" for count in sorted(counts, key=int)},
+    }
+
+
+def compare_runs(runs: list[Run]) -> list[tuple[str, list[dict[str, Any]], Comparison]]:
+    """Return the flags and the configurations of the runs: a title, the values and what differs."""
+    flags = [{key: value for key, value in run.args.items() if key != "exp_name"} for run in runs]
+    configs = [flatten(run.config) for run in runs]
+    return [
+        (title, settings, compare_settings(settings))
+        for title, settings in (("Flags", flags), ("Network and data", configs))
+        if any(settings)
+    ]
+
+
+def is_hash(text: str) -> bool:
+    """Return whether a setting is the hash of a file."""
+    return len(text) >= HASH_LENGTH and set(text) <= set("0123456789abcdef")
+
+
+def shorten(text: str) -> str:
+    """Cut a hash to its first twelve digits, and other long text to MAX_VALUE_LENGTH."""
+    if is_hash(text):
+        return text[:12] + "…"
+    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"
+
+
+def round_value(value: float) -> str:
+    """Return a metric with three decimals, or one if it has three digits before the point."""
+    return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
 if __name__ == "__main__":

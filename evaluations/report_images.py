@@ -1,137 +1,95 @@
-"""Pictures of samples: as training went on, as they were measured, and beside the training images nearest to them."""
+"""Select the images of a report, and embed them into the page."""
 
+import base64
+import io
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from evaluations.nearest import MemorisationCheck, NearestMatch
-from evaluations.report_metrics import Measured
-from evaluations.report_page import Html, absent, el, picture, picture_file
+from evaluations.metrics_files import MetricsFile
+from evaluations.nearest import evenly_spaced_indices
 from evaluations.runs import Run
 
-MOST_PREVIEWS = 8  # of a run
-PREVIEW_WIDTH, GRID_WIDTH, TILE = 560, 860, 96  # pixels that a picture is cut down to
+MAX_PREVIEWS = 8  # of a run
+PREVIEW_WIDTH, GRID_WIDTH, TILE_WIDTH = 560, 860, 96  # larger images are reduced; pixels
 
 
-def previews(run: Run) -> list[tuple[int, Path]]:
-    """Step and path of a run's previews of its first average: the first, the last, and some between."""
-    found = [
-        (int(path.stem), path)
-        for path in (run.folder / "samples").glob("*.png")
-        if re.fullmatch(r"\d+", path.stem)
+class EmbeddedImage(NamedTuple):
+    """An image as a data URI."""
+
+    src: str
+    width: int
+    height: int
+
+
+class Figure(NamedTuple):
+    """An image file with its caption; image is None if the file cannot be read."""
+
+    path: Path
+    caption: str
+    image: EmbeddedImage | None
+
+
+def embed(image: Image.Image | np.ndarray, max_width: int) -> EmbeddedImage:
+    """Encode an image as PNG or JPEG, whichever is smaller.
+
+    Args:
+        image: An image, or its pixels (H, W, 3) uint8.
+        max_width: Larger images are reduced to this width in pixels.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(np.ascontiguousarray(image))
+    image = image.convert("RGB")
+    if image.width > max_width:
+        height = max(1, round(image.height * max_width / image.width))
+        image = image.resize((max_width, height), Image.Resampling.LANCZOS)
+    encoded = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        base64_text = base64.b64encode(buffer.getvalue()).decode()
+        encoded.append(f"data:image/{kind};base64,{base64_text}")
+    return EmbeddedImage(min(encoded, key=len), image.width, image.height)
+
+
+def embed_file(path: Path, caption: str, max_width: int) -> Figure:
+    """Return a PNG file as a figure."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return Figure(path, caption, embed(image, max_width))
+    except (OSError, Image.DecompressionBombError):
+        return Figure(path, caption, None)
+
+
+def load_previews(run: Run) -> list[Figure]:
+    """Return previews of a run's first EMA: the first, the last, and some in between."""
+    paths = [
+        path for path in (run.folder / "samples").glob("*.png") if re.fullmatch(r"\d+", path.stem)
     ]
-    found.sort()
-    return (
-        [
-            found[i]
-            for i in np.unique(np.linspace(0, len(found) - 1, MOST_PREVIEWS).round().astype(int))
-        ]
-        if found
-        else []
-    )
-
-
-def over_time(runs: list[Run]) -> Html:
-    """Each run's previews, oldest first; every one has the same noise and classes."""
-    parts = []
-    for run in runs:
-        parts.append(el("h3", run.name))
-        figures = []
-        for step, path in previews(run):
-            images = run.args.get("batch_size")
-            caption = f"step {step:,}" + (f" · {step * images:,} images" if images else "")
-            figures.append(
-                el(
-                    "figure",
-                    el("figcaption", caption),
-                    picture_file(path, f"{run.name}: {caption}", PREVIEW_WIDTH),
-                )
-            )
-        none = absent("No previews: train.py --sampling-steps N draws them.")
-        parts.append(el("div", *figures, class_="previews") if figures else none)
-    return el("div", *parts)
-
-
-def grids(rows: list[Measured]) -> Html:
-    """The grid that sample_ddp.py drew beside each set of measured samples."""
+    paths.sort(key=lambda path: int(path.stem))
+    batch_size = run.args.get("batch_size")
     figures = []
-    for row in rows:
-        path = (
-            row.samples.with_suffix(".png")
-            if row.samples
-            else row.file.with_name(f"{row.stem}.png")
-        )  # samples not kept
+    for index in evenly_spaced_indices(len(paths), MAX_PREVIEWS):
+        step = int(paths[index].stem)
+        caption = f"step {step:,}"
+        if batch_size:
+            caption += f" · {step * batch_size:,} images"
+        figures.append(embed_file(paths[index], caption, PREVIEW_WIDTH))
+    return figures
+
+
+def load_sample_grids(files: list[MetricsFile]) -> list[Figure]:
+    """Return the grids that sample_ddp.py wrote with the evaluated samples."""
+    figures = []
+    for file in files:
+        if file.samples:
+            path = file.samples.with_suffix(".png")
+        else:  # the samples were not kept
+            path = file.path.with_name(f"{file.stem}.png")
         if path.exists():
-            name = f"{row.run.name}: {path.stem}" if row.run else path.stem
-            figures.append(
-                el(
-                    "figure",
-                    el("figcaption", name),
-                    picture_file(path, f"samples of {name}", GRID_WIDTH),
-                )
-            )
-    if not figures:
-        return absent(
-            "No grids beside measured samples: sample_ddp.py draws NAME.png with NAME.npz."
-        )
-    return el("div", *figures, class_="grids")
-
-
-def _tile(pixels: np.ndarray, alt: str) -> Html:
-    return picture(Image.fromarray(np.ascontiguousarray(pixels)), alt, TILE)
-
-
-def _match(match: NearestMatch, limit: float) -> Html:
-    cells = [
-        el(
-            "div",
-            _tile(match.image, f"sample {match.sample_index}"),
-            f"sample {match.sample_index}",
-        )
-    ]
-    for number, distance, image in match.neighbours:
-        told = el("span", f"{distance:#.3g}", class_="close" if distance < limit else None)
-        cells.append(
-            el("div", _tile(image, f"training image {number}, at distance {distance:.3g}"), told)
-        )
-    return el("div", *cells, class_="match")
-
-
-def nearest(runs: list[Run], checks: dict[str, MemorisationCheck] | None) -> Html:
-    """The memorisation check of each run; None where it was not asked for."""
-    if checks is None:
-        return absent(
-            "Not looked for: --nearest IMAGES, the training images, shows those nearest to samples."
-        )
-    parts = []
-    for run in runs:
-        parts.append(el("h3", run.name))
-        found = checks.get(run.name)
-        if found is None:
-            parts.append(
-                absent(
-                    "No samples of this run: sample_ddp.py, then python -m evaluations.evaluate, make them known."
-                )
-            )
-            continue
-        told = (
-            f" of {found.num_samples:,} samples lie closer to a training image than {found.first_percentile:.3g}, which is the first "
-            f"percentile of how far {found.num_probes:,} of the {found.num_train_images:,} training images lie from the nearest other one; "
-            f"the median of that is {found.median_distance:.3g}. A model that does not copy stays near 1% or below."
-        )
-        parts.append(el("p", el("b", f"{found.close_fraction:.1%}"), told))
-        for title, matches in (
-            ("The closest of all", found.closest),
-            ("Evenly over the samples", found.evenly_spaced),
-        ):
-            parts.append(el("p", title, class_="soft"))
-            parts.append(
-                el(
-                    "div",
-                    *(_match(match, found.first_percentile) for match in matches),
-                    class_="matches",
-                )
-            )
-    return el("div", *parts)
+            caption = f"{file.run.name}: {path.stem}" if file.run else path.stem
+            figures.append(embed_file(path, caption, GRID_WIDTH))
+    return figures

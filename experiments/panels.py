@@ -1,75 +1,97 @@
-"""An ablation as the paper lays it out: a table and a picture, an axis a panel, from a result's JSON alone."""
+"""The table and the figure of an ablation study, made from its JSON result alone."""
 
-import io
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.files import write_file
-from experiments.results import estimate, last, paired
+from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.results import Estimate, final_values, paired_difference
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BASELINE = "none"  # name of the runs without alignment
+MAX_COLUMNS = 4  # of the figure
+
+Values = dict[str, dict[int, float]]  # name of a run -> seed -> value
 
 
-def table(found: dict) -> str:
-    """Markdown: of each value the mean over seeds, and its difference to vanilla seed by seed."""
-    metric, at_end = found["metric"], last(found["runs"], found["metric"])
-    agree, base = last(found["runs"], "class_agreement"), at_end["none"]
+def format_table(result: dict) -> str:
+    """Return the table of each axis as Markdown, followed by its explanation.
+
+    A row contains the mean over seeds and the mean difference from vanilla SiT with the same seed.
+    """
+    metric = result["metric"]
+    finals = final_values(result["runs"], metric)
+    agreement = final_values(result["runs"], "class_agreement")
     lines = []
-    for panel in found["axes"]:
+    for panel in result["axes"]:
+        title = panel["title"]
         lines += [
-            f"| {panel['title']} | {metric} | against vanilla | classes agree | *the paper's FID* |",
+            f"| {title} | {metric} | against vanilla | classes agree | *the paper's FID* |",
             "|---|---|---|---|---|",
         ]
-        for value in (
-            {"label": "vanilla", "run": "none", "paper": panel["paper"]},
-            *panel["values"],
-        ):
-            name, cells = value["run"], ["not run", "", ""]
-            if name in at_end:
-                difference = paired(at_end[name], base) if name != "none" else None
-                told = "" if difference is None else f"{difference.mean:+.3f}"
-                if difference and difference.low is not None:
-                    told += f" ({difference.low:+.3f} to {difference.high:+.3f})"
-                agreement = f"{np.mean([*agree[name].values()]):.1%}" if name in agree else ""
-                cells = [f"{estimate([*at_end[name].values()]).mean:.3f}", told, agreement]
-            paper = "" if value["paper"] is None else f"*{value['paper']:.2f}*"
-            lines.append(f"| {' | '.join([value['label'], *cells, paper])} |")
+        vanilla = {"label": "vanilla", "run": BASELINE, "paper": panel["paper"]}
+        lines += [format_row(value, finals, agreement) for value in (vanilla, *panel["values"])]
         lines.append("")
-    seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in found["runs"]}))
+    seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in result["runs"]}))
     lines += [
-        f"{found['model']}, {found['steps']:,} steps, seeds {seeds}. {metric}: mean over seeds, lower is better.",
-        "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval of it.",
-        "*The paper's FID* is of SiT-B/2 with 12 blocks on ImageNet after 400K steps: another metric on other data, of which",
+        f"{result['model']}, {result['steps']:,} steps, seeds {seeds}. "
+        f"{metric}: mean over seeds, lower is better.",
+        "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval "
+        "of it.",
+        "*The paper's FID* is of SiT-B/2 with 12 blocks on ImageNet after 400K steps: another "
+        "metric on other data, of which",
         "only the order can be compared.",
         "",
         "```bash",
-        found["command"],
+        result["command"],
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
-def draw(found: dict, out: Path) -> None:
-    """A panel an axis: a point for each seed; the mean, and the interval of its difference to vanilla, seed by seed, put on
-    vanilla's mean, so that it clears the dashed line where that difference is sure.
+def format_row(value: dict, finals: Values, agreement: Values) -> str:
+    """Return the table row of one value of an axis."""
+    name = value["run"]
+    mean = "not run"
+    difference = ""
+    classes_agree = ""
+    if name in finals:
+        mean = f"{np.mean([*finals[name].values()]):.3f}"
+        if name != BASELINE:
+            difference = format_difference(paired_difference(finals[name], finals[BASELINE]))
+        if name in agreement:
+            classes_agree = f"{np.mean([*agreement[name].values()]):.1%}"
+    paper = "" if value["paper"] is None else f"*{value['paper']:.2f}*"
+    return f"| {value['label']} | {mean} | {difference} | {classes_agree} | {paper} |"
+
+
+def format_difference(difference: Estimate | None) -> str:
+    """Format a difference as in "-0.042 (-0.144 to +0.061)"; return "" for None."""
+    if difference is None:
+        return ""
+    text = f"{difference.mean:+.3f}"
+    if difference.low is not None:
+        text += f" ({difference.low:+.3f} to {difference.high:+.3f})"
+    return text
+
+
+def draw_figure(result: dict, path: Path) -> None:
+    """Draw one panel per axis of the study.
+
+    A panel shows one point per seed, the mean, and the interval of the paired difference from
+    vanilla SiT. The interval is added to the mean of vanilla SiT, so it excludes the dashed line
+    exactly if the difference is significant.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    at_end, count = last(found["runs"], found["metric"]), len(found["axes"])
-    base, columns = at_end["none"], min(count, 4)
-    level, everything = (
-        float(np.mean([*base.values()])),
-        [v for each in at_end.values() for v in each.values()],
-    )
-    bars = [paired(each, base) for name, each in at_end.items() if name != "none"]
-    everything += [
-        level + end for bar in bars if bar and bar.low is not None for end in (bar.low, bar.high)
-    ]
-    margin = 0.05 * (max(everything) - min(everything)) or 0.1 * abs(level)
+    plt = load_pyplot()
+    finals = final_values(result["runs"], result["metric"])
+    count = len(result["axes"])
+    columns = min(count, MAX_COLUMNS)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
+    figure, grid = plt.subplots(
         rows,
         columns,
         figsize=(max(5.8, 3.6 * columns + 0.6), 3.4 * rows + 0.5),
@@ -77,70 +99,72 @@ def draw(found: dict, out: Path) -> None:
         layout="constrained",
         squeeze=False,
     )
-    for panel, told in zip(axes.flat, found["axes"]):
-        values = told["values"]
-        panel.axhspan(min(base.values()), max(base.values()), color="0.5", alpha=0.15, linewidth=0)
-        panel.axhline(level, color="0.35", linestyle="--", linewidth=1.2)
-        for x, value in enumerate(values):
-            color, ours = "C1" if value["usual"] else "C0", at_end.get(value["run"], {})
-            panel.plot(
-                [x - 0.12] * len(ours),
-                [*ours.values()],
-                color,
-                marker="o",
-                markersize=4,
-                alpha=0.5,
-                linestyle="",
-            )
-            difference = paired(ours, base)
-            if difference:
-                panel.plot(
-                    x + 0.08,
-                    level + difference.mean,
-                    color,
-                    marker="_",
-                    markersize=15,
-                    markeredgewidth=2.2,
-                )
-                if difference.low is not None:
-                    panel.plot(
-                        [x + 0.08] * 2,
-                        [level + difference.low, level + difference.high],
-                        color,
-                        linewidth=1.6,
-                    )
-        panel.set_xticks(range(len(values)), [value["label"] for value in values])
-        panel.set(
-            title=told["title"],
-            xlim=(-0.6, len(values) - 0.4),
-            ylim=(min(everything) - margin, max(everything) + margin),
-        )
-        panel.grid(True, axis="y", alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in [*axes.flat][count:]:
-        panel.set_visible(False)
-    for panel in axes[:, 0]:
-        panel.set_ylabel(found["metric"])
+    limits = find_limits(finals)
+    for axes, panel in zip(grid.flat, result["axes"]):
+        draw_panel(axes, panel, finals)
+        axes.set_ylim(limits)
+    for axes in [*grid.flat][count:]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(result["metric"])
+
+    # Without data, the lines draw nothing but their entries in the legend.
+    legend_line = partial(plt.Line2D, [], [])
+    seed = partial(legend_line, color="0.4", marker="o", markersize=4, linestyle="", alpha=0.6)
+    mean = partial(legend_line, color="0.4", marker="_", markersize=12, markeredgewidth=2.2)
     handles = [
-        plt.Line2D([], [], color="0.35", linestyle="--", label="vanilla, and its seeds"),
-        plt.Line2D(
-            [], [], color="0.4", marker="o", markersize=4, linestyle="", alpha=0.6, label="a seed"
-        ),
-        plt.Line2D(
-            [],
-            [],
-            color="0.4",
-            marker="_",
-            markersize=12,
-            markeredgewidth=2.2,
-            label="mean, and 95% against vanilla",
-        ),
-        plt.Line2D([], [], color="C1", marker="o", markersize=4, label="the paper's best"),
+        legend_line(color="0.35", linestyle="--", label="vanilla, and its seeds"),
+        seed(label="a seed"),
+        mean(label="mean, and 95% against vanilla"),
+        legend_line(color="C1", marker="o", markersize=4, label="the paper's best"),
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=4 if columns > 2 else 2, frameon=False
+    legend_columns = 4 if columns > 2 else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False)
+    save_png(figure, path)
+
+
+def find_limits(finals: Values) -> tuple[float, float]:
+    """Return the range of the vertical axis: all values and interval ends, with a margin."""
+    baseline = finals[BASELINE]
+    level = float(np.mean([*baseline.values()]))
+    shown = [value for by_seed in finals.values() for value in by_seed.values()]
+    for name, by_seed in finals.items():
+        difference = paired_difference(by_seed, baseline) if name != BASELINE else None
+        if difference and difference.low is not None and difference.high is not None:
+            shown += [level + difference.low, level + difference.high]
+    margin = 0.05 * (max(shown) - min(shown)) or 0.1 * abs(level)
+    return min(shown) - margin, max(shown) + margin
+
+
+def draw_panel(axes: "Axes", panel: dict, finals: Values) -> None:
+    """Draw the values of one axis of the study, and vanilla SiT as a dashed line."""
+    baseline = finals[BASELINE]
+    level = float(np.mean([*baseline.values()]))
+    axes.axhspan(
+        min(baseline.values()), max(baseline.values()), color="0.5", alpha=0.15, linewidth=0
     )
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    plt.close(figure)
-    write_file(out, png.getvalue())
+    axes.axhline(level, color="0.35", linestyle="--", linewidth=1.2)
+    for x, value in enumerate(panel["values"]):
+        color = "C1" if value["usual"] else "C0"
+        by_seed = finals.get(value["run"], {})
+        axes.plot(
+            [x - 0.12] * len(by_seed),
+            [*by_seed.values()],
+            color,
+            marker="o",
+            markersize=4,
+            alpha=0.5,
+            linestyle="",
+        )
+        difference = paired_difference(by_seed, baseline)
+        if difference is None:
+            continue
+        mean = level + difference.mean
+        axes.plot(x + 0.08, mean, color, marker="_", markersize=15, markeredgewidth=2.2)
+        if difference.low is not None and difference.high is not None:
+            ends = [level + difference.low, level + difference.high]
+            axes.plot([x + 0.08] * 2, ends, color, linewidth=1.6)
+    axes.set_xticks(range(len(panel["values"])), [value["label"] for value in panel["values"]])
+    axes.set(title=panel["title"], xlim=(-0.6, len(panel["values"]) - 0.4))
+    axes.grid(True, axis="y", alpha=0.25)
+    hide_frame(axes)

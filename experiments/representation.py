@@ -1,6 +1,7 @@
-"""What a representation is worth: a linear probe, CKNNA, and principal components as colours. Tensors in, numbers out.
+"""Measures of representations: a linear probe, CKNNA, and principal components as colours.
 
-n images or tokens, D features, K classes, k neighbours. Whatever is solved for or summed up is float64.
+Shapes: n images or tokens, D features, K classes, k neighbours. All systems are solved and all sums
+computed in float64.
 """
 
 import math
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEIGHBOURS = 10  # REPA's k (arXiv:2410.06940)
-ROWS = 2048  # of the inner products that are in memory at a time
+NEIGHBOURS = 10  # k of REPA (arXiv:2410.06940)
+ROWS_PER_CHUNK = 2048  # rows of the matrix of inner products that are in memory at a time
 
 
 class Probe(NamedTuple):
@@ -23,142 +24,184 @@ class Probe(NamedTuple):
     bias: Tensor  # (K,)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(n, D) -> (n, K)."""
+        """Return the logits of features (n, D), (n, K)."""
         return (features.double() - self.mean) / self.std @ self.weight.T + self.bias
 
 
 def fit_probe(
-    features: Tensor, labels: Tensor, num_classes: int, penalty: float = 1.0, most: int = 2000
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    penalty: float = 1.0,
+    max_iterations: int = 2000,
 ) -> Probe:
-    """The one minimum of the mean cross-entropy + penalty / (2 n) |weight|^2 over features (n, D), labels (n,), by L-BFGS from
-    zero: scikit-learn's LogisticRegression(C=1 / penalty), and like it without a penalty on the bias.
+    """Fit a linear probe with L-BFGS, starting at zero.
 
-    Ends where no partial derivative is above 1e-5, or after `most` iterations. A feature that never changes stays at 0.
+    The probe is the unique minimum of the mean cross-entropy + penalty / (2 n) |weight|^2. This is
+    scikit-learn's LogisticRegression(C=1 / penalty), which does not penalise the bias either. The
+    optimisation ends when no partial derivative exceeds 1e-5. The weights of constant features are
+    zero.
+
+    Args:
+        features: Features to predict from, (n, D).
+        labels: Classes, (n,).
+        num_classes: K.
+        penalty: Factor of the penalty.
+        max_iterations: Limit of the number of iterations.
     """
     x = features.double()
-    mean, std = x.mean(0), x.std(0, correction=0)
-    std = torch.where(std > 1e-12 * (1 + mean.abs()), std, torch.inf)
+    mean = x.mean(0)
+    std = x.std(0, correction=0)
+    varies = std > 1e-12 * (1 + mean.abs())
+    std = torch.where(varies, std, torch.inf)
     x = (x - mean) / std
     weight = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
-    solver = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [weight, bias],
-        max_iter=most,
-        max_eval=2 * most,
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
         tolerance_grad=1e-5,
         tolerance_change=0,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
 
-    def loss() -> Tensor:
-        solver.zero_grad()
-        value = (
-            F.cross_entropy(F.linear(x, weight, bias), labels)
-            + penalty / (2 * len(x)) * weight.square().sum()
-        )
-        value.backward()
-        return value
+    def compute_loss() -> Tensor:
+        optimizer.zero_grad()
+        cross_entropy = F.cross_entropy(F.linear(x, weight, bias), labels)
+        loss = cross_entropy + penalty / (2 * len(x)) * weight.square().sum()
+        loss.backward()
+        return loss
 
     with torch.enable_grad():
-        solver.step(loss)
+        optimizer.step(compute_loss)
     return Probe(mean, std, weight.detach(), bias.detach())
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share, `hits` of n: of 95% for z = 1.96. Stays within [0, 1], and is never empty."""
-    centre, half = (
-        (hits + z * z / 2) / (n + z * z),
-        z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4),
-    )
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's interval (1927) of a proportion; z = 1.96 gives a level of 95%.
+
+    The interval lies in [0, 1] and is never empty.
+    """
+    scale = count + z * z
+    centre = (successes + z * z / 2) / scale
+    variance = successes * (count - successes) / count + z * z / 4
+    half_width = z / scale * math.sqrt(variance)
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
 class Neighbours(NamedTuple):
-    """Of each of n rows the k other rows with the largest inner products: those, and which; (n, k)."""
+    """The k rows with the largest inner products with each of n rows, excluding the row itself."""
 
-    product: Tensor
-    index: Tensor
+    products: Tensor  # inner products, (n, k)
+    indices: Tensor  # of the neighbours, (n, k)
 
 
-def neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
-    """(n, D), each row scaled to length 1 first, as the authors of CKNNA do. Holds ROWS of the n x n products at a time."""
+def find_neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
+    """Return the neighbours of each row of features (n, D).
+
+    Rows are first scaled to unit length, as in the implementation of CKNNA's authors.
+    """
     unit = F.normalize(features.double(), dim=1)
     assert len(unit) > k, (len(unit), k)
-    found = []
-    for start in range(0, len(unit), ROWS):
-        products = unit[start : start + ROWS] @ unit.T
-        products.diagonal(start).fill_(-torch.inf)
-        found.append(products.topk(k, 1))
-    return Neighbours(
-        torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
-    )
+    chunks = []
+    for start in range(0, len(unit), ROWS_PER_CHUNK):
+        chunk = unit[start : start + ROWS_PER_CHUNK] @ unit.T
+        chunk.diagonal(start).fill_(-torch.inf)
+        chunks.append(chunk.topk(k, 1))
+    products = torch.cat([chunk.values for chunk in chunks])
+    indices = torch.cat([chunk.indices for chunk in chunks])
+    return Neighbours(products, indices)
 
 
 def local_hsic(a: Neighbours, b: Neighbours) -> float:
-    """The unbiased HSIC (Song et al. 2012, eq. 5) of two kernels (n, n) that are 0 but where j is a neighbour of i in both.
+    """Return the unbiased HSIC (Song et al. 2012, eq. 5) of two local kernels K and L, (n, n).
 
-    Such kernels have at most n k entries, and are never made whole: K_ij and L_ij are lists of those.
+    Entry (i, j) of the kernels is zero unless j is a neighbour of i in both spaces. At most n k
+    entries differ from zero, and only these are stored.
     """
-    n = len(a.index)
-    i, in_a, in_b = (a.index[:, :, None] == b.index[:, None, :]).nonzero(as_tuple=True)
-    j, k_ij, l_ij = a.index[i, in_a], a.product[i, in_a], b.product[i, in_b]
+    n = len(a.indices)
+
+    # List the entries (i, j) that differ from zero.
+    is_common = a.indices[:, :, None] == b.indices[:, None, :]
+    i, rank_in_a, rank_in_b = is_common.nonzero(as_tuple=True)
     if not len(i):
         return 0.0
-    place, order = (i * n + j).sort()  # "j is a neighbour of i" does not say that i is one of j
-    mirror = j * n + i
-    at = torch.searchsorted(place, mirror).clamp(max=len(place) - 1)
-    trace = (k_ij * l_ij[order[at]])[place[at] == mirror].sum()  # of K L
-    column_k, row_l = (torch.zeros(n, dtype=k_ij.dtype, device=k_ij.device) for _ in range(2))
-    total = column_k.index_add_(0, j, k_ij) @ row_l.index_add_(0, i, l_ij)  # of all entries of K L
-    return (
-        (trace + k_ij.sum() * l_ij.sum() / ((n - 1) * (n - 2)) - 2 * total / (n - 2))
-        / (n * (n - 3))
-    ).item()
+    j = a.indices[i, rank_in_a]
+    k_ij = a.products[i, rank_in_a]
+    l_ij = b.products[i, rank_in_b]
+
+    # Compute the trace of K L, the sum of K_ij L_ji. Entry (j, i) may be zero if (i, j) is not.
+    positions, order = (i * n + j).sort()
+    transposed = j * n + i
+    found = torch.searchsorted(positions, transposed).clamp(max=len(positions) - 1)
+    exists = positions[found] == transposed
+    trace = (k_ij * l_ij[order[found]])[exists].sum()
+
+    # Compute the sum of all entries of K L.
+    zeros = torch.zeros(n, dtype=k_ij.dtype, device=k_ij.device)
+    total = zeros.index_add(0, j, k_ij) @ zeros.index_add(0, i, l_ij)
+
+    independent = k_ij.sum() * l_ij.sum() / ((n - 1) * (n - 2))
+    return ((trace + independent - 2 * total / (n - 2)) / (n * (n - 3))).item()
 
 
 def cknna(a: Neighbours, b: Neighbours) -> float:
-    """Centred kernel nearest-neighbour alignment (Huh et al. 2024, arXiv:2405.07987, appendix), in [-1, 1] or nearly: 1 for
-    the same space, about k / n for two that know nothing of each other. NaN where either space agrees with itself in nothing.
+    """Return the centred kernel nearest-neighbour alignment of two spaces.
 
-    As their metrics.py: kernels of inner products, neighbours of either space met, the unbiased HSIC; but for the 1e-6 that
-    it adds to the denominator. Depends on n: compare only values of the same images.
+    Defined in the appendix of Huh et al. 2024 (arXiv:2405.07987) and implemented in their
+    metrics.py: inner-product kernels, common neighbours, and the unbiased HSIC; but without the
+    1e-6 that the implementation adds to the denominator. The value depends on n, so compare only
+    values for the same images.
+
+    Returns:
+        A value in about [-1, 1]: 1 for equal spaces, about k / n for independent ones, and NaN if
+        the local HSIC of a space with itself vanishes.
     """
     scale = local_hsic(a, a) * local_hsic(b, b)
     return local_hsic(a, b) / math.sqrt(scale) if scale > 0 else math.nan
 
 
-class Basis(NamedTuple):
-    """Three principal components, and the range that becomes a colour's."""
+class ColourBasis(NamedTuple):
+    """Three principal components, and the range of their scores that colours represent."""
 
     mean: Tensor  # (D,)
-    axes: Tensor  # (D, 3), orthonormal; 0 for those that D does not have
+    axes: Tensor  # orthonormal columns, (D, 3); zero if D < 3
     low: Tensor  # (3,)
     high: Tensor  # (3,)
-    share: float  # of the variance that is along them
+    share: float  # fraction of the variance along the components
 
     def scores(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., 3)."""
+        """Return the scores of tokens (..., D), (..., 3)."""
         return (tokens.double() - self.mean) @ self.axes
 
     def colours(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> red, green, blue in [0, 1], (..., 3): each component's least value is 0, its greatest 1."""
-        return ((self.scores(tokens) - self.low) / (self.high - self.low).clamp(min=1e-12)).clamp(
-            0, 1
-        )
+        """Return red, green and blue in [0, 1] for tokens (..., D), (..., 3).
+
+        Scores are scaled such that `low` becomes 0 and `high` becomes 1.
+        """
+        width = (self.high - self.low).clamp(min=1e-12)
+        return ((self.scores(tokens) - self.low) / width).clamp(0, 1)
 
 
-def principal(tokens: Tensor, like: Tensor | None = None) -> Basis:
-    """Of tokens (n, D). A component's sign is free: it is the one with which the scores go up where those of `like` (n, 3) do,
-    so that maps drawn one after the other differ in colour only where they differ.
+def fit_colours(tokens: Tensor, reference_scores: Tensor | None = None) -> ColourBasis:
+    """Return the principal components of tokens.
+
+    Args:
+        tokens: The tokens, (n, D).
+        reference_scores: Scores that determine the signs of the components, (n, 3). Each component
+            correlates positively with its reference, so that the colours of similar maps agree.
     """
     x = tokens.double()
     mean = x.mean(0)
-    _, values, rows = torch.linalg.svd(x - mean, full_matrices=False)
+    _, singular_values, rows = torch.linalg.svd(x - mean, full_matrices=False)
     axes = F.pad(rows[:3].T, (0, max(0, 3 - len(rows))))
     scores = (x - mean) @ axes
-    if like is not None:
-        sign = torch.where((scores * like).sum(0) < 0, -1.0, 1.0)
-        axes, scores = axes * sign, scores * sign
-    share = values[:3].square().sum() / values.square().sum().clamp(min=1e-300)
-    return Basis(mean, axes, scores.amin(0), scores.amax(0), share.item())
+    if reference_scores is not None:
+        signs = torch.where((scores * reference_scores).sum(0) < 0, -1.0, 1.0)
+        axes = axes * signs
+        scores = scores * signs
+    variance = singular_values.square()
+    share = variance[:3].sum() / variance.sum().clamp(min=1e-300)
+    return ColourBasis(mean, axes, scores.amin(0), scores.amax(0), share.item())

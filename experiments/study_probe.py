@@ -1,4 +1,7 @@
-"""How well the class is told from a run's blocks at its end: experiments/features.py's linear probe, at one noise level."""
+"""Measure how well a linear probe predicts the class from the blocks of a trained run.
+
+The probe is that of experiments/features.py, at one noise level.
+"""
 
 import json
 from pathlib import Path
@@ -9,31 +12,41 @@ from tqdm import tqdm
 from checkpointing import pretrained
 from common.files import write_file
 from evaluations.runs import read_json
-from experiments.feature_study import judge, pooled, read
+from experiments.feature_study import draw_images, evaluate_features, pool_tokens
 from latents.cache import LatentCache
 
-TIME, IMAGES, SEED = 0.5, 5000, 0  # one half of the images trains the probe, the other is counted
+TIME = 0.5
+NUM_IMAGES = 5000  # half of them train the probe, the other half measures its accuracy
+SEED = 0
+BATCH_SIZE = 250
 
 
-def known(run: Path) -> dict | None:
-    """What was measured before."""
+def read_probe(run: Path) -> dict | None:
+    """Return the stored result of `probe_run`, or None."""
     return read_json(run / "probe.json") or None
 
 
-def probe(run: Path, cache: LatentCache) -> dict:
-    """{"t", "images", "accuracy": {block: share}} of the newest average; kept in RUN/probe.json, and measured once."""
-    if found := known(run):
-        return found
+def probe_run(run: Path, cache: LatentCache) -> dict:
+    """Probe the newest EMA of a run, unless RUN/probe.json stores the result already.
+
+    Returns:
+        {"t": time, "images": number of images, "accuracy": {block: accuracy}}.
+    """
+    if stored := read_probe(run):
+        return stored
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = pretrained.load(run)
-    model, data = source.model.to(device), read(cache, min(IMAGES, len(cache)), SEED)
-    blocks = [round(model.config.depth * k / 4) for k in (1, 2, 3, 4)]
-    with tqdm(total=len(data.index), unit="img", desc=f"probe {run.name}", leave=False) as bar:
-        spaces = pooled(model, data, source.path_type, TIME, blocks, 250, bar)
+    model = source.model.to(device)
+    images = draw_images(cache, min(NUM_IMAGES, len(cache)), SEED)
+    blocks = [round(model.config.depth * quarter / 4) for quarter in (1, 2, 3, 4)]
+    num_images = len(images.image_index)
+    with tqdm(total=num_images, unit="img", desc=f"probe {run.name}", leave=False) as bar:
+        x_t = images.add_noise(source.path_type, TIME)
+        features = pool_tokens(model, x_t, TIME, blocks, BATCH_SIZE, bar)
         accuracy = {
-            str(k): judge(space, data, cache.manifest.num_classes, None)["accuracy"]
-            for k, space in spaces.items()
+            str(block): evaluate_features(values, images, cache.manifest.num_classes)["accuracy"]
+            for block, values in features.items()
         }
-    found = {"t": TIME, "images": len(data.index), "accuracy": accuracy}
-    write_file(run / "probe.json", json.dumps(found).encode())
-    return found
+    result = {"t": TIME, "images": num_images, "accuracy": accuracy}
+    write_file(run / "probe.json", json.dumps(result).encode())
+    return result

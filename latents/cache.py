@@ -1,15 +1,15 @@
-"""The latent cache, read: moments, images and features by number, out of memory maps. What lies where: manifest.py.
+"""Read a latent cache: moments, labels, images and features by image index (docs/data.md).
 
-B images asked for, C latent channels, h w latent side, R resolution, N tokens, D width.
+B images per batch, C latent channels, h x w latent size, R resolution, N tokens, D feature
+dimension.
 """
 
-import errno
-import mmap
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,265 +20,317 @@ from common.machine import available_memory, memory_sharing_domain, raise_open_f
 from latents.manifest import (
     CacheError,
     Manifest,
+    features_remedy,
     join_manifests,
     read_feature_metadata,
     read_manifest,
     write_manifest,
 )
+from latents.shard_reader import PrefetchPolicy, RowFormat, ShardReader, load_array
 
 __all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest", "write_manifest"]
-KEEP_IMAGES_REMEDY = "give the command that made it again, with --keep-images"
-REMEDY = "do it again with python -m preprocessing.verify --repair"
-ADVISED = 8  # batches, after one that waited for the disk
-SLOWEST_MEMORY = 2e9  # bytes a second; a copy that takes longer has waited for a disk
-MAX_OPEN_MAPS = 16_384  # shards mapped at once; Linux allows a process 65,530 maps
+
+KEEP_IMAGES_REMEDY = "rerun the command that created it and add --keep-images"
+MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
 
 
 class LatentCache:
-    """One cache, or several joined, image numbers 0 to len - 1. Arrays are memory-mapped on first use, so that loader
-    processes each map their own; labels are held in as few bytes as the classes need. Raises CacheError.
+    """One latent cache, or several that are read as one; image indices run from 0 to len - 1.
+
+    All files are validated when the cache is opened, so that training does not stop days later.
+    Each process maps the files that it reads on first use.
+
+    Args:
+        roots: Folders of the caches.
+
+    Attributes:
+        manifest: The manifest, joined if there are several caches.
+        labels: Labels of all images, in the smallest unsigned integer type that holds them.
+        open_shards: Readers of the mapped files, by shard index and folder.
+
+    Raises:
+        CacheError: A cache is missing or damaged, or the caches cannot be joined.
     """
 
     def __init__(self, *roots: Path | str):
         self.roots = [Path(root) for root in roots]
         self.manifests = [read_manifest(root) for root in self.roots]
         for root, manifest in zip(self.roots, self.manifests):
-            held = sum(shard["count"] for shard in manifest.shards)
-            if held != manifest.count or held < 1:
+            num_images = sum(shard["count"] for shard in manifest.shards)
+            if num_images != manifest.count or num_images < 1:
                 raise CacheError(
-                    f"{root / 'manifest.json'}: its shards hold {held} images, it says {manifest.count}"
+                    f"{root / 'manifest.json'}: the shards contain {num_images} images, "
+                    f"but count is {manifest.count}; encode the images again"
                 )
-        self.manifest = (
-            self.manifests[0] if len(roots) == 1 else join_manifests(self.roots, self.manifests)
-        )
-        self.shard_roots = [
-            root for root, manifest in zip(self.roots, self.manifests) for _ in manifest.shards
-        ]
-        self.starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
-        self.item = np.dtype(
-            (
-                self.manifest.dtype,
-                (2 * self.manifest.latent_shape[0], *self.manifest.latent_shape[1:]),
-            )
-        )
-        self._items = dict.fromkeys(
-            self.manifest.moment_folders, self.item
-        )  # one row of each folder that is looked at
+        if len(self.manifests) == 1:
+            self.manifest = self.manifests[0]
+        else:
+            self.manifest = join_manifests(self.roots, self.manifests)
+        self.shard_roots: list[Path] = []
+        for root, manifest in zip(self.roots, self.manifests):
+            self.shard_roots += [root] * len(manifest.shards)
+        self.shard_starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
+
+        channels, *size = self.manifest.latent_shape
+        self._moments_format = RowFormat((2 * channels, *size), np.dtype(self.manifest.dtype))
+        self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
+        self._moments_in_ram: np.ndarray | None = None
+        self.open_shards: dict[tuple[int, str], ShardReader] = {}
+        self._max_open_maps = min(MAX_OPEN_MAPS, raise_open_file_limit() // 2)  # one file per map
+        self._prefetch_policies: dict[str, PrefetchPolicy] = defaultdict(PrefetchPolicy)
+
         self.labels = np.empty(len(self), np.min_scalar_type(self.manifest.num_classes - 1))
-        for k, start in enumerate(
-            self.starts[:-1]
-        ):  # looks at every header now, so that training does not stop on day three
-            labels = self._labels(k)
+        for shard_index, start in enumerate(self.shard_starts[:-1]):
+            labels = self._load_labels(shard_index)
             self.labels[start : start + len(labels)] = labels
             for folder in self.manifest.moment_folders:
-                self._map(k, folder)
-        self._ram: np.ndarray | None = None
-        self.open_shards: dict[tuple[int, str], tuple[mmap.mmap, int]] = {}
-        self._advise: Counter = Counter()  # by folder
-        self._most_open = min(MAX_OPEN_MAPS, raise_open_file_limit() // 2)  # each map keeps one
+                self._open_shard(shard_index, folder)
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"open_shards": {}}  # maps are every process's own
-
-    def _read(self, shard: int, folder: str, mmap_mode: str | None = None) -> np.ndarray:
-        path = self.shard_roots[shard] / folder / self.manifest.shards[shard]["file"]
-        try:
-            return np.load(path, mmap_mode=mmap_mode)
-        except (OSError, ValueError, EOFError) as error:
-            gone = getattr(error, "errno", None) in (
-                None,
-                errno.ENOENT,
-            )  # otherwise it is the disk, or the machine
-            remedy = f"{REMEDY} {self.shard_roots[shard]}"
-            if folder.startswith("features/"):
-                remedy = f"remove {self.shard_roots[shard] / folder} and make it again with python -m preprocessing.encode_features"
-            raise CacheError(
-                f"{path} cannot be read ({error}){f': {remedy}' if gone else ''}"
-            ) from None
-
-    def _map(self, shard: int, folder: str) -> np.ndarray:
-        entry, channels, item = (
-            self.manifest.shards[shard],
-            self.manifest.latent_shape[0],
-            self._items[folder],
-        )
-        array = self._read(shard, folder, "r")
-        expected = (entry["count"], *item.shape)
-        if (array.shape, array.dtype) != (expected, item.base):
-            path, hint = self.shard_roots[shard] / folder / entry["file"], ""
-            if (
-                folder in self.manifest.moment_folders
-                and array.ndim == 4
-                and array.shape[1] == channels
-            ):
-                hint = f" ({channels} channels are latents; a cache holds moments, {2 * channels} channels)"
-            raise CacheError(
-                f"{path} has shape {array.shape} and dtype {array.dtype}, the manifest says {expected} and {item.base}{hint}"
-            )
-        assert array.flags.c_contiguous, array.filename
-        return array
-
-    def _labels(self, shard: int) -> np.ndarray:
-        labels, count = self._read(shard, "labels"), self.manifest.shards[shard]["count"]
-        path = self.shard_roots[shard] / "labels" / self.manifest.shards[shard]["file"]
-        if labels.shape != (count,):
-            raise CacheError(f"{path} has shape {labels.shape}, the manifest says {(count,)}")
-        if labels.size and not 0 <= labels.min() <= labels.max() < self.manifest.num_classes:
-            raise CacheError(f"{path} has labels outside 0..{self.manifest.num_classes - 1}")
-        return labels
+        return self.__dict__ | {"open_shards": {}}  # another process opens its own maps
 
     def gather(
-        self, index: np.ndarray, mirrored: np.ndarray | None = None
+        self, image_index: np.ndarray, flipped: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images by number, read in the order of the disk and copied once: index (B,), mirrored (B,) bool where the mirror
-        image is meant -> moments (B, 2C, h, w) as stored, labels (B,) int64.
+        """Read the moments and labels of a batch.
+
+        Args:
+            image_index: Indices of the images, (B,) int64.
+            flipped: Whether to read the moments of the horizontally flipped image, (B,) bool.
+
+        Returns:
+            Moments as stored, (B, 2C, h, w), and labels, (B,) int64.
         """
-        assert ((index >= 0) & (index < len(self))).all(), (index, len(self))
-        labels = torch.from_numpy(self.labels[index].astype(np.int64))
-        if self._ram is None:
-            return torch.from_numpy(
-                self._rows(index, self.manifest.moment_folders, mirrored)
-            ), labels
-        moments = np.empty(len(index), self.item)
-        rows = index if mirrored is None else index + len(self) * mirrored.astype(np.int64)
-        np.take(
-            self._ram, rows, 0, moments, "clip"
-        )  # checked above; any other mode takes a second copy
+        assert ((image_index >= 0) & (image_index < len(self))).all(), (image_index, len(self))
+        labels = torch.from_numpy(self.labels[image_index].astype(np.int64))
+        if self._moments_in_ram is None:
+            moments = self._read_rows(image_index, self.manifest.moment_folders, flipped)
+        else:
+            moments = self._moments_format.empty(len(image_index))
+            row = image_index
+            if flipped is not None:
+                row = image_index + len(self) * flipped.astype(np.int64)
+            # The indices are valid. Modes other than "clip" would buffer a second copy.
+            np.take(self._moments_in_ram, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
 
-    def images(self, index: np.ndarray, mirrored: np.ndarray | None = None) -> Tensor:
-        """What was encoded: index (B,), mirrored (B,) bool -> (B, 3, R, R) uint8. They stay on the disk, also where the moments
-        are in memory.
+    def images(self, image_index: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
+        """Read the encoded images of a batch, always from the disk.
+
+        Args:
+            image_index: Indices of the images, (B,) int64.
+            flipped: Whether to flip the image horizontally, (B,) bool.
+
+        Returns:
+            (B, 3, R, R) uint8.
         """
         self.require_folder("images")
-        images = self._rows(index, ["images"])
-        if mirrored is not None:
-            images[mirrored] = images[mirrored][..., ::-1]
+        images = self._read_rows(image_index, ["images"])
+        if flipped is not None:
+            images[flipped] = images[flipped][..., ::-1]
         return torch.from_numpy(images)
 
-    def features(self, slug: str, index: np.ndarray) -> Tensor:
-        """What preprocessing.encode_features stored: index (B,) -> (B, N, D) float16."""
+    def features(self, slug: str, image_index: np.ndarray) -> Tensor:
+        """Read features that preprocessing.encode_features has stored, (B, N, D) float16."""
         self.require_folder(f"features/{slug}")
-        return torch.from_numpy(self._rows(index, [f"features/{slug}"]))
+        return torch.from_numpy(self._read_rows(image_index, [f"features/{slug}"]))
 
     def read_feature_metadata(self) -> dict[str, dict]:
-        """{slug: features.json} of those that every cache here holds, made by one encoder."""
+        """Return the metadata of the features that all joined caches hold, by slug."""
         return read_feature_metadata(self.roots, self.manifests)
 
     def require_folder(self, folder: str) -> None:
-        """Looks at the headers of "images" or "features/SLUG", once. Raises CacheError if they are not there or not sound."""
-        if folder in self._items:
+        """Validate the files of "images" or "features/SLUG" on the first call.
+
+        Raises:
+            CacheError: Files are missing or damaged.
+        """
+        if folder in self._row_formats:
             return
         if folder == "images":
-            for root, manifest in zip(self.roots, self.manifests):
-                if not manifest.images:
-                    raise CacheError(
-                        f"{root} holds no images: it was made without --keep-images; {KEEP_IMAGES_REMEDY}"
-                    )
-            item = np.dtype((np.uint8, (3, self.manifest.resolution, self.manifest.resolution)))
+            self._row_formats[folder] = self._images_format()
         else:
-            stored, slug = self.read_feature_metadata(), folder.removeprefix("features/")
-            if slug not in stored:
-                raise CacheError(
-                    f"{' '.join(map(str, self.roots))}: no features {slug}, but {', '.join(sorted(stored)) or 'none'}: make "
-                    "them with python -m preprocessing.encode_features"
-                )
-            item = np.dtype(
-                (stored[slug]["dtype"], (stored[slug]["tokens_side"] ** 2, stored[slug]["width"]))
-            )
-        self._items[folder] = item
+            self._row_formats[folder] = self._features_format(folder.removeprefix("features/"))
         try:
-            for k in range(len(self.manifest.shards)):
-                self._map(k, folder)
+            for shard_index in range(len(self.manifest.shards)):
+                self._open_shard(shard_index, folder)
         except CacheError:
-            del self._items[folder]
+            del self._row_formats[folder]
             raise
 
-    def _rows(
-        self, index: np.ndarray, folders: list[str], which: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Row index[i] of folders[which[i]], each copied once: (B, *item)."""
-        item = self._items[folders[0]]
-        rows_out = np.empty(len(index), item)
-        order = np.argsort(index)
-        number = index[order]
-        shard = np.searchsorted(self.starts, number, side="right") - 1
-        side = np.zeros_like(shard) if which is None else which[order].astype(np.int64)
-        size, out = item.itemsize, memoryview(rows_out).cast("B")
-        begin = (number - self.starts[shard]) * size
-        rows = list(zip((order * size).tolist(), shard.tolist(), side.tolist(), begin.tolist()))
-        advise = self._advise[folders[0]]
-        if advise:  # the disk was waited for not long ago: ask it for all rows at once
-            for _, k, which_one, offset in rows:
-                stored, first = self._bytes(k, folders[which_one])
-                page = (first + offset) // mmap.PAGESIZE * mmap.PAGESIZE
-                stored.madvise(mmap.MADV_WILLNEED, page, first + offset + size - page)
-        started = time.perf_counter()
-        for row, k, which_one, offset in rows:
-            stored, first = self.open_shards.get((k, folders[which_one])) or self._bytes(
-                k, folders[which_one]
-            )
-            out[row : row + size] = memoryview(stored)[first + offset : first + offset + size]
-        waited = time.perf_counter() - started > len(rows) * (size / SLOWEST_MEMORY + 2e-6)
-        self._advise[folders[0]] = ADVISED if waited else max(0, advise - 1)
-        return rows_out
+    def _images_format(self) -> RowFormat:
+        for root, manifest in zip(self.roots, self.manifests):
+            if not manifest.images:
+                raise CacheError(
+                    f"{root} holds no images because it was created without --keep-images; "
+                    f"{KEEP_IMAGES_REMEDY}"
+                )
+        resolution = self.manifest.resolution
+        return RowFormat((3, resolution, resolution), np.dtype(np.uint8))
 
-    def _bytes(self, shard: int, folder: str) -> tuple[mmap.mmap, int]:
-        """The map of a shard's file, and where its array begins. It is read here and there: without being told so, the system
-        reads megabytes around each image.
-        """
-        if (shard, folder) not in self.open_shards:
-            if len(self.open_shards) >= self._most_open:
-                self.open_shards.pop(next(iter(self.open_shards)))[0].close()
-            array = self._map(shard, folder)
-            with open(array.filename, "rb") as file:
-                stored = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            stored.madvise(mmap.MADV_RANDOM)
-            self.open_shards[shard, folder] = stored, array.offset
-        return self.open_shards[shard, folder]
+    def _features_format(self, slug: str) -> RowFormat:
+        stored = self.read_feature_metadata()
+        if slug not in stored:
+            available = ", ".join(sorted(stored)) or "none"
+            raise CacheError(
+                f"{' '.join(map(str, self.roots))}: there are no features {slug} (available: "
+                f"{available}); create them with python -m preprocessing.encode_features"
+            )
+        metadata = stored[slug]
+        shape = (metadata["tokens_side"] ** 2, metadata["width"])
+        return RowFormat(shape, np.dtype(metadata["dtype"]))
+
+    def _read_rows(
+        self, image_index: np.ndarray, folders: list[str], flipped: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Read one row per image, (B, ...): from folders[1] where flipped, else from folders[0]."""
+        row_format = self._row_formats[folders[0]]
+        out = row_format.empty(len(image_index))
+
+        # Locate the rows, in the order in which they are stored.
+        order = np.argsort(image_index)
+        sorted_index = image_index[order]
+        shard_index = np.searchsorted(self.shard_starts, sorted_index, side="right") - 1
+        row_index = sorted_index - self.shard_starts[shard_index]
+        row_folders = [folders[0]] * len(order)
+        if flipped is not None:
+            row_folders = [folders[is_flipped] for is_flipped in flipped[order].astype(int)]
+        shards = zip(shard_index.tolist(), row_folders)
+        rows = list(zip(order.tolist(), shards, row_index.tolist()))
+
+        policy = self._prefetch_policies[folders[0]]
+        if policy.remaining_batches:
+            for _, shard, row in rows:
+                self._reader(*shard).prefetch(row)
+
+        # Copy each row once. Calling `_reader` for every row would make this loop 5% slower.
+        started = time.perf_counter()
+        for i, shard, row in rows:
+            reader = self.open_shards.get(shard) or self._reader(*shard)
+            out[i] = reader.rows[row]
+        policy.update(len(rows), row_format.nbytes, time.perf_counter() - started)
+        return out
+
+    def _reader(self, shard_index: int, folder: str) -> ShardReader:
+        """Return the reader of a shard from `open_shards`, after adding it if necessary."""
+        reader = self.open_shards.get((shard_index, folder))
+        if reader is None:
+            if len(self.open_shards) >= self._max_open_maps:
+                oldest = next(iter(self.open_shards))
+                del self.open_shards[oldest]
+            reader = self._open_shard(shard_index, folder)
+            reader.expect_random_access()
+            self.open_shards[shard_index, folder] = reader
+        return reader
+
+    def _open_shard(self, shard_index: int, folder: str) -> ShardReader:
+        """Validate and map a shard file."""
+        return ShardReader(
+            self._path(shard_index, folder),
+            self.manifest.shards[shard_index]["count"],
+            self._row_formats[folder],
+            self._remedy(shard_index, folder),
+        )
+
+    def _load_labels(self, shard_index: int) -> np.ndarray:
+        path = self._path(shard_index, "labels")
+        remedy = self._remedy(shard_index, "labels")
+        labels = load_array(path, remedy)
+        expected = (self.manifest.shards[shard_index]["count"],)
+        if labels.shape != expected:
+            raise CacheError(
+                f"{path} has shape {labels.shape}, but the manifest states {expected}; {remedy}"
+            )
+        if labels.size and not 0 <= labels.min() <= labels.max() < self.manifest.num_classes:
+            last_class = self.manifest.num_classes - 1
+            raise CacheError(f"{path} has labels outside 0..{last_class}; {remedy}")
+        return labels
+
+    def _path(self, shard_index: int, folder: str) -> Path:
+        return self.shard_roots[shard_index] / folder / self.manifest.shards[shard_index]["file"]
+
+    def _remedy(self, shard_index: int, folder: str) -> str:
+        root = self.shard_roots[shard_index]
+        if folder.startswith("features/"):
+            return features_remedy(root / folder)
+        return f"repair it with python -m preprocessing.verify --repair {root}"
 
     def load_into_ram(
-        self, rank: int = 0, gather: Callable[[object], list] = lambda value: [value]
+        self, rank: int = 0, all_gather: Callable[[object], list] = lambda value: [value]
     ) -> None:
-        """Copies the moments (not images or features) into memory, once on each machine: its processes share them, and the
-        system frees them with the last of these, however that ends. `gather` returns what every process gave, in the order of
-        their ranks.
+        """Copy the moments, but not images or features, into memory that processes share.
+
+        Each machine holds one copy. The system frees it when the last process exits, even if that
+        process is killed.
+
+        Args:
+            rank: Rank of this process.
+            all_gather: Function that returns the values of all processes, ordered by rank.
+
+        Raises:
+            CacheError: On all processes, if one of them cannot load the cache.
         """
-        sides = self.manifest.moment_folders
-        shape = (len(sides) * len(self), *self.item.shape)
-        size = len(sides) * len(self) * self.item.itemsize
-        rooms = gather(memory_sharing_domain())
-        owner = rooms.index(rooms[rank])
-        path, problem = None, None
+        # One process of each machine allocates the memory and fills it.
+        domains = all_gather(memory_sharing_domain())
+        owner = domains.index(domains[rank])
+        shared_path = None
+        error = None
         if owner == rank:
             try:
-                if size > (free := available_memory()):
-                    raise CacheError(
-                        f"--cache-in-ram needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of this machine's are free"
-                    )
-                if not hasattr(
-                    os, "memfd_create"
-                ):  # macOS: no shared memory without a name, so a copy a process
-                    self._ram = np.empty(shape, self.item.base)
-                else:
-                    self._memory = os.memfd_create("latents")
-                    os.ftruncate(self._memory, size)
-                    path = f"/proc/{os.getpid()}/fd/{self._memory}"
-                    self._ram = np.memmap(path, self.item.base, "r+", shape=shape)
-                with tqdm(
-                    total=size, unit="B", unit_scale=True, desc="into memory", disable=rank > 0
-                ) as bar:
-                    for k, start in enumerate(self.starts[:-1]):
-                        for side, array in enumerate(self._map(k, folder) for folder in sides):
-                            self._ram[side * len(self) + start :][: len(array)] = array
-                            bar.update(array.nbytes)
-            except CacheError as error:
-                problem = error
-        paths = gather((path, problem))
-        if any(problem for _, problem in paths):
-            raise next(problem for _, problem in paths if problem)
-        if owner != rank and paths[owner][0]:
-            self._ram = np.memmap(paths[owner][0], self.item.base, "r", shape=shape)
+                shared_path = self._allocate_ram()
+                self._fill_ram(show_progress=rank == 0)
+            except CacheError as cache_error:
+                error = cache_error
+
+        # The other processes map the same memory.
+        results = all_gather((shared_path, error))
+        for _, owner_error in results:
+            if owner_error is not None:
+                raise owner_error
+        shared_path, _ = results[owner]
+        if owner != rank and shared_path is not None:
+            self._moments_in_ram = self._map_ram(shared_path, "r")
+
+    def _allocate_ram(self) -> str | None:
+        """Allocate memory for the moments; return a path under which other processes can map it."""
+        num_rows = len(self.manifest.moment_folders) * len(self)
+        needed = num_rows * self._moments_format.nbytes
+        available = available_memory()
+        if needed > available:
+            raise CacheError(
+                f"--cache-in-ram needs {needed / 1e9:.1f} GB of memory, but this machine has only "
+                f"{available / 1e9:.1f} GB available; remove the flag"
+            )
+        if not hasattr(os, "memfd_create"):  # macOS: each process holds a copy
+            self._moments_in_ram = self._moments_format.empty(num_rows)
+            return None
+        self._ram_descriptor = os.memfd_create("latents")
+        os.ftruncate(self._ram_descriptor, needed)
+        path = f"/proc/{os.getpid()}/fd/{self._ram_descriptor}"
+        self._moments_in_ram = self._map_ram(path, "r+")
+        return path
+
+    def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
+        """Map the shared memory: the moments of all images, then those of all flipped images."""
+        shape = (-1, *self._moments_format.shape)
+        return np.memmap(path, self._moments_format.dtype, mode).reshape(shape)
+
+    def _fill_ram(self, show_progress: bool) -> None:
+        assert self._moments_in_ram is not None
+        progress = tqdm(
+            total=self._moments_in_ram.nbytes,
+            unit="B",
+            unit_scale=True,
+            desc="loading into memory",
+            disable=not show_progress,
+        )
+        with progress:
+            for shard_index, start in enumerate(self.shard_starts[:-1]):
+                for k, folder in enumerate(self.manifest.moment_folders):
+                    rows = self._open_shard(shard_index, folder).rows
+                    begin = k * len(self) + start
+                    self._moments_in_ram[begin : begin + len(rows)] = rows
+                    progress.update(rows.nbytes)

@@ -1,13 +1,15 @@
-"""The latent cache on the disk (docs/data.md): what it is, whether several go together, what features it has.
+"""The manifest of a latent cache, and which caches can be joined (docs/data.md).
 
-    manifest.json      what the cache is, and the list of shards it vouches for; written last
-    moments/00000.npy  (n, 2C, h, w) posterior mean and standard deviation, unscaled
-    mirrored/00000.npy the same of the mirror images, in a cache with flips
-    labels/00000.npy   (n,) int64
-    images/00000.npy   (n, 3, R, R) uint8, what was encoded, in a cache that keeps the images
-    features/SLUG/     of an image encoder, by preprocessing.encode_features: 00000.npy (n, N, D) float16 and features.json
+    manifest.json       settings of the cache and the list of its shards; written last
+    moments/00000.npy   (n, 2C, h, w) posterior mean and standard deviation, unscaled
+    mirrored/00000.npy  the same for the horizontally flipped images, in a cache with flips
+    labels/00000.npy    (n,) int64
+    images/00000.npy    (n, 3, R, R) uint8, the encoded images, in a cache that keeps them
+    features/SLUG/      features of an image encoder (preprocessing.encode_features):
+                        00000.npy (n, N, D) float16 and features.json
 
-n images in a shard, C latent channels, h w latent side, R resolution, N tokens, D width.
+n images per shard, C latent channels, h x w latent size, R resolution, N tokens, D feature
+dimension.
 """
 
 import json
@@ -20,95 +22,8 @@ from common.files import write_file
 
 FORMAT_VERSION = 1
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """manifest.json. `mean` and `std` are those of the unscaled latents, per channel, over the whole cache."""
-
-    source: str
-    count: int
-    num_classes: int
-    class_names: list[str]
-    resolution: int
-    crop: str
-    vae: str  # hub id or folder
-    vae_fingerprint: str  # models.autoencoder.fingerprint
-    scale: (
-        float | list[float]
-    )  # of the latent, models.autoencoder.LatentScale; by channel for some VAEs
-    shift: float | list[float]
-    latent_shape: list[int]  # (C, h, w)
-    dtype: str
-    mean: list[float]
-    std: list[float]
-    shards: list[dict] = field(
-        default_factory=list
-    )  # {file, count, sha256: {moments, labels, ...}, sum, sum_of_squares, ...}
-    skipped: int = 0  # images of the source that could not be used
-    flips: bool = False  # whether the mirror images are there too
-    images: bool = False  # whether the images are kept
-    kinds: dict[str, int] = field(default_factory=dict)  # of images met: how many of each
-    encoding: dict = field(
-        default_factory=dict
-    )  # what preprocessing was asked for: enough to do a shard again
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def moment_folders(self) -> list[str]:
-        """Where a shard's moments lie."""
-        return ["moments", *["mirrored"] * self.flips]
-
-    @property
-    def folders(self) -> list[str]:
-        """Where a shard's arrays lie."""
-        return [*self.moment_folders, "labels", *["images"] * self.images]
-
-
-class CacheError(ValueError):
-    """The cache is missing, incomplete, or not what its manifest says."""
-
-
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """The last write of preprocessing: from here on the cache is one."""
-    write_file(root / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
-
-
-def read_manifest(root: Path) -> Manifest:
-    """Raises CacheError where there is none, or one of another format."""
-    path = root / "manifest.json"
-    if not root.exists():
-        raise CacheError(f"{root} does not exist, seen from {Path.cwd()}")
-    if not path.exists() and (root / "partial").exists():
-        raise CacheError(f"{root} is not finished: run the command that makes it again")
-    if not path.exists() and (root / "vae-sd").exists():
-        raise CacheError(
-            f"{root} is REPA's: make a cache of it with python -m preprocessing.import_repa {root} FOLDER"
-        )
-    if not path.exists():
-        raise CacheError(
-            f"{root} is no latent cache (no manifest.json): make one of images with python -m "
-            "preprocessing.encode_latents --source IMAGES --dest FOLDER --resolution N, of the embedded ones with make demo"
-        )
-    try:
-        content = json.loads(path.read_text())
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise CacheError(
-                f"{path} has format version {version}, this code reads {FORMAT_VERSION}: encode the images again"
-            )
-        if not all({"file", "count"} <= shard.keys() for shard in content["shards"]):
-            raise KeyError("a shard without file or count")
-        return Manifest(**content)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CacheError):
-            raise
-        raise CacheError(
-            f"{path} is not a manifest this code can read ({error}): encode the images again"
-        ) from None
-
-
-# What caches must share to be read as one; the images, and how many there are, may differ.
-SHARED = (
+# Fields that must be equal in caches that are joined.
+SHARED_FIELDS = (
     "class_names",
     "resolution",
     "vae_fingerprint",
@@ -119,29 +34,123 @@ SHARED = (
     "flips",
 )
 
+# Entries of features.json that identify the encoder and the form of its features.
+FEATURE_FIELDS = ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json."""
+
+    source: str
+    count: int  # number of images
+    num_classes: int
+    class_names: list[str]
+    resolution: int
+    crop: str
+    vae: str  # hub id or folder
+    vae_fingerprint: str  # Autoencoder.fingerprint
+    scale: float | list[float]  # models.autoencoder.LatentScale; some VAEs have one per channel
+    shift: float | list[float]
+    latent_shape: list[int]  # (C, h, w)
+    dtype: str
+    mean: list[float]  # of the unscaled latents over the whole cache, per channel
+    std: list[float]  # likewise
+    # One entry per shard: file, count, sha256 by folder, sum, sum_of_squares, ...
+    shards: list[dict] = field(default_factory=list)
+    skipped: int = 0  # number of source images that could not be used
+    flips: bool = False  # whether moments of the flipped images are stored
+    images: bool = False  # whether the images are stored
+    kinds: dict[str, int] = field(default_factory=dict)  # number of source images per kind
+    encoding: dict = field(default_factory=dict)  # settings needed to encode a shard again
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def moment_folders(self) -> list[str]:
+        """Folders that hold moments: those of the images, then those of the flipped images."""
+        return ["moments", "mirrored"] if self.flips else ["moments"]
+
+    @property
+    def folders(self) -> list[str]:
+        """Folders that hold one array per shard, except features."""
+        folders = [*self.moment_folders, "labels"]
+        if self.images:
+            folders.append("images")
+        return folders
+
+
+class CacheError(ValueError):
+    """The cache is missing or incomplete, or its files do not match its manifest."""
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write manifest.json. Preprocessing does so last, because it makes the cache valid."""
+    write_file(root / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read manifest.json.
+
+    Raises:
+        CacheError: There is no manifest, or it has another format.
+    """
+    path = root / "manifest.json"
+    if not root.exists():
+        raise CacheError(f"{root} does not exist (current folder: {Path.cwd()})")
+    if not path.exists():
+        raise CacheError(_explain_missing_manifest(root))
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            if not all({"file", "count"} <= shard.keys() for shard in content["shards"]):
+                raise KeyError("a shard has no file or no count")
+            return Manifest(**content)
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{path} is not a valid manifest ({error}); encode the images again"
+        raise CacheError(message) from None
+    raise CacheError(
+        f"{path} has format version {version}, but this code reads version {FORMAT_VERSION}; "
+        "encode the images again"
+    )
+
+
+def _explain_missing_manifest(root: Path) -> str:
+    if (root / "partial").exists():
+        return f"{root} is incomplete; rerun the command that created it"
+    if (root / "vae-sd").exists():
+        return (
+            f"{root} is in REPA's format; convert it with "
+            f"python -m preprocessing.import_repa {root} FOLDER"
+        )
+    return (
+        f"{root} is not a latent cache (no manifest.json); create one from images with "
+        "python -m preprocessing.encode_latents --source IMAGES --dest FOLDER --resolution N, "
+        "or from the bundled images with make demo"
+    )
+
 
 def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
-    """Several caches as one, in the order given. Raises CacheError if they do not go together."""
-    first = manifests[0]
+    """Return the manifest of several caches that are read as one, in the given order.
+
+    Raises:
+        CacheError: The caches differ in one of SHARED_FIELDS, or one is listed twice.
+    """
     if len({root.resolve() for root in roots}) < len(roots):
-        raise CacheError(f"{' '.join(map(str, roots))}: one cache stands there twice")
+        raise CacheError(f"{' '.join(map(str, roots))}: the same cache is listed twice")
+    first = manifests[0]
     for root, manifest in zip(roots, manifests):
-        for name in SHARED:
-            ours, theirs = getattr(first, name), getattr(manifest, name)
-            if ours != theirs and name == "class_names" and len(ours) == len(theirs):
-                k = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-                ours, theirs = (f"{names[k]!r} for class {k}" for names in (ours, theirs))
-            elif ours != theirs and name == "class_names":
-                ours, theirs = f"{len(ours)} classes", f"{len(theirs)} classes"
-            if ours != theirs:
+        for name in SHARED_FIELDS:
+            if getattr(manifest, name) != getattr(first, name):
+                ours, theirs = _describe_difference(name, first, manifest)
                 raise CacheError(
-                    f"{roots[0]} and {root} cannot be joined: {name} is {ours} in one, {theirs} in the other"
+                    f"{roots[0]} and {root} cannot be joined: "
+                    f"{name} is {ours} in one and {theirs} in the other"
                 )
-    weights = np.array([manifest.count for manifest in manifests]) / sum(
-        manifest.count for manifest in manifests
-    )
+    counts = np.array([manifest.count for manifest in manifests])
+    weights = counts / counts.sum()
     mean = weights @ np.array([manifest.mean for manifest in manifests])
-    square = weights @ np.array(
+    mean_square = weights @ np.array(
         [np.square(manifest.mean) + np.square(manifest.std) for manifest in manifests]
     )
     return replace(
@@ -149,7 +158,7 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
         source=" + ".join(manifest.source for manifest in manifests),
         count=sum(manifest.count for manifest in manifests),
         mean=mean.tolist(),
-        std=np.sqrt(square - mean**2).tolist(),
+        std=np.sqrt(mean_square - mean**2).tolist(),
         shards=[shard for manifest in manifests for shard in manifest.shards],
         encoding={"joined": [[manifest.count, manifest.mean] for manifest in manifests]},
         skipped=sum(manifest.skipped for manifest in manifests),
@@ -157,30 +166,54 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     )
 
 
+def _describe_difference(name: str, first: Manifest, second: Manifest) -> tuple[str, str]:
+    """Return short descriptions of the two values of a field that differ."""
+    ours = getattr(first, name)
+    theirs = getattr(second, name)
+    if name != "class_names":
+        return str(ours), str(theirs)
+    if len(ours) != len(theirs):
+        return f"{len(ours)} classes", f"{len(theirs)} classes"
+    k = next(k for k in range(len(ours)) if ours[k] != theirs[k])
+    return f"{ours[k]!r} for class {k}", f"{theirs[k]!r} for class {k}"
+
+
+def features_remedy(folder: Path) -> str:
+    """Return the instruction for damaged features in `folder`, for error messages."""
+    return f"remove {folder} and run python -m preprocessing.encode_features again"
+
+
 def read_feature_metadata(roots: list[Path], manifests: list[Manifest]) -> dict[str, dict]:
-    """{slug: features.json} of the features that every cache holds, by one encoder and of the images that are there now. Raises
-    CacheError for a features.json that cannot be read.
+    """Return the FEATURE_FIELDS of the features that every cache holds, by slug.
+
+    Features are left out if the caches have them from different encoders, or if the images have
+    changed since they were computed.
+
+    Raises:
+        CacheError: A features.json cannot be read.
     """
-    found: dict[str, dict] = {}
-    for i, (root, manifest) in enumerate(zip(roots, manifests)):
-        here = {}
-        for path in sorted((root / "features").glob("*/features.json")):
-            try:
-                stored = json.loads(path.read_text())
-                kind = {
-                    name: stored[name]
-                    for name in ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")
-                }
-                of = {shard["file"]: shard["images_sha256"] for shard in stored["shards"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise CacheError(
-                    f"{path} cannot be read ({error!r}): remove {path.parent} and make it again"
-                ) from None
-            if of == {shard["file"]: shard["sha256"].get("images") for shard in manifest.shards}:
-                here[path.parent.name] = kind
-        found = (
-            here
-            if i == 0
-            else {slug: kind for slug, kind in found.items() if here.get(slug) == kind}
-        )
+    first, *others = [_read_features(root, manifest) for root, manifest in zip(roots, manifests)]
+    return {
+        slug: metadata
+        for slug, metadata in first.items()
+        if all(other.get(slug) == metadata for other in others)
+    }
+
+
+def _read_features(root: Path, manifest: Manifest) -> dict[str, dict]:
+    """Return the metadata of the features of one cache that match its images, by slug."""
+    image_hashes = {
+        shard["file"]: shard.get("sha256", {}).get("images") for shard in manifest.shards
+    }
+    found = {}
+    for path in sorted((root / "features").glob("*/features.json")):
+        try:
+            content = json.loads(path.read_text())
+            metadata = {name: content[name] for name in FEATURE_FIELDS}
+            encoded_hashes = {shard["file"]: shard["images_sha256"] for shard in content["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"{path} cannot be read ({error!r}); {features_remedy(path.parent)}"
+            raise CacheError(message) from None
+        if encoded_hashes == image_hashes:
+            found[path.parent.name] = metadata
     return found

@@ -1,62 +1,97 @@
-"""A frozen image encoder of timm's as REPA uses it (Yu et al. 2024, arXiv:2410.06940): images -> patch tokens.
+"""A frozen timm image encoder as REPA uses it (Yu et al. 2024, arXiv:2410.06940).
 
-The side rule. REPA gives a network of patch 14 224 pixels where the image has 256, so that 16 pixels are one token, and any
-other network the image as it is. Here S = 224 R / 256 or R, but at least 224, as a network trained on photographs sees nothing
-in a thumbnail; rounded to whole patches (to the stride of a convolutional network). A network that takes one size gets that.
+Input size: REPA resizes images of 256 pixels to 224 for a network of patch size 14, so that one
+token covers 16 pixels of the image, and leaves images unchanged for other networks. Here the input
+side S is 224 R / 256 or R, respectively, but at least 224, because networks trained on photographs
+perform poorly on thumbnails. S is rounded to whole patches, or to the stride of a convolutional
+network. A network with a fixed input size uses that size.
 
-B batch, R image side, S the network's side in pixels, G side of its grid of tokens, T of the grid asked for, D width.
+Shapes: B batch, R image side, S input side of the network in pixels, G side of the network's token
+grid, T side of the requested token grid, D width.
 """
+
+# timm is imported where it is used: importing it takes a second, and `--help` needs only the names.
 
 import difflib
 import hashlib
 import json
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from models.errors import FieldError
+
+TimmNetwork: TypeAlias = Any  # timm adds attributes and methods that nn.Module does not declare
+
+_DINOV2_SIZES = ("small", "base", "large", "giant")
 ENCODER_ALIASES = {
-    f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m"
-    for size in ("small", "base", "large", "giant")
+    f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES
 }
-REPA = {
-    **{
-        f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m"
-        for size in ("small", "base", "large", "giant")
-    },
+# REPA's names of encoders -> timm networks with the weights that REPA downloads.
+REPA_ENCODERS = {
+    **{f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES},
     **{
         f"dinov2reg-vit-{size[0]}": f"vit_{size}_patch14_reg4_dinov2.lvd142m"
-        for size in ("small", "base", "large", "giant")
+        for size in _DINOV2_SIZES
     },
     "dinov1-vit-b": "vit_base_patch16_224.dino",
     "clip-vit-L": "vit_large_patch14_clip_quickgelu_224.openai",
     "mae-vit-l": "vit_large_patch16_224.mae",
     "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
-}  # REPA's spelling -> timm's network with the weights that REPA downloads
-BEFORE_NORM = ("clip-vit-L", "mae-vit-l")  # REPA takes these two without their last layer norm
-SMALLEST = 224
-ON_CPU = 4  # images at once there: of more, the maps leave its caches, and a convolutional network takes twice as long
+}
+WITHOUT_FINAL_NORM = ("clip-vit-L", "mae-vit-l")  # REPA omits the last layer norm of these two
+MIN_SIDE = 224
+# On a CPU the activations of larger batches exceed its caches, which doubles the time of a
+# convolutional network.
+CPU_BATCH_SIZE = 4
 
 
-class EncoderError(ValueError):
-    """A mistake in the choice of an encoder: one line, to be put after the flag that chose it."""
+class TokenGridError(ValueError):
+    """The output of a network is not a square grid of tokens."""
+
+
+class EncoderShape(NamedTuple):
+    """Sizes of an encoder."""
+
+    width: int  # D
+    side: int  # S
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, R, R) uint8 -> tokens (B, T * T, D) float32, row by row; class, register and distillation tokens dropped.
+    """Maps images (B, 3, R, R) uint8 to patch tokens (B, T * T, D) float32 in row-major order.
 
-    Images are normalised with the network's own mean and deviation and resized as REPA does, bicubic without antialiasing.
-    `dtype` is autocast's, whatever surrounds it: bf16 on GPUs and float32 on the CPU unless told. It stays in eval mode.
+    Class, register and distillation tokens are dropped. Images are normalized with the mean and
+    standard deviation of the network and resized as in REPA, bicubic without antialiasing. The
+    encoder is frozen and always in eval mode.
+
+    Args:
+        name: A key of ENCODER_ALIASES or REPA_ENCODERS, or a timm model name.
+        resolution: Image side R.
+        tokens_side: Side T of the token grid.
+        weights: File with weights in timm's format. By default timm downloads them.
+        pretrained: False to use random weights.
+        device: Device of the network.
+        dtype: Autocast dtype, independent of any surrounding autocast. By default bfloat16 on
+            GPUs and float32 on the CPU.
+        side: Input side S, to override the default described in the module's docstring.
+
+    Raises:
+        FieldError: If the name, the side or the weights cannot be used.
     """
 
-    def __init__(
+    mean: Tensor
+    std: Tensor
+
+    def __init__(  # noqa: PLR0913 - independent options, all but three optional
         self,
         name: str,
         resolution: int,
@@ -67,47 +102,38 @@ class Encoder(nn.Module):
         dtype: torch.dtype | None = None,
         side: int | None = None,
     ):
-        """name: of SHORT, of REPA or timm's; resolution R; tokens_side T; weights: a file of timm's, else from the hub;
-        side: S where the rule is not wanted. Raises EncoderError.
-        """
         import timm
 
         super().__init__()
-        self.width, self.side = describe_encoder(
-            name, resolution, side
-        )  # before anything is downloaded
+        # Validate the options before downloading weights.
+        self.width, self.side = describe_encoder(name, resolution, side)
         network = load_network(name, weights, pretrained)
         self.name = canonical_name(name)
         self.tokens_side = tokens_side
-        self.dtype = dtype or (
-            torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        )
-        set_side(network, self.side)
-        if name in BEFORE_NORM:
+        is_on_cpu = torch.device(device).type == "cpu"
+        self.dtype = dtype or (torch.float32 if is_on_cpu else torch.bfloat16)
+        set_input_side(network, self.side)
+        omits_final_norm = name in WITHOUT_FINAL_NORM
+        if omits_final_norm:
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
-        self._settings = [
-            timm_name(name),
-            self.side,
-            tokens_side,
-            name in BEFORE_NORM,
-            config["mean"],
-            config["std"],
-        ]
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(config[key])[:, None, None], persistent=False)
+        mean, std = config["mean"], config["std"]
+        self._settings = [timm_name(name), self.side, tokens_side, omits_final_norm, mean, std]
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.network = network
         self.eval().requires_grad_(False).to(device)
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Nothing changes: whoever holds it may call train() on everything it holds."""
+        """Stay in eval mode, even if a module that contains the encoder switches to train mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, R, R) uint8 to tokens (B, T * T, D) float32."""
         assert images.dtype == torch.uint8, images.dtype
-        few = len(images) if images.is_cuda else ON_CPU
-        return torch.cat([self._encode(part) for part in images.split(few)])
+        batch_size = len(images) if images.is_cuda else CPU_BATCH_SIZE
+        return torch.cat([self._encode(batch) for batch in images.split(batch_size)])
 
     def _encode(self, images: Tensor) -> Tensor:
         x = (images / 255 - self.mean) / self.std
@@ -115,213 +141,262 @@ class Encoder(nn.Module):
             x = F.interpolate(x, self.side, mode="bicubic")
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             tokens = patch_tokens(self.network, x)
-        return resample(tokens.float(), self.tokens_side)
+        return resample_tokens(tokens.float(), self.tokens_side)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the weights and over all that decides about the tokens but the image and the dtype."""
-        return hashlib.sha256(
-            (json.dumps(self._settings) + weights_fingerprint(self.network)).encode()
-        ).hexdigest()
+        """The sha256 of the weights and of every setting that affects the tokens but the dtype."""
+        identity = json.dumps(self._settings) + weights_fingerprint(self.network)
+        return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def describe_encoder(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
-    """(D, S) of the Encoder of this name, for images of `resolution` pixels, without weights: the network is made and run on
-    the meta device, in a fraction of a second. Raises EncoderError for whatever is wrong with it but its weights.
+def describe_encoder(name: str, resolution: int, side: int | None = None) -> EncoderShape:
+    """Return the sizes of an encoder without loading weights, in a fraction of a second.
+
+    The network is built and run on the meta device. Args are those of `Encoder`.
+
+    Raises:
+        FieldError: If the network is unknown or does not support these options.
     """
-    import timm
-
-    wanted = timm_name(name)
+    architecture = timm_name(name)
     try:
         with torch.device("meta"), torch.no_grad():
-            network = timm.create_model(wanted, pretrained=False, num_classes=0)
-            side = check_side(
-                network, name, side_rule(network, resolution) if side is None else side
-            )
-            set_side(network, side)
-            return patch_tokens(network.eval(), torch.empty(1, 3, side, side)).shape[-1], side
-    except EncoderError:
+            network, side = _build_without_weights(name, resolution, side)
+            tokens = patch_tokens(network, torch.empty(1, 3, side, side))
+    except FieldError:
         raise
-    except NotSquare as error:
-        raise EncoderError(f"{name} gives no square of patch tokens: {error}") from None
-    except Exception as error:  # each family of timm's has its own
-        raise EncoderError(
-            f"{name}: timm cannot run {wanted} without weights ({first_line(error)})"
+    except TokenGridError as error:
+        raise FieldError(
+            "encoder", f"{name} does not output a square grid of patch tokens: {error}"
         ) from None
+    except Exception as error:  # timm's model families raise exceptions of many types
+        raise FieldError(
+            "encoder",
+            f"{name}: timm cannot run {architecture} without weights ({_first_line(error)})",
+        ) from None
+    return EncoderShape(tokens.shape[-1], side)
 
 
 def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
-    """Parameters, and forward FLOPs of one image (matrix products and convolutions, as PyTorch's counter has them), without
-    weights.
+    """Return the parameters of an encoder and its forward FLOPs per image.
+
+    FLOPs are those of matrix products and convolutions, counted by PyTorch without loading
+    weights. Args are those of `Encoder`.
     """
-    import timm
     from torch.utils.flop_counter import FlopCounterMode
 
+    side = describe_encoder(name, resolution, side).side
     with torch.device("meta"), torch.no_grad():
-        network = (
-            timm.create_model(timm_name(name), pretrained=False, num_classes=0)
-            .eval()
-            .requires_grad_(False)
-        )
-        side = describe_encoder(name, resolution, side)[1]
-        set_side(network, side)
+        network, _ = _build_without_weights(name, resolution, side)
         with FlopCounterMode(display=False) as counter:
             patch_tokens(network, torch.empty(1, 3, side, side))
-    return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return num_parameters, counter.get_total_flops()
 
 
-def timm_name(name: str, others: Iterable[str] = ()) -> str:
-    """timm's name of a network called by that name, by one of SHORT or of REPA. `others` are names that the caller knows, to be
-    proposed. Raises EncoderError.
+def _build_without_weights(name: str, resolution: int, side: int | None) -> tuple[TimmNetwork, int]:
+    """Build the network for its input side S, which is returned as well."""
+    import timm
+
+    network = timm.create_model(timm_name(name), pretrained=False, num_classes=0)
+    network.eval().requires_grad_(False)
+    if side is None:
+        side = default_side(network, resolution)
+    check_side(network, name, side)
+    set_input_side(network, side)
+    return network, side
+
+
+def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
+    """Return the timm model name of an encoder.
+
+    Args:
+        name: A key of ENCODER_ALIASES or REPA_ENCODERS, or a timm model name.
+        suggestions: Further names that the error for an unknown name may suggest.
+
+    Raises:
+        FieldError: If timm has no such model.
     """
     import timm
 
     if name.startswith("mocov3-"):
-        raise EncoderError(
-            f"{name}: timm has no MoCo v3 weights; of REPA's encoders it has {', '.join(REPA)}"
+        raise FieldError(
+            "encoder",
+            f"{name}: timm has no MoCo v3 weights; choose one of {', '.join(REPA_ENCODERS)}",
         )
-    wanted = ENCODER_ALIASES.get(name) or REPA.get(name) or name
-    stem, _, tag = wanted.partition(".")
-    if not timm.is_model(stem) or (tag and not timm.is_model_pretrained(wanted)):
-        known = [
-            *ENCODER_ALIASES,
-            *REPA,
-            *others,
-            *timm.list_models(),
-            *(timm.list_models(f"{stem}.*", pretrained=True) if tag else ()),
-        ]
-        near = difflib.get_close_matches(name, known) or [*ENCODER_ALIASES, *others]
-        raise EncoderError(f"{name} is no network that timm knows; near it: {', '.join(near)}")
-    return wanted
+    full_name = ENCODER_ALIASES.get(name) or REPA_ENCODERS.get(name) or name
+    architecture, _, tag = full_name.partition(".")
+    is_known = timm.is_model(architecture) and (not tag or timm.is_model_pretrained(full_name))
+    if is_known:
+        return full_name
+    known = [*ENCODER_ALIASES, *REPA_ENCODERS, *suggestions, *timm.list_models()]
+    if tag:
+        known += timm.list_models(f"{architecture}.*", pretrained=True)
+    similar = difflib.get_close_matches(name, known) or [*ENCODER_ALIASES, *suggestions]
+    raise FieldError("encoder", f"{name} is not a timm model; similar names: {', '.join(similar)}")
 
 
 def canonical_name(name: str) -> str:
-    """One name for all spellings of an encoder. Raises EncoderError."""
-    return name if name in BEFORE_NORM else timm_name(name)
+    """Return one name for all spellings of an encoder.
+
+    Raises:
+        FieldError: If timm has no such model.
+    """
+    return name if name in WITHOUT_FINAL_NORM else timm_name(name)
 
 
 def load_network(
-    name: str, weights: Path | None = None, pretrained: bool = True, others: Iterable[str] = ()
-) -> nn.Module:
-    """timm's network without its classifier, in eval mode and frozen; weights: a file of timm's, else from the hub. Raises
-    EncoderError, with `others` as in `architecture`.
+    name: str,
+    weights: Path | None = None,
+    pretrained: bool = True,
+    suggestions: Iterable[str] = (),
+) -> TimmNetwork:
+    """Load a timm network without its classifier, frozen and in eval mode.
+
+    Args:
+        name: As in `timm_name`.
+        weights: File with weights in timm's format. By default timm downloads them.
+        pretrained: False to use random weights.
+        suggestions: As in `timm_name`.
+
+    Raises:
+        FieldError: If the name is unknown or the weights cannot be loaded.
     """
     import timm
 
-    wanted = timm_name(name, others)
+    architecture = timm_name(name, suggestions)
     if weights and not weights.exists():
-        raise EncoderError(f"{name}: --encoder-weights {weights} does not exist")
-    overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
+        raise FieldError("weights", f"{weights} does not exist")
+    overlay = {"file": str(weights)} if weights else None
     try:
-        with complete(), quiet_hub():
-            network = timm.create_model(wanted, pretrained=pretrained, num_classes=0, **overlay)
-    except Exception as error:  # the hub's client, safetensors and torch each have their own
+        with _require_all_weights(), _silence_hub_retries():
+            network = timm.create_model(
+                architecture, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay
+            )
+    except Exception as error:  # raised by the hub client, safetensors, torch or timm
         if weights:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            raise EncoderError(
-                f"{name}: --encoder-weights {weights} does not fit {wanted} ({reason})"
+            raise FieldError(
+                "weights", f"{weights} does not fit {architecture} ({reason})"
             ) from None
-        hub = timm.get_pretrained_cfg(wanted).hf_hub_id or wanted
-        hub = hub if "/" in hub else f"timm/{hub}"
-        raise EncoderError(
-            f"{name}: timm cannot load {wanted} ({first_line(error)}): where there is a network, fetch it with "
-            f"'hf download {hub} model.safetensors', then pass --encoder-weights and the path that it prints"
+        config = timm.get_pretrained_cfg(architecture)
+        hub_id = (config and config.hf_hub_id) or architecture
+        if "/" not in hub_id:
+            hub_id = f"timm/{hub_id}"
+        raise FieldError(
+            "encoder",
+            f"{name}: timm cannot load {architecture} ({_first_line(error)}): where there is "
+            f"network access, run 'hf download {hub_id} model.safetensors', then pass the path "
+            "that it prints as the weights file",
         ) from None
     return network.eval().requires_grad_(False)
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without the hub client's lines about its retries: what they end in is told."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+def _silence_hub_retries() -> Iterator[None]:
+    """Suppress the hub client's messages about retries, because the final error is reported."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(level)
+        logger.setLevel(level)
 
 
 @contextmanager
-def complete() -> Iterator[None]:
-    """Raises ValueError at its end if timm has loaded a file that lacked weights of the network: without a classifier timm is
-    not strict, leaves them random, and says so in its log only, where nobody looks.
+def _require_all_weights() -> Iterator[None]:
+    """Raise ValueError on exit if a new network was loaded from a state dict without all weights.
+
+    timm loads files with `strict=False` if the network has no classifier, and leaves missing
+    weights at their random values. Load hooks on the submodules record the missing keys.
     """
-    messages, log = [], logging.getLogger("timm.models._builder")
-    level, handler = log.level, logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    missing: dict[str, None] = {}
+    hooks = []
+
+    def record(module: nn.Module, keys: Any) -> None:
+        missing.update(dict.fromkeys(keys.missing_keys))
+
+    def observe(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        if submodule is not None:
+            hooks.append(submodule.register_load_state_dict_post_hook(record))
+
+    hooks.append(register_module_module_registration_hook(observe))
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-    missing = [re.match(r"Missing keys \((.*?)[,)]", message) for message in messages]
-    if any(missing):
-        raise ValueError(
-            f"the file is of another network, {next(filter(None, missing))[1]} is missing"
-        )
+        for hook in hooks:
+            hook.remove()
+    if missing:
+        raise ValueError(f"the file is of another network: it lacks {next(iter(missing))}")
 
 
-def side_rule(network: nn.Module, resolution: int) -> int:
-    """S for images of `resolution` pixels: see the module's docstring."""
-    if one_size(network):
+def default_side(network: TimmNetwork, resolution: int) -> int:
+    """Return the input side S for images of `resolution` pixels, see the module's docstring."""
+    if has_fixed_side(network):
         return network.pretrained_cfg["input_size"][-1]
     stride = network.feature_info[-1]["reduction"]
-    side = max(resolution * 224 / 256 if stride == 14 else resolution, SMALLEST)
-    return stride * round(side / stride)
+    side = resolution * 224 / 256 if stride == 14 else resolution
+    return stride * round(max(side, MIN_SIDE) / stride)
 
 
-def check_side(network: nn.Module, name: str, side: int) -> int:
-    """The side, if the network can have it. Raises EncoderError."""
-    own, stride = network.pretrained_cfg["input_size"][-1], network.feature_info[-1]["reduction"]
+def check_side(network: TimmNetwork, name: str, side: int) -> None:
+    """Raise FieldError if the network cannot process inputs of this side."""
+    pretrained_side = network.pretrained_cfg["input_size"][-1]
+    stride = network.feature_info[-1]["reduction"]
     if side < stride:
-        raise EncoderError(f"{name} takes images of {stride} pixels and more, not of {side}")
-    if one_size(network) and side != own:
-        raise EncoderError(f"{name} takes images of {own} pixels only, not of {side}")
-    if hasattr(network, "set_input_size") and side % stride:
-        raise EncoderError(f"{name} takes images of a multiple of {stride} pixels, not of {side}")
-    return side
+        requirement = f"inputs of at least {stride} pixels"
+    elif has_fixed_side(network) and side != pretrained_side:
+        requirement = f"inputs of exactly {pretrained_side} pixels"
+    elif hasattr(network, "set_input_size") and side % stride:
+        requirement = f"an input side that is a multiple of {stride} pixels"
+    else:
+        return
+    raise FieldError("encoder", f"{name} requires {requirement}, not {side}")
 
 
-def one_size(network: nn.Module) -> bool:
-    """Whether it has position embeddings, or the like, that timm cannot stretch."""
-    return network.pretrained_cfg["fixed_input_size"] and not hasattr(network, "set_input_size")
+def has_fixed_side(network: TimmNetwork) -> bool:
+    """Return whether timm cannot resize the position embeddings of the network."""
+    is_fixed = network.pretrained_cfg["fixed_input_size"]
+    return is_fixed and not hasattr(network, "set_input_size")
 
 
-def set_side(network: nn.Module, side: int) -> None:
-    """In place; position embeddings are stretched as timm does (bicubic, antialiased), and REPA with timm's function."""
+def set_input_side(network: TimmNetwork, side: int) -> None:
+    """Resize position embeddings in place, with the same timm function as REPA."""
     if hasattr(network, "set_input_size"):
         network.set_input_size(img_size=(side, side))
 
 
-class NotSquare(ValueError):
-    """What a network gives is no square grid of tokens; the message says what it is."""
+def patch_tokens(network: TimmNetwork, x: Tensor) -> Tensor:
+    """Return the patch tokens (B, G * G, D) of inputs (B, 3, S, S).
 
+    timm's `forward_features` returns (B, N, D), (B, D, G, G) or (B, G, G, D), depending on the
+    network. Tokens without a position in the image are dropped.
 
-def patch_tokens(network: nn.Module, x: Tensor) -> Tensor:
-    """What timm's forward_features gives, (B, N, D), (B, D, G, G) or (B, G, G, D), as (B, G * G, D) without the tokens that
-    stand for no place. Raises NotSquare if there are no such.
+    Raises:
+        TokenGridError: If the tokens are not a square grid.
     """
     features = network.forward_features(x)
     if not isinstance(features, Tensor):
-        raise NotSquare(f"it gives a {type(features).__name__}")
+        raise TokenGridError(f"the output is a {type(features).__name__}")
     if features.ndim == 4:
-        last = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
-        features = features.flatten(1, 2) if last else features.flatten(2).mT
+        is_channels_last = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
+        features = features.flatten(1, 2) if is_channels_last else features.flatten(2).mT
     else:
         features = features[:, getattr(network, "num_prefix_tokens", 0) :]
-        if features.shape[1] == 1:  # a class token, whatever it is called
-            raise NotSquare("an image becomes a single token")
+        if features.shape[1] == 1:  # a class token that timm does not count as a prefix
+            raise TokenGridError("an image becomes a single token")
     if features.ndim != 3 or math.isqrt(features.shape[1]) ** 2 != features.shape[1]:
-        raise NotSquare(f"an image becomes an array of {' x '.join(map(str, features.shape[1:]))}")
+        shape = " x ".join(map(str, features.shape[1:]))
+        raise TokenGridError(f"an image becomes an array of {shape}")
     return features
 
 
-def resample(tokens: Tensor, side: int) -> Tensor:
-    """(B, G * G, D) -> (B, side * side, D): as they are if the grids agree, else bilinear, with antialiasing, so that every
-    token has its share where there are fewer after it than before it.
+def resample_tokens(tokens: Tensor, side: int) -> Tensor:
+    """Resample a token grid (B, G * G, D) to (B, side * side, D), bilinearly.
+
+    Antialiasing lets every token contribute to a smaller grid. Grids of equal size are returned
+    unchanged.
     """
     grid = math.isqrt(tokens.shape[1])
     if grid == side:
@@ -331,7 +406,7 @@ def resample(tokens: Tensor, side: int) -> Tensor:
 
 
 def weights_fingerprint(network: nn.Module) -> str:
-    """sha256 over every parameter's and buffer's name, shape and bytes."""
+    """Return the sha256 of names, shapes and float32 values of all parameters and buffers."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(f"{key} {tuple(value.shape)}".encode())
@@ -340,5 +415,5 @@ def weights_fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -8,10 +8,11 @@ class FieldError(ValueError):
 
     Args:
         field: Name of the setting, a parameter or a dataclass field.
-        reason: What is wrong with its value and how to fix it, as a sentence without the name.
+        reason: What is wrong and how to fix it, beginning with the value: "7: the model has 6
+            blocks". The caller puts its flag in front.
     """
 
     def __init__(self, field: str, reason: str):
-        super().__init__(f"{field}: {reason}")
+        super().__init__(f"{field} {reason}")
         self.field = field
         self.reason = reason

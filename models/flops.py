@@ -1,4 +1,4 @@
-"""How much arithmetic the networks need: matrix products alone, as PyTorch's FlopCounterMode counts them, which agrees.
+"""Count the FLOPs of the networks: matrix products only, as PyTorch's FlopCounterMode does.
 
 One multiply-accumulate is two FLOPs.
 """
@@ -7,24 +7,33 @@ from models.sit import SiTConfig
 
 
 def backbone_flops(config: SiTConfig, last: int | None = None) -> int:
-    """Forward FLOPs of a SiT for one image (SiT-XL/2 at 256 pixels: 2 x 118.6 G); with `last`, of the tokens after it."""
-    d, tokens, patch = (
-        config.width,
-        (config.latent_size // config.patch) ** 2,
-        config.patch**2 * config.channels,
-    )
-    block = (
-        tokens * (4 + 8) * d * d + 2 * tokens * tokens * d + 6 * d * d
-    )  # projections and MLP; attention; modulation
-    begin, end = (
-        tokens * patch * d + (256 + d) * d,
-        tokens * patch * d + 2 * d * d,
-    )  # patches in, timestep; modulation, out
-    return 2 * (config.depth * block + begin + end if last is None else last * block + begin)
+    """Return the forward FLOPs of a SiT per image; 2 x 118.6 G for SiT-XL/2 at 256 pixels.
+
+    Args:
+        config: The backbone.
+        last: Stop after this block, counted from 1, instead of computing the velocity.
+    """
+    d = config.width
+    tokens = (config.latent_size // config.patch) ** 2
+    patch = config.patch**2 * config.channels
+    projections_and_mlp = tokens * (4 + 8) * d * d
+    attention = 2 * tokens * tokens * d
+    modulation = 6 * d * d
+    block = projections_and_mlp + attention + modulation
+    embedding = tokens * patch * d + (256 + d) * d  # patches and timestep
+    if last is not None:
+        return 2 * (embedding + last * block)
+    output = tokens * patch * d + 2 * d * d  # modulation and patches
+    return 2 * (embedding + config.depth * block + output)
 
 
 def head_flops(config: SiTConfig, head: dict | None) -> int:
-    """Forward FLOPs of an alignment head (models.projector.Projector's arguments) for one image; 0 without one."""
+    """Return the forward FLOPs of an alignment head per image.
+
+    Args:
+        config: The backbone that the head belongs to.
+        head: Arguments of models.projector.Projector; None counts as zero FLOPs.
+    """
     if head is None:
         return 0
     tokens = (config.latent_size // config.patch) ** 2

@@ -1,7 +1,9 @@
-"""SiT backbone (Ma et al. 2024, arXiv:2401.08740), a DiT (arXiv:2212.09748) that predicts velocity.
+"""SiT backbone (Ma et al. 2024, arXiv:2401.08740): a DiT (arXiv:2212.09748) that predicts velocity.
 
-Parameter names, shapes and initialisation are those of the SiT and REPA repositories: checkpointing/official.py loads theirs.
-B batch, C channels, H W latent side, p patch size, N = HW / p^2 tokens, D width, K classes.
+Parameter names, shapes and initialization match the SiT and REPA repositories, so that
+checkpointing/official.py can load their checkpoints.
+Shapes: B batch, C channels, H and W latent height and width, p patch size, N = HW / p^2 tokens,
+D width, K classes.
 """
 
 import math
@@ -9,14 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.layers import GELUTanh
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.errors import FieldError
+
 
 @dataclass(frozen=True)
 class SiTConfig:
-    """Everything needed to rebuild a backbone; written to a checkpoint's config.json."""
+    """Everything needed to rebuild a backbone; stored in the config.json of a checkpoint."""
 
     depth: int
     width: int
@@ -36,44 +41,54 @@ PRESETS: dict[str, dict[str, int]] = {
         for patch in (1, 2, 4, 8)
     },
 }
-ALIGN_BLOCK = {
-    "Ti": 2,
-    "S": 2,
-    "B": 2,
-    "L": 8,
-    "XL": 8,
-}  # the paper's for B, L, XL; B's for the others
+
+# B, L and XL as in the SRA 2 paper; the smaller models use the block of B.
+_DEFAULT_ALIGN_BLOCKS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
 
 
 def default_align_block(model: str) -> int:
-    """The block that `--align-depth auto` stands for: 'SiT-XL/2' -> 8."""
-    return ALIGN_BLOCK[model.removeprefix("SiT-").split("/")[0]]
+    """Return the block that SRA 2 aligns by default in a preset, for example 8 for SiT-XL/2."""
+    size = model.removeprefix("SiT-").split("/")[0]
+    return _DEFAULT_ALIGN_BLOCKS[size]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, N, D), (B, D), (B, D) -> (B, N, D)."""
+    """Scale and shift tokens (B, N, D) with one vector (B, D) per sample."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weight and zero bias; for nn.Module.apply."""
+    """Initialize a linear layer with Xavier-uniform weights and zero bias, for `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def sincos_position(width: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding (MAE's): (side * side, width), the first half for the column, the second for the row."""
+def zero_linear(layer: nn.Module) -> None:
+    """Set the weights and the bias of a linear layer to zero."""
+    assert isinstance(layer, nn.Linear)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def sincos_position_embedding(width: int, side: int) -> Tensor:
+    """Return MAE's fixed 2-D sine-cosine embedding, (side * side, width).
+
+    The first half of the channels encodes the column, the second half the row.
+    """
     omega = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat((angle.sin(), angle.cos()), 1)  # (side, width / 2)
-    column, row = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+    column = axis.repeat(side, 1)
+    row = axis.repeat_interleave(side, 0)
     return torch.cat((column, row), 1).float()
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of t in [0, 1], then an MLP: (B,) -> (B, D)."""
+    """Embeds timesteps in [0, 1] with sinusoidal features and an MLP: (B,) -> (B, D)."""
+
+    omega: Tensor
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
@@ -83,42 +98,47 @@ class TimestepEmbedder(nn.Module):
         self.register_buffer("omega", omega, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embed timesteps: (B,) -> (B, D)."""
         angle = t[:, None].float() * self.omega
         return self.mlp(torch.cat((angle.cos(), angle.sin()), -1))
 
 
 class LabelEmbedder(nn.Module):
-    """A table of K classes and, at index K, the null class: (B,) -> (B, D). Dropping labels is the training loop's business."""
+    """Embeds class labels: (B,) -> (B, D). Index K is the null class.
+
+    Labels are dropped by the training loop, not here.
+    """
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
+        """Embed labels: (B,) -> (B, D)."""
         return self.embedding_table(y)
 
 
 class SiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning: (B, N, D), (B, D) -> (B, N, D)."""
+    """Transformer block with adaLN-Zero conditioning."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads=heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
-            c
-        ).chunk(6, -1)
+        """Transform tokens (B, N, D) under the conditioning c (B, D)."""
+        modulation = self.adaLN_modulation(c).chunk(6, -1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
-    """(B, N, D), (B, D) -> (B, N, p * p * C)."""
+    """Output layer with adaLN conditioning."""
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -127,85 +147,109 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, -1)))
+        """Map tokens (B, N, D) under the conditioning c (B, D) to patches (B, N, p * p * C)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class SiT(nn.Module):
-    """v(x_t, t, y). What it returns never depends on train or eval mode."""
+    """Velocity network v(x_t, t, y). The output does not depend on train or eval mode.
+
+    Set `activation_checkpointing` to keep only the input of each block in the forward pass and to
+    recompute the block in the backward pass.
+
+    Raises:
+        FieldError: If the latent cannot be divided into patches.
+    """
 
     def __init__(self, config: SiTConfig):
         super().__init__()
         if config.latent_size % config.patch:
-            raise ValueError(
-                f"--model with patch size {config.patch} cannot cut latents of side {config.latent_size}"
+            raise FieldError(
+                "patch",
+                f"the latent side {config.latent_size} is not a multiple of the patch size "
+                f"{config.patch}",
             )
         self.config = config
+        self.activation_checkpointing = False
         self.x_embedder = PatchEmbed(
             config.latent_size, config.patch, config.channels, config.width
         )
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
-        side = config.latent_size // config.patch
-        self.pos_embed = nn.Parameter(
-            sincos_position(config.width, side)[None], requires_grad=False
-        )
+        position = sincos_position_embedding(config.width, config.latent_size // config.patch)
+        self.pos_embed = nn.Parameter(position[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             SiTBlock(config.width, config.heads) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
-        self.activation_checkpointing = False  # set to keep a block's input only, and compute the block again in the backward pass
         self.initialize()
 
     def initialize(self) -> None:
-        """As the official code: Xavier everywhere, normal(0.02) embeddings, zero for every modulation and the output."""
+        """Initialize all weights as the SiT repository does.
+
+        Linear layers and patches are Xavier-uniform, embeddings are normal with standard
+        deviation 0.02, and modulations and the output are zero.
+        """
         self.apply(init_linear)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        projection = self.x_embedder.proj
+        assert projection.bias is not None
+        nn.init.xavier_uniform_(projection.weight.flatten(1))
+        nn.init.zeros_(projection.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for i in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
-        for layer in (
-            *(block.adaLN_modulation[1] for block in self.blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (SiTBlock, FinalLayer)):
+                zero_linear(module.adaLN_modulation[1])
+        zero_linear(self.final_layer.linear)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N, p * p * C) -> (B, C, H, W)."""
-        p, c, side = self.config.patch, self.config.channels, self.config.latent_size
-        grid = x.reshape(len(x), side // p, side // p, p, p, c)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(x), c, side, side)
+        """Reassemble patches (B, N, p * p * C) to latents (B, C, H, W)."""
+        patch = self.config.patch
+        channels = self.config.channels
+        side = self.config.latent_size
+        grid = x.reshape(len(x), side // patch, side // patch, patch, patch, channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(x), channels, side, side)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, return_blocks: Sequence[int] = ()
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
-        """x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..K with K the null class -> velocity (B, C, H, W).
+        """Predict the velocity.
 
-        With return_blocks also the tokens (B, N, D) after each of those blocks, counted from 1, by their number.
+        Args:
+            x: Noisy latents, (B, C, H, W).
+            t: Timesteps in [0, 1], (B,).
+            y: Labels in 0..K, where K is the null class, (B,).
+            return_blocks: Blocks, counted from 1, whose output tokens are returned as well.
+
+        Returns:
+            The velocity (B, C, H, W). With `return_blocks`, a pair of the velocity and a
+            dictionary from each block to its output tokens (B, N, D).
         """
-        tokens, c, kept = self._through(x, t, y, return_blocks, self.config.depth)
+        tokens, c, kept = self._run_blocks(x, t, y, self.config.depth, return_blocks)
         velocity = self.unpatchify(self.final_layer(tokens, c))
         return (velocity, kept) if return_blocks else velocity
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """The tokens (B, N, D) after each of `blocks`, by their number, without what comes after the last of them."""
-        return self._through(x, t, y, blocks, max(blocks))[2]
+        """Return the output tokens (B, N, D) of `blocks`, without running later blocks."""
+        _, _, kept = self._run_blocks(x, t, y, max(blocks), blocks)
+        return kept
 
-    def _through(
-        self, x: Tensor, t: Tensor, y: Tensor, keep: Sequence[int], last: int
+    def _run_blocks(
+        self, x: Tensor, t: Tensor, y: Tensor, depth: int, keep: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Tokens after block `last`, conditioning, and the tokens after the blocks `keep`."""
-        assert all(1 <= k <= self.config.depth for k in keep), (keep, self.config.depth)
-        tokens, kept = self.x_embedder(x) + self.pos_embed, {}
+        """Run the first `depth` blocks; return tokens, conditioning and the outputs of `keep`."""
+        assert all(1 <= block <= self.config.depth for block in keep), (keep, self.config.depth)
+        tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
-        for k, block in enumerate(self.blocks[:last], 1):
-            tokens = (
-                checkpoint(block, tokens, c, use_reentrant=False)
-                if self.activation_checkpointing
-                else block(tokens, c)
-            )
-            if k in keep:
-                kept[k] = tokens
+        kept = {}
+        for number, block in enumerate(self.blocks[:depth], 1):
+            if self.activation_checkpointing:
+                tokens = checkpoint(block, tokens, c, use_reentrant=False)
+            else:
+                tokens = block(tokens, c)
+            if number in keep:
+                kept[number] = tokens
         return tokens, c, kept

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import LatentScale
-from models.encoder import Encoder, EncoderError, canonical_name, describe_encoder, encoder_cost
+from models.encoder import Encoder, canonical_name, describe_encoder, encoder_cost
 from models.errors import FieldError
 from models.flops import backbone_flops
 from models.sit import SiT, SiTConfig, default_align_block
@@ -313,17 +313,14 @@ class EncoderTokens(Target):
         reads_images = record["from"] == "images"
         if not reads_images and not settings.weights:
             return
-        try:
-            encoder = Encoder(
-                record["encoder"],
-                cache.resolution,
-                network.latent_size // network.patch,
-                settings.weights,
-                device=context.device,
-                side=record["side"],
-            )
-        except EncoderError as error:
-            raise FieldError("encoder", str(error)) from None
+        encoder = Encoder(
+            record["encoder"],
+            cache.resolution,
+            network.latent_size // network.patch,
+            settings.weights,
+            device=context.device,
+            side=record["side"],
+        )
         if reads_images:
             self.encoder = encoder
             if context.compile:
@@ -342,11 +339,8 @@ class EncoderTokens(Target):
 
     @staticmethod
     def plan(settings: EncoderSettings, network: SiTConfig, cache: CacheInfo) -> Plan:
-        try:
-            encoder = canonical_name(settings.encoder)
-            width, side = describe_encoder(settings.encoder, cache.resolution, settings.side)
-        except EncoderError as error:
-            raise FieldError("encoder", str(error)) from None
+        encoder = canonical_name(settings.encoder)
+        width, side = describe_encoder(settings.encoder, cache.resolution, settings.side)
         folder = _find_features(settings, encoder, network.latent_size // network.patch, cache)
         if folder and settings.source != "images":
             side = cache.features[folder]["side"]
@@ -403,7 +397,7 @@ def _find_features(
     if len(folders) > 1:
         sides = " ".join(str(cache.features[folder]["side"]) for folder in folders)
         raise FieldError(
-            "side", f"the cache holds features of {encoder} at {sides} pixels: choose one of them"
+            "side", f"is needed: the cache holds features of {encoder} at {sides} pixels; pass one"
         )
     if not folders and settings.source == "features":
         side = "" if settings.side is None else f" --side {settings.side}"

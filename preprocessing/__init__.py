@@ -1,1 +1,1 @@
-"""Images -> latent cache."""
+"""Conversion of images, and of REPA's files, to latent caches."""

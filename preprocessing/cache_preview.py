@@ -1,6 +1,7 @@
-"""A picture to look at before a week of training: images, what the VAE makes of them, and the latents that are learned."""
+"""Draw preview.png: images, their reconstructions and latents, to check a cache before training."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,57 +11,77 @@ from torch import Tensor
 from common.image_grid import draw_labelled_grid
 from models.autoencoder import Autoencoder
 
-IMAGES = 8
-POOR = 20.0  # dB; a VAE made for such images does better
+NUM_IMAGES = 8
+MIN_PSNR = 20.0  # dB; a VAE that was trained on similar images reaches more
 
 
 def spread_indices(count: int) -> list[int]:
-    """A few numbers from 0 to count - 1."""
-    return np.unique(np.linspace(0, count - 1, IMAGES).round().astype(int)).tolist()
+    """Return up to NUM_IMAGES different indices, evenly spaced from 0 to count - 1."""
+    return np.unique(np.linspace(0, count - 1, NUM_IMAGES).round().astype(int)).tolist()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Decibels, of two uint8 images."""
+    """Return the peak signal-to-noise ratio of two uint8 images, in dB."""
     error = (a.double() - b.double()).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def make_preview(
-    names: list[str], images: list[Tensor | None], moments: list[Tensor], vae: Autoencoder
-) -> tuple[Image.Image, str]:
-    """images (3, S, S) uint8, or None, and their moments (1, 2C, h, w) -> a row each: the image, the reconstruction of the
-    posterior's mean, the latent's first three channels from -3 to 3; and a line with the PSNR.
+def draw_latent(latent: Tensor, factor: int) -> Tensor:
+    """Return an RGB image of the first three channels of a latent.
+
+    Args:
+        latent: Normalized latent, (C, h, w). Values from -3 to 3 are mapped to 0 to 255.
+        factor: Pixels of the image per latent pixel.
+
+    Returns:
+        (3, factor * h, factor * w) uint8. With fewer than three channels, channels are repeated.
     """
-    rows, decibels, latents = [], [], []
+    channels = [k % len(latent) for k in range(3)]
+    colors = ((latent[channels] + 3) / 6 * 255).round().clamp(0, 255).to(torch.uint8)
+    return colors.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def make_preview(
+    names: list[str], images: Sequence[Tensor | None], moments: list[Tensor], vae: Autoencoder
+) -> tuple[Image.Image, str]:
+    """Draw one row per image: the image, its reconstruction, and its latent.
+
+    Args:
+        names: Label of each row.
+        images: (3, S, S) uint8 each, or None where the original image is not available.
+        moments: Moments of each image, (1, 2C, h, w). The posterior mean is decoded.
+        vae: The VAE that is recorded in the cache.
+
+    Returns:
+        The preview, and one line of text with the PSNR and the standard deviation of the latents.
+    """
+    if not names:
+        return Image.new("RGB", (8, 8)), "none of the sampled images could be used"
+    rows = []
+    decibels = []
+    latents = []
     for name, image, stored in zip(names, images, moments):
         latent = vae.scale.mean(stored.to(vae.vae.device))
-        pictures, label = [vae.decode(latent)[0].permute(1, 2, 0).cpu()], name[:24]
+        reconstruction = vae.decode(latent)[0].cpu()
+        latent = latent[0].cpu()
+        latents.append(latent.flatten())
+        label = name[:24]
+        columns = [reconstruction, draw_latent(latent, vae.downsampling_factor)]
         if image is not None:
-            pictures.insert(0, image.permute(1, 2, 0))
-            decibels.append(psnr(*pictures))
+            columns.insert(0, image)
+            decibels.append(psnr(image, reconstruction))
             label += f"  {decibels[-1]:.1f} dB"
-        latents.append(latent.cpu().flatten())
-        colours = ((latent[0, :3].cpu() + 3) / 6 * 255).round().clamp(0, 255).to(torch.uint8)
-        colours = colours[[0, 1 % len(colours), 2 % len(colours)]].permute(1, 2, 0).numpy()
-        side = pictures[0].shape[:2]
-        enlarged = Image.fromarray(colours).resize(side, Image.Resampling.NEAREST)
-        rows.append(
-            (label, np.stack([*(picture.numpy() for picture in pictures), np.asarray(enlarged)]))
-        )
-    if not rows:
-        return Image.new("RGB", (8, 8)), "none of the images tried could be used"
-    line = f"{len(rows)} images"
-    title = (
-        "Image, reconstruction, latent -3 to 3" if decibels else "Reconstruction, latent -3 to 3"
-    )
-    std = torch.cat(latents).std().item()
+        rows.append((label, torch.stack(columns).permute(0, 2, 3, 1).numpy()))
+
+    summary = f"{len(rows)} images"
     if decibels:
         mean = sum(decibels) / len(decibels)
-        title += f" · {mean:.1f} dB"
-        line += f", PSNR {mean:.1f} dB ({min(decibels):.1f} to {max(decibels):.1f})"
+        title = f"Image, reconstruction, latent -3 to 3 · {mean:.1f} dB"
+        summary += f", PSNR {mean:.1f} dB ({min(decibels):.1f} to {max(decibels):.1f})"
     else:
-        line += " decoded, without others to compare them with"
-    line += f", latents' std {std:.2f}"
-    if decibels and sorted(decibels)[len(decibels) // 2] < POOR:
-        line += f": poor; is {vae.name} the VAE for these?"
-    return draw_labelled_grid(rows, title, 128), line
+        title = "Reconstruction, latent -3 to 3"
+        summary += " decoded, but no original images to compare with"
+    summary += f", standard deviation of the latents {torch.cat(latents).std().item():.2f}"
+    if decibels and sorted(decibels)[len(decibels) // 2] < MIN_PSNR:
+        summary += f"; poor reconstructions: check that --vae {vae.name} fits these images"
+    return draw_labelled_grid(rows, title, 128), summary

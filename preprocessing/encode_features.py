@@ -1,11 +1,12 @@
-"""Kept images -> features of a frozen image encoder, so that training need not compute them in every epoch.
+"""Store the features of an image encoder for the images of a latent cache, for --align repa.
 
-    python -m preprocessing.encode_features data/imagenet256 --encoder vit_base_patch14_dinov2.lvd142m
-    torchrun --nproc_per_node 8 -m preprocessing.encode_features data/imagenet256 ... (the same)
+    python -m preprocessing.encode_features data/small --encoder vit_base_patch14_dinov2.lvd142m
+    torchrun --nproc_per_node 8 -m preprocessing.encode_features data/small ... (the same)
 
-For --align repa where the encoder costs more than the training: small sets, small machines. Of ImageNet and DINOv2-B they are
-504 GB (256 tokens x 768 x 2 bytes x 1.28 million): there the encoder runs while training, which is meant for that. Shards are
-dealt to the processes; stopped, the same command goes on.
+Stored features save time if the encoder is more expensive than the training itself, which is the
+case for small data sets and small machines. For ImageNet and DINOv2-B they would take 504 GB
+(256 tokens x 768 x 2 bytes x 1.28 million); in such cases, run the encoder during training instead.
+The processes share the shards. After an interruption, rerun the same command to resume.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from common.cli import UserError
 from common.processes import World
 from latents.cache import KEEP_IMAGES_REMEDY
 from latents.manifest import CacheError, Manifest, read_manifest
+from models.errors import FieldError
 from preprocessing.encoder_features import (
     FEATURES_DTYPE,
     build_features,
@@ -27,12 +29,13 @@ from preprocessing.encoder_features import (
 )
 
 
-def tokens_side(text: str) -> int | None:
-    """An argparse type: a number of at least 1, or auto."""
+def positive_int_or_auto(text: str) -> int | None:
+    """Parse a positive integer, or "auto" as None (an argparse type)."""
     return None if text == "auto" else cli.positive_int(text)
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = cli.Parser(__doc__, "python -m preprocessing.encode_features", "CACHE --encoder NAME")
 
     add = parser.add_argument
@@ -40,104 +43,122 @@ def parse_args() -> argparse.Namespace:
         "cache",
         metavar="CACHE",
         type=Path,
-        help="folder of a latent cache that was made with --keep-images",
+        help="folder of a latent cache that was created with --keep-images",
     )
-    add("--encoder", required=True, help="of timm's, as train.py's --repa-encoder")
-    add("--encoder-weights", type=Path, help="file of its weights (default: timm fetches them)")
+    add(
+        "--encoder",
+        required=True,
+        help="name of a timm model, as for --repa-encoder of train.py",
+    )
+    add(
+        "--encoder-weights",
+        type=Path,
+        help="file with the weights of the encoder (default: downloaded by timm)",
+    )
     add(
         "--tokens-side",
-        type=tokens_side,
+        type=positive_int_or_auto,
         default="auto",
-        help="features are N = side x side tokens an image, 2 N x width "
-        "bytes; auto: half the latents' side, the tokens of a network of patch 2",
+        help="height and width of the token grid; an image takes 2 x side x side x width bytes; "
+        "auto: half the height of the latents, the grid of a model with patch size 2",
     )
     add(
         "--side",
         type=cli.positive_int,
-        help="pixels a side that the encoder sees (default: REPA's rule, never less than 224)",
+        help="input height and width of the encoder in pixels (default: REPA's rule, at least 224)",
     )
-    add("--batch-size", type=cli.positive_int, default=64, help="images a forward pass")
+    add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
     add(
         "--device",
         type=cli.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
+        help="device of the encoder",
     )
 
     return parser.parse_args()
 
 
-def check(root: Path, manifest: Manifest, side: int | None) -> int:
-    """The tokens' side. Raises UserError where the cache has no features to be made of it."""
+def resolve_tokens_side(root: Path, manifest: Manifest, tokens_side: int | None) -> int:
+    """Return the height and width of the token grid, given that of the flag (None: auto).
+
+    Raises:
+        UserError: Features of this size cannot be computed for this cache.
+    """
     if not manifest.images:
-        raise UserError(
-            f"{root} holds no images: it was made without --keep-images; {KEEP_IMAGES_REMEDY}"
-        )
+        raise UserError(f"{root} was created without --keep-images; {KEEP_IMAGES_REMEDY}")
     if manifest.flips:
         raise UserError(
-            f"{root} was made with --flip, and features of mirror images are not kept: train on its images without stored ones"
+            f"{root} was created with --flip, and storing features of flipped images is not "
+            "supported; train without stored features"
         )
-    if side is None and manifest.latent_shape[1] % 2:
+    latent_side = manifest.latent_shape[1]
+    if tokens_side is None and latent_side % 2:
         raise UserError(
-            f"--tokens-side auto: latents of side {manifest.latent_shape[1]} are not cut by patch 2; give a number"
+            f"--tokens-side auto requires latents whose side is even, not {latent_side}; "
+            "pass a number"
         )
-    if side and side > manifest.resolution:
+    if tokens_side and tokens_side > manifest.resolution:
         raise UserError(
-            f"--tokens-side {side}: an image has only {manifest.resolution} pixels a side"
+            f"--tokens-side {tokens_side} is larger than the images, which have "
+            f"{manifest.resolution} pixels per side; pass a smaller number"
         )
-    return side or manifest.latent_shape[1] // 2
+    return tokens_side or latent_side // 2
 
 
 def main() -> None:
-    from models.encoder import (
-        Encoder,
-        EncoderError,
-    )  # timm's import takes a second, and a mistake should not
+    """Run the command."""
+    # Importing timm takes a second, which --help should not.
+    from models.encoder import Encoder
 
+    # Check the flags, and load the encoder.
     args = parse_args()
     try:
         manifest = read_manifest(args.cache)
     except CacheError as error:
         raise UserError(str(error)) from None
-    side, world = check(args.cache, manifest, args.tokens_side), World()
+    tokens_side = resolve_tokens_side(args.cache, manifest, args.tokens_side)
+    world = World()
     device = world.select_device() if args.device == "cuda" else torch.device(args.device)
     try:
         encoder = Encoder(
             args.encoder,
             manifest.resolution,
-            side,
+            tokens_side,
             weights=args.encoder_weights,
             device=device,
             side=args.side,
         )
-    except EncoderError as error:
-        raise UserError(f"--encoder {error}") from None
+    except FieldError as error:
+        flag = "--encoder-weights" if error.field == "weights" else "--encoder"
+        raise UserError(f"{flag} {error.reason}") from None
+
+    # Store the features.
     plan = {
         "encoder": encoder.name,
         "fingerprint": encoder.fingerprint,
         "resolution": manifest.resolution,
         "side": encoder.side,
-        "tokens_side": side,
+        "tokens_side": tokens_side,
         "width": encoder.width,
         "dtype": FEATURES_DTYPE.name,
         "count": manifest.count,
     }
+    slug = features_slug(encoder.name, encoder.side, tokens_side)
+    dest = args.cache / "features" / slug
+    if world.rank == 0:
+        gigabytes = features_nbytes(manifest, tokens_side, encoder.width) / 1e9
+        print(
+            f"features/{slug}: {manifest.count:,} x {tokens_side**2} x {encoder.width} "
+            f"{FEATURES_DTYPE}, {gigabytes:.2f} GB",
+            flush=True,
+        )
 
     def encode(images: Tensor) -> Tensor:
         return encoder(images.to(device))
 
-    slug = features_slug(encoder.name, encoder.side, side)
+    has_encoded = build_features(args.cache, manifest, dest, plan, encode, args.batch_size, world)
     if world.rank == 0:
-        size = features_nbytes(manifest, side, encoder.width)
-        print(
-            f"features/{slug}: {manifest.count:,} x {side**2} x {encoder.width} {FEATURES_DTYPE}, {size / 1e9:.2f} GB",
-            flush=True,
-        )
-    made = build_features(
-        args.cache, manifest, args.cache / "features" / slug, plan, encode, args.batch_size, world
-    )
-    if world.rank == 0:
-        print(f"{args.cache / 'features' / slug} is complete{'' if made else ' already'}")
+        print(f"{dest} is complete" if has_encoded else f"{dest} is already complete")
     world.close()
 
 

@@ -1,10 +1,11 @@
-"""Images -> latent cache.
+"""Encode images to a latent cache.
 
-    python -m preprocessing.encode_latents --source data/imagenet/train --dest data/imagenet256 --resolution 256
-    torchrun --nproc_per_node 8 -m preprocessing.encode_latents --source ... (the same)
+    python -m preprocessing.encode_latents --source data/imagenet/train --dest data/imagenet256
+    torchrun --nproc_per_node 8 -m preprocessing.encode_latents --source ... (the same flags)
 
-Shards are dealt to the processes, written one by one, each whole or not at all, and the manifest last. The same command run
-again, on any number of processes, does what is missing; the cache is the same to the byte.
+Shards are distributed over the processes and written atomically, and the manifest is written last.
+After an interruption, rerun the same command with any number of processes; it encodes only the
+missing shards. The bytes of the cache do not depend on interruptions.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from preprocessing.images import BACKGROUNDS, CROPS
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the command-line arguments."""
     parser = cli.Parser(
         __doc__, "python -m preprocessing.encode_latents", "--source PATH --dest PATH"
     )
@@ -32,25 +34,26 @@ def parse_args() -> argparse.Namespace:
         "--source",
         type=Path,
         required=True,
-        help="images: a folder tree class/image.ext, an EDM zip, tar or WebDataset tars, "
-        "Hugging Face parquet; or a pattern of such files, in quotes",
+        help="images: a folder tree class/image.ext, an EDM zip, a tar or WebDataset tars, "
+        "Hugging Face parquet files, or a quoted pattern of such files",
     )
-    add("--dest", type=Path, required=True, help="folder of the cache to make")
+    add("--dest", type=Path, required=True, help="folder of the cache to create")
     add(
         "--labels",
         type=Path,
-        help="CSV of image,class or a JSON like EDM's dataset.json (default: what the source says)",
+        help="CSV with rows image,class or a JSON like EDM's dataset.json (default: the labels of "
+        "the source)",
     )
     add(
         "--limit",
         type=cli.non_negative_int,
         default=0,
-        help="encode the first N images only; 0 is all",
+        help="number of images to encode, from the first one; 0 encodes all",
     )
     add(
         "--skip-bad",
         action="store_true",
-        help="list images that cannot be used in DEST/skipped.jsonl and go on",
+        help="record images that cannot be used in DEST/skipped.jsonl instead of stopping",
     )
 
     add = parser.add_argument_group("images").add_argument
@@ -58,90 +61,92 @@ def parse_args() -> argparse.Namespace:
         "--resolution",
         type=cli.positive_int,
         default=256,
-        help="side in pixels; other sizes are scaled and cropped",
+        help="width and height in pixels; images of other sizes are resized and cropped",
     )
     add(
         "--crop",
         choices=CROPS,
         default="center",
-        help="as ADM does; random-seeded: once for all, 80%% to 100%% of the side",
+        help="ADM's crops; random-seeded: one random crop per image, 80%% to 100%% of its shorter "
+        "side",
     )
-    add("--seed", type=cli.seed, default=0, help="of random crops")
+    add("--seed", type=cli.seed, default=0, help="seed of the random crops")
     add(
         "--background",
         choices=BACKGROUNDS,
         default="white",
-        help="what transparent images are laid over",
+        help="color that transparent images are composited over",
     )
     add(
         "--flip",
         action="store_true",
-        help="encode the mirror images too; training picks one of the two each time",
+        help="also encode the horizontally flipped images; training picks one of the two versions "
+        "of an image in every epoch",
     )
     add(
         "--keep-images",
         action="store_true",
-        help="keep the cropped images too, as uint8, for --align repa; a whole cache "
-        "gets them by the same command again with this flag",
+        help="also store the cropped images as uint8, for --align repa; to add them to a complete "
+        "cache, rerun the same command with this flag",
     )
 
     add = parser.add_argument_group("autoencoder").add_argument
-    add("--vae", default=DEFAULT_VAE, help="any diffusers AutoencoderKL: hub id or folder")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE's arithmetic")
+    add("--vae", default=DEFAULT_VAE, help="a diffusers AutoencoderKL: hub id or folder")
+    add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic precision of the VAE")
     add(
         "--batch-size",
         type=cli.non_negative_int,
         default=0,
-        help="images a forward pass; 0: 64 of 256 pixels on a GPU, 4 on the CPU",
+        help="images per forward pass; 0: 64 images of 256 pixels on a GPU, 4 on the CPU",
     )
     add(
         "--device",
         type=cli.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
+        help="device of the VAE; cuda gives each process its own GPU",
     )
 
     add = parser.add_argument_group("files").add_argument
-    add("--dtype", choices=DTYPES, default="float16", help="of the stored moments")
+    add("--dtype", choices=DTYPES, default="float16", help="dtype of the stored moments")
     add(
         "--shard-size",
         type=cli.positive_int,
         default=8192,
-        help="images a shard; what is lost at an interruption, at most",
+        help="images per shard; an interruption loses at most one shard per process",
     )
     add(
         "--num-workers",
         type=int,
         default=-1,
-        help="decoding processes, for each process; -1: one a core, up to 16",
+        help="decoding processes per process; -1: one per core, up to 16",
     )
 
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run the command line."""
     args = parse_args()
-    given = {field.name: getattr(args, field.name) for field in fields(EncodingSettings)}
-    given |= {name: str(given[name]) for name in ("source", "labels") if given[name] is not None}
-    if args.source.is_dir() and args.source.resolve() in (
-        args.dest.resolve(),
-        *args.dest.resolve().parents,
-    ):
+    dest = args.dest.resolve()
+    if args.source.is_dir() and args.source.resolve() in (dest, *dest.parents):
         raise UserError(
-            f"--dest {args.dest} lies in --source {args.source}: its preview would be taken for an image"
+            f"--dest {args.dest} is inside --source {args.source}, so preview.png would be read as "
+            "an image; choose another folder"
         )
+    settings = {field.name: getattr(args, field.name) for field in fields(EncodingSettings)}
+    settings["source"] = str(args.source)
+    settings["labels"] = str(args.labels) if args.labels else None
+
     world = World()
-    job = EncodingJob(EncodingSettings(**given), args.device, args.num_workers, world)
+    job = EncodingJob(EncodingSettings(**settings), args.device, args.num_workers, world)
     path = args.dest / "manifest.json"
-    before = path.read_bytes() if path.exists() else b""
+    old_manifest = path.read_bytes() if path.exists() else b""
     manifest = build_cache(args.dest, job, world)
     if world.rank == 0:
-        complete = path.read_bytes() == before
-        print(
-            f"{args.dest} is complete: {manifest.count:,} images"
-            if complete
-            else format_summary(args.dest, manifest)
-        )
+        if path.read_bytes() == old_manifest:
+            print(f"{args.dest} is complete: {manifest.count:,} images")
+        else:
+            print(format_summary(args.dest, manifest))
     world.close()
 
 

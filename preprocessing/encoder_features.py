@@ -1,10 +1,10 @@
-"""Kept images -> an image encoder's features, computed once: shards beside the cache's own, each whole or not at all.
+"""Compute the features of an image encoder once and store them next to the shards of a cache.
 
-    CACHE/features/SLUG/00000.npy       (n, N, D) float16, of images/00000.npy
-    CACHE/features/SLUG/features.json   which encoder, and the list of shards; written last
-    CACHE/features/SLUG/partial/        only while they are made
+    CACHE/features/SLUG/00000.npy       (n, N, D) float16, the features of images/00000.npy
+    CACHE/features/SLUG/features.json   the encoder and the list of shards; written last
+    CACHE/features/SLUG/partial/        records of finished shards until all are complete
 
-n images of a shard, B of a batch, N tokens, D width, R resolution.
+n images per shard, B images per batch, N tokens, D width, R image resolution.
 """
 
 import json
@@ -35,37 +35,20 @@ FEATURES_DTYPE = np.dtype(np.float16)
 
 
 def features_slug(name: str, side: int, tokens_side: int) -> str:
-    """The folder of the features of an encoder that sees `side` pixels."""
-    return (
-        f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{side}-{tokens_side}x{tokens_side}"
-    )
+    """Return the folder name for the features of an encoder.
+
+    Args:
+        name: The name of the encoder.
+        side: The input height and width of the encoder in pixels.
+        tokens_side: The height and width of the token grid.
+    """
+    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")
+    return f"{safe_name}-{side}-{tokens_side}x{tokens_side}"
 
 
 def features_nbytes(manifest: Manifest, tokens_side: int, width: int) -> int:
-    """Bytes that the features of a cache take."""
+    """Return the size of a cache's features in bytes."""
     return manifest.count * tokens_side**2 * width * FEATURES_DTYPE.itemsize
-
-
-def finished(dest: Path, plan: dict, shards: list[dict]) -> bool:
-    """Whether DEST holds the features of these shards already. Raises UserError if it holds others."""
-    path = dest / "features.json"
-    if not path.exists():
-        return False
-    try:
-        then = json.loads(path.read_text())
-        of = {shard["file"]: shard["images_sha256"] for shard in then["shards"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} cannot be read: remove {dest} and make it again") from None
-    changed = describe_differences(then, plan)
-    if changed:
-        raise UserError(
-            f"{dest} holds features made otherwise ({changed}): remove it to make them again"
-        )
-    if of != {entry["file"]: entry["sha256"]["images"] for entry in shards}:
-        raise UserError(
-            f"{dest} holds features of images that have changed since: remove it to make them again"
-        )
-    return all((dest / file).exists() for file in of)
 
 
 def build_features(
@@ -74,97 +57,165 @@ def build_features(
     dest: Path,
     plan: dict,
     encode: Callable[[Tensor], Tensor],
-    size: int,
+    batch_size: int,
     world: World,
 ) -> bool:
-    """Makes what is missing of CACHE's features, on all processes of `world`; whether anything was. plan: what features.json
-    says of the encoder. encode: images (B, 3, R, R) uint8 in host memory -> tokens (B, N, D). size: images a forward pass.
-    Raises UserError.
+    """Compute the missing features of a cache, with the shards divided among all processes.
+
+    Args:
+        root: The folder of the cache.
+        manifest: The manifest of the cache.
+        dest: The folder of the features.
+        plan: The entries of features.json that identify the encoder.
+        encode: A function from images (B, 3, R, R) uint8, in host memory, to tokens (B, N, D).
+        batch_size: The number of images per forward pass.
+        world: The processes of this command.
+
+    Returns:
+        True if this call has completed the features, False if they were complete before.
+
+    Raises:
+        UserError: The folder contains other features, or an image or its features are invalid.
     """
-    if world.run_on_first_rank(lambda: finished(dest, plan, manifest.shards)):
+    if world.run_on_first_rank(lambda: _is_complete(dest, plan, manifest.shards)):
         return False
-    records = [dest / "partial" / f"{entry['file']}.json" for entry in manifest.shards]
 
-    def done(entry: dict, record: Path) -> bool:
-        """Of the images that are there now."""
-        if not (record.exists() and (dest / entry["file"]).exists()):
-            return False
-        return json.loads(record.read_text())["images_sha256"] == entry["sha256"]["images"]
-
-    def begin() -> list[int]:
+    def list_missing() -> list[int]:
         check_or_record_plan(dest, plan)
-        return [
-            k
-            for k, (entry, record) in enumerate(zip(manifest.shards, records))
-            if not done(entry, record)
-        ]
+        return [i for i, entry in enumerate(manifest.shards) if not _is_encoded(dest, entry)]
 
-    made: dict[int, dict] = {}
-    with ExitStack() as held:
-        todo = lock_destination(world, held, dest, begin)
-        mine = todo[world.rank :: world.num_processes]
-        left = sum(manifest.shards[k]["count"] for k in mine) * world.num_processes
+    with ExitStack() as resources:
+        missing = lock_destination(world, resources, dest, list_missing)
+
+        # Encode the shards of this process.
+        local = missing[world.rank :: world.num_processes]
+        encoded: dict[int, dict] = {}
+        num_local_images = sum(manifest.shards[shard_index]["count"] for shard_index in local)
         with tqdm(
-            total=left, unit="img", desc=f"{dest.name}", disable=world.rank > 0, smoothing=0.05
+            total=num_local_images * world.num_processes,
+            unit="img",
+            desc=dest.name,
+            disable=world.rank > 0,
+            smoothing=0.05,
         ) as bar:
-            for k in mine:
-                entry = manifest.shards[k]
-                progress = lambda images: bar.update(images * world.num_processes)  # noqa: E731
-                digest = shard(
-                    root / "images" / entry["file"],
-                    dest / entry["file"],
-                    plan,
-                    encode,
-                    size,
-                    progress,
+
+            def report_progress(num_images: int) -> None:
+                bar.update(num_images * world.num_processes)
+
+            for shard_index in local:
+                entry = manifest.shards[shard_index]
+                file = entry["file"]
+                digest = _encode_shard(
+                    root / "images" / file, dest / file, plan, encode, batch_size, report_progress
                 )
-                made[k] = {"file": entry["file"], "count": entry["count"], "sha256": digest}
-                made[k]["images_sha256"] = entry["sha256"]["images"]
-                write_file(records[k], json.dumps(made[k]).encode())
-        made = {k: record for part in world.all_gather(made) for k, record in part.items()}
+                encoded[shard_index] = {
+                    "file": file,
+                    "count": entry["count"],
+                    "sha256": digest,
+                    "images_sha256": entry["sha256"]["images"],
+                }
+                write_file(_record_path(dest, file), json.dumps(encoded[shard_index]).encode())
+
+        # Write features.json. Records of other processes are sent, because a network file system
+        # may not show their files to this process yet.
+        gathered = world.all_gather(encoded)
         if world.rank == 0:
+            records = {index: record for part in gathered for index, record in part.items()}
             shards = [
-                made.get(k) or json.loads(record.read_text()) for k, record in enumerate(records)
+                records.get(shard_index) or _read_record(dest, entry["file"])
+                for shard_index, entry in enumerate(manifest.shards)
             ]
-            write_file(
-                dest / "features.json",
-                (json.dumps(plan | {"shards": shards}, indent=2) + "\n").encode(),
-            )
+            content = json.dumps(plan | {"shards": shards}, indent=2) + "\n"
+            write_file(dest / "features.json", content.encode())
             remove_partial_records(dest)
         world.barrier()
     return True
 
 
-def shard(
-    images: Path,
-    path: Path,
+def _is_complete(dest: Path, plan: dict, shards: list[dict]) -> bool:
+    """Return whether a folder contains the features of the shards with these manifest entries.
+
+    Raises:
+        UserError: The folder contains features of another encoder or of other images.
+    """
+    path = dest / "features.json"
+    if not path.exists():
+        return False
+    try:
+        stored = json.loads(path.read_text())
+        stored_images = {shard["file"]: shard["images_sha256"] for shard in stored["shards"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read; remove {dest} and rerun this command") from None
+    changed = describe_differences(stored, plan)
+    if changed:
+        raise UserError(
+            f"{dest} contains features with other settings ({changed}); "
+            "remove it and rerun this command"
+        )
+    if stored_images != {entry["file"]: entry["sha256"]["images"] for entry in shards}:
+        raise UserError(
+            f"{dest} contains features of images that have changed; "
+            "remove it and rerun this command"
+        )
+    return all((dest / file).exists() for file in stored_images)
+
+
+def _is_encoded(dest: Path, entry: dict) -> bool:
+    """Return whether the features of a shard's current images are stored."""
+    file = entry["file"]
+    if not _record_path(dest, file).exists() or not (dest / file).exists():
+        return False
+    return _read_record(dest, file)["images_sha256"] == entry["sha256"]["images"]
+
+
+def _record_path(dest: Path, file: str) -> Path:
+    return dest / "partial" / f"{file}.json"
+
+
+def _read_record(dest: Path, file: str) -> dict:
+    return json.loads(_record_path(dest, file).read_text())
+
+
+def _encode_shard(
+    images_path: Path,
+    dest_path: Path,
     plan: dict,
     encode: Callable[[Tensor], Tensor],
-    size: int,
+    batch_size: int,
     progress: Callable[[int], None],
 ) -> str:
-    """The features of one file of images, written a batch at a time; their sha256. While one batch is copied off a GPU and
-    written, the next is computed. Raises UserError.
+    """Store the features of one file of images.
+
+    On a GPU, the next batch is computed while the current one is copied and written.
+
+    Returns:
+        The sha256 of the features.
+
+    Raises:
+        UserError: The images cannot be read, or the features exceed the range of float16.
     """
     try:
-        stored = np.load(images, mmap_mode="r")
+        images = np.load(images_path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"{images} cannot be read ({error}): python -m preprocessing.verify --repair makes it again"
+            f"{images_path} cannot be read ({error}); "
+            "run python -m preprocessing.verify --repair to restore it"
         ) from None
 
     def compute(start: int) -> np.ndarray:
+        batch = torch.from_numpy(images[start : start + batch_size].copy())
         with torch.no_grad():
-            tokens = encode(torch.from_numpy(stored[start : start + size].copy()))
-        return tokens.half().cpu().numpy()
+            return encode(batch).half().cpu().numpy()
 
-    out = NpyWriter(path, FEATURES_DTYPE, (plan["tokens_side"] ** 2, plan["width"]))
-    with discard_on_error(out), ThreadPoolExecutor(2 if torch.cuda.is_available() else 1) as pool:
-        for tokens in map_in_order(pool, compute, range(0, len(stored), size), 2):
+    writer = NpyWriter(dest_path, FEATURES_DTYPE, (plan["tokens_side"] ** 2, plan["width"]))
+    num_threads = 2 if torch.cuda.is_available() else 1
+    with discard_on_error(writer), ThreadPoolExecutor(num_threads) as pool:
+        for tokens in map_in_order(pool, compute, range(0, len(images), batch_size), 2):
             if not np.isfinite(tokens).all():
                 raise UserError(
-                    f"{plan['encoder']} makes values of {images} that float16 cannot hold"
+                    f"{plan['encoder']} produces features of {images_path} that float16 cannot "
+                    "represent; choose another encoder"
                 )
-            out.append(tokens)
+            writer.append(tokens)
             progress(len(tokens))
-        return out.finish()
+        return writer.finish()

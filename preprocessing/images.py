@@ -1,10 +1,14 @@
-"""How stored bytes become squares of the right size, and what is done about images that are not what they should be."""
+"""Decode stored images into RGB squares, and report images that are unusual or cannot be used.
+
+The texts of `DecodedImage.kinds` and the reasons of `BadImage` are stored in manifest.json and
+skipped.jsonl and are compared with those of existing caches, so they must not be reworded.
+"""
 
 import errno
 import math
-import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -17,185 +21,214 @@ from preprocessing.sources import ImageSource
 
 CROPS = ("center", "random-seeded")
 BACKGROUNDS = ("white", "black")
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "PPM",
-)  # no others: some run programs, none are photographs
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
-MOST_PIXELS = 89_478_485  # PIL's: a quarter of a gigabyte of RGB
+# Other formats of PIL are not used for photographs, and some of their decoders run other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXIF_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
+MAX_PIXELS = 89_478_485  # limit of PIL: a quarter of a gigabyte of RGB values
 
 
-class BadImage(ValueError):
-    """An image that cannot be used, and why."""
+class BadImage(ValueError):  # noqa: N818  jobs also return it as a value
+    """The image cannot be used; the message is the reason."""
 
 
-class UnreadableImage(OSError):
-    """An image that nothing is known about, since the disk or the machine failed: no reason to skip it."""
+class UnreadableImage(OSError):  # noqa: N818  named like BadImage
+    """The disk or the machine failed, so it is unknown whether the image can be used."""
 
 
 class DecodedImage(NamedTuple):
-    """An image as training sees it, and what was met on the way."""
+    """An image as the VAE receives it.
 
-    pixels: np.ndarray  # (3, side, side) uint8
+    Attributes:
+        pixels: (3, side, side) uint8.
+        kinds: Format, mode, and each conversion that was applied. They are counted in the manifest.
+    """
+
+    pixels: np.ndarray
     kinds: list[str]
 
 
 @dataclass(frozen=True)
 class SquareReader:
-    """How an image becomes a square of `side` pixels."""
+    """Reads images of a source as RGB squares.
+
+    Args:
+        side: Width and height of the square in pixels.
+        crop: One of CROPS.
+        background: One of BACKGROUNDS; transparent images are composited over it.
+        seed: Seed of the random crops.
+    """
 
     side: int
     crop: str = "center"
     background: str = "white"
-    seed: int = 0  # of random crops
+    seed: int = 0
 
-    def read(self, source: ImageSource, i: int) -> DecodedImage:
-        """Image i of the source. An RGB image that already has the size passes through untouched. Raises BadImage or
-        Unreadable.
+    def read(self, source: ImageSource, image_index: int) -> DecodedImage:
+        """Read, convert and crop an image.
+
+        An RGB image that already has the right size is returned unchanged.
+
+        Raises:
+            BadImage: If the image cannot be used.
+            UnreadableImage: If reading failed for a reason that is not in the file.
         """
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd metadata, a line for each image
+                warnings.simplefilter("ignore")  # PIL warns about unusual metadata of each image.
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with source.open(i) as file:
+                with source.open(image_index) as file:
                     if not file.read(1):
                         raise BadImage("the file is empty")
                     file.seek(0)
-                    return self._decoded(file, i)
+                    return self._decode(file, image_index)
         except BadImage:
             raise
         except MemoryError:
             raise UnreadableImage("out of memory") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise BadImage(f"more than {MOST_PIXELS:,} pixels") from None
+            raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
             raise BadImage(f"not one of {', '.join(FORMATS)}") from None
-        except Exception as error:  # whatever a decoder may raise for a broken file
-            reason = (
-                getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            ).splitlines()[0]
-            if isinstance(error, OSError) and not is_the_files_own(error):
+        except Exception as error:  # Decoders raise many types of exceptions for damaged files.
+            description = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            reason = description.splitlines()[0]
+            if isinstance(error, OSError) and not is_caused_by_file(error):
                 raise UnreadableImage(reason) from None
             raise BadImage(reason) from None
 
-    def _decoded(self, file: BinaryIO, i: int) -> DecodedImage:
+    def _decode(self, file: BinaryIO, image_index: int) -> DecodedImage:
         with Image.open(file, formats=FORMATS) as image:
-            kinds = [
-                f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"
-            ]  # MPO: what phones write
+            # MPO is a JPEG with further images behind it, for example a depth map from a phone.
+            image_format = "JPEG" if image.format == "MPO" else image.format
+            kinds = [f"{image_format} {image.mode}"]
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 kinds.append("animated or of several pages: the first")
             rgb = to_rgb(image, self.background, kinds)
         if rgb.size != (self.side, self.side):
-            rgb = self._cropped(rgb, i, kinds)
+            rgb = self._crop(rgb, image_index, kinds)
         return DecodedImage(np.asarray(rgb).transpose(2, 0, 1), kinds)
 
-    def _cropped(self, image: Image.Image, i: int, kinds: list[str]) -> Image.Image:
+    def _crop(self, image: Image.Image, image_index: int, kinds: list[str]) -> Image.Image:
         short, long = sorted(image.size)
         if short < self.side:
             kinds.append(f"smaller than {self.side} pixels: enlarged")
-        if (
-            long / short * self.side**2 > MOST_PIXELS
-        ):  # the whole of it is resized before it is cropped
+        # The whole image is resized before it is cropped, so it must then fit into memory.
+        if long / short * self.side**2 > MAX_PIXELS:
             raise BadImage(
                 f"{image.width}x{image.height} is too long and thin to be a square of {self.side}"
             )
         if self.crop == "center":
             return center_crop(image, self.side)
-        return random_crop(
-            image, self.side, uniform(self.seed, Purpose.CROP, torch.tensor([i]), (3,))[0].tolist()
-        )
+        uniforms = uniform(self.seed, Purpose.CROP, torch.tensor([image_index]), (3,))[0]
+        return random_crop(image, self.side, uniforms.tolist())
 
 
-def is_the_files_own(error: OSError) -> bool:
-    """Whether a file could not be read for a reason of its own. A disk that fails is none, nor is a file that was there when
-    the list was made, unless it is a link that leads nowhere.
+def is_caused_by_file(error: OSError) -> bool:
+    """Return whether an OSError is caused by the file rather than by the disk or the machine.
+
+    A missing file existed when the source was listed, so only a broken symlink counts as the cause.
     """
     if error.errno == errno.ENOENT:
-        return error.filename is not None and os.path.islink(error.filename)
+        return error.filename is not None and Path(error.filename).is_symlink()
     return error.errno in (None, errno.EACCES, errno.ELOOP)
 
 
-def _scaled(image: Image.Image, short: int) -> Image.Image:
-    """The shorter side to `short` pixels: halved by box while twice too large, then bicubic."""
-    while min(image.size) >= 2 * short:
+def _resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
+    """Halve with a box filter while the image is twice too large, then resize bicubically."""
+    while min(image.size) >= 2 * length:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    ratio = short / min(image.size)
-    return image.resize(
-        (round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC
-    )
+    ratio = length / min(image.size)
+    size = round(image.width * ratio), round(image.height * ratio)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (guided-diffusion, image_datasets.py): the shorter side to `size`, and the middle.
+    """Apply ADM's center crop (guided-diffusion, image_datasets.py, center_crop_arr).
 
-    Images smaller than `size` are enlarged by the same bicubic step.
+    The shorter side is resized to `size` pixels. Smaller images are enlarged bicubically.
     """
-    image = _scaled(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = _resize_shorter_side(image, size)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def random_crop(
-    image: Image.Image, size: int, chance: list[float], smallest: float = 0.8
+    image: Image.Image, size: int, uniforms: list[float], min_fraction: float = 0.8
 ) -> Image.Image:
-    """ADM's random crop (guided-diffusion, image_datasets.py): the square covers between `smallest` and all of the shorter
-    side and lies anywhere. `chance`: three numbers in (0, 1), for scale, top and left.
+    """Apply ADM's random crop (guided-diffusion, image_datasets.py, random_crop_arr).
+
+    Args:
+        image: An RGB image.
+        size: Side of the crop in pixels.
+        uniforms: Three numbers in (0, 1) that determine scale, top and left.
+        min_fraction: The crop covers between this fraction and all of the shorter side.
     """
-    most = math.ceil(size / smallest)
-    image = _scaled(image, size + math.floor(chance[0] * (most - size + 1)))
-    top, left = (
-        math.floor(u * (n - size + 1)) for u, n in zip(chance[1:], (image.height, image.width))
-    )
+    scale, *offsets = uniforms
+    max_length = math.ceil(size / min_fraction)
+    image = _resize_shorter_side(image, size + math.floor(scale * (max_length - size + 1)))
+    top = math.floor(offsets[0] * (image.height - size + 1))
+    left = math.floor(offsets[1] * (image.width - size + 1))
     return image.crop((left, top, left + size, top + size))
 
 
 def to_rgb(
     image: Image.Image, background: str = "white", kinds: list[str] | None = None
 ) -> Image.Image:
-    """Upright and RGB, transparency laid over `background`. What was done is appended to `kinds`. Raises BadImage."""
-    kinds = [] if kinds is None else kinds
+    """Convert an image to upright RGB.
+
+    Args:
+        image: An image in any mode.
+        background: Color that transparent images are composited over.
+        kinds: List to which the applied conversions are appended.
+
+    Raises:
+        BadImage: If the range of the gray values is undefined.
+    """
+    if kinds is None:
+        kinds = []
     image.load()
-    if image.getexif().get(ORIENTATION) in range(2, 9):
+    if image.getexif().get(EXIF_ORIENTATION) in range(2, 9):
         kinds.append("turned by EXIF")
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
             raise BadImage(f"mode {image.mode} beyond 16 bits has no agreed range of grey")
-        kinds.append("16 bits: rounded to 8")  # PIL's own convert would clip at 255
+        kinds.append("16 bits: rounded to 8")
+        # PIL's convert would clip the values at 255.
         image = Image.fromarray((array.astype(np.float32) / 257).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             kinds.append(f"transparent: over {background}")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
-def load_square(source: ImageSource, i: int, side: int) -> np.ndarray:
-    """Image i, centre-cropped: (3, side, side) uint8. Raises BadImage."""
-    return SquareReader(side).read(source, i).pixels
+def load_square(source: ImageSource, image_index: int, side: int) -> np.ndarray:
+    """Return a center-cropped image, (3, side, side) uint8. Raise BadImage or UnreadableImage."""
+    return SquareReader(side).read(source, image_index).pixels
 
 
 def load_square_or_user_error(
-    source: ImageSource, i: int, side: int, flag: str = "--reference"
+    source: ImageSource, image_index: int, side: int, flag: str = "--reference"
 ) -> np.ndarray:
-    """load_square; an image that cannot be used is a UserError that names it."""
+    """Return a center-cropped image, (3, side, side) uint8. Raise UserError if that fails."""
     try:
-        return load_square(source, i, side)
+        return load_square(source, image_index, side)
     except (BadImage, UnreadableImage) as error:
-        raise UserError(format_image_error(flag, source, i, error)) from None
+        raise UserError(format_image_error(flag, source, image_index, error)) from None
 
 
 def format_image_error(
-    flag: str, source: ImageSource, i: int, reason: Exception | str, what: str = "cannot be used"
+    flag: str,
+    source: ImageSource,
+    image_index: int,
+    reason: Exception | str,
+    problem: str = "cannot be used",
 ) -> str:
-    """One line that any terminal can show."""
-    name = source.names[i]
-    return f"{flag} {source.root}: {name if name.isprintable() else ascii(name)} {what} ({reason})"
+    """Return an error message in one line that names the flag, the source and the image."""
+    name = source.names[image_index]
+    printable_name = name if name.isprintable() else ascii(name)
+    return f"{flag} {source.root}: {printable_name} {problem} ({reason})"

@@ -1,9 +1,10 @@
-"""A data folder of REPA's or SRA's -> latent cache, without encoding anything again.
+"""Create a latent cache from a data folder of REPA or SRA, without encoding images again.
 
     python -m preprocessing.import_repa data/repa-imagenet256 data/imagenet256
 
-Moments and classes are paired by name. preview.png shows some of them decoded, beside the images if those are there: a folder
-that another VAE made is seen at once. Stopped, the same command goes on.
+The command pairs moments and classes by file name. preview.png shows a few decoded moments next to
+the images, if these exist, so that a wrong VAE is easy to see. After an interruption, rerun the
+same command to resume.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from preprocessing.repa_files import ImportJob, ImportSettings
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = cli.Parser(__doc__, "python -m preprocessing.import_repa", "SRC DEST")
 
     add = parser.add_argument
@@ -28,58 +30,58 @@ def parse_args() -> argparse.Namespace:
         "source",
         metavar="SRC",
         type=Path,
-        help="REPA's data folder, with vae-sd/**/img-mean-std-*.npy and its dataset.json",
+        help="REPA's data folder, with vae-sd/**/img-mean-std-*.npy and vae-sd/dataset.json",
     )
-    add("dest", metavar="DEST", type=Path, help="folder of the cache to make")
+    add("dest", metavar="DEST", type=Path, help="folder of the new cache")
     add(
         "--vae",
         default=DEFAULT_VAE,
-        help="the VAE that made SRC: hub id or folder; its scale and fingerprint are recorded",
+        help="VAE that encoded SRC: hub id or folder; the cache records its scale and fingerprint",
     )
     add(
         "--dtype",
         choices=DTYPES,
         default="float16",
-        help="of the stored moments; SRC's are float32",
+        help="data type of the stored moments; those of SRC are float32",
     )
-    add("--shard-size", type=cli.positive_int, default=8192, help="images a shard")
+    add("--shard-size", type=cli.positive_int, default=8192, help="images per shard")
     add(
         "--keep-images",
         action="store_true",
-        help="take SRC's images too, as uint8, for --align repa; an imported cache gets "
-        "them by the same command again with this flag",
+        help="also store the images of SRC as uint8, for --align repa; to add them to a finished "
+        "cache, rerun its command with this flag",
     )
     add(
         "--skip-bad",
         action="store_true",
-        help="list files that cannot be used in DEST/skipped.jsonl and go on",
+        help="skip unusable files and list them in DEST/skipped.jsonl",
     )
     add(
         "--device",
         type=cli.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="decodes the preview",
+        help="device that decodes the preview",
     )
 
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run the command."""
     args = parse_args()
-    given = {field.name: getattr(args, field.name) for field in fields(ImportSettings)} | {
-        "source": str(args.source)
-    }
+    flags = {field.name: getattr(args, field.name) for field in fields(ImportSettings)}
+    flags["source"] = str(args.source)
     world = World()
-    path = args.dest / "manifest.json"
-    before = path.read_bytes() if path.exists() else b""
-    manifest = build_cache(args.dest, ImportJob(ImportSettings(**given), args.device), world)
+    job = ImportJob(ImportSettings(**flags), args.device)
+
+    manifest_path = args.dest / "manifest.json"
+    previous = manifest_path.read_bytes() if manifest_path.exists() else b""
+    manifest = build_cache(args.dest, job, world)
     if world.rank == 0:
-        complete = path.read_bytes() == before
-        print(
-            f"{args.dest} is complete: {manifest.count:,} images"
-            if complete
-            else format_summary(args.dest, manifest)
-        )
+        if manifest_path.read_bytes() == previous:
+            print(f"{args.dest} is complete: {manifest.count:,} images")
+        else:
+            print(format_summary(args.dest, manifest))
     world.close()
 
 

@@ -1,4 +1,4 @@
-"""Which class an image has: by a CSV, by EDM's dataset.json, or by its folder."""
+"""Assign class labels to images from a CSV file, an EDM dataset.json, or folder names."""
 
 import csv
 import io
@@ -12,149 +12,226 @@ import numpy as np
 from common.cli import UserError
 
 IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-MOST_CLASSES = 1_000_000  # a larger label is no class number but something else
+MAX_CLASSES = 1_000_000  # a larger number is assumed not to be a class index
 
 
 def is_image_name(name: str) -> bool:
-    """By its extension; what a file browser hides is none."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not any(
-        part.startswith(".") for part in name.removeprefix("./").split("/")
-    )
+    """Return whether a path has an image extension and no hidden component (leading dot)."""
+    is_hidden = any(part.startswith(".") for part in name.removeprefix("./").split("/"))
+    return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not is_hidden
 
 
 class LabelTable(NamedTuple):
-    """Classes that a file gives, by image, and where from."""
+    """Classes of images, read from a label file.
 
-    classes: dict
+    Attributes:
+        classes: The class of each image, as an index or a name, by image name.
+        class_names: The names of all classes, or None if the file does not list them.
+        origin: The flag and file that the table was read from, for error messages.
+    """
+
+    classes: dict[str, object]
     class_names: list[str] | None
-    origin: str  # flag and file, for messages
+    origin: str
 
 
 def read_label_file(path: Path) -> LabelTable:
-    """A CSV of image,class (with or without a line of headings), or a JSON as EDM's dataset.json. Raises UserError."""
-    what = f"--labels {path}"
+    """Read a CSV with rows of image,class (the header is optional) or a JSON like EDM's.
+
+    Raises:
+        UserError: The file cannot be read or parsed.
+    """
+    origin = f"--labels {path}"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json":
-            return parse_dataset_json(text, what)
-        rows = [row for row in csv.reader(io.StringIO(text)) if row]
-    except UserError:
-        raise
     except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror})") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{what} is neither a CSV of image,class nor a JSON ({error})") from None
-    for k, row in enumerate(rows):
+        raise UserError(f"{origin} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin} is not UTF-8 text ({error})") from None
+    if path.suffix.lower() == ".json":
+        return parse_dataset_json(text, origin)
+    return LabelTable(_parse_csv(text, origin), None, origin)
+
+
+def _parse_csv(text: str, origin: str) -> dict[str, object]:
+    """Return the class of each image."""
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except csv.Error as error:
+        raise UserError(f"{origin} is not a valid CSV file ({error})") from None
+    for number, row in enumerate(rows, start=1):
         if len(row) != 2:
             raise UserError(
-                f"{what}: row {k + 1} has {len(row)} columns; wanted are two, image,class, with a comma between"
+                f"{origin}: row {number} has {len(row)} columns; "
+                "expected two columns, image,class, separated by a comma"
             )
     if len(rows) > 1 and not is_image_name(rows[0][0]) and is_image_name(rows[1][0]):
-        rows = rows[1:]  # headings
-    classes: dict = {}
+        rows = rows[1:]  # skip the header
+
+    classes: dict[str, object] = {}
     for name, value in rows:
-        if name.strip() in classes:
-            raise UserError(f"{what} names {name.strip()} twice")
-        classes[name.strip()] = value.strip()
+        name = name.strip()
+        if name in classes:
+            raise UserError(f"{origin} lists {name} twice; remove one of the two rows")
+        classes[name] = value.strip()
     if not classes:
-        raise UserError(f"{what} is empty")
-    return LabelTable(classes, None, what)
+        raise UserError(f"{origin} is empty")
+    return classes
 
 
-def parse_dataset_json(text: str | bytes, what: str) -> LabelTable:
-    """EDM's dataset.json. Raises UserError."""
+def parse_dataset_json(text: str | bytes, origin: str) -> LabelTable:
+    """Parse the content of an EDM dataset.json. Raises UserError if it has another format."""
     try:
-        meta = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-        return LabelTable(dict(meta["labels"] or []), meta.get("class_names"), what)
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        content = json.loads(text)
+        return LabelTable(dict(content["labels"] or []), content.get("class_names"), origin)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f'{what} is not {{"labels": [[image, class], ...]}} ({reason})') from None
+        raise UserError(
+            f'{origin} does not have the format {{"labels": [[image, class], ...]}} ({reason})'
+        ) from None
 
 
 def index_classes(
-    values: list, class_names: list[str] | None, what: str
+    classes: list, class_names: list[str] | None, origin: str
 ) -> tuple[np.ndarray, list[str]]:
-    """Classes as given, numbers or names -> labels (n,) int64 and the names of all classes. Raises UserError."""
+    """Convert class indices or class names to labels.
+
+    Args:
+        classes: The class of each image: integers (also as strings or as floats like 1.0), or
+            names.
+        class_names: The names of all classes in the order of their indices. By default, names are
+            sorted, and indices are named by their decimal digits.
+        origin: The flag and file, for error messages.
+
+    Returns:
+        The labels, (n,) int64, and the names of all classes.
+
+    Raises:
+        UserError: The classes are mixed, out of range, or do not agree with `class_names`.
+    """
     if class_names is not None:
-        if not (
-            isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
-        ):
-            raise UserError(f"{what}: class_names must be a list of names")
-        if len(set(class_names)) < len(class_names):
-            raise UserError(f"{what}: class_names has a name twice")
-    whole = [_whole(value) for value in values]
-    if not any(isinstance(k, int) for k in whole) and all(
-        isinstance(value, str) and value for value in values
-    ):
-        names = class_names or sorted(set(values))
-        code = {name: k for k, name in enumerate(names)}
-        if unknown := sorted({*values} - {*names}):
-            raise UserError(f"{what}: class {unknown[0]} is none of those in class_names")
-        return np.array([code[value] for value in values], np.int64), names
-    if None in whole:
+        _check_class_names(class_names, origin)
+    parsed = [_parse_index(value) for value in classes]
+    indices = [index for index in parsed if index is not None]
+    if not indices and all(isinstance(value, str) and value for value in classes):
+        return _index_names(classes, class_names, origin)
+
+    if len(indices) < len(parsed):
+        value = classes[parsed.index(None)]
         raise UserError(
-            f"{what}: classes must be all whole numbers, or all names, not {values[whole.index(None)]!r}"
+            f"{origin}: classes must be either all integers or all names; found {value!r}"
         )
-    low, high = min(whole, default=0), max(whole, default=0)
-    if low < 0 or high >= MOST_CLASSES:
-        raise UserError(f"{what} has label {low if low < 0 else high}: classes are numbered from 0")
-    names = list(class_names or map(str, range(high + 1)))
-    if len(names) <= high:
-        raise UserError(f"{what} names {len(names)} classes but has label {high}")
-    return np.array(whole, np.int64), names
+    lowest = min(indices, default=0)
+    highest = max(indices, default=0)
+    if lowest < 0 or highest >= MAX_CLASSES:
+        label = lowest if lowest < 0 else highest
+        raise UserError(f"{origin} has label {label}; labels must be from 0 to {MAX_CLASSES - 1:,}")
+    names = list(class_names or map(str, range(highest + 1)))
+    if len(names) <= highest:
+        raise UserError(f"{origin} lists {len(names)} class names but has label {highest}")
+    return np.array(indices, np.int64), names
 
 
-def _whole(value: object) -> int | None:
-    """A class number, also as pandas may write it (1.0); None for anything else."""
+def _check_class_names(class_names: object, origin: str) -> None:
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise UserError(f"{origin}: class_names must be a list of names")
+    if len(set(class_names)) < len(class_names):
+        raise UserError(f"{origin}: class_names has duplicate entries")
+
+
+def _index_names(
+    classes: list[str], class_names: list[str] | None, origin: str
+) -> tuple[np.ndarray, list[str]]:
+    names = class_names or sorted(set(classes))
+    unknown = sorted(set(classes) - set(names))
+    if unknown:
+        raise UserError(f"{origin}: class {unknown[0]} is not in class_names")
+    index_of = {name: index for index, name in enumerate(names)}
+    return np.array([index_of[name] for name in classes], np.int64), names
+
+
+def _parse_index(value: object) -> int | None:
+    """Return a class index, also if pandas has written it as 1.0, or None for other values."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}(\.0)?", value):
         return int(value.removesuffix(".0"))
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return None
 
 
-def assign_labels(names: list[str], given: LabelTable) -> tuple[np.ndarray, list[str]]:
-    """Classes by image: by its name as the source has it, or by its last part with or without the extension. Raises
-    UserError.
+def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list[str]]:
+    """Look up the class of each image in a label table.
+
+    The table may list an image by its name in the source, by its file name, or by its file name
+    without extension.
+
+    Returns:
+        The labels, (n,) int64, and the names of all classes.
+
+    Raises:
+        UserError: An image has no class, or one row of the table matches two images.
     """
-    if not given.classes:  # EDM writes "labels": null
+    if not table.classes:  # EDM writes "labels": null for an unlabeled data set
         return np.zeros(len(names), np.int64), ["0"]
-    keys = []
+
+    classes = []
+    missing = []
+    image_by_key: dict[str, str] = {}
     for name in names:
-        last = name.rsplit("/", 1)[-1]
-        keys.append(
-            next(
-                (key for key in (name, last, last.rsplit(".", 1)[0]) if key in given.classes), None
+        key = _find_key(name, table.classes)
+        if key is None:
+            missing.append(name)
+        elif key in image_by_key:
+            raise UserError(
+                f"{table.origin}: {key} matches both {image_by_key[key]} and {name}; "
+                "list images by their paths"
             )
-        )
-    missing = [name for name, key in zip(names, keys) if key is None]
+        else:
+            image_by_key[key] = name
+            classes.append(table.classes[key])
     if missing:
-        raise UserError(f"{given.origin} has no label for {summarize_names(missing)}")
-    if len(set(keys)) < len(keys):
-        first = dict(zip(reversed(keys), reversed(names)))
-        a, b = next((first[key], name) for name, key in zip(names, keys) if first[key] != name)
-        raise UserError(
-            f"{given.origin} does not tell {a} and {b} apart: name images by their paths"
-        )
-    return index_classes([given.classes[key] for key in keys], given.class_names, given.origin)
+        raise UserError(f"{table.origin} has no label for {summarize_names(missing)}")
+    return index_classes(classes, table.class_names, table.origin)
+
+
+def _find_key(name: str, classes: dict[str, object]) -> str | None:
+    """Return the key of an image in `classes`: its name, file name or stem, or None."""
+    file_name = name.rsplit("/", 1)[-1]
+    stem = file_name.rsplit(".", 1)[0]
+    return next((key for key in (name, file_name, stem) if key in classes), None)
 
 
 def summarize_names(names: list[str]) -> str:
-    """The first of several, and how many more there are."""
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+    """Return the first name and the number of others, as in "a.png (and 3 more)"."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} (and {len(names) - 1} more)"
 
 
-def labels_from_folders(names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
-    """Classes are the first parts of the names, sorted; images without a folder are one class. Raises UserError."""
-    tops = [
-        top if rest else ""
-        for top, _, rest in (name.removeprefix("./").partition("/") for name in names)
-    ]
-    classes = sorted(set(tops))
+def labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
+    """Take the first component of each path as its class; images without a folder are one class.
+
+    Returns:
+        The labels, (n,) int64, and the sorted names of all classes.
+
+    Raises:
+        UserError: Some images are in class folders and others are not.
+    """
+    folders = []
+    for name in names:
+        first, separator, _ = name.removeprefix("./").partition("/")
+        folders.append(first if separator else "")
+    classes = sorted(set(folders))
     if "" in classes and len(classes) > 1:
-        alone = names[tops.index("")]
+        outside = names[folders.index("")]
         raise UserError(
-            f"{what} has images in class folders and beside them ({alone}): move those, or give --labels"
+            f"{origin} has images inside and outside of class folders ({outside}); "
+            "move the images outside, or pass --labels"
         )
-    code = {name: k for k, name in enumerate(classes)}
-    return np.array([code[top] for top in tops], np.int64), [name or "0" for name in classes]
+    index_of = {name: index for index, name in enumerate(classes)}
+    labels = np.array([index_of[folder] for folder in folders], np.int64)
+    return labels, [name or "0" for name in classes]

@@ -1,8 +1,13 @@
-"""A tree of REPA's or SRA's preprocessing -> shards, without encoding anything again.
+"""Import a data folder that REPA's or SRA's preprocessing wrote, without encoding images again.
 
-vae-sd/00000/img-mean-std-00000000.npy  (2C, h, w) float32, posterior mean and standard deviation
-vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-00000000.npy", class], ...]}
-images/00000/img00000000.png            what they were made of: for preview.png, and with --keep-images for the cache
+    vae-sd/00000/img-mean-std-00000000.npy  (2C, h, w) float32, mean and standard deviation
+    vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-...npy", class], ...]}
+    images/00000/img00000000.png            the encoded image, for preview.png and --keep-images
+
+C latent channels, h w latent height and width, R image resolution.
+
+The reasons of BadImage are stored in skipped.jsonl and are compared with those of existing caches,
+so they must not be reworded.
 """
 
 import errno
@@ -14,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +28,7 @@ from PIL import Image
 from common.cli import UserError
 from common.files import NpyWriter, discard_on_error
 from models.autoencoder import DEFAULT_VAE, Autoencoder
+from models.errors import FieldError
 from preprocessing.build import image_range
 from preprocessing.cache_preview import make_preview, spread_indices
 from preprocessing.encoding import absolute_if_exists, map_in_order
@@ -31,12 +37,12 @@ from preprocessing.labels import assign_labels, parse_dataset_json, summarize_na
 from preprocessing.shards import Shard, shard_file_name
 from preprocessing.sources import ImageSource
 
-READERS = 16  # threads that read small files, which is waiting for the most part
+READER_THREADS = 16  # reading small files mostly waits for the disk
 
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What is asked for: import_repa's flags of the same names."""
+    """The flags of import_repa that determine the content of the cache."""
 
     source: str
     skip_bad: bool = False
@@ -46,45 +52,58 @@ class ImportSettings:
     keep_images: bool = False
 
 
+class ImportedImage(NamedTuple):
+    """The stored moments of an image, (2C, h, w), and its pixels, (3, R, R) uint8, if requested."""
+
+    moments: np.ndarray
+    pixels: np.ndarray | None
+
+
 class ImportJob:
-    """The job (preprocessing.build.Job) that reads moments from REPA's files."""
+    """A preprocessing.build.CacheJob that reads moments from REPA's files.
+
+    Args:
+        settings: The content of the cache.
+        device: The device that decodes the preview.
+
+    Raises:
+        UserError: The folder or the VAE is missing or does not fit.
+    """
 
     def __init__(self, settings: ImportSettings, device: str):
-        """Lists the files and opens the VAE. Raises UserError."""
         root = Path(settings.source)
         if not root.is_dir():
-            raise UserError(f"SRC {root} is no folder")
+            raise UserError(f"SRC {root} is not a folder")
         self.root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
-        self.pixels = self.root.parent / "images"
+        self.image_root = self.root.parent / "images"
         self.source = open_moments(self.root)
-        self.description, self.num_images, self.shard_size = (
-            f"importing {root.name}",
-            len(self.source),
-            settings.shard_size,
-        )
-        self.skip_bad, self.dtype, self.keep_images = (
-            settings.skip_bad,
-            np.dtype(settings.dtype),
-            settings.keep_images,
-        )
+        self.description = f"importing {root.name}"
+        self.num_images = len(self.source)
+        self.shard_size = settings.shard_size
+        self.skip_bad = settings.skip_bad
+        self.dtype = np.dtype(settings.dtype)
+        self.keep_images = settings.keep_images
         try:
             self.vae = Autoencoder(settings.vae, device)
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from None
-        self.shape = self._shape_of_first()
-        channels, side = self.vae.channels, self.shape[1]
-        self.settings = asdict(settings) | {"made_by": "import_repa"}
-        self.settings |= {
-            name: absolute_if_exists(self.settings[name]) for name in ("source", "vae")
+        except FieldError as error:
+            raise UserError(f"--vae {error.reason}") from None
+        self.shape = self._find_common_shape()
+
+        self.settings = asdict(settings) | {
+            "source": absolute_if_exists(settings.source),
+            "vae": absolute_if_exists(settings.vae),
+            "made_by": "import_repa",
         }
+        fingerprint = self.vae.fingerprint()
         self.plan: dict[str, Any] = {
             "images": self.num_images,
-            "vae_fingerprint": self.vae.fingerprint(),
+            "vae_fingerprint": fingerprint,
             "dtype": settings.dtype,
             "shard_size": settings.shard_size,
             "keep_images": settings.keep_images,
             "names_and_labels": self.source.digest(self.num_images),
         }
+        side = self.shape[1]
         self.manifest_fields: dict[str, Any] = {
             "source": settings.source,
             "num_classes": len(self.source.class_names),
@@ -92,85 +111,14 @@ class ImportJob:
             "resolution": side * self.vae.downsampling_factor,
             "crop": "as imported",
             "vae": settings.vae,
-            "vae_fingerprint": self.plan["vae_fingerprint"],
+            "vae_fingerprint": fingerprint,
             "scale": self.vae.scale.scale,
             "shift": self.vae.scale.shift,
-            "latent_shape": [channels, side, side],
+            "latent_shape": [self.vae.channels, side, side],
             "dtype": settings.dtype,
             "flips": False,
             "images": settings.keep_images,
         }
-
-    def _shape_of_first(self) -> tuple[int, int, int]:
-        """What every file must have: (2C, h, h)."""
-        shapes: list[tuple] = []
-        for i in spread_indices(
-            self.num_images
-        ):  # a few, of which one may be odd; reading its shard will say so
-            with suppress(OSError, ValueError, EOFError, AttributeError):
-                shapes.append((np.load(self.root / self.source.names[i], mmap_mode="r").shape, i))
-        for shape, i in sorted(
-            shapes, key=lambda pair: -[shape for shape, _ in shapes].count(pair[0])
-        ):
-            channels = self.vae.channels
-            if len(shape) == 4 and shape[0] == 1:
-                shape = shape[1:]
-            if len(shape) == 3 and shape[0] == channels:
-                raise UserError(
-                    f"SRC {self.root / self.source.names[i]} has {channels} channels: a latent, drawn and perhaps scaled, not "
-                    f"the posterior's mean and std ({2 * channels} channels), which cannot be had from it: encode the images"
-                )
-            if len(shape) != 3 or shape[0] != 2 * channels or shape[1] != shape[2]:
-                raise UserError(
-                    f"SRC {self.root / self.source.names[i]} has shape {shape}; wanted are {2 * channels} channels, mean and "
-                    f"std of --vae {self.vae.name}, and a square"
-                )
-            return shape
-        raise UserError(f"SRC {self.root}: not one file can be read")
-
-    def _read(self, i: int) -> np.ndarray | BadImage:
-        try:
-            moments = np.load(self.root / self.source.names[i])
-        except (OSError, ValueError, EOFError) as error:
-            if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EACCES):
-                line = format_image_error(
-                    "SRC", self.source, i, error.strerror, "could not be read"
-                )
-                raise UserError(
-                    f"{line}: when that is mended, run the same command again"
-                ) from None
-            return BadImage(f"{type(error).__name__}: {error}".splitlines()[0])
-        if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
-            return BadImage("it is no array of floating-point numbers")
-        if moments.shape not in (self.shape, (1, *self.shape)):
-            return BadImage(f"its shape is {moments.shape}, others have {self.shape}")
-        moments = moments.reshape(self.shape)
-        if (moments[len(moments) // 2 :] < 0).any():
-            return BadImage("negative standard deviations: are these log-variances?")
-        with np.errstate(over="ignore"):
-            if not np.isfinite(moments.astype(self.dtype)).all():
-                return BadImage(f"it has values that {self.dtype} cannot hold")
-        return moments
-
-    def _read_both(self, i: int) -> tuple[np.ndarray, np.ndarray | None] | BadImage:
-        """Moments and, where images are kept, the image."""
-        moments = self._read(i)
-        if isinstance(moments, BadImage) or not self.keep_images:
-            return moments if isinstance(moments, BadImage) else (moments, None)
-        try:
-            pixels = self._image_of(self.source.names[i])
-        except BadImage as error:
-            return BadImage(f"its image: {error}")
-        except UnreadableImage as error:
-            line = format_image_error(
-                "SRC", self.source, i, error, "has an image that could not be read"
-            )
-            raise UserError(f"{line}: when that is mended, run the same command again") from None
-        return (
-            BadImage(f"its image is not in {self.pixels}")
-            if pixels is None
-            else (moments, pixels.numpy())
-        )
 
     def iter_shards(
         self,
@@ -179,97 +127,197 @@ class ImportJob:
         progress: Callable[[int], None],
         only_images: bool = False,
     ) -> Iterator[tuple[int, Shard]]:
-        """(number, shard) of each, in this order. Also for the images alone the moments are read, to be compared."""
-        for shard in shard_indices:
-            images, side = None, self.manifest_fields["resolution"]
-            if self.keep_images:
-                images = NpyWriter(
-                    dest / "images" / shard_file_name(shard), np.uint8, (3, side, side)
-                )
-            with discard_on_error(images):
-                made = self._shard(shard, progress, images)
-            yield shard, made
+        """Yield the index and the content of each shard, in the given order.
 
-    def _shard(
-        self, shard: int, progress: Callable[[int], None], images: NpyWriter | None
-    ) -> Shard:
-        numbers, labels, skipped = image_range(self, shard), [], []
-        moments = np.empty((len(numbers), *self.shape), self.dtype)
-        with ThreadPoolExecutor(READERS) as pool:
-            for i, read in zip(numbers, map_in_order(pool, self._read_both, numbers, 4 * READERS)):
-                if isinstance(read, BadImage):
-                    if not self.skip_bad:
-                        pool.shutdown(cancel_futures=True)
-                        raise UserError(
-                            f"{format_image_error('SRC', self.source, i, read)}; mend it or pass --skip-bad"
-                        )
-                    skipped.append(
-                        {
-                            "file": self.source.names[i],
-                            "shard": shard_file_name(shard),
-                            "reason": str(read),
-                        }
-                    )
-                else:
-                    moments[len(labels)] = read[0]
-                    labels.append(self.source.labels[i])
-                    if images:
-                        images.append(read[1][None])
-                if (i + 1) % 256 == 0 or i == numbers[-1]:
-                    progress(i % 256 + 1 if i >= numbers[0] + 255 else i - numbers[0] + 1)
-        arrays = {"moments": moments[: len(labels)], "labels": np.array(labels, np.int64)}
-        return Shard(
-            arrays, skipped, Counter({"imported moments": len(labels)} if labels else {}), images
-        )
+        Args:
+            dest: The folder of the cache. Images are written there directly.
+            shard_indices: The shards to import.
+            progress: A function that is called with the number of images just read.
+            only_images: Has no effect, because reading all moments is cheap.
+        """
+        for shard_index in shard_indices:
+            writer = None
+            if self.keep_images:
+                resolution = self.manifest_fields["resolution"]
+                path = dest / "images" / shard_file_name(shard_index)
+                writer = NpyWriter(path, np.uint8, (3, resolution, resolution))
+            with discard_on_error(writer):
+                shard = self._read_shard(shard_index, progress, writer)
+            yield shard_index, shard
 
     def make_preview(self) -> tuple[Image.Image, str]:
-        """Moments spread over the tree, decoded, beside the images they were made of where those are kept."""
-        names, images, moments = [], [], []
-        for i in spread_indices(self.num_images):
-            values = self._read(i)
-            if not isinstance(values, BadImage):
-                names.append(self.source.class_names[self.source.labels[i]])
-                moments.append(torch.from_numpy(values.astype(self.dtype))[None])
-                images.append(None)
-                with suppress(BadImage):
-                    images[-1] = self._image_of(self.source.names[i])
+        """Decode a few moments and return them as an image, with a line of text.
+
+        The images that were encoded are shown for comparison if they exist.
+        """
+        names = []
+        images = []
+        moments = []
+        for image_index in spread_indices(self.num_images):
+            try:
+                stored = self._read_moments(image_index)
+            except BadImage:
+                continue
+            pixels = None
+            with suppress(BadImage):
+                pixels = self._read_pixels(image_index)
+            names.append(self.source.class_names[self.source.labels[image_index]])
+            images.append(None if pixels is None else torch.from_numpy(pixels))
+            moments.append(torch.from_numpy(stored.astype(self.dtype))[None])
         return make_preview(names, images, moments, self.vae)
 
-    def _image_of(self, name: str) -> torch.Tensor | None:
-        """Raises BadImage."""
-        digits = re.findall(r"\d+", Path(name).stem)
-        path = Path(name).parent / f"img{digits[-1]}.png" if digits else None
-        if path is None or not (self.pixels / path).exists():
+    def _find_common_shape(self) -> tuple[int, int, int]:
+        """Return the shape (2C, h, h) that most of a few sampled files have."""
+        shapes: dict[int, tuple[int, ...]] = {}
+        for image_index in spread_indices(self.num_images):
+            # An unreadable file is reported later, when its shard is read.
+            with suppress(OSError, ValueError, EOFError, AttributeError):
+                stored = np.load(self.root / self.source.names[image_index], mmap_mode="r")
+                shapes[image_index] = stored.shape
+        if not shapes:
+            raise UserError(f"SRC {self.root}: none of the sampled files can be read")
+        [(shape, _)] = Counter(shapes.values()).most_common(1)
+        example = next(index for index, other in shapes.items() if other == shape)
+        path = self.root / self.source.names[example]
+
+        channels = self.vae.channels
+        if len(shape) == 4 and shape[0] == 1:
+            shape = shape[1:]
+        if len(shape) == 3 and shape[0] == channels:
+            raise UserError(
+                f"SRC {path} has {channels} channels; it is a sampled latent, not the mean and "
+                f"standard deviation of the posterior ({2 * channels} channels); encode the images"
+            )
+        if len(shape) != 3 or shape[0] != 2 * channels or shape[1] != shape[2]:
+            raise UserError(
+                f"SRC {path} has shape {shape}; expected ({2 * channels}, h, h), the mean and "
+                f"standard deviation from --vae {self.vae.name}"
+            )
+        return shape
+
+    def _read_shard(
+        self, shard_index: int, progress: Callable[[int], None], writer: NpyWriter | None
+    ) -> Shard:
+        image_indices = image_range(self, shard_index)
+        moments = np.empty((len(image_indices), *self.shape), self.dtype)
+        labels: list[int] = []
+        skipped: list[dict] = []
+        with ThreadPoolExecutor(READER_THREADS) as pool:
+            results = map_in_order(pool, self._read_image, image_indices, 4 * READER_THREADS)
+            for image_index, result in zip(image_indices, results):
+                progress(1)
+                if isinstance(result, ImportedImage):
+                    moments[len(labels)] = result.moments
+                    labels.append(self.source.labels[image_index])
+                    if writer and result.pixels is not None:
+                        writer.append(result.pixels[None])
+                    continue
+                if not self.skip_bad:
+                    pool.shutdown(cancel_futures=True)
+                    line = format_image_error("SRC", self.source, image_index, result)
+                    raise UserError(f"{line}; fix the file or pass --skip-bad")
+                skipped.append(
+                    {
+                        "file": self.source.names[image_index],
+                        "shard": shard_file_name(shard_index),
+                        "reason": str(result),
+                    }
+                )
+        arrays = {"moments": moments[: len(labels)], "labels": np.array(labels, np.int64)}
+        kinds = Counter({"imported moments": len(labels)} if labels else {})
+        return Shard(arrays, skipped, kinds, writer)
+
+    def _read_image(self, image_index: int) -> ImportedImage | BadImage:
+        """Read the moments and, if images are kept, the pixels; return BadImage if unusable."""
+        try:
+            moments = self._read_moments(image_index)
+            pixels = None
+            if self.keep_images:
+                pixels = self._read_pixels(image_index)
+                if pixels is None:
+                    raise BadImage(f"its image is not in {self.image_root}")
+        except BadImage as error:
+            return error
+        return ImportedImage(moments, pixels)
+
+    def _read_moments(self, image_index: int) -> np.ndarray:
+        """Return the moments of an image, (2C, h, h). Raises BadImage."""
+        try:
+            moments = np.load(self.root / self.source.names[image_index])
+        except (OSError, ValueError, EOFError) as error:
+            file_errors = (None, errno.ENOENT, errno.EACCES)
+            if isinstance(error, OSError) and error.errno not in file_errors:
+                # The disk failed: this says nothing about the file.
+                raise self._read_failure(image_index, str(error.strerror)) from None
+            raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+        if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
+            raise BadImage("it is no array of floating-point numbers")
+        if moments.shape not in (self.shape, (1, *self.shape)):
+            raise BadImage(f"its shape is {moments.shape}, others have {self.shape}")
+        moments = moments.reshape(self.shape)
+        if (moments[self.vae.channels :] < 0).any():
+            raise BadImage("negative standard deviations: are these log-variances?")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(moments.astype(self.dtype)).all():
+                raise BadImage(f"it has values that {self.dtype} cannot hold")
+        return moments
+
+    def _read_pixels(self, image_index: int) -> np.ndarray | None:
+        """Return the image that was encoded, (3, R, R) uint8, or None if there is none.
+
+        Raises BadImage.
+        """
+        name = Path(self.source.names[image_index])
+        numbers = re.findall(r"\d+", name.stem)
+        if not numbers:
             return None
-        source = ImageSource(self.pixels, [str(path)], np.zeros(1, np.int64), ["0"])
-        return torch.from_numpy(
-            SquareReader(self.manifest_fields["resolution"]).read(source, 0).pixels.copy()
-        )
+        png = name.parent / f"img{numbers[-1]}.png"
+        if not (self.image_root / png).exists():
+            return None
+        source = ImageSource(self.image_root, [str(png)], np.zeros(1, np.int64), ["0"])
+        try:
+            image = SquareReader(self.manifest_fields["resolution"]).read(source, 0)
+        except BadImage as error:
+            raise BadImage(f"its image: {error}") from None
+        except UnreadableImage as error:
+            raise self._read_failure(image_index, f"its image: {error}") from None
+        return image.pixels.copy()  # a writable array
+
+    def _read_failure(self, image_index: int, reason: str) -> UserError:
+        line = format_image_error("SRC", self.source, image_index, reason, "could not be read")
+        return UserError(f"{line}; fix the problem and rerun the same command")
 
 
 def open_moments(root: Path) -> ImageSource:
-    """Names and labels of the .npy files under `root`, paired by name. Raises UserError."""
+    """List the .npy files under a folder with the classes that its dataset.json assigns.
+
+    Raises:
+        UserError: There are no files, or dataset.json is missing or does not match the files.
+    """
     names = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders.sort()
         prefix = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
         names += [
             prefix + file for file in files if file.endswith(".npy") and not file.startswith(".")
         ]
     if not names:
         raise UserError(
-            f"SRC {root} holds no .npy files: it should be REPA's data folder, with vae-sd/00000/img-mean-std-*.npy"
+            f"SRC {root} contains no .npy files; "
+            "pass REPA's data folder, which contains vae-sd/00000/img-mean-std-*.npy"
         )
     names.sort()
-    record = root / "dataset.json"
-    if not record.exists():
+    label_file = root / "dataset.json"
+    if not label_file.exists():
         raise UserError(
-            f"SRC {record} is missing, and with it the classes: REPA's encoding writes it last; was it finished?"
+            f"SRC {label_file} is missing; it contains the classes, and REPA's encoding writes it "
+            "last; check that the encoding is complete"
         )
-    given = parse_dataset_json(record.read_bytes(), f"SRC {record}")
-    gone = sorted({*given.classes} - {*names})
-    if gone:
+    table = parse_dataset_json(label_file.read_bytes(), f"SRC {label_file}")
+    missing = sorted(set(table.classes) - set(names))
+    if missing:
         raise UserError(
-            f"SRC {record} names what is not there: {summarize_names(gone)}; is the tree whole?"
+            f"SRC {label_file} lists missing files: {summarize_names(missing)}; "
+            "check that the folder is complete"
         )
-    return ImageSource(root, names, *assign_labels(names, given))
+    return ImageSource(root, names, *assign_labels(names, table))

@@ -1,56 +1,84 @@
-"""A shard on its way to the disk: its arrays, its entry in the manifest, and whether what lies there is the same.
+"""Write a shard to disk, compute its manifest entry, and compare it with an existing shard.
 
-n images of a shard, C latent channels, h w latent side, S image side.
+Shapes: n images of a shard, C latent channels, h x w latent size, S image side.
 """
 
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.cli import UserError
 from common.files import NpyWriter, write_array
 
-IMAGES_PER_CHUNK = 256  # images whose sums are taken at once, in float64
-ALIKE = 0.05  # of the moments' own spread: what two machines, or batch sizes, may make of one image, and no two images
+IMAGES_PER_CHUNK = 256  # images that are converted to float64 at a time
+# Largest mean difference of an image's moments from the stored ones, relative to their standard
+# deviation. Another machine or batch size stays below it; another image does not.
+MAX_RELATIVE_DIFFERENCE = 0.05
+ShardEntry = dict[str, Any]  # entry of a shard in manifest.json
 
 
 class Shard(NamedTuple):
-    """What is kept of a stretch of images."""
+    """The data of consecutive images.
 
-    arrays: dict[
-        str, np.ndarray
-    ]  # moments and, with flips, mirrored: (n, 2C, h, w); labels: (n,) int64
-    skipped: list[dict]  # {file, reason} of each image that cannot be used
-    kinds: Counter  # of images met
-    images: NpyWriter | None = (
-        None  # (n, 3, S, S) uint8, if they are kept: on the disk already, but for the name
-    )
+    Attributes:
+        arrays: Arrays by folder: moments and, with flips, mirrored, (n, 2C, h, w) each; labels,
+            (n,) int64.
+        skipped: {file, shard, reason} of each image that cannot be used.
+        kinds: Number of images of each kind.
+        images: (n, 3, S, S) uint8 if images are kept. The rows are on disk, but not yet committed.
+    """
+
+    arrays: dict[str, np.ndarray]
+    skipped: list[dict[str, str]]
+    kinds: Counter[str]
+    images: NpyWriter | None = None
 
 
-def shard_file_name(number: int) -> str:
-    """The name of a shard's files."""
-    return f"{number:05d}.npy"
+def shard_file_name(shard_index: int) -> str:
+    """Return the name of a shard's files, which is the same in all folders."""
+    return f"{shard_index:05d}.npy"
 
 
 def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
-    """Of z ~ posterior and of z^2, per channel, over moments (n, 2C, h, w): E[z^2] = mean^2 + std^2."""
-    total, square = 0.0, 0.0
+    """Return the sums of z and z^2 per channel for z ~ posterior, using E[z^2] = mean^2 + std^2.
+
+    Args:
+        arrays: Arrays of moments, (n, 2C, h, w) each.
+    """
+    channels = arrays[0].shape[1] // 2
+    total = np.zeros(channels)
+    total_of_squares = np.zeros(channels)
     for array in arrays:
         for start in range(0, len(array), IMAGES_PER_CHUNK):
-            mean, std = np.split(
-                array[start : start + IMAGES_PER_CHUNK].astype(np.float64), 2, axis=1
-            )
-            total = total + mean.sum((0, 2, 3))
-            square = square + (mean**2 + std**2).sum((0, 2, 3))
-    return {"sum": total.tolist(), "sum_of_squares": square.tolist()}
+            chunk = array[start : start + IMAGES_PER_CHUNK].astype(np.float64)
+            mean, std = np.split(chunk, 2, axis=1)
+            total += mean.sum((0, 2, 3))
+            total_of_squares += (mean**2 + std**2).sum((0, 2, 3))
+    return {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
 
 
-def write_shard(dest: Path, number: int, shard: Shard) -> dict:
-    """Writes one whole; returns its entry for the manifest. Raises UserError for values that its dtype cannot hold."""
-    file, count = shard_file_name(number), len(shard.arrays["labels"])
-    entry = {
+def channel_statistics(
+    entries: list[ShardEntry], latent_shape: list[int], flips: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation per channel, (C,) each, from the sums of all shards."""
+    images = sum(entry["count"] for entry in entries) * (1 + flips)
+    values = images * latent_shape[1] * latent_shape[2]
+    mean = np.sum([entry["sum"] for entry in entries], 0) / values
+    mean_square = np.sum([entry["sum_of_squares"] for entry in entries], 0) / values
+    return mean, np.sqrt(mean_square - mean**2)
+
+
+def write_shard(dest: Path, shard_index: int, shard: Shard) -> ShardEntry:
+    """Write all files of a shard and return its entry for the manifest.
+
+    Raises:
+        UserError: If the moments exceed the range of their dtype.
+    """
+    file = shard_file_name(shard_index)
+    count = len(shard.arrays["labels"])
+    entry: ShardEntry = {
         "file": file,
         "count": count,
         "sha256": {},
@@ -61,53 +89,61 @@ def write_shard(dest: Path, number: int, shard: Shard) -> dict:
         moments = [array for name, array in shard.arrays.items() if name != "labels"]
         if not all(np.isfinite(array).all() for array in moments):
             raise UserError(
-                f"shard {file} holds values that {moments[0].dtype} cannot: is it the right VAE for these images? "
-                "(--dtype float32 holds larger ones)"
+                f"shard {file} contains values that {moments[0].dtype} cannot represent; check "
+                "that --vae fits these images, or pass --dtype float32"
             )
         entry |= channel_sums(moments)
         for name, array in shard.arrays.items():
             entry["sha256"][name] = write_array(dest / name / file, array)
     if shard.images:
-        entry["sha256"] |= _named(shard.images, count)
+        entry["sha256"] |= _finish_images(shard.images, count)
     return entry
 
 
-def _named(images: NpyWriter, count: int) -> dict[str, str]:
+def add_images(dest: Path, entry: ShardEntry, shard: Shard) -> ShardEntry:
+    """Add the images to a shard that is complete except for them.
+
+    Args:
+        dest: Folder of the cache.
+        entry: The shard's manifest entry.
+        shard: The images, all labels, and recomputed moments of the first images.
+
+    Returns:
+        The new manifest entry.
+
+    Raises:
+        UserError: If labels, moments or skipped images differ, so the images would differ as well.
+    """
+    if not _matches_stored_shard(dest, entry, shard):
+        raise UserError(
+            f"{dest}: the source no longer contains the images of shard {entry['file']}; encode "
+            "it into another folder with --keep-images"
+        )
+    assert shard.images is not None
+    return entry | {"sha256": entry["sha256"] | _finish_images(shard.images, entry["count"])}
+
+
+def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
+    if shard.skipped != entry["skipped"]:
+        return False
+    for name, array in shard.arrays.items():
+        stored = np.load(dest / name / entry["file"], mmap_mode="r")
+        if name == "labels":
+            is_equal = np.array_equal(stored, array)
+        elif len(array):
+            stored = stored[: len(array)].astype(np.float32)
+            is_equal = np.abs(stored - array).mean() <= MAX_RELATIVE_DIFFERENCE * stored.std()
+        else:
+            is_equal = True  # All images of the first batch were skipped.
+        if not is_equal:
+            return False
+    return True
+
+
+def _finish_images(images: NpyWriter, count: int) -> dict[str, str]:
+    """Commit the file of images and return its sha256, or discard it if there are no images."""
     assert images.num_rows == count, (images.path, images.num_rows, count)
     if count:
         return {"images": images.finish()}
     images.discard()
     return {}
-
-
-def add_images(dest: Path, entry: dict, shard: Shard) -> dict:
-    """Writes the images of a shard that is whole but for them; returns its new entry. `shard` holds its labels and the first of
-    its moments, made again. Raises UserError if they are not what is there: the images would be others, too.
-    """
-    same = shard.skipped == entry["skipped"]
-    for name, array in shard.arrays.items():
-        stored = np.load(dest / name / entry["file"], mmap_mode="r")
-        if name == "labels":
-            same = same and np.array_equal(stored, array)
-        elif same and len(array):
-            stored = stored[: len(array)].astype(np.float32)
-            same = np.abs(stored - array).mean() <= ALIKE * stored.std()
-    if not same:
-        raise UserError(
-            f"{dest}: what the source holds now is not what shard {entry['file']} was made of: encode it anew, with "
-            "--keep-images, into another folder"
-        )
-    return entry | {"sha256": entry["sha256"] | _named(shard.images, entry["count"])}
-
-
-def channel_statistics(
-    entries: list[dict], latent_shape: list[int], flips: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std per channel, (C,) each, of all shards, by their sums."""
-    values = (
-        sum(entry["count"] for entry in entries) * latent_shape[1] * latent_shape[2] * (1 + flips)
-    )
-    mean = np.sum([entry["sum"] for entry in entries], 0) / values
-    return mean, np.sqrt(
-        np.sum([entry["sum_of_squares"] for entry in entries], 0) / values - mean**2
-    )

@@ -1,7 +1,11 @@
-"""Where images come from: a numbered list of names and labels, and the stored bytes of each.
+"""Image sources: numbered lists of names and labels with access to the stored bytes of each image.
 
-A folder tree, EDM's zip, tar files (one, a folder of them, WebDataset's, or ImageNet's tar of tars), or Hugging Face's parquet.
-All can be read by processes forked from the one that opened them, or handed to new ones.
+Sources are folder trees, EDM's zip files, tar files (one file, a folder of files, WebDataset, or
+ImageNet's tar of tars), and Hugging Face's parquet files. A source can be read in forked processes
+and can be pickled.
+
+The messages of errors that `open` raises are stored in skipped.jsonl and are compared with those of
+existing caches, so they must not be reworded.
 """
 
 import copy
@@ -16,8 +20,9 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -34,217 +39,295 @@ from preprocessing.labels import (
     summarize_names,
 )
 
-MOST_OPEN = 64  # tar files at once in a process
+if TYPE_CHECKING:
+    import pyarrow
+
+MAX_OPEN_FILES = 64  # open tar files per process
+COMPRESSION_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+COMPRESSED_TARS = {".tgz", *(f".tar{suffix}" for suffix in COMPRESSION_SUFFIXES)}
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 
 
+@dataclass(eq=False, repr=False)
 class ImageSource:
-    """names and labels (n,) int64 of n images, in a fixed order, and the names of the classes. The files of a folder."""
+    """Images in a fixed order, read from the files of a folder.
 
-    def __init__(self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str]):
-        self.root, self.names, self.labels, self.class_names = root, names, labels, class_names
+    Attributes:
+        root: The folder, or the file or pattern of files in subclasses.
+        names: The name of each image: its path relative to `root`.
+        labels: The class index of each image, (n,) int64.
+        class_names: The names of all classes.
+    """
+
+    root: Path
+    names: list[str]
+    labels: np.ndarray
+    class_names: list[str]
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def open(self, i: int) -> BinaryIO:
-        """The stored bytes of image i, as a file. Raises OSError."""
-        path = self.root / self.names[i]
-        if not stat.S_ISREG(path.stat().st_mode):  # of a pipe nobody knows when it ends
+    def open(self, image_index: int) -> BinaryIO:
+        """Return the stored bytes of an image as a file object. Raises OSError."""
+        path = self.root / self.names[image_index]
+        if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe could block forever
             raise OSError("not a file")
         return path.open("rb")
 
     def digest(self, count: int) -> str:
-        """sha256 over the names and labels of the first `count` images and over the classes."""
+        """Return the sha256 of the first `count` names and labels and of all class names."""
         digest = hashlib.sha256(json.dumps([self.class_names, count]).encode())
         for name in self.names[:count]:
             digest.update(os.fsencode(name) + b"\0")
-        digest.update(np.ascontiguousarray(self.labels[:count], np.int64))
+        digest.update(self.labels[:count].astype(np.int64).tobytes())
         return digest.hexdigest()
 
 
+@dataclass(eq=False, repr=False)
 class ZipSource(ImageSource):
-    """Members of a zip file."""
+    """Images in a zip file."""
 
     _archive: zipfile.ZipFile | None = None
-    _process = 0
+    _process_id: int = 0
 
-    def open(self, i: int) -> BinaryIO:
+    def open(self, image_index: int) -> BinaryIO:
+        """Return the stored bytes of an image (see ImageSource.open)."""
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.root)
-        elif (
-            self._process != os.getpid()
-        ):  # the list of members came with the fork, the place in the file must not be shared
+        elif self._process_id != os.getpid():
+            # A forked process inherits the list of members, but it needs a file object that does
+            # not share its offset with other processes.
             self._archive = copy.copy(self._archive)
             self._archive.fp = self.root.open("rb")
-        self._process = os.getpid()
-        return io.BytesIO(self._archive.read(self.names[i]))
+        self._process_id = os.getpid()
+        return io.BytesIO(self._archive.read(self.names[image_index]))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_archive": None}
 
 
+@dataclass(eq=False, repr=False)
 class TarSource(ImageSource):
-    """Stretches of tar files: image i lies in files[where[i, 0]], from where[i, 1] on, where[i, 2] bytes."""
+    """Images in tar files.
 
-    def __init__(self, *args, files: list[Path], where: np.ndarray):
-        super().__init__(*args)
-        self.files, self.where, self._descriptors = files, where, {}
+    Attributes:
+        files: The tar files.
+        locations: The index into `files`, the offset in bytes and the size in bytes of each image,
+            (n, 3) int64.
+    """
 
-    def open(self, i: int) -> BinaryIO:
-        file, offset, size = self.where[i].tolist()
-        if file not in self._descriptors:
-            if len(self._descriptors) >= MOST_OPEN:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[file] = os.open(self.files[file], os.O_RDONLY)
-        data = os.pread(
-            self._descriptors[file], size, offset
-        )  # pread: processes may share a descriptor
+    files: list[Path]
+    locations: np.ndarray
+    _descriptors: dict[int, int] = field(default_factory=dict)
+
+    def open(self, image_index: int) -> BinaryIO:
+        """Return the stored bytes of an image (see ImageSource.open)."""
+        file_index, offset, size = self.locations[image_index].tolist()
+        # pread does not move the file offset, so that forked processes can share a descriptor.
+        data = os.pread(self._descriptor(file_index), size, offset)
         if len(data) < size:
-            raise OSError(f"{self.files[file].name} ends early")
+            raise OSError(f"{self.files[file_index].name} ends early")
         return io.BytesIO(data)
+
+    def _descriptor(self, file_index: int) -> int:
+        if file_index not in self._descriptors:
+            if len(self._descriptors) >= MAX_OPEN_FILES:
+                oldest = next(iter(self._descriptors))
+                os.close(self._descriptors.pop(oldest))
+            self._descriptors[file_index] = os.open(self.files[file_index], os.O_RDONLY)
+        return self._descriptors[file_index]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_descriptors": {}}
 
 
+@dataclass(eq=False, repr=False)
 class ParquetSource(ImageSource):
-    """Rows of parquet files: image i is row where[i, 2] of row group where[i, 1] of files[where[i, 0]]."""
+    """Images in the rows of parquet files.
 
-    def __init__(self, *args, files: list[Path], where: np.ndarray, column: str):
-        super().__init__(*args)
-        self.files, self.where, self.column = files, where, column
-        self._group: tuple[tuple[int, int], list[bytes]] | None = None
+    Attributes:
+        files: The parquet files.
+        locations: The index into `files`, the row group and the row in the group of each image,
+            (n, 3) int64.
+        column: The name of the column that holds the images.
+    """
 
-    def open(self, i: int) -> BinaryIO:
-        import pyarrow.parquet
+    files: list[Path]
+    locations: np.ndarray
+    column: str
+    _loaded_group: tuple[int, int] | None = None
+    _cells: Any = None  # the image column of the loaded row group
 
-        file, group, row = self.where[i].tolist()
-        if self._group is None or self._group[0] != (file, group):
-            with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
-                cells = parquet.read_row_group(group, [self.column], use_threads=False).column(0)
-            self._group = (file, group), cells
-        cell = self._group[1][row].as_py()
+    def open(self, image_index: int) -> BinaryIO:
+        """Return the stored bytes of an image (see ImageSource.open)."""
+        file_index, group, row = self.locations[image_index].tolist()
+        if self._loaded_group != (file_index, group):
+            self._cells = self._read_group(file_index, group)
+            self._loaded_group = (file_index, group)
+        cell = self._cells[row].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
             raise OSError("the row holds no bytes")
         return io.BytesIO(data)
 
+    def _read_group(self, file_index: int, group: int) -> Any:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self.files[file_index]) as parquet:
+            return parquet.read_row_group(group, [self.column], use_threads=False).column(0)
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_group": None}
+        return self.__dict__ | {"_loaded_group": None, "_cells": None}
 
 
 def open_source(path: Path, flag: str = "--source", labels: Path | None = None) -> ImageSource:
-    """The images at `path`: a folder, a file, or a pattern of files in quotes. `labels`: CSV or dataset.json with the class of
-    each by name. Raises UserError, naming `flag`.
+    """Open the images of a folder, a file, or a glob pattern of files.
+
+    Args:
+        path: The folder, file or pattern.
+        flag: The command-line flag that specifies the path, for error messages.
+        labels: A CSV or dataset.json with the class of each image. By default, the source
+            determines the classes.
+
+    Raises:
+        UserError: The source or the labels are missing, unreadable, ambiguous or empty.
     """
-    if not path.exists():
-        files = sorted(map(Path, glob.glob(str(path))))
-        if not files:
-            raise UserError(
-                f"{flag} {path} {'matches no file' if any(c in str(path) for c in '*?[') else 'does not exist'}"
-            )
-    else:
-        files = _archives(path, flag) if path.is_dir() else [path]
-    kinds = {
-        "".join(file.suffixes[-2:])
-        if file.suffix in (".gz", ".zst", ".xz", ".bz2")
-        else file.suffix
-        for file in files
-    }
-    if len(kinds) > 1:
+    origin = f"{flag} {path}"
+    files = _find_files(path, flag)
+    types = {_file_type(file) for file in files}
+    if len(types) > 1:
         raise UserError(
-            f"{flag} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name those of one"
+            f"{origin} contains files of several types ({', '.join(sorted(types))}); "
+            "choose files of one type"
         )
-    given = read_label_file(labels) if labels else None
-    if path.is_dir() and not files:
-        source = _open_folder(path, flag, given)
-    elif kinds == {".tar"}:
-        source = _open_tars(path, files, flag, given)
-    elif kinds == {".parquet"}:
-        source = _open_parquet(path, files, flag, given)
+    table = read_label_file(labels) if labels else None
+
+    source: ImageSource
+    if not files:
+        source = _open_folder(path, flag, table)
+    elif types == {".tar"}:
+        source = _open_tars(path, files, flag, table)
+    elif types == {".parquet"}:
+        source = _open_parquet(path, files, flag, table)
     elif len(files) > 1:
         raise UserError(
-            f"{flag} {path} is a pattern of files that are neither tar nor parquet: name a folder, or one zip"
+            f"{origin} matches several files that are neither tar nor parquet; "
+            "pass a folder or one zip file"
         )
-    elif kinds & {".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tgz"}:
+    elif types & COMPRESSED_TARS:
         raise UserError(
-            f"{flag} {path}: {', '.join(kinds)} files cannot be read from the middle: unpack it first"
+            f"{origin}: a compressed tar file does not allow random access; decompress it first"
         )
     else:
-        source = _open_zip(files[0], flag, given)
+        source = _open_zip(files[0], flag, table)
     if not len(source):
-        raise UserError(f"{flag} {path} holds no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
+        extensions = " ".join(sorted(IMAGE_EXTENSIONS))
+        raise UserError(f"{origin} contains no images; supported extensions are {extensions}")
     return source
 
 
-def _archives(folder: Path, flag: str) -> list[Path]:
-    """The tar or parquet files in a folder, or, as Hugging Face lays them out, in its folder data."""
-    for place in (folder, folder / "data"):
-        inside = (
-            [child for child in place.iterdir() if not child.name.startswith(".")]
-            if place.is_dir()
-            else []
+def _find_files(path: Path, flag: str) -> list[Path]:
+    """Return the files to read images from. For a folder of image files, the list is empty."""
+    if path.is_dir():
+        return _find_archives(path, flag)
+    if path.exists():
+        return [path]
+    files = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 (the pattern may be absolute)
+    if not files:
+        is_pattern = any(character in str(path) for character in "*?[")
+        problem = "matches no file" if is_pattern else "does not exist"
+        raise UserError(f"{flag} {path} {problem}")
+    return files
+
+
+def _find_archives(root: Path, flag: str) -> list[Path]:
+    """Return the tar or parquet files in a folder or in its subfolder data (Hugging Face)."""
+    for folder in (root, root / "data"):
+        if not folder.is_dir():
+            continue
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        archives = sorted(
+            entry for entry in entries if entry.suffix in (".parquet", ".tar") and entry.is_file()
         )
-        files = sorted(
-            child for child in inside if child.suffix in (".parquet", ".tar") and child.is_file()
-        )
-        if files and any(child.suffix == ".zip" for child in inside):
+        if not archives:
+            continue
+        suffix = archives[0].suffix
+        if any(entry.suffix == ".zip" for entry in entries):
             raise UserError(
-                f"{flag} {place} holds {files[0].suffix} and .zip files: name those of one kind"
+                f"{flag} {folder} contains {suffix} and .zip files; choose files of one type"
             )
-        if files and any(child.is_dir() for child in inside):
+        if any(entry.is_dir() for entry in entries):
             raise UserError(
-                f"{flag} {place} holds {files[0].suffix} files and folders: name one, as in '{place}/*.tar'"
+                f"{flag} {folder} contains {suffix} files and folders; "
+                f"pass one of the folders, or the files as '{folder}/*{suffix}'"
             )
-        if files:
-            return files
+        return archives
     return []
 
 
-def _open_folder(path: Path, flag: str, given: LabelTable | None) -> ImageSource:
-    names, empty, above = [], [], {}
+def _file_type(file: Path) -> str:
+    """Return the suffix of a file, including the one before a compression suffix (.tar.gz)."""
+    if file.suffix in COMPRESSION_SUFFIXES:
+        return "".join(file.suffixes[-2:])
+    return file.suffix
 
-    def fail(error: OSError) -> None:
-        raise UserError(f"{flag} {error.filename} cannot be listed ({error.strerror})") from None
 
-    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
-        inode = os.stat(folder).st_dev, os.stat(folder).st_ino
-        outer = above.get(os.path.dirname(folder), frozenset())
-        if inode in outer:  # a link to a folder that it lies in
-            folders.clear()
-            continue
-        above[folder] = outer | {inode}
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        prefix = (
-            os.path.relpath(folder, path).replace(os.sep, "/") + "/" if folder != str(path) else ""
-        )
-        names += [prefix + name for name in files if is_image_name(name)]
-        if folder == str(path):
-            empty = folders.copy()
-    names.sort()
-    what = f"{flag} {path}"
-    record = path / "dataset.json"
-    if given is None and record.exists():
-        given = parse_dataset_json(record.read_bytes(), f"{flag} {record}")
-    if given is not None:
-        return ImageSource(path, names, *assign_labels(names, given))
-    labels, class_names = labels_from_folders(names, what)
-    empty = sorted({*empty} - {*class_names})
+def _open_folder(path: Path, flag: str, table: LabelTable | None) -> ImageSource:
+    names, top_folders = _list_folder(path, flag)
+    label_file = path / "dataset.json"
+    if table is None and label_file.exists():
+        table = parse_dataset_json(label_file.read_bytes(), f"{flag} {label_file}")
+    if table is not None:
+        return ImageSource(path, names, *assign_labels(names, table))
+
+    labels, class_names = labels_from_folders(names, f"{flag} {path}")
+    empty = sorted(set(top_folders) - set(class_names))
     if names and empty:
         raise UserError(
-            f"{flag} {path}: classes without images ({', '.join(empty[:5])}): fill or remove those folders"
+            f"{flag} {path}: some classes have no images ({', '.join(empty[:5])}); "
+            "add images or remove these folders"
         )
     return ImageSource(path, names, labels, class_names)
 
 
-def _open_zip(path: Path, flag: str, given: LabelTable | None) -> ImageSource:
-    what = f"{flag} {path}"
+def _list_folder(root: Path, flag: str) -> tuple[list[str], list[str]]:
+    """Return the sorted paths of all images under a folder, and the names of its subfolders."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{flag} {error.filename} cannot be listed ({error.strerror})") from None
+
+    names: list[str] = []
+    top_folders: list[str] = []
+    # Device and inode of each folder and its ancestors, to detect symlinks that form a cycle.
+    lineages: dict[Path, frozenset] = {}
+    for folder_name, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        folder = Path(folder_name)
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        ancestors = lineages.get(folder.parent, frozenset())
+        if identity in ancestors:
+            subfolders.clear()
+            continue
+        lineages[folder] = ancestors | {identity}
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if folder == root:
+            top_folders = subfolders.copy()
+            prefix = ""
+        else:
+            prefix = f"{folder.relative_to(root).as_posix()}/"
+        names += [prefix + name for name in files if is_image_name(name)]
+    return sorted(names), top_folders
+
+
+def _open_zip(file: Path, flag: str, table: LabelTable | None) -> ImageSource:
+    origin = f"{flag} {file}"
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = archive.namelist()
             names = sorted({name for name in members if is_image_name(name)})
-            if given is None and "dataset.json" in members:
-                given = parse_dataset_json(archive.read("dataset.json"), f"{what}: dataset.json")
+            if table is None and "dataset.json" in members:
+                table = parse_dataset_json(archive.read("dataset.json"), f"{origin}: dataset.json")
     except (
         OSError,
         zipfile.BadZipFile,
@@ -254,189 +337,271 @@ def _open_zip(path: Path, flag: str, given: LabelTable | None) -> ImageSource:
         UnicodeDecodeError,
     ) as error:
         raise UserError(
-            f"{flag} {path} is no folder, tar or parquet, nor a zip that can be read ({error})"
+            f"{origin} is not a folder, tar, parquet or readable zip file ({error})"
         ) from None
-    return ZipSource(
-        path,
-        names,
-        *(labels_from_folders(names, what) if given is None else assign_labels(names, given)),
-    )
+    labels = labels_from_folders(names, origin) if table is None else assign_labels(names, table)
+    return ZipSource(file, names, *labels)
 
 
-def _members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int, bytes | None]]:
-    """(name, offset, size, content of a file about labels) of a tar, and of those in it as if they were folders. Raises
-    tarfile.TarError, also for one that is cut off, which tarfile takes for its end.
+class TarMember(NamedTuple):
+    """An image or a label file inside a tar file.
+
+    Attributes:
+        name: The path inside the tar file.
+        offset: The position of the content in bytes.
+        size: The size of the content in bytes.
+        label_file: The content of a .cls file or dataset.json, or None for an image.
+    """
+
+    name: str
+    offset: int
+    size: int
+    label_file: bytes | None = None
+
+
+def _iter_members(file: BinaryIO, prefix: str = "") -> Iterator[TarMember]:
+    """Yield the images and label files of a tar file; a tar file inside it acts as a folder.
+
+    Raises:
+        tarfile.TarError: The file is damaged or truncated. tarfile itself takes an unreadable
+            header for the end of the file.
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            archive.members.clear()  # or it keeps a kilobyte of each
-            name = str(PurePosixPath(prefix + member.name.lstrip("/")))
-            if not member.isreg() or member.issparse():
+        for entry in archive:
+            # Otherwise, tarfile keeps about 1 KB per entry in memory.
+            archive.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it
+            name = str(PurePosixPath(prefix + entry.name.lstrip("/")))
+            if not entry.isreg() or entry.issparse():
                 continue
-            file.seek(member.offset_data)
+            file.seek(entry.offset_data)
             if name.endswith(".tar"):
-                inner = list(_members(file, name[: -len(".tar")] + "/"))
+                inner = list(_iter_members(file, name.removesuffix(".tar") + "/"))
                 if not inner:
-                    raise tarfile.ReadError(f"{name} in it holds no images")
+                    raise tarfile.ReadError(f"{name} inside it contains no images")
                 yield from inner
             elif name.endswith(".cls") or PurePosixPath(name).name == "dataset.json":
-                yield name, 0, 0, file.read(member.size)
+                yield TarMember(name, entry.offset_data, entry.size, file.read(entry.size))
             elif is_image_name(name):
-                yield name, member.offset_data, member.size, None
+                yield TarMember(name, entry.offset_data, entry.size)
+
+        # A complete tar file ends with blocks of zeros.
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
         if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
-            which = f"{prefix.rstrip('/')}.tar in it" if prefix else "it"
-            raise tarfile.ReadError(
-                f"{which} ends at byte {archive.offset:,} as if it were cut off"
-            )
+            subject = f"{prefix.rstrip('/')}.tar inside it" if prefix else "it"
+            raise tarfile.ReadError(f"{subject} is damaged or truncated at byte {archive.offset:,}")
 
 
-def _open_tars(path: Path, files: list[Path], flag: str, given: LabelTable | None) -> ImageSource:
-    found, classes, what = {}, {}, f"{flag} {path}"
-    for k, tar in enumerate(files):
-        prefix = (
-            "" if len(files) == 1 else f"{tar.relative_to(path) if path.is_dir() else tar.name}:"
-        )
+class TarImage(NamedTuple):
+    """The location of an image in one of several tar files."""
+
+    member_name: str
+    file_index: int
+    offset: int
+    size: int
+
+
+def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | None) -> ImageSource:
+    # List the images and read the label files of all tar files.
+    origin = f"{flag} {path}"
+    images: dict[str, TarImage] = {}
+    classes: dict[str, str] = {}  # content of WebDataset's .cls files by path without the suffix
+    for file_index, file in enumerate(files):
+        prefix = ""
+        if len(files) > 1:
+            prefix = f"{file.relative_to(path) if path.is_dir() else file.name}:"
         try:
-            with tar.open("rb") as file:
-                for member, offset, size, content in _members(file):
-                    if (
-                        content is None
-                    ):  # a name that comes twice counts once, as tar takes it: the last
-                        found[prefix + member] = (member, k, offset, size)
-                    elif member.endswith(".cls"):
-                        classes[prefix + member.removesuffix(".cls")] = content.decode().strip()
-                    elif given is None and len(files) == 1:
-                        inside = (
-                            "" if member == "dataset.json" else member.removesuffix("dataset.json")
+            with file.open("rb") as stream:
+                for member in _iter_members(stream):
+                    if member.label_file is None:
+                        # Of several entries with the same name, the last counts, as in tar.
+                        location = TarImage(member.name, file_index, member.offset, member.size)
+                        images[prefix + member.name] = location
+                    elif member.name.endswith(".cls"):
+                        key = prefix + member.name.removesuffix(".cls")
+                        classes[key] = member.label_file.decode().strip()
+                    elif table is None and len(files) == 1:
+                        table = parse_dataset_json(
+                            member.label_file, f"{flag} {file}: {member.name}"
                         )
-                        given = parse_dataset_json(content, f"{flag} {tar}: {member}")
-                        given = given._replace(
-                            classes={inside + name: k for name, k in given.classes.items()}
-                        )
+                        table = _in_folder(table, member.name.removesuffix("dataset.json"))
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
-            raise UserError(f"{flag} {tar} is not a readable tar ({error})") from None
-    names = sorted(found)
-    members = [found[name][0] for name in names]
-    if given is not None:
-        labels = assign_labels(members, given)
-    elif (
-        classes
-    ):  # WebDataset: an image and its class share their name up to the first dot of its last part
-        starts = [len(name) - len(member) for name, member in zip(names, members)]
-        keys = [
-            name[: start + _stem(member)] for name, member, start in zip(names, members, starts)
-        ]
-        missing = [name for name, key in zip(names, keys) if key not in classes]
-        if missing:
-            raise UserError(f"{what} has no .cls beside {summarize_names(missing)}")
-        twice = next((b for a, b in zip(keys, keys[1:]) if a == b), None)
-        if twice:
-            raise UserError(
-                f"{what} has two images for one class, {twice}.cls: which is meant? Leave the other out"
-            )
-        labels = index_classes([classes[key] for key in keys], None, what)
-    elif len(files) > 1 and all(
-        re.fullmatch(r"n\d{8}", tar.stem) for tar in files
-    ):  # ImageNet's, a class each
-        labels = labels_from_folders(
-            [f"{files[found[name][1]].stem}/{member}" for name, member in zip(names, members)], what
-        )
+            raise UserError(f"{flag} {file} is not a readable tar file ({error})") from None
+
+    # Determine the labels.
+    names = sorted(images)
+    locations = [images[name] for name in names]
+    members = [location.member_name for location in locations]
+    if table is not None:
+        labels = assign_labels(members, table)
+    elif classes:
+        labels = _webdataset_labels(names, members, classes, origin)
+    elif len(files) > 1 and all(re.fullmatch(r"n\d{8}", file.stem) for file in files):
+        # ImageNet has one tar file per class.
+        stems = [files[location.file_index].stem for location in locations]
+        paths = [f"{stem}/{member}" for stem, member in zip(stems, members)]
+        labels = labels_from_folders(paths, origin)
     else:
-        labels = labels_from_folders(members, what)
-    where = np.array([found[name][1:] for name in names], np.int64).reshape(-1, 3)
-    return TarSource(path, names, *labels, files=files, where=where)
+        labels = labels_from_folders(members, origin)
+
+    rows = [(location.file_index, location.offset, location.size) for location in locations]
+    array = np.array(rows, np.int64).reshape(-1, 3)
+    return TarSource(path, names, *labels, files=files, locations=array)
 
 
-def _stem(member: str) -> int:
-    """How long a WebDataset key is: up to the first dot of the last part."""
-    return member.find(".", member.rfind("/") + 1)
+def _in_folder(table: LabelTable, folder: str) -> LabelTable:
+    """Prepend a folder to the names of all images."""
+    classes = {folder + name: value for name, value in table.classes.items()}
+    return table._replace(classes=classes)
+
+
+def _webdataset_labels(
+    names: list[str], members: list[str], classes: dict[str, str], origin: str
+) -> tuple[np.ndarray, list[str]]:
+    """Take the class of each image from the .cls file with the same WebDataset key.
+
+    Args:
+        names: The sorted names of the images.
+        members: The same names without the prefix that identifies the tar file.
+        classes: The content of the .cls files by key.
+        origin: The flag and path of the source, for error messages.
+
+    Returns:
+        The labels, (n,) int64, and the names of all classes.
+    """
+    keys = [_webdataset_key(name, member) for name, member in zip(names, members)]
+    missing = [name for name, key in zip(names, keys) if key not in classes]
+    if missing:
+        raise UserError(f"{origin} has no .cls file for {summarize_names(missing)}")
+    for key, next_key in zip(keys, keys[1:]):
+        if key == next_key:
+            raise UserError(f"{origin} has two images for {key}.cls; remove one of them")
+    return index_classes([classes[key] for key in keys], None, origin)
+
+
+def _webdataset_key(name: str, member: str) -> str:
+    """Return a name up to the first dot in the last component of its path in the tar file."""
+    file_name = member.rpartition("/")[2]
+    _, dot, extensions = file_name.partition(".")
+    return name.removesuffix(dot + extensions)
+
+
+class ParquetIndex(NamedTuple):
+    """The content of a parquet file, without its images.
+
+    Attributes:
+        image_column: The name of the column of image bytes.
+        group_sizes: The number of rows of each row group.
+        classes: The values of the label column, or an empty list if there is none.
+        class_names: The names of all classes, if the file lists them.
+    """
+
+    image_column: str
+    group_sizes: list[int]
+    classes: list
+    class_names: list[str] | None
 
 
 def _open_parquet(
-    path: Path, files: list[Path], flag: str, given: LabelTable | None
+    path: Path, files: list[Path], flag: str, table: LabelTable | None
 ) -> ImageSource:
+    origin = f"{flag} {path}"
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow.parquet  # noqa: F401 (only checks that it is installed)
     except ImportError:
         raise UserError(
-            f"{flag} {path}: reading parquet needs pyarrow, which is not installed: pip install pyarrow"
+            f"{origin}: reading parquet files requires pyarrow; run pip install pyarrow"
         ) from None
     splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
     if len(splits) > 1:
         pattern = files[-1].parent / f"{splits[-1]}-*.parquet"
         raise UserError(
-            f"{flag} {path} holds several splits ({', '.join(splits)}): name one, as in {flag} '{pattern}'"
+            f"{origin} contains several splits ({', '.join(splits)}); "
+            f"choose one, for example {flag} '{pattern}'"
         )
-    names, values, where, class_names = [], [], [], None
-    for k, file in enumerate(files):
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(
-                f"{flag} {file} is not a readable parquet file ({str(error).splitlines()[0]})"
-            ) from None
-        with parquet:
-            before, schema = len(where), parquet.schema_arrow
-            column = _image_column(schema, pyarrow.types)
-            if column is None:
-                raise UserError(
-                    f"{flag} {file} has no column of image bytes, only {', '.join(schema.names)}"
-                )
-            label = next(
-                (
-                    name
-                    for name in ("label", "labels", "cls", "class", "fine_label")
-                    if name in schema.names
-                ),
-                None,
-            )
-            if label and given is None:
-                values += parquet.read([label], use_threads=False).column(0).to_pylist()
-                class_names = class_names or _hub_classes(schema, label)
-            for group in range(parquet.num_row_groups):
-                rows, first = parquet.metadata.row_group(group).num_rows, len(where) - before
-                names += [f"{file.name}:{first + row}" for row in range(rows)]
-                where += [(k, group, row) for row in range(rows)]
-    what = f"{flag} {path}"
-    if given is not None:
+    if table is not None:
         raise UserError(
-            f"--labels goes with images that have names; those of {path} are rows with labels of their own"
+            f"--labels requires images with file names, but the images of {path} are parquet rows, "
+            "whose labels are in a column; remove --labels"
         )
-    if values and (len(values) != len(names) or None in values):
-        raise UserError(f"{what}: some rows have a label and some have none")
-    labels = (
-        index_classes(values, class_names, what)
-        if values
-        else (np.zeros(len(names), np.int64), ["0"])
-    )
-    where = np.array(where, np.int64).reshape(-1, 3)
-    return ParquetSource(path, names, *labels, files=files, where=where, column=column)
+
+    # Locate the images and read the label columns.
+    names: list[str] = []
+    locations: list[tuple[int, int, int]] = []
+    classes: list = []
+    class_names: list[str] | None = None
+    image_column = ""
+    for file_index, file in enumerate(files):
+        index = _index_parquet_file(file, flag)
+        names += [f"{file.name}:{row}" for row in range(sum(index.group_sizes))]
+        for group, size in enumerate(index.group_sizes):
+            locations += [(file_index, group, row) for row in range(size)]
+        classes += index.classes
+        class_names = class_names or index.class_names
+        image_column = index.image_column
+
+    # Determine the labels.
+    if classes and (len(classes) != len(names) or None in classes):
+        raise UserError(f"{origin}: some rows have a label and others have none")
+    if classes:
+        labels = index_classes(classes, class_names, origin)
+    else:
+        labels = np.zeros(len(names), np.int64), ["0"]
+    array = np.array(locations, np.int64).reshape(-1, 3)
+    return ParquetSource(path, names, *labels, files=files, locations=array, column=image_column)
 
 
-def _image_column(schema, types) -> str | None:
-    """A column of {"bytes", "path"} as `datasets` writes it, or else of bytes; one that is called image before others."""
+def _index_parquet_file(file: Path, flag: str) -> ParquetIndex:
+    import pyarrow
+    import pyarrow.parquet
 
-    def is_binary(kind) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    structs = [
-        field.name
-        for field in schema
-        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-    ]
-    columns = structs + [field.name for field in schema if is_binary(field.type)]
-    return next(
-        (name for name in columns if name in ("image", "img", "jpg", "jpeg", "png")),
-        next(iter(columns), None),
-    )
-
-
-def _hub_classes(schema, label: str) -> list[str] | None:
-    """The classes' names, as Hugging Face's `datasets` writes them into a file."""
     try:
-        return json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        parquet = pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{flag} {file} is not a readable parquet file ({reason})") from None
+    with parquet:
+        schema = parquet.schema_arrow
+        image_column = _find_image_column(schema)
+        if image_column is None:
+            raise UserError(
+                f"{flag} {file} has no column of image bytes; "
+                f"its columns are {', '.join(schema.names)}"
+            )
+        metadata = parquet.metadata
+        group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        label_column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+        if label_column is None:
+            return ParquetIndex(image_column, group_sizes, [], None)
+        labels = parquet.read([label_column], use_threads=False).column(0)
+        class_names = _find_class_names(schema, label_column)
+        return ParquetIndex(image_column, group_sizes, labels.to_pylist(), class_names)
+
+
+def _find_image_column(schema: "pyarrow.Schema") -> str | None:
+    """Return the column of image bytes.
+
+    It is a struct {"bytes", "path"}, as the library `datasets` writes it, or else a binary column.
+    A column with a usual name takes precedence.
+    """
+    from pyarrow import types
+
+    structs = []
+    binaries = []
+    for column in schema:
+        if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            structs.append(column.name)
+        elif types.is_binary(column.type) or types.is_large_binary(column.type):
+            binaries.append(column.name)
+    candidates = structs + binaries
+    usual = [name for name in candidates if name in IMAGE_COLUMNS]
+    return next(iter(usual + candidates), None)
+
+
+def _find_class_names(schema: "pyarrow.Schema", label_column: str) -> list[str] | None:
+    """Return the class names that Hugging Face's `datasets` stores in the file, if any."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return features[label_column]["names"]
     except (KeyError, TypeError, ValueError):
         return None

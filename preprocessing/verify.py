@@ -1,11 +1,12 @@
-"""Is a latent cache what its manifest says?
+"""Check that a latent cache matches its manifest, and repair damaged shards.
 
     python -m preprocessing.verify data/imagenet256
     python -m preprocessing.verify data/imagenet256 --repair
 
-Every file's sha256, shapes, finite values, standard deviations that are not negative, labels in range, and the statistics per
-channel. Says which shards are not sound; --repair makes those again from the images (or the tree they were imported from), with
-the settings that the manifest records. Exit code 2 if something is wrong and was not mended.
+The command checks the sha256 and the shape of each file, that moments are finite and standard
+deviations are not negative, the range of labels, and the statistics per channel. It lists damaged
+shards. With --repair, it rebuilds them from the images (or the imported folder) with the settings
+in the manifest. The exit code is 2 if there is a fault that was not repaired.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,180 +24,235 @@ from common import cli
 from common.cli import UserError
 from common.files import sha256
 from common.processes import World
-from latents.cache import CacheError, Manifest, read_manifest
-from preprocessing import encoding, repa_files
+from latents.manifest import CacheError, Manifest, read_manifest
 from preprocessing.build import CacheJob, rebuild_shards
+from preprocessing.encoding import EncodingJob, EncodingSettings
+from preprocessing.repa_files import ImportJob, ImportSettings
 from preprocessing.shards import IMAGES_PER_CHUNK, channel_statistics, channel_sums
 
 
+class Fault(NamedTuple):
+    """A fault of a shard.
+
+    Attributes:
+        part: The folder of the damaged file, or "statistics".
+        description: What is wrong with the file.
+    """
+
+    part: str
+    description: str
+
+
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = cli.Parser(__doc__, "python -m preprocessing.verify", "DATA")
 
     add = parser.add_argument
     add("data", metavar="DATA", type=Path, help="folder of a latent cache")
-    add("--repair", action="store_true", help="make what is not sound again")
+    add("--repair", action="store_true", help="rebuild damaged shards")
     add(
         "--source",
         type=Path,
-        help="for --repair, where the images are now (default: where they were)",
+        help="for --repair: current location of the images (default: the recorded one)",
     )
     add(
         "--labels",
         type=Path,
-        help="for --repair, where the file of labels is now (default: where it was)",
+        help="for --repair: current location of the label file (default: the recorded one)",
     )
-    add("--vae", help="for --repair, where the VAE is now (default: as recorded)")
+    add("--vae", help="for --repair: current location of the VAE (default: the recorded one)")
     add(
         "--device",
         type=cli.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="for --repair",
+        help="for --repair: device that encodes images",
     )
     add(
         "--num-workers",
         type=int,
         default=-1,
-        help="for --repair, decoding processes; -1: one for each core",
+        help="for --repair: number of decoding processes; -1: one per core",
     )
 
     return parser.parse_args()
 
 
-def faults(root: Path, manifest: Manifest, entry: dict) -> list[str]:
-    """What is wrong with a shard, in words; nothing if it is sound."""
-    arrays, found = {}, []
-    channels, *side = manifest.latent_shape
-    rows = {
-        "labels": ((), np.int64),
-        "images": ((3, manifest.resolution, manifest.resolution), np.uint8),
-    }
+def find_all_faults(root: Path, manifest: Manifest) -> dict[str, list[Fault]]:
+    """Return the faults of each damaged shard by its file name."""
+    faults = {}
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=manifest.count, unit="img", desc=f"verifying {root.name}") as bar,
+    ):
+        results = pool.map(lambda entry: find_shard_faults(root, manifest, entry), manifest.shards)
+        for entry, shard_faults in zip(manifest.shards, results):
+            bar.update(entry["count"])
+            if shard_faults:
+                faults[entry["file"]] = shard_faults
+    return faults
+
+
+def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault]:
+    """Return the faults of a shard, given its entry in the manifest; an intact shard has none."""
+    # Compare each file with its sha256 and its expected shape.
+    faults = []
+    arrays = {}
     for folder in manifest.folders:
         path = root / folder / entry["file"]
         try:
             if sha256(path) != entry.get("sha256", {}).get(folder):
-                found.append(f"{folder}: not the bytes that were written (sha256)")
-            arrays[folder] = np.load(path, mmap_mode="r")
+                faults.append(Fault(folder, "sha256 does not match the manifest"))
+            array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            found.append(f"{folder}: cannot be read ({error})")
+            faults.append(Fault(folder, f"cannot be read ({error})"))
             continue
-        row, dtype = rows.get(folder, ((2 * channels, *side), manifest.dtype))
-        expected, dtype = (entry["count"], *row), np.dtype(dtype)
-        if (arrays[folder].shape, arrays[folder].dtype) != (expected, dtype):
-            array = arrays.pop(folder)
-            found.append(f"{folder}: is {array.dtype} {array.shape}, should be {dtype} {expected}")
-    labels = arrays.pop("labels", None)
-    arrays.pop("images", None)
-    if (
-        labels is not None
-        and labels.size
-        and not 0 <= labels.min() <= labels.max() < manifest.num_classes
-    ):
-        found.append(
-            f"labels: from {labels.min()} to {labels.max()}, should be from 0 to {manifest.num_classes - 1}"
-        )
-    for folder, array in arrays.items():
-        for start in range(0, len(array), IMAGES_PER_CHUNK):
-            part = array[start : start + IMAGES_PER_CHUNK]
-            if not np.isfinite(part).all():
-                found.append(f"{folder}: values that are not finite")
-                break
-            if (part[:, channels:] < 0).any():
-                found.append(f"{folder}: standard deviations below 0")
-                break
-    if not found and "sum" in entry:
-        now = channel_sums(list(arrays.values()))
-        if not all(np.allclose(now[key], entry[key], rtol=1e-9) for key in now):
-            found.append("statistics: not what the manifest says of this shard")
-    return found
+        shape, dtype = _expected_layout(manifest, folder, entry["count"])
+        if array.shape == shape and array.dtype == dtype:
+            arrays[folder] = array
+        else:
+            description = f"is {array.dtype} {array.shape}, should be {dtype} {shape}"
+            faults.append(Fault(folder, description))
+
+    # Check the values of labels and moments.
+    labels = arrays.get("labels")
+    if labels is not None and labels.size:
+        lowest = labels.min()
+        highest = labels.max()
+        if lowest < 0 or highest >= manifest.num_classes:
+            expected = f"should be from 0 to {manifest.num_classes - 1}"
+            faults.append(Fault("labels", f"range from {lowest} to {highest}, {expected}"))
+    moments = {folder: arrays[folder] for folder in manifest.moment_folders if folder in arrays}
+    for folder, array in moments.items():
+        if problem := _describe_invalid_moments(array):
+            faults.append(Fault(folder, problem))
+
+    # Compare the sums per channel with those in the manifest.
+    if not faults and "sum" in entry:
+        sums = channel_sums(list(moments.values()))
+        if not all(np.allclose(value, entry[name], rtol=1e-9) for name, value in sums.items()):
+            faults.append(Fault("statistics", "do not match the manifest"))
+    return faults
 
 
-def statistics_fault(manifest: Manifest) -> str | None:
-    """Whether mean and std of the whole follow from the shards'."""
+def _expected_layout(
+    manifest: Manifest, folder: str, count: int
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and the dtype of a shard's array."""
+    if folder == "labels":
+        return (count,), np.dtype(np.int64)
+    if folder == "images":
+        return (count, 3, manifest.resolution, manifest.resolution), np.dtype(np.uint8)
+    channels, height, width = manifest.latent_shape
+    return (count, 2 * channels, height, width), np.dtype(manifest.dtype)
+
+
+def _describe_invalid_moments(moments: np.ndarray) -> str | None:
+    """Describe the first invalid values in moments (n, 2C, h, w), if there are any."""
+    channels = moments.shape[1] // 2
+    for start in range(0, len(moments), IMAGES_PER_CHUNK):
+        chunk = moments[start : start + IMAGES_PER_CHUNK]
+        if not np.isfinite(chunk).all():
+            return "contains values that are not finite"
+        if (chunk[:, channels:] < 0).any():
+            return "contains negative standard deviations"
+    return None
+
+
+def find_manifest_fault(manifest: Manifest) -> str | None:
+    """Describe a disagreement between the manifest's totals and its shards, if there is one."""
+    count = sum(entry["count"] for entry in manifest.shards)
+    if count != manifest.count:
+        return f"manifest.json records {manifest.count} images, but its shards contain {count}"
     if any("sum" not in entry for entry in manifest.shards):
-        return "manifest.json lacks the sums of its shards: it is an older one"
+        return "manifest.json was written by an older version and lacks the sums of its shards"
     mean, std = channel_statistics(manifest.shards, manifest.latent_shape, manifest.flips)
-    if np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9) and np.allclose(
-        std, manifest.std, rtol=1e-6
-    ):
-        return None
-    return "mean and std of manifest.json are not those of its shards"
+    is_mean_equal = np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9)
+    if not is_mean_equal or not np.allclose(std, manifest.std, rtol=1e-6):
+        return "mean and std of manifest.json do not agree with its shards"
+    return None
 
 
-def verify(root: Path, manifest: Manifest, quiet: bool) -> dict[str, list[str]]:
-    """Faults by shard, of those that have any."""
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=manifest.count, unit="img", desc=f"verifying {root.name}", disable=quiet) as bar,
-    ):
-        found = {}
-        for entry, wrong in zip(
-            manifest.shards, pool.map(lambda entry: faults(root, manifest, entry), manifest.shards)
-        ):
-            bar.update(entry["count"])
-            if wrong:
-                found[entry["file"]] = wrong
-    return found
+def make_job(manifest: Manifest, args: argparse.Namespace, world: World) -> CacheJob:
+    """Return the job that created a cache, with the locations that the flags override.
 
-
-def job_of(manifest: Manifest, args: argparse.Namespace, world: World) -> CacheJob:
-    """The job that made a cache. Raises UserError if it is not known, or if what it was made of is gone."""
+    Raises:
+        UserError: The manifest does not record a job, or its images or VAE are missing.
+    """
     recorded = dict(manifest.encoding)
-    made_by = recorded.get("made_by")
-    kinds = {"encode_latents": encoding.Settings, "import_repa": repa_files.Settings}
-    if made_by not in kinds:
-        raise UserError(
-            f"{args.data}: its manifest does not say how it was made; encode the images again into another folder"
-        )
-    moved = {
-        "source": args.source and str(args.source),
-        "labels": args.labels and str(args.labels),
-        "vae": args.vae,
-    }
-    recorded |= {key: value for key, value in moved.items() if value}
-    known = {field.name for field in fields(kinds[made_by])} & recorded.keys()
-    settings = kinds[made_by](**{name: recorded[name] for name in known})
-    if made_by == "import_repa":
-        return repa_files.ImportJob(settings, args.device)
-    return encoding.EncodingJob(settings, args.device, args.num_workers, world)
+    for name in ("source", "labels", "vae"):
+        location = getattr(args, name)
+        if location:
+            recorded[name] = str(location)
+    match recorded.get("made_by"):
+        case "import_repa":
+            return ImportJob(_make_settings(ImportSettings, recorded), args.device)
+        case "encode_latents":
+            settings = _make_settings(EncodingSettings, recorded)
+            return EncodingJob(settings, args.device, args.num_workers, world)
+    raise UserError(
+        f"{args.data}: the manifest does not record how the cache was created; "
+        "encode the images again into another folder"
+    )
+
+
+def _make_settings(settings_class: type, recorded: dict) -> Any:
+    """Construct a dataclass from the recorded values of its fields."""
+    names = {field.name for field in fields(settings_class)} & recorded.keys()
+    return settings_class(**{name: recorded[name] for name in names})
+
+
+def repair(
+    args: argparse.Namespace, manifest: Manifest, faults: dict[str, list[Fault]], world: World
+) -> None:
+    """Rebuild the damaged shards on all processes, and report files that have changed."""
+    shard_indices: list[int] = []
+    image_shard_indices: list[int] = []  # shards whose images alone are damaged
+    for file, shard_faults in sorted(faults.items()):
+        only_images = all(fault.part == "images" for fault in shard_faults)
+        indices = image_shard_indices if only_images else shard_indices
+        indices.append(int(Path(file).stem))
+    job = make_job(manifest, args, world)
+    changed = rebuild_shards(args.data, job, shard_indices, image_shard_indices, world)
+    if world.rank == 0:
+        print(f"{args.data}: rebuilt {len(faults)} of {len(manifest.shards)} shards")
+        for file in changed:
+            print(
+                f"{file} differs from the original, because the images or the machine are "
+                "different; manifest.json has the new sha256"
+            )
 
 
 def main() -> None:
+    """Run the command."""
     args = parse_args()
     world = World()
     try:
         manifest = read_manifest(args.data)
     except CacheError as error:
         raise UserError(str(error)) from None
-    found = world.broadcast(verify(args.data, manifest, quiet=False) if world.rank == 0 else None)
-    whole = statistics_fault(manifest)
+
+    # The first process checks the files; all processes need the result to share the repair.
+    faults = world.broadcast(find_all_faults(args.data, manifest) if world.rank == 0 else None)
     if world.rank == 0:
-        for file, wrong in found.items():
-            print("\n".join(f"{file}: {line}" for line in wrong), flush=True)
-    count = sum(entry["count"] for entry in manifest.shards)
-    if count != manifest.count:
-        whole = f"manifest.json says {manifest.count} images, its shards hold {count}"
-    if not found and not whole:
-        if world.rank == 0:
-            print(f"{args.data} is sound: {len(manifest.shards)} shards, {manifest.count:,} images")
-    elif whole and not found:
-        raise UserError(f"{args.data}: {whole}; encode the images again into another folder")
-    elif not args.repair:
+        for file, shard_faults in faults.items():
+            for fault in shard_faults:
+                print(f"{file}: {fault.part}: {fault.description}", flush=True)
+
+    num_shards = len(manifest.shards)
+    manifest_fault = find_manifest_fault(manifest)
+    if faults and args.repair:
+        repair(args, manifest, faults, world)
+    elif faults:
         raise UserError(
-            f"{args.data}: {len(found)} of {len(manifest.shards)} shards are not sound: --repair makes them again"
+            f"{args.data}: {len(faults)} of {num_shards} shards are damaged; "
+            "pass --repair to rebuild them"
         )
-    else:
-        numbers, images = [], []
-        for file, wrong in sorted(found.items()):
-            (images if all(line.startswith("images:") for line in wrong) else numbers).append(
-                int(Path(file).stem)
-            )
-        changed = rebuild_shards(args.data, job_of(manifest, args, world), numbers, images, world)
-        if world.rank == 0:
-            print(f"{args.data}: made {len(found)} of {len(manifest.shards)} shards again")
-            for file in changed:
-                print(
-                    f"{file} is not to the byte what it was: another machine, or other images; manifest.json has the new sha256"
-                )
+    elif manifest_fault:
+        raise UserError(
+            f"{args.data}: {manifest_fault}; encode the images again into another folder"
+        )
+    elif world.rank == 0:
+        print(f"{args.data} is valid: {num_shards} shards, {manifest.count:,} images")
     world.close()
 
 

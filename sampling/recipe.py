@@ -1,17 +1,19 @@
-"""From a network to latents: what sample_ddp.py, and evaluation while training, both do to a batch of image numbers."""
+"""Sampler settings, and the latents that they determine together with a network and an index."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cli import UserError
+from common import cli
+from common.config import setting
 from common.keyed_random import Purpose, normal, uniform
 from interpolant import INTERPOLANTS, time_interval
+from models.errors import FieldError
 from models.sit import SiT
 from samplers import (
     GuidedVelocity,
@@ -28,168 +30,234 @@ from samplers import (
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class Recipe(NamedTuple):
-    """With a network and a number, all that decides a latent."""
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Settings of the sampler, each with a flag."""
 
-    mode: str = "sde"
-    heun: bool = False
-    dopri5: bool = False
-    num_steps: int = 250
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    cfg_scale: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    labels: str = "random"  # or balanced, or one class, or a file of a class for each number
-    seed: int = 0
-    path_type: str = "linear"
-    prediction: str = "v"  # what the network gives: v, x or eps
-    state_dtype: str = "float32"  # of x between two steps; REPA's is float64
-    explicit_labels: Tensor | None = None  # (n,) what the file of labels holds
+    mode: str = setting(
+        "sde",
+        choices=("sde", "ode"),
+        help="sde: Euler-Maruyama; ode: the probability-flow ODE with Euler's method",
+    )
+    heun: bool = setting(False, help="solve the ODE with Heun's method")
+    dopri5: bool = setting(
+        False,
+        help="solve the ODE with a step size that adapts to each image, instead of --num-steps",
+    )
+    num_steps: int = setting(250, type=cli.positive_int, help="number of steps from noise to data")
+    atol: float = setting(1e-6, type=cli.positive_float, help="absolute tolerance of --dopri5")
+    rtol: float = setting(1e-3, type=cli.non_negative_float, help="relative tolerance of --dopri5")
+    cfg_scale: float = setting(
+        1.0,
+        type=cli.non_negative_float,
+        help="classifier-free guidance scale; 1 disables guidance",
+    )
+    guidance_low: float = setting(
+        0.0, type=cli.fraction, help="smallest t with guidance, where t = 0 is data"
+    )
+    guidance_high: float = setting(
+        1.0, type=cli.fraction, help="largest t with guidance, where t = 1 is noise"
+    )
+    labels: str = setting(
+        "random",
+        help="class labels: random (uniform), balanced (equal counts), one class such as 207, or a "
+        "file with one class per image (.txt, .npy, .json, or the .npz of other samples)",
+    )
+    seed: int = setting(
+        0,
+        flags=("--global-seed",),
+        type=cli.seed,
+        help="random seed; with the index of an image it determines its noise and random label",
+    )
+    state_dtype: str = setting(
+        "float32",
+        choices=sorted(STATE_DTYPES),
+        help="dtype of the latents between two steps (REPA: float64)",
+    )
 
     @property
     def solver(self) -> str:
-        """Its name in records and file names."""
+        """Name of the solver in records and file names."""
         if self.mode == "sde":
             return "euler-maruyama"
-        return "dopri5" if self.dopri5 else "heun" if self.heun else "euler"
+        if self.dopri5:
+            return "dopri5"
+        return "heun" if self.heun else "euler"
 
-    def validate(self, flag: str = "--") -> None:
-        """Raises UserError, with `flag` before the names of the flags at fault."""
+    def validate(self) -> None:
+        """Check that the settings fit together.
+
+        Raises:
+            FieldError: A setting is out of range or contradicts another one.
+        """
         if self.cfg_scale < 1:
-            raise UserError(f"{flag}cfg-scale {self.cfg_scale} is below 1; 1 is no guidance")
+            raise FieldError("cfg_scale", f"{self.cfg_scale} is below 1; 1 disables guidance")
         if self.guidance_low > self.guidance_high:
-            raise UserError(
-                f"{flag}guidance-low {self.guidance_low} lies above {flag}guidance-high {self.guidance_high}"
+            raise FieldError(
+                "guidance_low",
+                f"{self.guidance_low} is above the upper end of the interval, {self.guidance_high}",
             )
-        for name in ("heun", "dopri5"):
-            if getattr(self, name) and self.mode == "sde":
-                raise UserError(f"{flag}{name} is an ODE solver: add {flag}mode ode")
+        for solver in ("heun", "dopri5"):
+            if getattr(self, solver) and self.mode == "sde":
+                raise FieldError(solver, "is an ODE solver; set the mode to ode")
         if self.heun and self.dopri5:
-            raise UserError(f"{flag}heun and {flag}dopri5 are two solvers: name one")
+            raise FieldError("heun", "cannot be combined with dopri5; choose one solver")
         if self.mode == "sde" and self.num_steps < 2:
-            raise UserError(
-                f"{flag}num-steps 1 is too few for {flag}mode sde, "
-                "which ends with one deterministic step after at least one other"
+            raise FieldError(
+                "num_steps",
+                "1 is too few for mode sde, whose last step is deterministic; use 2 or more",
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe(SamplerConfig):
+    """Everything that determines a latent, except the network and the index of the image.
+
+    Args:
+        path_type: Name of the interpolant that the network was trained on.
+        prediction: What the network predicts: "v", "x" or "eps".
+        explicit_labels: The contents of the label file, (n,) int64, if `labels` names one.
+    """
+
+    path_type: str = "linear"
+    prediction: str = "v"
+    explicit_labels: Tensor | None = None
 
     def with_loaded_labels(self, num_classes: int, count: int) -> "Recipe":
-        """The recipe, its labels read and found to be classes of the model. Raises UserError."""
+        """Return the recipe with validated labels, which are loaded if they come from a file.
+
+        Args:
+            num_classes: Number of classes of the model.
+            count: Number of images to sample.
+
+        Raises:
+            FieldError: The labels cannot be read, are too few, or are not classes of the model.
+        """
         if self.labels in ("random", "balanced"):
             return self
-        explicit_labels = None
-        if self.labels.isdecimal() and len(self.labels) < 10:
-            given = np.array([int(self.labels)])
-        else:
-            given = load_labels(Path(self.labels))
-            explicit_labels = torch.from_numpy(given)
-            if len(given) < count:
-                raise UserError(
-                    f"--labels {self.labels} holds {len(given):,} classes, --num-fid-samples asks for {count:,}"
-                )
-        wrong = given[(given < 0) | (given >= num_classes)]
-        if len(wrong):
-            raise UserError(
-                f"--labels {self.labels}: {wrong[0]} is no class; the model has 0 to {num_classes - 1}"
+        is_one_class = self.labels.isdecimal() and len(self.labels) < 10
+        labels = np.array([int(self.labels)]) if is_one_class else load_labels(Path(self.labels))
+        if not is_one_class and len(labels) < count:
+            raise FieldError(
+                "labels",
+                f"{self.labels} contains {len(labels):,} labels, but {count:,} are needed; "
+                "add labels or sample fewer images",
             )
-        return self._replace(explicit_labels=explicit_labels)
+        invalid = labels[(labels < 0) | (labels >= num_classes)]
+        if len(invalid):
+            raise FieldError(
+                "labels",
+                f"{self.labels}: {invalid[0]} is not a class; "
+                f"choose classes from 0 to {num_classes - 1}",
+            )
+        return self if is_one_class else replace(self, explicit_labels=torch.from_numpy(labels))
 
-    def compute_labels(self, index: Tensor, num_classes: int) -> Tensor:
-        """The class of each image: numbers (B,) -> (B,)."""
-        if self.explicit_labels is not None:  # a last batch is padded with numbers beyond the end
-            return self.explicit_labels.to(index.device)[
-                index.clamp(max=len(self.explicit_labels) - 1)
-            ]
+    def compute_labels(self, indices: Tensor, num_classes: int) -> Tensor:
+        """Return the class of each image, (B,), given the indices of the images, (B,)."""
+        if self.explicit_labels is not None:
+            # The padding of a last batch has indices beyond the end of the file.
+            last = len(self.explicit_labels) - 1
+            return self.explicit_labels.to(indices.device)[indices.clamp(max=last)]
         if self.labels.isdecimal():
-            return torch.full_like(index, int(self.labels))
+            return torch.full_like(indices, int(self.labels))
         if self.labels == "balanced":
-            return index % num_classes
-        return (
-            (uniform(self.seed, Purpose.CLASS, index) * num_classes)
-            .long()
-            .clamp(max=num_classes - 1)
-        )
+            return indices % num_classes
+        u = uniform(self.seed, Purpose.CLASS, indices)
+        return (u * num_classes).long().clamp(max=num_classes - 1)
 
     @torch.no_grad()
     def sample_latents(
         self,
         model: SiT,
-        index: Tensor,
+        indices: Tensor,
         dtype: torch.dtype = torch.float32,
-        check: Callable[[], None] = lambda: None,
+        check_cancelled: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Numbers (B,) -> latents (B, C, H, W), of the state's dtype, on the numbers' device.
+        """Sample a batch of latents.
 
-        dtype: of the network's products. check: called before each evaluation of the network; what it raises ends the work.
+        Args:
+            model: The network.
+            indices: Index of each image, (B,), on the network's device.
+            dtype: Dtype of the network's matrix products.
+            check_cancelled: Called before each evaluation of the network. An exception that it
+                raises ends the sampling.
+
+        Returns:
+            Latents (B, C, h, w) with the dtype of the state.
         """
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
-        start = normal(self.seed, Purpose.INITIAL_NOISE, index, shape).to(
-            STATE_DTYPES[self.state_dtype]
-        )
-        labels = self.compute_labels(index, config.num_classes)
-
+        x = normal(self.seed, Purpose.INITIAL_NOISE, indices, shape)
+        x = x.to(STATE_DTYPES[self.state_dtype])
         interpolant = INTERPOLANTS[self.path_type]
-        interval = time_interval(interpolant, self.prediction)
         velocity = GuidedVelocity(
-            VelocityModel(model, interpolant, self.prediction, dtype, check),
-            labels,
-            config.num_classes,
-            self.cfg_scale,
-            self.guidance_low,
-            self.guidance_high,
+            VelocityModel(model, interpolant, self.prediction, dtype, check_cancelled),
+            self.compute_labels(indices, config.num_classes),
+            null_class=config.num_classes,
+            scale=self.cfg_scale,
+            low=self.guidance_low,
+            high=self.guidance_high,
         )
-        if self.dopri5:
+
+        def brownian_noise(step: int) -> Tensor:
+            return normal(self.seed, Purpose.BROWNIAN, indices, shape, draw=step)
+
+        interval = time_interval(interpolant, self.prediction)
+        if self.solver == "dopri5":
             t_min, t_max = interval
-            x, _ = guided_dopri5(velocity, start, self.atol, self.rtol, t_max, t_min)
+            x, _ = guided_dopri5(velocity, x, self.atol, self.rtol, t_max, t_min)
             return denoise(velocity, interpolant, x, t_min)
-        if self.mode == "ode":
+        if self.solver == "euler-maruyama":
+            times = sde_times(self.num_steps, interval)
+            x = euler_maruyama(velocity, interpolant, x, times, brownian_noise)
+        else:
             times = ode_times(self.num_steps, interval)
-            solver = heun if self.heun else euler
-            x = solver(velocity, start, times)
-            return denoise(velocity, interpolant, x, times[-1])
-
-        def brownian(step: int) -> Tensor:
-            return normal(self.seed, Purpose.BROWNIAN, index, shape, draw=step)
-
-        times = sde_times(self.num_steps, interval)
-        x = euler_maruyama(velocity, interpolant, start, times, brownian)
+            solve = heun if self.heun else euler
+            x = solve(velocity, x, times)
         return denoise(velocity, interpolant, x, times[-1])
 
 
 def cast_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the weights of products in the dtype that autocast would give them anew in every evaluation: the same numbers."""
+    """Cast the weights of linear and convolutional layers in place.
+
+    Autocast would cast the same weights in every evaluation, with the same result.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.to(dtype)
 
 
 def load_labels(path: Path) -> np.ndarray:
-    """A class for each image: .npy, .npz (arr_1, as samples have it), .json (a list) or text with white space between.
-    (n,) int64. Raises UserError.
+    """Load one class per image, (n,) int64.
+
+    Args:
+        path: A .npy file, a .npz file of samples (arr_1), a .json file with a list, or a text file
+            with numbers separated by white space.
+
+    Raises:
+        FieldError: The file does not exist or does not contain a list of integers.
     """
     try:
-        if path.suffix == ".npy":
-            values = np.load(path)
-        elif path.suffix == ".npz":
-            with np.load(path) as content:
-                values = content["arr_1"]
-        elif path.suffix == ".json":
-            values = np.array(json.loads(path.read_text()))
-        else:
-            values = np.array([int(word) for word in path.read_text().split()])
-        if (
-            values.ndim != 1
-            or not len(values)
-            or not np.array_equal(values, values.astype(np.int64))
-        ):
-            raise ValueError("not a list of whole numbers")
+        return _read_label_file(path)
     except FileNotFoundError:
-        raise UserError(
-            f"--labels {path} is neither random, balanced, a class nor a file"
+        raise FieldError("labels", f"{path} is not random, balanced, a class or a file") from None
+    except Exception as error:  # numpy, json and int raise many types for unsuitable files
+        raise FieldError(
+            "labels", f"{path} cannot be read as one class per image ({error})"
         ) from None
-    except Exception as error:  # whatever numpy, json and int say of files that are something else
-        raise UserError(
-            f"--labels {path} cannot be read as a class for each image ({error})"
-        ) from None
-    return values.astype(np.int64)
+
+
+def _read_label_file(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        values = np.load(path)
+    elif path.suffix == ".npz":
+        with np.load(path) as content:
+            values = content["arr_1"]
+    elif path.suffix == ".json":
+        values = np.array(json.loads(path.read_text()))
+    else:
+        values = np.array([int(word) for word in path.read_text().split()])
+    labels = values.astype(np.int64)
+    if values.ndim != 1 or not len(values) or not np.array_equal(values, labels):
+        raise ValueError("not a list of integers")
+    return labels

@@ -1,11 +1,14 @@
-"""Where samples are while they are made, and what they end as. Batches are numbered; each is a file of its own until all are
-there, so that any number of processes, on any number of machines, can make them in any order and be killed at any time.
+"""Storage of samples while they are made, and the files that result.
 
-    NAME.parts/sampling.json         what is being made
+Each batch is stored in separate files until all batches exist. Any number of processes on any
+number of machines can therefore make them in any order and be killed at any time.
+
+    NAME.parts/sampling.json         settings of the samples
     NAME.parts/000012.npy            images of batch 12: (B, H, W, 3) uint8
-    NAME.parts/000012.safetensors    what networks said of them, if they are evaluated: NETWORK/COLUMN (B, ...) float32
-    NAME.npz  NAME.json  NAME.png    the end: ADM's arr_0 and arr_1, what they are, a picture
-    NAME/000345.png                  each image, if asked for
+    NAME.parts/000012.safetensors    features of the batch, if it is evaluated:
+                                     NETWORK/COLUMN (B, ...) float32
+    NAME.npz  NAME.json  NAME.png    results: ADM's arr_0 and arr_1, the settings, a grid of images
+    NAME/000345.png                  each image, if requested
 """
 
 import glob
@@ -16,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,300 +29,384 @@ from safetensors.numpy import load_file, save
 from common.cli import UserError
 from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
-from evaluations.extractors import OUTPUTS, Features
+from evaluations.features import Features
 from evaluations.image_batches import NpzFile, NpzImages
 
-FREE = ("count", "machine")  # of sampling.json: they may differ when samples are continued
-SAID_BY = {
+# Settings that may differ when more samples are added to existing ones.
+KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
+# Settings that may differ if the hash of their content is recorded and equal.
+IDENTIFYING_HASH = {
     "checkpoint": "ema_sha256",
     "vae": "vae_fingerprint",
     "labels": "labels_sha256",
-}  # these too, if the hash is one
-PATIENCE = 120  # seconds that a network disk may take to show one machine what another wrote
+}
+# A network file system may show a file that another machine wrote only after this time.
+FILE_WAIT_SECONDS = 120
 
 
 class StoredBatches(NamedTuple):
-    """Which batches have what."""
+    """Indices of the batches whose images, features and PNG files are already stored."""
 
     images: set[int]
     features: set[int]
-    pictures: set[int]
+    pngs: set[int]
 
 
 class SampleStore:
-    """The samples NAME in a folder."""
+    """The samples NAME in a folder.
+
+    Args:
+        folder: Folder of the results.
+        name: Name of the result files.
+        record: Settings of the samples, which become NAME.json.
+        networks: Networks whose features are stored, and the sha256 of their weights.
+        keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are kept.
+        write_pngs: Whether to write each image to a PNG file.
+    """
 
     def __init__(
         self,
         folder: Path,
         name: str,
-        what: dict,
+        record: dict[str, Any],
         networks: dict[str, str],
         keep_images: bool = True,
-        png: bool = False,
+        write_pngs: bool = False,
     ):
-        """what: sampling.json. networks: whose features are kept, and the sha256 of their weights. keep_images: False leaves
-        no .npz behind.
-        """
-        self.parts, self.npz_path, self.pictures = (
-            folder / f"{name}.parts",
-            folder / f"{name}.npz",
-            folder / name,
-        )
-        self.record, self.png_grid, self.metrics = (
-            folder / f"{name}.{end}" for end in ("json", "png", "metrics.json")
-        )
-        self.what, self.size, self.count = what, what["per_proc_batch_size"], what["count"]
-        self.networks, self.keep_images, self.png = networks, keep_images, png
-        self.finished: NpzImages | None = None  # what an earlier call finished, as far as it goes
-        self.batches = range(-(-self.count // self.size))
-        self.drawn: list[int] = []  # numbers of the images in the picture
+        self.parts_folder = folder / f"{name}.parts"
+        self.png_folder = folder / name
+        self.npz_path = folder / f"{name}.npz"
+        self.record_path = folder / f"{name}.json"
+        self.grid_path = folder / f"{name}.png"
+        self.metrics_path = folder / f"{name}.metrics.json"
+        self.record = record
+        self.networks = networks
+        self.keep_images = keep_images
+        self.write_pngs = write_pngs
+        self.count = record["count"]
+        self.batch_size = record["per_proc_batch_size"]
+        self.batches = range(-(-self.count // self.batch_size))
+        self.finished: NpzImages | None = None  # the images of an existing NAME.npz
+        self.grid_indices: list[int] = []
 
-    def claim(self, held: ExitStack) -> StoredBatches:
-        """By the first process: says what is there, and records what is being made, until `held` closes. Raises UserError if
-        NAME is something else's, or another process is at it.
+    def claim(self, resources: ExitStack) -> StoredBatches:
+        """Lock the samples, record their settings, and find the batches that are already stored.
+
+        Call it on the first process only.
+
+        Args:
+            resources: Holds the lock until it is closed.
+
+        Raises:
+            UserError: Another process samples under the same name, or existing files under this
+                name have other settings.
         """
         try:
-            held.enter_context(lock(self.parts / ".lock"))
+            resources.enter_context(lock(self.parts_folder / ".lock"))
         except BlockingIOError:
             raise UserError(
-                f"{self.parts} is being sampled by another process: wait for it, or give another --name"
+                f"{self.parts_folder} is in use by another process; "
+                "wait until it ends or choose another --name"
             ) from None
-        held.callback(self._tidy)
-        self._refuse_others()
-        record = json.dumps(self.what, indent=2).encode()
-        for folder in (self.parts, self.pictures) if self.png else (self.parts,):
-            write_file(folder / "sampling.json", record)
-        for leftover in self.npz_path.parent.glob(
-            f".{glob.escape(self.npz_path.name)}.*.partial"
-        ):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
-        images = {int(path.stem) for path in self.parts.glob("[0-9]*.npy")}
-        images |= {
-            k for k in self.batches if self.finished and self._span(k)[1] <= self.finished.count
-        }
-        features = {
-            int(path.stem)
-            for path in self.parts.glob("[0-9]*.safetensors")
-            if self._has_features(path)
-        }
-        pngs = self._pngs() if self.png else set()
-        pictures = {
-            k for k in self.batches if not self.png or pngs.issuperset(range(*self._span(k)))
-        }
-        return StoredBatches(images, features, pictures)
+        resources.callback(self._remove_parts_if_empty)
+        self._check_compatible()
 
-    def open(self) -> None:
-        """What an earlier call finished, on every process."""
+        record = json.dumps(self.record, indent=2).encode()
+        write_file(self.parts_folder / "sampling.json", record)
+        if self.write_pngs:
+            write_file(self.png_folder / "sampling.json", record)
+        # Remove partial files that a killed process has left.
+        for leftover in self.npz_path.parent.glob(f".{glob.escape(self.npz_path.name)}.*.partial"):
+            leftover.unlink(missing_ok=True)
+        return self._find_stored_batches()
+
+    def load_finished(self) -> None:
+        """Open NAME.npz if it exists."""
         if self.npz_path.exists():
             self.finished = NpzFile(self.npz_path, "--name").open_images()
 
-    def complete(self) -> bool:
-        """Whether the .npz holds all images."""
+    def is_complete(self) -> bool:
+        """Return whether NAME.npz contains all images."""
         return self.finished is not None and self.finished.count == self.count
 
-    def _tidy(self) -> None:
-        """Leaves no parts behind that hold nothing."""
-        if not any(self.parts.glob("[0-9]*")):
-            self.remove_parts()
+    def pending_batches(self, stored: StoredBatches) -> list[int]:
+        """Return the indices of the batches that lack images, features or PNG files."""
+        every_batch = set(self.batches)
+        # If images are not kept, the features are all that remains of a finished batch.
+        with_images = stored.images if self.keep_images else stored.images | stored.features
+        pending = (every_batch - with_images) | (every_batch - stored.pngs)
+        if self.networks:
+            pending |= every_batch - stored.features
+        return sorted(pending)
 
-    def _refuse_others(self) -> None:
-        """Raises UserError unless all there is under NAME is of the same call, but for fewer images."""
-        old, whole = read_record(self.record), self.npz_path.with_suffix(".*")
-        if (
-            self.npz_path.exists()
-            or self.metrics.exists()
-            or (self.record.exists() and "ema_sha256" not in old)
-        ):
-            self._same(self.record, whole)
-        if any(self.parts.glob("[0-9]*")):
-            self._same(self.parts / "sampling.json", self.parts)
-        pngs = self._pngs() if self.png else set()
-        if pngs:
-            self._same(self.pictures / "sampling.json", self.pictures)
-        self.open()
-        have = max(self.finished.count if self.finished else 0, *(i + 1 for i in pngs), 0)
-        if have > self.count:
-            raise UserError(
-                f"{whole} holds {have:,} images already, and --num-fid-samples asks for {self.count:,}: give another --name"
-            )
-        if not self.keep_images and self.npz_path.exists():
-            raise UserError(
-                f"--no-npz: {self.npz_path} is there already: leave the flag out, or give another --name"
-            )
-        if not self.keep_images and self.metrics.exists() and old.get("count") != self.count:
-            raise UserError(
-                f"{self.metrics} is of {old.get('count')} images, which were not kept: give another --name"
-            )
+    def read_images(self, batch: int) -> np.ndarray:
+        """Return the images of a stored batch, (B, 3, H, W) uint8."""
+        return self._read_pixels(batch).transpose(0, 3, 1, 2)
 
-    def _pngs(self) -> set[int]:
-        """The numbers of the images that are pictures already."""
-        return {int(path.stem) for path in self.pictures.glob("*.png") if path.stem.isdecimal()}
-
-    def pending_batches(self, done: StoredBatches) -> list[int]:
-        """The batches that lack something. Without images kept, features are all that a batch leaves."""
-        images = done.images if self.keep_images else done.images | done.features
-        every = set(self.batches)
-        lacking = every - images | every - done.pictures
-        return sorted(lacking | (every - done.features) if self.networks else lacking)
-
-    def images(self, k: int) -> np.ndarray:
-        """The images of a batch that has them: (B, H, W, 3)."""
-        start, stop = self._span(k)
-        if self.finished and stop <= self.finished.count:
-            return np.array(self.finished.read_rows(start, stop))
-        return np.load(self._part(k, "npy"))
-
-    def write(
-        self, k: int, images: np.ndarray, features: dict[str, tuple[np.ndarray, ...]], fresh: bool
+    def write_batch(
+        self,
+        batch: int,
+        images: np.ndarray,
+        features: dict[str, Features[np.ndarray]],
+        is_new: bool,
     ) -> None:
-        """A batch: images (B, H, W, 3), the last padded beyond the end, and the outputs of networks. fresh: not stored yet."""
-        start, stop = self._span(k)
-        if fresh and self.keep_images:
-            write_array(self._part(k, "npy"), images)
-        elif not self.keep_images:
-            for i in set(self.drawn) & set(range(start, stop)):
-                write_array(self.parts / f"drawn-{i:06d}.npy", images[i - start])
-        if self.png:
-            self.pictures.mkdir(parents=True, exist_ok=True)
-            for i, image in zip(range(start, stop), images):
-                save_png(Image.fromarray(image), self.pictures / f"{i:06d}.png")
-        if features:  # last: without images it is what says that the batch is done
-            tensors = {
-                f"{name}/{column}": part
-                for name, row in features.items()
-                for column, part in zip(OUTPUTS[len(row)], row)
+        """Store a batch.
+
+        Args:
+            batch: Index of the batch.
+            images: Images (B, 3, H, W) uint8. The last batch is padded to B images.
+            features: Features of the images, per network.
+            is_new: Whether the images are not stored yet.
+        """
+        start, stop = self._span(batch)
+        pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        if self.keep_images and is_new:
+            write_array(self._part(batch, "npy"), pixels)
+        if not self.keep_images:
+            for index in self.grid_indices:
+                if start <= index < stop:
+                    write_array(self._grid_part(index), pixels[index - start])
+        if self.write_pngs:
+            self.png_folder.mkdir(parents=True, exist_ok=True)
+            for index, image in zip(range(start, stop), pixels):
+                save_png(Image.fromarray(image), self.png_folder / f"{index:06d}.png")
+        # Features are written last: without images they mark the batch as finished.
+        if features:
+            columns = {
+                f"{name}/{column}": np.ascontiguousarray(values)
+                for name, outputs in features.items()
+                for column, values in outputs.present().items()
             }
-            whole = {key: np.ascontiguousarray(part) for key, part in tensors.items()}
-            write_file(
-                self._part(k, "safetensors"), save(whole, {"networks": json.dumps(self.networks)})
-            )
+            metadata = {"networks": json.dumps(self.networks)}
+            write_file(self._part(batch, "safetensors"), save(columns, metadata))
 
     def finalize(self, labels: np.ndarray) -> None:
-        """By the first process, when no batch lacks anything: NAME.json, NAME.npz, NAME.png."""
-        write_file(
-            self.record, json.dumps(self.what, indent=2).encode()
-        )  # an .npz never stands without it
-        if self.keep_images and (self.finished is None or self.finished.count < self.count):
-            blocks = self._blocks()
-            first = next(blocks)
-            write_npz(
-                self.npz_path,
-                itertools.chain([first], blocks),
-                (self.count, *first.shape[1:]),
-                arr_1=labels,
-            )
-            self.open()
-        self._draw(labels)
+        """Write NAME.json, NAME.npz and NAME.png when no batch is pending.
 
-    def all_features(self) -> dict[str, Features]:
-        """By the first process: what each network said of all images."""
-        columns: dict[str, list[np.ndarray]] = {}
-        for k in self.batches:
-            start, stop = self._span(k)
-            for key, part in load_file(self._arrived(self._part(k, "safetensors"))).items():
-                columns.setdefault(key, []).append(part[: stop - start])
-        whole = {key: np.concatenate(columns.pop(key)) for key in list(columns)}
-        rows: dict[str, dict[str, np.ndarray]] = {}
-        for key, array in whole.items():
+        Call it on the first process only.
+
+        Args:
+            labels: Class of each image, (count,).
+        """
+        # The record comes first, so that an .npz never exists without it.
+        write_file(self.record_path, json.dumps(self.record, indent=2).encode())
+        if self.keep_images and not self.is_complete():
+            blocks = self._iter_blocks()
+            first = next(blocks)
+            shape = (self.count, *first.shape[1:])
+            write_npz(self.npz_path, itertools.chain([first], blocks), shape, arr_1=labels)
+            self.load_finished()
+        self._save_grid(labels)
+
+    def read_features(self) -> dict[str, Features[np.ndarray]]:
+        """Return the features of all images, per network. Call it on the first process only."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for batch in self.batches:
+            start, stop = self._span(batch)
+            path = _wait_for_file(self._part(batch, "safetensors"))
+            for key, values in load_file(path).items():
+                parts.setdefault(key, []).append(values[: stop - start])
+        columns: dict[str, dict[str, np.ndarray]] = {}
+        for key in list(parts):
             name, _, column = key.rpartition("/")
-            rows.setdefault(name, {})[column] = array
-        return {name: Features(**rows[name]) for name in self.networks}
+            columns.setdefault(name, {})[column] = np.concatenate(parts.pop(key))
+        return {name: Features(**columns[name]) for name in self.networks}
 
     def remove_parts(self) -> None:
-        """Removes the parts."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+        """Remove the files of the batches."""
+        shutil.rmtree(self.parts_folder, ignore_errors=True)
 
     def choose_grid_images(self, labels: np.ndarray, rows: int = 10, columns: int = 10) -> None:
-        """Which images are drawn: the first of each class; of more than ten classes, ten spread over all that occur."""
+        """Choose the images of the grid, the first ones of each class.
+
+        Args:
+            labels: Class of each image, (count,).
+            rows: Maximum number of classes. They are spread evenly over the classes that occur.
+            columns: Maximum number of images per class.
+        """
         present = np.unique(labels)
-        chosen = present[
-            np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)
+        positions = np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)
+        self.grid_indices = [
+            int(index)
+            for label in present[positions]
+            for index in np.flatnonzero(labels == label)[:columns]
         ]
-        self.drawn = [int(i) for k in chosen for i in np.flatnonzero(labels == k)[:columns]]
 
-    def _draw(self, labels: np.ndarray) -> None:
-        rows: dict[int, list[np.ndarray]] = {}
-        for i in self.drawn:
-            place = self.parts / f"drawn-{i:06d}.npy"
-            if self.keep_images:
-                rows.setdefault(int(labels[i]), []).append(self.finished.read_rows(i, i + 1)[0])
-            elif place.exists():  # not, where an interrupted call was to make fewer
-                rows.setdefault(int(labels[i]), []).append(np.load(place))
-        if not rows:
+    def _remove_parts_if_empty(self) -> None:
+        if not any(self.parts_folder.glob("[0-9]*")):
+            self.remove_parts()
+
+    def _check_compatible(self) -> None:
+        """Raise UserError unless existing files under this name are part of the same samples."""
+        old_record = read_record(self.record_path)
+        results = self.npz_path.with_suffix(".*")
+        is_other_file = self.record_path.exists() and "ema_sha256" not in old_record
+        if self.npz_path.exists() or self.metrics_path.exists() or is_other_file:
+            self._check_same_settings(self.record_path, results)
+        if any(self.parts_folder.glob("[0-9]*")):
+            self._check_same_settings(self.parts_folder / "sampling.json", self.parts_folder)
+        png_indices = self._find_png_indices()
+        if png_indices:
+            self._check_same_settings(self.png_folder / "sampling.json", self.png_folder)
+
+        self.load_finished()
+        num_finished = self.finished.count if self.finished else 0
+        num_existing = max(num_finished, max(png_indices, default=-1) + 1)
+        if num_existing > self.count:
+            raise UserError(
+                f"{results} already contains {num_existing:,} images, but --num-fid-samples is "
+                f"{self.count:,}; choose another --name"
+            )
+        if self.keep_images:
             return
-        what = self.what
-        steps = "" if what["solver"] == "dopri5" else f" {what['num_steps']}"
-        when = "" if what["step"] is None else f" · step {what['step']:,}"
-        title = f"{what['model']}{when} · {what['solver']}{steps} · seed {what['global_seed']}"
-        if what["cfg_scale"] > 1:
-            title += f" · guidance {what['cfg_scale']:g}"
-            if (what["guidance_low"], what["guidance_high"]) != (0, 1):
-                title += f" for {what['guidance_low']:g} ≤ t ≤ {what['guidance_high']:g}"
-        named = [(what["class_names"][k], np.stack(images)) for k, images in rows.items()]
-        save_png(draw_labelled_grid(named, title), self.png_grid)
+        if self.npz_path.exists():
+            raise UserError(
+                f"--no-npz: {self.npz_path} already exists; "
+                "remove the flag or choose another --name"
+            )
+        old_count = old_record.get("count")
+        if self.metrics_path.exists() and old_count != self.count:
+            raise UserError(
+                f"{self.metrics_path} is for {old_count} images, which were not kept; "
+                "choose another --name"
+            )
 
-    def _blocks(self) -> Iterator[np.ndarray]:
-        """All images in order, a batch at a time."""
-        for k in self.batches:
-            start, stop = self._span(k)
-            if not (self.finished and stop <= self.finished.count):
-                self._arrived(self._part(k, "npy"))
-            yield self.images(k)[: stop - start]
+    def _check_same_settings(self, path: Path, owner: Path) -> None:
+        """Raise UserError if the record at `path`, which describes `owner`, has other settings."""
+        old = read_record(path)
+        new = json.loads(json.dumps(self.record))
+        allowed = set(KEYS_ALLOWED_TO_CHANGE)
+        for key, hash_key in IDENTIFYING_HASH.items():
+            if new.get(hash_key) and old.get(hash_key) == new[hash_key]:
+                allowed.add(key)
+        changes = [
+            f"{key} was {old.get(key)}, is {new.get(key)}"
+            for key in {**new, **old}
+            if key not in allowed and old.get(key) != new.get(key)
+        ]
+        if changes:
+            raise UserError(
+                f"{owner} was sampled with other settings: {'; '.join(changes)}; "
+                "remove it or choose another --name"
+            )
 
-    def _span(self, k: int) -> tuple[int, int]:
-        """The numbers of a batch's images, without those beyond the end."""
-        return k * self.size, min((k + 1) * self.size, self.count)
-
-    def _part(self, k: int, suffix: str) -> Path:
-        return self.parts / f"{k:06d}.{suffix}"
+    def _find_stored_batches(self) -> StoredBatches:
+        images = {int(path.stem) for path in self.parts_folder.glob("[0-9]*.npy")}
+        if self.finished is not None:
+            images |= {k for k in self.batches if self._span(k)[1] <= self.finished.count}
+        features = {
+            int(path.stem)
+            for path in self.parts_folder.glob("[0-9]*.safetensors")
+            if self._has_features(path)
+        }
+        pngs = set(self.batches)
+        if self.write_pngs:
+            png_indices = self._find_png_indices()
+            pngs = {k for k in self.batches if png_indices.issuperset(range(*self._span(k)))}
+        return StoredBatches(images, features, pngs)
 
     def _has_features(self, path: Path) -> bool:
-        """Whether a batch's features are of these networks, and of all its images: an .npz gives a last batch unpadded."""
+        """Return whether a file has features of these networks for all images of its batch.
+
+        The last batch may be shorter if its images were read from an .npz, which is not padded.
+        """
         start, stop = self._span(int(path.stem))
         try:
             with safe_open(path, "numpy") as file:
-                made = json.loads(file.metadata()["networks"])
-                rows = min(file.get_slice(key).get_shape()[0] for key in file.keys())  # noqa: SIM118  it is no dict
+                stored_networks = json.loads(file.metadata()["networks"])
+                keys = file.keys()
+                num_rows = min(file.get_slice(key).get_shape()[0] for key in keys)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return False
-        return self.networks.items() <= made.items() and rows >= stop - start
+        return self.networks.items() <= stored_networks.items() and num_rows >= stop - start
 
-    def _arrived(self, path: Path) -> Path:
-        """The file, which another machine may have written a moment ago. Raises UserError if it does not show."""
-        for _ in range(PATIENCE):
-            if path.exists():
-                return path
-            list(path.parent.iterdir())  # makes a network disk look again
-            time.sleep(1)
-        raise UserError(
-            f"{path} is missing: --sample-dir must be on a disk that all machines share"
-        ) from None
+    def _find_png_indices(self) -> set[int]:
+        """Return the indices of the images that have PNG files, if PNG files are requested."""
+        if not self.write_pngs:
+            return set()
+        return {int(path.stem) for path in self.png_folder.glob("*.png") if path.stem.isdecimal()}
 
-    def _same(self, record: Path, owner: Path) -> None:
-        """Raises UserError unless the record, of what `owner` is, says the same as this call."""
-        old, new = read_record(record), json.loads(json.dumps(self.what))
-        known = {
-            key
-            for key, digest in SAID_BY.items()
-            if new.get(digest) and old.get(digest) == new[digest]
-        }
-        keys = [
-            key
-            for key in {**new, **old}
-            if key not in known.union(FREE) and old.get(key) != new.get(key)
-        ]
-        if keys:
-            changed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
-            raise UserError(
-                f"{owner} was sampled otherwise: {changed}. Remove it or give another --name"
-            )
+    def _save_grid(self, labels: np.ndarray) -> None:
+        images_per_class: dict[int, list[np.ndarray]] = {}
+        for index in self.grid_indices:
+            image = self._read_grid_image(index)
+            if image is not None:
+                images_per_class.setdefault(int(labels[index]), []).append(image)
+        if images_per_class:
+            names = self.record["class_names"]
+            rows = [(names[label], np.stack(row)) for label, row in images_per_class.items()]
+            save_png(draw_labelled_grid(rows, format_grid_title(self.record)), self.grid_path)
+
+    def _read_grid_image(self, index: int) -> np.ndarray | None:
+        if self.finished is not None and self.keep_images:
+            return self.finished.read_rows(index, index + 1)[0]
+        # An interrupted run with a smaller count has chosen other images for its grid.
+        path = self._grid_part(index)
+        return np.load(path) if path.exists() else None
+
+    def _read_pixels(self, batch: int) -> np.ndarray:
+        """Return the images of a stored batch, (B, H, W, 3) uint8."""
+        start, stop = self._span(batch)
+        if self.finished is not None and stop <= self.finished.count:
+            return np.array(self.finished.read_rows(start, stop))
+        return np.load(_wait_for_file(self._part(batch, "npy")))
+
+    def _iter_blocks(self) -> Iterator[np.ndarray]:
+        """Yield all images in order, a batch at a time, without the padding of the last batch."""
+        for batch in self.batches:
+            start, stop = self._span(batch)
+            yield self._read_pixels(batch)[: stop - start]
+
+    def _span(self, batch: int) -> tuple[int, int]:
+        """Return the first index of a batch and the index after its last one, without padding."""
+        start = batch * self.batch_size
+        return start, min(start + self.batch_size, self.count)
+
+    def _part(self, batch: int, suffix: str) -> Path:
+        return self.parts_folder / f"{batch:06d}.{suffix}"
+
+    def _grid_part(self, index: int) -> Path:
+        return self.parts_folder / f"drawn-{index:06d}.npy"
 
 
-def read_record(path: Path) -> dict:
-    """A sampling.json; {} where there is none, or something else."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the contents of a sampling.json, or {} if there is none or it is another file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def format_grid_title(record: dict[str, Any]) -> str:
+    """Return the title of the grid for the settings of its samples."""
+    title = record["model"]
+    if record["step"] is not None:
+        title += f" · step {record['step']:,}"
+    title += f" · {record['solver']}"
+    if record["solver"] != "dopri5":
+        title += f" {record['num_steps']}"
+    title += f" · seed {record['global_seed']}"
+    if record["cfg_scale"] > 1:
+        title += f" · guidance {record['cfg_scale']:g}"
+        low = record["guidance_low"]
+        high = record["guidance_high"]
+        if (low, high) != (0, 1):
+            title += f" for {low:g} ≤ t ≤ {high:g}"
+    return title
+
+
+def _wait_for_file(path: Path) -> Path:
+    """Wait for a file that another machine may have just written, and return its path.
+
+    Raises:
+        UserError: The file is not visible after FILE_WAIT_SECONDS.
+    """
+    for _ in range(FILE_WAIT_SECONDS):
+        if path.exists():
+            return path
+        list(path.parent.iterdir())  # makes a network file system refresh its listing
+        time.sleep(1)
+    raise UserError(
+        f"{path} is missing; choose a --sample-dir on a file system that all machines share"
+    )

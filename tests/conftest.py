@@ -1,44 +1,42 @@
-"""Fixtures: a VAE folder, a tree of images, a cache, a trained run, and commands called in-process."""
+"""Fixtures: a VAE, a tree of images, a latent cache, a trained run, and commands run in-process."""
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import make_tree, make_vae, train_flags
+from tests.helpers import call_main, make_tree, make_vae, train_flags
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(
-    1
-)  # what is tested is small: a second thread costs more than it gives, on a busy machine very much more
 os.environ.setdefault("TQDM_MININTERVAL", "10")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
-    prefix="sra2-tests-"
-)  # where features of references are kept
+# Cached features of references belong to one test session.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sra2-tests-")
+# The tensors are small: a second thread costs more time than it saves, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """call(module, *flags) -> exit code and everything printed, as from a shell."""
+def call(capsys):
+    """Return a function that runs a command like a shell.
+
+    call(module, *flags) -> exit code, and everything that was printed
+    """
     from accelerate.state import AcceleratorState
 
     from common import cli
 
     def run(module, *flags) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # it outlives an Accelerator, as a process would not
+        # The state of an earlier Accelerator would survive in this process.
+        AcceleratorState._reset_state(reset_partial_state=True)
         code = 0
         try:
-            cli.run(module.main)
+            cli.run(lambda: call_main(module, *flags))
         except SystemExit as stop:
             code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out + out.err
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
     return run
 
@@ -55,32 +53,20 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory, tree, vae_folder) -> Path:
-    """24 images, three classes, latents 4x8x8, in three shards."""
+    """A cache of 24 images, three classes, latents 4x8x8, in three shards."""
     from preprocessing import encode_latents
 
     folder = tmp_path_factory.mktemp("cache") / "data"
-    before = sys.argv
-    sys.argv = [
-        "encode",
-        *f"--source {tree} --dest {folder} --resolution 32 --vae {vae_folder} --shard-size 10".split(),
-    ]
-    try:
-        encode_latents.main()
-    finally:
-        sys.argv = before
+    source = ["--source", tree, "--dest", folder, "--vae", vae_folder]
+    call_main(encode_latents, *source, "--resolution", 32, "--shard-size", 10)
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, cache) -> Path:
-    """A run of two steps."""
+    """The folder of a run of two steps."""
     import train
 
     exps = tmp_path_factory.mktemp("exps")
-    before = sys.argv
-    sys.argv = ["train.py", *train_flags(cache, exps, "trained", "--max-train-steps", 2)]
-    try:
-        train.main()
-    finally:
-        sys.argv = before
+    call_main(train, *train_flags(cache, exps, "trained", "--max-train-steps", 2))
     return exps / "trained"

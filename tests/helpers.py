@@ -1,4 +1,4 @@
-"""Makes small things of the real formats, and runs commands under torchrun."""
+"""Create small inputs in the real formats, and run commands on one or several processes."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def make_vae(
@@ -24,7 +27,10 @@ def make_vae(
     blocks: int = 3,
     **config,
 ) -> Path:
-    """A random AutoencoderKL, f4 with three blocks, as save_pretrained writes it. config: what else it is made with."""
+    """Save a random AutoencoderKL as save_pretrained does; with three blocks, it is an f4 VAE.
+
+    `config` holds further arguments of AutoencoderKL.
+    """
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -44,7 +50,7 @@ def make_vae(
 
 
 def make_tree(folder: Path, images: int = 24, side: int = 32) -> Path:
-    """class/image.png, three classes."""
+    """Save random images of three classes as class/image.png."""
     rng = np.random.default_rng(0)
     for i in range(images):
         path = folder / f"class{i % 3}" / f"{i:03d}.png"
@@ -53,37 +59,39 @@ def make_tree(folder: Path, images: int = 24, side: int = 32) -> Path:
     return folder
 
 
-def torchrun(processes: int, script: str, *flags) -> str:
-    """The script under torchrun on this machine's CPU; raises if it fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        "0",
-    ]
-    command += [
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        script,
-        *map(str, flags),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def call_main(module: ModuleType, *flags) -> None:
+    """Call the main function of a command in this process."""
+    with mock.patch.object(sys, "argv", [module.__name__, *map(str, flags)]):
+        module.main()
+
+
+def run_command(command: list[str]) -> str:
+    """Run a command from the root of the repository with one thread and return what it printed."""
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        command,
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
-LEAVE = """
+def torchrun(processes: int, script: str | Path, *flags) -> str:
+    """Run a script under torchrun on the CPU and return what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc_per_node", processes, "--master_port", 0]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return run_command([*map(str, command), str(script), *map(str, flags)])
+
+
+RUN_AND_EXIT = """
 import os, sys, traceback
 from common import cli
-def leave(main):  # a forked process: main, and its exit code
+def run_and_exit(main):  # in a forked process
     code = 0
     try:
         cli.run(main)
@@ -96,66 +104,67 @@ def leave(main):  # a forked process: main, and its exit code
     os._exit(code)
 """
 
-RANKS = """
+FORK_RANKS = """
 import importlib, socket, torch
 count, name, *flags = sys.argv[1:]
 module = importlib.import_module(name)
 torch.set_num_threads(1)
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+with socket.socket() as unused:
+    unused.bind(("127.0.0.1", 0))
+    port = unused.getsockname()[1]
+world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 children = []
 for rank in range(int(count)):
     children.append(os.fork())
     if not children[-1]:
         os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
         sys.argv = [name, *flags]
-        leave(module.main)
+        run_and_exit(module.main)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
 
 def run_ranks(processes: int, module: str, *flags) -> str:
-    """The module's main on several processes, with torchrun's environment but in half its time: forked after the imports."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LEAVE + RANKS, str(processes), module, *map(str, flags)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    """Run a module's main function on several processes with torchrun's environment.
+
+    The processes are forked after the imports, which takes half of torchrun's time.
+    """
+    code = RUN_AND_EXIT + FORK_RANKS
+    return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
 
 
 def train_flags(cache: Path, exps: Path, name: str, *more) -> list[str]:
-    """A run of the smallest model, without previews."""
-    flags = f"--data-dir {cache} --output-dir {exps} --exp-name {name} --model SiT-Ti/2 --batch-size 8 --learning-rate 1e-3"
-    rest = "--num-workers 0 --log-every 1 --sampling-steps 0 --ema-decay 0.9"
-    head = [] if "none" in more else ["--projector-width", "64"]
-    return [*flags.split(), *rest.split(), *head, *map(str, more)]
+    """Return the flags of a run of the smallest model, without previews."""
+    flags = ["--data-dir", cache, "--output-dir", exps, "--exp-name", name]
+    flags += ["--model", "SiT-Ti/2", "--batch-size", 8, "--learning-rate", "1e-3"]
+    flags += ["--num-workers", 0, "--log-every", 1, "--sampling-steps", 0, "--ema-decay", 0.9]
+    if "none" not in more:  # --align none has no projection head
+        flags += ["--projector-width", 64]
+    return [*map(str, flags), *map(str, more)]
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """Return the lines of metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_s", "step_s", "data_s", "compute_s", "mfu")
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    timings = ("images_per_s", "step_s", "data_s", "compute_s", "mfu")
+    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def have_equal_weights(a: Path, b: Path, step: str = "0000010") -> bool:
-    """Whether two runs' weights, EMA and optimizer are the same to the bit."""
+    """Return whether the weights, EMA and optimizer of two runs are equal to the bit."""
     for name in ("model", "ema", "optimizer"):
-        ours, theirs = (
-            load_file(run / "checkpoints" / step / f"{name}.safetensors") for run in (a, b)
-        )
-        if ours.keys() != theirs.keys() or not all(
-            torch.equal(ours[key], theirs[key]) for key in ours
-        ):
+        file = Path("checkpoints") / step / f"{name}.safetensors"
+        ours = load_file(a / file)
+        theirs = load_file(b / file)
+        if ours.keys() != theirs.keys():
+            return False
+        if not all(torch.equal(ours[key], theirs[key]) for key in ours):
             return False
     return True
 
 
-FORKS = """
+FORK_TRAIN = """
 import json, torch, train
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -164,23 +173,26 @@ for line in sys.stdin:
     if not pid:
         os.setsid()
         sys.argv = ["train.py", *flags]
-        leave(train.main)
+        run_and_exit(train.main)
     print("pid", pid, flush=True)
     print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 class ForkServer:
-    """Starts train.py in a fraction of a second: forked from a process that has done the imports and no more."""
+    """Starts train.py quickly, by forking a process that has finished all imports.
+
+    Args:
+        log: File for what the runs print on stderr.
+    """
 
     def __init__(self, log: Path):
-        self.running = 0
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with open(log, "w") as file:
+        self.running_pid = 0
+        with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LEAVE + FORKS],
+                [sys.executable, "-c", RUN_AND_EXIT + FORK_TRAIN],
                 cwd=ROOT,
-                env=environment,
+                env=os.environ | ONE_THREAD,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -188,29 +200,33 @@ class ForkServer:
             )
 
     def start(self, flags: list[str]) -> int:
-        """train.py in a session of its own; returns its process id. One that an earlier test left running is killed."""
-        if self.running:
+        """Start train.py in a new session and return its process id.
+
+        A run that an earlier test has left behind is killed.
+        """
+        if self.running_pid:
             with suppress(ProcessLookupError):
-                os.killpg(self.running, signal.SIGKILL)
+                os.killpg(self.running_pid, signal.SIGKILL)
             self.wait()
         self.process.stdin.write(json.dumps(flags) + "\n")
         self.process.stdin.flush()
-        self.running = self._answer("pid")
-        return self.running
+        self.running_pid = self._read_answer("pid")
+        return self.running_pid
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal that killed it."""
-        code = self._answer("exit")
-        self.running = 0
+        """Wait for the run; return its exit code, or minus the signal that killed it."""
+        code = self._read_answer("exit")
+        self.running_pid = 0
         return code
 
-    def _answer(self, word: str) -> int:
+    def _read_answer(self, key: str) -> int:
         while True:
             line = self.process.stdout.readline()
-            assert line, "the forking process died"
-            if line.startswith(f"{word} "):
+            assert line, "the fork server has died"
+            if line.startswith(f"{key} "):
                 return int(line.split()[1])
 
     def close(self) -> None:
+        """Kill the fork server."""
         self.process.kill()
         self.process.wait()

@@ -18,7 +18,13 @@ ALLOWED = {
     "dataset": {"common", "latents"},
     "preprocessing": {"common", "latents", "models"},
     "checkpointing": {"common", "models"},
-    "evaluations": {"common", "models.encoder", "preprocessing.images", "preprocessing.sources"},
+    "evaluations": {
+        "common",
+        "models.encoder",
+        "models.errors",
+        "preprocessing.images",
+        "preprocessing.sources",
+    },
     "sampling": {"common", "evaluations", "interpolant", "models", "samplers"},
     "assets": {"evaluations"},
 }

@@ -74,7 +74,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     code, out = call(encode_latents, *encode, "--vae", vae_folder)
     assert code == 0 and "6 images, 2 classes" in out, out
     assert (
-        "is sound" in call(verify, "data/imagenet256")[1]
+        "is valid" in call(verify, "data/imagenet256")[1]
         and "preprocessing.verify data/imagenet256" in README
     )
     for i, flags in enumerate(trainings):
@@ -156,7 +156,7 @@ DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_what_documents_name_exists(document):
+def test_what_documents_name_exists(call, document):
     """Files in links, flags, and `function` (file) pairs."""
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
@@ -172,6 +172,7 @@ def test_what_documents_name_exists(document):
         for path in (ROOT / folder).glob("*.py")
     )
     sources = "".join(path.read_text() for path in scripts)
+    sources += re.sub(r"(--[a-z0-9-]+)", r'"\1"', call(sample_ddp, "--help")[1])
     for flag in re.findall(r"`(--[a-z0-9-]+)", text):
         assert f'"{flag}"' in sources or flag in (
             "--cpu",

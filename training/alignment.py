@@ -287,4 +287,4 @@ def _name_flag(method: str, error: FieldError) -> UserError:
     """Return the error with the flag that its field stands for."""
     if error.field == "method":
         return UserError(f"--align {method} {error.reason}")
-    return UserError(f"{method_flags(method, error.field)[0]}: {error.reason}")
+    return UserError(f"{method_flags(method, error.field)[0]} {error.reason}")

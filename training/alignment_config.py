@@ -12,7 +12,14 @@ from typing import Any
 
 from common import cli
 from common.cli import UserError
-from common.config import add_flags, argparse_type, destination, flag_names, setting
+from common.config import (
+    add_flags,
+    argparse_type,
+    destination,
+    flag_names,
+    setting,
+    to_plain,
+)
 from loss import ALIGN_LOSSES
 from models.sit import PRESETS
 from models.targets import TARGETS
@@ -140,13 +147,15 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(group, AlignmentConfig, nargs="+", default=None, required=False)
     for method, field in _method_fields():
-        default = "" if field.default is None else f" (default: {field.default})"
-        group.add_argument(
-            *method_flags(method, field.name),
-            help=f"{method}: {field.metadata['help']}{default}",
-            type=argparse_type(TARGETS[method].Settings, field),
-            choices=field.metadata.get("choices"),
-        )
+        help_text = f"{method}: {field.metadata.get('help', field.name)}"
+        if field.default is not None:
+            help_text += f" (default: {field.default})"
+        options: dict[str, Any] = {"type": argparse_type(TARGETS[method].Settings, field)}
+        if options["type"] is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        if "choices" in field.metadata:
+            options["choices"] = field.metadata["choices"]
+        group.add_argument(*method_flags(method, field.name), help=help_text, **options)
 
 
 def method_flags(method: str, field: str) -> tuple[str, ...]:
@@ -187,17 +196,12 @@ def record_alignments(alignments: tuple[AlignmentConfig, ...]) -> dict:
     """Return the alignment's part of args.json: lists with one value per method."""
     record: dict[str, Any] = {"align": [alignment.method for alignment in alignments] or ["none"]}
     for field in _SHARED_FIELDS:
-        values = [getattr(alignment, field.name) for alignment in alignments]
-        record[destination(field)] = [list(v) if isinstance(v, tuple) else v for v in values]
+        record[destination(field)] = to_plain([getattr(a, field.name) for a in alignments])
     used = {alignment.method: alignment.settings for alignment in alignments}
     for method, field in _method_fields():
         value = getattr(used[method], field.name) if method in used else None
-        record[_destination(method, field.name)] = value if value is None else _plain(value)
+        record[_destination(method, field.name)] = to_plain(value)
     return record
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str)) else str(value)
 
 
 def _method_fields() -> Iterator[tuple[str, dataclasses.Field]]:

@@ -406,7 +406,7 @@ def parse_settings(
         alignments=resolve_alignments(args, model.model),
         loop=loop,
         optimizer=optimizer,
-        device=replace(device, mixed_precision=resolve_precision(device.mixed_precision)),
+        device=device,
         log=log,
         checkpoint=checkpoint,
         preview=preview,
@@ -479,6 +479,12 @@ def resolve_num_steps(loop: LoopConfig, num_images: int) -> LoopConfig:
     if loop.epochs:
         steps = math.ceil(loop.epochs * num_images / loop.batch_size)
     return replace(loop, max_train_steps=steps)
+
+
+def resolve_device(settings: Settings) -> Settings:
+    """Return the settings with the precision that "auto" stands for on this machine."""
+    precision = resolve_precision(settings.device.mixed_precision)
+    return settings._replace(device=replace(settings.device, mixed_precision=precision))
 
 
 def resolve_precision(mixed_precision: str) -> str:

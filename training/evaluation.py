@@ -14,10 +14,12 @@ from common.cli import UserError
 from common.files import sha256
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
+from evaluations.features import Features
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
-from evaluations.reference_features import default_cache_dir, load_reference_features
+from evaluations.reference_features import ReferenceFile, load_reference_features
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import SiT
 from sampling.recipe import Recipe
 from training.config import EvaluationConfig, ObjectiveConfig
@@ -69,7 +71,11 @@ class Evaluator:
             path_type=objective.path_type,
             prediction=objective.prediction,
         )
-        self.recipe.validate("--eval-")
+        try:
+            self.recipe.validate()
+        except FieldError as error:
+            flag = f"--eval-{error.field.replace('_', '-')}"
+            raise UserError(f"{flag} {error.reason}") from None
         size = manifest.resolution
         self.network = load_extractor(
             config.features,
@@ -93,14 +99,10 @@ class Evaluator:
         assert config.reference is not None
         digest = sha256(config.reference)
         self.reference = load_reference_features(
-            config.reference,
-            digest,
+            ReferenceFile(config.reference, digest, size, "--eval-reference"),
             {config.features: self.network},
-            size,
             config.batch_size,
             self.device,
-            "--eval-reference",
-            default_cache_dir(),
         )[config.features]
         self.identity = {
             "samples": config.samples,
@@ -173,7 +175,7 @@ class Evaluator:
 
     def _feature_batches(
         self, model: SiT, gather: Callable[[Tensor], Tensor], check_stop: Callable[[], None]
-    ) -> Iterator[tuple[Tensor, ...]]:
+    ) -> Iterator[Features]:
         """Yield the features of one batch per process, in the order of the images.
 
         The last batch is padded with the images that would follow.
@@ -188,7 +190,7 @@ class Evaluator:
                 begin = first + self.rank * batch_size
                 index = torch.arange(begin, begin + batch_size, device=self.device)
                 images = self.vae.decode(self.recipe.sample_latents(model, index, self.dtype))
-                yield tuple(gather(output) for output in self.network(images))
+                yield self.network(images).map(gather)
                 bar.update(min(step, num_samples - first))
                 check_stop()
 

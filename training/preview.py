@@ -8,6 +8,7 @@ from common.cli import UserError
 from common.image_grid import draw_labelled_grid, save_png
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
+from models.errors import FieldError
 from models.sit import SiT
 from sampling.recipe import Recipe
 
@@ -83,9 +84,10 @@ def load_vae(name: str | None, manifest: Manifest, device: torch.device) -> Auto
     name = name or manifest.vae
     try:
         vae = Autoencoder(name, device)
-    except FileNotFoundError as error:
+    except FieldError as error:
         raise UserError(
-            f"{error}; or disable previews and evaluation: --sampling-steps 0 --eval-every 0"
+            f"--vae {error.reason}; or disable previews and evaluation: --sampling-steps 0 "
+            "--eval-every 0"
         ) from None
     if vae.fingerprint() != manifest.vae_fingerprint:
         raise UserError(

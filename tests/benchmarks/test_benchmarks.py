@@ -342,6 +342,6 @@ def test_the_page_about_data_computes_from_the_results():
     )
     decoded = int(result["results"]["decoding alone"]["images_per_s"])
     assert (
-        f"crops {decoded} images a second here, so that takes a core for every {decoded}"
+        f"crops {decoded} images per second here, which means one core for every {decoded} images"
         in page.replace("\n", " ")
     )

@@ -19,36 +19,34 @@ from samplers import GuidedVelocity, euler, ode_times
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, trained):
-    """A copy of two averages, woken up: two steps leave a network whose output is next to nothing."""
-    run = shutil.copytree(trained, tmp_path_factory.mktemp("awake") / "awake")
+    """A run with two EMAs of random weights; after two steps its output would be almost zero."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("random") / "random")
     folder = run / "checkpoints/0000002"
-    generator, state = torch.Generator().manual_seed(0), load_file(folder / "ema.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    state = load_file(folder / "ema.safetensors")
     for name in ("ema", "ema-0.5"):
-        random = {
-            key: torch.randn(value.shape, generator=generator)
+        perturbed = {
+            key: value + 0.1 * torch.randn(value.shape, generator=generator)
             for key, value in state.items()
             if "pos" not in key
         }
-        save_file(
-            {**state, **{key: state[key] + 0.1 * value for key, value in random.items()}},
-            folder / f"{name}.safetensors",
-        )
+        save_file({**state, **perturbed}, folder / f"{name}.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "ema_decay": [0.9, 0.5]}))
     return run
 
 
-def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
-    """The images are the run's, the card has the numbers of these weights, and its lines for diffusers make our latents."""
+def test_an_export_samples_and_documents_the_weights_of_its_run(call, run, tree, tmp_path):
+    """Samples are equal, the card has the metrics, and its diffusers code gives equal latents."""
 
     def sample(ckpt, name):
         flags = [
             "--num-fid-samples",
-            6,
+            "6",
             "--per-proc-batch-size",
-            6,
+            "6",
             "--num-steps",
-            2,
+            "2",
             "--mode",
             "ode",
         ]
@@ -57,7 +55,8 @@ def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
         with np.load(run / f"{name}.npz") as content:
             return content["arr_0"]
 
-    images, to = sample(run, "s"), tmp_path / "to"
+    images = sample(run, "s")
+    to = tmp_path / "to"
     code, out = call(evaluate, run / "s.npz", "--reference", tree, "--features", "fashion")
     assert code == 0, out
     other = {"metrics": {"FD-fashion": 123.0}, "sampling": {"ema_sha256": "of other weights"}}
@@ -68,30 +67,29 @@ def test_an_export_stands_for_its_run(call, run, tree, tmp_path):
 
     card = (to / "README.md").read_text()
     distance = json.loads((run / "s.metrics.json").read_text())["metrics"]["FD-fashion"]
-    assert (
-        f"FD-fashion {distance:.4g}" in card
-        and "123" not in card
-        and "2 steps of 8 images: 16 images seen" in card
-    )
+    assert f"FD-fashion {distance:.4g}" in card and "123" not in card
+    assert "2 steps of 8 images: 16 images seen" in card
     assert str(run.parent) not in card
     (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
     assert 'here = "."' in code and "steps = torch.tensor([0, 1, 2]), 1.5, 50" in code
-    shown = {}
-    source, start = load(to), torch.randn(3, 4, 8, 8, generator=torch.manual_seed(0))
+    source = load(to)
+    start = torch.randn(3, 4, 8, 8, generator=torch.manual_seed(0))
     code = (
         code.replace('here = "."', f'here = "{to}"')
         .replace("1.5, 50", "1.5, 5")
         .replace("x = ", "torch.manual_seed(0)\nx = ", 1)
     )
-    exec(code, shown)
-    expected = euler(GuidedVelocity(source.model, torch.arange(3), 3, 1.5), start, ode_times(5))
-    torch.testing.assert_close(shown["x"], expected, rtol=1e-4, atol=1e-4)
-    assert (expected - start).abs().max() > 0.5  # the network does something
-    assert shown["images"].shape == (3, 3, 32, 32)
+    variables = {}
+    exec(code, variables)
+    velocity = GuidedVelocity(source.model, torch.arange(3), 3, 1.5)
+    expected = euler(velocity, start, ode_times(5))
+    torch.testing.assert_close(variables["x"], expected, rtol=1e-4, atol=1e-4)
+    assert (expected - start).abs().max() > 0.5  # the network changes its input
+    assert variables["images"].shape == (3, 3, 32, 32)
 
 
-def test_diffusers_form_is_the_same_function_whatever_the_sizes():
-    """The epsilon of norms makes 1e-6 of the velocity, too little to be told from rounding: looked at by itself."""
+def test_diffusers_version_is_the_same_function_for_other_sizes():
+    """The epsilon of norms is compared separately, because it changes velocities only by 1e-6."""
     torch.manual_seed(0)
     config = SiTConfig(
         depth=2, width=48, heads=3, patch=4, latent_size=8, channels=3, num_classes=2
@@ -101,42 +99,43 @@ def test_diffusers_form_is_the_same_function_whatever_the_sizes():
         if name != "pos_embed":
             torch.nn.init.normal_(parameter, std=0.1)
     form = diffusers_dit.to_diffusers(model)
-    assert diffusers_dit.difference(model, form) < 3e-6
+    assert diffusers_dit.relative_difference(model, form) < 3e-6
     assert {
         module.eps
         for module in [*model.modules(), *form.modules()]
         if isinstance(module, torch.nn.LayerNorm)
     } == {1e-6}
     form.proj_out_2.bias += 1e-3
-    assert diffusers_dit.difference(model, form) > 1e-4
+    assert diffusers_dit.relative_difference(model, form) > 1e-4
 
 
-def test_the_average_asked_for_is_the_one_exported(call, run, tmp_path):
+def test_ema_decay_selects_the_exported_weights(call, run, tmp_path):
     (tmp_path / "to").mkdir()
-    (tmp_path / "to/.gitattributes").touch()  # a clone of an empty repository on the hub
+    (tmp_path / "to/.gitattributes").touch()  # as in the clone of an empty hub repository
     assert call(export, run, "--to", tmp_path / "to", "--ema-decay", 0.5)[0] == 0
-    got = load(tmp_path / "to")
-    assert got.identity["ema_decay"] == 0.5 and got.name == "to"
-    assert got.identity["ema_sha256"] == load(run, 0.5).identity["ema_sha256"]
-    assert call(export, run, "--to", tmp_path / "to")[0] == 0  # an earlier export is written over
+    exported = load(tmp_path / "to")
+    assert exported.identity["ema_decay"] == 0.5 and exported.name == "to"
+    assert exported.identity["ema_sha256"] == load(run, 0.5).identity["ema_sha256"]
+    assert call(export, run, "--to", tmp_path / "to")[0] == 0  # overwrites the earlier export
     assert load(tmp_path / "to").identity["ema_sha256"] == load(run).identity["ema_sha256"]
     path = tmp_path / "to/ema.safetensors"
     save_file({key: 2 * value for key, value in load_file(path).items()}, path)
-    with pytest.raises(CheckpointError, match=r"ema.safetensors is not what was exported"):
+    with pytest.raises(CheckpointError, match=r"ema.safetensors has changed since the export"):
         load(tmp_path / "to")
 
 
-def test_without_the_map_of_frequencies_there_is_no_form_for_diffusers(
-    call, run, tmp_path, monkeypatch
-):
-    """Their features of time are not ours: 3e-3 apart, and once mapped 1e-7, float32's rounding. A form that differs is not
-    written, and an earlier one does not stay."""
+def test_diffusers_version_is_written_only_if_its_outputs_match(call, run, tmp_path, monkeypatch):
+    """The sinusoidal features differ by 3e-3, and after the frequency map by 1e-7 (rounding).
+
+    Without the map no diffusers version is written, and an earlier one is removed.
+    """
     t = torch.linspace(0, 1, 1001)
     angle = t[:, None].double() * TimestepEmbedder(1).omega.double()
     ours = torch.cat((angle.cos(), angle.sin()), 1)
-    same, thousand = (Timesteps(256, True, 1)(t * scale).double() for scale in (1, 1000))
-    assert 2e-3 < (ours - same).abs().max() < 3e-3
-    assert (ours - thousand @ diffusers_dit.frequency_map().T).abs().max() < 1.5e-7
+    unscaled = Timesteps(256, True, 1)(t).double()
+    scaled = Timesteps(256, True, 1)(t * 1000).double()
+    assert 2e-3 < (ours - unscaled).abs().max() < 3e-3
+    assert (ours - scaled @ diffusers_dit.frequency_map().T).abs().max() < 1.5e-7
     assert diffusers_dit.frequency_map().abs().max() < 0.1
 
     assert call(export, run, "--to", tmp_path / "to")[0] == 0
@@ -147,7 +146,7 @@ def test_without_the_map_of_frequencies_there_is_no_form_for_diffusers(
         lambda frequencies: torch.eye(frequencies, dtype=torch.float64),
     )
     code, out = call(export, run, "--to", tmp_path / "to")
-    assert code == 0 and "no form for diffusers: there its velocities would differ by" in out
+    assert code == 0 and "no diffusers version: velocities would differ by" in out
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
         "README.md",
         "config.json",
@@ -156,16 +155,16 @@ def test_without_the_map_of_frequencies_there_is_no_form_for_diffusers(
     assert "from_pretrained" not in (tmp_path / "to/README.md").read_text()
 
 
-@pytest.mark.parametrize("what", ["a folder of others", "the run", "a checkpoint", "a file"])
-def test_nothing_of_others_is_written_over(call, run, tmp_path, what):
+@pytest.mark.parametrize("destination", ["other folder", "run", "checkpoint", "file"])
+def test_other_files_are_never_overwritten(call, run, tmp_path, destination):
     (tmp_path / "others").mkdir()
     (tmp_path / "others/thesis.tex").write_text("years")
     to = {
-        "a folder of others": tmp_path / "others",
-        "the run": run,
-        "a checkpoint": run / "checkpoints/0000002",
-        "a file": tmp_path / "others/thesis.tex",
-    }[what]
+        "other folder": tmp_path / "others",
+        "run": run,
+        "checkpoint": run / "checkpoints/0000002",
+        "file": tmp_path / "others/thesis.tex",
+    }[destination]
     before = sorted(path for path in tmp_path.rglob("*"))
     code, out = call(export, run, "--to", to)
     assert code == 2 and f"--to {to}" in out and len(out.strip().splitlines()) == 1
@@ -176,11 +175,11 @@ def test_nothing_of_others_is_written_over(call, run, tmp_path, what):
     ("flags", "message"),
     [
         (["/nowhere"], "/nowhere: /nowhere does not exist"),
-        (["{run}", "--ema-decay", 0.7], "has no average of --ema-decay 0.7"),
-        (["{file}"], "only what this repository trained is exported"),
+        (["{run}", "--ema-decay", 0.7], "has no EMA of --ema-decay 0.7"),
+        (["{file}"], "only checkpoints of this repository can be exported"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(call, run, tmp_path, flags, message):
+def test_invalid_flags_end_in_one_line_and_write_nothing(call, run, tmp_path, flags, message):
     (tmp_path / "x.pt").touch()
     flags = [str(flag).format(run=run, file=tmp_path / "x.pt") for flag in flags]
     code, out = call(export, *flags, "--to", tmp_path / "to")

@@ -1,28 +1,29 @@
-"""Lines on a disk that is full now and then; the screen likewise."""
+"""Atomic files, arrays written in parts, and log files on a disk that is full at times."""
 
 import hashlib
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common import files
 from common.cli import DiskFullSafeStream
-from common.files import LineWriter, write_array, write_file, write_npz
+from common.files import LineWriter, NpyWriter, write_array, write_file, write_npz
 
 
-class Full:
-    """A raw file on a disk with room for so many bytes more."""
+class FileOnFullDisk:
+    """Wraps a binary file on a disk that has space for `free` more bytes."""
 
-    def __init__(self, file, room):
-        self.file, self.room = file, room
+    def __init__(self, file, free):
+        self.file = file
+        self.free = free
 
     def write(self, data):
-        if not self.room:
+        if not self.free:
             raise OSError(28, "No space left on device")
-        part = bytes(data[: self.room])
-        self.room -= len(part)
+        part = bytes(data[: self.free])
+        self.free -= len(part)
         return self.file.write(part)
 
     def __enter__(self):
@@ -35,20 +36,32 @@ class Full:
         return getattr(self.file, name)
 
 
-def test_lines_that_do_not_fit_wait_and_are_neither_torn_nor_doubled(tmp_path, monkeypatch):
+def limit_disk(patch, free):
+    """Make every file that is opened from now on see a disk with `free` bytes of space."""
+    unlimited = Path.open
+    patch.setattr(
+        Path, "open", lambda *args, **kwargs: FileOnFullDisk(unlimited(*args, **kwargs), free)
+    )
+
+
+def sha256_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_lines_written_after_a_full_disk_are_complete_and_not_repeated(tmp_path, monkeypatch):
     lines = LineWriter(tmp_path / "log")
     assert lines.append("first\n", sync=True)
-    for room in (3, 0, 9):
+    for free in (3, 0, 9):
         with monkeypatch.context() as patch:
-            full = lambda *args, room=room, **more: Full(open(*args, **more), room)  # noqa: E731, SIM115
-            patch.setattr(files, "open", full, raising=False)
-            assert not lines.append(f"with room for {room}\n")
+            limit_disk(patch, free)
+            assert not lines.append(f"with space for {free}\n")
     assert lines.append("last\n")
-    expected = ["first", "with room for 3", "with room for 0", "with room for 9", "last"]
-    assert (tmp_path / "log").read_text().splitlines() == expected and lines.pending == ""
+    expected = ["first", "with space for 3", "with space for 0", "with space for 9", "last"]
+    assert (tmp_path / "log").read_text().splitlines() == expected
+    assert lines.pending == ""
 
 
-def test_lines_whose_fsync_fails_come_once(tmp_path, monkeypatch):
+def test_lines_are_written_once_after_a_failed_fsync(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -60,35 +73,37 @@ def test_lines_whose_fsync_fails_come_once(tmp_path, monkeypatch):
     assert (tmp_path / "log").read_text() == "first\nsecond\n"
 
 
-def test_a_screen_that_is_full_ends_nothing():
-    class FullDisk(io.StringIO):
+def test_printing_to_a_full_disk_raises_no_error():
+    class FullStream(io.StringIO):
         def write(self, text=""):
             raise OSError(28, "No space left on device")
 
         flush = write
 
-    screen = DiskFullSafeStream(FullDisk())
-    assert screen.write("text") == 4 and screen.flush() is None
-    print("more", file=screen, flush=True)
-    assert screen.getvalue() == ""
+    stream = DiskFullSafeStream(FullStream())
+    assert stream.write("text") == 4
+    stream.flush()
+    print("more", file=stream, flush=True)
+    assert stream.getvalue() == ""
 
 
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
-    """Who has it open goes on reading the old one; a disk that fills up leaves it alone."""
+def test_write_file_replaces_the_file_atomically(tmp_path, monkeypatch):
+    """A reader keeps the old contents, and a full disk leaves the file unchanged."""
     path = tmp_path / "file.json"
     write_file(path, b"old" * 1000)
     with path.open("rb") as reader:
         write_file(path, b"new" * 500, memoryview(b"est"))
         assert reader.read() == b"old" * 1000
     assert path.read_bytes() == b"new" * 500 + b"est"
-    full = lambda *args, **more: Full(open(*args, **more), 5)  # noqa: E731, SIM115
-    monkeypatch.setattr(files, "open", full, raising=False)
-    with pytest.raises(OSError, match="No space left"):
-        write_file(path, b"third", b"time")
-    assert path.read_bytes() == b"new" * 500 + b"est" and os.listdir(tmp_path) == ["file.json"]
+    with monkeypatch.context() as patch:
+        limit_disk(patch, 5)
+        with pytest.raises(OSError, match=r"No space left on device.*file\.json"):
+            write_file(path, b"third", b"time")
+    assert path.read_bytes() == b"new" * 500 + b"est"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_arrays_are_numpys_files(tmp_path):
+def test_write_array_writes_what_numpy_would_write(tmp_path):
     for array in (
         np.arange(24, dtype=np.float16).reshape(2, 3, 4),
         np.arange(6).reshape(2, 3).T,
@@ -97,29 +112,31 @@ def test_arrays_are_numpys_files(tmp_path):
         digest = write_array(tmp_path / "ours.npy", array)
         np.save(tmp_path / "numpys.npy", np.ascontiguousarray(array))
         assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
-        assert digest == hashlib.sha256((tmp_path / "ours.npy").read_bytes()).hexdigest()
+        assert digest == sha256_of(tmp_path / "ours.npy")
 
 
-def test_an_npz_of_statistics_alone_holds_no_images(tmp_path):
+def test_an_npz_without_blocks_contains_only_the_other_arrays(tmp_path):
     write_npz(tmp_path / "s.npz", None, (0, 4, 4, 3), mu=np.arange(3))
     with np.load(tmp_path / "s.npz") as content:
         assert content.files == ["mu"] and content["mu"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2), (7, 3, 2), (12345, 1)])
-def test_an_array_that_grows_is_numpys_file_and_appears_when_it_is_finished(tmp_path, shape):
-    array = np.arange(np.prod(shape), dtype=np.uint8 if len(shape) == 3 else np.int64).reshape(
-        shape
-    )
+def test_npy_writer_writes_what_numpy_would_write_when_it_is_finished(tmp_path, shape):
+    dtype = np.uint8 if len(shape) == 3 else np.int64
+    array = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
     np.save(tmp_path / "numpys.npy", array)
-    growing = files.NpyWriter(tmp_path / "ours.npy", array.dtype, shape[1:])
+    writer = NpyWriter(tmp_path / "ours.npy", dtype, shape[1:])
     for part in np.array_split(array, 3):
-        growing.append(part)
+        writer.append(part)
     assert not (tmp_path / "ours.npy").exists()
-    digest = growing.finish()
+    digest = writer.finish()
     assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
-    assert digest == hashlib.sha256((tmp_path / "ours.npy").read_bytes()).hexdigest()
-    other = files.NpyWriter(tmp_path / "other.npy", array.dtype, shape[1:])
-    other.append(array)
-    other.discard()
-    assert sorted(os.listdir(tmp_path)) == ["numpys.npy", "ours.npy"]
+    assert digest == sha256_of(tmp_path / "ours.npy")
+
+
+def test_npy_writer_leaves_nothing_when_it_is_discarded(tmp_path):
+    writer = NpyWriter(tmp_path / "array.npy", np.int64, (3,))
+    writer.append(np.zeros((2, 3), np.int64))
+    writer.discard()
+    assert list(tmp_path.iterdir()) == []

@@ -1,3 +1,5 @@
+"""Keyed random numbers: the generator's known answers, independence of the batch, distributions."""
+
 import torch
 
 from common.keyed_random import Purpose, normal, philox, uniform
@@ -7,7 +9,7 @@ def words(*values):
     return tuple(torch.tensor([v]) for v in values)
 
 
-def test_philox_gives_the_authors_known_answers():
+def test_philox_gives_the_known_answers_of_its_authors():
     """Random123's kat_vectors for philox4x32 with 10 rounds."""
     ones = 0xFFFFFFFF
     cases = [
@@ -23,33 +25,32 @@ def test_philox_gives_the_authors_known_answers():
         assert tuple(word.item() for word in philox(words(*counter), key)) == expected
 
 
-def test_an_index_gets_its_numbers_whatever_the_batch():
-    whole = normal(3, Purpose.NOISE, torch.arange(50), (4, 3, 3))
-    pieces = [
-        normal(3, Purpose.NOISE, torch.tensor(part), (4, 3, 3)) for part in ([7], [49, 0, 12])
-    ]
-    assert torch.equal(pieces[0], whole[[7]]) and torch.equal(pieces[1], whole[[49, 0, 12]])
+def test_numbers_of_a_position_do_not_depend_on_the_batch():
+    batch = normal(3, Purpose.NOISE, torch.arange(50), (4, 3, 3))
+    for positions in ([7], [49, 0, 12]):
+        part = normal(3, Purpose.NOISE, torch.tensor(positions), (4, 3, 3))
+        assert torch.equal(part, batch[positions])
 
 
-def test_seed_purpose_index_and_draw_each_matter():
-    index = torch.tensor([5, 5 + 2**32])
-    base = uniform(0, Purpose.TIMESTEP, index)
+def test_numbers_depend_on_seed_purpose_position_and_draw():
+    position = torch.tensor([5, 5 + 2**32])
+    base = uniform(0, Purpose.TIMESTEP, position)
     assert base[0] != base[1]
     for other in (
-        uniform(1, Purpose.TIMESTEP, index),
-        uniform(0, Purpose.CLASS, index),
-        uniform(0, Purpose.TIMESTEP, index, draw=1),
+        uniform(1, Purpose.TIMESTEP, position),
+        uniform(0, Purpose.CLASS, position),
+        uniform(0, Purpose.TIMESTEP, position, draw=1),
     ):
         assert not torch.isclose(base, other).any()
 
 
-def test_moments():
+def test_moments_are_those_of_the_distributions():
     x = normal(0, Purpose.INITIAL_NOISE, torch.arange(2000), (10, 10))
     n = x.numel()
     assert abs(x.mean()) < 4 / n**0.5
     assert abs(x.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((x**4).mean() - 3) < 4 * (96 / n) ** 0.5
-    assert abs((x[:, 0, 0] * x[:, 0, 1]).mean()) < 4 / 2000**0.5  # the two of a Box-Muller pair
+    assert abs((x[:, 0, 0] * x[:, 0, 1]).mean()) < 4 / 2000**0.5  # one Box-Muller pair
     u = uniform(0, Purpose.TIMESTEP, torch.arange(100_000))
     assert u.min() > 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / 1e5) ** 0.5

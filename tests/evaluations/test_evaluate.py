@@ -1,9 +1,11 @@
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -13,14 +15,13 @@ from evaluations.fashion import load_classifier
 from evaluations.image_batches import NpzFile, NpzImages, open_images
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import compute_statistics, frechet_distance
-from evaluations.moments import Moments
-from evaluations.timm_networks import TimmFeatures, resize, resize_positions
-from tests.helpers import ROOT, make_tree, run_ranks
-
-IMAGES = ROOT / "assets/fashion-mnist/images.zip"
+from evaluations.moments import RunningMoments
+from evaluations.timm_networks import TimmFeatures, resize_bicubic, resize_position_embedding
+from tests.helpers import make_tree, run_ranks
 
 
 def write_samples(path, n=40, seed=0, labels=True, side=32):
+    """Write random samples in ADM's format and return them, (n, side, side, 3)."""
     rng = np.random.default_rng(seed)
     arrays = {"arr_0": rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8)}
     if labels:
@@ -29,530 +30,496 @@ def write_samples(path, n=40, seed=0, labels=True, side=32):
     return arrays["arr_0"]
 
 
+def to_nchw(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def read_result(path):
+    return json.loads(path.read_text())
+
+
+def read_metrics(path):
+    return read_result(path)["metrics"]
+
+
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """The real graph with He-initialised weights: the default initialisation collapses and would hide faults."""
+    """Return a file of He-initialised weights for the Inception graph.
+
+    With the default initialisation activations would vanish and hide faults.
+    """
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
+    def fail_to_load(*args, **kwargs):
+        raise StopIteration
+
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    load = module.load_state_dict_from_url
-    module.load_state_dict_from_url = lambda *args, **kwargs: (_ for _ in ()).throw(StopIteration)
     network = module.FeatureExtractorInceptionV3.__new__(module.FeatureExtractorInceptionV3)
-    try:
-        network.__init__("he", ["2048"])
-    except (StopIteration, RuntimeError):
-        pass
-    finally:
-        module.load_state_dict_from_url = load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", fail_to_load)
+        # The constructor has built all layers when it fails to load weights.
+        with pytest.raises((StopIteration, RuntimeError)):
+            network.__init__("he", ["2048"])
     torch.manual_seed(0)
     for layer in network.modules():
-        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             torch.nn.init.kaiming_normal_(layer.weight)
     torch.save(network.state_dict(), path)
     return path
 
 
-def test_inception_features_are_torch_fidelitys_with_adms_spatial_tap(inception_weights):
+def test_inception_features_equal_torch_fidelity_with_adms_spatial_features(inception_weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    images = torch.randint(
-        0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    pool, spatial, probabilities = InceptionFeatures(inception_weights)(images)
-    oracle = FeatureExtractorInceptionV3(
-        "oracle", ["2048", "logits_unbiased"], str(inception_weights)
-    )
-    kept = {}
-    oracle.Mixed_6d.register_forward_pre_hook(lambda module, inputs: kept.update(x=inputs[0]))
-    features, logits = oracle(images)
-    torch.testing.assert_close(pool, features)
-    torch.testing.assert_close(probabilities, torch.softmax(logits, 1))
-    conv = oracle.Mixed_6d.branch1x1
-    by_hand = torch.relu(conv.bn(conv.conv(kept["x"])))  # mixed_6/conv, 17 x 17 x 192
-    expected = [
-        by_hand[:, c, y, x] for y in range(17) for x in range(17) for c in range(7)
-    ]  # NHWC: the channel runs fastest
-    torch.testing.assert_close(spatial, torch.stack(expected, 1))
-    assert spatial.count_nonzero() > 100
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=generator)
+    features = InceptionFeatures(inception_weights)(images)
+    outputs = ["2048", "logits_unbiased"]
+    oracle = FeatureExtractorInceptionV3("oracle", outputs, str(inception_weights))
+    captured = {}
+    oracle.Mixed_6d.register_forward_pre_hook(lambda module, inputs: captured.update(x=inputs[0]))
+    pool, logits = oracle(images)
+    torch.testing.assert_close(features.pool, pool)
+    torch.testing.assert_close(features.scores, torch.softmax(logits, 1))
+    convolution = oracle.Mixed_6d.branch1x1
+    # mixed_6/conv of the graph, (2, 192, 17, 17).
+    expected = torch.relu(convolution.bn(convolution.conv(captured["x"])))
+    columns = [expected[:, c, y, x] for y in range(17) for x in range(17) for c in range(7)]
+    torch.testing.assert_close(features.spatial, torch.stack(columns, 1))
+    assert features.spatial.count_nonzero() > 100
 
 
-def test_inception_metrics_against_images_and_against_statistics(call, tmp_path, inception_weights):
-    """The statistics are made here from the network's features, so equal numbers check the features of both sets too."""
+def test_inception_metrics_against_images_equal_those_against_their_statistics(
+    call, tmp_path, inception_weights
+):
+    """The statistics are computed here, so equality checks the features of both sets too."""
     write_samples(tmp_path / "s.npz", 6)
-    others = write_samples(tmp_path / "r.npz", 5, seed=1)
+    images = write_samples(tmp_path / "r.npz", 5, seed=1)
     flags = [tmp_path / "s.npz", "--inception-weights", inception_weights]
-    code, out = call(
-        evaluate, *flags, "--reference", tmp_path / "r.npz", "--out", tmp_path / "images.json"
-    )
-    assert code == 0 and "FID" in out and "FD-fashion" not in out
-    numbers = json.loads((tmp_path / "images.json").read_text())["metrics"]
-    assert numbers["inception_score"] >= 1 and 0 <= numbers["precision"] <= 1
+    out = tmp_path / "images.json"
+    code, text = call(evaluate, *flags, "--reference", tmp_path / "r.npz", "--out", out)
+    assert code == 0
+    assert "FID" in text
+    assert "FD-fashion" not in text
+    against_images = read_metrics(out)
+    assert against_images["inception_score"] >= 1
+    assert 0 <= against_images["precision"] <= 1
 
-    pool, spatial, _ = (
-        x.numpy()
-        for x in InceptionFeatures(inception_weights)(torch.from_numpy(others).permute(0, 3, 1, 2))
-    )
-    (mu, sigma), (mu_s, sigma_s) = compute_statistics(pool), compute_statistics(spatial)
+    features = InceptionFeatures(inception_weights)(to_nchw(images))
+    mu, sigma = compute_statistics(features.pool.numpy())
+    mu_s, sigma_s = compute_statistics(features.spatial.numpy())
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    assert (
-        call(
-            evaluate,
-            *flags,
-            "--reference",
-            tmp_path / "stats.npz",
-            "--out",
-            tmp_path / "stats.json",
-        )[0]
-        == 0
-    )
-    again = json.loads((tmp_path / "stats.json").read_text())["metrics"]
-    assert numbers["FID"] > 0 and again["FID"] == pytest.approx(numbers["FID"], rel=1e-4)
-    assert numbers["sFID"] > 0 and again["sFID"] == pytest.approx(numbers["sFID"], rel=1e-4)
-    assert again["precision"] is None and again["recall"] is None
+    out = tmp_path / "stats.json"
+    assert call(evaluate, *flags, "--reference", tmp_path / "stats.npz", "--out", out)[0] == 0
+    against_statistics = read_metrics(out)
+    for name in ("FID", "sFID"):
+        assert against_images[name] > 0
+        assert against_statistics[name] == pytest.approx(against_images[name], rel=1e-4)
+    assert against_statistics["precision"] is None
+    assert against_statistics["recall"] is None
 
 
-def test_fashion_against_a_tree_of_images(call, tmp_path):
+def test_fashion_metrics_against_a_tree_of_images(call, tmp_path):
     samples = write_samples(tmp_path / "s.npz")
     record = {"solver": "euler", "num_steps": 5, "cfg_scale": 1.5, "global_seed": 3}
     (tmp_path / "s.json").write_text(json.dumps(record | {"class_names": []}))
-    reference = make_tree(tmp_path / "tree", images=30)
-    code, out = call(
-        evaluate, tmp_path / "s.npz", "--reference", reference, "--features", "fashion"
-    )
-    assert code == 0 and "FD-fashion" in out and "FID" not in out
-    result = json.loads((tmp_path / "s.metrics.json").read_text())
+    tree = make_tree(tmp_path / "tree", images=30)
+    code, text = call(evaluate, tmp_path / "s.npz", "--reference", tree, "--features", "fashion")
+    assert code == 0
+    assert "FD-fashion" in text
+    assert "FID" not in text
+    result = read_result(tmp_path / "s.metrics.json")
     assert result["sampling"] == record
-    assert (result["count"], len(result["reference_sha256"]), len(result["samples_sha256"])) == (
-        40,
-        64,
-        64,
-    )
+    assert result["count"] == 40
+    assert len(result["reference_sha256"]) == 64
+    assert len(result["samples_sha256"]) == 64
     assert "FID" not in result["metrics"]
-    scores = load_classifier()(torch.from_numpy(samples).permute(0, 3, 1, 2))[1].argmax(1)
-    assert result["metrics"]["class_agreement"] == pytest.approx(
-        (scores == torch.arange(40) % 10).float().mean().item()
-    )
+    classes = load_classifier()(to_nchw(samples)).scores.argmax(1)
+    expected = (classes == torch.arange(40) % 10).float().mean().item()
+    assert result["metrics"]["class_agreement"] == pytest.approx(expected)
 
 
-def test_samples_against_themselves(call, tmp_path, monkeypatch):
-    write_samples(tmp_path / "s.npz", labels=False)
-    assert (
-        call(
-            evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion"
-        )[0]
-        == 0
-    )
-    metrics = json.loads((tmp_path / "s.metrics.json").read_text())["metrics"]
+def test_samples_evaluated_against_themselves_are_perfect_and_evaluated_once(
+    call, tmp_path, monkeypatch
+):
+    samples = tmp_path / "s.npz"
+    write_samples(samples, labels=False)
+    flags = [samples, "--reference", samples, "--features", "fashion"]
+    assert call(evaluate, *flags)[0] == 0
+    metrics = read_metrics(tmp_path / "s.metrics.json")
     assert metrics["FD-fashion"] == pytest.approx(0, abs=1e-4)
-    monkeypatch.setattr(
-        evaluate, "extract_all", None
-    )  # the same samples and reference again: nothing is done twice
-    assert (
-        call(
-            evaluate, tmp_path / "s.npz", "--reference", tmp_path / "s.npz", "--features", "fashion"
-        )[0]
-        == 0
-    )
     assert (metrics["precision"], metrics["recall"], metrics["class_agreement"]) == (1, 1, None)
+    # The second call finds the result and extracts nothing.
+    monkeypatch.setattr(evaluate, "extract_features", None)
+    assert call(evaluate, *flags)[0] == 0
 
 
-def metrics(path):
-    return json.loads(path.read_text())["metrics"]
-
-
-def test_a_reference_is_looked_at_once(call, tmp_path, monkeypatch):
+def test_features_of_a_reference_are_cached_by_its_content(call, tmp_path, monkeypatch):
     write_samples(tmp_path / "a.npz")
     write_samples(tmp_path / "b.npz", seed=1)
     write_samples(tmp_path / "r.npz", seed=2)
-    flags = [
-        "--reference",
-        tmp_path / "r.npz",
-        "--features",
-        "fashion",
-        "--cache-dir",
-        tmp_path / "cache",
-    ]
+    b = tmp_path / "b.npz"
+    flags = ["--reference", tmp_path / "r.npz", "--features", "fashion"]
+    flags += ["--cache-dir", tmp_path / "cache"]
     assert call(evaluate, tmp_path / "a.npz", *flags)[0] == 0
-    (kept,) = (tmp_path / "cache").iterdir()
-    looked = []
-    extract_all = reference_features.extract_all
-    monkeypatch.setattr(
-        reference_features, "extract_all", lambda *args: looked.append(1) or extract_all(*args)
-    )
-    assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and not looked
-    fresh = ["--cache-dir", tmp_path / "other", "--out", tmp_path / "fresh.json"]
-    assert call(evaluate, tmp_path / "b.npz", *flags, *fresh)[0] == 0 and len(looked) == 1
-    assert metrics(tmp_path / "b.metrics.json") == metrics(tmp_path / "fresh.json")
-    kept.write_bytes(kept.read_bytes()[:1000])  # half a file is no file
+    (cached,) = (tmp_path / "cache").iterdir()
+
+    extractions = []
+    extract_features = reference_features.extract_features
+
+    def count_extractions(*args):
+        extractions.append(args)
+        return extract_features(*args)
+
+    monkeypatch.setattr(reference_features, "extract_features", count_extractions)
+    assert call(evaluate, b, *flags)[0] == 0
+    assert len(extractions) == 0
+
+    # An empty cache gives the same metrics.
+    out = tmp_path / "fresh.json"
+    assert call(evaluate, b, *flags, "--cache-dir", tmp_path / "empty", "--out", out)[0] == 0
+    assert len(extractions) == 1
+    fresh = read_metrics(out)
+    assert read_metrics(tmp_path / "b.metrics.json") == fresh
+
+    # A truncated file is ignored.
+    cached.write_bytes(cached.read_bytes()[:1000])
     (tmp_path / "b.metrics.json").unlink()
-    assert call(evaluate, tmp_path / "b.npz", *flags)[0] == 0 and len(looked) == 2
-    assert metrics(tmp_path / "b.metrics.json") == metrics(tmp_path / "fresh.json")
-    write_samples(
-        tmp_path / "r.npz", seed=3
-    )  # other images under the same name are another reference
-    assert (
-        call(evaluate, tmp_path / "b.npz", *flags, "--out", tmp_path / "o.json")[0] == 0
-        and len(looked) == 3
-    )
-    assert metrics(tmp_path / "o.json") != metrics(tmp_path / "fresh.json")
+    assert call(evaluate, b, *flags)[0] == 0
+    assert len(extractions) == 2
+    assert read_metrics(tmp_path / "b.metrics.json") == fresh
+
+    # Other images under the same name are another reference.
+    write_samples(tmp_path / "r.npz", seed=3)
+    out = tmp_path / "other.json"
+    assert call(evaluate, b, *flags, "--out", out)[0] == 0
+    assert len(extractions) == 3
+    assert read_metrics(out) != fresh
 
 
-def test_a_folder_of_links_is_what_they_lead_to(call, tmp_path):
-    """Its hash, by which features are kept, sees through links; two such folders are two references."""
+def test_references_of_symbolic_links_are_identified_by_the_linked_images(call, tmp_path):
     write_samples(tmp_path / "s.npz")
-    numbers = []
+    distances = []
     for name, seed in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
         for i, image in enumerate(write_samples(tmp_path / "r.npz", n=8, seed=seed)):
             Image.fromarray(image).save(tmp_path / name / f"{i}.png")
-        (tmp_path / f"links-{name}").mkdir()
-        (tmp_path / f"links-{name}" / "class").symlink_to(tmp_path / name)
+        links = tmp_path / f"links-{name}"
+        links.mkdir()
+        (links / "class").symlink_to(tmp_path / name)
         (tmp_path / name / "loop").symlink_to(tmp_path / name)
         out = tmp_path / f"{name}.json"
-        flags = ["--reference", tmp_path / f"links-{name}", "--features", "fashion", "--out", out]
+        flags = ["--reference", links, "--features", "fashion", "--out", out]
         assert call(evaluate, tmp_path / "s.npz", *flags)[0] == 0
-        numbers.append(metrics(out)["FD-fashion"])
-    assert numbers[0] != numbers[1]
+        distances.append(read_metrics(out)["FD-fashion"])
+    assert distances[0] != distances[1]
 
 
-def test_numbers_of_another_evaluation_are_not_written_over(call, tmp_path):
+def test_results_of_another_evaluation_are_not_overwritten(call, tmp_path):
     write_samples(tmp_path / "s.npz")
     write_samples(tmp_path / "a.npz", seed=1)
     write_samples(tmp_path / "b.npz", seed=2)
+    notes = tmp_path / "notes.json"
     flags = [tmp_path / "s.npz", "--features", "fashion", "--reference"]
     assert call(evaluate, *flags, tmp_path / "a.npz")[0] == 0
-    code, out = call(evaluate, *flags, tmp_path / "b.npz")
-    assert code == 2 and "another evaluation (reference_sha256 differ)" in out
-    (tmp_path / "notes.json").write_text('{"mine": 1}')
-    code, out = call(evaluate, *flags, tmp_path / "b.npz", "--out", tmp_path / "notes.json")
-    assert (
-        code == 2
-        and "is no metrics.json" in out
-        and "mine" in (tmp_path / "notes.json").read_text()
-    )
-    write_samples(tmp_path / "s.npz", seed=3)  # other samples in their place are measured anew
+    code, text = call(evaluate, *flags, tmp_path / "b.npz")
+    assert code == 2
+    assert "another evaluation (reference_sha256 differ)" in text
+    notes.write_text('{"mine": 1}')
+    code, text = call(evaluate, *flags, tmp_path / "b.npz", "--out", notes)
+    assert code == 2
+    assert "is not a metrics.json" in text
+    assert "mine" in notes.read_text()
+    # New samples under the same name are evaluated, and their result replaces the old one.
+    write_samples(tmp_path / "s.npz", seed=3)
     assert call(evaluate, *flags, tmp_path / "a.npz")[0] == 0
 
 
-def test_two_processes_measure_what_one_does(call, tmp_path):
+def test_two_processes_compute_the_same_result_as_one(call, tmp_path):
     write_samples(tmp_path / "s.npz", n=300)
     write_samples(tmp_path / "r.npz", n=130, seed=1)
-    flags = [
-        tmp_path / "s.npz",
-        "--reference",
-        tmp_path / "r.npz",
-        "--features",
-        "fashion",
-        "--batch-size",
-        16,
-    ]
-    flags += ["--cache-dir", tmp_path / "none", "--out"]
+    cache = tmp_path / "cache"
+    flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--features", "fashion"]
+    flags += ["--batch-size", 16, "--cache-dir", cache, "--out"]
     run_ranks(2, "evaluations.evaluate", *flags, tmp_path / "two.json")
-    shutil.rmtree(tmp_path / "none")
+    shutil.rmtree(cache)
     assert call(evaluate, *flags, tmp_path / "one.json")[0] == 0
-    assert metrics(tmp_path / "one.json") == metrics(tmp_path / "two.json")
-    result = json.loads((tmp_path / "one.json").read_text())
+    result = read_result(tmp_path / "one.json")
+    assert result["metrics"] == read_metrics(tmp_path / "two.json")
     low, high = result["intervals"]["FD-fashion"]
     assert low < result["metrics"]["FD-fashion"] < high
-    assert list(result["by_count"]) == []  # of fewer than 500 there is none to tell
-    assert result["reference_name"] is None and len(result["features"]["fashion"]) == 64
+    assert result["by_count"] == {}  # the smallest count is 500
+    assert result["reference_name"] is None
+    assert len(result["features"]["fashion"]) == 64
 
 
-def test_a_packed_npz_is_read_like_a_plain_one(tmp_path):
+def test_compressed_npz_is_read_like_an_uncompressed_one(tmp_path):
     images = write_samples(tmp_path / "plain.npz", n=50)
-    np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
-    plain, packed = (
-        NpzFile(tmp_path / f"{name}.npz", "samples").open_images() for name in ("plain", "packed")
-    )
-    assert plain.map is not None and packed.map is None
-    with ThreadPoolExecutor(4) as pool:  # as sample_ddp.py reads it
-        parts = pool.map(
-            lambda k: packed.read_rows(k, k + 1)[0], [i % 50 for i in range(0, 2000, 7)]
-        )
-        assert all(
-            np.array_equal(part, images[i % 50]) for part, i in zip(parts, range(0, 2000, 7))
-        )
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
+    plain = NpzFile(tmp_path / "plain.npz", "samples").open_images()
+    compressed = NpzFile(tmp_path / "compressed.npz", "samples").open_images()
+    assert plain.map is not None
+    assert compressed.map is None
+    # Several threads read, in any order, as in sample_ddp.py.
+    indices = [i % 50 for i in range(0, 2000, 7)]
+    with ThreadPoolExecutor(4) as pool:
+        rows = pool.map(lambda i: compressed.read_rows(i, i + 1)[0], indices)
+        assert all(np.array_equal(row, images[i]) for row, i in zip(rows, indices))
     for start, stop in ((0, 8), (8, 16), (40, 56), (4, 9)):
         expected = images[start:stop].transpose(0, 3, 1, 2)
-        assert np.array_equal(plain.read_batch(start, stop), expected) and np.array_equal(
-            packed.read_batch(start, stop), expected
-        )
+        assert np.array_equal(plain.read_batch(start, stop), expected)
+        assert np.array_equal(compressed.read_batch(start, stop), expected)
 
 
-def test_a_reference_in_adms_format_is_of_all_images(call, tmp_path, inception_weights):
+def test_reference_command_writes_statistics_of_all_images_and_some_images(
+    call, tmp_path, inception_weights
+):
     make_tree(tmp_path / "tree", images=9, side=40)
-    common = ["--inception-weights", inception_weights, "--batch-size", 4]
-    made = [
-        "--images",
-        tmp_path / "tree",
-        "--resolution",
-        32,
-        "--out",
-        tmp_path / "r.npz",
-        "--keep-images",
-        5,
-        *common,
-    ]
-    code, out = call(reference, *made)
-    assert code == 0 and "statistics of 9 images, 5 of them kept" in out, out
+    flags = ["--images", tmp_path / "tree", "--resolution", 32, "--out", tmp_path / "r.npz"]
+    flags += ["--keep-images", 5, "--inception-weights", inception_weights, "--batch-size", 4]
+    code, text = call(reference, *flags)
+    assert code == 0, text
+    assert "statistics of 9 images, 5 of them stored" in text
     source = open_images(tmp_path / "tree", 32, "--images")
-    pool, spatial, _ = (
-        x.numpy()
-        for x in InceptionFeatures(inception_weights)(torch.from_numpy(source.read_batch(0, 9)))
-    )
+    features = InceptionFeatures(inception_weights)(torch.from_numpy(source.read_batch(0, 9)))
     with np.load(tmp_path / "r.npz") as content:
-        for key, features in (("", pool), ("_s", spatial)):
-            np.testing.assert_allclose(content[f"mu{key}"], features.mean(0), rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(
-                content[f"sigma{key}"], np.cov(features, rowvar=False), rtol=1e-2, atol=1e-5
-            )
-        kept = np.concatenate([source.read_batch(i, i + 1) for i in (0, 2, 4, 6, 8)]).transpose(
-            0, 2, 3, 1
-        )
-        assert np.array_equal(content["arr_0"], kept)
-    assert call(reference, *made)[0] == 2  # nothing is overwritten
-    code, out = call(reference, *made, "--out", tmp_path / "few.npz", "--keep-images", 2)
-    assert code == 2 and "precision and recall need more than 3; 0 keeps none" in out
+        for suffix, output in (("", features.pool), ("_s", features.spatial)):
+            mu = output.numpy().mean(0)
+            sigma = np.cov(output.numpy(), rowvar=False)
+            np.testing.assert_allclose(content[f"mu{suffix}"], mu, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(content[f"sigma{suffix}"], sigma, rtol=1e-2, atol=1e-5)
+        stored = [source.read_batch(i, i + 1) for i in (0, 2, 4, 6, 8)]
+        expected = np.concatenate(stored).transpose(0, 2, 3, 1)
+        assert np.array_equal(content["arr_0"], expected)
+    assert call(reference, *flags)[0] == 2  # the file is not overwritten
 
 
-def test_statistics_that_cannot_be_inceptions_are_refused(tmp_path):
-    cases = [
-        ({"mu": np.zeros(128), "sigma": np.eye(128)}, "of 2048 features; they are"),
-        ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "some are not"),
-    ]
-    for arrays, message in cases:
-        np.savez(tmp_path / "s.npz", **arrays)
-        with pytest.raises(UserError, match=message):
-            reference_features._adms(NpzFile(tmp_path / "s.npz", "--reference"))
+def test_reference_command_refuses_to_store_too_few_images(call, tmp_path):
+    flags = ["--images", tmp_path, "--resolution", 32, "--out", tmp_path / "r.npz"]
+    code, text = call(reference, *flags, "--keep-images", 2)
+    assert code == 2
+    assert "precision and recall need more than 3; pass 0 to store no images" in text
 
 
-def test_moments_are_those_of_all_batches():
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        (np.zeros(128), np.eye(128), "of 2048 features; their shapes are"),
+        (np.full(2048, np.nan), np.eye(2048), "some are not finite"),
+    ],
+)
+def test_statistics_that_cannot_be_those_of_inception_are_refused(tmp_path, mu, sigma, message):
+    np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
+    with pytest.raises(UserError, match=message):
+        reference_features.read_inception_statistics(NpzFile(tmp_path / "s.npz", "--reference"))
+
+
+def test_merged_moments_equal_those_of_all_features():
     rng = np.random.default_rng(0)
-    features = (rng.normal(size=(100, 7)) + 1000).astype(
-        np.float32
-    )  # sums of squares would lose six digits
-    whole, parts = Moments(), [Moments(), Moments(), Moments()]
+    # With a mean of 1000, sums of squares would lose six digits.
+    features = (rng.normal(size=(100, 7)) + 1000).astype(np.float32)
+    sequential = RunningMoments()
+    merged, other, empty = RunningMoments(), RunningMoments(), RunningMoments()
     for i, batch in enumerate(np.split(features, [1, 20, 64])):
-        whole.add(torch.from_numpy(batch))
-        parts[i % 2].add(torch.from_numpy(batch))
-    for part in parts[1:]:  # the last has seen nothing, as on the last of many processes
-        parts[0].merge(part)
-    for moments in (whole, parts[0]):
-        mu, sigma = moments.statistics()
-        np.testing.assert_allclose(mu, features.astype(float).mean(0), rtol=1e-14)
-        np.testing.assert_allclose(
-            sigma, np.cov(features.astype(float), rowvar=False), rtol=1e-11, atol=1e-12
-        )
+        sequential.add(torch.from_numpy(batch))
+        (merged, other)[i % 2].add(torch.from_numpy(batch))
+    merged.merge(other)
+    merged.merge(empty)  # as from a process that has read no batch
+    x = features.astype(float)
+    for moments in (sequential, merged):
+        mu, sigma = moments.compute_statistics()
+        np.testing.assert_allclose(mu, x.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), rtol=1e-11, atol=1e-12)
 
 
-def test_networks_of_timm_have_their_own_distance_over_one_reading(call, tmp_path, monkeypatch):
-    import timm
-
+def test_several_networks_are_evaluated_in_one_pass_over_the_images(call, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    network = timm.create_model("test_vit", num_classes=0)
-    torch.save(network.state_dict(), tmp_path / "w.pth")
+    weights = tmp_path / "w.pth"
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
     write_samples(tmp_path / "s.npz", 8)
     write_samples(tmp_path / "r.npz", 9, seed=1)
-    flags = [
-        tmp_path / "s.npz",
-        "--reference",
-        tmp_path / "r.npz",
-        "--encoder-weights",
-        tmp_path / "w.pth",
-    ]
-    read = []
-    batch = NpzImages.read_batch
-    monkeypatch.setattr(NpzImages, "read_batch", lambda *args: read.append(args[1]) or batch(*args))
-    more = ["--features", "fashion", "test_vit", "--normalisers", "test_vit=0.5", "fashion=2"]
-    code, out = call(evaluate, *flags, *more)
-    assert code == 0, out
-    assert len(read) == 2  # samples and reference, once each
-    numbers = metrics(tmp_path / "s.metrics.json")
-    assert numbers["FDr"] == pytest.approx(
-        (numbers["FD-test_vit"] / 0.5 + numbers["FD-fashion"] / 2) / 2
-    )
-    assert 0 <= numbers["precision-test_vit"] <= 1
-    encoder = TimmFeatures("test_vit", tmp_path / "w.pth")
-    features = []
+    reads = []
+    read_batch = NpzImages.read_batch
+
+    def count_reads(*args):
+        reads.append(args)
+        return read_batch(*args)
+
+    monkeypatch.setattr(NpzImages, "read_batch", count_reads)
+    flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--encoder-weights", weights]
+    flags += ["--features", "fashion", "test_vit"]
+    flags += ["--normalisers", "test_vit=0.5", "fashion=2"]
+    code, text = call(evaluate, *flags)
+    assert code == 0, text
+    assert len(reads) == 2  # samples and reference, one batch each
+    metrics = read_metrics(tmp_path / "s.metrics.json")
+    expected = (metrics["FD-test_vit"] / 0.5 + metrics["FD-fashion"] / 2) / 2
+    assert metrics["FDr"] == pytest.approx(expected)
+    assert 0 <= metrics["precision-test_vit"] <= 1
+
+    network = TimmFeatures("test_vit", weights)
+    statistics = []
     for name in ("s", "r"):
         with np.load(tmp_path / f"{name}.npz") as content:
-            features.append(
-                encoder(torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2))[0].numpy()
-            )
-    assert numbers["FD-test_vit"] == pytest.approx(
-        frechet_distance(*map(compute_statistics, features))
-    )
+            features = network(to_nchw(content["arr_0"])).pool
+        statistics.append(compute_statistics(features.numpy()))
+    assert metrics["FD-test_vit"] == pytest.approx(frechet_distance(*statistics))
 
 
-def test_images_are_resized_for_an_encoder_as_pil_does():
-    image = torch.randint(
-        0, 256, (1, 3, 90, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    for side in (64, 112):
-        expected = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize(
-            (side, side), Image.Resampling.BICUBIC
-        )
-        ours = resize(image, side)[0].permute(1, 2, 0).numpy()
-        difference = np.abs(ours - np.asarray(expected, float))
-        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
-    assert torch.equal(resize(image[..., :70, :], 70), image[..., :70, :].float())
+@pytest.mark.parametrize("side", [64, 112])
+def test_resize_equals_pil_to_one_grey_level(side):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 90, 70), dtype=torch.uint8, generator=generator)
+    pil_image = Image.fromarray(image[0].permute(1, 2, 0).numpy())
+    expected = pil_image.resize((side, side), Image.Resampling.BICUBIC)
+    resized = resize_bicubic(image, side)[0].permute(1, 2, 0).numpy()
+    difference = np.abs(resized - np.asarray(expected, float))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
 
 
-def test_dinov2_positions_are_stretched_by_its_own_factor():
-    """Bicubic interpolation leaves a straight line almost straight: where patch i of 16 lies among 37 can be read off it, to
-    0.05 (torch's kernel), where a factor of 16 / 37 would be 0.2 away at the end."""
-    import timm
+def test_resize_leaves_images_of_the_right_size_unchanged():
+    image = torch.randint(0, 256, (1, 3, 70, 70), dtype=torch.uint8)
+    assert torch.equal(resize_bicubic(image, 70), image.float())
 
+
+def test_dinov2_position_embedding_is_scaled_by_its_published_factor():
+    """Bicubic interpolation keeps a linear ramp almost linear, which reveals the sampled positions.
+
+    The position of patch i of 16 among 37 patches can be read off to within 0.05 (torch's kernel).
+    A factor of 16 / 37 would deviate by 0.2 at the end.
+    """
     network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
-    column = torch.arange(37.0).repeat(37)
+    ramp = torch.arange(37.0).repeat(37)
     with torch.no_grad():
-        network.pos_embed[0, 0], network.pos_embed[0, 1:, 0] = 7, column
-    resize_positions(network, 224)
-    assert network.pos_embed.shape == (1, 257, 384) and network.pos_embed[0, 0, 0] == 7
+        network.pos_embed[0, 0] = 7
+        network.pos_embed[0, 1:, 0] = ramp
+    resize_position_embedding(network, 224)
+    assert network.pos_embed.shape == (1, 257, 384)
+    assert network.pos_embed[0, 0, 0] == 7
     expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
-    torch.testing.assert_close(
-        network.pos_embed[0, 1:17, 0][1:-1], expected[1:-1], atol=0.06, rtol=0
-    )
+    positions = network.pos_embed[0, 1:17, 0]
+    torch.testing.assert_close(positions[1:-1], expected[1:-1], atol=0.06, rtol=0)
     assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
 
 
-def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    write_samples(tmp_path / "s.npz")
-    write_samples(tmp_path / "large.npz", side=64)
-    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    np.savez(tmp_path / "float.npz", arr_0=np.zeros((9, 32, 32, 3)))
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    (tmp_path / "broken.npz").write_bytes(b"PK")
-    torch.save({"a": print}, tmp_path / "evil.pth")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    write_samples(tmp_path / "few.npz", n=3)
-    make_tree(tmp_path / "bad", images=6)
-    np.savez(
-        tmp_path / "onehot.npz", arr_0=np.zeros((5, 32, 32, 3), np.uint8), arr_1=np.zeros((5, 10))
-    )
-    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(np.zeros((5, 32, 32, 3), np.uint8)))
-    np.savez(tmp_path / "named.npz", images=np.zeros((5, 32, 32, 3), np.uint8))
-    np.savez_compressed(
-        tmp_path / "damaged.npz",
-        arr_0=np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8),
-    )
-    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+@pytest.fixture(scope="module")
+def unusable_inputs(tmp_path_factory):
+    """Return a folder with valid samples s.npz and files that cannot be evaluated."""
+    folder = tmp_path_factory.mktemp("unusable")
+    uint8_images = np.zeros((5, 32, 32, 3), np.uint8)
+    write_samples(folder / "s.npz")
+    write_samples(folder / "large.npz", side=64)
+    write_samples(folder / "few.npz", n=3)
+    np.savez(folder / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(folder / "float.npz", arr_0=np.zeros((9, 32, 32, 3)))
+    np.savez(folder / "onehot.npz", arr_0=uint8_images, arr_1=np.zeros((5, 10)))
+    np.savez(folder / "fortran.npz", arr_0=np.asfortranarray(uint8_images))
+    np.savez(folder / "named.npz", images=uint8_images)
+    np.savez(folder / "other.npz", x=np.zeros(3))
+    (folder / "broken.npz").write_bytes(b"PK")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (50, 32, 32, 3), np.uint8)
+    np.savez_compressed(folder / "damaged.npz", arr_0=noise)
+    content = bytearray((folder / "damaged.npz").read_bytes())
     content[5000:5100] = bytes(100)
-    (tmp_path / "damaged.npz").write_bytes(content)
-    (tmp_path / "bad/class1/001.png").write_bytes(b"no image")
-    cases = [
+    (folder / "damaged.npz").write_bytes(content)
+    torch.save({"a": print}, folder / "pickle.pth")
+    torch.save({"a": torch.zeros(1)}, folder / "other.pth")
+    make_tree(folder / "tree", images=6)
+    (folder / "tree/class1/001.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         (
-            ["s.npz", "--reference", "s.npz"],
+            "s.npz --reference s.npz",
             r"no Inception weights: fetch https://.*put it at .*hub/checkpoints/",
         ),
         (
-            ["s.npz", "--reference", "s.npz", "--inception-weights", "evil.pth"],
-            "is no file of plain tensors",
+            "s.npz --reference s.npz --inception-weights pickle.pth",
+            "is not a file of plain tensors",
         ),
         (
-            ["s.npz", "--reference", "s.npz", "--inception-weights", "other.pth"],
+            "s.npz --reference s.npz --inception-weights other.pth",
             r"other\.pth is not weights-inception",
         ),
         (
-            ["s.npz", "--reference", "large.npz", "--features", "fashion"],
+            "s.npz --features fashion --reference large.npz",
             "holds images of 64x64, the samples are 32x32",
         ),
         (
-            ["onehot.npz", "--reference", "s.npz", "--features", "fashion"],
-            r"arr_1 must be the classes of 5 images",
+            "onehot.npz --features fashion --reference s.npz",
+            "arr_1 must be the classes of 5 images",
         ),
-        (["fortran.npz", "--reference", "s.npz", "--features", "fashion"], "in Fortran order"),
+        ("fortran.npz --features fashion --reference s.npz", "in Fortran order"),
+        ("damaged.npz --features fashion --reference s.npz", r"damaged\.npz is damaged"),
+        ("named.npz --reference s.npz", "holds no images under arr_0; it holds images"),
+        ("stats.npz --features fashion --reference s.npz", "holds no images under arr_0"),
+        ("float.npz --features fashion --reference s.npz", "must be uint8"),
+        ("broken.npz --features fashion --reference s.npz", r"cannot be read as \.npz"),
+        ("none.npz --reference s.npz", "none.npz does not exist"),
         (
-            ["damaged.npz", "--reference", "s.npz", "--features", "fashion"],
-            r"damaged\.npz is damaged",
+            "s.npz --features fashion --reference none.npz",
+            "--reference none.npz does not exist",
         ),
-        (["named.npz", "--reference", "s.npz"], "holds no images under arr_0; it holds images"),
+        ("s.npz --features fashion --reference other.npz", "holds neither images"),
+        ("s.npz --features fashion --reference stats.npz", "holds Inception statistics"),
         (
-            ["s.npz", "--reference", "none.npz", "--features", "fashion"],
-            "--reference .*none.npz does not exist",
+            "large.npz --features fashion --reference s.npz",
+            "needs 32x32 images, found 64x64 in the samples",
         ),
-        (["s.npz", "--reference", "other.npz", "--features", "fashion"], "holds neither images"),
+        ("s.npz --features fashion --reference few.npz", "--reference few.npz holds 3 images"),
         (
-            ["s.npz", "--reference", "stats.npz", "--features", "fashion"],
-            "holds Inception statistics",
-        ),
-        (
-            ["large.npz", "--reference", "s.npz", "--features", "fashion"],
-            "needs 32x32 images, .* holds 64x64",
-        ),
-        (["float.npz", "--reference", "s.npz", "--features", "fashion"], "must be uint8"),
-        (
-            ["broken.npz", "--reference", "s.npz", "--features", "fashion"],
-            r"cannot be read as \.npz",
+            "s.npz --features fashion --reference tree",
+            r"--reference tree: class1/001\.png ",
         ),
         (
-            ["stats.npz", "--reference", "s.npz", "--features", "fashion"],
-            "holds no images under arr_0",
-        ),
-        (["none.npz", "--reference", "s.npz"], "none.npz does not exist"),
-        (
-            ["s.npz", "--reference", "few.npz", "--features", "fashion"],
-            "--reference few.npz holds 3 images",
+            "s.npz --features dinov2-x --reference s.npz",
+            r"--features dinov2-x .*dinov2-[bgls]",
         ),
         (
-            ["s.npz", "--reference", "bad", "--features", "fashion"],
-            r"--reference bad: class1/001\.png cannot be used",
+            "s.npz --features test_vit --reference s.npz",
+            "--features .*test_vit .*hf download",
         ),
+        ("s.npz --features fashion fashion --reference s.npz", "pass each name only once"),
         (
-            ["s.npz", "--reference", "s.npz", "--features", "dinov2-x"],
-            "dinov2-x is no network that timm knows; near it: dinov2-",
+            "s.npz --features fashion --normalisers x=1 --reference s.npz",
+            "--normalisers x is not among the networks",
         ),
+        ("s.npz --normalisers x=0 --reference s.npz", "x=0 is not a network's name"),
         (
-            ["s.npz", "--reference", "s.npz", "--features", "test_vit"],
-            "timm cannot load test_vit .*fetch it with",
+            "s.npz --features fashion --encoder-weights s.npz --reference s.npz",
+            "--features names 0: pass exactly one",
         ),
-        (["s.npz", "--reference", "s.npz", "--features", "fashion", "fashion"], "each only once"),
-        (
-            ["s.npz", "--reference", "s.npz", "--features", "fashion", "--normalisers", "x=1"],
-            "--normalisers x: there is no",
-        ),
-        (["s.npz", "--reference", "s.npz", "--normalisers", "x=0"], "x=0 is not a network's name"),
-        (
-            [
-                "s.npz",
-                "--reference",
-                "s.npz",
-                "--features",
-                "fashion",
-                "--encoder-weights",
-                "s.npz",
-            ],
-            "names 0 of timm's",
-        ),
-    ]
-    monkeypatch.chdir(tmp_path)
-    import re
-
-    for flags, message in cases:
-        code, out = call(evaluate, *flags)
-        assert code == 2 and re.search(message, out) and "Traceback" not in out, (flags, out)
-    assert not list(tmp_path.glob("*metrics.json"))
+    ],
+)
+def test_user_errors_end_in_one_line(call, unusable_inputs, monkeypatch, flags, message):
+    monkeypatch.setenv("TORCH_HOME", str(unusable_inputs / "hub"))
+    monkeypatch.chdir(unusable_inputs)
+    code, text = call(evaluate, *flags.split())
+    assert code == 2
+    assert re.search(message, text), text
+    assert "Traceback" not in text
+    assert not list(unusable_inputs.glob("*metrics.json"))
 
 
-def test_curves_draw_several_runs(call, trained, tmp_path):
-    code, out = call(curves, trained, trained, "--out", tmp_path / "c.png")
-    assert code == 0 and (tmp_path / "c.png").stat().st_size > 10_000, out
+def test_curves_of_several_runs_are_plotted(call, trained, tmp_path):
+    code, text = call(curves, trained, trained, "--out", tmp_path / "c.png")
+    assert code == 0, text
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_curves_of_evaluations_add_a_panel(call, trained, tmp_path):
     evaluated = shutil.copytree(trained, tmp_path / "evaluated")
-    with open(evaluated / "metrics.jsonl", "a") as file:  # as --eval-every writes them
+    with (evaluated / "metrics.jsonl").open("a") as file:
         for images, distance in ((8, 5.0), (16, 4.0)):
-            row = {
-                "step": 1,
-                "images": images,
-                "FD-fashion": distance,
-                "evaluation": {"ema_decay": 0.9},
-            }
-            file.write(json.dumps(row) + "\n")
+            # The format of --eval-every.
+            row = {"step": 1, "images": images, "FD-fashion": distance}
+            file.write(json.dumps(row | {"evaluation": {"ema_decay": 0.9}}) + "\n")
+    assert call(curves, trained, trained, "--out", tmp_path / "c.png")[0] == 0
     assert call(curves, trained, evaluated, "--out", tmp_path / "e.png")[0] == 0
-    assert (
-        Image.open(tmp_path / "e.png").width > 1.3 * Image.open(tmp_path / "c.png").width
-    )  # one panel more
-    code, out = call(curves, tmp_path)
-    assert code == 2 and "is no run" in out
-    code, out = call(curves, trained, "--out", tmp_path / "c.txt")
-    assert code == 2 and "must end in .png" in out
+    width = Image.open(tmp_path / "c.png").width
+    assert Image.open(tmp_path / "e.png").width > 1.3 * width

@@ -1,7 +1,11 @@
-"""Inception against the two other ports of the graph, all three with the same random weights, and the resize of TensorFlow 1.
+"""Inception against two other ports of the graph, and the resize against TensorFlow 1's formula.
 
-pytorch-fid's own pipeline differs from ADM's in what precedes the network: it resizes around pixel centres (F.interpolate) and
-maps pixels to 2 x / 255 - 1. Here its network is given images resized by the formula below and mapped to (x - 128) / 128."""
+All ports have the same random weights. The pipeline of pytorch-fid differs from ADM's before the
+network: it resizes around pixel centres (F.interpolate) and maps pixels to 2 x / 255 - 1. Its
+network is therefore given images resized by the formula below and mapped to (x - 128) / 128.
+"""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,41 +14,45 @@ from pytorch_fid import inception as pytorch_fid
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from common.cli import UserError
 from common.files import sha256
 from evaluations.inception import InceptionFeatures, find_weights
 
 
-def resize_matrix(size: int, to: int = 299) -> np.ndarray:
-    """TensorFlow 1's bilinear resize with align_corners and half_pixel_centers False, of one axis: (to, size).
+def resize_matrix(size: int, new_size: int = 299) -> np.ndarray:
+    """Return the matrix of TensorFlow 1's bilinear resize along one axis, (new_size, size).
 
-    Pixel i of the result lies at i * size / to, in float32, and takes from the pixel before and, within the image, after."""
-    position = np.arange(to, dtype=np.float32) * np.float32(size / to)
+    align_corners and half_pixel_centers are False: pixel i of the result lies at
+    i * size / new_size, in float32, and interpolates the pixel before and, within the image, the
+    pixel after.
+    """
+    position = np.arange(new_size, dtype=np.float32) * np.float32(size / new_size)
     before = np.floor(position).astype(int)
-    after, share = np.minimum(before + 1, size - 1), (position - before).astype(np.float64)
-    matrix = np.zeros((to, size))
-    np.add.at(matrix, (np.arange(to), before), 1 - share)
-    np.add.at(matrix, (np.arange(to), after), share)
+    after = np.minimum(before + 1, size - 1)
+    weight = (position - before).astype(np.float64)
+    matrix = np.zeros((new_size, size))
+    np.add.at(matrix, (np.arange(new_size), before), 1 - weight)
+    np.add.at(matrix, (np.arange(new_size), after), weight)
     return matrix
 
 
-def resized(images: np.ndarray) -> np.ndarray:
-    """(B, 3, H, W) uint8 -> (B, 3, 299, 299)."""
-    return (
-        resize_matrix(images.shape[2])
-        @ images.astype(np.float64)
-        @ resize_matrix(images.shape[3]).T
-    )
+def resize_as_tensorflow(images: np.ndarray) -> np.ndarray:
+    """Resize (B, 3, H, W) uint8 images to (B, 3, 299, 299)."""
+    vertical = resize_matrix(images.shape[2])
+    horizontal = resize_matrix(images.shape[3])
+    return vertical @ images.astype(np.float64) @ horizontal.T
 
 
-def enliven(network: torch.nn.Module, images: np.ndarray) -> None:
-    """He's random weights, and BatchNorm that has seen the images: without, they all come to look alike on the way."""
+def initialise_network(network: torch.nn.Module, images: np.ndarray) -> None:
+    """Draw He weights and fit BatchNorm to the images.
+
+    Without BatchNorm statistics, the activations of different images would become alike.
+    """
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         if parameter.ndim > 1:
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator)
-                * (2 / parameter[0].numel()) ** 0.5
-            )
+            scale = (2 / parameter[0].numel()) ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         else:
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     for module in network.modules():
@@ -55,118 +63,128 @@ def enliven(network: torch.nn.Module, images: np.ndarray) -> None:
     network.eval()
 
 
-@pytest.fixture(scope="module")
-def ports(tmp_path_factory, images):
-    """Ours, torch-fidelity's with every output there is, pytorch-fid's; the weights, and the sha256 of their file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr(torch, "load", lambda *args, **kwargs: None)
-        network = FeatureExtractorInceptionV3("source", ["2048"], "none")
-    enliven(network, images)
-    state, path = network.state_dict(), tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(state, path)
-    ours, digest = InceptionFeatures(path), sha256(path)
-    fidelity = FeatureExtractorInceptionV3(
-        "oracle", ["2048", "logits_unbiased", "logits"], str(path)
-    )
-    path.unlink()  # 95 MB
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytorch_fid, "load_state_dict_from_url", lambda url, progress: state)
-        fid = pytorch_fid.InceptionV3([3], resize_input=False, normalize_input=False).eval()
-    return ours, fidelity, fid, state, digest
+def capture_output(module: torch.nn.Module, call):
+    """Return the result of `call` and the output of `module` during the call."""
+    captured = []
+    hook = module.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    result = call()
+    hook.remove()
+    return result, captured[0]
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Three that differ, coarse and fine: (3, 3, 64, 64) uint8."""
+    """Three different images with coarse and fine structure, (3, 3, 64, 64) uint8."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (3, 3, 8, 8)).repeat(8, 2).repeat(8, 3)
     return ((coarse + rng.integers(0, 256, (3, 3, 64, 64))) // 2).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
-def outputs(ports, images):
-    return ports[0](torch.from_numpy(images))
-
-
-def test_the_random_network_is_alive(outputs):
-    """Or the comparisons below would see no fault in it."""
-    pool, spatial, probabilities = outputs
-    assert (
-        pool.shape == (3, 2048) and spatial.shape == (3, 2023) and probabilities.shape == (3, 1008)
+def ports(tmp_path_factory, images):
+    """Our network and the ports of torch-fidelity and pytorch-fid, all with the same weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(torch, "load", lambda *args, **kwargs: None)
+        network = FeatureExtractorInceptionV3("source", ["2048"], "none")
+    initialise_network(network, images)
+    state = network.state_dict()
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(state, path)
+    ours = InceptionFeatures(path)
+    outputs = ["2048", "logits_unbiased", "logits"]
+    torch_fidelity_port = FeatureExtractorInceptionV3("oracle", outputs, str(path))
+    weights_sha256 = sha256(path)
+    path.unlink()  # 95 MB
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid, "load_state_dict_from_url", lambda url, progress: state)
+        pytorch_fid_port = pytorch_fid.InceptionV3(
+            [3], resize_input=False, normalize_input=False
+        ).eval()
+    return SimpleNamespace(
+        ours=ours,
+        torch_fidelity=torch_fidelity_port,
+        pytorch_fid=pytorch_fid_port,
+        state=state,
+        weights_sha256=weights_sha256,
     )
-    for features in (pool, spatial):
-        assert (features > 0).float().mean() > 0.3 and features.std(
-            0
-        ).mean() > 0.05 * features.mean()
-    assert probabilities.max(1).values.min() > 1e-3 and probabilities.max() < 0.9
 
 
-def test_features_are_torch_fidelitys(ports, images, outputs):
-    fidelity = ports[1]
-    kept = []
-    hook = fidelity.Mixed_6d.branch1x1.register_forward_hook(
-        lambda module, inputs, output: kept.append(output)
+@pytest.fixture(scope="module")
+def features(ports, images):
+    return ports.ours(torch.from_numpy(images))
+
+
+def test_random_network_distinguishes_the_images(features):
+    """Otherwise the comparisons below would not detect faults."""
+    assert features.pool.shape == (3, 2048)
+    assert features.spatial.shape == (3, 2023)
+    assert features.scores.shape == (3, 1008)
+    for output in (features.pool, features.spatial):
+        assert (output > 0).float().mean() > 0.3
+        assert output.std(0).mean() > 0.05 * output.mean()
+    assert features.scores.max(1).values.min() > 1e-3
+    assert features.scores.max() < 0.9
+
+
+def test_features_equal_torch_fidelity(ports, images, features):
+    network = ports.torch_fidelity
+    (pool, unbiased, biased), spatial = capture_output(
+        network.Mixed_6d.branch1x1, lambda: network(torch.from_numpy(images))
     )
-    pool, unbiased, biased = fidelity(torch.from_numpy(images))
-    hook.remove()
-    torch.testing.assert_close(outputs[0], pool, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(outputs[2], unbiased.softmax(1), rtol=1e-4, atol=1e-7)
-    assert not torch.allclose(outputs[2], biased.softmax(1), rtol=1e-2)
-    channel_last = np.ascontiguousarray(kept[0].numpy().transpose(0, 2, 3, 1)[..., :7]).reshape(
-        3, -1
-    )
-    np.testing.assert_allclose(outputs[1].numpy(), channel_last, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features.pool, pool, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features.scores, unbiased.softmax(1), rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(features.scores, biased.softmax(1), rtol=1e-2)
+    channels_last = spatial.numpy().transpose(0, 2, 3, 1)[..., :7].reshape(3, -1)
+    np.testing.assert_allclose(features.spatial.numpy(), channels_last, rtol=1e-5, atol=1e-6)
 
 
-def test_features_are_pytorch_fids(ports, images, outputs):
-    """Another port, our formula of the resize, the product with the classes written out; up to the rounding of 94 layers."""
-    *_, fid, state, _ = ports
-    kept = []
-    hook = fid.blocks[2][6].branch1x1.register_forward_hook(
-        lambda module, inputs, output: kept.append(output)
-    )
+def test_features_equal_pytorch_fid(ports, images, features):
+    """The port gets our resized images. The logits are computed explicitly.
+
+    The tolerances allow for the rounding of 94 layers.
+    """
+    network = ports.pytorch_fid
+    pixels = torch.from_numpy((resize_as_tensorflow(images) - 128) / 128).float()
     with torch.no_grad():
-        pool = fid(torch.from_numpy((resized(images) - 128) / 128).float())[0][:, :, 0, 0]
-    hook.remove()
-    torch.testing.assert_close(outputs[0], pool, rtol=1e-3, atol=1e-4)
-    spatial = torch.stack(
-        [kept[0][:, c, y, x] for y in range(17) for x in range(17) for c in range(7)], 1
-    )
-    torch.testing.assert_close(outputs[1], spatial, rtol=1e-3, atol=1e-4)
-    assert outputs[1].min() == 0 < outputs[1].max()  # what a ReLU leaves
-    logits = pool.double() @ state["fc.weight"].double().T
-    torch.testing.assert_close(outputs[2].double(), logits.softmax(1), rtol=5e-3, atol=1e-7)
+        (output,), branch = capture_output(network.blocks[2][6].branch1x1, lambda: network(pixels))
+    pool = output[:, :, 0, 0]
+    torch.testing.assert_close(features.pool, pool, rtol=1e-3, atol=1e-4)
+    columns = [branch[:, c, y, x] for y in range(17) for x in range(17) for c in range(7)]
+    torch.testing.assert_close(features.spatial, torch.stack(columns, 1), rtol=1e-3, atol=1e-4)
+    assert features.spatial.min() == 0 < features.spatial.max()  # as after a ReLU
+    logits = pool.double() @ ports.state["fc.weight"].double().T
+    scores = features.scores.double()
+    torch.testing.assert_close(scores, logits.softmax(1), rtol=5e-3, atol=1e-7)
 
 
-def test_the_network_works_in_float32_whatever_surrounds_it(ports, images, outputs):
+def test_features_are_float32_under_autocast(ports, images, features):
     with torch.autocast("cpu", torch.bfloat16):
-        again = ports[0](torch.from_numpy(images))
-    for a, b in zip(again, outputs):
-        assert a.dtype == torch.float32 and torch.equal(a, b)
+        under_autocast = ports.ours(torch.from_numpy(images)).present()
+    for name, expected in features.present().items():
+        assert under_autocast[name].dtype == torch.float32
+        assert torch.equal(under_autocast[name], expected)
 
 
-def test_the_features_know_their_weights(ports):
-    assert ports[0].weights_sha256 == ports[4] and len(ports[4]) == 64
+def test_weights_sha256_is_the_hash_of_the_file(ports):
+    assert ports.ours.weights_sha256 == ports.weights_sha256
+    assert len(ports.weights_sha256) == 64
 
 
 @pytest.mark.parametrize("size", [32, 256, 299, 512])
 def test_torch_fidelity_resizes_as_tensorflow_1(size):
     images = np.random.default_rng(size).integers(0, 256, (1, 3, size, size), np.uint8)
-    theirs = interpolate_bilinear_2d_like_tensorflow1x(
-        torch.from_numpy(images).float(), size=(299, 299), align_corners=False
+    pixels = torch.from_numpy(images).float()
+    resized = interpolate_bilinear_2d_like_tensorflow1x(
+        pixels, size=(299, 299), align_corners=False
     )
-    np.testing.assert_allclose(theirs.numpy(), resized(images), atol=2e-4)
-    centres = torch.nn.functional.interpolate(
-        torch.from_numpy(images).float(), (299, 299), mode="bilinear"
-    )
-    assert (
-        size == 299 or (centres - theirs).abs().mean() > 5
-    )  # what it would be around pixel centres, as pytorch-fid has it
+    np.testing.assert_allclose(resized.numpy(), resize_as_tensorflow(images), atol=2e-4)
+    if size != 299:
+        # A resize around pixel centres, as in pytorch-fid, gives different images.
+        centred = torch.nn.functional.interpolate(pixels, (299, 299), mode="bilinear")
+        assert (centred - resized).abs().mean() > 5
 
 
-def test_missing_weights_are_named(tmp_path):
-    from common.cli import UserError
-
+def test_missing_weights_error_says_where_to_get_them(tmp_path):
     with pytest.raises(UserError, match="no Inception weights: fetch"):
         find_weights(tmp_path / "none.pth")

@@ -1,14 +1,18 @@
+"""Write reports of small runs, and check the page as a browser would parse it."""
+
 import json
+import re
+import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations import nearest, report
-from evaluations.report_charts import linear_ticks, log_ticks, smoothed, thinned
-from evaluations.report_metrics import Measured, differing, identity, section, verdict
+from evaluations import curves, nearest, report
+from evaluations.metrics_files import compare_settings, select_identity
+from evaluations.plots import make_training_panels, smooth, thin
+from evaluations.runs import read_run
 
 VOID = {"img", "meta"}
 SAMPLING = {
@@ -26,7 +30,7 @@ SAMPLING = {
 
 
 class Page(HTMLParser):
-    """Elements as (tag, attributes, text within), in order of their ends; fails on tags that do not match."""
+    """Elements as (tag, attributes, text) in the order of their end tags, which must match."""
 
     def __init__(self, path):
         super().__init__()
@@ -41,37 +45,36 @@ class Page(HTMLParser):
             self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
-        name, attributes, words = self.open.pop()
+        name, attributes, parts = self.open.pop()
         assert name == tag
-        self.elements.append((name, attributes, "".join(words)))
+        self.elements.append((name, attributes, "".join(parts)))
 
     def handle_data(self, data):
-        for _, _, words in self.open:
-            words.append(data)
+        for _, _, parts in self.open:
+            parts.append(data)
 
     def all(self, tag, class_=None):
-        """Attributes and text of every such element."""
-        found = [(attributes, words) for name, attributes, words in self.elements if name == tag]
+        """Return attributes and text of each such element."""
+        found = [(attributes, text) for name, attributes, text in self.elements if name == tag]
         return [
-            each
-            for each in found
-            if class_ is None or class_ in (each[0].get("class") or "").split()
+            (attributes, text)
+            for attributes, text in found
+            if class_ is None or class_ in (attributes.get("class") or "").split()
         ]
 
-    def words(self, tag, class_=None):
-        return [words for _, words in self.all(tag, class_)]
+    def text_of(self, tag, class_=None):
+        return [text for _, text in self.all(tag, class_)]
 
 
 def make_run(folder, steps=6, **changes):
-    """A run as train.py leaves it, with previews and a checkpoint's config.json."""
+    """Write a run like those of train.py, with previews and a checkpoint's config.json."""
     folder.mkdir(parents=True)
     rows = [
         {
+            "schema": 2,
             "step": 10 * k,
             "images": 80 * k,
             "denoising": 1.25 / k,
-            "align": None,
-            "cosine": None,
             "grad_norm": 0.5,
             "skipped": 0,
             "images_per_s": 100.0,
@@ -120,20 +123,17 @@ def make_metrics(path, run, metrics, **changes):
 
 
 def evaluate_while_training(run, settings):
-    with open(run / "metrics.jsonl", "a") as file:
+    """Append evaluations to a run's log, as --eval-every does."""
+    with (run / "metrics.jsonl").open("a") as file:
         for k, more in enumerate(settings, 1):
             row = {"step": 10 * k, "images": 80 * k, "FD-fashion": 9.5 - k, "precision": None}
-            file.write(
-                json.dumps(
-                    row | {"evaluation": {"ema_decay": 0.9, "reference_sha256": "c" * 64, **more}}
-                )
-                + "\n"
-            )
+            row["evaluation"] = {"ema_decay": 0.9, "reference_sha256": "c" * 64, **more}
+            file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture
-def make(call, tmp_path, monkeypatch):
-    """make(*flags) -> the Page."""
+def write_page(call, tmp_path, monkeypatch):
+    """write_page(*flags) -> the parsed page."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags) -> Page:
@@ -144,30 +144,29 @@ def make(call, tmp_path, monkeypatch):
     return run
 
 
-def test_the_page_is_whole_and_needs_nothing_else(make, tmp_path):
+def test_page_is_complete_and_self_contained(write_page, tmp_path):
     a, b = make_run(tmp_path / "exps/a"), make_run(tmp_path / "exps/b")
     evaluate_while_training(a, [{}, {}])
     make_metrics(tmp_path / "samples/s.metrics.json", a, {"FD-fashion": 3.0})
     Image.new("RGB", (2000, 100)).save(tmp_path / "samples/s.png")
-    page = make(a, b)
+    page = write_page(a, b)
     for tag, attributes, _ in page.elements:
         assert tag not in ("script", "link", "iframe", "object", "base")
         assert attributes.get("src", "data:").startswith("data:image/") or "src" not in attributes
-        assert attributes.get("href", "#").startswith("#") and not any(
-            key.startswith("on") for key in attributes
-        )
+        assert attributes.get("href", "#").startswith("#")
+        assert attributes.get("xlink:href", "#").startswith("#")
+        assert not any(key.startswith("on") for key in attributes)
         assert tag != "img" or attributes["alt"]
     assert "url(" not in page.text and "@import" not in page.text and "http" not in page.text
-    assert page.all("html")[0][0]["lang"] == "en" and page.words("title")[0].startswith("a, b")
+    assert page.all("html")[0][0]["lang"] == "en" and page.text_of("title")[0].startswith("a, b")
     assert any(attributes.get("name") == "viewport" for attributes, _ in page.all("meta"))
-    ids = {attributes["id"] for attributes, _ in page.all("section")}
-    assert {attributes["href"][1:] for attributes, _ in page.all("a")} == ids and len(ids) == 5
-    captions = page.words("figcaption")
-    assert sum(words.startswith("step ") for words in captions) == 16  # of 2 x 12 previews
-    assert (
-        captions.count("step 10 · 80 images") == captions.count("step 120 · 960 images") == 2
-        and "a: s" in captions
-    )
+    sections = {attributes["id"] for attributes, _ in page.all("section")}
+    links = {attributes["href"][1:] for attributes, _ in page.all("a")}
+    assert links == sections and len(sections) == 5
+    captions = page.text_of("figcaption")
+    assert sum(caption.startswith("step ") for caption in captions) == 16  # of 2 x 12 previews
+    assert captions.count("step 10 · 80 images") == captions.count("step 120 · 960 images") == 2
+    assert "a: s" in captions
     charts = [
         attributes["aria-label"].partition(" over ")[0]
         for attributes, _ in page.all("svg", "chart")
@@ -175,13 +174,26 @@ def test_the_page_is_whole_and_needs_nothing_else(make, tmp_path):
     assert charts == [
         "denoising loss",
         "gradient norm before clipping",
-        "images a second",
+        "images per second",
         "FD-fashion",
     ]
     assert len(page.text) < 200_000
 
 
-def test_values_are_those_of_the_files(make, tmp_path):
+def test_charts_share_the_page_without_conflicts(write_page, tmp_path):
+    """Ids are unique, colours follow light and dark mode, and text has the font of the page."""
+    runs = [make_run(tmp_path / f"exps/{name}") for name in "ab"]
+    page = write_page(*runs)
+    ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert len(page.all("style")) == 1
+    svg = page.text[page.text.index('<svg class="chart"') :]
+    svg = svg[: svg.index("</svg>")]
+    assert "var(--c0)" in svg and "var(--c1)" in svg and "var(--soft)" in svg
+    assert "#a0" not in svg and "font-family" not in svg
+
+
+def test_values_equal_those_of_the_files(write_page, tmp_path):
     run = make_run(
         tmp_path / "exps/a",
         align=["sra2"],
@@ -189,6 +201,7 @@ def test_values_are_those_of_the_files(make, tmp_path):
         align_loss=["cosine"],
         align_weight=[0.5],
     )
+    evaluate_while_training(run, [{}])
     metrics = {"FID": 8.314159265358979, "precision": 0.68125, "recall": None}
     content = make_metrics(run / "metrics.json", run, metrics, surprise="told too")
     content |= {
@@ -198,7 +211,7 @@ def test_values_are_those_of_the_files(make, tmp_path):
     (run / "metrics.json").write_text(
         json.dumps(content | {"warning": "FID of 50 samples is biased"})
     )
-    page = make(run)
+    page = write_page(run)
     values = {attributes["value"] for attributes, _ in page.all("data")}
     assert {
         repr(metrics["FID"]),
@@ -208,52 +221,63 @@ def test_values_are_those_of_the_files(make, tmp_path):
         "12.345678",
         repr(1.25 / 6),
         "100.0",
+        "8.5",
     } <= values
-    assert page.words("p", "warning") == ["a (metrics.json): FID of 50 samples is biased"]
+    assert page.text_of("p", "warning") == ["a (metrics.json): FID of 50 samples is biased"]
     assert (
         "SiT-Ti/2 · sra2: block 2, cosine, weight 0.5 · 60 steps · 480 images seen"
-        in page.words("span", "soft")
+        in page.text_of("span", "soft")
     )
-    assert "told too" in page.words("span") and "first 10" in page.words("th")
+    assert "told too" in page.text_of("span") and "first 10" in page.text_of("th")
 
 
-def test_fields_that_differ_are_marked_and_no_best_is_crowned_among_them(make, tmp_path):
+def test_old_and_new_columns_of_a_method_make_one_curve(write_page, tmp_path):
+    run = make_run(tmp_path / "exps/a", align=["sra2", "repa"])
+    old = {"step": 1, "images": 8, "align": 0.5, "align_repa": 0.75}
+    new = {"schema": 2, "step": 2, "images": 16, "align/sra2": 0.25, "align/repa": 0.625}
+    (run / "metrics.jsonl").write_text(f"{json.dumps(old)}\n{json.dumps(new)}\n")
+    (panel,) = [
+        panel for panel in make_training_panels([read_run("a", run)]) if panel.quantity == "align"
+    ]
+    assert [(series.label, [*series.y]) for series in panel.series] == [
+        ("a, sra2", [0.5, 0.25]),
+        ("a, repa", [0.75, 0.625]),
+    ]
+    assert [series.style_index for series in panel.series] == [0, 1]
+    (label,) = [attributes["aria-label"] for attributes, _ in write_page(run).all("svg", "chart")]
+    assert label == "alignment loss over images seen: a, sra2 ends at 0.25; a, repa ends at 0.625"
+
+
+def test_differing_fields_are_marked_and_values_across_them_not_ranked(write_page, tmp_path):
     a, b = make_run(tmp_path / "exps/a"), make_run(tmp_path / "exps/b", seed=1)
     make_metrics(
         tmp_path / "samples/a.metrics.json", a, {"FID": 3.0, "recall": 0.5}, step=10, images_seen=80
     )
     make_metrics(tmp_path / "samples/b.metrics.json", b, {"FID": 2.0, "recall": 0.6}, num_steps=250)
-    make_metrics(
-        tmp_path / "samples/c.metrics.json", tmp_path / "exps/c", {"FID": 1.0}
-    )  # of no run that is compared
-    page = make(a, b)
-    assert page.words("p", "verdict") == ["Not comparable: num_steps 25 / 250."]
-    assert page.words("th", "differs") == ["num_steps"] and not page.all("td", "best")
-    assert page.words("td", "differs") == [
-        "25",
-        "250",
-        "0",
-        "1",
-    ]  # of the metrics, and of the flag --seed
+    # Its run is not in the report.
+    make_metrics(tmp_path / "samples/c.metrics.json", tmp_path / "exps/c", {"FID": 1.0})
+    page = write_page(a, b)
+    assert page.text_of("p", "verdict") == ["Not comparable: num_steps 25 / 250."]
+    assert page.text_of("th", "differs") == ["num_steps"] and not page.all("td", "best")
+    # The last two are of the flag --seed.
+    assert page.text_of("td", "differs") == ["25", "250", "0", "1"]
     make_metrics(tmp_path / "samples/b.metrics.json", b, {"FID": 2.0, "recall": 0.6})
-    page = make(a, b, "--metrics", tmp_path / "samples/c.metrics.json")
-    assert not page.all("p", "verdict") and page.words("td", "best") == ["0.600", "1.000"]
+    page = write_page(a, b, "--metrics", tmp_path / "samples/c.metrics.json")
+    assert not page.all("p", "verdict") and page.text_of("td", "best") == ["0.600", "1.000"]
     for name in "ab":
         path = tmp_path / f"samples/{name}.metrics.json"
         content = json.loads(path.read_text())
+        # The other FID lies in this interval.
         path.write_text(json.dumps(content | {"intervals": {"FID": [1.9, 3.1]}}))
-        assert make(a, b).words("td", "best") == [
-            "0.600"
-        ]  # one FID lies in the interval of the other
+        assert write_page(a, b).text_of("td", "best") == ["0.600"]
         path.write_text(json.dumps(content))
     (tmp_path / "samples/b.metrics.json").write_text(json.dumps(content | {"sampling": {}}))
-    page = make(a, b, "--metrics", tmp_path / "samples/b.metrics.json")
-    assert "how they were drawn is not known" in page.words("p", "warning")[0] and page.all(
-        "p", "verdict"
-    )
+    page = write_page(a, b, "--metrics", tmp_path / "samples/b.metrics.json")
+    assert "with unknown settings" in page.text_of("p", "warning")[0]
+    assert page.all("p", "verdict")
 
 
-def test_identity_is_all_but_the_results_and_which_model_it_is():
+def test_identity_excludes_results_and_the_model():
     content = {
         "metrics": {"FID": 1},
         "warning": "w",
@@ -265,102 +289,97 @@ def test_identity_is_all_but_the_results_and_which_model_it_is():
         "reference": "r",
         "reference_sha256": "h",
     }
-    assert identity(content) == {
+    assert select_identity(content) == {
         "count": 5,
         "new.key": 1,
         "sampling.num_steps": 5,
         "reference_sha256": "h",
     }
-    assert identity({"reference": "r"}) == {"reference": "r"}  # nothing says it better
+    assert select_identity({"reference": "r"}) == {
+        "reference": "r"
+    }  # there is no hash to identify it
     rounding = {
         "versions": {"torch": "2"},
         "feature_batch_size": 9,
         "sampling": {"machine": {"device": "cpu"}, "num_steps": 5},
     }
-    assert identity(rounding) == {"sampling.num_steps": 5}
+    assert select_identity(rounding) == {"sampling.num_steps": 5}
 
 
-def test_samples_of_which_nothing_is_known_hide_no_difference_and_make_none():
-    """One file of other code, first or last, among two that agree in a field that the other does not have."""
+def test_unknown_sampling_neither_hides_nor_makes_a_difference(write_page, tmp_path):
+    """A file of other code, first or last, does not change what differs between two of ours."""
     ours = [
         {"count": 5, "sampling.num_steps": 5, "sampling.atol": None},
         {"count": 5, "sampling.num_steps": 5},
     ]
     for rows in ([{"count": 5}, *ours], [*ours, {"count": 5}]):
-        assert differing(rows) == []
-        assert "Perhaps not comparable" in verdict(rows)
-    assert differing([{"count": 5}, ours[0], {"count": 5, "sampling.num_steps": 6}]) == [
-        "sampling.num_steps"
-    ]
+        assert not compare_settings(rows).differing
+    other = {"count": 5, "sampling.num_steps": 6}
+    assert compare_settings([{"count": 5}, ours[0], other]).differing == {
+        "sampling.num_steps": [5, 6]
+    }
+    assert compare_settings([{"a": 1, "b": None}, {"a": 1, "c": 2}]) == (
+        {"c": [None, 2]},
+        {"a": 1, "b": None},
+    )
+    assert compare_settings([{"a": 1}, {"a": "2"}]).differing == {"a": [1, "2"]}
+
     files = [
         {"metrics": {"FID": 1.0}, "count": 5},
         {"metrics": {"FID": 2.0}, "count": 5, "sampling": {"atol": None, "solver": "e"}},
     ]
-    page = section(
-        [
-            Measured(Path(f"{i}.metrics.json"), content, None, None)
-            for i, content in enumerate(files)
-        ]
-    )
-    assert "atol" in page and "Perhaps not comparable" in page
-    assert differing([{"a": 1, "b": None}, {"a": 1, "c": 2}]) == ["c"] and differing(
-        [{"a": 1}, {"a": "2"}]
-    ) == ["a"]
+    for order in (files, files[::-1]):
+        paths = [tmp_path / f"{index}.metrics.json" for index in range(2)]
+        for path, content in zip(paths, order):
+            path.write_text(json.dumps(content))
+        run = tmp_path / "exps/a"
+        page = write_page(run if run.exists() else make_run(run), "--metrics", *paths)
+        assert "atol" in page.text_of("th")
+        assert page.text_of("p", "verdict")[0].startswith("Possibly not comparable")
 
 
-def test_evaluations_of_different_settings_are_not_joined(make, tmp_path):
+def test_evaluations_of_different_settings_are_not_connected(write_page, tmp_path):
     run = make_run(tmp_path / "exps/a")
-    evaluate_while_training(
-        run, [{"num_steps": n} for n in (20, 20, 40)] + [{"num_steps": 20, "reference": "x"}]
-    )
-    page = make(run)
-    (svg,) = [a for a, _ in page.all("svg", "chart") if a["aria-label"].startswith("FD-fashion")]
-    assert (
-        "num_steps 20 ends at 5.5" in svg["aria-label"]
-        and "num_steps 40 ends at 6.5" in svg["aria-label"]
-    )
-    dotted = page.text[page.text.index('aria-label="FD-fashion') :]
-    dotted = dotted[: dotted.index("</svg>")]
-    paths = [part.split('"')[0] for part in dotted.split('d="')[1:] if 'class="line c0"' in part]
-    assert [(path.count("M"), path.count("L")) for path in paths] == [
-        (1, 2),
-        (1, 0),
-    ]  # a path elsewhere is the same reference
-    assert page.words("ul", "legend")[1] == "num_steps 20num_steps 40"
-    assert "ema_decay 0.9 · reference_sha256 cccccccccccc…" in page.words(
-        "p", "soft"
-    )  # what they have in common
-    assert not [
-        a for a, _ in page.all("svg", "chart") if a["aria-label"].startswith("precision")
-    ]  # null everywhere
+    settings = [{"num_steps": n} for n in (20, 20, 40)]
+    # The same reference at another path is not another setting.
+    evaluate_while_training(run, [*settings, {"num_steps": 20, "reference": "x"}])
+    page = write_page(run)
+    labels = [attributes["aria-label"] for attributes, _ in page.all("svg", "chart")]
+    (label,) = [label for label in labels if label.startswith("FD-fashion")]
+    assert "num_steps 20 ends at 5.5" in label and "num_steps 40 ends at 6.5" in label
+    svg = page.text[page.text.index('aria-label="FD-fashion') :]
+    svg = svg[: svg.index("</svg>")]
+    paths = re.findall(r'<path d="([^"]*)" style="fill: none;[^"]*stroke: var\(--c0\)', svg)
+    assert [(path.count("M"), path.count("L")) for path in paths] == [(1, 2), (1, 0)]
+    assert len(re.findall(r'<use [^>]*"fill: var\(--c0\)', svg)) == 4
+    settings_legend = page.text_of("div", "legend")[1]
+    assert settings_legend.split() == ["num_steps", "20", "num_steps", "40"]
+    assert "ema_decay 0.9 · reference_sha256 cccccccccccc…" in page.text_of("p", "soft")
+    assert not any(label.startswith("precision") for label in labels)  # null everywhere
 
 
-def test_hostile_names_stay_text(make, tmp_path):
+def test_hostile_names_remain_text(write_page, tmp_path):
     evil = "<script>alert(1)<b onmouseover='x'>"
     run = make_run(tmp_path / "exps" / evil, seed=evil)
     (run / "checkpoints/0000040/config.json").write_text(
         json.dumps({"data": {"class_names": [evil]}, evil: 1})
     )
     evaluate_while_training(run, [{evil: evil}, {"x": f'"{evil}'}])
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(
-            json.dumps({"step": 60, "images": 480, evil: 3.0, "evaluation": {evil: evil}}) + "\n"
-        )
+    with (run / "metrics.jsonl").open("a") as file:
+        row = {"step": 60, "images": 480, evil: 3.0, "evaluation": {evil: evil}}
+        file.write(json.dumps(row) + "\n")
     content = make_metrics(run / "metrics.json", run, {evil: 1.0}, **{evil: evil})
     (run / "metrics.json").write_text(
         json.dumps(content | {"warning": evil, "by_count": {evil: {"1": 1.0}}})
     )
-    page = make(run)
-    assert (
-        not page.all("script")
-        and evil in page.words("title")[0]
-        and evil in page.words("p", "warning")[0]
-    )
+    page = write_page(run)
+    assert not page.all("script")
+    assert evil in page.text_of("title")[0] and evil in page.text_of("p", "warning")[0]
     assert not any(key.startswith("on") for _, attributes, _ in page.elements for key in attributes)
-    assert f'["{evil}"]' in page.words("span") and "<script" not in page.text
+    assert f'["{evil}"]' in page.text_of("span") and "<script" not in page.text
 
 
-def test_missing_pieces_leave_a_line_that_says_what_fills_them(make, tmp_path):
+def test_empty_sections_tell_how_to_fill_them(write_page, tmp_path):
     run = tmp_path / "bare"
     run.mkdir()
     rows = [
@@ -370,8 +389,8 @@ def test_missing_pieces_leave_a_line_that_says_what_fills_them(make, tmp_path):
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5'
     )
-    page = make(run)
-    lines = " ".join(page.words("p", "absent"))
+    page = write_page(run)
+    lines = " ".join(page.text_of("p", "absent"))
     for word in (
         "--eval-every",
         "evaluations.evaluate",
@@ -382,58 +401,50 @@ def test_missing_pieces_leave_a_line_that_says_what_fills_them(make, tmp_path):
     ):
         assert word in lines
     (run / "samples").mkdir()
-    (run / "samples/0000001.png").write_bytes(b"no picture")
-    assert "0000001.png cannot be read" in " ".join(make(run).words("p", "absent"))
+    (run / "samples/0000001.png").write_bytes(b"not an image")
+    assert "0000001.png cannot be read" in " ".join(write_page(run).text_of("p", "absent"))
 
 
-def test_long_runs_are_thinned_and_keep_their_spikes(make, tmp_path):
+def test_long_runs_are_thinned_and_keep_their_spikes(write_page, tmp_path):
     run = make_run(tmp_path / "exps/long", steps=20_000)
-    assert len(make(run).text) < 80_000
+    assert len(write_page(run).text) < 80_000
     y = np.sin(np.arange(100_000.0))
     y[777], y[778:50_000] = 100, np.nan
-    x, kept = thinned(np.arange(100_000.0), y)
-    assert (
-        len(x) <= 240 and np.nanmax(kept) == 100 and np.isnan(kept).any() and np.all(np.diff(x) > 0)
-    )
+    x, kept = thin(np.arange(100_000.0), y)
+    assert len(x) <= 240 and np.all(np.diff(x) > 0)
+    assert np.nanmax(kept) == 100 and np.isnan(kept).any()
+
+
+def test_running_median_ignores_spikes_and_keeps_gaps():
     x, y = np.arange(1000.0), 5 - np.arange(1000.0)
     spiked = np.where(x == 400, 1e6, np.where(x == 700, np.nan, y))
-    soft = smoothed(x, spiked, 1000)[1]
-    assert (
-        np.isnan(soft[700])
-        and np.nanmax(np.abs(soft - y)[:-10]) <= 1
-        and soft[0] == 5
-        and len(smoothed(x, y)[0]) == 240
-    )
+    median = smooth(x, spiked, 1000)[1]
+    assert np.isnan(median[700]) and median[0] == 5
+    assert np.nanmax(np.abs(median - y)[:-10]) <= 1
+    assert len(smooth(x, y)[0]) == 240
 
 
-def test_ticks_lie_inside_and_are_round():
-    for low, high in ((0.93, 1.17), (0, 25600), (-3, 7), (1e-5, 1.1e-5)):
-        ticks = linear_ticks(low, high)
-        assert 2 <= len(ticks) <= 6 and all(
-            low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks
-        )
-    for low, high in ((0.9, 4.1), (0.02, 900), (1e-9, 1e9), (3.1, 3.9)):
-        ticks = log_ticks(low, high)
-        assert (
-            2 <= len(ticks) <= 8
-            and all(low <= tick <= high for tick in ticks)
-            and ticks == sorted(ticks)
-        )
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_missing_package_is_named(call, tmp_path, monkeypatch, package):
+    run = make_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, package, None)
+    code, out = call(report, run, "--out", tmp_path / "r.html")
+    assert (code, out) == (2, f"error: evaluations.report needs {package}: pip install {package}\n")
+    code, out = call(curves, run)
+    assert code == (2 if package == "matplotlib" else 0), out
 
 
 def smooth_images(count, seed):
-    """Blurry and unlike each other: (n, 32, 32, 3)."""
+    """Return blurry images that differ from each other: (n, 32, 32, 3)."""
     small = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    return np.stack(
-        [
-            np.asarray(Image.fromarray(each).resize((32, 32), Image.Resampling.BILINEAR))
-            for each in small
-        ]
-    )
+    images = [
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR) for pixels in small
+    ]
+    return np.stack([np.asarray(image) for image in images])
 
 
-def test_a_copied_training_image_is_found_and_no_other(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(nearest, "BLOCK", 17)  # the copied one is in the second block
+def test_only_the_copied_training_image_is_found(write_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(nearest, "BLOCK", 17)  # the copied image is in the second block
     run = make_run(tmp_path / "exps/a")
     make_metrics(tmp_path / "samples/s.metrics.json", run, {"FD-fashion": 3.0})
     train, samples = smooth_images(50, 0), smooth_images(20, 1) // 4 + 96
@@ -444,33 +455,29 @@ def test_a_copied_training_image_is_found_and_no_other(make, tmp_path, monkeypat
         (tmp_path / "tree/c").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / f"tree/c/{i:02d}.png")
     for place in ("train.npz", "tree"):
-        page = make(run, "--nearest", tmp_path / place)
-        shown = page.all("img")[-120:]  # 4 closest and 16 evenly spread, each with five neighbours
-        assert shown[0][0]["alt"] == "sample 8" and shown[1][0]["alt"].startswith(
-            "training image 31, at distance "
-        )
+        page = write_page(run, "--nearest", tmp_path / place)
+        # 4 closest and 16 evenly spaced samples, each with five neighbours.
+        alts = [attributes["alt"] for attributes, _ in page.all("img")[-120:]]
+        assert alts[0] == "sample 8" and alts[1].startswith("training image 31, at distance ")
         assert "5.0% of 20 samples" in page.text.replace("<b>", "").replace("</b>", "")
         assert len(page.all("div", "match")) == 20
-        assert (
-            len(page.all("span", "close")) == 1 + 1
-        )  # among the closest, and where it stands in the spread
+        # The copy is among the closest samples and among the evenly spaced ones.
+        assert len(page.all("span", "close")) == 2
 
 
-def test_nearest_is_what_all_distances_say():
+def test_nearest_neighbours_equal_those_of_all_distances():
     rng = np.random.default_rng(0)
     train = rng.normal(size=(40, 5)).astype(np.float32)
-    queries, own = (
-        np.concatenate((rng.normal(size=(6, 5)).astype(np.float32), train[[3, 30]])),
-        np.array([-1] * 6 + [3, 30]),
-    )
+    queries = np.concatenate((rng.normal(size=(6, 5)).astype(np.float32), train[[3, 30]]))
+    own = np.array([-1] * 6 + [3, 30])
     distances, numbers = nearest.find_nearest(np.split(train, [7, 20]), queries, own, 3)
-    every = np.linalg.norm(queries[:, None] - train[None], axis=-1)
-    every[[6, 7], [3, 30]] = np.inf  # itself
-    assert np.array_equal(numbers, every.argsort(1)[:, :3])
-    np.testing.assert_allclose(distances, np.sort(every, 1)[:, :3], rtol=1e-5)
+    expected = np.linalg.norm(queries[:, None] - train[None], axis=-1)
+    expected[[6, 7], [3, 30]] = np.inf  # the query itself
+    assert np.array_equal(numbers, expected.argsort(1)[:, :3])
+    np.testing.assert_allclose(distances, np.sort(expected, 1)[:, :3], rtol=1e-5)
 
 
-def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
+def test_user_errors_end_in_one_line(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "run")
     (tmp_path / "list.json").write_text("[1]")
@@ -483,13 +490,13 @@ def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch):
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8))
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((9, 32, 32, 3)))
     cases = [
-        (["nowhere"], "nowhere is no run"),
-        (["empty"], "empty is no run"),
+        (["nowhere"], "nowhere is not a run"),
+        (["empty"], "empty is not a run"),
         (["damaged"], "damaged/metrics.jsonl: line 2 is damaged"),
         ([run, "--out", "r.txt"], "--out r.txt must end in .html"),
         ([run, "--metrics", "none.json"], "--metrics none.json does not exist"),
         ([run, "--metrics", "list.json"], "list.json is damaged"),
-        ([run, "--metrics", "other.json"], "other.json is no metrics.json"),
+        ([run, "--metrics", "other.json"], "other.json is not a metrics.json"),
         ([run, "--nearest", "none"], "--nearest none does not exist"),
         ([run, "--nearest", "large.npz"], "--nearest large.npz holds 9 images of 16x16"),
         ([run, "--nearest", "float.npz"], "must be uint8"),

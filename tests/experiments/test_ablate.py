@@ -1,4 +1,4 @@
-"""The ablation study: its grid is the paper's, its runs stop, fail and go on, its figures are those that were measured."""
+"""Tests of the ablation study: its grid, the execution of its runs, and its pages."""
 
 import json
 import os
@@ -22,10 +22,11 @@ from evaluations import evaluate
 from experiments import ablate, cells, panels, results
 from experiments.cells import Cell
 from tests.helpers import ROOT
-from training.config import check_args, parse_args
+from training.config import build_args_json, check_batch_size, parse_settings
 from training.log import read_rows
 
-ALIGN = (
+TIMEOUT_SECONDS = 120  # far longer than any event takes, even on a busy machine
+ALIGN_ARGS = (
     "align",
     "align_depth",
     "align_t_range",
@@ -38,412 +39,392 @@ ALIGN = (
 )
 
 
-def aligned(flags: list[str], processes: int = 1) -> tuple:
-    """What train.py makes of the flags of alignment."""
-    args = parse_args("", flags)
-    check_args(args, processes)
-    values = tuple(str(getattr(args, name)) for name in ALIGN)
-    return (*values[:-2], values[-2:])
+def parse_align_args(flags: list[str]) -> tuple:
+    """Return the alignment settings of train.py, with the two of the target as one entry."""
+    flags = build_args_json(parse_settings(flags))
+    *values, target, normalize = (str(flags[name]) for name in ALIGN_ARGS)
+    return (*values, (target, normalize))
 
 
 @pytest.mark.parametrize("model", ["SiT-Ti/2", "SiT-B/2", "SiT-XL/2"])
-def test_each_run_differs_from_the_default_in_one_axis_and_none_is_run_twice(model):
-    named, axes = ablate.grid([*ablate.TITLES], model, 400, demo=True)
-    given = {
-        name: aligned(["--exp-name", "x", "--data-dir", "x", "--model", model, *words.split()])
-        for name, words in named.items()
-    }
-    assert len(set(given.values())) == len(given)
-    for name, values in given.items():
+def test_each_run_differs_from_the_best_in_one_axis_and_is_listed_once(model):
+    runs, axes = ablate.build_grid([*ablate.AXIS_TITLES], model, 400, demo=True)
+    common = ["--exp-name", "x", "--data-dir", "x", "--model", model]
+    settings = {name: parse_align_args([*common, *words.split()]) for name, words in runs.items()}
+    assert len(set(settings.values())) == len(settings)
+    for name, values in settings.items():
         if name not in ("none", "sra2"):
-            assert sum(a != b for a, b in zip(values, given["sra2"])) == 1, name
-    assert {value["run"] for panel in axes for value in panel["values"]} | {"none"} == set(named)
-    assert all(
-        [value["run"] for value in panel["values"] if value["usual"]] == ["sra2"] for panel in axes
-    )
+            assert sum(a != b for a, b in zip(values, settings["sra2"])) == 1, name
+    values = [value for panel in axes for value in panel["values"]]
+    assert {value["run"] for value in values} | {"none"} == set(runs)
+    for panel in axes:
+        assert [value["run"] for value in panel["values"] if value["usual"]] == ["sra2"]
 
 
-def test_blocks_scale_with_the_model():
-    labels = {
-        model: [value.label for value in ablate.axis("depth", model, 400, True)]
-        for model in ("SiT-Ti/2", "SiT-B/2", "SiT-L/2")
-    }
-    assert labels == {
-        "SiT-Ti/2": list("123456"),
-        "SiT-B/2": list("2368"),
+def test_tried_blocks_scale_with_the_depth_of_the_model():
+    expected = {
+        "SiT-Ti/2": ["1", "2", "3", "4", "5", "6"],
+        "SiT-B/2": ["2", "3", "6", "8"],
         "SiT-L/2": ["4", "6", "8", "12", "16"],
     }
+    for model, labels in expected.items():
+        values = ablate.axis_values(model, 400, demo=True)["depth"]
+        assert [value.label for value in values] == labels
 
 
-def test_imagenet_prints_table_1_as_commands_that_parse(call):
+def test_imagenet_commands_are_valid_and_cover_table_1(call):
     code, out = call(ablate, "--scale", "imagenet", "--print")
     lines = [shlex.split(line) for line in out.splitlines() if line and not line.startswith("#")]
     assert code == 0 and len(lines) == 3 * 12
-    rows = set()
-    for training, sampling, evaluation in zip(*[iter(lines)] * 3):
-        at = training.index("train.py")
-        assert training[:at] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "8"]
-        args = parse_args("", training[at + 1 :])
-        check_args(args, 8)
-        assert (args.model, args.max_train_steps, args.batch_size, args.seed) == (
-            "SiT-B/2",
-            400_000,
-            256,
-            0,
-        )
-        rows.add(
-            tuple(str(getattr(args, name)) for name in (*ALIGN[:6], "align_beta"))
-            if args.align != ["none"]
-            else None
-        )
-        drawn = sample_ddp.parse_args(sampling[sampling.index("sample_ddp.py") + 1 :])
-        assert (drawn.num_fid_samples, drawn.mode, drawn.num_steps, drawn.cfg_scale) == (
-            50_000,
-            "sde",
-            250,
-            1,
-        )
-        assert drawn.ckpt == args.output_dir / args.exp_name
-        judged = evaluate.parse_args(evaluation[evaluation.index("evaluations.evaluate") + 1 :])
-        assert judged.samples == drawn.sample_dir / f"{drawn.name}.npz"
+    settings = set()
+    for training, sampling, evaluation in zip(lines[::3], lines[1::3], lines[2::3]):
+        start = training.index("train.py")
+        assert training[:start] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "8"]
+        parsed = parse_settings(training[start + 1 :])
+        check_batch_size(parsed.loop, 8)
+        assert (parsed.model.model, parsed.loop.max_train_steps) == ("SiT-B/2", 400_000)
+        assert (parsed.loop.batch_size, parsed.run.seed) == (256, 0)
+        names = (*ALIGN_ARGS[:6], "align_beta")
+        flags = build_args_json(parsed)
+        settings.add(tuple(str(flags[name]) for name in names) if parsed.alignments else None)
+
+        config = sample_ddp.parse_args(sampling[sampling.index("sample_ddp.py") + 1 :])
+        sampler = config.sampler
+        assert config.output.num_fid_samples == 50_000
+        assert (sampler.mode, sampler.num_steps, sampler.cfg_scale) == ("sde", 250, 1)
+        assert config.checkpoint.ckpt == parsed.run.folder
+        evaluated = evaluate.parse_args(evaluation[evaluation.index("evaluations.evaluate") + 1 :])
+        assert evaluated.samples == config.output.sample_dir / f"{config.output.name}.npz"
+
     best = (2, (0.0, 1.0), "smooth_l1", 1.0, 5)
-    varied = {
-        0: (2, 3, 6, 8),
-        1: ((0.0, 0.5), (0.5, 1.0)),
-        2: ("cosine", "l2", "l1"),
-        3: (0.1,),
-        4: (2,),
+    values_by_axis = (
+        (2, 3, 6, 8),
+        ((0.0, 0.5), (0.5, 1.0)),
+        ("cosine", "l2", "l1"),
+        (0.1,),
+        (2,),
+    )
+    table_1 = {
+        best[:axis] + (value,) + best[axis + 1 :]
+        for axis, values in enumerate(values_by_axis)
+        for value in values
     }
-    paper = {
-        best[:i] + (value,) + best[i + 1 :] for i, values in varied.items() for value in values
+    expected = {
+        ("['sra2']", f"[{block}]", f"[{[*window]}]", f"['{loss}']", f"[{w}]", f"[{n}]", "[0.05]")
+        for block, window, loss, w, n in table_1
     }
-    told = {
-        ("['sra2']", f"[{k}]", f"[{[*window]}]", f"['{loss}']", f"[{w}]", f"[{n}]", "[0.05]")
-        for k, window, loss, w, n in paper
-    }
-    assert rows == told | {None}
+    assert settings == expected | {None}
 
 
-def test_intervals_are_scipys():
+def test_student_intervals_equal_scipys():
     rng = np.random.default_rng(0)
     a, b = (dict(enumerate(rng.normal(size=5).tolist())) for _ in range(2))
-    theirs = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.9)
-    ours = results.paired(a, b, level=0.9)
-    assert (
-        np.allclose((ours.low, ours.high), (theirs.low, theirs.high), rtol=1e-12)
-        and ours.count == 5
-    )
-    theirs = stats.ttest_1samp([*a.values()], 0).confidence_interval(0.95)
-    assert np.allclose(results.estimate([*a.values()])[1:3], (theirs.low, theirs.high), rtol=1e-12)
+    expected = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.9)
+    paired = results.paired_difference(a, b, level=0.9)
+    assert paired.num_values == 5
+    assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    expected = stats.ttest_1samp([*a.values()], 0).confidence_interval(0.95)
+    single = results.student_interval([*a.values()])
+    assert (single.low, single.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
-def test_what_seeds_have_in_common_falls_out():
+def test_paired_differences_are_taken_per_common_seed():
     baseline = {0: 3.0, 1: 30.0, 2: 300.0}
     shifted = {seed: value - 0.5 for seed, value in baseline.items()}
-    assert results.paired(shifted | {7: 1e9}, baseline) == (-0.5, -0.5, -0.5, 3)
-    assert (
-        results.paired({0: 2.0}, baseline) == (-1.0, None, None, 1)
-        and results.paired({9: 1.0}, baseline) is None
-    )
+    assert results.paired_difference(shifted | {7: 1e9}, baseline) == (-0.5, -0.5, -0.5, 3)
+    assert results.paired_difference({0: 2.0}, baseline) == (-1.0, None, None, 1)
+    assert results.paired_difference({9: 1.0}, baseline) is None
 
 
-def test_a_row_has_the_interval_of_paired_differences_and_what_is_missing_is_said(tmp_path):
-    _, axes = ablate.grid(["layers"], "SiT-Ti/2", 400, demo=True)
-    values = {"none": [3.0, 4.0, 5.0], "sra2": [2.4, 3.5, 4.3]}
+def test_table_contains_paired_intervals_and_marks_missing_runs(tmp_path):
+    _, axes = ablate.build_grid(["layers"], "SiT-Ti/2", 400, demo=True)
+    finals = {"none": [3.0, 4.0, 5.0], "sra2": [2.4, 3.5, 4.3]}
     runs = [
         {
             "name": name,
             "seed": seed,
             "metrics": {"FD-fashion": [99.0, value], "class_agreement": [0.0, 0.25]},
         }
-        for name, each in values.items()
-        for seed, value in enumerate(each)
+        for name, values in finals.items()
+        for seed, value in enumerate(values)
     ]
-    about = {"model": "SiT-Ti/2", "steps": 400, "metric": "FD-fashion", "axes": axes}
-    results.save(tmp_path / "made-up.json", "ablate", about, runs)
-    rows = panels.table(results.load(tmp_path / "made-up.json", "ablate")).splitlines()
+    settings = {"model": "SiT-Ti/2", "steps": 400, "metric": "FD-fashion", "axes": axes}
+    path = tmp_path / "made-up.json"
+    results.save_result(path, "ablate", settings, runs)
+    rows = panels.format_table(results.load_result(path, "ablate")).splitlines()
     assert "| vanilla | 4.000 |  | 25.0% | *33.02* |" in rows
-    assert (
-        "| 5 | 3.400 | -0.600 (-0.848 to -0.352) | 25.0% | *28.89* |" in rows
-    )  # t(0.975, 2) = 4.303, s = 0.1
+    # The quantile t(0.975, 2) is 4.303, and the standard deviation of the differences is 0.1.
+    assert "| 5 | 3.400 | -0.600 (-0.848 to -0.352) | 25.0% | *28.89* |" in rows
     assert "| 2 | not run |  |  | *31.32* |" in rows
 
 
-FAKE = """
+FAKE_TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
+
 words = sys.argv[1:]
-flag = lambda name: words[words.index(name) + 1]
-folder = Path(flag("--output-dir")) / flag("--exp-name")
+name = words[words.index("--exp-name") + 1]
+output_dir = Path(words[words.index("--output-dir") + 1])
+folder = output_dir / name
 folder.mkdir(exist_ok=True)
+
 def stop(*_):
-    time.sleep(0.2 * folder.name.startswith("b"))
+    if name.startswith("b"):
+        time.sleep(0.2)  # saves more slowly than the others
     (folder / "saved").touch()
     sys.exit(75)
+
 signal.signal(signal.SIGTERM, stop)
+keys = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 with open(folder / "starts", "a") as file:
-    file.write(json.dumps({key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}) + "\\n")
-end = time.monotonic() + 20
-while (folder.parent / "hold").exists() and time.monotonic() < end:
+    file.write(json.dumps({key: os.environ.get(key) for key in keys}) + "\\n")
+end = time.monotonic() + 600
+while (output_dir / "hold").exists() and time.monotonic() < end:
     time.sleep(0.01)
 print("many words")
-if (folder.parent / flag("--exp-name")).with_suffix(".broken").exists():
+if (output_dir / f"{name}.broken").exists():
     sys.exit("error: no luck")
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images": 32, "denoising": 1.0}) + "\\n")
+row = {"step": 4, "images": 32, "denoising": 1.0}
+(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
 """
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """A folder for runs of a train.py that only notes how it was started; it waits while there is a file `hold`."""
-    (tmp_path / "train.py").write_text(FAKE)
+def runs(tmp_path, monkeypatch):
+    """An output folder for a fake train.py, which records its starts and waits for `hold` to go."""
+    (tmp_path / "train.py").write_text(FAKE_TRAIN)
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(cells, "ROOT", tmp_path)
-    monkeypatch.setattr(cells, "POLL", 0.01)
+    monkeypatch.setattr(cells, "POLL_SECONDS", 0.01)
     return tmp_path / "runs"
 
 
-def three() -> list[Cell]:
-    flags = [
-        "--data-dir",
-        "data",
-        "--model",
-        "SiT-Ti/2",
-        "--batch-size",
-        "8",
-        "--max-train-steps",
-        "4",
-    ]
+def make_cells() -> list[Cell]:
+    """Return three cells: a, b and c."""
+    flags = "--data-dir data --model SiT-Ti/2 --batch-size 8 --max-train-steps 4"
+    methods = {"a": "none", "b": "sra2", "c": "sra"}
     return [
-        Cell(name, 0, (*flags, "--align", align))
-        for name, align in (("a", "none"), ("b", "sra2"), ("c", "sra"))
+        Cell(name, 0, tuple(f"{flags} --align {method}".split()))
+        for name, method in methods.items()
     ]
 
 
-def starts(folder) -> list[int]:
-    """How often each of the three was started."""
+def count_starts(folder) -> list[int]:
+    """Return how often each of the three cells was started."""
     files = [folder / f"{name}-seed0/starts" for name in "abc"]
     return [len(file.read_text().splitlines()) if file.exists() else 0 for file in files]
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(fake, capsys):
-    (fake / "a-seed0.broken").touch()
-    assert cells.run(three(), fake, jobs=2) == {"a-seed0": "error: no luck"}
-    assert (
-        "a-seed0: error: no luck" in capsys.readouterr().out
-        and "many words" in (fake / "a-seed0.log").read_text()
-    )
-    assert [cells.finished(cell, fake) for cell in three()] == [False, True, True]
-    (fake / "a-seed0.broken").unlink()
-    assert cells.run(three(), fake, jobs=2) == {} and starts(fake) == [2, 1, 1]
-    assert json.loads((fake / "b-seed0/starts").read_text())["OMP_NUM_THREADS"] == str(
-        max(1, available_cores() // 2)
-    )
+def read_environment(folder, name: str) -> dict:
+    return json.loads((folder / f"{name}-seed0/starts").read_text())
 
 
-def test_each_at_a_time_has_a_gpu_of_its_own(fake, monkeypatch):
+def when_started(folder, expected: list[int], action) -> threading.Thread:
+    """Start a thread that calls the action once the cells were started as often as expected."""
+
+    def wait():
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while count_starts(folder) != expected and time.monotonic() < end:
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_failed_run_is_reported_and_does_not_affect_the_others(runs, capsys):
+    (runs / "a-seed0.broken").touch()
+    assert cells.run_cells(make_cells(), runs, jobs=2) == {"a-seed0": "error: no luck"}
+    assert "a-seed0: error: no luck" in capsys.readouterr().out
+    assert "many words" in (runs / "a-seed0.log").read_text()
+    assert [cells.is_finished(cell, runs) for cell in make_cells()] == [False, True, True]
+    (runs / "a-seed0.broken").unlink()
+    assert cells.run_cells(make_cells(), runs, jobs=2) == {}
+    assert count_starts(runs) == [2, 1, 1]
+
+
+def test_threads_are_divided_among_the_jobs(runs):
+    cells.run_cells(make_cells()[:1], runs, jobs=2)
+    threads = read_environment(runs, "a")["OMP_NUM_THREADS"]
+    assert threads == str(max(1, available_cores() // 2))
+
+
+def test_simultaneous_runs_use_different_gpus(runs, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(cells, "describe_machine", lambda device: {"device": device.type})
-    (fake / "hold").touch()
-    threading.Timer(0.3, (fake / "hold").unlink).start()
-    assert cells.run(three()[:2], fake, jobs=2) == {}
-    seen = {
-        json.loads((fake / f"{name}-seed0/starts").read_text())["CUDA_VISIBLE_DEVICES"]
-        for name in "ab"
-    }
-    assert seen == {"3", "5"} and cells.record(three()[0], fake)["machine"]["device"] == "cuda"
+    (runs / "hold").touch()
+    thread = when_started(runs, [1, 1, 0], (runs / "hold").unlink)
+    assert cells.run_cells(make_cells()[:2], runs, jobs=2) == {}
+    thread.join()
+    assert {read_environment(runs, name)["CUDA_VISIBLE_DEVICES"] for name in "ab"} == {"3", "5"}
+    assert cells.read_record(make_cells()[0], runs)["machine"]["device"] == "cuda"
 
 
-def test_ctrl_c_stops_all_and_the_same_call_goes_on(fake):
-    (fake / "hold").touch()
-
-    def interrupt():
-        end = time.monotonic() + 20
-        while starts(fake) != [1, 1, 0] and time.monotonic() < end:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
+def test_ctrl_c_stops_all_runs_and_the_next_call_resumes_them(runs):
+    (runs / "hold").touch()
+    thread = when_started(runs, [1, 1, 0], lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        cells.run(three(), fake, jobs=2)
-    assert starts(fake) == [1, 1, 0] and all(
-        (fake / f"{name}-seed0/saved").exists() for name in "ab"
-    )
-    (fake / "hold").unlink()
-    assert cells.run(three(), fake, jobs=2) == {} and starts(fake) == [2, 2, 1]
+        cells.run_cells(make_cells(), runs, jobs=2)
+    thread.join()
+    assert count_starts(runs) == [1, 1, 0]
+    assert all((runs / f"{name}-seed0/saved").exists() for name in "ab")
+    (runs / "hold").unlink()
+    assert cells.run_cells(make_cells(), runs, jobs=2) == {}
+    assert count_starts(runs) == [2, 2, 1]
 
 
-def test_a_folder_has_one_master(fake):
-    code = f"import fcntl; file = open({str(fake / '.lock')!r}, 'wb'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+def test_second_study_in_a_folder_is_refused(runs):
+    code = "import fcntl, sys; file = open(sys.argv[1], 'wb'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    code += "print(flush=True); input()"
+    command = [sys.executable, "-c", code, runs / ".lock"]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
-    with pytest.raises(cli.UserError, match="another process is at it"):
-        cells.run(three(), fake, jobs=1)
+    with pytest.raises(cli.UserError, match="another process runs a study there"):
+        cells.run_cells(make_cells(), runs, jobs=1)
     other.communicate(b"\n")
-    assert starts(fake) == [0, 0, 0]
+    assert count_starts(runs) == [0, 0, 0]
 
 
 @pytest.fixture
-def in_process(monkeypatch):
-    """train.py runs here instead of in processes of its own; the list is of what was run."""
+def commands(monkeypatch):
+    """Make train.py run in this process, and return the list of its command lines."""
     from accelerate.state import AcceleratorState
 
-    begun = []
+    started = []
 
-    class Here:
+    class InProcess:
         pid = 0
 
         def __init__(self, command, **_):
-            begun.append(command)
+            started.append(command)
             AcceleratorState._reset_state(reset_partial_state=True)
-            before, sys.argv, self.returncode = sys.argv, command[1:], 0
+            argv = sys.argv
+            sys.argv = command[1:]
+            self.returncode = 0
             try:
                 cli.run(train.main)
             except SystemExit as stop:
                 self.returncode = stop.code or 0
-            sys.argv = before
+            sys.argv = argv
 
         def poll(self):
             return self.returncode
 
-    given = {
-        name: getattr(subprocess, name)
-        for name in ("run", "DEVNULL", "STDOUT", "CalledProcessError")
-    }
-    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=Here, **given))
-    monkeypatch.setattr(cells, "POLL", 0)
-    return begun
+    names = ("run", "DEVNULL", "STDOUT", "CalledProcessError")
+    kept = {name: getattr(subprocess, name) for name in names}
+    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=InProcess, **kept))
+    monkeypatch.setattr(cells, "POLL_SECONDS", 0)
+    return started
 
 
-def test_a_grid_is_run_gathered_and_drawn_again(call, in_process, cache, tree, tmp_path):
-    short = "--batch-size 8 --log-every 1 --eval-samples 9 --eval-num-steps 3 --eval-batch-size 9"
+def test_study_is_executed_collected_and_plotted(call, commands, cache, tree, tmp_path):
+    small = "--batch-size 8 --log-every 1 --eval-samples 9 --eval-num-steps 3 --eval-batch-size 9"
 
-    def study(steps: int = 2) -> tuple[int, str]:
-        where = ["--data-dir", cache, "--output-dir", tmp_path]
-        more = ["--", *short.split(), "--eval-reference", tree]
-        return call(
-            ablate,
-            "--axis",
-            "layers",
-            "--seeds",
-            3,
-            "--jobs",
-            1,
-            "--max-train-steps",
-            steps,
-            *where,
-            *more,
-        )
+    def run_study(steps: int = 2) -> tuple[int, str]:
+        flags = f"--axis layers --seeds 3 --jobs 1 --max-train-steps {steps}".split()
+        flags += ["--data-dir", cache, "--output-dir", tmp_path]
+        return call(ablate, *flags, "--", *small.split(), "--eval-reference", tree)
 
-    code, out = study()
-    assert code == 0 and len(in_process) == 3, out
+    code, out = run_study()
+    assert code == 0 and len(commands) == 3, out
     text = (tmp_path / "layers.json").read_text()
-    found = json.loads(text)
-    assert [run["name"] for run in found["runs"]] == ["none", "sra2", "layers-2"] and found[
-        "metric"
-    ] == "FD-fashion"
-    for run in found["runs"]:
+    result = json.loads(text)
+    assert [run["name"] for run in result["runs"]] == ["none", "sra2", "layers-2"]
+    assert result["metric"] == "FD-fashion"
+    for run in result["runs"]:
         rows = read_rows(tmp_path / f"{run['name']}-seed3")
-        assert run["losses"]["denoising"] == [
-            float(f"{row['denoising']:.6g}") for row in rows if "evaluation" not in row
-        ]
+        steps = [row for row in rows if "evaluation" not in row]
         (evaluation,) = (row for row in rows if "evaluation" in row)
-        assert run["metrics"]["FD-fashion"] == [float(f"{evaluation['FD-fashion']:.6g}")] and run[
-            "metrics"
-        ]["images"] == [16]
-        assert (
-            run["seconds"] > 0
-            and run["machine"]["torch"]
-            and len(run["commits"]) == 1
-            and run["seed"] == 3
-        )
-    first = {run["losses"]["denoising"][0] for run in found["runs"]}
-    assert len(first) == 1, (
-        "common images, noise and weights have a common loss before the first update"
-    )
-    assert "/" not in {word[0] for word in text.replace('"', " ").split()}, "a path of this machine"
+        losses = [float(f"{row['denoising']:.6g}") for row in steps]
+        assert run["losses"]["denoising"] == losses
+        assert run["metrics"]["FD-fashion"] == [float(f"{evaluation['FD-fashion']:.6g}")]
+        assert run["metrics"]["images"] == [16]
+        assert run["seconds"] > 0 and run["machine"]["torch"]
+        assert len(run["commits"]) == 1 and run["seed"] == 3
+    # Images, noise and weights are equal before the first update, and so is the loss.
+    assert len({run["losses"]["denoising"][0] for run in result["runs"]}) == 1
+    first_characters = {word[0] for word in text.replace('"', " ").split()}
+    assert "/" not in first_characters, "the result contains a path of this machine"
 
-    table, picture = (tmp_path / f"layers.{suffix}" for suffix in ("md", "png"))
-    before = table.read_text()
-    fd = {run["name"]: run["metrics"]["FD-fashion"][0] for run in found["runs"]}
-    for label, run, paper in (
+    table_path = tmp_path / "layers.md"
+    figure_path = tmp_path / "layers.png"
+    table = table_path.read_text()
+    finals = {run["name"]: run["metrics"]["FD-fashion"][0] for run in result["runs"]}
+    for label, name, paper in (
         ("vanilla", "none", "33.02"),
         ("5", "sra2", "28.89"),
         ("2", "layers-2", "31.32"),
     ):
-        (row,) = (
-            line.split(" | ") for line in before.splitlines() if line.startswith(f"| {label} |")
-        )
-        assert row[1] == f"{fd[run]:.3f}" and row[-1] == f"*{paper}* |"
-        assert row[2] == (f"{fd[run] - fd['none']:+.3f}" if run != "none" else "")
-    table.unlink(), picture.unlink()
-    assert (
-        call(ablate, "--plot", tmp_path / "layers.json")[0] == 0 and picture.stat().st_size > 5000
-    )
-    assert study()[0] == 0 and len(in_process) == 3, "finished runs are not run again"
-    assert table.read_text() == before
-    code, out = study(steps=3)
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {label} |"))
+        row = line.split(" | ")
+        difference = "" if name == "none" else f"{finals[name] - finals['none']:+.3f}"
+        assert row[1:3] == [f"{finals[name]:.3f}", difference]
+        assert row[-1] == f"*{paper}* |"
+
+    # The pages can be written again, finished runs are not repeated, and flags cannot change.
+    table_path.unlink()
+    figure_path.unlink()
+    code, _ = call(ablate, "--plot", tmp_path / "layers.json")
+    assert code == 0 and figure_path.stat().st_size > 5000
+    code, _ = run_study()
+    assert code == 0 and len(commands) == 3
+    assert table_path.read_text() == table
+    code, out = run_study(steps=3)
     assert code == 2 and "--max-train-steps was 2, is 3" in out and len(out.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ("--axis dept", "invalid choice: 'dept'"),
         ("", "--axis is missing"),
-        ("--axis depth --seeds 1 0 1", "--seeds 1 0 1: each only once"),
+        ("--axis depth --seeds 1 0 1", "--seeds 1 0 1: pass each seed only once"),
         ("--axis depth --data-dir nowhere", "make demo"),
         ("--scale imagenet", "add --print"),
         ("--axis depth --out picture.png", "must end in .json"),
-        ("--axis loss -- --align-depth 3", "-- --align-depth: that is for this command"),
-        ("--axis loss -- --seed=3", "-- --seed=3: that is for this command"),
+        ("--axis loss -- --align-depth 3", "-- --align-depth: the study sets this flag itself"),
+        ("--axis loss -- --seed=3", "-- --seed=3: the study sets this flag itself"),
         ("--axis loss -- --learning-rat 3", "did you mean --learning-rate?"),
         ("--plot nowhere.json", "nowhere.json does not exist"),
         ("--plot old.json", "version 0"),
-        ("--plot other.json", "but of convergence"),
+        ("--plot other.json", "its study is convergence"),
         ("--plot torn.json", "damaged"),
-        ("--plot empty.json --axis loss", "holds depth, not loss"),
+        ("--plot empty.json --axis loss", "contains depth, not loss"),
         ("--plot empty.json", "no finished run of vanilla"),
     ],
 )
-def test_mistakes_are_one_line(call, tmp_path, monkeypatch, flags, told):
+def test_user_errors_are_one_line(call, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     heads = {
         "old": {"study": "ablate", "version": 0},
-        "other": {"study": "convergence", "version": results.VERSION},
+        "other": {"study": "convergence", "version": results.RESULT_VERSION},
     }
     for name, head in heads.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(head))
     (tmp_path / "torn.json").write_text("{")
-    results.save(tmp_path / "empty.json", "ablate", {"axes": [{"name": "depth"}]}, [])
+    results.save_result(tmp_path / "empty.json", "ablate", {"axes": [{"name": "depth"}]}, [])
     code, out = call(ablate, *flags.split())
-    assert code == 2 and told in out and len(out.splitlines()) == 1, out
+    assert code == 2 and message in out and len(out.splitlines()) == 1, out
 
 
-def test_the_page_holds_the_table_of_the_result():
-    found = results.load(ROOT / "docs/depth-loss.json", "ablate")
+def test_documentation_contains_the_table_of_the_result():
+    result = results.load_result(ROOT / "docs/depth-loss.json", "ablate")
     page = (ROOT / "docs/ablations.md").read_text()
-    assert panels.table(found).split("```bash")[0].strip() in page
-    assert found["command"].removesuffix(" --jobs 2") in page
-    runs = found["runs"]
+    assert panels.format_table(result).split("```bash")[0].strip() in page
+    assert result["command"].removesuffix(" --jobs 2") in page
+    runs = result["runs"]
     assert len(runs) == 30 and len({(run["name"], run["seed"]) for run in runs}) == 30
     assert len({str(run["commits"]) for run in runs}) == 1
 
 
-def test_the_page_says_of_the_features_what_their_file_says():
-    found, page = (
-        json.loads((ROOT / "docs/features.json").read_text()),
-        (ROOT / "docs/ablations.md").read_text(),
-    )
-    rows = found["checkpoints"][0]["results"]
+def test_documentation_quotes_the_probe_accuracies_of_the_result():
+    result = json.loads((ROOT / "docs/features.json").read_text())
+    page = (ROOT / "docs/ablations.md").read_text()
+    rows = result["checkpoints"][0]["results"]
+    inputs = [row for row in result["baselines"] if row["space"] == "x_t, flattened"]
     for t in (0.5, 0.1):
-        best = max(row["accuracy"] for row in rows if row["t"] == t)
-        own = next(
-            row["accuracy"]
-            for row in found["baselines"]
-            if row["space"] == "x_t, flattened" and row["t"] == t
-        )
-        assert f"{best:.1%}" in page and f"{own:.1%}" in page
-    assert found["command"].replace("python -m experiments.features", "") in page
+        best_block = max(row["accuracy"] for row in rows if row["t"] == t)
+        (of_input,) = (row["accuracy"] for row in inputs if row["t"] == t)
+        assert f"{best_block:.1%}" in page and f"{of_input:.1%}" in page
+    assert result["command"].replace("python -m experiments.features", "") in page

@@ -1,4 +1,4 @@
-"""The study: its runs differ in the method alone, its data are apart, it goes on, and its pages say what its JSON says."""
+"""Tests of the convergence study: its plan, its data, its execution, and its pages."""
 
 import json
 import re
@@ -16,89 +16,75 @@ from common.cli import UserError
 from common.machine import available_cores
 from experiments import cells, convergence, results, study_data
 from experiments.cells import Cell
-from experiments.convergence import parse
-from experiments.study_numbers import figures
-from experiments.study_page import table
-from experiments.study_plan import (
-    METHODS,
-    SCALES,
-    candidates,
-    choose,
-    flags_of,
-    of_study,
-    read_knobs,
-)
+from experiments.study_numbers import format_numbers
+from experiments.study_page import format_tables
+from experiments.study_plan import METHODS, SCALES, StudyPlan, choose_blocks, read_blocks
 from models.flops import backbone_flops, head_flops
 from models.sit import PRESETS, SiTConfig
 from tests.helpers import ROOT, train_flags
-from training.config import check_args, parse_args
+from training.config import build_args_json, check_batch_size, parse_settings
 
-STUDIES = sorted(path for path in (ROOT / "docs").glob("study-*.json") if "knobs" not in path.name)
-OF_METHODS = ("align", "projector", "repa", "sra", "encoder_weights")
+RESULTS = sorted(path for path in (ROOT / "docs").glob("study-*.json") if "knobs" not in path.name)
+METHOD_ARGS = ("align", "projector", "repa", "sra", "encoder_weights")
 
 
 @pytest.fixture(autouse=True)
-def a_gpu(monkeypatch):
-    monkeypatch.setattr(convergence, "devices", lambda: ["0"])
+def visible_gpu(monkeypatch):
+    """Make the command see one GPU."""
+    monkeypatch.setattr(convergence, "visible_gpus", lambda: ["0"])
 
 
-def written(scale: str, *more: str):
-    return parse(["--scale", scale, *more])
+def make_plan(scale: str, *flags: str) -> StudyPlan:
+    return convergence.make_plan(*convergence.parse(["--scale", scale, *flags]))
+
+
+def read_default_blocks(scale: str) -> dict[str, int]:
+    return read_blocks(make_plan(scale), ROOT / f"docs/study-{scale}-knobs.json")
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_runs_of_a_seed_differ_in_their_method_alone(scale):
-    _, every = of_study(written(scale))
-    assert [(cell.seed, cell.name) for cell in every] == [
-        (seed, name) for seed in SCALES[scale].seeds for name in METHODS
-    ]
-    rest, methods = set(), set()
-    for cell in every:
-        values = {
-            key: str(value)
-            for key, value in vars(cell.args()).items()
-            if key not in ("exp_name", "seed")
-        }
-        rest.add(
-            tuple((key, value) for key, value in values.items() if not key.startswith(OF_METHODS))
-        )
-        methods.add(
-            (cell.name, *(value for key, value in values.items() if key.startswith(OF_METHODS)))
-        )
-    assert len(rest) == 1 and len(methods) == len(METHODS)
+def test_runs_with_equal_seeds_differ_only_in_the_method(scale):
+    study_cells = make_plan(scale).study_cells(read_default_blocks(scale))
+    expected = [(seed, name) for seed in SCALES[scale].seeds for name in METHODS]
+    assert [(cell.seed, cell.name) for cell in study_cells] == expected
+    shared_settings, method_settings = set(), set()
+    for cell in study_cells:
+        shared, own = [], [cell.name]
+        for key, value in build_args_json(cell.settings()).items():
+            if key.startswith(METHOD_ARGS):
+                own.append(str(value))
+            elif key not in ("exp_name", "seed"):
+                shared.append((key, str(value)))
+        shared_settings.add(tuple(shared))
+        method_settings.add(tuple(own))
+    assert len(shared_settings) == 1 and len(method_settings) == len(METHODS)
 
 
 @pytest.mark.parametrize(
-    ("steps", "evaluations", "every", "log"), [(600, 4, 150, 20), (10, 4, 3, 10), (3, 8, 1, 3)]
+    ("steps", "evaluations", "every", "log_every"),
+    [(600, 4, 150, 20), (10, 4, 3, 10), (3, 8, 1, 3)],
 )
-def test_a_run_is_measured_as_often_as_was_asked_for_or_less(steps, evaluations, every, log):
-    _, [cell, *_] = of_study(
-        written("laptop", "--max-train-steps", str(steps), "--evaluations", str(evaluations))
-    )
-    args = cell.args()
-    assert (args.eval_every, args.checkpointing_steps, args.log_every, args.max_train_steps) == (
-        every,
-        every,
-        log,
-        steps,
-    )
+def test_evaluations_are_evenly_spaced(steps, evaluations, every, log_every):
+    flags = ("--max-train-steps", str(steps), "--evaluations", str(evaluations))
+    settings = make_plan("laptop", *flags).study_cells({})[0].settings()
+    assert settings.evaluation.every == settings.checkpoint.checkpointing_steps == every
+    assert (settings.log.log_every, settings.loop.max_train_steps) == (log_every, steps)
 
 
-def test_knobs_are_chosen_on_other_seeds():
-    for scale in ("laptop", "gpu"):
-        assert not {*SCALES[scale].seeds} & {*SCALES[scale].tune_seeds}
-        found = results.load(ROOT / f"docs/study-{scale}-knobs.json", "convergence-knobs")
-        assert {run["seed"] for run in found["runs"]} == {*SCALES[scale].tune_seeds}
-        assert {run["name"] for run in found["runs"]} == {
-            cell.name for cell in candidates(written(scale, "--tune"), [0])
-        }
-        assert (
-            found["knobs"] == choose(found["runs"], found["metric"]) == read_knobs(written(scale))
-        )
+@pytest.mark.parametrize("scale", ["laptop", "gpu"])
+def test_blocks_are_tuned_with_other_seeds_than_the_study(scale):
+    tune_seeds = {*SCALES[scale].tune_seeds}
+    assert not {*SCALES[scale].seeds} & tune_seeds
+    result = results.load_result(ROOT / f"docs/study-{scale}-knobs.json", "convergence-knobs")
+    assert {run["seed"] for run in result["runs"]} == tune_seeds
+    tuning_cells = make_plan(scale, "--tune").tuning_cells()
+    assert {run["name"] for run in result["runs"]} == {cell.name for cell in tuning_cells}
+    chosen = choose_blocks(result["runs"], result["metric"])
+    assert result["knobs"] == chosen == read_default_blocks(scale)
 
 
-def test_the_block_with_the_lowest_mean_is_chosen():
-    ends = {
+def test_block_with_the_lowest_mean_is_chosen():
+    finals = {
         ("a", 2, 0): 3.0,
         ("a", 2, 1): 3.2,
         ("a", 4, 0): 2.0,
@@ -107,321 +93,287 @@ def test_the_block_with_the_lowest_mean_is_chosen():
         ("b-c", 6, 0): 4.0,
     }
     runs = [
-        {"name": f"{name}-block{k}", "seed": seed, "metrics": {"FD": [0.0, end]}}
-        for (name, k, seed), end in ends.items()
+        {"name": f"{name}-block{block}", "seed": seed, "metrics": {"FD": [0.0, final]}}
+        for (name, block, seed), final in finals.items()
     ]
-    assert choose(runs, "FD") == {"a": 4, "b-c": 6}
+    assert choose_blocks(runs, "FD") == {"a": 4, "b-c": 6}
 
 
-def test_a_method_aligns_the_block_that_was_chosen_for_it():
-    knobs = {"sra2-cosine": 3, "sra2-smooth_l1": 4, "sra": 5, "repa": 6}
-    args = written("laptop")
-    depth = {}
+def test_methods_align_their_tuned_blocks():
+    blocks = {"sra2-cosine": 3, "sra2-smooth_l1": 4, "sra": 5, "repa": 6}
+    plan = make_plan("laptop")
+    common = ["--exp-name", "x", "--data-dir", "x", "--model", "SiT-Ti/2"]
+    aligned = {}
     for name in METHODS:
-        flags = parse_args(
-            "",
-            [
-                "--exp-name",
-                "x",
-                "--data-dir",
-                "x",
-                "--model",
-                "SiT-Ti/2",
-                *flags_of(name, knobs, args),
-            ],
-        )
-        check_args(flags, 1)
-        depth[name] = flags.align_depth
-        assert set(flags.projector_width) <= {2 * PRESETS["SiT-Ti/2"]["width"]}
-    assert depth.pop("vanilla") == [] and depth.pop("sra2+repa") == [3, 6]
-    assert {name: [block] for name, block in knobs.items()} == depth
+        alignments = parse_settings([*common, *plan.method_flags(name, blocks)]).alignments
+        aligned[name] = [alignment.block for alignment in alignments]
+        widths = {alignment.projector_width for alignment in alignments}
+        assert widths <= {2 * PRESETS["SiT-Ti/2"]["width"]}
+    assert aligned.pop("vanilla") == [] and aligned.pop("sra2+repa") == [3, 6]
+    assert aligned == {name: [block] for name, block in blocks.items()}
 
 
-def test_imagenet_prints_the_clusters_commands(call):
+def test_imagenet_prints_valid_commands_for_a_cluster(call):
     code, out = call(convergence, "--scale", "imagenet", "--gpus", 4, "--seeds", 3, 4)
     lines = [shlex.split(line) for line in out.splitlines()]
     assert code == 0 and len(lines) == 2 * len(METHODS)
     for words in lines:
-        at = words.index("train.py")
-        assert words[:at] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
-        args = parse_args("", words[at + 1 :])
-        check_args(args, 4)
-        assert (args.data_dir, args.eval_latents) == (
-            [Path("data/imagenet256")],
-            Path("data/imagenet256-val"),
-        )
-        assert (args.model, args.max_train_steps, args.eval_every, args.eval_samples) == (
-            "SiT-B/2",
-            400_000,
-            50_000,
-            50_000,
-        )
-        assert (args.eval_mode, args.eval_num_steps, args.eval_cfg_scale, args.ema_decay) == (
-            "sde",
-            250,
-            1.0,
-            [0.9999],
-        )
-        if "repa" in args.align:
-            assert (args.repa_encoder, args.align_depth[-1], args.projector_width[-1]) == (
-                None,
-                8,
-                2048,
-            )
+        start = words.index("train.py")
+        assert words[:start] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
+        settings = parse_settings(words[start + 1 :])
+        evaluation = settings.evaluation
+        check_batch_size(settings.loop, 4)
+        assert settings.data.data_dir == (Path("data/imagenet256"),)
+        assert evaluation.latents == Path("data/imagenet256-val")
+        assert (settings.model.model, settings.loop.max_train_steps) == ("SiT-B/2", 400_000)
+        assert (evaluation.every, evaluation.samples) == (50_000, 50_000)
+        assert (evaluation.mode, evaluation.num_steps) == ("sde", 250)
+        assert (evaluation.cfg_scale, settings.optimizer.ema_decay) == (1.0, (0.9999,))
+        for alignment in settings.alignments:
+            if alignment.method == "repa":
+                assert alignment.settings.encoder == "dinov2-b"
+                assert (alignment.block, alignment.projector_width) == (8, 2048)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--scale is missing"),
-        (("--scale", "gpu", "--seeds", "1", "1"), "--seeds 1 1: each only once"),
-        (("--scale", "imagenet", "--tune"), "--tune is for --scale laptop and gpu"),
-        (("--scale", "gpu", "--out", "x.txt"), "--out x.txt must end in .json"),
-        (
-            ("--scale", "gpu", "--", "--align-depth", "3"),
-            "-- --align-depth: that is for this command to say",
-        ),
-        (("--scale", "laptop", "--tune", "--gather"), "--gather is for a study, not for --tune"),
-        (("--plot", "docs/study.md"), "--plot docs/study.md must end in .json"),
-        (
-            ("--scale", "gpu", "--", "--encoder-depth", "3"),
-            "-- --encoder-depth: that is for this command to say",
-        ),
-        (("--scale", "gpu", "--", "--seed=3"), "-- --seed=3: that is for this command to say"),
+        ("", "--scale is missing"),
+        ("--scale gpu --seeds 1 1", "--seeds 1 1: pass each seed only once"),
+        ("--scale imagenet --tune", "--tune needs --scale laptop or gpu"),
+        ("--scale gpu --out x.txt", "--out x.txt must end in .json"),
+        ("--scale gpu -- --align-depth 3", "-- --align-depth: the study sets this flag itself"),
+        ("--scale laptop --tune --gather", "--gather does not apply to --tune"),
+        ("--plot docs/study.md", "--plot docs/study.md must end in .json"),
+        ("--scale gpu -- --encoder-depth 3", "-- --encoder-depth: the study sets this flag itself"),
+        ("--scale gpu -- --eval-latents x", "-- --eval-latents: the study sets this flag itself"),
+        ("--scale gpu -- --seed=3", "-- --seed=3: the study sets this flag itself"),
     ],
 )
-def test_mistakes_are_said_in_a_line(flags, message):
+def test_wrong_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        parse([*flags])
+        convergence.parse(flags.split())
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("knobs", "flags", "message"),
     [
-        (("--knobs", "docs/study-gpu-knobs.json"), "is of --scale gpu: run --tune at this one"),
-        (("--model", "SiT-S/2"), "is of --model SiT-Ti/2: run --tune at this one"),
+        ("gpu", (), "belongs to --scale gpu; run --tune with --scale laptop"),
         (
+            "laptop",
+            ("--model", "SiT-S/2"),
+            "belongs to --model SiT-Ti/2; run --tune with --model SiT-S/2",
+        ),
+        (
+            "laptop",
             ("--seeds", "9", "0"),
-            "--seeds 0: --knobs docs/study-laptop-knobs.json was chosen on it; report on others",
+            "--seeds 0: --knobs docs/study-laptop-knobs.json was tuned on these seeds; pass others",
         ),
     ],
 )
-def test_knobs_of_another_study_are_refused(flags, message, monkeypatch):
+def test_blocks_of_another_study_are_refused(knobs, flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=re.escape(message) + "$"):
-        read_knobs(written("laptop", "--knobs", "docs/study-laptop-knobs.json", *flags))
+        read_blocks(make_plan("laptop", *flags), Path(f"docs/study-{knobs}-knobs.json"))
 
 
-def test_knobs_without_a_method_are_refused(tmp_path):
-    results.save(
-        tmp_path / "k.json",
-        "convergence-knobs",
-        {"scale": "laptop", "model": "SiT-Ti/2", "knobs": {"sra": 2}},
-        [],
-    )
-    given = "--knobs", str(tmp_path / "k.json")
-    assert read_knobs(written("laptop", *given, "--methods", "sra")) == {"sra": 2}
-    with pytest.raises(UserError, match=r"has no block for repa sra2-cosine: run --tune with it$"):
-        read_knobs(written("laptop", *given, "--methods", "sra", "sra2-cosine", "repa"))
+def test_blocks_without_a_needed_method_are_refused(tmp_path):
+    path = tmp_path / "knobs.json"
+    settings = {"scale": "laptop", "model": "SiT-Ti/2", "knobs": {"sra": 2}}
+    results.save_result(path, "convergence-knobs", settings, [])
+    assert read_blocks(make_plan("laptop", "--methods", "sra"), path) == {"sra": 2}
+    plan = make_plan("laptop", "--methods", "sra", "sra2-cosine", "repa")
+    with pytest.raises(UserError, match=r"has no block for repa sra2-cosine; run --tune with"):
+        read_blocks(plan, path)
 
 
-def test_a_gpus_study_needs_one(monkeypatch):
-    monkeypatch.setattr(convergence, "devices", list)
-    with pytest.raises(UserError, match=r"^--scale gpu needs a GPU, and there is none here"):
-        written("gpu")
-    assert written("gpu", "--gather").gather and written("laptop").jobs == available_cores()
+def test_gpu_scale_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(convergence, "visible_gpus", list)
+    with pytest.raises(UserError, match=r"^--scale gpu needs a GPU, but none is visible"):
+        convergence.parse(["--scale", "gpu"])
+    args, _ = convergence.parse(["--scale", "gpu", "--gather"])
+    assert args.gather
+    args, _ = convergence.parse(["--scale", "laptop"])
+    assert args.jobs == available_cores()
 
 
-def test_data_are_made_once_and_of_one_scale(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(study_data, "call", lambda *words: told.append([*map(str, words)]))
+def test_data_are_prepared_once_and_for_one_scale(tmp_path, monkeypatch):
+    commands = []
     monkeypatch.setattr(
-        study_data,
-        "images_of",
-        lambda scale, folder, given: (folder / "train.zip", folder / "other.zip"),
+        study_data, "run_module", lambda *words: commands.append([*map(str, words)])
     )
-    study_data.prepare("laptop", tmp_path / "data", None, tmp_path)
-    made = {
-        words[words.index("--dest") + 1]: words[words.index("--source") + 1] for words in told[:2]
+    archives = (tmp_path / "train.zip", tmp_path / "other.zip")
+    monkeypatch.setattr(study_data, "prepare_images", lambda *_: archives)
+    data = tmp_path / "data"
+    study_data.prepare_data("laptop", data, tmp_path, tmp_path)
+    caches = {
+        words[words.index("--dest") + 1]: words[words.index("--source") + 1]
+        for words in commands[:2]
     }
-    assert made == {
-        f"{tmp_path}/data/train": f"{tmp_path}/data/train.zip",
-        f"{tmp_path}/data/held-out": f"{tmp_path}/data/other.zip",
-    }
-    assert [words[0] for words in told[2:]] == [
-        "preprocessing.encode_features"
-    ] and f"{tmp_path}/data/train" in told[2]
-    study_data.prepare("laptop", tmp_path / "data", None, tmp_path)
-    assert len(told) == 3
-    with pytest.raises(UserError, match=r"was made for --scale laptop: name another$"):
-        study_data.prepare("gpu", tmp_path / "data", None, tmp_path)
+    assert caches == {f"{data}/train": str(archives[0]), f"{data}/held-out": str(archives[1])}
+    (features,) = commands[2:]
+    assert features[:2] == ["preprocessing.encode_features", f"{data}/train"]
+    study_data.prepare_data("laptop", data, tmp_path, tmp_path)
+    assert len(commands) == 3
+    with pytest.raises(UserError, match=r"was created for --scale laptop; pass another folder$"):
+        study_data.prepare_data("gpu", data, tmp_path, tmp_path)
 
 
-def test_images_held_out_do_not_train(tmp_path):
-    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
-        entries = [[f"{i % 3}/{i}.png", i % 3] for i in range(19)]
+def test_training_and_held_out_images_are_disjoint(tmp_path):
+    paths = {name: tmp_path / f"{name}.zip" for name in ("whole", "train", "held-out")}
+    entries = [[f"{i % 3}/{i}.png", i % 3] for i in range(19)]
+    with zipfile.ZipFile(paths["whole"], "w") as archive:
         for path, _ in entries:
             archive.writestr(path, f"the image {path}")
         archive.writestr("dataset.json", json.dumps({"labels": entries}))
-    study_data.split(
-        tmp_path / "whole.zip", tmp_path / "train.zip", tmp_path / "held-out.zip", every=5
-    )
-    train, held_out, whole = (
-        zipfile.ZipFile(tmp_path / f"{name}.zip") for name in ("train", "held-out", "whole")
-    )
+    study_data.split_zip(paths["whole"], paths["train"], paths["held-out"], every=5)
+    archives = {name: zipfile.ZipFile(path) for name, path in paths.items()}
     labels = {
         name: json.loads(archive.read("dataset.json"))["labels"]
-        for name, archive in (("train", train), ("held-out", held_out), ("whole", whole))
+        for name, archive in archives.items()
     }
-    assert (
-        sorted(labels["train"] + labels["held-out"]) == sorted(labels["whole"])
-        and len(labels["held-out"]) == 4
-    )
-    for archive, key in ((train, "train"), (held_out, "held-out")):
-        assert set(archive.namelist()) == {path for path, _ in labels[key]} | {"dataset.json"}
-        path = labels[key][-1][0]
-        assert archive.read(path) == whole.read(path)
+    assert len(labels["held-out"]) == 4
+    assert sorted(labels["train"] + labels["held-out"]) == sorted(entries)
+    for name in ("train", "held-out"):
+        names = {path for path, _ in labels[name]}
+        assert set(archives[name].namelist()) == names | {"dataset.json"}
+        path, _ = labels[name][-1]
+        assert archives[name].read(path) == archives["whole"].read(path)
 
 
-def test_missing_images_are_told_where_to_get(tmp_path):
-    with pytest.raises(
-        UserError,
-        match=r"^--images .*train-images-idx3-ubyte.gz and .* apt-get install dataset-fashion-mnist",
-    ):
-        study_data.images_of("gpu", tmp_path, tmp_path / "nowhere")
+def test_missing_fashion_mnist_error_names_its_sources(tmp_path):
+    message = "^--images .*train-images-idx3-ubyte.gz and .* apt-get install dataset-fashion-mnist"
+    with pytest.raises(UserError, match=message):
+        study_data.prepare_images("gpu", tmp_path, tmp_path / "nowhere")
 
 
-def test_a_step_is_timed_and_its_arithmetic_counted(cache):
+def test_steps_are_timed_and_flops_counted_per_method(cache):
     AcceleratorState._reset_state(reset_partial_state=True)
-    flags = {
-        name: parse_args("", train_flags(cache, Path("exps"), "x", "--align", name))
+    runs = {
+        name: parse_settings(train_flags(cache, Path("exps"), "x", "--align", name))
         for name in ("none", "sra2")
     }
-    for args in flags.values():
-        check_args(args, 1)
-    seconds = time_runs(flags, rounds=2, calls=1, warm_up=0)
-    assert all(0 < each["quartiles"][0] <= each["median"] for each in seconds.values()) and [
-        *seconds
-    ] == [*flags]
+    seconds = time_runs(runs, rounds=2, calls=1, warm_up=0)
+    assert [*seconds] == [*runs]
+    assert all(0 < timing["quartiles"][0] <= timing["median"] for timing in seconds.values())
     network = SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8, num_classes=3)
     head = head_flops(network, {"width": 128, "out": 16, "layers": 5, "hidden": 64})
-    assert count_flops(flags["none"]) == 3 * backbone_flops(network)
-    assert count_flops(flags["sra2"]) == 3 * (backbone_flops(network) + head)
+    assert count_flops(runs["none"]) == 3 * backbone_flops(network)
+    assert count_flops(runs["sra2"]) == 3 * (backbone_flops(network) + head)
 
 
-FAKE = """
+FAKE_TRAIN = """
 import json, sys
 from pathlib import Path
+
 words = sys.argv[1:]
-flag = lambda name: words[words.index(name) + 1]
-folder, seed, last = Path(flag("--output-dir")) / flag("--exp-name"), int(flag("--seed")), int(flag("--max-train-steps"))
+get_flag = lambda name: words[words.index(name) + 1]
+output_dir = Path(get_flag("--output-dir"))
+folder = output_dir / get_flag("--exp-name")
+seed = int(get_flag("--seed"))
+is_aligned = "sra2" in words
 folder.mkdir()
-if (folder.parent / "broken").exists() and "sra2" in words and seed == 2:
+if (output_dir / "broken").exists() and is_aligned and seed == 2:
     sys.exit("error: no luck")
-(folder / "probe.json").write_text(json.dumps({"t": 0.5, "images": 9, "accuracy": {"3": 0.5 + 0.1 * ("sra2" in words)}}))
+accuracy = 0.6 if is_aligned else 0.5
+probe = {"t": 0.5, "images": 9, "accuracy": {"3": accuracy}}
+(folder / "probe.json").write_text(json.dumps(probe))
 with open(folder / "metrics.jsonl", "w") as file:
-    for step in range(1, last + 1):
-        images = step * int(flag("--batch-size"))
-        print(json.dumps({"step": step, "images": images, "denoising": 1.0}), file=file)
-        value = (9.0 + seed) / step * (0.5 if "sra2" in words else 1)
-        told = {"FD-fashion": value, "class_agreement": 0.5, "held_out": value / 10, "evaluation": {"ema_decay": 0.99}}
-        print(json.dumps({"step": step, "images": images} | told), file=file)
+    for step in range(1, int(get_flag("--max-train-steps")) + 1):
+        position = {"step": step, "images": step * int(get_flag("--batch-size"))}
+        print(json.dumps(position | {"denoising": 1.0}), file=file)
+        value = (9.0 + seed) / step * (0.5 if is_aligned else 1)
+        metrics = {"FD-fashion": value, "class_agreement": 0.5, "held_out": value / 10}
+        print(json.dumps(position | metrics | {"evaluation": {"ema_decay": 0.99}}), file=file)
 """
 
 
-def test_a_study_from_its_runs_to_its_pages(call, cache, tmp_path, monkeypatch):
-    """Of runs that write what they are told to: half of vanilla's distance, with each seed, so twice its speed."""
-    (tmp_path / "train.py").write_text(FAKE)
+def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypatch):
+    """The fake runs of SRA 2 have half of the distance of vanilla SiT, so twice its speed."""
+    (tmp_path / "train.py").write_text(FAKE_TRAIN)
     monkeypatch.setattr(cells, "ROOT", tmp_path)
     timed = []
-    monkeypatch.setattr(
-        convergence,
-        "time_runs",
-        lambda runs, *how: timed.append([*runs]) or {name: {"median": 0.1} for name in runs},
-    )
-    monkeypatch.setattr(
-        convergence, "count_flops", lambda args: 100 + 25 * (args.align != ["none"])
-    )
-    data, runs = tmp_path / "data", tmp_path / "runs"
+
+    def fake_time_runs(runs, *_):
+        timed.append([*runs])
+        return {name: {"median": 0.1} for name in runs}
+
+    def fake_count_flops(args):
+        return 100 if args.align == ["none"] else 125
+
+    monkeypatch.setattr(convergence, "time_runs", fake_time_runs)
+    monkeypatch.setattr(convergence, "count_flops", fake_count_flops)
+    data, runs, result_path = tmp_path / "data", tmp_path / "runs", tmp_path / "study.json"
     data.mkdir()
     runs.mkdir()
     for name in ("train", "held-out"):
         (data / name).symlink_to(cache)
     (data / "ready.json").write_text('{"scale": "laptop"}')
     (data / "floor-5000.json").write_text('{"FD-fashion": 0.1, "class_agreement": 0.9}')
+    flags = "--scale laptop --methods sra2-cosine --seeds 1 2 --max-train-steps 4"
+    words = [*flags.split(), "--data-dir", data, "--output-dir", runs, "--out", result_path]
+
+    # A run fails; the result contains the others.
     (runs / "broken").touch()
-    words = [
-        "--scale",
-        "laptop",
-        "--data-dir",
-        data,
-        "--output-dir",
-        runs,
-        "--methods",
-        "sra2-cosine",
-        "--seeds",
-        1,
-        2,
-    ]
-    words += ["--max-train-steps", 4, "--out", tmp_path / "study.json"]
     code, out = call(convergence, *words)
-    assert (
-        code == 2
-        and "1 of 4 runs failed (sra2-cosine-seed2): the same command tries them again" in out
-    )
+    assert code == 2 and "1 of 4 runs failed (sra2-cosine-seed2); rerun the same command" in out
     assert "SRA 2, cosine (1 of 2 seeds)" in out
+
+    # The next call waits for another process that trains the missing run, and then runs it.
     (runs / "broken").unlink()
-    asked = []
-    monkeypatch.setattr(
-        cells, "busy", lambda cell, folder: len(asked) < 3 and not asked.append(cell.run)
-    )
     (runs / "sra2-cosine-seed2").rmdir()
+    checked = []
+
+    def is_running_three_times(cell, folder):
+        checked.append(cell.run_name)
+        return len(checked) <= 3
+
+    monkeypatch.setattr(cells, "is_running", is_running_three_times)
     code, out = call(convergence, *words)
-    assert code == 0 and asked == 3 * ["sra2-cosine-seed2"], out
-    found = results.load(tmp_path / "study.json", "convergence")
-    assert [(run["name"], run["seed"]) for run in found["runs"]] == [
+    assert code == 0 and set(checked) == {"sra2-cosine-seed2"}, out
+    result = results.load_result(result_path, "convergence")
+    assert [(run["name"], run["seed"]) for run in result["runs"]] == [
         (name, seed) for seed in (1, 2) for name in ("vanilla", "sra2-cosine")
     ]
-    told = figures(found)
-    assert told["sra2-cosine difference"] == "-1.312 (-1.375 to -1.250)"  # half of 10/4 and of 11/4
-    assert told["sra2-cosine speed-up"] == "2.00 (2.00 to 2.00)" and told[
-        "sra2-cosine speed-up per FLOP"
-    ].startswith("1.60")
-    assert told["sra2-cosine probe"] == "60.0% (block 3)"
-    assert (tmp_path / "study.md").read_text() == table(found) and (
-        tmp_path / "study.png"
-    ).stat().st_size > 10_000
-    monkeypatch.setattr(convergence, "draw", lambda found, out: None)  # once is enough
-    assert timed == [["vanilla", "sra2-cosine"]], "it is timed once"
-    (runs / "seconds.json").write_text((runs / "seconds.json").read_text().replace("1e-3", "2e-3"))
-    assert call(convergence, *words)[0] == 0 and len(timed) == 2, "and again for other flags"
-    (
-        runs / "sra2-cosine-seed1.json"
-    ).unlink()  # as a cluster's runs are, and without the data, as on another machine
+    numbers = format_numbers(result)
+    # Half of 10/4 and of 11/4, the final distances of vanilla SiT.
+    assert numbers["sra2-cosine difference"] == "-1.312 (-1.375 to -1.250)"
+    assert numbers["sra2-cosine speed-up"] == "2.00 (2.00 to 2.00)"
+    assert numbers["sra2-cosine speed-up per FLOP"].startswith("1.60")
+    assert numbers["sra2-cosine probe"] == "60.0% (block 3)"
+    assert (tmp_path / "study.md").read_text() == format_tables(result)
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+    # Steps are timed once for the same flags.
+    monkeypatch.setattr(convergence, "draw_figure", lambda result, path: None)
+    assert timed == [["vanilla", "sra2-cosine"]]
+    seconds = runs / "seconds.json"
+    seconds.write_text(seconds.read_text().replace("1e-3", "2e-3"))
+    assert call(convergence, *words)[0] == 0 and len(timed) == 2
+
+    # Runs of a cluster have no record, and the data may be on another machine.
+    (runs / "sra2-cosine-seed1.json").unlink()
     (data / "train").unlink()
     code, out = call(convergence, *words, "--gather")
-    again = results.load(tmp_path / "study.json", "convergence")
-    assert code == 0 and again["training_images"] is None
-    assert figures(again) == {
-        key: value for key, value in told.items() if not key.endswith(" FLOP")
-    }
-    assert [run.get("finished") for run in again["runs"]] == [None, False, None, None]
+    gathered = results.load_result(result_path, "convergence")
+    assert code == 0 and gathered["training_images"] is None
+    without_flops = {key: text for key, text in numbers.items() if not key.endswith(" FLOP")}
+    assert format_numbers(gathered) == without_flops
+    assert [run.get("finished") for run in gathered["runs"]] == [None, False, None, None]
 
 
-def test_a_cluster_s_runs_are_gathered_as_far_as_they_are(call, tmp_path):
-    for name, seed, steps in (
-        ("vanilla", 0, (50, 100, 150)),
-        ("sra2-cosine", 0, (50, 100)),
-        ("sra", 0, ()),
+def test_unfinished_runs_of_a_cluster_are_gathered(call, tmp_path):
+    for name, thousands_of_steps in (
+        ("vanilla", (50, 100, 150)),
+        ("sra2-cosine", (50, 100)),
+        ("sra", ()),
     ):
-        folder = tmp_path / "runs" / f"{name}-seed{seed}"
+        folder = tmp_path / "runs" / f"{name}-seed0"
         folder.mkdir(parents=True)
-        evaluation = {"evaluation": {"ema_decay": 0.9999}}
         rows = [{"step": 100, "images": 25600, "denoising": 1.0}]
-        rows += [
-            {"step": k, "images": 256000 * k, "FID": 99 / k, "held_out": 1.0} | evaluation
-            for k in steps
-        ]
+        for k in thousands_of_steps:
+            metrics = {"FID": 99 / k, "held_out": 1.0, "evaluation": {"ema_decay": 0.9999}}
+            rows.append({"step": k, "images": 256000 * k, **metrics})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
         "--scale",
@@ -434,94 +386,88 @@ def test_a_cluster_s_runs_are_gathered_as_far_as_they_are(call, tmp_path):
     ]
     code, out = call(convergence, *words, "--data-dir", tmp_path / "nowhere")
     assert code == 0, out
-    found = results.load(tmp_path / "study.json", "convergence")
-    assert (found["metric"], found["floor"], [run["name"] for run in found["runs"]]) == (
-        "FID",
-        None,
-        ["vanilla", "sra2-cosine"],
-    )
+    result = results.load_result(tmp_path / "study.json", "convergence")
+    assert result["metric"] == "FID" and result["floor"] is None
+    assert [run["name"] for run in result["runs"]] == ["vanilla", "sra2-cosine"]
     assert "2 of 2 runs have not reached their end: all are compared after 25,600,000 images" in out
-    assert figures(found)["sra2-cosine difference"] == "+0.0000" and "| REPA | not run |" in out
+    assert format_numbers(result)["sra2-cosine difference"] == "+0.0000"
+    assert "| REPA | not run |" in out
 
 
-def test_gathering_nothing_keeps_what_there_was(call, tmp_path):
-    (tmp_path / "study.json").write_text("what there was")
-    code, out = call(
-        convergence,
-        "--scale",
-        "gpu",
-        "--gather",
-        "--output-dir",
-        tmp_path / "no",
-        "--out",
-        tmp_path / "study.json",
-    )
-    assert code == 2 and out.endswith("no: no run of vanilla SiT has measured anything there yet\n")
-    assert (tmp_path / "study.json").read_text() == "what there was"
+def test_gathering_no_evaluation_keeps_the_previous_result(call, tmp_path):
+    path = tmp_path / "study.json"
+    path.write_text("the previous result")
+    words = ["--scale", "gpu", "--gather", "--output-dir", tmp_path / "no", "--out", path]
+    code, out = call(convergence, *words)
+    assert code == 2 and "no: contains no evaluation of vanilla SiT; rerun after" in out
+    assert path.read_text() == "the previous result"
 
 
-def test_a_run_that_an_earlier_call_left_behind_is_waited_for(tmp_path):
-    """When a study is killed by SIGKILL, its runs go on."""
-    cell, pipe = Cell("a", 0, ()), subprocess.PIPE
-    holder = "import sys; from pathlib import Path; from files import lock\n"
-    holder += "with lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
-    (tmp_path / "a-seed0").mkdir()
-    assert not cells.busy(cell, tmp_path) and not [*(tmp_path / "a-seed0").iterdir()]
-    words = [sys.executable, "-c", holder, tmp_path / "a-seed0/.lock"]
-    with subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
-        other.stdout.readline()
-        assert cells.busy(cell, tmp_path)
+def test_run_of_a_killed_study_is_recognised_as_running(tmp_path):
+    cell = Cell("a", 0, ())
+    folder = tmp_path / "a-seed0"
+    folder.mkdir()
+    assert not cells.is_running(cell, tmp_path) and not [*folder.iterdir()]
+    code = "import sys; from pathlib import Path; from common.files import lock\n"
+    code += "with lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, folder / ".lock"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"\n"
+        assert cells.is_running(cell, tmp_path)
         other.stdin.close()
-    assert not cells.busy(cell, tmp_path)
+    assert not cells.is_running(cell, tmp_path)
 
 
-def test_flags_are_compared_by_what_they_amount_to(tmp_path):
-    """A flag given twice counts once, where it is --data-dir both."""
-    then = ["--data-dir", "a", "--data-dir", "b", "--batch-size", "4", "--batch-size", "8"]
-    (tmp_path / "a-seed0.json").write_text(json.dumps({"flags": then}))
-    cells.check([Cell("a", 0, ("--batch-size", "8", "--data-dir", "a", "b"))], tmp_path)
-    for now in (
-        ("--data-dir", "b", "--batch-size", "8"),
-        ("--data-dir", "a", "b", "--batch-size", "4"),
-    ):
+def test_repeated_flags_are_compared_by_their_effect(tmp_path):
+    """--data-dir accumulates when it is repeated, and of other flags the last value counts."""
+    recorded = "--data-dir a --data-dir b --batch-size 4 --batch-size 8"
+    (tmp_path / "a-seed0.json").write_text(json.dumps({"flags": recorded.split()}))
+    same = Cell("a", 0, ("--batch-size", "8", "--data-dir", "a", "b"))
+    cells.check_cells([same], tmp_path)
+    for changed in ("--data-dir b --batch-size 8", "--data-dir a b --batch-size 4"):
         with pytest.raises(UserError, match="a-seed0 was started with other flags"):
-            cells.check([Cell("a", 0, now)], tmp_path)
+            cells.check_cells([Cell("a", 0, tuple(changed.split()))], tmp_path)
 
 
-def test_a_run_that_has_measured_nothing_is_not_gathered(tmp_path):
+def test_runs_without_an_evaluation_are_not_collected(tmp_path):
     (tmp_path / "a-seed0").mkdir()
     (tmp_path / "a-seed0/metrics.jsonl").write_text('{"step": 1, "images": 8, "denoising": 1.0}\n')
     cell = Cell("a", 0, tuple(train_flags(Path("x"), Path("x"), "a", "--align", "none")))
-    assert results.gather([cell], tmp_path, unfinished=True) == []
+    assert results.collect_runs([cell], tmp_path, include_unfinished=True) == []
 
 
-def quoted(text: str) -> set[str]:
-    """1.07 (1.04 to 1.10) and its like."""
+def find_estimates(text: str) -> set[str]:
+    """Return all numbers of a text with an interval, such as "1.07 (1.04 to 1.10)"."""
     return set(re.findall(r"(?:[<>] )?[-+]?\d+\.\d+ \([^()]+ to [^()]+\)", text))
 
 
-def test_the_pages_say_what_the_runs_measured():
-    """Every table is that of its JSON, and every number with an interval, wherever it stands, is one of theirs."""
-    page, readme = ((ROOT / name).read_text() for name in ("docs/study.md", "README.md"))
-    cells: set[str] = set()
-    assert STUDIES
-    for path in STUDIES:
-        found = results.load(path, "convergence")
-        cells |= {
-            *figures(
-                found | {"runs": [run for run in found["runs"] if run.get("finished", True)]}
-            ).values()
-        }
-        lines = table(found).splitlines()
-        rows = [line for line in lines if line.startswith("|")]
-        assert rows and not [row for row in rows if row not in page], path
-        cells |= {cell.strip() for row in rows for cell in row.split("|")}
+def test_documented_tables_and_estimates_are_those_of_the_results():
+    page = (ROOT / "docs/study.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    known: set[str] = set()
+    assert RESULTS
+    for path in RESULTS:
+        result = results.load_result(path, "convergence")
+        finished = [run for run in result["runs"] if run.get("finished", True)]
+        known |= {*format_numbers(result | {"runs": finished}).values()}
+        rows = [line for line in format_tables(result).splitlines() if line.startswith("|")]
+        assert rows
+        for row in rows:
+            assert row in page, path
+            known |= {cell.strip() for cell in row.split("|")}
         assert f"({path.with_suffix('.png').name})" in page and path.with_suffix(".png").exists()
+    assert find_estimates(readme)
+    assert find_estimates(readme) | find_estimates(page) <= known
+
+
+def test_documented_tuning_runs_are_those_of_the_results():
+    page = (ROOT / "docs/study.md").read_text()
     for path in (ROOT / "docs").glob("study-*-knobs.json"):
-        ends = results.last(results.load(path, "convergence-knobs")["runs"], "FD-fashion")
+        result = results.load_result(path, "convergence-knobs")
+        finals = results.final_values(result["runs"], "FD-fashion")
         for name in ("sra2-cosine", "sra2-smooth_l1"):
-            assert (
-                ", ".join(f"{end[0]:.3f}" for key, end in ends.items() if key.startswith(name))
-                in page
-            ), (path, name)
-    assert quoted(readme) and quoted(readme) | quoted(page) <= cells
+            values = [
+                f"{by_seed[0]:.3f}" for key, by_seed in finals.items() if key.startswith(name)
+            ]
+            assert ", ".join(values) in page, (path, name)

@@ -1,3 +1,5 @@
+"""Tests of the study of representations: its measures, its images, its figure and its command."""
+
 import json
 import math
 import shutil
@@ -11,245 +13,258 @@ from tqdm import tqdm
 from common.cli import UserError
 from common.keyed_random import Purpose, normal
 from experiments import feature_picture, features, representation
-from experiments.feature_study import choose, judge, pooled, read, spread
-from experiments.representation import cknna, fit_probe, neighbours, principal, wilson
+from experiments.feature_study import (
+    choose_shown,
+    draw_images,
+    evaluate_features,
+    pool_tokens,
+    spread_blocks,
+)
+from experiments.representation import (
+    cknna,
+    find_neighbours,
+    fit_colours,
+    fit_probe,
+    wilson_interval,
+)
 from latents.cache import LatentCache
 from models.sit import PRESETS, SiT, SiTConfig
 from tests.helpers import make_vae
 
 
-def random(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random_normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def random_rotation(d: int, seed: int) -> torch.Tensor:
+    rotation, _ = torch.linalg.qr(random_normal(d, d, seed=seed))
+    return rotation
 
 
 def naive_cknna(a: np.ndarray, b: np.ndarray, k: int) -> float:
-    """Kernel by kernel and entry by entry, from the definition."""
+    """Compute CKNNA from its definition, entry by entry."""
     n = len(a)
     spaces = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
-    kernels = [[[float(row @ other) for other in x] for row in x] for x in spaces]
+    kernel_a, kernel_b = ([[float(row @ other) for other in x] for row in x] for x in spaces)
 
-    def near(kernel, i):
-        return sorted((j for j in range(n) if j != i), key=lambda j: -kernel[i][j])[:k]
+    def neighbours(kernel, i):
+        others = [j for j in range(n) if j != i]
+        return sorted(others, key=lambda j: -kernel[i][j])[:k]
 
     def hsic(one, two):
-        both = [[j in near(one, i) and j in near(two, i) for j in range(n)] for i in range(n)]
-        left = np.array([[one[i][j] if both[i][j] else 0.0 for j in range(n)] for i in range(n)])
-        right = np.array([[two[i][j] if both[i][j] else 0.0 for j in range(n)] for i in range(n)])
+        left, right = np.zeros((n, n)), np.zeros((n, n))
+        for i in range(n):
+            for j in set(neighbours(one, i)) & set(neighbours(two, i)):
+                left[i, j], right[i, j] = one[i][j], two[i][j]
         ones, product = np.ones(n), left @ right
         independent = (ones @ left @ ones) * (ones @ right @ ones) / (n - 1) / (n - 2)
-        return (
-            (np.trace(product) + independent - 2 / (n - 2) * (ones @ product @ ones)) / n / (n - 3)
-        )
+        total = ones @ product @ ones
+        return (np.trace(product) + independent - 2 / (n - 2) * total) / n / (n - 3)
 
-    return hsic(*kernels) / math.sqrt(hsic(kernels[0], kernels[0]) * hsic(kernels[1], kernels[1]))
+    scale = hsic(kernel_a, kernel_a) * hsic(kernel_b, kernel_b)
+    return hsic(kernel_a, kernel_b) / math.sqrt(scale)
 
 
-def test_cknna_is_its_definition(monkeypatch):
-    a = random(40, 6)
-    b = a @ random(6, 4, seed=1) + random(40, 4, seed=2)
+@pytest.mark.parametrize("rows_per_chunk", [2048, 16])
+def test_cknna_equals_its_definition(monkeypatch, rows_per_chunk):
+    monkeypatch.setattr(representation, "ROWS_PER_CHUNK", rows_per_chunk)
+    a = random_normal(40, 6)
+    b = a @ random_normal(6, 4, seed=1) + random_normal(40, 4, seed=2)
     expected = naive_cknna(a.numpy(), b.numpy(), 5)
     assert 0.05 < expected < 0.95
-    for rows in (2048, 16):  # more and fewer than there are
-        monkeypatch.setattr(representation, "ROWS", rows)
-        assert cknna(neighbours(a, 5), neighbours(b, 5)) == pytest.approx(expected, rel=1e-10)
+    measured = cknna(find_neighbours(a, 5), find_neighbours(b, 5))
+    assert measured == pytest.approx(expected, rel=1e-10)
 
 
-def test_cknna_knows_the_same_space_however_it_lies_and_no_other():
-    a, b = random(600, 12), random(600, 12, seed=1)
-    turned = 7 * a @ torch.linalg.qr(random(12, 12, seed=2))[0]
-    to = neighbours(b)
-    assert cknna(neighbours(a), neighbours(a)) == pytest.approx(1, abs=1e-12)
-    assert cknna(neighbours(a), neighbours(turned)) == pytest.approx(1, abs=1e-9)
-    mixed = cknna(neighbours(a + b), to)
-    assert cknna(
-        neighbours((a + b) @ torch.linalg.qr(random(12, 12, seed=2))[0]), to
-    ) == pytest.approx(mixed, abs=1e-9)
-    assert abs(cknna(neighbours(a), to)) < 2 * 10 / 600 < 0.1 < mixed
+def test_cknna_ignores_rotation_and_scale_and_is_low_for_independent_spaces():
+    a, b = random_normal(600, 12), random_normal(600, 12, seed=1)
+    rotation = random_rotation(12, seed=2)
+    neighbours_of_a, neighbours_of_b = find_neighbours(a), find_neighbours(b)
+    assert cknna(neighbours_of_a, neighbours_of_a) == pytest.approx(1, abs=1e-12)
+    rotated = find_neighbours(7 * a @ rotation)
+    assert cknna(neighbours_of_a, rotated) == pytest.approx(1, abs=1e-9)
+    mixed = cknna(find_neighbours(a + b), neighbours_of_b)
+    rotated_mixed = cknna(find_neighbours((a + b) @ rotation), neighbours_of_b)
+    assert rotated_mixed == pytest.approx(mixed, abs=1e-9)
+    assert abs(cknna(neighbours_of_a, neighbours_of_b)) < 2 * 10 / 600 < 0.1 < mixed
 
 
-def test_the_probe_is_at_the_minimum_of_what_it_says_it_minimises():
-    x = torch.cat(
-        (
-            random(79, 3) * torch.tensor([1, 20, 0.1]) + 5,
-            torch.full((79, 1), 1e6 / 3, dtype=torch.float64),
-        ),
-        1,
-    )  # the last one never changes
-    y = (x[:, 0] + random(79, seed=1) > 5).long() + (x[:, 1] > 25).long()
-    probe = fit_probe(x, y, 4)  # nothing is of class 3
-    scaled = (x[:, :3] - x[:, :3].mean(0)) / x[:, :3].std(0, correction=0)
+def test_probe_minimises_its_documented_objective():
+    varying = random_normal(79, 3) * torch.tensor([1, 20, 0.1]) + 5
+    constant = torch.full((79, 1), 1e6 / 3, dtype=torch.float64)
+    x = torch.cat((varying, constant), 1)
+    y = (x[:, 0] + random_normal(79, seed=1) > 5).long() + (x[:, 1] > 25).long()
+    probe = fit_probe(x, y, num_classes=4)  # class 3 has no example
+    scaled = (varying - varying.mean(0)) / varying.std(0, correction=0)
     scores = scaled @ probe.weight[:, :3].T + probe.bias
-    assert (
-        torch.allclose(probe.logits(x), scores, atol=1e-9) and probe.weight[:, 3].abs().max() == 0
-    )
+    assert torch.allclose(probe.logits(x), scores, atol=1e-9)
+    assert probe.weight[:, 3].abs().max() == 0
     error = torch.softmax(scores, 1) - torch.eye(4, dtype=torch.float64)[y]
     assert error.mean(0).abs().max() < 1e-5
     assert (error.T @ scaled / 79 + probe.weight[:, :3] / 79).abs().max() < 1e-5
     assert (probe.logits(x).argmax(1) == y).float().mean() > 0.7
 
 
-def test_wilson():
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert wilson(10, 10)[1] == 1
+def test_wilson_intervals_equal_published_values():
+    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert wilson_interval(10, 10)[1] == 1
 
 
-def test_colours_are_the_principal_components_and_keep_the_sign_asked_for():
-    scores = random(50, 3) * torch.tensor([5.0, 2.0, 0.5])
-    tokens = scores @ torch.linalg.qr(random(9, 3, seed=1))[0].T + 4
-    basis = principal(tokens)
-    assert basis.share == pytest.approx(1) and principal(random(50, 9)).share < 0.9
+def test_colours_are_principal_components_with_the_signs_of_the_reference():
+    scores = random_normal(50, 3) * torch.tensor([5.0, 2.0, 0.5])
+    directions, _ = torch.linalg.qr(random_normal(9, 3, seed=1))
+    tokens = scores @ directions.T + 4
+    basis = fit_colours(tokens)
+    assert basis.share == pytest.approx(1) and fit_colours(random_normal(50, 9)).share < 0.9
+
+    # The scores have the variances of the components and are uncorrelated.
     found, colours = basis.scores(tokens), basis.colours(tokens)
-    assert torch.linalg.svdvals(found).tolist() == pytest.approx(
-        torch.linalg.svdvals(scores - scores.mean(0)).tolist()
-    )
-    assert torch.allclose(
-        found.T @ found, torch.diag((found**2).sum(0)), atol=1e-9
-    )  # along the axes of the variance
-    assert colours.amin(0).tolist() == [0, 0, 0] and colours.amax(0).tolist() == pytest.approx(
-        [1, 1, 1]
-    )
+    expected = torch.linalg.svdvals(scores - scores.mean(0))
+    assert torch.linalg.svdvals(found).tolist() == pytest.approx(expected.tolist())
+    assert torch.allclose(found.T @ found, torch.diag((found**2).sum(0)), atol=1e-9)
+
+    # Colours use the whole range, and values outside of it are clipped.
+    assert colours.amin(0).tolist() == [0, 0, 0]
+    assert colours.amax(0).tolist() == pytest.approx([1, 1, 1])
+    assert basis.colours(1e6 * tokens).amax() == 1 and basis.colours(-1e6 * tokens).amin() == 0
+
     flipped = found * torch.tensor([-1.0, 1.0, -1.0])
-    assert torch.allclose(principal(tokens, flipped).scores(tokens), flipped, atol=1e-9)
-    assert (
-        basis.colours(1e6 * tokens).amax() == 1 and basis.colours(-1e6 * tokens).amin() == 0
-    )  # of what it was not made of
-    assert principal(random(9, 2)).colours(random(1, 9, 2)).shape == (
-        1,
-        9,
-        3,
-    )  # fewer features than colours
+    assert torch.allclose(fit_colours(tokens, flipped).scores(tokens), flipped, atol=1e-9)
+    two_features = fit_colours(random_normal(9, 2))
+    assert two_features.colours(random_normal(1, 9, 2)).shape == (1, 9, 3)
 
 
 def test_images_are_drawn_without_replacement_and_keep_their_noise(cache):
     stored = LatentCache(cache)
-    all_of_them, some = read(stored, 24, seed=3), read(stored, 12, seed=3)
-    assert sorted(all_of_them.index) == list(range(24)) and list(all_of_them.index) != list(
-        range(24)
-    )
-    assert (some.index == all_of_them.index[:12]).all() and torch.equal(
-        some.noise, all_of_them.noise[:12]
-    )
-    assert torch.equal(some.labels, torch.from_numpy(stored.labels[some.index].astype(np.int64)))
-    assert (read(stored, 24, seed=4).index != all_of_them.index).any()
-    own = normal(3, Purpose.NOISE, torch.from_numpy(some.index[5:6]), (4, 8, 8)).float()
-    assert torch.equal(some.noise[5:6], own)  # whatever else is drawn
-    half = all_of_them.at("linear", 0.25, slice(3, 5))
-    assert torch.allclose(half, 0.75 * all_of_them.latents[3:5] + 0.25 * all_of_them.noise[3:5])
-    shown = choose(all_of_them, 4)
+    all_images, some_images = draw_images(stored, 24, seed=3), draw_images(stored, 12, seed=3)
+    assert sorted(all_images.image_index) == list(range(24))
+    assert list(all_images.image_index) != list(range(24))
+    assert (some_images.image_index == all_images.image_index[:12]).all()
+    assert torch.equal(some_images.noise, all_images.noise[:12])
+    labels = torch.from_numpy(stored.labels[some_images.image_index].astype(np.int64))
+    assert torch.equal(some_images.labels, labels)
+    assert (draw_images(stored, 24, seed=4).image_index != all_images.image_index).any()
+
+    # The noise depends on the seed and the index of the image alone.
+    index = torch.from_numpy(some_images.image_index[5:6])
+    noise = normal(3, Purpose.NOISE, index, (4, 8, 8)).float()
+    assert torch.equal(some_images.noise[5:6], noise)
+    x_t = all_images.add_noise("linear", 0.25, slice(3, 5))
+    assert torch.allclose(x_t, 0.75 * all_images.latents[3:5] + 0.25 * all_images.noise[3:5])
+
+
+def test_shown_images_are_held_out_and_of_different_classes(cache):
+    images = draw_images(LatentCache(cache), 24, seed=3)
+    shown = choose_shown(images, 4)
     assert (shown >= 12).all() and len(set(shown.tolist())) == 4
-    assert len(set(all_of_them.labels[shown[:3]].tolist())) == 3  # of three classes there are
+    assert len(set(images.labels[shown[:3]].tolist())) == 3  # of the three classes
 
 
-def test_features_are_of_the_null_class_and_do_not_depend_on_the_batch(cache):
+def test_tokens_use_the_null_class_and_do_not_depend_on_the_batch(cache):
     torch.manual_seed(0)
-    model = SiT(SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8, num_classes=3)).requires_grad_(
-        False
-    )
+    config = SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8, num_classes=3)
+    model = SiT(config).requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    data = read(LatentCache(cache), 24, 0)
+    images = draw_images(LatentCache(cache), 24, 0)
+    x_t = images.add_noise("linear", 0.4)
 
-    def run(size=24):
-        return pooled(model, data, "linear", 0.4, [2, 5], size, tqdm(disable=True))
+    def pool(batch_size: int = 24) -> dict[int, torch.Tensor]:
+        return pool_tokens(model, x_t, 0.4, [2, 5], batch_size, tqdm(disable=True))
 
-    whole = run()
-    x_t, null = data.at("linear", 0.4), torch.full((24,), 3)
-    expected = model(x_t, torch.full((24,), 0.4), null, return_blocks=(2, 5))[1]
-    for k in (2, 5):
-        assert torch.allclose(whole[k], expected[k].mean(1), atol=1e-5)
-        assert torch.allclose(run(7)[k], whole[k], atol=1e-4)
-    model.y_embedder.embedding_table.weight[:3] += 1
-    assert torch.equal(run()[5], whole[5])
-    model.y_embedder.embedding_table.weight[3] += 1
-    assert not torch.allclose(run()[5], whole[5], atol=1e-2)
+    pooled = pool()
+    null_labels = torch.full((24,), 3)
+    _, tokens = model(x_t, torch.full((24,), 0.4), null_labels, return_blocks=(2, 5))
+    for block in (2, 5):
+        assert torch.allclose(pooled[block], tokens[block].mean(1), atol=1e-5)
+        assert torch.allclose(pool(7)[block], pooled[block], atol=1e-4)
+    embedding = model.y_embedder.embedding_table.weight
+    embedding[:3] += 1
+    assert torch.equal(pool()[5], pooled[5])
+    embedding[3] += 1
+    assert not torch.allclose(pool()[5], pooled[5], atol=1e-2)
 
 
-def test_a_probe_is_judged_by_the_half_it_has_not_seen(cache):
-    data = read(LatentCache(cache), 24, 0)
-    told = torch.nn.functional.one_hot(data.labels, 3).double() + 0.1 * random(24, 3)
-    assert judge(told, data, 3, None)["accuracy"] == 1
-    told[12:] = -told[12:]
-    found = judge(told, data, 3, neighbours(told[12:]))
-    assert found["accuracy"] < 0.5 and found["low"] <= found["accuracy"] <= found["high"]
-    assert found["cknna"] == pytest.approx(1)
+def test_accuracy_is_measured_on_the_held_out_half(cache):
+    images = draw_images(LatentCache(cache), 24, 0)
+    one_hot = torch.nn.functional.one_hot(images.labels, 3).double()
+    separable = one_hot + 0.1 * random_normal(24, 3)
+    assert evaluate_features(separable, images, 3)["accuracy"] == 1
+    separable[12:] = -separable[12:]
+    result = evaluate_features(separable, images, 3, find_neighbours(separable[12:]))
+    assert result["accuracy"] < 0.5 and result["low"] <= result["accuracy"] <= result["high"]
+    assert result["cknna"] == pytest.approx(1)
 
 
 def test_blocks_are_spread_from_the_first_to_the_last():
-    assert spread(6) == [1, 2, 3, 4, 5, 6] and spread(1) == [1]
-    assert len(spread(28)) == 8 and spread(28)[0] == 1 and spread(28)[-1] == 28
+    assert spread_blocks(6) == [1, 2, 3, 4, 5, 6] and spread_blocks(1) == [1]
+    blocks = spread_blocks(28)
+    assert len(blocks) == 8 and blocks[0] == 1 and blocks[-1] == 28
 
 
-def test_a_sheet_has_each_map_in_its_place():
-    places = [(0.1, 1), (0.1, 4), (0.9, 1), (0.9, 4)]
-    grey = {
-        place: np.full((2, 2, 2, 3), value) for place, value in zip(places, (0.1, 0.2, 0.3, 0.4))
-    }
-    grey[0.9, 4][1, 1, 0] = 0.5  # a token
-    seen = np.full((2, 4, 4, 3), 51, np.uint8)
-    shown = feature_picture.Maps(
-        seen, grey[0.1, 1], {0.1: seen, 0.9: seen}, {0.1: grey[0.1, 1], 0.9: grey[0.1, 1]}, grey
+def test_sheet_arranges_maps_by_time_and_block():
+    values = {(0.1, 1): 0.1, (0.1, 4): 0.2, (0.9, 1): 0.3, (0.9, 4): 0.4}
+    blocks = {key: np.full((2, 2, 2, 3), value) for key, value in values.items()}
+    blocks[0.9, 4][1, 1, 0] = 0.5  # one token
+    pixels = np.full((2, 4, 4, 3), 51, np.uint8)
+    latents = blocks[0.1, 1]
+    maps = feature_picture.ColourMaps(
+        pixels, latents, {0.1: pixels, 0.9: pixels}, {0.1: latents, 0.9: latents}, blocks
     )
-    canvas, step = feature_picture.sheet(shown, 1), feature_picture.TILE + feature_picture.GAP
-    assert canvas[0, 0, 0] == 0.2 and canvas[0, 2 * step, 0] == 1  # the image; no tokens at t = 0
-    assert canvas[step, 3 * step, 0] == 0.2 and canvas[2 * step, 2 * step, 0] == 0.3
-    assert (
-        canvas[-1, -feature_picture.TILE, 0] == 0.5
-        and canvas[-1, -1, 0] == canvas[2 * step, -1, 0] == 0.4
-    )
+    sheet = feature_picture.make_sheet(maps, 1)
+    size = feature_picture.TILE_SIZE
+    step = size + feature_picture.TILE_GAP
+    assert sheet[0, 0, 0] == 0.2  # the image
+    assert sheet[0, 2 * step, 0] == 1  # there are no tokens at t = 0
+    assert sheet[step, 3 * step, 0] == 0.2 and sheet[2 * step, 2 * step, 0] == 0.3
+    assert sheet[-1, -size, 0] == 0.5
+    assert sheet[-1, -1, 0] == sheet[2 * step, -1, 0] == 0.4
 
 
-def test_a_tile_enlarges_tokens_and_averages_pixels():
-    tokens, pixels = np.random.default_rng(0).random((4, 4, 3)), np.zeros((200, 200, 3), np.uint8)
+def test_tiles_enlarge_tokens_and_average_pixels():
+    tokens = np.random.default_rng(0).random((4, 4, 3))
+    enlarged = feature_picture.resize_to_tile(tokens)
+    assert (enlarged == np.kron(tokens, np.ones((16, 16, 1)))).all()
+    pixels = np.zeros((200, 200, 3), np.uint8)
     pixels[:3, :3] = 255 * np.eye(3)[..., None]
-    large = feature_picture.tile(tokens)
-    assert (large == np.kron(tokens, np.ones((16, 16, 1)))).all()
-    assert feature_picture.tile(pixels).shape == (64, 64, 3) and feature_picture.tile(pixels)[
-        0, 0, 0
-    ] == pytest.approx(1 / 3)
+    reduced = feature_picture.resize_to_tile(pixels)
+    assert reduced.shape == (64, 64, 3) and reduced[0, 0, 0] == pytest.approx(1 / 3)
 
 
-def test_a_checkpoint_becomes_a_picture_and_its_numbers(cache, trained, tmp_path, call):
+def test_checkpoints_are_measured_and_drawn(cache, trained, tmp_path, call):
     out = tmp_path / "made" / "features.png"
-    text = "--times 0.8 0.2 --blocks 3 1 --images 2 --probe-images 24 --batch-size 10 --device cpu"
-    flags = text.split()
-    code, said = call(
-        features, "--ckpt", trained, trained, "--data-dir", cache, "--out", out, *flags
-    )
-    assert code == 0, said
+    flags = "--times 0.8 0.2 --blocks 3 1 --images 2 --probe-images 24 --batch-size 10 --device cpu"
+    paths = ["--ckpt", trained, trained, "--data-dir", cache, "--out", out]
+    code, printed = call(features, *paths, *flags.split())
+    assert code == 0, printed
     assert Image.open(out).size[0] > 1000
-    found = json.loads(out.with_suffix(".json").read_text())
-    first, second = found["checkpoints"]
+    result = json.loads(out.with_suffix(".json").read_text())
+    first, second = result["checkpoints"]
     assert first == second and first["step"] == 2 and len(first["ema_sha256"]) == 64
-    assert [(row["t"], row["block"]) for row in first["results"]] == [
-        (0.2, 1),
-        (0.2, 3),
-        (0.8, 1),
-        (0.8, 3),
-    ]
-    assert (
-        len(found["baselines"]) == 2 + 2
-        and found["cknna"]["images"] == found["data"]["held_out"] == 12
-    )
-    data = read(LatentCache(cache), 24, 0)
-    counts = torch.bincount(data.labels[12:])
-    assert found["chance"] == pytest.approx(counts.max().item() / 12)
-    expected = judge(data.at("linear", 0.8).flatten(1), data, 3, None)
-    assert (
-        found["baselines"][-1]["accuracy"] == expected["accuracy"]
-        and found["baselines"][-1]["cknna"] is not None
-    )
+    positions = [(row["t"], row["block"]) for row in first["results"]]
+    assert positions == [(0.2, 1), (0.2, 3), (0.8, 1), (0.8, 3)]
+    assert len(result["baselines"]) == 2 + 2
+    assert result["cknna"]["images"] == result["data"]["held_out"] == 12
+
+    images = draw_images(LatentCache(cache), 24, 0)
+    counts = torch.bincount(images.labels[12:])
+    assert result["chance"] == pytest.approx(counts.max().item() / 12)
+    expected = evaluate_features(images.add_noise("linear", 0.8).flatten(1), images, 3)
+    assert result["baselines"][-1]["accuracy"] == expected["accuracy"]
+    assert result["baselines"][-1]["cknna"] is not None
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         ("--blocks 2 7", "--blocks 7: --ckpt"),
         ("--times 0.5 1.5", "--times 1.5 is outside (0, 1]"),
         ("--times 0", "--times 0 is outside (0, 1]"),
         ("--probe-images 25", "--probe-images 25 is more than the 24 images"),
         ("--probe-images 22", "--probe-images 22 is too few"),
-        ("--images 13", "--images 13 is more than the half"),
+        ("--images 13", "--images 13 is more than the held-out half"),
         ("--out x.jpg", "--out x.jpg must end in .png"),
         ("--vae nowhere/at/all", "--vae nowhere/at/all"),
         ("--origin sit", "--origin is for official .pt files"),
@@ -257,56 +272,34 @@ def test_a_checkpoint_becomes_a_picture_and_its_numbers(cache, trained, tmp_path
         ("--data-dir nowhere", "--data-dir: nowhere does not exist"),
     ],
 )
-def test_mistakes_end_in_one_line(cache, trained, tmp_path, call, flags, message):
-    given = [
-        "--ckpt",
-        trained,
-        "--data-dir",
-        cache,
-        "--out",
-        tmp_path / "x.png",
-        "--probe-images",
-        24,
-        *flags.split(),
-    ]
-    code, said = call(features, *given)
-    assert code == 2 and message in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+def test_user_errors_are_one_line(cache, trained, tmp_path, call, flags, message):
+    paths = ["--ckpt", trained, "--data-dir", cache, "--out", tmp_path / "x.png"]
+    code, printed = call(features, *paths, "--probe-images", 24, *flags.split())
+    assert code == 2 and message in printed and printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_latents_of_another_vae_are_refused(cache, trained, tmp_path):
-    shutil.copytree(cache, tmp_path / "other")
+    other = tmp_path / "other"
+    shutil.copytree(cache, other)
     manifest = json.loads((cache / "manifest.json").read_text())
-    (tmp_path / "other" / "manifest.json").write_text(
-        json.dumps(manifest | {"vae_fingerprint": "f" * 64, "vae": "other/vae"})
-    )
-    flags = [
-        "--ckpt",
-        trained,
-        "--data-dir",
-        tmp_path / "other",
-        "--out",
-        "x.png",
-        "--probe-images",
-        24,
-    ]
-    with pytest.raises(
-        UserError, match=r"latents of another VAE .* than --data-dir holds \(other/vae\)"
-    ):
-        features.measure(features.parse_args(list(map(str, flags))))
+    manifest |= {"vae_fingerprint": "f" * 64, "vae": "other/vae"}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    flags = ["--ckpt", trained, "--data-dir", other, "--out", "x.png", "--probe-images", 24]
+    args = features.parse_args([str(flag) for flag in flags])
+    with pytest.raises(UserError, match=r"latents of another VAE .* of --data-dir \(other/vae\)"):
+        features.measure(args)
 
 
-def test_only_the_vae_of_the_cache_decodes(cache, tmp_path):
+def test_decoder_must_be_the_vae_of_the_cache(cache, tmp_path):
     fingerprint = LatentCache(cache).manifest.vae_fingerprint
-    with pytest.raises(UserError, match="is not the VAE that made --data-dir"):
+    with pytest.raises(UserError, match="is not the VAE of --data-dir"):
         features.load_vae(str(make_vae(tmp_path / "vae", seed=1)), fingerprint, "cpu")
 
 
-def test_a_network_without_a_trained_null_class_is_pointed_out(trained, tmp_path, capsys):
+def test_checkpoint_with_an_untrained_null_class_is_reported(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
-    path = next((tmp_path / "run" / "checkpoints").iterdir()) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cfg_prob": 0.0}))
-    args = features.parse_args(
-        ["--ckpt", str(path.parent), str(trained), "--data-dir", "x", "--out", "x.png"]
-    )
-    assert len(features.load_checkpoints(args)) == 2
+    config = next((tmp_path / "run" / "checkpoints").iterdir()) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cfg_prob": 0.0}))
+    assert len(features.load_checkpoints([config.parent, trained], None, {})) == 2
     assert capsys.readouterr().err.count("without label dropout") == 1

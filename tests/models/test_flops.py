@@ -12,12 +12,12 @@ HEAD = {"width": 64, "out": 16, "layers": 3, "hidden": 128}
 SRA2 = {"method": "sra2", "head": HEAD}
 
 
-def test_flops_are_those_of_torchs_counter():
-    """Up to what a backward leaves out: no gradient is asked of the inputs of the first layers."""
+def test_flops_match_the_counter_of_pytorch():
+    """Training agrees within 2%: the first layers need no gradient of their inputs."""
     torch.manual_seed(0)
     model = AlignedSiT(SiT(SMALL), {"sra2": Projector(**HEAD)}, {"sra2": 2})
     for block in model.backbone.blocks:
-        block.attn.fused_attn = False  # the counter does not know the CPU's fused attention
+        block.attn.fused_attn = False  # the counter ignores fused attention on the CPU
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     with FlopCounterMode(display=False) as forward:
         model(x, t, y)
@@ -28,14 +28,13 @@ def test_flops_are_those_of_torchs_counter():
     assert both.get_total_flops() == pytest.approx(2 * training_flops(SMALL, [SRA2]), rel=0.02)
     with FlopCounterMode(display=False) as teacher:
         model.backbone.features(x, t, y, (2,))
-    extra = training_flops(
-        SMALL, [{"method": "sra", "teacher_block": 2, "head": None}]
-    ) - training_flops(SMALL, [])
-    assert teacher.get_total_flops() == 2 * extra
+    sra = {"method": "sra", "teacher_block": 2, "head": None}
+    teacher_flops = training_flops(SMALL, [sra]) - training_flops(SMALL, [])
+    assert teacher.get_total_flops() == 2 * teacher_flops
 
 
-def test_the_papers_figures():
-    """118.6 GMAC for SiT-XL/2, 4.0% more with the head; 23 GMAC and 9.2% for SiT-B/2."""
+def test_flops_of_backbones_and_heads_match_the_paper():
+    """SiT-XL/2 has 118.6 GMAC and a head of 4.0%; SiT-B/2 has 23 GMAC and a head of 9.2%."""
     for name, gmacs, share in (("SiT-XL/2", 118.6, 0.040), ("SiT-B/2", 23.0, 0.092)):
         config = SiTConfig(**PRESETS[name])
         head = {"width": config.width, "out": 16, "layers": 5, "hidden": 2 * config.width}
@@ -44,5 +43,5 @@ def test_the_papers_figures():
     assert head_flops(SMALL, None) == 0
 
 
-def test_matmul_rate_is_a_rate():
+def test_matmul_rate_is_plausible():
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14

@@ -1,4 +1,4 @@
-"""Stored features are the encoder's own, of the right images, and made once. A small stand-in takes the encoder's place."""
+"""Stored features are those of the encoder for the right images, and are computed only once."""
 
 import json
 import shutil
@@ -13,49 +13,52 @@ from common.files import write_file
 from common.processes import World
 from dataset import TrainingStream, to_image_index
 from latents.cache import CacheError, LatentCache, read_manifest
-from preprocessing import encode_features, encoder_features, verify
+from models.errors import FieldError
+from preprocessing import encode_features, verify
+from preprocessing.build import build_cache
+from preprocessing.encoder_features import build_features
+from preprocessing.encoding import EncodingJob, EncodingSettings
 from tests.preprocessing.test_encoding import file_contents
 
 
-class EncoderError(ValueError):
-    pass
-
-
 class Encoder(torch.nn.Module):
-    """Means of each of three colours over the tokens' squares."""
+    """A stand-in for models.encoder.Encoder: a token is the mean colour of its square."""
 
-    width, fingerprint, calls = 3, "f1", []
+    width = 3
+    fingerprint = "f1"
+    batch_sizes: list[int] = []  # noqa: RUF012  shared by all instances, cleared by the fixture
+    interrupt_at: int | None = None
 
     def __init__(
         self, name, resolution, tokens_side, weights=None, pretrained=True, device="cpu", side=None
     ):
         super().__init__()
         if name == "unknown":
-            raise EncoderError("unknown is no network")
-        self.name, self.tokens_side, self.side = name, tokens_side, side or 224
+            raise FieldError("encoder", "unknown is no network")
+        self.name = name
+        self.tokens_side = tokens_side
+        self.side = side or 224
 
     def forward(self, images):
-        self.calls.append(len(images))
-        if len(self.calls) == 5 and self.name == "tires":
+        self.batch_sizes.append(len(images))
+        if len(self.batch_sizes) == self.interrupt_at:
             raise KeyboardInterrupt
         means = torch.nn.functional.adaptive_avg_pool2d(images.float(), self.tokens_side)
-        return means.flatten(2).transpose(1, 2) * (1e9 if self.name == "large" else 1)
+        scale = 1e9 if self.name == "overflow" else 1
+        return means.flatten(2).transpose(1, 2) * scale
 
 
 @pytest.fixture
 def encoder(monkeypatch):
     module = types.ModuleType("models.encoder")
-    module.Encoder, module.EncoderError = Encoder, EncoderError
+    module.Encoder = Encoder
     monkeypatch.setitem(sys.modules, "models.encoder", module)
-    Encoder.calls.clear()
+    Encoder.batch_sizes.clear()
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tree, vae_folder):
-    from common.processes import World
-    from preprocessing.build import build_cache
-    from preprocessing.encoding import EncodingJob, EncodingSettings
-
+def original(tmp_path_factory, tree, vae_folder):
+    """A cache with images and without features."""
     dest = tmp_path_factory.mktemp("features") / "data"
     settings = EncodingSettings(
         str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True
@@ -65,126 +68,144 @@ def whole(tmp_path_factory, tree, vae_folder):
 
 
 @pytest.fixture
-def kept(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "data")
+def data(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "data")
 
 
-def test_they_are_the_encoders_of_the_kept_images(call, encoder, kept):
-    code, out = call(encode_features, kept, "--encoder", "a/b:c", "--batch-size", 4)
+def test_stored_features_are_those_of_the_encoder(call, encoder, data):
+    code, out = call(encode_features, data, "--encoder", "a/b:c", "--batch-size", 4)
     assert code == 0 and "features/a-b-c-224-4x4: 24 x 16 x 3 float16, 0.00 GB" in out
-    data, index = LatentCache(kept), np.array([23, 0, 10, 9, 0])
-    (slug,) = data.read_feature_metadata()
-    assert data.read_feature_metadata()[slug] == {
-        "encoder": "a/b:c",
-        "fingerprint": "f1",
-        "side": 224,
-        "tokens_side": 4,
-        "width": 3,
-        "dtype": "float16",
+    cache = LatentCache(data)
+    assert cache.read_feature_metadata() == {
+        "a-b-c-224-4x4": {
+            "encoder": "a/b:c",
+            "fingerprint": "f1",
+            "side": 224,
+            "tokens_side": 4,
+            "width": 3,
+            "dtype": "float16",
+        }
     }
-    images = (
-        data.images(index).float().reshape(5, 3, 4, 8, 4, 8)
-    )  # latents of side 8, cut by patch 2: 4 x 4 tokens
-    expected = images.mean((3, 5)).flatten(2).transpose(1, 2)
-    assert torch.equal(data.features(slug, index), expected.half())
-    batch = TrainingStream(data, 5, 8, inputs=[f"features/{slug}"])[4]
-    assert torch.equal(
-        batch.inputs[f"features/{slug}"],
-        data.features(slug, to_image_index(batch.stream_position.numpy(), 24, 5)),
-    )
-    assert torch.equal(batch.moments, TrainingStream(data, 5, 8)[4].moments)
-    assert call(verify, kept)[0] == 0
-    calls = len(Encoder.calls)
-    assert (
-        "is complete already" in call(encode_features, kept, "--encoder", "a/b:c")[1]
-        and len(Encoder.calls) == calls
-    )
+    # Latents of side 8 have 4 x 4 tokens with patch size 2.
+    image_index = np.array([23, 0, 10, 9, 0])
+    squares = cache.images(image_index).float().reshape(5, 3, 4, 8, 4, 8)
+    expected = squares.mean((3, 5)).flatten(2).transpose(1, 2)
+    assert torch.equal(cache.features("a-b-c-224-4x4", image_index), expected.half())
+    assert call(verify, data)[0] == 0
 
 
-def test_stopped_it_goes_on(call, encoder, kept, whole, tmp_path, monkeypatch):
-    given = [kept, "--encoder", "tires", "--batch-size", 4, "--tokens-side", 2]
-    assert call(encode_features, *given)[0] == 130
-    dest = kept / "features/tires-224-2x2"
-    assert sorted(path.name for path in dest.glob("*.npy")) == ["00000.npy"] and not list(
-        dest.glob(".*.partial")
-    )
-    assert LatentCache(kept).read_feature_metadata() == {}
-    Encoder.calls[:] = [0] * 5  # tired no more
-    assert call(encode_features, *given)[0] == 0 and Encoder.calls[5:] == [4, 4, 2, 4]
-    whole = shutil.copytree(whole, tmp_path / "whole")
-    assert call(encode_features, whole, *given[1:])[0] == 0
-    assert file_contents(dest) == file_contents(whole / "features/tires-224-2x2")
+def test_training_stream_reads_features_of_its_images(call, encoder, data):
+    call(encode_features, data, "--encoder", "e")
+    cache = LatentCache(data)
+    name = "features/e-224-4x4"
+    batch = TrainingStream(cache, 5, 8, inputs=[name])[4]
+    image_index = to_image_index(batch.stream_position.numpy(), 24, 5)
+    assert torch.equal(batch.inputs[name], cache.features("e-224-4x4", image_index))
+    assert torch.equal(batch.moments, TrainingStream(cache, 5, 8)[4].moments)
 
 
-def test_features_of_other_images_or_another_encoder_are_not_read(call, encoder, kept, monkeypatch):
-    given = [kept, "--encoder", "e"]
-    assert call(encode_features, *given)[0] == 0
-    both = LatentCache(kept, shutil.copytree(kept, kept.parent / "again"))
-    assert torch.equal(
-        both.features("e-224-4x4", np.array([3])), both.features("e-224-4x4", np.array([27]))
-    )
+def test_complete_features_are_not_computed_again(call, encoder, data):
+    call(encode_features, data, "--encoder", "e")
+    Encoder.batch_sizes.clear()
+    code, out = call(encode_features, data, "--encoder", "e")
+    assert code == 0 and "is already complete" in out and not Encoder.batch_sizes
+
+
+def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, monkeypatch):
+    flags = ["--encoder", "e", "--batch-size", 4, "--tokens-side", 2]
+    monkeypatch.setattr(Encoder, "interrupt_at", 5)  # in the second shard
+    assert call(encode_features, data, *flags)[0] == 130
+    dest = data / "features/e-224-2x2"
+    assert [path.name for path in dest.glob("*.npy")] == ["00000.npy"]
+    assert not list(dest.glob(".*.partial"))
+    assert LatentCache(data).read_feature_metadata() == {}
+
+    monkeypatch.setattr(Encoder, "interrupt_at", None)
+    Encoder.batch_sizes.clear()
+    assert call(encode_features, data, *flags)[0] == 0
+    assert Encoder.batch_sizes == [4, 4, 2, 4]
+    uninterrupted = shutil.copytree(original, tmp_path / "uninterrupted")
+    assert call(encode_features, uninterrupted, *flags)[0] == 0
+    assert file_contents(dest) == file_contents(uninterrupted / "features/e-224-2x2")
+
+
+def test_joined_caches_have_the_features_of_each(call, encoder, data, tmp_path):
+    call(encode_features, data, "--encoder", "e")
+    cache = LatentCache(data, shutil.copytree(data, tmp_path / "copy"))
+    first = cache.features("e-224-4x4", np.array([3]))
+    assert torch.equal(first, cache.features("e-224-4x4", np.array([24 + 3])))
+
+
+def test_features_of_another_encoder_are_not_overwritten(call, encoder, data, monkeypatch):
+    call(encode_features, data, "--encoder", "e")
     monkeypatch.setattr(Encoder, "fingerprint", "f2")
-    code, out = call(encode_features, *given)
-    assert (
-        code == 2 and "holds features made otherwise (fingerprint was f1, is f2): remove it" in out
-    )
-    monkeypatch.setattr(Encoder, "fingerprint", "f1")
-    manifest = json.loads((kept / "manifest.json").read_text())
-    manifest["shards"][1]["sha256"]["images"] = "others"
-    (kept / "manifest.json").write_text(json.dumps(manifest))
-    data = LatentCache(kept)
-    assert data.read_feature_metadata() == {}
-    with pytest.raises(
-        CacheError, match="no features e-224-4x4, but none: make them with python -m preprocessing"
-    ):
-        TrainingStream(data, 0, 8, inputs=["features/e-224-4x4"])
-    assert (
-        "features of images that have changed since: remove it" in call(encode_features, *given)[1]
-    )
-    assert LatentCache(kept, kept.parent / "again").read_feature_metadata() == {}
-    (kept / "features/e-224-4x4/features.json").write_text("{")
+    code, out = call(encode_features, data, "--encoder", "e")
+    assert code == 2
+    assert "features with other settings (fingerprint was f1, is f2); remove it" in out
+
+
+def test_features_of_changed_images_are_not_read(call, encoder, data, tmp_path):
+    call(encode_features, data, "--encoder", "e")
+    copy = shutil.copytree(data, tmp_path / "copy")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"]["images"] = "changed"
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    cache = LatentCache(data)
+    assert cache.read_feature_metadata() == {}
+    assert LatentCache(data, copy).read_feature_metadata() == {}
+    with pytest.raises(CacheError, match=r"no features e-224-4x4.*none.*preprocessing"):
+        TrainingStream(cache, 0, 8, inputs=["features/e-224-4x4"])
+    code, out = call(encode_features, data, "--encoder", "e")
+    assert code == 2 and "features of images that have changed; remove it" in out
+
+
+def test_damaged_metadata_is_an_error(call, encoder, data):
+    call(encode_features, data, "--encoder", "e")
+    (data / "features/e-224-4x4/features.json").write_text("{")
     with pytest.raises(CacheError, match=r"features\.json cannot be read.*remove"):
-        LatentCache(kept).read_feature_metadata()
+        LatentCache(data).read_feature_metadata()
 
 
-def test_damaged_features_are_named_before_training(call, encoder, kept):
-    assert call(encode_features, kept, "--encoder", "e")[0] == 0
-    (kept / "features/e-224-4x4/00002.npy").write_bytes(b"")
-    with pytest.raises(
-        CacheError, match=r"00002\.npy cannot be read .*remove .*e-224-4x4 and make it again with"
-    ):
-        TrainingStream(LatentCache(kept), 0, 8, inputs=["features/e-224-4x4"])
+def test_damaged_features_are_an_error_before_training(call, encoder, data):
+    call(encode_features, data, "--encoder", "e")
+    (data / "features/e-224-4x4/00002.npy").write_bytes(b"")
+    message = r"00002\.npy cannot be read .*remove .*e-224-4x4 and .*encode_features"
+    with pytest.raises(CacheError, match=message):
+        TrainingStream(LatentCache(data), 0, 8, inputs=["features/e-224-4x4"])
 
 
-def test_mistakes_are_one_line(call, encoder, kept, cache, tmp_path):
-    manifest = json.loads((kept / "manifest.json").read_text())
+def test_invalid_input_is_an_error_without_traceback(call, encoder, data, cache, tmp_path):
+    manifest = json.loads((data / "manifest.json").read_text())
     write_file(tmp_path / "flipped/manifest.json", json.dumps(manifest | {"flips": True}).encode())
-    for given, message in (
-        ((cache, "--encoder", "e"), "was made without --keep-images"),
-        ((tmp_path / "flipped", "--encoder", "e"), "features of mirror images are not kept"),
-        ((kept, "--encoder", "unknown"), "unknown is no network"),
-        ((kept, "--encoder", "e", "--tokens-side", 0), "--tokens-side: 0 is not a whole number"),
-        ((kept, "--encoder", "large"), "large makes values of"),
+    for flags, message in (
+        ((cache, "--encoder", "e"), "was created without --keep-images"),
+        ((tmp_path / "flipped", "--encoder", "e"), "features of flipped images is not supported"),
+        ((data, "--encoder", "unknown"), "unknown is no network"),
+        ((data, "--encoder", "e", "--tokens-side", 0), "--tokens-side: 0 is not a"),
+        ((data, "--encoder", "e", "--tokens-side", 33), "--tokens-side 33 is larger than"),
+        ((data, "--encoder", "overflow"), "overflow produces features of"),
         ((tmp_path, "--encoder", "e"), "no manifest.json"),
     ):
-        code, out = call(encode_features, *given)
+        code, out = call(encode_features, *flags)
         assert code == 2 and message in out and "Traceback" not in out, out
-    assert not list(kept.glob("features/*/*.npy")) and not list(kept.glob("features/*/.*.partial"))
+    assert not list(data.glob("features/*/*.npy")) and not list(data.glob("features/*/.*.partial"))
 
 
-class Second(World):
-    """The second of two processes, before the first: alone it finds out what is to be done, and the first hears of it."""
+class SecondProcess(World):
+    """The second of two simulated processes; it runs before the first and records its results."""
 
     def __init__(self):
         super().__init__()
-        self.rank, self.num_processes, self.said = 1, 2, []
+        self.rank = 1
+        self.num_processes = 2
+        self.results = []
 
     def broadcast(self, value):
         return value
 
     def run_on_first_rank(self, compute):
-        self.said.append(compute())
-        return self.said[-1]
+        self.results.append(compute())
+        return self.results[-1]
 
     def all_gather(self, value):
         return [value]
@@ -193,30 +214,30 @@ class Second(World):
         pass
 
 
-class First(Second):
-    """The first, after it."""
+class FirstProcess(SecondProcess):
+    """The first of two simulated processes; it uses the results that the second has recorded."""
 
-    def __init__(self, said):
+    def __init__(self, results):
         super().__init__()
-        self.rank, self.said = 0, said
+        self.rank = 0
+        self.results = results
 
     def run_on_first_rank(self, compute):
-        return self.said.pop(0)
+        return self.results.pop(0)
 
 
-def test_processes_share_the_shards(call, encoder, kept, whole, tmp_path):
-    plan, dest = {"encoder": "e", "tokens_side": 2, "width": 3}, kept / "features/e"
-    second = Second()
-    for world, made in (
-        (second, ["00001.npy"]),
-        (First(second.said), ["00000.npy", "00001.npy", "00002.npy"]),
-    ):
-        assert encoder_features.make(
-            kept, read_manifest(kept), dest, plan, Encoder("e", 32, 2), 4, world
-        )
-        assert sorted(path.name for path in dest.glob("*.npy")) == made
-    whole = shutil.copytree(whole, tmp_path / "whole")
-    encoder_features.make(
-        whole, read_manifest(whole), whole / "features/e", plan, Encoder("e", 32, 2), 4, World()
-    )
-    assert file_contents(kept) == file_contents(whole)
+def test_two_processes_divide_the_shards(encoder, data, original, tmp_path):
+    def build(root, world):
+        plan = {"encoder": "e", "tokens_side": 2, "width": 3}
+        dest = root / "features/e"
+        manifest = read_manifest(root)
+        assert build_features(root, manifest, dest, plan, Encoder("e", 32, 2), 4, world)
+        return sorted(path.name for path in dest.glob("*.npy"))
+
+    second = SecondProcess()
+    assert build(data, second) == ["00001.npy"]
+    first = FirstProcess(second.results)
+    assert build(data, first) == ["00000.npy", "00001.npy", "00002.npy"]
+    single = shutil.copytree(original, tmp_path / "single")
+    build(single, World())
+    assert file_contents(data) == file_contents(single)

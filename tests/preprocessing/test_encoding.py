@@ -1,4 +1,4 @@
-"""Encoding: right, the same to the byte however it is interrupted and spread, and with every option as it says."""
+"""Encoding stores the VAE's moments; the bytes do not depend on interruptions and processes."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,29 +18,18 @@ from PIL import Image
 from latents.cache import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
-from preprocessing.images import load_square, random_crop
-from preprocessing.sources import open_source
+from preprocessing.encoding import DecodedBatch
+from preprocessing.images import SquareReader, load_square, random_crop
+from preprocessing.sources import ImageSource, open_source
 from tests.helpers import ROOT, make_tree, make_vae, torchrun
 
-FASHION = ROOT / "assets/fashion-mnist"
+FASHION_MNIST = ROOT / "assets/fashion-mnist"
+FASHION_FLAGS = ["--source", FASHION_MNIST / "images.zip", "--resolution", 32]
 
 
 def encode_flags(source, dest, vae, *more):
-    return [
-        "--source",
-        source,
-        "--dest",
-        dest,
-        "--resolution",
-        32,
-        "--vae",
-        vae,
-        "--batch-size",
-        4,
-        "--shard-size",
-        10,
-        *more,
-    ]
+    flags = ["--source", source, "--dest", dest, "--vae", vae, *more]
+    return ["--resolution", 32, "--batch-size", 4, "--shard-size", 10, *flags]
 
 
 def file_contents(folder: Path) -> dict[str, bytes]:
@@ -50,475 +40,474 @@ def file_contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_latents_are_diffusers_own_to_float16s_rounding(cache, tree, vae_folder):
+def load_images(tree: Path) -> torch.Tensor:
+    source = open_source(tree)
+    return torch.from_numpy(np.stack([load_square(source, i, 32) for i in range(len(source))]))
+
+
+def test_moments_equal_those_of_diffusers_up_to_float16_rounding(cache, tree, vae_folder):
     from diffusers import AutoencoderKL
 
-    vae, source = AutoencoderKL.from_pretrained(vae_folder), open_source(tree)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    source = open_source(tree)
     pixels = np.stack([np.asarray(Image.open(tree / name)) for name in source.names])
+    normalized = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        posterior = vae.encode(
-            torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        ).latent_dist
+        posterior = vae.encode(normalized).latent_dist
     expected = torch.cat((posterior.mean, posterior.std), 1)
+
     stored, labels = LatentCache(cache).gather(np.arange(24))
     assert torch.equal(labels, torch.from_numpy(source.labels))
-    ulp = torch.from_numpy(
-        np.spacing(np.abs(expected.numpy()).astype(np.float16)).astype(np.float32)
-    )
-    assert (
-        (stored.float() - expected).abs() <= 0.5 * ulp + 2e-6
-    ).all()  # half a float16, and float32 kernels of another batch size
+    spacing = np.spacing(np.abs(expected.numpy()).astype(np.float16)).astype(np.float32)
+    # The second term allows for the float32 kernels of another batch size.
+    tolerance = 0.5 * torch.from_numpy(spacing) + 2e-6
+    assert ((stored.float() - expected).abs() <= tolerance).all()
 
 
-def start(processes: int, *given) -> subprocess.Popen:
-    """The command under torchrun, not waited for."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--rdzv_backend",
-        "c10d",
-    ]
-    command += [
-        "--rdzv_endpoint",
-        "localhost:0",
-        "-m",
-        "preprocessing.encode_latents",
-        *map(str, given),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+# Runs encode_latents, and blocks a process before it renames the file after its MAX_RENAMES-th.
+BLOCKING_ENCODER = """
+import os, threading
+from pathlib import Path
+from common import cli
+from preprocessing import encode_latents
+
+rank = os.environ["RANK"]
+remaining = int(os.environ["MAX_RENAMES"].split(",")[int(rank)])
+replace = os.replace
+
+def replace_or_block(*paths):
+    global remaining
+    if remaining == 0:
+        (Path(os.environ["BLOCKED"]) / rank).touch()
+        threading.Event().wait()
+    remaining -= 1
+    replace(*paths)
+
+os.replace = replace_or_block
+cli.run(encode_latents.main)
+"""
 
 
-def kill_all(dest: Path) -> None:
-    """kill -9 for every process whose command line names `dest`: launcher, encoding and decoding processes."""
+def running_processes(dest: Path) -> list[int]:
+    """Return the launcher, encoding and decoding processes: `dest` is in their command lines."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
                 if str(dest).encode() in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
+                    pids.append(int(entry.name))
+    return pids
 
 
-def test_killed_on_two_and_on_three_processes_and_ended_by_one_the_cache_is_the_same_to_the_byte(
-    call, tmp_path
-):
-    given = [
-        "--resolution",
-        32,
-        "--vae",
-        FASHION / "vae",
-        "--limit",
-        1500,
-        "--shard-size",
-        50,
-        "--batch-size",
-        16,
-        "--flip",
-    ]
-    given = ["--source", FASHION / "images.zip", *given]
-    code, out = call(encode_latents, *given, "--dest", tmp_path / "whole")
-    assert code == 0, out
-    dest, done, times = tmp_path / "killed", set(), {}
-    for processes, wanted in ((2, 5), (3, 14)):
-        process = start(processes, *given, "--dest", dest)
-        while len(list(dest.glob("partial/*.npy.json"))) < wanted:
+def encode_until_killed(folder: Path, dest: Path, max_renames: list[int], flags: list) -> None:
+    """Encode on one process per item of `max_renames`, and kill all when all are blocked."""
+    script = folder / "blocking_encoder.py"
+    script.write_text(BLOCKING_ENCODER)
+    blocked = folder / f"blocked-{len(max_renames)}"
+    blocked.mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher += ["--nproc_per_node", str(len(max_renames))]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "MAX_RENAMES": ",".join(map(str, max_renames)),
+        "BLOCKED": str(blocked),
+    }
+    output = folder / "output.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [*launcher, *map(str, flags), "--dest", str(dest)],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+        )
+        while len(list(blocked.iterdir())) < len(max_renames):
+            assert process.poll() is None, output.read_text()
             time.sleep(0.01)
-            assert process.poll() is None
-        kill_all(dest)
+        while pids := running_processes(dest):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.poll()  # A killed launcher is a zombie until it is waited for.
+            time.sleep(0.01)
         process.wait()
-        done = {path.name.removesuffix(".json") for path in dest.glob("partial/*.npy.json")}
-        assert wanted <= len(done) < 30 and not (dest / "manifest.json").exists()
-        now = {file: (dest / "moments" / file).stat().st_mtime_ns for file in done}
-        assert times.items() <= now.items()  # what was done is not done again
-        times = now
-        (dest / "moments" / ".00029.npy.1.partial").write_bytes(b"half of it")
-    assert call(encode_latents, *given, "--dest", dest)[0] == 0
-    assert file_contents(dest) == file_contents(tmp_path / "whole")
-    assert times == {file: (dest / "moments" / file).stat().st_mtime_ns for file in done}
 
 
-def test_two_commands_do_not_work_on_one_cache(call, tree, vae_folder, tmp_path):
-    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print('has it', flush=True)"
-    (tmp_path / "data/partial").mkdir(parents=True)
-    other = subprocess.Popen(
-        [sys.executable, "-c", f"{holder}; time.sleep(60)", str(tmp_path / "data/partial/lock.1")],
-        stdout=subprocess.PIPE,
-    )
-    try:
-        other.stdout.readline()
+def test_cache_is_identical_after_kills_on_two_and_three_processes(call, tmp_path):
+    flags = [*FASHION_FLAGS, "--vae", FASHION_MNIST / "vae", "--limit", 300, "--flip"]
+    flags += ["--shard-size", 10, "--batch-size", 4]
+    code, out = call(encode_latents, *flags, "--dest", tmp_path / "uninterrupted")
+    assert code == 0, out
+
+    # A shard takes four renames: moments, mirrored, labels, and its record. Process 0 of the first
+    # run also renames the plan and the preview. So the kills cover all stages of a shard.
+    dest = tmp_path / "killed"
+    written = {}
+    for max_renames, num_complete in ([23, 26], 5 + 6), ([9, 11, 4], 5 + 6 + 2 + 2 + 1):
+        encode_until_killed(tmp_path, dest, max_renames, flags)
+        records = sorted(path.name for path in dest.glob("partial/*.npy.json"))
+        assert len(records) == num_complete
+        assert not (dest / "manifest.json").exists()
+        times = {}
+        for record in records:
+            moments = dest / "moments" / record.removesuffix(".json")
+            times[moments] = moments.stat().st_mtime_ns
+        assert written.items() <= times.items()  # complete shards are not encoded again
+        written = times
+    (dest / "moments/.00029.npy.1.partial").write_bytes(b"incomplete")
+
+    code, out = call(encode_latents, *flags, "--dest", dest)
+    assert code == 0, out
+    assert file_contents(dest) == file_contents(tmp_path / "uninterrupted")
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+# Locks a file until its standard input is closed.
+LOCK_HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "wb")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_cache_in_use_is_refused(call, tree, vae_folder, tmp_path):
+    """The first process of the other command has ended, but its second process still runs."""
+    path = tmp_path / "data/partial/lock.1"
+    path.parent.mkdir(parents=True)
+    command = [sys.executable, "-c", LOCK_HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"locked\n"
         code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
-        assert code == 2 and "another process is working on it" in out
-    finally:
-        other.kill()
-        other.wait()
+        assert code == 2 and "is in use by another process" in out
 
 
-def test_mirror_images_are_encoded_not_mirrored_latents(call, tree, vae_folder, tmp_path):
-    assert (
-        call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, "--flip"))[0] == 0
-    )
-    data, vae, source = (
-        LatentCache(tmp_path / "data"),
-        Autoencoder(str(vae_folder)),
-        open_source(tree),
-    )
-    images = torch.from_numpy(np.stack([load_square(source, i, 32) for i in range(24)]))
-    side = np.arange(24) % 2 == 1
-    expected = vae.encode(
-        torch.where(torch.from_numpy(side)[:, None, None, None], images.flip(-1), images)
-    )
-    torch.testing.assert_close(
-        data.gather(np.arange(24), side)[0].float(), expected, rtol=2e-3, atol=1e-4
-    )
-    both = torch.cat(
-        [data.gather(np.arange(24), np.full(24, which))[0] for which in (False, True)]
-    ).double()
-    np.testing.assert_allclose(data.manifest.mean, both.chunk(2, 1)[0].mean((0, 2, 3)), rtol=1e-9)
+def test_flip_encodes_flipped_images(call, tree, vae_folder, tmp_path):
+    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--flip")
+    assert call(encode_latents, *flags)[0] == 0
+    data = LatentCache(tmp_path / "data")
+    images = load_images(tree)
+    is_flipped = np.arange(24) % 2 == 1
+    images[is_flipped] = images[is_flipped].flip(-1)
+    expected = Autoencoder(str(vae_folder)).encode(images)
+    moments = data.gather(np.arange(24), is_flipped)[0].float()
+    torch.testing.assert_close(moments, expected, rtol=2e-3, atol=1e-4)
+
+    both = [data.gather(np.arange(24), np.full(24, value))[0] for value in (False, True)]
+    mean = torch.cat(both).double().chunk(2, 1)[0].mean((0, 2, 3))
+    np.testing.assert_allclose(data.manifest.mean, mean, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("more", "tolerance"),
+    ("options", "tolerance"),
     [(("--dtype", "float32"), 1e-6), (("--precision", "bf16"), 3e-2), (("--num-workers", 0), 2e-3)],
 )
-def test_dtype_and_precision(call, tree, vae_folder, tmp_path, cache, more, tolerance):
-    assert call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, *more))[0] == 0
+def test_dtype_precision_and_workers_are_used(
+    call, tree, vae_folder, tmp_path, cache, options, tolerance
+):
+    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, *options))
+    assert code == 0, out
     stored = LatentCache(tmp_path / "data").gather(np.arange(24))[0]
-    assert stored.dtype == (torch.float32 if "float32" in more else torch.float16)
-    vae, source = Autoencoder(str(vae_folder)), open_source(tree)
-    exact = vae.encode(torch.from_numpy(np.stack([load_square(source, i, 32) for i in range(24)])))
+    assert stored.dtype == (torch.float32 if "float32" in options else torch.float16)
+    exact = Autoencoder(str(vae_folder)).encode(load_images(tree))
     torch.testing.assert_close(stored.float(), exact, rtol=tolerance, atol=tolerance)
-    if "bf16" in more:
+    if "bf16" in options:
         assert not torch.equal(stored, LatentCache(cache).gather(np.arange(24))[0])
         assert read_manifest(tmp_path / "data").encoding["precision"] == "bf16"
 
 
-def test_random_crops_are_adms_and_decided_by_the_seed(call, vae_folder, tmp_path):
+def test_random_crops_are_adms_and_determined_by_the_seed(call, vae_folder, tmp_path):
     source = make_tree(tmp_path / "tree", images=6, side=70)
-    caches = {}
-    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
-        more = ("--crop", "random-seeded", "--seed", seed, "--num-workers", 0 if name == "a" else 2)
-        assert (
-            call(encode_latents, *encode_flags(source, tmp_path / name, vae_folder, *more))[0] == 0
-        )
-        caches[name] = LatentCache(tmp_path / name).gather(np.arange(6))[0]
-    assert torch.equal(caches["a"], caches["again"]) and not torch.equal(caches["a"], caches["b"])
+    moments = {}
+    for name, seed, workers in (("a", 1, 0), ("again", 1, 2), ("b", 2, 2)):
+        options = ("--crop", "random-seeded", "--seed", seed, "--num-workers", workers)
+        flags = encode_flags(source, tmp_path / name, vae_folder, *options)
+        assert call(encode_latents, *flags)[0] == 0
+        moments[name] = LatentCache(tmp_path / name).gather(np.arange(6))[0]
+    assert torch.equal(moments["a"], moments["again"])
+    assert not torch.equal(moments["a"], moments["b"])
     assert read_manifest(tmp_path / "a").crop == "random, seed 1"
+
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8))
-    for chance in ([0.0, 0.0, 0.0], [0.999, 0.999, 0.999], [0.5, 0.2, 0.7]):
-        short = 32 + int(chance[0] * 9)  # 32 to 40 = 32 / 0.8, each as likely
-        whole = image.resize((50, 40), Image.Resampling.BOX)
-        whole = whole.resize((round(50 * short / 40), short), Image.Resampling.BICUBIC)
-        top, left = int(chance[1] * (whole.height - 31)), int(chance[2] * (whole.width - 31))
-        expected = np.asarray(whole)[top : top + 32, left : left + 32]
-        np.testing.assert_array_equal(np.asarray(random_crop(image, 32, chance)), expected)
+    for uniforms in ([0.0, 0.0, 0.0], [0.999, 0.999, 0.999], [0.5, 0.2, 0.7]):
+        short = 32 + int(uniforms[0] * 9)  # uniform in 32 ... 40 = 32 / 0.8
+        resized = image.resize((50, 40), Image.Resampling.BOX)
+        resized = resized.resize((round(50 * short / 40), short), Image.Resampling.BICUBIC)
+        top = int(uniforms[1] * (resized.height - 31))
+        left = int(uniforms[2] * (resized.width - 31))
+        expected = np.asarray(resized)[top : top + 32, left : left + 32]
+        np.testing.assert_array_equal(np.asarray(random_crop(image, 32, uniforms)), expected)
 
 
-def test_background_limit_and_batch_size(call, vae_folder, tmp_path):
+def test_background_and_limit_are_used(call, vae_folder, tmp_path):
     source = tmp_path / "tree/a"
     source.mkdir(parents=True)
     for i in range(9):
         Image.new("RGBA", (32, 32), (200, 30, i, 0)).save(source / f"{i}.png")
-    for name in ("white", "black"):
-        given = encode_flags(
-            source.parent, tmp_path / name, vae_folder, "--limit", 7, "--background"
-        )
-        assert call(encode_latents, *given, name)[0] == 0
-        manifest = read_manifest(tmp_path / name)
-        assert manifest.count == 7 and manifest.kinds == {
-            "PNG RGBA": 7,
-            f"transparent: over {name}": 7,
-        }
-        plain = torch.full((1, 3, 32, 32), 255 if name == "white" else 0, dtype=torch.uint8)
-        stored = LatentCache(tmp_path / name).gather(np.array([3]))[0].float()
-        torch.testing.assert_close(
-            stored, Autoencoder(str(vae_folder)).encode(plain), rtol=2e-3, atol=1e-4
-        )
-    code, out = call(encode_latents, *given, "white")
+    vae = Autoencoder(str(vae_folder))
+    for background, value in (("white", 255), ("black", 0)):
+        dest = tmp_path / background
+        flags = encode_flags(source.parent, dest, vae_folder, "--limit", 7, "--background")
+        assert call(encode_latents, *flags, background)[0] == 0
+        manifest = read_manifest(dest)
+        assert manifest.count == 7
+        assert manifest.kinds == {"PNG RGBA": 7, f"transparent: over {background}": 7}
+        expected = vae.encode(torch.full((1, 3, 32, 32), value, dtype=torch.uint8))
+        stored = LatentCache(dest).gather(np.array([3]))[0].float()
+        torch.testing.assert_close(stored, expected, rtol=2e-3, atol=1e-4)
+    code, out = call(encode_latents, *flags, "white")
     assert code == 2 and "background was black, is white" in out
 
 
-def test_a_source_that_changed_under_an_unfinished_cache_is_refused(
-    call, vae_folder, tmp_path, monkeypatch
-):
-    source = make_tree(tmp_path / "tree")
+def interrupt_encode(patch, num_calls, min_images=1):
+    """Raise KeyboardInterrupt after `num_calls` calls of Autoencoder.encode with enough images.
+
+    Returns a list to which each call appends its number of images.
+    """
     encode = Autoencoder.encode
     calls = []
 
-    def stops(self, images):
-        calls.append(len(images))
-        if len(calls) > 8 + 5:
+    def encode_or_interrupt(self, images):
+        if len(images) >= min_images:
+            calls.append(len(images))
+        if len(calls) > num_calls:
             raise KeyboardInterrupt
         return encode(self, images)
 
+    patch.setattr(Autoencoder, "encode", encode_or_interrupt)
+    return calls
+
+
+def test_changed_source_of_an_unfinished_cache_is_refused(call, vae_folder, tmp_path, monkeypatch):
+    source = make_tree(tmp_path / "tree")
+    flags = encode_flags(source, tmp_path / "data", vae_folder)
     with monkeypatch.context() as patch:
-        patch.setattr(Autoencoder, "encode", stops)
-        assert call(encode_latents, *encode_flags(source, tmp_path / "data", vae_folder))[0] == 130
+        interrupt_encode(patch, num_calls=8 + 5)  # the preview, the first shard, and two batches
+        assert call(encode_latents, *flags)[0] == 130
     (source / "class1/001.png").rename(source / "class1/000.png")
-    code, out = call(encode_latents, *encode_flags(source, tmp_path / "data", vae_folder))
+    code, out = call(encode_latents, *flags)
     assert code == 2 and "names_and_labels was" in out
 
 
 def test_preview_shows_images_reconstructions_and_latents(call, vae_folder, tmp_path):
-    given = ["--source", FASHION / "images.zip", "--resolution", 32, "--limit", 40]
-    code, out = call(encode_latents, *given, "--vae", FASHION / "vae", "--dest", tmp_path / "right")
+    flags = [*FASHION_FLAGS, "--limit", 40, "--vae"]
+    code, out = call(encode_latents, *flags, FASHION_MNIST / "vae", "--dest", tmp_path / "right")
     assert code == 0 and "PSNR 3" in out and "poor" not in out
-    picture = np.asarray(Image.open(tmp_path / "right/preview.png"))
-    assert picture.shape[0] > 8 * 128 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 500
-    code, out = call(encode_latents, *given, "--vae", vae_folder, "--dest", tmp_path / "wrong")
-    assert code == 0 and f"poor; is {vae_folder} the VAE for these?" in out
+    preview = np.asarray(Image.open(tmp_path / "right/preview.png"))
+    assert preview.shape[0] > 8 * 128
+    assert len(np.unique(preview.reshape(-1, 3), axis=0)) > 500
+    code, out = call(encode_latents, *flags, vae_folder, "--dest", tmp_path / "wrong")
+    assert code == 0
+    assert f"poor reconstructions: check that --vae {vae_folder} fits these images" in out
 
 
-def test_values_beyond_float16_are_refused_with_the_remedy(call, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Autoencoder, "encode", lambda self, images: torch.full((len(images), 8, 8, 8), 1e6)
-    )
-    vae = make_vae(tmp_path / "vae")
-    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae))
-    assert code == 2 and "float16 cannot" in out and "--dtype float32" in out
-    assert (
-        call(encode_latents, *encode_flags(tree, tmp_path / "data", vae, "--dtype", "float32"))[0]
-        == 0
-    )
+def test_preview_is_redrawn_after_the_vae_is_changed(call, vae_folder, tmp_path, monkeypatch):
+    flags = [*FASHION_FLAGS, "--limit", 40, "--dest", tmp_path / "data", "--vae"]
+    with monkeypatch.context() as patch:
+        interrupt_encode(patch, num_calls=0, min_images=2)  # after the preview
+        code, out = call(encode_latents, *flags, vae_folder)
+        assert code == 130 and "poor" in out
+    old_preview = (tmp_path / "data/preview.png").read_bytes()
+    code, out = call(encode_latents, *flags, FASHION_MNIST / "vae")
+    assert code == 0 and "PSNR 3" in out
+    assert (tmp_path / "data/preview.png").read_bytes() != old_preview
 
 
-def test_a_worker_that_is_killed_ends_in_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
-    from preprocessing.images import SquareReader
+def test_moments_beyond_float16_are_refused_with_a_remedy(call, tree, tmp_path, monkeypatch):
+    def encode(self, images):
+        return torch.full((len(images), 8, 8, 8), 1e6)
 
-    parent, read = os.getpid(), SquareReader.read
+    monkeypatch.setattr(Autoencoder, "encode", encode)
+    flags = encode_flags(tree, tmp_path / "data", make_vae(tmp_path / "vae"))
+    code, out = call(encode_latents, *flags)
+    assert code == 2 and "float16 cannot represent" in out and "--dtype float32" in out
+    assert call(encode_latents, *flags, "--dtype", "float32")[0] == 0
 
-    def dies(self, source, i):
+
+def test_killed_worker_gives_an_error_of_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
+    parent = os.getpid()
+    read = SquareReader.read
+
+    def read_or_die(self, source, image_index):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, source, i)
+        return read(self, source, image_index)
 
-    monkeypatch.setattr(SquareReader, "read", dies)
-    code, out = call(
-        encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
-    )
-    assert (
-        code == 2
-        and "a process that decodes images ended" in out
-        and "--num-workers" in out
-        and "Traceback" not in out
-    )
+    monkeypatch.setattr(SquareReader, "read", read_or_die)
+    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
+    code, out = call(encode_latents, *flags)
+    assert code == 2 and "a decoding process died" in out and "--num-workers" in out
+    assert "Traceback" not in out
 
 
-def test_tf32_is_a_gpus(call, tree, vae_folder, tmp_path):
-    code, out = call(
-        encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32")
-    )
+def test_bug_in_a_worker_is_not_reported_as_a_killed_worker(
+    call, tree, vae_folder, tmp_path, monkeypatch
+):
+    parent = os.getpid()
+    read = SquareReader.read
+
+    def read_or_fail(self, source, image_index):
+        if os.getpid() != parent:
+            raise RuntimeError("bug")
+        return read(self, source, image_index)
+
+    monkeypatch.setattr(SquareReader, "read", read_or_fail)
+    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
+    with pytest.raises(RuntimeError, match="bug"):
+        call(encode_latents, *flags)
+
+
+def test_tf32_requires_a_gpu(call, tree, vae_folder, tmp_path):
+    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32")
+    code, out = call(encode_latents, *flags)
     assert code == 2 and "--precision tf32" in out
 
 
-def test_skipped_images_are_told_with_their_shard(call, vae_folder, tmp_path):
+def test_skipped_images_are_recorded_with_their_shard(call, vae_folder, tmp_path):
     source = make_tree(tmp_path / "tree")
     for i in (3, 12, 15, 18, 21):
         (source / f"class0/{i:03d}.png").write_bytes(b"")
-    given = encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--shard-size", 4)
-    code, out = call(encode_latents, *given)
+    flags = encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--shard-size", 4)
+    code, out = call(encode_latents, *flags)
     assert code == 0 and "5 skipped" in out
-    rows = [json.loads(line) for line in (tmp_path / "data/skipped.jsonl").read_text().splitlines()]
-    assert [row["shard"] for row in rows] == ["00000.npy"] + 4 * [
-        "00001.npy"
-    ]  # the second shard is empty, and is no shard
+    lines = (tmp_path / "data/skipped.jsonl").read_text().splitlines()
+    shards = [json.loads(line)["shard"] for line in lines]
+    assert shards == ["00000.npy", *4 * ["00001.npy"]]
+
+    # The second shard has no images, so it has no files and is not listed.
     manifest = read_manifest(tmp_path / "data")
-    assert [shard["file"] for shard in manifest.shards] == [
-        "00000.npy",
-        "00002.npy",
-        "00003.npy",
-        "00004.npy",
-        "00005.npy",
-    ]
-    assert (
-        len(LatentCache(tmp_path / "data")) == 19
-        and "complete: 19" in call(encode_latents, *given)[1]
-    )
+    listed = [shard["file"] for shard in manifest.shards]
+    assert listed == [f"{k:05d}.npy" for k in (0, 2, 3, 4, 5)]
+    assert len(LatentCache(tmp_path / "data")) == 19
+    assert "complete: 19" in call(encode_latents, *flags)[1]
 
 
-def test_a_disk_that_fails_is_no_bad_image(call, tree, vae_folder, tmp_path, monkeypatch):
-    """--skip-bad does not skip what could not be read this time."""
-    from preprocessing.sources import ImageSource
+def test_disk_error_is_not_skipped_as_a_bad_image(call, tree, vae_folder, tmp_path, monkeypatch):
+    open_image = ImageSource.open
 
-    opened = ImageSource.open
-
-    def fails(self, i):
-        if i == 13:
+    def open_or_fail(self, image_index):
+        if image_index == 13:
             raise OSError(5, "Input/output error")
-        return opened(self, i)
+        return open_image(self, image_index)
 
-    given = encode_flags(tree, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 1)
+    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(ImageSource, "open", fails)
-        code, out = call(encode_latents, *given)
-    assert (
-        code == 2
-        and "class1/016.png could not be read (Input/output error): when that is mended" in out
-    )
-    assert [path.name for path in (tmp_path / "data/partial").glob("*.npy.json")] == [
-        "00000.npy.json"
-    ]
-    assert call(encode_latents, *given)[0] == 0 and read_manifest(tmp_path / "data").count == 24
+        patch.setattr(ImageSource, "open", open_or_fail)
+        code, out = call(encode_latents, *flags)
+    assert code == 2
+    assert "class1/016.png could not be read (Input/output error); fix the problem" in out
+    records = [path.name for path in (tmp_path / "data/partial").glob("*.npy.json")]
+    assert records == ["00000.npy.json"]
+    assert call(encode_latents, *flags)[0] == 0
+    assert read_manifest(tmp_path / "data").count == 24
 
 
-def test_a_batch_that_memory_cannot_hold_is_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
+def test_removed_source_is_not_skipped_as_bad_images(call, vae_folder, tmp_path, monkeypatch):
+    source = make_tree(tmp_path / "tree")
+    open_image = ImageSource.open
+
+    def remove_and_open(self, image_index):
+        if image_index == 13:
+            source.rename(tmp_path / "elsewhere")
+        return open_image(self, image_index)
+
+    monkeypatch.setattr(ImageSource, "open", remove_and_open)
+    flags = encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0)
+    code, out = call(encode_latents, *flags)
+    assert code == 2 and "could not be read (No such file or directory)" in out
+
+
+def test_out_of_memory_gives_an_error_of_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
     encode = Autoencoder.encode
 
-    def full(self, images):
+    def encode_or_fail(self, images):
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return encode(self, images)
 
-    monkeypatch.setattr(Autoencoder, "encode", full)
+    monkeypatch.setattr(Autoencoder, "encode", encode_or_fail)
     code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
-    assert (
-        code == 2
-        and "--batch-size 4 is more than cpu has memory for" in out
-        and "Traceback" not in out
-    )
+    assert code == 2 and "--batch-size 4 exceeds the memory of cpu" in out
+    assert "Traceback" not in out
 
 
-def test_bits_do_not_depend_on_torchs_threads(call, tmp_path):
-    """They would: a convolution or a norm adds up in another order on two threads."""
-    given = [
-        "--source",
-        FASHION / "images.zip",
-        "--resolution",
-        32,
-        "--vae",
-        FASHION / "vae",
-        "--limit",
-        42,
-        "--batch-size",
-        7,
-    ]
+def test_bytes_do_not_depend_on_the_number_of_torch_threads(call, tmp_path):
+    """A convolution or a norm sums in another order on two threads."""
+    flags = [*FASHION_FLAGS, "--vae", FASHION_MNIST / "vae", "--limit", 42, "--batch-size", 7]
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            assert call(encode_latents, *given, "--dest", tmp_path / str(threads))[0] == 0
+            assert call(encode_latents, *flags, "--dest", tmp_path / str(threads))[0] == 0
     finally:
         torch.set_num_threads(1)
     assert file_contents(tmp_path / "1") == file_contents(tmp_path / "2")
 
 
-def test_a_bad_preview_is_drawn_anew_when_the_vae_is_changed(
-    call, vae_folder, tmp_path, monkeypatch
-):
-    given = [
-        "--source",
-        FASHION / "images.zip",
-        "--resolution",
-        32,
-        "--limit",
-        40,
-        "--dest",
-        tmp_path / "data",
-        "--vae",
-    ]
-    encode = Autoencoder.encode
-
-    def stops(self, images):
-        if len(images) > 1:
-            raise KeyboardInterrupt
-        return encode(self, images)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Autoencoder, "encode", stops)
-        code, out = call(encode_latents, *given, vae_folder)
-        assert code == 130 and "poor" in out
-    before = (tmp_path / "data/preview.png").read_bytes()
-    code, out = call(encode_latents, *given, FASHION / "vae")
-    assert code == 0 and "PSNR 3" in out and (tmp_path / "data/preview.png").read_bytes() != before
+def test_unreadable_manifest_is_not_overwritten(call, tree, vae_folder, tmp_path):
+    flags = encode_flags(tree, tmp_path / "data", vae_folder)
+    assert call(encode_latents, *flags)[0] == 0
+    path = tmp_path / "data/manifest.json"
+    manifest = json.loads(path.read_text())
+    for content in (json.dumps(manifest | {"format_version": 2}).encode(), b"\xff", b"{}"):
+        path.write_bytes(content)
+        code, out = call(encode_latents, *flags)
+        assert code == 2 and "contains a cache that cannot be read" in out
+        assert "Traceback" not in out
+        assert path.read_bytes() == content
 
 
-def test_a_manifest_that_cannot_be_read_is_not_written_over(call, tree, vae_folder, tmp_path):
-    given = encode_flags(tree, tmp_path / "data", vae_folder)
-    assert call(encode_latents, *given)[0] == 0
-    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
-    for text in (json.dumps(manifest | {"format_version": 2}).encode(), b"\xff", b"{}"):
-        (tmp_path / "data/manifest.json").write_bytes(text)
-        code, out = call(encode_latents, *given)
-        assert (
-            code == 2
-            and "holds a cache that this code cannot read" in out
-            and "Traceback" not in out
-        )
-        assert (tmp_path / "data/manifest.json").read_bytes() == text
-
-
-def test_pinning_a_batch_does_not_change_its_counts(monkeypatch):
-    """torch pins what is in a named tuple by copying it, and a Counter by adding it to itself."""
-    from collections import Counter
-
+def test_pinning_a_batch_keeps_its_counts(monkeypatch):
+    """The DataLoader's default pins a tuple by copying its fields, which doubles a Counter."""
     from torch.utils.data._utils.pin_memory import pin_memory
-
-    from preprocessing.encoding import DecodedBatch
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 0)
     batch = DecodedBatch(0, 4, torch.ones(4), np.arange(4), [], Counter({"PNG RGB": 4}))
     pinned = pin_memory(batch)
-    assert (
-        pinned.kinds == Counter({"PNG RGB": 4})
-        and pinned.pixels is not batch.pixels
-        and pinned.labels is batch.labels
-    )
+    assert pinned.kinds == Counter({"PNG RGB": 4})
+    assert pinned.pixels is not batch.pixels and pinned.labels is batch.labels
 
 
-def test_a_source_that_goes_away_is_no_bad_image(call, vae_folder, tmp_path, monkeypatch):
-    from preprocessing.sources import ImageSource
-
-    source, opened = make_tree(tmp_path / "tree"), ImageSource.open
-
-    def goes(self, i):
-        if i == 13:
-            (tmp_path / "tree").rename(tmp_path / "elsewhere")
-        return opened(self, i)
-
-    monkeypatch.setattr(ImageSource, "open", goes)
-    code, out = call(
-        encode_latents,
-        *encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0),
-    )
-    assert code == 2 and "could not be read (No such file or directory)" in out
-
-
-def test_a_record_without_its_files_is_done_again(call, tree, vae_folder, tmp_path):
-    given, dest = encode_flags(tree, tmp_path / "data", vae_folder), tmp_path / "data"
-    assert call(encode_latents, *given)[0] == 0
-    whole, manifest = file_contents(dest), read_manifest(dest)
+def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folder, tmp_path):
+    dest = tmp_path / "data"
+    flags = encode_flags(tree, dest, vae_folder)
+    assert call(encode_latents, *flags)[0] == 0
+    complete = file_contents(dest)
+    manifest = read_manifest(dest)
     (dest / "manifest.json").unlink()
     (dest / "partial").mkdir()
     (dest / "partial/plan.json").write_text(json.dumps(manifest.encoding["plan"]))
     for entry in manifest.shards:
         (dest / "partial" / f"{entry['file']}.json").write_text(json.dumps(entry))
     (dest / "moments/00001.npy").unlink()
-    assert call(encode_latents, *given)[0] == 0 and file_contents(dest) == whole
+    assert call(encode_latents, *flags)[0] == 0
+    assert file_contents(dest) == complete
 
 
-def test_the_cache_is_not_made_inside_its_source(call, tree, vae_folder, tmp_path):
+def test_cache_inside_its_source_is_refused(call, tree, vae_folder, tmp_path):
     code, out = call(encode_latents, *encode_flags(tree, tree / "cache", vae_folder))
-    assert code == 2 and "lies in --source" in out and not (tree / "cache").exists()
+    assert code == 2 and "is inside --source" in out
+    assert not (tree / "cache").exists()
 
 
-DIFFERENT = """
+# Runs encode_latents with the rank appended to --source.
+SOURCE_PER_RANK = """
 import os, sys
 from common import cli
 from preprocessing import encode_latents
-place = sys.argv.index("--source") + 1
-sys.argv[place] += os.environ["RANK"]
+sys.argv[sys.argv.index("--source") + 1] += os.environ["RANK"]
 cli.run(encode_latents.main)
 """
 
 
-def test_processes_that_see_different_sources_stop(vae_folder, tmp_path):
-    make_tree(tmp_path / "tree0"), make_tree(tmp_path / "tree1", images=23)
-    (tmp_path / "different.py").write_text(DIFFERENT)
-    given = encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder)
-    with pytest.raises(
-        AssertionError, match=r"process 1 does not see what process 0 sees \(images was 24, is 23"
-    ):
-        torchrun(2, tmp_path / "different.py", *given)
+def test_different_sources_per_process_are_refused(vae_folder, tmp_path):
+    make_tree(tmp_path / "tree0")
+    make_tree(tmp_path / "tree1", images=23)
+    (tmp_path / "source_per_rank.py").write_text(SOURCE_PER_RANK)
+    flags = encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder)
+    message = r"process 1 has other settings than process 0 \(images was 24, is 23"
+    with pytest.raises(AssertionError, match=message):
+        torchrun(2, tmp_path / "source_per_rank.py", *flags)
     assert not (tmp_path / "data").exists()

@@ -1,4 +1,4 @@
-"""A tree as REPA's dataset_tools.py writes it becomes a cache of the same moments."""
+"""Imported caches contain the moments of a folder that REPA's dataset_tools.py has written."""
 
 import json
 
@@ -15,18 +15,20 @@ from tests.helpers import make_vae
 SEVENTH = "00001/img-mean-std-00000007.npy"
 
 
-def make_repa_folder(root, vae, images=12):
-    """images/00000/img00000000.png and vae-sd/00000/img-mean-std-00000000.npy, and in dataset.json the classes, out of order.
-    Returns the moments."""
-    rng, labels = np.random.default_rng(0), []
-    pixels = rng.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
+def make_repa_folder(root, vae, num_images=12):
+    """Write images, moments, and a dataset.json with unordered rows; return the moments."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (num_images, 32, 32, 3), dtype=np.uint8)
     moments = Autoencoder(str(vae)).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
-    for i in range(images):
-        for room, name in (("images", f"img{i:08d}.png"), ("vae-sd", f"img-mean-std-{i:08d}.npy")):
-            (root / room / f"{i // 5:05d}").mkdir(parents=True, exist_ok=True)
-            path = root / room / f"{i // 5:05d}" / name
-            np.save(path, moments[i]) if room == "vae-sd" else Image.fromarray(pixels[i]).save(path)
-        labels.append([f"{i // 5:05d}/img-mean-std-{i:08d}.npy", i % 4])
+    labels = []
+    for i in range(num_images):
+        subfolder = f"{i // 5:05d}"
+        for folder in (root / "images" / subfolder, root / "vae-sd" / subfolder):
+            folder.mkdir(parents=True, exist_ok=True)
+        name = f"{subfolder}/img-mean-std-{i:08d}.npy"
+        Image.fromarray(pixels[i]).save(root / "images" / subfolder / f"img{i:08d}.png")
+        np.save(root / "vae-sd" / name, moments[i])
+        labels.append([name, i % 4])
     (root / "vae-sd/dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
     return moments
 
@@ -36,126 +38,120 @@ def repa(tmp_path, vae_folder):
     return tmp_path / "repa", make_repa_folder(tmp_path / "repa", vae_folder)
 
 
-def test_a_tree_becomes_a_cache(call, repa, vae_folder, tmp_path):
+def test_imported_cache_contains_moments_and_labels(call, repa, vae_folder, tmp_path):
     root, moments = repa
-    given = [root, tmp_path / "data", "--vae", vae_folder, "--shard-size", 5]
-    code, out = call(import_repa, *given)
+    flags = [root, tmp_path / "data", "--vae", vae_folder, "--shard-size", 5]
+    code, out = call(import_repa, *flags)
     assert code == 0 and "12 images, 4 classes, latents 4x8x8" in out and "PSNR" in out
-    data = LatentCache(tmp_path / "data")
-    stored, labels = data.gather(np.arange(12))
+    assert (tmp_path / "data/preview.png").exists()
+    cache = LatentCache(tmp_path / "data")
+    stored, labels = cache.gather(np.arange(12))
     np.testing.assert_array_equal(stored.numpy(), moments.astype(np.float16))
     assert labels.tolist() == [i % 4 for i in range(12)]
-    manifest = data.manifest
-    assert (manifest.resolution, manifest.scale, manifest.shift, len(manifest.shards)) == (
-        32,
-        0.7,
-        0.25,
-        3,
-    )
+    manifest = cache.manifest
+    assert (manifest.resolution, manifest.scale, manifest.shift) == (32, 0.7, 0.25)
+    assert len(manifest.shards) == 3
     assert manifest.vae_fingerprint == Autoencoder(str(vae_folder)).fingerprint()
-    assert "complete: 12 images" in call(import_repa, *given)[1]
-    assert (tmp_path / "data/preview.png").exists() and call(verify, tmp_path / "data")[0] == 0
-    (tmp_path / "data/moments/00001.npy").unlink()
-    assert (
-        call(verify, tmp_path / "data", "--repair")[0] == 0
-        and call(verify, tmp_path / "data")[0] == 0
-    )
+    assert "complete: 12 images" in call(import_repa, *flags)[1]
 
 
-def test_the_folder_itself_and_float32(call, repa, vae_folder, tmp_path):
+def test_verify_repairs_an_imported_cache(call, repa, vae_folder, tmp_path):
+    dest = tmp_path / "data"
+    call(import_repa, repa[0], dest, "--vae", vae_folder, "--shard-size", 5)
+    assert call(verify, dest)[0] == 0
+    (dest / "moments/00001.npy").unlink()
+    assert call(verify, dest, "--repair")[0] == 0
+    assert call(verify, dest)[0] == 0
+
+
+def test_float32_import_of_the_moments_folder_is_exact(call, repa, vae_folder, tmp_path):
     root, moments = repa
-    code, _ = call(
-        import_repa, root / "vae-sd", tmp_path / "data", "--vae", vae_folder, "--dtype", "float32"
-    )
-    assert code == 0
-    np.testing.assert_array_equal(
-        LatentCache(tmp_path / "data").gather(np.arange(12))[0].numpy(), moments
-    )
+    flags = [root / "vae-sd", tmp_path / "data", "--vae", vae_folder, "--dtype", "float32"]
+    assert call(import_repa, *flags)[0] == 0
+    stored, _ = LatentCache(tmp_path / "data").gather(np.arange(12))
+    np.testing.assert_array_equal(stored.numpy(), moments)
 
 
-def test_four_channels_are_refused_with_the_reason(call, repa, vae_folder, tmp_path):
+def test_sampled_latents_are_rejected(call, repa, vae_folder, tmp_path):
     for i in range(12):
-        np.save(
-            repa[0] / f"vae-sd/{i // 5:05d}/img-mean-std-{i:08d}.npy",
-            np.zeros((4, 8, 8), np.float32),
-        )
+        path = repa[0] / f"vae-sd/{i // 5:05d}/img-mean-std-{i:08d}.npy"
+        np.save(path, np.zeros((4, 8, 8), np.float32))
     code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder)
-    assert (
-        code == 2
-        and "has 4 channels: a latent, drawn and perhaps scaled" in out
-        and "encode the images" in out
-    )
-    assert len(out.strip().splitlines()) == 1 and not (tmp_path / "data").exists()
+    assert code == 2 and "has 4 channels; it is a sampled latent" in out
+    assert "encode the images" in out and len(out.strip().splitlines()) == 1
+    assert not (tmp_path / "data").exists()
 
 
-def test_an_odd_first_file_is_the_odd_one(call, repa, vae_folder, tmp_path):
+def test_first_file_does_not_determine_the_shape(call, repa, vae_folder, tmp_path):
     np.save(repa[0] / "vae-sd/00000/img-mean-std-00000000.npy", np.zeros((4, 8, 8), np.float32))
-    code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder)
-    assert (
-        code == 2
-        and "00000000.npy cannot be used (its shape is (4, 8, 8), others have (8, 8, 8))" in out
-    )
-    assert call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder, "--skip-bad")[0] == 0
+    flags = [repa[0], tmp_path / "data", "--vae", vae_folder]
+    code, out = call(import_repa, *flags)
+    reason = "(its shape is (4, 8, 8), others have (8, 8, 8))"
+    assert code == 2 and f"00000000.npy cannot be used {reason}" in out
+    assert call(import_repa, *flags, "--skip-bad")[0] == 0
     assert read_manifest(tmp_path / "data").count == 11
 
 
-def test_another_vae_is_seen(call, repa, tmp_path):
-    code, out = call(
-        import_repa, repa[0], tmp_path / "data", "--vae", make_vae(tmp_path / "vae", seed=3)
-    )
+def test_wrong_vae_has_poor_psnr(call, repa, tmp_path):
+    vae = make_vae(tmp_path / "vae", seed=3)
+    code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae)
     assert code == 0 and "poor" in out
-    code, out = call(
-        import_repa,
-        repa[0],
-        tmp_path / "b",
-        "--vae",
-        make_vae(tmp_path / "wide", latent_channels=8),
-    )
+
+
+def test_vae_with_other_channels_is_rejected(call, repa, tmp_path):
+    vae = make_vae(tmp_path / "wide", latent_channels=8)
+    code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae)
     assert code == 2 and "has 8 channels" in out
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (
-            lambda p: (p / "00001/img-mean-std-00000007.npy").write_bytes(b"\x93NUMPY"),
+            lambda root: (root / SEVENTH).write_bytes(b"\x93NUMPY"),
             "00000007.npy cannot be used (ValueError",
         ),
         (
-            lambda p: np.save(p / "00001/img-mean-std-00000007.npy", np.zeros((8, 4, 4))),
-            "its shape is (8, 4, 4), others have",
+            lambda root: np.save(root / SEVENTH, np.zeros((8, 4, 4))),
+            "00000007.npy cannot be used (its shape is (8, 4, 4), others have",
         ),
         (
-            lambda p: np.save(p / "00001/img-mean-std-00000007.npy", np.full((8, 8, 8), -3.0)),
-            "are these log-variances?",
+            lambda root: np.save(root / SEVENTH, np.full((8, 8, 8), -3.0)),
+            "00000007.npy cannot be used (negative standard deviations: are these log-variances?",
         ),
         (
-            lambda p: np.save(p / "00001/img-mean-std-00000099.npy", np.zeros((8, 8, 8))),
-            "has no label for 00001/img-mean-std-0000",
-        ),
-        (lambda p: (p / "dataset.json").unlink(), "dataset.json is missing"),
-        (
-            lambda p: (p / SEVENTH).unlink(),
-            "names what is not there: 00001/img-mean-std-00000007.npy; is the tree whole?",
-        ),
-        (
-            lambda p: np.save(p / SEVENTH, np.array(["a"])),
+            lambda root: np.save(root / SEVENTH, np.array(["a"])),
             "00000007.npy cannot be used (it is no array of floating-point",
         ),
         (
-            lambda p: np.save(p / SEVENTH, np.full((8, 8, 8), 1e6)),
-            "cannot be used (it has values that float16 cannot hold)",
+            lambda root: np.save(root / SEVENTH, np.full((8, 8, 8), 1e6)),
+            "00000007.npy cannot be used (it has values that float16 cannot hold)",
         ),
-        (lambda p: (p / "dataset.json").write_text("{"), "is not {"),
-        (lambda p: p.rename(p.parent / "x"), "holds no .npy files"),
     ],
 )
-def test_faults_of_the_tree_are_named(call, repa, vae_folder, tmp_path, spoil, message):
-    spoil(repa[0] / "vae-sd")
-    if "holds no" in message:
-        (repa[0] / "x").rename(tmp_path / "x")
+def test_unusable_file_is_an_error_or_skipped(call, repa, vae_folder, tmp_path, damage, message):
+    damage(repa[0] / "vae-sd")
+    flags = [repa[0], tmp_path / "data", "--vae", vae_folder]
+    code, out = call(import_repa, *flags)
+    assert code == 2 and message in out and "Traceback" not in out, out
+    code, out = call(import_repa, *flags, "--skip-bad")
+    assert code == 0 and "1 skipped" in out and read_manifest(tmp_path / "data").count == 11
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: np.save(root / "00001/img-mean-std-00000099.npy", np.zeros((8, 8, 8))),
+            "has no label for 00001/img-mean-std-0000",
+        ),
+        (lambda root: (root / "dataset.json").unlink(), "dataset.json is missing"),
+        (lambda root: (root / SEVENTH).unlink(), f"lists missing files: {SEVENTH}; check that"),
+        (lambda root: (root / "dataset.json").write_text("{"), "does not have the format {"),
+        (lambda root: root.rename(root.parent.parent / "moved"), "contains no .npy files"),
+    ],
+)
+def test_invalid_folder_is_an_error(call, repa, vae_folder, tmp_path, damage, message):
+    damage(repa[0] / "vae-sd")
     code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder)
     assert code == 2 and message in out and "Traceback" not in out, out
-    if "cannot be used" in message or "its shape" in message:
-        code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder, "--skip-bad")
-        assert code == 0 and read_manifest(tmp_path / "data").count == 11 and "1 skipped" in out

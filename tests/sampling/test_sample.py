@@ -1,3 +1,5 @@
+"""Tests of sample_ddp.py on a small trained network."""
+
 import json
 import os
 import shutil
@@ -10,154 +12,205 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample_ddp
 from checkpointing import pretrained
+from common.keyed_random import Purpose, normal
 from evaluations import evaluate
-from models.sit import SiT
+from models.sit import SiT, SiTConfig
+from sampling.recipe import Recipe, cast_matmul_weights
 from tests.helpers import ROOT, make_vae, run_ranks
 
+EMA_WEIGHTS = "checkpoints/0000002/ema.safetensors"
 
-def flags(trained, folder, *more):
-    return [
-        "--ckpt",
-        trained,
-        "--sample-dir",
-        folder,
-        "--num-fid-samples",
-        11,
-        "--num-steps",
-        3,
-        "--per-proc-batch-size",
-        4,
-        *more,
-    ]
+
+def copy_with_weights(run, folder, change):
+    """Copy a run, and apply `change` (key, tensor) -> tensor to the weights of its EMA."""
+    copy = shutil.copytree(run, folder)
+    path = copy / EMA_WEIGHTS
+    save_file({key: change(key, value) for key, value in load_file(path).items()}, path)
+    return copy
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, trained):
-    """A copy, woken up: two steps leave a model whose output is next to nothing, and noise would pass for a result."""
-    from safetensors.torch import load_file, save_file
+    """A copy of the trained run with perturbed weights.
 
-    run = shutil.copytree(trained, tmp_path_factory.mktemp("awake") / "trained")
-    path = run / "checkpoints/0000002/ema.safetensors"
+    After two training steps the output of the network is close to zero, so that errors in sampling
+    would go unnoticed.
+    """
     generator = torch.Generator().manual_seed(0)
-    state = load_file(path)
-    save_file(
-        {
-            k: v + 0.1 * torch.randn(v.shape, generator=generator) if "pos" not in k else v
-            for k, v in state.items()
-        },
-        path,
-    )
+
+    def perturb(key, value):
+        if "pos" in key:
+            return value
+        return value + 0.1 * torch.randn(value.shape, generator=generator)
+
+    return copy_with_weights(trained, tmp_path_factory.mktemp("perturbed") / "trained", perturb)
+
+
+def sampling_flags(ckpt, folder, *flags):
+    """Return the flags of a small sample: 11 images, 3 steps, batches of 4."""
+    defaults = ["--num-fid-samples", 11, "--num-steps", 3, "--per-proc-batch-size", 4]
+    return ["--ckpt", ckpt, "--sample-dir", folder, *defaults, *flags]
+
+
+@pytest.fixture
+def sample(call, trained, tmp_path):
+    """A function that runs sample_ddp.py with extra flags, and returns its output.
+
+    Its keywords are the name of the samples, the checkpoint, the folder, and the exit code that it
+    asserts.
+    """
+
+    def run(*flags, name="s", ckpt=trained, folder=tmp_path, code=0):
+        all_flags = sampling_flags(ckpt, folder, "--name", name, *flags)
+        actual_code, output = call(sample_ddp, *all_flags)
+        assert actual_code == code, output
+        return output
+
     return run
 
 
-def images(folder, name="s"):
+def read_samples(folder, name="s"):
+    """Return images and labels of NAME.npz."""
     with np.load(folder / f"{name}.npz") as content:
         return content["arr_0"], content["arr_1"]
 
 
-def test_adm_npz_grid_and_record(call, trained, tmp_path):
-    code, out = call(
-        sample_ddp, *flags(trained, tmp_path, "--labels", "balanced", "--cfg-scale", 2.0)
-    )
-    assert code == 0, out
+def read_images(folder, name="s"):
+    """Return the images of NAME.npz as integers, whose differences do not overflow."""
+    return read_samples(folder, name)[0].astype(int)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def file_names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Files
+
+
+def test_npz_grid_and_record_are_written(call, trained, tmp_path):
+    flags = sampling_flags(trained, tmp_path, "--labels", "balanced", "--cfg-scale", 2.0)
+    code, output = call(sample_ddp, *flags)
+    assert code == 0, output
     name = "trained-0000002-euler-maruyama3-cfg2-balanced-seed0"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"{name}.json",
-        f"{name}.npz",
-        f"{name}.png",
-    ]
-    pixels, labels = images(tmp_path, name)
-    assert pixels.shape == (11, 32, 32, 3) and pixels.dtype == np.uint8
+    assert file_names(tmp_path) == [f"{name}.json", f"{name}.npz", f"{name}.png"]
+    pixels, labels = read_samples(tmp_path, name)
+    assert pixels.shape == (11, 32, 32, 3)
+    assert pixels.dtype == np.uint8
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
-    record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert (
-        record["solver"],
-        record["num_steps"],
-        record["cfg_scale"],
-        record["step"],
-        record["images_seen"],
-    ) == (
-        "euler-maruyama",
-        3,
-        2.0,
-        2,
-        16,
-    )
+    record = read_json(tmp_path / f"{name}.json")
+    expected = {
+        "solver": "euler-maruyama",
+        "num_steps": 3,
+        "cfg_scale": 2.0,
+        "step": 2,
+        "images_seen": 16,
+    }
+    assert expected.items() <= record.items()
     assert Image.open(tmp_path / f"{name}.png").width > 4 * 64
 
 
-MODES = [
-    "--mode sde",
-    "--mode ode",
-    "--mode ode --heun",
-    "--mode ode --dopri5",
-    "--mode sde --state-dtype float64 --cfg-scale 3",
-]
+def test_pngs_equal_the_images(sample, tmp_path):
+    sample("--png")
+    pixels, _ = read_samples(tmp_path)
+    names = [f"{index:06d}.png" for index in range(11)]
+    assert sorted(path.name for path in (tmp_path / "s").glob("*.png")) == names
+    # A missing PNG file is written from the stored images.
+    (tmp_path / "s/000009.png").unlink()
+    sample("--png")
+    for name, image in zip(names, pixels):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "s" / name)), image)
+    # PNG files of other samples are not overwritten.
+    (tmp_path / "s.npz").unlink()
+    assert "global_seed was 0, is 1" in sample("--png", "--global-seed", 1, code=2)
+    assert "already contains 11 images" in sample("--png", "--num-fid-samples", 5, code=2)
 
 
-@pytest.mark.parametrize("mode", [mode.split() for mode in MODES])
-def test_an_image_depends_on_seed_and_index_alone(call, trained, tmp_path, mode):
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", *mode))[0] == 0
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "few", *mode), "--num-fid-samples", 6)[
-            0
-        ]
-        == 0
-    )
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "other", *mode), "--global-seed", 1)[0]
-        == 0
-    )
-    assert (
-        call(
-            sample_ddp,
-            *flags(trained, tmp_path, "--name", "batch", *mode),
-            "--per-proc-batch-size",
-            7,
-        )[0]
-        == 0
-    )
-    whole, few, other, batch = (
-        images(tmp_path, name)[0].astype(int) for name in ("s", "few", "other", "batch")
-    )
-    assert np.array_equal(whole[:6], few)
-    assert np.abs(whole - batch).max() <= 1  # another batch size makes other kernels
-    assert all((a != b).mean() > 0.5 for a, b in zip(whole, other))
-    assert len({image.tobytes() for image in whole}) == 11
+def test_files_of_other_samples_are_not_overwritten(sample, tree, tmp_path):
+    # A file that is not a record of samples.
+    (tmp_path / "args.json").write_text("{}")
+    assert "ema_sha256 was None" in sample(name="args", code=2)
+    assert (tmp_path / "args.json").read_text() == "{}"
+    assert file_names(tmp_path) == ["args.json"]
+    # Metrics of images that were not kept.
+    flags = ["--evaluate", tree, "--features", "fashion", "--no-npz"]
+    sample(*flags)
+    metrics = (tmp_path / "s.metrics.json").read_bytes()
+    assert "global_seed was 0, is 1" in sample(*flags, "--global-seed", 1, code=2)
+    assert "is for 11 images" in sample(*flags, "--num-fid-samples", 12, code=2)
+    assert (tmp_path / "s.metrics.json").read_bytes() == metrics
 
 
-def test_killed_on_two_processes_and_continued_on_three_it_is_the_file_of_one(
+def test_partial_file_of_a_killed_process_is_removed(sample, tmp_path):
+    (tmp_path / ".s.npz.1.partial").write_bytes(b"half")
+    sample()
+    assert not (tmp_path / ".s.npz.1.partial").exists()
+
+
+def test_samples_of_the_same_weights_under_another_path_are_complete(sample, trained, tmp_path):
+    sample()
+    (tmp_path / "link").symlink_to(trained)
+    assert "is complete" in sample(ckpt=tmp_path / "link")
+
+
+def test_samples_of_other_weights_under_the_same_path_are_refused(sample, trained, tmp_path):
+    run = copy_with_weights(trained, tmp_path / "run", lambda key, value: value)
+    sample(ckpt=run)
+    shutil.rmtree(run)
+    copy_with_weights(trained, run, lambda key, value: value * 1.5)
+    assert "ema_sha256 was" in sample(ckpt=run, code=2)
+
+
+# Determinism, and resuming
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mode", "sde"],
+        ["--mode", "ode"],
+        ["--mode", "ode", "--heun"],
+        ["--mode", "ode", "--dopri5"],
+        ["--mode", "sde", "--state-dtype", "float64", "--cfg-scale", 3],
+    ],
+)
+def test_image_depends_only_on_seed_and_index(sample, tmp_path, flags):
+    sample(*flags)
+    sample(*flags, "--num-fid-samples", 6, name="few")
+    sample(*flags, "--global-seed", 1, name="other")
+    sample(*flags, "--per-proc-batch-size", 7, name="batch")
+    images = read_images(tmp_path)
+    assert np.array_equal(images[:6], read_images(tmp_path, "few"))
+    # Another batch size selects other kernels.
+    assert np.abs(images - read_images(tmp_path, "batch")).max() <= 1
+    for image, other in zip(images, read_images(tmp_path, "other")):
+        assert (image != other).mean() > 0.5
+    assert len({image.tobytes() for image in images}) == 11
+
+
+def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
     call, trained, tmp_path
 ):
     more = ["--name", "s", "--num-fid-samples", 62, "--num-steps", 12]
     torch.set_num_threads(2)
-    assert call(sample_ddp, *flags(trained, tmp_path / "one", *more))[0] == 0
-    assert (
-        torch.get_num_threads() == 1
-    )  # or the last bit would depend on how many processes share the cores
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_backend",
-        "c10d",
-    ]
-    command += [
-        "--rdzv_endpoint",
-        "localhost:0",
-        "sample_ddp.py",
-        *map(str, flags(trained, tmp_path, *more)),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    assert call(sample_ddp, *sampling_flags(trained, tmp_path / "one", *more))[0] == 0
+    # Otherwise the last bit would depend on how many processes share the cores.
+    assert torch.get_num_threads() == 1
+
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    flags = map(str, sampling_flags(trained, tmp_path, *more))
     job = subprocess.Popen(
-        command,
+        [sys.executable, *launcher, *rendezvous, "sample_ddp.py", *flags],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -168,414 +221,275 @@ def test_killed_on_two_processes_and_continued_on_three_it_is_the_file_of_one(
         time.sleep(0.01)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    there = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.npy")}
-    assert 3 <= len(there) < 16 and not (tmp_path / "s.npz").exists()
-    run_ranks(3, "sample_ddp", *flags(trained, tmp_path, *more))
+    assert 3 <= len(list(parts.glob("[0-9]*.npy"))) < 16
+    assert not (tmp_path / "s.npz").exists()
+
+    run_ranks(3, "sample_ddp", *sampling_flags(trained, tmp_path, *more))
     assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "one/s.npz").read_bytes()
     assert not parts.exists()
 
 
-def test_more_samples_are_added_to_those_there(call, trained, tmp_path, monkeypatch):
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
-    latents, made = sample_ddp.Recipe.sample_latents, []
-    monkeypatch.setattr(
-        sample_ddp.Recipe,
-        "sample_latents",
-        lambda *args: made.append(args[2].tolist()) or latents(*args),
-    )
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-fid-samples", 18)[0] == 0
-    )
-    assert sorted(made) == [
-        [8, 9, 10, 11],
-        [12, 13, 14, 15],
-        [16, 17, 18, 19],
-    ]  # 8 to 10 were a part of a batch
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "whole"), "--num-fid-samples", 18)[0]
-        == 0
-    )
-    assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    assert json.loads((tmp_path / "s.json").read_text())["count"] == 18
-    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))
-    assert code == 2 and "holds 18 images already, and --num-fid-samples asks for 11" in out
+def test_larger_count_adds_to_existing_samples(sample, tmp_path, monkeypatch):
+    sample()
+    sample_latents = Recipe.sample_latents
+    sampled = []
+
+    def recorded(recipe, model, indices, *args):
+        sampled.append(indices.tolist())
+        return sample_latents(recipe, model, indices, *args)
+
+    monkeypatch.setattr(Recipe, "sample_latents", recorded)
+    sample("--num-fid-samples", 18)
+    # Images 8 to 10 were part of a padded batch, which is sampled again.
+    assert sorted(sampled) == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    sample("--num-fid-samples", 18, name="at_once")
+    assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "at_once.npz").read_bytes()
+    assert read_json(tmp_path / "s.json")["count"] == 18
+    assert "already contains 18 images, but --num-fid-samples is 11" in sample(code=2)
 
 
-def test_evaluated_on_the_fly_or_afterwards_the_numbers_are_the_same(
-    call, trained, tree, tmp_path, monkeypatch
-):
-    more = ["--labels", "balanced", "--evaluate", tree, "--features", "fashion"]
-    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "fly", *more, "--no-npz"))
-    assert code == 0 and "FD-fashion" in out, out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "fly.json",
-        "fly.metrics.json",
-        "fly.png",
-    ]
-    assert Image.open(tmp_path / "fly.png").width > 4 * 64
-    monkeypatch.setattr(
-        sample_ddp, "run_batches", lambda worker, mine, *args: mine and pytest.fail("made again")
-    )
-    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "fly", *more, "--no-npz"))
-    assert code == 0 and "FD-fashion" in out
-    monkeypatch.undo()
+def test_interrupted_sampling_resumes_and_refuses_other_settings(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.processes.available_cores", lambda: 1)  # one batch at a time
+    sample_latents = Recipe.sample_latents
+    num_calls = 0
 
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--labels", "balanced"))[0] == 0
-    )
-    same = [
-        tmp_path / "s.npz",
-        "--reference",
-        tree,
-        "--features",
-        "fashion",
-        "--batch-size",
-        4,
-        "--out",
-        tmp_path / "m.json",
-    ]
-    assert call(evaluate, *same)[0] == 0
-    afterwards, fly = (
-        json.loads((tmp_path / name).read_text()) for name in ("m.json", "fly.metrics.json")
-    )
-    assert afterwards["metrics"] == pytest.approx(fly["metrics"], rel=1e-5)
-    kept = {
-        key: value
-        for key, value in fly.items()
-        if key not in ("metrics", "samples", "samples_sha256")
-    }
-    assert kept == {key: afterwards[key] for key in kept}
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "s", *more))[0] == 0
-    )  # of images that are there
-    assert json.loads((tmp_path / "s.metrics.json").read_text()) == afterwards
+    def interrupted(*args):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            raise KeyboardInterrupt
+        return sample_latents(*args)
 
+    monkeypatch.setattr(Recipe, "sample_latents", interrupted)
+    sample(code=130)
+    assert "num_steps was 3, is 4" in sample("--num-steps", 4, code=2)
+    sample()
+    assert num_calls == 4  # two batches, and the interrupted one twice
+    assert "is complete" in sample()
+    assert num_calls == 4
 
-def test_pngs_are_the_images(call, trained, tmp_path):
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png"))[0] == 0
-    pixels, _ = images(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "s").glob("*.png")) == [
-        f"{i:06d}.png" for i in range(11)
-    ]
-    (tmp_path / "s/000009.png").unlink()
-    assert (
-        call(sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png"))[0] == 0
-    )  # from what is there
-    for i in range(11):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / f"s/{i:06d}.png")), pixels[i])
+    # The message suggests to remove the file.
     (tmp_path / "s.npz").unlink()
-    code, out = call(
-        sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png", "--global-seed", 1)
-    )
-    assert (
-        code == 2 and "global_seed was 0, is 1" in out
-    )  # pictures of other samples are not taken for these
-    code, out = call(
-        sample_ddp, *flags(trained, tmp_path, "--name", "s", "--png", "--num-fid-samples", 5)
-    )
-    assert code == 2 and "holds 11 images already" in out
+    sample("--num-steps", 4)
+    (tmp_path / "s.npz").unlink()
+    sample()
+    sample(name="at_once")
+    assert np.array_equal(read_images(tmp_path), read_images(tmp_path, "at_once"))
 
 
-def test_features_left_by_an_interrupted_call_count_only_for_the_same_networks_and_images(
-    call, trained, tree, tmp_path
+# Evaluation
+
+
+def test_metrics_while_sampling_equal_metrics_of_the_npz(sample, call, tree, tmp_path, monkeypatch):
+    flags = ["--labels", "balanced", "--evaluate", tree, "--features", "fashion"]
+    assert "FD-fashion" in sample(*flags, "--no-npz", name="discarded")
+    files = ["discarded.json", "discarded.metrics.json", "discarded.png"]
+    assert file_names(tmp_path) == files
+    assert Image.open(tmp_path / "discarded.png").width > 4 * 64
+    # The same command again samples nothing.
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_ddp, "run_batches", fail_if_any_batch)
+        assert "FD-fashion" in sample(*flags, "--no-npz", name="discarded")
+
+    sample("--labels", "balanced")
+    evaluation = ["--reference", tree, "--features", "fashion", "--batch-size", 4]
+    path = tmp_path / "m.json"
+    assert call(evaluate, tmp_path / "s.npz", *evaluation, "--out", path)[0] == 0
+    expected = read_json(path)
+    actual = read_json(tmp_path / "discarded.metrics.json")
+    assert expected["metrics"] == pytest.approx(actual["metrics"], rel=1e-5)
+    for key, value in actual.items():
+        if key not in ("metrics", "samples", "samples_sha256"):
+            assert expected[key] == value, key
+    # Existing samples are evaluated without sampling them again.
+    sample(*flags)
+    assert read_json(tmp_path / "s.metrics.json") == expected
+
+
+def fail_if_any_batch(worker, batches, *args):
+    assert not batches
+
+
+def test_interrupted_features_are_used_only_for_the_same_networks_and_images(
+    sample, call, tree, tmp_path
 ):
-    """Twelve images in an .npz: 8 to 11 are read from it as a batch; of thirteen they are not all of their batch."""
+    """An .npz of 10 images gives the batch of images 8 and 9; of 13 images it lacks two."""
     import timm
 
     for seed in (0, 1):
         torch.manual_seed(seed)
-        torch.save(
-            timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / f"{seed}.pth"
-        )
+        weights = timm.create_model("test_vit", num_classes=0).state_dict()
+        torch.save(weights, tmp_path / f"{seed}.pth")
 
-    def sample(count, seed, interrupted=False, size=4):
-        more = [
-            "--name",
-            "s",
-            "--num-fid-samples",
-            count,
-            "--per-proc-batch-size",
-            size,
-            "--evaluate",
-            tree,
-        ]
-        more += [
-            "--features",
-            "test_vit",
-            "--encoder-weights",
-            tmp_path / f"{seed}.pth",
-            "--cache-dir",
-            tmp_path / "cache",
-        ]
+    def network_flags(seed):
+        return ["--features", "test_vit", "--encoder-weights", tmp_path / f"{seed}.pth"]
+
+    def sample_and_evaluate(count, seed, is_interrupted=False):
+        flags = ["--num-fid-samples", count, "--evaluate", tree, *network_flags(seed)]
+        flags += ["--cache-dir", tmp_path / "cache"]
         with pytest.MonkeyPatch.context() as patch:
-            if interrupted:
-                patch.setattr(sample_ddp, "finish", lambda *args, **kwargs: sys.exit(9))
-            code, out = call(sample_ddp, *flags(trained, tmp_path, *more))
-        assert code == (9 if interrupted else 0), out
+            if is_interrupted:
+                patch.setattr(sample_ddp.SampleStore, "finalize", lambda *args: sys.exit(9))
+            sample(*flags, code=9 if is_interrupted else 0)
 
-    def truth(seed):
-        same = [
-            "--encoder-weights",
-            tmp_path / f"{seed}.pth",
-            "--batch-size",
-            4,
-            "--out",
-            tmp_path / f"{time.time()}.json",
-        ]
-        assert (
-            call(
-                evaluate, tmp_path / "s.npz", "--reference", tree, "--features", "test_vit", *same
-            )[0]
-            == 0
-        )
-        return json.loads(same[-1].read_text())["metrics"]
+    def expected_metrics(seed):
+        path = tmp_path / f"{time.time()}.json"
+        flags = ["--reference", tree, *network_flags(seed), "--batch-size", 4, "--out", path]
+        assert call(evaluate, tmp_path / "s.npz", *flags)[0] == 0
+        return pytest.approx(read_json(path)["metrics"], rel=1e-5)
 
-    def said():
-        return json.loads((tmp_path / "s.metrics.json").read_text())["metrics"]
+    def metrics():
+        return read_json(tmp_path / "s.metrics.json")["metrics"]
 
-    sample(10, 0, interrupted=True)
-    sample(10, 1)
-    assert said() == pytest.approx(truth(1), rel=1e-5)
+    sample_and_evaluate(10, 0, is_interrupted=True)
+    sample_and_evaluate(10, 1)
+    assert metrics() == expected_metrics(1)
     (tmp_path / "s.metrics.json").unlink()
-    sample(10, 0, interrupted=True)
+    sample_and_evaluate(10, 0, is_interrupted=True)
     assert list((tmp_path / "s.parts").glob("*.safetensors"))
-    sample(13, 0)
-    assert said() == pytest.approx(truth(0), rel=1e-5)
-    code, out = call(
-        sample_ddp,
-        *flags(
-            trained,
-            tmp_path,
-            "--name",
-            "s",
-            "--num-fid-samples",
-            13,
-            "--evaluate",
-            tree,
-            "--features",
-            "fashion",
-        ),
-    )
-    assert code == 2 and "holds the numbers of another evaluation (features differ)" in out
+    sample_and_evaluate(13, 0)
+    assert metrics() == expected_metrics(0)
+    output = sample("--num-fid-samples", 13, "--evaluate", tree, "--features", "fashion", code=2)
+    assert "(features differ)" in output
     assert not (tmp_path / "s.parts").exists()
 
 
-def test_nothing_of_others_is_written_over(call, trained, tree, tmp_path):
-    """A record that is none of samples, numbers of images that were not kept, rubbish of a killed process."""
-    (tmp_path / "args.json").write_text("{}")
-    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "args"))
-    assert (
-        code == 2 and "ema_sha256 was None" in out and (tmp_path / "args.json").read_text() == "{}"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
-    more = ["--name", "s", "--evaluate", tree, "--features", "fashion", "--no-npz"]
-    assert call(sample_ddp, *flags(trained, tmp_path, *more))[0] == 0
-    before = (tmp_path / "s.metrics.json").read_bytes()
-    for changed, message in (
-        (["--global-seed", 1], "global_seed was 0, is 1"),
-        (["--num-fid-samples", 12], "is of 11 images"),
-    ):
-        code, out = call(sample_ddp, *flags(trained, tmp_path, *more, *changed))
-        assert code == 2 and message in out, out
-    assert (tmp_path / "s.metrics.json").read_bytes() == before
-    (tmp_path / ".k.npz.1.partial").write_bytes(b"half")
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "k"))[0] == 0
-    assert not (tmp_path / ".k.npz.1.partial").exists()
+# Networks and labels
 
 
-def test_the_same_weights_elsewhere_are_the_same(call, trained, tmp_path):
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
-    (tmp_path / "link").symlink_to(trained)
-    code, out = call(sample_ddp, *flags(tmp_path / "link", tmp_path, "--name", "s"))
-    assert code == 0 and "is complete" in out
-
-
-def test_a_network_of_nan_is_named(call, trained, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    run = shutil.copytree(trained, tmp_path / "run")
-    path = run / "checkpoints/0000002/ema.safetensors"
-    save_file({key: value * torch.nan for key, value in load_file(path).items()}, path)
-    code, out = call(sample_ddp, *flags(run, tmp_path, "--name", "s"))
-    assert (
-        code == 2 and "latents of batch" in out and "not finite" in out and "Traceback" not in out
-    )
-
-
-def test_labels_of_a_file_and_of_one_class(call, trained, tmp_path):
-    given = [2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 0]
-    (tmp_path / "l.txt").write_text("\n".join(map(str, given)))
-    (tmp_path / "l.json").write_text(json.dumps(given))
-    np.save(tmp_path / "l.npy", given)
-    common = ["--mode", "ode"]
+def test_labels_come_from_a_file_or_are_one_class(sample, call, trained, tmp_path):
+    labels = [2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 0]
+    (tmp_path / "l.txt").write_text("\n".join(map(str, labels)))
+    (tmp_path / "l.json").write_text(json.dumps(labels))
+    np.save(tmp_path / "l.npy", labels)
     for suffix in ("txt", "json", "npy"):
-        assert (
-            call(
-                sample_ddp,
-                *flags(
-                    trained,
-                    tmp_path,
-                    "--labels",
-                    tmp_path / f"l.{suffix}",
-                    *common,
-                    "--name",
-                    suffix,
-                ),
-            )[0]
-            == 0
-        )
-    assert call(sample_ddp, *flags(trained, tmp_path, "--labels", 2, *common))[0] == 0
-    pixels, labels = images(tmp_path, "txt")
-    assert labels.tolist() == given
+        sample("--mode", "ode", "--labels", tmp_path / f"l.{suffix}", name=suffix)
+    images, stored_labels = read_samples(tmp_path, "txt")
+    assert stored_labels.tolist() == labels
     for name in ("json", "npy"):
-        assert np.array_equal(images(tmp_path, name)[0], pixels)
-    alone, twos = images(tmp_path, "trained-0000002-euler3-class2-seed0")
-    assert twos.tolist() == [2] * 11
-    same = [np.array_equal(a, b) for a, b in zip(alone, pixels)]
-    assert same == [label == 2 for label in given]
-    assert (
-        call(
-            sample_ddp,
-            *flags(trained, tmp_path, "--labels", tmp_path / "txt.npz", *common, "--name", "npz"),
-        )[0]
-        == 0
-    )
-    assert np.array_equal(images(tmp_path, "npz")[0], pixels)
-    assert json.loads((tmp_path / "npz.json").read_text())["labels_sha256"]
+        assert np.array_equal(read_samples(tmp_path, name)[0], images)
+
+    sample("--mode", "ode", "--labels", tmp_path / "txt.npz", name="npz")
+    assert np.array_equal(read_samples(tmp_path, "npz")[0], images)
+    assert read_json(tmp_path / "npz.json")["labels_sha256"]
+
+    flags = sampling_flags(trained, tmp_path, "--mode", "ode", "--labels", 2)
+    assert call(sample_ddp, *flags)[0] == 0
+    one_class, stored_labels = read_samples(tmp_path, "trained-0000002-euler3-class2-seed0")
+    assert stored_labels.tolist() == [2] * 11
+    are_equal = [np.array_equal(a, b) for a, b in zip(one_class, images)]
+    assert are_equal == [label == 2 for label in labels]
 
 
-def test_bf16_and_compile_reach_the_network(call, trained, tmp_path, monkeypatch):
-    """bf16 moves images, but not far; compiled blocks are those of the network that samples."""
+def test_bf16_and_compile_change_the_network_that_samples(sample, tmp_path, monkeypatch):
+    """bf16 changes the images a little, and all six blocks are compiled."""
     compiled = []
-    monkeypatch.setattr(sample_ddp.SiTBlock, "compile", lambda block: compiled.append(block))
-    common = ["--mode", "ode", "--labels", "balanced"]
-    assert call(sample_ddp, *flags(trained, tmp_path, *common, "--name", "a", "--compile"))[0] == 0
+
+    def record_compilation(block):
+        compiled.append(block)
+
+    monkeypatch.setattr(sample_ddp.SiTBlock, "compile", record_compilation)
+    flags = ["--mode", "ode", "--labels", "balanced"]
+    sample(*flags, "--compile", name="fp32")
     assert len(compiled) == 6
-    assert (
-        call(
-            sample_ddp,
-            *flags(trained, tmp_path, *common, "--name", "b", "--mixed-precision", "bf16"),
-        )[0]
-        == 0
-    )
-    a, b = (images(tmp_path, name)[0].astype(int) for name in "ab")
-    assert 0 < np.abs(a - b).mean() < 2
+    sample(*flags, "--mixed-precision", "bf16", name="bf16")
+    difference = np.abs(read_images(tmp_path, "fp32") - read_images(tmp_path, "bf16"))
+    assert 0 < difference.mean() < 2
 
+
+def test_cast_weights_give_the_same_latents_as_autocast(trained):
     model = pretrained.load(trained).model
-    index, recipe = torch.arange(3), sample_ddp.Recipe(mode="ode", num_steps=3)
-    as_autocast = recipe.sample_latents(model, index, torch.bfloat16)
-    sample_ddp.cast_matmul_weights(model, torch.bfloat16)
-    assert torch.equal(recipe.sample_latents(model, index, torch.bfloat16), as_autocast)
+    indices = torch.arange(3)
+    recipe = Recipe(mode="ode", num_steps=3)
+    expected = recipe.sample_latents(model, indices, torch.bfloat16)
+    cast_matmul_weights(model, torch.bfloat16)
+    assert torch.equal(recipe.sample_latents(model, indices, torch.bfloat16), expected)
 
 
-def test_interrupted_sampling_goes_on_and_leftovers_are_refused(
-    call, trained, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("common.processes.cores", lambda: 1)  # one batch at a time
-    latents, done = sample_ddp.Recipe.sample_latents, []
-
-    def interrupted(*args):
-        done.append(1)
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        return latents(*args)
-
-    monkeypatch.setattr(sample_ddp.Recipe, "sample_latents", interrupted)
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 130
-    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-steps", 4)
-    assert code == 2 and "num_steps was 3, is 4" in out
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
-    assert len(done) == 4  # two before, the interrupted one again
-    code, out = call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))
-    assert code == 0 and "is complete" in out and len(done) == 4
-    (tmp_path / "s.npz").unlink()  # the remedy that the message names works
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"), "--num-steps", 4)[0] == 0
-    (tmp_path / "s.npz").unlink()
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "s"))[0] == 0
-    assert call(sample_ddp, *flags(trained, tmp_path, "--name", "whole"))[0] == 0
-    assert np.array_equal(images(tmp_path)[0], images(tmp_path, "whole")[0])
-
-
-def test_a_checkpoint_trained_anew_in_the_same_place_is_another(call, trained, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    run = shutil.copytree(trained, tmp_path / "run")
-    assert call(sample_ddp, *flags(run, tmp_path, "--name", "s"))[0] == 0
-    path = run / "checkpoints/0000002/ema.safetensors"
-    save_file({key: value * 1.5 for key, value in load_file(path).items()}, path)
-    code, out = call(sample_ddp, *flags(run, tmp_path, "--name", "s"))
-    assert code == 2 and "ema_sha256 was" in out
-
-
-def test_samples_are_those_of_a_plain_loop(call, trained, tmp_path):
-    """The shortest way from checkpoint to picture, written out: ODE, two Euler steps, of which the first is guided."""
+def test_samples_equal_those_of_a_plain_loop(sample, trained, tmp_path):
+    """The loop takes two Euler steps of the ODE, and the first one is guided."""
     from diffusers import AutoencoderKL
-    from safetensors.torch import load_file
 
-    from common.keyed_random import Purpose, normal
-    from models.sit import SiTConfig
+    flags = ["--mode", "ode", "--labels", "balanced", "--num-steps", 2]
+    sample(*flags, "--cfg-scale", 2, "--guidance-low", 0.6)
 
-    more = [
-        "--name",
-        "s",
-        "--mode",
-        "ode",
-        "--labels",
-        "balanced",
-        "--num-steps",
-        2,
-        "--cfg-scale",
-        2,
-        "--guidance-low",
-        0.6,
-    ]
-    assert call(sample_ddp, *flags(trained, tmp_path, *more))[0] == 0
-    config = json.loads((trained / "checkpoints/0000002/config.json").read_text())
+    config = read_json(trained / "checkpoints/0000002/config.json")
     model = SiT(SiTConfig(**config["model"]))
-    model.load_state_dict(load_file(trained / "checkpoints/0000002/ema.safetensors"))
+    model.load_state_dict(load_file(trained / EMA_WEIGHTS))
     vae = AutoencoderKL.from_pretrained(config["data"]["vae"])
     x = normal(0, Purpose.INITIAL_NOISE, torch.arange(3), (4, 8, 8)).float()
     with torch.no_grad():
         for t in (1.0, 0.5):
-            v = model(x, torch.full((3,), t), torch.arange(3))
-            null = model(x, torch.full((3,), t), torch.full((3,), 3))
-            x = x - 0.5 * (2 * v - null if t == 1 else v)
+            times = torch.full((3,), t)
+            v = model(x, times, torch.arange(3))
+            if t == 1:
+                v = 2 * v - model(x, times, torch.full((3,), 3))
+            x = x - 0.5 * v
         decoded = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
     expected = (decoded * 127.5 + 127.5).clamp(0, 255).permute(0, 2, 3, 1)
-    assert np.abs(images(tmp_path)[0][:3] - expected.numpy()).max() <= 0.51
+    assert np.abs(read_samples(tmp_path)[0][:3] - expected.numpy()).max() <= 0.51
+
+
+def test_nan_weights_are_reported(sample, trained, tmp_path):
+    run = copy_with_weights(trained, tmp_path / "run", lambda key, value: value * torch.nan)
+    output = sample(ckpt=run, code=2)
+    assert "the latents of batch" in output
+    assert "not finite" in output
+    assert "Traceback" not in output
+
+
+# Flags
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("flags", "message"),
     [
         (["--ckpt", "/nonexistent"], "--ckpt /nonexistent: /nonexistent does not exist"),
         (["--cfg-scale", 0.5], "--cfg-scale 0.5 is below 1"),
-        (["--guidance-low", 0.7, "--guidance-high", 0.3], "--guidance-low 0.7 lies above"),
-        (["--cfg-scale", "nan"], "nan is not a number of at least 0"),
-        (["--heun"], "add --mode ode"),
+        (["--guidance-low", 0.7, "--guidance-high", 0.3], "--guidance-low 0.7 is above the upper"),
+        (["--cfg-scale", "nan"], "--cfg-scale: nan is not a number of at least 0"),
+        (["--heun"], "--heun is an ODE solver; set the mode to ode"),
         (["--num-steps", 1], "--num-steps 1 is too few"),
         (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae: there is no such folder"),
         (["--num-step", 3], "unrecognized arguments: --num-step 3; did you mean --num-steps?"),
-        (["--dopri5"], "--dopri5 is an ODE solver: add --mode ode"),
-        (["--mode", "ode", "--dopri5", "--heun"], "--heun and --dopri5 are two solvers"),
-        (
-            ["--labels", "sandals"],
-            "--labels sandals is neither random, balanced, a class nor a file",
-        ),
-        (["--labels", "3"], "--labels 3: 3 is no class; the model has 0 to 2"),
-        (["--labels", __file__], "cannot be read as a class for each image"),
-        (["--no-npz"], "--no-npz keeps nothing of the samples: add --evaluate PATH"),
+        (["--dopri5"], "--dopri5 is an ODE solver; set the mode to ode"),
+        (["--mode", "ode", "--dopri5", "--heun"], "--heun cannot be combined with dopri5"),
+        (["--labels", "sandals"], "--labels sandals is not random, balanced, a class or a file"),
+        (["--labels", "3"], "--labels 3: 3 is not a class; choose classes from 0 to 2"),
+        (["--labels", __file__], "cannot be read as one class per image"),
+        (["--no-npz"], "--no-npz would discard the samples unevaluated; add --evaluate PATH"),
         (["--evaluate", "/nonexistent"], "--evaluate /nonexistent does not exist"),
         (["--model", "SiT-XL/2"], "--model is for official .pt files"),
     ],
 )
-def test_mistakes_end_in_one_line_before_any_work(call, trained, tmp_path, more, message):
-    code, out = call(sample_ddp, *flags(trained, tmp_path / "out"), *more)
-    assert code == 2 and message in out and len(out.strip().splitlines()) == 1
+def test_wrong_flags_end_in_one_line_before_sampling(sample, tmp_path, flags, message):
+    output = sample(*flags, folder=tmp_path / "out", code=2)
+    assert message in output
+    assert len(output.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_another_vae_than_the_training_latents_is_refused(call, trained, tmp_path):
+def test_too_short_label_file_is_refused(sample, tmp_path):
+    (tmp_path / "l.txt").write_text("0 1 2")
+    output = sample("--labels", tmp_path / "l.txt", code=2)
+    assert "l.txt contains 3 labels, but 11 are needed" in output
+
+
+def test_other_vae_than_that_of_the_training_latents_is_refused(sample, tmp_path):
     other = make_vae(tmp_path / "vae", seed=1)
-    code, out = call(sample_ddp, *flags(trained, tmp_path / "out", "--vae", other))
-    assert code == 2 and "not the one that made the training latents" in out
+    output = sample("--vae", other, code=2)
+    assert "has other weights than the VAE that made the training latents" in output
+
+
+def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
+    output = sample("--print-config", "--cfg-scale", 1.5, folder=tmp_path / "out")
+    assert "--cfg-scale 1.5" in output
+    assert "--num-fid-samples 11" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipe_is_built_without_a_command_line():
+    recipe = Recipe(mode="ode", heun=True, labels="balanced")
+    recipe.validate()
+    assert recipe.solver == "heun"
+    assert recipe.compute_labels(torch.arange(4), num_classes=3).tolist() == [0, 1, 2, 0]

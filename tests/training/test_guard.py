@@ -28,9 +28,7 @@ def test_fp16_reports_bad_losses_but_not_overflowed_gradients():
     guard = NonFiniteGuard(Optimizer(), uses_grad_scaler=True)
     assert mark_step(guard, 1, grad_norm=INF) == 0
     assert mark_step(guard, 2, align=NAN, grad_norm=NAN) == 0
-    assert guard.report(one_process) == [
-        "step 2: align/sra2, grad_norm not finite, update skipped"
-    ]
+    assert guard.report(one_process) == ["step 2: align/sra2, grad_norm not finite, update skipped"]
     assert not hasattr(guard.optimizer, "found_inf")  # the GradScaler skips the update
 
 

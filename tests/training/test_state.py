@@ -29,7 +29,9 @@ def make_state(seed=0) -> TrainState:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     averages = [copy.deepcopy(model) for _ in CONFIG["ema_decay"]]
-    return TrainState(model, averages, optimizer, step=7, progress={"log_sums": [0.1], "log_steps": 3})
+    return TrainState(
+        model, averages, optimizer, step=7, progress={"log_sums": [0.1], "log_steps": 3}
+    )
 
 
 def test_a_saved_state_comes_back_whole(tmp_path):
@@ -274,5 +276,7 @@ def test_ema_is_the_moving_average():
 def test_averages_are_found_by_their_decay():
     names = [ema_filename(CONFIG, decay) for decay in (None, 0.9, 0.5)]
     assert names == ["ema.safetensors", "ema.safetensors", "ema-0.5.safetensors"]
-    with pytest.raises(CheckpointError, match=r"no average of --ema-decay 0\.7; it has 0\.9 0\.5"):
+    with pytest.raises(
+        CheckpointError, match=r"no EMA of --ema-decay 0\.7; choose one of 0\.9 0\.5"
+    ):
         ema_filename(CONFIG, 0.7)

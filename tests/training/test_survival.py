@@ -153,7 +153,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later(forks, cache, tmp_path
     whole = resource.prlimit(
         pid, resource.RLIMIT_FSIZE, (metrics.stat().st_size + 50, resource.RLIM_INFINITY)
     )  # half a line
-    until(lambda: contains(run / "log.txt", "its lines wait in memory, training goes on"))
+    until(lambda: contains(run / "log.txt", "its lines are buffered in memory"))
     resource.prlimit(pid, resource.RLIMIT_FSIZE, whole)
     assert forks.wait() == 0
     assert same(run, unbroken)

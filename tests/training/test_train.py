@@ -125,9 +125,7 @@ def test_joined_caches_train_and_may_be_loaded_into_ram_later(call, cache, tmp_p
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_shard_ends_the_run_in_one_line(
-    call, cache, tmp_path, monkeypatch, num_workers
-):
+def test_unreadable_shard_ends_the_run_in_one_line(call, cache, tmp_path, monkeypatch, num_workers):
     """A loader process returns the error, so that its message arrives unchanged."""
     from latents.cache import CacheError
 

@@ -1,0 +1,68 @@
+"""The base class of feature networks, and the outputs that they return.
+
+B images per batch, n images in total, F features per image, K classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evaluations.metrics import no_tf32
+
+Array = TypeVar("Array")
+OtherArray = TypeVar("OtherArray")
+
+
+@dataclass(frozen=True)
+class Features(Generic[Array]):
+    """Outputs of a feature network for n images, float32, as tensors or as NumPy arrays.
+
+    Attributes:
+        pool: Features that distances are measured between, (n, F).
+        spatial: Spatial features of Inception for sFID, (n, 2023). None for other networks.
+        scores: Class probabilities or logits, (n, K). None for networks without a classifier.
+    """
+
+    pool: Array
+    spatial: Array | None = None
+    scores: Array | None = None
+
+    def present(self) -> dict[str, Array]:
+        """Return the outputs that the network has, by name."""
+        outputs = {"pool": self.pool, "spatial": self.spatial, "scores": self.scores}
+        return {name: output for name, output in outputs.items() if output is not None}
+
+    def map(self, function: Callable[[Array], OtherArray]) -> "Features[OtherArray]":
+        """Return the results of `function` for each output that the network has."""
+        return Features(**{name: function(output) for name, output in self.present().items()})
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Copy a tensor on any device to a NumPy array."""
+    return tensor.cpu().numpy()
+
+
+class FeatureNetwork(nn.Module):
+    """Base class of feature networks.
+
+    Features are compared between machines and between training and evaluation, so they are computed
+    in float32 without TF32, whatever autocast or TF32 settings the caller uses.
+
+    Attributes:
+        weights_sha256: Hash of the weights and of everything else that determines the features.
+    """
+
+    weights_sha256: str
+
+    def forward(self, images: Tensor) -> Features[Tensor]:
+        """Return the features of images with values 0 to 255, (B, 3, H, W)."""
+        with torch.autocast(images.device.type, enabled=False), no_tf32():
+            return self.extract(images)
+
+    def extract(self, images: Tensor) -> Features[Tensor]:
+        """Compute `forward` within the float32 context. Subclasses override this method."""
+        raise NotImplementedError

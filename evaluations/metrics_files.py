@@ -1,0 +1,235 @@
+"""Find the metrics.json files of runs, and determine which of their numbers may be compared."""
+
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.cli import UserError
+from evaluations.compare import RESULT_KEYS
+from evaluations.runs import Run, read_json
+
+# Fields that identify the model. They differ between the models that are compared.
+MODEL_FIELDS = {
+    "samples",
+    "samples_sha256",
+    "sampling.checkpoint",
+    "sampling.ema_sha256",
+    "sampling.step",
+    "sampling.images_seen",
+}
+# Prefixes of fields that affect rounding errors only.
+ROUNDING_FIELDS = (
+    "versions.",
+    "feature_batch_size",
+    "sampling.machine.",
+    "sampling.per_proc_batch_size",
+    "sampling.compile",
+)
+# Field -> the field that identifies the same thing wherever it is stored.
+IDENTIFYING_FIELD = {
+    "reference": "reference_sha256",
+    "sampling.vae": "sampling.vae_fingerprint",
+    "sampling.count": "count",
+}
+HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "class_agreement"}
+LOWER_IS_BETTER = ("FID", "sFID", "FD")  # prefixes
+
+
+class MetricsFile(NamedTuple):
+    """One metrics.json; run and run_index are None if its samples are of none of the runs."""
+
+    path: Path
+    content: dict[str, Any]
+    run: Run | None = None
+    run_index: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run."""
+        return self.run.name if self.run else "other samples"
+
+    @property
+    def stem(self) -> str:
+        """Return the name of the file without the ending that all metrics files share."""
+        return self.path.name.removesuffix(".metrics.json")
+
+    @property
+    def samples(self) -> Path | None:
+        """Return the evaluated .npz: its recorded path, otherwise that name in the same folder."""
+        name = self.content.get("samples")
+        if not isinstance(name, str):
+            return None
+        return Path(name) if Path(name).exists() else self.path.parent / Path(name).name
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return the sampling settings, {} if they are unknown."""
+        return self.content.get("sampling") or {}
+
+    @property
+    def images(self) -> int:
+        """Return the number of images that the model had seen, 0 if unknown."""
+        return self.sampling.get("images_seen") or 0
+
+    def interval(self, metric: str) -> list[float] | None:
+        """Return the 95% confidence interval of a metric, None if there is none."""
+        return (self.content.get("intervals") or {}).get(metric)
+
+
+class Comparison(NamedTuple):
+    """Fields of several settings, in order of appearance."""
+
+    differing: dict[str, list[Any]]  # field -> its distinct values
+    agreeing: dict[str, Any]
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested objects as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def format_value(value: Any) -> str:
+    """Return a setting as one line of text."""
+    if isinstance(value, str):
+        return value
+    return "—" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def drop_redundant_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Drop fields that another field identifies, such as the path of a file with a known hash.
+
+    Otherwise the same file in another folder would look like a different one.
+    """
+    return {
+        key: value
+        for key, value in fields.items()
+        if not fields.get(IDENTIFYING_FIELD.get(key, ""))
+    }
+
+
+def select_identity(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a metrics.json that must agree before two values may be compared."""
+    fields = flatten({key: value for key, value in content.items() if key not in RESULT_KEYS})
+    return {
+        key: value
+        for key, value in drop_redundant_fields(fields).items()
+        if key not in MODEL_FIELDS and not key.startswith(ROUNDING_FIELDS)
+    }
+
+
+def has_unknown_sampling(fields: dict[str, Any]) -> bool:
+    """Return whether an identity contains nothing about how the samples were generated."""
+    return not any(key.startswith("sampling.") for key in fields)
+
+
+def compare_settings(settings: list[dict[str, Any]]) -> Comparison:
+    """Split the fields of several settings into those that differ and those that agree.
+
+    Sampling fields are compared only among settings that have any.
+    """
+    differing: dict[str, list[Any]] = {}
+    agreeing: dict[str, Any] = {}
+    for key in dict.fromkeys(key for fields in settings for key in fields):
+        distinct: dict[str, Any] = {}
+        for fields in settings:
+            if not (key.startswith("sampling.") and has_unknown_sampling(fields)):
+                distinct.setdefault(format_value(fields.get(key)), fields.get(key))
+        values = list(distinct.values())
+        if len(values) > 1:
+            differing[key] = values
+        else:
+            agreeing[key] = values[0]
+    return Comparison(differing, agreeing)
+
+
+def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> list[MetricsFile]:
+    """Return the metrics files in the folders of the runs, in `more`, and in `sample_dir`.
+
+    Args:
+        runs: The runs that are compared.
+        more: Further files, which may be about other samples.
+        sample_dir: Folder of samples. Files are used if their samples come from a checkpoint of one
+            of the runs.
+
+    Returns:
+        The files in the order of the runs, then by the number of images seen.
+
+    Raises:
+        UserError: A file in a run or in `more` is not a metrics.json.
+    """
+    found: dict[Path, MetricsFile] = {}
+    for run_index, run in enumerate(runs):
+        for path in sorted({*run.folder.glob("metrics.json"), *run.folder.glob("*.metrics.json")}):
+            found.setdefault(path.resolve(), MetricsFile(path, _read(path), run, run_index))
+    for path in more:
+        if not path.exists():
+            raise UserError(f"--metrics {path} does not exist: evaluations.evaluate writes it")
+        found.setdefault(path.resolve(), _with_run(MetricsFile(path, _read(path)), runs))
+    for path in sorted(sample_dir.glob("*.metrics.json")):
+        # The folder may contain files of other runs, or files that are not ours.
+        with suppress(UserError):
+            file = _with_run(MetricsFile(path, _read(path)), runs)
+            if file.run:
+                found.setdefault(path.resolve(), file)
+
+    def sort_key(file: MetricsFile) -> tuple[int, int, str]:
+        run_index = len(runs) if file.run_index is None else file.run_index
+        return run_index, file.images, str(file.path)
+
+    return sorted(found.values(), key=sort_key)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    has_metrics = isinstance(content.get("metrics"), dict)
+    if not has_metrics or not isinstance(content.get("sampling", {}), dict):
+        raise UserError(f"{path} is not a metrics.json: evaluations.evaluate writes them")
+    return content
+
+
+def _with_run(file: MetricsFile, runs: list[Run]) -> MetricsFile:
+    """Return the file with the run whose checkpoint its samples come from, if it is one of them."""
+    checkpoint = file.sampling.get("checkpoint")
+    if checkpoint:
+        for run_index, run in enumerate(runs):
+            if Path(checkpoint).resolve().is_relative_to(run.folder.resolve()):
+                return file._replace(run=run, run_index=run_index)
+    return file
+
+
+def find_best(files: list[MetricsFile], metric: str) -> set[int]:
+    """Return the indices of the files with the best value of a metric.
+
+    Only files with the same identity compete, and there is no best one unless its interval lies
+    beyond the intervals of all others.
+    """
+    if metric in HIGHER_IS_BETTER:
+        sign = 1
+    elif metric.startswith(LOWER_IS_BETTER):
+        sign = -1
+    else:
+        return set()
+
+    # Value, lowest and highest end of the interval and index, such that higher is better.
+    groups: dict[str, list[tuple[float, float, float, int]]] = {}
+    for index, file in enumerate(files):
+        value = file.content["metrics"].get(metric)
+        if value is not None and math.isfinite(value):
+            ends = [sign * end for end in file.interval(metric) or [value]]
+            key = json.dumps(select_identity(file.content), sort_keys=True)
+            groups.setdefault(key, []).append((sign * value, min(ends), max(ends), index))
+
+    best = set()
+    for group in groups.values():
+        *others, (_, low, _, index) = sorted(group)
+        if others and low > max(high for _, _, high, _ in others):
+            best.add(index)
+    return best

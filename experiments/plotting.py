@@ -1,0 +1,37 @@
+"""Helpers shared by the figures of the experiments."""
+
+import io
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from common.files import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def load_pyplot() -> ModuleType:
+    """Import matplotlib.pyplot with the backend that needs no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def hide_frame(axes: "Axes") -> None:
+    """Remove the upper and right edges of a plot."""
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_png(figure: "Figure", path: Path) -> None:
+    """Write a pyplot figure as a PNG file, atomically, and close it."""
+    import matplotlib.pyplot as plt
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    plt.close(figure)
+    write_file(path, png.getvalue())

@@ -1,0 +1,122 @@
+"""Read rows of a shard through a memory map, with prefetching while the disk is slow."""
+
+import errno
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from latents.manifest import CacheError
+
+PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that waited for the disk
+MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have waited for the disk
+ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop takes besides the copy itself
+
+
+def load_array(path: Path, remedy: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Load or map a .npy file.
+
+    Raises:
+        CacheError: The file cannot be read. The message ends with `remedy` if the file is missing
+            or damaged; for other errors of the disk or the machine, the file may be intact.
+    """
+    try:
+        return np.load(path, mmap_mode=mmap_mode)
+    except (OSError, ValueError, EOFError) as error:
+        message = f"{path} cannot be read ({error})"
+        if getattr(error, "errno", None) in (None, errno.ENOENT):
+            message += f"; {remedy}"
+        raise CacheError(message) from None
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Shape and data type of the row that a folder stores per image."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a row in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, num_rows: int) -> np.ndarray:
+        """Return an uninitialised array of rows."""
+        return np.empty((num_rows, *self.shape), self.dtype)
+
+
+class ShardReader:
+    """A shard file, validated and memory-mapped.
+
+    Args:
+        path: The .npy file.
+        num_rows: Number of rows that the manifest states.
+        row_format: Shape and data type of a row.
+        remedy: Instruction for the error message if the file is missing, damaged or different.
+
+    Attributes:
+        rows: The array in the file, (num_rows, ...), read-only.
+
+    Raises:
+        CacheError: The file cannot be read, or it does not match the manifest.
+    """
+
+    def __init__(self, path: Path, num_rows: int, row_format: RowFormat, remedy: str):
+        array = load_array(path, remedy, mmap_mode="r")
+        expected = (num_rows, *row_format.shape)
+        if (array.shape, array.dtype) != (expected, row_format.dtype):
+            hint = ""
+            if array.ndim == 4 and 2 * array.shape[1] == expected[1]:
+                hint = (
+                    f" ({array.shape[1]} channels are latents; "
+                    f"a cache holds moments, with {expected[1]} channels)"
+                )
+            raise CacheError(
+                f"{path} has shape {array.shape} and dtype {array.dtype}, but the manifest "
+                f"states {expected} and {row_format.dtype}{hint}; {remedy}"
+            )
+        file_map: Any = array.base  # of the whole file, though numpy declares an array
+        assert isinstance(array, np.memmap) and isinstance(file_map, mmap.mmap), path
+        assert array.flags.c_contiguous, path
+        self.rows = array.view(np.ndarray)
+        self._file_map = file_map
+        self._data_offset = array.offset
+
+    def expect_random_access(self) -> None:
+        """Disable the kernel's read-ahead, which would read megabytes around each row."""
+        self._file_map.madvise(mmap.MADV_RANDOM)
+
+    def prefetch(self, row: int) -> None:
+        """Ask the kernel to read a row in the background."""
+        row_bytes = self.rows.strides[0]
+        begin = self._data_offset + row * row_bytes
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._file_map.madvise(mmap.MADV_WILLNEED, page, begin + row_bytes - page)
+
+    def drop_pages(self) -> None:
+        """Unmap the pages that have been read, so that the kernel can evict them."""
+        self._file_map.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass
+class PrefetchPolicy:
+    """Decides whether the rows of a batch are prefetched before they are copied.
+
+    A copy that is slower than memory has waited for the disk. The next PREFETCH_BATCHES batches are
+    then prefetched, so that the disk receives the requests for all rows of a batch at once. While
+    all rows are in the page cache, prefetching would only cost time.
+    """
+
+    remaining_batches: int = 0  # number of batches that are still to be prefetched
+
+    def update(self, num_rows: int, row_bytes: int, seconds: float) -> None:
+        """Record how long the rows of a batch took to copy."""
+        expected_seconds = num_rows * (row_bytes / MIN_MEMORY_BANDWIDTH + ROW_OVERHEAD)
+        if seconds > expected_seconds:
+            self.remaining_batches = PREFETCH_BATCHES
+        else:
+            self.remaining_batches = max(0, self.remaining_batches - 1)

@@ -1,0 +1,147 @@
+"""Sampling, decoding and evaluation of batches on the threads of one process."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.cli import UserError
+from evaluations.features import FeatureNetwork, to_numpy
+from models.autoencoder import Autoencoder
+from models.sit import SiT
+from sampling.recipe import Recipe
+from sampling.store import SampleStore, StoredBatches
+
+
+class WorkerCancelledError(Exception):
+    """Another batch failed, or the user pressed Ctrl-C."""
+
+
+class Worker:
+    """Makes batches and stores them. Several threads may call it at once with different batches.
+
+    Args:
+        model: The network, on the device of the VAE.
+        vae: The VAE that decodes.
+        recipe: Settings of the sampler.
+        dtype: Dtype of the network's matrix products.
+        store: Storage of the batches.
+        stored: The batches that are already stored.
+        networks: Networks that compute features of the images.
+    """
+
+    def __init__(
+        self,
+        model: SiT,
+        vae: Autoencoder,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        store: SampleStore,
+        stored: StoredBatches,
+        networks: dict[str, FeatureNetwork],
+    ):
+        self.model = model
+        self.vae = vae
+        self.recipe = recipe
+        self.dtype = dtype
+        self.store = store
+        self.stored = stored
+        self.networks = networks
+        self.device = vae.vae.device
+        self._cancelled = threading.Event()
+        self._thread_local = threading.local()
+
+    def cancel(self) -> None:
+        """Make all calls raise `WorkerCancelledError` before they evaluate the network again."""
+        self._cancelled.set()
+
+    def check_cancelled(self) -> None:
+        """Raise `WorkerCancelledError` after `cancel` was called."""
+        if self._cancelled.is_set():
+            raise WorkerCancelledError
+
+    def __call__(self, batch: int) -> None:
+        """Make and store what is missing of a batch: its images, features and PNG files."""
+        self.check_cancelled()
+        is_new = batch not in self.stored.images
+        features = {}
+        with self._stream():
+            if is_new:
+                images = self._sample(batch)
+            else:
+                images = torch.from_numpy(self.store.read_images(batch)).to(self.device)
+            if batch not in self.stored.features:
+                # Another memory format would change the last digits of the features.
+                images = images.contiguous()
+                for name, network in self.networks.items():
+                    features[name] = network(images).map(to_numpy)
+            pixels = to_numpy(images)
+        self.store.write_batch(batch, pixels, features, is_new)
+
+    def _sample(self, batch: int) -> Tensor:
+        """Return the images of a batch, (B, 3, H, W) uint8.
+
+        The last batch is padded with the images that would follow, so that every batch runs the
+        same kernels.
+        """
+        size = self.store.batch_size
+        indices = torch.arange(batch * size, (batch + 1) * size, device=self.device)
+        latents = self.recipe.sample_latents(self.model, indices, self.dtype, self.check_cancelled)
+        if not latents.isfinite().all():
+            raise UserError(
+                f"--ckpt {self.store.record['checkpoint']}: the latents of batch {batch} are not "
+                "finite; choose another checkpoint"
+            )
+        return self.vae.decode(latents)
+
+    def _stream(self) -> AbstractContextManager:
+        """Select a CUDA stream per thread, so that one thread samples while another one decodes."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._thread_local, "stream"):
+            torch.cuda.set_device(self.device)
+            self._thread_local.stream = torch.cuda.Stream()
+            # The weights were copied to the device on the default stream.
+            self._thread_local.stream.wait_stream(torch.cuda.default_stream())
+        return torch.cuda.stream(self._thread_local.stream)
+
+
+def run_batches(
+    worker: Worker,
+    batches: list[int],
+    num_threads: int,
+    is_compiled: bool,
+    bar: tqdm,
+    images_per_batch: int,
+) -> None:
+    """Make the batches of this process.
+
+    Args:
+        worker: Makes one batch.
+        batches: Indices of the batches.
+        num_threads: Number of batches that are made at once.
+        is_compiled: Whether the network is compiled. The first batch then runs alone, so that not
+            every thread compiles.
+        bar: Progress bar of all processes.
+        images_per_batch: Number of images by which the bar advances with each batch.
+    """
+
+    def advance() -> None:
+        bar.update(min(images_per_batch, bar.total - bar.n))  # the last batch is padded
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            if is_compiled and batches:
+                pool.submit(worker, batches[0]).result()
+                advance()
+                batches = batches[1:]
+            for future in as_completed([pool.submit(worker, batch) for batch in batches]):
+                future.result()
+                advance()
+        except BaseException:
+            worker.cancel()
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,71 @@
+"""Command-line errors: one line, an exit code, and a suggestion for an unknown flag."""
+
+import sys
+
+import pytest
+
+from common import cli
+from common.cli import Parser, UserError
+
+
+def make_parser() -> Parser:
+    parser = Parser("Do something.", "tool", "--size N")
+    parser.add_argument("--size", type=cli.positive_int, required=True, help="size in pixels")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--num-steps", "--steps", type=cli.positive_int, default=4, help="see --far")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--num-step", "3", "more"],
+            "unrecognized arguments: --num-step 3 more; did you mean --num-steps?",
+        ),
+        (["--num-step=3"], "unrecognized arguments: --num-step=3; did you mean --num-steps?"),
+        (["--stepz=3"], "did you mean --steps?"),
+        (["--xyzzy"], r"unrecognized arguments: --xyzzy \(--help"),
+        (["--far"], r"unrecognized arguments: --far \(--help"),
+        (["--size", "0"], "argument --size: 0 is not a whole number of at least 1"),
+    ],
+)
+def test_errors_of_the_parser_name_the_argument(flags, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        make_parser().parse_args(["--size", "8", *flags])
+
+
+def test_help_shows_defaults():
+    text = make_parser().format_help()
+    assert "usage: tool --size N [flags]" in text and "(default: 4)" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("--size 3 is odd"), 2, "error: --size 3 is odd\n"),
+        (OSError(28, "No space left on device", "a"), 2, "No space left on device (a); free some"),
+        (PermissionError(13, "Permission denied", "a"), 2, "Permission denied (a); choose"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume"),
+    ],
+)
+def test_run_reports_errors_in_one_line(error, code, message, capsys, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == code and message in printed and printed.strip().count("\n") == 0
+
+
+def test_run_does_not_hide_other_errors(monkeypatch):
+    def main():
+        raise FileNotFoundError(2, "No such file or directory", "a")
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with pytest.raises(FileNotFoundError):
+        cli.run(main)

@@ -1,0 +1,241 @@
+"""Reading a latent cache: its errors, joined caches, shared memory, and the limit on open files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from common.files import write_array, write_file
+from latents import cache as cache_module
+from latents.cache import CacheError, LatentCache, read_manifest
+from latents.shard_reader import PREFETCH_BATCHES, PrefetchPolicy
+from tests.helpers import ROOT, torchrun, train_flags
+
+
+def edit_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_gather_returns_rows_in_the_requested_order(cache):
+    image_index = np.array([23, 0, 9, 10, 11, 0])
+    moments, labels = LatentCache(cache).gather(image_index)
+    for i, (shard, row) in enumerate(zip(*np.divmod(image_index, 10))):
+        file = f"0000{shard}.npy"
+        np.testing.assert_array_equal(moments[i], np.load(cache / "moments" / file)[row])
+        assert labels[i] == np.load(cache / "labels" / file)[row]
+
+
+def test_prefetching_does_not_change_what_is_read(cache):
+    data = LatentCache(cache)
+    image_index = np.arange(24)[::-1]
+    before = data.gather(image_index)[0]
+    (policy,) = data._prefetch_policies.values()
+    policy.remaining_batches = 1
+    assert torch.equal(data.gather(image_index)[0], before)
+
+
+def test_prefetching_ends_a_few_batches_after_a_slow_one():
+    policy = PrefetchPolicy()
+    policy.update(num_rows=100, row_bytes=10_000, seconds=1e-4)
+    assert policy.remaining_batches == 0
+    policy.update(num_rows=100, row_bytes=10_000, seconds=0.1)
+    for _ in range(PREFETCH_BATCHES):
+        assert policy.remaining_batches > 0
+        policy.update(num_rows=100, row_bytes=10_000, seconds=1e-4)
+    assert policy.remaining_batches == 0
+
+
+def test_missing_manifest_is_reported(copied):
+    (copied / "manifest.json").unlink()
+    with pytest.raises(CacheError, match=r"no manifest\.json.*preprocessing\.encode_latents"):
+        LatentCache(copied)
+
+
+def test_folders_that_are_not_caches_are_told_apart(cache, copied, tmp_path):
+    with pytest.raises(CacheError, match="the same cache is listed twice"):
+        LatentCache(cache, cache / ".." / cache.name)
+    with pytest.raises(CacheError, match="nothing does not exist"):
+        LatentCache(tmp_path / "nothing")
+    (copied / "manifest.json").unlink()
+    (copied / "partial").mkdir()
+    with pytest.raises(CacheError, match="is incomplete; rerun the command that created it"):
+        LatentCache(copied)
+    (tmp_path / "repa/vae-sd").mkdir(parents=True)
+    with pytest.raises(CacheError, match=r"is in REPA's format; .*preprocessing\.import_repa"):
+        LatentCache(tmp_path / "repa")
+
+
+def test_shards_that_the_manifest_does_not_list_are_ignored(copied):
+    np.save(copied / "moments/00003.npy", np.full((5, 8, 8, 8), np.nan, np.float16))
+    assert len(LatentCache(copied)) == 24
+
+
+def test_latents_are_not_mistaken_for_moments(copied):
+    write_array(copied / "moments/00001.npy", np.zeros((10, 4, 8, 8), np.float16))
+    message = r"00001\.npy.*\(10, 4, 8, 8\).*4 channels are latents.*8 channels"
+    with pytest.raises(CacheError, match=message):
+        LatentCache(copied)
+
+
+def test_errors_name_the_damaged_file(copied):
+    write_array(copied / "labels/00002.npy", np.array([0, 1, 2, 3], np.int64))
+    with pytest.raises(CacheError, match=r"00002\.npy has labels outside 0\.\.2"):
+        LatentCache(copied)
+    (copied / "moments/00000.npy").write_bytes(b"")
+    with pytest.raises(CacheError, match=r"00000\.npy cannot be read.*--repair"):
+        LatentCache(copied)
+    (copied / "moments/00000.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(CacheError, match=r"00000\.npy.*cannot be read"):
+        LatentCache(copied)
+
+
+def test_errors_of_the_manifest_are_named(copied):
+    edit_manifest(copied, format_version=99)
+    with pytest.raises(CacheError, match="format version 99"):
+        read_manifest(copied)
+    edit_manifest(copied, format_version=1, count=25)
+    with pytest.raises(CacheError, match="contain 24 images, but count is 25"):
+        LatentCache(copied)
+    write_file(copied / "manifest.json", b"{")
+    with pytest.raises(CacheError, match="not a valid manifest"):
+        LatentCache(copied)
+
+
+def test_joined_caches_are_read_as_one(cache, copied):
+    one = LatentCache(cache)
+    joined = LatentCache(cache, copied)
+    assert len(joined) == 48 and joined.manifest.count == 48 and len(joined.manifest.shards) == 6
+    image_index = np.array([47, 3, 24, 30, 23])
+    for ours, theirs in zip(joined.gather(image_index), one.gather(image_index % 24)):
+        assert torch.equal(ours, theirs)
+    np.testing.assert_allclose(joined.manifest.mean, one.manifest.mean)
+    np.testing.assert_allclose(joined.manifest.std, one.manifest.std)
+
+
+def latent_statistics(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and the standard deviation of latents per channel."""
+    mean, std = moments.double().chunk(2, 1)
+    center = mean.mean((0, 2, 3))
+    return center, ((mean**2 + std**2).mean((0, 2, 3)) - center**2).sqrt()
+
+
+def test_statistics_of_joined_caches_are_those_of_all_images(cache, copied):
+    shifted = (np.load(copied / "moments/00001.npy") + 1).astype(np.float16)
+    write_array(copied / "moments/00001.npy", shifted)
+    parts = [LatentCache(root).gather(np.arange(24))[0] for root in (cache, copied)]
+    mean, std = latent_statistics(parts[1])
+    edit_manifest(copied, mean=mean.tolist(), std=std.tolist())
+    joined = LatentCache(cache, copied).manifest
+    mean, std = latent_statistics(torch.cat(parts))
+    np.testing.assert_allclose(joined.mean, mean)
+    np.testing.assert_allclose(joined.std, std)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": 0.9}, "scale is 0.7 in one and 0.9 in the other"),
+        (
+            {"class_names": ["class0", "dog", "class2"]},
+            "class_names is 'class1' for class 1 in one and 'dog' for class 1",
+        ),
+        ({"class_names": ["a", "b"]}, "class_names is 3 classes in one and 2 classes"),
+        ({"vae_fingerprint": "x"}, "vae_fingerprint is"),
+    ],
+)
+def test_caches_with_different_settings_cannot_be_joined(cache, copied, changes, message):
+    edit_manifest(copied, **changes)
+    with pytest.raises(CacheError, match=message):
+        LatentCache(cache, copied)
+
+
+def test_a_run_cannot_resume_with_joined_caches_in_another_order(call, cache, copied, tmp_path):
+    edit_manifest(copied, mean=[0.1, 0.2, 0.3, 0.4])
+    _, _, *flags = train_flags(cache, tmp_path, "run")
+    for steps, order, expected_code in (
+        (1, (cache, copied), 0),
+        (2, (copied, cache), 2),
+        (2, (cache, copied), 0),
+    ):
+        code, out = call(train, "--data-dir", *order, *flags, "--max-train-steps", steps)
+        assert code == expected_code and ("joined differ" in out) == (expected_code == 2), out
+
+
+SHARING = """
+import sys, os
+import numpy as np
+from latents.cache import LatentCache
+from common.processes import World
+world = World()
+cache = LatentCache(sys.argv[1])
+cache.load_into_ram(world.rank, world.all_gather)
+is_owner = hasattr(cache, "_ram_descriptor")
+total = cache.gather(np.arange(24))[0].double().sum().item()
+results = world.all_gather((is_owner, total))
+assert results == [(True, total), (False, total)], results
+if not is_owner:  # the memory is the owner's, not a copy
+    assert "memfd:latents" in open("/proc/self/maps").read()
+world.close()
+print("shared", flush=True)
+"""
+
+
+def test_processes_of_a_machine_share_one_copy(cache, tmp_path):
+    (tmp_path / "sharing.py").write_text(SHARING)
+    assert torchrun(2, tmp_path / "sharing.py", cache).count("shared") == 2
+
+
+def test_a_cache_larger_than_the_memory_is_refused(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
+    message = r"--cache-in-ram needs 0\.0 GB of memory, but this machine has only 0\.0 GB available"
+    with pytest.raises(CacheError, match=message):
+        LatentCache(cache).load_into_ram()
+
+
+def test_number_of_open_maps_is_limited(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_OPEN_MAPS", 2)
+    data = LatentCache(cache)
+    image_index = np.array([23, 0, 11, 5, 22])
+    moments, _ = data.gather(image_index)
+    assert len(data.open_shards) == 2
+    monkeypatch.undo()
+    assert torch.equal(moments, LatentCache(cache).gather(image_index)[0])
+
+
+READ_WITH_FEW_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+import numpy as np
+from dataset import TrainingStream
+from latents.cache import LatentCache
+cache = LatentCache(sys.argv[1])
+loader = TrainingStream(cache, 0, 100).read_batches(0, 12, num_workers=1, pin_memory=False)
+assert sum(float(batch.moments.double().sum()) for batch in loader) != 0
+print("read")
+"""
+
+
+def test_a_cache_may_have_more_shards_than_files_can_be_open(copied):
+    moments = np.load(copied / "moments/00000.npy")[:3]
+    shards = []
+    for k in range(400):
+        file = f"{k:05d}.npy"
+        shards.append({"file": file, "count": 3})
+        write_array(copied / "moments" / file, moments)
+        write_array(copied / "labels" / file, np.zeros(3, np.int64))
+    edit_manifest(copied, shards=shards, count=1200)
+    result = subprocess.run(
+        [sys.executable, "-c", READ_WITH_FEW_FILES, str(copied)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0 and "read" in result.stdout, result.stderr
