@@ -272,7 +272,8 @@ class EncoderSettings:
     weights: Path | None = field(
         default=None,
         metadata={
-            "help": "file with the encoder's weights in timm's format (default: download from the hub)"
+            "help": "file with the encoder's weights in timm's format (default: download from the "
+            "hub)"
         },
     )
     side: int | None = field(
