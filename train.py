@@ -29,13 +29,12 @@ from training.config import (
     ObjectiveConfig,
     OptimizerConfig,
     Settings,
-    build_args_json,
     check_batch_size,
-    check_same_run,
     parse_settings,
     resolve_device,
     resolve_num_steps,
 )
+from training.config_files import build_args_json, check_same_run
 from training.guard import NonFiniteGuard
 from training.log import RunLog, is_due
 from training.preemption import (

@@ -28,7 +28,10 @@ from checkpointing.storage import list_checkpoints
 from common import cli
 from models.sit import PRESETS
 from training.alignment import make_cache_info, plan_alignments
-from training.config import build_config_json, build_network_config
+from training.config import (
+    build_network_config,
+)
+from training.config_files import build_config_json
 from training.setup import build_state
 from training.state import CheckpointWriter, TrainState
 

@@ -27,7 +27,12 @@ from common.files import lock, write_file
 from common.machine import available_cores
 from evaluations.runs import read_json, read_log
 from models.sit import PRESETS
-from training.config import Settings, build_args_json, check_batch_size, parse_settings
+from training.config import (
+    Settings,
+    check_batch_size,
+    parse_settings,
+)
+from training.config_files import build_args_json
 from training.preemption import EXIT_STOPPED, StopRequest, stop_on_signal
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,11 +1,10 @@
 """Settings of train.py as frozen dataclasses, its command line, and checks of the settings."""
 
-import json
 import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 
 from common import cli
 from common.cli import UserError
-from common.config import add_flags, destination, read_flags, record_flags, setting
+from common.config import add_flags, read_flags, setting
 from common.machine import available_cores
 from evaluations.extractors import EXTRACTOR_NAMES
 from interpolant import INTERPOLANTS, PREDICTIONS, WEIGHTINGS
@@ -22,8 +21,6 @@ from models.sit import PRESETS, SiTConfig
 from training.alignment_config import (
     AlignmentConfig,
     add_alignment_flags,
-    method_destinations,
-    record_alignments,
     resolve_alignments,
 )
 from training.trackers import TRACKER_NAMES
@@ -59,30 +56,25 @@ class DataConfig:
         type=Path,
         nargs="+",
         action="extend",
-        may_change=True,
     )
     cache_in_ram: bool = setting(
         False,
         help="load the cache into memory first, once per machine; for slow disks",
-        may_change=True,
     )
     resolution: int | None = setting(
         None,
         help="image size in pixels that the cache must have",
         type=cli.positive_int,
-        may_change=True,
     )
     num_classes: int | None = setting(
         None,
         help="number of classes that the cache must have",
         type=cli.positive_int,
-        may_change=True,
     )
     num_workers: int = setting(
         min(4, available_cores()),
         help="loader processes per training process",
         type=cli.non_negative_int,
-        may_change=True,
     )
 
 
@@ -211,7 +203,6 @@ class LogConfig:
         100,
         help="steps between lines of metrics.jsonl",
         type=cli.positive_int,
-        may_change=True,
     )
     report_to: tuple[str, ...] = setting(
         ("none",),
@@ -220,9 +211,8 @@ class LogConfig:
         choices=("none", "all", *TRACKER_NAMES),
         nargs="+",
         metavar="NAME",
-        may_change=True,
     )
-    wandb_project: str = setting("sra2", help="project name in the trackers", may_change=True)
+    wandb_project: str = setting("sra2", help="project name in the trackers")
 
 
 @dataclass(frozen=True)
@@ -233,19 +223,16 @@ class CheckpointConfig:
         50_000,
         help="steps between checkpoints; the last step is saved as well",
         type=cli.positive_int,
-        may_change=True,
     )
     keep_last: int = setting(
         0,
         help="number of newest checkpoints to keep; 0 keeps all",
         type=cli.non_negative_int,
-        may_change=True,
     )
     milestone_steps: int = setting(
         0,
         help="with --keep-last, also keep checkpoints at multiples of this many steps",
         type=cli.non_negative_int,
-        may_change=True,
     )
 
 
@@ -258,20 +245,17 @@ class PreviewConfig:
         help="steps between previews; 0 disables them",
         flags=("--sampling-steps",),
         type=cli.non_negative_int,
-        may_change=True,
     )
     cfg_scale: float = setting(
         1.5,
         help="guidance scale of previews; 1 disables guidance",
         flags=("--preview-cfg-scale",),
         type=cli.non_negative_float,
-        may_change=True,
     )
     vae: str | None = setting(
         None,
         help="autoencoder that decodes previews: hub id or folder (default: the one that created "
         "the cache)",
-        may_change=True,
     )
 
 
@@ -284,69 +268,57 @@ class EvaluationConfig:
         help="steps between evaluations; the last step is evaluated as well; 0 disables them",
         flags=("--eval-every",),
         type=cli.non_negative_int,
-        may_change=True,
     )
     samples: int = setting(
         5000,
         help="number of samples; fewer than 50,000 give a larger FID",
         flags=("--eval-samples",),
         type=cli.positive_int,
-        may_change=True,
     )
     reference: Path | None = setting(
         None,
         help="ADM's .npz, or images: a folder tree class/image.ext or a zip",
         flags=("--eval-reference",),
-        may_change=True,
     )
     latents: Path | None = setting(
         None,
         help="latent cache of held-out images; their loss is measured on EVAL_SAMPLES images",
         flags=("--eval-latents",),
         metavar="DIR",
-        may_change=True,
     )
     features: str = setting(
         "inception",
         help=f"feature network: {', '.join(EXTRACTOR_NAMES)} (fashion is the bundled classifier)",
         flags=("--eval-features",),
-        may_change=True,
     )
     inception_weights: Path | None = setting(
         None,
         help="file with Inception's weights (default: torch hub's folder)",
-        may_change=True,
     )
     mode: str = setting(
         "sde",
         help="same as --mode of sample_ddp.py, with --global-seed 0",
         flags=("--eval-mode",),
         choices=("sde", "ode"),
-        may_change=True,
     )
-    heun: bool = setting(
-        False, help="same as --heun of sample_ddp.py", flags=("--eval-heun",), may_change=True
-    )
+    heun: bool = setting(False, help="same as --heun of sample_ddp.py", flags=("--eval-heun",))
     num_steps: int = setting(
         250,
         help="same as --num-steps of sample_ddp.py",
         flags=("--eval-num-steps",),
         type=cli.positive_int,
-        may_change=True,
     )
     cfg_scale: float = setting(
         1.0,
         help="same as --cfg-scale of sample_ddp.py",
         flags=("--eval-cfg-scale",),
         type=cli.non_negative_float,
-        may_change=True,
     )
     batch_size: int = setting(
         32,
         help="same as --per-proc-batch-size of sample_ddp.py",
         flags=("--eval-batch-size",),
         type=cli.positive_int,
-        may_change=True,
     )
 
 
@@ -377,7 +349,7 @@ _GROUPS: dict[str, tuple[type, ...]] = {
     "logging": (LogConfig, CheckpointConfig, PreviewConfig),
     "evaluation of the EMA during training": (EvaluationConfig,),
 }
-_CONFIGS = [config for configs in _GROUPS.values() for config in configs]
+ALL_CONFIGS = [config for configs in _GROUPS.values() for config in configs]
 
 
 def parse_settings(
@@ -429,7 +401,7 @@ def _check_settings(settings: Settings) -> None:
         )
     decays = settings.optimizer.ema_decay
     if len(set(decays)) < len(decays):
-        raise UserError(f"--ema-decay {_join(decays)} repeats a value: pass each decay once")
+        raise UserError(f"--ema-decay {format_value(decays)} repeats a value: pass each decay once")
     if settings.loop.epochs and settings.loop.max_train_steps:
         raise UserError("--epochs and --max-train-steps both set the length: pass only one")
     check_compiler(settings.device)
@@ -437,7 +409,7 @@ def _check_settings(settings: Settings) -> None:
         raise UserError("--eval-latents needs --eval-every: pass the steps between evaluations")
     report_to = settings.log.report_to
     if "none" in report_to and len(report_to) > 1:
-        raise UserError(f"--report-to {_join(report_to)}: none excludes the others")
+        raise UserError(f"--report-to {format_value(report_to)}: none excludes the others")
 
 
 def check_compiler(device: DeviceConfig) -> None:
@@ -458,26 +430,6 @@ def check_batch_size(loop: LoopConfig, num_processes: int) -> None:
             f"--batch-size {loop.batch_size} (global) is not a multiple of {num_processes} "
             "(processes) x --gradient-accumulation-steps "
             f"{loop.gradient_accumulation_steps}"
-        )
-
-
-def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> None:
-    """Raise UserError unless the cache is what the flags ask for and fits the network."""
-    patch = PRESETS[model.model]["patch"]
-    if data.resolution not in (None, manifest.resolution):
-        raise UserError(
-            f"--resolution {data.resolution}: {_join(data.data_dir)} contains images of "
-            f"{manifest.resolution} pixels"
-        )
-    if data.num_classes not in (None, manifest.num_classes):
-        raise UserError(
-            f"--num-classes {data.num_classes}: {_join(data.data_dir)} has {manifest.num_classes}"
-        )
-    _, height, width = manifest.latent_shape
-    if height != width or height % patch:
-        raise UserError(
-            f"--model {model.model} cannot cut the latents of {_join(data.data_dir)} "
-            f"{manifest.latent_shape} into patches of {patch}"
         )
 
 
@@ -516,108 +468,11 @@ def build_network_config(model: ModelConfig, manifest: Manifest) -> SiTConfig:
     )
 
 
-def build_config_json(
-    settings: Settings, network: SiTConfig, align: list[dict], manifest: Manifest
-) -> dict:
-    """Return the contents of config.json: the network, its latents, and how it is trained."""
-    data_keys = (
-        "source",
-        "count",
-        "resolution",
-        "class_names",
-        "vae",
-        "vae_fingerprint",
-        "scale",
-        "shift",
-        "latent_shape",
-        "mean",
-    )
-    data = {key: getattr(manifest, key) for key in data_keys}
-    return {
-        "model_name": settings.model.model,
-        "model": asdict(network),
-        "align": align,
-        **asdict(settings.objective),
-        "batch_size": settings.loop.batch_size,
-        "ema_decay": list(settings.optimizer.ema_decay),
-        "data": data | {"joined": manifest.encoding.get("joined")},
-    }
-
-
-def build_args_json(settings: Settings) -> dict:
-    """Return the contents of args.json: every flag and its value."""
-    configs = (getattr(settings, name) for name in Settings._fields)
-    flat = record_flags(*(config for config in configs if type(config) in _CONFIGS))
-    return flat | record_alignments(settings.alignments)
-
-
-def check_same_run(flags: dict, folder: Path) -> None:
-    """Raise UserError if a run in `folder` was started with other flags.
-
-    Args:
-        flags: Contents of args.json for this start.
-        folder: The run folder.
-    """
-    path = folder / "args.json"
-    if not path.exists():
-        return
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(
-            f"{path} is damaged: remove it to resume the run with the flags of this command"
-        ) from None
-    changed = [key for key in flags if key in stored and stored[key] != flags[key]]
-    changed = [key for key in changed if key not in _flags_that_may_change()]
-    if changed:
-        differences = "; ".join(
-            f"--{key.replace('_', '-')} was {_join(stored[key])}, now {_join(flags[key])}"
-            for key in changed
-        )
-        raise UserError(
-            f"{folder} was started with other flags: {differences}. Choose another --exp-name, or "
-            "pass the flags it was started with"
-        )
-
-
-def _flags_that_may_change() -> set[str]:
-    free = {destination(f) for c in _CONFIGS for f in fields(c) if f.metadata.get("may_change")}
-    return free | method_destinations()  # config.json records what these lead to
-
-
-def check_same_data(data: DataConfig, folder: Path, stored: dict, current: dict) -> None:
-    """Raise UserError if two config.json differ in their data or their alignment.
-
-    Args:
-        data: Settings of the data, for the message.
-        folder: The run folder, for the message.
-        stored: config.json of the checkpoint to resume from.
-        current: config.json that this start would write.
-    """
-    before, now = stored["data"], current["data"]
-    changed = [key for key in before if key not in ("source", "vae") and before[key] != now[key]]
-    if changed:
-        raise UserError(
-            f"--data-dir {_join(data.data_dir)} is not the cache that {folder} was started with: "
-            f"{', '.join(changed)} differ"
-        )
-    for before, now in zip(stored.get("align", []), current["align"]):
-        changed = [key for key in now if key not in before or before[key] != now[key]]
-        if changed:
-            differences = "; ".join(
-                f"{key} was {_join(before.get(key))}, now {_join(now[key])}" for key in changed
-            )
-            raise UserError(
-                f"{folder} was started with another setting of --align {now['method']}: "
-                f"{differences}"
-            )
-
-
 def autocast_dtype(mixed_precision: str) -> torch.dtype:
     """Return the dtype that autocast uses for a precision, float32 without mixed precision."""
     return GPU_DTYPES.get(mixed_precision, torch.float32)
 
 
-def _join(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value as it would be written on the command line."""
-    return " ".join(map(_join, value)) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(map(format_value, value)) if isinstance(value, (list, tuple)) else str(value)

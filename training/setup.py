@@ -31,9 +31,11 @@ from training.config import (
     OptimizerConfig,
     Settings,
     autocast_dtype,
+    build_network_config,
+)
+from training.config_files import (
     build_args_json,
     build_config_json,
-    build_network_config,
     check_cache,
     check_same_data,
 )

@@ -22,7 +22,11 @@ from evaluations import evaluate
 from experiments import ablate, cells, panels, results
 from experiments.cells import Cell
 from tests.helpers import ROOT
-from training.config import build_args_json, check_batch_size, parse_settings
+from training.config import (
+    check_batch_size,
+    parse_settings,
+)
+from training.config_files import build_args_json
 from training.log import read_rows
 
 TIMEOUT_SECONDS = 120  # far longer than any event takes, even on a busy machine

@@ -22,7 +22,11 @@ from experiments.study_plan import METHODS, SCALES, StudyPlan, choose_blocks, re
 from models.flops import backbone_flops, head_flops
 from models.sit import PRESETS, SiTConfig
 from tests.helpers import ROOT, train_flags
-from training.config import build_args_json, check_batch_size, parse_settings
+from training.config import (
+    check_batch_size,
+    parse_settings,
+)
+from training.config_files import build_args_json
 
 RESULTS = sorted(path for path in (ROOT / "docs").glob("study-*.json") if "knobs" not in path.name)
 METHOD_ARGS = ("align", "projector", "repa", "sra", "encoder_weights")

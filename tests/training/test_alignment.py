@@ -18,9 +18,8 @@ from latents.cache import LatentCache
 from models.projector import Projector
 from models.targets import Defaults, Plan, Target
 from preprocessing import encode_features, encode_latents
-from tests.helpers import have_equal_weights, read_metrics, train_flags
+from tests.helpers import ROOT, have_equal_weights, read_metrics, train_flags
 from tests.training.steps import make_settings, make_step
-from training import alignment as alignment_module
 from training import alignment_config
 from training.alignment import required_cache_inputs
 
@@ -373,11 +372,7 @@ def _noisy(step, inputs):
     return alpha * inputs.latents + sigma * inputs.noise, inputs.t, inputs.labels
 
 
-def test_new_methods_train_and_resume_from_the_command_line(
-    call, more_methods, cache, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(alignment_config, "TARGETS", models.targets.TARGETS)
-    monkeypatch.setattr(alignment_module, "TARGETS", models.targets.TARGETS)
+def test_new_methods_train_and_resume_from_the_command_line(call, more_methods, cache, tmp_path):
     flags = train_flags(cache, tmp_path, "run", "--align", "sra2", "sync", "pair")
     flags += ["--pair-shift", "2"]
     for steps in (1, 2):
@@ -388,6 +383,29 @@ def test_new_methods_train_and_resume_from_the_command_line(
     assert sync["head"] is None
     assert pair["shift"] == 2.0 and pair["heads"]["b"]["out"] == 7
     assert read_metrics(tmp_path / "run")[-1]["align/pair"] > 0
+
+
+def test_example_method_of_the_docs_trains(call, cache, tmp_path, monkeypatch):
+    example = (ROOT / "docs/extending.md").read_text().split("```python\n")[1].split("```")[0]
+    namespace = dict(vars(models.targets))
+    exec(example, namespace)
+    monkeypatch.setitem(models.targets.TARGETS, "coarse", namespace["Coarse"])
+    options = "--align sra2 coarse --align-depth 2 6 --align-loss smooth_l1 cosine --coarse-side 4"
+    flags = without_projector_width(train_flags(cache, tmp_path, "run", *options.split()))
+    code, out = call(train, *flags, "--max-train-steps", 2)
+    assert code == 0 and "coarse: side 4, block 6, cosine, weight 1; head" in out, out
+    assert read_metrics(tmp_path / "run")[-1]["align/coarse"] > 0
+    code, out = call(train, *flags, "--max-train-steps", 3, "--coarse-side", 2)
+    assert code == 2 and "--align coarse: side was 4, now 2" in out
+    code, out = call(train, *flags, "--exp-name", "other", "--coarse-side", 3)
+    assert code == 2 and "--coarse-side 3 does not divide the latent size, 8" in out
+    plain = train_flags(cache, tmp_path, "other")
+    code, out = call(train, *plain, "--coarse-side", 4)
+    assert code == 2 and "--coarse-side needs --align coarse, but --align sra2" in out
+
+
+def without_projector_width(flags):
+    return [flag for flag in flags if flag not in ("--projector-width", "64")]
 
 
 def test_all_methods_together_resume_bit_for_bit(call, with_images, tmp_path):
@@ -483,8 +501,7 @@ def test_settings_are_built_without_argparse():
     ],
 )
 def test_contradictions_end_in_one_line_before_any_work(call, cache, tmp_path, flags, message):
-    given = train_flags(cache, tmp_path, "run")
-    given = [flag for flag in given if flag not in ("--projector-width", "64")]
+    given = without_projector_width(train_flags(cache, tmp_path, "run"))
     code, out = call(train, *given, *flags)
     assert code == 2 and message in out and len(out.strip().splitlines()) == 1, out
     assert not (tmp_path / "run").exists()

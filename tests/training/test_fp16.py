@@ -1,4 +1,7 @@
-"""fp16's gradient scaler, which accelerate offers on GPUs only: here around a float32 step on the CPU."""
+"""The gradient scaler of fp16, which accelerate offers on GPUs only.
+
+These tests use it around a float32 step on the CPU.
+"""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Runs with non-finite losses or damaged checkpoints: the cause is named and earlier work is kept."""
+"""Runs with non-finite losses or damaged checkpoints: the cause is named, earlier work is kept."""
 
 import shutil
 
