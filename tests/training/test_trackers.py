@@ -5,6 +5,7 @@ What they wrote is read back from their files.
 
 import json
 import struct
+import time
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, WandBTracker
@@ -21,6 +22,17 @@ def offline_wandb(monkeypatch, tmp_path):
     options = {"MODE": "offline", "SILENT": "true", "CONFIG_DIR": folder, "CACHE_DIR": folder}
     for key, value in options.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
+
+
+def read_complete_log(folder) -> list:
+    """Return the records of a finished offline run; wandb's service writes them asynchronously."""
+    deadline = time.monotonic() + 60
+    records = []
+    while not records or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, "wandb did not finish its log"
+        time.sleep(0.05)
+        records = read_records(folder)
+    return records
 
 
 def read_records(folder) -> list:
@@ -67,7 +79,7 @@ def test_wandb_gets_config_metrics_and_previews_and_resumes_under_the_same_id(
     assert len(folders) == 2 and all(folder.name.endswith(run_id) for folder in folders)
     metrics, images = [], []
     for folder in folders:
-        records = read_records(folder)
+        records = read_complete_log(folder)
         config = {}
         for record in records:
             if record.WhichOneof("record_type") == "run":
