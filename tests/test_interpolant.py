@@ -95,8 +95,8 @@ def test_time_and_velocity_are_reversed_compared_to_the_sit_repository():
 def test_vp_preserves_the_variance_and_follows_the_thousand_steps_of_ddpm():
     """Compare with DDPM, whose log alpha_bar is a sum of log(1 - beta).
 
-    The interpolant has its limit, the integral of -beta. Each step differs by beta^2 / 2 and by half
-    a step.
+    The interpolant has its limit, the integral of -beta. Each step differs by beta^2 / 2 and half a
+    step.
     """
     k = torch.arange(1001, dtype=torch.float64)
     alpha, sigma, _, _ = INTERPOLANTS["vp"].coefficients(k / 1000)
@@ -235,7 +235,7 @@ def test_times_rise_with_the_draws_and_stay_inside(path, prediction, weighting):
 
 @paths
 def test_lognormal_times_have_log_normal_noise(path):
-    """Compare quantiles with scipy, and for linear and cosine with the formulas in REPA's loss.py."""
+    """Compare quantiles with scipy, and on two paths with the formulas in REPA's loss.py."""
     u = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
     t = draw_times(path, "v", "lognormal", u)
     alpha, sigma, _, _ = path.coefficients(t)
