@@ -5,8 +5,8 @@
 `Step` below is the method. Running the same command again resumes the run.
 """
 
-import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from common import cli
 from common.cli import UserError
-from common.config import format_flags
-from common.files import write_file
 from common.keyed_random import Purpose, normal, uniform
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
@@ -29,12 +27,9 @@ from training.config import (
     ObjectiveConfig,
     OptimizerConfig,
     Settings,
-    check_batch_size,
     parse_settings,
     resolve_device,
-    resolve_num_steps,
 )
-from training.config_files import build_args_json, check_same_run
 from training.guard import NonFiniteGuard
 from training.log import RunLog, is_due
 from training.preemption import (
@@ -45,16 +40,7 @@ from training.preemption import (
     ignore_signals,
     stop_on_signal,
 )
-from training.schedule import EMASchedule
-from training.setup import (
-    Run,
-    build_run_or_exit,
-    load_cache_into_ram,
-    open_cache,
-    open_log,
-    read_position,
-    summary,
-)
+from training.setup import Run, prepare_run
 from training.state import EMA, CheckpointWriter, TrainState
 from training.trackers import resolve_trackers
 
@@ -146,7 +132,7 @@ class Step:
 
         # Clip, skip the update if anything is not finite, update the weights and their averages.
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        is_finite = self.guard.mark_step(self.state.step + 1, self.guarded(means, grad_norm))
+        is_finite = self.guard.mark_step(self.state.step + 1, self.trained_losses(means), grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -172,17 +158,21 @@ class Step:
         )
 
     def losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total loss per sample (B,), and its parts and gauges, (B,) each, by name."""
+        """Return the total loss per sample (B,), and the logged terms by name, (B,) each."""
         # L_denoising: the network predicts the velocity (or x, or eps) from the noisy latents.
         x_t, velocity = interpolate(self.path, inputs.latents, inputs.noise, inputs.t)
-        active = [a for a in self.alignments.values() if a.is_active(self.state.step)]
-        idle = [a for a in self.alignments.values() if a not in active]
+        active = {
+            name: alignment
+            for name, alignment in self.alignments.items()
+            if alignment.is_active(self.state.step)
+        }
+        idle = [a for name, a in self.alignments.items() if name not in active]
         output = self.model(
             x_t,
             inputs.t,
             inputs.labels,
-            idle=[head for alignment in idle for head in alignment.heads.values()],
-            student_blocks=[b for alignment in active for b in alignment.target.student_blocks],
+            idle_heads=[name for alignment in idle for name in alignment.head_names],
+            student_blocks=[k for a in active.values() for k in a.target.student_blocks],
         )
         target = regression_target(
             self.objective.prediction, inputs.latents, inputs.noise, velocity
@@ -193,91 +183,69 @@ class Step:
         scalars = {"denoising": denoising}
         weighted = []
         for name, alignment in self.alignments.items():
-            if alignment in active:
+            terms = AlignmentTerms.zeros_like(denoising)
+            if name in active:
                 terms = alignment.terms(output, inputs)
-            else:
-                terms = AlignmentTerms(*[torch.zeros_like(denoising)] * 3)
-            if alignment in active and alignment.config.weight:
-                weighted.append(alignment.config.weight * terms.loss)
+                if alignment.config.weight:  # skipped if 0, because 0 * NaN is NaN
+                    weighted.append(alignment.config.weight * terms.loss)
             scalars[f"align/{name}"] = terms.loss
             scalars[f"cosine/{name}"] = terms.cosine
             scalars[f"token_norm/{name}"] = terms.token_norm
         return denoising + sum(weighted), scalars
 
-    def guarded(self, means: dict[str, Tensor], grad_norm: Tensor) -> dict[str, Tensor]:
-        """Return the scalars that must be finite: losses with a weight, and the gradient norm."""
+    def trained_losses(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses that have a weight; all of them must be finite."""
         trained = [name for name, a in self.alignments.items() if a.config.weight]
-        losses = {"denoising": means["denoising"]}
-        losses |= {f"align/{name}": means[f"align/{name}"] for name in trained}
-        return {**losses, "grad_norm": grad_norm}
+        return {key: means[key] for key in ("denoising", *(f"align/{name}" for name in trained))}
 
 
 def train(
-    settings: Settings,
-    accelerator: Accelerator,
     run: Run,
-    log: RunLog,
-    schedule: EMASchedule,
+    step: Step,
+    batches: Iterator[CachedBatch],
     writer: CheckpointWriter,
     request: StopRequest,
+    save_every: int,
 ) -> bool:
     """Run the training loop with logging, checkpoints, previews and evaluations.
+
+    Args:
+        run: The objects of the run.
+        step: The update.
+        batches: This process's shares of the global batches.
+        writer: Writes checkpoints.
+        request: Set by stop signals.
+        save_every: Steps between checkpoints.
 
     Returns:
         False if a signal stopped the run early.
     """
-    state, loop = run.state, settings.loop
-    stream = TrainingStream(
-        run.cache,
-        settings.run.seed,
-        loop.batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        required_cache_inputs(run.alignments),
-    )
-    batches = stream.read_batches(
-        state.step,
-        loop.num_steps,
-        settings.data.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init=ignore_signals,
-    )
-    step = Step(
-        accelerator,
-        state,
-        run.cache.manifest,
-        run.alignments,
-        log.guard,
-        settings.objective,
-        settings.optimizer,
-        settings.run.seed,
-        loop.gradient_accumulation_steps,
-    )
+    accelerator, state, log = step.accelerator, run.state, run.log
     flags = FlagReducer(accelerator.num_processes, num_flags=2)
 
-    def is_stopped() -> bool:
+    def stop_requested() -> bool:
         return request.name is not None
 
     # A preview or evaluation that was interrupted comes first.
-    if not schedule.run_due(state, accelerator.gather, is_stopped):
+    if not run.monitors.run_due(state, accelerator.gather, stop_requested):
         return False
 
     for batch in log.throughput.time_batches(batches):
         scalars, is_finite = step(batch)
-        log.step(state.step, scalars, is_finite)
+        log.record_step(state.step, scalars, is_finite)
 
         # All processes agree on stopping, and on retrying a save that failed.
-        should_retry = bool(writer.problem) and is_due(state.step, settings.log.log_every)
-        stop, retry = flags.reduce(is_stopped(), should_retry)
+        should_retry = bool(writer.problem) and is_due(state.step, log.log_every)
+        stop, retry = flags.reduce(stop_requested(), should_retry)
 
-        is_last = state.step == loop.num_steps
-        save_due = is_due(state.step, settings.checkpoint.checkpointing_steps)
-        saved = is_last or stop or retry or save_due
-        if saved:
+        # Save, then run previews and evaluations; save as well if a signal interrupts them.
+        is_last = state.step == run.num_steps
+        should_save = stop or retry or is_last or is_due(state.step, save_every)
+        if should_save:
             save(state, log, accelerator, writer)
-        if not stop and not schedule.run_due(state, accelerator.gather, is_stopped):
+        if not stop and not run.monitors.run_due(state, accelerator.gather, stop_requested):
             stop = True
-            if not saved:
+            if not should_save:
                 save(state, log, accelerator, writer)
         for message in writer.take_messages():
             log.info(message)
@@ -290,7 +258,7 @@ def save(
     state: TrainState, log: RunLog, accelerator: Accelerator, writer: CheckpointWriter
 ) -> None:
     """Collect what a checkpoint holds from all processes; the first hands it to the writer."""
-    state.progress = log.state_dict()
+    state.progress = log.collect_progress()
     if accelerator.scaler is not None:
         state.progress["scaler"] = accelerator.scaler.state_dict()
     with log.throughput.pause():
@@ -312,46 +280,43 @@ def run_training(
     Returns:
         False if a signal stopped the run early.
     """
-    check_batch_size(settings.loop, accelerator.num_processes)
-    cache = open_cache(settings)
-    settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
-    flags = build_args_json(settings)
-    if settings.print_config:
-        accelerator.print(format_flags(flags))
+    run = prepare_run(settings, accelerator, resources)
+    if run is None:
         return True
-    folder = settings.run.folder
-    check_same_run(flags, folder)
-    position = read_position(settings, accelerator)
-    if position.step >= settings.loop.num_steps and not position.has_pending_work:
-        accelerator.print(
-            f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
-            "further"
-        )
-        return True
-    run = build_run_or_exit(settings, accelerator, cache, position, resources)
-    if settings.data.cache_in_ram:
-        load_cache_into_ram(cache, accelerator)
-    if accelerator.is_main_process:
-        write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
-
-    log = open_log(settings, accelerator, run)
-    log.info(summary(settings, accelerator, run))
-    if position.checkpoints:
-        log.info(f"resuming from {position.checkpoints[-1]}")
-    schedule = EMASchedule(
-        log,
-        settings.optimizer.ema_decay,
-        settings.loop.num_steps,
-        run.preview,
-        run.evaluator,
-        settings.preview.every,
-        settings.evaluation.every,
+    state, log, folder = run.state, run.log, settings.run.folder
+    step = Step(
+        accelerator,
+        state,
+        run.cache.manifest,
+        run.alignments,
+        run.guard,
+        objective=settings.objective,
+        optimizer=settings.optimizer,
+        seed=settings.run.seed,
+        accumulation=settings.loop.gradient_accumulation_steps,
     )
-    schedule.restore(position)
-    keep = settings.checkpoint
+    stream = TrainingStream(
+        run.cache,
+        settings.run.seed,
+        settings.loop.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        required_cache_inputs(run.alignments),
+    )
+    batches = stream.read_batches(
+        state.step,
+        run.num_steps,
+        settings.data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init=ignore_signals,
+    )
+
+    checkpoints = settings.checkpoint
     try:
-        with CheckpointWriter(folder, run.config, keep.keep_last, keep.milestone_steps) as writer:
-            finished = train(settings, accelerator, run, log, schedule, writer, request)
+        with CheckpointWriter(
+            folder, run.config, checkpoints.keep_last, checkpoints.milestone_steps
+        ) as writer:
+            finished = train(run, step, batches, writer, request, checkpoints.checkpointing_steps)
     except CacheError as error:
         raise UserError(str(error)) from None
     for message in writer.take_messages():
@@ -364,7 +329,7 @@ def run_training(
     result = "finished"
     if not finished:
         result = f"stopped by {request.name or 'a signal to another process'}"
-    log.info(f"{result} at step {run.state.step:,}")
+    log.info(f"{result} at step {state.step:,}")
     log.close()
     return finished
 

@@ -31,7 +31,7 @@ from training.alignment import make_cache_info, plan_alignments
 from training.config import (
     build_network_config,
 )
-from training.config_files import build_config_json
+from training.resume import build_config_json
 from training.setup import build_state
 from training.state import CheckpointWriter, TrainState
 

@@ -32,7 +32,7 @@ def count_flops(settings: Settings) -> int:
     Raises:
         UserError: The settings do not fit the cache.
     """
-    cache = open_cache(settings)
+    cache = open_cache(settings.data, settings.model)
     cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
     network = build_network_config(settings.model, cache.manifest)
     align = plan_alignments(settings.alignments, network, cache_info)
@@ -64,7 +64,7 @@ def time_runs(
     actions = {}
     for name, settings in runs.items():
         allow_tf32(settings.device.allow_tf32)
-        cache = open_cache(settings)
+        cache = open_cache(settings.data, settings.model)
         cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
         step = build_step(settings, accelerator, cache.manifest, cache_info)
         stream = TrainingStream(

@@ -332,7 +332,7 @@ def select_methods(step: Step, methods: list[str]) -> Step:
     selected = copy.copy(step)
     selected.alignments = {method: step.alignments[method] for method in methods}
     network = step.state.model
-    names = [name for a in selected.alignments.values() for name in a.heads.values()]
+    names = [name for a in selected.alignments.values() for name in a.head_names]
     heads = {name: network.heads[name] for name in names}
     blocks = {name: network.blocks[name] for name in names}
     selected.model = step.accelerator.prepare(AlignedSiT(network.backbone, heads, blocks))

@@ -32,8 +32,8 @@ from training.config import (
     check_batch_size,
     parse_settings,
 )
-from training.config_files import build_args_json
 from training.preemption import EXIT_STOPPED, StopRequest, stop_on_signal
+from training.resume import build_args_json
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1  # between checks of the processes

@@ -95,7 +95,7 @@ class AlignedSiT(nn.Module):
         x_t: Tensor,
         t: Tensor,
         y: Tensor,
-        idle: Collection[str] = (),
+        idle_heads: Collection[str] = (),
         student_blocks: Collection[int] = (),
     ) -> AlignedOutput:
         """Run the backbone and the heads.
@@ -104,10 +104,10 @@ class AlignedSiT(nn.Module):
             x_t: Noisy latents (B, C, H, W).
             t: Timesteps (B,).
             y: Labels (B,).
-            idle: Names of heads that do not run; their gradient is zero.
+            idle_heads: Names of heads that do not run; their gradient is zero.
             student_blocks: Blocks whose tokens to return as well.
         """
-        names = [name for name in self.heads if name not in idle]
+        names = [name for name in self.heads if name not in idle_heads]
         wanted = [*(self.blocks[name] for name in names), *student_blocks]
         prediction = self.backbone(x_t, t, y, return_blocks=wanted)
         tokens: dict[int, Tensor] = {}
@@ -119,7 +119,7 @@ class AlignedSiT(nn.Module):
         token_norm = {name: norms[self.blocks[name]] for name in names}
 
         # DDP waits for a gradient of every parameter: give those of idle heads a zero gradient.
-        for name in idle:
+        for name in idle_heads:
             prediction = prediction + 0 * sum(p.sum() for p in self.heads[name].parameters())
         return AlignedOutput(
             prediction, projected, token_norm, {block: tokens[block] for block in student_blocks}

@@ -33,6 +33,11 @@ class AlignmentTerms(NamedTuple):
     cosine: Tensor  # (B,), between projected and target tokens, whatever the loss; no gradient
     token_norm: Tensor  # (B,), mean norm of the aligned block's tokens; no gradient
 
+    @classmethod
+    def zeros_like(cls, loss: Tensor) -> "AlignmentTerms":
+        """Return the terms of a method that is not active."""
+        return cls(*(torch.zeros_like(loss) for _ in cls._fields))
+
 
 class Alignment:
     """One alignment method of a run: its settings, its target and its loss.
@@ -40,13 +45,19 @@ class Alignment:
     Args:
         config: Settings of the method.
         target: The target.
-        heads: Names of the method's heads in the `AlignedSiT`, by the names of the targets.
+        head_of_target: Names of the method's heads in the `AlignedSiT`, by the names of the
+            targets; "" names a single target.
     """
 
-    def __init__(self, config: AlignmentConfig, target: Target, heads: dict[str, str]):
+    def __init__(self, config: AlignmentConfig, target: Target, head_of_target: dict[str, str]):
         self.config = config
         self.target = target
-        self.heads = heads
+        self.head_of_target = head_of_target
+
+    @property
+    def head_names(self) -> list[str]:
+        """Names of the method's heads in the `AlignedSiT`."""
+        return list(self.head_of_target.values())
 
     def is_active(self, step: int) -> bool:
         """Return whether the method is applied in the update that follows `step` updates."""
@@ -64,7 +75,7 @@ class Alignment:
         losses = []
         cosines = []
         for name, target_tokens in targets.items():
-            projected = output.projected[self.heads[name]]
+            projected = output.projected[self.head_of_target[name]]
             losses.append(
                 alignment_loss(
                     projected,
@@ -76,7 +87,7 @@ class Alignment:
                 )
             )
             cosines.append(1 - cosine_distance(projected.detach(), target_tokens))
-        token_norm = output.token_norm[next(iter(self.heads.values()))]
+        token_norm = output.token_norm[self.head_names[0]]  # all heads read the same block
         return AlignmentTerms(_mean(losses), _mean(cosines), token_norm)
 
 

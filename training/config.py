@@ -145,8 +145,9 @@ class LoopConfig:
 
     @property
     def num_steps(self) -> int:
-        """Number of updates of the run; `resolve_num_steps` applies --epochs."""
-        return self.max_train_steps or DEFAULT_NUM_STEPS
+        """Number of updates of the run; `resolve_num_steps` must have filled it in."""
+        assert self.max_train_steps is not None, "call resolve_num_steps first"
+        return self.max_train_steps
 
 
 @dataclass(frozen=True)
@@ -435,7 +436,7 @@ def check_batch_size(loop: LoopConfig, num_processes: int) -> None:
 
 def resolve_num_steps(loop: LoopConfig, num_images: int) -> LoopConfig:
     """Return the settings with `max_train_steps` filled in."""
-    steps = loop.num_steps
+    steps = loop.max_train_steps or DEFAULT_NUM_STEPS
     if loop.epochs:
         steps = math.ceil(loop.epochs * num_images / loop.batch_size)
     return replace(loop, max_train_steps=steps)

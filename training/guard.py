@@ -48,21 +48,21 @@ class NonFiniteGuard:
         self.names: list[str] = []
         self.pending: list[_StepRecord] = []
 
-    def mark_step(self, step: int, scalars: dict[str, Tensor]) -> Tensor:
+    def mark_step(self, step: int, losses: dict[str, Tensor], grad_norm: Tensor) -> Tensor:
         """Record a step and make the optimizer skip its update if the gradient is not finite.
 
         Call it after the backward pass and before `optimizer.step()`.
 
         Args:
             step: Number of the step, for the report.
-            scalars: The losses of this process and, last, the gradient norm of all processes as
-                "grad_norm"; scalar tensors.
+            losses: The losses of this process, scalar tensors.
+            grad_norm: The gradient norm of all processes, a scalar tensor.
 
         Returns:
             1.0 if the update is applied and 0.0 if it is skipped, on the device.
         """
-        self.names = list(scalars)
-        is_bad = ~torch.isfinite(torch.stack(list(scalars.values())).detach())
+        self.names = [*losses, "grad_norm"]
+        is_bad = ~torch.isfinite(torch.stack([*losses.values(), grad_norm]).detach())
         if not self.uses_grad_scaler:
             # A non-finite loss gives a non-finite gradient, which DDP spreads to every process.
             setattr(self.optimizer, "found_inf", is_bad[-1].float())  # noqa: B010 (an undeclared attribute)

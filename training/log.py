@@ -48,7 +48,8 @@ class MetricMeans:
 
     def add(self, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
         """Add one step's scalars of this process; they count only if `is_finite` is 1."""
-        self.sums += torch.where(is_finite > 0, torch.stack(list(scalars.values())), 0)
+        values = torch.stack([scalars[name] for name in self.names])
+        self.sums += torch.where(is_finite > 0, values, 0)
         self.num_finite_steps += is_finite
 
     def compute(self) -> dict[str, float | None]:
@@ -187,13 +188,16 @@ class RunLog:
         return self.file.folder
 
     def restore(self, step: int, progress: dict) -> None:
-        """Continue the log at a checkpoint, given what `state_dict` returned then."""
+        """Continue the log at a checkpoint, given what `collect_progress` returned."""
         self.num_skipped = progress.get("log_skipped", 0)
         if self.console.is_main_process:
             self.file.truncate_to_checkpoint(step, progress.get("log_waiting", ""))
 
-    def state_dict(self) -> dict:
-        """Return what a checkpoint keeps, so that a resumed run logs what an unbroken one does."""
+    def collect_progress(self) -> dict:
+        """Collect what a checkpoint keeps, so that a resumed run logs what an unbroken one does.
+
+        All processes must call this. It also reports skipped steps, which may end the run.
+        """
         self._collect_skipped_steps()
         values = self.means.state_dict()
         if self.console.is_main_process:
@@ -210,7 +214,7 @@ class RunLog:
         """Write one message to the console and log.txt."""
         self.console.info(text)
 
-    def step(self, step: int, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
+    def record_step(self, step: int, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
         """Record a step; every `log_every` steps, reduce over the processes and write a line.
 
         Args:

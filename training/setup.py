@@ -1,6 +1,7 @@
 """Builds the objects of a run from its settings: networks, targets, log, previews, evaluation."""
 
 import copy
+import json
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from checkpointing.storage import CheckpointError, lock_run, read_config, verify_checkpoint
 from common.cli import UserError
+from common.config import format_flags
+from common.files import write_file
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
 from models.flops import backbone_flops
@@ -27,23 +30,31 @@ from training.alignment import (
     restore_settings,
 )
 from training.config import (
+    DataConfig,
     DeviceConfig,
+    ModelConfig,
     OptimizerConfig,
     Settings,
     autocast_dtype,
     build_network_config,
-)
-from training.config_files import (
-    build_args_json,
-    build_config_json,
-    check_cache,
-    check_same_data,
+    check_batch_size,
+    resolve_num_steps,
 )
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
 from training.log import Console, MetricMeans, MetricsFile, RunLog
+from training.monitors import Monitors
 from training.preview import Preview, load_vae
-from training.schedule import RunPosition, find_position
+from training.resume import (
+    RunPosition,
+    build_args_json,
+    build_config_json,
+    check_cache,
+    check_same_alignment,
+    check_same_data,
+    check_same_run,
+    find_position,
+)
 from training.state import TrainState
 from training.throughput import Throughput, measure_matmul_rate, training_flops
 from training.trackers import Trackers
@@ -88,10 +99,9 @@ def build_state(
     return TrainState(model, emas, adamw)
 
 
-class Run(NamedTuple):
-    """The objects of a run after set-up."""
+class Networks(NamedTuple):
+    """The parts of a run that may fail to build on one process only."""
 
-    cache: LatentCache
     config: dict  # contents of config.json
     cache_info: CacheInfo
     state: TrainState
@@ -100,13 +110,92 @@ class Run(NamedTuple):
     evaluator: Evaluator | None
 
 
-def open_cache(settings: Settings) -> LatentCache:
+class Run(NamedTuple):
+    """A run that is ready to be trained."""
+
+    cache: LatentCache
+    config: dict  # contents of config.json
+    state: TrainState
+    alignments: dict[str, Alignment]
+    guard: NonFiniteGuard
+    log: RunLog
+    monitors: Monitors
+    num_steps: int
+
+
+def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitStack) -> Run | None:
+    """Build a new run, or restore it from its newest checkpoint.
+
+    Args:
+        settings: Settings of the run.
+        accelerator: The accelerator.
+        resources: Receives the lock of the run folder.
+
+    Returns:
+        The run, or None if there is nothing to do.
+
+    Raises:
+        UserError: A setting is wrong, or the run was started with other settings.
+    """
+    # Check the flags against the cache and against those that the run was started with.
+    check_batch_size(settings.loop, accelerator.num_processes)
+    cache = open_cache(settings.data, settings.model)
+    settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
+    flags = build_args_json(settings)
+    folder = settings.run.folder
+    if settings.print_config:
+        accelerator.print(format_flags(flags))
+        return None
+    check_same_run(flags, folder)
+
+    # Find out where the run stopped.
+    num_steps = settings.loop.num_steps
+    position = read_position(settings, accelerator)
+    if position.step >= num_steps and not position.has_pending_work:
+        accelerator.print(
+            f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
+            "further"
+        )
+        return None
+
+    # Build networks, targets and monitors, and restore the newest checkpoint.
+    networks = build_networks_or_exit(settings, accelerator, cache, position, resources)
+    if settings.data.cache_in_ram:
+        load_cache_into_ram(cache, accelerator)
+    if accelerator.is_main_process:
+        write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
+
+    # Open the log where the run stopped.
+    state = networks.state
+    guard = NonFiniteGuard(
+        state.optimizer,
+        accelerator.mixed_precision == "fp16",
+        *state.progress.get("bad_in_a_row", ()),
+    )
+    log = open_log(settings, accelerator, networks, guard)
+    log.info(describe_run(settings, accelerator, networks, cache))
+    if position.checkpoints:
+        log.info(f"resuming from {position.checkpoints[-1]}")
+    monitors = Monitors(
+        log,
+        settings.optimizer.ema_decay,
+        num_steps,
+        networks.preview,
+        networks.evaluator,
+        settings.preview.every,
+        settings.evaluation.every,
+    )
+    monitors.skip_evaluations(position.step, position.evaluated_decays)
+    return Run(cache, networks.config, state, networks.alignments, guard, log, monitors, num_steps)
+
+
+def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
     """Open the latent cache and check it against the flags."""
     try:
-        cache = LatentCache(*settings.data.data_dir)
+        cache = LatentCache(*data.data_dir)
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
-    check_cache(settings.data, settings.model, cache.manifest)
+    check_cache(data, model, cache.manifest)
     return cache
 
 
@@ -129,13 +218,33 @@ def read_position(settings: Settings, accelerator: Accelerator) -> RunPosition:
     return broadcast_object_list(position)[0]
 
 
-def build_run(
+def build_networks_or_exit(
     settings: Settings,
     accelerator: Accelerator,
     cache: LatentCache,
     position: RunPosition,
     resources: ExitStack,
-) -> Run:
+) -> Networks:
+    """Call `build_networks` on every process; if it fails on one, end all of them."""
+    networks = None
+    error: UserError | None = None
+    try:
+        networks = build_networks(settings, accelerator, cache, position, resources)
+    except (UserError, CheckpointError, CacheError) as setup_error:
+        error = UserError(str(setup_error))
+    if any(gather_object([error is not None])):
+        raise error or SystemExit(2)  # the process that failed prints the reason
+    assert networks is not None
+    return networks
+
+
+def build_networks(
+    settings: Settings,
+    accelerator: Accelerator,
+    cache: LatentCache,
+    position: RunPosition,
+    resources: ExitStack,
+) -> Networks:
     """Build everything that may fail on one process only; contains no collective.
 
     Args:
@@ -156,7 +265,7 @@ def build_run(
     align = plan_alignments(alignments, network, cache_info)
     config = build_config_json(settings, network, align, manifest)
 
-    preview, evaluator = build_monitors(settings, accelerator, manifest)
+    preview, evaluator = build_preview_and_evaluator(settings, accelerator, manifest)
     if accelerator.is_main_process:
         resources.enter_context(lock_run(folder, position.checkpoints))
     state = build_state(
@@ -174,24 +283,26 @@ def build_run(
         cache.require_folder(name)
     if checkpoint:
         progress = verify_checkpoint(checkpoint)
-        check_same_data(settings.data, folder, read_config(checkpoint), config)
+        stored = read_config(checkpoint)
+        check_same_data(settings.data, folder, stored, config)
+        check_same_alignment(folder, stored.get("align", []), align)
         state.load(checkpoint, progress)
         if accelerator.scaler is not None and "scaler" in state.progress:
             accelerator.scaler.load_state_dict(state.progress["scaler"])
-    return Run(cache, config, cache_info, state, loaded, preview, evaluator)
+    return Networks(config, cache_info, state, loaded, preview, evaluator)
 
 
-def build_monitors(
+def build_preview_and_evaluator(
     settings: Settings, accelerator: Accelerator, manifest: Manifest
 ) -> tuple[Preview | None, Evaluator | None]:
     """Build the preview of the first process and the evaluator, as far as they are enabled."""
-    objective = settings.objective
-    preview, evaluator = None, None
     has_preview = settings.preview.every > 0 and accelerator.is_main_process
     has_evaluation = settings.evaluation.every > 0
     if not has_preview and not has_evaluation:
-        return preview, evaluator
+        return None, None
+    objective = settings.objective
     vae = load_vae(settings.preview.vae, manifest, accelerator.device)
+    preview, evaluator = None, None
     if has_preview:
         preview = Preview(
             vae,
@@ -214,26 +325,6 @@ def build_monitors(
     return preview, evaluator
 
 
-def build_run_or_exit(
-    settings: Settings,
-    accelerator: Accelerator,
-    cache: LatentCache,
-    position: RunPosition,
-    resources: ExitStack,
-) -> Run:
-    """Call `build_run` on every process; if it fails on one, end all of them."""
-    run = None
-    error: UserError | None = None
-    try:
-        run = build_run(settings, accelerator, cache, position, resources)
-    except (UserError, CheckpointError, CacheError) as setup_error:
-        error = UserError(str(setup_error))
-    if any(gather_object([error is not None])):
-        raise error or SystemExit(2)  # the process that failed prints the reason
-    assert run is not None
-    return run
-
-
 def load_cache_into_ram(cache: LatentCache, accelerator: Accelerator) -> None:
     """Load the cache into memory that the processes of a machine share."""
     try:
@@ -242,54 +333,59 @@ def load_cache_into_ram(cache: LatentCache, accelerator: Accelerator) -> None:
         raise UserError(str(error)) from None
 
 
-def open_log(settings: Settings, accelerator: Accelerator, run: Run) -> RunLog:
-    """Open the log at the run's position and start the trackers."""
-    state, folder = run.state, settings.run.folder
-    is_main, device = accelerator.is_main_process, accelerator.device
+def open_log(
+    settings: Settings, accelerator: Accelerator, networks: Networks, guard: NonFiniteGuard
+) -> RunLog:
+    """Open the log at the position of the run and start the trackers."""
+    state, config, folder = networks.state, networks.config, settings.run.folder
+    device, dtype = accelerator.device, autocast_dtype(accelerator.mixed_precision)
     batch_size = settings.loop.batch_size
-    total = settings.loop.num_steps * batch_size
     names = ["loss", "denoising"]
-    for method in run.alignments:
+    for method in networks.alignments:
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
     means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
-    guard = NonFiniteGuard(
-        state.optimizer,
-        accelerator.mixed_precision == "fp16",
-        *state.progress.get("bad_in_a_row", ()),
+    flops = training_flops(SiTConfig(**config["model"]), config["align"], networks.cache_info)
+    mfu_per_image_rate = flops / measure_matmul_rate(device, dtype) / accelerator.num_processes
+    console = Console(
+        folder,
+        total=settings.loop.num_steps * batch_size,
+        initial=state.step * batch_size,
+        is_main_process=accelerator.is_main_process,
     )
-    flops = training_flops(SiTConfig(**run.config["model"]), run.config["align"], run.cache_info)
-    rate = measure_matmul_rate(device, autocast_dtype(accelerator.mixed_precision))
-    throughput = Throughput(
-        batch_size, device, state.step, flops / rate / accelerator.num_processes
-    )
-    console = Console(folder, total, state.step * batch_size, is_main)
     trackers = Trackers(accelerator, console.info)
     trackers.start(
         settings.log.wandb_project,
         settings.run.exp_name,
         folder,
-        run.config | build_args_json(settings),
+        config | build_args_json(settings),
     )
     log = RunLog(
-        console, MetricsFile(folder), trackers, means, throughput, guard, settings.log.log_every
+        console,
+        MetricsFile(folder),
+        trackers,
+        means,
+        Throughput(batch_size, device, state.step, mfu_per_image_rate),
+        guard,
+        settings.log.log_every,
     )
     log.restore(state.step, state.progress)
     return log
 
 
-def summary(settings: Settings, accelerator: Accelerator, run: Run) -> str:
+def describe_run(
+    settings: Settings, accelerator: Accelerator, networks: Networks, cache: LatentCache
+) -> str:
     """Return what is about to run, in four lines and one more per further method."""
     loop, objective = settings.loop, settings.objective
-    backbone = run.state.model.backbone
-    size = sum(parameter.numel() for parameter in backbone.parameters())
-    flops = backbone_flops(backbone.config)
+    model = networks.state.model
+    size = sum(parameter.numel() for parameter in model.backbone.parameters())
+    flops = backbone_flops(model.backbone.config)
     methods = [
-        describe_alignment(entry, run.state.model, run.cache_info) for entry in run.config["align"]
+        describe_alignment(entry, model, networks.cache_info) for entry in networks.config["align"]
     ]
     num_processes, accumulation = accelerator.num_processes, loop.gradient_accumulation_steps
     local = loop.batch_size // num_processes // accumulation
-    num_images = len(run.cache)
-    epochs = loop.num_steps * loop.batch_size / num_images
+    epochs = loop.num_steps * loop.batch_size / len(cache)
     return "\n".join(
         [
             f"{settings.model.model}: {size / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOPs "
@@ -299,7 +395,7 @@ def summary(settings: Settings, accelerator: Accelerator, run: Run) -> str:
             f"{accumulation} (accumulated) on {accelerator.device.type}, precision "
             f"{accelerator.mixed_precision}; {objective.prediction} prediction on the "
             f"{objective.path_type} path, {objective.weighting} timesteps",
-            f"{num_images:,} images per epoch, {run.cache.manifest.num_classes} classes; "
+            f"{len(cache):,} images per epoch, {cache.manifest.num_classes} classes; "
             f"{loop.num_steps:,} steps are {epochs:.1f} epochs",
         ]
     )

@@ -72,12 +72,18 @@ class Trackers:
         id_file = folder / "wandb_id"
         if not id_file.exists():
             write_file(id_file, uuid.uuid4().hex[:8].encode())
-        wandb = {"name": name, "id": id_file.read_text(), "dir": folder, "resume": "allow"}
+        wandb = {
+            "name": name,
+            "id": id_file.read_text(),
+            "dir": folder,
+            "resume": "allow",
+            "config": config,
+        }
         try:
             accelerator.init_trackers(project, init_kwargs={"wandb": wandb})
             for tracker in accelerator.trackers:
-                nested = tracker.name == "wandb"
-                tracker.store_init_configuration(config if nested else _flatten(config))
+                if tracker.name != "wandb":
+                    tracker.store_init_configuration(_flatten(config))
         except Exception as error:  # no API key, no network, ...: the errors of any package
             names = " ".join(map(str, accelerator.log_with))
             raise UserError(

@@ -18,6 +18,7 @@ import sample_ddp
 import train
 from common import cli
 from common.machine import available_cores
+from common.metrics_log import read_rows
 from evaluations import evaluate
 from experiments import ablate, cells, panels, results
 from experiments.cells import Cell
@@ -26,8 +27,7 @@ from training.config import (
     check_batch_size,
     parse_settings,
 )
-from training.config_files import build_args_json
-from training.log import read_rows
+from training.resume import build_args_json
 
 TIMEOUT_SECONDS = 120  # far longer than any event takes, even on a busy machine
 ALIGN_ARGS = (

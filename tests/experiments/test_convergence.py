@@ -26,7 +26,7 @@ from training.config import (
     check_batch_size,
     parse_settings,
 )
-from training.config_files import build_args_json
+from training.resume import build_args_json
 
 RESULTS = sorted(path for path in (ROOT / "docs").glob("study-*.json") if "knobs" not in path.name)
 METHOD_ARGS = ("align", "projector", "repa", "sra", "encoder_weights")
@@ -302,8 +302,8 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
         timed.append([*runs])
         return {name: {"median": 0.1} for name in runs}
 
-    def fake_count_flops(args):
-        return 100 if args.align == ["none"] else 125
+    def fake_count_flops(settings):
+        return 125 if settings.alignments else 100
 
     monkeypatch.setattr(convergence, "time_runs", fake_time_runs)
     monkeypatch.setattr(convergence, "count_flops", fake_count_flops)

@@ -188,7 +188,7 @@ def test_heads_receive_tokens_of_their_block_and_idle_heads_get_zero_gradients()
     for name, block in model.blocks.items():
         assert torch.equal(output.projected[name], heads[name](kept[block]))
         assert torch.equal(output.token_norm[name], kept[block].norm(dim=-1).mean(1))
-    output = model(*make_inputs(), idle=["a"])
+    output = model(*make_inputs(), idle_heads=["a"])
     assert {*output.projected} == {*output.token_norm} == {"b"}
     assert torch.equal(output.prediction, velocity)
     (output.prediction.sum() + output.projected["b"].sum()).backward()

@@ -359,7 +359,7 @@ def test_method_with_two_targets_has_two_heads_and_the_mean_loss(make, more_meth
     assert all(isinstance(head, Projector) for head in heads.values())
     inputs = step.draw(batch)
     _, scalars = step.losses(inputs)
-    output = step.model(*_noisy(step, inputs), idle=[], student_blocks=[])
+    output = step.model(*_noisy(step, inputs))
     targets = step.alignments["pair"].target(inputs, {})
     losses = [
         (output.projected[f"pair-{name}"] - targets[name]).abs().mean((1, 2)) for name in "ab"

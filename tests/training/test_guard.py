@@ -16,8 +16,8 @@ class Optimizer:
 
 
 def mark_step(guard, step, denoising=1.0, align=1.0, grad_norm=1.0) -> float:
-    scalars = {"denoising": denoising, "align/sra2": align, "grad_norm": grad_norm}
-    return guard.mark_step(step, {k: torch.tensor(v) for k, v in scalars.items()}).item()
+    losses = {"denoising": torch.tensor(denoising), "align/sra2": torch.tensor(align)}
+    return guard.mark_step(step, losses, torch.tensor(grad_norm)).item()
 
 
 def one_process(tensor, reduction):

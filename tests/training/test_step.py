@@ -84,7 +84,7 @@ SYNCHRONISATIONS = [
 def test_device_sync_is_detected(make_meta_step, monkeypatch, synchronise):
     step, batch = make_meta_step()
     monkeypatch.setattr(
-        step.guard, "mark_step", lambda number, scalars: synchronise(scalars["grad_norm"])
+        step.guard, "mark_step", lambda number, losses, grad_norm: synchronise(grad_norm)
     )
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         step(batch)

@@ -1,32 +1,18 @@
-"""Runs previews and evaluations of the EMA on a schedule, and finds out where a run stopped."""
+"""Previews and evaluations of the EMA during training."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
-from checkpointing.storage import format_error, list_checkpoints
-from common.metrics_log import read_rows
+from checkpointing.storage import format_error
 from models.sit import SiT
-from training.config import EvaluationConfig, PreviewConfig
 from training.evaluation import Evaluator, Stopped
 from training.log import RunLog, is_due
 from training.preview import Preview, preview_path
 from training.state import TrainState
 
 
-@dataclass(frozen=True)
-class RunPosition:
-    """Where a run stands when it is started; the same on all processes."""
-
-    checkpoints: list[Path] = field(default_factory=list)  # oldest first
-    step: int = 0  # of the newest checkpoint
-    evaluated_decays: frozenset[float] = frozenset()  # EMAs whose evaluation at `step` is done
-    has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
-
-
-class EMASchedule:
+class Monitors:
     """Previews and evaluates each EMA periodically and at the last step.
 
     Args:
@@ -56,11 +42,11 @@ class EMASchedule:
         self.evaluator = evaluator
         self.preview_every = preview_every
         self.eval_every = eval_every
-        self.evaluated: set[tuple[int, float]] = set()  # (step, EMA decay)
+        self.complete_evaluations: set[tuple[int, float]] = set()  # (step, EMA decay)
 
-    def restore(self, position: RunPosition) -> None:
-        """Skip the evaluations that were complete when the run stopped."""
-        self.evaluated = {(position.step, decay) for decay in position.evaluated_decays}
+    def skip_evaluations(self, step: int, decays: Collection[float]) -> None:
+        """Skip evaluations at `step` that were complete when the run stopped."""
+        self.complete_evaluations = {(step, decay) for decay in decays}
 
     def run_due(
         self, state: TrainState, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
@@ -86,7 +72,7 @@ class EMASchedule:
             ):
                 if preview:
                     self._draw(preview, ema, step, suffix)
-                if evaluator and (step, decay) not in self.evaluated:
+                if evaluator and (step, decay) not in self.complete_evaluations:
                     try:
                         metrics = evaluator.measure(ema, gather, is_stopped)
                     except Stopped:
@@ -121,37 +107,3 @@ def is_due_or_last(step: int, period: int, last_step: int) -> bool:
 def ema_suffixes(decays: tuple[float, ...]) -> list[str]:
     """Return the part of a preview's file name that tells EMAs apart, "" for the primary one."""
     return ["", *(f"-ema{decay}" for decay in decays[1:])]
-
-
-def find_position(
-    folder: Path,
-    ema_decays: tuple[float, ...],
-    last_step: int,
-    preview: PreviewConfig,
-    evaluation: EvaluationConfig,
-) -> RunPosition:
-    """Find out where a run stopped.
-
-    Args:
-        folder: The run folder; a new run may have none.
-        ema_decays: Decays of the EMAs.
-        last_step: Number of updates of the whole run.
-        preview: Settings of the previews.
-        evaluation: Settings of the evaluations.
-    """
-    checkpoints = list_checkpoints(folder)
-    step = int(checkpoints[-1].name) if checkpoints else 0
-    rows = [row for row in read_rows(folder) if row["step"] == step and "evaluation" in row]
-    evaluated = frozenset(row["evaluation"]["ema_decay"] for row in rows)
-    previews = [preview_path(folder, step, suffix) for suffix in ema_suffixes(ema_decays)]
-    is_evaluation_due = is_due_or_last(step, evaluation.every, last_step)
-    is_preview_due = is_due_or_last(step, preview.every, last_step)
-    lacks_evaluation = not evaluated >= set(ema_decays)
-    lacks_preview = not all(path.exists() for path in previews)
-    return RunPosition(
-        checkpoints,
-        step,
-        evaluated,
-        has_pending_work=(is_evaluation_due and lacks_evaluation)
-        or (is_preview_due and lacks_preview),
-    )

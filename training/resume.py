@@ -1,11 +1,19 @@
-"""config.json and args.json of a run, and checks that a resumed run continues what it started."""
+"""Where a run stopped, and whether it may be resumed with the settings of this start.
+
+| file | holds | compared on resume |
+|---|---|---|
+| args.json | every flag | all but those that may change, such as logging and the number of steps |
+| config.json of the checkpoint | network, data, alignment | the data and the alignment |
+"""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from checkpointing.storage import list_checkpoints
 from common.cli import UserError
 from common.config import destination, record_flags
+from common.metrics_log import read_rows
 from latents.manifest import Manifest
 from models.sit import PRESETS, SiTConfig
 from training.alignment_config import method_destinations, record_alignments
@@ -20,9 +28,55 @@ from training.config import (
     Settings,
     format_value,
 )
+from training.monitors import ema_suffixes, is_due_or_last
+from training.preview import preview_path
 
-# Classes of settings that a resumed run may be started with other values of.
+# Settings that may change between two starts of a run, besides fields marked `may_change`.
 FREE_CONFIGS = (DataConfig, LogConfig, CheckpointConfig, PreviewConfig, EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class RunPosition:
+    """Where a run stands when it is started; the same on all processes."""
+
+    checkpoints: list[Path] = field(default_factory=list)  # oldest first
+    step: int = 0  # of the newest checkpoint
+    evaluated_decays: frozenset[float] = frozenset()  # EMAs whose evaluation at `step` is done
+    has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
+
+
+def find_position(
+    folder: Path,
+    ema_decays: tuple[float, ...],
+    last_step: int,
+    preview: PreviewConfig,
+    evaluation: EvaluationConfig,
+) -> RunPosition:
+    """Find out where a run stopped.
+
+    Args:
+        folder: The run folder; a new run may have none.
+        ema_decays: Decays of the EMAs.
+        last_step: Number of updates of the whole run.
+        preview: Settings of the previews.
+        evaluation: Settings of the evaluations.
+    """
+    checkpoints = list_checkpoints(folder)
+    step = int(checkpoints[-1].name) if checkpoints else 0
+    rows = [row for row in read_rows(folder) if row["step"] == step and "evaluation" in row]
+    evaluated = frozenset(row["evaluation"]["ema_decay"] for row in rows)
+    previews = [preview_path(folder, step, suffix) for suffix in ema_suffixes(ema_decays)]
+    is_evaluation_due = is_due_or_last(step, evaluation.every, last_step)
+    is_preview_due = is_due_or_last(step, preview.every, last_step)
+    lacks_evaluation = not evaluated >= set(ema_decays)
+    lacks_preview = not all(path.exists() for path in previews)
+    return RunPosition(
+        checkpoints,
+        step,
+        evaluated,
+        has_pending_work=(is_evaluation_due and lacks_evaluation)
+        or (is_preview_due and lacks_preview),
+    )
 
 
 def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> None:
@@ -35,7 +89,8 @@ def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> Non
         )
     if data.num_classes not in (None, manifest.num_classes):
         raise UserError(
-            f"--num-classes {data.num_classes}: {format_value(data.data_dir)} has {manifest.num_classes}"
+            f"--num-classes {data.num_classes}: {format_value(data.data_dir)} has "
+            f"{manifest.num_classes}"
         )
     _, height, width = manifest.latent_shape
     if height != width or height % patch:
@@ -100,7 +155,8 @@ def check_same_run(flags: dict, folder: Path) -> None:
     changed = [key for key in changed if key not in _flags_that_may_change()]
     if changed:
         differences = "; ".join(
-            f"--{key.replace('_', '-')} was {format_value(stored[key])}, now {format_value(flags[key])}"
+            f"--{key.replace('_', '-')} was {format_value(stored[key])}, now "
+            f"{format_value(flags[key])}"
             for key in changed
         )
         raise UserError(
@@ -113,14 +169,14 @@ def _flags_that_may_change() -> set[str]:
     """Return argparse's names of the flags that a resumed run may be started with."""
     names = method_destinations()  # config.json records what these lead to
     for config in ALL_CONFIGS:
-        for field in fields(config):
-            if config in FREE_CONFIGS or field.metadata.get("may_change"):
-                names.add(destination(field))
+        for setting in fields(config):
+            if config in FREE_CONFIGS or setting.metadata.get("may_change"):
+                names.add(destination(setting))
     return names
 
 
 def check_same_data(data: DataConfig, folder: Path, stored: dict, current: dict) -> None:
-    """Raise UserError if two config.json differ in their data or their alignment.
+    """Raise UserError if two config.json differ in their data.
 
     Args:
         data: Settings of the data, for the message.
@@ -128,14 +184,29 @@ def check_same_data(data: DataConfig, folder: Path, stored: dict, current: dict)
         stored: config.json of the checkpoint to resume from.
         current: config.json that this start would write.
     """
-    before, now = stored["data"], current["data"]
+    before = stored["data"]
+    now = current["data"]
     changed = [key for key in before if key not in ("source", "vae") and before[key] != now[key]]
     if changed:
         raise UserError(
-            f"--data-dir {format_value(data.data_dir)} is not the cache that {folder} was started with: "
-            f"{', '.join(changed)} differ"
+            f"--data-dir {format_value(data.data_dir)} is not the cache that {folder} was started "
+            f"with: {', '.join(changed)} differ"
         )
-    for before, now in zip(stored.get("align", []), current["align"]):
+
+
+def check_same_alignment(folder: Path, stored: list[dict], current: list[dict]) -> None:
+    """Raise UserError if the alignment entries of two config.json differ.
+
+    Args:
+        folder: The run folder, for the message.
+        stored: config.json's "align" of the checkpoint to resume from.
+        current: config.json's "align" that this start would write.
+    """
+    methods = [[entry["method"] for entry in entries] for entries in (stored, current)]
+    if methods[0] != methods[1]:
+        names = [" ".join(entry) or "none" for entry in methods]
+        raise UserError(f"{folder} was started with --align {names[0]}, now --align {names[1]}")
+    for before, now in zip(stored, current):
         changed = [key for key in now if key not in before or before[key] != now[key]]
         if changed:
             differences = "; ".join(
