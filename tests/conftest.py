@@ -23,13 +23,9 @@ def call(capsys):
 
     call(module, *flags) -> exit code, and everything that was printed
     """
-    from accelerate.state import AcceleratorState
-
     from common import cli
 
     def run(module, *flags) -> tuple[int, str]:
-        # The state of an earlier Accelerator would survive in this process.
-        AcceleratorState._reset_state(reset_partial_state=True)
         code = 0
         try:
             cli.run(lambda: call_main(module, *flags))

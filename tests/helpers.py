@@ -61,6 +61,10 @@ def make_tree(folder: Path, images: int = 24, side: int = 32) -> Path:
 
 def call_main(module: ModuleType, *flags) -> None:
     """Call the main function of a command in this process."""
+    from accelerate.state import AcceleratorState
+
+    # The state outlives its Accelerator, which does not matter in a process per command.
+    AcceleratorState._reset_state(reset_partial_state=True)
     with mock.patch.object(sys, "argv", [module.__name__, *map(str, flags)]):
         module.main()
 

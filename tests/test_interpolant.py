@@ -1,3 +1,5 @@
+"""Interpolants, predictions and times, against derivatives, closed forms and other repositories."""
+
 import math
 
 import pytest
@@ -45,9 +47,8 @@ def test_time_zero_is_data_and_time_one_is_noise(path):
     torch.testing.assert_close(
         interpolate(path, x, noise, torch.zeros(6, dtype=torch.float64))[0], x
     )
-    left = (
-        0.0 if path is not INTERPOLANTS["vp"] else math.exp(-10.05 / 2)
-    )  # of the data, at the end of DDPM's schedule
+    # DDPM's schedule ends before the data has vanished.
+    left = math.exp(-10.05 / 2) if path is INTERPOLANTS["vp"] else 0.0
     end = interpolate(path, x, noise, torch.ones(6, dtype=torch.float64))[0]
     torch.testing.assert_close(end, left * x + (1 - left**2) ** 0.5 * noise)
 
@@ -79,8 +80,8 @@ def test_score_is_repas_formula():
     )
 
 
-def test_the_sit_repository_counts_time_backwards():
-    """There x_s = s x + (1 - s) eps with velocity x - eps: ours at t = 1 - s, with the sign turned."""
+def test_time_and_velocity_are_reversed_compared_to_the_sit_repository():
+    """SiT defines x_s = s x + (1 - s) eps with velocity x - eps, where s = 1 - t."""
     x, noise, t = example()
     x_t, v = interpolate(INTERPOLANTS["linear"], x, noise, t)
     s = (1 - t)[:, None, None, None]
@@ -91,8 +92,12 @@ def test_the_sit_repository_counts_time_backwards():
 # The VP path
 
 
-def test_vp_keeps_the_variance_and_follows_ddpms_thousand_steps():
-    """log alpha_bar is a sum of log(1 - beta), the integral of -beta in the limit: apart by beta^2 / 2 and half a step each."""
+def test_vp_preserves_the_variance_and_follows_the_thousand_steps_of_ddpm():
+    """Compare with DDPM, whose log alpha_bar is a sum of log(1 - beta).
+
+    The interpolant has its limit, the integral of -beta. Each step differs by beta^2 / 2 and half a
+    step.
+    """
     k = torch.arange(1001, dtype=torch.float64)
     alpha, sigma, _, _ = INTERPOLANTS["vp"].coefficients(k / 1000)
     torch.testing.assert_close(
@@ -172,9 +177,11 @@ def test_to_guide_a_prediction_is_to_guide_its_velocity_and_score(path, predicti
 
 @paths
 @predictions
-def test_an_end_is_cut_off_if_and_only_if_it_is_singular(path, prediction):
-    """The velocity's size and how much of an error of the prediction it has: bounded in `interval`, infinite where that ends
-    short of 0 or 1."""
+def test_endpoint_is_removed_if_and_only_if_it_is_singular(path, prediction):
+    """Check the coefficients and the factor from an error of the prediction to one of the velocity.
+
+    They are bounded in `time_interval`, and infinite at an end that it excludes.
+    """
 
     def size(t):
         t = torch.tensor([t], dtype=torch.float64)
@@ -193,7 +200,7 @@ def test_an_end_is_cut_off_if_and_only_if_it_is_singular(path, prediction):
 
 @paths
 @predictions
-def test_float32_does_at_both_ends(path, prediction):
+def test_float32_is_accurate_at_both_ends(path, prediction):
     x, noise, _ = example()
     for t in map(torch.tensor, time_interval(path, prediction)):
         t = t.expand(6)
@@ -228,7 +235,7 @@ def test_times_rise_with_the_draws_and_stay_inside(path, prediction, weighting):
 
 @paths
 def test_lognormal_times_have_log_normal_noise(path):
-    """Quantile by quantile, by scipy's normal; on linear and cosine by the formulas of REPA's loss.py too."""
+    """Compare quantiles with scipy, and on two paths with the formulas in REPA's loss.py."""
     u = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
     t = draw_times(path, "v", "lognormal", u)
     alpha, sigma, _, _ = path.coefficients(t)

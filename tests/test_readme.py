@@ -31,7 +31,7 @@ DOCUMENTS = [
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 SHORT_TRAINING = shlex.split(
-    "--model SiT-S/8 --max-train-steps 2 --batch-size 8 --sampling-steps 0 --log-every 1 "
+    "--model SiT-S/8 --max-train-steps 2 --batch-size 4 --sampling-steps 0 --log-every 1 "
     "--num-workers 0"
 )
 SHORT_SAMPLING = shlex.split("--num-fid-samples 5 --num-steps 2 --per-proc-batch-size 5")

@@ -36,7 +36,10 @@ def test_shuffle_is_uniform_over_epochs():
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / 100_000**0.5
 
 
-@pytest.mark.parametrize(("size", "rounds"), [(5, 1000), (50, 4000), (1000, 5000)])
+@pytest.mark.parametrize(
+    ("size", "rounds"),
+    [(5, 1000), (50, 4000), pytest.param(1000, 5000, marks=pytest.mark.long)],
+)
 def test_shuffle_is_uniform_over_epochs_and_seeds(size, rounds):
     """Chi-squared of the image at three positions is neither too large nor too small."""
     positions = np.array([0, size // 2, size - 1])

@@ -38,7 +38,12 @@ def encode(call, tmp_path, vae, images, side):
 
 
 @pytest.mark.parametrize(
-    ("factor", "channels", "config"), [(8, 16, SD3), (16, 32, F16D32), (8, 4, PER_CHANNEL)]
+    ("factor", "channels", "config"),
+    [
+        (8, 16, SD3),
+        pytest.param(16, 32, F16D32, marks=pytest.mark.long),
+        (8, 4, PER_CHANNEL),
+    ],
 )
 def test_latents_are_scaled_as_the_config_specifies(call, tmp_path, factor, channels, config):
     vae = make_vae(tmp_path / "vae", latent_channels=channels, blocks=factor.bit_length(), **config)

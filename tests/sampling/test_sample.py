@@ -174,8 +174,8 @@ def test_samples_of_other_weights_under_the_same_path_are_refused(sample, traine
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--mode", "sde"],
-        ["--mode", "ode"],
+        pytest.param(["--mode", "sde"], marks=pytest.mark.long),
+        pytest.param(["--mode", "ode"], marks=pytest.mark.long),
         ["--mode", "ode", "--heun"],
         ["--mode", "ode", "--dopri5"],
         ["--mode", "sde", "--state-dtype", "float64", "--cfg-scale", 3],

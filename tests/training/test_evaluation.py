@@ -11,7 +11,7 @@ import sample_ddp
 import train
 from common.metrics_log import read_rows
 from evaluations import evaluate
-from tests.helpers import have_equal_weights, read_metrics, run_ranks, train_flags
+from tests.helpers import call_main, have_equal_weights, read_metrics, run_ranks, train_flags
 from training.evaluation import Evaluator
 from training.held_out import HeldOutLoss
 from training.preemption import EXIT_STOPPED
@@ -53,7 +53,7 @@ def drop_identity(row: dict) -> dict:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, flags):
     exps = tmp_path_factory.mktemp("evaluated")
-    run_ranks(1, "train", *flags(exps))
+    call_main(train, *flags(exps))
     return exps / "run"
 
 
@@ -89,9 +89,9 @@ def test_evaluation_does_not_change_the_training(call, flags, unbroken, tmp_path
     assert have_equal_weights(run, unbroken, "0000005")
 
 
-def test_two_processes_measure_what_one_does(flags, unbroken, tmp_path):
+def test_two_processes_measure_what_one_does(call, flags, unbroken, tmp_path):
     """The weights are the same: a finished run is evaluated when evaluation is requested later."""
-    run_ranks(1, "train", *flags(tmp_path, "--eval-every", 0))
+    assert call(train, *flags(tmp_path, "--eval-every", 0))[0] == 0
     run_ranks(2, "train", *flags(tmp_path))
     two, one = read_evaluations(tmp_path / "run"), read_evaluations(unbroken)
     assert list(two) == [(5, 0.9), (5, 0.0)]
@@ -99,7 +99,7 @@ def test_two_processes_measure_what_one_does(flags, unbroken, tmp_path):
         assert drop_identity(row) == pytest.approx(drop_identity(one[key]), rel=1e-6)
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.long), 4, 5])
 def test_evaluation_interrupted_by_a_signal_is_completed_on_resume(
     call, flags, unbroken, tmp_path, monkeypatch, step
 ):
