@@ -61,7 +61,7 @@ def original(tmp_path_factory, tree, vae_folder):
     """A cache with images and without features."""
     dest = tmp_path_factory.mktemp("features") / "data"
     settings = EncodingSettings(
-        str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True
+        tree, resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True
     )
     build_cache(dest, EncodingJob(settings, "cpu", 0, World()), World())
     return dest

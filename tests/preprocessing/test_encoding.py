@@ -18,7 +18,7 @@ from PIL import Image
 from latents.cache import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
-from preprocessing.encoding import DecodedBatch
+from preprocessing.cache_job import Batch
 from preprocessing.images import SquareReader, load_square, random_crop
 from preprocessing.sources import ImageSource, open_source
 from tests.helpers import ROOT, make_tree, make_vae, torchrun
@@ -464,10 +464,10 @@ def test_pinning_a_batch_keeps_its_counts(monkeypatch):
     from torch.utils.data._utils.pin_memory import pin_memory
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 0)
-    batch = DecodedBatch(0, 4, torch.ones(4), np.arange(4), [], Counter({"PNG RGB": 4}))
+    batch = Batch(range(4), torch.ones(4), kinds=Counter({"PNG RGB": 4}))
     pinned = pin_memory(batch)
     assert pinned.kinds == Counter({"PNG RGB": 4})
-    assert pinned.pixels is not batch.pixels and pinned.labels is batch.labels
+    assert pinned.pixels is not batch.pixels
 
 
 def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folder, tmp_path):

@@ -29,7 +29,7 @@ def make_cache(tmp_path_factory, tree, vae_folder):
         dest = root / f"{keep_images}-{flip}"
         if not dest.exists():
             settings = EncodingSettings(
-                str(tree),
+                tree,
                 resolution=32,
                 vae=str(vae_folder),
                 shard_size=10,
