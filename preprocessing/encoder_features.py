@@ -8,7 +8,6 @@ n images per shard, B images per batch, N tokens, D width, R image resolution.
 """
 
 import json
-import re
 from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,23 +33,6 @@ from preprocessing.build import (
 from preprocessing.cache_job import map_in_order
 
 FEATURES_DTYPE = np.dtype(np.float16)
-
-
-def features_slug(name: str, side: int, tokens_side: int) -> str:
-    """Return the folder name for the features of an encoder.
-
-    Args:
-        name: The name of the encoder.
-        side: The input height and width of the encoder in pixels.
-        tokens_side: The height and width of the token grid.
-    """
-    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")
-    return f"{safe_name}-{side}-{tokens_side}x{tokens_side}"
-
-
-def features_nbytes(manifest: Manifest, tokens_side: int, width: int) -> int:
-    """Return the size of a cache's features in bytes."""
-    return manifest.count * tokens_side**2 * width * FEATURES_DTYPE.itemsize
 
 
 def build_features(

@@ -24,6 +24,7 @@ BACKGROUNDS = ("white", "black")
 # Other formats of PIL are not used for photographs, and some of their decoders run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
+MIN_CROP_FRACTION = 0.8  # smallest part of the shorter side that a random crop covers
 MAX_PIXELS = 89_478_485  # limit of PIL: a quarter of a gigabyte of RGB values
 
 
@@ -153,28 +154,25 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def random_crop(
-    image: Image.Image, size: int, uniforms: list[float], min_fraction: float = 0.8
-) -> Image.Image:
+def random_crop(image: Image.Image, size: int, uniforms: list[float]) -> Image.Image:
     """Apply ADM's random crop (guided-diffusion, image_datasets.py, random_crop_arr).
+
+    The crop covers between 80% and 100% of the shorter side.
 
     Args:
         image: An RGB image.
         size: Side of the crop in pixels.
         uniforms: Three numbers in (0, 1) that determine scale, top and left.
-        min_fraction: The crop covers between this fraction and all of the shorter side.
     """
-    scale, *offsets = uniforms
-    max_length = math.ceil(size / min_fraction)
+    scale, vertical, horizontal = uniforms
+    max_length = math.ceil(size / MIN_CROP_FRACTION)
     image = _resize_shorter_side(image, size + math.floor(scale * (max_length - size + 1)))
-    top = math.floor(offsets[0] * (image.height - size + 1))
-    left = math.floor(offsets[1] * (image.width - size + 1))
+    top = math.floor(vertical * (image.height - size + 1))
+    left = math.floor(horizontal * (image.width - size + 1))
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(
-    image: Image.Image, background: str = "white", kinds: list[str] | None = None
-) -> Image.Image:
+def to_rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     """Convert an image to upright RGB.
 
     Args:
@@ -185,8 +183,6 @@ def to_rgb(
     Raises:
         BadImage: If the range of the gray values is undefined.
     """
-    if kinds is None:
-        kinds = []
     image.load()
     if image.getexif().get(EXIF_ORIENTATION) in range(2, 9):
         kinds.append("turned by EXIF")

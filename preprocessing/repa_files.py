@@ -11,15 +11,14 @@ so they must not be reworded.
 """
 
 import errno
-import os
 import re
-from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from preprocessing.cache_job import DTYPES, Batch, CacheJob, map_in_order
 from preprocessing.cache_preview import spread_indices
 from preprocessing.images import BadImage, SquareReader, UnreadableImage
 from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
-from preprocessing.sources import ImageSource
+from preprocessing.sources import ImageSource, list_files
 
 READER_THREADS = 16  # reading small files mostly waits for the disk
 
@@ -103,17 +102,16 @@ class ImportJob(CacheJob):
 
     def _find_common_shape(self) -> tuple[int, int, int]:
         """Return the shape (2C, h, h) that most of a few sampled files have."""
-        shapes: dict[int, tuple[int, ...]] = {}
+        shapes: dict[Path, tuple[int, ...]] = {}
         for image_index in spread_indices(self.num_images):
+            path = self.root / self.source.names[image_index]
             # An unreadable file is reported later, when its shard is read.
             with suppress(OSError, ValueError, EOFError, AttributeError):
-                stored = np.load(self.root / self.source.names[image_index], mmap_mode="r")
-                shapes[image_index] = stored.shape
+                shapes[path] = np.load(path, mmap_mode="r").shape
         if not shapes:
             raise UserError(f"SRC {self.root}: none of the sampled files can be read")
-        [(shape, _)] = Counter(shapes.values()).most_common(1)
-        example = next(index for index, other in shapes.items() if other == shape)
-        path = self.root / self.source.names[example]
+        shape = mode(shapes.values())
+        path = next(path for path, other in shapes.items() if other == shape)
 
         channels = self.vae.channels
         if len(shape) == 4 and shape[0] == 1:
@@ -190,25 +188,23 @@ class ImportJob(CacheJob):
         return torch.from_numpy(image.pixels.copy())
 
 
+def is_moments_name(name: str) -> bool:
+    """Return whether a file is a .npy file that is not hidden."""
+    return name.endswith(".npy") and not name.startswith(".")
+
+
 def open_moments(root: Path) -> ImageSource:
     """List the .npy files under a folder with the classes that its dataset.json assigns.
 
     Raises:
         UserError: There are no files, or dataset.json is missing or does not match the files.
     """
-    names = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders.sort()
-        prefix = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
-        names += [
-            prefix + file for file in files if file.endswith(".npy") and not file.startswith(".")
-        ]
+    names, _ = list_files(root, "SRC", is_moments_name)
     if not names:
         raise UserError(
             f"SRC {root} contains no .npy files; "
             "pass REPA's data folder, which contains vae-sd/00000/img-mean-std-*.npy"
         )
-    names.sort()
     label_file = root / "dataset.json"
     if not label_file.exists():
         raise UserError(

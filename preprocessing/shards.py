@@ -4,6 +4,7 @@ Shapes: n images of a shard, C latent channels, h x w latent size, S image side.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ def shard_file_name(shard_index: int) -> str:
     return f"{shard_index:05d}.npy"
 
 
+def iter_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield consecutive parts of an array that are small enough to convert to float64."""
+    for start in range(0, len(array), IMAGES_PER_CHUNK):
+        yield array[start : start + IMAGES_PER_CHUNK]
+
+
 def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     """Return the sums of z and z^2 per channel for z ~ posterior, using E[z^2] = mean^2 + std^2.
 
@@ -53,9 +60,8 @@ def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     total = np.zeros(channels)
     total_of_squares = np.zeros(channels)
     for array in arrays:
-        for start in range(0, len(array), IMAGES_PER_CHUNK):
-            chunk = array[start : start + IMAGES_PER_CHUNK].astype(np.float64)
-            mean, std = np.split(chunk, 2, axis=1)
+        for chunk in iter_chunks(array):
+            mean, std = np.split(chunk.astype(np.float64), 2, axis=1)
             total += mean.sum((0, 2, 3))
             total_of_squares += (mean**2 + std**2).sum((0, 2, 3))
     return {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}

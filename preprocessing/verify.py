@@ -29,7 +29,7 @@ from preprocessing.build import rebuild_shards
 from preprocessing.cache_job import CacheJob
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from preprocessing.repa_files import ImportJob, ImportSettings
-from preprocessing.shards import IMAGES_PER_CHUNK, channel_statistics, channel_sums
+from preprocessing.shards import channel_statistics, channel_sums, iter_chunks
 
 
 class Fault(NamedTuple):
@@ -150,8 +150,7 @@ def _expected_layout(
 def _describe_invalid_moments(moments: np.ndarray) -> str | None:
     """Describe the first invalid values in moments (n, 2C, h, w), if there are any."""
     channels = moments.shape[1] // 2
-    for start in range(0, len(moments), IMAGES_PER_CHUNK):
-        chunk = moments[start : start + IMAGES_PER_CHUNK]
+    for chunk in iter_chunks(moments):
         if not np.isfinite(chunk).all():
             return "contains values that are not finite"
         if (chunk[:, channels:] < 0).any():
