@@ -8,7 +8,7 @@ DEST/manifest.json            written last, when all shards are complete
 import json
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from common.files import discard_on_error, lock, write_file
 from common.image_grid import save_png
 from common.processes import World
 from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
-from preprocessing.cache_job import CacheJob, Plan, map_in_order
+from preprocessing.cache_job import CacheJob, Plan
 from preprocessing.shards import (
     Shard,
     ShardEntry,
@@ -95,7 +95,7 @@ def describe_differences(old: Plan, new: Plan) -> str:
 
 
 def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
-    """Return the manifest if DEST is a complete cache of this plan, and None if DEST has none.
+    """Return the manifest if DEST is a complete cache of this plan, or None if it is not complete.
 
     Raises:
         UserError: If the cache cannot be read or was made with other settings.
@@ -152,7 +152,7 @@ def lock_and_clean(dest: Path, resources: ExitStack) -> None:
     """Lock DEST for the first process, and remove files that were left incomplete.
 
     The locks of all ranks are tested, because the first process of another command may have been
-    killed while its other processes still run.
+    killed while its other processes are still running.
 
     Raises:
         UserError: If another command uses DEST, or DEST cannot be created.
@@ -265,8 +265,8 @@ def make_shards(
         job: The job of the cache.
         files: File names of the shards that all processes make together.
         world: The processes over which the shards are distributed.
-        on_written: Called with the manifest entry of each shard that has been written, also if a
-            later shard fails.
+        on_written: Called with the manifest entry of each shard after it has been written, even if
+            a later shard fails.
         entries_without_images: If given, images are added to existing shards. Maps the file names
             of these shards to their manifest entries.
     """
@@ -287,15 +287,21 @@ def make_shards(
         ThreadPoolExecutor(1) as writer,
         progress_bar(world, job.description, num_images) as progress,
     ):
-        shards = job.iter_shards(dest, local_indices, progress, only_images)
-        for _ in map_in_order(writer, write, shards, 1):
-            pass
+        pending: Future[None] | None = None
+        for shard in job.iter_shards(dest, local_indices, progress, only_images):
+            with discard_on_error(shard.images):
+                if pending:
+                    pending.result()
+            pending = writer.submit(write, shard)
+        if pending:
+            pending.result()
 
 
 def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
     """Make the missing shards of a cache, or the missing images of a complete cache.
 
-    While images are added, the cache stays valid and has no images. Call this on all processes.
+    While images are being added, the cache stays valid, but without images. Call this function on
+    all processes.
 
     Raises:
         UserError: If DEST contains another cache or is in use, or if the job fails.
@@ -374,13 +380,13 @@ def finish(dest: Path, manifest: Manifest) -> None:
 def rebuild_shards(
     dest: Path, job: CacheJob, shards: list[str], images: list[str], world: World
 ) -> list[str]:
-    """Make damaged shards of a complete cache again.
+    """Rebuild damaged shards of a complete cache.
 
     Args:
         dest: Folder of the cache.
         job: The job that created the cache.
-        shards: File names of shards to make again.
-        images: File names of shards of which only the images are made again.
+        shards: File names of the shards to rebuild.
+        images: File names of the shards whose images alone are rebuilt.
         world: All processes of this command.
 
     Returns:

@@ -184,7 +184,7 @@ class CacheJob(ABC):
         Args:
             dest: Folder of the cache, for the files of images.
             shard_indices: The shards to make, in this order.
-            progress: Called after every few images with their number.
+            progress: Called with the number of images just processed.
             only_images: Whether only the images and the data that `add_images` compares are
                 needed.
 
@@ -257,7 +257,7 @@ class CacheJob(ABC):
             raise UserError(f"{line}; {remedy}")
 
     def make_preview(self) -> tuple[Image.Image, str]:
-        """Draw images from across the source; return preview.png and one line of text about it."""
+        """Return preview.png, with images from across the source, and one line of text about it."""
         rows = []
         for image_index in spread_indices(self.num_images):
             with suppress(BadImage, UnreadableImage):

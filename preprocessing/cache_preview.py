@@ -12,7 +12,7 @@ from common.image_grid import draw_labelled_grid
 from models.autoencoder import Autoencoder
 
 NUM_IMAGES = 8
-MIN_PSNR = 20.0  # dB; a VAE that was trained on similar images reaches more
+MIN_PSNR = 20.0  # dB; a VAE that was trained on similar images exceeds it
 
 
 class PreviewRow(NamedTuple):

@@ -1,7 +1,7 @@
 """Store the features of an image encoder for the images of a latent cache, for --align repa.
 
     python -m preprocessing.encode_features data/small --encoder vit_base_patch14_dinov2.lvd142m
-    torchrun --nproc_per_node 8 -m preprocessing.encode_features data/small ... (the same)
+    torchrun --nproc_per_node 8 -m preprocessing.encode_features data/small ... (the same flags)
 
 Stored features save time if the encoder is more expensive than the training itself, which is the
 case for small data sets and small machines. For ImageNet and DINOv2-B they would take 504 GB

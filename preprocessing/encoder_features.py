@@ -51,7 +51,7 @@ def build_features(
         manifest: The manifest of the cache.
         dest: The folder of the features.
         plan: The entries of features.json that identify the encoder.
-        encode: A function from images (B, 3, R, R) uint8, in host memory, to tokens (B, N, D).
+        encode: Maps images (B, 3, R, R) uint8, in host memory, to tokens (B, N, D).
         batch_size: The number of images per forward pass.
         world: The processes of this command.
 

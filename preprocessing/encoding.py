@@ -142,8 +142,8 @@ def select_device(device: str, world: World) -> torch.device:
 def default_batch_size(resolution: int, device: torch.device) -> int:
     """Return the default batch size.
 
-    A batch has as many pixels as 64 images of 256x256 on a GPU, or as 4 on the CPU, where each
-    thread computes a batch; and at most MAX_BATCH_SIZE images.
+    On a GPU, a batch has as many pixels as 64 images of 256x256. On the CPU, where each thread
+    computes its own batch, it has as many as 4 such images. The limit is MAX_BATCH_SIZE images.
     """
     images_of_256 = 64 if device.type == "cuda" else 4
     return max(1, min(MAX_BATCH_SIZE, images_of_256 * 256**2 // resolution**2))
@@ -204,7 +204,7 @@ class EncodingJob(CacheJob):
             self.plan["seed"] = None
 
     def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
-        """Yield batches, see CacheJob. If only_images, encode only the first batch of a shard."""
+        """Yield batches (see CacheJob). If only_images, encode only the first batch of a shard."""
 
         def encode(batch: Batch) -> Batch:
             is_first_in_shard = batch.image_indices.start % self.settings.shard_size == 0
@@ -266,7 +266,7 @@ class EncodingJob(CacheJob):
         return moments.copy_(values, non_blocking=True)
 
     def read_preview_row(self, image_index: int) -> tuple[Tensor, Tensor]:
-        """Return an image and its moments in the dtype of the cache, see CacheJob."""
+        """Return an image and its moments in the dtype of the cache (see CacheJob)."""
         image = torch.from_numpy(self.reader.read(self.source, image_index).pixels.copy())
         moments = self._encode(image[None].to(self.device))
         if self.device.type == "cuda":

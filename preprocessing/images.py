@@ -28,7 +28,7 @@ MIN_CROP_FRACTION = 0.8  # smallest part of the shorter side that a random crop 
 MAX_PIXELS = 89_478_485  # limit of PIL: a quarter of a gigabyte of RGB values
 
 
-class BadImage(ValueError):  # noqa: N818  jobs also return it as a value
+class BadImage(ValueError):  # noqa: N818  the program is not at fault
     """The image cannot be used; the message is the reason."""
 
 
@@ -99,7 +99,7 @@ class SquareReader:
 
     def _decode(self, file: BinaryIO, image_index: int) -> DecodedImage:
         with Image.open(file, formats=FORMATS) as image:
-            # MPO is a JPEG with further images behind it, for example a depth map from a phone.
+            # MPO is a JPEG followed by further images, for example a depth map from a phone.
             image_format = "JPEG" if image.format == "MPO" else image.format
             kinds = [f"{image_format} {image.mode}"]
             if getattr(image, "is_animated", False) and image.format != "MPO":
@@ -127,7 +127,8 @@ class SquareReader:
 def is_caused_by_file(error: OSError) -> bool:
     """Return whether an OSError is caused by the file rather than by the disk or the machine.
 
-    A missing file existed when the source was listed, so only a broken symlink counts as the cause.
+    Every file existed when the source was listed. Hence a missing file indicates a problem with the
+    disk, unless it is a broken symlink.
     """
     if error.errno == errno.ENOENT:
         return error.filename is not None and Path(error.filename).is_symlink()
@@ -135,7 +136,7 @@ def is_caused_by_file(error: OSError) -> bool:
 
 
 def _resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
-    """Halve with a box filter while the image is twice too large, then resize bicubically."""
+    """Halve the image with a box filter while it is twice too large, then resize bicubically."""
     while min(image.size) >= 2 * length:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = length / min(image.size)
@@ -224,7 +225,7 @@ def format_image_error(
     reason: Exception | str,
     problem: str = "cannot be used",
 ) -> str:
-    """Return an error message in one line that names the flag, the source and the image."""
+    """Return a one-line error message that names the flag, the source and the image."""
     name = source.names[image_index]
     printable_name = name if name.isprintable() else ascii(name)
     return f"{flag} {source.root}: {printable_name} {problem} ({reason})"

@@ -149,7 +149,7 @@ def _index_names(
 
 
 def _parse_index(value: object) -> int | None:
-    """Return a class index, also if pandas has written it as 1.0, or None for other values."""
+    """Return a class index, also for 1.0 (as pandas writes it), or None for other values."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}(\.0)?", value):
@@ -209,7 +209,7 @@ def summarize_names(names: list[str]) -> str:
 
 
 def labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
-    """Take the first component of each path as its class; images without a folder are one class.
+    """Use the first folder of each path as its class; images outside of folders form one class.
 
     Returns:
         The labels, (n,) int64, and the sorted names of all classes.

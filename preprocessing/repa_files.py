@@ -4,7 +4,7 @@
     vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-...npy", class], ...]}
     images/00000/img00000000.png            the encoded image, for preview.png and --keep-images
 
-C latent channels, h w latent height and width, R image resolution.
+C latent channels, h x w latent size, R image resolution.
 
 The reasons of BadImage are stored in skipped.jsonl and are compared with those of existing caches,
 so they must not be reworded.
@@ -87,13 +87,13 @@ class ImportJob(CacheJob):
         self.record(self.shape[1] * self.vae.downsampling_factor, "as imported")
 
     def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
-        """Yield a batch per image, see CacheJob. Moments are always read, because that is cheap."""
+        """Yield one batch per image (see CacheJob). Moments are always read, which is cheap."""
         image_indices = chain.from_iterable(shards)
         with ThreadPoolExecutor(READER_THREADS) as pool:
             yield from map_in_order(pool, self._read_image, image_indices, 4 * READER_THREADS)
 
     def read_preview_row(self, image_index: int) -> tuple[Tensor | None, Tensor]:
-        """Return the image if it exists, and its moments, see CacheJob."""
+        """Return the image if it exists, and its moments (see CacheJob)."""
         moments = self._read_moments(image_index).astype(self.settings.dtype)
         pixels = None
         with suppress(BadImage):

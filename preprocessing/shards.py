@@ -15,7 +15,7 @@ from common.files import NpyWriter, write_array
 
 IMAGES_PER_CHUNK = 256  # images that are converted to float64 at a time
 # Largest mean difference of an image's moments from the stored ones, relative to their standard
-# deviation. Another machine or batch size stays below it; another image does not.
+# deviation. Another machine or batch size causes smaller differences; another image, larger ones.
 MAX_RELATIVE_DIFFERENCE = 0.05
 ShardEntry = dict[str, Any]  # entry of a shard in manifest.json
 

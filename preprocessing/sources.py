@@ -370,8 +370,8 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
     """Yield the images and label files of a tar file; a tar file inside it acts as a folder.
 
     Raises:
-        tarfile.TarError: The file is damaged or truncated. tarfile itself takes an unreadable
-            header for the end of the file.
+        tarfile.TarError: The file is damaged or truncated. tarfile itself treats an unreadable
+            header as the end of the file.
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for entry in archive:
@@ -414,7 +414,7 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
             with file.open("rb") as stream:
                 for member in _iter_members(stream, file_index):
                     if member.label_file is None:
-                        # Of several entries with the same name, the last counts, as in tar.
+                        # As in tar, the last of several entries with one name takes precedence.
                         images[prefix + member.name] = member
                     elif member.name.endswith(".cls"):
                         key = prefix + member.name.removesuffix(".cls")

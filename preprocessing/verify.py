@@ -94,7 +94,7 @@ def find_all_faults(root: Path, manifest: Manifest) -> dict[str, list[Fault]]:
 
 
 def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault]:
-    """Return the faults of a shard, given its entry in the manifest; an intact shard has none."""
+    """Return the faults of a shard, given its entry in the manifest."""
     # Compare each file with its sha256 and its expected shape.
     faults = []
     arrays = {}
