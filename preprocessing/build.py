@@ -255,24 +255,27 @@ def make_shards(
     job: CacheJob,
     files: list[str],
     world: World,
-    on_written: Callable[[ShardEntry], None],
     entries_without_images: dict[str, ShardEntry] | None = None,
-) -> None:
-    """Make this process's share of the shards. Each is written while the next one is made.
+    keep_records: bool = False,
+) -> dict[str, ShardEntry]:
+    """Make shards, divided among all processes. Each is written while the next one is made.
 
     Args:
         dest: Folder of the cache.
         job: The job of the cache.
-        files: File names of the shards that all processes make together.
-        world: The processes over which the shards are distributed.
-        on_written: Called with the manifest entry of each shard after it has been written, even if
-            a later shard fails.
+        files: File names of the shards.
+        world: The processes among which the shards are divided.
         entries_without_images: If given, images are added to existing shards. Maps the file names
             of these shards to their manifest entries.
+        keep_records: Whether to record each complete shard, so that the work can be resumed.
+
+    Returns:
+        The manifest entries of the shards by file name, on all processes.
     """
     local_files = files[world.rank :: world.num_processes]
     local_indices = [int(Path(file).stem) for file in local_files]
     only_images = entries_without_images is not None
+    local_entries: dict[str, ShardEntry] = {}
 
     def write(shard: Shard) -> None:
         with discard_on_error(shard.images):
@@ -280,7 +283,9 @@ def make_shards(
                 entry = write_shard(dest, shard)
             else:
                 entry = add_images(dest, entries_without_images[shard.file], shard)
-        on_written(entry)
+        if keep_records:
+            write_record(dest, entry)
+        local_entries[shard.file] = entry
 
     num_images = sum(len(job.image_range(k)) for k in local_indices)
     with (
@@ -295,6 +300,7 @@ def make_shards(
             pending = writer.submit(write, shard)
         if pending:
             pending.result()
+    return dict(ChainMap(*world.all_gather(local_entries)))
 
 
 def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
@@ -330,18 +336,12 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
             print(f"{dest / 'preview.png'}: {description}", flush=True)
         return missing
 
-    local_entries: dict[str, ShardEntry] = {}
-
-    def record(entry: ShardEntry) -> None:
-        write_record(dest, entry)
-        local_entries[entry["file"]] = entry
-
     with lock_destination(dest, world, begin) as missing:
-        make_shards(dest, job, missing, world, record, entries_without_images)
-
+        new_entries = make_shards(
+            dest, job, missing, world, entries_without_images, keep_records=True
+        )
         # A network disk may not show the records yet that other processes have just written, so
         # read only the records of earlier runs.
-        new_entries = ChainMap(*world.all_gather(local_entries))
         if world.rank == 0:
             entries = [new_entries.get(file) or read_record(dest, file) for file in files]
             if manifest:
@@ -404,15 +404,9 @@ def rebuild_shards(
         )
     check_same_plan(job, world)
     old_entries = {entry["file"]: entry for entry in manifest.shards}
-    local_entries: dict[str, ShardEntry] = {}
-
-    def collect(entry: ShardEntry) -> None:
-        local_entries[entry["file"]] = entry
-
     with lock_destination(dest, world, lambda: None):
-        make_shards(dest, job, shards, world, collect)
-        make_shards(dest, job, images, world, collect, old_entries)
-        new_entries = ChainMap(*world.all_gather(local_entries))
+        new_entries = make_shards(dest, job, shards, world)
+        new_entries |= make_shards(dest, job, images, world, old_entries)
         if world.rank == 0:
             entries = [new_entries.get(entry["file"], entry) for entry in all_entries(manifest)]
             finish(dest, make_manifest(job, entries))
