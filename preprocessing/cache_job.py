@@ -1,4 +1,4 @@
-"""The base class of jobs that make the shards of a cache, and the records that identify a cache.
+"""The base class of the jobs that make the shards of a cache from batches of images.
 
 Shapes: B images of a batch, C latent channels, h x w latent size, S image side.
 """
@@ -57,9 +57,9 @@ class Batch:
     Attributes:
         image_indices: Indices of the images in the source, including those that cannot be used.
         pixels: (B, 3, S, S) uint8, without the images that cannot be used. Empty if not needed.
-        bad_images: Reasons by the indices of the images that cannot be used.
-        unreadable: Reason by the index of an image that could not be read, so that the batch is
-            incomplete.
+        bad_images: The reason for each image that cannot be used, by image index.
+        unreadable: The reason for an image that could not be read, by image index. If there is one,
+            the batch is incomplete.
         kinds: Number of images of each kind.
         moments: Array (B, 2C, h, w) by folder; empty if there are none, or if they are not needed.
         copy_done: If set, the event that marks the end of the copy of the moments from the GPU.
@@ -189,7 +189,7 @@ class CacheJob(ABC):
                 needed.
 
         Raises:
-            UserError: If an image could not be read, or cannot be used and is not to be skipped.
+            UserError: If an image could not be read, or cannot be used and is not skipped.
         """
         shards = [self.image_range(k) for k in shard_indices]
         side = self.manifest_fields["resolution"]
@@ -226,15 +226,12 @@ class CacheJob(ABC):
             batch = next(batches)
             progress(len(batch.image_indices))
             remaining -= len(batch.image_indices)
-            remedy = "fix the problem and rerun the same command"
-            self._raise_first(batch.unreadable, "could not be read", remedy)
-            if not self.settings.skip_bad:
-                remedy = "fix the file or pass --skip-bad"
-                self._raise_first(batch.bad_images, "cannot be used", remedy)
+            self._check(batch)
             skipped += [
                 {"file": self.source.names[image_index], "shard": file, "reason": reason}
                 for image_index, reason in batch.bad_images.items()
             ]
+            start = len(good_indices)
             good_indices += [i for i in batch.image_indices if i not in batch.bad_images]
             kinds.update(batch.kinds)
             if images and len(batch.pixels):
@@ -242,17 +239,24 @@ class CacheJob(ABC):
             if batch.copy_done:
                 batch.copy_done.synchronize()
             if batch.moments:
-                rows = slice(num_encoded, len(good_indices))
-                num_encoded = rows.stop
-                for folder, moments in batch.moments.items():
-                    arrays[folder][rows] = moments
+                num_encoded = len(good_indices)
+            for folder, moments in batch.moments.items():
+                arrays[folder][start:num_encoded] = moments
         arrays = {folder: array[:num_encoded] for folder, array in arrays.items()}
         arrays["labels"] = self.source.labels[good_indices].astype(np.int64)
         return Shard(file, arrays, skipped, kinds, images)
 
-    def _raise_first(self, failures: dict[int, str], problem: str, remedy: str) -> None:
-        """Raise UserError about the first of these images, if there are any."""
-        for image_index, reason in failures.items():
+    def _check(self, batch: Batch) -> None:
+        """Raise UserError if an image could not be read, or cannot be used and is not skipped."""
+        failures = batch.unreadable
+        problem = "could not be read"
+        remedy = "fix the problem and rerun the same command"
+        if not failures and not self.settings.skip_bad:
+            failures = batch.bad_images
+            problem = "cannot be used"
+            remedy = "fix the file or pass --skip-bad"
+        if failures:
+            image_index, reason = next(iter(failures.items()))
             line = format_image_error(self.source_flag, self.source, image_index, reason, problem)
             raise UserError(f"{line}; {remedy}")
 

@@ -209,7 +209,7 @@ def load_square(source: ImageSource, image_index: int, side: int) -> np.ndarray:
 
 
 def load_square_or_user_error(
-    source: ImageSource, image_index: int, side: int, flag: str = "--reference"
+    source: ImageSource, image_index: int, side: int, flag: str
 ) -> np.ndarray:
     """Return a center-cropped image, (3, side, side) uint8. Raise UserError if that fails."""
     try:
