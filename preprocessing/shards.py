@@ -29,7 +29,7 @@ class Shard(NamedTuple):
             (n,) int64.
         skipped: {file, shard, reason} of each image that cannot be used.
         kinds: Number of images of each kind.
-        images: (n, 3, S, S) uint8 if images are kept. The rows are on disk, but not yet committed.
+        images: (n, 3, S, S) uint8 if images are kept; written to disk, but not yet committed.
     """
 
     file: str

@@ -89,7 +89,7 @@ cli.run(encode_latents.main)
 
 
 def running_processes(dest: Path) -> list[int]:
-    """Return the launcher, encoding and decoding processes: `dest` is in their command lines."""
+    """Return the ids of all processes (launcher, encoders, decoders) with `dest` as an argument."""
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -175,7 +175,7 @@ sys.stdin.read()
 
 
 def test_cache_in_use_is_refused(call, tree, vae_folder, tmp_path):
-    """The first process of the other command has ended, but its second process still runs."""
+    """The first process of the other command has ended, but its second process is still running."""
     path = tmp_path / "data/partial/lock.1"
     path.parent.mkdir(parents=True)
     command = [sys.executable, "-c", LOCK_HOLDER, str(path)]
@@ -435,7 +435,7 @@ def test_out_of_memory_gives_an_error_of_one_line(call, tree, vae_folder, tmp_pa
 
 
 def test_bytes_do_not_depend_on_the_number_of_torch_threads(call, tmp_path):
-    """A convolution or a norm sums in another order on two threads."""
+    """With two threads, convolutions and norms sum in another order."""
     flags = [*FASHION_FLAGS, "--vae", FASHION_MNIST / "vae", "--limit", 42, "--batch-size", 7]
     try:
         for threads in (1, 2):

@@ -22,7 +22,7 @@ from tests.preprocessing.test_import_repa import make_repa_folder
 
 @pytest.fixture(scope="module")
 def make_cache(tmp_path_factory, tree, vae_folder):
-    """make_cache(keep_images=..., flip=...) returns a cache that is created only once."""
+    """Return a function that returns a cache and creates it only in the first call."""
     root = tmp_path_factory.mktemp("kept")
 
     def make(keep_images=False, flip=False):

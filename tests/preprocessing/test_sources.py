@@ -219,7 +219,7 @@ def test_csv_assigns_class_indices_to_images(tmp_path):
 
 
 def test_csv_of_a_spreadsheet_is_accepted(tmp_path, expected):
-    """It has a byte order mark, CRLF, quotes and spaces."""
+    """Spreadsheets write a byte order mark, CRLF, quotes and spaces."""
     rows = "".join(f'"{name}" , {CLASSES[label]}\r\n' for name, label in FLAT_LABELS.items())
     (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
