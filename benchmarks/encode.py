@@ -11,7 +11,6 @@ batches after decoding; its time relative to `encode_latents` is the utilisation
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,14 +35,8 @@ from common import cli
 from common.processes import World
 from models.autoencoder import Autoencoder
 from preprocessing.build import build_cache
-from preprocessing.encoding import (
-    PRECISIONS,
-    DecodedBatch,
-    EncodingJob,
-    EncodingSettings,
-    default_batch_size,
-    map_in_order,
-)
+from preprocessing.cache_job import Batch, map_in_order
+from preprocessing.encoding import PRECISIONS, EncodingJob, EncodingSettings, default_batch_size
 from preprocessing.images import SquareReader
 from training.throughput import measure_matmul_rate
 
@@ -121,19 +114,12 @@ def make_photographs(folder: Path, num_images: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=90)
 
 
-def decode_batches(job: EncodingJob, reader: SquareReader, num_images: int) -> list[DecodedBatch]:
+def decode_batches(job: EncodingJob, reader: SquareReader, num_images: int) -> list[Batch]:
     """Read all images into memory, in the batches of the job."""
     images = [reader.read(job.source, i).pixels for i in range(num_images)]
     batches = []
     for pixels in torch.from_numpy(np.stack(images)).split(job.batch_size):
-        batch = DecodedBatch(
-            shard_index=0,
-            num_read=len(pixels),
-            pixels=pixels,
-            labels=np.zeros(len(pixels)),
-            bad_images=[],
-            kinds=Counter(),
-        )
+        batch = Batch(range(len(pixels)), pixels)
         batches.append(batch.pin_memory() if job.device.type == "cuda" else batch)
     return batches
 
@@ -214,7 +200,7 @@ def main() -> None:
         make_photographs(root / "images/class", args.images)
         vae = args.vae or str(make_random_vae(root / "vae"))
         settings = EncodingSettings(
-            str(root / "images"),
+            root / "images",
             resolution=args.resolution,
             vae=vae,
             precision=args.precision,

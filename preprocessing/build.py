@@ -6,16 +6,15 @@ DEST/manifest.json            written last, when all shards are complete
 """
 
 import json
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from common.cli import UserError
@@ -23,6 +22,7 @@ from common.files import discard_on_error, lock, write_file
 from common.image_grid import save_png
 from common.processes import World
 from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
+from preprocessing.cache_job import CacheJob, Plan
 from preprocessing.shards import (
     Shard,
     ShardEntry,
@@ -32,63 +32,11 @@ from preprocessing.shards import (
     write_shard,
 )
 
-Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of features
-
 # Defaults of settings that plans written by older versions do not contain.
 PLAN_DEFAULTS = {"keep_images": False}
 # Settings that may differ when a command is rerun on a complete cache: the first two change at most
 # the last bit of a moment, and images can be added.
 FREE_SETTINGS = ("batch_size", "shard_size", "keep_images")
-
-
-class CacheJob(Protocol):
-    """Makes the shards of a cache.
-
-    Attributes:
-        plan: All settings that determine the bytes of the shards. Shards of different plans are
-            never mixed.
-        settings: Settings to create the same job again, stored in the manifest.
-        manifest_fields: Fields of the manifest that do not depend on the shards.
-        num_images: Number of images of the source, including those that cannot be used.
-        shard_size: Number of images per shard, except for the last one.
-        description: Label of the progress bar.
-    """
-
-    plan: Plan
-    settings: dict[str, Any]
-    manifest_fields: dict[str, Any]
-    num_images: int
-    shard_size: int
-    description: str
-
-    def iter_shards(
-        self,
-        dest: Path,
-        shard_indices: list[int],
-        progress: Callable[[int], None],
-        only_images: bool,
-    ) -> Iterator[tuple[int, Shard]]:
-        """Make shards.
-
-        Args:
-            dest: Folder of the cache, for the files of images.
-            shard_indices: The shards to make, in this order.
-            progress: Called after every few images with their number.
-            only_images: Whether only the images and the data that `add_images` compares are
-                needed.
-
-        Yields:
-            The index of each shard and the shard.
-        """
-
-    def make_preview(self) -> tuple[Image.Image, str]:
-        """Return the content of preview.png, and one line of text about it."""
-
-
-def image_range(job: CacheJob, shard_index: int) -> range:
-    """Return the indices of a shard's images in the source."""
-    start = shard_index * job.shard_size
-    return range(start, min(start + job.shard_size, job.num_images))
 
 
 def all_entries(manifest: Manifest) -> list[ShardEntry]:
@@ -105,7 +53,7 @@ def make_manifest(job: CacheJob, entries: list[ShardEntry]) -> Manifest:
     """
     nonempty = [entry for entry in entries if entry["count"]]
     if not nonempty:
-        raise UserError(f"{job.settings['source']}: none of the images can be used")
+        raise UserError(f"{job.recorded_settings['source']}: none of the images can be used")
     kinds: Counter[str] = Counter()
     for entry in entries:
         kinds.update(entry["kinds"])
@@ -120,7 +68,7 @@ def make_manifest(job: CacheJob, entries: list[ShardEntry]) -> Manifest:
         mean=mean.tolist(),
         std=std.tolist(),
         shards=nonempty,
-        encoding=job.settings | {"plan": job.plan, "empty": empty},
+        encoding=job.recorded_settings | {"plan": job.plan, "empty": empty},
     )
 
 
@@ -147,7 +95,7 @@ def describe_differences(old: Plan, new: Plan) -> str:
 
 
 def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
-    """Return the manifest if DEST is a complete cache of this plan, and None if DEST has none.
+    """Return the manifest if DEST is a complete cache of this plan, or None if it is not complete.
 
     Raises:
         UserError: If the cache cannot be read or was made with other settings.
@@ -204,7 +152,7 @@ def lock_and_clean(dest: Path, resources: ExitStack) -> None:
     """Lock DEST for the first process, and remove files that were left incomplete.
 
     The locks of all ranks are tested, because the first process of another command may have been
-    killed while its other processes still run.
+    killed while its other processes are still running.
 
     Raises:
         UserError: If another command uses DEST, or DEST cannot be created.
@@ -230,32 +178,28 @@ def lock_and_clean(dest: Path, resources: ExitStack) -> None:
             incomplete.unlink()
 
 
-def lock_destination(
-    world: World, resources: ExitStack, dest: Path, begin: Callable[[], Any]
-) -> Any:
-    """Lock DEST on all processes, and return the result of `begin`.
+@contextmanager
+def lock_destination(dest: Path, world: World, begin: Callable[[], Any]) -> Iterator[Any]:
+    """Lock DEST on all processes, and yield the result of `begin` on all processes.
 
     Args:
-        world: All processes of this command.
-        resources: Releases the locks when it is closed.
         dest: Folder of a cache or of features.
+        world: All processes of this command.
         begin: Called on the first process, after it has locked DEST.
-
-    Returns:
-        The result of `begin`, on all processes.
 
     Raises:
         UserError: If another command uses DEST, or DEST cannot be created.
     """
+    with ExitStack() as resources:
 
-    def lock_and_begin() -> Any:
-        lock_and_clean(dest, resources)
-        return begin()
+        def lock_and_begin() -> Any:
+            lock_and_clean(dest, resources)
+            return begin()
 
-    result = world.run_on_first_rank(lock_and_begin)
-    if world.rank:
-        resources.enter_context(lock(dest / "partial" / f"lock.{world.rank}"))
-    return result
+        result = world.run_on_first_rank(lock_and_begin)
+        if world.rank:
+            resources.enter_context(lock(dest / "partial" / f"lock.{world.rank}"))
+        yield result
 
 
 def check_same_plan(job: CacheJob, world: World) -> None:
@@ -269,6 +213,36 @@ def check_same_plan(job: CacheJob, world: World) -> None:
             )
 
 
+@contextmanager
+def progress_bar(
+    world: World, description: str, num_local_images: int
+) -> Iterator[Callable[[int], None]]:
+    """Show the progress of all processes on the first one, assuming that they are equally fast.
+
+    Yields:
+        A function to call with each number of images that this process has finished.
+    """
+    with tqdm(
+        total=num_local_images * world.num_processes,
+        unit="img",
+        desc=description,
+        disable=world.rank > 0,
+        smoothing=0.05,
+    ) as bar:
+        yield lambda num_images: bar.update(num_images * world.num_processes)
+
+
+def read_record(dest: Path, file: str) -> ShardEntry:
+    """Return the record of a shard of unfinished work, or {} if the shard is not complete."""
+    path = dest / "partial" / f"{file}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_record(dest: Path, entry: ShardEntry) -> None:
+    """Record that a shard of unfinished work is complete."""
+    write_file(dest / "partial" / f"{entry['file']}.json", json.dumps(entry).encode())
+
+
 def remove_partial_records(dest: Path) -> None:
     """Remove the records of an unfinished cache."""
     for file in (dest / "partial").iterdir():
@@ -279,64 +253,61 @@ def remove_partial_records(dest: Path) -> None:
 def make_shards(
     dest: Path,
     job: CacheJob,
-    shard_indices: list[int],
+    files: list[str],
     world: World,
-    on_written: Callable[[int, ShardEntry], None],
     entries_without_images: dict[str, ShardEntry] | None = None,
-) -> None:
-    """Make this process's share of the shards. Each is written while the next one is made.
+    keep_records: bool = False,
+) -> dict[str, ShardEntry]:
+    """Make shards, divided among all processes. Each is written while the next one is made.
 
     Args:
         dest: Folder of the cache.
         job: The job of the cache.
-        shard_indices: The shards that all processes make together.
-        world: The processes over which the shards are distributed.
-        on_written: Called with index and manifest entry of each shard that has been written, also
-            if a later shard fails.
+        files: File names of the shards.
+        world: The processes among which the shards are divided.
         entries_without_images: If given, images are added to existing shards. Maps the file names
             of these shards to their manifest entries.
-    """
-    local_indices = shard_indices[world.rank :: world.num_processes]
-    num_images = sum(len(image_range(job, k)) for k in local_indices) * world.num_processes
-    only_images = entries_without_images is not None
+        keep_records: Whether to record each complete shard, so that the work can be resumed.
 
-    def write(shard_index: int, shard: Shard) -> None:
+    Returns:
+        The manifest entries of the shards by file name, on all processes.
+    """
+    local_files = files[world.rank :: world.num_processes]
+    local_indices = [int(Path(file).stem) for file in local_files]
+    only_images = entries_without_images is not None
+    local_entries: dict[str, ShardEntry] = {}
+
+    def write(shard: Shard) -> None:
         with discard_on_error(shard.images):
             if entries_without_images is None:
-                entry = write_shard(dest, shard_index, shard)
+                entry = write_shard(dest, shard)
             else:
-                stored_entry = entries_without_images[shard_file_name(shard_index)]
-                entry = add_images(dest, stored_entry, shard)
-        on_written(shard_index, entry)
+                entry = add_images(dest, entries_without_images[shard.file], shard)
+        if keep_records:
+            write_record(dest, entry)
+        local_entries[shard.file] = entry
 
+    num_images = sum(len(job.image_range(k)) for k in local_indices)
     with (
         ThreadPoolExecutor(1) as writer,
-        tqdm(
-            total=num_images,
-            unit="img",
-            desc=job.description,
-            disable=world.rank > 0,
-            smoothing=0.05,
-        ) as bar,
+        progress_bar(world, job.description, num_images) as progress,
     ):
-
-        def progress(images: int) -> None:
-            bar.update(images * world.num_processes)
-
         pending: Future[None] | None = None
-        for shard_index, shard in job.iter_shards(dest, local_indices, progress, only_images):
+        for shard in job.iter_shards(dest, local_indices, progress, only_images):
             with discard_on_error(shard.images):
-                if pending is not None:
+                if pending:
                     pending.result()
-            pending = writer.submit(write, shard_index, shard)
-        if pending is not None:
+            pending = writer.submit(write, shard)
+        if pending:
             pending.result()
+    return dict(ChainMap(*world.all_gather(local_entries)))
 
 
 def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
     """Make the missing shards of a cache, or the missing images of a complete cache.
 
-    While images are added, the cache stays valid and has no images. Call this on all processes.
+    While images are being added, the cache stays valid, but without images. Call this function on
+    all processes.
 
     Raises:
         UserError: If DEST contains another cache or is in use, or if the job fails.
@@ -346,51 +317,52 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
     if manifest and (manifest.images or not job.plan["keep_images"]):
         return manifest
 
-    shard_indices = list(range(-(-job.num_images // job.shard_size)))
     entries_without_images = None
+    files = [shard_file_name(k) for k in range(-(-job.num_images // job.settings.shard_size))]
     if manifest:
         entries_without_images = {entry["file"]: entry for entry in manifest.shards}
-        shard_indices = [k for k in shard_indices if shard_file_name(k) in entries_without_images]
-    records = {k: dest / "partial" / f"{shard_file_name(k)}.json" for k in shard_indices}
+        files = list(entries_without_images)
 
-    def is_complete(shard_index: int) -> bool:
-        if not records[shard_index].exists():
-            return False
-        folders = json.loads(records[shard_index].read_text())["sha256"]
-        return all((dest / folder / shard_file_name(shard_index)).exists() for folder in folders)
+    def is_complete(file: str) -> bool:
+        record = read_record(dest, file)
+        return bool(record) and all((dest / folder / file).exists() for folder in record["sha256"])
 
-    def begin() -> list[int]:
+    def begin() -> list[str]:
         check_or_record_plan(dest, job.plan)
-        missing = [k for k in shard_indices if not is_complete(k)]
+        missing = [file for file in files if not is_complete(file)]
         if missing and not manifest and not (dest / "preview.png").exists():
             preview, description = job.make_preview()
             save_png(preview, dest / "preview.png")
             print(f"{dest / 'preview.png'}: {description}", flush=True)
         return missing
 
-    entries: dict[int, ShardEntry] = {}
-
-    def record(shard_index: int, entry: ShardEntry) -> None:
-        write_file(records[shard_index], json.dumps(entry).encode())
-        entries[shard_index] = entry
-
-    with ExitStack() as resources:
-        missing = lock_destination(world, resources, dest, begin)
-        make_shards(dest, job, missing, world, record, entries_without_images)
-
+    with lock_destination(dest, world, begin) as missing:
+        new_entries = make_shards(
+            dest, job, missing, world, entries_without_images, keep_records=True
+        )
         # A network disk may not show the records yet that other processes have just written, so
         # read only the records of earlier runs.
-        new_entries = {k: entry for part in world.all_gather(entries) for k, entry in part.items()}
         if world.rank == 0:
-            all_shards = [
-                new_entries.get(k) or json.loads(records[k].read_text()) for k in shard_indices
-            ]
+            entries = [new_entries.get(file) or read_record(dest, file) for file in files]
             if manifest:
-                manifest = manifest_with_images(manifest, all_shards)
+                manifest = manifest_with_images(manifest, entries)
             else:
-                manifest = make_manifest(job, all_shards)
+                manifest = make_manifest(job, entries)
             finish(dest, manifest)
         return world.broadcast(manifest)
+
+
+def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
+    """Build a cache, and print a summary, or that the cache was complete before."""
+    path = dest / "manifest.json"
+    old_manifest = path.read_bytes() if path.exists() else b""
+    manifest = build_cache(dest, job, world)
+    if world.rank == 0:
+        if path.read_bytes() == old_manifest:
+            print(f"{dest} is complete: {manifest.count:,} images")
+        else:
+            print(format_summary(dest, manifest))
+    world.close()
 
 
 def finish(dest: Path, manifest: Manifest) -> None:
@@ -406,15 +378,15 @@ def finish(dest: Path, manifest: Manifest) -> None:
 
 
 def rebuild_shards(
-    dest: Path, job: CacheJob, shards: list[int], images: list[int], world: World
+    dest: Path, job: CacheJob, shards: list[str], images: list[str], world: World
 ) -> list[str]:
-    """Make damaged shards of a complete cache again.
+    """Rebuild damaged shards of a complete cache.
 
     Args:
         dest: Folder of the cache.
         job: The job that created the cache.
-        shards: Indices of shards to make again.
-        images: Indices of shards of which only the images are made again.
+        shards: File names of the shards to rebuild.
+        images: File names of the shards whose images alone are rebuilt.
         world: All processes of this command.
 
     Returns:
@@ -432,18 +404,9 @@ def rebuild_shards(
         )
     check_same_plan(job, world)
     old_entries = {entry["file"]: entry for entry in manifest.shards}
-    local_entries: dict[str, ShardEntry] = {}
-
-    def collect(_: int, entry: ShardEntry) -> None:
-        local_entries[entry["file"]] = entry
-
-    with ExitStack() as resources:
-        lock_destination(world, resources, dest, lambda: None)
-        make_shards(dest, job, shards, world, collect)
-        make_shards(dest, job, images, world, collect, old_entries)
-        new_entries = {
-            file: entry for part in world.all_gather(local_entries) for file, entry in part.items()
-        }
+    with lock_destination(dest, world, lambda: None):
+        new_entries = make_shards(dest, job, shards, world)
+        new_entries |= make_shards(dest, job, images, world, old_entries)
         if world.rank == 0:
             entries = [new_entries.get(entry["file"], entry) for entry in all_entries(manifest)]
             finish(dest, make_manifest(job, entries))

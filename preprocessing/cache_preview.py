@@ -1,7 +1,7 @@
 """Draw preview.png: images, their reconstructions and latents, to check a cache before training."""
 
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,21 @@ from common.image_grid import draw_labelled_grid
 from models.autoencoder import Autoencoder
 
 NUM_IMAGES = 8
-MIN_PSNR = 20.0  # dB; a VAE that was trained on similar images reaches more
+MIN_PSNR = 20.0  # dB; a VAE that was trained on similar images exceeds it
+
+
+class PreviewRow(NamedTuple):
+    """An image of a cache.
+
+    Attributes:
+        name: The label of the row.
+        image: (3, S, S) uint8, or None if the original image is not available.
+        moments: Moments of the image, (1, 2C, h, w). The posterior mean is decoded.
+    """
+
+    name: str
+    image: Tensor | None
+    moments: Tensor
 
 
 def spread_indices(count: int) -> list[int]:
@@ -41,37 +55,32 @@ def draw_latent(latent: Tensor, factor: int) -> Tensor:
     return colors.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
-def make_preview(
-    names: list[str], images: Sequence[Tensor | None], moments: list[Tensor], vae: Autoencoder
-) -> tuple[Image.Image, str]:
+def draw_preview(rows: list[PreviewRow], vae: Autoencoder) -> tuple[Image.Image, str]:
     """Draw one row per image: the image, its reconstruction, and its latent.
 
     Args:
-        names: Label of each row.
-        images: (3, S, S) uint8 each, or None where the original image is not available.
-        moments: Moments of each image, (1, 2C, h, w). The posterior mean is decoded.
+        rows: The images.
         vae: The VAE that is recorded in the cache.
 
     Returns:
         The preview, and one line of text with the PSNR and the standard deviation of the latents.
     """
-    if not names:
+    if not rows:
         return Image.new("RGB", (8, 8)), "none of the sampled images could be used"
-    rows = []
+    drawn_rows = []
     decibels = []
     latents = []
-    for name, image, stored in zip(names, images, moments):
-        latent = vae.scale.mean(stored.to(vae.vae.device))
+    for row in rows:
+        latent = vae.scale.mean(row.moments.to(vae.vae.device))
         reconstruction = vae.decode(latent)[0].cpu()
-        latent = latent[0].cpu()
-        latents.append(latent.flatten())
-        label = name[:24]
-        columns = [reconstruction, draw_latent(latent, vae.downsampling_factor)]
-        if image is not None:
-            columns.insert(0, image)
-            decibels.append(psnr(image, reconstruction))
+        latents.append(latent[0].cpu())
+        label = row.name[:24]
+        columns = [reconstruction, draw_latent(latents[-1], vae.downsampling_factor)]
+        if row.image is not None:
+            columns.insert(0, row.image)
+            decibels.append(psnr(row.image, reconstruction))
             label += f"  {decibels[-1]:.1f} dB"
-        rows.append((label, torch.stack(columns).permute(0, 2, 3, 1).numpy()))
+        drawn_rows.append((label, torch.stack(columns).permute(0, 2, 3, 1).numpy()))
 
     summary = f"{len(rows)} images"
     if decibels:
@@ -81,7 +90,7 @@ def make_preview(
     else:
         title = "Reconstruction, latent -3 to 3"
         summary += " decoded, but no original images to compare with"
-    summary += f", standard deviation of the latents {torch.cat(latents).std().item():.2f}"
+    summary += f", standard deviation of the latents {torch.stack(latents).std().item():.2f}"
     if decibels and sorted(decibels)[len(decibels) // 2] < MIN_PSNR:
         summary += f"; poor reconstructions: check that --vae {vae.name} fits these images"
-    return draw_labelled_grid(rows, title, 128), summary
+    return draw_labelled_grid(drawn_rows, title, 128), summary

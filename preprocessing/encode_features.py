@@ -1,7 +1,7 @@
 """Store the features of an image encoder for the images of a latent cache, for --align repa.
 
     python -m preprocessing.encode_features data/small --encoder vit_base_patch14_dinov2.lvd142m
-    torchrun --nproc_per_node 8 -m preprocessing.encode_features data/small ... (the same)
+    torchrun --nproc_per_node 8 -m preprocessing.encode_features data/small ... (the same flags)
 
 Stored features save time if the encoder is more expensive than the training itself, which is the
 case for small data sets and small machines. For ImageNet and DINOv2-B they would take 504 GB
@@ -10,6 +10,7 @@ The processes share the shards. After an interruption, rerun the same command to
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -21,12 +22,7 @@ from common.processes import World
 from latents.cache import KEEP_IMAGES_REMEDY
 from latents.manifest import CacheError, Manifest, read_manifest
 from models.errors import FieldError
-from preprocessing.encoder_features import (
-    FEATURES_DTYPE,
-    build_features,
-    features_nbytes,
-    features_slug,
-)
+from preprocessing.encoder_features import FEATURES_DTYPE, build_features
 
 
 def positive_int_or_auto(text: str) -> int | None:
@@ -143,12 +139,15 @@ def main() -> None:
         "dtype": FEATURES_DTYPE.name,
         "count": manifest.count,
     }
-    slug = features_slug(encoder.name, encoder.side, tokens_side)
+    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", encoder.name).strip(".-")
+    slug = f"{safe_name}-{encoder.side}-{tokens_side}x{tokens_side}"
     dest = args.cache / "features" / slug
     if world.rank == 0:
-        gigabytes = features_nbytes(manifest, tokens_side, encoder.width) / 1e9
+        num_tokens = tokens_side**2
+        num_values = manifest.count * num_tokens * encoder.width
+        gigabytes = num_values * FEATURES_DTYPE.itemsize / 1e9
         print(
-            f"features/{slug}: {manifest.count:,} x {tokens_side**2} x {encoder.width} "
+            f"features/{slug}: {manifest.count:,} x {num_tokens} x {encoder.width} "
             f"{FEATURES_DTYPE}, {gigabytes:.2f} GB",
             flush=True,
         )

@@ -8,16 +8,14 @@ n images per shard, B images per batch, N tokens, D width, R image resolution.
 """
 
 import json
-import re
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.cli import UserError
 from common.files import NpyWriter, discard_on_error, write_file
@@ -27,28 +25,14 @@ from preprocessing.build import (
     check_or_record_plan,
     describe_differences,
     lock_destination,
+    progress_bar,
+    read_record,
     remove_partial_records,
+    write_record,
 )
-from preprocessing.encoding import map_in_order
+from preprocessing.cache_job import map_in_order
 
 FEATURES_DTYPE = np.dtype(np.float16)
-
-
-def features_slug(name: str, side: int, tokens_side: int) -> str:
-    """Return the folder name for the features of an encoder.
-
-    Args:
-        name: The name of the encoder.
-        side: The input height and width of the encoder in pixels.
-        tokens_side: The height and width of the token grid.
-    """
-    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")
-    return f"{safe_name}-{side}-{tokens_side}x{tokens_side}"
-
-
-def features_nbytes(manifest: Manifest, tokens_side: int, width: int) -> int:
-    """Return the size of a cache's features in bytes."""
-    return manifest.count * tokens_side**2 * width * FEATURES_DTYPE.itemsize
 
 
 def build_features(
@@ -67,7 +51,7 @@ def build_features(
         manifest: The manifest of the cache.
         dest: The folder of the features.
         plan: The entries of features.json that identify the encoder.
-        encode: A function from images (B, 3, R, R) uint8, in host memory, to tokens (B, N, D).
+        encode: Maps images (B, 3, R, R) uint8, in host memory, to tokens (B, N, D).
         batch_size: The number of images per forward pass.
         world: The processes of this command.
 
@@ -80,51 +64,36 @@ def build_features(
     if world.run_on_first_rank(lambda: _is_complete(dest, plan, manifest.shards)):
         return False
 
-    def list_missing() -> list[int]:
+    def list_missing() -> list[dict]:
         check_or_record_plan(dest, plan)
-        return [i for i, entry in enumerate(manifest.shards) if not _is_encoded(dest, entry)]
+        return [entry for entry in manifest.shards if not _is_encoded(dest, entry)]
 
-    with ExitStack() as resources:
-        missing = lock_destination(world, resources, dest, list_missing)
-
+    with lock_destination(dest, world, list_missing) as missing:
         # Encode the shards of this process.
         local = missing[world.rank :: world.num_processes]
-        encoded: dict[int, dict] = {}
-        num_local_images = sum(manifest.shards[shard_index]["count"] for shard_index in local)
-        with tqdm(
-            total=num_local_images * world.num_processes,
-            unit="img",
-            desc=dest.name,
-            disable=world.rank > 0,
-            smoothing=0.05,
-        ) as bar:
-
-            def report_progress(num_images: int) -> None:
-                bar.update(num_images * world.num_processes)
-
-            for shard_index in local:
-                entry = manifest.shards[shard_index]
+        records = {}
+        num_local_images = sum(entry["count"] for entry in local)
+        with progress_bar(world, dest.name, num_local_images) as progress:
+            for entry in local:
                 file = entry["file"]
-                digest = _encode_shard(
-                    root / "images" / file, dest / file, plan, encode, batch_size, report_progress
-                )
-                encoded[shard_index] = {
+                images = root / "images" / file
+                record = {
                     "file": file,
                     "count": entry["count"],
-                    "sha256": digest,
+                    "sha256": _encode_shard(
+                        images, dest / file, plan, encode, batch_size, progress
+                    ),
                     "images_sha256": entry["sha256"]["images"],
                 }
-                write_file(_record_path(dest, file), json.dumps(encoded[shard_index]).encode())
+                write_record(dest, record)
+                records[file] = record
 
         # Write features.json. Records of other processes are sent, because a network file system
         # may not show their files to this process yet.
-        gathered = world.all_gather(encoded)
+        new_records = ChainMap(*world.all_gather(records))
         if world.rank == 0:
-            records = {index: record for part in gathered for index, record in part.items()}
-            shards = [
-                records.get(shard_index) or _read_record(dest, entry["file"])
-                for shard_index, entry in enumerate(manifest.shards)
-            ]
+            files = [entry["file"] for entry in manifest.shards]
+            shards = [new_records.get(file) or read_record(dest, file) for file in files]
             content = json.dumps(plan | {"shards": shards}, indent=2) + "\n"
             write_file(dest / "features.json", content.encode())
             remove_partial_records(dest)
@@ -162,18 +131,9 @@ def _is_complete(dest: Path, plan: dict, shards: list[dict]) -> bool:
 
 def _is_encoded(dest: Path, entry: dict) -> bool:
     """Return whether the features of a shard's current images are stored."""
-    file = entry["file"]
-    if not _record_path(dest, file).exists() or not (dest / file).exists():
-        return False
-    return _read_record(dest, file)["images_sha256"] == entry["sha256"]["images"]
-
-
-def _record_path(dest: Path, file: str) -> Path:
-    return dest / "partial" / f"{file}.json"
-
-
-def _read_record(dest: Path, file: str) -> dict:
-    return json.loads(_record_path(dest, file).read_text())
+    record = read_record(dest, entry["file"])
+    is_current = record.get("images_sha256") == entry["sha256"]["images"]
+    return is_current and (dest / entry["file"]).exists()
 
 
 def _encode_shard(

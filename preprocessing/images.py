@@ -24,10 +24,11 @@ BACKGROUNDS = ("white", "black")
 # Other formats of PIL are not used for photographs, and some of their decoders run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
+MIN_CROP_FRACTION = 0.8  # smallest part of the shorter side that a random crop covers
 MAX_PIXELS = 89_478_485  # limit of PIL: a quarter of a gigabyte of RGB values
 
 
-class BadImage(ValueError):  # noqa: N818  jobs also return it as a value
+class BadImage(ValueError):  # noqa: N818  the program is not at fault
     """The image cannot be used; the message is the reason."""
 
 
@@ -98,7 +99,7 @@ class SquareReader:
 
     def _decode(self, file: BinaryIO, image_index: int) -> DecodedImage:
         with Image.open(file, formats=FORMATS) as image:
-            # MPO is a JPEG with further images behind it, for example a depth map from a phone.
+            # MPO is a JPEG followed by further images, for example a depth map from a phone.
             image_format = "JPEG" if image.format == "MPO" else image.format
             kinds = [f"{image_format} {image.mode}"]
             if getattr(image, "is_animated", False) and image.format != "MPO":
@@ -126,7 +127,8 @@ class SquareReader:
 def is_caused_by_file(error: OSError) -> bool:
     """Return whether an OSError is caused by the file rather than by the disk or the machine.
 
-    A missing file existed when the source was listed, so only a broken symlink counts as the cause.
+    Every file existed when the source was listed. Hence a missing file indicates a problem with the
+    disk, unless it is a broken symlink.
     """
     if error.errno == errno.ENOENT:
         return error.filename is not None and Path(error.filename).is_symlink()
@@ -134,7 +136,7 @@ def is_caused_by_file(error: OSError) -> bool:
 
 
 def _resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
-    """Halve with a box filter while the image is twice too large, then resize bicubically."""
+    """Halve the image with a box filter while it is twice too large, then resize bicubically."""
     while min(image.size) >= 2 * length:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = length / min(image.size)
@@ -153,28 +155,25 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def random_crop(
-    image: Image.Image, size: int, uniforms: list[float], min_fraction: float = 0.8
-) -> Image.Image:
+def random_crop(image: Image.Image, size: int, uniforms: list[float]) -> Image.Image:
     """Apply ADM's random crop (guided-diffusion, image_datasets.py, random_crop_arr).
+
+    The crop covers between 80% and 100% of the shorter side.
 
     Args:
         image: An RGB image.
         size: Side of the crop in pixels.
         uniforms: Three numbers in (0, 1) that determine scale, top and left.
-        min_fraction: The crop covers between this fraction and all of the shorter side.
     """
-    scale, *offsets = uniforms
-    max_length = math.ceil(size / min_fraction)
+    scale, vertical, horizontal = uniforms
+    max_length = math.ceil(size / MIN_CROP_FRACTION)
     image = _resize_shorter_side(image, size + math.floor(scale * (max_length - size + 1)))
-    top = math.floor(offsets[0] * (image.height - size + 1))
-    left = math.floor(offsets[1] * (image.width - size + 1))
+    top = math.floor(vertical * (image.height - size + 1))
+    left = math.floor(horizontal * (image.width - size + 1))
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(
-    image: Image.Image, background: str = "white", kinds: list[str] | None = None
-) -> Image.Image:
+def to_rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     """Convert an image to upright RGB.
 
     Args:
@@ -185,8 +184,6 @@ def to_rgb(
     Raises:
         BadImage: If the range of the gray values is undefined.
     """
-    if kinds is None:
-        kinds = []
     image.load()
     if image.getexif().get(EXIF_ORIENTATION) in range(2, 9):
         kinds.append("turned by EXIF")
@@ -212,7 +209,7 @@ def load_square(source: ImageSource, image_index: int, side: int) -> np.ndarray:
 
 
 def load_square_or_user_error(
-    source: ImageSource, image_index: int, side: int, flag: str = "--reference"
+    source: ImageSource, image_index: int, side: int, flag: str
 ) -> np.ndarray:
     """Return a center-cropped image, (3, side, side) uint8. Raise UserError if that fails."""
     try:
@@ -228,7 +225,7 @@ def format_image_error(
     reason: Exception | str,
     problem: str = "cannot be used",
 ) -> str:
-    """Return an error message in one line that names the flag, the source and the image."""
+    """Return a one-line error message that names the flag, the source and the image."""
     name = source.names[image_index]
     printable_name = name if name.isprintable() else ascii(name)
     return f"{flag} {source.root}: {printable_name} {problem} ({reason})"

@@ -112,7 +112,10 @@ def index_classes(
         UserError: The classes are mixed, out of range, or do not agree with `class_names`.
     """
     if class_names is not None:
-        _check_class_names(class_names, origin)
+        if not isinstance(class_names, list) or not all(isinstance(x, str) for x in class_names):
+            raise UserError(f"{origin}: class_names must be a list of names")
+        if len(set(class_names)) < len(class_names):
+            raise UserError(f"{origin}: class_names has duplicate entries")
     parsed = [_parse_index(value) for value in classes]
     indices = [index for index in parsed if index is not None]
     if not indices and all(isinstance(value, str) and value for value in classes):
@@ -134,13 +137,6 @@ def index_classes(
     return np.array(indices, np.int64), names
 
 
-def _check_class_names(class_names: object, origin: str) -> None:
-    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-        raise UserError(f"{origin}: class_names must be a list of names")
-    if len(set(class_names)) < len(class_names):
-        raise UserError(f"{origin}: class_names has duplicate entries")
-
-
 def _index_names(
     classes: list[str], class_names: list[str] | None, origin: str
 ) -> tuple[np.ndarray, list[str]]:
@@ -153,7 +149,7 @@ def _index_names(
 
 
 def _parse_index(value: object) -> int | None:
-    """Return a class index, also if pandas has written it as 1.0, or None for other values."""
+    """Return a class index, also for 1.0 (as pandas writes it), or None for other values."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}(\.0)?", value):
@@ -213,7 +209,7 @@ def summarize_names(names: list[str]) -> str:
 
 
 def labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
-    """Take the first component of each path as its class; images without a folder are one class.
+    """Use the first folder of each path as its class; images outside of folders form one class.
 
     Returns:
         The labels, (n,) int64, and the sorted names of all classes.
@@ -225,13 +221,11 @@ def labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list
     for name in names:
         first, separator, _ = name.removeprefix("./").partition("/")
         folders.append(first if separator else "")
-    classes = sorted(set(folders))
+    labels, classes = _index_names(folders, None, origin)
     if "" in classes and len(classes) > 1:
         outside = names[folders.index("")]
         raise UserError(
             f"{origin} has images inside and outside of class folders ({outside}); "
             "move the images outside, or pass --labels"
         )
-    index_of = {name: index for index, name in enumerate(classes)}
-    labels = np.array([index_of[folder] for folder in folders], np.int64)
     return labels, [name or "0" for name in classes]

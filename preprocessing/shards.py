@@ -4,6 +4,7 @@ Shapes: n images of a shard, C latent channels, h x w latent size, S image side.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from common.files import NpyWriter, write_array
 
 IMAGES_PER_CHUNK = 256  # images that are converted to float64 at a time
 # Largest mean difference of an image's moments from the stored ones, relative to their standard
-# deviation. Another machine or batch size stays below it; another image does not.
+# deviation. Another machine or batch size causes smaller differences; another image, larger ones.
 MAX_RELATIVE_DIFFERENCE = 0.05
 ShardEntry = dict[str, Any]  # entry of a shard in manifest.json
 
@@ -23,13 +24,15 @@ class Shard(NamedTuple):
     """The data of consecutive images.
 
     Attributes:
+        file: Name of the shard's files.
         arrays: Arrays by folder: moments and, with flips, mirrored, (n, 2C, h, w) each; labels,
             (n,) int64.
         skipped: {file, shard, reason} of each image that cannot be used.
         kinds: Number of images of each kind.
-        images: (n, 3, S, S) uint8 if images are kept. The rows are on disk, but not yet committed.
+        images: (n, 3, S, S) uint8 if images are kept; written to disk, but not yet committed.
     """
 
+    file: str
     arrays: dict[str, np.ndarray]
     skipped: list[dict[str, str]]
     kinds: Counter[str]
@@ -39,6 +42,12 @@ class Shard(NamedTuple):
 def shard_file_name(shard_index: int) -> str:
     """Return the name of a shard's files, which is the same in all folders."""
     return f"{shard_index:05d}.npy"
+
+
+def iter_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield consecutive parts of an array that are small enough to convert to float64."""
+    for start in range(0, len(array), IMAGES_PER_CHUNK):
+        yield array[start : start + IMAGES_PER_CHUNK]
 
 
 def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
@@ -51,9 +60,8 @@ def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     total = np.zeros(channels)
     total_of_squares = np.zeros(channels)
     for array in arrays:
-        for start in range(0, len(array), IMAGES_PER_CHUNK):
-            chunk = array[start : start + IMAGES_PER_CHUNK].astype(np.float64)
-            mean, std = np.split(chunk, 2, axis=1)
+        for chunk in iter_chunks(array):
+            mean, std = np.split(chunk.astype(np.float64), 2, axis=1)
             total += mean.sum((0, 2, 3))
             total_of_squares += (mean**2 + std**2).sum((0, 2, 3))
     return {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
@@ -70,16 +78,15 @@ def channel_statistics(
     return mean, np.sqrt(mean_square - mean**2)
 
 
-def write_shard(dest: Path, shard_index: int, shard: Shard) -> ShardEntry:
+def write_shard(dest: Path, shard: Shard) -> ShardEntry:
     """Write all files of a shard and return its entry for the manifest.
 
     Raises:
         UserError: If the moments exceed the range of their dtype.
     """
-    file = shard_file_name(shard_index)
     count = len(shard.arrays["labels"])
     entry: ShardEntry = {
-        "file": file,
+        "file": shard.file,
         "count": count,
         "sha256": {},
         "skipped": shard.skipped,
@@ -89,14 +96,16 @@ def write_shard(dest: Path, shard_index: int, shard: Shard) -> ShardEntry:
         moments = [array for name, array in shard.arrays.items() if name != "labels"]
         if not all(np.isfinite(array).all() for array in moments):
             raise UserError(
-                f"shard {file} contains values that {moments[0].dtype} cannot represent; check "
-                "that --vae fits these images, or pass --dtype float32"
+                f"shard {shard.file} contains values that {moments[0].dtype} cannot represent; "
+                "check that --vae fits these images, or pass --dtype float32"
             )
         entry |= channel_sums(moments)
         for name, array in shard.arrays.items():
-            entry["sha256"][name] = write_array(dest / name / file, array)
-    if shard.images:
-        entry["sha256"] |= _finish_images(shard.images, count)
+            entry["sha256"][name] = write_array(dest / name / shard.file, array)
+    if shard.images and count:
+        entry["sha256"]["images"] = shard.images.finish()
+    elif shard.images:
+        shard.images.discard()
     return entry
 
 
@@ -120,30 +129,20 @@ def add_images(dest: Path, entry: ShardEntry, shard: Shard) -> ShardEntry:
             "it into another folder with --keep-images"
         )
     assert shard.images is not None
-    return entry | {"sha256": entry["sha256"] | _finish_images(shard.images, entry["count"])}
+    return entry | {"sha256": entry["sha256"] | {"images": shard.images.finish()}}
 
 
 def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
     if shard.skipped != entry["skipped"]:
         return False
     for name, array in shard.arrays.items():
-        stored = np.load(dest / name / entry["file"], mmap_mode="r")
+        stored = np.load(dest / name / shard.file, mmap_mode="r")
         if name == "labels":
-            is_equal = np.array_equal(stored, array)
-        elif len(array):
+            if not np.array_equal(stored, array):
+                return False
+        elif len(array):  # 0 if all images of the first batch were skipped
             stored = stored[: len(array)].astype(np.float32)
-            is_equal = np.abs(stored - array).mean() <= MAX_RELATIVE_DIFFERENCE * stored.std()
-        else:
-            is_equal = True  # All images of the first batch were skipped.
-        if not is_equal:
-            return False
+            difference = np.abs(stored - array).mean()
+            if not difference <= MAX_RELATIVE_DIFFERENCE * stored.std():  # also if it is NaN
+                return False
     return True
-
-
-def _finish_images(images: NpyWriter, count: int) -> dict[str, str]:
-    """Commit the file of images and return its sha256, or discard it if there are no images."""
-    assert images.num_rows == count, (images.path, images.num_rows, count)
-    if count:
-        return {"images": images.finish()}
-    images.discard()
-    return {}

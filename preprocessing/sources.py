@@ -19,7 +19,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -275,7 +275,7 @@ def _file_type(file: Path) -> str:
 
 
 def _open_folder(path: Path, flag: str, table: LabelTable | None) -> ImageSource:
-    names, top_folders = _list_folder(path, flag)
+    names, top_folders = list_files(path, flag, is_image_name)
     label_file = path / "dataset.json"
     if table is None and label_file.exists():
         table = parse_dataset_json(label_file.read_bytes(), f"{flag} {label_file}")
@@ -292,8 +292,19 @@ def _open_folder(path: Path, flag: str, table: LabelTable | None) -> ImageSource
     return ImageSource(path, names, labels, class_names)
 
 
-def _list_folder(root: Path, flag: str) -> tuple[list[str], list[str]]:
-    """Return the sorted paths of all images under a folder, and the names of its subfolders."""
+def list_files(
+    root: Path, flag: str, is_wanted: Callable[[str], bool]
+) -> tuple[list[str], list[str]]:
+    """List the files under a folder, except those in hidden folders. Symlinks are followed.
+
+    Args:
+        root: The folder.
+        flag: The command-line flag that specifies the folder, for error messages.
+        is_wanted: Called with the name of each file; False leaves it out.
+
+    Returns:
+        The sorted paths of the files relative to the folder, and the names of its subfolders.
+    """
 
     def fail(error: OSError) -> None:
         raise UserError(f"{flag} {error.filename} cannot be listed ({error.strerror})") from None
@@ -317,7 +328,7 @@ def _list_folder(root: Path, flag: str) -> tuple[list[str], list[str]]:
             prefix = ""
         else:
             prefix = f"{folder.relative_to(root).as_posix()}/"
-        names += [prefix + name for name in files if is_image_name(name)]
+        names += [prefix + name for name in files if is_wanted(name)]
     return sorted(names), top_folders
 
 
@@ -329,14 +340,7 @@ def _open_zip(file: Path, flag: str, table: LabelTable | None) -> ImageSource:
             names = sorted({name for name in members if is_image_name(name)})
             if table is None and "dataset.json" in members:
                 table = parse_dataset_json(archive.read("dataset.json"), f"{origin}: dataset.json")
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        NotImplementedError,
-        UnicodeDecodeError,
-    ) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{origin} is not a folder, tar, parquet or readable zip file ({error})"
         ) from None
@@ -348,24 +352,26 @@ class TarMember(NamedTuple):
     """An image or a label file inside a tar file.
 
     Attributes:
+        file_index: The index of the tar file.
         name: The path inside the tar file.
         offset: The position of the content in bytes.
         size: The size of the content in bytes.
         label_file: The content of a .cls file or dataset.json, or None for an image.
     """
 
+    file_index: int
     name: str
     offset: int
     size: int
     label_file: bytes | None = None
 
 
-def _iter_members(file: BinaryIO, prefix: str = "") -> Iterator[TarMember]:
+def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator[TarMember]:
     """Yield the images and label files of a tar file; a tar file inside it acts as a folder.
 
     Raises:
-        tarfile.TarError: The file is damaged or truncated. tarfile itself takes an unreadable
-            header for the end of the file.
+        tarfile.TarError: The file is damaged or truncated. tarfile itself treats an unreadable
+            header as the end of the file.
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for entry in archive:
@@ -375,15 +381,16 @@ def _iter_members(file: BinaryIO, prefix: str = "") -> Iterator[TarMember]:
             if not entry.isreg() or entry.issparse():
                 continue
             file.seek(entry.offset_data)
+            member = TarMember(file_index, name, entry.offset_data, entry.size)
             if name.endswith(".tar"):
-                inner = list(_iter_members(file, name.removesuffix(".tar") + "/"))
+                inner = list(_iter_members(file, file_index, name.removesuffix(".tar") + "/"))
                 if not inner:
                     raise tarfile.ReadError(f"{name} inside it contains no images")
                 yield from inner
             elif name.endswith(".cls") or PurePosixPath(name).name == "dataset.json":
-                yield TarMember(name, entry.offset_data, entry.size, file.read(entry.size))
+                yield member._replace(label_file=file.read(entry.size))
             elif is_image_name(name):
-                yield TarMember(name, entry.offset_data, entry.size)
+                yield member
 
         # A complete tar file ends with blocks of zeros.
         file.seek(archive.offset)
@@ -393,31 +400,22 @@ def _iter_members(file: BinaryIO, prefix: str = "") -> Iterator[TarMember]:
             raise tarfile.ReadError(f"{subject} is damaged or truncated at byte {archive.offset:,}")
 
 
-class TarImage(NamedTuple):
-    """The location of an image in one of several tar files."""
-
-    member_name: str
-    file_index: int
-    offset: int
-    size: int
-
-
 def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | None) -> ImageSource:
     # List the images and read the label files of all tar files.
     origin = f"{flag} {path}"
-    images: dict[str, TarImage] = {}
+    images: dict[str, TarMember] = {}
     classes: dict[str, str] = {}  # content of WebDataset's .cls files by path without the suffix
     for file_index, file in enumerate(files):
         prefix = ""
         if len(files) > 1:
-            prefix = f"{file.relative_to(path) if path.is_dir() else file.name}:"
+            file_name = file.relative_to(path) if path.is_dir() else file.name
+            prefix = f"{file_name}:"
         try:
             with file.open("rb") as stream:
-                for member in _iter_members(stream):
+                for member in _iter_members(stream, file_index):
                     if member.label_file is None:
-                        # Of several entries with the same name, the last counts, as in tar.
-                        location = TarImage(member.name, file_index, member.offset, member.size)
-                        images[prefix + member.name] = location
+                        # As in tar, the last of several entries with one name takes precedence.
+                        images[prefix + member.name] = member
                     elif member.name.endswith(".cls"):
                         key = prefix + member.name.removesuffix(".cls")
                         classes[key] = member.label_file.decode().strip()
@@ -425,35 +423,30 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
                         table = parse_dataset_json(
                             member.label_file, f"{flag} {file}: {member.name}"
                         )
-                        table = _in_folder(table, member.name.removesuffix("dataset.json"))
+                        folder = member.name.removesuffix("dataset.json")
+                        classes_by_path = {folder + k: v for k, v in table.classes.items()}
+                        table = table._replace(classes=classes_by_path)
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {file} is not a readable tar file ({error})") from None
 
     # Determine the labels.
     names = sorted(images)
-    locations = [images[name] for name in names]
-    members = [location.member_name for location in locations]
+    sorted_images = [images[name] for name in names]
+    members = [image.name for image in sorted_images]
     if table is not None:
         labels = assign_labels(members, table)
     elif classes:
         labels = _webdataset_labels(names, members, classes, origin)
     elif len(files) > 1 and all(re.fullmatch(r"n\d{8}", file.stem) for file in files):
         # ImageNet has one tar file per class.
-        stems = [files[location.file_index].stem for location in locations]
-        paths = [f"{stem}/{member}" for stem, member in zip(stems, members)]
+        paths = [f"{files[image.file_index].stem}/{image.name}" for image in sorted_images]
         labels = labels_from_folders(paths, origin)
     else:
         labels = labels_from_folders(members, origin)
 
-    rows = [(location.file_index, location.offset, location.size) for location in locations]
-    array = np.array(rows, np.int64).reshape(-1, 3)
-    return TarSource(path, names, *labels, files=files, locations=array)
-
-
-def _in_folder(table: LabelTable, folder: str) -> LabelTable:
-    """Prepend a folder to the names of all images."""
-    classes = {folder + name: value for name, value in table.classes.items()}
-    return table._replace(classes=classes)
+    rows = [(image.file_index, image.offset, image.size) for image in sorted_images]
+    locations = np.array(rows, np.int64).reshape(-1, 3)
+    return TarSource(path, names, *labels, files=files, locations=locations)
 
 
 def _webdataset_labels(
@@ -487,22 +480,6 @@ def _webdataset_key(name: str, member: str) -> str:
     return name.removesuffix(dot + extensions)
 
 
-class ParquetIndex(NamedTuple):
-    """The content of a parquet file, without its images.
-
-    Attributes:
-        image_column: The name of the column of image bytes.
-        group_sizes: The number of rows of each row group.
-        classes: The values of the label column, or an empty list if there is none.
-        class_names: The names of all classes, if the file lists them.
-    """
-
-    image_column: str
-    group_sizes: list[int]
-    classes: list
-    class_names: list[str] | None
-
-
 def _open_parquet(
     path: Path, files: list[Path], flag: str, table: LabelTable | None
 ) -> ImageSource:
@@ -528,57 +505,47 @@ def _open_parquet(
     class_names: list[str] | None = None
     image_column = ""
     for file_index, file in enumerate(files):
-        index = _index_parquet_file(file, flag)
-        names += [f"{file.name}:{row}" for row in range(sum(index.group_sizes))]
-        for group, size in enumerate(index.group_sizes):
-            locations += [(file_index, group, row) for row in range(size)]
-        classes += index.classes
-        class_names = class_names or index.class_names
-        image_column = index.image_column
+        with _open_parquet_file(file, flag) as parquet:
+            schema = parquet.schema_arrow
+            image_column = _find_image_column(schema, f"{flag} {file}")
+            metadata = parquet.metadata
+            names += [f"{file.name}:{row}" for row in range(metadata.num_rows)]
+            for group in range(metadata.num_row_groups):
+                rows = range(metadata.row_group(group).num_rows)
+                locations += [(file_index, group, row) for row in rows]
+            label_column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+            if label_column is not None:
+                labels = parquet.read([label_column], use_threads=False).column(0)
+                classes += labels.to_pylist()
+                class_names = class_names or _find_class_names(schema, label_column)
 
-    # Determine the labels.
+    # Convert classes to labels. Without a label column, all images are of one class.
     if classes and (len(classes) != len(names) or None in classes):
         raise UserError(f"{origin}: some rows have a label and others have none")
-    if classes:
-        labels = index_classes(classes, class_names, origin)
-    else:
-        labels = np.zeros(len(names), np.int64), ["0"]
+    indexed = index_classes(classes or [0] * len(names), class_names, origin)
     array = np.array(locations, np.int64).reshape(-1, 3)
-    return ParquetSource(path, names, *labels, files=files, locations=array, column=image_column)
+    return ParquetSource(path, names, *indexed, files=files, locations=array, column=image_column)
 
 
-def _index_parquet_file(file: Path, flag: str) -> ParquetIndex:
+def _open_parquet_file(file: Path, flag: str) -> "pyarrow.parquet.ParquetFile":
     import pyarrow
     import pyarrow.parquet
 
     try:
-        parquet = pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{flag} {file} is not a readable parquet file ({reason})") from None
-    with parquet:
-        schema = parquet.schema_arrow
-        image_column = _find_image_column(schema)
-        if image_column is None:
-            raise UserError(
-                f"{flag} {file} has no column of image bytes; "
-                f"its columns are {', '.join(schema.names)}"
-            )
-        metadata = parquet.metadata
-        group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        label_column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-        if label_column is None:
-            return ParquetIndex(image_column, group_sizes, [], None)
-        labels = parquet.read([label_column], use_threads=False).column(0)
-        class_names = _find_class_names(schema, label_column)
-        return ParquetIndex(image_column, group_sizes, labels.to_pylist(), class_names)
 
 
-def _find_image_column(schema: "pyarrow.Schema") -> str | None:
+def _find_image_column(schema: "pyarrow.Schema", origin: str) -> str:
     """Return the column of image bytes.
 
     It is a struct {"bytes", "path"}, as the library `datasets` writes it, or else a binary column.
-    A column with a usual name takes precedence.
+    Columns whose names are in IMAGE_COLUMNS take precedence.
+
+    Raises:
+        UserError: There is no such column.
     """
     from pyarrow import types
 
@@ -590,8 +557,12 @@ def _find_image_column(schema: "pyarrow.Schema") -> str | None:
         elif types.is_binary(column.type) or types.is_large_binary(column.type):
             binaries.append(column.name)
     candidates = structs + binaries
-    usual = [name for name in candidates if name in IMAGE_COLUMNS]
-    return next(iter(usual + candidates), None)
+    preferred = [name for name in candidates if name in IMAGE_COLUMNS]
+    if not candidates:
+        raise UserError(
+            f"{origin} has no column of image bytes; its columns are {', '.join(schema.names)}"
+        )
+    return (preferred or candidates)[0]
 
 
 def _find_class_names(schema: "pyarrow.Schema", label_column: str) -> list[str] | None:

@@ -25,10 +25,11 @@ from common.cli import UserError
 from common.files import sha256
 from common.processes import World
 from latents.manifest import CacheError, Manifest, read_manifest
-from preprocessing.build import CacheJob, rebuild_shards
+from preprocessing.build import rebuild_shards
+from preprocessing.cache_job import CacheJob
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from preprocessing.repa_files import ImportJob, ImportSettings
-from preprocessing.shards import IMAGES_PER_CHUNK, channel_statistics, channel_sums
+from preprocessing.shards import channel_statistics, channel_sums, iter_chunks
 
 
 class Fault(NamedTuple):
@@ -93,7 +94,7 @@ def find_all_faults(root: Path, manifest: Manifest) -> dict[str, list[Fault]]:
 
 
 def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault]:
-    """Return the faults of a shard, given its entry in the manifest; an intact shard has none."""
+    """Return the faults of a shard, given its entry in the manifest."""
     # Compare each file with its sha256 and its expected shape.
     faults = []
     arrays = {}
@@ -149,8 +150,7 @@ def _expected_layout(
 def _describe_invalid_moments(moments: np.ndarray) -> str | None:
     """Describe the first invalid values in moments (n, 2C, h, w), if there are any."""
     channels = moments.shape[1] // 2
-    for start in range(0, len(moments), IMAGES_PER_CHUNK):
-        chunk = moments[start : start + IMAGES_PER_CHUNK]
+    for chunk in iter_chunks(moments):
         if not np.isfinite(chunk).all():
             return "contains values that are not finite"
         if (chunk[:, channels:] < 0).any():
@@ -178,41 +178,42 @@ def make_job(manifest: Manifest, args: argparse.Namespace, world: World) -> Cach
     Raises:
         UserError: The manifest does not record a job, or its images or VAE are missing.
     """
-    recorded = dict(manifest.encoding)
-    for name in ("source", "labels", "vae"):
-        location = getattr(args, name)
-        if location:
-            recorded[name] = str(location)
+    recorded = manifest.encoding
+    locations = {
+        "source": Path(args.source or recorded.get("source", "")),
+        "labels": args.labels or (recorded.get("labels") and Path(recorded["labels"])),
+        "vae": args.vae or recorded.get("vae"),
+    }
+
+    def make_settings(settings_class: type) -> Any:
+        names = [field.name for field in fields(settings_class)]
+        values = recorded | locations
+        return settings_class(**{name: values[name] for name in names if name in values})
+
     match recorded.get("made_by"):
         case "import_repa":
-            return ImportJob(_make_settings(ImportSettings, recorded), args.device)
+            return ImportJob(make_settings(ImportSettings), args.device)
         case "encode_latents":
-            settings = _make_settings(EncodingSettings, recorded)
-            return EncodingJob(settings, args.device, args.num_workers, world)
+            return EncodingJob(
+                make_settings(EncodingSettings), args.device, args.num_workers, world
+            )
     raise UserError(
         f"{args.data}: the manifest does not record how the cache was created; "
         "encode the images again into another folder"
     )
 
 
-def _make_settings(settings_class: type, recorded: dict) -> Any:
-    """Construct a dataclass from the recorded values of its fields."""
-    names = {field.name for field in fields(settings_class)} & recorded.keys()
-    return settings_class(**{name: recorded[name] for name in names})
-
-
 def repair(
     args: argparse.Namespace, manifest: Manifest, faults: dict[str, list[Fault]], world: World
 ) -> None:
     """Rebuild the damaged shards on all processes, and report files that have changed."""
-    shard_indices: list[int] = []
-    image_shard_indices: list[int] = []  # shards whose images alone are damaged
-    for file, shard_faults in sorted(faults.items()):
-        only_images = all(fault.part == "images" for fault in shard_faults)
-        indices = image_shard_indices if only_images else shard_indices
-        indices.append(int(Path(file).stem))
-    job = make_job(manifest, args, world)
-    changed = rebuild_shards(args.data, job, shard_indices, image_shard_indices, world)
+    images = [
+        file
+        for file, shard_faults in faults.items()
+        if all(fault.part == "images" for fault in shard_faults)
+    ]
+    shards = [file for file in faults if file not in images]
+    changed = rebuild_shards(args.data, make_job(manifest, args, world), shards, images, world)
     if world.rank == 0:
         print(f"{args.data}: rebuilt {len(faults)} of {len(manifest.shards)} shards")
         for file in changed:

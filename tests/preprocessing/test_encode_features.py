@@ -22,7 +22,7 @@ from tests.preprocessing.test_encoding import file_contents
 
 
 class Encoder(torch.nn.Module):
-    """A stand-in for models.encoder.Encoder: a token is the mean colour of its square."""
+    """A stand-in for models.encoder.Encoder: a token is the mean color of its square."""
 
     width = 3
     fingerprint = "f1"
@@ -61,7 +61,7 @@ def original(tmp_path_factory, tree, vae_folder):
     """A cache with images and without features."""
     dest = tmp_path_factory.mktemp("features") / "data"
     settings = EncodingSettings(
-        str(tree), resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True
+        tree, resolution=32, vae=str(vae_folder), shard_size=10, batch_size=4, keep_images=True
     )
     build_cache(dest, EncodingJob(settings, "cpu", 0, World()), World())
     return dest
@@ -129,7 +129,7 @@ def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, mo
     assert file_contents(dest) == file_contents(uninterrupted / "features/e-224-2x2")
 
 
-def test_joined_caches_have_the_features_of_each(call, encoder, data, tmp_path):
+def test_joined_caches_return_the_features_of_both(call, encoder, data, tmp_path):
     call(encode_features, data, "--encoder", "e")
     cache = LatentCache(data, shutil.copytree(data, tmp_path / "copy"))
     first = cache.features("e-224-4x4", np.array([3]))

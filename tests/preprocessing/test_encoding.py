@@ -18,7 +18,7 @@ from PIL import Image
 from latents.cache import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
-from preprocessing.encoding import DecodedBatch
+from preprocessing.cache_job import Batch
 from preprocessing.images import SquareReader, load_square, random_crop
 from preprocessing.sources import ImageSource, open_source
 from tests.helpers import ROOT, make_tree, make_vae, torchrun
@@ -89,7 +89,7 @@ cli.run(encode_latents.main)
 
 
 def running_processes(dest: Path) -> list[int]:
-    """Return the launcher, encoding and decoding processes: `dest` is in their command lines."""
+    """Return the ids of all processes (launcher, encoders, decoders) with `dest` as an argument."""
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -175,7 +175,7 @@ sys.stdin.read()
 
 
 def test_cache_in_use_is_refused(call, tree, vae_folder, tmp_path):
-    """The first process of the other command has ended, but its second process still runs."""
+    """The first process of the other command has ended, but its second process is still running."""
     path = tmp_path / "data/partial/lock.1"
     path.parent.mkdir(parents=True)
     command = [sys.executable, "-c", LOCK_HOLDER, str(path)]
@@ -435,7 +435,7 @@ def test_out_of_memory_gives_an_error_of_one_line(call, tree, vae_folder, tmp_pa
 
 
 def test_bytes_do_not_depend_on_the_number_of_torch_threads(call, tmp_path):
-    """A convolution or a norm sums in another order on two threads."""
+    """With two threads, convolutions and norms sum in another order."""
     flags = [*FASHION_FLAGS, "--vae", FASHION_MNIST / "vae", "--limit", 42, "--batch-size", 7]
     try:
         for threads in (1, 2):
@@ -464,10 +464,10 @@ def test_pinning_a_batch_keeps_its_counts(monkeypatch):
     from torch.utils.data._utils.pin_memory import pin_memory
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 0)
-    batch = DecodedBatch(0, 4, torch.ones(4), np.arange(4), [], Counter({"PNG RGB": 4}))
+    batch = Batch(range(4), torch.ones(4), kinds=Counter({"PNG RGB": 4}))
     pinned = pin_memory(batch)
     assert pinned.kinds == Counter({"PNG RGB": 4})
-    assert pinned.pixels is not batch.pixels and pinned.labels is batch.labels
+    assert pinned.pixels is not batch.pixels
 
 
 def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folder, tmp_path):

@@ -22,14 +22,14 @@ from tests.preprocessing.test_import_repa import make_repa_folder
 
 @pytest.fixture(scope="module")
 def make_cache(tmp_path_factory, tree, vae_folder):
-    """make_cache(keep_images=..., flip=...) returns a cache that is created only once."""
+    """Return a function that returns a cache and creates it only in the first call."""
     root = tmp_path_factory.mktemp("kept")
 
     def make(keep_images=False, flip=False):
         dest = root / f"{keep_images}-{flip}"
         if not dest.exists():
             settings = EncodingSettings(
-                str(tree),
+                tree,
                 resolution=32,
                 vae=str(vae_folder),
                 shard_size=10,

@@ -24,7 +24,7 @@ CLASSES = ["apple", "bear", "cow"]
 
 
 def png(seed: int) -> bytes:
-    """A random image of 8x8 pixels."""
+    """Return a random image of 8x8 pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -95,7 +95,7 @@ def webdataset_files(names) -> dict:
 
 
 def content(source) -> dict[bytes, str]:
-    """The class of each image, by its pixels."""
+    """Return the class of each image by its pixels."""
     return {
         bytes(load_square(source, i, 8)): source.class_names[source.labels[i]]
         for i in range(len(source))
@@ -219,7 +219,7 @@ def test_csv_assigns_class_indices_to_images(tmp_path):
 
 
 def test_csv_of_a_spreadsheet_is_accepted(tmp_path, expected):
-    """It has a byte order mark, CRLF, quotes and spaces."""
+    """Spreadsheets write a byte order mark, CRLF, quotes and spaces."""
     rows = "".join(f'"{name}" , {CLASSES[label]}\r\n' for name, label in FLAT_LABELS.items())
     (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
@@ -343,7 +343,7 @@ def test_csv_row_that_matches_two_images_is_an_error(tmp_path):
 
 
 def test_damaged_or_truncated_tar_is_an_error(tmp_path):
-    """tarfile takes an unreadable header for the end of the file and ignores the rest."""
+    """tarfile treats an unreadable header as the end of the file and ignores the rest."""
     data = write_tar(tmp_path / "a.tar", FILES).read_bytes()
     with tarfile.open(tmp_path / "a.tar") as archive:
         fourth = archive.getmembers()[3].offset

@@ -24,7 +24,7 @@ def original(tmp_path_factory):
     """A folder with images (tree), a VAE (vae), and a cache (data)."""
     root = tmp_path_factory.mktemp("original")
     settings = EncodingSettings(
-        str(make_tree(root / "tree")),
+        make_tree(root / "tree"),
         resolution=32,
         vae=str(make_vae(root / "vae")),
         shard_size=10,

@@ -18,7 +18,7 @@ IGNORED = "ignored"
 
 
 class Expected(NamedTuple):
-    """How a file is treated.
+    """The expected treatment of a file.
 
     Attributes:
         outcome: GOOD, BAD or IGNORED.

@@ -1,0 +1,314 @@
+"""The base class of the jobs that make the shards of a cache from batches of images.
+
+Shapes: B images of a batch, C latent channels, h x w latent size, S image side.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.cli import UserError
+from common.config import record_flags
+from common.files import NpyWriter, discard_on_error
+from models.autoencoder import Autoencoder
+from models.errors import FieldError
+from preprocessing.cache_preview import PreviewRow, draw_preview, spread_indices
+from preprocessing.images import BadImage, UnreadableImage, format_image_error
+from preprocessing.shards import Shard, shard_file_name
+from preprocessing.sources import ImageSource
+
+Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of features
+# Settings in the plan of a cache, if the job has them.
+PLAN_FIELDS = (
+    "images",
+    "resolution",
+    "crop",
+    "seed",
+    "background",
+    "flip",
+    "vae_fingerprint",
+    "precision",
+    "dtype",
+    "shard_size",
+    "batch_size",
+    "keep_images",
+    "names_and_labels",
+)
+DTYPES = ("float16", "float32")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Batch:
+    """Consecutive images of one shard, before or after they are encoded.
+
+    Attributes:
+        image_indices: Indices of the images in the source, including those that cannot be used.
+        pixels: (B, 3, S, S) uint8, without the images that cannot be used. Empty if not needed.
+        bad_images: The reason for each image that cannot be used, by image index.
+        unreadable: The reason for an image that could not be read, by image index. If there is one,
+            the batch is incomplete.
+        kinds: Number of images of each kind.
+        moments: Array (B, 2C, h, w) by folder; empty if there are none, or if they are not needed.
+        copy_done: If set, the event that marks the end of the copy of the moments from the GPU.
+    """
+
+    image_indices: range
+    pixels: Tensor
+    bad_images: dict[int, str] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)
+    kinds: Counter[str] = field(default_factory=Counter)
+    moments: dict[str, np.ndarray] = field(default_factory=dict)
+    copy_done: torch.cuda.Event | None = None
+
+    def pin_memory(self) -> "Batch":
+        """Pin the pixels. The DataLoader's default copies all fields and doubles the Counter."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+class CacheJob(ABC):
+    """Makes the shards of a cache.
+
+    Attributes:
+        made_by: Name of the command, recorded in the manifest.
+        source_flag: Flag of the source, for error messages.
+        plan: All settings that determine the bytes of the shards. Shards of different plans are
+            never mixed.
+        recorded_settings: Settings to create the same job again, stored in the manifest.
+        manifest_fields: Fields of the manifest that do not depend on the shards.
+        num_images: Number of images of the source, including those that cannot be used.
+        description: Label of the progress bar.
+
+    Args:
+        settings: EncodingSettings or ImportSettings.
+        source: The images or files to read.
+        device: Device of the VAE.
+
+    Raises:
+        UserError: If the VAE cannot be opened.
+    """
+
+    made_by: str
+    source_flag: str
+    description: str
+
+    def __init__(self, settings: Any, source: ImageSource, device: torch.device | str):
+        self.settings = settings
+        self.source = source
+        self.num_images = len(source)
+        try:
+            self.vae = Autoencoder(settings.vae, device)
+        except FieldError as error:
+            raise UserError(f"--vae {error.reason}") from None
+
+    def record(self, resolution: int, crop: str, flips: bool = False) -> None:
+        """Set `recorded_settings`, `plan` and `manifest_fields`.
+
+        Args:
+            resolution: Side of the images in pixels.
+            crop: Description of the crop, for the manifest.
+            flips: Whether moments of the flipped images are stored.
+        """
+        settings = record_flags(self.settings)
+        fingerprint = self.vae.fingerprint()
+        values = settings | {
+            "images": self.num_images,
+            "vae_fingerprint": fingerprint,
+            "names_and_labels": self.source.digest(self.num_images),
+        }
+        self.plan: Plan = {name: values[name] for name in PLAN_FIELDS if name in values}
+        side = resolution // self.vae.downsampling_factor
+        self.manifest_fields: dict[str, Any] = {
+            "source": settings["source"],
+            "num_classes": len(self.source.class_names),
+            "class_names": self.source.class_names,
+            "resolution": resolution,
+            "crop": crop,
+            "vae": self.settings.vae,
+            "vae_fingerprint": fingerprint,
+            "scale": self.vae.scale.scale,
+            "shift": self.vae.scale.shift,
+            "latent_shape": [self.vae.channels, side, side],
+            "dtype": self.settings.dtype,
+            "flips": flips,
+            "images": self.settings.keep_images,
+        }
+        for name in {"source", "labels", "vae"} & settings.keys():
+            settings[name] = absolute_if_exists(settings[name])
+        self.recorded_settings = settings | {"made_by": self.made_by}
+
+    @abstractmethod
+    def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
+        """Yield the batches of several shards in order.
+
+        Args:
+            shards: The indices of the images of each shard.
+            only_images: Whether moments are needed only for the comparison in `add_images`.
+        """
+
+    @abstractmethod
+    def read_preview_row(self, image_index: int) -> tuple[Tensor | None, Tensor]:
+        """Return an image, (3, S, S) uint8 or None, and its moments, (1, 2C, h, w).
+
+        Raises:
+            BadImage: If the image cannot be used.
+            UnreadableImage: If the disk failed.
+        """
+
+    def image_range(self, shard_index: int) -> range:
+        """Return the indices of a shard's images in the source."""
+        start = shard_index * self.settings.shard_size
+        return range(start, min(start + self.settings.shard_size, self.num_images))
+
+    def iter_shards(
+        self,
+        dest: Path,
+        shard_indices: list[int],
+        progress: Callable[[int], None],
+        only_images: bool,
+    ) -> Iterator[Shard]:
+        """Make shards.
+
+        Args:
+            dest: Folder of the cache, for the files of images.
+            shard_indices: The shards to make, in this order.
+            progress: Called with the number of images just processed.
+            only_images: Whether only the images and the data that `add_images` compares are
+                needed.
+
+        Raises:
+            UserError: If an image could not be read, or cannot be used and is not skipped.
+        """
+        shards = [self.image_range(k) for k in shard_indices]
+        side = self.manifest_fields["resolution"]
+        with closing(self.iter_batches(shards, only_images)) as batches:
+            for shard_index in shard_indices:
+                file = shard_file_name(shard_index)
+                images = None
+                if self.settings.keep_images:
+                    images = NpyWriter(dest / "images" / file, np.uint8, (3, side, side))
+                with discard_on_error(images):
+                    shard = self._join(shard_index, batches, progress, images)
+                yield shard
+
+    def _join(
+        self,
+        shard_index: int,
+        batches: Iterator[Batch],
+        progress: Callable[[int], None],
+        images: NpyWriter | None,
+    ) -> Shard:
+        """Join the batches of a shard, and append their pixels to `images`."""
+        file = shard_file_name(shard_index)
+        channels, *size = self.manifest_fields["latent_shape"]
+        remaining = len(self.image_range(shard_index))
+        folders = ["moments", "mirrored"] if self.manifest_fields["flips"] else ["moments"]
+        shape = (remaining, 2 * channels, *size)
+        arrays = {folder: np.empty(shape, self.settings.dtype) for folder in folders}
+        good_indices: list[int] = []
+        skipped = []
+        kinds: Counter[str] = Counter()
+        num_encoded = 0
+        # Stop before the first batch of the next shard: it may raise an error.
+        while remaining:
+            batch = next(batches)
+            progress(len(batch.image_indices))
+            remaining -= len(batch.image_indices)
+            self._check(batch)
+            skipped += [
+                {"file": self.source.names[image_index], "shard": file, "reason": reason}
+                for image_index, reason in batch.bad_images.items()
+            ]
+            start = len(good_indices)
+            good_indices += [i for i in batch.image_indices if i not in batch.bad_images]
+            kinds.update(batch.kinds)
+            if images and len(batch.pixels):
+                images.append(batch.pixels.numpy())
+            if batch.copy_done:
+                batch.copy_done.synchronize()
+            if batch.moments:
+                num_encoded = len(good_indices)
+            for folder, moments in batch.moments.items():
+                arrays[folder][start:num_encoded] = moments
+        arrays = {folder: array[:num_encoded] for folder, array in arrays.items()}
+        arrays["labels"] = self.source.labels[good_indices].astype(np.int64)
+        return Shard(file, arrays, skipped, kinds, images)
+
+    def _check(self, batch: Batch) -> None:
+        """Raise UserError if an image could not be read, or cannot be used and is not skipped."""
+        failures = batch.unreadable
+        problem = "could not be read"
+        remedy = "fix the problem and rerun the same command"
+        if not failures and not self.settings.skip_bad:
+            failures = batch.bad_images
+            problem = "cannot be used"
+            remedy = "fix the file or pass --skip-bad"
+        if failures:
+            image_index, reason = next(iter(failures.items()))
+            line = format_image_error(self.source_flag, self.source, image_index, reason, problem)
+            raise UserError(f"{line}; {remedy}")
+
+    def make_preview(self) -> tuple[Image.Image, str]:
+        """Return preview.png, with images from across the source, and one line of text about it."""
+        rows = []
+        for image_index in spread_indices(self.num_images):
+            with suppress(BadImage, UnreadableImage):
+                image, moments = self.read_preview_row(image_index)
+                name = self.source.class_names[self.source.labels[image_index]]
+                rows.append(PreviewRow(name, image, moments))
+        return draw_preview(rows, self.vae)
+
+
+def absolute_if_exists(path: str | None) -> str | None:
+    """Return an absolute path. Strings that are not existing paths (hub ids, patterns) are kept."""
+    if not path or not Path(path).exists():
+        return path
+    return os.path.abspath(path)  # noqa: PTH100  Path.resolve would also follow symlinks
+
+
+def map_in_order(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    ahead: int,
+) -> Iterator[Result]:
+    """Apply a function to items on a pool of threads, and yield the results in order.
+
+    If `items` raises UserError, the results of all earlier items are yielded first.
+
+    Args:
+        pool: Threads that call the function.
+        function: Called with one item.
+        items: Consumed in the thread of the caller.
+        ahead: Maximum number of items that are submitted before the result of an earlier one is
+            yielded.
+    """
+
+    def submit_all() -> Iterator[Future[Result]]:
+        try:
+            for item in items:
+                yield pool.submit(function, item)
+        except UserError as error:
+            failed: Future[Result] = Future()
+            failed.set_exception(error)
+            yield failed
+
+    pending: deque[Future[Result]] = deque()
+    for future in submit_all():
+        pending.append(future)
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    for future in pending:
+        yield future.result()
