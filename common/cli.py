@@ -229,7 +229,7 @@ def device(text: str) -> str:
 
 
 METAVARS: dict[Any, str] = {
-    **dict.fromkeys((positive_int, non_negative_int, seed), "N"),
+    **dict.fromkeys((positive_int, non_negative_int, seed, int), "N"),
     **dict.fromkeys((fraction, decay, non_negative_float, positive_float, float), "X"),
     Path: "PATH",
     device: "DEVICE",

@@ -227,6 +227,11 @@ def load_alignments(
             target = TARGETS[config.method](entry, config.settings, network, cache, context)
         except FieldError as error:
             raise _name_flag(config.method, error) from None
+        if config.block in target.student_blocks:
+            raise UserError(
+                f"--align-depth {config.block}: --align {config.method} compares with this block; "
+                "choose another one"
+            )
         entry |= target.identity
         loaded[config.method] = Alignment(config, target, head_names(entry))
     return loaded
@@ -279,19 +284,28 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
         for key, value in entry.items()
         if key not in SHARED_KEYS and key != "fingerprint"
     )
+    head = "no head"
+    if head_size:
+        head = (
+            f"head: {format_count(head_size)} parameters (+{head_size / backbone_size:.1%}), "
+            f"+{flops / backbone_flops(config):.1%} FLOPs forward and backward"
+        )
     line = (
         f"{entry['method']}: {own_settings}block {entry['block']}, {entry['loss']}, weight "
-        f"{entry['weight']:g}; head: {head_size / 1e6:.1f}M parameters "
-        f"(+{head_size / backbone_size:.1%}), +{flops / backbone_flops(config):.1%} FLOPs "
-        "forward and backward"
+        f"{entry['weight']:g}; {head}"
     )
     cost = TARGETS[entry["method"]].cost(entry, config, cache)
     if cost.flops:
         line += (
-            f"; target: {cost.parameters / 1e6:.1f}M parameters, "
+            f"; target: {format_count(cost.parameters)} parameters, "
             f"+{cost.flops / backbone_flops(config):.1%} FLOPs forward"
         )
     return line
+
+
+def format_count(number: int) -> str:
+    """Return a number of parameters in millions, or in thousands below 100,000."""
+    return f"{number / 1e6:.1f}M" if number >= 100_000 or not number else f"{number / 1e3:.0f}K"
 
 
 def _name_flag(method: str, error: FieldError) -> UserError:

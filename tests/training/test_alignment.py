@@ -13,6 +13,7 @@ from timm.layers import resample_abs_pos_embed
 
 import models.targets
 import train
+from common.cli import UserError
 from dataset import CachedBatch, TrainingStream
 from latents.cache import LatentCache
 from models.projector import Projector
@@ -350,6 +351,11 @@ def test_method_without_head_compares_two_blocks_of_the_student(make, more_metho
     expected = (tokens[2] - tokens[4].detach()).square().mean((1, 2))
     torch.testing.assert_close(scalars["align/sync"], expected)
     torch.testing.assert_close(total, scalars["denoising"] + 0.2 * expected)
+
+
+def test_block_cannot_be_compared_with_itself(make, more_methods):
+    with pytest.raises(UserError, match="--align-depth 4: --align sync compares with this block"):
+        make("--align", "sync", "--align-depth", "4")
 
 
 def test_method_with_two_targets_has_two_heads_and_the_mean_loss(make, more_methods):
