@@ -217,7 +217,7 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class SaveConfig:
     """When checkpoints are written and which are kept."""
 
     checkpointing_steps: int = setting(
@@ -261,7 +261,7 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class PeriodicEvaluationConfig:
     """Metrics of the EMA during training."""
 
     every: int = setting(
@@ -335,9 +335,9 @@ class Settings(NamedTuple):
     optimizer: OptimizerConfig
     device: DeviceConfig
     log: LogConfig
-    checkpoint: CheckpointConfig
+    checkpoint: SaveConfig
     preview: PreviewConfig
-    evaluation: EvaluationConfig
+    evaluation: PeriodicEvaluationConfig
     print_config: bool
 
 
@@ -347,8 +347,8 @@ _GROUPS: dict[str, tuple[type, ...]] = {
     "model": (ModelConfig, ObjectiveConfig),
     "alignment": (),
     "optimisation": (LoopConfig, OptimizerConfig, DeviceConfig),
-    "logging": (LogConfig, CheckpointConfig, PreviewConfig),
-    "evaluation of the EMA during training": (EvaluationConfig,),
+    "logging": (LogConfig, SaveConfig, PreviewConfig),
+    "evaluation of the EMA during training": (PeriodicEvaluationConfig,),
 }
 ALL_CONFIGS = [config for configs in _GROUPS.values() for config in configs]
 
@@ -384,9 +384,9 @@ def parse_settings(
         optimizer=read_flags(OptimizerConfig, args),
         device=read_flags(DeviceConfig, args),
         log=read_flags(LogConfig, args),
-        checkpoint=read_flags(CheckpointConfig, args),
+        checkpoint=read_flags(SaveConfig, args),
         preview=read_flags(PreviewConfig, args),
-        evaluation=read_flags(EvaluationConfig, args),
+        evaluation=read_flags(PeriodicEvaluationConfig, args),
         print_config=args.print_config,
     )
     _check_settings(settings)

@@ -26,7 +26,7 @@ from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import SiT
 from sampling.recipe import Recipe
-from training.config import EvaluationConfig, ObjectiveConfig
+from training.config import ObjectiveConfig, PeriodicEvaluationConfig
 from training.held_out import HeldOutLoss
 
 
@@ -52,7 +52,7 @@ class Evaluator:
 
     def __init__(
         self,
-        config: EvaluationConfig,
+        config: PeriodicEvaluationConfig,
         objective: ObjectiveConfig,
         vae: Autoencoder,
         manifest: Manifest,
@@ -199,7 +199,7 @@ class Evaluator:
                 check_stop()
 
 
-def _check_config(config: EvaluationConfig) -> None:
+def _check_config(config: PeriodicEvaluationConfig) -> None:
     if config.samples <= MANIFOLD_NEIGHBOURS:
         raise UserError(
             f"--eval-samples {config.samples} is too few: precision and recall need at least "

@@ -19,12 +19,12 @@ from models.sit import PRESETS, SiTConfig
 from training.alignment_config import method_destinations, record_alignments
 from training.config import (
     ALL_CONFIGS,
-    CheckpointConfig,
     DataConfig,
-    EvaluationConfig,
     LogConfig,
     ModelConfig,
+    PeriodicEvaluationConfig,
     PreviewConfig,
+    SaveConfig,
     Settings,
     format_value,
 )
@@ -32,7 +32,7 @@ from training.monitors import ema_suffixes, is_due_or_last
 from training.preview import preview_path
 
 # Settings that may change between two starts of a run, besides fields marked `may_change`.
-FREE_CONFIGS = (DataConfig, LogConfig, CheckpointConfig, PreviewConfig, EvaluationConfig)
+FREE_CONFIGS = (DataConfig, LogConfig, SaveConfig, PreviewConfig, PeriodicEvaluationConfig)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def find_position(
     ema_decays: tuple[float, ...],
     last_step: int,
     preview: PreviewConfig,
-    evaluation: EvaluationConfig,
+    evaluation: PeriodicEvaluationConfig,
 ) -> RunPosition:
     """Find out where a run stopped.
 
