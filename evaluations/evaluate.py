@@ -20,13 +20,10 @@ from evaluations.image_batches import NpzFile
 from evaluations.suite import (
     EvaluationConfig,
     EvaluationSuite,
-    build_identity,
     check_sample_count,
-    drop_results,
     format_results,
     read_json_object,
     read_result,
-    write_result,
 )
 
 
@@ -89,18 +86,15 @@ def main() -> None:
     config = read_flags(EvaluationConfig, args)
     suite = EvaluationSuite(config, args.reference, images.size, args.batch_size, device, world)
     out = args.out or args.samples.with_suffix(".metrics.json")
-    identity = world.run_on_first_rank(
-        lambda: build_identity(suite, args.samples, sampling, images.count)
-    )
+    identity = world.run_on_first_rank(lambda: suite.identify(args.samples, sampling, images.count))
     result = world.run_on_first_rank(lambda: read_result(out, identity))
-    if drop_results(result) != identity:
+    if not result:
         suite.load_reference()
         features = extract_features(
             suite.networks, images, args.batch_size, "samples", device, world
         )
         if features:
-            result = {**suite.compute_results(features, labels), **identity}
-            write_result(out, result)
+            result = suite.write_results(out, identity, features, labels)
 
     if world.rank == 0:
         print(f"{format_results(result)}\n  written to {out}")

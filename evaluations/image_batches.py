@@ -15,10 +15,11 @@ from typing import IO
 import numpy as np
 
 from common.cli import UserError
+from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import ImageSource, open_source
 
-READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header before its name and extra field
 LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of these two fields
 
@@ -53,7 +54,7 @@ class NpzFile:
     def __init__(self, path: Path, flag: str):
         self.path = path
         self.flag = flag
-        with self._report_read_errors(), zipfile.ZipFile(path) as archive:
+        with self.report_read_errors(), zipfile.ZipFile(path) as archive:
             self.members = {
                 name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
             }
@@ -65,7 +66,7 @@ class NpzFile:
         """Return a whole array, or None if the file does not contain it. Raises UserError."""
         if name not in self:
             return None
-        with self._report_read_errors(), np.load(self.path) as content:
+        with self.report_read_errors(), np.load(self.path) as content:
             return content[name]
 
     def open_images(self) -> "NpzImages":
@@ -79,19 +80,20 @@ class NpzFile:
             raise UserError(
                 f"{self.flag} {self.path} holds no images under arr_0; it holds {names}"
             )
-        with self._report_read_errors():
+        with self.report_read_errors():
             return NpzImages(self)
 
     @contextmanager
-    def _report_read_errors(self) -> Iterator[None]:
+    def report_read_errors(self) -> Iterator[None]:
         """Raise UserError for errors that an unreadable file causes in this context."""
         try:
             yield
         except UserError:
             raise
         except READ_ERRORS as error:
-            message = f"{self.flag} {self.path} cannot be read as .npz ({error})"
-            raise UserError(message) from None
+            raise UserError(
+                f"{self.flag} {self.path} is damaged or is not an .npz ({error}): use another file"
+            ) from None
 
 
 class NpzImages(Images):
@@ -102,26 +104,25 @@ class NpzImages(Images):
     """
 
     def __init__(self, npz: NpzFile):
-        self.path = npz.path
-        self.flag = npz.flag
+        self.npz = npz
         self.member = npz.members["arr_0"]
         self.stream: IO[bytes] | None = None
         self.lock = threading.Lock()
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+        with zipfile.ZipFile(npz.path) as archive, archive.open(self.member) as file:
             self.shape, fortran_order, dtype = _read_npy_header(file)
             self.header_size = file.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
             order = " in Fortran order" if fortran_order else ""
             raise UserError(
-                f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), "
+                f"{npz.flag} {npz.path}: arr_0 must be uint8 of shape (n, H, W, 3), "
                 f"but it is {dtype} {self.shape}{order}"
             )
         self.count = self.shape[0]
         self.size = self.shape[1:3]
         self.map: np.memmap | None = None
         if self.member.compress_type == zipfile.ZIP_STORED and self.count:
-            offset = _member_offset(self.path, self.member) + self.header_size
-            self.map = np.memmap(self.path, np.uint8, "r", offset, self.shape)
+            offset = _member_offset(npz.path, self.member) + self.header_size
+            self.map = np.memmap(npz.path, np.uint8, "r", offset, self.shape)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Return images start to stop - 1 as stored, (B, H, W, 3).
@@ -131,15 +132,13 @@ class NpzImages(Images):
         """
         if self.map is not None:
             return self.map[start:stop]
-        try:
-            with self.lock:
-                return self._decompress(start, stop)
-        except (*READ_ERRORS, zlib.error) as error:
-            raise UserError(f"{self.flag} {self.path} is damaged ({error})") from None
+        with self.lock, self.npz.report_read_errors():
+            return self._decompress(start, stop)
 
     def _decompress(self, start: int, stop: int) -> np.ndarray:
         if self.stream is None:
-            self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  stays open for later calls
+            archive = zipfile.ZipFile(self.npz.path)
+            self.stream = archive.open(self.member)
         stop = min(stop, self.count)
         image_size = int(np.prod(self.shape[1:]))
         # Seeking backwards makes zipfile decompress again from the beginning of the array.
@@ -211,17 +210,29 @@ def evenly_spaced_indices(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def open_images(path: Path, resolution: int, flag: str) -> Images:
+def open_images(
+    path: Path, resolution: int, flag: str, neighbours: int = MANIFOLD_NEIGHBOURS
+) -> Images:
     """Return a reader of an .npz file, folder, zip, tar or parquet file.
 
     Args:
         path: The file, folder or pattern of files.
-        resolution: Size to crop images to. Images in an .npz file keep their size.
+        resolution: Height and width. Images are cropped to it, unless they are in an .npz file.
         flag: Flag that selected the path, for error messages.
+        neighbours: Number of nearest neighbours that will be searched for each image.
 
     Raises:
-        UserError: If there are no images that can be read.
+        UserError: If the images cannot be read, have another size or are too few.
     """
+    images: Images
     if path.suffix == ".npz":
-        return NpzFile(path, flag).open_images()
-    return SourceImages(open_source(path, flag), resolution, flag)
+        images = NpzFile(path, flag).open_images()
+    else:
+        images = SourceImages(open_source(path, flag), resolution, flag)
+    height, width = images.size
+    if images.size != (resolution, resolution) or images.count <= neighbours:
+        raise UserError(
+            f"{flag} {path} holds {images.count} images of {height}x{width}: "
+            f"use more than {neighbours} images of {resolution}x{resolution}"
+        )
+    return images

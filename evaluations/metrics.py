@@ -125,9 +125,7 @@ def frechet_interval(
     reference: Statistics,
     level: float = 0.95,
     replicates: int = 1000,
-    seed: int = 0,
     device: Device = "cpu",
-    statistics: Statistics | None = None,
 ) -> tuple[float, float] | None:
     """Compute a bootstrap percentile interval of the Frechet distance (Efron 1979), to first order.
 
@@ -142,9 +140,7 @@ def frechet_interval(
         reference: Mean and covariance of the reference.
         level: Coverage of the interval.
         replicates: Number of bootstrap replicates.
-        seed: Seed of the draws.
         device: Where the distance and the influence are computed.
-        statistics: Mean and covariance of `features`, computed here by default.
 
     Returns:
         Lower and upper end, or None if n <= F, because the covariance is singular then.
@@ -152,11 +148,10 @@ def frechet_interval(
     n, size = features.shape
     if n <= size:
         return None
-    if statistics is None:
-        statistics = compute_statistics(features, device)
+    statistics = compute_statistics(features, device)
     distance = frechet_distance(statistics, reference, device)
     influence = frechet_influence(features, statistics, reference, device)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     distances = [distance + influence[rng.integers(n, size=n)].mean() for _ in range(replicates)]
     low, high = np.quantile(distances, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -125,16 +125,6 @@ def main() -> None:
     world = World()
     device = args.device or world.select_device()
     images = open_images(args.images, args.resolution, "--images")
-    if images.size != (args.resolution, args.resolution):
-        raise UserError(
-            f"--resolution {args.resolution}: {args.images} holds images of "
-            f"{images.size[0]}x{images.size[1]}"
-        )
-    if images.count <= MANIFOLD_NEIGHBOURS:
-        raise UserError(
-            f"--images {args.images} holds {images.count} images: "
-            f"use more than {MANIFOLD_NEIGHBOURS}"
-        )
     network = load_extractor(
         "inception", args.inception_weights, images.size, device, str(args.images)
     )

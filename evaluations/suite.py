@@ -6,6 +6,7 @@ Shared by evaluations.evaluate and sample_ddp.py --evaluate.
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,19 +23,20 @@ from common.processes import World
 from evaluations.compare import (
     RESULT_KEYS,
     compute_metrics,
+    frechet_distances_by_count,
     frechet_name,
-    frechet_uncertainty,
     small_sample_warning,
 )
 from evaluations.extractors import EXTRACTOR_NAMES, load_extractor
 from evaluations.features import Features
-from evaluations.metrics import MANIFOLD_NEIGHBOURS
+from evaluations.metrics import MANIFOLD_NEIGHBOURS, frechet_interval
 from evaluations.reference_features import (
+    WELL_KNOWN,
     ReferenceFeatures,
     ReferenceFile,
     load_reference_features,
-    well_known_name,
 )
+from evaluations.runs import read_json
 
 # Keys that identify an evaluation, apart from its samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
@@ -47,15 +49,10 @@ DISPLAY_NAMES = {
 def normaliser(text: str) -> tuple[str, float]:
     """Parse NAME=FD. An argparse type."""
     name, _, value = text.rpartition("=")
-    try:
-        distance = cli.positive_float(value)
-    except argparse.ArgumentTypeError:
-        distance = None
-    if not name or distance is None:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a network's name, =, and a distance above 0"
-        )
-    return name, distance
+    with suppress(argparse.ArgumentTypeError):
+        if name:
+            return name, cli.positive_float(value)
+    raise argparse.ArgumentTypeError(f"{text} is not a network's name, =, and a distance above 0")
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class EvaluationSuite:
         self.identity = {
             "reference": str(reference),
             "reference_sha256": digest,
-            "reference_name": well_known_name(digest),
+            "reference_name": WELL_KNOWN.get(digest),
             "features": {name: network.weights_sha256 for name, network in self.networks.items()},
             "fp16_distances": config.fp16_distances,
             "normalisers": dict(config.normalisers),
@@ -169,17 +166,45 @@ class EvaluationSuite:
             self.world,
         )
 
-    def compute_results(
-        self, samples: Mapping[str, Features[np.ndarray]], labels: np.ndarray | None
+    def identify(
+        self, samples: Path | None, sampling: dict[str, Any], count: int
     ) -> dict[str, Any]:
-        """Compute the results of metrics.json on the first process, after `load_reference`.
+        """Return everything in metrics.json but the results.
 
         Args:
+            samples: The .npz of samples, or None if it is not kept.
+            sampling: The record NAME.json of how they were sampled, {} if it is unknown.
+            count: Number of samples.
+        """
+        identity = {
+            "samples": samples and str(samples),
+            "samples_sha256": samples and sha256(samples),
+            "count": count,
+            **self.identity,
+            "sampling": {
+                key: sampling[key] for key in sampling if key not in ("class_names", "count")
+            },
+        }
+        # Convert tuples to lists and so on, as in a file that has been read.
+        return json.loads(json.dumps(identity))
+
+    def write_results(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        samples: Mapping[str, Features[np.ndarray]],
+        labels: np.ndarray | None,
+    ) -> dict[str, Any]:
+        """Compute the results and write metrics.json, on the first process after `load_reference`.
+
+        Args:
+            path: File to write.
+            identity: The entries that identify the evaluation.
             samples: Features of the samples by name of the network.
             labels: Classes of the samples, (n,), if they are known.
 
         Returns:
-            The entries of metrics.json under RESULT_KEYS.
+            The content of metrics.json.
         """
         metrics: dict[str, Any] = {}
         intervals = {}
@@ -189,11 +214,12 @@ class EvaluationSuite:
             metrics |= compute_metrics(
                 features, labels, reference, name, self.device, self.config.fp16_distances
             )
-            uncertainty = frechet_uncertainty(features, reference, self.device)
-            if uncertainty.interval is not None:
-                intervals[frechet_name(name)] = list(uncertainty.interval)
-            if uncertainty.by_count:
-                by_count[frechet_name(name)] = uncertainty.by_count
+            interval = frechet_interval(features.pool, reference.pool, device=self.device)
+            if interval is not None:
+                intervals[frechet_name(name)] = interval
+            distances = frechet_distances_by_count(features.pool, reference, self.device)
+            if distances:
+                by_count[frechet_name(name)] = distances
 
         # Mean ratio to the distances of real images (Yang et al. 2026, arXiv:2604.28190).
         normalisers = dict(self.config.normalisers)
@@ -205,12 +231,13 @@ class EvaluationSuite:
         if ratios:
             metrics["FDr"] = float(np.mean(ratios))
 
-        results: dict[str, Any] = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
-        count = max(len(features.pool) for features in samples.values())
-        warning = small_sample_warning(count, list(samples))
+        result: dict[str, Any] = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
+        warning = small_sample_warning(identity["count"], samples)
         if warning:
-            results["warning"] = warning
-        return results
+            result["warning"] = warning
+        result |= identity
+        write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+        return result
 
 
 def _check_config(config: EvaluationConfig) -> None:
@@ -252,22 +279,24 @@ def read_json_object(path: Path, required_key: str, description: str) -> dict[st
     """
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or required_key not in content:
-        raise UserError(
-            f"{path} exists but is not a {description}: move it away or choose another file"
-        )
-    return content
+    with suppress(OSError, UserError):
+        content = read_json(path)
+        if required_key in content:
+            return content
+    raise UserError(
+        f"{path} exists but is not a {description}: move it away or choose another file"
+    )
 
 
 def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Read an existing metrics.json of the same reference, networks and settings.
+    """Read an existing metrics.json.
+
+    Args:
+        path: The file.
+        identity: The entries that identify the evaluation.
 
     Returns:
-        Its content, or {} if it does not exist.
+        The content, or {} if the file does not exist or is about other samples.
 
     Raises:
         UserError: If the file belongs to another evaluation and must not be overwritten.
@@ -279,37 +308,8 @@ def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"{path} holds the numbers of another evaluation ({', '.join(changed)} differ): "
             "move it away, or pass --out to evaluations.evaluate"
         )
-    return existing
-
-
-def build_identity(
-    suite: EvaluationSuite, samples: Path | None, sampling: dict[str, Any], count: int
-) -> dict[str, Any]:
-    """Return everything in metrics.json but the results.
-
-    Args:
-        suite: The evaluation.
-        samples: The .npz of samples, or None if it is not kept.
-        sampling: The record NAME.json of how they were sampled, {} if it is unknown.
-        count: Number of samples.
-    """
-    file: dict[str, str | None] = {"samples": None, "samples_sha256": None}
-    if samples is not None:
-        file = {"samples": str(samples), "samples_sha256": sha256(samples)}
-    settings = {key: sampling[key] for key in sampling if key not in ("class_names", "count")}
-    identity = {**file, "count": count, **suite.identity, "sampling": settings}
-    # Convert tuples to lists and so on, as in a file that has been read.
-    return json.loads(json.dumps(identity))
-
-
-def drop_results(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a metrics.json that identifies it."""
-    return {key: value for key, value in result.items() if key not in RESULT_KEYS}
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a metrics.json."""
-    write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+    found = {key: value for key, value in existing.items() if key not in RESULT_KEYS}
+    return existing if found == identity else {}
 
 
 def format_results(result: dict[str, Any]) -> str:

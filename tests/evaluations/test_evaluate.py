@@ -311,7 +311,7 @@ def test_reference_command_refuses_to_store_too_few_images(call, tmp_path):
 def test_statistics_that_cannot_be_those_of_inception_are_refused(tmp_path, mu, sigma, message):
     np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
     with pytest.raises(UserError, match=message):
-        reference_features.read_inception_statistics(NpzFile(tmp_path / "s.npz", "--reference"))
+        reference_features.read_statistics(NpzFile(tmp_path / "s.npz", "--reference"), "", 2048)
 
 
 def test_merged_moments_equal_those_of_all_features():
@@ -448,7 +448,7 @@ def unusable_inputs(tmp_path_factory):
         ),
         (
             "s.npz --features fashion --reference large.npz",
-            "holds images of 64x64, but the samples are 32x32",
+            "holds 40 images of 64x64: use more than 3 images of 32x32",
         ),
         (
             "onehot.npz --features fashion --reference s.npz",
@@ -459,7 +459,7 @@ def unusable_inputs(tmp_path_factory):
         ("named.npz --reference s.npz", "holds no images under arr_0; it holds images"),
         ("stats.npz --features fashion --reference s.npz", "holds no images under arr_0"),
         ("float.npz --features fashion --reference s.npz", "must be uint8"),
-        ("broken.npz --features fashion --reference s.npz", r"cannot be read as \.npz"),
+        ("broken.npz --features fashion --reference s.npz", r"damaged or is not an \.npz"),
         ("none.npz --reference s.npz", "none.npz does not exist"),
         (
             "s.npz --features fashion --reference none.npz",

@@ -141,13 +141,6 @@ def test_interval_is_as_wide_as_the_spread_of_resampled_and_of_new_samples():
     assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.6745 / 1.96, rel=0.1)
 
 
-def test_interval_accepts_precomputed_statistics():
-    x = make_features(1500, 4, 0)
-    reference = compute_statistics(make_features(5000, 4, 1, 0.4))
-    expected = frechet_interval(x, reference, seed=3)
-    assert frechet_interval(x, reference, seed=3, statistics=compute_statistics(x)) == expected
-
-
 def test_interval_is_none_unless_there_are_more_images_than_features():
     reference = compute_statistics(make_features(50, 16, 1))
     assert frechet_interval(make_features(16, 16, 0), reference) is None
