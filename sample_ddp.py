@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,19 +35,16 @@ from common.processes import World
 from evaluations.suite import (
     EvaluationConfig,
     EvaluationSuite,
-    build_identity,
     check_sample_count,
-    drop_results,
     format_results,
     read_result,
-    write_result,
 )
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTBlock
 from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights
-from sampling.store import SampleStore, StoredBatches
+from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
 
 
@@ -200,8 +196,15 @@ def main() -> None:
     with ExitStack() as resources:
         stored = world.run_on_first_rank(lambda: store.claim(resources))
         store.load_finished()
+
+        # Load the reference, unless the samples are evaluated already.
+        result: dict[str, Any] = {}
         if suite is not None:
-            stored = prepare_evaluation(suite, store, stored, world)
+            result = world.run_on_first_rank(lambda: read_metrics(suite, store))
+            if result:
+                stored = stored._replace(features=set(store.batches))
+            else:
+                suite.load_reference()
 
         # Sample what is missing. Each process takes every n-th batch.
         pending = store.pending_batches(stored)
@@ -211,7 +214,10 @@ def main() -> None:
 
         if world.rank == 0:
             store.finalize(labels)
-            result = evaluate(suite, store, labels) if suite is not None else {}
+            if suite is not None and not result:
+                result = suite.write_results(
+                    store.metrics_path, identify(suite, store), store.read_features(), labels
+                )
             store.remove_parts()
             print(format_outcome(store, result, has_new_images=bool(pending)))
     world.close()
@@ -365,20 +371,6 @@ def make_suite(
     )
 
 
-def prepare_evaluation(
-    suite: EvaluationSuite, store: SampleStore, stored: StoredBatches, world: World
-) -> StoredBatches:
-    """Load the reference, unless the samples are evaluated already.
-
-    Returns:
-        The stored batches. If the samples are evaluated already, no features are missing.
-    """
-    if world.run_on_first_rank(lambda: bool(read_metrics(suite, store))):
-        return stored._replace(features=set(store.batches))
-    suite.load_reference()
-    return stored
-
-
 def sample_batches(
     worker: Worker, pending: list[int], config: PrecisionConfig, world: World
 ) -> None:
@@ -401,7 +393,13 @@ def sample_batches(
         run_batches(worker, share, num_threads, config.compile, bar, images_per_batch)
 
 
-def read_metrics(suite: EvaluationSuite, store: SampleStore) -> dict:
+def identify(suite: EvaluationSuite, store: SampleStore) -> dict[str, Any]:
+    """Return everything in metrics.json but the results."""
+    samples = store.npz_path if store.is_complete() else None
+    return suite.identify(samples, store.record, store.count)
+
+
+def read_metrics(suite: EvaluationSuite, store: SampleStore) -> dict[str, Any]:
     """Return the metrics of exactly these samples, or {} if they are not evaluated yet.
 
     Raises:
@@ -409,24 +407,10 @@ def read_metrics(suite: EvaluationSuite, store: SampleStore) -> dict:
     """
     if not store.metrics_path.exists():
         return {}
-    samples = store.npz_path if store.is_complete() else None
-    identity = build_identity(suite, samples, store.record, store.count)
-    result = read_result(store.metrics_path, identity)
-    return result if drop_results(result) == identity else {}
+    return read_result(store.metrics_path, identify(suite, store))
 
 
-def evaluate(suite: EvaluationSuite, store: SampleStore, labels: np.ndarray) -> dict:
-    """Return the metrics of the samples. They are computed and written unless they exist."""
-    result = read_metrics(suite, store)
-    if not result:
-        samples = store.npz_path if store.keep_images else None
-        identity = build_identity(suite, samples, store.record, store.count)
-        result = {**suite.compute_results(store.read_features(), labels), **identity}
-        write_result(store.metrics_path, result)
-    return result
-
-
-def format_outcome(store: SampleStore, result: dict, has_new_images: bool) -> str:
+def format_outcome(store: SampleStore, result: dict[str, Any], has_new_images: bool) -> str:
     """Return the final message: the files, and the metrics if there are any."""
     if not store.keep_images:
         text = f"{store.count:,} images were sampled and discarded; their grid is {store.grid_path}"

@@ -138,11 +138,13 @@ def compare_settings(settings: list[dict[str, Any]]) -> Comparison:
     differing: dict[str, list[Any]] = {}
     agreeing: dict[str, Any] = {}
     for key in dict.fromkeys(key for fields in settings for key in fields):
-        distinct: dict[str, Any] = {}
-        for fields in settings:
-            if not (key.startswith("sampling.") and has_unknown_sampling(fields)):
-                distinct.setdefault(format_value(fields.get(key)), fields.get(key))
-        values = list(distinct.values())
+        # Values with the same text are equal for a reader.
+        values_by_text = {
+            format_value(fields.get(key)): fields.get(key)
+            for fields in settings
+            if not (key.startswith("sampling.") and has_unknown_sampling(fields))
+        }
+        values = list(values_by_text.values())
         if len(values) > 1:
             differing[key] = values
         else:

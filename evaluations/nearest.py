@@ -124,37 +124,32 @@ class MemorisationSearch:
     def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
         """Return the result for each set of samples, which have the size of the training images."""
         # Compute the features of some samples of each set, and of some training images.
-        selected = {name: self._select(images) for name, images in samples.items()}
+        selected = [_select(images) for images in samples.values()]
         probes = evenly_spaced_indices(self.train.count, MAX_QUERIES)
         queries = [
-            self._features(samples[name], indices, name) for name, indices in selected.items()
+            self._features(images, indices, name)
+            for (name, images), indices in zip(samples.items(), selected)
         ]
         queries.append(self._features(self.train, probes, "training images"))
-        num_selected = sum(map(len, selected.values()))
-        self_indices = np.concatenate([np.full(num_selected, -1), probes])
 
         # Find the nearest training images of all of them.
+        no_index = [np.full_like(indices, -1) for indices in selected]
         distances, neighbours = find_nearest(
             self._train_blocks(),
             np.concatenate(queries),
-            self_indices,
+            np.concatenate([*no_index, probes]),
             NEIGHBOURS_PER_SAMPLE,
             self.device,
         )
-        ends = np.cumsum([len(indices) for indices in selected.values()])
-        *distances_per_set, probe_distances = np.split(distances, ends)
-        *neighbours_per_set, _ = np.split(neighbours, ends)
+        ends = np.cumsum([len(indices) for indices in selected])
+        *sample_distances, probe_distances = np.split(distances, ends)
 
         # Compare distances of samples to distances between training images.
-        baseline = probe_distances[:, 0]
-        checks = {}
-        for (name, indices), set_distances, set_neighbours in zip(
-            selected.items(), distances_per_set, neighbours_per_set
-        ):
-            checks[name] = self._summarise(
-                samples[name], indices, set_distances, set_neighbours, baseline
-            )
-        return checks
+        results = zip(samples, selected, sample_distances, np.split(neighbours, ends))
+        return {
+            name: self._summarise(samples[name], *result, probe_distances[:, 0])
+            for name, *result in results
+        }
 
     def _summarise(
         self,
@@ -176,30 +171,24 @@ class MemorisationSearch:
 
         def match(row: int) -> NearestMatch:
             found = [
-                Neighbour(int(i), float(distance), _read_image(self.train, i))
-                for i, distance in zip(neighbours[row], distances[row])
+                Neighbour(index, distance, _read_image(self.train, index))
+                for index, distance in zip(neighbours[row], distances[row])
             ]
-            index = int(indices[row])
-            return NearestMatch(index, _read_image(samples, index), found)
+            return NearestMatch(indices[row], _read_image(samples, indices[row]), found)
 
         shown = np.searchsorted(indices, evenly_spaced_indices(samples.count, NUM_SHOWN))
         closest = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
-        first_percentile = float(np.percentile(baseline, 1))
+        first_percentile = np.percentile(baseline, 1)
         return MemorisationCheck(
             evenly_spaced=[match(row) for row in shown],
             closest=[match(row) for row in closest],
             num_samples=len(indices),
-            close_fraction=float((distances[:, 0] < first_percentile).mean()),
+            close_fraction=(distances[:, 0] < first_percentile).mean(),
             num_probes=len(baseline),
             num_train_images=self.train.count,
-            median_distance=float(np.median(baseline)),
+            median_distance=np.median(baseline),
             first_percentile=first_percentile,
         )
-
-    def _select(self, images: Images) -> np.ndarray:
-        """Return the indices of the samples to measure, which include those to show."""
-        measured = evenly_spaced_indices(images.count, MAX_QUERIES)
-        return np.union1d(measured, evenly_spaced_indices(images.count, NUM_SHOWN))
 
     def _features(self, images: Images, indices: np.ndarray, description: str) -> np.ndarray:
         subset = ImageSubset(images, indices)
@@ -214,6 +203,12 @@ class MemorisationSearch:
             indices = np.arange(start, min(start + BLOCK, count))
             description = f"training images from {start:,} of {count:,}"
             yield self._features(self.train, indices, description)
+
+
+def _select(images: Images) -> np.ndarray:
+    """Return the indices of the samples to measure, which include those to show."""
+    measured = evenly_spaced_indices(images.count, MAX_QUERIES)
+    return np.union1d(measured, evenly_spaced_indices(images.count, NUM_SHOWN))
 
 
 def _read_image(images: Images, index: int) -> np.ndarray:
@@ -256,15 +251,8 @@ def check_memorisation(
                 f"--nearest needs square samples, but {first_name} has {width}x{height}: "
                 "remove --nearest"
             )
-        train = open_images(path, width, "--nearest")
-        if train.size != size or train.count <= NEIGHBOURS_PER_SAMPLE:
-            raise UserError(
-                f"--nearest {path} holds {train.count} images of {train.size[1]}x{train.size[0]}: "
-                f"pass more than {NEIGHBOURS_PER_SAMPLE} images of the samples' size, "
-                f"{width}x{height}"
-            )
-        is_fashion_size = size == (FASHION_RESOLUTION, FASHION_RESOLUTION)
-        name = features or ("fashion" if is_fashion_size else "inception")
-        network = load_extractor(name, weights, size, device, first_name, "--features")
+        train = open_images(path, width, "--nearest", NEIGHBOURS_PER_SAMPLE)
+        default_features = "fashion" if width == FASHION_RESOLUTION else "inception"
+        network = load_extractor(features or default_features, weights, size, device, first_name)
         checks |= MemorisationSearch(train, network, batch_size, device).check(group)
     return checks

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from evaluations.image_batches import evenly_spaced_indices
 from evaluations.metrics_files import (
     LOWER_IS_BETTER,
     compare_settings,
@@ -164,7 +165,7 @@ def smooth(
     The window shrinks towards both ends, so that steep beginnings stay as they are. NaN values are
     left out of the medians, and points without a value stay NaN.
     """
-    centres = np.unique(np.linspace(0, len(y) - 1, min(max_points, len(y))).round().astype(int))
+    centres = evenly_spaced_indices(len(y), max_points)
     y = np.where(np.isfinite(y), y, np.nan)
     radii = np.minimum(len(y) // 100, centres)
     medians = [

@@ -12,12 +12,10 @@ number of machines can therefore make them in any order and be killed at any tim
 """
 
 import glob
-import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +27,10 @@ from safetensors.numpy import load_file, save
 from common.cli import UserError
 from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
+from evaluations.extractors import concatenate_features
 from evaluations.features import Features
-from evaluations.image_batches import NpzFile, NpzImages
+from evaluations.image_batches import NpzFile, NpzImages, evenly_spaced_indices
+from evaluations.runs import read_json
 
 # Settings that may differ when more samples are added to existing ones.
 KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
@@ -42,6 +42,8 @@ IDENTIFYING_HASH = {
 }
 # A network file system may show a file that another machine wrote only after this time.
 FILE_WAIT_SECONDS = 120
+GRID_ROWS = 10  # maximum number of classes in the grid
+GRID_COLUMNS = 10  # maximum number of images per class
 
 
 class StoredBatches(NamedTuple):
@@ -131,13 +133,9 @@ class SampleStore:
 
     def pending_batches(self, stored: StoredBatches) -> list[int]:
         """Return the indices of the batches that lack images, features or PNG files."""
-        every_batch = set(self.batches)
         # If images are not kept, the features are all that remains of a finished batch.
-        with_images = stored.images if self.keep_images else stored.images | stored.features
-        pending = (every_batch - with_images) | (every_batch - stored.pngs)
-        if self.networks:
-            pending |= every_batch - stored.features
-        return sorted(pending)
+        images = stored.images if self.keep_images else stored.features
+        return sorted(set(self.batches) - (images & stored.features & stored.pngs))
 
     def read_images(self, batch: int) -> np.ndarray:
         """Return the images of a stored batch, (B, 3, H, W) uint8."""
@@ -158,17 +156,17 @@ class SampleStore:
             features: Features of the images, per network.
             is_new: Whether the images are not stored yet.
         """
-        start, stop = self._span(batch)
+        indices = self._indices(batch)
         pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
         if self.keep_images and is_new:
             write_array(self._part(batch, "npy"), pixels)
         if not self.keep_images:
-            for index in self.grid_indices:
-                if start <= index < stop:
-                    write_array(self._grid_part(index), pixels[index - start])
+            for index in indices:
+                if index in self.grid_indices:
+                    write_array(self._grid_part(index), pixels[index - indices.start])
         if self.write_pngs:
             self.png_folder.mkdir(parents=True, exist_ok=True)
-            for index, image in zip(range(start, stop), pixels):
+            for index, image in zip(indices, pixels):
                 save_png(Image.fromarray(image), self.png_folder / f"{index:06d}.png")
         # Features are written last: without images they mark the batch as finished.
         if features:
@@ -191,45 +189,49 @@ class SampleStore:
         # The record comes first, so that an .npz never exists without it.
         write_file(self.record_path, json.dumps(self.record, indent=2).encode())
         if self.keep_images and not self.is_complete():
-            blocks = self._iter_blocks()
-            first = next(blocks)
-            shape = (self.count, *first.shape[1:])
-            write_npz(self.npz_path, itertools.chain([first], blocks), shape, arr_1=labels)
+            # The last batch may be padded.
+            blocks = (self._read_pixels(k)[: len(self._indices(k))] for k in self.batches)
+            shape = (self.count, *self._read_pixels(0).shape[1:])
+            write_npz(self.npz_path, blocks, shape, arr_1=labels)
             self.load_finished()
         self._save_grid(labels)
 
     def read_features(self) -> dict[str, Features[np.ndarray]]:
         """Return the features of all images, per network. Call it on the first process only."""
-        parts: dict[str, list[np.ndarray]] = {}
-        for batch in self.batches:
-            start, stop = self._span(batch)
-            path = _wait_for_file(self._part(batch, "safetensors"))
-            for key, values in load_file(path).items():
-                parts.setdefault(key, []).append(values[: stop - start])
-        columns: dict[str, dict[str, np.ndarray]] = {}
-        for key in list(parts):
-            name, _, column = key.rpartition("/")
-            columns.setdefault(name, {})[column] = np.concatenate(parts.pop(key))
-        return {name: Features(**columns[name]) for name in self.networks}
+        return {
+            name: concatenate_features(
+                (self._read_batch_features(batch, name) for batch in self.batches), self.count
+            )
+            for name in self.networks
+        }
+
+    def _read_batch_features(self, batch: int, network: str) -> Features[np.ndarray]:
+        """Return the features of a stored batch by one network. The last batch may be padded."""
+        arrays = load_file(_wait_for_file(self._part(batch, "safetensors")))
+        prefix = f"{network}/"
+        return Features(
+            **{
+                key.removeprefix(prefix): values
+                for key, values in arrays.items()
+                if key.startswith(prefix)
+            }
+        )
 
     def remove_parts(self) -> None:
         """Remove the files of the batches."""
         shutil.rmtree(self.parts_folder, ignore_errors=True)
 
-    def choose_grid_images(self, labels: np.ndarray, rows: int = 10, columns: int = 10) -> None:
-        """Choose the images of the grid, the first ones of each class.
+    def choose_grid_images(self, labels: np.ndarray) -> None:
+        """Choose the images of the grid: the first ones of classes spread evenly over all.
 
         Args:
             labels: Class of each image, (count,).
-            rows: Maximum number of classes. They are spread evenly over the classes that occur.
-            columns: Maximum number of images per class.
         """
         present = np.unique(labels)
-        positions = np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)
         self.grid_indices = [
             int(index)
-            for label in present[positions]
-            for index in np.flatnonzero(labels == label)[:columns]
+            for label in present[evenly_spaced_indices(len(present), GRID_ROWS)]
+            for index in np.flatnonzero(labels == label)[:GRID_COLUMNS]
         ]
 
     def _remove_parts_if_empty(self) -> None:
@@ -293,32 +295,30 @@ class SampleStore:
     def _find_stored_batches(self) -> StoredBatches:
         images = {int(path.stem) for path in self.parts_folder.glob("[0-9]*.npy")}
         if self.finished is not None:
-            images |= {k for k in self.batches if self._span(k)[1] <= self.finished.count}
-        features = {
-            int(path.stem)
-            for path in self.parts_folder.glob("[0-9]*.safetensors")
-            if self._has_features(path)
-        }
+            images |= {k for k in self.batches if self._indices(k).stop <= self.finished.count}
+        features = {k for k in self.batches if self._has_features(k)}
         pngs = set(self.batches)
         if self.write_pngs:
             png_indices = self._find_png_indices()
-            pngs = {k for k in self.batches if png_indices.issuperset(range(*self._span(k)))}
+            pngs = {k for k in self.batches if png_indices.issuperset(self._indices(k))}
         return StoredBatches(images, features, pngs)
 
-    def _has_features(self, path: Path) -> bool:
-        """Return whether a file has features of these networks for all images of its batch.
+    def _has_features(self, batch: int) -> bool:
+        """Return whether the features of these networks are stored for all images of a batch.
 
         The last batch may be shorter if its images were read from an .npz, which is not padded.
         """
-        start, stop = self._span(int(path.stem))
+        if not self.networks:
+            return True
         try:
-            with safe_open(path, "numpy") as file:
+            with safe_open(self._part(batch, "safetensors"), "numpy") as file:
                 stored_networks = json.loads(file.metadata()["networks"])
                 keys = file.keys()
                 num_rows = min(file.get_slice(key).get_shape()[0] for key in keys)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return False
-        return self.networks.items() <= stored_networks.items() and num_rows >= stop - start
+        is_whole = num_rows >= len(self._indices(batch))
+        return is_whole and self.networks.items() <= stored_networks.items()
 
     def _find_png_indices(self) -> set[int]:
         """Return the indices of the images that have PNG files, if PNG files are requested."""
@@ -346,21 +346,15 @@ class SampleStore:
 
     def _read_pixels(self, batch: int) -> np.ndarray:
         """Return the images of a stored batch, (B, H, W, 3) uint8."""
-        start, stop = self._span(batch)
-        if self.finished is not None and stop <= self.finished.count:
-            return np.array(self.finished.read_rows(start, stop))
+        indices = self._indices(batch)
+        if self.finished is not None and indices.stop <= self.finished.count:
+            return np.array(self.finished.read_rows(indices.start, indices.stop))
         return np.load(_wait_for_file(self._part(batch, "npy")))
 
-    def _iter_blocks(self) -> Iterator[np.ndarray]:
-        """Yield all images in order, a batch at a time, without the padding of the last batch."""
-        for batch in self.batches:
-            start, stop = self._span(batch)
-            yield self._read_pixels(batch)[: stop - start]
-
-    def _span(self, batch: int) -> tuple[int, int]:
-        """Return the first index of a batch and the index after its last one, without padding."""
+    def _indices(self, batch: int) -> range:
+        """Return the indices of the images of a batch, without padding."""
         start = batch * self.batch_size
-        return start, min(start + self.batch_size, self.count)
+        return range(start, min(start + self.batch_size, self.count))
 
     def _part(self, batch: int, suffix: str) -> Path:
         return self.parts_folder / f"{batch:06d}.{suffix}"
@@ -371,11 +365,9 @@ class SampleStore:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return the contents of a sampling.json, or {} if there is none or it is another file."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(OSError, UserError):
+        return read_json(path)
+    return {}
 
 
 def format_grid_title(record: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class WorkerCancelledError(Exception):
     """Another batch failed, or the user pressed Ctrl-C."""
 
 
+@dataclass(frozen=True, eq=False)
 class Worker:
     """Makes batches and stores them. Several threads may call it at once with different batches.
 
@@ -33,26 +35,20 @@ class Worker:
         networks: Networks that compute features of the images.
     """
 
-    def __init__(
-        self,
-        model: SiT,
-        vae: Autoencoder,
-        recipe: Recipe,
-        dtype: torch.dtype,
-        store: SampleStore,
-        stored: StoredBatches,
-        networks: dict[str, FeatureNetwork],
-    ):
-        self.model = model
-        self.vae = vae
-        self.recipe = recipe
-        self.dtype = dtype
-        self.store = store
-        self.stored = stored
-        self.networks = networks
-        self.device = vae.vae.device
-        self._cancelled = threading.Event()
-        self._thread_local = threading.local()
+    model: SiT
+    vae: Autoencoder
+    recipe: Recipe
+    dtype: torch.dtype
+    store: SampleStore
+    stored: StoredBatches
+    networks: dict[str, FeatureNetwork]
+    _cancelled: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread_local: threading.local = field(default_factory=threading.local, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network and the VAE."""
+        return self.vae.vae.device
 
     def cancel(self) -> None:
         """Make all calls raise `WorkerCancelledError` before they evaluate the network again."""
