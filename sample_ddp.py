@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -32,6 +32,7 @@ from common.config import (
 )
 from common.files import sha256
 from common.processes import World
+from evaluations.runs import JsonObject
 from evaluations.suite import (
     EvaluationConfig,
     EvaluationSuite,
@@ -114,23 +115,13 @@ class OutputConfig:
 
 
 class SamplingConfig(NamedTuple):
-    """All settings."""
+    """All settings, one group of flags per field."""
 
     checkpoint: CheckpointConfig
     sampler: SamplerConfig
     precision: PrecisionConfig
     output: OutputConfig
     evaluation: EvaluationConfig
-
-
-# Titles of the groups of flags in the help text, in the order of SamplingConfig.
-FLAG_GROUPS = {
-    "checkpoint": CheckpointConfig,
-    "sampler": SamplerConfig,
-    "precision": PrecisionConfig,
-    "images and files": OutputConfig,
-    "evaluation": EvaluationConfig,
-}
 
 
 def parse_args(argv: list[str] | None = None) -> SamplingConfig:
@@ -141,10 +132,11 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     """
     parser = cli.Parser(__doc__, "sample_ddp.py", "--ckpt PATH")
     parser.add_argument("--print-config", action="store_true", help="print all settings and exit")
-    for title, group in FLAG_GROUPS.items():
+    groups = SamplingConfig.__annotations__
+    for title, group in groups.items():
         add_flags(parser.add_argument_group(title), group)
     args = parser.parse_args(argv)
-    config = SamplingConfig(*(read_flags(group, args) for group in FLAG_GROUPS.values()))
+    config = SamplingConfig(*(read_flags(group, args) for group in groups.values()))
 
     with naming_flags(SamplerConfig):
         config.sampler.validate()
@@ -198,7 +190,7 @@ def main() -> None:
         store.load_finished()
 
         # Load the reference, unless the samples are evaluated already.
-        result: dict[str, Any] = {}
+        result: JsonObject = {}
         if suite is not None:
             result = world.run_on_first_rank(lambda: read_metrics(suite, store))
             if result:
@@ -285,7 +277,7 @@ def build_record(
     vae: Autoencoder,
     recipe: Recipe,
     device: torch.device,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return all settings that determine the images, for NAME.json and metrics.json."""
     is_adaptive = recipe.dopri5
     labels_sha256 = sha256(Path(recipe.labels)) if recipe.explicit_labels is not None else None
@@ -393,13 +385,13 @@ def sample_batches(
         run_batches(worker, share, num_threads, config.compile, bar, images_per_batch)
 
 
-def identify(suite: EvaluationSuite, store: SampleStore) -> dict[str, Any]:
+def identify(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
     """Return everything in metrics.json but the results."""
     samples = store.npz_path if store.is_complete() else None
     return suite.identify(samples, store.record, store.count)
 
 
-def read_metrics(suite: EvaluationSuite, store: SampleStore) -> dict[str, Any]:
+def read_metrics(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
     """Return the metrics of exactly these samples, or {} if they are not evaluated yet.
 
     Raises:
@@ -410,7 +402,7 @@ def read_metrics(suite: EvaluationSuite, store: SampleStore) -> dict[str, Any]:
     return read_result(store.metrics_path, identify(suite, store))
 
 
-def format_outcome(store: SampleStore, result: dict[str, Any], has_new_images: bool) -> str:
+def format_outcome(store: SampleStore, result: JsonObject, has_new_images: bool) -> str:
     """Return the final message: the files, and the metrics if there are any."""
     if not store.keep_images:
         text = f"{store.count:,} images were sampled and discarded; their grid is {store.grid_path}"

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 
-from evaluations.features import Features
+from evaluations.features import NumpyFeatures
 from evaluations.metrics import (
+    Device,
     compute_statistics,
     frechet_distance,
     inception_score,
@@ -27,11 +27,11 @@ def frechet_name(network: str) -> str:
 
 
 def compute_metrics(
-    samples: Features[np.ndarray],
+    samples: NumpyFeatures,
     labels: np.ndarray | None,
     reference: ReferenceFeatures,
     network: str,
-    device: torch.device | str,
+    device: Device,
     fp16_distances: bool = False,
 ) -> dict[str, float | None]:
     """Compute all metrics that a network's features of one set of samples allow.
@@ -74,7 +74,7 @@ def compute_metrics(
 
 
 def frechet_distances_by_count(
-    features: np.ndarray, reference: ReferenceFeatures, device: torch.device | str
+    features: np.ndarray, reference: ReferenceFeatures, device: Device
 ) -> dict[str, float]:
     """Compute the Frechet distance of the first n samples for several n.
 

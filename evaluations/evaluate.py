@@ -16,7 +16,7 @@ from common.cli import UserError
 from common.config import add_flags, read_flags
 from common.processes import World
 from evaluations.extractors import extract_features
-from evaluations.image_batches import NpzFile
+from evaluations.image_batches import NpzImages
 from evaluations.suite import (
     EvaluationConfig,
     EvaluationSuite,
@@ -70,10 +70,9 @@ def main() -> None:
     # Open the samples with their labels and the record of how they were sampled.
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
-    npz = NpzFile(args.samples, "samples")
-    images = npz.open_images()
+    images = NpzImages(args.samples, "samples")
     check_sample_count(images.count, str(args.samples))
-    labels = npz.read_array("arr_1")
+    labels = images.read_array("arr_1")
     if labels is not None and labels.shape != (images.count,):
         raise UserError(
             f"{args.samples}: arr_1 must be the classes of {images.count} images, "

@@ -40,6 +40,9 @@ class Features(Generic[Array]):
         return Features(**{name: function(output) for name, output in self.present().items()})
 
 
+NumpyFeatures = Features[np.ndarray]
+
+
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """Copy a tensor on any device to a NumPy array."""
     return tensor.cpu().numpy()

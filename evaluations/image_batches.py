@@ -54,7 +54,7 @@ class NpzFile:
     def __init__(self, path: Path, flag: str):
         self.path = path
         self.flag = flag
-        with self.report_read_errors(), zipfile.ZipFile(path) as archive:
+        with self._report_read_errors(), zipfile.ZipFile(path) as archive:
             self.members = {
                 name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
             }
@@ -66,25 +66,11 @@ class NpzFile:
         """Return a whole array, or None if the file does not contain it. Raises UserError."""
         if name not in self:
             return None
-        with self.report_read_errors(), np.load(self.path) as content:
+        with self._report_read_errors(), np.load(self.path) as content:
             return content[name]
 
-    def open_images(self) -> "NpzImages":
-        """Return a reader of arr_0.
-
-        Raises:
-            UserError: If it is missing or is not uint8 of shape (n, H, W, 3).
-        """
-        if "arr_0" not in self:
-            names = ", ".join(self.members) or "no arrays"
-            raise UserError(
-                f"{self.flag} {self.path} holds no images under arr_0; it holds {names}"
-            )
-        with self.report_read_errors():
-            return NpzImages(self)
-
     @contextmanager
-    def report_read_errors(self) -> Iterator[None]:
+    def _report_read_errors(self) -> Iterator[None]:
         """Raise UserError for errors that an unreadable file causes in this context."""
         try:
             yield
@@ -96,33 +82,47 @@ class NpzFile:
             ) from None
 
 
-class NpzImages(Images):
+class NpzImages(NpzFile, Images):
     """The images in arr_0 of an .npz file.
 
     An uncompressed array, as np.savez and sample_ddp.py write it, is memory-mapped. A compressed
     array is decompressed as it is read. Several threads may read at the same time.
+
+    Args:
+        path: The file.
+        flag: Flag that selected the file, for error messages.
+
+    Raises:
+        UserError: If arr_0 is missing, cannot be read or is not uint8 of shape (n, H, W, 3).
     """
 
-    def __init__(self, npz: NpzFile):
-        self.npz = npz
-        self.member = npz.members["arr_0"]
+    def __init__(self, path: Path, flag: str):
+        super().__init__(path, flag)
+        if "arr_0" not in self:
+            names = ", ".join(self.members) or "no arrays"
+            raise UserError(f"{flag} {path} holds no images under arr_0; it holds {names}")
+        self.member = self.members["arr_0"]
         self.stream: IO[bytes] | None = None
         self.lock = threading.Lock()
-        with zipfile.ZipFile(npz.path) as archive, archive.open(self.member) as file:
+        self.map: np.memmap | None = None
+        with (
+            self._report_read_errors(),
+            zipfile.ZipFile(path) as archive,
+            archive.open(self.member) as file,
+        ):
             self.shape, fortran_order, dtype = _read_npy_header(file)
             self.header_size = file.tell()
-        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
-            order = " in Fortran order" if fortran_order else ""
-            raise UserError(
-                f"{npz.flag} {npz.path}: arr_0 must be uint8 of shape (n, H, W, 3), "
-                f"but it is {dtype} {self.shape}{order}"
-            )
-        self.count = self.shape[0]
-        self.size = self.shape[1:3]
-        self.map: np.memmap | None = None
-        if self.member.compress_type == zipfile.ZIP_STORED and self.count:
-            offset = _member_offset(npz.path, self.member) + self.header_size
-            self.map = np.memmap(npz.path, np.uint8, "r", offset, self.shape)
+            if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
+                order = " in Fortran order" if fortran_order else ""
+                raise UserError(
+                    f"{flag} {path}: arr_0 must be uint8 of shape (n, H, W, 3), "
+                    f"but it is {dtype} {self.shape}{order}"
+                )
+            self.count = self.shape[0]
+            self.size = self.shape[1:3]
+            if self.member.compress_type == zipfile.ZIP_STORED and self.count:
+                offset = _member_offset(path, self.member) + self.header_size
+                self.map = np.memmap(path, np.uint8, "r", offset, self.shape)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Return images start to stop - 1 as stored, (B, H, W, 3).
@@ -132,12 +132,12 @@ class NpzImages(Images):
         """
         if self.map is not None:
             return self.map[start:stop]
-        with self.lock, self.npz.report_read_errors():
+        with self.lock, self._report_read_errors():
             return self._decompress(start, stop)
 
     def _decompress(self, start: int, stop: int) -> np.ndarray:
         if self.stream is None:
-            archive = zipfile.ZipFile(self.npz.path)
+            archive = zipfile.ZipFile(self.path)
             self.stream = archive.open(self.member)
         stop = min(stop, self.count)
         image_size = int(np.prod(self.shape[1:]))
@@ -226,7 +226,7 @@ def open_images(
     """
     images: Images
     if path.suffix == ".npz":
-        images = NpzFile(path, flag).open_images()
+        images = NpzImages(path, flag)
     else:
         images = SourceImages(open_source(path, flag), resolution, flag)
     height, width = images.size

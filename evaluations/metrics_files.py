@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from common.cli import UserError
 from evaluations.compare import RESULT_KEYS
-from evaluations.runs import Run, read_json
+from evaluations.runs import JsonObject, Run, read_json
 
 # Fields that identify the model. They differ between the models that are compared.
 MODEL_FIELDS = {
@@ -41,7 +41,7 @@ class MetricsFile(NamedTuple):
     """One metrics.json; run and run_index are None if its samples are of none of the runs."""
 
     path: Path
-    content: dict[str, Any]
+    content: JsonObject
     run: Run | None = None
     run_index: int | None = None
 
@@ -64,7 +64,7 @@ class MetricsFile(NamedTuple):
         return Path(name) if Path(name).exists() else self.path.parent / Path(name).name
 
     @property
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self) -> JsonObject:
         """Return the sampling settings, {} if they are unknown."""
         return self.content.get("sampling") or {}
 
@@ -82,12 +82,12 @@ class Comparison(NamedTuple):
     """Fields of several settings, in order of appearance."""
 
     differing: dict[str, list[Any]]  # field -> its distinct values
-    agreeing: dict[str, Any]
+    agreeing: JsonObject
 
 
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: JsonObject, prefix: str = "") -> JsonObject:
     """Return nested objects as one, with dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, value in content.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
@@ -103,7 +103,7 @@ def format_value(value: Any) -> str:
     return "—" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def drop_redundant_fields(fields: dict[str, Any]) -> dict[str, Any]:
+def drop_redundant_fields(fields: JsonObject) -> JsonObject:
     """Drop fields that another field identifies, such as the path of a file with a known hash.
 
     Otherwise the same file in another folder would look like a different one.
@@ -115,7 +115,7 @@ def drop_redundant_fields(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def select_identity(content: dict[str, Any]) -> dict[str, Any]:
+def select_identity(content: JsonObject) -> JsonObject:
     """Return the fields of a metrics.json that must agree before two values may be compared."""
     fields = flatten({key: value for key, value in content.items() if key not in RESULT_KEYS})
     return {
@@ -125,18 +125,18 @@ def select_identity(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def has_unknown_sampling(fields: dict[str, Any]) -> bool:
+def has_unknown_sampling(fields: JsonObject) -> bool:
     """Return whether an identity contains nothing about how the samples were generated."""
     return not any(key.startswith("sampling.") for key in fields)
 
 
-def compare_settings(settings: list[dict[str, Any]]) -> Comparison:
+def compare_settings(settings: list[JsonObject]) -> Comparison:
     """Split the fields of several settings into those that differ and those that agree.
 
     Sampling fields are compared only among settings that have any.
     """
     differing: dict[str, list[Any]] = {}
-    agreeing: dict[str, Any] = {}
+    agreeing: JsonObject = {}
     for key in dict.fromkeys(key for fields in settings for key in fields):
         # Values with the same text are equal for a reader.
         values_by_text = {
@@ -189,7 +189,7 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
     return sorted(found.values(), key=sort_key)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     content = read_json(path)
     has_metrics = isinstance(content.get("metrics"), dict)
     if not has_metrics or not isinstance(content.get("sampling", {}), dict):

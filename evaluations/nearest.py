@@ -18,6 +18,7 @@ from evaluations.extractors import extract_features, load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
 from evaluations.features import FeatureNetwork
 from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices, open_images
+from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
 MAX_QUERIES = 2000  # samples per set, and training images, whose nearest neighbours are searched
@@ -71,7 +72,7 @@ def find_nearest(
     queries: np.ndarray,
     self_indices: np.ndarray,
     k: int,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest features to each query.
 
@@ -119,7 +120,7 @@ class MemorisationSearch:
     train: Images
     network: FeatureNetwork
     batch_size: int
-    device: torch.device | str
+    device: Device
 
     def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
         """Return the result for each set of samples, which have the size of the training images."""
@@ -145,10 +146,11 @@ class MemorisationSearch:
         *sample_distances, probe_distances = np.split(distances, ends)
 
         # Compare distances of samples to distances between training images.
+        baseline = probe_distances[:, 0]
         results = zip(samples, selected, sample_distances, np.split(neighbours, ends))
         return {
-            name: self._summarise(samples[name], *result, probe_distances[:, 0])
-            for name, *result in results
+            name: self._summarise(samples[name], indices, nearest, nearest_indices, baseline)
+            for name, indices, nearest, nearest_indices in results
         }
 
     def _summarise(
@@ -222,7 +224,7 @@ def check_memorisation(
     features: str | None,
     weights: Path | None,
     batch_size: int,
-    device: torch.device | str,
+    device: Device,
 ) -> dict[str, MemorisationCheck]:
     """Compare sets of samples of any sizes with the training images of --nearest.
 

@@ -3,7 +3,7 @@
 import io
 import re
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from evaluations.metrics_files import (
     flatten,
     format_value,
 )
-from evaluations.runs import Run, label_columns, read_column
+from evaluations.runs import JsonObject, Run, label_columns, read_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,9 +108,9 @@ def make_training_panels(runs: list[Run]) -> list[Panel]:
     return panels
 
 
-def collect_settings(runs: list[Run]) -> list[dict[str, Any]]:
+def collect_settings(runs: list[Run]) -> list[JsonObject]:
     """Return the distinct settings of the runs' evaluations, in order of appearance."""
-    settings: list[dict[str, Any]] = []
+    settings: list[JsonObject] = []
     for run in runs:
         for row in run.evaluations:
             if (setting := flatten_setting(row)) not in settings:
@@ -118,12 +118,12 @@ def collect_settings(runs: list[Run]) -> list[dict[str, Any]]:
     return settings
 
 
-def flatten_setting(row: dict[str, Any]) -> dict[str, Any]:
+def flatten_setting(row: JsonObject) -> JsonObject:
     """Return everything that the numbers of an evaluation depend on besides the model."""
     return drop_redundant_fields(flatten(row["evaluation"]))
 
 
-def select_metrics(row: dict[str, Any]) -> dict[str, float]:
+def select_metrics(row: JsonObject) -> dict[str, float]:
     """Return the finite metrics of an evaluation."""
     return {
         key: value

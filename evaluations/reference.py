@@ -18,7 +18,7 @@ from common.processes import World
 from evaluations.extractors import iterate_batches, load_extractor
 from evaluations.features import FeatureNetwork
 from evaluations.image_batches import Images, evenly_spaced_indices, open_images
-from evaluations.metrics import MANIFOLD_NEIGHBOURS
+from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device
 from evaluations.moments import RunningMoments
 
 
@@ -77,7 +77,7 @@ def measure_moments(
     network: FeatureNetwork,
     images: Images,
     batch_size: int,
-    device: torch.device | str,
+    device: Device,
     world: World,
 ) -> dict[str, RunningMoments] | None:
     """Compute the moments of the pool and spatial features of all images, on all processes.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from common.cli import UserError
 from common.files import write_file
@@ -21,7 +20,7 @@ from common.processes import World
 from evaluations.extractors import extract_features
 from evaluations.features import FeatureNetwork, Features
 from evaluations.image_batches import NpzFile, open_images
-from evaluations.metrics import Statistics, compute_statistics
+from evaluations.metrics import Device, Statistics, compute_statistics
 
 # Well-known references by the sha256 of their file. The first three hashes are taken from other
 # people's records (Git LFS pointers, download checksums); they have not been verified here.
@@ -90,7 +89,7 @@ def load_reference_features(
     reference: ReferenceFile,
     networks: Mapping[str, FeatureNetwork],
     batch_size: int,
-    device: torch.device | str,
+    device: Device,
     cache_dir: Path | None = None,
     world: World | None = None,
 ) -> dict[str, ReferenceFeatures]:

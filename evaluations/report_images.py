@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,10 +65,10 @@ def embed_file(path: Path, caption: str, max_width: int) -> Figure:
 
 def load_previews(run: Run) -> list[Figure]:
     """Return previews of a run's first EMA: the first, the last, and some in between."""
-    paths = [
-        path for path in (run.folder / "samples").glob("*.png") if re.fullmatch(r"\d+", path.stem)
-    ]
-    paths.sort(key=lambda path: int(path.stem))
+    files = (run.folder / "samples").glob("*.png")
+    paths = sorted(
+        (path for path in files if path.stem.isdecimal()), key=lambda path: int(path.stem)
+    )
     batch_size = run.args.get("batch_size")
     figures = []
     for index in evenly_spaced_indices(len(paths), MAX_PREVIEWS):

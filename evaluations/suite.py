@@ -10,10 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from common import cli
 from common.cli import UserError
@@ -28,15 +26,15 @@ from evaluations.compare import (
     small_sample_warning,
 )
 from evaluations.extractors import EXTRACTOR_NAMES, load_extractor
-from evaluations.features import Features
-from evaluations.metrics import MANIFOLD_NEIGHBOURS, frechet_interval
+from evaluations.features import NumpyFeatures
+from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device, frechet_interval
 from evaluations.reference_features import (
     WELL_KNOWN,
     ReferenceFeatures,
     ReferenceFile,
     load_reference_features,
 )
-from evaluations.runs import read_json
+from evaluations.runs import JsonObject, read_json
 
 # Keys that identify an evaluation, apart from its samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
@@ -118,7 +116,7 @@ class EvaluationSuite:
         reference: Path,
         size: tuple[int, int],
         batch_size: int,
-        device: torch.device | str,
+        device: Device,
         world: World,
         flag: str = "--reference",
     ):
@@ -166,9 +164,7 @@ class EvaluationSuite:
             self.world,
         )
 
-    def identify(
-        self, samples: Path | None, sampling: dict[str, Any], count: int
-    ) -> dict[str, Any]:
+    def identify(self, samples: Path | None, sampling: JsonObject, count: int) -> JsonObject:
         """Return everything in metrics.json but the results.
 
         Args:
@@ -191,10 +187,10 @@ class EvaluationSuite:
     def write_results(
         self,
         path: Path,
-        identity: dict[str, Any],
-        samples: Mapping[str, Features[np.ndarray]],
+        identity: JsonObject,
+        samples: Mapping[str, NumpyFeatures],
         labels: np.ndarray | None,
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Compute the results and write metrics.json, on the first process after `load_reference`.
 
         Args:
@@ -206,7 +202,7 @@ class EvaluationSuite:
         Returns:
             The content of metrics.json.
         """
-        metrics: dict[str, Any] = {}
+        metrics: JsonObject = {}
         intervals = {}
         by_count = {}
         for name, features in samples.items():
@@ -231,7 +227,7 @@ class EvaluationSuite:
         if ratios:
             metrics["FDr"] = float(np.mean(ratios))
 
-        result: dict[str, Any] = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
+        result: JsonObject = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
         warning = small_sample_warning(identity["count"], samples)
         if warning:
             result["warning"] = warning
@@ -263,7 +259,7 @@ def check_sample_count(count: int, source: str) -> None:
         raise UserError(f"{source} holds {count} images: use more than {MANIFOLD_NEIGHBOURS}")
 
 
-def read_json_object(path: Path, required_key: str, description: str) -> dict[str, Any]:
+def read_json_object(path: Path, required_key: str, description: str) -> JsonObject:
     """Read an existing JSON file.
 
     Args:
@@ -288,7 +284,7 @@ def read_json_object(path: Path, required_key: str, description: str) -> dict[st
     )
 
 
-def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read_result(path: Path, identity: JsonObject) -> JsonObject:
     """Read an existing metrics.json.
 
     Args:
@@ -312,7 +308,7 @@ def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return existing if found == identity else {}
 
 
-def format_results(result: dict[str, Any]) -> str:
+def format_results(result: JsonObject) -> str:
     """Format a metrics.json as text, one line per metric."""
     reference = result.get("reference_name") or result["reference"]
     intervals = result.get("intervals", {})

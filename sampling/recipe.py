@@ -27,8 +27,6 @@ from samplers import (
     sde_times,
 )
 
-STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
 
 @dataclass(frozen=True)
 class SamplerConfig:
@@ -71,7 +69,7 @@ class SamplerConfig:
     )
     state_dtype: str = setting(
         "float32",
-        choices=sorted(STATE_DTYPES),
+        choices=("float32", "float64"),
         help="dtype of the latents between two steps (REPA: float64)",
     )
 
@@ -188,7 +186,7 @@ class Recipe(SamplerConfig):
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
         x = normal(self.seed, Purpose.INITIAL_NOISE, indices, shape)
-        x = x.to(STATE_DTYPES[self.state_dtype])
+        x = x.to(getattr(torch, self.state_dtype))
         interpolant = INTERPOLANTS[self.path_type]
         velocity = GuidedVelocity(
             VelocityModel(model, interpolant, self.prediction, dtype, check_cancelled),

@@ -17,7 +17,7 @@ import shutil
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,9 +28,9 @@ from common.cli import UserError
 from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
 from evaluations.extractors import concatenate_features
-from evaluations.features import Features
-from evaluations.image_batches import NpzFile, NpzImages, evenly_spaced_indices
-from evaluations.runs import read_json
+from evaluations.features import Features, NumpyFeatures
+from evaluations.image_batches import NpzImages, evenly_spaced_indices
+from evaluations.runs import JsonObject, read_json
 
 # Settings that may differ when more samples are added to existing ones.
 KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
@@ -70,7 +70,7 @@ class SampleStore:
         self,
         folder: Path,
         name: str,
-        record: dict[str, Any],
+        record: JsonObject,
         networks: dict[str, str],
         keep_images: bool = True,
         write_pngs: bool = False,
@@ -125,7 +125,7 @@ class SampleStore:
     def load_finished(self) -> None:
         """Open NAME.npz if it exists."""
         if self.npz_path.exists():
-            self.finished = NpzFile(self.npz_path, "--name").open_images()
+            self.finished = NpzImages(self.npz_path, "--name")
 
     def is_complete(self) -> bool:
         """Return whether NAME.npz contains all images."""
@@ -145,7 +145,7 @@ class SampleStore:
         self,
         batch: int,
         images: np.ndarray,
-        features: dict[str, Features[np.ndarray]],
+        features: dict[str, NumpyFeatures],
         is_new: bool,
     ) -> None:
         """Store a batch.
@@ -196,7 +196,7 @@ class SampleStore:
             self.load_finished()
         self._save_grid(labels)
 
-    def read_features(self) -> dict[str, Features[np.ndarray]]:
+    def read_features(self) -> dict[str, NumpyFeatures]:
         """Return the features of all images, per network. Call it on the first process only."""
         return {
             name: concatenate_features(
@@ -205,7 +205,7 @@ class SampleStore:
             for name in self.networks
         }
 
-    def _read_batch_features(self, batch: int, network: str) -> Features[np.ndarray]:
+    def _read_batch_features(self, batch: int, network: str) -> NumpyFeatures:
         """Return the features of a stored batch by one network. The last batch may be padded."""
         arrays = load_file(_wait_for_file(self._part(batch, "safetensors")))
         prefix = f"{network}/"
@@ -363,14 +363,14 @@ class SampleStore:
         return self.parts_folder / f"drawn-{index:06d}.npy"
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> JsonObject:
     """Return the contents of a sampling.json, or {} if there is none or it is another file."""
     with suppress(OSError, UserError):
         return read_json(path)
     return {}
 
 
-def format_grid_title(record: dict[str, Any]) -> str:
+def format_grid_title(record: JsonObject) -> str:
     """Return the title of the grid for the settings of its samples."""
     title = record["model"]
     if record["step"] is not None:

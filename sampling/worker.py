@@ -124,19 +124,13 @@ def run_batches(
         bar: Progress bar of all processes.
         images_per_batch: Number of images by which the bar advances with each batch.
     """
-
-    def advance() -> None:
-        bar.update(min(images_per_batch, bar.total - bar.n))  # the last batch is padded
-
+    groups = [batches[:1], batches[1:]] if is_compiled else [batches]
     with ThreadPoolExecutor(num_threads) as pool:
         try:
-            if is_compiled and batches:
-                pool.submit(worker, batches[0]).result()
-                advance()
-                batches = batches[1:]
-            for future in as_completed([pool.submit(worker, batch) for batch in batches]):
-                future.result()
-                advance()
+            for group in groups:
+                for future in as_completed([pool.submit(worker, batch) for batch in group]):
+                    future.result()
+                    bar.update(min(images_per_batch, bar.total - bar.n))  # the last one is padded
         except BaseException:
             worker.cancel()
             pool.shutdown(cancel_futures=True)

@@ -256,8 +256,8 @@ def test_two_processes_compute_the_same_result_as_one(call, tmp_path):
 def test_compressed_npz_is_read_like_an_uncompressed_one(tmp_path):
     images = write_samples(tmp_path / "plain.npz", n=50)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
-    plain = NpzFile(tmp_path / "plain.npz", "samples").open_images()
-    compressed = NpzFile(tmp_path / "compressed.npz", "samples").open_images()
+    plain = NpzImages(tmp_path / "plain.npz", "samples")
+    compressed = NpzImages(tmp_path / "compressed.npz", "samples")
     assert plain.map is not None
     assert compressed.map is None
     # Several threads read, in any order, as in sample_ddp.py.
