@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 8 sample_ddp.py --ckpt exps/sit-xl2-sra2 --num-fid-samples 50000
 
-An image depends only on the checkpoint, the flags and its index. It does not depend on the number
-of processes or on earlier images. Each batch is stored in separate files until all batches exist,
+An image depends only on the checkpoint, the flags and its index, and not on the number of
+processes or on earlier images. Each batch is stored in separate files until all batches exist,
 so rerunning an interrupted command resumes it.
 """
 
@@ -79,7 +79,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Arithmetic of the network."""
+    """Precision and compilation of the network."""
 
     mixed_precision: str = setting(
         "no", choices=("no", "bf16"), help="dtype of the network's matrix products; no: float32"
@@ -103,7 +103,7 @@ class OutputConfig:
     per_proc_batch_size: int = setting(32, type=cli.positive_int, help="images per batch")
     sample_dir: Path = setting(Path("samples"), help="folder for NAME.npz, NAME.json and NAME.png")
     name: str | None = setting(
-        None, help="name of the files (default: made of the run, the step and the sampler's flags)"
+        None, help="name of the files (default: composed of run, step and the sampler's flags)"
     )
     png: bool = setting(False, help="also write each image to NAME/INDEX.png")
     evaluate: Path | None = setting(
@@ -198,7 +198,7 @@ def main() -> None:
             else:
                 suite.load_reference()
 
-        # Sample what is missing. Each process takes every n-th batch.
+        # Sample the missing batches. Each of n processes takes every n-th batch.
         pending = store.pending_batches(stored)
         worker = Worker(model, vae, recipe, config.precision.dtype, store, stored, networks)
         sample_batches(worker, pending, config.precision, world)
@@ -220,8 +220,8 @@ def set_up_arithmetic(config: PrecisionConfig, device: torch.device) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if device.type != "cuda":
-        # The order of a sum, and so its last bit, depends on the number of threads that share it.
-        # Threads take whole batches instead.
+        # The order of a sum, and therefore its last bit, depends on the number of threads that
+        # share it. Each thread processes whole batches instead.
         torch.set_num_threads(1)
 
 
@@ -234,7 +234,7 @@ def load_networks(
         UserError: One of them does not exist or cannot be loaded.
     """
     try:
-        # A run that continues may save another checkpoint meanwhile, so one process chooses it.
+        # One process chooses the checkpoint, because a running training may save another meanwhile.
         path = world.run_on_first_rank(lambda: pretrained.resolve_checkpoint(config.ckpt))
         source = pretrained.load(
             path, config.ema_decay, config.model, config.origin, config.path_type
@@ -366,10 +366,10 @@ def make_suite(
 def sample_batches(
     worker: Worker, pending: list[int], config: PrecisionConfig, world: World
 ) -> None:
-    """Make this process's share of the pending batches, with a progress bar."""
+    """Sample this process's share of the pending batches, with a progress bar."""
     num_threads = max(1, world.cores // world.num_local_processes)
     if worker.device.type == "cuda":
-        # Feature networks switch TF32 off, for all threads at once.
+        # Feature networks disable TF32, which affects all threads of the process.
         is_tf32_switched = bool(worker.networks) and config.allow_tf32
         num_threads = 1 if is_tf32_switched else 2
     store = worker.store
@@ -392,7 +392,7 @@ def identify(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
 
 
 def read_metrics(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
-    """Return the metrics of exactly these samples, or {} if they are not evaluated yet.
+    """Return the metrics of exactly these samples, or {} if they have not been evaluated.
 
     Raises:
         UserError: The existing metrics are those of another evaluation.

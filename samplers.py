@@ -1,4 +1,4 @@
-"""Guidance and ODE and SDE solvers, from noise at t = 1 to data at t = 0.
+"""Integrate ODEs and SDEs from noise at t = 1 to data at t = 0, with guidance.
 
 All solvers integrate a velocity field, whatever the network predicts (see `VelocityModel`). Time
 grids follow REPA's samplers.py. Where the velocity is singular at an end of [0, 1], integration is
@@ -240,10 +240,10 @@ def dopri5(
     (0.01 (atol + rtol))^(1/5).
 
     A step takes six evaluations whether it is accepted or not, and there is one evaluation before
-    the first step. The whole batch is evaluated until its last image has arrived, so that an image
-    does not depend on the others. Each step synchronises with the device once to check for that.
-    The error estimate assumes a smooth velocity; `guided_dopri5` handles one that jumps. An image
-    that becomes NaN passes through in long steps and stays NaN, as with other solvers.
+    the first step. The whole batch is evaluated until the last image has reached `t_end`, so that
+    an image does not depend on the others. This check synchronises with the device once per step.
+    The error estimate assumes a smooth velocity; `guided_dopri5` handles a velocity that jumps. An
+    image that becomes NaN is integrated in long steps and stays NaN, as with other solvers.
 
     Args:
         velocity: The velocity field, called with times (B,) in float64.
@@ -261,7 +261,7 @@ def dopri5(
     first_slope = velocity(x, t)
     evaluations = torch.ones_like(t, dtype=torch.int64)
     while (t > t_end).any():
-        # Evaluate the stages. Images that have arrived take steps of size 0.
+        # Evaluate the stages. Images that have reached t_end take steps of size 0.
         is_running = t > t_end
         h = torch.minimum(h, t - t_end)
         step_size = expand_like(h, x).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Metrics of samples against a reference, under the names that papers use."""
+"""Compute the metrics of samples against a reference, under the names that papers use."""
 
 from collections.abc import Iterable
 
@@ -78,7 +78,7 @@ def frechet_distances_by_count(
 ) -> dict[str, float]:
     """Compute the Frechet distance of the first n samples for several n.
 
-    The numbers of samples are those in SUBSET_COUNTS that are at least a tenth of all.
+    n takes the values in SUBSET_COUNTS from a tenth of the number of samples up to this number.
 
     Args:
         features: Features of the samples, (n, F).

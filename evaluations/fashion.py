@@ -1,7 +1,7 @@
 """The offline feature network: a small garment classifier trained on Fashion-MNIST.
 
-It replaces Inception where no weights can be downloaded. Its Frechet distance is called FD-fashion,
-never FID, because the two are different numbers on different scales.
+It replaces Inception on machines that cannot download weights. Its Frechet distance is called
+FD-fashion and never FID, because the two have different scales.
 B images per batch, F = 128 features, K = 10 classes.
 """
 
@@ -65,9 +65,5 @@ def load_classifier(path: Path = FASHION_WEIGHTS) -> GarmentClassifier:
     """Load the bundled classifier in eval mode. Its weights, stored as float16, become float32."""
     model = GarmentClassifier()
     model.weights_sha256 = sha256(path)
-    state = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in load_file(path).items()
-    }
-    model.load_state_dict(state)
+    model.load_state_dict(load_file(path))
     return model.eval().requires_grad_(False)

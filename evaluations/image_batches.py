@@ -1,7 +1,7 @@
 """Readers of the images to evaluate, samples or references, one batch at a time.
 
-n images in total, B per batch, H x W pixels. Only the requested batch is held in memory, because
-50,000 samples of 256 pixels take 10 GB.
+Shapes: n images in total, B per batch, H x W pixels. Only the requested batch is held in memory,
+because 50,000 samples of 256 pixels take 10 GB.
 """
 
 import threading
@@ -36,7 +36,10 @@ class Images:
     size: tuple[int, int]
 
     def read_batch(self, start: int, stop: int) -> np.ndarray:
-        """Return images start to stop - 1, (B, 3, H, W) uint8. Ascending order is fastest."""
+        """Return images start to stop - 1, (B, 3, H, W) uint8.
+
+        Reading batches in ascending order is fastest.
+        """
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Find the metrics.json files of runs, and determine which of their numbers may be compared."""
+"""Find the metrics.json files of runs, and determine which of their values may be compared."""
 
 import json
 import math
@@ -38,7 +38,7 @@ LOWER_IS_BETTER = ("FID", "sFID", "FD")  # prefixes
 
 
 class MetricsFile(NamedTuple):
-    """One metrics.json; run and run_index are None if its samples are of none of the runs."""
+    """One metrics.json; run and run_index are None if none of the runs generated its samples."""
 
     path: Path
     content: JsonObject
@@ -57,7 +57,7 @@ class MetricsFile(NamedTuple):
 
     @property
     def samples(self) -> Path | None:
-        """Return the evaluated .npz: its recorded path, otherwise that name in the same folder."""
+        """Return the evaluated .npz: the recorded path, or else this name in the same folder."""
         name = self.content.get("samples")
         if not isinstance(name, str):
             return None
@@ -79,14 +79,14 @@ class MetricsFile(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Fields of several settings, in order of appearance."""
+    """Fields of several settings, in the order in which they occur."""
 
     differing: dict[str, list[Any]]  # field -> its distinct values
     agreeing: JsonObject
 
 
 def flatten(content: JsonObject, prefix: str = "") -> JsonObject:
-    """Return nested objects as one, with dotted keys."""
+    """Return nested objects as one flat object with dotted keys."""
     flat: JsonObject = {}
     for key, value in content.items():
         if isinstance(value, dict):
@@ -106,7 +106,7 @@ def format_value(value: Any) -> str:
 def drop_redundant_fields(fields: JsonObject) -> JsonObject:
     """Drop fields that another field identifies, such as the path of a file with a known hash.
 
-    Otherwise the same file in another folder would look like a different one.
+    Otherwise the same file in another folder would count as another file.
     """
     return {
         key: value
@@ -157,9 +157,9 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
 
     Args:
         runs: The runs that are compared.
-        more: Further files, which may be about other samples.
-        sample_dir: Folder of samples. Files are used if their samples come from a checkpoint of one
-            of the runs.
+        more: Further files, whose samples may be those of other models.
+        sample_dir: Folder of samples. Its files are included if their samples come from a
+            checkpoint of one of the runs.
 
     Returns:
         The files in the order of the runs, then by the number of images seen.
@@ -210,8 +210,8 @@ def _with_run(file: MetricsFile, runs: list[Run]) -> MetricsFile:
 def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     """Return the indices of the files with the best value of a metric.
 
-    Only files with the same identity compete, and there is no best one unless its interval lies
-    beyond the intervals of all others.
+    Only files with the same identity are compared. None of them is the best unless its interval is
+    separate from the intervals of all others.
     """
     if metric in HIGHER_IS_BETTER:
         sign = 1
@@ -220,7 +220,7 @@ def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     else:
         return set()
 
-    # Value, lowest and highest end of the interval and index, such that higher is better.
+    # Value, lower and upper end of the interval, and index. The sign makes higher values better.
     groups: dict[str, list[tuple[float, float, float, int]]] = {}
     for index, file in enumerate(files):
         value = file.content["metrics"].get(metric)

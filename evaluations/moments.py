@@ -1,4 +1,4 @@
-"""Mean and covariance of features that are never all in memory.
+"""Compute mean and covariance of features that do not all fit into memory.
 
 B features per batch, n in total, each of size F.
 """

@@ -1,8 +1,8 @@
-"""Search for memorised training images: those nearest to samples, in the features of a network.
+"""Find memorised training images: those nearest to samples in the feature space of a network.
 
-A model that copies has samples closer to a training image than training images are to each other.
-Distances are Euclidean. n training images, q queries, F features
-per image, k neighbours, B training images per block.
+If a model copies, some of its samples are closer to a training image than training images are to
+each other. Distances are Euclidean.
+Shapes: n training images, q queries, F features per image, k neighbours, B images per block.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices
 from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
-MAX_QUERIES = 2000  # samples per set, and training images, whose nearest neighbours are searched
+MAX_QUERIES = 2000  # number of samples per set, and of training images, that are measured
 BLOCK = 2048  # training images whose features are in memory at a time
 NUM_SHOWN = 16  # evenly spaced samples that are shown with their neighbours
 NUM_CLOSEST = 4  # samples closest to a training image that are shown with their neighbours
@@ -51,7 +51,7 @@ class MemorisationCheck(NamedTuple):
         closest: The samples that are closest to a training image, of all that were measured.
         num_samples: Number of samples measured.
         close_fraction: Fraction of them closer to a training image than `first_percentile`.
-        num_probes: Number of training images whose nearest other training image was searched.
+        num_probes: Number of training images that were measured in the same way.
         num_train_images: Number of training images that were searched.
         median_distance: Median distance of the probes to their nearest other training image.
         first_percentile: First percentile of these distances.
@@ -226,7 +226,7 @@ def check_memorisation(
     batch_size: int,
     device: Device,
 ) -> dict[str, MemorisationCheck]:
-    """Compare sets of samples of any sizes with the training images of --nearest.
+    """Compare sets of samples with the training images of --nearest. Their sizes may differ.
 
     Args:
         samples: Sets of samples by name.

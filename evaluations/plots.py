@@ -20,7 +20,7 @@ from evaluations.runs import JsonObject, Run, label_columns, read_column
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Line style -> `stroke-dasharray` that looks the same, for legends in HTML.
+# Line style -> `stroke-dasharray` with the same appearance, for legends in HTML.
 DASHES = {"-": None, "--": "7 3", ":": "2 3", "-.": "11 3 2 3"}
 
 # Placeholders for CSS variables, which differ between light and dark mode. Matplotlib accepts only
@@ -63,7 +63,7 @@ LOG_SCALE_MIN_RATIO = 4  # of the largest to the smallest value, for a logarithm
 
 
 class Series(NamedTuple):
-    """One line: x and y (n,), NaN where nothing was measured."""
+    """One line: x and y, (n,), with NaN for missing values."""
 
     x: np.ndarray
     y: np.ndarray
@@ -119,7 +119,7 @@ def collect_settings(runs: list[Run]) -> list[JsonObject]:
 
 
 def flatten_setting(row: JsonObject) -> JsonObject:
-    """Return everything that the numbers of an evaluation depend on besides the model."""
+    """Return all settings of an evaluation, without its model, as a flat object."""
     return drop_redundant_fields(flatten(row["evaluation"]))
 
 
@@ -137,7 +137,7 @@ def select_metrics(row: JsonObject) -> dict[str, float]:
 def make_evaluation_panels(runs: list[Run]) -> list[Panel]:
     """Return a panel per metric of the evaluations during training.
 
-    A run has one series per setting, because values of different settings are not comparable.
+    A run has one series for each setting, because values of different settings are not comparable.
     """
     settings = collect_settings(runs)
     differing = compare_settings(settings).differing

@@ -1,4 +1,4 @@
-"""Features and statistics of references, and the cache that they are stored in.
+"""Compute, read and cache features and statistics of references.
 
 F features per image, n images of the reference.
 """

@@ -1,4 +1,4 @@
-"""Select the images of a report, and embed them into the page."""
+"""Select the images of a report and encode them for the page."""
 
 import base64
 import io
@@ -12,8 +12,11 @@ from evaluations.metrics_files import MetricsFile
 from evaluations.nearest import evenly_spaced_indices
 from evaluations.runs import Run
 
-MAX_PREVIEWS = 8  # of a run
-PREVIEW_WIDTH, GRID_WIDTH, TILE_WIDTH = 560, 860, 96  # larger images are reduced; pixels
+MAX_PREVIEWS = 8  # per run
+# Maximum widths in pixels. Larger images are reduced.
+PREVIEW_WIDTH = 560
+GRID_WIDTH = 860
+TILE_WIDTH = 96
 
 
 class EmbeddedImage(NamedTuple):

@@ -1,6 +1,6 @@
-"""An evaluation as a whole: networks, reference, results, and metrics.json.
+"""Evaluate samples against a reference, and read and write metrics.json.
 
-Shared by evaluations.evaluate and sample_ddp.py --evaluate.
+This module is shared by evaluations.evaluate and sample_ddp.py --evaluate.
 """
 
 import argparse
@@ -45,7 +45,7 @@ DISPLAY_NAMES = {
 
 
 def normaliser(text: str) -> tuple[str, float]:
-    """Parse NAME=FD. An argparse type."""
+    """Parse NAME=FD, as an argparse type."""
     name, _, value = text.rpartition("=")
     with suppress(argparse.ArgumentTypeError):
         if name:
@@ -91,14 +91,14 @@ class EvaluationConfig:
 class EvaluationSuite:
     """The feature networks and the reference for samples of one size.
 
-    All processes construct it, and call `load_reference`, together.
+    All processes must construct it and call `load_reference`.
 
     Args:
         config: Settings.
-        reference: File, or folder of images, that samples are compared with.
+        reference: File or folder of images that samples are compared with.
         size: Height and width of the samples.
         batch_size: Images per forward pass.
-        device: Where features and metrics are computed.
+        device: Device that computes features and metrics.
         world: Processes that share the work.
         flag: Flag that selected the reference, for error messages.
 
@@ -154,7 +154,11 @@ class EvaluationSuite:
         self.reference_features: dict[str, ReferenceFeatures] = {}
 
     def load_reference(self) -> None:
-        """Load the features of the reference from the cache, or compute them. Raises UserError."""
+        """Load the features of the reference from the cache, or compute them.
+
+        Raises:
+            UserError: If the reference cannot be used with these networks.
+        """
         self.reference_features = load_reference_features(
             self.reference,
             self.networks,
@@ -169,7 +173,7 @@ class EvaluationSuite:
 
         Args:
             samples: The .npz of samples, or None if it is not kept.
-            sampling: The record NAME.json of how they were sampled, {} if it is unknown.
+            sampling: The sampling settings in NAME.json, or {} if they are unknown.
             count: Number of samples.
         """
         identity = {
@@ -181,7 +185,7 @@ class EvaluationSuite:
                 key: sampling[key] for key in sampling if key not in ("class_names", "count")
             },
         }
-        # Convert tuples to lists and so on, as in a file that has been read.
+        # Convert tuples to lists, as in a file that has been read.
         return json.loads(json.dumps(identity))
 
     def write_results(
@@ -196,7 +200,7 @@ class EvaluationSuite:
         Args:
             path: File to write.
             identity: The entries that identify the evaluation.
-            samples: Features of the samples by name of the network.
+            samples: Features of the samples by network name.
             labels: Classes of the samples, (n,), if they are known.
 
         Returns:
@@ -217,7 +221,7 @@ class EvaluationSuite:
             if distances:
                 by_count[frechet_name(name)] = distances
 
-        # Mean ratio to the distances of real images (Yang et al. 2026, arXiv:2604.28190).
+        # The mean ratio to the distances of real images (Yang et al. 2026, arXiv:2604.28190).
         normalisers = dict(self.config.normalisers)
         ratios = [
             metrics[frechet_name(name)] / normalisers[name]
@@ -301,7 +305,7 @@ def read_result(path: Path, identity: JsonObject) -> JsonObject:
     changed = [key for key in IDENTITY_KEYS if existing and existing.get(key) != identity[key]]
     if changed:
         raise UserError(
-            f"{path} holds the numbers of another evaluation ({', '.join(changed)} differ): "
+            f"{path} holds the results of another evaluation ({', '.join(changed)} differ): "
             "move it away, or pass --out to evaluations.evaluate"
         )
     found = {key: value for key, value in existing.items() if key not in RESULT_KEYS}

@@ -1,7 +1,7 @@
-"""Storage of samples while they are made, and the files that result.
+"""Store samples batch by batch, and write the resulting files.
 
 Each batch is stored in separate files until all batches exist. Any number of processes on any
-number of machines can therefore make them in any order and be killed at any time.
+number of machines can therefore sample the batches in any order and be killed at any time.
 
     NAME.parts/sampling.json         settings of the samples
     NAME.parts/000012.npy            images of batch 12: (B, H, W, 3) uint8
@@ -34,13 +34,13 @@ from evaluations.runs import JsonObject, read_json
 
 # Settings that may differ when more samples are added to existing ones.
 KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
-# Settings that may differ if the hash of their content is recorded and equal.
+# Settings that may differ if the recorded hash of their content is equal.
 IDENTIFYING_HASH = {
     "checkpoint": "ema_sha256",
     "vae": "vae_fingerprint",
     "labels": "labels_sha256",
 }
-# A network file system may show a file that another machine wrote only after this time.
+# Maximum delay until a network file system shows a file that another machine has written.
 FILE_WAIT_SECONDS = 120
 GRID_ROWS = 10  # maximum number of classes in the grid
 GRID_COLUMNS = 10  # maximum number of images per class
@@ -55,13 +55,13 @@ class StoredBatches(NamedTuple):
 
 
 class SampleStore:
-    """The samples NAME in a folder.
+    """The samples with one name in a folder.
 
     Args:
         folder: Folder of the results.
         name: Name of the result files.
         record: Settings of the samples, which become NAME.json.
-        networks: Networks whose features are stored, and the sha256 of their weights.
+        networks: sha256 of the weights of each network whose features are stored, by name.
         keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are kept.
         write_pngs: Whether to write each image to a PNG file.
     """
@@ -97,7 +97,7 @@ class SampleStore:
         Call it on the first process only.
 
         Args:
-            resources: Holds the lock until it is closed.
+            resources: Stack that holds the lock until it is closed.
 
         Raises:
             UserError: Another process samples under the same name, or existing files under this
@@ -117,7 +117,7 @@ class SampleStore:
         write_file(self.parts_folder / "sampling.json", record)
         if self.write_pngs:
             write_file(self.png_folder / "sampling.json", record)
-        # Remove partial files that a killed process has left.
+        # Remove partial files that a killed process has left behind.
         for leftover in self.npz_path.parent.glob(f".{glob.escape(self.npz_path.name)}.*.partial"):
             leftover.unlink(missing_ok=True)
         return self._find_stored_batches()
@@ -154,7 +154,7 @@ class SampleStore:
             batch: Index of the batch.
             images: Images (B, 3, H, W) uint8. The last batch is padded to B images.
             features: Features of the images, per network.
-            is_new: Whether the images are not stored yet.
+            is_new: Whether the images have not been stored before.
         """
         indices = self._indices(batch)
         pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
@@ -179,9 +179,9 @@ class SampleStore:
             write_file(self._part(batch, "safetensors"), save(columns, metadata))
 
     def finalize(self, labels: np.ndarray) -> None:
-        """Write NAME.json, NAME.npz and NAME.png when no batch is pending.
+        """Write NAME.json, NAME.npz and NAME.png.
 
-        Call it on the first process only.
+        Call it on the first process only, when no batch is pending.
 
         Args:
             labels: Class of each image, (count,).
@@ -222,7 +222,7 @@ class SampleStore:
         shutil.rmtree(self.parts_folder, ignore_errors=True)
 
     def choose_grid_images(self, labels: np.ndarray) -> None:
-        """Choose the images of the grid: the first ones of classes spread evenly over all.
+        """Choose the images of the grid: the first images of evenly spaced classes.
 
         Args:
             labels: Class of each image, (count,).
@@ -340,7 +340,7 @@ class SampleStore:
     def _read_grid_image(self, index: int) -> np.ndarray | None:
         if self.finished is not None and self.keep_images:
             return self.finished.read_rows(index, index + 1)[0]
-        # An interrupted run with a smaller count has chosen other images for its grid.
+        # An interrupted run with a smaller count may have chosen other images for its grid.
         path = self._grid_part(index)
         return np.load(path) if path.exists() else None
 

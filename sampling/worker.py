@@ -1,4 +1,4 @@
-"""Sampling, decoding and evaluation of batches on the threads of one process."""
+"""Sample, decode and evaluate batches on the threads of one process."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,19 +18,19 @@ from sampling.store import SampleStore, StoredBatches
 
 
 class WorkerCancelledError(Exception):
-    """Another batch failed, or the user pressed Ctrl-C."""
+    """The batch was cancelled, because another batch failed or the user pressed Ctrl-C."""
 
 
 @dataclass(frozen=True, eq=False)
 class Worker:
-    """Makes batches and stores them. Several threads may call it at once with different batches.
+    """Samples and stores batches. Several threads may call it at once with different batches.
 
     Args:
         model: The network, on the device of the VAE.
-        vae: The VAE that decodes.
+        vae: The VAE that decodes the latents.
         recipe: Settings of the sampler.
         dtype: Dtype of the network's matrix products.
-        store: Storage of the batches.
+        store: Stores the batches.
         stored: The batches that are already stored.
         networks: Networks that compute features of the images.
     """
@@ -60,7 +60,7 @@ class Worker:
             raise WorkerCancelledError
 
     def __call__(self, batch: int) -> None:
-        """Make and store what is missing of a batch: its images, features and PNG files."""
+        """Compute and store the missing images, features and PNG files of a batch."""
         self.check_cancelled()
         is_new = batch not in self.stored.images
         features = {}
@@ -113,12 +113,12 @@ def run_batches(
     bar: tqdm,
     images_per_batch: int,
 ) -> None:
-    """Make the batches of this process.
+    """Sample and store the batches of this process.
 
     Args:
-        worker: Makes one batch.
+        worker: Samples and stores one batch.
         batches: Indices of the batches.
-        num_threads: Number of batches that are made at once.
+        num_threads: Number of batches that are processed at once.
         is_compiled: Whether the network is compiled. The first batch then runs alone, so that not
             every thread compiles.
         bar: Progress bar of all processes.
