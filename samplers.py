@@ -66,12 +66,11 @@ class VelocityModel:
     interpolant: Interpolant
     prediction: str
     dtype: torch.dtype = torch.float32
-    check_cancelled: Callable[[], None] | None = None
+    check_cancelled: Callable[[], None] = lambda: None
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Return the velocity at x (B, ...) and t (B,) for labels (B,)."""
-        if self.check_cancelled is not None:
-            self.check_cancelled()
+        self.check_cancelled()
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.network(x, t, labels)
         return prediction_to_velocity(self.interpolant, self.prediction, output, x, t)

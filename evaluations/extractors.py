@@ -59,7 +59,7 @@ def load_extractor(
         return load_classifier().to(device)
     if name == "inception":
         return InceptionFeatures(inception_weights).to(device)
-    return TimmFeatures(name, encoder_weights, flag=flag).to(device)
+    return TimmFeatures(name, encoder_weights, flag).to(device)
 
 
 def concatenate_features(batches: Iterable[NumpyFeatures], count: int) -> NumpyFeatures:

@@ -25,8 +25,9 @@ class GarmentClassifier(FeatureNetwork):
     """
 
     num_features = 128
+    num_classes = 10
 
-    def __init__(self, num_classes: int = 10):
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             _convolution(3, 32),
@@ -35,7 +36,7 @@ class GarmentClassifier(FeatureNetwork):
             _convolution(64, 96, stride=2),
             _convolution(96, self.num_features),
         )
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = nn.Linear(self.num_features, self.num_classes)
 
     def extract(self, images: Tensor) -> Features[Tensor]:
         """Return the features and logits of a batch.

@@ -5,7 +5,7 @@ each other. Distances are Euclidean.
 Shapes: n training images, q queries, F features per image, k neighbours, B images per block.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -134,9 +134,18 @@ class MemorisationSearch:
         queries.append(self._features(self.train, probes, "training images"))
 
         # Find the nearest training images of all of them.
+        count = self.train.count
+        blocks = (
+            self._features(
+                self.train,
+                np.arange(start, min(start + BLOCK, count)),
+                f"training images from {start:,} of {count:,}",
+            )
+            for start in range(0, count, BLOCK)
+        )
         no_index = [np.full_like(indices, -1) for indices in selected]
         distances, neighbours = find_nearest(
-            self._train_blocks(),
+            blocks,
             np.concatenate(queries),
             np.concatenate([*no_index, probes]),
             NEIGHBOURS_PER_SAMPLE,
@@ -198,13 +207,6 @@ class MemorisationSearch:
             {"network": self.network}, subset, self.batch_size, description, self.device
         )
         return features["network"].pool
-
-    def _train_blocks(self) -> Iterator[np.ndarray]:
-        count = self.train.count
-        for start in range(0, count, BLOCK):
-            indices = np.arange(start, min(start + BLOCK, count))
-            description = f"training images from {start:,} of {count:,}"
-            yield self._features(self.train, indices, description)
 
 
 def _select(images: Images) -> np.ndarray:

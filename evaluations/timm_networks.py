@@ -32,7 +32,6 @@ class TimmFeatures(FeatureNetwork):
     Args:
         name: Name of the network: a short name of models/encoder.py or a timm name.
         weights: File of weights for timm. By default they are downloaded from the hub.
-        pretrained: Whether to load weights at all.
         flag: Flag that selected the network, for error messages.
 
     Raises:
@@ -46,7 +45,6 @@ class TimmFeatures(FeatureNetwork):
         self,
         name: str,
         weights: Path | None = None,
-        pretrained: bool = True,
         flag: str = "--features",
     ):
         import timm
@@ -54,7 +52,7 @@ class TimmFeatures(FeatureNetwork):
         super().__init__()
         try:
             architecture = timm_name(name, OTHER_NETWORKS)
-            self.network = load_network(name, weights, pretrained, OTHER_NETWORKS)
+            self.network = load_network(name, weights, suggestions=OTHER_NETWORKS)
         except FieldError as error:
             source = "--encoder-weights" if error.field == "weights" else flag
             raise UserError(f"{source} {error.reason}") from None

@@ -169,7 +169,7 @@ class Recipe(SamplerConfig):
         model: SiT,
         indices: Tensor,
         dtype: torch.dtype = torch.float32,
-        check_cancelled: Callable[[], None] | None = None,
+        check_cancelled: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Sample a batch of latents.
 
