@@ -386,7 +386,7 @@ def sample_batches(
 
 
 def identify(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
-    """Return everything in metrics.json but the results."""
+    """Return all entries of metrics.json except the results."""
     samples = store.npz_path if store.is_complete() else None
     return suite.identify(samples, store.record, store.count)
 

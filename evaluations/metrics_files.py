@@ -137,14 +137,12 @@ def compare_settings(settings: list[JsonObject]) -> Comparison:
     """
     differing: dict[str, list[Any]] = {}
     agreeing: JsonObject = {}
+    known = [fields for fields in settings if not has_unknown_sampling(fields)]
     for key in dict.fromkeys(key for fields in settings for key in fields):
-        # Values with the same text are equal for a reader.
-        values_by_text = {
-            format_value(fields.get(key)): fields.get(key)
-            for fields in settings
-            if not (key.startswith("sampling.") and has_unknown_sampling(fields))
-        }
-        values = list(values_by_text.values())
+        compared = known if key.startswith("sampling.") else settings
+        # Values with the same text are shown once.
+        distinct = {format_value(fields.get(key)): fields.get(key) for fields in compared}
+        values = list(distinct.values())
         if len(values) > 1:
             differing[key] = values
         else:

@@ -162,8 +162,8 @@ def smooth(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the running median over 2% of a line, at `max_points` of its points.
 
-    The window shrinks towards both ends, so that steep beginnings stay as they are. NaN values are
-    left out of the medians, and points without a value stay NaN.
+    The window shrinks towards both ends, so that the steep start of a curve is preserved. NaN values
+    are excluded from the medians, and points without a value remain NaN.
     """
     centres = evenly_spaced_indices(len(y), max_points)
     y = np.where(np.isfinite(y), y, np.nan)
@@ -175,22 +175,20 @@ def smooth(
     return x[centres], np.array(medians)
 
 
-def thin(
-    x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a line to the lowest and the highest point of each of `max_points` / 2 stretches.
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a line to the lowest and the highest point of each of MAX_POINTS / 2 sections.
 
-    No spike is lost, and a stretch without a finite value stays a gap.
+    No spike is lost, and a section without a finite value remains a gap.
     """
-    if len(x) <= max_points:
+    if len(x) <= MAX_POINTS:
         return x, y
     kept: list[int] = []
-    for stretch in np.array_split(np.arange(len(x)), max_points // 2):
-        finite = stretch[np.isfinite(y[stretch])]
+    for section in np.array_split(np.arange(len(x)), MAX_POINTS // 2):
+        finite = section[np.isfinite(y[section])]
         if len(finite):
             kept += sorted({finite[y[finite].argmin()], finite[y[finite].argmax()]})
         else:
-            kept.append(stretch[0])
+            kept.append(section[0])
     return x[kept], y[kept]
 
 

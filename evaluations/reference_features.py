@@ -167,7 +167,7 @@ def read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
         The statistics, or None if the file lacks one of the arrays.
 
     Raises:
-        UserError: If they cannot be statistics of so many features.
+        UserError: If their shapes are wrong, or some values are not finite.
     """
     mu = npz.read_array(f"mu{suffix}")
     sigma = npz.read_array(f"sigma{suffix}")

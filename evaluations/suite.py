@@ -169,7 +169,7 @@ class EvaluationSuite:
         )
 
     def identify(self, samples: Path | None, sampling: JsonObject, count: int) -> JsonObject:
-        """Return everything in metrics.json but the results.
+        """Return all entries of metrics.json except the results.
 
         Args:
             samples: The .npz of samples, or None if it is not kept.
