@@ -164,9 +164,8 @@ def sde_times(
         last: Time at which the last step to 0 starts.
     """
     t_min, t_max = interval
-    if t_min > 0:
-        return torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist()
-    return [*torch.linspace(t_max, last, num_steps, dtype=torch.float64).tolist(), 0.0]
+    times = torch.linspace(t_max, t_min or last, num_steps, dtype=torch.float64).tolist()
+    return times if t_min > 0 else [*times, 0.0]
 
 
 def euler(velocity: VelocityField, x: Tensor, times: list[float]) -> Tensor:

@@ -65,10 +65,10 @@ def load_extractor(
 def concatenate_features(batches: Iterable[NumpyFeatures], count: int) -> NumpyFeatures:
     """Return the features of the first `count` images of consecutive batches."""
     outputs = [batch.present() for batch in batches]
-    whole = {}
+    columns = {}
     for name in outputs[0]:
-        whole[name] = np.concatenate([output[name] for output in outputs])[:count]
-    return Features(**whole)
+        columns[name] = np.concatenate([output[name] for output in outputs])[:count]
+    return Features(**columns)
 
 
 def collect_features(batches: Iterable[Features[Tensor]], count: int) -> NumpyFeatures:

@@ -59,7 +59,7 @@ class NpzFile:
         self.flag = flag
         with self._report_read_errors(), zipfile.ZipFile(path) as archive:
             self.members = {
-                name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
+                member.filename.removesuffix(".npy"): member for member in archive.infolist()
             }
 
     def __contains__(self, name: str) -> bool:

@@ -272,8 +272,8 @@ def no_tf32() -> Iterator[None]:
 
 def _to_tensors(statistics: Statistics, device: Device) -> tuple[Tensor, Tensor]:
     """Return mean and covariance as float64 tensors on `device`."""
-    mu = torch.tensor(statistics.mu, dtype=torch.float64, device=device)
-    return mu, torch.tensor(statistics.sigma, dtype=torch.float64, device=device)
+    mu, sigma = (torch.tensor(x, dtype=torch.float64, device=device) for x in statistics)
+    return mu, sigma
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -289,10 +289,9 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     On the CPU NumPy computes them, because its LAPACK needs half the time for the vectors.
     """
     if symmetric.is_cuda:
-        values, vectors = torch.linalg.eigh(symmetric)
-        return values, vectors
-    decomposition = np.linalg.eigh(symmetric.numpy())
-    return torch.from_numpy(decomposition[0]), torch.from_numpy(decomposition[1])
+        return torch.linalg.eigh(symmetric)
+    values, vectors = np.linalg.eigh(symmetric.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def _rounding_error(eigenvalues: Tensor) -> Tensor:

@@ -162,8 +162,8 @@ def smooth(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the running median over 2% of a line, at `max_points` of its points.
 
-    The window shrinks towards both ends, so that the steep start of a curve is preserved. NaN values
-    are excluded from the medians, and points without a value remain NaN.
+    The window shrinks towards both ends, which preserves the steep start of a curve. NaN values are
+    excluded from the medians, and points without a value remain NaN.
     """
     centres = evenly_spaced_indices(len(y), max_points)
     y = np.where(np.isfinite(y), y, np.nan)

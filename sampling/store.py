@@ -137,10 +137,6 @@ class SampleStore:
         images = stored.images if self.keep_images else stored.features
         return sorted(set(self.batches) - (images & stored.features & stored.pngs))
 
-    def read_images(self, batch: int) -> np.ndarray:
-        """Return the images of a stored batch, (B, 3, H, W) uint8."""
-        return self._read_pixels(batch).transpose(0, 3, 1, 2)
-
     def write_batch(
         self,
         batch: int,
@@ -190,8 +186,8 @@ class SampleStore:
         write_file(self.record_path, json.dumps(self.record, indent=2).encode())
         if self.keep_images and not self.is_complete():
             # The last batch may be padded.
-            blocks = (self._read_pixels(k)[: len(self._indices(k))] for k in self.batches)
-            shape = (self.count, *self._read_pixels(0).shape[1:])
+            blocks = (self.read_pixels(k)[: len(self._indices(k))] for k in self.batches)
+            shape = (self.count, *self.read_pixels(0).shape[1:])
             write_npz(self.npz_path, blocks, shape, arr_1=labels)
             self.load_finished()
         self._save_grid(labels)
@@ -344,7 +340,7 @@ class SampleStore:
         path = self._grid_part(index)
         return np.load(path) if path.exists() else None
 
-    def _read_pixels(self, batch: int) -> np.ndarray:
+    def read_pixels(self, batch: int) -> np.ndarray:
         """Return the images of a stored batch, (B, H, W, 3) uint8."""
         indices = self._indices(batch)
         if self.finished is not None and indices.stop <= self.finished.count:

@@ -68,14 +68,15 @@ class Worker:
             if is_new:
                 images = self._sample(batch)
             else:
-                images = torch.from_numpy(self.store.read_images(batch)).to(self.device)
+                pixels = torch.from_numpy(self.store.read_pixels(batch))
+                images = pixels.permute(0, 3, 1, 2).to(self.device)
             if batch not in self.stored.features:
                 # Another memory format would change the last digits of the features.
                 images = images.contiguous()
                 for name, network in self.networks.items():
                     features[name] = network(images).map(to_numpy)
-            pixels = to_numpy(images)
-        self.store.write_batch(batch, pixels, features, is_new)
+            stored_images = to_numpy(images)
+        self.store.write_batch(batch, stored_images, features, is_new)
 
     def _sample(self, batch: int) -> Tensor:
         """Return the images of a batch, (B, 3, H, W) uint8.
