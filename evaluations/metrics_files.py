@@ -160,7 +160,8 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
             checkpoint of one of the runs.
 
     Returns:
-        The files in the order of the runs, then by the number of images seen.
+        The files in the order of the runs, and for each run by the number of images seen. Files of
+        other runs are last.
 
     Raises:
         UserError: A file in a run or in `more` is not a metrics.json.
@@ -180,11 +181,10 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
             if file.run:
                 found.setdefault(path.resolve(), file)
 
-    def sort_key(file: MetricsFile) -> tuple[int, int, str]:
-        run_index = len(runs) if file.run_index is None else file.run_index
-        return run_index, file.images, str(file.path)
-
-    return sorted(found.values(), key=sort_key)
+    return sorted(
+        found.values(),
+        key=lambda file: (file.run is None, file.run_index or 0, file.images, str(file.path)),
+    )
 
 
 def _read(path: Path) -> JsonObject:
