@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 8 sample_ddp.py --ckpt exps/sit-xl2-sra2 --num-fid-samples 50000
 
-An image depends only on the checkpoint, the flags and its index. It does not depend on the number
-of processes or on earlier images. Each batch is stored in separate files until all batches exist,
+An image depends only on the checkpoint, the flags and its index, and not on the number of
+processes or on earlier images. Each batch is stored in separate files until all batches exist,
 so rerunning an interrupted command resumes it.
 """
 
@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -33,22 +32,20 @@ from common.config import (
 )
 from common.files import sha256
 from common.processes import World
+from evaluations.runs import JsonObject
 from evaluations.suite import (
     EvaluationConfig,
     EvaluationSuite,
-    build_identity,
     check_sample_count,
-    drop_results,
     format_results,
     read_result,
-    write_result,
 )
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTBlock
 from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights
-from sampling.store import SampleStore, StoredBatches
+from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
 
 
@@ -82,7 +79,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Arithmetic of the network."""
+    """Precision and compilation of the network."""
 
     mixed_precision: str = setting(
         "no", choices=("no", "bf16"), help="dtype of the network's matrix products; no: float32"
@@ -106,7 +103,7 @@ class OutputConfig:
     per_proc_batch_size: int = setting(32, type=cli.positive_int, help="images per batch")
     sample_dir: Path = setting(Path("samples"), help="folder for NAME.npz, NAME.json and NAME.png")
     name: str | None = setting(
-        None, help="name of the files (default: made of the run, the step and the sampler's flags)"
+        None, help="name of the files (default: composed of run, step and the sampler's flags)"
     )
     png: bool = setting(False, help="also write each image to NAME/INDEX.png")
     evaluate: Path | None = setting(
@@ -118,23 +115,13 @@ class OutputConfig:
 
 
 class SamplingConfig(NamedTuple):
-    """All settings."""
+    """All settings, one group of flags per field."""
 
     checkpoint: CheckpointConfig
     sampler: SamplerConfig
     precision: PrecisionConfig
     output: OutputConfig
     evaluation: EvaluationConfig
-
-
-# Titles of the groups of flags in the help text, in the order of SamplingConfig.
-FLAG_GROUPS = {
-    "checkpoint": CheckpointConfig,
-    "sampler": SamplerConfig,
-    "precision": PrecisionConfig,
-    "images and files": OutputConfig,
-    "evaluation": EvaluationConfig,
-}
 
 
 def parse_args(argv: list[str] | None = None) -> SamplingConfig:
@@ -145,10 +132,11 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     """
     parser = cli.Parser(__doc__, "sample_ddp.py", "--ckpt PATH")
     parser.add_argument("--print-config", action="store_true", help="print all settings and exit")
-    for title, group in FLAG_GROUPS.items():
+    groups = SamplingConfig.__annotations__
+    for title, group in groups.items():
         add_flags(parser.add_argument_group(title), group)
     args = parser.parse_args(argv)
-    config = SamplingConfig(*(read_flags(group, args) for group in FLAG_GROUPS.values()))
+    config = SamplingConfig(*(read_flags(group, args) for group in groups.values()))
 
     with naming_flags(SamplerConfig):
         config.sampler.validate()
@@ -200,10 +188,17 @@ def main() -> None:
     with ExitStack() as resources:
         stored = world.run_on_first_rank(lambda: store.claim(resources))
         store.load_finished()
-        if suite is not None:
-            stored = prepare_evaluation(suite, store, stored, world)
 
-        # Sample what is missing. Each process takes every n-th batch.
+        # Load the reference, unless the samples are evaluated already.
+        result: JsonObject = {}
+        if suite is not None:
+            result = world.run_on_first_rank(lambda: read_metrics(suite, store))
+            if result:
+                stored = stored._replace(features=set(store.batches))
+            else:
+                suite.load_reference()
+
+        # Sample the missing batches. Each of n processes takes every n-th batch.
         pending = store.pending_batches(stored)
         worker = Worker(model, vae, recipe, config.precision.dtype, store, stored, networks)
         sample_batches(worker, pending, config.precision, world)
@@ -211,7 +206,10 @@ def main() -> None:
 
         if world.rank == 0:
             store.finalize(labels)
-            result = evaluate(suite, store, labels) if suite is not None else {}
+            if suite is not None and not result:
+                result = suite.write_results(
+                    store.metrics_path, identify(suite, store), store.read_features(), labels
+                )
             store.remove_parts()
             print(format_outcome(store, result, has_new_images=bool(pending)))
     world.close()
@@ -222,8 +220,8 @@ def set_up_arithmetic(config: PrecisionConfig, device: torch.device) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if device.type != "cuda":
-        # The order of a sum, and so its last bit, depends on the number of threads that share it.
-        # Threads take whole batches instead.
+        # The order of a sum, and therefore its last bit, depends on the number of threads that
+        # share it. Each thread processes whole batches instead.
         torch.set_num_threads(1)
 
 
@@ -236,7 +234,7 @@ def load_networks(
         UserError: One of them does not exist or cannot be loaded.
     """
     try:
-        # A run that continues may save another checkpoint meanwhile, so one process chooses it.
+        # One process chooses the checkpoint, because a running training may save another meanwhile.
         path = world.run_on_first_rank(lambda: pretrained.resolve_checkpoint(config.ckpt))
         source = pretrained.load(
             path, config.ema_decay, config.model, config.origin, config.path_type
@@ -279,7 +277,7 @@ def build_record(
     vae: Autoencoder,
     recipe: Recipe,
     device: torch.device,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return all settings that determine the images, for NAME.json and metrics.json."""
     is_adaptive = recipe.dopri5
     labels_sha256 = sha256(Path(recipe.labels)) if recipe.explicit_labels is not None else None
@@ -365,27 +363,13 @@ def make_suite(
     )
 
 
-def prepare_evaluation(
-    suite: EvaluationSuite, store: SampleStore, stored: StoredBatches, world: World
-) -> StoredBatches:
-    """Load the reference, unless the samples are evaluated already.
-
-    Returns:
-        The stored batches. If the samples are evaluated already, no features are missing.
-    """
-    if world.run_on_first_rank(lambda: bool(read_metrics(suite, store))):
-        return stored._replace(features=set(store.batches))
-    suite.load_reference()
-    return stored
-
-
 def sample_batches(
     worker: Worker, pending: list[int], config: PrecisionConfig, world: World
 ) -> None:
-    """Make this process's share of the pending batches, with a progress bar."""
+    """Sample this process's share of the pending batches, with a progress bar."""
     num_threads = max(1, world.cores // world.num_local_processes)
     if worker.device.type == "cuda":
-        # Feature networks switch TF32 off, for all threads at once.
+        # Feature networks disable TF32, which affects all threads of the process.
         is_tf32_switched = bool(worker.networks) and config.allow_tf32
         num_threads = 1 if is_tf32_switched else 2
     store = worker.store
@@ -401,32 +385,24 @@ def sample_batches(
         run_batches(worker, share, num_threads, config.compile, bar, images_per_batch)
 
 
-def read_metrics(suite: EvaluationSuite, store: SampleStore) -> dict:
-    """Return the metrics of exactly these samples, or {} if they are not evaluated yet.
+def identify(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
+    """Return all entries of metrics.json except the results."""
+    samples = store.npz_path if store.is_complete() else None
+    return suite.identify(samples, store.record, store.count)
+
+
+def read_metrics(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
+    """Return the metrics of exactly these samples, or {} if they have not been evaluated.
 
     Raises:
         UserError: The existing metrics are those of another evaluation.
     """
     if not store.metrics_path.exists():
         return {}
-    samples = store.npz_path if store.is_complete() else None
-    identity = build_identity(suite, samples, store.record, store.count)
-    result = read_result(store.metrics_path, identity)
-    return result if drop_results(result) == identity else {}
+    return read_result(store.metrics_path, identify(suite, store))
 
 
-def evaluate(suite: EvaluationSuite, store: SampleStore, labels: np.ndarray) -> dict:
-    """Return the metrics of the samples. They are computed and written unless they exist."""
-    result = read_metrics(suite, store)
-    if not result:
-        samples = store.npz_path if store.keep_images else None
-        identity = build_identity(suite, samples, store.record, store.count)
-        result = {**suite.compute_results(store.read_features(), labels), **identity}
-        write_result(store.metrics_path, result)
-    return result
-
-
-def format_outcome(store: SampleStore, result: dict, has_new_images: bool) -> str:
+def format_outcome(store: SampleStore, result: JsonObject, has_new_images: bool) -> str:
     """Return the final message: the files, and the metrics if there are any."""
     if not store.keep_images:
         text = f"{store.count:,} images were sampled and discarded; their grid is {store.grid_path}"

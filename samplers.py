@@ -1,4 +1,4 @@
-"""Guidance and ODE and SDE solvers, from noise at t = 1 to data at t = 0.
+"""Integrate ODEs and SDEs from noise at t = 1 to data at t = 0, with guidance.
 
 All solvers integrate a velocity field, whatever the network predicts (see `VelocityModel`). Time
 grids follow REPA's samplers.py. Where the velocity is singular at an end of [0, 1], integration is
@@ -66,12 +66,11 @@ class VelocityModel:
     interpolant: Interpolant
     prediction: str
     dtype: torch.dtype = torch.float32
-    check_cancelled: Callable[[], None] | None = None
+    check_cancelled: Callable[[], None] = lambda: None
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Return the velocity at x (B, ...) and t (B,) for labels (B,)."""
-        if self.check_cancelled is not None:
-            self.check_cancelled()
+        self.check_cancelled()
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.network(x, t, labels)
         return prediction_to_velocity(self.interpolant, self.prediction, output, x, t)
@@ -165,9 +164,8 @@ def sde_times(
         last: Time at which the last step to 0 starts.
     """
     t_min, t_max = interval
-    if t_min > 0:
-        return torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist()
-    return [*torch.linspace(t_max, last, num_steps, dtype=torch.float64).tolist(), 0.0]
+    times = torch.linspace(t_max, t_min or last, num_steps, dtype=torch.float64).tolist()
+    return times if t_min > 0 else [*times, 0.0]
 
 
 def euler(velocity: VelocityField, x: Tensor, times: list[float]) -> Tensor:
@@ -240,10 +238,10 @@ def dopri5(
     (0.01 (atol + rtol))^(1/5).
 
     A step takes six evaluations whether it is accepted or not, and there is one evaluation before
-    the first step. The whole batch is evaluated until its last image has arrived, so that an image
-    does not depend on the others. Each step synchronises with the device once to check for that.
-    The error estimate assumes a smooth velocity; `guided_dopri5` handles one that jumps. An image
-    that becomes NaN passes through in long steps and stays NaN, as with other solvers.
+    the first step. The whole batch is evaluated until the last image has reached `t_end`, so that
+    an image does not depend on the others. This check synchronises with the device once per step.
+    The error estimate assumes a smooth velocity; `guided_dopri5` handles a velocity that jumps. An
+    image that becomes NaN is integrated in long steps and stays NaN, as with other solvers.
 
     Args:
         velocity: The velocity field, called with times (B,) in float64.
@@ -261,7 +259,7 @@ def dopri5(
     first_slope = velocity(x, t)
     evaluations = torch.ones_like(t, dtype=torch.int64)
     while (t > t_end).any():
-        # Evaluate the stages. Images that have arrived take steps of size 0.
+        # Evaluate the stages. Images that have reached t_end take steps of size 0.
         is_running = t > t_end
         h = torch.minimum(h, t - t_end)
         step_size = expand_like(h, x).to(x.dtype)

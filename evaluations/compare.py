@@ -1,15 +1,14 @@
-"""Metrics of samples against a reference, under the names that papers use."""
+"""Compute the metrics of samples against a reference, under the names that papers use."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 
-from evaluations.features import Features
+from evaluations.features import NumpyFeatures
 from evaluations.metrics import (
+    Device,
     compute_statistics,
     frechet_distance,
-    frechet_interval,
     inception_score,
     precision_recall,
 )
@@ -22,30 +21,17 @@ STANDARD_COUNT = 50_000  # samples that papers evaluate
 FRECHET_NAMES = {"inception": "FID", "fashion": "FD-fashion", "dinov2-l": "FD-DINOv2"}
 
 
-class FrechetUncertainty(NamedTuple):
-    """How far a Frechet distance may be from that of other or fewer samples.
-
-    Attributes:
-        interval: Lower and upper end of the 95% bootstrap interval. None if the covariance of the
-            samples is singular.
-        by_count: The distance of the first samples, by their number.
-    """
-
-    interval: tuple[float, float] | None
-    by_count: dict[str, float]
-
-
 def frechet_name(network: str) -> str:
     """Return the name of a network's Frechet distance, which is FID only for Inception."""
     return FRECHET_NAMES.get(network, f"FD-{network}")
 
 
 def compute_metrics(
-    samples: Features[np.ndarray],
+    samples: NumpyFeatures,
     labels: np.ndarray | None,
     reference: ReferenceFeatures,
     network: str,
-    device: torch.device | str,
+    device: Device,
     fp16_distances: bool = False,
 ) -> dict[str, float | None]:
     """Compute all metrics that a network's features of one set of samples allow.
@@ -87,29 +73,34 @@ def compute_metrics(
     return metrics
 
 
-def frechet_uncertainty(
-    samples: Features[np.ndarray], reference: ReferenceFeatures, device: torch.device | str
-) -> FrechetUncertainty:
-    """Compute the bootstrap interval of the Frechet distance, and the distance of fewer samples.
+def frechet_distances_by_count(
+    features: np.ndarray, reference: ReferenceFeatures, device: Device
+) -> dict[str, float]:
+    """Compute the Frechet distance of the first n samples for several n.
 
-    The numbers of samples are those in SUBSET_COUNTS that are at least a tenth of all.
+    n takes the values in SUBSET_COUNTS from a tenth of the number of samples up to this number.
+
+    Args:
+        features: Features of the samples, (n, F).
+        reference: Features or statistics of the reference.
+        device: Where the distances are computed.
+
+    Returns:
+        The distances by the number of samples.
     """
-    count = len(samples.pool)
-    by_count = {}
-    for n in SUBSET_COUNTS:
-        if count / 10 <= n < count:
-            statistics = compute_statistics(samples.pool[:n], device)
-            by_count[str(n)] = frechet_distance(statistics, reference.pool, device)
-    statistics = compute_statistics(samples.pool, device)
-    interval = frechet_interval(samples.pool, reference.pool, device=device, statistics=statistics)
-    return FrechetUncertainty(interval, by_count)
+    count = len(features)
+    return {
+        str(n): frechet_distance(compute_statistics(features[:n], device), reference.pool, device)
+        for n in SUBSET_COUNTS
+        if count / 10 <= n < count
+    }
 
 
-def small_sample_warning(count: int, networks: list[str]) -> str | None:
+def small_sample_warning(count: int, networks: Iterable[str]) -> str | None:
     """Return a warning if published distances are computed from fewer samples than in papers."""
-    if count >= STANDARD_COUNT or set(networks) == {"fashion"}:
-        return None
     names = " and ".join(frechet_name(network) for network in networks if network != "fashion")
+    if count >= STANDARD_COUNT or not names:
+        return None
     return (
         f"{names} of {count:,} samples is biased upwards compared to {STANDARD_COUNT:,} samples; "
         f"compare it only with values of {count:,} samples"

@@ -16,17 +16,14 @@ from common.cli import UserError
 from common.config import add_flags, read_flags
 from common.processes import World
 from evaluations.extractors import extract_features
-from evaluations.image_batches import NpzFile
+from evaluations.image_batches import NpzImages
 from evaluations.suite import (
     EvaluationConfig,
     EvaluationSuite,
-    build_identity,
     check_sample_count,
-    drop_results,
     format_results,
     read_json_object,
     read_result,
-    write_result,
 )
 
 
@@ -73,10 +70,9 @@ def main() -> None:
     # Open the samples with their labels and the record of how they were sampled.
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
-    npz = NpzFile(args.samples, "samples")
-    images = npz.open_images()
+    images = NpzImages(args.samples, "samples")
     check_sample_count(images.count, str(args.samples))
-    labels = npz.read_array("arr_1")
+    labels = images.read_array("arr_1")
     if labels is not None and labels.shape != (images.count,):
         raise UserError(
             f"{args.samples}: arr_1 must be the classes of {images.count} images, "
@@ -89,18 +85,15 @@ def main() -> None:
     config = read_flags(EvaluationConfig, args)
     suite = EvaluationSuite(config, args.reference, images.size, args.batch_size, device, world)
     out = args.out or args.samples.with_suffix(".metrics.json")
-    identity = world.run_on_first_rank(
-        lambda: build_identity(suite, args.samples, sampling, images.count)
-    )
+    identity = world.run_on_first_rank(lambda: suite.identify(args.samples, sampling, images.count))
     result = world.run_on_first_rank(lambda: read_result(out, identity))
-    if drop_results(result) != identity:
+    if not result:
         suite.load_reference()
         features = extract_features(
             suite.networks, images, args.batch_size, "samples", device, world
         )
         if features:
-            result = {**suite.compute_results(features, labels), **identity}
-            write_result(out, result)
+            result = suite.write_results(out, identity, features, labels)
 
     if world.rank == 0:
         print(f"{format_results(result)}\n  written to {out}")

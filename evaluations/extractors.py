@@ -3,8 +3,10 @@
 B images per batch, n images in total.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from tqdm import tqdm
 from common.cli import UserError
 from common.processes import World
 from evaluations.fashion import FASHION_RESOLUTION, load_classifier
-from evaluations.features import FeatureNetwork, Features, to_numpy
+from evaluations.features import FeatureNetwork, Features, NumpyFeatures, to_numpy
 from evaluations.image_batches import Images
 from evaluations.inception import InceptionFeatures
+from evaluations.metrics import Device
 from evaluations.timm_networks import TimmFeatures
 from models.encoder import ENCODER_ALIASES
 
@@ -28,7 +31,7 @@ def load_extractor(
     name: str,
     inception_weights: Path | None,
     size: tuple[int, int],
-    device: torch.device | str,
+    device: Device,
     source: str,
     flag: str = "--features",
     encoder_weights: Path | None = None,
@@ -56,21 +59,19 @@ def load_extractor(
         return load_classifier().to(device)
     if name == "inception":
         return InceptionFeatures(inception_weights).to(device)
-    return TimmFeatures(name, encoder_weights, flag=flag).to(device)
+    return TimmFeatures(name, encoder_weights, flag).to(device)
 
 
-def concatenate_features(
-    batches: Iterable[Features[np.ndarray]], count: int
-) -> Features[np.ndarray]:
+def concatenate_features(batches: Iterable[NumpyFeatures], count: int) -> NumpyFeatures:
     """Return the features of the first `count` images of consecutive batches."""
     outputs = [batch.present() for batch in batches]
-    whole = {}
+    columns = {}
     for name in outputs[0]:
-        whole[name] = np.concatenate([output[name] for output in outputs])[:count]
-    return Features(**whole)
+        columns[name] = np.concatenate([output[name] for output in outputs])[:count]
+    return Features(**columns)
 
 
-def collect_features(batches: Iterable[Features[Tensor]], count: int) -> Features[np.ndarray]:
+def collect_features(batches: Iterable[Features[Tensor]], count: int) -> NumpyFeatures:
     """Return the features of the first `count` images of consecutive batches as NumPy arrays."""
     return concatenate_features((batch.map(to_numpy) for batch in batches), count)
 
@@ -94,6 +95,7 @@ def iterate_batches(
     rank = world.rank if world else 0
     num_processes = world.num_processes if world else 1
     num_batches = -(-images.count // batch_size)
+    batch_indices = range(rank, num_batches, num_processes)
     with (
         ThreadPoolExecutor(1) as reader,
         tqdm(
@@ -105,14 +107,11 @@ def iterate_batches(
             start = batch_index * batch_size
             return reader.submit(images.read_batch, start, start + batch_size)
 
-        futures = (
-            (index, start_reading(index)) for index in range(rank, num_batches, num_processes)
-        )
-        upcoming = next(futures, None)
-        while upcoming:
-            index, future = upcoming
-            batch = future.result()
-            upcoming = next(futures, None)  # starts to read the next batch
+        futures = map(start_reading, batch_indices)
+        pending = deque(islice(futures, 1))
+        for index in batch_indices:
+            batch = pending.popleft().result()
+            pending.extend(islice(futures, 1))  # starts to read the next batch
             yield index, batch
             progress.update(len(batch) * num_processes)
 
@@ -122,9 +121,9 @@ def extract_features(
     images: Images,
     batch_size: int,
     description: str,
-    device: torch.device | str,
+    device: Device,
     world: World | None = None,
-) -> dict[str, Features[np.ndarray]]:
+) -> dict[str, NumpyFeatures]:
     """Run all networks over one pass through the images, on all processes.
 
     Args:

@@ -1,7 +1,7 @@
 """The offline feature network: a small garment classifier trained on Fashion-MNIST.
 
-It replaces Inception where no weights can be downloaded. Its Frechet distance is called FD-fashion,
-never FID, because the two are different numbers on different scales.
+It replaces Inception on machines that cannot download weights. Its Frechet distance is called
+FD-fashion and never FID, because the two have different scales.
 B images per batch, F = 128 features, K = 10 classes.
 """
 
@@ -25,8 +25,9 @@ class GarmentClassifier(FeatureNetwork):
     """
 
     num_features = 128
+    num_classes = 10
 
-    def __init__(self, num_classes: int = 10):
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             _convolution(3, 32),
@@ -35,7 +36,7 @@ class GarmentClassifier(FeatureNetwork):
             _convolution(64, 96, stride=2),
             _convolution(96, self.num_features),
         )
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = nn.Linear(self.num_features, self.num_classes)
 
     def extract(self, images: Tensor) -> Features[Tensor]:
         """Return the features and logits of a batch.
@@ -65,9 +66,5 @@ def load_classifier(path: Path = FASHION_WEIGHTS) -> GarmentClassifier:
     """Load the bundled classifier in eval mode. Its weights, stored as float16, become float32."""
     model = GarmentClassifier()
     model.weights_sha256 = sha256(path)
-    state = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in load_file(path).items()
-    }
-    model.load_state_dict(state)
+    model.load_state_dict(load_file(path))
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The base class of feature networks, and the outputs that they return.
+"""Define the base class of feature networks and the outputs that they return.
 
 B images per batch, n images in total, F features per image, K classes.
 """
@@ -22,7 +22,7 @@ class Features(Generic[Array]):
     """Outputs of a feature network for n images, float32, as tensors or as NumPy arrays.
 
     Attributes:
-        pool: Features that distances are measured between, (n, F).
+        pool: Features between which distances are measured, (n, F).
         spatial: Spatial features of Inception for sFID, (n, 2023). None for other networks.
         scores: Class probabilities or logits, (n, K). None for networks without a classifier.
     """
@@ -38,6 +38,9 @@ class Features(Generic[Array]):
     def map(self, function: Callable[[Array], OtherArray]) -> "Features[OtherArray]":
         """Return the results of `function` for each output that the network has."""
         return Features(**{name: function(output) for name, output in self.present().items()})
+
+
+NumpyFeatures = Features[np.ndarray]
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

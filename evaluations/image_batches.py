@@ -1,7 +1,7 @@
 """Readers of the images to evaluate, samples or references, one batch at a time.
 
-n images in total, B per batch, H x W pixels. Only the requested batch is held in memory, because
-50,000 samples of 256 pixels take 10 GB.
+Shapes: n images in total, B per batch, H x W pixels. Only the requested batch is held in memory,
+because 50,000 samples of 256 pixels take 10 GB.
 """
 
 import threading
@@ -15,10 +15,11 @@ from typing import IO
 import numpy as np
 
 from common.cli import UserError
+from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import ImageSource, open_source
 
-READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header before its name and extra field
 LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of these two fields
 
@@ -35,7 +36,10 @@ class Images:
     size: tuple[int, int]
 
     def read_batch(self, start: int, stop: int) -> np.ndarray:
-        """Return images start to stop - 1, (B, 3, H, W) uint8. Ascending order is fastest."""
+        """Return images start to stop - 1, (B, 3, H, W) uint8.
+
+        Reading batches in ascending order is fastest.
+        """
         raise NotImplementedError
 
 
@@ -55,7 +59,7 @@ class NpzFile:
         self.flag = flag
         with self._report_read_errors(), zipfile.ZipFile(path) as archive:
             self.members = {
-                name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()
+                member.filename.removesuffix(".npy"): member for member in archive.infolist()
             }
 
     def __contains__(self, name: str) -> bool:
@@ -68,20 +72,6 @@ class NpzFile:
         with self._report_read_errors(), np.load(self.path) as content:
             return content[name]
 
-    def open_images(self) -> "NpzImages":
-        """Return a reader of arr_0.
-
-        Raises:
-            UserError: If it is missing or is not uint8 of shape (n, H, W, 3).
-        """
-        if "arr_0" not in self:
-            names = ", ".join(self.members) or "no arrays"
-            raise UserError(
-                f"{self.flag} {self.path} holds no images under arr_0; it holds {names}"
-            )
-        with self._report_read_errors():
-            return NpzImages(self)
-
     @contextmanager
     def _report_read_errors(self) -> Iterator[None]:
         """Raise UserError for errors that an unreadable file causes in this context."""
@@ -90,38 +80,52 @@ class NpzFile:
         except UserError:
             raise
         except READ_ERRORS as error:
-            message = f"{self.flag} {self.path} cannot be read as .npz ({error})"
-            raise UserError(message) from None
+            raise UserError(
+                f"{self.flag} {self.path} is damaged or is not an .npz ({error}): use another file"
+            ) from None
 
 
-class NpzImages(Images):
+class NpzImages(NpzFile, Images):
     """The images in arr_0 of an .npz file.
 
     An uncompressed array, as np.savez and sample_ddp.py write it, is memory-mapped. A compressed
     array is decompressed as it is read. Several threads may read at the same time.
+
+    Args:
+        path: The file.
+        flag: Flag that selected the file, for error messages.
+
+    Raises:
+        UserError: If arr_0 is missing, cannot be read or is not uint8 of shape (n, H, W, 3).
     """
 
-    def __init__(self, npz: NpzFile):
-        self.path = npz.path
-        self.flag = npz.flag
-        self.member = npz.members["arr_0"]
+    def __init__(self, path: Path, flag: str):
+        super().__init__(path, flag)
+        if "arr_0" not in self:
+            names = ", ".join(self.members) or "no arrays"
+            raise UserError(f"{flag} {path} holds no images under arr_0; it holds {names}")
+        self.member = self.members["arr_0"]
         self.stream: IO[bytes] | None = None
         self.lock = threading.Lock()
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+        self.map: np.memmap | None = None
+        with (
+            self._report_read_errors(),
+            zipfile.ZipFile(path) as archive,
+            archive.open(self.member) as file,
+        ):
             self.shape, fortran_order, dtype = _read_npy_header(file)
             self.header_size = file.tell()
-        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
-            order = " in Fortran order" if fortran_order else ""
-            raise UserError(
-                f"{npz.flag} {self.path}: arr_0 must be uint8 of shape (n, H, W, 3), "
-                f"but it is {dtype} {self.shape}{order}"
-            )
-        self.count = self.shape[0]
-        self.size = self.shape[1:3]
-        self.map: np.memmap | None = None
-        if self.member.compress_type == zipfile.ZIP_STORED and self.count:
-            offset = _member_offset(self.path, self.member) + self.header_size
-            self.map = np.memmap(self.path, np.uint8, "r", offset, self.shape)
+            if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
+                order = " in Fortran order" if fortran_order else ""
+                raise UserError(
+                    f"{flag} {path}: arr_0 must be uint8 of shape (n, H, W, 3), "
+                    f"but it is {dtype} {self.shape}{order}"
+                )
+            self.count = self.shape[0]
+            self.size = self.shape[1:3]
+            if self.member.compress_type == zipfile.ZIP_STORED and self.count:
+                offset = _member_offset(path, self.member) + self.header_size
+                self.map = np.memmap(path, np.uint8, "r", offset, self.shape)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Return images start to stop - 1 as stored, (B, H, W, 3).
@@ -131,15 +135,13 @@ class NpzImages(Images):
         """
         if self.map is not None:
             return self.map[start:stop]
-        try:
-            with self.lock:
-                return self._decompress(start, stop)
-        except (*READ_ERRORS, zlib.error) as error:
-            raise UserError(f"{self.flag} {self.path} is damaged ({error})") from None
+        with self.lock, self._report_read_errors():
+            return self._decompress(start, stop)
 
     def _decompress(self, start: int, stop: int) -> np.ndarray:
         if self.stream is None:
-            self.stream = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115  stays open for later calls
+            archive = zipfile.ZipFile(self.path)
+            self.stream = archive.open(self.member)
         stop = min(stop, self.count)
         image_size = int(np.prod(self.shape[1:]))
         # Seeking backwards makes zipfile decompress again from the beginning of the array.
@@ -211,17 +213,29 @@ def evenly_spaced_indices(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def open_images(path: Path, resolution: int, flag: str) -> Images:
+def open_images(
+    path: Path, resolution: int, flag: str, neighbours: int = MANIFOLD_NEIGHBOURS
+) -> Images:
     """Return a reader of an .npz file, folder, zip, tar or parquet file.
 
     Args:
         path: The file, folder or pattern of files.
-        resolution: Size to crop images to. Images in an .npz file keep their size.
+        resolution: Height and width. Images are cropped to it, unless they are in an .npz file.
         flag: Flag that selected the path, for error messages.
+        neighbours: Number of nearest neighbours that will be searched for each image.
 
     Raises:
-        UserError: If there are no images that can be read.
+        UserError: If the images cannot be read, have another size or are too few.
     """
+    images: Images
     if path.suffix == ".npz":
-        return NpzFile(path, flag).open_images()
-    return SourceImages(open_source(path, flag), resolution, flag)
+        images = NpzImages(path, flag)
+    else:
+        images = SourceImages(open_source(path, flag), resolution, flag)
+    height, width = images.size
+    if images.size != (resolution, resolution) or images.count <= neighbours:
+        raise UserError(
+            f"{flag} {path} holds {images.count} images of {height}x{width}: "
+            f"use more than {neighbours} images of {resolution}x{resolution}"
+        )
+    return images

@@ -1,4 +1,4 @@
-"""Inception features as ADM's evaluator computes them.
+"""Compute Inception features in the same way as ADM's evaluator.
 
 They are computed by torch-fidelity's port of the TensorFlow graph. The port resizes images as
 TensorFlow 1 does. Its weights are converted from the same graph file, classify_image_graph_def.pb,

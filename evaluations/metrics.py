@@ -1,9 +1,9 @@
 """The metrics of ADM's evaluator (Dhariwal & Nichol 2021).
 
 The original is evaluations/evaluator.py of openai/guided-diffusion.
-n and m images, F features per image, K classes. Features are float32 NumPy arrays. Everything
-computed from their means and covariances is float64. `device` is where the work is done; results
-are returned in host memory.
+Shapes: n and m images, F features per image, K classes. Features are float32 NumPy arrays.
+Everything computed from their means and covariances is float64. `device` is the device that
+computes; results are returned in host memory.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 MANIFOLD_NEIGHBOURS = 3  # k of precision and recall
-ROWS = 4096  # features that are converted to float64 at a time
-TILE_SIZE = 2048  # rows and columns of distances that are in memory at a time
-ADM_TILE_SIZE = 10_000  # the same in ADM's evaluator (row_batch_size)
+ROWS = 4096  # number of feature rows that are converted to float64 at a time
+TILE_SIZE = 2048  # rows and columns of the distance matrix that are in memory at a time
+ADM_TILE_SIZE = 10_000  # the same for ADM's evaluator (row_batch_size)
 
 Device = torch.device | str
 
@@ -42,7 +42,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statistics:
-    """Compute mean and covariance of features as compute_statistics of ADM does.
+    """Compute mean and covariance of features in the same way as ADM's compute_statistics.
 
     The features are converted to float64 a few rows at a time, first for the mean and then for the
     covariance around it.
@@ -67,8 +67,8 @@ def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> fl
 
     S_a S_b and R^T S_b R have the same eigenvalues for every R with R R^T = S_a, and the latter is
     symmetric. This avoids a general matrix square root, complex numbers and an epsilon on the
-    diagonal. If one of the matrices is singular, that one is factorised, without its null space,
-    because the square roots of rounding errors in there would not be small.
+    diagonal. If one of the matrices is singular, that one is factorised, and its null space is left
+    out, because the square roots of the rounding errors in the null space would not be small.
     """
     mu_a, sigma_a = _to_tensors(a, device)
     mu_b, sigma_b = _to_tensors(b, device)
@@ -125,26 +125,22 @@ def frechet_interval(
     reference: Statistics,
     level: float = 0.95,
     replicates: int = 1000,
-    seed: int = 0,
     device: Device = "cpu",
-    statistics: Statistics | None = None,
 ) -> tuple[float, float] | None:
     """Compute a bootstrap percentile interval of the Frechet distance (Efron 1979), to first order.
 
     A replicate is the distance plus the mean of `frechet_influence` over n rows drawn with
-    replacement. The interval covers what another n images of the same model would change. It does
-    not cover the bias, which makes the distance of a finite n too large, by about the same amount
-    in every draw (Chong & Forsyth 2020), nor the finite size of the reference. As the distance
-    approaches 0, its first-order term and the interval vanish.
+    replacement. The interval reflects how the distance varies between sets of n images of the same
+    model. It does not include the bias, which makes the distance of finitely many images too large
+    by about the same amount in every draw (Chong & Forsyth 2020), or the effect of the finite size
+    of the reference. As the distance approaches 0, its first-order term and the interval vanish.
 
     Args:
         features: Features of the samples, (n, F).
         reference: Mean and covariance of the reference.
         level: Coverage of the interval.
         replicates: Number of bootstrap replicates.
-        seed: Seed of the draws.
         device: Where the distance and the influence are computed.
-        statistics: Mean and covariance of `features`, computed here by default.
 
     Returns:
         Lower and upper end, or None if n <= F, because the covariance is singular then.
@@ -152,11 +148,10 @@ def frechet_interval(
     n, size = features.shape
     if n <= size:
         return None
-    if statistics is None:
-        statistics = compute_statistics(features, device)
+    statistics = compute_statistics(features, device)
     distance = frechet_distance(statistics, reference, device)
     influence = frechet_influence(features, statistics, reference, device)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     distances = [distance + influence[rng.integers(n, size=n)].mean() for _ in range(replicates)]
     low, high = np.quantile(distances, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -201,11 +196,12 @@ def precision_recall(
         samples: Features of the samples, (m, F).
         neighbours: k.
         tile_size: Rows and columns of the blocks in which distances are computed. With fp16 it
-            determines which distances fall back to float32 together. The default is 2048, or with
-            fp16 ADM's 10,000.
-        device: Where distances are computed. It holds both sets and a few blocks of distances.
-        fp16: Whether to compute distances as ADM does (manifold_radii and evaluate_pr): in float16,
-            compared as float32, and in float32 for a block that overflows.
+            determines which distances fall back to float32 together. The default is 2048, or ADM's
+            10,000 with fp16.
+        device: Device that computes distances. Its memory holds both sets and a few blocks of
+            distances.
+        fp16: Whether to compute distances in float16, as ADM does (manifold_radii and evaluate_pr).
+            They are compared as float32. A block that overflows is computed again in float32.
 
     Raises:
         ValueError: If n or m is not above k.
@@ -250,7 +246,8 @@ def manifold_radii(features: Tensor, neighbours: int, tile_size: int, fp16: bool
     """
     radii = []
     for rows in features.split(tile_size):
-        nearest = rows.new_empty(len(rows), 0)  # the k + 1 smallest distances, including to itself
+        # The k + 1 smallest distances, among them the distance of a feature to itself.
+        nearest = rows.new_empty(len(rows), 0)
         for columns in features.split(tile_size):
             nearest = torch.cat([nearest, _squared_distances(rows, columns, fp16)], 1)
             kept = min(neighbours + 1, nearest.shape[1])
@@ -275,8 +272,8 @@ def no_tf32() -> Iterator[None]:
 
 def _to_tensors(statistics: Statistics, device: Device) -> tuple[Tensor, Tensor]:
     """Return mean and covariance as float64 tensors on `device`."""
-    mu = torch.tensor(statistics.mu, dtype=torch.float64, device=device)
-    return mu, torch.tensor(statistics.sigma, dtype=torch.float64, device=device)
+    mu, sigma = (torch.tensor(x, dtype=torch.float64, device=device) for x in statistics)
+    return mu, sigma
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -292,10 +289,9 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     On the CPU NumPy computes them, because its LAPACK needs half the time for the vectors.
     """
     if symmetric.is_cuda:
-        values, vectors = torch.linalg.eigh(symmetric)
-        return values, vectors
-    decomposition = np.linalg.eigh(symmetric.numpy())
-    return torch.from_numpy(decomposition[0]), torch.from_numpy(decomposition[1])
+        return torch.linalg.eigh(symmetric)
+    values, vectors = np.linalg.eigh(symmetric.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def _rounding_error(eigenvalues: Tensor) -> Tensor:
@@ -320,7 +316,7 @@ def _factorise(sigma: Tensor) -> tuple[Tensor, bool]:
 def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
     """Return the squared distances between float32 features (n, F) and (m, F) as (n, m) float32.
 
-    They are computed as in _batch_pairwise_distances of ADM: |a|^2 - 2 a b + |b|^2, at least 0.
+    The formula is that of ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, at least 0.
     With `fp16` they are computed in float16, and again in float32 if any of them overflows
     (DistanceBlock of ADM).
     """

@@ -1,4 +1,4 @@
-"""Find the metrics.json files of runs, and determine which of their numbers may be compared."""
+"""Find the metrics.json files of runs, and determine which of their values may be compared."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from common.cli import UserError
 from evaluations.compare import RESULT_KEYS
-from evaluations.runs import Run, read_json
+from evaluations.runs import JsonObject, Run, read_json
 
 # Fields that identify the model. They differ between the models that are compared.
 MODEL_FIELDS = {
@@ -38,10 +38,10 @@ LOWER_IS_BETTER = ("FID", "sFID", "FD")  # prefixes
 
 
 class MetricsFile(NamedTuple):
-    """One metrics.json; run and run_index are None if its samples are of none of the runs."""
+    """One metrics.json; run and run_index are None if none of the runs generated its samples."""
 
     path: Path
-    content: dict[str, Any]
+    content: JsonObject
     run: Run | None = None
     run_index: int | None = None
 
@@ -57,14 +57,14 @@ class MetricsFile(NamedTuple):
 
     @property
     def samples(self) -> Path | None:
-        """Return the evaluated .npz: its recorded path, otherwise that name in the same folder."""
+        """Return the evaluated .npz: the recorded path, or else this name in the same folder."""
         name = self.content.get("samples")
         if not isinstance(name, str):
             return None
         return Path(name) if Path(name).exists() else self.path.parent / Path(name).name
 
     @property
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self) -> JsonObject:
         """Return the sampling settings, {} if they are unknown."""
         return self.content.get("sampling") or {}
 
@@ -79,15 +79,15 @@ class MetricsFile(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Fields of several settings, in order of appearance."""
+    """Fields of several settings, in the order in which they occur."""
 
     differing: dict[str, list[Any]]  # field -> its distinct values
-    agreeing: dict[str, Any]
+    agreeing: JsonObject
 
 
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested objects as one, with dotted keys."""
-    flat: dict[str, Any] = {}
+def flatten(content: JsonObject, prefix: str = "") -> JsonObject:
+    """Return nested objects as one flat object with dotted keys."""
+    flat: JsonObject = {}
     for key, value in content.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
@@ -103,10 +103,10 @@ def format_value(value: Any) -> str:
     return "—" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def drop_redundant_fields(fields: dict[str, Any]) -> dict[str, Any]:
+def drop_redundant_fields(fields: JsonObject) -> JsonObject:
     """Drop fields that another field identifies, such as the path of a file with a known hash.
 
-    Otherwise the same file in another folder would look like a different one.
+    Otherwise the same file in another folder would count as another file.
     """
     return {
         key: value
@@ -115,7 +115,7 @@ def drop_redundant_fields(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def select_identity(content: dict[str, Any]) -> dict[str, Any]:
+def select_identity(content: JsonObject) -> JsonObject:
     """Return the fields of a metrics.json that must agree before two values may be compared."""
     fields = flatten({key: value for key, value in content.items() if key not in RESULT_KEYS})
     return {
@@ -125,23 +125,23 @@ def select_identity(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def has_unknown_sampling(fields: dict[str, Any]) -> bool:
+def has_unknown_sampling(fields: JsonObject) -> bool:
     """Return whether an identity contains nothing about how the samples were generated."""
     return not any(key.startswith("sampling.") for key in fields)
 
 
-def compare_settings(settings: list[dict[str, Any]]) -> Comparison:
+def compare_settings(settings: list[JsonObject]) -> Comparison:
     """Split the fields of several settings into those that differ and those that agree.
 
     Sampling fields are compared only among settings that have any.
     """
     differing: dict[str, list[Any]] = {}
-    agreeing: dict[str, Any] = {}
+    agreeing: JsonObject = {}
+    known = [fields for fields in settings if not has_unknown_sampling(fields)]
     for key in dict.fromkeys(key for fields in settings for key in fields):
-        distinct: dict[str, Any] = {}
-        for fields in settings:
-            if not (key.startswith("sampling.") and has_unknown_sampling(fields)):
-                distinct.setdefault(format_value(fields.get(key)), fields.get(key))
+        compared = known if key.startswith("sampling.") else settings
+        # Values with the same text are shown once.
+        distinct = {format_value(fields.get(key)): fields.get(key) for fields in compared}
         values = list(distinct.values())
         if len(values) > 1:
             differing[key] = values
@@ -155,12 +155,13 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
 
     Args:
         runs: The runs that are compared.
-        more: Further files, which may be about other samples.
-        sample_dir: Folder of samples. Files are used if their samples come from a checkpoint of one
-            of the runs.
+        more: Further files, whose samples may be those of other models.
+        sample_dir: Folder of samples. Its files are included if their samples come from a
+            checkpoint of one of the runs.
 
     Returns:
-        The files in the order of the runs, then by the number of images seen.
+        The files in the order of the runs, and for each run by the number of images seen. Files of
+        other runs are last.
 
     Raises:
         UserError: A file in a run or in `more` is not a metrics.json.
@@ -180,14 +181,13 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
             if file.run:
                 found.setdefault(path.resolve(), file)
 
-    def sort_key(file: MetricsFile) -> tuple[int, int, str]:
-        run_index = len(runs) if file.run_index is None else file.run_index
-        return run_index, file.images, str(file.path)
+    return sorted(
+        found.values(),
+        key=lambda file: (file.run is None, file.run_index or 0, file.images, str(file.path)),
+    )
 
-    return sorted(found.values(), key=sort_key)
 
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     content = read_json(path)
     has_metrics = isinstance(content.get("metrics"), dict)
     if not has_metrics or not isinstance(content.get("sampling", {}), dict):
@@ -208,8 +208,8 @@ def _with_run(file: MetricsFile, runs: list[Run]) -> MetricsFile:
 def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     """Return the indices of the files with the best value of a metric.
 
-    Only files with the same identity compete, and there is no best one unless its interval lies
-    beyond the intervals of all others.
+    Only files with the same identity are compared. None of them is the best unless its interval is
+    separate from the intervals of all others.
     """
     if metric in HIGHER_IS_BETTER:
         sign = 1
@@ -218,7 +218,7 @@ def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     else:
         return set()
 
-    # Value, lowest and highest end of the interval and index, such that higher is better.
+    # Value, lower and upper end of the interval, and index. The sign makes higher values better.
     groups: dict[str, list[tuple[float, float, float, int]]] = {}
     for index, file in enumerate(files):
         value = file.content["metrics"].get(metric)

@@ -1,7 +1,9 @@
-"""Mean and covariance of features that are never all in memory.
+"""Compute mean and covariance of features that do not all fit into memory.
 
 B features per batch, n in total, each of size F.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor
 
 from evaluations.metrics import Statistics
 
+ZERO = torch.tensor(0.0)
 
+
+@dataclass
 class RunningMoments:
     """Running mean and scatter matrix in float64.
 
@@ -18,47 +23,33 @@ class RunningMoments:
 
     Attributes:
         count: Number of features added.
-        mean: Their mean, (F,). Undefined while `count` is 0.
-        scatter: Sum of the outer products of their deviations from the mean, (F, F), likewise.
+        mean: Their mean, (F,), on the device of the first batch. A scalar while `count` is 0.
+        scatter: Sum of the outer products of their deviations from the mean, (F, F). A scalar while
+            `count` is 0.
     """
 
-    mean: Tensor
-    scatter: Tensor
-
-    def __init__(self) -> None:
-        self.count = 0
+    count: int = 0
+    mean: Tensor = ZERO
+    scatter: Tensor = ZERO
 
     def add(self, features: Tensor) -> None:
-        """Add a batch of features, (B, F). The moments stay on the device of the first batch."""
+        """Add a batch of features, (B, F)."""
         x = features.double()
         mean = x.mean(0)
-        self._merge(len(x), mean, (x - mean).T @ (x - mean))
+        self.merge(RunningMoments(len(x), mean, (x - mean).T @ (x - mean)))
 
     def merge(self, other: "RunningMoments") -> None:
         """Add all features that `other` was computed from."""
-        if other.count:
-            self._merge(other.count, other.mean, other.scatter)
-
-    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if not self.count:
-            self.count = count
-            self.mean = mean
-            self.scatter = scatter
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.scatter += scatter + torch.outer(delta, delta) * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        correction = torch.outer(delta, delta) * (self.count * other.count / total)
+        self.scatter = self.scatter + (other.scatter + correction)
+        self.mean = self.mean + delta * (other.count / total)
         self.count = total
 
     def cpu(self) -> "RunningMoments":
         """Return a copy in host memory."""
-        copy = RunningMoments()
-        copy.count = self.count
-        if self.count:
-            copy.mean = self.mean.cpu()
-            copy.scatter = self.scatter.cpu()
-        return copy
+        return RunningMoments(self.count, self.mean.cpu(), self.scatter.cpu())
 
     def compute_statistics(self) -> Statistics:
         """Return mean and covariance, with n - 1 in the denominator as in numpy.cov."""

@@ -1,11 +1,11 @@
-"""Search for memorised training images: those nearest to samples, in the features of a network.
+"""Find memorised training images: those nearest to samples in the feature space of a network.
 
-A model that copies has samples closer to a training image than training images are to each other.
-Distances are Euclidean. n training images, q queries, F features
-per image, k neighbours, B training images per block.
+If a model copies, some of its samples are closer to a training image than training images are to
+each other. Distances are Euclidean.
+Shapes: n training images, q queries, F features per image, k neighbours, B images per block.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +18,10 @@ from evaluations.extractors import extract_features, load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
 from evaluations.features import FeatureNetwork
 from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices, open_images
+from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
-MAX_QUERIES = 2000  # samples per set, and training images, whose nearest neighbours are searched
+MAX_QUERIES = 2000  # number of samples per set, and of training images, that are measured
 BLOCK = 2048  # training images whose features are in memory at a time
 NUM_SHOWN = 16  # evenly spaced samples that are shown with their neighbours
 NUM_CLOSEST = 4  # samples closest to a training image that are shown with their neighbours
@@ -50,7 +51,7 @@ class MemorisationCheck(NamedTuple):
         closest: The samples that are closest to a training image, of all that were measured.
         num_samples: Number of samples measured.
         close_fraction: Fraction of them closer to a training image than `first_percentile`.
-        num_probes: Number of training images whose nearest other training image was searched.
+        num_probes: Number of training images that were measured in the same way.
         num_train_images: Number of training images that were searched.
         median_distance: Median distance of the probes to their nearest other training image.
         first_percentile: First percentile of these distances.
@@ -71,7 +72,7 @@ def find_nearest(
     queries: np.ndarray,
     self_indices: np.ndarray,
     k: int,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest features to each query.
 
@@ -119,42 +120,47 @@ class MemorisationSearch:
     train: Images
     network: FeatureNetwork
     batch_size: int
-    device: torch.device | str
+    device: Device
 
     def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
         """Return the result for each set of samples, which have the size of the training images."""
         # Compute the features of some samples of each set, and of some training images.
-        selected = {name: self._select(images) for name, images in samples.items()}
+        selected = [_select(images) for images in samples.values()]
         probes = evenly_spaced_indices(self.train.count, MAX_QUERIES)
         queries = [
-            self._features(samples[name], indices, name) for name, indices in selected.items()
+            self._features(images, indices, name)
+            for (name, images), indices in zip(samples.items(), selected)
         ]
         queries.append(self._features(self.train, probes, "training images"))
-        num_selected = sum(map(len, selected.values()))
-        self_indices = np.concatenate([np.full(num_selected, -1), probes])
 
         # Find the nearest training images of all of them.
+        count = self.train.count
+        blocks = (
+            self._features(
+                self.train,
+                np.arange(start, min(start + BLOCK, count)),
+                f"training images from {start:,} of {count:,}",
+            )
+            for start in range(0, count, BLOCK)
+        )
+        no_index = [np.full_like(indices, -1) for indices in selected]
         distances, neighbours = find_nearest(
-            self._train_blocks(),
+            blocks,
             np.concatenate(queries),
-            self_indices,
+            np.concatenate([*no_index, probes]),
             NEIGHBOURS_PER_SAMPLE,
             self.device,
         )
-        ends = np.cumsum([len(indices) for indices in selected.values()])
-        *distances_per_set, probe_distances = np.split(distances, ends)
-        *neighbours_per_set, _ = np.split(neighbours, ends)
+        ends = np.cumsum([len(indices) for indices in selected])
+        *sample_distances, probe_distances = np.split(distances, ends)
 
         # Compare distances of samples to distances between training images.
         baseline = probe_distances[:, 0]
-        checks = {}
-        for (name, indices), set_distances, set_neighbours in zip(
-            selected.items(), distances_per_set, neighbours_per_set
-        ):
-            checks[name] = self._summarise(
-                samples[name], indices, set_distances, set_neighbours, baseline
-            )
-        return checks
+        results = zip(samples, selected, sample_distances, np.split(neighbours, ends))
+        return {
+            name: self._summarise(samples[name], indices, nearest, nearest_indices, baseline)
+            for name, indices, nearest, nearest_indices in results
+        }
 
     def _summarise(
         self,
@@ -176,30 +182,24 @@ class MemorisationSearch:
 
         def match(row: int) -> NearestMatch:
             found = [
-                Neighbour(int(i), float(distance), _read_image(self.train, i))
-                for i, distance in zip(neighbours[row], distances[row])
+                Neighbour(index, distance, _read_image(self.train, index))
+                for index, distance in zip(neighbours[row], distances[row])
             ]
-            index = int(indices[row])
-            return NearestMatch(index, _read_image(samples, index), found)
+            return NearestMatch(indices[row], _read_image(samples, indices[row]), found)
 
         shown = np.searchsorted(indices, evenly_spaced_indices(samples.count, NUM_SHOWN))
         closest = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
-        first_percentile = float(np.percentile(baseline, 1))
+        first_percentile = np.percentile(baseline, 1)
         return MemorisationCheck(
             evenly_spaced=[match(row) for row in shown],
             closest=[match(row) for row in closest],
             num_samples=len(indices),
-            close_fraction=float((distances[:, 0] < first_percentile).mean()),
+            close_fraction=(distances[:, 0] < first_percentile).mean(),
             num_probes=len(baseline),
             num_train_images=self.train.count,
-            median_distance=float(np.median(baseline)),
+            median_distance=np.median(baseline),
             first_percentile=first_percentile,
         )
-
-    def _select(self, images: Images) -> np.ndarray:
-        """Return the indices of the samples to measure, which include those to show."""
-        measured = evenly_spaced_indices(images.count, MAX_QUERIES)
-        return np.union1d(measured, evenly_spaced_indices(images.count, NUM_SHOWN))
 
     def _features(self, images: Images, indices: np.ndarray, description: str) -> np.ndarray:
         subset = ImageSubset(images, indices)
@@ -208,12 +208,11 @@ class MemorisationSearch:
         )
         return features["network"].pool
 
-    def _train_blocks(self) -> Iterator[np.ndarray]:
-        count = self.train.count
-        for start in range(0, count, BLOCK):
-            indices = np.arange(start, min(start + BLOCK, count))
-            description = f"training images from {start:,} of {count:,}"
-            yield self._features(self.train, indices, description)
+
+def _select(images: Images) -> np.ndarray:
+    """Return the indices of the samples to measure, which include those to show."""
+    measured = evenly_spaced_indices(images.count, MAX_QUERIES)
+    return np.union1d(measured, evenly_spaced_indices(images.count, NUM_SHOWN))
 
 
 def _read_image(images: Images, index: int) -> np.ndarray:
@@ -227,9 +226,9 @@ def check_memorisation(
     features: str | None,
     weights: Path | None,
     batch_size: int,
-    device: torch.device | str,
+    device: Device,
 ) -> dict[str, MemorisationCheck]:
-    """Compare sets of samples of any sizes with the training images of --nearest.
+    """Compare sets of samples with the training images of --nearest. Their sizes may differ.
 
     Args:
         samples: Sets of samples by name.
@@ -256,15 +255,8 @@ def check_memorisation(
                 f"--nearest needs square samples, but {first_name} has {width}x{height}: "
                 "remove --nearest"
             )
-        train = open_images(path, width, "--nearest")
-        if train.size != size or train.count <= NEIGHBOURS_PER_SAMPLE:
-            raise UserError(
-                f"--nearest {path} holds {train.count} images of {train.size[1]}x{train.size[0]}: "
-                f"pass more than {NEIGHBOURS_PER_SAMPLE} images of the samples' size, "
-                f"{width}x{height}"
-            )
-        is_fashion_size = size == (FASHION_RESOLUTION, FASHION_RESOLUTION)
-        name = features or ("fashion" if is_fashion_size else "inception")
-        network = load_extractor(name, weights, size, device, first_name, "--features")
+        train = open_images(path, width, "--nearest", NEIGHBOURS_PER_SAMPLE)
+        default_features = "fashion" if width == FASHION_RESOLUTION else "inception"
+        network = load_extractor(features or default_features, weights, size, device, first_name)
         checks |= MemorisationSearch(train, network, batch_size, device).check(group)
     return checks

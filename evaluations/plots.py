@@ -3,10 +3,11 @@
 import io
 import re
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from evaluations.image_batches import evenly_spaced_indices
 from evaluations.metrics_files import (
     LOWER_IS_BETTER,
     compare_settings,
@@ -14,12 +15,12 @@ from evaluations.metrics_files import (
     flatten,
     format_value,
 )
-from evaluations.runs import Run, label_columns, read_column
+from evaluations.runs import JsonObject, Run, label_columns, read_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Line style -> `stroke-dasharray` that looks the same, for legends in HTML.
+# Line style -> `stroke-dasharray` with the same appearance, for legends in HTML.
 DASHES = {"-": None, "--": "7 3", ":": "2 3", "-.": "11 3 2 3"}
 
 # Placeholders for CSS variables, which differ between light and dark mode. Matplotlib accepts only
@@ -62,7 +63,7 @@ LOG_SCALE_MIN_RATIO = 4  # of the largest to the smallest value, for a logarithm
 
 
 class Series(NamedTuple):
-    """One line: x and y (n,), NaN where nothing was measured."""
+    """One line: x and y, (n,), with NaN for missing values."""
 
     x: np.ndarray
     y: np.ndarray
@@ -107,9 +108,9 @@ def make_training_panels(runs: list[Run]) -> list[Panel]:
     return panels
 
 
-def collect_settings(runs: list[Run]) -> list[dict[str, Any]]:
+def collect_settings(runs: list[Run]) -> list[JsonObject]:
     """Return the distinct settings of the runs' evaluations, in order of appearance."""
-    settings: list[dict[str, Any]] = []
+    settings: list[JsonObject] = []
     for run in runs:
         for row in run.evaluations:
             if (setting := flatten_setting(row)) not in settings:
@@ -117,12 +118,12 @@ def collect_settings(runs: list[Run]) -> list[dict[str, Any]]:
     return settings
 
 
-def flatten_setting(row: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that the numbers of an evaluation depend on besides the model."""
+def flatten_setting(row: JsonObject) -> JsonObject:
+    """Return all settings of an evaluation, without its model, as a flat object."""
     return drop_redundant_fields(flatten(row["evaluation"]))
 
 
-def select_metrics(row: dict[str, Any]) -> dict[str, float]:
+def select_metrics(row: JsonObject) -> dict[str, float]:
     """Return the finite metrics of an evaluation."""
     return {
         key: value
@@ -136,7 +137,7 @@ def select_metrics(row: dict[str, Any]) -> dict[str, float]:
 def make_evaluation_panels(runs: list[Run]) -> list[Panel]:
     """Return a panel per metric of the evaluations during training.
 
-    A run has one series per setting, because values of different settings are not comparable.
+    A run has one series for each setting, because values of different settings are not comparable.
     """
     settings = collect_settings(runs)
     differing = compare_settings(settings).differing
@@ -161,10 +162,10 @@ def smooth(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the running median over 2% of a line, at `max_points` of its points.
 
-    The window shrinks towards both ends, so that steep beginnings stay as they are. NaN values are
-    left out of the medians, and points without a value stay NaN.
+    The window shrinks towards both ends, which preserves the steep start of a curve. NaN values are
+    excluded from the medians, and points without a value remain NaN.
     """
-    centres = np.unique(np.linspace(0, len(y) - 1, min(max_points, len(y))).round().astype(int))
+    centres = evenly_spaced_indices(len(y), max_points)
     y = np.where(np.isfinite(y), y, np.nan)
     radii = np.minimum(len(y) // 100, centres)
     medians = [
@@ -174,22 +175,20 @@ def smooth(
     return x[centres], np.array(medians)
 
 
-def thin(
-    x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a line to the lowest and the highest point of each of `max_points` / 2 stretches.
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a line to the lowest and the highest point of each of MAX_POINTS / 2 sections.
 
-    No spike is lost, and a stretch without a finite value stays a gap.
+    No spike is lost, and a section without a finite value remains a gap.
     """
-    if len(x) <= max_points:
+    if len(x) <= MAX_POINTS:
         return x, y
     kept: list[int] = []
-    for stretch in np.array_split(np.arange(len(x)), max_points // 2):
-        finite = stretch[np.isfinite(y[stretch])]
+    for section in np.array_split(np.arange(len(x)), MAX_POINTS // 2):
+        finite = section[np.isfinite(y[section])]
         if len(finite):
             kept += sorted({finite[y[finite].argmin()], finite[y[finite].argmax()]})
         else:
-            kept.append(stretch[0])
+            kept.append(section[0])
     return x[kept], y[kept]
 
 

@@ -18,7 +18,7 @@ from common.processes import World
 from evaluations.extractors import iterate_batches, load_extractor
 from evaluations.features import FeatureNetwork
 from evaluations.image_batches import Images, evenly_spaced_indices, open_images
-from evaluations.metrics import MANIFOLD_NEIGHBOURS
+from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device
 from evaluations.moments import RunningMoments
 
 
@@ -77,7 +77,7 @@ def measure_moments(
     network: FeatureNetwork,
     images: Images,
     batch_size: int,
-    device: torch.device | str,
+    device: Device,
     world: World,
 ) -> dict[str, RunningMoments] | None:
     """Compute the moments of the pool and spatial features of all images, on all processes.
@@ -125,16 +125,6 @@ def main() -> None:
     world = World()
     device = args.device or world.select_device()
     images = open_images(args.images, args.resolution, "--images")
-    if images.size != (args.resolution, args.resolution):
-        raise UserError(
-            f"--resolution {args.resolution}: {args.images} holds images of "
-            f"{images.size[0]}x{images.size[1]}"
-        )
-    if images.count <= MANIFOLD_NEIGHBOURS:
-        raise UserError(
-            f"--images {args.images} holds {images.count} images: "
-            f"use more than {MANIFOLD_NEIGHBOURS}"
-        )
     network = load_extractor(
         "inception", args.inception_weights, images.size, device, str(args.images)
     )

@@ -1,4 +1,4 @@
-"""Features and statistics of references, and the cache that they are stored in.
+"""Compute, read and cache features and statistics of references.
 
 F features per image, n images of the reference.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from common.cli import UserError
 from common.files import write_file
@@ -21,7 +20,7 @@ from common.processes import World
 from evaluations.extractors import extract_features
 from evaluations.features import FeatureNetwork, Features
 from evaluations.image_batches import NpzFile, open_images
-from evaluations.metrics import MANIFOLD_NEIGHBOURS, Statistics, compute_statistics
+from evaluations.metrics import Device, Statistics, compute_statistics
 
 # Well-known references by the sha256 of their file. The first three hashes are taken from other
 # people's records (Git LFS pointers, download checksums); they have not been verified here.
@@ -86,16 +85,11 @@ def default_cache_dir() -> Path:
     return Path(user_cache) / "sra2" / "references"
 
 
-def well_known_name(sha256: str) -> str | None:
-    """Return the name of a well-known reference file, or None for any other file."""
-    return WELL_KNOWN.get(sha256)
-
-
 def load_reference_features(
     reference: ReferenceFile,
     networks: Mapping[str, FeatureNetwork],
     batch_size: int,
-    device: torch.device | str,
+    device: Device,
     cache_dir: Path | None = None,
     world: World | None = None,
 ) -> dict[str, ReferenceFeatures]:
@@ -115,13 +109,16 @@ def load_reference_features(
     Raises:
         UserError: If the reference cannot be used with these networks.
     """
-    npz = NpzFile(reference.path, reference.flag) if reference.path.suffix == ".npz" else None
-    has_images = npz is None or "arr_0" in npz
-    if npz is not None and not has_images:
-        _check_statistics_suffice(npz, networks)
+    is_npz = reference.path.suffix == ".npz"
+    npz = NpzFile(reference.path, reference.flag) if is_npz else None
     pool = spatial = None
     if npz is not None and "inception" in networks:
-        pool, spatial = read_inception_statistics(npz)
+        pool = read_statistics(npz, "", POOL_SIZE)
+        spatial = read_statistics(npz, "_s", SPATIAL_SIZE)
+    if npz is not None and "arr_0" not in npz:
+        _check_statistics_suffice(npz, networks)
+        assert pool is not None
+        return {"inception": ReferenceFeatures(pool, spatial, None)}
 
     # Read the cache on the first process, and tell the others which networks have to run.
     is_first_process = world is None or world.rank == 0
@@ -133,51 +130,59 @@ def load_reference_features(
     if is_first_process:
         cached = {name: _read_cache(path) for name, path in cache_paths.items()}
         features = {name: entry for name, entry in cached.items() if entry}
-    missing = [name for name in networks if name not in features]
+    missing = {name: network for name, network in networks.items() if name not in features}
     if world:
-        missing = world.broadcast(missing)
+        names = world.broadcast(list(missing))
+        missing = {name: networks[name] for name in names}
 
     # Compute what is missing, on all processes.
-    if missing and has_images:
-        computed = _compute_features(
-            reference, {name: networks[name] for name in missing}, batch_size, device, world
-        )
-        for name, entry in computed.items():
+    if missing:
+        images = open_images(reference.path, reference.resolution, reference.flag)
+        extracted = extract_features(missing, images, batch_size, "reference", device, world)
+        for name, outputs in extracted.items():
+            statistics = Features(outputs.pool, outputs.spatial).map(
+                lambda output: compute_statistics(output, device)
+            )
+            entry = ReferenceFeatures(statistics.pool, statistics.spatial, outputs.pool)
             features[name] = entry
             _write_cache(cache_paths[name], entry)
-    if not is_first_process:
-        return {}
 
-    if pool is not None or spatial is not None:
-        features["inception"] = _prefer_statistics(pool, spatial, features.get("inception"))
-    return {name: features[name] for name in networks}
+    if "inception" in features:
+        computed = features["inception"]
+        features["inception"] = computed._replace(
+            pool=pool or computed.pool, spatial=spatial or computed.spatial
+        )
+    return features
 
 
-def read_inception_statistics(npz: NpzFile) -> tuple[Statistics | None, Statistics | None]:
-    """Read the statistics of pool and spatial features of an .npz, None for those it lacks.
+def read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
+    """Read mu and sigma of an .npz.
+
+    Args:
+        npz: The file.
+        suffix: End of the names of the two arrays.
+        size: Number of features that they must belong to.
+
+    Returns:
+        The statistics, or None if the file lacks one of the arrays.
 
     Raises:
-        UserError: If they cannot be statistics of Inception features.
+        UserError: If their shapes are wrong, or some values are not finite.
     """
-    return _read_statistics(npz, "", POOL_SIZE), _read_statistics(npz, "_s", SPATIAL_SIZE)
-
-
-def _read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
     mu = npz.read_array(f"mu{suffix}")
     sigma = npz.read_array(f"sigma{suffix}")
     if mu is None or sigma is None:
         return None
-    mu = np.asarray(mu, np.float64)
-    sigma = np.asarray(sigma, np.float64)
     expected = (
         f"{npz.flag} {npz.path}: mu{suffix} and sigma{suffix} must be finite numbers of "
         f"{size} features"
     )
     if (mu.shape, sigma.shape) != ((size,), (size, size)):
         raise UserError(f"{expected}; their shapes are {mu.shape} and {sigma.shape}")
-    if not np.isfinite(mu.sum() + sigma.sum()):
+    statistics = Statistics(mu.astype(np.float64), sigma.astype(np.float64))
+    if not np.isfinite(statistics.mu.sum() + statistics.sigma.sum()):
         raise UserError(f"{expected}; some are not finite")
-    return Statistics(mu, sigma)
+    return statistics
 
 
 def _check_statistics_suffice(npz: NpzFile, networks: Mapping[str, FeatureNetwork]) -> None:
@@ -194,52 +199,6 @@ def _check_statistics_suffice(npz: NpzFile, networks: Mapping[str, FeatureNetwor
         )
 
 
-def _compute_features(
-    reference: ReferenceFile,
-    networks: Mapping[str, FeatureNetwork],
-    batch_size: int,
-    device: torch.device | str,
-    world: World | None,
-) -> dict[str, ReferenceFeatures]:
-    """Compute features of the images of a reference.
-
-    Returns:
-        Features by name of the network on the first process, {} on the others.
-    """
-    side = reference.resolution
-    images = open_images(reference.path, side, reference.flag)
-    if images.size != (side, side):
-        raise UserError(
-            f"{reference.flag} {reference.path} holds images of {images.size[0]}x{images.size[1]}, "
-            f"but the samples are {side}x{side}"
-        )
-    if images.count <= MANIFOLD_NEIGHBOURS:
-        raise UserError(
-            f"{reference.flag} {reference.path} holds {images.count} images: "
-            f"use a reference of more than {MANIFOLD_NEIGHBOURS}"
-        )
-    extracted = extract_features(networks, images, batch_size, "reference", device, world)
-    return {name: _summarise(features, device) for name, features in extracted.items()}
-
-
-def _summarise(features: Features[np.ndarray], device: torch.device | str) -> ReferenceFeatures:
-    pool = compute_statistics(features.pool, device)
-    spatial = None
-    if features.spatial is not None:
-        spatial = compute_statistics(features.spatial, device)
-    return ReferenceFeatures(pool, spatial, features.pool)
-
-
-def _prefer_statistics(
-    pool: Statistics | None, spatial: Statistics | None, computed: ReferenceFeatures | None
-) -> ReferenceFeatures:
-    """Combine the statistics of an .npz with the features of its images, if there are any."""
-    if computed is not None:
-        return computed._replace(pool=pool or computed.pool, spatial=spatial or computed.spatial)
-    assert pool is not None  # a file without images contains mu and sigma
-    return ReferenceFeatures(pool, spatial, None)
-
-
 def _cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwork) -> Path:
     """Return the cache file for this network's features of this reference."""
     network_identity = [type(network).__name__, network.weights_sha256]
@@ -249,23 +208,20 @@ def _cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwo
 
 
 def _read_cache(path: Path) -> ReferenceFeatures | None:
-    if not path.exists():
-        return None
     try:
         with np.load(path) as content:
-            pool = Statistics(content["mu"], content["sigma"])
-            spatial = None
-            if "mu_s" in content:
-                spatial = Statistics(content["mu_s"], content["sigma_s"])
-            return ReferenceFeatures(pool, spatial, content["features"])
-    except Exception:  # truncated, or written by another program: the features are computed again
+            statistics = {
+                suffix: Statistics(content[f"mu{suffix}"], content[f"sigma{suffix}"])
+                for suffix in ("", "_s")
+                if f"mu{suffix}" in content
+            }
+            return ReferenceFeatures(statistics[""], statistics.get("_s"), content["features"])
+    except Exception:  # missing, truncated, or another program's: the features are computed again
         return None
 
 
 def _write_cache(path: Path, reference: ReferenceFeatures) -> None:
-    arrays: dict[str, Any] = {"mu": reference.pool.mu, "sigma": reference.pool.sigma}
-    if reference.features is not None:
-        arrays["features"] = reference.features
+    arrays: dict[str, Any] = {**reference.pool._asdict(), "features": reference.features}
     if reference.spatial is not None:
         arrays["mu_s"] = reference.spatial.mu
         arrays["sigma_s"] = reference.spatial.sigma

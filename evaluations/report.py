@@ -18,7 +18,7 @@ from common.cli import UserError
 from common.files import write_file
 from evaluations import plots, report_images
 from evaluations.extractors import EXTRACTOR_NAMES
-from evaluations.image_batches import Images, NpzFile
+from evaluations.image_batches import Images, NpzImages
 from evaluations.metrics_files import (
     Comparison,
     MetricsFile,
@@ -31,11 +31,10 @@ from evaluations.metrics_files import (
     select_identity,
 )
 from evaluations.nearest import MemorisationCheck, check_memorisation
-from evaluations.runs import Run, label_columns, name_folders, read_run
+from evaluations.runs import JsonObject, Run, label_columns, name_folders, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_RUNS = len(plots.RUN_COLOURS)
-MAX_VALUE_LENGTH = 60  # characters of a setting; longer ones are cut
 HASH_LENGTH = 32  # hexadecimal digits of the shortest hash
 LAST_QUANTITIES = (
     "denoising",
@@ -140,7 +139,7 @@ def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, 
         ]
         if existing:
             *_, path = max(existing, key=lambda entry: entry[:2])
-            found[run.name] = NpzFile(path, "samples").open_images()
+            found[run.name] = NpzImages(path, "samples")
     return found
 
 
@@ -168,7 +167,6 @@ def render_page(
         "flatten_setting": plots.flatten_setting,
         "previews": report_images.load_previews,
         "rounded": round_value,
-        "shorten": shorten,
         "summary": summarize,
         "svg": plots.render_svg,
         "text": format_value,
@@ -202,7 +200,7 @@ def summarize(run: Run) -> str:
     return f"{model} · {summarize_alignment(run.args)} · {step:,} steps · {images:,} images seen"
 
 
-def summarize_alignment(args: dict[str, Any]) -> str:
+def summarize_alignment(args: JsonObject) -> str:
     """Return the alignment methods of a run with block, loss and weight."""
     if not args:
         return "args.json is missing"
@@ -274,7 +272,7 @@ def describe_metrics(files: list[MetricsFile]) -> dict[str, Any]:
     }
 
 
-def compare_runs(runs: list[Run]) -> list[tuple[str, list[dict[str, Any]], Comparison]]:
+def compare_runs(runs: list[Run]) -> list[tuple[str, list[JsonObject], Comparison]]:
     """Return the flags and the configurations of the runs: a title, the values and what differs."""
     flags = [{key: value for key, value in run.args.items() if key != "exp_name"} for run in runs]
     configs = [flatten(run.config) for run in runs]
@@ -288,13 +286,6 @@ def compare_runs(runs: list[Run]) -> list[tuple[str, list[dict[str, Any]], Compa
 def is_hash(text: str) -> bool:
     """Return whether a setting is the hash of a file."""
     return len(text) >= HASH_LENGTH and set(text) <= set("0123456789abcdef")
-
-
-def shorten(text: str) -> str:
-    """Cut a hash to its first twelve digits, and other long text to MAX_VALUE_LENGTH."""
-    if is_hash(text):
-        return text[:12] + "…"
-    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"
 
 
 def round_value(value: float) -> str:

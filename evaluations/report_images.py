@@ -1,8 +1,7 @@
-"""Select the images of a report, and embed them into the page."""
+"""Select the images of a report and encode them for the page."""
 
 import base64
 import io
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,11 @@ from evaluations.metrics_files import MetricsFile
 from evaluations.nearest import evenly_spaced_indices
 from evaluations.runs import Run
 
-MAX_PREVIEWS = 8  # of a run
-PREVIEW_WIDTH, GRID_WIDTH, TILE_WIDTH = 560, 860, 96  # larger images are reduced; pixels
+MAX_PREVIEWS = 8  # per run
+# Maximum widths in pixels. Larger images are reduced.
+PREVIEW_WIDTH = 560
+GRID_WIDTH = 860
+TILE_WIDTH = 96
 
 
 class EmbeddedImage(NamedTuple):
@@ -66,10 +68,10 @@ def embed_file(path: Path, caption: str, max_width: int) -> Figure:
 
 def load_previews(run: Run) -> list[Figure]:
     """Return previews of a run's first EMA: the first, the last, and some in between."""
-    paths = [
-        path for path in (run.folder / "samples").glob("*.png") if re.fullmatch(r"\d+", path.stem)
-    ]
-    paths.sort(key=lambda path: int(path.stem))
+    files = (run.folder / "samples").glob("*.png")
+    paths = sorted(
+        (path for path in files if path.stem.isdecimal()), key=lambda path: int(path.stem)
+    )
     batch_size = run.args.get("batch_size")
     figures = []
     for index in evenly_spaced_indices(len(paths), MAX_PREVIEWS):

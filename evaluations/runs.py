@@ -9,16 +9,18 @@ import numpy as np
 from common.cli import UserError
 from common.metrics_log import read_rows
 
+JsonObject = dict[str, Any]
+
 
 class Run(NamedTuple):
     """A training run as stored on disk; args and config are {} if their files are missing."""
 
     name: str
     folder: Path
-    steps: list[dict[str, Any]]  # lines of metrics.jsonl about training
-    evaluations: list[dict[str, Any]]  # lines of metrics.jsonl written by --eval-every
-    args: dict[str, Any]
-    config: dict[str, Any]  # config.json of the newest checkpoint
+    steps: list[JsonObject]  # lines of metrics.jsonl about training
+    evaluations: list[JsonObject]  # lines of metrics.jsonl written by --eval-every
+    args: JsonObject
+    config: JsonObject  # config.json of the newest checkpoint
 
     @property
     def images(self) -> int:
@@ -35,7 +37,7 @@ def name_folders(folders: list[Path]) -> dict[str, Path]:
     }
 
 
-def read_log(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def read_log(folder: Path) -> tuple[list[JsonObject], list[JsonObject]]:
     """Return the lines of a run's metrics.jsonl: those about training, and those of evaluations.
 
     Lines have the columns of the current schema (common.metrics_log).
@@ -55,7 +57,7 @@ def read_log(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return steps, [row for row in rows if "evaluation" in row]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Return the JSON object that a file contains, {} if the file does not exist.
 
     Raises:
@@ -99,6 +101,6 @@ def label_columns(run: Run, quantity: str) -> dict[str, str]:
     return {column: f"{run.name}, {column.partition('/')[2]}" for column in columns}
 
 
-def read_column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+def read_column(rows: list[JsonObject], key: str) -> np.ndarray:
     """Return one column of n rows: (n,) float64, NaN where it is missing or null."""
     return np.array([row.get(key) for row in rows], float)

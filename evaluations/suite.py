@@ -1,18 +1,17 @@
-"""An evaluation as a whole: networks, reference, results, and metrics.json.
+"""Evaluate samples against a reference, and read and write metrics.json.
 
-Shared by evaluations.evaluate and sample_ddp.py --evaluate.
+This module is shared by evaluations.evaluate and sample_ddp.py --evaluate.
 """
 
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from common import cli
 from common.cli import UserError
@@ -22,19 +21,20 @@ from common.processes import World
 from evaluations.compare import (
     RESULT_KEYS,
     compute_metrics,
+    frechet_distances_by_count,
     frechet_name,
-    frechet_uncertainty,
     small_sample_warning,
 )
 from evaluations.extractors import EXTRACTOR_NAMES, load_extractor
-from evaluations.features import Features
-from evaluations.metrics import MANIFOLD_NEIGHBOURS
+from evaluations.features import NumpyFeatures
+from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device, frechet_interval
 from evaluations.reference_features import (
+    WELL_KNOWN,
     ReferenceFeatures,
     ReferenceFile,
     load_reference_features,
-    well_known_name,
 )
+from evaluations.runs import JsonObject, read_json
 
 # Keys that identify an evaluation, apart from its samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
@@ -45,17 +45,12 @@ DISPLAY_NAMES = {
 
 
 def normaliser(text: str) -> tuple[str, float]:
-    """Parse NAME=FD. An argparse type."""
+    """Parse NAME=FD, as an argparse type."""
     name, _, value = text.rpartition("=")
-    try:
-        distance = cli.positive_float(value)
-    except argparse.ArgumentTypeError:
-        distance = None
-    if not name or distance is None:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a network's name, =, and a distance above 0"
-        )
-    return name, distance
+    with suppress(argparse.ArgumentTypeError):
+        if name:
+            return name, cli.positive_float(value)
+    raise argparse.ArgumentTypeError(f"{text} is not a network's name, =, and a distance above 0")
 
 
 @dataclass(frozen=True)
@@ -96,14 +91,14 @@ class EvaluationConfig:
 class EvaluationSuite:
     """The feature networks and the reference for samples of one size.
 
-    All processes construct it, and call `load_reference`, together.
+    All processes must construct it and call `load_reference`.
 
     Args:
         config: Settings.
-        reference: File, or folder of images, that samples are compared with.
+        reference: File or folder of images that samples are compared with.
         size: Height and width of the samples.
         batch_size: Images per forward pass.
-        device: Where features and metrics are computed.
+        device: Device that computes features and metrics.
         world: Processes that share the work.
         flag: Flag that selected the reference, for error messages.
 
@@ -121,7 +116,7 @@ class EvaluationSuite:
         reference: Path,
         size: tuple[int, int],
         batch_size: int,
-        device: torch.device | str,
+        device: Device,
         world: World,
         flag: str = "--reference",
     ):
@@ -148,7 +143,7 @@ class EvaluationSuite:
         self.identity = {
             "reference": str(reference),
             "reference_sha256": digest,
-            "reference_name": well_known_name(digest),
+            "reference_name": WELL_KNOWN.get(digest),
             "features": {name: network.weights_sha256 for name, network in self.networks.items()},
             "fp16_distances": config.fp16_distances,
             "normalisers": dict(config.normalisers),
@@ -159,7 +154,11 @@ class EvaluationSuite:
         self.reference_features: dict[str, ReferenceFeatures] = {}
 
     def load_reference(self) -> None:
-        """Load the features of the reference from the cache, or compute them. Raises UserError."""
+        """Load the features of the reference from the cache, or compute them.
+
+        Raises:
+            UserError: If the reference cannot be used with these networks.
+        """
         self.reference_features = load_reference_features(
             self.reference,
             self.networks,
@@ -169,19 +168,45 @@ class EvaluationSuite:
             self.world,
         )
 
-    def compute_results(
-        self, samples: Mapping[str, Features[np.ndarray]], labels: np.ndarray | None
-    ) -> dict[str, Any]:
-        """Compute the results of metrics.json on the first process, after `load_reference`.
+    def identify(self, samples: Path | None, sampling: JsonObject, count: int) -> JsonObject:
+        """Return all entries of metrics.json except the results.
 
         Args:
-            samples: Features of the samples by name of the network.
+            samples: The .npz of samples, or None if it is not kept.
+            sampling: The sampling settings in NAME.json, or {} if they are unknown.
+            count: Number of samples.
+        """
+        identity = {
+            "samples": samples and str(samples),
+            "samples_sha256": samples and sha256(samples),
+            "count": count,
+            **self.identity,
+            "sampling": {
+                key: sampling[key] for key in sampling if key not in ("class_names", "count")
+            },
+        }
+        # Convert tuples to lists, as in a file that has been read.
+        return json.loads(json.dumps(identity))
+
+    def write_results(
+        self,
+        path: Path,
+        identity: JsonObject,
+        samples: Mapping[str, NumpyFeatures],
+        labels: np.ndarray | None,
+    ) -> JsonObject:
+        """Compute the results and write metrics.json, on the first process after `load_reference`.
+
+        Args:
+            path: File to write.
+            identity: The entries that identify the evaluation.
+            samples: Features of the samples by network name.
             labels: Classes of the samples, (n,), if they are known.
 
         Returns:
-            The entries of metrics.json under RESULT_KEYS.
+            The content of metrics.json.
         """
-        metrics: dict[str, Any] = {}
+        metrics: JsonObject = {}
         intervals = {}
         by_count = {}
         for name, features in samples.items():
@@ -189,13 +214,14 @@ class EvaluationSuite:
             metrics |= compute_metrics(
                 features, labels, reference, name, self.device, self.config.fp16_distances
             )
-            uncertainty = frechet_uncertainty(features, reference, self.device)
-            if uncertainty.interval is not None:
-                intervals[frechet_name(name)] = list(uncertainty.interval)
-            if uncertainty.by_count:
-                by_count[frechet_name(name)] = uncertainty.by_count
+            interval = frechet_interval(features.pool, reference.pool, device=self.device)
+            if interval is not None:
+                intervals[frechet_name(name)] = interval
+            distances = frechet_distances_by_count(features.pool, reference, self.device)
+            if distances:
+                by_count[frechet_name(name)] = distances
 
-        # Mean ratio to the distances of real images (Yang et al. 2026, arXiv:2604.28190).
+        # The mean ratio to the distances of real images (Yang et al. 2026, arXiv:2604.28190).
         normalisers = dict(self.config.normalisers)
         ratios = [
             metrics[frechet_name(name)] / normalisers[name]
@@ -205,12 +231,13 @@ class EvaluationSuite:
         if ratios:
             metrics["FDr"] = float(np.mean(ratios))
 
-        results: dict[str, Any] = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
-        count = max(len(features.pool) for features in samples.values())
-        warning = small_sample_warning(count, list(samples))
+        result: JsonObject = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
+        warning = small_sample_warning(identity["count"], samples)
         if warning:
-            results["warning"] = warning
-        return results
+            result["warning"] = warning
+        result |= identity
+        write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+        return result
 
 
 def _check_config(config: EvaluationConfig) -> None:
@@ -236,7 +263,7 @@ def check_sample_count(count: int, source: str) -> None:
         raise UserError(f"{source} holds {count} images: use more than {MANIFOLD_NEIGHBOURS}")
 
 
-def read_json_object(path: Path, required_key: str, description: str) -> dict[str, Any]:
+def read_json_object(path: Path, required_key: str, description: str) -> JsonObject:
     """Read an existing JSON file.
 
     Args:
@@ -252,22 +279,24 @@ def read_json_object(path: Path, required_key: str, description: str) -> dict[st
     """
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or required_key not in content:
-        raise UserError(
-            f"{path} exists but is not a {description}: move it away or choose another file"
-        )
-    return content
+    with suppress(OSError, UserError):
+        content = read_json(path)
+        if required_key in content:
+            return content
+    raise UserError(
+        f"{path} exists but is not a {description}: move it away or choose another file"
+    )
 
 
-def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Read an existing metrics.json of the same reference, networks and settings.
+def read_result(path: Path, identity: JsonObject) -> JsonObject:
+    """Read an existing metrics.json.
+
+    Args:
+        path: The file.
+        identity: The entries that identify the evaluation.
 
     Returns:
-        Its content, or {} if it does not exist.
+        The content, or {} if the file does not exist or is about other samples.
 
     Raises:
         UserError: If the file belongs to another evaluation and must not be overwritten.
@@ -276,43 +305,14 @@ def read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     changed = [key for key in IDENTITY_KEYS if existing and existing.get(key) != identity[key]]
     if changed:
         raise UserError(
-            f"{path} holds the numbers of another evaluation ({', '.join(changed)} differ): "
+            f"{path} holds the results of another evaluation ({', '.join(changed)} differ): "
             "move it away, or pass --out to evaluations.evaluate"
         )
-    return existing
+    found = {key: value for key, value in existing.items() if key not in RESULT_KEYS}
+    return existing if found == identity else {}
 
 
-def build_identity(
-    suite: EvaluationSuite, samples: Path | None, sampling: dict[str, Any], count: int
-) -> dict[str, Any]:
-    """Return everything in metrics.json but the results.
-
-    Args:
-        suite: The evaluation.
-        samples: The .npz of samples, or None if it is not kept.
-        sampling: The record NAME.json of how they were sampled, {} if it is unknown.
-        count: Number of samples.
-    """
-    file: dict[str, str | None] = {"samples": None, "samples_sha256": None}
-    if samples is not None:
-        file = {"samples": str(samples), "samples_sha256": sha256(samples)}
-    settings = {key: sampling[key] for key in sampling if key not in ("class_names", "count")}
-    identity = {**file, "count": count, **suite.identity, "sampling": settings}
-    # Convert tuples to lists and so on, as in a file that has been read.
-    return json.loads(json.dumps(identity))
-
-
-def drop_results(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a metrics.json that identifies it."""
-    return {key: value for key, value in result.items() if key not in RESULT_KEYS}
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a metrics.json."""
-    write_file(path, (json.dumps(result, indent=2) + "\n").encode())
-
-
-def format_results(result: dict[str, Any]) -> str:
+def format_results(result: JsonObject) -> str:
     """Format a metrics.json as text, one line per metric."""
     reference = result.get("reference_name") or result["reference"]
     intervals = result.get("intervals", {})

@@ -1,6 +1,6 @@
-"""Features of any timm network, including those of FD-DINOv2.
+"""Compute features with any timm network, including the features of FD-DINOv2.
 
-FD-DINOv2 is computed as its authors do (Stein et al. 2023, arXiv:2306.04675).
+FD-DINOv2 follows the code of its authors (Stein et al. 2023, arXiv:2306.04675).
 B images per batch, F features per image, S width in pixels of the network's input.
 """
 
@@ -25,14 +25,13 @@ DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 us
 class TimmFeatures(FeatureNetwork):
     """Maps uint8 images (B, 3, H, W) to the input of the network's classifier, `pool` (B, F).
 
-    Images are resized to S x S as PIL does it (bicubic, antialiased, rounded) and normalised with
-    the mean and standard deviation of the network. `weights_sha256` covers the weights, the
+    Images are resized to S x S like PIL (bicubic, antialiased, rounded) and normalised with the
+    mean and standard deviation of the network. `weights_sha256` covers the weights, the
     architecture, S, mean and standard deviation.
 
     Args:
         name: Name of the network: a short name of models/encoder.py or a timm name.
         weights: File of weights for timm. By default they are downloaded from the hub.
-        pretrained: Whether to load weights at all.
         flag: Flag that selected the network, for error messages.
 
     Raises:
@@ -46,7 +45,6 @@ class TimmFeatures(FeatureNetwork):
         self,
         name: str,
         weights: Path | None = None,
-        pretrained: bool = True,
         flag: str = "--features",
     ):
         import timm
@@ -54,7 +52,7 @@ class TimmFeatures(FeatureNetwork):
         super().__init__()
         try:
             architecture = timm_name(name, OTHER_NETWORKS)
-            self.network = load_network(name, weights, pretrained, OTHER_NETWORKS)
+            self.network = load_network(name, weights, suggestions=OTHER_NETWORKS)
         except FieldError as error:
             source = "--encoder-weights" if error.field == "weights" else flag
             raise UserError(f"{source} {error.reason}") from None
@@ -98,11 +96,11 @@ def resize_bicubic(images: Tensor, resolution: int) -> Tensor:
 
 
 def resize_position_embedding(network: Any, resolution: int) -> None:
-    """Resize the position embedding of a DINOv2 network in place, as DINOv2's code does.
+    """Resize the position embedding of a DINOv2 network in place, like DINOv2's code.
 
-    That is bicubic interpolation without antialiasing, by a factor of (n + 0.1) / m from m to n
-    patches per side (facebookresearch/dinov2, vision_transformer.py). timm's method differs
-    slightly.
+    DINOv2's code interpolates bicubically without antialiasing, with a scale factor of
+    (n + 0.1) / m from m to n patches per side (facebookresearch/dinov2, vision_transformer.py).
+    timm's method differs slightly.
 
     Args:
         network: A vision transformer of timm, whose modules are not annotated.

@@ -1,4 +1,4 @@
-"""Sampler settings, and the latents that they determine together with a network and an index."""
+"""Define the settings of the sampler, and sample latents with them."""
 
 import json
 from collections.abc import Callable
@@ -26,8 +26,6 @@ from samplers import (
     ode_times,
     sde_times,
 )
-
-STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class SamplerConfig:
     )
     state_dtype: str = setting(
         "float32",
-        choices=sorted(STATE_DTYPES),
-        help="dtype of the latents between two steps (REPA: float64)",
+        choices=("float32", "float64"),
+        help="dtype of the latents between steps (REPA: float64)",
     )
 
     @property
@@ -85,7 +83,7 @@ class SamplerConfig:
         return "heun" if self.heun else "euler"
 
     def validate(self) -> None:
-        """Check that the settings fit together.
+        """Check that the settings are consistent.
 
         Raises:
             FieldError: A setting is out of range or contradicts another one.
@@ -155,7 +153,7 @@ class Recipe(SamplerConfig):
     def compute_labels(self, indices: Tensor, num_classes: int) -> Tensor:
         """Return the class of each image, (B,), given the indices of the images, (B,)."""
         if self.explicit_labels is not None:
-            # The padding of a last batch has indices beyond the end of the file.
+            # The padding of the last batch has indices beyond the end of the file.
             last = len(self.explicit_labels) - 1
             return self.explicit_labels.to(indices.device)[indices.clamp(max=last)]
         if self.labels.isdecimal():
@@ -171,7 +169,7 @@ class Recipe(SamplerConfig):
         model: SiT,
         indices: Tensor,
         dtype: torch.dtype = torch.float32,
-        check_cancelled: Callable[[], None] | None = None,
+        check_cancelled: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Sample a batch of latents.
 
@@ -188,7 +186,7 @@ class Recipe(SamplerConfig):
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
         x = normal(self.seed, Purpose.INITIAL_NOISE, indices, shape)
-        x = x.to(STATE_DTYPES[self.state_dtype])
+        x = x.to(getattr(torch, self.state_dtype))
         interpolant = INTERPOLANTS[self.path_type]
         velocity = GuidedVelocity(
             VelocityModel(model, interpolant, self.prediction, dtype, check_cancelled),
@@ -220,7 +218,7 @@ class Recipe(SamplerConfig):
 def cast_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear and convolutional layers in place.
 
-    Autocast would cast the same weights in every evaluation, with the same result.
+    The results are the same as with autocast, which would cast these weights in every evaluation.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -248,11 +246,10 @@ def load_labels(path: Path) -> np.ndarray:
 
 
 def _read_label_file(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
+    if path.suffix in (".npy", ".npz"):
         values = np.load(path)
-    elif path.suffix == ".npz":
-        with np.load(path) as content:
-            values = content["arr_1"]
+        if path.suffix == ".npz":
+            values = values["arr_1"]
     elif path.suffix == ".json":
         values = np.array(json.loads(path.read_text()))
     else:

@@ -1,7 +1,7 @@
-"""Storage of samples while they are made, and the files that result.
+"""Store samples batch by batch, and write the resulting files.
 
 Each batch is stored in separate files until all batches exist. Any number of processes on any
-number of machines can therefore make them in any order and be killed at any time.
+number of machines can therefore sample the batches in any order and be killed at any time.
 
     NAME.parts/sampling.json         settings of the samples
     NAME.parts/000012.npy            images of batch 12: (B, H, W, 3) uint8
@@ -12,14 +12,12 @@ number of machines can therefore make them in any order and be killed at any tim
 """
 
 import glob
-import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,19 +27,23 @@ from safetensors.numpy import load_file, save
 from common.cli import UserError
 from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
-from evaluations.features import Features
-from evaluations.image_batches import NpzFile, NpzImages
+from evaluations.extractors import concatenate_features
+from evaluations.features import Features, NumpyFeatures
+from evaluations.image_batches import NpzImages, evenly_spaced_indices
+from evaluations.runs import JsonObject, read_json
 
 # Settings that may differ when more samples are added to existing ones.
 KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
-# Settings that may differ if the hash of their content is recorded and equal.
+# Settings that may differ if the recorded hash of their content is equal.
 IDENTIFYING_HASH = {
     "checkpoint": "ema_sha256",
     "vae": "vae_fingerprint",
     "labels": "labels_sha256",
 }
-# A network file system may show a file that another machine wrote only after this time.
+# Maximum delay until a network file system shows a file that another machine has written.
 FILE_WAIT_SECONDS = 120
+GRID_ROWS = 10  # maximum number of classes in the grid
+GRID_COLUMNS = 10  # maximum number of images per class
 
 
 class StoredBatches(NamedTuple):
@@ -53,13 +55,13 @@ class StoredBatches(NamedTuple):
 
 
 class SampleStore:
-    """The samples NAME in a folder.
+    """The samples with one name in a folder.
 
     Args:
         folder: Folder of the results.
         name: Name of the result files.
         record: Settings of the samples, which become NAME.json.
-        networks: Networks whose features are stored, and the sha256 of their weights.
+        networks: sha256 of the weights of each network whose features are stored, by name.
         keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are kept.
         write_pngs: Whether to write each image to a PNG file.
     """
@@ -68,7 +70,7 @@ class SampleStore:
         self,
         folder: Path,
         name: str,
-        record: dict[str, Any],
+        record: JsonObject,
         networks: dict[str, str],
         keep_images: bool = True,
         write_pngs: bool = False,
@@ -95,7 +97,7 @@ class SampleStore:
         Call it on the first process only.
 
         Args:
-            resources: Holds the lock until it is closed.
+            resources: Stack that holds the lock until it is closed.
 
         Raises:
             UserError: Another process samples under the same name, or existing files under this
@@ -115,7 +117,7 @@ class SampleStore:
         write_file(self.parts_folder / "sampling.json", record)
         if self.write_pngs:
             write_file(self.png_folder / "sampling.json", record)
-        # Remove partial files that a killed process has left.
+        # Remove partial files that a killed process has left behind.
         for leftover in self.npz_path.parent.glob(f".{glob.escape(self.npz_path.name)}.*.partial"):
             leftover.unlink(missing_ok=True)
         return self._find_stored_batches()
@@ -123,7 +125,7 @@ class SampleStore:
     def load_finished(self) -> None:
         """Open NAME.npz if it exists."""
         if self.npz_path.exists():
-            self.finished = NpzFile(self.npz_path, "--name").open_images()
+            self.finished = NpzImages(self.npz_path, "--name")
 
     def is_complete(self) -> bool:
         """Return whether NAME.npz contains all images."""
@@ -131,23 +133,15 @@ class SampleStore:
 
     def pending_batches(self, stored: StoredBatches) -> list[int]:
         """Return the indices of the batches that lack images, features or PNG files."""
-        every_batch = set(self.batches)
         # If images are not kept, the features are all that remains of a finished batch.
-        with_images = stored.images if self.keep_images else stored.images | stored.features
-        pending = (every_batch - with_images) | (every_batch - stored.pngs)
-        if self.networks:
-            pending |= every_batch - stored.features
-        return sorted(pending)
-
-    def read_images(self, batch: int) -> np.ndarray:
-        """Return the images of a stored batch, (B, 3, H, W) uint8."""
-        return self._read_pixels(batch).transpose(0, 3, 1, 2)
+        images = stored.images if self.keep_images else stored.features
+        return sorted(set(self.batches) - (images & stored.features & stored.pngs))
 
     def write_batch(
         self,
         batch: int,
         images: np.ndarray,
-        features: dict[str, Features[np.ndarray]],
+        features: dict[str, NumpyFeatures],
         is_new: bool,
     ) -> None:
         """Store a batch.
@@ -156,19 +150,19 @@ class SampleStore:
             batch: Index of the batch.
             images: Images (B, 3, H, W) uint8. The last batch is padded to B images.
             features: Features of the images, per network.
-            is_new: Whether the images are not stored yet.
+            is_new: Whether the images have not been stored before.
         """
-        start, stop = self._span(batch)
+        indices = self._indices(batch)
         pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
         if self.keep_images and is_new:
             write_array(self._part(batch, "npy"), pixels)
         if not self.keep_images:
-            for index in self.grid_indices:
-                if start <= index < stop:
-                    write_array(self._grid_part(index), pixels[index - start])
+            for index in indices:
+                if index in self.grid_indices:
+                    write_array(self._grid_part(index), pixels[index - indices.start])
         if self.write_pngs:
             self.png_folder.mkdir(parents=True, exist_ok=True)
-            for index, image in zip(range(start, stop), pixels):
+            for index, image in zip(indices, pixels):
                 save_png(Image.fromarray(image), self.png_folder / f"{index:06d}.png")
         # Features are written last: without images they mark the batch as finished.
         if features:
@@ -181,9 +175,9 @@ class SampleStore:
             write_file(self._part(batch, "safetensors"), save(columns, metadata))
 
     def finalize(self, labels: np.ndarray) -> None:
-        """Write NAME.json, NAME.npz and NAME.png when no batch is pending.
+        """Write NAME.json, NAME.npz and NAME.png.
 
-        Call it on the first process only.
+        Call it on the first process only, when no batch is pending.
 
         Args:
             labels: Class of each image, (count,).
@@ -191,45 +185,49 @@ class SampleStore:
         # The record comes first, so that an .npz never exists without it.
         write_file(self.record_path, json.dumps(self.record, indent=2).encode())
         if self.keep_images and not self.is_complete():
-            blocks = self._iter_blocks()
-            first = next(blocks)
-            shape = (self.count, *first.shape[1:])
-            write_npz(self.npz_path, itertools.chain([first], blocks), shape, arr_1=labels)
+            # The last batch may be padded.
+            blocks = (self.read_pixels(k)[: len(self._indices(k))] for k in self.batches)
+            shape = (self.count, *self.read_pixels(0).shape[1:])
+            write_npz(self.npz_path, blocks, shape, arr_1=labels)
             self.load_finished()
         self._save_grid(labels)
 
-    def read_features(self) -> dict[str, Features[np.ndarray]]:
+    def read_features(self) -> dict[str, NumpyFeatures]:
         """Return the features of all images, per network. Call it on the first process only."""
-        parts: dict[str, list[np.ndarray]] = {}
-        for batch in self.batches:
-            start, stop = self._span(batch)
-            path = _wait_for_file(self._part(batch, "safetensors"))
-            for key, values in load_file(path).items():
-                parts.setdefault(key, []).append(values[: stop - start])
-        columns: dict[str, dict[str, np.ndarray]] = {}
-        for key in list(parts):
-            name, _, column = key.rpartition("/")
-            columns.setdefault(name, {})[column] = np.concatenate(parts.pop(key))
-        return {name: Features(**columns[name]) for name in self.networks}
+        return {
+            name: concatenate_features(
+                (self._read_batch_features(batch, name) for batch in self.batches), self.count
+            )
+            for name in self.networks
+        }
+
+    def _read_batch_features(self, batch: int, network: str) -> NumpyFeatures:
+        """Return the features of a stored batch by one network. The last batch may be padded."""
+        arrays = load_file(_wait_for_file(self._part(batch, "safetensors")))
+        prefix = f"{network}/"
+        return Features(
+            **{
+                key.removeprefix(prefix): values
+                for key, values in arrays.items()
+                if key.startswith(prefix)
+            }
+        )
 
     def remove_parts(self) -> None:
         """Remove the files of the batches."""
         shutil.rmtree(self.parts_folder, ignore_errors=True)
 
-    def choose_grid_images(self, labels: np.ndarray, rows: int = 10, columns: int = 10) -> None:
-        """Choose the images of the grid, the first ones of each class.
+    def choose_grid_images(self, labels: np.ndarray) -> None:
+        """Choose the images of the grid: the first images of evenly spaced classes.
 
         Args:
             labels: Class of each image, (count,).
-            rows: Maximum number of classes. They are spread evenly over the classes that occur.
-            columns: Maximum number of images per class.
         """
         present = np.unique(labels)
-        positions = np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)
         self.grid_indices = [
             int(index)
-            for label in present[positions]
-            for index in np.flatnonzero(labels == label)[:columns]
+            for label in present[evenly_spaced_indices(len(present), GRID_ROWS)]
+            for index in np.flatnonzero(labels == label)[:GRID_COLUMNS]
         ]
 
     def _remove_parts_if_empty(self) -> None:
@@ -293,32 +291,30 @@ class SampleStore:
     def _find_stored_batches(self) -> StoredBatches:
         images = {int(path.stem) for path in self.parts_folder.glob("[0-9]*.npy")}
         if self.finished is not None:
-            images |= {k for k in self.batches if self._span(k)[1] <= self.finished.count}
-        features = {
-            int(path.stem)
-            for path in self.parts_folder.glob("[0-9]*.safetensors")
-            if self._has_features(path)
-        }
+            images |= {k for k in self.batches if self._indices(k).stop <= self.finished.count}
+        features = {k for k in self.batches if self._has_features(k)}
         pngs = set(self.batches)
         if self.write_pngs:
             png_indices = self._find_png_indices()
-            pngs = {k for k in self.batches if png_indices.issuperset(range(*self._span(k)))}
+            pngs = {k for k in self.batches if png_indices.issuperset(self._indices(k))}
         return StoredBatches(images, features, pngs)
 
-    def _has_features(self, path: Path) -> bool:
-        """Return whether a file has features of these networks for all images of its batch.
+    def _has_features(self, batch: int) -> bool:
+        """Return whether the features of these networks are stored for all images of a batch.
 
         The last batch may be shorter if its images were read from an .npz, which is not padded.
         """
-        start, stop = self._span(int(path.stem))
+        if not self.networks:
+            return True
         try:
-            with safe_open(path, "numpy") as file:
+            with safe_open(self._part(batch, "safetensors"), "numpy") as file:
                 stored_networks = json.loads(file.metadata()["networks"])
                 keys = file.keys()
                 num_rows = min(file.get_slice(key).get_shape()[0] for key in keys)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return False
-        return self.networks.items() <= stored_networks.items() and num_rows >= stop - start
+        is_whole = num_rows >= len(self._indices(batch))
+        return is_whole and self.networks.items() <= stored_networks.items()
 
     def _find_png_indices(self) -> set[int]:
         """Return the indices of the images that have PNG files, if PNG files are requested."""
@@ -340,27 +336,21 @@ class SampleStore:
     def _read_grid_image(self, index: int) -> np.ndarray | None:
         if self.finished is not None and self.keep_images:
             return self.finished.read_rows(index, index + 1)[0]
-        # An interrupted run with a smaller count has chosen other images for its grid.
+        # An interrupted run with a smaller count may have chosen other images for its grid.
         path = self._grid_part(index)
         return np.load(path) if path.exists() else None
 
-    def _read_pixels(self, batch: int) -> np.ndarray:
+    def read_pixels(self, batch: int) -> np.ndarray:
         """Return the images of a stored batch, (B, H, W, 3) uint8."""
-        start, stop = self._span(batch)
-        if self.finished is not None and stop <= self.finished.count:
-            return np.array(self.finished.read_rows(start, stop))
+        indices = self._indices(batch)
+        if self.finished is not None and indices.stop <= self.finished.count:
+            return np.array(self.finished.read_rows(indices.start, indices.stop))
         return np.load(_wait_for_file(self._part(batch, "npy")))
 
-    def _iter_blocks(self) -> Iterator[np.ndarray]:
-        """Yield all images in order, a batch at a time, without the padding of the last batch."""
-        for batch in self.batches:
-            start, stop = self._span(batch)
-            yield self._read_pixels(batch)[: stop - start]
-
-    def _span(self, batch: int) -> tuple[int, int]:
-        """Return the first index of a batch and the index after its last one, without padding."""
+    def _indices(self, batch: int) -> range:
+        """Return the indices of the images of a batch, without padding."""
         start = batch * self.batch_size
-        return start, min(start + self.batch_size, self.count)
+        return range(start, min(start + self.batch_size, self.count))
 
     def _part(self, batch: int, suffix: str) -> Path:
         return self.parts_folder / f"{batch:06d}.{suffix}"
@@ -369,16 +359,14 @@ class SampleStore:
         return self.parts_folder / f"drawn-{index:06d}.npy"
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> JsonObject:
     """Return the contents of a sampling.json, or {} if there is none or it is another file."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(OSError, UserError):
+        return read_json(path)
+    return {}
 
 
-def format_grid_title(record: dict[str, Any]) -> str:
+def format_grid_title(record: JsonObject) -> str:
     """Return the title of the grid for the settings of its samples."""
     title = record["model"]
     if record["step"] is not None:

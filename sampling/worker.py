@@ -1,8 +1,9 @@
-"""Sampling, decoding and evaluation of batches on the threads of one process."""
+"""Sample, decode and evaluate batches on the threads of one process."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,42 +18,37 @@ from sampling.store import SampleStore, StoredBatches
 
 
 class WorkerCancelledError(Exception):
-    """Another batch failed, or the user pressed Ctrl-C."""
+    """The batch was cancelled, because another batch failed or the user pressed Ctrl-C."""
 
 
+@dataclass(frozen=True, eq=False)
 class Worker:
-    """Makes batches and stores them. Several threads may call it at once with different batches.
+    """Samples and stores batches. Several threads may call it at once with different batches.
 
     Args:
         model: The network, on the device of the VAE.
-        vae: The VAE that decodes.
+        vae: The VAE that decodes the latents.
         recipe: Settings of the sampler.
         dtype: Dtype of the network's matrix products.
-        store: Storage of the batches.
+        store: Stores the batches.
         stored: The batches that are already stored.
         networks: Networks that compute features of the images.
     """
 
-    def __init__(
-        self,
-        model: SiT,
-        vae: Autoencoder,
-        recipe: Recipe,
-        dtype: torch.dtype,
-        store: SampleStore,
-        stored: StoredBatches,
-        networks: dict[str, FeatureNetwork],
-    ):
-        self.model = model
-        self.vae = vae
-        self.recipe = recipe
-        self.dtype = dtype
-        self.store = store
-        self.stored = stored
-        self.networks = networks
-        self.device = vae.vae.device
-        self._cancelled = threading.Event()
-        self._thread_local = threading.local()
+    model: SiT
+    vae: Autoencoder
+    recipe: Recipe
+    dtype: torch.dtype
+    store: SampleStore
+    stored: StoredBatches
+    networks: dict[str, FeatureNetwork]
+    _cancelled: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread_local: threading.local = field(default_factory=threading.local, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network and the VAE."""
+        return self.vae.vae.device
 
     def cancel(self) -> None:
         """Make all calls raise `WorkerCancelledError` before they evaluate the network again."""
@@ -64,7 +60,7 @@ class Worker:
             raise WorkerCancelledError
 
     def __call__(self, batch: int) -> None:
-        """Make and store what is missing of a batch: its images, features and PNG files."""
+        """Compute and store the missing images, features and PNG files of a batch."""
         self.check_cancelled()
         is_new = batch not in self.stored.images
         features = {}
@@ -72,14 +68,15 @@ class Worker:
             if is_new:
                 images = self._sample(batch)
             else:
-                images = torch.from_numpy(self.store.read_images(batch)).to(self.device)
+                pixels = torch.from_numpy(self.store.read_pixels(batch))
+                images = pixels.permute(0, 3, 1, 2).to(self.device)
             if batch not in self.stored.features:
                 # Another memory format would change the last digits of the features.
                 images = images.contiguous()
                 for name, network in self.networks.items():
                     features[name] = network(images).map(to_numpy)
-            pixels = to_numpy(images)
-        self.store.write_batch(batch, pixels, features, is_new)
+            stored_images = to_numpy(images)
+        self.store.write_batch(batch, stored_images, features, is_new)
 
     def _sample(self, batch: int) -> Tensor:
         """Return the images of a batch, (B, 3, H, W) uint8.
@@ -117,30 +114,24 @@ def run_batches(
     bar: tqdm,
     images_per_batch: int,
 ) -> None:
-    """Make the batches of this process.
+    """Sample and store the batches of this process.
 
     Args:
-        worker: Makes one batch.
+        worker: Samples and stores one batch.
         batches: Indices of the batches.
-        num_threads: Number of batches that are made at once.
+        num_threads: Number of batches that are processed at once.
         is_compiled: Whether the network is compiled. The first batch then runs alone, so that not
             every thread compiles.
         bar: Progress bar of all processes.
         images_per_batch: Number of images by which the bar advances with each batch.
     """
-
-    def advance() -> None:
-        bar.update(min(images_per_batch, bar.total - bar.n))  # the last batch is padded
-
+    groups = [batches[:1], batches[1:]] if is_compiled else [batches]
     with ThreadPoolExecutor(num_threads) as pool:
         try:
-            if is_compiled and batches:
-                pool.submit(worker, batches[0]).result()
-                advance()
-                batches = batches[1:]
-            for future in as_completed([pool.submit(worker, batch) for batch in batches]):
-                future.result()
-                advance()
+            for group in groups:
+                for future in as_completed([pool.submit(worker, batch) for batch in group]):
+                    future.result()
+                    bar.update(min(images_per_batch, bar.total - bar.n))  # the last one is padded
         except BaseException:
             worker.cancel()
             pool.shutdown(cancel_futures=True)

@@ -46,7 +46,7 @@ def read_metrics(path):
 def inception_weights(tmp_path_factory):
     """Return a file of He-initialised weights for the Inception graph.
 
-    With the default initialisation activations would vanish and hide faults.
+    With the default initialisation, activations would vanish and hide errors.
     """
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
@@ -253,11 +253,11 @@ def test_two_processes_compute_the_same_result_as_one(call, tmp_path):
     assert len(result["features"]["fashion"]) == 64
 
 
-def test_compressed_npz_is_read_like_an_uncompressed_one(tmp_path):
+def test_compressed_and_uncompressed_npz_give_the_same_images(tmp_path):
     images = write_samples(tmp_path / "plain.npz", n=50)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
-    plain = NpzFile(tmp_path / "plain.npz", "samples").open_images()
-    compressed = NpzFile(tmp_path / "compressed.npz", "samples").open_images()
+    plain = NpzImages(tmp_path / "plain.npz", "samples")
+    compressed = NpzImages(tmp_path / "compressed.npz", "samples")
     assert plain.map is not None
     assert compressed.map is None
     # Several threads read, in any order, as in sample_ddp.py.
@@ -308,10 +308,10 @@ def test_reference_command_refuses_to_store_too_few_images(call, tmp_path):
         (np.full(2048, np.nan), np.eye(2048), "some are not finite"),
     ],
 )
-def test_statistics_that_cannot_be_those_of_inception_are_refused(tmp_path, mu, sigma, message):
+def test_statistics_of_wrong_shapes_or_values_are_refused(tmp_path, mu, sigma, message):
     np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
     with pytest.raises(UserError, match=message):
-        reference_features.read_inception_statistics(NpzFile(tmp_path / "s.npz", "--reference"))
+        reference_features.read_statistics(NpzFile(tmp_path / "s.npz", "--reference"), "", 2048)
 
 
 def test_merged_moments_equal_those_of_all_features():
@@ -324,7 +324,7 @@ def test_merged_moments_equal_those_of_all_features():
         sequential.add(torch.from_numpy(batch))
         (merged, other)[i % 2].add(torch.from_numpy(batch))
     merged.merge(other)
-    merged.merge(empty)  # as from a process that has read no batch
+    merged.merge(empty)  # the moments of a process that has read no batch
     x = features.astype(float)
     for moments in (sequential, merged):
         mu, sigma = moments.compute_statistics()
@@ -386,8 +386,8 @@ def test_resize_leaves_images_of_the_right_size_unchanged():
 def test_dinov2_position_embedding_is_scaled_by_its_published_factor():
     """Bicubic interpolation keeps a linear ramp almost linear, which reveals the sampled positions.
 
-    The position of patch i of 16 among 37 patches can be read off to within 0.05 (torch's kernel).
-    A factor of 16 / 37 would deviate by 0.2 at the end.
+    The output at patch i of 16 is its position among the 37 patches, to within 0.05 (torch's
+    kernel). A factor of 16 / 37 would deviate by 0.2 at the end.
     """
     network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
     ramp = torch.arange(37.0).repeat(37)
@@ -448,7 +448,7 @@ def unusable_inputs(tmp_path_factory):
         ),
         (
             "s.npz --features fashion --reference large.npz",
-            "holds images of 64x64, but the samples are 32x32",
+            "holds 40 images of 64x64: use more than 3 images of 32x32",
         ),
         (
             "onehot.npz --features fashion --reference s.npz",
@@ -459,7 +459,7 @@ def unusable_inputs(tmp_path_factory):
         ("named.npz --reference s.npz", "holds no images under arr_0; it holds images"),
         ("stats.npz --features fashion --reference s.npz", "holds no images under arr_0"),
         ("float.npz --features fashion --reference s.npz", "must be uint8"),
-        ("broken.npz --features fashion --reference s.npz", r"cannot be read as \.npz"),
+        ("broken.npz --features fashion --reference s.npz", r"damaged or is not an \.npz"),
         ("none.npz --reference s.npz", "none.npz does not exist"),
         (
             "s.npz --features fashion --reference none.npz",

@@ -1,8 +1,8 @@
-"""Inception against two other ports of the graph, and the resize against TensorFlow 1's formula.
+"""Compare Inception with two other ports of the graph, and the resize with TensorFlow 1's formula.
 
-All ports have the same random weights. The pipeline of pytorch-fid differs from ADM's before the
-network: it resizes around pixel centres (F.interpolate) and maps pixels to 2 x / 255 - 1. Its
-network is therefore given images resized by the formula below and mapped to (x - 128) / 128.
+All ports have the same random weights. The preprocessing of pytorch-fid differs from ADM's: it
+resizes around pixel centres (F.interpolate) and maps pixels to 2 x / 255 - 1. The tests therefore
+pass images to its network that are resized by the formula below and mapped to (x - 128) / 128.
 """
 
 from types import SimpleNamespace
@@ -22,9 +22,9 @@ from evaluations.inception import InceptionFeatures, find_weights
 def resize_matrix(size: int, new_size: int = 299) -> np.ndarray:
     """Return the matrix of TensorFlow 1's bilinear resize along one axis, (new_size, size).
 
-    align_corners and half_pixel_centers are False: pixel i of the result lies at
-    i * size / new_size, in float32, and interpolates the pixel before and, within the image, the
-    pixel after.
+    align_corners and half_pixel_centers are False: pixel i of the result has the position
+    i * size / new_size, in float32, and is interpolated from the pixels before and after this
+    position.
     """
     position = np.arange(new_size, dtype=np.float32) * np.float32(size / new_size)
     before = np.floor(position).astype(int)
@@ -46,7 +46,7 @@ def resize_as_tensorflow(images: np.ndarray) -> np.ndarray:
 def initialise_network(network: torch.nn.Module, images: np.ndarray) -> None:
     """Draw He weights and fit BatchNorm to the images.
 
-    Without BatchNorm statistics, the activations of different images would become alike.
+    Without BatchNorm statistics, different images would have similar activations.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
@@ -74,7 +74,7 @@ def capture_output(module: torch.nn.Module, call):
 
 @pytest.fixture(scope="module")
 def images():
-    """Three different images with coarse and fine structure, (3, 3, 64, 64) uint8."""
+    """Return three different images with coarse and fine structure, (3, 3, 64, 64) uint8."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (3, 3, 8, 8)).repeat(8, 2).repeat(8, 3)
     return ((coarse + rng.integers(0, 256, (3, 3, 64, 64))) // 2).astype(np.uint8)
@@ -82,7 +82,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def ports(tmp_path_factory, images):
-    """Our network and the ports of torch-fidelity and pytorch-fid, all with the same weights."""
+    """Return our network and two other ports of it, all with the same weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr(torch, "load", lambda *args, **kwargs: None)
@@ -116,7 +116,7 @@ def features(ports, images):
 
 
 def test_random_network_distinguishes_the_images(features):
-    """Otherwise the comparisons below would not detect faults."""
+    """Otherwise the comparisons below would not detect errors."""
     assert features.pool.shape == (3, 2048)
     assert features.spatial.shape == (3, 2023)
     assert features.scores.shape == (3, 1008)
@@ -140,9 +140,9 @@ def test_features_equal_torch_fidelity(ports, images, features):
 
 
 def test_features_equal_pytorch_fid(ports, images, features):
-    """The port gets our resized images. The logits are computed explicitly.
+    """The port receives our resized images, and the logits are computed explicitly.
 
-    The tolerances allow for the rounding of 94 layers.
+    The tolerances allow for rounding errors of 94 layers.
     """
     network = ports.pytorch_fid
     pixels = torch.from_numpy((resize_as_tensorflow(images) - 128) / 128).float()

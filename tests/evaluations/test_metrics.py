@@ -1,4 +1,4 @@
-"""The metrics against other implementations and against their definitions."""
+"""Compare the metrics with other implementations and with their definitions."""
 
 import contextlib
 
@@ -84,7 +84,7 @@ def test_covariance_is_unbiased():
 
 
 def test_statistics_equal_numpy_and_read_a_few_rows_at_a_time():
-    # A mean far from 0, where a formula with one pass would lose digits.
+    # With a mean far from 0, a formula with a single pass would lose digits.
     x = make_features(2 * metrics.ROWS + 5, 6, 0, shift=50)
 
     class LimitedRows:
@@ -121,7 +121,7 @@ def test_influence_is_the_derivative_with_respect_to_row_weights():
 
 
 def test_interval_is_as_wide_as_the_spread_of_resampled_and_of_new_samples():
-    """Only widths are compared, because a resampled distance is biased a second time."""
+    """Only widths are compared, because resampling adds the bias of a finite set once more."""
     n, draws = 1500, 300
     x = make_features(n, 4, 0)
     reference = compute_statistics(make_features(5000, 4, 1, 0.4))
@@ -139,13 +139,6 @@ def test_interval_is_as_wide_as_the_spread_of_resampled_and_of_new_samples():
         assert (high - low) / (2 * 1.96) == pytest.approx(np.std(distances), rel=0.15)
     narrow = frechet_interval(x, reference, level=0.5, replicates=2000)
     assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.6745 / 1.96, rel=0.1)
-
-
-def test_interval_accepts_precomputed_statistics():
-    x = make_features(1500, 4, 0)
-    reference = compute_statistics(make_features(5000, 4, 1, 0.4))
-    expected = frechet_interval(x, reference, seed=3)
-    assert frechet_interval(x, reference, seed=3, statistics=compute_statistics(x)) == expected
 
 
 def test_interval_is_none_unless_there_are_more_images_than_features():
@@ -176,7 +169,7 @@ def test_precision_and_recall_equal_prdc_and_torch_fidelity(dims):
 
 
 def test_sample_on_the_boundary_of_a_ball_is_inside():
-    """ADM compares with <=. The sample at 6 lies on the ball around 3; the others are outside."""
+    """ADM compares with <=. The sample at 6 is on the boundary of the ball around 3."""
     reference = np.array([[0.0], [1.0], [2.0], [3.0]])  # radii 3, 2, 2, 3
     samples = np.array([[6.0], [20.0], [40.0], [60.0]])
     assert precision_recall(reference, samples).precision == 0.25
@@ -202,7 +195,7 @@ def numpy_fp16_distances(a, b):
 
 @pytest.fixture
 def coarse_features():
-    """Two sets far from 0, where float16 is coarse."""
+    """Return two sets of features far from 0, where float16 is coarse."""
     return make_features(120, 16, 0, 5), make_features(150, 16, 1, 5.4)
 
 

@@ -1,4 +1,4 @@
-"""Write reports of small runs, and check the page as a browser would parse it."""
+"""Tests of evaluations.report: pages about small runs are parsed like in a browser."""
 
 import json
 import re
@@ -30,7 +30,7 @@ SAMPLING = {
 
 
 class Page(HTMLParser):
-    """Elements as (tag, attributes, text) in the order of their end tags, which must match."""
+    """A parsed page: elements as (tag, attributes, text), in the order of their end tags."""
 
     def __init__(self, path):
         super().__init__()
@@ -54,7 +54,7 @@ class Page(HTMLParser):
             parts.append(data)
 
     def all(self, tag, class_=None):
-        """Return attributes and text of each such element."""
+        """Return the attributes and the text of each element with this tag and class."""
         found = [(attributes, text) for name, attributes, text in self.elements if name == tag]
         return [
             (attributes, text)
@@ -67,7 +67,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder, steps=6, **changes):
-    """Write a run like those of train.py, with previews and a checkpoint's config.json."""
+    """Write a run in the format of train.py, with previews and a checkpoint's config.json."""
     folder.mkdir(parents=True)
     rows = [
         {
@@ -123,7 +123,7 @@ def make_metrics(path, run, metrics, **changes):
 
 
 def evaluate_while_training(run, settings):
-    """Append evaluations to a run's log, as --eval-every does."""
+    """Append evaluations to a run's log in the format of --eval-every."""
     with (run / "metrics.jsonl").open("a") as file:
         for k, more in enumerate(settings, 1):
             row = {"step": 10 * k, "images": 80 * k, "FD-fashion": 9.5 - k, "precision": None}
@@ -133,7 +133,7 @@ def evaluate_while_training(run, settings):
 
 @pytest.fixture
 def write_page(call, tmp_path, monkeypatch):
-    """write_page(*flags) -> the parsed page."""
+    """Return a function that writes a report with the given flags and returns the parsed page."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags) -> Page:
@@ -203,7 +203,7 @@ def test_values_equal_those_of_the_files(write_page, tmp_path):
     )
     evaluate_while_training(run, [{}])
     metrics = {"FID": 8.314159265358979, "precision": 0.68125, "recall": None}
-    content = make_metrics(run / "metrics.json", run, metrics, surprise="told too")
+    content = make_metrics(run / "metrics.json", run, metrics, unknown_key="shown as well")
     content |= {
         "intervals": {"FID": [8.2, 8.4321]},
         "by_count": {"FID": {"10": 12.345678, "50": 8.314159265358979}},
@@ -228,7 +228,7 @@ def test_values_equal_those_of_the_files(write_page, tmp_path):
         "SiT-Ti/2 · sra2: block 2, cosine, weight 0.5 · 60 steps · 480 images seen"
         in page.text_of("span", "soft")
     )
-    assert "told too" in page.text_of("span") and "first 10" in page.text_of("th")
+    assert "shown as well" in page.text_of("span") and "first 10" in page.text_of("th")
 
 
 def test_old_and_new_columns_of_a_method_make_one_curve(write_page, tmp_path):
@@ -254,12 +254,12 @@ def test_differing_fields_are_marked_and_values_across_them_not_ranked(write_pag
         tmp_path / "samples/a.metrics.json", a, {"FID": 3.0, "recall": 0.5}, step=10, images_seen=80
     )
     make_metrics(tmp_path / "samples/b.metrics.json", b, {"FID": 2.0, "recall": 0.6}, num_steps=250)
-    # Its run is not in the report.
+    # The run of this file is not in the report.
     make_metrics(tmp_path / "samples/c.metrics.json", tmp_path / "exps/c", {"FID": 1.0})
     page = write_page(a, b)
     assert page.text_of("p", "verdict") == ["Not comparable: num_steps 25 / 250."]
     assert page.text_of("th", "differs") == ["num_steps"] and not page.all("td", "best")
-    # The last two are of the flag --seed.
+    # The last two values are those of the flag --seed.
     assert page.text_of("td", "differs") == ["25", "250", "0", "1"]
     make_metrics(tmp_path / "samples/b.metrics.json", b, {"FID": 2.0, "recall": 0.6})
     page = write_page(a, b, "--metrics", tmp_path / "samples/c.metrics.json")
@@ -267,7 +267,7 @@ def test_differing_fields_are_marked_and_values_across_them_not_ranked(write_pag
     for name in "ab":
         path = tmp_path / f"samples/{name}.metrics.json"
         content = json.loads(path.read_text())
-        # The other FID lies in this interval.
+        # This interval contains the other FID.
         path.write_text(json.dumps(content | {"intervals": {"FID": [1.9, 3.1]}}))
         assert write_page(a, b).text_of("td", "best") == ["0.600"]
         path.write_text(json.dumps(content))
@@ -297,7 +297,7 @@ def test_identity_excludes_results_and_the_model():
     }
     assert select_identity({"reference": "r"}) == {
         "reference": "r"
-    }  # there is no hash to identify it
+    }  # without a hash, the path identifies the reference
     rounding = {
         "versions": {"torch": "2"},
         "feature_batch_size": 9,
@@ -306,8 +306,8 @@ def test_identity_excludes_results_and_the_model():
     assert select_identity(rounding) == {"sampling.num_steps": 5}
 
 
-def test_unknown_sampling_neither_hides_nor_makes_a_difference(write_page, tmp_path):
-    """A file of other code, first or last, does not change what differs between two of ours."""
+def test_unknown_sampling_neither_hides_nor_adds_a_difference(write_page, tmp_path):
+    """Samples of other code, first or last, do not affect the comparison of two of our files."""
     ours = [
         {"count": 5, "sampling.num_steps": 5, "sampling.atol": None},
         {"count": 5, "sampling.num_steps": 5},
@@ -341,7 +341,7 @@ def test_unknown_sampling_neither_hides_nor_makes_a_difference(write_page, tmp_p
 def test_evaluations_of_different_settings_are_not_connected(write_page, tmp_path):
     run = make_run(tmp_path / "exps/a")
     settings = [{"num_steps": n} for n in (20, 20, 40)]
-    # The same reference at another path is not another setting.
+    # The same reference under another path is the same setting.
     evaluate_while_training(run, [*settings, {"num_steps": 20, "reference": "x"}])
     page = write_page(run)
     labels = [attributes["aria-label"] for attributes, _ in page.all("svg", "chart")]
@@ -379,7 +379,7 @@ def test_hostile_names_remain_text(write_page, tmp_path):
     assert f'["{evil}"]' in page.text_of("span") and "<script" not in page.text
 
 
-def test_empty_sections_tell_how_to_fill_them(write_page, tmp_path):
+def test_empty_sections_name_the_command_that_fills_them(write_page, tmp_path):
     run = tmp_path / "bare"
     run.mkdir()
     rows = [
@@ -435,7 +435,7 @@ def test_missing_package_is_named(call, tmp_path, monkeypatch, package):
 
 
 def smooth_images(count, seed):
-    """Return blurry images that differ from each other: (n, 32, 32, 3)."""
+    """Return blurry images that differ from each other, (n, 32, 32, 3)."""
     small = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     images = [
         Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR) for pixels in small
@@ -456,7 +456,7 @@ def test_only_the_copied_training_image_is_found(write_page, tmp_path, monkeypat
         Image.fromarray(image).save(tmp_path / f"tree/c/{i:02d}.png")
     for place in ("train.npz", "tree"):
         page = write_page(run, "--nearest", tmp_path / place)
-        # 4 closest and 16 evenly spaced samples, each with five neighbours.
+        # The page shows 4 closest and 16 evenly spaced samples, each with five neighbours.
         alts = [attributes["alt"] for attributes, _ in page.all("img")[-120:]]
         assert alts[0] == "sample 8" and alts[1].startswith("training image 31, at distance ")
         assert "5.0% of 20 samples" in page.text.replace("<b>", "").replace("</b>", "")
@@ -469,11 +469,12 @@ def test_nearest_neighbours_equal_those_of_all_distances():
     rng = np.random.default_rng(0)
     train = rng.normal(size=(40, 5)).astype(np.float32)
     queries = np.concatenate((rng.normal(size=(6, 5)).astype(np.float32), train[[3, 30]]))
-    own = np.array([-1] * 6 + [3, 30])
-    distances, numbers = nearest.find_nearest(np.split(train, [7, 20]), queries, own, 3)
+    self_indices = np.array([-1] * 6 + [3, 30])
+    blocks = np.split(train, [7, 20])
+    distances, indices = nearest.find_nearest(blocks, queries, self_indices, 3)
     expected = np.linalg.norm(queries[:, None] - train[None], axis=-1)
-    expected[[6, 7], [3, 30]] = np.inf  # the query itself
-    assert np.array_equal(numbers, expected.argsort(1)[:, :3])
+    expected[[6, 7], [3, 30]] = np.inf  # the queries themselves
+    assert np.array_equal(indices, expected.argsort(1)[:, :3])
     np.testing.assert_allclose(distances, np.sort(expected, 1)[:, :3], rtol=1e-5)
 
 

@@ -35,10 +35,10 @@ def copy_with_weights(run, folder, change):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, trained):
-    """A copy of the trained run with perturbed weights.
+    """Return a copy of the trained run with perturbed weights.
 
     After two training steps the output of the network is close to zero, so that errors in sampling
-    would go unnoticed.
+    would not be detected.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -58,10 +58,10 @@ def sampling_flags(ckpt, folder, *flags):
 
 @pytest.fixture
 def sample(call, trained, tmp_path):
-    """A function that runs sample_ddp.py with extra flags, and returns its output.
+    """Return a function that runs sample_ddp.py with extra flags and returns its output.
 
-    Its keywords are the name of the samples, the checkpoint, the folder, and the exit code that it
-    asserts.
+    Its keywords are the name of the samples, the checkpoint, the folder, and the expected exit
+    code.
     """
 
     def run(*flags, name="s", ckpt=trained, folder=tmp_path, code=0):
@@ -268,7 +268,7 @@ def test_interrupted_sampling_resumes_and_refuses_other_settings(sample, tmp_pat
     assert "is complete" in sample()
     assert num_calls == 4
 
-    # The message suggests to remove the file.
+    # The error message suggests removing the file.
     (tmp_path / "s.npz").unlink()
     sample("--num-steps", 4)
     (tmp_path / "s.npz").unlink()
@@ -313,7 +313,7 @@ def fail_if_any_batch(worker, batches, *args):
 def test_interrupted_features_are_used_only_for_the_same_networks_and_images(
     sample, call, tree, tmp_path
 ):
-    """An .npz of 10 images gives the batch of images 8 and 9; of 13 images it lacks two."""
+    """The batch read from an .npz of 10 images ends with image 9, so 13 images need two more."""
     import timm
 
     for seed in (0, 1):
@@ -475,7 +475,7 @@ def test_too_short_label_file_is_refused(sample, tmp_path):
     assert "l.txt contains 3 labels, but 11 are needed" in output
 
 
-def test_other_vae_than_that_of_the_training_latents_is_refused(sample, tmp_path):
+def test_vae_that_did_not_encode_the_training_latents_is_refused(sample, tmp_path):
     other = make_vae(tmp_path / "vae", seed=1)
     output = sample("--vae", other, code=2)
     assert "has other weights than the VAE that made the training latents" in output
