@@ -1,12 +1,12 @@
 """Collect the measurements of a study's runs in a JSON file, and compare runs with equal seeds."""
 
 import json
-import math
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -17,6 +17,8 @@ from evaluations.runs import read_json, read_log
 from experiments.cells import Cell, is_finished, make_portable, read_record
 
 RESULT_VERSION = 1  # version of the JSON format
+LEVEL = 0.95  # of all intervals
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # quantiles at the ends of an interval
 
 
 def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
@@ -34,9 +36,9 @@ def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = Fal
     """
     runs = []
     for cell in cells:
-        finished = is_finished(cell, folder)
-        if finished or (include_unfinished and has_evaluations(folder / cell.run_name)):
-            runs.append(summarize_run(cell, folder, finished))
+        is_done = is_finished(cell, folder)
+        if is_done or (include_unfinished and has_evaluations(folder / cell.run_name)):
+            runs.append(summarize_run(cell, folder, is_done))
     return runs
 
 
@@ -46,35 +48,27 @@ def has_evaluations(run: Path) -> bool:
     return path.exists() and '"evaluation"' in path.read_text()
 
 
-def summarize_run(cell: Cell, folder: Path, finished: bool) -> dict:
+def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
     """Return the settings of a run, its metrics per evaluation and its losses per logged step."""
     ema_decay = cell.settings().optimizer.ema_decay[0]
     steps, evaluations = read_log(folder / cell.run_name)
     evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == ema_decay]
-    evaluation_settings: dict = {}
-    metrics: list[str] = []
-    if evaluations:
-        evaluation_settings = dict(evaluations[-1]["evaluation"])
-        evaluation_settings.pop("reference", None)
-        metrics = [key for key in evaluations[0] if key not in ("schema", "step", "evaluation")]
+    settings = evaluations[-1]["evaluation"] if evaluations else {}
+    metrics = [*evaluations[0]] if evaluations else []
     # Columns of alignment methods are align/METHOD and cosine/METHOD, or without names in old logs.
-    losses = [
-        key
-        for key in steps[-1]
-        if key.startswith("align") or key.split("/")[0] in ("denoising", "cosine")
-    ]
+    losses = [key for key in steps[-1] if re.match("align|(denoising|cosine)(/|$)", key)]
 
-    entry: dict = {"name": cell.name, "seed": cell.seed}
-    if not finished:
-        entry["finished"] = False
     record = read_record(cell, folder) or {"flags": make_portable(cell.flags)}
-    for key in ("flags", "seconds", "machine", "commits"):
-        entry[key] = record.get(key)
-    command = ["python", "train.py", *make_portable(cell.train_flags(folder))]
-    return entry | {
-        "command": shlex.join(command),
-        "evaluation": evaluation_settings,
-        "metrics": to_columns(evaluations, metrics),
+    return {
+        "name": cell.name,
+        "seed": cell.seed,
+        **({} if is_done else {"finished": False}),
+        **{key: record.get(key) for key in ("flags", "seconds", "machine", "commits")},
+        "command": shlex.join(["python", "train.py", *make_portable(cell.train_flags(folder))]),
+        "evaluation": {key: settings[key] for key in settings if key != "reference"},
+        "metrics": to_columns(
+            evaluations, [key for key in metrics if key not in ("schema", "step", "evaluation")]
+        ),
         "losses": to_columns(steps, ["images", *losses]),
     }
 
@@ -153,38 +147,44 @@ def write_report(path: Path, table: str, draw: Callable[[Path], None]) -> None:
     print(f"{table}\n{path}, {markdown.name}, {figure.name}")
 
 
+def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, dict[int, Any]]:
+    """Return a quantity of all runs, by the name of the run and its seed.
+
+    Args:
+        runs: The runs of a result.
+        measure: Returns the quantity of a run; runs for which it returns None are left out.
+    """
+    grouped: dict[str, dict[int, Any]] = {}
+    for run in runs:
+        value = measure(run)
+        if value is not None:
+            grouped.setdefault(run["name"], {})[run["seed"]] = value
+    return grouped
+
+
 def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
     """Return the metric at the last evaluation of each run, by the name of the run and its seed."""
-    values: dict[str, dict[int, float]] = {}
-    for run in runs:
-        if run["metrics"].get(metric):
-            values.setdefault(run["name"], {})[run["seed"]] = run["metrics"][metric][-1]
-    return values
+    return group_runs(runs, lambda run: (run["metrics"].get(metric) or [None])[-1])
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and its interval, which is (None, None) for a single seed."""
+    """A mean over seeds and its 95% interval, whose ends are None for a single seed."""
 
     mean: float
-    low: float | None
-    high: float | None
-    num_values: int
+    low: float | None = None
+    high: float | None = None
 
 
-def student_interval(values: list[float], level: float = 0.95) -> Estimate:
-    """Return the mean and Student's t interval, mean +- t s / sqrt(n), of normal values."""
-    count = len(values)
+def student_interval(values: list[float] | np.ndarray) -> Estimate:
+    """Return the mean and Student's 95% interval, mean +- t s / sqrt(n), of normal values."""
     mean = float(np.mean(values))
-    if count < 2:
-        return Estimate(mean, None, None, count)
-    quantile = stats.t.ppf((1 + level) / 2, count - 1)
-    half_width = float(quantile * np.std(values, ddof=1) / math.sqrt(count))
-    return Estimate(mean, mean - half_width, mean + half_width, count)
+    if len(values) < 2:
+        return Estimate(mean)
+    half_width = float(stats.t.ppf(TAILS[1], len(values) - 1) * stats.sem(values))
+    return Estimate(mean, mean - half_width, mean + half_width)
 
 
-def paired_difference(
-    values: dict[int, float], baseline: dict[int, float], level: float = 0.95
-) -> Estimate | None:
+def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
     """Return the mean difference of two runs over their common seeds, with Student's interval.
 
     Runs with the same seed share their random numbers, so taking the difference per seed removes
@@ -193,12 +193,9 @@ def paired_difference(
     Args:
         values: The values of one run by seed.
         baseline: The values that are subtracted, by seed.
-        level: The confidence level of the interval.
 
     Returns:
         The estimate of values - baseline, or None if they have no seed in common.
     """
-    common = [seed for seed in values if seed in baseline]
-    if not common:
-        return None
-    return student_interval([values[seed] - baseline[seed] for seed in common], level)
+    differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+    return student_interval(differences) if differences else None
