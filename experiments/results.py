@@ -132,18 +132,25 @@ def load_result(path: Path, study: str) -> dict:
     return result
 
 
-def write_report(path: Path, table: str, draw: Callable[[Path], None]) -> None:
+def write_report(
+    path: Path,
+    result: dict,
+    format_table: Callable[[dict], str],
+    draw_figure: Callable[[dict, Path], None],
+) -> None:
     """Write the Markdown table and the figure of a result, and print the table.
 
     Args:
         path: The JSON file of the result; the other files have the same name with .md and .png.
-        table: The table.
-        draw: Writes the figure to a path.
+        result: The content of the JSON file.
+        format_table: Returns the table of a result.
+        draw_figure: Writes the figure of a result to a path.
     """
+    table = format_table(result)
     markdown = path.with_suffix(".md")
     figure = path.with_suffix(".png")
     write_file(markdown, table.encode())
-    draw(figure)
+    draw_figure(result, figure)
     print(f"{table}\n{path}, {markdown.name}, {figure.name}")
 
 

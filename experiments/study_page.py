@@ -299,7 +299,7 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
     # The vertical axis contains 1, all known values and all known ends of intervals.
     all_speed_ups = [each for speed_ups in by_method.values() for each in speed_ups]
     bounds = np.array([each for s in all_speed_ups for each in (s.value, *s.interval)])
-    known = bounds[(0 < bounds) & (bounds < math.inf)]
+    known = bounds[(bounds > 0) & (bounds < math.inf)]
     axes.set_ylim(0.97 * min([1, *known]), 1.03 * max([1, *known]))
 
     for index, (name, speed_ups) in enumerate(by_method.items()):
@@ -349,7 +349,8 @@ def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -
         if len(differences) > 1:
             for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
                 estimates = np.array([interval(column) for column in differences.T])
-                axes.vlines(x, *estimates[:, 1:].T, styles[name]["color"], linewidth=width)
+                _, lows, highs = estimates.T
+                axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)
         axes.plot(x, differences.mean(0), **styles[name], markersize=5, linewidth=0)
     axes.axhline(0, color=styles[baseline]["color"], linewidth=1)
     draw_categories(axes, curves.images)

@@ -18,12 +18,12 @@ import sample_ddp
 import train
 from common import cli
 from common.machine import available_cores
+from common.metrics_log import read_rows
 from evaluations import evaluate
 from experiments import ablate, cells, panels, results
 from experiments.cells import Cell
 from tests.helpers import ROOT
 from training.config import build_args_json, check_batch_size, parse_settings
-from training.log import read_rows
 
 TIMEOUT_SECONDS = 120  # far longer than any event takes, even on a busy machine
 ALIGN_ARGS = (
