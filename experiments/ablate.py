@@ -62,15 +62,14 @@ DEMO_FLAGS = (
 
 
 class AxisValue(NamedTuple):
-    """A value of an axis: its label, its flags of train.py, and its FID of SiT-B/2 in the paper."""
+    """A value of an axis: its flags of train.py, and its FID of SiT-B/2 in the paper."""
 
-    label: str
     flags: str
     paper_fid: float | None = None
 
 
-def axis_values(model: str, steps: int, demo: bool) -> dict[str, list[AxisValue]]:
-    """Return the values of each axis.
+def axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
+    """Return the values of each axis by their labels.
 
     Args:
         model: A preset of models/sit.py. The paper's FIDs of the depth apply to 12 blocks only.
@@ -79,47 +78,46 @@ def axis_values(model: str, steps: int, demo: bool) -> dict[str, list[AxisValue]
     """
     depth = PRESETS[model]["depth"]
     paper_blocks = {round(depth * block / 12) for block in (2, 3, 6, 8)}
-    all_blocks = set(range(1, depth + 1))
-    blocks = all_blocks if depth <= 8 else {default_align_block(model), *paper_blocks}
+    blocks = {default_align_block(model), *paper_blocks}
+    if depth <= 8:
+        blocks = set(range(1, depth + 1))
     fid_of_block = {2: 28.89, 6: 32.44, 8: 36.20} if depth == 12 else {}
     fid_of_weight = {1.0: 28.89, 0.1: 30.10}
     weights = (0.1, 0.3, 1.0, 3.0) if demo else (1.0, 0.1)
-    half = max(1, steps // 2)
-    quarter = max(1, steps // 4)
     return {
-        "depth": [
-            AxisValue(str(block), f"--align-depth {block}", fid_of_block.get(block))
+        "depth": {
+            str(block): AxisValue(f"--align-depth {block}", fid_of_block.get(block))
             for block in sorted(blocks)
-        ],
-        "t-range": [
-            AxisValue("[0, 1]", "--align-t-range 0 1", 28.89),
-            AxisValue("[0, 0.5]", "--align-t-range 0 0.5", 30.04),
-            AxisValue("[0.5, 1]", "--align-t-range 0.5 1"),
-        ],
-        "loss": [
-            AxisValue("smooth_l1", "--align-loss smooth_l1 --align-beta 0.05", 28.89),
-            AxisValue("cosine", "--align-loss cosine", 29.30),
-            AxisValue("l2", "--align-loss l2", 29.40),
-            AxisValue("l1", "--align-loss l1", 29.50),
-        ],
-        "weight": [
-            AxisValue(f"{weight:g}", f"--align-weight {weight}", fid_of_weight.get(weight))
+        },
+        "t-range": {
+            "[0, 1]": AxisValue("--align-t-range 0 1", 28.89),
+            "[0, 0.5]": AxisValue("--align-t-range 0 0.5", 30.04),
+            "[0.5, 1]": AxisValue("--align-t-range 0.5 1"),
+        },
+        "loss": {
+            "smooth_l1": AxisValue("--align-loss smooth_l1 --align-beta 0.05", 28.89),
+            "cosine": AxisValue("--align-loss cosine", 29.30),
+            "l2": AxisValue("--align-loss l2", 29.40),
+            "l1": AxisValue("--align-loss l1", 29.50),
+        },
+        "weight": {
+            f"{weight:g}": AxisValue(f"--align-weight {weight}", fid_of_weight.get(weight))
             for weight in weights
-        ],
-        "layers": [
-            AxisValue("5", "--projector-layers 5", 28.89),
-            AxisValue("2", "--projector-layers 2", 31.32),
-        ],
-        "target": [
-            AxisValue("mean", "--align-target mean"),
-            AxisValue("sample", "--align-target sample"),
-            AxisValue("mean, normalised", "--align-target mean --align-normalize channel"),
-        ],
-        "schedule": [
-            AxisValue("all", "--align-stop-step 0"),
-            AxisValue("first half", f"--align-stop-step {half}"),
-            AxisValue("first quarter", f"--align-stop-step {quarter}"),
-        ],
+        },
+        "layers": {
+            "5": AxisValue("--projector-layers 5", 28.89),
+            "2": AxisValue("--projector-layers 2", 31.32),
+        },
+        "target": {
+            "mean": AxisValue("--align-target mean"),
+            "sample": AxisValue("--align-target sample"),
+            "mean, normalised": AxisValue("--align-target mean --align-normalize channel"),
+        },
+        "schedule": {
+            "all": AxisValue("--align-stop-step 0"),
+            "first half": AxisValue(f"--align-stop-step {max(1, steps // 2)}"),
+            "first quarter": AxisValue(f"--align-stop-step {max(1, steps // 4)}"),
+        },
     }
 
 
@@ -153,23 +151,24 @@ def build_grid(
     """
     best = best_labels(model)
     values = axis_values(model, steps, demo)
-    flags = {axis: {value.label: value.flags for value in values[axis]} for axis in best}
     runs = {BASELINE: "--align none"}
     panels = []
     for axis in axes:
         entries = []
-        for label, _, paper_fid in values[axis]:
+        for label, value in values[axis].items():
             is_best = label == best[axis]
             slug = re.sub("[^0-9a-z._]+", "-", label).strip("-")
             name = "sra2" if is_best else f"{axis}-{slug}"
             # At their best values, axes outside of the paper's table keep the defaults of train.py.
             words = [
-                flags[other][chosen]
+                values[other][chosen].flags
                 for other, chosen in (best | {axis: label}).items()
                 if other in PAPER_AXES or chosen != best[other]
             ]
             runs[name] = " ".join(["--align sra2", *words])
-            entries.append({"label": label, "run": name, "usual": is_best, "paper": paper_fid})
+            entries.append(
+                {"label": label, "run": name, "usual": is_best, "paper": value.paper_fid}
+            )
         paper_vanilla = PAPER_VANILLA_FID if axis in PAPER_AXES else None
         panels.append(
             {"name": axis, "title": AXIS_TITLES[axis], "paper": paper_vanilla, "values": entries}

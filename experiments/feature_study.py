@@ -79,12 +79,9 @@ def draw_images(cache: LatentCache, count: int, seed: int) -> StudyImages:
 
 def choose_shown(images: StudyImages, count: int) -> Tensor:
     """Return the positions (m,) of held-out images for the figure, alternating between classes."""
-    counts: dict[int, int] = {}
-    occurrences = []
-    for label in images.labels[images.half :].tolist():
-        occurrences.append(counts.get(label, 0))
-        counts[label] = occurrences[-1] + 1
-    return images.half + torch.tensor(occurrences).argsort(stable=True)[:count]
+    labels = images.labels[images.half :]
+    occurrences = F.one_hot(labels).cumsum(0).gather(1, labels[:, None]).flatten()
+    return images.half + occurrences.argsort(stable=True)[:count]
 
 
 @torch.no_grad()
@@ -143,7 +140,7 @@ def evaluate_features(
     labels = images.labels.to(features.device)
     held_out = features[half:]
     probe = fit_probe(features[:half], labels[:half], num_classes)
-    num_correct = int((probe.logits(held_out).argmax(1) == labels[half:]).sum().item())
+    num_correct = (probe.logits(held_out).argmax(1) == labels[half:]).sum().item()
     low, high = wilson_interval(num_correct, len(held_out))
     alignment = math.nan if reference is None else cknna(find_neighbours(held_out), reference)
     return {

@@ -79,7 +79,7 @@ def fit_probe(
     return Probe(mean, std, weight.detach(), bias.detach())
 
 
-def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Return Wilson's interval (1927) of a proportion; z = 1.96 gives a level of 95%.
 
     The interval lies in [0, 1] and is never empty.
@@ -104,15 +104,12 @@ def find_neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
     Rows are first scaled to unit length, as in the implementation of CKNNA's authors.
     """
     unit = F.normalize(features.double(), dim=1)
-    assert len(unit) > k, (len(unit), k)
     chunks = []
     for start in range(0, len(unit), ROWS_PER_CHUNK):
         chunk = unit[start : start + ROWS_PER_CHUNK] @ unit.T
         chunk.diagonal(start).fill_(-torch.inf)
         chunks.append(chunk.topk(k, 1))
-    products = torch.cat([chunk.values for chunk in chunks])
-    indices = torch.cat([chunk.indices for chunk in chunks])
-    return Neighbours(products, indices)
+    return Neighbours(*map(torch.cat, zip(*chunks)))
 
 
 def local_hsic(a: Neighbours, b: Neighbours) -> float:

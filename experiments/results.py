@@ -1,6 +1,7 @@
 """Collect the measurements of a study's runs in a JSON file, and compare runs with equal seeds."""
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -175,11 +176,11 @@ def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and its 95% interval, whose ends are None for a single seed."""
+    """A mean over seeds and its 95% interval, whose ends are NaN for a single seed."""
 
     mean: float
-    low: float | None = None
-    high: float | None = None
+    low: float = math.nan
+    high: float = math.nan
 
 
 def student_interval(values: list[float] | np.ndarray) -> Estimate:

@@ -197,10 +197,11 @@ def measure_sde(
 ) -> dict[str, list]:
     """Return the numbers of evaluations and the covariance errors of the SDE solver."""
     velocity = data.velocity(interpolant)
-    errors = []
-    for n in SDE_EVALUATION_COUNTS:
-        _, covariance = sde_moments(velocity, interpolant, len(data.mean), n, last(n))
-        errors.append(relative_covariance_error(data, covariance))
+    moments = [
+        sde_moments(velocity, interpolant, len(data.mean), n, last(n))
+        for n in SDE_EVALUATION_COUNTS
+    ]
+    errors = [relative_covariance_error(data, covariance) for _, covariance in moments]
     return {"evaluations": SDE_EVALUATION_COUNTS, "error": errors}
 
 
@@ -388,8 +389,9 @@ def draw_slope(axes: "Axes", curve: dict[str, list], order: int) -> None:
     line = offset * curve["error"][-1] * (n / n[-1]) ** -float(order)
     axes.plot(n, line, "0.5", linestyle="--", linewidth=1)
     end = (n[-1], line[-1])
-    label = {"textcoords": "offset points", "color": "0.35", "fontsize": 8.5}
-    axes.annotate(f"order {order}", end, (4, -3), **label)
+    axes.annotate(
+        f"order {order}", end, (4, -3), textcoords="offset points", color="0.35", fontsize=8.5
+    )
 
 
 def main() -> None:

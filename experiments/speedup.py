@@ -4,7 +4,6 @@ Shapes: n seeds, P evaluations of a curve, R resamples of the seeds. Lower value
 better; replace an accuracy a, for which higher is better, by 1 - a.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ MILESTONES = (0.25, 0.5, 0.75, 1.0)  # fractions of the training images at which
 COVERAGE = {2: 0.50, 3: 0.75, 4: 0.80, 5: 0.84, 6: 0.86, 8: 0.89, 10: 0.90}
 
 
-@lru_cache
 def draw_resamples(count: int) -> np.ndarray:
     """Return how often each of n seeds is drawn in each resample with replacement, (R, n).
 

@@ -177,7 +177,7 @@ def format_ends(estimate: Estimate, spec: str) -> str:
 def format_estimate(values: np.ndarray, spec: str) -> str:
     """Format a mean and its bootstrap interval as "-0.093 (-0.164 to -0.022)"."""
     estimate = bootstrap_interval(values)
-    if estimate.low is None:
+    if math.isnan(estimate.low):
         return f"{estimate.mean:{spec}}"
     return f"{estimate.mean:{spec}} ({format_ends(estimate, spec)})"
 

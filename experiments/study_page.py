@@ -346,11 +346,10 @@ def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -
             continue
         differences = curves.percent_differences(name, baseline)
         x = np.arange(len(curves.images)) + category_offset(index, len(names))
-        if len(differences) > 1:
-            for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
-                estimates = np.array([interval(column) for column in differences.T])
-                _, lows, highs = estimates.T
-                axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)
+        for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
+            estimates = np.array([interval(column) for column in differences.T])
+            _, lows, highs = estimates.T
+            axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)
         axes.plot(x, differences.mean(0), **styles[name], markersize=5, linewidth=0)
     axes.axhline(0, color=styles[baseline]["color"], linewidth=1)
     draw_categories(axes, curves.images)

@@ -298,8 +298,8 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
         timed.append([*runs])
         return {name: {"median": 0.1} for name in runs}
 
-    def fake_count_flops(args):
-        return 100 if args.align == ["none"] else 125
+    def fake_count_flops(settings):
+        return 125 if settings.alignments else 100
 
     monkeypatch.setattr(convergence, "time_runs", fake_time_runs)
     monkeypatch.setattr(convergence, "count_flops", fake_count_flops)
