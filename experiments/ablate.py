@@ -27,6 +27,7 @@ from experiments.cells import (
     add_study_flags,
     check_cells,
     check_no_failures,
+    open_cache,
     parse_study_flags,
     run_cells,
     set_defaults,
@@ -40,7 +41,6 @@ from experiments.results import (
     save_result,
     write_report,
 )
-from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS, default_align_block
 
 PAPER_VANILLA_FID = 33.02
@@ -330,11 +330,9 @@ def main() -> None:
     # Check and execute them.
     check_cells(cells, folder)
     try:
-        LatentCache(args.data_dir)
-    except CacheError as error:
-        raise UserError(
-            f"--data-dir: {error}; `make demo` creates the latents of the bundled data"
-        ) from None
+        open_cache(args.data_dir)
+    except UserError as error:
+        raise UserError(f"{error}; `make demo` creates the latents of the bundled data") from None
     failed = run_cells(cells, folder, args.jobs)
 
     # Write the result, as far as the runs are finished.

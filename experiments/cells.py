@@ -28,6 +28,7 @@ from common.cli import UserError
 from common.files import lock, write_file
 from common.machine import available_cores
 from evaluations.runs import read_json, read_log
+from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS
 from training.config import Settings, build_args_json, check_batch_size, parse_settings
 from training.preemption import EXIT_STOPPED, StopRequest, stop_on_signal
@@ -159,6 +160,14 @@ def set_defaults(args: argparse.Namespace, **defaults: Any) -> None:
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: pass each seed only once")
     if args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")
+
+
+def open_cache(*folders: Path) -> LatentCache:
+    """Open a latent cache; raise UserError if it is missing or damaged."""
+    try:
+        return LatentCache(*folders)
+    except CacheError as error:
+        raise UserError(f"--data-dir: {error}") from None
 
 
 def check_cells(cells: list[Cell], folder: Path) -> None:
@@ -311,7 +320,6 @@ class TrainingProcess:
             "PYTHONUNBUFFERED": "1",
             # The last line of the log names the error of a failed run, so hide progress bars.
             "TQDM_DISABLE": "1",
-            "TQDM_MININTERVAL": "60",
         }
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu

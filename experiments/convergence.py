@@ -24,6 +24,7 @@ collects the measurements of the cluster's runs so far.
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.run_steps import count_flops, time_runs
@@ -41,6 +42,7 @@ from experiments.cells import (
     check_no_failures,
     is_finished,
     make_portable,
+    open_cache,
     parse_study_flags,
     run_cells,
     set_defaults,
@@ -58,7 +60,6 @@ from experiments.study_plan import (
     read_blocks,
 )
 from experiments.study_probe import probe_run, read_probe
-from latents.cache import CacheError, LatentCache
 
 
 def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
@@ -106,10 +107,7 @@ def run_study(
     cells = plan.study_cells(blocks)
     check_cells(cells, output_dir)
     failed = run_cells(cells, output_dir, jobs)
-    try:
-        cache = LatentCache(plan.train_cache)
-    except CacheError as error:
-        raise UserError(f"--data-dir: {error}") from None
+    cache = open_cache(plan.train_cache)
     time_methods(plan, cells, output_dir)
     for cell in cells:
         if is_finished(cell, output_dir):
@@ -163,10 +161,9 @@ def write_result(
 
 def count_if_exists(path: Path) -> int | None:
     """Return the number of images of a cache, or None if it cannot be opened."""
-    try:
-        return len(LatentCache(path))
-    except CacheError:
-        return None
+    with suppress(UserError):
+        return len(open_cache(path))
+    return None
 
 
 def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) -> dict:

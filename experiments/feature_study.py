@@ -202,24 +202,22 @@ def make_colour_maps(
     latent_basis = fit_colours(pixels.flatten(0, 2))
     scores = latent_basis.scores(pixels).movedim(-1, 1)
     reference_scores = F.adaptive_avg_pool2d(scores, side).movedim(1, -1).reshape(-1, 3).to(device)
-    maps = ColourMaps(
-        images=decode(vae, images.latents[rows].to(device)),
-        latents=latent_basis.colours(pixels).numpy(),
-    )
+    decoded = decode(vae, images.latents[rows].to(device))
+    maps = [[decoded, latent_basis.colours(pixels).numpy()]]
 
     # Map x_t and the blocks. Signs follow the previous time of the same block, or the last map.
     share: dict[tuple[float, int], float] = {}
     block_scores: dict[int, Tensor] = {}
     for t in times:
         x_t = images.add_noise(path_type, t, rows)
-        maps.noisy_images[t] = decode(vae, x_t.to(device))
-        maps.x_t[t] = latent_basis.colours(x_t.movedim(1, -1)).numpy()
+        decoded = decode(vae, x_t.to(device))
+        maps.append([decoded, latent_basis.colours(x_t.movedim(1, -1)).numpy()])
         for block, tokens in compute_tokens(model, x_t, t, blocks).items():
             basis = fit_colours(tokens.flatten(0, 1), block_scores.get(block, reference_scores))
             reference_scores = basis.scores(tokens).flatten(0, 1)
             block_scores[block] = reference_scores
             colours = basis.colours(tokens).reshape(len(rows), side, side, 3)
-            maps.blocks[t, block] = colours.cpu().numpy()
+            maps[-1].append(colours.cpu().numpy())
             share[t, block] = basis.share
     return maps, share
 

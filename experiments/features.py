@@ -26,6 +26,7 @@ from common.cli import UserError
 from common.files import write_file
 from evaluations.extractors import load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
+from experiments.cells import open_cache
 from experiments.feature_picture import ColourMaps, draw_figure
 from experiments.feature_study import (
     MAX_BLOCKS,
@@ -40,7 +41,7 @@ from experiments.feature_study import (
 )
 from experiments.representation import NEIGHBOURS, Neighbours, find_neighbours
 from interpolant import INTERPOLANTS
-from latents.cache import CacheError, LatentCache
+from latents.cache import LatentCache
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import PRESETS
@@ -217,10 +218,7 @@ def load_checkpoints(
 
 def load_cache(folders: list[Path], min_images: int) -> LatentCache:
     """Open the cache; raise UserError if it is damaged or too small."""
-    try:
-        cache = LatentCache(*folders)
-    except CacheError as error:
-        raise UserError(f"--data-dir: {error}") from None
+    cache = open_cache(*folders)
     if len(cache) < min_images:
         raise UserError(
             f"--probe-images {min_images} is more than the {len(cache)} images of --data-dir; "

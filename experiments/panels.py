@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 from experiments.results import Estimate, final_values, paired_difference
 
 if TYPE_CHECKING:
@@ -163,5 +163,4 @@ def draw_panel(axes: "Axes", panel: dict, finals: Values) -> None:
             axes.plot([x + 0.08] * 2, ends, color, linewidth=1.6)
     axes.set_xticks(range(len(panel["values"])), [value["label"] for value in panel["values"]])
     axes.set(title=panel["title"], xlim=(-0.6, len(panel["values"]) - 0.4))
-    axes.grid(True, axis="y", alpha=0.25)
-    hide_frame(axes)
+    add_grid(axes, "y")

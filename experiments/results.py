@@ -89,25 +89,20 @@ def save_result(path: Path, study: str, settings: dict, runs: list[dict]) -> Non
 
     Args:
         path: The file to write.
-        study: Identifies the kind of result for `load_result`.
+        study: The kind of result for `load_result`: the module of the study, with the suffix -knobs
+            for a result of --tune.
         settings: Further keys of the result.
         runs: The entries of the runs, from `collect_runs`.
     """
+    module = f"experiments.{study.removesuffix('-knobs')}"
     head = {
         "study": study,
         "version": RESULT_VERSION,
-        "command": shlex.join(current_command()),
+        "command": shlex.join(["python", "-m", module, *make_portable(sys.argv[1:])]),
         **settings,
     }
     lines = ",\n".join(json.dumps(run) for run in runs)
     write_file(path, f'{json.dumps(head)[:-1]}, "runs": [\n{lines}\n]}}\n'.encode())
-
-
-def current_command() -> list[str]:
-    """Return the command line of this process, without paths of this machine."""
-    module = getattr(sys.modules["__main__"].__spec__, "name", None)
-    program = ["-m", module] if module else make_portable(sys.argv[:1])
-    return ["python", *program, *make_portable(sys.argv[1:])]
 
 
 def load_result(path: Path, study: str) -> dict:

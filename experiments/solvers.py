@@ -22,7 +22,7 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 from common.keyed_random import Purpose, normal
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 from interpolant import (
     INTERPOLANTS,
     PREDICTIONS,
@@ -371,8 +371,7 @@ def draw_figure(figures: dict, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="network evaluations", xlim=(6, 1000))
         axes.set_xticks(EVALUATION_COUNTS, EVALUATION_COUNTS)
         axes.minorticks_off()
-        axes.grid(True, alpha=0.25)
-        hide_frame(axes)
+        add_grid(axes)
         axes.legend(frameon=False, loc="lower left")
     save_png(figure, path)
 

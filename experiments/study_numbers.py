@@ -105,8 +105,9 @@ def main_curves(result: dict) -> Curves:
 def held_out_times(result: dict) -> list[str]:
     """Return the times of the held-out losses, as in the names of their columns."""
     prefix = "held_out_"
-    columns = [key for run in result["runs"] for key in run["metrics"] if key.startswith(prefix)]
-    return [column.removeprefix(prefix) for column in dict.fromkeys(columns)]
+    columns = [key for run in result["runs"] for key in run["metrics"]]
+    times = [key.removeprefix(prefix) for key in columns if key.startswith(prefix)]
+    return list(dict.fromkeys(times))
 
 
 def list_seeds(result: dict) -> list[int]:
@@ -265,7 +266,9 @@ def format_metric(metric: str, curves: Curves, name: str, baseline: str) -> dict
 
 def format_speed_ups(speed_ups: list[SpeedUp], costs: dict[str, float]) -> dict[str, str]:
     """Return the speed-ups in images at all milestones, and the final one in other units."""
-    numbers = {f"speed-up at {each.images}": format_speed_up(each) for each in speed_ups}
+    numbers = {
+        f"speed-up at {speed_up.images}": format_speed_up(speed_up) for speed_up in speed_ups
+    }
     final = speed_ups[-1]
     numbers["speed-up"] = format_speed_up(final)
     for unit, cost in costs.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 from experiments.results import student_interval
 from experiments.speedup import (
     COVERAGE,
@@ -223,8 +223,7 @@ def draw_figure(result: dict, path: Path) -> None:
     else:
         lower_right.set_visible(False)
     for axes in figure.axes:
-        axes.grid(True, axis="y", alpha=0.25)
-        hide_frame(axes)
+        add_grid(axes, "y")
 
     # Without data, the lines draw nothing but their entries in the legends.
     line = partial(plt.Line2D, [], [])
@@ -297,8 +296,14 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
             by_method[name] = compute_speed_ups(quality.images, baseline_values, values)
 
     # The vertical axis contains 1, all known values and all known ends of intervals.
-    all_speed_ups = [each for speed_ups in by_method.values() for each in speed_ups]
-    bounds = np.array([each for s in all_speed_ups for each in (s.value, *s.interval)])
+    bounds = np.array(
+        [
+            bound
+            for speed_ups in by_method.values()
+            for speed_up in speed_ups
+            for bound in (speed_up.value, *speed_up.interval)
+        ]
+    )
     known = bounds[(bounds > 0) & (bounds < math.inf)]
     axes.set_ylim(0.97 * min([1, *known]), 1.03 * max([1, *known]))
 

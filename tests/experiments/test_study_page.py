@@ -87,10 +87,10 @@ def test_curves_are_averaged_before_crossing_and_resampled_as_pairs():
 
 def test_speed_up_of_a_curve_without_a_crossing_is_a_bound():
     curve = falling_curves(4, len(IMAGES))
-    for each in compute_speed_ups(IMAGES, curve, 1e3 * curve):
-        assert np.allclose([each.value, *each.interval], (0, each.images / 64000))
-    for each in compute_speed_ups(IMAGES, curve, 1e-3 * curve):
-        assert np.allclose([each.value, *each.interval], (each.images / 1000, math.inf))
+    for speed_up in compute_speed_ups(IMAGES, curve, 1e3 * curve):
+        assert np.allclose([speed_up.value, *speed_up.interval], (0, speed_up.images / 64000))
+    for speed_up in compute_speed_ups(IMAGES, curve, 1e-3 * curve):
+        assert np.allclose([speed_up.value, *speed_up.interval], (speed_up.images / 1000, math.inf))
     rising = falling_curves(4, len(IMAGES))[:, ::-1]  # so that neither crossing is known
     assert compute_speed_ups(IMAGES, rising, 0.9 * rising)[-1].value == (0, math.inf)
 
