@@ -189,9 +189,10 @@ def imagenet_flags(steps: int) -> list[str]:
 
 
 def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
-    """Return the commands that train a network on a cluster and evaluate it.
+    """Return the commands that train and evaluate a network on a cluster.
 
-    They draw 50,000 samples with 250 steps of the SDE without guidance, and compute their FID.
+    The commands draw 50,000 samples with 250 steps of the SDE without guidance, and compute the
+    FID of these samples.
     """
     name = cell.run_name
     checkpoint = shlex.quote(str(folder / name))

@@ -133,11 +133,12 @@ def parse_study_flags(
     Args:
         parser: The parser of the study.
         argv: The command line.
-        reserved_prefixes: Prefixes of train.py's flags that the study sets, besides the
-            `RESERVED_FLAGS`.
+        reserved_prefixes: Prefixes of the flags of train.py that the user must not pass, in
+            addition to `RESERVED_FLAGS`.
 
     Raises:
-        UserError: If a flag of the study is wrong, or if it sets a flag of train.py itself.
+        UserError: If a flag of the study is wrong, or if the study itself sets a flag of train.py
+            that the user passed.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
@@ -149,10 +150,10 @@ def parse_study_flags(
 
 
 def set_defaults(args: argparse.Namespace, **defaults: Any) -> None:
-    """Set the flags of a study that were not passed, and check its seeds and its result.
+    """Set the flags of a study that were not passed to their defaults, and check the flags.
 
     Raises:
-        UserError: If a seed occurs twice, or if --out is no JSON file.
+        UserError: If a seed occurs twice, or if --out does not end in .json.
     """
     for name, value in defaults.items():
         setattr(args, name, getattr(args, name) or value)
@@ -213,13 +214,10 @@ def describe_changes(before: list[str], after: list[str]) -> str:
 
 def group_by_flag(words: Iterable[str]) -> dict[str, str]:
     """Convert ["--a", "1", "2", "--b"] to {"--a": "1 2", "--b": ""}."""
-    values: dict[str, str] = {}
-    for word in words:
-        if word.startswith("--"):
-            flag = word
-            values[flag] = ""
-        else:
-            values[flag] = f"{values[flag]} {word}".lstrip()
+    values = {}
+    for option in " ".join(words).removeprefix("--").split(" --"):
+        flag, _, value = option.partition(" ")
+        values[f"--{flag}"] = value
     return values
 
 

@@ -112,8 +112,7 @@ def run_study(
     for cell in cells:
         if is_finished(cell, output_dir):
             probe_run(output_dir / cell.run_name, cache)
-    runs = collect_runs(cells, output_dir)
-    write_result(plan, blocks, runs, output_dir, path)
+    write_result(plan, blocks, collect_runs(cells, output_dir), output_dir, path)
     check_no_failures(failed, len(cells))
 
 

@@ -29,9 +29,9 @@ CAPTION = (
 )
 
 
-# The maps of one checkpoint: rows for the data and for x_t at each t, whose columns are the images,
-# their latents, and for x_t also the blocks. Images are uint8, (m, H, W, 3), and colours are in
-# [0, 1], (m, h, w, 3) or (m, s, s, 3).
+# The maps of one checkpoint in rows and columns. The first row contains the data, and the others
+# contain x_t for each t. The columns are the decoded images in uint8, (m, H, W, 3), the latents,
+# (m, h, w, 3), and for x_t the blocks, (m, s, s, 3), with colours in [0, 1].
 ColourMaps = list[list[np.ndarray]]
 
 

@@ -48,12 +48,12 @@ def bootstrap_interval(values: np.ndarray) -> Estimate:
 
 
 def detectable_difference(differences: np.ndarray) -> float:
-    """Return the mean difference that a two-sided paired t test (5%) finds in 80% of studies.
+    """Return the smallest mean difference that a paired t test detects in 80% of studies.
 
-    It is the delta with P(|T| > t) = 0.8, where T has the noncentral t distribution with n - 1
-    degrees of freedom and noncentrality delta sqrt(n) / s. The result is as uncertain as the
-    standard deviation s of the differences: for five seeds, 95% of studies measure between 0.35 and
-    1.67 times the true s.
+    The test is two-sided with a level of 5%. The difference is the delta with P(|T| > t) = 0.8,
+    where T has the noncentral t distribution with n - 1 degrees of freedom and noncentrality
+    delta sqrt(n) / s. The result is as uncertain as the standard deviation s of the differences:
+    for five seeds, 95% of studies measure between 0.35 and 1.67 times the true s.
 
     Args:
         differences: The differences of n > 1 pairs, which determine s.
@@ -78,10 +78,6 @@ class Bounds(NamedTuple):
 
     low: float
     high: float
-
-    def divide(self, divisor: float) -> "Bounds":
-        """Return the bounds of the number divided by a positive divisor."""
-        return Bounds(self.low / divisor, self.high / divisor)
 
 
 def images_needed(
@@ -134,15 +130,6 @@ class SpeedUp(NamedTuple):
     images: int
     value: Bounds
     interval: tuple[Bounds, ...]
-
-    def per_cost(self, cost: float) -> "SpeedUp":
-        """Convert the speed-up to FLOPs or seconds.
-
-        Args:
-            cost: Cost of training on an image relative to the baseline; assumed to be exact.
-        """
-        interval = tuple(end.divide(cost) for end in self.interval)
-        return SpeedUp(self.images, self.value.divide(cost), interval)
 
 
 def select_milestones(images: np.ndarray) -> list[int]:

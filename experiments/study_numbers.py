@@ -145,25 +145,31 @@ def best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
     return max(zip(blocks, means), key=lambda item: item[1])
 
 
-def format_bounds(bounds: Bounds) -> str:
-    """Format a known number as "1.12", and others as "> 1.12", "< 1.12" or "unknown"."""
-    if bounds.low == bounds.high:
-        return f"{bounds.low:.2f}"
+def format_bounds(bounds: Bounds, divisor: float) -> str:
+    """Format a quotient as "1.12" if it is known, otherwise as "> 1.12", "< 1.12" or "unknown"."""
+    low = bounds.low / divisor
+    high = bounds.high / divisor
+    if low == high:
+        return f"{low:.2f}"
     parts = []
-    if bounds.low > 0:
-        parts.append(f"> {bounds.low:.2f}")
-    if bounds.high < math.inf:
-        parts.append(f"< {bounds.high:.2f}")
+    if low > 0:
+        parts.append(f"> {low:.2f}")
+    if high < math.inf:
+        parts.append(f"< {high:.2f}")
     return " and ".join(parts) or "unknown"
 
 
-def format_speed_up(speed_up: SpeedUp) -> str:
+def format_speed_up(speed_up: SpeedUp, cost: float = 1.0) -> str:
     """Format a speed-up as "1.12 (1.05 to 1.20)".
 
     Returns only the bound if neither the value nor the ends of its interval are known better.
+
+    Args:
+        speed_up: The speed-up in images.
+        cost: Cost of training on an image relative to the baseline, in FLOPs or seconds, which
+            converts the speed-up to this unit; assumed to be exact.
     """
-    value = format_bounds(speed_up.value)
-    ends = [format_bounds(end) for end in speed_up.interval]
+    value, *ends = (format_bounds(bounds, cost) for bounds in (speed_up.value, *speed_up.interval))
     is_bound = speed_up.value.low < speed_up.value.high
     if not ends or (is_bound and {value} == {*ends}):
         return value
@@ -272,5 +278,5 @@ def format_speed_ups(speed_ups: list[SpeedUp], costs: dict[str, float]) -> dict[
     final = speed_ups[-1]
     numbers["speed-up"] = format_speed_up(final)
     for unit, cost in costs.items():
-        numbers[f"speed-up per {unit}"] = format_speed_up(final.per_cost(cost))
+        numbers[f"speed-up per {unit}"] = format_speed_up(final, cost)
     return numbers

@@ -49,7 +49,7 @@ def format_tables(result: dict) -> str:
     baseline, *others = labels
     against = f"against {labels[baseline]}"
 
-    # Label measured methods with the number of their seeds, if some are missing.
+    # Label the measured methods, with the number of their seeds if some are missing.
     total = len(list_seeds(result))
     measured = {name: label for name, label in labels.items() if f"{name} seeds" in numbers}
     for name, label in measured.items():
@@ -57,7 +57,7 @@ def format_tables(result: dict) -> str:
         if int(count) < total:
             measured[name] = f"{label} ({count} of {total} seeds)"
 
-    # The floor becomes a last row with italic numbers.
+    # Add the floor as a last row with italic numbers.
     floor = result.get("floor") or {}
     floor_rows = {}
     for quantity, column, spec in (
@@ -119,7 +119,7 @@ def describe_probes(result: dict) -> str:
 def make_table(
     labels: dict[str, str], columns: dict[str, str], numbers: dict[str, str], corner: str = ""
 ) -> list[str]:
-    """Return the lines of a Markdown table, without columns that are empty below the header.
+    """Return the lines of a Markdown table, without the columns that have no number.
 
     Args:
         labels: The label of each row, by the name of the method.

@@ -49,14 +49,15 @@ def test_runs_with_equal_seeds_differ_only_in_the_method(scale):
     assert [(cell.seed, cell.name) for cell in study_cells] == expected
     shared_settings, method_settings = set(), set()
     for cell in study_cells:
-        shared, own = [], [cell.name]
+        shared = []
+        method_values = [cell.name]
         for key, value in build_args_json(cell.settings()).items():
             if key.startswith(METHOD_ARGS):
-                own.append(str(value))
+                method_values.append(str(value))
             elif key not in ("exp_name", "seed"):
                 shared.append((key, str(value)))
         shared_settings.add(tuple(shared))
-        method_settings.add(tuple(own))
+        method_settings.add(tuple(method_values))
     assert len(shared_settings) == 1 and len(method_settings) == len(METHODS)
 
 

@@ -12,6 +12,7 @@ from experiments import results
 from experiments.speedup import (
     COVERAGE,
     Bounds,
+    SpeedUp,
     bootstrap_interval,
     compute_speed_ups,
     detectable_difference,
@@ -19,7 +20,13 @@ from experiments.speedup import (
     images_needed,
     select_milestones,
 )
-from experiments.study_numbers import best_probe, collect_curves, collect_probes, format_numbers
+from experiments.study_numbers import (
+    best_probe,
+    collect_curves,
+    collect_probes,
+    format_numbers,
+    format_speed_up,
+)
 from experiments.study_page import draw_figure, format_tables
 
 IMAGES = np.array([1, 2, 4, 8, 16, 32, 64]) * 1000.0
@@ -104,14 +111,11 @@ def test_end_of_an_interval_is_a_bound_if_resamples_have_no_crossing():
     assert low == Bounds(0, pytest.approx(1))
 
 
-def test_speed_up_per_cost_is_divided_by_the_cost():
-    speed_up = compute_speed_ups(IMAGES, falling_curves(3, 7), 0.9 * falling_curves(3, 7))[-1]
-    per_cost = speed_up.per_cost(1.5)
-    assert per_cost.images == speed_up.images
-    assert np.allclose(per_cost.value, np.array(speed_up.value) / 1.5)
-    assert np.allclose(per_cost.interval, np.array(speed_up.interval) / 1.5)
-    single = compute_speed_ups(IMAGES, falling_curves(1, 7), falling_curves(1, 7))[-1]
-    assert single.per_cost(2.0).interval == ()
+def test_speed_up_is_divided_by_the_cost():
+    speed_up = SpeedUp(1000, Bounds(3, 3), (Bounds(0, 1.5), Bounds(4.5, math.inf)))
+    assert format_speed_up(speed_up) == "3.00 (< 1.50 to > 4.50)"
+    assert format_speed_up(speed_up, 1.5) == "2.00 (< 1.00 to > 3.00)"
+    assert format_speed_up(SpeedUp(1000, Bounds(3, 3), ()), 2.0) == "1.50"
 
 
 def test_milestones_are_the_evaluations_nearest_to_quarters():
