@@ -183,11 +183,6 @@ def demo_flags(steps: int, evaluations: int) -> list[str]:
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()
 
 
-def imagenet_flags(steps: int) -> list[str]:
-    """Return the flags that all runs on ImageNet share, as in SiT and REPA."""
-    return f"--batch-size 256 --max-train-steps {steps}".split()
-
-
 def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
     """Return the commands that train and evaluate a network on a cluster.
 
@@ -312,10 +307,12 @@ def main() -> None:
     demo = args.scale == "demo"
     steps = args.max_train_steps
     runs, panels = build_grid(args.axis, args.model, steps, demo)
-    shared = ["--data-dir", str(args.data_dir), "--model", args.model]
-    shared += demo_flags(steps, args.evaluations) if demo else imagenet_flags(steps)
+    scale_flags = f"--batch-size 256 --max-train-steps {steps}".split()  # as in SiT and REPA
+    if demo:
+        scale_flags = demo_flags(steps, args.evaluations)
+    shared = ["--data-dir", str(args.data_dir), "--model", args.model, *scale_flags, *train_flags]
     cells = [
-        Cell(name, seed, (*shared, *train_flags, *flags.split()))
+        Cell(name, seed, (*shared, *flags.split()))
         for seed in args.seeds
         for name, flags in runs.items()
     ]

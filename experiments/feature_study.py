@@ -41,9 +41,7 @@ MAX_BLOCKS = 8
 
 def spread_blocks(depth: int) -> list[int]:
     """Return at most `MAX_BLOCKS` blocks, counted from 1, including the first and the last."""
-    if depth == 1:
-        return [1]
-    return sorted({round(1 + i * (depth - 1) / (MAX_BLOCKS - 1)) for i in range(MAX_BLOCKS)})
+    return np.unique(np.linspace(1, depth, MAX_BLOCKS).round().astype(int)).tolist()
 
 
 class StudyImages(NamedTuple):

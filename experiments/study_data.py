@@ -73,12 +73,12 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
         UserError: If Fashion-MNIST's files are missing.
     """
     train = folder / "train.zip"
-    if scale == "laptop":
-        held_out = folder / "held-out.zip"
-        if not train.exists():
-            split_zip(BUNDLED_IMAGES, train, held_out)
+    held_out = folder / "held-out.zip" if scale == "laptop" else BUNDLED_IMAGES
+    if train.exists():
         return train, held_out
-    if not train.exists():
+    if scale == "laptop":
+        split_zip(BUNDLED_IMAGES, train, held_out)
+    else:
         missing = [name for name in TRAINING_FILES if not (fashion_mnist / name).exists()]
         if missing:
             raise UserError(
@@ -87,7 +87,7 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
                 "github.com/zalandoresearch/fashion-mnist (data/fashion) and pass their folder"
             )
         write_zip(train, *read_split(fashion_mnist, "train"), zipfile.ZIP_STORED)
-    return train, BUNDLED_IMAGES
+    return train, held_out
 
 
 def run_module(*words: object) -> None:
