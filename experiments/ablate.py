@@ -15,7 +15,6 @@ import math
 import re
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,15 +23,14 @@ from common.cli import UserError
 from common.machine import available_cores
 from evaluations.compare import frechet_name
 from experiments.cells import (
-    RESERVED_FLAGS,
     Cell,
     add_study_flags,
     check_cells,
-    check_distinct_seeds,
-    check_extra_flags,
     check_no_failures,
+    open_cache,
+    parse_study_flags,
     run_cells,
-    split_argv,
+    set_defaults,
     visible_gpus,
 )
 from experiments.panels import BASELINE, draw_figure, format_table
@@ -43,7 +41,6 @@ from experiments.results import (
     save_result,
     write_report,
 )
-from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS, default_align_block
 
 PAPER_VANILLA_FID = 33.02
@@ -65,15 +62,14 @@ DEMO_FLAGS = (
 
 
 class AxisValue(NamedTuple):
-    """A value of an axis: its label, its flags of train.py, and its FID of SiT-B/2 in the paper."""
+    """A value of an axis: its flags of train.py, and its FID of SiT-B/2 in the paper."""
 
-    label: str
     flags: str
     paper_fid: float | None = None
 
 
-def axis_values(model: str, steps: int, demo: bool) -> dict[str, list[AxisValue]]:
-    """Return the values of each axis.
+def axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
+    """Return the values of each axis by their labels.
 
     Args:
         model: A preset of models/sit.py. The paper's FIDs of the depth apply to 12 blocks only.
@@ -82,47 +78,46 @@ def axis_values(model: str, steps: int, demo: bool) -> dict[str, list[AxisValue]
     """
     depth = PRESETS[model]["depth"]
     paper_blocks = {round(depth * block / 12) for block in (2, 3, 6, 8)}
-    all_blocks = set(range(1, depth + 1))
-    blocks = all_blocks if depth <= 8 else {default_align_block(model), *paper_blocks}
+    blocks = {default_align_block(model), *paper_blocks}
+    if depth <= 8:
+        blocks = set(range(1, depth + 1))
     fid_of_block = {2: 28.89, 6: 32.44, 8: 36.20} if depth == 12 else {}
     fid_of_weight = {1.0: 28.89, 0.1: 30.10}
     weights = (0.1, 0.3, 1.0, 3.0) if demo else (1.0, 0.1)
-    half = max(1, steps // 2)
-    quarter = max(1, steps // 4)
     return {
-        "depth": [
-            AxisValue(str(block), f"--align-depth {block}", fid_of_block.get(block))
+        "depth": {
+            str(block): AxisValue(f"--align-depth {block}", fid_of_block.get(block))
             for block in sorted(blocks)
-        ],
-        "t-range": [
-            AxisValue("[0, 1]", "--align-t-range 0 1", 28.89),
-            AxisValue("[0, 0.5]", "--align-t-range 0 0.5", 30.04),
-            AxisValue("[0.5, 1]", "--align-t-range 0.5 1"),
-        ],
-        "loss": [
-            AxisValue("smooth_l1", "--align-loss smooth_l1 --align-beta 0.05", 28.89),
-            AxisValue("cosine", "--align-loss cosine", 29.30),
-            AxisValue("l2", "--align-loss l2", 29.40),
-            AxisValue("l1", "--align-loss l1", 29.50),
-        ],
-        "weight": [
-            AxisValue(f"{weight:g}", f"--align-weight {weight}", fid_of_weight.get(weight))
+        },
+        "t-range": {
+            "[0, 1]": AxisValue("--align-t-range 0 1", 28.89),
+            "[0, 0.5]": AxisValue("--align-t-range 0 0.5", 30.04),
+            "[0.5, 1]": AxisValue("--align-t-range 0.5 1"),
+        },
+        "loss": {
+            "smooth_l1": AxisValue("--align-loss smooth_l1 --align-beta 0.05", 28.89),
+            "cosine": AxisValue("--align-loss cosine", 29.30),
+            "l2": AxisValue("--align-loss l2", 29.40),
+            "l1": AxisValue("--align-loss l1", 29.50),
+        },
+        "weight": {
+            f"{weight:g}": AxisValue(f"--align-weight {weight}", fid_of_weight.get(weight))
             for weight in weights
-        ],
-        "layers": [
-            AxisValue("5", "--projector-layers 5", 28.89),
-            AxisValue("2", "--projector-layers 2", 31.32),
-        ],
-        "target": [
-            AxisValue("mean", "--align-target mean"),
-            AxisValue("sample", "--align-target sample"),
-            AxisValue("mean, normalised", "--align-target mean --align-normalize channel"),
-        ],
-        "schedule": [
-            AxisValue("all", "--align-stop-step 0"),
-            AxisValue("first half", f"--align-stop-step {half}"),
-            AxisValue("first quarter", f"--align-stop-step {quarter}"),
-        ],
+        },
+        "layers": {
+            "5": AxisValue("--projector-layers 5", 28.89),
+            "2": AxisValue("--projector-layers 2", 31.32),
+        },
+        "target": {
+            "mean": AxisValue("--align-target mean"),
+            "sample": AxisValue("--align-target sample"),
+            "mean, normalised": AxisValue("--align-target mean --align-normalize channel"),
+        },
+        "schedule": {
+            "all": AxisValue("--align-stop-step 0"),
+            "first half": AxisValue(f"--align-stop-step {max(1, steps // 2)}"),
+            "first quarter": AxisValue(f"--align-stop-step {max(1, steps // 4)}"),
+        },
     }
 
 
@@ -156,25 +151,23 @@ def build_grid(
     """
     best = best_labels(model)
     values = axis_values(model, steps, demo)
-    flags = {axis: {value.label: value.flags for value in values[axis]} for axis in best}
     runs = {BASELINE: "--align none"}
     panels = []
     for axis in axes:
         entries = []
-        for value in values[axis]:
-            labels = best | {axis: value.label}
-            is_best = value.label == best[axis]
-            slug = re.sub("[^0-9a-z._]+", "-", value.label).strip("-")
+        for label, value in values[axis].items():
+            is_best = label == best[axis]
+            slug = re.sub("[^0-9a-z._]+", "-", label).strip("-")
             name = "sra2" if is_best else f"{axis}-{slug}"
             # At their best values, axes outside of the paper's table keep the defaults of train.py.
             words = [
-                flags[other][label]
-                for other, label in labels.items()
-                if other in PAPER_AXES or label != best[other]
+                values[other][chosen].flags
+                for other, chosen in (best | {axis: label}).items()
+                if other in PAPER_AXES or chosen != best[other]
             ]
             runs[name] = " ".join(["--align sra2", *words])
             entries.append(
-                {"label": value.label, "run": name, "usual": is_best, "paper": value.paper_fid}
+                {"label": label, "run": name, "usual": is_best, "paper": value.paper_fid}
             )
         paper_vanilla = PAPER_VANILLA_FID if axis in PAPER_AXES else None
         panels.append(
@@ -190,41 +183,22 @@ def demo_flags(steps: int, evaluations: int) -> list[str]:
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()
 
 
-def imagenet_flags(steps: int) -> list[str]:
-    """Return the flags that all runs on ImageNet share, as in SiT and REPA."""
-    return f"--batch-size 256 --max-train-steps {steps}".split()
+def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
+    """Return the commands that train and evaluate a network on a cluster.
 
-
-def print_demo_commands(cells: list[Cell], folder: Path) -> None:
-    """Print one command per run on the bundled data."""
-    for cell in cells:
-        cell.settings()
-    for cell in cells:
-        command = shlex.join(["python", "train.py", *cell.train_flags(folder)])
-        print(f"# {cell.name}, seed {cell.seed}\n{command}\n")
-
-
-def print_imagenet_commands(cells: list[Cell], folder: Path, gpus: int) -> None:
-    """Print the commands of each run on a cluster.
-
-    They train the network, draw 50,000 samples with 250 steps of the SDE without guidance, and
-    compute their FID.
+    The commands draw 50,000 samples with 250 steps of the SDE without guidance, and compute the
+    FID of these samples.
     """
-    for cell in cells:
-        cell.settings(gpus)
-    launcher = "python"
-    if gpus > 1:
-        launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
+    name = cell.run_name
+    checkpoint = shlex.quote(str(folder / name))
     torchrun = f"torchrun --nproc_per_node {gpus}"
-    for cell in cells:
-        name = cell.run_name
-        checkpoint = shlex.quote(str(folder / name))
-        sampling = "--num-fid-samples 50000 --mode sde --num-steps 250"
-        reference = "VIRTUAL_imagenet256_labeled.npz"
-        print(f"# {cell.name}, seed {cell.seed}")
-        print(f"{launcher} train.py {shlex.join(cell.train_flags(folder))}")
-        print(f"{torchrun} sample_ddp.py --ckpt {checkpoint} {sampling} --name {name}")
-        print(f"{torchrun} -m evaluations.evaluate samples/{name}.npz --reference {reference}\n")
+    return [
+        cell.command(folder, gpus),
+        f"{torchrun} sample_ddp.py --ckpt {checkpoint} --num-fid-samples 50000 --mode sde "
+        f"--num-steps 250 --name {name}",
+        f"{torchrun} -m evaluations.evaluate samples/{name}.npz "
+        "--reference VIRTUAL_imagenet256_labeled.npz",
+    ]
 
 
 def make_parser() -> cli.Parser:
@@ -266,28 +240,28 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: If a flag is wrong, or incompatible with another one.
     """
-    study_argv, train_flags = split_argv(argv)
-    args = make_parser().parse_args(study_argv)
-    check_extra_flags(train_flags, RESERVED_FLAGS, ("--align", "--projector"))
+    args, train_flags = parse_study_flags(make_parser(), argv, "--align", "--projector")
     imagenet = args.scale == "imagenet"
     if imagenet and not args.print:
         raise UserError("--scale imagenet needs a cluster; add --print and run the commands there")
-    if not args.plot and not args.axis and not imagenet:
+    if args.plot:
+        args.axis = args.axis or []
+        return args, train_flags
+    if not args.axis and not imagenet:
         raise UserError(f"--axis is missing; pass one or more of {', '.join(AXIS_TITLES)}")
-
-    axes = args.axis or ([] if args.plot else PAPER_AXES)
-    args.axis = list(dict.fromkeys(axes))
-    args.data_dir = args.data_dir or Path("data/imagenet256" if imagenet else "data/fashion-mnist")
-    args.model = args.model or ("SiT-B/2" if imagenet else "SiT-Ti/2")
-    args.seeds = args.seeds or ([0] if imagenet else [0, 1, 2])
-    args.max_train_steps = args.max_train_steps or (400_000 if imagenet else 400)
-    args.evaluations = args.evaluations or 1
-    args.output_dir = args.output_dir or Path("exps/ablate-imagenet" if imagenet else "exps/ablate")
-    args.jobs = args.jobs or len(visible_gpus()) or available_cores()
-    args.out = args.out or args.output_dir / f"{'-'.join(args.axis)}.json"
-    check_distinct_seeds(args.seeds)
-    if args.out.suffix != ".json" and not args.plot:
-        raise UserError(f"--out {args.out} must end in .json")
+    args.axis = list(dict.fromkeys(args.axis or PAPER_AXES))
+    output_dir = args.output_dir or Path("exps/ablate-imagenet" if imagenet else "exps/ablate")
+    set_defaults(
+        args,
+        data_dir=Path("data/imagenet256" if imagenet else "data/fashion-mnist"),
+        model="SiT-B/2" if imagenet else "SiT-Ti/2",
+        seeds=[0] if imagenet else [0, 1, 2],
+        max_train_steps=400_000 if imagenet else 400,
+        evaluations=1,
+        output_dir=output_dir,
+        jobs=len(visible_gpus()) or available_cores(),
+        out=output_dir / f"{'-'.join(args.axis)}.json",
+    )
     return args, train_flags
 
 
@@ -297,15 +271,14 @@ def select_axes(result: dict, path: Path, axes: list[str]) -> dict:
     Raises:
         UserError: If the result does not contain a requested axis.
     """
-    available = [panel["name"] for panel in result["axes"]]
-    missing = [axis for axis in axes if axis not in available]
+    panels = {panel["name"]: panel for panel in result["axes"]}
+    missing = [axis for axis in axes if axis not in panels]
     if missing:
         raise UserError(
-            f"--plot {path}: contains {' '.join(available)}, not {' '.join(missing)}; "
+            f"--plot {path}: contains {' '.join(panels)}, not {' '.join(missing)}; "
             "pass another --axis"
         )
-    selected = axes or available
-    return result | {"axes": [panel for panel in result["axes"] if panel["name"] in selected]}
+    return result | {"axes": [panels[name] for name in panels if name in axes or not axes]}
 
 
 def write_ablation_report(result: dict, path: Path) -> None:
@@ -319,7 +292,7 @@ def write_ablation_report(result: dict, path: Path) -> None:
             f"{path} contains no finished run of vanilla SiT ({BASELINE}), the baseline of the "
             "comparison; rerun the study"
         )
-    write_report(path, format_table(result), partial(draw_figure, result))
+    write_report(path, result, format_table, draw_figure)
 
 
 def main() -> None:
@@ -332,40 +305,39 @@ def main() -> None:
 
     # List the runs.
     demo = args.scale == "demo"
-    runs, panels = build_grid(args.axis, args.model, args.max_train_steps, demo)
-    shared = ["--data-dir", str(args.data_dir), "--model", args.model]
+    steps = args.max_train_steps
+    runs, panels = build_grid(args.axis, args.model, steps, demo)
+    scale_flags = f"--batch-size 256 --max-train-steps {steps}".split()  # as in SiT and REPA
     if demo:
-        shared += demo_flags(args.max_train_steps, args.evaluations)
-    else:
-        shared += imagenet_flags(args.max_train_steps)
-    shared += train_flags
+        scale_flags = demo_flags(steps, args.evaluations)
+    shared = ["--data-dir", str(args.data_dir), "--model", args.model, *scale_flags, *train_flags]
     cells = [
         Cell(name, seed, (*shared, *flags.split()))
         for seed in args.seeds
         for name, flags in runs.items()
     ]
+    folder = args.output_dir
     if args.print:
-        if demo:
-            print_demo_commands(cells, args.output_dir)
-        else:
-            print_imagenet_commands(cells, args.output_dir, args.gpus)
+        lines = []
+        for cell in cells:
+            commands = [cell.command(folder)] if demo else list_commands(cell, folder, args.gpus)
+            lines += [f"# {cell.name}, seed {cell.seed}", *commands, ""]
+        print(*lines, sep="\n")
         return
 
     # Check and execute them.
-    check_cells(cells, args.output_dir)
+    check_cells(cells, folder)
     try:
-        LatentCache(args.data_dir)
-    except CacheError as error:
-        raise UserError(
-            f"--data-dir: {error}; `make demo` creates the latents of the bundled data"
-        ) from None
-    failed = run_cells(cells, args.output_dir, args.jobs)
+        open_cache(args.data_dir)
+    except UserError as error:
+        raise UserError(f"{error}; `make demo` creates the latents of the bundled data") from None
+    failed = run_cells(cells, folder, args.jobs)
 
     # Write the result, as far as the runs are finished.
-    entries = collect_runs(cells, args.output_dir)
+    entries = collect_runs(cells, folder)
     settings = {
         "model": args.model,
-        "steps": args.max_train_steps,
+        "steps": steps,
         "metric": frechet_name(cells[0].settings().evaluation.features),
         "axes": panels,
     }

@@ -8,11 +8,13 @@ their other flags.
 import argparse
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from common.cli import UserError
 from common.files import lock, write_file
 from common.machine import available_cores
 from evaluations.runs import read_json, read_log
+from latents.cache import CacheError, LatentCache
 from models.sit import PRESETS
 from training.config import (
     Settings,
@@ -86,13 +89,17 @@ class Cell(NamedTuple):
         check_batch_size(settings.loop, num_processes)
         return settings
 
+    def command(self, folder: Path, gpus: int = 1) -> str:
+        """Return the command that trains the run, on all GPUs of a machine.
 
-def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line at "--" into the flags of the study and those of every train.py."""
-    if "--" not in argv:
-        return argv, []
-    index = argv.index("--")
-    return argv[:index], argv[index + 1 :]
+        Raises:
+            UserError: If train.py would refuse the flags.
+        """
+        self.settings(gpus)
+        launcher = "python"
+        if gpus > 1:
+            launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
+        return f"{launcher} train.py {shlex.join(self.train_flags(folder))}"
 
 
 def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
@@ -123,19 +130,50 @@ def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -
     add("--out", "result, with its table and figure next to it", type=Path, metavar="FILE.json")
 
 
-def check_extra_flags(
-    flags: list[str], reserved: Collection[str], prefixes: tuple[str, ...]
-) -> None:
-    """Raise UserError if the flags after "--" include one that the study sets itself."""
-    for word in flags:
-        if word.split("=")[0] in reserved or word.startswith(prefixes):
+def parse_study_flags(
+    parser: argparse.ArgumentParser, argv: list[str], *reserved_prefixes: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """Split a command line at "--" into the flags of the study and those of every train.py.
+
+    Args:
+        parser: The parser of the study.
+        argv: The command line.
+        reserved_prefixes: Prefixes of the flags of train.py that the user must not pass, in
+            addition to `RESERVED_FLAGS`.
+
+    Raises:
+        UserError: If a flag of the study is wrong, or if the study itself sets a flag of train.py
+            that the user passed.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    train_flags = argv[end + 1 :]
+    for word in train_flags:
+        if word.split("=")[0] in RESERVED_FLAGS or word.startswith(reserved_prefixes):
             raise UserError(f"-- {word}: the study sets this flag itself; remove it")
+    return args, train_flags
 
 
-def check_distinct_seeds(seeds: list[int]) -> None:
-    """Raise UserError if a seed occurs twice."""
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {' '.join(map(str, seeds))}: pass each seed only once")
+def set_defaults(args: argparse.Namespace, **defaults: Any) -> None:
+    """Set the flags of a study that were not passed to their defaults, and check the flags.
+
+    Raises:
+        UserError: If a seed occurs twice, or if --out does not end in .json.
+    """
+    for name, value in defaults.items():
+        setattr(args, name, getattr(args, name) or value)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: pass each seed only once")
+    if args.out.suffix != ".json":
+        raise UserError(f"--out {args.out} must end in .json")
+
+
+def open_cache(*folders: Path) -> LatentCache:
+    """Open a latent cache; raise UserError if it is missing or damaged."""
+    try:
+        return LatentCache(*folders)
+    except CacheError as error:
+        raise UserError(f"--data-dir: {error}") from None
 
 
 def check_cells(cells: list[Cell], folder: Path) -> None:
@@ -172,24 +210,20 @@ def describe_changes(before: list[str], after: list[str]) -> str:
     """Describe how two command lines differ. The last value of a repeated flag counts."""
     old = group_by_flag(before)
     new = group_by_flag(after)
-    changed = [flag for flag in {**old, **new} if old.get(flag) != new.get(flag)]
     return "; ".join(
         f"{flag} was {old.get(flag, 'not given')}, is {new.get(flag, 'not given')}"
-        for flag in changed
+        for flag in old | new
+        if old.get(flag) != new.get(flag)
     )
 
 
 def group_by_flag(words: Iterable[str]) -> dict[str, str]:
     """Convert ["--a", "1", "2", "--b"] to {"--a": "1 2", "--b": ""}."""
-    values: dict[str, list[str]] = {}
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag = word
-            values[flag] = []
-        else:
-            values[flag].append(word)
-    return {flag: " ".join(parts) for flag, parts in values.items()}
+    values = {}
+    for option in " ".join(words).removeprefix("--").split(" --"):
+        flag, _, value = option.partition(" ")
+        values[f"--{flag}"] = value
+    return values
 
 
 def make_portable(words: Iterable[str]) -> list[str]:
@@ -273,10 +307,9 @@ class TrainingProcess:
 
     def __init__(self, cell: Cell, folder: Path, num_threads: int, gpu: str | None):
         self.cell = cell
-        self.folder = folder
-        self.started = time.monotonic()
+        self.record_path = folder / f"{cell.run_name}.json"
         previous = read_record(cell, folder)
-        self.previous_seconds = previous.get("seconds", 0.0)
+        self.started = time.monotonic() - previous.get("seconds", 0.0)
         machine = describe_machine(torch.device("cuda" if gpu else "cpu"))
         self.record = {
             "flags": make_portable(cell.flags),
@@ -290,7 +323,6 @@ class TrainingProcess:
             "PYTHONUNBUFFERED": "1",
             # The last line of the log names the error of a failed run, so hide progress bars.
             "TQDM_DISABLE": "1",
-            "TQDM_MININTERVAL": "60",
         }
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -307,14 +339,9 @@ class TrainingProcess:
 
     def write_record(self, finished: bool) -> None:
         """Write the record that `read_record` reads."""
-        seconds = self.previous_seconds + time.monotonic() - self.started
-        record = self.record | {"seconds": round(seconds, 1), "finished": finished}
-        write_file(self.folder / f"{self.cell.run_name}.json", json.dumps(record).encode())
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal to the process and its children, if they still exist."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, number)
+        seconds = round(time.monotonic() - self.started, 1)
+        record = self.record | {"seconds": seconds, "finished": finished}
+        write_file(self.record_path, json.dumps(record).encode())
 
     def close(self) -> str | None:
         """Record the outcome of a process that has exited; return its error, or None."""
@@ -326,16 +353,14 @@ class TrainingProcess:
             return "was stopped"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
-        lines = self.log.read_text(errors="replace").replace("\r", "\n").split("\n")
-        messages = [line.strip() for line in lines if line.strip()]
-        return messages[-1] if messages else f"exited with code {code}"
+        lines = re.findall(r"\S[^\r\n]*", self.log.read_text(errors="replace"))
+        return lines[-1].rstrip() if lines else f"exited with code {code}"
 
 
 class Scheduler:
     """Starts a process per unfinished run, at most `jobs` at a time, and reports their progress."""
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int):
-        self.cells = cells
         self.folder = folder
         self.gpus = visible_gpus()
         self.num_threads = max(1, available_cores() // jobs)
@@ -344,13 +369,8 @@ class Scheduler:
         self.failed: dict[str, str] = {}  # name of a run -> its error
         self.is_stopping = False
         self.progress_time = 0.0  # of the last update of the progress bar
-        self.total_images: dict[Cell, int] = {}
-        self.images: dict[Cell, int] = {}
-        for cell in cells:
-            loop = cell.settings().loop
-            total = loop.num_steps * loop.batch_size
-            self.total_images[cell] = total
-            self.images[cell] = count_images(cell, folder) if cell in self.waiting else total
+        loops = {cell: cell.settings().loop for cell in cells}
+        self.total_images = {cell: loop.num_steps * loop.batch_size for cell, loop in loops.items()}
 
     @property
     def running(self) -> list[TrainingProcess]:
@@ -361,7 +381,7 @@ class Scheduler:
         """Execute all runs; if a stop is requested, return when the running ones have saved."""
         while self.running or (self.waiting and not request.name):
             if not request.name:
-                self.start_processes(request)
+                self.start_processes()
             elif not self.is_stopping:
                 self.stop_processes()
             time.sleep(POLL_SECONDS)
@@ -369,14 +389,11 @@ class Scheduler:
             if has_changed or time.monotonic() - self.progress_time > PROGRESS_SECONDS:
                 self.show_progress(bar, has_changed)
 
-    def start_processes(self, request: StopRequest) -> None:
-        """Start a waiting run in every free slot, until a stop is requested."""
+    def start_processes(self) -> None:
+        """Start a waiting run in every free slot."""
         for slot, process in enumerate(self.slots):
-            if process or request.name:
-                continue
             ready = (cell for cell in self.waiting if not is_running(cell, self.folder))
-            cell = next(ready, None)
-            if cell:
+            if not process and (cell := next(ready, None)):
                 self.waiting.remove(cell)
                 gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
                 self.slots[slot] = TrainingProcess(cell, self.folder, self.num_threads, gpu)
@@ -387,40 +404,41 @@ class Scheduler:
         tqdm.write(f"stopping: {len(self.running)} runs are saving their state")
         # A second Ctrl-C raises KeyboardInterrupt instead of waiting for the processes.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for process in self.running:
-            process.send_signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
 
-    def kill_processes(self) -> None:
-        """Kill the processes that are still running."""
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the processes and their children, if they still exist."""
         for process in self.running:
-            process.send_signal(signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.popen.pid, number)
 
     def close_processes(self) -> bool:
         """Free the slots of processes that have exited; return whether there were any."""
-        has_changed = False
-        for slot, process in enumerate(self.slots):
-            if not process or process.popen.poll() is None:
-                continue
-            has_changed = True
-            self.slots[slot] = None
+        exited = [process for process in self.running if process.popen.poll() is not None]
+        for process in exited:
+            self.slots[self.slots.index(process)] = None
             error = process.close()
-            self.images[process.cell] = count_images(process.cell, self.folder)
             if error and not self.is_stopping:
                 self.failed[process.cell.run_name] = error
                 tqdm.write(f"{process.cell.run_name}: {error} ({process.log})")
-        return has_changed
+        return bool(exited)
+
+    def count_images(self) -> int:
+        """Return the number of training images of all runs so far."""
+        return sum(
+            total if is_finished(cell, self.folder) else count_images(cell, self.folder)
+            for cell, total in self.total_images.items()
+        )
 
     def show_progress(self, bar: tqdm, refresh: bool) -> None:
-        """Update the progress bar from the logs of the running processes."""
+        """Update the progress bar from the records and logs of the runs."""
         self.progress_time = time.monotonic()
-        for process in self.running:
-            self.images[process.cell] = count_images(process.cell, self.folder)
-        finished = sum(is_finished(cell, self.folder) for cell in self.cells)
-        description = f"{finished} of {len(self.cells)} runs"
+        num_finished = sum(is_finished(cell, self.folder) for cell in self.total_images)
+        description = f"{num_finished} of {len(self.total_images)} runs"
         if self.failed:
             description += f", {len(self.failed)} failed"
         bar.set_description(description, refresh=refresh)
-        bar.update(sum(self.images.values()) - bar.n)
+        bar.update(self.count_images() - bar.n)
 
 
 def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
@@ -451,7 +469,7 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
             ) from None
         bar = tqdm(
             total=sum(scheduler.total_images.values()),
-            initial=sum(scheduler.images.values()),
+            initial=scheduler.count_images(),
             unit="img",
             unit_scale=True,
             smoothing=0,
@@ -460,7 +478,7 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
         request = resources.enter_context(stop_on_signal())
         previous_handler = signal.signal(signal.SIGINT, request.handle)
         resources.callback(signal.signal, signal.SIGINT, previous_handler)
-        resources.callback(scheduler.kill_processes)
+        resources.callback(scheduler.send_signal, signal.SIGKILL)
         scheduler.run(request, bar)
     if request.name == "SIGINT":
         raise KeyboardInterrupt

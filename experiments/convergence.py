@@ -23,10 +23,8 @@ collects the measurements of the cluster's runs so far.
 
 import argparse
 import json
-import shlex
 import sys
-from collections.abc import Sequence
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.run_steps import count_flops, time_runs
@@ -37,17 +35,17 @@ from common.machine import available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
 from experiments.cells import (
-    RESERVED_FLAGS,
     ROOT,
     Cell,
     add_study_flags,
     check_cells,
-    check_distinct_seeds,
-    check_extra_flags,
     check_no_failures,
+    is_finished,
     make_portable,
+    open_cache,
+    parse_study_flags,
     run_cells,
-    split_argv,
+    set_defaults,
     visible_gpus,
 )
 from experiments.results import collect_runs, load_result, save_result, write_report
@@ -62,7 +60,6 @@ from experiments.study_plan import (
     read_blocks,
 )
 from experiments.study_probe import probe_run, read_probe
-from latents.cache import CacheError, LatentCache
 
 
 def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
@@ -91,15 +88,12 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
 
 def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: int) -> None:
     """Print one training command per run; on a cluster each uses all GPUs of a machine."""
-    is_distributed = plan.scale == "imagenet" and gpus > 1
-    if plan.scale != "imagenet" and not (plan.data_dir / "ready.json").exists():
-        print(f"# run the study without --print to create {plan.data_dir}")
-    launcher = "python"
-    if is_distributed:
-        launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
+    if plan.scale != "imagenet":
+        gpus = 1
+        if not (plan.data_dir / "ready.json").exists():
+            print(f"# run the study without --print to create {plan.data_dir}")
     for cell in cells:
-        cell.settings(gpus if is_distributed else 1)
-        print(f"{launcher} train.py {shlex.join(cell.train_flags(output_dir))}")
+        print(cell.command(output_dir, gpus))
 
 
 def run_study(
@@ -113,15 +107,12 @@ def run_study(
     cells = plan.study_cells(blocks)
     check_cells(cells, output_dir)
     failed = run_cells(cells, output_dir, jobs)
-    runs = collect_runs(cells, output_dir)
-    num_images = [len(open_cache(cache)) for cache in (plan.train_cache, plan.held_out_cache)]
-    seconds = time_methods(plan, cells, output_dir)
-    for run in runs:
-        run["probe"] = probe_run(run_folder(run, output_dir), open_cache(plan.train_cache))
-    settings = describe_study(plan, blocks, cells, num_images, seconds)
-    save_result(path, "convergence", settings, runs)
-    if not failed or has_baseline(runs):
-        write_convergence_report(path)
+    cache = open_cache(plan.train_cache)
+    time_methods(plan, cells, output_dir)
+    for cell in cells:
+        if is_finished(cell, output_dir):
+            probe_run(output_dir / cell.run_name, cache)
+    write_result(plan, blocks, collect_runs(cells, output_dir), output_dir, path)
     check_no_failures(failed, len(cells))
 
 
@@ -139,14 +130,7 @@ def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path
             f"--output-dir {output_dir}: contains no evaluation of vanilla SiT; rerun after the "
             "first one"
         )
-    for run in runs:
-        run["probe"] = read_probe(run_folder(run, output_dir))
-    # The data may be missing, because the runs may have been copied from another machine.
-    num_images = [count_if_exists(cache) for cache in (plan.train_cache, plan.held_out_cache)]
-    seconds = read_seconds(output_dir / "seconds.json", cells)
-    settings = describe_study(plan, blocks, cells, num_images, seconds)
-    save_result(path, "convergence", settings, runs)
-    write_convergence_report(path)
+    write_result(plan, blocks, runs, output_dir, path)
 
 
 def has_baseline(runs: list[dict]) -> bool:
@@ -154,72 +138,71 @@ def has_baseline(runs: list[dict]) -> bool:
     return any(run["name"] == BASELINE for run in runs)
 
 
-def run_folder(run: dict, output_dir: Path) -> Path:
-    """Return the folder of a run of the result."""
-    return output_dir / Cell(run["name"], run["seed"], ()).run_name
+def write_result(
+    plan: StudyPlan, blocks: dict[str, int], runs: list[dict], output_dir: Path, path: Path
+) -> None:
+    """Write the result of a study, and its report if the runs include the baseline.
 
-
-def open_cache(path: Path) -> LatentCache:
-    """Open a cache of the study; raise UserError if it is missing or damaged."""
-    try:
-        return LatentCache(path)
-    except CacheError as error:
-        raise UserError(f"--data-dir: {error}") from None
+    Args:
+        plan: The plan of the study.
+        blocks: The aligned block of each method.
+        runs: The entries of the runs, without the results of their probes.
+        output_dir: The output directory of the study.
+        path: The JSON file to write.
+    """
+    for run in runs:
+        run_name = Cell(run["name"], run["seed"], ()).run_name
+        run["probe"] = read_probe(output_dir / run_name)
+    save_result(path, "convergence", describe_study(plan, blocks, output_dir), runs)
+    if has_baseline(runs):
+        write_convergence_report(path)
 
 
 def count_if_exists(path: Path) -> int | None:
     """Return the number of images of a cache, or None if it cannot be opened."""
-    try:
-        return len(LatentCache(path))
-    except CacheError:
-        return None
+    with suppress(UserError):
+        return len(open_cache(path))
+    return None
 
 
-def describe_study(
-    plan: StudyPlan,
-    blocks: dict[str, int],
-    cells: list[Cell],
-    num_images: Sequence[int | None],
-    seconds: dict[str, dict],
-) -> dict:
+def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) -> dict:
     """Return the keys of the result besides its runs.
 
     Args:
         plan: The plan of the study.
         blocks: The aligned block of each method.
-        cells: The runs.
-        num_images: Numbers of training and of held-out images; None if the cache is missing.
-        seconds: Seconds per step of each method, as far as they were measured.
+        output_dir: The output directory of the study, which contains the timings.
     """
-    settings = cells[0].settings()
-    num_train, num_held_out = num_images
+    cells = {cell.name: cell for cell in plan.study_cells(blocks)}
+    settings = cells[BASELINE].settings()
+    num_samples = settings.evaluation.samples
+    # The data may be missing, because the runs may have been copied from another machine.
+    num_train = count_if_exists(plan.train_cache)
+    num_held_out = count_if_exists(plan.held_out_cache)
     floor = None
     if plan.scale != "imagenet" and num_train:
-        floor = measure_floor(plan.data_dir, settings.evaluation.samples)
-    cell_of_method = {cell.name: cell for cell in cells}
-    methods = []
-    for name in plan.methods:
-        flops = count_flops(cell_of_method[name].settings()) if num_train else None
-        methods.append(
-            {
-                "name": name,
-                "label": METHODS[name].label,
-                "flags": " ".join(plan.method_flags(name, blocks)),
-                "training_flops": flops,
-                "step_s": seconds.get(name),
-            }
-        )
+        floor = measure_floor(plan.data_dir, num_samples)
+    seconds = read_seconds(output_dir, plan.study_cells(blocks))
     return {
         "scale": plan.scale,
         "model": plan.model,
         "batch_size": settings.loop.batch_size,
         "steps": plan.steps,
         "training_images": num_train,
-        "held_out_images": num_held_out and min(num_held_out, settings.evaluation.samples),
+        "held_out_images": num_held_out and min(num_held_out, num_samples),
         "metric": frechet_name(settings.evaluation.features),
         "knobs": blocks,
         "floor": floor,
-        "methods": methods,
+        "methods": [
+            {
+                "name": name,
+                "label": METHODS[name].label,
+                "flags": " ".join(plan.method_flags(name, blocks)),
+                "training_flops": count_flops(cell.settings()) if num_train else None,
+                "step_s": seconds.get(name),
+            }
+            for name, cell in cells.items()
+        ],
     }
 
 
@@ -228,25 +211,22 @@ def portable_flags(cells: list[Cell]) -> dict[str, list[str]]:
     return {cell.name: make_portable(cell.flags) for cell in cells}
 
 
-def read_seconds(path: Path, cells: list[Cell]) -> dict[str, dict]:
+def read_seconds(output_dir: Path, cells: list[Cell]) -> dict[str, dict]:
     """Return stored timings of `time_methods`, or {} if they belong to other flags."""
-    stored = read_json(path)
+    stored = read_json(output_dir / "seconds.json")
     return stored.get("seconds", {}) if stored.get("flags") == portable_flags(cells) else {}
 
 
-def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> dict[str, dict]:
+def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> None:
     """Time a training step of each method, while nothing else runs, unless this was done before."""
-    path = output_dir / "seconds.json"
-    seconds = read_seconds(path, cells)
-    if seconds:
-        return seconds
+    if read_seconds(output_dir, cells):
+        return
     print("timing a step of each method; do not use the machine meanwhile", flush=True)
     scale = SCALES[plan.scale]
-    runs = {cell.name: cell.settings() for cell in cells}
-    seconds = time_runs(runs, scale.timing_rounds, scale.timing_steps)
+    settings = {cell.name: cell.settings() for cell in cells}
+    seconds = time_runs(settings, scale.timing_rounds, scale.timing_steps)
     content = {"flags": portable_flags(cells), "seconds": seconds}
-    write_file(path, json.dumps(content).encode())
-    return seconds
+    write_file(output_dir / "seconds.json", json.dumps(content).encode())
 
 
 def write_convergence_report(path: Path) -> None:
@@ -255,8 +235,7 @@ def write_convergence_report(path: Path) -> None:
     Raises:
         UserError: If the file is not such a result, or its runs cannot be compared.
     """
-    result = load_result(path, "convergence")
-    write_report(path, format_tables(result), partial(draw_figure, result))
+    write_report(path, load_result(path, "convergence"), format_tables, draw_figure)
 
 
 def make_parser() -> cli.Parser:
@@ -318,12 +297,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: If a flag is wrong, or incompatible with another one.
     """
-    study_argv, train_flags = split_argv(argv)
-    args = make_parser().parse_args(study_argv)
+    prefixes = ("--align", "--projector", "--repa", "--sra", "--eval-latents")
+    args, train_flags = parse_study_flags(make_parser(), argv, *prefixes)
     if not args.scale and not args.plot:
         raise UserError(f"--scale is missing; pass one of {', '.join(SCALES)}, or --plot FILE.json")
-    reserved = {*RESERVED_FLAGS, "--eval-latents"}
-    check_extra_flags(train_flags, reserved, ("--align", "--projector", "--repa", "--sra"))
     if args.plot:
         if args.plot.suffix != ".json":
             raise UserError(f"--plot {args.plot} must end in .json; pass the result of a study")
@@ -340,20 +317,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     # Set the defaults of the scale.
     scale = SCALES[args.scale]
-    args.model = args.model or scale.model
-    args.seeds = args.seeds or [*(scale.tune_seeds if args.tune else scale.seeds)]
-    args.max_train_steps = args.max_train_steps or (scale.tune_steps if args.tune else scale.steps)
-    args.evaluations = args.evaluations or scale.evaluations
-    default_data_dir = "data/imagenet256" if imagenet else f"data/study-{args.scale}"
-    args.data_dir = args.data_dir or Path(default_data_dir)
-    args.output_dir = args.output_dir or Path(f"exps/study-{args.scale}")
-    args.knobs = args.knobs or ROOT / f"docs/study-{args.scale}-knobs.json"
-    default_jobs = (scale.jobs_per_gpu or 1) * len(visible_gpus())
-    args.jobs = args.jobs or default_jobs or available_cores()
-    args.out = args.out or args.output_dir / ("knobs.json" if args.tune else "study.json")
-    if args.out.suffix != ".json":
-        raise UserError(f"--out {args.out} must end in .json")
-    check_distinct_seeds(args.seeds)
+    output_dir = args.output_dir or Path(f"exps/study-{args.scale}")
+    set_defaults(
+        args,
+        model=scale.model,
+        seeds=[*(scale.tune_seeds if args.tune else scale.seeds)],
+        max_train_steps=scale.tune_steps if args.tune else scale.steps,
+        evaluations=scale.evaluations,
+        data_dir=Path("data/imagenet256" if imagenet else f"data/study-{args.scale}"),
+        output_dir=output_dir,
+        knobs=ROOT / f"docs/study-{args.scale}-knobs.json",
+        jobs=(scale.jobs_per_gpu or 1) * len(visible_gpus()) or available_cores(),
+        out=output_dir / ("knobs.json" if args.tune else "study.json"),
+    )
     if BASELINE not in args.methods and not args.tune:
         args.methods = [BASELINE, *args.methods]
     return args, train_flags

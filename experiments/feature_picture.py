@@ -7,13 +7,12 @@ Shapes: m images, H W pixels, latents of h w, s tokens per side.
 """
 
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,15 +29,10 @@ CAPTION = (
 )
 
 
-@dataclass
-class ColourMaps:
-    """The maps of one checkpoint; colours are in [0, 1]."""
-
-    images: np.ndarray  # decoded latents, uint8, (m, H, W, 3)
-    latents: np.ndarray  # (m, h, w, 3)
-    noisy_images: dict[float, np.ndarray] = field(default_factory=dict)  # decoded x_t by t
-    x_t: dict[float, np.ndarray] = field(default_factory=dict)  # (m, h, w, 3) by t
-    blocks: dict[tuple[float, int], np.ndarray] = field(default_factory=dict)  # by t and block
+# The maps of one checkpoint in rows and columns. The first row contains the data, and the others
+# contain x_t for each t. The columns are the decoded images in uint8, (m, H, W, 3), the latents,
+# (m, h, w, 3), and for x_t the blocks, (m, s, s, 3), with colours in [0, 1].
+ColourMaps = list[list[np.ndarray]]
 
 
 def resize_to_tile(image: np.ndarray) -> np.ndarray:
@@ -58,30 +52,14 @@ def resize_to_tile(image: np.ndarray) -> np.ndarray:
 
 
 def make_sheet(maps: ColourMaps, index: int) -> np.ndarray:
-    """Arrange the maps of one image on a white canvas.
-
-    The first row contains the data, and the others x_t for each t. The columns are the decoded
-    images, the latents and the blocks.
-    """
-    times = list(maps.x_t)
-    blocks = sorted({block for _, block in maps.blocks})
+    """Arrange the maps of one image in rows and columns on a white canvas."""
     step = TILE_SIZE + TILE_GAP
-    height = step * (1 + len(times)) - TILE_GAP
-    width = step * (2 + len(blocks)) - TILE_GAP
-    canvas = np.ones((height, width, 3))
-
-    def paste(row: int, column: int, image: np.ndarray) -> None:
-        tile = canvas[row * step :, column * step :][:TILE_SIZE, :TILE_SIZE]
-        tile[:] = resize_to_tile(image)
-
-    paste(0, 0, maps.images[index])
-    paste(0, 1, maps.latents[index])
-    for row, t in enumerate(times, 1):
-        paste(row, 0, maps.noisy_images[t][index])
-        paste(row, 1, maps.x_t[t][index])
-        for column, block in enumerate(blocks, 2):
-            paste(row, column, maps.blocks[t, block][index])
-    return canvas
+    canvas = np.ones((step * len(maps), step * max(map(len, maps)), 3))
+    for i, row in enumerate(maps):
+        for k, images in enumerate(row):
+            tile = canvas[i * step :, k * step :][:TILE_SIZE, :TILE_SIZE]
+            tile[:] = resize_to_tile(images[index])
+    return canvas[:-TILE_GAP, :-TILE_GAP]
 
 
 def draw_figure(result: dict, maps: list[ColourMaps], classes: list[str], path: Path) -> None:
@@ -117,21 +95,20 @@ def draw_figure(result: dict, maps: list[ColourMaps], classes: list[str], path: 
         row.suptitle(format_title(checkpoint), x=0.008, ha="left", fontsize=12, fontweight="bold")
         left, right = row.subfigures(1, 2, width_ratios=(maps_width, charts_width))
 
-        grid = left.subplots(num_rows, num_columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for index, (axes, name) in enumerate(zip(grid.flat, classes)):
+        grid = left.subplots(num_rows, num_columns, squeeze=False).flat
+        for index, name in enumerate(classes):
             sheet = make_sheet(checkpoint_maps, index)
-            draw_sheet(axes, sheet, name, checkpoint["blocks"], result["times"])
+            draw_sheet(grid[index], sheet, name, checkpoint["blocks"], result["times"])
+        for axes in grid[len(classes) :]:
+            axes.set_axis_off()
 
         charts = right.subplots(1, len(titles), squeeze=False)[0]
         for axes, (metric, title) in zip(charts, titles.items()):
             draw_chart(axes, result, checkpoint, metric)
             axes.set_title(title, fontsize=10)
         left.suptitle("\n".join(caption), fontsize=9)
-        handles, labels = charts[-1].get_legend_handles_labels()
-        layout = {"loc": "outside lower center", "ncols": 9, "frameon": False, "fontsize": 9}
-        right.legend(handles, labels, **layout)
+        legend = charts[-1].get_legend_handles_labels()
+        right.legend(*legend, loc="outside lower center", ncols=9, frameon=False, fontsize=9)
     save_png(figure, path)
 
 
@@ -149,9 +126,8 @@ def draw_sheet(
 ) -> None:
     """Draw the maps of one image, with labels of the rows and columns, and its class."""
     columns = ["image", "latent", f"block {blocks[0]}", *map(str, blocks[1:])]
-    rows = ["t = 0", *(f"t = {t:g}" for t in times)]
-    centres = (TILE_SIZE - 1) / 2 + (TILE_SIZE + TILE_GAP) * np.arange(max(len(columns), len(rows)))
-    axes.set_axis_on()
+    rows = [f"t = {t:g}" for t in (0, *times)]
+    centres = np.arange((TILE_SIZE - 1) / 2, max(sheet.shape), TILE_SIZE + TILE_GAP)
     axes.imshow(sheet, interpolation="nearest")
     axes.set_xticks(centres[: len(columns)], columns, fontsize=8)
     axes.set_yticks(centres[: len(rows)], rows, fontsize=8)
@@ -166,29 +142,21 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
     The lines start at a marker for x_t itself, flattened. Horizontal lines show the latents, and
     chance for the accuracy.
     """
-    plt = load_pyplot()
     times = result["times"]
     blocks = checkpoint["blocks"]
     last_block = max(other["blocks"][-1] for other in result["checkpoints"])
     x_of_input = min(0, 1 - 0.08 * last_block)
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.88, len(times)))
+    shades = load_pyplot().get_cmap("viridis")(np.linspace(0, 0.88, len(times)))
     diamond: dict[str, Any] = {"marker": "D", "markersize": 5, "markerfacecolor": "none"}
-    inputs = {
-        row["t"]: row
-        for row in result["baselines"]
-        if row.get("path_type") == checkpoint["path_type"]
-    }
+    inputs = [row for row in result["baselines"] if row.get("path_type") == checkpoint["path_type"]]
     for t, shade in zip(times, shades):
-        rows = [row for row in checkpoint["results"] if row["t"] == t]
-        values = select_values(rows, metric)
-        start = select_values([inputs[t]], metric)
+        start, *values = select_values([*inputs, *checkpoint["results"]], t, metric)
         axes.plot(blocks, values, color=shade, marker="o", markersize=4, label=f"t = {t:g}")
-        axes.plot([x_of_input], start, color=shade, **diamond)
-        x_of_link = [x_of_input, blocks[0]]
-        axes.plot(x_of_link, [*start, values[0]], color=shade, linewidth=0.7, linestyle=":")
+        axes.plot([x_of_input], [start], color=shade, **diamond)
+        link = {"color": shade, "linewidth": 0.7, "linestyle": ":"}
+        axes.plot([x_of_input, blocks[0]], [start, values[0]], **link)
         if metric == "accuracy":
-            low = select_values(rows, "low")
-            high = select_values(rows, "high")
+            low, high = (select_values(checkpoint["results"], t, end) for end in ("low", "high"))
             axes.fill_between(blocks, low, high, color=shade, alpha=0.15, linewidth=0)
     axes.plot([], [], color="0.4", linestyle="", label="$x_t$ itself, flattened", **diamond)
 
@@ -203,10 +171,9 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
     known = [row[metric] for row in (*result["baselines"], *results) if row[metric] is not None]
     axes.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
     axes.set_xlim(x_of_input - 0.04 * last_block, last_block * 1.04)
-    axes.set_xticks([x_of_input, *blocks], ["$x_t$", *map(str, blocks)])
+    axes.set_xticks([x_of_input, *blocks], ["$x_t$", *blocks])
     axes.set_xlabel("after block", fontsize=9)
-    axes.grid(True, alpha=0.25)
-    hide_frame(axes)
+    add_grid(axes)
 
 
 def draw_level(axes: "Axes", name: str, level: float, linestyle: str) -> None:
@@ -225,6 +192,6 @@ def draw_level(axes: "Axes", name: str, level: float, linestyle: str) -> None:
     )
 
 
-def select_values(rows: list[dict], metric: str) -> list[float]:
-    """Return a metric of each row, with NaN for None."""
-    return [np.nan if row[metric] is None else row[metric] for row in rows]
+def select_values(rows: list[dict], t: float, metric: str) -> np.ndarray:
+    """Return a metric of the rows at a time, with NaN for None."""
+    return np.array([row[metric] for row in rows if row["t"] == t], float)

@@ -41,9 +41,7 @@ MAX_BLOCKS = 8
 
 def spread_blocks(depth: int) -> list[int]:
     """Return at most `MAX_BLOCKS` blocks, counted from 1, including the first and the last."""
-    if depth == 1:
-        return [1]
-    return sorted({round(1 + i * (depth - 1) / (MAX_BLOCKS - 1)) for i in range(MAX_BLOCKS)})
+    return np.unique(np.linspace(1, depth, MAX_BLOCKS).round().astype(int)).tolist()
 
 
 class StudyImages(NamedTuple):
@@ -79,12 +77,9 @@ def draw_images(cache: LatentCache, count: int, seed: int) -> StudyImages:
 
 def choose_shown(images: StudyImages, count: int) -> Tensor:
     """Return the positions (m,) of held-out images for the figure, alternating between classes."""
-    counts: dict[int, int] = {}
-    occurrences = []
-    for label in images.labels[images.half :].tolist():
-        occurrences.append(counts.get(label, 0))
-        counts[label] = occurrences[-1] + 1
-    return images.half + torch.tensor(occurrences).argsort(stable=True)[:count]
+    labels = images.labels[images.half :]
+    occurrences = F.one_hot(labels).cumsum(0).gather(1, labels[:, None]).flatten()
+    return images.half + occurrences.argsort(stable=True)[:count]
 
 
 @torch.no_grad()
@@ -143,7 +138,7 @@ def evaluate_features(
     labels = images.labels.to(features.device)
     held_out = features[half:]
     probe = fit_probe(features[:half], labels[:half], num_classes)
-    num_correct = int((probe.logits(held_out).argmax(1) == labels[half:]).sum().item())
+    num_correct = (probe.logits(held_out).argmax(1) == labels[half:]).sum().item()
     low, high = wilson_interval(num_correct, len(held_out))
     alignment = math.nan if reference is None else cknna(find_neighbours(held_out), reference)
     return {
@@ -205,24 +200,22 @@ def make_colour_maps(
     latent_basis = fit_colours(pixels.flatten(0, 2))
     scores = latent_basis.scores(pixels).movedim(-1, 1)
     reference_scores = F.adaptive_avg_pool2d(scores, side).movedim(1, -1).reshape(-1, 3).to(device)
-    maps = ColourMaps(
-        images=decode(vae, images.latents[rows].to(device)),
-        latents=latent_basis.colours(pixels).numpy(),
-    )
+    decoded = decode(vae, images.latents[rows].to(device))
+    maps = [[decoded, latent_basis.colours(pixels).numpy()]]
 
     # Map x_t and the blocks. Signs follow the previous time of the same block, or the last map.
     share: dict[tuple[float, int], float] = {}
     block_scores: dict[int, Tensor] = {}
     for t in times:
         x_t = images.add_noise(path_type, t, rows)
-        maps.noisy_images[t] = decode(vae, x_t.to(device))
-        maps.x_t[t] = latent_basis.colours(x_t.movedim(1, -1)).numpy()
+        decoded = decode(vae, x_t.to(device))
+        maps.append([decoded, latent_basis.colours(x_t.movedim(1, -1)).numpy()])
         for block, tokens in compute_tokens(model, x_t, t, blocks).items():
             basis = fit_colours(tokens.flatten(0, 1), block_scores.get(block, reference_scores))
             reference_scores = basis.scores(tokens).flatten(0, 1)
             block_scores[block] = reference_scores
             colours = basis.colours(tokens).reshape(len(rows), side, side, 3)
-            maps.blocks[t, block] = colours.cpu().numpy()
+            maps[-1].append(colours.cpu().numpy())
             share[t, block] = basis.share
     return maps, share
 

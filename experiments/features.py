@@ -26,6 +26,7 @@ from common.cli import UserError
 from common.files import write_file
 from evaluations.extractors import load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
+from experiments.cells import open_cache
 from experiments.feature_picture import ColourMaps, draw_figure
 from experiments.feature_study import (
     MAX_BLOCKS,
@@ -40,7 +41,7 @@ from experiments.feature_study import (
 )
 from experiments.representation import NEIGHBOURS, Neighbours, find_neighbours
 from interpolant import INTERPOLANTS
-from latents.cache import CacheError, LatentCache
+from latents.cache import LatentCache
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import PRESETS
@@ -204,7 +205,10 @@ def load_checkpoints(
             sources.append(pretrained.load(path, decay, **flags))
         except CheckpointError as error:
             raise UserError(f"--ckpt: {error}") from None
-        if not is_official and read_label_dropout(path) == 0:
+        if is_official:
+            continue
+        _, config = pretrained.read_own_config(pretrained.resolve_checkpoint(path))
+        if config.get("cfg_prob") == 0:
             print(
                 f"--ckpt {path} was trained without label dropout, so its null class is untrained",
                 file=sys.stderr,
@@ -212,18 +216,9 @@ def load_checkpoints(
     return sources
 
 
-def read_label_dropout(path: Path) -> float | None:
-    """Return the rate of label dropout of one of our checkpoints, or None if not recorded."""
-    _, config = pretrained.read_own_config(pretrained.resolve_checkpoint(path))
-    return config.get("cfg_prob")
-
-
 def load_cache(folders: list[Path], min_images: int) -> LatentCache:
     """Open the cache; raise UserError if it is damaged or too small."""
-    try:
-        cache = LatentCache(*folders)
-    except CacheError as error:
-        raise UserError(f"--data-dir: {error}") from None
+    cache = open_cache(*folders)
     if len(cache) < min_images:
         raise UserError(
             f"--probe-images {min_images} is more than the {len(cache)} images of --data-dir; "
@@ -237,11 +232,12 @@ def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[i
     checkpoint = f"--ckpt {source.identity['checkpoint']}"
     config = source.model.config
     manifest = cache.manifest
-    model_shape = (config.channels, config.latent_size, config.latent_size)
-    if model_shape != tuple(manifest.latent_shape):
+    model_shape = f"{config.channels}x{config.latent_size}x{config.latent_size}"
+    cache_shape = "x".join(map(str, manifest.latent_shape))
+    if model_shape != cache_shape:
         raise UserError(
-            f"{checkpoint} needs latents of {format_shape(model_shape)}, but those of --data-dir "
-            f"are {format_shape(manifest.latent_shape)}; pass another --data-dir"
+            f"{checkpoint} needs latents of {model_shape}, but those of --data-dir are "
+            f"{cache_shape}; pass another --data-dir"
         )
     if source.vae_fingerprint not in (None, manifest.vae_fingerprint):
         raise UserError(
@@ -251,11 +247,6 @@ def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[i
         )
     if blocks and blocks[-1] > config.depth:
         raise UserError(f"--blocks {blocks[-1]}: {checkpoint} has only {config.depth} blocks")
-
-
-def format_shape(shape: list[int] | tuple[int, ...]) -> str:
-    """Format a shape as "4x32x32"."""
-    return "x".join(map(str, shape))
 
 
 def load_vae(name: str, fingerprint: str, device: str) -> Autoencoder:
@@ -272,21 +263,49 @@ def load_vae(name: str, fingerprint: str, device: str) -> Autoencoder:
 
 
 @torch.no_grad()
-def find_reference_neighbours(
-    network: torch.nn.Module, images: StudyImages, vae: Autoencoder, batch_size: int, device: str
-) -> tuple[Neighbours, int]:
-    """Return the neighbours of the held-out images, decoded, in the features of a network.
+def measure_reference(
+    args: argparse.Namespace, images: StudyImages, vae: Autoencoder, resolution: int
+) -> tuple[Neighbours | None, dict | None]:
+    """Find the neighbours of the held-out images that CKNNA compares with.
 
-    Also returns the number of features.
+    Args:
+        args: The flags, which name the network of the features.
+        images: The images.
+        vae: Decodes the held-out images for the network.
+        resolution: Height and width of the images in pixels.
+
+    Returns:
+        The neighbours and the description of the features, or (None, None) without a network.
     """
-    latents = images.latents[images.half :].split(batch_size)
+    name = args.reference_features
+    if name == "auto":
+        name = "fashion" if resolution == FASHION_RESOLUTION else "none"
+    if name == "none":
+        return None, None
+    network = load_extractor(
+        name,
+        args.inception_weights,
+        (resolution, resolution),
+        args.device,
+        "--data-dir",
+        "--reference-features",
+        args.encoder_weights,
+    )
+    latents = images.latents[images.half :].split(args.batch_size)
     features = torch.cat(
         [
-            network(vae.decode(batch.to(device))).pool.float()
+            network(vae.decode(batch.to(args.device))).pool.float()
             for batch in tqdm(latents, unit="batch", desc="reference features", leave=False)
         ]
     )
-    return find_neighbours(features), features.shape[1]
+    description = {
+        "k": NEIGHBOURS,
+        "images": len(features),
+        "features": name,
+        "weights_sha256": network.weights_sha256,
+        "width": features.shape[1],
+    }
+    return find_neighbours(features), description
 
 
 def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]]:
@@ -310,39 +329,14 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
     images = draw_images(cache, args.probe_images, args.seed)
     shown = choose_shown(images, args.images)
     labels = images.labels[images.half :]
-
-    # Find the neighbours that CKNNA compares with.
-    network_name = args.reference_features
-    if network_name == "auto":
-        network_name = "fashion" if manifest.resolution == FASHION_RESOLUTION else "none"
-    reference = cknna_settings = None
-    if network_name != "none":
-        network = load_extractor(
-            network_name,
-            args.inception_weights,
-            (manifest.resolution, manifest.resolution),
-            args.device,
-            "--data-dir",
-            "--reference-features",
-            args.encoder_weights,
-        )
-        reference, width = find_reference_neighbours(
-            network, images, vae, args.batch_size, args.device
-        )
-        cknna_settings = {
-            "k": NEIGHBOURS,
-            "images": len(labels),
-            "features": network_name,
-            "weights_sha256": network.weights_sha256,
-            "width": width,
-        }
+    reference, cknna_settings = measure_reference(args, images, vae, manifest.resolution)
 
     def evaluate(features: Tensor) -> dict:
         return evaluate_features(features.to(args.device), images, manifest.num_classes, reference)
 
     # Measure the inputs, and the blocks of each checkpoint.
     path_types = sorted({source.path_type for source in sources})
-    num_forwards = len(sources) * len(args.times) * len(images.image_index)
+    num_forwards = len(sources) * len(args.times) * len(images.labels)
     checkpoints = []
     maps = []
     with tqdm(total=num_forwards, unit="img", desc="features") as bar:
@@ -359,11 +353,10 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
             for t in args.times:
                 x_t = images.add_noise(source.path_type, t)
                 pooled = pool_tokens(model, x_t, t, blocks, args.batch_size, bar)
-                for block, features in pooled.items():
-                    measures = evaluate(features)
-                    results.append(
-                        {"t": t, "block": block, **measures, "pca_share": share[t, block]}
-                    )
+                results += [
+                    {"t": t, "block": block, **evaluate(features), "pca_share": share[t, block]}
+                    for block, features in pooled.items()
+                ]
             model.cpu()
             checkpoints.append(
                 {

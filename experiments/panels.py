@@ -1,12 +1,13 @@
 """The table and the figure of an ablation study, made from its JSON result alone."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 from experiments.results import Estimate, final_values, paired_difference
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def format_row(value: dict, finals: Values, agreement: Values) -> str:
 
 def format_difference(difference: Estimate | None) -> str:
     """Format a difference as in "-0.042 (-0.144 to +0.061)"; return "" for None."""
-    if difference is None:
+    if not difference:
         return ""
     text = f"{difference.mean:+.3f}"
-    if difference.low is not None:
+    if not math.isnan(difference.low):
         text += f" ({difference.low:+.3f} to {difference.high:+.3f})"
     return text
 
@@ -99,24 +100,23 @@ def draw_figure(result: dict, path: Path) -> None:
         layout="constrained",
         squeeze=False,
     )
-    limits = find_limits(finals)
+    grid[0, 0].set_ylim(find_limits(finals))
     for axes, panel in zip(grid.flat, result["axes"]):
         draw_panel(axes, panel, finals)
-        axes.set_ylim(limits)
-    for axes in [*grid.flat][count:]:
+    for axes in grid.flat[count:]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel(result["metric"])
 
     # Without data, the lines draw nothing but their entries in the legend.
-    legend_line = partial(plt.Line2D, [], [])
-    seed = partial(legend_line, color="0.4", marker="o", markersize=4, linestyle="", alpha=0.6)
-    mean = partial(legend_line, color="0.4", marker="_", markersize=12, markeredgewidth=2.2)
+    line = partial(plt.Line2D, [], [])
+    dot = {"marker": "o", "markersize": 4}
+    bar = {"marker": "_", "markersize": 12, "markeredgewidth": 2.2}
     handles = [
-        legend_line(color="0.35", linestyle="--", label="vanilla, and its seeds"),
-        seed(label="a seed"),
-        mean(label="mean, and 95% against vanilla"),
-        legend_line(color="C1", marker="o", markersize=4, label="the paper's best"),
+        line(color="0.35", linestyle="--", label="vanilla, and its seeds"),
+        line(color="0.4", linestyle="", alpha=0.6, label="a seed", **dot),
+        line(color="0.4", label="mean, and 95% against vanilla", **bar),
+        line(color="C1", label="the paper's best", **dot),
     ]
     legend_columns = 4 if columns > 2 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False)
@@ -127,13 +127,14 @@ def find_limits(finals: Values) -> tuple[float, float]:
     """Return the range of the vertical axis: all values and interval ends, with a margin."""
     baseline = finals[BASELINE]
     level = float(np.mean([*baseline.values()]))
-    shown = [value for by_seed in finals.values() for value in by_seed.values()]
-    for name, by_seed in finals.items():
-        difference = paired_difference(by_seed, baseline) if name != BASELINE else None
-        if difference and difference.low is not None and difference.high is not None:
-            shown += [level + difference.low, level + difference.high]
-    margin = 0.05 * (max(shown) - min(shown)) or 0.1 * abs(level)
-    return min(shown) - margin, max(shown) + margin
+    shown = []
+    for by_seed in finals.values():
+        difference = paired_difference(by_seed, baseline) or Estimate(0)
+        shown += [*by_seed.values(), level + difference.low, level + difference.high]
+    low = np.nanmin(shown)
+    high = np.nanmax(shown)
+    margin = 0.05 * (high - low) or 0.1 * abs(level)
+    return low - margin, high + margin
 
 
 def draw_panel(axes: "Axes", panel: dict, finals: Values) -> None:
@@ -156,15 +157,10 @@ def draw_panel(axes: "Axes", panel: dict, finals: Values) -> None:
             alpha=0.5,
             linestyle="",
         )
-        difference = paired_difference(by_seed, baseline)
-        if difference is None:
-            continue
-        mean = level + difference.mean
-        axes.plot(x + 0.08, mean, color, marker="_", markersize=15, markeredgewidth=2.2)
-        if difference.low is not None and difference.high is not None:
-            ends = [level + difference.low, level + difference.high]
+        if difference := paired_difference(by_seed, baseline):
+            mean, *ends = level + np.array(difference)
+            axes.plot(x + 0.08, mean, color, marker="_", markersize=15, markeredgewidth=2.2)
             axes.plot([x + 0.08] * 2, ends, color, linewidth=1.6)
     axes.set_xticks(range(len(panel["values"])), [value["label"] for value in panel["values"]])
     axes.set(title=panel["title"], xlim=(-0.6, len(panel["values"]) - 0.4))
-    axes.grid(True, axis="y", alpha=0.25)
-    hide_frame(axes)
+    add_grid(axes, "y")

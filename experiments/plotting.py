@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from common import cli
 from common.files import write_file
@@ -28,8 +28,9 @@ def load_pyplot() -> ModuleType:
     return plt
 
 
-def hide_frame(axes: "Axes") -> None:
-    """Remove the upper and right edges of a plot."""
+def add_grid(axes: "Axes", direction: Literal["both", "x", "y"] = "both") -> None:
+    """Draw a light grid, and remove the upper and right edges of a plot."""
+    axes.grid(True, axis=direction, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 

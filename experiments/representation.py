@@ -28,17 +28,11 @@ class Probe(NamedTuple):
         return (features.double() - self.mean) / self.std @ self.weight.T + self.bias
 
 
-def fit_probe(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    penalty: float = 1.0,
-    max_iterations: int = 2000,
-) -> Probe:
+def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     """Fit a linear probe with L-BFGS, starting at zero.
 
-    The probe is the unique minimum of the mean cross-entropy + penalty / (2 n) |weight|^2. This is
-    scikit-learn's LogisticRegression(C=1 / penalty), which does not penalise the bias either. The
+    The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). This is
+    scikit-learn's LogisticRegression(C=1), which does not penalise the bias either. The
     optimisation ends when no partial derivative exceeds 1e-5. The weights of constant features are
     zero.
 
@@ -46,8 +40,6 @@ def fit_probe(
         features: Features to predict from, (n, D).
         labels: Classes, (n,).
         num_classes: K.
-        penalty: Factor of the penalty.
-        max_iterations: Limit of the number of iterations.
     """
     x = features.double()
     mean = x.mean(0)
@@ -59,8 +51,8 @@ def fit_probe(
     bias = x.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
-        max_iter=max_iterations,
-        max_eval=2 * max_iterations,
+        max_iter=2000,
+        max_eval=4000,
         tolerance_grad=1e-5,
         tolerance_change=0,
         history_size=20,
@@ -70,7 +62,7 @@ def fit_probe(
     def compute_loss() -> Tensor:
         optimizer.zero_grad()
         cross_entropy = F.cross_entropy(F.linear(x, weight, bias), labels)
-        loss = cross_entropy + penalty / (2 * len(x)) * weight.square().sum()
+        loss = cross_entropy + 0.5 / len(x) * weight.square().sum()
         loss.backward()
         return loss
 
@@ -79,11 +71,12 @@ def fit_probe(
     return Probe(mean, std, weight.detach(), bias.detach())
 
 
-def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval (1927) of a proportion; z = 1.96 gives a level of 95%.
+def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval (1927) of a proportion.
 
-    The interval lies in [0, 1] and is never empty.
+    The interval is a subset of [0, 1] and is never empty.
     """
+    z = 1.96  # quantile of the normal distribution
     scale = count + z * z
     centre = (successes + z * z / 2) / scale
     variance = successes * (count - successes) / count + z * z / 4
@@ -104,15 +97,12 @@ def find_neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
     Rows are first scaled to unit length, as in the implementation of CKNNA's authors.
     """
     unit = F.normalize(features.double(), dim=1)
-    assert len(unit) > k, (len(unit), k)
     chunks = []
     for start in range(0, len(unit), ROWS_PER_CHUNK):
         chunk = unit[start : start + ROWS_PER_CHUNK] @ unit.T
         chunk.diagonal(start).fill_(-torch.inf)
         chunks.append(chunk.topk(k, 1))
-    products = torch.cat([chunk.values for chunk in chunks])
-    indices = torch.cat([chunk.indices for chunk in chunks])
-    return Neighbours(products, indices)
+    return Neighbours(*map(torch.cat, zip(*chunks)))
 
 
 def local_hsic(a: Neighbours, b: Neighbours) -> float:

@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -17,6 +18,8 @@ from evaluations.runs import read_json, read_log
 from experiments.cells import Cell, is_finished, make_portable, read_record
 
 RESULT_VERSION = 1  # version of the JSON format
+LEVEL = 0.95  # of all intervals
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # quantiles at the ends of an interval
 
 
 def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
@@ -34,9 +37,9 @@ def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = Fal
     """
     runs = []
     for cell in cells:
-        finished = is_finished(cell, folder)
-        if finished or (include_unfinished and has_evaluations(folder / cell.run_name)):
-            runs.append(summarize_run(cell, folder, finished))
+        is_done = is_finished(cell, folder)
+        if is_done or (include_unfinished and has_evaluations(folder / cell.run_name)):
+            runs.append(summarize_run(cell, folder, is_done))
     return runs
 
 
@@ -46,35 +49,27 @@ def has_evaluations(run: Path) -> bool:
     return path.exists() and '"evaluation"' in path.read_text()
 
 
-def summarize_run(cell: Cell, folder: Path, finished: bool) -> dict:
+def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
     """Return the settings of a run, its metrics per evaluation and its losses per logged step."""
     ema_decay = cell.settings().optimizer.ema_decay[0]
     steps, evaluations = read_log(folder / cell.run_name)
     evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == ema_decay]
-    evaluation_settings: dict = {}
-    metrics: list[str] = []
-    if evaluations:
-        evaluation_settings = dict(evaluations[-1]["evaluation"])
-        evaluation_settings.pop("reference", None)
-        metrics = [key for key in evaluations[0] if key not in ("schema", "step", "evaluation")]
+    settings = evaluations[-1]["evaluation"] if evaluations else {}
+    metrics = [*evaluations[0]] if evaluations else []
     # Columns of alignment methods are align/METHOD and cosine/METHOD, or without names in old logs.
-    losses = [
-        key
-        for key in steps[-1]
-        if key.startswith("align") or key.split("/")[0] in ("denoising", "cosine")
-    ]
+    losses = [key for key in steps[-1] if re.match("align|(denoising|cosine)(/|$)", key)]
 
-    entry: dict = {"name": cell.name, "seed": cell.seed}
-    if not finished:
-        entry["finished"] = False
     record = read_record(cell, folder) or {"flags": make_portable(cell.flags)}
-    for key in ("flags", "seconds", "machine", "commits"):
-        entry[key] = record.get(key)
-    command = ["python", "train.py", *make_portable(cell.train_flags(folder))]
-    return entry | {
-        "command": shlex.join(command),
-        "evaluation": evaluation_settings,
-        "metrics": to_columns(evaluations, metrics),
+    return {
+        "name": cell.name,
+        "seed": cell.seed,
+        **({} if is_done else {"finished": False}),
+        **{key: record.get(key) for key in ("flags", "seconds", "machine", "commits")},
+        "command": shlex.join(["python", "train.py", *make_portable(cell.train_flags(folder))]),
+        "evaluation": {key: settings[key] for key in settings if key != "reference"},
+        "metrics": to_columns(
+            evaluations, [key for key in metrics if key not in ("schema", "step", "evaluation")]
+        ),
         "losses": to_columns(steps, ["images", *losses]),
     }
 
@@ -94,25 +89,20 @@ def save_result(path: Path, study: str, settings: dict, runs: list[dict]) -> Non
 
     Args:
         path: The file to write.
-        study: Identifies the kind of result for `load_result`.
+        study: The kind of result for `load_result`: the module of the study, with the suffix -knobs
+            for a result of --tune.
         settings: Further keys of the result.
         runs: The entries of the runs, from `collect_runs`.
     """
+    module = f"experiments.{study.removesuffix('-knobs')}"
     head = {
         "study": study,
         "version": RESULT_VERSION,
-        "command": shlex.join(current_command()),
+        "command": shlex.join(["python", "-m", module, *make_portable(sys.argv[1:])]),
         **settings,
     }
     lines = ",\n".join(json.dumps(run) for run in runs)
     write_file(path, f'{json.dumps(head)[:-1]}, "runs": [\n{lines}\n]}}\n'.encode())
-
-
-def current_command() -> list[str]:
-    """Return the command line of this process, without paths of this machine."""
-    module = getattr(sys.modules["__main__"].__spec__, "name", None)
-    program = ["-m", module] if module else make_portable(sys.argv[:1])
-    return ["python", *program, *make_portable(sys.argv[1:])]
 
 
 def load_result(path: Path, study: str) -> dict:
@@ -138,53 +128,66 @@ def load_result(path: Path, study: str) -> dict:
     return result
 
 
-def write_report(path: Path, table: str, draw: Callable[[Path], None]) -> None:
+def write_report(
+    path: Path,
+    result: dict,
+    format_table: Callable[[dict], str],
+    draw_figure: Callable[[dict, Path], None],
+) -> None:
     """Write the Markdown table and the figure of a result, and print the table.
 
     Args:
         path: The JSON file of the result; the other files have the same name with .md and .png.
-        table: The table.
-        draw: Writes the figure to a path.
+        result: The content of the JSON file.
+        format_table: Returns the table of a result.
+        draw_figure: Writes the figure of a result to a path.
     """
+    table = format_table(result)
     markdown = path.with_suffix(".md")
     figure = path.with_suffix(".png")
     write_file(markdown, table.encode())
-    draw(figure)
+    draw_figure(result, figure)
     print(f"{table}\n{path}, {markdown.name}, {figure.name}")
+
+
+def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, dict[int, Any]]:
+    """Return a quantity of all runs, by the name of the run and its seed.
+
+    Args:
+        runs: The runs of a result.
+        measure: Returns the quantity of a run; runs for which it returns None are left out.
+    """
+    grouped: dict[str, dict[int, Any]] = {}
+    for run in runs:
+        value = measure(run)
+        if value is not None:
+            grouped.setdefault(run["name"], {})[run["seed"]] = value
+    return grouped
 
 
 def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
     """Return the metric at the last evaluation of each run, by the name of the run and its seed."""
-    values: dict[str, dict[int, float]] = {}
-    for run in runs:
-        if run["metrics"].get(metric):
-            values.setdefault(run["name"], {})[run["seed"]] = run["metrics"][metric][-1]
-    return values
+    return group_runs(runs, lambda run: (run["metrics"].get(metric) or [None])[-1])
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and its interval, which is (None, None) for a single seed."""
+    """A mean over seeds and its 95% interval, whose ends are NaN for a single seed."""
 
     mean: float
-    low: float | None
-    high: float | None
-    num_values: int
+    low: float = math.nan
+    high: float = math.nan
 
 
-def student_interval(values: list[float], level: float = 0.95) -> Estimate:
-    """Return the mean and Student's t interval, mean +- t s / sqrt(n), of normal values."""
-    count = len(values)
+def student_interval(values: list[float] | np.ndarray) -> Estimate:
+    """Return the mean and Student's 95% interval, mean +- t s / sqrt(n), of normal values."""
     mean = float(np.mean(values))
-    if count < 2:
-        return Estimate(mean, None, None, count)
-    quantile = stats.t.ppf((1 + level) / 2, count - 1)
-    half_width = float(quantile * np.std(values, ddof=1) / math.sqrt(count))
-    return Estimate(mean, mean - half_width, mean + half_width, count)
+    if len(values) < 2:
+        return Estimate(mean)
+    half_width = float(stats.t.ppf(TAILS[1], len(values) - 1) * stats.sem(values))
+    return Estimate(mean, mean - half_width, mean + half_width)
 
 
-def paired_difference(
-    values: dict[int, float], baseline: dict[int, float], level: float = 0.95
-) -> Estimate | None:
+def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
     """Return the mean difference of two runs over their common seeds, with Student's interval.
 
     Runs with the same seed share their random numbers, so taking the difference per seed removes
@@ -193,12 +196,9 @@ def paired_difference(
     Args:
         values: The values of one run by seed.
         baseline: The values that are subtracted, by seed.
-        level: The confidence level of the interval.
 
     Returns:
         The estimate of values - baseline, or None if they have no seed in common.
     """
-    common = [seed for seed in values if seed in baseline]
-    if not common:
-        return None
-    return student_interval([values[seed] - baseline[seed] for seed in common], level)
+    differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+    return student_interval(differences) if differences else None

@@ -7,6 +7,7 @@ For data N(m, S) with D dimensions, x_t is Gaussian with mean alpha m and covari
 to it. Takes a few seconds on a CPU.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 from common.keyed_random import Purpose, normal
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 from interpolant import (
     INTERPOLANTS,
     PREDICTIONS,
@@ -89,12 +90,8 @@ class Gaussian(NamedTuple):
             # V^-1 (x - alpha m), in the basis of the axes.
             whitened = (x - alpha * self.mean) @ self.axes / (alpha**2 * self.std**2 + sigma**2)
             eps = sigma * whitened @ self.axes.T
-            if prediction == "eps":
-                return eps
             data = self.mean + alpha * (self.std**2 * whitened) @ self.axes.T
-            if prediction == "x":
-                return data
-            return d_alpha * data + d_sigma * sigma * whitened @ self.axes.T
+            return {"x": data, "eps": eps, "v": d_alpha * data + d_sigma * eps}[prediction]
 
         return predict
 
@@ -200,10 +197,11 @@ def measure_sde(
 ) -> dict[str, list]:
     """Return the numbers of evaluations and the covariance errors of the SDE solver."""
     velocity = data.velocity(interpolant)
-    errors = []
-    for n in SDE_EVALUATION_COUNTS:
-        _, covariance = sde_moments(velocity, interpolant, len(data.mean), n, last(n))
-        errors.append(relative_covariance_error(data, covariance))
+    moments = [
+        sde_moments(velocity, interpolant, len(data.mean), n, last(n))
+        for n in SDE_EVALUATION_COUNTS
+    ]
+    errors = [relative_covariance_error(data, covariance) for _, covariance in moments]
     return {"evaluations": SDE_EVALUATION_COUNTS, "error": errors}
 
 
@@ -214,12 +212,11 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
     with scipy's.
     """
     noise = start_noise(data)
-    class_velocity = data.velocity(interpolant)
-    null_velocity = null.velocity(interpolant)
 
     def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        v_class = class_velocity(x.double(), t.double())
-        v_null = null_velocity(x.double(), t.double())
+        v_class, v_null = (
+            gaussian.velocity(interpolant)(x.double(), t.double()) for gaussian in (data, null)
+        )
         return torch.where(expand_like(labels == 1, x), v_null, v_class)
 
     guidance = {"scale": 2.0, "low": 0.25, "high": 0.75}
@@ -227,15 +224,20 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
     velocity = GuidedVelocity(model, labels, null_class=1, **guidance)
     exact, _ = guided_dopri5(velocity, noise, atol=1e-10, rtol=1e-7)
     rtols = [1e-3, 1e-4]
-    figures: dict[str, Any] = {**guidance, "rtol": rtols}
-    solvers: dict[str, Callable] = {"one go": dopri5, "pieces": guided_dopri5}
-    for name, solve in solvers.items():
+
+    def measure_solver(solve: Callable) -> dict[str, list]:
         solutions = [solve(velocity, noise, rtol / 1000, rtol) for rtol in rtols]
-        figures[name] = {
+        return {
             "evaluations": [count.double().mean().item() for _, count in solutions],
             "error": [relative_rms_error(data, end, exact) for end, _ in solutions],
         }
-    return figures
+
+    return {
+        **guidance,
+        "rtol": rtols,
+        "one go": measure_solver(dopri5),
+        "pieces": measure_solver(guided_dopri5),
+    }
 
 
 def measure_prediction(
@@ -267,9 +269,9 @@ def measure_prediction(
 
 def convergence_order(curve: dict[str, list]) -> float:
     """Return minus the slope of log(error) over log(evaluations) at the last two points."""
-    n = np.log(curve["evaluations"][-2:])
-    error = np.log(curve["error"][-2:])
-    return -(error[1] - error[0]) / (n[1] - n[0])
+    logs = np.log([curve["error"][-2:], curve["evaluations"][-2:]])
+    error, n = np.diff(logs)[:, 0]
+    return -error / n
 
 
 def measure() -> dict:
@@ -288,42 +290,35 @@ def measure() -> dict:
             "Heun": convergence_order(odes[name]["Heun"]),
             "Euler-Maruyama": convergence_order(sdes[name]["last step 1 / n"]),
         }
-    objectives: dict[str, dict] = {}
-    for name, interpolant in INTERPOLANTS.items():
-        objectives[name] = {}
-        for prediction in PREDICTIONS:
-            objectives[name][prediction] = measure_prediction(data, interpolant, prediction)
-    return round_figures(
-        {
-            "standard deviations": EXAMPLE_STDS,
-            "images": NUM_IMAGES,
-            "ode": odes,
-            "sde": sdes,
-            "order": orders,
-            "interval": measure_guidance(data, null, INTERPOLANTS["linear"]),
-            "objectives": objectives,
-        }
-    )
+    objectives: dict[str, dict] = {name: {} for name in INTERPOLANTS}
+    for name, prediction in itertools.product(INTERPOLANTS, PREDICTIONS):
+        objectives[name][prediction] = measure_prediction(data, INTERPOLANTS[name], prediction)
+    figures = {
+        "standard deviations": EXAMPLE_STDS,
+        "images": NUM_IMAGES,
+        "ode": odes,
+        "sde": sdes,
+        "order": orders,
+        "interval": measure_guidance(data, null, INTERPOLANTS["linear"]),
+        "objectives": objectives,
+    }
+    return json.loads(json.dumps(figures), parse_float=round_number, parse_int=round_number)
 
 
-def round_figures(value: Any) -> Any:
-    """Round all numbers to four significant digits, so that they do not depend on the machine."""
-    if isinstance(value, dict):
-        return {key: round_figures(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [round_figures(part) for part in value]
-    return float(f"{value:.4g}")
+def round_number(text: str) -> float:
+    """Round a number to four significant digits, so that it does not depend on the machine."""
+    return float(f"{float(text):.4g}")
 
 
 def markdown_tables(figures: dict) -> list[str]:
     """Return the rows of the tables of docs/sampling.md: solvers, guidance, and objectives."""
     solver_rows = [solver_row(figures, name) for name in PATH_TYPES]
-    guidance_rows = []
-    for name in ("one go", "pieces"):
-        for i, rtol in enumerate(figures["interval"]["rtol"]):
-            evaluations = figures["interval"][name]["evaluations"][i]
-            error = figures["interval"][name]["error"][i]
-            guidance_rows.append(f"| {name} | {rtol:g} | {evaluations:.0f} | {error:.2g} |")
+    interval = figures["interval"]
+    guidance_rows = [
+        f"| {name} | {rtol:g} | {evaluations:.0f} | {error:.2g} |"
+        for name in ("one go", "pieces")
+        for rtol, evaluations, error in zip(interval["rtol"], *interval[name].values())
+    ]
     objective_rows = [
         f"| {name} | {prediction} | {errors['Heun']:.2g} | "
         f"{errors['dopri5']:.2g} ({errors['evaluations']:.0f}) | {errors['SDE']:.2%} |"
@@ -338,27 +333,29 @@ def solver_row(figures: dict, name: str) -> str:
     at_64 = EVALUATION_COUNTS.index(64)
     at_250 = SDE_EVALUATION_COUNTS.index(250)
     at_default = RTOLS.index(1e-3)
-    orders = [f"{order:.2f}" for order in figures["order"][name].values()]
-    fixed = [f"{figures['ode'][name][solver]['error'][at_64]:.2g}" for solver in ("Euler", "Heun")]
-    dopri5_curve = figures["ode"][name]["dopri5"]
-    error = dopri5_curve["error"][at_default]
-    mean_count = dopri5_curve["of an image, mean"][at_default]
-    max_count = dopri5_curve["evaluations"][at_default]
-    adaptive = f"{error:.2g} ({mean_count:.0f}, at most {max_count:.0f})"
-    sde_errors = [f"{figures['sde'][name][key]['error'][at_250]:.2%}" for key in LAST_TIMES]
-    return f"| {' | '.join([name, *orders, *fixed, adaptive, *sde_errors])} |"
+    solvers = figures["ode"][name]
+    adaptive = {key: values[at_default] for key, values in solvers["dopri5"].items()}
+    cells = [
+        name,
+        *(f"{order:.2f}" for order in figures["order"][name].values()),
+        f"{solvers['Euler']['error'][at_64]:.2g}",
+        f"{solvers['Heun']['error'][at_64]:.2g}",
+        f"{adaptive['error']:.2g} ({adaptive['of an image, mean']:.0f}, "
+        f"at most {adaptive['evaluations']:.0f})",
+        *(f"{curve['error'][at_250]:.2%}" for curve in figures["sde"][name].values()),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def draw_figure(figures: dict, path: Path) -> None:
     """Draw the errors of the ODE solvers per path, and those of the SDE solver."""
     plt = load_pyplot()
     figure, grid = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    orders = {"Euler": 1, "Heun": 2, "dopri5": 5}
     for axes, (name, solvers) in zip(grid, figures["ode"].items()):
         axes.set_title(f"ODE, {name} path")
-        for color, (solver, curve) in zip(("C0", "C1", "C2"), solvers.items()):
+        for (solver, curve), color, order in zip(solvers.items(), ("C0", "C1", "C2"), (1, 2, 5)):
             draw_curve(axes, curve, color=color, label=solver)
-            draw_slope(axes, curve, orders[solver])
+            draw_slope(axes, curve, order)
         axes.set_ylim(1e-10, 2)
     grid[0].set_ylabel("error of an image (RMS, data's std = 1)")
 
@@ -372,10 +369,9 @@ def draw_figure(figures: dict, path: Path) -> None:
 
     for axes in grid:
         axes.set(xscale="log", yscale="log", xlabel="network evaluations", xlim=(6, 1000))
-        axes.set_xticks(EVALUATION_COUNTS, [str(n) for n in EVALUATION_COUNTS])
+        axes.set_xticks(EVALUATION_COUNTS, EVALUATION_COUNTS)
         axes.minorticks_off()
-        axes.grid(True, alpha=0.25)
-        hide_frame(axes)
+        add_grid(axes)
         axes.legend(frameon=False, loc="lower left")
     save_png(figure, path)
 
@@ -391,13 +387,9 @@ def draw_slope(axes: "Axes", curve: dict[str, list], order: int) -> None:
     offset = 0.3 if order > 2 else 2.5
     line = offset * curve["error"][-1] * (n / n[-1]) ** -float(order)
     axes.plot(n, line, "0.5", linestyle="--", linewidth=1)
+    end = (n[-1], line[-1])
     axes.annotate(
-        f"order {order}",
-        (n[-1], line[-1]),
-        (4, -3),
-        textcoords="offset points",
-        color="0.35",
-        fontsize=8.5,
+        f"order {order}", end, (4, -3), textcoords="offset points", color="0.35", fontsize=8.5
     )
 
 

@@ -34,6 +34,7 @@ BUNDLED_IMAGES = Path("assets/fashion-mnist/images.zip")
 BUNDLED_VAE = Path("assets/fashion-mnist/vae")
 REPA_ENCODER = "tf_efficientnet_lite0"
 ENCODER_INPUT_SIZE = 128  # pixels; gives the encoder a grid of 4 x 4 tokens
+BATCH_SIZE = 250  # images at a time that `measure_floor` reconstructs
 TRAINING_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")  # of Fashion-MNIST
 
 
@@ -49,8 +50,8 @@ def split_zip(source: Path, train: Path, held_out: Path, every: int = 10) -> Non
     with zipfile.ZipFile(source) as archive:
         labels = json.loads(archive.read("dataset.json"))["labels"]
         held_out_labels = labels[::every]
-        train_labels = [entry for i, entry in enumerate(labels) if i % every]
-        for path, entries in ((held_out, held_out_labels), (train, train_labels)):
+        del labels[::every]
+        for path, entries in ((held_out, held_out_labels), (train, labels)):
             partial = path.with_suffix(".partial")
             index = json.dumps({"labels": entries, "class_names": CLASS_NAMES})
             with zipfile.ZipFile(partial, "w") as output:
@@ -72,12 +73,12 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
         UserError: If Fashion-MNIST's files are missing.
     """
     train = folder / "train.zip"
-    if scale == "laptop":
-        held_out = folder / "held-out.zip"
-        if not train.exists():
-            split_zip(BUNDLED_IMAGES, train, held_out)
+    held_out = folder / "held-out.zip" if scale == "laptop" else BUNDLED_IMAGES
+    if train.exists():
         return train, held_out
-    if not train.exists():
+    if scale == "laptop":
+        split_zip(BUNDLED_IMAGES, train, held_out)
+    else:
         missing = [name for name in TRAINING_FILES if not (fashion_mnist / name).exists()]
         if missing:
             raise UserError(
@@ -86,7 +87,7 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
                 "github.com/zalandoresearch/fashion-mnist (data/fashion) and pass their folder"
             )
         write_zip(train, *read_split(fashion_mnist, "train"), zipfile.ZIP_STORED)
-    return train, BUNDLED_IMAGES
+    return train, held_out
 
 
 def run_module(*words: object) -> None:
@@ -152,7 +153,7 @@ def prepare_data(
 
 
 @torch.no_grad()
-def measure_floor(folder: Path, count: int, batch_size: int = 250) -> dict[str, float | None]:
+def measure_floor(folder: Path, count: int) -> dict[str, float | None]:
     """Return the metrics of reconstructed training images, a floor for those of any network.
 
     The result is cached in FOLDER/floor-COUNT.json.
@@ -160,11 +161,10 @@ def measure_floor(folder: Path, count: int, batch_size: int = 250) -> dict[str, 
     Args:
         folder: The folder that `prepare_data` wrote.
         count: Number of images, evenly spaced in the training set.
-        batch_size: Number of images per batch.
     """
     path = folder / f"floor-{count}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if metrics := read_json(path):
+        return metrics
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = LatentCache(folder / "train")
     vae = Autoencoder(str(BUNDLED_VAE), device)
@@ -173,12 +173,12 @@ def measure_floor(folder: Path, count: int, batch_size: int = 250) -> dict[str, 
     index = torch.arange(count) * len(cache) // count
 
     def extract_features() -> Iterator[Features[Tensor]]:
-        for part in index.split(batch_size):
+        for part in index.split(BATCH_SIZE):
             moments, _ = cache.gather(part.numpy())
             yield network(vae.decode(scale.mean(moments.to(device))))
 
     file = ReferenceFile(BUNDLED_IMAGES, sha256(BUNDLED_IMAGES), 32, "--eval-reference")
-    references = load_reference_features(file, {"fashion": network}, batch_size, device)
+    references = load_reference_features(file, {"fashion": network}, BATCH_SIZE, device)
     assert references is not None  # only on other ranks of a distributed job
     features = collect_features(extract_features(), count)
     labels = cache.labels[index.numpy()].astype("int64")

@@ -1,23 +1,29 @@
 """The tables and the figure of a convergence study, made from its JSON result alone."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.plotting import hide_frame, load_pyplot, save_png
+from experiments.plotting import add_grid, load_pyplot, save_png
 from experiments.results import student_interval
-from experiments.speedup import COVERAGE, SpeedUp, bootstrap_interval, compute_speed_ups
+from experiments.speedup import (
+    COVERAGE,
+    SpeedUp,
+    bootstrap_interval,
+    compute_speed_ups,
+    select_milestones,
+)
 from experiments.study_numbers import (
     Curves,
     collect_curves,
-    count_probes,
+    collect_probes,
     format_numbers,
     held_out_times,
     list_seeds,
     main_curves,
-    relative_costs,
 )
 
 if TYPE_CHECKING:
@@ -28,8 +34,7 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#5
 MARKERS = "osDP<>h"  # triangles that point up and down are reserved for bounds
 FLOOR_LABEL = "the autoencoder's own"
 
-Table = list[list[str]]  # rows of cells, the first one being the header
-Styles = dict[str, dict[str, Any]]  # name of a method -> colour and marker
+Styles = dict[str, dict[str, Any]]  # name of a measured method -> colour, marker and label
 
 
 def format_tables(result: dict) -> str:
@@ -39,122 +44,95 @@ def format_tables(result: dict) -> str:
         UserError: If the runs cannot be compared, as in `main_curves`.
     """
     numbers = format_numbers(result)
-    tables = (
-        quality_table(result, numbers),
-        detail_table(result, numbers),
-        held_out_table(result, numbers),
-        cost_table(result, numbers),
-    )
-    lines = [line for table in tables if len(table) > 1 for line in to_markdown(table)]
-    lines += [*explain(result), "", "```bash", result["command"], "```"]
-    return "\n".join(lines) + "\n"
-
-
-def to_markdown(table: Table) -> list[str]:
-    """Return the lines of a table, without columns that are empty below the header."""
-    used = [i for i in range(len(table[0])) if i == 0 or any(row[i] for row in table[1:])]
-    header, *body = (f"| {' | '.join(row[i] for i in used)} |" for row in table)
-    return [header, "|" + "---|" * len(used), *body, ""]
-
-
-def is_measured(method: dict, result: dict, numbers: dict[str, str]) -> bool:
-    """Return whether a method has a value of the main metric."""
-    return f"{method['name']} {result['metric']}" in numbers
-
-
-def label_with_seeds(method: dict, result: dict, numbers: dict[str, str]) -> str:
-    """Return the label of a method, with the number of its seeds if some are missing."""
-    count = int(numbers[f"{method['name']} seeds"])
-    total = len(list_seeds(result))
-    return f"{method['label']} ({count} of {total} seeds)" if count < total else method["label"]
-
-
-def method_row(
-    method: dict, result: dict, numbers: dict[str, str], quantities: list[str]
-) -> list[str]:
-    """Return the row of a method, with the given quantities of `format_numbers`."""
-    cells = [numbers.get(f"{method['name']} {quantity}", "") for quantity in quantities]
-    return [label_with_seeds(method, result, numbers), *cells]
-
-
-def quality_table(result: dict, numbers: dict[str, str]) -> Table:
-    """Return the table of the main metric, its differences and the speed-ups at the end."""
     metric = result["metric"]
-    columns = {
+    labels = {method["name"]: method["label"] for method in result["methods"]}
+    baseline, *others = labels
+    against = f"against {labels[baseline]}"
+
+    # Label the measured methods, with the number of their seeds if some are missing.
+    total = len(list_seeds(result))
+    measured = {name: label for name, label in labels.items() if f"{name} seeds" in numbers}
+    for name, label in measured.items():
+        count = numbers[f"{name} seeds"]
+        if int(count) < total:
+            measured[name] = f"{label} ({count} of {total} seeds)"
+
+    # Add the floor as a last row with italic numbers.
+    floor = result.get("floor") or {}
+    floor_rows = {}
+    for quantity, column, spec in (
+        (metric, metric, ".3f"),
+        ("agreement", "class_agreement", ".1%"),
+    ):
+        if floor.get(column) is not None:
+            numbers[f"floor {quantity}"] = f"*{floor[column]:{spec}}*"
+            floor_rows[quantity] = {"floor": f"*{FLOOR_LABEL}*"}
+
+    quality_columns = {
         metric: metric,
-        "difference": f"against {result['methods'][0]['label']}",
+        f"{metric} difference": against,
         "student": "Student's 95%",
         "detectable": "detectable",
         "speed-up": "speed-up in images",
         "speed-up per FLOP": "in FLOPs",
         "speed-up per second": "in seconds",
     }
-    empty = [""] * (len(columns) - 1)
-    table = [["", *columns.values()]]
-    for method in result["methods"]:
-        if is_measured(method, result, numbers):
-            table.append(method_row(method, result, numbers, [*columns]))
-        else:
-            table.append([method["label"], "not run", *empty])
-    floor = (result.get("floor") or {}).get(metric)
-    if floor is not None:
-        table.append([f"*{FLOOR_LABEL}*", f"*{floor:.3f}*", *empty])
-    return table
-
-
-def detail_table(result: dict, numbers: dict[str, str]) -> Table:
-    """Return the table of the other metrics at the end."""
-    against = f"against {result['methods'][0]['label']}"
-    num_blocks, num_seeds = count_probes(result)
-    seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    columns = {
+    detail_columns = {
         "agreement": "classes agree",
         "agreement difference": f"{against}, points",
         "precision": "precision",
         "recall": "recall",
         "held-out": "held-out loss",
         "held-out difference": against,
-        "probe": f"probe, best of {num_blocks} blocks ({seeds})",
+        "probe": describe_probes(result),
     }
-    table = [["", *columns.values()]]
-    table += [
-        method_row(method, result, numbers, [*columns])
-        for method in result["methods"]
-        if is_measured(method, result, numbers)
-    ]
-    floor = (result.get("floor") or {}).get("class_agreement")
-    if floor is not None:
-        table.append([f"*{FLOOR_LABEL}*", f"*{floor:.1%}*", *[""] * (len(columns) - 1)])
-    return table
+    held_out_columns = {f"held-out at {t}": f"t = {t}" for t in held_out_times(result)}
+    cost_columns = {"FLOP": "FLOPs per image", "second": "seconds per step"}
+    marker = "speed-up at "
+    for images in sorted({int(key.partition(marker)[2]) for key in numbers if marker in key}):
+        cost_columns[f"{marker}{images}"] = f"at {labels[baseline]}'s {abbreviate(images)}"
+
+    # The first table also lists the methods that were not run.
+    not_run = {f"{name} {metric}": "not run" for name in labels}
+    quality_rows = labels | measured | floor_rows.get(metric, {})
+    detail_rows = measured | floor_rows.get("agreement", {})
+    lines = make_table(quality_rows, quality_columns, not_run | numbers)
+    lines += make_table(detail_rows, detail_columns, numbers)
+    if held_out_columns and others:
+        held_out_rows = {name: labels[name] for name in others}
+        corner = f"held-out loss, % {against}"
+        lines += make_table(held_out_rows, held_out_columns, numbers, corner)
+    lines += make_table(measured, cost_columns, numbers)
+    return "\n".join([*lines, *explain(result), "", "```bash", result["command"], "```", ""])
 
 
-def held_out_table(result: dict, numbers: dict[str, str]) -> Table:
-    """Return the table of the held-out losses per time."""
-    baseline, *methods = result["methods"]
-    times = held_out_times(result)
-    table = [[f"held-out loss, % against {baseline['label']}", *(f"t = {t}" for t in times)]]
-    for method in methods if times else ():
-        name = method["name"]
-        cells = [numbers.get(f"{name} held-out at {t}", "") for t in times]
-        table.append([method["label"], *cells])
-    return table
+def describe_probes(result: dict) -> str:
+    """Return the header of the accuracies of the linear probe."""
+    # All probed methods have the same seeds and blocks.
+    accuracies = next(iter(collect_probes(result).values()), [])
+    if not accuracies:
+        return "probe"
+    seeds = "1 seed" if len(accuracies) == 1 else f"{len(accuracies)} seeds"
+    return f"probe, best of {len(accuracies[0])} blocks ({seeds})"
 
 
-def cost_table(result: dict, numbers: dict[str, str]) -> Table:
-    """Return the table of the costs and of the speed-ups during training."""
-    baseline = result["methods"][0]["label"]
-    marker = " speed-up at "
-    milestones = sorted({int(key.rpartition(" ")[2]) for key in numbers if marker in key})
-    at_milestones = [f"at {baseline}'s {abbreviate(images)}" for images in milestones]
-    table = [["", "FLOPs per image", "seconds per step", *at_milestones]]
-    costs = relative_costs(result)
-    for method in result["methods"]:
-        if is_measured(method, result, numbers):
-            name = method["name"]
-            cells = [f"x {cost[name]:.2f}" if name in cost else "" for cost in costs.values()]
-            cells += [numbers.get(f"{name}{marker}{images}", "") for images in milestones]
-            table.append([label_with_seeds(method, result, numbers), *cells])
-    return table
+def make_table(
+    labels: dict[str, str], columns: dict[str, str], numbers: dict[str, str], corner: str = ""
+) -> list[str]:
+    """Return the lines of a Markdown table, without the columns that have no number.
+
+    Args:
+        labels: The label of each row, by the name of the method.
+        columns: The header of each column, by the quantity in `numbers`.
+        numbers: The numbers of the study, from `format_numbers`.
+        corner: Header of the column of labels.
+    """
+    rows = [[corner, *columns.values()]]
+    for name, label in labels.items():
+        rows.append([label, *(numbers.get(f"{name} {quantity}", "") for quantity in columns)])
+    used = [column for column in zip(*rows) if any(column[1:])]
+    header, *body = (f"| {' | '.join(row)} |" for row in zip(*used))
+    return [header, "|" + "---|" * len(used), *body, ""]
 
 
 def explain(result: dict) -> list[str]:
@@ -174,7 +152,7 @@ def explain(result: dict) -> list[str]:
     num_short = sum(run["metrics"]["images"][-1] < planned_images for run in result["runs"])
     lines = []
     if num_short:
-        lines = [
+        lines += [
             f"**{num_short} of {len(result['runs'])} runs have not reached their end: all are "
             f"compared after {images:,} images, the last point that all have.**",
             "",
@@ -230,43 +208,36 @@ def draw_figure(result: dict, path: Path) -> None:
     quality = main_curves(result)
     held_out = collect_curves(result, "held_out")
     styles = {
-        method["name"]: {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]}
-        for i, method in enumerate(result["methods"])
+        method["name"]: {"color": color, "marker": marker, "label": method["label"]}
+        for method, color, marker in zip(result["methods"], COLOURS, MARKERS)
+        if method["name"] in quality.by_method
     }
     figure, ((upper_left, upper_right), (lower_left, lower_right)) = plt.subplots(
         2, 2, figsize=(9.6, 8.4), layout="constrained"
     )
     draw_curves(upper_left, result, quality, styles)
-    draw_speed_ups(upper_right, result, quality, styles)
-    draw_differences(lower_left, result, quality, styles, result["metric"])
+    draw_speed_ups(upper_right, quality, styles)
+    draw_differences(lower_left, quality, styles, result["metric"])
     if held_out.by_method:
-        draw_differences(lower_right, result, held_out, styles, "held-out loss")
+        draw_differences(lower_right, held_out, styles, "held-out loss")
     else:
         lower_right.set_visible(False)
     for axes in figure.axes:
-        axes.grid(True, axis="y", alpha=0.25)
-        hide_frame(axes)
+        add_grid(axes, "y")
 
-    methods = [
-        plt.Line2D(
-            [], [], **styles[method["name"]], markersize=5, linewidth=1.4, label=method["label"]
-        )
-        for method in result["methods"]
-        if method["name"] in quality.by_method
-    ]
+    # Without data, the lines draw nothing but their entries in the legends.
+    line = partial(plt.Line2D, [], [])
+    mark = partial(line, color="0.4")
+    methods = [line(**style, markersize=5, linewidth=1.4) for style in styles.values()]
     marks = [
-        plt.Line2D([], [], color="0.4", label=label, **style)
-        for label, style in (
-            ("95% over seeds, bootstrap", {"linewidth": 2.6}),
-            ("Student's 95%", {"linewidth": 0.8}),
-            ("lowest to highest seed", {"linewidth": 8, "alpha": 0.25}),
-            ("goes on beyond what is measured", {"linewidth": 0, "marker": "v"}),
-        )
+        mark(label="95% over seeds, bootstrap", linewidth=2.6),
+        mark(label="Student's 95%", linewidth=0.8),
+        mark(label="lowest to highest seed", linewidth=8, alpha=0.25),
+        mark(label="goes on beyond what is measured", linewidth=0, marker="v"),
     ]
-    layout = {"frameon": False, "columnspacing": 1.2, "handlelength": 1.6}
-    columns = min(6, len(methods))
-    figure.legend(handles=marks, loc="outside lower center", ncols=4, **layout)
-    figure.legend(handles=methods, loc="outside upper center", ncols=columns, **layout)
+    legend = partial(figure.legend, frameon=False, columnspacing=1.2, handlelength=1.6)
+    legend(handles=marks, loc="outside lower center", ncols=4)
+    legend(handles=methods, loc="outside upper center", ncols=min(6, len(methods)))
     save_png(figure, path)
 
 
@@ -275,8 +246,6 @@ def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> 
     from matplotlib.ticker import LogLocator
 
     for name, style in styles.items():
-        if name not in quality.by_method:
-            continue
         curves = np.array([*quality.by_method[name].values()])
         axes.plot(quality.images, curves.mean(0), **style, markersize=3.5, linewidth=1.4)
         band = {"color": style["color"], "alpha": 0.13, "linewidth": 0}
@@ -301,7 +270,7 @@ def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> 
         axis.set_minor_formatter("")
 
 
-def draw_categories(axes: "Axes", images: list[int]) -> None:
+def draw_categories(axes: "Axes", images: np.ndarray) -> None:
     """Draw a tick for each number of images, with every second one shaded."""
     for k in range(0, len(images), 2):
         axes.axvspan(k - 0.5, k + 0.5, color="0.96", linewidth=0, zorder=0)
@@ -314,7 +283,7 @@ def category_offset(index: int, count: int) -> float:
     return min(0.16, 0.8 / count) * (index - (count - 1) / 2)
 
 
-def draw_speed_ups(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> None:
+def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
     """Draw the speed-ups in images at the milestones of the baseline.
 
     An arrow replaces a value or the end of an interval of which only a bound is known.
@@ -326,61 +295,51 @@ def draw_speed_ups(axes: "Axes", result: dict, quality: Curves, styles: Styles) 
         if len(values):
             by_method[name] = compute_speed_ups(quality.images, baseline_values, values)
 
-    limits = speed_up_limits([each for speed_ups in by_method.values() for each in speed_ups])
+    # The vertical axis contains 1, all known values and all known ends of intervals.
+    bounds = np.array(
+        [
+            bound
+            for speed_ups in by_method.values()
+            for speed_up in speed_ups
+            for bound in (speed_up.value, *speed_up.interval)
+        ]
+    )
+    known = bounds[(bounds > 0) & (bounds < math.inf)]
+    axes.set_ylim(0.97 * min([1, *known]), 1.03 * max([1, *known]))
+
     for index, (name, speed_ups) in enumerate(by_method.items()):
         for k, speed_up in enumerate(speed_ups):
             x = k + category_offset(index, len(by_method))
-            draw_speed_up(axes, x, speed_up, limits, styles[name])
-    axes.axhline(1, color=styles[baseline]["color"], linewidth=1)
+            draw_speed_up(axes, x, speed_up, styles[name])
     if by_method:
-        first = next(iter(by_method.values()))
-        draw_categories(axes, [speed_up.images for speed_up in first])
-    axes.set(ylim=limits, title="speed-up in images (above 1 is better)")
-    label = result["methods"][0]["label"]
-    axes.set_xlabel(f"at the quality that {label} has after so many images")
+        draw_categories(axes, quality.images[select_milestones(quality.images)])
+    axes.axhline(1, color=styles[baseline]["color"], linewidth=1)
+    axes.set_title("speed-up in images (above 1 is better)")
+    axes.set_xlabel(f"at the quality that {styles[baseline]['label']} has after so many images")
 
 
-def speed_up_limits(speed_ups: list[SpeedUp]) -> tuple[float, float]:
-    """Return the range of the vertical axis: 1, all known values and all known interval ends."""
-    bounds = [
-        bound
-        for speed_up in speed_ups
-        for bounds in (speed_up.value, speed_up.low, speed_up.high)
-        for bound in bounds or ()
-    ]
-    known = [1.0, *(bound for bound in bounds if 0 < bound < math.inf)]
-    return 0.97 * min(known), 1.03 * max(known)
-
-
-def draw_speed_up(
-    axes: "Axes",
-    x: float,
-    speed_up: SpeedUp,
-    limits: tuple[float, float],
-    style: dict[str, Any],
-) -> None:
+def draw_speed_up(axes: "Axes", x: float, speed_up: SpeedUp, style: dict[str, Any]) -> None:
     """Draw one speed-up and its interval."""
-    bottom, top = limits
-    color = {"color": style["color"], "clip_on": False}
-    value, low, high = speed_up.value, speed_up.low, speed_up.high
-    if low is not None and high is not None:
-        axes.plot([x, x], [max(bottom, low.low), min(top, high.high)], linewidth=2.6, **color)
+    bottom, top = axes.get_ylim()
+    draw = partial(axes.plot, x, color=style["color"], clip_on=False)
+    value = speed_up.value
+    if speed_up.interval:
+        low, high = speed_up.interval
+        ends = np.clip([low.low, high.high], bottom, top)
+        axes.plot([x, x], ends, linewidth=2.6, color=style["color"], clip_on=False)
         if low.low == 0:
-            axes.plot(x, bottom, marker="v", **color)
+            draw(bottom, marker="v")
         if high.high == math.inf:
-            axes.plot(x, top, marker="^", **color)
-    arrow = {"markersize": 7, "fillstyle": "none", **color}
+            draw(top, marker="^")
     if value.low == value.high:
         axes.plot(x, value.low, **style, markersize=5)
     elif value.low > 0:
-        axes.plot(x, value.low, marker="^", **arrow)
+        draw(value.low, marker="^", markersize=7, fillstyle="none")
     elif value.high < math.inf:
-        axes.plot(x, value.high, marker="v", **arrow)
+        draw(value.high, marker="v", markersize=7, fillstyle="none")
 
 
-def draw_differences(
-    axes: "Axes", result: dict, curves: Curves, styles: Styles, title: str
-) -> None:
+def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -> None:
     """Draw the paired differences from the baseline, in percent of the baseline's mean.
 
     The thick line is the bootstrap interval and the thin line is Student's.
@@ -388,20 +347,17 @@ def draw_differences(
     baseline, *names = styles
     names = [name for name in names if name in curves.by_method]
     for index, name in enumerate(names):
-        values, baseline_values = curves.pair(name, baseline)
-        if not len(values):
+        if not len(curves.pair(name, baseline)[0]):
             continue
-        differences = 100 * (values - baseline_values) / baseline_values.mean(0)
+        differences = curves.percent_differences(name, baseline)
         x = np.arange(len(curves.images)) + category_offset(index, len(names))
-        if len(values) > 1:
-            for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
-                estimates = [interval(column) for column in differences.T.tolist()]
-                lows = np.array([estimate.low for estimate in estimates])
-                highs = np.array([estimate.high for estimate in estimates])
-                axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)
+        for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
+            estimates = np.array([interval(column) for column in differences.T])
+            _, lows, highs = estimates.T
+            axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)
         axes.plot(x, differences.mean(0), **styles[name], markersize=5, linewidth=0)
     axes.axhline(0, color=styles[baseline]["color"], linewidth=1)
-    draw_categories(axes, curves.images.tolist())
-    label = result["methods"][0]["label"]
-    axes.set(xlabel="images seen", title=f"{title}: difference, % of {label}'s")
-    axes.title.set_fontsize(11)
+    draw_categories(axes, curves.images)
+    label = styles[baseline]["label"]
+    axes.set_xlabel("images seen")
+    axes.set_title(f"{title}: difference, % of {label}'s", fontsize=11)

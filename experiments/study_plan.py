@@ -6,6 +6,7 @@ The aligned block of each method is chosen by runs with other seeds than those o
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from string import Formatter
 from typing import NamedTuple
 
@@ -55,12 +56,12 @@ class Scale:
 
     Attributes:
         model: A preset of models/sit.py.
-        steps: Training steps per run.
-        evaluations: Evaluations per run, evenly spaced; the last one is after the last step.
-        seeds: Seeds of the study.
         flags: Further flags of train.py for all runs.
         log_every: Steps between log lines.
         blocks: Blocks that --tune tries.
+        steps: Training steps per run.
+        evaluations: Evaluations per run, evenly spaced; the last one is after the last step.
+        seeds: Seeds of the study.
         tune_seeds: Seeds of --tune.
         tune_steps: Training steps per run of --tune.
         jobs_per_gpu: Runs at a time on each GPU; None runs one per CPU core.
@@ -71,17 +72,17 @@ class Scale:
     """
 
     model: str
-    steps: int
-    evaluations: int
-    seeds: tuple[int, ...]
     flags: str
     log_every: int
     blocks: tuple[int, ...] = ()
-    tune_seeds: tuple[int, ...] = ()
-    tune_steps: int = 0
+    steps: int = 600
+    evaluations: int = 4
+    seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
+    tune_seeds: tuple[int, ...] = (0,)
+    tune_steps: int = 600
     jobs_per_gpu: int | None = None
-    timing_rounds: int = 0
-    timing_steps: int = 0
+    timing_rounds: int = 10
+    timing_steps: int = 1
     saves_once: bool = False
 
 
@@ -92,42 +93,30 @@ SMALL_IMAGES_FLAGS = (
 SCALES = {
     "laptop": Scale(
         model="SiT-Ti/2",
-        steps=600,
-        evaluations=4,
-        seeds=(10, 11, 12, 13, 14),
         flags="--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --num-workers 0 "
         f"--eval-num-steps 6 --eval-batch-size 100 {SMALL_IMAGES_FLAGS}",
         log_every=20,
         blocks=(2, 3, 4),
-        tune_seeds=(0,),
         tune_steps=400,
-        timing_rounds=10,
-        timing_steps=1,
     ),
     "gpu": Scale(
         model="SiT-S/2",
-        steps=600,
-        evaluations=4,
-        seeds=(10, 11, 12, 13, 14),
         flags="--batch-size 256 --learning-rate 5e-4 --ema-decay 0.995 --num-workers 1 "
         f"--eval-num-steps 6 --eval-batch-size 500 {SMALL_IMAGES_FLAGS}",
         log_every=50,
         blocks=(2, 4, 6),
-        tune_seeds=(0,),
-        tune_steps=600,
         jobs_per_gpu=15,
-        timing_rounds=10,
         timing_steps=20,
         saves_once=True,
     ),
     "imagenet": Scale(
         model="SiT-B/2",
-        steps=400_000,
-        evaluations=8,
-        seeds=(0, 1, 2, 3, 4),
         flags="--batch-size 256 --keep-last 1 --eval-samples 50000 --eval-batch-size 128 "
         "--eval-reference VIRTUAL_imagenet256_labeled.npz",
         log_every=100,
+        steps=400_000,
+        evaluations=8,
+        seeds=(0, 1, 2, 3, 4),
     ),
 }
 
@@ -256,5 +245,5 @@ def choose_blocks(runs: list[dict], metric: str) -> dict[str, int]:
     means: dict[str, dict[int, float]] = {}
     for run_name, by_seed in final_values(runs, metric).items():
         name, _, block = run_name.rpartition("-block")
-        means.setdefault(name, {})[int(block)] = sum(by_seed.values()) / len(by_seed)
-    return {name: min(sorted(found), key=lambda b: found[b]) for name, found in means.items()}
+        means.setdefault(name, {})[int(block)] = fmean(by_seed.values())
+    return {name: min(sorted(found), key=found.__getitem__) for name, found in means.items()}

@@ -22,18 +22,17 @@ BATCH_SIZE = 250
 
 
 def read_probe(run: Path) -> dict | None:
-    """Return the stored result of `probe_run`, or None."""
+    """Return the result that `probe_run` stored for a run, or None."""
     return read_json(run / "probe.json") or None
 
 
-def probe_run(run: Path, cache: LatentCache) -> dict:
+def probe_run(run: Path, cache: LatentCache) -> None:
     """Probe the newest EMA of a run, unless RUN/probe.json stores the result already.
 
-    Returns:
-        {"t": time, "images": number of images, "accuracy": {block: accuracy}}.
+    The file contains {"t": time, "images": number of images, "accuracy": {block: accuracy}}.
     """
-    if stored := read_probe(run):
-        return stored
+    if read_probe(run):
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = pretrained.load(run)
     model = source.model.to(device)
@@ -49,4 +48,3 @@ def probe_run(run: Path, cache: LatentCache) -> dict:
         }
     result = {"t": TIME, "images": num_images, "accuracy": accuracy}
     write_file(run / "probe.json", json.dumps(result).encode())
-    return result

@@ -53,14 +53,15 @@ def test_runs_with_equal_seeds_differ_only_in_the_method(scale):
     assert [(cell.seed, cell.name) for cell in study_cells] == expected
     shared_settings, method_settings = set(), set()
     for cell in study_cells:
-        shared, own = [], [cell.name]
+        shared = []
+        method_values = [cell.name]
         for key, value in build_args_json(cell.settings()).items():
             if key.startswith(METHOD_ARGS):
-                own.append(str(value))
+                method_values.append(str(value))
             elif key not in ("exp_name", "seed"):
                 shared.append((key, str(value)))
         shared_settings.add(tuple(shared))
-        method_settings.add(tuple(own))
+        method_settings.add(tuple(method_values))
     assert len(shared_settings) == 1 and len(method_settings) == len(METHODS)
 
 
@@ -341,7 +342,7 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
     ]
     numbers = format_numbers(result)
     # Half of 10/4 and of 11/4, the final distances of vanilla SiT.
-    assert numbers["sra2-cosine difference"] == "-1.312 (-1.375 to -1.250)"
+    assert numbers["sra2-cosine FD-fashion difference"] == "-1.312 (-1.375 to -1.250)"
     assert numbers["sra2-cosine speed-up"] == "2.00 (2.00 to 2.00)"
     assert numbers["sra2-cosine speed-up per FLOP"].startswith("1.60")
     assert numbers["sra2-cosine probe"] == "60.0% (block 3)"
@@ -394,7 +395,7 @@ def test_unfinished_runs_of_a_cluster_are_gathered(call, tmp_path):
     assert result["metric"] == "FID" and result["floor"] is None
     assert [run["name"] for run in result["runs"]] == ["vanilla", "sra2-cosine"]
     assert "2 of 2 runs have not reached their end: all are compared after 25,600,000 images" in out
-    assert format_numbers(result)["sra2-cosine difference"] == "+0.0000"
+    assert format_numbers(result)["sra2-cosine FID difference"] == "+0.0000"
     assert "| REPA | not run |" in out
 
 

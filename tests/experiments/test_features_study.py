@@ -205,14 +205,12 @@ def test_blocks_are_spread_from_the_first_to_the_last():
 
 
 def test_sheet_arranges_maps_by_time_and_block():
-    values = {(0.1, 1): 0.1, (0.1, 4): 0.2, (0.9, 1): 0.3, (0.9, 4): 0.4}
-    blocks = {key: np.full((2, 2, 2, 3), value) for key, value in values.items()}
-    blocks[0.9, 4][1, 1, 0] = 0.5  # one token
+    block_maps = [np.full((2, 2, 2, 3), value) for value in (0.1, 0.2, 0.3, 0.4)]
+    block_maps[3][1, 1, 0] = 0.5  # one token
     pixels = np.full((2, 4, 4, 3), 51, np.uint8)
-    latents = blocks[0.1, 1]
-    maps = feature_picture.ColourMaps(
-        pixels, latents, {0.1: pixels, 0.9: pixels}, {0.1: latents, 0.9: latents}, blocks
-    )
+    latents = block_maps[1]
+    inputs = [pixels, latents]
+    maps = [inputs, [*inputs, *block_maps[:2]], [*inputs, *block_maps[2:]]]
     sheet = feature_picture.make_sheet(maps, 1)
     size = feature_picture.TILE_SIZE
     step = size + feature_picture.TILE_GAP
