@@ -18,18 +18,22 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from benchmarks.measure import (
-    add_result_flags,
+    compare,
     describe_machine,
+    make_parser,
     median_and_quartiles,
-    ratio_per_round,
     report,
     time_in_turn,
 )
 from common import cli
 from evaluations.metrics import compute_statistics, frechet_distance, precision_recall
 
-# Functions of this repository -> what they are compared with.
-PAIRS = {"frechet_distance": "sqrtm", "statistics": "numpy", "precision_recall": "torch-fidelity"}
+# Other implementations, and the functions of this repository that do the same.
+PAIRS = [
+    ("sqrtm", "frechet_distance"),
+    ("numpy", "statistics"),
+    ("torch-fidelity", "precision_recall"),
+]
 
 
 def random_features(num_images: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,23 +49,13 @@ def random_features(num_images: int, width: int) -> tuple[np.ndarray, np.ndarray
 
 def main() -> None:
     """Run the benchmark."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.evaluation", "[--json PATH]")
-    parser.add_argument(
-        "--images",
-        type=cli.positive_int,
-        default=10_000,
-        help="number of rows of each of the two sets of features",
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = make_parser(
+        __doc__, "evaluation", images=10_000, device=default_device, rounds=5, warm_up=1
     )
     parser.add_argument(
         "--width", type=cli.positive_int, default=2048, help="dimension of the features"
     )
-    parser.add_argument(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of this repository's implementations",
-    )
-    add_result_flags(parser, rounds=5, warm_up=1)
     args = parser.parse_args()
 
     device = torch.device(args.device)
@@ -81,10 +75,6 @@ def main() -> None:
     seconds = time_in_turn(actions, device, args.rounds, warm_up=args.warm_up).seconds
 
     versions = {"numpy": np.__version__, "scipy": scipy.__version__}
-    ratios = {
-        f"{other}/{ours}": ratio_per_round(seconds[other], seconds[ours])
-        for ours, other in PAIRS.items()
-    }
     report(
         {
             "benchmark": "evaluation",
@@ -95,7 +85,7 @@ def main() -> None:
             "results": {
                 name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
             },
-            "ratios": ratios,
+            "ratios": compare(seconds, PAIRS),
         },
         args.json,
     )

@@ -12,6 +12,7 @@ threads as sample_ddp uses, and nothing else: together they are a lower bound. T
 reported as well, because other programs disturb it least.
 """
 
+import argparse
 import copy
 import itertools
 import os
@@ -31,10 +32,10 @@ from tqdm import tqdm
 
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
-    add_result_flags,
+    compare,
     describe_machine,
-    median_and_quartiles,
-    ratio_per_round,
+    make_parser,
+    per_image,
     report,
     scratch_folder,
     time_in_turn,
@@ -47,7 +48,6 @@ from common.processes import World
 from evaluations.suite import EvaluationConfig
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
-from models.errors import FieldError
 from models.flops import backbone_flops
 from models.sit import PRESETS, SiT, SiTConfig
 from sample_ddp import (
@@ -75,33 +75,24 @@ PRECISIONS = {  # on CPUs only the first
 }
 
 
-def make_parser() -> cli.Parser:
-    """Return the parser of the flags."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.sampling", "--dest PATH")
+def parse_args() -> argparse.Namespace:
+    """Parse the flags."""
     has_gpu = torch.cuda.is_available()
-    parser.add_argument("--dest", type=Path, required=True, help="folder for temporary files")
-    parser.add_argument(
-        "--model",
-        choices=PRESETS,
-        default="SiT-XL/2",
-        metavar="NAME",
-        help="a preset of models/sit.py",
+    parser = make_parser(
+        __doc__,
+        "sampling",
+        "dest",
+        model="SiT-XL/2",
+        vae=None,
+        images=512 if has_gpu else 8,
+        resolution=256,
+        batch_size=128 if has_gpu else 4,
+        num_steps=250 if has_gpu else 10,
+        rounds=5,
+        warm_up=1,
     )
-    parser.add_argument(
-        "--resolution",
-        type=cli.positive_int,
-        default=256,
-        help="height and width of the images in pixels",
-    )
-    parser.add_argument("--vae", help="hub id or folder (default: random weights)")
     parser.add_argument(
         "--mode", choices=("sde", "ode"), default="sde", help="same as --mode of sample_ddp.py"
-    )
-    parser.add_argument(
-        "--num-steps",
-        type=cli.positive_int,
-        default=250 if has_gpu else 10,
-        help="number of steps from noise to data",
     )
     parser.add_argument(
         "--cfg-scale",
@@ -109,20 +100,7 @@ def make_parser() -> cli.Parser:
         default=1.5,
         help="classifier-free guidance scale; 1 disables guidance",
     )
-    parser.add_argument(
-        "--images",
-        type=cli.positive_int,
-        default=512 if has_gpu else 8,
-        help="number of images per timed round",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=cli.positive_int,
-        default=128 if has_gpu else 4,
-        help="images per batch",
-    )
-    add_result_flags(parser, rounds=5, warm_up=1)
-    return parser
+    return parser.parse_args()
 
 
 def make_config(
@@ -185,35 +163,29 @@ class Sampler:
     def __init__(
         self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder, world: World
     ):
-        self.precision = config.precision
+        self.config = config
         self.vae = vae
         self.device = world.select_device()
-        self.model = prepare_model(copy.deepcopy(source.model), self.precision, self.device)
-        self.num_images = config.output.num_fid_samples
-        self.batch_size = config.output.per_proc_batch_size
+        self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
         self.recipe = make_recipe(config, source)
         self.record = build_record(config, source, vae, self.recipe, self.device)
         self.num_threads = 2 if self.device.type == "cuda" else world.cores
 
     def __call__(self, folder: Path) -> Path:
         """Write samples.npz, its record and its grid to a folder, and return the .npz."""
-        set_up_arithmetic(self.precision, self.device)
-        num_classes = self.model.config.num_classes
-        labels = self.recipe.compute_labels(torch.arange(self.num_images), num_classes).numpy()
+        precision = self.config.precision
+        set_up_arithmetic(precision, self.device)
         store = SampleStore(folder, "samples", self.record, {})
+        num_classes = self.model.config.num_classes
+        labels = self.recipe.compute_labels(torch.arange(store.count), num_classes).numpy()
         store.choose_grid_images(labels)
-        dtype = self.precision.dtype
-        with ExitStack() as resources, tqdm(total=self.num_images, disable=True) as bar:
+        with ExitStack() as resources, tqdm(total=store.count, disable=True) as bar:
             stored = store.claim(resources)
-            worker = Worker(self.model, self.vae, self.recipe, dtype, store, stored, {})
-            run_batches(
-                worker,
-                store.pending_batches(stored),
-                self.num_threads,
-                self.precision.compile,
-                bar,
-                self.batch_size,
+            worker = Worker(
+                self.model, self.vae, self.recipe, precision.dtype, store, stored, networks={}
             )
+            pending = store.pending_batches(stored)
+            run_batches(worker, pending, self.num_threads, precision.compile, bar, store.batch_size)
             store.finalize(labels)
             store.remove_parts()
         return store.npz_path
@@ -221,10 +193,10 @@ class Sampler:
     @torch.no_grad()
     def evaluate_network(self) -> None:
         """Run the network as often as for one batch."""
-        dtype = self.precision.dtype
-        x = self._random_latents()
-        t = torch.full((self.batch_size,), 0.5, device=self.device)
-        labels = torch.arange(self.batch_size, device=self.device) % self.model.config.num_classes
+        dtype = self.config.precision.dtype
+        x = self.random_latents()
+        t = torch.full((len(x),), 0.5, device=self.device)
+        labels = torch.arange(len(x), device=self.device) % self.model.config.num_classes
         if self.recipe.cfg_scale > 1:
             x, t, labels = (torch.cat((tensor, tensor)) for tensor in (x, t, labels))
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -233,20 +205,22 @@ class Sampler:
 
     def decode(self) -> None:
         """Decode one batch."""
-        self.vae.decode(self._random_latents())
+        self.vae.decode(self.random_latents())
 
     def run_alone(self, part: Callable[[], None]) -> None:
         """Run one of the parts for all batches, on as many threads as sampling uses."""
-        set_up_arithmetic(self.precision, self.device)
-        num_batches = -(-self.num_images // self.batch_size)
+        set_up_arithmetic(self.config.precision, self.device)
+        output = self.config.output
+        num_batches = -(-output.num_fid_samples // output.per_proc_batch_size)
         with ThreadPoolExecutor(self.num_threads) as pool:
             for future in [pool.submit(part) for _ in range(num_batches)]:
                 future.result()
 
-    def _random_latents(self) -> Tensor:
-        config = self.model.config
-        shape = (self.batch_size, config.channels, config.latent_size, config.latent_size)
-        return torch.randn(shape, device=self.device)
+    def random_latents(self) -> Tensor:
+        """Return latents of one batch."""
+        network = self.model.config
+        size = (network.channels, network.latent_size, network.latent_size)
+        return torch.randn(self.config.output.per_proc_batch_size, *size, device=self.device)
 
 
 @torch.no_grad()
@@ -262,18 +236,17 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
     Returns:
         The .npz.
     """
-    sampler, num_images = config.sampler, config.output.num_fid_samples
+    sampler = config.sampler
+    num_images = config.output.num_fid_samples
     batch_size = config.output.per_proc_batch_size
-    num_classes, size = model.config.num_classes, model.config.latent_size
+    num_classes = model.config.num_classes
+    size = model.config.latent_size
     shape = (batch_size, model.config.channels, size, size)
     device = vae.vae.device
     folder.mkdir(parents=True)
 
     def brownian_noise(step: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.float64)
-
-    def png_path(index: int) -> Path:
-        return folder / f"{index:06d}.png"
 
     for start in range(0, num_images, batch_size):
         noise = torch.randn(shape, device=device).double()
@@ -287,9 +260,11 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
         decoded = vae.vae.decode(vae.scale.denormalize(latents.float())).sample
         pixels = ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
         for index, image in enumerate(pixels.to("cpu", torch.uint8).numpy(), start):
-            Image.fromarray(image).save(png_path(index))
-    images = np.stack([np.asarray(Image.open(png_path(index))) for index in range(num_images)])
-    np.savez(folder.with_suffix(".npz"), arr_0=images)
+            Image.fromarray(image).save(folder / f"{index:06d}.png")
+    paths = sorted(folder.iterdir())[:num_images]  # the last batch has more
+    np.savez(
+        folder.with_suffix(".npz"), arr_0=np.stack([np.asarray(Image.open(path)) for path in paths])
+    )
     return folder.with_suffix(".npz")
 
 
@@ -302,42 +277,35 @@ class Method(NamedTuple):
 
 
 def make_methods(
-    samplers: dict[str, Sampler],
-    source: PretrainedModel,
-    vae: Autoencoder,
-    config: SamplingConfig,
-    root: Path,
+    samplers: dict[str, Sampler], source: PretrainedModel, root: Path
 ) -> dict[str, Method]:
     """Return the methods to time, by name.
 
     Args:
-        samplers: Samplers by the name of their precision.
+        samplers: Samplers by the name of their precision; the plain loop has the settings and the
+            VAE of the first.
         source: The network of the plain loop.
-        vae: The VAE of the plain loop.
-        config: Settings of the plain loop.
         root: Folder for temporary files.
     """
-    device = vae.vae.device
-    network = source.model.to(device)
+    first = samplers["fp32"]
+    network = source.model.to(first.device)
     num_threads = torch.get_num_threads()
     folders = (root / f"samples{k}" for k in itertools.count())
 
     def run_plain() -> None:
-        set_arithmetic(device, is_tf32=True, num_threads=num_threads)
-        sample_plain(network, vae, config, next(folders))
+        set_arithmetic(first.device, is_tf32=True, num_threads=num_threads)
+        sample_plain(network, first.vae, first.config, next(folders))
 
     def run_sampler(sampler: Sampler) -> None:
         sampler(next(folders))
 
-    methods = {"plain": Method(run_plain, "tf32" if device.type == "cuda" else "fp32")}
+    methods = {"plain": Method(run_plain, "tf32" if first.device.type == "cuda" else "fp32")}
     for name, sampler in samplers.items():
         methods[f"sample_ddp, {name}"] = Method(partial(run_sampler, sampler), name)
-        methods[f"network alone, {name}"] = Method(
-            partial(sampler.run_alone, sampler.evaluate_network), name, ("network",)
-        )
-        methods[f"VAE alone, {name}"] = Method(
-            partial(sampler.run_alone, sampler.decode), name, ("VAE",)
-        )
+        for part, run in (("network", sampler.evaluate_network), ("VAE", sampler.decode)):
+            methods[f"{part} alone, {name}"] = Method(
+                partial(sampler.run_alone, run), name, (part,)
+            )
     return methods
 
 
@@ -352,7 +320,7 @@ def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, f
     """Return the FLOP/s of large matrix products in each precision."""
     rates = {}
     for name, sampler in samplers.items():
-        precision = sampler.precision
+        precision = sampler.config.precision
         set_arithmetic(sampler.device, precision.allow_tf32, num_threads)
         rates[name] = measure_matmul_rate(sampler.device, precision.dtype, seconds=0.5)
     return rates
@@ -360,15 +328,11 @@ def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, f
 
 def count_flops(sampler: Sampler) -> dict[str, int]:
     """Return the FLOPs per image of the network and of the VAE."""
-    config = sampler.model.config
-    latents = torch.zeros(
-        1, config.channels, config.latent_size, config.latent_size, device=sampler.device
-    )
     with FlopCounterMode(display=False) as counter:
-        sampler.vae.decode(latents)
+        sampler.vae.decode(sampler.random_latents()[:1])
     evaluations = sampler.recipe.num_steps * (2 if sampler.recipe.cfg_scale > 1 else 1)
     return {
-        "network": evaluations * backbone_flops(config),
+        "network": evaluations * backbone_flops(sampler.model.config),
         "VAE": counter.get_total_flops(),
     }
 
@@ -379,26 +343,24 @@ def compare_methods(
     """Return the time of `plain`, and of the two parts alone, relative to that of sample_ddp."""
     ratios = {}
     for name in samplers:
-        total = seconds[f"sample_ddp, {name}"]
-        parts = zip(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])
-        alone = [network + vae for network, vae in parts]
-        ratios[f"plain/sample_ddp, {name}"] = ratio_per_round(seconds["plain"], total)
-        ratios[f"alone/sample_ddp, {name}"] = ratio_per_round(alone, total)
+        total = f"sample_ddp, {name}"
+        alone = np.add(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])
+        ratios |= compare(
+            {**seconds, "alone": alone.tolist()}, [("plain", total), ("alone", total)]
+        )
     return ratios
 
 
 def main() -> None:
     """Run the benchmark."""
-    args = make_parser().parse_args()
+    args = parse_args()
     world = World()
     device = world.select_device()
     num_threads = torch.get_num_threads()
     with scratch_folder(args.dest / "benchmark-sampling") as root:
         # Load the VAE and create the network.
-        try:
+        with naming_flags(CheckpointConfig):
             vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
-        except FieldError as error:
-            raise UserError(f"--vae {error.reason}") from None
         multiple = vae.downsampling_factor * PRESETS[args.model]["patch"]
         if args.resolution % multiple:
             raise UserError(
@@ -412,12 +374,12 @@ def main() -> None:
             mode=args.mode, num_steps=args.num_steps, cfg_scale=args.cfg_scale
         )
         precisions = PRECISIONS if device.type == "cuda" else {"fp32": PRECISIONS["fp32"]}
-        configs = {
-            name: make_config(sampler_config, args.images, args.batch_size, precision)
-            for name, precision in precisions.items()
-        }
-        samplers = {name: Sampler(config, source, vae, world) for name, config in configs.items()}
-        methods = make_methods(samplers, source, vae, configs["fp32"], root)
+        samplers = {}
+        for name, precision in precisions.items():
+            config = make_config(sampler_config, args.images, args.batch_size, precision)
+            samplers[name] = Sampler(config, source, vae, world)
+        methods = make_methods(samplers, source, root)
+        flops = count_flops(samplers["fp32"])
 
         # Time them. Rates are measured before and after, because the speed of machines drifts.
         load_before = os.getloadavg()[0]
@@ -427,17 +389,16 @@ def main() -> None:
         rates_after = measure_rates(samplers, num_threads)
         rates = {name: max(rates_before[name], rates_after[name]) for name in samplers}
 
-    flops = count_flops(samplers["fp32"])
     results = {}
     for name, method in methods.items():
-        image_s = [value / args.images for value in timings.seconds[name]]
-        images_per_s = args.images / median_and_quartiles(timings.seconds[name])["median"]
+        seconds = timings.seconds[name]
+        figures = per_image(seconds, args.images)
         method_flops = sum(flops[part] for part in method.parts)
-        results[name] = {
-            "image_s": median_and_quartiles(image_s),
-            "fastest_image_s": min(image_s),
-            "images_per_s": images_per_s,
-            "share_of_matmul_rate": method_flops * images_per_s / rates[method.precision],
+        results[name] = figures | {
+            "fastest_image_s": min(seconds) / args.images,
+            "share_of_matmul_rate": method_flops
+            * figures["images_per_s"]
+            / rates[method.precision],
             "peak_memory_gib": timings.peak_memory_gib[name],
         }
     report(

@@ -17,27 +17,25 @@ import copy
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
 
 import models.targets
 from benchmarks.measure import (
-    add_result_flags,
+    compare,
     describe_machine,
+    make_parser,
     median_and_quartiles,
-    ratio_per_round,
     report,
     time_call,
     time_in_turn,
 )
-from benchmarks.run_steps import allow_tf32, build_step, make_accelerator
+from benchmarks.run_steps import Plan, allow_tf32, build_step, make_accelerator, plan_run
 from common import cli
 from common.cli import UserError
 from common.config import add_flags, read_flags, setting
@@ -47,27 +45,31 @@ from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
-from models.sit import PRESETS, SiTConfig
-from models.targets import TARGETS, CacheInfo, latent_tokens
+from models.sit import PRESETS
+from models.targets import TARGETS, latent_tokens
 from train import Step
-from training.alignment import (
-    head_specs,
-    make_cache_info,
-    plan_alignments,
-    required_cache_inputs,
-)
+from training.alignment import head_specs, required_cache_inputs
 from training.alignment_config import default_alignment
 from training.config import (
     DeviceConfig,
     LoopConfig,
-    Settings,
     autocast_dtype,
-    build_network_config,
     check_batch_size,
     check_compiler,
     parse_settings,
 )
 from training.throughput import measure_matmul_rate, training_flops
+
+
+def variant_name(text: str) -> str:
+    """Check the name of a variant; an argparse type."""
+    names = text.split("+")
+    is_known = set(names) <= set(TARGETS) and len(set(names)) == len(names)
+    if text != "none" and not is_known:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be none, or different methods out of {', '.join(TARGETS)} joined by +"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ class StepConfig:
     model: str = setting(
         "SiT-XL/2", help="a preset of models/sit.py", choices=PRESETS, metavar="NAME"
     )
-    repa_encoder: str | None = setting(
-        None, help="same as --repa-encoder of train.py", metavar="NAME"
-    )
     batch_size: int = setting(256, help="images per update", type=cli.positive_int)
+    latent_size: int = setting(
+        32,
+        help="height and width of the latents: 32 for 256 pixels, 64 for 512",
+        type=cli.positive_int,
+    )
     precision: str = setting(
         "auto",
         help="same as --mixed-precision of train.py",
@@ -94,16 +98,14 @@ class StepConfig:
     gradient_accumulation_steps: int = setting(
         1, help="same as --gradient-accumulation-steps of train.py", type=cli.positive_int
     )
-    latent_size: int = setting(
-        32,
-        help="height and width of the latents: 32 for 256 pixels, 64 for 512",
-        type=cli.positive_int,
+    repa_encoder: str | None = setting(
+        None, help="same as --repa-encoder of train.py", metavar="NAME"
     )
 
 
-def make_parser(description: str, command: str) -> cli.Parser:
+def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
     """Return a parser of the flags that this benchmark shares with benchmarks/cost.py."""
-    parser = cli.Parser(description, command, "[--model NAME]")
+    parser = make_parser(doc, benchmark, rounds=20, warm_up=2)
     add_flags(parser, StepConfig)
     parser.add_argument(
         "--align",
@@ -119,52 +121,22 @@ def make_parser(description: str, command: str) -> cli.Parser:
         type=cli.positive_int,
         help="steps per timed round (default: 10 on a GPU, 1 on a CPU)",
     )
-    add_result_flags(parser, rounds=20, warm_up=2)
     return parser
-
-
-def variant_name(text: str) -> str:
-    """Check the name of a variant; an argparse type."""
-    names = text.split("+")
-    is_known = set(names) <= set(TARGETS) and len(set(names)) == len(names)
-    if text != "none" and not is_known:
-        raise argparse.ArgumentTypeError(
-            f"{text} must be none, or different methods out of {', '.join(TARGETS)} joined by +"
-        )
-    return text
 
 
 def alignment_methods(variant: str) -> list[str]:
     """Return the alignment methods of a variant."""
-    if variant == "none":
-        return []
-    if variant == "plain":
-        return ["sra2"]
-    return variant.split("+")
+    return {"none": [], "plain": ["sra2"]}.get(variant, variant.split("+"))
 
 
-def default_settings(model: str) -> Settings:
-    """Return the settings of train.py for a model, with all flags at their defaults."""
-    return parse_settings(["--exp-name", "benchmark", "--data-dir", ".", "--model", model])
-
-
-class Plan(NamedTuple):
-    """A training run that has the methods of all variants."""
-
-    settings: Settings
-    manifest: Manifest
-    cache: CacheInfo
-    network: SiTConfig
-    align: list[dict]  # config.json's "align"
-
-    def entries(self, variant: str) -> list[dict]:
-        """Return the entries of "align" that belong to a variant."""
-        methods = alignment_methods(variant)
-        return [entry for entry in self.align if entry["method"] in methods]
+def select_entries(align: list[dict], variant: str) -> list[dict]:
+    """Return the entries of config.json's "align" that belong to a variant."""
+    methods = alignment_methods(variant)
+    return [entry for entry in align if entry["method"] in methods]
 
 
 def make_plan(config: StepConfig, variants: list[str]) -> Plan:
-    """Plan the run of several variants, without building anything.
+    """Plan a run that has the methods of several variants.
 
     Raises:
         UserError: The settings contradict each other.
@@ -182,27 +154,22 @@ def make_plan(config: StepConfig, variants: list[str]) -> Plan:
             raise UserError("--repa-encoder needs repa in --align: add it, or remove the flag")
         encoder = replace(alignments["repa"].settings, encoder=config.repa_encoder)
         alignments["repa"] = replace(alignments["repa"], settings=encoder)
-    settings = default_settings(config.model)._replace(
+    defaults = parse_settings(
+        ["--exp-name", "benchmark", "--data-dir", ".", "--model", config.model]
+    )
+    settings = defaults._replace(
         alignments=tuple(alignments.values()),
         loop=LoopConfig(
             batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         ),
         device=DeviceConfig(
-            config.precision,
-            config.compile,
-            config.activation_checkpointing,
-            config.allow_tf32,
+            config.precision, config.compile, config.activation_checkpointing, config.allow_tf32
         ),
     )
     check_compiler(settings.device)
     check_batch_size(settings.loop, num_processes=1)
-
-    manifest = synthetic_manifest(config.latent_size)
-    cache = make_cache_info(manifest)
-    network = build_network_config(settings.model, manifest)
-    align = plan_alignments(settings.alignments, network, cache)
-    return Plan(settings, manifest, cache, network, align)
+    return plan_run(settings, synthetic_manifest(config.latent_size))
 
 
 def synthetic_manifest(latent_size: int = 32) -> Manifest:
@@ -272,28 +239,20 @@ def make_plain_step(
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0, fused=True)
-    scaler = accelerator.scaler
+    scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     dtype = autocast_dtype(accelerator.mixed_precision)
-    block, head = model.blocks["sra2"], model.heads["sra2"]
-
-    def compute_loss(x_t: Tensor, t: Tensor, labels: Tensor, v: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction, tokens = model.backbone(x_t, t, labels, return_blocks=(block,))
-            projected = head(tokens[block])
-        cosine = F.cosine_similarity(projected.float(), target, dim=-1)
-        return F.mse_loss(prediction.float(), v) + 1 - cosine.mean()
+    block = model.blocks["sra2"]
 
     def step() -> None:
-        for micro_batch in micro_batches:
-            loss = compute_loss(*micro_batch)
-            if scaler:
-                loss = scaler.scale(loss)
-            loss.div(accumulation).backward()
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
+        for x_t, t, labels, velocity, target in micro_batches:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                prediction, tokens = model.backbone(x_t, t, labels, return_blocks=(block,))
+                projected = model.heads["sra2"](tokens[block])
+            cosine = F.cosine_similarity(projected.float(), target, dim=-1)
+            loss = F.mse_loss(prediction.float(), velocity) + 1 - cosine.mean()
+            scaler.scale(loss).div(accumulation).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
@@ -309,7 +268,7 @@ def build_steps(
     """
     plan = make_plan(config, variants)
     with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
-        full_step = build_step(plan.settings, accelerator, plan.manifest, plan.cache)
+        full_step = build_step(plan, accelerator)
     with_images = "images" in required_cache_inputs(full_step.alignments)
     batch = random_batch(plan.manifest, config.batch_size, with_images)
     if accelerator.device.type == "cuda":
@@ -321,8 +280,7 @@ def build_steps(
             actions[variant] = make_plain_step(plan, accelerator, model, batch)
             continue
         step = select_methods(full_step, alignment_methods(variant))
-        needed = required_cache_inputs(step.alignments)
-        inputs = {name: batch.inputs[name] for name in needed}
+        inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
         actions[variant] = partial(step, replace(batch, inputs=inputs))
     return actions
 
@@ -386,59 +344,52 @@ def measure(
     timings = time_in_turn(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))
     actions.clear()
-    peak_memory_gib = timings.peak_memory_gib
-    if device.type == "cuda":
-        peak_memory_gib = {
-            variant: measure_peak_memory(config, accelerator, variant) for variant in variants
-        }
 
     results = {}
     for variant in variants:
         step_s = median_and_quartiles(timings.seconds[variant])
         images_per_s = config.batch_size / step_s["median"]
-        flops = training_flops(plan.network, plan.entries(variant), plan.cache)
+        align = select_entries(plan.align, variant)
+        peak_memory_gib = timings.peak_memory_gib[variant]
+        if device.type == "cuda":
+            peak_memory_gib = measure_peak_memory(config, accelerator, variant)
         results[variant] = {
             "step_s": step_s,
             "images_per_s": images_per_s,
-            "mfu": flops * images_per_s / rate,
-            "peak_memory_gib": peak_memory_gib[variant],
+            "mfu": training_flops(plan.network, align, plan.cache) * images_per_s / rate,
+            "peak_memory_gib": peak_memory_gib,
             "first_step_s": first_step_s[variant],
         }
+    recorded = asdict(config) | {"precision": accelerator.mixed_precision}
+    del recorded["repa_encoder"]
     return {
         "benchmark": "train_step",
         "machine": describe_machine(device),
-        "model": config.model,
-        "batch_size": config.batch_size,
-        "latent_size": config.latent_size,
-        "precision": accelerator.mixed_precision,
-        "compile": config.compile,
-        "activation_checkpointing": config.activation_checkpointing,
-        "allow_tf32": config.allow_tf32,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        **recorded,
         "rounds": rounds,
         "steps": calls,
-        "encoder_weights": "random" if plan.entries("repa") else None,
+        "encoder_weights": "random" if select_entries(plan.align, "repa") else None,
         "matmul_flops_per_s": rate,
         "forward_flops_per_image": backbone_flops(plan.network),
         "results": results,
-        "ratios": compare_variants(timings.seconds),
+        "ratios": compare(timings.seconds, comparisons(variants)),
     }
 
 
-def compare_variants(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """Return the time of each aligned variant relative to `none`, and of sra2 to `plain`."""
+def comparisons(variants: list[str]) -> list[tuple[str, str]]:
+    """Return the pairs to compare: each aligned variant with `none`, and sra2 with `plain`."""
     pairs = []
-    for variant in seconds:
-        if variant not in ("none", "plain"):
+    for variant in variants:
+        if "none" in variants and variant not in ("none", "plain"):
             pairs.append((variant, "none"))
-        if variant == "sra2":
+        if "plain" in variants and variant == "sra2":
             pairs.append((variant, "plain"))
-    return {f"{a}/{b}": ratio_per_round(seconds[a], seconds[b]) for a, b in pairs if b in seconds}
+    return pairs
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = make_parser(__doc__, "python -m benchmarks.train_step")
+    parser = make_step_parser(__doc__, "train_step")
     parser.add_argument(
         "--plain",
         action="store_true",
