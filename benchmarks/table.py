@@ -4,7 +4,7 @@ python -m benchmarks.table
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ def make_tables(folder: Path = RESULTS) -> dict[str, str]:
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     tables = {}
     for name, table in TABLES.items():
-        selected = [result for result in results if result["benchmark"] == table.benchmark]
-        tables[name] = table.format(selected)
+        benchmark = table.benchmark or name
+        tables[name] = table.format([r for r in results if r["benchmark"] == benchmark])
     return tables
 
 
@@ -46,9 +46,15 @@ def with_quartiles(figure: dict, digits: str, factor: float = 1.0) -> str:
         digits: Format of the numbers.
         factor: Factor that converts the unit.
     """
-    low, high = figure["quartiles"]
-    median, low, high = (value * factor for value in (figure["median"], low, high))
-    return f"{median:{digits}} ({low:{digits}} to {high:{digits}})"
+    values = (figure["median"], *figure["quartiles"])
+    median, low, high = (f"{value * factor:{digits}}" for value in values)
+    return f"{median} ({low} to {high})"
+
+
+def format_ratios(result: dict, digits: str) -> dict[str, str]:
+    """Return the ratios with their quartiles, by "A/B"."""
+    ratios = result.get("ratios", {})
+    return {pair: with_quartiles(ratio, digits) for pair, ratio in ratios.items()}
 
 
 def increase(share: float) -> str:
@@ -56,54 +62,46 @@ def increase(share: float) -> str:
     return f" (+{share:.1%})" if share else ""
 
 
-def train_step_rows(result: dict) -> list[list[str]]:
-    """Return one row per variant, with the ratios of its time to those of others."""
-    rows = []
+def train_step_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row per variant, with the ratios of its time to those of others."""
+    ratios = format_ratios(result, ".3f").items()
     for variant, figures in result["results"].items():
-        ratios = []
-        for pair, ratio in result["ratios"].items():
-            name, baseline = pair.split("/")
-            if name == variant:
-                ratios.append(f"{with_quartiles(ratio, '.3f')} relative to {baseline}")
-        rows.append(
-            [
-                machine_name(result),
-                run_name(result),
-                variant,
-                with_quartiles(figures["step_s"], ".3g"),
-                f"{figures['images_per_s']:.3g}",
-                f"{figures['mfu']:.0%}",
-                f"{figures['first_step_s']:.3g}",
-                ", ".join(ratios),
-            ]
-        )
-    return rows
+        prefix = f"{variant}/"
+        yield [
+            machine_name(result),
+            run_name(result),
+            variant,
+            with_quartiles(figures["step_s"], ".3g"),
+            f"{figures['images_per_s']:.3g}",
+            f"{figures['mfu']:.0%}",
+            f"{figures['first_step_s']:.3g}",
+            ", ".join(
+                f"{ratio} relative to {pair.removeprefix(prefix)}"
+                for pair, ratio in ratios
+                if pair.startswith(prefix)
+            ),
+        ]
 
 
-def cost_rows(result: dict) -> list[list[str]]:
-    """Return one row per variant, as in Table 5 of the paper; times are empty if not measured."""
+def cost_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row per variant, as in Table 5 of the paper; times are empty if not measured."""
     is_timed = "machine" in result
     run = f"{result['model']}, not timed"
     if is_timed:
         run = f"{machine_name(result)}: {run_name(result)}"
-    rows = []
     for variant, figures in result["results"].items():
         external = figures["parameters"]["external"]
         heads = figures["parameters"]["heads"]
         forward = sum(figures["forward_flops"].values())
-        timing = time_cells(result, variant) if is_timed else ["", "", ""]
-        rows.append(
-            [
-                run,
-                variant,
-                f"{external / 1e6:.1f}M" if external else "0",
-                f"{heads / 1e6:.1f}M{increase(figures['more_parameters'])}" if heads else "0",
-                f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])}",
-                f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])}",
-                *timing,
-            ]
-        )
-    return rows
+        yield [
+            run,
+            variant,
+            f"{external / 1e6:.1f}M" if external else "0",
+            f"{heads / 1e6:.1f}M{increase(figures['more_parameters'])}" if heads else "0",
+            f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])}",
+            f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])}",
+            *(time_cells(result, variant) if is_timed else ["", "", ""]),
+        ]
 
 
 def time_cells(result: dict, variant: str) -> list[str]:
@@ -113,73 +111,60 @@ def time_cells(result: dict, variant: str) -> list[str]:
     memory = ""
     if "cuda" in result["machine"]:
         memory = f"{figures['peak_memory_gib']:.1f} GiB"
-    ratio = result["ratios"].get(f"{variant}/none")
-    relative = with_quartiles(ratio, ".3f") if ratio else ""
-    return [f"{step}, {figures['images_per_s']:.3g} images/s", memory, relative]
-
-
-def checkpoint_rows(result: dict) -> list[list[str]]:
-    """Return one row."""
-    keys = ("copy_s", "write_s", "longest_pause_s")
     return [
-        [
-            machine_name(result),
-            result["model"],
-            f"{result['bytes'] / 1e9:.2f}",
-            *(with_quartiles(result["results"][key], ".3g") for key in keys),
-        ]
+        f"{step}, {figures['images_per_s']:.3g} images/s",
+        memory,
+        format_ratios(result, ".3f").get(f"{variant}/none", ""),
     ]
 
 
-def data_loading_rows(result: dict) -> list[list[str]]:
-    """Return one row per source, with its speedup over .npy files."""
-    rows = []
+def checkpoint_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row."""
+    yield [
+        machine_name(result),
+        result["model"],
+        f"{result['bytes'] / 1e9:.2f}",
+        *(with_quartiles(figure, ".3g") for figure in result["results"].values()),
+    ]
+
+
+def data_loading_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row per source, with its speedup over .npy files."""
+    ratios = format_ratios(result, ".3g").items()
     for name, figures in result["results"].items():
-        speedups = [
-            with_quartiles(ratio, ".3g")
-            for pair, ratio in result["ratios"].items()
-            if pair.endswith(f"/{name}")
+        yield [
+            machine_name(result),
+            name,
+            with_quartiles(figures["batch_s"], ".3g", factor=1e3),
+            f"{figures['samples_per_s']:,.0f}",
+            *([ratio for pair, ratio in ratios if pair.endswith(f"/{name}")] or [""]),
         ]
-        rows.append(
-            [
-                machine_name(result),
-                name,
-                with_quartiles(figures["batch_s"], ".3g", factor=1e3),
-                f"{figures['samples_per_s']:,.0f}",
-                speedups[0] if speedups else "",
-            ]
-        )
-    return rows
 
 
-def encode_rows(result: dict) -> list[list[str]]:
-    """Return one row per method."""
+def encode_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row per method."""
     images = f"{result['resolution']} pixels, {result['precision']}, batch {result['batch_size']}"
-    speedup = with_quartiles(result["ratios"]["one at a time/encode_latents"], ".3g")
-    vae_share = with_quartiles(result["ratios"]["VAE alone/encode_latents"], ".3f")
+    speedup = format_ratios(result, ".3g")["one at a time/encode_latents"]
+    vae_share = format_ratios(result, ".3f")["VAE alone/encode_latents"]
     comparisons = {
         "encode_latents": f"{speedup} times as fast as one at a time",
         "VAE alone": f"{vae_share} of the time of encode_latents",
     }
-    rows = []
     for name, figures in result["results"].items():
         share = figures["share_of_matmul_rate"]
-        rows.append(
-            [
-                machine_name(result),
-                images,
-                name,
-                with_quartiles(figures["image_s"], ".3g"),
-                f"{figures['images_per_s']:.3g}",
-                "" if share is None else f"{share:.0%}",
-                comparisons.get(name, ""),
-            ]
-        )
-    return rows
+        yield [
+            machine_name(result),
+            images,
+            name,
+            with_quartiles(figures["image_s"], ".3g"),
+            f"{figures['images_per_s']:.3g}",
+            "" if share is None else f"{share:.0%}",
+            comparisons.get(name, ""),
+        ]
 
 
-def imagenet_rows(result: dict) -> list[list[str]]:
-    """Return one row of estimates for ImageNet's training images.
+def imagenet_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row of estimates for ImageNet's training images.
 
     Sizes follow from the number of images, and the time from the measured rate.
     """
@@ -190,92 +175,80 @@ def imagenet_rows(result: dict) -> list[list[str]]:
     figures = result["results"]["encode_latents"]
     days = NUM_IMAGENET_IMAGES / figures["images_per_s"] / 86400
     rate = f"{figures['share_of_matmul_rate']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f}"
-    return [
-        [
-            str(result["resolution"]),
-            f"{num_bytes / 1e9:.0f} GB",
-            f"{2 * num_bytes / 1e9:.0f} GB",
-            f"{image_bytes / 1e9:,.0f} GB",
-            f"{flops / 1e9:.0f}",
-            f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f}",
-            f"{days:.0f} days at {rate} GFLOP/s",
-        ]
+    yield [
+        str(result["resolution"]),
+        f"{num_bytes / 1e9:.0f} GB",
+        f"{2 * num_bytes / 1e9:.0f} GB",
+        f"{image_bytes / 1e9:,.0f} GB",
+        f"{flops / 1e9:.0f}",
+        f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f}",
+        f"{days:.0f} days at {rate} GFLOP/s",
     ]
 
 
-def evaluation_rows(result: dict) -> list[list[str]]:
-    """Return one row per implementation, with the speedup of ours."""
-    rows = []
+def evaluation_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row per implementation, with the speedup of ours."""
+    ratios = format_ratios(result, ".3g").items()
     for name, figures in result["results"].items():
-        speedups = [
-            f"{with_quartiles(ratio, '.3g')} times as fast as {pair.split('/')[0]}"
-            for pair, ratio in result["ratios"].items()
-            if pair.endswith(f"/{name}")
+        suffix = f"/{name}"
+        yield [
+            machine_name(result),
+            f"{result['images']:,} x {result['width']}",
+            name,
+            with_quartiles(figures["call_s"], ".3g"),
+            ", ".join(
+                f"{ratio} times as fast as {pair.removesuffix(suffix)}"
+                for pair, ratio in ratios
+                if pair.endswith(suffix)
+            ),
         ]
-        rows.append(
-            [
-                machine_name(result),
-                f"{result['images']:,} x {result['width']}",
-                name,
-                with_quartiles(figures["call_s"], ".3g"),
-                ", ".join(speedups),
-            ]
-        )
-    return rows
 
 
-def sampling_rows(result: dict) -> list[list[str]]:
-    """Return one row per method; those of sample_ddp are compared with `plain` and the parts."""
+def sampling_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row per method; those of sample_ddp are compared with `plain` and the parts."""
     run = f"{result['model']}, {result['resolution']} pixels"
     run += f", {result['num_steps']} steps, batch {result['batch_size']}"
-    fastest = {name: figures["fastest_image_s"] for name, figures in result["results"].items()}
-    rows = []
+    speedups = format_ratios(result, ".3g")
+    shares = format_ratios(result, ".3f")
+    fastest_plain = result["results"]["plain"]["fastest_image_s"]
     for name, figures in result["results"].items():
-        comparison = ["", "", ""]
-        if f"plain/{name}" in result["ratios"]:
-            comparison = [
-                with_quartiles(result["ratios"][f"plain/{name}"], ".3g"),
-                f"{fastest['plain'] / fastest[name]:.3g}",
-                with_quartiles(result["ratios"][f"alone/{name}"], ".3f"),
-            ]
-        rows.append(
-            [
-                machine_name(result),
-                run,
-                name,
-                with_quartiles(figures["image_s"], ".3g"),
-                f"{fastest[name]:.3g}",
-                f"{figures['images_per_s']:.3g}",
-                f"{figures['share_of_matmul_rate']:.0%}",
-                *comparison,
-            ]
-        )
-    return rows
-
-
-def batch_size_rows(result: dict) -> list[list[str]]:
-    """Return one row per solver and batch size."""
-    num_images = result["images"]
-    return [
-        [
-            solver,
-            f"{result['batch_size']} and {other['batch_size']}",
-            str(other["largest"]),
-            f"{other['values'] * 1e6:.0f}",
-            f"{other['images'] * num_images:.0f} of {num_images}",
+        fastest = figures["fastest_image_s"]
+        is_compared = f"plain/{name}" in speedups
+        yield [
+            machine_name(result),
+            run,
+            name,
+            with_quartiles(figures["image_s"], ".3g"),
+            f"{fastest:.3g}",
+            f"{figures['images_per_s']:.3g}",
+            f"{figures['share_of_matmul_rate']:.0%}",
+            speedups.get(f"plain/{name}", ""),
+            f"{fastest_plain / fastest:.3g}" if is_compared else "",
+            shares.get(f"alone/{name}", ""),
         ]
-        for solver, others in result["results"].items()
-        for other in others
-    ]
+
+
+def batch_size_rows(result: dict) -> Iterator[list[str]]:
+    """Yield one row per solver and batch size."""
+    num_images = result["images"]
+    for solver, others in result["results"].items():
+        for other in others:
+            yield [
+                solver,
+                f"{result['batch_size']} and {other['batch_size']}",
+                str(other["largest"]),
+                f"{other['values'] * 1e6:.0f}",
+                f"{other['images'] * num_images:.0f} of {num_images}",
+            ]
 
 
 class Table(NamedTuple):
     """A table of the documentation."""
 
-    benchmark: str  # value of "benchmark" in the results
-    rows: Callable[[dict], list[list[str]]]  # rows of one result
+    rows: Callable[[dict], Iterator[list[str]]]  # rows of one result
     header: str
     footer: tuple[str, ...] = ()  # further lines
+    benchmark: str = ""  # value of "benchmark" in the results; by default the table's name
 
     def format(self, results: list[dict]) -> str:
         """Return the table of several results as Markdown."""
@@ -287,54 +260,46 @@ class Table(NamedTuple):
 
 TABLES = {
     "train_step": Table(
-        "train_step",
         train_step_rows,
         "| machine | run | variant | seconds per step | images/s | MFU | first step, s "
         "| time ratio |",
     ),
     "checkpoint": Table(
-        "checkpoint",
         checkpoint_rows,
         "| machine | model | GB | copy to host memory, s | write in the background, s "
         "| longest pause of training, s |",
     ),
     "data_loading": Table(
-        "data_loading",
         data_loading_rows,
         "| machine | source | ms per batch | samples/s | speedup over .npy |",
     ),
     "encode": Table(
-        "encode",
         encode_rows,
         "| machine | images | method | seconds per image | images/s | share of matmul rate "
         "| comparison |",
     ),
     "evaluation": Table(
-        "evaluation",
         evaluation_rows,
         "| machine | features | implementation | seconds per call | speedup |",
     ),
     "sampling": Table(
-        "sampling",
         sampling_rows,
         "| machine | run | method | seconds per image | fastest round | images/s "
         "| share of matmul rate | speedup over plain | speedup of the fastest round "
         "| network and VAE alone / sample_ddp |",
     ),
     "batch_size": Table(
-        "batch_size",
         batch_size_rows,
         "| solver | batch sizes | largest difference, grey levels "
         "| values that differ, per million | images that differ |",
     ),
     "imagenet": Table(
-        "encode",
         imagenet_rows,
         "| pixels | cache, float16 | with --flip | --keep-images | GFLOPs per image "
         "| total PFLOPs | on two CPU cores |",
+        benchmark="encode",
     ),
     "cost": Table(
-        "cost",
         cost_rows,
         "| run | method | external parameters | head parameters | forward GFLOPs "
         "| training GFLOPs | seconds per step | peak memory | time relative to none |",
