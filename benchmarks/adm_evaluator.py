@@ -35,6 +35,14 @@ from evaluations.metrics import (
 # uses float32. A factor that is a power of two changes no digit in float32.
 OVERFLOW = 128
 
+# Sets of features: name, scale, index of the first cluster, and index after the last cluster.
+FEATURE_SETS = (
+    ("reference", 0.5, 0, 48),
+    ("samples", 0.4, 12, 64),
+    ("few", 0.4, 12, 64),
+    ("activations", 0.5, 0, 64),
+)
+
 
 def random_features(
     rng: np.random.Generator, count: int, scale: float, clusters: np.ndarray, width: int
@@ -67,13 +75,11 @@ def make_inputs(
     """
     rng = np.random.default_rng(0)
     arrays = {
-        "reference": random_features(rng, counts["reference"], 0.5, np.arange(48), width),
-        "samples": random_features(rng, counts["samples"], 0.4, np.arange(12, 64), width),
-        "few": random_features(rng, counts["few"], 0.4, np.arange(12, 64), width),
-        "activations": random_features(rng, counts["activations"], 0.5, np.arange(64), width),
-        "weights": (rng.standard_normal((width, classes)) * 4 / width**0.5).astype(np.float32),
-        "overflow": np.array(OVERFLOW),
+        name: random_features(rng, counts[name], scale, np.arange(first, end), width)
+        for name, scale, first, end in FEATURE_SETS
     }
+    weights = rng.standard_normal((width, classes)) * 4 / width**0.5
+    arrays |= {"weights": weights.astype(np.float32), "overflow": np.array(OVERFLOW)}
     for size in (32, 256, 512):
         arrays[f"image {size}"] = rng.integers(0, 256, (1, size, size, 3), np.uint8)
     return arrays

@@ -38,7 +38,7 @@ def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, d
         model: A key of PRESETS.
         device: Device of the state.
     """
-    plan = make_plan(StepConfig(model), ["sra2"])
+    plan = make_plan(StepConfig(model=model), ["sra2"])
     settings = plan.settings
     state = build_state(plan.network, plan.align, settings.optimizer, settings.device, device)
     for parameter in state.model.parameters():

@@ -99,84 +99,57 @@ def evict(folder: Path, cache: LatentCache) -> None:
         os.close(descriptor)
 
 
-def make_reader(make_loader: Callable[..., Iterable], num_batches: int) -> Callable[[], None]:
-    """Return a function that reads the next batches of a loader, which starts again at its end."""
+def make_reader(make_loader: Callable[..., Iterable]) -> Callable[[], object]:
+    """Return a function that reads the next batch of a loader, which starts again at its end."""
 
     def repeat() -> Iterator:
         while True:
             yield from make_loader()
 
-    iterator = repeat()
-
-    def read() -> None:
-        for _ in range(num_batches):
-            next(iterator)
-
-    return read
+    return partial(next, repeat())
 
 
-def time_readers(
-    root: Path, args: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Time all ways of reading the data.
+def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds per batch for each way of reading the data, one value per round.
 
     Args:
         root: Folder with the .npy files in npy/ and the latent cache in cache/.
         args: The flags.
-
-    Returns:
-        The seconds of each round, and the number of batches per round, both by name.
     """
     files = NpyFiles(root / "npy", args.images)
     cache = LatentCache(root / "cache")
     cache_in_ram = LatentCache(root / "cache")
     cache_in_ram.load_into_ram()
     source = np.zeros((args.batch_size, *SHAPE), np.float16)
-    target = np.zeros_like(source)
 
-    def npy_reader(num_batches: int, num_workers: int = 0) -> Callable[[], None]:
-        loader = partial(
-            DataLoader,
-            files,
-            args.batch_size,
-            shuffle=True,
-            num_workers=num_workers,
-            drop_last=True,
-        )
-        return make_reader(loader, num_batches)
+    def npy_reader(num_workers: int = 0) -> Callable[[], object]:
+        options = {"shuffle": True, "num_workers": num_workers, "drop_last": True}
+        return make_reader(partial(DataLoader, files, args.batch_size, **options))
 
-    def cache_reader(
-        cache: LatentCache, num_batches: int, num_workers: int = 0
-    ) -> Callable[[], None]:
+    def cache_reader(cache: LatentCache, num_workers: int = 0) -> Callable[[], object]:
         stream = TrainingStream(cache, 0, args.batch_size)
-        loader = partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False)
-        return make_reader(loader, num_batches)
-
-    def copy() -> None:
-        for _ in range(args.batches):
-            np.copyto(target, source)
+        return make_reader(partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False))
 
     # Warm: all files are in the page cache.
     warm = {
-        "npy": npy_reader(args.batches),
-        "cache": cache_reader(cache, args.batches),
-        "memory": cache_reader(cache_in_ram, args.batches),
-        f"npy, {args.num_workers} workers": npy_reader(args.batches, args.num_workers),
-        f"cache, {args.num_workers} workers": cache_reader(cache, args.batches, args.num_workers),
-        "copy": copy,
+        "npy": npy_reader(),
+        "cache": cache_reader(cache),
+        "memory": cache_reader(cache_in_ram),
+        f"npy, {args.num_workers} workers": npy_reader(args.num_workers),
+        f"cache, {args.num_workers} workers": cache_reader(cache, args.num_workers),
+        "copy": partial(np.copyto, np.zeros_like(source), source),
     }
     for path in root.rglob("*.npy"):
         path.read_bytes()
-    seconds = time_in_turn(warm, CPU, args.rounds).seconds
-    num_batches = dict.fromkeys(warm, args.batches)
+    seconds = time_in_turn(warm, CPU, args.rounds, args.batches).seconds
     # Stop the worker processes, whose memory maps would keep the files in memory.
     warm.clear()
 
     # Cold: fewer batches, after an eviction that is not timed.
-    num_cold = max(1, args.batches // 10)
-    cold = {"npy, cold": npy_reader(num_cold), "cache, cold": cache_reader(cache, num_cold)}
-    seconds |= time_in_turn(cold, CPU, args.rounds, prepare=partial(evict, root, cache)).seconds
-    return seconds, num_batches | dict.fromkeys(cold, num_cold)
+    cold = {"npy, cold": npy_reader(), "cache, cold": cache_reader(cache)}
+    num_batches = max(1, args.batches // 10)
+    drop = partial(evict, root, cache)
+    return seconds | time_in_turn(cold, CPU, args.rounds, num_batches, prepare=drop).seconds
 
 
 def main() -> None:
@@ -197,11 +170,11 @@ def main() -> None:
     args = parser.parse_args()
     with scratch_folder(args.dest / "benchmark-data-loading") as root:
         write_data(root / "npy", root / "cache", args.images, args.shards)
-        seconds, num_batches = time_readers(root, args)
+        seconds = time_readers(root, args)
 
     results = {}
     for name, values in seconds.items():
-        figure = median_and_quartiles(np.divide(values, num_batches[name]))
+        figure = median_and_quartiles(values)
         results[name] = {"batch_s": figure, "samples_per_s": args.batch_size / figure["median"]}
     pairs = (
         ("npy", "cache"),

@@ -2,18 +2,18 @@
 
 import json
 import platform
+import re
 import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from common import cli
@@ -83,17 +83,12 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 def describe_machine(device: torch.device) -> dict:
     """Return the hardware and the versions that results depend on."""
-    info = {"device": _cpu_name(), "cpu_threads": torch.get_num_threads()}
+    model_name = re.search(r"model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text())
+    cpu = model_name[1] if model_name else platform.processor() or platform.machine()
+    info = {"device": cpu, "cpu_threads": torch.get_num_threads()}
     if device.type == "cuda":
         info |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return info | {"torch": torch.__version__, "python": platform.python_version()}
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:
@@ -151,7 +146,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def median_and_quartiles(values: ArrayLike) -> dict:
+def median_and_quartiles(values: Sequence[float] | np.ndarray) -> dict:
     """Return the median of values, and their quartiles as [low, high]."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "quartiles": [low, high]}
@@ -162,12 +157,16 @@ def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -
 
     Args:
         seconds: The measurements by action.
-        pairs: Names of actions.
+        pairs: Names of actions. Pairs with an action that was not measured are left out.
 
     Returns:
         Median and quartiles over rounds, by "FIRST/SECOND".
     """
-    return {f"{a}/{b}": median_and_quartiles(np.divide(seconds[a], seconds[b])) for a, b in pairs}
+    return {
+        f"{a}/{b}": median_and_quartiles(np.divide(seconds[a], seconds[b]))
+        for a, b in pairs
+        if {a, b} <= seconds.keys()
+    }
 
 
 def per_image(seconds: list[float], num_images: int) -> dict:

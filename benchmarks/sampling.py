@@ -341,7 +341,7 @@ def compare_methods(
     seconds: dict[str, list[float]], samplers: dict[str, Sampler]
 ) -> dict[str, dict]:
     """Return the time of `plain`, and of the two parts alone, relative to that of sample_ddp."""
-    ratios = {}
+    ratios: dict[str, dict] = {}
     for name in samplers:
         total = f"sample_ddp, {name}"
         alone = np.add(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])

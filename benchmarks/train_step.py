@@ -17,7 +17,7 @@ import copy
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch
 
@@ -49,10 +49,10 @@ from models.sit import PRESETS
 from models.targets import TARGETS, latent_tokens
 from train import Step
 from training.alignment import head_specs, required_cache_inputs
-from training.alignment_config import default_alignment
 from training.config import (
     DeviceConfig,
     LoopConfig,
+    ModelConfig,
     autocast_dtype,
     check_batch_size,
     check_compiler,
@@ -73,30 +73,23 @@ def variant_name(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepConfig(ModelConfig, DeviceConfig):
     """Settings of the steps."""
 
-    model: str = setting(
-        "SiT-XL/2", help="a preset of models/sit.py", choices=PRESETS, metavar="NAME"
+    mixed_precision: str = setting(
+        "auto",
+        help="same as --mixed-precision of train.py",
+        flags=("--precision",),
+        choices=("auto", "no", "fp16", "bf16"),
     )
     batch_size: int = setting(256, help="images per update", type=cli.positive_int)
+    gradient_accumulation_steps: int = setting(
+        1, help="number of micro-batches per update", type=cli.positive_int
+    )
     latent_size: int = setting(
         32,
         help="height and width of the latents: 32 for 256 pixels, 64 for 512",
         type=cli.positive_int,
-    )
-    precision: str = setting(
-        "auto",
-        help="same as --mixed-precision of train.py",
-        choices=("auto", "no", "fp16", "bf16"),
-    )
-    compile: bool = setting(False, help="same as --compile of train.py")
-    activation_checkpointing: bool = setting(
-        False, help="same as --activation-checkpointing of train.py"
-    )
-    allow_tf32: bool = setting(False, help="same as --allow-tf32 of train.py")
-    gradient_accumulation_steps: int = setting(
-        1, help="same as --gradient-accumulation-steps of train.py", type=cli.positive_int
     )
     repa_encoder: str | None = setting(
         None, help="same as --repa-encoder of train.py", metavar="NAME"
@@ -148,27 +141,17 @@ def make_plan(config: StepConfig, variants: list[str]) -> Plan:
         )
     # Each method once, in the order of the variants.
     methods = dict.fromkeys(name for variant in variants for name in alignment_methods(variant))
-    alignments = {method: default_alignment(method, config.model) for method in methods}
+    flags = ["--exp-name", "benchmark", "--data-dir", ".", "--model", config.model]
+    flags += ["--align", *(methods or ["none"])]
     if config.repa_encoder:
-        if "repa" not in alignments:
-            raise UserError("--repa-encoder needs repa in --align: add it, or remove the flag")
-        encoder = replace(alignments["repa"].settings, encoder=config.repa_encoder)
-        alignments["repa"] = replace(alignments["repa"], settings=encoder)
-    defaults = parse_settings(
-        ["--exp-name", "benchmark", "--data-dir", ".", "--model", config.model]
+        flags += ["--repa-encoder", config.repa_encoder]
+    loop = LoopConfig(
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-    settings = defaults._replace(
-        alignments=tuple(alignments.values()),
-        loop=LoopConfig(
-            batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-        ),
-        device=DeviceConfig(
-            config.precision, config.compile, config.activation_checkpointing, config.allow_tf32
-        ),
-    )
-    check_compiler(settings.device)
-    check_batch_size(settings.loop, num_processes=1)
+    check_compiler(config)
+    check_batch_size(loop, num_processes=1)
+    settings = parse_settings(flags)._replace(loop=loop, device=config)
     return plan_run(settings, synthetic_manifest(config.latent_size))
 
 
@@ -193,24 +176,21 @@ def synthetic_manifest(latent_size: int = 32) -> Manifest:
     )
 
 
-def random_batch(manifest: Manifest, size: int, with_images: bool) -> CachedBatch:
-    """Return a batch of random moments and labels, as a loader returns it.
+def random_batch(manifest: Manifest, size: int) -> CachedBatch:
+    """Return random moments, labels and images, as a loader returns them.
 
     Args:
         manifest: Manifest of the cache.
         size: Number of images.
-        with_images: Whether the batch contains images, (B, 3, S, S) uint8.
     """
     torch.manual_seed(0)
     channels, height, width = manifest.latent_shape
     moments = torch.randn(size, 2 * channels, height, width)
     moments[:, channels:] = 0.05
     labels = torch.randint(manifest.num_classes, (size,))
-    inputs = {}
-    if with_images:
-        shape = (size, 3, manifest.resolution, manifest.resolution)
-        inputs["images"] = torch.randint(256, shape, dtype=torch.uint8)
-    return CachedBatch(torch.arange(size), moments.half(), labels, inputs)
+    shape = (size, 3, manifest.resolution, manifest.resolution)
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    return CachedBatch(torch.arange(size), moments.half(), labels, {"images": images})
 
 
 def make_plain_step(
@@ -228,7 +208,7 @@ def make_plain_step(
     accumulation = plan.settings.loop.gradient_accumulation_steps
 
     # The inputs of all steps: noisy latents, and what the outputs are compared with.
-    batch = batch.to(device)
+    batch = replace(batch, inputs={}).to(device)
     latents = plan.cache.scale.mean(batch.moments)
     shape = tuple(plan.manifest.latent_shape)
     noise = normal(0, Purpose.NOISE, batch.stream_position, shape).float()
@@ -269,8 +249,7 @@ def build_steps(
     plan = make_plan(config, variants)
     with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
         full_step = build_step(plan, accelerator)
-    with_images = "images" in required_cache_inputs(full_step.alignments)
-    batch = random_batch(plan.manifest, config.batch_size, with_images)
+    batch = random_batch(plan.manifest, config.batch_size)
     if accelerator.device.type == "cuda":
         batch = batch.pin_memory()
     actions: dict[str, Callable[[], object]] = {}
@@ -331,7 +310,7 @@ def measure(
             "shows the speed of several processes"
         )
     plan = make_plan(config, variants)
-    accelerator = make_accelerator(config.precision)
+    accelerator = make_accelerator(config.mixed_precision)
     allow_tf32(config.allow_tf32)
     device = accelerator.device
     dtype = autocast_dtype(accelerator.mixed_precision)
@@ -360,31 +339,26 @@ def measure(
             "peak_memory_gib": peak_memory_gib,
             "first_step_s": first_step_s[variant],
         }
-    recorded = asdict(config) | {"precision": accelerator.mixed_precision}
-    del recorded["repa_encoder"]
+    pairs = [(variant, "none") for variant in variants if variant not in ("none", "plain")]
     return {
         "benchmark": "train_step",
         "machine": describe_machine(device),
-        **recorded,
+        "model": config.model,
+        "batch_size": config.batch_size,
+        "latent_size": config.latent_size,
+        "precision": accelerator.mixed_precision,
+        "compile": config.compile,
+        "activation_checkpointing": config.activation_checkpointing,
+        "allow_tf32": config.allow_tf32,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "rounds": rounds,
         "steps": calls,
         "encoder_weights": "random" if select_entries(plan.align, "repa") else None,
         "matmul_flops_per_s": rate,
         "forward_flops_per_image": backbone_flops(plan.network),
         "results": results,
-        "ratios": compare(timings.seconds, comparisons(variants)),
+        "ratios": compare(timings.seconds, [*pairs, ("sra2", "plain")]),
     }
-
-
-def comparisons(variants: list[str]) -> list[tuple[str, str]]:
-    """Return the pairs to compare: each aligned variant with `none`, and sra2 with `plain`."""
-    pairs = []
-    for variant in variants:
-        if "none" in variants and variant not in ("none", "plain"):
-            pairs.append((variant, "none"))
-        if "plain" in variants and variant == "sra2":
-            pairs.append((variant, "plain"))
-    return pairs
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def stub_encoder(monkeypatch):
 
 def make_config(**settings) -> StepConfig:
     """Return settings of the smallest network on latents of 8 x 8."""
-    defaults = {"model": "SiT-Ti/2", "batch_size": 2, "precision": "no", "latent_size": 8}
+    defaults = {"model": "SiT-Ti/2", "batch_size": 2, "mixed_precision": "no", "latent_size": 8}
     return StepConfig(**defaults | settings)
 
 
@@ -241,7 +241,7 @@ def test_peak_memory_excludes_what_was_allocated_before(monkeypatch):
             "none+sra2 must be none, or different methods out of sra2, repa, sra joined by +",
         ),
         (["--align", "sra2", "sra+sra"], "sra+sra must be none"),
-        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs repa in --align"),
+        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs --align repa"),
         (["--latent-size", "9"], "--latent-size 9: SiT-XL/2 cannot cut these latents"),
     ],
 )
