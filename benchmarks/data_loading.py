@@ -123,15 +123,15 @@ def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]
     source = np.zeros((args.batch_size, *SHAPE), np.float16)
 
     def npy_reader(num_workers: int = 0) -> Callable[[], object]:
-        options = {"shuffle": True, "num_workers": num_workers, "drop_last": True}
-        return make_reader(partial(DataLoader, files, args.batch_size, **options))
+        load = partial(DataLoader, files, args.batch_size, num_workers=num_workers)
+        return make_reader(partial(load, shuffle=True, drop_last=True))
 
     def cache_reader(cache: LatentCache, num_workers: int = 0) -> Callable[[], object]:
         stream = TrainingStream(cache, 0, args.batch_size)
         return make_reader(partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False))
 
     # Warm: all files are in the page cache.
-    warm = {
+    warm: dict[str, Callable[[], object]] = {
         "npy": npy_reader(),
         "cache": cache_reader(cache),
         "memory": cache_reader(cache_in_ram),

@@ -293,7 +293,8 @@ def make_methods(
     folders = (root / f"samples{k}" for k in itertools.count())
 
     def run_plain() -> None:
-        set_arithmetic(first.device, is_tf32=True, num_threads=num_threads)
+        allow_tf32(True)
+        torch.set_num_threads(num_threads)
         sample_plain(network, first.vae, first.config, next(folders))
 
     def run_sampler(sampler: Sampler) -> None:
@@ -309,19 +310,13 @@ def make_methods(
     return methods
 
 
-def set_arithmetic(device: torch.device, is_tf32: bool, num_threads: int) -> None:
-    """Set the precision of GPUs and the number of threads of CPU operations."""
-    allow_tf32(is_tf32)
-    if device.type == "cpu":
-        torch.set_num_threads(num_threads)
-
-
 def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, float]:
     """Return the FLOP/s of large matrix products in each precision."""
     rates = {}
     for name, sampler in samplers.items():
         precision = sampler.config.precision
-        set_arithmetic(sampler.device, precision.allow_tf32, num_threads)
+        allow_tf32(precision.allow_tf32)
+        torch.set_num_threads(num_threads)
         rates[name] = measure_matmul_rate(sampler.device, precision.dtype, seconds=0.5)
     return rates
 

@@ -6,11 +6,27 @@ python -m benchmarks.table
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NUM_IMAGENET_IMAGES = 1_281_167  # training images
 PRECISION_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Figure(NamedTuple):
+    """A median with its quartiles, formatted such as "1.041 (1.036 to 1.048)"."""
+
+    median: float
+    low: float
+    high: float
+
+    def __format__(self, digits: str) -> str:
+        return f"{self.median:{digits}} ({self.low:{digits}} to {self.high:{digits}})"
+
+
+def parse_object(content: dict) -> Any:
+    """Return an object of a result; return values of `median_and_quartiles` become figures."""
+    return Figure(content["median"], *content["quartiles"]) if "median" in content else content
 
 
 def make_tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -38,25 +54,6 @@ def run_name(result: dict) -> str:
     return f"{name}, compiled" if result["compile"] else name
 
 
-def with_quartiles(figure: dict, digits: str, factor: float = 1.0) -> str:
-    """Return a median with its quartiles, such as "1.041 (1.036 to 1.048)".
-
-    Args:
-        figure: Return value of `median_and_quartiles`.
-        digits: Format of the numbers.
-        factor: Factor that converts the unit.
-    """
-    values = (figure["median"], *figure["quartiles"])
-    median, low, high = (f"{value * factor:{digits}}" for value in values)
-    return f"{median} ({low} to {high})"
-
-
-def format_ratios(result: dict, digits: str) -> dict[str, str]:
-    """Return the ratios with their quartiles, by "A/B"."""
-    ratios = result.get("ratios", {})
-    return {pair: with_quartiles(ratio, digits) for pair, ratio in ratios.items()}
-
-
 def increase(share: float) -> str:
     """Return an increase such as " (+4.0%)", or "" if there is none."""
     return f" (+{share:.1%})" if share else ""
@@ -64,20 +61,19 @@ def increase(share: float) -> str:
 
 def train_step_rows(result: dict) -> Iterator[list[str]]:
     """Yield one row per variant, with the ratios of its time to those of others."""
-    ratios = format_ratios(result, ".3f").items()
     for variant, figures in result["results"].items():
         prefix = f"{variant}/"
         yield [
             machine_name(result),
             run_name(result),
             variant,
-            with_quartiles(figures["step_s"], ".3g"),
+            f"{figures['step_s']:.3g}",
             f"{figures['images_per_s']:.3g}",
             f"{figures['mfu']:.0%}",
             f"{figures['first_step_s']:.3g}",
             ", ".join(
-                f"{ratio} relative to {pair.removeprefix(prefix)}"
-                for pair, ratio in ratios
+                f"{ratio:.3f} relative to {pair.removeprefix(prefix)}"
+                for pair, ratio in result["ratios"].items()
                 if pair.startswith(prefix)
             ),
         ]
@@ -107,14 +103,11 @@ def cost_rows(result: dict) -> Iterator[list[str]]:
 def time_cells(result: dict, variant: str) -> list[str]:
     """Return time, peak memory on a GPU, and time relative to that without alignment."""
     figures = result["results"][variant]
-    step = with_quartiles(figures["step_s"], ".3g")
-    memory = ""
-    if "cuda" in result["machine"]:
-        memory = f"{figures['peak_memory_gib']:.1f} GiB"
+    ratio = result["ratios"].get(f"{variant}/none")
     return [
-        f"{step}, {figures['images_per_s']:.3g} images/s",
-        memory,
-        format_ratios(result, ".3f").get(f"{variant}/none", ""),
+        f"{figures['step_s']:.3g}, {figures['images_per_s']:.3g} images/s",
+        f"{figures['peak_memory_gib']:.1f} GiB" if "cuda" in result["machine"] else "",
+        f"{ratio:.3f}" if ratio else "",
     ]
 
 
@@ -124,31 +117,34 @@ def checkpoint_rows(result: dict) -> Iterator[list[str]]:
         machine_name(result),
         result["model"],
         f"{result['bytes'] / 1e9:.2f}",
-        *(with_quartiles(figure, ".3g") for figure in result["results"].values()),
+        *(f"{figure:.3g}" for figure in result["results"].values()),
     ]
 
 
 def data_loading_rows(result: dict) -> Iterator[list[str]]:
     """Yield one row per source, with its speedup over .npy files."""
-    ratios = format_ratios(result, ".3g").items()
     for name, figures in result["results"].items():
+        speedups = [
+            f"{ratio:.3g}" for pair, ratio in result["ratios"].items() if pair.endswith(f"/{name}")
+        ]
+        milliseconds = Figure(*(1e3 * seconds for seconds in figures["batch_s"]))
         yield [
             machine_name(result),
             name,
-            with_quartiles(figures["batch_s"], ".3g", factor=1e3),
+            f"{milliseconds:.3g}",
             f"{figures['samples_per_s']:,.0f}",
-            *([ratio for pair, ratio in ratios if pair.endswith(f"/{name}")] or [""]),
+            "".join(speedups),
         ]
 
 
 def encode_rows(result: dict) -> Iterator[list[str]]:
     """Yield one row per method."""
     images = f"{result['resolution']} pixels, {result['precision']}, batch {result['batch_size']}"
-    speedup = format_ratios(result, ".3g")["one at a time/encode_latents"]
-    vae_share = format_ratios(result, ".3f")["VAE alone/encode_latents"]
+    ratios = result["ratios"]
     comparisons = {
-        "encode_latents": f"{speedup} times as fast as one at a time",
-        "VAE alone": f"{vae_share} of the time of encode_latents",
+        "encode_latents": f"{ratios['one at a time/encode_latents']:.3g} times as fast as one at "
+        "a time",
+        "VAE alone": f"{ratios['VAE alone/encode_latents']:.3f} of the time of encode_latents",
     }
     for name, figures in result["results"].items():
         share = figures["share_of_matmul_rate"]
@@ -156,7 +152,7 @@ def encode_rows(result: dict) -> Iterator[list[str]]:
             machine_name(result),
             images,
             name,
-            with_quartiles(figures["image_s"], ".3g"),
+            f"{figures['image_s']:.3g}",
             f"{figures['images_per_s']:.3g}",
             "" if share is None else f"{share:.0%}",
             comparisons.get(name, ""),
@@ -188,17 +184,16 @@ def imagenet_rows(result: dict) -> Iterator[list[str]]:
 
 def evaluation_rows(result: dict) -> Iterator[list[str]]:
     """Yield one row per implementation, with the speedup of ours."""
-    ratios = format_ratios(result, ".3g").items()
     for name, figures in result["results"].items():
         suffix = f"/{name}"
         yield [
             machine_name(result),
             f"{result['images']:,} x {result['width']}",
             name,
-            with_quartiles(figures["call_s"], ".3g"),
+            f"{figures['call_s']:.3g}",
             ", ".join(
-                f"{ratio} times as fast as {pair.removesuffix(suffix)}"
-                for pair, ratio in ratios
+                f"{ratio:.3g} times as fast as {pair.removesuffix(suffix)}"
+                for pair, ratio in result["ratios"].items()
                 if pair.endswith(suffix)
             ),
         ]
@@ -208,23 +203,26 @@ def sampling_rows(result: dict) -> Iterator[list[str]]:
     """Yield one row per method; those of sample_ddp are compared with `plain` and the parts."""
     run = f"{result['model']}, {result['resolution']} pixels"
     run += f", {result['num_steps']} steps, batch {result['batch_size']}"
-    speedups = format_ratios(result, ".3g")
-    shares = format_ratios(result, ".3f")
+    ratios = result["ratios"]
     fastest_plain = result["results"]["plain"]["fastest_image_s"]
     for name, figures in result["results"].items():
         fastest = figures["fastest_image_s"]
-        is_compared = f"plain/{name}" in speedups
+        comparison = ["", "", ""]
+        if f"plain/{name}" in ratios:
+            comparison = [
+                f"{ratios[f'plain/{name}']:.3g}",
+                f"{fastest_plain / fastest:.3g}",
+                f"{ratios[f'alone/{name}']:.3f}",
+            ]
         yield [
             machine_name(result),
             run,
             name,
-            with_quartiles(figures["image_s"], ".3g"),
+            f"{figures['image_s']:.3g}",
             f"{fastest:.3g}",
             f"{figures['images_per_s']:.3g}",
             f"{figures['share_of_matmul_rate']:.0%}",
-            speedups.get(f"plain/{name}", ""),
-            f"{fastest_plain / fastest:.3g}" if is_compared else "",
-            shares.get(f"alone/{name}", ""),
+            *comparison,
         ]
 
 
@@ -253,7 +251,8 @@ class Table(NamedTuple):
     def format(self, results: list[dict]) -> str:
         """Return the table of several results as Markdown."""
         rule = "|" + "---|" * (self.header.count("|") - 1)
-        rows = [row for result in results for row in self.rows(result)]
+        parsed = json.loads(json.dumps(results), object_hook=parse_object)
+        rows = [row for result in parsed for row in self.rows(result)]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([self.header, rule, *lines, *self.footer])
 
