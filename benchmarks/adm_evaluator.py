@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from benchmarks.measure import describe_machine, report
+from benchmarks.measure import describe_machine, write_result
 from common import cli
 from common.files import sha256
 from evaluations.metrics import (
@@ -189,7 +189,7 @@ def main() -> None:
     arrays = make_inputs(counts)
     adm, adm_versions = compute_adm(args.evaluator, args.python, arrays)
     ours = compute_ours(arrays)
-    report(
+    write_result(
         {
             "benchmark": "adm_evaluator",
             "evaluator_sha256": sha256(args.evaluator),

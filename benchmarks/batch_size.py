@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from benchmarks.measure import describe_machine, make_parser, report, scratch_folder
+from benchmarks.measure import make_parser, report, scratch_folder
 from benchmarks.sampling import Sampler, make_config
 from checkpointing import pretrained
 from checkpointing.storage import CheckpointError
@@ -86,19 +86,14 @@ def main() -> None:
             for size in other_sizes
         ]
     report(
-        {
-            "benchmark": "batch_size",
-            "machine": describe_machine(device),
-            "model": source.identity["model"],
-            "step": source.identity["step"],
-            "ema_sha256": source.identity["ema_sha256"],
-            "images": args.images,
-            "num_steps": args.num_steps,
-            "cfg_scale": args.cfg_scale,
-            "batch_size": first_size,
-            "results": results,
-        },
-        args.json,
+        args,
+        device,
+        ("images", "num_steps", "cfg_scale"),
+        model=source.identity["model"],
+        step=source.identity["step"],
+        ema_sha256=source.identity["ema_sha256"],
+        batch_size=first_size,
+        results=results,
     )
 
 

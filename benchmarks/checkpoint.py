@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import (
-    describe_machine,
     make_parser,
     median_and_quartiles,
     report,
@@ -87,16 +86,12 @@ def main() -> None:
     # The first save allocates the memory that the later ones reuse.
     results = {key: median_and_quartiles([save[key] for save in times[1:]]) for key in times[0]}
     report(
-        {
-            "benchmark": "checkpoint",
-            "machine": describe_machine(device),
-            "model": args.model,
-            "rounds": args.rounds,
-            "bytes": num_bytes,
-            "results": results,
-            "write_bytes_per_s": num_bytes / results["write_s"]["median"],
-        },
-        args.json,
+        args,
+        device,
+        ("model", "rounds"),
+        bytes=num_bytes,
+        results=results,
+        write_bytes_per_s=num_bytes / results["write_s"]["median"],
     )
 
 

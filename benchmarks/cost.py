@@ -12,7 +12,7 @@ benchmarks/train_step.py. With --no-timing no network is built, and counting tak
 
 import torch
 
-from benchmarks.measure import report
+from benchmarks.measure import write_result
 from benchmarks.run_steps import Plan
 from benchmarks.table import TABLES
 from benchmarks.train_step import (
@@ -86,7 +86,7 @@ def main() -> None:
     for variant, figures in result["results"].items():
         figures |= count_costs(plan, variant)
     result |= {"benchmark": "cost", "align": plan.align}
-    report(result, args.json)
+    write_result(result, args.json)
     print(f"\n{TABLES['cost'].format([result])}")
 
 

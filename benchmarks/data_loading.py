@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from benchmarks.measure import (
     compare,
-    describe_machine,
     make_parser,
     median_and_quartiles,
     report,
@@ -183,18 +182,11 @@ def main() -> None:
         ("npy, cold", "cache, cold"),
     )
     report(
-        {
-            "benchmark": "data_loading",
-            "machine": describe_machine(CPU),
-            "images": args.images,
-            "shards": args.shards,
-            "batch_size": args.batch_size,
-            "rounds": args.rounds,
-            "batches": args.batches,
-            "results": results,
-            "ratios": compare(seconds, pairs),
-        },
-        args.json,
+        args,
+        CPU,
+        ("images", "shards", "batch_size", "rounds", "batches"),
+        results=results,
+        ratios=compare(seconds, pairs),
     )
 
 

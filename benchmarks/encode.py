@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from benchmarks.measure import (
     compare,
-    describe_machine,
     make_parser,
     per_image,
     report,
@@ -221,22 +220,16 @@ def main() -> None:
         }
     pairs = [(name, "encode_latents") for name in ("one at a time", "VAE alone")]
     report(
-        {
-            "benchmark": "encode",
-            "machine": describe_machine(job.device),
-            "images": args.images,
-            "resolution": args.resolution,
-            "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
-            "precision": args.precision,
-            "batch_size": job.batch_size,
-            "num_workers": job.num_workers,
-            "rounds": args.rounds,
-            "flops_per_image": flops,
-            "matmul_flops_per_s": rate,
-            "results": results,
-            "ratios": compare(timings.seconds, pairs),
-        },
-        args.json,
+        args,
+        job.device,
+        ("images", "resolution", "precision", "rounds"),
+        vae=args.vae or "random weights of sd-vae-ft-mse's shape",
+        batch_size=job.batch_size,
+        num_workers=job.num_workers,
+        flops_per_image=flops,
+        matmul_flops_per_s=rate,
+        results=results,
+        ratios=compare(timings.seconds, pairs),
     )
 
 

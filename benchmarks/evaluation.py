@@ -74,20 +74,16 @@ def main() -> None:
     }
     seconds = time_in_turn(actions, device, args.rounds, warm_up=args.warm_up).seconds
 
-    versions = {"numpy": np.__version__, "scipy": scipy.__version__}
+    machine = describe_machine(device) | {"numpy": np.__version__, "scipy": scipy.__version__}
     report(
-        {
-            "benchmark": "evaluation",
-            "machine": describe_machine(device) | versions,
-            "images": args.images,
-            "width": args.width,
-            "rounds": args.rounds,
-            "results": {
-                name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
-            },
-            "ratios": compare(seconds, PAIRS),
+        args,
+        device,
+        ("images", "width", "rounds"),
+        machine=machine,
+        results={
+            name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
         },
-        args.json,
+        ratios=compare(seconds, PAIRS),
     )
 
 

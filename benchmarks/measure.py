@@ -1,5 +1,6 @@
 """Timing, descriptions of the machine, and output for all benchmarks."""
 
+import argparse
 import json
 import platform
 import re
@@ -67,6 +68,7 @@ def make_parser(doc: str | None, benchmark: str, *required: str, **defaults: Any
                 default=defaults.get(key),
                 **options,
             )
+    parser.set_defaults(benchmark=benchmark)
     return parser
 
 
@@ -182,7 +184,23 @@ def per_image(seconds: list[float], num_images: int) -> dict:
     }
 
 
-def report(result: dict, path: Path | None) -> None:
+def report(
+    args: argparse.Namespace, device: torch.device, recorded: Iterable[str], **figures: Any
+) -> None:
+    """Report the result of a benchmark: its name, the machine, some of its flags, and figures.
+
+    Args:
+        args: Flags of a parser from `make_parser`.
+        device: Device of the measurements.
+        recorded: Names of the flags in the result.
+        figures: Further entries of the result.
+    """
+    result = {"benchmark": args.benchmark, "machine": describe_machine(device)}
+    flags = {key: getattr(args, key) for key in recorded}
+    write_result(result | flags | figures, args.json)
+
+
+def write_result(result: dict, path: Path | None) -> None:
     """Print a result as JSON, and write it to a file if there is a path."""
     text = json.dumps(result, indent=2)
     print(text)

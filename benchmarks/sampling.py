@@ -33,7 +33,6 @@ from tqdm import tqdm
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
     compare,
-    describe_machine,
     make_parser,
     per_image,
     report,
@@ -195,10 +194,10 @@ class Sampler:
         """Run the network as often as for one batch."""
         dtype = self.config.precision.dtype
         x = self.random_latents()
+        if self.recipe.cfg_scale > 1:  # guidance doubles the batch
+            x = torch.cat((x, x))
         t = torch.full((len(x),), 0.5, device=self.device)
         labels = torch.arange(len(x), device=self.device) % self.model.config.num_classes
-        if self.recipe.cfg_scale > 1:
-            x, t, labels = (torch.cat((tensor, tensor)) for tensor in (x, t, labels))
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for _ in range(self.recipe.num_steps):
                 self.model(x, t, labels)
@@ -273,18 +272,19 @@ class Method(NamedTuple):
 
     run: Callable[[], object]  # for all images
     precision: str  # a key of PRECISIONS
-    parts: tuple[str, ...] = ("network", "VAE")  # the networks that run
+    flops: int  # per image
 
 
 def make_methods(
-    samplers: dict[str, Sampler], source: PretrainedModel, root: Path
+    samplers: dict[str, Sampler], source: PretrainedModel, flops: dict[str, int], root: Path
 ) -> dict[str, Method]:
     """Return the methods to time, by name.
 
     Args:
-        samplers: Samplers by the name of their precision; the plain loop has the settings and the
-            VAE of the first.
+        samplers: Samplers by the name of their precision. The plain loop has the settings and the
+            VAE of "fp32".
         source: The network of the plain loop.
+        flops: FLOPs per image of the network and of the VAE.
         root: Folder for temporary files.
     """
     first = samplers["fp32"]
@@ -300,13 +300,14 @@ def make_methods(
     def run_sampler(sampler: Sampler) -> None:
         sampler(next(folders))
 
-    methods = {"plain": Method(run_plain, "tf32" if first.device.type == "cuda" else "fp32")}
+    total = sum(flops.values())
+    precision = "tf32" if first.device.type == "cuda" else "fp32"
+    methods = {"plain": Method(run_plain, precision, total)}
     for name, sampler in samplers.items():
-        methods[f"sample_ddp, {name}"] = Method(partial(run_sampler, sampler), name)
+        methods[f"sample_ddp, {name}"] = Method(partial(run_sampler, sampler), name, total)
         for part, run in (("network", sampler.evaluate_network), ("VAE", sampler.decode)):
-            methods[f"{part} alone, {name}"] = Method(
-                partial(sampler.run_alone, run), name, (part,)
-            )
+            run_alone = partial(sampler.run_alone, run)
+            methods[f"{part} alone, {name}"] = Method(run_alone, name, flops[part])
     return methods
 
 
@@ -373,8 +374,8 @@ def main() -> None:
         for name, precision in precisions.items():
             config = make_config(sampler_config, args.images, args.batch_size, precision)
             samplers[name] = Sampler(config, source, vae, world)
-        methods = make_methods(samplers, source, root)
         flops = count_flops(samplers["fp32"])
+        methods = make_methods(samplers, source, flops, root)
 
         # Time them. Rates are measured before and after, because the speed of machines drifts.
         load_before = os.getloadavg()[0]
@@ -388,35 +389,23 @@ def main() -> None:
     for name, method in methods.items():
         seconds = timings.seconds[name]
         figures = per_image(seconds, args.images)
-        method_flops = sum(flops[part] for part in method.parts)
+        flops_per_s = method.flops * figures["images_per_s"]
         results[name] = figures | {
             "fastest_image_s": min(seconds) / args.images,
-            "share_of_matmul_rate": method_flops
-            * figures["images_per_s"]
-            / rates[method.precision],
+            "share_of_matmul_rate": flops_per_s / rates[method.precision],
             "peak_memory_gib": timings.peak_memory_gib[name],
         }
     report(
-        {
-            "benchmark": "sampling",
-            "machine": describe_machine(device),
-            "load_average": [load_before, os.getloadavg()[0]],
-            "model": args.model,
-            "resolution": args.resolution,
-            "latent_size": source.model.config.latent_size,
-            "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
-            "mode": args.mode,
-            "num_steps": args.num_steps,
-            "cfg_scale": args.cfg_scale,
-            "images": args.images,
-            "batch_size": args.batch_size,
-            "rounds": args.rounds,
-            "flops_per_image": flops,
-            "matmul_flops_per_s": rates,
-            "results": results,
-            "ratios": compare_methods(timings.seconds, samplers),
-        },
-        args.json,
+        args,
+        device,
+        ("model", "resolution", "mode", "num_steps", "cfg_scale", "images", "batch_size", "rounds"),
+        load_average=[load_before, os.getloadavg()[0]],
+        latent_size=source.model.config.latent_size,
+        vae=args.vae or "random weights of sd-vae-ft-mse's shape",
+        flops_per_image=flops,
+        matmul_flops_per_s=rates,
+        results=results,
+        ratios=compare_methods(timings.seconds, samplers),
     )
 
 

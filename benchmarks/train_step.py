@@ -31,9 +31,9 @@ from benchmarks.measure import (
     describe_machine,
     make_parser,
     median_and_quartiles,
-    report,
     time_call,
     time_in_turn,
+    write_result,
 )
 from benchmarks.run_steps import Plan, allow_tf32, build_step, make_accelerator, plan_run
 from common import cli
@@ -379,7 +379,7 @@ def main() -> None:
     specs = [spec for entry in plan.align for spec in head_specs(entry).values()]
     heads = sum(head_flops(plan.network, spec) for spec in specs)
     result["head_flops_share"] = heads / backbone_flops(plan.network)
-    report(result, args.json)
+    write_result(result, args.json)
 
 
 if __name__ == "__main__":
