@@ -87,8 +87,10 @@ def make_inputs(
 
 def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]:
     """Return the results of this repository, by name."""
-    a, b = arrays["reference"], arrays["samples"]
-    reference, samples = compute_statistics(a), compute_statistics(b)
+    a = arrays["reference"]
+    b = arrays["samples"]
+    reference = compute_statistics(a)
+    samples = compute_statistics(b)
     probabilities = torch.from_numpy(arrays["activations"] @ arrays["weights"]).softmax(1).numpy()
     results: dict[str, np.ndarray | float] = {
         "mean": samples.mu,

@@ -60,8 +60,7 @@ def main() -> None:
         help="guidance scales; each is used in turn",
     )
     args = parser.parse_args()
-    world = World()
-    device = world.select_device()
+    device = World().select_device()
     try:
         source = pretrained.load(args.ckpt)
         vae = Autoencoder(source.vae, device)
@@ -71,7 +70,7 @@ def main() -> None:
     def sample_images(sampler_config: SamplerConfig, batch_size: int) -> np.ndarray:
         config = make_config(sampler_config, args.images, batch_size, PrecisionConfig())
         with scratch_folder(args.dest / "benchmark-batch-size") as folder:
-            path = Sampler(config, source, vae, world)(folder)
+            path = Sampler(config, source, vae)(folder)
             with np.load(path) as content:
                 return content["arr_0"]
 

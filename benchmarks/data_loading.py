@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from benchmarks.measure import (
+    Action,
     compare,
     make_parser,
     median_and_quartiles,
@@ -98,7 +99,7 @@ def evict(folder: Path, cache: LatentCache) -> None:
         os.close(descriptor)
 
 
-def make_reader(make_loader: Callable[..., Iterable]) -> Callable[[], object]:
+def make_reader(make_loader: Callable[..., Iterable]) -> Action:
     """Return a function that reads the next batch of a loader, which starts again at its end."""
 
     def repeat() -> Iterator:
@@ -121,16 +122,16 @@ def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]
     cache_in_ram.load_into_ram()
     source = np.zeros((args.batch_size, *SHAPE), np.float16)
 
-    def npy_reader(num_workers: int = 0) -> Callable[[], object]:
+    def npy_reader(num_workers: int = 0) -> Action:
         load = partial(DataLoader, files, args.batch_size, num_workers=num_workers)
         return make_reader(partial(load, shuffle=True, drop_last=True))
 
-    def cache_reader(cache: LatentCache, num_workers: int = 0) -> Callable[[], object]:
+    def cache_reader(cache: LatentCache, num_workers: int = 0) -> Action:
         stream = TrainingStream(cache, 0, args.batch_size)
         return make_reader(partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False))
 
     # Warm: all files are in the page cache.
-    warm: dict[str, Callable[[], object]] = {
+    warm: dict[str, Action] = {
         "npy": npy_reader(),
         "cache": cache_reader(cache),
         "memory": cache_reader(cache_in_ram),

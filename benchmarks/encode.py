@@ -12,7 +12,6 @@ batches after decoding; its time relative to `encode_latents` is the utilisation
 
 import argparse
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.measure import (
+    Action,
     compare,
     make_parser,
     per_image,
@@ -125,7 +125,7 @@ def decode_batches(job: EncodingJob) -> list[DecodedBatch]:
 
 def make_actions(
     job: EncodingJob, world: World, folder: Path, num_threads: int
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Action]:
     """Return the timed functions by name; each processes all images.
 
     Args:

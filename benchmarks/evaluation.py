@@ -8,7 +8,6 @@ scipy's matrix square root; `statistics` with numpy's mean and cov; and `precisi
 many samples as references, with torch-fidelity's. The other implementations run on the CPU.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -18,6 +17,7 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from benchmarks.measure import (
+    Action,
     compare,
     describe_machine,
     make_parser,
@@ -62,7 +62,7 @@ def main() -> None:
     a, b = random_features(args.images, args.width)
     statistics_a = compute_statistics(a, device)
     statistics_b = compute_statistics(b, device)
-    actions: dict[str, Callable[[], object]] = {
+    actions: dict[str, Action] = {
         "frechet_distance": partial(frechet_distance, statistics_a, statistics_b, device),
         "sqrtm": partial(calculate_frechet_distance, *statistics_a, *statistics_b),
         "statistics": partial(compute_statistics, a, device),

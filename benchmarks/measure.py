@@ -21,6 +21,8 @@ from common import cli
 from common.files import write_file
 from models.sit import PRESETS
 
+Action = Callable[[], object]
+
 
 class Timings(NamedTuple):
     """Measurements of several actions, by name."""
@@ -99,7 +101,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_call(action: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+def time_call(action: Action, device: torch.device, calls: int = 1) -> float:
     """Return the seconds per call, over calls without host-device synchronisation between them."""
     synchronize(device)
     started = time.perf_counter()
@@ -110,12 +112,12 @@ def time_call(action: Callable[[], object], device: torch.device, calls: int = 1
 
 
 def time_in_turn(
-    actions: Mapping[str, Callable[[], object]],
+    actions: Mapping[str, Action],
     device: torch.device,
     rounds: int,
     calls: int = 1,
     warm_up: int = 1,
-    prepare: Callable[[], object] = lambda: None,
+    prepare: Action = lambda: None,
 ) -> Timings:
     """Time actions in turn (A B C A B C ...), so that a drift of the machine's speed affects all.
 

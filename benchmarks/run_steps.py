@@ -98,9 +98,8 @@ def time_runs(
     Raises:
         UserError: The settings of a run do not fit its cache.
     """
-    precisions = {resolve_precision(run.device.mixed_precision) for run in runs.values()}
-    assert len(precisions) == 1, precisions
-    accelerator = make_accelerator(precisions.pop())
+    (precision,) = {resolve_precision(run.device.mixed_precision) for run in runs.values()}
+    accelerator = make_accelerator(precision)
     actions = {}
     for name, settings in runs.items():
         allow_tf32(settings.device.allow_tf32)

@@ -16,7 +16,6 @@ import argparse
 import copy
 import itertools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -32,8 +31,9 @@ from tqdm import tqdm
 
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
-    compare,
+    Action,
     make_parser,
+    median_and_quartiles,
     per_image,
     report,
     scratch_folder,
@@ -43,6 +43,7 @@ from benchmarks.run_steps import allow_tf32
 from checkpointing.pretrained import PretrainedModel
 from common import cli
 from common.cli import UserError
+from common.machine import available_cores
 from common.processes import World
 from evaluations.suite import EvaluationConfig
 from interpolant import INTERPOLANTS
@@ -156,19 +157,16 @@ class Sampler:
         config: Settings of sample_ddp.py.
         source: The network.
         vae: The VAE that decodes, on the device of the sampler.
-        world: The process.
     """
 
-    def __init__(
-        self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder, world: World
-    ):
+    def __init__(self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder):
         self.config = config
         self.vae = vae
-        self.device = world.select_device()
+        self.device = vae.vae.device
         self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
         self.recipe = make_recipe(config, source)
         self.record = build_record(config, source, vae, self.recipe, self.device)
-        self.num_threads = 2 if self.device.type == "cuda" else world.cores
+        self.num_threads = 2 if self.device.type == "cuda" else available_cores()
 
     def __call__(self, folder: Path) -> Path:
         """Write samples.npz, its record and its grid to a folder, and return the .npz."""
@@ -206,7 +204,7 @@ class Sampler:
         """Decode one batch."""
         self.vae.decode(self.random_latents())
 
-    def run_alone(self, part: Callable[[], None]) -> None:
+    def run_alone(self, part: Action) -> None:
         """Run one of the parts for all batches, on as many threads as sampling uses."""
         set_up_arithmetic(self.config.precision, self.device)
         output = self.config.output
@@ -270,7 +268,7 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
 class Method(NamedTuple):
     """One row of the result."""
 
-    run: Callable[[], object]  # for all images
+    run: Action  # for all images
     precision: str  # a key of PRECISIONS
     flops: int  # per image
 
@@ -337,21 +335,20 @@ def compare_methods(
     seconds: dict[str, list[float]], samplers: dict[str, Sampler]
 ) -> dict[str, dict]:
     """Return the time of `plain`, and of the two parts alone, relative to that of sample_ddp."""
-    ratios: dict[str, dict] = {}
+    ratios = {}
     for name in samplers:
-        total = f"sample_ddp, {name}"
+        total = seconds[f"sample_ddp, {name}"]
         alone = np.add(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])
-        ratios |= compare(
-            {**seconds, "alone": alone.tolist()}, [("plain", total), ("alone", total)]
-        )
+        for other, values in (("plain", seconds["plain"]), ("alone", alone)):
+            ratio = median_and_quartiles(np.divide(values, total))
+            ratios[f"{other}/sample_ddp, {name}"] = ratio
     return ratios
 
 
 def main() -> None:
     """Run the benchmark."""
     args = parse_args()
-    world = World()
-    device = world.select_device()
+    device = World().select_device()
     num_threads = torch.get_num_threads()
     with scratch_folder(args.dest / "benchmark-sampling") as root:
         # Load the VAE and create the network.
@@ -373,7 +370,7 @@ def main() -> None:
         samplers = {}
         for name, precision in precisions.items():
             config = make_config(sampler_config, args.images, args.batch_size, precision)
-            samplers[name] = Sampler(config, source, vae, world)
+            samplers[name] = Sampler(config, source, vae)
         flops = count_flops(samplers["fp32"])
         methods = make_methods(samplers, source, flops, root)
 

@@ -16,7 +16,6 @@ import argparse
 import copy
 import gc
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch
@@ -27,6 +26,7 @@ from accelerate import Accelerator
 
 import models.targets
 from benchmarks.measure import (
+    Action,
     compare,
     describe_machine,
     make_parser,
@@ -94,6 +94,17 @@ class StepConfig(ModelConfig, DeviceConfig):
     repa_encoder: str | None = setting(
         None, help="same as --repa-encoder of train.py", metavar="NAME"
     )
+
+
+RECORDED_SETTINGS = (
+    "model",
+    "batch_size",
+    "latent_size",
+    "compile",
+    "activation_checkpointing",
+    "allow_tf32",
+    "gradient_accumulation_steps",
+)
 
 
 def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
@@ -195,7 +206,7 @@ def random_batch(manifest: Manifest, size: int) -> CachedBatch:
 
 def make_plain_step(
     plan: Plan, accelerator: Accelerator, model: AlignedSiT, batch: CachedBatch
-) -> Callable[[], None]:
+) -> Action:
     """Return the minimal step that trains the network of sra2.
 
     Args:
@@ -217,8 +228,7 @@ def make_plain_step(
     inputs = (x_t, t, batch.labels, velocity, latent_tokens(latents, plan.network.patch))
     micro_batches = list(zip(*(tensor.chunk(accumulation) for tensor in inputs)))
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
     scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     dtype = autocast_dtype(accelerator.mixed_precision)
     block = model.blocks["sra2"]
@@ -240,7 +250,7 @@ def make_plain_step(
 
 def build_steps(
     config: StepConfig, accelerator: Accelerator, variants: list[str]
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Action]:
     """Build the step of each variant, with its batch.
 
     Raises:
@@ -252,7 +262,7 @@ def build_steps(
     batch = random_batch(plan.manifest, config.batch_size)
     if accelerator.device.type == "cuda":
         batch = batch.pin_memory()
-    actions: dict[str, Callable[[], object]] = {}
+    actions: dict[str, Action] = {}
     for variant in variants:
         if variant == "plain":
             model = full_step.state.model
@@ -343,14 +353,8 @@ def measure(
     return {
         "benchmark": "train_step",
         "machine": describe_machine(device),
-        "model": config.model,
-        "batch_size": config.batch_size,
-        "latent_size": config.latent_size,
+        **{key: getattr(config, key) for key in RECORDED_SETTINGS},
         "precision": accelerator.mixed_precision,
-        "compile": config.compile,
-        "activation_checkpointing": config.activation_checkpointing,
-        "allow_tf32": config.allow_tf32,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "rounds": rounds,
         "steps": calls,
         "encoder_weights": "random" if select_entries(plan.align, "repa") else None,

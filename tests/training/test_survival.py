@@ -28,7 +28,7 @@ from tests.helpers import (
 from training.preemption import EXIT_STOPPED
 
 STEPS = 90
-NUM_KILLS = 8
+NUM_KILLS = 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
