@@ -126,15 +126,6 @@ def iter_batches(
             yield Batch((epoch + step / steps) / epochs, rgb, labels[index])
 
 
-def show_progress(
-    name: str, images: Tensor, labels: Tensor, batch_size: int, epochs: int, seed: int
-) -> tqdm:
-    """Return the batches of `iter_batches` with a progress bar."""
-    num_batches = epochs * (len(images) // batch_size)
-    batches = iter_batches(images, labels, batch_size, epochs, seed)
-    return tqdm(batches, desc=name, total=num_batches)
-
-
 def one_cycle(progress: float, peak: float, warm_up: float = 0.05) -> float:
     """Return a learning rate with linear warm-up to `peak` and cosine decay to zero."""
     if progress < warm_up:
@@ -147,7 +138,12 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int) -> 
     torch.manual_seed(seed)
     model = GarmentClassifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0, weight_decay=0.02)
-    bar = show_progress("classifier", images, labels, 128, epochs, seed)
+    batch_size = 128
+    bar = tqdm(
+        iter_batches(images, labels, batch_size, epochs, seed),
+        desc="classifier",
+        total=epochs * (len(images) // batch_size),
+    )
     for batch in bar:
         optimizer.param_groups[0]["lr"] = one_cycle(batch.progress, 4e-3)
         dy, dx = torch.randint(-2, 3, (2,)).tolist()
@@ -179,7 +175,12 @@ def train_vae(
         sample_size=32,
     )
     optimizer = torch.optim.Adam(vae.parameters(), lr=0, betas=(0.9, 0.99))
-    bar = show_progress("vae", images, labels, 64, epochs, seed)
+    batch_size = 64
+    bar = tqdm(
+        iter_batches(images, labels, batch_size, epochs, seed),
+        desc="vae",
+        total=epochs * (len(images) // batch_size),
+    )
     mean_error = None
     for batch in bar:
         optimizer.param_groups[0]["lr"] = one_cycle(batch.progress, 2e-3)
