@@ -20,7 +20,7 @@ from benchmarks.train_step import (
     make_plan,
     make_step_parser,
     measure,
-    select_entries,
+    select_variant,
 )
 from common import cli
 from common.config import read_flags
@@ -35,7 +35,7 @@ from training.throughput import training_flops
 def count_costs(plan: Plan, variant: str) -> dict:
     """Return parameters and FLOPs per image of a variant, and their increase over no alignment."""
     network = plan.network
-    align = select_entries(plan.align, variant)
+    align = select_variant(plan, variant).align
     specs = [spec for entry in align for spec in head_specs(entry).values()]
     external = [TARGETS[entry["method"]].cost(entry, network, plan.cache) for entry in align]
     with torch.device("meta"):

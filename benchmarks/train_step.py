@@ -133,10 +133,14 @@ def alignment_methods(variant: str) -> list[str]:
     return {"none": [], "plain": ["sra2"]}.get(variant, variant.split("+"))
 
 
-def select_entries(align: list[dict], variant: str) -> list[dict]:
-    """Return the entries of config.json's "align" that belong to a variant."""
+def select_variant(plan: Plan, variant: str) -> Plan:
+    """Return the plan of a single variant."""
     methods = alignment_methods(variant)
-    return [entry for entry in align if entry["method"] in methods]
+    alignments = tuple(a for a in plan.settings.alignments if a.method in methods)
+    return plan._replace(
+        settings=plan.settings._replace(alignments=alignments),
+        align=[entry for entry in plan.align if entry["method"] in methods],
+    )
 
 
 def make_plan(config: StepConfig, variants: list[str]) -> Plan:
@@ -248,18 +252,11 @@ def make_plain_step(
     return step
 
 
-def build_steps(
-    config: StepConfig, accelerator: Accelerator, variants: list[str]
-) -> dict[str, Action]:
-    """Build the step of each variant, with its batch.
-
-    Raises:
-        UserError: The settings contradict each other.
-    """
-    plan = make_plan(config, variants)
+def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> dict[str, Action]:
+    """Build the step of each variant, with its batch."""
     with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
         full_step = build_step(plan, accelerator)
-    batch = random_batch(plan.manifest, config.batch_size)
+    batch = random_batch(plan.manifest, plan.settings.loop.batch_size)
     if accelerator.device.type == "cuda":
         batch = batch.pin_memory()
     actions: dict[str, Action] = {}
@@ -286,12 +283,12 @@ def select_methods(step: Step, methods: list[str]) -> Step:
     return selected
 
 
-def measure_peak_memory(config: StepConfig, accelerator: Accelerator, variant: str) -> float:
+def measure_peak_memory(plan: Plan, accelerator: Accelerator, variant: str) -> float:
     """Return the peak GPU memory of a variant in GiB, without the other variants in memory."""
     accelerator.free_memory()
     gc.collect()
     allocated = torch.cuda.memory_allocated(accelerator.device) / 2**30
-    steps = build_steps(config, accelerator, [variant])
+    steps = build_steps(select_variant(plan, variant), accelerator, [variant])
     timings = time_in_turn(steps, accelerator.device, rounds=1, warm_up=2)
     return timings.peak_memory_gib[variant] - allocated
 
@@ -328,7 +325,7 @@ def measure(
 
     # Measure the rate of matrix products before and after, because the speed of machines drifts.
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
-    actions = build_steps(config, accelerator, variants)
+    actions = build_steps(plan, accelerator, variants)
     first_step_s = {variant: time_call(action, device) for variant, action in actions.items()}
     timings = time_in_turn(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))
@@ -338,10 +335,10 @@ def measure(
     for variant in variants:
         step_s = median_and_quartiles(timings.seconds[variant])
         images_per_s = config.batch_size / step_s["median"]
-        align = select_entries(plan.align, variant)
+        align = select_variant(plan, variant).align
         peak_memory_gib = timings.peak_memory_gib[variant]
         if device.type == "cuda":
-            peak_memory_gib = measure_peak_memory(config, accelerator, variant)
+            peak_memory_gib = measure_peak_memory(plan, accelerator, variant)
         results[variant] = {
             "step_s": step_s,
             "images_per_s": images_per_s,
@@ -357,7 +354,7 @@ def measure(
         "precision": accelerator.mixed_precision,
         "rounds": rounds,
         "steps": calls,
-        "encoder_weights": "random" if select_entries(plan.align, "repa") else None,
+        "encoder_weights": "random" if select_variant(plan, "repa").align else None,
         "matmul_flops_per_s": rate,
         "forward_flops_per_image": backbone_flops(plan.network),
         "results": results,

@@ -164,10 +164,11 @@ def test_costs_of_sit_b_agree_with_counts_by_hand():
 
 def test_flops_of_a_step_agree_with_pytorchs_counter():
     variant = "sra2+repa+sra"
-    figures = cost.count_costs(train_step.make_plan(make_config(), [variant]), variant)
+    plan = train_step.make_plan(make_config(), [variant])
+    figures = cost.count_costs(plan, variant)
 
     def count_flops(backward) -> int:
-        steps = train_step.build_steps(make_config(), stub_accelerator(backward), [variant])
+        steps = train_step.build_steps(plan, stub_accelerator(backward), [variant])
         step = steps[variant].func
         for block in (*step.model.backbone.blocks, *step.state.emas[0].blocks):
             block.attn.fused_attn = False  # the counter does not support the CPU's fused attention
@@ -183,7 +184,8 @@ def test_flops_of_a_step_agree_with_pytorchs_counter():
 
 def test_a_variant_trains_only_its_heads_and_does_not_depend_on_the_others():
     variants = ["sra2", "none", "sra", "sra2+sra"]
-    steps = train_step.build_steps(make_config(), stub_accelerator(), variants)
+    plan = train_step.make_plan(make_config(), variants)
+    steps = train_step.build_steps(plan, stub_accelerator(), variants)
     heads = steps["sra2"].func.state.model.heads
     for variant in variants:
         before = {method: head[0].weight.clone() for method, head in heads.items()}
@@ -199,7 +201,8 @@ def test_a_variant_trains_only_its_heads_and_does_not_depend_on_the_others():
             f"align/{method}" for method in methods
         }
         if variant == variants[0]:
-            alone = train_step.build_steps(make_config(), stub_accelerator(), [variant])
+            plan = train_step.select_variant(plan, variant)
+            alone = train_step.build_steps(plan, stub_accelerator(), [variant])
             expected, _ = alone[variant]()
             assert scalars == expected
 
@@ -229,7 +232,8 @@ def test_peak_memory_excludes_what_was_allocated_before(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(train_step, "time_in_turn", time_in_turn)
-    assert train_step.measure_peak_memory(make_config(), stub_accelerator(), "none") == 5
+    plan = train_step.make_plan(make_config(), ["none"])
+    assert train_step.measure_peak_memory(plan, stub_accelerator(), "none") == 5
 
 
 @pytest.mark.parametrize(
