@@ -13,18 +13,19 @@ batches after decoding; its time relative to `encode_latents` is the utilisation
 import argparse
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.measure import (
     Action,
     compare,
+    count_flops,
     make_parser,
     per_image,
     report,
@@ -172,14 +173,6 @@ def make_actions(
     }
 
 
-def count_flops(vae: str, resolution: int) -> int:
-    """Return the FLOPs of encoding one image."""
-    image = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
-    with FlopCounterMode(display=False) as counter:
-        Autoencoder(vae).encode(image)
-    return counter.get_total_flops()
-
-
 def main() -> None:
     """Run the benchmark."""
     args = parse_args()
@@ -199,7 +192,8 @@ def main() -> None:
         )
         job = EncodingJob(settings, args.device, args.num_workers, world)
         actions = make_actions(job, world, root, num_threads)
-        flops = count_flops(settings.vae, args.resolution)
+        image = torch.zeros(1, 3, args.resolution, args.resolution, dtype=torch.uint8)
+        flops = count_flops(partial(Autoencoder(settings.vae).encode, image))
 
         # Measure the rate of matrix products before and after: the speed of machines drifts.
         torch.set_num_threads(num_threads)
@@ -211,13 +205,9 @@ def main() -> None:
         rate = max(rate_before, measure_matmul_rate(job.device, dtype, seconds=1.0))
 
     results = {}
-    for name, values in timings.seconds.items():
-        figures = per_image(values, args.images)
-        share = flops * figures["images_per_s"] / rate if name != "decoding alone" else None
-        results[name] = figures | {
-            "share_of_matmul_rate": share,
-            "peak_memory_gib": timings.peak_memory_gib[name],
-        }
+    for name in actions:
+        counted = 0 if name == "decoding alone" else flops
+        results[name] = per_image(timings, name, args.images, counted, rate)
     pairs = [(name, "encode_latents") for name in ("one at a time", "VAE alone")]
     report(
         args,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import cli
@@ -34,7 +35,7 @@ class Timings(NamedTuple):
 # Options of the flags that benchmarks have in common, in the order of the help text.
 FLAGS: dict[str, dict[str, Any]] = {
     "ckpt": {"type": Path, "help": "same as --ckpt of sample_ddp.py"},
-    "dest": {"type": Path, "help": "folder for temporary files"},
+    "dest": {"type": Path, "help": "folder for temporary files, on the disk to measure"},
     "model": {"choices": PRESETS, "metavar": "NAME", "help": "a preset of models/sit.py"},
     "vae": {"help": "hub id or folder (default: random weights)"},
     "images": {"type": cli.positive_int, "help": "number of images"},
@@ -173,17 +174,31 @@ def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -
     }
 
 
-def per_image(seconds: list[float], num_images: int) -> dict:
-    """Return seconds per image, and images per second.
+def per_image(timings: Timings, name: str, num_images: int, flops: int, matmul_rate: float) -> dict:
+    """Return the figures of an action that processes images.
 
     Args:
-        seconds: Seconds for all images, one value per round.
-        num_images: Number of images.
+        timings: The measurements.
+        name: Name of the action.
+        num_images: Number of images per call.
+        flops: FLOPs per image; 0 if they are not counted.
+        matmul_rate: FLOP/s of large matrix products.
     """
+    seconds = timings.seconds[name]
+    images_per_s = num_images / statistics.median(seconds)
     return {
         "image_s": median_and_quartiles(np.divide(seconds, num_images)),
-        "images_per_s": num_images / statistics.median(seconds),
+        "images_per_s": images_per_s,
+        "share_of_matmul_rate": flops * images_per_s / matmul_rate if flops else None,
+        "peak_memory_gib": timings.peak_memory_gib[name],
     }
+
+
+def count_flops(action: Action) -> int:
+    """Return the FLOPs of an action, from PyTorch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
 
 
 def report(

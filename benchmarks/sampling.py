@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
     Action,
+    count_flops,
     make_parser,
     median_and_quartiles,
     per_image,
@@ -320,14 +320,12 @@ def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, f
     return rates
 
 
-def count_flops(sampler: Sampler) -> dict[str, int]:
+def flops_per_image(sampler: Sampler) -> dict[str, int]:
     """Return the FLOPs per image of the network and of the VAE."""
-    with FlopCounterMode(display=False) as counter:
-        sampler.vae.decode(sampler.random_latents()[:1])
     evaluations = sampler.recipe.num_steps * (2 if sampler.recipe.cfg_scale > 1 else 1)
     return {
         "network": evaluations * backbone_flops(sampler.model.config),
-        "VAE": counter.get_total_flops(),
+        "VAE": count_flops(partial(sampler.vae.decode, sampler.random_latents()[:1])),
     }
 
 
@@ -371,7 +369,7 @@ def main() -> None:
         for name, precision in precisions.items():
             config = make_config(sampler_config, args.images, args.batch_size, precision)
             samplers[name] = Sampler(config, source, vae)
-        flops = count_flops(samplers["fp32"])
+        flops = flops_per_image(samplers["fp32"])
         methods = make_methods(samplers, source, flops, root)
 
         # Time them. Rates are measured before and after, because the speed of machines drifts.
@@ -384,14 +382,9 @@ def main() -> None:
 
     results = {}
     for name, method in methods.items():
-        seconds = timings.seconds[name]
-        figures = per_image(seconds, args.images)
-        flops_per_s = method.flops * figures["images_per_s"]
-        results[name] = figures | {
-            "fastest_image_s": min(seconds) / args.images,
-            "share_of_matmul_rate": flops_per_s / rates[method.precision],
-            "peak_memory_gib": timings.peak_memory_gib[name],
-        }
+        rate = rates[method.precision]
+        results[name] = per_image(timings, name, args.images, method.flops, rate)
+        results[name]["fastest_image_s"] = min(timings.seconds[name]) / args.images
     report(
         args,
         device,
