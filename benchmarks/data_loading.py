@@ -3,11 +3,12 @@
     python -m benchmarks.data_loading --dest /somewhere/on/the/disk/to/test --json loading.json
 
 The data are random moments of ImageNet's shape, 8x32x32, in as many shards as ImageNet has by
-default (157); an image is 32 KB as .npy and 16 KB in the cache. Every row is a torch DataLoader that returns batches in random order. `npy` reads
-and stacks one float32 file per image (REPA's loader also reads a PNG per image, which is omitted
-here). `cache` is the stream of train.py, in float16, and `memory` is the same after
---cache-in-ram. `copy` is the lower bound, one contiguous copy of a batch. Cold rows drop the files
-from the page cache before each round; caches of a RAID controller or a host cannot be dropped.
+default (157); an image is 32 KB as .npy and 16 KB in the cache. Every row is a torch DataLoader
+that returns batches in random order. `npy` reads and stacks one float32 file per image (REPA's
+loader also reads a PNG per image, which is omitted here). `cache` is the stream of train.py, in
+float16, and `memory` is the same after --cache-in-ram. `copy` is the lower bound, one contiguous
+copy of a batch. Cold rows drop the files from the page cache before each round; caches of a RAID
+controller or a host cannot be dropped.
 """
 
 import argparse

@@ -36,15 +36,12 @@ PAIRS = [
 ]
 
 
-def random_features(num_images: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two sets of correlated, non-negative features, (num_images, width) float32 each."""
+def random_features(num_images: int, width: int) -> np.ndarray:
+    """Return two sets of correlated, non-negative features, (2, num_images, width) float32."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((width, width), np.float32) / width**0.5
-    a, b = (
-        np.maximum(rng.standard_normal((num_images, width), np.float32) @ mix + 0.3, 0)
-        for _ in range(2)
-    )
-    return a, b
+    values = rng.standard_normal((2, num_images, width), np.float32)
+    return np.maximum(values @ mix + 0.3, 0)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from training.throughput import training_flops
 
 
 class Plan(NamedTuple):
-    """A run of train.py, of which nothing is built yet."""
+    """The settings, data and architecture of a run of train.py, before any object is built."""
 
     settings: Settings
     manifest: Manifest  # of the latent cache

@@ -59,85 +59,70 @@ def increase(share: float) -> str:
     return f" (+{share:.1%})" if share else ""
 
 
-def train_step_rows(result: dict) -> Iterator[list[str]]:
+def train_step_rows(result: dict) -> Iterator[str]:
     """Yield one row per variant, with the ratios of its time to those of others."""
     for variant, figures in result["results"].items():
         prefix = f"{variant}/"
-        yield [
-            machine_name(result),
-            run_name(result),
-            variant,
-            f"{figures['step_s']:.3g}",
-            f"{figures['images_per_s']:.3g}",
-            f"{figures['mfu']:.0%}",
-            f"{figures['first_step_s']:.3g}",
-            ", ".join(
-                f"{ratio:.3f} relative to {pair.removeprefix(prefix)}"
-                for pair, ratio in result["ratios"].items()
-                if pair.startswith(prefix)
-            ),
-        ]
+        ratios = ", ".join(
+            f"{ratio:.3f} relative to {pair.removeprefix(prefix)}"
+            for pair, ratio in result["ratios"].items()
+            if pair.startswith(prefix)
+        )
+        yield (
+            f"{machine_name(result)} | {run_name(result)} | {variant} | {figures['step_s']:.3g} | "
+            f"{figures['images_per_s']:.3g} | {figures['mfu']:.0%} | "
+            f"{figures['first_step_s']:.3g} | {ratios}"
+        )
 
 
-def cost_rows(result: dict) -> Iterator[list[str]]:
+def cost_rows(result: dict) -> Iterator[str]:
     """Yield one row per variant, as in Table 5 of the paper; times are empty if not measured."""
     is_timed = "machine" in result
     run = f"{result['model']}, not timed"
     if is_timed:
         run = f"{machine_name(result)}: {run_name(result)}"
     for variant, figures in result["results"].items():
-        external = figures["parameters"]["external"]
-        heads = figures["parameters"]["heads"]
+        parameters = {key: f"{n / 1e6:.1f}M" for key, n in figures["parameters"].items() if n}
+        heads = parameters.get("heads", "0") + increase(figures["more_parameters"])
         forward = sum(figures["forward_flops"].values())
-        yield [
-            run,
-            variant,
-            f"{external / 1e6:.1f}M" if external else "0",
-            f"{heads / 1e6:.1f}M{increase(figures['more_parameters'])}" if heads else "0",
-            f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])}",
-            f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])}",
-            *(time_cells(result, variant) if is_timed else ["", "", ""]),
-        ]
+        yield (
+            f"{run} | {variant} | {parameters.get('external', '0')} | {heads} | "
+            f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])} | "
+            f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])} | "
+            f"{time_cells(result, variant) if is_timed else ' |  | '}"
+        )
 
 
-def time_cells(result: dict, variant: str) -> list[str]:
+def time_cells(result: dict, variant: str) -> str:
     """Return time, peak memory on a GPU, and time relative to that without alignment."""
     figures = result["results"][variant]
     ratio = result["ratios"].get(f"{variant}/none")
-    return [
-        f"{figures['step_s']:.3g}, {figures['images_per_s']:.3g} images/s",
-        f"{figures['peak_memory_gib']:.1f} GiB" if "cuda" in result["machine"] else "",
-        f"{ratio:.3f}" if ratio else "",
-    ]
+    relative = f"{ratio:.3f}" if ratio else ""
+    memory = f"{figures['peak_memory_gib']:.1f} GiB" if "cuda" in result["machine"] else ""
+    step = f"{figures['step_s']:.3g}, {figures['images_per_s']:.3g} images/s"
+    return f"{step} | {memory} | {relative}"
 
 
-def checkpoint_rows(result: dict) -> Iterator[list[str]]:
+def checkpoint_rows(result: dict) -> Iterator[str]:
     """Yield one row."""
-    yield [
-        machine_name(result),
-        result["model"],
-        f"{result['bytes'] / 1e9:.2f}",
-        *(f"{figure:.3g}" for figure in result["results"].values()),
-    ]
+    times = " | ".join(f"{figure:.3g}" for figure in result["results"].values())
+    yield f"{machine_name(result)} | {result['model']} | {result['bytes'] / 1e9:.2f} | {times}"
 
 
-def data_loading_rows(result: dict) -> Iterator[list[str]]:
+def data_loading_rows(result: dict) -> Iterator[str]:
     """Yield one row per source, with its speedup over .npy files."""
     for name, figures in result["results"].items():
-        speedups = [
+        speedup = "".join(
             f"{ratio:.3g}" for pair, ratio in result["ratios"].items() if pair.endswith(f"/{name}")
-        ]
+        )
         milliseconds = Figure(*(1e3 * seconds for seconds in figures["batch_s"]))
-        yield [
-            machine_name(result),
-            name,
-            f"{milliseconds:.3g}",
-            f"{figures['samples_per_s']:,.0f}",
-            "".join(speedups),
-        ]
+        yield (
+            f"{machine_name(result)} | {name} | {milliseconds:.3g} | "
+            f"{figures['samples_per_s']:,.0f} | {speedup}"
+        )
 
 
-def encode_rows(result: dict) -> Iterator[list[str]]:
+def encode_rows(result: dict) -> Iterator[str]:
     """Yield one row per method."""
     images = f"{result['resolution']} pixels, {result['precision']}, batch {result['batch_size']}"
     ratios = result["ratios"]
@@ -148,18 +133,14 @@ def encode_rows(result: dict) -> Iterator[list[str]]:
     }
     for name, figures in result["results"].items():
         share = figures["share_of_matmul_rate"]
-        yield [
-            machine_name(result),
-            images,
-            name,
-            f"{figures['image_s']:.3g}",
-            f"{figures['images_per_s']:.3g}",
-            "" if share is None else f"{share:.0%}",
-            comparisons.get(name, ""),
-        ]
+        percentage = "" if share is None else f"{share:.0%}"
+        yield (
+            f"{machine_name(result)} | {images} | {name} | {figures['image_s']:.3g} | "
+            f"{figures['images_per_s']:.3g} | {percentage} | {comparisons.get(name, '')}"
+        )
 
 
-def imagenet_rows(result: dict) -> Iterator[list[str]]:
+def imagenet_rows(result: dict) -> Iterator[str]:
     """Yield one row of estimates for ImageNet's training images.
 
     Sizes follow from the number of images, and the time from the measured rate.
@@ -171,79 +152,62 @@ def imagenet_rows(result: dict) -> Iterator[list[str]]:
     figures = result["results"]["encode_latents"]
     days = NUM_IMAGENET_IMAGES / figures["images_per_s"] / 86400
     rate = f"{figures['share_of_matmul_rate']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f}"
-    yield [
-        str(result["resolution"]),
-        f"{num_bytes / 1e9:.0f} GB",
-        f"{2 * num_bytes / 1e9:.0f} GB",
-        f"{image_bytes / 1e9:,.0f} GB",
-        f"{flops / 1e9:.0f}",
-        f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f}",
-        f"{days:.0f} days at {rate} GFLOP/s",
-    ]
+    yield (
+        f"{result['resolution']} | {num_bytes / 1e9:.0f} GB | {2 * num_bytes / 1e9:.0f} GB | "
+        f"{image_bytes / 1e9:,.0f} GB | {flops / 1e9:.0f} | "
+        f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f} | {days:.0f} days at {rate} GFLOP/s"
+    )
 
 
-def evaluation_rows(result: dict) -> Iterator[list[str]]:
+def evaluation_rows(result: dict) -> Iterator[str]:
     """Yield one row per implementation, with the speedup of ours."""
     for name, figures in result["results"].items():
         suffix = f"/{name}"
-        yield [
-            machine_name(result),
-            f"{result['images']:,} x {result['width']}",
-            name,
-            f"{figures['call_s']:.3g}",
-            ", ".join(
-                f"{ratio:.3g} times as fast as {pair.removesuffix(suffix)}"
-                for pair, ratio in result["ratios"].items()
-                if pair.endswith(suffix)
-            ),
-        ]
+        speedups = ", ".join(
+            f"{ratio:.3g} times as fast as {pair.removesuffix(suffix)}"
+            for pair, ratio in result["ratios"].items()
+            if pair.endswith(suffix)
+        )
+        yield (
+            f"{machine_name(result)} | {result['images']:,} x {result['width']} | {name} | "
+            f"{figures['call_s']:.3g} | {speedups}"
+        )
 
 
-def sampling_rows(result: dict) -> Iterator[list[str]]:
+def sampling_rows(result: dict) -> Iterator[str]:
     """Yield one row per method; those of sample_ddp are compared with `plain` and the parts."""
     run = f"{result['model']}, {result['resolution']} pixels"
     run += f", {result['num_steps']} steps, batch {result['batch_size']}"
-    ratios = result["ratios"]
     fastest_plain = result["results"]["plain"]["fastest_image_s"]
     for name, figures in result["results"].items():
         fastest = figures["fastest_image_s"]
-        comparison = ["", "", ""]
-        if f"plain/{name}" in ratios:
-            comparison = [
-                f"{ratios[f'plain/{name}']:.3g}",
-                f"{fastest_plain / fastest:.3g}",
-                f"{ratios[f'alone/{name}']:.3f}",
-            ]
-        yield [
-            machine_name(result),
-            run,
-            name,
-            f"{figures['image_s']:.3g}",
-            f"{fastest:.3g}",
-            f"{figures['images_per_s']:.3g}",
-            f"{figures['share_of_matmul_rate']:.0%}",
-            *comparison,
-        ]
+        comparison = " |  | "
+        speedup = result["ratios"].get(f"plain/{name}")
+        if speedup:
+            share = result["ratios"][f"alone/{name}"]
+            comparison = f"{speedup:.3g} | {fastest_plain / fastest:.3g} | {share:.3f}"
+        yield (
+            f"{machine_name(result)} | {run} | {name} | {figures['image_s']:.3g} | {fastest:.3g} | "
+            f"{figures['images_per_s']:.3g} | {figures['share_of_matmul_rate']:.0%} | {comparison}"
+        )
 
 
-def batch_size_rows(result: dict) -> Iterator[list[str]]:
+def batch_size_rows(result: dict) -> Iterator[str]:
     """Yield one row per solver and batch size."""
     num_images = result["images"]
     for solver, others in result["results"].items():
         for other in others:
-            yield [
-                solver,
-                f"{result['batch_size']} and {other['batch_size']}",
-                str(other["largest"]),
-                f"{other['values'] * 1e6:.0f}",
-                f"{other['images'] * num_images:.0f} of {num_images}",
-            ]
+            yield (
+                f"{solver} | {result['batch_size']} and {other['batch_size']} | "
+                f"{other['largest']} | {other['values'] * 1e6:.0f} | "
+                f"{other['images'] * num_images:.0f} of {num_images}"
+            )
 
 
 class Table(NamedTuple):
     """A table of the documentation."""
 
-    rows: Callable[[dict], Iterator[list[str]]]  # rows of one result
+    rows: Callable[[dict], Iterator[str]]  # rows of one result, without the outer bars
     header: str
     footer: tuple[str, ...] = ()  # further lines
     benchmark: str = ""  # value of "benchmark" in the results; by default the table's name
@@ -252,8 +216,7 @@ class Table(NamedTuple):
         """Return the table of several results as Markdown."""
         rule = "|" + "---|" * (self.header.count("|") - 1)
         parsed = json.loads(json.dumps(results), object_hook=parse_object)
-        rows = [row for result in parsed for row in self.rows(result)]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines = [f"| {row} |" for result in parsed for row in self.rows(result)]
         return "\n".join([self.header, rule, *lines, *self.footer])
 
 

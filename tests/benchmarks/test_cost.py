@@ -226,7 +226,7 @@ def test_cost_reports_times_and_counts(call, tmp_path):
     assert not any(row.endswith("|  |") for row in aligned)
 
 
-def test_peak_memory_excludes_what_was_allocated_before(monkeypatch):
+def test_peak_memory_excludes_earlier_allocations(monkeypatch):
     def time_in_turn(actions, *_, **__):
         return Timings({}, dict.fromkeys(actions, 8.0))
 

@@ -1,4 +1,4 @@
-"""Checkpoints hold the whole training state, appear atomically, and are verified when loaded."""
+"""Checkpoints hold the complete training state, appear atomically, and are verified when loaded."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def assert_equal_moments(state: TrainState, expected: TrainState) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_loading_restores_the_whole_state(tmp_path):
+def test_loading_restores_the_saved_state(tmp_path):
     state = make_state()
     other = make_state(seed=1)
     with torch.no_grad():
