@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_MININTERVAL", "10")
 # Cached features of references belong to one test session.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sra2-tests-")
-# The tensors are small: a second thread costs more time than it saves, especially on a busy machine.
+# The tensors are small: a second thread costs more time than it saves, above all on a busy machine.
 torch.set_num_threads(1)
 
 
