@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from benchmarks.measure import describe_machine, report
+from benchmarks.measure import describe_machine, write_result
 from common import cli
 from common.files import sha256
 from evaluations.metrics import (
@@ -34,6 +34,14 @@ from evaluations.metrics import (
 # Features times this factor have squared distances that overflow float16, for which ADM's evaluator
 # uses float32. A factor that is a power of two changes no digit in float32.
 OVERFLOW = 128
+
+# Sets of features: name, scale, index of the first cluster, and index after the last cluster.
+FEATURE_SETS = (
+    ("reference", 0.5, 0, 48),
+    ("samples", 0.4, 12, 64),
+    ("few", 0.4, 12, 64),
+    ("activations", 0.5, 0, 64),
+)
 
 
 def random_features(
@@ -67,13 +75,11 @@ def make_inputs(
     """
     rng = np.random.default_rng(0)
     arrays = {
-        "reference": random_features(rng, counts["reference"], 0.5, np.arange(48), width),
-        "samples": random_features(rng, counts["samples"], 0.4, np.arange(12, 64), width),
-        "few": random_features(rng, counts["few"], 0.4, np.arange(12, 64), width),
-        "activations": random_features(rng, counts["activations"], 0.5, np.arange(64), width),
-        "weights": (rng.standard_normal((width, classes)) * 4 / width**0.5).astype(np.float32),
-        "overflow": np.array(OVERFLOW),
+        name: random_features(rng, counts[name], scale, np.arange(first, end), width)
+        for name, scale, first, end in FEATURE_SETS
     }
+    weights = rng.standard_normal((width, classes)) * 4 / width**0.5
+    arrays |= {"weights": weights.astype(np.float32), "overflow": np.array(OVERFLOW)}
     for size in (32, 256, 512):
         arrays[f"image {size}"] = rng.integers(0, 256, (1, size, size, 3), np.uint8)
     return arrays
@@ -81,8 +87,10 @@ def make_inputs(
 
 def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]:
     """Return the results of this repository, by name."""
-    a, b = arrays["reference"], arrays["samples"]
-    reference, samples = compute_statistics(a), compute_statistics(b)
+    a = arrays["reference"]
+    b = arrays["samples"]
+    reference = compute_statistics(a)
+    samples = compute_statistics(b)
     probabilities = torch.from_numpy(arrays["activations"] @ arrays["weights"]).softmax(1).numpy()
     results: dict[str, np.ndarray | float] = {
         "mean": samples.mu,
@@ -183,7 +191,7 @@ def main() -> None:
     arrays = make_inputs(counts)
     adm, adm_versions = compute_adm(args.evaluator, args.python, arrays)
     ours = compute_ours(arrays)
-    report(
+    write_result(
         {
             "benchmark": "adm_evaluator",
             "evaluator_sha256": sha256(args.evaluator),

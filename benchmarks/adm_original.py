@@ -50,9 +50,9 @@ def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]
         image = tf.placeholder(tf.float32, [None, None, None, 3])
         resized = tf.image.resize_bilinear(image, [299, 299], align_corners=False)
 
-    reference = evaluator.compute_statistics(arrays["reference"])
-    samples = evaluator.compute_statistics(arrays["samples"])
-    few = evaluator.compute_statistics(arrays["few"])
+    reference, samples, few = (
+        evaluator.compute_statistics(arrays[name]) for name in ("reference", "samples", "few")
+    )
     results = {
         "mean": samples.mu,
         "covariance": samples.sigma,

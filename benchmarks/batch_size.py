@@ -8,11 +8,10 @@ batch size and compared with those of the first.
 """
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import describe_machine, report, scratch_folder
+from benchmarks.measure import make_parser, report, scratch_folder
 from benchmarks.sampling import Sampler, make_config
 from checkpointing import pretrained
 from checkpointing.storage import CheckpointError
@@ -25,36 +24,6 @@ from sample_ddp import PrecisionConfig
 from sampling.recipe import SamplerConfig
 
 MODES = {"Euler": "ode", "Euler-Maruyama": "sde"}
-
-
-def make_parser() -> cli.Parser:
-    """Return the parser of the flags."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.batch_size", "--ckpt PATH --dest PATH")
-    parser.add_argument("--ckpt", type=Path, required=True, help="same as --ckpt of sample_ddp.py")
-    parser.add_argument("--dest", type=Path, required=True, help="folder for temporary files")
-    parser.add_argument("--images", type=cli.positive_int, default=256, help="number of images")
-    parser.add_argument(
-        "--batch-sizes",
-        type=cli.positive_int,
-        nargs="+",
-        default=[32, 7, 64],
-        help="batch sizes; the others are compared with the first",
-    )
-    parser.add_argument(
-        "--num-steps",
-        type=cli.positive_int,
-        default=50,
-        help="same as --num-steps of sample_ddp.py",
-    )
-    parser.add_argument(
-        "--cfg-scale",
-        type=cli.non_negative_float,
-        nargs="+",
-        default=[1.0, 1.5],
-        help="guidance scales; each is used in turn",
-    )
-    parser.add_argument("--json", type=Path, help="file for the result")
-    return parser
 
 
 def compare_images(a: np.ndarray, b: np.ndarray) -> dict:
@@ -75,9 +44,23 @@ def compare_images(a: np.ndarray, b: np.ndarray) -> dict:
 
 def main() -> None:
     """Run the benchmark."""
-    args = make_parser().parse_args()
-    world = World()
-    device = world.select_device()
+    parser = make_parser(__doc__, "batch_size", "ckpt", "dest", images=256, num_steps=50)
+    parser.add_argument(
+        "--batch-sizes",
+        type=cli.positive_int,
+        nargs="+",
+        default=[32, 7, 64],
+        help="batch sizes; the others are compared with the first",
+    )
+    parser.add_argument(
+        "--cfg-scale",
+        type=cli.non_negative_float,
+        nargs="+",
+        default=[1.0, 1.5],
+        help="guidance scales; each is used in turn",
+    )
+    args = parser.parse_args()
+    device = World().select_device()
     try:
         source = pretrained.load(args.ckpt)
         vae = Autoencoder(source.vae, device)
@@ -87,7 +70,7 @@ def main() -> None:
     def sample_images(sampler_config: SamplerConfig, batch_size: int) -> np.ndarray:
         config = make_config(sampler_config, args.images, batch_size, PrecisionConfig())
         with scratch_folder(args.dest / "benchmark-batch-size") as folder:
-            path = Sampler(config, source, vae, world)(folder)
+            path = Sampler(config, source, vae)(folder)
             with np.load(path) as content:
                 return content["arr_0"]
 
@@ -102,19 +85,14 @@ def main() -> None:
             for size in other_sizes
         ]
     report(
-        {
-            "benchmark": "batch_size",
-            "machine": describe_machine(device),
-            "model": source.identity["model"],
-            "step": source.identity["step"],
-            "ema_sha256": source.identity["ema_sha256"],
-            "images": args.images,
-            "num_steps": args.num_steps,
-            "cfg_scale": args.cfg_scale,
-            "batch_size": first_size,
-            "results": results,
-        },
-        args.json,
+        args,
+        device,
+        ("images", "num_steps", "cfg_scale"),
+        model=source.identity["model"],
+        step=source.identity["step"],
+        ema_sha256=source.identity["ema_sha256"],
+        batch_size=first_size,
+        results=results,
     )
 
 

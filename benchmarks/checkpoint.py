@@ -8,42 +8,26 @@ Python loop in the training thread did not run: hashing and writing must release
 lock.
 """
 
-import shutil
-import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from benchmarks.measure import (
-    add_result_flags,
-    describe_machine,
+    make_parser,
     median_and_quartiles,
     report,
+    scratch_folder,
     synchronize,
 )
-from benchmarks.train_step import default_settings, synthetic_manifest
+from benchmarks.train_step import StepConfig, make_plan
 from checkpointing.storage import list_checkpoints
 from common import cli
-from models.sit import PRESETS
-from training.alignment import make_cache_info, plan_alignments
-from training.config import (
-    build_network_config,
-)
 from training.resume import build_config_json
 from training.setup import build_state
 from training.state import CheckpointWriter, TrainState
 
 POLL_SECONDS = 0.001  # interval of the loop that detects pauses
-
-
-class SaveTimes(NamedTuple):
-    """Seconds of one checkpoint; the fields are keys of the result."""
-
-    copy_s: float
-    write_s: float
-    longest_pause_s: float
 
 
 def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, dict]:
@@ -53,20 +37,20 @@ def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, d
         model: A key of PRESETS.
         device: Device of the state.
     """
-    settings = default_settings(model)
-    manifest = synthetic_manifest()
-    network = build_network_config(settings.model, manifest)
-    align = plan_alignments(settings.alignments, network, make_cache_info(manifest))
-    state = build_state(network, align, settings.optimizer, settings.device, device)
+    plan = make_plan(StepConfig(model=model), ["sra2"])
+    settings = plan.settings
+    state = build_state(plan.network, plan.align, settings.optimizer, settings.device, device)
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     state.optimizer.step()
     state.optimizer.zero_grad()
-    return state, build_config_json(settings, network, align, manifest)
+    return state, build_config_json(settings, plan.network, plan.align, plan.manifest)
 
 
-def time_save(writer: CheckpointWriter, state: TrainState, device: torch.device) -> SaveTimes:
-    """Save a checkpoint and measure the times."""
+def time_save(
+    writer: CheckpointWriter, state: TrainState, device: torch.device
+) -> dict[str, float]:
+    """Save a checkpoint and return the seconds by key of the result."""
     synchronize(device)
     started = time.perf_counter()
     writer.submit(state)
@@ -78,52 +62,36 @@ def time_save(writer: CheckpointWriter, state: TrainState, device: torch.device)
         now = time.perf_counter()
         longest_pause = max(longest_pause, now - previous - POLL_SECONDS)
         previous = now
-    return SaveTimes(copied - started, previous - copied, longest_pause)
+    return {
+        "copy_s": copied - started,
+        "write_s": previous - copied,
+        "longest_pause_s": longest_pause,
+    }
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.checkpoint", "[--model NAME]")
-    parser.add_argument(
-        "--model",
-        choices=PRESETS,
-        default="SiT-XL/2",
-        metavar="NAME",
-        help="a preset of models/sit.py",
-    )
-    parser.add_argument(
-        "--dest", type=Path, default=Path("exps"), help="folder on the disk to write to"
-    )
-    add_result_flags(parser, rounds=5)
+    parser = make_parser(__doc__, "checkpoint", model="SiT-XL/2", dest=Path("exps"), rounds=5)
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state, config = build_trained_state(args.model, device)
-    args.dest.mkdir(parents=True, exist_ok=True)
-    run = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.dest))
     times = []
-    try:
+    with scratch_folder(args.dest / "benchmark-checkpoint") as run:
         with CheckpointWriter(run, config, keep_last=1) as writer:
             for state.step in range(args.rounds + 1):
                 times.append(time_save(writer, state, device))
         num_bytes = sum(file.stat().st_size for file in list_checkpoints(run)[-1].iterdir())
-    finally:
-        shutil.rmtree(run)
 
     # The first save allocates the memory that the later ones reuse.
-    columns = zip(SaveTimes._fields, zip(*times[1:]))
-    results = {name: median_and_quartiles(list(values)) for name, values in columns}
+    results = {key: median_and_quartiles([save[key] for save in times[1:]]) for key in times[0]}
     report(
-        {
-            "benchmark": "checkpoint",
-            "machine": describe_machine(device),
-            "model": args.model,
-            "rounds": args.rounds,
-            "bytes": num_bytes,
-            "results": results,
-            "write_bytes_per_s": num_bytes / results["write_s"]["median"],
-        },
-        args.json,
+        args,
+        device,
+        ("model", "rounds"),
+        bytes=num_bytes,
+        results=results,
+        write_bytes_per_s=num_bytes / results["write_s"]["median"],
     )
 
 

@@ -12,9 +12,16 @@ benchmarks/train_step.py. With --no-timing no network is built, and counting tak
 
 import torch
 
-from benchmarks.measure import report
+from benchmarks.measure import write_result
+from benchmarks.run_steps import Plan
 from benchmarks.table import TABLES
-from benchmarks.train_step import Plan, StepConfig, make_parser, make_plan, measure
+from benchmarks.train_step import (
+    StepConfig,
+    make_plan,
+    make_step_parser,
+    measure,
+    select_variant,
+)
 from common import cli
 from common.config import read_flags
 from models.flops import backbone_flops, head_flops
@@ -27,7 +34,8 @@ from training.throughput import training_flops
 
 def count_costs(plan: Plan, variant: str) -> dict:
     """Return parameters and FLOPs per image of a variant, and their increase over no alignment."""
-    network, align = plan.network, plan.entries(variant)
+    network = plan.network
+    align = select_variant(plan, variant).align
     specs = [spec for entry in align for spec in head_specs(entry).values()]
     external = [TARGETS[entry["method"]].cost(entry, network, plan.cache) for entry in align]
     with torch.device("meta"):
@@ -60,7 +68,7 @@ def _count_parameters(module: torch.nn.Module) -> int:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = make_parser(__doc__, "python -m benchmarks.cost")
+    parser = make_step_parser(__doc__, "cost")
     parser.add_argument("--no-timing", action="store_true", help="only count")
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
@@ -78,7 +86,7 @@ def main() -> None:
     for variant, figures in result["results"].items():
         figures |= count_costs(plan, variant)
     result |= {"benchmark": "cost", "align": plan.align}
-    report(result, args.json)
+    write_result(result, args.json)
     print(f"\n{TABLES['cost'].format([result])}")
 
 

@@ -3,19 +3,20 @@
     python -m benchmarks.data_loading --dest /somewhere/on/the/disk/to/test --json loading.json
 
 The data are random moments of ImageNet's shape, 8x32x32, in as many shards as ImageNet has by
-default (157). Every row is a torch DataLoader that returns batches in random order. `npy` reads
-and stacks one float32 file per image (REPA's loader also reads a PNG per image, which is omitted
-here). `cache` is the stream of train.py, in float16, and `memory` is the same after
---cache-in-ram. `copy` is the lower bound, one contiguous copy of a batch. Cold rows drop the files
-from the page cache before each round; caches of a RAID controller or a host cannot be dropped.
+default (157); an image is 32 KB as .npy and 16 KB in the cache. Every row is a torch DataLoader
+that returns batches in random order. `npy` reads and stacks one float32 file per image (REPA's
+loader also reads a PNG per image, which is omitted here). `cache` is the stream of train.py, in
+float16, and `memory` is the same after --cache-in-ram. `copy` is the lower bound, one contiguous
+copy of a batch. Cold rows drop the files from the page cache before each round; caches of a RAID
+controller or a host cannot be dropped.
 """
 
 import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,19 +25,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from benchmarks.measure import (
-    add_result_flags,
-    describe_machine,
+    Action,
+    compare,
+    make_parser,
     median_and_quartiles,
-    ratio_per_round,
     report,
     scratch_folder,
     time_in_turn,
 )
+from benchmarks.train_step import synthetic_manifest
 from common import cli
 from common.files import write_array
 from dataset import TrainingStream
 from latents.cache import LatentCache
-from latents.manifest import Manifest, write_manifest
+from latents.manifest import write_manifest
 
 CPU = torch.device("cpu")
 SHAPE = (8, 32, 32)
@@ -66,10 +68,9 @@ def npy_path(folder: Path, index: int) -> Path:
 def write_data(npy_folder: Path, cache_folder: Path, num_images: int, num_shards: int) -> None:
     """Write the same random moments as .npy files and as a latent cache."""
     rng = np.random.default_rng(0)
-    bounds = np.linspace(0, num_images, num_shards + 1).astype(int)
     shards = []
-    for k in tqdm(range(num_shards), desc="writing"):
-        indices = np.arange(bounds[k], bounds[k + 1])
+    shard_indices = np.array_split(np.arange(num_images), num_shards)
+    for k, indices in enumerate(tqdm(shard_indices, desc="writing")):
         moments = rng.standard_normal((len(indices), *SHAPE), np.float32)
         file = f"{k:05d}.npy"
         write_array(cache_folder / "moments" / file, moments.astype(np.float16))
@@ -79,187 +80,85 @@ def write_data(npy_folder: Path, cache_folder: Path, num_images: int, num_shards
             path = npy_path(npy_folder, index)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, image)
-    manifest = Manifest(
-        source="synthetic",
-        count=num_images,
-        num_classes=NUM_CLASSES,
-        class_names=[],
-        resolution=256,
-        crop="",
-        vae="",
-        vae_fingerprint="",
-        scale=1.0,
-        shift=0.0,
-        latent_shape=[4, 32, 32],
-        dtype="float16",
-        mean=[],
-        std=[],
-        shards=shards,
-    )
+    manifest = replace(synthetic_manifest(), count=num_images, images=False, shards=shards)
     write_manifest(cache_folder, manifest)
     os.sync()
 
 
-def evict(folder: Path, cache: LatentCache | None = None) -> None:
-    """Drop a folder's files from the page cache, as far as the kernel allows it without root.
+def evict(folder: Path, cache: LatentCache) -> None:
+    """Drop files from the page cache, as far as the kernel allows it without root.
 
     Args:
-        folder: Folder with .npy files.
-        cache: A cache that maps the files, which would keep them in memory.
+        folder: Folder with .npy files, including those of the cache.
+        cache: A cache that maps its files, which would keep them in memory.
     """
-    if cache is not None:
-        for reader in cache.open_shards.values():
-            reader.drop_pages()
+    for reader in cache.open_shards.values():
+        reader.drop_pages()
     for path in folder.rglob("*.npy"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-class BatchReader:
-    """Reads a number of batches per call, from a loader that starts again at its end.
+def make_reader(make_loader: Callable[..., Iterable]) -> Action:
+    """Return a function that reads the next batch of a loader, which starts again at its end."""
 
-    Args:
-        make_loader: Starts the loader.
-        num_batches: Number of batches per call.
-    """
-
-    def __init__(self, make_loader: Callable[[], Iterable], num_batches: int):
-        self.make_loader = make_loader
-        self.num_batches = num_batches
-        self.iterator = self._repeat()
-
-    def __call__(self) -> None:
-        """Read the batches."""
-        for _ in range(self.num_batches):
-            next(self.iterator)
-
-    def stop(self) -> None:
-        """Stop the loader and its worker processes."""
-        self.iterator = self._repeat()
-
-    def _repeat(self) -> Iterator:
+    def repeat() -> Iterator:
         while True:
-            yield from self.make_loader()
+            yield from make_loader()
+
+    return partial(next, repeat())
 
 
-def npy_reader(files: NpyFiles, batch_size: int, num_workers: int, num_batches: int) -> BatchReader:
-    """Return a reader of random batches from .npy files."""
-    make_loader = partial(
-        DataLoader, files, batch_size, shuffle=True, num_workers=num_workers, drop_last=True
-    )
-    return BatchReader(make_loader, num_batches)
-
-
-def cache_reader(
-    cache: LatentCache, batch_size: int, num_workers: int, num_batches: int
-) -> BatchReader:
-    """Return a reader of the batches of a training run."""
-    stream = TrainingStream(cache, 0, batch_size)
-    make_loader = partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False)
-    return BatchReader(make_loader, num_batches)
-
-
-class ColdReader(NamedTuple):
-    """A reader, and the function that drops its files from the page cache."""
-
-    read: BatchReader
-    evict: Callable[[], None]
-
-    def evict_and_read(self) -> None:
-        """Drop the files from the page cache and read."""
-        self.evict()
-        self.read()
-
-
-def time_cold(readers: dict[str, ColdReader], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of reading from the disk per round, without those of the eviction."""
-    actions: dict[str, Callable[[], object]] = {
-        name: reader.evict_and_read for name, reader in readers.items()
-    }
-    actions |= {f"evict {name}": reader.evict for name, reader in readers.items()}
-    seconds = time_in_turn(actions, CPU, rounds).seconds
-    return {
-        name: [total - eviction for total, eviction in zip(seconds[name], seconds[f"evict {name}"])]
-        for name in readers
-    }
-
-
-def time_readers(
-    npy_folder: Path, cache_folder: Path, args: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Time all ways of reading the data.
+def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds per batch for each way of reading the data, one value per round.
 
     Args:
-        npy_folder: Folder of the .npy files.
-        cache_folder: The latent cache.
+        root: Folder with the .npy files in npy/ and the latent cache in cache/.
         args: The flags.
-
-    Returns:
-        The seconds of each round, and the number of batches per round, both by name.
     """
-    batch_size, num_batches, num_workers = args.batch_size, args.batches, args.num_workers
-    files = NpyFiles(npy_folder, args.images)
-    cache = LatentCache(cache_folder)
-    cache_in_ram = LatentCache(cache_folder)
+    files = NpyFiles(root / "npy", args.images)
+    cache = LatentCache(root / "cache")
+    cache_in_ram = LatentCache(root / "cache")
     cache_in_ram.load_into_ram()
-    source = np.zeros((batch_size, *SHAPE), np.float16)
-    target = np.zeros_like(source)
+    source = np.zeros((args.batch_size, *SHAPE), np.float16)
 
-    def copy() -> None:
-        for _ in range(num_batches):
-            np.copyto(target, source)
+    def npy_reader(num_workers: int = 0) -> Action:
+        load = partial(DataLoader, files, args.batch_size, num_workers=num_workers)
+        return make_reader(partial(load, shuffle=True, drop_last=True))
+
+    def cache_reader(cache: LatentCache, num_workers: int = 0) -> Action:
+        stream = TrainingStream(cache, 0, args.batch_size)
+        return make_reader(partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False))
 
     # Warm: all files are in the page cache.
-    readers = {
-        "npy": npy_reader(files, batch_size, 0, num_batches),
-        "cache": cache_reader(cache, batch_size, 0, num_batches),
-        "memory": cache_reader(cache_in_ram, batch_size, 0, num_batches),
-        f"npy, {num_workers} workers": npy_reader(files, batch_size, num_workers, num_batches),
-        f"cache, {num_workers} workers": cache_reader(cache, batch_size, num_workers, num_batches),
+    warm: dict[str, Action] = {
+        "npy": npy_reader(),
+        "cache": cache_reader(cache),
+        "memory": cache_reader(cache_in_ram),
+        f"npy, {args.num_workers} workers": npy_reader(args.num_workers),
+        f"cache, {args.num_workers} workers": cache_reader(cache, args.num_workers),
+        "copy": partial(np.copyto, np.zeros_like(source), source),
     }
-    for folder in (npy_folder, cache_folder):
-        for path in folder.rglob("*.npy"):
-            path.read_bytes()
-    warm_seconds = time_in_turn({**readers, "copy": copy}, CPU, args.rounds).seconds
+    for path in root.rglob("*.npy"):
+        path.read_bytes()
+    seconds = time_in_turn(warm, CPU, args.rounds, args.batches).seconds
+    # Stop the worker processes, whose memory maps would keep the files in memory.
+    warm.clear()
 
-    # Cold: fewer batches. The maps of worker processes would keep the files in memory.
-    for reader in readers.values():
-        reader.stop()
-    num_cold = max(1, num_batches // 10)
-    cold_readers = {
-        "npy, cold": ColdReader(
-            npy_reader(files, batch_size, 0, num_cold), partial(evict, npy_folder)
-        ),
-        "cache, cold": ColdReader(
-            cache_reader(cache, batch_size, 0, num_cold), partial(evict, cache_folder, cache)
-        ),
-    }
-    cold_seconds = time_cold(cold_readers, args.rounds)
-
-    batches = dict.fromkeys(warm_seconds, num_batches) | dict.fromkeys(cold_seconds, num_cold)
-    return warm_seconds | cold_seconds, batches
+    # Cold: fewer batches, after an eviction that is not timed.
+    cold = {"npy, cold": npy_reader(), "cache, cold": cache_reader(cache)}
+    num_batches = max(1, args.batches // 10)
+    drop = partial(evict, root, cache)
+    return seconds | time_in_turn(cold, CPU, args.rounds, num_batches, prepare=drop).seconds
 
 
-def make_parser() -> cli.Parser:
-    """Return the parser of the flags."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.data_loading", "--dest PATH")
-    parser.add_argument(
-        "--dest",
-        type=Path,
-        required=True,
-        help="folder on the disk to test, for temporary files",
-    )
-    parser.add_argument(
-        "--images",
-        type=cli.positive_int,
-        default=40_000,
-        help="number of images; an image is 32 KB as .npy and 16 KB in the cache",
-    )
+def main() -> None:
+    """Run the benchmark."""
+    parser = make_parser(__doc__, "data_loading", "dest", images=40_000, batch_size=256, rounds=15)
     parser.add_argument(
         "--shards", type=cli.positive_int, default=157, help="number of shards of the cache"
     )
-    parser.add_argument("--batch-size", type=cli.positive_int, default=256, help="images per batch")
     parser.add_argument(
         "--batches", type=cli.positive_int, default=40, help="number of batches per timed round"
     )
@@ -269,25 +168,15 @@ def make_parser() -> cli.Parser:
         default=2,
         help="number of loader processes in the rows with workers",
     )
-    add_result_flags(parser, rounds=15)
-    return parser
-
-
-def main() -> None:
-    """Run the benchmark."""
-    args = make_parser().parse_args()
+    args = parser.parse_args()
     with scratch_folder(args.dest / "benchmark-data-loading") as root:
         write_data(root / "npy", root / "cache", args.images, args.shards)
-        seconds, num_batches = time_readers(root / "npy", root / "cache", args)
+        seconds = time_readers(root, args)
 
     results = {}
     for name, values in seconds.items():
-        batch_s = median_and_quartiles([value / num_batches[name] for value in values])
-        num_samples = args.batch_size * num_batches[name]
-        results[name] = {
-            "batch_s": batch_s,
-            "samples_per_s": num_samples / median_and_quartiles(values)["median"],
-        }
+        figure = median_and_quartiles(values)
+        results[name] = {"batch_s": figure, "samples_per_s": args.batch_size / figure["median"]}
     pairs = (
         ("npy", "cache"),
         ("npy", "memory"),
@@ -295,18 +184,11 @@ def main() -> None:
         ("npy, cold", "cache, cold"),
     )
     report(
-        {
-            "benchmark": "data_loading",
-            "machine": describe_machine(CPU),
-            "images": args.images,
-            "shards": args.shards,
-            "batch_size": args.batch_size,
-            "rounds": args.rounds,
-            "batches": args.batches,
-            "results": results,
-            "ratios": {f"{a}/{b}": ratio_per_round(seconds[a], seconds[b]) for a, b in pairs},
-        },
-        args.json,
+        args,
+        CPU,
+        ("images", "shards", "batch_size", "rounds", "batches"),
+        results=results,
+        ratios=compare(seconds, pairs),
     )
 
 

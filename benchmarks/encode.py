@@ -10,23 +10,24 @@ batches after decoding; its time relative to `encode_latents` is the utilisation
 `decoding alone` reads files as squares in one process, which is the rate of one worker.
 """
 
+import argparse
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.measure import (
-    add_result_flags,
-    describe_machine,
-    median_and_quartiles,
-    ratio_per_round,
+    Action,
+    compare,
+    count_flops,
+    make_parser,
+    per_image,
     report,
     scratch_folder,
     time_in_turn,
@@ -37,28 +38,22 @@ from models.autoencoder import Autoencoder
 from preprocessing.build import build_cache
 from preprocessing.cache_job import Batch, map_in_order
 from preprocessing.encoding import PRECISIONS, EncodingJob, EncodingSettings, default_batch_size
-from preprocessing.images import SquareReader
 from training.throughput import measure_matmul_rate
 
 
-def make_parser() -> cli.Parser:
-    """Return the parser of the flags."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.encode", "--dest PATH")
+def parse_args() -> argparse.Namespace:
+    """Parse the flags."""
     has_gpu = torch.cuda.is_available()
-    parser.add_argument("--dest", type=Path, required=True, help="folder for temporary files")
-    parser.add_argument(
-        "--images",
-        type=cli.positive_int,
-        default=512 if has_gpu else 16,
-        help="number of images",
+    parser = make_parser(
+        __doc__,
+        "encode",
+        "dest",
+        vae=None,
+        images=512 if has_gpu else 16,
+        resolution=256,
+        device="cuda" if has_gpu else "cpu",
+        rounds=5,
     )
-    parser.add_argument(
-        "--resolution",
-        type=cli.positive_int,
-        default=256,
-        help="height and width of the images in pixels",
-    )
-    parser.add_argument("--vae", help="hub id or folder (default: random weights)")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -72,16 +67,9 @@ def make_parser() -> cli.Parser:
         help="same as --batch-size of encode_latents",
     )
     parser.add_argument(
-        "--device",
-        type=cli.device,
-        default="cuda" if has_gpu else "cpu",
-        help="same as --device of encode_latents",
-    )
-    parser.add_argument(
         "--num-workers", type=int, default=-1, help="same as --num-workers of encode_latents"
     )
-    add_result_flags(parser, rounds=5)
-    return parser
+    return parser.parse_args()
 
 
 def make_random_vae(folder: Path) -> Path:
@@ -114,9 +102,9 @@ def make_photographs(folder: Path, num_images: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=90)
 
 
-def decode_batches(job: EncodingJob, reader: SquareReader, num_images: int) -> list[Batch]:
+def decode_batches(job: EncodingJob) -> list[Batch]:
     """Read all images into memory, in the batches of the job."""
-    images = [reader.read(job.source, i).pixels for i in range(num_images)]
+    images = [job.reader.read(job.source, i).pixels for i in range(job.num_images)]
     batches = []
     for pixels in torch.from_numpy(np.stack(images)).split(job.batch_size):
         batch = Batch(range(len(pixels)), pixels)
@@ -125,26 +113,18 @@ def decode_batches(job: EncodingJob, reader: SquareReader, num_images: int) -> l
 
 
 def make_actions(
-    job: EncodingJob,
-    settings: EncodingSettings,
-    num_images: int,
-    folder: Path,
-    num_threads: int,
-    world: World,
-) -> dict[str, Callable[[], object]]:
+    job: EncodingJob, world: World, folder: Path, num_threads: int
+) -> dict[str, Action]:
     """Return the timed functions by name; each processes all images.
 
     Args:
         job: The job of encode_latents.
-        settings: Settings of the job.
-        num_images: Number of images.
+        world: The process of the job.
         folder: Folder for temporary files.
         num_threads: Number of threads per operation without encode_latents, which sets its own.
-        world: The process of the job.
     """
     job_threads = torch.get_num_threads()
-    reader = SquareReader(settings.resolution)
-    batches = decode_batches(job, reader, num_images)
+    batches = decode_batches(job)
 
     def encode_latents() -> None:
         torch.set_num_threads(job_threads)
@@ -161,17 +141,17 @@ def make_actions(
     def encode_one_at_a_time() -> None:
         torch.set_num_threads(num_threads)
         (folder / "moments").mkdir(exist_ok=True)
-        is_bf16 = settings.precision == "bf16"
-        for i in range(num_images):
-            image = torch.from_numpy(reader.read(job.source, i).pixels[None].copy())
+        is_bf16 = job.settings.precision == "bf16"
+        for i in range(job.num_images):
+            image = torch.from_numpy(job.reader.read(job.source, i).pixels[None].copy())
             with torch.autocast(job.device.type, torch.bfloat16, enabled=is_bf16):
                 moments = job.vae.encode(image.to(job.device))
             np.save(folder / "moments" / f"{i}.npy", moments[0].cpu().numpy())
 
     def decode() -> None:
         torch.set_num_threads(1)
-        for i in range(num_images):
-            reader.read(job.source, i)
+        for i in range(job.num_images):
+            job.reader.read(job.source, i)
 
     return {
         "encode_latents": encode_latents,
@@ -181,35 +161,27 @@ def make_actions(
     }
 
 
-def count_flops(vae: str, resolution: int) -> int:
-    """Return the FLOPs of encoding one image."""
-    image = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
-    with FlopCounterMode(display=False) as counter:
-        Autoencoder(vae).encode(image)
-    return counter.get_total_flops()
-
-
 def main() -> None:
     """Run the benchmark."""
-    args = make_parser().parse_args()
+    args = parse_args()
     world = World()
     num_threads = torch.get_num_threads()
     batch_size = args.batch_size or default_batch_size(args.resolution, torch.device(args.device))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with scratch_folder(args.dest / "benchmark-encode") as root:
         make_photographs(root / "images/class", args.images)
-        vae = args.vae or str(make_random_vae(root / "vae"))
         settings = EncodingSettings(
             root / "images",
             resolution=args.resolution,
-            vae=vae,
+            vae=args.vae or str(make_random_vae(root / "vae")),
             precision=args.precision,
             batch_size=batch_size,
             shard_size=batch_size * -(-args.images // (2 * batch_size)),  # two shards
         )
         job = EncodingJob(settings, args.device, args.num_workers, world)
-        actions = make_actions(job, settings, args.images, root, num_threads, world)
-        flops = count_flops(vae, args.resolution)
+        actions = make_actions(job, world, root, num_threads)
+        image = torch.zeros(1, 3, args.resolution, args.resolution, dtype=torch.uint8)
+        flops = count_flops(partial(Autoencoder(settings.vae).encode, image))
 
         # Measure the rate of matrix products before and after: the speed of machines drifts.
         torch.set_num_threads(num_threads)
@@ -220,38 +192,22 @@ def main() -> None:
         torch.set_num_threads(num_threads)
         rate = max(rate_before, measure_matmul_rate(job.device, dtype, seconds=1.0))
 
-    seconds = timings.seconds
     results = {}
-    for name, values in seconds.items():
-        images_per_s = args.images / median_and_quartiles(values)["median"]
-        uses_vae = name != "decoding alone"
-        results[name] = {
-            "image_s": median_and_quartiles([value / args.images for value in values]),
-            "images_per_s": images_per_s,
-            "share_of_matmul_rate": flops * images_per_s / rate if uses_vae else None,
-            "peak_memory_gib": timings.peak_memory_gib[name],
-        }
-    ratios = {
-        f"{name}/encode_latents": ratio_per_round(seconds[name], seconds["encode_latents"])
-        for name in ("one at a time", "VAE alone")
-    }
+    for name in actions:
+        counted = 0 if name == "decoding alone" else flops
+        results[name] = per_image(timings, name, args.images, counted, rate)
+    pairs = [(name, "encode_latents") for name in ("one at a time", "VAE alone")]
     report(
-        {
-            "benchmark": "encode",
-            "machine": describe_machine(job.device),
-            "images": args.images,
-            "resolution": args.resolution,
-            "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
-            "precision": args.precision,
-            "batch_size": job.batch_size,
-            "num_workers": job.num_workers,
-            "rounds": args.rounds,
-            "flops_per_image": flops,
-            "matmul_flops_per_s": rate,
-            "results": results,
-            "ratios": ratios,
-        },
-        args.json,
+        args,
+        job.device,
+        ("images", "resolution", "precision", "rounds"),
+        vae=args.vae or "random weights of sd-vae-ft-mse's shape",
+        batch_size=job.batch_size,
+        num_workers=job.num_workers,
+        flops_per_image=flops,
+        matmul_flops_per_s=rate,
+        results=results,
+        ratios=compare(timings.seconds, pairs),
     )
 
 

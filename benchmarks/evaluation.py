@@ -8,7 +8,6 @@ scipy's matrix square root; `statistics` with numpy's mean and cov; and `precisi
 many samples as references, with torch-fidelity's. The other implementations run on the CPU.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -18,57 +17,49 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from benchmarks.measure import (
-    add_result_flags,
+    Action,
+    compare,
     describe_machine,
+    make_parser,
     median_and_quartiles,
-    ratio_per_round,
     report,
     time_in_turn,
 )
 from common import cli
 from evaluations.metrics import compute_statistics, frechet_distance, precision_recall
 
-# Functions of this repository -> what they are compared with.
-PAIRS = {"frechet_distance": "sqrtm", "statistics": "numpy", "precision_recall": "torch-fidelity"}
+# Other implementations, and the functions of this repository that do the same.
+PAIRS = [
+    ("sqrtm", "frechet_distance"),
+    ("numpy", "statistics"),
+    ("torch-fidelity", "precision_recall"),
+]
 
 
-def random_features(num_images: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two sets of correlated, non-negative features, (num_images, width) float32 each."""
+def random_features(num_images: int, width: int) -> np.ndarray:
+    """Return two sets of correlated, non-negative features, (2, num_images, width) float32."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((width, width), np.float32) / width**0.5
-    a, b = (
-        np.maximum(rng.standard_normal((num_images, width), np.float32) @ mix + 0.3, 0)
-        for _ in range(2)
-    )
-    return a, b
+    values = rng.standard_normal((2, num_images, width), np.float32)
+    return np.maximum(values @ mix + 0.3, 0)
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.evaluation", "[--json PATH]")
-    parser.add_argument(
-        "--images",
-        type=cli.positive_int,
-        default=10_000,
-        help="number of rows of each of the two sets of features",
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = make_parser(
+        __doc__, "evaluation", images=10_000, device=default_device, rounds=5, warm_up=1
     )
     parser.add_argument(
         "--width", type=cli.positive_int, default=2048, help="dimension of the features"
     )
-    parser.add_argument(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of this repository's implementations",
-    )
-    add_result_flags(parser, rounds=5, warm_up=1)
     args = parser.parse_args()
 
     device = torch.device(args.device)
     a, b = random_features(args.images, args.width)
     statistics_a = compute_statistics(a, device)
     statistics_b = compute_statistics(b, device)
-    actions: dict[str, Callable[[], object]] = {
+    actions: dict[str, Action] = {
         "frechet_distance": partial(frechet_distance, statistics_a, statistics_b, device),
         "sqrtm": partial(calculate_frechet_distance, *statistics_a, *statistics_b),
         "statistics": partial(compute_statistics, a, device),
@@ -80,24 +71,16 @@ def main() -> None:
     }
     seconds = time_in_turn(actions, device, args.rounds, warm_up=args.warm_up).seconds
 
-    versions = {"numpy": np.__version__, "scipy": scipy.__version__}
-    ratios = {
-        f"{other}/{ours}": ratio_per_round(seconds[other], seconds[ours])
-        for ours, other in PAIRS.items()
-    }
+    machine = describe_machine(device) | {"numpy": np.__version__, "scipy": scipy.__version__}
     report(
-        {
-            "benchmark": "evaluation",
-            "machine": describe_machine(device) | versions,
-            "images": args.images,
-            "width": args.width,
-            "rounds": args.rounds,
-            "results": {
-                name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
-            },
-            "ratios": ratios,
+        args,
+        device,
+        ("images", "width", "rounds"),
+        machine=machine,
+        results={
+            name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
         },
-        args.json,
+        ratios=compare(seconds, PAIRS),
     )
 
 

@@ -3,20 +3,26 @@
 import argparse
 import json
 import platform
+import re
 import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import cli
 from common.files import write_file
+from models.sit import PRESETS
+
+Action = Callable[[], object]
 
 
 class Timings(NamedTuple):
@@ -26,30 +32,47 @@ class Timings(NamedTuple):
     peak_memory_gib: dict[str, float]  # GPU: during the action; CPU: of the process so far
 
 
-def add_result_flags(
-    parser: argparse.ArgumentParser, rounds: int, warm_up: int | None = None
-) -> None:
-    """Add --rounds, --warm-up and --json to a parser.
+# Options of the flags that benchmarks have in common, in the order of the help text.
+FLAGS: dict[str, dict[str, Any]] = {
+    "ckpt": {"type": Path, "help": "same as --ckpt of sample_ddp.py"},
+    "dest": {"type": Path, "help": "folder for temporary files, on the disk to measure"},
+    "model": {"choices": PRESETS, "metavar": "NAME", "help": "a preset of models/sit.py"},
+    "vae": {"help": "hub id or folder (default: random weights)"},
+    "images": {"type": cli.positive_int, "help": "number of images"},
+    "resolution": {"type": cli.positive_int, "help": "height and width of the images in pixels"},
+    "batch_size": {"type": cli.positive_int, "help": "images per batch"},
+    "num_steps": {"type": cli.positive_int, "help": "number of steps from noise to data"},
+    "device": {"type": cli.device, "help": "device of this repository's implementation"},
+    "rounds": {
+        "type": cli.positive_int,
+        "help": "number of timed rounds, over which the median is taken",
+    },
+    "warm_up": {"type": cli.non_negative_int, "help": "number of rounds before the timed ones"},
+    "json": {"type": Path, "help": "file for the result"},
+}
+
+
+def make_parser(doc: str | None, benchmark: str, *required: str, **defaults: Any) -> cli.Parser:
+    """Return a parser with --json and a selection of the flags in FLAGS.
 
     Args:
-        parser: The parser.
-        rounds: Default number of timed rounds.
-        warm_up: Default number of rounds before them. If None, there is no such flag.
+        doc: Docstring of the benchmark.
+        benchmark: Name of its module.
+        required: Keys of the required flags, which are paths.
+        defaults: Default values of the optional flags.
     """
-    parser.add_argument(
-        "--rounds",
-        type=cli.positive_int,
-        default=rounds,
-        help="number of timed rounds, over which the median is taken",
-    )
-    if warm_up is not None:
-        parser.add_argument(
-            "--warm-up",
-            type=cli.non_negative_int,
-            default=warm_up,
-            help="number of rounds before the timed ones",
-        )
-    parser.add_argument("--json", type=Path, help="file for the result")
+    usage = " ".join(f"--{key} PATH" for key in required) or "[--json PATH]"
+    parser = cli.Parser(doc, f"python -m benchmarks.{benchmark}", usage)
+    for key, options in FLAGS.items():
+        if key in (*required, *defaults, "json"):
+            parser.add_argument(
+                f"--{key.replace('_', '-')}",
+                required=key in required,
+                default=defaults.get(key),
+                **options,
+            )
+    parser.set_defaults(benchmark=benchmark)
+    return parser
 
 
 @contextmanager
@@ -65,17 +88,12 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 def describe_machine(device: torch.device) -> dict:
     """Return the hardware and the versions that results depend on."""
-    info = {"device": _cpu_name(), "cpu_threads": torch.get_num_threads()}
+    model_name = re.search(r"model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text())
+    cpu = model_name[1] if model_name else platform.processor() or platform.machine()
+    info = {"device": cpu, "cpu_threads": torch.get_num_threads()}
     if device.type == "cuda":
         info |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return info | {"torch": torch.__version__, "python": platform.python_version()}
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:
@@ -84,7 +102,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_call(action: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+def time_call(action: Action, device: torch.device, calls: int = 1) -> float:
     """Return the seconds per call, over calls without host-device synchronisation between them."""
     synchronize(device)
     started = time.perf_counter()
@@ -95,11 +113,12 @@ def time_call(action: Callable[[], object], device: torch.device, calls: int = 1
 
 
 def time_in_turn(
-    actions: Mapping[str, Callable[[], object]],
+    actions: Mapping[str, Action],
     device: torch.device,
     rounds: int,
     calls: int = 1,
     warm_up: int = 1,
+    prepare: Action = lambda: None,
 ) -> Timings:
     """Time actions in turn (A B C A B C ...), so that a drift of the machine's speed affects all.
 
@@ -109,6 +128,7 @@ def time_in_turn(
         rounds: Number of timed rounds.
         calls: Calls of an action per round.
         warm_up: Number of rounds before the timed ones.
+        prepare: Function to call before each action; its time does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     peak = dict.fromkeys(actions, 0.0)
@@ -116,6 +136,7 @@ def time_in_turn(
         for name, action in actions.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
+            prepare()
             value = time_call(action, device, calls)
             if k >= 0:
                 seconds[name].append(value)
@@ -130,20 +151,73 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def median_and_quartiles(values: list[float]) -> dict:
+def median_and_quartiles(values: Sequence[float] | np.ndarray) -> dict:
     """Return the median of values, and their quartiles as [low, high]."""
-    low = median = high = values[0]
-    if len(values) > 1:
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "quartiles": [low, high]}
 
 
-def ratio_per_round(a: list[float], b: list[float]) -> dict:
-    """Return median and quartiles of a / b, taken round by round."""
-    return median_and_quartiles([x / y for x, y in zip(a, b, strict=True)])
+def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, dict]:
+    """Return the time of the first action of each pair relative to that of the second.
+
+    Args:
+        seconds: The measurements by action.
+        pairs: Names of actions. Pairs with an action that was not measured are left out.
+
+    Returns:
+        Median and quartiles over rounds, by "FIRST/SECOND".
+    """
+    return {
+        f"{a}/{b}": median_and_quartiles(np.divide(seconds[a], seconds[b]))
+        for a, b in pairs
+        if {a, b} <= seconds.keys()
+    }
 
 
-def report(result: dict, path: Path | None) -> None:
+def per_image(timings: Timings, name: str, num_images: int, flops: int, matmul_rate: float) -> dict:
+    """Return the figures of an action that processes images.
+
+    Args:
+        timings: The measurements.
+        name: Name of the action.
+        num_images: Number of images per call.
+        flops: FLOPs per image; 0 if they are not counted.
+        matmul_rate: FLOP/s of large matrix products.
+    """
+    seconds = timings.seconds[name]
+    images_per_s = num_images / statistics.median(seconds)
+    return {
+        "image_s": median_and_quartiles(np.divide(seconds, num_images)),
+        "images_per_s": images_per_s,
+        "share_of_matmul_rate": flops * images_per_s / matmul_rate if flops else None,
+        "peak_memory_gib": timings.peak_memory_gib[name],
+    }
+
+
+def count_flops(action: Action) -> int:
+    """Return the FLOPs of an action, from PyTorch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+def report(
+    args: argparse.Namespace, device: torch.device, recorded: Iterable[str], **figures: Any
+) -> None:
+    """Report the result of a benchmark: its name, the machine, some of its flags, and figures.
+
+    Args:
+        args: Flags of a parser from `make_parser`.
+        device: Device of the measurements.
+        recorded: Names of the flags in the result.
+        figures: Further entries of the result.
+    """
+    result = {"benchmark": args.benchmark, "machine": describe_machine(device)}
+    flags = {key: getattr(args, key) for key in recorded}
+    write_result(result | flags | figures, args.json)
+
+
+def write_result(result: dict, path: Path | None) -> None:
     """Print a result as JSON, and write it to a file if there is a path."""
     text = json.dumps(result, indent=2)
     print(text)

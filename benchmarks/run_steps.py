@@ -3,14 +3,18 @@
 Studies relate the gain of a method to these costs (experiments/convergence.py).
 """
 
+import copy
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from benchmarks.measure import median_and_quartiles, time_in_turn
 from dataset import TrainingStream
+from latents.cache import LatentCache
 from latents.manifest import Manifest
+from models.sit import SiTConfig
 from models.targets import CacheInfo
 from train import Step
 from training.alignment import (
@@ -26,17 +30,53 @@ from training.setup import build_state, open_cache
 from training.throughput import training_flops
 
 
+class Plan(NamedTuple):
+    """The settings, data and architecture of a run of train.py, before any object is built."""
+
+    settings: Settings
+    manifest: Manifest  # of the latent cache
+    cache: CacheInfo
+    network: SiTConfig
+    align: list[dict]  # config.json's "align"
+
+
+def plan_run(
+    settings: Settings, manifest: Manifest, features: dict[str, dict] | None = None
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        settings: Settings of the run.
+        manifest: Manifest of the latent cache.
+        features: Encoder features that the cache stores, see `make_cache_info`.
+
+    Raises:
+        UserError: The settings do not fit the cache.
+    """
+    cache = make_cache_info(manifest, features)
+    network = build_network_config(settings.model, manifest)
+    align = plan_alignments(settings.alignments, network, cache)
+    return Plan(settings, manifest, cache, network, align)
+
+
+def open_and_plan(settings: Settings) -> tuple[LatentCache, Plan]:
+    """Open the latent cache of a run and plan the run.
+
+    Raises:
+        UserError: The settings do not fit the cache.
+    """
+    cache = open_cache(settings.data, settings.model)
+    return cache, plan_run(settings, cache.manifest, cache.read_feature_metadata())
+
+
 def count_flops(settings: Settings) -> int:
     """Return the FLOPs of a run's training step per image.
 
     Raises:
         UserError: The settings do not fit the cache.
     """
-    cache = open_cache(settings.data, settings.model)
-    cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
-    network = build_network_config(settings.model, cache.manifest)
-    align = plan_alignments(settings.alignments, network, cache_info)
-    return training_flops(network, align, cache_info)
+    _, plan = open_and_plan(settings)
+    return training_flops(plan.network, plan.align, plan.cache)
 
 
 def time_runs(
@@ -58,15 +98,13 @@ def time_runs(
     Raises:
         UserError: The settings of a run do not fit its cache.
     """
-    precisions = {resolve_precision(run.device.mixed_precision) for run in runs.values()}
-    assert len(precisions) == 1, precisions
-    accelerator = make_accelerator(precisions.pop())
+    (precision,) = {resolve_precision(run.device.mixed_precision) for run in runs.values()}
+    accelerator = make_accelerator(precision)
     actions = {}
     for name, settings in runs.items():
         allow_tf32(settings.device.allow_tf32)
-        cache = open_cache(settings.data, settings.model)
-        cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
-        step = build_step(settings, accelerator, cache.manifest, cache_info)
+        cache, plan = open_and_plan(settings)
+        step = build_step(plan, accelerator)
         stream = TrainingStream(
             cache,
             settings.run.seed,
@@ -98,42 +136,34 @@ def allow_tf32(is_allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = is_allowed
 
 
-def build_step(
-    settings: Settings, accelerator: Accelerator, manifest: Manifest, cache: CacheInfo
-) -> Step:
+def build_step(plan: Plan, accelerator: Accelerator) -> Step:
     """Build the step of a run, with new weights.
 
     Args:
-        settings: Settings of the run.
+        plan: The run.
         accelerator: The accelerator.
-        manifest: Manifest of the latent cache.
-        cache: Properties of the latent cache.
 
     Raises:
-        UserError: The settings do not fit the cache, or a network cannot be loaded.
+        UserError: A network cannot be loaded.
     """
-    network = build_network_config(settings.model, manifest)
-    align = plan_alignments(settings.alignments, network, cache)
+    settings = plan.settings
+    device = accelerator.device
+    align = copy.deepcopy(plan.align)  # load_alignments adds to it
     state = build_state(
-        network,
-        align,
-        settings.optimizer,
-        settings.device,
-        accelerator.device,
-        settings.run.seed,
+        plan.network, align, settings.optimizer, settings.device, device, settings.run.seed
     )
     context = make_run_context(
         settings.objective.path_type,
         state.emas[0],
-        accelerator.device,
+        device,
         accelerator.autocast,
         settings.device.compile,
     )
     return Step(
         accelerator,
         state,
-        manifest,
-        load_alignments(settings.alignments, align, network, cache, context),
+        plan.manifest,
+        load_alignments(settings.alignments, align, plan.network, plan.cache, context),
         NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16"),
         settings.objective,
         settings.optimizer,

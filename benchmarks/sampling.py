@@ -12,10 +12,10 @@ threads as sample_ddp uses, and nothing else: together they are a lower bound. T
 reported as well, because other programs disturb it least.
 """
 
+import argparse
 import copy
 import itertools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
-    add_result_flags,
-    describe_machine,
+    Action,
+    count_flops,
+    make_parser,
     median_and_quartiles,
-    ratio_per_round,
+    per_image,
     report,
     scratch_folder,
     time_in_turn,
@@ -43,11 +43,11 @@ from benchmarks.run_steps import allow_tf32
 from checkpointing.pretrained import PretrainedModel
 from common import cli
 from common.cli import UserError
+from common.machine import available_cores
 from common.processes import World
 from evaluations.suite import EvaluationConfig
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
-from models.errors import FieldError
 from models.flops import backbone_flops
 from models.sit import PRESETS, SiT, SiTConfig
 from sample_ddp import (
@@ -75,33 +75,24 @@ PRECISIONS = {  # on CPUs only the first
 }
 
 
-def make_parser() -> cli.Parser:
-    """Return the parser of the flags."""
-    parser = cli.Parser(__doc__, "python -m benchmarks.sampling", "--dest PATH")
+def parse_args() -> argparse.Namespace:
+    """Parse the flags."""
     has_gpu = torch.cuda.is_available()
-    parser.add_argument("--dest", type=Path, required=True, help="folder for temporary files")
-    parser.add_argument(
-        "--model",
-        choices=PRESETS,
-        default="SiT-XL/2",
-        metavar="NAME",
-        help="a preset of models/sit.py",
+    parser = make_parser(
+        __doc__,
+        "sampling",
+        "dest",
+        model="SiT-XL/2",
+        vae=None,
+        images=512 if has_gpu else 8,
+        resolution=256,
+        batch_size=128 if has_gpu else 4,
+        num_steps=250 if has_gpu else 10,
+        rounds=5,
+        warm_up=1,
     )
-    parser.add_argument(
-        "--resolution",
-        type=cli.positive_int,
-        default=256,
-        help="height and width of the images in pixels",
-    )
-    parser.add_argument("--vae", help="hub id or folder (default: random weights)")
     parser.add_argument(
         "--mode", choices=("sde", "ode"), default="sde", help="same as --mode of sample_ddp.py"
-    )
-    parser.add_argument(
-        "--num-steps",
-        type=cli.positive_int,
-        default=250 if has_gpu else 10,
-        help="number of steps from noise to data",
     )
     parser.add_argument(
         "--cfg-scale",
@@ -109,20 +100,7 @@ def make_parser() -> cli.Parser:
         default=1.5,
         help="classifier-free guidance scale; 1 disables guidance",
     )
-    parser.add_argument(
-        "--images",
-        type=cli.positive_int,
-        default=512 if has_gpu else 8,
-        help="number of images per timed round",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=cli.positive_int,
-        default=128 if has_gpu else 4,
-        help="images per batch",
-    )
-    add_result_flags(parser, rounds=5, warm_up=1)
-    return parser
+    return parser.parse_args()
 
 
 def make_config(
@@ -179,41 +157,32 @@ class Sampler:
         config: Settings of sample_ddp.py.
         source: The network.
         vae: The VAE that decodes, on the device of the sampler.
-        world: The process.
     """
 
-    def __init__(
-        self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder, world: World
-    ):
-        self.precision = config.precision
+    def __init__(self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder):
+        self.config = config
         self.vae = vae
-        self.device = world.select_device()
-        self.model = prepare_model(copy.deepcopy(source.model), self.precision, self.device)
-        self.num_images = config.output.num_fid_samples
-        self.batch_size = config.output.per_proc_batch_size
+        self.device = vae.vae.device
+        self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
         self.recipe = make_recipe(config, source)
         self.record = build_record(config, source, vae, self.recipe, self.device)
-        self.num_threads = 2 if self.device.type == "cuda" else world.cores
+        self.num_threads = 2 if self.device.type == "cuda" else available_cores()
 
     def __call__(self, folder: Path) -> Path:
         """Write samples.npz, its record and its grid to a folder, and return the .npz."""
-        set_up_arithmetic(self.precision, self.device)
-        num_classes = self.model.config.num_classes
-        labels = self.recipe.compute_labels(torch.arange(self.num_images), num_classes).numpy()
+        precision = self.config.precision
+        set_up_arithmetic(precision, self.device)
         store = SampleStore(folder, "samples", self.record, {})
+        num_classes = self.model.config.num_classes
+        labels = self.recipe.compute_labels(torch.arange(store.count), num_classes).numpy()
         store.choose_grid_images(labels)
-        dtype = self.precision.dtype
-        with ExitStack() as resources, tqdm(total=self.num_images, disable=True) as bar:
+        with ExitStack() as resources, tqdm(total=store.count, disable=True) as bar:
             stored = store.claim(resources)
-            worker = Worker(self.model, self.vae, self.recipe, dtype, store, stored, {})
-            run_batches(
-                worker,
-                store.pending_batches(stored),
-                self.num_threads,
-                self.precision.compile,
-                bar,
-                self.batch_size,
+            worker = Worker(
+                self.model, self.vae, self.recipe, precision.dtype, store, stored, networks={}
             )
+            pending = store.pending_batches(stored)
+            run_batches(worker, pending, self.num_threads, precision.compile, bar, store.batch_size)
             store.finalize(labels)
             store.remove_parts()
         return store.npz_path
@@ -221,32 +190,34 @@ class Sampler:
     @torch.no_grad()
     def evaluate_network(self) -> None:
         """Run the network as often as for one batch."""
-        dtype = self.precision.dtype
-        x = self._random_latents()
-        t = torch.full((self.batch_size,), 0.5, device=self.device)
-        labels = torch.arange(self.batch_size, device=self.device) % self.model.config.num_classes
-        if self.recipe.cfg_scale > 1:
-            x, t, labels = (torch.cat((tensor, tensor)) for tensor in (x, t, labels))
+        dtype = self.config.precision.dtype
+        x = self.random_latents()
+        if self.recipe.cfg_scale > 1:  # guidance doubles the batch
+            x = torch.cat((x, x))
+        t = torch.full((len(x),), 0.5, device=self.device)
+        labels = torch.arange(len(x), device=self.device) % self.model.config.num_classes
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for _ in range(self.recipe.num_steps):
                 self.model(x, t, labels)
 
     def decode(self) -> None:
         """Decode one batch."""
-        self.vae.decode(self._random_latents())
+        self.vae.decode(self.random_latents())
 
-    def run_alone(self, part: Callable[[], None]) -> None:
+    def run_alone(self, part: Action) -> None:
         """Run one of the parts for all batches, on as many threads as sampling uses."""
-        set_up_arithmetic(self.precision, self.device)
-        num_batches = -(-self.num_images // self.batch_size)
+        set_up_arithmetic(self.config.precision, self.device)
+        output = self.config.output
+        num_batches = -(-output.num_fid_samples // output.per_proc_batch_size)
         with ThreadPoolExecutor(self.num_threads) as pool:
             for future in [pool.submit(part) for _ in range(num_batches)]:
                 future.result()
 
-    def _random_latents(self) -> Tensor:
-        config = self.model.config
-        shape = (self.batch_size, config.channels, config.latent_size, config.latent_size)
-        return torch.randn(shape, device=self.device)
+    def random_latents(self) -> Tensor:
+        """Return latents of one batch."""
+        network = self.model.config
+        size = (network.channels, network.latent_size, network.latent_size)
+        return torch.randn(self.config.output.per_proc_batch_size, *size, device=self.device)
 
 
 @torch.no_grad()
@@ -262,18 +233,17 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
     Returns:
         The .npz.
     """
-    sampler, num_images = config.sampler, config.output.num_fid_samples
+    sampler = config.sampler
+    num_images = config.output.num_fid_samples
     batch_size = config.output.per_proc_batch_size
-    num_classes, size = model.config.num_classes, model.config.latent_size
+    num_classes = model.config.num_classes
+    size = model.config.latent_size
     shape = (batch_size, model.config.channels, size, size)
     device = vae.vae.device
     folder.mkdir(parents=True)
 
     def brownian_noise(step: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.float64)
-
-    def png_path(index: int) -> Path:
-        return folder / f"{index:06d}.png"
 
     for start in range(0, num_images, batch_size):
         noise = torch.randn(shape, device=device).double()
@@ -287,89 +257,75 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
         decoded = vae.vae.decode(vae.scale.denormalize(latents.float())).sample
         pixels = ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
         for index, image in enumerate(pixels.to("cpu", torch.uint8).numpy(), start):
-            Image.fromarray(image).save(png_path(index))
-    images = np.stack([np.asarray(Image.open(png_path(index))) for index in range(num_images)])
-    np.savez(folder.with_suffix(".npz"), arr_0=images)
+            Image.fromarray(image).save(folder / f"{index:06d}.png")
+    paths = sorted(folder.iterdir())[:num_images]  # the last batch has more
+    np.savez(
+        folder.with_suffix(".npz"), arr_0=np.stack([np.asarray(Image.open(path)) for path in paths])
+    )
     return folder.with_suffix(".npz")
 
 
 class Method(NamedTuple):
     """One row of the result."""
 
-    run: Callable[[], object]  # for all images
+    run: Action  # for all images
     precision: str  # a key of PRECISIONS
-    parts: tuple[str, ...] = ("network", "VAE")  # the networks that run
+    flops: int  # per image
 
 
 def make_methods(
-    samplers: dict[str, Sampler],
-    source: PretrainedModel,
-    vae: Autoencoder,
-    config: SamplingConfig,
-    root: Path,
+    samplers: dict[str, Sampler], source: PretrainedModel, flops: dict[str, int], root: Path
 ) -> dict[str, Method]:
     """Return the methods to time, by name.
 
     Args:
-        samplers: Samplers by the name of their precision.
+        samplers: Samplers by the name of their precision. The plain loop has the settings and the
+            VAE of "fp32".
         source: The network of the plain loop.
-        vae: The VAE of the plain loop.
-        config: Settings of the plain loop.
+        flops: FLOPs per image of the network and of the VAE.
         root: Folder for temporary files.
     """
-    device = vae.vae.device
-    network = source.model.to(device)
+    first = samplers["fp32"]
+    network = source.model.to(first.device)
     num_threads = torch.get_num_threads()
     folders = (root / f"samples{k}" for k in itertools.count())
 
     def run_plain() -> None:
-        set_arithmetic(device, is_tf32=True, num_threads=num_threads)
-        sample_plain(network, vae, config, next(folders))
+        allow_tf32(True)
+        torch.set_num_threads(num_threads)
+        sample_plain(network, first.vae, first.config, next(folders))
 
     def run_sampler(sampler: Sampler) -> None:
         sampler(next(folders))
 
-    methods = {"plain": Method(run_plain, "tf32" if device.type == "cuda" else "fp32")}
+    total = sum(flops.values())
+    precision = "tf32" if first.device.type == "cuda" else "fp32"
+    methods = {"plain": Method(run_plain, precision, total)}
     for name, sampler in samplers.items():
-        methods[f"sample_ddp, {name}"] = Method(partial(run_sampler, sampler), name)
-        methods[f"network alone, {name}"] = Method(
-            partial(sampler.run_alone, sampler.evaluate_network), name, ("network",)
-        )
-        methods[f"VAE alone, {name}"] = Method(
-            partial(sampler.run_alone, sampler.decode), name, ("VAE",)
-        )
+        methods[f"sample_ddp, {name}"] = Method(partial(run_sampler, sampler), name, total)
+        for part, run in (("network", sampler.evaluate_network), ("VAE", sampler.decode)):
+            run_alone = partial(sampler.run_alone, run)
+            methods[f"{part} alone, {name}"] = Method(run_alone, name, flops[part])
     return methods
-
-
-def set_arithmetic(device: torch.device, is_tf32: bool, num_threads: int) -> None:
-    """Set the precision of GPUs and the number of threads of CPU operations."""
-    allow_tf32(is_tf32)
-    if device.type == "cpu":
-        torch.set_num_threads(num_threads)
 
 
 def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, float]:
     """Return the FLOP/s of large matrix products in each precision."""
     rates = {}
     for name, sampler in samplers.items():
-        precision = sampler.precision
-        set_arithmetic(sampler.device, precision.allow_tf32, num_threads)
+        precision = sampler.config.precision
+        allow_tf32(precision.allow_tf32)
+        torch.set_num_threads(num_threads)
         rates[name] = measure_matmul_rate(sampler.device, precision.dtype, seconds=0.5)
     return rates
 
 
-def count_flops(sampler: Sampler) -> dict[str, int]:
+def flops_per_image(sampler: Sampler) -> dict[str, int]:
     """Return the FLOPs per image of the network and of the VAE."""
-    config = sampler.model.config
-    latents = torch.zeros(
-        1, config.channels, config.latent_size, config.latent_size, device=sampler.device
-    )
-    with FlopCounterMode(display=False) as counter:
-        sampler.vae.decode(latents)
     evaluations = sampler.recipe.num_steps * (2 if sampler.recipe.cfg_scale > 1 else 1)
     return {
-        "network": evaluations * backbone_flops(config),
-        "VAE": counter.get_total_flops(),
+        "network": evaluations * backbone_flops(sampler.model.config),
+        "VAE": count_flops(partial(sampler.vae.decode, sampler.random_latents()[:1])),
     }
 
 
@@ -380,25 +336,22 @@ def compare_methods(
     ratios = {}
     for name in samplers:
         total = seconds[f"sample_ddp, {name}"]
-        parts = zip(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])
-        alone = [network + vae for network, vae in parts]
-        ratios[f"plain/sample_ddp, {name}"] = ratio_per_round(seconds["plain"], total)
-        ratios[f"alone/sample_ddp, {name}"] = ratio_per_round(alone, total)
+        alone = np.add(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])
+        for other, values in (("plain", seconds["plain"]), ("alone", alone)):
+            ratio = median_and_quartiles(np.divide(values, total))
+            ratios[f"{other}/sample_ddp, {name}"] = ratio
     return ratios
 
 
 def main() -> None:
     """Run the benchmark."""
-    args = make_parser().parse_args()
-    world = World()
-    device = world.select_device()
+    args = parse_args()
+    device = World().select_device()
     num_threads = torch.get_num_threads()
     with scratch_folder(args.dest / "benchmark-sampling") as root:
         # Load the VAE and create the network.
-        try:
+        with naming_flags(CheckpointConfig):
             vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
-        except FieldError as error:
-            raise UserError(f"--vae {error.reason}") from None
         multiple = vae.downsampling_factor * PRESETS[args.model]["patch"]
         if args.resolution % multiple:
             raise UserError(
@@ -412,12 +365,12 @@ def main() -> None:
             mode=args.mode, num_steps=args.num_steps, cfg_scale=args.cfg_scale
         )
         precisions = PRECISIONS if device.type == "cuda" else {"fp32": PRECISIONS["fp32"]}
-        configs = {
-            name: make_config(sampler_config, args.images, args.batch_size, precision)
-            for name, precision in precisions.items()
-        }
-        samplers = {name: Sampler(config, source, vae, world) for name, config in configs.items()}
-        methods = make_methods(samplers, source, vae, configs["fp32"], root)
+        samplers = {}
+        for name, precision in precisions.items():
+            config = make_config(sampler_config, args.images, args.batch_size, precision)
+            samplers[name] = Sampler(config, source, vae)
+        flops = flops_per_image(samplers["fp32"])
+        methods = make_methods(samplers, source, flops, root)
 
         # Time them. Rates are measured before and after, because the speed of machines drifts.
         load_before = os.getloadavg()[0]
@@ -427,40 +380,22 @@ def main() -> None:
         rates_after = measure_rates(samplers, num_threads)
         rates = {name: max(rates_before[name], rates_after[name]) for name in samplers}
 
-    flops = count_flops(samplers["fp32"])
     results = {}
     for name, method in methods.items():
-        image_s = [value / args.images for value in timings.seconds[name]]
-        images_per_s = args.images / median_and_quartiles(timings.seconds[name])["median"]
-        method_flops = sum(flops[part] for part in method.parts)
-        results[name] = {
-            "image_s": median_and_quartiles(image_s),
-            "fastest_image_s": min(image_s),
-            "images_per_s": images_per_s,
-            "share_of_matmul_rate": method_flops * images_per_s / rates[method.precision],
-            "peak_memory_gib": timings.peak_memory_gib[name],
-        }
+        rate = rates[method.precision]
+        results[name] = per_image(timings, name, args.images, method.flops, rate)
+        results[name]["fastest_image_s"] = min(timings.seconds[name]) / args.images
     report(
-        {
-            "benchmark": "sampling",
-            "machine": describe_machine(device),
-            "load_average": [load_before, os.getloadavg()[0]],
-            "model": args.model,
-            "resolution": args.resolution,
-            "latent_size": source.model.config.latent_size,
-            "vae": args.vae or "random weights of sd-vae-ft-mse's shape",
-            "mode": args.mode,
-            "num_steps": args.num_steps,
-            "cfg_scale": args.cfg_scale,
-            "images": args.images,
-            "batch_size": args.batch_size,
-            "rounds": args.rounds,
-            "flops_per_image": flops,
-            "matmul_flops_per_s": rates,
-            "results": results,
-            "ratios": compare_methods(timings.seconds, samplers),
-        },
-        args.json,
+        args,
+        device,
+        ("model", "resolution", "mode", "num_steps", "cfg_scale", "images", "batch_size", "rounds"),
+        load_average=[load_before, os.getloadavg()[0]],
+        latent_size=source.model.config.latent_size,
+        vae=args.vae or "random weights of sd-vae-ft-mse's shape",
+        flops_per_image=flops,
+        matmul_flops_per_s=rates,
+        results=results,
+        ratios=compare_methods(timings.seconds, samplers),
     )
 
 

@@ -4,13 +4,29 @@ python -m benchmarks.table
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NUM_IMAGENET_IMAGES = 1_281_167  # training images
 PRECISION_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Figure(NamedTuple):
+    """A median with its quartiles, formatted such as "1.041 (1.036 to 1.048)"."""
+
+    median: float
+    low: float
+    high: float
+
+    def __format__(self, digits: str) -> str:
+        return f"{self.median:{digits}} ({self.low:{digits}} to {self.high:{digits}})"
+
+
+def parse_object(content: dict) -> Any:
+    """Return an object of a result; return values of `median_and_quartiles` become figures."""
+    return Figure(content["median"], *content["quartiles"]) if "median" in content else content
 
 
 def make_tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -18,8 +34,8 @@ def make_tables(folder: Path = RESULTS) -> dict[str, str]:
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     tables = {}
     for name, table in TABLES.items():
-        selected = [result for result in results if result["benchmark"] == table.benchmark]
-        tables[name] = table.format(selected)
+        benchmark = table.benchmark or name
+        tables[name] = table.format([r for r in results if r["benchmark"] == benchmark])
     return tables
 
 
@@ -38,148 +54,94 @@ def run_name(result: dict) -> str:
     return f"{name}, compiled" if result["compile"] else name
 
 
-def with_quartiles(figure: dict, digits: str, factor: float = 1.0) -> str:
-    """Return a median with its quartiles, such as "1.041 (1.036 to 1.048)".
-
-    Args:
-        figure: Return value of `median_and_quartiles`.
-        digits: Format of the numbers.
-        factor: Factor that converts the unit.
-    """
-    low, high = figure["quartiles"]
-    median, low, high = (value * factor for value in (figure["median"], low, high))
-    return f"{median:{digits}} ({low:{digits}} to {high:{digits}})"
-
-
 def increase(share: float) -> str:
     """Return an increase such as " (+4.0%)", or "" if there is none."""
     return f" (+{share:.1%})" if share else ""
 
 
-def train_step_rows(result: dict) -> list[list[str]]:
-    """Return one row per variant, with the ratios of its time to those of others."""
-    rows = []
+def train_step_rows(result: dict) -> Iterator[str]:
+    """Yield one row per variant, with the ratios of its time to those of others."""
     for variant, figures in result["results"].items():
-        ratios = []
-        for pair, ratio in result["ratios"].items():
-            name, baseline = pair.split("/")
-            if name == variant:
-                ratios.append(f"{with_quartiles(ratio, '.3f')} relative to {baseline}")
-        rows.append(
-            [
-                machine_name(result),
-                run_name(result),
-                variant,
-                with_quartiles(figures["step_s"], ".3g"),
-                f"{figures['images_per_s']:.3g}",
-                f"{figures['mfu']:.0%}",
-                f"{figures['first_step_s']:.3g}",
-                ", ".join(ratios),
-            ]
+        prefix = f"{variant}/"
+        ratios = ", ".join(
+            f"{ratio:.3f} relative to {pair.removeprefix(prefix)}"
+            for pair, ratio in result["ratios"].items()
+            if pair.startswith(prefix)
         )
-    return rows
+        yield (
+            f"{machine_name(result)} | {run_name(result)} | {variant} | {figures['step_s']:.3g} | "
+            f"{figures['images_per_s']:.3g} | {figures['mfu']:.0%} | "
+            f"{figures['first_step_s']:.3g} | {ratios}"
+        )
 
 
-def cost_rows(result: dict) -> list[list[str]]:
-    """Return one row per variant, as in Table 5 of the paper; times are empty if not measured."""
+def cost_rows(result: dict) -> Iterator[str]:
+    """Yield one row per variant, as in Table 5 of the paper; times are empty if not measured."""
     is_timed = "machine" in result
     run = f"{result['model']}, not timed"
     if is_timed:
         run = f"{machine_name(result)}: {run_name(result)}"
-    rows = []
     for variant, figures in result["results"].items():
-        external = figures["parameters"]["external"]
-        heads = figures["parameters"]["heads"]
+        parameters = {key: f"{n / 1e6:.1f}M" for key, n in figures["parameters"].items() if n}
+        heads = parameters.get("heads", "0") + increase(figures["more_parameters"])
         forward = sum(figures["forward_flops"].values())
-        timing = time_cells(result, variant) if is_timed else ["", "", ""]
-        rows.append(
-            [
-                run,
-                variant,
-                f"{external / 1e6:.1f}M" if external else "0",
-                f"{heads / 1e6:.1f}M{increase(figures['more_parameters'])}" if heads else "0",
-                f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])}",
-                f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])}",
-                *timing,
-            ]
+        yield (
+            f"{run} | {variant} | {parameters.get('external', '0')} | {heads} | "
+            f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])} | "
+            f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])} | "
+            f"{time_cells(result, variant) if is_timed else ' |  | '}"
         )
-    return rows
 
 
-def time_cells(result: dict, variant: str) -> list[str]:
+def time_cells(result: dict, variant: str) -> str:
     """Return time, peak memory on a GPU, and time relative to that without alignment."""
     figures = result["results"][variant]
-    step = with_quartiles(figures["step_s"], ".3g")
-    memory = ""
-    if "cuda" in result["machine"]:
-        memory = f"{figures['peak_memory_gib']:.1f} GiB"
     ratio = result["ratios"].get(f"{variant}/none")
-    relative = with_quartiles(ratio, ".3f") if ratio else ""
-    return [f"{step}, {figures['images_per_s']:.3g} images/s", memory, relative]
+    relative = f"{ratio:.3f}" if ratio else ""
+    memory = f"{figures['peak_memory_gib']:.1f} GiB" if "cuda" in result["machine"] else ""
+    step = f"{figures['step_s']:.3g}, {figures['images_per_s']:.3g} images/s"
+    return f"{step} | {memory} | {relative}"
 
 
-def checkpoint_rows(result: dict) -> list[list[str]]:
-    """Return one row."""
-    keys = ("copy_s", "write_s", "longest_pause_s")
-    return [
-        [
-            machine_name(result),
-            result["model"],
-            f"{result['bytes'] / 1e9:.2f}",
-            *(with_quartiles(result["results"][key], ".3g") for key in keys),
-        ]
-    ]
+def checkpoint_rows(result: dict) -> Iterator[str]:
+    """Yield one row."""
+    times = " | ".join(f"{figure:.3g}" for figure in result["results"].values())
+    yield f"{machine_name(result)} | {result['model']} | {result['bytes'] / 1e9:.2f} | {times}"
 
 
-def data_loading_rows(result: dict) -> list[list[str]]:
-    """Return one row per source, with its speedup over .npy files."""
-    rows = []
+def data_loading_rows(result: dict) -> Iterator[str]:
+    """Yield one row per source, with its speedup over .npy files."""
     for name, figures in result["results"].items():
-        speedups = [
-            with_quartiles(ratio, ".3g")
-            for pair, ratio in result["ratios"].items()
-            if pair.endswith(f"/{name}")
-        ]
-        rows.append(
-            [
-                machine_name(result),
-                name,
-                with_quartiles(figures["batch_s"], ".3g", factor=1e3),
-                f"{figures['samples_per_s']:,.0f}",
-                speedups[0] if speedups else "",
-            ]
+        speedup = "".join(
+            f"{ratio:.3g}" for pair, ratio in result["ratios"].items() if pair.endswith(f"/{name}")
         )
-    return rows
+        milliseconds = Figure(*(1e3 * seconds for seconds in figures["batch_s"]))
+        yield (
+            f"{machine_name(result)} | {name} | {milliseconds:.3g} | "
+            f"{figures['samples_per_s']:,.0f} | {speedup}"
+        )
 
 
-def encode_rows(result: dict) -> list[list[str]]:
-    """Return one row per method."""
+def encode_rows(result: dict) -> Iterator[str]:
+    """Yield one row per method."""
     images = f"{result['resolution']} pixels, {result['precision']}, batch {result['batch_size']}"
-    speedup = with_quartiles(result["ratios"]["one at a time/encode_latents"], ".3g")
-    vae_share = with_quartiles(result["ratios"]["VAE alone/encode_latents"], ".3f")
+    ratios = result["ratios"]
     comparisons = {
-        "encode_latents": f"{speedup} times as fast as one at a time",
-        "VAE alone": f"{vae_share} of the time of encode_latents",
+        "encode_latents": f"{ratios['one at a time/encode_latents']:.3g} times as fast as one at "
+        "a time",
+        "VAE alone": f"{ratios['VAE alone/encode_latents']:.3f} of the time of encode_latents",
     }
-    rows = []
     for name, figures in result["results"].items():
         share = figures["share_of_matmul_rate"]
-        rows.append(
-            [
-                machine_name(result),
-                images,
-                name,
-                with_quartiles(figures["image_s"], ".3g"),
-                f"{figures['images_per_s']:.3g}",
-                "" if share is None else f"{share:.0%}",
-                comparisons.get(name, ""),
-            ]
+        percentage = "" if share is None else f"{share:.0%}"
+        yield (
+            f"{machine_name(result)} | {images} | {name} | {figures['image_s']:.3g} | "
+            f"{figures['images_per_s']:.3g} | {percentage} | {comparisons.get(name, '')}"
         )
-    return rows
 
 
-def imagenet_rows(result: dict) -> list[list[str]]:
-    """Return one row of estimates for ImageNet's training images.
+def imagenet_rows(result: dict) -> Iterator[str]:
+    """Yield one row of estimates for ImageNet's training images.
 
     Sizes follow from the number of images, and the time from the measured rate.
     """
@@ -190,151 +152,116 @@ def imagenet_rows(result: dict) -> list[list[str]]:
     figures = result["results"]["encode_latents"]
     days = NUM_IMAGENET_IMAGES / figures["images_per_s"] / 86400
     rate = f"{figures['share_of_matmul_rate']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f}"
-    return [
-        [
-            str(result["resolution"]),
-            f"{num_bytes / 1e9:.0f} GB",
-            f"{2 * num_bytes / 1e9:.0f} GB",
-            f"{image_bytes / 1e9:,.0f} GB",
-            f"{flops / 1e9:.0f}",
-            f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f}",
-            f"{days:.0f} days at {rate} GFLOP/s",
-        ]
-    ]
+    yield (
+        f"{result['resolution']} | {num_bytes / 1e9:.0f} GB | {2 * num_bytes / 1e9:.0f} GB | "
+        f"{image_bytes / 1e9:,.0f} GB | {flops / 1e9:.0f} | "
+        f"{NUM_IMAGENET_IMAGES * flops / 1e15:.0f} | {days:.0f} days at {rate} GFLOP/s"
+    )
 
 
-def evaluation_rows(result: dict) -> list[list[str]]:
-    """Return one row per implementation, with the speedup of ours."""
-    rows = []
+def evaluation_rows(result: dict) -> Iterator[str]:
+    """Yield one row per implementation, with the speedup of ours."""
     for name, figures in result["results"].items():
-        speedups = [
-            f"{with_quartiles(ratio, '.3g')} times as fast as {pair.split('/')[0]}"
+        suffix = f"/{name}"
+        speedups = ", ".join(
+            f"{ratio:.3g} times as fast as {pair.removesuffix(suffix)}"
             for pair, ratio in result["ratios"].items()
-            if pair.endswith(f"/{name}")
-        ]
-        rows.append(
-            [
-                machine_name(result),
-                f"{result['images']:,} x {result['width']}",
-                name,
-                with_quartiles(figures["call_s"], ".3g"),
-                ", ".join(speedups),
-            ]
+            if pair.endswith(suffix)
         )
-    return rows
+        yield (
+            f"{machine_name(result)} | {result['images']:,} x {result['width']} | {name} | "
+            f"{figures['call_s']:.3g} | {speedups}"
+        )
 
 
-def sampling_rows(result: dict) -> list[list[str]]:
-    """Return one row per method; those of sample_ddp are compared with `plain` and the parts."""
+def sampling_rows(result: dict) -> Iterator[str]:
+    """Yield one row per method; those of sample_ddp are compared with `plain` and the parts."""
     run = f"{result['model']}, {result['resolution']} pixels"
     run += f", {result['num_steps']} steps, batch {result['batch_size']}"
-    fastest = {name: figures["fastest_image_s"] for name, figures in result["results"].items()}
-    rows = []
+    fastest_plain = result["results"]["plain"]["fastest_image_s"]
     for name, figures in result["results"].items():
-        comparison = ["", "", ""]
-        if f"plain/{name}" in result["ratios"]:
-            comparison = [
-                with_quartiles(result["ratios"][f"plain/{name}"], ".3g"),
-                f"{fastest['plain'] / fastest[name]:.3g}",
-                with_quartiles(result["ratios"][f"alone/{name}"], ".3f"),
-            ]
-        rows.append(
-            [
-                machine_name(result),
-                run,
-                name,
-                with_quartiles(figures["image_s"], ".3g"),
-                f"{fastest[name]:.3g}",
-                f"{figures['images_per_s']:.3g}",
-                f"{figures['share_of_matmul_rate']:.0%}",
-                *comparison,
-            ]
+        fastest = figures["fastest_image_s"]
+        comparison = " |  | "
+        speedup = result["ratios"].get(f"plain/{name}")
+        if speedup:
+            share = result["ratios"][f"alone/{name}"]
+            comparison = f"{speedup:.3g} | {fastest_plain / fastest:.3g} | {share:.3f}"
+        yield (
+            f"{machine_name(result)} | {run} | {name} | {figures['image_s']:.3g} | {fastest:.3g} | "
+            f"{figures['images_per_s']:.3g} | {figures['share_of_matmul_rate']:.0%} | {comparison}"
         )
-    return rows
 
 
-def batch_size_rows(result: dict) -> list[list[str]]:
-    """Return one row per solver and batch size."""
+def batch_size_rows(result: dict) -> Iterator[str]:
+    """Yield one row per solver and batch size."""
     num_images = result["images"]
-    return [
-        [
-            solver,
-            f"{result['batch_size']} and {other['batch_size']}",
-            str(other["largest"]),
-            f"{other['values'] * 1e6:.0f}",
-            f"{other['images'] * num_images:.0f} of {num_images}",
-        ]
-        for solver, others in result["results"].items()
-        for other in others
-    ]
+    for solver, others in result["results"].items():
+        for other in others:
+            yield (
+                f"{solver} | {result['batch_size']} and {other['batch_size']} | "
+                f"{other['largest']} | {other['values'] * 1e6:.0f} | "
+                f"{other['images'] * num_images:.0f} of {num_images}"
+            )
 
 
 class Table(NamedTuple):
     """A table of the documentation."""
 
-    benchmark: str  # value of "benchmark" in the results
-    rows: Callable[[dict], list[list[str]]]  # rows of one result
+    rows: Callable[[dict], Iterator[str]]  # rows of one result, without the outer bars
     header: str
     footer: tuple[str, ...] = ()  # further lines
+    benchmark: str = ""  # value of "benchmark" in the results; by default the table's name
 
     def format(self, results: list[dict]) -> str:
         """Return the table of several results as Markdown."""
         rule = "|" + "---|" * (self.header.count("|") - 1)
-        rows = [row for result in results for row in self.rows(result)]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
+        parsed = json.loads(json.dumps(results), object_hook=parse_object)
+        lines = [f"| {row} |" for result in parsed for row in self.rows(result)]
         return "\n".join([self.header, rule, *lines, *self.footer])
 
 
 TABLES = {
     "train_step": Table(
-        "train_step",
         train_step_rows,
         "| machine | run | variant | seconds per step | images/s | MFU | first step, s "
         "| time ratio |",
     ),
     "checkpoint": Table(
-        "checkpoint",
         checkpoint_rows,
         "| machine | model | GB | copy to host memory, s | write in the background, s "
         "| longest pause of training, s |",
     ),
     "data_loading": Table(
-        "data_loading",
         data_loading_rows,
         "| machine | source | ms per batch | samples/s | speedup over .npy |",
     ),
     "encode": Table(
-        "encode",
         encode_rows,
         "| machine | images | method | seconds per image | images/s | share of matmul rate "
         "| comparison |",
     ),
     "evaluation": Table(
-        "evaluation",
         evaluation_rows,
         "| machine | features | implementation | seconds per call | speedup |",
     ),
     "sampling": Table(
-        "sampling",
         sampling_rows,
         "| machine | run | method | seconds per image | fastest round | images/s "
         "| share of matmul rate | speedup over plain | speedup of the fastest round "
         "| network and VAE alone / sample_ddp |",
     ),
     "batch_size": Table(
-        "batch_size",
         batch_size_rows,
         "| solver | batch sizes | largest difference, grey levels "
         "| values that differ, per million | images that differ |",
     ),
     "imagenet": Table(
-        "encode",
         imagenet_rows,
         "| pixels | cache, float16 | with --flip | --keep-images | GFLOPs per image "
         "| total PFLOPs | on two CPU cores |",
+        benchmark="encode",
     ),
     "cost": Table(
-        "cost",
         cost_rows,
         "| run | method | external parameters | head parameters | forward GFLOPs "
         "| training GFLOPs | seconds per step | peak memory | time relative to none |",

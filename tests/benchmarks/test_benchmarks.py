@@ -17,7 +17,6 @@ from benchmarks import (
     table,
     train_step,
 )
-from common.processes import World
 from models.autoencoder import Autoencoder
 from models.flops import backbone_flops
 from models.sit import PRESETS, SiTConfig
@@ -187,7 +186,7 @@ def test_sampling_methods_make_all_images_with_the_same_evaluations(vae_folder, 
     source = sampling.make_random_source("SiT-Ti/2", vae, 32)
     sampler_config = SamplerConfig(mode=mode, num_steps=3, cfg_scale=1.5)
     config = sampling.make_config(sampler_config, 5, 2, PrecisionConfig())
-    sampler = sampling.Sampler(config, source, vae, World())
+    sampler = sampling.Sampler(config, source, vae)
     counts: dict[str, list[int]] = {"plain": [], "sample_ddp": [], "network alone": []}
 
     plain_model = count_images_per_call(source.model, counts["plain"])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models.targets
 from benchmarks import cost, train_step
 from benchmarks.measure import Timings
-from benchmarks.table import TABLES, cost_rows
+from benchmarks.table import TABLES
 from benchmarks.train_step import StepConfig
 from models.encoder import EncoderShape
 from tests.helpers import ROOT
@@ -71,7 +71,7 @@ def stub_encoder(monkeypatch):
 
 def make_config(**settings) -> StepConfig:
     """Return settings of the smallest network on latents of 8 x 8."""
-    defaults = {"model": "SiT-Ti/2", "batch_size": 2, "precision": "no", "latent_size": 8}
+    defaults = {"model": "SiT-Ti/2", "batch_size": 2, "mixed_precision": "no", "latent_size": 8}
     return StepConfig(**defaults | settings)
 
 
@@ -164,10 +164,11 @@ def test_costs_of_sit_b_agree_with_counts_by_hand():
 
 def test_flops_of_a_step_agree_with_pytorchs_counter():
     variant = "sra2+repa+sra"
-    figures = cost.count_costs(train_step.make_plan(make_config(), [variant]), variant)
+    plan = train_step.make_plan(make_config(), [variant])
+    figures = cost.count_costs(plan, variant)
 
     def count_flops(backward) -> int:
-        steps = train_step.build_steps(make_config(), stub_accelerator(backward), [variant])
+        steps = train_step.build_steps(plan, stub_accelerator(backward), [variant])
         step = steps[variant].func
         for block in (*step.model.backbone.blocks, *step.state.emas[0].blocks):
             block.attn.fused_attn = False  # the counter does not support the CPU's fused attention
@@ -183,7 +184,8 @@ def test_flops_of_a_step_agree_with_pytorchs_counter():
 
 def test_a_variant_trains_only_its_heads_and_does_not_depend_on_the_others():
     variants = ["sra2", "none", "sra", "sra2+sra"]
-    steps = train_step.build_steps(make_config(), stub_accelerator(), variants)
+    plan = train_step.make_plan(make_config(), variants)
+    steps = train_step.build_steps(plan, stub_accelerator(), variants)
     heads = steps["sra2"].func.state.model.heads
     for variant in variants:
         before = {method: head[0].weight.clone() for method, head in heads.items()}
@@ -199,7 +201,8 @@ def test_a_variant_trains_only_its_heads_and_does_not_depend_on_the_others():
             f"align/{method}" for method in methods
         }
         if variant == variants[0]:
-            alone = train_step.build_steps(make_config(), stub_accelerator(), [variant])
+            plan = train_step.select_variant(plan, variant)
+            alone = train_step.build_steps(plan, stub_accelerator(), [variant])
             expected, _ = alone[variant]()
             assert scalars == expected
 
@@ -218,19 +221,19 @@ def test_cost_reports_times_and_counts(call, tmp_path):
         rate = figures["images_per_s"]
         assert rate * figures["step_s"]["median"] == pytest.approx(2)
         assert figures["mfu"] * 1e11 == pytest.approx(rate * figures["training_flops"])
-    baseline, *aligned = cost_rows(result)
-    assert baseline[-1] == ""
-    assert len(aligned) == 2 and all(row[-1] for row in aligned)
-    assert "batch 2" in baseline[0]
+    _, _, baseline, *aligned = TABLES["cost"].format([result]).splitlines()[:5]
+    assert baseline.endswith("|  |") and "batch 2" in baseline
+    assert not any(row.endswith("|  |") for row in aligned)
 
 
-def test_peak_memory_excludes_what_was_allocated_before(monkeypatch):
+def test_peak_memory_excludes_earlier_allocations(monkeypatch):
     def time_in_turn(actions, *_, **__):
         return Timings({}, dict.fromkeys(actions, 8.0))
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(train_step, "time_in_turn", time_in_turn)
-    assert train_step.measure_peak_memory(make_config(), stub_accelerator(), "none") == 5
+    plan = train_step.make_plan(make_config(), ["none"])
+    assert train_step.measure_peak_memory(plan, stub_accelerator(), "none") == 5
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_peak_memory_excludes_what_was_allocated_before(monkeypatch):
             "none+sra2 must be none, or different methods out of sra2, repa, sra joined by +",
         ),
         (["--align", "sra2", "sra+sra"], "sra+sra must be none"),
-        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs repa in --align"),
+        (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs --align repa"),
         (["--latent-size", "9"], "--latent-size 9: SiT-XL/2 cannot cut these latents"),
     ],
 )

@@ -1,3 +1,5 @@
+"""Checkpoints hold the complete training state, appear atomically, and are verified when loaded."""
+
 import copy
 import json
 import os
@@ -17,79 +19,104 @@ from checkpointing.storage import (
     verify_checkpoint,
 )
 from training import state as state_module
-from training.state import EMA, CheckpointWriter, TrainState
+from training.state import EMA, CheckpointWriter, Snapshot, TrainState
 
 CONFIG = {"ema_decay": [0.9, 0.5]}
 
 
 def make_state(seed=0) -> TrainState:
+    """Return the state of a small network after one update, at step 7."""
     torch.manual_seed(seed)
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    averages = [copy.deepcopy(model) for _ in CONFIG["ema_decay"]]
-    return TrainState(
-        model, averages, optimizer, step=7, progress={"log_sums": [0.1], "log_steps": 3}
-    )
+    emas = [copy.deepcopy(model) for _ in CONFIG["ema_decay"]]
+    progress = {"log_sums": [0.1], "log_steps": 3}
+    return TrainState(model, emas, optimizer, step=7, progress=progress)
 
 
-def test_a_saved_state_comes_back_whole(tmp_path):
-    state, other = make_state(), make_state(seed=1)
+def save(state: TrainState, run: Path) -> Path:
+    """Write a checkpoint and return its folder."""
+    return state.snapshot(CONFIG).write(run)
+
+
+def save_in_background(state: TrainState, writer: CheckpointWriter) -> None:
+    """Write a checkpoint with a `CheckpointWriter` and wait until it is complete."""
+    writer.submit(state)
+    writer.wait()
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    return [folder.name for folder in list_checkpoints(run)]
+
+
+def raise_disk_full(path, data):
+    raise OSError(28, "No space left on device", str(path))
+
+
+def assert_equal_moments(state: TrainState, expected: TrainState) -> None:
+    moments = state.optimizer.state.values()
+    expected_moments = expected.optimizer.state.values()
+    for ours, theirs in zip(moments, expected_moments, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_loading_restores_the_saved_state(tmp_path):
+    state = make_state()
+    other = make_state(seed=1)
     with torch.no_grad():
-        state.emas[1].weight += 1  # tells the two averages apart
-    folder = state.snapshot(CONFIG).write(tmp_path)
+        state.emas[1].weight += 1  # the two EMAs differ
+    folder = save(state, tmp_path)
     assert folder == find_checkpoint(tmp_path) == find_checkpoint(folder)
     other.load(folder, verify_checkpoint(folder))
     assert (other.step, other.progress) == (7, {"log_sums": [0.1], "log_steps": 3})
-    assert torch.equal(other.model.weight, state.model.weight) and len(other.emas) == 2
-    assert all(
-        torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(other.emas, state.emas)
-    )
-    for ours, theirs in zip(other.optimizer.state.values(), state.optimizer.state.values()):
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert torch.equal(other.model.weight, state.model.weight)
+    for ours, theirs in zip(other.emas, state.emas, strict=True):
+        assert torch.equal(ours.weight, theirs.weight)
+    assert_equal_moments(other, state)
     assert json.loads((folder / "config.json").read_text()) == CONFIG
 
 
-@pytest.mark.parametrize("fail_at", range(6))
-def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch, fail_at):
+@pytest.mark.parametrize("num_written", range(6))
+def test_failed_save_leaves_no_files(tmp_path, monkeypatch, num_written):
     written = []
 
-    def full(write):
-        def limited(*args):
-            if len(written) == fail_at:
+    def limit(write):
+        def write_until_full(*args):
+            if len(written) == num_written:
                 raise OSError(28, "No space left on device")
             written.append(args)
             write(*args)
 
-        return limited
+        return write_until_full
 
     for name in ("write_file", "save_tensors"):
-        monkeypatch.setattr(state_module, name, full(getattr(state_module, name)))
+        monkeypatch.setattr(state_module, name, limit(getattr(state_module, name)))
     with pytest.raises(OSError, match="No space left"):
-        make_state().snapshot(CONFIG).write(tmp_path)
-    assert list_checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").glob("*"))
+        save(make_state(), tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_a_disk_that_refuses_tensors_is_an_os_error_that_names_the_file(tmp_path):
+def test_error_of_writing_tensors_names_the_file(tmp_path):
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(IsADirectoryError, match=r"a\.safetensors"):
         save_tensors({"x": torch.zeros(3)}, tmp_path / "a.safetensors")
 
 
-def test_leftovers_of_a_killed_save_or_removal_are_not_checkpoints_and_are_cleared(tmp_path):
+def test_leftovers_of_a_killed_save_or_removal_are_ignored_and_removed(tmp_path):
     for name in (".0000007.partial", ".0000003.removed"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
     assert list_checkpoints(tmp_path) == []
-    folder = make_state().snapshot(CONFIG).write(tmp_path)
+    folder = save(make_state(), tmp_path)
     with lock_run(tmp_path, [folder]):
         pass
     assert list((tmp_path / "checkpoints").iterdir()) == list_checkpoints(tmp_path) == [folder]
 
 
-def test_a_snapshot_is_cut_off_from_training(tmp_path):
-    state, same = make_state(), make_state()
+def test_snapshot_does_not_change_with_training(tmp_path):
+    state = make_state()
     snapshot = state.snapshot(CONFIG)
     with torch.no_grad():
         state.model.weight += 1
@@ -97,114 +124,93 @@ def test_a_snapshot_is_cut_off_from_training(tmp_path):
     other = make_state(seed=1)
     folder = snapshot.write(tmp_path)
     other.load(folder, verify_checkpoint(folder))
-    assert torch.equal(other.model.weight, same.model.weight)
-    for ours, theirs in zip(other.optimizer.state.values(), same.optimizer.state.values()):
-        assert torch.equal(ours["exp_avg"], theirs["exp_avg"])
+    expected = make_state()
+    assert torch.equal(other.model.weight, expected.model.weight)
+    assert_equal_moments(other, expected)
 
 
-def test_writer_keeps_the_newest_and_the_milestones(tmp_path):
-    state, writer = make_state(), CheckpointWriter(tmp_path, CONFIG, keep_last=2, milestone_steps=4)
+def test_writer_keeps_the_newest_checkpoints_and_the_milestones(tmp_path):
+    state = make_state()
+    writer = CheckpointWriter(tmp_path, CONFIG, keep_last=2, milestone_steps=4)
     for state.step in range(1, 11):
         writer.submit(state)
     writer.wait()
-    assert [int(folder.name) for folder in list_checkpoints(tmp_path)] == [4, 8, 9, 10]
-    assert [message.split("/")[-1] for message in writer.take_messages()][
-        -1
-    ] == "0000010" and not writer.take_messages()
+    assert [int(name) for name in checkpoint_names(tmp_path)] == [4, 8, 9, 10]
+    assert writer.take_messages()[-1].endswith("/0000010")
+    assert not writer.take_messages()
 
 
-def test_writer_survives_a_full_disk_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    state, writer, write = (
-        make_state(),
-        CheckpointWriter(tmp_path, CONFIG, keep_last=1),
-        state_module.write_file,
-    )
-
-    def full(path, data):
-        raise OSError(28, "No space left on device", str(path))
-
-    writer.submit(state)
-    writer.wait()
+def test_writer_keeps_the_old_checkpoint_while_the_disk_is_full(tmp_path, monkeypatch):
+    state = make_state()
+    writer = CheckpointWriter(tmp_path, CONFIG, keep_last=1)
+    save_in_background(state, writer)
     state.step = 8
-    monkeypatch.setattr(state_module, "write_file", full)
-    writer.submit(state)
-    writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "write_file", raise_disk_full)
+        save_in_background(state, writer)
     assert writer.problem and "could not save step 8: No space left" in writer.take_messages()[-1]
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["0000007"]
-    monkeypatch.setattr(state_module, "write_file", write)
-    writer.submit(state)
-    writer.wait()
+    save_in_background(state, writer)
     assert not writer.problem and find_checkpoint(tmp_path).name == "0000008"
 
 
-def stuck(path, target, rename=Path.rename):
-    """As a network disk on which somebody still reads the old checkpoint."""
-    if target.name.endswith(".removed"):
-        raise OSError(39, "Directory not empty", str(path))
-    return rename(path, target)
-
-
-def test_writer_tells_of_whatever_goes_wrong_and_apart_of_what_it_cannot_remove(
-    tmp_path, monkeypatch
-):
-    state, writer = make_state(), CheckpointWriter(tmp_path, CONFIG, keep_last=1)
-
-    def broken(tensors, path):
+def test_writer_reports_errors_that_are_not_of_the_disk(tmp_path, monkeypatch):
+    def fail(tensors, path):
         raise ValueError("not tensors")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(state_module, "save_tensors", broken)
-        writer.submit(state)
-        writer.wait()
-    assert (
-        writer.problem
-        and "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]
-    )
-    monkeypatch.setattr(Path, "rename", stuck)
+    writer = CheckpointWriter(tmp_path, CONFIG, keep_last=1)
+    monkeypatch.setattr(state_module, "save_tensors", fail)
+    save_in_background(make_state(), writer)
+    assert writer.problem
+    assert "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]
+
+
+def test_writer_reports_checkpoints_that_it_cannot_remove(tmp_path, monkeypatch):
+    def rename(path, target, rename=Path.rename):
+        # Fails as on a network disk while another process reads the old checkpoint.
+        if target.name.endswith(".removed"):
+            raise OSError(39, "Directory not empty", str(path))
+        return rename(path, target)
+
+    state = make_state()
+    writer = CheckpointWriter(tmp_path, CONFIG, keep_last=1)
+    monkeypatch.setattr(Path, "rename", rename)
     for state.step in (8, 9):
-        writer.submit(state)
-        writer.wait()
-    assert not writer.problem and [folder.name for folder in list_checkpoints(tmp_path)] == [
-        "0000008",
-        "0000009",
-    ]
+        save_in_background(state, writer)
+    assert not writer.problem and checkpoint_names(tmp_path) == ["0000008", "0000009"]
     *_, saved, kept = writer.take_messages()
-    assert (
-        saved.endswith("0000009")
-        and kept.startswith("could not remove")
-        and "Directory not empty" in kept
-    )
+    assert saved.endswith("0000009")
+    assert kept.startswith("could not remove") and "Directory not empty" in kept
 
 
-def test_messages_that_come_while_they_are_taken_are_not_lost(tmp_path, monkeypatch):
-    state, writer = make_state(), CheckpointWriter(tmp_path, CONFIG)
-    write = state_module.Snapshot.write
-    monkeypatch.setattr(
-        state_module.Snapshot, "write", lambda *args: (writer.take_messages(), write(*args))[1]
-    )
-    writer.submit(state)
-    writer.wait()
+def test_messages_appended_after_a_read_are_kept(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, CONFIG)
+    write = Snapshot.write
+
+    def take_messages_and_write(*args):
+        writer.take_messages()
+        return write(*args)
+
+    monkeypatch.setattr(Snapshot, "write", take_messages_and_write)
+    save_in_background(make_state(), writer)
     assert writer.take_messages() == [f"saved {list_checkpoints(tmp_path)[0]}"]
 
 
-def test_every_file_is_on_the_disk_before_the_checkpoint_appears(tmp_path, monkeypatch):
-    synced, fsync = [], os.fsync
+def test_files_are_synced_before_the_checkpoint_appears(tmp_path, monkeypatch):
+    synced = {False: [], True: []}  # whether the checkpoint was visible -> names
+    fsync = os.fsync
 
-    def spy(descriptor):
-        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced.append((place.name, bool(list_checkpoints(tmp_path))))
+    def record_fsync(descriptor):
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        synced[bool(list_checkpoints(tmp_path))].append(name)
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", spy)
-    folder = make_state().snapshot(CONFIG).write(tmp_path)
-    before, after = (
-        [name for name, visible in synced if visible is when] for when in (False, True)
-    )
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    folder = save(make_state(), tmp_path)
     for path in folder.iterdir():
-        assert any(path.name in name for name in before), (
-            path.name
-        )  # config.json is .config.json.123.partial until it is whole
-    assert before[-1] == ".0000007.partial" and after == ["checkpoints"]
+        # The temporary name of config.json, for example, is .config.json.123.partial.
+        assert any(path.name in name for name in synced[False]), path.name
+    assert synced[False][-1] == ".0000007.partial" and synced[True] == ["checkpoints"]
 
 
 @pytest.mark.parametrize(
@@ -218,18 +224,19 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_appears(tmp_path, monke
         "progress.json",
     ],
 )
-def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_path, name):
+def test_error_of_a_damaged_file_names_it_and_the_previous_checkpoint(tmp_path, name):
     state = make_state()
     for state.step in (7, 9):
-        folder = state.snapshot(CONFIG).write(tmp_path)
+        folder = save(state, tmp_path)
     data = (folder / name).read_bytes()
-    for bad in (data[:-1], data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]):
-        (folder / name).write_bytes(bad)
-        other = make_state(seed=1)
-        before = other.model.weight.clone()
-        with pytest.raises(
-            CheckpointError, match=rf"{name}.*remove .*0000009 to continue from 0000007"
-        ):
+    truncated = data[:-1]
+    flipped = data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+    other = make_state(seed=1)
+    before = other.model.weight.clone()
+    for damaged in (truncated, flipped):
+        (folder / name).write_bytes(damaged)
+        message = rf"{name}.*remove .*0000009 to continue from 0000007"
+        with pytest.raises(CheckpointError, match=message):
             other.load(folder, verify_checkpoint(folder))
         assert torch.equal(other.model.weight, before)
     (folder / name).unlink()
@@ -237,34 +244,35 @@ def test_a_truncated_or_tampered_file_is_named_and_the_one_before_offered(tmp_pa
         other.load(folder, verify_checkpoint(folder))
 
 
-def test_newest_is_by_number(tmp_path):
+def test_newest_checkpoint_has_the_largest_number(tmp_path):
     state = make_state()
     for state.step in (9_999_999, 10_000_000, 50):
-        state.snapshot(CONFIG).write(tmp_path)
+        save(state, tmp_path)
     assert find_checkpoint(tmp_path).name == "10000000"
 
 
-def test_unknown_and_broken_checkpoints_are_named(tmp_path):
+def test_error_of_a_missing_or_damaged_checkpoint_states_the_reason(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         find_checkpoint(tmp_path / "nothing")
     (tmp_path / "args.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoints yet"):
         find_checkpoint(tmp_path)
-    folder = make_state().snapshot(CONFIG).write(tmp_path)
+    folder = save(make_state(), tmp_path)
     (folder / "ema.safetensors").write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match=r"ema\.safetensors cannot be loaded"):
         load_weights(torch.nn.Linear(4, 4), folder / "ema.safetensors")
 
 
-def test_nothing_of_a_checkpoint_is_unpickled(tmp_path):
-    folder = make_state().snapshot(CONFIG).write(tmp_path)
+def test_checkpoint_contains_no_pickle(tmp_path):
+    folder = save(make_state(), tmp_path)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 
 
-def test_ema_is_the_moving_average():
+def test_ema_is_the_exponential_moving_average():
     model = torch.nn.Linear(3, 3)
     average = copy.deepcopy(model)
-    ema, expected = EMA(average, model, 0.9), model.weight.detach().clone()
+    ema = EMA(average, model, 0.9)
+    expected = model.weight.detach().clone()
     for i in range(3):
         with torch.no_grad():
             model.weight += i + 1
@@ -273,10 +281,9 @@ def test_ema_is_the_moving_average():
     torch.testing.assert_close(average.weight, expected)
 
 
-def test_averages_are_found_by_their_decay():
+def test_ema_files_are_found_by_their_decay():
     names = [ema_filename(CONFIG, decay) for decay in (None, 0.9, 0.5)]
     assert names == ["ema.safetensors", "ema.safetensors", "ema-0.5.safetensors"]
-    with pytest.raises(
-        CheckpointError, match=r"no EMA of --ema-decay 0\.7; choose one of 0\.9 0\.5"
-    ):
+    message = r"no EMA of --ema-decay 0\.7; choose one of 0\.9 0\.5"
+    with pytest.raises(CheckpointError, match=message):
         ema_filename(CONFIG, 0.7)
