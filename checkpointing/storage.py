@@ -27,6 +27,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from common.cli import first_line
 from common.files import fsync, lock, sha256
 
 
@@ -74,7 +75,7 @@ def read_config(checkpoint: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)})") from None
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from None
 
 
 def ema_filename(config: dict, decay: float | None = None) -> str:
@@ -113,7 +114,7 @@ def verify_checkpoint(checkpoint: Path) -> dict:
         is_intact = progress.pop("digest") == progress_digest(progress)
         hashes = progress.pop("sha256")
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}): {remedy}") from None
     if not is_intact:
         raise CheckpointError(f"{path} has changed since it was saved: {remedy}")
     for name, expected in hashes.items():
@@ -125,7 +126,7 @@ def _verify_file(path: Path, expected: str, remedy: str) -> None:
     try:
         actual = sha256(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}): {remedy}") from None
     if actual != expected:
         raise CheckpointError(f"{path} has changed since it was saved: {remedy}")
 
@@ -212,7 +213,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})") from None
+        raise CheckpointError(f"{path} cannot be loaded ({first_line(error)})") from None
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -225,15 +226,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})") from None
+        raise CheckpointError(f"{path} cannot be loaded ({first_line(error)})") from None
 
 
 def format_error(error: Exception) -> str:
     """Return a description of an error in one line, with the file of an OSError."""
     if isinstance(error, OSError):
         return f"{error.strerror} ({error.filename})"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return first_line(error)

@@ -18,8 +18,8 @@ import torch
 
 Number = TypeVar("Number", int, float)
 
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PATH_ERRORS = (
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNUSABLE_PATH = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -27,10 +27,19 @@ PATH_ERRORS = (
     errno.EISDIR,
     errno.ENAMETOOLONG,
 )
+OS_ERROR_REMEDIES: dict[int | None, str] = {
+    **dict.fromkeys(FULL_DISK, "free some space and rerun the same command"),
+    **dict.fromkeys(UNUSABLE_PATH, "choose another path"),
+}
 
 
 class UserError(ValueError):
     """An error that the user can fix. The message names the flag or file and the remedy."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def require_package(name: str, purpose: str) -> None:
@@ -86,13 +95,10 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         _exit(f"{prefix}error: {error}", 2)
     except OSError as error:
-        if error.errno in DISK_FULL_ERRORS:
-            remedy = "free some space and rerun the same command"
-        elif error.errno in PATH_ERRORS:
-            remedy = "choose another path"
-        else:
+        if error.errno not in OS_ERROR_REMEDIES:
             raise
         path = f" ({error.filename})" if error.filename else ""
+        remedy = OS_ERROR_REMEDIES[error.errno]
         _exit(f"{prefix}error: {error.strerror}{path}; {remedy}", 2)
     except KeyboardInterrupt:
         _exit(f"\n{prefix}interrupted; rerun the same command to resume", 130)
@@ -123,9 +129,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     # argparse declares overloads for namespaces of other types, which are not needed here.
-    def parse_args(self, *args: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse the arguments. The error for an unknown flag suggests a similar one."""
-        parsed, unknown = self.parse_known_args(*args, **options)
+        parsed, unknown = self.parse_known_args(args)
         if unknown:
             message = f"unrecognized arguments: {' '.join(unknown)}"
             similar = difflib.get_close_matches(unknown[0].split("=")[0], self._list_flags(), 1)
@@ -166,57 +172,29 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return METAVARS.get(action.type, "NAME")
 
 
-def _parse_number(
-    text: str,
-    convert: Callable[[str], Number],
-    is_valid: Callable[[Number], bool],
-    description: str,
-) -> Number:
-    try:
-        value = convert(text)
-    except ValueError:
-        pass
-    else:
-        if is_valid(value):  # False for NaN
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not {description}")
+def _number(
+    convert: Callable[[str], Number], is_valid: Callable[[Number], bool], description: str
+) -> Callable[[str], Number]:
+    """Return an argparse type for the numbers that `is_valid` accepts."""
+
+    def parse(text: str) -> Number:
+        with suppress(ValueError):
+            value = convert(text)
+            if is_valid(value):  # False for NaN
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {description}")
+
+    return parse
 
 
-def positive_int(text: str) -> int:
-    """Parse an integer of at least 1, as an argparse type."""
-    return _parse_number(text, int, lambda value: value >= 1, "a whole number of at least 1")
-
-
-def non_negative_int(text: str) -> int:
-    """Parse an integer of at least 0, as an argparse type."""
-    return _parse_number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def seed(text: str) -> int:
-    """Parse an integer in [0, 2**32), as an argparse type."""
-    description = "a whole number from 0 to 2**32 - 1"
-    return _parse_number(text, int, lambda value: 0 <= value < 2**32, description)
-
-
-def fraction(text: str) -> float:
-    """Parse a number in [0, 1], as an argparse type."""
-    return _parse_number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def decay(text: str) -> float:
-    """Parse a number in [0, 1), as an argparse type."""
-    description = "a number of at least 0 and below 1"
-    return _parse_number(text, float, lambda value: 0 <= value < 1, description)
-
-
-def non_negative_float(text: str) -> float:
-    """Parse a finite number of at least 0, as an argparse type."""
-    return _parse_number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0, as an argparse type."""
-    return _parse_number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+decay = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+# Infinity is not a valid value of any flag.
+non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def device(text: str) -> str:

@@ -5,6 +5,7 @@ Declare fields with `setting`, fill a parser with `add_flags`, build the object 
 
 import argparse
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from types import NoneType
@@ -88,10 +89,8 @@ def record_flags(*configs: Any) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value with lists in place of tuples and strings in place of paths."""
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    """Return a value as JSON stores it: lists instead of tuples and strings instead of paths."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def format_flags(record: dict[str, Any]) -> str:

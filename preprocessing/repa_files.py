@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 from common.files import NpyWriter, discard_on_error
 from models.autoencoder import DEFAULT_VAE, Autoencoder
 from models.errors import FieldError
@@ -249,7 +249,7 @@ class ImportJob:
             if isinstance(error, OSError) and error.errno not in file_errors:
                 # The disk failed: this says nothing about the file.
                 raise self._read_failure(image_index, str(error.strerror)) from None
-            raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+            raise BadImage(first_line(error)) from None
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
             raise BadImage("it is no array of floating-point numbers")
         if moments.shape not in (self.shape, (1, *self.shape)):
