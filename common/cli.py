@@ -18,8 +18,8 @@ import torch
 
 Number = TypeVar("Number", int, float)
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNUSABLE_PATH = (
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PATH_ERRORS = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -27,10 +27,6 @@ UNUSABLE_PATH = (
     errno.EISDIR,
     errno.ENAMETOOLONG,
 )
-OS_ERROR_REMEDIES: dict[int | None, str] = {
-    **dict.fromkeys(FULL_DISK, "free some space and rerun the same command"),
-    **dict.fromkeys(UNUSABLE_PATH, "choose another path"),
-}
 
 
 class UserError(ValueError):
@@ -95,10 +91,13 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         _exit(f"{prefix}error: {error}", 2)
     except OSError as error:
-        if error.errno not in OS_ERROR_REMEDIES:
+        if error.errno in FULL_DISK_ERRORS:
+            remedy = "free some space and rerun the same command"
+        elif error.errno in PATH_ERRORS:
+            remedy = "choose another path"
+        else:
             raise
         path = f" ({error.filename})" if error.filename else ""
-        remedy = OS_ERROR_REMEDIES[error.errno]
         _exit(f"{prefix}error: {error.strerror}{path}; {remedy}", 2)
     except KeyboardInterrupt:
         _exit(f"\n{prefix}interrupted; rerun the same command to resume", 130)

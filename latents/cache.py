@@ -19,16 +19,12 @@ from tqdm import tqdm
 from common.machine import available_memory, memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
-    Manifest,
     features_remedy,
     join_manifests,
     read_feature_metadata,
     read_manifest,
-    write_manifest,
 )
-from latents.shard_reader import PrefetchPolicy, RowFormat, ShardReader, load_array
-
-__all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest", "write_manifest"]
+from latents.shard_reader import PrefetchPolicy, RowFormat, ShardReader
 
 KEEP_IMAGES_REMEDY = "rerun the command that created it and add --keep-images"
 MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
@@ -55,36 +51,39 @@ class LatentCache:
     def __init__(self, *roots: Path | str):
         self.roots = [Path(root) for root in roots]
         self.manifests = [read_manifest(root) for root in self.roots]
+        self.shard_roots: list[Path] = []
         for root, manifest in zip(self.roots, self.manifests):
+            self.shard_roots += [root] * len(manifest.shards)
             num_images = sum(shard["count"] for shard in manifest.shards)
             if num_images != manifest.count or num_images < 1:
                 raise CacheError(
                     f"{root / 'manifest.json'}: the shards contain {num_images} images, "
                     f"but count is {manifest.count}; encode the images again"
                 )
-        if len(self.manifests) == 1:
-            self.manifest = self.manifests[0]
-        else:
-            self.manifest = join_manifests(self.roots, self.manifests)
-        self.shard_roots: list[Path] = []
-        for root, manifest in zip(self.roots, self.manifests):
-            self.shard_roots += [root] * len(manifest.shards)
+        self.manifest = join_manifests(self.roots, self.manifests)
         self.shard_starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
 
         channels, *size = self.manifest.latent_shape
         self._moments_format = RowFormat((2 * channels, *size), np.dtype(self.manifest.dtype))
+        # Formats of the rows in folders that have been validated.
         self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
         self._moments_in_ram: np.ndarray | None = None
         self.open_shards: dict[tuple[int, str], ShardReader] = {}
         self._max_open_maps = min(MAX_OPEN_MAPS, raise_open_file_limit() // 2)  # one file per map
         self._prefetch_policies: dict[str, PrefetchPolicy] = defaultdict(PrefetchPolicy)
 
-        self.labels = np.empty(len(self), np.min_scalar_type(self.manifest.num_classes - 1))
+        last_class = self.manifest.num_classes - 1
+        self.labels = np.empty(len(self), np.min_scalar_type(last_class))
         for shard_index, start in enumerate(self.shard_starts[:-1]):
-            labels = self._load_labels(shard_index)
+            reader = self._open_shard(shard_index, "labels", RowFormat((), np.dtype(np.int64)))
+            labels = reader.rows
+            if labels.size and not 0 <= labels.min() <= labels.max() <= last_class:
+                raise CacheError(
+                    f"{reader.path} has labels outside 0..{last_class}; {reader.remedy}"
+                )
             self.labels[start : start + len(labels)] = labels
             for folder in self.manifest.moment_folders:
-                self._open_shard(shard_index, folder)
+                self._open_shard(shard_index, folder, self._moments_format)
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -113,30 +112,28 @@ class LatentCache:
             row = image_index
             if flipped is not None:
                 row = image_index + len(self) * flipped.astype(np.int64)
-            # The indices are valid. Modes other than "clip" would buffer a second copy.
+            # The indices are valid. Modes other than "clip" would need a buffer for the result.
             np.take(self._moments_in_ram, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
 
-    def images(self, image_index: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
-        """Read the encoded images of a batch, always from the disk.
+    def read_input(
+        self, folder: str, image_index: np.ndarray, flipped: np.ndarray | None = None
+    ) -> Tensor:
+        """Read the images or the stored features of a batch, always from the disk.
 
         Args:
+            folder: "images" or "features/SLUG".
             image_index: Indices of the images, (B,) int64.
-            flipped: Whether to flip the image horizontally, (B,) bool.
+            flipped: Whether to flip the image horizontally, (B,) bool. Ignored for features.
 
         Returns:
-            (B, 3, R, R) uint8.
+            Images, (B, 3, R, R) uint8, or features, (B, N, D) float16.
         """
-        self.require_folder("images")
-        images = self._read_rows(image_index, ["images"])
-        if flipped is not None:
-            images[flipped] = images[flipped][..., ::-1]
-        return torch.from_numpy(images)
-
-    def features(self, slug: str, image_index: np.ndarray) -> Tensor:
-        """Read features that preprocessing.encode_features has stored, (B, N, D) float16."""
-        self.require_folder(f"features/{slug}")
-        return torch.from_numpy(self._read_rows(image_index, [f"features/{slug}"]))
+        self.require_folder(folder)
+        rows = self._read_rows(image_index, [folder])
+        if folder == "images" and flipped is not None:
+            rows[flipped] = rows[flipped][..., ::-1]
+        return torch.from_numpy(rows)
 
     def read_feature_metadata(self) -> dict[str, dict]:
         """Return the metadata of the features that all joined caches hold, by slug."""
@@ -151,15 +148,12 @@ class LatentCache:
         if folder in self._row_formats:
             return
         if folder == "images":
-            self._row_formats[folder] = self._images_format()
+            row_format = self._images_format()
         else:
-            self._row_formats[folder] = self._features_format(folder.removeprefix("features/"))
-        try:
-            for shard_index in range(len(self.manifest.shards)):
-                self._open_shard(shard_index, folder)
-        except CacheError:
-            del self._row_formats[folder]
-            raise
+            row_format = self._features_format(folder.removeprefix("features/"))
+        for shard_index in range(len(self.manifest.shards)):
+            self._open_shard(shard_index, folder, row_format)
+        self._row_formats[folder] = row_format
 
     def _images_format(self) -> RowFormat:
         for root, manifest in zip(self.roots, self.manifests):
@@ -206,7 +200,7 @@ class LatentCache:
             for _, shard, row in rows:
                 self._reader(*shard).prefetch(row)
 
-        # Copy each row once. Calling `_reader` for every row would make this loop 5% slower.
+        # Copy the rows. Calling `_reader` for every row would make this loop 5% slower.
         started = time.perf_counter()
         for i, shard, row in rows:
             reader = self.open_shards.get(shard) or self._reader(*shard)
@@ -221,42 +215,20 @@ class LatentCache:
             if len(self.open_shards) >= self._max_open_maps:
                 oldest = next(iter(self.open_shards))
                 del self.open_shards[oldest]
-            reader = self._open_shard(shard_index, folder)
+            reader = self._open_shard(shard_index, folder, self._row_formats[folder])
             reader.expect_random_access()
             self.open_shards[shard_index, folder] = reader
         return reader
 
-    def _open_shard(self, shard_index: int, folder: str) -> ShardReader:
+    def _open_shard(self, shard_index: int, folder: str, row_format: RowFormat) -> ShardReader:
         """Validate and map a shard file."""
-        return ShardReader(
-            self._path(shard_index, folder),
-            self.manifest.shards[shard_index]["count"],
-            self._row_formats[folder],
-            self._remedy(shard_index, folder),
-        )
-
-    def _load_labels(self, shard_index: int) -> np.ndarray:
-        path = self._path(shard_index, "labels")
-        remedy = self._remedy(shard_index, "labels")
-        labels = load_array(path, remedy)
-        expected = (self.manifest.shards[shard_index]["count"],)
-        if labels.shape != expected:
-            raise CacheError(
-                f"{path} has shape {labels.shape}, but the manifest states {expected}; {remedy}"
-            )
-        if labels.size and not 0 <= labels.min() <= labels.max() < self.manifest.num_classes:
-            last_class = self.manifest.num_classes - 1
-            raise CacheError(f"{path} has labels outside 0..{last_class}; {remedy}")
-        return labels
-
-    def _path(self, shard_index: int, folder: str) -> Path:
-        return self.shard_roots[shard_index] / folder / self.manifest.shards[shard_index]["file"]
-
-    def _remedy(self, shard_index: int, folder: str) -> str:
         root = self.shard_roots[shard_index]
+        shard = self.manifest.shards[shard_index]
         if folder.startswith("features/"):
-            return features_remedy(root / folder)
-        return f"repair it with python -m preprocessing.verify --repair {root}"
+            remedy = features_remedy(root / folder)
+        else:
+            remedy = f"repair it with python -m preprocessing.verify --repair {root}"
+        return ShardReader(root / folder / shard["file"], shard["count"], row_format, remedy)
 
     def load_into_ram(
         self, rank: int = 0, all_gather: Callable[[object], list] = lambda value: [value]
@@ -328,9 +300,10 @@ class LatentCache:
             disable=not show_progress,
         )
         with progress:
-            for shard_index, start in enumerate(self.shard_starts[:-1]):
-                for k, folder in enumerate(self.manifest.moment_folders):
-                    rows = self._open_shard(shard_index, folder).rows
-                    begin = k * len(self) + start
+            begin = 0
+            for folder in self.manifest.moment_folders:
+                for shard_index in range(len(self.manifest.shards)):
+                    rows = self._open_shard(shard_index, folder, self._moments_format).rows
                     self._moments_in_ram[begin : begin + len(rows)] = rows
+                    begin += len(rows)
                     progress.update(rows.nbytes)

@@ -131,7 +131,7 @@ def _explain_missing_manifest(root: Path) -> str:
 
 
 def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
-    """Return the manifest of several caches that are read as one, in the given order.
+    """Return the manifest of one cache, or of several that are read as one in the given order.
 
     Raises:
         CacheError: The caches differ in one of SHARED_FIELDS, or one is listed twice.
@@ -139,6 +139,8 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     if len({root.resolve() for root in roots}) < len(roots):
         raise CacheError(f"{' '.join(map(str, roots))}: the same cache is listed twice")
     first = manifests[0]
+    if len(manifests) == 1:
+        return first
     for root, manifest in zip(roots, manifests):
         for name in SHARED_FIELDS:
             if getattr(manifest, name) != getattr(first, name):

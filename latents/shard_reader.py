@@ -5,7 +5,7 @@ import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,22 +14,6 @@ from latents.manifest import CacheError
 PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that waited for the disk
 MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have waited for the disk
 ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop takes besides the copy itself
-
-
-def load_array(path: Path, remedy: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Load or map a .npy file.
-
-    Raises:
-        CacheError: The file cannot be read. The message ends with `remedy` if the file is missing
-            or damaged; for other errors of the disk or the machine, the file may be intact.
-    """
-    try:
-        return np.load(path, mmap_mode=mmap_mode)
-    except (OSError, ValueError, EOFError) as error:
-        message = f"{path} cannot be read ({error})"
-        if getattr(error, "errno", None) in (None, errno.ENOENT):
-            message += f"; {remedy}"
-        raise CacheError(message) from None
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,8 @@ class ShardReader:
         remedy: Instruction for the error message if the file is missing, damaged or different.
 
     Attributes:
+        path: As above.
+        remedy: As above.
         rows: The array in the file, (num_rows, ...), read-only.
 
     Raises:
@@ -66,7 +52,16 @@ class ShardReader:
     """
 
     def __init__(self, path: Path, num_rows: int, row_format: RowFormat, remedy: str):
-        array = load_array(path, remedy, mmap_mode="r")
+        self.path = path
+        self.remedy = remedy
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            message = f"{path} cannot be read ({error})"
+            # After other errors of the disk or the machine, the file may be intact.
+            if getattr(error, "errno", None) in (None, errno.ENOENT):
+                message += f"; {remedy}"
+            raise CacheError(message) from None
         expected = (num_rows, *row_format.shape)
         if (array.shape, array.dtype) != (expected, row_format.dtype):
             hint = ""

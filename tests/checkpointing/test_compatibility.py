@@ -79,7 +79,7 @@ def test_v1_caches_are_read_unchanged():
     assert len(cache) == 8
     np.testing.assert_array_equal(moments, np.load(EXPECTED / "moments.npy"))
     np.testing.assert_array_equal(labels, np.load(EXPECTED / "labels.npy"))
-    images = cache.images(indices, mirrored)
+    images = cache.read_input("images", indices, mirrored)
     np.testing.assert_array_equal(images, np.load(EXPECTED / "images.npy"))
 
 
