@@ -104,6 +104,13 @@ def read_latent_scale(config: Mapping[str, Any]) -> LatentScale:
     return LatentScale(tuple(factor / value for value in std), tuple(mean))
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether the name of a VAE is a hub id, such as DEFAULT_VAE, and not a folder."""
+    path = Path(name)
+    is_path = path.exists() or path.is_absolute() or name.startswith(".")
+    return not is_path and name.count("/") == 1
+
+
 class Autoencoder:
     """A frozen diffusers AutoencoderKL in eval mode.
 
@@ -119,15 +126,15 @@ class Autoencoder:
         # Importing diffusers takes seconds, and training without previews does not need it.
         from diffusers import AutoencoderKL
 
-        folder = Path(name)
-        if folder.exists() and not (folder / "config.json").exists():
-            raise FieldError("vae", f"{name} is not a diffusers folder: config.json is missing")
-        is_path = folder.is_absolute() or name.startswith(".") or name.count("/") != 1
-        if not folder.exists() and is_path:
-            raise FieldError(
-                "vae",
-                f"{name}: there is no such folder (the working directory is {Path.cwd()})",
-            )
+        if not is_hub_id(name):
+            folder = Path(name)
+            if not folder.exists():
+                raise FieldError(
+                    "vae",
+                    f"{name}: there is no such folder (the working directory is {Path.cwd()})",
+                )
+            if not (folder / "config.json").exists():
+                raise FieldError("vae", f"{name} is not a diffusers folder: config.json is missing")
         try:
             vae, loading_info = AutoencoderKL.from_pretrained(name, output_loading_info=True)
             class_name = AutoencoderKL.load_config(name).get("_class_name", "AutoencoderKL")
