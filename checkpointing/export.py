@@ -120,16 +120,16 @@ def main() -> None:
     run, settings = read_run_settings(folder)
 
     # Prepare all files.
-    decay = source.identity["ema_decay"]
-    digest = source.identity["ema_sha256"]
+    identity = source.identity
+    decay = identity["ema_decay"]
     weights = (folder / ema_filename(config, decay)).read_bytes()
     exported = {
         **config,
         "ema_decay": [decay],
-        "exported": {"from": source.name, "ema_sha256": digest},
+        "exported": {"from": source.name, "ema_sha256": identity["ema_sha256"]},
     }
     contents, difference = make_diffusers_files(source.model, source.prediction)
-    metrics = read_metrics(run, digest)
+    metrics = read_metrics(run, identity["ema_sha256"])
     card = format_card(source, config, settings, metrics, difference if contents else None)
 
     # config.json first: it identifies the folder as an export, even if the export is interrupted.
@@ -140,8 +140,10 @@ def main() -> None:
         write_file(args.to / name, content)
     write_file(args.to / "README.md", card.encode())
 
-    model, step = source.identity["model"], source.identity["step"]
-    print(f"{args.to}: {model} after {step:,} steps; sample with sample_ddp.py --ckpt {args.to}")
+    print(
+        f"{args.to}: {identity['model']} after {identity['step']:,} steps; sample with "
+        f"sample_ddp.py --ckpt {args.to}"
+    )
     if difference is None:
         print(
             "no diffusers version: its scheduler needs velocities, but this network predicts "

@@ -28,6 +28,7 @@ from checkpointing.official import (
 )
 from checkpointing.storage import (
     CheckpointError,
+    convert_errors,
     ema_filename,
     find_checkpoint,
     load_weights,
@@ -168,11 +169,10 @@ def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float
     """Return the decay of the EMA that a path and --ema-decay select together.
 
     Raises:
-        CheckpointError: If there is no such EMA.
+        CheckpointError: If the path is a file that is not an EMA.
         UserError: If the path and --ema-decay contradict each other.
     """
     if not path.is_file():
-        ema_filename(config, ema_decay)  # raises CheckpointError for an unknown decay
         return config["ema_decay"][0] if ema_decay is None else ema_decay
     decays = {ema_filename(config, decay): decay for decay in config["ema_decay"]}
     if path.name not in decays:
@@ -210,11 +210,8 @@ def _load_official(
     origin = _choose_origin(path, name, model, origin, infer_origin(file.state, config))
     path_type = _choose_path_type(path, file.settings, path_type)
     network = SiT(config).eval().requires_grad_(False)
-    try:
+    with convert_errors(path):
         network.load_state_dict(convert_state_dict(file.state, config, origin))
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be loaded ({reason})") from None
     return PretrainedModel(
         model=network,
         path_type=path_type,
@@ -296,11 +293,12 @@ def _read_official(path: Path) -> _OfficialFile:
         raise CheckpointError(
             f"{path} does not contain a state dict, neither under 'ema' nor at the top level"
         )
-    settings, step = content.get("args"), content.get("steps")
+    settings = content.get("args")
     if isinstance(settings, argparse.Namespace):
         settings = vars(settings)
     if not isinstance(settings, dict):
         settings = {}
+    step = content.get("steps")
     return _OfficialFile(strip_prefixes(state), settings, None if step is None else int(step))
 
 

@@ -318,7 +318,7 @@ def test_prediction_reaches_samples_their_record_and_the_export(run, call, tmp_p
             {},
             "model.safetensors is not an EMA; choose one of ema.safetensors ema-0.5",
         ),
-        ("alone.safetensors", {}, "config.json cannot be read"),
+        ("alone.safetensors", {}, "config.json cannot be loaded"),
         ("nowhere", {}, "nowhere does not exist"),
     ],
 )
