@@ -200,9 +200,7 @@ def _build_without_weights(name: str, resolution: int, side: int | None) -> tupl
 
     network = timm.create_model(timm_name(name), pretrained=False, num_classes=0)
     network.eval().requires_grad_(False)
-    if side is None:
-        side = default_side(network, resolution)
-    check_side(network, name, side)
+    side = choose_side(network, name, resolution, side)
     set_input_side(network, side)
     return network, side
 
@@ -311,11 +309,11 @@ def _require_all_weights() -> Iterator[None]:
     timm loads files with `strict=False` if the network has no classifier, and leaves missing
     weights at their random values. Load hooks on the submodules record the missing keys.
     """
-    missing: dict[str, None] = {}
+    missing: list[str] = []
     hooks = []
 
     def record(module: nn.Module, keys: Any) -> None:
-        missing.update(dict.fromkeys(keys.missing_keys))
+        missing.extend(keys.missing_keys)
 
     def observe(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
         if submodule is not None:
@@ -328,37 +326,33 @@ def _require_all_weights() -> Iterator[None]:
         for hook in hooks:
             hook.remove()
     if missing:
-        raise ValueError(f"the file is of another network: it lacks {next(iter(missing))}")
+        raise ValueError(f"the file is of another network: it lacks {missing[0]}")
 
 
-def default_side(network: TimmNetwork, resolution: int) -> int:
-    """Return the input side S for images of `resolution` pixels, see the module's docstring."""
-    if has_fixed_side(network):
-        return network.pretrained_cfg["input_size"][-1]
-    stride = network.feature_info[-1]["reduction"]
-    side = resolution * 224 / 256 if stride == 14 else resolution
-    return stride * round(max(side, MIN_SIDE) / stride)
+def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | None) -> int:
+    """Return the input side S: `side` if it is given, else the default for this resolution.
 
-
-def check_side(network: TimmNetwork, name: str, side: int) -> None:
-    """Raise FieldError if the network cannot process inputs of this side."""
+    Raises:
+        FieldError: If the network cannot process inputs of this side.
+    """
     pretrained_side = network.pretrained_cfg["input_size"][-1]
     stride = network.feature_info[-1]["reduction"]
+    can_be_resized = hasattr(network, "set_input_size")
+    is_fixed = network.pretrained_cfg["fixed_input_size"] and not can_be_resized
+    if side is None and is_fixed:
+        return pretrained_side
+    if side is None:
+        side_like_repa = resolution * 224 / 256 if stride == 14 else resolution
+        return stride * round(max(side_like_repa, MIN_SIDE) / stride)
     if side < stride:
         requirement = f"inputs of at least {stride} pixels"
-    elif has_fixed_side(network) and side != pretrained_side:
+    elif is_fixed and side != pretrained_side:
         requirement = f"inputs of exactly {pretrained_side} pixels"
-    elif hasattr(network, "set_input_size") and side % stride:
+    elif can_be_resized and side % stride:
         requirement = f"an input side that is a multiple of {stride} pixels"
     else:
-        return
+        return side
     raise FieldError("encoder", f"{name} requires {requirement}, not {side}")
-
-
-def has_fixed_side(network: TimmNetwork) -> bool:
-    """Return whether timm cannot resize the position embeddings of the network."""
-    is_fixed = network.pretrained_cfg["fixed_input_size"]
-    return is_fixed and not hasattr(network, "set_input_size")
 
 
 def set_input_side(network: TimmNetwork, side: int) -> None:
@@ -405,13 +399,12 @@ def resample_tokens(tokens: Tensor, side: int) -> Tensor:
     return F.interpolate(maps, (side, side), mode="bilinear", antialias=True).flatten(2).mT
 
 
-def weights_fingerprint(network: nn.Module) -> str:
-    """Return the sha256 of names, shapes and float32 values of all parameters and buffers."""
-    digest = hashlib.sha256()
+def weights_fingerprint(network: nn.Module, settings: str = "") -> str:
+    """Return the sha256 of settings and names, shapes and float32 values of all weights."""
+    digest = hashlib.sha256(settings.encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(f"{key} {tuple(value.shape)}".encode())
-        if math.prod(value.shape):
-            digest.update(value.cpu().contiguous().float().numpy())
+        digest.update(value.cpu().contiguous().float().numpy())
     return digest.hexdigest()
 
 
