@@ -121,12 +121,6 @@ def velocity_to_score(path: Interpolant, v: Tensor, x_t: Tensor, t: Tensor) -> T
     return (alpha * v - d_alpha * x_t) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
-def score_to_velocity(path: Interpolant, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Invert `velocity_to_score`, for t < 1."""
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
-    return (sigma * (d_alpha * sigma - alpha * d_sigma) * score + d_alpha * x_t) / alpha
-
-
 def prediction_to_velocity(
     path: Interpolant, prediction: str, output: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:

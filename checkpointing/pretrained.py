@@ -288,8 +288,8 @@ def _read_official(path: Path) -> _OfficialFile:
             problem = f"contains code ({code[1]}) and is not loaded"
         raise CheckpointError(f"{path} {problem}") from None
     state: Any = content.get("ema", content) if isinstance(content, dict) else None
-    has_values = isinstance(state, dict) and bool(state)
-    if not has_values or not all(isinstance(value, Tensor) for value in state.values()):
+    values = state.values() if isinstance(state, dict) else []
+    if not values or not all(isinstance(value, Tensor) for value in values):
         raise CheckpointError(
             f"{path} does not contain a state dict, neither under 'ema' nor at the top level"
         )
@@ -298,8 +298,7 @@ def _read_official(path: Path) -> _OfficialFile:
         settings = vars(settings)
     if not isinstance(settings, dict):
         settings = {}
-    step = content.get("steps")
-    return _OfficialFile(strip_prefixes(state), settings, None if step is None else int(step))
+    return _OfficialFile(strip_prefixes(state), settings, content.get("steps"))
 
 
 def _choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None) -> str:

@@ -41,11 +41,10 @@ def flag_of(config: type, name: str) -> str:
     return next(flag_names(field)[0] for field in dataclasses.fields(config) if field.name == name)
 
 
-def argparse_type(config: type, field: dataclasses.Field) -> Any:
+def argparse_type(field: dataclasses.Field) -> Any:
     """Return the type of a field without `None`, such as `int` for `int | None`."""
-    hint = typing.get_type_hints(config)[field.name]
-    kinds = [kind for kind in typing.get_args(hint) if kind is not NoneType]
-    return kinds[0] if len(kinds) == 1 else hint
+    kinds = [kind for kind in typing.get_args(field.type) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 else field.type
 
 
 def add_flags(group: Any, config: type, **overrides: Any) -> None:
@@ -64,7 +63,7 @@ def add_flags(group: Any, config: type, **overrides: Any) -> None:
             options["required"] = True
         else:
             options["default"] = field.default
-        kind = argparse_type(config, field)
+        kind = argparse_type(field)
         if kind is bool:
             options.setdefault("action", "store_true")
         elif kind in (int, float, Path):

@@ -213,8 +213,7 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                message = "another process holds the lock"
-                raise BlockingIOError(errno.EAGAIN, message, str(path)) from None
+                raise BlockingIOError(f"another process holds the lock {path}") from None
         yield
 
 

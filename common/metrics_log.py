@@ -18,10 +18,9 @@ from typing import Any
 from common.cli import UserError
 
 METRICS_SCHEMA = 2
-METHOD_COLUMNS = ("align", "cosine", "token_norm")
 UNKNOWN_METHOD = "unknown"  # args.json, which names the first method, is missing or damaged
 
-_OLD_METHOD_COLUMN = re.compile(rf"({'|'.join(METHOD_COLUMNS)})(?:_(.+))?")
+_OLD_METHOD_COLUMN = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

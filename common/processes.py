@@ -79,19 +79,17 @@ class World:
             Exception: On rank 0, whatever `compute` raised.
             SystemExit: On the other processes if `compute` failed, with code 2.
         """
-        value = None
-        error = None
+        result = None  # a tuple of the value, unless `compute` fails
         if self.rank == 0:
             try:
-                value = compute()
-            except Exception as exception:
-                error = exception
-        value, has_failed = self.broadcast((value, error is not None))
-        if error is not None:
-            raise error
-        if has_failed:
+                result = (compute(),)
+            except Exception:
+                self.broadcast(None)
+                raise
+        result = self.broadcast(result)
+        if result is None:
             raise SystemExit(2)
-        return value
+        return result[0]
 
     def all_gather(self, value: Any) -> list:
         """Return the values of all processes, ordered by rank, on every process."""

@@ -136,8 +136,20 @@ class LatentCache:
         return torch.from_numpy(rows)
 
     def read_feature_metadata(self) -> dict[str, dict]:
-        """Return the metadata of the features that all joined caches hold, by slug."""
-        return read_feature_metadata(self.roots, self.manifests)
+        """Return the metadata of the features that all joined caches hold, by slug.
+
+        Features are left out if the caches have them from different encoders, or if the images
+        have changed since they were computed.
+
+        Raises:
+            CacheError: A features.json cannot be read.
+        """
+        first, *others = map(read_feature_metadata, self.roots, self.manifests)
+        return {
+            slug: metadata
+            for slug, metadata in first.items()
+            if all(other.get(slug) == metadata for other in others)
+        }
 
     def require_folder(self, folder: str) -> None:
         """Validate the files of "images" or "features/SLUG" on the first call.
@@ -147,25 +159,23 @@ class LatentCache:
         """
         if folder in self._row_formats:
             return
-        if folder == "images":
-            row_format = self._images_format()
-        else:
-            row_format = self._features_format(folder.removeprefix("features/"))
+        row_format = self._input_format(folder)
         for shard_index in range(len(self.manifest.shards)):
             self._open_shard(shard_index, folder, row_format)
         self._row_formats[folder] = row_format
 
-    def _images_format(self) -> RowFormat:
-        for root, manifest in zip(self.roots, self.manifests):
-            if not manifest.images:
-                raise CacheError(
-                    f"{root} holds no images because it was created without --keep-images; "
-                    f"{KEEP_IMAGES_REMEDY}"
-                )
-        resolution = self.manifest.resolution
-        return RowFormat((3, resolution, resolution), np.dtype(np.uint8))
-
-    def _features_format(self, slug: str) -> RowFormat:
+    def _input_format(self, folder: str) -> RowFormat:
+        """Return the format of the rows of "images" or "features/SLUG"."""
+        if folder == "images":
+            for root, manifest in zip(self.roots, self.manifests):
+                if not manifest.images:
+                    raise CacheError(
+                        f"{root} holds no images because it was created without --keep-images; "
+                        f"{KEEP_IMAGES_REMEDY}"
+                    )
+            resolution = self.manifest.resolution
+            return RowFormat((3, resolution, resolution), np.dtype(np.uint8))
+        slug = folder.removeprefix("features/")
         stored = self.read_feature_metadata()
         if slug not in stored:
             available = ", ".join(sorted(stored)) or "none"

@@ -243,26 +243,20 @@ def canonical_name(name: str) -> str:
     return name if name in WITHOUT_FINAL_NORM else timm_name(name)
 
 
-def load_network(
-    name: str,
-    weights: Path | None = None,
-    pretrained: bool = True,
-    suggestions: Iterable[str] = (),
-) -> TimmNetwork:
+def load_network(name: str, weights: Path | None = None, pretrained: bool = True) -> TimmNetwork:
     """Load a timm network without its classifier, frozen and in eval mode.
 
     Args:
         name: As in `timm_name`.
         weights: File with weights in timm's format. By default timm downloads them.
         pretrained: False to use random weights.
-        suggestions: As in `timm_name`.
 
     Raises:
         FieldError: If the name is unknown or the weights cannot be loaded.
     """
     import timm
 
-    architecture = timm_name(name, suggestions)
+    architecture = timm_name(name)
     if weights and not weights.exists():
         raise FieldError("weights", f"{weights} does not exist")
     overlay = {"file": str(weights)} if weights else None
