@@ -1,7 +1,7 @@
 """The order in which training reads the latent cache: a function of the seed (docs/data.md).
 
-A stream position n stands for the n-th image of a run. B is the global batch size, b the share of
-one process.
+Stream position n is that of the n-th image of a run. B is the global batch size, b the number of
+its images on one process.
 """
 
 import math

@@ -19,7 +19,7 @@ from checkpointing.pretrained import load, read_own_config, resolve_checkpoint
 from checkpointing.storage import CheckpointError, ema_filename
 from common import cli
 from common.cli import UserError
-from common.files import write_file
+from common.files import read_json_if_valid, write_file
 from models.sit import SiT
 
 
@@ -52,11 +52,7 @@ def check_destination(to: Path) -> None:
         raise UserError(f"--to {to} is not a folder: choose another path")
     if all(path.name.startswith(".") for path in to.glob("*")):
         return
-    try:
-        is_export = "exported" in json.loads((to / "config.json").read_text())
-    except (OSError, ValueError):
-        is_export = False
-    if not is_export:
+    if "exported" not in read_json_if_valid(to / "config.json"):
         raise UserError(f"--to {to} contains files that are not an export: choose another folder")
 
 
@@ -97,10 +93,7 @@ def read_run_settings(folder: Path) -> tuple[Path, dict]:
     run = folder
     if folder.absolute().parent.name == "checkpoints":
         run = folder.absolute().parents[1]
-    try:
-        return run, json.loads((run / "args.json").read_text())
-    except (OSError, ValueError):
-        return run, {}
+    return run, read_json_if_valid(run / "args.json")
 
 
 def main() -> None:

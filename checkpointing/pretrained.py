@@ -6,8 +6,8 @@
     DIR                                         an export by checkpointing.export
     FILE.pt                                     a file of the SiT, REPA or SRA repository
 
-Files are unpickled only as far as tensors and the argparse.Namespace in which the official
-repositories store their settings.
+Official files are pickles. Only tensors are loaded from them, and argparse.Namespace, in which the
+official repositories store their settings.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class PretrainedModel(NamedTuple):
     vae_fingerprint: str | None  # None if the file does not record it
     class_names: list[str]
     name: str  # run and step, or name of the folder or file; the prefix of output files
-    # Written to records of samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay
+    # Stored in the records of samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay
     # and origin. Values that the file does not record are None.
     identity: dict[str, Any]
 

@@ -145,8 +145,7 @@ class Parser(argparse.ArgumentParser):
 
     def _list_flags(self) -> list[str]:
         """Return all flags, taken from the help: argparse has no public list of them."""
-        lines = self.format_help().splitlines()
-        headings = [line.strip().split("  ")[0] for line in lines if line.startswith("  -")]
+        headings = re.findall(r"^  (-.*?)(?:  |$)", self.format_help(), re.MULTILINE)
         return re.findall(r"--[\w-]+", " ".join(headings))
 
 

@@ -6,10 +6,9 @@ Declare fields with `setting`, fill a parser with `add_flags`, build the object 
 import argparse
 import dataclasses
 import json
-import typing
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 Config = TypeVar("Config")
 
@@ -43,7 +42,7 @@ def flag_of(config: type, name: str) -> str:
 
 def argparse_type(field: dataclasses.Field) -> Any:
     """Return the type of a field without `None`, such as `int` for `int | None`."""
-    kinds = [kind for kind in typing.get_args(field.type) if kind is not NoneType]
+    kinds = [kind for kind in get_args(field.type) if kind is not NoneType]
     return kinds[0] if len(kinds) == 1 else field.type
 
 

@@ -3,11 +3,13 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +52,14 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically and flush it to the disk. If that fails, the old file is kept."""
     with _replace_atomically(path) as partial:
         partial.write_bytes(data)
+
+
+def read_json_if_valid(path: Path) -> Any:
+    """Return the content of a JSON file, or {} if the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
@@ -202,7 +212,7 @@ class LineWriter:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. File systems without locks are used without one.
+    """Hold an exclusive lock on a file. Has no effect if the file system does not support locks.
 
     Raises:
         BlockingIOError: Another process holds the lock.

@@ -33,8 +33,8 @@ MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
 class LatentCache:
     """One latent cache, or several that are read as one; image indices run from 0 to len - 1.
 
-    All files are validated when the cache is opened, so that training does not stop days later.
-    Each process maps the files that it reads on first use.
+    All files are validated when the cache is opened, so that a damaged file does not stop training
+    days later. Each process maps a file when it first reads from it.
 
     Args:
         roots: Folders of the caches.
@@ -258,21 +258,20 @@ class LatentCache:
         # One process of each machine allocates the memory and fills it.
         domains = all_gather(memory_sharing_domain())
         owner = domains.index(domains[rank])
-        shared_path = None
-        error = None
+        result: str | CacheError | None = None
         if owner == rank:
             try:
-                shared_path = self._allocate_ram()
+                result = self._allocate_ram()
                 self._fill_ram(show_progress=rank == 0)
-            except CacheError as cache_error:
-                error = cache_error
+            except CacheError as error:
+                result = error
 
         # The other processes map the same memory.
-        results = all_gather((shared_path, error))
-        for _, owner_error in results:
-            if owner_error is not None:
-                raise owner_error
-        shared_path, _ = results[owner]
+        results = all_gather(result)
+        for outcome in results:
+            if isinstance(outcome, CacheError):
+                raise outcome
+        shared_path = results[owner]
         if owner != rank and shared_path is not None:
             self._moments_in_ram = self._map_ram(shared_path, "r")
 

@@ -56,7 +56,7 @@ class Manifest:
     latent_shape: list[int]  # (C, h, w)
     dtype: str
     mean: list[float]  # of the unscaled latents over the whole cache, per channel
-    std: list[float]  # likewise
+    std: list[float]  # as for the mean
     # One entry per shard: file, count, sha256 by folder, sum, sum_of_squares, ...
     shards: list[dict] = field(default_factory=list)
     skipped: int = 0  # number of source images that could not be used

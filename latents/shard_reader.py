@@ -5,7 +5,6 @@ import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -74,11 +73,9 @@ class ShardReader:
                 f"{path} has shape {array.shape} and dtype {array.dtype}, but the manifest "
                 f"states {expected} and {row_format.dtype}{hint}; {remedy}"
             )
-        file_map: Any = array.base  # of the whole file, though numpy declares an array
-        assert isinstance(array, np.memmap) and isinstance(file_map, mmap.mmap), path
         assert array.flags.c_contiguous, path
         self.rows = array.view(np.ndarray)
-        self._file_map = file_map
+        self._file_map: mmap.mmap = array.base
         self._data_offset = array.offset
 
     def expect_random_access(self) -> None:

@@ -18,7 +18,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the weights and of every setting that affects the tokens but the dtype."""
+        """The sha256 of the weights and all settings that affect the tokens, except the dtype."""
         identity = json.dumps(self._settings) + weights_fingerprint(self.network)
         return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -153,16 +153,47 @@ class Encoder(nn.Module):
 def describe_encoder(name: str, resolution: int, side: int | None = None) -> EncoderShape:
     """Return the sizes of an encoder without loading weights, in a fraction of a second.
 
-    The network is built and run on the meta device. Args are those of `Encoder`.
+    Args and errors are those of `Encoder`.
+    """
+    _, side, tokens = _run_without_weights(name, resolution, side)
+    return EncoderShape(tokens.shape[-1], side)
+
+
+def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
+    """Return the parameters of an encoder and its forward FLOPs per image.
+
+    FLOPs are those of matrix products and convolutions, counted by PyTorch without loading
+    weights. Args and errors are those of `Encoder`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        network, _, _ = _run_without_weights(name, resolution, side)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return num_parameters, counter.get_total_flops()
+
+
+def _run_without_weights(
+    name: str, resolution: int, side: int | None
+) -> tuple[TimmNetwork, int, Tensor]:
+    """Build a network on the meta device and run it.
+
+    Returns:
+        The network, its input side S, and the patch tokens of one image, which have no values.
 
     Raises:
         FieldError: If the network is unknown or does not support these options.
     """
+    import timm
+
     architecture = timm_name(name)
     try:
         with torch.device("meta"), torch.no_grad():
-            network, side = _build_without_weights(name, resolution, side)
-            tokens = patch_tokens(network, torch.empty(1, 3, side, side))
+            network = timm.create_model(architecture, pretrained=False, num_classes=0)
+            network.eval().requires_grad_(False)
+            side = choose_side(network, name, resolution, side)
+            set_input_side(network, side)
+            return network, side, patch_tokens(network, torch.empty(1, 3, side, side))
     except FieldError:
         raise
     except TokenGridError as error:
@@ -174,35 +205,6 @@ def describe_encoder(name: str, resolution: int, side: int | None = None) -> Enc
             "encoder",
             f"{name}: timm cannot run {architecture} without weights ({_first_line(error)})",
         ) from None
-    return EncoderShape(tokens.shape[-1], side)
-
-
-def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
-    """Return the parameters of an encoder and its forward FLOPs per image.
-
-    FLOPs are those of matrix products and convolutions, counted by PyTorch without loading
-    weights. Args are those of `Encoder`.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    side = describe_encoder(name, resolution, side).side
-    with torch.device("meta"), torch.no_grad():
-        network, _ = _build_without_weights(name, resolution, side)
-        with FlopCounterMode(display=False) as counter:
-            patch_tokens(network, torch.empty(1, 3, side, side))
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return num_parameters, counter.get_total_flops()
-
-
-def _build_without_weights(name: str, resolution: int, side: int | None) -> tuple[TimmNetwork, int]:
-    """Build the network for its input side S, which is returned as well."""
-    import timm
-
-    network = timm.create_model(timm_name(name), pretrained=False, num_classes=0)
-    network.eval().requires_grad_(False)
-    side = choose_side(network, name, resolution, side)
-    set_input_side(network, side)
-    return network, side
 
 
 def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
@@ -304,27 +306,24 @@ def _require_all_weights() -> Iterator[None]:
     weights at their random values. Load hooks on the submodules record the missing keys.
     """
     missing: list[str] = []
-    hooks = []
+    hooks = ExitStack()
 
     def record(module: nn.Module, keys: Any) -> None:
         missing.extend(keys.missing_keys)
 
     def observe(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
         if submodule is not None:
-            hooks.append(submodule.register_load_state_dict_post_hook(record))
+            hooks.enter_context(submodule.register_load_state_dict_post_hook(record))
 
-    hooks.append(register_module_module_registration_hook(observe))
-    try:
+    with hooks:
+        hooks.enter_context(register_module_module_registration_hook(observe))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     if missing:
         raise ValueError(f"the file is of another network: it lacks {missing[0]}")
 
 
 def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | None) -> int:
-    """Return the input side S: `side` if it is given, else the default for this resolution.
+    """Return the input side S: `side`, or the default for this resolution if it is None.
 
     Raises:
         FieldError: If the network cannot process inputs of this side.

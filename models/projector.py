@@ -53,7 +53,7 @@ HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
 def make_head(spec: dict | None) -> nn.Module:
     """Build a head from its entry in config.json: its kind ("mlp" if absent) and its arguments.
 
-    None stands for no head: the block's tokens are compared as they are.
+    None means that there is no head: the block's tokens are compared without a projection.
     """
     if spec is None:
         return nn.Identity()
@@ -82,13 +82,13 @@ class AlignedSiT(nn.Module):
     def __init__(
         self,
         backbone: SiT,
-        heads: dict[str, nn.Module] | None = None,
-        blocks: dict[str, int] | None = None,
+        heads: dict[str, nn.Module],
+        blocks: dict[str, int],
     ):
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict(heads or {})
-        self.blocks = blocks or {}
+        self.heads = nn.ModuleDict(heads)
+        self.blocks = blocks
 
     def forward(
         self,

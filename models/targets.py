@@ -1,4 +1,4 @@
-"""Alignment targets: what the tokens of a block are compared with, one class per method.
+"""Alignment targets, one class per method: tokens that those of a block are compared with.
 
 docs/extending.md shows how to add a method. B batch, C channels, H W latent size, p patch size,
 N = HW / p^2 tokens, D width, S image size.
@@ -42,9 +42,8 @@ class TrainingInputs:
     t: Tensor  # (B,)
     posterior_mean: Tensor  # (B, C, H, W), in the same normalised space as `latents`
     target_uniform: Tensor  # (B,), uniform on (0, 1), for random choices of a method
-    cache_inputs: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # what `Target.cache_inputs` names
+    # The inputs that `Target.cache_inputs` requests, by name.
+    cache_inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def split(self, parts: int) -> list["TrainingInputs"]:
         """Return `parts` micro-batches of equal size."""
@@ -79,10 +78,10 @@ class Defaults(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The part of a run that a method decides before anything is loaded."""
+    """The properties of a target that are known before anything is loaded."""
 
     out: int | dict[str, int]  # dimension of a target token; with several targets, by name
-    record: dict[str, Any] | None = None  # the method's own keys in config.json
+    record: dict[str, Any] | None = None  # keys that the method adds to config.json
 
 
 class Cost(NamedTuple):
@@ -94,16 +93,16 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Settings of a method that has none of its own."""
+    """Settings of a method without settings."""
 
 
 @dataclass(eq=False)
 class Target:
     """Base class of the alignment methods.
 
-    A method may use no head (`head = None`), read further blocks of the student's own forward pass
-    (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and have
-    several targets with one head each (a `Plan.out` with names, and a dict from `__call__`).
+    A method may use no head (`head = None`), read other blocks of the student in the same forward
+    pass (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and
+    have several targets with one head each (`Plan.out` and the result of `__call__` are dicts).
 
     Args:
         record: The method's entry in config.json: block, weight, loss, ... and `Plan.record`.
@@ -147,7 +146,7 @@ class Target:
 
     @staticmethod
     def restore(settings: Any, record: dict) -> Any:
-        """Return the settings of a resumed run: those left open get the values they began with."""
+        """Return the settings of a resumed run, with open ones set to the values at its start."""
         return settings
 
     @staticmethod
@@ -413,7 +412,7 @@ class TeacherSettings:
 
 
 class Teacher(Target):
-    """SRA: a later block of the run's own EMA at a smaller timestep (arXiv:2505.02831, sec. 3)."""
+    """SRA: a later block of the run's EMA at a smaller timestep (arXiv:2505.02831, sec. 3)."""
 
     name = "sra"
     title = "SRA"

@@ -109,7 +109,7 @@ def test_write_file_replaces_the_file_atomically(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_array_writes_what_numpy_would_write(tmp_path):
+def test_write_array_writes_the_same_bytes_as_numpy(tmp_path):
     for array in (
         np.arange(24, dtype=np.float16).reshape(2, 3, 4),
         np.arange(6).reshape(2, 3).T,
@@ -128,7 +128,7 @@ def test_an_npz_without_blocks_contains_only_the_other_arrays(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2), (7, 3, 2), (12345, 1)])
-def test_npy_writer_writes_what_numpy_would_write_when_it_is_finished(tmp_path, shape):
+def test_finished_npy_writer_has_written_the_same_bytes_as_numpy(tmp_path, shape):
     dtype = np.uint8 if len(shape) == 3 else np.int64
     array = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
     np.save(tmp_path / "numpys.npy", array)
@@ -141,7 +141,7 @@ def test_npy_writer_writes_what_numpy_would_write_when_it_is_finished(tmp_path, 
     assert digest == sha256_of(tmp_path / "ours.npy")
 
 
-def test_npy_writer_leaves_nothing_when_it_is_discarded(tmp_path):
+def test_discarded_npy_writer_leaves_no_file(tmp_path):
     writer = NpyWriter(tmp_path / "array.npy", np.int64, (3,))
     writer.append(np.zeros((2, 3), np.int64))
     writer.discard()

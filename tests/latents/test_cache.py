@@ -57,7 +57,7 @@ def test_missing_manifest_is_reported(copied):
         LatentCache(copied)
 
 
-def test_folders_that_are_not_caches_are_told_apart(cache, copied, tmp_path):
+def test_error_states_why_a_folder_is_not_a_cache(cache, copied, tmp_path):
     with pytest.raises(CacheError, match="the same cache is listed twice"):
         LatentCache(cache, cache / ".." / cache.name)
     with pytest.raises(CacheError, match="nothing does not exist"):
