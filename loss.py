@@ -31,12 +31,12 @@ def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     return distance.mean((1, 2))
 
 
-def l1(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
+def l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     """Return the mean absolute error."""
     return (prediction.float() - target.float()).abs().mean((1, 2))
 
 
-def l2(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
+def l2(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     """Return the mean squared error."""
     return (prediction.float() - target.float()).square().mean((1, 2))
 

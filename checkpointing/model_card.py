@@ -58,7 +58,7 @@ def format_card(
         config: Its config.json.
         settings: The args.json of its run; empty if it is missing.
         metrics: Evaluations of the network.
-        difference: Relative difference of the diffusers version; None if there is none.
+        difference: Relative difference of the diffusers version; None without such a version.
     """
     title = f"{source.name}: {source.identity['model']}"
     if methods := [TARGETS[entry["method"]].title for entry in config.get("align", [])]:
@@ -112,13 +112,13 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
     num_parameters = sum(parameter.numel() for parameter in source.model.parameters())
     vae = f"`{source.vae}` (fingerprint `{data['vae_fingerprint'][:16]}`)"
     channels, height, width = data["latent_shape"]
-    shift, scale = _format_numbers(data["shift"]), _format_numbers(data["scale"])
     rows = {
         "Network": f"{identity['model']}, {num_parameters / 1e6:.1f}M parameters, predicts "
         f"{PREDICTION_NAMES[source.prediction]} on the {source.path_type} path",
         "Data": f"{Path(data['source']).name}, {data['count']:,} images of {data['resolution']} "
         f"pixels, {len(source.class_names)} classes",
-        "Latents": f"{channels} x {height} x {width}, from {vae}, (moment - {shift}) * {scale}",
+        "Latents": f"{channels} x {height} x {width}, from {vae}, "
+        f"(moment - {_format_numbers(data['shift'])}) * {_format_numbers(data['scale'])}",
         "Training": f"{identity['step']:,} steps of {config['batch_size']} images: "
         f"{identity['images_seen']:,} images seen",
         "Alignment": "; ".join(map(_describe_method, config.get("align", []))) or "none",
@@ -171,7 +171,8 @@ def _diffusers_example(source: PretrainedModel, data: dict, difference: float) -
     """Return a section with code that samples with diffusers' own classes."""
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
-    scale, shift = _format_code(data["scale"]), _format_code(data["shift"])
+    scale = _format_code(data["scale"])
+    shift = _format_code(data["shift"])
     return f"""The following code samples with the classes of diffusers, by Euler steps of the ODE.
 Velocities differ from those of the repository by at most {difference:.0e} of the largest.
 

@@ -105,13 +105,12 @@ class LatentCache:
         """
         assert ((image_index >= 0) & (image_index < len(self))).all(), (image_index, len(self))
         labels = torch.from_numpy(self.labels[image_index].astype(np.int64))
+        folder_index = np.zeros_like(image_index) if flipped is None else flipped.astype(np.int64)
         if self._moments_in_ram is None:
-            moments = self._read_rows(image_index, self.manifest.moment_folders, flipped)
+            moments = self._read_rows(image_index, self.manifest.moment_folders, folder_index)
         else:
             moments = self._moments_format.empty(len(image_index))
-            row = image_index
-            if flipped is not None:
-                row = image_index + len(self) * flipped.astype(np.int64)
+            row = image_index + len(self) * folder_index
             # The indices are valid. Modes other than "clip" would need a buffer for the result.
             np.take(self._moments_in_ram, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
@@ -130,7 +129,7 @@ class LatentCache:
             Images, (B, 3, R, R) uint8, or features, (B, N, D) float16.
         """
         self.require_folder(folder)
-        rows = self._read_rows(image_index, [folder])
+        rows = self._read_rows(image_index, [folder], np.zeros_like(image_index))
         if folder == "images" and flipped is not None:
             rows[flipped] = rows[flipped][..., ::-1]
         return torch.from_numpy(rows)
@@ -188,9 +187,9 @@ class LatentCache:
         return RowFormat(shape, np.dtype(metadata["dtype"]))
 
     def _read_rows(
-        self, image_index: np.ndarray, folders: list[str], flipped: np.ndarray | None = None
+        self, image_index: np.ndarray, folders: list[str], folder_index: np.ndarray
     ) -> np.ndarray:
-        """Read one row per image, (B, ...): from folders[1] where flipped, else from folders[0]."""
+        """Read one row per image, (B, ...), from the folder that `folder_index` selects."""
         row_format = self._row_formats[folders[0]]
         out = row_format.empty(len(image_index))
 
@@ -199,9 +198,7 @@ class LatentCache:
         sorted_index = image_index[order]
         shard_index = np.searchsorted(self.shard_starts, sorted_index, side="right") - 1
         row_index = sorted_index - self.shard_starts[shard_index]
-        row_folders = [folders[0]] * len(order)
-        if flipped is not None:
-            row_folders = [folders[is_flipped] for is_flipped in flipped[order].astype(int)]
+        row_folders = [folders[k] for k in folder_index[order].tolist()]
         shards = zip(shard_index.tolist(), row_folders)
         rows = list(zip(order.tolist(), shards, row_index.tolist()))
 

@@ -62,18 +62,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def init_linear(module: nn.Module) -> None:
-    """Initialize a linear layer with Xavier-uniform weights and zero bias, for `Module.apply`."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def zero_parameters(module: nn.Module) -> None:
     """Set all parameters of a module to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialize a linear layer with Xavier-uniform weights and zero bias, for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        zero_parameters(module)
+        nn.init.xavier_uniform_(module.weight)
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:
@@ -196,10 +195,8 @@ class SiT(nn.Module):
         deviation 0.02, and modulations and the output are zero.
         """
         self.apply(init_linear)
-        projection = self.x_embedder.proj
-        assert projection.bias is not None
-        nn.init.xavier_uniform_(projection.weight.flatten(1))
-        nn.init.zeros_(projection.bias)
+        zero_parameters(self.x_embedder)  # its bias stays zero
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):

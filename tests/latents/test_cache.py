@@ -31,7 +31,7 @@ def test_gather_returns_rows_in_the_requested_order(cache):
         assert labels[i] == np.load(cache / "labels" / file)[row]
 
 
-def test_prefetching_does_not_change_what_is_read(cache):
+def test_prefetching_does_not_change_the_moments(cache):
     data = LatentCache(cache)
     image_index = np.arange(24)[::-1]
     before = data.gather(image_index)[0]
