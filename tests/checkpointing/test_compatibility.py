@@ -23,7 +23,7 @@ EXPECTED = V1 / "expected"
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what floating-point results depend on besides the code, as in machine.json."""
+    """Return the properties that floating-point results depend on, as stored in machine.json."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines()[:6] if cpu_info.exists() else []
     cpu = [

@@ -1,4 +1,4 @@
-"""Atomic files, arrays written in parts, and log files on a disk that is full at times."""
+"""Atomic writes, arrays written in parts, and log files on a disk that is temporarily full."""
 
 import hashlib
 import io
