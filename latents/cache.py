@@ -24,7 +24,7 @@ from latents.manifest import (
     read_feature_metadata,
     read_manifest,
 )
-from latents.shard_reader import PrefetchPolicy, RowFormat, ShardReader
+from latents.shard_reader import PrefetchPolicy, ShardReader
 
 KEEP_IMAGES_REMEDY = "rerun the command that created it and add --keep-images"
 MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
@@ -64,8 +64,8 @@ class LatentCache:
         self.shard_starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
 
         channels, *size = self.manifest.latent_shape
-        self._moments_format = RowFormat((2 * channels, *size), np.dtype(self.manifest.dtype))
-        # Formats of the rows in folders that have been validated.
+        self._moments_format = np.dtype((self.manifest.dtype, (2 * channels, *size)))
+        # Shape and data type of the rows in folders that have been validated.
         self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
         self._moments_in_ram: np.ndarray | None = None
         self.open_shards: dict[tuple[int, str], ShardReader] = {}
@@ -75,7 +75,7 @@ class LatentCache:
         last_class = self.manifest.num_classes - 1
         self.labels = np.empty(len(self), np.min_scalar_type(last_class))
         for shard_index, start in enumerate(self.shard_starts[:-1]):
-            reader = self._open_shard(shard_index, "labels", RowFormat((), np.dtype(np.int64)))
+            reader = self._open_shard(shard_index, "labels", np.dtype(np.int64))
             labels = reader.rows
             if labels.size and not 0 <= labels.min() <= labels.max() <= last_class:
                 raise CacheError(
@@ -109,7 +109,7 @@ class LatentCache:
         if self._moments_in_ram is None:
             moments = self._read_rows(image_index, self.manifest.moment_folders, folder_index)
         else:
-            moments = self._moments_format.empty(len(image_index))
+            moments = np.empty(len(image_index), self._moments_format)
             row = image_index + len(self) * folder_index
             # The indices are valid. Modes other than "clip" would need a buffer for the result.
             np.take(self._moments_in_ram, row, 0, moments, "clip")
@@ -163,8 +163,8 @@ class LatentCache:
             self._open_shard(shard_index, folder, row_format)
         self._row_formats[folder] = row_format
 
-    def _input_format(self, folder: str) -> RowFormat:
-        """Return the format of the rows of "images" or "features/SLUG"."""
+    def _input_format(self, folder: str) -> np.dtype:
+        """Return the shape and data type of the rows of "images" or "features/SLUG"."""
         if folder == "images":
             for root, manifest in zip(self.roots, self.manifests):
                 if not manifest.images:
@@ -173,7 +173,7 @@ class LatentCache:
                         f"{KEEP_IMAGES_REMEDY}"
                     )
             resolution = self.manifest.resolution
-            return RowFormat((3, resolution, resolution), np.dtype(np.uint8))
+            return np.dtype((np.uint8, (3, resolution, resolution)))
         slug = folder.removeprefix("features/")
         stored = self.read_feature_metadata()
         if slug not in stored:
@@ -184,14 +184,14 @@ class LatentCache:
             )
         metadata = stored[slug]
         shape = (metadata["tokens_side"] ** 2, metadata["width"])
-        return RowFormat(shape, np.dtype(metadata["dtype"]))
+        return np.dtype((metadata["dtype"], shape))
 
     def _read_rows(
         self, image_index: np.ndarray, folders: list[str], folder_index: np.ndarray
     ) -> np.ndarray:
         """Read one row per image, (B, ...), from the folder that `folder_index` selects."""
         row_format = self._row_formats[folders[0]]
-        out = row_format.empty(len(image_index))
+        out = np.empty(len(image_index), row_format)
 
         # Locate the rows, in the order in which they are stored.
         order = np.argsort(image_index)
@@ -212,7 +212,7 @@ class LatentCache:
         for i, shard, row in rows:
             reader = self.open_shards.get(shard) or self._reader(*shard)
             out[i] = reader.rows[row]
-        policy.update(len(rows), row_format.nbytes, time.perf_counter() - started)
+        policy.update(len(rows), row_format.itemsize, time.perf_counter() - started)
         return out
 
     def _reader(self, shard_index: int, folder: str) -> ShardReader:
@@ -227,7 +227,7 @@ class LatentCache:
             self.open_shards[shard_index, folder] = reader
         return reader
 
-    def _open_shard(self, shard_index: int, folder: str, row_format: RowFormat) -> ShardReader:
+    def _open_shard(self, shard_index: int, folder: str, row_format: np.dtype) -> ShardReader:
         """Validate and map a shard file."""
         root = self.shard_roots[shard_index]
         shard = self.manifest.shards[shard_index]
@@ -275,7 +275,7 @@ class LatentCache:
     def _allocate_ram(self) -> str | None:
         """Allocate memory for the moments; return a path under which other processes can map it."""
         num_rows = len(self.manifest.moment_folders) * len(self)
-        needed = num_rows * self._moments_format.nbytes
+        needed = num_rows * self._moments_format.itemsize
         available = available_memory()
         if needed > available:
             raise CacheError(
@@ -283,7 +283,7 @@ class LatentCache:
                 f"{available / 1e9:.1f} GB available; remove the flag"
             )
         if not hasattr(os, "memfd_create"):  # macOS: each process holds a copy
-            self._moments_in_ram = self._moments_format.empty(num_rows)
+            self._moments_in_ram = np.empty(num_rows, self._moments_format)
             return None
         self._ram_descriptor = os.memfd_create("latents")
         os.ftruncate(self._ram_descriptor, needed)
@@ -294,7 +294,7 @@ class LatentCache:
     def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
         """Map the shared memory: the moments of all images, then those of all flipped images."""
         shape = (-1, *self._moments_format.shape)
-        return np.memmap(path, self._moments_format.dtype, mode).reshape(shape)
+        return np.memmap(path, self._moments_format.base, mode).reshape(shape)
 
     def _fill_ram(self, show_progress: bool) -> None:
         assert self._moments_in_ram is not None

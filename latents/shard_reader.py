@@ -1,7 +1,6 @@
 """Read rows of a shard through a memory map, with prefetching while the disk is slow."""
 
 import errno
-import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +14,13 @@ MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have waited f
 ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop takes besides the copy itself
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """Shape and data type of the row that a folder stores per image."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of a row in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def empty(self, num_rows: int) -> np.ndarray:
-        """Return an uninitialised array of rows."""
-        return np.empty((num_rows, *self.shape), self.dtype)
-
-
 class ShardReader:
     """A shard file, validated and memory-mapped.
 
     Args:
         path: The .npy file.
         num_rows: Number of rows that the manifest states.
-        row_format: Shape and data type of a row.
+        row_format: Shape and data type of a row, as a subarray dtype such as "(8, 32, 32)f2".
         remedy: Instruction for the error message if the file is missing, damaged or different.
 
     Attributes:
@@ -50,7 +32,7 @@ class ShardReader:
         CacheError: The file cannot be read, or it does not match the manifest.
     """
 
-    def __init__(self, path: Path, num_rows: int, row_format: RowFormat, remedy: str):
+    def __init__(self, path: Path, num_rows: int, row_format: np.dtype, remedy: str):
         self.path = path
         self.remedy = remedy
         try:
@@ -62,7 +44,7 @@ class ShardReader:
                 message += f"; {remedy}"
             raise CacheError(message) from None
         expected = (num_rows, *row_format.shape)
-        if (array.shape, array.dtype) != (expected, row_format.dtype):
+        if (array.shape, array.dtype) != (expected, row_format.base):
             hint = ""
             if array.ndim == 4 and 2 * array.shape[1] == expected[1]:
                 hint = (
@@ -71,7 +53,7 @@ class ShardReader:
                 )
             raise CacheError(
                 f"{path} has shape {array.shape} and dtype {array.dtype}, but the manifest "
-                f"states {expected} and {row_format.dtype}{hint}; {remedy}"
+                f"states {expected} and {row_format.base}{hint}; {remedy}"
             )
         assert array.flags.c_contiguous, path
         self.rows = array.view(np.ndarray)
