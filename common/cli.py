@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -128,7 +128,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     # argparse declares overloads for namespaces of other types, which are not needed here.
-    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None
+    ) -> argparse.Namespace:
         """Parse the arguments. The error for an unknown flag suggests a similar one."""
         parsed, unknown = self.parse_known_args(args)
         if unknown:

@@ -177,10 +177,10 @@ class LatentCache:
         slug = folder.removeprefix("features/")
         stored = self.read_feature_metadata()
         if slug not in stored:
-            available = ", ".join(sorted(stored)) or "none"
             raise CacheError(
                 f"{' '.join(map(str, self.roots))}: there are no features {slug} (available: "
-                f"{available}); create them with python -m preprocessing.encode_features"
+                f"{', '.join(sorted(stored)) or 'none'}); create them with "
+                "python -m preprocessing.encode_features"
             )
         metadata = stored[slug]
         shape = (metadata["tokens_side"] ** 2, metadata["width"])

@@ -197,14 +197,10 @@ def _run_without_weights(
     except FieldError:
         raise
     except TokenGridError as error:
-        raise FieldError(
-            "encoder", f"{name} does not output a square grid of patch tokens: {error}"
-        ) from None
+        reason = f"{name} does not output a square grid of patch tokens: {error}"
     except Exception as error:  # timm's model families raise exceptions of many types
-        raise FieldError(
-            "encoder",
-            f"{name}: timm cannot run {architecture} without weights ({_first_line(error)})",
-        ) from None
+        reason = f"{name}: timm cannot run {architecture} without weights ({_first_line(error)})"
+    raise FieldError("encoder", reason)
 
 
 def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
