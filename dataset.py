@@ -1,7 +1,7 @@
 """The order in which training reads the latent cache: a function of the seed (docs/data.md).
 
-A stream position n stands for the n-th image of a run. B is the global batch size, b the share of
-one process.
+Stream position n is that of the n-th image of a run. B is the global batch size, b the number of
+its images on one process.
 """
 
 import math
@@ -150,13 +150,8 @@ class TrainingStream(Dataset):
             flipped = (uniform(self.seed, Purpose.FLIP, stream_position) < 0.5).numpy()
         image_index = to_image_index(stream_position.numpy(), len(self.cache), self.seed)
         moments, labels = self.cache.gather(image_index, flipped)
-        inputs = {name: self._read_input(name, image_index, flipped) for name in self.inputs}
+        inputs = {name: self.cache.read_input(name, image_index, flipped) for name in self.inputs}
         return CachedBatch(stream_position, moments, labels, inputs)
-
-    def _read_input(self, name: str, image_index: np.ndarray, flipped: np.ndarray | None) -> Tensor:
-        if name == "images":
-            return self.cache.images(image_index, flipped)
-        return self.cache.features(name.removeprefix("features/"), image_index)
 
     def read_batches(
         self,

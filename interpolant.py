@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("v", "x", "eps")
-ENDPOINT_MARGIN = 1e-3  # distance kept from a singular endpoint: SiT's, and DDPM's first timestep
+# Distance from singular endpoints, as in SiT. It is also the first timestep of DDPM.
+ENDPOINT_MARGIN = 1e-3
 
 
 class Interpolant(Protocol):
@@ -101,7 +102,7 @@ def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple
 
 
 def regression_target(prediction: str, x: Tensor, noise: Tensor, velocity: Tensor) -> Tensor:
-    """Return what the network learns to predict: the velocity, the data or the noise."""
+    """Return the training target of the network: the velocity, the data or the noise."""
     return {"v": velocity, "x": x, "eps": noise}[prediction]
 
 
@@ -119,12 +120,6 @@ def velocity_to_score(path: Interpolant, v: Tensor, x_t: Tensor, t: Tensor) -> T
     """
     alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
     return (alpha * v - d_alpha * x_t) / (sigma * (d_alpha * sigma - alpha * d_sigma))
-
-
-def score_to_velocity(path: Interpolant, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Invert `velocity_to_score`, for t < 1."""
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(expand_like(t, x_t))
-    return (sigma * (d_alpha * sigma - alpha * d_sigma) * score + d_alpha * x_t) / alpha
 
 
 def prediction_to_velocity(
@@ -175,8 +170,8 @@ def time_interval(path: Interpolant, prediction: str) -> tuple[float, float]:
     - t = 1 for eps prediction (its error is multiplied by 1 / alpha) on a path that ends in pure
       noise (linear and cosine).
 
-    `ENDPOINT_MARGIN` is removed there, as in SiT's transport.check_interval, which removes it at
-    both ends for every prediction other than the velocity.
+    The interval is shortened by `ENDPOINT_MARGIN` there. SiT's transport.check_interval shortens it
+    at both ends for every prediction other than the velocity.
     """
     alpha, _, _, d_sigma = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
     low, high = 0.0, 1.0
@@ -195,7 +190,7 @@ def uniform_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tens
 def lognormal_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tensor:
     """Map u to timesteps with standard normal log(sigma / alpha).
 
-    As in REPA's loss.py, after EDM (arXiv:2206.00364).
+    This is the distribution of REPA's loss.py, adapted from EDM (arXiv:2206.00364).
     """
     return path.time(torch.special.ndtri(u).exp()).clamp(low, high)
 

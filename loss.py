@@ -1,8 +1,8 @@
 """Flow matching and alignment losses (SRA 2, arXiv:2601.17830): L = L_denoising + lambda L_align.
 
-Pure functions of tensors, one value per sample, so that weighting and averaging stay with the
-caller. All of them compute in float32 under any autocast: normalisation in half precision is a
-known source of NaN. B batch, N tokens, D token dimension.
+All losses are pure functions that return one value per sample; the caller weights and averages the
+values. They compute in float32 under any autocast, because normalisation in half precision can
+produce NaN. B batch, N tokens, D token dimension.
 """
 
 from collections.abc import Callable
@@ -25,18 +25,18 @@ def cosine_distance(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Te
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     """Return the mean smooth L1 distance: quadratic below beta, linear above.
 
-    The paper's best loss, with beta = 0.05 (table 1).
+    With beta = 0.05 it is the best loss in the paper (table 1).
     """
     distance = F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none")
     return distance.mean((1, 2))
 
 
-def l1(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
+def l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     """Return the mean absolute error."""
     return (prediction.float() - target.float()).abs().mean((1, 2))
 
 
-def l2(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
+def l2(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     """Return the mean squared error."""
     return (prediction.float() - target.float()).square().mean((1, 2))
 
@@ -59,8 +59,8 @@ def alignment_loss(
 ) -> Tensor:
     """Return the distance between projected tokens and target tokens, zero outside `t_range`.
 
-    A sample outside the range counts as zero instead of leaving the mean, so that a narrower range
-    never raises the weight of the remaining samples. No gradient flows into the target.
+    Samples outside the range have a loss of zero and are not removed from the mean, so that a
+    narrower range does not increase the weight of the others. The target receives no gradient.
 
     Args:
         prediction: Projected tokens (B, N, D).

@@ -19,7 +19,7 @@ from checkpointing.pretrained import load, read_own_config, resolve_checkpoint
 from checkpointing.storage import CheckpointError, ema_filename
 from common import cli
 from common.cli import UserError
-from common.files import write_file
+from common.files import read_json_if_valid, write_file
 from models.sit import SiT
 
 
@@ -52,11 +52,7 @@ def check_destination(to: Path) -> None:
         raise UserError(f"--to {to} is not a folder: choose another path")
     if all(path.name.startswith(".") for path in to.glob("*")):
         return
-    try:
-        is_export = "exported" in json.loads((to / "config.json").read_text())
-    except (OSError, ValueError):
-        is_export = False
-    if not is_export:
+    if "exported" not in read_json_if_valid(to / "config.json"):
         raise UserError(f"--to {to} contains files that are not an export: choose another folder")
 
 
@@ -97,10 +93,7 @@ def read_run_settings(folder: Path) -> tuple[Path, dict]:
     run = folder
     if folder.absolute().parent.name == "checkpoints":
         run = folder.absolute().parents[1]
-    try:
-        return run, json.loads((run / "args.json").read_text())
-    except (OSError, ValueError):
-        return run, {}
+    return run, read_json_if_valid(run / "args.json")
 
 
 def main() -> None:
@@ -120,16 +113,16 @@ def main() -> None:
     run, settings = read_run_settings(folder)
 
     # Prepare all files.
-    decay = source.identity["ema_decay"]
-    digest = source.identity["ema_sha256"]
+    identity = source.identity
+    decay = identity["ema_decay"]
     weights = (folder / ema_filename(config, decay)).read_bytes()
     exported = {
         **config,
         "ema_decay": [decay],
-        "exported": {"from": source.name, "ema_sha256": digest},
+        "exported": {"from": source.name, "ema_sha256": identity["ema_sha256"]},
     }
     contents, difference = make_diffusers_files(source.model, source.prediction)
-    metrics = read_metrics(run, digest)
+    metrics = read_metrics(run, identity["ema_sha256"])
     card = format_card(source, config, settings, metrics, difference if contents else None)
 
     # config.json first: it identifies the folder as an export, even if the export is interrupted.
@@ -140,8 +133,10 @@ def main() -> None:
         write_file(args.to / name, content)
     write_file(args.to / "README.md", card.encode())
 
-    model, step = source.identity["model"], source.identity["step"]
-    print(f"{args.to}: {model} after {step:,} steps; sample with sample_ddp.py --ckpt {args.to}")
+    print(
+        f"{args.to}: {identity['model']} after {identity['step']:,} steps; sample with "
+        f"sample_ddp.py --ckpt {args.to}"
+    )
     if difference is None:
         print(
             "no diffusers version: its scheduler needs velocities, but this network predicts "

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from checkpointing.pretrained import PretrainedModel
+from models.autoencoder import is_hub_id
 from models.targets import TARGETS
 
 MAX_LISTED_CLASSES = 20
@@ -33,16 +35,13 @@ def read_metrics(run: Path, digest: str) -> list[dict]:
     Files of other weights, of other programs and incomplete files are skipped. The order is that
     of the paths.
     """
-    results = (_read_result(path, digest) for path in sorted(run.rglob("*metrics.json")))
-    return [result for result in results if result]
-
-
-def _read_result(path: Path, digest: str) -> dict | None:
-    try:
-        result = json.loads(path.read_text())
-        return result if result["sampling"]["ema_sha256"] == digest else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    results = []
+    for path in sorted(run.rglob("*metrics.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            result = json.loads(path.read_text())
+            if result["sampling"]["ema_sha256"] == digest:
+                results.append(result)
+    return results
 
 
 def format_card(
@@ -59,53 +58,51 @@ def format_card(
         config: Its config.json.
         settings: The args.json of its run; empty if it is missing.
         metrics: Evaluations of the network.
-        difference: Relative difference of the diffusers version; None if there is none.
+        difference: Relative difference of the diffusers version; None without such a version.
     """
-    lines = ["---"]
-    if difference is not None:
-        lines.append("library_name: diffusers")
-    lines += [
-        "tags:",
-        "- class-conditional-image-generation",
-        "- sit",
-        "- flow-matching",
-        "- sra2",
-        "---",
-    ]
-
-    title = f"# {source.name}: {source.identity['model']}"
+    title = f"{source.name}: {source.identity['model']}"
     if methods := [TARGETS[entry["method"]].title for entry in config.get("align", [])]:
         title += f" with {' and '.join(methods)}"
-    lines += ["", title, "", "| | |", "|---|---|"]
     rows = _table_rows(source, config, settings)
-    lines += [f"| {key} | {value} |" for key, value in rows.items()]
-
-    if Path(source.vae).exists() or source.vae.startswith((".", "/")) or source.vae.count("/") != 1:
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    vae_origin = "it is downloaded by its name above"
+    if not is_hub_id(source.vae):
         vae_origin = f"copy the folder `{Path(source.vae).name}` from the machine of the training"
-    else:
-        vae_origin = "it is downloaded by its name above"
-    lines += [
-        "",
-        "## Sampling",
-        "",
-        "Run in the root of the repository that trained the network:",
-        "",
-        "```",
-        "torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER",
-        "```",
-        "",
-        f"The VAE is not part of this folder: {vae_origin}, or choose one with `--vae`.",
-        "",
-    ]
-    if difference is None:
-        lines.append(
-            "There is no version for diffusers, because the network does not predict velocities or "
-            "its outputs differ there."
-        )
-    else:
-        lines += _diffusers_example(source, config["data"], difference).splitlines()
-    lines += ["", *_evaluation_lines(metrics)]
-    return "\n".join(lines) + "\n"
+    library = ""
+    diffusers_section = (
+        "There is no version for diffusers, because the network does not predict velocities or "
+        "its outputs differ there."
+    )
+    if difference is not None:
+        library = "library_name: diffusers\n"
+        diffusers_section = _diffusers_example(source, config["data"], difference)
+    return f"""---
+{library}tags:
+- class-conditional-image-generation
+- sit
+- flow-matching
+- sra2
+---
+
+# {title}
+
+| | |
+|---|---|
+{table}
+
+## Sampling
+
+Run in the root of the repository that trained the network:
+
+```
+torchrun --nproc_per_node 1 sample_ddp.py --ckpt FOLDER
+```
+
+The VAE is not part of this folder: {vae_origin}, or choose one with `--vae`.
+
+{diffusers_section}
+{_evaluation_section(metrics)}
+"""
 
 
 def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[str, str]:
@@ -115,13 +112,13 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
     num_parameters = sum(parameter.numel() for parameter in source.model.parameters())
     vae = f"`{source.vae}` (fingerprint `{data['vae_fingerprint'][:16]}`)"
     channels, height, width = data["latent_shape"]
-    shift, scale = _format_numbers(data["shift"]), _format_numbers(data["scale"])
     rows = {
         "Network": f"{identity['model']}, {num_parameters / 1e6:.1f}M parameters, predicts "
         f"{PREDICTION_NAMES[source.prediction]} on the {source.path_type} path",
         "Data": f"{Path(data['source']).name}, {data['count']:,} images of {data['resolution']} "
         f"pixels, {len(source.class_names)} classes",
-        "Latents": f"{channels} x {height} x {width}, from {vae}, (moment - {shift}) * {scale}",
+        "Latents": f"{channels} x {height} x {width}, from {vae}, "
+        f"(moment - {_format_numbers(data['shift'])}) * {_format_numbers(data['scale'])}",
         "Training": f"{identity['step']:,} steps of {config['batch_size']} images: "
         f"{identity['images_seen']:,} images seen",
         "Alignment": "; ".join(map(_describe_method, config.get("align", []))) or "none",
@@ -174,7 +171,8 @@ def _diffusers_example(source: PretrainedModel, data: dict, difference: float) -
     """Return a section with code that samples with diffusers' own classes."""
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
-    scale, shift = _format_code(data["scale"]), _format_code(data["shift"])
+    scale = _format_code(data["scale"])
+    shift = _format_code(data["shift"])
     return f"""The following code samples with the classes of diffusers, by Euler steps of the ODE.
 Velocities differ from those of the repository by at most {difference:.0e} of the largest.
 
@@ -203,11 +201,11 @@ pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
 ```"""
 
 
-def _evaluation_lines(metrics: list[dict]) -> list[str]:
+def _evaluation_section(metrics: list[dict]) -> str:
     """Return one line per evaluation: its metrics, then its settings and those of sampling."""
     if not metrics:
-        return []
-    lines = ["## Evaluation", ""]
+        return ""
+    lines = ["\n## Evaluation\n"]
     for result in metrics:
         numbers = ", ".join(
             f"{key} {value:.4g}"
@@ -225,7 +223,7 @@ def _evaluation_lines(metrics: list[dict]) -> list[str]:
             if isinstance(value, str | int | float)
         )
         lines.append(f"- **{numbers}**: {details}")
-    return lines
+    return "\n".join(lines)
 
 
 def _shorten(key: str, value: Any) -> str:

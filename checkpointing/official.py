@@ -78,14 +78,12 @@ def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
 def convert_state_dict(
     state: dict[str, Tensor], config: SiTConfig, origin: str
 ) -> dict[str, Tensor]:
-    """Convert an official state dict to one that `SiT(config)` loads strictly.
+    """Convert a state dict without prefixes to one that `SiT(config)` loads strictly.
 
     Alignment heads and the learned sigma are dropped, and the time of SiT is reversed.
     """
     heads = tuple(HEAD_PREFIXES.values())
-    state = {
-        key: value for key, value in strip_prefixes(state).items() if not key.startswith(heads)
-    }
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
     if has_learned_sigma(state, config):
         # Every pixel of a patch has 2C output channels, of which the last C are the sigma.
         for key in _OUTPUT_KEYS:

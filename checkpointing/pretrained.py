@@ -6,8 +6,8 @@
     DIR                                         an export by checkpointing.export
     FILE.pt                                     a file of the SiT, REPA or SRA repository
 
-Files are unpickled only as far as tensors and the argparse.Namespace in which the official
-repositories store their settings.
+Official files are pickles. Only tensors are loaded from them, and argparse.Namespace, in which the
+official repositories store their settings.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from checkpointing.official import (
 )
 from checkpointing.storage import (
     CheckpointError,
+    convert_errors,
     ema_filename,
     find_checkpoint,
     load_weights,
@@ -59,7 +60,7 @@ class PretrainedModel(NamedTuple):
     vae_fingerprint: str | None  # None if the file does not record it
     class_names: list[str]
     name: str  # run and step, or name of the folder or file; the prefix of output files
-    # Written to records of samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay
+    # Stored in the records of samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay
     # and origin. Values that the file does not record are None.
     identity: dict[str, Any]
 
@@ -168,11 +169,10 @@ def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float
     """Return the decay of the EMA that a path and --ema-decay select together.
 
     Raises:
-        CheckpointError: If there is no such EMA.
+        CheckpointError: If the path is a file that is not an EMA.
         UserError: If the path and --ema-decay contradict each other.
     """
     if not path.is_file():
-        ema_filename(config, ema_decay)  # raises CheckpointError for an unknown decay
         return config["ema_decay"][0] if ema_decay is None else ema_decay
     decays = {ema_filename(config, decay): decay for decay in config["ema_decay"]}
     if path.name not in decays:
@@ -210,11 +210,8 @@ def _load_official(
     origin = _choose_origin(path, name, model, origin, infer_origin(file.state, config))
     path_type = _choose_path_type(path, file.settings, path_type)
     network = SiT(config).eval().requires_grad_(False)
-    try:
+    with convert_errors(path):
         network.load_state_dict(convert_state_dict(file.state, config, origin))
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be loaded ({reason})") from None
     return PretrainedModel(
         model=network,
         path_type=path_type,
@@ -291,17 +288,17 @@ def _read_official(path: Path) -> _OfficialFile:
             problem = f"contains code ({code[1]}) and is not loaded"
         raise CheckpointError(f"{path} {problem}") from None
     state: Any = content.get("ema", content) if isinstance(content, dict) else None
-    has_values = isinstance(state, dict) and bool(state)
-    if not has_values or not all(isinstance(value, Tensor) for value in state.values()):
+    values = state.values() if isinstance(state, dict) else []
+    if not values or not all(isinstance(value, Tensor) for value in values):
         raise CheckpointError(
             f"{path} does not contain a state dict, neither under 'ema' nor at the top level"
         )
-    settings, step = content.get("args"), content.get("steps")
+    settings = content.get("args")
     if isinstance(settings, argparse.Namespace):
         settings = vars(settings)
     if not isinstance(settings, dict):
         settings = {}
-    return _OfficialFile(strip_prefixes(state), settings, None if step is None else int(step))
+    return _OfficialFile(strip_prefixes(state), settings, content.get("steps"))
 
 
 def _choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None) -> str:

@@ -27,11 +27,22 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from common.cli import first_line
 from common.files import fsync, lock, sha256
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or in use."""
+
+
+@contextmanager
+def convert_errors(path: Path, remedy: str = "") -> Iterator[None]:
+    """Replace errors of reading a file, or of loading its contents, by a CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{path} cannot be loaded ({reason}){remedy}") from None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -71,10 +82,8 @@ def read_config(checkpoint: Path) -> dict:
         CheckpointError: If the file cannot be read.
     """
     path = checkpoint / "config.json"
-    try:
+    with convert_errors(path):
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)})") from None
 
 
 def ema_filename(config: dict, decay: float | None = None) -> str:
@@ -108,34 +117,25 @@ def verify_checkpoint(checkpoint: Path) -> dict:
     """
     remedy = _removal_remedy(checkpoint)
     path = checkpoint / "progress.json"
-    try:
+    with convert_errors(path, remedy):
         progress: dict[str, Any] = json.loads(path.read_text())
         is_intact = progress.pop("digest") == progress_digest(progress)
         hashes = progress.pop("sha256")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
     if not is_intact:
-        raise CheckpointError(f"{path} has changed since it was saved: {remedy}")
+        raise CheckpointError(f"{path} has changed since it was saved{remedy}")
     for name, expected in hashes.items():
-        _verify_file(checkpoint / name, expected, remedy)
+        with convert_errors(checkpoint / name, remedy):
+            actual = sha256(checkpoint / name)
+        if actual != expected:
+            raise CheckpointError(f"{checkpoint / name} has changed since it was saved{remedy}")
     return progress
-
-
-def _verify_file(path: Path, expected: str, remedy: str) -> None:
-    try:
-        actual = sha256(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
-    if actual != expected:
-        raise CheckpointError(f"{path} has changed since it was saved: {remedy}")
 
 
 def _removal_remedy(checkpoint: Path) -> str:
     run = checkpoint.parent.parent
     older = [folder for folder in list_checkpoints(run) if _step(folder) < _step(checkpoint)]
-    if older:
-        return f"remove {checkpoint} to continue from {older[-1].name}"
-    return f"remove {checkpoint} to start from the beginning"
+    effect = f"continue from {older[-1].name}" if older else "start from the beginning"
+    return f": remove {checkpoint} to {effect}"
 
 
 def progress_digest(progress: dict) -> str:
@@ -209,10 +209,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If the file cannot be read.
     """
-    try:
+    with convert_errors(path):
         return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})") from None
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -222,18 +220,12 @@ def load_weights(module: nn.Module, path: Path) -> None:
         CheckpointError: If the file cannot be read or does not fit the module.
     """
     tensors = load_tensors(path)
-    try:
+    with convert_errors(path):
         module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} cannot be loaded ({_first_line(error)})") from None
 
 
 def format_error(error: Exception) -> str:
     """Return a description of an error in one line, with the file of an OSError."""
     if isinstance(error, OSError):
         return f"{error.strerror} ({error.filename})"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return first_line(error)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -18,7 +18,7 @@ import torch
 
 Number = TypeVar("Number", int, float)
 
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATH_ERRORS = (
     errno.EACCES,
     errno.EPERM,
@@ -31,6 +31,11 @@ PATH_ERRORS = (
 
 class UserError(ValueError):
     """An error that the user can fix. The message names the flag or file and the remedy."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def require_package(name: str, purpose: str) -> None:
@@ -86,7 +91,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         _exit(f"{prefix}error: {error}", 2)
     except OSError as error:
-        if error.errno in DISK_FULL_ERRORS:
+        if error.errno in FULL_DISK_ERRORS:
             remedy = "free some space and rerun the same command"
         elif error.errno in PATH_ERRORS:
             remedy = "choose another path"
@@ -123,9 +128,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     # argparse declares overloads for namespaces of other types, which are not needed here.
-    def parse_args(self, *args: Any, **options: Any) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None
+    ) -> argparse.Namespace:
         """Parse the arguments. The error for an unknown flag suggests a similar one."""
-        parsed, unknown = self.parse_known_args(*args, **options)
+        parsed, unknown = self.parse_known_args(args)
         if unknown:
             message = f"unrecognized arguments: {' '.join(unknown)}"
             similar = difflib.get_close_matches(unknown[0].split("=")[0], self._list_flags(), 1)
@@ -140,8 +147,7 @@ class Parser(argparse.ArgumentParser):
 
     def _list_flags(self) -> list[str]:
         """Return all flags, taken from the help: argparse has no public list of them."""
-        lines = self.format_help().splitlines()
-        headings = [line.strip().split("  ")[0] for line in lines if line.startswith("  -")]
+        headings = re.findall(r"^  (-.*?)(?:  |$)", self.format_help(), re.MULTILINE)
         return re.findall(r"--[\w-]+", " ".join(headings))
 
 
@@ -166,57 +172,29 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return METAVARS.get(action.type, "NAME")
 
 
-def _parse_number(
-    text: str,
-    convert: Callable[[str], Number],
-    is_valid: Callable[[Number], bool],
-    description: str,
-) -> Number:
-    try:
-        value = convert(text)
-    except ValueError:
-        pass
-    else:
-        if is_valid(value):  # False for NaN
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not {description}")
+def _number(
+    convert: Callable[[str], Number], is_valid: Callable[[Number], bool], description: str
+) -> Callable[[str], Number]:
+    """Return an argparse type for the numbers that `is_valid` accepts."""
+
+    def parse(text: str) -> Number:
+        with suppress(ValueError):
+            value = convert(text)
+            if is_valid(value):  # False for NaN
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {description}")
+
+    return parse
 
 
-def positive_int(text: str) -> int:
-    """Parse an integer of at least 1, as an argparse type."""
-    return _parse_number(text, int, lambda value: value >= 1, "a whole number of at least 1")
-
-
-def non_negative_int(text: str) -> int:
-    """Parse an integer of at least 0, as an argparse type."""
-    return _parse_number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def seed(text: str) -> int:
-    """Parse an integer in [0, 2**32), as an argparse type."""
-    description = "a whole number from 0 to 2**32 - 1"
-    return _parse_number(text, int, lambda value: 0 <= value < 2**32, description)
-
-
-def fraction(text: str) -> float:
-    """Parse a number in [0, 1], as an argparse type."""
-    return _parse_number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def decay(text: str) -> float:
-    """Parse a number in [0, 1), as an argparse type."""
-    description = "a number of at least 0 and below 1"
-    return _parse_number(text, float, lambda value: 0 <= value < 1, description)
-
-
-def non_negative_float(text: str) -> float:
-    """Parse a finite number of at least 0, as an argparse type."""
-    return _parse_number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0, as an argparse type."""
-    return _parse_number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+decay = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+# Infinity is not a valid value of any flag.
+non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def device(text: str) -> str:

@@ -5,10 +5,10 @@ Declare fields with `setting`, fill a parser with `add_flags`, build the object 
 
 import argparse
 import dataclasses
-import typing
+import json
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 Config = TypeVar("Config")
 
@@ -40,11 +40,10 @@ def flag_of(config: type, name: str) -> str:
     return next(flag_names(field)[0] for field in dataclasses.fields(config) if field.name == name)
 
 
-def argparse_type(config: type, field: dataclasses.Field) -> Any:
+def argparse_type(field: dataclasses.Field) -> Any:
     """Return the type of a field without `None`, such as `int` for `int | None`."""
-    hint = typing.get_type_hints(config)[field.name]
-    kinds = [kind for kind in typing.get_args(hint) if kind is not NoneType]
-    return kinds[0] if len(kinds) == 1 else hint
+    kinds = [kind for kind in get_args(field.type) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 else field.type
 
 
 def add_flags(group: Any, config: type, **overrides: Any) -> None:
@@ -63,7 +62,7 @@ def add_flags(group: Any, config: type, **overrides: Any) -> None:
             options["required"] = True
         else:
             options["default"] = field.default
-        kind = argparse_type(config, field)
+        kind = argparse_type(field)
         if kind is bool:
             options.setdefault("action", "store_true")
         elif kind in (int, float, Path):
@@ -88,10 +87,8 @@ def record_flags(*configs: Any) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value with lists in place of tuples and strings in place of paths."""
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    """Return a value as JSON stores it: lists instead of tuples and strings instead of paths."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def format_flags(record: dict[str, Any]) -> str:

@@ -3,12 +3,13 @@
 import errno
 import fcntl
 import hashlib
-import io
+import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,56 +19,62 @@ def _partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def _replace_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, and rename it to `path` at the end.
+def _name_in_errors(path: Path) -> Iterator[None]:
+    """Make an OSError name `path` if it names no file or the temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename in (None, str(_partial_path(path))):
+            error.filename = str(path)
+        raise
 
-    The file and its folder are flushed to the disk. On error, the temporary file is deleted, and an
-    OSError that does not name another file gets the name of `path`.
+
+@contextmanager
+def _replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename that file to `path` at the end.
+
+    The file and its folder are flushed to the disk. On error, the temporary file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_path(path)
     try:
-        yield partial
-        fsync(partial)
-        partial.replace(path)
-    except BaseException as error:
+        with _name_in_errors(path):
+            yield partial
+            fsync(partial)
+            partial.replace(path)
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
-            error.filename = str(path)
         raise
     fsync(path.parent)
 
 
-def write_file(path: Path, *data: bytes | memoryview) -> None:
-    """Write a file atomically and flush it to the disk. If that fails, the old file stays."""
-    with _replace_atomically(path) as partial, partial.open("wb") as file:
-        for part in data:
-            file.write(part)
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file atomically and flush it to the disk. If that fails, the old file is kept."""
+    with _replace_atomically(path) as partial:
+        partial.write_bytes(data)
+
+
+def read_json_if_valid(path: Path) -> Any:
+    """Return the content of a JSON file, or {} if the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
     """Write a .npy file atomically, without copying the array, and return the file's sha256."""
-    array = np.ascontiguousarray(array)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    data = (header.getvalue(), _as_bytes(array))
-    write_file(path, *data)
-    digest = hashlib.sha256()
-    for part in data:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _as_bytes(array: np.ndarray) -> bytes | memoryview:
-    """Return the bytes of a contiguous array without a copy."""
-    return array.data.cast("B") if array.size else b""
+    writer = NpyWriter(path, array.dtype, array.shape[1:])
+    with discard_on_error(writer):
+        writer.append(array)
+        return writer.finish()
 
 
 class NpyWriter:
     """Writes a .npy file a few rows at a time, so that the array need not fit into memory.
 
-    The file appears under its name when `finish` is called. On a full disk, all methods raise
-    OSError; `discard` then removes what has been written.
+    The rows are written to a temporary file, which gets its final name when `finish` is called. If
+    the disk is full, all methods raise OSError; call `discard` to remove the temporary file.
 
     Args:
         path: The file to write.
@@ -82,13 +89,14 @@ class NpyWriter:
         self.row_shape = row_shape
         self.num_rows = 0
         self.partial = _partial_path(path)
-        self.file = self.partial.open("wb")
-        self.header_size = self._write_header()
+        with _name_in_errors(path):
+            self.file = self.partial.open("wb")
+        self._write_header()
 
-    def _write_header(self) -> int:
-        """Write the header for the current number of rows and return its size in bytes.
+    def _write_header(self) -> None:
+        """Write the header for the current number of rows.
 
-        The size does not depend on the number of rows, because numpy reserves space for its digits.
+        Its size does not depend on that number, because numpy reserves space for all its digits.
         """
         self.file.seek(0)
         header = {
@@ -97,44 +105,26 @@ class NpyWriter:
             "shape": (self.num_rows, *self.row_shape),
         }
         np.lib.format.write_array_header_1_0(self.file, header)
-        return self.file.tell()
 
     def append(self, rows: np.ndarray) -> None:
         """Append rows, (n, *row_shape)."""
-        assert (rows.shape[1:], rows.dtype) == (self.row_shape, self.dtype), (
-            rows.shape,
-            rows.dtype,
-        )
-        with self._name_in_errors():
-            self.file.write(_as_bytes(np.ascontiguousarray(rows)))
+        assert (rows.shape[1:], rows.dtype) == (self.row_shape, self.dtype), rows.dtype
+        with _name_in_errors(self.path):
+            self.file.write(np.ascontiguousarray(rows).data)
         self.num_rows += len(rows)
 
     def finish(self) -> str:
-        """Complete the file, give it its name and return its sha256."""
-        with self._name_in_errors():
-            header_size = self._write_header()
-            assert header_size == self.header_size, (header_size, self.header_size)
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        """Complete the file, give it its final name and return its sha256."""
+        with _replace_atomically(self.path) as partial:
+            self._write_header()
             self.file.close()
-            digest = sha256(self.partial)
-            self.partial.replace(self.path)
-            fsync(self.path.parent)
-        return digest
+            return sha256(partial)
 
     def discard(self) -> None:
-        """Delete the file unless it is finished."""
+        """Delete the temporary file if there is one."""
         self.partial.unlink(missing_ok=True)
         with suppress(OSError):  # closing writes buffered bytes, which may fail again
             self.file.close()
-
-    @contextmanager
-    def _name_in_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
 
 
 @contextmanager
@@ -170,7 +160,7 @@ def write_npz(
                 np.lib.format.write_array_header_1_0(file, header)
                 num_rows = 0
                 for block in blocks:
-                    file.write(_as_bytes(np.ascontiguousarray(block)))
+                    file.write(np.ascontiguousarray(block).data)
                     num_rows += len(block)
                 assert num_rows == shape[0], (num_rows, shape)
         for name, array in arrays.items():
@@ -222,7 +212,7 @@ class LineWriter:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. File systems without locks are used without one.
+    """Hold an exclusive lock on a file. Has no effect if the file system does not support locks.
 
     Raises:
         BlockingIOError: Another process holds the lock.
@@ -233,8 +223,7 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                message = "another process holds the lock"
-                raise BlockingIOError(errno.EAGAIN, message, str(path)) from None
+                raise BlockingIOError(f"another process holds the lock {path}") from None
         yield
 
 
@@ -244,21 +233,14 @@ def sha256(path: Path) -> str:
     Symbolic links to folders are followed.
     """
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(_list_files(path)):
-            digest.update(str(file.relative_to(path)).encode())
-            for chunk in _read_chunks(file):
+    is_folder = path.is_dir()
+    for file_path in sorted(_list_files(path)) if is_folder else [path]:
+        if is_folder:
+            digest.update(str(file_path.relative_to(path)).encode())
+        with file_path.open("rb") as file:
+            while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    else:
-        for chunk in _read_chunks(path):
-            digest.update(chunk)
     return digest.hexdigest()
-
-
-def _read_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            yield chunk
 
 
 def _list_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Iterator[Path]:

@@ -24,7 +24,7 @@ def draw_labelled_grid(
         tile_size: Approximate size of an image in the grid, in pixels. Smaller images are enlarged
             by an integer factor.
     """
-    labels = [label if label.isprintable() else ascii(label) for label, _ in rows]
+    rows = [(label if label.isprintable() else ascii(label), images) for label, images in rows]
     image_size = rows[0][1].shape[1]
     size = image_size * max(1, round(tile_size / image_size))
     num_columns = max(len(images) for _, images in rows)
@@ -32,7 +32,7 @@ def draw_labelled_grid(
     # Lay out: labels on the left, the title above.
     font_size = max(12, size // 5)
     font = ImageFont.load_default(font_size)
-    left = 12 + int(max(font.getlength(label) for label in labels))
+    left = 12 + int(max(font.getlength(label) for label, _ in rows))
     top = 8 + font_size * 3 // 2 if title else MARGIN
     grid_width = left + num_columns * (size + GAP) + MARGIN
     width = max(grid_width, int(font.getlength(title)) + 12)
@@ -41,7 +41,7 @@ def draw_labelled_grid(
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((6, 4), title, "black", font)
-    for i, (label, (_, images)) in enumerate(zip(labels, rows)):
+    for i, (label, images) in enumerate(rows):
         y = top + i * (size + GAP)
         draw.text((6, y + size // 2), label, "black", font, anchor="lm")
         for j, image in enumerate(images):

@@ -63,20 +63,6 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _uniform_blocks(
-    seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...], draw: int
-) -> Tensor:
-    """Return uniform numbers in blocks of four, (B, ceil(n / 4), 4), where n = prod(shape)."""
-    assert 0 <= seed <= WORD and 0 <= draw <= WORD, (seed, draw)
-    blocks = torch.arange(math.ceil(math.prod(shape) / 4), device=position.device)
-    position = position[:, None]
-    counter = torch.broadcast_tensors(
-        blocks, torch.full_like(position, draw), position & WORD, (position >> 32) & WORD
-    )
-    words = torch.stack(philox(counter, (seed, int(purpose))), -1)
-    return (words.double() + 0.5) * 2.0**-32
-
-
 def uniform(
     seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...] = (), draw: int = 0
 ) -> Tensor:
@@ -87,13 +73,21 @@ def uniform(
         purpose: What the numbers are used for.
         position: Position in the stream of training images, or index of the sample, (B,) int64.
         shape: Shape of the numbers per position.
-        draw: Index of the draw, where a position needs several with the same purpose.
+        draw: Index of the draw, if a position needs several draws for the same purpose.
 
     Returns:
         (B, *shape) float64.
     """
-    numbers = _uniform_blocks(seed, purpose, position, shape, draw).flatten(1)
-    return numbers[:, : math.prod(shape)].reshape(len(position), *shape)
+    assert 0 <= seed <= WORD and 0 <= draw <= WORD, (seed, draw)
+    count = math.prod(shape)
+    # The generator yields blocks of four words; the block's index is part of the counter.
+    block_index = torch.arange(math.ceil(count / 4), device=position.device)
+    position = position[:, None]
+    counter = torch.broadcast_tensors(
+        block_index, torch.full_like(position, draw), position & WORD, (position >> 32) & WORD
+    )
+    words = torch.stack(philox(counter, (seed, int(purpose))), -1).flatten(1)[:, :count]
+    return ((words.double() + 0.5) * 2.0**-32).reshape(len(position), *shape)
 
 
 def normal(
@@ -103,8 +97,9 @@ def normal(
 
     Arguments and shapes are those of `uniform`.
     """
-    u = _uniform_blocks(seed, purpose, position, shape, draw)
+    count = math.prod(shape)
+    u = uniform(seed, purpose, position, (math.ceil(count / 4), 4), draw)
     radius = (-2 * u[..., 0::2].log()).sqrt()
     angle = 2 * math.pi * u[..., 1::2]
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
-    return pairs.flatten(1)[:, : math.prod(shape)].reshape(len(position), *shape)
+    return pairs.flatten(1)[:, :count].reshape(len(position), *shape)

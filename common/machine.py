@@ -39,7 +39,7 @@ def raise_open_file_limit() -> int:
 def available_memory() -> float:
     """Return the memory that can still be allocated, in bytes, or infinity if it is unknown.
 
-    This is the available memory of the machine or what the job's own memory limit leaves of it,
+    This is the available memory of the machine or the unused part of the job's memory limit,
     whichever is smaller. Containers and SLURM set such limits with control groups (version 2).
     """
     return min(_available_on_machine(), _left_by_control_groups())

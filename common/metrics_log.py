@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
+from common.files import read_json_if_valid
 
 METRICS_SCHEMA = 2
-METHOD_COLUMNS = ("align", "cosine", "token_norm")
 UNKNOWN_METHOD = "unknown"  # args.json, which names the first method, is missing or damaged
 
-_OLD_METHOD_COLUMN = re.compile(rf"({'|'.join(METHOD_COLUMNS)})(?:_(.+))?")
+_OLD_METHOD_COLUMN = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -79,10 +79,7 @@ def upgrade_row(row: dict[str, Any], methods: list[str]) -> dict[str, Any]:
 
 def _read_methods(folder: Path) -> list[str]:
     """Return the alignment methods that args.json names; [] if it is missing or damaged."""
-    try:
-        methods = json.loads((folder / "args.json").read_text()).get("align") or []
-    except (OSError, ValueError):
-        return []
+    methods = read_json_if_valid(folder / "args.json").get("align") or []
     if isinstance(methods, str):  # code that supported only one method wrote its name alone
         methods = [methods]
     return [name for name in methods if name != "none"]

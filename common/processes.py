@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -11,24 +10,6 @@ import torch
 import torch.distributed as dist
 
 from common.machine import available_cores
-
-
-@contextmanager
-def exit_if_peer_is_lost() -> Iterator[None]:
-    """Exit with code 2 if a collective operation fails because another process has ended.
-
-    gloo raises a plain RuntimeError when it loses a connection, so its text is printed in case of
-    another cause. The process that ended has printed its error, so no traceback is needed.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        print(
-            "another process ended before the work was done; rerun the same command to resume "
-            f"({error})",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
 
 
 def _read_environment(name: str, default: int) -> int:
@@ -66,12 +47,29 @@ class World:
         torch.cuda.set_device(device)
         return device
 
+    def _call(self, collective: Callable, *args: Any) -> None:
+        """Call a collective operation, unless this is the only process.
+
+        If another process has ended, gloo raises a plain RuntimeError. This process then exits
+        with code 2 and without a traceback, because the other one has printed its error. The text
+        of the RuntimeError is printed too, in case it has another cause.
+        """
+        if self.num_processes == 1:
+            return
+        try:
+            collective(*args)
+        except RuntimeError as error:
+            print(
+                "another process ended before the work was done; rerun the same command to resume "
+                f"({error})",
+                file=sys.stderr,
+            )
+            raise SystemExit(2) from None
+
     def broadcast(self, value: Any) -> Any:
         """Return the value of rank 0 on every process."""
         values = [value]
-        if self.num_processes > 1:
-            with exit_if_peer_is_lost():
-                dist.broadcast_object_list(values)
+        self._call(dist.broadcast_object_list, values)
         return values[0]
 
     def run_on_first_rank(self, compute: Callable[[], Any]) -> Any:
@@ -81,41 +79,33 @@ class World:
             Exception: On rank 0, whatever `compute` raised.
             SystemExit: On the other processes if `compute` failed, with code 2.
         """
-        value = None
-        error = None
+        result = None  # a tuple of the value, unless `compute` fails
         if self.rank == 0:
             try:
-                value = compute()
-            except Exception as exception:
-                error = exception
-        value, has_failed = self.broadcast((value, error is not None))
-        if error is not None:
-            raise error
-        if has_failed:
+                result = (compute(),)
+            except Exception:
+                self.broadcast(None)
+                raise
+        result = self.broadcast(result)
+        if result is None:
             raise SystemExit(2)
-        return value
+        return result[0]
 
     def all_gather(self, value: Any) -> list:
         """Return the values of all processes, ordered by rank, on every process."""
         values = [value] * self.num_processes
-        if self.num_processes > 1:
-            with exit_if_peer_is_lost():
-                dist.all_gather_object(values, value)
+        self._call(dist.all_gather_object, values, value)
         return values
 
     def gather(self, value: Any) -> list | None:
         """Return the values of all processes, ordered by rank, on rank 0 and None elsewhere."""
         values = [value] * self.num_processes if self.rank == 0 else None
-        if self.num_processes > 1:
-            with exit_if_peer_is_lost():
-                dist.gather_object(value, values)
+        self._call(dist.gather_object, value, values)
         return values
 
     def barrier(self) -> None:
         """Wait until every process has reached this call."""
-        if self.num_processes > 1:
-            with exit_if_peer_is_lost():
-                dist.barrier()
+        self._call(dist.barrier)
 
     def close(self) -> None:
         """Wait for all processes and leave the process group.

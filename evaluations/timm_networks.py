@@ -52,7 +52,7 @@ class TimmFeatures(FeatureNetwork):
         super().__init__()
         try:
             architecture = timm_name(name, OTHER_NETWORKS)
-            self.network = load_network(name, weights, suggestions=OTHER_NETWORKS)
+            self.network = load_network(name, weights)
         except FieldError as error:
             source = "--encoder-weights" if error.field == "weights" else flag
             raise UserError(f"{source} {error.reason}") from None

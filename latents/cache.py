@@ -19,16 +19,12 @@ from tqdm import tqdm
 from common.machine import available_memory, memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
-    Manifest,
     features_remedy,
     join_manifests,
     read_feature_metadata,
     read_manifest,
-    write_manifest,
 )
-from latents.shard_reader import PrefetchPolicy, RowFormat, ShardReader, load_array
-
-__all__ = ["CacheError", "LatentCache", "Manifest", "read_manifest", "write_manifest"]
+from latents.shard_reader import PrefetchPolicy, ShardReader
 
 KEEP_IMAGES_REMEDY = "rerun the command that created it and add --keep-images"
 MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
@@ -37,8 +33,8 @@ MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
 class LatentCache:
     """One latent cache, or several that are read as one; image indices run from 0 to len - 1.
 
-    All files are validated when the cache is opened, so that training does not stop days later.
-    Each process maps the files that it reads on first use.
+    All files are validated when the cache is opened, so that a damaged file does not stop training
+    days later. Each process maps a file when it first reads from it.
 
     Args:
         roots: Folders of the caches.
@@ -55,36 +51,39 @@ class LatentCache:
     def __init__(self, *roots: Path | str):
         self.roots = [Path(root) for root in roots]
         self.manifests = [read_manifest(root) for root in self.roots]
+        self.shard_roots: list[Path] = []
         for root, manifest in zip(self.roots, self.manifests):
+            self.shard_roots += [root] * len(manifest.shards)
             num_images = sum(shard["count"] for shard in manifest.shards)
             if num_images != manifest.count or num_images < 1:
                 raise CacheError(
                     f"{root / 'manifest.json'}: the shards contain {num_images} images, "
                     f"but count is {manifest.count}; encode the images again"
                 )
-        if len(self.manifests) == 1:
-            self.manifest = self.manifests[0]
-        else:
-            self.manifest = join_manifests(self.roots, self.manifests)
-        self.shard_roots: list[Path] = []
-        for root, manifest in zip(self.roots, self.manifests):
-            self.shard_roots += [root] * len(manifest.shards)
+        self.manifest = join_manifests(self.roots, self.manifests)
         self.shard_starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
 
         channels, *size = self.manifest.latent_shape
-        self._moments_format = RowFormat((2 * channels, *size), np.dtype(self.manifest.dtype))
+        self._moments_format = np.dtype((self.manifest.dtype, (2 * channels, *size)))
+        # Shape and data type of the rows in folders that have been validated.
         self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
         self._moments_in_ram: np.ndarray | None = None
         self.open_shards: dict[tuple[int, str], ShardReader] = {}
         self._max_open_maps = min(MAX_OPEN_MAPS, raise_open_file_limit() // 2)  # one file per map
         self._prefetch_policies: dict[str, PrefetchPolicy] = defaultdict(PrefetchPolicy)
 
-        self.labels = np.empty(len(self), np.min_scalar_type(self.manifest.num_classes - 1))
+        last_class = self.manifest.num_classes - 1
+        self.labels = np.empty(len(self), np.min_scalar_type(last_class))
         for shard_index, start in enumerate(self.shard_starts[:-1]):
-            labels = self._load_labels(shard_index)
+            reader = self._open_shard(shard_index, "labels", np.dtype(np.int64))
+            labels = reader.rows
+            if labels.size and not 0 <= labels.min() <= labels.max() <= last_class:
+                raise CacheError(
+                    f"{reader.path} has labels outside 0..{last_class}; {reader.remedy}"
+                )
             self.labels[start : start + len(labels)] = labels
             for folder in self.manifest.moment_folders:
-                self._open_shard(shard_index, folder)
+                self._open_shard(shard_index, folder, self._moments_format)
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -106,41 +105,50 @@ class LatentCache:
         """
         assert ((image_index >= 0) & (image_index < len(self))).all(), (image_index, len(self))
         labels = torch.from_numpy(self.labels[image_index].astype(np.int64))
+        folder_index = np.zeros_like(image_index) if flipped is None else flipped.astype(np.int64)
         if self._moments_in_ram is None:
-            moments = self._read_rows(image_index, self.manifest.moment_folders, flipped)
+            moments = self._read_rows(image_index, self.manifest.moment_folders, folder_index)
         else:
-            moments = self._moments_format.empty(len(image_index))
-            row = image_index
-            if flipped is not None:
-                row = image_index + len(self) * flipped.astype(np.int64)
-            # The indices are valid. Modes other than "clip" would buffer a second copy.
+            moments = np.empty(len(image_index), self._moments_format)
+            row = image_index + len(self) * folder_index
+            # The indices are valid. Modes other than "clip" would need a buffer for the result.
             np.take(self._moments_in_ram, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
 
-    def images(self, image_index: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
-        """Read the encoded images of a batch, always from the disk.
+    def read_input(
+        self, folder: str, image_index: np.ndarray, flipped: np.ndarray | None = None
+    ) -> Tensor:
+        """Read the images or the stored features of a batch, always from the disk.
 
         Args:
+            folder: "images" or "features/SLUG".
             image_index: Indices of the images, (B,) int64.
-            flipped: Whether to flip the image horizontally, (B,) bool.
+            flipped: Whether to flip the image horizontally, (B,) bool. Ignored for features.
 
         Returns:
-            (B, 3, R, R) uint8.
+            Images, (B, 3, R, R) uint8, or features, (B, N, D) float16.
         """
-        self.require_folder("images")
-        images = self._read_rows(image_index, ["images"])
-        if flipped is not None:
-            images[flipped] = images[flipped][..., ::-1]
-        return torch.from_numpy(images)
-
-    def features(self, slug: str, image_index: np.ndarray) -> Tensor:
-        """Read features that preprocessing.encode_features has stored, (B, N, D) float16."""
-        self.require_folder(f"features/{slug}")
-        return torch.from_numpy(self._read_rows(image_index, [f"features/{slug}"]))
+        self.require_folder(folder)
+        rows = self._read_rows(image_index, [folder], np.zeros_like(image_index))
+        if folder == "images" and flipped is not None:
+            rows[flipped] = rows[flipped][..., ::-1]
+        return torch.from_numpy(rows)
 
     def read_feature_metadata(self) -> dict[str, dict]:
-        """Return the metadata of the features that all joined caches hold, by slug."""
-        return read_feature_metadata(self.roots, self.manifests)
+        """Return the metadata of the features that all joined caches hold, by slug.
+
+        Features are left out if the caches have them from different encoders, or if the images
+        have changed since they were computed.
+
+        Raises:
+            CacheError: A features.json cannot be read.
+        """
+        first, *others = map(read_feature_metadata, self.roots, self.manifests)
+        return {
+            slug: metadata
+            for slug, metadata in first.items()
+            if all(other.get(slug) == metadata for other in others)
+        }
 
     def require_folder(self, folder: str) -> None:
         """Validate the files of "images" or "features/SLUG" on the first call.
@@ -150,54 +158,47 @@ class LatentCache:
         """
         if folder in self._row_formats:
             return
+        row_format = self._input_format(folder)
+        for shard_index in range(len(self.manifest.shards)):
+            self._open_shard(shard_index, folder, row_format)
+        self._row_formats[folder] = row_format
+
+    def _input_format(self, folder: str) -> np.dtype:
+        """Return the shape and data type of the rows of "images" or "features/SLUG"."""
         if folder == "images":
-            self._row_formats[folder] = self._images_format()
-        else:
-            self._row_formats[folder] = self._features_format(folder.removeprefix("features/"))
-        try:
-            for shard_index in range(len(self.manifest.shards)):
-                self._open_shard(shard_index, folder)
-        except CacheError:
-            del self._row_formats[folder]
-            raise
-
-    def _images_format(self) -> RowFormat:
-        for root, manifest in zip(self.roots, self.manifests):
-            if not manifest.images:
-                raise CacheError(
-                    f"{root} holds no images because it was created without --keep-images; "
-                    f"{KEEP_IMAGES_REMEDY}"
-                )
-        resolution = self.manifest.resolution
-        return RowFormat((3, resolution, resolution), np.dtype(np.uint8))
-
-    def _features_format(self, slug: str) -> RowFormat:
+            for root, manifest in zip(self.roots, self.manifests):
+                if not manifest.images:
+                    raise CacheError(
+                        f"{root} holds no images because it was created without --keep-images; "
+                        f"{KEEP_IMAGES_REMEDY}"
+                    )
+            resolution = self.manifest.resolution
+            return np.dtype((np.uint8, (3, resolution, resolution)))
+        slug = folder.removeprefix("features/")
         stored = self.read_feature_metadata()
         if slug not in stored:
-            available = ", ".join(sorted(stored)) or "none"
             raise CacheError(
                 f"{' '.join(map(str, self.roots))}: there are no features {slug} (available: "
-                f"{available}); create them with python -m preprocessing.encode_features"
+                f"{', '.join(sorted(stored)) or 'none'}); create them with "
+                "python -m preprocessing.encode_features"
             )
         metadata = stored[slug]
         shape = (metadata["tokens_side"] ** 2, metadata["width"])
-        return RowFormat(shape, np.dtype(metadata["dtype"]))
+        return np.dtype((metadata["dtype"], shape))
 
     def _read_rows(
-        self, image_index: np.ndarray, folders: list[str], flipped: np.ndarray | None = None
+        self, image_index: np.ndarray, folders: list[str], folder_index: np.ndarray
     ) -> np.ndarray:
-        """Read one row per image, (B, ...): from folders[1] where flipped, else from folders[0]."""
+        """Read one row per image, (B, ...), from the folder that `folder_index` selects."""
         row_format = self._row_formats[folders[0]]
-        out = row_format.empty(len(image_index))
+        out = np.empty(len(image_index), row_format)
 
         # Locate the rows, in the order in which they are stored.
         order = np.argsort(image_index)
         sorted_index = image_index[order]
         shard_index = np.searchsorted(self.shard_starts, sorted_index, side="right") - 1
         row_index = sorted_index - self.shard_starts[shard_index]
-        row_folders = [folders[0]] * len(order)
-        if flipped is not None:
-            row_folders = [folders[is_flipped] for is_flipped in flipped[order].astype(int)]
+        row_folders = [folders[k] for k in folder_index[order].tolist()]
         shards = zip(shard_index.tolist(), row_folders)
         rows = list(zip(order.tolist(), shards, row_index.tolist()))
 
@@ -206,12 +207,12 @@ class LatentCache:
             for _, shard, row in rows:
                 self._reader(*shard).prefetch(row)
 
-        # Copy each row once. Calling `_reader` for every row would make this loop 5% slower.
+        # Copy the rows. Calling `_reader` for every row would make this loop 5% slower.
         started = time.perf_counter()
         for i, shard, row in rows:
             reader = self.open_shards.get(shard) or self._reader(*shard)
             out[i] = reader.rows[row]
-        policy.update(len(rows), row_format.nbytes, time.perf_counter() - started)
+        policy.update(len(rows), row_format.itemsize, time.perf_counter() - started)
         return out
 
     def _reader(self, shard_index: int, folder: str) -> ShardReader:
@@ -221,42 +222,20 @@ class LatentCache:
             if len(self.open_shards) >= self._max_open_maps:
                 oldest = next(iter(self.open_shards))
                 del self.open_shards[oldest]
-            reader = self._open_shard(shard_index, folder)
+            reader = self._open_shard(shard_index, folder, self._row_formats[folder])
             reader.expect_random_access()
             self.open_shards[shard_index, folder] = reader
         return reader
 
-    def _open_shard(self, shard_index: int, folder: str) -> ShardReader:
+    def _open_shard(self, shard_index: int, folder: str, row_format: np.dtype) -> ShardReader:
         """Validate and map a shard file."""
-        return ShardReader(
-            self._path(shard_index, folder),
-            self.manifest.shards[shard_index]["count"],
-            self._row_formats[folder],
-            self._remedy(shard_index, folder),
-        )
-
-    def _load_labels(self, shard_index: int) -> np.ndarray:
-        path = self._path(shard_index, "labels")
-        remedy = self._remedy(shard_index, "labels")
-        labels = load_array(path, remedy)
-        expected = (self.manifest.shards[shard_index]["count"],)
-        if labels.shape != expected:
-            raise CacheError(
-                f"{path} has shape {labels.shape}, but the manifest states {expected}; {remedy}"
-            )
-        if labels.size and not 0 <= labels.min() <= labels.max() < self.manifest.num_classes:
-            last_class = self.manifest.num_classes - 1
-            raise CacheError(f"{path} has labels outside 0..{last_class}; {remedy}")
-        return labels
-
-    def _path(self, shard_index: int, folder: str) -> Path:
-        return self.shard_roots[shard_index] / folder / self.manifest.shards[shard_index]["file"]
-
-    def _remedy(self, shard_index: int, folder: str) -> str:
         root = self.shard_roots[shard_index]
+        shard = self.manifest.shards[shard_index]
         if folder.startswith("features/"):
-            return features_remedy(root / folder)
-        return f"repair it with python -m preprocessing.verify --repair {root}"
+            remedy = features_remedy(root / folder)
+        else:
+            remedy = f"repair it with python -m preprocessing.verify --repair {root}"
+        return ShardReader(root / folder / shard["file"], shard["count"], row_format, remedy)
 
     def load_into_ram(
         self, rank: int = 0, all_gather: Callable[[object], list] = lambda value: [value]
@@ -276,28 +255,27 @@ class LatentCache:
         # One process of each machine allocates the memory and fills it.
         domains = all_gather(memory_sharing_domain())
         owner = domains.index(domains[rank])
-        shared_path = None
-        error = None
+        result: str | CacheError | None = None
         if owner == rank:
             try:
-                shared_path = self._allocate_ram()
+                result = self._allocate_ram()
                 self._fill_ram(show_progress=rank == 0)
-            except CacheError as cache_error:
-                error = cache_error
+            except CacheError as error:
+                result = error
 
         # The other processes map the same memory.
-        results = all_gather((shared_path, error))
-        for _, owner_error in results:
-            if owner_error is not None:
-                raise owner_error
-        shared_path, _ = results[owner]
+        results = all_gather(result)
+        for outcome in results:
+            if isinstance(outcome, CacheError):
+                raise outcome
+        shared_path = results[owner]
         if owner != rank and shared_path is not None:
             self._moments_in_ram = self._map_ram(shared_path, "r")
 
     def _allocate_ram(self) -> str | None:
         """Allocate memory for the moments; return a path under which other processes can map it."""
         num_rows = len(self.manifest.moment_folders) * len(self)
-        needed = num_rows * self._moments_format.nbytes
+        needed = num_rows * self._moments_format.itemsize
         available = available_memory()
         if needed > available:
             raise CacheError(
@@ -305,7 +283,7 @@ class LatentCache:
                 f"{available / 1e9:.1f} GB available; remove the flag"
             )
         if not hasattr(os, "memfd_create"):  # macOS: each process holds a copy
-            self._moments_in_ram = self._moments_format.empty(num_rows)
+            self._moments_in_ram = np.empty(num_rows, self._moments_format)
             return None
         self._ram_descriptor = os.memfd_create("latents")
         os.ftruncate(self._ram_descriptor, needed)
@@ -316,7 +294,7 @@ class LatentCache:
     def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
         """Map the shared memory: the moments of all images, then those of all flipped images."""
         shape = (-1, *self._moments_format.shape)
-        return np.memmap(path, self._moments_format.dtype, mode).reshape(shape)
+        return np.memmap(path, self._moments_format.base, mode).reshape(shape)
 
     def _fill_ram(self, show_progress: bool) -> None:
         assert self._moments_in_ram is not None
@@ -328,9 +306,10 @@ class LatentCache:
             disable=not show_progress,
         )
         with progress:
-            for shard_index, start in enumerate(self.shard_starts[:-1]):
-                for k, folder in enumerate(self.manifest.moment_folders):
-                    rows = self._open_shard(shard_index, folder).rows
-                    begin = k * len(self) + start
+            begin = 0
+            for folder in self.manifest.moment_folders:
+                for shard_index in range(len(self.manifest.shards)):
+                    rows = self._open_shard(shard_index, folder, self._moments_format).rows
                     self._moments_in_ram[begin : begin + len(rows)] = rows
+                    begin += len(rows)
                     progress.update(rows.nbytes)

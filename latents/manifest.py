@@ -15,6 +15,7 @@ dimension.
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Manifest:
     latent_shape: list[int]  # (C, h, w)
     dtype: str
     mean: list[float]  # of the unscaled latents over the whole cache, per channel
-    std: list[float]  # likewise
+    std: list[float]  # as for the mean
     # One entry per shard: file, count, sha256 by folder, sum, sum_of_squares, ...
     shards: list[dict] = field(default_factory=list)
     skipped: int = 0  # number of source images that could not be used
@@ -131,7 +132,7 @@ def _explain_missing_manifest(root: Path) -> str:
 
 
 def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
-    """Return the manifest of several caches that are read as one, in the given order.
+    """Return the manifest of one cache, or of several that are read as one in the given order.
 
     Raises:
         CacheError: The caches differ in one of SHARED_FIELDS, or one is listed twice.
@@ -139,24 +140,28 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     if len({root.resolve() for root in roots}) < len(roots):
         raise CacheError(f"{' '.join(map(str, roots))}: the same cache is listed twice")
     first = manifests[0]
+    if len(manifests) == 1:
+        return first
     for root, manifest in zip(roots, manifests):
         for name in SHARED_FIELDS:
             if getattr(manifest, name) != getattr(first, name):
-                ours, theirs = _describe_difference(name, first, manifest)
+                ours, theirs = _describe_difference(
+                    name, getattr(first, name), getattr(manifest, name)
+                )
                 raise CacheError(
                     f"{roots[0]} and {root} cannot be joined: "
                     f"{name} is {ours} in one and {theirs} in the other"
                 )
     counts = np.array([manifest.count for manifest in manifests])
     weights = counts / counts.sum()
-    mean = weights @ np.array([manifest.mean for manifest in manifests])
-    mean_square = weights @ np.array(
-        [np.square(manifest.mean) + np.square(manifest.std) for manifest in manifests]
-    )
+    means = np.array([manifest.mean for manifest in manifests])
+    stds = np.array([manifest.std for manifest in manifests])
+    mean = weights @ means
+    mean_square = weights @ (means**2 + stds**2)
     return replace(
         first,
         source=" + ".join(manifest.source for manifest in manifests),
-        count=sum(manifest.count for manifest in manifests),
+        count=counts.sum().item(),
         mean=mean.tolist(),
         std=np.sqrt(mean_square - mean**2).tolist(),
         shards=[shard for manifest in manifests for shard in manifest.shards],
@@ -166,15 +171,13 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     )
 
 
-def _describe_difference(name: str, first: Manifest, second: Manifest) -> tuple[str, str]:
-    """Return short descriptions of the two values of a field that differ."""
-    ours = getattr(first, name)
-    theirs = getattr(second, name)
+def _describe_difference(name: str, ours: Any, theirs: Any) -> tuple[str, str]:
+    """Return short descriptions of two values of a field, which differ."""
     if name != "class_names":
         return str(ours), str(theirs)
     if len(ours) != len(theirs):
         return f"{len(ours)} classes", f"{len(theirs)} classes"
-    k = next(k for k in range(len(ours)) if ours[k] != theirs[k])
+    k = [a == b for a, b in zip(ours, theirs)].index(False)
     return f"{ours[k]!r} for class {k}", f"{theirs[k]!r} for class {k}"
 
 
@@ -183,25 +186,14 @@ def features_remedy(folder: Path) -> str:
     return f"remove {folder} and run python -m preprocessing.encode_features again"
 
 
-def read_feature_metadata(roots: list[Path], manifests: list[Manifest]) -> dict[str, dict]:
-    """Return the FEATURE_FIELDS of the features that every cache holds, by slug.
+def read_feature_metadata(root: Path, manifest: Manifest) -> dict[str, dict]:
+    """Return the FEATURE_FIELDS of the features of a cache, by slug.
 
-    Features are left out if the caches have them from different encoders, or if the images have
-    changed since they were computed.
+    Features are left out if the images have changed since they were computed.
 
     Raises:
         CacheError: A features.json cannot be read.
     """
-    first, *others = [_read_features(root, manifest) for root, manifest in zip(roots, manifests)]
-    return {
-        slug: metadata
-        for slug, metadata in first.items()
-        if all(other.get(slug) == metadata for other in others)
-    }
-
-
-def _read_features(root: Path, manifest: Manifest) -> dict[str, dict]:
-    """Return the metadata of the features of one cache that match its images, by slug."""
     image_hashes = {
         shard["file"]: shard.get("sha256", {}).get("images") for shard in manifest.shards
     }

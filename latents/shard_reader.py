@@ -1,11 +1,9 @@
 """Read rows of a shard through a memory map, with prefetching while the disk is slow."""
 
 import errno
-import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
@@ -16,59 +14,37 @@ MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have waited f
 ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop takes besides the copy itself
 
 
-def load_array(path: Path, remedy: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Load or map a .npy file.
-
-    Raises:
-        CacheError: The file cannot be read. The message ends with `remedy` if the file is missing
-            or damaged; for other errors of the disk or the machine, the file may be intact.
-    """
-    try:
-        return np.load(path, mmap_mode=mmap_mode)
-    except (OSError, ValueError, EOFError) as error:
-        message = f"{path} cannot be read ({error})"
-        if getattr(error, "errno", None) in (None, errno.ENOENT):
-            message += f"; {remedy}"
-        raise CacheError(message) from None
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """Shape and data type of the row that a folder stores per image."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of a row in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def empty(self, num_rows: int) -> np.ndarray:
-        """Return an uninitialised array of rows."""
-        return np.empty((num_rows, *self.shape), self.dtype)
-
-
 class ShardReader:
     """A shard file, validated and memory-mapped.
 
     Args:
         path: The .npy file.
         num_rows: Number of rows that the manifest states.
-        row_format: Shape and data type of a row.
+        row_format: Shape and data type of a row, as a subarray dtype such as "(8, 32, 32)f2".
         remedy: Instruction for the error message if the file is missing, damaged or different.
 
     Attributes:
+        path: As above.
+        remedy: As above.
         rows: The array in the file, (num_rows, ...), read-only.
 
     Raises:
         CacheError: The file cannot be read, or it does not match the manifest.
     """
 
-    def __init__(self, path: Path, num_rows: int, row_format: RowFormat, remedy: str):
-        array = load_array(path, remedy, mmap_mode="r")
+    def __init__(self, path: Path, num_rows: int, row_format: np.dtype, remedy: str):
+        self.path = path
+        self.remedy = remedy
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            message = f"{path} cannot be read ({error})"
+            # After other errors of the disk or the machine, the file may be intact.
+            if getattr(error, "errno", None) in (None, errno.ENOENT):
+                message += f"; {remedy}"
+            raise CacheError(message) from None
         expected = (num_rows, *row_format.shape)
-        if (array.shape, array.dtype) != (expected, row_format.dtype):
+        if (array.shape, array.dtype) != (expected, row_format.base):
             hint = ""
             if array.ndim == 4 and 2 * array.shape[1] == expected[1]:
                 hint = (
@@ -77,13 +53,11 @@ class ShardReader:
                 )
             raise CacheError(
                 f"{path} has shape {array.shape} and dtype {array.dtype}, but the manifest "
-                f"states {expected} and {row_format.dtype}{hint}; {remedy}"
+                f"states {expected} and {row_format.base}{hint}; {remedy}"
             )
-        file_map: Any = array.base  # of the whole file, though numpy declares an array
-        assert isinstance(array, np.memmap) and isinstance(file_map, mmap.mmap), path
         assert array.flags.c_contiguous, path
         self.rows = array.view(np.ndarray)
-        self._file_map = file_map
+        self._file_map: mmap.mmap = array.base
         self._data_offset = array.offset
 
     def expect_random_access(self) -> None:

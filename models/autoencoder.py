@@ -5,7 +5,6 @@ sees normalized latents: latent = (sample - shift) * scale.
 Shapes: B batch, C latent channels, h and w latent height and width, H and W image size.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.encoder import weights_fingerprint
 from models.errors import FieldError
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
@@ -73,8 +73,8 @@ class LatentScale:
         return self.normalize(mean + std * noise)
 
 
-def read_latent_scale(config: Mapping[str, Any]) -> LatentScale:
-    """Return the normalization that the config of an AutoencoderKL specifies.
+def read_latent_scale(config: Mapping[str, Any], name: str) -> LatentScale:
+    """Return the normalization that the config of the AutoencoderKL `name` specifies.
 
     The config has `scaling_factor` and optionally `shift_factor`, or `scaling_factor` together
     with `latents_mean` and `latents_std` per channel. The latter mean
@@ -93,15 +93,22 @@ def read_latent_scale(config: Mapping[str, Any]) -> LatentScale:
         return LatentScale(factor, shift or 0.0)
     if shift:
         raise FieldError(
-            "vae", "its config has both shift_factor and latents_mean; remove one of them"
+            "vae", f"{name}: its config has both shift_factor and latents_mean; remove one of them"
         )
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise FieldError(
             "vae",
-            f"latents_mean and latents_std in its config must each have {channels} numbers, and "
-            "latents_std must be positive",
+            f"{name}: latents_mean and latents_std in its config must each have {channels} "
+            "numbers, and latents_std must be positive",
         )
     return LatentScale(tuple(factor / value for value in std), tuple(mean))
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether the name of a VAE is a hub id, such as DEFAULT_VAE, and not a folder."""
+    path = Path(name)
+    is_path = path.exists() or path.is_absolute() or name.startswith(".")
+    return not is_path and name.count("/") == 1
 
 
 class Autoencoder:
@@ -119,15 +126,15 @@ class Autoencoder:
         # Importing diffusers takes seconds, and training without previews does not need it.
         from diffusers import AutoencoderKL
 
-        folder = Path(name)
-        if folder.exists() and not (folder / "config.json").exists():
-            raise FieldError("vae", f"{name} is not a diffusers folder: config.json is missing")
-        is_path = folder.is_absolute() or name.startswith(".") or name.count("/") != 1
-        if not folder.exists() and is_path:
-            raise FieldError(
-                "vae",
-                f"{name}: there is no such folder (the working directory is {Path.cwd()})",
-            )
+        if not is_hub_id(name):
+            folder = Path(name)
+            if not folder.exists():
+                raise FieldError(
+                    "vae",
+                    f"{name}: there is no such folder (the working directory is {Path.cwd()})",
+                )
+            if not (folder / "config.json").exists():
+                raise FieldError("vae", f"{name} is not a diffusers folder: config.json is missing")
         try:
             vae, loading_info = AutoencoderKL.from_pretrained(name, output_loading_info=True)
             class_name = AutoencoderKL.load_config(name).get("_class_name", "AutoencoderKL")
@@ -146,11 +153,8 @@ class Autoencoder:
             raise FieldError(
                 "vae", f"{name} lacks weights that its config requires, for example {min(missing)}"
             )
-        try:
-            self.scale = read_latent_scale(vae.config)
-        except FieldError as error:
-            raise FieldError("vae", f"{name}: {error.reason}") from None
         self.name = name
+        self.scale = read_latent_scale(vae.config, name)
         self.vae = vae.float().eval().requires_grad_(False).to(device)
         self.channels = vae.config.latent_channels
         # Ratio of the side of an image to the side of its latent.
@@ -158,11 +162,7 @@ class Autoencoder:
 
     def fingerprint(self) -> str:
         """Return the sha256 of names, shapes and float32 values of all weights, scale and shift."""
-        digest = hashlib.sha256(f"{self.scale.scale!r} {self.scale.shift!r}".encode())
-        for key, value in sorted(self.vae.state_dict().items()):
-            digest.update(f"{key} {tuple(value.shape)}".encode())
-            digest.update(value.float().cpu().contiguous().numpy())
-        return digest.hexdigest()
+        return weights_fingerprint(self.vae, f"{self.scale.scale!r} {self.scale.shift!r}")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the weights and of every setting that affects the tokens but the dtype."""
+        """The sha256 of the weights and all settings that affect the tokens, except the dtype."""
         identity = json.dumps(self._settings) + weights_fingerprint(self.network)
         return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -153,27 +153,9 @@ class Encoder(nn.Module):
 def describe_encoder(name: str, resolution: int, side: int | None = None) -> EncoderShape:
     """Return the sizes of an encoder without loading weights, in a fraction of a second.
 
-    The network is built and run on the meta device. Args are those of `Encoder`.
-
-    Raises:
-        FieldError: If the network is unknown or does not support these options.
+    Args and errors are those of `Encoder`.
     """
-    architecture = timm_name(name)
-    try:
-        with torch.device("meta"), torch.no_grad():
-            network, side = _build_without_weights(name, resolution, side)
-            tokens = patch_tokens(network, torch.empty(1, 3, side, side))
-    except FieldError:
-        raise
-    except TokenGridError as error:
-        raise FieldError(
-            "encoder", f"{name} does not output a square grid of patch tokens: {error}"
-        ) from None
-    except Exception as error:  # timm's model families raise exceptions of many types
-        raise FieldError(
-            "encoder",
-            f"{name}: timm cannot run {architecture} without weights ({_first_line(error)})",
-        ) from None
+    _, side, tokens = _run_without_weights(name, resolution, side)
     return EncoderShape(tokens.shape[-1], side)
 
 
@@ -181,30 +163,44 @@ def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[i
     """Return the parameters of an encoder and its forward FLOPs per image.
 
     FLOPs are those of matrix products and convolutions, counted by PyTorch without loading
-    weights. Args are those of `Encoder`.
+    weights. Args and errors are those of `Encoder`.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    side = describe_encoder(name, resolution, side).side
-    with torch.device("meta"), torch.no_grad():
-        network, _ = _build_without_weights(name, resolution, side)
-        with FlopCounterMode(display=False) as counter:
-            patch_tokens(network, torch.empty(1, 3, side, side))
+    with FlopCounterMode(display=False) as counter:
+        network, _, _ = _run_without_weights(name, resolution, side)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     return num_parameters, counter.get_total_flops()
 
 
-def _build_without_weights(name: str, resolution: int, side: int | None) -> tuple[TimmNetwork, int]:
-    """Build the network for its input side S, which is returned as well."""
+def _run_without_weights(
+    name: str, resolution: int, side: int | None
+) -> tuple[TimmNetwork, int, Tensor]:
+    """Build a network on the meta device and run it.
+
+    Returns:
+        The network, its input side S, and the patch tokens of one image, which have no values.
+
+    Raises:
+        FieldError: If the network is unknown or does not support these options.
+    """
     import timm
 
-    network = timm.create_model(timm_name(name), pretrained=False, num_classes=0)
-    network.eval().requires_grad_(False)
-    if side is None:
-        side = default_side(network, resolution)
-    check_side(network, name, side)
-    set_input_side(network, side)
-    return network, side
+    architecture = timm_name(name)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            network = timm.create_model(architecture, pretrained=False, num_classes=0)
+            network.eval().requires_grad_(False)
+            side = choose_side(network, name, resolution, side)
+            set_input_side(network, side)
+            return network, side, patch_tokens(network, torch.empty(1, 3, side, side))
+    except FieldError:
+        raise
+    except TokenGridError as error:
+        reason = f"{name} does not output a square grid of patch tokens: {error}"
+    except Exception as error:  # timm's model families raise exceptions of many types
+        reason = f"{name}: timm cannot run {architecture} without weights ({_first_line(error)})"
+    raise FieldError("encoder", reason)
 
 
 def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
@@ -245,26 +241,20 @@ def canonical_name(name: str) -> str:
     return name if name in WITHOUT_FINAL_NORM else timm_name(name)
 
 
-def load_network(
-    name: str,
-    weights: Path | None = None,
-    pretrained: bool = True,
-    suggestions: Iterable[str] = (),
-) -> TimmNetwork:
+def load_network(name: str, weights: Path | None = None, pretrained: bool = True) -> TimmNetwork:
     """Load a timm network without its classifier, frozen and in eval mode.
 
     Args:
         name: As in `timm_name`.
         weights: File with weights in timm's format. By default timm downloads them.
         pretrained: False to use random weights.
-        suggestions: As in `timm_name`.
 
     Raises:
         FieldError: If the name is unknown or the weights cannot be loaded.
     """
     import timm
 
-    architecture = timm_name(name, suggestions)
+    architecture = timm_name(name)
     if weights and not weights.exists():
         raise FieldError("weights", f"{weights} does not exist")
     overlay = {"file": str(weights)} if weights else None
@@ -311,54 +301,47 @@ def _require_all_weights() -> Iterator[None]:
     timm loads files with `strict=False` if the network has no classifier, and leaves missing
     weights at their random values. Load hooks on the submodules record the missing keys.
     """
-    missing: dict[str, None] = {}
-    hooks = []
+    missing: list[str] = []
+    hooks = ExitStack()
 
     def record(module: nn.Module, keys: Any) -> None:
-        missing.update(dict.fromkeys(keys.missing_keys))
+        missing.extend(keys.missing_keys)
 
     def observe(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
         if submodule is not None:
-            hooks.append(submodule.register_load_state_dict_post_hook(record))
+            hooks.enter_context(submodule.register_load_state_dict_post_hook(record))
 
-    hooks.append(register_module_module_registration_hook(observe))
-    try:
+    with hooks:
+        hooks.enter_context(register_module_module_registration_hook(observe))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     if missing:
-        raise ValueError(f"the file is of another network: it lacks {next(iter(missing))}")
+        raise ValueError(f"the file is of another network: it lacks {missing[0]}")
 
 
-def default_side(network: TimmNetwork, resolution: int) -> int:
-    """Return the input side S for images of `resolution` pixels, see the module's docstring."""
-    if has_fixed_side(network):
-        return network.pretrained_cfg["input_size"][-1]
-    stride = network.feature_info[-1]["reduction"]
-    side = resolution * 224 / 256 if stride == 14 else resolution
-    return stride * round(max(side, MIN_SIDE) / stride)
+def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | None) -> int:
+    """Return the input side S: `side`, or the default for this resolution if it is None.
 
-
-def check_side(network: TimmNetwork, name: str, side: int) -> None:
-    """Raise FieldError if the network cannot process inputs of this side."""
+    Raises:
+        FieldError: If the network cannot process inputs of this side.
+    """
     pretrained_side = network.pretrained_cfg["input_size"][-1]
     stride = network.feature_info[-1]["reduction"]
+    can_be_resized = hasattr(network, "set_input_size")
+    is_fixed = network.pretrained_cfg["fixed_input_size"] and not can_be_resized
+    if side is None and is_fixed:
+        return pretrained_side
+    if side is None:
+        side_like_repa = resolution * 224 / 256 if stride == 14 else resolution
+        return stride * round(max(side_like_repa, MIN_SIDE) / stride)
     if side < stride:
         requirement = f"inputs of at least {stride} pixels"
-    elif has_fixed_side(network) and side != pretrained_side:
+    elif is_fixed and side != pretrained_side:
         requirement = f"inputs of exactly {pretrained_side} pixels"
-    elif hasattr(network, "set_input_size") and side % stride:
+    elif can_be_resized and side % stride:
         requirement = f"an input side that is a multiple of {stride} pixels"
     else:
-        return
+        return side
     raise FieldError("encoder", f"{name} requires {requirement}, not {side}")
-
-
-def has_fixed_side(network: TimmNetwork) -> bool:
-    """Return whether timm cannot resize the position embeddings of the network."""
-    is_fixed = network.pretrained_cfg["fixed_input_size"]
-    return is_fixed and not hasattr(network, "set_input_size")
 
 
 def set_input_side(network: TimmNetwork, side: int) -> None:
@@ -405,13 +388,12 @@ def resample_tokens(tokens: Tensor, side: int) -> Tensor:
     return F.interpolate(maps, (side, side), mode="bilinear", antialias=True).flatten(2).mT
 
 
-def weights_fingerprint(network: nn.Module) -> str:
-    """Return the sha256 of names, shapes and float32 values of all parameters and buffers."""
-    digest = hashlib.sha256()
+def weights_fingerprint(network: nn.Module, settings: str = "") -> str:
+    """Return the sha256 of settings and names, shapes and float32 values of all weights."""
+    digest = hashlib.sha256(settings.encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(f"{key} {tuple(value.shape)}".encode())
-        if math.prod(value.shape):
-            digest.update(value.cpu().contiguous().float().numpy())
+        digest.update(value.cpu().contiguous().float().numpy())
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ def backbone_flops(config: SiTConfig, last: int | None = None) -> int:
         last: Stop after this block, counted from 1, instead of computing the velocity.
     """
     d = config.width
-    tokens = (config.latent_size // config.patch) ** 2
+    tokens = config.grid_size**2
     patch = config.patch**2 * config.channels
     projections_and_mlp = tokens * (4 + 8) * d * d
     attention = 2 * tokens * tokens * d
@@ -36,6 +36,6 @@ def head_flops(config: SiTConfig, head: dict | None) -> int:
     """
     if head is None:
         return 0
-    tokens = (config.latent_size // config.patch) ** 2
+    tokens = config.grid_size**2
     sizes = [head["width"], *[head["hidden"]] * (head["layers"] - 1), head["out"]]
     return 2 * tokens * sum(a * b for a, b in zip(sizes, sizes[1:]))

@@ -53,7 +53,7 @@ HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
 def make_head(spec: dict | None) -> nn.Module:
     """Build a head from its entry in config.json: its kind ("mlp" if absent) and its arguments.
 
-    None stands for no head: the block's tokens are compared as they are.
+    None means that there is no head: the block's tokens are compared without a projection.
     """
     if spec is None:
         return nn.Identity()
@@ -82,13 +82,13 @@ class AlignedSiT(nn.Module):
     def __init__(
         self,
         backbone: SiT,
-        heads: dict[str, nn.Module] | None = None,
-        blocks: dict[str, int] | None = None,
+        heads: dict[str, nn.Module],
+        blocks: dict[str, int],
     ):
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict(heads or {})
-        self.blocks = blocks or {}
+        self.heads = nn.ModuleDict(heads)
+        self.blocks = blocks
 
     def forward(
         self,
@@ -114,9 +114,13 @@ class AlignedSiT(nn.Module):
         if wanted:
             prediction, tokens = prediction
 
-        projected = {name: self.heads[name](tokens[self.blocks[name]]) for name in names}
-        norms = {block: _mean_norm(tokens[block]) for block in {self.blocks[n] for n in names}}
-        token_norm = {name: norms[self.blocks[name]] for name in names}
+        projected = {}
+        token_norm = {}
+        for name in names:
+            head_input = tokens[self.blocks[name]]
+            projected[name] = self.heads[name](head_input)
+            norm = torch.linalg.vector_norm(head_input.detach(), dim=-1, dtype=torch.float32)
+            token_norm[name] = norm.mean(1)
 
         # DDP waits for a gradient of every parameter: give those of idle heads a zero gradient.
         for name in idle_heads:
@@ -124,7 +128,3 @@ class AlignedSiT(nn.Module):
         return AlignedOutput(
             prediction, projected, token_norm, {block: tokens[block] for block in student_blocks}
         )
-
-
-def _mean_norm(tokens: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float32).mean(1)

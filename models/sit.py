@@ -31,6 +31,11 @@ class SiTConfig:
     channels: int = 4
     num_classes: int = 1000
 
+    @property
+    def grid_size(self) -> int:
+        """Number of tokens along each side of the latent."""
+        return self.latent_size // self.patch
+
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESETS: dict[str, dict[str, int]] = {
@@ -57,19 +62,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def zero_parameters(module: nn.Module) -> None:
+    """Set all parameters of a module to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+
+
 def init_linear(module: nn.Module) -> None:
     """Initialize a linear layer with Xavier-uniform weights and zero bias, for `Module.apply`."""
     if isinstance(module, nn.Linear):
+        zero_parameters(module)
         nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def zero_linear(layer: nn.Module) -> None:
-    """Set the weights and the bias of a linear layer to zero."""
-    assert isinstance(layer, nn.Linear)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:
@@ -177,7 +180,7 @@ class SiT(nn.Module):
         )
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
-        position = sincos_position_embedding(config.width, config.latent_size // config.patch)
+        position = sincos_position_embedding(config.width, config.grid_size)
         self.pos_embed = nn.Parameter(position[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             SiTBlock(config.width, config.heads) for _ in range(config.depth)
@@ -192,26 +195,23 @@ class SiT(nn.Module):
         deviation 0.02, and modulations and the output are zero.
         """
         self.apply(init_linear)
-        projection = self.x_embedder.proj
-        assert projection.bias is not None
-        nn.init.xavier_uniform_(projection.weight.flatten(1))
-        nn.init.zeros_(projection.bias)
+        zero_parameters(self.x_embedder)  # its bias stays zero
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, (SiTBlock, FinalLayer)):
-                zero_linear(module.adaLN_modulation[1])
-        zero_linear(self.final_layer.linear)
+                zero_parameters(module.adaLN_modulation)
+        zero_parameters(self.final_layer.linear)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Reassemble patches (B, N, p * p * C) to latents (B, C, H, W)."""
+        grid = self.config.grid_size
         patch = self.config.patch
-        channels = self.config.channels
-        side = self.config.latent_size
-        grid = x.reshape(len(x), side // patch, side // patch, patch, patch, channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(x), channels, side, side)
+        patches = x.reshape(len(x), grid, grid, patch, patch, self.config.channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, return_blocks: Sequence[int] = ()

@@ -1,4 +1,4 @@
-"""Alignment targets: what the tokens of a block are compared with, one class per method.
+"""Alignment targets, one class per method: tokens that those of a block are compared with.
 
 docs/extending.md shows how to add a method. B batch, C channels, H W latent size, p patch size,
 N = HW / p^2 tokens, D width, S image size.
@@ -42,20 +42,19 @@ class TrainingInputs:
     t: Tensor  # (B,)
     posterior_mean: Tensor  # (B, C, H, W), in the same normalised space as `latents`
     target_uniform: Tensor  # (B,), uniform on (0, 1), for random choices of a method
-    cache_inputs: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # what `Target.cache_inputs` names
+    # The inputs that `Target.cache_inputs` requests, by name.
+    cache_inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def split(self, parts: int) -> list["TrainingInputs"]:
         """Return `parts` micro-batches of equal size."""
         size = len(self.t) // parts
-        return [self._slice(slice(i * size, (i + 1) * size)) for i in range(parts)]
-
-    def _slice(self, rows: slice) -> "TrainingInputs":
-        tensors = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return TrainingInputs(
-            **tensors, cache_inputs={k: v[rows] for k, v in self.cache_inputs.items()}
-        )
+        micro_batches = []
+        for start in range(0, parts * size, size):
+            rows = slice(start, start + size)
+            tensors = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)}
+            cache_inputs = {k: v[rows] for k, v in self.cache_inputs.items()}
+            micro_batches.append(TrainingInputs(**tensors, cache_inputs=cache_inputs))
+        return micro_batches
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ class Defaults(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The part of a run that a method decides before anything is loaded."""
+    """The properties of a target that are known before anything is loaded."""
 
     out: int | dict[str, int]  # dimension of a target token; with several targets, by name
-    record: dict[str, Any] | None = None  # the method's own keys in config.json
+    record: dict[str, Any] | None = None  # keys that the method adds to config.json
 
 
 class Cost(NamedTuple):
@@ -94,22 +93,23 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Settings of a method that has none of its own."""
+    """Settings of a method without settings."""
 
 
+@dataclass(eq=False)
 class Target:
     """Base class of the alignment methods.
 
-    A method may use no head (`head = None`), read further blocks of the student's own forward pass
-    (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and have
-    several targets with one head each (a `Plan.out` with names, and a dict from `__call__`).
+    A method may use no head (`head = None`), read other blocks of the student in the same forward
+    pass (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and
+    have several targets with one head each (`Plan.out` and the result of `__call__` are dicts).
 
     Args:
         record: The method's entry in config.json: block, weight, loss, ... and `Plan.record`.
         settings: An instance of the class's `Settings`.
         network: The architecture of the backbone.
         cache: Properties of the latent cache.
-        context: Parts of the run.
+        context: Parts of the run that a target may use.
 
     Raises:
         FieldError: A network or file that a setting names cannot be loaded.
@@ -121,19 +121,14 @@ class Target:
     head: ClassVar[str | None] = "mlp"  # key of models.projector.HEADS
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass; each field becomes --NAME-FIELD
 
-    def __init__(
-        self,
-        record: dict,
-        settings: Any,
-        network: SiTConfig,
-        cache: CacheInfo,
-        context: RunContext,
-    ):
-        self.record = record
-        self.settings = settings
-        self.network = network
-        self.cache = cache
-        self.context = context
+    record: dict
+    settings: Any
+    network: SiTConfig
+    cache: CacheInfo
+    context: RunContext
+
+    def __post_init__(self) -> None:
+        """Load what the target needs, such as a frozen network."""
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -151,7 +146,7 @@ class Target:
 
     @staticmethod
     def restore(settings: Any, record: dict) -> Any:
-        """Return the settings of a resumed run: those left open get the values they began with."""
+        """Return the settings of a resumed run, with open ones set to the values at its start."""
         return settings
 
     @staticmethod
@@ -232,17 +227,10 @@ class Latents(Target):
     paper = "arXiv:2601.17830"
     Settings = LatentSettings
 
-    def __init__(
-        self,
-        record: dict,
-        settings: LatentSettings,
-        network: SiTConfig,
-        cache: CacheInfo,
-        context: RunContext,
-    ):
-        super().__init__(record, settings, network, cache, context)
-        self.mean = torch.tensor(cache.mean, device=context.device)[:, None, None]
-        self.std = torch.tensor(cache.std, device=context.device)[:, None, None]
+    def __post_init__(self) -> None:
+        device = self.context.device
+        self.mean = torch.tensor(self.cache.mean, device=device)[:, None, None]
+        self.std = torch.tensor(self.cache.std, device=device)[:, None, None]
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -301,36 +289,30 @@ class EncoderTokens(Target):
     paper = "arXiv:2410.06940"
     Settings = EncoderSettings
 
-    def __init__(
-        self,
-        record: dict,
-        settings: EncoderSettings,
-        network: SiTConfig,
-        cache: CacheInfo,
-        context: RunContext,
-    ):
-        super().__init__(record, settings, network, cache, context)
+    def __post_init__(self) -> None:
         self.encoder: Encoder | None = None
+        record = self.record
+        weights = self.settings.weights
         reads_images = record["from"] == "images"
-        if not reads_images and not settings.weights:
+        if not reads_images and not weights:
             return
         encoder = Encoder(
             record["encoder"],
-            cache.resolution,
-            network.latent_size // network.patch,
-            settings.weights,
-            device=context.device,
+            self.cache.resolution,
+            self.network.grid_size,
+            weights,
+            device=self.context.device,
             side=record["side"],
         )
         if reads_images:
             self.encoder = encoder
-            if context.compile:
+            if self.context.compile:
                 self.encoder.compile()
         elif encoder.fingerprint != self.identity["fingerprint"]:
             raise FieldError(
                 "weights",
-                f"{settings.weights} differs from the weights of {record['encoder']} that the "
-                f"cache's {record['from']} were computed with; pass --repa-from images to use it",
+                f"{weights} differs from the weights of {record['encoder']} that the cache's "
+                f"{record['from']} were computed with; pass --repa-from images to use it",
             )
 
     @staticmethod
@@ -342,17 +324,18 @@ class EncoderTokens(Target):
     def plan(settings: EncoderSettings, network: SiTConfig, cache: CacheInfo) -> Plan:
         encoder = canonical_name(settings.encoder)
         width, side = describe_encoder(settings.encoder, cache.resolution, settings.side)
-        folder = _find_features(settings, encoder, network.latent_size // network.patch, cache)
+        folder = _find_features(settings, encoder, network.grid_size, cache)
+        source = "images"
         if folder and settings.source != "images":
+            source = f"features/{folder}"
             side = cache.features[folder]["side"]
-            return Plan(width, {"encoder": encoder, "side": side, "from": f"features/{folder}"})
-        if not cache.has_images:
+        elif not cache.has_images:
             raise FieldError(
                 "method",
                 "needs images, but the cache has none: rerun the command that created it "
                 "(encode_latents or import_repa) with --keep-images",
             )
-        return Plan(width, {"encoder": encoder, "side": side, "from": "images"})
+        return Plan(width, {"encoder": encoder, "side": side, "from": source})
 
     @staticmethod
     def restore(settings: EncoderSettings, record: dict) -> EncoderSettings:
@@ -429,24 +412,16 @@ class TeacherSettings:
 
 
 class Teacher(Target):
-    """SRA: a later block of the run's own EMA at a smaller timestep (arXiv:2505.02831, sec. 3)."""
+    """SRA: a later block of the run's EMA at a smaller timestep (arXiv:2505.02831, sec. 3)."""
 
     name = "sra"
     title = "SRA"
     paper = "arXiv:2505.02831"
     Settings = TeacherSettings
 
-    def __init__(
-        self,
-        record: dict,
-        settings: TeacherSettings,
-        network: SiTConfig,
-        cache: CacheInfo,
-        context: RunContext,
-    ):
-        super().__init__(record, settings, network, cache, context)
-        features = context.ema.features
-        self.features = torch.compile(features) if context.compile else features
+    def __post_init__(self) -> None:
+        features = self.context.ema.features
+        self.features = torch.compile(features) if self.context.compile else features
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.cli import UserError
+from common.cli import UserError, first_line
 from common.config import setting
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob, map_in_order
@@ -155,7 +155,7 @@ class ImportJob(CacheJob):
             file_errors = (None, errno.ENOENT, errno.EACCES)
             if isinstance(error, OSError) and error.errno not in file_errors:
                 raise UnreadableImage(str(error.strerror)) from None
-            raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+            raise BadImage(first_line(error)) from None
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
             raise BadImage("it is no array of floating-point numbers")
         if moments.shape not in (self.shape, (1, *self.shape)):

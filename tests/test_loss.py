@@ -1,3 +1,5 @@
+"""Denoising and alignment losses, compared with direct computations."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,14 @@ def test_cosine_ignores_the_scale_of_a_token():
     torch.testing.assert_close(alignment_loss(a * scale, b, T), alignment_loss(a, b, T))
 
 
-def test_cosine_is_over_the_channels_of_each_token():
-    """PyTorch's default, dim=1, is the token axis: SRA's released line uses it, ours must not."""
+def test_cosine_is_computed_over_the_channels_of_a_token():
+    """PyTorch's default, dim=1, is the axis of tokens. SRA's code uses it; this code must not."""
     a, b = tokens(0), tokens(1)
-    by_hand = torch.tensor(
+    expected = torch.tensor(
         [[1 - torch.dot(p, q) / (p.norm() * q.norm()) for p, q in zip(x, y)] for x, y in zip(a, b)]
     ).mean(1)
-    torch.testing.assert_close(alignment_loss(a, b, T), by_hand)
-    assert not torch.allclose(by_hand, 1 - F.cosine_similarity(a, b).mean(-1), atol=1e-3)
+    torch.testing.assert_close(alignment_loss(a, b, T), expected)
+    assert not torch.allclose(expected, 1 - F.cosine_similarity(a, b).mean(-1), atol=1e-3)
 
 
 def test_cosine_of_a_token_depends_on_that_token_only():
@@ -39,7 +41,7 @@ def test_cosine_of_a_token_depends_on_that_token_only():
     assert changed[:, 5].all() and not changed[:, :5].any() and not changed[:, 6:].any()
 
 
-def smooth_l1_by_hand(a, b):
+def direct_smooth_l1(a, b):
     error = (a - b).abs()
     return torch.where(error < 0.05, error**2 / 0.1, error - 0.025)
 
@@ -49,7 +51,7 @@ def smooth_l1_by_hand(a, b):
     [
         ("l1", lambda a, b: (a - b).abs()),
         ("l2", lambda a, b: (a - b) ** 2),
-        ("smooth_l1", smooth_l1_by_hand),
+        ("smooth_l1", direct_smooth_l1),
     ],
 )
 def test_elementwise_losses_are_means(loss, expected):
@@ -58,7 +60,7 @@ def test_elementwise_losses_are_means(loss, expected):
 
 
 @pytest.mark.parametrize("loss", ALIGN_LOSSES)
-def test_loss_is_zero_at_the_target_and_sends_no_gradient_into_it(loss):
+def test_loss_is_zero_at_the_target_and_has_no_gradient_for_it(loss):
     a, b = tokens(0).requires_grad_(), tokens(0).requires_grad_()
     distance = alignment_loss(a, b, T, loss)
     torch.testing.assert_close(distance, torch.zeros(4), atol=1e-6, rtol=0)
@@ -73,7 +75,7 @@ def test_t_range_zeroes_samples_outside_and_keeps_the_others():
 
 
 @pytest.mark.parametrize("loss", ALIGN_LOSSES)
-def test_half_precision_inputs_are_summed_in_float32(loss):
+def test_losses_of_half_precision_inputs_are_computed_in_float32(loss):
     a, b = tokens(0).bfloat16() * 100, tokens(1).bfloat16() * 100
     low = alignment_loss(a, b, T, loss)
     assert low.dtype == torch.float32

@@ -150,7 +150,7 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
         help_text = f"{method}: {field.metadata.get('help', field.name)}"
         if field.default is not None:
             help_text += f" (default: {field.default})"
-        options: dict[str, Any] = {"type": argparse_type(TARGETS[method].Settings, field)}
+        options: dict[str, Any] = {"type": argparse_type(field)}
         if options["type"] is bool:
             options = {"action": argparse.BooleanOptionalAction}
         if "choices" in field.metadata:

@@ -16,7 +16,7 @@ from common.config import add_flags, read_flags, setting
 from common.machine import available_cores
 from evaluations.extractors import EXTRACTOR_NAMES
 from interpolant import INTERPOLANTS, PREDICTIONS, WEIGHTINGS
-from latents.cache import Manifest
+from latents.manifest import Manifest
 from models.sit import PRESETS, SiTConfig
 from training.alignment_config import (
     AlignmentConfig,

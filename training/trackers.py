@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 from common.files import write_file
 
 TRACKER_NAMES = (
@@ -87,7 +87,7 @@ class Trackers:
         except Exception as error:  # no API key, no network, ...: the errors of any package
             names = " ".join(map(str, accelerator.log_with))
             raise UserError(
-                f"--report-to {names} cannot start ({_first_line(error)}): log in (for wandb, run "
+                f"--report-to {names} cannot start ({first_line(error)}): log in (for wandb, run "
                 "wandb login or set WANDB_MODE=offline), or pass --report-to none"
             ) from None
 
@@ -124,7 +124,7 @@ class Trackers:
             except Exception as error:  # noqa: PERF203 (a remote service may raise anything)
                 self.accelerator.trackers.remove(tracker)
                 self.info(
-                    f"--report-to {tracker.name} failed ({_first_line(error)}) and is disabled; "
+                    f"--report-to {tracker.name} failed ({first_line(error)}) and is disabled; "
                     "training continues and metrics.jsonl still records everything"
                 )
 
@@ -133,7 +133,3 @@ def _flatten(config: dict) -> dict[str, Any]:
     """Return the config with plain values only: most trackers accept no lists and dicts."""
     plain = (bool, int, float, str)
     return {key: value if isinstance(value, plain) else str(value) for key, value in config.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

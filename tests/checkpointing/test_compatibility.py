@@ -23,7 +23,7 @@ EXPECTED = V1 / "expected"
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what floating-point results depend on besides the code, as in machine.json."""
+    """Return the properties that floating-point results depend on, as stored in machine.json."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines()[:6] if cpu_info.exists() else []
     cpu = [
@@ -79,7 +79,7 @@ def test_v1_caches_are_read_unchanged():
     assert len(cache) == 8
     np.testing.assert_array_equal(moments, np.load(EXPECTED / "moments.npy"))
     np.testing.assert_array_equal(labels, np.load(EXPECTED / "labels.npy"))
-    images = cache.images(indices, mirrored)
+    images = cache.read_input("images", indices, mirrored)
     np.testing.assert_array_equal(images, np.load(EXPECTED / "images.npy"))
 
 

@@ -31,7 +31,7 @@ def make_sit(seed=0, **options) -> SiT:
 
 
 def with_learned_sigma(model: SiT) -> SiT:
-    """Double the output layer and keep the first half of its image, as the SiT repository does."""
+    """Double the output channels and return only the first half, as the SiT repository does."""
     model.final_layer.linear = nn.Linear(128, 2 * 2 * 8).requires_grad_(False)
 
     def unpatchify(tokens):
@@ -318,13 +318,11 @@ def test_prediction_reaches_samples_their_record_and_the_export(run, call, tmp_p
             {},
             "model.safetensors is not an EMA; choose one of ema.safetensors ema-0.5",
         ),
-        ("alone.safetensors", {}, "config.json cannot be read"),
+        ("alone.safetensors", {}, "config.json cannot be loaded"),
         ("nowhere", {}, "nowhere does not exist"),
     ],
 )
-def test_unsuitable_paths_and_flags_of_own_runs_are_rejected_in_one_line(
-    run, path, flags, expected
-):
+def test_unsuitable_paths_and_flags_of_runs_are_rejected_in_one_line(run, path, flags, expected):
     (run / "alone.safetensors").touch()
     with pytest.raises((CheckpointError, UserError), match=expected) as caught:
         load(run / path, **flags)

@@ -31,7 +31,7 @@ def test_gather_returns_rows_in_the_requested_order(cache):
         assert labels[i] == np.load(cache / "labels" / file)[row]
 
 
-def test_prefetching_does_not_change_what_is_read(cache):
+def test_prefetching_does_not_change_the_moments(cache):
     data = LatentCache(cache)
     image_index = np.arange(24)[::-1]
     before = data.gather(image_index)[0]
@@ -57,7 +57,7 @@ def test_missing_manifest_is_reported(copied):
         LatentCache(copied)
 
 
-def test_folders_that_are_not_caches_are_told_apart(cache, copied, tmp_path):
+def test_error_states_why_a_folder_is_not_a_cache(cache, copied, tmp_path):
     with pytest.raises(CacheError, match="the same cache is listed twice"):
         LatentCache(cache, cache / ".." / cache.name)
     with pytest.raises(CacheError, match="nothing does not exist"):

@@ -175,7 +175,7 @@ def test_alignment_gradients_reach_only_blocks_up_to_the_aligned_block():
     ]
     assert reached == [True, True, False]
     assert backbone.pos_embed.grad is None
-    assert AlignedSiT(backbone)(*make_inputs())[1:] == ({}, {}, {})
+    assert AlignedSiT(backbone, {}, {})(*make_inputs())[1:] == ({}, {}, {})
 
 
 def test_heads_receive_tokens_of_their_block_and_idle_heads_get_zero_gradients():

@@ -88,9 +88,9 @@ def test_stored_features_are_those_of_the_encoder(call, encoder, data):
     }
     # Latents of side 8 have 4 x 4 tokens with patch size 2.
     image_index = np.array([23, 0, 10, 9, 0])
-    squares = cache.images(image_index).float().reshape(5, 3, 4, 8, 4, 8)
+    squares = cache.read_input("images", image_index).float().reshape(5, 3, 4, 8, 4, 8)
     expected = squares.mean((3, 5)).flatten(2).transpose(1, 2)
-    assert torch.equal(cache.features("a-b-c-224-4x4", image_index), expected.half())
+    assert torch.equal(cache.read_input("features/a-b-c-224-4x4", image_index), expected.half())
     assert call(verify, data)[0] == 0
 
 
@@ -100,7 +100,7 @@ def test_training_stream_reads_features_of_its_images(call, encoder, data):
     name = "features/e-224-4x4"
     batch = TrainingStream(cache, 5, 8, inputs=[name])[4]
     image_index = to_image_index(batch.stream_position.numpy(), 24, 5)
-    assert torch.equal(batch.inputs[name], cache.features("e-224-4x4", image_index))
+    assert torch.equal(batch.inputs[name], cache.read_input("features/e-224-4x4", image_index))
     assert torch.equal(batch.moments, TrainingStream(cache, 5, 8)[4].moments)
 
 
@@ -132,8 +132,8 @@ def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, mo
 def test_joined_caches_return_the_features_of_both(call, encoder, data, tmp_path):
     call(encode_features, data, "--encoder", "e")
     cache = LatentCache(data, shutil.copytree(data, tmp_path / "copy"))
-    first = cache.features("e-224-4x4", np.array([3]))
-    assert torch.equal(first, cache.features("e-224-4x4", np.array([24 + 3])))
+    first = cache.read_input("features/e-224-4x4", np.array([3]))
+    assert torch.equal(first, cache.read_input("features/e-224-4x4", np.array([24 + 3])))
 
 
 def test_features_of_another_encoder_are_not_overwritten(call, encoder, data, monkeypatch):

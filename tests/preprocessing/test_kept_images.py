@@ -58,7 +58,8 @@ def test_images_are_stored_and_other_files_are_unchanged(make_cache, pixels):
     assert kept.keys() == plain.keys() | {f"images/{k:05d}.npy" for k in range(3)}
     assert all(kept[name] == plain[name] for name in plain if name != "manifest.json")
     index = np.array([23, 0, 10, 9, 0])
-    assert torch.equal(LatentCache(make_cache(keep_images=True)).images(index), pixels[index])
+    cache = LatentCache(make_cache(keep_images=True))
+    assert torch.equal(cache.read_input("images", index), pixels[index])
 
 
 def test_images_are_added_to_a_complete_cache_without_encoding_again(
@@ -160,13 +161,15 @@ def test_missing_images_give_an_error_with_a_remedy(make_cache, tmp_path):
     both = LatentCache(kept, make_cache())
     assert len(both.gather(np.array([47, 0]))[0]) == 2
     with pytest.raises(CacheError, match=rf"{make_cache()} holds no images.*--keep-images"):
-        both.images(np.array([0]))
+        both.read_input("images", np.array([0]))
     with pytest.raises(CacheError, match="holds no images"):
         TrainingStream(LatentCache(make_cache()), 0, 8, inputs=["images"])
 
     copy = shutil.copytree(kept, tmp_path / "data")
     twice = LatentCache(kept, copy)
-    assert torch.equal(twice.images(np.array([5])), twice.images(np.array([29])))
+    assert torch.equal(
+        twice.read_input("images", np.array([5])), twice.read_input("images", np.array([29]))
+    )
     (copy / "images/00001.npy").unlink()
     assert len(LatentCache(copy)) == 24  # Only images need the file.
     with pytest.raises(CacheError, match=r"images/00001\.npy cannot be read.*--repair"):
@@ -198,7 +201,9 @@ def test_number_of_open_files_is_limited(make_cache, monkeypatch):
     index = np.array([23, 0, 11, 5, 22])
     monkeypatch.setattr(cache_module, "MAX_OPEN_MAPS", 2)
     data = LatentCache(kept)
-    assert torch.equal(data.images(index), LatentCache(kept).images(index))
+    assert torch.equal(
+        data.read_input("images", index), LatentCache(kept).read_input("images", index)
+    )
     data.gather(index)
     assert len(data.open_shards) == 2
 
@@ -215,7 +220,7 @@ def test_images_of_repa_are_imported_with_their_moments(call, vae_folder, tmp_pa
     assert code == 2 and "img-mean-std-00000007.npy cannot be used (its image is not in" in out
     (tmp_path / "7.png").rename(png)
     assert call(import_repa, *flags, "--keep-images")[0] == 0
-    images = LatentCache(dest).images(np.arange(12))
+    images = LatentCache(dest).read_input("images", np.arange(12))
     for i in range(12):
         expected = np.asarray(Image.open(root / f"images/{i // 5:05d}/img{i:08d}.png"))
         np.testing.assert_array_equal(images[i], expected.transpose(2, 0, 1))

@@ -87,13 +87,13 @@ def test_images_of_512_pixels_are_encoded_trained_on_and_sampled(call, tmp_path)
 def test_scale_per_channel_equals_that_of_diffusers_pipelines():
     """The pipelines compute (z - mean) * factor / std. One number for all channels is exact."""
     config = {"scaling_factor": 0.5, "latent_channels": 4, "latents_mean": MEAN, "latents_std": STD}
-    scale = read_latent_scale(config)
+    scale = read_latent_scale(config, "vae")
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(value).view(1, 4, 1, 1) for value in (MEAN, STD))
     torch.testing.assert_close(scale.normalize(z), (z - mean) * 0.5 / std)
     torch.testing.assert_close(scale.denormalize(z), z * std / 0.5 + mean)
     # diffusers uses mean and std only if both are given.
-    assert read_latent_scale(config | {"latents_std": None}) == LatentScale(0.5)
+    assert read_latent_scale(config | {"latents_std": None}, "vae") == LatentScale(0.5)
     assert torch.equal(LatentScale(0.7, 0.25).normalize(z), (z - 0.25) * 0.7)
     assert torch.equal(LatentScale([0.7] * 4, [0.25] * 4).normalize(z), (z - 0.25) * 0.7)
 
