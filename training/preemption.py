@@ -1,8 +1,8 @@
 """Handle stop signals so that all processes of a run stop at the same step.
 
 Hosts run ahead of their devices by different numbers of steps, so a signal sent to all processes
-arrives at a different step on each. In every step the processes therefore exchange flags over gloo, without
-synchronising the GPU, and read the result one step later.
+arrives at a different step on each. In every step the processes therefore exchange flags over gloo,
+without synchronising the GPU, and read the result one step later.
 """
 
 import signal
