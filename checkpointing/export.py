@@ -55,7 +55,9 @@ def check_destination(to: Path) -> None:
     if all(path.name.startswith(".") for path in to.glob("*")):
         return
     if "exported" not in read_json_if_valid(to / "config.json"):
-        raise UserError(f"--to {to} contains files that are not part of an export: choose another folder")
+        raise UserError(
+            f"--to {to} contains files that are not part of an export: choose another folder"
+        )
 
 
 def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes], float | None]:
