@@ -1,11 +1,11 @@
-# make demo       Encode, train, sample and evaluate on the bundled data, on a CPU, in under ten minutes.
-# make study      Run the study of docs/study.md: six methods with five seeds each, under two hours.
-# make test       Run the tests, without those marked `long`, in $(JOBS) processes.
+# make demo       Encode, train, sample and evaluate the bundled data on a CPU in under ten minutes.
+# make study      Run the study of docs/study.md: six methods with five seeds each, in under two hours.
+# make test       Run the tests, except those marked `long`, in $(JOBS) processes.
 # make test-long  Run all tests.
 # make lint       Run ruff and mypy.
 #
-# Every target first installs the packages into .venv, if it does not exist or a list of packages
-# has changed since.
+# Each target first installs the required packages into .venv, if it does not exist or if a
+# requirements file has changed since the last installation.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -15,7 +15,7 @@ DATA := data/fashion-mnist
 RUN := exps/demo
 ASSETS := assets/fashion-mnist
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# One thread per process: the tensors of the tests are small, and the processes share the cores.
+# Use one thread per process, because the tests use small tensors and the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: demo study test test-long lint

@@ -1,10 +1,10 @@
-"""Interpolants between data and noise, and the quantities that follow from them.
+"""Interpolants between data and noise, and quantities derived from them.
 
 Albergo & Vanden-Eijnden 2022; SiT, arXiv:2401.08740, sec. 2. **Time convention: t = 0 is data and
 t = 1 is noise**, as in REPA; no other module defines it. (The SiT repository uses the reverse: its
-model at time s is ours at t = 1 - s with the sign of the velocity flipped.)
+model at time s equals ours at t = 1 - s with the velocity negated.)
 
-B batch; x and tensors like it (B, ...); t (B,).
+Shapes: B batch; data, noise and noisy samples (B, ...); timesteps (B,).
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("v", "x", "eps")
-# Distance from singular endpoints, as in SiT. It is also the first timestep of DDPM.
+# Distance to singular endpoints, as in SiT; it equals the first timestep of DDPM.
 ENDPOINT_MARGIN = 1e-3
 
 
@@ -42,7 +42,7 @@ class Linear:
 
 
 class Cosine:
-    """x_t = cos(pi t / 2) x + sin(pi t / 2) eps; keeps the variance of unit-variance data."""
+    """x_t = cos(pi t / 2) x + sin(pi t / 2) eps, which preserves unit variance."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma and their derivatives."""
@@ -60,8 +60,8 @@ class VP:
 
     alpha = exp(-1/2 int_0^t beta) and alpha^2 + sigma^2 = 1 with beta(t) = 0.1 + 19.9 t (Song et
     al. 2021, arXiv:2011.13456, eq. 32). ADM and DiT (arXiv:2212.09748) use this schedule; their
-    timestep k, counted from 1, is t = k / 1000. With eps prediction it is DiT's objective. At t = 1
-    a small part of the data remains: alpha is 0.0066.
+    timestep k, counted from 1, is t = k / 1000. With eps prediction, it is DiT's objective. A small
+    part of the data remains at t = 1: alpha is 0.0066.
     """
 
     beta_start = 0.1
@@ -82,7 +82,8 @@ class VP:
     def time(self, ratio: Tensor) -> Tensor:
         """Return the t at which sigma / alpha equals `ratio`."""
         integral = torch.log1p(ratio.square())  # (sigma / alpha)^2 = exp(integral) - 1
-        slope = self.beta_end - self.beta_start  # solve integral = beta_start t + slope t^2 / 2
+        slope = self.beta_end - self.beta_start
+        # Solve integral = beta_start t + slope t^2 / 2 for t.
         root = torch.sqrt(self.beta_start**2 + 2 * slope * integral)
         return 2 * integral / (self.beta_start + root)
 
@@ -127,11 +128,11 @@ def prediction_to_velocity(
 ) -> Tensor:
     """Convert a network's output to the velocity.
 
-    Undefined for x prediction where sigma is 0 (t = 0) and for eps prediction where alpha is 0.
+    It is undefined for x prediction if sigma is 0 (t = 0), and for eps prediction if alpha is 0.
 
     Args:
         path: The interpolant.
-        prediction: What the network predicts, one of PREDICTIONS.
+        prediction: Quantity that the network predicts, one of PREDICTIONS.
         output: Output of the network, (B, ...).
         x_t: Noisy samples, (B, ...).
         t: Timesteps, (B,).
@@ -170,8 +171,8 @@ def time_interval(path: Interpolant, prediction: str) -> tuple[float, float]:
     - t = 1 for eps prediction (its error is multiplied by 1 / alpha) on a path that ends in pure
       noise (linear and cosine).
 
-    The interval is shortened by `ENDPOINT_MARGIN` there. SiT's transport.check_interval shortens it
-    at both ends for every prediction other than the velocity.
+    The interval is shortened by `ENDPOINT_MARGIN` at singular endpoints. SiT's
+    transport.check_interval shortens it at both ends for every prediction except the velocity.
     """
     alpha, _, _, d_sigma = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
     low, high = 0.0, 1.0
@@ -190,7 +191,7 @@ def uniform_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tens
 def lognormal_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tensor:
     """Map u to timesteps with standard normal log(sigma / alpha).
 
-    This is the distribution of REPA's loss.py, adapted from EDM (arXiv:2206.00364).
+    This is the distribution in REPA's loss.py, adapted from EDM (arXiv:2206.00364).
     """
     return path.time(torch.special.ndtri(u).exp()).clamp(low, high)
 
@@ -211,6 +212,6 @@ def draw_times(path: Interpolant, prediction: str, weighting: str, u: Tensor) ->
         u: Uniform on (0, 1), float64, (B,).
 
     Returns:
-        (B,), increasing in u.
+        Timesteps (B,), increasing in u.
     """
     return WEIGHTINGS[weighting](path, u, *time_interval(path, prediction))

@@ -1,8 +1,8 @@
 """Flow matching and alignment losses (SRA 2, arXiv:2601.17830): L = L_denoising + lambda L_align.
 
 All losses are pure functions that return one value per sample; the caller weights and averages the
-values. They compute in float32 under any autocast, because normalisation in half precision can
-produce NaN. B batch, N tokens, D token dimension.
+values. They compute in float32 even under autocast, because normalisation in half precision can
+produce NaN. Shapes: B batch, N tokens, D token dimension.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def cosine_distance(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
-    """Return 1 - cosine over each token (dim=-1), averaged over tokens: (B, N, D) x 2 -> (B,)."""
+    """Return 1 - cosine over channels (dim=-1), averaged over tokens: 2 x (B, N, D) -> (B,)."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean(-1)
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     """Return the mean smooth L1 distance: quadratic below beta, linear above.
 
-    With beta = 0.05 it is the best loss in the paper (table 1).
+    With beta = 0.05, it is the best loss in the paper (table 1).
     """
     distance = F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none")
     return distance.mean((1, 2))
@@ -60,7 +60,8 @@ def alignment_loss(
     """Return the distance between projected tokens and target tokens, zero outside `t_range`.
 
     Samples outside the range have a loss of zero and are not removed from the mean, so that a
-    narrower range does not increase the weight of the others. The target receives no gradient.
+    narrower range does not increase the weight of the remaining samples. The target receives no
+    gradient.
 
     Args:
         prediction: Projected tokens (B, N, D).
@@ -71,7 +72,7 @@ def alignment_loss(
         t_range: Lowest and highest aligned timestep.
 
     Returns:
-        (B,).
+        One value per sample, (B,).
     """
     assert prediction.shape == target.shape, (prediction.shape, target.shape)
     low, high = t_range

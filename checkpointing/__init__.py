@@ -1,1 +1,1 @@
-"""Checkpoint files: writing, loading, converting and exporting them."""
+"""Write, load, convert and export checkpoints."""

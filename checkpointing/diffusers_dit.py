@@ -1,10 +1,10 @@
 """Convert a SiT to diffusers' DiTTransformer2DModel by changing weights only.
 
-There are two differences. In diffusers, every block embeds the timestep and the class again, so
-each block gets a copy of those weights. And the sinusoidal features have other frequencies,
-10000^(-i/127) instead of 10000^(-i/128), and are computed from 1000 t, the timestep of diffusers'
-schedulers; the first layer of the embedder absorbs the linear map from their features to ours
-(`frequency_map`).
+There are two differences. First, every block in diffusers embeds the timestep and the class again,
+so each block gets a copy of the embedding weights. Second, the sinusoidal features in diffusers
+have the frequencies 10000^(-i/127) instead of 10000^(-i/128) and are computed from 1000 t, the
+timestep of its schedulers. The first layer of the embedder absorbs the linear map from these
+features to those of SiT (`frequency_map`).
 Shapes: D width, B batch.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from models.sit import SiT, TimestepEmbedder
 
-DiffusersObject: TypeAlias = Any  # diffusers' lazy imports hide the types of its classes
+DiffusersObject: TypeAlias = Any  # lazy imports in diffusers hide the types of its classes
 
-TIMESTEPS = 1000  # diffusers' timestep is TIMESTEPS * t
-# Largest accepted difference, relative to the largest velocity. float32 rounding gives 1e-6 to
-# 1e-5, and the original frequencies 1e-3.
+TIMESTEPS = 1000  # the timestep in diffusers is TIMESTEPS * t
+# Largest accepted difference, relative to the largest velocity. float32 rounding causes 1e-6 to
+# 1e-5, and unconverted frequencies cause 1e-3.
 TOLERANCE = 1e-4
 
 
@@ -34,10 +34,12 @@ def make_scheduler() -> DiffusersObject:
 
 
 def frequency_map(frequencies: int = 256) -> Tensor:
-    """Return M with ours(t) = M theirs(TIMESTEPS t) for all t in [0, 1], up to 3e-9.
+    """Return the map M from diffusers features to SiT features, for t in [0, 1].
+
+    f_SiT(t) = M f_diffusers(TIMESTEPS t) with an error of at most 3e-9.
 
     The map cannot be exact, because sines of different frequencies are linearly independent. On
-    [0, 1], however, our features have frequencies of at most 1, and are so smooth that a dozen
+    [0, 1], however, the SiT features have frequencies of at most 1, and are so smooth that a dozen
     functions span them to float64 precision. A least-squares fit at Chebyshev points that omits
     singular values below 1e-9 has an error below float32 rounding and no coefficient above 0.1.
 
@@ -50,22 +52,22 @@ def frequency_map(frequencies: int = 256) -> Tensor:
     half = frequencies // 2
     nodes = torch.arange(400, dtype=torch.float64)
     t = (1 - torch.cos(math.pi * (nodes + 0.5) / len(nodes))) / 2
-    # In float32, so that the frequencies are rounded as in diffusers.
+    # Use float32, so that the frequencies are rounded as in diffusers.
     exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1)
-    their_omega = torch.exp(exponents) * TIMESTEPS
+    diffusers_omega = torch.exp(exponents) * TIMESTEPS
 
     def features(omega: Tensor) -> Tensor:
         angle = t[:, None] * omega.double()
         return torch.cat((angle.cos(), angle.sin()), 1)
 
-    ours = features(TimestepEmbedder(1, frequencies).omega)
-    return (torch.linalg.pinv(features(their_omega), rtol=1e-9) @ ours).T
+    sit_features = features(TimestepEmbedder(1, frequencies).omega)
+    return (torch.linalg.pinv(features(diffusers_omega), rtol=1e-9) @ sit_features).T
 
 
 def to_diffusers(model: SiT) -> DiffusersObject:
     """Convert a SiT to a DiTTransformer2DModel in eval mode.
 
-    It computes the same function of (x, TIMESTEPS * t, y), up to `relative_difference`.
+    Its output for (x, TIMESTEPS * t, y) equals model(x, t, y) up to `relative_difference`.
     """
     config = model.config
     dit: DiffusersObject = DiTTransformer2DModel(
@@ -99,25 +101,27 @@ def _convert_weights(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
         converted[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
         converted[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
     for k in range(depth):
-        ours = f"blocks.{k}"
-        theirs = f"transformer_blocks.{k}"
+        source = f"blocks.{k}"
+        target = f"transformer_blocks.{k}"
         for name, value in embedders.items():
-            converted[f"{theirs}.norm1.emb.{name}"] = value
+            converted[f"{target}.norm1.emb.{name}"] = value
         for kind in ("weight", "bias"):
-            converted[f"{theirs}.norm1.linear.{kind}"] = state[f"{ours}.adaLN_modulation.1.{kind}"]
-            for letter, part in zip("qkv", state[f"{ours}.attn.qkv.{kind}"].chunk(3)):
-                converted[f"{theirs}.attn1.to_{letter}.{kind}"] = part
-            converted[f"{theirs}.attn1.to_out.0.{kind}"] = state[f"{ours}.attn.proj.{kind}"]
-            converted[f"{theirs}.ff.net.0.proj.{kind}"] = state[f"{ours}.mlp.fc1.{kind}"]
-            converted[f"{theirs}.ff.net.2.{kind}"] = state[f"{ours}.mlp.fc2.{kind}"]
+            converted[f"{target}.norm1.linear.{kind}"] = state[
+                f"{source}.adaLN_modulation.1.{kind}"
+            ]
+            for letter, part in zip("qkv", state[f"{source}.attn.qkv.{kind}"].chunk(3)):
+                converted[f"{target}.attn1.to_{letter}.{kind}"] = part
+            converted[f"{target}.attn1.to_out.0.{kind}"] = state[f"{source}.attn.proj.{kind}"]
+            converted[f"{target}.ff.net.0.proj.{kind}"] = state[f"{source}.mlp.fc1.{kind}"]
+            converted[f"{target}.ff.net.2.{kind}"] = state[f"{source}.mlp.fc2.{kind}"]
     return converted
 
 
 @torch.no_grad()
 def relative_difference(model: SiT, dit: DiffusersObject) -> float:
-    """Return the largest difference of the two velocities, relative to the largest velocity.
+    """Return the largest difference between the velocities, relative to the largest velocity.
 
-    The inputs are random, with timesteps from 0 to 1 inclusive, and include the null class.
+    The inputs are random, cover timesteps from 0 to 1 inclusive, and include the null class.
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)
@@ -126,6 +130,6 @@ def relative_difference(model: SiT, dit: DiffusersObject) -> float:
     t = torch.linspace(0, 1, 4)
     y = torch.randint(config.num_classes, (4,), generator=generator)
     y[-2] = config.num_classes
-    ours = model(x, t, y)
-    theirs = dit(x, t * TIMESTEPS, y).sample
-    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+    expected = model(x, t, y)
+    actual = dit(x, t * TIMESTEPS, y).sample
+    return ((expected - actual).abs().max() / expected.abs().max()).item()

@@ -4,7 +4,7 @@
 
 `sample_ddp.py --ckpt DIR` needs DIR/ema.safetensors and DIR/config.json, and generates the same
 images as the run. DIR/diffusers contains a DiTTransformer2DModel and a flow-matching scheduler; it
-is written only if the outputs of that model match the network's.
+is written only if its outputs match those of the network.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 
 from checkpointing.model_card import format_card, read_metrics
-from checkpointing.pretrained import load, read_own_config, resolve_checkpoint
+from checkpointing.pretrained import load, read_native_config, resolve_checkpoint
 from checkpointing.storage import CheckpointError, ema_filename
 from common import cli
 from common.cli import UserError
@@ -24,10 +24,12 @@ from models.sit import SiT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags on the command line or in `argv`."""
+    """Parse `argv`, by default the command line."""
     parser = cli.Parser(__doc__, "python -m checkpointing.export", "RUN --to DIR")
     parser.add_argument(
-        "run", type=Path, help="run (exps/NAME: its newest checkpoint) or a single checkpoint"
+        "run",
+        type=Path,
+        help="run exps/NAME, whose newest checkpoint is exported, or one checkpoint",
     )
     parser.add_argument(
         "--to",
@@ -38,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ema-decay",
         type=cli.decay,
-        help="decay of the EMA to export, if the run has several (default: its first)",
+        help="decay of the EMA to export (default: first decay of the run)",
     )
     return parser.parse_args(argv)
 
@@ -46,24 +48,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_destination(to: Path) -> None:
     """Raise UserError unless the folder is new, empty or an earlier export.
 
-    A folder with nothing but hidden files, such as the clone of a hub repository, counts as empty.
+    A folder with only hidden files, such as a new clone of a hub repository, counts as empty.
     """
     if to.exists() and not to.is_dir():
         raise UserError(f"--to {to} is not a folder: choose another path")
     if all(path.name.startswith(".") for path in to.glob("*")):
         return
     if "exported" not in read_json_if_valid(to / "config.json"):
-        raise UserError(f"--to {to} contains files that are not an export: choose another folder")
+        raise UserError(
+            f"--to {to} contains files that are not part of an export: choose another folder"
+        )
 
 
 def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes], float | None]:
-    """Convert a network for diffusers and compare the outputs.
+    """Convert a network to diffusers format and compare the outputs.
 
-    Only networks that predict velocities are converted, because the scheduler needs them.
+    Only networks that predict velocities are converted, because the scheduler requires velocities.
 
     Returns:
-        The content of each file by its path in DIR, which is empty if the outputs differ, and the
-        difference relative to the largest velocity, which is None without a conversion.
+        The contents of the files by path in DIR, which are empty if there was no conversion or the
+        outputs differ, and the largest difference of the outputs relative to the largest velocity,
+        which is None if there was no conversion.
     """
     if prediction != "v":
         return {}, None
@@ -89,7 +94,7 @@ def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes],
 
 
 def read_run_settings(folder: Path) -> tuple[Path, dict]:
-    """Return the run of a checkpoint and its args.json, or {} if the file cannot be read."""
+    """Return the run of a checkpoint, and its args.json or {} if the file cannot be read."""
     run = folder
     if folder.absolute().parent.name == "checkpoints":
         run = folder.absolute().parents[1]
@@ -97,17 +102,17 @@ def read_run_settings(folder: Path) -> tuple[Path, dict]:
 
 
 def main() -> None:
-    """Export the run that the command line names."""
+    """Export the run given on the command line."""
     args = parse_args()
     check_destination(args.to)
 
-    # Load the network. The path is resolved once because a run may save another checkpoint now.
+    # Load the network. Resolve the path only once, because the run may save a new checkpoint.
     try:
         path = resolve_checkpoint(args.run)
         if path.is_file() and path.suffix != ".safetensors":
             raise UserError(f"{path}: only checkpoints of this repository can be exported")
         source = load(path, args.ema_decay)
-        folder, config = read_own_config(path)
+        folder, config = read_native_config(path)
     except CheckpointError as error:
         raise UserError(f"{args.run}: {error}") from None
     run, settings = read_run_settings(folder)
@@ -125,7 +130,7 @@ def main() -> None:
     metrics = read_metrics(run, identity["ema_sha256"])
     card = format_card(source, config, settings, metrics, difference if contents else None)
 
-    # config.json first: it identifies the folder as an export, even if the export is interrupted.
+    # Write config.json first, so that an interrupted export is still recognised as an export.
     write_file(args.to / "config.json", json.dumps(exported, indent=2).encode())
     write_file(args.to / "ema.safetensors", weights)
     shutil.rmtree(args.to / "diffusers", ignore_errors=True)
@@ -145,10 +150,13 @@ def main() -> None:
     elif contents:
         print(
             f"{args.to}/diffusers: the same network for diffusers; velocities differ by at most "
-            f"{difference:.0e} of the largest"
+            f"{difference:.0e}, relative to the largest velocity"
         )
     else:
-        print(f"no diffusers version: velocities would differ by {difference:.0e} of the largest")
+        print(
+            f"no diffusers version: velocities would differ by {difference:.0e}, relative to the "
+            "largest velocity"
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from models.targets import TARGETS
 MAX_LISTED_CLASSES = 20
 # Keys of a method's entry in config.json that only some methods have.
 METHOD_KEYS = ("target", "normalize", "encoder", "teacher_block", "t_max")
-# Keys of a record of sampling that describe the network, which the table of the card covers.
+# Keys of a sampling record that describe the network; the table of the card contains them.
 NETWORK_KEYS = {
     "checkpoint",
     "ema_sha256",
@@ -32,8 +32,8 @@ PREDICTION_NAMES = {"v": "velocity", "x": "data", "eps": "noise"}
 def read_metrics(run: Path, digest: str) -> list[dict]:
     """Read the evaluations of the weights with this sha256 from all metrics.json under a run.
 
-    Files of other weights, of other programs and incomplete files are skipped. The order is that
-    of the paths.
+    Evaluations of other weights, files of other programs and incomplete files are skipped. The
+    results are ordered by path.
     """
     results = []
     for path in sorted(run.rglob("*metrics.json")):
@@ -55,23 +55,23 @@ def format_card(
 
     Args:
         source: The exported network.
-        config: Its config.json.
-        settings: The args.json of its run; empty if it is missing.
+        config: The config.json of the network.
+        settings: The args.json of the run; empty if the file is missing.
         metrics: Evaluations of the network.
-        difference: Relative difference of the diffusers version; None without such a version.
+        difference: Relative difference of the diffusers version; None if there is no such version.
     """
     title = f"{source.name}: {source.identity['model']}"
     if methods := [TARGETS[entry["method"]].title for entry in config.get("align", [])]:
         title += f" with {' and '.join(methods)}"
     rows = _table_rows(source, config, settings)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    vae_origin = "it is downloaded by its name above"
+    vae_origin = "it is downloaded from the hub"
     if not is_hub_id(source.vae):
-        vae_origin = f"copy the folder `{Path(source.vae).name}` from the machine of the training"
+        vae_origin = f"copy the folder `{Path(source.vae).name}` from the training machine"
     library = ""
     diffusers_section = (
         "There is no version for diffusers, because the network does not predict velocities or "
-        "its outputs differ there."
+        "because its outputs would differ in diffusers."
     )
     if difference is not None:
         library = "library_name: diffusers\n"
@@ -138,7 +138,7 @@ def _table_rows(source: PretrainedModel, config: dict, settings: dict) -> dict[s
 
 
 def _describe_method(entry: dict) -> str:
-    """Describe an alignment method, given its entry in config.json."""
+    """Describe the alignment method of an entry in config.json."""
     target = TARGETS[entry["method"]]
     low, high = entry["t_range"]
     parts = [
@@ -168,22 +168,23 @@ def _format_code(value: float | Sequence[float]) -> str:
 
 
 def _diffusers_example(source: PretrainedModel, data: dict, difference: float) -> str:
-    """Return a section with code that samples with diffusers' own classes."""
+    """Return a section with code that samples with the classes of diffusers."""
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
     scale = _format_code(data["scale"])
     shift = _format_code(data["shift"])
-    return f"""The following code samples with the classes of diffusers, by Euler steps of the ODE.
-Velocities differ from those of the repository by at most {difference:.0e} of the largest.
+    return f"""The following code samples with the classes of diffusers, using Euler steps.
+Velocities differ from those of the repository by at most {difference:.0e}, relative to the
+largest velocity.
 
 ```python
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
-here = "."  # this folder, or its id on the hub
-model = DiTTransformer2DModel.from_pretrained(here, subfolder="diffusers/transformer")
-scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(here, subfolder="diffusers/scheduler")
+folder = "."  # path of this folder, or its hub id
+model = DiTTransformer2DModel.from_pretrained(folder, subfolder="diffusers/transformer")
+scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="diffusers/scheduler")
 vae = AutoencoderKL.from_pretrained("{source.vae}")
 
 labels, guidance, steps = torch.tensor({classes}), 1.5, 50
@@ -202,7 +203,7 @@ pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
 
 
 def _evaluation_section(metrics: list[dict]) -> str:
-    """Return one line per evaluation: its metrics, then its settings and those of sampling."""
+    """Return one line per evaluation: metrics, evaluation settings and sampling settings."""
     if not metrics:
         return ""
     lines = ["\n## Evaluation\n"]
@@ -227,7 +228,7 @@ def _evaluation_section(metrics: list[dict]) -> str:
 
 
 def _shorten(key: str, value: Any) -> str:
-    """Abbreviate hashes, and remove folders from paths, which are those of another machine."""
+    """Abbreviate hashes, and reduce paths to file names, because folders depend on the machine."""
     if key.endswith("sha256"):
         return str(value)[:16]
     return Path(value).name if isinstance(value, str) else str(value)

@@ -1,12 +1,12 @@
 """Convert official state dicts to `models.sit.SiT`.
 
-They come from the repositories of SiT (arXiv:2401.08740), REPA (arXiv:2410.06940) and SRA
-(arXiv:2505.02831), and use the parameter names of models/sit.py. According to their code, they
-differ as follows:
+The state dicts come from the repositories of SiT (arXiv:2401.08740), REPA (arXiv:2410.06940) and
+SRA (arXiv:2505.02831), and use the parameter names of models/sit.py. According to the code of these
+repositories, they differ as follows:
 
 - REPA and SRA also store alignment heads (`projectors`, `ap_head`).
-- The output layer of SiT is twice as wide: velocity, then a sigma that is not trained.
-- Time in SiT runs from noise at 0 to data at 1; in REPA, SRA and here from data to noise.
+- The output layer of SiT is twice as wide, because it also outputs a sigma that is not trained.
+- In SiT, t = 0 is noise and t = 1 is data; REPA, SRA and this repository use the reverse.
 
 The null class is the last row of the label table in all of them.
 Shapes: D width, p patch size, C channels.
@@ -38,8 +38,8 @@ def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
     """Infer the preset and the config from the shapes in a state dict without prefixes.
 
     Raises:
-        ValueError: If the state dict is not that of a preset. The message is a predicate, to be
-            used after the name of the file.
+        ValueError: If no preset matches the state dict. The message is a predicate; the caller
+            prepends the file name.
     """
     for key in (_PATCH_KEY, "pos_embed", _LABEL_KEY, _OUTPUT_KEYS[0]):
         if key not in state:
@@ -80,12 +80,12 @@ def convert_state_dict(
 ) -> dict[str, Tensor]:
     """Convert a state dict without prefixes to one that `SiT(config)` loads strictly.
 
-    Alignment heads and the learned sigma are dropped, and the time of SiT is reversed.
+    Alignment heads and the learned sigma are dropped, and the time convention of SiT is reversed.
     """
     heads = tuple(HEAD_PREFIXES.values())
     state = {key: value for key, value in state.items() if not key.startswith(heads)}
     if has_learned_sigma(state, config):
-        # Every pixel of a patch has 2C output channels, of which the last C are the sigma.
+        # Every position of a patch has 2C output channels, and the last C channels are the sigma.
         for key in _OUTPUT_KEYS:
             channels = state[key].unflatten(0, (config.patch**2, 2 * config.channels))
             state[key] = channels[:, : config.channels].flatten(0, 1)
@@ -93,7 +93,7 @@ def convert_state_dict(
 
 
 def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of -v(x, 1 - t), given those of v(x, t).
+    """Convert the weights of a network v(x, t) to those of -v(x, 1 - t).
 
     cos w(1 - t) and sin w(1 - t) are cos wt and sin wt reflected at the angle w. The reflection is
     absorbed into the first layer (D, 256) of the timestep embedder, and the sign into the output

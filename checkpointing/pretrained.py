@@ -1,13 +1,13 @@
-"""Load a network for sampling, with everything that sampling needs to know about it.
+"""Load a network for sampling, together with the settings that sampling requires.
 
     exps/NAME                                   newest checkpoint of a run of this repository
     exps/NAME/checkpoints/0050000               one checkpoint
-    .../ema.safetensors, ema-0.999.safetensors  one EMA, next to its config.json
+    .../ema.safetensors, ema-0.999.safetensors  one EMA, next to config.json
     DIR                                         an export by checkpointing.export
     FILE.pt                                     a file of the SiT, REPA or SRA repository
 
-Official files are pickles. Only tensors are loaded from them, and argparse.Namespace, in which the
-official repositories store their settings.
+Official files are pickles. Only tensors and argparse.Namespace, in which the official repositories
+store their settings, are loaded from them.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from common.cli import UserError
 from common.files import sha256
 from models.sit import SiT, SiTConfig
 
-# The decoder that generate.py uses in all three repositories. It shares its encoder with ft-mse.
+# The VAE that generate.py uses in all three repositories. It has the same encoder as sd-vae-ft-mse.
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-ema"
-# Names of interpolants in the official repositories -> names here.
+# Interpolant names of the official repositories -> keys of interpolant.INTERPOLANTS.
 OFFICIAL_PATHS = {
     "linear": "linear",
     "cosine": "cosine",
@@ -51,22 +51,22 @@ OFFICIAL_PATHS = {
 
 
 class PretrainedModel(NamedTuple):
-    """A network and what sampling needs to know about it."""
+    """A network and the settings that sampling requires."""
 
     model: SiT  # uses the time convention of this repository; frozen, in eval mode, on the CPU
     path_type: str
     prediction: str  # v, x or eps
-    vae: str  # hub id or folder of the autoencoder of the latents
+    vae: str  # hub id or folder of the VAE that decodes the latents
     vae_fingerprint: str | None  # None if the file does not record it
     class_names: list[str]
-    name: str  # run and step, or name of the folder or file; the prefix of output files
+    name: str  # run and step, or folder or file name; prefix of output files
     # Stored in the records of samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay
     # and origin. Values that the file does not record are None.
     identity: dict[str, Any]
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """Return the newest checkpoint of a run; return any other path that can be loaded unchanged.
+    """Return the newest checkpoint of a run; return other loadable paths unchanged.
 
     Raises:
         CheckpointError: If there is no checkpoint.
@@ -81,14 +81,15 @@ def load(
     origin: str | None = None,
     path_type: str | None = None,
 ) -> PretrainedModel:
-    """Load a network from any of the paths that the module's docstring lists.
+    """Load a network from any of the paths listed in the module docstring.
 
     Args:
         path: The run, checkpoint, export or file.
-        ema_decay: Selects an EMA of a run of this repository. By default its first.
-        model: Preset of an official file, which does not record it.
-        origin: Repository of an official file, where the file is ambiguous.
-        path_type: Interpolant of an official file, where the file does not record it.
+        ema_decay: Decay of the EMA to load from a run of this repository. The default is the first
+            decay of the run.
+        model: Preset of an official file, because the file does not record it.
+        origin: Repository of an official file; required if the file is ambiguous.
+        path_type: Interpolant of an official file, if the file does not record it.
 
     Raises:
         CheckpointError: If the checkpoint is missing or damaged.
@@ -102,10 +103,10 @@ def load(
                 "remove the flag"
             )
         return _load_official(path, model, origin, path_type)
-    folder, config = read_own_config(path)
+    folder, config = read_native_config(path)
     for flag, value, recorded in (
         ("--model", model, f"it is {config['model_name']}"),
-        ("--origin", origin, "it is of this repository"),
+        ("--origin", origin, "it comes from this repository"),
         ("--path-type", path_type, f"it was trained on the {config['path_type']} path"),
     ):
         if value is not None:
@@ -149,7 +150,7 @@ def load(
     )
 
 
-def read_own_config(path: Path) -> tuple[Path, dict]:
+def read_native_config(path: Path) -> tuple[Path, dict]:
     """Return the folder and the config.json of a checkpoint, an export, or an EMA in one of them.
 
     Raises:
@@ -166,7 +167,7 @@ def read_own_config(path: Path) -> tuple[Path, dict]:
 
 
 def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float:
-    """Return the decay of the EMA that a path and --ema-decay select together.
+    """Return the decay of the EMA that a path and --ema-decay select.
 
     Raises:
         CheckpointError: If the path is a file that is not an EMA.
@@ -194,14 +195,14 @@ def _checkpoint_name(folder: Path) -> str:
 
 class _OfficialFile(NamedTuple):
     state: dict[str, Tensor]  # EMA weights, without key prefixes
-    settings: dict[str, Any]  # flags of the training run; empty if the file does not have them
+    settings: dict[str, Any]  # flags of the training run; empty if the file has none
     step: int | None
 
 
 def _load_official(
     path: Path, model: str | None, origin: str | None, path_type: str | None
 ) -> PretrainedModel:
-    """Load a .pt file; the arguments are those of `load`."""
+    """Load a .pt file; the arguments are the same as for `load`."""
     file = _read_official(path)
     try:
         name, config = infer_config(file.state)
@@ -239,10 +240,10 @@ def _choose_origin(
 
     Args:
         path: The file.
-        name: Preset that fits the shapes in the file.
+        name: Preset that matches the shapes in the file.
         model: Value of --model.
         origin: Value of --origin.
-        inferred: Origin that the file implies; None if it is ambiguous.
+        inferred: Origin inferred from the file; None if it is ambiguous.
 
     Raises:
         UserError: If a flag is missing or contradicts the file.
@@ -250,17 +251,17 @@ def _choose_origin(
     result = origin or inferred
     origins = ", ".join(ORIGINS)
     if model is None:
-        also = "" if result else f" and --origin, one of {origins}"
+        origin_remedy = "" if result else f" and --origin, one of {origins}"
         raise UserError(
             f"{path} does not record its architecture, but its shapes are those of {name}: "
-            f"add --model {name}{also}"
+            f"add --model {name}{origin_remedy}"
         )
     if model != name:
         raise UserError(f"--model {model} does not fit {path}, whose shapes are those of {name}")
     if result is None:
         raise UserError(
-            f"{path} does not show which repository it comes from, and therefore the direction of "
-            "time (heads would imply REPA or SRA, and a learned sigma SiT): "
+            f"{path} does not identify its repository, which determines the direction of time "
+            "(heads would imply REPA or SRA, and a learned sigma would imply SiT): "
             f"add --origin, one of {origins}"
         )
     if inferred not in (None, result):
@@ -283,7 +284,7 @@ def _read_official(path: Path) -> _OfficialFile:
             )
     except Exception as error:  # the type depends on the bytes of the file
         problem = "cannot be read as a .pt file: download it again"
-        # torch reports the name of a forbidden function or class in its message only.
+        # torch reports the name of a forbidden function or class only in the message.
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             problem = f"contains code ({code[1]}) and is not loaded"
         raise CheckpointError(f"{path} {problem}") from None
@@ -302,9 +303,9 @@ def _read_official(path: Path) -> _OfficialFile:
 
 
 def _choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None) -> str:
-    """Return the interpolant that the file records, otherwise that of --path-type.
+    """Return the interpolant that the file records, otherwise the value of --path-type.
 
-    The default is linear, on which every published file was trained.
+    The default is linear, because every published file was trained with it.
 
     Raises:
         CheckpointError: If this repository does not support the prediction or interpolant.

@@ -1,16 +1,16 @@
 """Find, verify, read and write checkpoints, and lock the run that they belong to.
 
     exps/NAME/checkpoints/0050000/
-      config.json            what is needed to rebuild, sample and evaluate the network
-      ema.safetensors        EMA of the backbone, which is all that sampling needs
-      ema-0.999.safetensors  the same for each further --ema-decay
+      config.json            settings to rebuild, sample and evaluate the network
+      ema.safetensors        EMA of the backbone, sufficient for sampling
+      ema-0.999.safetensors  EMA of the backbone for each further --ema-decay
       model.safetensors      backbone and alignment heads as trained
       optimizer.safetensors  moments of AdamW
-      progress.json          step, optimizer settings, gradient scaler, running means of the log,
-                             sha256 of the other files
+      progress.json          step, optimizer settings, gradient scaler, running means of the
+                             logged metrics, sha256 of the other files
 
-A checkpoint appears complete or not at all: it is written to a hidden folder, fsynced and renamed.
-No file of a checkpoint is unpickled.
+Checkpoints are saved atomically: they are written to a hidden folder, fsynced and renamed. Loading
+a checkpoint never unpickles a file.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def convert_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Replace errors of reading a file, or of loading its contents, by a CheckpointError."""
+    """Convert errors from reading a file or loading its contents to a CheckpointError."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -63,9 +63,9 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / "config.json").exists() and (path / "ema.safetensors").exists():
         return path
-    found = list_checkpoints(path)
-    if found:
-        return found[-1]
+    checkpoints = list_checkpoints(path)
+    if checkpoints:
+        return checkpoints[-1]
     if not path.exists():
         problem = "does not exist"
     elif (path / "args.json").exists():
@@ -87,11 +87,11 @@ def read_config(checkpoint: Path) -> dict:
 
 
 def ema_filename(config: dict, decay: float | None = None) -> str:
-    """Return the name of the file with the EMA of a decay.
+    """Return the name of the EMA file for a decay.
 
     Args:
         config: The config.json of the checkpoint.
-        decay: None selects the first decay of the run.
+        decay: Decay of the EMA; None selects the first decay of the run.
 
     Raises:
         CheckpointError: If the checkpoint has no EMA with this decay.
@@ -107,15 +107,15 @@ def ema_filename(config: dict, decay: float | None = None) -> str:
 
 
 def verify_checkpoint(checkpoint: Path) -> dict:
-    """Compare every file of a checkpoint with its sha256.
+    """Compare every file of a checkpoint with its recorded sha256.
 
     Returns:
-        The content of progress.json without hashes.
+        The content of progress.json without the hashes.
 
     Raises:
         CheckpointError: If a file is damaged or cannot be read.
     """
-    remedy = _removal_remedy(checkpoint)
+    remedy = _recovery_hint(checkpoint)
     path = checkpoint / "progress.json"
     with convert_errors(path, remedy):
         progress: dict[str, Any] = json.loads(path.read_text())
@@ -131,7 +131,7 @@ def verify_checkpoint(checkpoint: Path) -> dict:
     return progress
 
 
-def _removal_remedy(checkpoint: Path) -> str:
+def _recovery_hint(checkpoint: Path) -> str:
     run = checkpoint.parent.parent
     older = [folder for folder in list_checkpoints(run) if _step(folder) < _step(checkpoint)]
     effect = f"continue from {older[-1].name}" if older else "start from the beginning"
@@ -139,21 +139,21 @@ def _removal_remedy(checkpoint: Path) -> str:
 
 
 def progress_digest(progress: dict) -> str:
-    """Return the sha256 that progress.json stores of the rest of its content."""
+    """Return the sha256 of progress.json without its "digest" entry."""
     return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
 @contextmanager
-def lock_run(run: Path, saved: list[Path]) -> Iterator[None]:
-    """Lock a run against other processes and remove what an interrupted save or removal left.
+def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[None]:
+    """Lock a run against other processes and remove leftovers of an interrupted save or removal.
 
     Args:
         run: Folder of the run.
-        saved: The checkpoints that the caller found before it locked the run.
+        expected_checkpoints: Checkpoints that the caller listed before it locked the run.
 
     Raises:
-        CheckpointError: If another process trains the run, or saved a checkpoint after `saved` was
-            listed.
+        CheckpointError: If another process trains the run, or has saved a checkpoint since
+            `expected_checkpoints` was listed.
     """
     with ExitStack() as resources:
         try:
@@ -162,9 +162,9 @@ def lock_run(run: Path, saved: list[Path]) -> Iterator[None]:
             raise CheckpointError(
                 f"{run} is being trained by another process: stop it or choose another --exp-name"
             ) from None
-        if list_checkpoints(run) != saved:
+        if list_checkpoints(run) != expected_checkpoints:
             raise CheckpointError(
-                f"another process trained {run} until a moment ago: rerun the same command"
+                f"another process has just saved a checkpoint of {run}: rerun the same command"
             )
         for pattern in (".*.partial", ".*.removed"):
             for folder in (run / "checkpoints").glob(pattern):
@@ -173,7 +173,7 @@ def lock_run(run: Path, saved: list[Path]) -> Iterator[None]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, which is renamed first so that no incomplete checkpoint is visible."""
+    """Remove a checkpoint, after renaming it so that no incomplete checkpoint is visible."""
     removed = hidden_path(folder, "removed")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
@@ -181,7 +181,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the path of a checkpoint while it is incomplete, which list_checkpoints ignores."""
+    """Return the hidden path of an incomplete checkpoint, which list_checkpoints ignores."""
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
@@ -194,7 +194,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path)
     except SafetensorError as error:
-        # safetensors reports the errno in its message only.
+        # safetensors reports the errno only in the message.
         match = re.search(r"os error (\d+)", str(error))
         if match is None:
             raise
@@ -225,7 +225,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def format_error(error: Exception) -> str:
-    """Return a description of an error in one line, with the file of an OSError."""
+    """Describe an error in one line, with the file name of an OSError."""
     if isinstance(error, OSError):
         return f"{error.strerror} ({error.filename})"
     return first_line(error)

@@ -207,7 +207,7 @@ def load_checkpoints(
             raise UserError(f"--ckpt: {error}") from None
         if is_official:
             continue
-        _, config = pretrained.read_own_config(pretrained.resolve_checkpoint(path))
+        _, config = pretrained.read_native_config(pretrained.resolve_checkpoint(path))
         if config.get("cfg_prob") == 0:
             print(
                 f"--ckpt {path} was trained without label dropout, so its null class is untrained",

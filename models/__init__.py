@@ -1,1 +1,1 @@
-"""The networks: backbone, alignment head, autoencoder, and what a block is aligned to."""
+"""The networks: backbone, alignment head, autoencoder and alignment targets."""

@@ -1,7 +1,7 @@
 """The frozen VAE that maps images to latents and back, with its scale and shift.
 
 Moments are the mean and standard deviation of the VAE's posterior, unscaled. The diffusion model
-sees normalized latents: latent = (sample - shift) * scale.
+uses normalized latents: latent = (sample - shift) * scale.
 Shapes: B batch, C latent channels, h and w latent height and width, H and W image size.
 """
 
@@ -28,7 +28,7 @@ def _channel_tensor(values: tuple[float, ...], device: torch.device, dtype: torc
 
 
 def _broadcastable(value: float | Sequence[float], x: Tensor) -> float | Tensor:
-    """Return a number unchanged and one number per channel as a tensor that broadcasts to x."""
+    """Return a scalar unchanged and a sequence with one number per channel as a tensor."""
     if isinstance(value, Sequence):
         return _channel_tensor(tuple(value), x.device, x.dtype)
     return value
@@ -55,7 +55,7 @@ class LatentScale:
         return latent / _broadcastable(self.scale, latent) + _broadcastable(self.shift, latent)
 
     def mean(self, moments: Tensor) -> Tensor:
-        """Return the normalized posterior mean of moments (B, 2C, h, w): (B, C, h, w) float32."""
+        """Return the normalized mean (B, C, h, w) float32 of the posterior (B, 2C, h, w)."""
         mean, _ = moments.float().chunk(2, 1)
         return self.normalize(mean)
 
@@ -77,7 +77,7 @@ def read_latent_scale(config: Mapping[str, Any], name: str) -> LatentScale:
     """Return the normalization that the config of the AutoencoderKL `name` specifies.
 
     The config has `scaling_factor` and optionally `shift_factor`, or `scaling_factor` together
-    with `latents_mean` and `latents_std` per channel. The latter mean
+    with `latents_mean` and `latents_std` per channel. In the second case,
     latent = (x - mean) * scaling_factor / std, as in the SDXL pipelines of diffusers, which ignore
     `latents_mean` or `latents_std` if the other is missing.
 
@@ -93,12 +93,12 @@ def read_latent_scale(config: Mapping[str, Any], name: str) -> LatentScale:
         return LatentScale(factor, shift or 0.0)
     if shift:
         raise FieldError(
-            "vae", f"{name}: its config has both shift_factor and latents_mean; remove one of them"
+            "vae", f"{name}: the config has both shift_factor and latents_mean; remove one of them"
         )
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise FieldError(
             "vae",
-            f"{name}: latents_mean and latents_std in its config must each have {channels} "
+            f"{name}: latents_mean and latents_std in the config must each have {channels} "
             "numbers, and latents_std must be positive",
         )
     return LatentScale(tuple(factor / value for value in std), tuple(mean))
@@ -142,11 +142,11 @@ class Autoencoder:
             reason = str(error).strip().splitlines()[0]
             raise FieldError(
                 "vae",
-                f"{name} cannot be loaded ({reason}): where there is network access, run "
+                f"{name} cannot be loaded ({reason}): with network access, run "
                 f"'hf download {name} --local-dir FOLDER', then pass FOLDER",
             ) from None
         # diffusers loads the matching weights of another class and initializes missing weights
-        # at random; both would go unnoticed.
+        # at random, both without an error.
         if class_name != "AutoencoderKL":
             raise FieldError("vae", f"{name} is of class {class_name}; choose an AutoencoderKL")
         if missing := loading_info["missing_keys"]:
@@ -157,11 +157,11 @@ class Autoencoder:
         self.scale = read_latent_scale(vae.config, name)
         self.vae = vae.float().eval().requires_grad_(False).to(device)
         self.channels = vae.config.latent_channels
-        # Ratio of the side of an image to the side of its latent.
+        # Ratio of image size to latent size.
         self.downsampling_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of names, shapes and float32 values of all weights, scale and shift."""
+        """Return the sha256 of all weights (names, shapes, float32 values), scale and shift."""
         return weights_fingerprint(self.vae, f"{self.scale.scale!r} {self.scale.shift!r}")
 
     @torch.no_grad()
@@ -178,5 +178,5 @@ class Autoencoder:
         batches = self.scale.denormalize(latent.float()).split(DECODE_BATCH_SIZE)
         pixels = torch.cat([self.vae.decode(batch).sample for batch in batches])
         images = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        # The VAE returns channels_last strides; in those, feature networks round differently.
+        # The VAE returns channels_last strides, with which feature networks round differently.
         return images.contiguous()

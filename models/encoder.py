@@ -10,7 +10,7 @@ Shapes: B batch, R image side, S input side of the network in pixels, G side of 
 grid, T side of the requested token grid, D width.
 """
 
-# timm is imported where it is used: importing it takes a second, and `--help` needs only the names.
+# timm is imported inside functions, because this takes a second and `--help` needs only names.
 
 import difflib
 import hashlib
@@ -36,7 +36,7 @@ _DINOV2_SIZES = ("small", "base", "large", "giant")
 ENCODER_ALIASES = {
     f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES
 }
-# REPA's names of encoders -> timm networks with the weights that REPA downloads.
+# REPA's encoder names -> timm names of the weights that REPA downloads.
 REPA_ENCODERS = {
     **{f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES},
     **{
@@ -50,8 +50,8 @@ REPA_ENCODERS = {
 }
 WITHOUT_FINAL_NORM = ("clip-vit-L", "mae-vit-l")  # REPA omits the last layer norm of these two
 MIN_SIDE = 224
-# On a CPU the activations of larger batches exceed its caches, which doubles the time of a
-# convolutional network.
+# Activations of larger batches exceed the CPU caches, which doubles the time of a convolutional
+# network.
 CPU_BATCH_SIZE = 4
 
 
@@ -77,12 +77,12 @@ class Encoder(nn.Module):
         name: A key of ENCODER_ALIASES or REPA_ENCODERS, or a timm model name.
         resolution: Image side R.
         tokens_side: Side T of the token grid.
-        weights: File with weights in timm's format. By default timm downloads them.
-        pretrained: False to use random weights.
+        weights: File with weights in timm's format. By default, timm downloads the weights.
+        pretrained: Whether to load pretrained weights instead of random weights.
         device: Device of the network.
-        dtype: Autocast dtype, independent of any surrounding autocast. By default bfloat16 on
+        dtype: Autocast dtype, regardless of any surrounding autocast. The default is bfloat16 on
             GPUs and float32 on the CPU.
-        side: Input side S, to override the default described in the module's docstring.
+        side: Input side S. The module docstring describes the default.
 
     Raises:
         FieldError: If the name, the side or the weights cannot be used.
@@ -153,17 +153,17 @@ class Encoder(nn.Module):
 def describe_encoder(name: str, resolution: int, side: int | None = None) -> EncoderShape:
     """Return the sizes of an encoder without loading weights, in a fraction of a second.
 
-    Args and errors are those of `Encoder`.
+    Arguments and errors are the same as for `Encoder`.
     """
     _, side, tokens = _run_without_weights(name, resolution, side)
     return EncoderShape(tokens.shape[-1], side)
 
 
 def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
-    """Return the parameters of an encoder and its forward FLOPs per image.
+    """Return the number of parameters of an encoder and its forward FLOPs per image.
 
-    FLOPs are those of matrix products and convolutions, counted by PyTorch without loading
-    weights. Args and errors are those of `Encoder`.
+    PyTorch counts the FLOPs of matrix products and convolutions, without loading weights.
+    Arguments and errors are the same as for `Encoder`.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -179,7 +179,7 @@ def _run_without_weights(
     """Build a network on the meta device and run it.
 
     Returns:
-        The network, its input side S, and the patch tokens of one image, which have no values.
+        The network, its input side S, and the patch tokens of one image (meta tensors).
 
     Raises:
         FieldError: If the network is unknown or does not support these options.
@@ -233,7 +233,7 @@ def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """Return one name for all spellings of an encoder.
+    """Return the name that all aliases of an encoder share.
 
     Raises:
         FieldError: If timm has no such model.
@@ -245,9 +245,9 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
     """Load a timm network without its classifier, frozen and in eval mode.
 
     Args:
-        name: As in `timm_name`.
-        weights: File with weights in timm's format. By default timm downloads them.
-        pretrained: False to use random weights.
+        name: Encoder name as in `timm_name`.
+        weights: File with weights in timm's format. By default, timm downloads the weights.
+        pretrained: Whether to load pretrained weights instead of random weights.
 
     Raises:
         FieldError: If the name is unknown or the weights cannot be loaded.
@@ -275,7 +275,7 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
             hub_id = f"timm/{hub_id}"
         raise FieldError(
             "encoder",
-            f"{name}: timm cannot load {architecture} ({_first_line(error)}): where there is "
+            f"{name}: timm cannot load {architecture} ({_first_line(error)}): with "
             f"network access, run 'hf download {hub_id} model.safetensors', then pass the path "
             "that it prints as the weights file",
         ) from None
@@ -315,7 +315,7 @@ def _require_all_weights() -> Iterator[None]:
         hooks.enter_context(register_module_module_registration_hook(observe))
         yield
     if missing:
-        raise ValueError(f"the file is of another network: it lacks {missing[0]}")
+        raise ValueError(f"the file belongs to another network: {missing[0]} is missing")
 
 
 def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | None) -> int:
@@ -345,7 +345,7 @@ def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | No
 
 
 def set_input_side(network: TimmNetwork, side: int) -> None:
-    """Resize position embeddings in place, with the same timm function as REPA."""
+    """Resize position embeddings in place with the timm function that REPA also uses."""
     if hasattr(network, "set_input_size"):
         network.set_input_size(img_size=(side, side))
 
@@ -367,19 +367,19 @@ def patch_tokens(network: TimmNetwork, x: Tensor) -> Tensor:
         features = features.flatten(1, 2) if is_channels_last else features.flatten(2).mT
     else:
         features = features[:, getattr(network, "num_prefix_tokens", 0) :]
-        if features.shape[1] == 1:  # a class token that timm does not count as a prefix
-            raise TokenGridError("an image becomes a single token")
+        if features.shape[1] == 1:  # a class token that timm does not report as a prefix
+            raise TokenGridError("an image yields a single token")
     if features.ndim != 3 or math.isqrt(features.shape[1]) ** 2 != features.shape[1]:
         shape = " x ".join(map(str, features.shape[1:]))
-        raise TokenGridError(f"an image becomes an array of {shape}")
+        raise TokenGridError(f"an image yields an array of {shape}")
     return features
 
 
 def resample_tokens(tokens: Tensor, side: int) -> Tensor:
     """Resample a token grid (B, G * G, D) to (B, side * side, D), bilinearly.
 
-    Antialiasing lets every token contribute to a smaller grid. Grids of equal size are returned
-    unchanged.
+    With antialiasing, every token contributes to a smaller grid. A grid of the requested size is
+    returned unchanged.
     """
     grid = math.isqrt(tokens.shape[1])
     if grid == side:
@@ -389,7 +389,7 @@ def resample_tokens(tokens: Tensor, side: int) -> Tensor:
 
 
 def weights_fingerprint(network: nn.Module, settings: str = "") -> str:
-    """Return the sha256 of settings and names, shapes and float32 values of all weights."""
+    """Return the sha256 of `settings` and all weights (names, shapes, float32 values)."""
     digest = hashlib.sha256(settings.encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(f"{key} {tuple(value.shape)}".encode())

@@ -1,15 +1,15 @@
-"""The error that networks raise for a setting that cannot be used."""
+"""The exception that networks raise for unusable settings."""
 
 
 class FieldError(ValueError):
-    """A setting that cannot be used, such as an unknown encoder.
+    """A setting cannot be used, for example because it names an unknown encoder.
 
-    The caller knows the flag or file that the setting came from and names it in its own message.
+    The caller catches this error and reports it with the flag or file that the setting came from.
 
     Args:
         field: Name of the setting, a parameter or a dataclass field.
-        reason: What is wrong and how to fix it, beginning with the value: "7: the model has 6
-            blocks". The caller puts its flag in front.
+        reason: Problem and remedy, beginning with the value, such as "7: the model has 6 blocks".
+            The caller prepends the flag.
     """
 
     def __init__(self, field: str, reason: str):

@@ -7,10 +7,10 @@ from models.sit import SiTConfig
 
 
 def backbone_flops(config: SiTConfig, last: int | None = None) -> int:
-    """Return the forward FLOPs of a SiT per image; 2 x 118.6 G for SiT-XL/2 at 256 pixels.
+    """Return the forward FLOPs of a SiT per image: 2 x 118.6 G for SiT-XL/2 at 256 pixels.
 
     Args:
-        config: The backbone.
+        config: Architecture of the backbone.
         last: Stop after this block, counted from 1, instead of computing the velocity.
     """
     d = config.width
@@ -31,8 +31,8 @@ def head_flops(config: SiTConfig, head: dict | None) -> int:
     """Return the forward FLOPs of an alignment head per image.
 
     Args:
-        config: The backbone that the head belongs to.
-        head: Arguments of models.projector.Projector; None counts as zero FLOPs.
+        config: Architecture of the backbone that the head belongs to.
+        head: Arguments of models.projector.Projector; None means no head and zero FLOPs.
     """
     if head is None:
         return 0

@@ -1,6 +1,6 @@
-"""Alignment heads: they map the tokens of one block to a target and are dropped after training.
+"""Alignment heads, which map the tokens of one block to a target and are dropped after training.
 
-docs/method.md explains the widths. B batch, N tokens, D width.
+docs/method.md explains their widths. Shapes: B batch, N tokens, D width.
 """
 
 from collections.abc import Collection
@@ -15,15 +15,15 @@ from models.sit import SiT, init_linear
 class Projector(nn.Sequential):
     """An MLP: linear layers with SiLU between them, (B, N, width) -> (B, N, out) in float32.
 
-    A last layer that is small compared with the others (SRA 2's has 0.2% of the head's weights) is
-    computed in float32 under any autocast, so that the alignment loss does not compare rounded
+    If the last layer is small compared with the others (in SRA 2 it has 0.2% of the weights), it is
+    computed in float32 even under autocast, so that the alignment loss does not compare rounded
     numbers.
 
     Args:
         width: Dimension of the input tokens.
         out: Dimension of the output tokens.
         layers: Number of linear layers.
-        hidden: Width between the layers, 2 * width by default.
+        hidden: Width of the hidden layers, 2 * width by default.
     """
 
     def __init__(self, width: int, out: int, layers: int = 5, hidden: int | None = None):
@@ -51,9 +51,10 @@ HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
 
 
 def make_head(spec: dict | None) -> nn.Module:
-    """Build a head from its entry in config.json: its kind ("mlp" if absent) and its arguments.
+    """Build a head from its entry in config.json, which contains its kind and its arguments.
 
-    None means that there is no head: the block's tokens are compared without a projection.
+    The default kind is "mlp". An entry of None means that the tokens of the block are compared
+    without a projection.
     """
     if spec is None:
         return nn.Identity()
@@ -62,16 +63,16 @@ def make_head(spec: dict | None) -> nn.Module:
 
 
 class AlignedOutput(NamedTuple):
-    """The output of an `AlignedSiT`. The dicts have the names of the heads as keys."""
+    """The output of an `AlignedSiT`. `projected` and `token_norm` are keyed by head name."""
 
     prediction: Tensor  # (B, C, H, W)
     projected: dict[str, Tensor]  # (B, N, out)
-    token_norm: dict[str, Tensor]  # (B,), mean norm of the block's tokens, without gradient
-    student_tokens: dict[int, Tensor]  # (B, N, D) after each requested block
+    token_norm: dict[str, Tensor]  # (B,), mean norm of the head's input tokens; no gradient
+    student_tokens: dict[int, Tensor]  # (B, N, D) by requested block
 
 
 class AlignedSiT(nn.Module):
-    """The backbone and the alignment heads as one module, so that DDP sees one forward pass.
+    """The backbone and the alignment heads in one module, which DDP can wrap as a whole.
 
     Args:
         backbone: The network that is sampled after training.
@@ -104,14 +105,14 @@ class AlignedSiT(nn.Module):
             x_t: Noisy latents (B, C, H, W).
             t: Timesteps (B,).
             y: Labels (B,).
-            idle_heads: Names of heads that do not run; their gradient is zero.
-            student_blocks: Blocks whose tokens to return as well.
+            idle_heads: Names of heads that do not run and receive a zero gradient.
+            student_blocks: Further blocks whose tokens are returned.
         """
         names = [name for name in self.heads if name not in idle_heads]
-        wanted = [*(self.blocks[name] for name in names), *student_blocks]
-        prediction = self.backbone(x_t, t, y, return_blocks=wanted)
+        requested_blocks = [*(self.blocks[name] for name in names), *student_blocks]
+        prediction = self.backbone(x_t, t, y, return_blocks=requested_blocks)
         tokens: dict[int, Tensor] = {}
-        if wanted:
+        if requested_blocks:
             prediction, tokens = prediction
 
         projected = {}
@@ -122,7 +123,7 @@ class AlignedSiT(nn.Module):
             norm = torch.linalg.vector_norm(head_input.detach(), dim=-1, dtype=torch.float32)
             token_norm[name] = norm.mean(1)
 
-        # DDP waits for a gradient of every parameter: give those of idle heads a zero gradient.
+        # DDP expects a gradient for every parameter, so give idle heads a zero gradient.
         for name in idle_heads:
             prediction = prediction + 0 * sum(p.sum() for p in self.heads[name].parameters())
         return AlignedOutput(

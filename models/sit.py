@@ -21,7 +21,7 @@ from models.errors import FieldError
 
 @dataclass(frozen=True)
 class SiTConfig:
-    """Everything needed to rebuild a backbone; stored in the config.json of a checkpoint."""
+    """Architecture of a backbone, stored in the config.json of a checkpoint."""
 
     depth: int
     width: int
@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, int]] = {
     },
 }
 
-# B, L and XL as in the SRA 2 paper; the smaller models use the block of B.
+# B, L and XL use the blocks of the SRA 2 paper, and the smaller models use the block of B.
 _DEFAULT_ALIGN_BLOCKS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
 
 
@@ -158,7 +158,7 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """Velocity network v(x_t, t, y). The output does not depend on train or eval mode.
 
-    Set `activation_checkpointing` to keep only the input of each block in the forward pass and to
+    Set `activation_checkpointing` to store only the input of each block in the forward pass and to
     recompute the block in the backward pass.
 
     Raises:
@@ -191,11 +191,11 @@ class SiT(nn.Module):
     def initialize(self) -> None:
         """Initialize all weights as the SiT repository does.
 
-        Linear layers and patches are Xavier-uniform, embeddings are normal with standard
-        deviation 0.02, and modulations and the output are zero.
+        Linear layers and the patch embedding are Xavier-uniform, label and timestep embeddings
+        are normal with standard deviation 0.02, and modulations and the output layer are zero.
         """
         self.apply(init_linear)
-        zero_parameters(self.x_embedder)  # its bias stays zero
+        zero_parameters(self.x_embedder)  # the bias stays zero
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in self.t_embedder.mlp:
@@ -207,7 +207,7 @@ class SiT(nn.Module):
         zero_parameters(self.final_layer.linear)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Reassemble patches (B, N, p * p * C) to latents (B, C, H, W)."""
+        """Assemble patches (B, N, p * p * C) into latents (B, C, H, W)."""
         grid = self.config.grid_size
         patch = self.config.patch
         patches = x.reshape(len(x), grid, grid, patch, patch, self.config.channels)
@@ -228,28 +228,28 @@ class SiT(nn.Module):
             The velocity (B, C, H, W). With `return_blocks`, a pair of the velocity and a
             dictionary from each block to its output tokens (B, N, D).
         """
-        tokens, c, kept = self._run_blocks(x, t, y, self.config.depth, return_blocks)
+        tokens, c, block_tokens = self._run_blocks(x, t, y, self.config.depth, return_blocks)
         velocity = self.unpatchify(self.final_layer(tokens, c))
-        return (velocity, kept) if return_blocks else velocity
+        return (velocity, block_tokens) if return_blocks else velocity
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Return the output tokens (B, N, D) of `blocks`, without running later blocks."""
-        _, _, kept = self._run_blocks(x, t, y, max(blocks), blocks)
-        return kept
+        _, _, block_tokens = self._run_blocks(x, t, y, max(blocks), blocks)
+        return block_tokens
 
     def _run_blocks(
-        self, x: Tensor, t: Tensor, y: Tensor, depth: int, keep: Sequence[int]
+        self, x: Tensor, t: Tensor, y: Tensor, depth: int, return_blocks: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Run the first `depth` blocks; return tokens, conditioning and the outputs of `keep`."""
-        assert all(1 <= block <= self.config.depth for block in keep), (keep, self.config.depth)
+        """Run the first `depth` blocks and return tokens, conditioning and requested tokens."""
+        assert all(1 <= block <= self.config.depth for block in return_blocks), return_blocks
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
-        kept = {}
+        block_tokens = {}
         for number, block in enumerate(self.blocks[:depth], 1):
             if self.activation_checkpointing:
                 tokens = checkpoint(block, tokens, c, use_reentrant=False)
             else:
                 tokens = block(tokens, c)
-            if number in keep:
-                kept[number] = tokens
-        return tokens, c, kept
+            if number in return_blocks:
+                block_tokens[number] = tokens
+        return tokens, c, block_tokens

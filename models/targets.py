@@ -1,7 +1,7 @@
-"""Alignment targets, one class per method: tokens that those of a block are compared with.
+"""Alignment targets: one class per method computes the tokens that a block is aligned to.
 
-docs/extending.md shows how to add a method. B batch, C channels, H W latent size, p patch size,
-N = HW / p^2 tokens, D width, S image size.
+docs/extending.md shows how to add a method. Shapes: B batch, C channels, H and W latent height and
+width, p patch size, N = HW / p^2 tokens, D width, S image size.
 """
 
 from collections.abc import Callable
@@ -26,22 +26,22 @@ class CacheInfo:
 
     resolution: int  # image size in pixels
     scale: LatentScale
-    mean: list[float]  # of the unscaled latents, per channel
-    std: list[float]
+    mean: list[float]  # per-channel mean of the unscaled latents
+    std: list[float]  # per-channel standard deviation of the unscaled latents
     has_images: bool = False
     features: dict[str, dict] = field(default_factory=dict)  # folder -> contents of features.json
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """A global batch's share on this process, or a micro-batch of it, ready for the network."""
+    """This process's share of a global batch, or a micro-batch of it, with noise and timesteps."""
 
     latents: Tensor  # (B, C, H, W), the posterior sample that noise is added to
     labels: Tensor  # (B,), after label dropout
     noise: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
     posterior_mean: Tensor  # (B, C, H, W), in the same normalised space as `latents`
-    target_uniform: Tensor  # (B,), uniform on (0, 1), for random choices of a method
+    target_uniform: Tensor  # (B,), uniform on (0, 1), for a method's random choices
     # The inputs that `Target.cache_inputs` requests, by name.
     cache_inputs: dict[str, Tensor] = field(default_factory=dict)
 
@@ -69,31 +69,31 @@ class RunContext:
 
 
 class Defaults(NamedTuple):
-    """Values of the shared settings that the user left open."""
+    """Defaults of the shared settings, used if the user did not set a value."""
 
-    block: int
+    block: int  # counted from 1
     weight: float
     layers: int  # linear layers of the head
-    hidden: int  # width between them
+    hidden: int  # width of its hidden layers
 
 
 class Plan(NamedTuple):
     """The properties of a target that are known before anything is loaded."""
 
-    out: int | dict[str, int]  # dimension of a target token; with several targets, by name
+    out: int | dict[str, int]  # dimension of a target token, or of the tokens of several targets
     record: dict[str, Any] | None = None  # keys that the method adds to config.json
 
 
 class Cost(NamedTuple):
-    """Networks that run only for the target: parameters, and forward FLOPs per image."""
+    """Cost of the networks that run only for the target."""
 
     parameters: int = 0
-    flops: int = 0
+    flops: int = 0  # forward pass, per image
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Settings of a method without settings."""
+    """Empty settings, for methods without settings."""
 
 
 @dataclass(eq=False)
@@ -102,17 +102,18 @@ class Target:
 
     A method may use no head (`head = None`), read other blocks of the student in the same forward
     pass (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and
-    have several targets with one head each (`Plan.out` and the result of `__call__` are dicts).
+    have several targets with one head each (`Plan.out` and the result of `__call__` are then
+    dicts).
 
     Args:
-        record: The method's entry in config.json: block, weight, loss, ... and `Plan.record`.
+        record: The method's entry in config.json: the shared settings and `Plan.record`.
         settings: An instance of the class's `Settings`.
         network: The architecture of the backbone.
         cache: Properties of the latent cache.
         context: Parts of the run that a target may use.
 
     Raises:
-        FieldError: A network or file that a setting names cannot be loaded.
+        FieldError: If a network or file named in the settings cannot be loaded.
     """
 
     name: ClassVar[str]  # value of --align
@@ -128,7 +129,7 @@ class Target:
     context: RunContext
 
     def __post_init__(self) -> None:
-        """Load what the target needs, such as a frozen network."""
+        """Load the resources of the target, such as a frozen network."""
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -137,16 +138,16 @@ class Target:
 
     @staticmethod
     def plan(settings: Any, network: SiTConfig, cache: CacheInfo) -> Plan:
-        """Check the settings and return what follows from them, before anything is loaded.
+        """Check the settings and return values derived from them, before anything is loaded.
 
         Raises:
-            FieldError: A setting does not fit the network or the cache.
+            FieldError: If a setting does not fit the network or the cache.
         """
         raise NotImplementedError
 
     @staticmethod
     def restore(settings: Any, record: dict) -> Any:
-        """Return the settings of a resumed run, with open ones set to the values at its start."""
+        """Return the settings of a resumed run, with unset ones replaced by recorded values."""
         return settings
 
     @staticmethod
@@ -172,14 +173,17 @@ class Target:
     def __call__(
         self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]
     ) -> Tensor | dict[str, Tensor]:
-        """Return the target tokens. Called without gradient; must not wait for the device.
+        """Return the target tokens.
+
+        The training step calls this method without gradient. It must not synchronise with the
+        device.
 
         Args:
             inputs: A micro-batch.
             student_tokens: Tokens (B, N, D) of `student_blocks`, by block.
 
         Returns:
-            (B, N, out), or several such tensors by name.
+            Target tokens (B, N, out), or a dict of them if there are several targets.
         """
         raise NotImplementedError
 
@@ -206,21 +210,22 @@ class LatentSettings:
     target: str = field(
         default="mean",
         metadata={
-            "help": "posterior mean, or the posterior sample that noise is added to",
+            "help": "target latent: posterior mean, or the posterior sample that noise is added to",
             "choices": ("mean", "sample"),
         },
     )
     normalize: str = field(
         default="none",
         metadata={
-            "help": "channel: normalise each latent channel to mean 0 and std 1 over the cache",
+            "help": "normalisation of the target; channel: each latent channel to mean 0 and "
+            "standard deviation 1 over the cache",
             "choices": ("none", "channel"),
         },
     )
 
 
 class Latents(Target):
-    """SRA 2: the clean latents that the frozen VAE has already produced."""
+    """SRA 2: the clean latents, which the cache already contains."""
 
     name = "sra2"
     title = "SRA 2"
@@ -268,14 +273,15 @@ class EncoderSettings:
         default=None,
         metadata={
             "help": "encoder input size in pixels (default: that of the stored features, otherwise "
-            "REPA's, 224 for 256-pixel images, and never below 224)"
+            "as in REPA, 224 for 256-pixel images, but at least 224)"
         },
     )
     source: str = field(
         default="auto",
         metadata={
-            "help": "images: encode the cache's images in every step; features: read features that "
-            "preprocessing.encode_features stored; auto: features if the cache has them",
+            "help": "source of the encoder tokens; images: encode the cache's images in every "
+            "step; features: read features stored by preprocessing.encode_features; auto: "
+            "features if the cache contains them",
             "choices": ("auto", "images", "features"),
         },
     )
@@ -381,7 +387,9 @@ def _find_features(
     if len(folders) > 1:
         sides = " ".join(str(cache.features[folder]["side"]) for folder in folders)
         raise FieldError(
-            "side", f"is needed: the cache holds features of {encoder} at {sides} pixels; pass one"
+            "side",
+            f"is ambiguous: the cache contains features of {encoder} for input sizes {sides}; pass "
+            "one of these sizes",
         )
     if not folders and settings.source == "features":
         side = "" if settings.side is None else f" --side {settings.side}"
@@ -407,12 +415,18 @@ class TeacherSettings:
     )
     t_max: float = field(
         default=0.2,
-        metadata={"help": "X in the teacher's timestep max(t - X u, 0), with u uniform on [0, 1]"},
+        metadata={
+            "help": "largest reduction X of the teacher's timestep, which is max(t - X u, 0) with "
+            "u uniform on [0, 1]"
+        },
     )
 
 
 class Teacher(Target):
-    """SRA: a later block of the run's EMA at a smaller timestep (arXiv:2505.02831, sec. 3)."""
+    """SRA: a later block of the run's EMA, evaluated at a smaller timestep.
+
+    Source: arXiv:2505.02831, sec. 3.
+    """
 
     name = "sra"
     title = "SRA"

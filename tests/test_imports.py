@@ -1,4 +1,4 @@
-"""Import rules between packages: a module may import only what its row of `ALLOWED` names."""
+"""Test import rules: a module may import only what is listed in its row of `ALLOWED`."""
 
 import ast
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ ALLOWED["benchmarks"] = ALLOWED["experiments"] = {*ALLOWED, "benchmarks", "exper
 
 TENSORS_ONLY = {"models", "loss", "interpolant", "samplers", "dataset", "latents"}
 
-# Packages that only some commands need.
+# Packages that only some commands require.
 OPTIONAL = {"jinja2", "matplotlib", "pyarrow", "tensorboard", "torch_fidelity", "wandb"}
 
 
@@ -53,7 +53,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imported_modules(nodes: Iterable[ast.AST]) -> set[str]:
-    """Return the names of the modules that import statements among the nodes import."""
+    """Return the names of the modules that are imported by the nodes."""
     modules = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -81,7 +81,7 @@ def test_imports_follow_the_table(path):
             assert is_allowed(module, allowed), f"{path} may not import {module}"
 
 
-def test_method_and_models_do_not_parse_command_lines():
+def test_modules_of_tensor_code_do_not_import_argparse():
     for path in source_files():
         if path.with_suffix("").parts[0] in TENSORS_ONLY:
             assert "argparse" not in imported_modules(ast.walk(parse(path))), path
@@ -89,7 +89,7 @@ def test_method_and_models_do_not_parse_command_lines():
 
 def test_optional_packages_are_imported_inside_functions():
     for path in source_files():
-        if path.parts[0] != "benchmarks":  # these compare with packages of requirements-dev.txt
+        if path.parts[0] != "benchmarks":  # benchmarks use packages of requirements-dev.txt
             modules = imported_modules(parse(path).body)
             assert not top_level_names(modules) & OPTIONAL, path
 
@@ -100,7 +100,7 @@ def test_top_level_has_six_python_files():
 
 
 def test_tests_package_is_not_shadowed():
-    """torch-fidelity installs a top-level package called tests, which must not shadow ours."""
+    """torch-fidelity installs a top-level package `tests`, which must not shadow this package."""
     import tests
 
     assert Path(tests.__file__).parent == ROOT / "tests"

@@ -1,4 +1,4 @@
-"""Interpolants, conversions between predictions, and the distribution of timesteps."""
+"""Test interpolants, conversions between predictions, and the distribution of timesteps."""
 
 import math
 
@@ -42,13 +42,13 @@ def test_velocity_is_the_derivative_of_the_path(path):
 
 
 @paths
-def test_path_runs_from_data_at_time_0_to_noise_at_time_1(path):
+def test_path_leads_from_data_at_time_0_to_noise_at_time_1(path):
     x, noise, _ = make_example()
     start, _ = interpolate(path, x, noise, torch.zeros(6, dtype=torch.float64))
     torch.testing.assert_close(start, x)
     end, _ = interpolate(path, x, noise, torch.ones(6, dtype=torch.float64))
     final_alpha = 0.0
-    if path is INTERPOLANTS["vp"]:  # DDPM's schedule ends with a small part of the data
+    if path is INTERPOLANTS["vp"]:  # with DDPM's schedule, a small part of the data remains
         final_alpha = math.exp(-10.05 / 2)
     torch.testing.assert_close(end, final_alpha * x + (1 - final_alpha**2) ** 0.5 * noise)
 
@@ -61,8 +61,8 @@ def test_score_of_the_true_velocity_is_minus_noise_over_sigma(path):
     torch.testing.assert_close(velocity_to_score(path, v, x_t, t), -noise / sigma)
 
 
-def test_score_equals_repas_formula():
-    """(alpha / alpha' v - x) / (sigma^2 - alpha / alpha' sigma' sigma), on the cosine path."""
+def test_score_equals_the_formula_of_repa():
+    """Compare with (alpha / alpha' v - x) / (sigma^2 - alpha / alpha' sigma' sigma) for cosine."""
     x_t, v, t = make_example()
     angle = t[:, None, None, None] * math.pi / 2
     ratio = -torch.cos(angle) / (math.pi / 2 * torch.sin(angle))
@@ -72,7 +72,7 @@ def test_score_equals_repas_formula():
     )
 
 
-def test_linear_path_equals_that_of_the_sit_repository_with_time_reversed():
+def test_linear_path_equals_the_sit_repository_path_with_reversed_time():
     """The SiT repository has x_s = s x + (1 - s) eps with velocity x - eps, where s = 1 - t."""
     x, noise, t = make_example()
     x_t, v = interpolate(INTERPOLANTS["linear"], x, noise, t)
@@ -84,11 +84,11 @@ def test_linear_path_equals_that_of_the_sit_repository_with_time_reversed():
 # The VP path
 
 
-def test_vp_keeps_the_variance_and_agrees_with_the_1000_steps_of_ddpm():
-    """DDPM's log alpha_bar is a sum of log(1 - beta), and that of vp an integral of -beta.
+def test_vp_preserves_the_variance_and_agrees_with_the_1000_steps_of_ddpm():
+    """In DDPM, log alpha_bar is a sum of log(1 - beta); in vp, it is an integral of -beta.
 
-    Each term differs from the integral over its step by beta^2 / 2 and by half an increment of
-    beta.
+    Each term of the sum differs from the integral over its step by beta^2 / 2 plus half an
+    increment of beta.
     """
     k = torch.arange(1001, dtype=torch.float64)
     alpha, sigma, _, _ = INTERPOLANTS["vp"].coefficients(k / 1000)
@@ -137,7 +137,7 @@ def test_regression_target_converts_to_the_velocity_of_the_path(path, prediction
 @predictions
 def test_guiding_a_prediction_equals_guiding_its_velocity_or_score(path, prediction):
     x_t, with_class, t = make_example()
-    without = with_class.roll(1, 0)
+    without_class = with_class.roll(1, 0)
 
     def guide(a, b):
         return b + 1.8 * (a - b)
@@ -150,7 +150,8 @@ def test_guiding_a_prediction_equals_guiding_its_velocity_or_score(path, predict
 
     for quantity in (velocity, score):
         torch.testing.assert_close(
-            quantity(guide(with_class, without)), guide(quantity(with_class), quantity(without))
+            quantity(guide(with_class, without_class)),
+            guide(quantity(with_class), quantity(without_class)),
         )
 
 
@@ -163,14 +164,14 @@ def test_time_interval_omits_only_singular_endpoints(path, prediction):
     """The velocity and its error are bounded in the interval and infinite at omitted endpoints."""
 
     def largest_coefficient(t):
-        """Return the largest coefficient of the path or factor from prediction to velocity."""
+        """Return the largest of the path coefficients and the prediction-to-velocity factor."""
         t = torch.tensor([t], dtype=torch.float64)
         one = torch.ones(1, 1, dtype=torch.float64)
         zero = torch.zeros(1, 1, dtype=torch.float64)
         factor = prediction_to_velocity(path, prediction, one, zero, t)
         factor = factor - prediction_to_velocity(path, prediction, zero, zero, t)
-        numbers = (factor, *path.coefficients(t))
-        return max(number.abs().nan_to_num(torch.inf).max() for number in numbers)
+        coefficients = (factor, *path.coefficients(t))
+        return max(value.abs().nan_to_num(torch.inf).max() for value in coefficients)
 
     low, high = time_interval(path, prediction)
     assert low < 0.01 and high > 0.99
@@ -197,7 +198,7 @@ def test_float32_is_accurate_at_the_ends_of_the_time_interval(path, prediction):
         )
 
 
-def test_uniform_times_fill_the_time_interval():
+def test_uniform_times_cover_the_time_interval():
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     for name in ("linear", "cosine"):
         assert torch.equal(draw_times(INTERPOLANTS[name], "v", "uniform", u), u)
@@ -219,13 +220,13 @@ def test_times_increase_with_u_and_stay_inside_the_interval(path, prediction, we
 
 @paths
 def test_lognormal_times_have_a_normal_log_ratio_of_sigma_to_alpha(path):
-    """Compare quantiles with scipy's, and linear and cosine times with REPA's formulas."""
+    """Compare quantiles with scipy, and linear and cosine times with the formulas of REPA."""
     u = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
     t = draw_times(path, "v", "lognormal", u)
     alpha, sigma, _, _ = path.coefficients(t)
-    normal = torch.from_numpy(norm.ppf(u.numpy()))
-    torch.testing.assert_close((sigma / alpha).log(), normal, rtol=0, atol=1e-9)
+    normal_quantiles = torch.from_numpy(norm.ppf(u.numpy()))
+    torch.testing.assert_close((sigma / alpha).log(), normal_quantiles, rtol=0, atol=1e-9)
     if path is INTERPOLANTS["linear"]:
-        torch.testing.assert_close(t, normal.exp() / (1 + normal.exp()))
+        torch.testing.assert_close(t, normal_quantiles.exp() / (1 + normal_quantiles.exp()))
     if path is INTERPOLANTS["cosine"]:
-        torch.testing.assert_close(t, 2 / math.pi * torch.atan(normal.exp()))
+        torch.testing.assert_close(t, 2 / math.pi * torch.atan(normal_quantiles.exp()))

@@ -1,4 +1,4 @@
-"""Denoising and alignment losses, compared with direct computations."""
+"""Compare denoising and alignment losses with direct computations."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from loss import ALIGN_LOSSES, alignment_loss, denoising_loss
 
 
-def tokens(seed=0, shape=(4, 16, 12)):
+def make_tokens(seed=0, shape=(4, 16, 12)):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -15,14 +15,14 @@ T = torch.tensor([0.0, 0.3, 0.6, 1.0])
 
 
 def test_cosine_ignores_the_scale_of_a_token():
-    a, b = tokens(0), tokens(1)
+    a, b = make_tokens(0), make_tokens(1)
     scale = torch.rand(4, 16, 1) + 0.1
     torch.testing.assert_close(alignment_loss(a * scale, b, T), alignment_loss(a, b, T))
 
 
 def test_cosine_is_computed_over_the_channels_of_a_token():
-    """PyTorch's default, dim=1, is the axis of tokens. SRA's code uses it; this code must not."""
-    a, b = tokens(0), tokens(1)
+    """The default of PyTorch, dim=1, is the token axis, which this code must not use."""
+    a, b = make_tokens(0), make_tokens(1)
     expected = torch.tensor(
         [[1 - torch.dot(p, q) / (p.norm() * q.norm()) for p, q in zip(x, y)] for x, y in zip(a, b)]
     ).mean(1)
@@ -31,11 +31,12 @@ def test_cosine_is_computed_over_the_channels_of_a_token():
 
 
 def test_cosine_of_a_token_depends_on_that_token_only():
-    a, b = tokens(0).requires_grad_(), tokens(1)
-    other = b.clone()
-    other[:, 5] = tokens(2)[:, 5]
+    a, b = make_tokens(0).requires_grad_(), make_tokens(1)
+    changed_target = b.clone()
+    changed_target[:, 5] = make_tokens(2)[:, 5]
     gradients = [
-        torch.autograd.grad(alignment_loss(a, target, T).sum(), a)[0] for target in (b, other)
+        torch.autograd.grad(alignment_loss(a, target, T).sum(), a)[0]
+        for target in (b, changed_target)
     ]
     changed = (gradients[0] != gradients[1]).any(-1)
     assert changed[:, 5].all() and not changed[:, :5].any() and not changed[:, 6:].any()
@@ -55,34 +56,35 @@ def direct_smooth_l1(a, b):
     ],
 )
 def test_elementwise_losses_are_means(loss, expected):
-    a, b = tokens(0) * 0.05, tokens(1) * 0.05
+    a, b = make_tokens(0) * 0.05, make_tokens(1) * 0.05
     torch.testing.assert_close(alignment_loss(a, b, T, loss), expected(a, b).mean((1, 2)))
 
 
 @pytest.mark.parametrize("loss", ALIGN_LOSSES)
 def test_loss_is_zero_at_the_target_and_has_no_gradient_for_it(loss):
-    a, b = tokens(0).requires_grad_(), tokens(0).requires_grad_()
+    a, b = make_tokens(0).requires_grad_(), make_tokens(0).requires_grad_()
     distance = alignment_loss(a, b, T, loss)
     torch.testing.assert_close(distance, torch.zeros(4), atol=1e-6, rtol=0)
-    alignment_loss(a, tokens(1).requires_grad_() * b, T, loss).sum().backward()
+    alignment_loss(a, make_tokens(1).requires_grad_() * b, T, loss).sum().backward()
     assert b.grad is None and a.grad is not None
 
 
-def test_t_range_zeroes_samples_outside_and_keeps_the_others():
-    a, b = tokens(0), tokens(1)
+def test_t_range_sets_only_losses_outside_the_range_to_zero():
+    a, b = make_tokens(0), make_tokens(1)
     full, window = alignment_loss(a, b, T), alignment_loss(a, b, T, t_range=(0.3, 0.6))
     assert (window[[0, 3]] == 0).all() and torch.equal(window[1:3], full[1:3])
 
 
 @pytest.mark.parametrize("loss", ALIGN_LOSSES)
 def test_losses_of_half_precision_inputs_are_computed_in_float32(loss):
-    a, b = tokens(0).bfloat16() * 100, tokens(1).bfloat16() * 100
-    low = alignment_loss(a, b, T, loss)
-    assert low.dtype == torch.float32
-    torch.testing.assert_close(low, alignment_loss(a.float(), b.float(), T, loss))
+    a, b = make_tokens(0).bfloat16() * 100, make_tokens(1).bfloat16() * 100
+    half_precision_loss = alignment_loss(a, b, T, loss)
+    assert half_precision_loss.dtype == torch.float32
+    expected = alignment_loss(a.float(), b.float(), T, loss)
+    torch.testing.assert_close(half_precision_loss, expected)
 
 
 def test_denoising_loss_is_the_mean_square_per_sample():
-    a, b = tokens(0), tokens(1)
+    a, b = make_tokens(0), make_tokens(1)
     expected = torch.stack([F.mse_loss(x, y) for x, y in zip(a, b)])
     torch.testing.assert_close(denoising_loss(a, b), expected)

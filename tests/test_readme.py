@@ -1,7 +1,7 @@
-"""Run the commands of the README as written, and check the names and figures in the docs.
+"""Run the commands of the README as written, and check names, flags and numbers in the docs.
 
-The commands run on a small tree in the layout of ImageNet, with appended flags that make them short
-and a tiny VAE in place of a downloaded one.
+The commands run on a small tree in the layout of ImageNet, with appended flags that shorten them
+and select a tiny VAE instead of a downloaded VAE.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def find_arguments(script: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """Return a folder with data/imagenet/train/n0.../*.JPEG of mixed sizes and modes."""
+    """Return a folder with data/imagenet/train/n0*/*.JPEG of mixed sizes and modes."""
     root = tmp_path_factory.mktemp("imagenet")
     rng = np.random.default_rng(0)
     modes = ("RGB", "L", "CMYK", "RGB", "RGB", "L")
@@ -74,9 +74,11 @@ def imagenet(tmp_path_factory):
 
 def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatch):
     monkeypatch.chdir(imagenet)
-    trainings = [words for words in find_arguments("train.py") if "data/imagenet256" in words]
-    evaluated_trainings = [words for words in trainings if "--eval-every" in words]
-    plain_trainings = [words for words in trainings if "--eval-every" not in words]
+    training_commands = [
+        words for words in find_arguments("train.py") if "data/imagenet256" in words
+    ]
+    evaluated_trainings = [words for words in training_commands if "--eval-every" in words]
+    plain_trainings = [words for words in training_commands if "--eval-every" not in words]
     samplings = find_arguments("sample_ddp.py")
     (encoding,) = find_arguments("preprocessing.encode_latents")
     (evaluation,) = find_arguments("evaluations.evaluate")
@@ -90,7 +92,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     code, out = call(verify, verification)
     assert code == 0 and "is valid" in out, out
 
-    # Train. The second command gets another name, because it would resume the first run.
+    # Train. The second command uses another name, because otherwise it would resume the first run.
     for words, name in zip(plain_trainings, ("xl2-sra2", "xl2-sra2-again")):
         code, out = call(train, *words, *SHORT_TRAINING, "--exp-name", name)
         assert code == 0, out
@@ -103,7 +105,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     samples = evaluation[0].replace("4000000", "0000002").replace("maruyama250", "maruyama2")
     assert (imagenet / samples).exists()
 
-    # Evaluate. The weights of Inception are missing, so these commands name the file to download.
+    # Evaluate. The Inception weights are missing, so the error messages name the file to download.
     np.savez(imagenet / evaluation[2], arr_0=np.zeros((5, 256, 256, 3), np.uint8))
     monkeypatch.setenv("TORCH_HOME", str(imagenet))
     code, out = call(evaluate, samples, *evaluation[1:])
@@ -153,9 +155,11 @@ def test_launchers_accept_the_flags_in_the_readme():
     assert sorted(launched) == expected
 
 
-def test_name_of_the_sample_file_follows_from_the_number_of_steps():
-    trainings = [words for words in find_arguments("train.py") if "data/imagenet256" in words]
-    steps = {words[words.index("--max-train-steps") + 1] for words in trainings}
+def test_name_of_the_sample_file_contains_the_number_of_steps():
+    training_commands = [
+        words for words in find_arguments("train.py") if "data/imagenet256" in words
+    ]
+    steps = {words[words.index("--max-train-steps") + 1] for words in training_commands}
     assert steps == {"4000000"}
     assert "xl2-sra2-4000000-" in find_arguments("evaluations.evaluate")[0][0]
 
@@ -187,7 +191,7 @@ def known_flags():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_to_files(document):
+def test_linked_files_exist(document):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / document).read_text()):
         assert (ROOT / document).parent.joinpath(target).exists(), target
 
@@ -209,7 +213,7 @@ def test_named_flags_exist(document, known_flags):
 
 
 def test_readme_shows_the_measured_results_of_the_demo():
-    """Compare with docs/demo.json, the metrics.json of the run whose samples the README shows."""
+    """Compare the README with docs/demo.json, the metrics.json of the run that it shows."""
     measured = json.loads((ROOT / "docs/demo.json").read_text())
     assert suite.format_results(measured) in README
     assert measured["metrics"]["class_agreement"] >= 0.75

@@ -1,4 +1,4 @@
-"""Files that the first version of the code wrote stay readable, see tests/data/v1/README.md."""
+"""Test that files written by version 1 of the code stay usable (tests/data/v1/README.md)."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ EXPECTED = V1 / "expected"
 
 
 def describe_machine() -> dict[str, str]:
-    """Return the properties that floating-point results depend on, as stored in machine.json."""
+    """Return the properties that affect floating-point results, as stored in machine.json."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines()[:6] if cpu_info.exists() else []
     cpu = [
@@ -71,19 +71,19 @@ def test_latents_of_v1_checkpoints_are_unchanged(path, ema_decay, sampler, expec
     assert_same_numbers(latents, torch.from_numpy(np.load(EXPECTED / f"latents-{expected}.npy")))
 
 
-def test_v1_caches_are_read_unchanged():
+def test_contents_of_v1_caches_are_unchanged():
     cache = LatentCache(V1 / "cache")
     indices = np.array([7, 0, 5, 4])
-    mirrored = np.array([True, False, True, False])
-    moments, labels = cache.gather(indices, mirrored)
+    is_flipped = np.array([True, False, True, False])
+    moments, labels = cache.gather(indices, is_flipped)
     assert len(cache) == 8
     np.testing.assert_array_equal(moments, np.load(EXPECTED / "moments.npy"))
     np.testing.assert_array_equal(labels, np.load(EXPECTED / "labels.npy"))
-    images = cache.read_input("images", indices, mirrored)
+    images = cache.read_input("images", indices, is_flipped)
     np.testing.assert_array_equal(images, np.load(EXPECTED / "images.npy"))
 
 
-def test_v1_runs_resume_with_the_same_weights(call, tmp_path, monkeypatch):
+def test_resumed_v1_runs_train_the_same_weights(call, tmp_path, monkeypatch):
     tiny = {"depth": 2, "width": 8, "heads": 2, "patch": 2}
     monkeypatch.setitem(sit.PRESETS, "SiT-Ti/2", tiny)
     run = shutil.copytree(V1 / "run", tmp_path / "run")
@@ -99,31 +99,35 @@ def test_v1_runs_resume_with_the_same_weights(call, tmp_path, monkeypatch):
         hashes = json.loads((EXPECTED / "resumed-sha256.json").read_text())
         assert {name: sha256(after / name) for name in hashes} == hashes
 
-    # Only the step differs in config.json, and only paths and the last step in args.json.
+    # In config.json only the step differs; in args.json only the paths and the last step differ.
     config = json.loads((before / "config.json").read_text())
     assert json.loads((after / "config.json").read_text()) == {**config, "step": 5}
-    changed = {"data_dir": [str(V1 / "cache")], "output_dir": str(tmp_path), "max_train_steps": 5}
-    stored = json.loads((V1 / "run/args.json").read_text()) | changed
+    changed_flags = {
+        "data_dir": [str(V1 / "cache")],
+        "output_dir": str(tmp_path),
+        "max_train_steps": 5,
+    }
+    stored = json.loads((V1 / "run/args.json").read_text()) | changed_flags
     flags = json.loads((run / "args.json").read_text())
     differing = {key for key in flags if key not in stored or flags[key] != stored[key]}
-    # Defaults that version 1 stored as null, and flags that it did not have.
+    # Version 1 stored null for these defaults, and it did not have the other two flags.
     resolved = {"align_target", "align_normalize", "sra_t_max"}
     assert differing <= resolved | {"report_to", "wandb_project"}
 
-    # Lines of both schemas in one file, read with the columns of the current one.
+    # metrics.jsonl contains lines of both schemas, which are read with the current columns.
     rows = read_rows(run)
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     assert all(row["align/sra2"] > 0 and row["align/sra"] > 0 for row in rows)
 
 
 def assert_same_numbers_in_files(actual: Path, expected: Path) -> None:
-    ours, theirs = load_file(actual), load_file(expected)
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        assert_same_numbers(ours[key], theirs[key])
+    actual_tensors, expected_tensors = load_file(actual), load_file(expected)
+    assert actual_tensors.keys() == expected_tensors.keys()
+    for key, tensor in actual_tensors.items():
+        assert_same_numbers(tensor, expected_tensors[key])
 
 
-def test_v1_runs_are_exported_to_the_same_files(call, tmp_path):
+def test_exports_of_v1_runs_are_unchanged(call, tmp_path):
     shutil.copytree(V1 / "run", tmp_path / "run")
     code, out = call(export, tmp_path / "run", "--to", tmp_path / "export")
     assert code == 0, out

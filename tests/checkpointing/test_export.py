@@ -19,7 +19,10 @@ from samplers import GuidedVelocity, euler, ode_times
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, trained):
-    """A run with two EMAs of random weights; after two steps its output would be almost zero."""
+    """Return a run with two EMAs of random weights.
+
+    After two training steps, the output of the network would still be almost zero.
+    """
     run = shutil.copytree(trained, tmp_path_factory.mktemp("random") / "random")
     folder = run / "checkpoints/0000002"
     generator = torch.Generator().manual_seed(0)
@@ -36,8 +39,8 @@ def run(tmp_path_factory, trained):
     return run
 
 
-def test_an_export_samples_and_documents_the_weights_of_its_run(call, run, tree, tmp_path):
-    """Samples are equal, the card has the metrics, and its diffusers code gives equal latents."""
+def test_export_reproduces_the_samples_and_documents_the_run(call, run, tree, tmp_path):
+    """Check the samples, the metrics in the card, and the latents from its diffusers code."""
 
     def sample(ckpt, name):
         flags = [
@@ -71,11 +74,11 @@ def test_an_export_samples_and_documents_the_weights_of_its_run(call, run, tree,
     assert "2 steps of 8 images: 16 images seen" in card
     assert str(run.parent) not in card
     (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
-    assert 'here = "."' in code and "steps = torch.tensor([0, 1, 2]), 1.5, 50" in code
+    assert 'folder = "."' in code and "steps = torch.tensor([0, 1, 2]), 1.5, 50" in code
     source = load(to)
     start = torch.randn(3, 4, 8, 8, generator=torch.manual_seed(0))
     code = (
-        code.replace('here = "."', f'here = "{to}"')
+        code.replace('folder = "."', f'folder = "{to}"')
         .replace("1.5, 50", "1.5, 5")
         .replace("x = ", "torch.manual_seed(0)\nx = ", 1)
     )
@@ -84,12 +87,12 @@ def test_an_export_samples_and_documents_the_weights_of_its_run(call, run, tree,
     velocity = GuidedVelocity(source.model, torch.arange(3), 3, 1.5)
     expected = euler(velocity, start, ode_times(5))
     torch.testing.assert_close(variables["x"], expected, rtol=1e-4, atol=1e-4)
-    assert (expected - start).abs().max() > 0.5  # the network changes its input
+    assert (expected - start).abs().max() > 0.5  # the velocity is not negligible
     assert variables["images"].shape == (3, 3, 32, 32)
 
 
-def test_diffusers_version_is_the_same_function_for_other_sizes():
-    """The epsilon of norms is compared separately, because it changes velocities only by 1e-6."""
+def test_diffusers_version_computes_the_same_function_for_other_sizes():
+    """Compare the epsilon of the norms separately, because it affects velocities only by 1e-6."""
     torch.manual_seed(0)
     config = SiTConfig(
         depth=2, width=48, heads=3, patch=4, latent_size=8, channels=3, num_classes=2
@@ -98,15 +101,15 @@ def test_diffusers_version_is_the_same_function_for_other_sizes():
     for name, parameter in model.named_parameters():
         if name != "pos_embed":
             torch.nn.init.normal_(parameter, std=0.1)
-    form = diffusers_dit.to_diffusers(model)
-    assert diffusers_dit.relative_difference(model, form) < 3e-6
+    dit = diffusers_dit.to_diffusers(model)
+    assert diffusers_dit.relative_difference(model, dit) < 3e-6
     assert {
         module.eps
-        for module in [*model.modules(), *form.modules()]
+        for module in [*model.modules(), *dit.modules()]
         if isinstance(module, torch.nn.LayerNorm)
     } == {1e-6}
-    form.proj_out_2.bias += 1e-3
-    assert diffusers_dit.relative_difference(model, form) > 1e-4
+    dit.proj_out_2.bias += 1e-3
+    assert diffusers_dit.relative_difference(model, dit) > 1e-4
 
 
 def test_ema_decay_selects_the_exported_weights(call, run, tmp_path):
@@ -125,17 +128,17 @@ def test_ema_decay_selects_the_exported_weights(call, run, tmp_path):
 
 
 def test_diffusers_version_is_written_only_if_its_outputs_match(call, run, tmp_path, monkeypatch):
-    """The sinusoidal features differ by 3e-3, and after the frequency map by 1e-7 (rounding).
+    """The frequency map reduces the difference of the sinusoidal features from 3e-3 to 1e-7.
 
-    Without the map no diffusers version is written, and an earlier one is removed.
+    Without the map, no diffusers version is written, and an earlier version is removed.
     """
     t = torch.linspace(0, 1, 1001)
     angle = t[:, None].double() * TimestepEmbedder(1).omega.double()
-    ours = torch.cat((angle.cos(), angle.sin()), 1)
+    expected = torch.cat((angle.cos(), angle.sin()), 1)
     unscaled = Timesteps(256, True, 1)(t).double()
     scaled = Timesteps(256, True, 1)(t * 1000).double()
-    assert 2e-3 < (ours - unscaled).abs().max() < 3e-3
-    assert (ours - scaled @ diffusers_dit.frequency_map().T).abs().max() < 1.5e-7
+    assert 2e-3 < (expected - unscaled).abs().max() < 3e-3
+    assert (expected - scaled @ diffusers_dit.frequency_map().T).abs().max() < 1.5e-7
     assert diffusers_dit.frequency_map().abs().max() < 0.1
 
     assert call(export, run, "--to", tmp_path / "to")[0] == 0
@@ -156,7 +159,7 @@ def test_diffusers_version_is_written_only_if_its_outputs_match(call, run, tmp_p
 
 
 @pytest.mark.parametrize("destination", ["other folder", "run", "checkpoint", "file"])
-def test_other_files_are_never_overwritten(call, run, tmp_path, destination):
+def test_files_other_than_exports_are_never_overwritten(call, run, tmp_path, destination):
     (tmp_path / "others").mkdir()
     (tmp_path / "others/thesis.tex").write_text("years")
     to = {
@@ -179,7 +182,7 @@ def test_other_files_are_never_overwritten(call, run, tmp_path, destination):
         (["{file}"], "only checkpoints of this repository can be exported"),
     ],
 )
-def test_invalid_flags_end_in_one_line_and_write_nothing(call, run, tmp_path, flags, message):
+def test_invalid_flags_print_one_line_and_write_nothing(call, run, tmp_path, flags, message):
     (tmp_path / "x.pt").touch()
     flags = [str(flag).format(run=run, file=tmp_path / "x.pt") for flag in flags]
     code, out = call(export, *flags, "--to", tmp_path / "to")

@@ -30,7 +30,7 @@ def make_sit(seed=0, **options) -> SiT:
     return model
 
 
-def with_learned_sigma(model: SiT) -> SiT:
+def add_learned_sigma(model: SiT) -> SiT:
     """Double the output channels and return only the first half, as the SiT repository does."""
     model.final_layer.linear = nn.Linear(128, 2 * 2 * 8).requires_grad_(False)
 
@@ -46,7 +46,8 @@ def with_learned_sigma(model: SiT) -> SiT:
 def make_official(kind: str, model: SiT) -> dict:
     """Return the content of an official .pt file.
 
-    SiT-XL-2-256x256.pt is a bare state dict; train.py of all three repositories saves a dict.
+    SiT-XL-2-256x256.pt is a bare state dict, whereas train.py of all three repositories saves a
+    dict that contains state dicts.
     """
     state = model.state_dict()
     if kind == "sit, bare":
@@ -85,24 +86,25 @@ def make_inputs():
 
 
 @pytest.mark.parametrize("kind", ["sit", "sit, bare", "repa", "sra"])
-def test_official_networks_keep_their_outputs_in_our_time_convention(save, kind):
+def test_official_networks_compute_the_same_function_after_conversion(save, kind):
     origin = kind.split(",")[0]
-    theirs = with_learned_sigma(make_sit()) if origin == "sit" else make_sit()
+    official = add_learned_sigma(make_sit()) if origin == "sit" else make_sit()
     x, t, y = make_inputs()
-    loaded = load(save(make_official(kind, theirs)), model="SiT-Ti/2")
-    ours = loaded.model
+    loaded = load(save(make_official(kind, official)), model="SiT-Ti/2")
+    converted = loaded.model
     if origin == "sit":
-        torch.testing.assert_close(ours(x, t, y), -theirs(x, 1 - t, y), rtol=1e-5, atol=1e-5)
-        assert (ours(x, t, y) + theirs(x, t, y)).abs().max() > 0.1  # the output depends on time
+        torch.testing.assert_close(converted(x, t, y), -official(x, 1 - t, y), rtol=1e-5, atol=1e-5)
+        # The output depends on time.
+        assert (converted(x, t, y) + official(x, t, y)).abs().max() > 0.1
     else:
-        assert torch.equal(ours(x, t, y), theirs(x, t, y))
+        assert torch.equal(converted(x, t, y), official(x, t, y))
     assert (loaded.path_type, loaded.name) == ("linear", "0000040")
     assert loaded.class_names == list("01234")
     assert loaded.identity["origin"] == origin
     assert loaded.identity["step"] == (None if origin == "sit" else 40)
     assert loaded.vae == "stabilityai/sd-vae-ft-ema" and loaded.vae_fingerprint is None
-    assert not ours.training
-    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    assert not converted.training
+    assert not any(parameter.requires_grad for parameter in converted.parameters())
 
 
 def test_config_is_inferred_from_shapes(save):
@@ -113,10 +115,13 @@ def test_config_is_inferred_from_shapes(save):
 
 def test_reversing_time_twice_restores_the_weights():
     state = make_sit().state_dict()
-    once, twice = reverse_time(state), reverse_time(reverse_time(state))
+    reversed_once = reverse_time(state)
+    reversed_twice = reverse_time(reversed_once)
     for key in state:
-        torch.testing.assert_close(twice[key], state[key], rtol=0, atol=1e-7)
-    assert not torch.equal(once["t_embedder.mlp.0.weight"], state["t_embedder.mlp.0.weight"])
+        torch.testing.assert_close(reversed_twice[key], state[key], rtol=0, atol=1e-7)
+    assert not torch.equal(
+        reversed_once["t_embedder.mlp.0.weight"], state["t_embedder.mlp.0.weight"]
+    )
 
 
 def test_origin_is_required_only_for_ambiguous_files(save):
@@ -147,7 +152,7 @@ def test_origin_is_required_only_for_ambiguous_files(save):
         ({"prediction": "noise"}, None, "predicts noise, not velocity"),
     ],
 )
-def test_path_type_comes_from_the_file_or_else_from_the_flag(save, settings, flag, expected):
+def test_path_type_of_the_file_takes_precedence_over_the_flag(save, settings, flag, expected):
     path = save({**make_official("repa", make_sit()), "args": argparse.Namespace(**settings)})
     if expected in INTERPOLANTS:
         loaded = load(path, model="SiT-Ti/2", path_type=flag)
@@ -157,7 +162,7 @@ def test_path_type_comes_from_the_file_or_else_from_the_flag(save, settings, fla
             load(path, model="SiT-Ti/2", path_type=flag)
 
 
-def without(content: dict, key: str) -> dict:
+def drop_key(content: dict, key: str) -> dict:
     return {k: v for k, v in content.items() if k != key}
 
 
@@ -181,12 +186,12 @@ def without(content: dict, key: str) -> dict:
             "--ema-decay is for runs of this repository",
         ),
         (
-            lambda state: without(state, "pos_embed"),
+            lambda state: drop_key(state, "pos_embed"),
             {},
             "does not contain a SiT: pos_embed is missing",
         ),
         (
-            lambda state: without(state, "blocks.5.mlp.fc1.bias"),
+            lambda state: drop_key(state, "blocks.5.mlp.fc1.bias"),
             {"model": "SiT-Ti/2"},
             "cannot be loaded .*fc1.bias",
         ),
@@ -205,9 +210,9 @@ def without(content: dict, key: str) -> dict:
     ],
 )
 def test_unsuitable_official_files_are_rejected_in_one_line(save, change, flags, expected):
-    with pytest.raises((CheckpointError, UserError), match=expected) as caught:
+    with pytest.raises((CheckpointError, UserError), match=expected) as error:
         load(save(change(make_official("sra", make_sit())["ema"])), **flags)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 class Harmful:
@@ -233,7 +238,7 @@ def test_code_in_a_file_is_not_executed(tmp_path, monkeypatch, legacy):
 
 @pytest.fixture
 def run(tmp_path, trained):
-    """A run with two EMAs, the second of which has doubled weights."""
+    """Return a run with two EMAs, the second of which has doubled weights."""
     run = shutil.copytree(trained, tmp_path / "run")
     folder = run / "checkpoints/0000002"
     config = json.loads((folder / "config.json").read_text())
@@ -271,11 +276,11 @@ def test_runs_checkpoints_and_ema_files_load_the_same_weights(run, vae_folder):
     assert load(run).identity["ema_decay"] == 0.9
 
 
-def test_prediction_reaches_samples_their_record_and_the_export(run, call, tmp_path):
-    """A checkpoint that does not record its prediction predicts the velocity."""
+def test_prediction_affects_samples_their_record_and_the_export(run, call, tmp_path):
+    """Check also that a checkpoint without a recorded prediction predicts the velocity."""
     config_file = run / "checkpoints/0000002/config.json"
     images = {}
-    config = without(json.loads(config_file.read_text()), "prediction")
+    config = drop_key(json.loads(config_file.read_text()), "prediction")
     for prediction, recorded in (("v", {}), ("eps", {"prediction": "eps", "path_type": "vp"})):
         config_file.write_text(json.dumps({**config, **recorded}))
         assert load(run).prediction == prediction
@@ -324,9 +329,9 @@ def test_prediction_reaches_samples_their_record_and_the_export(run, call, tmp_p
 )
 def test_unsuitable_paths_and_flags_of_runs_are_rejected_in_one_line(run, path, flags, expected):
     (run / "alone.safetensors").touch()
-    with pytest.raises((CheckpointError, UserError), match=expected) as caught:
+    with pytest.raises((CheckpointError, UserError), match=expected) as error:
         load(run / path, **flags)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_config_of_another_library_is_rejected(tmp_path):

@@ -16,7 +16,7 @@ def make_images():
     return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
 
 
-def test_moments_are_diffusers_posterior_of_images_in_minus_one_to_one(vae):
+def test_moments_equal_the_posterior_of_diffusers_for_pixels_from_minus_one_to_one(vae):
     from diffusers import AutoencoderKL
 
     reference = AutoencoderKL.from_pretrained(vae.name).eval()
@@ -34,7 +34,8 @@ def test_decode_inverts_scale_and_shift_and_rounds_to_nearest(vae):
     expected = ((pixels.double() + 1) * 127.5).clamp(0, 255)
     decoded = vae.decode(latent)
     assert decoded.dtype == torch.uint8 and decoded.shape == (2, 3, 32, 32)
-    assert (decoded.double() - expected).abs().max() <= 0.5 + 1e-3  # up to 1 with truncation
+    # Truncation would cause errors of up to 1.
+    assert (decoded.double() - expected).abs().max() <= 0.5 + 1e-3
 
 
 def test_latents_are_normalized_moments():
@@ -55,7 +56,7 @@ def test_fingerprint_depends_on_weights_and_scale(vae, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-vae", "stabilityai/sd-vae-ft-mse"])
-def test_error_of_a_missing_download_contains_the_download_command(name):
+def test_error_of_a_missing_vae_contains_the_download_command(name):
     message = rf"{name} cannot be loaded.*hf download {name} --local-dir FOLDER', then pass FOLDER"
     with pytest.raises(FieldError, match=message) as error:
         Autoencoder(name)

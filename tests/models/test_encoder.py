@@ -1,4 +1,4 @@
-"""REPA's encoder: its tokens, input size and token grid, its errors, and the bundled weights."""
+"""Test REPA's encoder: tokens, input size, token grid, errors, and the bundled weights."""
 
 import pytest
 import timm
@@ -29,12 +29,12 @@ def make_images(count: int, side: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def vit_weights(tmp_path_factory):
-    """Weights of timm's test_vit: patch size 16, trained at 160 pixels, one class token."""
+    """Return weights of timm's test_vit: patch size 16, 160-pixel inputs, one class token."""
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=0)
     with torch.no_grad():
-        # Initial position embeddings are too small for their order to matter, and applying an
-        # initial norm twice is the same as once.
+        # Randomize the position embeddings, which are initially too small for their order to
+        # matter, and the norm, which initially has the same effect if it is applied twice.
         network.pos_embed.normal_()
         network.norm.weight.uniform_(0.5, 2)
     path = tmp_path_factory.mktemp("vit") / "w.pth"
@@ -42,9 +42,9 @@ def vit_weights(tmp_path_factory):
     return path
 
 
-def test_tokens_equal_those_of_the_network_on_repas_preprocessing(vit_weights):
-    ours = Encoder("test_vit", 256, 16, vit_weights)
-    assert (ours.name, ours.width, ours.side) == ("test_vit", 64, 256)
+def test_tokens_equal_network_outputs_for_the_preprocessing_of_repa(vit_weights):
+    model = Encoder("test_vit", 256, 16, vit_weights)
+    assert (model.name, model.width, model.side) == ("test_vit", 64, 256)
     plain = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
     plain.load_state_dict(torch.load(vit_weights))
     positions = resample_abs_pos_embed(
@@ -55,25 +55,25 @@ def test_tokens_equal_those_of_the_network_on_repas_preprocessing(vit_weights):
         x = plain.patch_embed(x).flatten(1, 2) + positions[:, 1:]
         class_token = (plain.cls_token + positions[:, :1]).expand(2, -1, -1)
         expected = plain.norm(plain.blocks(torch.cat((class_token, x), 1)))[:, 1:]
-    torch.testing.assert_close(ours(make_images(2, 256)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(make_images(2, 256)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_small_images_are_enlarged_bicubically(vit_weights):
-    ours = Encoder("test_vit", 32, 16, vit_weights, side=256)
+    model = Encoder("test_vit", 32, 16, vit_weights, side=256)
     enlarged = F.interpolate(make_images(2, 32) / 127.5 - 1, 256, mode="bicubic")
     with torch.no_grad():
-        expected = ours.network.forward_features(enlarged)[:, 1:]
-    torch.testing.assert_close(ours(make_images(2, 32)), expected)
+        expected = model.network.forward_features(enlarged)[:, 1:]
+    torch.testing.assert_close(model(make_images(2, 32)), expected)
 
 
-def test_images_are_normalized_with_the_networks_mean_and_std():
+def test_images_are_normalized_with_mean_and_std_of_the_network():
     # lcnet_035 uses the mean and standard deviation of ImageNet, unlike test_vit.
-    ours = Encoder("lcnet_035", 32, 7, pretrained=False)
+    model = Encoder("lcnet_035", 32, 7, pretrained=False)
     mean = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
     std = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
     inputs = []
-    ours.network.conv_stem.register_forward_pre_hook(lambda module, x: inputs.append(x[0]))
-    ours(make_images(1, 224))
+    model.network.conv_stem.register_forward_pre_hook(lambda module, x: inputs.append(x[0]))
+    model(make_images(1, 224))
     torch.testing.assert_close(inputs[0], (make_images(1, 224) / 255 - mean) / std)
 
 
@@ -89,18 +89,19 @@ def test_images_are_normalized_with_the_networks_mean_and_std():
         ("mixer_s16_224", 512, 224),
     ],
 )
-def test_patch_size_14_gets_scaled_inputs_and_other_networks_the_image_size(name, resolution, side):
+def test_default_input_side_follows_repa_with_a_minimum_of_224(name, resolution, side):
     assert describe_encoder(name, resolution).side == side
 
 
 def test_final_norm_is_omitted_where_repa_omits_it(monkeypatch, vit_weights):
     monkeypatch.setitem(encoder.REPA_ENCODERS, "mae-vit-l", "test_vit")
-    without = Encoder("mae-vit-l", 224, 14, vit_weights)
-    complete = Encoder("test_vit", 224, 14, vit_weights)
+    without_norm = Encoder("mae-vit-l", 224, 14, vit_weights)
+    with_norm = Encoder("test_vit", 224, 14, vit_weights)
     images = make_images(1, 224)
     with torch.no_grad():
-        torch.testing.assert_close(complete.network.norm(without(images)), complete(images))
-    assert without.fingerprint != complete.fingerprint
+        expected = with_norm.network.norm(without_norm(images))
+        torch.testing.assert_close(with_norm(images), expected)
+    assert without_norm.fingerprint != with_norm.fingerprint
 
 
 def test_patch_tokens_drop_prefix_tokens_and_accept_every_layout():
@@ -143,10 +144,10 @@ def test_every_token_contributes_to_a_smaller_grid():
 
 
 def test_encoder_stays_frozen_in_eval_mode(vit_weights):
-    ours = Encoder("test_vit", 32, 4, vit_weights, side=64)
-    parent = torch.nn.Sequential(ours).train()
-    assert not any(module.training for module in ours.modules())
-    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    model = Encoder("test_vit", 32, 4, vit_weights, side=64)
+    parent = torch.nn.Sequential(model).train()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     with torch.enable_grad():
         tokens = parent.requires_grad_()(make_images(1, 32))
     assert not tokens.requires_grad
@@ -154,10 +155,10 @@ def test_encoder_stays_frozen_in_eval_mode(vit_weights):
 
 def test_dtype_is_independent_of_surrounding_autocast(vit_weights):
     images = make_images(1, 32)
-    ours = Encoder("test_vit", 32, 4, vit_weights, side=64)
-    tokens = ours(images)
+    model = Encoder("test_vit", 32, 4, vit_weights, side=64)
+    tokens = model(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ours(images), tokens)
+        assert torch.equal(model(images), tokens)
     half = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)(images)
     convolutional = Encoder("lcnet_035", 32, 2, pretrained=False, side=64, dtype=torch.bfloat16)
     assert half.dtype == convolutional(images).dtype == torch.float32
@@ -196,8 +197,8 @@ def test_every_alias_names_a_network_with_weights():
         ("dinov2-vit-x", {}, "dinov2-vit-x is not a timm model; similar names: dinov2-vit-"),
         ("vit_base_patch14_dinov2.lvd", {}, "similar names: vit_base_patch14_dinov2.lvd142m"),
         ("mocov3-vit-b", {}, "timm has no MoCo v3 weights; choose one of .*dinov2-vit-b"),
-        ("volo_d1_224", {}, "square grid of patch tokens: an image becomes an array of 197 x 384"),
-        ("pit_ti_224", {}, "square grid of patch tokens: an image becomes a single token"),
+        ("volo_d1_224", {}, "square grid of patch tokens: an image yields an array of 197 x 384"),
+        ("pit_ti_224", {}, "square grid of patch tokens: an image yields a single token"),
         ("test_vit", {"side": 0}, "test_vit requires inputs of at least 16 pixels, not 0"),
         ("test_vit", {"side": 100}, "an input side that is a multiple of 16 pixels, not 100"),
         ("mixer_s16_224", {"side": 240}, "requires inputs of exactly 224 pixels, not 240"),
@@ -218,9 +219,13 @@ def test_weights_of_another_network_are_rejected(vit_weights, tmp_path):
     for name, path, message in (
         ("test_vit", tmp_path / "no.pth", "no.pth does not exist"),
         ("test_vit", tmp_path / "code.pth", "code.pth does not fit test_vit .*[Ww]eights"),
-        ("test_vit2", vit_weights, "does not fit test_vit2 .*of another network: it lacks "),
-        ("test_vit", tmp_path / "pos_embed.pth", "does not fit test_vit .* it lacks pos_embed"),
-        ("test_vit", tmp_path / "norm.bias.pth", "does not fit test_vit .* it lacks norm.bias"),
+        (
+            "test_vit2",
+            vit_weights,
+            "does not fit test_vit2 .*belongs to another network: .* is missing",
+        ),
+        ("test_vit", tmp_path / "pos_embed.pth", "does not fit test_vit .* pos_embed is missing"),
+        ("test_vit", tmp_path / "norm.bias.pth", "does not fit test_vit .* norm.bias is missing"),
     ):
         with pytest.raises(FieldError, match=message) as error:
             load_network(name, path)
@@ -241,16 +246,16 @@ def test_evaluation_features_come_from_the_same_network(vit_weights):
 
 
 def test_bundled_efficientnet_weights_are_those_of_timm(call, tmp_path):
-    """Every tensor is assigned, and image statistics match those of the batch normalization.
+    """Check that all tensors are assigned and that activations match the batch norm statistics.
 
-    The median deviation is 0.3 standard deviations, and 1.6 with tensors of equal shape swapped.
-    The network of the package produces the same outputs to the bit.
+    The median deviation is 0.3 standard deviations; it would be 1.6 if tensors of equal shape were
+    swapped. The outputs are bit-identical to those of the package's network.
     """
     path = tmp_path / "w.safetensors"
     code, out = call(efficientnet_weights, "--out", path)
     assert code == 0, out
     timm.create_model("tf_efficientnet_lite0").load_state_dict(load_file(path))
-    ours = Encoder("tf_efficientnet_lite0", 64, 7, path)
+    model = Encoder("tf_efficientnet_lite0", 64, 7, path)
     deviations = []
 
     def compare(module, inputs):
@@ -258,13 +263,13 @@ def test_bundled_efficientnet_weights_are_those_of_timm(call, tmp_path):
         deviation = (inputs[0].mean((0, 2, 3)) - module.running_mean) / std
         deviations.append(deviation.abs().mean())
 
-    for module in ours.network.modules():
+    for module in model.network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_pre_hook(compare)
     noise = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     smooth = noise.cumsum(2).cumsum(3).expand(2, 3, 64, 64)
     smooth = (smooth - smooth.mean()) / smooth.std() * 60 + 115
-    assert ours(smooth.clamp(0, 255).to(torch.uint8)).shape == (2, 49, 1280)
+    assert model(smooth.clamp(0, 255).to(torch.uint8)).shape == (2, 49, 1280)
     assert torch.stack(deviations).median() < 0.8, deviations
 
 

@@ -15,8 +15,8 @@ CACHE = CacheInfo(32, LatentScale(1.0, 0.0), [], [])
 SRA2 = {"method": "sra2", "head": HEAD}
 
 
-def test_flops_match_the_counter_of_pytorch():
-    """Training agrees within 2%: the first layers need no gradient of their inputs."""
+def test_flops_match_the_flop_counter_of_pytorch():
+    """Training FLOPs agree within 2%, because the first layers need no input gradients."""
     torch.manual_seed(0)
     model = AlignedSiT(SiT(SMALL), {"sra2": Projector(**HEAD)}, {"sra2": 2})
     for block in model.backbone.blocks:
@@ -25,11 +25,11 @@ def test_flops_match_the_counter_of_pytorch():
     with FlopCounterMode(display=False) as forward:
         model(x, t, y)
     assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, HEAD))
-    with FlopCounterMode(display=False) as both:
+    with FlopCounterMode(display=False) as forward_and_backward:
         output = model(x, t, y)
         (output.prediction.sum() + output.projected["sra2"].sum()).backward()
     expected = 2 * training_flops(SMALL, [SRA2], CACHE)
-    assert both.get_total_flops() == pytest.approx(expected, rel=0.02)
+    assert forward_and_backward.get_total_flops() == pytest.approx(expected, rel=0.02)
     with FlopCounterMode(display=False) as teacher:
         model.backbone.features(x, t, y, (2,))
     sra = {"method": "sra", "teacher_block": 2, "head": None}
@@ -38,12 +38,14 @@ def test_flops_match_the_counter_of_pytorch():
 
 
 def test_flops_of_backbones_and_heads_match_the_paper():
-    """SiT-XL/2 has 118.6 GMAC and a head of 4.0%; SiT-B/2 has 23 GMAC and a head of 9.2%."""
-    for name, gmacs, share in (("SiT-XL/2", 118.6, 0.040), ("SiT-B/2", 23.0, 0.092)):
+    """The head adds 4.0% to the 118.6 GMAC of SiT-XL/2, and 9.2% to the 23 GMAC of SiT-B/2."""
+    for name, gmacs, head_fraction in (("SiT-XL/2", 118.6, 0.040), ("SiT-B/2", 23.0, 0.092)):
         config = SiTConfig(**PRESETS[name])
         head = {"width": config.width, "out": 16, "layers": 5, "hidden": 2 * config.width}
         assert backbone_flops(config) / 2e9 == pytest.approx(gmacs, abs=0.06)
-        assert head_flops(config, head) / backbone_flops(config) == pytest.approx(share, abs=0.0006)
+        assert head_flops(config, head) / backbone_flops(config) == pytest.approx(
+            head_fraction, abs=0.0006
+        )
     assert head_flops(SMALL, None) == 0
 
 

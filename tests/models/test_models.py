@@ -19,7 +19,7 @@ def make_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def randomize_zeros(model: SiT) -> SiT:
-    """Initialize zero gates and outputs at random; a new SiT returns zero for every input."""
+    """Replace zero parameters by random values, because a new SiT returns zero for every input."""
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -38,7 +38,7 @@ def test_parameter_counts_match_the_papers(name, expected):
         assert count_millions(SiT(SiTConfig(**PRESETS[name]))) == pytest.approx(expected, abs=0.6)
 
 
-def test_xl_has_the_parameters_of_dit_without_the_learned_sigma():
+def test_sit_xl_has_as_many_parameters_as_dit_xl_without_the_learned_sigma():
     """DiT-XL/2 has 675,129,632 parameters, including 16 more rows in the output layer."""
     with torch.device("meta"):
         model = SiT(SiTConfig(**PRESETS["SiT-XL/2"]))
@@ -100,23 +100,25 @@ def test_new_sit_returns_zero():
     assert not make_sit()(*make_inputs()).any()
 
 
-def test_return_blocks_returns_block_outputs_without_changing_the_velocity():
+def test_return_blocks_adds_block_outputs_without_changing_the_velocity():
     model, (x, t, y) = randomize_zeros(make_sit()), make_inputs()
-    velocity, kept = model(x, t, y, return_blocks=(3, 2))
-    assert torch.equal(velocity, model(x, t, y)) and {*kept} == {2, 3}
+    velocity, block_tokens = model(x, t, y, return_blocks=(3, 2))
+    assert torch.equal(velocity, model(x, t, y)) and {*block_tokens} == {2, 3}
     tokens, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
-    torch.testing.assert_close(kept[2], model.blocks[1](model.blocks[0](tokens, c), c))
-    torch.testing.assert_close(kept[3], model.blocks[2](kept[2], c))
+    torch.testing.assert_close(block_tokens[2], model.blocks[1](model.blocks[0](tokens, c), c))
+    torch.testing.assert_close(block_tokens[3], model.blocks[2](block_tokens[2], c))
     with pytest.raises(AssertionError):
         model(x, t, y, return_blocks=(4,))
 
 
-def test_features_equal_returned_blocks_without_running_later_blocks():
+def test_features_equal_block_outputs_without_running_later_blocks():
     model, (x, t, y) = randomize_zeros(make_sit()), make_inputs()
-    kept = model(x, t, y, return_blocks=(1, 2))[1]
-    model.blocks[2].forward = None  # raises if it is called
+    block_tokens = model(x, t, y, return_blocks=(1, 2))[1]
+    model.blocks[2].forward = None  # calling None raises a TypeError
     features = model.features(x, t, y, (1, 2))
-    assert {*features} == {1, 2} and all(torch.equal(features[k], kept[k]) for k in features)
+    assert {*features} == {1, 2} and all(
+        torch.equal(features[k], block_tokens[k]) for k in features
+    )
 
 
 def test_output_is_equal_in_train_and_eval_mode():
@@ -159,8 +161,8 @@ def test_activation_checkpointing_does_not_change_gradients():
     for activation_checkpointing in (False, True):
         model = randomize_zeros(make_sit())
         model.activation_checkpointing = activation_checkpointing
-        velocity, kept = model(*make_inputs(), return_blocks=(2,))
-        (velocity.square().sum() + kept[2].sum()).backward()
+        velocity, block_tokens = model(*make_inputs(), return_blocks=(2,))
+        (velocity.square().sum() + block_tokens[2].sum()).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
@@ -169,25 +171,25 @@ def test_alignment_gradients_reach_only_blocks_up_to_the_aligned_block():
     backbone = randomize_zeros(make_sit())
     model = AlignedSiT(backbone, {"a": Projector(32, 16, layers=2)}, {"a": 2})
     model(*make_inputs()).projected["a"].sum().backward()
-    reached = [
+    has_gradient = [
         any(p.grad is not None and p.grad.any() for p in block.parameters())
         for block in backbone.blocks
     ]
-    assert reached == [True, True, False]
+    assert has_gradient == [True, True, False]
     assert backbone.pos_embed.grad is None
     assert AlignedSiT(backbone, {}, {})(*make_inputs())[1:] == ({}, {}, {})
 
 
-def test_heads_receive_tokens_of_their_block_and_idle_heads_get_zero_gradients():
+def test_heads_receive_tokens_of_their_block_and_idle_heads_receive_zero_gradients():
     heads = {"a": Projector(32, 16, layers=2), "b": Projector(32, 7, layers=3)}
     model = AlignedSiT(randomize_zeros(make_sit()), heads, {"a": 1, "b": 3})
-    velocity, kept = model.backbone(*make_inputs(), return_blocks=(1, 3))
+    velocity, block_tokens = model.backbone(*make_inputs(), return_blocks=(1, 3))
     output = model(*make_inputs(), student_blocks=[3])
     assert torch.equal(output.prediction, velocity)
-    assert torch.equal(output.student_tokens[3], kept[3])
+    assert torch.equal(output.student_tokens[3], block_tokens[3])
     for name, block in model.blocks.items():
-        assert torch.equal(output.projected[name], heads[name](kept[block]))
-        assert torch.equal(output.token_norm[name], kept[block].norm(dim=-1).mean(1))
+        assert torch.equal(output.projected[name], heads[name](block_tokens[block]))
+        assert torch.equal(output.token_norm[name], block_tokens[block].norm(dim=-1).mean(1))
     output = model(*make_inputs(), idle_heads=["a"])
     assert {*output.projected} == {*output.token_norm} == {"b"}
     assert torch.equal(output.prediction, velocity)
