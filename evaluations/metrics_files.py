@@ -57,7 +57,7 @@ class MetricsFile(NamedTuple):
 
     @property
     def samples(self) -> Path | None:
-        """Return the recorded path of the .npz, or if it is missing, its name in this folder."""
+        """Return the path of the evaluated .npz: as recorded, or else in this file's folder."""
         name = self.content.get("samples")
         if not isinstance(name, str):
             return None

@@ -21,7 +21,7 @@ from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices
 from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
-MAX_QUERIES = 2000  # maximum number of samples per set, and of training images, to search for
+MAX_QUERIES = 2000  # maximum number of compared samples per set, and of probes
 BLOCK = 2048  # training images whose features are in memory at a time
 NUM_SHOWN = 16  # number of evenly spaced samples to show with their neighbours
 NUM_CLOSEST = 4  # number of samples closest to a training image to show with their neighbours
