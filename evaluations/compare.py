@@ -14,7 +14,7 @@ from evaluations.metrics import (
 )
 from evaluations.reference_features import ReferenceFeatures
 
-# Keys of metrics.json that hold results. Every other key identifies the evaluation.
+# Keys of metrics.json that contain results. Every other key identifies the evaluation.
 RESULT_KEYS = ("metrics", "intervals", "by_count", "warning")
 SUBSET_COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 STANDARD_COUNT = 50_000  # samples that papers evaluate
@@ -34,7 +34,7 @@ def compute_metrics(
     device: Device,
     fp16_distances: bool = False,
 ) -> dict[str, float | None]:
-    """Compute all metrics that a network's features of one set of samples allow.
+    """Compute all metrics that are defined for the features of one network.
 
     Args:
         samples: Features of the samples.

@@ -139,9 +139,9 @@ def compare_settings(settings: list[JsonObject]) -> Comparison:
     agreeing: JsonObject = {}
     known = [fields for fields in settings if not has_unknown_sampling(fields)]
     for key in dict.fromkeys(key for fields in settings for key in fields):
-        compared = known if key.startswith("sampling.") else settings
+        comparable = known if key.startswith("sampling.") else settings
         # Values that are formatted identically count as one value.
-        distinct = {format_value(fields.get(key)): fields.get(key) for fields in compared}
+        distinct = {format_value(fields.get(key)): fields.get(key) for fields in comparable}
         values = list(distinct.values())
         if len(values) > 1:
             differing[key] = values

@@ -61,7 +61,7 @@ class ReferenceFile(NamedTuple):
 
 
 class ReferenceFeatures(NamedTuple):
-    """Features of a reference by one network.
+    """Features of a reference from one network.
 
     An ADM .npz may contain statistics, images or both. Its statistics take precedence over those
     computed from its images, as in ADM.

@@ -89,7 +89,7 @@ def load_sample_grids(files: list[MetricsFile]) -> list[Figure]:
     for file in files:
         if file.samples:
             path = file.samples.with_suffix(".png")
-        else:  # the samples were not kept
+        else:  # sample_ddp.py ran with --no-npz
             path = file.path.with_name(f"{file.stem}.png")
         if path.exists():
             caption = f"{file.run.name}: {path.stem}" if file.run else path.stem

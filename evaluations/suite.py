@@ -172,7 +172,7 @@ class EvaluationSuite:
         """Return all entries of metrics.json except the results.
 
         Args:
-            samples: The .npz of samples, or None if it is not kept.
+            samples: The .npz of samples, or None if the samples are not kept.
             sampling: The sampling settings in NAME.json, or {} if they are unknown.
             count: Number of samples.
         """
@@ -255,8 +255,8 @@ def _check_config(config: EvaluationConfig) -> None:
     timm_networks = [name for name in config.features if name not in ("inception", "fashion")]
     if config.encoder_weights and len(timm_networks) != 1:
         raise UserError(
-            "--encoder-weights contains the weights of one timm network, but --features contains "
-            f"{len(timm_networks)} timm networks: pass exactly one"
+            "--encoder-weights applies to a single timm network, but --features contains "
+            f"{len(timm_networks)}: pass exactly one timm network"
         )
 
 

@@ -33,7 +33,7 @@ from evaluations.features import Features, NumpyFeatures
 from evaluations.image_batches import NpzImages, evenly_spaced_indices
 from evaluations.runs import JsonObject, read_json
 
-# Settings that may differ when more samples are added to existing ones.
+# Settings that may differ when samples are added to existing samples.
 KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
 # Settings that may differ if the recorded hash of their content is equal.
 IDENTIFYING_HASH = {
@@ -63,7 +63,7 @@ class SampleStore:
         name: Name of the result files.
         record: Settings of the samples, which are written to NAME.json.
         networks: sha256 of the weights of each network whose features are stored, by name.
-        keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are kept.
+        keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are stored.
         write_pngs: Whether to write each image to a PNG file.
     """
 

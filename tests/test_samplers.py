@@ -297,7 +297,7 @@ def relaxation_velocity(rates):
 
 
 def test_dopri5_steps_of_an_image_do_not_depend_on_the_batch():
-    """An image in a batch with a stiff one has the same result and count as in a batch of one."""
+    """An image has the same result and count next to a stiff image as in a batch of one."""
     rates = torch.tensor([1.0, 400.0, 3.0]).double()
     x = initial_noise(3, 16)
     times = []

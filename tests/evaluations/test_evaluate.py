@@ -492,7 +492,7 @@ def unusable_inputs(tmp_path_factory):
         ("s.npz --normalisers x=0 --reference s.npz", "x=0 is not of the form NAME=FD"),
         (
             "s.npz --features fashion --encoder-weights s.npz --reference s.npz",
-            "--features contains 0 timm networks: pass exactly one",
+            "--features contains 0: pass exactly one timm network",
         ),
     ],
 )

@@ -308,14 +308,14 @@ def test_identity_excludes_results_and_the_model():
 
 def test_unknown_sampling_neither_hides_nor_adds_a_difference(write_page, tmp_path):
     """Samples of other code do not affect the comparison of other files, in any order."""
-    ours = [
+    known_settings = [
         {"count": 5, "sampling.num_steps": 5, "sampling.atol": None},
         {"count": 5, "sampling.num_steps": 5},
     ]
-    for rows in ([{"count": 5}, *ours], [*ours, {"count": 5}]):
+    for rows in ([{"count": 5}, *known_settings], [*known_settings, {"count": 5}]):
         assert not compare_settings(rows).differing
     other = {"count": 5, "sampling.num_steps": 6}
-    assert compare_settings([{"count": 5}, ours[0], other]).differing == {
+    assert compare_settings([{"count": 5}, known_settings[0], other]).differing == {
         "sampling.num_steps": [5, 6]
     }
     assert compare_settings([{"a": 1, "b": None}, {"a": 1, "c": 2}]) == (

@@ -264,7 +264,7 @@ def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_pat
     sample(code=130)
     assert "num_steps was 3, is 4" in sample("--num-steps", 4, code=2)
     sample()
-    assert num_calls == 4  # two batches, and the interrupted one twice
+    assert num_calls == 4  # two batches once and the interrupted batch twice
     assert "is complete" in sample()
     assert num_calls == 4
 
