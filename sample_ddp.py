@@ -1,8 +1,8 @@
-"""Sample images from a checkpoint into ADM's .npz, on one or many processes, and evaluate them.
+"""Sample images from a checkpoint into an .npz, on one or many processes, and evaluate them.
 
     torchrun --nproc_per_node 8 sample_ddp.py --ckpt exps/sit-xl2-sra2 --num-fid-samples 50000
 
-An image depends only on the checkpoint, the flags and its index, and not on the number of
+An image depends only on the checkpoint, the flags and its index, not on the number of
 processes or on earlier images. Each batch is stored in separate files until all batches exist,
 so rerunning an interrupted command resumes it.
 """
@@ -59,7 +59,7 @@ class CheckpointConfig:
         "or SRA repositories",
     )
     ema_decay: float | None = setting(
-        None, type=cli.decay, help="decay of the EMA, for a run with several (default: its first)"
+        None, type=cli.decay, help="decay of the EMA, if the run has several (default: the first)"
     )
     model: str | None = setting(
         None, choices=PRESETS, metavar="NAME", help="architecture of a .pt file, such as SiT-XL/2"
@@ -73,7 +73,7 @@ class CheckpointConfig:
         help="interpolant that a .pt file was trained on, if it cannot be inferred",
     )
     vae: str | None = setting(
-        None, help="hub id or folder of the VAE (default: the VAE that made the training latents)"
+        None, help="hub id or folder of the VAE (default: the VAE that encoded the training data)"
     )
 
 
@@ -91,7 +91,7 @@ class PrecisionConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the network's matrix products."""
+        """Return the dtype of the network's matrix products."""
         return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
 
 
@@ -103,11 +103,11 @@ class OutputConfig:
     per_proc_batch_size: int = setting(32, type=cli.positive_int, help="images per batch")
     sample_dir: Path = setting(Path("samples"), help="folder for NAME.npz, NAME.json and NAME.png")
     name: str | None = setting(
-        None, help="name of the files (default: composed of run, step and the sampler's flags)"
+        None, help="name of the files (default: composed of run, step and sampler flags)"
     )
     png: bool = setting(False, help="also write each image to NAME/INDEX.png")
     evaluate: Path | None = setting(
-        None, help="reference to compare with, see --reference of evaluations.evaluate"
+        None, help="reference for the metrics (see --reference of evaluations.evaluate)"
     )
     no_npz: bool = setting(
         False, help="with --evaluate: discard the images and keep only the grid and the metrics"
@@ -115,7 +115,7 @@ class OutputConfig:
 
 
 class SamplingConfig(NamedTuple):
-    """All settings, one group of flags per field."""
+    """All settings. Each field is a group of flags."""
 
     checkpoint: CheckpointConfig
     sampler: SamplerConfig
@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     args = parser.parse_args(argv)
     config = SamplingConfig(*(read_flags(group, args) for group in groups.values()))
 
-    with naming_flags(SamplerConfig):
+    with convert_field_errors(SamplerConfig):
         config.sampler.validate()
     if config.output.no_npz and config.output.evaluate is None:
         raise UserError("--no-npz would discard the samples unevaluated; add --evaluate PATH")
@@ -149,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
 
 
 @contextmanager
-def naming_flags(config: type) -> Iterator[None]:
+def convert_field_errors(config: type) -> Iterator[None]:
     """Turn a FieldError about a field of `config` into a UserError that names its flag."""
     try:
         yield
@@ -186,21 +186,21 @@ def main() -> None:
     store.choose_grid_images(labels)
 
     with ExitStack() as resources:
-        stored = world.run_on_first_rank(lambda: store.claim(resources))
-        store.load_finished()
+        stored_batches = world.run_on_first_rank(lambda: store.claim(resources))
+        store.open_npz()
 
-        # Load the reference, unless the samples are evaluated already.
+        # Load the reference, unless the samples have already been evaluated.
         result: JsonObject = {}
         if suite is not None:
             result = world.run_on_first_rank(lambda: read_metrics(suite, store))
             if result:
-                stored = stored._replace(features=set(store.batches))
+                stored_batches = stored_batches._replace(features=set(store.batches))
             else:
                 suite.load_reference()
 
         # Sample the missing batches. Each of n processes takes every n-th batch.
-        pending = store.pending_batches(stored)
-        worker = Worker(model, vae, recipe, config.precision.dtype, store, stored, networks)
+        pending = store.pending_batches(stored_batches)
+        worker = Worker(model, vae, recipe, config.precision.dtype, store, stored_batches, networks)
         sample_batches(worker, pending, config.precision, world)
         world.barrier()
 
@@ -220,28 +220,28 @@ def set_up_arithmetic(config: PrecisionConfig, device: torch.device) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if device.type != "cuda":
-        # The order of a sum, and therefore its last bit, depends on the number of threads that
-        # share it. Each thread processes whole batches instead.
+        # The order of summation, and therefore the last bit of a sum, depends on the number of
+        # threads of an operation. Each thread processes whole batches instead.
         torch.set_num_threads(1)
 
 
 def load_networks(
     config: CheckpointConfig, device: torch.device, world: World
 ) -> tuple[PretrainedModel, Autoencoder]:
-    """Load the network, on the CPU, and the VAE.
+    """Load the network on the CPU and the VAE on `device`.
 
     Raises:
-        UserError: One of them does not exist or cannot be loaded.
+        UserError: The network or the VAE does not exist or cannot be loaded.
     """
     try:
-        # One process chooses the checkpoint, because a running training may save another meanwhile.
+        # One process chooses the checkpoint, because the training run may save another meanwhile.
         path = world.run_on_first_rank(lambda: pretrained.resolve_checkpoint(config.ckpt))
         source = pretrained.load(
             path, config.ema_decay, config.model, config.origin, config.path_type
         )
     except CheckpointError as error:
         raise UserError(f"--ckpt {config.ckpt}: {error}") from None
-    with naming_flags(CheckpointConfig):
+    with convert_field_errors(CheckpointConfig):
         return source, Autoencoder(config.vae or source.vae, device)
 
 
@@ -260,12 +260,12 @@ def make_recipe(config: SamplingConfig, source: PretrainedModel) -> Recipe:
     """Combine the sampler's flags with the objective of the network, and load the labels.
 
     Raises:
-        UserError: The labels do not fit the network or the number of images.
+        UserError: The labels do not match the network or the number of images.
     """
     recipe = Recipe(
         **vars(config.sampler), path_type=source.path_type, prediction=source.prediction
     )
-    with naming_flags(SamplerConfig):
+    with convert_field_errors(SamplerConfig):
         return recipe.with_loaded_labels(
             source.model.config.num_classes, config.output.num_fid_samples
         )
@@ -311,10 +311,10 @@ def build_record(
 
 
 def check_vae(vae: Autoencoder, fingerprint: str, source: PretrainedModel) -> None:
-    """Raise UserError if the VAE is known to differ from the one that made the training latents."""
+    """Raise UserError if the VAE is known to differ from that of the training latents."""
     if source.vae_fingerprint not in (None, fingerprint):
         raise UserError(
-            f"--vae {vae.name} has other weights than the VAE that made the training latents "
+            f"--vae {vae.name} has other weights than the VAE that encoded the training data "
             f"({source.vae}); choose the same VAE"
         )
     channels = source.model.config.channels
@@ -395,7 +395,7 @@ def read_metrics(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
     """Return the metrics of exactly these samples, or {} if they have not been evaluated.
 
     Raises:
-        UserError: The existing metrics are those of another evaluation.
+        UserError: The existing metrics belong to another evaluation.
     """
     if not store.metrics_path.exists():
         return {}

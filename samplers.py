@@ -1,9 +1,9 @@
 """Integrate ODEs and SDEs from noise at t = 1 to data at t = 0, with guidance.
 
-All solvers integrate a velocity field, whatever the network predicts (see `VelocityModel`). Time
-grids follow REPA's samplers.py. Where the velocity is singular at an end of [0, 1], integration is
-limited to `interpolant.time_interval`; the caller then replaces the last step, to t = 0, by
-`denoise`.
+All solvers integrate a velocity field, regardless of what the network predicts (see
+`VelocityModel`). Time grids follow REPA's samplers.py. If the velocity is singular at an end of
+[0, 1], integration is limited to `interpolant.time_interval`; the caller then replaces the last
+step, to t = 0, by `denoise`.
 
 The state keeps the dtype of the initial noise (REPA: float64), and the network always receives
 float32. B is the batch size, and x has the shape (B, ...). On a fixed grid a time is one Python
@@ -34,7 +34,7 @@ UNIT_INTERVAL = (0.0, 1.0)
 
 # The pair RK5(4)7M of Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae", table 2.
 # The last row of DOPRI5_STAGES is also the solution of order 5, and DOPRI5_ERROR is that solution
-# minus the one of order 4.
+# minus the solution of order 4.
 DOPRI5_NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DOPRI5_STAGES = (
     (1 / 5,),
@@ -45,7 +45,7 @@ DOPRI5_STAGES = (
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 DOPRI5_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-MIN_STEP_SIZE = 1e-8  # a step of this size is accepted whatever its error
+MIN_STEP_SIZE = 1e-8  # a step of this size is accepted regardless of its error
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class VelocityModel:
     Args:
         network: Predicts the velocity, the data or the noise.
         interpolant: The interpolant that the network was trained on.
-        prediction: What the network predicts: "v", "x" or "eps".
+        prediction: Prediction of the network: "v", "x" or "eps".
         dtype: Dtype of the network's matrix products. If it is not float32, the network runs under
             autocast.
         check_cancelled: Called before each evaluation of the network. An exception that it raises
@@ -82,8 +82,8 @@ class GuidedVelocity:
 
     Within low <= t <= high the velocity is v_null + scale (v_class - v_null), from one doubled
     batch (Ho & Salimans, arXiv:2207.12598; interval: Kynkaanniemi et al., arXiv:2404.07724).
-    Outside it is v_class. The score and the predictions x and eps are affine in the velocity, so
-    guiding the velocity also guides them and the drift of the SDE.
+    Outside the interval it is v_class. The score and the predictions x and eps are affine in the
+    velocity, so guiding the velocity also guides them and the drift of the SDE.
 
     Args:
         model: Returns velocities.
@@ -113,12 +113,12 @@ class GuidedVelocity:
             return self.model(x.float(), times, self.labels).to(x.dtype)
 
         null_labels = torch.full_like(self.labels, self.null_class)
-        both = self.model(
+        velocities = self.model(
             torch.cat((x, x)).float(),
             torch.cat((times, times)),
             torch.cat((self.labels, null_labels)),
         )
-        v_class, v_null = both.to(x.dtype).chunk(2)
+        v_class, v_null = velocities.to(x.dtype).chunk(2)
         v_guided = v_null + self.scale * (v_class - v_null)
         if isinstance(t, Tensor):
             is_in_interval = (self.low <= t) & (t <= self.high)
@@ -142,10 +142,10 @@ def ode_times(num_steps: int, interval: tuple[float, float] = UNIT_INTERVAL) -> 
     """Return REPA's uniform grid for ODE solvers, from the upper to the lower end of the interval.
 
     Args:
-        num_steps: Number of network evaluations with Euler's method, including the one of a final
+        num_steps: Number of network evaluations with Euler's method, including that of a final
             `denoise`.
         interval: Lower and upper end of the integration. If the lower end is above 0, `denoise` is
-            expected to follow and the grid has one step less.
+            expected to follow and the grid has one step fewer.
     """
     t_min, t_max = interval
     num_times = num_steps if t_min > 0 else num_steps + 1
@@ -158,7 +158,7 @@ def sde_times(
     """Return REPA's grid for the SDE: `num_steps` uniform times from 1 to `last`, then 0.
 
     Args:
-        num_steps: Number of network evaluations, including the one of a final `denoise`.
+        num_steps: Number of network evaluations, including that of a final `denoise`.
         interval: Lower and upper end of the integration. If the lower end is above 0, it replaces
             `last`, the grid ends there, and `denoise` is expected to follow.
         last: Time at which the last step to 0 starts.
@@ -178,7 +178,7 @@ def euler(velocity: VelocityField, x: Tensor, times: list[float]) -> Tensor:
 def heun(velocity: VelocityField, x: Tensor, times: list[float]) -> Tensor:
     """Integrate the probability-flow ODE with Heun's method (EDM, arXiv:2206.00364, algorithm 1).
 
-    Each step takes two evaluations, except a step to t = 0, which is Euler's.
+    Each step takes two evaluations, except a step to t = 0, which is an Euler step.
     """
     for t, t_next in zip(times, times[1:]):
         v = velocity(x, t)
@@ -205,9 +205,9 @@ def euler_maruyama(
         velocity: The velocity field.
         interpolant: The interpolant that relates velocity and score.
         x: The state at times[0], (B, ...).
-        times: Falling times, see `sde_times`.
-        noise: Returns the standard normal noise of a step, with x's shape, given the index of the
-            step.
+        times: Decreasing times, see `sde_times`.
+        noise: Returns the standard normal noise of a step, with the shape of x, given the index of
+            the step.
 
     Returns:
         The state at times[-1].
@@ -229,17 +229,18 @@ def dopri5(
     t_start: float = 1.0,
     t_end: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Integrate the probability-flow ODE with Dormand and Prince's pair and a step size per image.
+    """Integrate the probability-flow ODE with the Dormand-Prince pair and a step size per image.
 
     A step is accepted if the root mean square, over the elements of an image, of error / (atol +
     rtol max(|x|, |x_next|)) is at most 1. The next step is 0.9 error^(-1/5) times as long, limited
     to factors from 0.2 to 10 (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I,
-    sec. II.4). The first step size is theirs for a velocity of magnitude 1, the scale of the noise:
-    (0.01 (atol + rtol))^(1/5).
+    sec. II.4). The first step size follows the same reference for a velocity of magnitude 1, the
+    scale of the noise: (0.01 (atol + rtol))^(1/5).
 
-    A step takes six evaluations whether it is accepted or not, and there is one evaluation before
+    A step takes six evaluations whether it is accepted or not, and one more evaluation precedes
     the first step. The whole batch is evaluated until the last image has reached `t_end`, so that
-    an image does not depend on the others. This check synchronises with the device once per step.
+    an image does not depend on the others. The check for the end synchronises with the device once
+    per step.
     The error estimate assumes a smooth velocity; `guided_dopri5` handles a velocity that jumps. An
     image that becomes NaN is integrated in long steps and stays NaN, as with other solvers.
 
@@ -298,8 +299,8 @@ def guided_dopri5(
 
     The velocity is smooth within each piece. A single integration would shrink the steps at the
     ends of the interval until the error estimate happens to miss the jump, which takes more
-    evaluations and leaves a larger error (docs/sampling.md has figures). The pieces also evaluate
-    the null class only inside the interval.
+    evaluations and leaves a larger error (docs/sampling.md reports measurements). With
+    pieces, the null class is also evaluated only inside the interval.
 
     Args:
         velocity: The guided velocity field.

@@ -43,6 +43,11 @@ FEATURE_SETS = (
     ("activations", 0.5, 0, 64),
 )
 
+# Names of quantities in the table, where they differ from those in the JSON file.
+QUANTITY_LABELS = {"distance of few": "distance, few samples"} | {
+    f"resize of image {size}": f"resize of a {size}-pixel image" for size in (32, 256, 512)
+}
+
 
 def random_features(
     rng: np.random.Generator, count: int, scale: float, clusters: np.ndarray, width: int
@@ -160,10 +165,11 @@ def compare_results(adm: np.ndarray | float, ours: np.ndarray | float) -> dict[s
 
 def format_table(result: dict) -> str:
     """Return the result as a Markdown table with one row per quantity."""
-    lines = ["| quantity | ADM | here | relative difference |", "|---|---|---|---|"]
+    lines = ["| quantity | ADM | this repository | relative difference |", "|---|---|---|---|"]
     for name, row in result["quantities"].items():
         difference = f"{row['difference']:.1e}" if row["difference"] else "0"
-        lines.append(f"| {name} | {row['adm']:.10g} | {row['ours']:.10g} | {difference} |")
+        label = QUANTITY_LABELS.get(name, name)
+        lines.append(f"| {label} | {row['adm']:.10g} | {row['ours']:.10g} | {difference} |")
     return "\n".join(lines)
 
 

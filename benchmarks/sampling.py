@@ -56,8 +56,8 @@ from sample_ddp import (
     PrecisionConfig,
     SamplingConfig,
     build_record,
+    convert_field_errors,
     make_recipe,
-    naming_flags,
     prepare_model,
     set_up_arithmetic,
 )
@@ -111,7 +111,7 @@ def make_config(
     Raises:
         UserError: Settings of the sampler contradict each other.
     """
-    with naming_flags(SamplerConfig):
+    with convert_field_errors(SamplerConfig):
         sampler.validate()
     output = OutputConfig(num_fid_samples=num_images, per_proc_batch_size=batch_size)
     return SamplingConfig(CheckpointConfig(Path()), sampler, precision, output, EvaluationConfig())
@@ -350,7 +350,7 @@ def main() -> None:
     num_threads = torch.get_num_threads()
     with scratch_folder(args.dest / "benchmark-sampling") as root:
         # Load the VAE and create the network.
-        with naming_flags(CheckpointConfig):
+        with convert_field_errors(CheckpointConfig):
             vae = Autoencoder(args.vae or str(make_random_vae(root / "vae")), device)
         multiple = vae.downsampling_factor * PRESETS[args.model]["patch"]
         if args.resolution % multiple:

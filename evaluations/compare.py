@@ -14,7 +14,7 @@ from evaluations.metrics import (
 )
 from evaluations.reference_features import ReferenceFeatures
 
-# Keys of metrics.json that hold results. Every other key identifies the evaluation.
+# Keys of metrics.json that contain results. Every other key identifies the evaluation.
 RESULT_KEYS = ("metrics", "intervals", "by_count", "warning")
 SUBSET_COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 STANDARD_COUNT = 50_000  # samples that papers evaluate
@@ -34,18 +34,19 @@ def compute_metrics(
     device: Device,
     fp16_distances: bool = False,
 ) -> dict[str, float | None]:
-    """Compute all metrics that a network's features of one set of samples allow.
+    """Compute all metrics that are defined for the features of one network.
 
     Args:
         samples: Features of the samples.
         labels: Classes of the samples, (n,), for class_agreement.
         reference: Features or statistics of the reference, of the same network.
         network: Name of the network.
-        device: Where the metrics are computed.
+        device: Device that computes the metrics.
         fp16_distances: Whether precision and recall use float16 distances, as ADM's evaluator does.
 
     Returns:
-        Metrics by name. Those that need missing labels or missing parts of the reference are None.
+        Metrics by name. A metric is None if it needs labels, or features of the reference, that are
+        not available.
     """
     distance = frechet_distance(compute_statistics(samples.pool, device), reference.pool, device)
     metrics: dict[str, float | None] = {frechet_name(network): distance}
@@ -83,7 +84,7 @@ def frechet_distances_by_count(
     Args:
         features: Features of the samples, (n, F).
         reference: Features or statistics of the reference.
-        device: Where the distances are computed.
+        device: Device that computes the distances.
 
     Returns:
         The distances by the number of samples.
@@ -97,11 +98,11 @@ def frechet_distances_by_count(
 
 
 def small_sample_warning(count: int, networks: Iterable[str]) -> str | None:
-    """Return a warning if published distances are computed from fewer samples than in papers."""
+    """Return a warning if FID or FD-NAME is computed from fewer samples than in papers."""
     names = " and ".join(frechet_name(network) for network in networks if network != "fashion")
     if count >= STANDARD_COUNT or not names:
         return None
     return (
-        f"{names} of {count:,} samples is biased upwards compared to {STANDARD_COUNT:,} samples; "
-        f"compare it only with values of {count:,} samples"
+        f"{names}: values from {count:,} samples are biased upwards compared to "
+        f"{STANDARD_COUNT:,} samples; compare them only with values from {count:,} samples"
     )

@@ -16,8 +16,8 @@ TRAINING_QUANTITIES = ("denoising", "align", "grad_norm")
 def draw(runs: list[Run], path: Path) -> None:
     """Write a figure with one colour per run.
 
-    It has a panel per training quantity, and one per Frechet distance and for the held-out loss, if
-    a run was evaluated during training.
+    The figure has a panel per training quantity. If a run was evaluated during training, there is
+    also a panel per Frechet distance and one for the held-out loss.
     """
     from matplotlib.figure import Figure
 

@@ -4,8 +4,10 @@ r"""Compute FID, sFID, Inception score, precision and recall, FD-DINOv2 or FD-fa
     python -m evaluations.evaluate samples/NAME.npz --features fashion \
         --reference assets/fashion-mnist/images.zip
 
-On several GPUs: torchrun --nproc_per_node 8 -m evaluations.evaluate ... Writes the metrics, with
-everything that identifies them, to metrics.json. FD-fashion needs no download.
+On several GPUs: torchrun --nproc_per_node 8 -m evaluations.evaluate ...
+
+The metrics and everything that identifies them are written to metrics.json. FD-fashion needs no
+download.
 """
 
 import argparse
@@ -42,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--reference",
         type=Path,
         required=True,
-        help="ADM's .npz, an .npz of statistics alone (mu, sigma), or images: a folder tree "
+        help="ADM's .npz, an .npz with statistics only (mu, sigma), or images: a folder tree "
         "class/image.ext, a zip, tar or parquet",
     )
     add_flags(parser, EvaluationConfig)
@@ -67,7 +69,7 @@ def main() -> None:
     world = World()
     device = args.device or world.select_device()
 
-    # Open the samples with their labels and the record of how they were sampled.
+    # Open the samples, their labels and the record of their sampling settings.
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
     images = NpzImages(args.samples, "samples")
@@ -75,13 +77,13 @@ def main() -> None:
     labels = images.read_array("arr_1")
     if labels is not None and labels.shape != (images.count,):
         raise UserError(
-            f"{args.samples}: arr_1 must be the classes of {images.count} images, "
+            f"{args.samples}: arr_1 must contain the classes of {images.count} images, "
             f"but its shape is {labels.shape}"
         )
     record = args.samples.with_suffix(".json")
     sampling = read_json_object(record, "solver", "record of samples")
 
-    # Evaluate them, unless the same evaluation has been done before.
+    # Evaluate the samples, unless the same evaluation has been done before.
     config = read_flags(EvaluationConfig, args)
     suite = EvaluationSuite(config, args.reference, images.size, args.batch_size, device, world)
     out = args.out or args.samples.with_suffix(".metrics.json")

@@ -1,4 +1,4 @@
-"""Points to the new location of the export command."""
+"""Point to the new location of the export command."""
 
 import sys
 

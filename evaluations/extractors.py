@@ -40,15 +40,18 @@ def load_extractor(
 
     Args:
         name: "inception", "fashion", a short name of models/encoder.py or a timm name.
-        inception_weights: File of Inception weights. By default the one in torch hub's folder.
-        size: Height and width of the images that it will be applied to.
+        inception_weights: File with the Inception weights. By default the one in the torch hub
+            cache.
+        size: Height and width of the images that the network will be applied to.
         device: Device to move the network to.
-        source: Where these images come from, for error messages.
+        source: Origin of these images, for error messages.
         flag: Flag that selected the network, for error messages.
-        encoder_weights: File of weights for a timm network. By default they come from the hub.
+        encoder_weights: File with the weights of a timm network. By default they are downloaded
+            from the hub.
 
     Raises:
-        UserError: If there is no such network, its weights are missing, or `size` is wrong for it.
+        UserError: If there is no such network, its weights are missing, or it does not accept
+            images of this size.
     """
     if name == "fashion":
         if size != (FASHION_RESOLUTION, FASHION_RESOLUTION):
@@ -64,7 +67,7 @@ def load_extractor(
 
 def concatenate_features(batches: Iterable[NumpyFeatures], count: int) -> NumpyFeatures:
     """Return the features of the first `count` images of consecutive batches."""
-    outputs = [batch.present() for batch in batches]
+    outputs = [batch.as_dict() for batch in batches]
     columns = {}
     for name in outputs[0]:
         columns[name] = np.concatenate([output[name] for output in outputs])[:count]
@@ -87,7 +90,7 @@ def iterate_batches(
         images: The images to read.
         batch_size: Images per batch.
         description: Label of the progress bar.
-        world: Processes that share the images. By default all are read by this one.
+        world: Processes that share the images. By default, this process reads all of them.
 
     Yields:
         The index of a batch and its images, (B, 3, H, W) uint8.
@@ -111,7 +114,7 @@ def iterate_batches(
         pending = deque(islice(futures, 1))
         for index in batch_indices:
             batch = pending.popleft().result()
-            pending.extend(islice(futures, 1))  # starts to read the next batch
+            pending.extend(islice(futures, 1))  # start reading the next batch
             yield index, batch
             progress.update(len(batch) * num_processes)
 
@@ -124,7 +127,7 @@ def extract_features(
     device: Device,
     world: World | None = None,
 ) -> dict[str, NumpyFeatures]:
-    """Run all networks over one pass through the images, on all processes.
+    """Run all networks in one pass over the images, on all processes.
 
     Args:
         networks: Feature networks by name.
@@ -132,10 +135,11 @@ def extract_features(
         batch_size: Images per forward pass.
         description: Label of the progress bar.
         device: Device of the networks.
-        world: Processes that share the work. By default this one does all of it.
+        world: Processes that share the work. By default, this process does all of it.
 
     Returns:
-        The features of all images by name of the network on the first process, {} on the others.
+        On the first process, the features of all images by the name of the network; on the others,
+        {}.
     """
     local_batches = {}
     for index, batch in iterate_batches(images, batch_size, description, world):

@@ -1,4 +1,4 @@
-"""The offline feature network: a small garment classifier trained on Fashion-MNIST.
+"""Define the offline feature network, a small garment classifier trained on Fashion-MNIST.
 
 It replaces Inception on machines that cannot download weights. Its Frechet distance is called
 FD-fashion and never FID, because the two have different scales.
@@ -63,7 +63,7 @@ def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Seq
 
 
 def load_classifier(path: Path = FASHION_WEIGHTS) -> GarmentClassifier:
-    """Load the bundled classifier in eval mode. Its weights, stored as float16, become float32."""
+    """Load the bundled classifier in eval mode, and convert its float16 weights to float32."""
     model = GarmentClassifier()
     model.weights_sha256 = sha256(path)
     model.load_state_dict(load_file(path))

@@ -22,7 +22,7 @@ class Features(Generic[Array]):
     """Outputs of a feature network for n images, float32, as tensors or as NumPy arrays.
 
     Attributes:
-        pool: Features between which distances are measured, (n, F).
+        pool: Features that define the distance between images, (n, F).
         spatial: Spatial features of Inception for sFID, (n, 2023). None for other networks.
         scores: Class probabilities or logits, (n, K). None for networks without a classifier.
     """
@@ -31,13 +31,13 @@ class Features(Generic[Array]):
     spatial: Array | None = None
     scores: Array | None = None
 
-    def present(self) -> dict[str, Array]:
-        """Return the outputs that the network has, by name."""
+    def as_dict(self) -> dict[str, Array]:
+        """Return the outputs of the network by name, without those that are None."""
         return {name: output for name, output in vars(self).items() if output is not None}
 
     def map(self, function: Callable[[Array], OtherArray]) -> "Features[OtherArray]":
-        """Return the results of `function` for each output that the network has."""
-        return Features(**{name: function(output) for name, output in self.present().items()})
+        """Apply `function` to each output that is not None."""
+        return Features(**{name: function(output) for name, output in self.as_dict().items()})
 
 
 NumpyFeatures = Features[np.ndarray]

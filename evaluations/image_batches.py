@@ -1,7 +1,7 @@
-"""Readers of the images to evaluate, samples or references, one batch at a time.
+"""Read the images to evaluate, samples or references, one batch at a time.
 
 Shapes: n images in total, B per batch, H x W pixels. Only the requested batch is held in memory,
-because 50,000 samples of 256 pixels take 10 GB.
+because 50,000 images of 256x256 pixels take 10 GB.
 """
 
 import threading
@@ -20,12 +20,12 @@ from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import ImageSource, open_source
 
 READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
-LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header before its name and extra field
-LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of these two fields
+LOCAL_HEADER_SIZE = 30  # size in bytes of a zip member's local header without name and extra field
+LENGTHS_OFFSET = 26  # position of the 16-bit lengths of name and extra field in the local header
 
 
 class Images:
-    """Base class of readers.
+    """Base class of image readers.
 
     Attributes:
         count: Number of images.
@@ -44,7 +44,7 @@ class Images:
 
 
 class NpzFile:
-    """An .npz file in ADM's format, of which only the requested arrays are read.
+    """Reads individual arrays of an .npz file in ADM's format.
 
     Args:
         path: The file.
@@ -66,7 +66,11 @@ class NpzFile:
         return name in self.members
 
     def read_array(self, name: str) -> np.ndarray | None:
-        """Return a whole array, or None if the file does not contain it. Raises UserError."""
+        """Return a whole array, or None if the file does not contain it.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
         if name not in self:
             return None
         with self._report_read_errors(), np.load(self.path) as content:
@@ -74,7 +78,7 @@ class NpzFile:
 
     @contextmanager
     def _report_read_errors(self) -> Iterator[None]:
-        """Raise UserError for errors that an unreadable file causes in this context."""
+        """Convert errors that an unreadable file causes in this context to UserError."""
         try:
             yield
         except UserError:
@@ -103,7 +107,7 @@ class NpzImages(NpzFile, Images):
         super().__init__(path, flag)
         if "arr_0" not in self:
             names = ", ".join(self.members) or "no arrays"
-            raise UserError(f"{flag} {path} holds no images under arr_0; it holds {names}")
+            raise UserError(f"{flag} {path} contains no array arr_0; it contains {names}")
         self.member = self.members["arr_0"]
         self.stream: IO[bytes] | None = None
         self.lock = threading.Lock()
@@ -184,7 +188,7 @@ class SourceImages(Images):
         """Return images start to stop - 1, (B, 3, H, W).
 
         Raises:
-            UserError: If one of them cannot be used.
+            UserError: If an image cannot be used.
         """
         indices = range(start, min(stop, self.count))
         images = [
@@ -208,9 +212,9 @@ class ImageSubset(Images):
         return np.concatenate(images)
 
 
-def evenly_spaced_indices(count: int, most: int) -> np.ndarray:
-    """Return at most `most` evenly spaced indices from 0 to `count` - 1, ascending."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+def evenly_spaced_indices(count: int, max_count: int) -> np.ndarray:
+    """Return at most `max_count` evenly spaced indices from 0 to `count` - 1, ascending."""
+    return np.unique(np.linspace(0, count - 1, min(count, max_count)).round().astype(int))
 
 
 def open_images(
@@ -219,7 +223,7 @@ def open_images(
     """Return a reader of an .npz file, folder, zip, tar or parquet file.
 
     Args:
-        path: The file, folder or pattern of files.
+        path: The file, folder or glob pattern.
         resolution: Height and width. Images are cropped to it, unless they are in an .npz file.
         flag: Flag that selected the path, for error messages.
         neighbours: Number of nearest neighbours that will be searched for each image.
@@ -235,7 +239,7 @@ def open_images(
     height, width = images.size
     if images.size != (resolution, resolution) or images.count <= neighbours:
         raise UserError(
-            f"{flag} {path} holds {images.count} images of {height}x{width}: "
+            f"{flag} {path} contains {images.count} images of {height}x{width}: "
             f"use more than {neighbours} images of {resolution}x{resolution}"
         )
     return images

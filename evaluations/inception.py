@@ -1,7 +1,7 @@
 """Compute Inception features in the same way as ADM's evaluator.
 
 They are computed by torch-fidelity's port of the TensorFlow graph. The port resizes images as
-TensorFlow 1 does. Its weights are converted from the same graph file, classify_image_graph_def.pb,
+TensorFlow 1 does. Its weights were converted from ADM's graph file, classify_image_graph_def.pb,
 whose layer names are used in this module. B images per batch.
 """
 
@@ -19,11 +19,11 @@ from evaluations.features import FeatureNetwork, Features
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
-SPATIAL_CHANNELS = 7  # of mixed_6/conv; _create_feature_graph of ADM takes the first seven
+SPATIAL_CHANNELS = 7  # channels of mixed_6/conv that ADM's _create_feature_graph selects
 
 
 def find_weights(path: Path | None) -> Path:
-    """Return the file of Inception weights: `path`, or by default the one in torch hub's folder.
+    """Return the file with the Inception weights, by default the one in the torch hub cache.
 
     Raises:
         UserError: If the file is missing or is not a file of tensors.
@@ -31,12 +31,12 @@ def find_weights(path: Path | None) -> Path:
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
     if not file.exists():
         raise UserError(
-            f"no Inception weights: fetch {WEIGHTS_URL} and put it at {file}, or pass "
-            "--inception-weights FILE (the bundled garments can be evaluated without them: use the "
-            "fashion features)"
+            f"no Inception weights: fetch {WEIGHTS_URL} and save it as {file}, or pass "
+            "--inception-weights FILE (or evaluate 32x32 images with the fashion features, which "
+            "need no Inception weights)"
         )
     try:
-        # torch-fidelity unpickles without restrictions, so make sure first that the file is safe.
+        # torch-fidelity unpickles without restrictions, so check first that the file is safe.
         torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -51,15 +51,15 @@ class InceptionFeatures(FeatureNetwork):
     """Maps uint8 images (B, 3, H, W) to pool_3 (B, 2048), spatial (B, 2023) and scores (B, 1008).
 
     `spatial` is the first 7 channels of mixed_6/conv, 17 x 17 x 7, flattened with the channel last
-    (_create_feature_graph of ADM). The scope of a convolution in the graph holds Conv2D, batchnorm,
-    CheckNumerics, control_dependency and, under the scope's name, the final ReLU. The tensor is
-    therefore the non-negative output of Mixed_6d.branch1x1 in the port.
+    (_create_feature_graph of ADM). The scope of a convolution in the graph contains Conv2D,
+    batchnorm, CheckNumerics, control_dependency and, under the name of the scope, the final ReLU.
+    The tensor therefore corresponds to the output of Mixed_6d.branch1x1 after its ReLU.
 
     `scores` are class probabilities: the softmax of pool_3 times softmax/weights, without
     softmax/biases (_create_softmax_graph of ADM).
 
     Args:
-        weights: File of weights. By default the one in torch hub's folder.
+        weights: File with the weights. By default the one in the torch hub cache.
     """
 
     def __init__(self, weights: Path | None = None):
@@ -73,7 +73,7 @@ class InceptionFeatures(FeatureNetwork):
         try:
             self.network = FeatureExtractorInceptionV3("adm", outputs, str(file))
         except (RuntimeError, TypeError, AttributeError):
-            # Files of other ports, such as pytorch-fid's, have other parameter names.
+            # Weights of other ports, such as pytorch-fid, have other parameter names.
             raise UserError(
                 f"--inception-weights {file} is not {WEIGHTS_NAME}: fetch {WEIGHTS_URL}"
             ) from None

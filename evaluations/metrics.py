@@ -1,9 +1,9 @@
-"""The metrics of ADM's evaluator (Dhariwal & Nichol 2021).
+"""Compute the metrics of ADM's evaluator (Dhariwal & Nichol 2021).
 
 The original is evaluations/evaluator.py of openai/guided-diffusion.
 Shapes: n and m images, F features per image, K classes. Features are float32 NumPy arrays.
-Everything computed from their means and covariances is float64. `device` is the device that
-computes; results are returned in host memory.
+Everything computed from their means and covariances is float64. Computations run on `device`, and
+results are returned in host memory.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 MANIFOLD_NEIGHBOURS = 3  # k of precision and recall
 ROWS = 4096  # number of feature rows that are converted to float64 at a time
 TILE_SIZE = 2048  # rows and columns of the distance matrix that are in memory at a time
-ADM_TILE_SIZE = 10_000  # the same for ADM's evaluator (row_batch_size)
+ADM_TILE_SIZE = 10_000  # tile size of ADM's evaluator (row_batch_size)
 
 Device = torch.device | str
 
@@ -49,7 +49,7 @@ def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statisti
 
     Args:
         features: Features, (n, F).
-        device: Where the covariance is computed.
+        device: Device that computes the covariance.
     """
     n, size = features.shape
     starts = range(0, n, ROWS)
@@ -63,12 +63,12 @@ def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statisti
 def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> float:
     """Compute |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson & Landau 1982).
 
-    The distance is the FID if the features are Inception's.
+    For Inception features, the distance is the FID.
 
     S_a S_b and R^T S_b R have the same eigenvalues for every R with R R^T = S_a, and the latter is
     symmetric. This avoids a general matrix square root, complex numbers and an epsilon on the
-    diagonal. If one of the matrices is singular, that one is factorised, and its null space is left
-    out, because the square roots of the rounding errors in the null space would not be small.
+    diagonal. If one of the matrices is singular, that matrix is factorised, and its null space is
+    excluded, because the square roots of rounding errors in the null space would not be small.
     """
     mu_a, sigma_a = _to_tensors(a, device)
     mu_b, sigma_b = _to_tensors(b, device)
@@ -88,7 +88,7 @@ def frechet_influence(
 ) -> np.ndarray:
     """Compute the derivative of the Frechet distance with respect to the weight of each row.
 
-    The gradient of the distance is 2 (mu - mu_r) in mu and I - T in S, where
+    The gradient of the distance is 2 (mu - mu_r) for mu and I - T for S, where
     T = R (R^T S R)^(-1/2) R^T with R R^T = S_r is the optimal transport map, the only symmetric
     T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). More weight on a row x moves mu
     along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary are
@@ -96,9 +96,9 @@ def frechet_influence(
 
     Args:
         features: Features of the samples, (n, F).
-        statistics: Their mean and covariance.
+        statistics: Mean and covariance of the features.
         reference: Mean and covariance of the reference.
-        device: Where the derivative is computed.
+        device: Device that computes the derivative.
 
     Returns:
         The derivatives, (n,), with mean 0.
@@ -113,9 +113,9 @@ def frechet_influence(
     derivatives = []
     for i in range(0, n, ROWS):
         x = torch.from_numpy(features[i : i + ROWS] - statistics.mu).to(device)
-        of_mean = 2 * x @ (mu - mu_r)
-        of_covariance = x.square().sum(1) - (x @ half_map).square().sum(1)
-        derivatives.append(of_mean + of_covariance * n / (n - 1))
+        mean_term = 2 * x @ (mu - mu_r)
+        covariance_term = x.square().sum(1) - (x @ half_map).square().sum(1)
+        derivatives.append(mean_term + covariance_term * n / (n - 1))
     influence = torch.cat(derivatives)
     return (influence - influence.mean()).cpu().numpy()
 
@@ -132,15 +132,16 @@ def frechet_interval(
     A replicate is the distance plus the mean of `frechet_influence` over n rows drawn with
     replacement. The interval reflects how the distance varies between sets of n images of the same
     model. It does not include the bias, which makes the distance of finitely many images too large
-    by about the same amount in every draw (Chong & Forsyth 2020), or the effect of the finite size
-    of the reference. As the distance approaches 0, its first-order term and the interval vanish.
+    by about the same amount in every replicate (Chong & Forsyth 2020), or the effect of the finite
+    size of the reference. As the distance approaches 0, its first-order term and the interval
+    vanish.
 
     Args:
         features: Features of the samples, (n, F).
         reference: Mean and covariance of the reference.
         level: Coverage of the interval.
         replicates: Number of bootstrap replicates.
-        device: Where the distance and the influence are computed.
+        device: Device that computes the distance and the influence.
 
     Returns:
         Lower and upper end, or None if n <= F, because the covariance is singular then.
@@ -194,27 +195,30 @@ def precision_recall(
     Args:
         reference: Features of the reference, (n, F).
         samples: Features of the samples, (m, F).
-        neighbours: k.
+        neighbours: Number k of nearest neighbours.
         tile_size: Rows and columns of the blocks in which distances are computed. With fp16 it
             determines which distances fall back to float32 together. The default is 2048, or ADM's
             10,000 with fp16.
-        device: Device that computes distances. Its memory holds both sets and a few blocks of
-            distances.
+        device: Device that computes distances. Both sets and a few blocks of distances must fit
+            into its memory.
         fp16: Whether to compute distances in float16, as ADM does (manifold_radii and evaluate_pr).
-            They are compared as float32. A block that overflows is computed again in float32.
+            They are converted to float32 before they are compared. A block that overflows is
+            computed again in float32.
 
     Raises:
         ValueError: If n or m is not above k.
     """
     if min(len(reference), len(samples)) <= neighbours:
         raise ValueError(
-            f"{len(reference)} and {len(samples)} features have no {neighbours} neighbours each"
+            f"{len(reference)} and {len(samples)} features are too few for {neighbours} nearest "
+            "neighbours"
         )
     real = torch.tensor(reference, dtype=torch.float32, device=device)
     fake = torch.tensor(samples, dtype=torch.float32, device=device)
     default_tile_size = ADM_TILE_SIZE if fp16 else TILE_SIZE
     tile = tile_size or default_tile_size
-    with no_tf32():  # TF32 would lose the digits of small distances, which are differences
+    # Small distances are differences of large numbers, so TF32 would lose their digits.
+    with no_tf32():
         real_radii = manifold_radii(real, neighbours, tile, fp16)
         fake_radii = manifold_radii(fake, neighbours, tile, fp16)
         is_real_covered = torch.zeros(len(real), dtype=torch.bool, device=device)
@@ -237,7 +241,7 @@ def manifold_radii(features: Tensor, neighbours: int, tile_size: int, fp16: bool
 
     Args:
         features: Features, (n, F) float32.
-        neighbours: k.
+        neighbours: Number k of nearest neighbours.
         tile_size: Rows and columns of the blocks in which distances are computed.
         fp16: Whether distances are computed in float16.
 
@@ -246,12 +250,12 @@ def manifold_radii(features: Tensor, neighbours: int, tile_size: int, fp16: bool
     """
     radii = []
     for rows in features.split(tile_size):
-        # The k + 1 smallest distances, among them the distance of a feature to itself.
+        # The k + 1 smallest distances, including the distance of a feature to itself.
         nearest = rows.new_empty(len(rows), 0)
         for columns in features.split(tile_size):
             nearest = torch.cat([nearest, _squared_distances(rows, columns, fp16)], 1)
-            kept = min(neighbours + 1, nearest.shape[1])
-            nearest = nearest.topk(kept, largest=False).values
+            num_nearest = min(neighbours + 1, nearest.shape[1])
+            nearest = nearest.topk(num_nearest, largest=False).values
         radii.append(nearest.max(1).values)
     return torch.cat(radii)
 
@@ -277,16 +281,16 @@ def _to_tensors(statistics: Statistics, device: Device) -> tuple[Tensor, Tensor]
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Return x^T x. On the CPU NumPy computes it, because it uses the symmetry of the result."""
+    """Return x^T x. On the CPU, NumPy computes it, because it exploits the symmetry."""
     if x.is_cuda:
         return x.T @ x
     return torch.from_numpy(x.numpy().T @ x.numpy())
 
 
 def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues in ascending order and eigenvectors.
+    """Return the eigenvalues in ascending order and the eigenvectors.
 
-    On the CPU NumPy computes them, because its LAPACK needs half the time for the vectors.
+    On the CPU, NumPy computes them, because its LAPACK takes half the time for the eigenvectors.
     """
     if symmetric.is_cuda:
         return torch.linalg.eigh(symmetric)
@@ -302,8 +306,8 @@ def _rounding_error(eigenvalues: Tensor) -> Tensor:
 def _factorise(sigma: Tensor) -> tuple[Tensor, bool]:
     """Return R (F, rank) with R R^T = sigma, and whether sigma is singular.
 
-    R is the Cholesky factor, or for a singular matrix the scaled eigenvectors of the eigenvalues
-    that are not rounding errors.
+    R is the Cholesky factor. For a singular matrix, it consists of the scaled eigenvectors whose
+    eigenvalues exceed the rounding error.
     """
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
@@ -316,8 +320,8 @@ def _factorise(sigma: Tensor) -> tuple[Tensor, bool]:
 def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
     """Return the squared distances between float32 features (n, F) and (m, F) as (n, m) float32.
 
-    The formula is that of ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, at least 0.
-    With `fp16` they are computed in float16, and again in float32 if any of them overflows
+    The formula is that of ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, clipped at 0.
+    With `fp16` the distances are computed in float16, and again in float32 if any of them overflows
     (DistanceBlock of ADM).
     """
     if fp16:

@@ -10,7 +10,7 @@ from common.cli import UserError
 from evaluations.compare import RESULT_KEYS
 from evaluations.runs import JsonObject, Run, read_json
 
-# Fields that identify the model. They differ between the models that are compared.
+# Fields that identify the model, which may differ between files that are compared.
 MODEL_FIELDS = {
     "samples",
     "samples_sha256",
@@ -34,7 +34,7 @@ IDENTIFYING_FIELD = {
     "sampling.count": "count",
 }
 HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "class_agreement"}
-LOWER_IS_BETTER = ("FID", "sFID", "FD")  # prefixes
+LOWER_IS_BETTER = ("FID", "sFID", "FD")  # prefixes of metric names
 
 
 class MetricsFile(NamedTuple):
@@ -52,12 +52,12 @@ class MetricsFile(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Return the name of the file without the ending that all metrics files share."""
+        """Return the name of the file without the suffix of metrics files."""
         return self.path.name.removesuffix(".metrics.json")
 
     @property
     def samples(self) -> Path | None:
-        """Return the evaluated .npz: the recorded path, or else this name in the same folder."""
+        """Return the path of the evaluated .npz: as recorded, or else in this file's folder."""
         name = self.content.get("samples")
         if not isinstance(name, str):
             return None
@@ -65,21 +65,21 @@ class MetricsFile(NamedTuple):
 
     @property
     def sampling(self) -> JsonObject:
-        """Return the sampling settings, {} if they are unknown."""
+        """Return the sampling settings, or {} if they are unknown."""
         return self.content.get("sampling") or {}
 
     @property
     def images(self) -> int:
-        """Return the number of images that the model had seen, 0 if unknown."""
+        """Return the number of images that the model had seen, or 0 if it is unknown."""
         return self.sampling.get("images_seen") or 0
 
     def interval(self, metric: str) -> list[float] | None:
-        """Return the 95% confidence interval of a metric, None if there is none."""
+        """Return the 95% confidence interval of a metric, or None if it is not available."""
         return (self.content.get("intervals") or {}).get(metric)
 
 
 class Comparison(NamedTuple):
-    """Fields of several settings, in the order in which they occur."""
+    """The differing and the agreeing fields of several settings, in order of occurrence."""
 
     differing: dict[str, list[Any]]  # field -> its distinct values
     agreeing: JsonObject
@@ -106,7 +106,7 @@ def format_value(value: Any) -> str:
 def drop_redundant_fields(fields: JsonObject) -> JsonObject:
     """Drop fields that another field identifies, such as the path of a file with a known hash.
 
-    Otherwise the same file in another folder would count as another file.
+    Otherwise the same file in another folder would count as a different file.
     """
     return {
         key: value
@@ -126,7 +126,7 @@ def select_identity(content: JsonObject) -> JsonObject:
 
 
 def has_unknown_sampling(fields: JsonObject) -> bool:
-    """Return whether an identity contains nothing about how the samples were generated."""
+    """Return whether an identity has no field about how the samples were generated."""
     return not any(key.startswith("sampling.") for key in fields)
 
 
@@ -139,9 +139,9 @@ def compare_settings(settings: list[JsonObject]) -> Comparison:
     agreeing: JsonObject = {}
     known = [fields for fields in settings if not has_unknown_sampling(fields)]
     for key in dict.fromkeys(key for fields in settings for key in fields):
-        compared = known if key.startswith("sampling.") else settings
-        # Values with the same text are shown once.
-        distinct = {format_value(fields.get(key)): fields.get(key) for fields in compared}
+        comparable = known if key.startswith("sampling.") else settings
+        # Values that are formatted identically count as one value.
+        distinct = {format_value(fields.get(key)): fields.get(key) for fields in comparable}
         values = list(distinct.values())
         if len(values) > 1:
             differing[key] = values
@@ -150,12 +150,14 @@ def compare_settings(settings: list[JsonObject]) -> Comparison:
     return Comparison(differing, agreeing)
 
 
-def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> list[MetricsFile]:
-    """Return the metrics files in the folders of the runs, in `more`, and in `sample_dir`.
+def find_metrics_files(
+    runs: list[Run], extra_paths: list[Path], sample_dir: Path
+) -> list[MetricsFile]:
+    """Return the metrics files in the folders of the runs, `extra_paths`, and `sample_dir`.
 
     Args:
         runs: The runs that are compared.
-        more: Further files, whose samples may be those of other models.
+        extra_paths: Further files, whose samples may come from other models.
         sample_dir: Folder of samples. Its files are included if their samples come from a
             checkpoint of one of the runs.
 
@@ -164,25 +166,25 @@ def find_metrics_files(runs: list[Run], more: list[Path], sample_dir: Path) -> l
         other runs are last.
 
     Raises:
-        UserError: A file in a run or in `more` is not a metrics.json.
+        UserError: A file in a run or in `extra_paths` is not a metrics.json.
     """
-    found: dict[Path, MetricsFile] = {}
+    files_by_path: dict[Path, MetricsFile] = {}
     for run_index, run in enumerate(runs):
         for path in sorted({*run.folder.glob("metrics.json"), *run.folder.glob("*.metrics.json")}):
-            found.setdefault(path.resolve(), MetricsFile(path, _read(path), run, run_index))
-    for path in more:
+            files_by_path.setdefault(path.resolve(), MetricsFile(path, _read(path), run, run_index))
+    for path in extra_paths:
         if not path.exists():
-            raise UserError(f"--metrics {path} does not exist: evaluations.evaluate writes it")
-        found.setdefault(path.resolve(), _with_run(MetricsFile(path, _read(path)), runs))
+            raise UserError(f"--metrics {path} does not exist: create it with evaluations.evaluate")
+        files_by_path.setdefault(path.resolve(), _with_run(MetricsFile(path, _read(path)), runs))
     for path in sorted(sample_dir.glob("*.metrics.json")):
-        # The folder may contain files of other runs, or files that are not ours.
+        # The folder may contain files of other runs or of other programs.
         with suppress(UserError):
             file = _with_run(MetricsFile(path, _read(path)), runs)
             if file.run:
-                found.setdefault(path.resolve(), file)
+                files_by_path.setdefault(path.resolve(), file)
 
     return sorted(
-        found.values(),
+        files_by_path.values(),
         key=lambda file: (file.run is None, file.run_index or 0, file.images, str(file.path)),
     )
 
@@ -191,12 +193,12 @@ def _read(path: Path) -> JsonObject:
     content = read_json(path)
     has_metrics = isinstance(content.get("metrics"), dict)
     if not has_metrics or not isinstance(content.get("sampling", {}), dict):
-        raise UserError(f"{path} is not a metrics.json: evaluations.evaluate writes them")
+        raise UserError(f"{path} is not a metrics.json: use a file written by evaluations.evaluate")
     return content
 
 
 def _with_run(file: MetricsFile, runs: list[Run]) -> MetricsFile:
-    """Return the file with the run whose checkpoint its samples come from, if it is one of them."""
+    """Return the file, with `run` set if its samples come from a checkpoint of one of the runs."""
     checkpoint = file.sampling.get("checkpoint")
     if checkpoint:
         for run_index, run in enumerate(runs):
@@ -208,8 +210,8 @@ def _with_run(file: MetricsFile, runs: list[Run]) -> MetricsFile:
 def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     """Return the indices of the files with the best value of a metric.
 
-    Only files with the same identity are compared. None of them is the best unless its interval is
-    separate from the intervals of all others.
+    Only files with the same identity are compared. A file is the best only if its interval overlaps
+    no other.
     """
     if metric in HIGHER_IS_BETTER:
         sign = 1
@@ -218,7 +220,8 @@ def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     else:
         return set()
 
-    # Value, lower and upper end of the interval, and index. The sign makes higher values better.
+    # The value, both ends of its interval, and the index of the file. Values are negated if lower
+    # values are better.
     groups: dict[str, list[tuple[float, float, float, int]]] = {}
     for index, file in enumerate(files):
         value = file.content["metrics"].get(metric)

@@ -1,4 +1,4 @@
-"""Compute mean and covariance of features that do not all fit into memory.
+"""Compute mean and covariance of features that do not fit into memory.
 
 B features per batch, n in total, each of size F.
 """
@@ -23,8 +23,9 @@ class RunningMoments:
 
     Attributes:
         count: Number of features added.
-        mean: Their mean, (F,), on the device of the first batch. A scalar while `count` is 0.
-        scatter: Sum of the outer products of their deviations from the mean, (F, F). A scalar while
+        mean: Mean of the features, (F,), on the device of the first batch. A scalar while `count`
+            is 0.
+        scatter: Sum of the outer products of the deviations from the mean, (F, F). A scalar while
             `count` is 0.
     """
 
@@ -39,7 +40,7 @@ class RunningMoments:
         self.merge(RunningMoments(len(x), mean, (x - mean).T @ (x - mean)))
 
     def merge(self, other: "RunningMoments") -> None:
-        """Add all features that `other` was computed from."""
+        """Add all features from which `other` was computed."""
         total = self.count + other.count
         delta = other.mean - self.mean
         correction = torch.outer(delta, delta) * (self.count * other.count / total)

@@ -1,7 +1,7 @@
-"""Find memorised training images: those nearest to samples in the feature space of a network.
+"""Find memorised training images, which are close to samples in the feature space of a network.
 
-If a model copies, some of its samples are closer to a training image than training images are to
-each other. Distances are Euclidean.
+If a model copies training images, some of its samples are closer to a training image than training
+images are to each other. Distances are Euclidean.
 Shapes: n training images, q queries, F features per image, k neighbours, B images per block.
 """
 
@@ -21,10 +21,10 @@ from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices
 from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
-MAX_QUERIES = 2000  # number of samples per set, and of training images, that are measured
+MAX_QUERIES = 2000  # maximum number of compared samples per set, and of probes
 BLOCK = 2048  # training images whose features are in memory at a time
-NUM_SHOWN = 16  # evenly spaced samples that are shown with their neighbours
-NUM_CLOSEST = 4  # samples closest to a training image that are shown with their neighbours
+NUM_SHOWN = 16  # number of evenly spaced samples to show with their neighbours
+NUM_CLOSEST = 4  # number of samples closest to a training image to show with their neighbours
 
 
 class Neighbour(NamedTuple):
@@ -44,14 +44,15 @@ class NearestMatch(NamedTuple):
 
 
 class MemorisationCheck(NamedTuple):
-    """The result for one set of samples.
+    """Result of the memorisation check for one set of samples.
 
     Attributes:
         evenly_spaced: Samples evenly spaced over the set.
-        closest: The samples that are closest to a training image, of all that were measured.
-        num_samples: Number of samples measured.
-        close_fraction: Fraction of them closer to a training image than `first_percentile`.
-        num_probes: Number of training images that were measured in the same way.
+        closest: The measured samples that are closest to a training image.
+        num_samples: Number of measured samples.
+        close_fraction: Fraction of the measured samples that are closer to a training image than
+            `first_percentile`.
+        num_probes: Number of training images (probes) that were measured in the same way.
         num_train_images: Number of training images that were searched.
         median_distance: Median distance of the probes to their nearest other training image.
         first_percentile: First percentile of these distances.
@@ -81,10 +82,10 @@ def find_nearest(
     Args:
         blocks: Consecutive blocks of features, (B, F).
         queries: Queries, (q, F).
-        self_indices: Index of the feature that is the query itself and is not its neighbour, or -1
-            if there is none, (q,).
+        self_indices: Index of the query itself among the features, which is excluded, or -1 if the
+            features do not contain the query, (q,).
         k: Number of neighbours.
-        device: Where distances are computed.
+        device: Device that computes distances.
 
     Returns:
         Distances and indices of the neighbours, (q, k), nearest first.
@@ -123,17 +124,17 @@ class MemorisationSearch:
     device: Device
 
     def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
-        """Return the result for each set of samples, which have the size of the training images."""
+        """Return the result for each set. The samples must have the size of the training images."""
         # Compute the features of some samples of each set, and of some training images.
-        selected = [_select(images) for images in samples.values()]
+        sample_indices = [_select_indices(images) for images in samples.values()]
         probes = evenly_spaced_indices(self.train.count, MAX_QUERIES)
         queries = [
             self._features(images, indices, name)
-            for (name, images), indices in zip(samples.items(), selected)
+            for (name, images), indices in zip(samples.items(), sample_indices)
         ]
         queries.append(self._features(self.train, probes, "training images"))
 
-        # Find the nearest training images of all of them.
+        # Find the training images that are nearest to these samples and probes.
         count = self.train.count
         blocks = (
             self._features(
@@ -143,7 +144,7 @@ class MemorisationSearch:
             )
             for start in range(0, count, BLOCK)
         )
-        no_index = [np.full_like(indices, -1) for indices in selected]
+        no_index = [np.full_like(indices, -1) for indices in sample_indices]
         distances, neighbours = find_nearest(
             blocks,
             np.concatenate(queries),
@@ -151,12 +152,12 @@ class MemorisationSearch:
             NEIGHBOURS_PER_SAMPLE,
             self.device,
         )
-        ends = np.cumsum([len(indices) for indices in selected])
+        ends = np.cumsum([len(indices) for indices in sample_indices])
         *sample_distances, probe_distances = np.split(distances, ends)
 
-        # Compare distances of samples to distances between training images.
+        # Compare the distances of samples with those between training images.
         baseline = probe_distances[:, 0]
-        results = zip(samples, selected, sample_distances, np.split(neighbours, ends))
+        results = zip(samples, sample_indices, sample_distances, np.split(neighbours, ends))
         return {
             name: self._summarise(samples[name], indices, nearest, nearest_indices, baseline)
             for name, indices, nearest, nearest_indices in results
@@ -174,25 +175,25 @@ class MemorisationSearch:
 
         Args:
             samples: The set.
-            indices: Indices of the samples that were measured, (q,) ascending.
-            distances: Distances to their neighbours, (q, k).
-            neighbours: Indices of their neighbours, (q, k).
-            baseline: Distances of training images to their nearest other one.
+            indices: Indices of the measured samples, (q,) ascending.
+            distances: Distances to the neighbours of the samples, (q, k).
+            neighbours: Indices of the neighbours, (q, k).
+            baseline: Distances of the probes to the nearest other training image.
         """
 
         def match(row: int) -> NearestMatch:
-            found = [
+            nearest = [
                 Neighbour(index, distance, _read_image(self.train, index))
                 for index, distance in zip(neighbours[row], distances[row])
             ]
-            return NearestMatch(indices[row], _read_image(samples, indices[row]), found)
+            return NearestMatch(indices[row], _read_image(samples, indices[row]), nearest)
 
-        shown = np.searchsorted(indices, evenly_spaced_indices(samples.count, NUM_SHOWN))
-        closest = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
+        shown_rows = np.searchsorted(indices, evenly_spaced_indices(samples.count, NUM_SHOWN))
+        closest_rows = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
         first_percentile = np.percentile(baseline, 1)
         return MemorisationCheck(
-            evenly_spaced=[match(row) for row in shown],
-            closest=[match(row) for row in closest],
+            evenly_spaced=[match(row) for row in shown_rows],
+            closest=[match(row) for row in closest_rows],
             num_samples=len(indices),
             close_fraction=(distances[:, 0] < first_percentile).mean(),
             num_probes=len(baseline),
@@ -209,10 +210,10 @@ class MemorisationSearch:
         return features["network"].pool
 
 
-def _select(images: Images) -> np.ndarray:
+def _select_indices(images: Images) -> np.ndarray:
     """Return the indices of the samples to measure, which include those to show."""
-    measured = evenly_spaced_indices(images.count, MAX_QUERIES)
-    return np.union1d(measured, evenly_spaced_indices(images.count, NUM_SHOWN))
+    indices = evenly_spaced_indices(images.count, MAX_QUERIES)
+    return np.union1d(indices, evenly_spaced_indices(images.count, NUM_SHOWN))
 
 
 def _read_image(images: Images, index: int) -> np.ndarray:
@@ -228,19 +229,21 @@ def check_memorisation(
     batch_size: int,
     device: Device,
 ) -> dict[str, MemorisationCheck]:
-    """Compare sets of samples with the training images of --nearest. Their sizes may differ.
+    """Compare sets of samples with the training images of --nearest.
+
+    The sets may differ in image size.
 
     Args:
         samples: Sets of samples by name.
         path: The training images.
         features: Name of the feature network. By default the bundled classifier for images of its
             size, and Inception for others.
-        weights: File of Inception weights. By default the one in torch hub's folder.
+        weights: File with the Inception weights. By default the one in the torch hub cache.
         batch_size: Images per forward pass.
         device: Device of the network.
 
     Returns:
-        The result for each set of samples, by its name.
+        The result for each set of samples, by name.
 
     Raises:
         UserError: If the training images do not match the samples, or the network cannot be loaded.

@@ -59,7 +59,7 @@ SVG_STYLE = {
 }
 MAX_POINTS = 240  # points of a line in the report
 SMOOTHING_MIN_POINTS = 100  # shorter lines are plotted as logged
-LOG_SCALE_MIN_RATIO = 4  # of the largest to the smallest value, for a logarithmic axis
+LOG_SCALE_MIN_RATIO = 4  # minimum ratio of largest to smallest value for a logarithmic axis
 
 
 class Series(NamedTuple):
@@ -74,12 +74,12 @@ class Series(NamedTuple):
 
     @property
     def is_finite(self) -> np.ndarray:
-        """Return which points can be plotted: (n,) bool."""
+        """Return a mask of the points that can be plotted, (n,) bool."""
         return np.isfinite(self.x) & np.isfinite(self.y)
 
 
 class Panel(NamedTuple):
-    """One plot: a quantity of all runs."""
+    """A plot of one quantity for all runs."""
 
     quantity: str
     title: str
@@ -94,7 +94,7 @@ def make_training_panels(runs: list[Run]) -> list[Panel]:
     panels = [
         Panel("denoising", "denoising loss", [], log_scale=True),
         Panel("align", "alignment loss", [], log_scale=True),
-        Panel("cosine", "cosine to the target", []),
+        Panel("cosine", "cosine similarity to the target", []),
         Panel("grad_norm", "gradient norm before clipping", [], log_scale=True),
         Panel("images_per_s", "images per second", [], starts_at_zero=True),
     ]
@@ -178,22 +178,22 @@ def smooth(
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a line to the lowest and the highest point of each of MAX_POINTS / 2 sections.
 
-    No spike is lost, and a section without a finite value remains a gap.
+    Spikes are preserved, and a section without a finite value remains a gap.
     """
     if len(x) <= MAX_POINTS:
         return x, y
-    kept: list[int] = []
+    indices: list[int] = []
     for section in np.array_split(np.arange(len(x)), MAX_POINTS // 2):
         finite = section[np.isfinite(y[section])]
         if len(finite):
-            kept += sorted({finite[y[finite].argmin()], finite[y[finite].argmax()]})
+            indices += sorted({finite[y[finite].argmin()], finite[y[finite].argmax()]})
         else:
-            kept.append(section[0])
-    return x[kept], y[kept]
+            indices.append(section[0])
+    return x[indices], y[indices]
 
 
 def line_style(index: int) -> str:
-    """Return a line style of matplotlib. Styles repeat after the last one."""
+    """Return a matplotlib line style. The styles repeat cyclically."""
     return list(DASHES)[index % len(DASHES)]
 
 
@@ -202,7 +202,7 @@ def draw_panel(axes: "Axes", panel: Panel, colours: list[str], log_scale: bool) 
 
     Args:
         axes: Matplotlib axes to draw on.
-        panel: What to draw.
+        panel: Panel to draw.
         colours: A colour per run.
         log_scale: Whether the vertical axis is logarithmic.
     """
@@ -230,8 +230,8 @@ def draw_panel(axes: "Axes", panel: Panel, colours: list[str], log_scale: bool) 
 def render_svg(panel: Panel) -> str:
     """Return a panel as an SVG element for use within HTML.
 
-    Its colours are variables of the page's style sheet. Long lines are smoothed, with the logged
-    values as a faint line behind.
+    Its colours are variables of the page's style sheet. Long lines are smoothed and drawn
+    over a faint line of the logged values.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -242,14 +242,14 @@ def render_svg(panel: Panel) -> str:
     with rc_context(SVG_STYLE):
         figure = Figure(layout="constrained")
         axes = figure.subplots()
-        shown = []
+        displayed = []
         for series in panel.series:
             x, y = thin(series.x, series.y)
             if is_smoothed(series):
                 axes.plot(x, y, color=RUN_COLOURS[series.run_index], linewidth=1, alpha=0.3)
                 x, y = smooth(series.x, series.y)
-            shown.append(series._replace(x=x, y=y))
-        draw_panel(axes, panel._replace(series=shown), RUN_COLOURS, log_scale)
+            displayed.append(series._replace(x=x, y=y))
+        draw_panel(axes, panel._replace(series=displayed), RUN_COLOURS, log_scale)
         axes.set_xlim(0, max(series.x[series.is_finite].max() for series in panel.series) or 1)
         if panel.starts_at_zero and values.min() >= 0:
             axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-r"""Write a reference in ADM's format: statistics of Inception features, and some of the images.
+r"""Write a reference in ADM's format: statistics of Inception features and some of the images.
 
     python -m evaluations.reference --images data/imagenet/train --resolution 256 \
         --out imagenet256.npz
@@ -23,7 +23,7 @@ from evaluations.moments import RunningMoments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of the command. Raises UserError for values that cannot be used."""
+    """Parse the flags of the command. Raises UserError for invalid values."""
     parser = cli.Parser(
         __doc__, "python -m evaluations.reference", "--images PATH --resolution N --out FILE"
     )
@@ -39,9 +39,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--resolution",
         type=cli.positive_int,
         required=True,
-        help="width in pixels; images are centre-cropped as ADM does, except those of an .npz",
+        help="height and width in pixels; images are centre-cropped as in ADM, except those of an "
+        ".npz",
     )
-    add("--out", type=Path, required=True, help=".npz to write")
+    add("--out", type=Path, required=True, help=".npz file to write")
     add(
         "--keep-images",
         type=cli.non_negative_int,
@@ -51,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--inception-weights",
         type=Path,
-        help="file of Inception weights (default: torch hub's folder)",
+        help="file with the Inception weights (default: in the torch hub cache)",
     )
     add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
     add(
@@ -83,11 +84,11 @@ def measure_moments(
     """Compute the moments of the pool and spatial features of all images, on all processes.
 
     Returns:
-        The moments by name of the output on the first process, None on the others.
+        On the first process, the moments by the name of the output; on the others, None.
     """
     moments = {"pool": RunningMoments(), "spatial": RunningMoments()}
     for _, batch in iterate_batches(images, batch_size, "reference", world):
-        outputs = network(torch.from_numpy(batch).to(device)).present()
+        outputs = network(torch.from_numpy(batch).to(device)).as_dict()
         for name, running in moments.items():
             running.add(outputs[name])
     gathered = world.gather({name: running.cpu() for name, running in moments.items()})

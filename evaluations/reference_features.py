@@ -22,8 +22,8 @@ from evaluations.features import FeatureNetwork, Features
 from evaluations.image_batches import NpzFile, open_images
 from evaluations.metrics import Device, Statistics, compute_statistics
 
-# Well-known references by the sha256 of their file. The first three hashes are taken from other
-# people's records (Git LFS pointers, download checksums); they have not been verified here.
+# Well-known references by the sha256 of their file. The first three hashes are taken from
+# third-party records (Git LFS pointers, download checksums) and have not been verified.
 # The names are part of metrics.json.
 WELL_KNOWN = {
     "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758": (
@@ -61,7 +61,7 @@ class ReferenceFile(NamedTuple):
 
 
 class ReferenceFeatures(NamedTuple):
-    """Features of a reference by one network.
+    """Features of a reference from one network.
 
     An ADM .npz may contain statistics, images or both. Its statistics take precedence over those
     computed from its images, as in ADM.
@@ -101,10 +101,10 @@ def load_reference_features(
         batch_size: Images per forward pass.
         device: Device of the networks.
         cache_dir: Folder of cached features. By default `default_cache_dir()`.
-        world: Processes that share the work. By default this one does all of it.
+        world: Processes that share the work. By default, this process does all of it.
 
     Returns:
-        Features by name of the network on the first process, {} on the others.
+        On the first process, the features by the name of the network; on the others, {}.
 
     Raises:
         UserError: If the reference cannot be used with these networks.
@@ -120,7 +120,7 @@ def load_reference_features(
         assert pool is not None
         return {"inception": ReferenceFeatures(pool, spatial, None)}
 
-    # Read the cache on the first process, and tell the others which networks have to run.
+    # Read the cache on the first process, and broadcast the names of the networks that must run.
     is_first_process = world is None or world.rank == 0
     directory = cache_dir or default_cache_dir()
     cache_paths = {
@@ -135,7 +135,7 @@ def load_reference_features(
         names = world.broadcast(list(missing))
         missing = {name: networks[name] for name in names}
 
-    # Compute what is missing, on all processes.
+    # Compute the missing features on all processes.
     if missing:
         images = open_images(reference.path, reference.resolution, reference.flag)
         extracted = extract_features(missing, images, batch_size, "reference", device, world)
@@ -156,12 +156,12 @@ def load_reference_features(
 
 
 def read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
-    """Read mu and sigma of an .npz.
+    """Read mu and sigma from an .npz.
 
     Args:
         npz: The file.
-        suffix: End of the names of the two arrays.
-        size: Number of features that they must belong to.
+        suffix: Suffix of the names of the two arrays.
+        size: Expected number of features.
 
     Returns:
         The statistics, or None if the file lacks one of the arrays.
@@ -173,29 +173,29 @@ def read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
     sigma = npz.read_array(f"sigma{suffix}")
     if mu is None or sigma is None:
         return None
-    expected = (
-        f"{npz.flag} {npz.path}: mu{suffix} and sigma{suffix} must be finite numbers of "
-        f"{size} features"
+    requirement = (
+        f"{npz.flag} {npz.path}: mu{suffix} and sigma{suffix} must be finite statistics "
+        f"of {size} features"
     )
     if (mu.shape, sigma.shape) != ((size,), (size, size)):
-        raise UserError(f"{expected}; their shapes are {mu.shape} and {sigma.shape}")
+        raise UserError(f"{requirement}; their shapes are {mu.shape} and {sigma.shape}")
     statistics = Statistics(mu.astype(np.float64), sigma.astype(np.float64))
     if not np.isfinite(statistics.mu.sum() + statistics.sigma.sum()):
-        raise UserError(f"{expected}; some are not finite")
+        raise UserError(f"{requirement}; some values are not finite")
     return statistics
 
 
 def _check_statistics_suffice(npz: NpzFile, networks: Mapping[str, FeatureNetwork]) -> None:
-    """Raise UserError unless a file without images holds statistics for all networks."""
+    """Raise UserError unless a file without images contains statistics for all networks."""
     if not ("mu" in npz and "sigma" in npz):
         raise UserError(
-            f"{npz.flag} {npz.path} holds neither images (arr_0) nor statistics (mu, sigma)"
+            f"{npz.flag} {npz.path} contains neither images (arr_0) nor statistics (mu, sigma)"
         )
     others = [name for name in networks if name != "inception"]
     if others:
         raise UserError(
-            f"{npz.flag} {npz.path} holds Inception statistics, but the {others[0]} features need "
-            "a reference with images"
+            f"{npz.flag} {npz.path} contains Inception statistics, but the {others[0]} features "
+            "need a reference with images"
         )
 
 
@@ -216,7 +216,7 @@ def _read_cache(path: Path) -> ReferenceFeatures | None:
                 if f"mu{suffix}" in content
             }
             return ReferenceFeatures(statistics[""], statistics.get("_s"), content["features"])
-    except Exception:  # missing, truncated, or another program's: the features are computed again
+    except Exception:  # the file is missing, truncated or of another format: compute it again
         return None
 
 
@@ -227,5 +227,6 @@ def _write_cache(path: Path, reference: ReferenceFeatures) -> None:
         arrays["sigma_s"] = reference.spatial.sigma
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    with suppress(OSError):  # without space for a cache, the features are computed again next time
+    # Without space for the cache, the next evaluation computes the features again.
+    with suppress(OSError):
         write_file(path, buffer.getbuffer())

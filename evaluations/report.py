@@ -1,9 +1,9 @@
-"""Write one page about one or several runs: curves, metrics, samples, memorisation and settings.
+"""Write a one-page report on runs: curves, metrics, samples, memorisation and settings.
 
     python -m evaluations.report exps/vanilla exps/sra2 --out report.html
     python -m evaluations.report exps/sra2 --nearest data/imagenet/train --out report.html
 
-The page is one file, needs no network, and works without JavaScript.
+The page is a single file that works without network access and without JavaScript.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from evaluations.runs import JsonObject, Run, label_columns, name_folders, read_
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_RUNS = len(plots.RUN_COLOURS)
-HASH_LENGTH = 32  # hexadecimal digits of the shortest hash
+HASH_LENGTH = 32  # minimum number of hexadecimal digits of a hash
 LAST_QUANTITIES = (
     "denoising",
     "align",
@@ -53,20 +53,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="folders of runs (exps/NAME)")
-    add("--out", type=Path, default=Path("report.html"), help="page to write")
+    add("--out", type=Path, default=Path("report.html"), help="HTML file to write")
     add(
         "--metrics",
         type=Path,
         nargs="+",
         default=[],
         action="extend",
-        help="further files written by evaluations.evaluate",
+        help="additional metrics files written by evaluations.evaluate",
     )
     add(
         "--sample-dir",
         type=Path,
         default=Path("samples"),
-        help="folder that is searched for metrics of samples of these runs",
+        help="folder to search for metrics of samples from these runs",
     )
 
     add = parser.add_argument_group("memorisation").add_argument
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--nearest",
         type=Path,
         metavar="IMAGES",
-        help="training images among which those nearest to samples are searched: "
+        help="training images in which to search for the nearest neighbours of samples: "
         "a folder tree class/image.ext, a zip, or .npz",
     )
     add(
@@ -83,7 +83,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="network whose features define the distance "
         "(default: fashion for 32x32 images, else inception)",
     )
-    add("--inception-weights", type=Path, help="file (default: torch hub's folder)")
+    add(
+        "--inception-weights",
+        type=Path,
+        help="file with the Inception weights (default: in the torch hub cache)",
+    )
     add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
     add(
         "--device",
@@ -105,7 +109,9 @@ def main() -> None:
         raise UserError(f"--out {args.out} must end in .html")
     folders = name_folders(args.runs)
     if len(folders) > MAX_RUNS:
-        raise UserError(f"a report has colours for {MAX_RUNS} runs, not {len(folders)}: pass fewer")
+        raise UserError(
+            f"a report shows at most {MAX_RUNS} runs, but {len(folders)} were passed: pass fewer"
+        )
     if args.nearest and not args.nearest.exists():
         raise UserError(f"--nearest {args.nearest} does not exist")
     runs = [read_run(name, folder) for name, folder in folders.items()]
@@ -130,7 +136,7 @@ def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, 
     Raises:
         UserError: A file is not a valid .npz of images.
     """
-    found: dict[str, Images] = {}
+    samples: dict[str, Images] = {}
     for run in runs:
         existing = [
             (file.images, file.content.get("count") or 0, file.samples)
@@ -139,8 +145,8 @@ def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, 
         ]
         if existing:
             *_, path = max(existing, key=lambda entry: entry[:2])
-            found[run.name] = NpzImages(path, "samples")
-    return found
+            samples[run.name] = NpzImages(path, "samples")
+    return samples
 
 
 def render_page(
@@ -150,7 +156,7 @@ def render_page(
 
     Args:
         runs: Runs to compare.
-        files: Metrics of these runs, and of others to compare them with.
+        files: Metrics of these runs and of any others to compare them with.
         checks: Result of the memorisation check per run; None if it was not requested.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -191,10 +197,10 @@ def render_page(
 
 
 def summarize(run: Run) -> str:
-    """Return a run in one line: model, alignment methods and progress."""
+    """Return a one-line summary of a run: model, alignment methods and progress."""
     model = run.args.get("model") or run.config.get("model_name") or "unknown model"
     step, images = run.steps[-1]["step"], run.images
-    if run.config.get("step", 0) > step:  # the checkpoint is newer than the last line
+    if run.config.get("step", 0) > step:  # the checkpoint is newer than the log
         step = run.config["step"]
         images = step * run.config["batch_size"]
     return f"{model} · {summarize_alignment(run.args)} · {step:,} steps · {images:,} images seen"
@@ -216,7 +222,7 @@ def summarize_alignment(args: JsonObject) -> str:
 
 
 def describe_curves(runs: list[Run]) -> dict[str, Any]:
-    """Return the variables of the section about curves."""
+    """Return the template variables of the section on curves."""
     settings = plots.collect_settings(runs)
     comparison = compare_settings(settings)
     line_styles = {}
@@ -246,7 +252,7 @@ def describe_curves(runs: list[Run]) -> dict[str, Any]:
 
 
 def describe_metrics(files: list[MetricsFile]) -> dict[str, Any]:
-    """Return the variables of the section about metrics."""
+    """Return the template variables of the section on metrics."""
     identities = [select_identity(file.content) for file in files]
     names = list(dict.fromkeys(name for file in files for name in file.content["metrics"]))
     warnings: dict[str, list[str]] = {}
@@ -273,7 +279,7 @@ def describe_metrics(files: list[MetricsFile]) -> dict[str, Any]:
 
 
 def compare_runs(runs: list[Run]) -> list[tuple[str, list[JsonObject], Comparison]]:
-    """Return the flags and the configurations of the runs: a title, the values and what differs."""
+    """Compare flags and configurations. Return (title, settings per run, comparison) of each."""
     flags = [{key: value for key, value in run.args.items() if key != "exp_name"} for run in runs]
     configs = [flatten(run.config) for run in runs]
     return [
@@ -289,7 +295,7 @@ def is_hash(text: str) -> bool:
 
 
 def round_value(value: float) -> str:
-    """Return a metric with three decimals, or one if it has three digits before the point."""
+    """Return a metric with three decimals, or with one decimal if it is 100 or more."""
     return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
 
 

@@ -13,7 +13,7 @@ from evaluations.nearest import evenly_spaced_indices
 from evaluations.runs import Run
 
 MAX_PREVIEWS = 8  # per run
-# Maximum widths in pixels. Larger images are reduced.
+# Maximum widths in pixels. Larger images are downscaled.
 PREVIEW_WIDTH = 560
 GRID_WIDTH = 860
 TILE_WIDTH = 96
@@ -40,7 +40,7 @@ def embed(image: Image.Image | np.ndarray, max_width: int) -> EmbeddedImage:
 
     Args:
         image: An image, or its pixels (H, W, 3) uint8.
-        max_width: Larger images are reduced to this width in pixels.
+        max_width: Larger images are downscaled to this width in pixels.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(np.ascontiguousarray(image))
@@ -67,7 +67,7 @@ def embed_file(path: Path, caption: str, max_width: int) -> Figure:
 
 
 def load_previews(run: Run) -> list[Figure]:
-    """Return previews of a run's first EMA: the first, the last, and some in between."""
+    """Return at most MAX_PREVIEWS evenly spaced previews of a run's first EMA."""
     files = (run.folder / "samples").glob("*.png")
     paths = sorted(
         (path for path in files if path.stem.isdecimal()), key=lambda path: int(path.stem)
@@ -89,7 +89,7 @@ def load_sample_grids(files: list[MetricsFile]) -> list[Figure]:
     for file in files:
         if file.samples:
             path = file.samples.with_suffix(".png")
-        else:  # the samples were not kept
+        else:  # sample_ddp.py ran with --no-npz
             path = file.path.with_name(f"{file.stem}.png")
         if path.exists():
             caption = f"{file.run.name}: {path.stem}" if file.run else path.stem

@@ -17,14 +17,14 @@ class Run(NamedTuple):
 
     name: str
     folder: Path
-    steps: list[JsonObject]  # lines of metrics.jsonl about training
-    evaluations: list[JsonObject]  # lines of metrics.jsonl written by --eval-every
+    steps: list[JsonObject]  # training lines of metrics.jsonl
+    evaluations: list[JsonObject]  # evaluation lines, written by --eval-every
     args: JsonObject
     config: JsonObject  # config.json of the newest checkpoint
 
     @property
     def images(self) -> int:
-        """Return the number of images seen at the last line."""
+        """Return the number of images seen at the last training line."""
         return self.steps[-1]["images"]
 
 
@@ -38,9 +38,9 @@ def name_folders(folders: list[Path]) -> dict[str, Path]:
 
 
 def read_log(folder: Path) -> tuple[list[JsonObject], list[JsonObject]]:
-    """Return the lines of a run's metrics.jsonl: those about training, and those of evaluations.
+    """Return the training lines and the evaluation lines of a run's metrics.jsonl.
 
-    Lines have the columns of the current schema (common.metrics_log).
+    The lines have the columns of the current schema (common.metrics_log).
 
     Raises:
         UserError: The folder is not a run, has not logged yet, or its log is damaged.
@@ -48,17 +48,17 @@ def read_log(folder: Path) -> tuple[list[JsonObject], list[JsonObject]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         if (folder / "args.json").exists():
-            raise UserError(f"{folder} has not logged yet (--log-every)")
+            raise UserError(f"{folder} has not logged a step yet (see --log-every)")
         raise UserError(f"{folder} is not a run: pass a folder like exps/NAME")
     rows = read_rows(folder)
     steps = [row for row in rows if "evaluation" not in row]
     if not steps:
-        raise UserError(f"{path} is empty: the run has not logged yet (--log-every)")
+        raise UserError(f"{path} is empty: the run has not logged a step yet (see --log-every)")
     return steps, [row for row in rows if "evaluation" in row]
 
 
 def read_json(path: Path) -> JsonObject:
-    """Return the JSON object that a file contains, {} if the file does not exist.
+    """Return the JSON object that a file contains, or {} if the file does not exist.
 
     Raises:
         UserError: The file does not contain a JSON object.
@@ -92,7 +92,7 @@ def read_run(name: str, folder: Path) -> Run:
 def label_columns(run: Run, quantity: str) -> dict[str, str]:
     """Return the columns of a quantity in a run's log, each with a label for plots.
 
-    Alignment methods have one column each, such as align/sra2. The label is the name of the run,
+    Each alignment method has a column, such as align/sra2. The label is the name of the run,
     followed by the method if the run has several.
     """
     columns = [key for key in run.steps[-1] if key.partition("/")[0] == quantity]
@@ -102,5 +102,5 @@ def label_columns(run: Run, quantity: str) -> dict[str, str]:
 
 
 def read_column(rows: list[JsonObject], key: str) -> np.ndarray:
-    """Return one column of n rows: (n,) float64, NaN where it is missing or null."""
+    """Return one column of n rows: (n,) float64, with NaN for missing and null values."""
     return np.array([row.get(key) for row in rows], float)

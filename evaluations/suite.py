@@ -36,7 +36,7 @@ from evaluations.reference_features import (
 )
 from evaluations.runs import JsonObject, read_json
 
-# Keys that identify an evaluation, apart from its samples.
+# Keys that identify an evaluation, except its samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
 DISPLAY_NAMES = {
     "class_agreement": "classifier agrees with class",
@@ -50,7 +50,7 @@ def normaliser(text: str) -> tuple[str, float]:
     with suppress(argparse.ArgumentTypeError):
         if name:
             return name, cli.positive_float(value)
-    raise argparse.ArgumentTypeError(f"{text} is not a network's name, =, and a distance above 0")
+    raise argparse.ArgumentTypeError(f"{text} is not of the form NAME=FD with FD above 0")
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class EvaluationConfig:
         metavar="NAME",
     )
     inception_weights: Path | None = setting(
-        None, help="file of Inception weights (default: torch hub's folder)"
+        None, help="file with the Inception weights (default: in the torch hub cache)"
     )
     encoder_weights: Path | None = setting(
-        None, help="file of weights for the timm network (default: download from the hub)"
+        None, help="file with the weights of the timm network (default: download from the hub)"
     )
     fp16_distances: bool = setting(
         False, help="compute precision and recall from float16 distances, as ADM's evaluator does"
@@ -83,13 +83,13 @@ class EvaluationConfig:
     )
     cache_dir: Path | None = setting(
         None,
-        help="folder of cached features of references (default: $XDG_CACHE_HOME/sra2/references "
+        help="folder that caches features of references (default: $XDG_CACHE_HOME/sra2/references "
         "or ~/.cache/sra2/references)",
     )
 
 
 class EvaluationSuite:
-    """The feature networks and the reference for samples of one size.
+    """Evaluates samples of one size with feature networks, against a reference.
 
     All processes must construct it and call `load_reference`.
 
@@ -104,7 +104,7 @@ class EvaluationSuite:
 
     Attributes:
         networks: Feature networks by name.
-        identity: The keys of metrics.json that identify the evaluation, apart from the samples.
+        identity: Entries of metrics.json that identify the evaluation, except those of the samples.
 
     Raises:
         UserError: If settings contradict each other, or a file is missing.
@@ -172,7 +172,7 @@ class EvaluationSuite:
         """Return all entries of metrics.json except the results.
 
         Args:
-            samples: The .npz of samples, or None if it is not kept.
+            samples: The .npz of samples, or None if the samples are not kept.
             sampling: The sampling settings in NAME.json, or {} if they are unknown.
             count: Number of samples.
         """
@@ -185,7 +185,7 @@ class EvaluationSuite:
                 key: sampling[key] for key in sampling if key not in ("class_names", "count")
             },
         }
-        # Convert tuples to lists, as in a file that has been read.
+        # Convert tuples to lists, so that the result equals one that was read from a file.
         return json.loads(json.dumps(identity))
 
     def write_results(
@@ -195,7 +195,9 @@ class EvaluationSuite:
         samples: Mapping[str, NumpyFeatures],
         labels: np.ndarray | None,
     ) -> JsonObject:
-        """Compute the results and write metrics.json, on the first process after `load_reference`.
+        """Compute the results and write metrics.json.
+
+        Call it on the first process, after `load_reference`.
 
         Args:
             path: File to write.
@@ -221,7 +223,8 @@ class EvaluationSuite:
             if distances:
                 by_count[frechet_name(name)] = distances
 
-        # The mean ratio to the distances of real images (Yang et al. 2026, arXiv:2604.28190).
+        # FDr is the mean ratio of a distance to that of real images (Yang et al. 2026,
+        # arXiv:2604.28190).
         normalisers = dict(self.config.normalisers)
         ratios = [
             metrics[frechet_name(name)] / normalisers[name]
@@ -247,20 +250,23 @@ def _check_config(config: EvaluationConfig) -> None:
     unknown = [name for name, _ in config.normalisers if name not in config.features]
     if unknown:
         raise UserError(
-            f"--normalisers {unknown[0]} is not among the networks: add {unknown[0]} to --features"
+            f"--normalisers {unknown[0]} requires the network {unknown[0]}: add it to --features"
         )
     timm_networks = [name for name in config.features if name not in ("inception", "fashion")]
     if config.encoder_weights and len(timm_networks) != 1:
         raise UserError(
-            "--encoder-weights is the file of one timm network, but --features names "
-            f"{len(timm_networks)}: pass exactly one"
+            "--encoder-weights applies to a single timm network, but --features contains "
+            f"{len(timm_networks)}: pass exactly one timm network"
         )
 
 
 def check_sample_count(count: int, source: str) -> None:
-    """Raise UserError, naming `source`, if there are too few samples to compute metrics."""
+    """Raise UserError, with `source` in the message, if there are too few samples for metrics."""
     if count <= MANIFOLD_NEIGHBOURS:
-        raise UserError(f"{source} holds {count} images: use more than {MANIFOLD_NEIGHBOURS}")
+        raise UserError(
+            f"{source}: {count} images are too few for the metrics: "
+            f"use more than {MANIFOLD_NEIGHBOURS}"
+        )
 
 
 def read_json_object(path: Path, required_key: str, description: str) -> JsonObject:
@@ -272,10 +278,10 @@ def read_json_object(path: Path, required_key: str, description: str) -> JsonObj
         description: Kind of file, for the error message.
 
     Returns:
-        Its content, or {} if it does not exist.
+        The content of the file, or {} if it does not exist.
 
     Raises:
-        UserError: If it is another kind of file, which must not be overwritten.
+        UserError: If the file is of another kind, so that it must not be overwritten.
     """
     if not path.exists():
         return {}
@@ -283,9 +289,7 @@ def read_json_object(path: Path, required_key: str, description: str) -> JsonObj
         content = read_json(path)
         if required_key in content:
             return content
-    raise UserError(
-        f"{path} exists but is not a {description}: move it away or choose another file"
-    )
+    raise UserError(f"{path} exists but is not a {description}: rename it or choose another file")
 
 
 def read_result(path: Path, identity: JsonObject) -> JsonObject:
@@ -296,7 +300,7 @@ def read_result(path: Path, identity: JsonObject) -> JsonObject:
         identity: The entries that identify the evaluation.
 
     Returns:
-        The content, or {} if the file does not exist or is about other samples.
+        The content, or {} if the file does not exist or belongs to other samples.
 
     Raises:
         UserError: If the file belongs to another evaluation and must not be overwritten.
@@ -305,11 +309,11 @@ def read_result(path: Path, identity: JsonObject) -> JsonObject:
     changed = [key for key in IDENTITY_KEYS if existing and existing.get(key) != identity[key]]
     if changed:
         raise UserError(
-            f"{path} holds the results of another evaluation ({', '.join(changed)} differ): "
-            "move it away, or pass --out to evaluations.evaluate"
+            f"{path} contains the results of another evaluation ({', '.join(changed)} differ): "
+            "rename it, or pass --out to evaluations.evaluate"
         )
-    found = {key: value for key, value in existing.items() if key not in RESULT_KEYS}
-    return existing if found == identity else {}
+    existing_identity = {key: value for key, value in existing.items() if key not in RESULT_KEYS}
+    return existing if existing_identity == identity else {}
 
 
 def format_results(result: JsonObject) -> str:

@@ -1,4 +1,4 @@
-"""Compute features with any timm network, including the features of FD-DINOv2.
+"""Compute features with any timm network, including those of FD-DINOv2.
 
 FD-DINOv2 follows the code of its authors (Stein et al. 2023, arXiv:2306.04675).
 B images per batch, F features per image, S width in pixels of the network's input.
@@ -18,24 +18,24 @@ from evaluations.features import FeatureNetwork, Features
 from models.encoder import load_network, timm_name, weights_fingerprint
 from models.errors import FieldError
 
-OTHER_NETWORKS = ("inception", "fashion")  # names that --features accepts besides timm's
+OTHER_NETWORKS = ("inception", "fashion")  # names of --features that are not timm models
 DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 used 518
 
 
 class TimmFeatures(FeatureNetwork):
     """Maps uint8 images (B, 3, H, W) to the input of the network's classifier, `pool` (B, F).
 
-    Images are resized to S x S like PIL (bicubic, antialiased, rounded) and normalised with the
+    Images are resized to S x S as by PIL (bicubic, antialiased, rounded) and normalised with the
     mean and standard deviation of the network. `weights_sha256` covers the weights, the
     architecture, S, mean and standard deviation.
 
     Args:
         name: Name of the network: a short name of models/encoder.py or a timm name.
-        weights: File of weights for timm. By default they are downloaded from the hub.
+        weights: File with the weights. By default they are downloaded from the hub.
         flag: Flag that selected the network, for error messages.
 
     Raises:
-        UserError: If timm does not know the network or cannot load it.
+        UserError: If timm has no such network or cannot load it.
     """
 
     mean: Tensor
@@ -85,10 +85,10 @@ def resize_bicubic(images: Tensor, resolution: int) -> Tensor:
         resolution: Width and height of the result.
 
     Returns:
-        Whole grey levels as float32, (B, 3, resolution, resolution).
+        Integer grey levels as float32, (B, 3, resolution, resolution).
     """
     x = images.float()
-    # The width first, then the height.
+    # Resize the width first, then the height.
     for size in ((images.shape[-2], resolution), (resolution, resolution)):
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -96,14 +96,14 @@ def resize_bicubic(images: Tensor, resolution: int) -> Tensor:
 
 
 def resize_position_embedding(network: Any, resolution: int) -> None:
-    """Resize the position embedding of a DINOv2 network in place, like DINOv2's code.
+    """Resize the position embedding of a DINOv2 network in place, as the DINOv2 code does.
 
-    DINOv2's code interpolates bicubically without antialiasing, with a scale factor of
+    The DINOv2 code interpolates bicubically without antialiasing, with a scale factor of
     (n + 0.1) / m from m to n patches per side (facebookresearch/dinov2, vision_transformer.py).
-    timm's method differs slightly.
+    The method of timm differs slightly.
 
     Args:
-        network: A vision transformer of timm, whose modules are not annotated.
+        network: A vision transformer of timm. Its type is Any, because timm is not annotated.
         resolution: Width of the images that the network will be applied to.
     """
     old_size = network.patch_embed.grid_size[0]

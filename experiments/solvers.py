@@ -315,8 +315,8 @@ def markdown_tables(figures: dict) -> list[str]:
     solver_rows = [solver_row(figures, name) for name in PATH_TYPES]
     interval = figures["interval"]
     guidance_rows = [
-        f"| {name} | {rtol:g} | {evaluations:.0f} | {error:.2g} |"
-        for name in ("one go", "pieces")
+        f"| {label} | {rtol:g} | {evaluations:.0f} | {error:.2g} |"
+        for name, label in (("one go", "single interval"), ("pieces", "in pieces"))
         for rtol, evaluations, error in zip(interval["rtol"], *interval[name].values())
     ]
     objective_rows = [

@@ -1,1 +1,1 @@
-"""From a checkpoint to stored samples."""
+"""Sample images from a checkpoint and store them."""

@@ -30,7 +30,7 @@ from samplers import (
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of the sampler, each with a flag."""
+    """Settings of the sampler. Each has a command-line flag."""
 
     mode: str = setting(
         "sde",
@@ -40,7 +40,8 @@ class SamplerConfig:
     heun: bool = setting(False, help="solve the ODE with Heun's method")
     dopri5: bool = setting(
         False,
-        help="solve the ODE with a step size that adapts to each image, instead of --num-steps",
+        help="solve the ODE with Dormand-Prince steps whose size adapts to each image, instead of "
+        "--num-steps steps",
     )
     num_steps: int = setting(250, type=cli.positive_int, help="number of steps from noise to data")
     atol: float = setting(1e-6, type=cli.positive_float, help="absolute tolerance of --dopri5")
@@ -65,7 +66,7 @@ class SamplerConfig:
         0,
         flags=("--global-seed",),
         type=cli.seed,
-        help="random seed; with the index of an image it determines its noise and random label",
+        help="random seed; seed and index of an image determine its noise and its random label",
     )
     state_dtype: str = setting(
         "float32",
@@ -75,7 +76,7 @@ class SamplerConfig:
 
     @property
     def solver(self) -> str:
-        """Name of the solver in records and file names."""
+        """Return the name of the solver for records and file names."""
         if self.mode == "sde":
             return "euler-maruyama"
         if self.dopri5:
@@ -113,8 +114,8 @@ class Recipe(SamplerConfig):
 
     Args:
         path_type: Name of the interpolant that the network was trained on.
-        prediction: What the network predicts: "v", "x" or "eps".
-        explicit_labels: The contents of the label file, (n,) int64, if `labels` names one.
+        prediction: Prediction of the network: "v", "x" or "eps".
+        explicit_labels: Contents of the label file, (n,) int64, if `labels` is a file.
     """
 
     path_type: str = "linear"
@@ -230,7 +231,7 @@ def load_labels(path: Path) -> np.ndarray:
 
     Args:
         path: A .npy file, a .npz file of samples (arr_1), a .json file with a list, or a text file
-            with numbers separated by white space.
+            with numbers separated by whitespace.
 
     Raises:
         FieldError: The file does not exist or does not contain a list of integers.
@@ -239,7 +240,7 @@ def load_labels(path: Path) -> np.ndarray:
         return _read_label_file(path)
     except FileNotFoundError:
         raise FieldError("labels", f"{path} is not random, balanced, a class or a file") from None
-    except Exception as error:  # numpy, json and int raise many types for unsuitable files
+    except Exception as error:  # numpy, json and int raise many types for invalid files
         raise FieldError(
             "labels", f"{path} cannot be read as one class per image ({error})"
         ) from None

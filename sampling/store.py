@@ -7,7 +7,8 @@ number of machines can therefore sample the batches in any order and be killed a
     NAME.parts/000012.npy            images of batch 12: (B, H, W, 3) uint8
     NAME.parts/000012.safetensors    features of the batch, if it is evaluated:
                                      NETWORK/COLUMN (B, ...) float32
-    NAME.npz  NAME.json  NAME.png    results: ADM's arr_0 and arr_1, the settings, a grid of images
+    NAME.npz  NAME.json  NAME.png    results: images and labels (ADM's arr_0 and arr_1), settings,
+                                     and a grid of images
     NAME/000345.png                  each image, if requested
 """
 
@@ -32,7 +33,7 @@ from evaluations.features import Features, NumpyFeatures
 from evaluations.image_batches import NpzImages, evenly_spaced_indices
 from evaluations.runs import JsonObject, read_json
 
-# Settings that may differ when more samples are added to existing ones.
+# Settings that may differ when samples are added to existing samples.
 KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
 # Settings that may differ if the recorded hash of their content is equal.
 IDENTIFYING_HASH = {
@@ -55,14 +56,14 @@ class StoredBatches(NamedTuple):
 
 
 class SampleStore:
-    """The samples with one name in a folder.
+    """The samples that are stored under one name in a folder.
 
     Args:
         folder: Folder of the results.
         name: Name of the result files.
-        record: Settings of the samples, which become NAME.json.
+        record: Settings of the samples, which are written to NAME.json.
         networks: sha256 of the weights of each network whose features are stored, by name.
-        keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are kept.
+        keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are stored.
         write_pngs: Whether to write each image to a PNG file.
     """
 
@@ -88,7 +89,7 @@ class SampleStore:
         self.count = record["count"]
         self.batch_size = record["per_proc_batch_size"]
         self.batches = range(-(-self.count // self.batch_size))
-        self.finished: NpzImages | None = None  # the images of an existing NAME.npz
+        self.npz_images: NpzImages | None = None  # the images of an existing NAME.npz
         self.grid_indices: list[int] = []
 
     def claim(self, resources: ExitStack) -> StoredBatches:
@@ -122,20 +123,20 @@ class SampleStore:
             leftover.unlink(missing_ok=True)
         return self._find_stored_batches()
 
-    def load_finished(self) -> None:
+    def open_npz(self) -> None:
         """Open NAME.npz if it exists."""
         if self.npz_path.exists():
-            self.finished = NpzImages(self.npz_path, "--name")
+            self.npz_images = NpzImages(self.npz_path, "--name")
 
     def is_complete(self) -> bool:
         """Return whether NAME.npz contains all images."""
-        return self.finished is not None and self.finished.count == self.count
+        return self.npz_images is not None and self.npz_images.count == self.count
 
-    def pending_batches(self, stored: StoredBatches) -> list[int]:
+    def pending_batches(self, stored_batches: StoredBatches) -> list[int]:
         """Return the indices of the batches that lack images, features or PNG files."""
-        # If images are not kept, the features are all that remains of a finished batch.
-        images = stored.images if self.keep_images else stored.features
-        return sorted(set(self.batches) - (images & stored.features & stored.pngs))
+        # If images are not kept, a finished batch has only its features.
+        images = stored_batches.images if self.keep_images else stored_batches.features
+        return sorted(set(self.batches) - (images & stored_batches.features & stored_batches.pngs))
 
     def write_batch(
         self,
@@ -155,24 +156,25 @@ class SampleStore:
         indices = self._indices(batch)
         pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
         if self.keep_images and is_new:
-            write_array(self._part(batch, "npy"), pixels)
+            write_array(self._part_path(batch, "npy"), pixels)
         if not self.keep_images:
             for index in indices:
                 if index in self.grid_indices:
-                    write_array(self._grid_part(index), pixels[index - indices.start])
+                    write_array(self._grid_part_path(index), pixels[index - indices.start])
         if self.write_pngs:
             self.png_folder.mkdir(parents=True, exist_ok=True)
             for index, image in zip(indices, pixels):
                 save_png(Image.fromarray(image), self.png_folder / f"{index:06d}.png")
-        # Features are written last: without images they mark the batch as finished.
+        # Features are written last, because they mark the batch as finished if images are not
+        # kept.
         if features:
             columns = {
                 f"{name}/{column}": np.ascontiguousarray(values)
                 for name, outputs in features.items()
-                for column, values in outputs.present().items()
+                for column, values in outputs.as_dict().items()
             }
             metadata = {"networks": json.dumps(self.networks)}
-            write_file(self._part(batch, "safetensors"), save(columns, metadata))
+            write_file(self._part_path(batch, "safetensors"), save(columns, metadata))
 
     def finalize(self, labels: np.ndarray) -> None:
         """Write NAME.json, NAME.npz and NAME.png.
@@ -189,7 +191,7 @@ class SampleStore:
             blocks = (self.read_pixels(k)[: len(self._indices(k))] for k in self.batches)
             shape = (self.count, *self.read_pixels(0).shape[1:])
             write_npz(self.npz_path, blocks, shape, arr_1=labels)
-            self.load_finished()
+            self.open_npz()
         self._save_grid(labels)
 
     def read_features(self) -> dict[str, NumpyFeatures]:
@@ -202,8 +204,8 @@ class SampleStore:
         }
 
     def _read_batch_features(self, batch: int, network: str) -> NumpyFeatures:
-        """Return the features of a stored batch by one network. The last batch may be padded."""
-        arrays = load_file(_wait_for_file(self._part(batch, "safetensors")))
+        """Return the features of a stored batch from one network. The last batch may be padded."""
+        arrays = load_file(_wait_for_file(self._part_path(batch, "safetensors")))
         prefix = f"{network}/"
         return Features(
             **{
@@ -223,10 +225,10 @@ class SampleStore:
         Args:
             labels: Class of each image, (count,).
         """
-        present = np.unique(labels)
+        present_labels = np.unique(labels)
         self.grid_indices = [
             int(index)
-            for label in present[evenly_spaced_indices(len(present), GRID_ROWS)]
+            for label in present_labels[evenly_spaced_indices(len(present_labels), GRID_ROWS)]
             for index in np.flatnonzero(labels == label)[:GRID_COLUMNS]
         ]
 
@@ -235,7 +237,7 @@ class SampleStore:
             self.remove_parts()
 
     def _check_compatible(self) -> None:
-        """Raise UserError unless existing files under this name are part of the same samples."""
+        """Raise UserError unless existing files under this name belong to the same samples."""
         old_record = read_record(self.record_path)
         results = self.npz_path.with_suffix(".*")
         is_other_file = self.record_path.exists() and "ema_sha256" not in old_record
@@ -247,9 +249,9 @@ class SampleStore:
         if png_indices:
             self._check_same_settings(self.png_folder / "sampling.json", self.png_folder)
 
-        self.load_finished()
-        num_finished = self.finished.count if self.finished else 0
-        num_existing = max(num_finished, max(png_indices, default=-1) + 1)
+        self.open_npz()
+        num_npz_images = self.npz_images.count if self.npz_images else 0
+        num_existing = max(num_npz_images, max(png_indices, default=-1) + 1)
         if num_existing > self.count:
             raise UserError(
                 f"{results} already contains {num_existing:,} images, but --num-fid-samples is "
@@ -270,7 +272,7 @@ class SampleStore:
             )
 
     def _check_same_settings(self, path: Path, owner: Path) -> None:
-        """Raise UserError if the record at `path`, which describes `owner`, has other settings."""
+        """Raise UserError if the record of `owner` at `path` differs from the current record."""
         old = read_record(path)
         new = json.loads(json.dumps(self.record))
         allowed = set(KEYS_ALLOWED_TO_CHANGE)
@@ -290,8 +292,8 @@ class SampleStore:
 
     def _find_stored_batches(self) -> StoredBatches:
         images = {int(path.stem) for path in self.parts_folder.glob("[0-9]*.npy")}
-        if self.finished is not None:
-            images |= {k for k in self.batches if self._indices(k).stop <= self.finished.count}
+        if self.npz_images is not None:
+            images |= {k for k in self.batches if self._indices(k).stop <= self.npz_images.count}
         features = {k for k in self.batches if self._has_features(k)}
         pngs = set(self.batches)
         if self.write_pngs:
@@ -302,19 +304,20 @@ class SampleStore:
     def _has_features(self, batch: int) -> bool:
         """Return whether the features of these networks are stored for all images of a batch.
 
-        The last batch may be shorter if its images were read from an .npz, which is not padded.
+        The last stored batch may be shorter if its images were read from an .npz, which has no
+        padding.
         """
         if not self.networks:
             return True
         try:
-            with safe_open(self._part(batch, "safetensors"), "numpy") as file:
+            with safe_open(self._part_path(batch, "safetensors"), "numpy") as file:
                 stored_networks = json.loads(file.metadata()["networks"])
                 keys = file.keys()
                 num_rows = min(file.get_slice(key).get_shape()[0] for key in keys)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return False
-        is_whole = num_rows >= len(self._indices(batch))
-        return is_whole and self.networks.items() <= stored_networks.items()
+        has_all_rows = num_rows >= len(self._indices(batch))
+        return has_all_rows and self.networks.items() <= stored_networks.items()
 
     def _find_png_indices(self) -> set[int]:
         """Return the indices of the images that have PNG files, if PNG files are requested."""
@@ -334,33 +337,33 @@ class SampleStore:
             save_png(draw_labelled_grid(rows, format_grid_title(self.record)), self.grid_path)
 
     def _read_grid_image(self, index: int) -> np.ndarray | None:
-        if self.finished is not None and self.keep_images:
-            return self.finished.read_rows(index, index + 1)[0]
+        if self.npz_images is not None and self.keep_images:
+            return self.npz_images.read_rows(index, index + 1)[0]
         # An interrupted run with a smaller count may have chosen other images for its grid.
-        path = self._grid_part(index)
+        path = self._grid_part_path(index)
         return np.load(path) if path.exists() else None
 
     def read_pixels(self, batch: int) -> np.ndarray:
         """Return the images of a stored batch, (B, H, W, 3) uint8."""
         indices = self._indices(batch)
-        if self.finished is not None and indices.stop <= self.finished.count:
-            return np.array(self.finished.read_rows(indices.start, indices.stop))
-        return np.load(_wait_for_file(self._part(batch, "npy")))
+        if self.npz_images is not None and indices.stop <= self.npz_images.count:
+            return np.array(self.npz_images.read_rows(indices.start, indices.stop))
+        return np.load(_wait_for_file(self._part_path(batch, "npy")))
 
     def _indices(self, batch: int) -> range:
         """Return the indices of the images of a batch, without padding."""
         start = batch * self.batch_size
         return range(start, min(start + self.batch_size, self.count))
 
-    def _part(self, batch: int, suffix: str) -> Path:
+    def _part_path(self, batch: int, suffix: str) -> Path:
         return self.parts_folder / f"{batch:06d}.{suffix}"
 
-    def _grid_part(self, index: int) -> Path:
+    def _grid_part_path(self, index: int) -> Path:
         return self.parts_folder / f"drawn-{index:06d}.npy"
 
 
 def read_record(path: Path) -> JsonObject:
-    """Return the contents of a sampling.json, or {} if there is none or it is another file."""
+    """Return the contents of a sampling.json, or {} if the file is missing or of another kind."""
     with suppress(OSError, UserError):
         return read_json(path)
     return {}

@@ -31,7 +31,7 @@ class Worker:
         recipe: Settings of the sampler.
         dtype: Dtype of the network's matrix products.
         store: Stores the batches.
-        stored: The batches that are already stored.
+        stored_batches: Indices of the batches that are already stored.
         networks: Networks that compute features of the images.
     """
 
@@ -40,14 +40,14 @@ class Worker:
     recipe: Recipe
     dtype: torch.dtype
     store: SampleStore
-    stored: StoredBatches
+    stored_batches: StoredBatches
     networks: dict[str, FeatureNetwork]
     _cancelled: threading.Event = field(default_factory=threading.Event, init=False)
     _thread_local: threading.local = field(default_factory=threading.local, init=False)
 
     @property
     def device(self) -> torch.device:
-        """Device of the network and the VAE."""
+        """Return the device of the network and the VAE."""
         return self.vae.vae.device
 
     def cancel(self) -> None:
@@ -62,7 +62,7 @@ class Worker:
     def __call__(self, batch: int) -> None:
         """Compute and store the missing images, features and PNG files of a batch."""
         self.check_cancelled()
-        is_new = batch not in self.stored.images
+        is_new = batch not in self.stored_batches.images
         features = {}
         with self._stream():
             if is_new:
@@ -70,7 +70,7 @@ class Worker:
             else:
                 pixels = torch.from_numpy(self.store.read_pixels(batch))
                 images = pixels.permute(0, 3, 1, 2).to(self.device)
-            if batch not in self.stored.features:
+            if batch not in self.stored_batches.features:
                 # Another memory format would change the last digits of the features.
                 images = images.contiguous()
                 for name, network in self.networks.items():
@@ -120,8 +120,8 @@ def run_batches(
         worker: Samples and stores one batch.
         batches: Indices of the batches.
         num_threads: Number of batches that are processed at once.
-        is_compiled: Whether the network is compiled. The first batch then runs alone, so that not
-            every thread compiles.
+        is_compiled: Whether the network is compiled. The first batch then runs alone, so that
+            the network is compiled only once.
         bar: Progress bar of all processes.
         images_per_batch: Number of images by which the bar advances with each batch.
     """
@@ -131,7 +131,7 @@ def run_batches(
             for group in groups:
                 for future in as_completed([pool.submit(worker, batch) for batch in group]):
                     future.result()
-                    bar.update(min(images_per_batch, bar.total - bar.n))  # the last one is padded
+                    bar.update(min(images_per_batch, bar.total - bar.n))  # the last batch is padded
         except BaseException:
             worker.cancel()
             pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Tests of the solvers on Gaussian data, for which velocity and marginals are known exactly.
+"""Test the solvers on Gaussian data, for which velocity and marginals are known exactly.
 
 The exact results come from closed forms, from scipy's integrators and from linear recursions that
 share no code with the solvers.
@@ -39,7 +39,7 @@ DATA = example_gaussian([0.3, 0.7, 1.6])
 NULL = example_gaussian([0.5, 1.1, 1.3], seed=1)
 NULL_CLASS = 9
 SCALE = 1.8
-# Grids of 4 n steps guide exactly on (0.25, 0.75].
+# On grids of 4 n steps, guidance applies exactly on (0.25, 0.75].
 LOW = 0.25 + 1e-6
 HIGH = 0.75 + 1e-6
 LINEAR = INTERPOLANTS["linear"]
@@ -69,7 +69,7 @@ COEFFICIENTS = {
     "cosine": cosine_coefficients,
     "vp": vp_coefficients,
 }
-# The velocity has no singularity on these two.
+# The velocity has no singularity on these paths.
 on_regular_paths = pytest.mark.parametrize("name", ["linear", "cosine"])
 on_every_objective = pytest.mark.parametrize(
     ("name", "prediction"), list(itertools.product(INTERPOLANTS, PREDICTIONS))
@@ -84,7 +84,7 @@ def initial_noise(n=10, d=3):
 def affine_drift(data, name, t, w=0.0):
     """Return M and c of the drift M x + c = v - w s / 2 of Gaussian data, as float64 numpy arrays.
 
-    They follow from the change of the mean and the covariance of x_t.
+    The drift follows from the change of the mean and the covariance of x_t.
     """
     alpha, sigma, d_alpha, d_sigma = COEFFICIENTS[name](t)
     mean = data.mean.numpy()
@@ -208,8 +208,8 @@ class RecordedVelocity:
 
 
 @on_regular_paths
-def test_flow_equals_scipys_integral_and_maps_noise_to_the_data(name):
-    """Check the exact answer of the other tests, m + S^(1/2) x, and the velocity they integrate."""
+def test_flow_equals_scipys_solution_and_maps_noise_to_the_data(name):
+    """Check the exact solution that other tests use, m + S^(1/2) x, and its velocity."""
     torch.testing.assert_close(
         integrate_with_scipy(lambda t: affine_drift(DATA, name, t), initial_noise().numpy()),
         DATA.flow(initial_noise()),
@@ -248,7 +248,7 @@ def test_ode_solvers_are_exact_for_a_constant_velocity(solver):
     [(euler, [1, 2 / 3, 1 / 3]), (heun, [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3])],
 )
 def test_ode_solvers_evaluate_at_the_same_times_as_repa(solver, expected):
-    """Euler takes n evaluations. Heun takes 2 n - 1, because its last step is Euler's."""
+    """Euler takes n evaluations. Heun takes 2 n - 1, because its last step is an Euler step."""
     velocity = RecordedVelocity()
     solve_ode(solver, velocity, initial_noise(2), 3)
     assert velocity.times == pytest.approx(expected)
@@ -257,7 +257,7 @@ def test_ode_solvers_evaluate_at_the_same_times_as_repa(solver, expected):
 # Adaptive step sizes
 
 
-def test_dopri5_tableau_equals_scipys():
+def test_dopri5_tableau_equals_that_of_scipy():
     for i, row in enumerate(samplers.DOPRI5_STAGES[:-1]):
         assert row == pytest.approx(RK45.A[i + 1, : i + 1], rel=1e-15)
     assert samplers.DOPRI5_STAGES[-1] == pytest.approx(RK45.B, rel=1e-15)
@@ -269,7 +269,7 @@ def test_dopri5_tableau_equals_scipys():
 
 @on_regular_paths
 def test_dopri5_meets_its_tolerance_with_as_many_evaluations_as_scipy(name):
-    """scipy's RK45 has the same pair, norm and factors, and one more evaluation at the start."""
+    """scipy's RK45 uses the same pair, norm and factors, with one more evaluation at the start."""
     x = initial_noise(8)
     velocity = DATA.velocity(INTERPOLANTS[name])
     for rtol in (1e-3, 1e-6, 1e-9):
@@ -291,27 +291,27 @@ def test_dopri5_meets_its_tolerance_with_as_many_evaluations_as_scipy(name):
         assert evaluations.double().mean().item() == pytest.approx(expected, rel=tolerance)
 
 
-def relaxing(rates):
-    """Return a velocity field in which image i approaches sin(3 t) with the rate rates[i]."""
+def relaxation_velocity(rates):
+    """Return a velocity field in which image i approaches sin(3 t) at the rate rates[i]."""
     return lambda x, t: rates[:, None] * (x - torch.sin(3 * t)[:, None])
 
 
-def test_dopri5_steps_of_an_image_do_not_depend_on_its_batch():
-    """An image next to a stiff one has the same result, to the bit, and the same count as alone."""
+def test_dopri5_steps_of_an_image_do_not_depend_on_the_batch():
+    """An image has the same result and count next to a stiff image as in a batch of one."""
     rates = torch.tensor([1.0, 400.0, 3.0]).double()
     x = initial_noise(3, 16)
     times = []
 
     def velocity(y, t):
         times.append(t)
-        return relaxing(rates)(y, t)
+        return relaxation_velocity(rates)(y, t)
 
     end, evaluations = dopri5(velocity, x, 1e-8, 1e-6)
     assert len(times) == evaluations.max() == evaluations[1] > 4 * evaluations[0]
     assert all(bool((t >= 0).all()) for t in times)
     for i in range(3):
-        alone, count = dopri5(relaxing(rates[i : i + 1]), x[i : i + 1], 1e-8, 1e-6)
-        assert torch.equal(alone[0], end[i])
+        single, count = dopri5(relaxation_velocity(rates[i : i + 1]), x[i : i + 1], 1e-8, 1e-6)
+        assert torch.equal(single[0], end[i])
         assert count.item() == evaluations[i]
 
 
@@ -322,18 +322,18 @@ def test_dopri5_with_a_nan_image_ends_and_does_not_change_the_others():
         nonlocal num_calls
         num_calls += 1
         assert num_calls < 200
-        v = relaxing(torch.ones(2).double())(x, t)
+        v = relaxation_velocity(torch.ones(2).double())(x, t)
         is_nan = (t < 0.99)[:, None] & (torch.arange(2) == 0)[:, None]
         return torch.where(is_nan, torch.nan, v)
 
     end, _ = dopri5(velocity, initial_noise(2))
-    alone, _ = dopri5(relaxing(torch.ones(1).double()), initial_noise(2)[1:])
+    expected, _ = dopri5(relaxation_velocity(torch.ones(1).double()), initial_noise(2)[1:])
     assert end[0].isnan().all()
-    assert torch.equal(end[1], alone[0])
+    assert torch.equal(end[1], expected[0])
 
 
 def test_dopri5_crosses_a_jump_of_the_velocity():
-    """The velocity jumps at the ends of a guidance interval; dopri5 ends with any tolerance."""
+    """At a jump, as at the ends of a guidance interval, dopri5 terminates with any tolerance."""
 
     def velocity(x, t):
         return torch.where(t < 0.3, 1.0, 5.0)[:, None].to(x).expand_as(x)
@@ -348,7 +348,7 @@ def test_dopri5_crosses_a_jump_of_the_velocity():
 
 @on_regular_paths
 def test_sde_moments_equal_the_recursion(name):
-    """Both are exact and draw no samples."""
+    """Both methods are exact and draw no samples."""
     interpolant = INTERPOLANTS[name]
     for num_steps, last in ((2, 0.5), (25, 0.04)):
         moments = sde_moments(DATA.velocity(interpolant), interpolant, 3, num_steps, last)
@@ -395,7 +395,7 @@ def test_sde_samples_have_the_predicted_moments(name):
     assert ((torch.cov(samples.T) - covariance).abs() < 4 * standard_errors).all()
 
 
-def test_sde_grid_equals_repas():
+def test_sde_grid_equals_that_of_repa():
     """There are `num_steps` evaluations, from 1 to 0.04, and no noise in the last step, to 0."""
     velocity = RecordedVelocity()
     noise_steps = []
@@ -470,33 +470,33 @@ def test_guided_ode_follows_the_guided_flow(name):
     assert errors[-1] < 8e-2
     assert convergence_orders(errors) == pytest.approx([1, 1], abs=0.2)
 
-    # dopri5 in pieces: batches are doubled only inside the interval.
+    # dopri5 integrates in pieces, and batches are doubled only inside the interval.
     model = two_gaussians(name)
     batch_sizes = []
 
-    def recorded_model(x, t, labels):
+    def recording_model(x, t, labels):
         batch_sizes.append(len(labels))
         return model(x, t, labels)
 
-    guided = GuidedVelocity(recorded_model, torch.arange(6), NULL_CLASS, SCALE, LOW, HIGH)
+    guided = GuidedVelocity(recording_model, torch.arange(6), NULL_CLASS, SCALE, LOW, HIGH)
     end, evaluations = guided_dopri5(guided, x, 1e-6, 1e-6)
     torch.testing.assert_close(end, exact, atol=2e-5, rtol=0)
     assert sorted(set(batch_sizes)) == [6, 12]
-    most_of_one_size = max(batch_sizes.count(6), batch_sizes.count(12))
-    assert most_of_one_size < evaluations.max() <= len(batch_sizes)
+    largest_count = max(batch_sizes.count(6), batch_sizes.count(12))
+    assert largest_count < evaluations.max() <= len(batch_sizes)
 
-    # Heun against dopri5, guided at all times.
+    # Heun converges to the solution of dopri5 with guidance at all times.
     guided = GuidedVelocity(model, torch.arange(6), NULL_CLASS, SCALE)
-    fine, _ = guided_dopri5(guided, x, atol=1e-6, rtol=1e-6)
+    reference, _ = guided_dopri5(guided, x, atol=1e-6, rtol=1e-6)
     guided = guided_gaussian(name, 6)
-    errors = [(solve_ode(heun, guided, x, n) - fine).abs().max() for n in (32, 64, 128)]
+    errors = [(solve_ode(heun, guided, x, n) - reference).abs().max() for n in (32, 64, 128)]
     assert errors[-1] < 5e-3
     assert convergence_orders(errors) == pytest.approx([2, 2], abs=0.3)
 
 
 @on_regular_paths
-def test_guided_sde_moments_equal_those_of_the_guided_drift(name):
-    """REPA guides the drift v - w s / 2. The score is affine in v, so guiding v gives the same."""
+def test_guided_sde_moments_equal_moments_of_the_guided_drift(name):
+    """REPA guides the drift v - w s / 2. The score is affine in v, so guiding v is equivalent."""
     num_rows = 1 + 3 * 24
     velocity = guided_gaussian(name, num_rows, low=LOW, high=HIGH)
     moments = sde_moments(velocity, INTERPOLANTS[name], 3, 24, 0.04)
@@ -505,7 +505,7 @@ def test_guided_sde_moments_equal_those_of_the_guided_drift(name):
     torch.testing.assert_close(moments, expected, rtol=0, atol=1e-5)
 
 
-# All objectives
+# Objectives
 
 
 def exact_end(name, interval, x):
@@ -576,7 +576,7 @@ def test_every_objective_reaches_the_moments_of_the_data(name, prediction):
 
 @on_every_objective
 def test_solvers_cover_the_whole_time_interval(name, prediction):
-    """Heun reaches the exact end with its order, and the SDE the moments of the recursion."""
+    """Heun converges to the exact end with order 2; SDE moments equal those of the recursion."""
     interpolant = INTERPOLANTS[name]
     interval = time_interval(interpolant, prediction)
     t_min, t_max = interval
@@ -617,7 +617,7 @@ def test_all_predictions_give_the_same_samples_away_from_singularities(name):
 @pytest.mark.parametrize(
     ("low", "high", "batch_size"), [(0.0, 1.0, 4), (0.3, 0.7, 2), (0.0, 0.0005, 2)]
 )
-def test_denoising_is_guided_if_its_time_is_in_the_interval(low, high, batch_size):
+def test_denoising_is_guided_if_the_time_is_in_the_interval(low, high, batch_size):
     batch_sizes = []
 
     def model(x, t, labels):
@@ -675,7 +675,7 @@ def network_of(name, prediction):
 
 @on_every_objective
 def test_recipe_samples_every_objective(name, prediction):
-    """A float32 network is sampled on a fixed grid and with adaptive steps, up to the exact end."""
+    """Samples of a float32 network on a fixed grid and with adaptive steps reach the exact end."""
     indices = torch.arange(10)
     network = network_of(name, prediction)
     interval = time_interval(INTERPOLANTS[name], prediction)
@@ -706,7 +706,7 @@ def test_recipe_samples_every_objective(name, prediction):
     ("name", "prediction"), list(itertools.product(INTERPOLANTS, ["x", "eps"]))
 )
 def test_guiding_every_objective_equals_guiding_the_velocity(name, prediction):
-    """The guidance intervals include some that exceed the time interval."""
+    """Some guidance intervals exceed the time interval."""
     interpolant = INTERPOLANTS[name]
     interval = (0.001, 0.999)
     t_min, t_max = interval
@@ -768,15 +768,15 @@ def test_fixed_grids_do_not_synchronise_with_the_device():
         dopri5(velocity, x)
 
 
-def test_documented_figures_are_the_measured_ones():
-    """docs/sampling.md shows docs/solvers.json, and one of its figures is measured again."""
-    figures = json.loads((ROOT / "docs/solvers.json").read_text())
+def test_documented_numbers_equal_the_measurements():
+    """docs/sampling.md shows the numbers of docs/solvers.json. One error is measured again."""
+    results = json.loads((ROOT / "docs/solvers.json").read_text())
     text = (ROOT / "docs/sampling.md").read_text()
-    for table in solvers.markdown_tables(figures):
+    for table in solvers.markdown_tables(results):
         assert table in text
     data = example_gaussian(solvers.EXAMPLE_STDS)
     noise = solvers.start_noise(data)
     end = solve_ode(heun, data.velocity(LINEAR), noise, 16)
-    recorded = figures["ode"]["linear"]["Heun"]["error"][solvers.EVALUATION_COUNTS.index(32)]
-    measured = solvers.relative_rms_error(data, end, data.flow(noise))
-    assert measured == pytest.approx(recorded, rel=1e-3)
+    recorded_error = results["ode"]["linear"]["Heun"]["error"][solvers.EVALUATION_COUNTS.index(32)]
+    measured_error = solvers.relative_rms_error(data, end, data.flow(noise))
+    assert measured_error == pytest.approx(recorded_error, rel=1e-3)

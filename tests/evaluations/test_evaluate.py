@@ -68,7 +68,7 @@ def inception_weights(tmp_path_factory):
     return path
 
 
-def test_inception_features_equal_torch_fidelity_with_adms_spatial_features(inception_weights):
+def test_inception_features_equal_torch_fidelity_and_adms_spatial_features(inception_weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     generator = torch.Generator().manual_seed(0)
@@ -89,10 +89,10 @@ def test_inception_features_equal_torch_fidelity_with_adms_spatial_features(ince
     assert features.spatial.count_nonzero() > 100
 
 
-def test_inception_metrics_against_images_equal_those_against_their_statistics(
+def test_inception_metrics_image_metrics_equal_those_against_their_statistics(
     call, tmp_path, inception_weights
 ):
-    """The statistics are computed here, so equality checks the features of both sets too."""
+    """The test computes the statistics itself, so equality also checks the features."""
     write_samples(tmp_path / "s.npz", 6)
     images = write_samples(tmp_path / "r.npz", 5, seed=1)
     flags = [tmp_path / "s.npz", "--inception-weights", inception_weights]
@@ -101,9 +101,9 @@ def test_inception_metrics_against_images_equal_those_against_their_statistics(
     assert code == 0
     assert "FID" in text
     assert "FD-fashion" not in text
-    against_images = read_metrics(out)
-    assert against_images["inception_score"] >= 1
-    assert 0 <= against_images["precision"] <= 1
+    image_metrics = read_metrics(out)
+    assert image_metrics["inception_score"] >= 1
+    assert 0 <= image_metrics["precision"] <= 1
 
     features = InceptionFeatures(inception_weights)(to_nchw(images))
     mu, sigma = compute_statistics(features.pool.numpy())
@@ -111,12 +111,12 @@ def test_inception_metrics_against_images_equal_those_against_their_statistics(
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     out = tmp_path / "stats.json"
     assert call(evaluate, *flags, "--reference", tmp_path / "stats.npz", "--out", out)[0] == 0
-    against_statistics = read_metrics(out)
+    statistics_metrics = read_metrics(out)
     for name in ("FID", "sFID"):
-        assert against_images[name] > 0
-        assert against_statistics[name] == pytest.approx(against_images[name], rel=1e-4)
-    assert against_statistics["precision"] is None
-    assert against_statistics["recall"] is None
+        assert image_metrics[name] > 0
+        assert statistics_metrics[name] == pytest.approx(image_metrics[name], rel=1e-4)
+    assert statistics_metrics["precision"] is None
+    assert statistics_metrics["recall"] is None
 
 
 def test_fashion_metrics_against_a_tree_of_images(call, tmp_path):
@@ -139,7 +139,7 @@ def test_fashion_metrics_against_a_tree_of_images(call, tmp_path):
     assert result["metrics"]["class_agreement"] == pytest.approx(expected)
 
 
-def test_samples_evaluated_against_themselves_are_perfect_and_evaluated_once(
+def test_samples_against_themselves_have_perfect_metrics_and_are_evaluated_once(
     call, tmp_path, monkeypatch
 ):
     samples = tmp_path / "s.npz"
@@ -149,12 +149,12 @@ def test_samples_evaluated_against_themselves_are_perfect_and_evaluated_once(
     metrics = read_metrics(tmp_path / "s.metrics.json")
     assert metrics["FD-fashion"] == pytest.approx(0, abs=1e-4)
     assert (metrics["precision"], metrics["recall"], metrics["class_agreement"]) == (1, 1, None)
-    # The second call finds the result and extracts nothing.
+    # The second call reads the stored result and extracts no features.
     monkeypatch.setattr(evaluate, "extract_features", None)
     assert call(evaluate, *flags)[0] == 0
 
 
-def test_features_of_a_reference_are_cached_by_its_content(call, tmp_path, monkeypatch):
+def test_reference_features_are_cached_by_the_content_of_the_reference(call, tmp_path, monkeypatch):
     write_samples(tmp_path / "a.npz")
     write_samples(tmp_path / "b.npz", seed=1)
     write_samples(tmp_path / "r.npz", seed=2)
@@ -162,7 +162,7 @@ def test_features_of_a_reference_are_cached_by_its_content(call, tmp_path, monke
     flags = ["--reference", tmp_path / "r.npz", "--features", "fashion"]
     flags += ["--cache-dir", tmp_path / "cache"]
     assert call(evaluate, tmp_path / "a.npz", *flags)[0] == 0
-    (cached,) = (tmp_path / "cache").iterdir()
+    (cache_file,) = (tmp_path / "cache").iterdir()
 
     extractions = []
     extract_features = reference_features.extract_features
@@ -175,26 +175,26 @@ def test_features_of_a_reference_are_cached_by_its_content(call, tmp_path, monke
     assert call(evaluate, b, *flags)[0] == 0
     assert len(extractions) == 0
 
-    # An empty cache gives the same metrics.
+    # The metrics are the same with an empty cache.
     out = tmp_path / "fresh.json"
     assert call(evaluate, b, *flags, "--cache-dir", tmp_path / "empty", "--out", out)[0] == 0
     assert len(extractions) == 1
-    fresh = read_metrics(out)
-    assert read_metrics(tmp_path / "b.metrics.json") == fresh
+    expected = read_metrics(out)
+    assert read_metrics(tmp_path / "b.metrics.json") == expected
 
     # A truncated file is ignored.
-    cached.write_bytes(cached.read_bytes()[:1000])
+    cache_file.write_bytes(cache_file.read_bytes()[:1000])
     (tmp_path / "b.metrics.json").unlink()
     assert call(evaluate, b, *flags)[0] == 0
     assert len(extractions) == 2
-    assert read_metrics(tmp_path / "b.metrics.json") == fresh
+    assert read_metrics(tmp_path / "b.metrics.json") == expected
 
-    # Other images under the same name are another reference.
+    # Other images under the same name are a different reference.
     write_samples(tmp_path / "r.npz", seed=3)
     out = tmp_path / "other.json"
     assert call(evaluate, b, *flags, "--out", out)[0] == 0
     assert len(extractions) == 3
-    assert read_metrics(out) != fresh
+    assert read_metrics(out) != expected
 
 
 def test_references_of_symbolic_links_are_identified_by_the_linked_images(call, tmp_path):
@@ -248,7 +248,7 @@ def test_two_processes_compute_the_same_result_as_one(call, tmp_path):
     assert result["metrics"] == read_metrics(tmp_path / "two.json")
     low, high = result["intervals"]["FD-fashion"]
     assert low < result["metrics"]["FD-fashion"] < high
-    assert result["by_count"] == {}  # the smallest count is 500
+    assert result["by_count"] == {}  # the smallest subset has 500 samples
     assert result["reference_name"] is None
     assert len(result["features"]["fashion"]) == 64
 
@@ -260,7 +260,7 @@ def test_compressed_and_uncompressed_npz_give_the_same_images(tmp_path):
     compressed = NpzImages(tmp_path / "compressed.npz", "samples")
     assert plain.map is not None
     assert compressed.map is None
-    # Several threads read, in any order, as in sample_ddp.py.
+    # Several threads read images in any order, as in sample_ddp.py.
     indices = [i % 50 for i in range(0, 2000, 7)]
     with ThreadPoolExecutor(4) as pool:
         rows = pool.map(lambda i: compressed.read_rows(i, i + 1)[0], indices)
@@ -271,7 +271,7 @@ def test_compressed_and_uncompressed_npz_give_the_same_images(tmp_path):
         assert np.array_equal(compressed.read_batch(start, stop), expected)
 
 
-def test_reference_command_writes_statistics_of_all_images_and_some_images(
+def test_reference_command_writes_statistics_of_all_images_and_a_subset_of_images(
     call, tmp_path, inception_weights
 ):
     make_tree(tmp_path / "tree", images=9, side=40)
@@ -291,10 +291,10 @@ def test_reference_command_writes_statistics_of_all_images_and_some_images(
         stored = [source.read_batch(i, i + 1) for i in (0, 2, 4, 6, 8)]
         expected = np.concatenate(stored).transpose(0, 2, 3, 1)
         assert np.array_equal(content["arr_0"], expected)
-    assert call(reference, *flags)[0] == 2  # the file is not overwritten
+    assert call(reference, *flags)[0] == 2  # an existing file is not overwritten
 
 
-def test_reference_command_refuses_to_store_too_few_images(call, tmp_path):
+def test_reference_command_rejects_too_few_images_to_store(call, tmp_path):
     flags = ["--images", tmp_path, "--resolution", 32, "--out", tmp_path / "r.npz"]
     code, text = call(reference, *flags, "--keep-images", 2)
     assert code == 2
@@ -304,17 +304,17 @@ def test_reference_command_refuses_to_store_too_few_images(call, tmp_path):
 @pytest.mark.parametrize(
     ("mu", "sigma", "message"),
     [
-        (np.zeros(128), np.eye(128), "of 2048 features; their shapes are"),
-        (np.full(2048, np.nan), np.eye(2048), "some are not finite"),
+        (np.zeros(128), np.eye(128), "finite statistics of 2048 features; their shapes are"),
+        (np.full(2048, np.nan), np.eye(2048), "some values are not finite"),
     ],
 )
-def test_statistics_of_wrong_shapes_or_values_are_refused(tmp_path, mu, sigma, message):
+def test_statistics_with_wrong_shapes_or_values_are_rejected(tmp_path, mu, sigma, message):
     np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
     with pytest.raises(UserError, match=message):
         reference_features.read_statistics(NpzFile(tmp_path / "s.npz", "--reference"), "", 2048)
 
 
-def test_merged_moments_equal_those_of_all_features():
+def test_merged_moments_equal_the_moments_of_all_features():
     rng = np.random.default_rng(0)
     # With a mean of 1000, sums of squares would lose six digits.
     features = (rng.normal(size=(100, 7)) + 1000).astype(np.float32)
@@ -367,7 +367,7 @@ def test_several_networks_are_evaluated_in_one_pass_over_the_images(call, tmp_pa
 
 
 @pytest.mark.parametrize("side", [64, 112])
-def test_resize_equals_pil_to_one_grey_level(side):
+def test_resize_equals_pil_within_one_grey_level(side):
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (1, 3, 90, 70), dtype=torch.uint8, generator=generator)
     pil_image = Image.fromarray(image[0].permute(1, 2, 0).numpy())
@@ -383,11 +383,11 @@ def test_resize_leaves_images_of_the_right_size_unchanged():
     assert torch.equal(resize_bicubic(image, 70), image.float())
 
 
-def test_dinov2_position_embedding_is_scaled_by_its_published_factor():
+def test_dinov2_position_embedding_is_scaled_by_the_published_factor():
     """Bicubic interpolation keeps a linear ramp almost linear, which reveals the sampled positions.
 
-    The output at patch i of 16 is its position among the 37 patches, to within 0.05 (torch's
-    kernel). A factor of 16 / 37 would deviate by 0.2 at the end.
+    The output at patch i of 16 is its position among the 37 patches, to within 0.05 because of
+    torch's kernel. With a factor of 16 / 37, the last positions would deviate by 0.2.
     """
     network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
     ramp = torch.arange(37.0).repeat(37)
@@ -436,7 +436,7 @@ def unusable_inputs(tmp_path_factory):
     [
         (
             "s.npz --reference s.npz",
-            r"no Inception weights: fetch https://.*put it at .*hub/checkpoints/",
+            r"no Inception weights: fetch https://.*save it as .*hub/checkpoints/",
         ),
         (
             "s.npz --reference s.npz --inception-weights pickle.pth",
@@ -448,16 +448,16 @@ def unusable_inputs(tmp_path_factory):
         ),
         (
             "s.npz --features fashion --reference large.npz",
-            "holds 40 images of 64x64: use more than 3 images of 32x32",
+            "contains 40 images of 64x64: use more than 3 images of 32x32",
         ),
         (
             "onehot.npz --features fashion --reference s.npz",
-            "arr_1 must be the classes of 5 images",
+            "arr_1 must contain the classes of 5 images",
         ),
         ("fortran.npz --features fashion --reference s.npz", "in Fortran order"),
         ("damaged.npz --features fashion --reference s.npz", r"damaged\.npz is damaged"),
-        ("named.npz --reference s.npz", "holds no images under arr_0; it holds images"),
-        ("stats.npz --features fashion --reference s.npz", "holds no images under arr_0"),
+        ("named.npz --reference s.npz", "contains no array arr_0; it contains images"),
+        ("stats.npz --features fashion --reference s.npz", "contains no array arr_0"),
         ("float.npz --features fashion --reference s.npz", "must be uint8"),
         ("broken.npz --features fashion --reference s.npz", r"damaged or is not an \.npz"),
         ("none.npz --reference s.npz", "none.npz does not exist"),
@@ -465,13 +465,13 @@ def unusable_inputs(tmp_path_factory):
             "s.npz --features fashion --reference none.npz",
             "--reference none.npz does not exist",
         ),
-        ("s.npz --features fashion --reference other.npz", "holds neither images"),
-        ("s.npz --features fashion --reference stats.npz", "holds Inception statistics"),
+        ("s.npz --features fashion --reference other.npz", "contains neither images"),
+        ("s.npz --features fashion --reference stats.npz", "contains Inception statistics"),
         (
             "large.npz --features fashion --reference s.npz",
             "needs 32x32 images, found 64x64 in the samples",
         ),
-        ("s.npz --features fashion --reference few.npz", "--reference few.npz holds 3 images"),
+        ("s.npz --features fashion --reference few.npz", "--reference few.npz contains 3 images"),
         (
             "s.npz --features fashion --reference tree",
             r"--reference tree: class1/001\.png ",
@@ -487,16 +487,16 @@ def unusable_inputs(tmp_path_factory):
         ("s.npz --features fashion fashion --reference s.npz", "pass each name only once"),
         (
             "s.npz --features fashion --normalisers x=1 --reference s.npz",
-            "--normalisers x is not among the networks",
+            "--normalisers x requires the network x",
         ),
-        ("s.npz --normalisers x=0 --reference s.npz", "x=0 is not a network's name"),
+        ("s.npz --normalisers x=0 --reference s.npz", "x=0 is not of the form NAME=FD"),
         (
             "s.npz --features fashion --encoder-weights s.npz --reference s.npz",
-            "--features names 0: pass exactly one",
+            "--features contains 0: pass exactly one timm network",
         ),
     ],
 )
-def test_user_errors_end_in_one_line(call, unusable_inputs, monkeypatch, flags, message):
+def test_user_errors_are_one_line(call, unusable_inputs, monkeypatch, flags, message):
     monkeypatch.setenv("TORCH_HOME", str(unusable_inputs / "hub"))
     monkeypatch.chdir(unusable_inputs)
     code, text = call(evaluate, *flags.split())
@@ -513,13 +513,13 @@ def test_curves_of_several_runs_are_plotted(call, trained, tmp_path):
 
 
 def test_curves_of_evaluations_add_a_panel(call, trained, tmp_path):
-    evaluated = shutil.copytree(trained, tmp_path / "evaluated")
-    with (evaluated / "metrics.jsonl").open("a") as file:
+    evaluated_run = shutil.copytree(trained, tmp_path / "evaluated")
+    with (evaluated_run / "metrics.jsonl").open("a") as file:
         for images, distance in ((8, 5.0), (16, 4.0)):
-            # The format of --eval-every.
+            # Rows have the format of --eval-every.
             row = {"step": 1, "images": images, "FD-fashion": distance}
             file.write(json.dumps(row | {"evaluation": {"ema_decay": 0.9}}) + "\n")
     assert call(curves, trained, trained, "--out", tmp_path / "c.png")[0] == 0
-    assert call(curves, trained, evaluated, "--out", tmp_path / "e.png")[0] == 0
+    assert call(curves, trained, evaluated_run, "--out", tmp_path / "e.png")[0] == 0
     width = Image.open(tmp_path / "c.png").width
     assert Image.open(tmp_path / "e.png").width > 1.3 * width

@@ -1,4 +1,4 @@
-"""Compare Inception with two other ports of the graph, and the resize with TensorFlow 1's formula.
+"""Compare Inception with two other ports, and the resize with the formula of TensorFlow 1.
 
 All ports have the same random weights. The preprocessing of pytorch-fid differs from ADM's: it
 resizes around pixel centres (F.interpolate) and maps pixels to 2 x / 255 - 1. The tests therefore
@@ -160,8 +160,8 @@ def test_features_equal_pytorch_fid(ports, images, features):
 
 def test_features_are_float32_under_autocast(ports, images, features):
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = ports.ours(torch.from_numpy(images)).present()
-    for name, expected in features.present().items():
+        under_autocast = ports.ours(torch.from_numpy(images)).as_dict()
+    for name, expected in features.as_dict().items():
         assert under_autocast[name].dtype == torch.float32
         assert torch.equal(under_autocast[name], expected)
 
@@ -185,6 +185,6 @@ def test_torch_fidelity_resizes_as_tensorflow_1(size):
         assert (centred - resized).abs().mean() > 5
 
 
-def test_missing_weights_error_says_where_to_get_them(tmp_path):
+def test_error_for_missing_weights_contains_the_download_url(tmp_path):
     with pytest.raises(UserError, match="no Inception weights: fetch"):
         find_weights(tmp_path / "none.pth")

@@ -120,8 +120,8 @@ def test_influence_is_the_derivative_with_respect_to_row_weights():
     np.testing.assert_allclose(influence, weights.grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
-def test_interval_is_as_wide_as_the_spread_of_resampled_and_of_new_samples():
-    """Only widths are compared, because resampling adds the bias of a finite set once more."""
+def test_interval_width_equals_the_spread_of_resampled_and_of_new_samples():
+    """Only widths are compared, because resampling adds the bias of a finite set a second time."""
     n, draws = 1500, 300
     x = make_features(n, 4, 0)
     reference = compute_statistics(make_features(5000, 4, 1, 0.4))
@@ -133,8 +133,8 @@ def test_interval_is_as_wide_as_the_spread_of_resampled_and_of_new_samples():
     matrix_rng.standard_normal((n, 4))
     matrix = matrix_rng.standard_normal((4, 4)) / 2  # as in make_features(n, 4, 0)
     resampled = [x[rng.integers(n, size=n)] for _ in range(draws)]
-    new = [rng.standard_normal((n, 4)) @ matrix for _ in range(draws)]
-    for sets in (resampled, new):
+    new_samples = [rng.standard_normal((n, 4)) @ matrix for _ in range(draws)]
+    for sets in (resampled, new_samples):
         distances = [frechet_distance(compute_statistics(s), reference) for s in sets]
         assert (high - low) / (2 * 1.96) == pytest.approx(np.std(distances), rel=0.15)
     narrow = frechet_interval(x, reference, level=0.5, replicates=2000)
@@ -160,7 +160,8 @@ def test_precision_and_recall_equal_prdc_and_torch_fidelity(dims):
     a = make_features(300, dims, 0)
     b = make_features(400, dims, 1, 0.8)
     expected = compute_prdc(a, b, nearest_k=3)
-    assert all(0.03 < expected[key] < 0.97 for key in ("precision", "recall"))  # a meaningful case
+    # The test would be trivial near 0 or 1.
+    assert all(0.03 < expected[key] < 0.97 for key in ("precision", "recall"))
     assert precision_recall(a, b, tile_size=64) == (expected["precision"], expected["recall"])
     other = prc_features_to_metric(torch.from_numpy(b), torch.from_numpy(a), verbose=False)
     # torch-fidelity computes the fractions in float32.
@@ -180,7 +181,7 @@ def test_precision_and_recall_of_a_set_with_itself_are_one():
 
 
 def test_precision_and_recall_need_more_than_three_features():
-    with pytest.raises(ValueError, match="3 and 50 features have no 3 neighbours"):
+    with pytest.raises(ValueError, match="3 and 50 features are too few for 3 nearest neighbours"):
         precision_recall(make_features(3, 4, 0), make_features(50, 4, 0))
 
 
@@ -213,7 +214,7 @@ def test_fp16_falls_back_to_float32_for_a_tile_that_overflows(coarse_features):
     a, b = coarse_features
     # Here every tile overflows.
     assert precision_recall(100 * a, 100 * b, fp16=True) == precision_recall(100 * a, 100 * b)
-    # Here only the last row overflows. With tiles of 150 rows it is alone in one.
+    # Here only the last row overflows. With tiles of 150 rows it is the only row of its tile.
     far = np.concatenate([b, np.full((1, 16), 300, np.float32)])
     small_tiles = precision_recall(a, far, fp16=True, tile_size=150)
     without_far = precision_recall(a, b, fp16=True)
@@ -234,13 +235,13 @@ def test_inception_score_equals_torch_fidelity_without_shuffling(n):
     assert inception_score(logits.softmax(1).numpy()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_inception_score_weights_a_partial_last_split_like_the_others():
+def test_inception_score_weights_all_splits_equally_including_a_partial_one():
     p = torch.from_numpy(make_features(700, 20, 0) * 2).softmax(1).numpy()
     expected = (inception_score(p[:500]) + inception_score(p[500:])) / 2
     assert inception_score(p, 500) == pytest.approx(expected, rel=1e-12)
 
 
-def test_inception_score_of_certain_balanced_classes_is_their_number():
+def test_inception_score_of_one_hot_balanced_predictions_is_number_of_classes():
     assert inception_score(np.eye(10, dtype=np.float32)) == pytest.approx(10, rel=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Tests of evaluations.report: pages about small runs are parsed like in a browser."""
+"""Test evaluations.report by parsing the pages of small runs as a browser does."""
 
 import json
 import re
@@ -55,10 +55,10 @@ class Page(HTMLParser):
 
     def all(self, tag, class_=None):
         """Return the attributes and the text of each element with this tag and class."""
-        found = [(attributes, text) for name, attributes, text in self.elements if name == tag]
+        elements = [(attributes, text) for name, attributes, text in self.elements if name == tag]
         return [
             (attributes, text)
-            for attributes, text in found
+            for attributes, text in elements
             if class_ is None or class_ in (attributes.get("class") or "").split()
         ]
 
@@ -125,9 +125,9 @@ def make_metrics(path, run, metrics, **changes):
 def evaluate_while_training(run, settings):
     """Append evaluations to a run's log in the format of --eval-every."""
     with (run / "metrics.jsonl").open("a") as file:
-        for k, more in enumerate(settings, 1):
+        for k, setting in enumerate(settings, 1):
             row = {"step": 10 * k, "images": 80 * k, "FD-fashion": 9.5 - k, "precision": None}
-            row["evaluation"] = {"ema_decay": 0.9, "reference_sha256": "c" * 64, **more}
+            row["evaluation"] = {"ema_decay": 0.9, "reference_sha256": "c" * 64, **setting}
             file.write(json.dumps(row) + "\n")
 
 
@@ -164,7 +164,7 @@ def test_page_is_complete_and_self_contained(write_page, tmp_path):
     links = {attributes["href"][1:] for attributes, _ in page.all("a")}
     assert links == sections and len(sections) == 5
     captions = page.text_of("figcaption")
-    assert sum(caption.startswith("step ") for caption in captions) == 16  # of 2 x 12 previews
+    assert sum(caption.startswith("step ") for caption in captions) == 16  # 16 of 24 previews
     assert captions.count("step 10 · 80 images") == captions.count("step 120 · 960 images") == 2
     assert "a: s" in captions
     charts = [
@@ -193,7 +193,7 @@ def test_charts_share_the_page_without_conflicts(write_page, tmp_path):
     assert "#a0" not in svg and "font-family" not in svg
 
 
-def test_values_equal_those_of_the_files(write_page, tmp_path):
+def test_page_shows_the_values_of_the_files(write_page, tmp_path):
     run = make_run(
         tmp_path / "exps/a",
         align=["sra2"],
@@ -231,7 +231,7 @@ def test_values_equal_those_of_the_files(write_page, tmp_path):
     assert "shown as well" in page.text_of("span") and "first 10" in page.text_of("th")
 
 
-def test_old_and_new_columns_of_a_method_make_one_curve(write_page, tmp_path):
+def test_old_and_new_columns_of_a_method_form_one_curve(write_page, tmp_path):
     run = make_run(tmp_path / "exps/a", align=["sra2", "repa"])
     old = {"step": 1, "images": 8, "align": 0.5, "align_repa": 0.75}
     new = {"schema": 2, "step": 2, "images": 16, "align/sra2": 0.25, "align/repa": 0.625}
@@ -248,7 +248,7 @@ def test_old_and_new_columns_of_a_method_make_one_curve(write_page, tmp_path):
     assert label == "alignment loss over images seen: a, sra2 ends at 0.25; a, repa ends at 0.625"
 
 
-def test_differing_fields_are_marked_and_values_across_them_not_ranked(write_page, tmp_path):
+def test_differing_fields_are_marked_and_prevent_ranking(write_page, tmp_path):
     a, b = make_run(tmp_path / "exps/a"), make_run(tmp_path / "exps/b", seed=1)
     make_metrics(
         tmp_path / "samples/a.metrics.json", a, {"FID": 3.0, "recall": 0.5}, step=10, images_seen=80
@@ -307,15 +307,15 @@ def test_identity_excludes_results_and_the_model():
 
 
 def test_unknown_sampling_neither_hides_nor_adds_a_difference(write_page, tmp_path):
-    """Samples of other code, first or last, do not affect the comparison of two of our files."""
-    ours = [
+    """Samples of other code do not affect the comparison of other files, in any order."""
+    known_settings = [
         {"count": 5, "sampling.num_steps": 5, "sampling.atol": None},
         {"count": 5, "sampling.num_steps": 5},
     ]
-    for rows in ([{"count": 5}, *ours], [*ours, {"count": 5}]):
+    for rows in ([{"count": 5}, *known_settings], [*known_settings, {"count": 5}]):
         assert not compare_settings(rows).differing
     other = {"count": 5, "sampling.num_steps": 6}
-    assert compare_settings([{"count": 5}, ours[0], other]).differing == {
+    assert compare_settings([{"count": 5}, known_settings[0], other]).differing == {
         "sampling.num_steps": [5, 6]
     }
     assert compare_settings([{"a": 1, "b": None}, {"a": 1, "c": 2}]) == (
@@ -359,24 +359,33 @@ def test_evaluations_of_different_settings_are_not_connected(write_page, tmp_pat
 
 
 def test_hostile_names_remain_text(write_page, tmp_path):
-    evil = "<script>alert(1)<b onmouseover='x'>"
-    run = make_run(tmp_path / "exps" / evil, seed=evil)
+    hostile_text = "<script>alert(1)<b onmouseover='x'>"
+    run = make_run(tmp_path / "exps" / hostile_text, seed=hostile_text)
     (run / "checkpoints/0000040/config.json").write_text(
-        json.dumps({"data": {"class_names": [evil]}, evil: 1})
+        json.dumps({"data": {"class_names": [hostile_text]}, hostile_text: 1})
     )
-    evaluate_while_training(run, [{evil: evil}, {"x": f'"{evil}'}])
+    evaluate_while_training(run, [{hostile_text: hostile_text}, {"x": f'"{hostile_text}'}])
     with (run / "metrics.jsonl").open("a") as file:
-        row = {"step": 60, "images": 480, evil: 3.0, "evaluation": {evil: evil}}
+        row = {
+            "step": 60,
+            "images": 480,
+            hostile_text: 3.0,
+            "evaluation": {hostile_text: hostile_text},
+        }
         file.write(json.dumps(row) + "\n")
-    content = make_metrics(run / "metrics.json", run, {evil: 1.0}, **{evil: evil})
+    content = make_metrics(
+        run / "metrics.json", run, {hostile_text: 1.0}, **{hostile_text: hostile_text}
+    )
     (run / "metrics.json").write_text(
-        json.dumps(content | {"warning": evil, "by_count": {evil: {"1": 1.0}}})
+        json.dumps(content | {"warning": hostile_text, "by_count": {hostile_text: {"1": 1.0}}})
     )
     page = write_page(run)
     assert not page.all("script")
-    assert evil in page.text_of("title")[0] and evil in page.text_of("p", "warning")[0]
+    assert (
+        hostile_text in page.text_of("title")[0] and hostile_text in page.text_of("p", "warning")[0]
+    )
     assert not any(key.startswith("on") for _, attributes, _ in page.elements for key in attributes)
-    assert f'["{evil}"]' in page.text_of("span") and "<script" not in page.text
+    assert f'["{hostile_text}"]' in page.text_of("span") and "<script" not in page.text
 
 
 def test_empty_sections_name_the_command_that_fills_them(write_page, tmp_path):
@@ -410,15 +419,15 @@ def test_long_runs_are_thinned_and_keep_their_spikes(write_page, tmp_path):
     assert len(write_page(run).text) < 80_000
     y = np.sin(np.arange(100_000.0))
     y[777], y[778:50_000] = 100, np.nan
-    x, kept = thin(np.arange(100_000.0), y)
+    x, thinned = thin(np.arange(100_000.0), y)
     assert len(x) <= 240 and np.all(np.diff(x) > 0)
-    assert np.nanmax(kept) == 100 and np.isnan(kept).any()
+    assert np.nanmax(thinned) == 100 and np.isnan(thinned).any()
 
 
 def test_running_median_ignores_spikes_and_keeps_gaps():
     x, y = np.arange(1000.0), 5 - np.arange(1000.0)
-    spiked = np.where(x == 400, 1e6, np.where(x == 700, np.nan, y))
-    median = smooth(x, spiked, 1000)[1]
+    spiky_y = np.where(x == 400, 1e6, np.where(x == 700, np.nan, y))
+    median = smooth(x, spiky_y, 1000)[1]
     assert np.isnan(median[700]) and median[0] == 5
     assert np.nanmax(np.abs(median - y)[:-10]) <= 1
     assert len(smooth(x, y)[0]) == 240
@@ -443,7 +452,7 @@ def smooth_images(count, seed):
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_only_the_copied_training_image_is_found(write_page, tmp_path, monkeypatch):
+def test_only_the_copied_training_image_is_close(write_page, tmp_path, monkeypatch):
     monkeypatch.setattr(nearest, "BLOCK", 17)  # the copied image is in the second block
     run = make_run(tmp_path / "exps/a")
     make_metrics(tmp_path / "samples/s.metrics.json", run, {"FD-fashion": 3.0})
@@ -454,18 +463,18 @@ def test_only_the_copied_training_image_is_found(write_page, tmp_path, monkeypat
     for i, image in enumerate(train):
         (tmp_path / "tree/c").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / f"tree/c/{i:02d}.png")
-    for place in ("train.npz", "tree"):
-        page = write_page(run, "--nearest", tmp_path / place)
+    for source in ("train.npz", "tree"):
+        page = write_page(run, "--nearest", tmp_path / source)
         # The page shows 4 closest and 16 evenly spaced samples, each with five neighbours.
         alts = [attributes["alt"] for attributes, _ in page.all("img")[-120:]]
         assert alts[0] == "sample 8" and alts[1].startswith("training image 31, at distance ")
         assert "5.0% of 20 samples" in page.text.replace("<b>", "").replace("</b>", "")
         assert len(page.all("div", "match")) == 20
-        # The copy is among the closest samples and among the evenly spaced ones.
+        # The copy is among the closest samples and among the evenly spaced samples.
         assert len(page.all("span", "close")) == 2
 
 
-def test_nearest_neighbours_equal_those_of_all_distances():
+def test_nearest_neighbours_equal_those_of_the_full_distance_matrix():
     rng = np.random.default_rng(0)
     train = rng.normal(size=(40, 5)).astype(np.float32)
     queries = np.concatenate((rng.normal(size=(6, 5)).astype(np.float32), train[[3, 30]]))
@@ -478,7 +487,7 @@ def test_nearest_neighbours_equal_those_of_all_distances():
     np.testing.assert_allclose(distances, np.sort(expected, 1)[:, :3], rtol=1e-5)
 
 
-def test_user_errors_end_in_one_line(call, tmp_path, monkeypatch):
+def test_user_errors_are_one_line(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "run")
     (tmp_path / "list.json").write_text("[1]")
@@ -499,7 +508,7 @@ def test_user_errors_end_in_one_line(call, tmp_path, monkeypatch):
         ([run, "--metrics", "list.json"], "list.json is damaged"),
         ([run, "--metrics", "other.json"], "other.json is not a metrics.json"),
         ([run, "--nearest", "none"], "--nearest none does not exist"),
-        ([run, "--nearest", "large.npz"], "--nearest large.npz holds 9 images of 16x16"),
+        ([run, "--nearest", "large.npz"], "--nearest large.npz contains 9 images of 16x16"),
         ([run, "--nearest", "float.npz"], "must be uint8"),
     ]
     for flags, message in cases:

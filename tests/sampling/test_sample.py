@@ -1,4 +1,4 @@
-"""Tests of sample_ddp.py on a small trained network."""
+"""Test sample_ddp.py with a small trained network."""
 
 import json
 import os
@@ -37,8 +37,8 @@ def copy_with_weights(run, folder, change):
 def trained(tmp_path_factory, trained):
     """Return a copy of the trained run with perturbed weights.
 
-    After two training steps the output of the network is close to zero, so that errors in sampling
-    would not be detected.
+    After two training steps the output of the network is close to zero, which would hide errors in
+    sampling.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -117,7 +117,7 @@ def test_npz_grid_and_record_are_written(call, trained, tmp_path):
     assert Image.open(tmp_path / f"{name}.png").width > 4 * 64
 
 
-def test_pngs_equal_the_images(sample, tmp_path):
+def test_png_files_equal_the_images_of_the_npz(sample, tmp_path):
     sample("--png")
     pixels, _ = read_samples(tmp_path)
     names = [f"{index:06d}.png" for index in range(11)]
@@ -134,12 +134,12 @@ def test_pngs_equal_the_images(sample, tmp_path):
 
 
 def test_files_of_other_samples_are_not_overwritten(sample, tree, tmp_path):
-    # A file that is not a record of samples.
+    # The existing file is not a record of samples.
     (tmp_path / "args.json").write_text("{}")
     assert "ema_sha256 was None" in sample(name="args", code=2)
     assert (tmp_path / "args.json").read_text() == "{}"
     assert file_names(tmp_path) == ["args.json"]
-    # Metrics of images that were not kept.
+    # The existing metrics belong to images that were not kept.
     flags = ["--evaluate", tree, "--features", "fashion", "--no-npz"]
     sample(*flags)
     metrics = (tmp_path / "s.metrics.json").read_bytes()
@@ -160,7 +160,7 @@ def test_samples_of_the_same_weights_under_another_path_are_complete(sample, tra
     assert "is complete" in sample(ckpt=tmp_path / "link")
 
 
-def test_samples_of_other_weights_under_the_same_path_are_refused(sample, trained, tmp_path):
+def test_samples_of_other_weights_under_the_same_path_are_rejected(sample, trained, tmp_path):
     run = copy_with_weights(trained, tmp_path / "run", lambda key, value: value)
     sample(ckpt=run)
     shutil.rmtree(run)
@@ -168,7 +168,7 @@ def test_samples_of_other_weights_under_the_same_path_are_refused(sample, traine
     assert "ema_sha256 was" in sample(ckpt=run, code=2)
 
 
-# Determinism, and resuming
+# Determinism and resuming
 
 
 @pytest.mark.parametrize(
@@ -198,15 +198,15 @@ def test_image_depends_only_on_seed_and_index(sample, tmp_path, flags):
 def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
     call, trained, tmp_path
 ):
-    more = ["--name", "s", "--num-fid-samples", 62, "--num-steps", 12]
+    extra_flags = ["--name", "s", "--num-fid-samples", 62, "--num-steps", 12]
     torch.set_num_threads(2)
-    assert call(sample_ddp, *sampling_flags(trained, tmp_path / "one", *more))[0] == 0
-    # Otherwise the last bit would depend on how many processes share the cores.
+    assert call(sample_ddp, *sampling_flags(trained, tmp_path / "one", *extra_flags))[0] == 0
+    # With more threads, the last bit would depend on how many processes share the cores.
     assert torch.get_num_threads() == 1
 
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    flags = map(str, sampling_flags(trained, tmp_path, *more))
+    flags = map(str, sampling_flags(trained, tmp_path, *extra_flags))
     job = subprocess.Popen(
         [sys.executable, *launcher, *rendezvous, "sample_ddp.py", *flags],
         cwd=ROOT,
@@ -224,21 +224,21 @@ def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
     assert 3 <= len(list(parts.glob("[0-9]*.npy"))) < 16
     assert not (tmp_path / "s.npz").exists()
 
-    run_ranks(3, "sample_ddp", *sampling_flags(trained, tmp_path, *more))
+    run_ranks(3, "sample_ddp", *sampling_flags(trained, tmp_path, *extra_flags))
     assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "one/s.npz").read_bytes()
     assert not parts.exists()
 
 
-def test_larger_count_adds_to_existing_samples(sample, tmp_path, monkeypatch):
+def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
     sample()
     sample_latents = Recipe.sample_latents
     sampled = []
 
-    def recorded(recipe, model, indices, *args):
+    def record_indices(recipe, model, indices, *args):
         sampled.append(indices.tolist())
         return sample_latents(recipe, model, indices, *args)
 
-    monkeypatch.setattr(Recipe, "sample_latents", recorded)
+    monkeypatch.setattr(Recipe, "sample_latents", record_indices)
     sample("--num-fid-samples", 18)
     # Images 8 to 10 were part of a padded batch, which is sampled again.
     assert sorted(sampled) == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
@@ -248,23 +248,23 @@ def test_larger_count_adds_to_existing_samples(sample, tmp_path, monkeypatch):
     assert "already contains 18 images, but --num-fid-samples is 11" in sample(code=2)
 
 
-def test_interrupted_sampling_resumes_and_refuses_other_settings(sample, tmp_path, monkeypatch):
+def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("common.processes.available_cores", lambda: 1)  # one batch at a time
     sample_latents = Recipe.sample_latents
     num_calls = 0
 
-    def interrupted(*args):
+    def interrupt_third_call(*args):
         nonlocal num_calls
         num_calls += 1
         if num_calls == 3:
             raise KeyboardInterrupt
         return sample_latents(*args)
 
-    monkeypatch.setattr(Recipe, "sample_latents", interrupted)
+    monkeypatch.setattr(Recipe, "sample_latents", interrupt_third_call)
     sample(code=130)
     assert "num_steps was 3, is 4" in sample("--num-steps", 4, code=2)
     sample()
-    assert num_calls == 4  # two batches, and the interrupted one twice
+    assert num_calls == 4  # two batches once and the interrupted batch twice
     assert "is complete" in sample()
     assert num_calls == 4
 
@@ -280,13 +280,15 @@ def test_interrupted_sampling_resumes_and_refuses_other_settings(sample, tmp_pat
 # Evaluation
 
 
-def test_metrics_while_sampling_equal_metrics_of_the_npz(sample, call, tree, tmp_path, monkeypatch):
+def test_metrics_computed_while_sampling_equal_metrics_of_the_npz(
+    sample, call, tree, tmp_path, monkeypatch
+):
     flags = ["--labels", "balanced", "--evaluate", tree, "--features", "fashion"]
     assert "FD-fashion" in sample(*flags, "--no-npz", name="discarded")
     files = ["discarded.json", "discarded.metrics.json", "discarded.png"]
     assert file_names(tmp_path) == files
     assert Image.open(tmp_path / "discarded.png").width > 4 * 64
-    # The same command again samples nothing.
+    # Rerunning the same command samples no images.
     with monkeypatch.context() as patch:
         patch.setattr(sample_ddp, "run_batches", fail_if_any_batch)
         assert "FD-fashion" in sample(*flags, "--no-npz", name="discarded")
@@ -301,7 +303,7 @@ def test_metrics_while_sampling_equal_metrics_of_the_npz(sample, call, tree, tmp
     for key, value in actual.items():
         if key not in ("metrics", "samples", "samples_sha256"):
             assert expected[key] == value, key
-    # Existing samples are evaluated without sampling them again.
+    # Existing samples are evaluated and not sampled again.
     sample(*flags)
     assert read_json(tmp_path / "s.metrics.json") == expected
 
@@ -313,7 +315,7 @@ def fail_if_any_batch(worker, batches, *args):
 def test_interrupted_features_are_used_only_for_the_same_networks_and_images(
     sample, call, tree, tmp_path
 ):
-    """The batch read from an .npz of 10 images ends with image 9, so 13 images need two more."""
+    """The last batch read from an .npz of 10 images has two images, but 13 images need all four."""
     import timm
 
     for seed in (0, 1):
@@ -357,7 +359,7 @@ def test_interrupted_features_are_used_only_for_the_same_networks_and_images(
 # Networks and labels
 
 
-def test_labels_come_from_a_file_or_are_one_class(sample, call, trained, tmp_path):
+def test_labels_are_read_from_a_file_or_are_a_single_class(sample, call, trained, tmp_path):
     labels = [2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 0]
     (tmp_path / "l.txt").write_text("\n".join(map(str, labels)))
     (tmp_path / "l.json").write_text(json.dumps(labels))
@@ -381,8 +383,8 @@ def test_labels_come_from_a_file_or_are_one_class(sample, call, trained, tmp_pat
     assert are_equal == [label == 2 for label in labels]
 
 
-def test_bf16_and_compile_change_the_network_that_samples(sample, tmp_path, monkeypatch):
-    """bf16 changes the images a little, and all six blocks are compiled."""
+def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypatch):
+    """bf16 changes the images slightly, and all six blocks are compiled."""
     compiled = []
 
     def record_compilation(block):
@@ -462,23 +464,23 @@ def test_nan_weights_are_reported(sample, trained, tmp_path):
         (["--model", "SiT-XL/2"], "--model is for official .pt files"),
     ],
 )
-def test_wrong_flags_end_in_one_line_before_sampling(sample, tmp_path, flags, message):
+def test_invalid_flags_end_with_a_one_line_error_before_sampling(sample, tmp_path, flags, message):
     output = sample(*flags, folder=tmp_path / "out", code=2)
     assert message in output
     assert len(output.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_too_short_label_file_is_refused(sample, tmp_path):
+def test_too_short_label_file_is_rejected(sample, tmp_path):
     (tmp_path / "l.txt").write_text("0 1 2")
     output = sample("--labels", tmp_path / "l.txt", code=2)
     assert "l.txt contains 3 labels, but 11 are needed" in output
 
 
-def test_vae_that_did_not_encode_the_training_latents_is_refused(sample, tmp_path):
+def test_vae_that_did_not_encode_the_training_data_is_rejected(sample, tmp_path):
     other = make_vae(tmp_path / "vae", seed=1)
     output = sample("--vae", other, code=2)
-    assert "has other weights than the VAE that made the training latents" in output
+    assert "has other weights than the VAE that encoded the training data" in output
 
 
 def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
