@@ -215,12 +215,9 @@ def _destination(method: str, field: str) -> str:
 
 
 def _read_method_settings(args: argparse.Namespace, method: str) -> Any:
-    values = {
-        field.name: getattr(args, _destination(name, field.name))
-        for name, field in _method_fields()
-        if name == method
-    }
-    return TARGETS[method].Settings(**{k: v for k, v in values.items() if v is not None})
+    kind = TARGETS[method].Settings
+    values = {field.name: getattr(args, _destination(method, field.name)) for field in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if value is not None})
 
 
 def _check_methods(args: argparse.Namespace, methods: list[str]) -> None:

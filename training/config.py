@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
@@ -362,33 +362,24 @@ def parse_settings(
         UserError: A flag is unknown, has a bad value, or contradicts another flag.
     """
     parser = cli.Parser(description, "train.py", "--exp-name NAME --data-dir PATH")
-    for title, configs in _GROUPS.items():
+    for title, kinds in _GROUPS.items():
         if title == "alignment":
             add_alignment_flags(parser)
-        else:
-            group = parser.add_argument_group(title)
-            for config in configs:
-                add_flags(group, config)
+            continue
+        group = parser.add_argument_group(title)
+        for kind in kinds:
+            add_flags(group, kind)
     parser.add_argument(
         "--print-config", action="store_true", help="print the settings of the run and exit"
     )
     args = parser.parse_args(argv)
-    model = read_flags(ModelConfig, args)
-    settings = Settings(
-        run=read_flags(RunConfig, args),
-        data=read_flags(DataConfig, args),
-        model=model,
-        objective=read_flags(ObjectiveConfig, args),
-        alignments=resolve_alignments(args, model.model),
-        loop=read_flags(LoopConfig, args),
-        optimizer=read_flags(OptimizerConfig, args),
-        device=read_flags(DeviceConfig, args),
-        log=read_flags(LogConfig, args),
-        checkpoint=read_flags(SaveConfig, args),
-        preview=read_flags(PreviewConfig, args),
-        evaluation=read_flags(PeriodicEvaluationConfig, args),
-        print_config=args.print_config,
-    )
+    configs: dict[str, Any] = {
+        name: read_flags(kind, args)
+        for name, kind in get_type_hints(Settings).items()
+        if kind in ALL_CONFIGS
+    }
+    alignments = resolve_alignments(args, args.model)
+    settings = Settings(**configs, alignments=alignments, print_config=args.print_config)
     _check_settings(settings)
     return settings
 

@@ -2,7 +2,8 @@
 
 import copy
 import json
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ from training.config import (
 )
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
-from training.log import Console, MetricMeans, MetricsFile, RunLog
+from training.log import Console, MetricMeans, RunLog
 from training.monitors import Monitors
 from training.preview import Preview, load_vae
 from training.resume import (
@@ -148,9 +149,11 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         return None
     check_same_run(flags, folder)
 
-    # Find out where the run stopped.
+    # Find out where the run stopped. Only the first process looks, because on a network disk others
+    # may see files later.
     num_steps = settings.loop.num_steps
-    position = read_position(settings, accelerator)
+    position = find_position(settings) if accelerator.is_main_process else RunPosition()
+    position = broadcast_object_list([position])[0]
     if position.step >= num_steps and not position.has_pending_work:
         accelerator.print(
             f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
@@ -159,7 +162,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         return None
 
     # Build networks, targets and monitors, and restore the newest checkpoint.
-    networks = build_networks_or_exit(settings, accelerator, cache, position, resources)
+    with fail_together():
+        networks = build_networks(settings, accelerator, cache, position, resources)
     if settings.data.cache_in_ram:
         load_cache_into_ram(cache, accelerator)
     if accelerator.is_main_process:
@@ -184,8 +188,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         networks.evaluator,
         settings.preview.every,
         settings.evaluation.every,
+        position.complete_evaluations,
     )
-    monitors.skip_evaluations(position.step, position.evaluated_decays)
     return Run(cache, networks.config, state, networks.alignments, guard, log, monitors, num_steps)
 
 
@@ -199,43 +203,16 @@ def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
     return cache
 
 
-def read_position(settings: Settings, accelerator: Accelerator) -> RunPosition:
-    """Find out where the run stopped.
-
-    Only the first process looks, because on a network disk others may see files later.
-    """
-    position = [RunPosition()]
-    if accelerator.is_main_process:
-        position = [
-            find_position(
-                settings.run.folder,
-                settings.optimizer.ema_decay,
-                settings.loop.num_steps,
-                settings.preview,
-                settings.evaluation,
-            )
-        ]
-    return broadcast_object_list(position)[0]
-
-
-def build_networks_or_exit(
-    settings: Settings,
-    accelerator: Accelerator,
-    cache: LatentCache,
-    position: RunPosition,
-    resources: ExitStack,
-) -> Networks:
-    """Call `build_networks` on every process; if it fails on one, end all of them."""
-    networks = None
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """End all processes if the block, which must contain no collective, fails on one of them."""
     error: UserError | None = None
     try:
-        networks = build_networks(settings, accelerator, cache, position, resources)
+        yield
     except (UserError, CheckpointError, CacheError) as setup_error:
         error = UserError(str(setup_error))
     if any(gather_object([error is not None])):
         raise error or SystemExit(2)  # the process that failed prints the reason
-    assert networks is not None
-    return networks
 
 
 def build_networks(
@@ -298,24 +275,21 @@ def build_preview_and_evaluator(
     """Build the preview of the first process and the evaluator, as far as they are enabled."""
     has_preview = settings.preview.every > 0 and accelerator.is_main_process
     has_evaluation = settings.evaluation.every > 0
-    if not has_preview and not has_evaluation:
-        return None, None
-    objective = settings.objective
-    vae = load_vae(settings.preview.vae, manifest, accelerator.device)
     preview, evaluator = None, None
+    if has_preview or has_evaluation:
+        vae = load_vae(settings.preview.vae, manifest, accelerator.device)
     if has_preview:
         preview = Preview(
             vae,
             manifest.class_names,
             settings.preview.cfg_scale,
-            objective.path_type,
-            objective.prediction,
+            settings.objective,
             settings.run.seed,
         )
     if has_evaluation:
         evaluator = Evaluator(
             settings.evaluation,
-            objective,
+            settings.objective,
             vae,
             manifest,
             autocast_dtype(accelerator.mixed_precision),
@@ -353,15 +327,10 @@ def open_log(
         is_main_process=accelerator.is_main_process,
     )
     trackers = Trackers(accelerator, console.info)
-    trackers.start(
-        settings.log.wandb_project,
-        settings.run.exp_name,
-        folder,
-        config | build_args_json(settings),
-    )
+    trackers.start(settings.log.wandb_project, folder, config | build_args_json(settings))
     log = RunLog(
+        folder,
         console,
-        MetricsFile(folder),
         trackers,
         means,
         Throughput(batch_size, device, state.step, mfu_per_image_rate),

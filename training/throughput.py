@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -57,26 +58,26 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
     return 2 * size**3 / fastest
 
 
+@dataclass
 class Throughput:
     """Measures the speed of training between two log lines.
 
     Args:
         batch_size: Global batch size.
         device: Device of the step.
-        step: Number of updates at the start.
+        start_step: Number of updates at the start.
         mfu_per_image_rate: Model FLOP utilisation at one image per second.
     """
 
-    def __init__(
-        self, batch_size: int, device: torch.device, step: int = 0, mfu_per_image_rate: float = 0.0
-    ):
-        self.batch_size = batch_size
-        self.device = device
-        self.mfu_per_image_rate = mfu_per_image_rate
+    batch_size: int
+    device: torch.device
+    start_step: int
+    mfu_per_image_rate: float
+
+    def __post_init__(self) -> None:
         self.started = time.perf_counter()
-        self.start_step = step
         self.data_wait_seconds = 0.0
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def time_batches(self, batches: Iterable[T]) -> Iterator[T]:
