@@ -20,6 +20,7 @@ from models.projector import AlignedOutput, AlignedSiT, make_head
 from models.sit import SiT, SiTConfig
 from models.targets import TARGETS, CacheInfo, RunContext, Target, TrainingInputs
 from training.alignment_config import AlignmentConfig, method_flags
+from training.config import Settings
 
 T = TypeVar("T")
 
@@ -185,28 +186,35 @@ def restore_settings(
 
 
 def load_alignments(
-    alignments: tuple[AlignmentConfig, ...],
+    settings: Settings,
     align: list[dict],
-    network: SiTConfig,
     cache: CacheInfo,
-    context: RunContext,
+    ema: SiT,
+    autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Alignment]:
     """Load the target of each method and add what identifies it to its entry of `align`.
 
     Args:
-        alignments: Settings of the methods.
+        settings: Settings of the run.
         align: config.json's "align", from `plan_alignments`.
-        network: Architecture of the backbone.
         cache: Properties of the latent cache.
-        context: Parts of the run.
+        ema: The first EMA of the run, on the device of the step.
+        autocast: Context manager of the run's mixed precision.
 
     Raises:
         UserError: A network or file that a setting names cannot be loaded.
     """
+    path = INTERPOLANTS[settings.objective.path_type]
+
+    def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return interpolate(path, latents, noise, t)[0]
+
+    device = ema.pos_embed.device
+    context = RunContext(device, ema, add_noise, autocast, settings.device.compile)
     loaded = {}
-    for config, entry in zip(alignments, align, strict=True):
+    for config, entry in zip(settings.alignments, align, strict=True):
         with _naming_flags(config.method):
-            target = TARGETS[config.method](entry, config.settings, network, cache, context)
+            target = TARGETS[config.method](entry, config.settings, ema.config, cache, context)
         if config.block in target.student_blocks:
             raise UserError(
                 f"--align-depth {config.block}: --align {config.method} compares with this block; "
@@ -215,30 +223,6 @@ def load_alignments(
         entry |= target.identity
         loaded[config.method] = Alignment(config, target, list(head_specs(entry)))
     return loaded
-
-
-def make_run_context(
-    path_type: str,
-    ema: SiT,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
-    compile: bool,
-) -> RunContext:
-    """Return the parts of a run that targets may use.
-
-    Args:
-        path_type: A key of INTERPOLANTS.
-        ema: The first EMA of the run.
-        device: Device of the step.
-        autocast: Context manager of the run's mixed precision.
-        compile: Whether targets compile their networks.
-    """
-    path = INTERPOLANTS[path_type]
-
-    def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return interpolate(path, latents, noise, t)[0]
-
-    return RunContext(device, ema, add_noise, autocast, compile)
 
 
 def required_cache_inputs(alignments: dict[str, Alignment]) -> list[str]:
@@ -255,6 +239,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
         cache: Properties of the latent cache.
     """
     config = model.backbone.config
+    backbone = backbone_flops(config)
     backbone_size = sum(p.numel() for p in model.backbone.parameters())
     specs = head_specs(entry)
     head_size = sum(p.numel() for name in specs for p in model.heads[name].parameters())
@@ -268,7 +253,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     if head_size:
         head = (
             f"head: {format_count(head_size)} parameters (+{head_size / backbone_size:.1%}), "
-            f"+{flops / backbone_flops(config):.1%} FLOPs forward and backward"
+            f"+{flops / backbone:.1%} FLOPs forward and backward"
         )
     line = (
         f"{entry['method']}: {own_settings}block {entry['block']}, {entry['loss']}, weight "
@@ -278,7 +263,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     if cost.flops:
         line += (
             f"; target: {format_count(cost.parameters)} parameters, "
-            f"+{cost.flops / backbone_flops(config):.1%} FLOPs forward"
+            f"+{cost.flops / backbone:.1%} FLOPs forward"
         )
     return line
 

@@ -150,12 +150,10 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
         help_text = f"{method}: {field.metadata.get('help', field.name)}"
         if field.default is not None:
             help_text += f" (default: {field.default})"
-        options: dict[str, Any] = {"type": argparse_type(field)}
-        if options["type"] is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        if "choices" in field.metadata:
-            options["choices"] = field.metadata["choices"]
-        group.add_argument(*method_flags(method, field.name), help=help_text, **options)
+        kind = argparse_type(field)
+        type_option = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        options = {**type_option, **field.metadata, "help": help_text}
+        group.add_argument(*method_flags(method, field.name), **options)
 
 
 def method_flags(method: str, field: str) -> tuple[str, ...]:

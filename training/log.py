@@ -78,7 +78,7 @@ class Console:
         is_main_process: Whether to write anything.
     """
 
-    def __init__(self, folder: Path, total: int, initial: int, is_main_process: bool = True):
+    def __init__(self, folder: Path, total: int, initial: int, is_main_process: bool):
         self.lines = LineWriter(folder / "log.txt")
         self.is_main_process = is_main_process
         self.bar = tqdm(

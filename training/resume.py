@@ -194,10 +194,10 @@ def check_same_alignment(folder: Path, stored: list[dict], current: list[dict]) 
         stored: config.json's "align" of the checkpoint to resume from.
         current: config.json's "align" that this start would write.
     """
-    methods = [[entry["method"] for entry in entries] for entries in (stored, current)]
-    if methods[0] != methods[1]:
-        names = [" ".join(entry) or "none" for entry in methods]
-        raise UserError(f"{folder} was started with --align {names[0]}, now --align {names[1]}")
+    old_methods = " ".join(entry["method"] for entry in stored) or "none"
+    methods = " ".join(entry["method"] for entry in current) or "none"
+    if old_methods != methods:
+        raise UserError(f"{folder} was started with --align {old_methods}, now --align {methods}")
     for before, now in zip(stored, current):
         changed = {key: key for key in now if key not in before or before[key] != now[key]}
         if changed:

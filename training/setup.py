@@ -25,16 +25,13 @@ from training.alignment import (
     describe_alignment,
     load_alignments,
     make_cache_info,
-    make_run_context,
     plan_alignments,
     required_cache_inputs,
     restore_settings,
 )
 from training.config import (
     DataConfig,
-    DeviceConfig,
     ModelConfig,
-    OptimizerConfig,
     Settings,
     autocast_dtype,
     build_network_config,
@@ -62,24 +59,18 @@ from training.trackers import Trackers
 
 
 def build_state(
-    network: SiTConfig,
-    align: list[dict],
-    optimizer: OptimizerConfig,
-    options: DeviceConfig,
-    device: torch.device,
-    seed: int = 0,
+    settings: Settings, network: SiTConfig, align: list[dict], device: torch.device
 ) -> TrainState:
     """Build the networks and the optimizer at step 0.
 
     Args:
+        settings: Settings of the run.
         network: Architecture of the backbone.
         align: config.json's "align", which describes the heads.
-        optimizer: Settings of AdamW and the EMAs.
-        options: Compilation and activation checkpointing.
         device: Device of the state.
-        seed: Seed of the initial weights.
     """
-    torch.manual_seed(seed)
+    optimizer = settings.optimizer
+    torch.manual_seed(settings.run.seed)
     backbone = SiT(network)  # before the heads, so that its weights do not depend on them
     model = build_aligned_network(backbone, align).to(device)
     emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
@@ -91,8 +82,8 @@ def build_state(
         eps=optimizer.adam_epsilon,
         fused=True,
     )
-    backbone.activation_checkpointing = options.activation_checkpointing
-    if options.compile:
+    backbone.activation_checkpointing = settings.device.activation_checkpointing
+    if settings.device.compile:
         # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
         torch._dynamo.config.optimize_ddp = False
         for block in backbone.blocks:  # not those of the EMAs, which are sampled with other shapes
@@ -165,18 +156,13 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     with fail_together():
         networks = build_networks(settings, accelerator, cache, position, resources)
     if settings.data.cache_in_ram:
-        load_cache_into_ram(cache, accelerator)
+        with fail_together():
+            cache.load_into_ram(accelerator.process_index, lambda value: gather_object([value]))
     if accelerator.is_main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
 
     # Open the log where the run stopped.
-    state = networks.state
-    guard = NonFiniteGuard(
-        state.optimizer,
-        accelerator.mixed_precision == "fp16",
-        *state.progress.get("bad_in_a_row", ()),
-    )
-    log = open_log(settings, accelerator, networks, guard)
+    log = open_log(settings, accelerator, networks)
     log.info(describe_run(settings, accelerator, networks, cache))
     if position.checkpoints:
         log.info(f"resuming from {position.checkpoints[-1]}")
@@ -190,7 +176,16 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         settings.evaluation.every,
         position.complete_evaluations,
     )
-    return Run(cache, networks.config, state, networks.alignments, guard, log, monitors, num_steps)
+    return Run(
+        cache,
+        networks.config,
+        networks.state,
+        networks.alignments,
+        log.guard,
+        log,
+        monitors,
+        num_steps,
+    )
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
@@ -205,7 +200,10 @@ def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """End all processes if the block, which must contain no collective, fails on one of them."""
+    """End all processes if the block fails on one of them.
+
+    If it may fail on only some processes, the block must contain no collective.
+    """
     error: UserError | None = None
     try:
         yield
@@ -231,31 +229,24 @@ def build_networks(
         position: Where the run stopped.
         resources: Receives the lock of the run folder.
     """
-    device, manifest, folder = accelerator.device, cache.manifest, settings.run.folder
+    manifest = cache.manifest
+    folder = settings.run.folder
     checkpoint = position.checkpoints[-1] if position.checkpoints else None
-    alignments = settings.alignments
     if checkpoint:
         with suppress(CheckpointError):  # a damaged checkpoint is reported by verify_checkpoint
-            alignments = restore_settings(alignments, read_config(checkpoint).get("align", []))
+            stored_align = read_config(checkpoint).get("align", [])
+            alignments = restore_settings(settings.alignments, stored_align)
+            settings = settings._replace(alignments=alignments)
     network = build_network_config(settings.model, manifest)
     cache_info = make_cache_info(manifest, cache.read_feature_metadata())
-    align = plan_alignments(alignments, network, cache_info)
+    align = plan_alignments(settings.alignments, network, cache_info)
     config = build_config_json(settings, network, align, manifest)
 
     preview, evaluator = build_preview_and_evaluator(settings, accelerator, manifest)
     if accelerator.is_main_process:
         resources.enter_context(lock_run(folder, position.checkpoints))
-    state = build_state(
-        network, align, settings.optimizer, settings.device, device, settings.run.seed
-    )
-    context = make_run_context(
-        settings.objective.path_type,
-        state.emas[0],
-        device,
-        accelerator.autocast,
-        settings.device.compile,
-    )
-    loaded = load_alignments(alignments, align, network, cache_info, context)
+    state = build_state(settings, network, align, accelerator.device)
+    loaded = load_alignments(settings, align, cache_info, state.emas[0], accelerator.autocast)
     for name in required_cache_inputs(loaded):
         cache.require_folder(name)
     if checkpoint:
@@ -299,20 +290,13 @@ def build_preview_and_evaluator(
     return preview, evaluator
 
 
-def load_cache_into_ram(cache: LatentCache, accelerator: Accelerator) -> None:
-    """Load the cache into memory that the processes of a machine share."""
-    try:
-        cache.load_into_ram(accelerator.process_index, lambda value: gather_object([value]))
-    except CacheError as error:
-        raise UserError(str(error)) from None
-
-
-def open_log(
-    settings: Settings, accelerator: Accelerator, networks: Networks, guard: NonFiniteGuard
-) -> RunLog:
+def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -> RunLog:
     """Open the log at the position of the run and start the trackers."""
-    state, config, folder = networks.state, networks.config, settings.run.folder
-    device, dtype = accelerator.device, autocast_dtype(accelerator.mixed_precision)
+    state = networks.state
+    config = networks.config
+    folder = settings.run.folder
+    device = accelerator.device
+    dtype = autocast_dtype(accelerator.mixed_precision)
     batch_size = settings.loop.batch_size
     names = ["loss", "denoising"]
     for method in networks.alignments:
@@ -334,7 +318,11 @@ def open_log(
         trackers,
         means,
         Throughput(batch_size, device, state.step, mfu_per_image_rate),
-        guard,
+        NonFiniteGuard(
+            state.optimizer,
+            accelerator.mixed_precision == "fp16",
+            *state.progress.get("bad_in_a_row", ()),
+        ),
         settings.log.log_every,
     )
     log.restore(state.step, state.progress)

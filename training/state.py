@@ -225,8 +225,7 @@ class EMA:
     def __init__(self, ema: nn.Module, model: nn.Module, decay: float):
         pairs = zip(ema.parameters(), model.parameters(), strict=True)
         trained = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
-        self.averages = [average for average, _ in trained]
-        self.parameters = [parameter for _, parameter in trained]
+        self.averages, self.parameters = zip(*trained)
         self.update_averages = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
