@@ -244,7 +244,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     specs = head_specs(entry)
     head_size = sum(p.numel() for name in specs for p in model.heads[name].parameters())
     flops = sum(head_flops(config, spec) for spec in specs.values())
-    own_settings = "".join(
+    method_settings = "".join(
         f"{key.replace('_', ' ')} {value}, "
         for key, value in entry.items()
         if key not in (*RECORDED_FIELDS, "head", "heads", "fingerprint")
@@ -256,7 +256,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
             f"+{flops / backbone:.1%} FLOPs forward and backward"
         )
     line = (
-        f"{entry['method']}: {own_settings}block {entry['block']}, {entry['loss']}, weight "
+        f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, weight "
         f"{entry['weight']:g}; {head}"
     )
     cost = TARGETS[entry["method"]].cost(entry, config, cache)

@@ -113,7 +113,7 @@ def default_alignment(method: str, model: str, **values: Any) -> AlignmentConfig
     Args:
         method: A key of TARGETS.
         model: A key of PRESETS.
-        values: Fields that differ from the defaults. None stands for the default.
+        values: Fields that differ from the defaults. None selects the default.
     """
     preset = PRESETS[model]
     loss = values.get("loss") or "cosine"
@@ -194,12 +194,12 @@ def record_alignments(alignments: tuple[AlignmentConfig, ...]) -> dict:
     """Return the alignment's part of args.json: lists with one value per method."""
     record: dict[str, Any] = {"align": [alignment.method for alignment in alignments] or ["none"]}
     for field in _SHARED_FIELDS:
-        record[destination(field)] = to_plain([getattr(a, field.name) for a in alignments])
+        record[destination(field)] = [getattr(alignment, field.name) for alignment in alignments]
     used = {alignment.method: alignment.settings for alignment in alignments}
     for method, field in _method_fields():
         value = getattr(used[method], field.name) if method in used else None
-        record[_destination(method, field.name)] = to_plain(value)
-    return record
+        record[_destination(method, field.name)] = value
+    return to_plain(record)
 
 
 def _method_fields() -> Iterator[tuple[str, dataclasses.Field]]:
@@ -249,7 +249,7 @@ def _split_per_method(field: dataclasses.Field, given: list | None, methods: lis
         return [None] * len(methods)
     size = 2 if field.name == "t_range" else 1
     if len(given) not in (size, size * len(methods)):
-        expected = f"{size} value" if size == 1 else f"{size} values"
+        expected = "1 value" if size == 1 else "2 values"
         if len(methods) > 1:
             expected += (
                 f" for all methods, or {size * len(methods)} for --align {' '.join(methods)}"

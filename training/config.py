@@ -26,7 +26,7 @@ from training.alignment_config import (
 from training.trackers import TRACKER_NAMES
 
 DEFAULT_NUM_STEPS = 400_000
-GPU_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -434,13 +434,17 @@ def resolve_num_steps(loop: LoopConfig, num_images: int) -> LoopConfig:
 
 
 def resolve_device(settings: Settings) -> Settings:
-    """Return the settings with the precision that "auto" stands for on this machine."""
+    """Return the settings with "auto" replaced by the default precision of this machine."""
     precision = resolve_precision(settings.device.mixed_precision)
     return settings._replace(device=replace(settings.device, mixed_precision=precision))
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """Return the precision that "auto" stands for on this machine."""
+    """Return a precision, with "auto" replaced by the default of this machine.
+
+    Raises:
+        UserError: The machine does not support the precision.
+    """
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16 needs a GPU, and none was found: use no or bf16")
     if mixed_precision != "auto":
@@ -462,7 +466,7 @@ def build_network_config(model: ModelConfig, manifest: Manifest) -> SiTConfig:
 
 def autocast_dtype(mixed_precision: str) -> torch.dtype:
     """Return the dtype that autocast uses for a precision, float32 without mixed precision."""
-    return GPU_DTYPES.get(mixed_precision, torch.float32)
+    return AUTOCAST_DTYPES.get(mixed_precision, torch.float32)
 
 
 def format_value(value: Any) -> str:

@@ -45,7 +45,7 @@ class Evaluator:
 
     Args:
         config: Settings of the evaluation.
-        objective: What the network is trained on.
+        objective: The denoising objective that the network is trained on.
         vae: Decodes the samples.
         manifest: Manifest of the training cache.
         dtype: Autocast dtype of the network while it samples.

@@ -19,9 +19,9 @@ class NonFiniteGuard:
     """Makes the optimizer skip updates that would write NaN or Inf into the weights.
 
     Fused optimizers read `optimizer.found_inf` on the device and skip the update if it is 1;
-    GradScaler uses the same mechanism. With fp16 the GradScaler already skips overflowed gradients,
-    so that this class then reports only non-finite losses, and overflows that persist although the
-    loss scale is lowered.
+    GradScaler uses the same mechanism. With fp16 the GradScaler already skips overflowed gradients.
+    This class then reports only non-finite losses, and overflows that persist although the loss
+    scale is lowered.
 
     Args:
         optimizer: A fused optimizer.

@@ -21,7 +21,7 @@ from models.autoencoder import LatentScale
 from models.sit import SiT
 from sampling.recipe import Recipe
 
-# Midpoints of five equal intervals: the mean over them stands for uniform timesteps.
+# Midpoints of five equal intervals, so that the mean approximates that over uniform timesteps.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 0  # of the noise and the posterior samples, for every run
 COMPARED_FIELDS = (

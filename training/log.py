@@ -18,9 +18,12 @@ from training.throughput import Throughput
 from training.trackers import Trackers
 
 
-def is_due(step: int, period: int) -> bool:
-    """Return whether an action of every `period` steps is due; a period of 0 disables it."""
-    return period > 0 and step % period == 0
+def is_due(step: int, period: int, last_step: int = 0) -> bool:
+    """Return whether an action is due: every `period` steps, and at `last_step` if it is given.
+
+    A period of 0 disables the action.
+    """
+    return step > 0 and period > 0 and (step % period == 0 or step == last_step)
 
 
 class MetricMeans:
@@ -98,7 +101,7 @@ class Console:
             self.lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def show(self, values: dict[str, float | None]) -> None:
-        """Show numbers behind the progress bar."""
+        """Show numbers next to the progress bar."""
         self.bar.set_postfix({k: f"{v:.4f}" for k, v in values.items() if v is not None})
 
     def close(self) -> bool:
@@ -198,13 +201,13 @@ class RunLog:
         self.trackers.log_image(name, path, step)
 
     def evaluation(self, name: str, step: int, metrics: dict, identity: dict) -> None:
-        """Record an evaluation on a line of its own.
+        """Record an evaluation on a separate line.
 
         Args:
             name: Prefix of the metrics in the trackers.
             step: Number of updates so far.
             metrics: Numbers of the evaluation.
-            identity: Everything that identifies the numbers, "ema_decay" among it.
+            identity: Everything that identifies the numbers, including "ema_decay".
         """
         if not self.console.is_main_process:
             return

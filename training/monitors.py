@@ -52,8 +52,8 @@ class Monitors:
             False if a stop signal interrupted the work.
         """
         step = state.step
-        is_preview_due = is_due_or_last(step, self.preview_every, self.last_step)
-        is_evaluation_due = is_due_or_last(step, self.eval_every, self.last_step)
+        is_preview_due = is_due(step, self.preview_every, self.last_step)
+        is_evaluation_due = is_due(step, self.eval_every, self.last_step)
         preview = self.preview if is_preview_due else None
         evaluator = self.evaluator if is_evaluation_due else None
         if not preview and not evaluator:
@@ -84,14 +84,6 @@ class Monitors:
             self.log.info(f"could not save {path}: {format_error(error)}; training continues")
 
 
-def is_due_or_last(step: int, period: int, last_step: int) -> bool:
-    """Return whether an action is due: every `period` steps and at the last step.
-
-    A period of 0 disables it.
-    """
-    return step > 0 and period > 0 and (is_due(step, period) or step == last_step)
-
-
 def ema_suffixes(decays: tuple[float, ...]) -> list[str]:
-    """Return the part of a preview's file name that tells EMAs apart, "" for the primary one."""
+    """Return the suffix of each EMA in file names and trackers, "" for the primary one."""
     return ["", *(f"-ema{decay}" for decay in decays[1:])]

@@ -70,7 +70,7 @@ class Preview:
 
 
 def preview_path(folder: Path, step: int, suffix: str = "") -> Path:
-    """Return the file of a run's preview; the suffix tells EMAs apart."""
+    """Return the file of a run's preview; the suffix identifies the EMA."""
     return folder / "samples" / f"{step:07d}{suffix}.png"
 
 

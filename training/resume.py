@@ -1,4 +1,4 @@
-"""Where a run stopped, and whether it may be resumed with the settings of this start.
+"""Find out where a run stopped, and check that it may be resumed with the current settings.
 
 | file | holds | compared on resume |
 |---|---|---|
@@ -28,7 +28,8 @@ from training.config import (
     Settings,
     format_value,
 )
-from training.monitors import ema_suffixes, is_due_or_last
+from training.log import is_due
+from training.monitors import ema_suffixes
 from training.preview import preview_path
 
 # Settings that may change between two starts of a run, besides fields marked `may_change`.
@@ -37,7 +38,7 @@ FREE_CONFIGS = (DataConfig, LogConfig, SaveConfig, PreviewConfig, PeriodicEvalua
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands when it is started; the same on all processes."""
+    """The progress of a run when it is started; the same on all processes."""
 
     checkpoints: list[Path] = field(default_factory=list)  # oldest first
     step: int = 0  # of the newest checkpoint
@@ -57,10 +58,10 @@ def find_position(settings: Settings) -> RunPosition:
         for row in read_rows(folder)
         if row["step"] == step and "evaluation" in row
     )
-    lacks_evaluation = is_due_or_last(step, settings.evaluation.every, last_step) and any(
+    lacks_evaluation = is_due(step, settings.evaluation.every, last_step) and any(
         (step, decay) not in complete for decay in ema_decays
     )
-    lacks_preview = is_due_or_last(step, settings.preview.every, last_step) and any(
+    lacks_preview = is_due(step, settings.preview.every, last_step) and any(
         not preview_path(folder, step, suffix).exists() for suffix in ema_suffixes(ema_decays)
     )
     return RunPosition(checkpoints, step, complete, lacks_evaluation or lacks_preview)

@@ -92,7 +92,7 @@ def build_state(
 
 
 class Networks(NamedTuple):
-    """The parts of a run that may fail to build on one process only."""
+    """Parts of a run whose construction may fail on one process only."""
 
     config: dict  # contents of config.json
     cache_info: CacheInfo
@@ -263,7 +263,7 @@ def build_networks(
 def build_preview_and_evaluator(
     settings: Settings, accelerator: Accelerator, manifest: Manifest
 ) -> tuple[Preview | None, Evaluator | None]:
-    """Build the preview of the first process and the evaluator, as far as they are enabled."""
+    """Build the preview (on the first process) and the evaluator; None if they are disabled."""
     has_preview = settings.preview.every > 0 and accelerator.is_main_process
     has_evaluation = settings.evaluation.every > 0
     preview, evaluator = None, None
@@ -302,7 +302,8 @@ def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -
     for method in networks.alignments:
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
     means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
-    flops = training_flops(SiTConfig(**config["model"]), config["align"], networks.cache_info)
+    network = state.model.backbone.config
+    flops = training_flops(network, config["align"], networks.cache_info)
     mfu_per_image_rate = flops / measure_matmul_rate(device, dtype) / accelerator.num_processes
     console = Console(
         folder,
@@ -332,7 +333,7 @@ def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -
 def describe_run(
     settings: Settings, accelerator: Accelerator, networks: Networks, cache: LatentCache
 ) -> str:
-    """Return what is about to run, in four lines and one more per further method."""
+    """Return a description of the run: four lines, and one more for each further method."""
     loop, objective = settings.loop, settings.objective
     model = networks.state.model
     size = sum(parameter.numel() for parameter in model.backbone.parameters())
