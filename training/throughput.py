@@ -3,7 +3,6 @@
 One multiply-accumulate counts as two FLOPs.
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,16 +45,16 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
     is_gpu = device.type == "cuda"
     size, repeats = (8192, 5) if is_gpu else (1024, 1)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
-    begun = time.perf_counter()
-    fastest = math.inf
-    while fastest == math.inf or time.perf_counter() - begun < seconds:
+    deadline = time.perf_counter() + seconds
+    durations: list[float] = []
+    while not durations or time.perf_counter() < deadline:
         started = time.perf_counter()
         for _ in range(repeats):
             matrix @ matrix
         if is_gpu:
             torch.cuda.synchronize(device)
-        fastest = min(fastest, (time.perf_counter() - started) / repeats)
-    return 2 * size**3 / fastest
+        durations.append((time.perf_counter() - started) / repeats)
+    return 2 * size**3 / min(durations)
 
 
 @dataclass
