@@ -65,21 +65,21 @@ class ScalarMean:
 class Step:
     """One optimizer update: flow matching plus alignment (arXiv:2601.17830, eq. 3-5).
 
-    Never waits for the device.
+    Does not synchronise with the device.
 
     Args:
         accelerator: Wraps network and optimizer, reduces gradients.
         state: Network, EMAs, optimizer, step.
         manifest: Manifest of the latent cache.
         alignments: The alignment methods by name.
-        guard: Skips updates that are not finite.
+        guard: Skips updates with non-finite losses or gradients.
         objective: The denoising objective.
-        optimizer: Clipping and EMA decays.
+        optimizer_config: Limit of the gradient norm, and EMA decays.
         seed: Seed of all training randomness.
         accumulation: Number of micro-batches per process.
     """
 
-    def __init__(  # noqa: PLR0913 (the objects that an update touches)
+    def __init__(  # noqa: PLR0913 (an update needs all of these objects)
         self,
         accelerator: Accelerator,
         state: TrainState,
@@ -87,7 +87,7 @@ class Step:
         alignments: dict[str, Alignment],
         guard: NonFiniteGuard,
         objective: ObjectiveConfig,
-        optimizer: OptimizerConfig,
+        optimizer_config: OptimizerConfig,
         seed: int = 0,
         accumulation: int = 1,
     ):
@@ -96,15 +96,15 @@ class Step:
         self.alignments = alignments
         self.guard = guard
         self.objective = objective
-        self.max_grad_norm = optimizer.max_grad_norm
+        self.max_grad_norm = optimizer_config.max_grad_norm
         self.seed = seed
         self.accumulation = accumulation
         self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
         self.emas = [
             EMA(ema, state.model.backbone, decay)
-            for ema, decay in zip(state.emas, optimizer.ema_decay)
+            for ema, decay in zip(state.emas, optimizer_config.ema_decay)
         ]
-        self.path = INTERPOLANTS[objective.path_type]
+        self.interpolant = INTERPOLANTS[objective.path_type]
         self.scale = LatentScale(manifest.scale, manifest.shift)
         self.null_class = manifest.num_classes
         self.latent_shape = tuple(manifest.latent_shape)
@@ -113,24 +113,26 @@ class Step:
         """Train on this process's share of a global batch.
 
         Returns:
-            The scalars of this process, and 1 if the update was finite, else 0; on the device.
+            The scalars of this process and a 0/1 flag for a finite update. Both stay on the device.
         """
         batch = batch.to(self.accelerator.device)
 
-        # Noise, timesteps, posterior sample, dropped labels: functions of (seed, position) alone.
+        # Draw noise, timesteps, posterior samples and dropped labels, which depend only on the
+        # seed and the position in the stream.
         inputs = self.draw(batch)
 
-        # Forward and backward, one micro-batch at a time. Gradients are reduced with the last one.
+        # Run forward and backward for each micro-batch. The last backward pass all-reduces the
+        # gradients.
         scalar_mean = ScalarMean()
         for i, micro in enumerate(inputs.split(self.accumulation)):
             is_last = i == self.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                total, scalars = self.losses(micro)
+                total, scalars = self.compute_losses(micro)
                 self.accelerator.backward(total.mean() / self.accumulation)
             scalar_mean.add({"loss": total, **scalars})
         means = scalar_mean.mean()
 
-        # Clip, skip the update if anything is not finite, update the weights and their averages.
+        # Clip the gradients, skip the update if anything is not finite, update weights and EMAs.
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         is_finite = self.guard.mark_step(self.state.step + 1, self.trained_losses(means), grad_norm)
         self.optimizer.step()
@@ -151,16 +153,16 @@ class Step:
             latents=self.scale.sample(batch.moments, posterior_noise),
             labels=torch.where(is_dropped, self.null_class, batch.labels),
             noise=normal(seed, Purpose.NOISE, position, self.latent_shape).float(),
-            t=draw_times(self.path, objective.prediction, objective.weighting, u).float(),
+            t=draw_times(self.interpolant, objective.prediction, objective.weighting, u).float(),
             posterior_mean=self.scale.mean(batch.moments),
             target_uniform=uniform(seed, Purpose.TARGET, position).float(),
             cache_inputs=batch.inputs,
         )
 
-    def losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss per sample (B,), and the logged terms by name, (B,) each."""
-        # L_denoising: the network predicts the velocity (or x, or eps) from the noisy latents.
-        x_t, velocity = interpolate(self.path, inputs.latents, inputs.noise, inputs.t)
+        # L_denoising: predict the velocity (or x, or eps) from the noisy latents.
+        x_t, velocity = interpolate(self.interpolant, inputs.latents, inputs.noise, inputs.t)
         active = {
             name: alignment
             for name, alignment in self.alignments.items()
@@ -179,7 +181,7 @@ class Step:
         )
         denoising = denoising_loss(output.prediction, target)
 
-        # L_align: the projected tokens of one block, compared with each method's target.
+        # L_align: compare the projected tokens of each method's block with its target.
         scalars = {"denoising": denoising}
         weighted = []
         for name, alignment in self.alignments.items():
@@ -194,7 +196,7 @@ class Step:
         return denoising + sum(weighted), scalars
 
     def trained_losses(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses that have a weight; all of them must be finite."""
+        """Return the losses with a nonzero weight; all of them must be finite."""
         trained = [name for name, a in self.alignments.items() if a.config.weight]
         return {key: means[key] for key in ("denoising", *(f"align/{name}" for name in trained))}
 
@@ -211,7 +213,7 @@ def train(
 
     Args:
         run: The objects of the run.
-        step: The update.
+        step: Performs one optimizer update.
         batches: This process's shares of the global batches.
         writer: Writes checkpoints.
         request: Set by stop signals.
@@ -226,7 +228,7 @@ def train(
     def stop_requested() -> bool:
         return request.name is not None
 
-    # A preview or evaluation that was interrupted comes first.
+    # Complete previews and evaluations that were interrupted when the run stopped.
     if not run.monitors.run_due(state, accelerator.gather, stop_requested):
         return False
 
@@ -257,7 +259,7 @@ def train(
 def save(
     state: TrainState, log: RunLog, accelerator: Accelerator, writer: CheckpointWriter
 ) -> None:
-    """Collect what a checkpoint holds from all processes; the first hands it to the writer."""
+    """Collect the contents of a checkpoint from all processes and write it on the main one."""
     state.progress = log.collect_progress()
     if accelerator.scaler is not None:
         state.progress["scaler"] = accelerator.scaler.state_dict()
@@ -291,7 +293,7 @@ def run_training(
         run.alignments,
         run.guard,
         objective=settings.objective,
-        optimizer=settings.optimizer,
+        optimizer_config=settings.optimizer,
         seed=settings.run.seed,
         accumulation=settings.loop.gradient_accumulation_steps,
     )

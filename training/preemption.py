@@ -1,8 +1,8 @@
-"""Stop signals, and how all processes of a run act on them at the same step.
+"""Handle stop signals so that all processes of a run stop at the same step.
 
-Hosts run ahead of their devices by different numbers of steps, so that a signal sent to all of them
-arrives at different steps. In every step the processes therefore exchange flags over gloo, without
-synchronising the GPU, and read the result one step later.
+Hosts run ahead of their devices by different numbers of steps, so a signal sent to all processes
+arrives at a different step on each. In every step the processes therefore exchange flags over gloo,
+without synchronising the GPU, and read the result one step later.
 """
 
 import signal
@@ -54,7 +54,9 @@ def ignore_signals(worker: int) -> None:
 
 
 class FlagReducer:
-    """OR-reduces boolean flags over all processes, one step late with several processes.
+    """OR-reduces boolean flags over all processes.
+
+    The result lags by one step, except with a single process.
 
     Args:
         num_processes: Number of processes.
@@ -69,7 +71,7 @@ class FlagReducer:
         self.pending: dist.Work | None = None
 
     def reduce(self, *flags: bool) -> list[bool]:
-        """Submit this step's flags; return those of the previous step over all processes.
+        """Submit this step's flags and return those of the previous step, OR-reduced.
 
         Call it once per step on every process. With one process it returns this step's flags.
         """

@@ -229,8 +229,10 @@ def test_sra_target_is_a_later_block_of_the_ema_at_a_smaller_timestep(make, path
 def test_sra_teacher_gets_the_students_noise_and_dropped_labels(make, monkeypatch):
     step, batch = make("--align", "sra2", "sra", "--cfg-prob", "0.5", "--prediction", "eps")
     students = []
-    losses = step.losses
-    monkeypatch.setattr(step, "losses", lambda micro: students.append(micro) or losses(micro))
+    losses = step.compute_losses
+    monkeypatch.setattr(
+        step, "compute_losses", lambda micro: students.append(micro) or losses(micro)
+    )
     step(batch)
     [(teacher, _)], [student] = make.calls["sra"], students
     for name in ("latents", "labels", "noise", "t"):
@@ -344,8 +346,8 @@ def test_method_without_head_compares_two_blocks_of_the_student(make, more_metho
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
     assert not list(model.heads.parameters()) and step.alignments["sync"].config.weight == 0.2
     inputs = step.draw(batch)
-    total, scalars = step.losses(inputs)
-    x_t = step.path.coefficients(inputs.t[:, None, None, None])
+    total, scalars = step.compute_losses(inputs)
+    x_t = step.interpolant.coefficients(inputs.t[:, None, None, None])
     x_t = x_t[0] * inputs.latents + x_t[1] * inputs.noise
     tokens = model.backbone.features(x_t, inputs.t, inputs.labels, (2, 4))
     expected = (tokens[2] - tokens[4].detach()).square().mean((1, 2))
@@ -364,7 +366,7 @@ def test_method_with_two_targets_has_two_heads_and_the_mean_loss(make, more_meth
     assert sorted(heads) == ["pair-a", "pair-b"]
     assert all(isinstance(head, Projector) for head in heads.values())
     inputs = step.draw(batch)
-    _, scalars = step.losses(inputs)
+    _, scalars = step.compute_losses(inputs)
     output = step.model(*_noisy(step, inputs))
     targets = step.alignments["pair"].target(inputs, {})
     losses = [
@@ -374,7 +376,7 @@ def test_method_with_two_targets_has_two_heads_and_the_mean_loss(make, more_meth
 
 
 def _noisy(step, inputs):
-    alpha, sigma, _, _ = step.path.coefficients(inputs.t[:, None, None, None])
+    alpha, sigma, _, _ = step.interpolant.coefficients(inputs.t[:, None, None, None])
     return alpha * inputs.latents + sigma * inputs.noise, inputs.t, inputs.labels
 
 

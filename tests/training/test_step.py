@@ -1,6 +1,6 @@
 """Tests of the step on the meta device.
 
-Its tensors hold no data, so that any host-device synchronisation raises an error.
+Its tensors hold no data, so any host-device synchronisation raises an error.
 """
 
 import sys
@@ -22,7 +22,7 @@ META = torch.device("meta")
 
 @pytest.fixture
 def make_meta_step(cache, monkeypatch):
-    """Return a function of flags that builds a Step on the meta device and a batch in host memory.
+    """Return a function that builds, from flags, a Step on the meta device and a batch on the host.
 
     Its attribute `is_reduced` lists, for each backward pass, whether gradients are all-reduced.
     """
@@ -113,7 +113,7 @@ def test_gradients_are_all_reduced_once_per_step(make_meta_step):
 
 
 @pytest.fixture
-def one_process_group(tmp_path):
+def single_process_group(tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
@@ -124,7 +124,7 @@ def one_process_group(tmp_path):
 @pytest.mark.parametrize(
     "wrap", [lambda model: model, torch.nn.parallel.DistributedDataParallel], ids=["plain", "DDP"]
 )
-def test_all_blocks_share_one_compiled_graph(one_process_group, monkeypatch, cache, wrap):
+def test_all_blocks_share_one_compiled_graph(single_process_group, monkeypatch, cache, wrap):
     counter = CompileCounter()
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
