@@ -197,8 +197,7 @@ def record_alignments(alignments: tuple[AlignmentConfig, ...]) -> dict:
         record[destination(field)] = [getattr(alignment, field.name) for alignment in alignments]
     used = {alignment.method: alignment.settings for alignment in alignments}
     for method, field in _method_fields():
-        value = getattr(used[method], field.name) if method in used else None
-        record[_destination(method, field.name)] = value
+        record[_destination(method, field.name)] = getattr(used.get(method), field.name, None)
     return to_plain(record)
 
 

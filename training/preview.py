@@ -69,7 +69,7 @@ class Preview:
         save_png(grid, path)
 
 
-def preview_path(folder: Path, step: int, suffix: str = "") -> Path:
+def preview_path(folder: Path, step: int, suffix: str) -> Path:
     """Return the file of a run's preview; the suffix identifies the EMA."""
     return folder / "samples" / f"{step:07d}{suffix}.png"
 

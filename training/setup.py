@@ -334,14 +334,16 @@ def describe_run(
     settings: Settings, accelerator: Accelerator, networks: Networks, cache: LatentCache
 ) -> str:
     """Return a description of the run: four lines, and one more for each further method."""
-    loop, objective = settings.loop, settings.objective
+    loop = settings.loop
+    objective = settings.objective
     model = networks.state.model
     size = sum(parameter.numel() for parameter in model.backbone.parameters())
     flops = backbone_flops(model.backbone.config)
     methods = [
         describe_alignment(entry, model, networks.cache_info) for entry in networks.config["align"]
     ]
-    num_processes, accumulation = accelerator.num_processes, loop.gradient_accumulation_steps
+    num_processes = accelerator.num_processes
+    accumulation = loop.gradient_accumulation_steps
     local = loop.batch_size // num_processes // accumulation
     epochs = loop.num_steps * loop.batch_size / len(cache)
     return "\n".join(
