@@ -20,7 +20,6 @@ from train import Step
 from training.alignment import (
     load_alignments,
     make_cache_info,
-    make_run_context,
     plan_alignments,
     required_cache_inputs,
 )
@@ -147,23 +146,13 @@ def build_step(plan: Plan, accelerator: Accelerator) -> Step:
         UserError: A network cannot be loaded.
     """
     settings = plan.settings
-    device = accelerator.device
     align = copy.deepcopy(plan.align)  # load_alignments adds to it
-    state = build_state(
-        plan.network, align, settings.optimizer, settings.device, device, settings.run.seed
-    )
-    context = make_run_context(
-        settings.objective.path_type,
-        state.emas[0],
-        device,
-        accelerator.autocast,
-        settings.device.compile,
-    )
+    state = build_state(settings, plan.network, align, accelerator.device)
     return Step(
         accelerator,
         state,
         plan.manifest,
-        load_alignments(settings.alignments, align, plan.network, plan.cache, context),
+        load_alignments(settings, align, plan.cache, state.emas[0], accelerator.autocast),
         NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16"),
         settings.objective,
         settings.optimizer,

@@ -1,1 +1,1 @@
-"""What train.py needs around the method: settings, state, logging, previews, evaluation."""
+"""Components of train.py other than the update: settings, state, logging, previews, evaluation."""

@@ -1,14 +1,15 @@
 """Alignment methods in a run: planned from the settings, loaded once, applied in every step."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from common.cli import UserError
+from common.config import to_plain
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
 from loss import alignment_loss, cosine_distance
@@ -19,11 +20,12 @@ from models.projector import AlignedOutput, AlignedSiT, make_head
 from models.sit import SiT, SiTConfig
 from models.targets import TARGETS, CacheInfo, RunContext, Target, TrainingInputs
 from training.alignment_config import AlignmentConfig, method_flags
+from training.config import Settings
 
-# Keys of an entry of config.json's "align" that all methods have.
-SHARED_KEYS = (
-    "method", "block", "weight", "loss", "beta", "t_range", "stop_step", "head", "heads",
-)  # fmt: skip
+T = TypeVar("T")
+
+# Fields of AlignmentConfig that config.json's "align" records.
+RECORDED_FIELDS = ("method", "block", "weight", "loss", "beta", "t_range", "stop_step")
 
 
 class AlignmentTerms(NamedTuple):
@@ -39,25 +41,19 @@ class AlignmentTerms(NamedTuple):
         return cls(*(torch.zeros_like(loss) for _ in cls._fields))
 
 
+@dataclass
 class Alignment:
     """One alignment method of a run: its settings, its target and its loss.
 
     Args:
         config: Settings of the method.
         target: The target.
-        head_of_target: Names of the method's heads in the `AlignedSiT`, by the names of the
-            targets; "" names a single target.
+        head_names: Names of the method's heads in the `AlignedSiT`.
     """
 
-    def __init__(self, config: AlignmentConfig, target: Target, head_of_target: dict[str, str]):
-        self.config = config
-        self.target = target
-        self.head_of_target = head_of_target
-
-    @property
-    def head_names(self) -> list[str]:
-        """Names of the method's heads in the `AlignedSiT`."""
-        return list(self.head_of_target.values())
+    config: AlignmentConfig
+    target: Target
+    head_names: list[str]
 
     def is_active(self, step: int) -> bool:
         """Return whether the method is applied in the update that follows `step` updates."""
@@ -74,8 +70,8 @@ class Alignment:
         targets = target if isinstance(target, dict) else {"": target}
         losses = []
         cosines = []
-        for name, target_tokens in targets.items():
-            projected = output.projected[self.head_of_target[name]]
+        for head, target_tokens in _name_heads(self.config.method, targets).items():
+            projected = output.projected[head]
             losses.append(
                 alignment_loss(
                     projected,
@@ -88,11 +84,7 @@ class Alignment:
             )
             cosines.append(1 - cosine_distance(projected.detach(), target_tokens))
         token_norm = output.token_norm[self.head_names[0]]  # all heads read the same block
-        return AlignmentTerms(_mean(losses), _mean(cosines), token_norm)
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(values).mean(0)
+        return AlignmentTerms(torch.stack(losses).mean(0), torch.stack(cosines).mean(0), token_norm)
 
 
 def make_cache_info(manifest: Manifest, features: dict[str, dict] | None = None) -> CacheInfo:
@@ -122,31 +114,22 @@ def plan_alignments(
     """
     entries = []
     for config in alignments:
-        target = TARGETS[config.method]
-        try:
-            plan = target.plan(config.settings, network, cache)
-        except FieldError as error:
-            raise _name_flag(config.method, error) from None
-        entry = {
-            "method": config.method,
-            "block": config.block,
-            "weight": config.weight,
-            "loss": config.loss,
-            "beta": config.beta,
-            "t_range": list(config.t_range),
-            "stop_step": config.stop_step,
-        }
-        sizes = plan.out if isinstance(plan.out, dict) else {"": plan.out}
-        heads = {
-            name: _head_spec(config, target, network.width, out) for name, out in sizes.items()
-        }
-        entry |= {"heads": heads} if isinstance(plan.out, dict) else {"head": heads[""]}
+        with _naming_flags(config.method):
+            plan = TARGETS[config.method].plan(config.settings, network, cache)
+        entry: dict[str, Any] = {key: to_plain(getattr(config, key)) for key in RECORDED_FIELDS}
+        if isinstance(plan.out, dict):
+            entry["heads"] = {
+                name: _head_spec(config, network.width, out) for name, out in plan.out.items()
+            }
+        else:
+            entry["head"] = _head_spec(config, network.width, plan.out)
         entries.append(entry | (plan.record or {}))
     return entries
 
 
-def _head_spec(config: AlignmentConfig, target: type[Target], width: int, out: int) -> dict | None:
-    if target.head is None:
+def _head_spec(config: AlignmentConfig, width: int, out: int) -> dict | None:
+    kind = TARGETS[config.method].head
+    if kind is None:
         return None
     spec = {
         "width": width,
@@ -154,18 +137,18 @@ def _head_spec(config: AlignmentConfig, target: type[Target], width: int, out: i
         "layers": config.projector_layers,
         "hidden": config.projector_width,
     }
-    return spec if target.head == "mlp" else {"kind": target.head, **spec}
+    return spec if kind == "mlp" else {"kind": kind, **spec}
 
 
 def head_specs(entry: dict) -> dict[str, dict | None]:
-    """Return the heads of a method by the names of its targets; "" if it has a single target."""
-    return entry["heads"] if "heads" in entry else {"": entry["head"]}
+    """Return the heads of a method by their names in the network."""
+    heads = entry["heads"] if "heads" in entry else {"": entry["head"]}
+    return _name_heads(entry["method"], heads)
 
 
-def head_names(entry: dict) -> dict[str, str]:
-    """Return the names of a method's heads in the network, by the names of its targets."""
-    method = entry["method"]
-    return {name: f"{method}-{name}" if name else method for name in head_specs(entry)}
+def _name_heads(method: str, values: dict[str, T]) -> dict[str, T]:
+    """Replace the names of targets by those of their heads; "" names a single target."""
+    return {f"{method}-{name}" if name else method: value for name, value in values.items()}
 
 
 def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
@@ -173,8 +156,8 @@ def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
     heads: dict[str, nn.Module] = {}
     blocks = {}
     for entry in align:
-        for target, name in head_names(entry).items():
-            heads[name] = make_head(head_specs(entry)[target])
+        for name, spec in head_specs(entry).items():
+            heads[name] = make_head(spec)
             blocks[name] = entry["block"]
             # A head with weight 0 must not change the summation order of the clipping norm.
             heads[name].requires_grad_(entry["weight"] > 0)
@@ -203,62 +186,43 @@ def restore_settings(
 
 
 def load_alignments(
-    alignments: tuple[AlignmentConfig, ...],
+    settings: Settings,
     align: list[dict],
-    network: SiTConfig,
     cache: CacheInfo,
-    context: RunContext,
+    ema: SiT,
+    autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Alignment]:
     """Load the target of each method and add what identifies it to its entry of `align`.
 
     Args:
-        alignments: Settings of the methods.
+        settings: Settings of the run.
         align: config.json's "align", from `plan_alignments`.
-        network: Architecture of the backbone.
         cache: Properties of the latent cache.
-        context: Parts of the run.
+        ema: The first EMA of the run, on the device of the step.
+        autocast: Context manager of the run's mixed precision.
 
     Raises:
         UserError: A network or file that a setting names cannot be loaded.
     """
+    path = INTERPOLANTS[settings.objective.path_type]
+
+    def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return interpolate(path, latents, noise, t)[0]
+
+    device = ema.pos_embed.device
+    context = RunContext(device, ema, add_noise, autocast, settings.device.compile)
     loaded = {}
-    for config, entry in zip(alignments, align, strict=True):
-        try:
-            target = TARGETS[config.method](entry, config.settings, network, cache, context)
-        except FieldError as error:
-            raise _name_flag(config.method, error) from None
+    for config, entry in zip(settings.alignments, align, strict=True):
+        with _naming_flags(config.method):
+            target = TARGETS[config.method](entry, config.settings, ema.config, cache, context)
         if config.block in target.student_blocks:
             raise UserError(
                 f"--align-depth {config.block}: --align {config.method} compares with this block; "
                 "choose another one"
             )
         entry |= target.identity
-        loaded[config.method] = Alignment(config, target, head_names(entry))
+        loaded[config.method] = Alignment(config, target, list(head_specs(entry)))
     return loaded
-
-
-def make_run_context(
-    path_type: str,
-    ema: SiT,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
-    compile: bool,
-) -> RunContext:
-    """Return the parts of a run that targets may use.
-
-    Args:
-        path_type: A key of INTERPOLANTS.
-        ema: The first EMA of the run.
-        device: Device of the step.
-        autocast: Context manager of the run's mixed precision.
-        compile: Whether targets compile their networks.
-    """
-    path = INTERPOLANTS[path_type]
-
-    def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return interpolate(path, latents, noise, t)[0]
-
-    return RunContext(device, ema, add_noise, autocast, compile)
 
 
 def required_cache_inputs(alignments: dict[str, Alignment]) -> list[str]:
@@ -275,30 +239,31 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
         cache: Properties of the latent cache.
     """
     config = model.backbone.config
+    backbone = backbone_flops(config)
     backbone_size = sum(p.numel() for p in model.backbone.parameters())
-    heads = [model.heads[name] for name in head_names(entry).values()]
-    head_size = sum(p.numel() for head in heads for p in head.parameters())
-    flops = sum(head_flops(config, spec) for spec in head_specs(entry).values())
-    own_settings = "".join(
+    specs = head_specs(entry)
+    head_size = sum(p.numel() for name in specs for p in model.heads[name].parameters())
+    flops = sum(head_flops(config, spec) for spec in specs.values())
+    method_settings = "".join(
         f"{key.replace('_', ' ')} {value}, "
         for key, value in entry.items()
-        if key not in SHARED_KEYS and key != "fingerprint"
+        if key not in (*RECORDED_FIELDS, "head", "heads", "fingerprint")
     )
     head = "no head"
     if head_size:
         head = (
             f"head: {format_count(head_size)} parameters (+{head_size / backbone_size:.1%}), "
-            f"+{flops / backbone_flops(config):.1%} FLOPs forward and backward"
+            f"+{flops / backbone:.1%} FLOPs forward and backward"
         )
     line = (
-        f"{entry['method']}: {own_settings}block {entry['block']}, {entry['loss']}, weight "
+        f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, weight "
         f"{entry['weight']:g}; {head}"
     )
     cost = TARGETS[entry["method"]].cost(entry, config, cache)
     if cost.flops:
         line += (
             f"; target: {format_count(cost.parameters)} parameters, "
-            f"+{cost.flops / backbone_flops(config):.1%} FLOPs forward"
+            f"+{cost.flops / backbone:.1%} FLOPs forward"
         )
     return line
 
@@ -308,8 +273,13 @@ def format_count(number: int) -> str:
     return f"{number / 1e6:.1f}M" if number >= 100_000 or not number else f"{number / 1e3:.0f}K"
 
 
-def _name_flag(method: str, error: FieldError) -> UserError:
-    """Return the error with the flag that its field stands for."""
-    if error.field == "method":
-        return UserError(f"--align {method} {error.reason}")
-    return UserError(f"{method_flags(method, error.field)[0]} {error.reason}")
+@contextmanager
+def _naming_flags(method: str) -> Iterator[None]:
+    """Turn a FieldError about a setting of the method into a UserError that names its flag."""
+    try:
+        yield
+    except FieldError as error:
+        flag = f"--align {method}"
+        if error.field != "method":
+            flag = method_flags(method, error.field)[0]
+        raise UserError(f"{flag} {error.reason}") from None

@@ -113,7 +113,7 @@ def default_alignment(method: str, model: str, **values: Any) -> AlignmentConfig
     Args:
         method: A key of TARGETS.
         model: A key of PRESETS.
-        values: Fields that differ from the defaults. None stands for the default.
+        values: Fields that differ from the defaults. None selects the default.
     """
     preset = PRESETS[model]
     loss = values.get("loss") or "cosine"
@@ -150,12 +150,10 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
         help_text = f"{method}: {field.metadata.get('help', field.name)}"
         if field.default is not None:
             help_text += f" (default: {field.default})"
-        options: dict[str, Any] = {"type": argparse_type(field)}
-        if options["type"] is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        if "choices" in field.metadata:
-            options["choices"] = field.metadata["choices"]
-        group.add_argument(*method_flags(method, field.name), help=help_text, **options)
+        kind = argparse_type(field)
+        type_option = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        options = {**type_option, **field.metadata, "help": help_text}
+        group.add_argument(*method_flags(method, field.name), **options)
 
 
 def method_flags(method: str, field: str) -> tuple[str, ...]:
@@ -196,12 +194,11 @@ def record_alignments(alignments: tuple[AlignmentConfig, ...]) -> dict:
     """Return the alignment's part of args.json: lists with one value per method."""
     record: dict[str, Any] = {"align": [alignment.method for alignment in alignments] or ["none"]}
     for field in _SHARED_FIELDS:
-        record[destination(field)] = to_plain([getattr(a, field.name) for a in alignments])
+        record[destination(field)] = [getattr(alignment, field.name) for alignment in alignments]
     used = {alignment.method: alignment.settings for alignment in alignments}
     for method, field in _method_fields():
-        value = getattr(used[method], field.name) if method in used else None
-        record[_destination(method, field.name)] = to_plain(value)
-    return record
+        record[_destination(method, field.name)] = getattr(used.get(method), field.name, None)
+    return to_plain(record)
 
 
 def _method_fields() -> Iterator[tuple[str, dataclasses.Field]]:
@@ -215,12 +212,9 @@ def _destination(method: str, field: str) -> str:
 
 
 def _read_method_settings(args: argparse.Namespace, method: str) -> Any:
-    values = {
-        field.name: getattr(args, _destination(name, field.name))
-        for name, field in _method_fields()
-        if name == method
-    }
-    return TARGETS[method].Settings(**{k: v for k, v in values.items() if v is not None})
+    kind = TARGETS[method].Settings
+    values = {field.name: getattr(args, _destination(method, field.name)) for field in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if value is not None})
 
 
 def _check_methods(args: argparse.Namespace, methods: list[str]) -> None:
@@ -254,7 +248,7 @@ def _split_per_method(field: dataclasses.Field, given: list | None, methods: lis
         return [None] * len(methods)
     size = 2 if field.name == "t_range" else 1
     if len(given) not in (size, size * len(methods)):
-        expected = f"{size} value" if size == 1 else f"{size} values"
+        expected = "1 value" if size == 1 else "2 values"
         if len(methods) > 1:
             expected += (
                 f" for all methods, or {size * len(methods)} for --align {' '.join(methods)}"

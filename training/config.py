@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
@@ -26,7 +26,7 @@ from training.alignment_config import (
 from training.trackers import TRACKER_NAMES
 
 DEFAULT_NUM_STEPS = 400_000
-GPU_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -362,33 +362,24 @@ def parse_settings(
         UserError: A flag is unknown, has a bad value, or contradicts another flag.
     """
     parser = cli.Parser(description, "train.py", "--exp-name NAME --data-dir PATH")
-    for title, configs in _GROUPS.items():
+    for title, kinds in _GROUPS.items():
         if title == "alignment":
             add_alignment_flags(parser)
-        else:
-            group = parser.add_argument_group(title)
-            for config in configs:
-                add_flags(group, config)
+            continue
+        group = parser.add_argument_group(title)
+        for kind in kinds:
+            add_flags(group, kind)
     parser.add_argument(
         "--print-config", action="store_true", help="print the settings of the run and exit"
     )
     args = parser.parse_args(argv)
-    model = read_flags(ModelConfig, args)
-    settings = Settings(
-        run=read_flags(RunConfig, args),
-        data=read_flags(DataConfig, args),
-        model=model,
-        objective=read_flags(ObjectiveConfig, args),
-        alignments=resolve_alignments(args, model.model),
-        loop=read_flags(LoopConfig, args),
-        optimizer=read_flags(OptimizerConfig, args),
-        device=read_flags(DeviceConfig, args),
-        log=read_flags(LogConfig, args),
-        checkpoint=read_flags(SaveConfig, args),
-        preview=read_flags(PreviewConfig, args),
-        evaluation=read_flags(PeriodicEvaluationConfig, args),
-        print_config=args.print_config,
-    )
+    configs: dict[str, Any] = {
+        name: read_flags(kind, args)
+        for name, kind in get_type_hints(Settings).items()
+        if kind in ALL_CONFIGS
+    }
+    alignments = resolve_alignments(args, args.model)
+    settings = Settings(**configs, alignments=alignments, print_config=args.print_config)
     _check_settings(settings)
     return settings
 
@@ -443,13 +434,17 @@ def resolve_num_steps(loop: LoopConfig, num_images: int) -> LoopConfig:
 
 
 def resolve_device(settings: Settings) -> Settings:
-    """Return the settings with the precision that "auto" stands for on this machine."""
+    """Return the settings with "auto" replaced by the default precision of this machine."""
     precision = resolve_precision(settings.device.mixed_precision)
     return settings._replace(device=replace(settings.device, mixed_precision=precision))
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """Return the precision that "auto" stands for on this machine."""
+    """Return a precision, with "auto" replaced by the default of this machine.
+
+    Raises:
+        UserError: The machine does not support the precision.
+    """
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16 needs a GPU, and none was found: use no or bf16")
     if mixed_precision != "auto":
@@ -471,7 +466,7 @@ def build_network_config(model: ModelConfig, manifest: Manifest) -> SiTConfig:
 
 def autocast_dtype(mixed_precision: str) -> torch.dtype:
     """Return the dtype that autocast uses for a precision, float32 without mixed precision."""
-    return GPU_DTYPES.get(mixed_precision, torch.float32)
+    return AUTOCAST_DTYPES.get(mixed_precision, torch.float32)
 
 
 def format_value(value: Any) -> str:

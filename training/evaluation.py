@@ -5,12 +5,14 @@ batch size, up to --mixed-precision and --allow-tf32: those commands compute in 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import UserError
+from common.config import flag_of
 from common.files import sha256
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
@@ -29,17 +31,21 @@ from sampling.recipe import Recipe
 from training.config import ObjectiveConfig, PeriodicEvaluationConfig
 from training.held_out import HeldOutLoss
 
+# Settings of the sampler that identify an evaluation.
+RECIPE_KEYS = ("path_type", "prediction", "solver", "num_steps", "cfg_scale", "labels", "seed")
+
 
 class Stopped(Exception):  # noqa: N818 (a stop is no error)
     """A stop signal arrived during an evaluation."""
 
 
+@dataclass
 class Evaluator:
     """Compares samples of a network with a reference, and measures its loss on held-out images.
 
     Args:
         config: Settings of the evaluation.
-        objective: What the network is trained on.
+        objective: The denoising objective that the network is trained on.
         vae: Decodes the samples.
         manifest: Manifest of the training cache.
         dtype: Autocast dtype of the network while it samples.
@@ -50,37 +56,32 @@ class Evaluator:
         UserError: A setting is wrong, or the reference or a network cannot be loaded.
     """
 
-    def __init__(
-        self,
-        config: PeriodicEvaluationConfig,
-        objective: ObjectiveConfig,
-        vae: Autoencoder,
-        manifest: Manifest,
-        dtype: torch.dtype = torch.float32,
-        rank: int = 0,
-        num_processes: int = 1,
-    ):
+    config: PeriodicEvaluationConfig
+    objective: ObjectiveConfig
+    vae: Autoencoder
+    manifest: Manifest
+    dtype: torch.dtype
+    rank: int
+    num_processes: int
+
+    def __post_init__(self) -> None:
+        config = self.config
         _check_config(config)
-        self.config = config
-        self.vae = vae
-        self.dtype = dtype
-        self.rank = rank
-        self.num_processes = num_processes
-        self.device = vae.vae.device
+        self.device = self.vae.vae.device
         self.recipe = Recipe(
             mode=config.mode,
             heun=config.heun,
             num_steps=config.num_steps,
             cfg_scale=config.cfg_scale,
-            path_type=objective.path_type,
-            prediction=objective.prediction,
+            path_type=self.objective.path_type,
+            prediction=self.objective.prediction,
         )
         try:
             self.recipe.validate()
         except FieldError as error:
-            flag = f"--eval-{error.field.replace('_', '-')}"
+            flag = flag_of(PeriodicEvaluationConfig, error.field)
             raise UserError(f"{flag} {error.reason}") from None
-        size = manifest.resolution
+        size = self.manifest.resolution
         self.network = load_extractor(
             config.features,
             config.inception_weights,
@@ -92,18 +93,18 @@ class Evaluator:
         self.held_out = None
         if config.latents:
             self.held_out = HeldOutLoss(config.latents, config.samples)
-            self.held_out.check_compatible(manifest)
+            self.held_out.check_compatible(self.manifest)
         self.reference: ReferenceFeatures | None = None
         self.identity: dict = {}
-        if rank == 0:
-            self._load_reference(size)
+        if self.rank == 0:
+            self._load_reference()
 
-    def _load_reference(self, size: int) -> None:
+    def _load_reference(self) -> None:
         config = self.config
         assert config.reference is not None
         digest = sha256(config.reference)
         self.reference = load_reference_features(
-            ReferenceFile(config.reference, digest, size, "--eval-reference"),
+            ReferenceFile(config.reference, digest, self.manifest.resolution, "--eval-reference"),
             {config.features: self.network},
             config.batch_size,
             self.device,
@@ -113,13 +114,7 @@ class Evaluator:
             "features": config.features,
             "reference": str(config.reference),
             "reference_sha256": digest,
-            "path_type": self.recipe.path_type,
-            "prediction": self.recipe.prediction,
-            "solver": self.recipe.solver,
-            "num_steps": self.recipe.num_steps,
-            "cfg_scale": self.recipe.cfg_scale,
-            "labels": self.recipe.labels,
-            "seed": self.recipe.seed,
+            **{key: getattr(self.recipe, key) for key in RECIPE_KEYS},
             "batch_size": config.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
@@ -156,7 +151,7 @@ class Evaluator:
                 self.recipe,
                 self.dtype,
                 self.config.batch_size,
-                self._share,
+                (self.rank, self.num_processes),
                 gather,
                 check_stop,
             )
@@ -168,14 +163,9 @@ class Evaluator:
         features = collect_features(batches, self.config.samples)
         index = torch.arange(self.config.samples)
         labels = self.recipe.compute_labels(index, model.config.num_classes).numpy()
-        metrics = compute_metrics(
-            features, labels, self.reference, self.config.features, self.device
-        )
+        name = self.config.features
+        metrics = compute_metrics(features, labels, self.reference, name, self.device)
         return metrics | held_out_loss
-
-    @property
-    def _share(self) -> tuple[int, int]:
-        return self.rank, self.num_processes
 
     def _feature_batches(
         self, model: SiT, gather: Callable[[Tensor], Tensor], check_stop: Callable[[], None]

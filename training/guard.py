@@ -1,7 +1,7 @@
 """Skip updates with non-finite losses or gradients, without host-device synchronisation."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,18 +14,14 @@ MAX_CONSECUTIVE_BAD_STEPS = 5
 MAX_CONSECUTIVE_OVERFLOWS = 32
 
 
-class _StepRecord(NamedTuple):
-    step: int
-    is_bad: Tensor  # (number of scalars,), 1.0 where a scalar is not finite
-
-
+@dataclass
 class NonFiniteGuard:
     """Makes the optimizer skip updates that would write NaN or Inf into the weights.
 
     Fused optimizers read `optimizer.found_inf` on the device and skip the update if it is 1;
-    GradScaler uses the same mechanism. With fp16 the GradScaler already skips overflowed gradients,
-    so that this class then reports only non-finite losses, and overflows that persist although the
-    loss scale is lowered.
+    GradScaler uses the same mechanism. With fp16 the GradScaler already skips overflowed gradients.
+    This class then reports only non-finite losses, and overflows that persist although the loss
+    scale is lowered.
 
     Args:
         optimizer: A fused optimizer.
@@ -34,19 +30,15 @@ class NonFiniteGuard:
         overflows_in_a_row: Consecutive fp16 overflows at the time of the checkpoint.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        uses_grad_scaler: bool = False,
-        bad_in_a_row: int = 0,
-        overflows_in_a_row: int = 0,
-    ):
-        self.optimizer = optimizer
-        self.uses_grad_scaler = uses_grad_scaler
-        self.bad_in_a_row = bad_in_a_row
-        self.overflows_in_a_row = overflows_in_a_row
+    optimizer: torch.optim.Optimizer
+    uses_grad_scaler: bool = False
+    bad_in_a_row: int = 0
+    overflows_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
         self.names: list[str] = []
-        self.pending: list[_StepRecord] = []
+        # By step: (number of scalars,), 1.0 where a scalar is not finite.
+        self.pending: dict[int, Tensor] = {}
 
     def mark_step(self, step: int, losses: dict[str, Tensor], grad_norm: Tensor) -> Tensor:
         """Record a step and make the optimizer skip its update if the gradient is not finite.
@@ -66,7 +58,7 @@ class NonFiniteGuard:
         if not self.uses_grad_scaler:
             # A non-finite loss gives a non-finite gradient, which DDP spreads to every process.
             setattr(self.optimizer, "found_inf", is_bad[-1].float())  # noqa: B010 (an undeclared attribute)
-        self.pending.append(_StepRecord(step, is_bad.float()))
+        self.pending[step] = is_bad.float()
         return 1 - is_bad.any().float()
 
     def report(self, reduce: Callable[[Tensor, str], Tensor]) -> list[str]:
@@ -80,11 +72,11 @@ class NonFiniteGuard:
         """
         if not self.pending:
             return []
-        table = torch.stack([record.is_bad for record in self.pending])
+        table = torch.stack(list(self.pending.values()))
         rows = reduce(table, "mean").gt(0).tolist()
-        steps = [record.step for record in self.pending]
-        self.pending = []
-        messages = []
+        steps = list(self.pending)
+        self.pending.clear()
+        messages: list[str] = []
         for step, row in zip(steps, rows):
             bad_names = [name for name, is_bad in zip(self.names, row) if is_bad]
             is_overflow = self.uses_grad_scaler and bad_names == ["grad_norm"]

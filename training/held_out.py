@@ -21,7 +21,7 @@ from models.autoencoder import LatentScale
 from models.sit import SiT
 from sampling.recipe import Recipe
 
-# Midpoints of five equal intervals: the mean over them stands for uniform timesteps.
+# Midpoints of five equal intervals, so that the mean approximates that over uniform timesteps.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 0  # of the noise and the posterior samples, for every run
 COMPARED_FIELDS = (
@@ -41,19 +41,17 @@ class HeldOutLoss:
     Args:
         root: The latent cache.
         num_images: Number of images to use, evenly spaced; all of them if the cache has fewer.
-        flag: Flag that names the cache, for messages.
 
     Raises:
         UserError: The cache cannot be read.
     """
 
-    def __init__(self, root: Path, num_images: int, flag: str = "--eval-latents"):
+    def __init__(self, root: Path, num_images: int):
         try:
             self.cache = LatentCache(root)
         except CacheError as error:
-            raise UserError(f"{flag}: {error}") from None
+            raise UserError(f"--eval-latents: {error}") from None
         self.root = root
-        self.flag = flag
         self.num_images = min(num_images, len(self.cache))
         self.image_index = torch.arange(self.num_images) * len(self.cache) // self.num_images
         self.scale = LatentScale(self.cache.manifest.scale, self.cache.manifest.shift)
@@ -67,7 +65,7 @@ class HeldOutLoss:
         ]
         if differing:
             raise UserError(
-                f"{self.flag} {self.root} differs from --data-dir in {', '.join(differing)}: "
+                f"--eval-latents {self.root} differs from --data-dir in {', '.join(differing)}: "
                 "encode both caches with the same settings"
             )
 

@@ -1,6 +1,7 @@
 """Previews and evaluations of the EMA during training."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from training.preview import Preview, preview_path
 from training.state import TrainState
 
 
+@dataclass
 class Monitors:
     """Previews and evaluates each EMA periodically and at the last step.
 
@@ -23,30 +25,18 @@ class Monitors:
         evaluator: Computes metrics; None without evaluations.
         preview_every: Steps between previews.
         eval_every: Steps between evaluations.
+        complete_evaluations: Step and EMA decay of evaluations that were complete when the run
+            stopped.
     """
 
-    def __init__(
-        self,
-        log: RunLog,
-        ema_decays: tuple[float, ...],
-        last_step: int,
-        preview: Preview | None,
-        evaluator: Evaluator | None,
-        preview_every: int,
-        eval_every: int,
-    ):
-        self.log = log
-        self.ema_decays = ema_decays
-        self.last_step = last_step
-        self.preview = preview
-        self.evaluator = evaluator
-        self.preview_every = preview_every
-        self.eval_every = eval_every
-        self.complete_evaluations: set[tuple[int, float]] = set()  # (step, EMA decay)
-
-    def skip_evaluations(self, step: int, decays: Collection[float]) -> None:
-        """Skip evaluations at `step` that were complete when the run stopped."""
-        self.complete_evaluations = {(step, decay) for decay in decays}
+    log: RunLog
+    ema_decays: tuple[float, ...]
+    last_step: int
+    preview: Preview | None
+    evaluator: Evaluator | None
+    preview_every: int
+    eval_every: int
+    complete_evaluations: Collection[tuple[int, float]] = ()
 
     def run_due(
         self, state: TrainState, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
@@ -62,14 +52,15 @@ class Monitors:
             False if a stop signal interrupted the work.
         """
         step = state.step
-        preview = self.preview if self._is_due(step, self.preview_every) else None
-        evaluator = self.evaluator if self._is_due(step, self.eval_every) else None
+        is_preview_due = is_due(step, self.preview_every, self.last_step)
+        is_evaluation_due = is_due(step, self.eval_every, self.last_step)
+        preview = self.preview if is_preview_due else None
+        evaluator = self.evaluator if is_evaluation_due else None
         if not preview and not evaluator:
             return True
         with self.log.throughput.pause():
-            for decay, suffix, ema in zip(
-                self.ema_decays, ema_suffixes(self.ema_decays), state.emas
-            ):
+            suffixes = ema_suffixes(self.ema_decays)
+            for decay, suffix, ema in zip(self.ema_decays, suffixes, state.emas):
                 if preview:
                     self._draw(preview, ema, step, suffix)
                 if evaluator and (step, decay) not in self.complete_evaluations:
@@ -82,9 +73,6 @@ class Monitors:
                         self.log.evaluation(f"eval{suffix}", step, metrics, identity)
         return True
 
-    def _is_due(self, step: int, period: int) -> bool:
-        return is_due_or_last(step, period, self.last_step)
-
     def _draw(self, preview: Preview, ema: SiT, step: int, suffix: str) -> None:
         path = preview_path(self.log.folder, step, suffix)
         if path.exists():
@@ -96,14 +84,6 @@ class Monitors:
             self.log.info(f"could not save {path}: {format_error(error)}; training continues")
 
 
-def is_due_or_last(step: int, period: int, last_step: int) -> bool:
-    """Return whether an action is due: every `period` steps and at the last step.
-
-    A period of 0 disables it.
-    """
-    return step > 0 and period > 0 and (is_due(step, period) or step == last_step)
-
-
 def ema_suffixes(decays: tuple[float, ...]) -> list[str]:
-    """Return the part of a preview's file name that tells EMAs apart, "" for the primary one."""
+    """Return the suffix of each EMA in file names and trackers, "" for the primary one."""
     return ["", *(f"-ema{decay}" for decay in decays[1:])]

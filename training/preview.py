@@ -11,6 +11,7 @@ from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import SiT
 from sampling.recipe import Recipe
+from training.config import ObjectiveConfig
 
 
 class Preview:
@@ -20,8 +21,7 @@ class Preview:
         vae: Decodes the samples.
         class_names: Names of the classes; up to `num_rows` of them are shown, evenly spaced.
         cfg_scale: Guidance scale.
-        path_type: Interpolant that the network is trained on.
-        prediction: What the network predicts.
+        objective: The denoising objective that the network is trained on.
         seed: Seed of the initial noise.
     """
 
@@ -33,10 +33,9 @@ class Preview:
         self,
         vae: Autoencoder,
         class_names: list[str],
-        cfg_scale: float = 1.5,
-        path_type: str = "linear",
-        prediction: str = "v",
-        seed: int = 0,
+        cfg_scale: float,
+        objective: ObjectiveConfig,
+        seed: int,
     ):
         self.vae = vae
         num_rows = min(self.num_rows, len(class_names))
@@ -47,8 +46,8 @@ class Preview:
             num_steps=self.num_steps,
             cfg_scale=cfg_scale,
             seed=seed,
-            path_type=path_type,
-            prediction=prediction,
+            path_type=objective.path_type,
+            prediction=objective.prediction,
             explicit_labels=classes.repeat_interleave(self.num_columns),
         )
 
@@ -70,8 +69,8 @@ class Preview:
         save_png(grid, path)
 
 
-def preview_path(folder: Path, step: int, suffix: str = "") -> Path:
-    """Return the file of a run's preview; the suffix tells EMAs apart."""
+def preview_path(folder: Path, step: int, suffix: str) -> Path:
+    """Return the file of a run's preview; the suffix identifies the EMA."""
     return folder / "samples" / f"{step:07d}{suffix}.png"
 
 

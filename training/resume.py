@@ -1,4 +1,4 @@
-"""Where a run stopped, and whether it may be resumed with the settings of this start.
+"""Find out where a run stopped, and check that it may be resumed with the current settings.
 
 | file | holds | compared on resume |
 |---|---|---|
@@ -28,7 +28,8 @@ from training.config import (
     Settings,
     format_value,
 )
-from training.monitors import ema_suffixes, is_due_or_last
+from training.log import is_due
+from training.monitors import ema_suffixes
 from training.preview import preview_path
 
 # Settings that may change between two starts of a run, besides fields marked `may_change`.
@@ -37,66 +38,51 @@ FREE_CONFIGS = (DataConfig, LogConfig, SaveConfig, PreviewConfig, PeriodicEvalua
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands when it is started; the same on all processes."""
+    """The progress of a run when it is started; the same on all processes."""
 
     checkpoints: list[Path] = field(default_factory=list)  # oldest first
     step: int = 0  # of the newest checkpoint
-    evaluated_decays: frozenset[float] = frozenset()  # EMAs whose evaluation at `step` is done
+    complete_evaluations: frozenset[tuple[int, float]] = frozenset()  # (`step`, EMA decay)
     has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
 
 
-def find_position(
-    folder: Path,
-    ema_decays: tuple[float, ...],
-    last_step: int,
-    preview: PreviewConfig,
-    evaluation: PeriodicEvaluationConfig,
-) -> RunPosition:
-    """Find out where a run stopped.
-
-    Args:
-        folder: The run folder; a new run may have none.
-        ema_decays: Decays of the EMAs.
-        last_step: Number of updates of the whole run.
-        preview: Settings of the previews.
-        evaluation: Settings of the evaluations.
-    """
+def find_position(settings: Settings) -> RunPosition:
+    """Find out where a run stopped; a new run may have no folder yet."""
+    folder = settings.run.folder
+    ema_decays = settings.optimizer.ema_decay
+    last_step = settings.loop.num_steps
     checkpoints = list_checkpoints(folder)
     step = int(checkpoints[-1].name) if checkpoints else 0
-    rows = [row for row in read_rows(folder) if row["step"] == step and "evaluation" in row]
-    evaluated = frozenset(row["evaluation"]["ema_decay"] for row in rows)
-    previews = [preview_path(folder, step, suffix) for suffix in ema_suffixes(ema_decays)]
-    is_evaluation_due = is_due_or_last(step, evaluation.every, last_step)
-    is_preview_due = is_due_or_last(step, preview.every, last_step)
-    lacks_evaluation = not evaluated >= set(ema_decays)
-    lacks_preview = not all(path.exists() for path in previews)
-    return RunPosition(
-        checkpoints,
-        step,
-        evaluated,
-        has_pending_work=(is_evaluation_due and lacks_evaluation)
-        or (is_preview_due and lacks_preview),
+    complete = frozenset(
+        (step, row["evaluation"]["ema_decay"])
+        for row in read_rows(folder)
+        if row["step"] == step and "evaluation" in row
     )
+    lacks_evaluation = is_due(step, settings.evaluation.every, last_step) and any(
+        (step, decay) not in complete for decay in ema_decays
+    )
+    lacks_preview = is_due(step, settings.preview.every, last_step) and any(
+        not preview_path(folder, step, suffix).exists() for suffix in ema_suffixes(ema_decays)
+    )
+    return RunPosition(checkpoints, step, complete, lacks_evaluation or lacks_preview)
 
 
 def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> None:
     """Raise UserError unless the cache is what the flags ask for and fits the network."""
     patch = PRESETS[model.model]["patch"]
+    folders = format_value(data.data_dir)
     if data.resolution not in (None, manifest.resolution):
         raise UserError(
-            f"--resolution {data.resolution}: {format_value(data.data_dir)} contains images of "
+            f"--resolution {data.resolution}: {folders} contains images of "
             f"{manifest.resolution} pixels"
         )
     if data.num_classes not in (None, manifest.num_classes):
-        raise UserError(
-            f"--num-classes {data.num_classes}: {format_value(data.data_dir)} has "
-            f"{manifest.num_classes}"
-        )
+        raise UserError(f"--num-classes {data.num_classes}: {folders} has {manifest.num_classes}")
     _, height, width = manifest.latent_shape
     if height != width or height % patch:
         raise UserError(
-            f"--model {model.model} cannot cut the latents of {format_value(data.data_dir)} "
-            f"{manifest.latent_shape} into patches of {patch}"
+            f"--model {model.model} cannot cut the latents of {folders} {manifest.latent_shape} "
+            f"into patches of {patch}"
         )
 
 
@@ -130,9 +116,8 @@ def build_config_json(
 
 def build_args_json(settings: Settings) -> dict:
     """Return the contents of args.json: every flag and its value."""
-    configs = (getattr(settings, name) for name in Settings._fields)
-    flat = record_flags(*(config for config in configs if type(config) in ALL_CONFIGS))
-    return flat | record_alignments(settings.alignments)
+    configs = [config for config in settings if type(config) in ALL_CONFIGS]
+    return record_flags(*configs) | record_alignments(settings.alignments)
 
 
 def check_same_run(flags: dict, folder: Path) -> None:
@@ -151,14 +136,13 @@ def check_same_run(flags: dict, folder: Path) -> None:
         raise UserError(
             f"{path} is damaged: remove it to resume the run with the flags of this command"
         ) from None
-    changed = [key for key in flags if key in stored and stored[key] != flags[key]]
-    changed = [key for key in changed if key not in _flags_that_may_change()]
+    changed = {
+        key: f"--{key.replace('_', '-')}"
+        for key, value in flags.items()
+        if stored.get(key, value) != value and key not in _flags_that_may_change()
+    }
     if changed:
-        differences = "; ".join(
-            f"--{key.replace('_', '-')} was {format_value(stored[key])}, now "
-            f"{format_value(flags[key])}"
-            for key in changed
-        )
+        differences = _describe_changes(changed, stored, flags)
         raise UserError(
             f"{folder} was started with other flags: {differences}. Choose another --exp-name, or "
             "pass the flags it was started with"
@@ -167,12 +151,21 @@ def check_same_run(flags: dict, folder: Path) -> None:
 
 def _flags_that_may_change() -> set[str]:
     """Return argparse's names of the flags that a resumed run may be started with."""
-    names = method_destinations()  # config.json records what these lead to
-    for config in ALL_CONFIGS:
-        for setting in fields(config):
-            if config in FREE_CONFIGS or setting.metadata.get("may_change"):
-                names.add(destination(setting))
-    return names
+    names = {
+        destination(setting)
+        for config in ALL_CONFIGS
+        for setting in fields(config)
+        if config in FREE_CONFIGS or setting.metadata.get("may_change")
+    }
+    return names | method_destinations()  # config.json records what those of the methods lead to
+
+
+def _describe_changes(names: dict[str, str], before: dict, now: dict) -> str:
+    """Return the values of changed keys before and now, given the keys and their names."""
+    return "; ".join(
+        f"{name} was {format_value(before.get(key))}, now {format_value(now[key])}"
+        for key, name in names.items()
+    )
 
 
 def check_same_data(data: DataConfig, folder: Path, stored: dict, current: dict) -> None:
@@ -202,18 +195,14 @@ def check_same_alignment(folder: Path, stored: list[dict], current: list[dict]) 
         stored: config.json's "align" of the checkpoint to resume from.
         current: config.json's "align" that this start would write.
     """
-    methods = [[entry["method"] for entry in entries] for entries in (stored, current)]
-    if methods[0] != methods[1]:
-        names = [" ".join(entry) or "none" for entry in methods]
-        raise UserError(f"{folder} was started with --align {names[0]}, now --align {names[1]}")
+    old_methods = " ".join(entry["method"] for entry in stored) or "none"
+    methods = " ".join(entry["method"] for entry in current) or "none"
+    if old_methods != methods:
+        raise UserError(f"{folder} was started with --align {old_methods}, now --align {methods}")
     for before, now in zip(stored, current):
-        changed = [key for key in now if key not in before or before[key] != now[key]]
+        changed = {key: key for key in now if key not in before or before[key] != now[key]}
         if changed:
-            differences = "; ".join(
-                f"{key} was {format_value(before.get(key))}, now {format_value(now[key])}"
-                for key in changed
-            )
             raise UserError(
                 f"{folder} was started with another setting of --align {now['method']}: "
-                f"{differences}"
+                f"{_describe_changes(changed, before, now)}"
             )

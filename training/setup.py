@@ -2,7 +2,8 @@
 
 import copy
 import json
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -24,16 +25,13 @@ from training.alignment import (
     describe_alignment,
     load_alignments,
     make_cache_info,
-    make_run_context,
     plan_alignments,
     required_cache_inputs,
     restore_settings,
 )
 from training.config import (
     DataConfig,
-    DeviceConfig,
     ModelConfig,
-    OptimizerConfig,
     Settings,
     autocast_dtype,
     build_network_config,
@@ -42,7 +40,7 @@ from training.config import (
 )
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
-from training.log import Console, MetricMeans, MetricsFile, RunLog
+from training.log import Console, MetricMeans, RunLog
 from training.monitors import Monitors
 from training.preview import Preview, load_vae
 from training.resume import (
@@ -61,24 +59,18 @@ from training.trackers import Trackers
 
 
 def build_state(
-    network: SiTConfig,
-    align: list[dict],
-    optimizer: OptimizerConfig,
-    options: DeviceConfig,
-    device: torch.device,
-    seed: int = 0,
+    settings: Settings, network: SiTConfig, align: list[dict], device: torch.device
 ) -> TrainState:
     """Build the networks and the optimizer at step 0.
 
     Args:
+        settings: Settings of the run.
         network: Architecture of the backbone.
         align: config.json's "align", which describes the heads.
-        optimizer: Settings of AdamW and the EMAs.
-        options: Compilation and activation checkpointing.
         device: Device of the state.
-        seed: Seed of the initial weights.
     """
-    torch.manual_seed(seed)
+    optimizer = settings.optimizer
+    torch.manual_seed(settings.run.seed)
     backbone = SiT(network)  # before the heads, so that its weights do not depend on them
     model = build_aligned_network(backbone, align).to(device)
     emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
@@ -90,8 +82,8 @@ def build_state(
         eps=optimizer.adam_epsilon,
         fused=True,
     )
-    backbone.activation_checkpointing = options.activation_checkpointing
-    if options.compile:
+    backbone.activation_checkpointing = settings.device.activation_checkpointing
+    if settings.device.compile:
         # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
         torch._dynamo.config.optimize_ddp = False
         for block in backbone.blocks:  # not those of the EMAs, which are sampled with other shapes
@@ -100,7 +92,7 @@ def build_state(
 
 
 class Networks(NamedTuple):
-    """The parts of a run that may fail to build on one process only."""
+    """Parts of a run whose construction may fail on one process only."""
 
     config: dict  # contents of config.json
     cache_info: CacheInfo
@@ -148,9 +140,11 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         return None
     check_same_run(flags, folder)
 
-    # Find out where the run stopped.
+    # Find out where the run stopped. Only the first process looks, because on a network disk others
+    # may see files later.
     num_steps = settings.loop.num_steps
-    position = read_position(settings, accelerator)
+    position = find_position(settings) if accelerator.is_main_process else RunPosition()
+    position = broadcast_object_list([position])[0]
     if position.step >= num_steps and not position.has_pending_work:
         accelerator.print(
             f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
@@ -159,20 +153,16 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         return None
 
     # Build networks, targets and monitors, and restore the newest checkpoint.
-    networks = build_networks_or_exit(settings, accelerator, cache, position, resources)
+    with fail_together():
+        networks = build_networks(settings, accelerator, cache, position, resources)
     if settings.data.cache_in_ram:
-        load_cache_into_ram(cache, accelerator)
+        with fail_together():
+            cache.load_into_ram(accelerator.process_index, lambda value: gather_object([value]))
     if accelerator.is_main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
 
     # Open the log where the run stopped.
-    state = networks.state
-    guard = NonFiniteGuard(
-        state.optimizer,
-        accelerator.mixed_precision == "fp16",
-        *state.progress.get("bad_in_a_row", ()),
-    )
-    log = open_log(settings, accelerator, networks, guard)
+    log = open_log(settings, accelerator, networks)
     log.info(describe_run(settings, accelerator, networks, cache))
     if position.checkpoints:
         log.info(f"resuming from {position.checkpoints[-1]}")
@@ -184,9 +174,18 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         networks.evaluator,
         settings.preview.every,
         settings.evaluation.every,
+        position.complete_evaluations,
     )
-    monitors.skip_evaluations(position.step, position.evaluated_decays)
-    return Run(cache, networks.config, state, networks.alignments, guard, log, monitors, num_steps)
+    return Run(
+        cache,
+        networks.config,
+        networks.state,
+        networks.alignments,
+        log.guard,
+        log,
+        monitors,
+        num_steps,
+    )
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
@@ -199,43 +198,19 @@ def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
     return cache
 
 
-def read_position(settings: Settings, accelerator: Accelerator) -> RunPosition:
-    """Find out where the run stopped.
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """End all processes if the block fails on one of them.
 
-    Only the first process looks, because on a network disk others may see files later.
+    If it may fail on only some processes, the block must contain no collective.
     """
-    position = [RunPosition()]
-    if accelerator.is_main_process:
-        position = [
-            find_position(
-                settings.run.folder,
-                settings.optimizer.ema_decay,
-                settings.loop.num_steps,
-                settings.preview,
-                settings.evaluation,
-            )
-        ]
-    return broadcast_object_list(position)[0]
-
-
-def build_networks_or_exit(
-    settings: Settings,
-    accelerator: Accelerator,
-    cache: LatentCache,
-    position: RunPosition,
-    resources: ExitStack,
-) -> Networks:
-    """Call `build_networks` on every process; if it fails on one, end all of them."""
-    networks = None
     error: UserError | None = None
     try:
-        networks = build_networks(settings, accelerator, cache, position, resources)
+        yield
     except (UserError, CheckpointError, CacheError) as setup_error:
         error = UserError(str(setup_error))
     if any(gather_object([error is not None])):
         raise error or SystemExit(2)  # the process that failed prints the reason
-    assert networks is not None
-    return networks
 
 
 def build_networks(
@@ -254,31 +229,24 @@ def build_networks(
         position: Where the run stopped.
         resources: Receives the lock of the run folder.
     """
-    device, manifest, folder = accelerator.device, cache.manifest, settings.run.folder
+    manifest = cache.manifest
+    folder = settings.run.folder
     checkpoint = position.checkpoints[-1] if position.checkpoints else None
-    alignments = settings.alignments
     if checkpoint:
         with suppress(CheckpointError):  # a damaged checkpoint is reported by verify_checkpoint
-            alignments = restore_settings(alignments, read_config(checkpoint).get("align", []))
+            stored_align = read_config(checkpoint).get("align", [])
+            alignments = restore_settings(settings.alignments, stored_align)
+            settings = settings._replace(alignments=alignments)
     network = build_network_config(settings.model, manifest)
     cache_info = make_cache_info(manifest, cache.read_feature_metadata())
-    align = plan_alignments(alignments, network, cache_info)
+    align = plan_alignments(settings.alignments, network, cache_info)
     config = build_config_json(settings, network, align, manifest)
 
     preview, evaluator = build_preview_and_evaluator(settings, accelerator, manifest)
     if accelerator.is_main_process:
         resources.enter_context(lock_run(folder, position.checkpoints))
-    state = build_state(
-        network, align, settings.optimizer, settings.device, device, settings.run.seed
-    )
-    context = make_run_context(
-        settings.objective.path_type,
-        state.emas[0],
-        device,
-        accelerator.autocast,
-        settings.device.compile,
-    )
-    loaded = load_alignments(alignments, align, network, cache_info, context)
+    state = build_state(settings, network, align, accelerator.device)
+    loaded = load_alignments(settings, align, cache_info, state.emas[0], accelerator.autocast)
     for name in required_cache_inputs(loaded):
         cache.require_folder(name)
     if checkpoint:
@@ -295,27 +263,24 @@ def build_networks(
 def build_preview_and_evaluator(
     settings: Settings, accelerator: Accelerator, manifest: Manifest
 ) -> tuple[Preview | None, Evaluator | None]:
-    """Build the preview of the first process and the evaluator, as far as they are enabled."""
+    """Build the preview (on the first process) and the evaluator; None if they are disabled."""
     has_preview = settings.preview.every > 0 and accelerator.is_main_process
     has_evaluation = settings.evaluation.every > 0
-    if not has_preview and not has_evaluation:
-        return None, None
-    objective = settings.objective
-    vae = load_vae(settings.preview.vae, manifest, accelerator.device)
     preview, evaluator = None, None
+    if has_preview or has_evaluation:
+        vae = load_vae(settings.preview.vae, manifest, accelerator.device)
     if has_preview:
         preview = Preview(
             vae,
             manifest.class_names,
             settings.preview.cfg_scale,
-            objective.path_type,
-            objective.prediction,
+            settings.objective,
             settings.run.seed,
         )
     if has_evaluation:
         evaluator = Evaluator(
             settings.evaluation,
-            objective,
+            settings.objective,
             vae,
             manifest,
             autocast_dtype(accelerator.mixed_precision),
@@ -325,26 +290,20 @@ def build_preview_and_evaluator(
     return preview, evaluator
 
 
-def load_cache_into_ram(cache: LatentCache, accelerator: Accelerator) -> None:
-    """Load the cache into memory that the processes of a machine share."""
-    try:
-        cache.load_into_ram(accelerator.process_index, lambda value: gather_object([value]))
-    except CacheError as error:
-        raise UserError(str(error)) from None
-
-
-def open_log(
-    settings: Settings, accelerator: Accelerator, networks: Networks, guard: NonFiniteGuard
-) -> RunLog:
+def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -> RunLog:
     """Open the log at the position of the run and start the trackers."""
-    state, config, folder = networks.state, networks.config, settings.run.folder
-    device, dtype = accelerator.device, autocast_dtype(accelerator.mixed_precision)
+    state = networks.state
+    config = networks.config
+    folder = settings.run.folder
+    device = accelerator.device
+    dtype = autocast_dtype(accelerator.mixed_precision)
     batch_size = settings.loop.batch_size
     names = ["loss", "denoising"]
     for method in networks.alignments:
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
     means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
-    flops = training_flops(SiTConfig(**config["model"]), config["align"], networks.cache_info)
+    network = state.model.backbone.config
+    flops = training_flops(network, config["align"], networks.cache_info)
     mfu_per_image_rate = flops / measure_matmul_rate(device, dtype) / accelerator.num_processes
     console = Console(
         folder,
@@ -353,19 +312,18 @@ def open_log(
         is_main_process=accelerator.is_main_process,
     )
     trackers = Trackers(accelerator, console.info)
-    trackers.start(
-        settings.log.wandb_project,
-        settings.run.exp_name,
-        folder,
-        config | build_args_json(settings),
-    )
+    trackers.start(settings.log.wandb_project, folder, config | build_args_json(settings))
     log = RunLog(
+        folder,
         console,
-        MetricsFile(folder),
         trackers,
         means,
         Throughput(batch_size, device, state.step, mfu_per_image_rate),
-        guard,
+        NonFiniteGuard(
+            state.optimizer,
+            accelerator.mixed_precision == "fp16",
+            *state.progress.get("bad_in_a_row", ()),
+        ),
         settings.log.log_every,
     )
     log.restore(state.step, state.progress)
@@ -375,15 +333,17 @@ def open_log(
 def describe_run(
     settings: Settings, accelerator: Accelerator, networks: Networks, cache: LatentCache
 ) -> str:
-    """Return what is about to run, in four lines and one more per further method."""
-    loop, objective = settings.loop, settings.objective
+    """Return a description of the run: four lines, and one more for each further method."""
+    loop = settings.loop
+    objective = settings.objective
     model = networks.state.model
     size = sum(parameter.numel() for parameter in model.backbone.parameters())
     flops = backbone_flops(model.backbone.config)
     methods = [
         describe_alignment(entry, model, networks.cache_info) for entry in networks.config["align"]
     ]
-    num_processes, accumulation = accelerator.num_processes, loop.gradient_accumulation_steps
+    num_processes = accelerator.num_processes
+    accumulation = loop.gradient_accumulation_steps
     local = loop.batch_size // num_processes // accumulation
     epochs = loop.num_steps * loop.batch_size / len(cache)
     return "\n".join(

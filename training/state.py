@@ -8,9 +8,9 @@ import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -51,14 +51,15 @@ class TrainState:
 
     def snapshot(self, config: dict) -> "Snapshot":
         """Copy the state to host memory: the only part of saving that training waits for."""
-        return Snapshot(
-            step=self.step,
-            config=config,
-            emas=[_to_host(ema.state_dict()) for ema in self.emas],
-            model=_to_host(self.model.state_dict()),
-            optimizer=_to_host(self.optimizer.state_dict()),
-            progress=dict(self.progress),
+        emas, model, optimizer = recursively_apply(
+            lambda tensor: tensor.detach().to("cpu", copy=True).contiguous(),
+            (
+                [ema.state_dict() for ema in self.emas],
+                self.model.state_dict(),
+                self.optimizer.state_dict(),
+            ),
         )
+        return Snapshot(self.step, config, emas, model, optimizer, dict(self.progress))
 
     def load(self, checkpoint: Path, progress: dict) -> None:
         """Restore the state in place.
@@ -135,6 +136,7 @@ class Snapshot:
         write_file(folder / "progress.json", json.dumps(progress).encode())
 
 
+@dataclass
 class CheckpointWriter:
     """Writes checkpoints in a background thread and removes old ones.
 
@@ -148,11 +150,12 @@ class CheckpointWriter:
         milestone_steps: Checkpoints at multiples of this many steps are never removed.
     """
 
-    def __init__(self, run: Path, config: dict, keep_last: int = 0, milestone_steps: int = 0):
-        self.run = run
-        self.config = config
-        self.keep_last = keep_last
-        self.milestone_steps = milestone_steps
+    run: Path
+    config: dict
+    keep_last: int = 0
+    milestone_steps: int = 0
+
+    def __post_init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.messages: list[str] = []
         self.problem = ""  # why the last save failed
@@ -222,22 +225,10 @@ class EMA:
     def __init__(self, ema: nn.Module, model: nn.Module, decay: float):
         pairs = zip(ema.parameters(), model.parameters(), strict=True)
         trained = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
-        self.averages = [average for average, _ in trained]
-        self.parameters = [parameter for _, parameter in trained]
+        self.averages, self.parameters = zip(*trained)
         self.update_averages = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
         """Set ema = decay * ema + (1 - decay) * model."""
         self.update_averages(self.averages, self.parameters, None)
-
-
-def _to_host(value: Any) -> Any:
-    """Return a deep copy with every tensor in host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
-    if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_host(item) for item in value)
-    return value

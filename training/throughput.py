@@ -3,10 +3,10 @@
 One multiply-accumulate counts as two FLOPs.
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -45,38 +45,38 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
     is_gpu = device.type == "cuda"
     size, repeats = (8192, 5) if is_gpu else (1024, 1)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
-    begun = time.perf_counter()
-    fastest = math.inf
-    while fastest == math.inf or time.perf_counter() - begun < seconds:
+    deadline = time.perf_counter() + seconds
+    durations: list[float] = []
+    while not durations or time.perf_counter() < deadline:
         started = time.perf_counter()
         for _ in range(repeats):
             matrix @ matrix
         if is_gpu:
             torch.cuda.synchronize(device)
-        fastest = min(fastest, (time.perf_counter() - started) / repeats)
-    return 2 * size**3 / fastest
+        durations.append((time.perf_counter() - started) / repeats)
+    return 2 * size**3 / min(durations)
 
 
+@dataclass
 class Throughput:
     """Measures the speed of training between two log lines.
 
     Args:
         batch_size: Global batch size.
         device: Device of the step.
-        step: Number of updates at the start.
+        start_step: Number of updates at the start.
         mfu_per_image_rate: Model FLOP utilisation at one image per second.
     """
 
-    def __init__(
-        self, batch_size: int, device: torch.device, step: int = 0, mfu_per_image_rate: float = 0.0
-    ):
-        self.batch_size = batch_size
-        self.device = device
-        self.mfu_per_image_rate = mfu_per_image_rate
+    batch_size: int
+    device: torch.device
+    start_step: int
+    mfu_per_image_rate: float
+
+    def __post_init__(self) -> None:
         self.started = time.perf_counter()
-        self.start_step = step
         self.data_wait_seconds = 0.0
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def time_batches(self, batches: Iterable[T]) -> Iterator[T]:

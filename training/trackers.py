@@ -2,28 +2,19 @@
 
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
 from common.cli import UserError, first_line
 from common.files import write_file
 
-TRACKER_NAMES = (
-    "aim",
-    "clearml",
-    "comet_ml",
-    "dvclive",
-    "mlflow",
-    "swanlab",
-    "tensorboard",
-    "trackio",
-    "wandb",
-)
+TRACKER_NAMES = sorted(LOGGER_TYPE_TO_CLASS)
 
 
 def resolve_trackers(report_to: tuple[str, ...]) -> list[str]:
@@ -42,6 +33,7 @@ def resolve_trackers(report_to: tuple[str, ...]) -> list[str]:
     return names
 
 
+@dataclass
 class Trackers:
     """The trackers of a run. A tracker that fails is disabled, and training continues.
 
@@ -50,17 +42,15 @@ class Trackers:
         info: Writes a message to the log.
     """
 
-    def __init__(self, accelerator: Accelerator, info: Callable[[str], None]):
-        self.accelerator = accelerator
-        self.info = info
+    accelerator: Accelerator
+    info: Callable[[str], None]
 
-    def start(self, project: str, name: str, folder: Path, config: dict) -> None:
+    def start(self, project: str, folder: Path, config: dict) -> None:
         """Start the trackers; Weights & Biases resumes the run whose id is in `folder`.
 
         Args:
             project: Name of the project.
-            name: Name of the run.
-            folder: The run folder.
+            folder: The run folder; its name is that of the run.
             config: Settings to record.
 
         Raises:
@@ -73,7 +63,7 @@ class Trackers:
         if not id_file.exists():
             write_file(id_file, uuid.uuid4().hex[:8].encode())
         wandb = {
-            "name": name,
+            "name": folder.name,
             "id": id_file.read_text(),
             "dir": folder,
             "resume": "allow",

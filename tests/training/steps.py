@@ -13,7 +13,6 @@ from latents.cache import LatentCache
 from training.alignment import (
     load_alignments,
     make_cache_info,
-    make_run_context,
     plan_alignments,
 )
 from training.config import Settings, build_network_config, parse_settings
@@ -38,9 +37,7 @@ def make_step(
     network = build_network_config(settings.model, cache.manifest)
     cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
     align = plan_alignments(settings.alignments, network, cache_info)
-    state = build_state(network, align, settings.optimizer, settings.device, device)
-    path_type = settings.objective.path_type
-    context = make_run_context(path_type, state.emas[0], device, nullcontext, False)
+    state = build_state(settings, network, align, device)
     accelerator = SimpleNamespace(
         device=device,
         prepare=lambda *parts: parts,
@@ -52,7 +49,7 @@ def make_step(
         accelerator,
         state,
         cache.manifest,
-        load_alignments(settings.alignments, align, network, cache_info, context),
+        load_alignments(settings, align, cache_info, state.emas[0], nullcontext),
         NonFiniteGuard(state.optimizer),
         settings.objective,
         settings.optimizer,

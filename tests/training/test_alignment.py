@@ -259,7 +259,7 @@ def test_head_of_weight_zero_has_no_gradient(make):
     assert all(p.requires_grad for p in heads["sra"].parameters())
 
 
-def test_each_method_has_its_own_settings(make):
+def test_methods_have_separate_settings(make):
     flags = (
         "--align sra2 sra --align-loss l2 smooth_l1 --align-beta 0.1 0.2 "
         "--align-t-range 0 1 0.2 0.5 --align-weight 3 4"
@@ -433,7 +433,7 @@ def test_all_methods_together_resume_bit_for_bit(call, with_images, tmp_path):
     assert code == 2 and "--align-depth was" in out
 
 
-def test_methods_own_setting_is_part_of_the_run(call, cache, tmp_path):
+def test_setting_of_a_method_is_part_of_the_run(call, cache, tmp_path):
     flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 1)
     assert call(train, *flags)[0] == 0
     # The default, spelled out.

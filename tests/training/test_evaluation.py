@@ -89,7 +89,7 @@ def test_evaluation_does_not_change_the_training(call, flags, unbroken, tmp_path
     assert have_equal_weights(run, unbroken, "0000005")
 
 
-def test_two_processes_measure_what_one_does(call, flags, unbroken, tmp_path):
+def test_two_processes_measure_the_same_as_one(call, flags, unbroken, tmp_path):
     """The weights are the same: a finished run is evaluated when evaluation is requested later."""
     assert call(train, *flags(tmp_path, "--eval-every", 0))[0] == 0
     run_ranks(2, "train", *flags(tmp_path))

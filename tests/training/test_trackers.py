@@ -8,12 +8,11 @@ import struct
 import time
 
 import pytest
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, WandBTracker
+from accelerate.tracking import WandBTracker
 
 import train
 from tests.helpers import read_metrics, train_flags
 from training.preview import Preview
-from training.trackers import TRACKER_NAMES
 
 
 @pytest.fixture
@@ -59,10 +58,6 @@ def read_records(folder) -> list:
 
 def parse_items(items) -> dict:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def test_tracker_names_are_accelerates():
-    assert set(TRACKER_NAMES) == set(LOGGER_TYPE_TO_CLASS)
 
 
 def test_wandb_gets_config_metrics_and_previews_and_resumes_under_the_same_id(

@@ -297,7 +297,7 @@ def test_patches_must_fit_the_latents(call, cache, tmp_path):
     assert code == 2 and "cannot cut the latents" in out
 
 
-def test_posterior_sample_lies_around_the_mean_of_its_own_image(
+def test_posterior_sample_lies_around_the_mean_of_the_same_image(
     call, cache, tmp_path, drawn_inputs
 ):
     flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 3)
