@@ -21,11 +21,10 @@ from checkpointing.official import ORIGINS
 from checkpointing.pretrained import PretrainedModel
 from checkpointing.storage import CheckpointError
 from common import cli
-from common.cli import UserError
+from common.cli import UserError, format_flags
 from common.config import (
     add_flags,
     flag_of,
-    format_flags,
     read_flags,
     record_flags,
     setting,

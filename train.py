@@ -169,6 +169,12 @@ class Step:
             if alignment.is_active(self.state.step)
         }
         idle = [a for name, a in self.alignments.items() if name not in active]
+        # Compute these targets first, while the activations of the student use no memory.
+        targets = {
+            name: alignment.compute_targets(inputs)
+            for name, alignment in active.items()
+            if not alignment.target.student_blocks
+        }
         output = self.model(
             x_t,
             inputs.t,
@@ -176,9 +182,8 @@ class Step:
             idle_heads=[name for alignment in idle for name in alignment.head_names],
             student_blocks=[k for a in active.values() for k in a.target.student_blocks],
         )
-        target = regression_target(
-            self.objective.prediction, inputs.latents, inputs.noise, velocity
-        )
+        prediction = self.objective.prediction
+        target = regression_target(prediction, inputs.latents, inputs.noise, velocity)
         denoising = denoising_loss(output.prediction, target)
 
         # L_align: compare the projected tokens of each method's block with its target.
@@ -187,7 +192,9 @@ class Step:
         for name, alignment in self.alignments.items():
             terms = AlignmentTerms.zeros_like(denoising)
             if name in active:
-                terms = alignment.terms(output, inputs)
+                if alignment.target.student_blocks:
+                    targets[name] = alignment.compute_targets(inputs, output.student_tokens)
+                terms = alignment.compute_terms(output, targets[name], inputs.t)
                 if alignment.config.weight:  # skipped if 0, because 0 * NaN is NaN
                     weighted.append(alignment.config.weight * terms.loss)
             scalars[f"align/{name}"] = terms.loss

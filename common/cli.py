@@ -162,7 +162,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=40, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or not action.option_strings:
+        if action.default in (None, False, ()) or not action.option_strings:
             return action.help
         if isinstance(action.default, (list, tuple)):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
@@ -212,3 +212,21 @@ METAVARS: dict[Any, str] = {
     Path: "PATH",
     device: "DEVICE",
 }
+
+
+def format_flags(record: dict[str, Any]) -> str:
+    """Return a record of flags as they are written on the command line, one per line.
+
+    Flags that are unset (None, or False for a switch) are left out.
+    """
+    lines = []
+    for key, value in record.items():
+        if value is not None and value is not False:
+            words = "" if value is True else format_value(value)
+            lines.append(f"--{key.replace('_', '-')} {words}".rstrip())
+    return "\n".join(lines)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    return " ".join(map(format_value, value)) if isinstance(value, (list, tuple)) else str(value)

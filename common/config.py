@@ -89,12 +89,3 @@ def record_flags(*configs: Any) -> dict[str, Any]:
 def to_plain(value: Any) -> Any:
     """Return a value as JSON stores it: lists instead of tuples and strings instead of paths."""
     return json.loads(json.dumps(value, default=str))
-
-
-def format_flags(record: dict[str, Any]) -> str:
-    """Return a record of flags as one line per flag, such as "--batch-size 256"."""
-    lines = []
-    for key, value in record.items():
-        values = value if isinstance(value, list) else [value]
-        lines.append(" ".join([f"--{key.replace('_', '-')}", *map(str, values)]))
-    return "\n".join(lines)

@@ -383,7 +383,7 @@ def format_grid_title(record: JsonObject) -> str:
         low = record["guidance_low"]
         high = record["guidance_high"]
         if (low, high) != (0, 1):
-            title += f" for {low:g} ≤ t ≤ {high:g}"
+            title += f" for t from {low:g} to {high:g}"
     return title
 
 

@@ -1,4 +1,4 @@
-"""Alignment methods in a run: planned from the settings, loaded once, applied in every step."""
+"""Plan, load and apply the alignment methods of a run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +24,7 @@ from training.config import Settings
 
 T = TypeVar("T")
 
-# Fields of AlignmentConfig that config.json's "align" records.
+# Fields of AlignmentConfig that are recorded in the "align" entries of config.json.
 RECORDED_FIELDS = ("method", "block", "weight", "loss", "beta", "t_range", "stop_step")
 
 
@@ -32,7 +32,7 @@ class AlignmentTerms(NamedTuple):
     """Values of one alignment method, one per sample."""
 
     loss: Tensor  # (B,), zero outside the timestep range
-    cosine: Tensor  # (B,), between projected and target tokens, whatever the loss; no gradient
+    cosine: Tensor  # (B,), of projected and target tokens, for every loss type; no gradient
     token_norm: Tensor  # (B,), mean norm of the aligned block's tokens; no gradient
 
     @classmethod
@@ -56,33 +56,41 @@ class Alignment:
     head_names: list[str]
 
     def is_active(self, step: int) -> bool:
-        """Return whether the method is applied in the update that follows `step` updates."""
+        """Return whether the method is still applied after `step` completed updates."""
         return not self.config.stop_step or step < self.config.stop_step
 
-    def terms(self, output: AlignedOutput, inputs: TrainingInputs) -> AlignmentTerms:
-        """Compute the target and compare the projected tokens with it.
+    @torch.no_grad()
+    def compute_targets(
+        self, inputs: TrainingInputs, student_tokens: dict[int, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the target tokens by the names of the heads they are compared with.
 
-        With several targets, loss and cosine are averaged over them.
+        Args:
+            inputs: A micro-batch.
+            student_tokens: Tokens of the student's blocks; needed if the target reads any.
         """
-        with torch.no_grad():
-            tokens = {block: output.student_tokens[block] for block in self.target.student_blocks}
-            target = self.target(inputs, tokens)
-        targets = target if isinstance(target, dict) else {"": target}
+        target = self.target(inputs, student_tokens or {})
+        return _name_heads(self.config.method, target if isinstance(target, dict) else {"": target})
+
+    def compute_terms(
+        self, output: AlignedOutput, targets: dict[str, Tensor], t: Tensor
+    ) -> AlignmentTerms:
+        """Compare projected tokens with targets; with several targets, average over them.
+
+        Args:
+            output: Output of the network.
+            targets: Target tokens from `compute_targets`.
+            t: Timesteps (B,).
+        """
+        config = self.config
         losses = []
         cosines = []
-        for head, target_tokens in _name_heads(self.config.method, targets).items():
+        for head, target in targets.items():
             projected = output.projected[head]
             losses.append(
-                alignment_loss(
-                    projected,
-                    target_tokens,
-                    inputs.t,
-                    self.config.loss,
-                    self.config.beta,
-                    self.config.t_range,
-                )
+                alignment_loss(projected, target, t, config.loss, config.beta, config.t_range)
             )
-            cosines.append(1 - cosine_distance(projected.detach(), target_tokens))
+            cosines.append(1 - cosine_distance(projected.detach(), target))
         token_norm = output.token_norm[self.head_names[0]]  # all heads read the same block
         return AlignmentTerms(torch.stack(losses).mean(0), torch.stack(cosines).mean(0), token_norm)
 
@@ -217,8 +225,8 @@ def load_alignments(
             target = TARGETS[config.method](entry, config.settings, ema.config, cache, context)
         if config.block in target.student_blocks:
             raise UserError(
-                f"--align-depth {config.block}: --align {config.method} compares with this block; "
-                "choose another one"
+                f"--align-depth {config.block}: --align {config.method} uses this block as its "
+                "target; choose another block"
             )
         entry |= target.identity
         loaded[config.method] = Alignment(config, target, list(head_specs(entry)))

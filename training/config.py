@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 
 from common import cli
-from common.cli import UserError
+from common.cli import UserError, format_value
 from common.config import add_flags, read_flags, setting
 from common.machine import available_cores
 from evaluations.extractors import EXTRACTOR_NAMES
@@ -370,7 +370,9 @@ def parse_settings(
         for kind in kinds:
             add_flags(group, kind)
     parser.add_argument(
-        "--print-config", action="store_true", help="print the settings of the run and exit"
+        "--print-config",
+        action="store_true",
+        help="print the flags with the values that the run would use, and exit; reads the cache",
     )
     args = parser.parse_args(argv)
     configs: dict[str, Any] = {
@@ -467,8 +469,3 @@ def build_network_config(model: ModelConfig, manifest: Manifest) -> SiTConfig:
 def autocast_dtype(mixed_precision: str) -> torch.dtype:
     """Return the dtype that autocast uses for a precision, float32 without mixed precision."""
     return AUTOCAST_DTYPES.get(mixed_precision, torch.float32)
-
-
-def format_value(value: Any) -> str:
-    """Return a value as it would be written on the command line."""
-    return " ".join(map(format_value, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -102,6 +102,8 @@ class Evaluator:
     def _load_reference(self) -> None:
         config = self.config
         assert config.reference is not None
+        if not config.reference.exists():
+            raise UserError(f"--eval-reference {config.reference} does not exist")
         digest = sha256(config.reference)
         self.reference = load_reference_features(
             ReferenceFile(config.reference, digest, self.manifest.resolution, "--eval-reference"),
@@ -200,5 +202,3 @@ def _check_config(config: PeriodicEvaluationConfig) -> None:
             "--eval-every needs --eval-reference: pass ADM's .npz, or images (a folder tree "
             "class/image.ext or a zip)"
         )
-    if not config.reference.exists():
-        raise UserError(f"--eval-reference {config.reference} does not exist")

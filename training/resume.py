@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from checkpointing.storage import list_checkpoints
-from common.cli import UserError
+from common.cli import UserError, format_value
 from common.config import destination, record_flags
 from common.metrics_log import read_rows
 from latents.manifest import Manifest
@@ -26,7 +26,6 @@ from training.config import (
     PreviewConfig,
     SaveConfig,
     Settings,
-    format_value,
 )
 from training.log import is_due
 from training.monitors import ema_suffixes
@@ -141,6 +140,8 @@ def check_same_run(flags: dict, folder: Path) -> None:
         for key, value in flags.items()
         if stored.get(key, value) != value and key not in _flags_that_may_change()
     }
+    if "align" in changed:  # the other settings of the alignment follow from the methods
+        changed = {"align": "--align"}
     if changed:
         differences = _describe_changes(changed, stored, flags)
         raise UserError(

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from checkpointing.storage import CheckpointError, lock_run, read_config, verify_checkpoint
-from common.cli import UserError
-from common.config import format_flags
+from common.cli import UserError, format_flags
 from common.files import write_file
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest

@@ -59,18 +59,20 @@ class Trackers:
         accelerator = self.accelerator
         if not accelerator.log_with or not accelerator.is_main_process:
             return
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            write_file(id_file, uuid.uuid4().hex[:8].encode())
-        wandb = {
-            "name": folder.name,
-            "id": id_file.read_text(),
-            "dir": folder,
-            "resume": "allow",
-            "config": config,
-        }
+        options = {}
+        if "wandb" in map(str, accelerator.log_with):
+            id_file = folder / "wandb_id"
+            if not id_file.exists():
+                write_file(id_file, uuid.uuid4().hex[:8].encode())
+            options["wandb"] = {
+                "name": folder.name,
+                "id": id_file.read_text(),
+                "dir": folder,
+                "resume": "allow",
+                "config": config,
+            }
         try:
-            accelerator.init_trackers(project, init_kwargs={"wandb": wandb})
+            accelerator.init_trackers(project, init_kwargs=options)
             for tracker in accelerator.trackers:
                 if tracker.name != "wandb":
                     tracker.store_init_configuration(_flatten(config))
