@@ -1,6 +1,6 @@
 """Read a latent cache: moments, labels, images and features by image index (docs/data.md).
 
-B images per batch, C latent channels, h x w latent size, R resolution, N tokens, D feature
+B batch size, C latent channels, h x w latent size, R resolution, N tokens, D feature
 dimension.
 """
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common.machine import available_memory, memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
-    features_remedy,
+    format_features_remedy,
     join_manifests,
     read_feature_metadata,
     read_manifest,
@@ -31,7 +31,9 @@ MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
 
 
 class LatentCache:
-    """One latent cache, or several that are read as one; image indices run from 0 to len - 1.
+    """A latent cache, or several caches that are read as one.
+
+    Image indices run from 0 to len - 1.
 
     All files are validated when the cache is opened, so that a damaged file does not stop training
     days later. Each process maps a file when it first reads from it.
@@ -89,7 +91,7 @@ class LatentCache:
         return self.manifest.count
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"open_shards": {}}  # another process opens its own maps
+        return self.__dict__ | {"open_shards": {}}  # each process maps the files itself
 
     def gather(
         self, image_index: np.ndarray, flipped: np.ndarray | None = None
@@ -98,7 +100,7 @@ class LatentCache:
 
         Args:
             image_index: Indices of the images, (B,) int64.
-            flipped: Whether to read the moments of the horizontally flipped image, (B,) bool.
+            flipped: Whether to read the moments of the flipped image, (B,) bool.
 
         Returns:
             Moments as stored, (B, 2C, h, w), and labels, (B,) int64.
@@ -118,7 +120,7 @@ class LatentCache:
     def read_input(
         self, folder: str, image_index: np.ndarray, flipped: np.ndarray | None = None
     ) -> Tensor:
-        """Read the images or the stored features of a batch, always from the disk.
+        """Read the images or the stored features of a batch from the disk.
 
         Args:
             folder: "images" or "features/SLUG".
@@ -135,19 +137,19 @@ class LatentCache:
         return torch.from_numpy(rows)
 
     def read_feature_metadata(self) -> dict[str, dict]:
-        """Return the metadata of the features that all joined caches hold, by slug.
+        """Return the metadata of the features that all joined caches contain, by slug.
 
-        Features are left out if the caches have them from different encoders, or if the images
-        have changed since they were computed.
+        Features are omitted if the encoders of the caches differ, or if images have changed since
+        the features were computed.
 
         Raises:
             CacheError: A features.json cannot be read.
         """
-        first, *others = map(read_feature_metadata, self.roots, self.manifests)
+        first_cache, *other_caches = map(read_feature_metadata, self.roots, self.manifests)
         return {
             slug: metadata
-            for slug, metadata in first.items()
-            if all(other.get(slug) == metadata for other in others)
+            for slug, metadata in first_cache.items()
+            if all(other.get(slug) == metadata for other in other_caches)
         }
 
     def require_folder(self, folder: str) -> None:
@@ -232,7 +234,7 @@ class LatentCache:
         root = self.shard_roots[shard_index]
         shard = self.manifest.shards[shard_index]
         if folder.startswith("features/"):
-            remedy = features_remedy(root / folder)
+            remedy = format_features_remedy(root / folder)
         else:
             remedy = f"repair it with python -m preprocessing.verify --repair {root}"
         return ShardReader(root / folder / shard["file"], shard["count"], row_format, remedy)
@@ -240,17 +242,17 @@ class LatentCache:
     def load_into_ram(
         self, rank: int = 0, all_gather: Callable[[object], list] = lambda value: [value]
     ) -> None:
-        """Copy the moments, but not images or features, into memory that processes share.
+        """Copy the moments into shared memory. Images and features stay on the disk.
 
-        Each machine holds one copy. The system frees it when the last process exits, even if that
-        process is killed.
+        There is one copy per machine. The system frees the memory when the last process exits, even
+        if that process is killed.
 
         Args:
             rank: Rank of this process.
             all_gather: Function that returns the values of all processes, ordered by rank.
 
         Raises:
-            CacheError: On all processes, if one of them cannot load the cache.
+            CacheError: On all processes, if any process cannot load the cache.
         """
         # One process of each machine allocates the memory and fills it.
         domains = all_gather(memory_sharing_domain())
@@ -282,7 +284,7 @@ class LatentCache:
                 f"--cache-in-ram needs {needed / 1e9:.1f} GB of memory, but this machine has only "
                 f"{available / 1e9:.1f} GB available; remove the flag"
             )
-        if not hasattr(os, "memfd_create"):  # macOS: each process holds a copy
+        if not hasattr(os, "memfd_create"):  # on macOS, each process has a separate copy
             self._moments_in_ram = np.empty(num_rows, self._moments_format)
             return None
         self._ram_descriptor = os.memfd_create("latents")
@@ -292,7 +294,7 @@ class LatentCache:
         return path
 
     def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
-        """Map the shared memory: the moments of all images, then those of all flipped images."""
+        """Map the shared memory. The moments of flipped images follow those of all images."""
         shape = (-1, *self._moments_format.shape)
         return np.memmap(path, self._moments_format.base, mode).reshape(shape)
 

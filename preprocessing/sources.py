@@ -1,4 +1,4 @@
-"""Image sources: numbered lists of names and labels with access to the stored bytes of each image.
+"""Image sources: lists of image names and labels, with access to the stored bytes of each image.
 
 Sources are folder trees, EDM's zip files, tar files (one file, a folder of files, WebDataset, or
 ImageNet's tar of tars), and Hugging Face's parquet files. A source can be read in forked processes
@@ -97,8 +97,8 @@ class ZipSource(ImageSource):
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.root)
         elif self._process_id != os.getpid():
-            # A forked process inherits the list of members, but it needs a file object that does
-            # not share its offset with other processes.
+            # A forked process inherits the list of members, but it must open the file again,
+            # because forked processes share the file offset.
             self._archive = copy.copy(self._archive)
             self._archive.fp = self.root.open("rb")
         self._process_id = os.getpid()
@@ -125,7 +125,7 @@ class TarSource(ImageSource):
     def open(self, image_index: int) -> BinaryIO:
         """Return the stored bytes of an image (see ImageSource.open)."""
         file_index, offset, size = self.locations[image_index].tolist()
-        # pread does not move the file offset, so that forked processes can share a descriptor.
+        # pread does not move the file offset, so forked processes can share a descriptor.
         data = os.pread(self._descriptor(file_index), size, offset)
         if len(data) < size:
             raise OSError(f"{self.files[file_index].name} ends early")
@@ -151,7 +151,7 @@ class ParquetSource(ImageSource):
         files: The parquet files.
         locations: The index into `files`, the row group and the row in the group of each image,
             (n, 3) int64.
-        column: The name of the column that holds the images.
+        column: The name of the column that contains the images.
     """
 
     files: list[Path]
@@ -300,7 +300,7 @@ def list_files(
     Args:
         root: The folder.
         flag: The command-line flag that specifies the folder, for error messages.
-        is_wanted: Called with the name of each file; False leaves it out.
+        is_wanted: Function that returns whether to list a file, given its name.
 
     Returns:
         The sorted paths of the files relative to the folder, and the names of its subfolders.
@@ -367,7 +367,7 @@ class TarMember(NamedTuple):
 
 
 def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator[TarMember]:
-    """Yield the images and label files of a tar file; a tar file inside it acts as a folder.
+    """Yield the images and label files of a tar file; a nested tar file acts as a folder.
 
     Raises:
         tarfile.TarError: The file is damaged or truncated. tarfile itself treats an unreadable
@@ -375,7 +375,7 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for entry in archive:
-            # Otherwise, tarfile keeps about 1 KB per entry in memory.
+            # Without this, tarfile would keep about 1 KB per entry in memory.
             archive.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it
             name = str(PurePosixPath(prefix + entry.name.lstrip("/")))
             if not entry.isreg() or entry.issparse():
@@ -385,7 +385,7 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
             if name.endswith(".tar"):
                 inner = list(_iter_members(file, file_index, name.removesuffix(".tar") + "/"))
                 if not inner:
-                    raise tarfile.ReadError(f"{name} inside it contains no images")
+                    raise tarfile.ReadError(f"the nested tar file {name} contains no images")
                 yield from inner
             elif name.endswith(".cls") or PurePosixPath(name).name == "dataset.json":
                 yield member._replace(label_file=file.read(entry.size))
@@ -396,7 +396,9 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
         if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
-            subject = f"{prefix.rstrip('/')}.tar inside it" if prefix else "it"
+            subject = "the file"
+            if prefix:
+                subject = f"the nested tar file {prefix.rstrip('/')}.tar"
             raise tarfile.ReadError(f"{subject} is damaged or truncated at byte {archive.offset:,}")
 
 
@@ -414,7 +416,7 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
             with file.open("rb") as stream:
                 for member in _iter_members(stream, file_index):
                     if member.label_file is None:
-                        # As in tar, the last of several entries with one name takes precedence.
+                        # As in tar, the last of several entries with the same name is used.
                         images[prefix + member.name] = member
                     elif member.name.endswith(".cls"):
                         key = prefix + member.name.removesuffix(".cls")
@@ -484,7 +486,7 @@ def _open_parquet(
     path: Path, files: list[Path], flag: str, table: LabelTable | None
 ) -> ImageSource:
     origin = f"{flag} {path}"
-    cli.require_package("pyarrow", f"{origin}, which holds parquet files,")
+    cli.require_package("pyarrow", f"{origin}, which contains parquet files,")
     splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
     if len(splits) > 1:
         pattern = files[-1].parent / f"{splits[-1]}-*.parquet"
@@ -541,7 +543,7 @@ def _open_parquet_file(file: Path, flag: str) -> "pyarrow.parquet.ParquetFile":
 def _find_image_column(schema: "pyarrow.Schema", origin: str) -> str:
     """Return the column of image bytes.
 
-    It is a struct {"bytes", "path"}, as the library `datasets` writes it, or else a binary column.
+    It is a struct {"bytes", "path"}, as written by the library `datasets`, or else a binary column.
     Columns whose names are in IMAGE_COLUMNS take precedence.
 
     Raises:

@@ -1,4 +1,4 @@
-"""All types of sources return the same images and classes, and report invalid input in one line."""
+"""All types of sources return the same images and classes and report errors in one line."""
 
 import csv
 import io
@@ -95,7 +95,7 @@ def webdataset_files(names) -> dict:
 
 
 def content(source) -> dict[bytes, str]:
-    """Return the class of each image by its pixels."""
+    """Return the name of the class of each image, keyed by its pixels."""
     return {
         bytes(load_square(source, i, 8)): source.class_names[source.labels[i]]
         for i in range(len(source))
@@ -109,13 +109,13 @@ def expected(tmp_path_factory):
     return content(source)
 
 
-def test_zip_classes_come_from_dataset_json_or_else_from_folders(tmp_path, expected):
+def test_zip_classes_come_from_dataset_json_or_folders(tmp_path, expected):
     assert content(open_source(write_zip(tmp_path / "a.zip", FILES))) == expected
     assert content(open_source(write_zip(tmp_path / "b.zip", FILES, LISTED_LABELS))) == expected
 
 
 def test_zip_with_labels_null_has_one_class(tmp_path, expected):
-    """EDM writes null for unlabeled data; its folders are not classes."""
+    """EDM writes null for unlabeled data, whose folders are not classes."""
     files = {f"0000{i % 2}/{i}.png": data for i, data in enumerate(FILES.values())}
     source = open_source(write_zip(tmp_path / "c.zip", files, {"labels": None}))
     assert source.class_names == ["0"] and set(content(source)) == set(expected)
@@ -187,7 +187,7 @@ def test_parquet_finds_image_column_among_binary_columns(tmp_path, expected):
 
     columns = {
         "hash": pa.array([b"x"] * 7, pa.binary()),
-        "jpg": pa.array(list(FILES.values()), pa.large_binary()),  # the type that Polars writes
+        "jpg": pa.array(list(FILES.values()), pa.large_binary()),  # written by Polars
         "label": [name.split("/")[0] for name in FILES],
     }
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
@@ -226,7 +226,7 @@ def test_csv_of_a_spreadsheet_is_accepted(tmp_path, expected):
     assert content(open_source(flat, labels=tmp_path / "labels.csv")) == expected
 
 
-def test_dataset_json_assigns_classes_as_flag_or_in_the_folder(tmp_path, expected):
+def test_dataset_json_assigns_classes_from_the_flag_or_the_folder(tmp_path, expected):
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
     labels = {"labels": list(FLAT_LABELS.items()), "class_names": CLASSES}
     (tmp_path / "labels.json").write_text(json.dumps(labels))
@@ -236,7 +236,7 @@ def test_dataset_json_assigns_classes_as_flag_or_in_the_folder(tmp_path, expecte
 
 
 def test_pickled_sources_return_the_same_images(tmp_path, expected):
-    """Processes that are spawned receive pickled sources. test_encoding.py covers forked ones."""
+    """Spawned processes receive pickled sources. test_encoding.py covers forked processes."""
     paths = [
         write_zip(tmp_path / "a.zip", FILES),
         write_tar(tmp_path / "a.tar", FILES),
@@ -348,7 +348,9 @@ def test_damaged_or_truncated_tar_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "a.tar") as archive:
         fourth = archive.getmembers()[3].offset
     damaged = data[:fourth] + b"x" * 512 + data[fourth + 512 :]
-    message = r"a\.tar is not a readable tar file \((it is damaged or truncated at|unexpected end)"
+    message = (
+        r"a\.tar is not a readable tar file \((the file is damaged or truncated at|unexpected end)"
+    )
     for invalid in (damaged, data[:fourth], data[: fourth + 100], data[: fourth + 600]):
         (tmp_path / "a.tar").write_bytes(invalid)
         with pytest.raises(UserError, match=message):
@@ -358,7 +360,7 @@ def test_damaged_or_truncated_tar_is_an_error(tmp_path):
     for invalid in (damaged, b"not a tar" * 100, bytes(10240)):
         files = {"apple.tar": valid, "bear.tar": invalid, "cow.tar": valid}
         write_tar(tmp_path / "outer.tar", files)
-        with pytest.raises(UserError, match=r"bear\.tar inside it"):
+        with pytest.raises(UserError, match=r"nested tar file bear\.tar"):
             open_source(tmp_path / "outer.tar")
 
 
@@ -382,7 +384,7 @@ def test_tar_with_absolute_paths_is_accepted(tmp_path, expected):
     assert content(open_source(write_tar(tmp_path / "b.tar", files))) == expected
 
 
-def test_last_of_two_tar_entries_with_one_name_is_read(tmp_path, expected):
+def test_last_of_two_tar_entries_with_the_same_name_is_read(tmp_path, expected):
     with tarfile.open(write_tar(tmp_path / "c.tar", FILES), "a") as archive:
         add_to_tar(archive, "apple/00.png", png(77))
     source = open_source(tmp_path / "c.tar")

@@ -31,7 +31,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def unusual(tmp_path_factory):
-    """The folder, and the expected treatment by file name."""
+    """The folder of images, and the expected treatment by file name."""
     folder = tmp_path_factory.mktemp("unusual") / "tree"
     return folder, make_unusual_images(folder)
 

@@ -124,18 +124,18 @@ def test_statistics_that_do_not_match_the_shards_are_detected(call, data):
     assert code == 2 and "mean and std of manifest.json do not agree with its shards" in out
 
 
-def test_folder_without_cache_is_an_error(call, tmp_path):
+def test_folder_without_a_cache_gives_an_error(call, tmp_path):
     code, out = call(verify, tmp_path)
     assert code == 2 and "no manifest.json" in out and "Traceback" not in out
 
 
 def test_repair_updates_the_count_of_skipped_images(call, tmp_path):
-    """A skipped image that has been fixed is counted, also if another shard remains empty."""
+    """A skipped image that has been fixed is counted, even if another shard remains empty."""
     source = make_tree(tmp_path / "tree")
     fixed_image = source / "class1/016.png"
     content = fixed_image.read_bytes()
     fixed_image.write_bytes(b"")
-    for i in range(2, 24, 3):  # the whole class is skipped, so that its shard is empty
+    for i in range(2, 24, 3):  # all images of the class are skipped, so its shard is empty
         (source / f"class2/{i:03d}.png").write_bytes(b"")
     data = tmp_path / "data"
     flags = f"--source {source} --dest {data} --vae {make_vae(tmp_path / 'vae')}"
