@@ -177,14 +177,14 @@ class LatentCache:
             resolution = self.manifest.resolution
             return np.dtype((np.uint8, (3, resolution, resolution)))
         slug = folder.removeprefix("features/")
-        stored = self.read_feature_metadata()
-        if slug not in stored:
+        metadata_by_slug = self.read_feature_metadata()
+        if slug not in metadata_by_slug:
             raise CacheError(
                 f"{' '.join(map(str, self.roots))}: there are no features {slug} (available: "
-                f"{', '.join(sorted(stored)) or 'none'}); create them with "
+                f"{', '.join(sorted(metadata_by_slug)) or 'none'}); create them with "
                 "python -m preprocessing.encode_features"
             )
-        metadata = stored[slug]
+        metadata = metadata_by_slug[slug]
         shape = (metadata["tokens_side"] ** 2, metadata["width"])
         return np.dtype((metadata["dtype"], shape))
 

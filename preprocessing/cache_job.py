@@ -58,7 +58,8 @@ class Batch:
         image_indices: Indices of the images in the source, including those that cannot be used.
         pixels: (B, 3, S, S) uint8, without unusable images. Empty if not needed.
         bad_images: The reason why an image cannot be used, by image index.
-        unreadable: The reason why an image could not be read, by image index. The batch ends at it.
+        unreadable: The reason why an image could not be read, by image index. The batch ends at
+            that image.
         kinds: Number of images of each kind.
         moments: Arrays (B, 2C, h, w) by folder; empty if no image is usable or none are needed.
         copy_done: If set, the event that marks the end of the copy of the moments from the GPU.

@@ -111,26 +111,26 @@ def _is_complete(dest: Path, plan: dict, shards: list[dict]) -> bool:
     if not path.exists():
         return False
     try:
-        stored = json.loads(path.read_text())
-        stored_images = {shard["file"]: shard["images_sha256"] for shard in stored["shards"]}
+        content = json.loads(path.read_text())
+        encoded_hashes = {shard["file"]: shard["images_sha256"] for shard in content["shards"]}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} cannot be read; remove {dest} and rerun this command") from None
-    changes = describe_differences(stored, plan)
+    changes = describe_differences(content, plan)
     if changes:
         raise UserError(
             f"{dest} contains features with other settings ({changes}); "
             "remove it and rerun this command"
         )
-    if stored_images != {entry["file"]: entry["sha256"]["images"] for entry in shards}:
+    if encoded_hashes != {entry["file"]: entry["sha256"]["images"] for entry in shards}:
         raise UserError(
             f"{dest} contains features of images that have changed; "
             "remove it and rerun this command"
         )
-    return all((dest / file).exists() for file in stored_images)
+    return all((dest / file).exists() for file in encoded_hashes)
 
 
 def _is_encoded(dest: Path, entry: dict) -> bool:
-    """Return whether the features of a shard's current images are stored."""
+    """Return whether the features of the current images of a shard are stored."""
     record = read_record(dest, entry["file"])
     is_current = record.get("images_sha256") == entry["sha256"]["images"]
     return is_current and (dest / entry["file"]).exists()

@@ -136,7 +136,11 @@ def is_caused_by_file(error: OSError) -> bool:
 
 
 def _resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
-    """Halve the image with a box filter while it is at least twice too large, then resize it."""
+    """Resize an image so that its shorter side has `length` pixels.
+
+    The image is halved with a box filter while it is at least twice the target size, and is then
+    resized bicubically.
+    """
     while min(image.size) >= 2 * length:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = length / min(image.size)

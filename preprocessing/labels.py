@@ -149,7 +149,7 @@ def _index_names(
 
 
 def _parse_index(value: object) -> int | None:
-    """Return a class index, or None for other values. 1.0 is an index, because pandas writes it."""
+    """Return a class index, or None for other values. Floats like 1.0 are accepted."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}(\.0)?", value):
@@ -175,12 +175,12 @@ def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list
         return np.zeros(len(names), np.int64), ["0"]
 
     classes = []
-    missing = []
+    missing_names = []
     image_by_key: dict[str, str] = {}
     for name in names:
         key = _find_key(name, table.classes)
         if key is None:
-            missing.append(name)
+            missing_names.append(name)
         elif key in image_by_key:
             raise UserError(
                 f"{table.origin}: {key} matches both {image_by_key[key]} and {name}; "
@@ -189,8 +189,8 @@ def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list
         else:
             image_by_key[key] = name
             classes.append(table.classes[key])
-    if missing:
-        raise UserError(f"{table.origin} has no label for {summarize_names(missing)}")
+    if missing_names:
+        raise UserError(f"{table.origin} has no label for {summarize_names(missing_names)}")
     return index_classes(classes, table.class_names, table.origin)
 
 

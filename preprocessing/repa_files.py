@@ -212,10 +212,10 @@ def open_moments(root: Path) -> ImageSource:
             "last; check that the encoding is complete"
         )
     table = parse_dataset_json(label_file.read_bytes(), f"SRC {label_file}")
-    missing = sorted(set(table.classes) - set(names))
-    if missing:
+    missing_names = sorted(set(table.classes) - set(names))
+    if missing_names:
         raise UserError(
-            f"SRC {label_file} lists missing files: {summarize_names(missing)}; "
+            f"SRC {label_file} lists missing files: {summarize_names(missing_names)}; "
             "check that the folder is complete"
         )
     return ImageSource(root, names, *assign_labels(names, table))

@@ -29,7 +29,7 @@ class Shard(NamedTuple):
             (n,) int64.
         skipped: {file, shard, reason} of each image that cannot be used.
         kinds: Number of images of each kind.
-        images: (n, 3, S, S) uint8 if images are kept; written, but not yet renamed.
+        images: (n, 3, S, S) uint8 if images are kept; written to a temporary file.
     """
 
     file: str
@@ -136,13 +136,13 @@ def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
     if shard.skipped != entry["skipped"]:
         return False
     for name, array in shard.arrays.items():
-        stored = np.load(dest / name / shard.file, mmap_mode="r")
+        stored_array = np.load(dest / name / shard.file, mmap_mode="r")
         if name == "labels":
-            if not np.array_equal(stored, array):
+            if not np.array_equal(stored_array, array):
                 return False
         elif len(array):  # empty if all images of the first batch were skipped
-            stored = stored[: len(array)].astype(np.float32)
-            difference = np.abs(stored - array).mean()
-            if not difference <= MAX_RELATIVE_DIFFERENCE * stored.std():  # NaN is a mismatch
+            reference = stored_array[: len(array)].astype(np.float32)
+            difference = np.abs(reference - array).mean()
+            if not difference <= MAX_RELATIVE_DIFFERENCE * reference.std():  # NaN is a mismatch
                 return False
     return True

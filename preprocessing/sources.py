@@ -466,9 +466,9 @@ def _webdataset_labels(
         The labels, (n,) int64, and the names of all classes.
     """
     keys = [_webdataset_key(name, member) for name, member in zip(names, members)]
-    missing = [name for name, key in zip(names, keys) if key not in classes]
-    if missing:
-        raise UserError(f"{origin} has no .cls file for {summarize_names(missing)}")
+    missing_names = [name for name, key in zip(names, keys) if key not in classes]
+    if missing_names:
+        raise UserError(f"{origin} has no .cls file for {summarize_names(missing_names)}")
     for key, next_key in zip(keys, keys[1:]):
         if key == next_key:
             raise UserError(f"{origin} has two images for {key}.cls; remove one of them")

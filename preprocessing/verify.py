@@ -173,7 +173,7 @@ def find_manifest_fault(manifest: Manifest) -> str | None:
 
 
 def make_job(manifest: Manifest, args: argparse.Namespace, world: World) -> CacheJob:
-    """Return the job that created a cache, with the locations replaced that the flags specify.
+    """Return the job that created a cache. Locations from the flags replace the recorded ones.
 
     Raises:
         UserError: The manifest does not record a job, or its images or VAE are missing.

@@ -108,8 +108,8 @@ def test_an_epoch_contains_every_image_once(cache):
     data = LatentCache(cache)
     stream = TrainingStream(data, 5, 8)
     rows = torch.cat([stream[step].moments.flatten(1) for step in (3, 4, 5)])
-    stored = data.gather(np.arange(24))[0].flatten(1)
-    assert sorted(map(bytes, rows.numpy())) == sorted(map(bytes, stored.numpy()))
+    stored_rows = data.gather(np.arange(24))[0].flatten(1)
+    assert sorted(map(bytes, rows.numpy())) == sorted(map(bytes, stored_rows.numpy()))
 
 
 def test_loader_processes_yield_the_stream_in_order(cache):

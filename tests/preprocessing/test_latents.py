@@ -63,9 +63,9 @@ def test_latents_are_scaled_as_the_config_specifies(call, tmp_path, factor, chan
     flags = train_flags(tmp_path / "data", tmp_path, "run", "--max-train-steps", 2)
     code, out = call(train, *flags)
     assert code == 0, out
-    stored = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
-    assert f'"out": {4 * channels}' in json.dumps(stored)
-    assert stored["data"]["scale"] == cache.manifest.scale
+    config_json = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
+    assert f'"out": {4 * channels}' in json.dumps(config_json)
+    assert config_json["data"]["scale"] == cache.manifest.scale
 
 
 def test_images_of_512_pixels_are_encoded_trained_on_and_sampled(call, tmp_path):

@@ -260,10 +260,10 @@ def test_symlinks_are_followed_without_infinite_recursion(tmp_path, expected):
 
 def test_digest_depends_on_count_and_labels(tmp_path):
     source = open_source(write_tree(tmp_path / "a"))
-    other = open_source(write_tree(tmp_path / "b"))
-    assert source.digest(7) == other.digest(7) != source.digest(6)
-    other.labels[3] += 1
-    assert source.digest(7) != other.digest(7)
+    other_source = open_source(write_tree(tmp_path / "b"))
+    assert source.digest(7) == other_source.digest(7) != source.digest(6)
+    other_source.labels[3] += 1
+    assert source.digest(7) != other_source.digest(7)
 
 
 def label_all(path, label):
