@@ -38,7 +38,7 @@ def to_image_index(stream_position: np.ndarray, size: int, seed: int) -> np.ndar
     image_index = np.empty_like(stream_position)
     for value in np.unique(epoch):
         mask = epoch == value
-        image_index[mask] = _permute(position_in_epoch[mask], size, _round_keys(value, seed))
+        image_index[mask] = _permute(position_in_epoch[mask], size, _make_round_keys(value, seed))
     return image_index
 
 
@@ -65,7 +65,7 @@ def _permute(position: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     return value
 
 
-def _round_keys(epoch: int, seed: int) -> np.ndarray:
+def _make_round_keys(epoch: int, seed: int) -> np.ndarray:
     """Return the keys of the Feistel rounds of one epoch, (NUM_ROUNDS,) uint64."""
     epoch_key = _mix(np.array([epoch], np.uint64))
     return _mix(_mix(epoch_key + np.uint64(seed)) + np.arange(NUM_ROUNDS, dtype=np.uint64))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 
-def _partial_path(path: Path) -> Path:
+def _make_partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
@@ -24,7 +24,7 @@ def _name_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename in (None, str(_partial_path(path))):
+        if error.filename in (None, str(_make_partial_path(path))):
             error.filename = str(path)
         raise
 
@@ -36,7 +36,7 @@ def _replace_atomically(path: Path) -> Iterator[Path]:
     The file and its folder are flushed to the disk. On error, the temporary file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_path(path)
+    partial = _make_partial_path(path)
     try:
         with _name_in_errors(path):
             yield partial
@@ -88,7 +88,7 @@ class NpyWriter:
         self.dtype = np.dtype(dtype)
         self.row_shape = row_shape
         self.num_rows = 0
-        self.partial = _partial_path(path)
+        self.partial = _make_partial_path(path)
         with _name_in_errors(path):
             self.file = self.partial.open("wb")
         self._write_header()

@@ -14,7 +14,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def memory_sharing_domain() -> tuple:
+def get_memory_sharing_domain() -> tuple:
     """Return a key that is equal for processes that can open each other's files under /proc.
 
     Such processes run on the same machine, in the same PID namespace and as the same user.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.machine import available_memory, memory_sharing_domain, raise_open_file_limit
+from common.machine import available_memory, get_memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
     format_features_remedy,
@@ -160,12 +160,12 @@ class LatentCache:
         """
         if folder in self._row_formats:
             return
-        row_format = self._input_format(folder)
+        row_format = self._find_input_format(folder)
         for shard_index in range(len(self.manifest.shards)):
             self._open_shard(shard_index, folder, row_format)
         self._row_formats[folder] = row_format
 
-    def _input_format(self, folder: str) -> np.dtype:
+    def _find_input_format(self, folder: str) -> np.dtype:
         """Return the shape and data type of the rows of "images" or "features/SLUG"."""
         if folder == "images":
             for root, manifest in zip(self.roots, self.manifests):
@@ -207,17 +207,17 @@ class LatentCache:
         policy = self._prefetch_policies[folders[0]]
         if policy.remaining_batches:
             for _, shard, row in rows:
-                self._reader(*shard).prefetch(row)
+                self._get_reader(*shard).prefetch(row)
 
-        # Copy the rows. Calling `_reader` for every row would make this loop 5% slower.
+        # Copy the rows. Calling `_get_reader` for every row would make this loop 5% slower.
         started = time.perf_counter()
         for i, shard, row in rows:
-            reader = self.open_shards.get(shard) or self._reader(*shard)
+            reader = self.open_shards.get(shard) or self._get_reader(*shard)
             out[i] = reader.rows[row]
         policy.update(len(rows), row_format.itemsize, time.perf_counter() - started)
         return out
 
-    def _reader(self, shard_index: int, folder: str) -> ShardReader:
+    def _get_reader(self, shard_index: int, folder: str) -> ShardReader:
         """Return the reader of a shard from `open_shards`, after adding it if necessary."""
         reader = self.open_shards.get((shard_index, folder))
         if reader is None:
@@ -255,7 +255,7 @@ class LatentCache:
             CacheError: On all processes, if any process cannot load the cache.
         """
         # One process of each machine allocates the memory and fills it.
-        domains = all_gather(memory_sharing_domain())
+        domains = all_gather(get_memory_sharing_domain())
         owner = domains.index(domains[rank])
         result: str | CacheError | None = None
         if owner == rank:

@@ -27,7 +27,7 @@ from preprocessing.shards import (
     Shard,
     ShardEntry,
     add_images,
-    channel_statistics,
+    compute_channel_statistics,
     shard_file_name,
     write_shard,
 )
@@ -39,7 +39,7 @@ PLAN_DEFAULTS = {"keep_images": False}
 SETTINGS_ALLOWED_TO_CHANGE = ("batch_size", "shard_size", "keep_images")
 
 
-def all_entries(manifest: Manifest) -> list[ShardEntry]:
+def list_all_entries(manifest: Manifest) -> list[ShardEntry]:
     """Return the entries of all shards in order, including shards without any usable image."""
     entries = [*manifest.shards, *manifest.encoding.get("empty", [])]
     return sorted(entries, key=lambda entry: entry["file"])
@@ -59,7 +59,7 @@ def make_manifest(job: CacheJob, entries: list[ShardEntry]) -> Manifest:
         kinds.update(entry["kinds"])
     empty = [entry for entry in entries if not entry["count"]]
     fields = job.manifest_fields
-    mean, std = channel_statistics(nonempty, fields["latent_shape"], fields["flips"])
+    mean, std = compute_channel_statistics(nonempty, fields["latent_shape"], fields["flips"])
     return Manifest(
         **fields,
         count=sum(entry["count"] for entry in nonempty),
@@ -72,7 +72,7 @@ def make_manifest(job: CacheJob, entries: list[ShardEntry]) -> Manifest:
     )
 
 
-def manifest_with_images(manifest: Manifest, entries: list[ShardEntry]) -> Manifest:
+def add_images_to_manifest(manifest: Manifest, entries: list[ShardEntry]) -> Manifest:
     """Return the manifest of the same cache after images were added to its shards."""
     setting = {"keep_images": True}
     encoding = manifest.encoding | setting | {"plan": manifest.encoding["plan"] | setting}
@@ -287,7 +287,7 @@ def make_shards(
             write_record(dest, entry)
         local_entries[shard.file] = entry
 
-    num_images = sum(len(job.image_range(k)) for k in local_indices)
+    num_images = sum(len(job.get_image_range(k)) for k in local_indices)
     with (
         ThreadPoolExecutor(1) as writer,
         progress_bar(world, job.description, num_images) as progress,
@@ -345,7 +345,7 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
         if world.rank == 0:
             entries = [new_entries.get(file) or read_record(dest, file) for file in files]
             if manifest:
-                manifest = manifest_with_images(manifest, entries)
+                manifest = add_images_to_manifest(manifest, entries)
             else:
                 manifest = make_manifest(job, entries)
             finish(dest, manifest)
@@ -367,7 +367,7 @@ def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
 
 def finish(dest: Path, manifest: Manifest) -> None:
     """Write skipped.jsonl and the manifest, and remove the records of the unfinished cache."""
-    skipped = [row for entry in all_entries(manifest) for row in entry["skipped"]]
+    skipped = [row for entry in list_all_entries(manifest) for row in entry["skipped"]]
     if skipped:
         lines = "".join(json.dumps(row) + "\n" for row in skipped)
         write_file(dest / "skipped.jsonl", lines.encode())
@@ -408,7 +408,9 @@ def rebuild_shards(
         new_entries = make_shards(dest, job, shard_files, world)
         new_entries |= make_shards(dest, job, image_files, world, old_entries)
         if world.rank == 0:
-            entries = [new_entries.get(entry["file"], entry) for entry in all_entries(manifest)]
+            entries = [
+                new_entries.get(entry["file"], entry) for entry in list_all_entries(manifest)
+            ]
             finish(dest, make_manifest(job, entries))
         world.barrier()
     return sorted(

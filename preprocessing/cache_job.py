@@ -167,7 +167,7 @@ class CacheJob(ABC):
             UnreadableImage: If the disk failed.
         """
 
-    def image_range(self, shard_index: int) -> range:
+    def get_image_range(self, shard_index: int) -> range:
         """Return the indices of a shard's images in the source."""
         start = shard_index * self.settings.shard_size
         return range(start, min(start + self.settings.shard_size, self.num_images))
@@ -191,7 +191,7 @@ class CacheJob(ABC):
         Raises:
             UserError: If an image could not be read, or cannot be used and --skip-bad is not set.
         """
-        shards = [self.image_range(k) for k in shard_indices]
+        shards = [self.get_image_range(k) for k in shard_indices]
         side = self.manifest_fields["resolution"]
         with closing(self.iter_batches(shards, only_images)) as batches:
             for shard_index in shard_indices:
@@ -213,7 +213,7 @@ class CacheJob(ABC):
         """Join the batches of a shard, and append their pixels to `images`."""
         file = shard_file_name(shard_index)
         channels, *size = self.manifest_fields["latent_shape"]
-        remaining = len(self.image_range(shard_index))
+        remaining = len(self.get_image_range(shard_index))
         folders = ["moments", "mirrored"] if self.manifest_fields["flips"] else ["moments"]
         shape = (remaining, 2 * channels, *size)
         arrays = {folder: np.empty(shape, self.settings.dtype) for folder in folders}

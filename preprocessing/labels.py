@@ -208,7 +208,7 @@ def summarize_names(names: list[str]) -> str:
     return f"{names[0]} (and {len(names) - 1} more)"
 
 
-def labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
+def assign_labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
     """Use the first folder of each path as its class; images outside of folders form one class.
 
     Returns:

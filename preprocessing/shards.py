@@ -50,7 +50,7 @@ def iter_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield array[start : start + IMAGES_PER_CHUNK]
 
 
-def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
+def compute_channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     """Return the sums of z and z^2 per channel for z ~ posterior, using E[z^2] = mean^2 + std^2.
 
     Args:
@@ -67,7 +67,7 @@ def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     return {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
 
 
-def channel_statistics(
+def compute_channel_statistics(
     entries: list[ShardEntry], latent_shape: list[int], flips: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation per channel, (C,) each, from the sums of all shards."""
@@ -99,7 +99,7 @@ def write_shard(dest: Path, shard: Shard) -> ShardEntry:
                 f"shard {shard.file} contains values that {moments[0].dtype} cannot represent; "
                 "check that --vae fits these images, or pass --dtype float32"
             )
-        entry |= channel_sums(moments)
+        entry |= compute_channel_sums(moments)
         for name, array in shard.arrays.items():
             entry["sha256"][name] = write_array(dest / name / shard.file, array)
     if shard.images and count:

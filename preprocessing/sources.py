@@ -32,9 +32,9 @@ from preprocessing.labels import (
     IMAGE_EXTENSIONS,
     LabelTable,
     assign_labels,
+    assign_labels_from_folders,
     index_classes,
     is_image_name,
-    labels_from_folders,
     parse_dataset_json,
     read_label_file,
     summarize_names,
@@ -126,12 +126,12 @@ class TarSource(ImageSource):
         """Return the stored bytes of an image (see ImageSource.open)."""
         file_index, offset, size = self.locations[image_index].tolist()
         # pread does not move the file offset, so forked processes can share a descriptor.
-        data = os.pread(self._descriptor(file_index), size, offset)
+        data = os.pread(self._open_descriptor(file_index), size, offset)
         if len(data) < size:
             raise OSError(f"{self.files[file_index].name} ends early")
         return io.BytesIO(data)
 
-    def _descriptor(self, file_index: int) -> int:
+    def _open_descriptor(self, file_index: int) -> int:
         if file_index not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_FILES:
                 oldest = next(iter(self._descriptors))
@@ -196,7 +196,7 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     """
     origin = f"{flag} {path}"
     files = _find_files(path, flag)
-    types = {_file_type(file) for file in files}
+    types = {_get_file_type(file) for file in files}
     if len(types) > 1:
         raise UserError(
             f"{origin} contains files of several types ({', '.join(sorted(types))}); "
@@ -267,7 +267,7 @@ def _find_archives(root: Path, flag: str) -> list[Path]:
     return []
 
 
-def _file_type(file: Path) -> str:
+def _get_file_type(file: Path) -> str:
     """Return the suffix of a file, including the one before a compression suffix (.tar.gz)."""
     if file.suffix in COMPRESSION_SUFFIXES:
         return "".join(file.suffixes[-2:])
@@ -282,7 +282,7 @@ def _open_folder(path: Path, flag: str, table: LabelTable | None) -> ImageSource
     if table is not None:
         return ImageSource(path, names, *assign_labels(names, table))
 
-    labels, class_names = labels_from_folders(names, f"{flag} {path}")
+    labels, class_names = assign_labels_from_folders(names, f"{flag} {path}")
     empty = sorted(set(top_folders) - set(class_names))
     if names and empty:
         raise UserError(
@@ -344,7 +344,9 @@ def _open_zip(file: Path, flag: str, table: LabelTable | None) -> ImageSource:
         raise UserError(
             f"{origin} is not a folder, tar, parquet or readable zip file ({error})"
         ) from None
-    labels = labels_from_folders(names, origin) if table is None else assign_labels(names, table)
+    labels = (
+        assign_labels_from_folders(names, origin) if table is None else assign_labels(names, table)
+    )
     return ZipSource(file, names, *labels)
 
 
@@ -438,20 +440,20 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
     if table is not None:
         labels = assign_labels(members, table)
     elif classes:
-        labels = _webdataset_labels(names, members, classes, origin)
+        labels = _read_webdataset_labels(names, members, classes, origin)
     elif len(files) > 1 and all(re.fullmatch(r"n\d{8}", file.stem) for file in files):
         # ImageNet has one tar file per class.
         paths = [f"{files[image.file_index].stem}/{image.name}" for image in sorted_images]
-        labels = labels_from_folders(paths, origin)
+        labels = assign_labels_from_folders(paths, origin)
     else:
-        labels = labels_from_folders(members, origin)
+        labels = assign_labels_from_folders(members, origin)
 
     rows = [(image.file_index, image.offset, image.size) for image in sorted_images]
     locations = np.array(rows, np.int64).reshape(-1, 3)
     return TarSource(path, names, *labels, files=files, locations=locations)
 
 
-def _webdataset_labels(
+def _read_webdataset_labels(
     names: list[str], members: list[str], classes: dict[str, str], origin: str
 ) -> tuple[np.ndarray, list[str]]:
     """Take the class of each image from the .cls file with the same WebDataset key.
@@ -465,7 +467,7 @@ def _webdataset_labels(
     Returns:
         The labels, (n,) int64, and the names of all classes.
     """
-    keys = [_webdataset_key(name, member) for name, member in zip(names, members)]
+    keys = [_make_webdataset_key(name, member) for name, member in zip(names, members)]
     missing_names = [name for name, key in zip(names, keys) if key not in classes]
     if missing_names:
         raise UserError(f"{origin} has no .cls file for {summarize_names(missing_names)}")
@@ -475,7 +477,7 @@ def _webdataset_labels(
     return index_classes([classes[key] for key in keys], None, origin)
 
 
-def _webdataset_key(name: str, member: str) -> str:
+def _make_webdataset_key(name: str, member: str) -> str:
     """Return a name up to the first dot in the last component of its path in the tar file."""
     file_name = member.rpartition("/")[2]
     _, dot, extensions = file_name.partition(".")

@@ -29,7 +29,7 @@ from preprocessing.build import rebuild_shards
 from preprocessing.cache_job import CacheJob
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from preprocessing.repa_files import ImportJob, ImportSettings
-from preprocessing.shards import channel_statistics, channel_sums, iter_chunks
+from preprocessing.shards import compute_channel_statistics, compute_channel_sums, iter_chunks
 
 
 class Fault(NamedTuple):
@@ -107,7 +107,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         except (OSError, ValueError, EOFError) as error:
             faults.append(Fault(folder, f"cannot be read ({error})"))
             continue
-        shape, dtype = _expected_layout(manifest, folder, entry["count"])
+        shape, dtype = _get_expected_layout(manifest, folder, entry["count"])
         if array.shape == shape and array.dtype == dtype:
             arrays[folder] = array
         else:
@@ -129,13 +129,13 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
 
     # Compare the sums per channel with those in the manifest.
     if not faults and "sum" in entry:
-        sums = channel_sums(list(moments.values()))
+        sums = compute_channel_sums(list(moments.values()))
         if not all(np.allclose(value, entry[name], rtol=1e-9) for name, value in sums.items()):
             faults.append(Fault("statistics", "do not match the manifest"))
     return faults
 
 
-def _expected_layout(
+def _get_expected_layout(
     manifest: Manifest, folder: str, count: int
 ) -> tuple[tuple[int, ...], np.dtype]:
     """Return the shape and the dtype of a shard's array."""
@@ -165,7 +165,7 @@ def find_manifest_fault(manifest: Manifest) -> str | None:
         return f"manifest.json records {manifest.count} images, but its shards contain {count}"
     if any("sum" not in entry for entry in manifest.shards):
         return "manifest.json was written by an older version and lacks the sums of its shards"
-    mean, std = channel_statistics(manifest.shards, manifest.latent_shape, manifest.flips)
+    mean, std = compute_channel_statistics(manifest.shards, manifest.latent_shape, manifest.flips)
     is_mean_equal = np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9)
     if not is_mean_equal or not np.allclose(std, manifest.std, rtol=1e-6):
         return "mean and std of manifest.json do not agree with its shards"

@@ -50,7 +50,7 @@ def limit_disk(patch, free):
     )
 
 
-def sha256_of(path):
+def compute_sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -118,7 +118,7 @@ def test_write_array_writes_the_same_bytes_as_numpy(tmp_path):
         digest = write_array(tmp_path / "written.npy", array)
         np.save(tmp_path / "numpy.npy", np.ascontiguousarray(array))
         assert (tmp_path / "written.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
-        assert digest == sha256_of(tmp_path / "written.npy")
+        assert digest == compute_sha256(tmp_path / "written.npy")
 
 
 def test_npz_without_blocks_contains_only_the_additional_arrays(tmp_path):
@@ -138,7 +138,7 @@ def test_npy_writer_writes_the_same_bytes_as_numpy(tmp_path, shape):
     assert not (tmp_path / "written.npy").exists()
     digest = writer.finish()
     assert (tmp_path / "written.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
-    assert digest == sha256_of(tmp_path / "written.npy")
+    assert digest == compute_sha256(tmp_path / "written.npy")
 
 
 def test_discarded_npy_writer_leaves_no_file(tmp_path):

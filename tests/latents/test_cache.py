@@ -118,7 +118,7 @@ def test_joined_caches_are_read_as_one(cache, cache_copy):
     np.testing.assert_allclose(joined.manifest.std, single.manifest.std)
 
 
-def latent_statistics(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_latent_statistics(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean and the standard deviation of latents per channel."""
     mean, std = moments.double().chunk(2, 1)
     center = mean.mean((0, 2, 3))
@@ -129,10 +129,10 @@ def test_statistics_of_joined_caches_include_all_images(cache, cache_copy):
     shifted_moments = (np.load(cache_copy / "moments/00001.npy") + 1).astype(np.float16)
     write_array(cache_copy / "moments/00001.npy", shifted_moments)
     parts = [LatentCache(root).gather(np.arange(24))[0] for root in (cache, cache_copy)]
-    mean, std = latent_statistics(parts[1])
+    mean, std = compute_latent_statistics(parts[1])
     edit_manifest(cache_copy, mean=mean.tolist(), std=std.tolist())
     joined = LatentCache(cache, cache_copy).manifest
-    mean, std = latent_statistics(torch.cat(parts))
+    mean, std = compute_latent_statistics(torch.cat(parts))
     np.testing.assert_allclose(joined.mean, mean)
     np.testing.assert_allclose(joined.std, std)
 

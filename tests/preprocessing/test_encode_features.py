@@ -18,7 +18,7 @@ from preprocessing import encode_features, verify
 from preprocessing.build import build_cache
 from preprocessing.encoder_features import build_features
 from preprocessing.encoding import EncodingJob, EncodingSettings
-from tests.preprocessing.test_encoding import file_contents
+from tests.preprocessing.test_encoding import read_files
 
 
 class Encoder(torch.nn.Module):
@@ -126,7 +126,7 @@ def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, mo
     assert Encoder.batch_sizes == [4, 4, 2, 4]
     uninterrupted = shutil.copytree(original, tmp_path / "uninterrupted")
     assert call(encode_features, uninterrupted, *flags)[0] == 0
-    assert file_contents(dest) == file_contents(uninterrupted / "features/e-224-2x2")
+    assert read_files(dest) == read_files(uninterrupted / "features/e-224-2x2")
 
 
 def test_joined_caches_return_the_features_of_both_caches(call, encoder, data, tmp_path):
@@ -240,4 +240,4 @@ def test_shards_are_distributed_over_processes(encoder, data, original, tmp_path
     assert build(data, first) == ["00000.npy", "00001.npy", "00002.npy"]
     single = shutil.copytree(original, tmp_path / "single")
     build(single, World())
-    assert file_contents(data) == file_contents(single)
+    assert read_files(data) == read_files(single)

@@ -32,7 +32,7 @@ def encode_flags(source, dest, vae, *more):
     return ["--resolution", 32, "--batch-size", 4, "--shard-size", 10, *flags]
 
 
-def file_contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -88,7 +88,7 @@ cli.run(encode_latents.main)
 """
 
 
-def running_processes(dest: Path) -> list[int]:
+def find_running_processes(dest: Path) -> list[int]:
     """Return the ids of all processes (launcher, encoders, decoders) with `dest` as an argument."""
     pids = []
     for entry in Path("/proc").iterdir():
@@ -126,7 +126,7 @@ def encode_until_killed(folder: Path, dest: Path, max_renames: list[int], flags:
         while len(list(blocked.iterdir())) < len(max_renames):
             assert process.poll() is None, output.read_text()
             time.sleep(0.01)
-        while pids := running_processes(dest):
+        while pids := find_running_processes(dest):
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -160,7 +160,7 @@ def test_cache_is_identical_after_kills_on_two_and_three_processes(call, tmp_pat
 
     code, out = call(encode_latents, *flags, "--dest", dest)
     assert code == 0, out
-    assert file_contents(dest) == file_contents(tmp_path / "uninterrupted")
+    assert read_files(dest) == read_files(tmp_path / "uninterrupted")
     assert written_times == {path: path.stat().st_mtime_ns for path in written_times}
 
 
@@ -443,7 +443,7 @@ def test_bytes_do_not_depend_on_the_number_of_torch_threads(call, tmp_path):
             assert call(encode_latents, *flags, "--dest", tmp_path / str(threads))[0] == 0
     finally:
         torch.set_num_threads(1)
-    assert file_contents(tmp_path / "1") == file_contents(tmp_path / "2")
+    assert read_files(tmp_path / "1") == read_files(tmp_path / "2")
 
 
 def test_unreadable_manifest_is_not_overwritten(call, tree, vae_folder, tmp_path):
@@ -474,7 +474,7 @@ def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folde
     dest = tmp_path / "data"
     flags = encode_flags(tree, dest, vae_folder)
     assert call(encode_latents, *flags)[0] == 0
-    complete = file_contents(dest)
+    complete = read_files(dest)
     manifest = read_manifest(dest)
     (dest / "manifest.json").unlink()
     (dest / "partial").mkdir()
@@ -483,7 +483,7 @@ def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folde
         (dest / "partial" / f"{entry['file']}.json").write_text(json.dumps(entry))
     (dest / "moments/00001.npy").unlink()
     assert call(encode_latents, *flags)[0] == 0
-    assert file_contents(dest) == complete
+    assert read_files(dest) == complete
 
 
 def test_cache_inside_its_source_is_refused(call, tree, vae_folder, tmp_path):

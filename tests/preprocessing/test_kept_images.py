@@ -16,7 +16,7 @@ from preprocessing import encode_latents, import_repa, verify
 from preprocessing.build import build_cache
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from tests.helpers import make_tree
-from tests.preprocessing.test_encoding import encode_flags, file_contents, load_images
+from tests.preprocessing.test_encoding import encode_flags, load_images, read_files
 from tests.preprocessing.test_import_repa import make_repa_folder
 
 
@@ -48,13 +48,13 @@ def pixels(tree):
     return load_images(tree)
 
 
-def modification_times(paths):
+def read_modification_times(paths):
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
 def test_images_are_stored_and_other_files_are_unchanged(make_cache, pixels):
-    without_images = file_contents(make_cache())
-    with_images = file_contents(make_cache(keep_images=True))
+    without_images = read_files(make_cache())
+    with_images = read_files(make_cache(keep_images=True))
     image_files = {f"images/{k:05d}.npy" for k in range(3)}
     assert with_images.keys() == without_images.keys() | image_files
     unchanged = without_images.keys() - {"manifest.json"}
@@ -69,7 +69,7 @@ def test_images_are_added_to_a_complete_cache_without_encoding_again(
 ):
     dest = shutil.copytree(make_cache(), tmp_path / "data")
     flags = encode_flags(tree, dest, vae_folder, "--num-workers", 0)
-    times = modification_times(dest.rglob("*.npy"))
+    times = read_modification_times(dest.rglob("*.npy"))
     finish = NpyWriter.finish
     finished_files = []
 
@@ -85,12 +85,12 @@ def test_images_are_added_to_a_complete_cache_without_encoding_again(
     assert not LatentCache(dest).manifest.images  # The cache is still valid.
     assert not list(dest.glob("*/.*.partial"))
 
-    finished_times = modification_times(finished_files)
+    finished_times = read_modification_times(finished_files)
     code, out = call(encode_latents, *flags, "--keep-images")
     assert code == 0 and "with the encoded images" in out
-    assert file_contents(dest) == file_contents(make_cache(keep_images=True))
-    assert finished_times == modification_times(finished_files)
-    assert times == modification_times(times)
+    assert read_files(dest) == read_files(make_cache(keep_images=True))
+    assert finished_times == read_modification_times(finished_files)
+    assert times == read_modification_times(times)
     assert "is complete: 24 images" in call(encode_latents, *flags, "--keep-images")[1]
     # A cache with images is also a complete cache for the command without the flag.
     assert "is complete: 24 images" in call(encode_latents, *flags)[1]
@@ -102,7 +102,7 @@ def test_images_of_another_source_are_refused(call, vae_folder, tmp_path):
     flags = encode_flags(source, dest, vae_folder, "--num-workers", 0, "--skip-bad")
     (source / "class0/003.png").write_bytes(b"")
     assert call(encode_latents, *flags)[0] == 0
-    contents = file_contents(dest)
+    contents = read_files(dest)
     message = "the source no longer contains the images of shard 00000.npy"
 
     # A skipped image has become usable.
@@ -119,7 +119,7 @@ def test_images_of_another_source_are_refused(call, vae_folder, tmp_path):
 
     code, out = call(encode_latents, *flags, "--keep-images", "--shard-size", 12)
     assert code == 2 and "was created with --shard-size 10; pass the same value" in out
-    new_contents = file_contents(dest)
+    new_contents = read_files(dest)
     complete = {name: data for name, data in new_contents.items() if "partial" not in name}
     assert complete == contents
 
@@ -152,12 +152,12 @@ def test_verify_repairs_images_without_encoding_again(call, make_cache, tmp_path
     assert "00002.npy: images: is uint8 (4, 3, 16, 16), should be uint8 (4, 3, 32, 32)" in out
 
     (data / "moments/00002.npy").unlink()
-    times = modification_times(data.glob("moments/0000[01].npy"))
+    times = read_modification_times(data.glob("moments/0000[01].npy"))
     code, out = call(verify, data, "--repair", "--num-workers", 0)
     assert code == 0 and "rebuilt 3 of 3 shards" in out
     assert "manifest.json has the new" not in out
-    assert times == modification_times(times)
-    assert file_contents(data) == file_contents(make_cache(keep_images=True))
+    assert times == read_modification_times(times)
+    assert read_files(data) == read_files(make_cache(keep_images=True))
     assert call(verify, data)[0] == 0
 
 

@@ -18,9 +18,9 @@ from preprocessing.sources import open_source
 from tests.helpers import make_tree, make_vae
 from tests.preprocessing.test_encoding import (
     encode_flags,
-    file_contents,
     interrupt_encode,
     load_images,
+    read_files,
 )
 
 
@@ -81,7 +81,7 @@ def test_interrupted_encoding_resumes_and_gives_the_same_bytes(
         assert len(calls) == 4
     uninterrupted = tmp_path / "uninterrupted"
     assert call(encode_latents, *encode_flags(tree, uninterrupted, vae_folder))[0] == 0
-    assert file_contents(dest) == file_contents(uninterrupted)
+    assert read_files(dest) == read_files(uninterrupted)
 
 
 def test_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
@@ -166,7 +166,7 @@ def test_full_disk_gives_an_error_of_one_line_and_leaves_no_files(
     code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
     assert code == 2 and "No space left" in out and "data/partial/plan.json" in out
     assert "Traceback" not in out
-    assert list(file_contents(tmp_path / "data")) == ["partial/lock.0"]
+    assert list(read_files(tmp_path / "data")) == ["partial/lock.0"]
 
 
 def test_edm_zip_and_folder_tree_give_the_same_cache(call, tree, vae_folder, tmp_path, cache):

@@ -94,7 +94,7 @@ def webdataset_files(names) -> dict:
     return files
 
 
-def content(source) -> dict[bytes, str]:
+def read_classes(source) -> dict[bytes, str]:
     """Return the name of the class of each image, keyed by its pixels."""
     return {
         bytes(load_square(source, i, 8)): source.class_names[source.labels[i]]
@@ -106,24 +106,26 @@ def content(source) -> dict[bytes, str]:
 def expected(tmp_path_factory):
     source = open_source(write_tree(tmp_path_factory.mktemp("tree") / "t"))
     assert source.class_names == CLASSES and len(source) == 7 and source.names == sorted(FILES)
-    return content(source)
+    return read_classes(source)
 
 
 def test_zip_classes_come_from_dataset_json_or_folders(tmp_path, expected):
-    assert content(open_source(write_zip(tmp_path / "a.zip", FILES))) == expected
-    assert content(open_source(write_zip(tmp_path / "b.zip", FILES, LISTED_LABELS))) == expected
+    assert read_classes(open_source(write_zip(tmp_path / "a.zip", FILES))) == expected
+    assert (
+        read_classes(open_source(write_zip(tmp_path / "b.zip", FILES, LISTED_LABELS))) == expected
+    )
 
 
 def test_zip_with_labels_null_has_one_class(tmp_path, expected):
     """EDM writes null for unlabeled data, whose folders are not classes."""
     files = {f"0000{i % 2}/{i}.png": data for i, data in enumerate(FILES.values())}
     source = open_source(write_zip(tmp_path / "c.zip", files, {"labels": None}))
-    assert source.class_names == ["0"] and set(content(source)) == set(expected)
+    assert source.class_names == ["0"] and set(read_classes(source)) == set(expected)
 
 
 def test_tar_classes_come_from_its_folders(tmp_path, expected):
     files = {f"./{name}": data for name, data in FILES.items()}
-    assert content(open_source(write_tar(tmp_path / "one.tar", files))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "one.tar", files))) == expected
 
 
 def test_tar_of_tars_has_one_class_per_inner_tar(tmp_path, expected):
@@ -135,7 +137,7 @@ def test_tar_of_tars_has_one_class_per_inner_tar(tmp_path, expected):
         }
         path = write_tar(tmp_path / "inner" / f"{class_name}.tar", files)
         inner[path.name] = path.read_bytes()
-    assert content(open_source(write_tar(tmp_path / "imagenet.tar", inner))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "imagenet.tar", inner))) == expected
 
 
 def test_webdataset_classes_come_from_cls_files(tmp_path, expected):
@@ -145,17 +147,19 @@ def test_webdataset_classes_come_from_cls_files(tmp_path, expected):
     for path in (tmp_path / "shards", tmp_path / "shards" / "*.tar"):
         source = open_source(path)
         assert source.class_names == ["0", "1", "2"]
-        assert {image: CLASSES[int(name)] for image, name in content(source).items()} == expected
+        assert {
+            image: CLASSES[int(name)] for image, name in read_classes(source).items()
+        } == expected
     assert open_source(tmp_path / "shards/0000.tar").names[0] == "apple_00.png"
 
 
 def test_parquet_classes_come_from_the_label_column(tmp_path, expected):
     write_parquet(tmp_path / "hub/data/train-00000-of-00002.parquet", range(5))
     write_parquet(tmp_path / "hub/data/train-00001-of-00002.parquet", range(5, 7))
-    assert content(open_source(tmp_path / "hub")) == expected
+    assert read_classes(open_source(tmp_path / "hub")) == expected
     unlabeled = write_parquet(tmp_path / "unlabeled.parquet", range(7), has_labels=False)
     source = open_source(unlabeled)
-    assert source.class_names == ["0"] and set(content(source)) == set(expected)
+    assert source.class_names == ["0"] and set(read_classes(source)) == set(expected)
 
 
 def test_parquet_requires_the_choice_of_a_split(tmp_path, expected):
@@ -164,7 +168,7 @@ def test_parquet_requires_the_choice_of_a_split(tmp_path, expected):
     message = r"several splits \(test, train\); choose one, .* --source '.*/train-\*.parquet'"
     with pytest.raises(UserError, match=message):
         open_source(tmp_path / "hub")
-    assert content(open_source(tmp_path / "hub/data/train-*.parquet")) == expected
+    assert read_classes(open_source(tmp_path / "hub/data/train-*.parquet")) == expected
 
 
 def test_parquet_without_pyarrow_is_an_error_with_the_pip_command(tmp_path, monkeypatch):
@@ -191,7 +195,7 @@ def test_parquet_finds_image_column_among_binary_columns(tmp_path, expected):
         "label": [name.split("/")[0] for name in FILES],
     }
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
-    assert content(open_source(tmp_path / "a.parquet")) == expected
+    assert read_classes(open_source(tmp_path / "a.parquet")) == expected
 
 
 def test_folder_of_images_has_one_class(tmp_path):
@@ -208,7 +212,7 @@ def test_csv_assigns_class_names_to_images(tmp_path, expected, style):
             key = name if style == "file name" else name.removesuffix(".png")
             writer.writerow([key, CLASSES[label]])
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
-    assert content(open_source(flat, labels=tmp_path / "labels.csv")) == expected
+    assert read_classes(open_source(flat, labels=tmp_path / "labels.csv")) == expected
 
 
 def test_csv_assigns_class_indices_to_images(tmp_path):
@@ -223,16 +227,16 @@ def test_csv_of_a_spreadsheet_is_accepted(tmp_path, expected):
     rows = "".join(f'"{name}" , {CLASSES[label]}\r\n' for name, label in FLAT_LABELS.items())
     (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
-    assert content(open_source(flat, labels=tmp_path / "labels.csv")) == expected
+    assert read_classes(open_source(flat, labels=tmp_path / "labels.csv")) == expected
 
 
 def test_dataset_json_assigns_classes_from_the_flag_or_the_folder(tmp_path, expected):
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
     labels = {"labels": list(FLAT_LABELS.items()), "class_names": CLASSES}
     (tmp_path / "labels.json").write_text(json.dumps(labels))
-    assert content(open_source(flat, labels=tmp_path / "labels.json")) == expected
+    assert read_classes(open_source(flat, labels=tmp_path / "labels.json")) == expected
     (flat / "dataset.json").write_text(json.dumps(labels))
-    assert content(open_source(flat)) == expected
+    assert read_classes(open_source(flat)) == expected
 
 
 def test_pickled_sources_return_the_same_images(tmp_path, expected):
@@ -245,7 +249,7 @@ def test_pickled_sources_return_the_same_images(tmp_path, expected):
     for path in paths:
         source = open_source(path)
         load_square(source, 0, 8)
-        assert content(pickle.loads(pickle.dumps(source))) == expected
+        assert read_classes(pickle.loads(pickle.dumps(source))) == expected
 
 
 def test_symlinks_are_followed_without_infinite_recursion(tmp_path, expected):
@@ -255,7 +259,7 @@ def test_symlinks_are_followed_without_infinite_recursion(tmp_path, expected):
         (tmp_path / "linked" / name).symlink_to(tree / name)
     (tree / "apple/loop").symlink_to(tree / "apple")
     source = open_source(tmp_path / "linked")
-    assert content(source) == expected and len(source) == 7
+    assert read_classes(source) == expected and len(source) == 7
 
 
 def test_digest_depends_on_count_and_labels(tmp_path):
@@ -376,12 +380,12 @@ def test_folder_of_imagenet_tars_has_one_class_per_tar(tmp_path):
 def test_tar_paths_in_dataset_json_are_relative_to_its_folder(tmp_path, expected):
     files = {f"set/{name}": data for name, data in FILES.items()}
     files["set/dataset.json"] = json.dumps(LISTED_LABELS).encode()
-    assert content(open_source(write_tar(tmp_path / "a.tar", files))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "a.tar", files))) == expected
 
 
 def test_tar_with_absolute_paths_is_accepted(tmp_path, expected):
     files = {f"/{name}": data for name, data in FILES.items()}
-    assert content(open_source(write_tar(tmp_path / "b.tar", files))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "b.tar", files))) == expected
 
 
 def test_last_of_two_tar_entries_with_the_same_name_is_read(tmp_path, expected):

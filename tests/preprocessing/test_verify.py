@@ -14,7 +14,7 @@ from preprocessing import encode_latents, verify
 from preprocessing.build import build_cache
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from tests.helpers import make_tree, make_vae
-from tests.preprocessing.test_encoding import file_contents
+from tests.preprocessing.test_encoding import read_files
 
 REPAIR_FLAGS = ("--repair", "--num-workers", 0)
 
@@ -81,7 +81,7 @@ def test_damaged_values_are_detected_and_repaired(
     assert code == 0 and "rebuilt 1 of 3 shards" in out
     assert ("manifest.json has the new sha256" in out) == update_sha256
     assert call(verify, data)[0] == 0
-    assert file_contents(data) == file_contents(original / "data")
+    assert read_files(data) == read_files(original / "data")
 
 
 def test_missing_and_truncated_files_are_detected_and_repaired(call, original, data):
@@ -95,7 +95,7 @@ def test_missing_and_truncated_files_are_detected_and_repaired(call, original, d
     assert "00000.npy: mirrored: cannot be read (No data left in file)" in out
     assert "00001.npy: mirrored: is float16 (10, 4, 8, 8), should be float16 (10, 8, 8, 8)" in out
     assert call(verify, data, *REPAIR_FLAGS)[0] == 0
-    assert file_contents(data) == file_contents(original / "data")
+    assert read_files(data) == read_files(original / "data")
 
 
 def test_repair_rejects_another_vae(call, data, tmp_path):
