@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists every flag)")
 
     def _list_flags(self) -> list[str]:
-        """Return all flags, taken from the help: argparse has no public list of them."""
+        """Return all flags, parsed from the help because argparse has no public list of them."""
         headings = re.findall(r"^  (-.*?)(?:  |$)", self.format_help(), re.MULTILINE)
         return re.findall(r"--[\w-]+", " ".join(headings))
 

@@ -244,7 +244,7 @@ def sha256(path: Path) -> str:
 
 
 def _list_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield all files under a folder. Symbolic links that form a cycle are not followed."""
+    """Yield all files under a folder. Symbolic links that form a cycle are ignored."""
     ancestors |= {folder.resolve()}
     for entry in folder.iterdir():
         if entry.is_file():

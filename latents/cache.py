@@ -284,7 +284,7 @@ class LatentCache:
                 f"--cache-in-ram needs {needed / 1e9:.1f} GB of memory, but this machine has only "
                 f"{available / 1e9:.1f} GB available; remove the flag"
             )
-        if not hasattr(os, "memfd_create"):  # on macOS, each process has a separate copy
+        if not hasattr(os, "memfd_create"):  # macOS; each process has a separate copy
             self._moments_in_ram = np.empty(num_rows, self._moments_format)
             return None
         self._ram_descriptor = os.memfd_create("latents")

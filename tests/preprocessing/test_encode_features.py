@@ -57,7 +57,7 @@ def encoder(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, tree, vae_folder):
+def original_cache(tmp_path_factory, tree, vae_folder):
     """A cache with images and without features."""
     dest = tmp_path_factory.mktemp("features") / "data"
     settings = EncodingSettings(
@@ -68,8 +68,8 @@ def original(tmp_path_factory, tree, vae_folder):
 
 
 @pytest.fixture
-def data(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "data")
+def data(original_cache, tmp_path):
+    return shutil.copytree(original_cache, tmp_path / "data")
 
 
 def test_stored_features_equal_the_output_of_the_encoder(call, encoder, data):
@@ -111,7 +111,7 @@ def test_complete_features_are_not_computed_again(call, encoder, data):
     assert code == 0 and "is already complete" in out and not Encoder.batch_sizes
 
 
-def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, monkeypatch):
+def test_interrupted_command_resumes(call, encoder, data, original_cache, tmp_path, monkeypatch):
     flags = ["--encoder", "e", "--batch-size", 4, "--tokens-side", 2]
     monkeypatch.setattr(Encoder, "interrupt_at", 5)  # in the second shard
     assert call(encode_features, data, *flags)[0] == 130
@@ -124,7 +124,7 @@ def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, mo
     Encoder.batch_sizes.clear()
     assert call(encode_features, data, *flags)[0] == 0
     assert Encoder.batch_sizes == [4, 4, 2, 4]
-    uninterrupted = shutil.copytree(original, tmp_path / "uninterrupted")
+    uninterrupted = shutil.copytree(original_cache, tmp_path / "uninterrupted")
     assert call(encode_features, uninterrupted, *flags)[0] == 0
     assert read_files(dest) == read_files(uninterrupted / "features/e-224-2x2")
 
@@ -226,7 +226,7 @@ class FirstProcess(SecondProcess):
         return self.results.pop(0)
 
 
-def test_shards_are_distributed_over_processes(encoder, data, original, tmp_path):
+def test_shards_are_distributed_over_processes(encoder, data, original_cache, tmp_path):
     def build(root, world):
         plan = {"encoder": "e", "tokens_side": 2, "width": 3}
         dest = root / "features/e"
@@ -238,6 +238,6 @@ def test_shards_are_distributed_over_processes(encoder, data, original, tmp_path
     assert build(data, second) == ["00001.npy"]
     first = FirstProcess(second.results)
     assert build(data, first) == ["00000.npy", "00001.npy", "00002.npy"]
-    single = shutil.copytree(original, tmp_path / "single")
+    single = shutil.copytree(original_cache, tmp_path / "single")
     build(single, World())
     assert read_files(data) == read_files(single)

@@ -20,7 +20,7 @@ REPAIR_FLAGS = ("--repair", "--num-workers", 0)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original_folder(tmp_path_factory):
     """A folder with images (tree), a VAE (vae), and a cache (data)."""
     root = tmp_path_factory.mktemp("original")
     settings = EncodingSettings(
@@ -37,8 +37,8 @@ def original(tmp_path_factory):
 
 
 @pytest.fixture
-def data(original, tmp_path):
-    return shutil.copytree(original / "data", tmp_path / "data")
+def data(original_folder, tmp_path):
+    return shutil.copytree(original_folder / "data", tmp_path / "data")
 
 
 def change_array(root, name, index, value, update_sha256=False):
@@ -71,7 +71,7 @@ def test_intact_cache_is_valid(call, data):
     ],
 )
 def test_damaged_values_are_detected_and_repaired(
-    call, original, data, name, index, value, update_sha256, message
+    call, original_folder, data, name, index, value, update_sha256, message
 ):
     change_array(data, name, index, value, update_sha256)
     code, out = call(verify, data)
@@ -81,10 +81,10 @@ def test_damaged_values_are_detected_and_repaired(
     assert code == 0 and "rebuilt 1 of 3 shards" in out
     assert ("manifest.json has the new sha256" in out) == update_sha256
     assert call(verify, data)[0] == 0
-    assert read_files(data) == read_files(original / "data")
+    assert read_files(data) == read_files(original_folder / "data")
 
 
-def test_missing_and_truncated_files_are_detected_and_repaired(call, original, data):
+def test_missing_and_truncated_files_are_detected_and_repaired(call, original_folder, data):
     (data / "moments/00000.npy").unlink()
     (data / "mirrored/00000.npy").write_bytes(b"")
     (data / "labels/00002.npy").write_bytes((data / "labels/00002.npy").read_bytes()[:-8])
@@ -95,7 +95,7 @@ def test_missing_and_truncated_files_are_detected_and_repaired(call, original, d
     assert "00000.npy: mirrored: cannot be read (No data left in file)" in out
     assert "00001.npy: mirrored: is float16 (10, 4, 8, 8), should be float16 (10, 8, 8, 8)" in out
     assert call(verify, data, *REPAIR_FLAGS)[0] == 0
-    assert read_files(data) == read_files(original / "data")
+    assert read_files(data) == read_files(original_folder / "data")
 
 
 def test_repair_rejects_another_vae(call, data, tmp_path):
@@ -106,13 +106,13 @@ def test_repair_rejects_another_vae(call, data, tmp_path):
     assert not (data / "moments/00001.npy").exists()
 
 
-def test_repair_accepts_moved_images_and_vae(call, original, data, tmp_path):
+def test_repair_accepts_moved_images_and_vae(call, original_folder, data, tmp_path):
     (data / "moments/00001.npy").unlink()
-    source = shutil.copytree(original / "tree", tmp_path / "elsewhere")
-    vae = shutil.copytree(original / "vae", tmp_path / "vae")
+    source = shutil.copytree(original_folder / "tree", tmp_path / "elsewhere")
+    vae = shutil.copytree(original_folder / "vae", tmp_path / "vae")
     assert call(verify, data, "--repair", "--source", source, "--vae", vae)[0] == 0
     repaired, _ = LatentCache(data).gather(np.arange(24))
-    expected, _ = LatentCache(original / "data").gather(np.arange(24))
+    expected, _ = LatentCache(original_folder / "data").gather(np.arange(24))
     assert torch.equal(repaired, expected)
 
 
