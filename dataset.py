@@ -1,7 +1,7 @@
-"""The order in which training reads the latent cache: a function of the seed (docs/data.md).
+"""Read the latent cache in a shuffled order that depends only on the seed (docs/data.md).
 
-Stream position n is that of the n-th image of a run. B is the global batch size, b the number of
-its images on one process.
+The n-th image of a run has stream position n. B is the number of positions, b the batch size per
+process.
 """
 
 import math
@@ -36,9 +36,9 @@ def to_image_index(stream_position: np.ndarray, size: int, seed: int) -> np.ndar
     """
     epoch, position_in_epoch = np.divmod(stream_position, size)
     image_index = np.empty_like(stream_position)
-    for e in np.unique(epoch):
-        in_epoch = epoch == e
-        image_index[in_epoch] = _permute(position_in_epoch[in_epoch], size, _round_keys(e, seed))
+    for value in np.unique(epoch):
+        mask = epoch == value
+        image_index[mask] = _permute(position_in_epoch[mask], size, _make_round_keys(value, seed))
     return image_index
 
 
@@ -46,25 +46,26 @@ def _permute(position: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Apply a permutation of range(size) that is determined by the keys, (B,) -> (B,) uint64.
 
     The Feistel network permutes the cells of the smallest nearly square rectangle with at least
-    `size` cells. Values that land outside range(size) are permuted again until they are inside.
+    `size` cells. Values outside range(size) are permuted again until they are inside.
     """
     num_rows = math.isqrt(size - 1) + 1
     num_columns = -(-size // num_rows)
     lengths = (np.uint64(num_rows), np.uint64(num_columns))
     value = position.astype(np.uint64)
-    outside = np.arange(len(value))
-    while len(outside):
-        cell = list(np.divmod(value[outside], lengths[1]))  # row and column
+    outside_index = np.arange(len(value))
+    while len(outside_index):
+        cell = list(np.divmod(value[outside_index], lengths[1]))  # row and column
         for i, key in enumerate(keys):
-            this = i % 2
-            other = 1 - this
-            cell[this] = (cell[this] + _mix(cell[other] ^ key) % lengths[this]) % lengths[this]
-        value[outside] = cell[0] * lengths[1] + cell[1]
-        outside = outside[value[outside] >= size]
+            axis = i % 2
+            other_axis = 1 - axis
+            shift = _mix(cell[other_axis] ^ key) % lengths[axis]
+            cell[axis] = (cell[axis] + shift) % lengths[axis]
+        value[outside_index] = cell[0] * lengths[1] + cell[1]
+        outside_index = outside_index[value[outside_index] >= size]
     return value
 
 
-def _round_keys(epoch: int, seed: int) -> np.ndarray:
+def _make_round_keys(epoch: int, seed: int) -> np.ndarray:
     """Return the keys of the Feistel rounds of one epoch, (NUM_ROUNDS,) uint64."""
     epoch_key = _mix(np.array([epoch], np.uint64))
     return _mix(_mix(epoch_key + np.uint64(seed)) + np.arange(NUM_ROUNDS, dtype=np.uint64))
@@ -88,7 +89,7 @@ class CachedBatch:
     inputs: dict[str, Tensor] = field(default_factory=dict)  # images or features, by folder
 
     def to(self, device: torch.device) -> "CachedBatch":
-        """Copy all tensors to a device without waiting for the copy."""
+        """Copy all tensors to a device asynchronously."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "CachedBatch":
@@ -105,10 +106,10 @@ class CachedBatch:
 
 
 class TrainingStream(Dataset):
-    """The batches of a run: item k is this process's share of global batch k.
+    """The batches of a run. Item k is this process's share of global batch k.
 
-    The n-th image of the run, and whether it is flipped, depend on the seed alone and are the same
-    on any number of processes.
+    The n-th image of the run, and whether it is flipped, depend only on n and the seed, not on the
+    number of processes.
 
     Args:
         cache: The latent cache.
@@ -116,11 +117,11 @@ class TrainingStream(Dataset):
         batch_size: Global batch size, a multiple of `num_processes`.
         rank: Rank of this process.
         num_processes: Number of processes.
-        inputs: Further inputs to read: "images" (b, 3, R, R) uint8, flipped where the moments are,
-            or "features/SLUG" (b, N, D) float16.
+        inputs: Additional inputs to read: "images" (b, 3, R, R) uint8, flipped whenever the moments
+            are, or "features/SLUG" (b, N, D) float16.
 
     Raises:
-        CacheError: The cache does not hold these inputs.
+        CacheError: The cache does not contain these inputs.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class TrainingStream(Dataset):
 
 
 class _ErrorsAsItems(Dataset):
-    """Returns a CacheError as an item: a DataLoader would bury its message in a traceback."""
+    """Returns a CacheError as an item, because a DataLoader would hide it in a long traceback."""
 
     def __init__(self, stream: TrainingStream):
         self.stream = stream

@@ -257,8 +257,8 @@ TABLES = {
     ),
     "imagenet": Table(
         imagenet_rows,
-        "| pixels | cache, float16 | with --flip | --keep-images | GFLOPs per image "
-        "| total PFLOPs | on two CPU cores |",
+        "| resolution | float16 cache | with --flip | stored images | GFLOPs per image "
+        "| total PFLOPs | time on two CPU cores |",
         benchmark="encode",
     ),
     "cost": Table(

@@ -1,4 +1,4 @@
-"""Command-line helpers: argument types, help texts, and errors as one line with an exit code."""
+"""Command-line helpers: argument types, help texts, and one-line errors with exit codes."""
 
 import argparse
 import difflib
@@ -146,15 +146,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists every flag)")
 
     def _list_flags(self) -> list[str]:
-        """Return all flags, taken from the help: argparse has no public list of them."""
+        """Return all flags, parsed from the help because argparse has no public list of them."""
         headings = re.findall(r"^  (-.*?)(?:  |$)", self.format_help(), re.MULTILINE)
         return re.findall(r"--[\w-]+", " ".join(headings))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Uses the width of the terminal, short metavars, and shows a default wherever there is one.
+    """Adapts the help to the width of the terminal, and shows short metavars and all defaults.
 
-    The two overridden methods are the hooks by which argparse's own formatters differ.
+    argparse's built-in formatters override the same two methods.
     """
 
     def __init__(self, prog: str):
@@ -198,7 +198,7 @@ positive_float = _number(float, lambda value: 0 < value < math.inf, "a number ab
 
 
 def device(text: str) -> str:
-    """Parse cpu, cuda or cuda:N, as an argparse type. The GPU must exist on this machine."""
+    """Parse the name of a device (an argparse type). A GPU must exist on this machine."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device; choose cpu, cuda or cuda:N")
     if text != "cpu" and int(text.partition(":")[2] or 0) >= torch.cuda.device_count():

@@ -1,4 +1,4 @@
-"""Files that are written atomically, and text files that grow by whole lines."""
+"""Write files atomically, append whole lines to text files, and lock and hash files."""
 
 import errno
 import fcntl
@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 
-def _partial_path(path: Path) -> Path:
+def _make_partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager
 def _name_in_errors(path: Path) -> Iterator[None]:
-    """Make an OSError name `path` if it names no file or the temporary file."""
+    """Set the file name of an OSError to `path` if it has none or that of the temporary file."""
     try:
         yield
     except OSError as error:
-        if error.filename in (None, str(_partial_path(path))):
+        if error.filename in (None, str(_make_partial_path(path))):
             error.filename = str(path)
         raise
 
@@ -36,7 +36,7 @@ def _replace_atomically(path: Path) -> Iterator[Path]:
     The file and its folder are flushed to the disk. On error, the temporary file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_path(path)
+    partial = _make_partial_path(path)
     try:
         with _name_in_errors(path):
             yield partial
@@ -71,7 +71,7 @@ def write_array(path: Path, array: np.ndarray) -> str:
 
 
 class NpyWriter:
-    """Writes a .npy file a few rows at a time, so that the array need not fit into memory.
+    """Writes a .npy file a few rows at a time, so the array does not have to fit into memory.
 
     The rows are written to a temporary file, which gets its final name when `finish` is called. If
     the disk is full, all methods raise OSError; call `discard` to remove the temporary file.
@@ -88,7 +88,7 @@ class NpyWriter:
         self.dtype = np.dtype(dtype)
         self.row_shape = row_shape
         self.num_rows = 0
-        self.partial = _partial_path(path)
+        self.partial = _make_partial_path(path)
         with _name_in_errors(path):
             self.file = self.partial.open("wb")
         self._write_header()
@@ -96,7 +96,7 @@ class NpyWriter:
     def _write_header(self) -> None:
         """Write the header for the current number of rows.
 
-        Its size does not depend on that number, because numpy reserves space for all its digits.
+        The size of the header is fixed, because numpy reserves space for the largest number.
         """
         self.file.seek(0)
         header = {
@@ -128,13 +128,13 @@ class NpyWriter:
 
 
 @contextmanager
-def discard_on_error(array: NpyWriter | None) -> Iterator[None]:
-    """Discard the array if the body of the `with` statement fails."""
+def discard_on_error(writer: NpyWriter | None) -> Iterator[None]:
+    """Discard the unfinished file if the body of the `with` statement raises an exception."""
     try:
         yield
     except BaseException:
-        if array:
-            array.discard()
+        if writer:
+            writer.discard()
         raise
 
 
@@ -145,10 +145,10 @@ def write_npz(
 
     Args:
         path: The file to write.
-        blocks: Consecutive blocks of the rows of arr_0, uint8, so that the whole array need not fit
+        blocks: Consecutive blocks of rows of arr_0, uint8, so the whole array does not have to fit
             into memory. None omits arr_0.
         shape: Shape of arr_0.
-        arrays: Further arrays by name.
+        arrays: Additional arrays, by name.
     """
     with (
         _replace_atomically(path) as partial,
@@ -169,7 +169,7 @@ def write_npz(
 
 
 class LineWriter:
-    """Appends whole lines to a text file. On a full disk, lines are buffered until the next call.
+    """Appends whole lines to a text file. If that fails, lines are buffered until the next call.
 
     Attributes:
         path: The file.
@@ -193,14 +193,14 @@ class LineWriter:
             Whether everything has been written.
         """
         self.pending += text
-        rest = self.pending.encode()
+        remaining = self.pending.encode()
         try:
             with self.path.open("ab", buffering=0) as file:
                 if self._size_before_failure is not None:
                     file.truncate(self._size_before_failure)
                 self._size_before_failure = file.seek(0, os.SEEK_END)
-                while rest:
-                    rest = rest[file.write(rest) :]
+                while remaining:
+                    remaining = remaining[file.write(remaining) :]
                 if sync:
                     os.fsync(file.fileno())
         except OSError:
@@ -212,7 +212,7 @@ class LineWriter:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. Has no effect if the file system does not support locks.
+    """Hold an exclusive lock on a file, provided that the file system supports locks.
 
     Raises:
         BlockingIOError: Another process holds the lock.
@@ -244,7 +244,7 @@ def sha256(path: Path) -> str:
 
 
 def _list_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield all files under a folder, without following links to folders that contain it."""
+    """Yield all files under a folder. Symbolic links that form a cycle are ignored."""
     ancestors |= {folder.resolve()}
     for entry in folder.iterdir():
         if entry.is_file():
@@ -254,7 +254,7 @@ def _list_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Itera
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk so that they survive a power failure."""
+    """Flush a file or the entries of a folder to the disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,8 +18,8 @@ def draw_labelled_grid(
     """Draw images as a grid with one label per row.
 
     Args:
-        rows: Pairs of a label and the images of its row, (n, H, W, 3) uint8 with H = W. Labels may
-            repeat.
+        rows: (label, images) pairs. Images are (n, H, W, 3) uint8 with H = W. Several rows may have
+            the same label.
         title: Text above the grid.
         tile_size: Approximate size of an image in the grid, in pixels. Smaller images are enlarged
             by an integer factor.
@@ -29,7 +29,7 @@ def draw_labelled_grid(
     size = image_size * max(1, round(tile_size / image_size))
     num_columns = max(len(images) for _, images in rows)
 
-    # Lay out: labels on the left, the title above.
+    # Compute the layout. Labels are on the left, and the title is at the top.
     font_size = max(12, size // 5)
     font = ImageFont.load_default(font_size)
     left = 12 + int(max(font.getlength(label) for label, _ in rows))

@@ -6,8 +6,8 @@ computed with integer tensor arithmetic.
 In training, `position` is the position in the stream of training images: n for the n-th image of
 the run. It is not the index of the image in the data set, so an image that returns in a later epoch
 is combined with new noise. In sampling, `position` is the index of the sample. The result does not
-depend on the number of processes, on the batch size or on resuming. Results of CPU and GPU are
-equal up to the last bit of a float32.
+depend on the number of processes, on the batch size or on resuming. CPU and GPU
+results are equal up to the last bit of a float32.
 """
 
 import math
@@ -16,17 +16,17 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # the largest 32-bit word
+WORD = 0xFFFFFFFF  # largest 32-bit word, used as a mask
 
 
 class Purpose(IntEnum):
-    """Select one of the independent random streams of a seed.
+    """The independent random streams of a seed.
 
-    The values determine the numbers that a run draws. Never change them.
+    The values determine the random numbers of all runs and must never be changed.
     """
 
-    TIMESTEP = 1  # training: t
-    NOISE = 2  # training: eps
+    TIMESTEP = 1  # training: timestep t
+    NOISE = 2  # training: noise eps
     POSTERIOR = 3  # training: sample of the VAE's posterior
     LABEL_DROP = 4  # training: labels dropped for classifier-free guidance
     CLASS = 5  # sampling: class of an image
@@ -66,11 +66,11 @@ def philox(
 def uniform(
     seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...] = (), draw: int = 0
 ) -> Tensor:
-    """Return numbers that are uniform on (0, 1).
+    """Return random numbers that are uniformly distributed on (0, 1).
 
     Args:
         seed: Seed in [0, 2**32).
-        purpose: What the numbers are used for.
+        purpose: Purpose of the numbers, which selects the random stream.
         position: Position in the stream of training images, or index of the sample, (B,) int64.
         shape: Shape of the numbers per position.
         draw: Index of the draw, if a position needs several draws for the same purpose.
@@ -93,9 +93,9 @@ def uniform(
 def normal(
     seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...], draw: int = 0
 ) -> Tensor:
-    """Return standard normal numbers, by the Box-Muller transform.
+    """Return standard normal random numbers, computed with the Box-Muller transform.
 
-    Arguments and shapes are those of `uniform`.
+    The arguments and the shape of the result are the same as for `uniform`.
     """
     count = math.prod(shape)
     u = uniform(seed, purpose, position, (math.ceil(count / 4), 4), draw)

@@ -1,4 +1,4 @@
-"""Query the cores, memory and open files that are available to this process."""
+"""Query the CPU cores, memory and open files that are available to this process."""
 
 import math
 import os
@@ -14,8 +14,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def memory_sharing_domain() -> tuple:
-    """Return a key that is equal in processes that can open each other's files under /proc.
+def get_memory_sharing_domain() -> tuple:
+    """Return a key that is equal for processes that can open each other's files under /proc.
 
     Such processes run on the same machine, in the same PID namespace and as the same user.
     """
@@ -42,28 +42,28 @@ def available_memory() -> float:
     This is the available memory of the machine or the unused part of the job's memory limit,
     whichever is smaller. Containers and SLURM set such limits with control groups (version 2).
     """
-    return min(_available_on_machine(), _left_by_control_groups())
+    return min(_available_machine_memory(), _unused_group_memory())
 
 
-def _available_on_machine() -> float:
+def _available_machine_memory() -> float:
     for line in _read_lines("/proc/meminfo"):
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return math.inf
 
 
-def _left_by_control_groups() -> float:
-    left = math.inf
+def _unused_group_memory() -> float:
+    unused = math.inf
     for line in _read_lines("/proc/self/cgroup"):
-        if not line.startswith("0::"):  # a control group of version 1
+        if not line.startswith("0::"):  # skip control groups of version 1
             continue
         group = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
         for folder in (group, *group.parents):
             with suppress(OSError, ValueError):  # the file does not exist, or the limit is "max"
                 limit = int((folder / "memory.max").read_text())
                 used = int((folder / "memory.current").read_text())
-                left = min(left, limit - used)
-    return left
+                unused = min(unused, limit - used)
+    return unused
 
 
 def _read_lines(path: str) -> list[str]:

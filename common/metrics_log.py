@@ -1,13 +1,13 @@
-"""Read metrics.jsonl, the log of a training run, written by this or by older code.
+"""Read metrics.jsonl, the log of a training run, in the current or an older schema.
 
 Each line is a JSON object with the step, the number of images seen, and either the means since the
 previous line or the results of an evaluation, whose settings are under "evaluation".
 
 Lines of schema 2 contain `"schema": 2` and the columns align/METHOD, cosine/METHOD and
 token_norm/METHOD for each alignment method. Older lines have no schema. Their columns align, cosine
-and token_norm belong to the first method, or are null without alignment, and those of further
+and token_norm belong to the first method, or are null without alignment. The columns of additional
 methods are align_METHOD, cosine_METHOD and token_norm_METHOD. A run that newer code has resumed
-contains lines of both kinds.
+contains lines of both schemas.
 """
 
 import json
@@ -19,7 +19,7 @@ from common.cli import UserError
 from common.files import read_json_if_valid
 
 METRICS_SCHEMA = 2
-UNKNOWN_METHOD = "unknown"  # args.json, which names the first method, is missing or damaged
+UNKNOWN_METHOD = "unknown"  # used if args.json, which lists the methods, is missing or damaged
 
 _OLD_METHOD_COLUMN = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
 
@@ -27,14 +27,14 @@ _OLD_METHOD_COLUMN = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a run's metrics.jsonl, with the columns of the current schema.
 
-    A last line without a line break is ignored, because it is incomplete: its process was killed or
+    A last line without a line break is ignored, because it is incomplete: the process was killed or
     is still writing it.
 
     Args:
         folder: The run's folder. A folder without metrics.jsonl has no lines.
 
     Raises:
-        UserError: A line is damaged, or newer code wrote it.
+        UserError: A line is damaged or was written by newer code.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -78,8 +78,8 @@ def upgrade_row(row: dict[str, Any], methods: list[str]) -> dict[str, Any]:
 
 
 def _read_methods(folder: Path) -> list[str]:
-    """Return the alignment methods that args.json names; [] if it is missing or damaged."""
+    """Return the alignment methods listed in args.json, or [] if it is missing or damaged."""
     methods = read_json_if_valid(folder / "args.json").get("align") or []
-    if isinstance(methods, str):  # code that supported only one method wrote its name alone
+    if isinstance(methods, str):  # older code stored a single method as a string
         methods = [methods]
     return [name for name in methods if name != "none"]

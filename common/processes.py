@@ -1,4 +1,4 @@
-"""The processes that torchrun started for one command, or a single process without torchrun."""
+"""Communicate between the processes of a command, which runs with or without torchrun."""
 
 import os
 import sys
@@ -51,8 +51,8 @@ class World:
         """Call a collective operation, unless this is the only process.
 
         If another process has ended, gloo raises a plain RuntimeError. This process then exits
-        with code 2 and without a traceback, because the other one has printed its error. The text
-        of the RuntimeError is printed too, in case it has another cause.
+        with code 2 and without a traceback, because the other process has printed its error.
+        The message of the RuntimeError is also printed, in case it has a different cause.
         """
         if self.num_processes == 1:
             return
@@ -76,10 +76,10 @@ class World:
         """Call `compute` on rank 0 and return its result on every process.
 
         Raises:
-            Exception: On rank 0, whatever `compute` raised.
+            Exception: On rank 0, the exception that `compute` raised.
             SystemExit: On the other processes if `compute` failed, with code 2.
         """
-        result = None  # a tuple of the value, unless `compute` fails
+        result = None  # remains None if `compute` fails; otherwise, a tuple of the value
         if self.rank == 0:
             try:
                 result = (compute(),)

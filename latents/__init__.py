@@ -1,1 +1,1 @@
-"""The latent cache: its manifest and its reader."""
+"""The latent cache: manifest and reader."""

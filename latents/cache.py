@@ -1,6 +1,6 @@
 """Read a latent cache: moments, labels, images and features by image index (docs/data.md).
 
-B images per batch, C latent channels, h x w latent size, R resolution, N tokens, D feature
+B batch size, C latent channels, h x w latent size, R resolution, N tokens, D feature
 dimension.
 """
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.machine import available_memory, memory_sharing_domain, raise_open_file_limit
+from common.machine import available_memory, get_memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
-    features_remedy,
+    format_features_remedy,
     join_manifests,
     read_feature_metadata,
     read_manifest,
@@ -31,7 +31,9 @@ MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
 
 
 class LatentCache:
-    """One latent cache, or several that are read as one; image indices run from 0 to len - 1.
+    """A latent cache, or several caches that are read as one.
+
+    Image indices run from 0 to len - 1.
 
     All files are validated when the cache is opened, so that a damaged file does not stop training
     days later. Each process maps a file when it first reads from it.
@@ -89,7 +91,7 @@ class LatentCache:
         return self.manifest.count
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"open_shards": {}}  # another process opens its own maps
+        return self.__dict__ | {"open_shards": {}}  # each process maps the files itself
 
     def gather(
         self, image_index: np.ndarray, flipped: np.ndarray | None = None
@@ -98,7 +100,7 @@ class LatentCache:
 
         Args:
             image_index: Indices of the images, (B,) int64.
-            flipped: Whether to read the moments of the horizontally flipped image, (B,) bool.
+            flipped: Whether to read the moments of the flipped image, (B,) bool.
 
         Returns:
             Moments as stored, (B, 2C, h, w), and labels, (B,) int64.
@@ -118,7 +120,7 @@ class LatentCache:
     def read_input(
         self, folder: str, image_index: np.ndarray, flipped: np.ndarray | None = None
     ) -> Tensor:
-        """Read the images or the stored features of a batch, always from the disk.
+        """Read the images or the stored features of a batch from the disk.
 
         Args:
             folder: "images" or "features/SLUG".
@@ -135,19 +137,19 @@ class LatentCache:
         return torch.from_numpy(rows)
 
     def read_feature_metadata(self) -> dict[str, dict]:
-        """Return the metadata of the features that all joined caches hold, by slug.
+        """Return the metadata of the features that all joined caches contain, by slug.
 
-        Features are left out if the caches have them from different encoders, or if the images
-        have changed since they were computed.
+        Features are omitted if the encoders of the caches differ, or if images have changed since
+        the features were computed.
 
         Raises:
             CacheError: A features.json cannot be read.
         """
-        first, *others = map(read_feature_metadata, self.roots, self.manifests)
+        first_cache, *other_caches = map(read_feature_metadata, self.roots, self.manifests)
         return {
             slug: metadata
-            for slug, metadata in first.items()
-            if all(other.get(slug) == metadata for other in others)
+            for slug, metadata in first_cache.items()
+            if all(other.get(slug) == metadata for other in other_caches)
         }
 
     def require_folder(self, folder: str) -> None:
@@ -158,12 +160,12 @@ class LatentCache:
         """
         if folder in self._row_formats:
             return
-        row_format = self._input_format(folder)
+        row_format = self._find_input_format(folder)
         for shard_index in range(len(self.manifest.shards)):
             self._open_shard(shard_index, folder, row_format)
         self._row_formats[folder] = row_format
 
-    def _input_format(self, folder: str) -> np.dtype:
+    def _find_input_format(self, folder: str) -> np.dtype:
         """Return the shape and data type of the rows of "images" or "features/SLUG"."""
         if folder == "images":
             for root, manifest in zip(self.roots, self.manifests):
@@ -175,14 +177,14 @@ class LatentCache:
             resolution = self.manifest.resolution
             return np.dtype((np.uint8, (3, resolution, resolution)))
         slug = folder.removeprefix("features/")
-        stored = self.read_feature_metadata()
-        if slug not in stored:
+        metadata_by_slug = self.read_feature_metadata()
+        if slug not in metadata_by_slug:
             raise CacheError(
                 f"{' '.join(map(str, self.roots))}: there are no features {slug} (available: "
-                f"{', '.join(sorted(stored)) or 'none'}); create them with "
+                f"{', '.join(sorted(metadata_by_slug)) or 'none'}); create them with "
                 "python -m preprocessing.encode_features"
             )
-        metadata = stored[slug]
+        metadata = metadata_by_slug[slug]
         shape = (metadata["tokens_side"] ** 2, metadata["width"])
         return np.dtype((metadata["dtype"], shape))
 
@@ -205,17 +207,17 @@ class LatentCache:
         policy = self._prefetch_policies[folders[0]]
         if policy.remaining_batches:
             for _, shard, row in rows:
-                self._reader(*shard).prefetch(row)
+                self._get_reader(*shard).prefetch(row)
 
-        # Copy the rows. Calling `_reader` for every row would make this loop 5% slower.
+        # Copy the rows. Calling `_get_reader` for every row would make this loop 5% slower.
         started = time.perf_counter()
         for i, shard, row in rows:
-            reader = self.open_shards.get(shard) or self._reader(*shard)
+            reader = self.open_shards.get(shard) or self._get_reader(*shard)
             out[i] = reader.rows[row]
         policy.update(len(rows), row_format.itemsize, time.perf_counter() - started)
         return out
 
-    def _reader(self, shard_index: int, folder: str) -> ShardReader:
+    def _get_reader(self, shard_index: int, folder: str) -> ShardReader:
         """Return the reader of a shard from `open_shards`, after adding it if necessary."""
         reader = self.open_shards.get((shard_index, folder))
         if reader is None:
@@ -232,7 +234,7 @@ class LatentCache:
         root = self.shard_roots[shard_index]
         shard = self.manifest.shards[shard_index]
         if folder.startswith("features/"):
-            remedy = features_remedy(root / folder)
+            remedy = format_features_remedy(root / folder)
         else:
             remedy = f"repair it with python -m preprocessing.verify --repair {root}"
         return ShardReader(root / folder / shard["file"], shard["count"], row_format, remedy)
@@ -240,20 +242,20 @@ class LatentCache:
     def load_into_ram(
         self, rank: int = 0, all_gather: Callable[[object], list] = lambda value: [value]
     ) -> None:
-        """Copy the moments, but not images or features, into memory that processes share.
+        """Copy the moments into shared memory. Images and features stay on the disk.
 
-        Each machine holds one copy. The system frees it when the last process exits, even if that
-        process is killed.
+        There is one copy per machine. The system frees the memory when the last process exits, even
+        if that process is killed.
 
         Args:
             rank: Rank of this process.
             all_gather: Function that returns the values of all processes, ordered by rank.
 
         Raises:
-            CacheError: On all processes, if one of them cannot load the cache.
+            CacheError: On all processes, if any process cannot load the cache.
         """
         # One process of each machine allocates the memory and fills it.
-        domains = all_gather(memory_sharing_domain())
+        domains = all_gather(get_memory_sharing_domain())
         owner = domains.index(domains[rank])
         result: str | CacheError | None = None
         if owner == rank:
@@ -282,7 +284,7 @@ class LatentCache:
                 f"--cache-in-ram needs {needed / 1e9:.1f} GB of memory, but this machine has only "
                 f"{available / 1e9:.1f} GB available; remove the flag"
             )
-        if not hasattr(os, "memfd_create"):  # macOS: each process holds a copy
+        if not hasattr(os, "memfd_create"):  # macOS; each process has a separate copy
             self._moments_in_ram = np.empty(num_rows, self._moments_format)
             return None
         self._ram_descriptor = os.memfd_create("latents")
@@ -292,7 +294,7 @@ class LatentCache:
         return path
 
     def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
-        """Map the shared memory: the moments of all images, then those of all flipped images."""
+        """Map the shared memory. The moments of flipped images follow those of all images."""
         shape = (-1, *self._moments_format.shape)
         return np.memmap(path, self._moments_format.base, mode).reshape(shape)
 

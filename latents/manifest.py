@@ -1,10 +1,10 @@
-"""The manifest of a latent cache, and which caches can be joined (docs/data.md).
+"""Read, write and join the manifests of latent caches (docs/data.md).
 
     manifest.json       settings of the cache and the list of its shards; written last
     moments/00000.npy   (n, 2C, h, w) posterior mean and standard deviation, unscaled
-    mirrored/00000.npy  the same for the horizontally flipped images, in a cache with flips
+    mirrored/00000.npy  moments of the horizontally flipped images; only with --flip
     labels/00000.npy    (n,) int64
-    images/00000.npy    (n, 3, R, R) uint8, the encoded images, in a cache that keeps them
+    images/00000.npy    (n, 3, R, R) uint8, the encoded images; only with --keep-images
     features/SLUG/      features of an image encoder (preprocessing.encode_features):
                         00000.npy (n, N, D) float16 and features.json
 
@@ -35,7 +35,7 @@ SHARED_FIELDS = (
     "flips",
 )
 
-# Entries of features.json that identify the encoder and the form of its features.
+# Entries of features.json that identify the encoder and the shape of its features.
 FEATURE_FIELDS = ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")
 
 
@@ -50,13 +50,13 @@ class Manifest:
     resolution: int
     crop: str
     vae: str  # hub id or folder
-    vae_fingerprint: str  # Autoencoder.fingerprint
-    scale: float | list[float]  # models.autoencoder.LatentScale; some VAEs have one per channel
+    vae_fingerprint: str  # hash from Autoencoder.fingerprint
+    scale: float | list[float]  # one value, or one value per channel
     shift: float | list[float]
     latent_shape: list[int]  # (C, h, w)
     dtype: str
-    mean: list[float]  # of the unscaled latents over the whole cache, per channel
-    std: list[float]  # as for the mean
+    mean: list[float]  # mean of the unscaled latents in the cache, per channel
+    std: list[float]  # standard deviation of the same latents, per channel
     # One entry per shard: file, count, sha256 by folder, sum, sum_of_squares, ...
     shards: list[dict] = field(default_factory=list)
     skipped: int = 0  # number of source images that could not be used
@@ -68,12 +68,12 @@ class Manifest:
 
     @property
     def moment_folders(self) -> list[str]:
-        """Folders that hold moments: those of the images, then those of the flipped images."""
+        """Folders of moments: those of the images and, with flips, those of the flipped images."""
         return ["moments", "mirrored"] if self.flips else ["moments"]
 
     @property
     def folders(self) -> list[str]:
-        """Folders that hold one array per shard, except features."""
+        """Folders that contain one array per shard, except those of features."""
         folders = [*self.moment_folders, "labels"]
         if self.images:
             folders.append("images")
@@ -85,7 +85,7 @@ class CacheError(ValueError):
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write manifest.json. Preprocessing does so last, because it makes the cache valid."""
+    """Write manifest.json. Write it last, because it makes the cache valid."""
     write_file(root / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
 
 
@@ -93,7 +93,7 @@ def read_manifest(root: Path) -> Manifest:
     """Read manifest.json.
 
     Raises:
-        CacheError: There is no manifest, or it has another format.
+        CacheError: The manifest is missing or has another format.
     """
     path = root / "manifest.json"
     if not root.exists():
@@ -135,7 +135,7 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     """Return the manifest of one cache, or of several that are read as one in the given order.
 
     Raises:
-        CacheError: The caches differ in one of SHARED_FIELDS, or one is listed twice.
+        CacheError: The caches differ in one of SHARED_FIELDS, or a cache is listed twice.
     """
     if len({root.resolve() for root in roots}) < len(roots):
         raise CacheError(f"{' '.join(map(str, roots))}: the same cache is listed twice")
@@ -145,12 +145,12 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     for root, manifest in zip(roots, manifests):
         for name in SHARED_FIELDS:
             if getattr(manifest, name) != getattr(first, name):
-                ours, theirs = _describe_difference(
+                first_value, second_value = _describe_difference(
                     name, getattr(first, name), getattr(manifest, name)
                 )
                 raise CacheError(
                     f"{roots[0]} and {root} cannot be joined: "
-                    f"{name} is {ours} in one and {theirs} in the other"
+                    f"{name} is {first_value} in one and {second_value} in the other"
                 )
     counts = np.array([manifest.count for manifest in manifests])
     weights = counts / counts.sum()
@@ -171,25 +171,25 @@ def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
     )
 
 
-def _describe_difference(name: str, ours: Any, theirs: Any) -> tuple[str, str]:
-    """Return short descriptions of two values of a field, which differ."""
+def _describe_difference(name: str, first_value: Any, second_value: Any) -> tuple[str, str]:
+    """Return short descriptions of two different values of a field."""
     if name != "class_names":
-        return str(ours), str(theirs)
-    if len(ours) != len(theirs):
-        return f"{len(ours)} classes", f"{len(theirs)} classes"
-    k = [a == b for a, b in zip(ours, theirs)].index(False)
-    return f"{ours[k]!r} for class {k}", f"{theirs[k]!r} for class {k}"
+        return str(first_value), str(second_value)
+    if len(first_value) != len(second_value):
+        return f"{len(first_value)} classes", f"{len(second_value)} classes"
+    k = [a == b for a, b in zip(first_value, second_value)].index(False)
+    return f"{first_value[k]!r} for class {k}", f"{second_value[k]!r} for class {k}"
 
 
-def features_remedy(folder: Path) -> str:
-    """Return the instruction for damaged features in `folder`, for error messages."""
+def format_features_remedy(folder: Path) -> str:
+    """Return the remedy for damaged features in `folder`, for error messages."""
     return f"remove {folder} and run python -m preprocessing.encode_features again"
 
 
 def read_feature_metadata(root: Path, manifest: Manifest) -> dict[str, dict]:
     """Return the FEATURE_FIELDS of the features of a cache, by slug.
 
-    Features are left out if the images have changed since they were computed.
+    Features are omitted if the images have changed since the features were computed.
 
     Raises:
         CacheError: A features.json cannot be read.
@@ -197,15 +197,15 @@ def read_feature_metadata(root: Path, manifest: Manifest) -> dict[str, dict]:
     image_hashes = {
         shard["file"]: shard.get("sha256", {}).get("images") for shard in manifest.shards
     }
-    found = {}
+    metadata_by_slug = {}
     for path in sorted((root / "features").glob("*/features.json")):
         try:
             content = json.loads(path.read_text())
             metadata = {name: content[name] for name in FEATURE_FIELDS}
             encoded_hashes = {shard["file"]: shard["images_sha256"] for shard in content["shards"]}
         except (ValueError, KeyError, TypeError) as error:
-            message = f"{path} cannot be read ({error!r}); {features_remedy(path.parent)}"
+            message = f"{path} cannot be read ({error!r}); {format_features_remedy(path.parent)}"
             raise CacheError(message) from None
         if encoded_hashes == image_hashes:
-            found[path.parent.name] = metadata
-    return found
+            metadata_by_slug[path.parent.name] = metadata
+    return metadata_by_slug

@@ -9,9 +9,9 @@ import numpy as np
 
 from latents.manifest import CacheError
 
-PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that waited for the disk
-MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have waited for the disk
-ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop takes besides the copy itself
+PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that stalled on the disk
+MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have stalled on the disk
+ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop needs in addition to the copy
 
 
 class ShardReader:
@@ -19,13 +19,13 @@ class ShardReader:
 
     Args:
         path: The .npy file.
-        num_rows: Number of rows that the manifest states.
+        num_rows: Number of rows according to the manifest.
         row_format: Shape and data type of a row, as a subarray dtype such as "(8, 32, 32)f2".
         remedy: Instruction for the error message if the file is missing, damaged or different.
 
     Attributes:
-        path: As above.
-        remedy: As above.
+        path: The .npy file.
+        remedy: Instruction for error messages about the file.
         rows: The array in the file, (num_rows, ...), read-only.
 
     Raises:
@@ -39,7 +39,7 @@ class ShardReader:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             message = f"{path} cannot be read ({error})"
-            # After other errors of the disk or the machine, the file may be intact.
+            # After other disk or machine errors, the file may be intact.
             if getattr(error, "errno", None) in (None, errno.ENOENT):
                 message += f"; {remedy}"
             raise CacheError(message) from None
@@ -48,12 +48,12 @@ class ShardReader:
             hint = ""
             if array.ndim == 4 and 2 * array.shape[1] == expected[1]:
                 hint = (
-                    f" ({array.shape[1]} channels are latents; "
-                    f"a cache holds moments, with {expected[1]} channels)"
+                    f" ({array.shape[1]} channels indicate latents, "
+                    f"but a cache contains moments, which have {expected[1]} channels)"
                 )
             raise CacheError(
                 f"{path} has shape {array.shape} and dtype {array.dtype}, but the manifest "
-                f"states {expected} and {row_format.base}{hint}; {remedy}"
+                f"specifies {expected} and {row_format.base}{hint}; {remedy}"
             )
         assert array.flags.c_contiguous, path
         self.rows = array.view(np.ndarray)
@@ -65,7 +65,7 @@ class ShardReader:
         self._file_map.madvise(mmap.MADV_RANDOM)
 
     def prefetch(self, row: int) -> None:
-        """Ask the kernel to read a row in the background."""
+        """Advise the kernel to read a row in the background."""
         row_bytes = self.rows.strides[0]
         begin = self._data_offset + row * row_bytes
         page = begin // mmap.PAGESIZE * mmap.PAGESIZE
@@ -80,12 +80,12 @@ class ShardReader:
 class PrefetchPolicy:
     """Decides whether the rows of a batch are prefetched before they are copied.
 
-    A copy that is slower than memory has waited for the disk. The next PREFETCH_BATCHES batches are
-    then prefetched, so that the disk receives the requests for all rows of a batch at once. While
-    all rows are in the page cache, prefetching would only cost time.
+    A copy that is slower than memory has stalled on the disk. The next PREFETCH_BATCHES batches are
+    then prefetched, so that the disk receives the requests for all rows of a batch at once. If
+    all rows are in the page cache, prefetching only costs time.
     """
 
-    remaining_batches: int = 0  # number of batches that are still to be prefetched
+    remaining_batches: int = 0  # number of batches that remain to be prefetched
 
     def update(self, num_rows: int, row_bytes: int, seconds: float) -> None:
         """Record how long the rows of a batch took to copy."""

@@ -1,1 +1,1 @@
-"""Conversion of images, and of REPA's files, to latent caches."""
+"""Create latent caches from images or from the files of REPA."""

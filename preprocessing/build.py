@@ -1,4 +1,4 @@
-"""Build a cache from the shards of a job. Each shard is made by one process and written atomically.
+"""Build a latent cache. One process creates each shard and writes it atomically.
 
 DEST/partial/plan.json        settings that all shards of an unfinished cache share
 DEST/partial/00000.npy.json   manifest entry of shard 0; exists when the shard is complete
@@ -27,19 +27,19 @@ from preprocessing.shards import (
     Shard,
     ShardEntry,
     add_images,
-    channel_statistics,
+    compute_channel_statistics,
     shard_file_name,
     write_shard,
 )
 
-# Defaults of settings that plans written by older versions do not contain.
+# Default values of settings that older versions did not record in their plans.
 PLAN_DEFAULTS = {"keep_images": False}
-# Settings that may differ when a command is rerun on a complete cache: the first two change at most
-# the last bit of a moment, and images can be added.
-FREE_SETTINGS = ("batch_size", "shard_size", "keep_images")
+# Settings that may differ when a command is rerun on a complete cache. The first two change at most
+# the last bit of a moment, and the third one adds images.
+SETTINGS_ALLOWED_TO_CHANGE = ("batch_size", "shard_size", "keep_images")
 
 
-def all_entries(manifest: Manifest) -> list[ShardEntry]:
+def list_all_entries(manifest: Manifest) -> list[ShardEntry]:
     """Return the entries of all shards in order, including shards without any usable image."""
     entries = [*manifest.shards, *manifest.encoding.get("empty", [])]
     return sorted(entries, key=lambda entry: entry["file"])
@@ -59,7 +59,7 @@ def make_manifest(job: CacheJob, entries: list[ShardEntry]) -> Manifest:
         kinds.update(entry["kinds"])
     empty = [entry for entry in entries if not entry["count"]]
     fields = job.manifest_fields
-    mean, std = channel_statistics(nonempty, fields["latent_shape"], fields["flips"])
+    mean, std = compute_channel_statistics(nonempty, fields["latent_shape"], fields["flips"])
     return Manifest(
         **fields,
         count=sum(entry["count"] for entry in nonempty),
@@ -72,15 +72,15 @@ def make_manifest(job: CacheJob, entries: list[ShardEntry]) -> Manifest:
     )
 
 
-def manifest_with_images(manifest: Manifest, entries: list[ShardEntry]) -> Manifest:
+def add_images_to_manifest(manifest: Manifest, entries: list[ShardEntry]) -> Manifest:
     """Return the manifest of the same cache after images were added to its shards."""
-    kept = {"keep_images": True}
-    encoding = manifest.encoding | kept | {"plan": manifest.encoding["plan"] | kept}
+    setting = {"keep_images": True}
+    encoding = manifest.encoding | setting | {"plan": manifest.encoding["plan"] | setting}
     return replace(manifest, images=True, shards=entries, encoding=encoding)
 
 
 def describe_differences(old: Plan, new: Plan) -> str:
-    """Return a text with the values of `new` that differ from `old`, empty if there are none."""
+    """Describe the values of `new` that differ from `old`. The text is empty if there are none."""
 
     def shorten(value: object) -> object:
         if isinstance(value, str) and len(value) > 40:  # a hash
@@ -98,7 +98,7 @@ def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
     """Return the manifest if DEST is a complete cache of this plan, or None if it is not complete.
 
     Raises:
-        UserError: If the cache cannot be read or was made with other settings.
+        UserError: If the cache cannot be read or was created with other settings.
     """
     if not (dest / "manifest.json").exists():
         return None
@@ -109,7 +109,7 @@ def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
             f"--dest {dest} contains a cache that cannot be read ({error}); choose another folder"
         ) from None
     old_plan = manifest.encoding.get("plan", {})
-    new_plan = {key: value for key, value in plan.items() if key not in FREE_SETTINGS}
+    new_plan = {key: value for key, value in plan.items() if key not in SETTINGS_ALLOWED_TO_CHANGE}
     changes = describe_differences(old_plan, new_plan)
     if changes:
         raise UserError(
@@ -126,7 +126,7 @@ def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
 
 
 def check_or_record_plan(dest: Path, plan: Plan) -> None:
-    """Record the plan of an unfinished cache, or check it if some shards are complete.
+    """Record the plan of an unfinished cache, or compare it with the plan of complete shards.
 
     --skip-bad is not part of the plan, so it can be added after a bad image has stopped a run.
 
@@ -144,12 +144,12 @@ def check_or_record_plan(dest: Path, plan: Plan) -> None:
     else:
         write_file(path, json.dumps(plan).encode())
         if not (dest / "manifest.json").exists():
-            # An existing preview may belong to other settings.
+            # An existing preview may show a cache with other settings.
             (dest / "preview.png").unlink(missing_ok=True)
 
 
 def lock_and_clean(dest: Path, resources: ExitStack) -> None:
-    """Lock DEST for the first process, and remove files that were left incomplete.
+    """Lock DEST for the first process, and remove incomplete files of earlier runs.
 
     The locks of all ranks are tested, because the first process of another command may have been
     killed while its other processes are still running.
@@ -179,37 +179,37 @@ def lock_and_clean(dest: Path, resources: ExitStack) -> None:
 
 
 @contextmanager
-def lock_destination(dest: Path, world: World, begin: Callable[[], Any]) -> Iterator[Any]:
-    """Lock DEST on all processes, and yield the result of `begin` on all processes.
+def lock_destination(dest: Path, world: World, prepare: Callable[[], Any]) -> Iterator[Any]:
+    """Lock DEST on all processes, and yield the result of `prepare` on all processes.
 
     Args:
         dest: Folder of a cache or of features.
         world: All processes of this command.
-        begin: Called on the first process, after it has locked DEST.
+        prepare: Function that the first process calls after it has locked DEST.
 
     Raises:
         UserError: If another command uses DEST, or DEST cannot be created.
     """
     with ExitStack() as resources:
 
-        def lock_and_begin() -> Any:
+        def lock_and_prepare() -> Any:
             lock_and_clean(dest, resources)
-            return begin()
+            return prepare()
 
-        result = world.run_on_first_rank(lock_and_begin)
+        result = world.run_on_first_rank(lock_and_prepare)
         if world.rank:
             resources.enter_context(lock(dest / "partial" / f"lock.{world.rank}"))
         yield result
 
 
 def check_same_plan(job: CacheJob, world: World) -> None:
-    """Raise UserError if the processes have different flags, or read different sources."""
+    """Raise UserError if the flags or the sources of the processes differ."""
     for rank, plan in enumerate(world.all_gather(job.plan)):
         changes = describe_differences(job.plan, plan)
         if changes:
             raise UserError(
-                f"process {rank} has other settings than process {world.rank} ({changes}); pass "
-                "the same source and flags to all processes"
+                f"process {rank} has different settings from process {world.rank} ({changes}); "
+                "pass the same source and flags to all processes"
             )
 
 
@@ -217,10 +217,10 @@ def check_same_plan(job: CacheJob, world: World) -> None:
 def progress_bar(
     world: World, description: str, num_local_images: int
 ) -> Iterator[Callable[[int], None]]:
-    """Show the progress of all processes on the first one, assuming that they are equally fast.
+    """Show the progress of all processes on the first one, assuming that all are equally fast.
 
     Yields:
-        A function to call with each number of images that this process has finished.
+        A function to call with the number of images that this process has just completed.
     """
     with tqdm(
         total=num_local_images * world.num_processes,
@@ -233,13 +233,13 @@ def progress_bar(
 
 
 def read_record(dest: Path, file: str) -> ShardEntry:
-    """Return the record of a shard of unfinished work, or {} if the shard is not complete."""
+    """Return the record of a shard of an unfinished cache, or {} if there is none."""
     path = dest / "partial" / f"{file}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_record(dest: Path, entry: ShardEntry) -> None:
-    """Record that a shard of unfinished work is complete."""
+    """Record that a shard of an unfinished cache is complete."""
     write_file(dest / "partial" / f"{entry['file']}.json", json.dumps(entry).encode())
 
 
@@ -258,15 +258,15 @@ def make_shards(
     entries_without_images: dict[str, ShardEntry] | None = None,
     keep_records: bool = False,
 ) -> dict[str, ShardEntry]:
-    """Make shards, divided among all processes. Each is written while the next one is made.
+    """Create shards, distributed over all processes. Each is written while the next is computed.
 
     Args:
         dest: Folder of the cache.
         job: The job of the cache.
         files: File names of the shards.
-        world: The processes among which the shards are divided.
-        entries_without_images: If given, images are added to existing shards. Maps the file names
-            of these shards to their manifest entries.
+        world: All processes of this command.
+        entries_without_images: Manifest entries by file name of existing shards to which images are
+            added. None creates complete shards.
         keep_records: Whether to record each complete shard, so that the work can be resumed.
 
     Returns:
@@ -287,7 +287,7 @@ def make_shards(
             write_record(dest, entry)
         local_entries[shard.file] = entry
 
-    num_images = sum(len(job.image_range(k)) for k in local_indices)
+    num_images = sum(len(job.get_image_range(k)) for k in local_indices)
     with (
         ThreadPoolExecutor(1) as writer,
         progress_bar(world, job.description, num_images) as progress,
@@ -304,10 +304,10 @@ def make_shards(
 
 
 def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
-    """Make the missing shards of a cache, or the missing images of a complete cache.
+    """Create the missing shards of a cache, or the missing images of a complete cache.
 
-    While images are being added, the cache stays valid, but without images. Call this function on
-    all processes.
+    While images are being added, the cache remains valid without images. Call this function on all
+    processes.
 
     Raises:
         UserError: If DEST contains another cache or is in use, or if the job fails.
@@ -327,25 +327,25 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
         record = read_record(dest, file)
         return bool(record) and all((dest / folder / file).exists() for folder in record["sha256"])
 
-    def begin() -> list[str]:
+    def prepare() -> list[str]:
         check_or_record_plan(dest, job.plan)
-        missing = [file for file in files if not is_complete(file)]
-        if missing and not manifest and not (dest / "preview.png").exists():
+        missing_files = [file for file in files if not is_complete(file)]
+        if missing_files and not manifest and not (dest / "preview.png").exists():
             preview, description = job.make_preview()
             save_png(preview, dest / "preview.png")
             print(f"{dest / 'preview.png'}: {description}", flush=True)
-        return missing
+        return missing_files
 
-    with lock_destination(dest, world, begin) as missing:
+    with lock_destination(dest, world, prepare) as missing_files:
         new_entries = make_shards(
-            dest, job, missing, world, entries_without_images, keep_records=True
+            dest, job, missing_files, world, entries_without_images, keep_records=True
         )
-        # A network disk may not show the records yet that other processes have just written, so
+        # A network file system may not yet show records that other processes have just written, so
         # read only the records of earlier runs.
         if world.rank == 0:
             entries = [new_entries.get(file) or read_record(dest, file) for file in files]
             if manifest:
-                manifest = manifest_with_images(manifest, entries)
+                manifest = add_images_to_manifest(manifest, entries)
             else:
                 manifest = make_manifest(job, entries)
             finish(dest, manifest)
@@ -353,7 +353,7 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
 
 
 def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
-    """Build a cache, and print a summary, or that the cache was complete before."""
+    """Build a cache and print a summary, or report that it was already complete."""
     path = dest / "manifest.json"
     old_manifest = path.read_bytes() if path.exists() else b""
     manifest = build_cache(dest, job, world)
@@ -367,7 +367,7 @@ def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
 
 def finish(dest: Path, manifest: Manifest) -> None:
     """Write skipped.jsonl and the manifest, and remove the records of the unfinished cache."""
-    skipped = [row for entry in all_entries(manifest) for row in entry["skipped"]]
+    skipped = [row for entry in list_all_entries(manifest) for row in entry["skipped"]]
     if skipped:
         lines = "".join(json.dumps(row) + "\n" for row in skipped)
         write_file(dest / "skipped.jsonl", lines.encode())
@@ -378,19 +378,19 @@ def finish(dest: Path, manifest: Manifest) -> None:
 
 
 def rebuild_shards(
-    dest: Path, job: CacheJob, shards: list[str], images: list[str], world: World
+    dest: Path, job: CacheJob, shard_files: list[str], image_files: list[str], world: World
 ) -> list[str]:
     """Rebuild damaged shards of a complete cache.
 
     Args:
         dest: Folder of the cache.
         job: The job that created the cache.
-        shards: File names of the shards to rebuild.
-        images: File names of the shards whose images alone are rebuilt.
+        shard_files: File names of the shards to rebuild.
+        image_files: File names of the shards of which only the images are rebuilt.
         world: All processes of this command.
 
     Returns:
-        The files whose bytes differ from those that the manifest recorded.
+        The file names of the shards that differ from those recorded in the manifest.
 
     Raises:
         UserError: If the job has other settings than the one that created the cache.
@@ -399,16 +399,18 @@ def rebuild_shards(
     changes = describe_differences(PLAN_DEFAULTS | manifest.encoding.get("plan", {}), job.plan)
     if changes:
         raise UserError(
-            f"{dest} was created with other settings ({changes}); pass the source, labels and VAE "
-            "that it was created from"
+            f"{dest} was created with other settings ({changes}); pass the original source, "
+            "labels and VAE"
         )
     check_same_plan(job, world)
     old_entries = {entry["file"]: entry for entry in manifest.shards}
     with lock_destination(dest, world, lambda: None):
-        new_entries = make_shards(dest, job, shards, world)
-        new_entries |= make_shards(dest, job, images, world, old_entries)
+        new_entries = make_shards(dest, job, shard_files, world)
+        new_entries |= make_shards(dest, job, image_files, world, old_entries)
         if world.rank == 0:
-            entries = [new_entries.get(entry["file"], entry) for entry in all_entries(manifest)]
+            entries = [
+                new_entries.get(entry["file"], entry) for entry in list_all_entries(manifest)
+            ]
             finish(dest, make_manifest(job, entries))
         world.barrier()
     return sorted(
@@ -419,14 +421,14 @@ def rebuild_shards(
 
 
 def format_summary(dest: Path, manifest: Manifest) -> str:
-    """Return a few lines of text that describe a cache and the kinds of its images."""
+    """Return a summary of a cache, with one line per kind of image."""
     shape = "x".join(map(str, manifest.latent_shape))
     std = ", ".join(f"{value:.2f}" for value in np.multiply(manifest.std, manifest.scale))
     count = f"{manifest.count:,} images"
     if manifest.flips:
         count += " and their flipped versions"
     if manifest.images:
-        count += ", with the images kept"
+        count += ", with the encoded images"
     lines = [
         f"{dest}: {count}, {manifest.num_classes} classes, latents {shape}, std per channel {std}"
     ]

@@ -1,6 +1,6 @@
-"""The base class of the jobs that make the shards of a cache from batches of images.
+"""Base class of the jobs that create the shards of a cache from batches of images.
 
-Shapes: B images of a batch, C latent channels, h x w latent size, S image side.
+Shapes: B batch size, S image side, C latent channels, h x w latent size.
 """
 
 import os
@@ -29,7 +29,7 @@ from preprocessing.shards import Shard, shard_file_name
 from preprocessing.sources import ImageSource
 
 Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of features
-# Settings in the plan of a cache, if the job has them.
+# Settings that the plan of a cache contains, if the job has them.
 PLAN_FIELDS = (
     "images",
     "resolution",
@@ -56,12 +56,12 @@ class Batch:
 
     Attributes:
         image_indices: Indices of the images in the source, including those that cannot be used.
-        pixels: (B, 3, S, S) uint8, without the images that cannot be used. Empty if not needed.
-        bad_images: The reason for each image that cannot be used, by image index.
-        unreadable: The reason for an image that could not be read, by image index. If there is one,
-            the batch is incomplete.
+        pixels: (B, 3, S, S) uint8, without unusable images. Empty if not needed.
+        bad_images: The reason why an image cannot be used, by image index.
+        unreadable: The reason why an image could not be read, by image index. The batch ends at
+            that image.
         kinds: Number of images of each kind.
-        moments: Array (B, 2C, h, w) by folder; empty if there are none, or if they are not needed.
+        moments: Arrays (B, 2C, h, w) by folder; empty if no image is usable or none are needed.
         copy_done: If set, the event that marks the end of the copy of the moments from the GPU.
     """
 
@@ -74,19 +74,19 @@ class Batch:
     copy_done: torch.cuda.Event | None = None
 
     def pin_memory(self) -> "Batch":
-        """Pin the pixels. The DataLoader's default copies all fields and doubles the Counter."""
+        """Pin the pixels. The DataLoader's default would double the counts of `kinds`."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
 class CacheJob(ABC):
-    """Makes the shards of a cache.
+    """Creates the shards of a cache.
 
     Attributes:
-        made_by: Name of the command, recorded in the manifest.
-        source_flag: Flag of the source, for error messages.
+        command_name: Name of the command, recorded in the manifest.
+        source_flag: Flag that specifies the source, for error messages.
         plan: All settings that determine the bytes of the shards. Shards of different plans are
             never mixed.
-        recorded_settings: Settings to create the same job again, stored in the manifest.
+        recorded_settings: Settings that recreate the job; stored in the manifest.
         manifest_fields: Fields of the manifest that do not depend on the shards.
         num_images: Number of images of the source, including those that cannot be used.
         description: Label of the progress bar.
@@ -100,7 +100,7 @@ class CacheJob(ABC):
         UserError: If the VAE cannot be opened.
     """
 
-    made_by: str
+    command_name: str
     source_flag: str
     description: str
 
@@ -147,7 +147,7 @@ class CacheJob(ABC):
         }
         for name in {"source", "labels", "vae"} & settings.keys():
             settings[name] = absolute_if_exists(settings[name])
-        self.recorded_settings = settings | {"made_by": self.made_by}
+        self.recorded_settings = settings | {"made_by": self.command_name}
 
     @abstractmethod
     def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
@@ -167,7 +167,7 @@ class CacheJob(ABC):
             UnreadableImage: If the disk failed.
         """
 
-    def image_range(self, shard_index: int) -> range:
+    def get_image_range(self, shard_index: int) -> range:
         """Return the indices of a shard's images in the source."""
         start = shard_index * self.settings.shard_size
         return range(start, min(start + self.settings.shard_size, self.num_images))
@@ -179,19 +179,19 @@ class CacheJob(ABC):
         progress: Callable[[int], None],
         only_images: bool,
     ) -> Iterator[Shard]:
-        """Make shards.
+        """Create shards.
 
         Args:
             dest: Folder of the cache, for the files of images.
-            shard_indices: The shards to make, in this order.
-            progress: Called with the number of images just processed.
+            shard_indices: Indices of the shards to create, in this order.
+            progress: Function that is called with the number of images that were just processed.
             only_images: Whether only the images and the data that `add_images` compares are
                 needed.
 
         Raises:
-            UserError: If an image could not be read, or cannot be used and is not skipped.
+            UserError: If an image could not be read, or cannot be used and --skip-bad is not set.
         """
-        shards = [self.image_range(k) for k in shard_indices]
+        shards = [self.get_image_range(k) for k in shard_indices]
         side = self.manifest_fields["resolution"]
         with closing(self.iter_batches(shards, only_images)) as batches:
             for shard_index in shard_indices:
@@ -200,10 +200,10 @@ class CacheJob(ABC):
                 if self.settings.keep_images:
                     images = NpyWriter(dest / "images" / file, np.uint8, (3, side, side))
                 with discard_on_error(images):
-                    shard = self._join(shard_index, batches, progress, images)
+                    shard = self._join_batches(shard_index, batches, progress, images)
                 yield shard
 
-    def _join(
+    def _join_batches(
         self,
         shard_index: int,
         batches: Iterator[Batch],
@@ -213,41 +213,41 @@ class CacheJob(ABC):
         """Join the batches of a shard, and append their pixels to `images`."""
         file = shard_file_name(shard_index)
         channels, *size = self.manifest_fields["latent_shape"]
-        remaining = len(self.image_range(shard_index))
+        remaining = len(self.get_image_range(shard_index))
         folders = ["moments", "mirrored"] if self.manifest_fields["flips"] else ["moments"]
         shape = (remaining, 2 * channels, *size)
         arrays = {folder: np.empty(shape, self.settings.dtype) for folder in folders}
-        good_indices: list[int] = []
+        usable_indices: list[int] = []
         skipped = []
         kinds: Counter[str] = Counter()
         num_encoded = 0
-        # Stop before the first batch of the next shard: it may raise an error.
+        # Do not read the first batch of the next shard, because doing so may raise an error.
         while remaining:
             batch = next(batches)
             progress(len(batch.image_indices))
             remaining -= len(batch.image_indices)
-            self._check(batch)
+            self._check_batch(batch)
             skipped += [
                 {"file": self.source.names[image_index], "shard": file, "reason": reason}
                 for image_index, reason in batch.bad_images.items()
             ]
-            start = len(good_indices)
-            good_indices += [i for i in batch.image_indices if i not in batch.bad_images]
+            start = len(usable_indices)
+            usable_indices += [i for i in batch.image_indices if i not in batch.bad_images]
             kinds.update(batch.kinds)
             if images and len(batch.pixels):
                 images.append(batch.pixels.numpy())
             if batch.copy_done:
                 batch.copy_done.synchronize()
             if batch.moments:
-                num_encoded = len(good_indices)
+                num_encoded = len(usable_indices)
             for folder, moments in batch.moments.items():
                 arrays[folder][start:num_encoded] = moments
         arrays = {folder: array[:num_encoded] for folder, array in arrays.items()}
-        arrays["labels"] = self.source.labels[good_indices].astype(np.int64)
+        arrays["labels"] = self.source.labels[usable_indices].astype(np.int64)
         return Shard(file, arrays, skipped, kinds, images)
 
-    def _check(self, batch: Batch) -> None:
-        """Raise UserError if an image could not be read, or cannot be used and is not skipped."""
+    def _check_batch(self, batch: Batch) -> None:
+        """Raise UserError for an image that could not be read, or is unusable and not skipped."""
         failures = batch.unreadable
         problem = "could not be read"
         remedy = "fix the problem and rerun the same command"
@@ -261,7 +261,7 @@ class CacheJob(ABC):
             raise UserError(f"{line}; {remedy}")
 
     def make_preview(self) -> tuple[Image.Image, str]:
-        """Return preview.png, with images from across the source, and one line of text about it."""
+        """Return the preview of images from across the source, and a one-line description."""
         rows = []
         for image_index in spread_indices(self.num_images):
             with suppress(BadImage, UnreadableImage):
@@ -272,7 +272,7 @@ class CacheJob(ABC):
 
 
 def absolute_if_exists(path: str | None) -> str | None:
-    """Return an absolute path. Strings that are not existing paths (hub ids, patterns) are kept."""
+    """Return an absolute path, or the string itself if no such path exists (hub ids, patterns)."""
     if not path or not Path(path).exists():
         return path
     return os.path.abspath(path)  # noqa: PTH100  Path.resolve would also follow symlinks
@@ -290,8 +290,8 @@ def map_in_order(
 
     Args:
         pool: Threads that call the function.
-        function: Called with one item.
-        items: Consumed in the thread of the caller.
+        function: Function of one item.
+        items: Items; consumed in the thread of the caller.
         ahead: Maximum number of items that are submitted before the result of an earlier one is
             yielded.
     """
@@ -301,9 +301,9 @@ def map_in_order(
             for item in items:
                 yield pool.submit(function, item)
         except UserError as error:
-            failed: Future[Result] = Future()
-            failed.set_exception(error)
-            yield failed
+            failed_future: Future[Result] = Future()
+            failed_future.set_exception(error)
+            yield failed_future
 
     pending: deque[Future[Result]] = deque()
     for future in submit_all():

@@ -1,4 +1,4 @@
-"""Draw preview.png: images, their reconstructions and latents, to check a cache before training."""
+"""Draw preview.png, which shows images, their reconstructions and their latents."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from common.image_grid import draw_labelled_grid
 from models.autoencoder import Autoencoder
 
 NUM_IMAGES = 8
-MIN_PSNR = 20.0  # dB; a VAE that was trained on similar images exceeds it
+MIN_PSNR = 20.0  # dB; VAEs that were trained on similar images exceed it
 
 
 class PreviewRow(NamedTuple):
@@ -34,7 +34,7 @@ def spread_indices(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, NUM_IMAGES).round().astype(int)).tolist()
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
+def compute_psnr(a: Tensor, b: Tensor) -> float:
     """Return the peak signal-to-noise ratio of two uint8 images, in dB."""
     error = (a.double() - b.double()).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
@@ -45,7 +45,7 @@ def draw_latent(latent: Tensor, factor: int) -> Tensor:
 
     Args:
         latent: Normalized latent, (C, h, w). Values from -3 to 3 are mapped to 0 to 255.
-        factor: Pixels of the image per latent pixel.
+        factor: Number of image pixels per latent pixel along each axis.
 
     Returns:
         (3, factor * h, factor * w) uint8. With fewer than three channels, channels are repeated.
@@ -56,19 +56,19 @@ def draw_latent(latent: Tensor, factor: int) -> Tensor:
 
 
 def draw_preview(rows: list[PreviewRow], vae: Autoencoder) -> tuple[Image.Image, str]:
-    """Draw one row per image: the image, its reconstruction, and its latent.
+    """Draw one row per image, with the image, its reconstruction and its latent.
 
     Args:
         rows: The images.
         vae: The VAE that is recorded in the cache.
 
     Returns:
-        The preview, and one line of text with the PSNR and the standard deviation of the latents.
+        The preview, and a one-line summary with the PSNR and the standard deviation of the latents.
     """
     if not rows:
         return Image.new("RGB", (8, 8)), "none of the sampled images could be used"
     drawn_rows = []
-    decibels = []
+    psnr_values = []
     latents = []
     for row in rows:
         latent = vae.scale.mean(row.moments.to(vae.vae.device))
@@ -78,19 +78,19 @@ def draw_preview(rows: list[PreviewRow], vae: Autoencoder) -> tuple[Image.Image,
         columns = [reconstruction, draw_latent(latents[-1], vae.downsampling_factor)]
         if row.image is not None:
             columns.insert(0, row.image)
-            decibels.append(psnr(row.image, reconstruction))
-            label += f"  {decibels[-1]:.1f} dB"
+            psnr_values.append(compute_psnr(row.image, reconstruction))
+            label += f"  {psnr_values[-1]:.1f} dB"
         drawn_rows.append((label, torch.stack(columns).permute(0, 2, 3, 1).numpy()))
 
     summary = f"{len(rows)} images"
-    if decibels:
-        mean = sum(decibels) / len(decibels)
+    if psnr_values:
+        mean = sum(psnr_values) / len(psnr_values)
         title = f"Image, reconstruction, latent -3 to 3 · {mean:.1f} dB"
-        summary += f", PSNR {mean:.1f} dB ({min(decibels):.1f} to {max(decibels):.1f})"
+        summary += f", PSNR {mean:.1f} dB ({min(psnr_values):.1f} to {max(psnr_values):.1f})"
     else:
         title = "Reconstruction, latent -3 to 3"
-        summary += " decoded, but no original images to compare with"
+        summary += " decoded; there are no original images for comparison"
     summary += f", standard deviation of the latents {torch.stack(latents).std().item():.2f}"
-    if decibels and sorted(decibels)[len(decibels) // 2] < MIN_PSNR:
+    if psnr_values and sorted(psnr_values)[len(psnr_values) // 2] < MIN_PSNR:
         summary += f"; poor reconstructions: check that --vae {vae.name} fits these images"
     return draw_labelled_grid(drawn_rows, title, 128), summary

@@ -6,7 +6,7 @@
 Stored features save time if the encoder is more expensive than the training itself, which is the
 case for small data sets and small machines. For ImageNet and DINOv2-B they would take 504 GB
 (256 tokens x 768 x 2 bytes x 1.28 million); in such cases, run the encoder during training instead.
-The processes share the shards. After an interruption, rerun the same command to resume.
+Shards are distributed over the processes. After an interruption, rerun the same command to resume.
 """
 
 import argparse
@@ -55,8 +55,8 @@ def parse_args() -> argparse.Namespace:
         "--tokens-side",
         type=positive_int_or_auto,
         default="auto",
-        help="height and width of the token grid; an image takes 2 x side x side x width bytes; "
-        "auto: half the height of the latents, the grid of a model with patch size 2",
+        help="height and width of the token grid; the features take 2 x side x side x width bytes "
+        "per image; auto: half the height of the latents, the grid of a model with patch size 2",
     )
     add(
         "--side",
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def resolve_tokens_side(root: Path, manifest: Manifest, tokens_side: int | None) -> int:
-    """Return the height and width of the token grid, given that of the flag (None: auto).
+    """Return the height and width of the token grid for a value of --tokens-side (None: auto).
 
     Raises:
         UserError: Features of this size cannot be computed for this cache.
@@ -90,7 +90,7 @@ def resolve_tokens_side(root: Path, manifest: Manifest, tokens_side: int | None)
     latent_side = manifest.latent_shape[1]
     if tokens_side is None and latent_side % 2:
         raise UserError(
-            f"--tokens-side auto requires latents whose side is even, not {latent_side}; "
+            f"--tokens-side auto requires an even latent size, but it is {latent_side}; "
             "pass a number"
         )
     if tokens_side and tokens_side > manifest.resolution:
@@ -103,7 +103,7 @@ def resolve_tokens_side(root: Path, manifest: Manifest, tokens_side: int | None)
 
 def main() -> None:
     """Run the command."""
-    # Importing timm takes a second, which --help should not.
+    # Importing timm takes a second, which would delay --help.
     from models.encoder import Encoder
 
     # Check the flags, and load the encoder.

@@ -22,7 +22,7 @@ from preprocessing.encoding import EncodingJob, EncodingSettings
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the command-line arguments."""
+    """Parse the command line."""
     parser = cli.Parser(
         __doc__, "python -m preprocessing.encode_latents", "--source PATH --dest PATH"
     )
@@ -33,19 +33,19 @@ def parse_args() -> argparse.Namespace:
         "--device",
         type=cli.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the VAE; cuda gives each process its own GPU",
+        help="device of the VAE; with cuda, each process uses a different GPU",
     )
     add(
         "--num-workers",
         type=int,
         default=-1,
-        help="decoding processes per process; -1: one per core, up to 16",
+        help="decoding workers per process; -1: one worker per core, up to 16",
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command."""
     args = parse_args()
     dest = args.dest.resolve()
     if args.source.is_dir() and args.source.resolve() in (dest, *dest.parents):

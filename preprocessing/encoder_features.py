@@ -2,9 +2,9 @@
 
     CACHE/features/SLUG/00000.npy       (n, N, D) float16, the features of images/00000.npy
     CACHE/features/SLUG/features.json   the encoder and the list of shards; written last
-    CACHE/features/SLUG/partial/        records of finished shards until all are complete
+    CACHE/features/SLUG/partial/        records of complete shards, until all shards are complete
 
-n images per shard, B images per batch, N tokens, D width, R image resolution.
+n images per shard, B batch size, N tokens, D width, R image resolution.
 """
 
 import json
@@ -44,7 +44,7 @@ def build_features(
     batch_size: int,
     world: World,
 ) -> bool:
-    """Compute the missing features of a cache, with the shards divided among all processes.
+    """Compute the missing features of a cache, with the shards distributed over all processes.
 
     Args:
         root: The folder of the cache.
@@ -56,7 +56,7 @@ def build_features(
         world: The processes of this command.
 
     Returns:
-        True if this call has completed the features, False if they were complete before.
+        True if this call has completed the features, False if they were already complete.
 
     Raises:
         UserError: The folder contains other features, or an image or its features are invalid.
@@ -68,13 +68,13 @@ def build_features(
         check_or_record_plan(dest, plan)
         return [entry for entry in manifest.shards if not _is_encoded(dest, entry)]
 
-    with lock_destination(dest, world, list_missing) as missing:
+    with lock_destination(dest, world, list_missing) as missing_entries:
         # Encode the shards of this process.
-        local = missing[world.rank :: world.num_processes]
+        local_entries = missing_entries[world.rank :: world.num_processes]
         records = {}
-        num_local_images = sum(entry["count"] for entry in local)
+        num_local_images = sum(entry["count"] for entry in local_entries)
         with progress_bar(world, dest.name, num_local_images) as progress:
-            for entry in local:
+            for entry in local_entries:
                 file = entry["file"]
                 images = root / "images" / file
                 record = {
@@ -88,8 +88,8 @@ def build_features(
                 write_record(dest, record)
                 records[file] = record
 
-        # Write features.json. Records of other processes are sent, because a network file system
-        # may not show their files to this process yet.
+        # Write features.json. The processes exchange their records, because a network file system
+        # may not yet show files that other processes have written.
         new_records = ChainMap(*world.all_gather(records))
         if world.rank == 0:
             files = [entry["file"] for entry in manifest.shards]
@@ -111,26 +111,26 @@ def _is_complete(dest: Path, plan: dict, shards: list[dict]) -> bool:
     if not path.exists():
         return False
     try:
-        stored = json.loads(path.read_text())
-        stored_images = {shard["file"]: shard["images_sha256"] for shard in stored["shards"]}
+        content = json.loads(path.read_text())
+        encoded_hashes = {shard["file"]: shard["images_sha256"] for shard in content["shards"]}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} cannot be read; remove {dest} and rerun this command") from None
-    changed = describe_differences(stored, plan)
-    if changed:
+    changes = describe_differences(content, plan)
+    if changes:
         raise UserError(
-            f"{dest} contains features with other settings ({changed}); "
+            f"{dest} contains features with other settings ({changes}); "
             "remove it and rerun this command"
         )
-    if stored_images != {entry["file"]: entry["sha256"]["images"] for entry in shards}:
+    if encoded_hashes != {entry["file"]: entry["sha256"]["images"] for entry in shards}:
         raise UserError(
             f"{dest} contains features of images that have changed; "
             "remove it and rerun this command"
         )
-    return all((dest / file).exists() for file in stored_images)
+    return all((dest / file).exists() for file in encoded_hashes)
 
 
 def _is_encoded(dest: Path, entry: dict) -> bool:
-    """Return whether the features of a shard's current images are stored."""
+    """Return whether the features of the current images of a shard are stored."""
     record = read_record(dest, entry["file"])
     is_current = record.get("images_sha256") == entry["sha256"]["images"]
     return is_current and (dest / entry["file"]).exists()

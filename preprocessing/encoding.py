@@ -1,9 +1,9 @@
-"""Encode images to moments: worker processes decode, batches are encoded, results are copied back.
+"""Encode images to moments. Worker processes decode images, and threads encode them in batches.
 
 A shard is always split into the same batches, and each batch runs the same kernels. Hence the bytes
-of a cache do not depend on the number of processes, threads and attempts.
+of a cache do not depend on the number of processes, threads or attempts.
 
-Shapes: B images of a batch, S their side, C latent channels, h x w latent size.
+Shapes: B batch size, S image side, C latent channels, h x w latent size.
 """
 
 import multiprocessing
@@ -30,13 +30,13 @@ from preprocessing.images import BACKGROUNDS, CROPS, BadImage, SquareReader, Unr
 from preprocessing.sources import ImageSource, open_source
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-MAX_WORKERS = 16  # default limit of decoding processes per process
+MAX_WORKERS = 16  # default maximum number of decoding workers per process
 MAX_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """The flags of encode_latents, except for the destination, the device and the workers."""
+    """Flags of encode_latents, except for the destination, the device and the workers."""
 
     source: Path = setting(
         help="images: a folder tree class/image.ext, an EDM zip, a tar or WebDataset tars, "
@@ -44,8 +44,8 @@ class EncodingSettings:
     )
     labels: Path | None = setting(
         None,
-        help="CSV with rows image,class or a JSON like EDM's dataset.json (default: the labels of "
-        "the source)",
+        help="CSV file with rows image,class or JSON file in the format of EDM's dataset.json "
+        "(default: the labels of the source)",
     )
     resolution: int = setting(
         256,
@@ -55,8 +55,8 @@ class EncodingSettings:
     crop: str = setting(
         "center",
         choices=CROPS,
-        help="ADM's crops; random-seeded: one random crop per image, 80%% to 100%% of its shorter "
-        "side",
+        help="crop method, as in ADM; random-seeded: one random crop per image, 80%% to 100%% of "
+        "its shorter side",
     )
     seed: int = setting(0, type=cli.seed, help="seed of the random crops")
     background: str = setting(
@@ -74,14 +74,15 @@ class EncodingSettings:
     limit: int = setting(
         0,
         type=cli.non_negative_int,
-        help="number of images to encode, from the first one; 0 encodes all",
+        help="number of images to encode, in the order of the source; 0: all images",
     )
-    vae: str = setting(DEFAULT_VAE, help="a diffusers AutoencoderKL: hub id or folder")
+    vae: str = setting(DEFAULT_VAE, help="hub id or folder of a diffusers AutoencoderKL")
     precision: str = setting("fp32", choices=PRECISIONS, help="arithmetic precision of the VAE")
     batch_size: int = setting(
         0,
         type=cli.non_negative_int,
-        help="images per forward pass; 0: 64 images of 256 pixels on a GPU, 4 on the CPU",
+        help="images per forward pass; 0: as many pixels as 64 images of 256x256 on a GPU, or as 4 "
+        "on the CPU",
     )
     dtype: str = setting("float16", choices=DTYPES, help="dtype of the stored moments")
     shard_size: int = setting(
@@ -118,13 +119,13 @@ def decode_batch(source: ImageSource, reader: SquareReader, image_indices: range
 
 
 def init_worker(_: int) -> None:
-    """Let only the main process handle Ctrl-C, and use one thread per worker process."""
+    """Ignore Ctrl-C, which the main process handles, and use a single thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def select_device(device: str, world: World) -> torch.device:
-    """Return the device of this process; `cuda` gives each process of a machine its own GPU."""
+    """Return the device of this process; `cuda` selects a different GPU for each local process."""
     if device == "cuda":
         return world.select_device()
     selected = torch.device(device)
@@ -134,7 +135,7 @@ def select_device(device: str, world: World) -> torch.device:
                 f"--device {device} would run {world.num_local_processes} processes on one GPU; "
                 "pass --device cuda"
             )
-        # The loader's pinning thread uses the current device; it would allocate memory on GPU 0.
+        # The loader's pinning thread uses the current device; otherwise, it would use GPU 0.
         torch.cuda.set_device(selected)
     return selected
 
@@ -145,8 +146,8 @@ def default_batch_size(resolution: int, device: torch.device) -> int:
     On a GPU, a batch has as many pixels as 64 images of 256x256. On the CPU, where each thread
     computes its own batch, it has as many as 4 such images. The limit is MAX_BATCH_SIZE images.
     """
-    images_of_256 = 64 if device.type == "cuda" else 4
-    return max(1, min(MAX_BATCH_SIZE, images_of_256 * 256**2 // resolution**2))
+    num_256px_images = 64 if device.type == "cuda" else 4
+    return max(1, min(MAX_BATCH_SIZE, num_256px_images * 256**2 // resolution**2))
 
 
 class EncodingJob(CacheJob):
@@ -155,14 +156,14 @@ class EncodingJob(CacheJob):
     Args:
         settings: Settings of the cache.
         device: One of cpu, cuda and cuda:N.
-        num_workers: Decoding processes; -1 uses one per core, up to MAX_WORKERS.
+        num_workers: Number of decoding workers; -1 uses one per core, up to MAX_WORKERS.
         world: The processes of this command.
 
     Raises:
-        UserError: If the source or the VAE cannot be opened, or if the settings do not fit them.
+        UserError: If the source or the VAE cannot be opened, or if the settings do not suit them.
     """
 
-    made_by = "encode_latents"
+    command_name = "encode_latents"
     source_flag = "--source"
     settings: EncodingSettings
 
@@ -189,7 +190,7 @@ class EncodingJob(CacheJob):
         self.num_workers = min(cores, MAX_WORKERS) if num_workers < 0 else num_workers
         self.num_threads = 1
         if self.device.type == "cpu":
-            # Each batch is computed by one thread, because the number of threads changes the bits.
+            # One thread computes each batch, because the number of threads affects the last bits.
             torch.set_num_threads(1)
             self.num_threads = cores
         self.num_images = min(settings.limit or self.num_images, self.num_images)
@@ -229,12 +230,12 @@ class EncodingJob(CacheJob):
             yield from map_in_order(pool, encode, decoded, self.num_threads)
 
     def init_thread(self) -> None:
-        """Select the device in a thread that encodes."""
+        """Select the device in an encoding thread."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def encode_batch(self, batch: Batch) -> Batch:
-        """Add moments to a batch. From a GPU, they are copied asynchronously."""
+        """Add moments to a batch. On a GPU, they are copied to the host asynchronously."""
         if not len(batch.pixels):
             return batch
         pixels = batch.pixels.to(self.device, non_blocking=True)
@@ -250,7 +251,7 @@ class EncodingJob(CacheJob):
     def _encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels (B, 3, S, S) to moments (B, 2C, h, w) in host memory.
 
-        From a GPU, the moments are copied asynchronously.
+        On a GPU, the copy to the host is asynchronous.
         """
         dtype = getattr(torch, self.settings.dtype)
         is_bf16 = self.settings.precision == "bf16"

@@ -1,4 +1,4 @@
-"""Decode stored images into RGB squares, and report images that are unusual or cannot be used.
+"""Decode stored images into RGB squares, and detect images that are unusual or unusable.
 
 The texts of `DecodedImage.kinds` and the reasons of `BadImage` are stored in manifest.json and
 skipped.jsonl and are compared with those of existing caches, so they must not be reworded.
@@ -25,11 +25,11 @@ BACKGROUNDS = ("white", "black")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
 MIN_CROP_FRACTION = 0.8  # smallest part of the shorter side that a random crop covers
-MAX_PIXELS = 89_478_485  # limit of PIL: a quarter of a gigabyte of RGB values
+MAX_PIXELS = 89_478_485  # default limit of PIL; 268 MB of RGB values
 
 
-class BadImage(ValueError):  # noqa: N818  the program is not at fault
-    """The image cannot be used; the message is the reason."""
+class BadImage(ValueError):  # noqa: N818  an invalid image is not an error of the program
+    """The image cannot be used. The message is the reason."""
 
 
 class UnreadableImage(OSError):  # noqa: N818  named like BadImage
@@ -71,7 +71,7 @@ class SquareReader:
 
         Raises:
             BadImage: If the image cannot be used.
-            UnreadableImage: If reading failed for a reason that is not in the file.
+            UnreadableImage: If reading failed for a reason other than the file.
         """
         try:
             with warnings.catch_warnings():
@@ -113,7 +113,7 @@ class SquareReader:
         short, long = sorted(image.size)
         if short < self.side:
             kinds.append(f"smaller than {self.side} pixels: enlarged")
-        # The whole image is resized before it is cropped, so it must then fit into memory.
+        # The image is resized before it is cropped, so the resized image must fit into memory.
         if long / short * self.side**2 > MAX_PIXELS:
             raise BadImage(
                 f"{image.width}x{image.height} is too long and thin to be a square of {self.side}"
@@ -136,7 +136,11 @@ def is_caused_by_file(error: OSError) -> bool:
 
 
 def _resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
-    """Halve the image with a box filter while it is twice too large, then resize bicubically."""
+    """Resize an image so that its shorter side has `length` pixels.
+
+    The image is halved with a box filter while it is at least twice the target size, and is then
+    resized bicubically.
+    """
     while min(image.size) >= 2 * length:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = length / min(image.size)
@@ -204,14 +208,14 @@ def to_rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image
 
 
 def load_square(source: ImageSource, image_index: int, side: int) -> np.ndarray:
-    """Return a center-cropped image, (3, side, side) uint8. Raise BadImage or UnreadableImage."""
+    """Return a center-cropped image, (3, side, side) uint8. Raises BadImage or UnreadableImage."""
     return SquareReader(side).read(source, image_index).pixels
 
 
 def load_square_or_user_error(
     source: ImageSource, image_index: int, side: int, flag: str
 ) -> np.ndarray:
-    """Return a center-cropped image, (3, side, side) uint8. Raise UserError if that fails."""
+    """Return a center-cropped image, (3, side, side) uint8. Raises UserError if that fails."""
     try:
         return load_square(source, image_index, side)
     except (BadImage, UnreadableImage) as error:

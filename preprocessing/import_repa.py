@@ -2,9 +2,9 @@
 
     python -m preprocessing.import_repa data/repa-imagenet256 data/imagenet256
 
-The command pairs moments and classes by file name. preview.png shows a few decoded moments next to
-the images, if these exist, so that a wrong VAE is easy to see. After an interruption, rerun the
-same command to resume.
+The command pairs moments and classes by file name. preview.png shows a few decoded moments and, if
+they exist, the images, so that a wrong VAE is easy to detect. After an interruption, rerun the same
+command to resume.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
         "source",
         metavar="SRC",
         type=Path,
-        help="REPA's data folder, with vae-sd/**/img-mean-std-*.npy and vae-sd/dataset.json",
+        help="data folder of REPA, with vae-sd/**/img-mean-std-*.npy and vae-sd/dataset.json",
     )
     add("dest", metavar="DEST", type=Path, help="folder of the new cache")
     add_flags(parser, ImportSettings)

@@ -16,7 +16,7 @@ MAX_CLASSES = 1_000_000  # a larger number is assumed not to be a class index
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a path has an image extension and no hidden component (leading dot)."""
+    """Return whether a path has an image extension and no component with a leading dot."""
     is_hidden = any(part.startswith(".") for part in name.removeprefix("./").split("/"))
     return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not is_hidden
 
@@ -36,7 +36,7 @@ class LabelTable(NamedTuple):
 
 
 def read_label_file(path: Path) -> LabelTable:
-    """Read a CSV with rows of image,class (the header is optional) or a JSON like EDM's.
+    """Read a CSV file with rows image,class and an optional header, or a JSON file like EDM's.
 
     Raises:
         UserError: The file cannot be read or parsed.
@@ -99,17 +99,17 @@ def index_classes(
     """Convert class indices or class names to labels.
 
     Args:
-        classes: The class of each image: integers (also as strings or as floats like 1.0), or
-            names.
+        classes: The class of each image, either as integers (which may be strings or floats like
+            1.0) or as names.
         class_names: The names of all classes in the order of their indices. By default, names are
-            sorted, and indices are named by their decimal digits.
-        origin: The flag and file, for error messages.
+            sorted, and the name of an index is its decimal representation.
+        origin: The flag and file that specify the classes, for error messages.
 
     Returns:
         The labels, (n,) int64, and the names of all classes.
 
     Raises:
-        UserError: The classes are mixed, out of range, or do not agree with `class_names`.
+        UserError: The classes mix indices and names, are out of range, or contradict `class_names`.
     """
     if class_names is not None:
         if not isinstance(class_names, list) or not all(isinstance(x, str) for x in class_names):
@@ -149,7 +149,7 @@ def _index_names(
 
 
 def _parse_index(value: object) -> int | None:
-    """Return a class index, also for 1.0 (as pandas writes it), or None for other values."""
+    """Return a class index, or None for other values. Floats like 1.0 are accepted."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}(\.0)?", value):
@@ -169,18 +169,18 @@ def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list
         The labels, (n,) int64, and the names of all classes.
 
     Raises:
-        UserError: An image has no class, or one row of the table matches two images.
+        UserError: An image has no class, or a row of the table matches two images.
     """
     if not table.classes:  # EDM writes "labels": null for an unlabeled data set
         return np.zeros(len(names), np.int64), ["0"]
 
     classes = []
-    missing = []
+    missing_names = []
     image_by_key: dict[str, str] = {}
     for name in names:
         key = _find_key(name, table.classes)
         if key is None:
-            missing.append(name)
+            missing_names.append(name)
         elif key in image_by_key:
             raise UserError(
                 f"{table.origin}: {key} matches both {image_by_key[key]} and {name}; "
@@ -189,8 +189,8 @@ def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list
         else:
             image_by_key[key] = name
             classes.append(table.classes[key])
-    if missing:
-        raise UserError(f"{table.origin} has no label for {summarize_names(missing)}")
+    if missing_names:
+        raise UserError(f"{table.origin} has no label for {summarize_names(missing_names)}")
     return index_classes(classes, table.class_names, table.origin)
 
 
@@ -202,13 +202,13 @@ def _find_key(name: str, classes: dict[str, object]) -> str | None:
 
 
 def summarize_names(names: list[str]) -> str:
-    """Return the first name and the number of others, as in "a.png (and 3 more)"."""
+    """Return the first name and the number of other names, as in "a.png (and 3 more)"."""
     if len(names) == 1:
         return names[0]
     return f"{names[0]} (and {len(names) - 1} more)"
 
 
-def labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
+def assign_labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
     """Use the first folder of each path as its class; images outside of folders form one class.
 
     Returns:
@@ -226,6 +226,6 @@ def labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list
         outside = names[folders.index("")]
         raise UserError(
             f"{origin} has images inside and outside of class folders ({outside}); "
-            "move the images outside, or pass --labels"
+            "move all images into class folders, or pass --labels"
         )
     return labels, [name or "0" for name in classes]

@@ -1,4 +1,4 @@
-"""Import a data folder that REPA's or SRA's preprocessing wrote, without encoding images again.
+"""Import a data folder of REPA or SRA without encoding the images again.
 
     vae-sd/00000/img-mean-std-00000000.npy  (2C, h, w) float32, mean and standard deviation
     vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-...npy", class], ...]}
@@ -34,12 +34,12 @@ from preprocessing.images import BadImage, SquareReader, UnreadableImage
 from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
 from preprocessing.sources import ImageSource, list_files
 
-READER_THREADS = 16  # reading small files mostly waits for the disk
+READER_THREADS = 16  # reading small files is limited by the latency of the disk
 
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """The flags of import_repa that determine the content of the cache."""
+    """Flags of import_repa that determine the content of the cache."""
 
     source: Path
     skip_bad: bool = setting(False, help="skip unusable files and list them in DEST/skipped.jsonl")
@@ -55,8 +55,8 @@ class ImportSettings:
     shard_size: int = setting(8192, type=cli.positive_int, help="images per shard")
     keep_images: bool = setting(
         False,
-        help="also store the images of SRC as uint8, for --align repa; to add them to a finished "
-        "cache, rerun its command with this flag",
+        help="also store the images of SRC as uint8, for --align repa; to add them to a complete "
+        "cache, rerun the same command with this flag",
     )
 
 
@@ -64,14 +64,14 @@ class ImportJob(CacheJob):
     """The job that reads moments from REPA's files.
 
     Args:
-        settings: The content of the cache.
-        device: The device that decodes the preview.
+        settings: Settings of the cache.
+        device: Device that decodes the preview.
 
     Raises:
-        UserError: The folder or the VAE is missing or does not fit.
+        UserError: The folder or the VAE is missing, or they do not match.
     """
 
-    made_by = "import_repa"
+    command_name = "import_repa"
     source_flag = "SRC"
     settings: ImportSettings
 
@@ -87,13 +87,13 @@ class ImportJob(CacheJob):
         self.record(self.shape[1] * self.vae.downsampling_factor, "as imported")
 
     def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
-        """Yield one batch per image (see CacheJob). Moments are always read, which is cheap."""
+        """Yield one batch per image (see CacheJob). Moments are always read, which is fast."""
         image_indices = chain.from_iterable(shards)
         with ThreadPoolExecutor(READER_THREADS) as pool:
             yield from map_in_order(pool, self._read_image, image_indices, 4 * READER_THREADS)
 
     def read_preview_row(self, image_index: int) -> tuple[Tensor | None, Tensor]:
-        """Return the image if it exists, and its moments (see CacheJob)."""
+        """Return the image, if it exists, and its moments (see CacheJob)."""
         moments = self._read_moments(image_index).astype(self.settings.dtype)
         pixels = None
         with suppress(BadImage):
@@ -101,7 +101,7 @@ class ImportJob(CacheJob):
         return pixels, torch.from_numpy(moments)[None]
 
     def _find_common_shape(self) -> tuple[int, int, int]:
-        """Return the shape (2C, h, h) that most of a few sampled files have."""
+        """Return the most common shape (2C, h, h) in a sample of the files."""
         shapes: dict[Path, tuple[int, ...]] = {}
         for image_index in spread_indices(self.num_images):
             path = self.root / self.source.names[image_index]
@@ -111,7 +111,7 @@ class ImportJob(CacheJob):
         if not shapes:
             raise UserError(f"SRC {self.root}: none of the sampled files can be read")
         shape = mode(shapes.values())
-        path = next(path for path, other in shapes.items() if other == shape)
+        path = next(path for path, path_shape in shapes.items() if path_shape == shape)
 
         channels = self.vae.channels
         if len(shape) == 4 and shape[0] == 1:
@@ -169,7 +169,7 @@ class ImportJob(CacheJob):
         return moments
 
     def _read_pixels(self, image_index: int) -> Tensor | None:
-        """Return the image that was encoded, (3, R, R) uint8, or None if there is none.
+        """Return the image that was encoded, (3, R, R) uint8, or None if it does not exist.
 
         Raises BadImage or UnreadableImage.
         """
@@ -212,10 +212,10 @@ def open_moments(root: Path) -> ImageSource:
             "last; check that the encoding is complete"
         )
     table = parse_dataset_json(label_file.read_bytes(), f"SRC {label_file}")
-    missing = sorted(set(table.classes) - set(names))
-    if missing:
+    missing_names = sorted(set(table.classes) - set(names))
+    if missing_names:
         raise UserError(
-            f"SRC {label_file} lists missing files: {summarize_names(missing)}; "
+            f"SRC {label_file} lists missing files: {summarize_names(missing_names)}; "
             "check that the folder is complete"
         )
     return ImageSource(root, names, *assign_labels(names, table))

@@ -1,6 +1,6 @@
 """Write a shard to disk, compute its manifest entry, and compare it with an existing shard.
 
-Shapes: n images of a shard, C latent channels, h x w latent size, S image side.
+Shapes: n images per shard, C latent channels, h x w latent size, S image side.
 """
 
 from collections import Counter
@@ -13,9 +13,9 @@ import numpy as np
 from common.cli import UserError
 from common.files import NpyWriter, write_array
 
-IMAGES_PER_CHUNK = 256  # images that are converted to float64 at a time
-# Largest mean difference of an image's moments from the stored ones, relative to their standard
-# deviation. Another machine or batch size causes smaller differences; another image, larger ones.
+IMAGES_PER_CHUNK = 256  # number of images that are converted to float64 at a time
+# Largest accepted mean difference between moments and stored moments, relative to their standard
+# deviation. Another machine or batch size causes smaller differences, other images larger ones.
 MAX_RELATIVE_DIFFERENCE = 0.05
 ShardEntry = dict[str, Any]  # entry of a shard in manifest.json
 
@@ -29,7 +29,7 @@ class Shard(NamedTuple):
             (n,) int64.
         skipped: {file, shard, reason} of each image that cannot be used.
         kinds: Number of images of each kind.
-        images: (n, 3, S, S) uint8 if images are kept; written to disk, but not yet committed.
+        images: (n, 3, S, S) uint8 if images are kept; written to a temporary file.
     """
 
     file: str
@@ -50,7 +50,7 @@ def iter_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield array[start : start + IMAGES_PER_CHUNK]
 
 
-def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
+def compute_channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     """Return the sums of z and z^2 per channel for z ~ posterior, using E[z^2] = mean^2 + std^2.
 
     Args:
@@ -67,14 +67,14 @@ def channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
     return {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
 
 
-def channel_statistics(
+def compute_channel_statistics(
     entries: list[ShardEntry], latent_shape: list[int], flips: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation per channel, (C,) each, from the sums of all shards."""
-    images = sum(entry["count"] for entry in entries) * (1 + flips)
-    values = images * latent_shape[1] * latent_shape[2]
-    mean = np.sum([entry["sum"] for entry in entries], 0) / values
-    mean_square = np.sum([entry["sum_of_squares"] for entry in entries], 0) / values
+    num_images = sum(entry["count"] for entry in entries) * (1 + flips)
+    num_values = num_images * latent_shape[1] * latent_shape[2]
+    mean = np.sum([entry["sum"] for entry in entries], 0) / num_values
+    mean_square = np.sum([entry["sum_of_squares"] for entry in entries], 0) / num_values
     return mean, np.sqrt(mean_square - mean**2)
 
 
@@ -99,7 +99,7 @@ def write_shard(dest: Path, shard: Shard) -> ShardEntry:
                 f"shard {shard.file} contains values that {moments[0].dtype} cannot represent; "
                 "check that --vae fits these images, or pass --dtype float32"
             )
-        entry |= channel_sums(moments)
+        entry |= compute_channel_sums(moments)
         for name, array in shard.arrays.items():
             entry["sha256"][name] = write_array(dest / name / shard.file, array)
     if shard.images and count:
@@ -110,12 +110,12 @@ def write_shard(dest: Path, shard: Shard) -> ShardEntry:
 
 
 def add_images(dest: Path, entry: ShardEntry, shard: Shard) -> ShardEntry:
-    """Add the images to a shard that is complete except for them.
+    """Add images to a shard that is otherwise complete.
 
     Args:
         dest: Folder of the cache.
         entry: The shard's manifest entry.
-        shard: The images, all labels, and recomputed moments of the first images.
+        shard: The images, all labels, and the recomputed moments of the first batch.
 
     Returns:
         The new manifest entry.
@@ -126,7 +126,7 @@ def add_images(dest: Path, entry: ShardEntry, shard: Shard) -> ShardEntry:
     if not _matches_stored_shard(dest, entry, shard):
         raise UserError(
             f"{dest}: the source no longer contains the images of shard {entry['file']}; encode "
-            "it into another folder with --keep-images"
+            "the source into another folder with --keep-images"
         )
     assert shard.images is not None
     return entry | {"sha256": entry["sha256"] | {"images": shard.images.finish()}}
@@ -136,13 +136,13 @@ def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
     if shard.skipped != entry["skipped"]:
         return False
     for name, array in shard.arrays.items():
-        stored = np.load(dest / name / shard.file, mmap_mode="r")
+        stored_array = np.load(dest / name / shard.file, mmap_mode="r")
         if name == "labels":
-            if not np.array_equal(stored, array):
+            if not np.array_equal(stored_array, array):
                 return False
-        elif len(array):  # 0 if all images of the first batch were skipped
-            stored = stored[: len(array)].astype(np.float32)
-            difference = np.abs(stored - array).mean()
-            if not difference <= MAX_RELATIVE_DIFFERENCE * stored.std():  # also if it is NaN
+        elif len(array):  # empty if all images of the first batch were skipped
+            reference = stored_array[: len(array)].astype(np.float32)
+            difference = np.abs(reference - array).mean()
+            if not difference <= MAX_RELATIVE_DIFFERENCE * reference.std():  # NaN is a mismatch
                 return False
     return True

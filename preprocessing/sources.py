@@ -1,4 +1,4 @@
-"""Image sources: numbered lists of names and labels with access to the stored bytes of each image.
+"""Image sources: lists of image names and labels, with access to the stored bytes of each image.
 
 Sources are folder trees, EDM's zip files, tar files (one file, a folder of files, WebDataset, or
 ImageNet's tar of tars), and Hugging Face's parquet files. A source can be read in forked processes
@@ -32,9 +32,9 @@ from preprocessing.labels import (
     IMAGE_EXTENSIONS,
     LabelTable,
     assign_labels,
+    assign_labels_from_folders,
     index_classes,
     is_image_name,
-    labels_from_folders,
     parse_dataset_json,
     read_label_file,
     summarize_names,
@@ -97,8 +97,8 @@ class ZipSource(ImageSource):
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.root)
         elif self._process_id != os.getpid():
-            # A forked process inherits the list of members, but it needs a file object that does
-            # not share its offset with other processes.
+            # A forked process inherits the list of members, but it must open the file again,
+            # because forked processes share the file offset.
             self._archive = copy.copy(self._archive)
             self._archive.fp = self.root.open("rb")
         self._process_id = os.getpid()
@@ -125,13 +125,13 @@ class TarSource(ImageSource):
     def open(self, image_index: int) -> BinaryIO:
         """Return the stored bytes of an image (see ImageSource.open)."""
         file_index, offset, size = self.locations[image_index].tolist()
-        # pread does not move the file offset, so that forked processes can share a descriptor.
-        data = os.pread(self._descriptor(file_index), size, offset)
+        # pread does not move the file offset, so forked processes can share a descriptor.
+        data = os.pread(self._open_descriptor(file_index), size, offset)
         if len(data) < size:
             raise OSError(f"{self.files[file_index].name} ends early")
         return io.BytesIO(data)
 
-    def _descriptor(self, file_index: int) -> int:
+    def _open_descriptor(self, file_index: int) -> int:
         if file_index not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_FILES:
                 oldest = next(iter(self._descriptors))
@@ -151,7 +151,7 @@ class ParquetSource(ImageSource):
         files: The parquet files.
         locations: The index into `files`, the row group and the row in the group of each image,
             (n, 3) int64.
-        column: The name of the column that holds the images.
+        column: The name of the column that contains the images.
     """
 
     files: list[Path]
@@ -196,7 +196,7 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     """
     origin = f"{flag} {path}"
     files = _find_files(path, flag)
-    types = {_file_type(file) for file in files}
+    types = {_get_file_type(file) for file in files}
     if len(types) > 1:
         raise UserError(
             f"{origin} contains files of several types ({', '.join(sorted(types))}); "
@@ -267,7 +267,7 @@ def _find_archives(root: Path, flag: str) -> list[Path]:
     return []
 
 
-def _file_type(file: Path) -> str:
+def _get_file_type(file: Path) -> str:
     """Return the suffix of a file, including the one before a compression suffix (.tar.gz)."""
     if file.suffix in COMPRESSION_SUFFIXES:
         return "".join(file.suffixes[-2:])
@@ -282,7 +282,7 @@ def _open_folder(path: Path, flag: str, table: LabelTable | None) -> ImageSource
     if table is not None:
         return ImageSource(path, names, *assign_labels(names, table))
 
-    labels, class_names = labels_from_folders(names, f"{flag} {path}")
+    labels, class_names = assign_labels_from_folders(names, f"{flag} {path}")
     empty = sorted(set(top_folders) - set(class_names))
     if names and empty:
         raise UserError(
@@ -300,7 +300,7 @@ def list_files(
     Args:
         root: The folder.
         flag: The command-line flag that specifies the folder, for error messages.
-        is_wanted: Called with the name of each file; False leaves it out.
+        is_wanted: Function that returns whether to list a file, given its name.
 
     Returns:
         The sorted paths of the files relative to the folder, and the names of its subfolders.
@@ -344,7 +344,9 @@ def _open_zip(file: Path, flag: str, table: LabelTable | None) -> ImageSource:
         raise UserError(
             f"{origin} is not a folder, tar, parquet or readable zip file ({error})"
         ) from None
-    labels = labels_from_folders(names, origin) if table is None else assign_labels(names, table)
+    labels = (
+        assign_labels_from_folders(names, origin) if table is None else assign_labels(names, table)
+    )
     return ZipSource(file, names, *labels)
 
 
@@ -367,7 +369,7 @@ class TarMember(NamedTuple):
 
 
 def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator[TarMember]:
-    """Yield the images and label files of a tar file; a tar file inside it acts as a folder.
+    """Yield the images and label files of a tar file; a nested tar file acts as a folder.
 
     Raises:
         tarfile.TarError: The file is damaged or truncated. tarfile itself treats an unreadable
@@ -375,7 +377,7 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for entry in archive:
-            # Otherwise, tarfile keeps about 1 KB per entry in memory.
+            # Without this, tarfile would keep about 1 KB per entry in memory.
             archive.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it
             name = str(PurePosixPath(prefix + entry.name.lstrip("/")))
             if not entry.isreg() or entry.issparse():
@@ -385,7 +387,7 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
             if name.endswith(".tar"):
                 inner = list(_iter_members(file, file_index, name.removesuffix(".tar") + "/"))
                 if not inner:
-                    raise tarfile.ReadError(f"{name} inside it contains no images")
+                    raise tarfile.ReadError(f"the nested tar file {name} contains no images")
                 yield from inner
             elif name.endswith(".cls") or PurePosixPath(name).name == "dataset.json":
                 yield member._replace(label_file=file.read(entry.size))
@@ -396,7 +398,9 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
         if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
-            subject = f"{prefix.rstrip('/')}.tar inside it" if prefix else "it"
+            subject = "the file"
+            if prefix:
+                subject = f"the nested tar file {prefix.rstrip('/')}.tar"
             raise tarfile.ReadError(f"{subject} is damaged or truncated at byte {archive.offset:,}")
 
 
@@ -414,7 +418,7 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
             with file.open("rb") as stream:
                 for member in _iter_members(stream, file_index):
                     if member.label_file is None:
-                        # As in tar, the last of several entries with one name takes precedence.
+                        # As in tar, the last of several entries with the same name is used.
                         images[prefix + member.name] = member
                     elif member.name.endswith(".cls"):
                         key = prefix + member.name.removesuffix(".cls")
@@ -436,20 +440,20 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
     if table is not None:
         labels = assign_labels(members, table)
     elif classes:
-        labels = _webdataset_labels(names, members, classes, origin)
+        labels = _read_webdataset_labels(names, members, classes, origin)
     elif len(files) > 1 and all(re.fullmatch(r"n\d{8}", file.stem) for file in files):
         # ImageNet has one tar file per class.
         paths = [f"{files[image.file_index].stem}/{image.name}" for image in sorted_images]
-        labels = labels_from_folders(paths, origin)
+        labels = assign_labels_from_folders(paths, origin)
     else:
-        labels = labels_from_folders(members, origin)
+        labels = assign_labels_from_folders(members, origin)
 
     rows = [(image.file_index, image.offset, image.size) for image in sorted_images]
     locations = np.array(rows, np.int64).reshape(-1, 3)
     return TarSource(path, names, *labels, files=files, locations=locations)
 
 
-def _webdataset_labels(
+def _read_webdataset_labels(
     names: list[str], members: list[str], classes: dict[str, str], origin: str
 ) -> tuple[np.ndarray, list[str]]:
     """Take the class of each image from the .cls file with the same WebDataset key.
@@ -463,17 +467,17 @@ def _webdataset_labels(
     Returns:
         The labels, (n,) int64, and the names of all classes.
     """
-    keys = [_webdataset_key(name, member) for name, member in zip(names, members)]
-    missing = [name for name, key in zip(names, keys) if key not in classes]
-    if missing:
-        raise UserError(f"{origin} has no .cls file for {summarize_names(missing)}")
+    keys = [_make_webdataset_key(name, member) for name, member in zip(names, members)]
+    missing_names = [name for name, key in zip(names, keys) if key not in classes]
+    if missing_names:
+        raise UserError(f"{origin} has no .cls file for {summarize_names(missing_names)}")
     for key, next_key in zip(keys, keys[1:]):
         if key == next_key:
             raise UserError(f"{origin} has two images for {key}.cls; remove one of them")
     return index_classes([classes[key] for key in keys], None, origin)
 
 
-def _webdataset_key(name: str, member: str) -> str:
+def _make_webdataset_key(name: str, member: str) -> str:
     """Return a name up to the first dot in the last component of its path in the tar file."""
     file_name = member.rpartition("/")[2]
     _, dot, extensions = file_name.partition(".")
@@ -484,7 +488,7 @@ def _open_parquet(
     path: Path, files: list[Path], flag: str, table: LabelTable | None
 ) -> ImageSource:
     origin = f"{flag} {path}"
-    cli.require_package("pyarrow", f"{origin}, which holds parquet files,")
+    cli.require_package("pyarrow", f"{origin}, which contains parquet files,")
     splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
     if len(splits) > 1:
         pattern = files[-1].parent / f"{splits[-1]}-*.parquet"
@@ -541,7 +545,7 @@ def _open_parquet_file(file: Path, flag: str) -> "pyarrow.parquet.ParquetFile":
 def _find_image_column(schema: "pyarrow.Schema", origin: str) -> str:
     """Return the column of image bytes.
 
-    It is a struct {"bytes", "path"}, as the library `datasets` writes it, or else a binary column.
+    It is a struct {"bytes", "path"}, as written by the library `datasets`, or else a binary column.
     Columns whose names are in IMAGE_COLUMNS take precedence.
 
     Raises:

@@ -6,7 +6,7 @@
 The command checks the sha256 and the shape of each file, that moments are finite and standard
 deviations are not negative, the range of labels, and the statistics per channel. It lists damaged
 shards. With --repair, it rebuilds them from the images (or the imported folder) with the settings
-in the manifest. The exit code is 2 if there is a fault that was not repaired.
+in the manifest. The exit code is 2 if a fault remains.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from preprocessing.build import rebuild_shards
 from preprocessing.cache_job import CacheJob
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from preprocessing.repa_files import ImportJob, ImportSettings
-from preprocessing.shards import channel_statistics, channel_sums, iter_chunks
+from preprocessing.shards import compute_channel_statistics, compute_channel_sums, iter_chunks
 
 
 class Fault(NamedTuple):
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
         "--num-workers",
         type=int,
         default=-1,
-        help="for --repair: number of decoding processes; -1: one per core",
+        help="for --repair: number of decoding workers; -1: one per core",
     )
 
     return parser.parse_args()
@@ -107,7 +107,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         except (OSError, ValueError, EOFError) as error:
             faults.append(Fault(folder, f"cannot be read ({error})"))
             continue
-        shape, dtype = _expected_layout(manifest, folder, entry["count"])
+        shape, dtype = _get_expected_layout(manifest, folder, entry["count"])
         if array.shape == shape and array.dtype == dtype:
             arrays[folder] = array
         else:
@@ -129,13 +129,13 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
 
     # Compare the sums per channel with those in the manifest.
     if not faults and "sum" in entry:
-        sums = channel_sums(list(moments.values()))
+        sums = compute_channel_sums(list(moments.values()))
         if not all(np.allclose(value, entry[name], rtol=1e-9) for name, value in sums.items()):
             faults.append(Fault("statistics", "do not match the manifest"))
     return faults
 
 
-def _expected_layout(
+def _get_expected_layout(
     manifest: Manifest, folder: str, count: int
 ) -> tuple[tuple[int, ...], np.dtype]:
     """Return the shape and the dtype of a shard's array."""
@@ -159,13 +159,13 @@ def _describe_invalid_moments(moments: np.ndarray) -> str | None:
 
 
 def find_manifest_fault(manifest: Manifest) -> str | None:
-    """Describe a disagreement between the manifest's totals and its shards, if there is one."""
+    """Describe a mismatch between the totals of the manifest and its shards, if there is one."""
     count = sum(entry["count"] for entry in manifest.shards)
     if count != manifest.count:
         return f"manifest.json records {manifest.count} images, but its shards contain {count}"
     if any("sum" not in entry for entry in manifest.shards):
         return "manifest.json was written by an older version and lacks the sums of its shards"
-    mean, std = channel_statistics(manifest.shards, manifest.latent_shape, manifest.flips)
+    mean, std = compute_channel_statistics(manifest.shards, manifest.latent_shape, manifest.flips)
     is_mean_equal = np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9)
     if not is_mean_equal or not np.allclose(std, manifest.std, rtol=1e-6):
         return "mean and std of manifest.json do not agree with its shards"
@@ -173,7 +173,7 @@ def find_manifest_fault(manifest: Manifest) -> str | None:
 
 
 def make_job(manifest: Manifest, args: argparse.Namespace, world: World) -> CacheJob:
-    """Return the job that created a cache, with the locations that the flags override.
+    """Return the job that created a cache. Locations from the flags replace the recorded ones.
 
     Raises:
         UserError: The manifest does not record a job, or its images or VAE are missing.
@@ -207,16 +207,17 @@ def repair(
     args: argparse.Namespace, manifest: Manifest, faults: dict[str, list[Fault]], world: World
 ) -> None:
     """Rebuild the damaged shards on all processes, and report files that have changed."""
-    images = [
+    image_files = [
         file
         for file, shard_faults in faults.items()
         if all(fault.part == "images" for fault in shard_faults)
     ]
-    shards = [file for file in faults if file not in images]
-    changed = rebuild_shards(args.data, make_job(manifest, args, world), shards, images, world)
+    shard_files = [file for file in faults if file not in image_files]
+    job = make_job(manifest, args, world)
+    changed_files = rebuild_shards(args.data, job, shard_files, image_files, world)
     if world.rank == 0:
         print(f"{args.data}: rebuilt {len(faults)} of {len(manifest.shards)} shards")
-        for file in changed:
+        for file in changed_files:
             print(
                 f"{file} differs from the original, because the images or the machine are "
                 "different; manifest.json has the new sha256"
@@ -232,7 +233,7 @@ def main() -> None:
     except CacheError as error:
         raise UserError(str(error)) from None
 
-    # The first process checks the files; all processes need the result to share the repair.
+    # The first process checks the files. All processes need the result to distribute the repair.
     faults = world.broadcast(find_all_faults(args.data, manifest) if world.rank == 0 else None)
     if world.rank == 0:
         for file, shard_faults in faults.items():

@@ -1,4 +1,4 @@
-"""Fixtures: a VAE, a tree of images, a latent cache, a trained run, and commands run in-process."""
+"""Fixtures: a VAE, a folder of images, a latent cache, a training run, and a command runner."""
 
 import os
 import tempfile
@@ -11,17 +11,17 @@ from tests.helpers import call_main, make_tree, make_vae, train_flags
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_MININTERVAL", "10")
-# Cached features of references belong to one test session.
+# Use a separate cache of reference features in each test session.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sra2-tests-")
-# The tensors are small: a second thread costs more time than it saves, above all on a busy machine.
+# The tensors are small, so additional threads would cost more time than they save.
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def call(capsys):
-    """Return a function that runs a command like a shell.
+    """Return a function that runs a command in this process.
 
-    call(module, *flags) -> exit code, and everything that was printed
+    call(module, *flags) returns the exit code and the output of the command.
     """
     from common import cli
 
@@ -49,7 +49,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory, tree, vae_folder) -> Path:
-    """A cache of 24 images, three classes, latents 4x8x8, in three shards."""
+    """A cache of 24 images of three classes in three shards, with latents of 4x8x8."""
     from preprocessing import encode_latents
 
     folder = tmp_path_factory.mktemp("cache") / "data"

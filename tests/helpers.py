@@ -1,4 +1,4 @@
-"""Create small inputs in the real formats, and run commands on one or several processes."""
+"""Create small inputs in the formats of real data, and run commands on one or more processes."""
 
 import json
 import os
@@ -27,9 +27,9 @@ def make_vae(
     blocks: int = 3,
     **config,
 ) -> Path:
-    """Save a random AutoencoderKL as save_pretrained does; with three blocks, it is an f4 VAE.
+    """Save a randomly initialised AutoencoderKL. With three blocks, its downsampling factor is 4.
 
-    `config` holds further arguments of AutoencoderKL.
+    `config` contains additional arguments of AutoencoderKL.
     """
     from diffusers import AutoencoderKL
 
@@ -63,14 +63,14 @@ def call_main(module: ModuleType, *flags) -> None:
     """Call the main function of a command in this process."""
     from accelerate.state import AcceleratorState
 
-    # The state outlives its Accelerator, which does not matter in a process per command.
+    # accelerate keeps its state for the whole process, in which tests run several commands.
     AcceleratorState._reset_state(reset_partial_state=True)
     with mock.patch.object(sys, "argv", [module.__name__, *map(str, flags)]):
         module.main()
 
 
 def run_command(command: list[str]) -> str:
-    """Run a command from the root of the repository with one thread and return what it printed."""
+    """Run a command from the root of the repository with one thread and return its output."""
     result = subprocess.run(
         command,
         cwd=ROOT,
@@ -85,7 +85,7 @@ def run_command(command: list[str]) -> str:
 
 
 def torchrun(processes: int, script: str | Path, *flags) -> str:
-    """Run a script under torchrun on the CPU and return what it printed."""
+    """Run a script under torchrun on the CPU and return its output."""
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += ["--nproc_per_node", processes, "--master_port", 0]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
@@ -132,38 +132,38 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 def run_ranks(processes: int, module: str, *flags) -> str:
     """Run a module's main function on several processes with torchrun's environment.
 
-    The processes are forked after the imports, which takes half of torchrun's time.
+    The processes are forked after the imports, so this takes half as long as `torchrun`.
     """
     code = RUN_AND_EXIT + FORK_RANKS
     return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
 
 
-def train_flags(cache: Path, exps: Path, name: str, *more) -> list[str]:
-    """Return the flags of a run of the smallest model, without previews."""
+def train_flags(cache: Path, exps: Path, name: str, *extra_flags) -> list[str]:
+    """Return the flags of a training run of the smallest model without previews."""
     flags = ["--data-dir", cache, "--output-dir", exps, "--exp-name", name]
     flags += ["--model", "SiT-Ti/2", "--batch-size", 8, "--learning-rate", "1e-3"]
     flags += ["--num-workers", 0, "--log-every", 1, "--sampling-steps", 0, "--ema-decay", 0.9]
-    if "none" not in more:  # --align none has no projection head
+    if "none" not in extra_flags:  # --align none has no projection head
         flags += ["--projector-width", 64]
-    return [*map(str, flags), *map(str, more)]
+    return [*map(str, flags), *map(str, extra_flags)]
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Return the lines of metrics.jsonl without the values that depend on the clock."""
+    """Return the lines of metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timings = ("images_per_s", "step_s", "data_s", "compute_s", "mfu")
     return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def have_equal_weights(a: Path, b: Path, step: str = "0000010") -> bool:
-    """Return whether the weights, EMA and optimizer of two runs are equal to the bit."""
+    """Return whether the weights, EMA and optimizer states of two runs are bit-identical."""
     for name in ("model", "ema", "optimizer"):
         file = Path("checkpoints") / step / f"{name}.safetensors"
-        ours = load_file(a / file)
-        theirs = load_file(b / file)
-        if ours.keys() != theirs.keys():
+        tensors_a = load_file(a / file)
+        tensors_b = load_file(b / file)
+        if tensors_a.keys() != tensors_b.keys():
             return False
-        if not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        if not all(torch.equal(tensors_a[key], tensors_b[key]) for key in tensors_a):
             return False
     return True
 
@@ -184,10 +184,10 @@ for line in sys.stdin:
 
 
 class ForkServer:
-    """Starts train.py quickly, by forking a process that has finished all imports.
+    """Starts train.py quickly by forking a process that has finished all imports.
 
     Args:
-        log: File for what the runs print on stderr.
+        log: File to which the stderr of all runs is written.
     """
 
     def __init__(self, log: Path):
@@ -206,7 +206,7 @@ class ForkServer:
     def start(self, flags: list[str]) -> int:
         """Start train.py in a new session and return its process id.
 
-        A run that an earlier test has left behind is killed.
+        If a run of an earlier test is still running, it is killed first.
         """
         if self.running_pid:
             with suppress(ProcessLookupError):
@@ -218,7 +218,7 @@ class ForkServer:
         return self.running_pid
 
     def wait(self) -> int:
-        """Wait for the run; return its exit code, or minus the signal that killed it."""
+        """Wait for the run and return its exit code, which is negative if a signal killed it."""
         code = self._read_answer("exit")
         self.running_pid = 0
         return code

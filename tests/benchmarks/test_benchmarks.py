@@ -250,6 +250,6 @@ def test_data_page_agrees_with_the_encoding_results():
     assert 1400 < table.NUM_IMAGENET_IMAGES / minutes / 60 < 1600
     rate = int(result["results"]["decoding alone"]["images_per_s"])
     assert (
-        f"crops {rate} images per second here, which means one core for every {rate} images"
+        f"crops {rate} images per second, so decoding takes one core for every {rate} images"
         in text.replace("\n", " ")
     )

@@ -1,4 +1,4 @@
-"""Command-line errors: one line, an exit code, and a suggestion for an unknown flag."""
+"""Command-line errors are one line with an exit code; unknown flags lead to a suggestion."""
 
 import importlib
 import sys
@@ -31,7 +31,7 @@ def make_parser() -> Parser:
         (["--size", "0"], "argument --size: 0 is not a whole number of at least 1"),
     ],
 )
-def test_errors_of_the_parser_name_the_argument(flags, message):
+def test_parser_errors_name_the_argument(flags, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         make_parser().parse_args(["--size", "8", *flags])
 
@@ -72,7 +72,7 @@ def test_run_does_not_hide_other_errors(monkeypatch):
         cli.run(main)
 
 
-def test_missing_optional_package_is_an_error_with_the_pip_command(monkeypatch):
+def test_missing_optional_package_gives_an_error_with_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     message = "^the Inception network needs torch-fidelity: pip install torch-fidelity$"
     with pytest.raises(UserError, match=message):

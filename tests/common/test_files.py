@@ -1,4 +1,4 @@
-"""Atomic writes, arrays written in parts, and log files on a disk that is temporarily full."""
+"""Atomic writes, arrays that are written in parts, and log files on a full disk."""
 
 import hashlib
 import io
@@ -15,8 +15,8 @@ from common.files import LineWriter, NpyWriter, write_array, write_file, write_n
 class FileOnFullDisk:
     """Wraps a binary file on a disk that has space for `free` more bytes.
 
-    Like Python's own files, it writes the bytes that fit and returns their number if it is
-    unbuffered, and raises an error if it is buffered.
+    As in Python, an unbuffered file writes the bytes that fit and returns their number, and a
+    buffered file raises an error.
     """
 
     def __init__(self, file, free):
@@ -43,18 +43,18 @@ class FileOnFullDisk:
 
 
 def limit_disk(patch, free):
-    """Make every file that is opened from now on see a disk with `free` bytes of space."""
-    unlimited = Path.open
+    """Limit every file that is opened from now on to `free` more bytes."""
+    open_unlimited = Path.open
     patch.setattr(
-        Path, "open", lambda *args, **kwargs: FileOnFullDisk(unlimited(*args, **kwargs), free)
+        Path, "open", lambda *args, **kwargs: FileOnFullDisk(open_unlimited(*args, **kwargs), free)
     )
 
 
-def sha256_of(path):
+def compute_sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_lines_written_after_a_full_disk_are_complete_and_not_repeated(tmp_path, monkeypatch):
+def test_lines_are_complete_and_not_repeated_after_a_full_disk(tmp_path, monkeypatch):
     lines = LineWriter(tmp_path / "log")
     assert lines.append("first\n", sync=True)
     for free in (3, 0, 9):
@@ -94,7 +94,7 @@ def test_printing_to_a_full_disk_raises_no_error():
 
 
 def test_write_file_replaces_the_file_atomically(tmp_path, monkeypatch):
-    """A reader keeps the old contents, and a full disk leaves the file unchanged."""
+    """An open reader still reads the old contents, and a full disk leaves the file unchanged."""
     path = tmp_path / "file.json"
     write_file(path, b"old" * 1000)
     with path.open("rb") as reader:
@@ -115,30 +115,30 @@ def test_write_array_writes_the_same_bytes_as_numpy(tmp_path):
         np.arange(6).reshape(2, 3).T,
         np.empty((0, 4), np.float32),
     ):
-        digest = write_array(tmp_path / "ours.npy", array)
-        np.save(tmp_path / "numpys.npy", np.ascontiguousarray(array))
-        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
-        assert digest == sha256_of(tmp_path / "ours.npy")
+        digest = write_array(tmp_path / "written.npy", array)
+        np.save(tmp_path / "numpy.npy", np.ascontiguousarray(array))
+        assert (tmp_path / "written.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+        assert digest == compute_sha256(tmp_path / "written.npy")
 
 
-def test_an_npz_without_blocks_contains_only_the_other_arrays(tmp_path):
+def test_npz_without_blocks_contains_only_the_additional_arrays(tmp_path):
     write_npz(tmp_path / "s.npz", None, (0, 4, 4, 3), mu=np.arange(3))
     with np.load(tmp_path / "s.npz") as content:
         assert content.files == ["mu"] and content["mu"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2), (7, 3, 2), (12345, 1)])
-def test_finished_npy_writer_has_written_the_same_bytes_as_numpy(tmp_path, shape):
+def test_npy_writer_writes_the_same_bytes_as_numpy(tmp_path, shape):
     dtype = np.uint8 if len(shape) == 3 else np.int64
     array = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
-    np.save(tmp_path / "numpys.npy", array)
-    writer = NpyWriter(tmp_path / "ours.npy", dtype, shape[1:])
+    np.save(tmp_path / "numpy.npy", array)
+    writer = NpyWriter(tmp_path / "written.npy", dtype, shape[1:])
     for part in np.array_split(array, 3):
         writer.append(part)
-    assert not (tmp_path / "ours.npy").exists()
+    assert not (tmp_path / "written.npy").exists()
     digest = writer.finish()
-    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
-    assert digest == sha256_of(tmp_path / "ours.npy")
+    assert (tmp_path / "written.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+    assert digest == compute_sha256(tmp_path / "written.npy")
 
 
 def test_discarded_npy_writer_leaves_no_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Keyed random numbers: the generator's known answers, independence of the batch, distributions."""
+"""Keyed random numbers: known answers, independence of the batch, and distributions."""
 
 import torch
 
@@ -9,12 +9,12 @@ def words(*values):
     return tuple(torch.tensor([v]) for v in values)
 
 
-def test_philox_gives_the_known_answers_of_its_authors():
-    """Random123's kat_vectors for philox4x32 with 10 rounds."""
-    ones = 0xFFFFFFFF
+def test_philox_matches_known_answers():
+    """The answers are kat_vectors of Random123 for philox4x32 with 10 rounds."""
+    max_word = 0xFFFFFFFF
     cases = [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ones,) * 4, (ones, ones), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((max_word,) * 4, (max_word, max_word), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xA4093822, 0x299F31D0),
@@ -44,13 +44,13 @@ def test_numbers_depend_on_seed_purpose_position_and_draw():
         assert not torch.isclose(base, other).any()
 
 
-def test_moments_are_those_of_the_distributions():
+def test_sample_moments_match_the_distributions():
     x = normal(0, Purpose.INITIAL_NOISE, torch.arange(2000), (10, 10))
     n = x.numel()
     assert abs(x.mean()) < 4 / n**0.5
     assert abs(x.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((x**4).mean() - 3) < 4 * (96 / n) ** 0.5
-    assert abs((x[:, 0, 0] * x[:, 0, 1]).mean()) < 4 / 2000**0.5  # one Box-Muller pair
+    assert abs((x[:, 0, 0] * x[:, 0, 1]).mean()) < 4 / 2000**0.5  # numbers of one Box-Muller pair
     u = uniform(0, Purpose.TIMESTEP, torch.arange(100_000))
     assert u.min() > 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / 1e5) ** 0.5

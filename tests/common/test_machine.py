@@ -3,7 +3,7 @@ from pathlib import Path
 from common import machine
 
 
-def test_available_memory_respects_the_limit_of_the_job(tmp_path, monkeypatch):
+def test_available_memory_respects_the_control_group_limit(tmp_path, monkeypatch):
     group = tmp_path / "sys/fs/cgroup/job"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("5000000\n")

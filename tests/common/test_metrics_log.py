@@ -43,7 +43,7 @@ def test_old_and_new_lines_of_one_run_have_the_same_columns(tmp_path):
 
 def test_reading_does_not_change_new_lines(tmp_path):
     lines = [
-        {"schema": 2, "step": 1, "align": "kept"},
+        {"schema": 2, "step": 1, "align": "unchanged"},
         {"schema": 2, "step": 1, "FID": 3.0, "evaluation": {"ema_decay": 0.9}},
     ]
     rows = read_rows(write_run(tmp_path, lines, align=["sra2"]))
@@ -77,12 +77,12 @@ def test_incomplete_last_line_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ['{"step"\n', "\0" * 50 + "\n", "[1]\n"])
-def test_damaged_line_is_named(tmp_path, damage):
+def test_error_names_the_damaged_line(tmp_path, damage):
     run = write_run(tmp_path, [{"step": 1}, damage, {"step": 3}])
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged: remove it"):
         read_rows(run)
 
 
-def test_line_of_newer_code_is_refused(tmp_path):
+def test_line_written_by_newer_code_is_rejected(tmp_path):
     with pytest.raises(UserError, match="line 1 has schema 3: update this code"):
         read_rows(write_run(tmp_path, [{"schema": 3, "step": 1}]))

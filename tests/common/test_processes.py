@@ -1,8 +1,8 @@
-"""Processes of one command: results of rank 0, and a process that ends early."""
+"""Collectives between the processes of a command, also if a process exits early."""
 
 from tests.helpers import torchrun
 
-LOST = """
+EXIT_EARLY = """
 import os, sys, time
 from common import cli
 from common.processes import World
@@ -21,9 +21,9 @@ cli.run(main)
 """
 
 
-def test_a_process_exits_with_code_2_when_another_has_ended(tmp_path):
-    (tmp_path / "lost.py").write_text(LOST)
-    printed = torchrun(2, tmp_path / "lost.py")
+def test_process_exits_with_code_2_after_another_has_exited(tmp_path):
+    (tmp_path / "exit_early.py").write_text(EXIT_EARLY)
+    printed = torchrun(2, tmp_path / "exit_early.py")
     assert "exit 2" in printed
     assert "another process ended before the work was done; rerun the same command" in printed
     assert "Traceback" not in printed

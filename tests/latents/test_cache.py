@@ -1,4 +1,4 @@
-"""Reading a latent cache: its errors, joined caches, shared memory, and the limit on open files."""
+"""Latent caches: reading, errors, joined caches, shared memory, and the limit on open files."""
 
 import json
 import os
@@ -34,13 +34,13 @@ def test_gather_returns_rows_in_the_requested_order(cache):
 def test_prefetching_does_not_change_the_moments(cache):
     data = LatentCache(cache)
     image_index = np.arange(24)[::-1]
-    before = data.gather(image_index)[0]
+    expected = data.gather(image_index)[0]
     (policy,) = data._prefetch_policies.values()
     policy.remaining_batches = 1
-    assert torch.equal(data.gather(image_index)[0], before)
+    assert torch.equal(data.gather(image_index)[0], expected)
 
 
-def test_prefetching_ends_a_few_batches_after_a_slow_one():
+def test_prefetching_ends_a_few_batches_after_a_slow_batch():
     policy = PrefetchPolicy()
     policy.update(num_rows=100, row_bytes=10_000, seconds=1e-4)
     assert policy.remaining_batches == 0
@@ -51,88 +51,88 @@ def test_prefetching_ends_a_few_batches_after_a_slow_one():
     assert policy.remaining_batches == 0
 
 
-def test_missing_manifest_is_reported(copied):
-    (copied / "manifest.json").unlink()
+def test_missing_manifest_is_reported(cache_copy):
+    (cache_copy / "manifest.json").unlink()
     with pytest.raises(CacheError, match=r"no manifest\.json.*preprocessing\.encode_latents"):
-        LatentCache(copied)
+        LatentCache(cache_copy)
 
 
-def test_error_states_why_a_folder_is_not_a_cache(cache, copied, tmp_path):
+def test_error_states_why_a_folder_is_not_a_cache(cache, cache_copy, tmp_path):
     with pytest.raises(CacheError, match="the same cache is listed twice"):
         LatentCache(cache, cache / ".." / cache.name)
     with pytest.raises(CacheError, match="nothing does not exist"):
         LatentCache(tmp_path / "nothing")
-    (copied / "manifest.json").unlink()
-    (copied / "partial").mkdir()
+    (cache_copy / "manifest.json").unlink()
+    (cache_copy / "partial").mkdir()
     with pytest.raises(CacheError, match="is incomplete; rerun the command that created it"):
-        LatentCache(copied)
+        LatentCache(cache_copy)
     (tmp_path / "repa/vae-sd").mkdir(parents=True)
     with pytest.raises(CacheError, match=r"is in REPA's format; .*preprocessing\.import_repa"):
         LatentCache(tmp_path / "repa")
 
 
-def test_shards_that_the_manifest_does_not_list_are_ignored(copied):
-    np.save(copied / "moments/00003.npy", np.full((5, 8, 8, 8), np.nan, np.float16))
-    assert len(LatentCache(copied)) == 24
+def test_shards_that_the_manifest_does_not_list_are_ignored(cache_copy):
+    np.save(cache_copy / "moments/00003.npy", np.full((5, 8, 8, 8), np.nan, np.float16))
+    assert len(LatentCache(cache_copy)) == 24
 
 
-def test_latents_are_not_mistaken_for_moments(copied):
-    write_array(copied / "moments/00001.npy", np.zeros((10, 4, 8, 8), np.float16))
-    message = r"00001\.npy.*\(10, 4, 8, 8\).*4 channels are latents.*8 channels"
+def test_latents_are_not_mistaken_for_moments(cache_copy):
+    write_array(cache_copy / "moments/00001.npy", np.zeros((10, 4, 8, 8), np.float16))
+    message = r"00001\.npy.*\(10, 4, 8, 8\).*4 channels indicate latents.*8 channels"
     with pytest.raises(CacheError, match=message):
-        LatentCache(copied)
+        LatentCache(cache_copy)
 
 
-def test_errors_name_the_damaged_file(copied):
-    write_array(copied / "labels/00002.npy", np.array([0, 1, 2, 3], np.int64))
+def test_errors_name_the_damaged_file(cache_copy):
+    write_array(cache_copy / "labels/00002.npy", np.array([0, 1, 2, 3], np.int64))
     with pytest.raises(CacheError, match=r"00002\.npy has labels outside 0\.\.2"):
-        LatentCache(copied)
-    (copied / "moments/00000.npy").write_bytes(b"")
+        LatentCache(cache_copy)
+    (cache_copy / "moments/00000.npy").write_bytes(b"")
     with pytest.raises(CacheError, match=r"00000\.npy cannot be read.*--repair"):
-        LatentCache(copied)
-    (copied / "moments/00000.npy").write_bytes(b"\x93NUMPY")
+        LatentCache(cache_copy)
+    (cache_copy / "moments/00000.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(CacheError, match=r"00000\.npy.*cannot be read"):
-        LatentCache(copied)
+        LatentCache(cache_copy)
 
 
-def test_errors_of_the_manifest_are_named(copied):
-    edit_manifest(copied, format_version=99)
+def test_invalid_manifest_is_reported(cache_copy):
+    edit_manifest(cache_copy, format_version=99)
     with pytest.raises(CacheError, match="format version 99"):
-        read_manifest(copied)
-    edit_manifest(copied, format_version=1, count=25)
+        read_manifest(cache_copy)
+    edit_manifest(cache_copy, format_version=1, count=25)
     with pytest.raises(CacheError, match="contain 24 images, but count is 25"):
-        LatentCache(copied)
-    write_file(copied / "manifest.json", b"{")
+        LatentCache(cache_copy)
+    write_file(cache_copy / "manifest.json", b"{")
     with pytest.raises(CacheError, match="not a valid manifest"):
-        LatentCache(copied)
+        LatentCache(cache_copy)
 
 
-def test_joined_caches_are_read_as_one(cache, copied):
-    one = LatentCache(cache)
-    joined = LatentCache(cache, copied)
+def test_joined_caches_are_read_as_one(cache, cache_copy):
+    single = LatentCache(cache)
+    joined = LatentCache(cache, cache_copy)
     assert len(joined) == 48 and joined.manifest.count == 48 and len(joined.manifest.shards) == 6
     image_index = np.array([47, 3, 24, 30, 23])
-    for ours, theirs in zip(joined.gather(image_index), one.gather(image_index % 24)):
-        assert torch.equal(ours, theirs)
-    np.testing.assert_allclose(joined.manifest.mean, one.manifest.mean)
-    np.testing.assert_allclose(joined.manifest.std, one.manifest.std)
+    for rows, expected in zip(joined.gather(image_index), single.gather(image_index % 24)):
+        assert torch.equal(rows, expected)
+    np.testing.assert_allclose(joined.manifest.mean, single.manifest.mean)
+    np.testing.assert_allclose(joined.manifest.std, single.manifest.std)
 
 
-def latent_statistics(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_latent_statistics(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean and the standard deviation of latents per channel."""
     mean, std = moments.double().chunk(2, 1)
     center = mean.mean((0, 2, 3))
     return center, ((mean**2 + std**2).mean((0, 2, 3)) - center**2).sqrt()
 
 
-def test_statistics_of_joined_caches_are_those_of_all_images(cache, copied):
-    shifted = (np.load(copied / "moments/00001.npy") + 1).astype(np.float16)
-    write_array(copied / "moments/00001.npy", shifted)
-    parts = [LatentCache(root).gather(np.arange(24))[0] for root in (cache, copied)]
-    mean, std = latent_statistics(parts[1])
-    edit_manifest(copied, mean=mean.tolist(), std=std.tolist())
-    joined = LatentCache(cache, copied).manifest
-    mean, std = latent_statistics(torch.cat(parts))
+def test_statistics_of_joined_caches_include_all_images(cache, cache_copy):
+    shifted_moments = (np.load(cache_copy / "moments/00001.npy") + 1).astype(np.float16)
+    write_array(cache_copy / "moments/00001.npy", shifted_moments)
+    parts = [LatentCache(root).gather(np.arange(24))[0] for root in (cache, cache_copy)]
+    mean, std = compute_latent_statistics(parts[1])
+    edit_manifest(cache_copy, mean=mean.tolist(), std=std.tolist())
+    joined = LatentCache(cache, cache_copy).manifest
+    mean, std = compute_latent_statistics(torch.cat(parts))
     np.testing.assert_allclose(joined.mean, mean)
     np.testing.assert_allclose(joined.std, std)
 
@@ -149,19 +149,19 @@ def test_statistics_of_joined_caches_are_those_of_all_images(cache, copied):
         ({"vae_fingerprint": "x"}, "vae_fingerprint is"),
     ],
 )
-def test_caches_with_different_settings_cannot_be_joined(cache, copied, changes, message):
-    edit_manifest(copied, **changes)
+def test_caches_with_different_settings_cannot_be_joined(cache, cache_copy, changes, message):
+    edit_manifest(cache_copy, **changes)
     with pytest.raises(CacheError, match=message):
-        LatentCache(cache, copied)
+        LatentCache(cache, cache_copy)
 
 
-def test_a_run_cannot_resume_with_joined_caches_in_another_order(call, cache, copied, tmp_path):
-    edit_manifest(copied, mean=[0.1, 0.2, 0.3, 0.4])
+def test_a_run_cannot_resume_with_joined_caches_in_another_order(call, cache, cache_copy, tmp_path):
+    edit_manifest(cache_copy, mean=[0.1, 0.2, 0.3, 0.4])
     _, _, *flags = train_flags(cache, tmp_path, "run")
     for steps, order, expected_code in (
-        (1, (cache, copied), 0),
-        (2, (copied, cache), 2),
-        (2, (cache, copied), 0),
+        (1, (cache, cache_copy), 0),
+        (2, (cache_copy, cache), 2),
+        (2, (cache, cache_copy), 0),
     ):
         code, out = call(train, "--data-dir", *order, *flags, "--max-train-steps", steps)
         assert code == expected_code and ("joined differ" in out) == (expected_code == 2), out
@@ -179,7 +179,7 @@ is_owner = hasattr(cache, "_ram_descriptor")
 total = cache.gather(np.arange(24))[0].double().sum().item()
 results = world.all_gather((is_owner, total))
 assert results == [(True, total), (False, total)], results
-if not is_owner:  # the memory is the owner's, not a copy
+if not is_owner:  # this process maps the memory of the owner
     assert "memfd:latents" in open("/proc/self/maps").read()
 world.close()
 print("shared", flush=True)
@@ -221,17 +221,17 @@ print("read")
 """
 
 
-def test_a_cache_may_have_more_shards_than_files_can_be_open(copied):
-    moments = np.load(copied / "moments/00000.npy")[:3]
+def test_cache_may_have_more_shards_than_the_open_file_limit(cache_copy):
+    moments = np.load(cache_copy / "moments/00000.npy")[:3]
     shards = []
     for k in range(400):
         file = f"{k:05d}.npy"
         shards.append({"file": file, "count": 3})
-        write_array(copied / "moments" / file, moments)
-        write_array(copied / "labels" / file, np.zeros(3, np.int64))
-    edit_manifest(copied, shards=shards, count=1200)
+        write_array(cache_copy / "moments" / file, moments)
+        write_array(cache_copy / "labels" / file, np.zeros(3, np.int64))
+    edit_manifest(cache_copy, shards=shards, count=1200)
     result = subprocess.run(
-        [sys.executable, "-c", READ_WITH_FEW_FILES, str(copied)],
+        [sys.executable, "-c", READ_WITH_FEW_FILES, str(cache_copy)],
         capture_output=True,
         text=True,
         timeout=120,

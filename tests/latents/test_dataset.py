@@ -1,4 +1,4 @@
-"""The training stream: the shuffle, its division over processes, flips, and loader processes."""
+"""The training stream: shuffling, shares of processes, flips, and loader processes."""
 
 import numpy as np
 import pytest
@@ -25,12 +25,12 @@ def test_every_epoch_is_a_different_permutation(size):
 
 
 def test_shuffle_is_uniform_over_epochs():
-    """Chi-squared over 5,000 epochs of the image at two positions; no correlation of neighbours."""
+    """Test the image at two positions with chi-squared, and the correlation of neighbours."""
     size, epochs = 50, 5000
     for position in (0, 25):
         image_index = to_image_index(np.arange(epochs) * size + position, size, seed=0)
-        hits = np.bincount(image_index, minlength=size)
-        chi2 = ((hits - epochs / size) ** 2 / (epochs / size)).sum()
+        counts = np.bincount(image_index, minlength=size)
+        chi2 = ((counts - epochs / size) ** 2 / (epochs / size)).sum()
         assert chi2 < size - 1 + 4 * (2 * (size - 1)) ** 0.5
     order = to_image_index(np.arange(100_000), 100_000, seed=0)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / 100_000**0.5
@@ -41,7 +41,7 @@ def test_shuffle_is_uniform_over_epochs():
     [(5, 1000), (50, 4000), pytest.param(1000, 5000, marks=pytest.mark.long)],
 )
 def test_shuffle_is_uniform_over_epochs_and_seeds(size, rounds):
-    """Chi-squared of the image at three positions is neither too large nor too small."""
+    """Test that chi-squared of the image at three positions is neither too large nor too small."""
     positions = np.array([0, size // 2, size - 1])
     by_epoch = []
     for position in positions:
@@ -51,15 +51,15 @@ def test_shuffle_is_uniform_over_epochs_and_seeds(size, rounds):
     for seed in range(rounds):
         by_seed[range(3), to_image_index(positions, size, seed)] += 1
     expected = rounds / size
-    freedom = size - 1
+    degrees_of_freedom = size - 1
     chi2 = ((np.array([*by_epoch, *by_seed]) - expected) ** 2 / expected).sum(1)
-    low = freedom - 4 * (2 * freedom) ** 0.5
-    high = freedom + 5 * (2 * freedom) ** 0.5
+    low = degrees_of_freedom - 4 * (2 * degrees_of_freedom) ** 0.5
+    high = degrees_of_freedom + 5 * (2 * degrees_of_freedom) ** 0.5
     assert (low < chi2).all() and (chi2 < high).all(), chi2
 
 
 def test_images_at_neighbouring_positions_are_independent():
-    """Chi-squared over pairs, with the images divided into eight groups."""
+    """Test pairs of neighbours with chi-squared, with the images divided into eight groups."""
     size = 1 << 20
     group = to_image_index(np.arange(200_000), size, seed=11) * 8 // size
     pairs = np.bincount(group[:-1] * 8 + group[1:], minlength=64)
@@ -67,7 +67,7 @@ def test_images_at_neighbouring_positions_are_independent():
     assert ((pairs - expected) ** 2 / expected).sum() < 63 + 5 * 126**0.5
 
 
-def test_shuffle_of_a_billion_images_needs_no_stored_permutation():
+def test_a_billion_images_can_be_shuffled():
     across_an_epoch_end = np.arange(10**9 - 128, 10**9 + 128)
     image_index = to_image_index(across_an_epoch_end, 10**9, seed=0)
     assert image_index.min() >= 0 and image_index.max() < 10**9
@@ -108,8 +108,8 @@ def test_an_epoch_contains_every_image_once(cache):
     data = LatentCache(cache)
     stream = TrainingStream(data, 5, 8)
     rows = torch.cat([stream[step].moments.flatten(1) for step in (3, 4, 5)])
-    stored = data.gather(np.arange(24))[0].flatten(1)
-    assert sorted(map(bytes, rows.numpy())) == sorted(map(bytes, stored.numpy()))
+    stored_rows = data.gather(np.arange(24))[0].flatten(1)
+    assert sorted(map(bytes, rows.numpy())) == sorted(map(bytes, stored_rows.numpy()))
 
 
 def test_loader_processes_yield_the_stream_in_order(cache):
@@ -119,8 +119,8 @@ def test_loader_processes_yield_the_stream_in_order(cache):
         assert have_equal_tensors(batch, stream[step])
 
 
-def test_flips_depend_on_the_seed_and_the_position(flipped):
-    data = LatentCache(flipped)
+def test_flips_depend_on_the_seed_and_the_position(flipped_cache):
+    data = LatentCache(flipped_cache)
     batch = TrainingStream(data, 5, 8)[4]
     image_index = to_image_index(batch.stream_position.numpy(), 24, 5)
     plain, mirrored = (data.gather(image_index, np.full(8, flip))[0] for flip in (False, True))
@@ -130,12 +130,12 @@ def test_flips_depend_on_the_seed_and_the_position(flipped):
     for rank in range(2):
         share = TrainingStream(data, 5, 8, rank, 2)[4]
         assert torch.equal(share.moments, batch.moments[4 * rank : 4 * rank + 4])
-    many = uniform(5, Purpose.FLIP, torch.arange(4000)) < 0.5
-    assert abs(many.float().mean() - 0.5) < 0.04
+    many_flips = uniform(5, Purpose.FLIP, torch.arange(4000)) < 0.5
+    assert abs(many_flips.float().mean() - 0.5) < 0.04
 
 
-def test_a_cache_in_memory_yields_the_same_stream(cache, flipped):
-    for root in (cache, flipped):
+def test_a_cache_in_memory_yields_the_same_stream(cache, flipped_cache):
+    for root in (cache, flipped_cache):
         on_disk = TrainingStream(LatentCache(root), 1, 8)
         data = LatentCache(root)
         data.load_into_ram()

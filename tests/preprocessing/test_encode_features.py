@@ -1,4 +1,4 @@
-"""Stored features are those of the encoder for the right images, and are computed only once."""
+"""Stored features equal the output of the encoder for the same images and are computed once."""
 
 import json
 import shutil
@@ -18,15 +18,15 @@ from preprocessing import encode_features, verify
 from preprocessing.build import build_cache
 from preprocessing.encoder_features import build_features
 from preprocessing.encoding import EncodingJob, EncodingSettings
-from tests.preprocessing.test_encoding import file_contents
+from tests.preprocessing.test_encoding import read_files
 
 
 class Encoder(torch.nn.Module):
-    """A stand-in for models.encoder.Encoder: a token is the mean color of its square."""
+    """Replaces models.encoder.Encoder. A token is the mean color of its square."""
 
     width = 3
     fingerprint = "f1"
-    batch_sizes: list[int] = []  # noqa: RUF012  shared by all instances, cleared by the fixture
+    batch_sizes: list[int] = []  # noqa: RUF012  shared by all instances and cleared by the fixture
     interrupt_at: int | None = None
 
     def __init__(
@@ -57,7 +57,7 @@ def encoder(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, tree, vae_folder):
+def original_cache(tmp_path_factory, tree, vae_folder):
     """A cache with images and without features."""
     dest = tmp_path_factory.mktemp("features") / "data"
     settings = EncodingSettings(
@@ -68,11 +68,11 @@ def original(tmp_path_factory, tree, vae_folder):
 
 
 @pytest.fixture
-def data(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "data")
+def data(original_cache, tmp_path):
+    return shutil.copytree(original_cache, tmp_path / "data")
 
 
-def test_stored_features_are_those_of_the_encoder(call, encoder, data):
+def test_stored_features_equal_the_output_of_the_encoder(call, encoder, data):
     code, out = call(encode_features, data, "--encoder", "a/b:c", "--batch-size", 4)
     assert code == 0 and "features/a-b-c-224-4x4: 24 x 16 x 3 float16, 0.00 GB" in out
     cache = LatentCache(data)
@@ -86,7 +86,7 @@ def test_stored_features_are_those_of_the_encoder(call, encoder, data):
             "dtype": "float16",
         }
     }
-    # Latents of side 8 have 4 x 4 tokens with patch size 2.
+    # With patch size 2, latents of 8 x 8 have 4 x 4 tokens.
     image_index = np.array([23, 0, 10, 9, 0])
     squares = cache.read_input("images", image_index).float().reshape(5, 3, 4, 8, 4, 8)
     expected = squares.mean((3, 5)).flatten(2).transpose(1, 2)
@@ -111,7 +111,7 @@ def test_complete_features_are_not_computed_again(call, encoder, data):
     assert code == 0 and "is already complete" in out and not Encoder.batch_sizes
 
 
-def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, monkeypatch):
+def test_interrupted_command_resumes(call, encoder, data, original_cache, tmp_path, monkeypatch):
     flags = ["--encoder", "e", "--batch-size", 4, "--tokens-side", 2]
     monkeypatch.setattr(Encoder, "interrupt_at", 5)  # in the second shard
     assert call(encode_features, data, *flags)[0] == 130
@@ -124,12 +124,12 @@ def test_interrupted_command_resumes(call, encoder, data, original, tmp_path, mo
     Encoder.batch_sizes.clear()
     assert call(encode_features, data, *flags)[0] == 0
     assert Encoder.batch_sizes == [4, 4, 2, 4]
-    uninterrupted = shutil.copytree(original, tmp_path / "uninterrupted")
+    uninterrupted = shutil.copytree(original_cache, tmp_path / "uninterrupted")
     assert call(encode_features, uninterrupted, *flags)[0] == 0
-    assert file_contents(dest) == file_contents(uninterrupted / "features/e-224-2x2")
+    assert read_files(dest) == read_files(uninterrupted / "features/e-224-2x2")
 
 
-def test_joined_caches_return_the_features_of_both(call, encoder, data, tmp_path):
+def test_joined_caches_return_the_features_of_both_caches(call, encoder, data, tmp_path):
     call(encode_features, data, "--encoder", "e")
     cache = LatentCache(data, shutil.copytree(data, tmp_path / "copy"))
     first = cache.read_input("features/e-224-4x4", np.array([3]))
@@ -159,14 +159,14 @@ def test_features_of_changed_images_are_not_read(call, encoder, data, tmp_path):
     assert code == 2 and "features of images that have changed; remove it" in out
 
 
-def test_damaged_metadata_is_an_error(call, encoder, data):
+def test_damaged_metadata_gives_an_error(call, encoder, data):
     call(encode_features, data, "--encoder", "e")
     (data / "features/e-224-4x4/features.json").write_text("{")
     with pytest.raises(CacheError, match=r"features\.json cannot be read.*remove"):
         LatentCache(data).read_feature_metadata()
 
 
-def test_damaged_features_are_an_error_before_training(call, encoder, data):
+def test_damaged_features_give_an_error_before_training(call, encoder, data):
     call(encode_features, data, "--encoder", "e")
     (data / "features/e-224-4x4/00002.npy").write_bytes(b"")
     message = r"00002\.npy cannot be read .*remove .*e-224-4x4 and .*encode_features"
@@ -174,7 +174,7 @@ def test_damaged_features_are_an_error_before_training(call, encoder, data):
         TrainingStream(LatentCache(data), 0, 8, inputs=["features/e-224-4x4"])
 
 
-def test_invalid_input_is_an_error_without_traceback(call, encoder, data, cache, tmp_path):
+def test_invalid_input_gives_an_error_without_traceback(call, encoder, data, cache, tmp_path):
     manifest = json.loads((data / "manifest.json").read_text())
     write_file(tmp_path / "flipped/manifest.json", json.dumps(manifest | {"flips": True}).encode())
     for flags, message in (
@@ -215,7 +215,7 @@ class SecondProcess(World):
 
 
 class FirstProcess(SecondProcess):
-    """The first of two simulated processes; it uses the results that the second has recorded."""
+    """The first of two simulated processes; it uses the results that the second recorded."""
 
     def __init__(self, results):
         super().__init__()
@@ -226,7 +226,7 @@ class FirstProcess(SecondProcess):
         return self.results.pop(0)
 
 
-def test_two_processes_divide_the_shards(encoder, data, original, tmp_path):
+def test_shards_are_distributed_over_processes(encoder, data, original_cache, tmp_path):
     def build(root, world):
         plan = {"encoder": "e", "tokens_side": 2, "width": 3}
         dest = root / "features/e"
@@ -238,6 +238,6 @@ def test_two_processes_divide_the_shards(encoder, data, original, tmp_path):
     assert build(data, second) == ["00001.npy"]
     first = FirstProcess(second.results)
     assert build(data, first) == ["00000.npy", "00001.npy", "00002.npy"]
-    single = shutil.copytree(original, tmp_path / "single")
+    single = shutil.copytree(original_cache, tmp_path / "single")
     build(single, World())
-    assert file_contents(data) == file_contents(single)
+    assert read_files(data) == read_files(single)

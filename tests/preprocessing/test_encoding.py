@@ -1,4 +1,4 @@
-"""Encoding stores the VAE's moments; the bytes do not depend on interruptions and processes."""
+"""Encoding stores moments of the VAE, and interruptions and processes do not change the bytes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def encode_flags(source, dest, vae, *more):
     return ["--resolution", 32, "--batch-size", 4, "--shard-size", 10, *flags]
 
 
-def file_contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -59,12 +59,12 @@ def test_moments_equal_those_of_diffusers_up_to_float16_rounding(cache, tree, va
     stored, labels = LatentCache(cache).gather(np.arange(24))
     assert torch.equal(labels, torch.from_numpy(source.labels))
     spacing = np.spacing(np.abs(expected.numpy()).astype(np.float16)).astype(np.float32)
-    # The second term allows for the float32 kernels of another batch size.
+    # The second term allows for different float32 kernels for other batch sizes.
     tolerance = 0.5 * torch.from_numpy(spacing) + 2e-6
     assert ((stored.float() - expected).abs() <= tolerance).all()
 
 
-# Runs encode_latents, and blocks a process before it renames the file after its MAX_RENAMES-th.
+# Runs encode_latents, and blocks each process after it has renamed MAX_RENAMES files.
 BLOCKING_ENCODER = """
 import os, threading
 from pathlib import Path
@@ -88,7 +88,7 @@ cli.run(encode_latents.main)
 """
 
 
-def running_processes(dest: Path) -> list[int]:
+def find_running_processes(dest: Path) -> list[int]:
     """Return the ids of all processes (launcher, encoders, decoders) with `dest` as an argument."""
     pids = []
     for entry in Path("/proc").iterdir():
@@ -126,11 +126,11 @@ def encode_until_killed(folder: Path, dest: Path, max_renames: list[int], flags:
         while len(list(blocked.iterdir())) < len(max_renames):
             assert process.poll() is None, output.read_text()
             time.sleep(0.01)
-        while pids := running_processes(dest):
+        while pids := find_running_processes(dest):
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            process.poll()  # A killed launcher is a zombie until it is waited for.
+            process.poll()  # reap the launcher, which otherwise remains a zombie
             time.sleep(0.01)
         process.wait()
 
@@ -142,9 +142,9 @@ def test_cache_is_identical_after_kills_on_two_and_three_processes(call, tmp_pat
     assert code == 0, out
 
     # A shard takes four renames: moments, mirrored, labels, and its record. Process 0 of the first
-    # run also renames the plan and the preview. So the kills cover all stages of a shard.
+    # run also renames the plan and the preview. The kills therefore cover all stages of a shard.
     dest = tmp_path / "killed"
-    written = {}
+    written_times = {}
     for max_renames, num_complete in ([23, 26], 5 + 6), ([9, 11, 4], 5 + 6 + 2 + 2 + 1):
         encode_until_killed(tmp_path, dest, max_renames, flags)
         records = sorted(path.name for path in dest.glob("partial/*.npy.json"))
@@ -154,14 +154,14 @@ def test_cache_is_identical_after_kills_on_two_and_three_processes(call, tmp_pat
         for record in records:
             moments = dest / "moments" / record.removesuffix(".json")
             times[moments] = moments.stat().st_mtime_ns
-        assert written.items() <= times.items()  # complete shards are not encoded again
-        written = times
+        assert written_times.items() <= times.items()  # complete shards are not encoded again
+        written_times = times
     (dest / "moments/.00029.npy.1.partial").write_bytes(b"incomplete")
 
     code, out = call(encode_latents, *flags, "--dest", dest)
     assert code == 0, out
-    assert file_contents(dest) == file_contents(tmp_path / "uninterrupted")
-    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert read_files(dest) == read_files(tmp_path / "uninterrupted")
+    assert written_times == {path: path.stat().st_mtime_ns for path in written_times}
 
 
 # Locks a file until its standard input is closed.
@@ -175,7 +175,7 @@ sys.stdin.read()
 
 
 def test_cache_in_use_is_refused(call, tree, vae_folder, tmp_path):
-    """The first process of the other command has ended, but its second process is still running."""
+    """The first process of the other command has exited, but the second one is still running."""
     path = tmp_path / "data/partial/lock.1"
     path.parent.mkdir(parents=True)
     command = [sys.executable, "-c", LOCK_HOLDER, str(path)]
@@ -196,8 +196,8 @@ def test_flip_encodes_flipped_images(call, tree, vae_folder, tmp_path):
     moments = data.gather(np.arange(24), is_flipped)[0].float()
     torch.testing.assert_close(moments, expected, rtol=2e-3, atol=1e-4)
 
-    both = [data.gather(np.arange(24), np.full(24, value))[0] for value in (False, True)]
-    mean = torch.cat(both).double().chunk(2, 1)[0].mean((0, 2, 3))
+    versions = [data.gather(np.arange(24), np.full(24, value))[0] for value in (False, True)]
+    mean = torch.cat(versions).double().chunk(2, 1)[0].mean((0, 2, 3))
     np.testing.assert_allclose(data.manifest.mean, mean, rtol=1e-9)
 
 
@@ -219,7 +219,7 @@ def test_dtype_precision_and_workers_are_used(
         assert read_manifest(tmp_path / "data").encoding["precision"] == "bf16"
 
 
-def test_random_crops_are_adms_and_determined_by_the_seed(call, vae_folder, tmp_path):
+def test_random_crops_equal_those_of_adm_and_depend_on_the_seed(call, vae_folder, tmp_path):
     source = make_tree(tmp_path / "tree", images=6, side=70)
     moments = {}
     for name, seed, workers in (("a", 1, 0), ("again", 1, 2), ("b", 2, 2)):
@@ -265,7 +265,7 @@ def test_background_and_limit_are_used(call, vae_folder, tmp_path):
 def interrupt_encode(patch, num_calls, min_images=1):
     """Raise KeyboardInterrupt after `num_calls` calls of Autoencoder.encode with enough images.
 
-    Returns a list to which each call appends its number of images.
+    Returns a list to which each call appends the number of images.
     """
     encode = Autoencoder.encode
     calls = []
@@ -343,7 +343,7 @@ def test_killed_worker_gives_an_error_of_one_line(call, tree, vae_folder, tmp_pa
     assert "Traceback" not in out
 
 
-def test_bug_in_a_worker_is_not_reported_as_a_killed_worker(
+def test_exception_in_a_worker_is_not_reported_as_a_killed_worker(
     call, tree, vae_folder, tmp_path, monkeypatch
 ):
     parent = os.getpid()
@@ -377,7 +377,7 @@ def test_skipped_images_are_recorded_with_their_shard(call, vae_folder, tmp_path
     shards = [json.loads(line)["shard"] for line in lines]
     assert shards == ["00000.npy", *4 * ["00001.npy"]]
 
-    # The second shard has no images, so it has no files and is not listed.
+    # The second shard has no images, so it has no files and no entry.
     manifest = read_manifest(tmp_path / "data")
     listed = [shard["file"] for shard in manifest.shards]
     assert listed == [f"{k:05d}.npy" for k in (0, 2, 3, 4, 5)]
@@ -435,7 +435,7 @@ def test_out_of_memory_gives_an_error_of_one_line(call, tree, vae_folder, tmp_pa
 
 
 def test_bytes_do_not_depend_on_the_number_of_torch_threads(call, tmp_path):
-    """With two threads, convolutions and norms sum in another order."""
+    """With two threads, convolutions and norms would change the order of summation."""
     flags = [*FASHION_FLAGS, "--vae", FASHION_MNIST / "vae", "--limit", 42, "--batch-size", 7]
     try:
         for threads in (1, 2):
@@ -443,7 +443,7 @@ def test_bytes_do_not_depend_on_the_number_of_torch_threads(call, tmp_path):
             assert call(encode_latents, *flags, "--dest", tmp_path / str(threads))[0] == 0
     finally:
         torch.set_num_threads(1)
-    assert file_contents(tmp_path / "1") == file_contents(tmp_path / "2")
+    assert read_files(tmp_path / "1") == read_files(tmp_path / "2")
 
 
 def test_unreadable_manifest_is_not_overwritten(call, tree, vae_folder, tmp_path):
@@ -460,7 +460,7 @@ def test_unreadable_manifest_is_not_overwritten(call, tree, vae_folder, tmp_path
 
 
 def test_pinning_a_batch_keeps_its_counts(monkeypatch):
-    """The DataLoader's default pins a tuple by copying its fields, which doubles a Counter."""
+    """The default implementation of the DataLoader would double the counts of a Counter."""
     from torch.utils.data._utils.pin_memory import pin_memory
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 0)
@@ -474,7 +474,7 @@ def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folde
     dest = tmp_path / "data"
     flags = encode_flags(tree, dest, vae_folder)
     assert call(encode_latents, *flags)[0] == 0
-    complete = file_contents(dest)
+    complete = read_files(dest)
     manifest = read_manifest(dest)
     (dest / "manifest.json").unlink()
     (dest / "partial").mkdir()
@@ -483,7 +483,7 @@ def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folde
         (dest / "partial" / f"{entry['file']}.json").write_text(json.dumps(entry))
     (dest / "moments/00001.npy").unlink()
     assert call(encode_latents, *flags)[0] == 0
-    assert file_contents(dest) == complete
+    assert read_files(dest) == complete
 
 
 def test_cache_inside_its_source_is_refused(call, tree, vae_folder, tmp_path):
@@ -507,7 +507,7 @@ def test_different_sources_per_process_are_refused(vae_folder, tmp_path):
     make_tree(tmp_path / "tree1", images=23)
     (tmp_path / "source_per_rank.py").write_text(SOURCE_PER_RANK)
     flags = encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder)
-    message = r"process 1 has other settings than process 0 \(images was 24, is 23"
+    message = r"process 1 has different settings from process 0 \(images was 24, is 23"
     with pytest.raises(AssertionError, match=message):
         torchrun(2, tmp_path / "source_per_rank.py", *flags)
     assert not (tmp_path / "data").exists()

@@ -1,4 +1,4 @@
-"""Imported caches contain the moments of a folder that REPA's dataset_tools.py has written."""
+"""Imported caches contain the moments of a folder that was written by REPA's dataset_tools.py."""
 
 import json
 
@@ -82,7 +82,7 @@ def test_sampled_latents_are_rejected(call, repa, vae_folder, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_first_file_does_not_determine_the_shape(call, repa, vae_folder, tmp_path):
+def test_shape_is_not_determined_by_the_first_file(call, repa, vae_folder, tmp_path):
     np.save(repa[0] / "vae-sd/00000/img-mean-std-00000000.npy", np.zeros((4, 8, 8), np.float32))
     flags = [repa[0], tmp_path / "data", "--vae", vae_folder]
     code, out = call(import_repa, *flags)
@@ -129,7 +129,9 @@ def test_vae_with_other_channels_is_rejected(call, repa, tmp_path):
         ),
     ],
 )
-def test_unusable_file_is_an_error_or_skipped(call, repa, vae_folder, tmp_path, damage, message):
+def test_unusable_file_gives_an_error_or_is_skipped(
+    call, repa, vae_folder, tmp_path, damage, message
+):
     damage(repa[0] / "vae-sd")
     flags = [repa[0], tmp_path / "data", "--vae", vae_folder]
     code, out = call(import_repa, *flags)
@@ -151,7 +153,7 @@ def test_unusable_file_is_an_error_or_skipped(call, repa, vae_folder, tmp_path, 
         (lambda root: root.rename(root.parent.parent / "moved"), "contains no .npy files"),
     ],
 )
-def test_invalid_folder_is_an_error(call, repa, vae_folder, tmp_path, damage, message):
+def test_invalid_folder_gives_an_error(call, repa, vae_folder, tmp_path, damage, message):
     damage(repa[0] / "vae-sd")
     code, out = call(import_repa, repa[0], tmp_path / "data", "--vae", vae_folder)
     assert code == 2 and message in out and "Traceback" not in out, out

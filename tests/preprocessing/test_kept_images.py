@@ -1,4 +1,4 @@
-"""--keep-images stores the encoded images, also in a complete cache, and changes nothing else."""
+"""Test that --keep-images stores the images, also in an existing cache, without other changes."""
 
 import shutil
 
@@ -16,13 +16,13 @@ from preprocessing import encode_latents, import_repa, verify
 from preprocessing.build import build_cache
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from tests.helpers import make_tree
-from tests.preprocessing.test_encoding import encode_flags, file_contents, load_images
+from tests.preprocessing.test_encoding import encode_flags, load_images, read_files
 from tests.preprocessing.test_import_repa import make_repa_folder
 
 
 @pytest.fixture(scope="module")
 def make_cache(tmp_path_factory, tree, vae_folder):
-    """Return a function that returns a cache and creates it only in the first call."""
+    """Return a function that returns a cache, which is created on first use."""
     root = tmp_path_factory.mktemp("kept")
 
     def make(keep_images=False, flip=False):
@@ -48,15 +48,17 @@ def pixels(tree):
     return load_images(tree)
 
 
-def modification_times(paths):
+def read_modification_times(paths):
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
 def test_images_are_stored_and_other_files_are_unchanged(make_cache, pixels):
-    plain = file_contents(make_cache())
-    kept = file_contents(make_cache(keep_images=True))
-    assert kept.keys() == plain.keys() | {f"images/{k:05d}.npy" for k in range(3)}
-    assert all(kept[name] == plain[name] for name in plain if name != "manifest.json")
+    without_images = read_files(make_cache())
+    with_images = read_files(make_cache(keep_images=True))
+    image_files = {f"images/{k:05d}.npy" for k in range(3)}
+    assert with_images.keys() == without_images.keys() | image_files
+    unchanged = without_images.keys() - {"manifest.json"}
+    assert all(with_images[name] == without_images[name] for name in unchanged)
     index = np.array([23, 0, 10, 9, 0])
     cache = LatentCache(make_cache(keep_images=True))
     assert torch.equal(cache.read_input("images", index), pixels[index])
@@ -67,14 +69,14 @@ def test_images_are_added_to_a_complete_cache_without_encoding_again(
 ):
     dest = shutil.copytree(make_cache(), tmp_path / "data")
     flags = encode_flags(tree, dest, vae_folder, "--num-workers", 0)
-    times = modification_times(dest.rglob("*.npy"))
+    times = read_modification_times(dest.rglob("*.npy"))
     finish = NpyWriter.finish
-    finished = []
+    finished_files = []
 
     def finish_first_or_interrupt(self):
-        if finished:
+        if finished_files:
             raise KeyboardInterrupt
-        finished.append(self.path)
+        finished_files.append(self.path)
         return finish(self)
 
     with monkeypatch.context() as patch:
@@ -83,12 +85,12 @@ def test_images_are_added_to_a_complete_cache_without_encoding_again(
     assert not LatentCache(dest).manifest.images  # The cache is still valid.
     assert not list(dest.glob("*/.*.partial"))
 
-    finished_times = modification_times(finished)
+    finished_times = read_modification_times(finished_files)
     code, out = call(encode_latents, *flags, "--keep-images")
-    assert code == 0 and "with the images kept" in out
-    assert file_contents(dest) == file_contents(make_cache(keep_images=True))
-    assert finished_times == modification_times(finished)
-    assert times == modification_times(times)
+    assert code == 0 and "with the encoded images" in out
+    assert read_files(dest) == read_files(make_cache(keep_images=True))
+    assert finished_times == read_modification_times(finished_files)
+    assert times == read_modification_times(times)
     assert "is complete: 24 images" in call(encode_latents, *flags, "--keep-images")[1]
     # A cache with images is also a complete cache for the command without the flag.
     assert "is complete: 24 images" in call(encode_latents, *flags)[1]
@@ -100,15 +102,15 @@ def test_images_of_another_source_are_refused(call, vae_folder, tmp_path):
     flags = encode_flags(source, dest, vae_folder, "--num-workers", 0, "--skip-bad")
     (source / "class0/003.png").write_bytes(b"")
     assert call(encode_latents, *flags)[0] == 0
-    contents = file_contents(dest)
+    contents = read_files(dest)
     message = "the source no longer contains the images of shard 00000.npy"
 
-    # An image that was skipped can be used now.
+    # A skipped image has become usable.
     Image.new("RGB", (32, 32), (9, 9, 9)).save(source / "class0/003.png")
     code, out = call(encode_latents, *flags, "--keep-images")
     assert code == 2 and message in out
 
-    # Images were replaced.
+    # Images have been replaced.
     (source / "class0/003.png").write_bytes(b"")
     for i in (0, 6, 9):
         shutil.copyfile(source / "class1/001.png", source / f"class0/{i:03d}.png")
@@ -117,11 +119,14 @@ def test_images_of_another_source_are_refused(call, vae_folder, tmp_path):
 
     code, out = call(encode_latents, *flags, "--keep-images", "--shard-size", 12)
     assert code == 2 and "was created with --shard-size 10; pass the same value" in out
-    complete = {name: data for name, data in file_contents(dest).items() if "partial" not in name}
+    new_contents = read_files(dest)
+    complete = {name: data for name, data in new_contents.items() if "partial" not in name}
     assert complete == contents
 
 
-def test_unfinished_cache_cannot_drop_the_flag(call, tree, vae_folder, tmp_path, monkeypatch):
+def test_unfinished_cache_must_be_completed_with_the_same_flag(
+    call, tree, vae_folder, tmp_path, monkeypatch
+):
     def fail_in_second_shard(self):
         return 1 / 0 if "00001" in self.path.name else ""
 
@@ -147,31 +152,30 @@ def test_verify_repairs_images_without_encoding_again(call, make_cache, tmp_path
     assert "00002.npy: images: is uint8 (4, 3, 16, 16), should be uint8 (4, 3, 32, 32)" in out
 
     (data / "moments/00002.npy").unlink()
-    times = modification_times(data.glob("moments/0000[01].npy"))
+    times = read_modification_times(data.glob("moments/0000[01].npy"))
     code, out = call(verify, data, "--repair", "--num-workers", 0)
     assert code == 0 and "rebuilt 3 of 3 shards" in out
     assert "manifest.json has the new" not in out
-    assert times == modification_times(times)
-    assert file_contents(data) == file_contents(make_cache(keep_images=True))
+    assert times == read_modification_times(times)
+    assert read_files(data) == read_files(make_cache(keep_images=True))
     assert call(verify, data)[0] == 0
 
 
 def test_missing_images_give_an_error_with_a_remedy(make_cache, tmp_path):
-    kept = make_cache(keep_images=True)
-    both = LatentCache(kept, make_cache())
-    assert len(both.gather(np.array([47, 0]))[0]) == 2
+    root = make_cache(keep_images=True)
+    joined_cache = LatentCache(root, make_cache())
+    assert len(joined_cache.gather(np.array([47, 0]))[0]) == 2
     with pytest.raises(CacheError, match=rf"{make_cache()} holds no images.*--keep-images"):
-        both.read_input("images", np.array([0]))
+        joined_cache.read_input("images", np.array([0]))
     with pytest.raises(CacheError, match="holds no images"):
         TrainingStream(LatentCache(make_cache()), 0, 8, inputs=["images"])
 
-    copy = shutil.copytree(kept, tmp_path / "data")
-    twice = LatentCache(kept, copy)
-    assert torch.equal(
-        twice.read_input("images", np.array([5])), twice.read_input("images", np.array([29]))
-    )
+    copy = shutil.copytree(root, tmp_path / "data")
+    duplicated_cache = LatentCache(root, copy)
+    first, second = duplicated_cache.read_input("images", np.array([5, 29]))
+    assert torch.equal(first, second)
     (copy / "images/00001.npy").unlink()
-    assert len(LatentCache(copy)) == 24  # Only images need the file.
+    assert len(LatentCache(copy)) == 24  # Only reading images requires the file.
     with pytest.raises(CacheError, match=r"images/00001\.npy cannot be read.*--repair"):
         TrainingStream(LatentCache(copy), 0, 8, inputs=["images"])
 
@@ -179,11 +183,11 @@ def test_missing_images_give_an_error_with_a_remedy(make_cache, tmp_path):
 def test_training_stream_flips_images_like_moments(make_cache, pixels):
     data = LatentCache(make_cache(keep_images=True, flip=True))
     stream = TrainingStream(data, 5, 8, inputs=["images"])
-    plain = TrainingStream(data, 5, 8)
+    stream_without_images = TrainingStream(data, 5, 8)
     for step in (4, 5):
         batch = stream[step]
         for name in ("stream_position", "moments", "labels"):
-            assert torch.equal(getattr(batch, name), getattr(plain[step], name))
+            assert torch.equal(getattr(batch, name), getattr(stream_without_images[step], name))
         index = to_image_index(batch.stream_position.numpy(), 24, 5)
         unflipped = data.gather(index)[0]
         is_flipped = torch.tensor([not torch.equal(a, b) for a, b in zip(batch.moments, unflipped)])
@@ -191,19 +195,18 @@ def test_training_stream_flips_images_like_moments(make_cache, pixels):
         images = pixels[index]
         images[is_flipped] = images[is_flipped].flip(-1)
         assert torch.equal(batch.inputs["images"], images)
-        streams = [TrainingStream(data, 5, 8, rank, 2, ["images"]) for rank in range(2)]
-        parts = [part[step].inputs["images"] for part in streams]
+        shares = [TrainingStream(data, 5, 8, rank, 2, ["images"]) for rank in range(2)]
+        parts = [share[step].inputs["images"] for share in shares]
         assert torch.equal(torch.cat(parts), images)
 
 
 def test_number_of_open_files_is_limited(make_cache, monkeypatch):
-    kept = make_cache(keep_images=True)
+    root = make_cache(keep_images=True)
     index = np.array([23, 0, 11, 5, 22])
     monkeypatch.setattr(cache_module, "MAX_OPEN_MAPS", 2)
-    data = LatentCache(kept)
-    assert torch.equal(
-        data.read_input("images", index), LatentCache(kept).read_input("images", index)
-    )
+    data = LatentCache(root)
+    expected = LatentCache(root).read_input("images", index)
+    assert torch.equal(data.read_input("images", index), expected)
     data.gather(index)
     assert len(data.open_shards) == 2
 

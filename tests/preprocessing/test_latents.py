@@ -63,13 +63,13 @@ def test_latents_are_scaled_as_the_config_specifies(call, tmp_path, factor, chan
     flags = train_flags(tmp_path / "data", tmp_path, "run", "--max-train-steps", 2)
     code, out = call(train, *flags)
     assert code == 0, out
-    stored = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
-    assert f'"out": {4 * channels}' in json.dumps(stored)
-    assert stored["data"]["scale"] == cache.manifest.scale
+    config_json = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
+    assert f'"out": {4 * channels}' in json.dumps(config_json)
+    assert config_json["data"]["scale"] == cache.manifest.scale
 
 
 def test_images_of_512_pixels_are_encoded_trained_on_and_sampled(call, tmp_path):
-    """Latents of 64 x 64 have 1,024 tokens."""
+    """Latents of 64 x 64 correspond to 1,024 tokens."""
     vae = make_vae(tmp_path / "vae", blocks=4, mid_block_add_attention=False)
     code, out = encode(call, tmp_path, vae, images=2, side=512)
     assert code == 0, out
@@ -85,27 +85,27 @@ def test_images_of_512_pixels_are_encoded_trained_on_and_sampled(call, tmp_path)
 
 
 def test_scale_per_channel_equals_that_of_diffusers_pipelines():
-    """The pipelines compute (z - mean) * factor / std. One number for all channels is exact."""
+    """The pipelines compute (z - mean) * factor / std. A scale for all channels is exact."""
     config = {"scaling_factor": 0.5, "latent_channels": 4, "latents_mean": MEAN, "latents_std": STD}
     scale = read_latent_scale(config, "vae")
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(value).view(1, 4, 1, 1) for value in (MEAN, STD))
     torch.testing.assert_close(scale.normalize(z), (z - mean) * 0.5 / std)
     torch.testing.assert_close(scale.denormalize(z), z * std / 0.5 + mean)
-    # diffusers uses mean and std only if both are given.
+    # diffusers uses mean and std only if the config contains both.
     assert read_latent_scale(config | {"latents_std": None}, "vae") == LatentScale(0.5)
     assert torch.equal(LatentScale(0.7, 0.25).normalize(z), (z - 0.25) * 0.7)
     assert torch.equal(LatentScale([0.7] * 4, [0.25] * 4).normalize(z), (z - 0.25) * 0.7)
 
 
-BOTH = {"latents_mean": MEAN, "latents_std": STD}
+MEAN_AND_STD = {"latents_mean": MEAN, "latents_std": STD}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BOTH, "both shift_factor and latents_mean"),
-        (BOTH | {"latents_mean": MEAN[:3], "shift_factor": None}, "4 numbers"),
+        (MEAN_AND_STD, "both shift_factor and latents_mean"),
+        (MEAN_AND_STD | {"latents_mean": MEAN[:3], "shift_factor": None}, "4 numbers"),
     ],
 )
 def test_ambiguous_scale_is_refused(tmp_path, config, message):
@@ -130,5 +130,5 @@ def test_vae_of_another_architecture_is_refused(tmp_path, changes, message):
 
 def test_fingerprint_depends_on_the_scale_per_channel(tmp_path):
     single = Autoencoder(str(make_vae(tmp_path / "single", shift=None)))
-    per_channel = Autoencoder(str(make_vae(tmp_path / "per-channel", shift=None, **BOTH)))
+    per_channel = Autoencoder(str(make_vae(tmp_path / "per-channel", shift=None, **MEAN_AND_STD)))
     assert single.fingerprint() != per_channel.fingerprint()

@@ -1,4 +1,4 @@
-"""encode_latents writes a valid cache, resumes and reports errors; images are converted."""
+"""encode_latents writes a valid cache, resumes, reports errors, and converts images."""
 
 import io
 import json
@@ -18,13 +18,13 @@ from preprocessing.sources import open_source
 from tests.helpers import make_tree, make_vae
 from tests.preprocessing.test_encoding import (
     encode_flags,
-    file_contents,
     interrupt_encode,
     load_images,
+    read_files,
 )
 
 
-def test_cache_holds_the_moments_and_their_statistics(cache, tree, vae_folder):
+def test_cache_contains_the_moments_and_their_statistics(cache, tree, vae_folder):
     data = LatentCache(cache)
     moments, labels = data.gather(np.arange(24))
     expected = Autoencoder(str(vae_folder)).encode(load_images(tree))
@@ -64,7 +64,8 @@ def test_interrupted_encoding_resumes_and_gives_the_same_bytes(
     dest = tmp_path / "data"
     flags = encode_flags(tree, dest, vae_folder)
     with monkeypatch.context() as patch:
-        # Three batches of the first shard and one of the second; previews are encoded singly.
+        # Encode three batches of the first shard and one batch of the second. Each image of the
+        # preview is encoded separately.
         interrupt_encode(patch, num_calls=4, min_images=2)
         code, out = call(encode_latents, *flags)
     assert code == 130 and "rerun the same command" in out
@@ -74,13 +75,13 @@ def test_interrupted_encoding_resumes_and_gives_the_same_bytes(
     code, out = call(encode_latents, *flags, "--shard-size", 11)
     assert code == 2 and "shard_size was 10, is 11" in out
     with monkeypatch.context() as patch:
-        # Only the three batches of the second shard and the one of the third are encoded.
+        # Encode only the three batches of the second shard and the single batch of the third.
         calls = interrupt_encode(patch, num_calls=99, min_images=2)
         assert call(encode_latents, *flags)[0] == 0
         assert len(calls) == 4
     uninterrupted = tmp_path / "uninterrupted"
     assert call(encode_latents, *encode_flags(tree, uninterrupted, vae_folder))[0] == 0
-    assert file_contents(dest) == file_contents(uninterrupted)
+    assert read_files(dest) == read_files(uninterrupted)
 
 
 def test_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
@@ -165,7 +166,7 @@ def test_full_disk_gives_an_error_of_one_line_and_leaves_no_files(
     code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
     assert code == 2 and "No space left" in out and "data/partial/plan.json" in out
     assert "Traceback" not in out
-    assert list(file_contents(tmp_path / "data")) == ["partial/lock.0"]
+    assert list(read_files(tmp_path / "data")) == ["partial/lock.0"]
 
 
 def test_edm_zip_and_folder_tree_give_the_same_cache(call, tree, vae_folder, tmp_path, cache):
@@ -185,7 +186,7 @@ def test_edm_zip_and_folder_tree_give_the_same_cache(call, tree, vae_folder, tmp
 
 
 def adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
-    """Compute guided-diffusion's center crop on arrays, with PIL only for resizing."""
+    """Compute the center crop of guided-diffusion on arrays, using PIL only for resizing."""
     while min(array.shape[:2]) >= 2 * size:
         height, width = array.shape[0] // 2, array.shape[1] // 2
         array = np.asarray(Image.fromarray(array).resize((width, height), Image.BOX))
@@ -197,7 +198,7 @@ def adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (33, 47), (129, 64), (20, 31), (200, 65), (64, 64)])
-def test_center_crop_equals_adms(shape):
+def test_center_crop_equals_that_of_adm(shape):
     array = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     cropped = np.asarray(center_crop(Image.fromarray(array), 32))
     np.testing.assert_array_equal(cropped, adm_center_crop(array, 32))

@@ -1,4 +1,4 @@
-"""All types of sources return the same images and classes, and report invalid input in one line."""
+"""All types of sources return the same images and classes and report errors in one line."""
 
 import csv
 import io
@@ -94,8 +94,8 @@ def webdataset_files(names) -> dict:
     return files
 
 
-def content(source) -> dict[bytes, str]:
-    """Return the class of each image by its pixels."""
+def read_classes(source) -> dict[bytes, str]:
+    """Return the name of the class of each image, keyed by its pixels."""
     return {
         bytes(load_square(source, i, 8)): source.class_names[source.labels[i]]
         for i in range(len(source))
@@ -106,24 +106,26 @@ def content(source) -> dict[bytes, str]:
 def expected(tmp_path_factory):
     source = open_source(write_tree(tmp_path_factory.mktemp("tree") / "t"))
     assert source.class_names == CLASSES and len(source) == 7 and source.names == sorted(FILES)
-    return content(source)
+    return read_classes(source)
 
 
-def test_zip_classes_come_from_dataset_json_or_else_from_folders(tmp_path, expected):
-    assert content(open_source(write_zip(tmp_path / "a.zip", FILES))) == expected
-    assert content(open_source(write_zip(tmp_path / "b.zip", FILES, LISTED_LABELS))) == expected
+def test_zip_classes_come_from_dataset_json_or_folders(tmp_path, expected):
+    assert read_classes(open_source(write_zip(tmp_path / "a.zip", FILES))) == expected
+    assert (
+        read_classes(open_source(write_zip(tmp_path / "b.zip", FILES, LISTED_LABELS))) == expected
+    )
 
 
 def test_zip_with_labels_null_has_one_class(tmp_path, expected):
-    """EDM writes null for unlabeled data; its folders are not classes."""
+    """EDM writes null for unlabeled data, whose folders are not classes."""
     files = {f"0000{i % 2}/{i}.png": data for i, data in enumerate(FILES.values())}
     source = open_source(write_zip(tmp_path / "c.zip", files, {"labels": None}))
-    assert source.class_names == ["0"] and set(content(source)) == set(expected)
+    assert source.class_names == ["0"] and set(read_classes(source)) == set(expected)
 
 
 def test_tar_classes_come_from_its_folders(tmp_path, expected):
     files = {f"./{name}": data for name, data in FILES.items()}
-    assert content(open_source(write_tar(tmp_path / "one.tar", files))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "one.tar", files))) == expected
 
 
 def test_tar_of_tars_has_one_class_per_inner_tar(tmp_path, expected):
@@ -135,7 +137,7 @@ def test_tar_of_tars_has_one_class_per_inner_tar(tmp_path, expected):
         }
         path = write_tar(tmp_path / "inner" / f"{class_name}.tar", files)
         inner[path.name] = path.read_bytes()
-    assert content(open_source(write_tar(tmp_path / "imagenet.tar", inner))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "imagenet.tar", inner))) == expected
 
 
 def test_webdataset_classes_come_from_cls_files(tmp_path, expected):
@@ -145,17 +147,19 @@ def test_webdataset_classes_come_from_cls_files(tmp_path, expected):
     for path in (tmp_path / "shards", tmp_path / "shards" / "*.tar"):
         source = open_source(path)
         assert source.class_names == ["0", "1", "2"]
-        assert {image: CLASSES[int(name)] for image, name in content(source).items()} == expected
+        assert {
+            image: CLASSES[int(name)] for image, name in read_classes(source).items()
+        } == expected
     assert open_source(tmp_path / "shards/0000.tar").names[0] == "apple_00.png"
 
 
 def test_parquet_classes_come_from_the_label_column(tmp_path, expected):
     write_parquet(tmp_path / "hub/data/train-00000-of-00002.parquet", range(5))
     write_parquet(tmp_path / "hub/data/train-00001-of-00002.parquet", range(5, 7))
-    assert content(open_source(tmp_path / "hub")) == expected
+    assert read_classes(open_source(tmp_path / "hub")) == expected
     unlabeled = write_parquet(tmp_path / "unlabeled.parquet", range(7), has_labels=False)
     source = open_source(unlabeled)
-    assert source.class_names == ["0"] and set(content(source)) == set(expected)
+    assert source.class_names == ["0"] and set(read_classes(source)) == set(expected)
 
 
 def test_parquet_requires_the_choice_of_a_split(tmp_path, expected):
@@ -164,7 +168,7 @@ def test_parquet_requires_the_choice_of_a_split(tmp_path, expected):
     message = r"several splits \(test, train\); choose one, .* --source '.*/train-\*.parquet'"
     with pytest.raises(UserError, match=message):
         open_source(tmp_path / "hub")
-    assert content(open_source(tmp_path / "hub/data/train-*.parquet")) == expected
+    assert read_classes(open_source(tmp_path / "hub/data/train-*.parquet")) == expected
 
 
 def test_parquet_without_pyarrow_is_an_error_with_the_pip_command(tmp_path, monkeypatch):
@@ -187,11 +191,11 @@ def test_parquet_finds_image_column_among_binary_columns(tmp_path, expected):
 
     columns = {
         "hash": pa.array([b"x"] * 7, pa.binary()),
-        "jpg": pa.array(list(FILES.values()), pa.large_binary()),  # the type that Polars writes
+        "jpg": pa.array(list(FILES.values()), pa.large_binary()),  # written by Polars
         "label": [name.split("/")[0] for name in FILES],
     }
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
-    assert content(open_source(tmp_path / "a.parquet")) == expected
+    assert read_classes(open_source(tmp_path / "a.parquet")) == expected
 
 
 def test_folder_of_images_has_one_class(tmp_path):
@@ -208,7 +212,7 @@ def test_csv_assigns_class_names_to_images(tmp_path, expected, style):
             key = name if style == "file name" else name.removesuffix(".png")
             writer.writerow([key, CLASSES[label]])
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
-    assert content(open_source(flat, labels=tmp_path / "labels.csv")) == expected
+    assert read_classes(open_source(flat, labels=tmp_path / "labels.csv")) == expected
 
 
 def test_csv_assigns_class_indices_to_images(tmp_path):
@@ -223,20 +227,20 @@ def test_csv_of_a_spreadsheet_is_accepted(tmp_path, expected):
     rows = "".join(f'"{name}" , {CLASSES[label]}\r\n' for name, label in FLAT_LABELS.items())
     (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
-    assert content(open_source(flat, labels=tmp_path / "labels.csv")) == expected
+    assert read_classes(open_source(flat, labels=tmp_path / "labels.csv")) == expected
 
 
-def test_dataset_json_assigns_classes_as_flag_or_in_the_folder(tmp_path, expected):
+def test_dataset_json_assigns_classes_from_the_flag_or_the_folder(tmp_path, expected):
     flat = write_tree(tmp_path / "flat", FLAT_FILES)
     labels = {"labels": list(FLAT_LABELS.items()), "class_names": CLASSES}
     (tmp_path / "labels.json").write_text(json.dumps(labels))
-    assert content(open_source(flat, labels=tmp_path / "labels.json")) == expected
+    assert read_classes(open_source(flat, labels=tmp_path / "labels.json")) == expected
     (flat / "dataset.json").write_text(json.dumps(labels))
-    assert content(open_source(flat)) == expected
+    assert read_classes(open_source(flat)) == expected
 
 
 def test_pickled_sources_return_the_same_images(tmp_path, expected):
-    """Processes that are spawned receive pickled sources. test_encoding.py covers forked ones."""
+    """Spawned processes receive pickled sources. test_encoding.py covers forked processes."""
     paths = [
         write_zip(tmp_path / "a.zip", FILES),
         write_tar(tmp_path / "a.tar", FILES),
@@ -245,7 +249,7 @@ def test_pickled_sources_return_the_same_images(tmp_path, expected):
     for path in paths:
         source = open_source(path)
         load_square(source, 0, 8)
-        assert content(pickle.loads(pickle.dumps(source))) == expected
+        assert read_classes(pickle.loads(pickle.dumps(source))) == expected
 
 
 def test_symlinks_are_followed_without_infinite_recursion(tmp_path, expected):
@@ -255,15 +259,15 @@ def test_symlinks_are_followed_without_infinite_recursion(tmp_path, expected):
         (tmp_path / "linked" / name).symlink_to(tree / name)
     (tree / "apple/loop").symlink_to(tree / "apple")
     source = open_source(tmp_path / "linked")
-    assert content(source) == expected and len(source) == 7
+    assert read_classes(source) == expected and len(source) == 7
 
 
 def test_digest_depends_on_count_and_labels(tmp_path):
     source = open_source(write_tree(tmp_path / "a"))
-    other = open_source(write_tree(tmp_path / "b"))
-    assert source.digest(7) == other.digest(7) != source.digest(6)
-    other.labels[3] += 1
-    assert source.digest(7) != other.digest(7)
+    other_source = open_source(write_tree(tmp_path / "b"))
+    assert source.digest(7) == other_source.digest(7) != source.digest(6)
+    other_source.labels[3] += 1
+    assert source.digest(7) != other_source.digest(7)
 
 
 def label_all(path, label):
@@ -348,7 +352,9 @@ def test_damaged_or_truncated_tar_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "a.tar") as archive:
         fourth = archive.getmembers()[3].offset
     damaged = data[:fourth] + b"x" * 512 + data[fourth + 512 :]
-    message = r"a\.tar is not a readable tar file \((it is damaged or truncated at|unexpected end)"
+    message = (
+        r"a\.tar is not a readable tar file \((the file is damaged or truncated at|unexpected end)"
+    )
     for invalid in (damaged, data[:fourth], data[: fourth + 100], data[: fourth + 600]):
         (tmp_path / "a.tar").write_bytes(invalid)
         with pytest.raises(UserError, match=message):
@@ -358,7 +364,7 @@ def test_damaged_or_truncated_tar_is_an_error(tmp_path):
     for invalid in (damaged, b"not a tar" * 100, bytes(10240)):
         files = {"apple.tar": valid, "bear.tar": invalid, "cow.tar": valid}
         write_tar(tmp_path / "outer.tar", files)
-        with pytest.raises(UserError, match=r"bear\.tar inside it"):
+        with pytest.raises(UserError, match=r"nested tar file bear\.tar"):
             open_source(tmp_path / "outer.tar")
 
 
@@ -374,15 +380,15 @@ def test_folder_of_imagenet_tars_has_one_class_per_tar(tmp_path):
 def test_tar_paths_in_dataset_json_are_relative_to_its_folder(tmp_path, expected):
     files = {f"set/{name}": data for name, data in FILES.items()}
     files["set/dataset.json"] = json.dumps(LISTED_LABELS).encode()
-    assert content(open_source(write_tar(tmp_path / "a.tar", files))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "a.tar", files))) == expected
 
 
 def test_tar_with_absolute_paths_is_accepted(tmp_path, expected):
     files = {f"/{name}": data for name, data in FILES.items()}
-    assert content(open_source(write_tar(tmp_path / "b.tar", files))) == expected
+    assert read_classes(open_source(write_tar(tmp_path / "b.tar", files))) == expected
 
 
-def test_last_of_two_tar_entries_with_one_name_is_read(tmp_path, expected):
+def test_last_of_two_tar_entries_with_the_same_name_is_read(tmp_path, expected):
     with tarfile.open(write_tar(tmp_path / "c.tar", FILES), "a") as archive:
         add_to_tar(archive, "apple/00.png", png(77))
     source = open_source(tmp_path / "c.tar")

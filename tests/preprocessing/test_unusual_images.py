@@ -30,8 +30,8 @@ finally:
 
 
 @pytest.fixture(scope="module")
-def unusual(tmp_path_factory):
-    """The folder, and the expected treatment by file name."""
+def unusual_folder(tmp_path_factory):
+    """The folder of images, and the expected treatment by file name."""
     folder = tmp_path_factory.mktemp("unusual") / "tree"
     return folder, make_unusual_images(folder)
 
@@ -41,8 +41,8 @@ def flags(source, dest, vae, *more):
     return ["--source", source, "--dest", dest, "--vae", vae, *options]
 
 
-def test_images_are_treated_as_documented_in_little_memory(unusual, vae_folder, tmp_path):
-    folder, expected = unusual
+def test_images_are_treated_as_documented_in_little_memory(unusual_folder, vae_folder, tmp_path):
+    folder, expected = unusual_folder
     options = ("--num-workers", 2, "--skip-bad")
     command = [sys.executable, "-c", MEASURE_MEMORY]
     command += map(str, flags(folder, tmp_path / "data", vae_folder, *options))
@@ -77,8 +77,8 @@ def test_images_are_treated_as_documented_in_little_memory(unusual, vae_folder, 
     assert peak < 1500, f"{peak} MiB"
 
 
-def test_bad_image_stops_the_command_with_its_name(call, unusual, vae_folder, tmp_path):
-    folder, _ = unusual
+def test_bad_image_stops_the_command_with_its_name(call, unusual_folder, vae_folder, tmp_path):
+    folder, _ = unusual_folder
     options = ("--num-workers", 0)
     code, out = call(encode_latents, *flags(folder, tmp_path / "data", vae_folder, *options))
     assert code == 2
@@ -88,8 +88,8 @@ def test_bad_image_stops_the_command_with_its_name(call, unusual, vae_folder, tm
     assert not (tmp_path / "data/manifest.json").exists()
 
 
-def test_documentation_lists_every_treatment(unusual):
-    _, expected = unusual
+def test_documentation_lists_every_treatment(unusual_folder):
+    _, expected = unusual_folder
     page = (ROOT / "docs/data.md").read_text()
     for outcome, text in expected.values():
         if outcome == GOOD and ":" in text:

@@ -14,13 +14,13 @@ from preprocessing import encode_latents, verify
 from preprocessing.build import build_cache
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from tests.helpers import make_tree, make_vae
-from tests.preprocessing.test_encoding import file_contents
+from tests.preprocessing.test_encoding import read_files
 
 REPAIR_FLAGS = ("--repair", "--num-workers", 0)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original_folder(tmp_path_factory):
     """A folder with images (tree), a VAE (vae), and a cache (data)."""
     root = tmp_path_factory.mktemp("original")
     settings = EncodingSettings(
@@ -37,8 +37,8 @@ def original(tmp_path_factory):
 
 
 @pytest.fixture
-def data(original, tmp_path):
-    return shutil.copytree(original / "data", tmp_path / "data")
+def data(original_folder, tmp_path):
+    return shutil.copytree(original_folder / "data", tmp_path / "data")
 
 
 def change_array(root, name, index, value, update_sha256=False):
@@ -71,7 +71,7 @@ def test_intact_cache_is_valid(call, data):
     ],
 )
 def test_damaged_values_are_detected_and_repaired(
-    call, original, data, name, index, value, update_sha256, message
+    call, original_folder, data, name, index, value, update_sha256, message
 ):
     change_array(data, name, index, value, update_sha256)
     code, out = call(verify, data)
@@ -81,10 +81,10 @@ def test_damaged_values_are_detected_and_repaired(
     assert code == 0 and "rebuilt 1 of 3 shards" in out
     assert ("manifest.json has the new sha256" in out) == update_sha256
     assert call(verify, data)[0] == 0
-    assert file_contents(data) == file_contents(original / "data")
+    assert read_files(data) == read_files(original_folder / "data")
 
 
-def test_missing_and_truncated_files_are_detected_and_repaired(call, original, data):
+def test_missing_and_truncated_files_are_detected_and_repaired(call, original_folder, data):
     (data / "moments/00000.npy").unlink()
     (data / "mirrored/00000.npy").write_bytes(b"")
     (data / "labels/00002.npy").write_bytes((data / "labels/00002.npy").read_bytes()[:-8])
@@ -95,7 +95,7 @@ def test_missing_and_truncated_files_are_detected_and_repaired(call, original, d
     assert "00000.npy: mirrored: cannot be read (No data left in file)" in out
     assert "00001.npy: mirrored: is float16 (10, 4, 8, 8), should be float16 (10, 8, 8, 8)" in out
     assert call(verify, data, *REPAIR_FLAGS)[0] == 0
-    assert file_contents(data) == file_contents(original / "data")
+    assert read_files(data) == read_files(original_folder / "data")
 
 
 def test_repair_rejects_another_vae(call, data, tmp_path):
@@ -106,13 +106,13 @@ def test_repair_rejects_another_vae(call, data, tmp_path):
     assert not (data / "moments/00001.npy").exists()
 
 
-def test_repair_accepts_moved_images_and_vae(call, original, data, tmp_path):
+def test_repair_accepts_moved_images_and_vae(call, original_folder, data, tmp_path):
     (data / "moments/00001.npy").unlink()
-    source = shutil.copytree(original / "tree", tmp_path / "elsewhere")
-    vae = shutil.copytree(original / "vae", tmp_path / "vae")
+    source = shutil.copytree(original_folder / "tree", tmp_path / "elsewhere")
+    vae = shutil.copytree(original_folder / "vae", tmp_path / "vae")
     assert call(verify, data, "--repair", "--source", source, "--vae", vae)[0] == 0
     repaired, _ = LatentCache(data).gather(np.arange(24))
-    expected, _ = LatentCache(original / "data").gather(np.arange(24))
+    expected, _ = LatentCache(original_folder / "data").gather(np.arange(24))
     assert torch.equal(repaired, expected)
 
 
@@ -124,18 +124,18 @@ def test_statistics_that_do_not_match_the_shards_are_detected(call, data):
     assert code == 2 and "mean and std of manifest.json do not agree with its shards" in out
 
 
-def test_folder_without_cache_is_an_error(call, tmp_path):
+def test_folder_without_a_cache_gives_an_error(call, tmp_path):
     code, out = call(verify, tmp_path)
     assert code == 2 and "no manifest.json" in out and "Traceback" not in out
 
 
 def test_repair_updates_the_count_of_skipped_images(call, tmp_path):
-    """A skipped image that has been fixed is counted, also if another shard remains empty."""
+    """A skipped image that has been fixed is counted, even if another shard remains empty."""
     source = make_tree(tmp_path / "tree")
     fixed_image = source / "class1/016.png"
     content = fixed_image.read_bytes()
     fixed_image.write_bytes(b"")
-    for i in range(2, 24, 3):  # the whole class is skipped, so that its shard is empty
+    for i in range(2, 24, 3):  # all images of the class are skipped, so its shard is empty
         (source / f"class2/{i:03d}.png").write_bytes(b"")
     data = tmp_path / "data"
     flags = f"--source {source} --dest {data} --vae {make_vae(tmp_path / 'vae')}"

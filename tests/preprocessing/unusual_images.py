@@ -22,7 +22,7 @@ class Expected(NamedTuple):
 
     Attributes:
         outcome: GOOD, BAD or IGNORED.
-        text: The kind that a good image is counted as, or part of the reason why an image is bad.
+        text: The kind of a good image, or part of the reason why an image is bad.
     """
 
     outcome: str
