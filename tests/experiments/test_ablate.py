@@ -284,7 +284,7 @@ def test_second_study_in_a_folder_is_refused(runs):
     command = [sys.executable, "-c", code, runs / ".lock"]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
-    with pytest.raises(cli.UserError, match="another process runs a study there"):
+    with pytest.raises(cli.UserError, match="another process is running a study there"):
         cells.run_cells(make_cells(), runs, jobs=1)
     other.communicate(b"\n")
     assert count_starts(runs) == [0, 0, 0]
@@ -387,8 +387,8 @@ def test_study_is_executed_collected_and_plotted(call, commands, cache, tree, tm
         ("--axis depth --data-dir nowhere", "make demo"),
         ("--scale imagenet", "add --print"),
         ("--axis depth --out picture.png", "must end in .json"),
-        ("--axis loss -- --align-depth 3", "-- --align-depth: the study sets this flag itself"),
-        ("--axis loss -- --seed=3", "-- --seed=3: the study sets this flag itself"),
+        ("--axis loss -- --align-depth 3", "-- --align-depth: this flag is set by the study"),
+        ("--axis loss -- --seed=3", "-- --seed=3: this flag is set by the study"),
         ("--axis loss -- --learning-rat 3", "did you mean --learning-rate?"),
         ("--plot nowhere.json", "nowhere.json does not exist"),
         ("--plot old.json", "version 0"),

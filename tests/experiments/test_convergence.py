@@ -145,14 +145,14 @@ def test_imagenet_prints_valid_commands_for_a_cluster(call):
     [
         ("", "--scale is missing"),
         ("--scale gpu --seeds 1 1", "--seeds 1 1: pass each seed only once"),
-        ("--scale imagenet --tune", "--tune needs --scale laptop or gpu"),
+        ("--scale imagenet --tune", "--tune requires --scale laptop or gpu"),
         ("--scale gpu --out x.txt", "--out x.txt must end in .json"),
-        ("--scale gpu -- --align-depth 3", "-- --align-depth: the study sets this flag itself"),
-        ("--scale laptop --tune --gather", "--gather does not apply to --tune"),
+        ("--scale gpu -- --align-depth 3", "-- --align-depth: this flag is set by the study"),
+        ("--scale laptop --tune --gather", "--gather cannot be combined with --tune"),
         ("--plot docs/study.md", "--plot docs/study.md must end in .json"),
-        ("--scale gpu -- --encoder-depth 3", "-- --encoder-depth: the study sets this flag itself"),
-        ("--scale gpu -- --eval-latents x", "-- --eval-latents: the study sets this flag itself"),
-        ("--scale gpu -- --seed=3", "-- --seed=3: the study sets this flag itself"),
+        ("--scale gpu -- --encoder-depth 3", "-- --encoder-depth: this flag is set by the study"),
+        ("--scale gpu -- --eval-latents x", "-- --eval-latents: this flag is set by the study"),
+        ("--scale gpu -- --seed=3", "-- --seed=3: this flag is set by the study"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
@@ -172,7 +172,7 @@ def test_wrong_flags_are_refused(flags, message):
         (
             "laptop",
             ("--seeds", "9", "0"),
-            "--seeds 0: --knobs docs/study-laptop-knobs.json was tuned on these seeds; pass others",
+            "--seeds 0: --knobs docs/study-laptop-knobs.json was tuned with these seeds; pass other seeds",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_blocks_without_a_needed_method_are_refused(tmp_path):
 
 def test_gpu_scale_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(convergence, "visible_gpus", list)
-    with pytest.raises(UserError, match=r"^--scale gpu needs a GPU, but none is visible"):
+    with pytest.raises(UserError, match=r"^--scale gpu requires a GPU, but no GPU is visible"):
         convergence.parse(["--scale", "gpu"])
     args, _ = convergence.parse(["--scale", "gpu", "--gather"])
     assert args.gather
@@ -394,7 +394,7 @@ def test_unfinished_runs_of_a_cluster_are_gathered(call, tmp_path):
     result = results.load_result(tmp_path / "study.json", "convergence")
     assert result["metric"] == "FID" and result["floor"] is None
     assert [run["name"] for run in result["runs"]] == ["vanilla", "sra2-cosine"]
-    assert "2 of 2 runs have not reached their end: all are compared after 25,600,000 images" in out
+    assert "2 of 2 runs are unfinished; all runs are compared at 25,600,000 images" in out
     assert format_numbers(result)["sra2-cosine FID difference"] == "+0.0000"
     assert "| REPA | not run |" in out
 
@@ -404,7 +404,7 @@ def test_gathering_no_evaluation_keeps_the_previous_result(call, tmp_path):
     path.write_text("the previous result")
     words = ["--scale", "gpu", "--gather", "--output-dir", tmp_path / "no", "--out", path]
     code, out = call(convergence, *words)
-    assert code == 2 and "no: contains no evaluation of vanilla SiT; rerun after" in out
+    assert code == 2 and "no contains no evaluation of vanilla SiT; rerun after" in out
     assert path.read_text() == "the previous result"
 
 
