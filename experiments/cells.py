@@ -384,7 +384,7 @@ class Scheduler:
         return [process for process in self.slots if process]
 
     def run(self, request: StopRequest, bar: tqdm) -> None:
-        """Execute all runs. If a stop is requested, return when the running processes have exited."""
+        """Execute all runs; after a stop request, only wait until the running processes exit."""
         while self.running or (self.pending and not request.name):
             if not request.name:
                 self.start_processes()

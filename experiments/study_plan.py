@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
     @property
     def tuned_methods(self) -> set[str]:
-        """The methods whose blocks occur in the flags; for a tuned method, only the method itself."""
+        """The methods whose blocks the flags contain; tuned methods contain only their block."""
         return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
 
 
