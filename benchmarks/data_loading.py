@@ -2,13 +2,13 @@
 
     python -m benchmarks.data_loading --dest /somewhere/on/the/disk/to/test --json loading.json
 
-The data are random moments with the shape of ImageNet's, 8x32x32, split into 157 shards, the
-default for ImageNet. An image takes 32 KB as .npy and 16 KB in the cache. Every row except `copy`
+The data are random moments with the shape of ImageNet's moments, 8x32x32, split into 157 shards,
+the default for ImageNet. An image takes 32 KB as .npy and 16 KB in the cache. Every row except `copy`
 is a torch DataLoader that returns batches in random order. `npy` reads and stacks one float32 file
 per image (the loader of REPA also reads a PNG per image, which is omitted here). `cache` is the
 float16 stream of train.py, and `memory` is the same stream with --cache-in-ram. `copy` is a lower
 bound, the time of one contiguous copy of a batch. For the cold rows, the files are dropped from the
-page cache before each round; caches of a RAID controller or of a host of the machine cannot be
+page cache before each round; caches of a RAID controller or of a virtualisation host cannot be
 dropped.
 """
 

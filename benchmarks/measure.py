@@ -29,7 +29,7 @@ class Timings(NamedTuple):
     """Measurements of several actions, by name."""
 
     seconds: dict[str, list[float]]  # seconds per call, one value per round
-    peak_memory_gib: dict[str, float]  # GPU: during the action; CPU: of the process up to then
+    peak_memory_gib: dict[str, float]  # of the action on a GPU, of the process on a CPU
 
 
 # Options of the flags that benchmarks share, in the order of the help text.

@@ -84,7 +84,7 @@ def time_runs(
 ) -> dict[str, dict]:
     """Time the training steps of several runs alternately.
 
-    Each run uses a fixed batch of its own data. All runs are in memory at the same time, so their
+    Each run uses a fixed batch of its data. All runs are in memory at the same time, so their
     networks must be small.
 
     Args:

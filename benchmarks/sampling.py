@@ -189,7 +189,7 @@ class Sampler:
 
     @torch.no_grad()
     def evaluate_network(self) -> None:
-        """Evaluate the network as often as sampling one batch does."""
+        """Evaluate the network as often as in sampling one batch."""
         dtype = self.config.precision.dtype
         x = self.random_latents()
         if self.recipe.cfg_scale > 1:  # guidance doubles the batch

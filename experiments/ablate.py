@@ -162,9 +162,9 @@ def build_grid(
             name = "sra2" if is_best else f"{axis}-{slug}"
             # At the best value of an axis that the paper lacks, use the defaults of train.py.
             words = [
-                values[other][chosen].flags
-                for other, chosen in (best | {axis: label}).items()
-                if other in PAPER_AXES or chosen != best[other]
+                values[axis_name][selected_label].flags
+                for axis_name, selected_label in (best | {axis: label}).items()
+                if axis_name in PAPER_AXES or selected_label != best[axis_name]
             ]
             runs[name] = " ".join(["--align sra2", *words])
             entries.append(

@@ -83,8 +83,8 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
         "knobs": blocks,
     }
     save_result(path, "convergence-knobs", settings, runs)
-    chosen = ", ".join(f"{name} block {block}" for name, block in blocks.items())
-    print(f"{path}: {chosen}; pass this file as --knobs")
+    block_list = ", ".join(f"{name} block {block}" for name, block in blocks.items())
+    print(f"{path}: {block_list}; pass this file as --knobs")
 
 
 def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: int) -> None:

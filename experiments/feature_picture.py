@@ -168,8 +168,10 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
             draw_level(axes, name, level, linestyle)
 
     results = [row for other in result["checkpoints"] for row in other["results"]]
-    known = [row[metric] for row in (*result["baselines"], *results) if row[metric] is not None]
-    axes.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
+    known_values = [
+        row[metric] for row in (*result["baselines"], *results) if row[metric] is not None
+    ]
+    axes.set_ylim(min([0.0, *known_values]), 1.08 * max([0.01, *known_values]))
     axes.set_xlim(x_of_input - 0.04 * last_block, last_block * 1.04)
     axes.set_xticks([x_of_input, *blocks], ["$x_t$", *blocks])
     axes.set_xlabel("after block", fontsize=9)

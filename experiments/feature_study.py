@@ -40,7 +40,7 @@ MAX_BLOCKS = 8
 
 
 def spread_blocks(depth: int) -> list[int]:
-    """Return at most `MAX_BLOCKS` block numbers, counted from 1, with the first and the last."""
+    """Return up to `MAX_BLOCKS` evenly spaced block numbers from 1 to `depth`."""
     return np.unique(np.linspace(1, depth, MAX_BLOCKS).round().astype(int)).tolist()
 
 
@@ -75,7 +75,7 @@ def draw_images(cache: LatentCache, count: int, seed: int) -> StudyImages:
     return StudyImages(index.numpy(), scale.mean(moments), noise, labels)
 
 
-def choose_shown(images: StudyImages, count: int) -> Tensor:
+def choose_figure_images(images: StudyImages, count: int) -> Tensor:
     """Return the positions (m,) of held-out images for the figure, alternating between classes."""
     labels = images.labels[images.half :]
     occurrences = F.one_hot(labels).cumsum(0).gather(1, labels[:, None]).flatten()

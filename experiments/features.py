@@ -30,7 +30,7 @@ from experiments.feature_picture import ColourMaps, draw_figure
 from experiments.feature_study import (
     MAX_BLOCKS,
     StudyImages,
-    choose_shown,
+    choose_figure_images,
     draw_images,
     evaluate_features,
     evaluate_inputs,
@@ -326,7 +326,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
     manifest = cache.manifest
     vae = load_vae(args.vae or manifest.vae, manifest.vae_fingerprint, args.device)
     images = draw_images(cache, args.probe_images, args.seed)
-    shown = choose_shown(images, args.images)
+    figure_images = choose_figure_images(images, args.images)
     labels = images.labels[images.half :]
     reference, cknna_settings = measure_reference(args, images, vae, manifest.resolution)
 
@@ -345,7 +345,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
             model = source.model.to(args.device)
             blocks = args.blocks or spread_blocks(model.config.depth)
             checkpoint_maps, share = make_colour_maps(
-                model, images, shown, source.path_type, args.times, blocks, vae
+                model, images, figure_images, source.path_type, args.times, blocks, vae
             )
             maps.append(checkpoint_maps)
             results = []
@@ -379,7 +379,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
             "classes": manifest.num_classes,
             "probe_trained_on": images.half,
             "held_out": len(labels),
-            "shown": images.image_index[shown].tolist(),
+            "shown": images.image_index[figure_images].tolist(),
             "latent": "mean of the posterior",
         },
         "label": "null class",
@@ -391,7 +391,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
         "checkpoints": checkpoints,
         "machine": {"device": device_name, "torch": torch.__version__},
     }
-    return result, maps, [manifest.class_names[label] for label in images.labels[shown]]
+    return result, maps, [manifest.class_names[label] for label in images.labels[figure_images]]
 
 
 def main() -> None:

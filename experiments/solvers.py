@@ -50,10 +50,7 @@ if TYPE_CHECKING:
 
 EXAMPLE_STDS = [0.1, 0.4, 0.8, 1.5]
 NUM_IMAGES = 256
-PATH_TYPES = (
-    "linear",
-    "cosine",
-)  # the paths in the tables of SiT and REPA; used for the ODE and SDE solvers
+PATH_TYPES = ("linear", "cosine")  # the paths in the tables of SiT and REPA
 EVALUATION_COUNTS = [8, 16, 32, 64, 128, 256, 512]
 SDE_EVALUATION_COUNTS = [8, 16, 32, 64, 128, 250, 512]  # the tables of SiT and REPA use 250
 RTOLS = [10.0**-k for k in range(1, 9)]  # with atol = rtol / 1000, as in the SiT repository

@@ -59,13 +59,13 @@ def detectable_difference(differences: np.ndarray) -> float:
     Args:
         differences: The differences of n > 1 pairs, from which s is estimated.
     """
-    freedom = len(differences) - 1
-    threshold = stats.t.ppf(TAILS[1], freedom)
+    degrees_of_freedom = len(differences) - 1
+    threshold = stats.t.ppf(TAILS[1], degrees_of_freedom)
 
     def excess_power(noncentrality: float) -> float:
         # Probability of a detection with the wrong sign. scipy returns nan where it is zero.
-        wrong_sign = np.nan_to_num(stats.nct.cdf(-threshold, freedom, noncentrality))
-        return stats.nct.sf(threshold, freedom, noncentrality) + wrong_sign - 0.8
+        wrong_sign = np.nan_to_num(stats.nct.cdf(-threshold, degrees_of_freedom, noncentrality))
+        return stats.nct.sf(threshold, degrees_of_freedom, noncentrality) + wrong_sign - 0.8
 
     # The noncentrality is 16.3 for two pairs and smaller for more pairs.
     return float(optimize.brentq(excess_power, 0, 22) * stats.sem(differences))

@@ -98,15 +98,15 @@ def run_module(*words: object) -> None:
         KeyboardInterrupt: If the command is interrupted.
     """
     command = ["-m", *map(str, words)]
-    shown = shlex.join(["python", *command])
-    print(shown, flush=True)
+    command_line = shlex.join(["python", *command])
+    print(command_line, flush=True)
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code in (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         raise UserError(
-            f"could not prepare the data: {shown} exited with code {code}; fix the problem and "
-            "rerun the same command"
+            f"could not prepare the data: {command_line} exited with code {code}; fix the problem "
+            "and rerun the same command"
         )
 
 

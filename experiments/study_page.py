@@ -133,9 +133,9 @@ def make_table(
     rows = [[corner, *columns.values()]]
     for name, label in labels.items():
         rows.append([label, *(numbers.get(f"{name} {quantity}", "") for quantity in columns)])
-    used = [column for column in zip(*rows) if any(column[1:])]
-    header, *body = (f"| {' | '.join(row)} |" for row in zip(*used))
-    return [header, "|" + "---|" * len(used), *body, ""]
+    used_columns = [column for column in zip(*rows) if any(column[1:])]
+    header, *body = (f"| {' | '.join(row)} |" for row in zip(*used_columns))
+    return [header, "|" + "---|" * len(used_columns), *body, ""]
 
 
 def explain(result: dict) -> list[str]:
@@ -312,8 +312,8 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
             for bound in (speed_up.value, *speed_up.interval)
         ]
     )
-    known = bounds[(bounds > 0) & (bounds < math.inf)]
-    axes.set_ylim(0.97 * min([1, *known]), 1.03 * max([1, *known]))
+    known_bounds = bounds[(bounds > 0) & (bounds < math.inf)]
+    axes.set_ylim(0.97 * min([1, *known_bounds]), 1.03 * max([1, *known_bounds]))
 
     for index, (name, speed_ups) in enumerate(by_method.items()):
         for k, speed_up in enumerate(speed_ups):

@@ -14,7 +14,7 @@ from common.cli import UserError
 from common.keyed_random import Purpose, normal
 from experiments import feature_picture, features, representation
 from experiments.feature_study import (
-    choose_shown,
+    choose_figure_images,
     draw_images,
     evaluate_features,
     pool_tokens,
@@ -156,11 +156,11 @@ def test_images_are_drawn_without_replacement_and_keep_their_noise(cache):
     assert torch.allclose(x_t, 0.75 * all_images.latents[3:5] + 0.25 * all_images.noise[3:5])
 
 
-def test_shown_images_are_held_out_and_of_different_classes(cache):
+def test_figure_images_are_held_out_and_of_different_classes(cache):
     images = draw_images(LatentCache(cache), 24, seed=3)
-    shown = choose_shown(images, 4)
-    assert (shown >= 12).all() and len(set(shown.tolist())) == 4
-    assert len(set(images.labels[shown[:3]].tolist())) == 3  # of the three classes
+    figure_images = choose_figure_images(images, 4)
+    assert (figure_images >= 12).all() and len(set(figure_images.tolist())) == 4
+    assert len(set(images.labels[figure_images[:3]].tolist())) == 3  # of the three classes
 
 
 def test_tokens_use_the_null_class_and_do_not_depend_on_the_batch(cache):
