@@ -2,8 +2,8 @@
 
     python -m benchmarks.data_loading --dest /somewhere/on/the/disk/to/test --json loading.json
 
-The data are random moments with the shape of ImageNet's moments, 8x32x32, split into 157 shards,
-the default for ImageNet. An image takes 32 KB as .npy and 16 KB in the cache. Every row except `copy`
+The data are random moments with the shape of ImageNet moments, 8x32x32, split into 157 shards, the
+default for ImageNet. An image takes 32 KB as .npy and 16 KB in the cache. Every row except `copy`
 is a torch DataLoader that returns batches in random order. `npy` reads and stacks one float32 file
 per image (the loader of REPA also reads a PNG per image, which is omitted here). `cache` is the
 float16 stream of train.py, and `memory` is the same stream with --cache-in-ram. `copy` is a lower

@@ -121,7 +121,7 @@ def make_actions(
         job: The job of encode_latents.
         world: The distributed environment of the job.
         folder: Folder for temporary files.
-        num_threads: Number of threads per operation, except in `encode_latents` and `VAE alone`.
+        num_threads: Number of threads per operation in `one at a time`.
     """
     job_threads = torch.get_num_threads()
     batches = decode_batches(job)

@@ -3,9 +3,9 @@ r"""Time the training step of train.py with and without alignment, alternately i
     python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile \
         --json xl2.json
 
-The inputs are random latents with the shape of ImageNet's in host memory, as a loader returns them,
-and random images for repa. The encoder of repa has random weights, which do not affect the speed.
-All variants share the backbone, the EMA and the optimizer; on a GPU, the peak memory of each
+The inputs are random latents with the shape of ImageNet latents in host memory, as a loader returns
+them, and random images for repa. The encoder of repa has random weights, which do not affect the
+speed. All variants share the backbone, the EMA and the optimizer; on a GPU, the peak memory of each
 variant is measured separately afterwards. `--plain` adds a minimal step that trains the network of
 sra2: forward pass, both losses, backward pass and AdamW on interpolated inputs, without clipping,
 EMA, random numbers, logged quantities and the guard against non-finite values. The first step of
