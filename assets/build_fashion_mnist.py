@@ -3,10 +3,10 @@
     apt-get install dataset-fashion-mnist
     python -m assets.build_fashion_mnist
 
-The repository contains the result, so running this script is not necessary. It writes the files
-that are missing: images.zip, classifier.safetensors, vae/, and figures.json with measurements. To
-rebuild a file, remove it first. The script takes about an hour on two CPU cores. It reproduces the
-files on the same machine with the same number of threads.
+The repository contains the resulting files, so running this script is not necessary. It writes
+images.zip, classifier.safetensors and vae/ if they are missing, and measurements to figures.json.
+To rebuild a file, remove it first. The script takes about an hour on two CPU cores. On the same
+machine with the same number of threads, it writes byte-identical files.
 """
 
 import argparse
@@ -46,7 +46,7 @@ DEST = Path(__file__).resolve().parent / "fashion-mnist"
 
 
 class Batch(NamedTuple):
-    """A batch of training images.
+    """A batch of training images with labels.
 
     Attributes:
         progress: The completed fraction of training, in [0, 1).
@@ -63,12 +63,12 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Read the IDX files of a split.
 
     Args:
-        folder: The folder of the files.
+        folder: The folder that contains the files.
         split: "train" or "t10k".
 
     Returns:
-        Images (n, 32, 32) uint8, which are 28x28 padded with two black pixels on each side, and
-        labels (n,) int64.
+        The images (n, 32, 32) uint8, which are 28x28 pixels padded by two black pixels on each
+        side, and the labels (n,) int64.
     """
     image_bytes = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())
     label_bytes = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())
@@ -78,26 +78,26 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_zip(
-    path: Path, images: np.ndarray, labels: np.ndarray, packing: int = zipfile.ZIP_LZMA
+    path: Path, images: np.ndarray, labels: np.ndarray, compression: int = zipfile.ZIP_LZMA
 ) -> None:
-    """Write RGB PNGs and a dataset.json in EDM's layout.
+    """Write RGB PNGs and a dataset.json to a zip archive in the layout of EDM.
 
-    The PNGs are not compressed, because LZMA compression by the zip file makes the result 20%
-    smaller than PNG's deflate, which compresses three equal channels badly.
+    The PNGs are not compressed, because LZMA compression of the archive gives a 20% smaller file
+    than deflate in the PNGs, which compresses three identical channels poorly.
 
     Args:
-        path: The zip file.
-        images: Grey images, (n, h, w) uint8.
+        path: The archive to write.
+        images: Greyscale images, (n, h, w) uint8.
         labels: Class indices, (n,).
-        packing: The compression of the zip file; zipfile.ZIP_STORED is faster.
+        compression: The compression of the archive; zipfile.ZIP_STORED is faster.
     """
     rows = []
     partial = path.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", packing) as archive:
+    with zipfile.ZipFile(partial, "w", compression) as archive:
 
         def add(name: str, data: bytes) -> None:
-            # ZipInfo has a fixed date, so that the file is reproducible.
-            archive.writestr(zipfile.ZipInfo(name), data, packing)
+            # ZipInfo has a fixed date, which makes the archive reproducible.
+            archive.writestr(zipfile.ZipInfo(name), data, compression)
 
         for i, (pixels, label) in enumerate(zip(tqdm(images, desc="images.zip"), labels)):
             name = f"{label}/{i:05d}.png"
@@ -134,7 +134,7 @@ def one_cycle(progress: float, peak: float, warm_up: float = 0.05) -> float:
 
 
 def train_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int) -> GarmentClassifier:
-    """Train with label smoothing of 0.1, random shifts of up to two pixels, and AdamW."""
+    """Train a classifier with AdamW, label smoothing of 0.1 and random shifts of up to 2 pixels."""
     torch.manual_seed(seed)
     model = GarmentClassifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0, weight_decay=0.02)
@@ -161,8 +161,8 @@ def train_vae(
 ) -> Any:
     """Train an AutoencoderKL with Adam.
 
-    The loss is the squared error summed over pixels, plus kl_weight x KL. Afterwards,
-    scaling_factor is set to 1 / (standard deviation of the training latents).
+    The loss is the squared error summed over pixels, plus kl_weight times the KL divergence. After
+    training, scaling_factor is set to 1 / (standard deviation of the training latents).
     """
     torch.manual_seed(seed)
     vae: Any = AutoencoderKL(
@@ -208,7 +208,7 @@ def train_vae(
 
 
 def psnr(mse: float) -> float:
-    """Return the PSNR in dB of images in [-1, 1], whose range is 2."""
+    """Return the PSNR in dB for images in [-1, 1]."""
     return 10 * math.log10(4 / mse)
 
 
@@ -216,7 +216,7 @@ def psnr(mse: float) -> float:
 def measure(
     images: Tensor, labels: Tensor, vae: Any, classifier: GarmentClassifier
 ) -> dict[str, Any]:
-    """Return the figures in README.md, measured on images that were not used for training."""
+    """Return the numbers in README.md, measured on images that were not used for training."""
     num_correct = 0
     num_correct_after_vae = 0
     error_parts = []
@@ -253,13 +253,13 @@ def main() -> None:
         "--source",
         type=Path,
         default=Path("/usr/share/datasets/fashion-mnist"),
-        help="folder of the IDX files (.gz)",
+        help="folder that contains the IDX files (.gz)",
     )
     parser.add_argument(
         "--dest",
         type=Path,
         default=DEST,
-        help="folder for the files (default: assets/fashion-mnist)",
+        help="folder for the resulting files (default: assets/fashion-mnist)",
     )
     parser.add_argument(
         "--vae-epochs",
@@ -282,8 +282,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.source / "train-images-idx3-ubyte.gz").exists():
         parser.error(
-            f"--source {args.source} contains no IDX files; install Debian's package "
-            "dataset-fashion-mnist, or pass the folder of the files"
+            f"--source {args.source} contains no IDX files; install the Debian "
+            "package dataset-fashion-mnist, or pass the folder that contains the files"
         )
     args.dest.mkdir(parents=True, exist_ok=True)
     train_images, train_labels = map(torch.from_numpy, read_split(args.source, "train"))
@@ -303,12 +303,14 @@ def main() -> None:
         vae = train_vae(train_images, train_labels, args.vae_epochs, args.seed)
         vae.half().save_pretrained(vae_path)
 
-    # Measure the stored files.
+    # Evaluate the stored models.
     vae = AutoencoderKL.from_pretrained(vae_path).float()
     classifier = load_classifier(classifier_path)
     torch.manual_seed(args.seed)
-    figures = measure(torch.from_numpy(test_images), torch.from_numpy(test_labels), vae, classifier)
-    text = json.dumps(figures, indent=2)
+    images = torch.from_numpy(test_images)
+    labels = torch.from_numpy(test_labels)
+    measurements = measure(images, labels, vae, classifier)
+    text = json.dumps(measurements, indent=2)
     (args.dest / "figures.json").write_text(text + "\n")
     print(text)
 

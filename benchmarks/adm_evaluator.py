@@ -1,11 +1,11 @@
-r"""Compare the results of ADM's evaluator with ours on the same features.
+r"""Compare the results of ADM's evaluator with those of this repository on the same features.
 
     python -m venv adm && adm/bin/pip install tensorflow-cpu scipy requests tqdm
     python -m benchmarks.adm_evaluator --evaluator guided-diffusion/evaluations/evaluator.py \
         --python adm/bin/python
 
-The features are synthetic: clusters with the dimension of Inception's features, clipped at 0.
-TensorFlow needs a separate environment, in which benchmarks/adm_original.py runs; arrays are
+The features are synthetic clusters with the dimension of Inception features, clipped at 0.
+TensorFlow needs a separate environment, in which benchmarks/adm_original.py runs. Arrays are
 exchanged as .npz files.
 """
 
@@ -31,8 +31,8 @@ from evaluations.metrics import (
     precision_recall,
 )
 
-# Features times this factor have squared distances that overflow float16, for which ADM's evaluator
-# uses float32. A factor that is a power of two changes no digit in float32.
+# Features multiplied by this factor have squared distances that overflow float16, so that ADM's
+# evaluator uses float32. Multiplying by a power of two is exact in float32.
 OVERFLOW = 128
 
 # Sets of features: name, scale, index of the first cluster, and index after the last cluster.
@@ -55,10 +55,10 @@ def random_features(
     """Return features (count, width) float32: cluster centres plus noise, clipped at 0.
 
     Args:
-        rng: Source of randomness.
+        rng: Random number generator.
         count: Number of features.
-        scale: Standard deviation along a few directions that all clusters share.
-        clusters: Indices of the clusters that occur.
+        scale: Standard deviation along a few directions, which all clusters share.
+        clusters: Indices of the clusters to draw from.
         width: Dimension of a feature.
     """
     directions = np.random.default_rng(1).standard_normal((12, width)) / 4
@@ -74,9 +74,9 @@ def make_inputs(
     """Return the inputs of both evaluators, by name.
 
     Args:
-        counts: Number of features per set: reference, samples, few and activations.
+        counts: Number of features in the sets reference, samples, few and activations.
         width: Dimension of a feature.
-        classes: Number of classes of the Inception score.
+        classes: Number of classes for the Inception score.
     """
     rng = np.random.default_rng(0)
     arrays = {
@@ -125,11 +125,11 @@ def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]
 def compute_adm(
     evaluator: Path, python: Path, arrays: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Run ADM's evaluator.
+    """Compute the results of ADM's evaluator.
 
     Args:
-        evaluator: ADM's evaluator.py.
-        python: Interpreter that has TensorFlow.
+        evaluator: Path of ADM's evaluator.py.
+        python: Python interpreter in an environment with TensorFlow.
         arrays: The inputs.
 
     Returns:
@@ -147,12 +147,12 @@ def compute_adm(
 
 
 def compare_results(adm: np.ndarray | float, ours: np.ndarray | float) -> dict[str, float]:
-    """Compare two results, which are numbers or arrays of the same shape.
+    """Compare two results, which are two numbers or two arrays of the same shape.
 
     Returns:
-        adm: Mean of ADM's result.
-        ours: Mean of our result.
-        difference: Largest difference relative to ADM's largest value.
+        adm: Mean of the result of ADM.
+        ours: Mean of the result of this repository.
+        difference: Largest difference relative to the largest value of ADM.
     """
     adm = np.asarray(adm, np.float64)
     ours = np.asarray(ours, np.float64)
@@ -182,13 +182,13 @@ def main() -> None:
         "--evaluator",
         type=Path,
         required=True,
-        help="evaluations/evaluator.py of openai/guided-diffusion",
+        help="evaluations/evaluator.py from openai/guided-diffusion",
     )
     parser.add_argument(
         "--python",
         type=Path,
         required=True,
-        help="interpreter that has tensorflow, scipy, requests and tqdm",
+        help="Python interpreter with tensorflow, scipy, requests and tqdm",
     )
     parser.add_argument("--out", type=Path, help="file for the result")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """Run ADM's unmodified evaluator in an environment that has TensorFlow.
 
 benchmarks/adm_evaluator.py starts this script as `adm_original.py EVALUATOR INPUTS OUTPUTS`. The
-script computes metrics from features and so never opens the file of the feature network: it sets
-the attributes that the Evaluator's methods use.
+script computes metrics from features and does not need the feature network, so it bypasses the
+constructor of Evaluator and sets the attributes that its methods use.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ import tensorflow.compat.v1 as tf
 
 def load_evaluator(path: Path) -> ModuleType:
     """Import ADM's evaluator.py."""
-    if not hasattr(np, "bool"):  # numpy has no np.bool, which the file uses, from 1.24 until 2.0
+    if not hasattr(np, "bool"):  # the file uses np.bool, which numpy 1.24 to 1.26 lacks
         np.bool = np.bool_  # type: ignore[misc]  # the stubs describe numpy 2
     spec = importlib.util.spec_from_file_location("adm", path)
     assert spec is not None and spec.loader is not None
@@ -30,10 +30,10 @@ def load_evaluator(path: Path) -> ModuleType:
 
 
 def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return ADM's results with the names of benchmarks.adm_evaluator.compute_ours.
+    """Return ADM's results, under the same names as benchmarks.adm_evaluator.compute_ours.
 
     Args:
-        path: ADM's evaluator.py.
+        path: Path of ADM's evaluator.py.
         arrays: The inputs of benchmarks.adm_evaluator.make_inputs.
     """
     tf.disable_eager_execution()
@@ -60,7 +60,7 @@ def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]
         "distance of few": few.frechet_distance(reference),
         "inception score": evaluator.compute_inception_score(arrays["activations"]),
     }
-    # ADM computes in float16, and blocks that overflow in float32.
+    # ADM computes in float16, and recomputes blocks that overflow in float32.
     for dtype, scale in (("float16", 1), ("float32", arrays["overflow"])):
         a, b = (arrays[name] * np.float32(scale) for name in ("reference", "samples"))
         radii = [evaluator.manifold_estimator.manifold_radii(x)[:, 0] for x in (a, b)]

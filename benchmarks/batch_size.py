@@ -1,10 +1,10 @@
-"""Measure how the batch size changes the images of sample_ddp.py.
+"""Measure the effect of the batch size on the images of sample_ddp.py.
 
     python -m benchmarks.batch_size --ckpt exps/demo --dest /tmp --json batch_size.json
 
 Noise, class and steps of an image depend only on its index, but the size of a matrix product
-determines its kernel and thereby the order of its sums. The same images are sampled with each
-batch size and compared with those of the first.
+determines its kernel and therefore its summation order. The same images are sampled with each
+batch size and compared with the images of the first batch size.
 """
 
 import itertools
@@ -27,7 +27,7 @@ MODES = {"Euler": "ode", "Euler-Maruyama": "sde"}
 
 
 def compare_images(a: np.ndarray, b: np.ndarray) -> dict:
-    """Compare two sets of images, (N, H, W, 3) uint8 each.
+    """Compare two sets of images, each (N, H, W, 3) uint8.
 
     Returns:
         largest: Largest difference in grey levels.
@@ -50,14 +50,14 @@ def main() -> None:
         type=cli.positive_int,
         nargs="+",
         default=[32, 7, 64],
-        help="batch sizes; the others are compared with the first",
+        help="batch sizes to compare; the first is the reference",
     )
     parser.add_argument(
         "--cfg-scale",
         type=cli.non_negative_float,
         nargs="+",
         default=[1.0, 1.5],
-        help="guidance scales; each is used in turn",
+        help="guidance scales to measure",
     )
     args = parser.parse_args()
     device = World().select_device()

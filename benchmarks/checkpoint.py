@@ -1,11 +1,11 @@
-"""Time how long a checkpoint delays training, and how much its writer thread disturbs training.
+"""Measure the delay of training by a checkpoint, and the interference by the writer thread.
 
     python -m benchmarks.checkpoint --model SiT-B/2 --dest exps --json checkpoint.json
 
-`copy_s` is the copy to host memory, which training waits for. `write_s` is the rest, which the
-writer thread does in the background. `longest_pause_s` is the longest interval during which a
-Python loop in the training thread did not run: hashing and writing must release the interpreter
-lock.
+`copy_s` is the time of the copy to host memory, which blocks training. `write_s` is the time of the
+writer thread in the background. `longest_pause_s` is the longest interval during which a Python
+loop in the training thread did not run, because hashing and writing must release the global
+interpreter lock.
 """
 
 import time
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.001  # interval of the loop that detects pauses
 
 
 def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, dict]:
-    """Build a state with optimizer moments, and its config.json.
+    """Build a training state with optimizer moments, and the content of its config.json.
 
     Args:
         model: A key of PRESETS.
@@ -50,7 +50,7 @@ def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, d
 def time_save(
     writer: CheckpointWriter, state: TrainState, device: torch.device
 ) -> dict[str, float]:
-    """Save a checkpoint and return the seconds by key of the result."""
+    """Save a checkpoint, and return the times in seconds by the keys of the result."""
     synchronize(device)
     started = time.perf_counter()
     writer.submit(state)

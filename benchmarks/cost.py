@@ -1,13 +1,14 @@
-r"""Measure the cost of alignment: parameters, FLOPs, time and memory (SRA 2 paper, Table 5).
+r"""Measure the cost of alignment: parameters, FLOPs, time and memory (Table 5 of the SRA 2 paper).
 
     python -m benchmarks.cost --model SiT-XL/2 --align none sra2 repa sra sra2+repa \
         --batch-size 256 --precision bf16 --compile
 
-Parameters are counted for the backbone, for the heads, which are dropped after training, and for
-external networks that run only for the targets. FLOPs are per image, and a multiply-accumulate
-counts as two (models/flops.py). Forward FLOPs are those of backbone, heads and targets; training
-FLOPs are three times those of backbone and heads, plus those of the targets. Steps are timed as in
-benchmarks/train_step.py. With --no-timing no network is built, and counting takes a second.
+Parameters are counted for the backbone, for the heads, which are discarded after training, and for
+external networks, which only compute targets. FLOPs are per image, and a multiply-accumulate
+operation counts as two FLOPs (models/flops.py). Forward FLOPs are the sum over the backbone, the
+heads and the targets. Training FLOPs are three times the forward FLOPs of the backbone and the
+heads, plus the FLOPs of the targets. Steps are timed as in benchmarks/train_step.py. With
+--no-timing, no network is built, and the command takes about a second.
 """
 
 import torch
@@ -33,7 +34,7 @@ from training.throughput import training_flops
 
 
 def count_costs(plan: Plan, variant: str) -> dict:
-    """Return parameters and FLOPs per image of a variant, and their increase over no alignment."""
+    """Return parameters and FLOPs per image of a variant, and the increase due to alignment."""
     network = plan.network
     align = select_variant(plan, variant).align
     specs = [spec for entry in align for spec in head_specs(entry).values()]
@@ -69,7 +70,7 @@ def _count_parameters(module: torch.nn.Module) -> int:
 def main() -> None:
     """Run the benchmark."""
     parser = make_step_parser(__doc__, "cost")
-    parser.add_argument("--no-timing", action="store_true", help="only count")
+    parser.add_argument("--no-timing", action="store_true", help="only count parameters and FLOPs")
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
     variants = list(dict.fromkeys(args.align))
@@ -83,8 +84,8 @@ def main() -> None:
         }
     else:
         result = measure(config, variants, args.rounds, args.steps, args.warm_up)
-    for variant, figures in result["results"].items():
-        figures |= count_costs(plan, variant)
+    for variant, measurements in result["results"].items():
+        measurements |= count_costs(plan, variant)
     result |= {"benchmark": "cost", "align": plan.align}
     write_result(result, args.json)
     print(f"\n{TABLES['cost'].format([result])}")

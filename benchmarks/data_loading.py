@@ -2,13 +2,14 @@
 
     python -m benchmarks.data_loading --dest /somewhere/on/the/disk/to/test --json loading.json
 
-The data are random moments of ImageNet's shape, 8x32x32, in as many shards as ImageNet has by
-default (157); an image is 32 KB as .npy and 16 KB in the cache. Every row is a torch DataLoader
-that returns batches in random order. `npy` reads and stacks one float32 file per image (REPA's
-loader also reads a PNG per image, which is omitted here). `cache` is the stream of train.py, in
-float16, and `memory` is the same after --cache-in-ram. `copy` is the lower bound, one contiguous
-copy of a batch. Cold rows drop the files from the page cache before each round; caches of a RAID
-controller or a host cannot be dropped.
+The data are random moments with the shape of ImageNet moments, 8x32x32, split into 157 shards, the
+default for ImageNet. An image takes 32 KB as .npy and 16 KB in the cache. Every row except `copy`
+is a torch DataLoader that returns batches in random order. `npy` reads and stacks one float32 file
+per image (the loader of REPA also reads a PNG per image, which is omitted here). `cache` is the
+float16 stream of train.py, and `memory` is the same stream with --cache-in-ram. `copy` is a lower
+bound, the time of one contiguous copy of a batch. For the cold rows, the files are dropped from the
+page cache before each round; caches of a RAID controller or of a virtualisation host cannot be
+dropped.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from benchmarks.measure import (
     median_and_quartiles,
     report,
     scratch_folder,
-    time_in_turn,
+    time_interleaved,
 )
 from benchmarks.train_step import synthetic_manifest
 from common import cli
@@ -46,7 +47,7 @@ NUM_CLASSES = 1000
 
 
 class NpyFiles(Dataset):
-    """Moments in one .npy file per image, with the labels in memory."""
+    """A data set with moments in one .npy file per image, and labels in memory."""
 
     def __init__(self, folder: Path, num_images: int):
         self.paths = [str(npy_path(folder, i)) for i in range(num_images)]
@@ -56,12 +57,12 @@ class NpyFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return moments (8, 32, 32) float32 and the label of an image."""
+        """Return the moments (8, 32, 32) float32 and the label of an image."""
         return torch.from_numpy(np.load(self.paths[index])), torch.tensor(self.labels[index])
 
 
 def npy_path(folder: Path, index: int) -> Path:
-    """Return the path of an image's file in REPA's layout."""
+    """Return the path of the file of an image in the layout of REPA."""
     return folder / f"{index // 1000:05d}" / f"img-mean-std-{index:08d}.npy"
 
 
@@ -86,11 +87,11 @@ def write_data(npy_folder: Path, cache_folder: Path, num_images: int, num_shards
 
 
 def evict(folder: Path, cache: LatentCache) -> None:
-    """Drop files from the page cache, as far as the kernel allows it without root.
+    """Drop files from the page cache, as far as the kernel permits without root privileges.
 
     Args:
         folder: Folder with .npy files, including those of the cache.
-        cache: A cache that maps its files, which would keep them in memory.
+        cache: The cache, whose memory maps would otherwise keep the files in memory.
     """
     for reader in cache.open_shards.values():
         reader.drop_pages()
@@ -101,7 +102,7 @@ def evict(folder: Path, cache: LatentCache) -> None:
 
 
 def make_reader(make_loader: Callable[..., Iterable]) -> Action:
-    """Return a function that reads the next batch of a loader, which starts again at its end."""
+    """Return a function that reads the next batch, restarting the loader when it is exhausted."""
 
     def repeat() -> Iterator:
         while True:
@@ -115,7 +116,7 @@ def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]
 
     Args:
         root: Folder with the .npy files in npy/ and the latent cache in cache/.
-        args: The flags.
+        args: The flags of the benchmark.
     """
     files = NpyFiles(root / "npy", args.images)
     cache = LatentCache(root / "cache")
@@ -142,15 +143,15 @@ def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]
     }
     for path in root.rglob("*.npy"):
         path.read_bytes()
-    seconds = time_in_turn(warm, CPU, args.rounds, args.batches).seconds
-    # Stop the worker processes, whose memory maps would keep the files in memory.
+    seconds = time_interleaved(warm, CPU, args.rounds, args.batches).seconds
+    # Stop the worker processes, whose memory maps would otherwise keep the files in memory.
     warm.clear()
 
-    # Cold: fewer batches, after an eviction that is not timed.
+    # Cold: time fewer batches per round, each round after an untimed eviction.
     cold = {"npy, cold": npy_reader(), "cache, cold": cache_reader(cache)}
     num_batches = max(1, args.batches // 10)
     drop = partial(evict, root, cache)
-    return seconds | time_in_turn(cold, CPU, args.rounds, num_batches, prepare=drop).seconds
+    return seconds | time_interleaved(cold, CPU, args.rounds, num_batches, prepare=drop).seconds
 
 
 def main() -> None:
@@ -175,8 +176,11 @@ def main() -> None:
 
     results = {}
     for name, values in seconds.items():
-        figure = median_and_quartiles(values)
-        results[name] = {"batch_s": figure, "samples_per_s": args.batch_size / figure["median"]}
+        batch_seconds = median_and_quartiles(values)
+        results[name] = {
+            "batch_s": batch_seconds,
+            "samples_per_s": args.batch_size / batch_seconds["median"],
+        }
     pairs = (
         ("npy", "cache"),
         ("npy", "memory"),

@@ -1,13 +1,13 @@
-"""Time preprocessing.encode_latents, and encoding one image at a time as in REPA's preprocessing.
+"""Time preprocessing.encode_latents, and encoding one image at a time as REPA does.
 
     python -m benchmarks.encode --dest /tmp --json encode.json
 
-The images are generated JPEGs of ImageNet's average size. The VAE has the architecture of
-sd-vae-ft-mse and, unless --vae names another, random weights, which do not change the speed.
-`encode_latents` is the code of the command, from files to a complete cache. `one at a time`
-decodes, crops, encodes and saves (np.save) each image in turn. `VAE alone` encodes the same
-batches after decoding; its time relative to `encode_latents` is the utilisation of the VAE.
-`decoding alone` reads files as squares in one process, which is the rate of one worker.
+The images are generated JPEGs with the average size of ImageNet's images. Unless --vae is passed,
+the VAE has the architecture of sd-vae-ft-mse and random weights, which do not affect the speed.
+`encode_latents` is the code of the command, from the image files to a complete cache. `one at a
+time` decodes, crops, encodes and saves (np.save) one image after the other. `VAE alone` encodes the
+same batches from decoded images; its time relative to `encode_latents` is the utilisation of the
+VAE. `decoding alone` decodes and crops the images in one process, which is the rate of one worker.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.measure import (
     per_image,
     report,
     scratch_folder,
-    time_in_turn,
+    time_interleaved,
 )
 from common import cli
 from common.processes import World
@@ -86,12 +86,12 @@ def make_random_vae(folder: Path) -> Path:
         norm_num_groups=32,
         sample_size=256,
     )
-    vae.save_pretrained(folder)  # type: ignore[attr-defined]  # of a base class without types
+    vae.save_pretrained(folder)  # type: ignore[attr-defined]  # inherited from an untyped class
     return folder
 
 
 def make_photographs(folder: Path, num_images: int) -> None:
-    """Write JPEGs of 500x375 pixels and about 110 KB, the averages of ImageNet."""
+    """Write JPEGs of 500x375 pixels and about 110 KB, the average size of ImageNet's images."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in tqdm(range(num_images), desc="images"):
@@ -103,7 +103,7 @@ def make_photographs(folder: Path, num_images: int) -> None:
 
 
 def decode_batches(job: EncodingJob) -> list[Batch]:
-    """Read all images into memory, in the batches of the job."""
+    """Read all images into memory, and split them into the batches of the job."""
     images = [job.reader.read(job.source, i).pixels for i in range(job.num_images)]
     batches = []
     for pixels in torch.from_numpy(np.stack(images)).split(job.batch_size):
@@ -115,13 +115,13 @@ def decode_batches(job: EncodingJob) -> list[Batch]:
 def make_actions(
     job: EncodingJob, world: World, folder: Path, num_threads: int
 ) -> dict[str, Action]:
-    """Return the timed functions by name; each processes all images.
+    """Return the functions to time by name; each function processes all images.
 
     Args:
         job: The job of encode_latents.
-        world: The process of the job.
+        world: The distributed environment of the job.
         folder: Folder for temporary files.
-        num_threads: Number of threads per operation without encode_latents, which sets its own.
+        num_threads: Number of threads per operation in `one at a time`.
     """
     job_threads = torch.get_num_threads()
     batches = decode_batches(job)
@@ -183,19 +183,19 @@ def main() -> None:
         image = torch.zeros(1, 3, args.resolution, args.resolution, dtype=torch.uint8)
         flops = count_flops(partial(Autoencoder(settings.vae).encode, image))
 
-        # Measure the rate of matrix products before and after: the speed of machines drifts.
+        # Measure the matmul rate before and after the timings, because machine speed drifts.
         torch.set_num_threads(num_threads)
         rate_before = measure_matmul_rate(job.device, dtype, seconds=1.0)
-        # The preview is drawn once per cache, so it would weigh too much in a small cache.
+        # Omit the preview: it is drawn once per cache and would dominate for a small cache.
         with patch.object(job, "make_preview", lambda: (Image.new("RGB", (8, 8)), "omitted")):
-            timings = time_in_turn(actions, job.device, args.rounds)
+            timings = time_interleaved(actions, job.device, args.rounds)
         torch.set_num_threads(num_threads)
         rate = max(rate_before, measure_matmul_rate(job.device, dtype, seconds=1.0))
 
     results = {}
     for name in actions:
-        counted = 0 if name == "decoding alone" else flops
-        results[name] = per_image(timings, name, args.images, counted, rate)
+        action_flops = 0 if name == "decoding alone" else flops
+        results[name] = per_image(timings, name, args.images, action_flops, rate)
     pairs = [(name, "encode_latents") for name in ("one at a time", "VAE alone")]
     report(
         args,

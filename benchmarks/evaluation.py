@@ -1,11 +1,12 @@
-"""Time the metrics, apart from their feature networks, against other implementations.
+"""Compare the speed of the metrics, without the feature networks, with other implementations.
 
     python -m benchmarks.evaluation --json evaluation.json
 
-The features are random numbers with the dimension of Inception's. `frechet_distance` is compared
-with `sqrtm`, which is pytorch-fid's calculate_frechet_distance (the same formula as ADM's) with
-scipy's matrix square root; `statistics` with numpy's mean and cov; and `precision_recall`, for as
-many samples as references, with torch-fidelity's. The other implementations run on the CPU.
+The features are random numbers with the dimension of Inception features. `frechet_distance` is
+compared with `sqrtm`, which is calculate_frechet_distance of pytorch-fid (the formula of ADM, with
+the matrix square root of scipy); `statistics` with mean and cov of numpy; and `precision_recall`,
+for equally many samples and references, with the implementation of torch-fidelity. The other
+implementations run on the CPU.
 """
 
 from functools import partial
@@ -23,12 +24,12 @@ from benchmarks.measure import (
     make_parser,
     median_and_quartiles,
     report,
-    time_in_turn,
+    time_interleaved,
 )
 from common import cli
 from evaluations.metrics import compute_statistics, frechet_distance, precision_recall
 
-# Other implementations, and the functions of this repository that do the same.
+# Other implementations, and the equivalent functions of this repository.
 PAIRS = [
     ("sqrtm", "frechet_distance"),
     ("numpy", "statistics"),
@@ -37,7 +38,7 @@ PAIRS = [
 
 
 def random_features(num_images: int, width: int) -> np.ndarray:
-    """Return two sets of correlated, non-negative features, (2, num_images, width) float32."""
+    """Return two sets of correlated, nonnegative features, (2, num_images, width) float32."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((width, width), np.float32) / width**0.5
     values = rng.standard_normal((2, num_images, width), np.float32)
@@ -69,7 +70,7 @@ def main() -> None:
             prc_features_to_metric, torch.from_numpy(b), torch.from_numpy(a), verbose=False
         ),
     }
-    seconds = time_in_turn(actions, device, args.rounds, warm_up=args.warm_up).seconds
+    seconds = time_interleaved(actions, device, args.rounds, warm_up=args.warm_up).seconds
 
     machine = describe_machine(device) | {"numpy": np.__version__, "scipy": scipy.__version__}
     report(

@@ -1,4 +1,4 @@
-"""Timing, descriptions of the machine, and output for all benchmarks."""
+"""Time functions, describe the machine, and write the results of benchmarks."""
 
 import argparse
 import json
@@ -28,11 +28,11 @@ Action = Callable[[], object]
 class Timings(NamedTuple):
     """Measurements of several actions, by name."""
 
-    seconds: dict[str, list[float]]  # per call, one value per round
-    peak_memory_gib: dict[str, float]  # GPU: during the action; CPU: of the process so far
+    seconds: dict[str, list[float]]  # seconds per call, one value per round
+    peak_memory_gib: dict[str, float]  # of the action on a GPU, of the process on a CPU
 
 
-# Options of the flags that benchmarks have in common, in the order of the help text.
+# Options of the flags that benchmarks share, in the order of the help text.
 FLAGS: dict[str, dict[str, Any]] = {
     "ckpt": {"type": Path, "help": "same as --ckpt of sample_ddp.py"},
     "dest": {"type": Path, "help": "folder for temporary files, on the disk to measure"},
@@ -42,12 +42,18 @@ FLAGS: dict[str, dict[str, Any]] = {
     "resolution": {"type": cli.positive_int, "help": "height and width of the images in pixels"},
     "batch_size": {"type": cli.positive_int, "help": "images per batch"},
     "num_steps": {"type": cli.positive_int, "help": "number of steps from noise to data"},
-    "device": {"type": cli.device, "help": "device of this repository's implementation"},
+    "device": {
+        "type": cli.device,
+        "help": "device on which the implementation of this repository runs",
+    },
     "rounds": {
         "type": cli.positive_int,
-        "help": "number of timed rounds, over which the median is taken",
+        "help": "number of timed rounds, whose median is reported",
     },
-    "warm_up": {"type": cli.non_negative_int, "help": "number of rounds before the timed ones"},
+    "warm_up": {
+        "type": cli.non_negative_int,
+        "help": "number of untimed rounds before the timed rounds",
+    },
     "json": {"type": Path, "help": "file for the result"},
 }
 
@@ -57,8 +63,8 @@ def make_parser(doc: str | None, benchmark: str, *required: str, **defaults: Any
 
     Args:
         doc: Docstring of the benchmark.
-        benchmark: Name of its module.
-        required: Keys of the required flags, which are paths.
+        benchmark: Module name of the benchmark.
+        required: Keys of the required flags, whose values are paths.
         defaults: Default values of the optional flags.
     """
     usage = " ".join(f"--{key} PATH" for key in required) or "[--json PATH]"
@@ -77,7 +83,7 @@ def make_parser(doc: str | None, benchmark: str, *required: str, **defaults: Any
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Create an empty folder, and remove it with its contents at the end of the block."""
+    """Create an empty folder, and remove it with its contents on exit from the context."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     try:
@@ -87,7 +93,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def describe_machine(device: torch.device) -> dict:
-    """Return the hardware and the versions that results depend on."""
+    """Return the hardware and the software versions that results depend on."""
     model_name = re.search(r"model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text())
     cpu = model_name[1] if model_name else platform.processor() or platform.machine()
     info = {"device": cpu, "cpu_threads": torch.get_num_threads()}
@@ -97,13 +103,13 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has completed its work."""
+    """Synchronise with the device if it is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_call(action: Action, device: torch.device, calls: int = 1) -> float:
-    """Return the seconds per call, over calls without host-device synchronisation between them."""
+    """Return the seconds per call of consecutive calls, with no synchronisation between them."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -112,7 +118,7 @@ def time_call(action: Action, device: torch.device, calls: int = 1) -> float:
     return (time.perf_counter() - started) / calls
 
 
-def time_in_turn(
+def time_interleaved(
     actions: Mapping[str, Action],
     device: torch.device,
     rounds: int,
@@ -120,15 +126,15 @@ def time_in_turn(
     warm_up: int = 1,
     prepare: Action = lambda: None,
 ) -> Timings:
-    """Time actions in turn (A B C A B C ...), so that a drift of the machine's speed affects all.
+    """Time actions alternately (A B C A B C ...), so that drifting machine speed affects all.
 
     Args:
         actions: The actions by name.
-        device: Device that they run on.
+        device: Device on which the actions run.
         rounds: Number of timed rounds.
-        calls: Calls of an action per round.
-        warm_up: Number of rounds before the timed ones.
-        prepare: Function to call before each action; its time does not count.
+        calls: Number of calls of an action per round.
+        warm_up: Number of untimed rounds before the timed rounds.
+        prepare: Function that is called before each action and is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     peak = dict.fromkeys(actions, 0.0)
@@ -145,24 +151,24 @@ def time_in_turn(
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return peak memory in GiB: of a GPU since the last reset, or of the process on a CPU."""
+    """Return the peak memory in GiB of a GPU since the last reset, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
 
 
 def median_and_quartiles(values: Sequence[float] | np.ndarray) -> dict:
-    """Return the median of values, and their quartiles as [low, high]."""
+    """Return the median of values, and the quartiles as [low, high]."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "quartiles": [low, high]}
 
 
 def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, dict]:
-    """Return the time of the first action of each pair relative to that of the second.
+    """Return the time of the first action of each pair relative to the time of the second.
 
     Args:
         seconds: The measurements by action.
-        pairs: Names of actions. Pairs with an action that was not measured are left out.
+        pairs: Pairs of names of actions. Pairs with an action that was not measured are omitted.
 
     Returns:
         Median and quartiles over rounds, by "FIRST/SECOND".
@@ -175,14 +181,14 @@ def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -
 
 
 def per_image(timings: Timings, name: str, num_images: int, flops: int, matmul_rate: float) -> dict:
-    """Return the figures of an action that processes images.
+    """Return the measurements per image of an action that processes images.
 
     Args:
         timings: The measurements.
         name: Name of the action.
         num_images: Number of images per call.
-        flops: FLOPs per image; 0 if they are not counted.
-        matmul_rate: FLOP/s of large matrix products.
+        flops: FLOPs per image, or 0 if they are not counted.
+        matmul_rate: Rate of large matrix products in FLOP/s.
     """
     seconds = timings.seconds[name]
     images_per_s = num_images / statistics.median(seconds)
@@ -195,30 +201,30 @@ def per_image(timings: Timings, name: str, num_images: int, flops: int, matmul_r
 
 
 def count_flops(action: Action) -> int:
-    """Return the FLOPs of an action, from PyTorch's counter."""
+    """Return the FLOPs of an action, as counted by PyTorch."""
     with FlopCounterMode(display=False) as counter:
         action()
     return counter.get_total_flops()
 
 
 def report(
-    args: argparse.Namespace, device: torch.device, recorded: Iterable[str], **figures: Any
+    args: argparse.Namespace, device: torch.device, recorded: Iterable[str], **entries: Any
 ) -> None:
-    """Report the result of a benchmark: its name, the machine, some of its flags, and figures.
+    """Print and write the result of a benchmark: its name, the machine, flags, and measurements.
 
     Args:
-        args: Flags of a parser from `make_parser`.
+        args: Flags that were parsed by a parser from `make_parser`.
         device: Device of the measurements.
-        recorded: Names of the flags in the result.
-        figures: Further entries of the result.
+        recorded: Names of the flags to include in the result.
+        entries: Further entries of the result.
     """
     result = {"benchmark": args.benchmark, "machine": describe_machine(device)}
     flags = {key: getattr(args, key) for key in recorded}
-    write_result(result | flags | figures, args.json)
+    write_result(result | flags | entries, args.json)
 
 
 def write_result(result: dict, path: Path | None) -> None:
-    """Print a result as JSON, and write it to a file if there is a path."""
+    """Print a result as JSON, and write it to a file if a path is given."""
     text = json.dumps(result, indent=2)
     print(text)
     if path:

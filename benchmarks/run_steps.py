@@ -1,6 +1,6 @@
-"""Build and time the training step of runs of train.py, and count its FLOPs.
+"""Build and time the training steps of runs of train.py, and count their FLOPs.
 
-Studies relate the gain of a method to these costs (experiments/convergence.py).
+experiments/convergence.py uses these costs to compute speed-ups in FLOPs and in seconds.
 """
 
 import copy
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from benchmarks.measure import median_and_quartiles, time_in_turn
+from benchmarks.measure import median_and_quartiles, time_interleaved
 from dataset import TrainingStream
 from latents.cache import LatentCache
 from latents.manifest import Manifest
@@ -33,10 +33,10 @@ class Plan(NamedTuple):
     """The settings, data and architecture of a run of train.py, before any object is built."""
 
     settings: Settings
-    manifest: Manifest  # of the latent cache
+    manifest: Manifest  # manifest of the latent cache
     cache: CacheInfo
     network: SiTConfig
-    align: list[dict]  # config.json's "align"
+    align: list[dict]  # the "align" entry of config.json
 
 
 def plan_run(
@@ -47,10 +47,10 @@ def plan_run(
     Args:
         settings: Settings of the run.
         manifest: Manifest of the latent cache.
-        features: Encoder features that the cache stores, see `make_cache_info`.
+        features: Metadata of the encoder features in the cache, see `make_cache_info`.
 
     Raises:
-        UserError: The settings do not fit the cache.
+        UserError: If the settings do not match the cache.
     """
     cache = make_cache_info(manifest, features)
     network = build_network_config(settings.model, manifest)
@@ -62,17 +62,17 @@ def open_and_plan(settings: Settings) -> tuple[LatentCache, Plan]:
     """Open the latent cache of a run and plan the run.
 
     Raises:
-        UserError: The settings do not fit the cache.
+        UserError: If the settings do not match the cache.
     """
     cache = open_cache(settings.data, settings.model)
     return cache, plan_run(settings, cache.manifest, cache.read_feature_metadata())
 
 
 def count_flops(settings: Settings) -> int:
-    """Return the FLOPs of a run's training step per image.
+    """Return the FLOPs per image of the training step of a run.
 
     Raises:
-        UserError: The settings do not fit the cache.
+        UserError: If the settings do not match the cache.
     """
     _, plan = open_and_plan(settings)
     return training_flops(plan.network, plan.align, plan.cache)
@@ -81,21 +81,22 @@ def count_flops(settings: Settings) -> int:
 def time_runs(
     runs: dict[str, Settings], rounds: int, calls: int, warm_up: int = 2
 ) -> dict[str, dict]:
-    """Time the steps of several runs in turn, each with its own data, which stays in memory.
+    """Time the training steps of several runs alternately.
 
-    All runs are in memory at the same time, so their networks must be small.
+    Each run uses a fixed batch of its data. All runs are in memory at the same time, so their
+    networks must be small.
 
     Args:
-        runs: Settings of the runs by name. All have the same precision.
+        runs: Settings of the runs by name. All runs must have the same precision.
         rounds: Number of timed rounds.
         calls: Steps per round, without host-device synchronisation between them.
-        warm_up: Number of rounds before the timed ones.
+        warm_up: Number of untimed rounds before the timed rounds.
 
     Returns:
         Median and quartiles of the seconds per step, for each run.
 
     Raises:
-        UserError: The settings of a run do not fit its cache.
+        UserError: If the settings of a run do not match its cache.
     """
     (precision,) = {resolve_precision(run.device.mixed_precision) for run in runs.values()}
     accelerator = make_accelerator(precision)
@@ -114,15 +115,15 @@ def time_runs(
         if accelerator.device.type == "cuda":
             batch = batch.pin_memory()
         actions[name] = partial(step, batch)
-    timings = time_in_turn(actions, accelerator.device, rounds, calls, warm_up)
+    timings = time_interleaved(actions, accelerator.device, rounds, calls, warm_up)
     return {name: median_and_quartiles(values) for name, values in timings.seconds.items()}
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """Create an Accelerator on the GPU, or on the CPU if there is none.
+    """Create an Accelerator on the GPU, or on the CPU if no GPU is available.
 
     Raises:
-        UserError: The device does not support the precision.
+        UserError: If the device does not support the precision.
     """
     return Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=resolve_precision(mixed_precision)
@@ -130,20 +131,20 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 
 
 def allow_tf32(is_allowed: bool) -> None:
-    """Choose whether GPUs use TF32 for float32 matrix products and convolutions."""
+    """Set whether GPUs use TF32 for float32 matrix products and convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = is_allowed
     torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def build_step(plan: Plan, accelerator: Accelerator) -> Step:
-    """Build the step of a run, with new weights.
+    """Build the training step of a run, with newly initialised weights.
 
     Args:
-        plan: The run.
+        plan: The plan of the run.
         accelerator: The accelerator.
 
     Raises:
-        UserError: A network cannot be loaded.
+        UserError: If a network cannot be loaded.
     """
     settings = plan.settings
     align = copy.deepcopy(plan.align)  # load_alignments adds to it

@@ -1,15 +1,15 @@
-"""Time sample_ddp.py, from noise to the .npz, and a plain loop as in REPA's generate.py.
+"""Time sample_ddp.py, from noise to the .npz, and a plain loop like generate.py of REPA.
 
     python -m benchmarks.sampling --model SiT-XL/2 --dest /tmp --json sampling.json
 
-The network has random weights, none of which are zero. So has the VAE, with the architecture of
-sd-vae-ft-mse, unless --vae names another. `sample_ddp` is the code of the command, from a network
-in memory to NAME.npz and NAME.png, on GPUs in several precisions. `plain` makes one batch after
-another, with the state in float64 and the network in float32 (TF32 on GPUs) and not compiled; it
-writes each image to a PNG, and finally reads all of them for np.savez. Both use the solvers of
-samplers.py. `network alone` and `VAE alone` are the same evaluations and decodings on as many
-threads as sample_ddp uses, and nothing else: together they are a lower bound. The fastest round is
-reported as well, because other programs disturb it least.
+The network has random nonzero weights. Unless --vae is passed, the VAE has the architecture of
+sd-vae-ft-mse and random weights. `sample_ddp` is the code of the command, from a network in memory
+to NAME.npz and NAME.png; on GPUs it is timed in several precisions. `plain` samples one batch after
+another, with the state in float64 and the uncompiled network in float32 (TF32 on GPUs); it writes
+each image to a PNG file, and finally reads all files for np.savez. Both use the solvers of
+samplers.py. `network alone` and `VAE alone` only evaluate the network or only decode, as often and
+on as many threads as sample_ddp; the sum of their times is a lower bound. The fastest round is also
+reported, because it is least affected by other programs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from benchmarks.measure import (
     per_image,
     report,
     scratch_folder,
-    time_in_turn,
+    time_interleaved,
 )
 from benchmarks.run_steps import allow_tf32
 from checkpointing.pretrained import PretrainedModel
@@ -67,7 +67,7 @@ from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
 from training.throughput import measure_matmul_rate
 
-PRECISIONS = {  # on CPUs only the first
+PRECISIONS = {  # CPUs use only the first precision
     "fp32": PrecisionConfig(),
     "tf32": PrecisionConfig(allow_tf32=True),
     "bf16": PrecisionConfig("bf16", allow_tf32=True),
@@ -109,7 +109,7 @@ def make_config(
     """Return settings of sample_ddp.py.
 
     Raises:
-        UserError: Settings of the sampler contradict each other.
+        UserError: If the settings of the sampler contradict each other.
     """
     with convert_field_errors(SamplerConfig):
         sampler.validate()
@@ -118,10 +118,10 @@ def make_config(
 
 
 def make_random_source(model_name: str, vae: Autoencoder, resolution: int) -> PretrainedModel:
-    """Return a network with random weights for ImageNet's classes.
+    """Return a network with random weights for the classes of ImageNet.
 
-    Parameters that are zero in a new network are random as well, because the speed may depend on
-    them.
+    Parameters that are initialised to zero are also set to random values, because zeros may affect
+    the speed.
     """
     torch.manual_seed(0)
     config = SiTConfig(
@@ -151,12 +151,12 @@ def make_random_source(model_name: str, vae: Autoencoder, resolution: int) -> Pr
 
 
 class Sampler:
-    """The work of sample_ddp.py, from a network in memory to an .npz, and its parts.
+    """Runs the sampling of sample_ddp.py, from a network in memory to an .npz, or parts of it.
 
     Args:
         config: Settings of sample_ddp.py.
         source: The network.
-        vae: The VAE that decodes, on the device of the sampler.
+        vae: The decoder, on the device of the sampler.
     """
 
     def __init__(self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder):
@@ -169,7 +169,7 @@ class Sampler:
         self.num_threads = 2 if self.device.type == "cuda" else available_cores()
 
     def __call__(self, folder: Path) -> Path:
-        """Write samples.npz, its record and its grid to a folder, and return the .npz."""
+        """Write samples.npz with its record and image grid to a folder, and return the path."""
         precision = self.config.precision
         set_up_arithmetic(precision, self.device)
         store = SampleStore(folder, "samples", self.record, {})
@@ -189,7 +189,7 @@ class Sampler:
 
     @torch.no_grad()
     def evaluate_network(self) -> None:
-        """Run the network as often as for one batch."""
+        """Evaluate the network as often as in sampling one batch."""
         dtype = self.config.precision.dtype
         x = self.random_latents()
         if self.recipe.cfg_scale > 1:  # guidance doubles the batch
@@ -205,7 +205,7 @@ class Sampler:
         self.vae.decode(self.random_latents())
 
     def run_alone(self, part: Action) -> None:
-        """Run one of the parts for all batches, on as many threads as sampling uses."""
+        """Run a part of the sampling for all batches, on as many threads as sampling uses."""
         set_up_arithmetic(self.config.precision, self.device)
         output = self.config.output
         num_batches = -(-output.num_fid_samples // output.per_proc_batch_size)
@@ -214,7 +214,7 @@ class Sampler:
                 future.result()
 
     def random_latents(self) -> Tensor:
-        """Return latents of one batch."""
+        """Return random latents for one batch."""
         network = self.model.config
         size = (network.channels, network.latent_size, network.latent_size)
         return torch.randn(self.config.output.per_proc_batch_size, *size, device=self.device)
@@ -222,16 +222,16 @@ class Sampler:
 
 @torch.no_grad()
 def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: Path) -> Path:
-    """Sample as REPA's generate.py does: write folder/INDEX.png and then folder.npz.
+    """Sample as generate.py of REPA does: write folder/INDEX.png and then folder.npz.
 
     Args:
         model: The network, on the device of the VAE.
-        vae: The VAE that decodes.
+        vae: The decoder.
         config: Solver, guidance scale, number of images and batch size.
-        folder: A folder that does not exist.
+        folder: The folder to create.
 
     Returns:
-        The .npz.
+        The path of the .npz.
     """
     sampler = config.sampler
     num_images = config.output.num_fid_samples
@@ -258,7 +258,7 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
         pixels = ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
         for index, image in enumerate(pixels.to("cpu", torch.uint8).numpy(), start):
             Image.fromarray(image).save(folder / f"{index:06d}.png")
-    paths = sorted(folder.iterdir())[:num_images]  # the last batch has more
+    paths = sorted(folder.iterdir())[:num_images]  # the last batch may exceed num_images
     np.savez(
         folder.with_suffix(".npz"), arr_0=np.stack([np.asarray(Image.open(path)) for path in paths])
     )
@@ -268,9 +268,9 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
 class Method(NamedTuple):
     """One row of the result."""
 
-    run: Action  # for all images
+    run: Action  # processes all images
     precision: str  # a key of PRECISIONS
-    flops: int  # per image
+    flops: int  # FLOPs per image
 
 
 def make_methods(
@@ -279,7 +279,7 @@ def make_methods(
     """Return the methods to time, by name.
 
     Args:
-        samplers: Samplers by the name of their precision. The plain loop has the settings and the
+        samplers: Samplers by the name of the precision. The plain loop uses the settings and the
             VAE of "fp32".
         source: The network of the plain loop.
         flops: FLOPs per image of the network and of the VAE.
@@ -310,7 +310,7 @@ def make_methods(
 
 
 def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, float]:
-    """Return the FLOP/s of large matrix products in each precision."""
+    """Return the rate of large matrix products in each precision, in FLOP/s."""
     rates = {}
     for name, sampler in samplers.items():
         precision = sampler.config.precision
@@ -332,7 +332,7 @@ def flops_per_image(sampler: Sampler) -> dict[str, int]:
 def compare_methods(
     seconds: dict[str, list[float]], samplers: dict[str, Sampler]
 ) -> dict[str, dict]:
-    """Return the time of `plain`, and of the two parts alone, relative to that of sample_ddp."""
+    """Return the times of `plain` and of the two parts relative to the time of sample_ddp."""
     ratios = {}
     for name in samplers:
         total = seconds[f"sample_ddp, {name}"]
@@ -355,8 +355,8 @@ def main() -> None:
         multiple = vae.downsampling_factor * PRESETS[args.model]["patch"]
         if args.resolution % multiple:
             raise UserError(
-                f"--resolution {args.resolution} is not a multiple of {multiple}, the size in "
-                f"pixels of a token of {args.model}"
+                f"--resolution {args.resolution} is not a multiple of {multiple}, the token size "
+                f"of {args.model} in pixels; pass a multiple"
             )
         source = make_random_source(args.model, vae, args.resolution)
 
@@ -372,11 +372,11 @@ def main() -> None:
         flops = flops_per_image(samplers["fp32"])
         methods = make_methods(samplers, source, flops, root)
 
-        # Time them. Rates are measured before and after, because the speed of machines drifts.
+        # Time the methods. Measure the rates before and after, because machine speed drifts.
         load_before = os.getloadavg()[0]
         rates_before = measure_rates(samplers, num_threads)
         actions = {name: method.run for name, method in methods.items()}
-        timings = time_in_turn(actions, device, args.rounds, warm_up=args.warm_up)
+        timings = time_interleaved(actions, device, args.rounds, warm_up=args.warm_up)
         rates_after = measure_rates(samplers, num_threads)
         rates = {name: max(rates_before[name], rates_after[name]) for name in samplers}
 

@@ -1,4 +1,4 @@
-"""Print the tables of the documentation, from the results in benchmarks/results.
+"""Print the tables in the documentation, which are generated from benchmarks/results.
 
 python -m benchmarks.table
 """
@@ -13,8 +13,8 @@ NUM_IMAGENET_IMAGES = 1_281_167  # training images
 PRECISION_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
-class Figure(NamedTuple):
-    """A median with its quartiles, formatted such as "1.041 (1.036 to 1.048)"."""
+class Quartiles(NamedTuple):
+    """A median with its quartiles, which is formatted as "1.041 (1.036 to 1.048)"."""
 
     median: float
     low: float
@@ -25,12 +25,12 @@ class Figure(NamedTuple):
 
 
 def parse_object(content: dict) -> Any:
-    """Return an object of a result; return values of `median_and_quartiles` become figures."""
-    return Figure(content["median"], *content["quartiles"]) if "median" in content else content
+    """Convert return values of `median_and_quartiles` in a JSON result to `Quartiles`."""
+    return Quartiles(content["median"], *content["quartiles"]) if "median" in content else content
 
 
 def make_tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Return the tables as Markdown, by name."""
+    """Return all tables in Markdown, by name."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     tables = {}
     for name, table in TABLES.items():
@@ -40,7 +40,7 @@ def make_tables(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def machine_name(result: dict) -> str:
-    """Return a name such as "NVIDIA H200", or "AMD EPYC, 2 threads"."""
+    """Return the name of the machine, such as "NVIDIA H200" or "AMD EPYC, 2 threads"."""
     machine = result["machine"]
     if "cuda" in machine:
         return machine["device"]
@@ -48,20 +48,20 @@ def machine_name(result: dict) -> str:
 
 
 def run_name(result: dict) -> str:
-    """Return a description of a training run such as "SiT-B/2, batch 8, fp32"."""
+    """Return a description of a training run, such as "SiT-B/2, batch 8, fp32"."""
     name = f"{result['model']}, batch {result['batch_size']}"
     name += f", {PRECISION_NAMES[result['precision']]}"
     return f"{name}, compiled" if result["compile"] else name
 
 
-def increase(share: float) -> str:
-    """Return an increase such as " (+4.0%)", or "" if there is none."""
+def format_increase(share: float) -> str:
+    """Format an increase, such as " (+4.0%)"; return "" for zero."""
     return f" (+{share:.1%})" if share else ""
 
 
 def train_step_rows(result: dict) -> Iterator[str]:
-    """Yield one row per variant, with the ratios of its time to those of others."""
-    for variant, figures in result["results"].items():
+    """Yield one row per variant, with its time relative to the times of other variants."""
+    for variant, values in result["results"].items():
         prefix = f"{variant}/"
         ratios = ", ".join(
             f"{ratio:.3f} relative to {pair.removeprefix(prefix)}"
@@ -69,56 +69,57 @@ def train_step_rows(result: dict) -> Iterator[str]:
             if pair.startswith(prefix)
         )
         yield (
-            f"{machine_name(result)} | {run_name(result)} | {variant} | {figures['step_s']:.3g} | "
-            f"{figures['images_per_s']:.3g} | {figures['mfu']:.0%} | "
-            f"{figures['first_step_s']:.3g} | {ratios}"
+            f"{machine_name(result)} | {run_name(result)} | {variant} | {values['step_s']:.3g} | "
+            f"{values['images_per_s']:.3g} | {values['mfu']:.0%} | "
+            f"{values['first_step_s']:.3g} | {ratios}"
         )
 
 
 def cost_rows(result: dict) -> Iterator[str]:
-    """Yield one row per variant, as in Table 5 of the paper; times are empty if not measured."""
+    """Yield one row per variant, as in Table 5 of the paper; times may be missing."""
     is_timed = "machine" in result
     run = f"{result['model']}, not timed"
     if is_timed:
         run = f"{machine_name(result)}: {run_name(result)}"
-    for variant, figures in result["results"].items():
-        parameters = {key: f"{n / 1e6:.1f}M" for key, n in figures["parameters"].items() if n}
-        heads = parameters.get("heads", "0") + increase(figures["more_parameters"])
-        forward = sum(figures["forward_flops"].values())
+    for variant, values in result["results"].items():
+        parameters = {key: f"{n / 1e6:.1f}M" for key, n in values["parameters"].items() if n}
+        heads = parameters.get("heads", "0") + format_increase(values["more_parameters"])
+        forward = sum(values["forward_flops"].values())
+        training = f"{values['training_flops'] / 1e9:.4g}"
+        training += format_increase(values["more_training_flops"])
         yield (
             f"{run} | {variant} | {parameters.get('external', '0')} | {heads} | "
-            f"{forward / 1e9:.4g}{increase(figures['more_forward_flops'])} | "
-            f"{figures['training_flops'] / 1e9:.4g}{increase(figures['more_training_flops'])} | "
-            f"{time_cells(result, variant) if is_timed else ' |  | '}"
+            f"{forward / 1e9:.4g}{format_increase(values['more_forward_flops'])} | "
+            f"{training} | {time_cells(result, variant) if is_timed else ' |  | '}"
         )
 
 
 def time_cells(result: dict, variant: str) -> str:
-    """Return time, peak memory on a GPU, and time relative to that without alignment."""
-    figures = result["results"][variant]
+    """Return the time, the peak memory on a GPU, and the time relative to no alignment."""
+    values = result["results"][variant]
     ratio = result["ratios"].get(f"{variant}/none")
     relative = f"{ratio:.3f}" if ratio else ""
-    memory = f"{figures['peak_memory_gib']:.1f} GiB" if "cuda" in result["machine"] else ""
-    step = f"{figures['step_s']:.3g}, {figures['images_per_s']:.3g} images/s"
+    memory = f"{values['peak_memory_gib']:.1f} GiB" if "cuda" in result["machine"] else ""
+    step = f"{values['step_s']:.3g}, {values['images_per_s']:.3g} images/s"
     return f"{step} | {memory} | {relative}"
 
 
 def checkpoint_rows(result: dict) -> Iterator[str]:
-    """Yield one row."""
-    times = " | ".join(f"{figure:.3g}" for figure in result["results"].values())
+    """Yield the row of a result."""
+    times = " | ".join(f"{quartiles:.3g}" for quartiles in result["results"].values())
     yield f"{machine_name(result)} | {result['model']} | {result['bytes'] / 1e9:.2f} | {times}"
 
 
 def data_loading_rows(result: dict) -> Iterator[str]:
-    """Yield one row per source, with its speedup over .npy files."""
-    for name, figures in result["results"].items():
+    """Yield one row per source, with the speedup over .npy files."""
+    for name, values in result["results"].items():
         speedup = "".join(
             f"{ratio:.3g}" for pair, ratio in result["ratios"].items() if pair.endswith(f"/{name}")
         )
-        milliseconds = Figure(*(1e3 * seconds for seconds in figures["batch_s"]))
+        milliseconds = Quartiles(*(1e3 * seconds for seconds in values["batch_s"]))
         yield (
             f"{machine_name(result)} | {name} | {milliseconds:.3g} | "
-            f"{figures['samples_per_s']:,.0f} | {speedup}"
+            f"{values['samples_per_s']:,.0f} | {speedup}"
         )
 
 
@@ -131,27 +132,27 @@ def encode_rows(result: dict) -> Iterator[str]:
         "a time",
         "VAE alone": f"{ratios['VAE alone/encode_latents']:.3f} of the time of encode_latents",
     }
-    for name, figures in result["results"].items():
-        share = figures["share_of_matmul_rate"]
+    for name, values in result["results"].items():
+        share = values["share_of_matmul_rate"]
         percentage = "" if share is None else f"{share:.0%}"
         yield (
-            f"{machine_name(result)} | {images} | {name} | {figures['image_s']:.3g} | "
-            f"{figures['images_per_s']:.3g} | {percentage} | {comparisons.get(name, '')}"
+            f"{machine_name(result)} | {images} | {name} | {values['image_s']:.3g} | "
+            f"{values['images_per_s']:.3g} | {percentage} | {comparisons.get(name, '')}"
         )
 
 
 def imagenet_rows(result: dict) -> Iterator[str]:
-    """Yield one row of estimates for ImageNet's training images.
+    """Yield one row of estimates for the training images of ImageNet.
 
-    Sizes follow from the number of images, and the time from the measured rate.
+    The sizes are computed from the number of images, and the time from the measured rate.
     """
     num_values = 8 * (result["resolution"] // 8) ** 2
     num_bytes = NUM_IMAGENET_IMAGES * num_values * 2
     image_bytes = NUM_IMAGENET_IMAGES * 3 * result["resolution"] ** 2
     flops = result["flops_per_image"]
-    figures = result["results"]["encode_latents"]
-    days = NUM_IMAGENET_IMAGES / figures["images_per_s"] / 86400
-    rate = f"{figures['share_of_matmul_rate']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f}"
+    values = result["results"]["encode_latents"]
+    days = NUM_IMAGENET_IMAGES / values["images_per_s"] / 86400
+    rate = f"{values['share_of_matmul_rate']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f}"
     yield (
         f"{result['resolution']} | {num_bytes / 1e9:.0f} GB | {2 * num_bytes / 1e9:.0f} GB | "
         f"{image_bytes / 1e9:,.0f} GB | {flops / 1e9:.0f} | "
@@ -160,8 +161,8 @@ def imagenet_rows(result: dict) -> Iterator[str]:
 
 
 def evaluation_rows(result: dict) -> Iterator[str]:
-    """Yield one row per implementation, with the speedup of ours."""
-    for name, figures in result["results"].items():
+    """Yield one row per implementation, with the speedup over other implementations."""
+    for name, values in result["results"].items():
         suffix = f"/{name}"
         speedups = ", ".join(
             f"{ratio:.3g} times as fast as {pair.removesuffix(suffix)}"
@@ -170,25 +171,25 @@ def evaluation_rows(result: dict) -> Iterator[str]:
         )
         yield (
             f"{machine_name(result)} | {result['images']:,} x {result['width']} | {name} | "
-            f"{figures['call_s']:.3g} | {speedups}"
+            f"{values['call_s']:.3g} | {speedups}"
         )
 
 
 def sampling_rows(result: dict) -> Iterator[str]:
-    """Yield one row per method; those of sample_ddp are compared with `plain` and the parts."""
+    """Yield one row per method; compare sample_ddp with `plain` and with the parts."""
     run = f"{result['model']}, {result['resolution']} pixels"
     run += f", {result['num_steps']} steps, batch {result['batch_size']}"
     fastest_plain = result["results"]["plain"]["fastest_image_s"]
-    for name, figures in result["results"].items():
-        fastest = figures["fastest_image_s"]
+    for name, values in result["results"].items():
+        fastest = values["fastest_image_s"]
         comparison = " |  | "
         speedup = result["ratios"].get(f"plain/{name}")
         if speedup:
             share = result["ratios"][f"alone/{name}"]
             comparison = f"{speedup:.3g} | {fastest_plain / fastest:.3g} | {share:.3f}"
         yield (
-            f"{machine_name(result)} | {run} | {name} | {figures['image_s']:.3g} | {fastest:.3g} | "
-            f"{figures['images_per_s']:.3g} | {figures['share_of_matmul_rate']:.0%} | {comparison}"
+            f"{machine_name(result)} | {run} | {name} | {values['image_s']:.3g} | {fastest:.3g} | "
+            f"{values['images_per_s']:.3g} | {values['share_of_matmul_rate']:.0%} | {comparison}"
         )
 
 
@@ -207,13 +208,13 @@ def batch_size_rows(result: dict) -> Iterator[str]:
 class Table(NamedTuple):
     """A table of the documentation."""
 
-    rows: Callable[[dict], Iterator[str]]  # rows of one result, without the outer bars
+    rows: Callable[[dict], Iterator[str]]  # yields the rows of a result, without the outer bars
     header: str
-    footer: tuple[str, ...] = ()  # further lines
-    benchmark: str = ""  # value of "benchmark" in the results; by default the table's name
+    footer: tuple[str, ...] = ()  # lines after the rows of the results
+    benchmark: str = ""  # value of "benchmark" in the results (default: name of the table)
 
     def format(self, results: list[dict]) -> str:
-        """Return the table of several results as Markdown."""
+        """Return the table of several results in Markdown."""
         rule = "|" + "---|" * (self.header.count("|") - 1)
         parsed = json.loads(json.dumps(results), object_hook=parse_object)
         lines = [f"| {row} |" for result in parsed for row in self.rows(result)]
@@ -228,7 +229,7 @@ TABLES = {
     ),
     "checkpoint": Table(
         checkpoint_rows,
-        "| machine | model | GB | copy to host memory, s | write in the background, s "
+        "| machine | model | size, GB | copy to host memory, s | write in the background, s "
         "| longest pause of training, s |",
     ),
     "data_loading": Table(
@@ -270,8 +271,8 @@ TABLES = {
             "| SRA 2 paper: SiT-XL/2, batch 256, H100 | SRA 2 | 0 | 18M | +4%, latency +6% |  |  "
             "|  | speed 7.2, without alignment 8.1 |",
             "",
-            "The teacher of sra is the run's EMA: it adds no parameters, and only the memory of "
-            "its activations.",
+            "The teacher of sra is the EMA of the run. It adds no parameters, and only the memory "
+            "of its activations.",
         ),
     ),
 }

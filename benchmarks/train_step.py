@@ -1,15 +1,16 @@
-r"""Time the step of train.py without and with alignment, in turn, in one process.
+r"""Time the training step of train.py with and without alignment, alternately in one process.
 
     python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile \
         --json xl2.json
 
-The inputs are random latents of ImageNet's shape in host memory, where a loader leaves them, and
-random images for repa. The encoder of repa has random weights, because the arithmetic is the same.
-All variants share the backbone, the EMA and the optimizer; on a GPU, the peak memory of each
-variant is measured separately afterwards. `--plain` adds the minimal step that trains the network
-of sra2: forward, both losses, backward and AdamW, on a batch that is already interpolated; without
-clipping, EMA, random numbers, gauges and guard. The first step of the first variant includes
-compilation. benchmarks/cost.py adds parameters and FLOPs of each variant.
+The inputs are random latents with the shape of ImageNet latents in host memory, as a loader returns
+them, and random images for repa. The encoder of repa has random weights, which do not affect the
+speed. All variants share the backbone, the EMA and the optimizer; on a GPU, the peak memory of each
+variant is measured separately afterwards. `--plain` adds a minimal step that trains the network of
+sra2: forward pass, both losses, backward pass and AdamW on interpolated inputs, without clipping,
+EMA, random numbers, logged quantities and the guard against non-finite values. The first step of
+the first variant includes compilation. benchmarks/cost.py adds parameters and FLOPs of each
+variant.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from benchmarks.measure import (
     make_parser,
     median_and_quartiles,
     time_call,
-    time_in_turn,
+    time_interleaved,
     write_result,
 )
 from benchmarks.run_steps import Plan, allow_tf32, build_step, make_accelerator, plan_run
@@ -62,19 +63,19 @@ from training.throughput import measure_matmul_rate, training_flops
 
 
 def variant_name(text: str) -> str:
-    """Check the name of a variant; an argparse type."""
+    """Return the name of a variant if it is valid; used as an argparse type."""
     names = text.split("+")
     is_known = set(names) <= set(TARGETS) and len(set(names)) == len(names)
     if text != "none" and not is_known:
         raise argparse.ArgumentTypeError(
-            f"{text} must be none, or different methods out of {', '.join(TARGETS)} joined by +"
+            f"{text} must be none, or distinct methods out of {', '.join(TARGETS)} joined by +"
         )
     return text
 
 
 @dataclass(frozen=True)
 class StepConfig(ModelConfig, DeviceConfig):
-    """Settings of the steps."""
+    """Settings of the timed steps."""
 
     mixed_precision: str = setting(
         "auto",
@@ -108,7 +109,7 @@ RECORDED_SETTINGS = (
 
 
 def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
-    """Return a parser of the flags that this benchmark shares with benchmarks/cost.py."""
+    """Return a parser with the flags that this benchmark shares with benchmarks/cost.py."""
     parser = make_parser(doc, benchmark, rounds=20, warm_up=2)
     add_flags(parser, StepConfig)
     parser.add_argument(
@@ -117,8 +118,8 @@ def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
         nargs="+",
         default=["none", "sra2"],
         metavar="VARIANT",
-        help=f"variants to compare: none, {', '.join(TARGETS)}, or several joined by +, such as "
-        "sra2+repa",
+        help=f"variants to compare: none, {', '.join(TARGETS)}, or several methods joined by +, "
+        "such as sra2+repa",
     )
     parser.add_argument(
         "--steps",
@@ -134,7 +135,7 @@ def alignment_methods(variant: str) -> list[str]:
 
 
 def select_variant(plan: Plan, variant: str) -> Plan:
-    """Return the plan of a single variant."""
+    """Return the plan of one variant, given the plan of all variants."""
     methods = alignment_methods(variant)
     alignments = tuple(a for a in plan.settings.alignments if a.method in methods)
     return plan._replace(
@@ -144,17 +145,17 @@ def select_variant(plan: Plan, variant: str) -> Plan:
 
 
 def make_plan(config: StepConfig, variants: list[str]) -> Plan:
-    """Plan a run that has the methods of several variants.
+    """Plan a run with the alignment methods of several variants.
 
     Raises:
-        UserError: The settings contradict each other.
+        UserError: If the settings contradict each other.
     """
     if config.latent_size % PRESETS[config.model]["patch"]:
         raise UserError(
-            f"--latent-size {config.latent_size}: {config.model} cannot cut these latents into "
-            "patches; choose a multiple of its patch size"
+            f"--latent-size {config.latent_size}: {config.model} cannot divide these latents into "
+            "patches; pass a multiple of its patch size"
         )
-    # Each method once, in the order of the variants.
+    # List every method once, in the order of the variants.
     methods = dict.fromkeys(name for variant in variants for name in alignment_methods(variant))
     flags = ["--exp-name", "benchmark", "--data-dir", ".", "--model", config.model]
     flags += ["--align", *(methods or ["none"])]
@@ -171,7 +172,7 @@ def make_plan(config: StepConfig, variants: list[str]) -> Plan:
 
 
 def synthetic_manifest(latent_size: int = 32) -> Manifest:
-    """Return the manifest of a cache with ImageNet's latents and images, as far as steps use it."""
+    """Return a manifest for ImageNet's latents and images, with the fields that steps need."""
     return Manifest(
         source="synthetic",
         count=1_281_167,
@@ -192,7 +193,7 @@ def synthetic_manifest(latent_size: int = 32) -> Manifest:
 
 
 def random_batch(manifest: Manifest, size: int) -> CachedBatch:
-    """Return random moments, labels and images, as a loader returns them.
+    """Return random moments, labels and images in the format of a loader.
 
     Args:
         manifest: Manifest of the cache.
@@ -211,18 +212,18 @@ def random_batch(manifest: Manifest, size: int) -> CachedBatch:
 def make_plain_step(
     plan: Plan, accelerator: Accelerator, model: AlignedSiT, batch: CachedBatch
 ) -> Action:
-    """Return the minimal step that trains the network of sra2.
+    """Return a minimal step that trains the network of sra2.
 
     Args:
-        plan: The run.
+        plan: The plan of the run.
         accelerator: Determines device, precision and gradient scaler.
         model: The network, with a head for sra2.
-        batch: The batch of all steps.
+        batch: The batch that all steps use.
     """
     device = accelerator.device
     accumulation = plan.settings.loop.gradient_accumulation_steps
 
-    # The inputs of all steps: noisy latents, and what the outputs are compared with.
+    # Compute the inputs of all steps: noisy latents, and the targets of the losses.
     batch = replace(batch, inputs={}).to(device)
     latents = plan.cache.scale.mean(batch.moments)
     shape = tuple(plan.manifest.latent_shape)
@@ -253,7 +254,7 @@ def make_plain_step(
 
 
 def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> dict[str, Action]:
-    """Build the step of each variant, with its batch."""
+    """Return the step of each variant as a function without arguments."""
     with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
         full_step = build_step(plan, accelerator)
     batch = random_batch(plan.manifest, plan.settings.loop.batch_size)
@@ -272,7 +273,7 @@ def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> di
 
 
 def select_methods(step: Step, methods: list[str]) -> Step:
-    """Return a step with the same state that applies only some of the alignment methods."""
+    """Return a step with the same state that applies only the given alignment methods."""
     selected = copy.copy(step)
     selected.alignments = {method: step.alignments[method] for method in methods}
     network = step.state.model
@@ -289,32 +290,32 @@ def measure_peak_memory(plan: Plan, accelerator: Accelerator, variant: str) -> f
     gc.collect()
     allocated = torch.cuda.memory_allocated(accelerator.device) / 2**30
     steps = build_steps(select_variant(plan, variant), accelerator, [variant])
-    timings = time_in_turn(steps, accelerator.device, rounds=1, warm_up=2)
+    timings = time_interleaved(steps, accelerator.device, rounds=1, warm_up=2)
     return timings.peak_memory_gib[variant] - allocated
 
 
 def measure(
     config: StepConfig, variants: list[str], rounds: int, steps: int | None, warm_up: int
 ) -> dict:
-    """Time the variants in turn and compare them.
+    """Time the variants alternately and compare them.
 
     Args:
         config: Settings of the steps.
         variants: Names of the variants.
         rounds: Number of timed rounds.
         steps: Steps per round, by default 10 on a GPU and 1 on a CPU.
-        warm_up: Number of rounds before the timed ones.
+        warm_up: Number of untimed rounds before the timed rounds.
 
     Returns:
         The result of the benchmark.
 
     Raises:
-        UserError: The settings contradict each other.
+        UserError: If the settings contradict each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "this benchmark runs on one process: run it without a launcher; the log of train.py "
-            "shows the speed of several processes"
+            "this benchmark uses one process; run it without a launcher, or read the speed of "
+            "several processes in the log of train.py"
         )
     plan = make_plan(config, variants)
     accelerator = make_accelerator(config.mixed_precision)
@@ -323,11 +324,11 @@ def measure(
     dtype = autocast_dtype(accelerator.mixed_precision)
     calls = steps or (10 if device.type == "cuda" else 1)
 
-    # Measure the rate of matrix products before and after, because the speed of machines drifts.
+    # Measure the matmul rate before and after the timings, because machine speed drifts.
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
     actions = build_steps(plan, accelerator, variants)
     first_step_s = {variant: time_call(action, device) for variant, action in actions.items()}
-    timings = time_in_turn(actions, device, rounds, calls, warm_up)
+    timings = time_interleaved(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))
     actions.clear()
 
@@ -368,7 +369,8 @@ def main() -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="also time forward, backward and AdamW alone; this AdamW has its own moments",
+        help="also time a minimal step with only forward pass, backward pass and AdamW, which has "
+        "separate optimizer moments",
     )
     args = parser.parse_args()
     config = read_flags(StepConfig, args)

@@ -1,13 +1,13 @@
-"""Repeat the paper's ablations (arXiv:2601.17830, table 1), which vary one setting at a time.
+"""Run the ablations of the paper (arXiv:2601.17830, table 1), which vary one setting at a time.
 
     python -m experiments.ablate --axis depth --seeds 0 1 2
     python -m experiments.ablate --scale imagenet --print
     python -m experiments.ablate --axis loss -- --batch-size 128 --eval-samples 5000
 
-All other settings keep their best values of the paper. The result is NAME.json, with a table in
-NAME.md and a figure in NAME.png; --plot NAME.json writes the table and the figure again without
-running anything. Rerun the same command to resume an interrupted study. A run that several axes
-share is executed once. Flags after -- are passed to every train.py.
+All other settings have the paper's best values. The result is NAME.json, with a table in NAME.md
+and a figure in NAME.png; --plot NAME.json recreates the table and the figure without running
+anything. Rerun the same command to resume an interrupted study. A run that several axes share is
+executed once. Flags after -- are passed to every run of train.py.
 """
 
 import argparse
@@ -53,7 +53,7 @@ AXIS_TITLES = {
     "target": "target",
     "schedule": "steps aligned",
 }
-PAPER_AXES = ("depth", "t-range", "loss", "weight", "layers")  # table 1; the paper has no others
+PAPER_AXES = ("depth", "t-range", "loss", "weight", "layers")  # the axes of table 1
 DEMO_FLAGS = (
     "--batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 --sampling-steps 0 --num-workers 0 "
     "--keep-last 1 --eval-samples 1000 --eval-reference assets/fashion-mnist/images.zip "
@@ -62,7 +62,7 @@ DEMO_FLAGS = (
 
 
 class AxisValue(NamedTuple):
-    """A value of an axis: its flags of train.py, and its FID of SiT-B/2 in the paper."""
+    """A value of an axis: the flags of train.py, and the FID of SiT-B/2 in the paper."""
 
     flags: str
     paper_fid: float | None = None
@@ -72,9 +72,10 @@ def axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisV
     """Return the values of each axis by their labels.
 
     Args:
-        model: A preset of models/sit.py. The paper's FIDs of the depth apply to 12 blocks only.
+        model: A preset of models/sit.py. The paper's FIDs per aligned block apply only to
+            models with 12 blocks.
         steps: Number of training steps.
-        demo: Whether to include more weights than the paper.
+        demo: Whether to include weights that the paper does not report.
     """
     depth = PRESETS[model]["depth"]
     paper_blocks = {round(depth * block / 12) for block in (2, 3, 6, 8)}
@@ -143,11 +144,11 @@ def build_grid(
         axes: The axes to vary, keys of `AXIS_TITLES`.
         model: A preset of models/sit.py.
         steps: Number of training steps.
-        demo: Whether to include more values than the paper.
+        demo: Whether to include values that the paper does not report.
 
     Returns:
-        The alignment flags by the name of the run, in which runs that axes share occur once, and
-        the entries "axes" of the result.
+        The alignment flags by the name of the run (a run that several axes share occurs once), and
+        the "axes" entry of the result.
     """
     best = best_labels(model)
     values = axis_values(model, steps, demo)
@@ -159,11 +160,11 @@ def build_grid(
             is_best = label == best[axis]
             slug = re.sub("[^0-9a-z._]+", "-", label).strip("-")
             name = "sra2" if is_best else f"{axis}-{slug}"
-            # At their best values, axes outside of the paper's table keep the defaults of train.py.
+            # At the best value of an axis that the paper lacks, use the defaults of train.py.
             words = [
-                values[other][chosen].flags
-                for other, chosen in (best | {axis: label}).items()
-                if other in PAPER_AXES or chosen != best[other]
+                values[axis_name][selected_label].flags
+                for axis_name, selected_label in (best | {axis: label}).items()
+                if axis_name in PAPER_AXES or selected_label != best[axis_name]
             ]
             runs[name] = " ".join(["--align sra2", *words])
             entries.append(
@@ -177,7 +178,7 @@ def build_grid(
 
 
 def demo_flags(steps: int, evaluations: int) -> list[str]:
-    """Return the flags of all runs on the bundled data, those of the README's comparison."""
+    """Return the flags that all runs on the bundled data share, as in the README."""
     every = math.ceil(steps / evaluations)
     schedule = f"--max-train-steps {steps} --checkpointing-steps {every} --eval-every {every}"
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()
@@ -186,8 +187,7 @@ def demo_flags(steps: int, evaluations: int) -> list[str]:
 def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
     """Return the commands that train and evaluate a network on a cluster.
 
-    The commands draw 50,000 samples with 250 steps of the SDE without guidance, and compute the
-    FID of these samples.
+    The commands draw 50,000 samples with 250 SDE steps and no guidance, and compute their FID.
     """
     name = cell.run_name
     checkpoint = shlex.quote(str(folder / name))
@@ -218,7 +218,7 @@ def make_parser() -> cli.Parser:
         "--scale",
         choices=("demo", "imagenet"),
         default="demo",
-        help="the bundled data, or ImageNet, which needs --print",
+        help="data set: demo for the bundled data, or imagenet, which requires --print",
     )
     defaults = {
         "--data-dir": "data/fashion-mnist; imagenet: data/imagenet256",
@@ -235,15 +235,17 @@ def make_parser() -> cli.Parser:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the flags of the study and those for every train.py.
+    """Return the flags of the study, and the flags that are passed to every run of train.py.
 
     Raises:
-        UserError: If a flag is wrong, or incompatible with another one.
+        UserError: If a flag is invalid or incompatible with another flag.
     """
     args, train_flags = parse_study_flags(make_parser(), argv, "--align", "--projector")
     imagenet = args.scale == "imagenet"
     if imagenet and not args.print:
-        raise UserError("--scale imagenet needs a cluster; add --print and run the commands there")
+        raise UserError(
+            "--scale imagenet requires a cluster; add --print and run the printed commands there"
+        )
     if args.plot:
         args.axis = args.axis or []
         return args, train_flags
@@ -275,7 +277,7 @@ def select_axes(result: dict, path: Path, axes: list[str]) -> dict:
     missing = [axis for axis in axes if axis not in panels]
     if missing:
         raise UserError(
-            f"--plot {path}: contains {' '.join(panels)}, not {' '.join(missing)}; "
+            f"--plot {path} contains {' '.join(panels)}, not {' '.join(missing)}; "
             "pass another --axis"
         )
     return result | {"axes": [panels[name] for name in panels if name in axes or not axes]}
@@ -285,7 +287,7 @@ def write_ablation_report(result: dict, path: Path) -> None:
     """Write the table and the figure next to the JSON file, and print the table.
 
     Raises:
-        UserError: If the result contains no finished run of vanilla SiT.
+        UserError: If the result contains no finished runs of vanilla SiT.
     """
     if BASELINE not in final_values(result["runs"], result.get("metric", "")):
         raise UserError(
@@ -325,7 +327,7 @@ def main() -> None:
         print(*lines, sep="\n")
         return
 
-    # Check and execute them.
+    # Check and execute the runs.
     check_cells(cells, folder)
     try:
         open_cache(args.data_dir)
@@ -333,7 +335,7 @@ def main() -> None:
         raise UserError(f"{error}; `make demo` creates the latents of the bundled data") from None
     failed = run_cells(cells, folder, args.jobs)
 
-    # Write the result, as far as the runs are finished.
+    # Write the result of the finished runs.
     entries = collect_runs(cells, folder)
     settings = {
         "model": args.model,

@@ -1,8 +1,8 @@
-"""Run the cells of a study: many runs of train.py, each in a separate process.
+"""Execute the cells of a study, which are runs of train.py, each in a separate process.
 
 Runs with the same seed have the same images, noise, timesteps and initial weights, because these
-depend on the --seed of train.py alone. The difference between two such runs is therefore caused by
-their other flags.
+depend only on the --seed of train.py. Differences between such runs are therefore caused by their
+other flags.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from training.resume import build_args_json
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1  # between checks of the processes
 PROGRESS_SECONDS = 2.0  # between updates of the progress bar
-# Flags of train.py that a study sets itself.
+# Flags of train.py that are set by the study.
 RESERVED_FLAGS = (
     "--data-dir",
     "--model",
@@ -57,10 +57,10 @@ RESERVED_FLAGS = (
 
 
 class Cell(NamedTuple):
-    """One run of a study. Cells with the same name differ only in their seed.
+    """A run of a study. Cells with the same name differ only in the seed.
 
     Attributes:
-        name: Name of the setting, such as the method.
+        name: Name of the configuration, such as the method.
         seed: Value of --seed.
         flags: The other flags of train.py, without --exp-name and --output-dir.
     """
@@ -71,7 +71,7 @@ class Cell(NamedTuple):
 
     @property
     def run_name(self) -> str:
-        """Name of the run folder, and of the .log and .json files next to it."""
+        """The name of the run folder, and of the .log and .json files next to it."""
         return f"{self.name}-seed{self.seed}"
 
     def train_flags(self, folder: Path) -> list[str]:
@@ -83,17 +83,17 @@ class Cell(NamedTuple):
         """Parse and check the flags as train.py does.
 
         Raises:
-            UserError: If train.py would refuse the flags on this number of processes.
+            UserError: If train.py would reject the flags with this number of processes.
         """
         settings = parse_settings(self.train_flags(Path("exps")))
         check_batch_size(settings.loop, num_processes)
         return settings
 
     def command(self, folder: Path, gpus: int = 1) -> str:
-        """Return the command that trains the run, on all GPUs of a machine.
+        """Return the command that executes the run on all GPUs of a machine.
 
         Raises:
-            UserError: If train.py would refuse the flags.
+            UserError: If train.py would reject the flags.
         """
         self.settings(gpus)
         launcher = "python"
@@ -103,7 +103,7 @@ class Cell(NamedTuple):
 
 
 def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
-    """Add the flags that all studies have.
+    """Add the flags that all studies share.
 
     Args:
         parser: The parser of the study.
@@ -114,48 +114,53 @@ def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -
         default = f" (default: {defaults[flag]})" if flag in defaults else ""
         parser.add_argument(flag, help=text + default, **options)
 
-    plot = "write the table and the figure of an existing result"
+    plot = "existing result whose table and figure are written again"
     add("--plot", plot, type=Path, metavar="FILE.json")
     add("--print", "print the commands instead of running them", action="store_true")
-    add("--data-dir", "latent cache, or folder of the caches", type=Path)
+    add("--data-dir", "latent cache, or folder that contains the caches", type=Path)
     add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
-    add("--seeds", "seeds; each setting runs with each of them", type=cli.seed, nargs="+")
+    add("--seeds", "seeds; every configuration runs with every seed", type=cli.seed, nargs="+")
     add("--max-train-steps", "training steps per run", type=cli.positive_int)
-    evaluations = "evaluations per run, evenly spaced; the last one is after the last step"
+    evaluations = "evaluations per run, evenly spaced; the last evaluation follows the last step"
     add("--evaluations", evaluations, type=cli.positive_int)
-    add("--jobs", "runs at a time", type=cli.positive_int)
-    gpus = "GPUs per machine of the cluster, for --scale imagenet"
+    add("--jobs", "number of simultaneous runs", type=cli.positive_int)
+    gpus = "number of GPUs per machine of the cluster, for --scale imagenet"
     add("--gpus", gpus, type=cli.positive_int, default=8)
     add("--output-dir", "parent folder of the runs", type=Path)
-    add("--out", "result, with its table and figure next to it", type=Path, metavar="FILE.json")
+    add(
+        "--out",
+        "file for the result; the table and the figure are written next to it",
+        type=Path,
+        metavar="FILE.json",
+    )
 
 
 def parse_study_flags(
     parser: argparse.ArgumentParser, argv: list[str], *reserved_prefixes: str
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Split a command line at "--" into the flags of the study and those of every train.py.
+    """Split a command line at "--" into the flags of the study and the flags of train.py.
 
     Args:
         parser: The parser of the study.
         argv: The command line.
-        reserved_prefixes: Prefixes of the flags of train.py that the user must not pass, in
-            addition to `RESERVED_FLAGS`.
+        reserved_prefixes: Prefixes of flags of train.py that the user must not pass, in addition
+            to `RESERVED_FLAGS`.
 
     Raises:
-        UserError: If a flag of the study is wrong, or if the study itself sets a flag of train.py
-            that the user passed.
+        UserError: If a flag of the study is invalid, or if the user passed a flag of train.py that
+            is set by the study.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     train_flags = argv[end + 1 :]
     for word in train_flags:
         if word.split("=")[0] in RESERVED_FLAGS or word.startswith(reserved_prefixes):
-            raise UserError(f"-- {word}: the study sets this flag itself; remove it")
+            raise UserError(f"-- {word}: this flag is set by the study; remove it")
     return args, train_flags
 
 
 def set_defaults(args: argparse.Namespace, **defaults: Any) -> None:
-    """Set the flags of a study that were not passed to their defaults, and check the flags.
+    """Set the unset flags of a study to their defaults, and check the flags.
 
     Raises:
         UserError: If a seed occurs twice, or if --out does not end in .json.
@@ -177,10 +182,10 @@ def open_cache(*folders: Path) -> LatentCache:
 
 
 def check_cells(cells: list[Cell], folder: Path) -> None:
-    """Check all runs before the first one starts.
+    """Check the flags of all runs before the first run starts.
 
     Raises:
-        UserError: If train.py would refuse the flags of a run, or if a run was started with other
+        UserError: If train.py would reject the flags of a run, or if a run was started with other
             flags.
     """
     for cell in cells:
@@ -196,9 +201,9 @@ def check_cells(cells: list[Cell], folder: Path) -> None:
 
 
 def normalize_flags(words: list[str]) -> dict | list[str]:
-    """Return the values that train.py parses from flags, so that repeated flags compare equal.
+    """Return the values that train.py parses from flags, so that equivalent flags compare equal.
 
-    Flags that this version of train.py does not know are returned as they are.
+    If this version of train.py cannot parse the flags, return them unchanged.
     """
     try:
         return build_args_json(parse_settings([*words, "--exp-name", "any"]))
@@ -207,11 +212,11 @@ def normalize_flags(words: list[str]) -> dict | list[str]:
 
 
 def describe_changes(before: list[str], after: list[str]) -> str:
-    """Describe how two command lines differ. The last value of a repeated flag counts."""
+    """Describe the differences of two command lines, using the last value of repeated flags."""
     old = group_by_flag(before)
     new = group_by_flag(after)
     return "; ".join(
-        f"{flag} was {old.get(flag, 'not given')}, is {new.get(flag, 'not given')}"
+        f"{flag} was {old.get(flag, 'not passed')}, is {new.get(flag, 'not passed')}"
         for flag in old | new
         if old.get(flag) != new.get(flag)
     )
@@ -227,9 +232,10 @@ def group_by_flag(words: Iterable[str]) -> dict[str, str]:
 
 
 def make_portable(words: Iterable[str]) -> list[str]:
-    """Remove paths of this machine from a command line.
+    """Remove paths that are specific to this machine from a command line.
 
-    Absolute paths become relative to the working directory, or the file name if they are elsewhere.
+    Absolute paths are replaced by paths relative to the working directory, or by the file name if
+    they are outside of it.
     """
     portable = []
     for word in words:
@@ -244,10 +250,10 @@ def make_portable(words: Iterable[str]) -> list[str]:
 
 
 def read_record(cell: Cell, folder: Path) -> dict:
-    """Return the record of a run that this module keeps, or {} if the run was never started here.
+    """Return the record that this module writes for a run, or {} if there is none.
 
-    The record contains the flags, the machine, the commits, the seconds of the run so far, and
-    whether it is finished.
+    The record contains the flags, the machine, the commits, the elapsed seconds, and whether the
+    run is finished.
     """
     return read_json(folder / f"{cell.run_name}.json")
 
@@ -258,7 +264,7 @@ def is_finished(cell: Cell, folder: Path) -> bool:
 
 
 def is_running(cell: Cell, folder: Path) -> bool:
-    """Return whether a process trains this run, for example because an earlier study was killed."""
+    """Return whether a process is training this run, for example one left by a killed study."""
     path = folder / cell.run_name / ".lock"
     try:
         with lock(path) if path.exists() else nullcontext():
@@ -268,7 +274,7 @@ def is_running(cell: Cell, folder: Path) -> bool:
 
 
 def count_images(cell: Cell, folder: Path) -> int:
-    """Return the number of training images that the log of a run reports, or 0 without a log."""
+    """Return the number of training images in the log of a run, or 0 without a log."""
     with suppress(UserError):
         steps, evaluations = read_log(folder / cell.run_name)
         return max(row["images"] for row in (*steps, *evaluations))
@@ -276,7 +282,7 @@ def count_images(cell: Cell, folder: Path) -> int:
 
 
 def current_commit() -> str | None:
-    """Return the commit of the code, ending in "-dirty" if files differ; None without git."""
+    """Return the commit of the code, with "-dirty" if files were modified, or None without git."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
@@ -294,9 +300,9 @@ def visible_gpus() -> list[str]:
 
 
 class TrainingProcess:
-    """The process of train.py that executes a cell, and the record of the run.
+    """A process of train.py that executes a cell, and the record of the run.
 
-    The process runs in a new session, so that Ctrl-C does not reach it directly.
+    The process runs in a new session, so that it does not receive Ctrl-C from the terminal.
 
     Args:
         cell: The run to execute.
@@ -321,7 +327,7 @@ class TrainingProcess:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(num_threads),
             "PYTHONUNBUFFERED": "1",
-            # The last line of the log names the error of a failed run, so hide progress bars.
+            # Hide progress bars, so that the last line of a failed run's log is the error.
             "TQDM_DISABLE": "1",
         }
         if gpu:
@@ -338,13 +344,13 @@ class TrainingProcess:
             )
 
     def write_record(self, finished: bool) -> None:
-        """Write the record that `read_record` reads."""
+        """Write the record of the run, see `read_record`."""
         seconds = round(time.monotonic() - self.started, 1)
         record = self.record | {"seconds": seconds, "finished": finished}
         write_file(self.record_path, json.dumps(record).encode())
 
     def close(self) -> str | None:
-        """Record the outcome of a process that has exited; return its error, or None."""
+        """Record the outcome of an exited process, and return the error or None."""
         code = self.popen.returncode
         self.write_record(finished=code == 0)
         if code == 0:
@@ -358,28 +364,28 @@ class TrainingProcess:
 
 
 class Scheduler:
-    """Starts a process per unfinished run, at most `jobs` at a time, and reports their progress."""
+    """Starts one process per unfinished run, at most `jobs` at a time, and shows the progress."""
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int):
         self.folder = folder
         self.gpus = visible_gpus()
         self.num_threads = max(1, available_cores() // jobs)
-        self.waiting = [cell for cell in cells if not is_finished(cell, folder)]
+        self.pending = [cell for cell in cells if not is_finished(cell, folder)]
         self.slots: list[TrainingProcess | None] = [None] * jobs
-        self.failed: dict[str, str] = {}  # name of a run -> its error
+        self.failed: dict[str, str] = {}  # name of a failed run -> error message
         self.is_stopping = False
-        self.progress_time = 0.0  # of the last update of the progress bar
+        self.progress_time = 0.0  # time of the last update of the progress bar
         loops = {cell: cell.settings().loop for cell in cells}
         self.total_images = {cell: loop.num_steps * loop.batch_size for cell, loop in loops.items()}
 
     @property
     def running(self) -> list[TrainingProcess]:
-        """The processes that have not been closed."""
+        """The processes whose outcome has not been recorded yet."""
         return [process for process in self.slots if process]
 
     def run(self, request: StopRequest, bar: tqdm) -> None:
-        """Execute all runs; if a stop is requested, return when the running ones have saved."""
-        while self.running or (self.waiting and not request.name):
+        """Execute all runs; after a stop request, only wait until the running processes exit."""
+        while self.running or (self.pending and not request.name):
             if not request.name:
                 self.start_processes()
             elif not self.is_stopping:
@@ -390,30 +396,30 @@ class Scheduler:
                 self.show_progress(bar, has_changed)
 
     def start_processes(self) -> None:
-        """Start a waiting run in every free slot."""
+        """Start pending runs in the free slots."""
         for slot, process in enumerate(self.slots):
-            ready = (cell for cell in self.waiting if not is_running(cell, self.folder))
+            ready = (cell for cell in self.pending if not is_running(cell, self.folder))
             if not process and (cell := next(ready, None)):
-                self.waiting.remove(cell)
+                self.pending.remove(cell)
                 gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
                 self.slots[slot] = TrainingProcess(cell, self.folder, self.num_threads, gpu)
 
     def stop_processes(self) -> None:
-        """Ask all processes to save a checkpoint and exit, which train.py does on SIGTERM."""
+        """Send SIGTERM to all processes, on which train.py saves a checkpoint and exits."""
         self.is_stopping = True
-        tqdm.write(f"stopping: {len(self.running)} runs are saving their state")
+        tqdm.write(f"stopping: {len(self.running)} runs are saving checkpoints")
         # A second Ctrl-C raises KeyboardInterrupt instead of waiting for the processes.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.send_signal(signal.SIGTERM)
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the processes and their children, if they still exist."""
+        """Send a signal to all processes that still exist, and to their children."""
         for process in self.running:
             with suppress(ProcessLookupError):
                 os.killpg(process.popen.pid, number)
 
     def close_processes(self) -> bool:
-        """Free the slots of processes that have exited; return whether there were any."""
+        """Free the slots of exited processes, and return whether any process has exited."""
         exited = [process for process in self.running if process.popen.poll() is not None]
         for process in exited:
             self.slots[self.slots.index(process)] = None
@@ -424,7 +430,7 @@ class Scheduler:
         return bool(exited)
 
     def count_images(self) -> int:
-        """Return the number of training images of all runs so far."""
+        """Return the number of training images that all runs have processed so far."""
         return sum(
             total if is_finished(cell, self.folder) else count_images(cell, self.folder)
             for cell, total in self.total_images.items()
@@ -442,21 +448,21 @@ class Scheduler:
 
 
 def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
-    """Run the cells that are not finished.
+    """Execute the unfinished runs.
 
-    A failed run does not affect the others. On Ctrl-C or a stop signal all runs save their state
-    and stop, and the next call resumes them.
+    A failed run does not affect the other runs. On Ctrl-C or a stop signal, all runs save a
+    checkpoint and stop, and the next call resumes them.
 
     Args:
         cells: The runs of the study.
         folder: The output directory of the study.
-        jobs: Number of runs at a time.
+        jobs: Number of simultaneous runs.
 
     Returns:
-        The errors of the failed runs, by the name of the run.
+        The error messages of the failed runs, by the name of the run.
 
     Raises:
-        UserError: If another process runs a study in the folder.
+        UserError: If another process is running a study in the folder.
     """
     scheduler = Scheduler(cells, folder, jobs)
     with ExitStack() as resources:
@@ -464,8 +470,8 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
             resources.enter_context(lock(folder / ".lock"))
         except BlockingIOError:
             raise UserError(
-                f"--output-dir {folder}: another process runs a study there; stop it, or choose "
-                "another folder"
+                f"--output-dir {folder}: another process is running a study there; stop it or "
+                "choose another folder"
             ) from None
         bar = tqdm(
             total=sum(scheduler.total_images.values()),

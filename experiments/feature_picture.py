@@ -1,9 +1,9 @@
-"""The figure of experiments.features.
+"""Draw the figure of experiments.features.
 
-Each checkpoint has a row, with colour maps of its tokens on the left, and the accuracy of linear
-probes and CKNNA per block on the right.
+The figure has one row per checkpoint, with colour maps of the tokens on the left, and the accuracy
+of linear probes and CKNNA per block on the right.
 
-Shapes: m images, H W pixels, latents of h w, s tokens per side.
+Shapes: m images of height H and width W, latents of height h and width w, s tokens per side.
 """
 
 import textwrap
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 TILE_SIZE = 64  # pixels
 TILE_GAP = 6  # pixels
-MAX_COLUMNS = 2  # sheets of maps next to each other
+MAX_COLUMNS = 2  # maximum number of sheets of maps next to each other
 TILE_INCHES = 0.4
-CHARACTERS_PER_INCH = 14.5  # of the caption
+CHARACTERS_PER_INCH = 14.5  # in the caption
 CAPTION = (
     "right of the latent: the tokens after each block, their first three principal components as "
     "red, green, blue (of all tokens of one block and t, so that like colours are like tokens); "
@@ -29,17 +29,17 @@ CAPTION = (
 )
 
 
-# The maps of one checkpoint in rows and columns. The first row contains the data, and the others
-# contain x_t for each t. The columns are the decoded images in uint8, (m, H, W, 3), the latents,
-# (m, h, w, 3), and for x_t the blocks, (m, s, s, 3), with colours in [0, 1].
+# The maps of one checkpoint in rows and columns. The first row contains the data, and each of the
+# other rows contains x_t for one t. The columns are the decoded images (m, H, W, 3) in uint8, the
+# latents (m, h, w, 3), and, in the rows of x_t, the blocks (m, s, s, 3). Colours are in [0, 1].
 ColourMaps = list[list[np.ndarray]]
 
 
 def resize_to_tile(image: np.ndarray) -> np.ndarray:
     """Resize a square image (a, a, 3) in uint8 or [0, 1] to (TILE_SIZE, TILE_SIZE, 3) in [0, 1].
 
-    Images are enlarged to the nearest neighbour, so that a token is a square, and reduced by
-    averaging.
+    Small images are enlarged by nearest-neighbour interpolation, so that each token is a square.
+    Large images are reduced by averaging.
     """
     if image.dtype == np.uint8:
         image = image / 255
@@ -63,12 +63,12 @@ def make_sheet(maps: ColourMaps, index: int) -> np.ndarray:
 
 
 def draw_figure(result: dict, maps: list[ColourMaps], classes: list[str], path: Path) -> None:
-    """Draw the figure.
+    """Draw the figure and write it to a PNG file.
 
     Args:
         result: The content of the JSON file.
         maps: The maps of each checkpoint of the result.
-        classes: The class of each image of the maps.
+        classes: The class names of the images in the maps.
         path: The PNG file to write.
     """
     plt = load_pyplot()
@@ -113,7 +113,7 @@ def draw_figure(result: dict, maps: list[ColourMaps], classes: list[str], path: 
 
 
 def format_title(checkpoint: dict) -> str:
-    """Return the title of a checkpoint."""
+    """Return the title of the row of a checkpoint."""
     details = [checkpoint["model"]]
     if checkpoint["step"] is not None:
         details.append(f"step {checkpoint['step']:,}")
@@ -124,7 +124,7 @@ def format_title(checkpoint: dict) -> str:
 def draw_sheet(
     axes: "Axes", sheet: np.ndarray, name: str, blocks: list[int], times: list[float]
 ) -> None:
-    """Draw the maps of one image, with labels of the rows and columns, and its class."""
+    """Draw the maps of one image, its class, and the labels of the rows and columns."""
     columns = ["image", "latent", f"block {blocks[0]}", *map(str, blocks[1:])]
     rows = [f"t = {t:g}" for t in (0, *times)]
     centres = np.arange((TILE_SIZE - 1) / 2, max(sheet.shape), TILE_SIZE + TILE_GAP)
@@ -137,10 +137,10 @@ def draw_sheet(
 
 
 def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> None:
-    """Draw a metric per block, with a line for each t.
+    """Draw a metric per block, with one line per t.
 
-    The lines start at a marker for x_t itself, flattened. Horizontal lines show the latents, and
-    chance for the accuracy.
+    The lines start at a marker for the flattened x_t. Horizontal lines show the metric of the
+    latents and, for the accuracy, the chance level.
     """
     times = result["times"]
     blocks = checkpoint["blocks"]
@@ -168,8 +168,10 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
             draw_level(axes, name, level, linestyle)
 
     results = [row for other in result["checkpoints"] for row in other["results"]]
-    known = [row[metric] for row in (*result["baselines"], *results) if row[metric] is not None]
-    axes.set_ylim(min([0.0, *known]), 1.08 * max([0.01, *known]))
+    known_values = [
+        row[metric] for row in (*result["baselines"], *results) if row[metric] is not None
+    ]
+    axes.set_ylim(min([0.0, *known_values]), 1.08 * max([0.01, *known_values]))
     axes.set_xlim(x_of_input - 0.04 * last_block, last_block * 1.04)
     axes.set_xticks([x_of_input, *blocks], ["$x_t$", *blocks])
     axes.set_xlabel("after block", fontsize=9)
@@ -177,7 +179,7 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
 
 
 def draw_level(axes: "Axes", name: str, level: float, linestyle: str) -> None:
-    """Draw a horizontal line with its name."""
+    """Draw a labelled horizontal line."""
     axes.axhline(level, color="0.45", linestyle=linestyle, linewidth=1)
     axes.annotate(
         name,
@@ -193,5 +195,5 @@ def draw_level(axes: "Axes", name: str, level: float, linestyle: str) -> None:
 
 
 def select_values(rows: list[dict], t: float, metric: str) -> np.ndarray:
-    """Return a metric of the rows at a time, with NaN for None."""
+    """Return a metric of the rows for time t, with NaN for missing values."""
     return np.array([row[metric] for row in rows if row["t"] == t], float)

@@ -1,14 +1,14 @@
 """Extract features and colour maps from the blocks of a SiT at each noise level.
 
-All checkpoints receive the same x_t: the latent is the mean of the posterior, and the noise
-depends only on the seed and the image index. The label is the null class, because a probe would
-otherwise read off the class that the conditioning adds to each token. The probe and CKNNA use the
-tokens of a block averaged over the grid, as REPA does (arXiv:2410.06940). The first half of the
-images trains the probe; the accuracy, CKNNA and the maps are computed on the other half. (The SiT
-may have been trained on both.)
+All checkpoints receive the same x_t: the latent is the mean of the posterior, and the noise depends
+only on the seed and the image index. The label is the null class, because otherwise the probe could
+predict the class from the conditioning that is added to each token. The probe and CKNNA use the
+tokens of a block averaged over the grid, as in REPA (arXiv:2410.06940). The probe is trained on the
+first half of the images; the accuracy, CKNNA and the maps are computed on the second half. (The SiT
+may have been trained on both halves.)
 
-Shapes: n images of both halves, m images in the figure, B images per batch, latents of C h w, N
-tokens per image, D features.
+Shapes: n images in both halves, m images in the figure, B images per batch, latents with C
+channels, height h and width w, N tokens per image, feature dimension D.
 """
 
 import math
@@ -40,7 +40,7 @@ MAX_BLOCKS = 8
 
 
 def spread_blocks(depth: int) -> list[int]:
-    """Return at most `MAX_BLOCKS` blocks, counted from 1, including the first and the last."""
+    """Return up to `MAX_BLOCKS` evenly spaced block numbers from 1 to `depth`."""
     return np.unique(np.linspace(1, depth, MAX_BLOCKS).round().astype(int)).tolist()
 
 
@@ -58,7 +58,7 @@ class StudyImages(NamedTuple):
         return len(self.image_index) // 2
 
     def add_noise(self, path_type: str, t: float, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Return x_t of the images with the given positions."""
+        """Return x_t for the images at the given positions."""
         latents = self.latents[rows]
         times = torch.full((len(latents),), t)
         x_t, _ = interpolate(INTERPOLANTS[path_type], latents, self.noise[rows], times)
@@ -75,7 +75,7 @@ def draw_images(cache: LatentCache, count: int, seed: int) -> StudyImages:
     return StudyImages(index.numpy(), scale.mean(moments), noise, labels)
 
 
-def choose_shown(images: StudyImages, count: int) -> Tensor:
+def choose_figure_images(images: StudyImages, count: int) -> Tensor:
     """Return the positions (m,) of held-out images for the figure, alternating between classes."""
     labels = images.labels[images.half :]
     occurrences = F.one_hot(labels).cumsum(0).gather(1, labels[:, None]).flatten()
@@ -86,15 +86,15 @@ def choose_shown(images: StudyImages, count: int) -> Tensor:
 def pool_tokens(
     model: SiT, x_t: Tensor, t: float, blocks: list[int], batch_size: int, bar: tqdm
 ) -> dict[int, Tensor]:
-    """Return the tokens after each block averaged over the grid, with one pass for all blocks.
+    """Return the tokens after each block, averaged over the grid, from one pass for all blocks.
 
     Args:
         model: The network.
         x_t: Noisy latents, (n, C, h, w).
-        t: The time of all latents.
-        blocks: Blocks, counted from 1.
+        t: The time of x_t.
+        blocks: Block numbers, counted from 1.
         batch_size: Images per forward pass.
-        bar: Progress bar, advanced by the number of images.
+        bar: Progress bar, which counts images.
 
     Returns:
         Features (n, D) by block, on the device of the model.
@@ -109,7 +109,7 @@ def pool_tokens(
 
 
 def compute_tokens(model: SiT, x_t: Tensor, t: float, blocks: list[int]) -> dict[int, Tensor]:
-    """Return the tokens (B, N, D) after each block, given the null class."""
+    """Return the tokens (B, N, D) after each block, with the null class as the label."""
     x_t = x_t.to(model.pos_embed.device)
     labels = torch.full((len(x_t),), model.config.num_classes, device=x_t.device)
     times = torch.full((len(x_t),), t, device=x_t.device)
@@ -122,17 +122,17 @@ def evaluate_features(
     num_classes: int,
     reference: Neighbours | None = None,
 ) -> dict[str, float | None]:
-    """Measure features by a linear probe and CKNNA.
+    """Evaluate features with a linear probe and CKNNA.
 
     Args:
         features: Features of all images, (n, D).
         images: The images.
         num_classes: Number of classes.
-        reference: Neighbours of the held-out images in the space that CKNNA compares with.
+        reference: Neighbours of the held-out images in the reference space of CKNNA.
 
     Returns:
-        The probe's "accuracy" on the held-out images, the ends "low" and "high" of its interval,
-        and "cknna", which is None without a reference.
+        The "accuracy" of the probe on the held-out images, the ends "low" and "high" of its
+        confidence interval, and "cknna", which is None without a reference.
     """
     half = images.half
     labels = images.labels.to(features.device)
@@ -155,7 +155,7 @@ def evaluate_inputs(
     times: list[float],
     evaluate: Callable[[Tensor], dict],
 ) -> Iterator[dict]:
-    """Yield the results of `evaluate` for representations that use no network: latents and x_t."""
+    """Yield the results of `evaluate` for the inputs of the network: latents and x_t."""
     yield {"space": "latent, averaged", **evaluate(images.latents.mean((2, 3)))}
     yield {"space": "latent, flattened", **evaluate(images.latents.flatten(1))}
     for path_type in path_types:
@@ -174,28 +174,28 @@ def make_colour_maps(
     blocks: list[int],
     vae: Autoencoder,
 ) -> tuple[ColourMaps, dict[tuple[float, int], float]]:
-    """Return the maps of the images in the figure.
+    """Return the colour maps of the images in the figure.
 
-    The components and the range of the colours are fitted to the tokens of all m images at one
-    time and block, so that equal colours mean equal tokens in all of them. (SRA's pca-vis fits each
-    image separately.) x_t has the components of the latents.
+    The components and the colour range of a time and block are fitted to the tokens of all m
+    images, so that equal colours mean equal tokens across images. (The pca-vis of SRA fits each
+    image separately.) The maps of x_t use the components of the latents.
 
     Args:
         model: The network.
         images: All images.
         rows: Positions of the images in the figure, (m,).
-        path_type: The path that the network was trained on.
+        path_type: The path with which the network was trained.
         times: The times of x_t.
-        blocks: Blocks, counted from 1.
-        vae: Decodes the latents.
+        blocks: Block numbers, counted from 1.
+        vae: The decoder of the latents.
 
     Returns:
-        The maps, and the fraction of the variance that the components of each (t, block) explain.
+        The maps, and the fraction of the variance that the components explain, by (t, block).
     """
     device = model.pos_embed.device
     side = model.config.latent_size // model.config.patch
 
-    # Map the data. The first block's signs follow the latents, averaged over the pixels of a token.
+    # Map the data. The signs for the first block follow the latents, averaged per token.
     pixels = images.latents[rows].movedim(1, -1)
     latent_basis = fit_colours(pixels.flatten(0, 2))
     scores = latent_basis.scores(pixels).movedim(-1, 1)

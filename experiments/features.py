@@ -1,10 +1,9 @@
-"""Measure what the blocks of checkpoints represent at each noise level.
+"""Measure the representations of the blocks of checkpoints at each noise level.
 
     python -m experiments.features --ckpt exps/demo --data-dir data/fashion-mnist --out features.png
 
 The figure contains PCA maps of the tokens, the accuracy of linear probes, and CKNNA. A JSON file
-next to it contains all numbers. See experiments/feature_study.py for the definition of the
-measures.
+next to it contains all numbers. The measures are defined in experiments/feature_study.py.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from experiments.feature_picture import ColourMaps, draw_figure
 from experiments.feature_study import (
     MAX_BLOCKS,
     StudyImages,
-    choose_shown,
+    choose_figure_images,
     draw_images,
     evaluate_features,
     evaluate_inputs,
@@ -46,7 +45,7 @@ from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import PRESETS
 
-# Half of the images must contain an image, its neighbours, and one that is not a neighbour.
+# Each half must contain an image, its neighbours, and at least one image that is not a neighbour.
 MIN_IMAGES = 2 * NEIGHBOURS + 4
 
 
@@ -54,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Raises:
-        UserError: If a flag is wrong.
+        UserError: If a flag is invalid.
     """
     parser = cli.Parser(
         __doc__, "python -m experiments.features", "--ckpt PATH [PATH ...] --data-dir PATH"
@@ -66,12 +65,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         required=True,
-        help="one or more checkpoints, in the forms that sample_ddp.py accepts",
+        help="checkpoints, in the formats that sample_ddp.py accepts",
     )
     add(
         "--ema-decay",
         type=cli.decay,
-        help="EMA to load, for runs with several (default: the first one of the run)",
+        help="decay of the EMA to load, for runs with several EMAs (default: the first EMA)",
     )
     add(
         "--model",
@@ -87,14 +86,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--path-type",
         choices=sorted(INTERPOLANTS),
-        help="path that .pt files were trained on, if it cannot be inferred from the file",
+        help="path with which .pt files were trained, if it cannot be inferred from the file",
     )
     add(
         "--blocks",
         type=cli.positive_int,
         nargs="+",
         metavar="K",
-        help=f"blocks, counted from 1 (default: all, or {MAX_BLOCKS} evenly spaced ones)",
+        help=f"blocks, counted from 1 (default: all, or {MAX_BLOCKS} evenly spaced blocks)",
     )
     add(
         "--times",
@@ -111,27 +110,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         required=True,
-        help="latent cache; several are concatenated",
+        help="latent cache; several caches are concatenated",
     )
     add("--vae", help="hub id or folder of the decoder (default: the VAE of the cache)")
     add(
         "--images",
         type=cli.positive_int,
         default=4,
-        help="images in the figure, of different classes if possible",
+        help="number of images in the figure, of different classes if possible",
     )
     add(
         "--probe-images",
         type=cli.positive_int,
         default=5000,
-        help="images to measure; one half trains the probe, the other half is held out",
+        help="number of images to measure; half of them train the probe, the others are held out",
     )
     add(
         "--reference-features",
         default="auto",
         metavar="NAME",
-        help="network that CKNNA compares with: fashion (the bundled classifier), inception, "
-        "dinov2-l, any timm network, or none; "
+        help="network whose features are the reference of CKNNA: fashion (the bundled "
+        "classifier), inception, dinov2-l, any timm network, or none; "
         f"auto: fashion for images of {FASHION_RESOLUTION} pixels, otherwise none",
     )
     add(
@@ -142,11 +141,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--inception-weights",
         type=Path,
-        help="weights of Inception, in the forms that evaluations.evaluate accepts",
+        help="weights of Inception, in the formats that evaluations.evaluate accepts",
     )
-    add("--seed", type=cli.seed, default=0, help="seed of the choice of images and of their noise")
+    add("--seed", type=cli.seed, default=0, help="seed of the image selection and of the noise")
 
-    add = parser.add_argument_group("work and files").add_argument
+    add = parser.add_argument_group("computation and output").add_argument
     add("--batch-size", type=cli.positive_int, default=128, help="images per forward pass")
     add(
         "--device",
@@ -171,13 +170,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--times {t:g} is outside (0, 1], where 0 is data and 1 is noise")
     if args.probe_images < MIN_IMAGES:
         raise UserError(
-            f"--probe-images {args.probe_images} is too few; the {NEIGHBOURS} neighbours of CKNNA "
-            f"need {MIN_IMAGES}"
+            f"--probe-images {args.probe_images} is too few for the {NEIGHBOURS} neighbours of "
+            f"CKNNA; pass at least {MIN_IMAGES}"
         )
     if args.images > args.probe_images // 2:
         raise UserError(
             f"--images {args.images} is more than the held-out half of --probe-images "
-            f"{args.probe_images}; reduce it"
+            f"{args.probe_images}; reduce --images"
         )
     return args
 
@@ -185,20 +184,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_checkpoints(
     paths: list[Path], ema_decay: float | None, official_flags: dict[str, str | None]
 ) -> list[PretrainedModel]:
-    """Load checkpoints with the flags that apply to each of them.
+    """Load checkpoints, passing each of them only the flags that apply to it.
 
     Args:
-        paths: Our checkpoints and official .pt files.
-        ema_decay: The EMA to load from our checkpoints, or None.
+        paths: Checkpoints of this project and official .pt files.
+        ema_decay: Decay of the EMA to load from checkpoints of this project, or None.
         official_flags: Keyword arguments of `pretrained.load` for official files.
 
     Raises:
-        UserError: If a checkpoint cannot be loaded, or if a flag applies to none of them.
+        UserError: If a checkpoint cannot be loaded, or if a flag applies to no checkpoint.
     """
     official = [path.is_file() and path.suffix != ".safetensors" for path in paths]
     sources = []
     for path, is_official in zip(paths, official):
-        # A flag that applies to none of the files is passed to all, so that `load` refuses it.
+        # Pass a flag that applies to no checkpoint to all of them, so that `load` rejects it.
         flags = official_flags if is_official or not any(official) else {}
         decay = ema_decay if not is_official or all(official) else None
         try:
@@ -217,18 +216,18 @@ def load_checkpoints(
 
 
 def load_cache(folders: list[Path], min_images: int) -> LatentCache:
-    """Open the cache; raise UserError if it is damaged or too small."""
+    """Open the cache; raise UserError if it is damaged or contains too few images."""
     cache = open_cache(*folders)
     if len(cache) < min_images:
         raise UserError(
             f"--probe-images {min_images} is more than the {len(cache)} images of --data-dir; "
-            "reduce it"
+            "reduce --probe-images"
         )
     return cache
 
 
 def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[int]) -> None:
-    """Raise UserError if a checkpoint does not fit the latents, or lacks a block."""
+    """Raise UserError if a checkpoint does not match the latents or lacks a requested block."""
     checkpoint = f"--ckpt {source.identity['checkpoint']}"
     config = source.model.config
     manifest = cache.manifest
@@ -236,14 +235,13 @@ def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[i
     cache_shape = "x".join(map(str, manifest.latent_shape))
     if model_shape != cache_shape:
         raise UserError(
-            f"{checkpoint} needs latents of {model_shape}, but those of --data-dir are "
-            f"{cache_shape}; pass another --data-dir"
+            f"{checkpoint} needs latents of shape {model_shape}, but the latents of --data-dir "
+            f"have shape {cache_shape}; pass another --data-dir"
         )
     if source.vae_fingerprint not in (None, manifest.vae_fingerprint):
         raise UserError(
-            f"{checkpoint} was trained on latents of another VAE ({source.vae}) than that of "
-            f"--data-dir ({manifest.vae}); pass its training data, or other images encoded with "
-            "its VAE"
+            f"{checkpoint} was trained on latents of another VAE ({source.vae}) than the VAE of "
+            f"--data-dir ({manifest.vae}); pass a --data-dir that was encoded with its VAE"
         )
     if blocks and blocks[-1] > config.depth:
         raise UserError(f"--blocks {blocks[-1]}: {checkpoint} has only {config.depth} blocks")
@@ -257,7 +255,8 @@ def load_vae(name: str, fingerprint: str, device: str) -> Autoencoder:
         raise UserError(f"--vae {error.reason}") from None
     if vae.fingerprint() != fingerprint:
         raise UserError(
-            f"--vae {name} is not the VAE of --data-dir (its weights differ); pass that one"
+            f"--vae {name} is not the VAE of --data-dir (the weights differ); pass the VAE of the "
+            "cache"
         )
     return vae
 
@@ -266,12 +265,12 @@ def load_vae(name: str, fingerprint: str, device: str) -> Autoencoder:
 def measure_reference(
     args: argparse.Namespace, images: StudyImages, vae: Autoencoder, resolution: int
 ) -> tuple[Neighbours | None, dict | None]:
-    """Find the neighbours of the held-out images that CKNNA compares with.
+    """Find the neighbours of the held-out images in the reference space of CKNNA.
 
     Args:
-        args: The flags, which name the network of the features.
+        args: The flags, which select the reference network.
         images: The images.
-        vae: Decodes the held-out images for the network.
+        vae: The decoder of the held-out images.
         resolution: Height and width of the images in pixels.
 
     Returns:
@@ -312,11 +311,11 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
     """Measure all checkpoints.
 
     Returns:
-        The content of the JSON file, the maps of each checkpoint, and the class of each image in
-        the figure.
+        The content of the JSON file, the colour maps of each checkpoint, and the class names of the
+        images in the figure.
 
     Raises:
-        UserError: If the flags, the checkpoints and the cache do not fit each other.
+        UserError: If the flags, the checkpoints and the cache do not match.
     """
     # Load the inputs.
     official_flags = {name: getattr(args, name) for name in ("model", "origin", "path_type")}
@@ -327,7 +326,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
     manifest = cache.manifest
     vae = load_vae(args.vae or manifest.vae, manifest.vae_fingerprint, args.device)
     images = draw_images(cache, args.probe_images, args.seed)
-    shown = choose_shown(images, args.images)
+    figure_images = choose_figure_images(images, args.images)
     labels = images.labels[images.half :]
     reference, cknna_settings = measure_reference(args, images, vae, manifest.resolution)
 
@@ -346,7 +345,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
             model = source.model.to(args.device)
             blocks = args.blocks or spread_blocks(model.config.depth)
             checkpoint_maps, share = make_colour_maps(
-                model, images, shown, source.path_type, args.times, blocks, vae
+                model, images, figure_images, source.path_type, args.times, blocks, vae
             )
             maps.append(checkpoint_maps)
             results = []
@@ -380,7 +379,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
             "classes": manifest.num_classes,
             "probe_trained_on": images.half,
             "held_out": len(labels),
-            "shown": images.image_index[shown].tolist(),
+            "shown": images.image_index[figure_images].tolist(),
             "latent": "mean of the posterior",
         },
         "label": "null class",
@@ -392,7 +391,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
         "checkpoints": checkpoints,
         "machine": {"device": device_name, "torch": torch.__version__},
     }
-    return result, maps, [manifest.class_names[label] for label in images.labels[shown]]
+    return result, maps, [manifest.class_names[label] for label in images.labels[figure_images]]
 
 
 def main() -> None:

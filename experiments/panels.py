@@ -1,4 +1,4 @@
-"""The table and the figure of an ablation study, made from its JSON result alone."""
+"""Create the table and the figure of an ablation study from its JSON result alone."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BASELINE = "none"  # name of the runs without alignment
-MAX_COLUMNS = 4  # of the figure
+MAX_COLUMNS = 4  # maximum number of panels per row of the figure
 
 Values = dict[str, dict[int, float]]  # name of a run -> seed -> value
 
@@ -22,7 +22,7 @@ Values = dict[str, dict[int, float]]  # name of a run -> seed -> value
 def format_table(result: dict) -> str:
     """Return the table of each axis as Markdown, followed by its explanation.
 
-    A row contains the mean over seeds and the mean difference from vanilla SiT with the same seed.
+    A row contains the mean over seeds, and the mean of the per-seed differences from vanilla SiT.
     """
     metric = result["metric"]
     finals = final_values(result["runs"], metric)
@@ -31,7 +31,8 @@ def format_table(result: dict) -> str:
     for panel in result["axes"]:
         title = panel["title"]
         lines += [
-            f"| {title} | {metric} | against vanilla | classes agree | *the paper's FID* |",
+            f"| {title} | {metric} | difference from vanilla | class agreement "
+            "| *the paper's FID* |",
             "|---|---|---|---|---|",
         ]
         vanilla = {"label": "vanilla", "run": BASELINE, "paper": panel["paper"]}
@@ -41,11 +42,10 @@ def format_table(result: dict) -> str:
     lines += [
         f"{result['model']}, {result['steps']:,} steps, seeds {seeds}. "
         f"{metric}: mean over seeds, lower is better.",
-        "Against vanilla: mean difference of runs with the same seed, and Student's 95% interval "
-        "of it.",
-        "*The paper's FID* is of SiT-B/2 with 12 blocks on ImageNet after 400K steps: another "
-        "metric on other data, of which",
-        "only the order can be compared.",
+        "Difference from vanilla: mean of the per-seed differences, with its 95% t interval.",
+        "*The paper's FID* was measured with SiT-B/2 (12 blocks) on ImageNet after 400K steps; it "
+        "is a different metric on",
+        "different data, so only the ranking can be compared.",
         "",
         "```bash",
         result["command"],
@@ -59,19 +59,19 @@ def format_row(value: dict, finals: Values, agreement: Values) -> str:
     name = value["run"]
     mean = "not run"
     difference = ""
-    classes_agree = ""
+    agreement_text = ""
     if name in finals:
         mean = f"{np.mean([*finals[name].values()]):.3f}"
         if name != BASELINE:
             difference = format_difference(paired_difference(finals[name], finals[BASELINE]))
         if name in agreement:
-            classes_agree = f"{np.mean([*agreement[name].values()]):.1%}"
+            agreement_text = f"{np.mean([*agreement[name].values()]):.1%}"
     paper = "" if value["paper"] is None else f"*{value['paper']:.2f}*"
-    return f"| {value['label']} | {mean} | {difference} | {classes_agree} | {paper} |"
+    return f"| {value['label']} | {mean} | {difference} | {agreement_text} | {paper} |"
 
 
 def format_difference(difference: Estimate | None) -> str:
-    """Format a difference as in "-0.042 (-0.144 to +0.061)"; return "" for None."""
+    """Format a difference, such as "-0.042 (-0.144 to +0.061)"; return "" for None."""
     if not difference:
         return ""
     text = f"{difference.mean:+.3f}"
@@ -85,7 +85,7 @@ def draw_figure(result: dict, path: Path) -> None:
 
     A panel shows one point per seed, the mean, and the interval of the paired difference from
     vanilla SiT. The interval is added to the mean of vanilla SiT, so it excludes the dashed line
-    exactly if the difference is significant.
+    if and only if the difference is significant.
     """
     plt = load_pyplot()
     finals = final_values(result["runs"], result["metric"])
@@ -108,7 +108,7 @@ def draw_figure(result: dict, path: Path) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel(result["metric"])
 
-    # Without data, the lines draw nothing but their entries in the legend.
+    # Lines without data appear only in the legend.
     line = partial(plt.Line2D, [], [])
     dot = {"marker": "o", "markersize": 4}
     bar = {"marker": "_", "markersize": 12, "markeredgewidth": 2.2}
@@ -124,15 +124,15 @@ def draw_figure(result: dict, path: Path) -> None:
 
 
 def find_limits(finals: Values) -> tuple[float, float]:
-    """Return the range of the vertical axis: all values and interval ends, with a margin."""
+    """Return the limits of the vertical axis, which contains all values and interval ends."""
     baseline = finals[BASELINE]
     level = float(np.mean([*baseline.values()]))
-    shown = []
+    values = []
     for by_seed in finals.values():
         difference = paired_difference(by_seed, baseline) or Estimate(0)
-        shown += [*by_seed.values(), level + difference.low, level + difference.high]
-    low = np.nanmin(shown)
-    high = np.nanmax(shown)
+        values += [*by_seed.values(), level + difference.low, level + difference.high]
+    low = np.nanmin(values)
+    high = np.nanmax(values)
     margin = 0.05 * (high - low) or 0.1 * abs(level)
     return low - margin, high + margin
 

@@ -1,4 +1,4 @@
-"""Helpers shared by the figures of the experiments."""
+"""Provide functions that the figures of the experiments share."""
 
 import io
 from pathlib import Path
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def load_pyplot() -> ModuleType:
-    """Import matplotlib.pyplot with the backend that needs no display.
+    """Import matplotlib.pyplot with a backend that needs no display.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: If matplotlib is not installed.
     """
     cli.require_package("matplotlib", "the figure")
     import matplotlib
@@ -29,13 +29,13 @@ def load_pyplot() -> ModuleType:
 
 
 def add_grid(axes: "Axes", direction: Literal["both", "x", "y"] = "both") -> None:
-    """Draw a light grid, and remove the upper and right edges of a plot."""
+    """Draw a light grid, and hide the upper and right edges of a plot."""
     axes.grid(True, axis=direction, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_png(figure: "Figure", path: Path) -> None:
-    """Write a pyplot figure as a PNG file, atomically, and close it."""
+    """Write a pyplot figure to a PNG file atomically, and close the figure."""
     import matplotlib.pyplot as plt
 
     png = io.BytesIO()

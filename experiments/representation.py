@@ -1,7 +1,7 @@
-"""Measures of representations: a linear probe, CKNNA, and principal components as colours.
+"""Measure representations with a linear probe and CKNNA, and map tokens to colours by PCA.
 
-Shapes: n images or tokens, D features, K classes, k neighbours. All systems are solved and all sums
-computed in float64.
+Shapes: n images or tokens, feature dimension D, K classes, k neighbours. All computations use
+float64.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEIGHBOURS = 10  # k of REPA (arXiv:2410.06940)
-ROWS_PER_CHUNK = 2048  # rows of the matrix of inner products that are in memory at a time
+NEIGHBOURS = 10  # k, as in REPA (arXiv:2410.06940)
+ROWS_PER_CHUNK = 2048  # rows of the matrix of inner products that are in memory at once
 
 
 class Probe(NamedTuple):
@@ -24,22 +24,22 @@ class Probe(NamedTuple):
     bias: Tensor  # (K,)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the logits of features (n, D), (n, K)."""
+        """Return the logits (n, K) of features (n, D)."""
         return (features.double() - self.mean) / self.std @ self.weight.T + self.bias
 
 
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     """Fit a linear probe with L-BFGS, starting at zero.
 
-    The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). This is
-    scikit-learn's LogisticRegression(C=1), which does not penalise the bias either. The
-    optimisation ends when no partial derivative exceeds 1e-5. The weights of constant features are
-    zero.
+    The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). This is the
+    objective of LogisticRegression(C=1) in scikit-learn, which does not penalise the bias either.
+    The optimisation ends when no partial derivative exceeds 1e-5. The weights of constant features
+    are zero.
 
     Args:
-        features: Features to predict from, (n, D).
-        labels: Classes, (n,).
-        num_classes: K.
+        features: Inputs of the probe, (n, D).
+        labels: Class indices, (n,).
+        num_classes: Number of classes, K.
     """
     x = features.double()
     mean = x.mean(0)
@@ -72,11 +72,11 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
 
 
 def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95% interval (1927) of a proportion.
+    """Return the 95% Wilson score interval of a proportion (Wilson 1927).
 
     The interval is a subset of [0, 1] and is never empty.
     """
-    z = 1.96  # quantile of the normal distribution
+    z = 1.96  # 97.5% quantile of the normal distribution
     scale = count + z * z
     centre = (successes + z * z / 2) / scale
     variance = successes * (count - successes) / count + z * z / 4
@@ -85,16 +85,16 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
 
 class Neighbours(NamedTuple):
-    """The k rows with the largest inner products with each of n rows, excluding the row itself."""
+    """The k other rows that have the largest inner products with each of n rows."""
 
     products: Tensor  # inner products, (n, k)
-    indices: Tensor  # of the neighbours, (n, k)
+    indices: Tensor  # row indices of the neighbours, (n, k)
 
 
 def find_neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
     """Return the neighbours of each row of features (n, D).
 
-    Rows are first scaled to unit length, as in the implementation of CKNNA's authors.
+    Rows are first scaled to unit length, as in the implementation by the authors of CKNNA.
     """
     unit = F.normalize(features.double(), dim=1)
     chunks = []
@@ -109,11 +109,11 @@ def local_hsic(a: Neighbours, b: Neighbours) -> float:
     """Return the unbiased HSIC (Song et al. 2012, eq. 5) of two local kernels K and L, (n, n).
 
     Entry (i, j) of the kernels is zero unless j is a neighbour of i in both spaces. At most n k
-    entries differ from zero, and only these are stored.
+    entries are nonzero, and only these are stored.
     """
     n = len(a.indices)
 
-    # List the entries (i, j) that differ from zero.
+    # List the nonzero entries (i, j).
     is_common = a.indices[:, :, None] == b.indices[:, None, :]
     i, rank_in_a, rank_in_b = is_common.nonzero(as_tuple=True)
     if not len(i):
@@ -125,9 +125,9 @@ def local_hsic(a: Neighbours, b: Neighbours) -> float:
     # Compute the trace of K L, the sum of K_ij L_ji. Entry (j, i) may be zero if (i, j) is not.
     positions, order = (i * n + j).sort()
     transposed = j * n + i
-    found = torch.searchsorted(positions, transposed).clamp(max=len(positions) - 1)
-    exists = positions[found] == transposed
-    trace = (k_ij * l_ij[order[found]])[exists].sum()
+    candidate = torch.searchsorted(positions, transposed).clamp(max=len(positions) - 1)
+    exists = positions[candidate] == transposed
+    trace = (k_ij * l_ij[order[candidate]])[exists].sum()
 
     # Compute the sum of all entries of K L.
     zeros = torch.zeros(n, dtype=k_ij.dtype, device=k_ij.device)
@@ -140,34 +140,34 @@ def local_hsic(a: Neighbours, b: Neighbours) -> float:
 def cknna(a: Neighbours, b: Neighbours) -> float:
     """Return the centred kernel nearest-neighbour alignment of two spaces.
 
-    Defined in the appendix of Huh et al. 2024 (arXiv:2405.07987) and implemented in their
-    metrics.py: inner-product kernels, common neighbours, and the unbiased HSIC; but without the
-    1e-6 that the implementation adds to the denominator. The value depends on n, so compare only
-    values for the same images.
+    The definition is in the appendix of Huh et al. 2024 (arXiv:2405.07987): inner-product kernels,
+    common neighbours, and the unbiased HSIC. This function omits the 1e-6 that the authors'
+    metrics.py adds to the denominator. The value depends on n, so compare only values for the same
+    images.
 
     Returns:
-        A value in about [-1, 1]: 1 for equal spaces, about k / n for independent ones, and NaN if
-        the local HSIC of a space with itself vanishes.
+        A value in about [-1, 1]: 1 for equal spaces, about k / n for independent spaces, and NaN if
+        the local HSIC of a space with itself is zero.
     """
     scale = local_hsic(a, a) * local_hsic(b, b)
     return local_hsic(a, b) / math.sqrt(scale) if scale > 0 else math.nan
 
 
 class ColourBasis(NamedTuple):
-    """Three principal components, and the range of their scores that colours represent."""
+    """Three principal components, and the range of scores that is mapped to colours."""
 
     mean: Tensor  # (D,)
     axes: Tensor  # orthonormal columns, (D, 3); zero if D < 3
     low: Tensor  # (3,)
     high: Tensor  # (3,)
-    share: float  # fraction of the variance along the components
+    share: float  # fraction of the variance that the components explain
 
     def scores(self, tokens: Tensor) -> Tensor:
-        """Return the scores of tokens (..., D), (..., 3)."""
+        """Return the scores (..., 3) of tokens (..., D)."""
         return (tokens.double() - self.mean) @ self.axes
 
     def colours(self, tokens: Tensor) -> Tensor:
-        """Return red, green and blue in [0, 1] for tokens (..., D), (..., 3).
+        """Return the colours (..., 3) in [0, 1] of tokens (..., D).
 
         Scores are scaled such that `low` becomes 0 and `high` becomes 1.
         """
@@ -181,7 +181,8 @@ def fit_colours(tokens: Tensor, reference_scores: Tensor | None = None) -> Colou
     Args:
         tokens: The tokens, (n, D).
         reference_scores: Scores that determine the signs of the components, (n, 3). Each component
-            correlates positively with its reference, so that the colours of similar maps agree.
+            correlates positively with its reference scores, so that the colours of similar maps
+            agree.
     """
     x = tokens.double()
     mean = x.mean(0)

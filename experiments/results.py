@@ -1,4 +1,4 @@
-"""Collect the measurements of a study's runs in a JSON file, and compare runs with equal seeds."""
+"""Collect the measurements of a study in a JSON file, and compare runs with the same seeds."""
 
 import json
 import math
@@ -18,12 +18,12 @@ from evaluations.runs import read_json, read_log
 from experiments.cells import Cell, is_finished, make_portable, read_record
 
 RESULT_VERSION = 1  # version of the JSON format
-LEVEL = 0.95  # of all intervals
-TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # quantiles at the ends of an interval
+LEVEL = 0.95  # confidence level of all intervals
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # probabilities of the ends of an interval
 
 
 def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
-    """Return one entry per run with its settings and its measurements.
+    """Return the settings and the measurements of each run.
 
     Args:
         cells: The runs of the study.
@@ -32,8 +32,8 @@ def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = Fal
             example because they ran on a cluster.
 
     Returns:
-        The entries of the runs in the order of `cells`. If a run evaluates several EMAs, its entry
-        contains the metrics of the first one only.
+        One entry per run in the order of `cells`. If a run evaluates several EMAs, the entry
+        contains only the metrics of the first EMA.
     """
     runs = []
     for cell in cells:
@@ -50,13 +50,13 @@ def has_evaluations(run: Path) -> bool:
 
 
 def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
-    """Return the settings of a run, its metrics per evaluation and its losses per logged step."""
+    """Return the settings of a run, the metrics per evaluation and the losses per logged step."""
     ema_decay = cell.settings().optimizer.ema_decay[0]
     steps, evaluations = read_log(folder / cell.run_name)
     evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == ema_decay]
     settings = evaluations[-1]["evaluation"] if evaluations else {}
     metrics = [*evaluations[0]] if evaluations else []
-    # Columns of alignment methods are align/METHOD and cosine/METHOD, or without names in old logs.
+    # Alignment methods have the columns align/METHOD and cosine/METHOD; old logs omit /METHOD.
     losses = [key for key in steps[-1] if re.match("align|(denoising|cosine)(/|$)", key)]
 
     record = read_record(cell, folder) or {"flags": make_portable(cell.flags)}
@@ -75,7 +75,7 @@ def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
 
 
 def to_columns(rows: list[dict], keys: list[str]) -> dict[str, list]:
-    """Transpose log lines to one list per key, with floats rounded to six significant digits."""
+    """Convert log lines to one list per key, with floats rounded to six significant digits."""
     return {key: [round_float(row.get(key)) for row in rows] for key in keys}
 
 
@@ -85,13 +85,13 @@ def round_float(value: object) -> object:
 
 
 def save_result(path: Path, study: str, settings: dict, runs: list[dict]) -> None:
-    """Write a result as JSON with one run per line.
+    """Write a result to a JSON file with one run per line.
 
     Args:
         path: The file to write.
-        study: The kind of result for `load_result`: the module of the study, with the suffix -knobs
-            for a result of --tune.
-        settings: Further keys of the result.
+        study: The kind of result, which `load_result` checks: the module name of the study, with
+            the suffix -knobs for a result of --tune.
+        settings: Further entries of the result.
         runs: The entries of the runs, from `collect_runs`.
     """
     module = f"experiments.{study.removesuffix('-knobs')}"
@@ -106,7 +106,7 @@ def save_result(path: Path, study: str, settings: dict, runs: list[dict]) -> Non
 
 
 def load_result(path: Path, study: str) -> dict:
-    """Return a result that `save_result` wrote.
+    """Load a result that `save_result` has written.
 
     Raises:
         UserError: If the file is missing or damaged, belongs to another study, or has another
@@ -137,10 +137,10 @@ def write_report(
     """Write the Markdown table and the figure of a result, and print the table.
 
     Args:
-        path: The JSON file of the result; the other files have the same name with .md and .png.
+        path: The JSON file of the result; the other files have the suffixes .md and .png.
         result: The content of the JSON file.
-        format_table: Returns the table of a result.
-        draw_figure: Writes the figure of a result to a path.
+        format_table: Function that returns the table of a result.
+        draw_figure: Function that writes the figure of a result to a path.
     """
     table = format_table(result)
     markdown = path.with_suffix(".md")
@@ -155,7 +155,7 @@ def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, di
 
     Args:
         runs: The runs of a result.
-        measure: Returns the quantity of a run; runs for which it returns None are left out.
+        measure: Function that returns the quantity of a run, or None to omit the run.
     """
     grouped: dict[str, dict[int, Any]] = {}
     for run in runs:
@@ -171,7 +171,7 @@ def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and its 95% interval, whose ends are NaN for a single seed."""
+    """A mean over seeds and a 95% interval, whose ends are NaN for a single seed."""
 
     mean: float
     low: float = math.nan
@@ -179,7 +179,7 @@ class Estimate(NamedTuple):
 
 
 def student_interval(values: list[float] | np.ndarray) -> Estimate:
-    """Return the mean and Student's 95% interval, mean +- t s / sqrt(n), of normal values."""
+    """Return the mean and the 95% t interval, mean +- t s / sqrt(n), of normal values."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(mean)
@@ -188,17 +188,17 @@ def student_interval(values: list[float] | np.ndarray) -> Estimate:
 
 
 def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
-    """Return the mean difference of two runs over their common seeds, with Student's interval.
+    """Return the mean difference of two runs over their common seeds, with a t interval.
 
-    Runs with the same seed share their random numbers, so taking the difference per seed removes
-    the variation that both have in common.
+    Runs with the same seed use the same random numbers, so taking the difference per seed removes
+    the variation that both runs share.
 
     Args:
         values: The values of one run by seed.
         baseline: The values that are subtracted, by seed.
 
     Returns:
-        The estimate of values - baseline, or None if they have no seed in common.
+        The estimate of values - baseline, or None without common seeds.
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     return student_interval(differences) if differences else None

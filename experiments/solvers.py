@@ -1,10 +1,10 @@
-"""Measure the error of each solver against its cost, on Gaussian data with known solutions.
+"""Measure the error of each solver as a function of its cost, for Gaussian data.
 
     python -m experiments.solvers --out docs/solvers.png
 
-For data N(m, S) with D dimensions, x_t is Gaussian with mean alpha m and covariance V = alpha^2 S
-+ sigma^2 I, and the velocity is affine in x. Writes a figure, and its numbers to a JSON file next
-to it. Takes a few seconds on a CPU.
+For D-dimensional data N(m, S), x_t is Gaussian with mean alpha m and covariance V = alpha^2 S +
+sigma^2 I, the velocity is affine in x, and the exact solution is known. The command writes a
+figure, and the numbers to a JSON file next to it. It takes a few seconds on a CPU.
 """
 
 import itertools
@@ -50,14 +50,15 @@ if TYPE_CHECKING:
 
 EXAMPLE_STDS = [0.1, 0.4, 0.8, 1.5]
 NUM_IMAGES = 256
-PATH_TYPES = ("linear", "cosine")  # those of SiT's and REPA's tables, for the ODE and SDE solvers
+PATH_TYPES = ("linear", "cosine")  # the paths in the tables of SiT and REPA
 EVALUATION_COUNTS = [8, 16, 32, 64, 128, 256, 512]
-SDE_EVALUATION_COUNTS = [8, 16, 32, 64, 128, 250, 512]  # SiT's and REPA's tables use 250
+SDE_EVALUATION_COUNTS = [8, 16, 32, 64, 128, 250, 512]  # the tables of SiT and REPA use 250
 RTOLS = [10.0**-k for k in range(1, 9)]  # with atol = rtol / 1000, as in the SiT repository
+# Time at which the last step starts, for n evaluations.
 LAST_TIMES: dict[str, Callable[[int], float]] = {
     "last step 0.04": lambda n: 0.04,
     "last step 1 / n": lambda n: 1 / n,
-}  # for n evaluations
+}
 
 
 class Gaussian(NamedTuple):
@@ -69,25 +70,25 @@ class Gaussian(NamedTuple):
 
     @property
     def covariance(self) -> Tensor:
-        """S, (D, D)."""
+        """The covariance S, (D, D)."""
         return self.axes * self.std**2 @ self.axes.T
 
     def predict_expected(self, interpolant: Interpolant, prediction: str) -> VelocityField:
-        """Return the function that a network with this prediction approximates.
+        """Return the function that a network with this kind of prediction approximates.
 
         Args:
-            interpolant: Defines x_t.
+            interpolant: The interpolant that defines x_t.
             prediction: "x" for E[x | x_t], "eps" for E[eps | x_t], or "v" for
                 E[v | x_t] = alpha' E[x | x_t] + sigma' E[eps | x_t].
 
         Returns:
-            A function of x_t, (B, D), and one time or times (B,).
+            A function of x_t, (B, D), and of a single time or times (B,).
         """
 
         def predict(x: Tensor, t: float | Tensor) -> Tensor:
             times = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
             alpha, sigma, d_alpha, d_sigma = interpolant.coefficients(expand_like(times, x))
-            # V^-1 (x - alpha m), in the basis of the axes.
+            # Compute V^-1 (x - alpha m) in the basis of the principal axes.
             whitened = (x - alpha * self.mean) @ self.axes / (alpha**2 * self.std**2 + sigma**2)
             eps = sigma * whitened @ self.axes.T
             data = self.mean + alpha * (self.std**2 * whitened) @ self.axes.T
@@ -96,20 +97,20 @@ class Gaussian(NamedTuple):
         return predict
 
     def velocity(self, interpolant: Interpolant) -> VelocityField:
-        """Return E[v | x_t] as a function of x_t and t."""
+        """Return the exact velocity E[v | x_t] as a function of x_t and t."""
         return self.predict_expected(interpolant, "v")
 
     def flow(self, x: Tensor) -> Tensor:
         """Return the exact solution of the ODE at t = 0 for noise x at t = 1, (B, D).
 
-        Along each axis (x_t - alpha m) / V^(1/2) is constant, so the solution is m + S^(1/2) x:
-        each quantile of the noise maps to the same quantile of the data.
+        Along each principal axis, (x_t - alpha m) / V^(1/2) is constant, so the solution is
+        m + S^(1/2) x: each quantile of the noise is mapped to the same quantile of the data.
         """
         return self.mean + x @ self.axes * self.std @ self.axes.T
 
 
 def example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
-    """Return a Gaussian with these standard deviations along random axes."""
+    """Return a Gaussian with the given standard deviations along random principal axes."""
     d = len(stds)
     draw = normal(seed, Purpose.NOISE, torch.arange(d + 1), (d,))
     axes, _ = torch.linalg.qr(draw[1:])
@@ -124,11 +125,11 @@ def sde_moments(
     last: float = 0.04,
     ends: tuple[float, float] = UNIT_INTERVAL,
 ) -> tuple[Tensor, Tensor]:
-    """Return the exact mean and covariance of the SDE solver's samples, without sampling.
+    """Return the exact mean and covariance of the samples of the SDE solver, without sampling.
 
     The velocity must be affine in x. A sample is then affine in the initial noise and in the noise
-    of each step. A batch whose first row has no noise and whose other rows have one unit impulse
-    each therefore determines the moments.
+    of each step, so the moments follow from a batch whose first row has zero noise and whose other
+    rows have a single unit impulse each.
 
     Args:
         velocity: The velocity field.
@@ -136,7 +137,7 @@ def sde_moments(
         d: Number of dimensions.
         num_steps: Number of network evaluations.
         last: Time at which the last step starts, see `samplers.sde_times`.
-        ends: Lower and upper end of the integration.
+        ends: Lower and upper end of the integration interval.
 
     Returns:
         The mean, (D,), and the covariance, (D, D).
@@ -158,12 +159,12 @@ def start_noise(data: Gaussian) -> Tensor:
 
 
 def relative_rms_error(data: Gaussian, end: Tensor, exact: Tensor) -> float:
-    """Return the root mean square error in units of the standard deviation of the data."""
+    """Return the root-mean-square error relative to the standard deviation of the data."""
     return ((end - exact).square().mean() / data.std.square().mean()).sqrt().item()
 
 
 def relative_covariance_error(data: Gaussian, covariance: Tensor) -> float:
-    """Return |C - S| / |S| in the Frobenius norm for the covariance C of samples."""
+    """Return |C - S| / |S| in the Frobenius norm, where C is the covariance of the samples."""
     return ((covariance - data.covariance).norm() / data.covariance.norm()).item()
 
 
@@ -206,10 +207,10 @@ def measure_sde(
 
 
 def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -> dict[str, Any]:
-    """Compare dopri5 with guidance in an interval: a single integration against one per piece.
+    """Compare a single integration with one integration per piece, for guidance in an interval.
 
-    The exact solution is that of the pieces with a much smaller tolerance, which a test compares
-    with scipy's.
+    The reference solution is the integration in pieces with a much smaller tolerance. A test
+    compares it with the solution of scipy.
     """
     noise = start_noise(data)
 
@@ -243,7 +244,7 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
 def measure_prediction(
     data: Gaussian, interpolant: Interpolant, prediction: str
 ) -> dict[str, float]:
-    """Return the errors of the ODE and SDE solvers for an exact network with this prediction."""
+    """Return the errors of the ODE and SDE solvers for an exact network with a given prediction."""
     noise = start_noise(data)
     network = data.predict_expected(interpolant, prediction)
     low, high = time_interval(interpolant, prediction)
@@ -268,14 +269,14 @@ def measure_prediction(
 
 
 def convergence_order(curve: dict[str, list]) -> float:
-    """Return minus the slope of log(error) over log(evaluations) at the last two points."""
+    """Return the order of convergence, estimated from the last two points of a curve."""
     logs = np.log([curve["error"][-2:], curve["evaluations"][-2:]])
     error, n = np.diff(logs)[:, 0]
     return -error / n
 
 
 def measure() -> dict:
-    """Return all figures, rounded to four significant digits."""
+    """Return all measurements, rounded to four significant digits."""
     data = example_gaussian(EXAMPLE_STDS)
     null = example_gaussian([0.5, 0.9, 1.1, 1.4], seed=1)
     odes = {}
@@ -293,7 +294,7 @@ def measure() -> dict:
     objectives: dict[str, dict] = {name: {} for name in INTERPOLANTS}
     for name, prediction in itertools.product(INTERPOLANTS, PREDICTIONS):
         objectives[name][prediction] = measure_prediction(data, INTERPOLANTS[name], prediction)
-    figures = {
+    measurements = {
         "standard deviations": EXAMPLE_STDS,
         "images": NUM_IMAGES,
         "ode": odes,
@@ -302,18 +303,18 @@ def measure() -> dict:
         "interval": measure_guidance(data, null, INTERPOLANTS["linear"]),
         "objectives": objectives,
     }
-    return json.loads(json.dumps(figures), parse_float=round_number, parse_int=round_number)
+    return json.loads(json.dumps(measurements), parse_float=round_number, parse_int=round_number)
 
 
 def round_number(text: str) -> float:
-    """Round a number to four significant digits, so that it does not depend on the machine."""
+    """Round a number to four significant digits, so that results agree between machines."""
     return float(f"{float(text):.4g}")
 
 
-def markdown_tables(figures: dict) -> list[str]:
-    """Return the rows of the tables of docs/sampling.md: solvers, guidance, and objectives."""
-    solver_rows = [solver_row(figures, name) for name in PATH_TYPES]
-    interval = figures["interval"]
+def markdown_tables(measurements: dict) -> list[str]:
+    """Return the rows of three tables in docs/sampling.md: solvers, guidance, and objectives."""
+    solver_rows = [solver_row(measurements, name) for name in PATH_TYPES]
+    interval = measurements["interval"]
     guidance_rows = [
         f"| {label} | {rtol:g} | {evaluations:.0f} | {error:.2g} |"
         for name, label in (("one go", "single interval"), ("pieces", "in pieces"))
@@ -322,36 +323,36 @@ def markdown_tables(figures: dict) -> list[str]:
     objective_rows = [
         f"| {name} | {prediction} | {errors['Heun']:.2g} | "
         f"{errors['dopri5']:.2g} ({errors['evaluations']:.0f}) | {errors['SDE']:.2%} |"
-        for name, predictions in figures["objectives"].items()
+        for name, predictions in measurements["objectives"].items()
         for prediction, errors in predictions.items()
     ]
     return ["\n".join(rows) for rows in (solver_rows, guidance_rows, objective_rows)]
 
 
-def solver_row(figures: dict, name: str) -> str:
-    """Return the row of a path in the table of solvers."""
+def solver_row(measurements: dict, name: str) -> str:
+    """Return the row of a path in the table of the solvers."""
     at_64 = EVALUATION_COUNTS.index(64)
     at_250 = SDE_EVALUATION_COUNTS.index(250)
     at_default = RTOLS.index(1e-3)
-    solvers = figures["ode"][name]
+    solvers = measurements["ode"][name]
     adaptive = {key: values[at_default] for key, values in solvers["dopri5"].items()}
     cells = [
         name,
-        *(f"{order:.2f}" for order in figures["order"][name].values()),
+        *(f"{order:.2f}" for order in measurements["order"][name].values()),
         f"{solvers['Euler']['error'][at_64]:.2g}",
         f"{solvers['Heun']['error'][at_64]:.2g}",
         f"{adaptive['error']:.2g} ({adaptive['of an image, mean']:.0f}, "
         f"at most {adaptive['evaluations']:.0f})",
-        *(f"{curve['error'][at_250]:.2%}" for curve in figures["sde"][name].values()),
+        *(f"{curve['error'][at_250]:.2%}" for curve in measurements["sde"][name].values()),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def draw_figure(figures: dict, path: Path) -> None:
-    """Draw the errors of the ODE solvers per path, and those of the SDE solver."""
+def draw_figure(measurements: dict, path: Path) -> None:
+    """Draw the errors of the ODE solvers for each path, and the errors of the SDE solver."""
     plt = load_pyplot()
     figure, grid = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for axes, (name, solvers) in zip(grid, figures["ode"].items()):
+    for axes, (name, solvers) in zip(grid, measurements["ode"].items()):
         axes.set_title(f"ODE, {name} path")
         for (solver, curve), color, order in zip(solvers.items(), ("C0", "C1", "C2"), (1, 2, 5)):
             draw_curve(axes, curve, color=color, label=solver)
@@ -362,10 +363,10 @@ def draw_figure(figures: dict, path: Path) -> None:
     axes = grid[2]
     axes.set_title("SDE, Euler-Maruyama")
     axes.set_ylabel("error of the covariance, relative")
-    for color, (name, curves) in zip(("C3", "C4"), figures["sde"].items()):
+    for color, (name, curves) in zip(("C3", "C4"), measurements["sde"].items()):
         for linestyle, (last, curve) in zip(("-", ":"), curves.items()):
             draw_curve(axes, curve, color=color, linestyle=linestyle, label=f"{name}, {last}")
-    draw_slope(axes, figures["sde"]["linear"]["last step 1 / n"], 1)
+    draw_slope(axes, measurements["sde"]["linear"]["last step 1 / n"], 1)
 
     for axes in grid:
         axes.set(xscale="log", yscale="log", xlabel="network evaluations", xlim=(6, 1000))
@@ -377,12 +378,12 @@ def draw_figure(figures: dict, path: Path) -> None:
 
 
 def draw_curve(axes: "Axes", curve: dict[str, list], **style: Any) -> None:
-    """Draw the error over the number of evaluations."""
+    """Draw the error as a function of the number of evaluations."""
     axes.plot(curve["evaluations"], curve["error"], marker="o", markersize=3.5, **style)
 
 
 def draw_slope(axes: "Axes", curve: dict[str, list], order: int) -> None:
-    """Draw a dashed line with the slope of an order of convergence at the last three points."""
+    """Draw a dashed line near the last three points whose slope is an order of convergence."""
     n = np.array(curve["evaluations"][-3:])
     offset = 0.3 if order > 2 else 2.5
     line = offset * curve["error"][-1] * (n / n[-1]) ** -float(order)
@@ -402,9 +403,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} must end in .png")
-    figures = measure()
-    write_file(args.out.with_suffix(".json"), json.dumps(figures, indent=1).encode() + b"\n")
-    draw_figure(figures, args.out)
+    measurements = measure()
+    write_file(args.out.with_suffix(".json"), json.dumps(measurements, indent=1).encode() + b"\n")
+    draw_figure(measurements, args.out)
     print(f"solvers: {args.out}")
 
 

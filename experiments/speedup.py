@@ -1,7 +1,7 @@
-"""Uncertainty of differences between runs with the same seeds, and speed-ups in images.
+"""Compute uncertainties of differences between runs with the same seeds, and speed-ups in images.
 
-Shapes: n seeds, P evaluations of a curve, R resamples of the seeds. Lower values of a curve are
-better; replace an accuracy a, for which higher is better, by 1 - a.
+Shapes: n seeds, P evaluations per curve, R resamples of the seeds. Lower values of a curve are
+better; replace an accuracy a by 1 - a.
 """
 
 from typing import NamedTuple
@@ -12,16 +12,17 @@ from scipy import optimize, stats
 from experiments.results import TAILS, Estimate
 
 NUM_RESAMPLES = 10_000
-MILESTONES = (0.25, 0.5, 0.75, 1.0)  # fractions of the training images at which speed-ups are given
-# Coverage of the 95% interval of `bootstrap_interval` for n normal values, from 20,000 simulated
-# studies; accurate to +-0.006.
+MILESTONES = (0.25, 0.5, 0.75, 1.0)  # speed-ups are computed at these fractions of the training
+# Coverage of the 95% interval of `bootstrap_interval` for n normal values, estimated from 20,000
+# simulated studies, with an error of at most 0.006.
 COVERAGE = {2: 0.50, 3: 0.75, 4: 0.80, 5: 0.84, 6: 0.86, 8: 0.89, 10: 0.90}
 
 
 def draw_resamples(count: int) -> np.ndarray:
-    """Return how often each of n seeds is drawn in each resample with replacement, (R, n).
+    """Return the number of times that each of n seeds is drawn in each resample, (R, n).
 
-    The generator has a fixed seed, so every call returns the same resamples.
+    Seeds are drawn with replacement. The generator has a fixed seed, so every call returns the same
+    resamples.
     """
     generator = np.random.default_rng(0)
     counts = generator.multinomial(count, [1 / count] * count, size=NUM_RESAMPLES)
@@ -31,13 +32,13 @@ def draw_resamples(count: int) -> np.ndarray:
 def bootstrap_interval(values: np.ndarray) -> Estimate:
     """Return the mean of n values and its 95% percentile bootstrap interval.
 
-    For few values the interval is too narrow: the standard deviation of the resampled means is
-    smaller than it should be by a factor of sqrt((n - 1) / n), and the interval has no counterpart
-    of the heavier tails of the t distribution. For five normal values, the 95% interval contains
-    the true mean in 84% of cases (see `COVERAGE`). The tables therefore also contain Student's
-    interval, which is exact for normal values.
+    For few values the interval is too narrow: the standard deviation of the resampled means is too
+    small by a factor of sqrt((n - 1) / n), and the interval does not account for the heavier tails
+    of the t distribution. For five normal values, the 95% interval contains the true mean in 84% of
+    cases (see `COVERAGE`). The tables therefore also contain the t interval, which is exact for
+    normal values.
     """
-    # Relative to the first value, so that the interval of equal values has a width of exactly zero.
+    # Subtract the first value, so that the interval of equal values has a width of exactly zero.
     first = values[0]
     offsets = np.subtract(values, first)
     mean = float(first + offsets.mean())
@@ -48,32 +49,32 @@ def bootstrap_interval(values: np.ndarray) -> Estimate:
 
 
 def detectable_difference(differences: np.ndarray) -> float:
-    """Return the smallest mean difference that a paired t test detects in 80% of studies.
+    """Return the mean difference that a paired t test detects with 80% power.
 
-    The test is two-sided with a level of 5%. The difference is the delta with P(|T| > t) = 0.8,
-    where T has the noncentral t distribution with n - 1 degrees of freedom and noncentrality
+    The test is two-sided at the 5% level. The result is the delta for which P(|T| > t) = 0.8, where
+    T has the noncentral t distribution with n - 1 degrees of freedom and noncentrality
     delta sqrt(n) / s. The result is as uncertain as the standard deviation s of the differences:
-    for five seeds, 95% of studies measure between 0.35 and 1.67 times the true s.
+    with five seeds, 95% of studies measure between 0.35 and 1.67 times the true s.
 
     Args:
-        differences: The differences of n > 1 pairs, which determine s.
+        differences: The differences of n > 1 pairs, from which s is estimated.
     """
-    freedom = len(differences) - 1
-    threshold = stats.t.ppf(TAILS[1], freedom)
+    degrees_of_freedom = len(differences) - 1
+    threshold = stats.t.ppf(TAILS[1], degrees_of_freedom)
 
     def excess_power(noncentrality: float) -> float:
-        # The probability of a detection with the wrong sign. scipy returns nan where it vanishes.
-        wrong_sign = np.nan_to_num(stats.nct.cdf(-threshold, freedom, noncentrality))
-        return stats.nct.sf(threshold, freedom, noncentrality) + wrong_sign - 0.8
+        # Probability of a detection with the wrong sign. scipy returns nan where it is zero.
+        wrong_sign = np.nan_to_num(stats.nct.cdf(-threshold, degrees_of_freedom, noncentrality))
+        return stats.nct.sf(threshold, degrees_of_freedom, noncentrality) + wrong_sign - 0.8
 
     # The noncentrality is 16.3 for two pairs and smaller for more pairs.
     return float(optimize.brentq(excess_power, 0, 22) * stats.sem(differences))
 
 
 class Bounds(NamedTuple):
-    """Lower and upper bound of a number, equal if it is known.
+    """Lower and upper bound of a number, which are equal if the number is known.
 
-    An unknown lower bound is 0 and an unknown upper bound is infinity.
+    An unknown lower bound is 0, and an unknown upper bound is infinity.
     """
 
     low: float
@@ -85,17 +86,17 @@ def images_needed(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return bounds of the number of images after which curves first reach a quality.
 
-    Between evaluations log(value) is interpolated linearly in log(images), which is exact for power
-    laws. A curve that is better than the quality at its first evaluation has the bounds
-    (0, images[0]), and a curve that never reaches it (images[-1], inf).
+    Between evaluations, log(value) is interpolated linearly in log(images), which is exact for
+    power laws. The bounds are (0, images[0]) for a curve that is better than the quality at the
+    first evaluation, and (images[-1], inf) for a curve that never reaches the quality.
 
     Args:
-        images: Images at each evaluation, (P,).
+        images: Number of images at each evaluation, (P,).
         values: Curves of positive values, (..., P).
-        quality: Positive quality to reach per curve, (...).
+        quality: The positive value that each curve must reach, (...).
 
     Returns:
-        The lower and the upper bounds, (...) each.
+        The lower bounds and the upper bounds, each of shape (...).
     """
     x = np.log(images)
     y = np.log(values)
@@ -119,10 +120,10 @@ def images_needed(
 
 
 class SpeedUp(NamedTuple):
-    """The factor by which a method needs fewer images than the baseline.
+    """The factor by which a method needs fewer images than the baseline to reach a quality.
 
     Attributes:
-        images: Number of images after which the baseline has the quality to reach.
+        images: Number of images after which the baseline reaches the quality.
         value: Images that the baseline needs, divided by images that the method needs.
         interval: Lower and upper end of the 95% interval; empty for a single seed.
     """
@@ -135,8 +136,8 @@ class SpeedUp(NamedTuple):
 def select_milestones(images: np.ndarray) -> list[int]:
     """Return the indices of the evaluations nearest to the `MILESTONES`, without duplicates.
 
-    The first evaluation is excluded unless it is the only one: a method that is better there has no
-    known crossing.
+    The first evaluation is excluded unless it is the only evaluation, because no crossing is known
+    for a method that is better there.
     """
     nearest = {int(np.abs(images - part * images[-1]).argmin()) for part in MILESTONES}
     return sorted(nearest - {0}) or [0]
@@ -147,20 +148,20 @@ def compute_speed_ups(
 ) -> list[SpeedUp]:
     """Return the speed-up of a method at each milestone of the baseline.
 
-    The paper's factor of 7 is defined in the same way (7M steps of SiT-XL against 1M). Curves are
-    averaged over seeds before crossings are computed. The interval is a percentile bootstrap: each
-    resample of the seeds yields both mean curves and the quality. For crossings outside of the
-    evaluated range, `Bounds` contain what is known; the ends of the interval are then quantiles of
-    the lower and the upper bounds, which enclose the true quantile.
+    The paper defines its factor of 7 in the same way (7M steps of SiT-XL compared with 1M). Curves
+    are averaged over seeds before crossings are computed. The interval is a percentile bootstrap
+    interval: both mean curves and the quality are recomputed for each resample of the seeds. For
+    crossings outside of the evaluated range, only `Bounds` are known; the ends of the interval are
+    then quantiles of the lower and the upper bounds, which enclose the true quantile.
 
     Args:
-        images: Images at each evaluation, (P,).
+        images: Number of images at each evaluation, (P,).
         baseline: Curves of the baseline, (n, P).
         method: Curves of the method, (n, P). Row i has the same seed as row i of `baseline`.
     """
     count = len(baseline)
 
-    # Mean curves, (1 + R, P). The first row contains the seeds without resampling.
+    # Compute mean curves, (1 + R, P). The first row is the mean without resampling.
     weights = np.vstack([np.ones(count), draw_resamples(count)]) / count
     baseline_means = weights @ baseline
     method_means = weights @ method

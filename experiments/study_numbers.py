@@ -1,7 +1,7 @@
-"""Compute the numbers of a convergence study's tables from its JSON result alone.
+"""Compute the numbers in the tables of a convergence study from its JSON result alone.
 
-The first entry of result["methods"] is the baseline. Methods are compared per seed, so an
-unfinished study is compared on the seeds that both methods have.
+The first entry of result["methods"] is the baseline. Methods are compared per seed, so in an
+unfinished study they are compared on the seeds that both methods have.
 """
 
 import math
@@ -19,19 +19,20 @@ from experiments.speedup import (
     detectable_difference,
 )
 
+# Metrics besides the main metric, and their columns in the log.
 METRIC_COLUMNS = {
     "agreement": "class_agreement",
     "held-out": "held_out",
     "precision": "precision",
     "recall": "recall",
-}  # metrics besides the main one -> columns of the log
+}
 
 
 class Curves(NamedTuple):
-    """A metric of all runs at the evaluations that all of them have.
+    """The curves of a metric, at the evaluations that all runs have in common.
 
     Attributes:
-        images: Training images at each evaluation, (P,).
+        images: Number of training images at each evaluation, (P,).
         by_method: Name of a method -> seed -> curve, (P,).
     """
 
@@ -39,7 +40,7 @@ class Curves(NamedTuple):
     by_method: dict[str, dict[int, np.ndarray]]
 
     def pair(self, name: str, other: str) -> np.ndarray:
-        """Return the curves of two methods with their n common seeds, (2, n, P)."""
+        """Return the curves of two methods for their n common seeds, (2, n, P)."""
         first = self.by_method.get(name, {})
         second = self.by_method.get(other, {})
         seeds = sorted(first.keys() & second.keys())
@@ -47,12 +48,12 @@ class Curves(NamedTuple):
         return np.reshape(curves, (2, len(seeds), len(self.images)))
 
     def percent_differences(self, name: str, baseline: str) -> np.ndarray:
-        """Return the differences from a baseline in percent of its mean curve, (n, P)."""
+        """Return the differences from the baseline in percent of its mean curve, (n, P)."""
         values, baseline_values = self.pair(name, baseline)
         return 100 * (values - baseline_values) / baseline_values.mean(0)
 
     def final_mean(self, name: str) -> float:
-        """Return the mean of a method's last values over all of its seeds."""
+        """Return the mean of the last values of a method over all of its seeds."""
         return float(np.mean([curve[-1] for curve in self.by_method[name].values()]))
 
 
@@ -68,7 +69,7 @@ def collect_curves(result: dict, metric: str) -> Curves:
         points = {images: value for value, images in evaluations if value is not None}
         if not all(map(math.isfinite, points.values())):
             raise UserError(
-                f"{metric} of {run['name']}, seed {run['seed']}, is not finite; remove the run"
+                f"{metric} of {run['name']}, seed {run['seed']}, is not finite; remove this run"
             )
         return points or None
 
@@ -77,8 +78,8 @@ def collect_curves(result: dict, metric: str) -> Curves:
     images = sorted(set.intersection(*map(set, all_points))) if all_points else []
     if all_points and not images:
         raise UserError(
-            f"{metric} was evaluated after different numbers of images in each run, so nothing can "
-            "be compared; rerun the study"
+            f"the runs have no evaluation of {metric} after the same number of images, so they "
+            "cannot be compared; rerun the study"
         )
     for by_seed in by_method.values():
         for seed, points in by_seed.items():
@@ -90,7 +91,7 @@ def main_curves(result: dict) -> Curves:
     """Return the curves of the study's main metric.
 
     Raises:
-        UserError: If there is no run of the baseline, or as in `collect_curves`.
+        UserError: If the baseline has no run, or for the reasons in `collect_curves`.
     """
     curves = collect_curves(result, result["metric"])
     baseline = result["methods"][0]
@@ -103,7 +104,7 @@ def main_curves(result: dict) -> Curves:
 
 
 def held_out_times(result: dict) -> list[str]:
-    """Return the times of the held-out losses, as in the names of their columns."""
+    """Return the times of the held-out losses, as written in the column names."""
     prefix = "held_out_"
     columns = [key for run in result["runs"] for key in run["metrics"]]
     times = [key.removeprefix(prefix) for key in columns if key.startswith(prefix)]
@@ -116,7 +117,7 @@ def list_seeds(result: dict) -> list[int]:
 
 
 def training_costs(method: dict) -> dict[str, float]:
-    """Return the costs of training on an image, "FLOP" and "second", as far as they are known."""
+    """Return the known training costs per image, in units of "FLOP" and "second"."""
     costs = {
         "FLOP": method.get("training_flops"),
         "second": (method.get("step_s") or {}).get("median"),
@@ -125,9 +126,9 @@ def training_costs(method: dict) -> dict[str, float]:
 
 
 def collect_probes(result: dict) -> dict[str, list[dict[str, float]]]:
-    """Return the accuracies of the linear probe by block, one entry per seed of each method.
+    """Return the accuracies of the linear probe by block, with one entry per method and seed.
 
-    Contains only the seeds that all probed methods have in common.
+    Only the seeds that all probed methods have in common are included.
     """
     probes = group_runs(result["runs"], lambda run: (run.get("probe") or {}).get("accuracy"))
     seeds = sorted(set.intersection(*map(set, probes.values()))) if probes else []
@@ -135,10 +136,10 @@ def collect_probes(result: dict) -> dict[str, list[dict[str, float]]]:
 
 
 def best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
-    """Return the block with the highest mean accuracy over seeds, and the accuracy.
+    """Return the block with the highest mean accuracy over seeds, and this accuracy.
 
     Args:
-        accuracies: Accuracies by block, one entry per seed. They have at least one block in common.
+        accuracies: Accuracies by block, one entry per seed. The entries must have a common block.
     """
     blocks = [block for block in accuracies[0] if all(block in entry for entry in accuracies)]
     means = [float(np.mean([entry[block] for entry in accuracies])) for block in blocks]
@@ -146,7 +147,7 @@ def best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
 
 
 def format_bounds(bounds: Bounds, divisor: float) -> str:
-    """Format a quotient as "1.12" if it is known, otherwise as "> 1.12", "< 1.12" or "unknown"."""
+    """Format a quotient as "1.12" if it is known, or else as "> 1.12", "< 1.12" or "unknown"."""
     low = bounds.low / divisor
     high = bounds.high / divisor
     if low == high:
@@ -162,12 +163,12 @@ def format_bounds(bounds: Bounds, divisor: float) -> str:
 def format_speed_up(speed_up: SpeedUp, cost: float = 1.0) -> str:
     """Format a speed-up as "1.12 (1.05 to 1.20)".
 
-    Returns only the bound if neither the value nor the ends of its interval are known better.
+    If the value and both ends of the interval have the same bound, return only this bound.
 
     Args:
         speed_up: The speed-up in images.
-        cost: Cost of training on an image relative to the baseline, in FLOPs or seconds, which
-            converts the speed-up to this unit; assumed to be exact.
+        cost: Training cost per image relative to the baseline, in FLOPs or seconds, which converts
+            the speed-up to this unit. It is assumed to be exact.
     """
     value, *ends = (format_bounds(bounds, cost) for bounds in (speed_up.value, *speed_up.interval))
     is_bound = speed_up.value.low < speed_up.value.high
@@ -190,27 +191,27 @@ def format_estimate(values: np.ndarray, spec: str) -> str:
 
 
 def count_decimals(mean: float) -> int:
-    """Return the number of decimals with which a mean has four significant digits."""
+    """Return the number of decimal places for four significant digits of a mean."""
     return max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 3
 
 
 def format_numbers(result: dict) -> dict[str, str]:
-    """Return the numbers of a study as its tables contain them, under keys "METHOD QUANTITY".
+    """Return the formatted numbers of the tables, with keys of the form "METHOD QUANTITY".
 
-    Quantities of each method: "seeds" (in common with the baseline), the main metric (such as
-    "FD-fashion"), "agreement", "precision", "recall", "held-out", "probe", and the costs "FLOP" and
-    "second" relative to the baseline.
+    Quantities of each method: "seeds" (number of seeds in common with the baseline), the main
+    metric (such as "FD-fashion"), "agreement", "precision", "recall", "held-out", "probe", and the
+    costs "FLOP" and "second" relative to the baseline.
 
-    Quantities of each method but the baseline, relative to the baseline: "METRIC difference" with
-    its bootstrap interval (of the main metric, "agreement" and "held-out"), "student" (Student's
-    interval) and "detectable" of the main metric, "held-out at T" in percent, "speed-up at IMAGES"
-    at the quality that the baseline has then, and "speed-up", "speed-up per FLOP" and "speed-up per
-    second" at the baseline's final quality.
+    Quantities of each method except the baseline, relative to the baseline: "METRIC difference"
+    with a bootstrap interval (for the main metric, "agreement" and "held-out"), "student" (the t
+    interval) and "detectable" for the main metric, "held-out at T" in percent, "speed-up at IMAGES"
+    at the quality that the baseline reaches after this number of images, and "speed-up", "speed-up
+    per FLOP" and "speed-up per second" at the final quality of the baseline.
 
-    Quantities that were not measured are missing.
+    Quantities that were not measured are omitted.
 
     Raises:
-        UserError: As in `main_curves`.
+        UserError: For the reasons in `main_curves`.
     """
     baseline = result["methods"][0]["name"]
     quality = main_curves(result)
@@ -253,7 +254,7 @@ def format_numbers(result: dict) -> dict[str, str]:
 
 
 def format_metric(metric: str, curves: Curves, name: str, baseline: str) -> dict[str, str]:
-    """Return the final value of a metric, and for some metrics its difference from the baseline."""
+    """Return the final value of a metric, and for most metrics the difference from the baseline."""
     final = curves.final_mean(name)
     reference = baseline if baseline in curves.by_method else name
     decimals = count_decimals(curves.final_mean(reference))
@@ -271,7 +272,7 @@ def format_metric(metric: str, curves: Curves, name: str, baseline: str) -> dict
 
 
 def format_speed_ups(speed_ups: list[SpeedUp], costs: dict[str, float]) -> dict[str, str]:
-    """Return the speed-ups in images at all milestones, and the final one in other units."""
+    """Return the speed-ups in images at all milestones, and the final speed-up in other units."""
     numbers = {
         f"speed-up at {speed_up.images}": format_speed_up(speed_up) for speed_up in speed_ups
     }

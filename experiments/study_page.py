@@ -1,4 +1,4 @@
-"""The tables and the figure of a convergence study, made from its JSON result alone."""
+"""Create the tables and the figure of a convergence study from its JSON result alone."""
 
 import math
 from functools import partial
@@ -32,24 +32,26 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, without yellow.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 MARKERS = "osDP<>h"  # triangles that point up and down are reserved for bounds
-FLOOR_LABEL = "the autoencoder's own"
+FLOOR_LABEL = "autoencoder reconstructions"
+FLOOR_FIGURE_LABEL = "the autoencoder's own"
 
-Styles = dict[str, dict[str, Any]]  # name of a measured method -> colour, marker and label
+# Colour, marker and label of the measured methods, by name.
+Styles = dict[str, dict[str, Any]]
 
 
 def format_tables(result: dict) -> str:
     """Return all tables of a study as Markdown, followed by their explanation.
 
     Raises:
-        UserError: If the runs cannot be compared, as in `main_curves`.
+        UserError: If the runs cannot be compared, see `main_curves`.
     """
     numbers = format_numbers(result)
     metric = result["metric"]
     labels = {method["name"]: method["label"] for method in result["methods"]}
     baseline, *others = labels
-    against = f"against {labels[baseline]}"
+    baseline_header = f"difference from {labels[baseline]}"
 
-    # Label the measured methods, with the number of their seeds if some are missing.
+    # Label the measured methods, and add the number of seeds if some are missing.
     total = len(list_seeds(result))
     measured = {name: label for name, label in labels.items() if f"{name} seeds" in numbers}
     for name, label in measured.items():
@@ -70,27 +72,28 @@ def format_tables(result: dict) -> str:
 
     quality_columns = {
         metric: metric,
-        f"{metric} difference": against,
-        "student": "Student's 95%",
-        "detectable": "detectable",
+        f"{metric} difference": baseline_header,
+        "student": "95% t interval",
+        "detectable": "detectable difference",
         "speed-up": "speed-up in images",
-        "speed-up per FLOP": "in FLOPs",
-        "speed-up per second": "in seconds",
+        "speed-up per FLOP": "speed-up in FLOPs",
+        "speed-up per second": "speed-up in seconds",
     }
     detail_columns = {
-        "agreement": "classes agree",
-        "agreement difference": f"{against}, points",
+        "agreement": "class agreement",
+        "agreement difference": f"{baseline_header}, percentage points",
         "precision": "precision",
         "recall": "recall",
         "held-out": "held-out loss",
-        "held-out difference": against,
+        "held-out difference": baseline_header,
         "probe": describe_probes(result),
     }
     held_out_columns = {f"held-out at {t}": f"t = {t}" for t in held_out_times(result)}
     cost_columns = {"FLOP": "FLOPs per image", "second": "seconds per step"}
     marker = "speed-up at "
     for images in sorted({int(key.partition(marker)[2]) for key in numbers if marker in key}):
-        cost_columns[f"{marker}{images}"] = f"at {labels[baseline]}'s {abbreviate(images)}"
+        header = f"speed-up at {abbreviate(images)} images of {labels[baseline]}"
+        cost_columns[f"{marker}{images}"] = header
 
     # The first table also lists the methods that were not run.
     not_run = {f"{name} {metric}": "not run" for name in labels}
@@ -100,14 +103,14 @@ def format_tables(result: dict) -> str:
     lines += make_table(detail_rows, detail_columns, numbers)
     if held_out_columns and others:
         held_out_rows = {name: labels[name] for name in others}
-        corner = f"held-out loss, % {against}"
+        corner = f"held-out loss, % {baseline_header}"
         lines += make_table(held_out_rows, held_out_columns, numbers, corner)
     lines += make_table(measured, cost_columns, numbers)
     return "\n".join([*lines, *explain(result), "", "```bash", result["command"], "```", ""])
 
 
 def describe_probes(result: dict) -> str:
-    """Return the header of the accuracies of the linear probe."""
+    """Return the header of the column with the accuracies of the linear probe."""
     # All probed methods have the same seeds and blocks.
     accuracies = next(iter(collect_probes(result).values()), [])
     if not accuracies:
@@ -119,24 +122,24 @@ def describe_probes(result: dict) -> str:
 def make_table(
     labels: dict[str, str], columns: dict[str, str], numbers: dict[str, str], corner: str = ""
 ) -> list[str]:
-    """Return the lines of a Markdown table, without the columns that have no number.
+    """Return the lines of a Markdown table, without columns that contain no numbers.
 
     Args:
-        labels: The label of each row, by the name of the method.
-        columns: The header of each column, by the quantity in `numbers`.
+        labels: The labels of the rows, by the name of the method.
+        columns: The headers of the columns, by the quantity in `numbers`.
         numbers: The numbers of the study, from `format_numbers`.
-        corner: Header of the column of labels.
+        corner: The header of the first column, which contains the labels.
     """
     rows = [[corner, *columns.values()]]
     for name, label in labels.items():
         rows.append([label, *(numbers.get(f"{name} {quantity}", "") for quantity in columns)])
-    used = [column for column in zip(*rows) if any(column[1:])]
-    header, *body = (f"| {' | '.join(row)} |" for row in zip(*used))
-    return [header, "|" + "---|" * len(used), *body, ""]
+    used_columns = [column for column in zip(*rows) if any(column[1:])]
+    header, *body = (f"| {' | '.join(row)} |" for row in zip(*used_columns))
+    return [header, "|" + "---|" * len(used_columns), *body, ""]
 
 
 def explain(result: dict) -> list[str]:
-    """Return the text below the tables."""
+    """Return the lines of the explanation below the tables."""
     quality = main_curves(result)
     images = int(quality.images[-1])
     baseline, *methods = result["methods"]
@@ -149,43 +152,47 @@ def explain(result: dict) -> list[str]:
 
     # State how many runs are unfinished.
     planned_images = result["steps"] * batch_size
-    num_short = sum(run["metrics"]["images"][-1] < planned_images for run in result["runs"])
+    num_unfinished = sum(run["metrics"]["images"][-1] < planned_images for run in result["runs"])
     lines = []
-    if num_short:
+    if num_unfinished:
         lines += [
-            f"**{num_short} of {len(result['runs'])} runs have not reached their end: all are "
-            f"compared after {images:,} images, the last point that all have.**",
+            f"**{num_unfinished} of {len(result['runs'])} runs are unfinished; all runs are "
+            f"compared at {images:,} images, the last point that every run has reached.**",
             "",
         ]
 
     # State how reliable the bootstrap intervals are.
     counts = {len(quality.pair(method["name"], baseline["name"])[0]) for method in methods}
     coverage = ", ".join(
-        f"{COVERAGE[count]:.0%} with {count}" for count in sorted(counts) if count in COVERAGE
+        f"{COVERAGE[count]:.0%} for {count} seeds" for count in sorted(counts) if count in COVERAGE
     )
-    reliability = " A single seed has none. "
+    reliability = "With a single seed there is no interval."
     if max(counts, default=0) > 1:
-        about = f" (it covers about {coverage})" if coverage else ""
-        reliability = f" That is too narrow for few seeds{about}: "
+        coverage_note = f" (its coverage is about {coverage})" if coverage else ""
+        reliability = f"With few seeds this interval is too narrow{coverage_note}."
 
     return [
         *lines,
-        f"{result['model']}, {steps}, seed{plural} {' '.join(map(str, seeds))}; means over seeds. "
-        "Classes agree: the share of samples that",
-        "the classifier puts into the class that was asked for. Precision and recall: "
-        "Kynkaanniemi et al.'s, in its features.",
-        f"{metric} and held-out loss: lower is better. Against {label}: mean difference of runs of "
-        "one seed, of",
-        f"seeds in common, and its 95% percentile bootstrap interval.{reliability}Student's is "
-        "exact if differences scatter normally.",
-        "Detectable: the mean difference that a paired t test (5%, two-sided) finds in 80% of such "
-        "studies.",
-        f"Speed-up: images that {label} needs for the quality it has then / images that the method "
-        "needs for it; of",
-        "mean curves, interpolated in logarithms. In FLOPs, seconds: divided by what an image "
-        "costs, without REPA's encoder if",
-        "its features are stored. < and >: beyond what is measured. Probe: of runs that ended, of "
-        "seeds in common.",
+        f"{result['model']}, {steps}, seed{plural} {' '.join(map(str, seeds))}; means over seeds.",
+        f"{metric} and held-out loss: lower is better.",
+        "Class agreement: the fraction of samples that the classifier assigns to the requested "
+        "class.",
+        "Precision and recall: as defined by Kynkaanniemi et al., computed on the classifier's "
+        "features.",
+        f"Difference from {label}: mean of the per-seed differences over the seeds that both "
+        "methods have,",
+        f"with a 95% percentile bootstrap interval. {reliability}",
+        "The t interval is exact if the differences are normally distributed.",
+        "Detectable difference: the mean difference that a paired two-sided t test at the 5% level "
+        "detects with 80% power.",
+        f"Speed-up in images: the number of images at which {label} reaches a quality, divided by "
+        "the number at which",
+        "the method reaches it, from the mean curves with log-log interpolation.",
+        "Speed-up in FLOPs and in seconds: the same ratio with each number multiplied by the cost "
+        "per image,",
+        "excluding REPA's encoder if its features are precomputed.",
+        "< and > mark bounds, because the value lies outside the measured range.",
+        "Probe: finished runs only, over the seeds that all probed methods share.",
     ]
 
 
@@ -202,7 +209,7 @@ def draw_figure(result: dict, path: Path) -> None:
     """Draw the curves of the main metric, the speed-ups, and the differences from the baseline.
 
     Raises:
-        UserError: If the runs cannot be compared, as in `main_curves`.
+        UserError: If the runs cannot be compared, see `main_curves`.
     """
     plt = load_pyplot()
     quality = main_curves(result)
@@ -225,7 +232,7 @@ def draw_figure(result: dict, path: Path) -> None:
     for axes in figure.axes:
         add_grid(axes, "y")
 
-    # Without data, the lines draw nothing but their entries in the legends.
+    # Lines without data appear only in the legends.
     line = partial(plt.Line2D, [], [])
     mark = partial(line, color="0.4")
     methods = [line(**style, markersize=5, linewidth=1.4) for style in styles.values()]
@@ -242,7 +249,7 @@ def draw_figure(result: dict, path: Path) -> None:
 
 
 def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> None:
-    """Draw the mean curve of each method, and the range of its seeds."""
+    """Draw the mean curve of each method and the range over its seeds."""
     from matplotlib.ticker import LogLocator
 
     for name, style in styles.items():
@@ -251,14 +258,15 @@ def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> 
         band = {"color": style["color"], "alpha": 0.13, "linewidth": 0}
         axes.fill_between(quality.images, curves.min(0), curves.max(0), **band)
 
-    # A line for the autoencoder far below the curves would compress them, so it becomes a text.
+    # A line for the autoencoder far below the curves would compress them, so a text label is drawn
+    # instead.
     floor = (result.get("floor") or {}).get(result["metric"])
     if floor and floor > axes.get_ylim()[0] / 3:
         axes.axhline(floor, color="0.35", linestyle="--", linewidth=1.2)
         transform = axes.get_yaxis_transform()
-        axes.text(0.02, floor, FLOOR_LABEL, color="0.35", va="bottom", transform=transform)
+        axes.text(0.02, floor, FLOOR_FIGURE_LABEL, color="0.35", va="bottom", transform=transform)
     elif floor:
-        text = f"{FLOOR_LABEL}: {floor:.3f}"
+        text = f"{FLOOR_FIGURE_LABEL}: {floor:.3f}"
         axes.text(0.02, 0.02, text, color="0.35", transform=axes.transAxes)
 
     title = f"{result['metric']} (lower is better)"
@@ -271,7 +279,7 @@ def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> 
 
 
 def draw_categories(axes: "Axes", images: np.ndarray) -> None:
-    """Draw a tick for each number of images, with every second one shaded."""
+    """Draw a tick for each number of images, and shade the background of every second tick."""
     for k in range(0, len(images), 2):
         axes.axvspan(k - 0.5, k + 0.5, color="0.96", linewidth=0, zorder=0)
     axes.set_xticks(range(len(images)), [abbreviate(count) for count in images])
@@ -279,14 +287,14 @@ def draw_categories(axes: "Axes", images: np.ndarray) -> None:
 
 
 def category_offset(index: int, count: int) -> float:
-    """Return the horizontal offset from the tick of one of `count` methods, in ticks."""
+    """Return the horizontal offset of a method from the tick, if a tick has `count` methods."""
     return min(0.16, 0.8 / count) * (index - (count - 1) / 2)
 
 
 def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
     """Draw the speed-ups in images at the milestones of the baseline.
 
-    An arrow replaces a value or the end of an interval of which only a bound is known.
+    If only a bound of a value or of an interval end is known, an arrow replaces it.
     """
     baseline, *names = styles
     by_method: dict[str, list[SpeedUp]] = {}
@@ -295,7 +303,7 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
         if len(values):
             by_method[name] = compute_speed_ups(quality.images, baseline_values, values)
 
-    # The vertical axis contains 1, all known values and all known ends of intervals.
+    # Make the vertical axis contain 1, all known values and all known interval ends.
     bounds = np.array(
         [
             bound
@@ -304,8 +312,8 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
             for bound in (speed_up.value, *speed_up.interval)
         ]
     )
-    known = bounds[(bounds > 0) & (bounds < math.inf)]
-    axes.set_ylim(0.97 * min([1, *known]), 1.03 * max([1, *known]))
+    known_bounds = bounds[(bounds > 0) & (bounds < math.inf)]
+    axes.set_ylim(0.97 * min([1, *known_bounds]), 1.03 * max([1, *known_bounds]))
 
     for index, (name, speed_ups) in enumerate(by_method.items()):
         for k, speed_up in enumerate(speed_ups):
@@ -342,7 +350,7 @@ def draw_speed_up(axes: "Axes", x: float, speed_up: SpeedUp, style: dict[str, An
 def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -> None:
     """Draw the paired differences from the baseline, in percent of the baseline's mean.
 
-    The thick line is the bootstrap interval and the thin line is Student's.
+    The thick line is the bootstrap interval and the thin line is the t interval.
     """
     baseline, *names = styles
     names = [name for name in names if name in curves.by_method]

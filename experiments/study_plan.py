@@ -1,6 +1,6 @@
-"""The plan of a convergence study: its methods, its scales, and the flags of its runs.
+"""Define the methods and scales of a convergence study, and the flags of its runs.
 
-The aligned block of each method is chosen by runs with other seeds than those of the result.
+The aligned block of each method is chosen by tuning runs, whose seeds the study does not use.
 """
 
 import math
@@ -21,9 +21,9 @@ class Method(NamedTuple):
     """A method of the comparison.
 
     Attributes:
-        label: Its name in tables and figures.
-        flags: Its flags of train.py. A name of `METHODS` in braces stands for the block that --tune
-            chose for that method, and {encoder} for the flags of REPA's encoder.
+        label: The name in tables and figures.
+        flags: The flags of train.py. A key of `METHODS` in braces is replaced by the block that
+            --tune chose for that method, and {encoder} by the flags of the encoder of REPA.
     """
 
     label: str
@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
     @property
     def tuned_methods(self) -> set[str]:
-        """The methods whose blocks this method needs; only itself if the method is tuned."""
+        """The methods whose blocks the flags contain; tuned methods contain only their block."""
         return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
 
 
@@ -60,15 +60,15 @@ class Scale:
         log_every: Steps between log lines.
         blocks: Blocks that --tune tries.
         steps: Training steps per run.
-        evaluations: Evaluations per run, evenly spaced; the last one is after the last step.
+        evaluations: Evaluations per run, evenly spaced; the last evaluation follows the last step.
         seeds: Seeds of the study.
         tune_seeds: Seeds of --tune.
         tune_steps: Training steps per run of --tune.
-        jobs_per_gpu: Runs at a time on each GPU; None runs one per CPU core.
-        timing_rounds: Rounds of the timing of a step.
-        timing_steps: Steps per round.
-        saves_once: Whether runs save only their last step, because they take a minute and a
-            checkpoint takes half a gigabyte.
+        jobs_per_gpu: Simultaneous runs per GPU; None means one run per CPU core.
+        timing_rounds: Timed rounds of the training step.
+        timing_steps: Steps per timed round.
+        saves_once: Whether runs save only a final checkpoint, because a run takes only a minute and
+            a checkpoint takes half a gigabyte.
     """
 
     model: str
@@ -129,11 +129,11 @@ class StudyPlan:
         scale: A key of `SCALES`.
         model: A preset of models/sit.py.
         methods: Keys of `METHODS`.
-        seeds: The seeds; each method runs with each of them.
+        seeds: The seeds; every method runs with every seed.
         steps: Training steps per run.
         evaluations: Evaluations per run.
         data_dir: Parent folder of the caches; for ImageNet, the cache of the training images.
-        train_flags: Flags for all runs that the user added.
+        train_flags: Additional flags from the user, which are passed to all runs.
     """
 
     scale: str
@@ -158,7 +158,7 @@ class StudyPlan:
         return self.data_dir / "held-out"
 
     def shared_flags(self) -> list[str]:
-        """Return the flags that all runs have in common."""
+        """Return the flags that all runs share."""
         scale = SCALES[self.scale]
         every = math.ceil(self.steps / self.evaluations)
         save_every = self.steps if scale.saves_once else every
@@ -169,11 +169,12 @@ class StudyPlan:
         return [str(flag) for flag in flags]
 
     def method_flags(self, name: str, blocks: dict[str, int]) -> list[str]:
-        """Return the flags of a method that aligns the given blocks.
+        """Return the flags of a method, with the given aligned blocks.
 
-        Methods without a block align train.py's default.
+        Methods that `blocks` does not contain align the default block of train.py.
         """
-        # REPA's head is 2048 wide, more than a small network. Here it is as wide as that of SRA 2.
+        # The head of REPA has width 2048, which is too wide for a small network. Use the same width
+        # as the head of SRA 2 instead.
         head_width = 2 * PRESETS[self.model]["width"]
         encoder = f"--repa-encoder {REPA_ENCODER} --projector-width {head_width}"
         if self.scale == "imagenet":
@@ -205,15 +206,15 @@ class StudyPlan:
 def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
     """Return the aligned block of each method from a result of --tune.
 
-    For ImageNet the blocks are those of the papers, the defaults of train.py, and the file is not
-    read.
+    For ImageNet, the file is not read, because the blocks are the defaults of train.py, as in the
+    papers.
 
     Args:
         plan: The study that uses the blocks.
-        path: The file, value of --knobs.
+        path: The file that --knobs names.
 
     Raises:
-        UserError: If the file belongs to another study, lacks a method, or was tuned on a seed of
+        UserError: If the file belongs to another study, lacks a method, or was tuned with a seed of
             the study.
     """
     if plan.scale == "imagenet":
@@ -234,8 +235,8 @@ def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
     reused = sorted({*plan.seeds} & {run["seed"] for run in result["runs"]})
     if reused:
         raise UserError(
-            f"--seeds {' '.join(map(str, reused))}: --knobs {path} was tuned on these seeds; pass "
-            "others"
+            f"--seeds {' '.join(map(str, reused))}: --knobs {path} was tuned with these seeds; "
+            "pass other seeds"
         )
     return blocks
 
@@ -246,4 +247,6 @@ def choose_blocks(runs: list[dict], metric: str) -> dict[str, int]:
     for run_name, by_seed in final_values(runs, metric).items():
         name, _, block = run_name.rpartition("-block")
         means.setdefault(name, {})[int(block)] = fmean(by_seed.values())
-    return {name: min(sorted(found), key=found.__getitem__) for name, found in means.items()}
+    return {
+        name: min(sorted(by_block), key=by_block.__getitem__) for name, by_block in means.items()
+    }

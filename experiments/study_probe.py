@@ -1,6 +1,6 @@
-"""Measure how well a linear probe predicts the class from the blocks of a trained run.
+"""Measure the accuracy with which a linear probe predicts the class from the blocks of a run.
 
-The probe is that of experiments/features.py, at one noise level.
+The probe is the same as in experiments/features.py, at a single noise level.
 """
 
 import json
@@ -16,18 +16,18 @@ from experiments.feature_study import draw_images, evaluate_features, pool_token
 from latents.cache import LatentCache
 
 TIME = 0.5
-NUM_IMAGES = 5000  # half of them train the probe, the other half measures its accuracy
+NUM_IMAGES = 5000  # one half trains the probe, the other half is held out
 SEED = 0
 BATCH_SIZE = 250
 
 
 def read_probe(run: Path) -> dict | None:
-    """Return the result that `probe_run` stored for a run, or None."""
+    """Return the result that `probe_run` has stored for a run, or None."""
     return read_json(run / "probe.json") or None
 
 
 def probe_run(run: Path, cache: LatentCache) -> None:
-    """Probe the newest EMA of a run, unless RUN/probe.json stores the result already.
+    """Probe the EMA in the newest checkpoint of a run, unless RUN/probe.json exists.
 
     The file contains {"t": time, "images": number of images, "accuracy": {block: accuracy}}.
     """

@@ -1,4 +1,4 @@
-"""The bundled data has the properties that assets/fashion-mnist/README.md states."""
+"""Tests that the bundled data has the properties stated in assets/fashion-mnist/README.md."""
 
 import io
 import json
@@ -17,19 +17,19 @@ from preprocessing.sources import open_source
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "assets" / "fashion-mnist"
-FIGURES = json.loads((FOLDER / "figures.json").read_text())
+MEASUREMENTS = json.loads((FOLDER / "figures.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def subset():
-    """Every 20th image, (500, 3, 32, 32) uint8, with its label."""
+    """Return every 20th image, (500, 3, 32, 32) uint8, and the labels."""
     source = open_source(FOLDER / "images.zip")
     image_indices = range(0, 10_000, 20)
     images = np.stack([load_square(source, image_index, 32) for image_index in image_indices])
     return torch.from_numpy(images), torch.from_numpy(source.labels[::20])
 
 
-def test_zip_contains_rgb_pngs_in_edms_layout():
+def test_zip_contains_rgb_pngs_in_the_layout_of_edm():
     with zipfile.ZipFile(FOLDER / "images.zip") as archive:
         content = json.loads(archive.read("dataset.json"))
         name, label = content["labels"][1234]
@@ -52,7 +52,7 @@ def test_autoencoder_reaches_the_stated_psnr(subset):
     assert moments.shape[1:] == (8, 8, 8)
     decoded = vae.decode(vae.scale.mean(moments))
     mse = ((decoded.float() - images.float()) / 127.5).square().mean().item()
-    stated = FIGURES["vae_psnr_db_of_mean_error"]
+    stated = MEASUREMENTS["vae_psnr_db_of_mean_error"]
     assert stated >= 26 and psnr(mse) == pytest.approx(stated, abs=0.5)
 
 
@@ -68,14 +68,14 @@ def test_classifier_reaches_the_stated_accuracy(subset):
     features = load_classifier()(images)
     assert features.pool.shape == (500, 128)
     accuracy = (features.scores.argmax(1) == labels).float().mean().item()
-    stated = FIGURES["classifier_accuracy"]
+    stated = MEASUREMENTS["classifier_accuracy"]
     assert stated >= 0.91 and accuracy == pytest.approx(stated, abs=0.03)
 
 
-def test_readme_states_the_measured_figures():
+def test_readme_states_the_measurements():
     readme = (FOLDER / "README.md").read_text()
-    assert f"{FIGURES['vae_psnr_db_of_mean_error']:.2f} dB" in readme
-    assert f"{FIGURES['classifier_accuracy']:.1%}" in readme
+    assert f"{MEASUREMENTS['vae_psnr_db_of_mean_error']:.2f} dB" in readme
+    assert f"{MEASUREMENTS['classifier_accuracy']:.1%}" in readme
 
 
 def test_license_is_included():

@@ -1,4 +1,4 @@
-"""The benchmarks run on a CPU, and the documentation agrees with their results."""
+"""Tests that the benchmarks run on a CPU and that the documentation agrees with their results."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from tests.helpers import ROOT
 
 @pytest.fixture
 def run_benchmark(call, tmp_path):
-    """run_benchmark(module, *flags) -> the result that it writes and prints."""
+    """Return a function that runs a benchmark with flags and returns the result."""
 
     def run(module, *flags) -> dict:
         path = tmp_path / "result.json"
@@ -50,15 +50,15 @@ def count_images_per_call(model, counts: list[int]):
     return model
 
 
-def test_train_step_compares_plain_vanilla_and_aligned(run_benchmark):
+def test_train_step_compares_plain_vanilla_and_aligned_steps(run_benchmark):
     flags = "--model SiT-S/8 --batch-size 4 --plain --rounds 3 --warm-up 0"
     result = run_benchmark(train_step, *flags.split())
     assert list(result["results"]) == ["plain", "none", "sra2"]
     assert list(result["ratios"]) == ["sra2/none", "sra2/plain"]
-    for figures in result["results"].values():
-        assert figures["images_per_s"] * figures["step_s"]["median"] == pytest.approx(4)
-        assert 0 < figures["mfu"] < 1.5
-        assert figures["peak_memory_gib"] > 0 and figures["first_step_s"] > 0
+    for values in result["results"].values():
+        assert values["images_per_s"] * values["step_s"]["median"] == pytest.approx(4)
+        assert 0 < values["mfu"] < 1.5
+        assert values["peak_memory_gib"] > 0 and values["first_step_s"] > 0
     assert 0.05 < result["head_flops_share"] < 0.15
     assert result["machine"]["torch"]
 
@@ -79,7 +79,7 @@ def test_checkpoint_times_copy_write_and_pause(run_benchmark, tmp_path):
     # Weights, head, EMA and two moments per parameter, in float32.
     assert 30e6 < result["bytes"] < 45e6
     assert list(result["results"]) == ["copy_s", "write_s", "longest_pause_s"]
-    assert all(figure["median"] > 0 for figure in result["results"].values())
+    assert all(value["median"] > 0 for value in result["results"].values())
     assert not list((tmp_path / "dest").iterdir())
 
 
@@ -96,7 +96,7 @@ def test_data_loading_compares_cache_and_files(run_benchmark, tmp_path):
         "npy, cold",
         "cache, cold",
     ]
-    assert all(figures["samples_per_s"] > 0 for figures in result["results"].values())
+    assert all(values["samples_per_s"] > 0 for values in result["results"].values())
     assert set(result["ratios"]) >= {"npy/cache", "npy, cold/cache, cold"}
     assert not list((tmp_path / "dest").iterdir())
 
@@ -124,7 +124,7 @@ def test_evaluation_compares_with_other_implementations(run_benchmark):
         "numpy/statistics",
         "torch-fidelity/precision_recall",
     }
-    assert all(figures["call_s"]["median"] > 0 for figures in result["results"].values())
+    assert all(values["call_s"]["median"] > 0 for values in result["results"].values())
     assert result["machine"]["scipy"]
 
 
@@ -135,7 +135,7 @@ def test_adm_comparison_computes_all_recorded_quantities():
     recorded = json.loads((ROOT / "docs/adm_evaluator.json").read_text())
     assert list(ours) == list(recorded["quantities"])
     assert all(np.isfinite(value).all() for value in ours.values())
-    # Otherwise ADM's evaluator would not use float32.
+    # ADM's evaluator uses float32 only if squared distances overflow float16.
     scaled = arrays["samples"].astype(np.float64) * adm_evaluator.OVERFLOW
     assert (np.square(scaled).sum(1) > np.finfo(np.float16).max).any()
 
@@ -158,7 +158,7 @@ def test_evaluation_page_agrees_with_the_adm_comparison():
     for name, row in result["quantities"].items():
         assert row["difference"] <= explained.get(name, 5e-8), name
         is_array = name.startswith(("mean", "covariance", "radii", "resize"))
-        if not is_array:  # the file contains only the means of arrays
+        if not is_array:  # the file stores only the means of arrays
             computed = adm_evaluator.compare_results(row["adm"], row["ours"])
             assert row["difference"] == computed["difference"]
 

@@ -1,4 +1,4 @@
-"""Costs of alignment agree with counts by hand, and with PyTorch's counter on train.py's step."""
+"""Tests that alignment costs agree with manual counts and with the FLOP counter of PyTorch."""
 
 import json
 from contextlib import nullcontext
@@ -27,9 +27,9 @@ WIDTH = 768
 
 
 class StubEncoder(nn.Module):
-    """An encoder with one convolution, which makes a token of each patch of 16 pixels."""
+    """An encoder with one convolution, which converts each patch of 16 pixels to a token."""
 
-    pretrained_flags: ClassVar[list[bool]] = []  # of all instances
+    pretrained_flags: ClassVar[list[bool]] = []  # values of all instances
     fingerprint = "f"
 
     def __init__(
@@ -64,19 +64,19 @@ def stub_encoder(monkeypatch):
     monkeypatch.setattr(models.targets, "Encoder", StubEncoder)
     monkeypatch.setattr(models.targets, "describe_encoder", describe_encoder)
     monkeypatch.setattr(models.targets, "encoder_cost", stub_encoder_cost)
-    # Measuring the rate takes a second.
+    # Do not measure the rate, which takes a second.
     monkeypatch.setattr(train_step, "measure_matmul_rate", lambda *_, **__: 1e11)
     StubEncoder.pretrained_flags.clear()
 
 
 def make_config(**settings) -> StepConfig:
-    """Return settings of the smallest network on latents of 8 x 8."""
+    """Return settings with the smallest network and latents of 8 x 8."""
     defaults = {"model": "SiT-Ti/2", "batch_size": 2, "mixed_precision": "no", "latent_size": 8}
     return StepConfig(**defaults | settings)
 
 
 def stub_accelerator(backward=torch.Tensor.backward) -> SimpleNamespace:
-    """Return a replacement of the Accelerator, on the CPU."""
+    """Return a stub of Accelerator for the CPU."""
     return SimpleNamespace(
         device=torch.device("cpu"),
         mixed_precision="no",
@@ -90,7 +90,7 @@ def stub_accelerator(backward=torch.Tensor.backward) -> SimpleNamespace:
     )
 
 
-def test_costs_of_sit_xl_agree_with_counts_by_hand(call, tmp_path):
+def test_costs_of_sit_xl_agree_with_manual_counts(call, tmp_path):
     variants = ["none", "sra2", "repa", "sra", "sra2+repa"]
     path = tmp_path / "a.json"
     flags = ["--model", "SiT-XL/2", "--align", *variants, "--no-timing", "--json", path]
@@ -101,8 +101,8 @@ def test_costs_of_sit_xl_agree_with_counts_by_hand(call, tmp_path):
     assert list(result["results"]) == variants
 
     # 256 tokens of width 1152 in 28 blocks; 16 values per patch; 1000 classes and the null class.
-    # A block has 18 d x d matrices: queries, keys and values 3, their output 1, the MLP 4 + 4 and
-    # modulation 6. All have a bias of the size of their output.
+    # A block has 18 d x d matrices: 3 for queries, keys and values, 1 for the attention output,
+    # 4 + 4 for the MLP, and 6 for the modulation. Each has a bias with the size of its output.
     d, n, depth = 1152, 256, 28
     weights = depth * (18 * d * d + 15 * d) + (2 * d * d + 2 * d)
     weights += (16 * d + d) + (256 * d + d + d * d + d) + 1001 * d + n * d + (16 * d + 16)
@@ -111,7 +111,7 @@ def test_costs_of_sit_xl_agree_with_counts_by_hand(call, tmp_path):
     backbone_macs = depth * block_macs + input_macs + n * 16 * d + 2 * d * d
     assert backbone_macs / 1e9 == pytest.approx(118.6, abs=0.05)
 
-    # Heads: hidden width 2304 (sra2 with five layers, sra) or 2048 (repa).
+    # The heads have hidden width 2304 (sra2 with five layers, and sra) or 2048 (repa).
     sra2 = d * 2304 + 3 * 2304 * 2304 + 2304 * 16
     repa = d * 2048 + 2048 * 2048 + 2048 * WIDTH
     sra = d * 2304 + 2304 * d
@@ -122,50 +122,50 @@ def test_costs_of_sit_xl_agree_with_counts_by_hand(call, tmp_path):
     teacher_macs = 20 * block_macs + input_macs
     target_macs = {"repa": encoder_macs, "sra": teacher_macs, "sra2+repa": encoder_macs}
 
-    for variant, figures in result["results"].items():
+    for variant, costs in result["results"].items():
         external = 3 * 256 * WIDTH + WIDTH if "repa" in variant else 0
-        assert figures["parameters"] == {
+        assert costs["parameters"] == {
             "backbone": weights,
             "heads": head_weights[variant] + head_biases[variant],
             "external": external,
         }
         head_macs, targets = n * head_weights[variant], target_macs.get(variant, 0)
-        assert figures["forward_flops"] == {
+        assert costs["forward_flops"] == {
             "backbone": 2 * backbone_macs,
             "heads": 2 * head_macs,
             "targets": 2 * targets,
         }
-        assert figures["training_flops"] == 2 * (3 * (backbone_macs + head_macs) + targets)
+        assert costs["training_flops"] == 2 * (3 * (backbone_macs + head_macs) + targets)
         more_forward = (head_macs + targets) / backbone_macs
         more_training = (3 * head_macs + targets) / (3 * backbone_macs)
-        assert figures["more_forward_flops"] == pytest.approx(more_forward)
-        assert figures["more_training_flops"] == pytest.approx(more_training)
+        assert costs["more_forward_flops"] == pytest.approx(more_forward)
+        assert costs["more_training_flops"] == pytest.approx(more_training)
 
     # The paper reports a head of 18M parameters and 4% of the GFLOPs.
-    figures = result["results"]["sra2"]
-    assert figures["parameters"]["heads"] / 1e6 == pytest.approx(18.6, abs=0.05)
+    costs = result["results"]["sra2"]
+    assert costs["parameters"]["heads"] / 1e6 == pytest.approx(18.6, abs=0.05)
     assert n * sra2 / 1e9 == pytest.approx(4.77, abs=0.005)
-    assert figures["more_forward_flops"] == pytest.approx(0.040, abs=5e-4)
+    assert costs["more_forward_flops"] == pytest.approx(0.040, abs=5e-4)
 
 
-def test_costs_of_sit_b_agree_with_counts_by_hand():
+def test_costs_of_sit_b_agree_with_manual_counts():
     plan = train_step.make_plan(make_config(model="SiT-B/2", latent_size=32), ["sra2+sra"])
-    figures = cost.count_costs(plan, "sra2+sra")
+    costs = cost.count_costs(plan, "sra2+sra")
     d, n = 768, 256
     sra2 = d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16
     sra = d * 1536 + 1536 + 1536 * d + d
-    assert figures["parameters"]["heads"] == sra2 + sra
+    assert costs["parameters"]["heads"] == sra2 + sra
     assert sra2 / 1e6 == pytest.approx(8.3, abs=0.05)  # the paper reports 8M
     # The teacher of sra is block 9 of 12.
     block_macs = n * 12 * d * d + 2 * n * n * d + 6 * d * d
     teacher_macs = 9 * block_macs + n * 16 * d + 256 * d + d * d
-    assert figures["forward_flops"]["targets"] == 2 * teacher_macs
+    assert costs["forward_flops"]["targets"] == 2 * teacher_macs
 
 
-def test_flops_of_a_step_agree_with_pytorchs_counter():
+def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
     variant = "sra2+repa+sra"
     plan = train_step.make_plan(make_config(), [variant])
-    figures = cost.count_costs(plan, variant)
+    costs = cost.count_costs(plan, variant)
 
     def count_flops(backward) -> int:
         steps = train_step.build_steps(plan, stub_accelerator(backward), [variant])
@@ -176,13 +176,13 @@ def test_flops_of_a_step_agree_with_pytorchs_counter():
             steps[variant]()
         return counter.get_total_flops()
 
-    assert count_flops(lambda loss: None) == 2 * sum(figures["forward_flops"].values())
-    # The backward pass computes no gradient of the inputs, which the formula includes.
-    both = count_flops(torch.Tensor.backward)
-    assert both == pytest.approx(2 * figures["training_flops"], rel=0.02)
+    assert count_flops(lambda loss: None) == 2 * sum(costs["forward_flops"].values())
+    # The formula includes the gradient of the inputs, which the backward pass does not compute.
+    total = count_flops(torch.Tensor.backward)
+    assert total == pytest.approx(2 * costs["training_flops"], rel=0.02)
 
 
-def test_a_variant_trains_only_its_heads_and_does_not_depend_on_the_others():
+def test_variant_trains_only_its_heads_and_does_not_depend_on_other_variants():
     variants = ["sra2", "none", "sra", "sra2+sra"]
     plan = train_step.make_plan(make_config(), variants)
     steps = train_step.build_steps(plan, stub_accelerator(), variants)
@@ -217,21 +217,21 @@ def test_cost_reports_times_and_counts(call, tmp_path):
     assert result["encoder_weights"] == "random"
     assert StubEncoder.pretrained_flags == [False]
     assert TABLES["cost"].format([result]) in out
-    for figures in result["results"].values():
-        rate = figures["images_per_s"]
-        assert rate * figures["step_s"]["median"] == pytest.approx(2)
-        assert figures["mfu"] * 1e11 == pytest.approx(rate * figures["training_flops"])
+    for costs in result["results"].values():
+        rate = costs["images_per_s"]
+        assert rate * costs["step_s"]["median"] == pytest.approx(2)
+        assert costs["mfu"] * 1e11 == pytest.approx(rate * costs["training_flops"])
     _, _, baseline, *aligned = TABLES["cost"].format([result]).splitlines()[:5]
     assert baseline.endswith("|  |") and "batch 2" in baseline
     assert not any(row.endswith("|  |") for row in aligned)
 
 
 def test_peak_memory_excludes_earlier_allocations(monkeypatch):
-    def time_in_turn(actions, *_, **__):
+    def time_interleaved(actions, *_, **__):
         return Timings({}, dict.fromkeys(actions, 8.0))
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
-    monkeypatch.setattr(train_step, "time_in_turn", time_in_turn)
+    monkeypatch.setattr(train_step, "time_interleaved", time_interleaved)
     plan = train_step.make_plan(make_config(), ["none"])
     assert train_step.measure_peak_memory(plan, stub_accelerator(), "none") == 5
 
@@ -241,14 +241,14 @@ def test_peak_memory_excludes_earlier_allocations(monkeypatch):
     [
         (
             ["--align", "none+sra2"],
-            "none+sra2 must be none, or different methods out of sra2, repa, sra joined by +",
+            "none+sra2 must be none, or distinct methods out of sra2, repa, sra joined by +",
         ),
         (["--align", "sra2", "sra+sra"], "sra+sra must be none"),
         (["--align", "sra", "--repa-encoder", "dinov2-b"], "--repa-encoder needs --align repa"),
-        (["--latent-size", "9"], "--latent-size 9: SiT-XL/2 cannot cut these latents"),
+        (["--latent-size", "9"], "--latent-size 9: SiT-XL/2 cannot divide these latents"),
     ],
 )
-def test_contradicting_flags_are_one_line_errors(call, flags, message):
+def test_contradictory_flags_cause_one_line_errors(call, flags, message):
     code, out = call(cost, *flags, "--no-timing")
     assert code == 2
     assert message in out and len(out.strip().splitlines()) == 1
@@ -261,6 +261,6 @@ def test_stored_results_agree_with_current_counts(path, monkeypatch):
     config = make_config(model=result["model"], latent_size=result["latent_size"])
     plan = train_step.make_plan(config, list(result["results"]))
     assert plan.align == result["align"]
-    for variant, figures in result["results"].items():
+    for variant, costs in result["results"].items():
         counts = cost.count_costs(plan, variant)
-        assert {key: figures[key] for key in counts} == counts
+        assert {key: costs[key] for key in counts} == counts

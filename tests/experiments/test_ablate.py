@@ -1,4 +1,4 @@
-"""Tests of the ablation study: its grid, the execution of its runs, and its pages."""
+"""Tests of the ablation study: the grid, the execution of the runs, and the report."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from training.config import (
 )
 from training.resume import build_args_json
 
-TIMEOUT_SECONDS = 120  # far longer than any event takes, even on a busy machine
+TIMEOUT_SECONDS = 120  # much longer than any event takes, even on a busy machine
 ALIGN_ARGS = (
     "align",
     "align_depth",
@@ -45,14 +45,14 @@ ALIGN_ARGS = (
 
 
 def parse_align_args(flags: list[str]) -> tuple:
-    """Return the alignment settings of train.py, with the two of the target as one entry."""
+    """Return the alignment settings of train.py, with target and normalisation as one entry."""
     flags = build_args_json(parse_settings(flags))
     *values, target, normalize = (str(flags[name]) for name in ALIGN_ARGS)
     return (*values, (target, normalize))
 
 
 @pytest.mark.parametrize("model", ["SiT-Ti/2", "SiT-B/2", "SiT-XL/2"])
-def test_each_run_differs_from_the_best_in_one_axis_and_is_listed_once(model):
+def test_each_run_differs_from_the_best_run_in_one_axis_and_is_listed_once(model):
     runs, axes = ablate.build_grid([*ablate.AXIS_TITLES], model, 400, demo=True)
     common = ["--exp-name", "x", "--data-dir", "x", "--model", model]
     settings = {name: parse_align_args([*common, *words.split()]) for name, words in runs.items()}
@@ -120,7 +120,7 @@ def test_imagenet_commands_are_valid_and_cover_table_1(call):
     assert settings == expected | {None}
 
 
-def test_student_intervals_equal_scipys():
+def test_t_intervals_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     a, b = (dict(enumerate(rng.normal(size=5).tolist())) for _ in range(2))
     expected = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.95)
@@ -174,7 +174,7 @@ folder.mkdir(exist_ok=True)
 
 def stop(*_):
     if name.startswith("b"):
-        time.sleep(0.2)  # saves more slowly than the others
+        time.sleep(0.2)  # save more slowly than the other runs
     (folder / "saved").touch()
     sys.exit(75)
 
@@ -195,7 +195,7 @@ row = {"step": 4, "images": 32, "denoising": 1.0}
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """An output folder for a fake train.py, which records its starts and waits for `hold` to go."""
+    """Return an output folder for a fake train.py, which waits until the file `hold` is removed."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(cells, "ROOT", tmp_path)
@@ -214,7 +214,7 @@ def make_cells() -> list[Cell]:
 
 
 def count_starts(folder) -> list[int]:
-    """Return how often each of the three cells was started."""
+    """Return the number of starts of each of the three cells."""
     files = [folder / f"{name}-seed0/starts" for name in "abc"]
     return [len(file.read_text().splitlines()) if file.exists() else 0 for file in files]
 
@@ -223,8 +223,8 @@ def read_environment(folder, name: str) -> dict:
     return json.loads((folder / f"{name}-seed0/starts").read_text())
 
 
-def when_started(folder, expected: list[int], action) -> threading.Thread:
-    """Start a thread that calls the action once the cells were started as often as expected."""
+def call_after_starts(folder, expected: list[int], action) -> threading.Thread:
+    """Start a thread that calls an action when the cells have the expected numbers of starts."""
 
     def wait():
         end = time.monotonic() + TIMEOUT_SECONDS
@@ -258,7 +258,7 @@ def test_simultaneous_runs_use_different_gpus(runs, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(cells, "describe_machine", lambda device: {"device": device.type})
     (runs / "hold").touch()
-    thread = when_started(runs, [1, 1, 0], (runs / "hold").unlink)
+    thread = call_after_starts(runs, [1, 1, 0], (runs / "hold").unlink)
     assert cells.run_cells(make_cells()[:2], runs, jobs=2) == {}
     thread.join()
     assert {read_environment(runs, name)["CUDA_VISIBLE_DEVICES"] for name in "ab"} == {"3", "5"}
@@ -267,7 +267,7 @@ def test_simultaneous_runs_use_different_gpus(runs, monkeypatch):
 
 def test_ctrl_c_stops_all_runs_and_the_next_call_resumes_them(runs):
     (runs / "hold").touch()
-    thread = when_started(runs, [1, 1, 0], lambda: os.kill(os.getpid(), signal.SIGINT))
+    thread = call_after_starts(runs, [1, 1, 0], lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         cells.run_cells(make_cells(), runs, jobs=2)
     thread.join()
@@ -284,7 +284,7 @@ def test_second_study_in_a_folder_is_refused(runs):
     command = [sys.executable, "-c", code, runs / ".lock"]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
-    with pytest.raises(cli.UserError, match="another process runs a study there"):
+    with pytest.raises(cli.UserError, match="another process is running a study there"):
         cells.run_cells(make_cells(), runs, jobs=1)
     other.communicate(b"\n")
     assert count_starts(runs) == [0, 0, 0]
@@ -292,7 +292,7 @@ def test_second_study_in_a_folder_is_refused(runs):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Make train.py run in this process, and return the list of its command lines."""
+    """Make studies execute train.py in this process, and return the list of command lines."""
     from accelerate.state import AcceleratorState
 
     started = []
@@ -316,8 +316,8 @@ def commands(monkeypatch):
             return self.returncode
 
     names = ("run", "DEVNULL", "STDOUT", "CalledProcessError")
-    kept = {name: getattr(subprocess, name) for name in names}
-    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=InProcess, **kept))
+    attributes = {name: getattr(subprocess, name) for name in names}
+    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=InProcess, **attributes))
     monkeypatch.setattr(cells, "POLL_SECONDS", 0)
     return started
 
@@ -346,7 +346,7 @@ def test_study_is_executed_collected_and_plotted(call, commands, cache, tree, tm
         assert run["metrics"]["images"] == [16]
         assert run["seconds"] > 0 and run["machine"]["torch"]
         assert len(run["commits"]) == 1 and run["seed"] == 3
-    # Images, noise and weights are equal before the first update, and so is the loss.
+    # Images, noise and weights are equal before the first update, so the losses are equal.
     assert len({run["losses"]["denoising"][0] for run in result["runs"]}) == 1
     first_characters = {word[0] for word in text.replace('"', " ").split()}
     assert "/" not in first_characters, "the result contains a path of this machine"
@@ -366,7 +366,7 @@ def test_study_is_executed_collected_and_plotted(call, commands, cache, tree, tm
         assert row[1:3] == [f"{finals[name]:.3f}", difference]
         assert row[-1] == f"*{paper}* |"
 
-    # The pages can be written again, finished runs are not repeated, and flags cannot change.
+    # The report can be recreated, finished runs are not repeated, and flags cannot change.
     table_path.unlink()
     figure_path.unlink()
     code, _ = call(ablate, "--plot", tmp_path / "layers.json")
@@ -387,8 +387,8 @@ def test_study_is_executed_collected_and_plotted(call, commands, cache, tree, tm
         ("--axis depth --data-dir nowhere", "make demo"),
         ("--scale imagenet", "add --print"),
         ("--axis depth --out picture.png", "must end in .json"),
-        ("--axis loss -- --align-depth 3", "-- --align-depth: the study sets this flag itself"),
-        ("--axis loss -- --seed=3", "-- --seed=3: the study sets this flag itself"),
+        ("--axis loss -- --align-depth 3", "-- --align-depth: this flag is set by the study"),
+        ("--axis loss -- --seed=3", "-- --seed=3: this flag is set by the study"),
         ("--axis loss -- --learning-rat 3", "did you mean --learning-rate?"),
         ("--plot nowhere.json", "nowhere.json does not exist"),
         ("--plot old.json", "version 0"),
@@ -422,13 +422,13 @@ def test_documentation_contains_the_table_of_the_result():
     assert len({str(run["commits"]) for run in runs}) == 1
 
 
-def test_documentation_quotes_the_probe_accuracies_of_the_result():
+def test_documentation_contains_the_probe_accuracies_of_the_result():
     result = json.loads((ROOT / "docs/features.json").read_text())
     page = (ROOT / "docs/ablations.md").read_text()
     rows = result["checkpoints"][0]["results"]
     inputs = [row for row in result["baselines"] if row["space"] == "x_t, flattened"]
     for t in (0.5, 0.1):
         best_block = max(row["accuracy"] for row in rows if row["t"] == t)
-        (of_input,) = (row["accuracy"] for row in inputs if row["t"] == t)
-        assert f"{best_block:.1%}" in page and f"{of_input:.1%}" in page
+        (input_accuracy,) = (row["accuracy"] for row in inputs if row["t"] == t)
+        assert f"{best_block:.1%}" in page and f"{input_accuracy:.1%}" in page
     assert result["command"].replace("python -m experiments.features", "") in page

@@ -1,4 +1,4 @@
-"""Tests of the convergence study: its plan, its data, its execution, and its pages."""
+"""Tests of the convergence study: the plan, the data, the execution, and the report."""
 
 import json
 import re
@@ -34,7 +34,7 @@ METHOD_ARGS = ("align", "projector", "repa", "sra", "encoder_weights")
 
 @pytest.fixture(autouse=True)
 def visible_gpu(monkeypatch):
-    """Make the command see one GPU."""
+    """Make the study use one visible GPU."""
     monkeypatch.setattr(convergence, "visible_gpus", lambda: ["0"])
 
 
@@ -145,17 +145,17 @@ def test_imagenet_prints_valid_commands_for_a_cluster(call):
     [
         ("", "--scale is missing"),
         ("--scale gpu --seeds 1 1", "--seeds 1 1: pass each seed only once"),
-        ("--scale imagenet --tune", "--tune needs --scale laptop or gpu"),
+        ("--scale imagenet --tune", "--tune requires --scale laptop or gpu"),
         ("--scale gpu --out x.txt", "--out x.txt must end in .json"),
-        ("--scale gpu -- --align-depth 3", "-- --align-depth: the study sets this flag itself"),
-        ("--scale laptop --tune --gather", "--gather does not apply to --tune"),
+        ("--scale gpu -- --align-depth 3", "-- --align-depth: this flag is set by the study"),
+        ("--scale laptop --tune --gather", "--gather cannot be combined with --tune"),
         ("--plot docs/study.md", "--plot docs/study.md must end in .json"),
-        ("--scale gpu -- --encoder-depth 3", "-- --encoder-depth: the study sets this flag itself"),
-        ("--scale gpu -- --eval-latents x", "-- --eval-latents: the study sets this flag itself"),
-        ("--scale gpu -- --seed=3", "-- --seed=3: the study sets this flag itself"),
+        ("--scale gpu -- --encoder-depth 3", "-- --encoder-depth: this flag is set by the study"),
+        ("--scale gpu -- --eval-latents x", "-- --eval-latents: this flag is set by the study"),
+        ("--scale gpu -- --seed=3", "-- --seed=3: this flag is set by the study"),
     ],
 )
-def test_wrong_flags_are_refused(flags, message):
+def test_invalid_flags_are_rejected(flags, message):
     with pytest.raises(UserError, match=re.escape(message)):
         convergence.parse(flags.split())
 
@@ -172,17 +172,18 @@ def test_wrong_flags_are_refused(flags, message):
         (
             "laptop",
             ("--seeds", "9", "0"),
-            "--seeds 0: --knobs docs/study-laptop-knobs.json was tuned on these seeds; pass others",
+            "--seeds 0: --knobs docs/study-laptop-knobs.json was tuned with these seeds; "
+            "pass other seeds",
         ),
     ],
 )
-def test_blocks_of_another_study_are_refused(knobs, flags, message, monkeypatch):
+def test_blocks_of_another_study_are_rejected(knobs, flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=re.escape(message) + "$"):
         read_blocks(make_plan("laptop", *flags), Path(f"docs/study-{knobs}-knobs.json"))
 
 
-def test_blocks_without_a_needed_method_are_refused(tmp_path):
+def test_blocks_without_a_needed_method_are_rejected(tmp_path):
     path = tmp_path / "knobs.json"
     settings = {"scale": "laptop", "model": "SiT-Ti/2", "knobs": {"sra": 2}}
     results.save_result(path, "convergence-knobs", settings, [])
@@ -192,9 +193,9 @@ def test_blocks_without_a_needed_method_are_refused(tmp_path):
         read_blocks(plan, path)
 
 
-def test_gpu_scale_needs_a_gpu(monkeypatch):
+def test_gpu_scale_requires_a_gpu(monkeypatch):
     monkeypatch.setattr(convergence, "visible_gpus", list)
-    with pytest.raises(UserError, match=r"^--scale gpu needs a GPU, but none is visible"):
+    with pytest.raises(UserError, match=r"^--scale gpu requires a GPU, but no GPU is visible"):
         convergence.parse(["--scale", "gpu"])
     args, _ = convergence.parse(["--scale", "gpu", "--gather"])
     assert args.gather
@@ -246,13 +247,13 @@ def test_training_and_held_out_images_are_disjoint(tmp_path):
         assert archives[name].read(path) == archives["whole"].read(path)
 
 
-def test_missing_fashion_mnist_error_names_its_sources(tmp_path):
+def test_error_about_missing_fashion_mnist_names_its_sources(tmp_path):
     message = "^--images .*train-images-idx3-ubyte.gz and .* apt-get install dataset-fashion-mnist"
     with pytest.raises(UserError, match=message):
         study_data.prepare_images("gpu", tmp_path, tmp_path / "nowhere")
 
 
-def test_steps_are_timed_and_flops_counted_per_method(cache):
+def test_steps_are_timed_and_flops_are_counted_per_method(cache):
     AcceleratorState._reset_state(reset_partial_state=True)
     runs = {
         name: parse_settings(train_flags(cache, Path("exps"), "x", "--align", name))
@@ -294,13 +295,13 @@ with open(folder / "metrics.jsonl", "w") as file:
 
 
 def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypatch):
-    """The fake runs of SRA 2 have half of the distance of vanilla SiT, so twice its speed."""
+    """The fake runs of SRA 2 have half the distance of vanilla SiT, which is a speed-up of 2."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
     monkeypatch.setattr(cells, "ROOT", tmp_path)
-    timed = []
+    timed_methods = []
 
     def fake_time_runs(runs, *_):
-        timed.append([*runs])
+        timed_methods.append([*runs])
         return {name: {"median": 0.1} for name in runs}
 
     def fake_count_flops(settings):
@@ -318,30 +319,30 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
     flags = "--scale laptop --methods sra2-cosine --seeds 1 2 --max-train-steps 4"
     words = [*flags.split(), "--data-dir", data, "--output-dir", runs, "--out", result_path]
 
-    # A run fails; the result contains the others.
+    # If a run fails, the result contains the other runs.
     (runs / "broken").touch()
     code, out = call(convergence, *words)
     assert code == 2 and "1 of 4 runs failed (sra2-cosine-seed2); rerun the same command" in out
     assert "SRA 2, cosine (1 of 2 seeds)" in out
 
-    # The next call waits for another process that trains the missing run, and then runs it.
+    # The next call waits for another process that is training the missing run, and then starts it.
     (runs / "broken").unlink()
     (runs / "sra2-cosine-seed2").rmdir()
-    checked = []
+    checked_runs = []
 
     def is_running_three_times(cell, folder):
-        checked.append(cell.run_name)
-        return len(checked) <= 3
+        checked_runs.append(cell.run_name)
+        return len(checked_runs) <= 3
 
     monkeypatch.setattr(cells, "is_running", is_running_three_times)
     code, out = call(convergence, *words)
-    assert code == 0 and set(checked) == {"sra2-cosine-seed2"}, out
+    assert code == 0 and set(checked_runs) == {"sra2-cosine-seed2"}, out
     result = results.load_result(result_path, "convergence")
     assert [(run["name"], run["seed"]) for run in result["runs"]] == [
         (name, seed) for seed in (1, 2) for name in ("vanilla", "sra2-cosine")
     ]
     numbers = format_numbers(result)
-    # Half of 10/4 and of 11/4, the final distances of vanilla SiT.
+    # The differences are half of the final distances of vanilla SiT, 10/4 and 11/4.
     assert numbers["sra2-cosine FD-fashion difference"] == "-1.312 (-1.375 to -1.250)"
     assert numbers["sra2-cosine speed-up"] == "2.00 (2.00 to 2.00)"
     assert numbers["sra2-cosine speed-up per FLOP"].startswith("1.60")
@@ -351,12 +352,12 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
 
     # Steps are timed once for the same flags.
     monkeypatch.setattr(convergence, "draw_figure", lambda result, path: None)
-    assert timed == [["vanilla", "sra2-cosine"]]
+    assert timed_methods == [["vanilla", "sra2-cosine"]]
     seconds = runs / "seconds.json"
     seconds.write_text(seconds.read_text().replace("1e-3", "2e-3"))
-    assert call(convergence, *words)[0] == 0 and len(timed) == 2
+    assert call(convergence, *words)[0] == 0 and len(timed_methods) == 2
 
-    # Runs of a cluster have no record, and the data may be on another machine.
+    # Runs on a cluster have no record, and the data may be on another machine.
     (runs / "sra2-cosine-seed1.json").unlink()
     (data / "train").unlink()
     code, out = call(convergence, *words, "--gather")
@@ -367,7 +368,7 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
     assert [run.get("finished") for run in gathered["runs"]] == [None, False, None, None]
 
 
-def test_unfinished_runs_of_a_cluster_are_gathered(call, tmp_path):
+def test_unfinished_runs_on_a_cluster_are_gathered(call, tmp_path):
     for name, thousands_of_steps in (
         ("vanilla", (50, 100, 150)),
         ("sra2-cosine", (50, 100)),
@@ -394,21 +395,21 @@ def test_unfinished_runs_of_a_cluster_are_gathered(call, tmp_path):
     result = results.load_result(tmp_path / "study.json", "convergence")
     assert result["metric"] == "FID" and result["floor"] is None
     assert [run["name"] for run in result["runs"]] == ["vanilla", "sra2-cosine"]
-    assert "2 of 2 runs have not reached their end: all are compared after 25,600,000 images" in out
+    assert "2 of 2 runs are unfinished; all runs are compared at 25,600,000 images" in out
     assert format_numbers(result)["sra2-cosine FID difference"] == "+0.0000"
     assert "| REPA | not run |" in out
 
 
-def test_gathering_no_evaluation_keeps_the_previous_result(call, tmp_path):
+def test_gathering_without_evaluations_keeps_the_previous_result(call, tmp_path):
     path = tmp_path / "study.json"
     path.write_text("the previous result")
     words = ["--scale", "gpu", "--gather", "--output-dir", tmp_path / "no", "--out", path]
     code, out = call(convergence, *words)
-    assert code == 2 and "no: contains no evaluation of vanilla SiT; rerun after" in out
+    assert code == 2 and "no contains no evaluation of vanilla SiT; rerun after" in out
     assert path.read_text() == "the previous result"
 
 
-def test_run_of_a_killed_study_is_recognised_as_running(tmp_path):
+def test_run_left_by_a_killed_study_is_recognised_as_running(tmp_path):
     cell = Cell("a", 0, ())
     folder = tmp_path / "a-seed0"
     folder.mkdir()
@@ -425,7 +426,7 @@ def test_run_of_a_killed_study_is_recognised_as_running(tmp_path):
 
 
 def test_repeated_flags_are_compared_by_their_effect(tmp_path):
-    """--data-dir accumulates when it is repeated, and of other flags the last value counts."""
+    """Values of a repeated --data-dir accumulate; other repeated flags use the last value."""
     recorded = "--data-dir a --data-dir b --batch-size 4 --batch-size 8"
     (tmp_path / "a-seed0.json").write_text(json.dumps({"flags": recorded.split()}))
     same = Cell("a", 0, ("--batch-size", "8", "--data-dir", "a", "b"))
@@ -443,11 +444,11 @@ def test_runs_without_an_evaluation_are_not_collected(tmp_path):
 
 
 def find_estimates(text: str) -> set[str]:
-    """Return all numbers of a text with an interval, such as "1.07 (1.04 to 1.10)"."""
+    """Return all numbers with an interval in a text, such as "1.07 (1.04 to 1.10)"."""
     return set(re.findall(r"(?:[<>] )?[-+]?\d+\.\d+ \([^()]+ to [^()]+\)", text))
 
 
-def test_documented_tables_and_estimates_are_those_of_the_results():
+def test_documented_tables_and_estimates_equal_the_results():
     page = (ROOT / "docs/study.md").read_text()
     readme = (ROOT / "README.md").read_text()
     known: set[str] = set()
@@ -466,7 +467,7 @@ def test_documented_tables_and_estimates_are_those_of_the_results():
     assert find_estimates(readme) | find_estimates(page) <= known
 
 
-def test_documented_tuning_runs_are_those_of_the_results():
+def test_documented_tuning_runs_equal_the_results():
     page = (ROOT / "docs/study.md").read_text()
     for path in (ROOT / "docs").glob("study-*-knobs.json"):
         result = results.load_result(path, "convergence-knobs")

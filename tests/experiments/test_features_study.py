@@ -1,4 +1,4 @@
-"""Tests of the study of representations: its measures, its images, its figure and its command."""
+"""Tests of the study of representations: the measures, the images, the figure and the command."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from common.cli import UserError
 from common.keyed_random import Purpose, normal
 from experiments import feature_picture, features, representation
 from experiments.feature_study import (
-    choose_shown,
+    choose_figure_images,
     draw_images,
     evaluate_features,
     pool_tokens,
@@ -95,7 +95,7 @@ def test_probe_minimises_its_documented_objective():
     constant = torch.full((79, 1), 1e6 / 3, dtype=torch.float64)
     x = torch.cat((varying, constant), 1)
     y = (x[:, 0] + random_normal(79, seed=1) > 5).long() + (x[:, 1] > 25).long()
-    probe = fit_probe(x, y, num_classes=4)  # class 3 has no example
+    probe = fit_probe(x, y, num_classes=4)  # class 3 has no examples
     scaled = (varying - varying.mean(0)) / varying.std(0, correction=0)
     scores = scaled @ probe.weight[:, :3].T + probe.bias
     assert torch.allclose(probe.logits(x), scores, atol=1e-9)
@@ -120,17 +120,18 @@ def test_colours_are_principal_components_with_the_signs_of_the_reference():
     assert basis.share == pytest.approx(1) and fit_colours(random_normal(50, 9)).share < 0.9
 
     # The scores have the variances of the components and are uncorrelated.
-    found, colours = basis.scores(tokens), basis.colours(tokens)
+    measured, colours = basis.scores(tokens), basis.colours(tokens)
     expected = torch.linalg.svdvals(scores - scores.mean(0))
-    assert torch.linalg.svdvals(found).tolist() == pytest.approx(expected.tolist())
-    assert torch.allclose(found.T @ found, torch.diag((found**2).sum(0)), atol=1e-9)
+    assert torch.linalg.svdvals(measured).tolist() == pytest.approx(expected.tolist())
+    variances = (measured**2).sum(0)
+    assert torch.allclose(measured.T @ measured, torch.diag(variances), atol=1e-9)
 
-    # Colours use the whole range, and values outside of it are clipped.
+    # Colours use the whole range, and tokens outside of the range are clipped.
     assert colours.amin(0).tolist() == [0, 0, 0]
     assert colours.amax(0).tolist() == pytest.approx([1, 1, 1])
     assert basis.colours(1e6 * tokens).amax() == 1 and basis.colours(-1e6 * tokens).amin() == 0
 
-    flipped = found * torch.tensor([-1.0, 1.0, -1.0])
+    flipped = measured * torch.tensor([-1.0, 1.0, -1.0])
     assert torch.allclose(fit_colours(tokens, flipped).scores(tokens), flipped, atol=1e-9)
     two_features = fit_colours(random_normal(9, 2))
     assert two_features.colours(random_normal(1, 9, 2)).shape == (1, 9, 3)
@@ -147,7 +148,7 @@ def test_images_are_drawn_without_replacement_and_keep_their_noise(cache):
     assert torch.equal(some_images.labels, labels)
     assert (draw_images(stored, 24, seed=4).image_index != all_images.image_index).any()
 
-    # The noise depends on the seed and the index of the image alone.
+    # The noise depends only on the seed and the index of the image.
     index = torch.from_numpy(some_images.image_index[5:6])
     noise = normal(3, Purpose.NOISE, index, (4, 8, 8)).float()
     assert torch.equal(some_images.noise[5:6], noise)
@@ -155,11 +156,11 @@ def test_images_are_drawn_without_replacement_and_keep_their_noise(cache):
     assert torch.allclose(x_t, 0.75 * all_images.latents[3:5] + 0.25 * all_images.noise[3:5])
 
 
-def test_shown_images_are_held_out_and_of_different_classes(cache):
+def test_figure_images_are_held_out_and_of_different_classes(cache):
     images = draw_images(LatentCache(cache), 24, seed=3)
-    shown = choose_shown(images, 4)
-    assert (shown >= 12).all() and len(set(shown.tolist())) == 4
-    assert len(set(images.labels[shown[:3]].tolist())) == 3  # of the three classes
+    figure_images = choose_figure_images(images, 4)
+    assert (figure_images >= 12).all() and len(set(figure_images.tolist())) == 4
+    assert len(set(images.labels[figure_images[:3]].tolist())) == 3  # of the three classes
 
 
 def test_tokens_use_the_null_class_and_do_not_depend_on_the_batch(cache):
@@ -277,7 +278,7 @@ def test_user_errors_are_one_line(cache, trained, tmp_path, call, flags, message
     assert not list(tmp_path.iterdir())
 
 
-def test_latents_of_another_vae_are_refused(cache, trained, tmp_path):
+def test_latents_of_another_vae_are_rejected(cache, trained, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(cache, other)
     manifest = json.loads((cache / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Tests of the statistics of a convergence study, and of its tables and its figure."""
+"""Tests of the statistics, the tables and the figure of a convergence study."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ IMAGES = np.array([1, 2, 4, 8, 16, 32, 64]) * 1000.0
 
 
 def falling_curves(count: int, points: int = 8) -> np.ndarray:
-    """Return arbitrary curves that fall at each point, (n, P)."""
+    """Return arbitrary strictly decreasing curves, (n, P)."""
     steps = np.random.default_rng(0).uniform(0.1, 0.5, (count, points))
     return np.exp(-np.cumsum(steps, axis=1))
 
@@ -56,7 +56,7 @@ def test_crossing_scales_with_images_and_not_with_the_unit_of_quality():
     assert np.allclose(needed_other_unit, needed, rtol=1e-12)
 
 
-def test_first_crossing_counts():
+def test_first_of_several_crossings_is_used():
     assert images_needed(IMAGES[:5], [5, 2, 3, 1, 4], 2.0) == pytest.approx((2000, 2000), rel=1e-12)
 
 
@@ -98,16 +98,16 @@ def test_speed_up_of_a_curve_without_a_crossing_is_a_bound():
         assert np.allclose([speed_up.value, *speed_up.interval], (0, speed_up.images / 64000))
     for speed_up in compute_speed_ups(IMAGES, curve, 1e-3 * curve):
         assert np.allclose([speed_up.value, *speed_up.interval], (speed_up.images / 1000, math.inf))
-    rising = falling_curves(4, len(IMAGES))[:, ::-1]  # so that neither crossing is known
+    rising = falling_curves(4, len(IMAGES))[:, ::-1]  # has no known crossing
     assert compute_speed_ups(IMAGES, rising, 0.9 * rising)[-1].value == (0, math.inf)
 
 
 def test_end_of_an_interval_is_a_bound_if_resamples_have_no_crossing():
     base = np.tile(IMAGES**-0.5, (4, 1))
     method = base * np.array([[0.8], [0.8], [0.8], [1.5]])
-    found = compute_speed_ups(IMAGES, base, method)[-1]
-    low, high = found.interval
-    assert found.value.low == found.value.high > 1 and high.low == high.high > 1
+    speed_up = compute_speed_ups(IMAGES, base, method)[-1]
+    low, high = speed_up.interval
+    assert speed_up.value.low == speed_up.value.high > 1 and high.low == high.high > 1
     assert low == Bounds(0, pytest.approx(1))
 
 
@@ -118,7 +118,7 @@ def test_speed_up_is_divided_by_the_cost():
     assert format_speed_up(SpeedUp(1000, Bounds(3, 3), ()), 2.0) == "1.50"
 
 
-def test_milestones_are_the_evaluations_nearest_to_quarters():
+def test_milestones_are_the_evaluations_nearest_to_quarters_of_training():
     assert select_milestones(np.arange(1, 9)) == [1, 3, 5, 7]
 
 
@@ -127,9 +127,9 @@ def test_first_evaluation_is_a_milestone_only_if_there_is_no_other():
     assert select_milestones(np.array([9])) == [0]
 
 
-def test_bootstrap_interval_approximates_that_of_all_resamples():
+def test_bootstrap_interval_approximates_the_interval_of_all_resamples():
     values = [1.0, 2.0, 4.0, 8.0]
-    means = sorted(np.mean(drawn) for drawn in itertools.product(values, repeat=4))
+    means = sorted(np.mean(resample) for resample in itertools.product(values, repeat=4))
     estimate = bootstrap_interval(values)
     assert estimate.mean == 3.75
     expected = np.quantile(means, [0.025, 0.975])
@@ -156,8 +156,8 @@ def test_bootstrap_interval_of_equal_values_is_empty():
 
 
 def test_bootstrap_interval_has_the_documented_coverage():
-    drawn = np.random.default_rng(0).normal(size=(600, 5))
-    estimates = [bootstrap_interval(values) for values in drawn]
+    samples = np.random.default_rng(0).normal(size=(600, 5))
+    estimates = [bootstrap_interval(values) for values in samples]
     coverage = np.mean([estimate.low <= 0 <= estimate.high for estimate in estimates])
     # The tolerance is 2.7 standard errors, and excludes the nominal 95%.
     assert coverage == pytest.approx(COVERAGE[5], abs=0.04)
@@ -182,12 +182,12 @@ METHODS = [
 
 
 def make_result(seeds=(1, 2, 3), without=(), minimal=False) -> dict:
-    """Return a result with made-up curves.
+    """Return a result with synthetic curves.
 
     Args:
         seeds: The seeds of the runs.
-        without: Pairs of a method and a seed whose runs are missing.
-        minimal: Whether to leave out everything that may be missing in a result.
+        without: Pairs (method, seed) of missing runs.
+        minimal: Whether to omit all entries that a result may lack.
     """
     generator = np.random.default_rng(0)
     runs = []
@@ -229,7 +229,7 @@ def final_values(result: dict, name: str, metric: str = "FD-fashion") -> dict[in
     return results.final_values(result["runs"], metric)[name]
 
 
-def test_numbers_equal_those_computed_from_the_runs():
+def test_numbers_agree_with_the_runs():
     result = make_result()
     numbers = format_numbers(result)
     repa, vanilla = final_values(result, "repa"), final_values(result, "vanilla")
@@ -300,7 +300,7 @@ def test_only_common_seeds_are_compared_and_their_number_is_shown():
     assert "| SRA 2, cosine | not run |" in text
 
 
-def test_methods_without_common_seeds_have_only_a_mean():
+def test_methods_without_common_seeds_have_means_but_no_differences():
     result = make_result(without={("vanilla", 1), ("repa", 2), ("repa", 3)})
     mean = final_values(result, "repa")[1]
     assert f"| REPA (0 of 3 seeds) | {mean:.4f} |  |" in format_tables(result)
@@ -308,7 +308,7 @@ def test_methods_without_common_seeds_have_only_a_mean():
         assert "repa" not in key or not ("difference" in key or "speed" in key)
 
 
-def test_incomparable_runs_are_refused():
+def test_incomparable_runs_are_rejected():
     with pytest.raises(UserError, match="no finished run of vanilla SiT"):
         format_tables(make_result(without={("vanilla", seed) for seed in (1, 2, 3)}))
     result = make_result()
@@ -373,7 +373,7 @@ def test_figure_shows_means_and_paired_differences(result, tmp_path, monkeypatch
     for line, mean in zip(quality.lines, means):
         assert np.array_equal(line.get_ydata(), mean)
     repa, vanilla = curves.pair("repa", "vanilla")
-    drawn = [line.get_ydata() for line in difference.lines if len(line.get_xdata()) == len(IMAGES)]
-    assert len(drawn) == len(methods) - 1
-    assert np.allclose(drawn[-1], 100 * (repa.mean(0) / vanilla.mean(0) - 1))
+    marker_lines = [line for line in difference.lines if len(line.get_xdata()) == len(IMAGES)]
+    assert len(marker_lines) == len(methods) - 1
+    assert np.allclose(marker_lines[-1].get_ydata(), 100 * (repa.mean(0) / vanilla.mean(0) - 1))
     assert loss.get_visible() == ("probe" in result["runs"][0])
