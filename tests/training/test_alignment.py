@@ -356,7 +356,7 @@ def test_method_without_head_compares_two_blocks_of_the_student(make, more_metho
 
 
 def test_block_cannot_be_compared_with_itself(make, more_methods):
-    with pytest.raises(UserError, match="--align-depth 4: --align sync compares with this block"):
+    with pytest.raises(UserError, match="--align-depth 4: --align sync uses this block"):
         make("--align", "sync", "--align-depth", "4")
 
 
