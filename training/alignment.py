@@ -149,7 +149,7 @@ def _head_spec(config: AlignmentConfig, width: int, out: int) -> dict | None:
 
 
 def head_specs(entry: dict) -> dict[str, dict | None]:
-    """Return the heads of a method by their names in the network."""
+    """Return the specifications of a method's heads, by the names of the heads in the network."""
     heads = entry["heads"] if "heads" in entry else {"": entry["head"]}
     return _name_heads(entry["method"], heads)
 
@@ -175,10 +175,10 @@ def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
 def restore_settings(
     alignments: tuple[AlignmentConfig, ...], stored: list[dict]
 ) -> tuple[AlignmentConfig, ...]:
-    """Return the settings of a resumed run: open ones get the values that the run started with.
+    """Return the settings of a resumed run, with unset ones resolved as when the run started.
 
     Args:
-        alignments: Settings from the flags of this start.
+        alignments: Settings from the current command line.
         stored: config.json's "align" of the checkpoint.
     """
     entries = {entry["method"]: entry for entry in stored}
@@ -200,7 +200,7 @@ def load_alignments(
     ema: SiT,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Alignment]:
-    """Load the target of each method and add what identifies it to its entry of `align`.
+    """Load the target of each method and add its identity to the method's entry in `align`.
 
     Args:
         settings: Settings of the run.

@@ -152,7 +152,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, gradient clipping and weight averages."""
+    """AdamW, gradient clipping and EMAs."""
 
     learning_rate: float = setting(
         1e-4, help="learning rate of AdamW, constant", type=cli.positive_float
@@ -294,7 +294,7 @@ class PeriodicEvaluationConfig:
     )
     inception_weights: Path | None = setting(
         None,
-        help="file with Inception's weights (default: torch hub's folder)",
+        help="file with the Inception weights (default: in the torch hub cache)",
     )
     mode: str = setting(
         "sde",

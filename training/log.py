@@ -77,7 +77,7 @@ class Console:
     Args:
         folder: The run folder.
         total: Number of images of the run.
-        initial: Number of images before this start.
+        initial: Number of images that the run has already processed.
         is_main_process: Whether to write anything.
     """
 

@@ -123,7 +123,7 @@ def check_same_run(flags: dict, folder: Path) -> None:
     """Raise UserError if a run in `folder` was started with other flags.
 
     Args:
-        flags: Contents of args.json for this start.
+        flags: Contents of args.json for the current command line.
         folder: The run folder.
     """
     path = folder / "args.json"
@@ -176,7 +176,7 @@ def check_same_data(data: DataConfig, folder: Path, stored: dict, current: dict)
         data: Settings of the data, for the message.
         folder: The run folder, for the message.
         stored: config.json of the checkpoint to resume from.
-        current: config.json that this start would write.
+        current: config.json for the current command line.
     """
     before = stored["data"]
     now = current["data"]
@@ -194,7 +194,7 @@ def check_same_alignment(folder: Path, stored: list[dict], current: list[dict]) 
     Args:
         folder: The run folder, for the message.
         stored: config.json's "align" of the checkpoint to resume from.
-        current: config.json's "align" that this start would write.
+        current: "align" in config.json for the current command line.
     """
     old_methods = " ".join(entry["method"] for entry in stored) or "none"
     methods = " ".join(entry["method"] for entry in current) or "none"
