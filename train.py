@@ -68,7 +68,7 @@ class Step:
     Does not synchronise with the device.
 
     Args:
-        accelerator: Wraps network and optimizer, reduces gradients.
+        accelerator: Wraps the network and the optimizer, and reduces gradients.
         state: Network, EMAs, optimizer, step.
         manifest: Manifest of the latent cache.
         alignments: The alignment methods by name.
@@ -124,15 +124,16 @@ class Step:
         # Run forward and backward for each micro-batch. The last backward pass all-reduces the
         # gradients.
         scalar_mean = ScalarMean()
-        for i, micro in enumerate(inputs.split(self.accumulation)):
+        for i, micro_batch in enumerate(inputs.split(self.accumulation)):
             is_last = i == self.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                total, scalars = self.compute_losses(micro)
+                total, scalars = self.compute_losses(micro_batch)
                 self.accelerator.backward(total.mean() / self.accumulation)
             scalar_mean.add({"loss": total, **scalars})
         means = scalar_mean.mean()
 
-        # Clip the gradients, skip the update if anything is not finite, update weights and EMAs.
+        # Clip the gradients, skip the update if any value is not finite, and update the weights
+        # and the EMAs.
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         is_finite = self.guard.mark_step(self.state.step + 1, self.trained_losses(means), grad_norm)
         self.optimizer.step()
@@ -160,7 +161,7 @@ class Step:
         )
 
     def compute_losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total loss per sample (B,), and the logged terms by name, (B,) each."""
+        """Return the total loss per sample (B,), and the logged terms by name."""
         # L_denoising: predict the velocity (or x, or eps) from the noisy latents.
         x_t, velocity = interpolate(self.interpolant, inputs.latents, inputs.noise, inputs.t)
         active = {
@@ -168,8 +169,9 @@ class Step:
             for name, alignment in self.alignments.items()
             if alignment.is_active(self.state.step)
         }
-        idle = [a for name, a in self.alignments.items() if name not in active]
-        # Compute these targets first, while the activations of the student use no memory.
+        inactive = [a for name, a in self.alignments.items() if name not in active]
+        # Compute targets that need no student tokens before the forward pass, when no
+        # activations of the student are stored.
         targets = {
             name: alignment.compute_targets(inputs)
             for name, alignment in active.items()
@@ -179,7 +181,7 @@ class Step:
             x_t,
             inputs.t,
             inputs.labels,
-            idle_heads=[name for alignment in idle for name in alignment.head_names],
+            idle_heads=[name for alignment in inactive for name in alignment.head_names],
             student_blocks=[k for a in active.values() for k in a.target.student_blocks],
         )
         prediction = self.objective.prediction
@@ -188,7 +190,7 @@ class Step:
 
         # L_align: compare the projected tokens of each method's block with its target.
         scalars = {"denoising": denoising}
-        weighted = []
+        weighted_losses = []
         for name, alignment in self.alignments.items():
             terms = AlignmentTerms.zeros_like(denoising)
             if name in active:
@@ -196,16 +198,17 @@ class Step:
                     targets[name] = alignment.compute_targets(inputs, output.student_tokens)
                 terms = alignment.compute_terms(output, targets[name], inputs.t)
                 if alignment.config.weight:  # skipped if 0, because 0 * NaN is NaN
-                    weighted.append(alignment.config.weight * terms.loss)
+                    weighted_losses.append(alignment.config.weight * terms.loss)
             scalars[f"align/{name}"] = terms.loss
             scalars[f"cosine/{name}"] = terms.cosine
             scalars[f"token_norm/{name}"] = terms.token_norm
-        return denoising + sum(weighted), scalars
+        return denoising + sum(weighted_losses), scalars
 
     def trained_losses(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses with a nonzero weight; all of them must be finite."""
-        trained = [name for name, a in self.alignments.items() if a.config.weight]
-        return {key: means[key] for key in ("denoising", *(f"align/{name}" for name in trained))}
+        trained_methods = [method for method, a in self.alignments.items() if a.config.weight]
+        names = ["denoising", *(f"align/{method}" for method in trained_methods)]
+        return {name: means[name] for name in names}
 
 
 def train(
@@ -320,12 +323,14 @@ def run_training(
         worker_init=ignore_signals,
     )
 
-    checkpoints = settings.checkpoint
+    checkpoint_config = settings.checkpoint
     try:
         with CheckpointWriter(
-            folder, run.config, checkpoints.keep_last, checkpoints.milestone_steps
+            folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
         ) as writer:
-            finished = train(run, step, batches, writer, request, checkpoints.checkpointing_steps)
+            is_finished = train(
+                run, step, batches, writer, request, checkpoint_config.checkpointing_steps
+            )
     except CacheError as error:
         raise UserError(str(error)) from None
     for message in writer.take_messages():
@@ -336,11 +341,11 @@ def run_training(
             "problem and rerun the same command"
         )
     result = "finished"
-    if not finished:
+    if not is_finished:
         result = f"stopped by {request.name or 'a signal to another process'}"
     log.info(f"{result} at step {state.step:,}")
     log.close()
-    return finished
+    return is_finished
 
 
 def main() -> None:
@@ -359,11 +364,11 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = settings.device.allow_tf32
     torch.backends.cudnn.allow_tf32 = settings.device.allow_tf32
     with stop_on_signal() as request, ExitStack() as resources:
-        finished = run_training(settings, accelerator, request, resources)
-        # A launcher ends all processes as soon as one exits with a non-zero code.
+        is_finished = run_training(settings, accelerator, request, resources)
+        # Wait, because a launcher kills the others as soon as one exits with a non-zero code.
         accelerator.wait_for_everyone()
         accelerator.end_training()
-        if not finished:
+        if not is_finished:
             sys.exit(EXIT_STOPPED)
 
 

@@ -32,7 +32,7 @@ class AlignmentTerms(NamedTuple):
     """Values of one alignment method, one per sample."""
 
     loss: Tensor  # (B,), zero outside the timestep range
-    cosine: Tensor  # (B,), of projected and target tokens, for every loss type; no gradient
+    cosine: Tensor  # (B,), cosine similarity of projected and target tokens; no gradient
     token_norm: Tensor  # (B,), mean norm of the aligned block's tokens; no gradient
 
     @classmethod
@@ -63,7 +63,7 @@ class Alignment:
     def compute_targets(
         self, inputs: TrainingInputs, student_tokens: dict[int, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return the target tokens by the names of the heads they are compared with.
+        """Return the target tokens, keyed by the name of the head they are compared with.
 
         Args:
             inputs: A micro-batch.
@@ -115,14 +115,14 @@ def make_cache_info(manifest: Manifest, features: dict[str, dict] | None = None)
 def plan_alignments(
     alignments: tuple[AlignmentConfig, ...], network: SiTConfig, cache: CacheInfo
 ) -> list[dict]:
-    """Return config.json's "align": one entry per method.
+    """Return the "align" list of config.json, with one entry per method.
 
     Raises:
         UserError: A setting does not fit the network or the cache.
     """
     entries = []
     for config in alignments:
-        with _naming_flags(config.method):
+        with _convert_field_errors(config.method):
             plan = TARGETS[config.method].plan(config.settings, network, cache)
         entry: dict[str, Any] = {key: to_plain(getattr(config, key)) for key in RECORDED_FIELDS}
         if isinstance(plan.out, dict):
@@ -149,18 +149,18 @@ def _head_spec(config: AlignmentConfig, width: int, out: int) -> dict | None:
 
 
 def head_specs(entry: dict) -> dict[str, dict | None]:
-    """Return the specifications of a method's heads, by the names of the heads in the network."""
+    """Return the head specifications of a method, keyed by head name."""
     heads = entry["heads"] if "heads" in entry else {"": entry["head"]}
     return _name_heads(entry["method"], heads)
 
 
 def _name_heads(method: str, values: dict[str, T]) -> dict[str, T]:
-    """Replace the names of targets by those of their heads; "" names a single target."""
+    """Replace each target name by the name of its head; a single target is named ""."""
     return {f"{method}-{name}" if name else method: value for name, value in values.items()}
 
 
 def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
-    """Add the heads that config.json's "align" describes to a backbone."""
+    """Wrap a backbone with the heads that the "align" list of config.json describes."""
     heads: dict[str, nn.Module] = {}
     blocks = {}
     for entry in align:
@@ -175,11 +175,11 @@ def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
 def restore_settings(
     alignments: tuple[AlignmentConfig, ...], stored: list[dict]
 ) -> tuple[AlignmentConfig, ...]:
-    """Return the settings of a resumed run, with unset ones resolved as when the run started.
+    """Return the settings of a resumed run, with unset values as resolved when it started.
 
     Args:
-        alignments: Settings from the current command line.
-        stored: config.json's "align" of the checkpoint.
+        alignments: Settings from the current flags.
+        stored: The "align" list in the checkpoint's config.json.
     """
     entries = {entry["method"]: entry for entry in stored}
     return tuple(
@@ -219,9 +219,9 @@ def load_alignments(
 
     device = ema.pos_embed.device
     context = RunContext(device, ema, add_noise, autocast, settings.device.compile)
-    loaded = {}
+    loaded_alignments = {}
     for config, entry in zip(settings.alignments, align, strict=True):
-        with _naming_flags(config.method):
+        with _convert_field_errors(config.method):
             target = TARGETS[config.method](entry, config.settings, ema.config, cache, context)
         if config.block in target.student_blocks:
             raise UserError(
@@ -229,8 +229,8 @@ def load_alignments(
                 "target; choose another block"
             )
         entry |= target.identity
-        loaded[config.method] = Alignment(config, target, list(head_specs(entry)))
-    return loaded
+        loaded_alignments[config.method] = Alignment(config, target, list(head_specs(entry)))
+    return loaded_alignments
 
 
 def required_cache_inputs(alignments: dict[str, Alignment]) -> list[str]:
@@ -247,7 +247,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
         cache: Properties of the latent cache.
     """
     config = model.backbone.config
-    backbone = backbone_flops(config)
+    backbone_flop_count = backbone_flops(config)
     backbone_size = sum(p.numel() for p in model.backbone.parameters())
     specs = head_specs(entry)
     head_size = sum(p.numel() for name in specs for p in model.heads[name].parameters())
@@ -261,7 +261,7 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     if head_size:
         head = (
             f"head: {format_count(head_size)} parameters (+{head_size / backbone_size:.1%}), "
-            f"+{flops / backbone:.1%} FLOPs forward and backward"
+            f"+{flops / backbone_flop_count:.1%} FLOPs forward and backward"
         )
     line = (
         f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, weight "
@@ -271,18 +271,22 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
     if cost.flops:
         line += (
             f"; target: {format_count(cost.parameters)} parameters, "
-            f"+{cost.flops / backbone:.1%} FLOPs forward"
+            f"+{cost.flops / backbone_flop_count:.1%} FLOPs forward"
         )
     return line
 
 
-def format_count(number: int) -> str:
-    """Return a number of parameters in millions, or in thousands below 100,000."""
-    return f"{number / 1e6:.1f}M" if number >= 100_000 or not number else f"{number / 1e3:.0f}K"
+def format_count(num_parameters: int) -> str:
+    """Format a number of parameters in millions, or in thousands if below 100,000."""
+    return (
+        f"{num_parameters / 1e6:.1f}M"
+        if num_parameters >= 100_000 or not num_parameters
+        else f"{num_parameters / 1e3:.0f}K"
+    )
 
 
 @contextmanager
-def _naming_flags(method: str) -> Iterator[None]:
+def _convert_field_errors(method: str) -> Iterator[None]:
     """Turn a FieldError about a setting of the method into a UserError that names its flag."""
     try:
         yield

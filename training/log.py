@@ -56,7 +56,7 @@ class MetricMeans:
 
     def compute(self) -> dict[str, float | None]:
         """Return the means over steps and processes, None if no step was finite, and reset them."""
-        *sums, num_steps = self._reduced()
+        *sums, num_steps = self._reduce_sums()
         self.sums.zero_()
         return {
             name: total / num_steps if num_steps else None for name, total in zip(self.names, sums)
@@ -64,10 +64,10 @@ class MetricMeans:
 
     def state_dict(self) -> dict:
         """Return the sums so far, for a checkpoint."""
-        *sums, num_steps = self._reduced()
+        *sums, num_steps = self._reduce_sums()
         return {"log_sums": sums, "log_good": num_steps}
 
-    def _reduced(self) -> list[float]:
+    def _reduce_sums(self) -> list[float]:
         return self.reduce(self.sums, "mean").tolist()
 
 
@@ -76,8 +76,8 @@ class Console:
 
     Args:
         folder: The run folder.
-        total: Number of images of the run.
-        initial: Number of images that the run has already processed.
+        total: Total number of images in the run.
+        initial: Number of images processed before this session.
         is_main_process: Whether to write anything.
     """
 
@@ -110,21 +110,25 @@ class Console:
         return self.lines.append()
 
 
-def drop_repeated_lines(path: Path, step: int, buffered: str) -> None:
+def drop_repeated_lines(path: Path, step: int, buffered_lines: str) -> None:
     """Drop lines newer than the checkpoint from metrics.jsonl, because those steps are repeated.
 
     Args:
         path: metrics.jsonl.
         step: Step of the checkpoint.
-        buffered: Lines that were buffered in memory when the checkpoint was written; those that
+        buffered_lines: Lines that were buffered in memory when the checkpoint was written; those that
             were not written later are restored.
     """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    complete = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
-    kept = [line for line in complete if json.loads(line)["step"] <= step]
-    kept += [line for line in buffered.splitlines(keepends=True) if line not in kept]
-    if kept or path.exists():
-        write_file(path, "".join(kept).encode())
+    complete_lines = [
+        line for line in lines if line.endswith("\n")
+    ]  # the last one may be incomplete after a kill
+    kept_lines = [line for line in complete_lines if json.loads(line)["step"] <= step]
+    kept_lines += [
+        line for line in buffered_lines.splitlines(keepends=True) if line not in kept_lines
+    ]
+    if kept_lines or path.exists():
+        write_file(path, "".join(kept_lines).encode())
 
 
 @dataclass
@@ -137,8 +141,8 @@ class RunLog:
         folder: The run folder.
         console: Progress bar and messages.
         trackers: Experiment trackers.
-        means: Means of the scalars of the steps.
-        throughput: Speed of the steps.
+        means: Running means of the logged scalars.
+        throughput: Measures the throughput.
         guard: Reports skipped steps.
         log_every: Steps between lines.
     """
@@ -162,7 +166,7 @@ class RunLog:
             drop_repeated_lines(self.lines.path, step, progress.get("log_waiting", ""))
 
     def collect_progress(self) -> dict:
-        """Collect what a checkpoint keeps, so that a resumed run logs what an unbroken one does.
+        """Return the state of the log, so that a resumed run logs what an uninterrupted one does.
 
         All processes must call this. It also reports skipped steps, which may end the run.
         """
@@ -206,7 +210,7 @@ class RunLog:
         Args:
             name: Prefix of the metrics in the trackers.
             step: Number of updates so far.
-            metrics: Numbers of the evaluation.
+            metrics: Metrics of the evaluation.
             identity: Everything that identifies the numbers, including "ema_decay".
         """
         if not self.console.is_main_process:
@@ -217,7 +221,7 @@ class RunLog:
         self.trackers.log({f"{name}/{key}": value for key, value in metrics.items()}, step)
 
     def close(self) -> None:
-        """Write what is buffered, and close the bar and the trackers."""
+        """Flush buffered lines, and close the progress bar and the trackers."""
         is_complete = self.console.close()
         if self.console.is_main_process and not (self.lines.append() and is_complete):
             print(

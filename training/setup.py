@@ -102,7 +102,7 @@ class Networks(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run that is ready to be trained."""
+    """The objects of a run that is ready to start."""
 
     cache: LatentCache
     config: dict  # contents of config.json
@@ -126,9 +126,9 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         The run, or None if there is nothing to do.
 
     Raises:
-        UserError: A setting is wrong, or the run was started with other settings.
+        UserError: A setting is invalid, or the run was started with other settings.
     """
-    # Check the flags against the cache and against those that the run was started with.
+    # Check the flags against the cache and against the original flags of the run.
     check_batch_size(settings.loop, accelerator.num_processes)
     cache = open_cache(settings.data, settings.model)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
@@ -160,7 +160,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     if accelerator.is_main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
 
-    # Open the log where the run stopped.
+    # Open the log at the step of the checkpoint.
     log = open_log(settings, accelerator, networks)
     log.info(describe_run(settings, accelerator, networks, cache))
     if position.checkpoints:
@@ -225,7 +225,7 @@ def build_networks(
         settings: Settings of the run.
         accelerator: The accelerator.
         cache: The latent cache.
-        position: Where the run stopped.
+        position: Position at which the run stopped.
         resources: Receives the lock of the run folder.
     """
     manifest = cache.manifest
@@ -245,18 +245,20 @@ def build_networks(
     if accelerator.is_main_process:
         resources.enter_context(lock_run(folder, position.checkpoints))
     state = build_state(settings, network, align, accelerator.device)
-    loaded = load_alignments(settings, align, cache_info, state.emas[0], accelerator.autocast)
-    for name in required_cache_inputs(loaded):
+    loaded_alignments = load_alignments(
+        settings, align, cache_info, state.emas[0], accelerator.autocast
+    )
+    for name in required_cache_inputs(loaded_alignments):
         cache.require_folder(name)
     if checkpoint:
         progress = verify_checkpoint(checkpoint)
-        stored = read_config(checkpoint)
-        check_same_data(settings.data, folder, stored, config)
-        check_same_alignment(folder, stored.get("align", []), align)
+        stored_config = read_config(checkpoint)
+        check_same_data(settings.data, folder, stored_config, config)
+        check_same_alignment(folder, stored_config.get("align", []), align)
         state.load(checkpoint, progress)
         if accelerator.scaler is not None and "scaler" in state.progress:
             accelerator.scaler.load_state_dict(state.progress["scaler"])
-    return Networks(config, cache_info, state, loaded, preview, evaluator)
+    return Networks(config, cache_info, state, loaded_alignments, preview, evaluator)
 
 
 def build_preview_and_evaluator(
@@ -332,26 +334,26 @@ def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -
 def describe_run(
     settings: Settings, accelerator: Accelerator, networks: Networks, cache: LatentCache
 ) -> str:
-    """Return a description of the run: four lines, and one more for each further method."""
+    """Return a description of the run: four lines, plus one per additional method."""
     loop = settings.loop
     objective = settings.objective
     model = networks.state.model
-    size = sum(parameter.numel() for parameter in model.backbone.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
     flops = backbone_flops(model.backbone.config)
-    methods = [
+    method_lines = [
         describe_alignment(entry, model, networks.cache_info) for entry in networks.config["align"]
     ]
     num_processes = accelerator.num_processes
     accumulation = loop.gradient_accumulation_steps
-    local = loop.batch_size // num_processes // accumulation
+    local_batch_size = loop.batch_size // num_processes // accumulation
     epochs = loop.num_steps * loop.batch_size / len(cache)
     return "\n".join(
         [
-            f"{settings.model.model}: {size / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOPs "
-            f"({flops / 2e9:.4g} GMAC) forward",
-            *(methods or ["no alignment"]),
-            f"global batch {loop.batch_size} = {num_processes} (processes) x {local} (local) x "
-            f"{accumulation} (accumulated) on {accelerator.device.type}, precision "
+            f"{settings.model.model}: {num_parameters / 1e6:.1f}M parameters, "
+            f"{flops / 1e9:.4g} GFLOPs ({flops / 2e9:.4g} GMAC) forward",
+            *(method_lines or ["no alignment"]),
+            f"global batch {loop.batch_size} = {num_processes} (processes) x {local_batch_size} "
+            f"(local) x {accumulation} (accumulated) on {accelerator.device.type}, precision "
             f"{accelerator.mixed_precision}; {objective.prediction} prediction on the "
             f"{objective.path_type} path, {objective.weighting} timesteps",
             f"{len(cache):,} images per epoch, {cache.manifest.num_classes} classes; "
