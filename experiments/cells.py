@@ -287,10 +287,10 @@ def count_images(cell: Cell, folder: Path) -> int:
 
 def current_commit() -> str | None:
     """Return the commit of the code, with "-dirty" if files were modified, or None without git."""
-    arguments = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
-            arguments, cwd=ROOT, capture_output=True, text=True, check=True
+            command, cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
     return None
 

@@ -284,8 +284,8 @@ class LatentCache:
         available_bytes = available_memory()
         if required_bytes > available_bytes:
             raise CacheError(
-                f"--cache-in-ram needs {required_bytes / 1e9:.1f} GB of memory, but this machine has "
-                f"only {available_bytes / 1e9:.1f} GB available; remove the flag"
+                f"--cache-in-ram needs {required_bytes / 1e9:.1f} GB of memory, but this machine "
+                f"has only {available_bytes / 1e9:.1f} GB available; remove the flag"
             )
         # memfd_create is not available on macOS, where each process keeps a separate copy.
         if not hasattr(os, "memfd_create"):

@@ -481,7 +481,7 @@ def _read_webdataset_labels(
 
 
 def _make_webdataset_key(name: str, member: str) -> str:
-    """Return an image name without its extensions, which start at the first dot of the file name."""
+    """Return an image name without extensions, which start at the first dot of the file name."""
     file_name = member.rpartition("/")[2]
     _, dot, extensions = file_name.partition(".")
     return name.removesuffix(dot + extensions)
