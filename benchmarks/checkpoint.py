@@ -52,7 +52,7 @@ def time_save(
 ) -> dict[str, float]:
     """Save a checkpoint, and return the times in seconds by the keys of the result."""
     synchronize(device)
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     writer.submit(state)
     copied = time.perf_counter()
     previous = copied
@@ -63,7 +63,7 @@ def time_save(
         longest_pause = max(longest_pause, now - previous - POLL_SECONDS)
         previous = now
     return {
-        "copy_s": copied - started,
+        "copy_s": copied - start_time,
         "write_s": previous - copied,
         "longest_pause_s": longest_pause,
     }

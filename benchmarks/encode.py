@@ -25,9 +25,9 @@ from tqdm import tqdm
 from benchmarks.measure import (
     Action,
     compare,
+    compute_per_image_results,
     count_flops,
     make_parser,
-    per_image,
     report,
     scratch_folder,
     time_interleaved,
@@ -195,7 +195,7 @@ def main() -> None:
     results = {}
     for name in actions:
         action_flops = 0 if name == "decoding alone" else flops
-        results[name] = per_image(timings, name, args.images, action_flops, rate)
+        results[name] = compute_per_image_results(timings, name, args.images, action_flops, rate)
     pairs = [(name, "encode_latents") for name in ("one at a time", "VAE alone")]
     report(
         args,

@@ -29,7 +29,8 @@ class Timings(NamedTuple):
     """Measurements of several actions, by name."""
 
     seconds: dict[str, list[float]]  # seconds per call, one value per round
-    peak_memory_gib: dict[str, float]  # of the action on a GPU, of the process on a CPU
+    # peak of the action on a GPU, or of the whole process on a CPU
+    peak_memory_gib: dict[str, float]
 
 
 # Options of the flags that benchmarks share, in the order of the help text.
@@ -111,11 +112,11 @@ def synchronize(device: torch.device) -> None:
 def time_call(action: Action, device: torch.device, calls: int = 1) -> float:
     """Return the seconds per call of consecutive calls, with no synchronisation between them."""
     synchronize(device)
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     for _ in range(calls):
         action()
     synchronize(device)
-    return (time.perf_counter() - started) / calls
+    return (time.perf_counter() - start_time) / calls
 
 
 def time_interleaved(
@@ -126,7 +127,9 @@ def time_interleaved(
     warm_up: int = 1,
     prepare: Action = lambda: None,
 ) -> Timings:
-    """Time actions alternately (A B C A B C ...), so that drifting machine speed affects all.
+    """Time actions alternately (A B C A B C ...).
+
+    A drift in machine speed therefore affects all of them equally.
 
     Args:
         actions: The actions by name.
@@ -180,7 +183,9 @@ def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -
     }
 
 
-def per_image(timings: Timings, name: str, num_images: int, flops: int, matmul_rate: float) -> dict:
+def compute_per_image_results(
+    timings: Timings, name: str, num_images: int, flops: int, matmul_rate: float
+) -> dict:
     """Return the measurements per image of an action that processes images.
 
     Args:
@@ -208,18 +213,18 @@ def count_flops(action: Action) -> int:
 
 
 def report(
-    args: argparse.Namespace, device: torch.device, recorded: Iterable[str], **entries: Any
+    args: argparse.Namespace, device: torch.device, recorded_flags: Iterable[str], **entries: Any
 ) -> None:
     """Print and write the result of a benchmark: its name, the machine, flags, and measurements.
 
     Args:
         args: Flags that were parsed by a parser from `make_parser`.
         device: Device of the measurements.
-        recorded: Names of the flags to include in the result.
+        recorded_flags: Names of the flags to include in the result.
         entries: Further entries of the result.
     """
     result = {"benchmark": args.benchmark, "machine": describe_machine(device)}
-    flags = {key: getattr(args, key) for key in recorded}
+    flags = {key: getattr(args, key) for key in recorded_flags}
     write_result(result | flags | entries, args.json)
 
 

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
     Action,
+    compute_per_image_results,
     count_flops,
     make_parser,
     median_and_quartiles,
-    per_image,
     report,
     scratch_folder,
     time_interleaved,
@@ -383,7 +383,7 @@ def main() -> None:
     results = {}
     for name, method in methods.items():
         rate = rates[method.precision]
-        results[name] = per_image(timings, name, args.images, method.flops, rate)
+        results[name] = compute_per_image_results(timings, name, args.images, method.flops, rate)
         results[name]["fastest_image_s"] = min(timings.seconds[name]) / args.images
     report(
         args,

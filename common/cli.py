@@ -50,7 +50,7 @@ def require_package(name: str, purpose: str) -> None:
     """
     if importlib.util.find_spec(name) is None:
         package = name.replace("_", "-")
-        raise UserError(f"{purpose} needs {package}: pip install {package}")
+        raise UserError(f"{purpose} requires {package}; install it with pip install {package}")
 
 
 class DiskFullSafeStream:
@@ -114,14 +114,14 @@ class Parser(argparse.ArgumentParser):
     Args:
         doc: Docstring of the command; its first line becomes the description.
         prog: The command as the user types it.
-        required: Required arguments, for the usage line.
-        trailing: Arguments that follow all flags, for the usage line.
+        required_usage: Required arguments, for the usage line.
+        trailing_usage: Arguments that follow all flags, for the usage line.
     """
 
-    def __init__(self, doc: str | None, prog: str, required: str, trailing: str = ""):
+    def __init__(self, doc: str | None, prog: str, required_usage: str, trailing_usage: str = ""):
         super().__init__(
             prog=prog,
-            usage=f"{prog} {required} [flags] {trailing}".rstrip(),
+            usage=f"{prog} {required_usage} [flags] {trailing_usage}".rstrip(),
             description=(doc or "").split("\n")[0],
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adapts the help to the width of the terminal, and shows short metavars and all defaults.
 
-    argparse's built-in formatters override the same two methods.
+    Overriding these private methods is safe, because argparse's built-in formatters do the same.
     """
 
     def __init__(self, prog: str):
@@ -172,7 +172,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return METAVARS.get(action.type, "NAME")
 
 
-def _number(
+def _make_number_type(
     convert: Callable[[str], Number], is_valid: Callable[[Number], bool], description: str
 ) -> Callable[[str], Number]:
     """Return an argparse type for the numbers that `is_valid` accepts."""
@@ -187,14 +187,18 @@ def _number(
     return parse
 
 
-positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
-non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
-seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-decay = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+positive_int = _make_number_type(int, lambda value: value >= 1, "a whole number of at least 1")
+non_negative_int = _make_number_type(int, lambda value: value >= 0, "a whole number of at least 0")
+seed = _make_number_type(
+    int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1"
+)
+fraction = _make_number_type(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+decay = _make_number_type(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 # Infinity is not a valid value of any flag.
-non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+non_negative_float = _make_number_type(
+    float, lambda value: 0 <= value < math.inf, "a number of at least 0"
+)
+positive_float = _make_number_type(float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def device(text: str) -> str:
@@ -222,8 +226,8 @@ def format_flags(record: dict[str, Any]) -> str:
     lines = []
     for key, value in record.items():
         if value is not None and value is not False:
-            words = "" if value is True else format_value(value)
-            lines.append(f"--{key.replace('_', '-')} {words}".rstrip())
+            value_text = "" if value is True else format_value(value)
+            lines.append(f"--{key.replace('_', '-')} {value_text}".rstrip())
     return "\n".join(lines)
 
 

@@ -114,18 +114,20 @@ def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -
         default = f" (default: {defaults[flag]})" if flag in defaults else ""
         parser.add_argument(flag, help=text + default, **options)
 
-    plot = "existing result whose table and figure are written again"
-    add("--plot", plot, type=Path, metavar="FILE.json")
+    plot_help = "existing result from which to regenerate the table and the figure"
+    add("--plot", plot_help, type=Path, metavar="FILE.json")
     add("--print", "print the commands instead of running them", action="store_true")
     add("--data-dir", "latent cache, or folder that contains the caches", type=Path)
     add("--model", "preset of models/sit.py", choices=PRESETS, metavar="NAME")
     add("--seeds", "seeds; every configuration runs with every seed", type=cli.seed, nargs="+")
     add("--max-train-steps", "training steps per run", type=cli.positive_int)
-    evaluations = "evaluations per run, evenly spaced; the last evaluation follows the last step"
-    add("--evaluations", evaluations, type=cli.positive_int)
+    evaluations_help = (
+        "evaluations per run, evenly spaced; the last evaluation follows the last step"
+    )
+    add("--evaluations", evaluations_help, type=cli.positive_int)
     add("--jobs", "number of simultaneous runs", type=cli.positive_int)
-    gpus = "number of GPUs per machine of the cluster, for --scale imagenet"
-    add("--gpus", gpus, type=cli.positive_int, default=8)
+    gpus_help = "number of GPUs per machine of the cluster, for --scale imagenet"
+    add("--gpus", gpus_help, type=cli.positive_int, default=8)
     add("--output-dir", "parent folder of the runs", type=Path)
     add(
         "--out",
@@ -153,9 +155,9 @@ def parse_study_flags(
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     train_flags = argv[end + 1 :]
-    for word in train_flags:
-        if word.split("=")[0] in RESERVED_FLAGS or word.startswith(reserved_prefixes):
-            raise UserError(f"-- {word}: this flag is set by the study; remove it")
+    for argument in train_flags:
+        if argument.split("=")[0] in RESERVED_FLAGS or argument.startswith(reserved_prefixes):
+            raise UserError(f"-- {argument}: this flag is set by the study; remove it")
     return args, train_flags
 
 
@@ -190,56 +192,58 @@ def check_cells(cells: list[Cell], folder: Path) -> None:
     """
     for cell in cells:
         cell.settings()
-        recorded = read_record(cell, folder).get("flags")
+        recorded_flags = read_record(cell, folder).get("flags")
         current = make_portable(cell.flags)
-        if recorded and normalize_flags(recorded) != normalize_flags(current):
+        if recorded_flags and normalize_flags(recorded_flags) != normalize_flags(current):
             raise UserError(
                 f"{folder / cell.run_name} was started with other flags "
-                f"({describe_changes(recorded, current)}); choose another --output-dir, or restore "
-                "the flags"
+                f"({describe_changes(recorded_flags, current)}); choose another --output-dir, or "
+                "restore the flags"
             )
 
 
-def normalize_flags(words: list[str]) -> dict | list[str]:
+def normalize_flags(arguments: list[str]) -> dict | list[str]:
     """Return the values that train.py parses from flags, so that equivalent flags compare equal.
 
     If this version of train.py cannot parse the flags, return them unchanged.
     """
     try:
-        return build_args_json(parse_settings([*words, "--exp-name", "any"]))
+        return build_args_json(parse_settings([*arguments, "--exp-name", "any"]))
     except UserError:
-        return words
+        return arguments
 
 
 def describe_changes(before: list[str], after: list[str]) -> str:
-    """Describe the differences of two command lines, using the last value of repeated flags."""
+    """Describe the differences between two command lines, using the last value of each flag."""
     old = group_by_flag(before)
     new = group_by_flag(after)
     return "; ".join(
-        f"{flag} was {old.get(flag, 'not passed')}, is {new.get(flag, 'not passed')}"
+        f"{flag} was {old.get(flag, 'not passed')} and is now {new.get(flag, 'not passed')}"
         for flag in old | new
         if old.get(flag) != new.get(flag)
     )
 
 
-def group_by_flag(words: Iterable[str]) -> dict[str, str]:
+def group_by_flag(arguments: Iterable[str]) -> dict[str, str]:
     """Convert ["--a", "1", "2", "--b"] to {"--a": "1 2", "--b": ""}."""
     values = {}
-    for option in " ".join(words).removeprefix("--").split(" --"):
+    for option in " ".join(arguments).removeprefix("--").split(" --"):
         flag, _, value = option.partition(" ")
         values[f"--{flag}"] = value
     return values
 
 
-def make_portable(words: Iterable[str]) -> list[str]:
+def make_portable(arguments: Iterable[str]) -> list[str]:
     """Remove paths that are specific to this machine from a command line.
 
     Absolute paths are replaced by paths relative to the working directory, or by the file name if
     they are outside of it.
     """
     portable = []
-    for word in words:
-        flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    for argument in arguments:
+        flag, equals, value = (
+            argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+        )
         path = Path(value)
         if path.is_relative_to(Path.cwd()):
             value = str(path.relative_to(Path.cwd()))
@@ -283,10 +287,10 @@ def count_images(cell: Cell, folder: Path) -> int:
 
 def current_commit() -> str | None:
     """Return the commit of the code, with "-dirty" if files were modified, or None without git."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
-            words, cwd=ROOT, capture_output=True, text=True, check=True
+            command, cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
     return None
 
@@ -315,7 +319,7 @@ class TrainingProcess:
         self.cell = cell
         self.record_path = folder / f"{cell.run_name}.json"
         previous = read_record(cell, folder)
-        self.started = time.monotonic() - previous.get("seconds", 0.0)
+        self.start_time = time.monotonic() - previous.get("seconds", 0.0)
         machine = describe_machine(torch.device("cuda" if gpu else "cpu"))
         self.record = {
             "flags": make_portable(cell.flags),
@@ -345,7 +349,7 @@ class TrainingProcess:
 
     def write_record(self, finished: bool) -> None:
         """Write the record of the run, see `read_record`."""
-        seconds = round(time.monotonic() - self.started, 1)
+        seconds = round(time.monotonic() - self.start_time, 1)
         record = self.record | {"seconds": seconds, "finished": finished}
         write_file(self.record_path, json.dumps(record).encode())
 
@@ -372,20 +376,20 @@ class Scheduler:
         self.num_threads = max(1, available_cores() // jobs)
         self.pending = [cell for cell in cells if not is_finished(cell, folder)]
         self.slots: list[TrainingProcess | None] = [None] * jobs
-        self.failed: dict[str, str] = {}  # name of a failed run -> error message
+        self.errors_by_run: dict[str, str] = {}  # name of a failed run -> error message
         self.is_stopping = False
         self.progress_time = 0.0  # time of the last update of the progress bar
         loops = {cell: cell.settings().loop for cell in cells}
         self.total_images = {cell: loop.num_steps * loop.batch_size for cell, loop in loops.items()}
 
     @property
-    def running(self) -> list[TrainingProcess]:
+    def running_processes(self) -> list[TrainingProcess]:
         """The processes whose outcome has not been recorded yet."""
         return [process for process in self.slots if process]
 
     def run(self, request: StopRequest, bar: tqdm) -> None:
         """Execute all runs; after a stop request, only wait until the running processes exit."""
-        while self.running or (self.pending and not request.name):
+        while self.running_processes or (self.pending and not request.name):
             if not request.name:
                 self.start_processes()
             elif not self.is_stopping:
@@ -398,36 +402,38 @@ class Scheduler:
     def start_processes(self) -> None:
         """Start pending runs in the free slots."""
         for slot, process in enumerate(self.slots):
-            ready = (cell for cell in self.pending if not is_running(cell, self.folder))
-            if not process and (cell := next(ready, None)):
+            startable_cells = (cell for cell in self.pending if not is_running(cell, self.folder))
+            if not process and (cell := next(startable_cells, None)):
                 self.pending.remove(cell)
                 gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
                 self.slots[slot] = TrainingProcess(cell, self.folder, self.num_threads, gpu)
 
     def stop_processes(self) -> None:
-        """Send SIGTERM to all processes, on which train.py saves a checkpoint and exits."""
+        """Send SIGTERM to all processes; train.py then saves a checkpoint and exits."""
         self.is_stopping = True
-        tqdm.write(f"stopping: {len(self.running)} runs are saving checkpoints")
+        tqdm.write(f"stopping: {len(self.running_processes)} runs are saving checkpoints")
         # A second Ctrl-C raises KeyboardInterrupt instead of waiting for the processes.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.send_signal(signal.SIGTERM)
 
     def send_signal(self, number: int) -> None:
         """Send a signal to all processes that still exist, and to their children."""
-        for process in self.running:
+        for process in self.running_processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.popen.pid, number)
 
     def close_processes(self) -> bool:
         """Free the slots of exited processes, and return whether any process has exited."""
-        exited = [process for process in self.running if process.popen.poll() is not None]
-        for process in exited:
+        exited_processes = [
+            process for process in self.running_processes if process.popen.poll() is not None
+        ]
+        for process in exited_processes:
             self.slots[self.slots.index(process)] = None
             error = process.close()
             if error and not self.is_stopping:
-                self.failed[process.cell.run_name] = error
+                self.errors_by_run[process.cell.run_name] = error
                 tqdm.write(f"{process.cell.run_name}: {error} ({process.log})")
-        return bool(exited)
+        return bool(exited_processes)
 
     def count_images(self) -> int:
         """Return the number of training images that all runs have processed so far."""
@@ -441,8 +447,8 @@ class Scheduler:
         self.progress_time = time.monotonic()
         num_finished = sum(is_finished(cell, self.folder) for cell in self.total_images)
         description = f"{num_finished} of {len(self.total_images)} runs"
-        if self.failed:
-            description += f", {len(self.failed)} failed"
+        if self.errors_by_run:
+            description += f", {len(self.errors_by_run)} failed"
         bar.set_description(description, refresh=refresh)
         bar.update(self.count_images() - bar.n)
 
@@ -490,7 +496,7 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
         raise KeyboardInterrupt
     if request.name:
         sys.exit(EXIT_STOPPED)
-    return scheduler.failed
+    return scheduler.errors_by_run
 
 
 def check_no_failures(failed: dict[str, str], num_cells: int) -> None:

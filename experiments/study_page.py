@@ -48,16 +48,16 @@ def format_tables(result: dict) -> str:
     numbers = format_numbers(result)
     metric = result["metric"]
     labels = {method["name"]: method["label"] for method in result["methods"]}
-    baseline, *others = labels
+    baseline, *other_methods = labels
     baseline_header = f"difference from {labels[baseline]}"
 
     # Label the measured methods, and add the number of seeds if some are missing.
     total = len(list_seeds(result))
-    measured = {name: label for name, label in labels.items() if f"{name} seeds" in numbers}
-    for name, label in measured.items():
+    measured_labels = {name: label for name, label in labels.items() if f"{name} seeds" in numbers}
+    for name, label in measured_labels.items():
         count = numbers[f"{name} seeds"]
         if int(count) < total:
-            measured[name] = f"{label} ({count} of {total} seeds)"
+            measured_labels[name] = f"{label} ({count} of {total} seeds)"
 
     # Add the floor as a last row with italic numbers.
     floor = result.get("floor") or {}
@@ -90,22 +90,24 @@ def format_tables(result: dict) -> str:
     }
     held_out_columns = {f"held-out at {t}": f"t = {t}" for t in held_out_times(result)}
     cost_columns = {"FLOP": "FLOPs per image", "second": "seconds per step"}
-    marker = "speed-up at "
-    for images in sorted({int(key.partition(marker)[2]) for key in numbers if marker in key}):
-        header = f"speed-up at {abbreviate(images)} images of {labels[baseline]}"
-        cost_columns[f"{marker}{images}"] = header
+    speed_up_prefix = "speed-up at "
+    for images in sorted(
+        {int(key.partition(speed_up_prefix)[2]) for key in numbers if speed_up_prefix in key}
+    ):
+        header = f"speed-up at the quality of {labels[baseline]} after {abbreviate(images)} images"
+        cost_columns[f"{speed_up_prefix}{images}"] = header
 
     # The first table also lists the methods that were not run.
-    not_run = {f"{name} {metric}": "not run" for name in labels}
-    quality_rows = labels | measured | floor_rows.get(metric, {})
-    detail_rows = measured | floor_rows.get("agreement", {})
-    lines = make_table(quality_rows, quality_columns, not_run | numbers)
+    not_run_placeholders = {f"{name} {metric}": "not run" for name in labels}
+    quality_rows = labels | measured_labels | floor_rows.get(metric, {})
+    detail_rows = measured_labels | floor_rows.get("agreement", {})
+    lines = make_table(quality_rows, quality_columns, not_run_placeholders | numbers)
     lines += make_table(detail_rows, detail_columns, numbers)
-    if held_out_columns and others:
-        held_out_rows = {name: labels[name] for name in others}
+    if held_out_columns and other_methods:
+        held_out_rows = {name: labels[name] for name in other_methods}
         corner = f"held-out loss, % {baseline_header}"
         lines += make_table(held_out_rows, held_out_columns, numbers, corner)
-    lines += make_table(measured, cost_columns, numbers)
+    lines += make_table(measured_labels, cost_columns, numbers)
     return "\n".join([*lines, *explain(result), "", "```bash", result["command"], "```", ""])
 
 
@@ -187,12 +189,13 @@ def explain(result: dict) -> list[str]:
         "detects with 80% power.",
         f"Speed-up in images: the number of images at which {label} reaches a quality, divided by "
         "the number at which",
-        "the method reaches it, from the mean curves with log-log interpolation.",
+        "the method reaches it; both are read from the mean curves by log-log interpolation.",
         "Speed-up in FLOPs and in seconds: the same ratio with each number multiplied by the cost "
         "per image,",
         "excluding REPA's encoder if its features are precomputed.",
         "< and > mark bounds, because the value lies outside the measured range.",
-        "Probe: finished runs only, over the seeds that all probed methods share.",
+        "Probe: computed from finished runs only, and averaged over the seeds that all probed "
+        "methods share.",
     ]
 
 
@@ -234,13 +237,13 @@ def draw_figure(result: dict, path: Path) -> None:
 
     # Lines without data appear only in the legends.
     line = partial(plt.Line2D, [], [])
-    mark = partial(line, color="0.4")
+    make_grey_line = partial(line, color="0.4")
     methods = [line(**style, markersize=5, linewidth=1.4) for style in styles.values()]
     marks = [
-        mark(label="95% over seeds, bootstrap", linewidth=2.6),
-        mark(label="Student's 95%", linewidth=0.8),
-        mark(label="lowest to highest seed", linewidth=8, alpha=0.25),
-        mark(label="goes on beyond what is measured", linewidth=0, marker="v"),
+        make_grey_line(label="95% over seeds, bootstrap", linewidth=2.6),
+        make_grey_line(label="Student's 95%", linewidth=0.8),
+        make_grey_line(label="lowest to highest seed", linewidth=8, alpha=0.25),
+        make_grey_line(label="goes on beyond what is measured", linewidth=0, marker="v"),
     ]
     legend = partial(figure.legend, frameon=False, columnspacing=1.2, handlelength=1.6)
     legend(handles=marks, loc="outside lower center", ncols=4)
@@ -287,14 +290,14 @@ def draw_categories(axes: "Axes", images: np.ndarray) -> None:
 
 
 def category_offset(index: int, count: int) -> float:
-    """Return the horizontal offset of a method from the tick, if a tick has `count` methods."""
+    """Return the horizontal offset of a method from the tick that `count` methods share."""
     return min(0.16, 0.8 / count) * (index - (count - 1) / 2)
 
 
 def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
     """Draw the speed-ups in images at the milestones of the baseline.
 
-    If only a bound of a value or of an interval end is known, an arrow replaces it.
+    If only a bound is known for a value or an interval endpoint, an arrow is drawn at the bound.
     """
     baseline, *names = styles
     by_method: dict[str, list[SpeedUp]] = {}
@@ -303,7 +306,7 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
         if len(values):
             by_method[name] = compute_speed_ups(quality.images, baseline_values, values)
 
-    # Make the vertical axis contain 1, all known values and all known interval ends.
+    # Extend the vertical axis to include 1, all known values and all known interval endpoints.
     bounds = np.array(
         [
             bound
@@ -348,7 +351,7 @@ def draw_speed_up(axes: "Axes", x: float, speed_up: SpeedUp, style: dict[str, An
 
 
 def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -> None:
-    """Draw the paired differences from the baseline, in percent of the baseline's mean.
+    """Draw the paired differences from the baseline, as a percentage of the baseline's mean.
 
     The thick line is the bootstrap interval and the thin line is the t interval.
     """

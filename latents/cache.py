@@ -1,7 +1,7 @@
 """Read a latent cache: moments, labels, images and features by image index (docs/data.md).
 
-B batch size, C latent channels, h x w latent size, R resolution, N tokens, D feature
-dimension.
+In shapes, B is the batch size, C the number of latent channels, h x w the latent size, R the
+resolution, N the number of tokens, and D the feature dimension.
 """
 
 import os
@@ -94,46 +94,49 @@ class LatentCache:
         return self.__dict__ | {"open_shards": {}}  # each process maps the files itself
 
     def gather(
-        self, image_index: np.ndarray, flipped: np.ndarray | None = None
+        self, image_indices: np.ndarray, is_flipped: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
         """Read the moments and labels of a batch.
 
         Args:
-            image_index: Indices of the images, (B,) int64.
-            flipped: Whether to read the moments of the flipped image, (B,) bool.
+            image_indices: Indices of the images, (B,) int64.
+            is_flipped: Whether to read the moments of the flipped image, (B,) bool.
 
         Returns:
             Moments as stored, (B, 2C, h, w), and labels, (B,) int64.
         """
-        assert ((image_index >= 0) & (image_index < len(self))).all(), (image_index, len(self))
-        labels = torch.from_numpy(self.labels[image_index].astype(np.int64))
-        folder_index = np.zeros_like(image_index) if flipped is None else flipped.astype(np.int64)
+        is_valid = (image_indices >= 0) & (image_indices < len(self))
+        assert is_valid.all(), (image_indices, len(self))
+        labels = torch.from_numpy(self.labels[image_indices].astype(np.int64))
+        folder_index = (
+            np.zeros_like(image_indices) if is_flipped is None else is_flipped.astype(np.int64)
+        )
         if self._moments_in_ram is None:
-            moments = self._read_rows(image_index, self.manifest.moment_folders, folder_index)
+            moments = self._read_rows(image_indices, self.manifest.moment_folders, folder_index)
         else:
-            moments = np.empty(len(image_index), self._moments_format)
-            row = image_index + len(self) * folder_index
+            moments = np.empty(len(image_indices), self._moments_format)
+            row = image_indices + len(self) * folder_index
             # The indices are valid. Modes other than "clip" would need a buffer for the result.
             np.take(self._moments_in_ram, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
 
     def read_input(
-        self, folder: str, image_index: np.ndarray, flipped: np.ndarray | None = None
+        self, folder: str, image_indices: np.ndarray, is_flipped: np.ndarray | None = None
     ) -> Tensor:
-        """Read the images or the stored features of a batch from the disk.
+        """Read the images or the stored features of a batch from disk.
 
         Args:
             folder: "images" or "features/SLUG".
-            image_index: Indices of the images, (B,) int64.
-            flipped: Whether to flip the image horizontally, (B,) bool. Ignored for features.
+            image_indices: Indices of the images, (B,) int64.
+            is_flipped: Whether to flip the image horizontally, (B,) bool. Ignored for features.
 
         Returns:
             Images, (B, 3, R, R) uint8, or features, (B, N, D) float16.
         """
         self.require_folder(folder)
-        rows = self._read_rows(image_index, [folder], np.zeros_like(image_index))
-        if folder == "images" and flipped is not None:
-            rows[flipped] = rows[flipped][..., ::-1]
+        rows = self._read_rows(image_indices, [folder], np.zeros_like(image_indices))
+        if folder == "images" and is_flipped is not None:
+            rows[is_flipped] = rows[is_flipped][..., ::-1]
         return torch.from_numpy(rows)
 
     def read_feature_metadata(self) -> dict[str, dict]:
@@ -189,15 +192,15 @@ class LatentCache:
         return np.dtype((metadata["dtype"], shape))
 
     def _read_rows(
-        self, image_index: np.ndarray, folders: list[str], folder_index: np.ndarray
+        self, image_indices: np.ndarray, folders: list[str], folder_index: np.ndarray
     ) -> np.ndarray:
         """Read one row per image, (B, ...), from the folder that `folder_index` selects."""
         row_format = self._row_formats[folders[0]]
-        out = np.empty(len(image_index), row_format)
+        out = np.empty(len(image_indices), row_format)
 
         # Locate the rows, in the order in which they are stored.
-        order = np.argsort(image_index)
-        sorted_index = image_index[order]
+        order = np.argsort(image_indices)
+        sorted_index = image_indices[order]
         shard_index = np.searchsorted(self.shard_starts, sorted_index, side="right") - 1
         row_index = sorted_index - self.shard_starts[shard_index]
         row_folders = [folders[k] for k in folder_index[order].tolist()]
@@ -210,11 +213,11 @@ class LatentCache:
                 self._get_reader(*shard).prefetch(row)
 
         # Copy the rows. Calling `_get_reader` for every row would make this loop 5% slower.
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         for i, shard, row in rows:
             reader = self.open_shards.get(shard) or self._get_reader(*shard)
             out[i] = reader.rows[row]
-        policy.update(len(rows), row_format.itemsize, time.perf_counter() - started)
+        policy.update(len(rows), row_format.itemsize, time.perf_counter() - start_time)
         return out
 
     def _get_reader(self, shard_index: int, folder: str) -> ShardReader:
@@ -242,7 +245,7 @@ class LatentCache:
     def load_into_ram(
         self, rank: int = 0, all_gather: Callable[[object], list] = lambda value: [value]
     ) -> None:
-        """Copy the moments into shared memory. Images and features stay on the disk.
+        """Copy the moments into shared memory. Images and features stay on disk.
 
         There is one copy per machine. The system frees the memory when the last process exits, even
         if that process is killed.
@@ -277,18 +280,19 @@ class LatentCache:
     def _allocate_ram(self) -> str | None:
         """Allocate memory for the moments; return a path under which other processes can map it."""
         num_rows = len(self.manifest.moment_folders) * len(self)
-        needed = num_rows * self._moments_format.itemsize
-        available = available_memory()
-        if needed > available:
+        required_bytes = num_rows * self._moments_format.itemsize
+        available_bytes = available_memory()
+        if required_bytes > available_bytes:
             raise CacheError(
-                f"--cache-in-ram needs {needed / 1e9:.1f} GB of memory, but this machine has only "
-                f"{available / 1e9:.1f} GB available; remove the flag"
+                f"--cache-in-ram needs {required_bytes / 1e9:.1f} GB of memory, but this machine "
+                f"has only {available_bytes / 1e9:.1f} GB available; remove the flag"
             )
-        if not hasattr(os, "memfd_create"):  # macOS; each process has a separate copy
+        # memfd_create is not available on macOS, where each process keeps a separate copy.
+        if not hasattr(os, "memfd_create"):
             self._moments_in_ram = np.empty(num_rows, self._moments_format)
             return None
         self._ram_descriptor = os.memfd_create("latents")
-        os.ftruncate(self._ram_descriptor, needed)
+        os.ftruncate(self._ram_descriptor, required_bytes)
         path = f"/proc/{os.getpid()}/fd/{self._ram_descriptor}"
         self._moments_in_ram = self._map_ram(path, "r+")
         return path

@@ -55,7 +55,8 @@ class ImageSource:
     """Images in a fixed order, read from the files of a folder.
 
     Attributes:
-        root: The folder, or the file or pattern of files in subclasses.
+        root: The folder that contains the images. In subclasses, also an archive file or a glob
+            pattern.
         names: The name of each image: its path relative to `root`.
         labels: The class index of each image, (n,) int64.
         class_names: The names of all classes.
@@ -283,10 +284,10 @@ def _open_folder(path: Path, flag: str, table: LabelTable | None) -> ImageSource
         return ImageSource(path, names, *assign_labels(names, table))
 
     labels, class_names = assign_labels_from_folders(names, f"{flag} {path}")
-    empty = sorted(set(top_folders) - set(class_names))
-    if names and empty:
+    empty_classes = sorted(set(top_folders) - set(class_names))
+    if names and empty_classes:
         raise UserError(
-            f"{flag} {path}: some classes have no images ({', '.join(empty[:5])}); "
+            f"{flag} {path}: some classes have no images ({', '.join(empty_classes[:5])}); "
             "add images or remove these folders"
         )
     return ImageSource(path, names, labels, class_names)
@@ -312,16 +313,16 @@ def list_files(
     names: list[str] = []
     top_folders: list[str] = []
     # Device and inode of each folder and its ancestors, to detect symlinks that form a cycle.
-    lineages: dict[Path, frozenset] = {}
+    ancestor_ids: dict[Path, frozenset] = {}
     for folder_name, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
         folder = Path(folder_name)
         status = folder.stat()
         identity = (status.st_dev, status.st_ino)
-        ancestors = lineages.get(folder.parent, frozenset())
+        ancestors = ancestor_ids.get(folder.parent, frozenset())
         if identity in ancestors:
             subfolders.clear()
             continue
-        lineages[folder] = ancestors | {identity}
+        ancestor_ids[folder] = ancestors | {identity}
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if folder == root:
             top_folders = subfolders.copy()
@@ -344,10 +345,10 @@ def _open_zip(file: Path, flag: str, table: LabelTable | None) -> ImageSource:
         raise UserError(
             f"{origin} is not a folder, tar, parquet or readable zip file ({error})"
         ) from None
-    labels = (
+    labels, class_names = (
         assign_labels_from_folders(names, origin) if table is None else assign_labels(names, table)
     )
-    return ZipSource(file, names, *labels)
+    return ZipSource(file, names, labels, class_names)
 
 
 class TarMember(NamedTuple):
@@ -385,10 +386,12 @@ def _iter_members(file: BinaryIO, file_index: int, prefix: str = "") -> Iterator
             file.seek(entry.offset_data)
             member = TarMember(file_index, name, entry.offset_data, entry.size)
             if name.endswith(".tar"):
-                inner = list(_iter_members(file, file_index, name.removesuffix(".tar") + "/"))
-                if not inner:
+                nested_members = list(
+                    _iter_members(file, file_index, name.removesuffix(".tar") + "/")
+                )
+                if not nested_members:
                     raise tarfile.ReadError(f"the nested tar file {name} contains no images")
-                yield from inner
+                yield from nested_members
             elif name.endswith(".cls") or PurePosixPath(name).name == "dataset.json":
                 yield member._replace(label_file=file.read(entry.size))
             elif is_image_name(name):
@@ -438,19 +441,19 @@ def _open_tars(path: Path, files: list[Path], flag: str, table: LabelTable | Non
     sorted_images = [images[name] for name in names]
     members = [image.name for image in sorted_images]
     if table is not None:
-        labels = assign_labels(members, table)
+        labels, class_names = assign_labels(members, table)
     elif classes:
-        labels = _read_webdataset_labels(names, members, classes, origin)
+        labels, class_names = _read_webdataset_labels(names, members, classes, origin)
     elif len(files) > 1 and all(re.fullmatch(r"n\d{8}", file.stem) for file in files):
         # ImageNet has one tar file per class.
         paths = [f"{files[image.file_index].stem}/{image.name}" for image in sorted_images]
-        labels = assign_labels_from_folders(paths, origin)
+        labels, class_names = assign_labels_from_folders(paths, origin)
     else:
-        labels = assign_labels_from_folders(members, origin)
+        labels, class_names = assign_labels_from_folders(members, origin)
 
     rows = [(image.file_index, image.offset, image.size) for image in sorted_images]
     locations = np.array(rows, np.int64).reshape(-1, 3)
-    return TarSource(path, names, *labels, files=files, locations=locations)
+    return TarSource(path, names, labels, class_names, files=files, locations=locations)
 
 
 def _read_webdataset_labels(
@@ -478,7 +481,7 @@ def _read_webdataset_labels(
 
 
 def _make_webdataset_key(name: str, member: str) -> str:
-    """Return a name up to the first dot in the last component of its path in the tar file."""
+    """Return an image name without extensions, which start at the first dot of the file name."""
     file_name = member.rpartition("/")[2]
     _, dot, extensions = file_name.partition(".")
     return name.removesuffix(dot + extensions)
@@ -519,16 +522,18 @@ def _open_parquet(
                 locations += [(file_index, group, row) for row in rows]
             label_column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
             if label_column is not None:
-                labels = parquet.read([label_column], use_threads=False).column(0)
-                classes += labels.to_pylist()
+                label_array = parquet.read([label_column], use_threads=False).column(0)
+                classes += label_array.to_pylist()
                 class_names = class_names or _find_class_names(schema, label_column)
 
-    # Convert classes to labels. Without a label column, all images are of one class.
+    # Convert classes to labels. Without a label column, all images belong to one class.
     if classes and (len(classes) != len(names) or None in classes):
         raise UserError(f"{origin}: some rows have a label and others have none")
-    indexed = index_classes(classes or [0] * len(names), class_names, origin)
+    labels, class_names = index_classes(classes or [0] * len(names), class_names, origin)
     array = np.array(locations, np.int64).reshape(-1, 3)
-    return ParquetSource(path, names, *indexed, files=files, locations=array, column=image_column)
+    return ParquetSource(
+        path, names, labels, class_names, files=files, locations=array, column=image_column
+    )
 
 
 def _open_parquet_file(file: Path, flag: str) -> "pyarrow.parquet.ParquetFile":

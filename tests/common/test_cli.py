@@ -74,7 +74,8 @@ def test_run_does_not_hide_other_errors(monkeypatch):
 
 def test_missing_optional_package_gives_an_error_with_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    message = "^the Inception network needs torch-fidelity: pip install torch-fidelity$"
+    package = "torch-fidelity"
+    message = f"^the Inception network requires {package}; install it with pip install {package}$"
     with pytest.raises(UserError, match=message):
         cli.require_package("torch_fidelity", "the Inception network")
     cli.require_package("torch", "everything")
@@ -87,4 +88,5 @@ def test_missing_optional_package_gives_an_error_with_the_pip_command(monkeypatc
 def test_command_without_its_optional_package_ends_in_one_line(call, monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, package, None)
     code, out = call(importlib.import_module(module), "exps/missing")
-    assert (code, out) == (2, f"error: {module} needs {package}: pip install {package}\n")
+    message = f"error: {module} requires {package}; install it with pip install {package}\n"
+    assert (code, out) == (2, message)

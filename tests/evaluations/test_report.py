@@ -438,7 +438,10 @@ def test_missing_package_is_named(call, tmp_path, monkeypatch, package):
     run = make_run(tmp_path / "run")
     monkeypatch.setitem(sys.modules, package, None)
     code, out = call(report, run, "--out", tmp_path / "r.html")
-    assert (code, out) == (2, f"error: evaluations.report needs {package}: pip install {package}\n")
+    message = (
+        f"error: evaluations.report requires {package}; install it with pip install {package}\n"
+    )
+    assert (code, out) == (2, message)
     code, out = call(curves, run)
     assert code == (2 if package == "matplotlib" else 0), out
 
