@@ -116,8 +116,8 @@ def drop_repeated_lines(path: Path, step: int, buffered_lines: str) -> None:
     Args:
         path: metrics.jsonl.
         step: Step of the checkpoint.
-        buffered_lines: Lines that were buffered in memory when the checkpoint was written; those that
-            were not written later are restored.
+        buffered_lines: Lines that were buffered in memory when the checkpoint was written; those
+            that were not written later are restored.
     """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     complete_lines = [
