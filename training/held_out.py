@@ -96,7 +96,7 @@ class HeldOutLoss:
 
         Args:
             model: The network.
-            settings: Settings that define the interpolant and the quantity that the network predicts.
+            settings: Settings with the interpolant and the quantity that the network predicts.
             dtype: Autocast dtype.
             batch_size: Images per process and forward pass.
             share: Rank of this process and number of processes.
