@@ -3,7 +3,7 @@
 All solvers integrate a velocity field, regardless of what the network predicts (see
 `VelocityModel`). Time grids follow REPA's samplers.py. If the velocity is singular at an end of
 [0, 1], integration is limited to `interpolant.time_interval`; the caller then replaces the last
-step, to t = 0, by `denoise`.
+step to t = 0 with `denoise`.
 
 The state keeps the dtype of the initial noise (REPA: float64), and the network always receives
 float32. B is the batch size, and x has the shape (B, ...). On a fixed grid a time is one Python
@@ -55,7 +55,7 @@ class VelocityModel:
     Args:
         network: Predicts the velocity, the data or the noise.
         interpolant: The interpolant that the network was trained on.
-        prediction: Prediction of the network: "v", "x" or "eps".
+        prediction: Quantity that the network predicts: "v", "x" or "eps".
         dtype: Dtype of the network's matrix products. If it is not float32, the network runs under
             autocast.
         check_cancelled: Called before each evaluation of the network. An exception that it raises
@@ -102,10 +102,10 @@ class GuidedVelocity:
     high: float = 1.0
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Return the velocity at x (B, ...) and t, one time or (B,).
+        """Return the velocity at x (B, ...) and t, a single time or one time per image (B,).
 
-        With times (B,) the batch is always doubled: checking whether any image lies in the interval
-        would synchronise with the device.
+        With one time per image the batch is always doubled: checking whether any image lies in the
+        interval would synchronise with the device.
         """
         times = t.float() if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
         may_be_guided = isinstance(t, Tensor) or self.low <= t <= self.high
@@ -153,18 +153,18 @@ def ode_times(num_steps: int, interval: tuple[float, float] = UNIT_INTERVAL) -> 
 
 
 def sde_times(
-    num_steps: int, interval: tuple[float, float] = UNIT_INTERVAL, last: float = 0.04
+    num_steps: int, interval: tuple[float, float] = UNIT_INTERVAL, last_step_start: float = 0.04
 ) -> list[float]:
-    """Return REPA's grid for the SDE: `num_steps` uniform times from 1 to `last`, then 0.
+    """Return REPA's SDE grid: `num_steps` uniform times from 1 to `last_step_start`, then 0.
 
     Args:
         num_steps: Number of network evaluations, including that of a final `denoise`.
         interval: Lower and upper end of the integration. If the lower end is above 0, it replaces
-            `last`, the grid ends there, and `denoise` is expected to follow.
-        last: Time at which the last step to 0 starts.
+            `last_step_start`, the grid ends there, and `denoise` is expected to follow.
+        last_step_start: Time at which the last step to 0 starts.
     """
     t_min, t_max = interval
-    times = torch.linspace(t_max, t_min or last, num_steps, dtype=torch.float64).tolist()
+    times = torch.linspace(t_max, t_min or last_step_start, num_steps, dtype=torch.float64).tolist()
     return times if t_min > 0 else [*times, 0.0]
 
 
@@ -241,8 +241,8 @@ def dopri5(
     the first step. The whole batch is evaluated until the last image has reached `t_end`, so that
     an image does not depend on the others. The check for the end synchronises with the device once
     per step.
-    The error estimate assumes a smooth velocity; `guided_dopri5` handles a velocity that jumps. An
-    image that becomes NaN is integrated in long steps and stays NaN, as with other solvers.
+    The error estimate assumes a smooth velocity; `guided_dopri5` handles a discontinuous velocity.
+    An image that becomes NaN is integrated in long steps and stays NaN, as with other solvers.
 
     Args:
         velocity: The velocity field, called with times (B,) in float64.
@@ -298,9 +298,9 @@ def guided_dopri5(
     """Integrate with `dopri5` in up to three pieces: above, inside and below the guidance interval.
 
     The velocity is smooth within each piece. A single integration would shrink the steps at the
-    ends of the interval until the error estimate happens to miss the jump, which takes more
-    evaluations and leaves a larger error (docs/sampling.md reports measurements). With
-    pieces, the null class is also evaluated only inside the interval.
+    ends of the interval until the error estimate happens to miss the discontinuity, which takes
+    more evaluations and leaves a larger error (docs/sampling.md reports measurements). With pieces,
+    the null class is also evaluated only inside the interval.
 
     Args:
         velocity: The guided velocity field.
@@ -315,15 +315,15 @@ def guided_dopri5(
     """
     if velocity.scale == 1.0:
         return dopri5(velocity, x, atol, rtol, t_start, t_end)
-    unguided = replace(velocity, scale=1.0)
-    always_guided = replace(velocity, low=0.0, high=1.0)
+    unguided_velocity = replace(velocity, scale=1.0)
+    guided_velocity = replace(velocity, low=0.0, high=1.0)
     high = min(max(velocity.high, t_end), t_start)
     low = min(max(velocity.low, t_end), t_start)
     evaluations = torch.zeros_like(velocity.labels)
     for piece, piece_start, piece_end in (
-        (unguided, t_start, high),
-        (always_guided, high, low),
-        (unguided, low, t_end),
+        (unguided_velocity, t_start, high),
+        (guided_velocity, high, low),
+        (unguided_velocity, low, t_end),
     ):
         if piece_start > piece_end:
             x, count = dopri5(piece, x, atol, rtol, piece_start, piece_end)

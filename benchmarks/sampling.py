@@ -57,12 +57,12 @@ from sample_ddp import (
     SamplingConfig,
     build_record,
     convert_field_errors,
-    make_recipe,
+    make_settings,
     prepare_model,
     set_up_arithmetic,
 )
 from samplers import GuidedVelocity, euler, euler_maruyama, ode_times, sde_times
-from sampling.recipe import SamplerConfig
+from sampling.settings import SamplerConfig
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
 from training.throughput import measure_matmul_rate
@@ -164,8 +164,8 @@ class Sampler:
         self.vae = vae
         self.device = vae.vae.device
         self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
-        self.recipe = make_recipe(config, source)
-        self.record = build_record(config, source, vae, self.recipe, self.device)
+        self.settings = make_settings(config, source)
+        self.record = build_record(config, source, vae, self.settings, self.device)
         self.num_threads = 2 if self.device.type == "cuda" else available_cores()
 
     def __call__(self, folder: Path) -> Path:
@@ -174,12 +174,12 @@ class Sampler:
         set_up_arithmetic(precision, self.device)
         store = SampleStore(folder, "samples", self.record, {})
         num_classes = self.model.config.num_classes
-        labels = self.recipe.compute_labels(torch.arange(store.count), num_classes).numpy()
+        labels = self.settings.compute_labels(torch.arange(store.count), num_classes).numpy()
         store.choose_grid_images(labels)
         with ExitStack() as resources, tqdm(total=store.count, disable=True) as bar:
             stored = store.claim(resources)
             worker = Worker(
-                self.model, self.vae, self.recipe, precision.dtype, store, stored, networks={}
+                self.model, self.vae, self.settings, precision.dtype, store, stored, networks={}
             )
             pending = store.pending_batches(stored)
             run_batches(worker, pending, self.num_threads, precision.compile, bar, store.batch_size)
@@ -192,12 +192,12 @@ class Sampler:
         """Evaluate the network as often as in sampling one batch."""
         dtype = self.config.precision.dtype
         x = self.random_latents()
-        if self.recipe.cfg_scale > 1:  # guidance doubles the batch
+        if self.settings.cfg_scale > 1:  # guidance doubles the batch
             x = torch.cat((x, x))
         t = torch.full((len(x),), 0.5, device=self.device)
         labels = torch.arange(len(x), device=self.device) % self.model.config.num_classes
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            for _ in range(self.recipe.num_steps):
+            for _ in range(self.settings.num_steps):
                 self.model(x, t, labels)
 
     def decode(self) -> None:
@@ -322,7 +322,7 @@ def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, f
 
 def flops_per_image(sampler: Sampler) -> dict[str, int]:
     """Return the FLOPs per image of the network and of the VAE."""
-    evaluations = sampler.recipe.num_steps * (2 if sampler.recipe.cfg_scale > 1 else 1)
+    evaluations = sampler.settings.num_steps * (2 if sampler.settings.cfg_scale > 1 else 1)
     return {
         "network": evaluations * backbone_flops(sampler.model.config),
         "VAE": count_flops(partial(sampler.vae.decode, sampler.random_latents()[:1])),

@@ -87,7 +87,7 @@ def load(
         path: The run, checkpoint, export or file.
         ema_decay: Decay of the EMA to load from a run of this repository. The default is the first
             decay of the run.
-        model: Preset of an official file, because the file does not record it.
+        model: Preset of an official file; required because the file does not record it.
         origin: Repository of an official file; required if the file is ambiguous.
         path_type: Interpolant of an official file, if the file does not record it.
 
@@ -104,14 +104,14 @@ def load(
             )
         return _load_official(path, model, origin, path_type)
     folder, config = read_native_config(path)
-    for flag, value, recorded in (
+    for flag, value, recorded_value in (
         ("--model", model, f"it is {config['model_name']}"),
         ("--origin", origin, "it comes from this repository"),
         ("--path-type", path_type, f"it was trained on the {config['path_type']} path"),
     ):
         if value is not None:
             raise UserError(
-                f"{flag} is for official .pt files, but {path} records that {recorded}; "
+                f"{flag} is for official .pt files, but {path} records that {recorded_value}; "
                 "remove the flag"
             )
 
@@ -181,7 +181,7 @@ def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float
     decay = decays[path.name]
     if ema_decay not in (None, decay):
         raise UserError(
-            f"--ema-decay {ema_decay}: {path} is the EMA of decay {decay}; remove the flag"
+            f"--ema-decay {ema_decay}: {path} is the EMA with decay {decay}; remove the flag"
         )
     return decay
 
@@ -234,7 +234,7 @@ def _load_official(
 
 
 def _choose_origin(
-    path: Path, name: str, model: str | None, origin: str | None, inferred: str | None
+    path: Path, name: str, model: str | None, origin: str | None, inferred_origin: str | None
 ) -> str:
     """Validate --model and --origin against the file and return its origin.
 
@@ -243,30 +243,34 @@ def _choose_origin(
         name: Preset that matches the shapes in the file.
         model: Value of --model.
         origin: Value of --origin.
-        inferred: Origin inferred from the file; None if it is ambiguous.
+        inferred_origin: Origin inferred from the file; None if it is ambiguous.
 
     Raises:
         UserError: If a flag is missing or contradicts the file.
     """
-    result = origin or inferred
+    result = origin or inferred_origin
     origins = ", ".join(ORIGINS)
     if model is None:
         origin_remedy = "" if result else f" and --origin, one of {origins}"
         raise UserError(
-            f"{path} does not record its architecture, but its shapes are those of {name}: "
+            f"{path} does not record its architecture, but its tensor shapes match {name}: "
             f"add --model {name}{origin_remedy}"
         )
     if model != name:
-        raise UserError(f"--model {model} does not fit {path}, whose shapes are those of {name}")
+        raise UserError(
+            f"--model {model} does not match {path}, whose tensor shapes match {name}; "
+            f"pass --model {name}"
+        )
     if result is None:
         raise UserError(
             f"{path} does not identify its repository, which determines the direction of time "
             "(heads would imply REPA or SRA, and a learned sigma would imply SiT): "
             f"add --origin, one of {origins}"
         )
-    if inferred not in (None, result):
+    if inferred_origin not in (None, result):
         raise UserError(
-            f"--origin {origin}: {path} has weights that only {inferred} has; remove the flag"
+            f"--origin {origin}: {path} contains weights that exist only in {inferred_origin} "
+            "checkpoints; remove the flag"
         )
     return result
 
@@ -282,7 +286,7 @@ def _read_official(path: Path) -> _OfficialFile:
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except Exception as error:  # the type depends on the bytes of the file
+    except Exception as error:  # the exception type depends on how the file is damaged
         problem = "cannot be read as a .pt file: download it again"
         # torch reports the name of a forbidden function or class only in the message.
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):

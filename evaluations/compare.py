@@ -17,7 +17,7 @@ from evaluations.reference_features import ReferenceFeatures
 # Keys of metrics.json that contain results. Every other key identifies the evaluation.
 RESULT_KEYS = ("metrics", "intervals", "by_count", "warning")
 SUBSET_COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
-STANDARD_COUNT = 50_000  # samples that papers evaluate
+STANDARD_COUNT = 50_000  # number of samples that papers use
 FRECHET_NAMES = {"inception": "FID", "fashion": "FD-fashion", "dinov2-l": "FD-DINOv2"}
 
 
@@ -45,8 +45,8 @@ def compute_metrics(
         fp16_distances: Whether precision and recall use float16 distances, as ADM's evaluator does.
 
     Returns:
-        Metrics by name. A metric is None if it needs labels, or features of the reference, that are
-        not available.
+        Metrics by name. A metric is None if the labels or reference features that it needs are not
+        available.
     """
     distance = frechet_distance(compute_statistics(samples.pool, device), reference.pool, device)
     metrics: dict[str, float | None] = {frechet_name(network): distance}
@@ -55,8 +55,8 @@ def compute_metrics(
         assert samples.scores is not None
         metrics["sFID"] = None
         if reference.spatial is not None:
-            spatial = compute_statistics(samples.spatial, device)
-            metrics["sFID"] = frechet_distance(spatial, reference.spatial, device)
+            spatial_statistics = compute_statistics(samples.spatial, device)
+            metrics["sFID"] = frechet_distance(spatial_statistics, reference.spatial, device)
         metrics["inception_score"] = inception_score(samples.scores)
     if network == "fashion":
         assert samples.scores is not None
@@ -79,7 +79,7 @@ def frechet_distances_by_count(
 ) -> dict[str, float]:
     """Compute the Frechet distance of the first n samples for several n.
 
-    n takes the values in SUBSET_COUNTS from a tenth of the number of samples up to this number.
+    n takes the values of SUBSET_COUNTS that are at least a tenth of the sample count and below it.
 
     Args:
         features: Features of the samples, (n, F).
@@ -98,7 +98,7 @@ def frechet_distances_by_count(
 
 
 def small_sample_warning(count: int, networks: Iterable[str]) -> str | None:
-    """Return a warning if FID or FD-NAME is computed from fewer samples than in papers."""
+    """Return a warning if FID or FD-NAME is computed from fewer samples than papers use."""
     names = " and ".join(frechet_name(network) for network in networks if network != "fashion")
     if count >= STANDARD_COUNT or not names:
         return None

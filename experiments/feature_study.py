@@ -113,7 +113,7 @@ def compute_tokens(model: SiT, x_t: Tensor, t: float, blocks: list[int]) -> dict
     x_t = x_t.to(model.pos_embed.device)
     labels = torch.full((len(x_t),), model.config.num_classes, device=x_t.device)
     times = torch.full((len(x_t),), t, device=x_t.device)
-    return model.features(x_t, times, labels, blocks)
+    return model.compute_block_tokens(x_t, times, labels, blocks)
 
 
 def evaluate_features(

@@ -2,8 +2,9 @@
 
 Parameter names, shapes and initialization match the SiT and REPA repositories, so that
 checkpointing/official.py can load their checkpoints.
-Shapes: B batch, C channels, H and W latent height and width, p patch size, N = HW / p^2 tokens,
-D width, K classes.
+In shapes, B is the batch size, C the number of channels, H and W the height and width of the
+latent, p the patch size, N = HW / p^2 the number of tokens, D the width, and K the number of
+classes.
 """
 
 import math
@@ -133,7 +134,7 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Transform tokens (B, N, D) under the conditioning c (B, D)."""
+        """Transform tokens (B, N, D), conditioned on c (B, D)."""
         modulation = self.adaLN_modulation(c).chunk(6, -1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
@@ -150,7 +151,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, N, D) under the conditioning c (B, D) to patches (B, N, p * p * C)."""
+        """Map tokens (B, N, D), conditioned on c (B, D), to patches (B, N, p * p * C)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -232,7 +233,9 @@ class SiT(nn.Module):
         velocity = self.unpatchify(self.final_layer(tokens, c))
         return (velocity, block_tokens) if return_blocks else velocity
 
-    def features(self, x: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+    def compute_block_tokens(
+        self, x: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]
+    ) -> dict[int, Tensor]:
         """Return the output tokens (B, N, D) of `blocks`, without running later blocks."""
         _, _, block_tokens = self._run_blocks(x, t, y, max(blocks), blocks)
         return block_tokens
@@ -245,11 +248,11 @@ class SiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         block_tokens = {}
-        for number, block in enumerate(self.blocks[:depth], 1):
+        for block_index, block in enumerate(self.blocks[:depth], 1):
             if self.activation_checkpointing:
                 tokens = checkpoint(block, tokens, c, use_reentrant=False)
             else:
                 tokens = block(tokens, c)
-            if number in return_blocks:
-                block_tokens[number] = tokens
+            if block_index in return_blocks:
+                block_tokens[block_index] = tokens
         return tokens, c, block_tokens

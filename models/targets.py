@@ -434,8 +434,8 @@ class Teacher(Target):
     Settings = TeacherSettings
 
     def __post_init__(self) -> None:
-        features = self.context.ema.features
-        self.features = torch.compile(features) if self.context.compile else features
+        compute = self.context.ema.compute_block_tokens
+        self.compute_block_tokens = torch.compile(compute) if self.context.compile else compute
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -464,7 +464,7 @@ class Teacher(Target):
         t = (inputs.t - self.record["t_max"] * inputs.target_uniform).clamp(0, 1)
         with self.context.autocast():
             x_t = self.context.add_noise(inputs.latents, inputs.noise, t)
-            tokens = self.features(x_t, t, inputs.labels, (block,))[block]
+            tokens = self.compute_block_tokens(x_t, t, inputs.labels, (block,))[block]
         return tokens.float()
 
 

@@ -13,7 +13,7 @@ from common.cli import UserError
 from evaluations.features import FeatureNetwork, to_numpy
 from models.autoencoder import Autoencoder
 from models.sit import SiT
-from sampling.recipe import Recipe
+from sampling.settings import SamplingSettings
 from sampling.store import SampleStore, StoredBatches
 
 
@@ -28,7 +28,7 @@ class Worker:
     Args:
         model: The network, on the device of the VAE.
         vae: The VAE that decodes the latents.
-        recipe: Settings of the sampler.
+        settings: Settings of the sampler.
         dtype: Dtype of the network's matrix products.
         store: Stores the batches.
         stored_batches: Indices of the batches that are already stored.
@@ -37,7 +37,7 @@ class Worker:
 
     model: SiT
     vae: Autoencoder
-    recipe: Recipe
+    settings: SamplingSettings
     dtype: torch.dtype
     store: SampleStore
     stored_batches: StoredBatches
@@ -86,7 +86,9 @@ class Worker:
         """
         size = self.store.batch_size
         indices = torch.arange(batch * size, (batch + 1) * size, device=self.device)
-        latents = self.recipe.sample_latents(self.model, indices, self.dtype, self.check_cancelled)
+        latents = self.settings.sample_latents(
+            self.model, indices, self.dtype, self.check_cancelled
+        )
         if not latents.isfinite().all():
             raise UserError(
                 f"--ckpt {self.store.record['checkpoint']}: the latents of batch {batch} are not "

@@ -32,7 +32,7 @@ from samplers import (
     ode_times,
     sde_times,
 )
-from sampling.recipe import Recipe
+from sampling.settings import SamplingSettings
 from tests.helpers import ROOT
 
 DATA = example_gaussian([0.3, 0.7, 1.6])
@@ -674,22 +674,22 @@ def network_of(name, prediction):
 
 
 @on_every_objective
-def test_recipe_samples_every_objective(name, prediction):
+def test_settings_sample_every_objective(name, prediction):
     """Samples of a float32 network on a fixed grid and with adaptive steps reach the exact end."""
     indices = torch.arange(10)
     network = network_of(name, prediction)
     interval = time_interval(INTERPOLANTS[name], prediction)
     exact = exact_end(name, interval, initial_noise()).float()
-    for settings, tolerance in (
+    for options, tolerance in (
         ({"heun": True, "num_steps": 128}, 5e-4),
         ({"dopri5": True, "rtol": 1e-4}, 2e-3),
     ):
-        recipe = Recipe("ode", path_type=name, prediction=prediction, **settings)
-        latents = recipe.sample_latents(network, indices).flatten(1)
-        assert (latents - exact).abs().max() < tolerance, settings
+        settings = SamplingSettings("ode", path_type=name, prediction=prediction, **options)
+        latents = settings.sample_latents(network, indices).flatten(1)
+        assert (latents - exact).abs().max() < tolerance, options
 
-    recipe = Recipe("sde", num_steps=20, path_type=name, prediction=prediction)
-    latents = recipe.sample_latents(network, indices).flatten(1)
+    settings = SamplingSettings("sde", num_steps=20, path_type=name, prediction=prediction)
+    latents = settings.sample_latents(network, indices).flatten(1)
     noise = [normal(0, Purpose.BROWNIAN, indices, (3,), draw=i) for i in range(19)]
     expected = solve_sde(
         perfect_velocity(name, prediction),

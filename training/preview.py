@@ -10,7 +10,7 @@ from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import SiT
-from sampling.recipe import Recipe
+from sampling.settings import SamplingSettings
 from training.config import ObjectiveConfig
 
 
@@ -41,7 +41,7 @@ class Preview:
         num_rows = min(self.num_rows, len(class_names))
         classes = torch.linspace(0, len(class_names) - 1, num_rows).round().long()
         self.row_names = [class_names[k] for k in classes]
-        self.recipe = Recipe(
+        self.settings = SamplingSettings(
             mode="ode",
             num_steps=self.num_steps,
             cfg_scale=cfg_scale,
@@ -61,11 +61,11 @@ class Preview:
         """
         num_images = len(self.row_names) * self.num_columns
         index = torch.arange(num_images, device=self.vae.vae.device)
-        images = self.vae.decode(self.recipe.sample_latents(ema, index))
+        images = self.vae.decode(self.settings.sample_latents(ema, index))
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         rows = pixels.reshape(len(self.row_names), self.num_columns, *pixels.shape[1:])
-        settings = f"Euler {self.num_steps} · guidance {self.recipe.cfg_scale:g}"
-        grid = draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {settings}")
+        subtitle = f"Euler {self.num_steps} · guidance {self.settings.cfg_scale:g}"
+        grid = draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {subtitle}")
         save_png(grid, path)
 
 

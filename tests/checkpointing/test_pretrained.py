@@ -169,16 +169,16 @@ def drop_key(content: dict, key: str) -> dict:
 @pytest.mark.parametrize(
     ("change", "flags", "expected"),
     [
-        (lambda state: state, {}, "shapes are those of SiT-Ti/2: add --model SiT-Ti/2"),
+        (lambda state: state, {}, "tensor shapes match SiT-Ti/2: add --model SiT-Ti/2"),
         (
             lambda state: state,
             {"model": "SiT-B/2"},
-            "--model SiT-B/2 does not fit .* are those of SiT-Ti/2",
+            "--model SiT-B/2 does not match .* shapes match SiT-Ti/2",
         ),
         (
             lambda state: state,
             {"model": "SiT-Ti/2", "origin": "sit"},
-            "--origin sit: .* has weights that only sra has",
+            "--origin sit: .* contains weights that exist only in sra",
         ),
         (
             lambda state: state,
@@ -316,7 +316,7 @@ def test_prediction_affects_samples_their_record_and_the_export(run, call, tmp_p
         (
             "checkpoints/0000002/ema-0.5.safetensors",
             {"ema_decay": 0.9},
-            "--ema-decay 0.9: .* is the EMA of decay 0.5",
+            "--ema-decay 0.9: .* is the EMA with decay 0.5",
         ),
         (
             "checkpoints/0000002/model.safetensors",

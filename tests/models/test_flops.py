@@ -31,7 +31,7 @@ def test_flops_match_the_flop_counter_of_pytorch():
     expected = 2 * training_flops(SMALL, [SRA2], CACHE)
     assert forward_and_backward.get_total_flops() == pytest.approx(expected, rel=0.02)
     with FlopCounterMode(display=False) as teacher:
-        model.backbone.features(x, t, y, (2,))
+        model.backbone.compute_block_tokens(x, t, y, (2,))
     sra = {"method": "sra", "teacher_block": 2, "head": None}
     teacher_flops = training_flops(SMALL, [sra], CACHE) - training_flops(SMALL, [], CACHE)
     assert teacher.get_total_flops() == 2 * teacher_flops

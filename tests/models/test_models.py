@@ -111,13 +111,13 @@ def test_return_blocks_adds_block_outputs_without_changing_the_velocity():
         model(x, t, y, return_blocks=(4,))
 
 
-def test_features_equal_block_outputs_without_running_later_blocks():
+def test_block_tokens_equal_block_outputs_without_running_later_blocks():
     model, (x, t, y) = randomize_zeros(make_sit()), make_inputs()
-    block_tokens = model(x, t, y, return_blocks=(1, 2))[1]
+    expected = model(x, t, y, return_blocks=(1, 2))[1]
     model.blocks[2].forward = None  # calling None raises a TypeError
-    features = model.features(x, t, y, (1, 2))
-    assert {*features} == {1, 2} and all(
-        torch.equal(features[k], block_tokens[k]) for k in features
+    block_tokens = model.compute_block_tokens(x, t, y, (1, 2))
+    assert {*block_tokens} == {1, 2} and all(
+        torch.equal(block_tokens[k], expected[k]) for k in block_tokens
     )
 
 

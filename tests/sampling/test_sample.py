@@ -19,7 +19,7 @@ from checkpointing import pretrained
 from common.keyed_random import Purpose, normal
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig
-from sampling.recipe import Recipe, cast_matmul_weights
+from sampling.settings import SamplingSettings, cast_matmul_weights
 from tests.helpers import ROOT, make_vae, run_ranks
 
 EMA_WEIGHTS = "checkpoints/0000002/ema.safetensors"
@@ -231,14 +231,14 @@ def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
 
 def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
     sample()
-    sample_latents = Recipe.sample_latents
+    sample_latents = SamplingSettings.sample_latents
     sampled = []
 
-    def record_indices(recipe, model, indices, *args):
+    def record_indices(settings, model, indices, *args):
         sampled.append(indices.tolist())
-        return sample_latents(recipe, model, indices, *args)
+        return sample_latents(settings, model, indices, *args)
 
-    monkeypatch.setattr(Recipe, "sample_latents", record_indices)
+    monkeypatch.setattr(SamplingSettings, "sample_latents", record_indices)
     sample("--num-fid-samples", 18)
     # Images 8 to 10 were part of a padded batch, which is sampled again.
     assert sorted(sampled) == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
@@ -250,7 +250,7 @@ def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
 
 def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("common.processes.available_cores", lambda: 1)  # one batch at a time
-    sample_latents = Recipe.sample_latents
+    sample_latents = SamplingSettings.sample_latents
     num_calls = 0
 
     def interrupt_third_call(*args):
@@ -260,7 +260,7 @@ def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_pat
             raise KeyboardInterrupt
         return sample_latents(*args)
 
-    monkeypatch.setattr(Recipe, "sample_latents", interrupt_third_call)
+    monkeypatch.setattr(SamplingSettings, "sample_latents", interrupt_third_call)
     sample(code=130)
     assert "num_steps was 3, is 4" in sample("--num-steps", 4, code=2)
     sample()
@@ -402,10 +402,10 @@ def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypat
 def test_cast_weights_give_the_same_latents_as_autocast(trained):
     model = pretrained.load(trained).model
     indices = torch.arange(3)
-    recipe = Recipe(mode="ode", num_steps=3)
-    expected = recipe.sample_latents(model, indices, torch.bfloat16)
+    settings = SamplingSettings(mode="ode", num_steps=3)
+    expected = settings.sample_latents(model, indices, torch.bfloat16)
     cast_matmul_weights(model, torch.bfloat16)
-    assert torch.equal(recipe.sample_latents(model, indices, torch.bfloat16), expected)
+    assert torch.equal(settings.sample_latents(model, indices, torch.bfloat16), expected)
 
 
 def test_samples_equal_those_of_a_plain_loop(sample, trained, tmp_path):
@@ -448,7 +448,10 @@ def test_nan_weights_are_reported(sample, trained, tmp_path):
     [
         (["--ckpt", "/nonexistent"], "--ckpt /nonexistent: /nonexistent does not exist"),
         (["--cfg-scale", 0.5], "--cfg-scale 0.5 is below 1"),
-        (["--guidance-low", 0.7, "--guidance-high", 0.3], "--guidance-low 0.7 is above the upper"),
+        (
+            ["--guidance-low", 0.7, "--guidance-high", 0.3],
+            "--guidance-low 0.7 exceeds guidance_high, 0.3",
+        ),
         (["--cfg-scale", "nan"], "--cfg-scale: nan is not a number of at least 0"),
         (["--heun"], "--heun is an ODE solver; set the mode to ode"),
         (["--num-steps", 1], "--num-steps 1 is too few"),
@@ -456,7 +459,10 @@ def test_nan_weights_are_reported(sample, trained, tmp_path):
         (["--num-step", 3], "unrecognized arguments: --num-step 3; did you mean --num-steps?"),
         (["--dopri5"], "--dopri5 is an ODE solver; set the mode to ode"),
         (["--mode", "ode", "--dopri5", "--heun"], "--heun cannot be combined with dopri5"),
-        (["--labels", "sandals"], "--labels sandals is not random, balanced, a class or a file"),
+        (
+            ["--labels", "sandals"],
+            "--labels sandals does not exist; choose random, balanced, a class index",
+        ),
         (["--labels", "3"], "--labels 3: 3 is not a class; choose classes from 0 to 2"),
         (["--labels", __file__], "cannot be read as one class per image"),
         (["--no-npz"], "--no-npz would discard the samples unevaluated; add --evaluate PATH"),
@@ -490,8 +496,8 @@ def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_recipe_is_built_without_a_command_line():
-    recipe = Recipe(mode="ode", heun=True, labels="balanced")
-    recipe.validate()
-    assert recipe.solver == "heun"
-    assert recipe.compute_labels(torch.arange(4), num_classes=3).tolist() == [0, 1, 2, 0]
+def test_settings_are_built_without_a_command_line():
+    settings = SamplingSettings(mode="ode", heun=True, labels="balanced")
+    settings.validate()
+    assert settings.solver == "heun"
+    assert settings.compute_labels(torch.arange(4), num_classes=3).tolist() == [0, 1, 2, 0]

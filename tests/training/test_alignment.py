@@ -349,7 +349,7 @@ def test_method_without_head_compares_two_blocks_of_the_student(make, more_metho
     total, scalars = step.compute_losses(inputs)
     x_t = step.interpolant.coefficients(inputs.t[:, None, None, None])
     x_t = x_t[0] * inputs.latents + x_t[1] * inputs.noise
-    tokens = model.backbone.features(x_t, inputs.t, inputs.labels, (2, 4))
+    tokens = model.backbone.compute_block_tokens(x_t, inputs.t, inputs.labels, (2, 4))
     expected = (tokens[2] - tokens[4].detach()).square().mean((1, 2))
     torch.testing.assert_close(scalars["align/sync"], expected)
     torch.testing.assert_close(total, scalars["denoising"] + 0.2 * expected)

@@ -90,11 +90,15 @@ class SamplerConfig:
             FieldError: A setting is out of range or contradicts another one.
         """
         if self.cfg_scale < 1:
-            raise FieldError("cfg_scale", f"{self.cfg_scale} is below 1; 1 disables guidance")
+            raise FieldError(
+                "cfg_scale",
+                f"{self.cfg_scale} is below 1; pass 1 to disable guidance, or a larger value",
+            )
         if self.guidance_low > self.guidance_high:
             raise FieldError(
                 "guidance_low",
-                f"{self.guidance_low} is above the upper end of the interval, {self.guidance_high}",
+                f"{self.guidance_low} exceeds guidance_high, {self.guidance_high}; "
+                "choose a smaller value",
             )
         for solver in ("heun", "dopri5"):
             if getattr(self, solver) and self.mode == "sde":
@@ -109,12 +113,12 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe(SamplerConfig):
+class SamplingSettings(SamplerConfig):
     """Everything that determines a latent, except the network and the index of the image.
 
     Args:
         path_type: Name of the interpolant that the network was trained on.
-        prediction: Prediction of the network: "v", "x" or "eps".
+        prediction: Quantity that the network predicts: "v", "x" or "eps".
         explicit_labels: Contents of the label file, (n,) int64, if `labels` is a file.
     """
 
@@ -122,8 +126,8 @@ class Recipe(SamplerConfig):
     prediction: str = "v"
     explicit_labels: Tensor | None = None
 
-    def with_loaded_labels(self, num_classes: int, count: int) -> "Recipe":
-        """Return the recipe with validated labels, which are loaded if they come from a file.
+    def with_loaded_labels(self, num_classes: int, count: int) -> "SamplingSettings":
+        """Return the settings with validated labels, which are loaded if they come from a file.
 
         Args:
             num_classes: Number of classes of the model.
@@ -142,11 +146,11 @@ class Recipe(SamplerConfig):
                 f"{self.labels} contains {len(labels):,} labels, but {count:,} are needed; "
                 "add labels or sample fewer images",
             )
-        invalid = labels[(labels < 0) | (labels >= num_classes)]
-        if len(invalid):
+        invalid_labels = labels[(labels < 0) | (labels >= num_classes)]
+        if len(invalid_labels):
             raise FieldError(
                 "labels",
-                f"{self.labels}: {invalid[0]} is not a class; "
+                f"{self.labels}: {invalid_labels[0]} is not a class; "
                 f"choose classes from 0 to {num_classes - 1}",
             )
         return self if is_one_class else replace(self, explicit_labels=torch.from_numpy(labels))
@@ -155,8 +159,8 @@ class Recipe(SamplerConfig):
         """Return the class of each image, (B,), given the indices of the images, (B,)."""
         if self.explicit_labels is not None:
             # The padding of the last batch has indices beyond the end of the file.
-            last = len(self.explicit_labels) - 1
-            return self.explicit_labels.to(indices.device)[indices.clamp(max=last)]
+            last_index = len(self.explicit_labels) - 1
+            return self.explicit_labels.to(indices.device)[indices.clamp(max=last_index)]
         if self.labels.isdecimal():
             return torch.full_like(indices, int(self.labels))
         if self.labels == "balanced":
@@ -239,8 +243,11 @@ def load_labels(path: Path) -> np.ndarray:
     try:
         return _read_label_file(path)
     except FileNotFoundError:
-        raise FieldError("labels", f"{path} is not random, balanced, a class or a file") from None
-    except Exception as error:  # numpy, json and int raise many types for invalid files
+        raise FieldError(
+            "labels",
+            f"{path} does not exist; choose random, balanced, a class index or an existing file",
+        ) from None
+    except Exception as error:  # numpy, json and int raise many exception types for invalid files
         raise FieldError(
             "labels", f"{path} cannot be read as one class per image ({error})"
         ) from None
