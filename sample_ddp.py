@@ -43,7 +43,7 @@ from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTBlock
-from sampling.settings import SamplerConfig, SamplingSettings, cast_matmul_weights
+from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
 
@@ -166,7 +166,7 @@ def main() -> None:
     # Load the network and the VAE, and complete the settings with those of the checkpoint.
     source, vae = load_networks(config.checkpoint, device, world)
     model = prepare_model(source.model, config.precision, device)
-    settings = make_settings(config, source)
+    settings = make_recipe(config, source)
     record = build_record(config, source, vae, settings, device)
     check_vae(vae, record["vae_fingerprint"], source)
     suite = make_suite(config, model, vae, device, world)
@@ -257,13 +257,13 @@ def prepare_model(model: SiT, config: PrecisionConfig, device: torch.device) -> 
     return model
 
 
-def make_settings(config: SamplingConfig, source: PretrainedModel) -> SamplingSettings:
+def make_recipe(config: SamplingConfig, source: PretrainedModel) -> Recipe:
     """Combine the sampler's flags with the objective of the network, and load the labels.
 
     Raises:
         UserError: The labels do not match the network or the number of images.
     """
-    settings = SamplingSettings(
+    settings = Recipe(
         **vars(config.sampler), path_type=source.path_type, prediction=source.prediction
     )
     with convert_field_errors(SamplerConfig):
@@ -276,7 +276,7 @@ def build_record(
     config: SamplingConfig,
     source: PretrainedModel,
     vae: Autoencoder,
-    settings: SamplingSettings,
+    settings: Recipe,
     device: torch.device,
 ) -> JsonObject:
     """Return all settings that determine the images, for NAME.json and metrics.json."""
@@ -326,7 +326,7 @@ def check_vae(vae: Autoencoder, fingerprint: str, source: PretrainedModel) -> No
         )
 
 
-def default_name(source: PretrainedModel, settings: SamplingSettings) -> str:
+def default_name(source: PretrainedModel, settings: Recipe) -> str:
     """Return the default name of the files: run, step, solver, guidance, labels and seed."""
     name = f"{source.name}-{settings.solver}"
     if not settings.dopri5:

@@ -21,7 +21,7 @@ from common.processes import World
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from sample_ddp import PrecisionConfig
-from sampling.settings import SamplerConfig
+from sampling.recipe import SamplerConfig
 
 MODES = {"Euler": "ode", "Euler-Maruyama": "sde"}
 

@@ -57,12 +57,12 @@ from sample_ddp import (
     SamplingConfig,
     build_record,
     convert_field_errors,
-    make_settings,
+    make_recipe,
     prepare_model,
     set_up_arithmetic,
 )
 from samplers import GuidedVelocity, euler, euler_maruyama, ode_times, sde_times
-from sampling.settings import SamplerConfig
+from sampling.recipe import SamplerConfig
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
 from training.throughput import measure_matmul_rate
@@ -164,7 +164,7 @@ class Sampler:
         self.vae = vae
         self.device = vae.vae.device
         self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
-        self.settings = make_settings(config, source)
+        self.settings = make_recipe(config, source)
         self.record = build_record(config, source, vae, self.settings, self.device)
         self.num_threads = 2 if self.device.type == "cuda" else available_cores()
 

@@ -13,7 +13,7 @@ from common.cli import UserError
 from evaluations.features import FeatureNetwork, to_numpy
 from models.autoencoder import Autoencoder
 from models.sit import SiT
-from sampling.settings import SamplingSettings
+from sampling.recipe import Recipe
 from sampling.store import SampleStore, StoredBatches
 
 
@@ -37,7 +37,7 @@ class Worker:
 
     model: SiT
     vae: Autoencoder
-    settings: SamplingSettings
+    settings: Recipe
     dtype: torch.dtype
     store: SampleStore
     stored_batches: StoredBatches

@@ -32,7 +32,7 @@ from samplers import (
     ode_times,
     sde_times,
 )
-from sampling.settings import SamplingSettings
+from sampling.recipe import Recipe
 from tests.helpers import ROOT
 
 DATA = example_gaussian([0.3, 0.7, 1.6])
@@ -684,11 +684,11 @@ def test_settings_sample_every_objective(name, prediction):
         ({"heun": True, "num_steps": 128}, 5e-4),
         ({"dopri5": True, "rtol": 1e-4}, 2e-3),
     ):
-        settings = SamplingSettings("ode", path_type=name, prediction=prediction, **options)
+        settings = Recipe("ode", path_type=name, prediction=prediction, **options)
         latents = settings.sample_latents(network, indices).flatten(1)
         assert (latents - exact).abs().max() < tolerance, options
 
-    settings = SamplingSettings("sde", num_steps=20, path_type=name, prediction=prediction)
+    settings = Recipe("sde", num_steps=20, path_type=name, prediction=prediction)
     latents = settings.sample_latents(network, indices).flatten(1)
     noise = [normal(0, Purpose.BROWNIAN, indices, (3,), draw=i) for i in range(19)]
     expected = solve_sde(

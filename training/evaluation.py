@@ -27,12 +27,12 @@ from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import SiT
-from sampling.settings import SamplingSettings
+from sampling.recipe import Recipe
 from training.config import ObjectiveConfig, PeriodicEvaluationConfig
 from training.held_out import HeldOutLoss
 
 # Settings of the sampler that identify an evaluation.
-SETTINGS_KEYS = ("path_type", "prediction", "solver", "num_steps", "cfg_scale", "labels", "seed")
+RECIPE_KEYS = ("path_type", "prediction", "solver", "num_steps", "cfg_scale", "labels", "seed")
 
 
 class Stopped(Exception):  # noqa: N818 (a stop is no error)
@@ -68,7 +68,7 @@ class Evaluator:
         config = self.config
         _check_config(config)
         self.device = self.vae.vae.device
-        self.settings = SamplingSettings(
+        self.settings = Recipe(
             mode=config.mode,
             heun=config.heun,
             num_steps=config.num_steps,
@@ -116,7 +116,7 @@ class Evaluator:
             "features": config.features,
             "reference": str(config.reference),
             "reference_sha256": digest,
-            **{key: getattr(self.settings, key) for key in SETTINGS_KEYS},
+            **{key: getattr(self.settings, key) for key in RECIPE_KEYS},
             "batch_size": config.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "allow_tf32": torch.backends.cuda.matmul.allow_tf32,

@@ -19,7 +19,7 @@ from latents.manifest import Manifest
 from loss import denoising_loss
 from models.autoencoder import LatentScale
 from models.sit import SiT
-from sampling.settings import SamplingSettings
+from sampling.recipe import Recipe
 
 # Midpoints of five equal intervals, so that the mean approximates that over uniform timesteps.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -83,7 +83,7 @@ class HeldOutLoss:
     def measure(
         self,
         model: SiT,
-        settings: SamplingSettings,
+        settings: Recipe,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
         share: tuple[int, int] = (0, 1),
@@ -120,7 +120,7 @@ class HeldOutLoss:
         return {"held_out": sum(means) / len(means), **per_timestep}
 
     def _batch_sums(
-        self, model: SiT, settings: SamplingSettings, image_index: Tensor, dtype: torch.dtype
+        self, model: SiT, settings: Recipe, image_index: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Return the sums of the losses of a batch, (1, number of timesteps), float64."""
         device = model.pos_embed.device

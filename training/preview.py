@@ -10,7 +10,7 @@ from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import SiT
-from sampling.settings import SamplingSettings
+from sampling.recipe import Recipe
 from training.config import ObjectiveConfig
 
 
@@ -41,7 +41,7 @@ class Preview:
         num_rows = min(self.num_rows, len(class_names))
         classes = torch.linspace(0, len(class_names) - 1, num_rows).round().long()
         self.row_names = [class_names[k] for k in classes]
-        self.settings = SamplingSettings(
+        self.settings = Recipe(
             mode="ode",
             num_steps=self.num_steps,
             cfg_scale=cfg_scale,

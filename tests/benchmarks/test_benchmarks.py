@@ -21,7 +21,7 @@ from models.autoencoder import Autoencoder
 from models.flops import backbone_flops
 from models.sit import PRESETS, SiTConfig
 from sample_ddp import PrecisionConfig
-from sampling.settings import SamplerConfig
+from sampling.recipe import SamplerConfig
 from tests.helpers import ROOT
 
 

@@ -15,7 +15,7 @@ from common.files import sha256
 from common.metrics_log import read_rows
 from latents.cache import LatentCache
 from models import sit
-from sampling.settings import SamplingSettings
+from sampling.recipe import Recipe
 from tests.helpers import ROOT
 
 V1 = ROOT / "tests/data/v1"
@@ -60,7 +60,7 @@ def assert_same_numbers(actual: torch.Tensor, expected: torch.Tensor) -> None:
 )
 def test_latents_of_v1_checkpoints_are_unchanged(path, ema_decay, sampler, expected):
     source = pretrained.load(V1 / path, ema_decay)
-    settings = SamplingSettings(
+    settings = Recipe(
         seed=5,
         cfg_scale=1.5,
         path_type=source.path_type,

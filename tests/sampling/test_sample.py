@@ -19,7 +19,7 @@ from checkpointing import pretrained
 from common.keyed_random import Purpose, normal
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig
-from sampling.settings import SamplingSettings, cast_matmul_weights
+from sampling.recipe import Recipe, cast_matmul_weights
 from tests.helpers import ROOT, make_vae, run_ranks
 
 EMA_WEIGHTS = "checkpoints/0000002/ema.safetensors"
@@ -231,14 +231,14 @@ def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
 
 def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
     sample()
-    sample_latents = SamplingSettings.sample_latents
+    sample_latents = Recipe.sample_latents
     sampled = []
 
     def record_indices(settings, model, indices, *args):
         sampled.append(indices.tolist())
         return sample_latents(settings, model, indices, *args)
 
-    monkeypatch.setattr(SamplingSettings, "sample_latents", record_indices)
+    monkeypatch.setattr(Recipe, "sample_latents", record_indices)
     sample("--num-fid-samples", 18)
     # Images 8 to 10 were part of a padded batch, which is sampled again.
     assert sorted(sampled) == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
@@ -250,7 +250,7 @@ def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
 
 def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("common.processes.available_cores", lambda: 1)  # one batch at a time
-    sample_latents = SamplingSettings.sample_latents
+    sample_latents = Recipe.sample_latents
     num_calls = 0
 
     def interrupt_third_call(*args):
@@ -260,7 +260,7 @@ def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_pat
             raise KeyboardInterrupt
         return sample_latents(*args)
 
-    monkeypatch.setattr(SamplingSettings, "sample_latents", interrupt_third_call)
+    monkeypatch.setattr(Recipe, "sample_latents", interrupt_third_call)
     sample(code=130)
     assert "num_steps was 3, is 4" in sample("--num-steps", 4, code=2)
     sample()
@@ -402,7 +402,7 @@ def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypat
 def test_cast_weights_give_the_same_latents_as_autocast(trained):
     model = pretrained.load(trained).model
     indices = torch.arange(3)
-    settings = SamplingSettings(mode="ode", num_steps=3)
+    settings = Recipe(mode="ode", num_steps=3)
     expected = settings.sample_latents(model, indices, torch.bfloat16)
     cast_matmul_weights(model, torch.bfloat16)
     assert torch.equal(settings.sample_latents(model, indices, torch.bfloat16), expected)
@@ -497,7 +497,7 @@ def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
 
 
 def test_settings_are_built_without_a_command_line():
-    settings = SamplingSettings(mode="ode", heun=True, labels="balanced")
+    settings = Recipe(mode="ode", heun=True, labels="balanced")
     settings.validate()
     assert settings.solver == "heun"
     assert settings.compute_labels(torch.arange(4), num_classes=3).tolist() == [0, 1, 2, 0]

@@ -10,7 +10,7 @@ from common.cli import UserError
 from common.keyed_random import Purpose, normal
 from latents.cache import LatentCache
 from models.sit import PRESETS, SiT, SiTConfig
-from sampling.settings import SamplingSettings
+from sampling.recipe import Recipe
 from training.held_out import SEED, TIMESTEPS, HeldOutLoss
 
 
@@ -25,7 +25,7 @@ def model() -> SiT:
 
 
 def measure(held_out: HeldOutLoss, model: SiT, **options) -> dict[str, float]:
-    return held_out.measure(model, SamplingSettings(), **{"batch_size": 24, **options})
+    return held_out.measure(model, Recipe(), **{"batch_size": 24, **options})
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class SamplingSettings(SamplerConfig):
+class Recipe(SamplerConfig):
     """Everything that determines a latent, except the network and the index of the image.
 
     Args:
@@ -126,7 +126,7 @@ class SamplingSettings(SamplerConfig):
     prediction: str = "v"
     explicit_labels: Tensor | None = None
 
-    def with_loaded_labels(self, num_classes: int, count: int) -> "SamplingSettings":
+    def with_loaded_labels(self, num_classes: int, count: int) -> "Recipe":
         """Return the settings with validated labels, which are loaded if they come from a file.
 
         Args:
