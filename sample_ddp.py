@@ -166,8 +166,8 @@ def main() -> None:
     # Load the network and the VAE, and complete the settings with those of the checkpoint.
     source, vae = load_networks(config.checkpoint, device, world)
     model = prepare_model(source.model, config.precision, device)
-    settings = make_recipe(config, source)
-    record = build_record(config, source, vae, settings, device)
+    recipe = make_recipe(config, source)
+    record = build_record(config, source, vae, recipe, device)
     check_vae(vae, record["vae_fingerprint"], source)
     suite = make_suite(config, model, vae, device, world)
 
@@ -175,13 +175,13 @@ def main() -> None:
     networks = suite.networks if suite else {}
     store = SampleStore(
         config.output.sample_dir,
-        config.output.name or default_name(source, settings),
+        config.output.name or default_name(source, recipe),
         record,
         networks=suite.identity["features"] if suite else {},
         keep_images=not config.output.no_npz,
         write_pngs=config.output.png,
     )
-    labels = settings.compute_labels(torch.arange(store.count), model.config.num_classes).numpy()
+    labels = recipe.compute_labels(torch.arange(store.count), model.config.num_classes).numpy()
     store.choose_grid_images(labels)
 
     with ExitStack() as resources:
@@ -199,9 +199,7 @@ def main() -> None:
 
         # Sample the missing batches. Each of n processes takes every n-th batch.
         pending = store.pending_batches(stored_batches)
-        worker = Worker(
-            model, vae, settings, config.precision.dtype, store, stored_batches, networks
-        )
+        worker = Worker(model, vae, recipe, config.precision.dtype, store, stored_batches, networks)
         sample_batches(worker, pending, config.precision, world)
         world.barrier()
 
@@ -263,11 +261,11 @@ def make_recipe(config: SamplingConfig, source: PretrainedModel) -> Recipe:
     Raises:
         UserError: The labels do not match the network or the number of images.
     """
-    settings = Recipe(
+    recipe = Recipe(
         **vars(config.sampler), path_type=source.path_type, prediction=source.prediction
     )
     with convert_field_errors(SamplerConfig):
-        return settings.with_loaded_labels(
+        return recipe.with_loaded_labels(
             source.model.config.num_classes, config.output.num_fid_samples
         )
 
@@ -276,35 +274,35 @@ def build_record(
     config: SamplingConfig,
     source: PretrainedModel,
     vae: Autoencoder,
-    settings: Recipe,
+    recipe: Recipe,
     device: torch.device,
 ) -> JsonObject:
     """Return all settings that determine the images, for NAME.json and metrics.json."""
-    is_adaptive = settings.dopri5
-    labels_sha256 = sha256(Path(settings.labels)) if settings.explicit_labels is not None else None
+    is_adaptive = recipe.dopri5
+    labels_sha256 = sha256(Path(recipe.labels)) if recipe.explicit_labels is not None else None
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         **source.identity,
-        "path_type": settings.path_type,
-        "prediction": settings.prediction,
-        "mode": settings.mode,
-        "solver": settings.solver,
-        "num_steps": None if is_adaptive else settings.num_steps,
-        "atol": settings.atol if is_adaptive else None,
-        "rtol": settings.rtol if is_adaptive else None,
-        "cfg_scale": settings.cfg_scale,
-        "guidance_low": settings.guidance_low,
-        "guidance_high": settings.guidance_high,
-        "labels": settings.labels,
+        "path_type": recipe.path_type,
+        "prediction": recipe.prediction,
+        "mode": recipe.mode,
+        "solver": recipe.solver,
+        "num_steps": None if is_adaptive else recipe.num_steps,
+        "atol": recipe.atol if is_adaptive else None,
+        "rtol": recipe.rtol if is_adaptive else None,
+        "cfg_scale": recipe.cfg_scale,
+        "guidance_low": recipe.guidance_low,
+        "guidance_high": recipe.guidance_high,
+        "labels": recipe.labels,
         "labels_sha256": labels_sha256,
-        "global_seed": settings.seed,
+        "global_seed": recipe.seed,
         "count": config.output.num_fid_samples,
         "per_proc_batch_size": config.output.per_proc_batch_size,
         "vae": vae.name,
         "vae_fingerprint": vae.fingerprint(),
         "mixed_precision": config.precision.mixed_precision,
         "allow_tf32": config.precision.allow_tf32,
-        "state_dtype": settings.state_dtype,
+        "state_dtype": recipe.state_dtype,
         "compile": config.precision.compile,
         "machine": {"device": device_name, "torch": torch.__version__},
         "class_names": source.class_names,
@@ -326,22 +324,22 @@ def check_vae(vae: Autoencoder, fingerprint: str, source: PretrainedModel) -> No
         )
 
 
-def default_name(source: PretrainedModel, settings: Recipe) -> str:
+def default_name(source: PretrainedModel, recipe: Recipe) -> str:
     """Return the default name of the files: run, step, solver, guidance, labels and seed."""
-    name = f"{source.name}-{settings.solver}"
-    if not settings.dopri5:
-        name += str(settings.num_steps)
-    if settings.cfg_scale > 1:
-        name += f"-cfg{settings.cfg_scale:g}"
-        if (settings.guidance_low, settings.guidance_high) != (0, 1):
-            name += f"-from{settings.guidance_low:g}-to{settings.guidance_high:g}"
-    if settings.explicit_labels is not None:
-        name += f"-labels{sha256(Path(settings.labels))[:8]}"
-    elif settings.labels == "balanced":
+    name = f"{source.name}-{recipe.solver}"
+    if not recipe.dopri5:
+        name += str(recipe.num_steps)
+    if recipe.cfg_scale > 1:
+        name += f"-cfg{recipe.cfg_scale:g}"
+        if (recipe.guidance_low, recipe.guidance_high) != (0, 1):
+            name += f"-from{recipe.guidance_low:g}-to{recipe.guidance_high:g}"
+    if recipe.explicit_labels is not None:
+        name += f"-labels{sha256(Path(recipe.labels))[:8]}"
+    elif recipe.labels == "balanced":
         name += "-balanced"
-    elif settings.labels != "random":
-        name += f"-class{settings.labels}"
-    return f"{name}-seed{settings.seed}"
+    elif recipe.labels != "random":
+        name += f"-class{recipe.labels}"
+    return f"{name}-seed{recipe.seed}"
 
 
 def make_suite(

@@ -28,7 +28,7 @@ class Worker:
     Args:
         model: The network, on the device of the VAE.
         vae: The VAE that decodes the latents.
-        settings: Settings of the sampler.
+        recipe: Settings of the sampler.
         dtype: Dtype of the network's matrix products.
         store: Stores the batches.
         stored_batches: Indices of the batches that are already stored.
@@ -37,7 +37,7 @@ class Worker:
 
     model: SiT
     vae: Autoencoder
-    settings: Recipe
+    recipe: Recipe
     dtype: torch.dtype
     store: SampleStore
     stored_batches: StoredBatches
@@ -86,7 +86,7 @@ class Worker:
         """
         size = self.store.batch_size
         indices = torch.arange(batch * size, (batch + 1) * size, device=self.device)
-        latents = self.settings.sample_latents(
+        latents = self.recipe.sample_latents(
             self.model, indices, self.dtype, self.check_cancelled
         )
         if not latents.isfinite().all():
