@@ -140,7 +140,9 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     with convert_field_errors(SamplerConfig):
         config.sampler.validate()
     if config.output.no_npz and config.output.evaluate is None:
-        raise UserError("--no-npz would discard the samples unevaluated; add --evaluate PATH")
+        raise UserError(
+            "--no-npz would discard the samples without evaluating them; add --evaluate PATH"
+        )
     if args.print_config:
         print(format_flags(record_flags(*config)))
         raise SystemExit
@@ -233,7 +235,8 @@ def load_networks(
         UserError: The network or the VAE does not exist or cannot be loaded.
     """
     try:
-        # One process chooses the checkpoint, because the training run may save another meanwhile.
+        # One process chooses the checkpoint, because the training run may save a newer checkpoint
+        # in the meantime.
         path = world.run_on_first_rank(lambda: pretrained.resolve_checkpoint(config.ckpt))
         source = pretrained.load(
             path, config.ema_decay, config.model, config.origin, config.path_type
@@ -313,7 +316,7 @@ def check_vae(vae: Autoencoder, fingerprint: str, source: PretrainedModel) -> No
     """Raise UserError if the VAE is known to differ from that of the training latents."""
     if source.vae_fingerprint not in (None, fingerprint):
         raise UserError(
-            f"--vae {vae.name} has other weights than the VAE that encoded the training data "
+            f"--vae {vae.name} has different weights from the VAE that encoded the training data "
             f"({source.vae}); choose the same VAE"
         )
     channels = source.model.config.channels

@@ -2,7 +2,7 @@
 
     accelerate launch train.py --data-dir data/imagenet256 --exp-name sit-xl2-sra2 --model SiT-XL/2
 
-`Step` below is the method. Running the same command again resumes the run.
+The class `Step` implements the method. Running the same command again resumes the run.
 """
 
 import sys
@@ -65,7 +65,7 @@ class ScalarMean:
 class Step:
     """One optimizer update: flow matching plus alignment (arXiv:2601.17830, eq. 3-5).
 
-    Does not synchronise with the device.
+    An update does not synchronise the host with the device.
 
     Args:
         accelerator: Wraps the network and the optimizer, and reduces gradients.

@@ -270,7 +270,7 @@ def check_sample_count(count: int, source: str) -> None:
 
 
 def read_json_object(path: Path, required_key: str, description: str) -> JsonObject:
-    """Read an existing JSON file.
+    """Read a JSON file, if it exists.
 
     Args:
         path: The file.
@@ -293,7 +293,7 @@ def read_json_object(path: Path, required_key: str, description: str) -> JsonObj
 
 
 def read_result(path: Path, identity: JsonObject) -> JsonObject:
-    """Read an existing metrics.json.
+    """Read metrics.json, if it exists and belongs to the same samples.
 
     Args:
         path: The file.

@@ -80,9 +80,9 @@ class ShardReader:
 class PrefetchPolicy:
     """Decides whether the rows of a batch are prefetched before they are copied.
 
-    A copy that is slower than memory has stalled on the disk. The next PREFETCH_BATCHES batches are
-    then prefetched, so that the disk receives the requests for all rows of a batch at once. If
-    all rows are in the page cache, prefetching only costs time.
+    A copy slower than the memory bandwidth has waited for the disk. The next PREFETCH_BATCHES
+    batches are then prefetched, so that the disk receives the requests for all rows of a batch at
+    once. If all rows are in the page cache, prefetching only costs time.
     """
 
     remaining_batches: int = 0  # number of batches that remain to be prefetched

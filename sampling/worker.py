@@ -86,9 +86,7 @@ class Worker:
         """
         size = self.store.batch_size
         indices = torch.arange(batch * size, (batch + 1) * size, device=self.device)
-        latents = self.recipe.sample_latents(
-            self.model, indices, self.dtype, self.check_cancelled
-        )
+        latents = self.recipe.sample_latents(self.model, indices, self.dtype, self.check_cancelled)
         if not latents.isfinite().all():
             raise UserError(
                 f"--ckpt {self.store.record['checkpoint']}: the latents of batch {batch} are not "

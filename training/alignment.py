@@ -206,7 +206,7 @@ def load_alignments(
         settings: Settings of the run.
         align: config.json's "align", from `plan_alignments`.
         cache: Properties of the latent cache.
-        ema: The first EMA of the run, on the device of the step.
+        ema: The first EMA of the run, on the training device.
         autocast: Context manager of the run's mixed precision.
 
     Raises:

@@ -465,7 +465,10 @@ def test_nan_weights_are_reported(sample, trained, tmp_path):
         ),
         (["--labels", "3"], "--labels 3: 3 is not a class; choose classes from 0 to 2"),
         (["--labels", __file__], "cannot be read as one class per image"),
-        (["--no-npz"], "--no-npz would discard the samples unevaluated; add --evaluate PATH"),
+        (
+            ["--no-npz"],
+            "--no-npz would discard the samples without evaluating them; add --evaluate PATH",
+        ),
         (["--evaluate", "/nonexistent"], "--evaluate /nonexistent does not exist"),
         (["--model", "SiT-XL/2"], "--model is for official .pt files"),
     ],
@@ -486,7 +489,7 @@ def test_too_short_label_file_is_rejected(sample, tmp_path):
 def test_vae_that_did_not_encode_the_training_data_is_rejected(sample, tmp_path):
     other = make_vae(tmp_path / "vae", seed=1)
     output = sample("--vae", other, code=2)
-    assert "has other weights than the VAE that encoded the training data" in output
+    assert "has different weights from the VAE that encoded the training data" in output
 
 
 def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
