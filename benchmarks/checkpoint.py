@@ -1,11 +1,11 @@
-"""Measure the delay of training by a checkpoint, and the interference by the writer thread.
+"""Measure how long saving a checkpoint delays training.
 
     python -m benchmarks.checkpoint --model SiT-B/2 --dest exps --json checkpoint.json
 
 `copy_s` is the time of the copy to host memory, which blocks training. `write_s` is the time of the
-writer thread in the background. `longest_pause_s` is the longest interval during which a Python
-loop in the training thread did not run, because hashing and writing must release the global
-interpreter lock.
+writer thread, which runs in the background. `longest_pause_s` is the longest interval in which the
+training thread could not run Python code, because the writer thread held the global interpreter
+lock.
 """
 
 import time
@@ -20,7 +20,7 @@ from benchmarks.measure import (
     scratch_folder,
     synchronize,
 )
-from benchmarks.train_step import StepConfig, make_plan
+from benchmarks.variants import StepConfig, make_plan
 from checkpointing.storage import list_checkpoints
 from common import cli
 from training.resume import build_config_json
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.001  # interval of the loop that detects pauses
 
 
 def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, dict]:
-    """Build a training state with optimizer moments, and the content of its config.json.
+    """Build a training state with optimizer moments, and the content of the run's config.json.
 
     Args:
         model: A key of PRESETS.
@@ -54,8 +54,8 @@ def time_save(
     synchronize(device)
     start_time = time.perf_counter()
     writer.submit(state)
-    copied = time.perf_counter()
-    previous = copied
+    copy_end_time = time.perf_counter()
+    previous = copy_end_time
     longest_pause = 0.0
     while writer.thread is not None and writer.thread.is_alive():
         time.sleep(POLL_SECONDS)
@@ -63,8 +63,8 @@ def time_save(
         longest_pause = max(longest_pause, now - previous - POLL_SECONDS)
         previous = now
     return {
-        "copy_s": copied - start_time,
-        "write_s": previous - copied,
+        "copy_s": copy_end_time - start_time,
+        "write_s": previous - copy_end_time,
         "longest_pause_s": longest_pause,
     }
 
@@ -83,7 +83,7 @@ def main() -> None:
                 times.append(time_save(writer, state, device))
         num_bytes = sum(file.stat().st_size for file in list_checkpoints(run)[-1].iterdir())
 
-    # The first save allocates the memory that the later ones reuse.
+    # Exclude the first save, which allocates the memory that later saves reuse.
     results = {key: median_and_quartiles([save[key] for save in times[1:]]) for key in times[0]}
     report(
         args,

@@ -8,7 +8,7 @@ external networks, which only compute targets. FLOPs are per image, and a multip
 operation counts as two FLOPs (models/flops.py). Forward FLOPs are the sum over the backbone, the
 heads and the targets. Training FLOPs are three times the forward FLOPs of the backbone and the
 heads, plus the FLOPs of the targets. Steps are timed as in benchmarks/train_step.py. With
---no-timing, no network is built, and the command takes about a second.
+--no-timing, no step is timed, and the command takes about a second.
 """
 
 import torch
@@ -16,13 +16,8 @@ import torch
 from benchmarks.measure import write_result
 from benchmarks.run_steps import Plan
 from benchmarks.table import TABLES
-from benchmarks.train_step import (
-    StepConfig,
-    make_plan,
-    make_step_parser,
-    measure,
-    select_variant,
-)
+from benchmarks.train_step import make_step_parser, measure
+from benchmarks.variants import StepConfig, make_plan, select_variant
 from common import cli
 from common.config import read_flags
 from models.flops import backbone_flops, head_flops
@@ -34,7 +29,7 @@ from training.throughput import training_flops
 
 
 def count_costs(plan: Plan, variant: str) -> dict:
-    """Return parameters and FLOPs per image of a variant, and the increase due to alignment."""
+    """Count parameters and FLOPs per image of a variant, and compute the increase by alignment."""
     network = plan.network
     align = select_variant(plan, variant).align
     specs = [spec for entry in align for spec in head_specs(entry).values()]
@@ -70,7 +65,9 @@ def _count_parameters(module: torch.nn.Module) -> int:
 def main() -> None:
     """Run the benchmark."""
     parser = make_step_parser(__doc__, "cost")
-    parser.add_argument("--no-timing", action="store_true", help="only count parameters and FLOPs")
+    parser.add_argument(
+        "--no-timing", action="store_true", help="count parameters and FLOPs without timing steps"
+    )
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
     variants = list(dict.fromkeys(args.align))

@@ -1,4 +1,4 @@
-"""Time reading batches from the latent cache, and from one .npy file per image as REPA stores them.
+"""Time reading batches from the latent cache, and from one .npy file per image as in REPA.
 
     python -m benchmarks.data_loading --dest /somewhere/on/the/disk/to/test --json loading.json
 
@@ -6,10 +6,10 @@ The data are random moments with the shape of ImageNet moments, 8x32x32, split i
 default for ImageNet. An image takes 32 KB as .npy and 16 KB in the cache. Every row except `copy`
 is a torch DataLoader that returns batches in random order. `npy` reads and stacks one float32 file
 per image (the loader of REPA also reads a PNG per image, which is omitted here). `cache` is the
-float16 stream of train.py, and `memory` is the same stream with --cache-in-ram. `copy` is a lower
-bound, the time of one contiguous copy of a batch. For the cold rows, the files are dropped from the
-page cache before each round; caches of a RAID controller or of a virtualisation host cannot be
-dropped.
+float16 stream of train.py, and `memory` is the same stream with --cache-in-ram. `copy` is the time
+of one contiguous copy of a batch, which is a lower bound. For the rows with `cold`, the files are
+dropped from the page cache before each round. The caches of a RAID controller or of a
+virtualisation host cannot be dropped.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from benchmarks.measure import (
     scratch_folder,
     time_interleaved,
 )
-from benchmarks.train_step import synthetic_manifest
+from benchmarks.variants import make_synthetic_manifest
 from common import cli
 from common.files import write_array
 from dataset import TrainingStream
@@ -42,15 +42,15 @@ from latents.cache import LatentCache
 from latents.manifest import write_manifest
 
 CPU = torch.device("cpu")
-SHAPE = (8, 32, 32)
+SHAPE = (8, 32, 32)  # shape of the moments of an image
 NUM_CLASSES = 1000
 
 
 class NpyFiles(Dataset):
-    """A data set with moments in one .npy file per image, and labels in memory."""
+    """A data set with one .npy file of moments per image, and with labels in memory."""
 
     def __init__(self, folder: Path, num_images: int):
-        self.paths = [str(npy_path(folder, i)) for i in range(num_images)]
+        self.paths = [str(make_npy_path(folder, i)) for i in range(num_images)]
         self.labels = np.arange(num_images) % NUM_CLASSES
 
     def __len__(self) -> int:
@@ -61,8 +61,8 @@ class NpyFiles(Dataset):
         return torch.from_numpy(np.load(self.paths[index])), torch.tensor(self.labels[index])
 
 
-def npy_path(folder: Path, index: int) -> Path:
-    """Return the path of the file of an image in the layout of REPA."""
+def make_npy_path(folder: Path, index: int) -> Path:
+    """Return the path of an image's file in the folder layout of REPA."""
     return folder / f"{index // 1000:05d}" / f"img-mean-std-{index:08d}.npy"
 
 
@@ -78,20 +78,20 @@ def write_data(npy_folder: Path, cache_folder: Path, num_images: int, num_shards
         write_array(cache_folder / "labels" / file, indices % NUM_CLASSES)
         shards.append({"file": file, "count": len(indices)})
         for index, image in zip(indices, moments):
-            path = npy_path(npy_folder, index)
+            path = make_npy_path(npy_folder, index)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, image)
-    manifest = replace(synthetic_manifest(), count=num_images, images=False, shards=shards)
+    manifest = replace(make_synthetic_manifest(), count=num_images, images=False, shards=shards)
     write_manifest(cache_folder, manifest)
     os.sync()
 
 
-def evict(folder: Path, cache: LatentCache) -> None:
+def drop_page_cache(folder: Path, cache: LatentCache) -> None:
     """Drop files from the page cache, as far as the kernel permits without root privileges.
 
     Args:
-        folder: Folder with .npy files, including those of the cache.
-        cache: The cache, whose memory maps would otherwise keep the files in memory.
+        folder: Folder with all .npy files, including the files of the latent cache.
+        cache: The latent cache. Its memory maps would otherwise keep the files in memory.
     """
     for reader in cache.open_shards.values():
         reader.drop_pages()
@@ -102,17 +102,17 @@ def evict(folder: Path, cache: LatentCache) -> None:
 
 
 def make_reader(make_loader: Callable[..., Iterable]) -> Action:
-    """Return a function that reads the next batch, restarting the loader when it is exhausted."""
+    """Return a function that reads the next batch, and that restarts an exhausted loader."""
 
-    def repeat() -> Iterator:
+    def iterate_forever() -> Iterator:
         while True:
             yield from make_loader()
 
-    return partial(next, repeat())
+    return partial(next, iterate_forever())
 
 
 def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds per batch for each way of reading the data, one value per round.
+    """Measure the seconds per batch for each way of reading the data, one value per round.
 
     Args:
         root: Folder with the .npy files in npy/ and the latent cache in cache/.
@@ -124,34 +124,34 @@ def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]
     cache_in_ram.load_into_ram()
     source = np.zeros((args.batch_size, *SHAPE), np.float16)
 
-    def npy_reader(num_workers: int = 0) -> Action:
+    def make_npy_reader(num_workers: int = 0) -> Action:
         load = partial(DataLoader, files, args.batch_size, num_workers=num_workers)
         return make_reader(partial(load, shuffle=True, drop_last=True))
 
-    def cache_reader(cache: LatentCache, num_workers: int = 0) -> Action:
+    def make_cache_reader(cache: LatentCache, num_workers: int = 0) -> Action:
         stream = TrainingStream(cache, 0, args.batch_size)
         return make_reader(partial(stream.read_batches, 0, 10**6, num_workers, pin_memory=False))
 
     # Warm: all files are in the page cache.
     warm: dict[str, Action] = {
-        "npy": npy_reader(),
-        "cache": cache_reader(cache),
-        "memory": cache_reader(cache_in_ram),
-        f"npy, {args.num_workers} workers": npy_reader(args.num_workers),
-        f"cache, {args.num_workers} workers": cache_reader(cache, args.num_workers),
+        "npy": make_npy_reader(),
+        "cache": make_cache_reader(cache),
+        "memory": make_cache_reader(cache_in_ram),
+        f"npy, {args.num_workers} workers": make_npy_reader(args.num_workers),
+        f"cache, {args.num_workers} workers": make_cache_reader(cache, args.num_workers),
         "copy": partial(np.copyto, np.zeros_like(source), source),
     }
     for path in root.rglob("*.npy"):
         path.read_bytes()
     seconds = time_interleaved(warm, CPU, args.rounds, args.batches).seconds
-    # Stop the worker processes, whose memory maps would otherwise keep the files in memory.
+    # Stop the worker processes. Their memory maps would otherwise keep the files in memory.
     warm.clear()
 
-    # Cold: time fewer batches per round, each round after an untimed eviction.
-    cold = {"npy, cold": npy_reader(), "cache, cold": cache_reader(cache)}
+    # Cold: drop the files from the page cache before each round, and time fewer batches per round.
+    cold = {"npy, cold": make_npy_reader(), "cache, cold": make_cache_reader(cache)}
     num_batches = max(1, args.batches // 10)
-    drop = partial(evict, root, cache)
-    return seconds | time_interleaved(cold, CPU, args.rounds, num_batches, prepare=drop).seconds
+    prepare = partial(drop_page_cache, root, cache)
+    return seconds | time_interleaved(cold, CPU, args.rounds, num_batches, prepare=prepare).seconds
 
 
 def main() -> None:
@@ -167,7 +167,7 @@ def main() -> None:
         "--num-workers",
         type=cli.positive_int,
         default=2,
-        help="number of loader processes in the rows with workers",
+        help="number of loader processes for the rows with workers",
     )
     args = parser.parse_args()
     with scratch_folder(args.dest / "benchmark-data-loading") as root:

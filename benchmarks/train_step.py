@@ -3,21 +3,20 @@ r"""Time the training step of train.py with and without alignment, alternately i
     python -m benchmarks.train_step --model SiT-XL/2 --batch-size 256 --precision bf16 --compile \
         --json xl2.json
 
-The inputs are random latents with the shape of ImageNet latents in host memory, as a loader returns
-them, and random images for repa. The encoder of repa has random weights, which do not affect the
-speed. All variants share the backbone, the EMA and the optimizer; on a GPU, the peak memory of each
-variant is measured separately afterwards. `--plain` adds a minimal step that trains the network of
-sra2: forward pass, both losses, backward pass and AdamW on interpolated inputs, without clipping,
-EMA, random numbers, logged quantities and the guard against non-finite values. The first step of
-the first variant includes compilation. benchmarks/cost.py adds parameters and FLOPs of each
-variant.
+The inputs are random latents with the shape of ImageNet latents, and random images for repa. They
+are in host memory, like the batches of a loader. The encoder of repa has random weights, which do
+not affect the speed. All variants share the backbone, the EMA and the optimizer; on a GPU, the peak
+memory of each variant is measured separately afterwards. `--plain` adds a minimal step that trains
+the network of sra2: forward pass, both losses, backward pass and AdamW on interpolated inputs. It
+omits gradient clipping, EMA, random numbers, logged quantities and the guard against non-finite
+values. The first step of the first variant includes compilation. benchmarks/cost.py also counts the
+parameters and FLOPs of each variant.
 """
 
-import argparse
 import copy
 import gc
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -36,67 +35,30 @@ from benchmarks.measure import (
     time_interleaved,
     write_result,
 )
-from benchmarks.run_steps import Plan, allow_tf32, build_step, make_accelerator, plan_run
+from benchmarks.run_steps import Plan, allow_tf32, build_step, make_accelerator
+from benchmarks.variants import (
+    StepConfig,
+    make_plan,
+    parse_variant,
+    select_variant,
+    split_variant,
+)
 from common import cli
 from common.cli import UserError
-from common.config import add_flags, read_flags, setting
+from common.config import add_flags, read_flags
 from common.keyed_random import Purpose, normal, uniform
 from dataset import CachedBatch
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
-from models.sit import PRESETS
 from models.targets import TARGETS, latent_tokens
 from train import Step
 from training.alignment import head_specs, required_cache_inputs
-from training.config import (
-    DeviceConfig,
-    LoopConfig,
-    ModelConfig,
-    autocast_dtype,
-    check_batch_size,
-    check_compiler,
-    parse_settings,
-)
+from training.config import autocast_dtype
 from training.throughput import measure_matmul_rate, training_flops
 
-
-def variant_name(text: str) -> str:
-    """Return the name of a variant if it is valid; used as an argparse type."""
-    names = text.split("+")
-    is_known = set(names) <= set(TARGETS) and len(set(names)) == len(names)
-    if text != "none" and not is_known:
-        raise argparse.ArgumentTypeError(
-            f"{text} must be none, or distinct methods out of {', '.join(TARGETS)} joined by +"
-        )
-    return text
-
-
-@dataclass(frozen=True)
-class StepConfig(ModelConfig, DeviceConfig):
-    """Settings of the timed steps."""
-
-    mixed_precision: str = setting(
-        "auto",
-        help="same as --mixed-precision of train.py",
-        flags=("--precision",),
-        choices=("auto", "no", "fp16", "bf16"),
-    )
-    batch_size: int = setting(256, help="images per update", type=cli.positive_int)
-    gradient_accumulation_steps: int = setting(
-        1, help="number of micro-batches per update", type=cli.positive_int
-    )
-    latent_size: int = setting(
-        32,
-        help="height and width of the latents: 32 for 256 pixels, 64 for 512",
-        type=cli.positive_int,
-    )
-    repa_encoder: str | None = setting(
-        None, help="same as --repa-encoder of train.py", metavar="NAME"
-    )
-
-
+# Fields of StepConfig that the result contains.
 RECORDED_SETTINGS = (
     "model",
     "batch_size",
@@ -109,12 +71,12 @@ RECORDED_SETTINGS = (
 
 
 def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
-    """Return a parser with the flags that this benchmark shares with benchmarks/cost.py."""
+    """Return a parser with the flags that benchmarks/train_step.py and benchmarks/cost.py share."""
     parser = make_parser(doc, benchmark, rounds=20, warm_up=2)
     add_flags(parser, StepConfig)
     parser.add_argument(
         "--align",
-        type=variant_name,
+        type=parse_variant,
         nargs="+",
         default=["none", "sra2"],
         metavar="VARIANT",
@@ -129,74 +91,11 @@ def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
     return parser
 
 
-def alignment_methods(variant: str) -> list[str]:
-    """Return the alignment methods of a variant."""
-    return {"none": [], "plain": ["sra2"]}.get(variant, variant.split("+"))
-
-
-def select_variant(plan: Plan, variant: str) -> Plan:
-    """Return the plan of one variant, given the plan of all variants."""
-    methods = alignment_methods(variant)
-    alignments = tuple(a for a in plan.settings.alignments if a.method in methods)
-    return plan._replace(
-        settings=plan.settings._replace(alignments=alignments),
-        align=[entry for entry in plan.align if entry["method"] in methods],
-    )
-
-
-def make_plan(config: StepConfig, variants: list[str]) -> Plan:
-    """Plan a run with the alignment methods of several variants.
-
-    Raises:
-        UserError: If the settings contradict each other.
-    """
-    if config.latent_size % PRESETS[config.model]["patch"]:
-        raise UserError(
-            f"--latent-size {config.latent_size}: {config.model} cannot divide these latents into "
-            "patches; pass a multiple of its patch size"
-        )
-    # List every method once, in the order of the variants.
-    methods = dict.fromkeys(name for variant in variants for name in alignment_methods(variant))
-    flags = ["--exp-name", "benchmark", "--data-dir", ".", "--model", config.model]
-    flags += ["--align", *(methods or ["none"])]
-    if config.repa_encoder:
-        flags += ["--repa-encoder", config.repa_encoder]
-    loop = LoopConfig(
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-    )
-    check_compiler(config)
-    check_batch_size(loop, num_processes=1)
-    settings = parse_settings(flags)._replace(loop=loop, device=config)
-    return plan_run(settings, synthetic_manifest(config.latent_size))
-
-
-def synthetic_manifest(latent_size: int = 32) -> Manifest:
-    """Return a manifest for ImageNet's latents and images, with the fields that steps need."""
-    return Manifest(
-        source="synthetic",
-        count=1_281_167,
-        num_classes=1000,
-        class_names=[],
-        resolution=8 * latent_size,
-        crop="",
-        vae="",
-        vae_fingerprint="",
-        scale=0.18215,
-        shift=0.0,
-        latent_shape=[4, latent_size, latent_size],
-        dtype="float16",
-        mean=[],
-        std=[],
-        images=True,
-    )
-
-
-def random_batch(manifest: Manifest, size: int) -> CachedBatch:
-    """Return random moments, labels and images in the format of a loader.
+def make_random_batch(manifest: Manifest, size: int) -> CachedBatch:
+    """Return a batch of random moments, labels and images, in the format of a loader.
 
     Args:
-        manifest: Manifest of the cache.
+        manifest: Manifest of the latent cache.
         size: Number of images.
     """
     torch.manual_seed(0)
@@ -212,18 +111,18 @@ def random_batch(manifest: Manifest, size: int) -> CachedBatch:
 def make_plain_step(
     plan: Plan, accelerator: Accelerator, model: AlignedSiT, batch: CachedBatch
 ) -> Action:
-    """Return a minimal step that trains the network of sra2.
+    """Return a minimal training step for the network of sra2.
 
     Args:
         plan: The plan of the run.
-        accelerator: Determines device, precision and gradient scaler.
+        accelerator: Accelerator that determines the device, the precision and the gradient scaler.
         model: The network, with a head for sra2.
         batch: The batch that all steps use.
     """
     device = accelerator.device
     accumulation = plan.settings.loop.gradient_accumulation_steps
 
-    # Compute the inputs of all steps: noisy latents, and the targets of the losses.
+    # Compute the inputs, which are the same in all steps: noisy latents and targets of the losses.
     batch = replace(batch, inputs={}).to(device)
     latents = plan.cache.scale.mean(batch.moments)
     shape = tuple(plan.manifest.latent_shape)
@@ -254,10 +153,10 @@ def make_plain_step(
 
 
 def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> dict[str, Action]:
-    """Return the step of each variant as a function without arguments."""
+    """Build the step of each variant, as a function without arguments."""
     with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
         full_step = build_step(plan, accelerator)
-    batch = random_batch(plan.manifest, plan.settings.loop.batch_size)
+    batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
     if accelerator.device.type == "cuda":
         batch = batch.pin_memory()
     actions: dict[str, Action] = {}
@@ -266,18 +165,18 @@ def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> di
             model = full_step.state.model
             actions[variant] = make_plain_step(plan, accelerator, model, batch)
             continue
-        step = select_methods(full_step, alignment_methods(variant))
+        step = select_methods(full_step, split_variant(variant))
         inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
         actions[variant] = partial(step, replace(batch, inputs=inputs))
     return actions
 
 
 def select_methods(step: Step, methods: list[str]) -> Step:
-    """Return a step with the same state that applies only the given alignment methods."""
+    """Return a step with the same state that applies only the listed alignment methods."""
     selected = copy.copy(step)
     selected.alignments = {method: step.alignments[method] for method in methods}
     network = step.state.model
-    names = [name for a in selected.alignments.values() for name in a.head_names]
+    names = [name for alignment in selected.alignments.values() for name in alignment.head_names]
     heads = {name: network.heads[name] for name in names}
     blocks = {name: network.blocks[name] for name in names}
     selected.model = step.accelerator.prepare(AlignedSiT(network.backbone, heads, blocks))
@@ -285,7 +184,7 @@ def select_methods(step: Step, methods: list[str]) -> Step:
 
 
 def measure_peak_memory(plan: Plan, accelerator: Accelerator, variant: str) -> float:
-    """Return the peak GPU memory of a variant in GiB, without the other variants in memory."""
+    """Measure the peak GPU memory of a variant in GiB, without the other variants in memory."""
     accelerator.free_memory()
     gc.collect()
     allocated = torch.cuda.memory_allocated(accelerator.device) / 2**30
@@ -297,13 +196,13 @@ def measure_peak_memory(plan: Plan, accelerator: Accelerator, variant: str) -> f
 def measure(
     config: StepConfig, variants: list[str], rounds: int, steps: int | None, warm_up: int
 ) -> dict:
-    """Time the variants alternately and compare them.
+    """Time the steps of several variants alternately, and compare the times.
 
     Args:
         config: Settings of the steps.
         variants: Names of the variants.
         rounds: Number of timed rounds.
-        steps: Steps per round, by default 10 on a GPU and 1 on a CPU.
+        steps: Number of steps per round. By default, 10 on a GPU and 1 on a CPU.
         warm_up: Number of untimed rounds before the timed rounds.
 
     Returns:
@@ -369,8 +268,8 @@ def main() -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="also time a minimal step with only forward pass, backward pass and AdamW, which has "
-        "separate optimizer moments",
+        help="also time a minimal step with only forward pass, backward pass and AdamW; this step "
+        "has separate optimizer moments",
     )
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
@@ -380,8 +279,8 @@ def main() -> None:
     result = measure(config, variants, args.rounds, args.steps, args.warm_up)
     plan = make_plan(config, variants)
     specs = [spec for entry in plan.align for spec in head_specs(entry).values()]
-    heads = sum(head_flops(plan.network, spec) for spec in specs)
-    result["head_flops_share"] = heads / backbone_flops(plan.network)
+    flops_of_heads = sum(head_flops(plan.network, spec) for spec in specs)
+    result["head_flops_share"] = flops_of_heads / backbone_flops(plan.network)
     write_result(result, args.json)
 
 

@@ -14,7 +14,7 @@ import models.targets
 from benchmarks import cost, train_step
 from benchmarks.measure import Timings
 from benchmarks.table import TABLES
-from benchmarks.train_step import StepConfig
+from benchmarks.variants import StepConfig, make_plan, select_variant, split_variant
 from models.encoder import EncoderShape
 from tests.helpers import ROOT
 
@@ -149,7 +149,7 @@ def test_costs_of_sit_xl_agree_with_manual_counts(call, tmp_path):
 
 
 def test_costs_of_sit_b_agree_with_manual_counts():
-    plan = train_step.make_plan(make_config(model="SiT-B/2", latent_size=32), ["sra2+sra"])
+    plan = make_plan(make_config(model="SiT-B/2", latent_size=32), ["sra2+sra"])
     costs = cost.count_costs(plan, "sra2+sra")
     d, n = 768, 256
     sra2 = d * 1536 + 1536 + 3 * (1536 * 1536 + 1536) + 1536 * 16 + 16
@@ -164,7 +164,7 @@ def test_costs_of_sit_b_agree_with_manual_counts():
 
 def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
     variant = "sra2+repa+sra"
-    plan = train_step.make_plan(make_config(), [variant])
+    plan = make_plan(make_config(), [variant])
     costs = cost.count_costs(plan, variant)
 
     def count_flops(backward) -> int:
@@ -184,7 +184,7 @@ def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
 
 def test_variant_trains_only_its_heads_and_does_not_depend_on_other_variants():
     variants = ["sra2", "none", "sra", "sra2+sra"]
-    plan = train_step.make_plan(make_config(), variants)
+    plan = make_plan(make_config(), variants)
     steps = train_step.build_steps(plan, stub_accelerator(), variants)
     heads = steps["sra2"].func.state.model.heads
     for variant in variants:
@@ -195,13 +195,13 @@ def test_variant_trains_only_its_heads_and_does_not_depend_on_other_variants():
             for method, head in heads.items()
             if not torch.equal(head[0].weight, before[method])
         }
-        methods = train_step.alignment_methods(variant)
+        methods = split_variant(variant)
         assert trained == set(methods)
         assert {name for name in scalars if name.startswith("align/")} == {
             f"align/{method}" for method in methods
         }
         if variant == variants[0]:
-            plan = train_step.select_variant(plan, variant)
+            plan = select_variant(plan, variant)
             alone = train_step.build_steps(plan, stub_accelerator(), [variant])
             expected, _ = alone[variant]()
             assert scalars == expected
@@ -232,7 +232,7 @@ def test_peak_memory_excludes_earlier_allocations(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(train_step, "time_interleaved", time_interleaved)
-    plan = train_step.make_plan(make_config(), ["none"])
+    plan = make_plan(make_config(), ["none"])
     assert train_step.measure_peak_memory(plan, stub_accelerator(), "none") == 5
 
 
@@ -259,7 +259,7 @@ def test_stored_results_agree_with_current_counts(path, monkeypatch):
     monkeypatch.undo()  # use the real encoder
     result = json.loads(path.read_text())
     config = make_config(model=result["model"], latent_size=result["latent_size"])
-    plan = train_step.make_plan(config, list(result["results"]))
+    plan = make_plan(config, list(result["results"]))
     assert plan.align == result["align"]
     for variant, costs in result["results"].items():
         counts = cost.count_costs(plan, variant)

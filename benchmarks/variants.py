@@ -1,0 +1,123 @@
+"""Plan runs of train.py on synthetic data, with several variants of alignment.
+
+A variant is "none", "plain", or the names of alignment methods joined by "+".
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from benchmarks.run_steps import Plan, plan_run
+from common import cli
+from common.cli import UserError
+from common.config import setting
+from latents.manifest import Manifest
+from models.sit import PRESETS
+from models.targets import TARGETS
+from training.config import (
+    DeviceConfig,
+    LoopConfig,
+    ModelConfig,
+    check_batch_size,
+    check_compiler,
+    parse_settings,
+)
+
+
+def parse_variant(text: str) -> str:
+    """Return the name of a variant if the name is valid. Used as an argparse type."""
+    names = text.split("+")
+    is_known = set(names) <= set(TARGETS) and len(set(names)) == len(names)
+    if text != "none" and not is_known:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be none, or distinct methods out of {', '.join(TARGETS)} joined by +"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class StepConfig(ModelConfig, DeviceConfig):
+    """Settings of the timed steps."""
+
+    mixed_precision: str = setting(
+        "auto",
+        help="same as --mixed-precision of train.py",
+        flags=("--precision",),
+        choices=("auto", "no", "fp16", "bf16"),
+    )
+    batch_size: int = setting(256, help="images per update", type=cli.positive_int)
+    gradient_accumulation_steps: int = setting(
+        1, help="number of micro-batches per update", type=cli.positive_int
+    )
+    latent_size: int = setting(
+        32,
+        help="height and width of the latents: 32 for 256 pixels, 64 for 512 pixels",
+        type=cli.positive_int,
+    )
+    repa_encoder: str | None = setting(
+        None, help="same as --repa-encoder of train.py", metavar="NAME"
+    )
+
+
+def split_variant(variant: str) -> list[str]:
+    """Return the alignment methods of a variant."""
+    return {"none": [], "plain": ["sra2"]}.get(variant, variant.split("+"))
+
+
+def select_variant(plan: Plan, variant: str) -> Plan:
+    """Return the plan of one variant, given the plan of all variants."""
+    methods = split_variant(variant)
+    alignments = tuple(
+        alignment for alignment in plan.settings.alignments if alignment.method in methods
+    )
+    return plan._replace(
+        settings=plan.settings._replace(alignments=alignments),
+        align=[entry for entry in plan.align if entry["method"] in methods],
+    )
+
+
+def make_plan(config: StepConfig, variants: list[str]) -> Plan:
+    """Plan a run with the alignment methods of several variants.
+
+    Raises:
+        UserError: If the settings contradict each other.
+    """
+    if config.latent_size % PRESETS[config.model]["patch"]:
+        raise UserError(
+            f"--latent-size {config.latent_size}: {config.model} cannot divide these latents into "
+            "patches; pass a multiple of the patch size"
+        )
+    # Include every method once, in the order of the variants.
+    methods = dict.fromkeys(name for variant in variants for name in split_variant(variant))
+    flags = ["--exp-name", "benchmark", "--data-dir", ".", "--model", config.model]
+    flags += ["--align", *(methods or ["none"])]
+    if config.repa_encoder:
+        flags += ["--repa-encoder", config.repa_encoder]
+    loop = LoopConfig(
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    check_compiler(config)
+    check_batch_size(loop, num_processes=1)
+    settings = parse_settings(flags)._replace(loop=loop, device=config)
+    return plan_run(settings, make_synthetic_manifest(config.latent_size))
+
+
+def make_synthetic_manifest(latent_size: int = 32) -> Manifest:
+    """Return a manifest like that of ImageNet. Only the fields that steps use have real values."""
+    return Manifest(
+        source="synthetic",
+        count=1_281_167,
+        num_classes=1000,
+        class_names=[],
+        resolution=8 * latent_size,
+        crop="",
+        vae="",
+        vae_fingerprint="",
+        scale=0.18215,
+        shift=0.0,
+        latent_shape=[4, latent_size, latent_size],
+        dtype="float16",
+        mean=[],
+        std=[],
+        images=True,
+    )
