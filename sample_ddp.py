@@ -390,7 +390,7 @@ def sample_batches(
 def identify(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
     """Return all entries of metrics.json except the results."""
     samples = store.npz_path if store.is_complete() else None
-    return suite.identify(samples, store.record, store.count)
+    return suite.build_identity(samples, store.record, store.count)
 
 
 def read_metrics(suite: EvaluationSuite, store: SampleStore) -> JsonObject:

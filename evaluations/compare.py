@@ -1,4 +1,4 @@
-"""Compute the metrics of samples against a reference, under the names that papers use."""
+"""Compute the metrics of samples against a reference, and name them as papers do."""
 
 from collections.abc import Iterable
 
@@ -13,9 +13,11 @@ from evaluations.metrics import (
     precision_recall,
 )
 from evaluations.reference_features import ReferenceFeatures
+from evaluations.timm_networks import OTHER_NETWORKS
 
 # Keys of metrics.json that contain results. Every other key identifies the evaluation.
 RESULT_KEYS = ("metrics", "intervals", "by_count", "warning")
+# Numbers of samples at which the Frechet distance is computed in addition to all samples.
 SUBSET_COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 STANDARD_COUNT = 50_000  # number of samples that papers use
 FRECHET_NAMES = {"inception": "FID", "fashion": "FD-fashion", "dinov2-l": "FD-DINOv2"}
@@ -38,14 +40,14 @@ def compute_metrics(
 
     Args:
         samples: Features of the samples.
-        labels: Classes of the samples, (n,), for class_agreement.
-        reference: Features or statistics of the reference, of the same network.
+        labels: Classes of the samples, (n,), or None if they are unknown.
+        reference: Features or statistics of the reference from the same network.
         network: Name of the network.
         device: Device that computes the metrics.
         fp16_distances: Whether precision and recall use float16 distances, as ADM's evaluator does.
 
     Returns:
-        Metrics by name. A metric is None if the labels or reference features that it needs are not
+        Metrics by name. A metric is None if it needs labels or reference features that are not
         available.
     """
     distance = frechet_distance(compute_statistics(samples.pool, device), reference.pool, device)
@@ -63,7 +65,7 @@ def compute_metrics(
         metrics["class_agreement"] = None
         if labels is not None:
             metrics["class_agreement"] = float((samples.scores.argmax(1) == labels).mean())
-    suffix = "" if network in ("inception", "fashion") else f"-{network}"
+    suffix = "" if network in OTHER_NETWORKS else f"-{network}"
     precision = recall = None
     if reference.features is not None:
         precision, recall = precision_recall(
@@ -79,7 +81,7 @@ def frechet_distances_by_count(
 ) -> dict[str, float]:
     """Compute the Frechet distance of the first n samples for several n.
 
-    n takes the values of SUBSET_COUNTS that are at least a tenth of the sample count and below it.
+    n takes the values of SUBSET_COUNTS from a tenth of the number of samples to below this number.
 
     Args:
         features: Features of the samples, (n, F).
@@ -97,8 +99,8 @@ def frechet_distances_by_count(
     }
 
 
-def small_sample_warning(count: int, networks: Iterable[str]) -> str | None:
-    """Return a warning if FID or FD-NAME is computed from fewer samples than papers use."""
+def make_small_sample_warning(count: int, networks: Iterable[str]) -> str | None:
+    """Return a warning if a Frechet distance is computed from fewer samples than papers use."""
     names = " and ".join(frechet_name(network) for network in networks if network != "fashion")
     if count >= STANDARD_COUNT or not names:
         return None

@@ -1,4 +1,4 @@
-"""Plot the curves of one or several runs over images seen.
+"""Plot the training curves of one or several runs over the number of images seen.
 
 python -m evaluations.curves exps/vanilla exps/sra2 --out curves.png
 """
@@ -13,8 +13,8 @@ from evaluations.runs import Run, name_folders, read_run
 TRAINING_QUANTITIES = ("denoising", "align", "grad_norm")
 
 
-def draw(runs: list[Run], path: Path) -> None:
-    """Write a figure with one colour per run.
+def plot_curves(runs: list[Run], path: Path) -> None:
+    """Write a figure with the curves of all runs, one colour per run.
 
     The figure has a panel per training quantity. If a run was evaluated during training, there is
     also a panel per Frechet distance and one for the held-out loss.
@@ -42,7 +42,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command."""
     parser = cli.Parser(__doc__, "python -m evaluations.curves", "RUN [RUN ...]")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs (exps/NAME)")
     parser.add_argument(
@@ -53,7 +53,7 @@ def main() -> None:
     out = args.out or args.runs[0] / "curves.png"
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {out} must end in .png, .pdf or .svg")
-    draw([read_run(name, folder) for name, folder in name_folders(args.runs).items()], out)
+    plot_curves([read_run(name, folder) for name, folder in name_folders(args.runs).items()], out)
     print(f"curves: {out}")
 
 

@@ -1,4 +1,4 @@
-r"""Compute FID, sFID, Inception score, precision and recall, FD-DINOv2 or FD-fashion of samples.
+r"""Compute FID, sFID, Inception score, precision, recall, FD-DINOv2 or FD-fashion of samples.
 
     python -m evaluations.evaluate samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
     python -m evaluations.evaluate samples/NAME.npz --features fashion \
@@ -6,8 +6,8 @@ r"""Compute FID, sFID, Inception score, precision and recall, FD-DINOv2 or FD-fa
 
 On several GPUs: torchrun --nproc_per_node 8 -m evaluations.evaluate ...
 
-The metrics and everything that identifies them are written to metrics.json. FD-fashion needs no
-download.
+The metrics are written to NAME.metrics.json, with the settings and file hashes that determine them.
+FD-fashion needs no download.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
     world = World()
     device = args.device or world.select_device()
 
-    # Open the samples, their labels and the record of their sampling settings.
+    # Open the samples, their labels, and the record of the sampling settings.
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
     images = NpzImages(args.samples, "samples")
@@ -83,11 +83,13 @@ def main() -> None:
     record = args.samples.with_suffix(".json")
     sampling = read_json_object(record, "solver", "record of samples")
 
-    # Evaluate the samples, unless the same evaluation has been done before.
+    # Evaluate the samples, unless the result is already stored.
     config = read_flags(EvaluationConfig, args)
     suite = EvaluationSuite(config, args.reference, images.size, args.batch_size, device, world)
     out = args.out or args.samples.with_suffix(".metrics.json")
-    identity = world.run_on_first_rank(lambda: suite.identify(args.samples, sampling, images.count))
+    identity = world.run_on_first_rank(
+        lambda: suite.build_identity(args.samples, sampling, images.count)
+    )
     result = world.run_on_first_rank(lambda: read_result(out, identity))
     if not result:
         suite.load_reference()

@@ -1,19 +1,19 @@
-"""Select feature networks by name and run them over images.
+"""Load feature networks by name, and run them over images.
 
-B images per batch, n images in total.
+Shapes: B images per batch, n images in total.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common import cli
 from common.cli import UserError
 from common.processes import World
 from evaluations.fashion import FASHION_RESOLUTION, load_classifier
@@ -21,10 +21,22 @@ from evaluations.features import FeatureNetwork, Features, NumpyFeatures, to_num
 from evaluations.image_batches import Images
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import Device
-from evaluations.timm_networks import TimmFeatures
+from evaluations.timm_networks import OTHER_NETWORKS, TimmFeatures
 from models.encoder import ENCODER_ALIASES
 
-EXTRACTOR_NAMES = ("inception", "fashion", *ENCODER_ALIASES)
+EXTRACTOR_NAMES = (*OTHER_NETWORKS, *ENCODER_ALIASES)
+
+
+def add_network_flags(parser: Any) -> None:
+    """Add the flags of commands that run feature networks to a parser or an argument group."""
+    parser.add_argument(
+        "--inception-weights",
+        type=Path,
+        help="file with the Inception weights (default: in the torch hub cache)",
+    )
+    parser.add_argument(
+        "--batch-size", type=cli.positive_int, default=64, help="images per forward pass"
+    )
 
 
 def load_extractor(
@@ -40,17 +52,17 @@ def load_extractor(
 
     Args:
         name: "inception", "fashion", a short name of models/encoder.py or a timm name.
-        inception_weights: File with the Inception weights. By default the one in the torch hub
+        inception_weights: File with the Inception weights. By default, the file in the torch hub
             cache.
-        size: Height and width of the images that the network will be applied to.
-        device: Device to move the network to.
-        source: Origin of these images, for error messages.
+        size: Height and width of the images to evaluate.
+        device: Device of the network.
+        source: Origin of the images, for error messages.
         flag: Flag that selected the network, for error messages.
-        encoder_weights: File with the weights of a timm network. By default they are downloaded
-            from the hub.
+        encoder_weights: File with the weights of a timm network. By default, the weights are
+            downloaded from the hub.
 
     Raises:
-        UserError: If there is no such network, its weights are missing, or it does not accept
+        UserError: If the network does not exist, its weights are missing, or it does not accept
             images of this size.
     """
     if name == "fashion":
@@ -68,10 +80,12 @@ def load_extractor(
 def concatenate_features(batches: Iterable[NumpyFeatures], count: int) -> NumpyFeatures:
     """Return the features of the first `count` images of consecutive batches."""
     outputs = [batch.as_dict() for batch in batches]
-    columns = {}
-    for name in outputs[0]:
-        columns[name] = np.concatenate([output[name] for output in outputs])[:count]
-    return Features(**columns)
+    return Features(
+        **{
+            name: np.concatenate([output[name] for output in outputs])[:count]
+            for name in outputs[0]
+        }
+    )
 
 
 def collect_features(batches: Iterable[Features[Tensor]], count: int) -> NumpyFeatures:
@@ -111,10 +125,11 @@ def iterate_batches(
             return reader.submit(images.read_batch, start, start + batch_size)
 
         futures = map(start_reading, batch_indices)
-        pending = deque(islice(futures, 1))
+        pending = next(futures, None)
         for index in batch_indices:
-            batch = pending.popleft().result()
-            pending.extend(islice(futures, 1))  # start reading the next batch
+            assert pending is not None
+            batch = pending.result()
+            pending = next(futures, None)  # start reading the next batch
             yield index, batch
             progress.update(len(batch) * num_processes)
 
@@ -127,7 +142,7 @@ def extract_features(
     device: Device,
     world: World | None = None,
 ) -> dict[str, NumpyFeatures]:
-    """Run all networks in one pass over the images, on all processes.
+    """Run all networks in one pass over the images, on all processes together.
 
     Args:
         networks: Feature networks by name.
@@ -150,7 +165,7 @@ def extract_features(
     gathered = world.gather(local_batches) if world else [local_batches]
     if gathered is None:
         return {}
-    batches = {index: batch for part in gathered for index, batch in part.items()}
+    batches = {index: batch for share in gathered for index, batch in share.items()}
     ordered = [batches[index] for index in sorted(batches)]
     return {
         name: concatenate_features((batch[name] for batch in ordered), images.count)

@@ -1,8 +1,8 @@
-"""Define the offline feature network, a small garment classifier trained on Fashion-MNIST.
+"""Define the bundled feature network, a small garment classifier trained on Fashion-MNIST.
 
-It replaces Inception on machines that cannot download weights. Its Frechet distance is called
-FD-fashion and never FID, because the two have different scales.
-B images per batch, F = 128 features, K = 10 classes.
+The classifier replaces Inception on machines that cannot download weights. The Frechet distance of
+its features is called FD-fashion and never FID, because the two have different scales.
+Shapes: B images per batch.
 """
 
 from pathlib import Path
@@ -19,9 +19,10 @@ FASHION_RESOLUTION = 32
 
 
 class GarmentClassifier(FeatureNetwork):
-    """Five convolutions, global average pooling and one linear layer.
+    """A classifier with five convolutions, global average pooling and one linear layer.
 
-    Maps images (B, 3, 32, 32) in [0, 255] to `pool` (B, 128) and `scores`, logits (B, 10).
+    It maps images (B, 3, 32, 32) with values in [0, 255] to `pool`, (B, 128), and `scores`, the
+    logits (B, 10).
     """
 
     num_features = 128

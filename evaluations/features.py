@@ -1,8 +1,9 @@
-"""Define the base class of feature networks and the outputs that they return.
+"""Define the base class of feature networks, and the type of their outputs.
 
-B images per batch, n images in total, F features per image, K classes.
+Shapes: B images per batch, n images in total, F features per image, K classes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -19,10 +20,10 @@ OtherArray = TypeVar("OtherArray")
 
 @dataclass(frozen=True)
 class Features(Generic[Array]):
-    """Outputs of a feature network for n images, float32, as tensors or as NumPy arrays.
+    """Outputs of a feature network for n images, as float32 tensors or NumPy arrays.
 
     Attributes:
-        pool: Features that define the distance between images, (n, F).
+        pool: Features, (n, F), which define the distance between images.
         spatial: Spatial features of Inception for sFID, (n, 2023). None for other networks.
         scores: Class probabilities or logits, (n, K). None for networks without a classifier.
     """
@@ -32,7 +33,7 @@ class Features(Generic[Array]):
     scores: Array | None = None
 
     def as_dict(self) -> dict[str, Array]:
-        """Return the outputs of the network by name, without those that are None."""
+        """Return the outputs that are not None, by name."""
         return {name: output for name, output in vars(self).items() if output is not None}
 
     def map(self, function: Callable[[Array], OtherArray]) -> "Features[OtherArray]":
@@ -44,18 +45,19 @@ NumpyFeatures = Features[np.ndarray]
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Copy a tensor on any device to a NumPy array."""
+    """Copy a tensor on any device to a NumPy array in host memory."""
     return tensor.cpu().numpy()
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
     """Base class of feature networks.
 
-    Features from training, sampling and evaluation are compared with each other, so they are always
-    computed in float32, regardless of the caller's autocast and TF32 settings.
+    Features that are computed during training, sampling and evaluation are compared with each
+    other. They are therefore always computed in float32, regardless of the caller's autocast and
+    TF32 settings.
 
     Attributes:
-        weights_sha256: Hash of the weights and of everything else that determines the features.
+        weights_sha256: Hash of the weights and of all settings that determine the features.
     """
 
     weights_sha256: str
@@ -65,6 +67,6 @@ class FeatureNetwork(nn.Module):
         with torch.autocast(images.device.type, enabled=False), no_tf32():
             return self.extract(images)
 
+    @abstractmethod
     def extract(self, images: Tensor) -> Features[Tensor]:
-        """Compute `forward` within the float32 context. Subclasses override this method."""
-        raise NotImplementedError
+        """Compute the result of `forward`, with autocast and TF32 disabled by the caller."""

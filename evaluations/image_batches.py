@@ -1,12 +1,13 @@
-"""Read the images to evaluate, samples or references, one batch at a time.
+"""Read images of samples or references, one batch at a time.
 
-Shapes: n images in total, B per batch, H x W pixels. Only the requested batch is held in memory,
-because 50,000 images of 256x256 pixels take 10 GB.
+Only one batch is in memory at a time, because 50,000 images of 256x256 pixels take 10 GB.
+Shapes: n images in total, B images per batch, H x W pixels per image.
 """
 
 import threading
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,26 +22,26 @@ from preprocessing.sources import ImageSource, open_source
 
 READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 LOCAL_HEADER_SIZE = 30  # size in bytes of a zip member's local header without name and extra field
-LENGTHS_OFFSET = 26  # position of the 16-bit lengths of name and extra field in the local header
+LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of name and extra field
 
 
-class Images:
-    """Base class of image readers.
+class Images(ABC):
+    """Base class of readers of images of one size.
 
     Attributes:
         count: Number of images.
-        size: Height and width.
+        size: Height and width of the images.
     """
 
     count: int
     size: tuple[int, int]
 
+    @abstractmethod
     def read_batch(self, start: int, stop: int) -> np.ndarray:
         """Return images start to stop - 1, (B, 3, H, W) uint8.
 
-        Reading batches in ascending order is fastest.
+        Batches are read fastest in ascending order.
         """
-        raise NotImplementedError
 
 
 class NpzFile:
@@ -78,7 +79,7 @@ class NpzFile:
 
     @contextmanager
     def _report_read_errors(self) -> Iterator[None]:
-        """Convert errors that an unreadable file causes in this context to UserError."""
+        """Convert exceptions that an unreadable file causes in this context to UserError."""
         try:
             yield
         except UserError:
@@ -92,8 +93,8 @@ class NpzFile:
 class NpzImages(NpzFile, Images):
     """The images in arr_0 of an .npz file.
 
-    An uncompressed array, as np.savez and sample_ddp.py write it, is memory-mapped. A compressed
-    array is decompressed as it is read. Several threads may read at the same time.
+    An uncompressed array, as written by np.savez and sample_ddp.py, is memory-mapped. A compressed
+    array is decompressed while it is read. Several threads may read at the same time.
 
     Args:
         path: The file.
@@ -132,7 +133,7 @@ class NpzImages(NpzFile, Images):
                 self.map = np.memmap(path, np.uint8, "r", offset, self.shape)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Return images start to stop - 1 as stored, (B, H, W, 3).
+        """Return images start to stop - 1 in the stored layout, (B, H, W, 3).
 
         Raises:
             UserError: If the file is damaged.
@@ -148,7 +149,7 @@ class NpzImages(NpzFile, Images):
             self.stream = archive.open(self.member)
         stop = min(stop, self.count)
         image_size = int(np.prod(self.shape[1:]))
-        # Seeking backwards makes zipfile decompress again from the beginning of the array.
+        # To seek backwards, zipfile decompresses the array again from its beginning.
         self.stream.seek(self.header_size + start * image_size)
         data = self.stream.read((stop - start) * image_size)
         return np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
@@ -166,17 +167,17 @@ def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
-    """Return the position in a zip file of an uncompressed member's first byte.
+    """Return the position of the first byte of an uncompressed member in a zip file.
 
-    The lengths come from the local header, because its name and extra field may differ from those
-    in the central directory.
+    The lengths of name and extra field are read from the local header, because they may differ from
+    the lengths in the central directory.
     """
     lengths = np.fromfile(path, "<u2", 2, offset=member.header_offset + LENGTHS_OFFSET)
     return member.header_offset + LOCAL_HEADER_SIZE + int(lengths.sum())
 
 
 class SourceImages(Images):
-    """Images of a folder, zip, tar or parquet file, centre-cropped to `resolution` as ADM does."""
+    """Images of a folder, zip, tar or parquet file, centre-cropped to `resolution` as in ADM."""
 
     def __init__(self, source: ImageSource, resolution: int, flag: str):
         self.source = source
@@ -220,13 +221,14 @@ def evenly_spaced_indices(count: int, max_count: int) -> np.ndarray:
 def open_images(
     path: Path, resolution: int, flag: str, neighbours: int = MANIFOLD_NEIGHBOURS
 ) -> Images:
-    """Return a reader of an .npz file, folder, zip, tar or parquet file.
+    """Open the images in an .npz file, folder, zip, tar or parquet file.
 
     Args:
         path: The file, folder or glob pattern.
-        resolution: Height and width. Images are cropped to it, unless they are in an .npz file.
+        resolution: Height and width. Images that are not in an .npz file are cropped to this size.
         flag: Flag that selected the path, for error messages.
-        neighbours: Number of nearest neighbours that will be searched for each image.
+        neighbours: Number of nearest neighbours to find for each image. More images than this
+            number are required.
 
     Raises:
         UserError: If the images cannot be read, have another size or are too few.

@@ -1,8 +1,9 @@
 """Compute Inception features in the same way as ADM's evaluator.
 
-They are computed by torch-fidelity's port of the TensorFlow graph. The port resizes images as
-TensorFlow 1 does. Its weights were converted from ADM's graph file, classify_image_graph_def.pb,
-whose layer names are used in this module. B images per batch.
+The network is torch-fidelity's port of the TensorFlow graph. The port resizes images as TensorFlow
+1 does. The weights of the port were converted from ADM's graph file, classify_image_graph_def.pb.
+This module uses the names of the layers in that graph.
+Shapes: B images per batch.
 """
 
 import pickle
@@ -23,7 +24,10 @@ SPATIAL_CHANNELS = 7  # channels of mixed_6/conv that ADM's _create_feature_grap
 
 
 def find_weights(path: Path | None) -> Path:
-    """Return the file with the Inception weights, by default the one in the torch hub cache.
+    """Return the path of the Inception weights, and check that the file contains only tensors.
+
+    Args:
+        path: File with the weights. By default, the file in the torch hub cache.
 
     Raises:
         UserError: If the file is missing or is not a file of tensors.
@@ -51,15 +55,15 @@ class InceptionFeatures(FeatureNetwork):
     """Maps uint8 images (B, 3, H, W) to pool_3 (B, 2048), spatial (B, 2023) and scores (B, 1008).
 
     `spatial` is the first 7 channels of mixed_6/conv, 17 x 17 x 7, flattened with the channel last
-    (_create_feature_graph of ADM). The scope of a convolution in the graph contains Conv2D,
-    batchnorm, CheckNumerics, control_dependency and, under the name of the scope, the final ReLU.
-    The tensor therefore corresponds to the output of Mixed_6d.branch1x1 after its ReLU.
+    (_create_feature_graph of ADM). In the graph, mixed_6/conv is the name of both a scope and its
+    last operation, a ReLU, which follows Conv2D, batchnorm, CheckNumerics and control_dependency.
+    The tensor is therefore the output of Mixed_6d.branch1x1 after the ReLU.
 
     `scores` are class probabilities: the softmax of pool_3 times softmax/weights, without
     softmax/biases (_create_softmax_graph of ADM).
 
     Args:
-        weights: File with the weights. By default the one in the torch hub cache.
+        weights: File with the weights. By default, the file in the torch hub cache.
     """
 
     def __init__(self, weights: Path | None = None):
@@ -77,13 +81,14 @@ class InceptionFeatures(FeatureNetwork):
             raise UserError(
                 f"--inception-weights {file} is not {WEIGHTS_NAME}: fetch {WEIGHTS_URL}"
             ) from None
-        # Several threads may call the network at the same time, each with a different batch.
+        # The output is stored per thread, because several threads may call the network at once.
         self.hook_output = threading.local()
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._store_spatial)
 
     def _store_spatial(
         self, module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor
     ) -> None:
+        """Store the spatial features in the forward hook of mixed_6/conv."""
         channels_last = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)
         self.hook_output.spatial = channels_last.flatten(1)
 

@@ -1,9 +1,9 @@
 """Compute the metrics of ADM's evaluator (Dhariwal & Nichol 2021).
 
 The original is evaluations/evaluator.py of openai/guided-diffusion.
-Shapes: n and m images, F features per image, K classes. Features are float32 NumPy arrays.
-Everything computed from their means and covariances is float64. Computations run on `device`, and
-results are returned in host memory.
+Shapes: n and m images, F features per image, K classes. Features are float32 NumPy arrays. Means,
+covariances and all values that are computed from them are float64. Computations run on `device`,
+and results are returned in host memory.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MANIFOLD_NEIGHBOURS = 3  # k of precision and recall
-ROWS = 4096  # number of feature rows that are converted to float64 at a time
-TILE_SIZE = 2048  # rows and columns of the distance matrix that are in memory at a time
+MANIFOLD_NEIGHBOURS = 3  # number k of nearest neighbours for precision and recall
+ROWS = 4096  # number of rows of features that are converted to float64 at a time
+TILE_SIZE = 2048  # number of rows and columns of a block of the distance matrix
 ADM_TILE_SIZE = 10_000  # tile size of ADM's evaluator (row_batch_size)
 
 Device = torch.device | str
 
 
 class Statistics(NamedTuple):
-    """Mean and covariance of features, float64: `mu` and `sigma` of ADM's .npz.
+    """Mean and covariance of features in float64, as stored in ADM's .npz.
 
     Attributes:
         mu: Mean, (F,).
@@ -44,8 +44,8 @@ class PrecisionRecall(NamedTuple):
 def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statistics:
     """Compute mean and covariance of features in the same way as ADM's compute_statistics.
 
-    The features are converted to float64 a few rows at a time, first for the mean and then for the
-    covariance around it.
+    The features are converted to float64 a few rows at a time, once for the mean and once for the
+    covariance.
 
     Args:
         features: Features, (n, F).
@@ -65,10 +65,11 @@ def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> fl
 
     For Inception features, the distance is the FID.
 
-    S_a S_b and R^T S_b R have the same eigenvalues for every R with R R^T = S_a, and the latter is
-    symmetric. This avoids a general matrix square root, complex numbers and an epsilon on the
-    diagonal. If one of the matrices is singular, that matrix is factorised, and its null space is
-    excluded, because the square roots of rounding errors in the null space would not be small.
+    For every R with R R^T = S_a, the symmetric matrix R^T S_b R has the eigenvalues of S_a S_b. Its
+    eigenvalues are computed instead of a general matrix square root, which would need complex
+    numbers and an epsilon on the diagonal. If one of the matrices is singular, that matrix is
+    factorised, and its null space is excluded, because the square roots of rounding errors in the
+    null space would not be small.
     """
     mu_a, sigma_a = _to_tensors(a, device)
     mu_b, sigma_b = _to_tensors(b, device)
@@ -90,9 +91,9 @@ def frechet_influence(
 
     The gradient of the distance is 2 (mu - mu_r) for mu and I - T for S, where
     T = R (R^T S R)^(-1/2) R^T with R R^T = S_r is the optimal transport map, the only symmetric
-    T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). More weight on a row x moves mu
-    along x - mu, and S along (x - mu)(x - mu)^T - S. Directions in which the rows do not vary are
-    treated as constant.
+    T >= 0 with T S T = S_r (Dowson & Landau 1982; Takatsu 2011). An increase of the weight of a row
+    x moves mu along x - mu, and S along (x - mu)(x - mu)^T - S. In directions in which the rows do
+    not vary, the eigenvalues of R^T S R are replaced by their rounding error.
 
     Args:
         features: Features of the samples, (n, F).
@@ -131,10 +132,10 @@ def frechet_interval(
 
     A replicate is the distance plus the mean of `frechet_influence` over n rows drawn with
     replacement. The interval reflects how the distance varies between sets of n images of the same
-    model. It does not include the bias, which makes the distance of finitely many images too large
-    by about the same amount in every replicate (Chong & Forsyth 2020), or the effect of the finite
-    size of the reference. As the distance approaches 0, its first-order term and the interval
-    vanish.
+    model. The interval does not include the bias, which increases the distance of finitely many
+    images by about the same amount in every replicate (Chong & Forsyth 2020), or the effect of the
+    finite size of the reference. As the distance approaches 0, the first-order term and therefore
+    the width of the interval vanish.
 
     Args:
         features: Features of the samples, (n, F).
@@ -144,7 +145,7 @@ def frechet_interval(
         device: Device that computes the distance and the influence.
 
     Returns:
-        Lower and upper end, or None if n <= F, because the covariance is singular then.
+        Lower and upper end of the interval, or None if n <= F, where the covariance is singular.
     """
     n, size = features.shape
     if n <= size:
@@ -161,13 +162,12 @@ def frechet_interval(
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
     """Compute exp E[KL(p(y|x) | p(y))] (Salimans et al. 2016), averaged over consecutive splits.
 
-    As in compute_inception_score of ADM, rows keep their order and a last split that is not full
-    has the same weight as the others. A probability of 0 contributes 0. (In ADM it makes the score
-    nan, because its logarithms are float32.)
+    As in compute_inception_score of ADM, rows keep their order, and a last split that is not full
+    has the same weight as the others. A probability of 0 contributes 0, whereas ADM's score is nan.
 
     Args:
         probabilities: Class probabilities, (n, K).
-        split_size: Rows per split.
+        split_size: Number of rows per split.
     """
     scores = []
     for start in range(0, len(probabilities), split_size):
@@ -196,14 +196,13 @@ def precision_recall(
         reference: Features of the reference, (n, F).
         samples: Features of the samples, (m, F).
         neighbours: Number k of nearest neighbours.
-        tile_size: Rows and columns of the blocks in which distances are computed. With fp16 it
-            determines which distances fall back to float32 together. The default is 2048, or ADM's
-            10,000 with fp16.
+        tile_size: Number of rows and columns of a block of distances. With `fp16`, all distances of
+            a block that overflows are recomputed in float32. The default is 2048, or 10,000 as in
+            ADM with `fp16`.
         device: Device that computes distances. Both sets and a few blocks of distances must fit
-            into its memory.
+            into the memory of the device.
         fp16: Whether to compute distances in float16, as ADM does (manifold_radii and evaluate_pr).
-            They are converted to float32 before they are compared. A block that overflows is
-            computed again in float32.
+            The distances are converted to float32 before they are compared.
 
     Raises:
         ValueError: If n or m is not above k.
@@ -242,8 +241,8 @@ def manifold_radii(features: Tensor, neighbours: int, tile_size: int, fp16: bool
     Args:
         features: Features, (n, F) float32.
         neighbours: Number k of nearest neighbours.
-        tile_size: Rows and columns of the blocks in which distances are computed.
-        fp16: Whether distances are computed in float16.
+        tile_size: Number of rows and columns of a block of distances.
+        fp16: Whether to compute distances in float16.
 
     Returns:
         The squared distances, (n,) float32.
@@ -275,13 +274,13 @@ def no_tf32() -> Iterator[None]:
 
 
 def _to_tensors(statistics: Statistics, device: Device) -> tuple[Tensor, Tensor]:
-    """Return mean and covariance as float64 tensors on `device`."""
+    """Convert mean and covariance to float64 tensors on `device`."""
     mu, sigma = (torch.tensor(x, dtype=torch.float64, device=device) for x in statistics)
     return mu, sigma
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Return x^T x. On the CPU, NumPy computes it, because it exploits the symmetry."""
+    """Return x^T x. On the CPU, NumPy computes the product, because NumPy exploits the symmetry."""
     if x.is_cuda:
         return x.T @ x
     return torch.from_numpy(x.numpy().T @ x.numpy())
@@ -299,7 +298,7 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounding_error(eigenvalues: Tensor) -> Tensor:
-    """Return the magnitude up to which ascending eigenvalues (F,) may be rounding errors."""
+    """Return the size of rounding errors in ascending eigenvalues (F,)."""
     return eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
 
 
@@ -321,8 +320,8 @@ def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
     """Return the squared distances between float32 features (n, F) and (m, F) as (n, m) float32.
 
     The formula is that of ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, clipped at 0.
-    With `fp16` the distances are computed in float16, and again in float32 if any of them overflows
-    (DistanceBlock of ADM).
+    With `fp16`, the distances are computed in float16. If one of them overflows, all are recomputed
+    in float32 (DistanceBlock of ADM).
     """
     if fp16:
         distances = _squared_distances(a.half(), b.half(), fp16=False)

@@ -19,7 +19,7 @@ MODEL_FIELDS = {
     "sampling.step",
     "sampling.images_seen",
 }
-# Prefixes of fields that affect rounding errors only.
+# Prefixes of fields that affect only rounding errors.
 ROUNDING_FIELDS = (
     "versions.",
     "feature_batch_size",
@@ -27,7 +27,7 @@ ROUNDING_FIELDS = (
     "sampling.per_proc_batch_size",
     "sampling.compile",
 )
-# Field -> the field that identifies the same thing wherever it is stored.
+# Field that may differ between copies of the same content -> field that identifies the content.
 IDENTIFYING_FIELD = {
     "reference": "reference_sha256",
     "sampling.vae": "sampling.vae_fingerprint",
@@ -38,7 +38,7 @@ LOWER_IS_BETTER = ("FID", "sFID", "FD")  # prefixes of metric names
 
 
 class MetricsFile(NamedTuple):
-    """One metrics.json; run and run_index are None if none of the runs generated its samples."""
+    """A metrics.json. `run` and `run_index` are None if the samples are not of one of the runs."""
 
     path: Path
     content: JsonObject
@@ -52,12 +52,15 @@ class MetricsFile(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Return the name of the file without the suffix of metrics files."""
+        """Return the name of the file without the suffix .metrics.json."""
         return self.path.name.removesuffix(".metrics.json")
 
     @property
     def samples(self) -> Path | None:
-        """Return the path of the evaluated .npz: as recorded, or else in this file's folder."""
+        """Return the recorded path of the evaluated .npz, or its path in this file's folder.
+
+        The second is returned if the recorded path does not exist.
+        """
         name = self.content.get("samples")
         if not isinstance(name, str):
             return None
@@ -70,7 +73,7 @@ class MetricsFile(NamedTuple):
 
     @property
     def images(self) -> int:
-        """Return the number of images that the model had seen, or 0 if it is unknown."""
+        """Return the number of images that the model had seen, or 0 if the number is unknown."""
         return self.sampling.get("images_seen") or 0
 
     def interval(self, metric: str) -> list[float] | None:
@@ -79,9 +82,14 @@ class MetricsFile(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The differing and the agreeing fields of several settings, in order of occurrence."""
+    """The differing and the agreeing fields of several settings, in order of occurrence.
 
-    differing: dict[str, list[Any]]  # field -> its distinct values
+    Attributes:
+        differing: Distinct values of each field that differs.
+        agreeing: Common value of each field that agrees.
+    """
+
+    differing: dict[str, list[Any]]
     agreeing: JsonObject
 
 
@@ -97,16 +105,16 @@ def flatten(content: JsonObject, prefix: str = "") -> JsonObject:
 
 
 def format_value(value: Any) -> str:
-    """Return a setting as one line of text."""
+    """Format the value of a setting as one line of text."""
     if isinstance(value, str):
         return value
     return "—" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def drop_redundant_fields(fields: JsonObject) -> JsonObject:
-    """Drop fields that another field identifies, such as the path of a file with a known hash.
+    """Drop fields whose content another field identifies, such as the path of a file with a hash.
 
-    Otherwise the same file in another folder would count as a different file.
+    Otherwise, copies of a file in different folders would count as different files.
     """
     return {
         key: value
@@ -116,7 +124,7 @@ def drop_redundant_fields(fields: JsonObject) -> JsonObject:
 
 
 def select_identity(content: JsonObject) -> JsonObject:
-    """Return the fields of a metrics.json that must agree before two values may be compared."""
+    """Return the fields of a metrics.json that must agree if its values are to be compared."""
     fields = flatten({key: value for key, value in content.items() if key not in RESULT_KEYS})
     return {
         key: value
@@ -153,7 +161,7 @@ def compare_settings(settings: list[JsonObject]) -> Comparison:
 def find_metrics_files(
     runs: list[Run], extra_paths: list[Path], sample_dir: Path
 ) -> list[MetricsFile]:
-    """Return the metrics files in the folders of the runs, `extra_paths`, and `sample_dir`.
+    """Read the metrics files in the folders of the runs, in `extra_paths`, and in `sample_dir`.
 
     Args:
         runs: The runs that are compared.
@@ -162,8 +170,8 @@ def find_metrics_files(
             checkpoint of one of the runs.
 
     Returns:
-        The files in the order of the runs, and for each run by the number of images seen. Files of
-        other runs are last.
+        The files in the order of the runs, sorted within each run by the number of images seen.
+        Files of other samples are last.
 
     Raises:
         UserError: A file in a run or in `extra_paths` is not a metrics.json.
@@ -175,11 +183,11 @@ def find_metrics_files(
     for path in extra_paths:
         if not path.exists():
             raise UserError(f"--metrics {path} does not exist: create it with evaluations.evaluate")
-        files_by_path.setdefault(path.resolve(), _with_run(MetricsFile(path, _read(path)), runs))
+        files_by_path.setdefault(path.resolve(), _read_and_assign(path, runs))
     for path in sorted(sample_dir.glob("*.metrics.json")):
         # The folder may contain files of other runs or of other programs.
         with suppress(UserError):
-            file = _with_run(MetricsFile(path, _read(path)), runs)
+            file = _read_and_assign(path, runs)
             if file.run:
                 files_by_path.setdefault(path.resolve(), file)
 
@@ -190,6 +198,7 @@ def find_metrics_files(
 
 
 def _read(path: Path) -> JsonObject:
+    """Return the content of a metrics.json, or raise UserError if the file is of another kind."""
     content = read_json(path)
     has_metrics = isinstance(content.get("metrics"), dict)
     if not has_metrics or not isinstance(content.get("sampling", {}), dict):
@@ -197,8 +206,9 @@ def _read(path: Path) -> JsonObject:
     return content
 
 
-def _with_run(file: MetricsFile, runs: list[Run]) -> MetricsFile:
-    """Return the file, with `run` set if its samples come from a checkpoint of one of the runs."""
+def _read_and_assign(path: Path, runs: list[Run]) -> MetricsFile:
+    """Read a metrics.json, and assign it to the run whose checkpoint generated the samples."""
+    file = MetricsFile(path, _read(path))
     checkpoint = file.sampling.get("checkpoint")
     if checkpoint:
         for run_index, run in enumerate(runs):
@@ -210,8 +220,8 @@ def _with_run(file: MetricsFile, runs: list[Run]) -> MetricsFile:
 def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     """Return the indices of the files with the best value of a metric.
 
-    Only files with the same identity are compared. A file is the best only if its interval overlaps
-    no other.
+    Only files with the same identity are compared with each other. A file is the best only if its
+    confidence interval does not overlap the interval of any other file.
     """
     if metric in HIGHER_IS_BETTER:
         sign = 1
@@ -220,8 +230,8 @@ def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     else:
         return set()
 
-    # The value, both ends of its interval, and the index of the file. Values are negated if lower
-    # values are better.
+    # By identity: the value, both ends of its interval, and the index of each file. The values and
+    # the ends are negated if lower values are better.
     groups: dict[str, list[tuple[float, float, float, int]]] = {}
     for index, file in enumerate(files):
         value = file.content["metrics"].get(metric)

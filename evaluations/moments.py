@@ -1,6 +1,6 @@
 """Compute mean and covariance of features that do not fit into memory.
 
-B features per batch, n in total, each of size F.
+Shapes: B images per batch, F features per image.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,12 @@ class RunningMoments:
     """Running mean and scatter matrix in float64.
 
     Batches are merged with the formulas of Chan, Golub and LeVeque (1979), which avoid differences
-    of large sums.
+    of large sums. `mean` and `scatter` are scalars if `count` is 0.
 
     Attributes:
-        count: Number of features added.
-        mean: Mean of the features, (F,), on the device of the first batch. A scalar while `count`
-            is 0.
-        scatter: Sum of the outer products of the deviations from the mean, (F, F). A scalar while
-            `count` is 0.
+        count: Number of images that have been added.
+        mean: Mean of the features, (F,), on the device of the first batch.
+        scatter: Sum of the outer products of the deviations from the mean, (F, F).
     """
 
     count: int = 0
@@ -40,7 +38,7 @@ class RunningMoments:
         self.merge(RunningMoments(len(x), mean, (x - mean).T @ (x - mean)))
 
     def merge(self, other: "RunningMoments") -> None:
-        """Add all features from which `other` was computed."""
+        """Add the features that have been added to `other`."""
         total = self.count + other.count
         delta = other.mean - self.mean
         correction = torch.outer(delta, delta) * (self.count * other.count / total)

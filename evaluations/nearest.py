@@ -1,8 +1,8 @@
-"""Find memorised training images, which are close to samples in the feature space of a network.
+"""Find the training images nearest to samples in the feature space of a network.
 
 If a model copies training images, some of its samples are closer to a training image than training
 images are to each other. Distances are Euclidean.
-Shapes: n training images, q queries, F features per image, k neighbours, B images per block.
+Shapes: q queries, F features per image, k neighbours, B images per block, H x W pixels per image.
 """
 
 from collections.abc import Iterable
@@ -21,14 +21,14 @@ from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices
 from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
-MAX_QUERIES = 2000  # maximum number of compared samples per set, and of probes
-BLOCK = 2048  # training images whose features are in memory at a time
-NUM_SHOWN = 16  # number of evenly spaced samples to show with their neighbours
-NUM_CLOSEST = 4  # number of samples closest to a training image to show with their neighbours
+MAX_QUERIES = 2000  # maximum number of measured samples per set, and of probes
+BLOCK_SIZE = 2048  # number of training images whose features are in memory at a time
+NUM_EVENLY_SPACED = 16  # number of evenly spaced samples in the report
+NUM_CLOSEST = 4  # number of samples in the report that are closest to a training image
 
 
 class Neighbour(NamedTuple):
-    """A training image (H, W, 3) and its distance to a sample."""
+    """A training image, (H, W, 3), and its distance to a sample."""
 
     train_index: int
     distance: float
@@ -36,7 +36,7 @@ class Neighbour(NamedTuple):
 
 
 class NearestMatch(NamedTuple):
-    """A sample (H, W, 3) and the training images nearest to it, nearest first."""
+    """A sample, (H, W, 3), and the training images nearest to the sample, nearest first."""
 
     sample_index: int
     image: np.ndarray
@@ -47,15 +47,16 @@ class MemorisationCheck(NamedTuple):
     """Result of the memorisation check for one set of samples.
 
     Attributes:
-        evenly_spaced: Samples evenly spaced over the set.
+        evenly_spaced: Evenly spaced samples of the set.
         closest: The measured samples that are closest to a training image.
         num_samples: Number of measured samples.
         close_fraction: Fraction of the measured samples that are closer to a training image than
             `first_percentile`.
-        num_probes: Number of training images (probes) that were measured in the same way.
+        num_probes: Number of probes. A probe is a training image that is compared with the other
+            training images.
         num_train_images: Number of training images that were searched.
-        median_distance: Median distance of the probes to their nearest other training image.
-        first_percentile: First percentile of these distances.
+        median_distance: Median distance of a probe to the nearest other training image.
+        first_percentile: First percentile of the distances of the probes.
     """
 
     evenly_spaced: list[NearestMatch]
@@ -77,18 +78,18 @@ def find_nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest features to each query.
 
-    Distances are computed in float64, because the squared norms of near copies cancel.
+    Distances are computed in float64, because the squared norms of near copies almost cancel.
 
     Args:
         blocks: Consecutive blocks of features, (B, F).
-        queries: Queries, (q, F).
-        self_indices: Index of the query itself among the features, which is excluded, or -1 if the
-            features do not contain the query, (q,).
+        queries: Features of the queries, (q, F).
+        self_indices: Index of each query among the features of the blocks, (q,). This feature is
+            excluded. -1 if the blocks do not contain the query.
         k: Number of neighbours.
         device: Device that computes distances.
 
     Returns:
-        Distances and indices of the neighbours, (q, k), nearest first.
+        Distances and indices of the neighbours, each (q, k), nearest first.
     """
     query = torch.from_numpy(queries).to(device, torch.float64)
     excluded = torch.from_numpy(self_indices).to(device)[:, None]
@@ -109,7 +110,7 @@ def find_nearest(
 
 @dataclass(frozen=True)
 class MemorisationSearch:
-    """Compares sets of samples with training images, which are read once for all sets.
+    """Compares sets of samples with training images. The training images are read once.
 
     Attributes:
         train: The training images.
@@ -124,25 +125,25 @@ class MemorisationSearch:
     device: Device
 
     def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
-        """Return the result for each set. The samples must have the size of the training images."""
-        # Compute the features of some samples of each set, and of some training images.
+        """Check each set of samples. The samples must have the size of the training images."""
+        # Compute the features of the measured samples of each set, and of the probes.
         sample_indices = [_select_indices(images) for images in samples.values()]
         probes = evenly_spaced_indices(self.train.count, MAX_QUERIES)
         queries = [
-            self._features(images, indices, name)
+            self._extract_features(images, indices, name)
             for (name, images), indices in zip(samples.items(), sample_indices)
         ]
-        queries.append(self._features(self.train, probes, "training images"))
+        queries.append(self._extract_features(self.train, probes, "training images"))
 
         # Find the training images that are nearest to these samples and probes.
         count = self.train.count
         blocks = (
-            self._features(
+            self._extract_features(
                 self.train,
-                np.arange(start, min(start + BLOCK, count)),
+                np.arange(start, min(start + BLOCK_SIZE, count)),
                 f"training images from {start:,} of {count:,}",
             )
-            for start in range(0, count, BLOCK)
+            for start in range(0, count, BLOCK_SIZE)
         )
         no_index = [np.full_like(indices, -1) for indices in sample_indices]
         distances, neighbours = find_nearest(
@@ -155,7 +156,7 @@ class MemorisationSearch:
         ends = np.cumsum([len(indices) for indices in sample_indices])
         *sample_distances, probe_distances = np.split(distances, ends)
 
-        # Compare the distances of samples with those between training images.
+        # Compare the distances of the samples with the distances of the probes.
         baseline = probe_distances[:, 0]
         results = zip(samples, sample_indices, sample_distances, np.split(neighbours, ends))
         return {
@@ -174,26 +175,26 @@ class MemorisationSearch:
         """Return the result for one set of samples.
 
         Args:
-            samples: The set.
-            indices: Indices of the measured samples, (q,) ascending.
-            distances: Distances to the neighbours of the samples, (q, k).
+            samples: The set of samples.
+            indices: Indices of the measured samples, (q,), in ascending order.
+            distances: Distances of the measured samples to their neighbours, (q, k).
             neighbours: Indices of the neighbours, (q, k).
-            baseline: Distances of the probes to the nearest other training image.
+            baseline: Distance of each probe to the nearest other training image.
         """
 
-        def match(row: int) -> NearestMatch:
+        def read_match(row: int) -> NearestMatch:
             nearest = [
                 Neighbour(index, distance, _read_image(self.train, index))
                 for index, distance in zip(neighbours[row], distances[row])
             ]
             return NearestMatch(indices[row], _read_image(samples, indices[row]), nearest)
 
-        shown_rows = np.searchsorted(indices, evenly_spaced_indices(samples.count, NUM_SHOWN))
+        evenly_spaced = evenly_spaced_indices(samples.count, NUM_EVENLY_SPACED)
         closest_rows = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
         first_percentile = np.percentile(baseline, 1)
         return MemorisationCheck(
-            evenly_spaced=[match(row) for row in shown_rows],
-            closest=[match(row) for row in closest_rows],
+            evenly_spaced=[read_match(row) for row in np.searchsorted(indices, evenly_spaced)],
+            closest=[read_match(row) for row in closest_rows],
             num_samples=len(indices),
             close_fraction=(distances[:, 0] < first_percentile).mean(),
             num_probes=len(baseline),
@@ -202,22 +203,23 @@ class MemorisationSearch:
             first_percentile=first_percentile,
         )
 
-    def _features(self, images: Images, indices: np.ndarray, description: str) -> np.ndarray:
+    def _extract_features(self, images: Images, indices: np.ndarray, label: str) -> np.ndarray:
+        """Return the features of the images at the given indices, (q, F)."""
         subset = ImageSubset(images, indices)
         features = extract_features(
-            {"network": self.network}, subset, self.batch_size, description, self.device
+            {"network": self.network}, subset, self.batch_size, label, self.device
         )
         return features["network"].pool
 
 
 def _select_indices(images: Images) -> np.ndarray:
-    """Return the indices of the samples to measure, which include those to show."""
+    """Return the indices of the samples to measure, which include the evenly spaced samples."""
     indices = evenly_spaced_indices(images.count, MAX_QUERIES)
-    return np.union1d(indices, evenly_spaced_indices(images.count, NUM_SHOWN))
+    return np.union1d(indices, evenly_spaced_indices(images.count, NUM_EVENLY_SPACED))
 
 
 def _read_image(images: Images, index: int) -> np.ndarray:
-    """Return one image, (H, W, 3)."""
+    """Read one image, (H, W, 3)."""
     return images.read_batch(index, index + 1)[0].transpose(1, 2, 0)
 
 
@@ -235,10 +237,10 @@ def check_memorisation(
 
     Args:
         samples: Sets of samples by name.
-        path: The training images.
-        features: Name of the feature network. By default the bundled classifier for images of its
-            size, and Inception for others.
-        weights: File with the Inception weights. By default the one in the torch hub cache.
+        path: Path of the training images.
+        features: Name of the feature network. By default, the bundled classifier for 32x32 images,
+            and Inception for other images.
+        weights: File with the Inception weights. By default, the file in the torch hub cache.
         batch_size: Images per forward pass.
         device: Device of the network.
 

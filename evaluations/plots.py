@@ -1,4 +1,4 @@
-"""Plot the curves of runs over images seen, for the report (inline SVG) and evaluations.curves."""
+"""Plot the curves of runs over images seen, for evaluations.report and evaluations.curves."""
 
 import io
 import re
@@ -20,11 +20,11 @@ from evaluations.runs import JsonObject, Run, label_columns, read_column
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Line style -> `stroke-dasharray` with the same appearance, for legends in HTML.
+# Line style of matplotlib -> `stroke-dasharray` of SVG, for legends in HTML.
 DASHES = {"-": None, "--": "7 3", ":": "2 3", "-.": "11 3 2 3"}
 
-# Placeholders for CSS variables, which differ between light and dark mode. Matplotlib accepts only
-# colours with a fixed value.
+# Colours that are replaced by CSS variables, which differ between light and dark mode. Matplotlib
+# does not accept variables.
 RUN_COLOURS = [f"#a0000{index}" for index in range(8)]
 TEXT_COLOUR = "#a00010"
 GRID_COLOUR = "#a00011"
@@ -57,17 +57,26 @@ SVG_STYLE = {
     "ytick.major.size": 0,
     "savefig.facecolor": "none",
 }
-MAX_POINTS = 240  # points of a line in the report
-SMOOTHING_MIN_POINTS = 100  # shorter lines are plotted as logged
+MAX_POINTS = 240  # maximum number of points of a line in the report
+SMOOTHING_MIN_POINTS = 100  # minimum number of points of a line that is smoothed
 LOG_SCALE_MIN_RATIO = 4  # minimum ratio of largest to smallest value for a logarithmic axis
 
 
 class Series(NamedTuple):
-    """One line: x and y, (n,), with NaN for missing values."""
+    """One line of a plot.
+
+    Attributes:
+        x: Number of images seen, (n,), with NaN for missing values.
+        y: Values, (n,), with NaN for missing values.
+        run_index: Index of the run, which determines the colour.
+        label: Name of the line in the legend.
+        style_index: Index of the line style.
+        has_markers: Whether to mark each point.
+    """
 
     x: np.ndarray
     y: np.ndarray
-    run_index: int  # selects the colour
+    run_index: int
     label: str
     style_index: int = 0
     has_markers: bool = False
@@ -79,7 +88,16 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A plot of one quantity for all runs."""
+    """A plot of one quantity for all runs.
+
+    Attributes:
+        quantity: Name of the quantity in the log.
+        title: Title of the plot.
+        series: Lines of the plot.
+        log_scale: Whether the vertical axis is logarithmic if the values permit it.
+        starts_at_zero: Whether the vertical axis starts at 0 if the values permit it.
+        note: Remark that follows the title.
+    """
 
     quantity: str
     title: str
@@ -90,7 +108,7 @@ class Panel(NamedTuple):
 
 
 def make_training_panels(runs: list[Run]) -> list[Panel]:
-    """Return a panel per logged quantity, without series if no run has logged it."""
+    """Return a panel per training quantity. A panel has no series if no run logged the quantity."""
     panels = [
         Panel("denoising", "denoising loss", [], log_scale=True),
         Panel("align", "alignment loss", [], log_scale=True),
@@ -113,18 +131,19 @@ def collect_settings(runs: list[Run]) -> list[JsonObject]:
     settings: list[JsonObject] = []
     for run in runs:
         for row in run.evaluations:
-            if (setting := flatten_setting(row)) not in settings:
+            setting = flatten_setting(row)
+            if setting not in settings:
                 settings.append(setting)
     return settings
 
 
 def flatten_setting(row: JsonObject) -> JsonObject:
-    """Return all settings of an evaluation, without its model, as a flat object."""
+    """Return the settings of an evaluation during training as a flat object."""
     return drop_redundant_fields(flatten(row["evaluation"]))
 
 
 def select_metrics(row: JsonObject) -> dict[str, float]:
-    """Return the finite metrics of an evaluation."""
+    """Return the finite metrics of an evaluation by name."""
     return {
         key: value
         for key, value in row.items()
@@ -137,7 +156,7 @@ def select_metrics(row: JsonObject) -> dict[str, float]:
 def make_evaluation_panels(runs: list[Run]) -> list[Panel]:
     """Return a panel per metric of the evaluations during training.
 
-    A run has one series for each setting, because values of different settings are not comparable.
+    A run has a series per setting, because values of different settings are not comparable.
     """
     settings = collect_settings(runs)
     differing = compare_settings(settings).differing
@@ -149,7 +168,8 @@ def make_evaluation_panels(runs: list[Run]) -> list[Panel]:
             label = ", ".join([run.name, *fields])
             for metric in dict.fromkeys(name for row in rows for name in select_metrics(row)):
                 measured = [row for row in rows if metric in select_metrics(row)]
-                x, y = read_column(measured, "images"), read_column(measured, metric)
+                x = read_column(measured, "images")
+                y = read_column(measured, metric)
                 note = "lower is better" if metric.startswith(LOWER_IS_BETTER) else ""
                 new_panel = Panel(metric, metric.replace("_", " "), [], bool(note), note=note)
                 series = Series(x, y, run_index, label, style_index, has_markers=True)
@@ -160,10 +180,10 @@ def make_evaluation_panels(runs: list[Run]) -> list[Panel]:
 def smooth(
     x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the running median over 2% of a line, at `max_points` of its points.
+    """Return the running median of a line, at no more than `max_points` of its points.
 
-    The window shrinks towards both ends, which preserves the steep start of a curve. NaN values are
-    excluded from the medians, and points without a value remain NaN.
+    The window contains 2% of the points. It shrinks towards both ends of the line, which preserves
+    a steep start. NaN values are excluded from the medians, and points without a value remain NaN.
     """
     centres = evenly_spaced_indices(len(y), max_points)
     y = np.where(np.isfinite(y), y, np.nan)
@@ -175,7 +195,7 @@ def smooth(
     return x[centres], np.array(medians)
 
 
-def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reduce_points(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a line to the lowest and the highest point of each of MAX_POINTS / 2 sections.
 
     Spikes are preserved, and a section without a finite value remains a gap.
@@ -192,18 +212,18 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[indices], y[indices]
 
 
-def line_style(index: int) -> str:
-    """Return a matplotlib line style. The styles repeat cyclically."""
+def select_line_style(index: int) -> str:
+    """Return the matplotlib line style of a style index. The styles repeat cyclically."""
     return list(DASHES)[index % len(DASHES)]
 
 
 def draw_panel(axes: "Axes", panel: Panel, colours: list[str], log_scale: bool) -> None:
-    """Draw the series of a panel over images seen, and label the axes.
+    """Draw the lines of a panel over images seen, and format the axes.
 
     Args:
         axes: Matplotlib axes to draw on.
         panel: Panel to draw.
-        colours: A colour per run.
+        colours: Colour of each run.
         log_scale: Whether the vertical axis is logarithmic.
     """
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
@@ -213,7 +233,7 @@ def draw_panel(axes: "Axes", panel: Panel, colours: list[str], log_scale: bool) 
             series.x,
             series.y,
             color=colours[series.run_index],
-            linestyle=line_style(series.style_index),
+            linestyle=select_line_style(series.style_index),
             marker="." if series.has_markers else None,
             label=series.label,
         )
@@ -228,10 +248,10 @@ def draw_panel(axes: "Axes", panel: Panel, colours: list[str], log_scale: bool) 
 
 
 def render_svg(panel: Panel) -> str:
-    """Return a panel as an SVG element for use within HTML.
+    """Render a panel as an SVG element for an HTML page.
 
-    Its colours are variables of the page's style sheet. Long lines are smoothed and drawn
-    over a faint line of the logged values.
+    The colours are variables of the page's style sheet. Long lines are smoothed and drawn over a
+    faint line of the logged values.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -244,7 +264,7 @@ def render_svg(panel: Panel) -> str:
         axes = figure.subplots()
         displayed = []
         for series in panel.series:
-            x, y = thin(series.x, series.y)
+            x, y = reduce_points(series.x, series.y)
             if is_smoothed(series):
                 axes.plot(x, y, color=RUN_COLOURS[series.run_index], linewidth=1, alpha=0.3)
                 x, y = smooth(series.x, series.y)
@@ -260,18 +280,18 @@ def render_svg(panel: Panel) -> str:
     ends = "; ".join(
         f"{series.label} ends at {series.y[series.is_finite][-1]:.4g}" for series in panel.series
     )
-    return _embed(file.getvalue(), f"{panel.title} over images seen: {ends}")
+    return _convert_to_element(file.getvalue(), f"{panel.title} over images seen: {ends}")
 
 
 def is_smoothed(series: Series) -> bool:
-    """Return whether the report smooths a line."""
+    """Return whether the report shows a line as a running median."""
     return len(series.x) >= SMOOTHING_MIN_POINTS and not series.has_markers
 
 
-def _embed(svg: str, label: str) -> str:
-    """Turn a file written by matplotlib into an element of an HTML page.
+def _convert_to_element(svg: str, label: str) -> str:
+    """Convert an SVG file written by matplotlib to an element of an HTML page.
 
-    Ids, clipping and styles are removed, because they would apply to the whole page.
+    Ids, clip paths and styles are removed, because they would apply to the whole page.
     """
     svg = svg[svg.index("<svg") + len("<svg") :]
     svg = re.sub(r"<defs>\s*<(style|clipPath).*?</defs>", "", svg, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-r"""Write a reference in ADM's format: statistics of Inception features and some of the images.
+r"""Write a reference in ADM's format: statistics of Inception features, and some of the images.
 
     python -m evaluations.reference --images data/imagenet/train --resolution 256 \
         --out imagenet256.npz
@@ -15,7 +15,7 @@ from common import cli
 from common.cli import UserError
 from common.files import sha256, write_npz
 from common.processes import World
-from evaluations.extractors import iterate_batches, load_extractor
+from evaluations.extractors import add_network_flags, iterate_batches, load_extractor
 from evaluations.features import FeatureNetwork
 from evaluations.image_batches import Images, evenly_spaced_indices, open_images
 from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device
@@ -23,7 +23,11 @@ from evaluations.moments import RunningMoments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of the command. Raises UserError for invalid values."""
+    """Parse and validate the flags of the command.
+
+    Raises:
+        UserError: A value is invalid, or the output file exists.
+    """
     parser = cli.Parser(
         __doc__, "python -m evaluations.reference", "--images PATH --resolution N --out FILE"
     )
@@ -33,28 +37,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--images",
         type=Path,
         required=True,
-        help="images: a folder tree class/image.ext, a zip, tar files, parquet, or an .npz",
+        help="source of images: a folder tree class/image.ext, a zip, tar files, parquet, or an "
+        ".npz",
     )
     add(
         "--resolution",
         type=cli.positive_int,
         required=True,
-        help="height and width in pixels; images are centre-cropped as in ADM, except those of an "
-        ".npz",
+        help="height and width in pixels; images are centre-cropped as in ADM, unless the source "
+        "is an .npz",
     )
     add("--out", type=Path, required=True, help=".npz file to write")
     add(
         "--keep-images",
         type=cli.non_negative_int,
         default=10_000,
-        help="number of images, evenly spaced, to store for precision and recall (ADM: 10,000)",
+        help="number of evenly spaced images to store for precision and recall (ADM: 10,000)",
     )
-    add(
-        "--inception-weights",
-        type=Path,
-        help="file with the Inception weights (default: in the torch hub cache)",
-    )
-    add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
+    add_network_flags(parser)
     add(
         "--device",
         type=cli.device,
@@ -74,14 +74,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure_moments(
+def compute_moments(
     network: FeatureNetwork,
     images: Images,
     batch_size: int,
     device: Device,
     world: World,
 ) -> dict[str, RunningMoments] | None:
-    """Compute the moments of the pool and spatial features of all images, on all processes.
+    """Compute the moments of the pool and spatial features of all images.
+
+    The processes share the images.
 
     Returns:
         On the first process, the moments by the name of the output; on the others, None.
@@ -89,15 +91,17 @@ def measure_moments(
     moments = {"pool": RunningMoments(), "spatial": RunningMoments()}
     for _, batch in iterate_batches(images, batch_size, "reference", world):
         outputs = network(torch.from_numpy(batch).to(device)).as_dict()
-        for name, running in moments.items():
-            running.add(outputs[name])
-    gathered = world.gather({name: running.cpu() for name, running in moments.items()})
+        for name, output_moments in moments.items():
+            output_moments.add(outputs[name])
+    gathered = world.gather(
+        {name: output_moments.cpu() for name, output_moments in moments.items()}
+    )
     if gathered is None:
         return None
     total, *others = gathered
     for other in others:
-        for name, running in total.items():
-            running.merge(other[name])
+        for name, output_moments in total.items():
+            output_moments.merge(other[name])
     return total
 
 
@@ -106,8 +110,14 @@ def write_reference(
 ) -> int:
     """Write statistics and at most `max_images` evenly spaced images in ADM's format.
 
+    Args:
+        out: The .npz file to write.
+        images: All images of the reference.
+        max_images: Maximum number of images to store.
+        moments: Moments of the features, from `compute_moments`.
+
     Returns:
-        The number of images written.
+        The number of stored images.
     """
     indices = evenly_spaced_indices(images.count, max_images)
     rows = None
@@ -129,11 +139,11 @@ def main() -> None:
     network = load_extractor(
         "inception", args.inception_weights, images.size, device, str(args.images)
     )
-    moments = measure_moments(network, images, args.batch_size, device, world)
+    moments = compute_moments(network, images, args.batch_size, device, world)
     if moments is not None:
-        num_kept = write_reference(args.out, images, args.keep_images, moments)
+        num_stored = write_reference(args.out, images, args.keep_images, moments)
         print(
-            f"{args.out}: statistics of {images.count:,} images, {num_kept:,} of them stored; "
+            f"{args.out}: statistics of {images.count:,} images, {num_stored:,} of them stored; "
             f"sha256 {sha256(args.out)}"
         )
     world.close()

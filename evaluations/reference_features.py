@@ -1,6 +1,6 @@
 """Compute, read and cache features and statistics of references.
 
-F features per image, n images of the reference.
+Shapes: n images of the reference, F features per image.
 """
 
 import hashlib
@@ -22,10 +22,9 @@ from evaluations.features import FeatureNetwork, Features
 from evaluations.image_batches import NpzFile, open_images
 from evaluations.metrics import Device, Statistics, compute_statistics
 
-# Well-known references by the sha256 of their file. The first three hashes are taken from
-# third-party records (Git LFS pointers, download checksums) and have not been verified.
-# The names are part of metrics.json.
-WELL_KNOWN = {
+# sha256 of the file of a well-known reference -> its name in metrics.json. The first three hashes
+# are from third-party records (Git LFS pointers, download checksums) and have not been verified.
+WELL_KNOWN_REFERENCES = {
     "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758": (
         "ADM's ImageNet 256 (VIRTUAL_imagenet256_labeled.npz)"
     ),
@@ -40,8 +39,8 @@ WELL_KNOWN = {
     ),
 }
 CACHE_FORMAT = 1
-POOL_SIZE = 2048
-SPATIAL_SIZE = 2023
+POOL_SIZE = 2048  # number of Inception features for the FID
+SPATIAL_SIZE = 2023  # number of Inception features for sFID
 
 
 class ReferenceFile(NamedTuple):
@@ -49,9 +48,9 @@ class ReferenceFile(NamedTuple):
 
     Attributes:
         path: An .npz of images, statistics or both, or any other source of images.
-        sha256: Hash of its content.
-        resolution: Width of the samples, to which images that are not in an .npz are cropped.
-        flag: Flag that selected it, for error messages.
+        sha256: Hash of the content.
+        resolution: Width of the samples. Images that are not in an .npz are cropped to this size.
+        flag: Flag that selected the reference, for error messages.
     """
 
     path: Path
@@ -63,15 +62,15 @@ class ReferenceFile(NamedTuple):
 class ReferenceFeatures(NamedTuple):
     """Features of a reference from one network.
 
-    An ADM .npz may contain statistics, images or both. Its statistics take precedence over those
-    computed from its images, as in ADM.
+    An .npz in ADM's format may contain statistics, images or both. As in ADM, stored statistics
+    take precedence over statistics that are computed from the images.
 
     Attributes:
         pool: Statistics of the features.
         spatial: Statistics of Inception's spatial features. None for other networks, or if the
-            reference consists of statistics without them.
-        features: The features, (n, F), for precision and recall. None if the reference consists of
-            statistics.
+            reference contains neither images nor these statistics.
+        features: The features, (n, F), for precision and recall. None if the reference contains no
+            images.
     """
 
     pool: Statistics
@@ -80,7 +79,7 @@ class ReferenceFeatures(NamedTuple):
 
 
 def default_cache_dir() -> Path:
-    """Return the folder in which features of references are cached by default."""
+    """Return the default folder for cached features of references."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(user_cache) / "sra2" / "references"
 
@@ -120,7 +119,7 @@ def load_reference_features(
         assert pool is not None
         return {"inception": ReferenceFeatures(pool, spatial, None)}
 
-    # Read the cache on the first process, and broadcast the names of the networks that must run.
+    # Read the cache on the first process, and broadcast the names of the missing networks.
     is_first_process = world is None or world.rank == 0
     directory = cache_dir or default_cache_dir()
     cache_paths = {
@@ -164,10 +163,10 @@ def read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
         size: Expected number of features.
 
     Returns:
-        The statistics, or None if the file lacks one of the arrays.
+        The statistics, or None if the file does not contain both arrays.
 
     Raises:
-        UserError: If their shapes are wrong, or some values are not finite.
+        UserError: If the arrays have wrong shapes or contain values that are not finite.
     """
     mu = npz.read_array(f"mu{suffix}")
     sigma = npz.read_array(f"sigma{suffix}")
@@ -200,7 +199,7 @@ def _check_statistics_suffice(npz: NpzFile, networks: Mapping[str, FeatureNetwor
 
 
 def _cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwork) -> Path:
-    """Return the cache file for this network's features of this reference."""
+    """Return the path of the cache file for the features of a reference from a network."""
     network_identity = [type(network).__name__, network.weights_sha256]
     key = [CACHE_FORMAT, reference.sha256, *network_identity, reference.resolution]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -208,6 +207,7 @@ def _cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwo
 
 
 def _read_cache(path: Path) -> ReferenceFeatures | None:
+    """Return the features in a cache file, or None if the file cannot be used."""
     try:
         with np.load(path) as content:
             statistics = {
@@ -216,7 +216,7 @@ def _read_cache(path: Path) -> ReferenceFeatures | None:
                 if f"mu{suffix}" in content
             }
             return ReferenceFeatures(statistics[""], statistics.get("_s"), content["features"])
-    except Exception:  # the file is missing, truncated or of another format: compute it again
+    except Exception:  # the file is missing, is truncated or has another format
         return None
 
 
@@ -227,6 +227,6 @@ def _write_cache(path: Path, reference: ReferenceFeatures) -> None:
         arrays["sigma_s"] = reference.spatial.sigma
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    # Without space for the cache, the next evaluation computes the features again.
+    # If the cache cannot be written, the next evaluation computes the features again.
     with suppress(OSError):
         write_file(path, buffer.getbuffer())

@@ -1,4 +1,4 @@
-"""Write a one-page report on runs: curves, metrics, samples, memorisation and settings.
+"""Write a one-page report on runs: curves, metrics, samples, memorisation check and settings.
 
     python -m evaluations.report exps/vanilla exps/sra2 --out report.html
     python -m evaluations.report exps/sra2 --nearest data/imagenet/train --out report.html
@@ -17,7 +17,7 @@ from common import cli
 from common.cli import UserError
 from common.files import write_file
 from evaluations import plots, report_images
-from evaluations.extractors import EXTRACTOR_NAMES
+from evaluations.extractors import EXTRACTOR_NAMES, add_network_flags
 from evaluations.image_batches import Images, NpzImages
 from evaluations.metrics_files import (
     Comparison,
@@ -35,7 +35,8 @@ from evaluations.runs import JsonObject, Run, label_columns, name_folders, read_
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_RUNS = len(plots.RUN_COLOURS)
-HASH_LENGTH = 32  # minimum number of hexadecimal digits of a hash
+MIN_HASH_LENGTH = 32  # minimum number of hexadecimal digits of a hash
+# Quantities in the table of last values, in the order of the columns.
 LAST_QUANTITIES = (
     "denoising",
     "align",
@@ -48,7 +49,7 @@ LAST_QUANTITIES = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the flags of the command."""
     parser = cli.Parser(__doc__, "python -m evaluations.report", "RUN [RUN ...]")
 
     add = parser.add_argument
@@ -66,15 +67,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--sample-dir",
         type=Path,
         default=Path("samples"),
-        help="folder to search for metrics of samples from these runs",
+        help="folder to search for metrics of samples of these runs",
     )
 
-    add = parser.add_argument_group("memorisation").add_argument
+    group = parser.add_argument_group("memorisation")
+    add = group.add_argument
     add(
         "--nearest",
         type=Path,
         metavar="IMAGES",
-        help="training images in which to search for the nearest neighbours of samples: "
+        help="training images to search for the nearest neighbours of samples: "
         "a folder tree class/image.ext, a zip, or .npz",
     )
     add(
@@ -83,12 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="network whose features define the distance "
         "(default: fashion for 32x32 images, else inception)",
     )
-    add(
-        "--inception-weights",
-        type=Path,
-        help="file with the Inception weights (default: in the torch hub cache)",
-    )
-    add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
+    add_network_flags(group)
     add(
         "--device",
         type=cli.device,
@@ -100,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command."""
     args = parse_args()
     torch.backends.cudnn.allow_tf32 = False  # as in evaluations.evaluate
     cli.require_package("jinja2", "evaluations.report")
@@ -110,7 +107,7 @@ def main() -> None:
     folders = name_folders(args.runs)
     if len(folders) > MAX_RUNS:
         raise UserError(
-            f"a report shows at most {MAX_RUNS} runs, but {len(folders)} were passed: pass fewer"
+            f"a report shows at most {MAX_RUNS} runs, but {len(folders)} were passed: remove some"
         )
     if args.nearest and not args.nearest.exists():
         raise UserError(f"--nearest {args.nearest} does not exist")
@@ -131,7 +128,7 @@ def main() -> None:
 
 
 def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, Images]:
-    """Return the evaluated samples of each run's newest checkpoint, if they still exist.
+    """Open the evaluated samples of each run's newest checkpoint, if they still exist.
 
     Raises:
         UserError: A file is not a valid .npz of images.
@@ -152,12 +149,13 @@ def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, 
 def render_page(
     runs: list[Run], files: list[MetricsFile], checks: dict[str, MemorisationCheck] | None
 ) -> str:
-    """Return the page.
+    """Render the page as HTML.
 
     Args:
         runs: Runs to compare.
-        files: Metrics of these runs and of any others to compare them with.
-        checks: Result of the memorisation check per run; None if it was not requested.
+        files: Metrics files of these runs and of other samples to compare the runs with.
+        checks: Results of the memorisation check by the name of the run. None if the check was not
+            requested.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -172,7 +170,7 @@ def render_page(
         "field": lambda key: key.removeprefix("sampling."),
         "flatten_setting": plots.flatten_setting,
         "previews": report_images.load_previews,
-        "rounded": round_value,
+        "rounded": format_metric,
         "summary": summarize,
         "svg": plots.render_svg,
         "text": format_value,
@@ -207,7 +205,7 @@ def summarize(run: Run) -> str:
 
 
 def summarize_alignment(args: JsonObject) -> str:
-    """Return the alignment methods of a run with block, loss and weight."""
+    """Return the alignment methods of a run with their blocks, losses and weights."""
     if not args:
         return "args.json is missing"
     columns = []
@@ -222,13 +220,13 @@ def summarize_alignment(args: JsonObject) -> str:
 
 
 def describe_curves(runs: list[Run]) -> dict[str, Any]:
-    """Return the template variables of the section on curves."""
+    """Return the template variables for the section "Curves"."""
     settings = plots.collect_settings(runs)
     comparison = compare_settings(settings)
     line_styles = {}
     for index, setting in enumerate(settings):
         label = ", ".join(f"{key} {format_value(setting.get(key))}" for key in comparison.differing)
-        line_styles[label] = plots.DASHES[plots.line_style(index)]
+        line_styles[label] = plots.DASHES[plots.select_line_style(index)]
 
     last_values = []
     for run in runs:
@@ -252,20 +250,20 @@ def describe_curves(runs: list[Run]) -> dict[str, Any]:
 
 
 def describe_metrics(files: list[MetricsFile]) -> dict[str, Any]:
-    """Return the template variables of the section on metrics."""
+    """Return the template variables for the section "Metrics"."""
     identities = [select_identity(file.content) for file in files]
     names = list(dict.fromkeys(name for file in files for name in file.content["metrics"]))
     warnings: dict[str, list[str]] = {}
-    by_count = []
+    distances_by_count = []
     for file in files:
         messages = [format_value(file.content["warning"])] if file.content.get("warning") else []
         if not file.sampling:
             messages.append("generated by other code, with unknown settings")
         for message in messages:
             warnings.setdefault(message, []).append(f"{file.name} ({file.stem})")
-        for name, values in (file.content.get("by_count") or {}).items():
-            by_count.append((file, name, values))
-    counts = {count for *_, values in by_count for count in values}
+        for name, distances in (file.content.get("by_count") or {}).items():
+            distances_by_count.append((file, name, distances))
+    counts = {count for *_, distances in distances_by_count for count in distances}
     return {
         "identities": identities,
         "metrics_comparison": compare_settings(identities),
@@ -273,13 +271,17 @@ def describe_metrics(files: list[MetricsFile]) -> dict[str, Any]:
         "metric_names": names,
         "best": {name: find_best(files, name) for name in names},
         "warnings": warnings,
-        "by_count": by_count,
+        "distances_by_count": distances_by_count,
         "sample_counts": {count: f"first {int(count):,}" for count in sorted(counts, key=int)},
     }
 
 
 def compare_runs(runs: list[Run]) -> list[tuple[str, list[JsonObject], Comparison]]:
-    """Compare flags and configurations. Return (title, settings per run, comparison) of each."""
+    """Compare the flags and the configurations of runs.
+
+    Returns:
+        For each of the two: title, settings per run, and comparison of the settings.
+    """
     flags = [{key: value for key, value in run.args.items() if key != "exp_name"} for run in runs]
     configs = [flatten(run.config) for run in runs]
     return [
@@ -290,12 +292,12 @@ def compare_runs(runs: list[Run]) -> list[tuple[str, list[JsonObject], Compariso
 
 
 def is_hash(text: str) -> bool:
-    """Return whether a setting is the hash of a file."""
-    return len(text) >= HASH_LENGTH and set(text) <= set("0123456789abcdef")
+    """Return whether the text of a setting is the hash of a file."""
+    return len(text) >= MIN_HASH_LENGTH and set(text) <= set("0123456789abcdef")
 
 
-def round_value(value: float) -> str:
-    """Return a metric with three decimals, or with one decimal if it is 100 or more."""
+def format_metric(value: float) -> str:
+    """Format a metric with three decimals, or with one decimal if it is 100 or more."""
     return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
 
 

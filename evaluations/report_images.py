@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from evaluations.image_batches import evenly_spaced_indices
 from evaluations.metrics_files import MetricsFile
-from evaluations.nearest import evenly_spaced_indices
 from evaluations.runs import Run
 
 MAX_PREVIEWS = 8  # per run
-# Maximum widths in pixels. Larger images are downscaled.
+# Maximum widths in pixels. Wider images are downscaled.
 PREVIEW_WIDTH = 560
 GRID_WIDTH = 860
 TILE_WIDTH = 96
@@ -28,7 +28,7 @@ class EmbeddedImage(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """An image file with its caption; image is None if the file cannot be read."""
+    """An image file with a caption. `image` is None if the file cannot be read."""
 
     path: Path
     caption: str
@@ -39,8 +39,8 @@ def embed(image: Image.Image | np.ndarray, max_width: int) -> EmbeddedImage:
     """Encode an image as PNG or JPEG, whichever is smaller.
 
     Args:
-        image: An image, or its pixels (H, W, 3) uint8.
-        max_width: Larger images are downscaled to this width in pixels.
+        image: An image, or its pixels, (H, W, 3) uint8.
+        max_width: Maximum width in pixels. Wider images are downscaled to this width.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(np.ascontiguousarray(image))
@@ -58,7 +58,7 @@ def embed(image: Image.Image | np.ndarray, max_width: int) -> EmbeddedImage:
 
 
 def embed_file(path: Path, caption: str, max_width: int) -> Figure:
-    """Return a PNG file as a figure."""
+    """Return a figure with the image in a PNG file."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return Figure(path, caption, embed(image, max_width))
@@ -67,7 +67,7 @@ def embed_file(path: Path, caption: str, max_width: int) -> Figure:
 
 
 def load_previews(run: Run) -> list[Figure]:
-    """Return at most MAX_PREVIEWS evenly spaced previews of a run's first EMA."""
+    """Load at most MAX_PREVIEWS evenly spaced previews of a run's first EMA."""
     files = (run.folder / "samples").glob("*.png")
     paths = sorted(
         (path for path in files if path.stem.isdecimal()), key=lambda path: int(path.stem)
@@ -84,7 +84,7 @@ def load_previews(run: Run) -> list[Figure]:
 
 
 def load_sample_grids(files: list[MetricsFile]) -> list[Figure]:
-    """Return the grids that sample_ddp.py wrote with the evaluated samples."""
+    """Load the image grids that sample_ddp.py wrote together with the evaluated samples."""
     figures = []
     for file in files:
         if file.samples:

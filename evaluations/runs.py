@@ -13,14 +13,23 @@ JsonObject = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """A training run as stored on disk; args and config are {} if their files are missing."""
+    """A training run as stored on disk.
+
+    Attributes:
+        name: Name of the run in figures and tables.
+        folder: Folder of the run.
+        steps: Training lines of metrics.jsonl.
+        evaluations: Evaluation lines of metrics.jsonl, which --eval-every writes.
+        args: Content of args.json, or {} if the file does not exist.
+        config: Content of config.json in the newest checkpoint, or {} if there is no checkpoint.
+    """
 
     name: str
     folder: Path
-    steps: list[JsonObject]  # training lines of metrics.jsonl
-    evaluations: list[JsonObject]  # evaluation lines, written by --eval-every
+    steps: list[JsonObject]
+    evaluations: list[JsonObject]
     args: JsonObject
-    config: JsonObject  # config.json of the newest checkpoint
+    config: JsonObject
 
     @property
     def images(self) -> int:
@@ -29,7 +38,7 @@ class Run(NamedTuple):
 
 
 def name_folders(folders: list[Path]) -> dict[str, Path]:
-    """Return the folders by name, or by path if several folders have the same name."""
+    """Return the folders by their names, or by their paths where several names are the same."""
     names = [folder.name or folder.resolve().name for folder in folders]
     return {
         name if names.count(name) == 1 else str(folder): folder
@@ -43,7 +52,7 @@ def read_log(folder: Path) -> tuple[list[JsonObject], list[JsonObject]]:
     The lines have the columns of the current schema (common.metrics_log).
 
     Raises:
-        UserError: The folder is not a run, has not logged yet, or its log is damaged.
+        UserError: The folder is not a run, the run has not logged a step, or the log is damaged.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -75,10 +84,10 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """Read a run's folder.
+    """Read the folder of a run.
 
     Raises:
-        UserError: The folder is not a run, has not logged yet, or one of its files is damaged.
+        UserError: The folder is not a run, the run has not logged a step, or a file is damaged.
     """
     steps, evaluations = read_log(folder)
     configs = sorted(
@@ -92,8 +101,8 @@ def read_run(name: str, folder: Path) -> Run:
 def label_columns(run: Run, quantity: str) -> dict[str, str]:
     """Return the columns of a quantity in a run's log, each with a label for plots.
 
-    Each alignment method has a column, such as align/sra2. The label is the name of the run,
-    followed by the method if the run has several.
+    A quantity of alignment has a column per method, such as align/sra2. The label is the name of
+    the run, followed by the method if the run has several methods.
     """
     columns = [key for key in run.steps[-1] if key.partition("/")[0] == quantity]
     if len(columns) == 1:
@@ -102,5 +111,5 @@ def label_columns(run: Run, quantity: str) -> dict[str, str]:
 
 
 def read_column(rows: list[JsonObject], key: str) -> np.ndarray:
-    """Return one column of n rows: (n,) float64, with NaN for missing and null values."""
+    """Return a column of n rows, (n,) float64, with NaN for missing and null values."""
     return np.array([row.get(key) for row in rows], float)

@@ -23,20 +23,21 @@ from evaluations.compare import (
     compute_metrics,
     frechet_distances_by_count,
     frechet_name,
-    small_sample_warning,
+    make_small_sample_warning,
 )
 from evaluations.extractors import EXTRACTOR_NAMES, load_extractor
 from evaluations.features import NumpyFeatures
 from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device, frechet_interval
 from evaluations.reference_features import (
-    WELL_KNOWN,
+    WELL_KNOWN_REFERENCES,
     ReferenceFeatures,
     ReferenceFile,
     load_reference_features,
 )
 from evaluations.runs import JsonObject, read_json
+from evaluations.timm_networks import OTHER_NETWORKS
 
-# Keys that identify an evaluation, except its samples.
+# Keys of metrics.json that identify an evaluation, without those of the samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
 DISPLAY_NAMES = {
     "class_agreement": "classifier agrees with class",
@@ -44,8 +45,8 @@ DISPLAY_NAMES = {
 }
 
 
-def normaliser(text: str) -> tuple[str, float]:
-    """Parse NAME=FD, as an argparse type."""
+def parse_normaliser(text: str) -> tuple[str, float]:
+    """Parse NAME=FD. Used as an argparse type."""
     name, _, value = text.rpartition("=")
     with suppress(argparse.ArgumentTypeError):
         if name:
@@ -75,27 +76,27 @@ class EvaluationConfig:
     )
     normalisers: tuple[tuple[str, float], ...] = setting(
         (),
-        help="Frechet distance of real held-out images per network; FDr is the mean of distance / "
-        "normaliser over these networks",
+        help="Frechet distance of real held-out images, per network; FDr is the mean over these "
+        "networks of the distance of the samples divided by the normaliser",
         nargs="+",
-        type=normaliser,
+        type=parse_normaliser,
         metavar="NAME=FD",
     )
     cache_dir: Path | None = setting(
         None,
-        help="folder that caches features of references (default: $XDG_CACHE_HOME/sra2/references "
+        help="folder for cached features of references (default: $XDG_CACHE_HOME/sra2/references "
         "or ~/.cache/sra2/references)",
     )
 
 
 class EvaluationSuite:
-    """Evaluates samples of one size with feature networks, against a reference.
+    """Compares samples with a reference in the feature spaces of one or several networks.
 
-    All processes must construct it and call `load_reference`.
+    All processes must construct the suite and call `load_reference`.
 
     Args:
-        config: Settings.
-        reference: File or folder of images that samples are compared with.
+        config: Settings of the evaluation.
+        reference: File or folder that samples are compared with.
         size: Height and width of the samples.
         batch_size: Images per forward pass.
         device: Device that computes features and metrics.
@@ -104,7 +105,8 @@ class EvaluationSuite:
 
     Attributes:
         networks: Feature networks by name.
-        identity: Entries of metrics.json that identify the evaluation, except those of the samples.
+        identity: Entries of metrics.json that identify the evaluation, without those of the
+            samples.
 
     Raises:
         UserError: If settings contradict each other, or a file is missing.
@@ -143,7 +145,7 @@ class EvaluationSuite:
         self.identity = {
             "reference": str(reference),
             "reference_sha256": digest,
-            "reference_name": WELL_KNOWN.get(digest),
+            "reference_name": WELL_KNOWN_REFERENCES.get(digest),
             "features": {name: network.weights_sha256 for name, network in self.networks.items()},
             "fp16_distances": config.fp16_distances,
             "normalisers": dict(config.normalisers),
@@ -168,12 +170,12 @@ class EvaluationSuite:
             self.world,
         )
 
-    def identify(self, samples: Path | None, sampling: JsonObject, count: int) -> JsonObject:
+    def build_identity(self, samples: Path | None, sampling: JsonObject, count: int) -> JsonObject:
         """Return all entries of metrics.json except the results.
 
         Args:
             samples: The .npz of samples, or None if the samples are not kept.
-            sampling: The sampling settings in NAME.json, or {} if they are unknown.
+            sampling: The content of NAME.json, or {} if the sampling settings are unknown.
             count: Number of samples.
         """
         identity = {
@@ -185,7 +187,7 @@ class EvaluationSuite:
                 key: sampling[key] for key in sampling if key not in ("class_names", "count")
             },
         }
-        # Convert tuples to lists, so that the result equals one that was read from a file.
+        # Convert tuples to lists, so that the result equals the entries of a file.
         return json.loads(json.dumps(identity))
 
     def write_results(
@@ -197,20 +199,20 @@ class EvaluationSuite:
     ) -> JsonObject:
         """Compute the results and write metrics.json.
 
-        Call it on the first process, after `load_reference`.
+        Call this method on the first process only, after `load_reference`.
 
         Args:
             path: File to write.
-            identity: The entries that identify the evaluation.
+            identity: The entries returned by `build_identity`.
             samples: Features of the samples by network name.
-            labels: Classes of the samples, (n,), if they are known.
+            labels: Classes of the samples, (n,), or None if they are unknown.
 
         Returns:
             The content of metrics.json.
         """
         metrics: JsonObject = {}
         intervals = {}
-        by_count = {}
+        distances_by_count = {}
         for name, features in samples.items():
             reference = self.reference_features[name]
             metrics |= compute_metrics(
@@ -221,10 +223,10 @@ class EvaluationSuite:
                 intervals[frechet_name(name)] = interval
             distances = frechet_distances_by_count(features.pool, reference, self.device)
             if distances:
-                by_count[frechet_name(name)] = distances
+                distances_by_count[frechet_name(name)] = distances
 
-        # FDr is the mean ratio of a distance to that of real images (Yang et al. 2026,
-        # arXiv:2604.28190).
+        # FDr is the mean ratio of the distance of the samples to the distance of real images
+        # (Yang et al. 2026, arXiv:2604.28190).
         normalisers = dict(self.config.normalisers)
         ratios = [
             metrics[frechet_name(name)] / normalisers[name]
@@ -234,8 +236,12 @@ class EvaluationSuite:
         if ratios:
             metrics["FDr"] = float(np.mean(ratios))
 
-        result: JsonObject = {"metrics": metrics, "intervals": intervals, "by_count": by_count}
-        warning = small_sample_warning(identity["count"], samples)
+        result: JsonObject = {
+            "metrics": metrics,
+            "intervals": intervals,
+            "by_count": distances_by_count,
+        }
+        warning = make_small_sample_warning(identity["count"], samples)
         if warning:
             result["warning"] = warning
         result |= identity
@@ -252,7 +258,7 @@ def _check_config(config: EvaluationConfig) -> None:
         raise UserError(
             f"--normalisers {unknown[0]} requires the network {unknown[0]}: add it to --features"
         )
-    timm_networks = [name for name in config.features if name not in ("inception", "fashion")]
+    timm_networks = [name for name in config.features if name not in OTHER_NETWORKS]
     if config.encoder_weights and len(timm_networks) != 1:
         raise UserError(
             "--encoder-weights applies to a single timm network, but --features contains "
@@ -261,7 +267,12 @@ def _check_config(config: EvaluationConfig) -> None:
 
 
 def check_sample_count(count: int, source: str) -> None:
-    """Raise UserError, with `source` in the message, if there are too few samples for metrics."""
+    """Raise UserError if there are too few samples for the metrics.
+
+    Args:
+        count: Number of samples.
+        source: Flag or file that determines the number, for the error message.
+    """
     if count <= MANIFOLD_NEIGHBOURS:
         raise UserError(
             f"{source}: {count} images are too few for the metrics: "
@@ -270,18 +281,15 @@ def check_sample_count(count: int, source: str) -> None:
 
 
 def read_json_object(path: Path, required_key: str, description: str) -> JsonObject:
-    """Read a JSON file, if it exists.
+    """Return the JSON object in a file of a known kind, or {} if the file does not exist.
 
     Args:
-        path: The file.
-        required_key: A key that every file of this kind has.
-        description: Kind of file, for the error message.
-
-    Returns:
-        The content of the file, or {} if it does not exist.
+        path: Path of the file.
+        required_key: A key that all files of this kind contain.
+        description: Name of this kind of file, for the error message.
 
     Raises:
-        UserError: If the file is of another kind, so that it must not be overwritten.
+        UserError: If the file is of another kind and must not be overwritten.
     """
     if not path.exists():
         return {}
@@ -293,14 +301,11 @@ def read_json_object(path: Path, required_key: str, description: str) -> JsonObj
 
 
 def read_result(path: Path, identity: JsonObject) -> JsonObject:
-    """Read metrics.json, if it exists and belongs to the same samples.
+    """Return the stored result of an evaluation, or {} if these samples have not been evaluated.
 
     Args:
-        path: The file.
-        identity: The entries that identify the evaluation.
-
-    Returns:
-        The content, or {} if the file does not exist or belongs to other samples.
+        path: Path of metrics.json.
+        identity: The entries that identify the samples and the evaluation.
 
     Raises:
         UserError: If the file belongs to another evaluation and must not be overwritten.
@@ -317,7 +322,7 @@ def read_result(path: Path, identity: JsonObject) -> JsonObject:
 
 
 def format_results(result: JsonObject) -> str:
-    """Format a metrics.json as text, one line per metric."""
+    """Format the content of a metrics.json as text, with one line per metric."""
     reference = result.get("reference_name") or result["reference"]
     intervals = result.get("intervals", {})
     lines = [f"{result['count']:,} samples against {reference}"]

@@ -1,7 +1,7 @@
-"""Compute features with any timm network, including those of FD-DINOv2.
+"""Compute features with any timm network, including the features of FD-DINOv2.
 
 FD-DINOv2 follows the code of its authors (Stein et al. 2023, arXiv:2306.04675).
-B images per batch, F features per image, S width in pixels of the network's input.
+Shapes: B images per batch, F features per image, S x S pixels in the network's input.
 """
 
 import hashlib
@@ -25,28 +25,23 @@ DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 us
 class TimmFeatures(FeatureNetwork):
     """Maps uint8 images (B, 3, H, W) to the input of the network's classifier, `pool` (B, F).
 
-    Images are resized to S x S as by PIL (bicubic, antialiased, rounded) and normalised with the
-    mean and standard deviation of the network. `weights_sha256` covers the weights, the
-    architecture, S, mean and standard deviation.
+    Images are resized to S x S as PIL does (bicubic, antialiased, rounded), and normalised with the
+    mean and the standard deviation of the network. `weights_sha256` is a hash of the weights, the
+    architecture, S, the mean and the standard deviation.
 
     Args:
         name: Name of the network: a short name of models/encoder.py or a timm name.
-        weights: File with the weights. By default they are downloaded from the hub.
+        weights: File with the weights. By default, the weights are downloaded from the hub.
         flag: Flag that selected the network, for error messages.
 
     Raises:
-        UserError: If timm has no such network or cannot load it.
+        UserError: If timm has no network with this name, or the weights cannot be loaded.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        name: str,
-        weights: Path | None = None,
-        flag: str = "--features",
-    ):
+    def __init__(self, name: str, weights: Path | None = None, flag: str = "--features"):
         import timm
 
         super().__init__()
@@ -76,9 +71,9 @@ class TimmFeatures(FeatureNetwork):
 
 
 def resize_bicubic(images: Tensor, resolution: int) -> Tensor:
-    """Resize images as PIL's bicubic filter does, to within one grey level.
+    """Resize images with the bicubic filter of PIL, to within one grey level.
 
-    PIL rounds and clips after each axis, and so does this function.
+    As in PIL, values are rounded and clipped after each axis.
 
     Args:
         images: uint8 images, (B, 3, H, W).
@@ -100,11 +95,11 @@ def resize_position_embedding(network: Any, resolution: int) -> None:
 
     The DINOv2 code interpolates bicubically without antialiasing, with a scale factor of
     (n + 0.1) / m from m to n patches per side (facebookresearch/dinov2, vision_transformer.py).
-    The method of timm differs slightly.
+    The results of timm's method differ slightly.
 
     Args:
-        network: A vision transformer of timm. Its type is Any, because timm is not annotated.
-        resolution: Width of the images that the network will be applied to.
+        network: A vision transformer of timm. The type is Any, because timm has no annotations.
+        resolution: Width of the network's input in pixels.
     """
     old_size = network.patch_embed.grid_size[0]
     new_size = resolution // network.patch_embed.patch_size[0]

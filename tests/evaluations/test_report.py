@@ -11,7 +11,7 @@ from PIL import Image
 
 from evaluations import curves, nearest, report
 from evaluations.metrics_files import compare_settings, select_identity
-from evaluations.plots import make_training_panels, smooth, thin
+from evaluations.plots import make_training_panels, reduce_points, smooth
 from evaluations.runs import read_run
 
 VOID = {"img", "meta"}
@@ -419,9 +419,9 @@ def test_long_runs_are_thinned_and_keep_their_spikes(write_page, tmp_path):
     assert len(write_page(run).text) < 80_000
     y = np.sin(np.arange(100_000.0))
     y[777], y[778:50_000] = 100, np.nan
-    x, thinned = thin(np.arange(100_000.0), y)
+    x, reduced = reduce_points(np.arange(100_000.0), y)
     assert len(x) <= 240 and np.all(np.diff(x) > 0)
-    assert np.nanmax(thinned) == 100 and np.isnan(thinned).any()
+    assert np.nanmax(reduced) == 100 and np.isnan(reduced).any()
 
 
 def test_running_median_ignores_spikes_and_keeps_gaps():
@@ -456,7 +456,7 @@ def smooth_images(count, seed):
 
 
 def test_only_the_copied_training_image_is_close(write_page, tmp_path, monkeypatch):
-    monkeypatch.setattr(nearest, "BLOCK", 17)  # the copied image is in the second block
+    monkeypatch.setattr(nearest, "BLOCK_SIZE", 17)  # the copied image is in the second block
     run = make_run(tmp_path / "exps/a")
     make_metrics(tmp_path / "samples/s.metrics.json", run, {"FD-fashion": 3.0})
     train, samples = smooth_images(50, 0), smooth_images(20, 1) // 4 + 96
