@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 8 sample_ddp.py --ckpt exps/sit-xl2-sra2 --num-fid-samples 50000
 
-An image depends only on the checkpoint, the flags and its index, not on the number of
-processes or on earlier images. Each batch is stored in separate files until all batches exist,
-so rerunning an interrupted command resumes it.
+An image depends only on the checkpoint, the flags and the index of the image, and not on the number
+of processes or on other images. Each batch is stored in separate files until all batches exist, so
+rerunning an interrupted command resumes it.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,7 @@ from checkpointing.pretrained import PretrainedModel
 from checkpointing.storage import CheckpointError
 from common import cli
 from common.cli import UserError, format_flags
-from common.config import (
-    add_flags,
-    flag_of,
-    read_flags,
-    record_flags,
-    setting,
-)
+from common.config import add_flags, flag_of, read_flags, record_flags, setting
 from common.files import sha256
 from common.processes import World
 from evaluations.runs import JsonObject
@@ -50,7 +44,7 @@ from sampling.worker import Worker, run_batches
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The networks to sample from."""
+    """The network to sample from, and the VAE that decodes its latents."""
 
     ckpt: Path = setting(
         help="a run (exps/NAME selects its latest checkpoint), a checkpoint of a run, an "
@@ -58,7 +52,7 @@ class CheckpointConfig:
         "or SRA repositories",
     )
     ema_decay: float | None = setting(
-        None, type=cli.decay, help="decay of the EMA, if the run has several (default: the first)"
+        None, type=cli.decay, help="decay of the EMA, if a run has several (default: the first)"
     )
     model: str | None = setting(
         None, choices=PRESETS, metavar="NAME", help="architecture of a .pt file, such as SiT-XL/2"
@@ -106,15 +100,15 @@ class OutputConfig:
     )
     png: bool = setting(False, help="also write each image to NAME/INDEX.png")
     evaluate: Path | None = setting(
-        None, help="reference for the metrics (see --reference of evaluations.evaluate)"
+        None, help="reference for metrics of the samples, see --reference of evaluations.evaluate"
     )
     no_npz: bool = setting(
-        False, help="with --evaluate: discard the images and keep only the grid and the metrics"
+        False, help="discard the images and keep only the grid and the metrics; needs --evaluate"
     )
 
 
 class SamplingConfig(NamedTuple):
-    """All settings. Each field is a group of flags."""
+    """All settings of the command. Each field is a group of flags."""
 
     checkpoint: CheckpointConfig
     sampler: SamplerConfig
@@ -127,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
     """Parse and validate the flags. With --print-config, print the settings and exit.
 
     Raises:
-        UserError: A flag is unknown, out of range or contradicts another one.
+        UserError: A flag is unknown, is out of range or contradicts another flag.
     """
     parser = cli.Parser(__doc__, "sample_ddp.py", "--ckpt PATH")
     parser.add_argument("--print-config", action="store_true", help="print all settings and exit")
@@ -151,7 +145,7 @@ def parse_args(argv: list[str] | None = None) -> SamplingConfig:
 
 @contextmanager
 def convert_field_errors(config: type) -> Iterator[None]:
-    """Turn a FieldError about a field of `config` into a UserError that names its flag."""
+    """Convert a FieldError about a field of `config` to a UserError about the flag of the field."""
     try:
         yield
     except FieldError as error:
@@ -163,9 +157,9 @@ def main() -> None:
     config = parse_args()
     world = World()
     device = world.select_device()
-    set_up_arithmetic(config.precision, device)
+    set_precision_and_threads(config.precision, device)
 
-    # Load the network and the VAE, and complete the settings with those of the checkpoint.
+    # Load the network and the VAE, and collect the settings that determine the images.
     source, vae = load_networks(config.checkpoint, device, world)
     model = prepare_model(source.model, config.precision, device)
     recipe = make_recipe(config, source)
@@ -173,11 +167,11 @@ def main() -> None:
     check_vae(vae, record["vae_fingerprint"], source)
     suite = make_suite(config, model, vae, device, world)
 
-    # Open the store of the samples.
+    # Create the store of the samples.
     networks = suite.networks if suite else {}
     store = SampleStore(
         config.output.sample_dir,
-        config.output.name or default_name(source, recipe),
+        config.output.name or make_default_name(source, recipe),
         record,
         networks=suite.identity["features"] if suite else {},
         keep_images=not config.output.no_npz,
@@ -209,27 +203,27 @@ def main() -> None:
             store.finalize(labels)
             if suite is not None and not result:
                 result = suite.write_results(
-                    store.metrics_path, identify(suite, store), store.read_features(), labels
+                    store.metrics_path, build_identity(suite, store), store.read_features(), labels
                 )
-            store.remove_parts()
+            store.remove_parts_folder()
             print(format_outcome(store, result, has_new_images=bool(pending)))
     world.close()
 
 
-def set_up_arithmetic(config: PrecisionConfig, device: torch.device) -> None:
-    """Set the precision of GPUs and the number of threads of CPU operations."""
+def set_precision_and_threads(config: PrecisionConfig, device: torch.device) -> None:
+    """Set whether GPUs use TF32, and the number of threads of an operation on the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if device.type != "cuda":
         # The order of summation, and therefore the last bit of a sum, depends on the number of
-        # threads of an operation. Each thread processes whole batches instead.
+        # threads of an operation. Instead of an operation, threads share the batches.
         torch.set_num_threads(1)
 
 
 def load_networks(
     config: CheckpointConfig, device: torch.device, world: World
 ) -> tuple[PretrainedModel, Autoencoder]:
-    """Load the network on the CPU and the VAE on `device`.
+    """Load the network into host memory and the VAE onto `device`.
 
     Raises:
         UserError: The network or the VAE does not exist or cannot be loaded.
@@ -248,7 +242,7 @@ def load_networks(
 
 
 def prepare_model(model: SiT, config: PrecisionConfig, device: torch.device) -> SiT:
-    """Move the network to its device, cast its weights, and compile its blocks if requested."""
+    """Move the network to `device`, cast its weights, and compile its blocks if requested."""
     model = model.to(device)
     cast_matmul_weights(model, config.dtype)
     if config.compile:
@@ -313,7 +307,7 @@ def build_record(
 
 
 def check_vae(vae: Autoencoder, fingerprint: str, source: PretrainedModel) -> None:
-    """Raise UserError if the VAE is known to differ from that of the training latents."""
+    """Raise UserError if the VAE is known to differ from the VAE that encoded the training data."""
     if source.vae_fingerprint not in (None, fingerprint):
         raise UserError(
             f"--vae {vae.name} has different weights from the VAE that encoded the training data "
@@ -327,7 +321,7 @@ def check_vae(vae: Autoencoder, fingerprint: str, source: PretrainedModel) -> No
         )
 
 
-def default_name(source: PretrainedModel, recipe: Recipe) -> str:
+def make_default_name(source: PretrainedModel, recipe: Recipe) -> str:
     """Return the default name of the files: run, step, solver, guidance, labels and seed."""
     name = f"{source.name}-{recipe.solver}"
     if not recipe.dopri5:
@@ -371,9 +365,9 @@ def sample_batches(
     """Sample this process's share of the pending batches, with a progress bar."""
     num_threads = max(1, world.cores // world.num_local_processes)
     if worker.device.type == "cuda":
-        # Feature networks disable TF32, which affects all threads of the process.
-        is_tf32_switched = bool(worker.networks) and config.allow_tf32
-        num_threads = 1 if is_tf32_switched else 2
+        # Feature networks disable TF32 while they run, which affects all threads of the process.
+        needs_single_thread = bool(worker.networks) and config.allow_tf32
+        num_threads = 1 if needs_single_thread else 2
     store = worker.store
     with tqdm(
         total=min(len(pending) * store.batch_size, store.count),
@@ -387,29 +381,29 @@ def sample_batches(
         run_batches(worker, share, num_threads, config.compile, bar, images_per_batch)
 
 
-def identify(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
+def build_identity(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
     """Return all entries of metrics.json except the results."""
     samples = store.npz_path if store.is_complete() else None
     return suite.build_identity(samples, store.record, store.count)
 
 
 def read_metrics(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
-    """Return the metrics of exactly these samples, or {} if they have not been evaluated.
+    """Return the stored metrics.json of these samples, or {} if they have not been evaluated.
 
     Raises:
-        UserError: The existing metrics belong to another evaluation.
+        UserError: The file belongs to another evaluation.
     """
     if not store.metrics_path.exists():
-        return {}
-    return read_result(store.metrics_path, identify(suite, store))
+        return {}  # without hashing the samples
+    return read_result(store.metrics_path, build_identity(suite, store))
 
 
 def format_outcome(store: SampleStore, result: JsonObject, has_new_images: bool) -> str:
-    """Return the final message: the files, and the metrics if there are any."""
+    """Return the final message: the files, and the metrics if the samples were evaluated."""
     if not store.keep_images:
-        text = f"{store.count:,} images were sampled and discarded; their grid is {store.grid_path}"
+        text = f"{store.count:,} images were sampled and discarded; image grid: {store.grid_path}"
     elif has_new_images:
-        text = f"{store.npz_path}: {store.count:,} images; their grid is {store.grid_path}"
+        text = f"{store.npz_path}: {store.count:,} images; image grid: {store.grid_path}"
     else:
         text = f"{store.npz_path} is complete: {store.count:,} images"
     if result:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.batch_size --ckpt exps/demo --dest /tmp --json batch_size.json
 
-Noise, class and steps of an image depend only on its index, but the size of a matrix product
-determines its kernel and therefore its summation order. The same images are sampled with each
-batch size and compared with the images of the first batch size.
+The noise, the class and the steps of an image depend only on the index of the image, but the size
+of a matrix product determines the kernel and therefore the summation order. The same images are
+sampled with each batch size, and compared with the images of the first batch size.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 
 from benchmarks.measure import make_parser, report, scratch_folder
-from benchmarks.sampling import Sampler, make_config
+from benchmarks.sampler import Sampler, make_config
 from checkpointing import pretrained
 from checkpointing.storage import CheckpointError
 from common import cli
@@ -23,11 +23,11 @@ from models.errors import FieldError
 from sample_ddp import PrecisionConfig
 from sampling.recipe import SamplerConfig
 
-MODES = {"Euler": "ode", "Euler-Maruyama": "sde"}
+MODES = {"Euler": "ode", "Euler-Maruyama": "sde"}  # solver -> --mode of sample_ddp.py
 
 
 def compare_images(a: np.ndarray, b: np.ndarray) -> dict:
-    """Compare two sets of images, each (N, H, W, 3) uint8.
+    """Compare two sets of n images, each (n, H, W, 3) uint8.
 
     Returns:
         largest: Largest difference in grey levels.
@@ -68,6 +68,7 @@ def main() -> None:
         raise UserError(f"--ckpt {args.ckpt}: {error}") from None
 
     def sample_images(sampler_config: SamplerConfig, batch_size: int) -> np.ndarray:
+        """Sample all images, (n, H, W, 3) uint8."""
         config = make_config(sampler_config, args.images, batch_size, PrecisionConfig())
         with scratch_folder(args.dest / "benchmark-batch-size") as folder:
             path = Sampler(config, source, vae)(folder)

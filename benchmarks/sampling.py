@@ -1,4 +1,4 @@
-"""Time sample_ddp.py, from noise to the .npz, and a plain loop like generate.py of REPA.
+"""Time sample_ddp.py, from noise to the .npz, and a plain loop like REPA's generate.py.
 
     python -m benchmarks.sampling --model SiT-XL/2 --dest /tmp --json sampling.json
 
@@ -7,17 +7,14 @@ sd-vae-ft-mse and random weights. `sample_ddp` is the code of the command, from 
 to NAME.npz and NAME.png; on GPUs it is timed in several precisions. `plain` samples one batch after
 another, with the state in float64 and the uncompiled network in float32 (TF32 on GPUs); it writes
 each image to a PNG file, and finally reads all files for np.savez. Both use the solvers of
-samplers.py. `network alone` and `VAE alone` only evaluate the network or only decode, as often and
-on as many threads as sample_ddp; the sum of their times is a lower bound. The fastest round is also
-reported, because it is least affected by other programs.
+samplers.py. `network alone` only evaluates the network and `VAE alone` only decodes, as often and
+on as many threads as sample_ddp; the sum of their times is a lower bound. The time of the fastest
+round is also reported, because other programs affect it least.
 """
 
 import argparse
-import copy
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +23,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.encode import make_random_vae
 from benchmarks.measure import (
@@ -40,31 +36,18 @@ from benchmarks.measure import (
     time_interleaved,
 )
 from benchmarks.run_steps import allow_tf32
+from benchmarks.sampler import Sampler, make_config, make_random_source
 from checkpointing.pretrained import PretrainedModel
 from common import cli
 from common.cli import UserError
-from common.machine import available_cores
 from common.processes import World
-from evaluations.suite import EvaluationConfig
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.flops import backbone_flops
-from models.sit import PRESETS, SiT, SiTConfig
-from sample_ddp import (
-    CheckpointConfig,
-    OutputConfig,
-    PrecisionConfig,
-    SamplingConfig,
-    build_record,
-    convert_field_errors,
-    make_recipe,
-    prepare_model,
-    set_up_arithmetic,
-)
+from models.sit import PRESETS, SiT
+from sample_ddp import CheckpointConfig, PrecisionConfig, SamplingConfig, convert_field_errors
 from samplers import GuidedVelocity, euler, euler_maruyama, ode_times, sde_times
 from sampling.recipe import SamplerConfig
-from sampling.store import SampleStore
-from sampling.worker import Worker, run_batches
 from training.throughput import measure_matmul_rate
 
 PRECISIONS = {  # CPUs use only the first precision
@@ -76,7 +59,7 @@ PRECISIONS = {  # CPUs use only the first precision
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the flags."""
+    """Parse the flags of the benchmark."""
     has_gpu = torch.cuda.is_available()
     parser = make_parser(
         __doc__,
@@ -103,130 +86,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_config(
-    sampler: SamplerConfig, num_images: int, batch_size: int, precision: PrecisionConfig
-) -> SamplingConfig:
-    """Return settings of sample_ddp.py.
-
-    Raises:
-        UserError: If the settings of the sampler contradict each other.
-    """
-    with convert_field_errors(SamplerConfig):
-        sampler.validate()
-    output = OutputConfig(num_fid_samples=num_images, per_proc_batch_size=batch_size)
-    return SamplingConfig(CheckpointConfig(Path()), sampler, precision, output, EvaluationConfig())
-
-
-def make_random_source(model_name: str, vae: Autoencoder, resolution: int) -> PretrainedModel:
-    """Return a network with random weights for the classes of ImageNet.
-
-    Parameters that are initialised to zero are also set to random values, because zeros may affect
-    the speed.
-    """
-    torch.manual_seed(0)
-    config = SiTConfig(
-        **PRESETS[model_name],
-        latent_size=resolution // vae.downsampling_factor,
-        channels=vae.channels,
-    )
-    model = SiT(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return PretrainedModel(
-        model=model,
-        path_type="linear",
-        prediction="v",
-        vae=vae.name,
-        vae_fingerprint=None,
-        class_names=[str(k) for k in range(config.num_classes)],
-        name="random",
-        identity={
-            "checkpoint": "random weights",
-            "ema_sha256": "",
-            "model": model_name,
-            "step": None,
-        },
-    )
-
-
-class Sampler:
-    """Runs the sampling of sample_ddp.py, from a network in memory to an .npz, or parts of it.
-
-    Args:
-        config: Settings of sample_ddp.py.
-        source: The network.
-        vae: The decoder, on the device of the sampler.
-    """
-
-    def __init__(self, config: SamplingConfig, source: PretrainedModel, vae: Autoencoder):
-        self.config = config
-        self.vae = vae
-        self.device = vae.vae.device
-        self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
-        self.settings = make_recipe(config, source)
-        self.record = build_record(config, source, vae, self.settings, self.device)
-        self.num_threads = 2 if self.device.type == "cuda" else available_cores()
-
-    def __call__(self, folder: Path) -> Path:
-        """Write samples.npz with its record and image grid to a folder, and return the path."""
-        precision = self.config.precision
-        set_up_arithmetic(precision, self.device)
-        store = SampleStore(folder, "samples", self.record, {})
-        num_classes = self.model.config.num_classes
-        labels = self.settings.compute_labels(torch.arange(store.count), num_classes).numpy()
-        store.choose_grid_images(labels)
-        with ExitStack() as resources, tqdm(total=store.count, disable=True) as bar:
-            stored = store.claim(resources)
-            worker = Worker(
-                self.model, self.vae, self.settings, precision.dtype, store, stored, networks={}
-            )
-            pending = store.pending_batches(stored)
-            run_batches(worker, pending, self.num_threads, precision.compile, bar, store.batch_size)
-            store.finalize(labels)
-            store.remove_parts()
-        return store.npz_path
-
-    @torch.no_grad()
-    def evaluate_network(self) -> None:
-        """Evaluate the network as often as in sampling one batch."""
-        dtype = self.config.precision.dtype
-        x = self.random_latents()
-        if self.settings.cfg_scale > 1:  # guidance doubles the batch
-            x = torch.cat((x, x))
-        t = torch.full((len(x),), 0.5, device=self.device)
-        labels = torch.arange(len(x), device=self.device) % self.model.config.num_classes
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            for _ in range(self.settings.num_steps):
-                self.model(x, t, labels)
-
-    def decode(self) -> None:
-        """Decode one batch."""
-        self.vae.decode(self.random_latents())
-
-    def run_alone(self, part: Action) -> None:
-        """Run a part of the sampling for all batches, on as many threads as sampling uses."""
-        set_up_arithmetic(self.config.precision, self.device)
-        output = self.config.output
-        num_batches = -(-output.num_fid_samples // output.per_proc_batch_size)
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            for future in [pool.submit(part) for _ in range(num_batches)]:
-                future.result()
-
-    def random_latents(self) -> Tensor:
-        """Return random latents for one batch."""
-        network = self.model.config
-        size = (network.channels, network.latent_size, network.latent_size)
-        return torch.randn(self.config.output.per_proc_batch_size, *size, device=self.device)
-
-
 @torch.no_grad()
 def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: Path) -> Path:
-    """Sample as generate.py of REPA does: write folder/INDEX.png and then folder.npz.
+    """Sample as REPA's generate.py does: write folder/INDEX.png and then folder.npz.
 
     Args:
         model: The network, on the device of the VAE.
-        vae: The decoder.
+        vae: The VAE.
         config: Solver, guidance scale, number of images and batch size.
         folder: The folder to create.
 
@@ -266,7 +132,7 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
 
 
 class Method(NamedTuple):
-    """One row of the result."""
+    """A method to time, which is one row of the result."""
 
     run: Action  # processes all images
     precision: str  # a key of PRECISIONS
@@ -276,7 +142,7 @@ class Method(NamedTuple):
 def make_methods(
     samplers: dict[str, Sampler], source: PretrainedModel, flops: dict[str, int], root: Path
 ) -> dict[str, Method]:
-    """Return the methods to time, by name.
+    """Return all methods to time, by name.
 
     Args:
         samplers: Samplers by the name of the precision. The plain loop uses the settings and the
@@ -310,7 +176,7 @@ def make_methods(
 
 
 def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, float]:
-    """Return the rate of large matrix products in each precision, in FLOP/s."""
+    """Measure the rate of large matrix products in each precision, in FLOP/s."""
     rates = {}
     for name, sampler in samplers.items():
         precision = sampler.config.precision
@@ -320,26 +186,25 @@ def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, f
     return rates
 
 
-def flops_per_image(sampler: Sampler) -> dict[str, int]:
-    """Return the FLOPs per image of the network and of the VAE."""
-    evaluations = sampler.settings.num_steps * (2 if sampler.settings.cfg_scale > 1 else 1)
+def count_flops_per_image(sampler: Sampler) -> dict[str, int]:
+    """Count the FLOPs per image of the network and of the VAE."""
+    evaluations = sampler.recipe.num_steps * (2 if sampler.recipe.cfg_scale > 1 else 1)
     return {
         "network": evaluations * backbone_flops(sampler.model.config),
-        "VAE": count_flops(partial(sampler.vae.decode, sampler.random_latents()[:1])),
+        "VAE": count_flops(partial(sampler.vae.decode, sampler.draw_latents()[:1])),
     }
 
 
 def compare_methods(
     seconds: dict[str, list[float]], samplers: dict[str, Sampler]
 ) -> dict[str, dict]:
-    """Return the times of `plain` and of the two parts relative to the time of sample_ddp."""
+    """Return the times of `plain` and of both parts together, relative to that of sample_ddp."""
     ratios = {}
-    for name in samplers:
-        total = seconds[f"sample_ddp, {name}"]
-        alone = np.add(seconds[f"network alone, {name}"], seconds[f"VAE alone, {name}"])
+    for precision in samplers:
+        name = f"sample_ddp, {precision}"
+        alone = np.add(seconds[f"network alone, {precision}"], seconds[f"VAE alone, {precision}"])
         for other, values in (("plain", seconds["plain"]), ("alone", alone)):
-            ratio = median_and_quartiles(np.divide(values, total))
-            ratios[f"{other}/sample_ddp, {name}"] = ratio
+            ratios[f"{other}/{name}"] = median_and_quartiles(np.divide(values, seconds[name]))
     return ratios
 
 
@@ -369,7 +234,7 @@ def main() -> None:
         for name, precision in precisions.items():
             config = make_config(sampler_config, args.images, args.batch_size, precision)
             samplers[name] = Sampler(config, source, vae)
-        flops = flops_per_image(samplers["fp32"])
+        flops = count_flops_per_image(samplers["fp32"])
         methods = make_methods(samplers, source, flops, root)
 
         # Time the methods. Measure the rates before and after, because machine speed drifts.

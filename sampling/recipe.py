@@ -35,13 +35,13 @@ class SamplerConfig:
     mode: str = setting(
         "sde",
         choices=("sde", "ode"),
-        help="sde: Euler-Maruyama; ode: the probability-flow ODE with Euler's method",
+        help="sde: reverse SDE with Euler-Maruyama steps; ode: probability flow with Euler steps",
     )
     heun: bool = setting(False, help="solve the ODE with Heun's method")
     dopri5: bool = setting(
         False,
-        help="solve the ODE with Dormand-Prince steps whose size adapts to each image, instead of "
-        "--num-steps steps",
+        help="solve the ODE with Dormand-Prince steps, whose size and number adapt to each image; "
+        "--num-steps is ignored",
     )
     num_steps: int = setting(250, type=cli.positive_int, help="number of steps from noise to data")
     atol: float = setting(1e-6, type=cli.positive_float, help="absolute tolerance of --dopri5")
@@ -59,14 +59,14 @@ class SamplerConfig:
     )
     labels: str = setting(
         "random",
-        help="class labels: random (uniform), balanced (equal counts), one class such as 207, or a "
-        "file with one class per image (.txt, .npy, .json, or the .npz of other samples)",
+        help="class labels: random (uniform), balanced (equal counts), a single class such as 207, "
+        "or a file with one class per image (.txt, .npy, .json, or the .npz of other samples)",
     )
     seed: int = setting(
         0,
         flags=("--global-seed",),
         type=cli.seed,
-        help="random seed; seed and index of an image determine its noise and its random label",
+        help="random seed; the seed and the index of an image determine its noise and random label",
     )
     state_dtype: str = setting(
         "float32",
@@ -114,7 +114,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True, eq=False)
 class Recipe(SamplerConfig):
-    """Everything that determines a latent, except the network and the index of the image.
+    """All settings that determine a latent, except the network and the index of the image.
 
     Args:
         path_type: Name of the interpolant that the network was trained on.
@@ -127,7 +127,7 @@ class Recipe(SamplerConfig):
     explicit_labels: Tensor | None = None
 
     def with_loaded_labels(self, num_classes: int, count: int) -> "Recipe":
-        """Return the settings with validated labels, which are loaded if they come from a file.
+        """Return the recipe with validated labels. A label file is loaded into `explicit_labels`.
 
         Args:
             num_classes: Number of classes of the model.
@@ -186,7 +186,7 @@ class Recipe(SamplerConfig):
                 raises ends the sampling.
 
         Returns:
-            Latents (B, C, h, w) with the dtype of the state.
+            Latents, (B, C, h, w), of dtype `state_dtype`.
         """
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
@@ -223,7 +223,7 @@ class Recipe(SamplerConfig):
 def cast_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear and convolutional layers in place.
 
-    The results are the same as with autocast, which would cast these weights in every evaluation.
+    The results are the same as with autocast, which casts these weights in every evaluation.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -1,22 +1,22 @@
-"""Store samples batch by batch, and write the resulting files.
+"""Store samples batch by batch, and merge the batches into the result files.
 
 Each batch is stored in separate files until all batches exist. Any number of processes on any
-number of machines can therefore sample the batches in any order and be killed at any time.
+number of machines can therefore sample batches in any order, and can be killed at any time.
 
     NAME.parts/sampling.json         settings of the samples
     NAME.parts/000012.npy            images of batch 12: (B, H, W, 3) uint8
-    NAME.parts/000012.safetensors    features of the batch, if it is evaluated:
-                                     NETWORK/COLUMN (B, ...) float32
+    NAME.parts/000012.safetensors    features of batch 12, if the samples are evaluated: an array
+                                     NETWORK/OUTPUT, (B, ...) float32, per network and output
     NAME.npz  NAME.json  NAME.png    results: images and labels (ADM's arr_0 and arr_1), settings,
                                      and a grid of images
-    NAME/000345.png                  each image, if requested
+    NAME/000345.png                  image 345, if PNG files are requested
 """
 
 import glob
 import json
 import shutil
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,24 +31,23 @@ from common.image_grid import draw_labelled_grid, save_png
 from evaluations.extractors import concatenate_features
 from evaluations.features import Features, NumpyFeatures
 from evaluations.image_batches import NpzImages, evenly_spaced_indices
-from evaluations.runs import JsonObject, read_json
+from evaluations.runs import JsonObject
+from sampling.record import check_same_settings, format_grid_title, read_record
 
-# Settings that may differ when samples are added to existing samples.
-KEYS_ALLOWED_TO_CHANGE = ("count", "machine")
-# Settings that may differ if the recorded hash of their content is equal.
-IDENTIFYING_HASH = {
-    "checkpoint": "ema_sha256",
-    "vae": "vae_fingerprint",
-    "labels": "labels_sha256",
-}
-# Maximum delay until a network file system shows a file that another machine has written.
+# Maximum delay until a file that another machine has written is visible on a network file system.
 FILE_WAIT_SECONDS = 120
 GRID_ROWS = 10  # maximum number of classes in the grid
 GRID_COLUMNS = 10  # maximum number of images per class
 
 
 class StoredBatches(NamedTuple):
-    """Indices of the batches whose images, features and PNG files are already stored."""
+    """Indices of the batches that are already stored, per kind of file.
+
+    Attributes:
+        images: Batches whose images are stored.
+        features: Batches whose features are stored, or all batches if no features are requested.
+        pngs: Batches whose PNG files exist, or all batches if no PNG files are requested.
+    """
 
     images: set[int]
     features: set[int]
@@ -62,8 +61,8 @@ class SampleStore:
         folder: Folder of the results.
         name: Name of the result files.
         record: Settings of the samples, which are written to NAME.json.
-        networks: sha256 of the weights of each network whose features are stored, by name.
-        keep_images: Whether to write NAME.npz. Otherwise only the images of the grid are stored.
+        networks: Feature networks: sha256 of the weights by name.
+        keep_images: Whether to write NAME.npz. If False, only the images of the grid are stored.
         write_pngs: Whether to write each image to a PNG file.
     """
 
@@ -95,14 +94,14 @@ class SampleStore:
     def claim(self, resources: ExitStack) -> StoredBatches:
         """Lock the samples, record their settings, and find the batches that are already stored.
 
-        Call it on the first process only.
+        Call this method on the first process only.
 
         Args:
-            resources: Stack that holds the lock until it is closed.
+            resources: Stack that releases the lock when it is closed.
 
         Raises:
-            UserError: Another process samples under the same name, or existing files under this
-                name have other settings.
+            UserError: Another process is sampling under this name, or existing files with this name
+                have other settings.
         """
         try:
             resources.enter_context(lock(self.parts_folder / ".lock"))
@@ -111,16 +110,17 @@ class SampleStore:
                 f"{self.parts_folder} is in use by another process; "
                 "wait until it ends or choose another --name"
             ) from None
-        resources.callback(self._remove_parts_if_empty)
+        resources.callback(self._remove_parts_folder_if_empty)
         self._check_compatible()
 
         record = json.dumps(self.record, indent=2).encode()
         write_file(self.parts_folder / "sampling.json", record)
         if self.write_pngs:
             write_file(self.png_folder / "sampling.json", record)
-        # Remove partial files that a killed process has left behind.
-        for leftover in self.npz_path.parent.glob(f".{glob.escape(self.npz_path.name)}.*.partial"):
-            leftover.unlink(missing_ok=True)
+        # Remove incomplete files of killed processes.
+        pattern = f".{glob.escape(self.npz_path.name)}.*.partial"
+        for partial_file in self.npz_path.parent.glob(pattern):
+            partial_file.unlink(missing_ok=True)
         return self._find_stored_batches()
 
     def open_npz(self) -> None:
@@ -134,7 +134,7 @@ class SampleStore:
 
     def pending_batches(self, stored_batches: StoredBatches) -> list[int]:
         """Return the indices of the batches that lack images, features or PNG files."""
-        # If images are not kept, a finished batch has only its features.
+        # If images are not kept, only features are stored for a finished batch.
         images = stored_batches.images if self.keep_images else stored_batches.features
         return sorted(set(self.batches) - (images & stored_batches.features & stored_batches.pngs))
 
@@ -149,9 +149,9 @@ class SampleStore:
 
         Args:
             batch: Index of the batch.
-            images: Images (B, 3, H, W) uint8. The last batch is padded to B images.
-            features: Features of the images, per network.
-            is_new: Whether the images have not been stored before.
+            images: Images, (B, 3, H, W) uint8. The last batch is padded to B images.
+            features: Features of the images by the name of the network.
+            is_new: Whether the images were sampled now. If False, they were read from this store.
         """
         indices = self._indices(batch)
         pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
@@ -165,26 +165,25 @@ class SampleStore:
             self.png_folder.mkdir(parents=True, exist_ok=True)
             for index, image in zip(indices, pixels):
                 save_png(Image.fromarray(image), self.png_folder / f"{index:06d}.png")
-        # Features are written last, because they mark the batch as finished if images are not
-        # kept.
+        # Write the features last, because they mark the batch as finished if images are not kept.
         if features:
-            columns = {
-                f"{name}/{column}": np.ascontiguousarray(values)
-                for name, outputs in features.items()
-                for column, values in outputs.as_dict().items()
+            arrays = {
+                f"{network}/{name}": np.ascontiguousarray(output)
+                for network, outputs in features.items()
+                for name, output in outputs.as_dict().items()
             }
             metadata = {"networks": json.dumps(self.networks)}
-            write_file(self._part_path(batch, "safetensors"), save(columns, metadata))
+            write_file(self._part_path(batch, "safetensors"), save(arrays, metadata))
 
     def finalize(self, labels: np.ndarray) -> None:
         """Write NAME.json, NAME.npz and NAME.png.
 
-        Call it on the first process only, when no batch is pending.
+        Call this method on the first process only, when no batch is pending.
 
         Args:
             labels: Class of each image, (count,).
         """
-        # The record comes first, so that an .npz never exists without it.
+        # Write the record first, so that an .npz never exists without its record.
         write_file(self.record_path, json.dumps(self.record, indent=2).encode())
         if self.keep_images and not self.is_complete():
             # The last batch may be padded.
@@ -195,7 +194,10 @@ class SampleStore:
         self._save_grid(labels)
 
     def read_features(self) -> dict[str, NumpyFeatures]:
-        """Return the features of all images, per network. Call it on the first process only."""
+        """Return the features of all images by the name of the network.
+
+        Call this method on the first process only.
+        """
         return {
             name: concatenate_features(
                 (self._read_batch_features(batch, name) for batch in self.batches), self.count
@@ -204,23 +206,23 @@ class SampleStore:
         }
 
     def _read_batch_features(self, batch: int, network: str) -> NumpyFeatures:
-        """Return the features of a stored batch from one network. The last batch may be padded."""
+        """Return the features that a network computed for a batch. The last batch may be padded."""
         arrays = load_file(_wait_for_file(self._part_path(batch, "safetensors")))
         prefix = f"{network}/"
         return Features(
             **{
-                key.removeprefix(prefix): values
-                for key, values in arrays.items()
+                key.removeprefix(prefix): output
+                for key, output in arrays.items()
                 if key.startswith(prefix)
             }
         )
 
-    def remove_parts(self) -> None:
-        """Remove the files of the batches."""
+    def remove_parts_folder(self) -> None:
+        """Remove the folder with the files of the batches."""
         shutil.rmtree(self.parts_folder, ignore_errors=True)
 
     def choose_grid_images(self, labels: np.ndarray) -> None:
-        """Choose the images of the grid: the first images of evenly spaced classes.
+        """Choose the images of the grid, which are the first images of evenly spaced classes.
 
         Args:
             labels: Class of each image, (count,).
@@ -232,22 +234,22 @@ class SampleStore:
             for index in np.flatnonzero(labels == label)[:GRID_COLUMNS]
         ]
 
-    def _remove_parts_if_empty(self) -> None:
+    def _remove_parts_folder_if_empty(self) -> None:
         if not any(self.parts_folder.glob("[0-9]*")):
-            self.remove_parts()
+            self.remove_parts_folder()
 
     def _check_compatible(self) -> None:
-        """Raise UserError unless existing files under this name belong to the same samples."""
+        """Raise UserError unless existing files with this name belong to the same samples."""
         old_record = read_record(self.record_path)
         results = self.npz_path.with_suffix(".*")
-        is_other_file = self.record_path.exists() and "ema_sha256" not in old_record
-        if self.npz_path.exists() or self.metrics_path.exists() or is_other_file:
-            self._check_same_settings(self.record_path, results)
+        is_other_json = self.record_path.exists() and "ema_sha256" not in old_record
+        if self.npz_path.exists() or self.metrics_path.exists() or is_other_json:
+            check_same_settings(self.record_path, self.record, results)
         if any(self.parts_folder.glob("[0-9]*")):
-            self._check_same_settings(self.parts_folder / "sampling.json", self.parts_folder)
+            self._check_folder(self.parts_folder)
         png_indices = self._find_png_indices()
         if png_indices:
-            self._check_same_settings(self.png_folder / "sampling.json", self.png_folder)
+            self._check_folder(self.png_folder)
 
         self.open_npz()
         num_npz_images = self.npz_images.count if self.npz_images else 0
@@ -267,30 +269,16 @@ class SampleStore:
         old_count = old_record.get("count")
         if self.metrics_path.exists() and old_count != self.count:
             raise UserError(
-                f"{self.metrics_path} is for {old_count} images, which were not kept; "
+                f"{self.metrics_path} is for {old_count} images, which were discarded; "
                 "choose another --name"
             )
 
-    def _check_same_settings(self, path: Path, owner: Path) -> None:
-        """Raise UserError if the record of `owner` at `path` differs from the current record."""
-        old = read_record(path)
-        new = json.loads(json.dumps(self.record))
-        allowed = set(KEYS_ALLOWED_TO_CHANGE)
-        for key, hash_key in IDENTIFYING_HASH.items():
-            if new.get(hash_key) and old.get(hash_key) == new[hash_key]:
-                allowed.add(key)
-        changes = [
-            f"{key} was {old.get(key)}, is {new.get(key)}"
-            for key in {**new, **old}
-            if key not in allowed and old.get(key) != new.get(key)
-        ]
-        if changes:
-            raise UserError(
-                f"{owner} was sampled with other settings: {'; '.join(changes)}; "
-                "remove it or choose another --name"
-            )
+    def _check_folder(self, folder: Path) -> None:
+        """Raise UserError if a folder contains files of samples with other settings."""
+        check_same_settings(folder / "sampling.json", self.record, folder)
 
     def _find_stored_batches(self) -> StoredBatches:
+        """Return the batches that are stored in NAME.parts, NAME.npz and NAME."""
         images = {int(path.stem) for path in self.parts_folder.glob("[0-9]*.npy")}
         if self.npz_images is not None:
             images |= {k for k in self.batches if self._indices(k).stop <= self.npz_images.count}
@@ -302,10 +290,10 @@ class SampleStore:
         return StoredBatches(images, features, pngs)
 
     def _has_features(self, batch: int) -> bool:
-        """Return whether the features of these networks are stored for all images of a batch.
+        """Return whether the features of all networks are stored for all images of a batch.
 
-        The last stored batch may be shorter if its images were read from an .npz, which has no
-        padding.
+        The features of the last batch of an .npz have no padding. If the number of images
+        increases, these features are therefore incomplete.
         """
         if not self.networks:
             return True
@@ -326,6 +314,7 @@ class SampleStore:
         return {int(path.stem) for path in self.png_folder.glob("*.png") if path.stem.isdecimal()}
 
     def _save_grid(self, labels: np.ndarray) -> None:
+        """Write NAME.png, with one class per row."""
         images_per_class: dict[int, list[np.ndarray]] = {}
         for index in self.grid_indices:
             image = self._read_grid_image(index)
@@ -339,7 +328,8 @@ class SampleStore:
     def _read_grid_image(self, index: int) -> np.ndarray | None:
         if self.npz_images is not None and self.keep_images:
             return self.npz_images.read_rows(index, index + 1)[0]
-        # An interrupted run with a smaller count may have chosen other images for its grid.
+        # The file is missing if an interrupted run with a smaller count has finished the batch but
+        # has chosen other images for its grid.
         path = self._grid_part_path(index)
         return np.load(path) if path.exists() else None
 
@@ -362,31 +352,6 @@ class SampleStore:
         return self.parts_folder / f"drawn-{index:06d}.npy"
 
 
-def read_record(path: Path) -> JsonObject:
-    """Return the contents of a sampling.json, or {} if the file is missing or of another kind."""
-    with suppress(OSError, UserError):
-        return read_json(path)
-    return {}
-
-
-def format_grid_title(record: JsonObject) -> str:
-    """Return the title of the grid for the settings of its samples."""
-    title = record["model"]
-    if record["step"] is not None:
-        title += f" · step {record['step']:,}"
-    title += f" · {record['solver']}"
-    if record["solver"] != "dopri5":
-        title += f" {record['num_steps']}"
-    title += f" · seed {record['global_seed']}"
-    if record["cfg_scale"] > 1:
-        title += f" · guidance {record['cfg_scale']:g}"
-        low = record["guidance_low"]
-        high = record["guidance_high"]
-        if (low, high) != (0, 1):
-            title += f" for t from {low:g} to {high:g}"
-    return title
-
-
 def _wait_for_file(path: Path) -> Path:
     """Wait for a file that another machine may have just written, and return its path.
 
@@ -396,7 +361,7 @@ def _wait_for_file(path: Path) -> Path:
     for _ in range(FILE_WAIT_SECONDS):
         if path.exists():
             return path
-        list(path.parent.iterdir())  # makes a network file system refresh its listing
+        list(path.parent.iterdir())  # listing a folder of a network file system refreshes it
         time.sleep(1)
     raise UserError(
         f"{path} is missing; choose a --sample-dir on a file system that all machines share"

@@ -23,7 +23,9 @@ class WorkerCancelledError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Worker:
-    """Samples and stores batches. Several threads may call it at once with different batches.
+    """Samples and stores batches.
+
+    Several threads may call a worker at the same time, each with a different batch.
 
     Args:
         model: The network, on the device of the VAE.
@@ -32,7 +34,7 @@ class Worker:
         dtype: Dtype of the network's matrix products.
         store: Stores the batches.
         stored_batches: Indices of the batches that are already stored.
-        networks: Networks that compute features of the images.
+        networks: Networks that compute features of the images, by name.
     """
 
     model: SiT
@@ -71,7 +73,7 @@ class Worker:
                 pixels = torch.from_numpy(self.store.read_pixels(batch))
                 images = pixels.permute(0, 3, 1, 2).to(self.device)
             if batch not in self.stored_batches.features:
-                # Another memory format would change the last digits of the features.
+                # The last digits of the features depend on the memory format.
                 images = images.contiguous()
                 for name, network in self.networks.items():
                     features[name] = network(images).map(to_numpy)
@@ -79,10 +81,10 @@ class Worker:
         self.store.write_batch(batch, stored_images, features, is_new)
 
     def _sample(self, batch: int) -> Tensor:
-        """Return the images of a batch, (B, 3, H, W) uint8.
+        """Sample the images of a batch, (B, 3, H, W) uint8.
 
-        The last batch is padded with the images that would follow, so that every batch runs the
-        same kernels.
+        The last batch is padded with the images of the next indices, so that every batch has the
+        same size and runs the same kernels.
         """
         size = self.store.batch_size
         indices = torch.arange(batch * size, (batch + 1) * size, device=self.device)
@@ -101,7 +103,7 @@ class Worker:
         if not hasattr(self._thread_local, "stream"):
             torch.cuda.set_device(self.device)
             self._thread_local.stream = torch.cuda.Stream()
-            # The weights were copied to the device on the default stream.
+            # Wait for the copy of the weights to the device, which uses the default stream.
             self._thread_local.stream.wait_stream(torch.cuda.default_stream())
         return torch.cuda.stream(self._thread_local.stream)
 
@@ -117,13 +119,13 @@ def run_batches(
     """Sample and store the batches of this process.
 
     Args:
-        worker: Samples and stores one batch.
+        worker: The worker that samples and stores each batch.
         batches: Indices of the batches.
         num_threads: Number of batches that are processed at once.
-        is_compiled: Whether the network is compiled. The first batch then runs alone, so that
+        is_compiled: Whether the network is compiled. If True, the first batch runs alone, so that
             the network is compiled only once.
-        bar: Progress bar of all processes.
-        images_per_batch: Number of images by which the bar advances with each batch.
+        bar: Progress bar over the images of all processes.
+        images_per_batch: Number of images by which the bar advances after each batch.
     """
     groups = [batches[:1], batches[1:]] if is_compiled else [batches]
     with ThreadPoolExecutor(num_threads) as pool:

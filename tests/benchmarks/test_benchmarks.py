@@ -17,6 +17,7 @@ from benchmarks import (
     table,
     train_step,
 )
+from benchmarks.sampler import Sampler, make_config, make_random_source
 from models.autoencoder import Autoencoder
 from models.flops import backbone_flops
 from models.sit import PRESETS, SiTConfig
@@ -183,10 +184,10 @@ def test_sampling_compares_both_methods_with_the_lower_bound(run_benchmark, vae_
 @pytest.mark.parametrize("mode", ["ode", "sde"])
 def test_sampling_methods_make_all_images_with_the_same_evaluations(vae_folder, tmp_path, mode):
     vae = Autoencoder(str(vae_folder))
-    source = sampling.make_random_source("SiT-Ti/2", vae, 32)
+    source = make_random_source("SiT-Ti/2", vae, 32)
     sampler_config = SamplerConfig(mode=mode, num_steps=3, cfg_scale=1.5)
-    config = sampling.make_config(sampler_config, 5, 2, PrecisionConfig())
-    sampler = sampling.Sampler(config, source, vae)
+    config = make_config(sampler_config, 5, 2, PrecisionConfig())
+    sampler = Sampler(config, source, vae)
     counts: dict[str, list[int]] = {"plain": [], "sample_ddp": [], "network alone": []}
 
     plain_model = count_images_per_call(source.model, counts["plain"])
