@@ -1,12 +1,12 @@
-r"""Compare the results of ADM's evaluator with those of this repository on the same features.
+r"""Compare the results of ADM's evaluator with those of this repository for the same features.
 
     python -m venv adm && adm/bin/pip install tensorflow-cpu scipy requests tqdm
     python -m benchmarks.adm_evaluator --evaluator guided-diffusion/evaluations/evaluator.py \
         --python adm/bin/python
 
 The features are synthetic clusters with the dimension of Inception features, clipped at 0.
-TensorFlow needs a separate environment, in which benchmarks/adm_original.py runs. Arrays are
-exchanged as .npz files.
+benchmarks/adm_original.py runs ADM's evaluator in a separate environment with TensorFlow. Inputs
+and results are exchanged as .npz files.
 """
 
 import json
@@ -31,8 +31,8 @@ from evaluations.metrics import (
     precision_recall,
 )
 
-# Features multiplied by this factor have squared distances that overflow float16, so that ADM's
-# evaluator uses float32. Multiplying by a power of two is exact in float32.
+# The squared distances of features that are multiplied by this factor overflow float16, so that
+# ADM's evaluator uses float32. A product with a power of two is exact in float32.
 OVERFLOW = 128
 
 # Sets of features: name, scale, index of the first cluster, and index after the last cluster.
@@ -43,23 +43,23 @@ FEATURE_SETS = (
     ("activations", 0.5, 0, 64),
 )
 
-# Names of quantities in the table, where they differ from those in the JSON file.
+# Quantities that have other names in the table than in the JSON file.
 QUANTITY_LABELS = {"distance of few": "distance, few samples"} | {
     f"resize of image {size}": f"resize of a {size}-pixel image" for size in (32, 256, 512)
 }
 
 
-def random_features(
+def draw_features(
     rng: np.random.Generator, count: int, scale: float, clusters: np.ndarray, width: int
 ) -> np.ndarray:
-    """Return features (count, width) float32: cluster centres plus noise, clipped at 0.
+    """Draw features, (count, width) float32: cluster centres plus noise, clipped at 0.
 
     Args:
         rng: Random number generator.
-        count: Number of features.
-        scale: Standard deviation along a few directions, which all clusters share.
+        count: Number of images.
+        scale: Standard deviation along a few directions. All clusters have the same directions.
         clusters: Indices of the clusters to draw from.
-        width: Dimension of a feature.
+        width: Number of features per image.
     """
     directions = np.random.default_rng(1).standard_normal((12, width)) / 4
     centres = np.random.default_rng(2).standard_normal((64, width)) / 3
@@ -74,13 +74,13 @@ def make_inputs(
     """Return the inputs of both evaluators, by name.
 
     Args:
-        counts: Number of features in the sets reference, samples, few and activations.
-        width: Dimension of a feature.
+        counts: Number of images in the sets reference, samples, few and activations.
+        width: Number of features per image.
         classes: Number of classes for the Inception score.
     """
     rng = np.random.default_rng(0)
     arrays = {
-        name: random_features(rng, counts[name], scale, np.arange(first, end), width)
+        name: draw_features(rng, counts[name], scale, np.arange(first, end), width)
         for name, scale, first, end in FEATURE_SETS
     }
     weights = rng.standard_normal((width, classes)) * 4 / width**0.5
@@ -91,7 +91,7 @@ def make_inputs(
 
 
 def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]:
-    """Return the results of this repository, by name."""
+    """Compute the results of this repository, by name."""
     a = arrays["reference"]
     b = arrays["samples"]
     reference = compute_statistics(a)
@@ -130,7 +130,7 @@ def compute_adm(
     Args:
         evaluator: Path of ADM's evaluator.py.
         python: Python interpreter in an environment with TensorFlow.
-        arrays: The inputs.
+        arrays: The inputs of both evaluators, by name.
 
     Returns:
         The results by name, and the versions of the libraries.
@@ -147,12 +147,12 @@ def compute_adm(
 
 
 def compare_results(adm: np.ndarray | float, ours: np.ndarray | float) -> dict[str, float]:
-    """Compare two results, which are two numbers or two arrays of the same shape.
+    """Compare two results, which are numbers or arrays of the same shape.
 
     Returns:
-        adm: Mean of the result of ADM.
+        adm: Mean of ADM's result.
         ours: Mean of the result of this repository.
-        difference: Largest difference relative to the largest value of ADM.
+        difference: Largest absolute difference, relative to the largest absolute value of ADM.
     """
     adm = np.asarray(adm, np.float64)
     ours = np.asarray(ours, np.float64)

@@ -1,8 +1,8 @@
 """Run ADM's unmodified evaluator in an environment that has TensorFlow.
 
 benchmarks/adm_evaluator.py starts this script as `adm_original.py EVALUATOR INPUTS OUTPUTS`. The
-script computes metrics from features and does not need the feature network, so it bypasses the
-constructor of Evaluator and sets the attributes that its methods use.
+script computes metrics from features. It bypasses the constructor of Evaluator, which would load
+the feature network, and sets the attributes that the methods of Evaluator use.
 """
 
 import importlib.util
@@ -30,16 +30,16 @@ def load_evaluator(path: Path) -> ModuleType:
 
 
 def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return ADM's results, under the same names as benchmarks.adm_evaluator.compute_ours.
+    """Compute ADM's results, with the same names as those of benchmarks.adm_evaluator.compute_ours.
 
     Args:
         path: Path of ADM's evaluator.py.
-        arrays: The inputs of benchmarks.adm_evaluator.make_inputs.
+        arrays: Inputs from benchmarks.adm_evaluator.make_inputs, by name.
     """
     tf.disable_eager_execution()
     adm = load_evaluator(path)
     session = tf.Session()
-    evaluator = object.__new__(adm.Evaluator)  # its constructor would download the feature network
+    evaluator = object.__new__(adm.Evaluator)  # the constructor would download the feature network
     evaluator.sess = session
     evaluator.softmax_batch_size = 512
     evaluator.manifold_estimator = adm.ManifoldEstimator(session)
@@ -60,7 +60,7 @@ def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]
         "distance of few": few.frechet_distance(reference),
         "inception score": evaluator.compute_inception_score(arrays["activations"]),
     }
-    # ADM computes in float16, and recomputes blocks that overflow in float32.
+    # ADM computes distances in float16, and recomputes blocks in float32 if they overflow.
     for dtype, scale in (("float16", 1), ("float32", arrays["overflow"])):
         a, b = (arrays[name] * np.float32(scale) for name in ("reference", "samples"))
         radii = [evaluator.manifold_estimator.manifold_radii(x)[:, 0] for x in (a, b)]

@@ -1,13 +1,13 @@
-"""Time preprocessing.encode_latents, and encoding one image at a time as REPA does.
+"""Time preprocessing.encode_latents, and encoding of one image at a time as in REPA.
 
     python -m benchmarks.encode --dest /tmp --json encode.json
 
-The images are generated JPEGs with the average size of ImageNet's images. Unless --vae is passed,
+The images are synthetic JPEGs with the average size of ImageNet's images. Unless --vae is passed,
 the VAE has the architecture of sd-vae-ft-mse and random weights, which do not affect the speed.
 `encode_latents` is the code of the command, from the image files to a complete cache. `one at a
 time` decodes, crops, encodes and saves (np.save) one image after the other. `VAE alone` encodes the
 same batches from decoded images; its time relative to `encode_latents` is the utilisation of the
-VAE. `decoding alone` decodes and crops the images in one process, which is the rate of one worker.
+VAE. `decoding alone` decodes and crops the images in one process, at the rate of one worker.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from training.throughput import measure_matmul_rate
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the flags."""
+    """Parse the flags of the benchmark."""
     has_gpu = torch.cuda.is_available()
     parser = make_parser(
         __doc__,
@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_random_vae(folder: Path) -> Path:
-    """Save an autoencoder with the architecture of sd-vae-ft-mse and random weights."""
+    """Save an autoencoder with the architecture of sd-vae-ft-mse and random weights to a folder."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def make_random_vae(folder: Path) -> Path:
 
 
 def make_photographs(folder: Path, num_images: int) -> None:
-    """Write JPEGs of 500x375 pixels and about 110 KB, the average size of ImageNet's images."""
+    """Write JPEGs of 500x375 pixels and about 110 KB, which is the average size in ImageNet."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in tqdm(range(num_images), desc="images"):
@@ -115,11 +115,11 @@ def decode_batches(job: EncodingJob) -> list[Batch]:
 def make_actions(
     job: EncodingJob, world: World, folder: Path, num_threads: int
 ) -> dict[str, Action]:
-    """Return the functions to time by name; each function processes all images.
+    """Return the functions to time, by name. Each function processes all images.
 
     Args:
         job: The job of encode_latents.
-        world: The distributed environment of the job.
+        world: Processes that share the job.
         folder: Folder for temporary files.
         num_threads: Number of threads per operation in `one at a time`.
     """
@@ -186,7 +186,7 @@ def main() -> None:
         # Measure the matmul rate before and after the timings, because machine speed drifts.
         torch.set_num_threads(num_threads)
         rate_before = measure_matmul_rate(job.device, dtype, seconds=1.0)
-        # Omit the preview: it is drawn once per cache and would dominate for a small cache.
+        # Omit the preview, which is drawn once per cache and takes long compared to a small cache.
         with patch.object(job, "make_preview", lambda: (Image.new("RGB", (8, 8)), "omitted")):
             timings = time_interleaved(actions, job.device, args.rounds)
         torch.set_num_threads(num_threads)

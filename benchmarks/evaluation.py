@@ -2,11 +2,14 @@
 
     python -m benchmarks.evaluation --json evaluation.json
 
-The features are random numbers with the dimension of Inception features. `frechet_distance` is
-compared with `sqrtm`, which is calculate_frechet_distance of pytorch-fid (the formula of ADM, with
-the matrix square root of scipy); `statistics` with mean and cov of numpy; and `precision_recall`,
-for equally many samples and references, with the implementation of torch-fidelity. The other
-implementations run on the CPU.
+The features are random numbers with the dimension of Inception features. The compared functions are
+
+- `frechet_distance`, and `sqrtm`: calculate_frechet_distance of pytorch-fid, which has ADM's
+  formula and uses the matrix square root of scipy;
+- `statistics`, and mean and cov of numpy;
+- `precision_recall`, for equally many samples and references, and the function of torch-fidelity.
+
+The other implementations run on the CPU.
 """
 
 from functools import partial
@@ -29,7 +32,7 @@ from benchmarks.measure import (
 from common import cli
 from evaluations.metrics import compute_statistics, frechet_distance, precision_recall
 
-# Other implementations, and the equivalent functions of this repository.
+# Pairs of another implementation and the equivalent function of this repository.
 PAIRS = [
     ("sqrtm", "frechet_distance"),
     ("numpy", "statistics"),
@@ -37,8 +40,8 @@ PAIRS = [
 ]
 
 
-def random_features(num_images: int, width: int) -> np.ndarray:
-    """Return two sets of correlated, nonnegative features, (2, num_images, width) float32."""
+def draw_features(num_images: int, width: int) -> np.ndarray:
+    """Draw two sets of correlated, nonnegative features, (2, num_images, width) float32."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((width, width), np.float32) / width**0.5
     values = rng.standard_normal((2, num_images, width), np.float32)
@@ -57,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device(args.device)
-    a, b = random_features(args.images, args.width)
+    a, b = draw_features(args.images, args.width)
     statistics_a = compute_statistics(a, device)
     statistics_b = compute_statistics(b, device)
     actions: dict[str, Action] = {

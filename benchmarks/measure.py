@@ -26,14 +26,18 @@ Action = Callable[[], object]
 
 
 class Timings(NamedTuple):
-    """Measurements of several actions, by name."""
+    """Measurements of several actions, by the name of the action.
 
-    seconds: dict[str, list[float]]  # seconds per call, one value per round
-    # peak of the action on a GPU, or of the whole process on a CPU
+    Attributes:
+        seconds: Seconds per call, one value per round.
+        peak_memory_gib: Peak memory of the action on a GPU, or of the whole process on a CPU.
+    """
+
+    seconds: dict[str, list[float]]
     peak_memory_gib: dict[str, float]
 
 
-# Options of the flags that benchmarks share, in the order of the help text.
+# Flags that benchmarks share, with keywords of `add_argument`, in the order of the help text.
 FLAGS: dict[str, dict[str, Any]] = {
     "ckpt": {"type": Path, "help": "same as --ckpt of sample_ddp.py"},
     "dest": {"type": Path, "help": "folder for temporary files, on the disk to measure"},
@@ -45,11 +49,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "num_steps": {"type": cli.positive_int, "help": "number of steps from noise to data"},
     "device": {
         "type": cli.device,
-        "help": "device on which the implementation of this repository runs",
+        "help": "device that runs the code of this repository",
     },
     "rounds": {
         "type": cli.positive_int,
-        "help": "number of timed rounds, whose median is reported",
+        "help": "number of timed rounds; their median is reported",
     },
     "warm_up": {
         "type": cli.non_negative_int,
@@ -65,8 +69,8 @@ def make_parser(doc: str | None, benchmark: str, *required: str, **defaults: Any
     Args:
         doc: Docstring of the benchmark.
         benchmark: Module name of the benchmark.
-        required: Keys of the required flags, whose values are paths.
-        defaults: Default values of the optional flags.
+        required: Keys of the required flags. Their values are paths.
+        defaults: Keys and default values of the optional flags.
     """
     usage = " ".join(f"--{key} PATH" for key in required) or "[--json PATH]"
     parser = cli.Parser(doc, f"python -m benchmarks.{benchmark}", usage)
@@ -84,7 +88,7 @@ def make_parser(doc: str | None, benchmark: str, *required: str, **defaults: Any
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Create an empty folder, and remove it with its contents on exit from the context."""
+    """Create an empty folder, and remove the folder with its contents on exit from the context."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     try:
@@ -94,7 +98,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def describe_machine(device: torch.device) -> dict:
-    """Return the hardware and the software versions that results depend on."""
+    """Return the hardware and the software versions on which results depend."""
     model_name = re.search(r"model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text())
     cpu = model_name[1] if model_name else platform.processor() or platform.machine()
     info = {"device": cpu, "cpu_threads": torch.get_num_threads()}
@@ -104,13 +108,13 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def synchronize(device: torch.device) -> None:
-    """Synchronise with the device if it is a GPU."""
+    """Synchronise the host with the device if the device is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_call(action: Action, device: torch.device, calls: int = 1) -> float:
-    """Return the seconds per call of consecutive calls, with no synchronisation between them."""
+    """Measure the seconds per call of consecutive calls without synchronisation between them."""
     synchronize(device)
     start_time = time.perf_counter()
     for _ in range(calls):
@@ -129,7 +133,7 @@ def time_interleaved(
 ) -> Timings:
     """Time actions alternately (A B C A B C ...).
 
-    A drift in machine speed therefore affects all of them equally.
+    A drift in machine speed therefore affects all actions equally.
 
     Args:
         actions: The actions by name.
@@ -137,7 +141,7 @@ def time_interleaved(
         rounds: Number of timed rounds.
         calls: Number of calls of an action per round.
         warm_up: Number of untimed rounds before the timed rounds.
-        prepare: Function that is called before each action and is not timed.
+        prepare: Function that is called before each action. The call is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     peak = dict.fromkeys(actions, 0.0)
@@ -149,19 +153,19 @@ def time_interleaved(
             value = time_call(action, device, calls)
             if k >= 0:
                 seconds[name].append(value)
-                peak[name] = max(peak[name], peak_memory(device))
+                peak[name] = max(peak[name], read_peak_memory_gib(device))
     return Timings(seconds, peak)
 
 
-def peak_memory(device: torch.device) -> float:
-    """Return the peak memory in GiB of a GPU since the last reset, or of the process on a CPU."""
+def read_peak_memory_gib(device: torch.device) -> float:
+    """Return the peak memory of a GPU since the last reset, or of the process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
 
 
 def median_and_quartiles(values: Sequence[float] | np.ndarray) -> dict:
-    """Return the median of values, and the quartiles as [low, high]."""
+    """Return the median and the quartiles [low, high] of values."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "quartiles": [low, high]}
 
@@ -170,8 +174,8 @@ def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -
     """Return the time of the first action of each pair relative to the time of the second.
 
     Args:
-        seconds: The measurements by action.
-        pairs: Pairs of names of actions. Pairs with an action that was not measured are omitted.
+        seconds: Seconds per call by the name of the action, one value per round.
+        pairs: Pairs of names of actions. Pairs with an action that was not timed are omitted.
 
     Returns:
         Median and quartiles over rounds, by "FIRST/SECOND".
@@ -192,7 +196,7 @@ def compute_per_image_results(
         timings: The measurements.
         name: Name of the action.
         num_images: Number of images per call.
-        flops: FLOPs per image, or 0 if they are not counted.
+        flops: FLOPs per image, or 0 if they were not counted.
         matmul_rate: Rate of large matrix products in FLOP/s.
     """
     seconds = timings.seconds[name]
@@ -206,7 +210,7 @@ def compute_per_image_results(
 
 
 def count_flops(action: Action) -> int:
-    """Return the FLOPs of an action, as counted by PyTorch."""
+    """Run an action, and return the number of FLOPs that PyTorch counts."""
     with FlopCounterMode(display=False) as counter:
         action()
     return counter.get_total_flops()
@@ -218,7 +222,7 @@ def report(
     """Print and write the result of a benchmark: its name, the machine, flags, and measurements.
 
     Args:
-        args: Flags that were parsed by a parser from `make_parser`.
+        args: Flags from a parser that `make_parser` returned.
         device: Device of the measurements.
         recorded_flags: Names of the flags to include in the result.
         entries: Further entries of the result.
@@ -229,7 +233,7 @@ def report(
 
 
 def write_result(result: dict, path: Path | None) -> None:
-    """Print a result as JSON, and write it to a file if a path is given."""
+    """Print a result as JSON, and also write it to `path` unless `path` is None."""
     text = json.dumps(result, indent=2)
     print(text)
     if path:

@@ -1,6 +1,6 @@
-"""Build and time the training steps of runs of train.py, and count their FLOPs.
+"""Build and time the training steps of runs of train.py, and count the FLOPs of the steps.
 
-experiments/convergence.py uses these costs to compute speed-ups in FLOPs and in seconds.
+experiments/convergence.py uses the FLOPs and the times to compute speed-ups.
 """
 
 import copy
@@ -30,13 +30,21 @@ from training.throughput import training_flops
 
 
 class Plan(NamedTuple):
-    """The settings, data and architecture of a run of train.py, before any object is built."""
+    """The settings, data and architecture of a run of train.py, before any object is built.
+
+    Attributes:
+        settings: Settings of the run.
+        manifest: Manifest of the latent cache.
+        cache: Properties of the latent cache that alignment methods need.
+        network: Architecture of the network.
+        align: The "align" entry of config.json.
+    """
 
     settings: Settings
-    manifest: Manifest  # manifest of the latent cache
+    manifest: Manifest
     cache: CacheInfo
     network: SiTConfig
-    align: list[dict]  # the "align" entry of config.json
+    align: list[dict]
 
 
 def plan_run(
@@ -47,7 +55,7 @@ def plan_run(
     Args:
         settings: Settings of the run.
         manifest: Manifest of the latent cache.
-        features: Metadata of the encoder features in the cache, see `make_cache_info`.
+        features: Metadata of the encoder features in the cache (see `make_cache_info`).
 
     Raises:
         UserError: If the settings do not match the cache.
@@ -83,17 +91,17 @@ def time_runs(
 ) -> dict[str, dict]:
     """Time the training steps of several runs alternately.
 
-    Each run uses a fixed batch of its data. All runs are in memory at the same time, so their
+    Each run trains on a fixed batch of its data. All runs are in memory at the same time, so the
     networks must be small.
 
     Args:
         runs: Settings of the runs by name. All runs must have the same precision.
         rounds: Number of timed rounds.
-        calls: Steps per round, without host-device synchronisation between them.
+        calls: Number of steps per round. The host and the device are not synchronised between them.
         warm_up: Number of untimed rounds before the timed rounds.
 
     Returns:
-        Median and quartiles of the seconds per step, for each run.
+        Median and quartiles of the seconds per step, by the name of the run.
 
     Raises:
         UserError: If the settings of a run do not match its cache.
@@ -141,13 +149,13 @@ def build_step(plan: Plan, accelerator: Accelerator) -> Step:
 
     Args:
         plan: The plan of the run.
-        accelerator: The accelerator.
+        accelerator: Accelerator that determines the device and the precision.
 
     Raises:
         UserError: If a network cannot be loaded.
     """
     settings = plan.settings
-    align = copy.deepcopy(plan.align)  # load_alignments adds to it
+    align = copy.deepcopy(plan.align)  # load_alignments adds entries
     state = build_state(settings, plan.network, align, accelerator.device)
     return Step(
         accelerator,
