@@ -194,7 +194,7 @@ def main() -> None:
                 suite.load_reference()
 
         # Sample the missing batches. Each of n processes takes every n-th batch.
-        pending = store.pending_batches(stored_batches)
+        pending = store.find_pending_batches(stored_batches)
         worker = Worker(model, vae, recipe, config.precision.dtype, store, stored_batches, networks)
         sample_batches(worker, pending, config.precision, world)
         world.barrier()
@@ -203,7 +203,10 @@ def main() -> None:
             store.finalize(labels)
             if suite is not None and not result:
                 result = suite.write_results(
-                    store.metrics_path, build_identity(suite, store), store.read_features(), labels
+                    store.metrics_path,
+                    build_metrics_identity(suite, store),
+                    store.read_features(),
+                    labels,
                 )
             store.remove_parts_folder()
             print(format_outcome(store, result, has_new_images=bool(pending)))
@@ -216,7 +219,7 @@ def set_precision_and_threads(config: PrecisionConfig, device: torch.device) -> 
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if device.type != "cuda":
         # The order of summation, and therefore the last bit of a sum, depends on the number of
-        # threads of an operation. Instead of an operation, threads share the batches.
+        # threads of an operation. Run each operation on one thread, and several batches at once.
         torch.set_num_threads(1)
 
 
@@ -342,7 +345,7 @@ def make_default_name(source: PretrainedModel, recipe: Recipe) -> str:
 def make_suite(
     config: SamplingConfig, model: SiT, vae: Autoencoder, device: torch.device, world: World
 ) -> EvaluationSuite | None:
-    """Load the feature networks of the evaluation, if one is requested."""
+    """Load the feature networks and return the suite, or None if no evaluation is requested."""
     output = config.output
     if output.evaluate is None:
         return None
@@ -381,7 +384,7 @@ def sample_batches(
         run_batches(worker, share, num_threads, config.compile, bar, images_per_batch)
 
 
-def build_identity(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
+def build_metrics_identity(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
     """Return all entries of metrics.json except the results."""
     samples = store.npz_path if store.is_complete() else None
     return suite.build_identity(samples, store.record, store.count)
@@ -393,9 +396,10 @@ def read_metrics(suite: EvaluationSuite, store: SampleStore) -> JsonObject:
     Raises:
         UserError: The file belongs to another evaluation.
     """
+    # Hash the samples only if there is a file to compare with.
     if not store.metrics_path.exists():
-        return {}  # without hashing the samples
-    return read_result(store.metrics_path, build_identity(suite, store))
+        return {}
+    return read_result(store.metrics_path, build_metrics_identity(suite, store))
 
 
 def format_outcome(store: SampleStore, result: JsonObject, has_new_images: bool) -> str:

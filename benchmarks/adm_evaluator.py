@@ -90,7 +90,7 @@ def make_inputs(
     return arrays
 
 
-def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]:
+def compute_repository_results(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]:
     """Compute the results of this repository, by name."""
     a = arrays["reference"]
     b = arrays["samples"]
@@ -122,7 +122,7 @@ def compute_ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | float]
     return results
 
 
-def compute_adm(
+def compute_adm_results(
     evaluator: Path, python: Path, arrays: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Compute the results of ADM's evaluator.
@@ -195,8 +195,8 @@ def main() -> None:
 
     counts = {"reference": 3000, "samples": 4000, "few": 500, "activations": 7000}
     arrays = make_inputs(counts)
-    adm, adm_versions = compute_adm(args.evaluator, args.python, arrays)
-    ours = compute_ours(arrays)
+    adm, adm_versions = compute_adm_results(args.evaluator, args.python, arrays)
+    ours = compute_repository_results(arrays)
     write_result(
         {
             "benchmark": "adm_evaluator",

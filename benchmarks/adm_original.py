@@ -30,7 +30,9 @@ def load_evaluator(path: Path) -> ModuleType:
 
 
 def compute_results(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Compute ADM's results, with the same names as those of benchmarks.adm_evaluator.compute_ours.
+    """Compute ADM's results, by name.
+
+    The names are those of benchmarks.adm_evaluator.compute_repository_results.
 
     Args:
         path: Path of ADM's evaluator.py.

@@ -50,7 +50,7 @@ def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, d
 def time_save(
     writer: CheckpointWriter, state: TrainState, device: torch.device
 ) -> dict[str, float]:
-    """Save a checkpoint, and return the times in seconds by the keys of the result."""
+    """Save a checkpoint, and return the three times in seconds by name."""
     synchronize(device)
     start_time = time.perf_counter()
     writer.submit(state)

@@ -16,7 +16,7 @@ import torch
 from benchmarks.measure import write_result
 from benchmarks.run_steps import Plan
 from benchmarks.table import TABLES
-from benchmarks.train_step import make_step_parser, measure
+from benchmarks.train_step import make_step_parser, measure_variants
 from benchmarks.variants import StepConfig, make_plan, select_variant
 from common import cli
 from common.config import read_flags
@@ -80,7 +80,7 @@ def main() -> None:
             "results": {variant: {} for variant in variants},
         }
     else:
-        result = measure(config, variants, args.rounds, args.steps, args.warm_up)
+        result = measure_variants(config, variants, args.rounds, args.steps, args.warm_up)
     for variant, measurements in result["results"].items():
         measurements |= count_costs(plan, variant)
     result |= {"benchmark": "cost", "align": plan.align}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import (
     Action,
-    compare,
+    compare_times,
     make_parser,
     median_and_quartiles,
     report,
@@ -192,7 +192,7 @@ def main() -> None:
         CPU,
         ("images", "shards", "batch_size", "rounds", "batches"),
         results=results,
-        ratios=compare(seconds, pairs),
+        ratios=compare_times(seconds, pairs),
     )
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import (
     Action,
-    compare,
+    compare_times,
     compute_per_image_results,
     count_flops,
     make_parser,
@@ -131,7 +131,7 @@ def make_actions(
         build_cache(folder / "cache", job, world)
         shutil.rmtree(folder / "cache")
 
-    def run_vae() -> None:
+    def encode_decoded_images() -> None:
         torch.set_num_threads(job_threads)
         with ThreadPoolExecutor(job.num_threads, initializer=job.init_thread) as pool:
             for batch in map_in_order(pool, job.encode_batch, batches, job.num_threads):
@@ -148,16 +148,16 @@ def make_actions(
                 moments = job.vae.encode(image.to(job.device))
             np.save(folder / "moments" / f"{i}.npy", moments[0].cpu().numpy())
 
-    def decode() -> None:
+    def decode_images() -> None:
         torch.set_num_threads(1)
         for i in range(job.num_images):
             job.reader.read(job.source, i)
 
     return {
         "encode_latents": encode_latents,
-        "VAE alone": run_vae,
+        "VAE alone": encode_decoded_images,
         "one at a time": encode_one_at_a_time,
-        "decoding alone": decode,
+        "decoding alone": decode_images,
     }
 
 
@@ -207,7 +207,7 @@ def main() -> None:
         flops_per_image=flops,
         matmul_flops_per_s=rate,
         results=results,
-        ratios=compare(timings.seconds, pairs),
+        ratios=compare_times(timings.seconds, pairs),
     )
 
 

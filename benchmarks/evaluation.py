@@ -2,14 +2,13 @@
 
     python -m benchmarks.evaluation --json evaluation.json
 
-The features are random numbers with the dimension of Inception features. The compared functions are
+The features are random numbers with the dimension of Inception features. There are as many samples
+as references. The other implementations run on the CPU:
 
-- `frechet_distance`, and `sqrtm`: calculate_frechet_distance of pytorch-fid, which has ADM's
-  formula and uses the matrix square root of scipy;
-- `statistics`, and mean and cov of numpy;
-- `precision_recall`, for equally many samples and references, and the function of torch-fidelity.
-
-The other implementations run on the CPU.
+- `sqrtm` is calculate_frechet_distance of pytorch-fid. It has ADM's formula, and uses the matrix
+  square root of scipy. It is compared with `frechet_distance`.
+- `numpy` is mean and cov of numpy. It is compared with `statistics`.
+- `torch-fidelity` is compared with `precision_recall`.
 """
 
 from functools import partial
@@ -22,7 +21,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from benchmarks.measure import (
     Action,
-    compare,
+    compare_times,
     describe_machine,
     make_parser,
     median_and_quartiles,
@@ -84,7 +83,7 @@ def main() -> None:
         results={
             name: {"call_s": median_and_quartiles(values)} for name, values in seconds.items()
         },
-        ratios=compare(seconds, PAIRS),
+        ratios=compare_times(seconds, PAIRS),
     )
 
 

@@ -170,7 +170,9 @@ def median_and_quartiles(values: Sequence[float] | np.ndarray) -> dict:
     return {"median": median, "quartiles": [low, high]}
 
 
-def compare(seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, dict]:
+def compare_times(
+    seconds: dict[str, list[float]], pairs: Iterable[tuple[str, str]]
+) -> dict[str, dict]:
     """Return the time of the first action of each pair relative to the time of the second.
 
     Args:

@@ -109,7 +109,7 @@ class Sampler:
             worker = Worker(
                 self.model, self.vae, self.recipe, precision.dtype, store, stored_batches, {}
             )
-            pending = store.pending_batches(stored_batches)
+            pending = store.find_pending_batches(stored_batches)
             run_batches(worker, pending, self.num_threads, precision.compile, bar, store.batch_size)
             store.finalize(labels)
             store.remove_parts_folder()

@@ -8,7 +8,7 @@ to NAME.npz and NAME.png; on GPUs it is timed in several precisions. `plain` sam
 another, with the state in float64 and the uncompiled network in float32 (TF32 on GPUs); it writes
 each image to a PNG file, and finally reads all files for np.savez. Both use the solvers of
 samplers.py. `network alone` only evaluates the network and `VAE alone` only decodes, as often and
-on as many threads as sample_ddp; the sum of their times is a lower bound. The time of the fastest
+on as many threads as sample_ddp; the sum of the two times is a lower bound. The time of the fastest
 round is also reported, because other programs affect it least.
 """
 
@@ -108,7 +108,7 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
     device = vae.vae.device
     folder.mkdir(parents=True)
 
-    def brownian_noise(step: int) -> Tensor:
+    def draw_brownian_noise(step: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.float64)
 
     for start in range(0, num_images, batch_size):
@@ -119,7 +119,9 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
             latents = euler(velocity, noise, ode_times(sampler.num_steps))
         else:
             times = sde_times(sampler.num_steps)
-            latents = euler_maruyama(velocity, INTERPOLANTS["linear"], noise, times, brownian_noise)
+            latents = euler_maruyama(
+                velocity, INTERPOLANTS["linear"], noise, times, draw_brownian_noise
+            )
         decoded = vae.vae.decode(vae.scale.denormalize(latents.float())).sample
         pixels = ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
         for index, image in enumerate(pixels.to("cpu", torch.uint8).numpy(), start):
@@ -132,11 +134,17 @@ def sample_plain(model: SiT, vae: Autoencoder, config: SamplingConfig, folder: P
 
 
 class Method(NamedTuple):
-    """A method to time, which is one row of the result."""
+    """A method to time, which is one row of the result.
 
-    run: Action  # processes all images
-    precision: str  # a key of PRECISIONS
-    flops: int  # FLOPs per image
+    Attributes:
+        run: Function that processes all images.
+        precision: A key of PRECISIONS.
+        flops: FLOPs per image.
+    """
+
+    run: Action
+    precision: str
+    flops: int
 
 
 def make_methods(
@@ -151,21 +159,21 @@ def make_methods(
         flops: FLOPs per image of the network and of the VAE.
         root: Folder for temporary files.
     """
-    first = samplers["fp32"]
-    network = source.model.to(first.device)
+    fp32_sampler = samplers["fp32"]
+    network = source.model.to(fp32_sampler.device)
     num_threads = torch.get_num_threads()
     folders = (root / f"samples{k}" for k in itertools.count())
 
     def run_plain() -> None:
         allow_tf32(True)
         torch.set_num_threads(num_threads)
-        sample_plain(network, first.vae, first.config, next(folders))
+        sample_plain(network, fp32_sampler.vae, fp32_sampler.config, next(folders))
 
     def run_sampler(sampler: Sampler) -> None:
         sampler(next(folders))
 
     total = sum(flops.values())
-    precision = "tf32" if first.device.type == "cuda" else "fp32"
+    precision = "tf32" if fp32_sampler.device.type == "cuda" else "fp32"
     methods = {"plain": Method(run_plain, precision, total)}
     for name, sampler in samplers.items():
         methods[f"sample_ddp, {name}"] = Method(partial(run_sampler, sampler), name, total)
@@ -225,7 +233,7 @@ def main() -> None:
             )
         source = make_random_source(args.model, vae, args.resolution)
 
-        # Create the methods.
+        # Build the samplers and the methods to time.
         sampler_config = SamplerConfig(
             mode=args.mode, num_steps=args.num_steps, cfg_scale=args.cfg_scale
         )

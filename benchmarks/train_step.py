@@ -27,7 +27,7 @@ from accelerate import Accelerator
 import models.targets
 from benchmarks.measure import (
     Action,
-    compare,
+    compare_times,
     describe_machine,
     make_parser,
     median_and_quartiles,
@@ -193,7 +193,7 @@ def measure_peak_memory(plan: Plan, accelerator: Accelerator, variant: str) -> f
     return timings.peak_memory_gib[variant] - allocated
 
 
-def measure(
+def measure_variants(
     config: StepConfig, variants: list[str], rounds: int, steps: int | None, warm_up: int
 ) -> dict:
     """Time the steps of several variants alternately, and compare the times.
@@ -258,7 +258,7 @@ def measure(
         "matmul_flops_per_s": rate,
         "forward_flops_per_image": backbone_flops(plan.network),
         "results": results,
-        "ratios": compare(timings.seconds, [*pairs, ("sra2", "plain")]),
+        "ratios": compare_times(timings.seconds, [*pairs, ("sra2", "plain")]),
     }
 
 
@@ -276,7 +276,7 @@ def main() -> None:
     variants = list(dict.fromkeys(args.align))
     if args.plain:
         variants.insert(0, "plain")
-    result = measure(config, variants, args.rounds, args.steps, args.warm_up)
+    result = measure_variants(config, variants, args.rounds, args.steps, args.warm_up)
     plan = make_plan(config, variants)
     specs = [spec for entry in plan.align for spec in head_specs(entry).values()]
     flops_of_heads = sum(head_flops(plan.network, spec) for spec in specs)

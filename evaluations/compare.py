@@ -13,7 +13,7 @@ from evaluations.metrics import (
     precision_recall,
 )
 from evaluations.reference_features import ReferenceFeatures
-from evaluations.timm_networks import OTHER_NETWORKS
+from evaluations.timm_networks import NON_TIMM_NETWORKS
 
 # Keys of metrics.json that contain results. Every other key identifies the evaluation.
 RESULT_KEYS = ("metrics", "intervals", "by_count", "warning")
@@ -65,7 +65,7 @@ def compute_metrics(
         metrics["class_agreement"] = None
         if labels is not None:
             metrics["class_agreement"] = float((samples.scores.argmax(1) == labels).mean())
-    suffix = "" if network in OTHER_NETWORKS else f"-{network}"
+    suffix = "" if network in NON_TIMM_NETWORKS else f"-{network}"
     precision = recall = None
     if reference.features is not None:
         precision, recall = precision_recall(
@@ -76,7 +76,7 @@ def compute_metrics(
     return metrics
 
 
-def frechet_distances_by_count(
+def compute_distances_by_count(
     features: np.ndarray, reference: ReferenceFeatures, device: Device
 ) -> dict[str, float]:
     """Compute the Frechet distance of the first n samples for several n.

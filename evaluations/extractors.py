@@ -21,10 +21,10 @@ from evaluations.features import FeatureNetwork, Features, NumpyFeatures, to_num
 from evaluations.image_batches import Images
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import Device
-from evaluations.timm_networks import OTHER_NETWORKS, TimmFeatures
+from evaluations.timm_networks import NON_TIMM_NETWORKS, TimmFeatures
 from models.encoder import ENCODER_ALIASES
 
-EXTRACTOR_NAMES = (*OTHER_NETWORKS, *ENCODER_ALIASES)
+EXTRACTOR_NAMES = (*NON_TIMM_NETWORKS, *ENCODER_ALIASES)
 
 
 def add_network_flags(parser: Any) -> None:

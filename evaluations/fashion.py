@@ -31,11 +31,11 @@ class GarmentClassifier(FeatureNetwork):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _convolution(3, 32),
-            _convolution(32, 64, stride=2),
-            _convolution(64, 64),
-            _convolution(64, 96, stride=2),
-            _convolution(96, self.num_features),
+            _make_convolution(3, 32),
+            _make_convolution(32, 64, stride=2),
+            _make_convolution(64, 64),
+            _make_convolution(64, 96, stride=2),
+            _make_convolution(96, self.num_features),
         )
         self.head = nn.Linear(self.num_features, self.num_classes)
 
@@ -55,7 +55,7 @@ class GarmentClassifier(FeatureNetwork):
         return Features(pool, scores=self.head(pool))
 
 
-def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+def _make_convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
         nn.BatchNorm2d(out_channels),

@@ -129,7 +129,7 @@ class NpzImages(NpzFile, Images):
             self.count = self.shape[0]
             self.size = self.shape[1:3]
             if self.member.compress_type == zipfile.ZIP_STORED and self.count:
-                offset = _member_offset(path, self.member) + self.header_size
+                offset = _find_member_offset(path, self.member) + self.header_size
                 self.map = np.memmap(path, np.uint8, "r", offset, self.shape)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
@@ -166,7 +166,7 @@ def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(file)
 
 
-def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
+def _find_member_offset(path: Path, member: zipfile.ZipInfo) -> int:
     """Return the position of the first byte of an uncompressed member in a zip file.
 
     The lengths of name and extra field are read from the local header, because they may differ from
@@ -213,7 +213,7 @@ class ImageSubset(Images):
         return np.concatenate(images)
 
 
-def evenly_spaced_indices(count: int, max_count: int) -> np.ndarray:
+def make_evenly_spaced_indices(count: int, max_count: int) -> np.ndarray:
     """Return at most `max_count` evenly spaced indices from 0 to `count` - 1, ascending."""
     return np.unique(np.linspace(0, count - 1, min(count, max_count)).round().astype(int))
 

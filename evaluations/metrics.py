@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MANIFOLD_NEIGHBOURS = 3  # number k of nearest neighbours for precision and recall
+MANIFOLD_NEIGHBOURS = 3  # number of nearest neighbours for precision and recall
 ROWS = 4096  # number of rows of features that are converted to float64 at a time
 TILE_SIZE = 2048  # number of rows and columns of a block of the distance matrix
 ADM_TILE_SIZE = 10_000  # tile size of ADM's evaluator (row_batch_size)
@@ -56,7 +56,7 @@ def compute_statistics(features: np.ndarray, device: Device = "cpu") -> Statisti
     mu = sum(features[i : i + ROWS].sum(0, dtype=np.float64) for i in starts) / n
     sigma = torch.zeros(size, size, dtype=torch.float64, device=device)
     for i in starts:
-        sigma += _gram(torch.from_numpy(features[i : i + ROWS] - mu).to(device))
+        sigma += _compute_gram_matrix(torch.from_numpy(features[i : i + ROWS] - mu).to(device))
     return Statistics(mu, sigma.div_(n - 1).cpu().numpy())
 
 
@@ -109,7 +109,7 @@ def frechet_influence(
     mu_r, sigma_r = _to_tensors(reference, device)
     factor, _ = _factorise(sigma_r)
     values, vectors = _eigh(factor.T @ sigma @ factor)
-    values = values.clamp(min=_rounding_error(values))
+    values = values.clamp(min=_estimate_rounding_error(values))
     half_map = factor @ vectors * values**-0.25  # T = half_map half_map^T
     derivatives = []
     for i in range(0, n, ROWS):
@@ -224,7 +224,7 @@ def precision_recall(
         is_fake_covered = torch.zeros(len(fake), dtype=torch.bool, device=device)
         for i in range(0, len(real), tile):
             for j in range(0, len(fake), tile):
-                distances = _squared_distances(real[i : i + tile], fake[j : j + tile], fp16)
+                distances = _compute_squared_distances(real[i : i + tile], fake[j : j + tile], fp16)
                 in_fake_ball = distances <= fake_radii[j : j + tile]
                 in_real_ball = distances <= real_radii[i : i + tile, None]
                 is_real_covered[i : i + tile] |= in_fake_ball.any(1)
@@ -252,7 +252,7 @@ def manifold_radii(features: Tensor, neighbours: int, tile_size: int, fp16: bool
         # The k + 1 smallest distances, including the distance of a feature to itself.
         nearest = rows.new_empty(len(rows), 0)
         for columns in features.split(tile_size):
-            nearest = torch.cat([nearest, _squared_distances(rows, columns, fp16)], 1)
+            nearest = torch.cat([nearest, _compute_squared_distances(rows, columns, fp16)], 1)
             num_nearest = min(neighbours + 1, nearest.shape[1])
             nearest = nearest.topk(num_nearest, largest=False).values
         radii.append(nearest.max(1).values)
@@ -279,7 +279,7 @@ def _to_tensors(statistics: Statistics, device: Device) -> tuple[Tensor, Tensor]
     return mu, sigma
 
 
-def _gram(x: Tensor) -> Tensor:
+def _compute_gram_matrix(x: Tensor) -> Tensor:
     """Return x^T x. On the CPU, NumPy computes the product, because NumPy exploits the symmetry."""
     if x.is_cuda:
         return x.T @ x
@@ -287,9 +287,9 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues in ascending order and the eigenvectors.
+    """Return the eigenvalues in ascending order, and the eigenvectors.
 
-    On the CPU, NumPy computes them, because its LAPACK takes half the time for the eigenvectors.
+    On the CPU, NumPy is used, because NumPy's LAPACK computes eigenvectors in half the time.
     """
     if symmetric.is_cuda:
         return torch.linalg.eigh(symmetric)
@@ -297,7 +297,7 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
-def _rounding_error(eigenvalues: Tensor) -> Tensor:
+def _estimate_rounding_error(eigenvalues: Tensor) -> Tensor:
     """Return the size of rounding errors in ascending eigenvalues (F,)."""
     return eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
 
@@ -305,18 +305,18 @@ def _rounding_error(eigenvalues: Tensor) -> Tensor:
 def _factorise(sigma: Tensor) -> tuple[Tensor, bool]:
     """Return R (F, rank) with R R^T = sigma, and whether sigma is singular.
 
-    R is the Cholesky factor. For a singular matrix, it consists of the scaled eigenvectors whose
-    eigenvalues exceed the rounding error.
+    R is the Cholesky factor. For a singular matrix, R consists of scaled eigenvectors, except those
+    whose eigenvalues do not exceed the rounding error.
     """
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
         return factor, False
     values, vectors = _eigh(sigma)
-    is_significant = values > _rounding_error(values)
+    is_significant = values > _estimate_rounding_error(values)
     return vectors[:, is_significant] * values[is_significant].sqrt(), True
 
 
-def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
+def _compute_squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
     """Return the squared distances between float32 features (n, F) and (m, F) as (n, m) float32.
 
     The formula is that of ADM's _batch_pairwise_distances: |a|^2 - 2 a b + |b|^2, clipped at 0.
@@ -324,7 +324,7 @@ def _squared_distances(a: Tensor, b: Tensor, fp16: bool) -> Tensor:
     in float32 (DistanceBlock of ADM).
     """
     if fp16:
-        distances = _squared_distances(a.half(), b.half(), fp16=False)
+        distances = _compute_squared_distances(a.half(), b.half(), fp16=False)
         if distances.isfinite().all():
             return distances.float()
     products = (a @ b.T).mul_(-2)

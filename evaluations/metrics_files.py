@@ -38,7 +38,14 @@ LOWER_IS_BETTER = ("FID", "sFID", "FD")  # prefixes of metric names
 
 
 class MetricsFile(NamedTuple):
-    """A metrics.json. `run` and `run_index` are None if the samples are not of one of the runs."""
+    """A metrics.json file.
+
+    Attributes:
+        path: Path of the file.
+        content: Content of the file.
+        run: Run that generated the samples, or None if it is not one of the runs in the report.
+        run_index: Index of this run in the report, or None.
+    """
 
     path: Path
     content: JsonObject
@@ -47,7 +54,7 @@ class MetricsFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the name of the run."""
+        """Return the name of the run, or "other samples"."""
         return self.run.name if self.run else "other samples"
 
     @property
@@ -57,9 +64,10 @@ class MetricsFile(NamedTuple):
 
     @property
     def samples(self) -> Path | None:
-        """Return the recorded path of the evaluated .npz, or its path in this file's folder.
+        """Return the recorded path of the evaluated .npz, or None if no path is recorded.
 
-        The second is returned if the recorded path does not exist.
+        If the recorded path does not exist, return the path of an .npz with the same name in the
+        folder of the metrics file.
         """
         name = self.content.get("samples")
         if not isinstance(name, str):
@@ -230,8 +238,8 @@ def find_best(files: list[MetricsFile], metric: str) -> set[int]:
     else:
         return set()
 
-    # By identity: the value, both ends of its interval, and the index of each file. The values and
-    # the ends are negated if lower values are better.
+    # Group the files by identity. An entry is the value, both ends of the interval, and the index
+    # of the file. The value and the ends are negated if lower values are better.
     groups: dict[str, list[tuple[float, float, float, int]]] = {}
     for index, file in enumerate(files):
         value = file.content["metrics"].get(metric)

@@ -17,7 +17,7 @@ from common.cli import UserError
 from evaluations.extractors import extract_features, load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
 from evaluations.features import FeatureNetwork
-from evaluations.image_batches import Images, ImageSubset, evenly_spaced_indices, open_images
+from evaluations.image_batches import Images, ImageSubset, make_evenly_spaced_indices, open_images
 from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
@@ -83,8 +83,8 @@ def find_nearest(
     Args:
         blocks: Consecutive blocks of features, (B, F).
         queries: Features of the queries, (q, F).
-        self_indices: Index of each query among the features of the blocks, (q,). This feature is
-            excluded. -1 if the blocks do not contain the query.
+        self_indices: Index of each query in the blocks, (q,), or -1 if the blocks do not contain
+            the query. A query is not a neighbour of itself.
         k: Number of neighbours.
         device: Device that computes distances.
 
@@ -128,7 +128,7 @@ class MemorisationSearch:
         """Check each set of samples. The samples must have the size of the training images."""
         # Compute the features of the measured samples of each set, and of the probes.
         sample_indices = [_select_indices(images) for images in samples.values()]
-        probes = evenly_spaced_indices(self.train.count, MAX_QUERIES)
+        probes = make_evenly_spaced_indices(self.train.count, MAX_QUERIES)
         queries = [
             self._extract_features(images, indices, name)
             for (name, images), indices in zip(samples.items(), sample_indices)
@@ -189,7 +189,7 @@ class MemorisationSearch:
             ]
             return NearestMatch(indices[row], _read_image(samples, indices[row]), nearest)
 
-        evenly_spaced = evenly_spaced_indices(samples.count, NUM_EVENLY_SPACED)
+        evenly_spaced = make_evenly_spaced_indices(samples.count, NUM_EVENLY_SPACED)
         closest_rows = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
         first_percentile = np.percentile(baseline, 1)
         return MemorisationCheck(
@@ -214,8 +214,8 @@ class MemorisationSearch:
 
 def _select_indices(images: Images) -> np.ndarray:
     """Return the indices of the samples to measure, which include the evenly spaced samples."""
-    indices = evenly_spaced_indices(images.count, MAX_QUERIES)
-    return np.union1d(indices, evenly_spaced_indices(images.count, NUM_EVENLY_SPACED))
+    indices = make_evenly_spaced_indices(images.count, MAX_QUERIES)
+    return np.union1d(indices, make_evenly_spaced_indices(images.count, NUM_EVENLY_SPACED))
 
 
 def _read_image(images: Images, index: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from evaluations.image_batches import evenly_spaced_indices
+from evaluations.image_batches import make_evenly_spaced_indices
 from evaluations.metrics_files import (
     LOWER_IS_BETTER,
     compare_settings,
@@ -185,7 +185,7 @@ def smooth(
     The window contains 2% of the points. It shrinks towards both ends of the line, which preserves
     a steep start. NaN values are excluded from the medians, and points without a value remain NaN.
     """
-    centres = evenly_spaced_indices(len(y), max_points)
+    centres = make_evenly_spaced_indices(len(y), max_points)
     y = np.where(np.isfinite(y), y, np.nan)
     radii = np.minimum(len(y) // 100, centres)
     medians = [

@@ -17,7 +17,7 @@ from common.files import sha256, write_npz
 from common.processes import World
 from evaluations.extractors import add_network_flags, iterate_batches, load_extractor
 from evaluations.features import FeatureNetwork
-from evaluations.image_batches import Images, evenly_spaced_indices, open_images
+from evaluations.image_batches import Images, make_evenly_spaced_indices, open_images
 from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device
 from evaluations.moments import RunningMoments
 
@@ -119,7 +119,7 @@ def write_reference(
     Returns:
         The number of stored images.
     """
-    indices = evenly_spaced_indices(images.count, max_images)
+    indices = make_evenly_spaced_indices(images.count, max_images)
     rows = None
     if len(indices):
         rows = (images.read_batch(i, i + 1).transpose(0, 2, 3, 1) for i in indices)

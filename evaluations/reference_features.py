@@ -78,7 +78,7 @@ class ReferenceFeatures(NamedTuple):
     features: np.ndarray | None
 
 
-def default_cache_dir() -> Path:
+def get_default_cache_dir() -> Path:
     """Return the default folder for cached features of references."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(user_cache) / "sra2" / "references"
@@ -99,7 +99,7 @@ def load_reference_features(
         networks: Feature networks by name.
         batch_size: Images per forward pass.
         device: Device of the networks.
-        cache_dir: Folder of cached features. By default `default_cache_dir()`.
+        cache_dir: Folder of cached features. By default, `get_default_cache_dir()`.
         world: Processes that share the work. By default, this process does all of it.
 
     Returns:
@@ -121,9 +121,9 @@ def load_reference_features(
 
     # Read the cache on the first process, and broadcast the names of the missing networks.
     is_first_process = world is None or world.rank == 0
-    directory = cache_dir or default_cache_dir()
+    directory = cache_dir or get_default_cache_dir()
     cache_paths = {
-        name: _cache_path(directory, reference, network) for name, network in networks.items()
+        name: _make_cache_path(directory, reference, network) for name, network in networks.items()
     }
     features: dict[str, ReferenceFeatures] = {}
     if is_first_process:
@@ -198,7 +198,7 @@ def _check_statistics_suffice(npz: NpzFile, networks: Mapping[str, FeatureNetwor
         )
 
 
-def _cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwork) -> Path:
+def _make_cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwork) -> Path:
     """Return the path of the cache file for the features of a reference from a network."""
     network_identity = [type(network).__name__, network.weights_sha256]
     key = [CACHE_FORMAT, reference.sha256, *network_identity, reference.resolution]

@@ -99,7 +99,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run the command."""
     args = parse_args()
-    torch.backends.cudnn.allow_tf32 = False  # as in evaluations.evaluate
     cli.require_package("jinja2", "evaluations.report")
     cli.require_package("matplotlib", "evaluations.report")
     if args.out.suffix not in (".html", ".htm"):
@@ -171,7 +170,7 @@ def render_page(
         "flatten_setting": plots.flatten_setting,
         "previews": report_images.load_previews,
         "rounded": format_metric,
-        "summary": summarize,
+        "summary": summarize_run,
         "svg": plots.render_svg,
         "text": format_value,
         "thousands": "{:,}".format,
@@ -194,10 +193,11 @@ def render_page(
     )
 
 
-def summarize(run: Run) -> str:
+def summarize_run(run: Run) -> str:
     """Return a one-line summary of a run: model, alignment methods and progress."""
     model = run.args.get("model") or run.config.get("model_name") or "unknown model"
-    step, images = run.steps[-1]["step"], run.images
+    step = run.steps[-1]["step"]
+    images = run.images
     if run.config.get("step", 0) > step:  # the checkpoint is newer than the log
         step = run.config["step"]
         images = step * run.config["batch_size"]
@@ -280,7 +280,8 @@ def compare_runs(runs: list[Run]) -> list[tuple[str, list[JsonObject], Compariso
     """Compare the flags and the configurations of runs.
 
     Returns:
-        For each of the two: title, settings per run, and comparison of the settings.
+        One entry for the flags and one for the configurations: title, settings per run, and
+        comparison of the settings.
     """
     flags = [{key: value for key, value in run.args.items() if key != "exp_name"} for run in runs]
     configs = [flatten(run.config) for run in runs]

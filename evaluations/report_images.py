@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from evaluations.image_batches import evenly_spaced_indices
+from evaluations.image_batches import make_evenly_spaced_indices
 from evaluations.metrics_files import MetricsFile
 from evaluations.runs import Run
 
@@ -74,7 +74,7 @@ def load_previews(run: Run) -> list[Figure]:
     )
     batch_size = run.args.get("batch_size")
     figures = []
-    for index in evenly_spaced_indices(len(paths), MAX_PREVIEWS):
+    for index in make_evenly_spaced_indices(len(paths), MAX_PREVIEWS):
         step = int(paths[index].stem)
         caption = f"step {step:,}"
         if batch_size:

@@ -1,6 +1,6 @@
 """Evaluate samples against a reference, and read and write metrics.json.
 
-This module is shared by evaluations.evaluate and sample_ddp.py --evaluate.
+evaluations.evaluate and sample_ddp.py --evaluate use this module.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from common.files import sha256, write_file
 from common.processes import World
 from evaluations.compare import (
     RESULT_KEYS,
+    compute_distances_by_count,
     compute_metrics,
-    frechet_distances_by_count,
     frechet_name,
     make_small_sample_warning,
 )
@@ -35,13 +35,15 @@ from evaluations.reference_features import (
     load_reference_features,
 )
 from evaluations.runs import JsonObject, read_json
-from evaluations.timm_networks import OTHER_NETWORKS
+from evaluations.timm_networks import NON_TIMM_NETWORKS
 
 # Keys of metrics.json that identify an evaluation, without those of the samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
+# Names in printed results of the names in metrics.json.
 DISPLAY_NAMES = {
-    "class_agreement": "classifier agrees with class",
+    "class_agreement": "class agreement",
     "inception_score": "Inception score",
+    "Fashion-MNIST's 10,000 test images, as shipped": "the 10,000 test images of Fashion-MNIST",
 }
 
 
@@ -56,7 +58,7 @@ def parse_normaliser(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Settings of an evaluation, apart from the samples and the reference."""
+    """Settings of an evaluation, except the samples and the reference."""
 
     features: tuple[str, ...] = setting(
         ("inception",),
@@ -175,7 +177,7 @@ class EvaluationSuite:
 
         Args:
             samples: The .npz of samples, or None if the samples are not kept.
-            sampling: The content of NAME.json, or {} if the sampling settings are unknown.
+            sampling: The content of the samples' NAME.json, or {} if the settings are unknown.
             count: Number of samples.
         """
         identity = {
@@ -221,7 +223,7 @@ class EvaluationSuite:
             interval = frechet_interval(features.pool, reference.pool, device=self.device)
             if interval is not None:
                 intervals[frechet_name(name)] = interval
-            distances = frechet_distances_by_count(features.pool, reference, self.device)
+            distances = compute_distances_by_count(features.pool, reference, self.device)
             if distances:
                 distances_by_count[frechet_name(name)] = distances
 
@@ -258,7 +260,7 @@ def _check_config(config: EvaluationConfig) -> None:
         raise UserError(
             f"--normalisers {unknown[0]} requires the network {unknown[0]}: add it to --features"
         )
-    timm_networks = [name for name in config.features if name not in OTHER_NETWORKS]
+    timm_networks = [name for name in config.features if name not in NON_TIMM_NETWORKS]
     if config.encoder_weights and len(timm_networks) != 1:
         raise UserError(
             "--encoder-weights applies to a single timm network, but --features contains "
@@ -325,7 +327,7 @@ def format_results(result: JsonObject) -> str:
     """Format the content of a metrics.json as text, with one line per metric."""
     reference = result.get("reference_name") or result["reference"]
     intervals = result.get("intervals", {})
-    lines = [f"{result['count']:,} samples against {reference}"]
+    lines = [f"{result['count']:,} samples against {DISPLAY_NAMES.get(reference, reference)}"]
     for key, value in result["metrics"].items():
         if value is None:
             continue

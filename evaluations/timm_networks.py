@@ -18,7 +18,7 @@ from evaluations.features import FeatureNetwork, Features
 from models.encoder import load_network, timm_name, weights_fingerprint
 from models.errors import FieldError
 
-OTHER_NETWORKS = ("inception", "fashion")  # names of --features that are not timm models
+NON_TIMM_NETWORKS = ("inception", "fashion")  # names of --features that are not timm models
 DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 used 518
 
 
@@ -46,7 +46,7 @@ class TimmFeatures(FeatureNetwork):
 
         super().__init__()
         try:
-            architecture = timm_name(name, OTHER_NETWORKS)
+            architecture = timm_name(name, NON_TIMM_NETWORKS)
             self.network = load_network(name, weights)
         except FieldError as error:
             source = "--encoder-weights" if error.field == "weights" else flag

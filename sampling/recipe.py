@@ -1,4 +1,4 @@
-"""Define the settings of the sampler, and sample latents with them."""
+"""Define the settings of the sampler, and sample latents with these settings."""
 
 import json
 from collections.abc import Callable
@@ -30,12 +30,13 @@ from samplers import (
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of the sampler. Each has a command-line flag."""
+    """Settings of the sampler. Each setting has a command-line flag."""
 
     mode: str = setting(
         "sde",
         choices=("sde", "ode"),
-        help="sde: reverse SDE with Euler-Maruyama steps; ode: probability flow with Euler steps",
+        help="sde: reverse SDE with Euler-Maruyama steps; ode: probability-flow ODE with Euler "
+        "steps",
     )
     heun: bool = setting(False, help="solve the ODE with Heun's method")
     dopri5: bool = setting(
@@ -87,7 +88,7 @@ class SamplerConfig:
         """Check that the settings are consistent.
 
         Raises:
-            FieldError: A setting is out of range or contradicts another one.
+            FieldError: A setting is out of range or contradicts another setting.
         """
         if self.cfg_scale < 1:
             raise FieldError(
@@ -182,8 +183,8 @@ class Recipe(SamplerConfig):
             model: The network.
             indices: Index of each image, (B,), on the network's device.
             dtype: Dtype of the network's matrix products.
-            check_cancelled: Called before each evaluation of the network. An exception that it
-                raises ends the sampling.
+            check_cancelled: Function that is called before each evaluation of the network. Sampling
+                ends if the function raises an exception.
 
         Returns:
             Latents, (B, C, h, w), of dtype `state_dtype`.
@@ -202,7 +203,7 @@ class Recipe(SamplerConfig):
             high=self.guidance_high,
         )
 
-        def brownian_noise(step: int) -> Tensor:
+        def draw_brownian_noise(step: int) -> Tensor:
             return normal(self.seed, Purpose.BROWNIAN, indices, shape, draw=step)
 
         interval = time_interval(interpolant, self.prediction)
@@ -212,7 +213,7 @@ class Recipe(SamplerConfig):
             return denoise(velocity, interpolant, x, t_min)
         if self.solver == "euler-maruyama":
             times = sde_times(self.num_steps, interval)
-            x = euler_maruyama(velocity, interpolant, x, times, brownian_noise)
+            x = euler_maruyama(velocity, interpolant, x, times, draw_brownian_noise)
         else:
             times = ode_times(self.num_steps, interval)
             solve = heun if self.heun else euler
@@ -254,6 +255,7 @@ def load_labels(path: Path) -> np.ndarray:
 
 
 def _read_label_file(path: Path) -> np.ndarray:
+    """Read a label file, or raise any exception if the file is invalid."""
     if path.suffix in (".npy", ".npz"):
         values = np.load(path)
         if path.suffix == ".npz":

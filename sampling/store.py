@@ -30,7 +30,7 @@ from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
 from evaluations.extractors import concatenate_features
 from evaluations.features import Features, NumpyFeatures
-from evaluations.image_batches import NpzImages, evenly_spaced_indices
+from evaluations.image_batches import NpzImages, make_evenly_spaced_indices
 from evaluations.runs import JsonObject
 from sampling.record import check_same_settings, format_grid_title, read_record
 
@@ -61,7 +61,7 @@ class SampleStore:
         folder: Folder of the results.
         name: Name of the result files.
         record: Settings of the samples, which are written to NAME.json.
-        networks: Feature networks: sha256 of the weights by name.
+        networks: sha256 of the weights of each feature network, by the name of the network.
         keep_images: Whether to write NAME.npz. If False, only the images of the grid are stored.
         write_pngs: Whether to write each image to a PNG file.
     """
@@ -124,7 +124,7 @@ class SampleStore:
         return self._find_stored_batches()
 
     def open_npz(self) -> None:
-        """Open NAME.npz if it exists."""
+        """Open NAME.npz if the file exists."""
         if self.npz_path.exists():
             self.npz_images = NpzImages(self.npz_path, "--name")
 
@@ -132,7 +132,7 @@ class SampleStore:
         """Return whether NAME.npz contains all images."""
         return self.npz_images is not None and self.npz_images.count == self.count
 
-    def pending_batches(self, stored_batches: StoredBatches) -> list[int]:
+    def find_pending_batches(self, stored_batches: StoredBatches) -> list[int]:
         """Return the indices of the batches that lack images, features or PNG files."""
         # If images are not kept, only features are stored for a finished batch.
         images = stored_batches.images if self.keep_images else stored_batches.features
@@ -151,16 +151,16 @@ class SampleStore:
             batch: Index of the batch.
             images: Images, (B, 3, H, W) uint8. The last batch is padded to B images.
             features: Features of the images by the name of the network.
-            is_new: Whether the images were sampled now. If False, they were read from this store.
+            is_new: Whether the images have just been sampled. If False, they come from this store.
         """
         indices = self._indices(batch)
         pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
         if self.keep_images and is_new:
-            write_array(self._part_path(batch, "npy"), pixels)
+            write_array(self._make_part_path(batch, "npy"), pixels)
         if not self.keep_images:
             for index in indices:
                 if index in self.grid_indices:
-                    write_array(self._grid_part_path(index), pixels[index - indices.start])
+                    write_array(self._make_grid_part_path(index), pixels[index - indices.start])
         if self.write_pngs:
             self.png_folder.mkdir(parents=True, exist_ok=True)
             for index, image in zip(indices, pixels):
@@ -173,7 +173,7 @@ class SampleStore:
                 for name, output in outputs.as_dict().items()
             }
             metadata = {"networks": json.dumps(self.networks)}
-            write_file(self._part_path(batch, "safetensors"), save(arrays, metadata))
+            write_file(self._make_part_path(batch, "safetensors"), save(arrays, metadata))
 
     def finalize(self, labels: np.ndarray) -> None:
         """Write NAME.json, NAME.npz and NAME.png.
@@ -207,7 +207,7 @@ class SampleStore:
 
     def _read_batch_features(self, batch: int, network: str) -> NumpyFeatures:
         """Return the features that a network computed for a batch. The last batch may be padded."""
-        arrays = load_file(_wait_for_file(self._part_path(batch, "safetensors")))
+        arrays = load_file(_wait_for_file(self._make_part_path(batch, "safetensors")))
         prefix = f"{network}/"
         return Features(
             **{
@@ -230,11 +230,12 @@ class SampleStore:
         present_labels = np.unique(labels)
         self.grid_indices = [
             int(index)
-            for label in present_labels[evenly_spaced_indices(len(present_labels), GRID_ROWS)]
+            for label in present_labels[make_evenly_spaced_indices(len(present_labels), GRID_ROWS)]
             for index in np.flatnonzero(labels == label)[:GRID_COLUMNS]
         ]
 
     def _remove_parts_folder_if_empty(self) -> None:
+        """Remove the folder unless batches are stored in it."""
         if not any(self.parts_folder.glob("[0-9]*")):
             self.remove_parts_folder()
 
@@ -298,7 +299,7 @@ class SampleStore:
         if not self.networks:
             return True
         try:
-            with safe_open(self._part_path(batch, "safetensors"), "numpy") as file:
+            with safe_open(self._make_part_path(batch, "safetensors"), "numpy") as file:
                 stored_networks = json.loads(file.metadata()["networks"])
                 keys = file.keys()
                 num_rows = min(file.get_slice(key).get_shape()[0] for key in keys)
@@ -326,11 +327,12 @@ class SampleStore:
             save_png(draw_labelled_grid(rows, format_grid_title(self.record)), self.grid_path)
 
     def _read_grid_image(self, index: int) -> np.ndarray | None:
+        """Return an image of the grid, (H, W, 3), or None if the image is not stored."""
         if self.npz_images is not None and self.keep_images:
             return self.npz_images.read_rows(index, index + 1)[0]
         # The file is missing if an interrupted run with a smaller count has finished the batch but
         # has chosen other images for its grid.
-        path = self._grid_part_path(index)
+        path = self._make_grid_part_path(index)
         return np.load(path) if path.exists() else None
 
     def read_pixels(self, batch: int) -> np.ndarray:
@@ -338,17 +340,19 @@ class SampleStore:
         indices = self._indices(batch)
         if self.npz_images is not None and indices.stop <= self.npz_images.count:
             return np.array(self.npz_images.read_rows(indices.start, indices.stop))
-        return np.load(_wait_for_file(self._part_path(batch, "npy")))
+        return np.load(_wait_for_file(self._make_part_path(batch, "npy")))
 
     def _indices(self, batch: int) -> range:
         """Return the indices of the images of a batch, without padding."""
         start = batch * self.batch_size
         return range(start, min(start + self.batch_size, self.count))
 
-    def _part_path(self, batch: int, suffix: str) -> Path:
+    def _make_part_path(self, batch: int, suffix: str) -> Path:
+        """Return the path of a file with images or features of a batch."""
         return self.parts_folder / f"{batch:06d}.{suffix}"
 
-    def _grid_part_path(self, index: int) -> Path:
+    def _make_grid_part_path(self, index: int) -> Path:
+        """Return the path of the file with an image of the grid."""
         return self.parts_folder / f"drawn-{index:06d}.npy"
 
 

@@ -18,7 +18,7 @@ from sampling.store import SampleStore, StoredBatches
 
 
 class WorkerCancelledError(Exception):
-    """The batch was cancelled, because another batch failed or the user pressed Ctrl-C."""
+    """A batch was cancelled, because another batch failed or the user pressed Ctrl-C."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Worker:
         vae: The VAE that decodes the latents.
         recipe: Settings of the sampler.
         dtype: Dtype of the network's matrix products.
-        store: Stores the batches.
+        store: Store of the batches.
         stored_batches: Indices of the batches that are already stored.
         networks: Networks that compute features of the images, by name.
     """
@@ -53,11 +53,11 @@ class Worker:
         return self.vae.vae.device
 
     def cancel(self) -> None:
-        """Make all calls raise `WorkerCancelledError` before they evaluate the network again."""
+        """Make running calls raise `WorkerCancelledError` before the next network evaluation."""
         self._cancelled.set()
 
     def check_cancelled(self) -> None:
-        """Raise `WorkerCancelledError` after `cancel` was called."""
+        """Raise `WorkerCancelledError` if `cancel` has been called."""
         if self._cancelled.is_set():
             raise WorkerCancelledError
 
@@ -66,7 +66,7 @@ class Worker:
         self.check_cancelled()
         is_new = batch not in self.stored_batches.images
         features = {}
-        with self._stream():
+        with self._select_stream():
             if is_new:
                 images = self._sample(batch)
             else:
@@ -96,7 +96,7 @@ class Worker:
             )
         return self.vae.decode(latents)
 
-    def _stream(self) -> AbstractContextManager:
+    def _select_stream(self) -> AbstractContextManager:
         """Select a CUDA stream per thread, so that one thread samples while another one decodes."""
         if self.device.type != "cuda":
             return nullcontext()
@@ -120,7 +120,7 @@ def run_batches(
 
     Args:
         worker: The worker that samples and stores each batch.
-        batches: Indices of the batches.
+        batches: Indices of the batches to process.
         num_threads: Number of batches that are processed at once.
         is_compiled: Whether the network is compiled. If True, the first batch runs alone, so that
             the network is compiled only once.

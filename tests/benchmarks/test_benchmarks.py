@@ -1,4 +1,4 @@
-"""Tests that the benchmarks run on a CPU and that the documentation agrees with their results."""
+"""Test that the benchmarks run on a CPU and that the documentation agrees with their results."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ from tests.helpers import ROOT
 
 @pytest.fixture
 def run_benchmark(call, tmp_path):
-    """Return a function that runs a benchmark with flags and returns the result."""
+    """Return a function that runs a benchmark with flags and returns the JSON result."""
 
     def run(module, *flags) -> dict:
         path = tmp_path / "result.json"
@@ -40,12 +40,12 @@ def run_benchmark(call, tmp_path):
     return run
 
 
-def page(name: str) -> str:
+def read_page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text()
 
 
 def count_images_per_call(model, counts: list[int]):
-    """Return a copy of a network that records the number of images of each call."""
+    """Return a copy of a network that appends the number of images of each call to `counts`."""
     model = copy.deepcopy(model)
     model.register_forward_pre_hook(lambda module, inputs: counts.append(len(inputs[0])))
     return model
@@ -77,7 +77,7 @@ def test_train_step_accepts_settings_of_training(call, run_benchmark):
 def test_checkpoint_times_copy_write_and_pause(run_benchmark, tmp_path):
     flags = ["--model", "SiT-Ti/2", "--rounds", 2, "--dest", tmp_path / "dest"]
     result = run_benchmark(checkpoint, *flags)
-    # Weights, head, EMA and two moments per parameter, in float32.
+    # A checkpoint contains weights, head, EMA and two moments per parameter, in float32.
     assert 30e6 < result["bytes"] < 45e6
     assert list(result["results"]) == ["copy_s", "write_s", "longest_pause_s"]
     assert all(value["median"] > 0 for value in result["results"].values())
@@ -132,7 +132,7 @@ def test_evaluation_compares_with_other_implementations(run_benchmark):
 def test_adm_comparison_computes_all_recorded_quantities():
     counts = {"reference": 50, "samples": 60, "few": 9, "activations": 30}
     arrays = adm_evaluator.make_inputs(counts, 24, 10)
-    ours = adm_evaluator.compute_ours(arrays)
+    ours = adm_evaluator.compute_repository_results(arrays)
     recorded = json.loads((ROOT / "docs/adm_evaluator.json").read_text())
     assert list(ours) == list(recorded["quantities"])
     assert all(np.isfinite(value).all() for value in ours.values())
@@ -143,7 +143,7 @@ def test_adm_comparison_computes_all_recorded_quantities():
 
 def test_evaluation_page_agrees_with_the_adm_comparison():
     result = json.loads((ROOT / "docs/adm_evaluator.json").read_text())
-    text = page("evaluation")
+    text = read_page("evaluation")
     assert adm_evaluator.format_table(result) in text
     for package, version in result["versions"]["theirs"].items():
         assert f"{package} {version}" in text.replace("\n", " ")
@@ -182,7 +182,7 @@ def test_sampling_compares_both_methods_with_the_lower_bound(run_benchmark, vae_
 
 
 @pytest.mark.parametrize("mode", ["ode", "sde"])
-def test_sampling_methods_make_all_images_with_the_same_evaluations(vae_folder, tmp_path, mode):
+def test_sampling_methods_sample_all_images_with_the_same_evaluations(vae_folder, tmp_path, mode):
     vae = Autoencoder(str(vae_folder))
     source = make_random_source("SiT-Ti/2", vae, 32)
     sampler_config = SamplerConfig(mode=mode, num_steps=3, cfg_scale=1.5)
@@ -230,7 +230,7 @@ def test_pages_contain_the_tables_of_the_results():
         "batch_size": "sampling",
     }
     for name, text in table.make_tables().items():
-        assert text in page(pages.get(name, "performance")), name
+        assert text in read_page(pages.get(name, "performance")), name
 
 
 def test_sampling_page_agrees_with_the_batch_size_results():
@@ -239,11 +239,11 @@ def test_sampling_page_agrees_with_the_batch_size_results():
     same_size = [other for other in others if other["batch_size"] == result["batch_size"]]
     assert all(other["largest"] == 0 for other in same_size)
     assert max(other["largest"] for other in others) == 1
-    assert "by one grey level" in page("sampling")
+    assert "by one grey level" in read_page("sampling")
 
 
 def test_data_page_agrees_with_the_encoding_results():
-    text = page("data")
+    text = read_page("data")
     result = json.loads((ROOT / "benchmarks/results/encode-256-cpu.json").read_text())
     assert f"{result['flops_per_image'] / 1e12:.2f} / R seconds" in text
     minutes = table.NUM_IMAGENET_IMAGES * result["flops_per_image"] / (8 * 50e12) / 60

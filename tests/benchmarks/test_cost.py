@@ -1,4 +1,4 @@
-"""Tests that alignment costs agree with manual counts and with the FLOP counter of PyTorch."""
+"""Test that alignment costs agree with manual counts and with the FLOP counter of PyTorch."""
 
 import json
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ WIDTH = 768
 class StubEncoder(nn.Module):
     """An encoder with one convolution, which converts each patch of 16 pixels to a token."""
 
-    pretrained_flags: ClassVar[list[bool]] = []  # values of all instances
+    pretrained_flags: ClassVar[list[bool]] = []  # value of `pretrained` for each instance
     fingerprint = "f"
 
     def __init__(
@@ -52,7 +52,8 @@ class StubEncoder(nn.Module):
         return self.patches(images / 255).flatten(2).mT
 
 
-def stub_encoder_cost(name, resolution, side=None):
+def count_stub_encoder_cost(name, resolution, side=None):
+    """Return the parameters and the FLOPs of StubEncoder."""
     return 3 * 16 * 16 * WIDTH + WIDTH, 2 * (resolution // 16) ** 2 * 3 * 16 * 16 * WIDTH
 
 
@@ -63,8 +64,8 @@ def stub_encoder(monkeypatch):
 
     monkeypatch.setattr(models.targets, "Encoder", StubEncoder)
     monkeypatch.setattr(models.targets, "describe_encoder", describe_encoder)
-    monkeypatch.setattr(models.targets, "encoder_cost", stub_encoder_cost)
-    # Do not measure the rate, which takes a second.
+    monkeypatch.setattr(models.targets, "encoder_cost", count_stub_encoder_cost)
+    # Replace the measurement, which takes a second.
     monkeypatch.setattr(train_step, "measure_matmul_rate", lambda *_, **__: 1e11)
     StubEncoder.pretrained_flags.clear()
 
@@ -75,7 +76,7 @@ def make_config(**settings) -> StepConfig:
     return StepConfig(**defaults | settings)
 
 
-def stub_accelerator(backward=torch.Tensor.backward) -> SimpleNamespace:
+def make_stub_accelerator(backward=torch.Tensor.backward) -> SimpleNamespace:
     """Return a stub of Accelerator for the CPU."""
     return SimpleNamespace(
         device=torch.device("cpu"),
@@ -168,7 +169,7 @@ def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
     costs = cost.count_costs(plan, variant)
 
     def count_flops(backward) -> int:
-        steps = train_step.build_steps(plan, stub_accelerator(backward), [variant])
+        steps = train_step.build_steps(plan, make_stub_accelerator(backward), [variant])
         step = steps[variant].func
         for block in (*step.model.backbone.blocks, *step.state.emas[0].blocks):
             block.attn.fused_attn = False  # the counter does not support the CPU's fused attention
@@ -185,25 +186,25 @@ def test_flops_of_a_step_agree_with_the_counter_of_pytorch():
 def test_variant_trains_only_its_heads_and_does_not_depend_on_other_variants():
     variants = ["sra2", "none", "sra", "sra2+sra"]
     plan = make_plan(make_config(), variants)
-    steps = train_step.build_steps(plan, stub_accelerator(), variants)
+    steps = train_step.build_steps(plan, make_stub_accelerator(), variants)
     heads = steps["sra2"].func.state.model.heads
     for variant in variants:
         before = {method: head[0].weight.clone() for method, head in heads.items()}
         scalars, _ = steps[variant]()
-        trained = {
+        trained_methods = {
             method
             for method, head in heads.items()
             if not torch.equal(head[0].weight, before[method])
         }
         methods = split_variant(variant)
-        assert trained == set(methods)
+        assert trained_methods == set(methods)
         assert {name for name in scalars if name.startswith("align/")} == {
             f"align/{method}" for method in methods
         }
         if variant == variants[0]:
             plan = select_variant(plan, variant)
-            alone = train_step.build_steps(plan, stub_accelerator(), [variant])
-            expected, _ = alone[variant]()
+            single_variant = train_step.build_steps(plan, make_stub_accelerator(), [variant])
+            expected, _ = single_variant[variant]()
             assert scalars == expected
 
 
@@ -233,7 +234,7 @@ def test_peak_memory_excludes_earlier_allocations(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(train_step, "time_interleaved", time_interleaved)
     plan = make_plan(make_config(), ["none"])
-    assert train_step.measure_peak_memory(plan, stub_accelerator(), "none") == 5
+    assert train_step.measure_peak_memory(plan, make_stub_accelerator(), "none") == 5
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Test evaluations.evaluate, evaluations.reference and evaluations.curves."""
+
 import json
 import re
 import shutil
@@ -20,12 +22,12 @@ from evaluations.timm_networks import TimmFeatures, resize_bicubic, resize_posit
 from tests.helpers import make_tree, run_ranks
 
 
-def write_samples(path, n=40, seed=0, labels=True, side=32):
-    """Write random samples in ADM's format and return them, (n, side, side, 3)."""
+def write_samples(path, count=40, seed=0, has_labels=True, side=32):
+    """Write random samples in ADM's format and return the images, (count, side, side, 3)."""
     rng = np.random.default_rng(seed)
-    arrays = {"arr_0": rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8)}
-    if labels:
-        arrays["arr_1"] = np.arange(n) % 10
+    arrays = {"arr_0": rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)}
+    if has_labels:
+        arrays["arr_1"] = np.arange(count) % 10
     np.savez(path, **arrays)
     return arrays["arr_0"]
 
@@ -44,9 +46,9 @@ def read_metrics(path):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """Return a file of He-initialised weights for the Inception graph.
+    """Return a file with He-initialised weights of the Inception network.
 
-    With the default initialisation, activations would vanish and hide errors.
+    With the default initialisation, the activations would vanish, which would hide errors.
     """
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
@@ -75,24 +77,24 @@ def test_inception_features_equal_torch_fidelity_and_adms_spatial_features(incep
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=generator)
     features = InceptionFeatures(inception_weights)(images)
     outputs = ["2048", "logits_unbiased"]
-    oracle = FeatureExtractorInceptionV3("oracle", outputs, str(inception_weights))
+    original = FeatureExtractorInceptionV3("original", outputs, str(inception_weights))
     captured = {}
-    oracle.Mixed_6d.register_forward_pre_hook(lambda module, inputs: captured.update(x=inputs[0]))
-    pool, logits = oracle(images)
+    original.Mixed_6d.register_forward_pre_hook(lambda module, inputs: captured.update(x=inputs[0]))
+    pool, logits = original(images)
     torch.testing.assert_close(features.pool, pool)
     torch.testing.assert_close(features.scores, torch.softmax(logits, 1))
-    convolution = oracle.Mixed_6d.branch1x1
-    # mixed_6/conv of the graph, (2, 192, 17, 17).
+    convolution = original.Mixed_6d.branch1x1
+    # This is mixed_6/conv of the graph, (2, 192, 17, 17).
     expected = torch.relu(convolution.bn(convolution.conv(captured["x"])))
     columns = [expected[:, c, y, x] for y in range(17) for x in range(17) for c in range(7)]
     torch.testing.assert_close(features.spatial, torch.stack(columns, 1))
     assert features.spatial.count_nonzero() > 100
 
 
-def test_inception_metrics_image_metrics_equal_those_against_their_statistics(
+def test_inception_metrics_against_images_equal_those_against_their_statistics(
     call, tmp_path, inception_weights
 ):
-    """The test computes the statistics itself, so equality also checks the features."""
+    """Equality also checks the features, because the test computes the statistics."""
     write_samples(tmp_path / "s.npz", 6)
     images = write_samples(tmp_path / "r.npz", 5, seed=1)
     flags = [tmp_path / "s.npz", "--inception-weights", inception_weights]
@@ -143,7 +145,7 @@ def test_samples_against_themselves_have_perfect_metrics_and_are_evaluated_once(
     call, tmp_path, monkeypatch
 ):
     samples = tmp_path / "s.npz"
-    write_samples(samples, labels=False)
+    write_samples(samples, has_labels=False)
     flags = [samples, "--reference", samples, "--features", "fashion"]
     assert call(evaluate, *flags)[0] == 0
     metrics = read_metrics(tmp_path / "s.metrics.json")
@@ -158,7 +160,7 @@ def test_reference_features_are_cached_by_the_content_of_the_reference(call, tmp
     write_samples(tmp_path / "a.npz")
     write_samples(tmp_path / "b.npz", seed=1)
     write_samples(tmp_path / "r.npz", seed=2)
-    b = tmp_path / "b.npz"
+    samples = tmp_path / "b.npz"
     flags = ["--reference", tmp_path / "r.npz", "--features", "fashion"]
     flags += ["--cache-dir", tmp_path / "cache"]
     assert call(evaluate, tmp_path / "a.npz", *flags)[0] == 0
@@ -172,12 +174,12 @@ def test_reference_features_are_cached_by_the_content_of_the_reference(call, tmp
         return extract_features(*args)
 
     monkeypatch.setattr(reference_features, "extract_features", count_extractions)
-    assert call(evaluate, b, *flags)[0] == 0
+    assert call(evaluate, samples, *flags)[0] == 0
     assert len(extractions) == 0
 
     # The metrics are the same with an empty cache.
     out = tmp_path / "fresh.json"
-    assert call(evaluate, b, *flags, "--cache-dir", tmp_path / "empty", "--out", out)[0] == 0
+    assert call(evaluate, samples, *flags, "--cache-dir", tmp_path / "empty", "--out", out)[0] == 0
     assert len(extractions) == 1
     expected = read_metrics(out)
     assert read_metrics(tmp_path / "b.metrics.json") == expected
@@ -185,14 +187,14 @@ def test_reference_features_are_cached_by_the_content_of_the_reference(call, tmp
     # A truncated file is ignored.
     cache_file.write_bytes(cache_file.read_bytes()[:1000])
     (tmp_path / "b.metrics.json").unlink()
-    assert call(evaluate, b, *flags)[0] == 0
+    assert call(evaluate, samples, *flags)[0] == 0
     assert len(extractions) == 2
     assert read_metrics(tmp_path / "b.metrics.json") == expected
 
-    # Other images under the same name are a different reference.
+    # A file with the same name but other images is a different reference.
     write_samples(tmp_path / "r.npz", seed=3)
     out = tmp_path / "other.json"
-    assert call(evaluate, b, *flags, "--out", out)[0] == 0
+    assert call(evaluate, samples, *flags, "--out", out)[0] == 0
     assert len(extractions) == 3
     assert read_metrics(out) != expected
 
@@ -202,7 +204,7 @@ def test_references_of_symbolic_links_are_identified_by_the_linked_images(call, 
     distances = []
     for name, seed in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
-        for i, image in enumerate(write_samples(tmp_path / "r.npz", n=8, seed=seed)):
+        for i, image in enumerate(write_samples(tmp_path / "r.npz", count=8, seed=seed)):
             Image.fromarray(image).save(tmp_path / name / f"{i}.png")
         links = tmp_path / f"links-{name}"
         links.mkdir()
@@ -230,14 +232,14 @@ def test_results_of_another_evaluation_are_not_overwritten(call, tmp_path):
     assert code == 2
     assert "is not a metrics.json" in text
     assert "mine" in notes.read_text()
-    # New samples under the same name are evaluated, and their result replaces the old one.
+    # If the samples change, they are evaluated, and the new result replaces the old result.
     write_samples(tmp_path / "s.npz", seed=3)
     assert call(evaluate, *flags, tmp_path / "a.npz")[0] == 0
 
 
 def test_two_processes_compute_the_same_result_as_one(call, tmp_path):
-    write_samples(tmp_path / "s.npz", n=300)
-    write_samples(tmp_path / "r.npz", n=130, seed=1)
+    write_samples(tmp_path / "s.npz", count=300)
+    write_samples(tmp_path / "r.npz", count=130, seed=1)
     cache = tmp_path / "cache"
     flags = [tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--features", "fashion"]
     flags += ["--batch-size", 16, "--cache-dir", cache, "--out"]
@@ -254,7 +256,7 @@ def test_two_processes_compute_the_same_result_as_one(call, tmp_path):
 
 
 def test_compressed_and_uncompressed_npz_give_the_same_images(tmp_path):
-    images = write_samples(tmp_path / "plain.npz", n=50)
+    images = write_samples(tmp_path / "plain.npz", count=50)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
     plain = NpzImages(tmp_path / "plain.npz", "samples")
     compressed = NpzImages(tmp_path / "compressed.npz", "samples")
@@ -316,15 +318,17 @@ def test_statistics_with_wrong_shapes_or_values_are_rejected(tmp_path, mu, sigma
 
 def test_merged_moments_equal_the_moments_of_all_features():
     rng = np.random.default_rng(0)
-    # With a mean of 1000, sums of squares would lose six digits.
+    # With a mean of 1000, a formula with sums of squares would lose six digits.
     features = (rng.normal(size=(100, 7)) + 1000).astype(np.float32)
     sequential = RunningMoments()
-    merged, other, empty = RunningMoments(), RunningMoments(), RunningMoments()
+    merged = RunningMoments()
+    other = RunningMoments()
+    empty = RunningMoments()  # the moments of a process that has read no batch
     for i, batch in enumerate(np.split(features, [1, 20, 64])):
         sequential.add(torch.from_numpy(batch))
         (merged, other)[i % 2].add(torch.from_numpy(batch))
     merged.merge(other)
-    merged.merge(empty)  # the moments of a process that has read no batch
+    merged.merge(empty)
     x = features.astype(float)
     for moments in (sequential, merged):
         mu, sigma = moments.compute_statistics()
@@ -405,12 +409,12 @@ def test_dinov2_position_embedding_is_scaled_by_the_published_factor():
 
 @pytest.fixture(scope="module")
 def unusable_inputs(tmp_path_factory):
-    """Return a folder with valid samples s.npz and files that cannot be evaluated."""
+    """Return a folder with valid samples, s.npz, and with files that cannot be evaluated."""
     folder = tmp_path_factory.mktemp("unusable")
     uint8_images = np.zeros((5, 32, 32, 3), np.uint8)
     write_samples(folder / "s.npz")
     write_samples(folder / "large.npz", side=64)
-    write_samples(folder / "few.npz", n=3)
+    write_samples(folder / "few.npz", count=3)
     np.savez(folder / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(folder / "float.npz", arr_0=np.zeros((9, 32, 32, 3)))
     np.savez(folder / "onehot.npz", arr_0=uint8_images, arr_1=np.zeros((5, 10)))

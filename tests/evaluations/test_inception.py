@@ -1,16 +1,20 @@
-"""Compare Inception with two other ports, and the resize with the formula of TensorFlow 1.
+"""Compare the Inception features with other ports, and the resize with TensorFlow 1's formula.
 
-All ports have the same random weights. The preprocessing of pytorch-fid differs from ADM's: it
-resizes around pixel centres (F.interpolate) and maps pixels to 2 x / 255 - 1. The tests therefore
-pass images to its network that are resized by the formula below and mapped to (x - 128) / 128.
+All ports have the same random weights. The preprocessing of pytorch-fid differs from ADM's:
+pytorch-fid resizes around pixel centres (F.interpolate) and maps pixels to 2 x / 255 - 1. The
+network of pytorch-fid therefore receives images that are resized by the formula of TensorFlow 1 and
+mapped to (x - 128) / 128.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pytorch_fid import inception as pytorch_fid
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -44,9 +48,9 @@ def resize_as_tensorflow(images: np.ndarray) -> np.ndarray:
 
 
 def initialise_network(network: torch.nn.Module, images: np.ndarray) -> None:
-    """Draw He weights and fit BatchNorm to the images.
+    """Draw weights with He's variance, and compute the BatchNorm statistics of the images.
 
-    Without BatchNorm statistics, different images would have similar activations.
+    Without these statistics, different images would have similar activations.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
@@ -63,11 +67,11 @@ def initialise_network(network: torch.nn.Module, images: np.ndarray) -> None:
     network.eval()
 
 
-def capture_output(module: torch.nn.Module, call):
-    """Return the result of `call` and the output of `module` during the call."""
+def capture_output(module: torch.nn.Module, function: Callable[[], Any]) -> tuple[Any, Tensor]:
+    """Call a function. Return the result, and the output of `module` during the call."""
     captured = []
     hook = module.register_forward_hook(lambda module, inputs, output: captured.append(output))
-    result = call()
+    result = function()
     hook.remove()
     return result, captured[0]
 
@@ -82,7 +86,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def ports(tmp_path_factory, images):
-    """Return our network and two other ports of it, all with the same weights."""
+    """Return our port and two other ports of Inception, all with the same weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr(torch, "load", lambda *args, **kwargs: None)
@@ -93,9 +97,9 @@ def ports(tmp_path_factory, images):
     torch.save(state, path)
     ours = InceptionFeatures(path)
     outputs = ["2048", "logits_unbiased", "logits"]
-    torch_fidelity_port = FeatureExtractorInceptionV3("oracle", outputs, str(path))
+    torch_fidelity_port = FeatureExtractorInceptionV3("original", outputs, str(path))
     weights_sha256 = sha256(path)
-    path.unlink()  # 95 MB
+    path.unlink()  # the file has 95 MB
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pytorch_fid, "load_state_dict_from_url", lambda url, progress: state)
         pytorch_fid_port = pytorch_fid.InceptionV3(
@@ -116,7 +120,7 @@ def features(ports, images):
 
 
 def test_random_network_distinguishes_the_images(features):
-    """Otherwise the comparisons below would not detect errors."""
+    """With similar outputs for all images, the comparisons below would not detect errors."""
     assert features.pool.shape == (3, 2048)
     assert features.spatial.shape == (3, 2023)
     assert features.scores.shape == (3, 1008)
@@ -140,9 +144,9 @@ def test_features_equal_torch_fidelity(ports, images, features):
 
 
 def test_features_equal_pytorch_fid(ports, images, features):
-    """The port receives our resized images, and the logits are computed explicitly.
+    """The network receives resized images, and the test computes the logits without biases.
 
-    The tolerances allow for rounding errors of 94 layers.
+    The tolerances allow for the rounding errors of 94 layers.
     """
     network = ports.pytorch_fid
     pixels = torch.from_numpy((resize_as_tensorflow(images) - 128) / 128).float()

@@ -88,7 +88,7 @@ def test_statistics_equal_numpy_and_read_a_few_rows_at_a_time():
     x = make_features(2 * metrics.ROWS + 5, 6, 0, shift=50)
 
     class LimitedRows:
-        """Features of which at most ROWS rows can be read at a time."""
+        """Features that can be read at most ROWS rows at a time."""
 
         shape = x.shape
 
@@ -121,7 +121,7 @@ def test_influence_is_the_derivative_with_respect_to_row_weights():
 
 
 def test_interval_width_equals_the_spread_of_resampled_and_of_new_samples():
-    """Only widths are compared, because resampling adds the bias of a finite set a second time."""
+    """Only widths are compared, because resampling adds the bias of finitely many images again."""
     n, draws = 1500, 300
     x = make_features(n, 4, 0)
     reference = compute_statistics(make_features(5000, 4, 1, 0.4))
@@ -160,7 +160,7 @@ def test_precision_and_recall_equal_prdc_and_torch_fidelity(dims):
     a = make_features(300, dims, 0)
     b = make_features(400, dims, 1, 0.8)
     expected = compute_prdc(a, b, nearest_k=3)
-    # The test would be trivial near 0 or 1.
+    # If the values were near 0 or 1, wrong implementations could agree.
     assert all(0.03 < expected[key] < 0.97 for key in ("precision", "recall"))
     assert precision_recall(a, b, tile_size=64) == (expected["precision"], expected["recall"])
     other = prc_features_to_metric(torch.from_numpy(b), torch.from_numpy(a), verbose=False)
@@ -185,7 +185,7 @@ def test_precision_and_recall_need_more_than_three_features():
         precision_recall(make_features(3, 4, 0), make_features(50, 4, 0))
 
 
-def numpy_fp16_distances(a, b):
+def compute_fp16_distances(a, b):
     """Compute ADM's formula in NumPy, with every intermediate result rounded to float16."""
     a, b = a.astype(np.float16), b.astype(np.float16)
     norms = [np.square(x).astype(np.float32).sum(1).astype(np.float16) for x in (a, b)]
@@ -202,8 +202,8 @@ def coarse_features():
 
 def test_fp16_rounds_every_distance_to_float16(coarse_features):
     a, b = coarse_features
-    radii = [np.sort(numpy_fp16_distances(x, x), 1)[:, 3] for x in (a, b)]
-    distances = numpy_fp16_distances(a, b)
+    radii = [np.sort(compute_fp16_distances(x, x), 1)[:, 3] for x in (a, b)]
+    distances = compute_fp16_distances(a, b)
     precision = (distances <= radii[0][:, None]).any(0).mean()
     recall = (distances <= radii[1]).any(1).mean()
     assert precision_recall(a, b, fp16=True) == (precision, recall)
@@ -212,9 +212,9 @@ def test_fp16_rounds_every_distance_to_float16(coarse_features):
 
 def test_fp16_falls_back_to_float32_for_a_tile_that_overflows(coarse_features):
     a, b = coarse_features
-    # Here every tile overflows.
+    # In this case, every tile overflows.
     assert precision_recall(100 * a, 100 * b, fp16=True) == precision_recall(100 * a, 100 * b)
-    # Here only the last row overflows. With tiles of 150 rows it is the only row of its tile.
+    # In this case, only the last row overflows. It is the only row of the last tile of 150 rows.
     far = np.concatenate([b, np.full((1, 16), 300, np.float32)])
     small_tiles = precision_recall(a, far, fp16=True, tile_size=150)
     without_far = precision_recall(a, b, fp16=True)

@@ -14,7 +14,7 @@ from evaluations.metrics_files import compare_settings, select_identity
 from evaluations.plots import make_training_panels, reduce_points, smooth
 from evaluations.runs import read_run
 
-VOID = {"img", "meta"}
+VOID_TAGS = {"img", "meta"}
 SAMPLING = {
     "checkpoint": "",
     "ema_sha256": "e" * 64,
@@ -30,30 +30,37 @@ SAMPLING = {
 
 
 class Page(HTMLParser):
-    """A parsed page: elements as (tag, attributes, text), in the order of their end tags."""
+    """A parsed page.
+
+    Attributes:
+        text: Source of the page.
+        elements: Tag, attributes and text of each element, in the order of the end tags.
+        open_elements: Elements whose end tag has not been parsed yet.
+    """
 
     def __init__(self, path):
         super().__init__()
         self.text = path.read_text()
-        self.elements, self.open = [], []
+        self.elements = []
+        self.open_elements = []
         self.feed(self.text)
-        assert not self.open
+        assert not self.open_elements
 
     def handle_starttag(self, tag, attributes):
-        self.open.append((tag, dict(attributes), []))
-        if tag in VOID:
+        self.open_elements.append((tag, dict(attributes), []))
+        if tag in VOID_TAGS:
             self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
-        name, attributes, parts = self.open.pop()
+        name, attributes, parts = self.open_elements.pop()
         assert name == tag
         self.elements.append((name, attributes, "".join(parts)))
 
     def handle_data(self, data):
-        for _, _, parts in self.open:
+        for _, _, parts in self.open_elements:
             parts.append(data)
 
-    def all(self, tag, class_=None):
+    def find_all(self, tag, class_=None):
         """Return the attributes and the text of each element with this tag and class."""
         elements = [(attributes, text) for name, attributes, text in self.elements if name == tag]
         return [
@@ -62,12 +69,12 @@ class Page(HTMLParser):
             if class_ is None or class_ in (attributes.get("class") or "").split()
         ]
 
-    def text_of(self, tag, class_=None):
-        return [text for _, text in self.all(tag, class_)]
+    def find_texts(self, tag, class_=None):
+        return [text for _, text in self.find_all(tag, class_)]
 
 
 def make_run(folder, steps=6, **changes):
-    """Write a run in the format of train.py, with previews and a checkpoint's config.json."""
+    """Write a run in the format of train.py: log, args.json, config.json and previews."""
     folder.mkdir(parents=True)
     rows = [
         {
@@ -106,6 +113,7 @@ def make_run(folder, steps=6, **changes):
 
 
 def make_metrics(path, run, metrics, **changes):
+    """Write a metrics.json for samples of a run, and return the content."""
     path.parent.mkdir(exist_ok=True)
     sampling = SAMPLING | {"checkpoint": str(run / "checkpoints/0000040")} | changes
     content = {
@@ -122,8 +130,8 @@ def make_metrics(path, run, metrics, **changes):
     return content
 
 
-def evaluate_while_training(run, settings):
-    """Append evaluations to a run's log in the format of --eval-every."""
+def append_evaluations(run, settings):
+    """Append an evaluation per setting to a run's log, in the format of --eval-every."""
     with (run / "metrics.jsonl").open("a") as file:
         for k, setting in enumerate(settings, 1):
             row = {"step": 10 * k, "images": 80 * k, "FD-fashion": 9.5 - k, "precision": None}
@@ -145,8 +153,9 @@ def write_page(call, tmp_path, monkeypatch):
 
 
 def test_page_is_complete_and_self_contained(write_page, tmp_path):
-    a, b = make_run(tmp_path / "exps/a"), make_run(tmp_path / "exps/b")
-    evaluate_while_training(a, [{}, {}])
+    a = make_run(tmp_path / "exps/a")
+    b = make_run(tmp_path / "exps/b")
+    append_evaluations(a, [{}, {}])
     make_metrics(tmp_path / "samples/s.metrics.json", a, {"FD-fashion": 3.0})
     Image.new("RGB", (2000, 100)).save(tmp_path / "samples/s.png")
     page = write_page(a, b)
@@ -158,18 +167,20 @@ def test_page_is_complete_and_self_contained(write_page, tmp_path):
         assert not any(key.startswith("on") for key in attributes)
         assert tag != "img" or attributes["alt"]
     assert "url(" not in page.text and "@import" not in page.text and "http" not in page.text
-    assert page.all("html")[0][0]["lang"] == "en" and page.text_of("title")[0].startswith("a, b")
-    assert any(attributes.get("name") == "viewport" for attributes, _ in page.all("meta"))
-    sections = {attributes["id"] for attributes, _ in page.all("section")}
-    links = {attributes["href"][1:] for attributes, _ in page.all("a")}
+    assert page.find_all("html")[0][0]["lang"] == "en" and page.find_texts("title")[0].startswith(
+        "a, b"
+    )
+    assert any(attributes.get("name") == "viewport" for attributes, _ in page.find_all("meta"))
+    sections = {attributes["id"] for attributes, _ in page.find_all("section")}
+    links = {attributes["href"][1:] for attributes, _ in page.find_all("a")}
     assert links == sections and len(sections) == 5
-    captions = page.text_of("figcaption")
+    captions = page.find_texts("figcaption")
     assert sum(caption.startswith("step ") for caption in captions) == 16  # 16 of 24 previews
     assert captions.count("step 10 · 80 images") == captions.count("step 120 · 960 images") == 2
     assert "a: s" in captions
     charts = [
         attributes["aria-label"].partition(" over ")[0]
-        for attributes, _ in page.all("svg", "chart")
+        for attributes, _ in page.find_all("svg", "chart")
     ]
     assert charts == [
         "denoising loss",
@@ -186,7 +197,7 @@ def test_charts_share_the_page_without_conflicts(write_page, tmp_path):
     page = write_page(*runs)
     ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert len(page.all("style")) == 1
+    assert len(page.find_all("style")) == 1
     svg = page.text[page.text.index('<svg class="chart"') :]
     svg = svg[: svg.index("</svg>")]
     assert "var(--c0)" in svg and "var(--c1)" in svg and "var(--soft)" in svg
@@ -201,7 +212,7 @@ def test_page_shows_the_values_of_the_files(write_page, tmp_path):
         align_loss=["cosine"],
         align_weight=[0.5],
     )
-    evaluate_while_training(run, [{}])
+    append_evaluations(run, [{}])
     metrics = {"FID": 8.314159265358979, "precision": 0.68125, "recall": None}
     content = make_metrics(run / "metrics.json", run, metrics, unknown_key="shown as well")
     content |= {
@@ -212,7 +223,7 @@ def test_page_shows_the_values_of_the_files(write_page, tmp_path):
         json.dumps(content | {"warning": "FID of 50 samples is biased"})
     )
     page = write_page(run)
-    values = {attributes["value"] for attributes, _ in page.all("data")}
+    values = {attributes["value"] for attributes, _ in page.find_all("data")}
     assert {
         repr(metrics["FID"]),
         "0.68125",
@@ -223,12 +234,12 @@ def test_page_shows_the_values_of_the_files(write_page, tmp_path):
         "100.0",
         "8.5",
     } <= values
-    assert page.text_of("p", "warning") == ["a (metrics.json): FID of 50 samples is biased"]
+    assert page.find_texts("p", "warning") == ["a (metrics.json): FID of 50 samples is biased"]
     assert (
         "SiT-Ti/2 · sra2: block 2, cosine, weight 0.5 · 60 steps · 480 images seen"
-        in page.text_of("span", "soft")
+        in page.find_texts("span", "soft")
     )
-    assert "shown as well" in page.text_of("span") and "first 10" in page.text_of("th")
+    assert "shown as well" in page.find_texts("span") and "first 10" in page.find_texts("th")
 
 
 def test_old_and_new_columns_of_a_method_form_one_curve(write_page, tmp_path):
@@ -244,12 +255,15 @@ def test_old_and_new_columns_of_a_method_form_one_curve(write_page, tmp_path):
         ("a, repa", [0.75, 0.625]),
     ]
     assert [series.style_index for series in panel.series] == [0, 1]
-    (label,) = [attributes["aria-label"] for attributes, _ in write_page(run).all("svg", "chart")]
+    (label,) = [
+        attributes["aria-label"] for attributes, _ in write_page(run).find_all("svg", "chart")
+    ]
     assert label == "alignment loss over images seen: a, sra2 ends at 0.25; a, repa ends at 0.625"
 
 
 def test_differing_fields_are_marked_and_prevent_ranking(write_page, tmp_path):
-    a, b = make_run(tmp_path / "exps/a"), make_run(tmp_path / "exps/b", seed=1)
+    a = make_run(tmp_path / "exps/a")
+    b = make_run(tmp_path / "exps/b", seed=1)
     make_metrics(
         tmp_path / "samples/a.metrics.json", a, {"FID": 3.0, "recall": 0.5}, step=10, images_seen=80
     )
@@ -257,24 +271,24 @@ def test_differing_fields_are_marked_and_prevent_ranking(write_page, tmp_path):
     # The run of this file is not in the report.
     make_metrics(tmp_path / "samples/c.metrics.json", tmp_path / "exps/c", {"FID": 1.0})
     page = write_page(a, b)
-    assert page.text_of("p", "verdict") == ["Not comparable: num_steps 25 / 250."]
-    assert page.text_of("th", "differs") == ["num_steps"] and not page.all("td", "best")
+    assert page.find_texts("p", "verdict") == ["Not comparable: num_steps 25 / 250."]
+    assert page.find_texts("th", "differs") == ["num_steps"] and not page.find_all("td", "best")
     # The last two values are those of the flag --seed.
-    assert page.text_of("td", "differs") == ["25", "250", "0", "1"]
+    assert page.find_texts("td", "differs") == ["25", "250", "0", "1"]
     make_metrics(tmp_path / "samples/b.metrics.json", b, {"FID": 2.0, "recall": 0.6})
     page = write_page(a, b, "--metrics", tmp_path / "samples/c.metrics.json")
-    assert not page.all("p", "verdict") and page.text_of("td", "best") == ["0.600", "1.000"]
+    assert not page.find_all("p", "verdict") and page.find_texts("td", "best") == ["0.600", "1.000"]
     for name in "ab":
         path = tmp_path / f"samples/{name}.metrics.json"
         content = json.loads(path.read_text())
         # This interval contains the other FID.
         path.write_text(json.dumps(content | {"intervals": {"FID": [1.9, 3.1]}}))
-        assert write_page(a, b).text_of("td", "best") == ["0.600"]
+        assert write_page(a, b).find_texts("td", "best") == ["0.600"]
         path.write_text(json.dumps(content))
     (tmp_path / "samples/b.metrics.json").write_text(json.dumps(content | {"sampling": {}}))
     page = write_page(a, b, "--metrics", tmp_path / "samples/b.metrics.json")
-    assert "with unknown settings" in page.text_of("p", "warning")[0]
-    assert page.all("p", "verdict")
+    assert "with unknown settings" in page.find_texts("p", "warning")[0]
+    assert page.find_all("p", "verdict")
 
 
 def test_identity_excludes_results_and_the_model():
@@ -334,17 +348,17 @@ def test_unknown_sampling_neither_hides_nor_adds_a_difference(write_page, tmp_pa
             path.write_text(json.dumps(content))
         run = tmp_path / "exps/a"
         page = write_page(run if run.exists() else make_run(run), "--metrics", *paths)
-        assert "atol" in page.text_of("th")
-        assert page.text_of("p", "verdict")[0].startswith("Possibly not comparable")
+        assert "atol" in page.find_texts("th")
+        assert page.find_texts("p", "verdict")[0].startswith("Possibly not comparable")
 
 
 def test_evaluations_of_different_settings_are_not_connected(write_page, tmp_path):
     run = make_run(tmp_path / "exps/a")
     settings = [{"num_steps": n} for n in (20, 20, 40)]
     # The same reference under another path is the same setting.
-    evaluate_while_training(run, [*settings, {"num_steps": 20, "reference": "x"}])
+    append_evaluations(run, [*settings, {"num_steps": 20, "reference": "x"}])
     page = write_page(run)
-    labels = [attributes["aria-label"] for attributes, _ in page.all("svg", "chart")]
+    labels = [attributes["aria-label"] for attributes, _ in page.find_all("svg", "chart")]
     (label,) = [label for label in labels if label.startswith("FD-fashion")]
     assert "num_steps 20 ends at 5.5" in label and "num_steps 40 ends at 6.5" in label
     svg = page.text[page.text.index('aria-label="FD-fashion') :]
@@ -352,9 +366,9 @@ def test_evaluations_of_different_settings_are_not_connected(write_page, tmp_pat
     paths = re.findall(r'<path d="([^"]*)" style="fill: none;[^"]*stroke: var\(--c0\)', svg)
     assert [(path.count("M"), path.count("L")) for path in paths] == [(1, 2), (1, 0)]
     assert len(re.findall(r'<use [^>]*"fill: var\(--c0\)', svg)) == 4
-    settings_legend = page.text_of("div", "legend")[1]
+    settings_legend = page.find_texts("div", "legend")[1]
     assert settings_legend.split() == ["num_steps", "20", "num_steps", "40"]
-    assert "ema_decay 0.9 · reference_sha256 cccccccccccc…" in page.text_of("p", "soft")
+    assert "ema_decay 0.9 · reference_sha256 cccccccccccc…" in page.find_texts("p", "soft")
     assert not any(label.startswith("precision") for label in labels)  # null everywhere
 
 
@@ -364,7 +378,7 @@ def test_hostile_names_remain_text(write_page, tmp_path):
     (run / "checkpoints/0000040/config.json").write_text(
         json.dumps({"data": {"class_names": [hostile_text]}, hostile_text: 1})
     )
-    evaluate_while_training(run, [{hostile_text: hostile_text}, {"x": f'"{hostile_text}'}])
+    append_evaluations(run, [{hostile_text: hostile_text}, {"x": f'"{hostile_text}'}])
     with (run / "metrics.jsonl").open("a") as file:
         row = {
             "step": 60,
@@ -380,12 +394,13 @@ def test_hostile_names_remain_text(write_page, tmp_path):
         json.dumps(content | {"warning": hostile_text, "by_count": {hostile_text: {"1": 1.0}}})
     )
     page = write_page(run)
-    assert not page.all("script")
+    assert not page.find_all("script")
     assert (
-        hostile_text in page.text_of("title")[0] and hostile_text in page.text_of("p", "warning")[0]
+        hostile_text in page.find_texts("title")[0]
+        and hostile_text in page.find_texts("p", "warning")[0]
     )
     assert not any(key.startswith("on") for _, attributes, _ in page.elements for key in attributes)
-    assert f'["{hostile_text}"]' in page.text_of("span") and "<script" not in page.text
+    assert f'["{hostile_text}"]' in page.find_texts("span") and "<script" not in page.text
 
 
 def test_empty_sections_name_the_command_that_fills_them(write_page, tmp_path):
@@ -399,7 +414,7 @@ def test_empty_sections_name_the_command_that_fills_them(write_page, tmp_path):
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5'
     )
     page = write_page(run)
-    lines = " ".join(page.text_of("p", "absent"))
+    lines = " ".join(page.find_texts("p", "absent"))
     for word in (
         "--eval-every",
         "evaluations.evaluate",
@@ -411,21 +426,23 @@ def test_empty_sections_name_the_command_that_fills_them(write_page, tmp_path):
         assert word in lines
     (run / "samples").mkdir()
     (run / "samples/0000001.png").write_bytes(b"not an image")
-    assert "0000001.png cannot be read" in " ".join(write_page(run).text_of("p", "absent"))
+    assert "0000001.png cannot be read" in " ".join(write_page(run).find_texts("p", "absent"))
 
 
-def test_long_runs_are_thinned_and_keep_their_spikes(write_page, tmp_path):
+def test_curves_of_long_runs_are_reduced_and_keep_spikes(write_page, tmp_path):
     run = make_run(tmp_path / "exps/long", steps=20_000)
     assert len(write_page(run).text) < 80_000
     y = np.sin(np.arange(100_000.0))
-    y[777], y[778:50_000] = 100, np.nan
+    y[777] = 100
+    y[778:50_000] = np.nan
     x, reduced = reduce_points(np.arange(100_000.0), y)
     assert len(x) <= 240 and np.all(np.diff(x) > 0)
     assert np.nanmax(reduced) == 100 and np.isnan(reduced).any()
 
 
 def test_running_median_ignores_spikes_and_keeps_gaps():
-    x, y = np.arange(1000.0), 5 - np.arange(1000.0)
+    x = np.arange(1000.0)
+    y = 5 - x
     spiky_y = np.where(x == 400, 1e6, np.where(x == 700, np.nan, y))
     median = smooth(x, spiky_y, 1000)[1]
     assert np.isnan(median[700]) and median[0] == 5
@@ -446,7 +463,7 @@ def test_missing_package_is_named(call, tmp_path, monkeypatch, package):
     assert code == (2 if package == "matplotlib" else 0), out
 
 
-def smooth_images(count, seed):
+def make_blurry_images(count, seed):
     """Return blurry images that differ from each other, (n, 32, 32, 3)."""
     small = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     images = [
@@ -459,7 +476,8 @@ def test_only_the_copied_training_image_is_close(write_page, tmp_path, monkeypat
     monkeypatch.setattr(nearest, "BLOCK_SIZE", 17)  # the copied image is in the second block
     run = make_run(tmp_path / "exps/a")
     make_metrics(tmp_path / "samples/s.metrics.json", run, {"FD-fashion": 3.0})
-    train, samples = smooth_images(50, 0), smooth_images(20, 1) // 4 + 96
+    train = make_blurry_images(50, 0)
+    samples = make_blurry_images(20, 1) // 4 + 96
     samples[8] = train[31]
     np.savez(tmp_path / "samples/s.npz", arr_0=samples)
     np.savez_compressed(tmp_path / "train.npz", arr_0=train)
@@ -469,12 +487,12 @@ def test_only_the_copied_training_image_is_close(write_page, tmp_path, monkeypat
     for source in ("train.npz", "tree"):
         page = write_page(run, "--nearest", tmp_path / source)
         # The page shows 4 closest and 16 evenly spaced samples, each with five neighbours.
-        alts = [attributes["alt"] for attributes, _ in page.all("img")[-120:]]
+        alts = [attributes["alt"] for attributes, _ in page.find_all("img")[-120:]]
         assert alts[0] == "sample 8" and alts[1].startswith("training image 31, at distance ")
         assert "5.0% of 20 samples" in page.text.replace("<b>", "").replace("</b>", "")
-        assert len(page.all("div", "match")) == 20
+        assert len(page.find_all("div", "match")) == 20
         # The copy is among the closest samples and among the evenly spaced samples.
-        assert len(page.all("span", "close")) == 2
+        assert len(page.find_all("span", "close")) == 2
 
 
 def test_nearest_neighbours_equal_those_of_the_full_distance_matrix():

@@ -25,11 +25,11 @@ from tests.helpers import ROOT, make_vae, run_ranks
 EMA_WEIGHTS = "checkpoints/0000002/ema.safetensors"
 
 
-def copy_with_weights(run, folder, change):
-    """Copy a run, and apply `change` (key, tensor) -> tensor to the weights of its EMA."""
+def copy_with_weights(run, folder, transform):
+    """Copy a run, and apply `transform` (key, tensor) -> tensor to the weights of the EMA."""
     copy = shutil.copytree(run, folder)
     path = copy / EMA_WEIGHTS
-    save_file({key: change(key, value) for key, value in load_file(path).items()}, path)
+    save_file({key: transform(key, value) for key, value in load_file(path).items()}, path)
     return copy
 
 
@@ -51,7 +51,7 @@ def trained(tmp_path_factory, trained):
 
 
 def sampling_flags(ckpt, folder, *flags):
-    """Return the flags of a small sample: 11 images, 3 steps, batches of 4."""
+    """Return flags of sample_ddp.py for 11 images, 3 steps and batches of 4 images."""
     defaults = ["--num-fid-samples", 11, "--num-steps", 3, "--per-proc-batch-size", 4]
     return ["--ckpt", ckpt, "--sample-dir", folder, *defaults, *flags]
 
@@ -60,8 +60,8 @@ def sampling_flags(ckpt, folder, *flags):
 def sample(call, trained, tmp_path):
     """Return a function that runs sample_ddp.py with extra flags and returns its output.
 
-    Its keywords are the name of the samples, the checkpoint, the folder, and the expected exit
-    code.
+    The keyword arguments of the function are the name of the samples, the checkpoint, the folder,
+    and the expected exit code.
     """
 
     def run(*flags, name="s", ckpt=trained, folder=tmp_path, code=0):
@@ -80,7 +80,7 @@ def read_samples(folder, name="s"):
 
 
 def read_images(folder, name="s"):
-    """Return the images of NAME.npz as integers, whose differences do not overflow."""
+    """Return the images of NAME.npz as integers, so that differences do not overflow."""
     return read_samples(folder, name)[0].astype(int)
 
 
@@ -188,7 +188,7 @@ def test_image_depends_only_on_seed_and_index(sample, tmp_path, flags):
     sample(*flags, "--per-proc-batch-size", 7, name="batch")
     images = read_images(tmp_path)
     assert np.array_equal(images[:6], read_images(tmp_path, "few"))
-    # Another batch size selects other kernels.
+    # Another batch size may select other kernels, with other rounding errors.
     assert np.abs(images - read_images(tmp_path, "batch")).max() <= 1
     for image, other in zip(images, read_images(tmp_path, "other")):
         assert (image != other).mean() > 0.5
@@ -201,7 +201,7 @@ def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
     extra_flags = ["--name", "s", "--num-fid-samples", 62, "--num-steps", 12]
     torch.set_num_threads(2)
     assert call(sample_ddp, *sampling_flags(trained, tmp_path / "one", *extra_flags))[0] == 0
-    # With more threads, the last bit would depend on how many processes share the cores.
+    # With more threads per operation, the last bit of a sum would depend on the number of threads.
     assert torch.get_num_threads() == 1
 
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -232,16 +232,16 @@ def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
 def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
     sample()
     sample_latents = Recipe.sample_latents
-    sampled = []
+    sampled_indices = []
 
-    def record_indices(settings, model, indices, *args):
-        sampled.append(indices.tolist())
-        return sample_latents(settings, model, indices, *args)
+    def record_indices(recipe, model, indices, *args):
+        sampled_indices.append(indices.tolist())
+        return sample_latents(recipe, model, indices, *args)
 
     monkeypatch.setattr(Recipe, "sample_latents", record_indices)
     sample("--num-fid-samples", 18)
     # Images 8 to 10 were part of a padded batch, which is sampled again.
-    assert sorted(sampled) == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert sorted(sampled_indices) == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
     sample("--num-fid-samples", 18, name="at_once")
     assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "at_once.npz").read_bytes()
     assert read_json(tmp_path / "s.json")["count"] == 18
@@ -315,7 +315,7 @@ def fail_if_any_batch(worker, batches, *args):
 def test_interrupted_features_are_used_only_for_the_same_networks_and_images(
     sample, call, tree, tmp_path
 ):
-    """The last batch read from an .npz of 10 images has two images, but 13 images need all four."""
+    """The last batch of an .npz of 10 images has two images, but 13 images need all four."""
     import timm
 
     for seed in (0, 1):
@@ -334,23 +334,23 @@ def test_interrupted_features_are_used_only_for_the_same_networks_and_images(
                 patch.setattr(sample_ddp.SampleStore, "finalize", lambda *args: sys.exit(9))
             sample(*flags, code=9 if is_interrupted else 0)
 
-    def expected_metrics(seed):
+    def compute_expected_metrics(seed):
         path = tmp_path / f"{time.time()}.json"
         flags = ["--reference", tree, *network_flags(seed), "--batch-size", 4, "--out", path]
         assert call(evaluate, tmp_path / "s.npz", *flags)[0] == 0
         return pytest.approx(read_json(path)["metrics"], rel=1e-5)
 
-    def metrics():
+    def read_metrics():
         return read_json(tmp_path / "s.metrics.json")["metrics"]
 
     sample_and_evaluate(10, 0, is_interrupted=True)
     sample_and_evaluate(10, 1)
-    assert metrics() == expected_metrics(1)
+    assert read_metrics() == compute_expected_metrics(1)
     (tmp_path / "s.metrics.json").unlink()
     sample_and_evaluate(10, 0, is_interrupted=True)
     assert list((tmp_path / "s.parts").glob("*.safetensors"))
     sample_and_evaluate(13, 0)
-    assert metrics() == expected_metrics(0)
+    assert read_metrics() == compute_expected_metrics(0)
     output = sample("--num-fid-samples", 13, "--evaluate", tree, "--features", "fashion", code=2)
     assert "(features differ)" in output
     assert not (tmp_path / "s.parts").exists()
@@ -385,15 +385,15 @@ def test_labels_are_read_from_a_file_or_are_a_single_class(sample, call, trained
 
 def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypatch):
     """bf16 changes the images slightly, and all six blocks are compiled."""
-    compiled = []
+    compiled_blocks = []
 
     def record_compilation(block):
-        compiled.append(block)
+        compiled_blocks.append(block)
 
     monkeypatch.setattr(sample_ddp.SiTBlock, "compile", record_compilation)
     flags = ["--mode", "ode", "--labels", "balanced"]
     sample(*flags, "--compile", name="fp32")
-    assert len(compiled) == 6
+    assert len(compiled_blocks) == 6
     sample(*flags, "--mixed-precision", "bf16", name="bf16")
     difference = np.abs(read_images(tmp_path, "fp32") - read_images(tmp_path, "bf16"))
     assert 0 < difference.mean() < 2
@@ -402,14 +402,14 @@ def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypat
 def test_cast_weights_give_the_same_latents_as_autocast(trained):
     model = pretrained.load(trained).model
     indices = torch.arange(3)
-    settings = Recipe(mode="ode", num_steps=3)
-    expected = settings.sample_latents(model, indices, torch.bfloat16)
+    recipe = Recipe(mode="ode", num_steps=3)
+    expected = recipe.sample_latents(model, indices, torch.bfloat16)
     cast_matmul_weights(model, torch.bfloat16)
-    assert torch.equal(settings.sample_latents(model, indices, torch.bfloat16), expected)
+    assert torch.equal(recipe.sample_latents(model, indices, torch.bfloat16), expected)
 
 
-def test_samples_equal_those_of_a_plain_loop(sample, trained, tmp_path):
-    """The loop takes two Euler steps of the ODE, and the first one is guided."""
+def test_images_equal_those_of_a_plain_loop(sample, trained, tmp_path):
+    """The loop takes two Euler steps of the ODE. Only the first step is guided."""
     from diffusers import AutoencoderKL
 
     flags = ["--mode", "ode", "--labels", "balanced", "--num-steps", 2]
@@ -499,8 +499,8 @@ def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_are_built_without_a_command_line():
-    settings = Recipe(mode="ode", heun=True, labels="balanced")
-    settings.validate()
-    assert settings.solver == "heun"
-    assert settings.compute_labels(torch.arange(4), num_classes=3).tolist() == [0, 1, 2, 0]
+def test_recipe_is_built_without_a_command_line():
+    recipe = Recipe(mode="ode", heun=True, labels="balanced")
+    recipe.validate()
+    assert recipe.solver == "heun"
+    assert recipe.compute_labels(torch.arange(4), num_classes=3).tolist() == [0, 1, 2, 0]
