@@ -24,9 +24,9 @@ from common.files import NpyWriter, discard_on_error
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from preprocessing.cache_preview import PreviewRow, draw_preview, spread_indices
+from preprocessing.image_source import ImageSource
 from preprocessing.images import BadImage, UnreadableImage, format_image_error
 from preprocessing.shards import Shard, shard_file_name
-from preprocessing.sources import ImageSource
 
 Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of features
 # Settings that the plan of a cache contains, if the job has them.

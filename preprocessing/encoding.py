@@ -26,8 +26,9 @@ from common.config import setting
 from common.processes import World
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob, map_in_order
+from preprocessing.image_source import ImageSource
 from preprocessing.images import BACKGROUNDS, CROPS, BadImage, SquareReader, UnreadableImage
-from preprocessing.sources import ImageSource, open_source
+from preprocessing.sources import open_source
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 MAX_WORKERS = 16  # default maximum number of decoding workers per process

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.cli import UserError
 from common.keyed_random import Purpose, uniform
-from preprocessing.sources import ImageSource
+from preprocessing.image_source import ImageSource
 
 CROPS = ("center", "random-seeded")
 BACKGROUNDS = ("white", "black")

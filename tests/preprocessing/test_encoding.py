@@ -19,8 +19,9 @@ from latents.cache import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
 from preprocessing.cache_job import Batch
+from preprocessing.image_source import ImageSource
 from preprocessing.images import SquareReader, load_square, random_crop
-from preprocessing.sources import ImageSource, open_source
+from preprocessing.sources import open_source
 from tests.helpers import ROOT, make_tree, make_vae, torchrun
 
 FASHION_MNIST = ROOT / "assets/fashion-mnist"
