@@ -210,6 +210,17 @@ def device(text: str) -> str:
     return text
 
 
+def add_device_flag(add: Callable[..., Any], help: str) -> None:
+    """Add --device, whose default is a GPU if there is one.
+
+    Args:
+        add: The method `add_argument` of a parser or of an argument group.
+        help: Help text.
+    """
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device, default=default, help=help)
+
+
 METAVARS: dict[Any, str] = {
     **dict.fromkeys((positive_int, non_negative_int, seed, int), "N"),
     **dict.fromkeys((fraction, decay, non_negative_float, positive_float, float), "X"),

@@ -147,12 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("computation and output").add_argument
     add("--batch-size", type=cli.positive_int, default=128, help="images per forward pass")
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of all computations",
-    )
+    cli.add_device_flag(add, "device of all computations")
     add(
         "--out",
         type=Path,

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from common.cli import UserError
 from common.files import write_file
 
 FORMAT_VERSION = 1
@@ -80,7 +81,7 @@ class Manifest:
         return folders
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """The cache is missing or incomplete, or its files do not match its manifest."""
 
 

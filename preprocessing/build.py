@@ -1,28 +1,33 @@
 """Build a latent cache. One process creates each shard and writes it atomically.
 
-DEST/partial/plan.json        settings that all shards of an unfinished cache share
-DEST/partial/00000.npy.json   manifest entry of shard 0; exists when the shard is complete
-DEST/manifest.json            written last, when all shards are complete
+DEST/partial/        state of an unfinished cache (preprocessing/partial_work.py)
+DEST/manifest.json   written last, when all shards are complete
 """
 
 import json
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common.cli import UserError
-from common.files import discard_on_error, lock, write_file
+from common.files import discard_on_error, write_file
 from common.image_grid import save_png
 from common.processes import World
 from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
 from preprocessing.cache_job import CacheJob, Plan
+from preprocessing.partial_work import (
+    PLAN_DEFAULTS,
+    check_or_record_plan,
+    describe_differences,
+    lock_destination,
+    read_record,
+    remove_partial_folder,
+    show_progress_bar,
+    write_record,
+)
 from preprocessing.shards import (
     Shard,
     ShardEntry,
@@ -32,8 +37,6 @@ from preprocessing.shards import (
     write_shard,
 )
 
-# Default values of settings that older versions did not record in their plans.
-PLAN_DEFAULTS = {"keep_images": False}
 # Settings that may differ when a command is rerun on a complete cache. The first two change at most
 # the last bit of a moment, and the third one adds images.
 SETTINGS_ALLOWED_TO_CHANGE = ("batch_size", "shard_size", "keep_images")
@@ -79,21 +82,6 @@ def add_images_to_manifest(manifest: Manifest, entries: list[ShardEntry]) -> Man
     return replace(manifest, images=True, shards=entries, encoding=encoding)
 
 
-def describe_differences(old: Plan, new: Plan) -> str:
-    """Describe the values of `new` that differ from `old`. The text is empty if there are none."""
-
-    def shorten(value: object) -> object:
-        if isinstance(value, str) and len(value) > 40:  # a hash
-            return f"{value[:8]}..."
-        return value
-
-    return ", ".join(
-        f"{key} was {shorten(old.get(key))}, is {shorten(value)}"
-        for key, value in new.items()
-        if old.get(key) != value
-    )
-
-
 def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
     """Return the manifest if DEST is a complete cache of this plan, or None if it is not complete.
 
@@ -125,83 +113,6 @@ def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
     return manifest
 
 
-def check_or_record_plan(dest: Path, plan: Plan) -> None:
-    """Record the plan of an unfinished cache, or compare it with the plan of complete shards.
-
-    --skip-bad is not part of the plan, so it can be added after a bad image has stopped a run.
-
-    Raises:
-        UserError: If the complete shards belong to another plan.
-    """
-    path = dest / "partial" / "plan.json"
-    if path.exists() and list(path.parent.glob("*.npy.json")):
-        changes = describe_differences(PLAN_DEFAULTS | json.loads(path.read_text()), plan)
-        if changes:
-            raise UserError(
-                f"{dest} contains unfinished work with other settings ({changes}); rerun the "
-                "command with the old settings, or remove the folder"
-            )
-    else:
-        write_file(path, json.dumps(plan).encode())
-        if not (dest / "manifest.json").exists():
-            # An existing preview may show a cache with other settings.
-            (dest / "preview.png").unlink(missing_ok=True)
-
-
-def lock_and_clean(dest: Path, resources: ExitStack) -> None:
-    """Lock DEST for the first process, and remove incomplete files of earlier runs.
-
-    The locks of all ranks are tested, because the first process of another command may have been
-    killed while its other processes are still running.
-
-    Raises:
-        UserError: If another command uses DEST, or DEST cannot be created.
-    """
-    partial = dest / "partial"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{dest} cannot be created ({error.strerror}); choose another folder"
-        ) from None
-    try:
-        for path in partial.glob("lock.*"):
-            with lock(path):
-                pass
-        resources.enter_context(lock(partial / "lock.0"))
-    except BlockingIOError:
-        raise UserError(
-            f"{dest} is in use by another process; wait until it ends, or stop it"
-        ) from None
-    for name in (".", "partial", "moments", "mirrored", "labels", "images"):
-        for incomplete in (dest / name).glob(".*.partial"):
-            incomplete.unlink()
-
-
-@contextmanager
-def lock_destination(dest: Path, world: World, prepare: Callable[[], Any]) -> Iterator[Any]:
-    """Lock DEST on all processes, and yield the result of `prepare` on all processes.
-
-    Args:
-        dest: Folder of a cache or of features.
-        world: All processes of this command.
-        prepare: Function that the first process calls after it has locked DEST.
-
-    Raises:
-        UserError: If another command uses DEST, or DEST cannot be created.
-    """
-    with ExitStack() as resources:
-
-        def lock_and_prepare() -> Any:
-            lock_and_clean(dest, resources)
-            return prepare()
-
-        result = world.run_on_first_rank(lock_and_prepare)
-        if world.rank:
-            resources.enter_context(lock(dest / "partial" / f"lock.{world.rank}"))
-        yield result
-
-
 def check_same_plan(job: CacheJob, world: World) -> None:
     """Raise UserError if the flags or the sources of the processes differ."""
     for rank, plan in enumerate(world.all_gather(job.plan)):
@@ -211,43 +122,6 @@ def check_same_plan(job: CacheJob, world: World) -> None:
                 f"process {rank} has different settings from process {world.rank} ({changes}); "
                 "pass the same source and flags to all processes"
             )
-
-
-@contextmanager
-def progress_bar(
-    world: World, description: str, num_local_images: int
-) -> Iterator[Callable[[int], None]]:
-    """Show the progress of all processes on the first one, assuming that all are equally fast.
-
-    Yields:
-        A function to call with the number of images that this process has just completed.
-    """
-    with tqdm(
-        total=num_local_images * world.num_processes,
-        unit="img",
-        desc=description,
-        disable=world.rank > 0,
-        smoothing=0.05,
-    ) as bar:
-        yield lambda num_images: bar.update(num_images * world.num_processes)
-
-
-def read_record(dest: Path, file: str) -> ShardEntry:
-    """Return the record of a shard of an unfinished cache, or {} if there is none."""
-    path = dest / "partial" / f"{file}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_record(dest: Path, entry: ShardEntry) -> None:
-    """Record that a shard of an unfinished cache is complete."""
-    write_file(dest / "partial" / f"{entry['file']}.json", json.dumps(entry).encode())
-
-
-def remove_partial_records(dest: Path) -> None:
-    """Remove the records of an unfinished cache."""
-    for file in (dest / "partial").iterdir():
-        file.unlink()
-    (dest / "partial").rmdir()
 
 
 def make_shards(
@@ -290,7 +164,7 @@ def make_shards(
     num_images = sum(len(job.get_image_range(k)) for k in local_indices)
     with (
         ThreadPoolExecutor(1) as writer,
-        progress_bar(world, job.description, num_images) as progress,
+        show_progress_bar(world, job.description, num_images) as progress,
     ):
         pending: Future[None] | None = None
         for shard in job.iter_shards(dest, local_indices, progress, only_images):
@@ -374,7 +248,7 @@ def finish(dest: Path, manifest: Manifest) -> None:
     else:
         (dest / "skipped.jsonl").unlink(missing_ok=True)
     write_manifest(dest, manifest)
-    remove_partial_records(dest)
+    remove_partial_folder(dest)
 
 
 def rebuild_shards(

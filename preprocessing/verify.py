@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import cli
 from common.cli import UserError
 from common.files import sha256
 from common.processes import World
-from latents.manifest import CacheError, Manifest, read_manifest
+from latents.manifest import Manifest, read_manifest
 from preprocessing.build import rebuild_shards
 from preprocessing.cache_job import CacheJob
 from preprocessing.encoding import EncodingJob, EncodingSettings
@@ -62,12 +61,7 @@ def parse_args() -> argparse.Namespace:
         help="for --repair: current location of the label file (default: the recorded one)",
     )
     add("--vae", help="for --repair: current location of the VAE (default: the recorded one)")
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="for --repair: device that encodes images",
-    )
+    cli.add_device_flag(add, "for --repair: device that encodes images")
     add(
         "--num-workers",
         type=int,
@@ -228,10 +222,7 @@ def main() -> None:
     """Run the command."""
     args = parse_args()
     world = World()
-    try:
-        manifest = read_manifest(args.data)
-    except CacheError as error:
-        raise UserError(str(error)) from None
+    manifest = read_manifest(args.data)
 
     # The first process checks the files. All processes need the result to distribute the repair.
     faults = world.broadcast(find_all_faults(args.data, manifest) if world.rank == 0 else None)
