@@ -22,17 +22,7 @@ from common import cli
 from common.cli import UserError
 from common.machine import available_cores
 from evaluations.compare import frechet_name
-from experiments.cells import (
-    Cell,
-    add_study_flags,
-    check_cells,
-    check_no_failures,
-    open_cache,
-    parse_study_flags,
-    run_cells,
-    set_defaults,
-    visible_gpus,
-)
+from experiments.cells import Cell, check_cells, open_cache
 from experiments.panels import BASELINE, draw_figure, format_table
 from experiments.results import (
     collect_runs,
@@ -41,6 +31,8 @@ from experiments.results import (
     save_result,
     write_report,
 )
+from experiments.scheduler import check_no_failures, run_cells, visible_gpus
+from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
 from models.sit import PRESETS, default_align_block
 
 PAPER_VANILLA_FID = 33.02

@@ -35,22 +35,11 @@ from common.files import write_file
 from common.machine import available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
-from experiments.cells import (
-    ROOT,
-    Cell,
-    add_study_flags,
-    check_cells,
-    check_no_failures,
-    is_finished,
-    make_portable,
-    open_cache,
-    parse_study_flags,
-    run_cells,
-    set_defaults,
-    visible_gpus,
-)
+from experiments.cells import Cell, check_cells, is_finished, make_portable, open_cache
 from experiments.results import collect_runs, load_result, save_result, write_report
+from experiments.scheduler import ROOT, check_no_failures, run_cells, visible_gpus
 from experiments.study_data import measure_floor, prepare_data
+from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
 from experiments.study_page import draw_figure, format_tables
 from experiments.study_plan import (
     BASELINE,
