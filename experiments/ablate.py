@@ -25,13 +25,13 @@ from evaluations.compare import frechet_name
 from experiments.cells import Cell, check_cells, open_cache
 from experiments.panels import BASELINE, draw_figure, format_table
 from experiments.results import (
+    collect_final_values,
     collect_runs,
-    final_values,
     load_result,
     save_result,
     write_report,
 )
-from experiments.scheduler import check_no_failures, run_cells, visible_gpus
+from experiments.scheduler import check_no_failures, list_visible_gpus, run_cells
 from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
 from models.sit import PRESETS, default_align_block
 
@@ -60,7 +60,7 @@ class AxisValue(NamedTuple):
     paper_fid: float | None = None
 
 
-def axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
+def list_axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
     """Return the values of each axis by their labels.
 
     Args:
@@ -114,7 +114,7 @@ def axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisV
     }
 
 
-def best_labels(model: str) -> dict[str, str]:
+def list_best_labels(model: str) -> dict[str, str]:
     """Return the label of the paper's best value on each axis."""
     return {
         "depth": str(default_align_block(model)),
@@ -142,8 +142,8 @@ def build_grid(
         The alignment flags by the name of the run (a run that several axes share occurs once), and
         the "axes" entry of the result.
     """
-    best = best_labels(model)
-    values = axis_values(model, steps, demo)
+    best = list_best_labels(model)
+    values = list_axis_values(model, steps, demo)
     runs = {BASELINE: "--align none"}
     panels = []
     for axis in axes:
@@ -169,7 +169,7 @@ def build_grid(
     return runs, panels
 
 
-def demo_flags(steps: int, evaluations: int) -> list[str]:
+def make_demo_flags(steps: int, evaluations: int) -> list[str]:
     """Return the flags that all runs on the bundled data share, as in the README."""
     every = math.ceil(steps / evaluations)
     schedule = f"--max-train-steps {steps} --checkpointing-steps {every} --eval-every {every}"
@@ -185,7 +185,7 @@ def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
     checkpoint = shlex.quote(str(folder / name))
     torchrun = f"torchrun --nproc_per_node {gpus}"
     return [
-        cell.command(folder, gpus),
+        cell.make_command(folder, gpus),
         f"{torchrun} sample_ddp.py --ckpt {checkpoint} --num-fid-samples 50000 --mode sde "
         f"--num-steps 250 --name {name}",
         f"{torchrun} -m evaluations.evaluate samples/{name}.npz "
@@ -253,7 +253,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         max_train_steps=400_000 if imagenet else 400,
         evaluations=1,
         output_dir=output_dir,
-        jobs=len(visible_gpus()) or available_cores(),
+        jobs=len(list_visible_gpus()) or available_cores(),
         out=output_dir / f"{'-'.join(args.axis)}.json",
     )
     return args, train_flags
@@ -281,7 +281,7 @@ def write_ablation_report(result: dict, path: Path) -> None:
     Raises:
         UserError: If the result contains no finished runs of vanilla SiT.
     """
-    if BASELINE not in final_values(result["runs"], result.get("metric", "")):
+    if BASELINE not in collect_final_values(result["runs"], result.get("metric", "")):
         raise UserError(
             f"{path} contains no finished run of vanilla SiT ({BASELINE}), the baseline of the "
             "comparison; rerun the study"
@@ -303,7 +303,7 @@ def main() -> None:
     runs, panels = build_grid(args.axis, args.model, steps, demo)
     scale_flags = f"--batch-size 256 --max-train-steps {steps}".split()  # as in SiT and REPA
     if demo:
-        scale_flags = demo_flags(steps, args.evaluations)
+        scale_flags = make_demo_flags(steps, args.evaluations)
     shared = ["--data-dir", str(args.data_dir), "--model", args.model, *scale_flags, *train_flags]
     cells = [
         Cell(name, seed, (*shared, *flags.split()))
@@ -314,7 +314,9 @@ def main() -> None:
     if args.print:
         lines = []
         for cell in cells:
-            commands = [cell.command(folder)] if demo else list_commands(cell, folder, args.gpus)
+            commands = (
+                [cell.make_command(folder)] if demo else list_commands(cell, folder, args.gpus)
+            )
             lines += [f"# {cell.name}, seed {cell.seed}", *commands, ""]
         print(*lines, sep="\n")
         return
@@ -332,7 +334,7 @@ def main() -> None:
     settings = {
         "model": args.model,
         "steps": steps,
-        "metric": frechet_name(cells[0].settings().evaluation.features),
+        "metric": frechet_name(cells[0].parse_settings().evaluation.features),
         "axes": panels,
     }
     save_result(args.out, "ablate", settings, entries)

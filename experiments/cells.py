@@ -41,32 +41,32 @@ class Cell(NamedTuple):
         """The name of the run folder, and of the .log and .json files next to it."""
         return f"{self.name}-seed{self.seed}"
 
-    def train_flags(self, folder: Path) -> list[str]:
+    def make_train_flags(self, folder: Path) -> list[str]:
         """Return the complete command line of train.py, for a run in `folder`."""
         run = ["--exp-name", self.run_name, "--output-dir", str(folder), "--seed", str(self.seed)]
         return [*self.flags, *run]
 
-    def settings(self, num_processes: int = 1) -> Settings:
+    def parse_settings(self, num_processes: int = 1) -> Settings:
         """Parse and check the flags as train.py does.
 
         Raises:
             UserError: If train.py would reject the flags with this number of processes.
         """
-        settings = parse_settings(self.train_flags(Path("exps")))
+        settings = parse_settings(self.make_train_flags(Path("exps")))
         check_batch_size(settings.loop, num_processes)
         return settings
 
-    def command(self, folder: Path, gpus: int = 1) -> str:
+    def make_command(self, folder: Path, gpus: int = 1) -> str:
         """Return the command that executes the run on all GPUs of a machine.
 
         Raises:
             UserError: If train.py would reject the flags.
         """
-        self.settings(gpus)
+        self.parse_settings(gpus)
         launcher = "python"
         if gpus > 1:
             launcher = f"accelerate launch --multi_gpu --num_processes {gpus}"
-        return f"{launcher} train.py {shlex.join(self.train_flags(folder))}"
+        return f"{launcher} train.py {shlex.join(self.make_train_flags(folder))}"
 
 
 def open_cache(*folders: Path) -> LatentCache:
@@ -85,7 +85,7 @@ def check_cells(cells: list[Cell], folder: Path) -> None:
             flags.
     """
     for cell in cells:
-        cell.settings()
+        cell.parse_settings()
         recorded_flags = read_record(cell, folder).get("flags")
         current = make_portable(cell.flags)
         if recorded_flags and normalize_flags(recorded_flags) != normalize_flags(current):

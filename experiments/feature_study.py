@@ -25,11 +25,11 @@ from common.keyed_random import Purpose, normal, uniform
 from experiments.feature_picture import ColourMaps
 from experiments.representation import (
     Neighbours,
-    cknna,
+    compute_cknna,
+    compute_wilson_interval,
     find_neighbours,
     fit_colours,
     fit_probe,
-    wilson_interval,
 )
 from interpolant import INTERPOLANTS, interpolate
 from latents.cache import LatentCache
@@ -139,8 +139,10 @@ def evaluate_features(
     held_out = features[half:]
     probe = fit_probe(features[:half], labels[:half], num_classes)
     num_correct = (probe.logits(held_out).argmax(1) == labels[half:]).sum().item()
-    low, high = wilson_interval(num_correct, len(held_out))
-    alignment = math.nan if reference is None else cknna(find_neighbours(held_out), reference)
+    low, high = compute_wilson_interval(num_correct, len(held_out))
+    alignment = (
+        math.nan if reference is None else compute_cknna(find_neighbours(held_out), reference)
+    )
     return {
         "accuracy": num_correct / len(held_out),
         "low": low,

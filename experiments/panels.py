@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.plotting import add_grid, load_pyplot, save_png
-from experiments.results import Estimate, final_values, paired_difference
+from experiments.results import Estimate, collect_final_values, compute_paired_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +25,8 @@ def format_table(result: dict) -> str:
     A row contains the mean over seeds, and the mean of the per-seed differences from vanilla SiT.
     """
     metric = result["metric"]
-    finals = final_values(result["runs"], metric)
-    agreement = final_values(result["runs"], "class_agreement")
+    finals = collect_final_values(result["runs"], metric)
+    agreement = collect_final_values(result["runs"], "class_agreement")
     lines = []
     for panel in result["axes"]:
         title = panel["title"]
@@ -63,7 +63,9 @@ def format_row(value: dict, finals: Values, agreement: Values) -> str:
     if name in finals:
         mean = f"{np.mean([*finals[name].values()]):.3f}"
         if name != BASELINE:
-            difference = format_difference(paired_difference(finals[name], finals[BASELINE]))
+            difference = format_difference(
+                compute_paired_difference(finals[name], finals[BASELINE])
+            )
         if name in agreement:
             agreement_text = f"{np.mean([*agreement[name].values()]):.1%}"
     paper = "" if value["paper"] is None else f"*{value['paper']:.2f}*"
@@ -88,7 +90,7 @@ def draw_figure(result: dict, path: Path) -> None:
     if and only if the difference is significant.
     """
     plt = load_pyplot()
-    finals = final_values(result["runs"], result["metric"])
+    finals = collect_final_values(result["runs"], result["metric"])
     count = len(result["axes"])
     columns = min(count, MAX_COLUMNS)
     rows = -(-count // columns)
@@ -129,7 +131,7 @@ def find_limits(finals: Values) -> tuple[float, float]:
     level = float(np.mean([*baseline.values()]))
     values = []
     for by_seed in finals.values():
-        difference = paired_difference(by_seed, baseline) or Estimate(0)
+        difference = compute_paired_difference(by_seed, baseline) or Estimate(0)
         values += [*by_seed.values(), level + difference.low, level + difference.high]
     low = np.nanmin(values)
     high = np.nanmax(values)
@@ -157,7 +159,7 @@ def draw_panel(axes: "Axes", panel: dict, finals: Values) -> None:
             alpha=0.5,
             linestyle="",
         )
-        if difference := paired_difference(by_seed, baseline):
+        if difference := compute_paired_difference(by_seed, baseline):
             mean, *ends = level + np.array(difference)
             axes.plot(x + 0.08, mean, color, marker="_", markersize=15, markeredgewidth=2.2)
             axes.plot([x + 0.08] * 2, ends, color, linewidth=1.6)

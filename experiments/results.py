@@ -51,7 +51,7 @@ def has_evaluations(run: Path) -> bool:
 
 def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
     """Return the settings of a run, the metrics per evaluation and the losses per logged step."""
-    ema_decay = cell.settings().optimizer.ema_decay[0]
+    ema_decay = cell.parse_settings().optimizer.ema_decay[0]
     steps, evaluations = read_log(folder / cell.run_name)
     evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == ema_decay]
     settings = evaluations[-1]["evaluation"] if evaluations else {}
@@ -65,7 +65,9 @@ def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
         "seed": cell.seed,
         **({} if is_done else {"finished": False}),
         **{key: record.get(key) for key in ("flags", "seconds", "machine", "commits")},
-        "command": shlex.join(["python", "train.py", *make_portable(cell.train_flags(folder))]),
+        "command": shlex.join(
+            ["python", "train.py", *make_portable(cell.make_train_flags(folder))]
+        ),
         "evaluation": {key: settings[key] for key in settings if key != "reference"},
         "metrics": to_columns(
             evaluations, [key for key in metrics if key not in ("schema", "step", "evaluation")]
@@ -165,7 +167,7 @@ def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, di
     return grouped
 
 
-def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
+def collect_final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
     """Return the metric at the last evaluation of each run, by the name of the run and its seed."""
     return group_runs(runs, lambda run: (run["metrics"].get(metric) or [None])[-1])
 
@@ -178,7 +180,7 @@ class Estimate(NamedTuple):
     high: float = math.nan
 
 
-def student_interval(values: list[float] | np.ndarray) -> Estimate:
+def compute_t_interval(values: list[float] | np.ndarray) -> Estimate:
     """Return the mean and the 95% t interval, mean +- t s / sqrt(n), of normal values."""
     mean = float(np.mean(values))
     if len(values) < 2:
@@ -187,7 +189,9 @@ def student_interval(values: list[float] | np.ndarray) -> Estimate:
     return Estimate(mean, mean - half_width, mean + half_width)
 
 
-def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
+def compute_paired_difference(
+    values: dict[int, float], baseline: dict[int, float]
+) -> Estimate | None:
     """Return the mean difference of two runs over their common seeds, with a t interval.
 
     Runs with the same seed use the same random numbers, so taking the difference per seed removes
@@ -201,4 +205,4 @@ def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> E
         The estimate of values - baseline, or None without common seeds.
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
-    return student_interval(differences) if differences else None
+    return compute_t_interval(differences) if differences else None

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.1  # between checks of the processes
 PROGRESS_SECONDS = 2.0  # between updates of the progress bar
 
 
-def current_commit() -> str | None:
+def get_current_commit() -> str | None:
     """Return the commit of the code, with "-dirty" if files were modified, or None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
@@ -42,7 +42,7 @@ def current_commit() -> str | None:
     return None
 
 
-def visible_gpus() -> list[str]:
+def list_visible_gpus() -> list[str]:
     """Return the GPUs of this process in the notation of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible and not visible.startswith("-"):  # -1 hides all GPUs
@@ -71,7 +71,7 @@ class TrainingProcess:
         self.record = {
             "flags": make_portable(cell.flags),
             "machine": machine | {"cpu_threads": num_threads},
-            "commits": list(dict.fromkeys([*previous.get("commits", []), current_commit()])),
+            "commits": list(dict.fromkeys([*previous.get("commits", []), get_current_commit()])),
         }
         self.write_record(finished=False)
 
@@ -86,7 +86,7 @@ class TrainingProcess:
         self.log = folder / f"{cell.run_name}.log"
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *cell.train_flags(folder)],
+                [sys.executable, str(ROOT / "train.py"), *cell.make_train_flags(folder)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -119,14 +119,14 @@ class Scheduler:
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int):
         self.folder = folder
-        self.gpus = visible_gpus()
+        self.gpus = list_visible_gpus()
         self.num_threads = max(1, available_cores() // jobs)
         self.pending = [cell for cell in cells if not is_finished(cell, folder)]
         self.slots: list[TrainingProcess | None] = [None] * jobs
         self.errors_by_run: dict[str, str] = {}  # name of a failed run -> error message
         self.is_stopping = False
         self.progress_time = 0.0  # time of the last update of the progress bar
-        loops = {cell: cell.settings().loop for cell in cells}
+        loops = {cell: cell.parse_settings().loop for cell in cells}
         self.total_images = {cell: loop.num_steps * loop.batch_size for cell, loop in loops.items()}
 
     @property

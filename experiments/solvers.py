@@ -109,7 +109,7 @@ class Gaussian(NamedTuple):
         return self.mean + x @ self.axes * self.std @ self.axes.T
 
 
-def example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
+def make_example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
     """Return a Gaussian with the given standard deviations along random principal axes."""
     d = len(stds)
     draw = normal(seed, Purpose.NOISE, torch.arange(d + 1), (d,))
@@ -117,7 +117,7 @@ def example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
     return Gaussian(draw[0], axes, torch.tensor(stds, dtype=torch.float64))
 
 
-def sde_moments(
+def compute_sde_moments(
     velocity: VelocityField,
     interpolant: Interpolant,
     d: int,
@@ -153,26 +153,26 @@ def sde_moments(
     return end[0], responses.T @ responses
 
 
-def start_noise(data: Gaussian) -> Tensor:
+def draw_initial_noise(data: Gaussian) -> Tensor:
     """Return the initial noise of all solvers, (NUM_IMAGES, D)."""
     return normal(0, Purpose.INITIAL_NOISE, torch.arange(NUM_IMAGES), data.mean.shape)
 
 
-def relative_rms_error(data: Gaussian, end: Tensor, exact: Tensor) -> float:
+def compute_relative_rms_error(data: Gaussian, end: Tensor, exact: Tensor) -> float:
     """Return the root-mean-square error relative to the standard deviation of the data."""
     return ((end - exact).square().mean() / data.std.square().mean()).sqrt().item()
 
 
-def relative_covariance_error(data: Gaussian, covariance: Tensor) -> float:
+def compute_relative_covariance_error(data: Gaussian, covariance: Tensor) -> float:
     """Return |C - S| / |S| in the Frobenius norm, where C is the covariance of the samples."""
     return ((covariance - data.covariance).norm() / data.covariance.norm()).item()
 
 
 def measure_odes(data: Gaussian, interpolant: Interpolant) -> dict[str, dict[str, list]]:
     """Return the numbers of evaluations and the errors of the ODE solvers."""
-    noise = start_noise(data)
+    noise = draw_initial_noise(data)
     velocity = data.velocity(interpolant)
-    error = partial(relative_rms_error, data, exact=data.flow(noise))
+    error = partial(compute_relative_rms_error, data, exact=data.flow(noise))
     adaptive = [dopri5(velocity, noise, rtol / 1000, rtol) for rtol in RTOLS]
     counts = torch.stack([count for _, count in adaptive]).double()
     return {
@@ -199,10 +199,10 @@ def measure_sde(
     """Return the numbers of evaluations and the covariance errors of the SDE solver."""
     velocity = data.velocity(interpolant)
     moments = [
-        sde_moments(velocity, interpolant, len(data.mean), n, last(n))
+        compute_sde_moments(velocity, interpolant, len(data.mean), n, last(n))
         for n in SDE_EVALUATION_COUNTS
     ]
-    errors = [relative_covariance_error(data, covariance) for _, covariance in moments]
+    errors = [compute_relative_covariance_error(data, covariance) for _, covariance in moments]
     return {"evaluations": SDE_EVALUATION_COUNTS, "error": errors}
 
 
@@ -212,7 +212,7 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
     The reference solution is the integration in pieces with a much smaller tolerance. A test
     compares it with the solution of scipy.
     """
-    noise = start_noise(data)
+    noise = draw_initial_noise(data)
 
     def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         v_class, v_null = (
@@ -230,7 +230,7 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
         solutions = [solve(velocity, noise, rtol / 1000, rtol) for rtol in rtols]
         return {
             "evaluations": [count.double().mean().item() for _, count in solutions],
-            "error": [relative_rms_error(data, end, exact) for end, _ in solutions],
+            "error": [compute_relative_rms_error(data, end, exact) for end, _ in solutions],
         }
 
     return {
@@ -245,7 +245,7 @@ def measure_prediction(
     data: Gaussian, interpolant: Interpolant, prediction: str
 ) -> dict[str, float]:
     """Return the errors of the ODE and SDE solvers for an exact network with a given prediction."""
-    noise = start_noise(data)
+    noise = draw_initial_noise(data)
     network = data.predict_expected(interpolant, prediction)
     low, high = time_interval(interpolant, prediction)
 
@@ -259,16 +259,18 @@ def measure_prediction(
     if low > 0:
         adaptive = denoise(velocity, interpolant, adaptive, low)
         evaluations = evaluations + 1
-    _, covariance = sde_moments(velocity, interpolant, len(data.mean), 250, ends=(low, high))
+    _, covariance = compute_sde_moments(
+        velocity, interpolant, len(data.mean), 250, ends=(low, high)
+    )
     return {
-        "Heun": relative_rms_error(data, fixed, data.flow(noise)),
-        "dopri5": relative_rms_error(data, adaptive, data.flow(noise)),
+        "Heun": compute_relative_rms_error(data, fixed, data.flow(noise)),
+        "dopri5": compute_relative_rms_error(data, adaptive, data.flow(noise)),
         "evaluations": evaluations.double().mean().item(),
-        "SDE": relative_covariance_error(data, covariance),
+        "SDE": compute_relative_covariance_error(data, covariance),
     }
 
 
-def convergence_order(curve: dict[str, list]) -> float:
+def estimate_order(curve: dict[str, list]) -> float:
     """Return the order of convergence, estimated from the last two points of a curve."""
     logs = np.log([curve["error"][-2:], curve["evaluations"][-2:]])
     error, n = np.diff(logs)[:, 0]
@@ -277,8 +279,8 @@ def convergence_order(curve: dict[str, list]) -> float:
 
 def measure() -> dict:
     """Return all measurements, rounded to four significant digits."""
-    data = example_gaussian(EXAMPLE_STDS)
-    null = example_gaussian([0.5, 0.9, 1.1, 1.4], seed=1)
+    data = make_example_gaussian(EXAMPLE_STDS)
+    null = make_example_gaussian([0.5, 0.9, 1.1, 1.4], seed=1)
     odes = {}
     sdes = {}
     orders = {}
@@ -287,9 +289,9 @@ def measure() -> dict:
         odes[name] = measure_odes(data, interpolant)
         sdes[name] = {key: measure_sde(data, interpolant, last) for key, last in LAST_TIMES.items()}
         orders[name] = {
-            "Euler": convergence_order(odes[name]["Euler"]),
-            "Heun": convergence_order(odes[name]["Heun"]),
-            "Euler-Maruyama": convergence_order(sdes[name]["last step 1 / n"]),
+            "Euler": estimate_order(odes[name]["Euler"]),
+            "Heun": estimate_order(odes[name]["Heun"]),
+            "Euler-Maruyama": estimate_order(sdes[name]["last step 1 / n"]),
         }
     objectives: dict[str, dict] = {name: {} for name in INTERPOLANTS}
     for name, prediction in itertools.product(INTERPOLANTS, PREDICTIONS):
@@ -311,9 +313,9 @@ def round_number(text: str) -> float:
     return float(f"{float(text):.4g}")
 
 
-def markdown_tables(measurements: dict) -> list[str]:
+def format_tables(measurements: dict) -> list[str]:
     """Return the rows of three tables in docs/sampling.md: solvers, guidance, and objectives."""
-    solver_rows = [solver_row(measurements, name) for name in PATH_TYPES]
+    solver_rows = [format_solver_row(measurements, name) for name in PATH_TYPES]
     interval = measurements["interval"]
     guidance_rows = [
         f"| {label} | {rtol:g} | {evaluations:.0f} | {error:.2g} |"
@@ -329,7 +331,7 @@ def markdown_tables(measurements: dict) -> list[str]:
     return ["\n".join(rows) for rows in (solver_rows, guidance_rows, objective_rows)]
 
 
-def solver_row(measurements: dict, name: str) -> str:
+def format_solver_row(measurements: dict, name: str) -> str:
     """Return the row of a path in the table of the solvers."""
     at_64 = EVALUATION_COUNTS.index(64)
     at_250 = SDE_EVALUATION_COUNTS.index(250)

@@ -13,8 +13,8 @@ from experiments.results import TAILS, Estimate
 
 NUM_RESAMPLES = 10_000
 MILESTONES = (0.25, 0.5, 0.75, 1.0)  # speed-ups are computed at these fractions of the training
-# Coverage of the 95% interval of `bootstrap_interval` for n normal values, estimated from 20,000
-# simulated studies, with an error of at most 0.006.
+# Probability that the 95% interval of `compute_bootstrap_interval` contains the true mean, for n
+# normal values. It was estimated from 20,000 simulated studies, with an error of at most 0.006.
 COVERAGE = {2: 0.50, 3: 0.75, 4: 0.80, 5: 0.84, 6: 0.86, 8: 0.89, 10: 0.90}
 
 
@@ -29,7 +29,7 @@ def draw_resamples(count: int) -> np.ndarray:
     return counts.astype(float)
 
 
-def bootstrap_interval(values: np.ndarray) -> Estimate:
+def compute_bootstrap_interval(values: np.ndarray) -> Estimate:
     """Return the mean of n values and its 95% percentile bootstrap interval.
 
     For few values the interval is too narrow: the standard deviation of the resampled means is too
@@ -48,7 +48,7 @@ def bootstrap_interval(values: np.ndarray) -> Estimate:
     return Estimate(mean, *(first + np.quantile(means, TAILS)).tolist())
 
 
-def detectable_difference(differences: np.ndarray) -> float:
+def compute_detectable_difference(differences: np.ndarray) -> float:
     """Return the mean difference that a paired t test detects with 80% power.
 
     The test is two-sided at the 5% level. The result is the delta for which P(|T| > t) = 0.8, where
@@ -81,7 +81,7 @@ class Bounds(NamedTuple):
     high: float
 
 
-def images_needed(
+def count_images_needed(
     images: np.ndarray, values: np.ndarray, quality: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return bounds of the number of images after which curves first reach a quality.
@@ -169,8 +169,8 @@ def compute_speed_ups(
     speed_ups = []
     for index in select_milestones(images):
         quality = baseline_means[:, index]
-        baseline_low, baseline_high = images_needed(images, baseline_means, quality)
-        method_low, method_high = images_needed(images, method_means, quality)
+        baseline_low, baseline_high = count_images_needed(images, baseline_means, quality)
+        method_low, method_high = count_images_needed(images, method_means, quality)
         with np.errstate(divide="ignore"):
             ratios = np.stack([baseline_low / method_high, baseline_high / method_low])
         quantiles = np.quantile(ratios[:, 1:], TAILS, axis=1, method="inverted_cdf")

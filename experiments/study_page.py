@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.plotting import add_grid, load_pyplot, save_png
-from experiments.results import student_interval
+from experiments.results import compute_t_interval
 from experiments.speedup import (
     COVERAGE,
     SpeedUp,
-    bootstrap_interval,
+    compute_bootstrap_interval,
     compute_speed_ups,
     select_milestones,
 )
 from experiments.study_numbers import (
     Curves,
     collect_curves,
+    collect_main_curves,
     collect_probes,
     format_numbers,
-    held_out_times,
+    list_held_out_times,
     list_seeds,
-    main_curves,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def format_tables(result: dict) -> str:
     """Return all tables of a study as Markdown, followed by their explanation.
 
     Raises:
-        UserError: If the runs cannot be compared, see `main_curves`.
+        UserError: If the runs cannot be compared, see `collect_main_curves`.
     """
     numbers = format_numbers(result)
     metric = result["metric"]
@@ -88,7 +88,7 @@ def format_tables(result: dict) -> str:
         "held-out difference": baseline_header,
         "probe": describe_probes(result),
     }
-    held_out_columns = {f"held-out at {t}": f"t = {t}" for t in held_out_times(result)}
+    held_out_columns = {f"held-out at {t}": f"t = {t}" for t in list_held_out_times(result)}
     cost_columns = {"FLOP": "FLOPs per image", "second": "seconds per step"}
     speed_up_prefix = "speed-up at "
     for images in sorted(
@@ -108,7 +108,7 @@ def format_tables(result: dict) -> str:
         corner = f"held-out loss, % {baseline_header}"
         lines += make_table(held_out_rows, held_out_columns, numbers, corner)
     lines += make_table(measured_labels, cost_columns, numbers)
-    return "\n".join([*lines, *explain(result), "", "```bash", result["command"], "```", ""])
+    return "\n".join([*lines, *explain_tables(result), "", "```bash", result["command"], "```", ""])
 
 
 def describe_probes(result: dict) -> str:
@@ -140,9 +140,9 @@ def make_table(
     return [header, "|" + "---|" * len(used_columns), *body, ""]
 
 
-def explain(result: dict) -> list[str]:
+def explain_tables(result: dict) -> list[str]:
     """Return the lines of the explanation below the tables."""
-    quality = main_curves(result)
+    quality = collect_main_curves(result)
     images = int(quality.images[-1])
     baseline, *methods = result["methods"]
     label = baseline["label"]
@@ -212,10 +212,10 @@ def draw_figure(result: dict, path: Path) -> None:
     """Draw the curves of the main metric, the speed-ups, and the differences from the baseline.
 
     Raises:
-        UserError: If the runs cannot be compared, see `main_curves`.
+        UserError: If the runs cannot be compared, see `collect_main_curves`.
     """
     plt = load_pyplot()
-    quality = main_curves(result)
+    quality = collect_main_curves(result)
     held_out = collect_curves(result, "held_out")
     styles = {
         method["name"]: {"color": color, "marker": marker, "label": method["label"]}
@@ -289,7 +289,7 @@ def draw_categories(axes: "Axes", images: np.ndarray) -> None:
     axes.set_xlim(-0.5, len(images) - 0.5)
 
 
-def category_offset(index: int, count: int) -> float:
+def compute_category_offset(index: int, count: int) -> float:
     """Return the horizontal offset of a method from the tick that `count` methods share."""
     return min(0.16, 0.8 / count) * (index - (count - 1) / 2)
 
@@ -320,7 +320,7 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
 
     for index, (name, speed_ups) in enumerate(by_method.items()):
         for k, speed_up in enumerate(speed_ups):
-            x = k + category_offset(index, len(by_method))
+            x = k + compute_category_offset(index, len(by_method))
             draw_speed_up(axes, x, speed_up, styles[name])
     if by_method:
         draw_categories(axes, quality.images[select_milestones(quality.images)])
@@ -361,8 +361,8 @@ def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -
         if not len(curves.pair(name, baseline)[0]):
             continue
         differences = curves.percent_differences(name, baseline)
-        x = np.arange(len(curves.images)) + category_offset(index, len(names))
-        for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
+        x = np.arange(len(curves.images)) + compute_category_offset(index, len(names))
+        for interval, width in ((compute_t_interval, 0.8), (compute_bootstrap_interval, 2.6)):
             estimates = np.array([interval(column) for column in differences.T])
             _, lows, highs = estimates.T
             axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)

@@ -73,7 +73,7 @@ def test_tried_blocks_scale_with_the_depth_of_the_model():
         "SiT-L/2": ["4", "6", "8", "12", "16"],
     }
     for model, labels in expected.items():
-        assert [*ablate.axis_values(model, 400, demo=True)["depth"]] == labels
+        assert [*ablate.list_axis_values(model, 400, demo=True)["depth"]] == labels
 
 
 def test_imagenet_commands_are_valid_and_cover_table_1(call):
@@ -124,20 +124,20 @@ def test_t_intervals_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     a, b = (dict(enumerate(rng.normal(size=5).tolist())) for _ in range(2))
     expected = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.95)
-    paired = results.paired_difference(a, b)
+    paired = results.compute_paired_difference(a, b)
     assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     expected = stats.ttest_1samp([*a.values()], 0).confidence_interval(0.95)
-    single = results.student_interval([*a.values()])
+    single = results.compute_t_interval([*a.values()])
     assert (single.low, single.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
 def test_paired_differences_are_taken_per_common_seed():
     baseline = {0: 3.0, 1: 30.0, 2: 300.0}
     shifted = {seed: value - 0.5 for seed, value in baseline.items()}
-    assert results.paired_difference(shifted | {7: 1e9}, baseline) == (-0.5, -0.5, -0.5)
-    single = results.paired_difference({0: 2.0}, baseline)
+    assert results.compute_paired_difference(shifted | {7: 1e9}, baseline) == (-0.5, -0.5, -0.5)
+    single = results.compute_paired_difference({0: 2.0}, baseline)
     assert single == pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)
-    assert results.paired_difference({9: 1.0}, baseline) is None
+    assert results.compute_paired_difference({9: 1.0}, baseline) is None
 
 
 def test_table_contains_paired_intervals_and_marks_missing_runs(tmp_path):

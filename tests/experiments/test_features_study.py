@@ -21,11 +21,11 @@ from experiments.feature_study import (
     spread_blocks,
 )
 from experiments.representation import (
-    cknna,
+    compute_cknna,
+    compute_wilson_interval,
     find_neighbours,
     fit_colours,
     fit_probe,
-    wilson_interval,
 )
 from latents.cache import LatentCache
 from models.sit import PRESETS, SiT, SiTConfig
@@ -73,7 +73,7 @@ def test_cknna_equals_its_definition(monkeypatch, rows_per_chunk):
     b = a @ random_normal(6, 4, seed=1) + random_normal(40, 4, seed=2)
     expected = naive_cknna(a.numpy(), b.numpy(), 5)
     assert 0.05 < expected < 0.95
-    measured = cknna(find_neighbours(a, 5), find_neighbours(b, 5))
+    measured = compute_cknna(find_neighbours(a, 5), find_neighbours(b, 5))
     assert measured == pytest.approx(expected, rel=1e-10)
 
 
@@ -81,13 +81,13 @@ def test_cknna_ignores_rotation_and_scale_and_is_low_for_independent_spaces():
     a, b = random_normal(600, 12), random_normal(600, 12, seed=1)
     rotation = random_rotation(12, seed=2)
     neighbours_of_a, neighbours_of_b = find_neighbours(a), find_neighbours(b)
-    assert cknna(neighbours_of_a, neighbours_of_a) == pytest.approx(1, abs=1e-12)
+    assert compute_cknna(neighbours_of_a, neighbours_of_a) == pytest.approx(1, abs=1e-12)
     rotated = find_neighbours(7 * a @ rotation)
-    assert cknna(neighbours_of_a, rotated) == pytest.approx(1, abs=1e-9)
-    mixed = cknna(find_neighbours(a + b), neighbours_of_b)
-    rotated_mixed = cknna(find_neighbours((a + b) @ rotation), neighbours_of_b)
+    assert compute_cknna(neighbours_of_a, rotated) == pytest.approx(1, abs=1e-9)
+    mixed = compute_cknna(find_neighbours(a + b), neighbours_of_b)
+    rotated_mixed = compute_cknna(find_neighbours((a + b) @ rotation), neighbours_of_b)
     assert rotated_mixed == pytest.approx(mixed, abs=1e-9)
-    assert abs(cknna(neighbours_of_a, neighbours_of_b)) < 2 * 10 / 600 < 0.1 < mixed
+    assert abs(compute_cknna(neighbours_of_a, neighbours_of_b)) < 2 * 10 / 600 < 0.1 < mixed
 
 
 def test_probe_minimises_its_documented_objective():
@@ -107,9 +107,9 @@ def test_probe_minimises_its_documented_objective():
 
 
 def test_wilson_intervals_equal_published_values():
-    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert wilson_interval(10, 10)[1] == 1
+    assert compute_wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert compute_wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert compute_wilson_interval(10, 10)[1] == 1
 
 
 def test_colours_are_principal_components_with_the_signs_of_the_reference():
