@@ -18,9 +18,9 @@ def setting(default: Any = dataclasses.MISSING, *, help: str, **options: Any) ->
 
     Args:
         default: Default value. A field without one becomes a required flag.
-        help: Help text: a noun phrase that says what the value is, with its unit.
-        options: `flags`, the names on the command line (default: `--field-name`); `may_change`,
-            whether a resumed run may use another value; and any keyword of `add_argument`.
+        help: Help text: a noun phrase that describes the value, with its unit.
+        options: `flags` (the names on the command line; default: `--field-name`), `may_change`
+            (whether a resumed run may use another value), and any keyword of `add_argument`.
     """
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
@@ -52,7 +52,7 @@ def add_flags(group: Any, config: type, **overrides: Any) -> None:
     Args:
         group: The parser or the group.
         config: A settings dataclass.
-        overrides: Keywords of `add_argument` that replace those of every field.
+        overrides: Keyword arguments of `add_argument` that replace the options of every field.
     """
     for field in dataclasses.fields(config):
         if "help" not in field.metadata:

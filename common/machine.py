@@ -1,4 +1,4 @@
-"""Query the CPU cores, memory and open files that are available to this process."""
+"""Query the CPU cores, the memory and the number of open files that this process may use."""
 
 import math
 import os
@@ -33,7 +33,7 @@ def raise_open_file_limit() -> int:
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+    return 2**20 if soft == resource.RLIM_INFINITY else soft
 
 
 def available_memory() -> float:

@@ -79,7 +79,7 @@ class World:
             Exception: On rank 0, the exception that `compute` raised.
             SystemExit: On the other processes if `compute` failed, with code 2.
         """
-        result = None  # remains None if `compute` fails; otherwise, a tuple of the value
+        result = None  # a tuple that contains the value, or None if `compute` fails
         if self.rank == 0:
             try:
                 result = (compute(),)

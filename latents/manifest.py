@@ -74,7 +74,7 @@ class Manifest:
 
     @property
     def folders(self) -> list[str]:
-        """Folders that contain one array per shard, except those of features."""
+        """All folders that contain one array per shard, except the folders of features."""
         folders = [*self.moment_folders, "labels"]
         if self.images:
             folders.append("images")
@@ -82,7 +82,7 @@ class Manifest:
 
 
 class CacheError(UserError):
-    """The cache is missing or incomplete, or its files do not match its manifest."""
+    """A cache is missing or incomplete, or its files do not match its manifest."""
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -133,7 +133,7 @@ def _explain_missing_manifest(root: Path) -> str:
 
 
 def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
-    """Return the manifest of one cache, or of several that are read as one in the given order.
+    """Return the manifest of several caches that are read as one cache, in the given order.
 
     Raises:
         CacheError: The caches differ in one of SHARED_FIELDS, or a cache is listed twice.
@@ -178,7 +178,8 @@ def _describe_difference(name: str, first_value: Any, second_value: Any) -> tupl
         return str(first_value), str(second_value)
     if len(first_value) != len(second_value):
         return f"{len(first_value)} classes", f"{len(second_value)} classes"
-    k = [a == b for a, b in zip(first_value, second_value)].index(False)
+    is_equal = [first == second for first, second in zip(first_value, second_value)]
+    k = is_equal.index(False)
     return f"{first_value[k]!r} for class {k}", f"{second_value[k]!r} for class {k}"
 
 
