@@ -43,7 +43,7 @@ SETTINGS_ALLOWED_TO_CHANGE = ("batch_size", "shard_size", "keep_images")
 
 
 def list_all_entries(manifest: Manifest) -> list[ShardEntry]:
-    """Return the entries of all shards in order, including shards without any usable image."""
+    """Return the entries of all shards in order, including shards without usable images."""
     entries = [*manifest.shards, *manifest.encoding.get("empty", [])]
     return sorted(entries, key=lambda entry: entry["file"])
 
@@ -132,15 +132,15 @@ def make_shards(
     entries_without_images: dict[str, ShardEntry] | None = None,
     keep_records: bool = False,
 ) -> dict[str, ShardEntry]:
-    """Create shards, distributed over all processes. Each is written while the next is computed.
+    """Create shards on all processes. Each shard is written while the next one is computed.
 
     Args:
         dest: Folder of the cache.
         job: The job of the cache.
         files: File names of the shards.
         world: All processes of this command.
-        entries_without_images: Manifest entries by file name of existing shards to which images are
-            added. None creates complete shards.
+        entries_without_images: Manifest entries, by file name, of existing shards to which images
+            are added. If it is None, complete shards are created.
         keep_records: Whether to record each complete shard, so that the work can be resumed.
 
     Returns:
@@ -161,7 +161,7 @@ def make_shards(
             write_record(dest, entry)
         local_entries[shard.file] = entry
 
-    num_images = sum(len(job.get_image_range(k)) for k in local_indices)
+    num_images = sum(len(job.get_image_range(shard_index)) for shard_index in local_indices)
     with (
         ThreadPoolExecutor(1) as writer,
         show_progress_bar(world, job.description, num_images) as progress,
@@ -192,7 +192,8 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
         return manifest
 
     entries_without_images = None
-    files = [shard_file_name(k) for k in range(-(-job.num_images // job.settings.shard_size))]
+    num_shards = -(-job.num_images // job.settings.shard_size)
+    files = [shard_file_name(shard_index) for shard_index in range(num_shards)]
     if manifest:
         entries_without_images = {entry["file"]: entry for entry in manifest.shards}
         files = list(entries_without_images)
@@ -214,20 +215,20 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
         new_entries = make_shards(
             dest, job, missing_files, world, entries_without_images, keep_records=True
         )
-        # A network file system may not yet show records that other processes have just written, so
-        # read only the records of earlier runs.
+        # A network file system may not yet show the records that other processes have just written.
+        # Therefore, read only the records of earlier runs.
         if world.rank == 0:
             entries = [new_entries.get(file) or read_record(dest, file) for file in files]
             if manifest:
                 manifest = add_images_to_manifest(manifest, entries)
             else:
                 manifest = make_manifest(job, entries)
-            finish(dest, manifest)
+            finish_cache(dest, manifest)
         return world.broadcast(manifest)
 
 
 def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
-    """Build a cache and print a summary, or report that it was already complete."""
+    """Build a cache and print a summary, or report that the cache was already complete."""
     path = dest / "manifest.json"
     old_manifest = path.read_bytes() if path.exists() else b""
     manifest = build_cache(dest, job, world)
@@ -239,8 +240,8 @@ def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
     world.close()
 
 
-def finish(dest: Path, manifest: Manifest) -> None:
-    """Write skipped.jsonl and the manifest, and remove the records of the unfinished cache."""
+def finish_cache(dest: Path, manifest: Manifest) -> None:
+    """Write skipped.jsonl and the manifest, and remove the state of the unfinished cache."""
     skipped = [row for entry in list_all_entries(manifest) for row in entry["skipped"]]
     if skipped:
         lines = "".join(json.dumps(row) + "\n" for row in skipped)
@@ -260,14 +261,14 @@ def rebuild_shards(
         dest: Folder of the cache.
         job: The job that created the cache.
         shard_files: File names of the shards to rebuild.
-        image_files: File names of the shards of which only the images are rebuilt.
+        image_files: File names of the shards whose images alone are rebuilt.
         world: All processes of this command.
 
     Returns:
         The file names of the shards that differ from those recorded in the manifest.
 
     Raises:
-        UserError: If the job has other settings than the one that created the cache.
+        UserError: If the settings of the job differ from those of the job that created the cache.
     """
     manifest = read_manifest(dest)
     changes = describe_differences(PLAN_DEFAULTS | manifest.encoding.get("plan", {}), job.plan)
@@ -285,7 +286,7 @@ def rebuild_shards(
             entries = [
                 new_entries.get(entry["file"], entry) for entry in list_all_entries(manifest)
             ]
-            finish(dest, make_manifest(job, entries))
+            finish_cache(dest, make_manifest(job, entries))
         world.barrier()
     return sorted(
         file

@@ -29,7 +29,7 @@ from preprocessing.images import BadImage, UnreadableImage, format_image_error
 from preprocessing.shards import Shard, shard_file_name
 
 Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of features
-# Settings that the plan of a cache contains, if the job has them.
+# The settings that the plan of a cache contains, unless the job does not have them.
 PLAN_FIELDS = (
     "images",
     "resolution",
@@ -56,13 +56,15 @@ class Batch:
 
     Attributes:
         image_indices: Indices of the images in the source, including those that cannot be used.
-        pixels: (B, 3, S, S) uint8, without unusable images. Empty if not needed.
+        pixels: The usable images, (B, 3, S, S) uint8. Empty if the pixels are not needed.
         bad_images: The reason why an image cannot be used, by image index.
         unreadable: The reason why an image could not be read, by image index. The batch ends at
             that image.
         kinds: Number of images of each kind.
-        moments: Arrays (B, 2C, h, w) by folder; empty if no image is usable or none are needed.
-        copy_done: If set, the event that marks the end of the copy of the moments from the GPU.
+        moments: Arrays (B, 2C, h, w) by folder. Empty if there are no usable images or no moments
+            are needed.
+        copy_done: The event at which the copy of the moments from the GPU is complete. None without
+            a GPU.
     """
 
     image_indices: range
@@ -146,7 +148,7 @@ class CacheJob(ABC):
             "images": self.settings.keep_images,
         }
         for name in {"source", "labels", "vae"} & settings.keys():
-            settings[name] = absolute_if_exists(settings[name])
+            settings[name] = make_absolute_if_exists(settings[name])
         self.recorded_settings = settings | {"made_by": self.command_name}
 
     @abstractmethod
@@ -185,8 +187,7 @@ class CacheJob(ABC):
             dest: Folder of the cache, for the files of images.
             shard_indices: Indices of the shards to create, in this order.
             progress: Function that is called with the number of images that were just processed.
-            only_images: Whether only the images and the data that `add_images` compares are
-                needed.
+            only_images: Whether to create only the images and the data that `add_images` compares.
 
         Raises:
             UserError: If an image could not be read, or cannot be used and --skip-bad is not set.
@@ -221,7 +222,7 @@ class CacheJob(ABC):
         skipped = []
         kinds: Counter[str] = Counter()
         num_encoded = 0
-        # Do not read the first batch of the next shard, because doing so may raise an error.
+        # Do not read ahead into the next shard, because reading its first batch may raise an error.
         while remaining:
             batch = next(batches)
             progress(len(batch.image_indices))
@@ -247,7 +248,7 @@ class CacheJob(ABC):
         return Shard(file, arrays, skipped, kinds, images)
 
     def _check_batch(self, batch: Batch) -> None:
-        """Raise UserError for an image that could not be read, or is unusable and not skipped."""
+        """Raise UserError for an unreadable image, or for a bad image if --skip-bad is not set."""
         failures = batch.unreadable
         problem = "could not be read"
         remedy = "fix the problem and rerun the same command"
@@ -271,8 +272,8 @@ class CacheJob(ABC):
         return draw_preview(rows, self.vae)
 
 
-def absolute_if_exists(path: str | None) -> str | None:
-    """Return an absolute path, or the string itself if no such path exists (hub ids, patterns)."""
+def make_absolute_if_exists(path: str | None) -> str | None:
+    """Return an absolute path, or the unchanged string if it is not a path (hub ids, patterns)."""
     if not path or not Path(path).exists():
         return path
     return os.path.abspath(path)  # noqa: PTH100  Path.resolve would also follow symlinks
@@ -282,9 +283,9 @@ def map_in_order(
     pool: ThreadPoolExecutor,
     function: Callable[[Item], Result],
     items: Iterable[Item],
-    ahead: int,
+    max_pending: int,
 ) -> Iterator[Result]:
-    """Apply a function to items on a pool of threads, and yield the results in order.
+    """Apply a function to items in a pool of threads, and yield the results in order.
 
     If `items` raises UserError, the results of all earlier items are yielded first.
 
@@ -292,8 +293,7 @@ def map_in_order(
         pool: Threads that call the function.
         function: Function of one item.
         items: Items; consumed in the thread of the caller.
-        ahead: Maximum number of items that are submitted before the result of an earlier one is
-            yielded.
+        max_pending: Maximum number of submitted items whose results have not been yielded.
     """
 
     def submit_all() -> Iterator[Future[Result]]:
@@ -308,7 +308,7 @@ def map_in_order(
     pending: deque[Future[Result]] = deque()
     for future in submit_all():
         pending.append(future)
-        if len(pending) > ahead:
+        if len(pending) > max_pending:
             yield pending.popleft().result()
     for future in pending:
         yield future.result()

@@ -3,9 +3,9 @@
     python -m preprocessing.encode_features data/small --encoder vit_base_patch14_dinov2.lvd142m
     torchrun --nproc_per_node 8 -m preprocessing.encode_features data/small ... (the same flags)
 
-Stored features save time if the encoder is more expensive than the training itself, which is the
-case for small data sets and small machines. For ImageNet and DINOv2-B they would take 504 GB
-(256 tokens x 768 x 2 bytes x 1.28 million); in such cases, run the encoder during training instead.
+Stored features save time if the encoder is more expensive than the training itself, as with small
+data sets and on small machines. For ImageNet and DINOv2-B, the features would take 504 GB (256
+tokens x 768 x 2 bytes x 1.28 million images); run the encoder during training in such cases.
 Shards are distributed over the processes. After an interruption, rerun the same command to resume.
 """
 

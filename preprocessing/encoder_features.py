@@ -2,7 +2,7 @@
 
     CACHE/features/SLUG/00000.npy       (n, N, D) float16, the features of images/00000.npy
     CACHE/features/SLUG/features.json   the encoder and the list of shards; written last
-    CACHE/features/SLUG/partial/        records of complete shards, until all shards are complete
+    CACHE/features/SLUG/partial/        state of unfinished work (preprocessing/partial_work.py)
 
 n images per shard, B batch size, N tokens, D width, R image resolution.
 """

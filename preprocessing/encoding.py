@@ -1,4 +1,4 @@
-"""Encode images to moments. Worker processes decode images, and threads encode them in batches.
+"""Encode images to moments. Worker processes decode the images, and threads encode batches.
 
 A shard is always split into the same batches, and each batch runs the same kernels. Hence the bytes
 of a cache do not depend on the number of processes, threads or attempts.
@@ -120,7 +120,7 @@ def decode_batch(source: ImageSource, reader: SquareReader, image_indices: range
 
 
 def init_worker(_: int) -> None:
-    """Ignore Ctrl-C, which the main process handles, and use a single thread."""
+    """Make a decoding process ignore Ctrl-C, which the main process handles, and use one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -152,7 +152,7 @@ def default_batch_size(resolution: int, device: torch.device) -> int:
 
 
 class EncodingJob(CacheJob):
-    """The job that encodes images.
+    """Encodes images with a VAE.
 
     Args:
         settings: Settings of the cache.
@@ -191,7 +191,7 @@ class EncodingJob(CacheJob):
         self.num_workers = min(cores, MAX_WORKERS) if num_workers < 0 else num_workers
         self.num_threads = 1
         if self.device.type == "cpu":
-            # One thread computes each batch, because the number of threads affects the last bits.
+            # One thread computes each batch, because the number of threads affects the results.
             torch.set_num_threads(1)
             self.num_threads = cores
         self.num_images = min(settings.limit or self.num_images, self.num_images)

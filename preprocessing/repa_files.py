@@ -62,7 +62,7 @@ class ImportSettings:
 
 
 class ImportJob(CacheJob):
-    """The job that reads moments from REPA's files.
+    """Reads moments from REPA's files.
 
     Args:
         settings: Settings of the cache.
@@ -170,9 +170,11 @@ class ImportJob(CacheJob):
         return moments
 
     def _read_pixels(self, image_index: int) -> Tensor | None:
-        """Return the image that was encoded, (3, R, R) uint8, or None if it does not exist.
+        """Return the image that was encoded, (3, R, R) uint8, or None if its file does not exist.
 
-        Raises BadImage or UnreadableImage.
+        Raises:
+            BadImage: The image cannot be used.
+            UnreadableImage: The disk or the machine failed.
         """
         name = Path(self.source.names[image_index])
         numbers = re.findall(r"\d+", name.stem)
@@ -190,7 +192,7 @@ class ImportJob(CacheJob):
 
 
 def is_moments_name(name: str) -> bool:
-    """Return whether a file is a .npy file that is not hidden."""
+    """Return whether a file name has the extension .npy and no leading dot."""
     return name.endswith(".npy") and not name.startswith(".")
 
 

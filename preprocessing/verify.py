@@ -3,10 +3,10 @@
     python -m preprocessing.verify data/imagenet256
     python -m preprocessing.verify data/imagenet256 --repair
 
-The command checks the sha256 and the shape of each file, that moments are finite and standard
-deviations are not negative, the range of labels, and the statistics per channel. It lists damaged
-shards. With --repair, it rebuilds them from the images (or the imported folder) with the settings
-in the manifest. The exit code is 2 if a fault remains.
+The command checks the sha256 and the shape of each file, the range of the labels, and the
+statistics per channel. It also checks that moments are finite and that standard deviations are not
+negative. It lists the damaged shards. With --repair, it rebuilds them from the images (or from the
+imported folder) with the settings in the manifest. The exit code is 2 if a fault remains.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
 def _get_expected_layout(
     manifest: Manifest, folder: str, count: int
 ) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and the dtype of a shard's array."""
+    """Return the shape and the dtype that the array of a shard must have."""
     if folder == "labels":
         return (count,), np.dtype(np.int64)
     if folder == "images":

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from benchmarks.run_steps import count_flops, time_runs
 from common.cli import UserError
 from common.machine import available_cores
-from experiments import cells, convergence, results, study_data
+from experiments import cells, convergence, results, scheduler, study_data
 from experiments.cells import Cell
 from experiments.study_numbers import format_numbers
 from experiments.study_page import format_tables
@@ -297,7 +297,7 @@ with open(folder / "metrics.jsonl", "w") as file:
 def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypatch):
     """The fake runs of SRA 2 have half the distance of vanilla SiT, which is a speed-up of 2."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    monkeypatch.setattr(scheduler, "ROOT", tmp_path)
     timed_methods = []
 
     def fake_time_runs(runs, *_):
@@ -334,7 +334,7 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
         checked_runs.append(cell.run_name)
         return len(checked_runs) <= 3
 
-    monkeypatch.setattr(cells, "is_running", is_running_three_times)
+    monkeypatch.setattr(scheduler, "is_running", is_running_three_times)
     code, out = call(convergence, *words)
     assert code == 0 and set(checked_runs) == {"sra2-cosine-seed2"}, out
     result = results.load_result(result_path, "convergence")

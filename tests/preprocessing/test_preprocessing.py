@@ -13,7 +13,7 @@ from common import files
 from latents.cache import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
-from preprocessing.images import EXIF_ORIENTATION, center_crop, to_rgb
+from preprocessing.images import EXIF_ORIENTATION, center_crop, convert_to_rgb
 from preprocessing.sources import open_source
 from tests.helpers import make_tree, make_vae
 from tests.preprocessing.test_encoding import (
@@ -217,7 +217,7 @@ def test_every_mode_is_converted_to_rgb(mode):
         image = Image.fromarray(np.full((4, 4), 51 * 257, np.uint16))
     else:
         image = Image.fromarray(np.full((4, 4), 51, np.uint8)).convert("RGB").convert(mode)
-    pixels = np.asarray(to_rgb(image, "white", []))
+    pixels = np.asarray(convert_to_rgb(image, "white", []))
     assert pixels.shape == (4, 4, 3)
     if mode != "1":
         assert np.abs(pixels.astype(int) - 51).max() <= 1
@@ -227,13 +227,13 @@ def test_sixteen_bits_are_rounded_to_eight_over_the_full_range():
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = (levels / 257).round().astype(np.uint8)
     assert expected[0, 0] == 0 and expected[-1, -1] == 255
-    rgb = to_rgb(Image.fromarray(levels), "white", [])
+    rgb = convert_to_rgb(Image.fromarray(levels), "white", [])
     np.testing.assert_array_equal(np.asarray(rgb)[..., 0], expected)
 
 
 def test_transparent_pixels_become_white():
     transparent = Image.new("RGBA", (2, 2), (9, 9, 9, 0))
-    assert np.asarray(to_rgb(transparent, "white", [])).min() == 255
+    assert np.asarray(convert_to_rgb(transparent, "white", [])).min() == 255
 
 
 def test_exif_orientation_is_applied():
@@ -241,4 +241,4 @@ def test_exif_orientation_is_applied():
     exif[EXIF_ORIENTATION] = 6  # rotated by 90 degrees
     buffer = io.BytesIO()
     Image.new("RGB", (6, 3)).save(buffer, "JPEG", exif=exif)
-    assert to_rgb(Image.open(buffer), "white", []).size == (3, 6)
+    assert convert_to_rgb(Image.open(buffer), "white", []).size == (3, 6)
