@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BASELINE = "none"  # name of the runs without alignment
 MAX_COLUMNS = 4  # maximum number of panels per row of the figure
 
-Values = dict[str, dict[int, float]]  # name of a run -> seed -> value
+Values = dict[str, dict[int, float]]  # values by the name of the run and the seed
 
 
 def format_table(result: dict) -> str:
@@ -86,8 +86,8 @@ def draw_figure(result: dict, path: Path) -> None:
     """Draw one panel per axis of the study.
 
     A panel shows one point per seed, the mean, and the interval of the paired difference from
-    vanilla SiT. The interval is added to the mean of vanilla SiT, so it excludes the dashed line
-    if and only if the difference is significant.
+    vanilla SiT. The interval is added to the mean of vanilla SiT, which the dashed line shows. The
+    interval excludes this line if and only if the difference is significant.
     """
     plt = load_pyplot()
     finals = collect_final_values(result["runs"], result["metric"])
@@ -115,10 +115,10 @@ def draw_figure(result: dict, path: Path) -> None:
     dot = {"marker": "o", "markersize": 4}
     bar = {"marker": "_", "markersize": 12, "markeredgewidth": 2.2}
     handles = [
-        line(color="0.35", linestyle="--", label="vanilla, and its seeds"),
-        line(color="0.4", linestyle="", alpha=0.6, label="a seed", **dot),
-        line(color="0.4", label="mean, and 95% against vanilla", **bar),
-        line(color="C1", label="the paper's best", **dot),
+        line(color="0.35", linestyle="--", label="vanilla: mean and range over seeds"),
+        line(color="0.4", linestyle="", alpha=0.6, label="value of a seed", **dot),
+        line(color="0.4", label="mean, 95% interval of the difference", **bar),
+        line(color="C1", label="best value in the paper", **dot),
     ]
     legend_columns = 4 if columns > 2 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False)

@@ -4,7 +4,8 @@
 
 For D-dimensional data N(m, S), x_t is Gaussian with mean alpha m and covariance V = alpha^2 S +
 sigma^2 I, the velocity is affine in x, and the exact solution is known. The command writes a
-figure, and the numbers to a JSON file next to it. It takes a few seconds on a CPU.
+figure, writes the numbers to a JSON file next to it, and prints the rows of the tables in
+docs/sampling.md. It takes a few seconds on a CPU.
 """
 
 import itertools
@@ -54,7 +55,7 @@ PATH_TYPES = ("linear", "cosine")  # the paths in the tables of SiT and REPA
 EVALUATION_COUNTS = [8, 16, 32, 64, 128, 256, 512]
 SDE_EVALUATION_COUNTS = [8, 16, 32, 64, 128, 250, 512]  # the tables of SiT and REPA use 250
 RTOLS = [10.0**-k for k in range(1, 9)]  # with atol = rtol / 1000, as in the SiT repository
-# Time at which the last step starts, for n evaluations.
+# Functions that return the time at which the last step starts, given the number of evaluations n.
 LAST_TIMES: dict[str, Callable[[int], float]] = {
     "last step 0.04": lambda n: 0.04,
     "last step 1 / n": lambda n: 1 / n,
@@ -209,15 +210,14 @@ def measure_sde(
 def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -> dict[str, Any]:
     """Compare a single integration with one integration per piece, for guidance in an interval.
 
-    The reference solution is the integration in pieces with a much smaller tolerance. A test
-    compares it with the solution of scipy.
+    The reference solution is computed in pieces with a much smaller tolerance. A test compares it
+    with the solution of scipy.
     """
     noise = draw_initial_noise(data)
 
     def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        v_class, v_null = (
-            gaussian.velocity(interpolant)(x.double(), t.double()) for gaussian in (data, null)
-        )
+        v_class = data.velocity(interpolant)(x.double(), t.double())
+        v_null = null.velocity(interpolant)(x.double(), t.double())
         return torch.where(expand_like(labels == 1, x), v_null, v_class)
 
     guidance = {"scale": 2.0, "low": 0.25, "high": 0.75}
@@ -244,7 +244,7 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
 def measure_prediction(
     data: Gaussian, interpolant: Interpolant, prediction: str
 ) -> dict[str, float]:
-    """Return the errors of the ODE and SDE solvers for an exact network with a given prediction."""
+    """Return the errors of the solvers for an exact network with this kind of prediction."""
     noise = draw_initial_noise(data)
     network = data.predict_expected(interpolant, prediction)
     low, high = time_interval(interpolant, prediction)
@@ -314,7 +314,7 @@ def round_number(text: str) -> float:
 
 
 def format_tables(measurements: dict) -> list[str]:
-    """Return the rows of three tables in docs/sampling.md: solvers, guidance, and objectives."""
+    """Return the rows of the tables in docs/sampling.md: solvers, guidance, and objectives."""
     solver_rows = [format_solver_row(measurements, name) for name in PATH_TYPES]
     interval = measurements["interval"]
     guidance_rows = [
@@ -332,20 +332,20 @@ def format_tables(measurements: dict) -> list[str]:
 
 
 def format_solver_row(measurements: dict, name: str) -> str:
-    """Return the row of a path in the table of the solvers."""
-    at_64 = EVALUATION_COUNTS.index(64)
-    at_250 = SDE_EVALUATION_COUNTS.index(250)
-    at_default = RTOLS.index(1e-3)
+    """Return the row for an interpolant in the table of the solvers."""
+    index_of_64 = EVALUATION_COUNTS.index(64)
+    index_of_250 = SDE_EVALUATION_COUNTS.index(250)
+    index_of_default = RTOLS.index(1e-3)
     solvers = measurements["ode"][name]
-    adaptive = {key: values[at_default] for key, values in solvers["dopri5"].items()}
+    adaptive = {key: values[index_of_default] for key, values in solvers["dopri5"].items()}
     cells = [
         name,
         *(f"{order:.2f}" for order in measurements["order"][name].values()),
-        f"{solvers['Euler']['error'][at_64]:.2g}",
-        f"{solvers['Heun']['error'][at_64]:.2g}",
+        f"{solvers['Euler']['error'][index_of_64]:.2g}",
+        f"{solvers['Heun']['error'][index_of_64]:.2g}",
         f"{adaptive['error']:.2g} ({adaptive['of an image, mean']:.0f}, "
         f"at most {adaptive['evaluations']:.0f})",
-        *(f"{curve['error'][at_250]:.2%}" for curve in measurements["sde"][name].values()),
+        *(f"{curve['error'][index_of_250]:.2%}" for curve in measurements["sde"][name].values()),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -360,11 +360,11 @@ def draw_figure(measurements: dict, path: Path) -> None:
             draw_curve(axes, curve, color=color, label=solver)
             draw_slope(axes, curve, order)
         axes.set_ylim(1e-10, 2)
-    grid[0].set_ylabel("error of an image (RMS, data's std = 1)")
+    grid[0].set_ylabel("RMS error of the images / std of the data")
 
     axes = grid[2]
     axes.set_title("SDE, Euler-Maruyama")
-    axes.set_ylabel("error of the covariance, relative")
+    axes.set_ylabel("relative error of the covariance")
     for color, (name, curves) in zip(("C3", "C4"), measurements["sde"].items()):
         for linestyle, (last, curve) in zip(("-", ":"), curves.items()):
             draw_curve(axes, curve, color=color, linestyle=linestyle, label=f"{name}, {last}")
@@ -385,7 +385,7 @@ def draw_curve(axes: "Axes", curve: dict[str, list], **style: Any) -> None:
 
 
 def draw_slope(axes: "Axes", curve: dict[str, list], order: int) -> None:
-    """Draw a dashed line near the last three points whose slope is an order of convergence."""
+    """Draw a dashed line whose slope is an order of convergence, near the last three points."""
     n = np.array(curve["evaluations"][-3:])
     offset = 0.3 if order > 2 else 2.5
     line = offset * curve["error"][-1] * (n / n[-1]) ** -float(order)
@@ -408,6 +408,7 @@ def main() -> None:
     measurements = measure()
     write_file(args.out.with_suffix(".json"), json.dumps(measurements, indent=1).encode() + b"\n")
     draw_figure(measurements, args.out)
+    print(*format_tables(measurements), sep="\n\n")
     print(f"solvers: {args.out}")
 
 
