@@ -4,9 +4,9 @@
     python -m assets.build_fashion_mnist
 
 The repository contains the resulting files, so running this script is not necessary. It writes
-images.zip, classifier.safetensors and vae/ if they are missing, and measurements to figures.json.
-To rebuild a file, remove it first. The script takes about an hour on two CPU cores. On the same
-machine with the same number of threads, it writes byte-identical files.
+images.zip, classifier.safetensors and vae/ if they are missing, and writes measurements to
+figures.json. To rebuild a file, remove it first. The script takes about an hour on two CPU cores.
+On the same machine with the same number of threads, it always writes the same bytes.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def write_zip(
 ) -> None:
     """Write RGB PNGs and a dataset.json to a zip archive in the layout of EDM.
 
-    The PNGs are not compressed, because LZMA compression of the archive gives a 20% smaller file
-    than deflate in the PNGs, which compresses three identical channels poorly.
+    The PNGs are not compressed. Deflate, the compression of PNGs, is inefficient for identical
+    channels. LZMA compression of the archive gives a file that is 20% smaller.
 
     Args:
         path: The archive to write.

@@ -4,10 +4,10 @@
     python -m experiments.ablate --scale imagenet --print
     python -m experiments.ablate --axis loss -- --batch-size 128 --eval-samples 5000
 
-All other settings have the paper's best values. The result is NAME.json, with a table in NAME.md
-and a figure in NAME.png; --plot NAME.json recreates the table and the figure without running
-anything. Rerun the same command to resume an interrupted study. A run that several axes share is
-executed once. Flags after -- are passed to every run of train.py.
+All other settings have the best values of the paper. The result is NAME.json, with a table in
+NAME.md and a figure in NAME.png; --plot NAME.json recreates the table and the figure without
+running anything. Rerun the same command to resume an interrupted study. A run that several axes
+share is executed once. Flags after -- are passed to every run of train.py.
 """
 
 import argparse
@@ -54,7 +54,7 @@ DEMO_FLAGS = (
 
 
 class AxisValue(NamedTuple):
-    """A value of an axis: the flags of train.py, and the FID of SiT-B/2 in the paper."""
+    """A value of an axis: flags of train.py, and the FID that the paper reports for SiT-B/2."""
 
     flags: str
     paper_fid: float | None = None
@@ -152,13 +152,13 @@ def build_grid(
             is_best = label == best[axis]
             slug = re.sub("[^0-9a-z._]+", "-", label).strip("-")
             name = "sra2" if is_best else f"{axis}-{slug}"
-            # At the best value of an axis that the paper lacks, use the defaults of train.py.
-            words = [
+            # For axes that the paper does not vary, the best values are the defaults of train.py.
+            flags = [
                 values[axis_name][selected_label].flags
                 for axis_name, selected_label in (best | {axis: label}).items()
                 if axis_name in PAPER_AXES or selected_label != best[axis_name]
             ]
-            runs[name] = " ".join(["--align sra2", *words])
+            runs[name] = " ".join(["--align sra2", *flags])
             entries.append(
                 {"label": label, "run": name, "usual": is_best, "paper": value.paper_fid}
             )
@@ -171,8 +171,8 @@ def build_grid(
 
 def make_demo_flags(steps: int, evaluations: int) -> list[str]:
     """Return the flags that all runs on the bundled data share, as in the README."""
-    every = math.ceil(steps / evaluations)
-    schedule = f"--max-train-steps {steps} --checkpointing-steps {every} --eval-every {every}"
+    interval = math.ceil(steps / evaluations)
+    schedule = f"--max-train-steps {steps} --checkpointing-steps {interval} --eval-every {interval}"
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()
 
 
@@ -194,7 +194,7 @@ def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of the study's flags."""
+    """Return the parser for the flags of the study."""
     parser = cli.Parser(
         __doc__, "python -m experiments.ablate", "--axis NAME [NAME ...]", "[-- FLAGS OF TRAIN.PY]"
     )
@@ -260,7 +260,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def select_axes(result: dict, path: Path, axes: list[str]) -> dict:
-    """Return the result with only the requested axes, or with all if `axes` is empty.
+    """Return the result with only the requested axes, or with all axes if `axes` is empty.
 
     Raises:
         UserError: If the result does not contain a requested axis.

@@ -24,7 +24,7 @@ from training.resume import build_args_json
 
 
 class Cell(NamedTuple):
-    """A run of a study. Cells with the same name differ only in the seed.
+    """A run of train.py in a study. Cells with the same name differ only in the seed.
 
     Attributes:
         name: Name of the configuration, such as the method.
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
 
     @property
     def run_name(self) -> str:
-        """The name of the run folder, and of the .log and .json files next to it."""
+        """The name of the run folder. The .log and .json files next to it have the same name."""
         return f"{self.name}-seed{self.seed}"
 
     def make_train_flags(self, folder: Path) -> list[str]:
@@ -70,7 +70,7 @@ class Cell(NamedTuple):
 
 
 def open_cache(*folders: Path) -> LatentCache:
-    """Open a latent cache; raise UserError if it is missing or damaged."""
+    """Open the latent cache of --data-dir. Raise UserError if it is missing or damaged."""
     try:
         return LatentCache(*folders)
     except CacheError as error:
@@ -97,7 +97,7 @@ def check_cells(cells: list[Cell], folder: Path) -> None:
 
 
 def normalize_flags(arguments: list[str]) -> dict | list[str]:
-    """Return the values that train.py parses from flags, so that equivalent flags compare equal.
+    """Return the settings that train.py parses from flags, so that equivalent flags are equal.
 
     If this version of train.py cannot parse the flags, return them unchanged.
     """
@@ -162,7 +162,7 @@ def is_finished(cell: Cell, folder: Path) -> bool:
 
 
 def is_running(cell: Cell, folder: Path) -> bool:
-    """Return whether a process is training this run, for example one left by a killed study."""
+    """Return whether a process is training this run, for example after the study was killed."""
     path = folder / cell.run_name / ".lock"
     try:
         with lock(path) if path.exists() else nullcontext():
@@ -172,7 +172,7 @@ def is_running(cell: Cell, folder: Path) -> bool:
 
 
 def count_images(cell: Cell, folder: Path) -> int:
-    """Return the number of training images in the log of a run, or 0 without a log."""
+    """Return the number of images that a run has been trained on, or 0 if it has no log."""
     with suppress(UserError):
         steps, evaluations = read_log(folder / cell.run_name)
         return max(row["images"] for row in (*steps, *evaluations))

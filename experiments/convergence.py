@@ -77,7 +77,7 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
 
 
 def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: int) -> None:
-    """Print one training command per run; on a cluster, a command uses all GPUs of a machine."""
+    """Print one training command per run. On a cluster, a command uses all GPUs of a machine."""
     if plan.scale != "imagenet":
         gpus = 1
         if not (plan.data_dir / "ready.json").exists():
@@ -149,7 +149,7 @@ def write_result(
 
 
 def count_cached_images(path: Path) -> int | None:
-    """Return the number of images of a cache, or None if it cannot be opened."""
+    """Return the number of images in a cache, or None if the cache cannot be opened."""
     with suppress(UserError):
         return len(open_cache(path))
     return None
@@ -211,10 +211,7 @@ def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> None:
     """Time a training step of each method, unless timings are stored already."""
     if read_seconds(output_dir, cells):
         return
-    print(
-        "timing a step of each method; do not use the machine for anything else",
-        flush=True,
-    )
+    print("timing a step of each method; do not run other programs meanwhile", flush=True)
     scale = SCALES[plan.scale]
     settings = {cell.name: cell.parse_settings() for cell in cells}
     seconds = time_runs(settings, scale.timing_rounds, scale.timing_steps)
@@ -232,7 +229,7 @@ def write_convergence_report(path: Path) -> None:
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of the study's flags."""
+    """Return the parser for the flags of the study."""
     parser = cli.Parser(
         __doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]"
     )
@@ -245,7 +242,7 @@ def make_parser() -> cli.Parser:
     add(
         "--tune",
         action="store_true",
-        help="choose the aligned block of each method, using other seeds than the study",
+        help="choose the aligned block of each method, using different seeds from the study",
     )
     add(
         "--gather",
@@ -341,7 +338,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def make_plan(args: argparse.Namespace, train_flags: list[str]) -> StudyPlan:
-    """Return the plan of a study, or of --tune, whose runs are evaluated once, after training."""
+    """Return the plan of a study or of --tune, which evaluates each run once, after training."""
     return StudyPlan(
         scale=args.scale,
         model=args.model,

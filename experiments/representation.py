@@ -31,8 +31,8 @@ class Probe(NamedTuple):
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     """Fit a linear probe with L-BFGS, starting at zero.
 
-    The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). This is the
-    objective of LogisticRegression(C=1) in scikit-learn, which does not penalise the bias either.
+    The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). Like the
+    objective of LogisticRegression(C=1) in scikit-learn, this does not penalise the bias.
     The optimisation ends when no partial derivative exceeds 1e-5. The weights of constant features
     are zero.
 
@@ -85,7 +85,7 @@ def compute_wilson_interval(successes: float, count: int) -> tuple[float, float]
 
 
 class Neighbours(NamedTuple):
-    """The k other rows that have the largest inner products with each of n rows."""
+    """For each of n rows, the k other rows with the largest inner products."""
 
     products: Tensor  # inner products, (n, k)
     indices: Tensor  # row indices of the neighbours, (n, k)

@@ -18,8 +18,9 @@ from evaluations.runs import read_json, read_log
 from experiments.cells import Cell, is_finished, make_portable, read_record
 
 RESULT_VERSION = 1  # version of the JSON format
-LEVEL = 0.95  # confidence level of all intervals
-TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # probabilities of the ends of an interval
+CONFIDENCE_LEVEL = 0.95  # of all intervals
+# The ends of an interval are the quantiles of these probabilities.
+TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
 
 
 def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
@@ -28,8 +29,8 @@ def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = Fal
     Args:
         cells: The runs of the study.
         folder: The output directory of the study.
-        include_unfinished: Whether to include evaluated runs that are not recorded as finished, for
-            example because they ran on a cluster.
+        include_unfinished: Whether to include runs that have been evaluated but are not recorded as
+            finished, for example because they ran on a cluster.
 
     Returns:
         One entry per run in the order of `cells`. If a run evaluates several EMAs, the entry
@@ -50,7 +51,7 @@ def has_evaluations(run: Path) -> bool:
 
 
 def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
-    """Return the settings of a run, the metrics per evaluation and the losses per logged step."""
+    """Return the settings of a run, its metrics per evaluation and its losses per logged step."""
     ema_decay = cell.parse_settings().optimizer.ema_decay[0]
     steps, evaluations = read_log(folder / cell.run_name)
     evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == ema_decay]
@@ -82,7 +83,7 @@ def to_columns(rows: list[dict], keys: list[str]) -> dict[str, list]:
 
 
 def round_float(value: object) -> object:
-    """Round a float to six significant digits; return any other value unchanged."""
+    """Round a float to six significant digits. Return any other value unchanged."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -153,7 +154,7 @@ def write_report(
 
 
 def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, dict[int, Any]]:
-    """Return a quantity of all runs, by the name of the run and its seed.
+    """Return a quantity of each run, by the name and the seed of the run.
 
     Args:
         runs: The runs of a result.
@@ -168,12 +169,12 @@ def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, di
 
 
 def collect_final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
-    """Return the metric at the last evaluation of each run, by the name of the run and its seed."""
+    """Return the metric at the last evaluation of each run, by the name and the seed of the run."""
     return group_runs(runs, lambda run: (run["metrics"].get(metric) or [None])[-1])
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and a 95% interval, whose ends are NaN for a single seed."""
+    """A mean over seeds and its 95% interval. The ends are NaN if there is a single seed."""
 
     mean: float
     low: float = math.nan
@@ -181,7 +182,7 @@ class Estimate(NamedTuple):
 
 
 def compute_t_interval(values: list[float] | np.ndarray) -> Estimate:
-    """Return the mean and the 95% t interval, mean +- t s / sqrt(n), of normal values."""
+    """Return the mean of normal values and its 95% t interval, mean +- t s / sqrt(n)."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(mean)
@@ -194,8 +195,8 @@ def compute_paired_difference(
 ) -> Estimate | None:
     """Return the mean difference of two runs over their common seeds, with a t interval.
 
-    Runs with the same seed use the same random numbers, so taking the difference per seed removes
-    the variation that both runs share.
+    Runs with the same seed use the same random numbers. The difference per seed therefore does not
+    contain the variation that both runs share.
 
     Args:
         values: The values of one run by seed.

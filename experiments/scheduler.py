@@ -33,7 +33,7 @@ PROGRESS_SECONDS = 2.0  # between updates of the progress bar
 
 
 def get_current_commit() -> str | None:
-    """Return the commit of the code, with "-dirty" if files were modified, or None without git."""
+    """Return the commit of the code, with the suffix "-dirty" if files are modified, or None."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
@@ -101,7 +101,7 @@ class TrainingProcess:
         write_file(self.record_path, json.dumps(record).encode())
 
     def close(self) -> str | None:
-        """Record the outcome of an exited process, and return the error or None."""
+        """Record the outcome of an exited process, and return its error message or None."""
         code = self.popen.returncode
         self.write_record(finished=code == 0)
         if code == 0:
@@ -115,7 +115,13 @@ class TrainingProcess:
 
 
 class Scheduler:
-    """Starts one process per unfinished run, at most `jobs` at a time, and shows the progress."""
+    """Starts one process per unfinished run, at most `jobs` at a time, and shows the progress.
+
+    Args:
+        cells: The runs of the study.
+        folder: The output directory of the study.
+        jobs: Maximum number of simultaneous processes.
+    """
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int):
         self.folder = folder
@@ -135,7 +141,7 @@ class Scheduler:
         return [process for process in self.slots if process]
 
     def run(self, request: StopRequest, bar: tqdm) -> None:
-        """Execute all runs; after a stop request, only wait until the running processes exit."""
+        """Execute all runs. After a stop request, stop the running processes and wait for them."""
         while self.running_processes or (self.pending and not request.name):
             if not request.name:
                 self.start_processes()
@@ -183,7 +189,7 @@ class Scheduler:
         return bool(exited_processes)
 
     def count_images(self) -> int:
-        """Return the number of training images that all runs have processed so far."""
+        """Return the total number of images that the runs have been trained on so far."""
         return sum(
             total if is_finished(cell, self.folder) else count_images(cell, self.folder)
             for cell, total in self.total_images.items()
@@ -209,7 +215,7 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
     Args:
         cells: The runs of the study.
         folder: The output directory of the study.
-        jobs: Number of simultaneous runs.
+        jobs: Maximum number of simultaneous runs.
 
     Returns:
         The error messages of the failed runs, by the name of the run.
@@ -247,7 +253,7 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
 
 
 def check_no_failures(failed: dict[str, str], num_cells: int) -> None:
-    """Raise UserError if runs failed; `failed` is the return value of `run_cells`."""
+    """Raise UserError if runs failed. `failed` is the return value of `run_cells`."""
     if failed:
         raise UserError(
             f"{len(failed)} of {num_cells} runs failed ({', '.join(failed)}); rerun the same "

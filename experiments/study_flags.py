@@ -8,7 +8,7 @@ from common import cli
 from common.cli import UserError
 from models.sit import PRESETS
 
-# Flags of train.py that are set by the study.
+# Flags of train.py that the study sets.
 RESERVED_FLAGS = (
     "--data-dir",
     "--model",
@@ -28,7 +28,7 @@ def add_study_flags(parser: argparse.ArgumentParser, defaults: dict[str, str]) -
 
     Args:
         parser: The parser of the study.
-        defaults: Descriptions of the default values, for the help of the flags.
+        defaults: Descriptions of the default values, by flag, for the help texts.
     """
 
     def add(flag: str, text: str, **options: Any) -> None:

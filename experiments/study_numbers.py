@@ -136,7 +136,7 @@ def collect_probes(result: dict) -> dict[str, list[dict[str, float]]]:
 
 
 def find_best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
-    """Return the block with the highest mean accuracy over seeds, and this accuracy.
+    """Return the block with the highest mean accuracy over seeds, and its mean accuracy.
 
     Args:
         accuracies: Accuracies by block, one entry per seed. The entries must have a common block.
@@ -147,7 +147,7 @@ def find_best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
 
 
 def format_bounds(bounds: Bounds, divisor: float) -> str:
-    """Format a quotient as "1.12" if it is known, or else as "> 1.12", "< 1.12" or "unknown"."""
+    """Format a quotient as "1.12" if it is known, otherwise as "> 1.12", "< 1.12" or "unknown"."""
     low = bounds.low / divisor
     high = bounds.high / divisor
     if low == high:
@@ -258,7 +258,7 @@ def format_numbers(result: dict) -> dict[str, str]:
 
 
 def format_metric(metric: str, curves: Curves, name: str, baseline: str) -> dict[str, str]:
-    """Return the final value of a metric, and for most metrics the difference from the baseline."""
+    """Format the final value of a metric and, usually, its difference from the baseline."""
     final = curves.compute_final_mean(name)
     reference = baseline if baseline in curves.by_method else name
     decimals = count_decimals(curves.compute_final_mean(reference))
@@ -276,7 +276,7 @@ def format_metric(metric: str, curves: Curves, name: str, baseline: str) -> dict
 
 
 def format_speed_ups(speed_ups: list[SpeedUp], costs: dict[str, float]) -> dict[str, str]:
-    """Return the speed-ups in images at all milestones, and the final speed-up in other units."""
+    """Format the speed-ups in images at all milestones, and the final speed-up in other units."""
     numbers = {
         f"speed-up at {speed_up.images}": format_speed_up(speed_up) for speed_up in speed_ups
     }

@@ -23,7 +23,7 @@ class Method(NamedTuple):
     Attributes:
         label: The name in tables and figures.
         flags: The flags of train.py. A key of `METHODS` in braces is replaced by the block that
-            --tune chose for that method, and {encoder} by the flags of the encoder of REPA.
+            --tune has chosen for that method. {encoder} is replaced by the flags of REPA's encoder.
     """
 
     label: str
@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
     @property
     def tuned_methods(self) -> set[str]:
-        """The methods whose blocks the flags contain; tuned methods contain only their block."""
+        """The methods whose blocks the flags contain, which for a tuned method is only itself."""
         return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
 
 
@@ -160,11 +160,17 @@ class StudyPlan:
     def make_shared_flags(self) -> list[str]:
         """Return the flags that all runs share."""
         scale = SCALES[self.scale]
-        every = math.ceil(self.steps / self.evaluations)
-        save_every = self.steps if scale.saves_once else every
+        eval_every = math.ceil(self.steps / self.evaluations)
+        save_every = self.steps if scale.saves_once else eval_every
         flags = ["--data-dir", self.train_cache, "--eval-latents", self.held_out_cache]
         flags += ["--model", self.model, "--max-train-steps", self.steps]
-        flags += ["--eval-every", every, "--checkpointing-steps", save_every, *scale.flags.split()]
+        flags += [
+            "--eval-every",
+            eval_every,
+            "--checkpointing-steps",
+            save_every,
+            *scale.flags.split(),
+        ]
         flags += ["--log-every", min(self.steps, scale.log_every), *self.train_flags]
         return [str(flag) for flag in flags]
 
