@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from common import cli
 from common.cli import UserError
-from common.machine import available_cores
+from common.machine import count_available_cores
 from evaluations.compare import frechet_name
 from experiments.cells import Cell, check_cells, open_cache
 from experiments.panels import BASELINE, draw_figure, format_table
@@ -253,7 +253,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         max_train_steps=400_000 if imagenet else 400,
         evaluations=1,
         output_dir=output_dir,
-        jobs=len(list_visible_gpus()) or available_cores(),
+        jobs=len(list_visible_gpus()) or count_available_cores(),
         out=output_dir / f"{'-'.join(args.axis)}.json",
     )
     return args, train_flags

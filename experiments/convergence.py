@@ -32,7 +32,7 @@ from benchmarks.run_steps import count_flops, time_runs
 from common import cli
 from common.cli import UserError
 from common.files import write_file
-from common.machine import available_cores
+from common.machine import count_available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
 from experiments.cells import Cell, check_cells, is_finished, make_portable, open_cache
@@ -329,7 +329,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         data_dir=Path("data/imagenet256" if imagenet else f"data/study-{args.scale}"),
         output_dir=output_dir,
         knobs=ROOT / f"docs/study-{args.scale}-knobs.json",
-        jobs=(scale.jobs_per_gpu or 1) * len(list_visible_gpus()) or available_cores(),
+        jobs=(scale.jobs_per_gpu or 1) * len(list_visible_gpus()) or count_available_cores(),
         out=output_dir / ("knobs.json" if args.tune else "study.json"),
     )
     if BASELINE not in args.methods and not args.tune:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.measure import describe_machine
 from common.cli import UserError
 from common.files import lock, write_file
-from common.machine import available_cores
+from common.machine import count_available_cores
 from experiments.cells import (
     Cell,
     count_images,
@@ -126,7 +126,7 @@ class Scheduler:
     def __init__(self, cells: list[Cell], folder: Path, jobs: int):
         self.folder = folder
         self.gpus = list_visible_gpus()
-        self.num_threads = max(1, available_cores() // jobs)
+        self.num_threads = max(1, count_available_cores() // jobs)
         self.pending = [cell for cell in cells if not is_finished(cell, folder)]
         self.slots: list[TrainingProcess | None] = [None] * jobs
         self.errors_by_run: dict[str, str] = {}  # name of a failed run -> error message

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.machine import available_memory, get_memory_sharing_domain, raise_open_file_limit
+from common.machine import get_available_memory, get_memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
     format_features_remedy,
@@ -281,7 +281,7 @@ class LatentCache:
         """Allocate memory for the moments, and return the path at which others can map it."""
         num_rows = len(self.manifest.moment_folders) * len(self)
         required_bytes = num_rows * self._moments_format.itemsize
-        available_bytes = available_memory()
+        available_bytes = get_available_memory()
         if required_bytes > available_bytes:
             raise CacheError(
                 f"--cache-in-ram needs {required_bytes / 1e9:.1f} GB of memory, but this machine "

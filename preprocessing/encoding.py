@@ -141,7 +141,7 @@ def select_device(device: str, world: World) -> torch.device:
     return selected
 
 
-def default_batch_size(resolution: int, device: torch.device) -> int:
+def get_default_batch_size(resolution: int, device: torch.device) -> int:
     """Return the default batch size.
 
     On a GPU, a batch has as many pixels as 64 images of 256x256. On the CPU, where each thread
@@ -176,7 +176,7 @@ class EncodingJob(CacheJob):
             raise UserError("--precision tf32 requires a GPU; on the CPU use fp32 or bf16")
         torch.backends.cuda.matmul.allow_tf32 = use_tf32
         torch.backends.cudnn.allow_tf32 = use_tf32
-        self.batch_size = settings.batch_size or default_batch_size(
+        self.batch_size = settings.batch_size or get_default_batch_size(
             settings.resolution, self.device
         )
         super().__init__(replace(settings, batch_size=self.batch_size), source, self.device)

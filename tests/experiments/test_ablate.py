@@ -18,7 +18,7 @@ from scipy import stats
 import sample_ddp
 import train
 from common import cli
-from common.machine import available_cores
+from common.machine import count_available_cores
 from common.metrics_log import read_rows
 from evaluations import evaluate
 from experiments import ablate, cells, panels, results, scheduler
@@ -251,7 +251,7 @@ def test_failed_run_is_reported_and_does_not_affect_the_others(runs, capsys):
 def test_threads_are_divided_among_the_jobs(runs):
     scheduler.run_cells(make_cells()[:1], runs, jobs=2)
     threads = read_environment(runs, "a")["OMP_NUM_THREADS"]
-    assert threads == str(max(1, available_cores() // 2))
+    assert threads == str(max(1, count_available_cores() // 2))
 
 
 def test_simultaneous_runs_use_different_gpus(runs, monkeypatch):

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.run_steps import count_flops, time_runs
 from common.cli import UserError
-from common.machine import available_cores
+from common.machine import count_available_cores
 from experiments import cells, convergence, results, scheduler, study_data
 from experiments.cells import Cell
 from experiments.study_numbers import format_numbers
@@ -200,7 +200,7 @@ def test_gpu_scale_requires_a_gpu(monkeypatch):
     args, _ = convergence.parse(["--scale", "gpu", "--gather"])
     assert args.gather
     args, _ = convergence.parse(["--scale", "laptop"])
-    assert args.jobs == available_cores()
+    assert args.jobs == count_available_cores()
 
 
 def test_data_are_prepared_once_and_for_one_scale(tmp_path, monkeypatch):
