@@ -1,4 +1,4 @@
-"""Tests that the bundled data has the properties stated in assets/fashion-mnist/README.md."""
+"""The bundled data has the properties that assets/fashion-mnist/README.md states."""
 
 import io
 import json

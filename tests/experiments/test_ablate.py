@@ -1,4 +1,4 @@
-"""Tests of the ablation study: the grid, the execution of the runs, and the report."""
+"""Test the ablation study: the grid, the execution of the runs, and the report."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Tests of the convergence study: the plan, the data, the execution, and the report."""
+"""Test the convergence study: the plan, the data, the execution, and the report."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Tests of the statistics, the tables and the figure of a convergence study."""
+"""Test the statistics, the tables and the figure of a convergence study."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ from experiments.study_page import draw_figure, format_tables
 IMAGES = np.array([1, 2, 4, 8, 16, 32, 64]) * 1000.0
 
 
-def falling_curves(count: int, points: int = 8) -> np.ndarray:
+def make_falling_curves(count: int, points: int = 8) -> np.ndarray:
     """Return arbitrary strictly decreasing curves, (n, P)."""
     steps = np.random.default_rng(0).uniform(0.1, 0.5, (count, points))
     return np.exp(-np.cumsum(steps, axis=1))
@@ -46,7 +46,7 @@ def test_crossing_of_a_power_law_is_exact():
 
 
 def test_crossing_scales_with_images_and_not_with_the_unit_of_quality():
-    curve = falling_curves(3, len(IMAGES))
+    curve = make_falling_curves(3, len(IMAGES))
     goal = np.sqrt(curve[:, 2] * curve[:, 4])
     needed, _ = count_images_needed(IMAGES, curve, goal)
     assert np.all((IMAGES[2] < needed) & (needed < IMAGES[4]))
@@ -71,7 +71,7 @@ def test_crossing_outside_of_the_evaluations_has_a_bound():
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_curve_ahead_by_a_factor_has_this_speed_up_with_an_empty_interval(count):
-    curve = falling_curves(count)
+    curve = make_falling_curves(count)
     ahead, behind = curve[:, 1:], curve[:, :-1]
     speed_ups = compute_speed_ups(IMAGES, behind, ahead)
     assert [speed_up.images for speed_up in speed_ups] == [16000, 32000, 64000]
@@ -95,12 +95,12 @@ def test_curves_are_averaged_before_crossing_and_resampled_as_pairs():
 
 
 def test_speed_up_of_a_curve_without_a_crossing_is_a_bound():
-    curve = falling_curves(4, len(IMAGES))
+    curve = make_falling_curves(4, len(IMAGES))
     for speed_up in compute_speed_ups(IMAGES, curve, 1e3 * curve):
         assert np.allclose([speed_up.value, *speed_up.interval], (0, speed_up.images / 64000))
     for speed_up in compute_speed_ups(IMAGES, curve, 1e-3 * curve):
         assert np.allclose([speed_up.value, *speed_up.interval], (speed_up.images / 1000, math.inf))
-    rising = falling_curves(4, len(IMAGES))[:, ::-1]  # has no known crossing
+    rising = make_falling_curves(4, len(IMAGES))[:, ::-1]  # has no known crossing
     assert compute_speed_ups(IMAGES, rising, 0.9 * rising)[-1].value == (0, math.inf)
 
 
@@ -178,11 +178,12 @@ def test_detectable_difference_is_detected_in_80_percent_of_studies(count):
     assert compute_detectable_difference(-3 * differences + 5) == pytest.approx(3 * least)
 
 
+# The name, the label, and the final metric relative to vanilla SiT.
 METHODS = [
     ("vanilla", "vanilla SiT", 1.0),
     ("sra2", "SRA 2, cosine", 0.95),
     ("repa", "REPA", 0.9),
-]  # name, label, and final metric relative to vanilla SiT
+]
 
 
 def make_result(seeds=(1, 2, 3), without=(), minimal=False) -> dict:

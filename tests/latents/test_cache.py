@@ -1,4 +1,4 @@
-"""Latent caches: reading, errors, joined caches, shared memory, and the limit on open files."""
+"""Test reading, errors, joined caches, shared memory, and the limit on open files."""
 
 import json
 import os
