@@ -5,13 +5,12 @@ Shapes: B batch size, S image side, C latent channels, h x w latent size.
 
 import os
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +45,6 @@ PLAN_FIELDS = (
     "names_and_labels",
 )
 DTYPES = ("float16", "float32")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -277,38 +274,3 @@ def make_absolute_if_exists(path: str | None) -> str | None:
     if not path or not Path(path).exists():
         return path
     return os.path.abspath(path)  # noqa: PTH100  Path.resolve would also follow symlinks
-
-
-def map_in_order(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    max_pending: int,
-) -> Iterator[Result]:
-    """Apply a function to items in a pool of threads, and yield the results in order.
-
-    If `items` raises UserError, the results of all earlier items are yielded first.
-
-    Args:
-        pool: Threads that call the function.
-        function: Function of one item.
-        items: Items; consumed in the thread of the caller.
-        max_pending: Maximum number of submitted items whose results have not been yielded.
-    """
-
-    def submit_all() -> Iterator[Future[Result]]:
-        try:
-            for item in items:
-                yield pool.submit(function, item)
-        except UserError as error:
-            failed_future: Future[Result] = Future()
-            failed_future.set_exception(error)
-            yield failed_future
-
-    pending: deque[Future[Result]] = deque()
-    for future in submit_all():
-        pending.append(future)
-        if len(pending) > max_pending:
-            yield pending.popleft().result()
-    for future in pending:
-        yield future.result()

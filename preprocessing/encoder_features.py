@@ -21,7 +21,7 @@ from common.cli import UserError
 from common.files import NpyWriter, discard_on_error, write_file
 from common.processes import World
 from latents.manifest import Manifest
-from preprocessing.cache_job import map_in_order
+from preprocessing.ordered_map import map_in_order
 from preprocessing.partial_work import (
     check_or_record_plan,
     describe_differences,
