@@ -172,7 +172,7 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
     floor = None
     if plan.scale != "imagenet" and num_train:
         floor = measure_floor(plan.data_dir, num_samples)
-    seconds = read_seconds(output_dir, plan.make_study_cells(blocks))
+    seconds = read_seconds(output_dir, list(cells.values()))
     return {
         "scale": plan.scale,
         "model": plan.model,

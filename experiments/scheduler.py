@@ -83,8 +83,8 @@ class TrainingProcess:
         }
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        self.log = folder / f"{cell.run_name}.log"
-        with self.log.open("ab") as log:
+        self.log_path = folder / f"{cell.run_name}.log"
+        with self.log_path.open("ab") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *cell.make_train_flags(folder)],
                 env=environment,
@@ -110,7 +110,7 @@ class TrainingProcess:
             return "was stopped"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
-        lines = re.findall(r"\S[^\r\n]*", self.log.read_text(errors="replace"))
+        lines = re.findall(r"\S[^\r\n]*", self.log_path.read_text(errors="replace"))
         return lines[-1].rstrip() if lines else f"exited with code {code}"
 
 
@@ -185,7 +185,7 @@ class Scheduler:
             error = process.close()
             if error and not self.is_stopping:
                 self.errors_by_run[process.cell.run_name] = error
-                tqdm.write(f"{process.cell.run_name}: {error} ({process.log})")
+                tqdm.write(f"{process.cell.run_name}: {error} ({process.log_path})")
         return bool(exited_processes)
 
     def count_images(self) -> int:

@@ -40,6 +40,11 @@ SHARED_FIELDS = (
 FEATURE_FIELDS = ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")
 
 
+def list_moment_folders(flips: bool) -> list[str]:
+    """Return the folders of the moments of the images and, with flips, of the flipped images."""
+    return ["moments", "mirrored"] if flips else ["moments"]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
@@ -69,8 +74,8 @@ class Manifest:
 
     @property
     def moment_folders(self) -> list[str]:
-        """Folders of moments: those of the images and, with flips, those of the flipped images."""
-        return ["moments", "mirrored"] if self.flips else ["moments"]
+        """The folders of moments, see `list_moment_folders`."""
+        return list_moment_folders(self.flips)
 
     @property
     def folders(self) -> list[str]:

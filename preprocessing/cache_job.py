@@ -20,6 +20,7 @@ from torch import Tensor
 from common.cli import UserError
 from common.config import record_flags
 from common.files import NpyWriter, discard_on_error
+from latents.manifest import list_moment_folders
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from preprocessing.cache_preview import PreviewRow, draw_preview, spread_indices
@@ -212,9 +213,11 @@ class CacheJob(ABC):
         file = shard_file_name(shard_index)
         channels, *size = self.manifest_fields["latent_shape"]
         remaining = len(self.get_image_range(shard_index))
-        folders = ["moments", "mirrored"] if self.manifest_fields["flips"] else ["moments"]
         shape = (remaining, 2 * channels, *size)
-        arrays = {folder: np.empty(shape, self.settings.dtype) for folder in folders}
+        arrays = {
+            folder: np.empty(shape, self.settings.dtype)
+            for folder in list_moment_folders(self.manifest_fields["flips"])
+        }
         usable_indices: list[int] = []
         skipped = []
         kinds: Counter[str] = Counter()

@@ -31,7 +31,7 @@ from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
 from preprocessing.cache_preview import spread_indices
 from preprocessing.image_source import ImageSource
-from preprocessing.images import BadImage, SquareReader, UnreadableImage
+from preprocessing.images import BadImage, UnreadableImage, load_square
 from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
 from preprocessing.ordered_map import map_in_order
 from preprocessing.sources import list_files
@@ -186,10 +186,10 @@ class ImportJob(CacheJob):
             return None
         source = ImageSource(self.image_root, [str(png)], np.zeros(1, np.int64), ["0"])
         try:
-            image = SquareReader(self.manifest_fields["resolution"]).read(source, 0)
+            pixels = load_square(source, 0, self.manifest_fields["resolution"])
         except (BadImage, UnreadableImage) as error:
             raise type(error)(f"its image: {error}") from None
-        return torch.from_numpy(image.pixels.copy())
+        return torch.from_numpy(pixels.copy())
 
 
 def is_moments_name(name: str) -> bool:
