@@ -232,7 +232,7 @@ def test_training_and_held_out_images_are_disjoint(tmp_path):
         for path, _ in entries:
             archive.writestr(path, f"the image {path}")
         archive.writestr("dataset.json", json.dumps({"labels": entries}))
-    study_data.split_zip(paths["whole"], paths["train"], paths["held-out"], every=5)
+    study_data.split_zip(paths["whole"], paths["train"], paths["held-out"], interval=5)
     archives = {name: zipfile.ZipFile(path) for name, path in paths.items()}
     labels = {
         name: json.loads(archive.read("dataset.json"))["labels"]
