@@ -24,7 +24,7 @@ from common import cli
 from common.cli import UserError, format_flags
 from common.config import (
     add_flags,
-    flag_of,
+    get_flag_of_field,
     read_flags,
     record_flags,
     setting,
@@ -155,7 +155,7 @@ def convert_field_errors(config: type) -> Iterator[None]:
     try:
         yield
     except FieldError as error:
-        raise UserError(f"{flag_of(config, error.field)} {error.reason}") from None
+        raise UserError(f"{get_flag_of_field(config, error.field)} {error.reason}") from None
 
 
 def main() -> None:

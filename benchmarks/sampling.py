@@ -43,7 +43,7 @@ from benchmarks.run_steps import allow_tf32
 from checkpointing.pretrained import PretrainedModel
 from common import cli
 from common.cli import UserError
-from common.machine import available_cores
+from common.machine import count_available_cores
 from common.processes import World
 from evaluations.suite import EvaluationConfig
 from interpolant import INTERPOLANTS
@@ -166,7 +166,7 @@ class Sampler:
         self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
         self.settings = make_recipe(config, source)
         self.record = build_record(config, source, vae, self.settings, self.device)
-        self.num_threads = 2 if self.device.type == "cuda" else available_cores()
+        self.num_threads = 2 if self.device.type == "cuda" else count_available_cores()
 
     def __call__(self, folder: Path) -> Path:
         """Write samples.npz with its record and image grid to a folder, and return the path."""

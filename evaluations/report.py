@@ -89,12 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="file with the Inception weights (default: in the torch hub cache)",
     )
     add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device that computes features",
-    )
+    cli.add_device_flag(add, "device that computes features")
 
     return parser.parse_args(argv)
 

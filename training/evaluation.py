@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.config import flag_of
+from common.config import get_flag_of_field
 from common.files import sha256
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
@@ -79,7 +79,7 @@ class Evaluator:
         try:
             self.recipe.validate()
         except FieldError as error:
-            flag = flag_of(PeriodicEvaluationConfig, error.field)
+            flag = get_flag_of_field(PeriodicEvaluationConfig, error.field)
             raise UserError(f"{flag} {error.reason}") from None
         size = self.manifest.resolution
         self.network = load_extractor(

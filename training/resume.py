@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpointing.storage import list_checkpoints
 from common.cli import UserError, format_value
-from common.config import destination, record_flags
+from common.config import get_destination, record_flags
 from common.metrics_log import read_rows
 from latents.manifest import Manifest
 from models.sit import PRESETS, SiTConfig
@@ -164,7 +164,7 @@ def check_same_run(flags: dict, folder: Path) -> None:
 def _flags_that_may_change() -> set[str]:
     """Return argparse's names of the flags that a resumed run may be started with."""
     names = {
-        destination(setting)
+        get_destination(setting)
         for config in ALL_CONFIGS
         for setting in fields(config)
         if config in FREE_CONFIGS or setting.metadata.get("may_change")
