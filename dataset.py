@@ -1,7 +1,8 @@
 """Read the latent cache in a shuffled order that depends only on the seed (docs/data.md).
 
-The n-th image of a run has stream position n. B is the number of positions, b the batch size per
-process.
+The n-th image of a run has stream position n.
+
+Shapes: B stream positions, b images per process and batch.
 """
 
 import math
@@ -22,9 +23,9 @@ NUM_ROUNDS = 8  # rounds of the Feistel network
 def to_image_index(stream_position: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Return the index of the image at each position of the endless, shuffled training stream.
 
-    Each epoch, from a multiple of `size` to the next, is a different permutation of the images. The
-    permutation is computed, not stored, by a generalised Feistel network with cycle walking (Black
-    and Rogaway 2002).
+    An epoch consists of `size` positions and contains each image once, in an order that differs
+    between epochs. A generalised Feistel network with cycle walking (Black and Rogaway 2002)
+    computes the permutation, so that it does not have to be stored.
 
     Args:
         stream_position: Positions in the stream, (B,) int64.
@@ -36,14 +37,15 @@ def to_image_index(stream_position: np.ndarray, size: int, seed: int) -> np.ndar
     """
     epoch, position_in_epoch = np.divmod(stream_position, size)
     image_index = np.empty_like(stream_position)
-    for value in np.unique(epoch):
-        mask = epoch == value
-        image_index[mask] = _permute(position_in_epoch[mask], size, _make_round_keys(value, seed))
+    for current_epoch in np.unique(epoch):
+        mask = epoch == current_epoch
+        keys = _make_round_keys(current_epoch, seed)
+        image_index[mask] = _permute(position_in_epoch[mask], size, keys)
     return image_index
 
 
 def _permute(position: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Apply a permutation of range(size) that is determined by the keys, (B,) -> (B,) uint64.
+    """Apply the permutation of range(size) that the keys determine, (B,) -> (B,) uint64.
 
     The Feistel network permutes the cells of the smallest nearly square rectangle with at least
     `size` cells. Values outside range(size) are permuted again until they are inside.
@@ -140,18 +142,20 @@ class TrainingStream(Dataset):
         self.inputs = inputs
         for name in inputs:
             cache.require_folder(name)
-        share = batch_size // num_processes
-        self.offsets = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
+        num_local = batch_size // num_processes
+        self.offsets = np.arange(rank * num_local, (rank + 1) * num_local, dtype=np.int64)
 
     def __getitem__(self, step: int) -> CachedBatch:
         """Read this process's share of global batch `step`."""
         stream_position = torch.from_numpy(step * self.batch_size + self.offsets)
-        flipped = None
+        is_flipped = None
         if self.cache.manifest.flips:
-            flipped = (uniform(self.seed, Purpose.FLIP, stream_position) < 0.5).numpy()
+            is_flipped = (uniform(self.seed, Purpose.FLIP, stream_position) < 0.5).numpy()
         image_index = to_image_index(stream_position.numpy(), len(self.cache), self.seed)
-        moments, labels = self.cache.gather(image_index, flipped)
-        inputs = {name: self.cache.read_input(name, image_index, flipped) for name in self.inputs}
+        moments, labels = self.cache.gather(image_index, is_flipped)
+        inputs = {
+            name: self.cache.read_input(name, image_index, is_flipped) for name in self.inputs
+        }
         return CachedBatch(stream_position, moments, labels, inputs)
 
     def read_batches(
@@ -189,7 +193,10 @@ class TrainingStream(Dataset):
 
 
 class _ErrorsAsItems(Dataset):
-    """Returns a CacheError as an item, because a DataLoader would hide it in a long traceback."""
+    """The same batches, but a CacheError is returned as an item instead of being raised.
+
+    If a loader process raises an error, the DataLoader adds a long traceback to the message.
+    """
 
     def __init__(self, stream: TrainingStream):
         self.stream = stream

@@ -22,7 +22,7 @@ from checkpointing.pretrained import PretrainedModel
 from checkpointing.storage import CheckpointError
 from common import cli
 from common.cli import UserError, format_flags
-from common.config import add_flags, flag_of, read_flags, record_flags, setting
+from common.config import add_flags, get_flag_of_field, read_flags, record_flags, setting
 from common.files import sha256
 from common.processes import World
 from evaluations.runs import JsonObject
@@ -149,7 +149,7 @@ def convert_field_errors(config: type) -> Iterator[None]:
     try:
         yield
     except FieldError as error:
-        raise UserError(f"{flag_of(config, error.field)} {error.reason}") from None
+        raise UserError(f"{get_flag_of_field(config, error.field)} {error.reason}") from None
 
 
 def main() -> None:

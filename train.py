@@ -71,7 +71,7 @@ class Step:
         accelerator: Wraps the network and the optimizer, and reduces gradients.
         state: Network, EMAs, optimizer, step.
         manifest: Manifest of the latent cache.
-        alignments: The alignment methods by name.
+        alignments: The alignment methods, by name.
         guard: Skips updates with non-finite losses or gradients.
         objective: The denoising objective.
         optimizer_config: Limit of the gradient norm, and EMA decays.
@@ -113,7 +113,8 @@ class Step:
         """Train on this process's share of a global batch.
 
         Returns:
-            The scalars of this process and a 0/1 flag for a finite update. Both stay on the device.
+            The scalars of this process, and 1 if the update was finite, else 0. Both are tensors
+            on the device.
         """
         batch = batch.to(self.accelerator.device)
 
@@ -135,7 +136,9 @@ class Step:
         # Clip the gradients, skip the update if any value is not finite, and update the weights
         # and the EMAs.
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        is_finite = self.guard.mark_step(self.state.step + 1, self.trained_losses(means), grad_norm)
+        is_finite = self.guard.mark_step(
+            self.state.step + 1, self.select_trained_losses(means), grad_norm
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -144,17 +147,19 @@ class Step:
         return {**means, "grad_norm": grad_norm}, is_finite
 
     def draw(self, batch: CachedBatch) -> TrainingInputs:
-        """Draw everything random about a batch, and normalise its latents."""
+        """Draw the random inputs of a batch, and normalise its latents."""
         seed, position = self.seed, batch.stream_position
         objective = self.objective
-        u = uniform(seed, Purpose.TIMESTEP, position)
+        timestep_uniform = uniform(seed, Purpose.TIMESTEP, position)
         posterior_noise = normal(seed, Purpose.POSTERIOR, position, self.latent_shape).float()
         is_dropped = uniform(seed, Purpose.LABEL_DROP, position) < objective.cfg_prob
         return TrainingInputs(
             latents=self.scale.sample(batch.moments, posterior_noise),
             labels=torch.where(is_dropped, self.null_class, batch.labels),
             noise=normal(seed, Purpose.NOISE, position, self.latent_shape).float(),
-            t=draw_times(self.interpolant, objective.prediction, objective.weighting, u).float(),
+            t=draw_times(
+                self.interpolant, objective.prediction, objective.weighting, timestep_uniform
+            ).float(),
             posterior_mean=self.scale.mean(batch.moments),
             target_uniform=uniform(seed, Purpose.TARGET, position).float(),
             cache_inputs=batch.inputs,
@@ -170,8 +175,8 @@ class Step:
             if alignment.is_active(self.state.step)
         }
         inactive = [a for name, a in self.alignments.items() if name not in active]
-        # Compute targets that need no student tokens before the forward pass, when no
-        # activations of the student are stored.
+        # Compute the targets that do not need student tokens before the forward pass, so that the
+        # student's activations are not in memory at the same time.
         targets = {
             name: alignment.compute_targets(inputs)
             for name, alignment in active.items()
@@ -204,8 +209,8 @@ class Step:
             scalars[f"token_norm/{name}"] = terms.token_norm
         return denoising + sum(weighted_losses), scalars
 
-    def trained_losses(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses with a nonzero weight; all of them must be finite."""
+    def select_trained_losses(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses whose weight is not 0. They must be finite."""
         trained_methods = [method for method, a in self.alignments.items() if a.config.weight]
         names = ["denoising", *(f"align/{method}" for method in trained_methods)]
         return {name: means[name] for name in names}
@@ -365,7 +370,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = settings.device.allow_tf32
     with stop_on_signal() as request, ExitStack() as resources:
         is_finished = run_training(settings, accelerator, request, resources)
-        # Wait, because a launcher kills the others as soon as one exits with a non-zero code.
+        # Wait, because a launcher kills the other processes as soon as one exits with an error.
         accelerator.wait_for_everyone()
         accelerator.end_training()
         if not is_finished:

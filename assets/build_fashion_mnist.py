@@ -4,9 +4,9 @@
     python -m assets.build_fashion_mnist
 
 The repository contains the resulting files, so running this script is not necessary. It writes
-images.zip, classifier.safetensors and vae/ if they are missing, and measurements to figures.json.
-To rebuild a file, remove it first. The script takes about an hour on two CPU cores. On the same
-machine with the same number of threads, it writes byte-identical files.
+images.zip, classifier.safetensors and vae/ if they are missing, and writes measurements to
+figures.json. To rebuild a file, remove it first. The script takes about an hour on two CPU cores.
+On the same machine with the same number of threads, it always writes the same bytes.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def write_zip(
 ) -> None:
     """Write RGB PNGs and a dataset.json to a zip archive in the layout of EDM.
 
-    The PNGs are not compressed, because LZMA compression of the archive gives a 20% smaller file
-    than deflate in the PNGs, which compresses three identical channels poorly.
+    The PNGs are not compressed. Deflate, the compression of PNGs, is inefficient for identical
+    channels. LZMA compression of the archive gives a file that is 20% smaller.
 
     Args:
         path: The archive to write.
@@ -126,7 +126,7 @@ def iter_batches(
             yield Batch((epoch + step / steps) / epochs, rgb, labels[index])
 
 
-def one_cycle(progress: float, peak: float, warm_up: float = 0.05) -> float:
+def compute_learning_rate(progress: float, peak: float, warm_up: float = 0.05) -> float:
     """Return a learning rate with linear warm-up to `peak` and cosine decay to zero."""
     if progress < warm_up:
         return peak * progress / warm_up
@@ -145,7 +145,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int) -> 
         total=epochs * (len(images) // batch_size),
     )
     for batch in bar:
-        optimizer.param_groups[0]["lr"] = one_cycle(batch.progress, 4e-3)
+        optimizer.param_groups[0]["lr"] = compute_learning_rate(batch.progress, 4e-3)
         dy, dx = torch.randint(-2, 3, (2,)).tolist()
         logits = model(batch.images.roll((dy, dx), (2, 3))).scores
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=0.1)
@@ -183,7 +183,7 @@ def train_vae(
     )
     mean_error = None
     for batch in bar:
-        optimizer.param_groups[0]["lr"] = one_cycle(batch.progress, 2e-3)
+        optimizer.param_groups[0]["lr"] = compute_learning_rate(batch.progress, 2e-3)
         x = batch.images / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         error = (vae.decode(posterior.sample()).sample - x).square().sum((1, 2, 3))
@@ -194,7 +194,7 @@ def train_vae(
         optimizer.step()
         mse = error.mean().item() / x[0].numel()
         mean_error = mse if mean_error is None else 0.99 * mean_error + 0.01 * mse
-        bar.set_postfix(psnr=f"{psnr(mean_error):.2f}", refresh=False)
+        bar.set_postfix(psnr=f"{compute_psnr(mean_error):.2f}", refresh=False)
 
     vae.eval()
     with torch.no_grad():
@@ -207,7 +207,7 @@ def train_vae(
     return vae
 
 
-def psnr(mse: float) -> float:
+def compute_psnr(mse: float) -> float:
     """Return the PSNR in dB for images in [-1, 1]."""
     return 10 * math.log10(4 / mse)
 
@@ -235,7 +235,7 @@ def measure(
         "images": len(images),
         "classifier_accuracy": num_correct / len(images),
         "classifier_accuracy_on_reconstructions": num_correct_after_vae / len(images),
-        "vae_psnr_db_of_mean_error": psnr(error.mean().item()),
+        "vae_psnr_db_of_mean_error": compute_psnr(error.mean().item()),
         "vae_psnr_db_mean_over_images": (10 * torch.log10(4 / error)).mean().item(),
         "vae_scaling_factor": vae.config.scaling_factor,
         "latent_mean_per_channel": latents.mean((0, 2, 3)).tolist(),

@@ -39,7 +39,14 @@ def build_trained_state(model: str, device: torch.device) -> tuple[TrainState, d
     """
     plan = make_plan(StepConfig(model=model), ["sra2"])
     settings = plan.settings
-    state = build_state(settings, plan.network, plan.align, device)
+    state = build_state(
+        plan.network,
+        plan.align,
+        settings.optimizer,
+        settings.device,
+        settings.run.seed,
+        device,
+    )
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     state.optimizer.step()

@@ -36,8 +36,9 @@ from common import cli
 from common.processes import World
 from models.autoencoder import Autoencoder
 from preprocessing.build import build_cache
-from preprocessing.cache_job import Batch, map_in_order
-from preprocessing.encoding import PRECISIONS, EncodingJob, EncodingSettings, default_batch_size
+from preprocessing.cache_job import Batch
+from preprocessing.encoding import PRECISIONS, EncodingJob, EncodingSettings, get_default_batch_size
+from preprocessing.ordered_map import map_in_order
 from training.throughput import measure_matmul_rate
 
 
@@ -166,7 +167,9 @@ def main() -> None:
     args = parse_args()
     world = World()
     num_threads = torch.get_num_threads()
-    batch_size = args.batch_size or default_batch_size(args.resolution, torch.device(args.device))
+    batch_size = args.batch_size or get_default_batch_size(
+        args.resolution, torch.device(args.device)
+    )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with scratch_folder(args.dest / "benchmark-encode") as root:
         make_photographs(root / "images/class", args.images)

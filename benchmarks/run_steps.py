@@ -20,6 +20,7 @@ from train import Step
 from training.alignment import (
     load_alignments,
     make_cache_info,
+    make_run_context,
     plan_alignments,
     required_cache_inputs,
 )
@@ -156,12 +157,25 @@ def build_step(plan: Plan, accelerator: Accelerator) -> Step:
     """
     settings = plan.settings
     align = copy.deepcopy(plan.align)  # load_alignments adds entries
-    state = build_state(settings, plan.network, align, accelerator.device)
+    state = build_state(
+        plan.network,
+        align,
+        settings.optimizer,
+        settings.device,
+        settings.run.seed,
+        accelerator.device,
+    )
+    context = make_run_context(
+        state.emas[0],
+        settings.objective.path_type,
+        accelerator.autocast,
+        settings.device.compile,
+    )
     return Step(
         accelerator,
         state,
         plan.manifest,
-        load_alignments(settings, align, plan.cache, state.emas[0], accelerator.autocast),
+        load_alignments(settings.alignments, align, plan.cache, context),
         NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16"),
         settings.objective,
         settings.optimizer,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import Action
 from checkpointing.pretrained import PretrainedModel
-from common.machine import available_cores
+from common.machine import count_available_cores
 from evaluations.suite import EvaluationConfig
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS, SiT, SiTConfig
@@ -94,7 +94,7 @@ class Sampler:
         self.model = prepare_model(copy.deepcopy(source.model), config.precision, self.device)
         self.recipe = make_recipe(config, source)
         self.record = build_record(config, source, vae, self.recipe, self.device)
-        self.num_threads = 2 if self.device.type == "cuda" else available_cores()
+        self.num_threads = 2 if self.device.type == "cuda" else count_available_cores()
 
     def __call__(self, folder: Path) -> Path:
         """Sample into a folder, as sample_ddp.py does, and return the path of samples.npz."""

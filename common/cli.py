@@ -1,4 +1,4 @@
-"""Command-line helpers: argument types, help texts, and one-line errors with exit codes."""
+"""Parse command lines, and report errors that the user can fix in one line."""
 
 import argparse
 import difflib
@@ -54,19 +54,22 @@ def require_package(name: str, purpose: str) -> None:
 
 
 class DiskFullSafeStream:
-    """Wraps stdout or stderr and ignores failed writes, such as to a log file on a full disk."""
+    """Wraps stdout or stderr and ignores failed writes.
+
+    Writes fail, for example, if the output is redirected to a file on a full disk.
+    """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text if possible; return its length in any case."""
+        """Write the text, and return its length even if the write fails."""
         with suppress(OSError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream if possible."""
+        """Flush the stream, and ignore errors."""
         with suppress(OSError):
             self.stream.flush()
 
@@ -210,6 +213,17 @@ def device(text: str) -> str:
     return text
 
 
+def add_device_flag(add: Callable[..., Any], help: str) -> None:
+    """Add --device, whose default is a GPU if there is one.
+
+    Args:
+        add: The method `add_argument` of a parser or of an argument group.
+        help: Help text.
+    """
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device, default=default, help=help)
+
+
 METAVARS: dict[Any, str] = {
     **dict.fromkeys((positive_int, non_negative_int, seed, int), "N"),
     **dict.fromkeys((fraction, decay, non_negative_float, positive_float, float), "X"),
@@ -219,7 +233,7 @@ METAVARS: dict[Any, str] = {
 
 
 def format_flags(record: dict[str, Any]) -> str:
-    """Return a record of flags as they are written on the command line, one per line.
+    """Return recorded flags as they are written on the command line, one flag per line.
 
     Flags that are unset (None, or False for a switch) are left out.
     """

@@ -18,29 +18,31 @@ def setting(default: Any = dataclasses.MISSING, *, help: str, **options: Any) ->
 
     Args:
         default: Default value. A field without one becomes a required flag.
-        help: Help text: a noun phrase that says what the value is, with its unit.
-        options: `flags`, the names on the command line (default: `--field-name`); `may_change`,
-            whether a resumed run may use another value; and any keyword of `add_argument`.
+        help: Help text: a noun phrase that describes the value, with its unit.
+        options: `flags` (the names on the command line; default: `--field-name`), `may_change`
+            (whether a resumed run may use another value), and any keyword of `add_argument`.
     """
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
-def flag_names(field: dataclasses.Field) -> tuple[str, ...]:
+def get_flag_names(field: dataclasses.Field) -> tuple[str, ...]:
     """Return a field's names on the command line, the main one first."""
     return field.metadata.get("flags", (f"--{field.name.replace('_', '-')}",))
 
 
-def destination(field: dataclasses.Field) -> str:
+def get_destination(field: dataclasses.Field) -> str:
     """Return the attribute under which argparse stores the field's value."""
-    return flag_names(field)[0].removeprefix("--").replace("-", "_")
+    return get_flag_names(field)[0].removeprefix("--").replace("-", "_")
 
 
-def flag_of(config: type, name: str) -> str:
+def get_flag_of_field(config: type, name: str) -> str:
     """Return the flag of the field `name`, for messages."""
-    return next(flag_names(field)[0] for field in dataclasses.fields(config) if field.name == name)
+    return next(
+        get_flag_names(field)[0] for field in dataclasses.fields(config) if field.name == name
+    )
 
 
-def argparse_type(field: dataclasses.Field) -> Any:
+def get_argparse_type(field: dataclasses.Field) -> Any:
     """Return the type of a field without `None`, such as `int` for `int | None`."""
     kinds = [kind for kind in get_args(field.type) if kind is not NoneType]
     return kinds[0] if len(kinds) == 1 else field.type
@@ -52,7 +54,7 @@ def add_flags(group: Any, config: type, **overrides: Any) -> None:
     Args:
         group: The parser or the group.
         config: A settings dataclass.
-        overrides: Keywords of `add_argument` that replace those of every field.
+        overrides: Keyword arguments of `add_argument` that replace the options of every field.
     """
     for field in dataclasses.fields(config):
         if "help" not in field.metadata:
@@ -62,25 +64,25 @@ def add_flags(group: Any, config: type, **overrides: Any) -> None:
             options["required"] = True
         else:
             options["default"] = field.default
-        kind = argparse_type(field)
+        kind = get_argparse_type(field)
         if kind is bool:
             options.setdefault("action", "store_true")
         elif kind in (int, float, Path):
             options.setdefault("type", kind)
-        group.add_argument(*flag_names(field), **options | overrides)
+        group.add_argument(*get_flag_names(field), **options | overrides)
 
 
 def read_flags(config: type[Config], args: argparse.Namespace) -> Config:
     """Build a settings dataclass from parsed flags. Lists become tuples."""
     fields = dataclasses.fields(config)  # type: ignore[arg-type]  # every Config is a dataclass
-    values = {field.name: getattr(args, destination(field)) for field in fields}
+    values = {field.name: getattr(args, get_destination(field)) for field in fields}
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def record_flags(*configs: Any) -> dict[str, Any]:
     """Return settings as a flat dict that JSON can hold, with argparse's names as keys."""
     return {
-        destination(field): to_plain(getattr(config, field.name))
+        get_destination(field): to_plain(getattr(config, field.name))
         for config in configs
         for field in dataclasses.fields(config)
     }

@@ -20,7 +20,7 @@ def _make_partial_path(path: Path) -> Path:
 
 @contextmanager
 def _name_in_errors(path: Path) -> Iterator[None]:
-    """Set the file name of an OSError to `path` if it has none or that of the temporary file."""
+    """Set the file name of an OSError to `path` if it is unset or that of the temporary file."""
     try:
         yield
     except OSError as error:
@@ -49,7 +49,7 @@ def _replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically and flush it to the disk. If that fails, the old file is kept."""
+    """Write a file atomically and flush it to the disk. If writing fails, the old file is kept."""
     with _replace_atomically(path) as partial:
         partial.write_bytes(data)
 
@@ -96,7 +96,7 @@ class NpyWriter:
     def _write_header(self) -> None:
         """Write the header for the current number of rows.
 
-        The size of the header is fixed, because numpy reserves space for the largest number.
+        The size of the header does not change, because numpy reserves space for the largest number.
         """
         self.file.seek(0)
         header = {
@@ -169,7 +169,7 @@ def write_npz(
 
 
 class LineWriter:
-    """Appends whole lines to a text file. If that fails, lines are buffered until the next call.
+    """Appends whole lines to a text file. If a write fails, lines are buffered until the next call.
 
     Attributes:
         path: The file.
@@ -179,7 +179,7 @@ class LineWriter:
     def __init__(self, path: Path):
         self.path = path
         self.pending = ""
-        # Size of the file before a write that failed and may have left part of a line.
+        # Size of the file before a failed write, which may have written part of a line.
         self._size_before_failure: int | None = None
 
     def append(self, text: str = "", sync: bool = False) -> bool:

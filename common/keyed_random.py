@@ -4,10 +4,10 @@ The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
 computed with integer tensor arithmetic.
 
 In training, `position` is the position in the stream of training images: n for the n-th image of
-the run. It is not the index of the image in the data set, so an image that returns in a later epoch
-is combined with new noise. In sampling, `position` is the index of the sample. The result does not
-depend on the number of processes, on the batch size or on resuming. CPU and GPU
-results are equal up to the last bit of a float32.
+the run. It is not the index of the image in the data set, so an image is combined with new noise in
+each epoch. In sampling, `position` is the index of the sample. The result does not depend on the
+number of processes, on the batch size or on resuming. Results on CPU and GPU are equal up to the
+last bit of a float32.
 """
 
 import math
@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # largest 32-bit word, used as a mask
+WORD_MASK = 0xFFFFFFFF  # selects the lowest 32 bits
 
 
 class Purpose(IntEnum):
@@ -53,13 +53,13 @@ def philox(
         p0 = c0 * 0xD2511F53
         p1 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
-            ((p1 >> 32) & WORD) ^ c1 ^ k0,
-            p1 & WORD,
-            ((p0 >> 32) & WORD) ^ c3 ^ k1,
-            p0 & WORD,
+            ((p1 >> 32) & WORD_MASK) ^ c1 ^ k0,
+            p1 & WORD_MASK,
+            ((p0 >> 32) & WORD_MASK) ^ c3 ^ k1,
+            p0 & WORD_MASK,
         )
-        k0 = (k0 + 0x9E3779B9) & WORD
-        k1 = (k1 + 0xBB67AE85) & WORD
+        k0 = (k0 + 0x9E3779B9) & WORD_MASK
+        k1 = (k1 + 0xBB67AE85) & WORD_MASK
     return c0, c1, c2, c3
 
 
@@ -78,13 +78,16 @@ def uniform(
     Returns:
         (B, *shape) float64.
     """
-    assert 0 <= seed <= WORD and 0 <= draw <= WORD, (seed, draw)
+    assert 0 <= seed <= WORD_MASK and 0 <= draw <= WORD_MASK, (seed, draw)
     count = math.prod(shape)
     # The generator yields blocks of four words; the block's index is part of the counter.
     block_index = torch.arange(math.ceil(count / 4), device=position.device)
     position = position[:, None]
     counter = torch.broadcast_tensors(
-        block_index, torch.full_like(position, draw), position & WORD, (position >> 32) & WORD
+        block_index,
+        torch.full_like(position, draw),
+        position & WORD_MASK,
+        (position >> 32) & WORD_MASK,
     )
     words = torch.stack(philox(counter, (seed, int(purpose))), -1).flatten(1)[:, :count]
     return ((words.double() + 0.5) * 2.0**-32).reshape(len(position), *shape)

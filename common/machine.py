@@ -1,4 +1,4 @@
-"""Query the CPU cores, memory and open files that are available to this process."""
+"""Query the CPU cores, the memory and the number of open files that this process may use."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def available_cores() -> int:
+def count_available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux only
         return len(os.sched_getaffinity(0))
@@ -33,26 +33,26 @@ def raise_open_file_limit() -> int:
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+    return 2**20 if soft == resource.RLIM_INFINITY else soft
 
 
-def available_memory() -> float:
+def get_available_memory() -> float:
     """Return the memory that can still be allocated, in bytes, or infinity if it is unknown.
 
     This is the available memory of the machine or the unused part of the job's memory limit,
     whichever is smaller. Containers and SLURM set such limits with control groups (version 2).
     """
-    return min(_available_machine_memory(), _unused_group_memory())
+    return min(_get_available_machine_memory(), _get_unused_group_memory())
 
 
-def _available_machine_memory() -> float:
+def _get_available_machine_memory() -> float:
     for line in _read_lines("/proc/meminfo"):
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return math.inf
 
 
-def _unused_group_memory() -> float:
+def _get_unused_group_memory() -> float:
     unused = math.inf
     for line in _read_lines("/proc/self/cgroup"):
         if not line.startswith("0::"):  # skip control groups of version 1

@@ -1,7 +1,8 @@
 """Read metrics.jsonl, the log of a training run, in the current or an older schema.
 
 Each line is a JSON object with the step, the number of images seen, and either the means since the
-previous line or the results of an evaluation, whose settings are under "evaluation".
+previous line or the results of an evaluation. The settings of an evaluation are in the entry
+"evaluation".
 
 Lines of schema 2 contain `"schema": 2` and the columns align/METHOD, cosine/METHOD and
 token_norm/METHOD for each alignment method. Older lines have no schema. Their columns align, cosine

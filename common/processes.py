@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.machine import available_cores
+from common.machine import count_available_cores
 
 
 def _read_environment(name: str, default: int) -> int:
@@ -34,7 +34,7 @@ class World:
         self.num_processes = _read_environment("WORLD_SIZE", 1)
         self.local_rank = _read_environment("LOCAL_RANK", 0)
         self.num_local_processes = _read_environment("LOCAL_WORLD_SIZE", 1)
-        self.cores = available_cores()
+        self.cores = count_available_cores()
         if self.num_processes > 1:
             # The timeout is long because one process may finish its share days before another.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -79,7 +79,7 @@ class World:
             Exception: On rank 0, the exception that `compute` raised.
             SystemExit: On the other processes if `compute` failed, with code 2.
         """
-        result = None  # remains None if `compute` fails; otherwise, a tuple of the value
+        result = None  # a tuple that contains the value, or None if `compute` fails
         if self.rank == 0:
             try:
                 result = (compute(),)

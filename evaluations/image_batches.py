@@ -17,8 +17,9 @@ import numpy as np
 
 from common.cli import UserError
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
+from preprocessing.image_source import ImageSource
 from preprocessing.images import load_square_or_user_error
-from preprocessing.sources import ImageSource, open_source
+from preprocessing.sources import open_source
 
 READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 LOCAL_HEADER_SIZE = 30  # size in bytes of a zip member's local header without name and extra field

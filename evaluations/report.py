@@ -11,8 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common import cli
 from common.cli import UserError
 from common.files import write_file
@@ -86,12 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: fashion for 32x32 images, else inception)",
     )
     add_network_flags(group)
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device that computes features",
-    )
+    cli.add_device_flag(add, "device that computes features")
 
     return parser.parse_args(argv)
 

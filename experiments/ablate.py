@@ -4,10 +4,10 @@
     python -m experiments.ablate --scale imagenet --print
     python -m experiments.ablate --axis loss -- --batch-size 128 --eval-samples 5000
 
-All other settings have the paper's best values. The result is NAME.json, with a table in NAME.md
-and a figure in NAME.png; --plot NAME.json recreates the table and the figure without running
-anything. Rerun the same command to resume an interrupted study. A run that several axes share is
-executed once. Flags after -- are passed to every run of train.py.
+All other settings have the best values of the paper. The result is NAME.json, with a table in
+NAME.md and a figure in NAME.png; --plot NAME.json recreates the table and the figure without
+running anything. Rerun the same command to resume an interrupted study. A run that several axes
+share is executed once. Flags after -- are passed to every run of train.py.
 """
 
 import argparse
@@ -20,27 +20,19 @@ from typing import NamedTuple
 
 from common import cli
 from common.cli import UserError
-from common.machine import available_cores
+from common.machine import count_available_cores
 from evaluations.compare import frechet_name
-from experiments.cells import (
-    Cell,
-    add_study_flags,
-    check_cells,
-    check_no_failures,
-    open_cache,
-    parse_study_flags,
-    run_cells,
-    set_defaults,
-    visible_gpus,
-)
+from experiments.cells import Cell, check_cells, open_cache
 from experiments.panels import BASELINE, draw_figure, format_table
 from experiments.results import (
+    collect_final_values,
     collect_runs,
-    final_values,
     load_result,
     save_result,
     write_report,
 )
+from experiments.scheduler import check_no_failures, list_visible_gpus, run_cells
+from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
 from models.sit import PRESETS, default_align_block
 
 PAPER_VANILLA_FID = 33.02
@@ -62,13 +54,13 @@ DEMO_FLAGS = (
 
 
 class AxisValue(NamedTuple):
-    """A value of an axis: the flags of train.py, and the FID of SiT-B/2 in the paper."""
+    """A value of an axis: flags of train.py, and the FID that the paper reports for SiT-B/2."""
 
     flags: str
     paper_fid: float | None = None
 
 
-def axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
+def list_axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisValue]]:
     """Return the values of each axis by their labels.
 
     Args:
@@ -122,7 +114,7 @@ def axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, AxisV
     }
 
 
-def best_labels(model: str) -> dict[str, str]:
+def list_best_labels(model: str) -> dict[str, str]:
     """Return the label of the paper's best value on each axis."""
     return {
         "depth": str(default_align_block(model)),
@@ -150,8 +142,8 @@ def build_grid(
         The alignment flags by the name of the run (a run that several axes share occurs once), and
         the "axes" entry of the result.
     """
-    best = best_labels(model)
-    values = axis_values(model, steps, demo)
+    best = list_best_labels(model)
+    values = list_axis_values(model, steps, demo)
     runs = {BASELINE: "--align none"}
     panels = []
     for axis in axes:
@@ -160,13 +152,13 @@ def build_grid(
             is_best = label == best[axis]
             slug = re.sub("[^0-9a-z._]+", "-", label).strip("-")
             name = "sra2" if is_best else f"{axis}-{slug}"
-            # At the best value of an axis that the paper lacks, use the defaults of train.py.
-            words = [
+            # For axes that the paper does not vary, the best values are the defaults of train.py.
+            flags = [
                 values[axis_name][selected_label].flags
                 for axis_name, selected_label in (best | {axis: label}).items()
                 if axis_name in PAPER_AXES or selected_label != best[axis_name]
             ]
-            runs[name] = " ".join(["--align sra2", *words])
+            runs[name] = " ".join(["--align sra2", *flags])
             entries.append(
                 {"label": label, "run": name, "usual": is_best, "paper": value.paper_fid}
             )
@@ -177,10 +169,10 @@ def build_grid(
     return runs, panels
 
 
-def demo_flags(steps: int, evaluations: int) -> list[str]:
+def make_demo_flags(steps: int, evaluations: int) -> list[str]:
     """Return the flags that all runs on the bundled data share, as in the README."""
-    every = math.ceil(steps / evaluations)
-    schedule = f"--max-train-steps {steps} --checkpointing-steps {every} --eval-every {every}"
+    interval = math.ceil(steps / evaluations)
+    schedule = f"--max-train-steps {steps} --checkpointing-steps {interval} --eval-every {interval}"
     return f"{schedule} {DEMO_FLAGS} --log-every {min(20, steps)}".split()
 
 
@@ -193,7 +185,7 @@ def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
     checkpoint = shlex.quote(str(folder / name))
     torchrun = f"torchrun --nproc_per_node {gpus}"
     return [
-        cell.command(folder, gpus),
+        cell.make_command(folder, gpus),
         f"{torchrun} sample_ddp.py --ckpt {checkpoint} --num-fid-samples 50000 --mode sde "
         f"--num-steps 250 --name {name}",
         f"{torchrun} -m evaluations.evaluate samples/{name}.npz "
@@ -202,7 +194,7 @@ def list_commands(cell: Cell, folder: Path, gpus: int) -> list[str]:
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of the study's flags."""
+    """Return the parser for the flags of the study."""
     parser = cli.Parser(
         __doc__, "python -m experiments.ablate", "--axis NAME [NAME ...]", "[-- FLAGS OF TRAIN.PY]"
     )
@@ -261,14 +253,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         max_train_steps=400_000 if imagenet else 400,
         evaluations=1,
         output_dir=output_dir,
-        jobs=len(visible_gpus()) or available_cores(),
+        jobs=len(list_visible_gpus()) or count_available_cores(),
         out=output_dir / f"{'-'.join(args.axis)}.json",
     )
     return args, train_flags
 
 
 def select_axes(result: dict, path: Path, axes: list[str]) -> dict:
-    """Return the result with only the requested axes, or with all if `axes` is empty.
+    """Return the result with only the requested axes, or with all axes if `axes` is empty.
 
     Raises:
         UserError: If the result does not contain a requested axis.
@@ -289,7 +281,7 @@ def write_ablation_report(result: dict, path: Path) -> None:
     Raises:
         UserError: If the result contains no finished runs of vanilla SiT.
     """
-    if BASELINE not in final_values(result["runs"], result.get("metric", "")):
+    if BASELINE not in collect_final_values(result["runs"], result.get("metric", "")):
         raise UserError(
             f"{path} contains no finished run of vanilla SiT ({BASELINE}), the baseline of the "
             "comparison; rerun the study"
@@ -311,7 +303,7 @@ def main() -> None:
     runs, panels = build_grid(args.axis, args.model, steps, demo)
     scale_flags = f"--batch-size 256 --max-train-steps {steps}".split()  # as in SiT and REPA
     if demo:
-        scale_flags = demo_flags(steps, args.evaluations)
+        scale_flags = make_demo_flags(steps, args.evaluations)
     shared = ["--data-dir", str(args.data_dir), "--model", args.model, *scale_flags, *train_flags]
     cells = [
         Cell(name, seed, (*shared, *flags.split()))
@@ -322,7 +314,9 @@ def main() -> None:
     if args.print:
         lines = []
         for cell in cells:
-            commands = [cell.command(folder)] if demo else list_commands(cell, folder, args.gpus)
+            commands = (
+                [cell.make_command(folder)] if demo else list_commands(cell, folder, args.gpus)
+            )
             lines += [f"# {cell.name}, seed {cell.seed}", *commands, ""]
         print(*lines, sep="\n")
         return
@@ -340,7 +334,7 @@ def main() -> None:
     settings = {
         "model": args.model,
         "steps": steps,
-        "metric": frechet_name(cells[0].settings().evaluation.features),
+        "metric": frechet_name(cells[0].parse_settings().evaluation.features),
         "axes": panels,
     }
     save_result(args.out, "ablate", settings, entries)

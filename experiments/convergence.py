@@ -32,25 +32,14 @@ from benchmarks.run_steps import count_flops, time_runs
 from common import cli
 from common.cli import UserError
 from common.files import write_file
-from common.machine import available_cores
+from common.machine import count_available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
-from experiments.cells import (
-    ROOT,
-    Cell,
-    add_study_flags,
-    check_cells,
-    check_no_failures,
-    is_finished,
-    make_portable,
-    open_cache,
-    parse_study_flags,
-    run_cells,
-    set_defaults,
-    visible_gpus,
-)
+from experiments.cells import Cell, check_cells, is_finished, make_portable, open_cache
 from experiments.results import collect_runs, load_result, save_result, write_report
+from experiments.scheduler import ROOT, check_no_failures, list_visible_gpus, run_cells
 from experiments.study_data import measure_floor, prepare_data
+from experiments.study_flags import add_study_flags, parse_study_flags, set_defaults
 from experiments.study_page import draw_figure, format_tables
 from experiments.study_plan import (
     BASELINE,
@@ -69,11 +58,11 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
     Raises:
         UserError: If a run fails.
     """
-    cells = plan.tuning_cells()
+    cells = plan.make_tuning_cells()
     check_cells(cells, output_dir)
     check_no_failures(run_cells(cells, output_dir, jobs), len(cells))
     runs = collect_runs(cells, output_dir)
-    metric = frechet_name(cells[0].settings().evaluation.features)
+    metric = frechet_name(cells[0].parse_settings().evaluation.features)
     blocks = choose_blocks(runs, metric)
     settings = {
         "scale": plan.scale,
@@ -88,13 +77,13 @@ def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
 
 
 def print_commands(plan: StudyPlan, cells: list[Cell], output_dir: Path, gpus: int) -> None:
-    """Print one training command per run; on a cluster, a command uses all GPUs of a machine."""
+    """Print one training command per run. On a cluster, a command uses all GPUs of a machine."""
     if plan.scale != "imagenet":
         gpus = 1
         if not (plan.data_dir / "ready.json").exists():
             print(f"# run the study without --print to create {plan.data_dir}")
     for cell in cells:
-        print(cell.command(output_dir, gpus))
+        print(cell.make_command(output_dir, gpus))
 
 
 def run_study(
@@ -105,7 +94,7 @@ def run_study(
     Raises:
         UserError: If a run fails. The result then contains the other runs.
     """
-    cells = plan.study_cells(blocks)
+    cells = plan.make_study_cells(blocks)
     check_cells(cells, output_dir)
     failed = run_cells(cells, output_dir, jobs)
     cache = open_cache(plan.train_cache)
@@ -123,7 +112,7 @@ def gather_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path, path
     Raises:
         UserError: If vanilla SiT has not been evaluated.
     """
-    cells = plan.study_cells(blocks)
+    cells = plan.make_study_cells(blocks)
     check_cells(cells, output_dir)
     runs = collect_runs(cells, output_dir, include_unfinished=True)
     if not has_baseline(runs):
@@ -159,8 +148,8 @@ def write_result(
         write_convergence_report(path)
 
 
-def count_if_exists(path: Path) -> int | None:
-    """Return the number of images of a cache, or None if it cannot be opened."""
+def count_cached_images(path: Path) -> int | None:
+    """Return the number of images in a cache, or None if the cache cannot be opened."""
     with suppress(UserError):
         return len(open_cache(path))
     return None
@@ -174,16 +163,16 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
         blocks: The aligned block of each method.
         output_dir: The output directory of the study, which contains the timings.
     """
-    cells = {cell.name: cell for cell in plan.study_cells(blocks)}
-    settings = cells[BASELINE].settings()
+    cells = {cell.name: cell for cell in plan.make_study_cells(blocks)}
+    settings = cells[BASELINE].parse_settings()
     num_samples = settings.evaluation.samples
     # The caches may be missing if the runs were copied from another machine.
-    num_train = count_if_exists(plan.train_cache)
-    num_held_out = count_if_exists(plan.held_out_cache)
+    num_train = count_cached_images(plan.train_cache)
+    num_held_out = count_cached_images(plan.held_out_cache)
     floor = None
     if plan.scale != "imagenet" and num_train:
         floor = measure_floor(plan.data_dir, num_samples)
-    seconds = read_seconds(output_dir, plan.study_cells(blocks))
+    seconds = read_seconds(output_dir, list(cells.values()))
     return {
         "scale": plan.scale,
         "model": plan.model,
@@ -198,8 +187,8 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
             {
                 "name": name,
                 "label": METHODS[name].label,
-                "flags": " ".join(plan.method_flags(name, blocks)),
-                "training_flops": count_flops(cell.settings()) if num_train else None,
+                "flags": " ".join(plan.make_method_flags(name, blocks)),
+                "training_flops": count_flops(cell.parse_settings()) if num_train else None,
                 "step_s": seconds.get(name),
             }
             for name, cell in cells.items()
@@ -207,7 +196,7 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
     }
 
 
-def portable_flags(cells: list[Cell]) -> dict[str, list[str]]:
+def collect_portable_flags(cells: list[Cell]) -> dict[str, list[str]]:
     """Return the flags of each method, without paths that are specific to this machine."""
     return {cell.name: make_portable(cell.flags) for cell in cells}
 
@@ -215,21 +204,18 @@ def portable_flags(cells: list[Cell]) -> dict[str, list[str]]:
 def read_seconds(output_dir: Path, cells: list[Cell]) -> dict[str, dict]:
     """Return the timings that `time_methods` stored, or {} if they were made with other flags."""
     stored = read_json(output_dir / "seconds.json")
-    return stored.get("seconds", {}) if stored.get("flags") == portable_flags(cells) else {}
+    return stored.get("seconds", {}) if stored.get("flags") == collect_portable_flags(cells) else {}
 
 
 def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> None:
     """Time a training step of each method, unless timings are stored already."""
     if read_seconds(output_dir, cells):
         return
-    print(
-        "timing a step of each method; do not use the machine for anything else",
-        flush=True,
-    )
+    print("timing a step of each method; do not run other programs meanwhile", flush=True)
     scale = SCALES[plan.scale]
-    settings = {cell.name: cell.settings() for cell in cells}
+    settings = {cell.name: cell.parse_settings() for cell in cells}
     seconds = time_runs(settings, scale.timing_rounds, scale.timing_steps)
-    content = {"flags": portable_flags(cells), "seconds": seconds}
+    content = {"flags": collect_portable_flags(cells), "seconds": seconds}
     write_file(output_dir / "seconds.json", json.dumps(content).encode())
 
 
@@ -243,7 +229,7 @@ def write_convergence_report(path: Path) -> None:
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of the study's flags."""
+    """Return the parser for the flags of the study."""
     parser = cli.Parser(
         __doc__, "python -m experiments.convergence", "--scale NAME", "[-- FLAGS OF TRAIN.PY]"
     )
@@ -256,7 +242,7 @@ def make_parser() -> cli.Parser:
     add(
         "--tune",
         action="store_true",
-        help="choose the aligned block of each method, using other seeds than the study",
+        help="choose the aligned block of each method, using different seeds from the study",
     )
     add(
         "--gather",
@@ -326,7 +312,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if args.tune and args.gather:
         raise UserError("--gather cannot be combined with --tune; remove one of them")
-    if args.scale == "gpu" and not visible_gpus() and not (args.print or args.gather):
+    if args.scale == "gpu" and not list_visible_gpus() and not (args.print or args.gather):
         raise UserError(
             "--scale gpu requires a GPU, but no GPU is visible; use --scale laptop on a CPU"
         )
@@ -343,7 +329,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         data_dir=Path("data/imagenet256" if imagenet else f"data/study-{args.scale}"),
         output_dir=output_dir,
         knobs=ROOT / f"docs/study-{args.scale}-knobs.json",
-        jobs=(scale.jobs_per_gpu or 1) * len(visible_gpus()) or available_cores(),
+        jobs=(scale.jobs_per_gpu or 1) * len(list_visible_gpus()) or count_available_cores(),
         out=output_dir / ("knobs.json" if args.tune else "study.json"),
     )
     if BASELINE not in args.methods and not args.tune:
@@ -352,7 +338,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def make_plan(args: argparse.Namespace, train_flags: list[str]) -> StudyPlan:
-    """Return the plan of a study, or of --tune, whose runs are evaluated once, after training."""
+    """Return the plan of a study or of --tune, which evaluates each run once, after training."""
     return StudyPlan(
         scale=args.scale,
         model=args.model,
@@ -374,7 +360,7 @@ def main() -> None:
     plan = make_plan(args, train_flags)
     blocks = {} if args.tune else read_blocks(plan, args.knobs)
     if args.print or (args.scale == "imagenet" and not args.gather):
-        cells = plan.tuning_cells() if args.tune else plan.study_cells(blocks)
+        cells = plan.make_tuning_cells() if args.tune else plan.make_study_cells(blocks)
         print_commands(plan, cells, args.output_dir, args.gpus)
     elif args.gather:
         gather_study(plan, blocks, args.output_dir, args.out)

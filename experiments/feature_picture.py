@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 
 TILE_SIZE = 64  # pixels
 TILE_GAP = 6  # pixels
-MAX_COLUMNS = 2  # maximum number of sheets of maps next to each other
+MAX_COLUMNS = 2  # maximum number of sheets per row
 TILE_INCHES = 0.4
 CHARACTERS_PER_INCH = 14.5  # in the caption
 CAPTION = (
-    "right of the latent: the tokens after each block, their first three principal components as "
-    "red, green, blue (of all tokens of one block and t, so that like colours are like tokens); "
-    "image and latent are those of $x_t$"
+    "Block columns: the first three principal components of the tokens after the block, as red, "
+    "green and blue. They are fitted to all tokens of a block and t, so that similar colours mean "
+    "similar tokens. The images and latents show $x_t$."
 )
-
 
 # The maps of one checkpoint in rows and columns. The first row contains the data, and each of the
 # other rows contains x_t for one t. The columns are the decoded images (m, H, W, 3) in uint8, the
@@ -52,7 +51,7 @@ def resize_to_tile(image: np.ndarray) -> np.ndarray:
 
 
 def make_sheet(maps: ColourMaps, index: int) -> np.ndarray:
-    """Arrange the maps of one image in rows and columns on a white canvas."""
+    """Arrange the maps of one image in rows and columns on a white canvas, called a sheet."""
     step = TILE_SIZE + TILE_GAP
     canvas = np.ones((step * len(maps), step * max(map(len, maps)), 3))
     for i, row in enumerate(maps):
@@ -73,7 +72,7 @@ def draw_figure(result: dict, maps: list[ColourMaps], classes: list[str], path: 
     """
     plt = load_pyplot()
     checkpoints = result["checkpoints"]
-    titles = {"accuracy": "linear-probe accuracy, held out (95% interval)"}
+    titles = {"accuracy": "held-out accuracy of linear probes (95% interval)"}
     if result["cknna"]:
         network = result["cknna"]["features"]
         titles["cknna"] = f"CKNNA with {network} features, k = {result['cknna']['k']}"
@@ -158,7 +157,7 @@ def draw_chart(axes: "Axes", result: dict, checkpoint: dict, metric: str) -> Non
         if metric == "accuracy":
             low, high = (select_values(checkpoint["results"], t, end) for end in ("low", "high"))
             axes.fill_between(blocks, low, high, color=shade, alpha=0.15, linewidth=0)
-    axes.plot([], [], color="0.4", linestyle="", label="$x_t$ itself, flattened", **diamond)
+    axes.plot([], [], color="0.4", linestyle="", label="flattened $x_t$", **diamond)
 
     levels = {row["space"]: row[metric] for row in result["baselines"] if "t" not in row}
     if metric == "accuracy":

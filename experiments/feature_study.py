@@ -4,7 +4,7 @@ All checkpoints receive the same x_t: the latent is the mean of the posterior, a
 only on the seed and the image index. The label is the null class, because otherwise the probe could
 predict the class from the conditioning that is added to each token. The probe and CKNNA use the
 tokens of a block averaged over the grid, as in REPA (arXiv:2410.06940). The probe is trained on the
-first half of the images; the accuracy, CKNNA and the maps are computed on the second half. (The SiT
+first half of the images. The accuracy, CKNNA and the maps are computed on the second half. (The SiT
 may have been trained on both halves.)
 
 Shapes: n images in both halves, m images in the figure, B images per batch, latents with C
@@ -25,11 +25,11 @@ from common.keyed_random import Purpose, normal, uniform
 from experiments.feature_picture import ColourMaps
 from experiments.representation import (
     Neighbours,
-    cknna,
+    compute_cknna,
+    compute_wilson_interval,
     find_neighbours,
     fit_colours,
     fit_probe,
-    wilson_interval,
 )
 from interpolant import INTERPOLANTS, interpolate
 from latents.cache import LatentCache
@@ -45,7 +45,7 @@ def spread_blocks(depth: int) -> list[int]:
 
 
 class StudyImages(NamedTuple):
-    """The images of a study. The first half trains the probe, the second half is held out."""
+    """The images of a study. The first half trains the probe, and the second half is held out."""
 
     image_index: np.ndarray  # rows of the cache, (n,)
     latents: Tensor  # (n, C, h, w)
@@ -139,8 +139,10 @@ def evaluate_features(
     held_out = features[half:]
     probe = fit_probe(features[:half], labels[:half], num_classes)
     num_correct = (probe.logits(held_out).argmax(1) == labels[half:]).sum().item()
-    low, high = wilson_interval(num_correct, len(held_out))
-    alignment = math.nan if reference is None else cknna(find_neighbours(held_out), reference)
+    low, high = compute_wilson_interval(num_correct, len(held_out))
+    alignment = (
+        math.nan if reference is None else compute_cknna(find_neighbours(held_out), reference)
+    )
     return {
         "accuracy": num_correct / len(held_out),
         "low": low,
@@ -195,7 +197,8 @@ def make_colour_maps(
     device = model.pos_embed.device
     side = model.config.latent_size // model.config.patch
 
-    # Map the data. The signs for the first block follow the latents, averaged per token.
+    # Map the data. The components of the first block have the signs of the latents' components,
+    # which are averaged per token.
     pixels = images.latents[rows].movedim(1, -1)
     latent_basis = fit_colours(pixels.flatten(0, 2))
     scores = latent_basis.scores(pixels).movedim(-1, 1)
@@ -203,7 +206,8 @@ def make_colour_maps(
     decoded = decode(vae, images.latents[rows].to(device))
     maps = [[decoded, latent_basis.colours(pixels).numpy()]]
 
-    # Map x_t and the blocks. Signs follow the previous time of the same block, or the last map.
+    # Map x_t and the blocks. The signs are those of the same block at the previous time or, at the
+    # first time, those of the previous map.
     share: dict[tuple[float, int], float] = {}
     block_scores: dict[int, Tensor] = {}
     for t in times:

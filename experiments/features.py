@@ -147,12 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("computation and output").add_argument
     add("--batch-size", type=cli.positive_int, default=128, help="images per forward pass")
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of all computations",
-    )
+    cli.add_device_flag(add, "device of all computations")
     add(
         "--out",
         type=Path,
@@ -184,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_checkpoints(
     paths: list[Path], ema_decay: float | None, official_flags: dict[str, str | None]
 ) -> list[PretrainedModel]:
-    """Load checkpoints, passing each of them only the flags that apply to it.
+    """Load checkpoints, and pass to each of them only the flags that apply to it.
 
     Args:
         paths: Checkpoints of this project and official .pt files.
@@ -216,7 +211,7 @@ def load_checkpoints(
 
 
 def load_cache(folders: list[Path], min_images: int) -> LatentCache:
-    """Open the cache; raise UserError if it is damaged or contains too few images."""
+    """Open the cache. Raise UserError if it is damaged or contains too few images."""
     cache = open_cache(*folders)
     if len(cache) < min_images:
         raise UserError(
@@ -248,7 +243,7 @@ def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[i
 
 
 def load_vae(name: str, fingerprint: str, device: str) -> Autoencoder:
-    """Load the decoder; raise UserError if it is not the VAE with this fingerprint."""
+    """Load the decoder. Raise UserError if its VAE does not have this fingerprint."""
     try:
         vae = Autoencoder(name, device)
     except FieldError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.plotting import add_grid, load_pyplot, save_png
-from experiments.results import Estimate, final_values, paired_difference
+from experiments.results import Estimate, collect_final_values, compute_paired_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BASELINE = "none"  # name of the runs without alignment
 MAX_COLUMNS = 4  # maximum number of panels per row of the figure
 
-Values = dict[str, dict[int, float]]  # name of a run -> seed -> value
+Values = dict[str, dict[int, float]]  # values by the name of the run and the seed
 
 
 def format_table(result: dict) -> str:
@@ -25,8 +25,8 @@ def format_table(result: dict) -> str:
     A row contains the mean over seeds, and the mean of the per-seed differences from vanilla SiT.
     """
     metric = result["metric"]
-    finals = final_values(result["runs"], metric)
-    agreement = final_values(result["runs"], "class_agreement")
+    finals = collect_final_values(result["runs"], metric)
+    agreement = collect_final_values(result["runs"], "class_agreement")
     lines = []
     for panel in result["axes"]:
         title = panel["title"]
@@ -63,7 +63,9 @@ def format_row(value: dict, finals: Values, agreement: Values) -> str:
     if name in finals:
         mean = f"{np.mean([*finals[name].values()]):.3f}"
         if name != BASELINE:
-            difference = format_difference(paired_difference(finals[name], finals[BASELINE]))
+            difference = format_difference(
+                compute_paired_difference(finals[name], finals[BASELINE])
+            )
         if name in agreement:
             agreement_text = f"{np.mean([*agreement[name].values()]):.1%}"
     paper = "" if value["paper"] is None else f"*{value['paper']:.2f}*"
@@ -84,11 +86,11 @@ def draw_figure(result: dict, path: Path) -> None:
     """Draw one panel per axis of the study.
 
     A panel shows one point per seed, the mean, and the interval of the paired difference from
-    vanilla SiT. The interval is added to the mean of vanilla SiT, so it excludes the dashed line
-    if and only if the difference is significant.
+    vanilla SiT. The interval is added to the mean of vanilla SiT, which the dashed line shows. The
+    interval excludes this line if and only if the difference is significant.
     """
     plt = load_pyplot()
-    finals = final_values(result["runs"], result["metric"])
+    finals = collect_final_values(result["runs"], result["metric"])
     count = len(result["axes"])
     columns = min(count, MAX_COLUMNS)
     rows = -(-count // columns)
@@ -113,10 +115,10 @@ def draw_figure(result: dict, path: Path) -> None:
     dot = {"marker": "o", "markersize": 4}
     bar = {"marker": "_", "markersize": 12, "markeredgewidth": 2.2}
     handles = [
-        line(color="0.35", linestyle="--", label="vanilla, and its seeds"),
-        line(color="0.4", linestyle="", alpha=0.6, label="a seed", **dot),
-        line(color="0.4", label="mean, and 95% against vanilla", **bar),
-        line(color="C1", label="the paper's best", **dot),
+        line(color="0.35", linestyle="--", label="vanilla: mean and range over seeds"),
+        line(color="0.4", linestyle="", alpha=0.6, label="value of a seed", **dot),
+        line(color="0.4", label="mean, 95% interval of the difference", **bar),
+        line(color="C1", label="best value in the paper", **dot),
     ]
     legend_columns = 4 if columns > 2 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False)
@@ -129,7 +131,7 @@ def find_limits(finals: Values) -> tuple[float, float]:
     level = float(np.mean([*baseline.values()]))
     values = []
     for by_seed in finals.values():
-        difference = paired_difference(by_seed, baseline) or Estimate(0)
+        difference = compute_paired_difference(by_seed, baseline) or Estimate(0)
         values += [*by_seed.values(), level + difference.low, level + difference.high]
     low = np.nanmin(values)
     high = np.nanmax(values)
@@ -157,7 +159,7 @@ def draw_panel(axes: "Axes", panel: dict, finals: Values) -> None:
             alpha=0.5,
             linestyle="",
         )
-        if difference := paired_difference(by_seed, baseline):
+        if difference := compute_paired_difference(by_seed, baseline):
             mean, *ends = level + np.array(difference)
             axes.plot(x + 0.08, mean, color, marker="_", markersize=15, markeredgewidth=2.2)
             axes.plot([x + 0.08] * 2, ends, color, linewidth=1.6)

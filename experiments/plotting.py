@@ -1,4 +1,4 @@
-"""Provide functions that the figures of the experiments share."""
+"""Draw and save figures with matplotlib, which is an optional package."""
 
 import io
 from pathlib import Path

@@ -31,8 +31,8 @@ class Probe(NamedTuple):
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     """Fit a linear probe with L-BFGS, starting at zero.
 
-    The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). This is the
-    objective of LogisticRegression(C=1) in scikit-learn, which does not penalise the bias either.
+    The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). Like the
+    objective of LogisticRegression(C=1) in scikit-learn, this does not penalise the bias.
     The optimisation ends when no partial derivative exceeds 1e-5. The weights of constant features
     are zero.
 
@@ -71,7 +71,7 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     return Probe(mean, std, weight.detach(), bias.detach())
 
 
-def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+def compute_wilson_interval(successes: float, count: int) -> tuple[float, float]:
     """Return the 95% Wilson score interval of a proportion (Wilson 1927).
 
     The interval is a subset of [0, 1] and is never empty.
@@ -85,7 +85,7 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
 
 class Neighbours(NamedTuple):
-    """The k other rows that have the largest inner products with each of n rows."""
+    """For each of n rows, the k other rows with the largest inner products."""
 
     products: Tensor  # inner products, (n, k)
     indices: Tensor  # row indices of the neighbours, (n, k)
@@ -105,7 +105,7 @@ def find_neighbours(features: Tensor, k: int = NEIGHBOURS) -> Neighbours:
     return Neighbours(*map(torch.cat, zip(*chunks)))
 
 
-def local_hsic(a: Neighbours, b: Neighbours) -> float:
+def compute_local_hsic(a: Neighbours, b: Neighbours) -> float:
     """Return the unbiased HSIC (Song et al. 2012, eq. 5) of two local kernels K and L, (n, n).
 
     Entry (i, j) of the kernels is zero unless j is a neighbour of i in both spaces. At most n k
@@ -137,7 +137,7 @@ def local_hsic(a: Neighbours, b: Neighbours) -> float:
     return ((trace + independent - 2 * total / (n - 2)) / (n * (n - 3))).item()
 
 
-def cknna(a: Neighbours, b: Neighbours) -> float:
+def compute_cknna(a: Neighbours, b: Neighbours) -> float:
     """Return the centred kernel nearest-neighbour alignment of two spaces.
 
     The definition is in the appendix of Huh et al. 2024 (arXiv:2405.07987): inner-product kernels,
@@ -149,8 +149,8 @@ def cknna(a: Neighbours, b: Neighbours) -> float:
         A value in about [-1, 1]: 1 for equal spaces, about k / n for independent spaces, and NaN if
         the local HSIC of a space with itself is zero.
     """
-    scale = local_hsic(a, a) * local_hsic(b, b)
-    return local_hsic(a, b) / math.sqrt(scale) if scale > 0 else math.nan
+    scale = compute_local_hsic(a, a) * compute_local_hsic(b, b)
+    return compute_local_hsic(a, b) / math.sqrt(scale) if scale > 0 else math.nan
 
 
 class ColourBasis(NamedTuple):

@@ -18,8 +18,9 @@ from evaluations.runs import read_json, read_log
 from experiments.cells import Cell, is_finished, make_portable, read_record
 
 RESULT_VERSION = 1  # version of the JSON format
-LEVEL = 0.95  # confidence level of all intervals
-TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # probabilities of the ends of an interval
+CONFIDENCE_LEVEL = 0.95  # of all intervals
+# The ends of an interval are the quantiles of these probabilities.
+TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
 
 
 def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = False) -> list[dict]:
@@ -28,8 +29,8 @@ def collect_runs(cells: list[Cell], folder: Path, include_unfinished: bool = Fal
     Args:
         cells: The runs of the study.
         folder: The output directory of the study.
-        include_unfinished: Whether to include evaluated runs that are not recorded as finished, for
-            example because they ran on a cluster.
+        include_unfinished: Whether to include runs that have been evaluated but are not recorded as
+            finished, for example because they ran on a cluster.
 
     Returns:
         One entry per run in the order of `cells`. If a run evaluates several EMAs, the entry
@@ -50,8 +51,8 @@ def has_evaluations(run: Path) -> bool:
 
 
 def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
-    """Return the settings of a run, the metrics per evaluation and the losses per logged step."""
-    ema_decay = cell.settings().optimizer.ema_decay[0]
+    """Return the settings of a run, its metrics per evaluation and its losses per logged step."""
+    ema_decay = cell.parse_settings().optimizer.ema_decay[0]
     steps, evaluations = read_log(folder / cell.run_name)
     evaluations = [row for row in evaluations if row["evaluation"]["ema_decay"] == ema_decay]
     settings = evaluations[-1]["evaluation"] if evaluations else {}
@@ -65,7 +66,9 @@ def summarize_run(cell: Cell, folder: Path, is_done: bool) -> dict:
         "seed": cell.seed,
         **({} if is_done else {"finished": False}),
         **{key: record.get(key) for key in ("flags", "seconds", "machine", "commits")},
-        "command": shlex.join(["python", "train.py", *make_portable(cell.train_flags(folder))]),
+        "command": shlex.join(
+            ["python", "train.py", *make_portable(cell.make_train_flags(folder))]
+        ),
         "evaluation": {key: settings[key] for key in settings if key != "reference"},
         "metrics": to_columns(
             evaluations, [key for key in metrics if key not in ("schema", "step", "evaluation")]
@@ -80,7 +83,7 @@ def to_columns(rows: list[dict], keys: list[str]) -> dict[str, list]:
 
 
 def round_float(value: object) -> object:
-    """Round a float to six significant digits; return any other value unchanged."""
+    """Round a float to six significant digits. Return any other value unchanged."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -151,7 +154,7 @@ def write_report(
 
 
 def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, dict[int, Any]]:
-    """Return a quantity of all runs, by the name of the run and its seed.
+    """Return a quantity of each run, by the name and the seed of the run.
 
     Args:
         runs: The runs of a result.
@@ -165,21 +168,21 @@ def group_runs(runs: list[dict], measure: Callable[[dict], Any]) -> dict[str, di
     return grouped
 
 
-def final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
-    """Return the metric at the last evaluation of each run, by the name of the run and its seed."""
+def collect_final_values(runs: list[dict], metric: str) -> dict[str, dict[int, float]]:
+    """Return the metric at the last evaluation of each run, by the name and the seed of the run."""
     return group_runs(runs, lambda run: (run["metrics"].get(metric) or [None])[-1])
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and a 95% interval, whose ends are NaN for a single seed."""
+    """A mean over seeds and its 95% interval. The ends are NaN if there is a single seed."""
 
     mean: float
     low: float = math.nan
     high: float = math.nan
 
 
-def student_interval(values: list[float] | np.ndarray) -> Estimate:
-    """Return the mean and the 95% t interval, mean +- t s / sqrt(n), of normal values."""
+def compute_t_interval(values: list[float] | np.ndarray) -> Estimate:
+    """Return the mean of normal values and its 95% t interval, mean +- t s / sqrt(n)."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(mean)
@@ -187,11 +190,13 @@ def student_interval(values: list[float] | np.ndarray) -> Estimate:
     return Estimate(mean, mean - half_width, mean + half_width)
 
 
-def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
+def compute_paired_difference(
+    values: dict[int, float], baseline: dict[int, float]
+) -> Estimate | None:
     """Return the mean difference of two runs over their common seeds, with a t interval.
 
-    Runs with the same seed use the same random numbers, so taking the difference per seed removes
-    the variation that both runs share.
+    Runs with the same seed use the same random numbers. The difference per seed therefore does not
+    contain the variation that both runs share.
 
     Args:
         values: The values of one run by seed.
@@ -201,4 +206,4 @@ def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> E
         The estimate of values - baseline, or None without common seeds.
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
-    return student_interval(differences) if differences else None
+    return compute_t_interval(differences) if differences else None

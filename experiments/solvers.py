@@ -4,7 +4,8 @@
 
 For D-dimensional data N(m, S), x_t is Gaussian with mean alpha m and covariance V = alpha^2 S +
 sigma^2 I, the velocity is affine in x, and the exact solution is known. The command writes a
-figure, and the numbers to a JSON file next to it. It takes a few seconds on a CPU.
+figure, writes the numbers to a JSON file next to it, and prints the rows of the tables in
+docs/sampling.md. It takes a few seconds on a CPU.
 """
 
 import itertools
@@ -54,7 +55,7 @@ PATH_TYPES = ("linear", "cosine")  # the paths in the tables of SiT and REPA
 EVALUATION_COUNTS = [8, 16, 32, 64, 128, 256, 512]
 SDE_EVALUATION_COUNTS = [8, 16, 32, 64, 128, 250, 512]  # the tables of SiT and REPA use 250
 RTOLS = [10.0**-k for k in range(1, 9)]  # with atol = rtol / 1000, as in the SiT repository
-# Time at which the last step starts, for n evaluations.
+# Functions that return the time at which the last step starts, given the number of evaluations n.
 LAST_TIMES: dict[str, Callable[[int], float]] = {
     "last step 0.04": lambda n: 0.04,
     "last step 1 / n": lambda n: 1 / n,
@@ -109,7 +110,7 @@ class Gaussian(NamedTuple):
         return self.mean + x @ self.axes * self.std @ self.axes.T
 
 
-def example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
+def make_example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
     """Return a Gaussian with the given standard deviations along random principal axes."""
     d = len(stds)
     draw = normal(seed, Purpose.NOISE, torch.arange(d + 1), (d,))
@@ -117,7 +118,7 @@ def example_gaussian(stds: list[float], seed: int = 0) -> Gaussian:
     return Gaussian(draw[0], axes, torch.tensor(stds, dtype=torch.float64))
 
 
-def sde_moments(
+def compute_sde_moments(
     velocity: VelocityField,
     interpolant: Interpolant,
     d: int,
@@ -153,26 +154,26 @@ def sde_moments(
     return end[0], responses.T @ responses
 
 
-def start_noise(data: Gaussian) -> Tensor:
+def draw_initial_noise(data: Gaussian) -> Tensor:
     """Return the initial noise of all solvers, (NUM_IMAGES, D)."""
     return normal(0, Purpose.INITIAL_NOISE, torch.arange(NUM_IMAGES), data.mean.shape)
 
 
-def relative_rms_error(data: Gaussian, end: Tensor, exact: Tensor) -> float:
+def compute_relative_rms_error(data: Gaussian, end: Tensor, exact: Tensor) -> float:
     """Return the root-mean-square error relative to the standard deviation of the data."""
     return ((end - exact).square().mean() / data.std.square().mean()).sqrt().item()
 
 
-def relative_covariance_error(data: Gaussian, covariance: Tensor) -> float:
+def compute_relative_covariance_error(data: Gaussian, covariance: Tensor) -> float:
     """Return |C - S| / |S| in the Frobenius norm, where C is the covariance of the samples."""
     return ((covariance - data.covariance).norm() / data.covariance.norm()).item()
 
 
 def measure_odes(data: Gaussian, interpolant: Interpolant) -> dict[str, dict[str, list]]:
     """Return the numbers of evaluations and the errors of the ODE solvers."""
-    noise = start_noise(data)
+    noise = draw_initial_noise(data)
     velocity = data.velocity(interpolant)
-    error = partial(relative_rms_error, data, exact=data.flow(noise))
+    error = partial(compute_relative_rms_error, data, exact=data.flow(noise))
     adaptive = [dopri5(velocity, noise, rtol / 1000, rtol) for rtol in RTOLS]
     counts = torch.stack([count for _, count in adaptive]).double()
     return {
@@ -199,25 +200,24 @@ def measure_sde(
     """Return the numbers of evaluations and the covariance errors of the SDE solver."""
     velocity = data.velocity(interpolant)
     moments = [
-        sde_moments(velocity, interpolant, len(data.mean), n, last(n))
+        compute_sde_moments(velocity, interpolant, len(data.mean), n, last(n))
         for n in SDE_EVALUATION_COUNTS
     ]
-    errors = [relative_covariance_error(data, covariance) for _, covariance in moments]
+    errors = [compute_relative_covariance_error(data, covariance) for _, covariance in moments]
     return {"evaluations": SDE_EVALUATION_COUNTS, "error": errors}
 
 
 def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -> dict[str, Any]:
     """Compare a single integration with one integration per piece, for guidance in an interval.
 
-    The reference solution is the integration in pieces with a much smaller tolerance. A test
-    compares it with the solution of scipy.
+    The reference solution is computed in pieces with a much smaller tolerance. A test compares it
+    with the solution of scipy.
     """
-    noise = start_noise(data)
+    noise = draw_initial_noise(data)
 
     def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        v_class, v_null = (
-            gaussian.velocity(interpolant)(x.double(), t.double()) for gaussian in (data, null)
-        )
+        v_class = data.velocity(interpolant)(x.double(), t.double())
+        v_null = null.velocity(interpolant)(x.double(), t.double())
         return torch.where(expand_like(labels == 1, x), v_null, v_class)
 
     guidance = {"scale": 2.0, "low": 0.25, "high": 0.75}
@@ -230,7 +230,7 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
         solutions = [solve(velocity, noise, rtol / 1000, rtol) for rtol in rtols]
         return {
             "evaluations": [count.double().mean().item() for _, count in solutions],
-            "error": [relative_rms_error(data, end, exact) for end, _ in solutions],
+            "error": [compute_relative_rms_error(data, end, exact) for end, _ in solutions],
         }
 
     return {
@@ -244,8 +244,8 @@ def measure_guidance(data: Gaussian, null: Gaussian, interpolant: Interpolant) -
 def measure_prediction(
     data: Gaussian, interpolant: Interpolant, prediction: str
 ) -> dict[str, float]:
-    """Return the errors of the ODE and SDE solvers for an exact network with a given prediction."""
-    noise = start_noise(data)
+    """Return the errors of the solvers for an exact network with this kind of prediction."""
+    noise = draw_initial_noise(data)
     network = data.predict_expected(interpolant, prediction)
     low, high = time_interval(interpolant, prediction)
 
@@ -259,16 +259,18 @@ def measure_prediction(
     if low > 0:
         adaptive = denoise(velocity, interpolant, adaptive, low)
         evaluations = evaluations + 1
-    _, covariance = sde_moments(velocity, interpolant, len(data.mean), 250, ends=(low, high))
+    _, covariance = compute_sde_moments(
+        velocity, interpolant, len(data.mean), 250, ends=(low, high)
+    )
     return {
-        "Heun": relative_rms_error(data, fixed, data.flow(noise)),
-        "dopri5": relative_rms_error(data, adaptive, data.flow(noise)),
+        "Heun": compute_relative_rms_error(data, fixed, data.flow(noise)),
+        "dopri5": compute_relative_rms_error(data, adaptive, data.flow(noise)),
         "evaluations": evaluations.double().mean().item(),
-        "SDE": relative_covariance_error(data, covariance),
+        "SDE": compute_relative_covariance_error(data, covariance),
     }
 
 
-def convergence_order(curve: dict[str, list]) -> float:
+def estimate_order(curve: dict[str, list]) -> float:
     """Return the order of convergence, estimated from the last two points of a curve."""
     logs = np.log([curve["error"][-2:], curve["evaluations"][-2:]])
     error, n = np.diff(logs)[:, 0]
@@ -277,8 +279,8 @@ def convergence_order(curve: dict[str, list]) -> float:
 
 def measure() -> dict:
     """Return all measurements, rounded to four significant digits."""
-    data = example_gaussian(EXAMPLE_STDS)
-    null = example_gaussian([0.5, 0.9, 1.1, 1.4], seed=1)
+    data = make_example_gaussian(EXAMPLE_STDS)
+    null = make_example_gaussian([0.5, 0.9, 1.1, 1.4], seed=1)
     odes = {}
     sdes = {}
     orders = {}
@@ -287,9 +289,9 @@ def measure() -> dict:
         odes[name] = measure_odes(data, interpolant)
         sdes[name] = {key: measure_sde(data, interpolant, last) for key, last in LAST_TIMES.items()}
         orders[name] = {
-            "Euler": convergence_order(odes[name]["Euler"]),
-            "Heun": convergence_order(odes[name]["Heun"]),
-            "Euler-Maruyama": convergence_order(sdes[name]["last step 1 / n"]),
+            "Euler": estimate_order(odes[name]["Euler"]),
+            "Heun": estimate_order(odes[name]["Heun"]),
+            "Euler-Maruyama": estimate_order(sdes[name]["last step 1 / n"]),
         }
     objectives: dict[str, dict] = {name: {} for name in INTERPOLANTS}
     for name, prediction in itertools.product(INTERPOLANTS, PREDICTIONS):
@@ -311,9 +313,9 @@ def round_number(text: str) -> float:
     return float(f"{float(text):.4g}")
 
 
-def markdown_tables(measurements: dict) -> list[str]:
-    """Return the rows of three tables in docs/sampling.md: solvers, guidance, and objectives."""
-    solver_rows = [solver_row(measurements, name) for name in PATH_TYPES]
+def format_tables(measurements: dict) -> list[str]:
+    """Return the rows of the tables in docs/sampling.md: solvers, guidance, and objectives."""
+    solver_rows = [format_solver_row(measurements, name) for name in PATH_TYPES]
     interval = measurements["interval"]
     guidance_rows = [
         f"| {label} | {rtol:g} | {evaluations:.0f} | {error:.2g} |"
@@ -329,21 +331,21 @@ def markdown_tables(measurements: dict) -> list[str]:
     return ["\n".join(rows) for rows in (solver_rows, guidance_rows, objective_rows)]
 
 
-def solver_row(measurements: dict, name: str) -> str:
-    """Return the row of a path in the table of the solvers."""
-    at_64 = EVALUATION_COUNTS.index(64)
-    at_250 = SDE_EVALUATION_COUNTS.index(250)
-    at_default = RTOLS.index(1e-3)
+def format_solver_row(measurements: dict, name: str) -> str:
+    """Return the row for an interpolant in the table of the solvers."""
+    index_of_64 = EVALUATION_COUNTS.index(64)
+    index_of_250 = SDE_EVALUATION_COUNTS.index(250)
+    index_of_default = RTOLS.index(1e-3)
     solvers = measurements["ode"][name]
-    adaptive = {key: values[at_default] for key, values in solvers["dopri5"].items()}
+    adaptive = {key: values[index_of_default] for key, values in solvers["dopri5"].items()}
     cells = [
         name,
         *(f"{order:.2f}" for order in measurements["order"][name].values()),
-        f"{solvers['Euler']['error'][at_64]:.2g}",
-        f"{solvers['Heun']['error'][at_64]:.2g}",
+        f"{solvers['Euler']['error'][index_of_64]:.2g}",
+        f"{solvers['Heun']['error'][index_of_64]:.2g}",
         f"{adaptive['error']:.2g} ({adaptive['of an image, mean']:.0f}, "
         f"at most {adaptive['evaluations']:.0f})",
-        *(f"{curve['error'][at_250]:.2%}" for curve in measurements["sde"][name].values()),
+        *(f"{curve['error'][index_of_250]:.2%}" for curve in measurements["sde"][name].values()),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -358,11 +360,11 @@ def draw_figure(measurements: dict, path: Path) -> None:
             draw_curve(axes, curve, color=color, label=solver)
             draw_slope(axes, curve, order)
         axes.set_ylim(1e-10, 2)
-    grid[0].set_ylabel("error of an image (RMS, data's std = 1)")
+    grid[0].set_ylabel("RMS error of the images / std of the data")
 
     axes = grid[2]
     axes.set_title("SDE, Euler-Maruyama")
-    axes.set_ylabel("error of the covariance, relative")
+    axes.set_ylabel("relative error of the covariance")
     for color, (name, curves) in zip(("C3", "C4"), measurements["sde"].items()):
         for linestyle, (last, curve) in zip(("-", ":"), curves.items()):
             draw_curve(axes, curve, color=color, linestyle=linestyle, label=f"{name}, {last}")
@@ -383,7 +385,7 @@ def draw_curve(axes: "Axes", curve: dict[str, list], **style: Any) -> None:
 
 
 def draw_slope(axes: "Axes", curve: dict[str, list], order: int) -> None:
-    """Draw a dashed line near the last three points whose slope is an order of convergence."""
+    """Draw a dashed line whose slope is an order of convergence, near the last three points."""
     n = np.array(curve["evaluations"][-3:])
     offset = 0.3 if order > 2 else 2.5
     line = offset * curve["error"][-1] * (n / n[-1]) ** -float(order)
@@ -406,6 +408,7 @@ def main() -> None:
     measurements = measure()
     write_file(args.out.with_suffix(".json"), json.dumps(measurements, indent=1).encode() + b"\n")
     draw_figure(measurements, args.out)
+    print(*format_tables(measurements), sep="\n\n")
     print(f"solvers: {args.out}")
 
 

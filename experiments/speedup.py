@@ -1,4 +1,4 @@
-"""Compute uncertainties of differences between runs with the same seeds, and speed-ups in images.
+"""Compute speed-ups in images, and intervals for differences between runs with the same seeds.
 
 Shapes: n seeds, P evaluations per curve, R resamples of the seeds. Lower values of a curve are
 better; replace an accuracy a by 1 - a.
@@ -12,9 +12,9 @@ from scipy import optimize, stats
 from experiments.results import TAILS, Estimate
 
 NUM_RESAMPLES = 10_000
-MILESTONES = (0.25, 0.5, 0.75, 1.0)  # speed-ups are computed at these fractions of the training
-# Coverage of the 95% interval of `bootstrap_interval` for n normal values, estimated from 20,000
-# simulated studies, with an error of at most 0.006.
+MILESTONES = (0.25, 0.5, 0.75, 1.0)  # fractions of the training at which speed-ups are computed
+# Probability that the 95% interval of `compute_bootstrap_interval` contains the true mean, for n
+# normal values. It was estimated from 20,000 simulated studies, with an error of at most 0.006.
 COVERAGE = {2: 0.50, 3: 0.75, 4: 0.80, 5: 0.84, 6: 0.86, 8: 0.89, 10: 0.90}
 
 
@@ -29,7 +29,7 @@ def draw_resamples(count: int) -> np.ndarray:
     return counts.astype(float)
 
 
-def bootstrap_interval(values: np.ndarray) -> Estimate:
+def compute_bootstrap_interval(values: np.ndarray) -> Estimate:
     """Return the mean of n values and its 95% percentile bootstrap interval.
 
     For few values the interval is too narrow: the standard deviation of the resampled means is too
@@ -48,7 +48,7 @@ def bootstrap_interval(values: np.ndarray) -> Estimate:
     return Estimate(mean, *(first + np.quantile(means, TAILS)).tolist())
 
 
-def detectable_difference(differences: np.ndarray) -> float:
+def compute_detectable_difference(differences: np.ndarray) -> float:
     """Return the mean difference that a paired t test detects with 80% power.
 
     The test is two-sided at the 5% level. The result is the delta for which P(|T| > t) = 0.8, where
@@ -63,7 +63,7 @@ def detectable_difference(differences: np.ndarray) -> float:
     threshold = stats.t.ppf(TAILS[1], degrees_of_freedom)
 
     def excess_power(noncentrality: float) -> float:
-        # Probability of a detection with the wrong sign. scipy returns nan where it is zero.
+        # The probability of a detection with the wrong sign. scipy returns NaN if it is zero.
         wrong_sign = np.nan_to_num(stats.nct.cdf(-threshold, degrees_of_freedom, noncentrality))
         return stats.nct.sf(threshold, degrees_of_freedom, noncentrality) + wrong_sign - 0.8
 
@@ -72,16 +72,16 @@ def detectable_difference(differences: np.ndarray) -> float:
 
 
 class Bounds(NamedTuple):
-    """Lower and upper bound of a number, which are equal if the number is known.
+    """A lower and an upper bound of a number. They are equal if the number is known.
 
-    An unknown lower bound is 0, and an unknown upper bound is infinity.
+    If there is no lower bound, `low` is 0. If there is no upper bound, `high` is infinity.
     """
 
     low: float
     high: float
 
 
-def images_needed(
+def count_images_needed(
     images: np.ndarray, values: np.ndarray, quality: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return bounds of the number of images after which curves first reach a quality.
@@ -136,8 +136,8 @@ class SpeedUp(NamedTuple):
 def select_milestones(images: np.ndarray) -> list[int]:
     """Return the indices of the evaluations nearest to the `MILESTONES`, without duplicates.
 
-    The first evaluation is excluded unless it is the only evaluation, because no crossing is known
-    for a method that is better there.
+    The first evaluation is excluded unless it is the only evaluation, because the crossing of a
+    method that is better at the first evaluation is unknown.
     """
     nearest = {int(np.abs(images - part * images[-1]).argmin()) for part in MILESTONES}
     return sorted(nearest - {0}) or [0]
@@ -148,9 +148,9 @@ def compute_speed_ups(
 ) -> list[SpeedUp]:
     """Return the speed-up of a method at each milestone of the baseline.
 
-    The paper defines its factor of 7 in the same way (7M steps of SiT-XL compared with 1M). Curves
-    are averaged over seeds before crossings are computed. The interval is a percentile bootstrap
-    interval: both mean curves and the quality are recomputed for each resample of the seeds. For
+    The paper defines its speed-up of 7 in the same way (7M steps of SiT-XL compared with 1M). The
+    curves are averaged over seeds before crossings are computed. The interval is a percentile
+    bootstrap interval: both mean curves and the quality are recomputed for each resample. For
     crossings outside of the evaluated range, only `Bounds` are known; the ends of the interval are
     then quantiles of the lower and the upper bounds, which enclose the true quantile.
 
@@ -169,8 +169,8 @@ def compute_speed_ups(
     speed_ups = []
     for index in select_milestones(images):
         quality = baseline_means[:, index]
-        baseline_low, baseline_high = images_needed(images, baseline_means, quality)
-        method_low, method_high = images_needed(images, method_means, quality)
+        baseline_low, baseline_high = count_images_needed(images, baseline_means, quality)
+        method_low, method_high = count_images_needed(images, method_means, quality)
         with np.errstate(divide="ignore"):
             ratios = np.stack([baseline_low / method_high, baseline_high / method_low])
         quantiles = np.quantile(ratios[:, 1:], TAILS, axis=1, method="inverted_cdf")

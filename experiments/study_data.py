@@ -38,19 +38,19 @@ BATCH_SIZE = 250  # images per batch in `measure_floor`
 TRAINING_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 
-def split_zip(source: Path, train: Path, held_out: Path, every: int = 10) -> None:
+def split_zip(source: Path, train: Path, held_out: Path, interval: int = 10) -> None:
     """Split a zip archive of images (in EDM's format) into two uncompressed archives.
 
     Args:
         source: The archive to split.
-        train: The archive for the training images.
-        held_out: The archive for the held-out images.
-        every: Interval of the held-out images, starting with the first image.
+        train: The archive to create for the training images.
+        held_out: The archive to create for the held-out images.
+        interval: Distance between held-out images. The first image is held out.
     """
     with zipfile.ZipFile(source) as archive:
         labels = json.loads(archive.read("dataset.json"))["labels"]
-        held_out_labels = labels[::every]
-        del labels[::every]
+        held_out_labels = labels[::interval]
+        del labels[::interval]
         for path, entries in ((held_out, held_out_labels), (train, labels)):
             partial = path.with_suffix(".partial")
             index = json.dumps({"labels": entries, "class_names": CLASS_NAMES})
@@ -90,14 +90,14 @@ def prepare_images(scale: str, folder: Path, fashion_mnist: Path) -> tuple[Path,
     return train, held_out
 
 
-def run_module(*words: object) -> None:
-    """Print and run `python -m WORDS`, a command of this project.
+def run_module(*arguments: object) -> None:
+    """Print and run `python -m ARGUMENTS`, a command of this project.
 
     Raises:
         UserError: If the command fails.
         KeyboardInterrupt: If the command is interrupted.
     """
-    command = ["-m", *map(str, words)]
+    command = ["-m", *map(str, arguments)]
     command_line = shlex.join(["python", *command])
     print(command_line, flush=True)
     code = subprocess.run([sys.executable, *command], check=False).returncode
@@ -156,7 +156,7 @@ def prepare_data(
 
 @torch.no_grad()
 def measure_floor(folder: Path, count: int) -> dict[str, float | None]:
-    """Return the metrics of reconstructed training images, a lower limit for any network.
+    """Return the metrics of reconstructed training images, as a bound for those of any network.
 
     The result is cached in FOLDER/floor-COUNT.json.
 

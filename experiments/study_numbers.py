@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import UserError
-from experiments.results import Estimate, group_runs, student_interval
+from experiments.results import Estimate, compute_t_interval, group_runs
 from experiments.speedup import (
     Bounds,
     SpeedUp,
-    bootstrap_interval,
+    compute_bootstrap_interval,
+    compute_detectable_difference,
     compute_speed_ups,
-    detectable_difference,
 )
 
 # Metrics besides the main metric, and their columns in the log.
@@ -52,7 +52,7 @@ class Curves(NamedTuple):
         values, baseline_values = self.pair(name, baseline)
         return 100 * (values - baseline_values) / baseline_values.mean(0)
 
-    def final_mean(self, name: str) -> float:
+    def compute_final_mean(self, name: str) -> float:
         """Return the mean of the last values of a method over all of its seeds."""
         return float(np.mean([curve[-1] for curve in self.by_method[name].values()]))
 
@@ -87,7 +87,7 @@ def collect_curves(result: dict, metric: str) -> Curves:
     return Curves(np.array(images), by_method)
 
 
-def main_curves(result: dict) -> Curves:
+def collect_main_curves(result: dict) -> Curves:
     """Return the curves of the study's main metric.
 
     Raises:
@@ -103,7 +103,7 @@ def main_curves(result: dict) -> Curves:
     return curves
 
 
-def held_out_times(result: dict) -> list[str]:
+def list_held_out_times(result: dict) -> list[str]:
     """Return the times of the held-out losses, as written in the column names."""
     prefix = "held_out_"
     columns = [key for run in result["runs"] for key in run["metrics"]]
@@ -116,7 +116,7 @@ def list_seeds(result: dict) -> list[int]:
     return sorted({run["seed"] for run in result["runs"]})
 
 
-def training_costs(method: dict) -> dict[str, float]:
+def read_training_costs(method: dict) -> dict[str, float]:
     """Return the known training costs per image, in units of "FLOP" and "second"."""
     costs = {
         "FLOP": method.get("training_flops"),
@@ -135,8 +135,8 @@ def collect_probes(result: dict) -> dict[str, list[dict[str, float]]]:
     return {name: [by_seed[seed] for seed in seeds] for name, by_seed in probes.items()}
 
 
-def best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
-    """Return the block with the highest mean accuracy over seeds, and this accuracy.
+def find_best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
+    """Return the block with the highest mean accuracy over seeds, and its mean accuracy.
 
     Args:
         accuracies: Accuracies by block, one entry per seed. The entries must have a common block.
@@ -147,7 +147,7 @@ def best_probe(accuracies: list[dict[str, float]]) -> tuple[str, float]:
 
 
 def format_bounds(bounds: Bounds, divisor: float) -> str:
-    """Format a quotient as "1.12" if it is known, or else as "> 1.12", "< 1.12" or "unknown"."""
+    """Format a quotient as "1.12" if it is known, otherwise as "> 1.12", "< 1.12" or "unknown"."""
     low = bounds.low / divisor
     high = bounds.high / divisor
     if low == high:
@@ -184,7 +184,7 @@ def format_ends(estimate: Estimate, spec: str) -> str:
 
 def format_estimate(values: np.ndarray, spec: str) -> str:
     """Format a mean and its bootstrap interval as "-0.093 (-0.164 to -0.022)"."""
-    estimate = bootstrap_interval(values)
+    estimate = compute_bootstrap_interval(values)
     if math.isnan(estimate.low):
         return f"{estimate.mean:{spec}}"
     return f"{estimate.mean:{spec}} ({format_ends(estimate, spec)})"
@@ -211,22 +211,22 @@ def format_numbers(result: dict) -> dict[str, str]:
     Quantities that were not measured are omitted.
 
     Raises:
-        UserError: For the reasons in `main_curves`.
+        UserError: For the reasons in `collect_main_curves`.
     """
     baseline = result["methods"][0]["name"]
-    quality = main_curves(result)
-    decimals = count_decimals(quality.final_mean(baseline))
+    quality = collect_main_curves(result)
+    decimals = count_decimals(quality.compute_final_mean(baseline))
     metrics = {result["metric"]: quality}
     metrics |= {key: collect_curves(result, column) for key, column in METRIC_COLUMNS.items()}
-    by_time = {t: collect_curves(result, f"held_out_{t}") for t in held_out_times(result)}
+    by_time = {t: collect_curves(result, f"held_out_{t}") for t in list_held_out_times(result)}
     probes = collect_probes(result)
-    baseline_costs = training_costs(result["methods"][0])
+    baseline_costs = read_training_costs(result["methods"][0])
     numbers: dict[str, str] = {}
     for method in result["methods"]:
         name = method["name"]
         costs = {
             unit: cost / baseline_costs[unit]
-            for unit, cost in training_costs(method).items()
+            for unit, cost in read_training_costs(method).items()
             if unit in baseline_costs
         }
         quantities = {unit: f"x {cost:.2f}" for unit, cost in costs.items()}
@@ -234,7 +234,7 @@ def format_numbers(result: dict) -> dict[str, str]:
             if name in curves.by_method:
                 quantities |= format_metric(metric, curves, name, baseline)
         if probes.get(name):
-            block, accuracy = best_probe(probes[name])
+            block, accuracy = find_best_probe(probes[name])
             quantities["probe"] = f"{accuracy:.1%} (block {block})"
         values, baseline_values = quality.pair(name, baseline)
         if name in quality.by_method:
@@ -242,8 +242,12 @@ def format_numbers(result: dict) -> dict[str, str]:
         if name != baseline and len(values):
             if len(values) > 1:
                 differences = (values - baseline_values)[:, -1]
-                quantities["student"] = format_ends(student_interval(differences), f"+.{decimals}f")
-                quantities["detectable"] = f"{detectable_difference(differences):.{decimals}f}"
+                quantities["student"] = format_ends(
+                    compute_t_interval(differences), f"+.{decimals}f"
+                )
+                quantities["detectable"] = (
+                    f"{compute_detectable_difference(differences):.{decimals}f}"
+                )
             speed_ups = compute_speed_ups(quality.images, baseline_values, values)
             quantities |= format_speed_ups(speed_ups, costs)
             for t, curves in by_time.items():
@@ -254,10 +258,10 @@ def format_numbers(result: dict) -> dict[str, str]:
 
 
 def format_metric(metric: str, curves: Curves, name: str, baseline: str) -> dict[str, str]:
-    """Return the final value of a metric, and for most metrics the difference from the baseline."""
-    final = curves.final_mean(name)
+    """Format the final value of a metric and, usually, its difference from the baseline."""
+    final = curves.compute_final_mean(name)
     reference = baseline if baseline in curves.by_method else name
-    decimals = count_decimals(curves.final_mean(reference))
+    decimals = count_decimals(curves.compute_final_mean(reference))
     numbers = {metric: f"{final:.{decimals}f}"}
     unit = 1
     if metric == "agreement":
@@ -272,7 +276,7 @@ def format_metric(metric: str, curves: Curves, name: str, baseline: str) -> dict
 
 
 def format_speed_ups(speed_ups: list[SpeedUp], costs: dict[str, float]) -> dict[str, str]:
-    """Return the speed-ups in images at all milestones, and the final speed-up in other units."""
+    """Format the speed-ups in images at all milestones, and the final speed-up in other units."""
     numbers = {
         f"speed-up at {speed_up.images}": format_speed_up(speed_up) for speed_up in speed_ups
     }

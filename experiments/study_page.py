@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.plotting import add_grid, load_pyplot, save_png
-from experiments.results import student_interval
+from experiments.results import compute_t_interval
 from experiments.speedup import (
     COVERAGE,
     SpeedUp,
-    bootstrap_interval,
+    compute_bootstrap_interval,
     compute_speed_ups,
     select_milestones,
 )
 from experiments.study_numbers import (
     Curves,
     collect_curves,
+    collect_main_curves,
     collect_probes,
     format_numbers,
-    held_out_times,
+    list_held_out_times,
     list_seeds,
-    main_curves,
 )
 
 if TYPE_CHECKING:
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, without yellow.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
-MARKERS = "osDP<>h"  # triangles that point up and down are reserved for bounds
+MARKERS = "osDP<>h"  # without the triangles that point up or down, which mark bounds
 FLOOR_LABEL = "autoencoder reconstructions"
-FLOOR_FIGURE_LABEL = "the autoencoder's own"
 
-# Colour, marker and label of the measured methods, by name.
+# The colour, marker and label of each measured method, by the name of the method.
 Styles = dict[str, dict[str, Any]]
 
 
@@ -43,7 +42,7 @@ def format_tables(result: dict) -> str:
     """Return all tables of a study as Markdown, followed by their explanation.
 
     Raises:
-        UserError: If the runs cannot be compared, see `main_curves`.
+        UserError: If the runs cannot be compared, see `collect_main_curves`.
     """
     numbers = format_numbers(result)
     metric = result["metric"]
@@ -88,7 +87,7 @@ def format_tables(result: dict) -> str:
         "held-out difference": baseline_header,
         "probe": describe_probes(result),
     }
-    held_out_columns = {f"held-out at {t}": f"t = {t}" for t in held_out_times(result)}
+    held_out_columns = {f"held-out at {t}": f"t = {t}" for t in list_held_out_times(result)}
     cost_columns = {"FLOP": "FLOPs per image", "second": "seconds per step"}
     speed_up_prefix = "speed-up at "
     for images in sorted(
@@ -108,7 +107,7 @@ def format_tables(result: dict) -> str:
         corner = f"held-out loss, % {baseline_header}"
         lines += make_table(held_out_rows, held_out_columns, numbers, corner)
     lines += make_table(measured_labels, cost_columns, numbers)
-    return "\n".join([*lines, *explain(result), "", "```bash", result["command"], "```", ""])
+    return "\n".join([*lines, *explain_tables(result), "", "```bash", result["command"], "```", ""])
 
 
 def describe_probes(result: dict) -> str:
@@ -140,9 +139,9 @@ def make_table(
     return [header, "|" + "---|" * len(used_columns), *body, ""]
 
 
-def explain(result: dict) -> list[str]:
+def explain_tables(result: dict) -> list[str]:
     """Return the lines of the explanation below the tables."""
-    quality = main_curves(result)
+    quality = collect_main_curves(result)
     images = int(quality.images[-1])
     baseline, *methods = result["methods"]
     label = baseline["label"]
@@ -212,10 +211,10 @@ def draw_figure(result: dict, path: Path) -> None:
     """Draw the curves of the main metric, the speed-ups, and the differences from the baseline.
 
     Raises:
-        UserError: If the runs cannot be compared, see `main_curves`.
+        UserError: If the runs cannot be compared, see `collect_main_curves`.
     """
     plt = load_pyplot()
-    quality = main_curves(result)
+    quality = collect_main_curves(result)
     held_out = collect_curves(result, "held_out")
     styles = {
         method["name"]: {"color": color, "marker": marker, "label": method["label"]}
@@ -240,10 +239,10 @@ def draw_figure(result: dict, path: Path) -> None:
     make_grey_line = partial(line, color="0.4")
     methods = [line(**style, markersize=5, linewidth=1.4) for style in styles.values()]
     marks = [
-        make_grey_line(label="95% over seeds, bootstrap", linewidth=2.6),
-        make_grey_line(label="Student's 95%", linewidth=0.8),
-        make_grey_line(label="lowest to highest seed", linewidth=8, alpha=0.25),
-        make_grey_line(label="goes on beyond what is measured", linewidth=0, marker="v"),
+        make_grey_line(label="95% bootstrap interval", linewidth=2.6),
+        make_grey_line(label="95% t interval", linewidth=0.8),
+        make_grey_line(label="range over seeds", linewidth=8, alpha=0.25),
+        make_grey_line(label="bound (outside the measured range)", linewidth=0, marker="v"),
     ]
     legend = partial(figure.legend, frameon=False, columnspacing=1.2, handlelength=1.6)
     legend(handles=marks, loc="outside lower center", ncols=4)
@@ -261,15 +260,15 @@ def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> 
         band = {"color": style["color"], "alpha": 0.13, "linewidth": 0}
         axes.fill_between(quality.images, curves.min(0), curves.max(0), **band)
 
-    # A line for the autoencoder far below the curves would compress them, so a text label is drawn
-    # instead.
+    # If the value of the autoencoder is far below the curves, a line would compress the curves.
+    # Therefore, draw only a text label in that case.
     floor = (result.get("floor") or {}).get(result["metric"])
     if floor and floor > axes.get_ylim()[0] / 3:
         axes.axhline(floor, color="0.35", linestyle="--", linewidth=1.2)
         transform = axes.get_yaxis_transform()
-        axes.text(0.02, floor, FLOOR_FIGURE_LABEL, color="0.35", va="bottom", transform=transform)
+        axes.text(0.02, floor, FLOOR_LABEL, color="0.35", va="bottom", transform=transform)
     elif floor:
-        text = f"{FLOOR_FIGURE_LABEL}: {floor:.3f}"
+        text = f"{FLOOR_LABEL}: {floor:.3f}"
         axes.text(0.02, 0.02, text, color="0.35", transform=axes.transAxes)
 
     title = f"{result['metric']} (lower is better)"
@@ -282,14 +281,14 @@ def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> 
 
 
 def draw_categories(axes: "Axes", images: np.ndarray) -> None:
-    """Draw a tick for each number of images, and shade the background of every second tick."""
+    """Draw a tick for each number of images, and a grey background behind every second tick."""
     for k in range(0, len(images), 2):
         axes.axvspan(k - 0.5, k + 0.5, color="0.96", linewidth=0, zorder=0)
     axes.set_xticks(range(len(images)), [abbreviate(count) for count in images])
     axes.set_xlim(-0.5, len(images) - 0.5)
 
 
-def category_offset(index: int, count: int) -> float:
+def compute_category_offset(index: int, count: int) -> float:
     """Return the horizontal offset of a method from the tick that `count` methods share."""
     return min(0.16, 0.8 / count) * (index - (count - 1) / 2)
 
@@ -320,13 +319,13 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
 
     for index, (name, speed_ups) in enumerate(by_method.items()):
         for k, speed_up in enumerate(speed_ups):
-            x = k + category_offset(index, len(by_method))
+            x = k + compute_category_offset(index, len(by_method))
             draw_speed_up(axes, x, speed_up, styles[name])
     if by_method:
         draw_categories(axes, quality.images[select_milestones(quality.images)])
     axes.axhline(1, color=styles[baseline]["color"], linewidth=1)
     axes.set_title("speed-up in images (above 1 is better)")
-    axes.set_xlabel(f"at the quality that {styles[baseline]['label']} has after so many images")
+    axes.set_xlabel(f"images after which {styles[baseline]['label']} has the same quality")
 
 
 def draw_speed_up(axes: "Axes", x: float, speed_up: SpeedUp, style: dict[str, Any]) -> None:
@@ -361,8 +360,8 @@ def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -
         if not len(curves.pair(name, baseline)[0]):
             continue
         differences = curves.percent_differences(name, baseline)
-        x = np.arange(len(curves.images)) + category_offset(index, len(names))
-        for interval, width in ((student_interval, 0.8), (bootstrap_interval, 2.6)):
+        x = np.arange(len(curves.images)) + compute_category_offset(index, len(names))
+        for interval, width in ((compute_t_interval, 0.8), (compute_bootstrap_interval, 2.6)):
             estimates = np.array([interval(column) for column in differences.T])
             _, lows, highs = estimates.T
             axes.vlines(x, lows, highs, styles[name]["color"], linewidth=width)
@@ -371,4 +370,4 @@ def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -
     draw_categories(axes, curves.images)
     label = styles[baseline]["label"]
     axes.set_xlabel("images seen")
-    axes.set_title(f"{title}: difference, % of {label}'s", fontsize=11)
+    axes.set_title(f"{title}: difference from {label}, %", fontsize=11)

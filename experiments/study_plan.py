@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from common.cli import UserError
 from experiments.cells import Cell
-from experiments.results import final_values, load_result
+from experiments.results import collect_final_values, load_result
 from experiments.study_data import BUNDLED_IMAGES, REPA_ENCODER
 from models.sit import PRESETS
 
@@ -23,7 +23,7 @@ class Method(NamedTuple):
     Attributes:
         label: The name in tables and figures.
         flags: The flags of train.py. A key of `METHODS` in braces is replaced by the block that
-            --tune chose for that method, and {encoder} by the flags of the encoder of REPA.
+            --tune has chosen for that method. {encoder} is replaced by the flags of REPA's encoder.
     """
 
     label: str
@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
     @property
     def tuned_methods(self) -> set[str]:
-        """The methods whose blocks the flags contain; tuned methods contain only their block."""
+        """The methods whose blocks the flags contain, which for a tuned method is only itself."""
         return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
 
 
@@ -157,18 +157,24 @@ class StudyPlan:
             return self.data_dir.with_name(f"{self.data_dir.name}-val")
         return self.data_dir / "held-out"
 
-    def shared_flags(self) -> list[str]:
+    def make_shared_flags(self) -> list[str]:
         """Return the flags that all runs share."""
         scale = SCALES[self.scale]
-        every = math.ceil(self.steps / self.evaluations)
-        save_every = self.steps if scale.saves_once else every
+        eval_every = math.ceil(self.steps / self.evaluations)
+        save_every = self.steps if scale.saves_once else eval_every
         flags = ["--data-dir", self.train_cache, "--eval-latents", self.held_out_cache]
         flags += ["--model", self.model, "--max-train-steps", self.steps]
-        flags += ["--eval-every", every, "--checkpointing-steps", save_every, *scale.flags.split()]
+        flags += [
+            "--eval-every",
+            eval_every,
+            "--checkpointing-steps",
+            save_every,
+            *scale.flags.split(),
+        ]
         flags += ["--log-every", min(self.steps, scale.log_every), *self.train_flags]
         return [str(flag) for flag in flags]
 
-    def method_flags(self, name: str, blocks: dict[str, int]) -> list[str]:
+    def make_method_flags(self, name: str, blocks: dict[str, int]) -> list[str]:
         """Return the flags of a method, with the given aligned blocks.
 
         Methods that `blocks` does not contain align the default block of train.py.
@@ -182,21 +188,25 @@ class StudyPlan:
         fields = dict.fromkeys(METHODS, "auto") | blocks
         return METHODS[name].flags.format(**fields, encoder=encoder).split()
 
-    def study_cells(self, blocks: dict[str, int]) -> list[Cell]:
+    def make_study_cells(self, blocks: dict[str, int]) -> list[Cell]:
         """Return the runs of the study."""
-        shared = self.shared_flags()
+        shared = self.make_shared_flags()
         return [
-            Cell(name, seed, (*shared, *self.method_flags(name, blocks)))
+            Cell(name, seed, (*shared, *self.make_method_flags(name, blocks)))
             for seed in self.seeds
             for name in self.methods
         ]
 
-    def tuning_cells(self) -> list[Cell]:
+    def make_tuning_cells(self) -> list[Cell]:
         """Return the runs of --tune: each tuned method with each block of the scale."""
-        shared = self.shared_flags()
+        shared = self.make_shared_flags()
         tuned = [name for name in self.methods if METHODS[name].tuned_methods == {name}]
         return [
-            Cell(f"{name}-block{block}", seed, (*shared, *self.method_flags(name, {name: block})))
+            Cell(
+                f"{name}-block{block}",
+                seed,
+                (*shared, *self.make_method_flags(name, {name: block})),
+            )
             for seed in self.seeds
             for name in tuned
             for block in SCALES[self.scale].blocks
@@ -244,7 +254,7 @@ def read_blocks(plan: StudyPlan, path: Path) -> dict[str, int]:
 def choose_blocks(runs: list[dict], metric: str) -> dict[str, int]:
     """Return the block of each method with the lowest final metric, averaged over seeds."""
     means: dict[str, dict[int, float]] = {}
-    for run_name, by_seed in final_values(runs, metric).items():
+    for run_name, by_seed in collect_final_values(runs, metric).items():
         name, _, block = run_name.rpartition("-block")
         means.setdefault(name, {})[int(block)] = fmean(by_seed.values())
     return {

@@ -22,7 +22,7 @@ BATCH_SIZE = 250
 
 
 def read_probe(run: Path) -> dict | None:
-    """Return the result that `probe_run` has stored for a run, or None."""
+    """Return the result that `probe_run` has stored for a run, or None if there is none."""
     return read_json(run / "probe.json") or None
 
 

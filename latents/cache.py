@@ -1,7 +1,7 @@
 """Read a latent cache: moments, labels, images and features by image index (docs/data.md).
 
-In shapes, B is the batch size, C the number of latent channels, h x w the latent size, R the
-resolution, N the number of tokens, and D the feature dimension.
+Shapes: B images per batch, C latent channels, h x w latent size, R resolution, N tokens, D feature
+dimension.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.machine import available_memory, get_memory_sharing_domain, raise_open_file_limit
+from common.machine import get_available_memory, get_memory_sharing_domain, raise_open_file_limit
 from latents.manifest import (
     CacheError,
     format_features_remedy,
@@ -33,7 +33,7 @@ MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
 class LatentCache:
     """A latent cache, or several caches that are read as one.
 
-    Image indices run from 0 to len - 1.
+    The indices of the images are 0 to len(cache) - 1.
 
     All files are validated when the cache is opened, so that a damaged file does not stop training
     days later. Each process maps a file when it first reads from it.
@@ -67,7 +67,7 @@ class LatentCache:
 
         channels, *size = self.manifest.latent_shape
         self._moments_format = np.dtype((self.manifest.dtype, (2 * channels, *size)))
-        # Shape and data type of the rows in folders that have been validated.
+        # Shape and data type of the rows, for the folders that have been validated.
         self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
         self._moments_in_ram: np.ndarray | None = None
         self.open_shards: dict[tuple[int, str], ShardReader] = {}
@@ -116,7 +116,7 @@ class LatentCache:
         else:
             moments = np.empty(len(image_indices), self._moments_format)
             row = image_indices + len(self) * folder_index
-            # The indices are valid. Modes other than "clip" would need a buffer for the result.
+            # All indices are valid. Modes other than "clip" would buffer the result.
             np.take(self._moments_in_ram, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
 
@@ -228,7 +228,7 @@ class LatentCache:
                 oldest = next(iter(self.open_shards))
                 del self.open_shards[oldest]
             reader = self._open_shard(shard_index, folder, self._row_formats[folder])
-            reader.expect_random_access()
+            reader.disable_read_ahead()
             self.open_shards[shard_index, folder] = reader
         return reader
 
@@ -259,9 +259,9 @@ class LatentCache:
         """
         # One process of each machine allocates the memory and fills it.
         domains = all_gather(get_memory_sharing_domain())
-        owner = domains.index(domains[rank])
+        owner_rank = domains.index(domains[rank])
         result: str | CacheError | None = None
-        if owner == rank:
+        if owner_rank == rank:
             try:
                 result = self._allocate_ram()
                 self._fill_ram(show_progress=rank == 0)
@@ -270,18 +270,18 @@ class LatentCache:
 
         # The other processes map the same memory.
         results = all_gather(result)
-        for outcome in results:
-            if isinstance(outcome, CacheError):
-                raise outcome
-        shared_path = results[owner]
-        if owner != rank and shared_path is not None:
+        for cache_error in results:
+            if isinstance(cache_error, CacheError):
+                raise cache_error
+        shared_path = results[owner_rank]
+        if owner_rank != rank and shared_path is not None:
             self._moments_in_ram = self._map_ram(shared_path, "r")
 
     def _allocate_ram(self) -> str | None:
-        """Allocate memory for the moments; return a path under which other processes can map it."""
+        """Allocate memory for the moments, and return the path at which others can map it."""
         num_rows = len(self.manifest.moment_folders) * len(self)
         required_bytes = num_rows * self._moments_format.itemsize
-        available_bytes = available_memory()
+        available_bytes = get_available_memory()
         if required_bytes > available_bytes:
             raise CacheError(
                 f"--cache-in-ram needs {required_bytes / 1e9:.1f} GB of memory, but this machine "
@@ -298,7 +298,7 @@ class LatentCache:
         return path
 
     def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
-        """Map the shared memory. The moments of flipped images follow those of all images."""
+        """Map the shared memory, in which the moments of the flipped images come last."""
         shape = (-1, *self._moments_format.shape)
         return np.memmap(path, self._moments_format.base, mode).reshape(shape)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from common.cli import UserError
 from common.files import write_file
 
 FORMAT_VERSION = 1
@@ -37,6 +38,11 @@ SHARED_FIELDS = (
 
 # Entries of features.json that identify the encoder and the shape of its features.
 FEATURE_FIELDS = ("encoder", "fingerprint", "side", "tokens_side", "width", "dtype")
+
+
+def list_moment_folders(flips: bool) -> list[str]:
+    """Return the folders of the moments of the images and, with flips, of the flipped images."""
+    return ["moments", "mirrored"] if flips else ["moments"]
 
 
 @dataclass(frozen=True)
@@ -68,20 +74,20 @@ class Manifest:
 
     @property
     def moment_folders(self) -> list[str]:
-        """Folders of moments: those of the images and, with flips, those of the flipped images."""
-        return ["moments", "mirrored"] if self.flips else ["moments"]
+        """The folders of moments, see `list_moment_folders`."""
+        return list_moment_folders(self.flips)
 
     @property
     def folders(self) -> list[str]:
-        """Folders that contain one array per shard, except those of features."""
+        """All folders that contain one array per shard, except the folders of features."""
         folders = [*self.moment_folders, "labels"]
         if self.images:
             folders.append("images")
         return folders
 
 
-class CacheError(ValueError):
-    """The cache is missing or incomplete, or its files do not match its manifest."""
+class CacheError(UserError):
+    """A cache is missing or incomplete, or its files do not match its manifest."""
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -132,7 +138,7 @@ def _explain_missing_manifest(root: Path) -> str:
 
 
 def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
-    """Return the manifest of one cache, or of several that are read as one in the given order.
+    """Return the manifest of several caches that are read as one cache, in the given order.
 
     Raises:
         CacheError: The caches differ in one of SHARED_FIELDS, or a cache is listed twice.
@@ -177,7 +183,8 @@ def _describe_difference(name: str, first_value: Any, second_value: Any) -> tupl
         return str(first_value), str(second_value)
     if len(first_value) != len(second_value):
         return f"{len(first_value)} classes", f"{len(second_value)} classes"
-    k = [a == b for a, b in zip(first_value, second_value)].index(False)
+    is_equal = [first == second for first, second in zip(first_value, second_value)]
+    k = is_equal.index(False)
     return f"{first_value[k]!r} for class {k}", f"{second_value[k]!r} for class {k}"
 
 

@@ -11,7 +11,7 @@ from latents.manifest import CacheError
 
 PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that stalled on the disk
 MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have stalled on the disk
-ROW_OVERHEAD = 2e-6  # seconds per row that the copy loop needs in addition to the copy
+ROW_OVERHEAD = 2e-6  # seconds per row that the loop takes in addition to the copy itself
 
 
 class ShardReader:
@@ -39,7 +39,7 @@ class ShardReader:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             message = f"{path} cannot be read ({error})"
-            # After other disk or machine errors, the file may be intact.
+            # Do not suggest the remedy for errors of the disk or machine: the file may be intact.
             if getattr(error, "errno", None) in (None, errno.ENOENT):
                 message += f"; {remedy}"
             raise CacheError(message) from None
@@ -60,7 +60,7 @@ class ShardReader:
         self._file_map: mmap.mmap = array.base
         self._data_offset = array.offset
 
-    def expect_random_access(self) -> None:
+    def disable_read_ahead(self) -> None:
         """Disable the kernel's read-ahead, which would read megabytes around each row."""
         self._file_map.madvise(mmap.MADV_RANDOM)
 
@@ -85,7 +85,7 @@ class PrefetchPolicy:
     once. If all rows are in the page cache, prefetching only costs time.
     """
 
-    remaining_batches: int = 0  # number of batches that remain to be prefetched
+    remaining_batches: int = 0  # number of batches that are still to be prefetched
 
     def update(self, num_rows: int, row_bytes: int, seconds: float) -> None:
         """Record how long the rows of a batch took to copy."""

@@ -1,28 +1,33 @@
 """Build a latent cache. One process creates each shard and writes it atomically.
 
-DEST/partial/plan.json        settings that all shards of an unfinished cache share
-DEST/partial/00000.npy.json   manifest entry of shard 0; exists when the shard is complete
-DEST/manifest.json            written last, when all shards are complete
+DEST/partial/        state of an unfinished cache (preprocessing/partial_work.py)
+DEST/manifest.json   written last, when all shards are complete
 """
 
 import json
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common.cli import UserError
-from common.files import discard_on_error, lock, write_file
+from common.files import discard_on_error, write_file
 from common.image_grid import save_png
 from common.processes import World
 from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
 from preprocessing.cache_job import CacheJob, Plan
+from preprocessing.partial_work import (
+    PLAN_DEFAULTS,
+    check_or_record_plan,
+    describe_differences,
+    lock_destination,
+    read_record,
+    remove_partial_folder,
+    show_progress_bar,
+    write_record,
+)
 from preprocessing.shards import (
     Shard,
     ShardEntry,
@@ -32,15 +37,13 @@ from preprocessing.shards import (
     write_shard,
 )
 
-# Default values of settings that older versions did not record in their plans.
-PLAN_DEFAULTS = {"keep_images": False}
 # Settings that may differ when a command is rerun on a complete cache. The first two change at most
 # the last bit of a moment, and the third one adds images.
 SETTINGS_ALLOWED_TO_CHANGE = ("batch_size", "shard_size", "keep_images")
 
 
 def list_all_entries(manifest: Manifest) -> list[ShardEntry]:
-    """Return the entries of all shards in order, including shards without any usable image."""
+    """Return the entries of all shards in order, including shards without usable images."""
     entries = [*manifest.shards, *manifest.encoding.get("empty", [])]
     return sorted(entries, key=lambda entry: entry["file"])
 
@@ -79,21 +82,6 @@ def add_images_to_manifest(manifest: Manifest, entries: list[ShardEntry]) -> Man
     return replace(manifest, images=True, shards=entries, encoding=encoding)
 
 
-def describe_differences(old: Plan, new: Plan) -> str:
-    """Describe the values of `new` that differ from `old`. The text is empty if there are none."""
-
-    def shorten(value: object) -> object:
-        if isinstance(value, str) and len(value) > 40:  # a hash
-            return f"{value[:8]}..."
-        return value
-
-    return ", ".join(
-        f"{key} was {shorten(old.get(key))}, is {shorten(value)}"
-        for key, value in new.items()
-        if old.get(key) != value
-    )
-
-
 def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
     """Return the manifest if DEST is a complete cache of this plan, or None if it is not complete.
 
@@ -125,83 +113,6 @@ def read_complete_cache(dest: Path, plan: Plan) -> Manifest | None:
     return manifest
 
 
-def check_or_record_plan(dest: Path, plan: Plan) -> None:
-    """Record the plan of an unfinished cache, or compare it with the plan of complete shards.
-
-    --skip-bad is not part of the plan, so it can be added after a bad image has stopped a run.
-
-    Raises:
-        UserError: If the complete shards belong to another plan.
-    """
-    path = dest / "partial" / "plan.json"
-    if path.exists() and list(path.parent.glob("*.npy.json")):
-        changes = describe_differences(PLAN_DEFAULTS | json.loads(path.read_text()), plan)
-        if changes:
-            raise UserError(
-                f"{dest} contains unfinished work with other settings ({changes}); rerun the "
-                "command with the old settings, or remove the folder"
-            )
-    else:
-        write_file(path, json.dumps(plan).encode())
-        if not (dest / "manifest.json").exists():
-            # An existing preview may show a cache with other settings.
-            (dest / "preview.png").unlink(missing_ok=True)
-
-
-def lock_and_clean(dest: Path, resources: ExitStack) -> None:
-    """Lock DEST for the first process, and remove incomplete files of earlier runs.
-
-    The locks of all ranks are tested, because the first process of another command may have been
-    killed while its other processes are still running.
-
-    Raises:
-        UserError: If another command uses DEST, or DEST cannot be created.
-    """
-    partial = dest / "partial"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{dest} cannot be created ({error.strerror}); choose another folder"
-        ) from None
-    try:
-        for path in partial.glob("lock.*"):
-            with lock(path):
-                pass
-        resources.enter_context(lock(partial / "lock.0"))
-    except BlockingIOError:
-        raise UserError(
-            f"{dest} is in use by another process; wait until it ends, or stop it"
-        ) from None
-    for name in (".", "partial", "moments", "mirrored", "labels", "images"):
-        for incomplete in (dest / name).glob(".*.partial"):
-            incomplete.unlink()
-
-
-@contextmanager
-def lock_destination(dest: Path, world: World, prepare: Callable[[], Any]) -> Iterator[Any]:
-    """Lock DEST on all processes, and yield the result of `prepare` on all processes.
-
-    Args:
-        dest: Folder of a cache or of features.
-        world: All processes of this command.
-        prepare: Function that the first process calls after it has locked DEST.
-
-    Raises:
-        UserError: If another command uses DEST, or DEST cannot be created.
-    """
-    with ExitStack() as resources:
-
-        def lock_and_prepare() -> Any:
-            lock_and_clean(dest, resources)
-            return prepare()
-
-        result = world.run_on_first_rank(lock_and_prepare)
-        if world.rank:
-            resources.enter_context(lock(dest / "partial" / f"lock.{world.rank}"))
-        yield result
-
-
 def check_same_plan(job: CacheJob, world: World) -> None:
     """Raise UserError if the flags or the sources of the processes differ."""
     for rank, plan in enumerate(world.all_gather(job.plan)):
@@ -213,43 +124,6 @@ def check_same_plan(job: CacheJob, world: World) -> None:
             )
 
 
-@contextmanager
-def progress_bar(
-    world: World, description: str, num_local_images: int
-) -> Iterator[Callable[[int], None]]:
-    """Show the progress of all processes on the first one, assuming that all are equally fast.
-
-    Yields:
-        A function to call with the number of images that this process has just completed.
-    """
-    with tqdm(
-        total=num_local_images * world.num_processes,
-        unit="img",
-        desc=description,
-        disable=world.rank > 0,
-        smoothing=0.05,
-    ) as bar:
-        yield lambda num_images: bar.update(num_images * world.num_processes)
-
-
-def read_record(dest: Path, file: str) -> ShardEntry:
-    """Return the record of a shard of an unfinished cache, or {} if there is none."""
-    path = dest / "partial" / f"{file}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_record(dest: Path, entry: ShardEntry) -> None:
-    """Record that a shard of an unfinished cache is complete."""
-    write_file(dest / "partial" / f"{entry['file']}.json", json.dumps(entry).encode())
-
-
-def remove_partial_records(dest: Path) -> None:
-    """Remove the records of an unfinished cache."""
-    for file in (dest / "partial").iterdir():
-        file.unlink()
-    (dest / "partial").rmdir()
-
-
 def make_shards(
     dest: Path,
     job: CacheJob,
@@ -258,15 +132,15 @@ def make_shards(
     entries_without_images: dict[str, ShardEntry] | None = None,
     keep_records: bool = False,
 ) -> dict[str, ShardEntry]:
-    """Create shards, distributed over all processes. Each is written while the next is computed.
+    """Create shards on all processes. Each shard is written while the next one is computed.
 
     Args:
         dest: Folder of the cache.
         job: The job of the cache.
         files: File names of the shards.
         world: All processes of this command.
-        entries_without_images: Manifest entries by file name of existing shards to which images are
-            added. None creates complete shards.
+        entries_without_images: Manifest entries, by file name, of existing shards to which images
+            are added. If it is None, complete shards are created.
         keep_records: Whether to record each complete shard, so that the work can be resumed.
 
     Returns:
@@ -287,10 +161,10 @@ def make_shards(
             write_record(dest, entry)
         local_entries[shard.file] = entry
 
-    num_images = sum(len(job.get_image_range(k)) for k in local_indices)
+    num_images = sum(len(job.get_image_range(shard_index)) for shard_index in local_indices)
     with (
         ThreadPoolExecutor(1) as writer,
-        progress_bar(world, job.description, num_images) as progress,
+        show_progress_bar(world, job.description, num_images) as progress,
     ):
         pending: Future[None] | None = None
         for shard in job.iter_shards(dest, local_indices, progress, only_images):
@@ -318,7 +192,8 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
         return manifest
 
     entries_without_images = None
-    files = [shard_file_name(k) for k in range(-(-job.num_images // job.settings.shard_size))]
+    num_shards = -(-job.num_images // job.settings.shard_size)
+    files = [shard_file_name(shard_index) for shard_index in range(num_shards)]
     if manifest:
         entries_without_images = {entry["file"]: entry for entry in manifest.shards}
         files = list(entries_without_images)
@@ -340,20 +215,20 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
         new_entries = make_shards(
             dest, job, missing_files, world, entries_without_images, keep_records=True
         )
-        # A network file system may not yet show records that other processes have just written, so
-        # read only the records of earlier runs.
+        # A network file system may not yet show the records that other processes have just written.
+        # Therefore, read only the records of earlier runs.
         if world.rank == 0:
             entries = [new_entries.get(file) or read_record(dest, file) for file in files]
             if manifest:
                 manifest = add_images_to_manifest(manifest, entries)
             else:
                 manifest = make_manifest(job, entries)
-            finish(dest, manifest)
+            finish_cache(dest, manifest)
         return world.broadcast(manifest)
 
 
 def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
-    """Build a cache and print a summary, or report that it was already complete."""
+    """Build a cache and print a summary, or report that the cache was already complete."""
     path = dest / "manifest.json"
     old_manifest = path.read_bytes() if path.exists() else b""
     manifest = build_cache(dest, job, world)
@@ -365,8 +240,8 @@ def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
     world.close()
 
 
-def finish(dest: Path, manifest: Manifest) -> None:
-    """Write skipped.jsonl and the manifest, and remove the records of the unfinished cache."""
+def finish_cache(dest: Path, manifest: Manifest) -> None:
+    """Write skipped.jsonl and the manifest, and remove the state of the unfinished cache."""
     skipped = [row for entry in list_all_entries(manifest) for row in entry["skipped"]]
     if skipped:
         lines = "".join(json.dumps(row) + "\n" for row in skipped)
@@ -374,7 +249,7 @@ def finish(dest: Path, manifest: Manifest) -> None:
     else:
         (dest / "skipped.jsonl").unlink(missing_ok=True)
     write_manifest(dest, manifest)
-    remove_partial_records(dest)
+    remove_partial_folder(dest)
 
 
 def rebuild_shards(
@@ -386,14 +261,14 @@ def rebuild_shards(
         dest: Folder of the cache.
         job: The job that created the cache.
         shard_files: File names of the shards to rebuild.
-        image_files: File names of the shards of which only the images are rebuilt.
+        image_files: File names of the shards whose images alone are rebuilt.
         world: All processes of this command.
 
     Returns:
         The file names of the shards that differ from those recorded in the manifest.
 
     Raises:
-        UserError: If the job has other settings than the one that created the cache.
+        UserError: If the settings of the job differ from those of the job that created the cache.
     """
     manifest = read_manifest(dest)
     changes = describe_differences(PLAN_DEFAULTS | manifest.encoding.get("plan", {}), job.plan)
@@ -411,7 +286,7 @@ def rebuild_shards(
             entries = [
                 new_entries.get(entry["file"], entry) for entry in list_all_entries(manifest)
             ]
-            finish(dest, make_manifest(job, entries))
+            finish_cache(dest, make_manifest(job, entries))
         world.barrier()
     return sorted(
         file

@@ -5,13 +5,12 @@ Shapes: B batch size, S image side, C latent channels, h x w latent size.
 
 import os
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +20,16 @@ from torch import Tensor
 from common.cli import UserError
 from common.config import record_flags
 from common.files import NpyWriter, discard_on_error
+from latents.manifest import list_moment_folders
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from preprocessing.cache_preview import PreviewRow, draw_preview, spread_indices
+from preprocessing.image_source import ImageSource
 from preprocessing.images import BadImage, UnreadableImage, format_image_error
 from preprocessing.shards import Shard, shard_file_name
-from preprocessing.sources import ImageSource
 
 Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of features
-# Settings that the plan of a cache contains, if the job has them.
+# The settings that the plan of a cache contains, unless the job does not have them.
 PLAN_FIELDS = (
     "images",
     "resolution",
@@ -46,8 +46,6 @@ PLAN_FIELDS = (
     "names_and_labels",
 )
 DTYPES = ("float16", "float32")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -56,13 +54,15 @@ class Batch:
 
     Attributes:
         image_indices: Indices of the images in the source, including those that cannot be used.
-        pixels: (B, 3, S, S) uint8, without unusable images. Empty if not needed.
+        pixels: The usable images, (B, 3, S, S) uint8. Empty if the pixels are not needed.
         bad_images: The reason why an image cannot be used, by image index.
         unreadable: The reason why an image could not be read, by image index. The batch ends at
             that image.
         kinds: Number of images of each kind.
-        moments: Arrays (B, 2C, h, w) by folder; empty if no image is usable or none are needed.
-        copy_done: If set, the event that marks the end of the copy of the moments from the GPU.
+        moments: Arrays (B, 2C, h, w) by folder. Empty if there are no usable images or no moments
+            are needed.
+        copy_done: The event at which the copy of the moments from the GPU is complete. None without
+            a GPU.
     """
 
     image_indices: range
@@ -146,7 +146,7 @@ class CacheJob(ABC):
             "images": self.settings.keep_images,
         }
         for name in {"source", "labels", "vae"} & settings.keys():
-            settings[name] = absolute_if_exists(settings[name])
+            settings[name] = make_absolute_if_exists(settings[name])
         self.recorded_settings = settings | {"made_by": self.command_name}
 
     @abstractmethod
@@ -185,8 +185,7 @@ class CacheJob(ABC):
             dest: Folder of the cache, for the files of images.
             shard_indices: Indices of the shards to create, in this order.
             progress: Function that is called with the number of images that were just processed.
-            only_images: Whether only the images and the data that `add_images` compares are
-                needed.
+            only_images: Whether to create only the images and the data that `add_images` compares.
 
         Raises:
             UserError: If an image could not be read, or cannot be used and --skip-bad is not set.
@@ -214,14 +213,16 @@ class CacheJob(ABC):
         file = shard_file_name(shard_index)
         channels, *size = self.manifest_fields["latent_shape"]
         remaining = len(self.get_image_range(shard_index))
-        folders = ["moments", "mirrored"] if self.manifest_fields["flips"] else ["moments"]
         shape = (remaining, 2 * channels, *size)
-        arrays = {folder: np.empty(shape, self.settings.dtype) for folder in folders}
+        arrays = {
+            folder: np.empty(shape, self.settings.dtype)
+            for folder in list_moment_folders(self.manifest_fields["flips"])
+        }
         usable_indices: list[int] = []
         skipped = []
         kinds: Counter[str] = Counter()
         num_encoded = 0
-        # Do not read the first batch of the next shard, because doing so may raise an error.
+        # Do not read ahead into the next shard, because reading its first batch may raise an error.
         while remaining:
             batch = next(batches)
             progress(len(batch.image_indices))
@@ -247,7 +248,7 @@ class CacheJob(ABC):
         return Shard(file, arrays, skipped, kinds, images)
 
     def _check_batch(self, batch: Batch) -> None:
-        """Raise UserError for an image that could not be read, or is unusable and not skipped."""
+        """Raise UserError for an unreadable image, or for a bad image if --skip-bad is not set."""
         failures = batch.unreadable
         problem = "could not be read"
         remedy = "fix the problem and rerun the same command"
@@ -271,44 +272,8 @@ class CacheJob(ABC):
         return draw_preview(rows, self.vae)
 
 
-def absolute_if_exists(path: str | None) -> str | None:
-    """Return an absolute path, or the string itself if no such path exists (hub ids, patterns)."""
+def make_absolute_if_exists(path: str | None) -> str | None:
+    """Return an absolute path, or the unchanged string if it is not a path (hub ids, patterns)."""
     if not path or not Path(path).exists():
         return path
     return os.path.abspath(path)  # noqa: PTH100  Path.resolve would also follow symlinks
-
-
-def map_in_order(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    ahead: int,
-) -> Iterator[Result]:
-    """Apply a function to items on a pool of threads, and yield the results in order.
-
-    If `items` raises UserError, the results of all earlier items are yielded first.
-
-    Args:
-        pool: Threads that call the function.
-        function: Function of one item.
-        items: Items; consumed in the thread of the caller.
-        ahead: Maximum number of items that are submitted before the result of an earlier one is
-            yielded.
-    """
-
-    def submit_all() -> Iterator[Future[Result]]:
-        try:
-            for item in items:
-                yield pool.submit(function, item)
-        except UserError as error:
-            failed_future: Future[Result] = Future()
-            failed_future.set_exception(error)
-            yield failed_future
-
-    pending: deque[Future[Result]] = deque()
-    for future in submit_all():
-        pending.append(future)
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    for future in pending:
-        yield future.result()

@@ -12,11 +12,11 @@ from common.image_grid import draw_labelled_grid
 from models.autoencoder import Autoencoder
 
 NUM_IMAGES = 8
-MIN_PSNR = 20.0  # dB; VAEs that were trained on similar images exceed it
+MIN_PSNR = 20.0  # in dB; a VAE that was trained on similar images has a higher PSNR
 
 
 class PreviewRow(NamedTuple):
-    """An image of a cache.
+    """The data of one row of the preview.
 
     Attributes:
         name: The label of the row.
@@ -34,9 +34,9 @@ def spread_indices(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, NUM_IMAGES).round().astype(int)).tolist()
 
 
-def compute_psnr(a: Tensor, b: Tensor) -> float:
+def compute_psnr(image: Tensor, reconstruction: Tensor) -> float:
     """Return the peak signal-to-noise ratio of two uint8 images, in dB."""
-    error = (a.double() - b.double()).square().mean().item()
+    error = (image.double() - reconstruction.double()).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 

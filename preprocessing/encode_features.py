@@ -3,9 +3,9 @@
     python -m preprocessing.encode_features data/small --encoder vit_base_patch14_dinov2.lvd142m
     torchrun --nproc_per_node 8 -m preprocessing.encode_features data/small ... (the same flags)
 
-Stored features save time if the encoder is more expensive than the training itself, which is the
-case for small data sets and small machines. For ImageNet and DINOv2-B they would take 504 GB
-(256 tokens x 768 x 2 bytes x 1.28 million); in such cases, run the encoder during training instead.
+Stored features save time if the encoder is more expensive than the training itself, as with small
+data sets and on small machines. For ImageNet and DINOv2-B, the features would take 504 GB (256
+tokens x 768 x 2 bytes x 1.28 million images); run the encoder during training in such cases.
 Shards are distributed over the processes. After an interruption, rerun the same command to resume.
 """
 
@@ -20,7 +20,7 @@ from common import cli
 from common.cli import UserError
 from common.processes import World
 from latents.cache import KEEP_IMAGES_REMEDY
-from latents.manifest import CacheError, Manifest, read_manifest
+from latents.manifest import Manifest, read_manifest
 from models.errors import FieldError
 from preprocessing.encoder_features import FEATURES_DTYPE, build_features
 
@@ -64,12 +64,7 @@ def parse_args() -> argparse.Namespace:
         help="input height and width of the encoder in pixels (default: REPA's rule, at least 224)",
     )
     add("--batch-size", type=cli.positive_int, default=64, help="images per forward pass")
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the encoder",
-    )
+    cli.add_device_flag(add, "device of the encoder")
 
     return parser.parse_args()
 
@@ -108,10 +103,7 @@ def main() -> None:
 
     # Check the flags, and load the encoder.
     args = parse_args()
-    try:
-        manifest = read_manifest(args.cache)
-    except CacheError as error:
-        raise UserError(str(error)) from None
+    manifest = read_manifest(args.cache)
     tokens_side = resolve_tokens_side(args.cache, manifest, args.tokens_side)
     world = World()
     device = world.select_device() if args.device == "cuda" else torch.device(args.device)

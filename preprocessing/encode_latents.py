@@ -11,8 +11,6 @@ missing shards. The bytes of the cache do not depend on interruptions.
 import argparse
 from pathlib import Path
 
-import torch
-
 from common import cli
 from common.cli import UserError
 from common.config import add_flags, read_flags
@@ -29,12 +27,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--dest", type=Path, required=True, help="folder of the cache to create")
     add_flags(parser, EncodingSettings)
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the VAE; with cuda, each process uses a different GPU",
-    )
+    cli.add_device_flag(add, "device of the VAE; with cuda, each process uses a different GPU")
     add(
         "--num-workers",
         type=int,

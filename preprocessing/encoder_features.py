@@ -2,7 +2,7 @@
 
     CACHE/features/SLUG/00000.npy       (n, N, D) float16, the features of images/00000.npy
     CACHE/features/SLUG/features.json   the encoder and the list of shards; written last
-    CACHE/features/SLUG/partial/        records of complete shards, until all shards are complete
+    CACHE/features/SLUG/partial/        state of unfinished work (preprocessing/partial_work.py)
 
 n images per shard, B batch size, N tokens, D width, R image resolution.
 """
@@ -21,16 +21,16 @@ from common.cli import UserError
 from common.files import NpyWriter, discard_on_error, write_file
 from common.processes import World
 from latents.manifest import Manifest
-from preprocessing.build import (
+from preprocessing.ordered_map import map_in_order
+from preprocessing.partial_work import (
     check_or_record_plan,
     describe_differences,
     lock_destination,
-    progress_bar,
     read_record,
-    remove_partial_records,
+    remove_partial_folder,
+    show_progress_bar,
     write_record,
 )
-from preprocessing.cache_job import map_in_order
 
 FEATURES_DTYPE = np.dtype(np.float16)
 
@@ -73,7 +73,7 @@ def build_features(
         local_entries = missing_entries[world.rank :: world.num_processes]
         records = {}
         num_local_images = sum(entry["count"] for entry in local_entries)
-        with progress_bar(world, dest.name, num_local_images) as progress:
+        with show_progress_bar(world, dest.name, num_local_images) as progress:
             for entry in local_entries:
                 file = entry["file"]
                 images = root / "images" / file
@@ -96,7 +96,7 @@ def build_features(
             shards = [new_records.get(file) or read_record(dest, file) for file in files]
             content = json.dumps(plan | {"shards": shards}, indent=2) + "\n"
             write_file(dest / "features.json", content.encode())
-            remove_partial_records(dest)
+            remove_partial_folder(dest)
         world.barrier()
     return True
 

@@ -1,4 +1,4 @@
-"""Encode images to moments. Worker processes decode images, and threads encode them in batches.
+"""Encode images to moments. Worker processes decode the images, and threads encode batches.
 
 A shard is always split into the same batches, and each batch runs the same kernels. Hence the bytes
 of a cache do not depend on the number of processes, threads or attempts.
@@ -25,9 +25,11 @@ from common.cli import UserError
 from common.config import setting
 from common.processes import World
 from models.autoencoder import DEFAULT_VAE
-from preprocessing.cache_job import DTYPES, Batch, CacheJob, map_in_order
+from preprocessing.cache_job import DTYPES, Batch, CacheJob
+from preprocessing.image_source import ImageSource
 from preprocessing.images import BACKGROUNDS, CROPS, BadImage, SquareReader, UnreadableImage
-from preprocessing.sources import ImageSource, open_source
+from preprocessing.ordered_map import map_in_order
+from preprocessing.sources import open_source
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 MAX_WORKERS = 16  # default maximum number of decoding workers per process
@@ -119,7 +121,7 @@ def decode_batch(source: ImageSource, reader: SquareReader, image_indices: range
 
 
 def init_worker(_: int) -> None:
-    """Ignore Ctrl-C, which the main process handles, and use a single thread."""
+    """Make a decoding process ignore Ctrl-C, which the main process handles, and use one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -140,7 +142,7 @@ def select_device(device: str, world: World) -> torch.device:
     return selected
 
 
-def default_batch_size(resolution: int, device: torch.device) -> int:
+def get_default_batch_size(resolution: int, device: torch.device) -> int:
     """Return the default batch size.
 
     On a GPU, a batch has as many pixels as 64 images of 256x256. On the CPU, where each thread
@@ -151,7 +153,7 @@ def default_batch_size(resolution: int, device: torch.device) -> int:
 
 
 class EncodingJob(CacheJob):
-    """The job that encodes images.
+    """Encodes images with a VAE.
 
     Args:
         settings: Settings of the cache.
@@ -175,7 +177,7 @@ class EncodingJob(CacheJob):
             raise UserError("--precision tf32 requires a GPU; on the CPU use fp32 or bf16")
         torch.backends.cuda.matmul.allow_tf32 = use_tf32
         torch.backends.cudnn.allow_tf32 = use_tf32
-        self.batch_size = settings.batch_size or default_batch_size(
+        self.batch_size = settings.batch_size or get_default_batch_size(
             settings.resolution, self.device
         )
         super().__init__(replace(settings, batch_size=self.batch_size), source, self.device)
@@ -190,7 +192,7 @@ class EncodingJob(CacheJob):
         self.num_workers = min(cores, MAX_WORKERS) if num_workers < 0 else num_workers
         self.num_threads = 1
         if self.device.type == "cpu":
-            # One thread computes each batch, because the number of threads affects the last bits.
+            # One thread computes each batch, because the number of threads affects the results.
             torch.set_num_threads(1)
             self.num_threads = cores
         self.num_images = min(settings.limit or self.num_images, self.num_images)

@@ -17,15 +17,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.cli import UserError
 from common.keyed_random import Purpose, uniform
-from preprocessing.sources import ImageSource
+from preprocessing.image_source import ImageSource
 
 CROPS = ("center", "random-seeded")
 BACKGROUNDS = ("white", "black")
 # Other formats of PIL are not used for photographs, and some of their decoders run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
-MIN_CROP_FRACTION = 0.8  # smallest part of the shorter side that a random crop covers
-MAX_PIXELS = 89_478_485  # default limit of PIL; 268 MB of RGB values
+MIN_CROP_FRACTION = 0.8  # a random crop covers at least this fraction of the shorter side
+MAX_PIXELS = 89_478_485  # default limit of PIL, which corresponds to 268 MB of RGB values
 
 
 class BadImage(ValueError):  # noqa: N818  an invalid image is not an error of the program
@@ -41,7 +41,8 @@ class DecodedImage(NamedTuple):
 
     Attributes:
         pixels: (3, side, side) uint8.
-        kinds: Format, mode, and each conversion that was applied. They are counted in the manifest.
+        kinds: The format and mode, and the conversions that were applied. The manifest contains the
+            number of images of each kind.
     """
 
     pixels: np.ndarray
@@ -104,17 +105,17 @@ class SquareReader:
             kinds = [f"{image_format} {image.mode}"]
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 kinds.append("animated or of several pages: the first")
-            rgb = to_rgb(image, self.background, kinds)
+            rgb = convert_to_rgb(image, self.background, kinds)
         if rgb.size != (self.side, self.side):
             rgb = self._crop(rgb, image_index, kinds)
         return DecodedImage(np.asarray(rgb).transpose(2, 0, 1), kinds)
 
     def _crop(self, image: Image.Image, image_index: int, kinds: list[str]) -> Image.Image:
-        short, long = sorted(image.size)
-        if short < self.side:
+        shorter_side, longer_side = sorted(image.size)
+        if shorter_side < self.side:
             kinds.append(f"smaller than {self.side} pixels: enlarged")
         # The image is resized before it is cropped, so the resized image must fit into memory.
-        if long / short * self.side**2 > MAX_PIXELS:
+        if longer_side / shorter_side * self.side**2 > MAX_PIXELS:
             raise BadImage(
                 f"{image.width}x{image.height} is too long and thin to be a square of {self.side}"
             )
@@ -127,8 +128,8 @@ class SquareReader:
 def is_caused_by_file(error: OSError) -> bool:
     """Return whether an OSError is caused by the file rather than by the disk or the machine.
 
-    Every file existed when the source was listed. Hence a missing file indicates a problem with the
-    disk, unless it is a broken symlink.
+    Every file existed when the source was listed. A missing file therefore indicates a problem with
+    the disk, unless it is a broken symlink.
     """
     if error.errno == errno.ENOENT:
         return error.filename is not None and Path(error.filename).is_symlink()
@@ -177,7 +178,7 @@ def random_crop(image: Image.Image, size: int, uniforms: list[float]) -> Image.I
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
+def convert_to_rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     """Convert an image to upright RGB.
 
     Args:

@@ -10,8 +10,6 @@ command to resume.
 import argparse
 from pathlib import Path
 
-import torch
-
 from common import cli
 from common.config import add_flags, read_flags
 from common.processes import World
@@ -31,12 +29,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("dest", metavar="DEST", type=Path, help="folder of the new cache")
     add_flags(parser, ImportSettings)
-    add(
-        "--device",
-        type=cli.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device that decodes the preview",
-    )
+    cli.add_device_flag(add, "device that decodes the preview")
     return parser.parse_args()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from common.cli import UserError
 
 IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-MAX_CLASSES = 1_000_000  # a larger number is assumed not to be a class index
+MAX_CLASSES = 1_000_000  # class indices must be below this number
 
 
 def is_image_name(name: str) -> bool:
@@ -195,7 +195,7 @@ def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list
 
 
 def _find_key(name: str, classes: dict[str, object]) -> str | None:
-    """Return the key of an image in `classes`: its name, file name or stem, or None."""
+    """Return the key of an image in `classes`, or None. The key is its name, file name or stem."""
     file_name = name.rsplit("/", 1)[-1]
     stem = file_name.rsplit(".", 1)[0]
     return next((key for key in (name, file_name, stem) if key in classes), None)
@@ -209,7 +209,7 @@ def summarize_names(names: list[str]) -> str:
 
 
 def assign_labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
-    """Use the first folder of each path as its class; images outside of folders form one class.
+    """Use the first folder of each path as the class. Images outside of folders form one class.
 
     Returns:
         The labels, (n,) int64, and the sorted names of all classes.
@@ -223,9 +223,9 @@ def assign_labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarra
         folders.append(first if separator else "")
     labels, classes = _index_names(folders, None, origin)
     if "" in classes and len(classes) > 1:
-        outside = names[folders.index("")]
+        outside_name = names[folders.index("")]
         raise UserError(
-            f"{origin} has images inside and outside of class folders ({outside}); "
+            f"{origin} has images inside and outside of class folders ({outside_name}); "
             "move all images into class folders, or pass --labels"
         )
     return labels, [name or "0" for name in classes]

@@ -28,11 +28,13 @@ from common import cli
 from common.cli import UserError, first_line
 from common.config import setting
 from models.autoencoder import DEFAULT_VAE
-from preprocessing.cache_job import DTYPES, Batch, CacheJob, map_in_order
+from preprocessing.cache_job import DTYPES, Batch, CacheJob
 from preprocessing.cache_preview import spread_indices
-from preprocessing.images import BadImage, SquareReader, UnreadableImage
+from preprocessing.image_source import ImageSource
+from preprocessing.images import BadImage, UnreadableImage, load_square
 from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
-from preprocessing.sources import ImageSource, list_files
+from preprocessing.ordered_map import map_in_order
+from preprocessing.sources import list_files
 
 READER_THREADS = 16  # reading small files is limited by the latency of the disk
 
@@ -61,7 +63,7 @@ class ImportSettings:
 
 
 class ImportJob(CacheJob):
-    """The job that reads moments from REPA's files.
+    """Reads moments from REPA's files.
 
     Args:
         settings: Settings of the cache.
@@ -169,9 +171,11 @@ class ImportJob(CacheJob):
         return moments
 
     def _read_pixels(self, image_index: int) -> Tensor | None:
-        """Return the image that was encoded, (3, R, R) uint8, or None if it does not exist.
+        """Return the image that was encoded, (3, R, R) uint8, or None if its file does not exist.
 
-        Raises BadImage or UnreadableImage.
+        Raises:
+            BadImage: The image cannot be used.
+            UnreadableImage: The disk or the machine failed.
         """
         name = Path(self.source.names[image_index])
         numbers = re.findall(r"\d+", name.stem)
@@ -182,14 +186,14 @@ class ImportJob(CacheJob):
             return None
         source = ImageSource(self.image_root, [str(png)], np.zeros(1, np.int64), ["0"])
         try:
-            image = SquareReader(self.manifest_fields["resolution"]).read(source, 0)
+            pixels = load_square(source, 0, self.manifest_fields["resolution"])
         except (BadImage, UnreadableImage) as error:
             raise type(error)(f"its image: {error}") from None
-        return torch.from_numpy(image.pixels.copy())
+        return torch.from_numpy(pixels.copy())
 
 
 def is_moments_name(name: str) -> bool:
-    """Return whether a file is a .npy file that is not hidden."""
+    """Return whether a file name has the extension .npy and no leading dot."""
     return name.endswith(".npy") and not name.startswith(".")
 
 

@@ -14,8 +14,9 @@ from common.cli import UserError
 from common.files import NpyWriter, write_array
 
 IMAGES_PER_CHUNK = 256  # number of images that are converted to float64 at a time
-# Largest accepted mean difference between moments and stored moments, relative to their standard
-# deviation. Another machine or batch size causes smaller differences, other images larger ones.
+# Largest accepted mean difference between new and stored moments, as a fraction of the standard
+# deviation of the stored moments. Another machine or batch size causes smaller differences, and
+# other images cause larger ones.
 MAX_RELATIVE_DIFFERENCE = 0.05
 ShardEntry = dict[str, Any]  # entry of a shard in manifest.json
 
@@ -29,7 +30,7 @@ class Shard(NamedTuple):
             (n,) int64.
         skipped: {file, shard, reason} of each image that cannot be used.
         kinds: Number of images of each kind.
-        images: (n, 3, S, S) uint8 if images are kept; written to a temporary file.
+        images: Writer of the temporary file of the images, (n, 3, S, S) uint8, if images are kept.
     """
 
     file: str

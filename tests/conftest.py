@@ -1,6 +1,7 @@
 """Fixtures: a VAE, a folder of images, a latent cache, a training run, and a command runner."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -24,13 +25,17 @@ def call(capsys):
     call(module, *flags) returns the exit code and the output of the command.
     """
     from common import cli
+    from training.preemption import STOP_SIGNALS
 
     def run(module, *flags) -> tuple[int, str]:
         code = 0
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         try:
             cli.run(lambda: call_main(module, *flags))
         except SystemExit as stop:
             code = stop.code or 0
+        for number, handler in handlers.items():  # a command that fails ignores the signals
+            signal.signal(number, handler)
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 

@@ -23,6 +23,7 @@ ALLOWED = {
         "common",
         "models.encoder",
         "models.errors",
+        "preprocessing.image_source",
         "preprocessing.images",
         "preprocessing.sources",
     },

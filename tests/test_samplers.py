@@ -17,7 +17,7 @@ from scipy.integrate import RK45, solve_ivp
 import samplers
 from common.keyed_random import Purpose, normal
 from experiments import solvers
-from experiments.solvers import example_gaussian, sde_moments
+from experiments.solvers import compute_sde_moments, make_example_gaussian
 from interpolant import INTERPOLANTS, PREDICTIONS, prediction_to_velocity, time_interval
 from samplers import (
     UNIT_INTERVAL,
@@ -35,8 +35,8 @@ from samplers import (
 from sampling.recipe import Recipe
 from tests.helpers import ROOT
 
-DATA = example_gaussian([0.3, 0.7, 1.6])
-NULL = example_gaussian([0.5, 1.1, 1.3], seed=1)
+DATA = make_example_gaussian([0.3, 0.7, 1.6])
+NULL = make_example_gaussian([0.5, 1.1, 1.3], seed=1)
 NULL_CLASS = 9
 SCALE = 1.8
 # On grids of 4 n steps, guidance applies exactly on (0.25, 0.75].
@@ -351,7 +351,7 @@ def test_sde_moments_equal_the_recursion(name):
     """Both methods are exact and draw no samples."""
     interpolant = INTERPOLANTS[name]
     for num_steps, last in ((2, 0.5), (25, 0.04)):
-        moments = sde_moments(DATA.velocity(interpolant), interpolant, 3, num_steps, last)
+        moments = compute_sde_moments(DATA.velocity(interpolant), interpolant, 3, num_steps, last)
         expected = euler_maruyama_moments(
             lambda t, w: affine_drift(DATA, name, t, w), num_steps, last
         )
@@ -364,7 +364,7 @@ def test_sde_has_weak_order_one(name):
     interpolant = INTERPOLANTS[name]
     errors = []
     for n in (50, 100, 200):
-        mean, covariance = sde_moments(DATA.velocity(interpolant), interpolant, 3, n, 1 / n)
+        mean, covariance = compute_sde_moments(DATA.velocity(interpolant), interpolant, 3, n, 1 / n)
         mean_error = (mean - DATA.mean).abs().max().item()
         covariance_error = (covariance - DATA.covariance).abs().max().item()
         errors.append(max(mean_error, covariance_error))
@@ -499,7 +499,7 @@ def test_guided_sde_moments_equal_moments_of_the_guided_drift(name):
     """REPA guides the drift v - w s / 2. The score is affine in v, so guiding v is equivalent."""
     num_rows = 1 + 3 * 24
     velocity = guided_gaussian(name, num_rows, low=LOW, high=HIGH)
-    moments = sde_moments(velocity, INTERPOLANTS[name], 3, 24, 0.04)
+    moments = compute_sde_moments(velocity, INTERPOLANTS[name], 3, 24, 0.04)
     expected = euler_maruyama_moments(lambda t, w: guided_affine_drift(name, t, w), 24, 0.04)
     # The tolerance allows for the float32 input of the network.
     torch.testing.assert_close(moments, expected, rtol=0, atol=1e-5)
@@ -565,7 +565,7 @@ def test_every_objective_reaches_the_moments_of_the_data(name, prediction):
     moments = {
         "Heun": moments_of_affine_map(solve_with_heun),
         "dopri5": moments_of_affine_map(solve_adaptively),
-        "SDE": sde_moments(velocity, interpolant, 3, 128, ends=interval),
+        "SDE": compute_sde_moments(velocity, interpolant, 3, 128, ends=interval),
     }
     for solver, (mean, covariance) in moments.items():
         tolerance = 0.016 if solver == "SDE" else 0.0025
@@ -590,7 +590,7 @@ def test_solvers_cover_the_whole_time_interval(name, prediction):
     assert errors[-1] < 1e-4
     assert convergence_orders(errors) == pytest.approx([2] * 2, abs=0.1)
 
-    moments = sde_moments(velocity, interpolant, 3, 25, ends=interval)
+    moments = compute_sde_moments(velocity, interpolant, 3, 25, ends=interval)
     denoiser = affine_denoiser(name, t_min) if t_min else None
     expected = euler_maruyama_moments(
         lambda t, w: affine_drift(DATA, name, t, w), 25, t_min or 0.04, t_max, denoiser
@@ -772,11 +772,11 @@ def test_documented_numbers_equal_the_measurements():
     """docs/sampling.md shows the numbers of docs/solvers.json. One error is measured again."""
     results = json.loads((ROOT / "docs/solvers.json").read_text())
     text = (ROOT / "docs/sampling.md").read_text()
-    for table in solvers.markdown_tables(results):
+    for table in solvers.format_tables(results):
         assert table in text
-    data = example_gaussian(solvers.EXAMPLE_STDS)
-    noise = solvers.start_noise(data)
+    data = make_example_gaussian(solvers.EXAMPLE_STDS)
+    noise = solvers.draw_initial_noise(data)
     end = solve_ode(heun, data.velocity(LINEAR), noise, 16)
     recorded_error = results["ode"]["linear"]["Heun"]["error"][solvers.EVALUATION_COUNTS.index(32)]
-    measured_error = solvers.relative_rms_error(data, end, data.flow(noise))
+    measured_error = solvers.compute_relative_rms_error(data, end, data.flow(noise))
     assert measured_error == pytest.approx(recorded_error, rel=1e-3)

@@ -20,7 +20,6 @@ from models.projector import AlignedOutput, AlignedSiT, make_head
 from models.sit import SiT, SiTConfig
 from models.targets import TARGETS, CacheInfo, RunContext, Target, TrainingInputs
 from training.alignment_config import AlignmentConfig, method_flags
-from training.config import Settings
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ RECORDED_FIELDS = ("method", "block", "weight", "loss", "beta", "t_range", "stop
 
 
 class AlignmentTerms(NamedTuple):
-    """Values of one alignment method, one per sample."""
+    """Loss and diagnostics of one alignment method for each sample."""
 
     loss: Tensor  # (B,), zero outside the timestep range
     cosine: Tensor  # (B,), cosine similarity of projected and target tokens; no gradient
@@ -63,7 +62,7 @@ class Alignment:
     def compute_targets(
         self, inputs: TrainingInputs, student_tokens: dict[int, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return the target tokens, keyed by the name of the head they are compared with.
+        """Return the target tokens by head; the output of the head is compared with them.
 
         Args:
             inputs: A micro-batch.
@@ -159,11 +158,11 @@ def _name_heads(method: str, values: dict[str, T]) -> dict[str, T]:
     return {f"{method}-{name}" if name else method: value for name, value in values.items()}
 
 
-def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
+def build_aligned_network(backbone: SiT, entries: list[dict]) -> AlignedSiT:
     """Wrap a backbone with the heads that the "align" list of config.json describes."""
     heads: dict[str, nn.Module] = {}
     blocks = {}
-    for entry in align:
+    for entry in entries:
         for name, spec in head_specs(entry).items():
             heads[name] = make_head(spec)
             blocks[name] = entry["block"]
@@ -175,7 +174,7 @@ def build_aligned_network(backbone: SiT, align: list[dict]) -> AlignedSiT:
 def restore_settings(
     alignments: tuple[AlignmentConfig, ...], stored: list[dict]
 ) -> tuple[AlignmentConfig, ...]:
-    """Return the settings of a resumed run, with unset values as resolved when it started.
+    """Return the settings of a resumed run. Unset values are those that the run started with.
 
     Args:
         alignments: Settings from the current flags.
@@ -193,36 +192,47 @@ def restore_settings(
     )
 
 
-def load_alignments(
-    settings: Settings,
-    align: list[dict],
-    cache: CacheInfo,
-    ema: SiT,
-    autocast: Callable[[], AbstractContextManager],
-) -> dict[str, Alignment]:
-    """Load the target of each method and add its identity to the method's entry in `align`.
+def make_run_context(
+    ema: SiT, path_type: str, autocast: Callable[[], AbstractContextManager], compile: bool = False
+) -> RunContext:
+    """Return the parts of a run that a target may use.
 
     Args:
-        settings: Settings of the run.
-        align: config.json's "align", from `plan_alignments`.
-        cache: Properties of the latent cache.
         ema: The first EMA of the run, on the training device.
+        path_type: Name of the interpolant.
         autocast: Context manager of the run's mixed precision.
-
-    Raises:
-        UserError: A network or file that a setting names cannot be loaded.
+        compile: Whether targets compile their networks.
     """
-    path = INTERPOLANTS[settings.objective.path_type]
+    path = INTERPOLANTS[path_type]
 
     def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(path, latents, noise, t)[0]
 
-    device = ema.pos_embed.device
-    context = RunContext(device, ema, add_noise, autocast, settings.device.compile)
+    return RunContext(ema.pos_embed.device, ema, add_noise, autocast, compile)
+
+
+def load_alignments(
+    alignments: tuple[AlignmentConfig, ...],
+    entries: list[dict],
+    cache: CacheInfo,
+    context: RunContext,
+) -> dict[str, Alignment]:
+    """Load the target of each method and add its identity to the method's entry.
+
+    Args:
+        alignments: Settings of the methods.
+        entries: The "align" list of config.json, from `plan_alignments`.
+        cache: Properties of the latent cache.
+        context: Parts of the run that the targets may use.
+
+    Raises:
+        UserError: A network or file that a setting names cannot be loaded.
+    """
+    network = context.ema.config
     loaded_alignments = {}
-    for config, entry in zip(settings.alignments, align, strict=True):
+    for config, entry in zip(alignments, entries, strict=True):
         with _convert_field_errors(config.method):
-            target = TARGETS[config.method](entry, config.settings, ema.config, cache, context)
+            target = TARGETS[config.method](entry, config.settings, network, cache, context)
         if config.block in target.student_blocks:
             raise UserError(
                 f"--align-depth {config.block}: --align {config.method} uses this block as its "

@@ -14,9 +14,9 @@ from common import cli
 from common.cli import UserError
 from common.config import (
     add_flags,
-    argparse_type,
-    destination,
-    flag_names,
+    get_argparse_type,
+    get_destination,
+    get_flag_names,
     setting,
     to_plain,
 )
@@ -150,7 +150,7 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
         help_text = f"{method}: {field.metadata.get('help', field.name)}"
         if field.default is not None:
             help_text += f" (default: {field.default})"
-        kind = argparse_type(field)
+        kind = get_argparse_type(field)
         type_option = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         options = {**type_option, **field.metadata, "help": help_text}
         group.add_argument(*method_flags(method, field.name), **options)
@@ -176,7 +176,7 @@ def resolve_alignments(args: argparse.Namespace, model: str) -> tuple[AlignmentC
     methods = [] if args.align == ["none"] else args.align
     _check_methods(args, methods)
     columns = {
-        field.name: _split_per_method(field, getattr(args, destination(field)), methods)
+        field.name: _split_per_method(field, getattr(args, get_destination(field)), methods)
         for field in _SHARED_FIELDS
     }
     alignments = []
@@ -194,7 +194,9 @@ def record_alignments(alignments: tuple[AlignmentConfig, ...]) -> dict:
     """Return the alignment's part of args.json: lists with one value per method."""
     record: dict[str, Any] = {"align": [alignment.method for alignment in alignments] or ["none"]}
     for field in _SHARED_FIELDS:
-        record[destination(field)] = [getattr(alignment, field.name) for alignment in alignments]
+        record[get_destination(field)] = [
+            getattr(alignment, field.name) for alignment in alignments
+        ]
     used = {alignment.method: alignment.settings for alignment in alignments}
     for method, field in _method_fields():
         record[_destination(method, field.name)] = getattr(used.get(method), field.name, None)
@@ -228,8 +230,8 @@ def _check_methods(args: argparse.Namespace, methods: list[str]) -> None:
             flag = method_flags(method, field.name)[0]
             raise UserError(f"{flag} needs --align {method}, but {named} was passed")
     for field in _SHARED_FIELDS:
-        if not methods and getattr(args, destination(field)) is not None:
-            flag = flag_names(field)[0]
+        if not methods and getattr(args, get_destination(field)) is not None:
+            flag = get_flag_names(field)[0]
             raise UserError(f"{flag} has no effect with --align none: remove one of them")
 
 
@@ -254,6 +256,6 @@ def _split_per_method(field: dataclasses.Field, given: list | None, methods: lis
                 f" for all methods, or {size * len(methods)} for --align {' '.join(methods)}"
             )
         passed = " ".join(map(str, given))
-        raise UserError(f"{flag_names(field)[0]} {passed}: pass {expected}, not {len(given)}")
+        raise UserError(f"{get_flag_names(field)[0]} {passed}: pass {expected}, not {len(given)}")
     values = given if size == 1 else list(zip(given[::2], given[1::2]))
     return values * len(methods) if len(values) == 1 else values

@@ -13,7 +13,7 @@ import torch
 from common import cli
 from common.cli import UserError, format_value
 from common.config import add_flags, read_flags, setting
-from common.machine import available_cores
+from common.machine import count_available_cores
 from evaluations.extractors import EXTRACTOR_NAMES
 from interpolant import INTERPOLANTS, PREDICTIONS, WEIGHTINGS
 from latents.manifest import Manifest
@@ -72,7 +72,7 @@ class DataConfig:
         type=cli.positive_int,
     )
     num_workers: int = setting(
-        min(4, available_cores()),
+        min(4, count_available_cores()),
         help="loader processes per training process",
         type=cli.non_negative_int,
     )

@@ -1,4 +1,4 @@
-"""Metrics of the EMA during training: samples and their features are computed on all processes.
+"""Compute metrics of the EMA during training, with samples from all processes.
 
 The metrics equal those of sample_ddp.py and evaluations.evaluate for the same checkpoint, flags and
 batch size, up to --mixed-precision and --allow-tf32: those commands compute in float32 by default.
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.config import flag_of
+from common.config import get_flag_of_field
 from common.files import sha256
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
@@ -31,11 +31,11 @@ from sampling.recipe import Recipe
 from training.config import ObjectiveConfig, PeriodicEvaluationConfig
 from training.held_out import HeldOutLoss
 
-# Settings of the sampler that identify an evaluation.
+# Fields of the recipe that identify an evaluation.
 RECIPE_KEYS = ("path_type", "prediction", "solver", "num_steps", "cfg_scale", "labels", "seed")
 
 
-class Stopped(Exception):  # noqa: N818 (a stop is no error)
+class Stopped(Exception):  # noqa: N818 (a stop signal is not an error)
     """A stop signal arrived during an evaluation."""
 
 
@@ -68,7 +68,7 @@ class Evaluator:
         config = self.config
         _check_config(config)
         self.device = self.vae.vae.device
-        self.settings = Recipe(
+        self.recipe = Recipe(
             mode=config.mode,
             heun=config.heun,
             num_steps=config.num_steps,
@@ -77,9 +77,9 @@ class Evaluator:
             prediction=self.objective.prediction,
         )
         try:
-            self.settings.validate()
+            self.recipe.validate()
         except FieldError as error:
-            flag = flag_of(PeriodicEvaluationConfig, error.field)
+            flag = get_flag_of_field(PeriodicEvaluationConfig, error.field)
             raise UserError(f"{flag} {error.reason}") from None
         size = self.manifest.resolution
         self.network = load_extractor(
@@ -116,7 +116,7 @@ class Evaluator:
             "features": config.features,
             "reference": str(config.reference),
             "reference_sha256": digest,
-            **{key: getattr(self.settings, key) for key in RECIPE_KEYS},
+            **{key: getattr(self.recipe, key) for key in RECIPE_KEYS},
             "batch_size": config.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
@@ -133,7 +133,7 @@ class Evaluator:
         Args:
             model: The network.
             gather: Concatenates a tensor of every process, in the order of the ranks.
-            is_stopped: Whether a stop signal arrived on this process.
+            is_stopped: Returns whether a stop signal arrived on this process.
 
         Returns:
             The metrics on the first process, None on the others.
@@ -150,7 +150,7 @@ class Evaluator:
         if self.held_out:
             held_out_loss = self.held_out.measure(
                 model,
-                self.settings,
+                self.recipe,
                 self.dtype,
                 self.config.batch_size,
                 (self.rank, self.num_processes),
@@ -164,7 +164,7 @@ class Evaluator:
             return None
         features = collect_features(batches, self.config.samples)
         index = torch.arange(self.config.samples)
-        labels = self.settings.compute_labels(index, model.config.num_classes).numpy()
+        labels = self.recipe.compute_labels(index, model.config.num_classes).numpy()
         name = self.config.features
         metrics = compute_metrics(features, labels, self.reference, name, self.device)
         return metrics | held_out_loss
@@ -185,7 +185,7 @@ class Evaluator:
             for first in range(0, num_samples, step):
                 begin = first + self.rank * batch_size
                 index = torch.arange(begin, begin + batch_size, device=self.device)
-                images = self.vae.decode(self.settings.sample_latents(model, index, self.dtype))
+                images = self.vae.decode(self.recipe.sample_latents(model, index, self.dtype))
                 yield self.network(images).map(gather)
                 bar.update(min(step, num_samples - first))
                 check_stop()

@@ -20,14 +20,14 @@ class NonFiniteGuard:
 
     Fused optimizers read `optimizer.found_inf` on the device and skip the update if it is 1;
     GradScaler uses the same mechanism. With fp16 the GradScaler already skips overflowed gradients.
-    This class then reports only non-finite losses, and overflows that persist although the loss
-    scale is lowered.
+    This class then reports only non-finite losses, and overflows that persist while the loss scale
+    falls.
 
     Args:
         optimizer: A fused optimizer.
         uses_grad_scaler: Whether mixed precision is fp16.
-        bad_in_a_row: Consecutive bad steps at the time of the checkpoint.
-        overflows_in_a_row: Consecutive fp16 overflows at the time of the checkpoint.
+        bad_in_a_row: Number of consecutive bad steps when the checkpoint was written.
+        overflows_in_a_row: Number of consecutive fp16 overflows when it was written.
     """
 
     optimizer: torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""Denoising loss on held-out images, at fixed timesteps and with fixed noise.
+"""Measure the denoising loss on held-out images, at fixed timesteps and with fixed noise.
 
 Two runs, or two steps of one run, are therefore compared on the same inputs.
 """
@@ -21,7 +21,7 @@ from models.autoencoder import LatentScale
 from models.sit import SiT
 from sampling.recipe import Recipe
 
-# Midpoints of five equal intervals, so that the mean approximates that over uniform timesteps.
+# Midpoints of five equal intervals: their mean loss approximates that of uniform timesteps.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 0  # of the noise and the posterior samples, for every run
 COMPARED_FIELDS = (
@@ -71,7 +71,7 @@ class HeldOutLoss:
 
     @property
     def identity(self) -> dict:
-        """Everything that decides the loss besides the network."""
+        """Everything besides the network that determines the loss."""
         shards = json.dumps(self.cache.manifest.shards, sort_keys=True).encode()
         return {
             "latents_sha256": hashlib.sha256(shards).hexdigest(),
@@ -83,7 +83,7 @@ class HeldOutLoss:
     def measure(
         self,
         model: SiT,
-        settings: Recipe,
+        recipe: Recipe,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
         share: tuple[int, int] = (0, 1),
@@ -96,7 +96,7 @@ class HeldOutLoss:
 
         Args:
             model: The network.
-            settings: Settings with the interpolant and the quantity that the network predicts.
+            recipe: Names the interpolant and the quantity that the network predicts.
             dtype: Autocast dtype.
             batch_size: Images per process and forward pass.
             share: Rank of this process and number of processes.
@@ -113,19 +113,19 @@ class HeldOutLoss:
             begin = first + rank * batch_size
             image_index = self.image_index[begin : begin + batch_size]
             if len(image_index):
-                sums += self._batch_sums(model, settings, image_index, dtype)
+                sums += self._batch_sums(model, recipe, image_index, dtype)
             check_stop()
         means = (gather(sums).sum(0) / self.num_images).tolist()
         per_timestep = {f"held_out_{t}": mean for t, mean in zip(TIMESTEPS, means)}
         return {"held_out": sum(means) / len(means), **per_timestep}
 
     def _batch_sums(
-        self, model: SiT, settings: Recipe, image_index: Tensor, dtype: torch.dtype
+        self, model: SiT, recipe: Recipe, image_index: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Return the sums of the losses of a batch, (1, number of timesteps), float64."""
         device = model.pos_embed.device
         shape = tuple(self.cache.manifest.latent_shape)
-        path = INTERPOLANTS[settings.path_type]
+        path = INTERPOLANTS[recipe.path_type]
         moments, labels = (t.to(device) for t in self.cache.gather(image_index.numpy()))
         image_index = image_index.to(device)
         posterior_noise = normal(SEED, Purpose.POSTERIOR, image_index, shape)
@@ -137,6 +137,6 @@ class HeldOutLoss:
             x_t, velocity = interpolate(path, latents, noise, t)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 prediction = model(x_t, t, labels)
-            target = regression_target(settings.prediction, latents, noise, velocity)
+            target = regression_target(recipe.prediction, latents, noise, velocity)
             sums.append(denoising_loss(prediction, target).double().sum())
         return torch.stack(sums)[None]

@@ -1,4 +1,4 @@
-"""Log of a run: metrics.jsonl, log.txt, the progress bar and the trackers."""
+"""Write the log of a run: metrics.jsonl, log.txt, the progress bar and the trackers."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ class MetricMeans:
         self.names = names
         self.reduce = reduce
         sums = progress.get("log_sums", [0.0] * len(names))
-        # The last element is the number of finite steps.
+        # The last element counts the finite steps.
         self.sums = torch.tensor([*sums, progress.get("log_good", 0.0)], device=device)
 
     def add(self, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
@@ -55,7 +55,7 @@ class MetricMeans:
         self.sums += torch.where(is_finite > 0, values, 0)
 
     def compute(self) -> dict[str, float | None]:
-        """Return the means over steps and processes, None if no step was finite, and reset them."""
+        """Return the means over steps and processes, and reset them; None if no step was finite."""
         *sums, num_steps = self._reduce_sums()
         self.sums.zero_()
         return {
@@ -120,9 +120,8 @@ def drop_repeated_lines(path: Path, step: int, buffered_lines: str) -> None:
             that were not written later are restored.
     """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    complete_lines = [
-        line for line in lines if line.endswith("\n")
-    ]  # the last one may be incomplete after a kill
+    # The last line may be incomplete if the run was killed.
+    complete_lines = [line for line in lines if line.endswith("\n")]
     kept_lines = [line for line in complete_lines if json.loads(line)["step"] <= step]
     kept_lines += [
         line for line in buffered_lines.splitlines(keepends=True) if line not in kept_lines

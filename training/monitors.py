@@ -1,4 +1,4 @@
-"""Previews and evaluations of the EMA during training."""
+"""Run the previews and evaluations of the EMA during training."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from training.state import TrainState
 
 @dataclass
 class Monitors:
-    """Previews and evaluates each EMA periodically and at the last step.
+    """Draws previews of each EMA and evaluates it, periodically and at the last step.
 
     Args:
         log: Log of the run.
         ema_decays: Decays of the EMAs; the first is the primary one.
         last_step: Number of updates of the whole run.
-        preview: Draws sample grids; None on other processes than the first, or without previews.
-        evaluator: Computes metrics; None without evaluations.
+        preview: Draws sample grids; None if disabled, and on all processes but the first.
+        evaluator: Computes metrics; None if disabled.
         preview_every: Steps between previews.
         eval_every: Steps between evaluations.
         complete_evaluations: Step and EMA decay of evaluations that were complete when the run
@@ -41,12 +41,12 @@ class Monitors:
     def run_due(
         self, state: TrainState, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
     ) -> bool:
-        """Run what is due at this step and not complete. All processes must call this.
+        """Run previews and evaluations that are due and incomplete; all processes must call this.
 
         Args:
             state: State of the run.
             gather: Concatenates a tensor of every process.
-            is_stopped: Whether a stop signal arrived.
+            is_stopped: Returns whether a stop signal arrived.
 
         Returns:
             False if a stop signal interrupted the work.

@@ -13,13 +13,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from common.cli import UserError
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank 0 samples, evaluates or saves
-EXIT_STOPPED = 75  # exit code of a run stopped by a signal (EX_TEMPFAIL: rerun to resume)
+EXIT_STOPPED = 75  # exit code of a run stopped by a signal; rerun to resume (EX_TEMPFAIL)
 
 
 class StopRequest:
-    """Remembers whether a stop signal arrived, and which one."""
+    """Records whether a stop signal arrived, and which one."""
 
     name: str | None = None
 
@@ -32,14 +34,15 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Record SIGTERM and SIGUSR1 instead of terminating the process.
 
-    On SystemExit the signals are ignored from then on: when one process exits with a non-zero code,
-    the launcher sends SIGTERM to the others, which would kill those that are still shutting down.
+    After SystemExit or UserError the signals are ignored: when one process exits with a non-zero
+    code, the launcher sends SIGTERM to the others, which would kill those that are still shutting
+    down, possibly before they print their error.
     """
     request = StopRequest()
     handlers = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
     try:
         yield request
-    except SystemExit:
+    except (SystemExit, UserError):
         handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
         raise
     finally:

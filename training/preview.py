@@ -1,4 +1,4 @@
-"""Sample grids of the EMA during training."""
+"""Draw sample grids of the EMA during training."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Preview:
         num_rows = min(self.num_rows, len(class_names))
         classes = torch.linspace(0, len(class_names) - 1, num_rows).round().long()
         self.row_names = [class_names[k] for k in classes]
-        self.settings = Recipe(
+        self.recipe = Recipe(
             mode="ode",
             num_steps=self.num_steps,
             cfg_scale=cfg_scale,
@@ -61,10 +61,10 @@ class Preview:
         """
         num_images = len(self.row_names) * self.num_columns
         index = torch.arange(num_images, device=self.vae.vae.device)
-        images = self.vae.decode(self.settings.sample_latents(ema, index))
+        images = self.vae.decode(self.recipe.sample_latents(ema, index))
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         rows = pixels.reshape(len(self.row_names), self.num_columns, *pixels.shape[1:])
-        subtitle = f"Euler {self.num_steps} · guidance {self.settings.cfg_scale:g}"
+        subtitle = f"Euler {self.num_steps} · guidance {self.recipe.cfg_scale:g}"
         grid = draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {subtitle}")
         save_png(grid, path)
 
@@ -78,7 +78,7 @@ def load_vae(name: str | None, manifest: Manifest, device: torch.device) -> Auto
     """Load the VAE that decodes samples: `name`, or the one that created the cache.
 
     Raises:
-        UserError: It cannot be loaded, or it is not the VAE that created the cache.
+        UserError: The VAE cannot be loaded, or is not the one that created the cache.
     """
     name = name or manifest.vae
     try:

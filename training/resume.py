@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpointing.storage import list_checkpoints
 from common.cli import UserError, format_value
-from common.config import destination, record_flags
+from common.config import get_destination, record_flags
 from common.metrics_log import read_rows
 from latents.manifest import Manifest
 from models.sit import PRESETS, SiTConfig
@@ -45,11 +45,22 @@ class RunPosition:
     has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
 
 
-def find_position(settings: Settings) -> RunPosition:
-    """Find out where a run stopped; a new run may have no folder yet."""
-    folder = settings.run.folder
-    ema_decays = settings.optimizer.ema_decay
-    last_step = settings.loop.num_steps
+def find_position(
+    folder: Path,
+    last_step: int,
+    ema_decays: tuple[float, ...],
+    preview_every: int,
+    eval_every: int,
+) -> RunPosition:
+    """Find out where a run stopped; a new run may have no folder yet.
+
+    Args:
+        folder: The run folder.
+        last_step: Number of updates of the whole run.
+        ema_decays: Decays of the EMAs; the first is the primary one.
+        preview_every: Steps between previews.
+        eval_every: Steps between evaluations.
+    """
     checkpoints = list_checkpoints(folder)
     step = int(checkpoints[-1].name) if checkpoints else 0
     complete = frozenset(
@@ -57,10 +68,10 @@ def find_position(settings: Settings) -> RunPosition:
         for row in read_rows(folder)
         if row["step"] == step and "evaluation" in row
     )
-    lacks_evaluation = is_due(step, settings.evaluation.every, last_step) and any(
+    lacks_evaluation = is_due(step, eval_every, last_step) and any(
         (step, decay) not in complete for decay in ema_decays
     )
-    lacks_preview = is_due(step, settings.preview.every, last_step) and any(
+    lacks_preview = is_due(step, preview_every, last_step) and any(
         not preview_path(folder, step, suffix).exists() for suffix in ema_suffixes(ema_decays)
     )
     return RunPosition(checkpoints, step, complete, lacks_evaluation or lacks_preview)
@@ -153,7 +164,7 @@ def check_same_run(flags: dict, folder: Path) -> None:
 def _flags_that_may_change() -> set[str]:
     """Return argparse's names of the flags that a resumed run may be started with."""
     names = {
-        destination(setting)
+        get_destination(setting)
         for config in ALL_CONFIGS
         for setting in fields(config)
         if config in FREE_CONFIGS or setting.metadata.get("may_change")

@@ -1,9 +1,10 @@
-"""Builds the objects of a run from its settings: networks, targets, log, previews, evaluation."""
+"""Build the objects of a run from its settings: networks, targets, log, previews, evaluation."""
 
 import copy
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,21 @@ from training.alignment import (
     describe_alignment,
     load_alignments,
     make_cache_info,
+    make_run_context,
     plan_alignments,
     required_cache_inputs,
     restore_settings,
 )
 from training.config import (
     DataConfig,
+    DeviceConfig,
+    LogConfig,
+    LoopConfig,
     ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PeriodicEvaluationConfig,
+    PreviewConfig,
     Settings,
     autocast_dtype,
     build_network_config,
@@ -58,18 +67,24 @@ from training.trackers import Trackers
 
 
 def build_state(
-    settings: Settings, network: SiTConfig, align: list[dict], device: torch.device
+    network: SiTConfig,
+    align: list[dict],
+    optimizer: OptimizerConfig,
+    options: DeviceConfig,
+    seed: int,
+    device: torch.device,
 ) -> TrainState:
     """Build the networks and the optimizer at step 0.
 
     Args:
-        settings: Settings of the run.
         network: Architecture of the backbone.
-        align: config.json's "align", which describes the heads.
+        align: The "align" list of config.json, which describes the heads.
+        optimizer: Settings of AdamW and the EMAs.
+        options: Whether to compile, and to checkpoint activations.
+        seed: Seed of the initial weights.
         device: Device of the state.
     """
-    optimizer = settings.optimizer
-    torch.manual_seed(settings.run.seed)
+    torch.manual_seed(seed)
     backbone = SiT(network)  # before the heads, so that its weights do not depend on them
     model = build_aligned_network(backbone, align).to(device)
     emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
@@ -81,8 +96,8 @@ def build_state(
         eps=optimizer.adam_epsilon,
         fused=True,
     )
-    backbone.activation_checkpointing = settings.device.activation_checkpointing
-    if settings.device.compile:
+    backbone.activation_checkpointing = options.activation_checkpointing
+    if options.compile:
         # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
         torch._dynamo.config.optimize_ddp = False
         for block in backbone.blocks:  # not those of the EMAs, which are sampled with other shapes
@@ -142,7 +157,15 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Find out where the run stopped. Only the first process looks, because on a network disk others
     # may see files later.
     num_steps = settings.loop.num_steps
-    position = find_position(settings) if accelerator.is_main_process else RunPosition()
+    position = RunPosition()
+    if accelerator.is_main_process:
+        position = find_position(
+            folder,
+            num_steps,
+            settings.optimizer.ema_decay,
+            settings.preview.every,
+            settings.evaluation.every,
+        )
     position = broadcast_object_list([position])[0]
     if position.step >= num_steps and not position.has_pending_work:
         accelerator.print(
@@ -161,8 +184,11 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
 
     # Open the log at the step of the checkpoint.
-    log = open_log(settings, accelerator, networks)
-    log.info(describe_run(settings, accelerator, networks, cache))
+    log = open_log(folder, settings.loop, settings.log, flags, accelerator, networks)
+    log.info(
+        f"{settings.model.model}: {describe_networks(networks)}\n"
+        f"{describe_loop(settings.loop, settings.objective, accelerator, cache)}"
+    )
     if position.checkpoints:
         log.info(f"resuming from {position.checkpoints[-1]}")
     monitors = Monitors(
@@ -241,13 +267,31 @@ def build_networks(
     align = plan_alignments(settings.alignments, network, cache_info)
     config = build_config_json(settings, network, align, manifest)
 
-    preview, evaluator = build_preview_and_evaluator(settings, accelerator, manifest)
+    preview, evaluator = build_preview_and_evaluator(
+        settings.preview,
+        settings.evaluation,
+        settings.objective,
+        settings.run.seed,
+        accelerator,
+        manifest,
+    )
     if accelerator.is_main_process:
         resources.enter_context(lock_run(folder, position.checkpoints))
-    state = build_state(settings, network, align, accelerator.device)
-    loaded_alignments = load_alignments(
-        settings, align, cache_info, state.emas[0], accelerator.autocast
+    state = build_state(
+        network,
+        align,
+        settings.optimizer,
+        settings.device,
+        settings.run.seed,
+        accelerator.device,
     )
+    context = make_run_context(
+        state.emas[0],
+        settings.objective.path_type,
+        accelerator.autocast,
+        settings.device.compile,
+    )
+    loaded_alignments = load_alignments(settings.alignments, align, cache_info, context)
     for name in required_cache_inputs(loaded_alignments):
         cache.require_folder(name)
     if checkpoint:
@@ -262,26 +306,25 @@ def build_networks(
 
 
 def build_preview_and_evaluator(
-    settings: Settings, accelerator: Accelerator, manifest: Manifest
+    preview_config: PreviewConfig,
+    evaluation_config: PeriodicEvaluationConfig,
+    objective: ObjectiveConfig,
+    seed: int,
+    accelerator: Accelerator,
+    manifest: Manifest,
 ) -> tuple[Preview | None, Evaluator | None]:
     """Build the preview (on the first process) and the evaluator; None if they are disabled."""
-    has_preview = settings.preview.every > 0 and accelerator.is_main_process
-    has_evaluation = settings.evaluation.every > 0
+    has_preview = preview_config.every > 0 and accelerator.is_main_process
+    has_evaluation = evaluation_config.every > 0
     preview, evaluator = None, None
     if has_preview or has_evaluation:
-        vae = load_vae(settings.preview.vae, manifest, accelerator.device)
+        vae = load_vae(preview_config.vae, manifest, accelerator.device)
     if has_preview:
-        preview = Preview(
-            vae,
-            manifest.class_names,
-            settings.preview.cfg_scale,
-            settings.objective,
-            settings.run.seed,
-        )
+        preview = Preview(vae, manifest.class_names, preview_config.cfg_scale, objective, seed)
     if has_evaluation:
         evaluator = Evaluator(
-            settings.evaluation,
-            settings.objective,
+            evaluation_config,
+            objective,
             vae,
             manifest,
             autocast_dtype(accelerator.mixed_precision),
@@ -291,14 +334,29 @@ def build_preview_and_evaluator(
     return preview, evaluator
 
 
-def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -> RunLog:
-    """Open the log at the position of the run and start the trackers."""
+def open_log(
+    folder: Path,
+    loop: LoopConfig,
+    log_config: LogConfig,
+    flags: dict,
+    accelerator: Accelerator,
+    networks: Networks,
+) -> RunLog:
+    """Open the log at the position of the run and start the trackers.
+
+    Args:
+        folder: The run folder.
+        loop: Length of the run and batch size.
+        log_config: Settings of the log and the trackers.
+        flags: Contents of args.json, for the trackers.
+        accelerator: The accelerator.
+        networks: The networks of the run.
+    """
     state = networks.state
     config = networks.config
-    folder = settings.run.folder
     device = accelerator.device
     dtype = autocast_dtype(accelerator.mixed_precision)
-    batch_size = settings.loop.batch_size
+    batch_size = loop.batch_size
     names = ["loss", "denoising"]
     for method in networks.alignments:
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
@@ -308,12 +366,12 @@ def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -
     mfu_per_image_rate = flops / measure_matmul_rate(device, dtype) / accelerator.num_processes
     console = Console(
         folder,
-        total=settings.loop.num_steps * batch_size,
+        total=loop.num_steps * batch_size,
         initial=state.step * batch_size,
         is_main_process=accelerator.is_main_process,
     )
     trackers = Trackers(accelerator, console.info)
-    trackers.start(settings.log.wandb_project, folder, config | build_args_json(settings))
+    trackers.start(log_config.wandb_project, folder, config | flags)
     log = RunLog(
         folder,
         console,
@@ -325,38 +383,40 @@ def open_log(settings: Settings, accelerator: Accelerator, networks: Networks) -
             accelerator.mixed_precision == "fp16",
             *state.progress.get("bad_in_a_row", ()),
         ),
-        settings.log.log_every,
+        log_config.log_every,
     )
     log.restore(state.step, state.progress)
     return log
 
 
-def describe_run(
-    settings: Settings, accelerator: Accelerator, networks: Networks, cache: LatentCache
-) -> str:
-    """Return a description of the run: four lines, plus one per additional method."""
-    loop = settings.loop
-    objective = settings.objective
+def describe_networks(networks: Networks) -> str:
+    """Return a line about the backbone, and one about each alignment method."""
     model = networks.state.model
     num_parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
     flops = backbone_flops(model.backbone.config)
+    backbone = (
+        f"{num_parameters / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOPs "
+        f"({flops / 2e9:.4g} GMAC) forward"
+    )
     method_lines = [
         describe_alignment(entry, model, networks.cache_info) for entry in networks.config["align"]
     ]
+    return "\n".join([backbone, *(method_lines or ["no alignment"])])
+
+
+def describe_loop(
+    loop: LoopConfig, objective: ObjectiveConfig, accelerator: Accelerator, cache: LatentCache
+) -> str:
+    """Return a line about the batch, and one about the data."""
     num_processes = accelerator.num_processes
     accumulation = loop.gradient_accumulation_steps
     local_batch_size = loop.batch_size // num_processes // accumulation
     epochs = loop.num_steps * loop.batch_size / len(cache)
-    return "\n".join(
-        [
-            f"{settings.model.model}: {num_parameters / 1e6:.1f}M parameters, "
-            f"{flops / 1e9:.4g} GFLOPs ({flops / 2e9:.4g} GMAC) forward",
-            *(method_lines or ["no alignment"]),
-            f"global batch {loop.batch_size} = {num_processes} (processes) x {local_batch_size} "
-            f"(local) x {accumulation} (accumulated) on {accelerator.device.type}, precision "
-            f"{accelerator.mixed_precision}; {objective.prediction} prediction on the "
-            f"{objective.path_type} path, {objective.weighting} timesteps",
-            f"{len(cache):,} images per epoch, {cache.manifest.num_classes} classes; "
-            f"{loop.num_steps:,} steps are {epochs:.1f} epochs",
-        ]
+    return (
+        f"global batch {loop.batch_size} = {num_processes} (processes) x {local_batch_size} "
+        f"(local) x {accumulation} (accumulated) on {accelerator.device.type}, precision "
+        f"{accelerator.mixed_precision}; {objective.prediction} prediction on the "
+        f"{objective.path_type} path, {objective.weighting} timesteps\n"
+        f"{len(cache):,} images per epoch, {cache.manifest.num_classes} classes; "
+        f"{loop.num_steps:,} steps are {epochs:.1f} epochs"
     )

@@ -1,4 +1,4 @@
-"""State of a training run, and the background thread that saves it.
+"""Hold the state of a training run, and save it in a background thread.
 
 checkpointing/storage.py describes the files of a checkpoint.
 """
@@ -50,7 +50,7 @@ class TrainState:
     progress: dict = field(default_factory=dict)
 
     def snapshot(self, config: dict) -> "Snapshot":
-        """Copy the state to host memory: the only part of saving that training waits for."""
+        """Copy the state to host memory. Training waits only for this part of saving."""
         emas, model, optimizer = recursively_apply(
             lambda tensor: tensor.detach().to("cpu", copy=True).contiguous(),
             (
@@ -182,7 +182,7 @@ class CheckpointWriter:
 
     def take_messages(self) -> list[str]:
         """Return and clear queued log messages."""
-        count = len(self.messages)  # the thread may append one meanwhile
+        count = len(self.messages)  # the thread may append another one at the same time
         messages = self.messages[:count]
         del self.messages[:count]
         return messages
@@ -207,14 +207,14 @@ class CheckpointWriter:
             return
         try:
             remove_checkpoint(folder)
-        except OSError as error:  # for example on a network disk while another process reads it
+        except OSError as error:  # for example, another process reads it on a network disk
             self.messages.append(f"could not remove {folder}: {format_error(error)}")
 
 
 class EMA:
     """Exponential moving average of a module's trainable parameters.
 
-    One multi-tensor update in the dtype of the parameters (float32).
+    All parameters are updated by one multi-tensor operation in their dtype (float32).
 
     Args:
         ema: The averaged module.

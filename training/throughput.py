@@ -1,4 +1,6 @@
-"""Throughput of a run: images per second, waiting for data, and model FLOP utilisation.
+"""Measure the throughput of a run: images per second, time spent waiting for data, and MFU.
+
+MFU is the model FLOP utilisation.
 
 One multiply-accumulate counts as two FLOPs.
 """
@@ -38,7 +40,7 @@ def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> i
 
 @torch.no_grad()
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Return the FLOP/s of large square matrix products, the best of those measured now.
+    """Return the highest measured FLOP/s of large square matrix products.
 
     The log's `mfu` is relative to this rate.
     """
@@ -64,7 +66,7 @@ class Throughput:
     Args:
         batch_size: Global batch size.
         device: Device of the step.
-        start_step: Number of updates at the start.
+        start_step: Number of updates before this measurement.
         mfu_per_image_rate: Model FLOP utilisation at one image per second.
     """
 
@@ -123,7 +125,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude the block from times and peak memory. Waits for the device."""
+        """Exclude the block from times and peak memory. This waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         paused = time.perf_counter()

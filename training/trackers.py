@@ -1,4 +1,4 @@
-"""Experiment trackers, through accelerate: Weights & Biases, TensorBoard and others."""
+"""Send metrics and images to experiment trackers, such as Weights & Biases, through accelerate."""
 
 import uuid
 from collections.abc import Callable
@@ -46,11 +46,11 @@ class Trackers:
     info: Callable[[str], None]
 
     def start(self, project: str, folder: Path, config: dict) -> None:
-        """Start the trackers; Weights & Biases resumes the run whose id is in `folder`.
+        """Start the trackers; Weights & Biases resumes the run with the id stored in `folder`.
 
         Args:
             project: Name of the project.
-            folder: The run folder; its name is that of the run.
+            folder: The run folder; the run in the tracker has the same name.
             config: Settings to record.
 
         Raises:
@@ -76,7 +76,7 @@ class Trackers:
             for tracker in accelerator.trackers:
                 if tracker.name != "wandb":
                     tracker.store_init_configuration(_flatten(config))
-        except Exception as error:  # no API key, no network, ...: the errors of any package
+        except Exception as error:  # any package may fail: no API key, no network, ...
             names = " ".join(map(str, accelerator.log_with))
             raise UserError(
                 f"--report-to {names} cannot start ({first_line(error)}): log in (for wandb, run "
@@ -122,6 +122,6 @@ class Trackers:
 
 
 def _flatten(config: dict) -> dict[str, Any]:
-    """Return the config with plain values only: most trackers accept no lists and dicts."""
+    """Convert lists and dicts to text, because most trackers do not accept them."""
     plain = (bool, int, float, str)
     return {key: value if isinstance(value, plain) else str(value) for key, value in config.items()}

@@ -1,4 +1,4 @@
-"""Tests that the bundled data has the properties stated in assets/fashion-mnist/README.md."""
+"""The bundled data has the properties that assets/fashion-mnist/README.md states."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from assets.build_fashion_mnist import CLASS_NAMES, psnr
+from assets.build_fashion_mnist import CLASS_NAMES, compute_psnr
 from evaluations.fashion import load_classifier
 from models.autoencoder import Autoencoder
 from preprocessing.images import load_square
@@ -53,7 +53,7 @@ def test_autoencoder_reaches_the_stated_psnr(subset):
     decoded = vae.decode(vae.scale.mean(moments))
     mse = ((decoded.float() - images.float()) / 127.5).square().mean().item()
     stated = MEASUREMENTS["vae_psnr_db_of_mean_error"]
-    assert stated >= 26 and psnr(mse) == pytest.approx(stated, abs=0.5)
+    assert stated >= 26 and compute_psnr(mse) == pytest.approx(stated, abs=0.5)
 
 
 def test_scaled_latents_have_unit_standard_deviation(subset):

@@ -1,4 +1,4 @@
-"""Command-line errors are one line with an exit code; unknown flags lead to a suggestion."""
+"""Command-line errors are one line with an exit code, and suggest a flag for an unknown one."""
 
 import importlib
 import sys

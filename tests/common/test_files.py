@@ -1,4 +1,4 @@
-"""Atomic writes, arrays that are written in parts, and log files on a full disk."""
+"""Test atomic writes, arrays that are written in parts, and log files on a full disk."""
 
 import hashlib
 import io

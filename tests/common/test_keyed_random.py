@@ -1,11 +1,11 @@
-"""Keyed random numbers: known answers, independence of the batch, and distributions."""
+"""Test keyed random numbers: known answers, independence of the batch, and distributions."""
 
 import torch
 
 from common.keyed_random import Purpose, normal, philox, uniform
 
 
-def words(*values):
+def make_words(*values):
     return tuple(torch.tensor([v]) for v in values)
 
 
@@ -22,7 +22,7 @@ def test_philox_matches_known_answers():
         ),
     ]
     for counter, key, expected in cases:
-        assert tuple(word.item() for word in philox(words(*counter), key)) == expected
+        assert tuple(word.item() for word in philox(make_words(*counter), key)) == expected
 
 
 def test_numbers_of_a_position_do_not_depend_on_the_batch():

@@ -13,4 +13,4 @@ def test_available_memory_respects_the_control_group_limit(tmp_path, monkeypatch
     (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8000000 kB\n")
     monkeypatch.setattr(machine, "Path", lambda path: Path(str(tmp_path) + str(path)))
-    assert machine.available_memory() == 3_000_000
+    assert machine.get_available_memory() == 3_000_000

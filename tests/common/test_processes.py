@@ -1,4 +1,4 @@
-"""Collectives between the processes of a command, also if a process exits early."""
+"""Test collectives between the processes of a command, of which one exits early."""
 
 from tests.helpers import torchrun
 

@@ -1,4 +1,4 @@
-"""Tests of the ablation study: the grid, the execution of the runs, and the report."""
+"""Test the ablation study: the grid, the execution of the runs, and the report."""
 
 import json
 import math
@@ -18,10 +18,10 @@ from scipy import stats
 import sample_ddp
 import train
 from common import cli
-from common.machine import available_cores
+from common.machine import count_available_cores
 from common.metrics_log import read_rows
 from evaluations import evaluate
-from experiments import ablate, cells, panels, results
+from experiments import ablate, cells, panels, results, scheduler
 from experiments.cells import Cell
 from tests.helpers import ROOT
 from training.config import (
@@ -73,7 +73,7 @@ def test_tried_blocks_scale_with_the_depth_of_the_model():
         "SiT-L/2": ["4", "6", "8", "12", "16"],
     }
     for model, labels in expected.items():
-        assert [*ablate.axis_values(model, 400, demo=True)["depth"]] == labels
+        assert [*ablate.list_axis_values(model, 400, demo=True)["depth"]] == labels
 
 
 def test_imagenet_commands_are_valid_and_cover_table_1(call):
@@ -124,20 +124,20 @@ def test_t_intervals_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     a, b = (dict(enumerate(rng.normal(size=5).tolist())) for _ in range(2))
     expected = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.95)
-    paired = results.paired_difference(a, b)
+    paired = results.compute_paired_difference(a, b)
     assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     expected = stats.ttest_1samp([*a.values()], 0).confidence_interval(0.95)
-    single = results.student_interval([*a.values()])
+    single = results.compute_t_interval([*a.values()])
     assert (single.low, single.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
 def test_paired_differences_are_taken_per_common_seed():
     baseline = {0: 3.0, 1: 30.0, 2: 300.0}
     shifted = {seed: value - 0.5 for seed, value in baseline.items()}
-    assert results.paired_difference(shifted | {7: 1e9}, baseline) == (-0.5, -0.5, -0.5)
-    single = results.paired_difference({0: 2.0}, baseline)
+    assert results.compute_paired_difference(shifted | {7: 1e9}, baseline) == (-0.5, -0.5, -0.5)
+    single = results.compute_paired_difference({0: 2.0}, baseline)
     assert single == pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)
-    assert results.paired_difference({9: 1.0}, baseline) is None
+    assert results.compute_paired_difference({9: 1.0}, baseline) is None
 
 
 def test_table_contains_paired_intervals_and_marks_missing_runs(tmp_path):
@@ -198,8 +198,8 @@ def runs(tmp_path, monkeypatch):
     """Return an output folder for a fake train.py, which waits until the file `hold` is removed."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(cells, "ROOT", tmp_path)
-    monkeypatch.setattr(cells, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(scheduler, "ROOT", tmp_path)
+    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.01)
     return tmp_path / "runs"
 
 
@@ -239,27 +239,27 @@ def call_after_starts(folder, expected: list[int], action) -> threading.Thread:
 
 def test_failed_run_is_reported_and_does_not_affect_the_others(runs, capsys):
     (runs / "a-seed0.broken").touch()
-    assert cells.run_cells(make_cells(), runs, jobs=2) == {"a-seed0": "error: no luck"}
+    assert scheduler.run_cells(make_cells(), runs, jobs=2) == {"a-seed0": "error: no luck"}
     assert "a-seed0: error: no luck" in capsys.readouterr().out
     assert "many words" in (runs / "a-seed0.log").read_text()
     assert [cells.is_finished(cell, runs) for cell in make_cells()] == [False, True, True]
     (runs / "a-seed0.broken").unlink()
-    assert cells.run_cells(make_cells(), runs, jobs=2) == {}
+    assert scheduler.run_cells(make_cells(), runs, jobs=2) == {}
     assert count_starts(runs) == [2, 1, 1]
 
 
 def test_threads_are_divided_among_the_jobs(runs):
-    cells.run_cells(make_cells()[:1], runs, jobs=2)
+    scheduler.run_cells(make_cells()[:1], runs, jobs=2)
     threads = read_environment(runs, "a")["OMP_NUM_THREADS"]
-    assert threads == str(max(1, available_cores() // 2))
+    assert threads == str(max(1, count_available_cores() // 2))
 
 
 def test_simultaneous_runs_use_different_gpus(runs, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(cells, "describe_machine", lambda device: {"device": device.type})
+    monkeypatch.setattr(scheduler, "describe_machine", lambda device: {"device": device.type})
     (runs / "hold").touch()
     thread = call_after_starts(runs, [1, 1, 0], (runs / "hold").unlink)
-    assert cells.run_cells(make_cells()[:2], runs, jobs=2) == {}
+    assert scheduler.run_cells(make_cells()[:2], runs, jobs=2) == {}
     thread.join()
     assert {read_environment(runs, name)["CUDA_VISIBLE_DEVICES"] for name in "ab"} == {"3", "5"}
     assert cells.read_record(make_cells()[0], runs)["machine"]["device"] == "cuda"
@@ -269,12 +269,12 @@ def test_ctrl_c_stops_all_runs_and_the_next_call_resumes_them(runs):
     (runs / "hold").touch()
     thread = call_after_starts(runs, [1, 1, 0], lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        cells.run_cells(make_cells(), runs, jobs=2)
+        scheduler.run_cells(make_cells(), runs, jobs=2)
     thread.join()
     assert count_starts(runs) == [1, 1, 0]
     assert all((runs / f"{name}-seed0/saved").exists() for name in "ab")
     (runs / "hold").unlink()
-    assert cells.run_cells(make_cells(), runs, jobs=2) == {}
+    assert scheduler.run_cells(make_cells(), runs, jobs=2) == {}
     assert count_starts(runs) == [2, 2, 1]
 
 
@@ -285,7 +285,7 @@ def test_second_study_in_a_folder_is_refused(runs):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(cli.UserError, match="another process is running a study there"):
-        cells.run_cells(make_cells(), runs, jobs=1)
+        scheduler.run_cells(make_cells(), runs, jobs=1)
     other.communicate(b"\n")
     assert count_starts(runs) == [0, 0, 0]
 
@@ -317,8 +317,8 @@ def commands(monkeypatch):
 
     names = ("run", "DEVNULL", "STDOUT", "CalledProcessError")
     attributes = {name: getattr(subprocess, name) for name in names}
-    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(Popen=InProcess, **attributes))
-    monkeypatch.setattr(cells, "POLL_SECONDS", 0)
+    monkeypatch.setattr(scheduler, "subprocess", SimpleNamespace(Popen=InProcess, **attributes))
+    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0)
     return started
 
 

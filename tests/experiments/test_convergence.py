@@ -1,4 +1,4 @@
-"""Tests of the convergence study: the plan, the data, the execution, and the report."""
+"""Test the convergence study: the plan, the data, the execution, and the report."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.run_steps import count_flops, time_runs
 from common.cli import UserError
-from common.machine import available_cores
-from experiments import cells, convergence, results, study_data
+from common.machine import count_available_cores
+from experiments import cells, convergence, results, scheduler, study_data
 from experiments.cells import Cell
 from experiments.study_numbers import format_numbers
 from experiments.study_page import format_tables
@@ -35,7 +35,7 @@ METHOD_ARGS = ("align", "projector", "repa", "sra", "encoder_weights")
 @pytest.fixture(autouse=True)
 def visible_gpu(monkeypatch):
     """Make the study use one visible GPU."""
-    monkeypatch.setattr(convergence, "visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(convergence, "list_visible_gpus", lambda: ["0"])
 
 
 def make_plan(scale: str, *flags: str) -> StudyPlan:
@@ -48,14 +48,14 @@ def read_default_blocks(scale: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_runs_with_equal_seeds_differ_only_in_the_method(scale):
-    study_cells = make_plan(scale).study_cells(read_default_blocks(scale))
+    study_cells = make_plan(scale).make_study_cells(read_default_blocks(scale))
     expected = [(seed, name) for seed in SCALES[scale].seeds for name in METHODS]
     assert [(cell.seed, cell.name) for cell in study_cells] == expected
     shared_settings, method_settings = set(), set()
     for cell in study_cells:
         shared = []
         method_values = [cell.name]
-        for key, value in build_args_json(cell.settings()).items():
+        for key, value in build_args_json(cell.parse_settings()).items():
             if key.startswith(METHOD_ARGS):
                 method_values.append(str(value))
             elif key not in ("exp_name", "seed"):
@@ -71,7 +71,7 @@ def test_runs_with_equal_seeds_differ_only_in_the_method(scale):
 )
 def test_evaluations_are_evenly_spaced(steps, evaluations, every, log_every):
     flags = ("--max-train-steps", str(steps), "--evaluations", str(evaluations))
-    settings = make_plan("laptop", *flags).study_cells({})[0].settings()
+    settings = make_plan("laptop", *flags).make_study_cells({})[0].parse_settings()
     assert settings.evaluation.every == settings.checkpoint.checkpointing_steps == every
     assert (settings.log.log_every, settings.loop.max_train_steps) == (log_every, steps)
 
@@ -82,7 +82,7 @@ def test_blocks_are_tuned_with_other_seeds_than_the_study(scale):
     assert not {*SCALES[scale].seeds} & tune_seeds
     result = results.load_result(ROOT / f"docs/study-{scale}-knobs.json", "convergence-knobs")
     assert {run["seed"] for run in result["runs"]} == tune_seeds
-    tuning_cells = make_plan(scale, "--tune").tuning_cells()
+    tuning_cells = make_plan(scale, "--tune").make_tuning_cells()
     assert {run["name"] for run in result["runs"]} == {cell.name for cell in tuning_cells}
     chosen = choose_blocks(result["runs"], result["metric"])
     assert result["knobs"] == chosen == read_default_blocks(scale)
@@ -110,7 +110,7 @@ def test_methods_align_their_tuned_blocks():
     common = ["--exp-name", "x", "--data-dir", "x", "--model", "SiT-Ti/2"]
     aligned = {}
     for name in METHODS:
-        alignments = parse_settings([*common, *plan.method_flags(name, blocks)]).alignments
+        alignments = parse_settings([*common, *plan.make_method_flags(name, blocks)]).alignments
         aligned[name] = [alignment.block for alignment in alignments]
         widths = {alignment.projector_width for alignment in alignments}
         assert widths <= {2 * PRESETS["SiT-Ti/2"]["width"]}
@@ -194,13 +194,13 @@ def test_blocks_without_a_needed_method_are_rejected(tmp_path):
 
 
 def test_gpu_scale_requires_a_gpu(monkeypatch):
-    monkeypatch.setattr(convergence, "visible_gpus", list)
+    monkeypatch.setattr(convergence, "list_visible_gpus", list)
     with pytest.raises(UserError, match=r"^--scale gpu requires a GPU, but no GPU is visible"):
         convergence.parse(["--scale", "gpu"])
     args, _ = convergence.parse(["--scale", "gpu", "--gather"])
     assert args.gather
     args, _ = convergence.parse(["--scale", "laptop"])
-    assert args.jobs == available_cores()
+    assert args.jobs == count_available_cores()
 
 
 def test_data_are_prepared_once_and_for_one_scale(tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_training_and_held_out_images_are_disjoint(tmp_path):
         for path, _ in entries:
             archive.writestr(path, f"the image {path}")
         archive.writestr("dataset.json", json.dumps({"labels": entries}))
-    study_data.split_zip(paths["whole"], paths["train"], paths["held-out"], every=5)
+    study_data.split_zip(paths["whole"], paths["train"], paths["held-out"], interval=5)
     archives = {name: zipfile.ZipFile(path) for name, path in paths.items()}
     labels = {
         name: json.loads(archive.read("dataset.json"))["labels"]
@@ -297,7 +297,7 @@ with open(folder / "metrics.jsonl", "w") as file:
 def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypatch):
     """The fake runs of SRA 2 have half the distance of vanilla SiT, which is a speed-up of 2."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    monkeypatch.setattr(scheduler, "ROOT", tmp_path)
     timed_methods = []
 
     def fake_time_runs(runs, *_):
@@ -334,7 +334,7 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
         checked_runs.append(cell.run_name)
         return len(checked_runs) <= 3
 
-    monkeypatch.setattr(cells, "is_running", is_running_three_times)
+    monkeypatch.setattr(scheduler, "is_running", is_running_three_times)
     code, out = call(convergence, *words)
     assert code == 0 and set(checked_runs) == {"sra2-cosine-seed2"}, out
     result = results.load_result(result_path, "convergence")
@@ -471,7 +471,7 @@ def test_documented_tuning_runs_equal_the_results():
     page = (ROOT / "docs/study.md").read_text()
     for path in (ROOT / "docs").glob("study-*-knobs.json"):
         result = results.load_result(path, "convergence-knobs")
-        finals = results.final_values(result["runs"], "FD-fashion")
+        finals = results.collect_final_values(result["runs"], "FD-fashion")
         for name in ("sra2-cosine", "sra2-smooth_l1"):
             values = [
                 f"{by_seed[0]:.3f}" for key, by_seed in finals.items() if key.startswith(name)

@@ -1,4 +1,4 @@
-"""Tests of the study of representations: the measures, the images, the figure and the command."""
+"""Test the study of representations: the measures, the images, the figure and the command."""
 
 import json
 import math
@@ -21,28 +21,28 @@ from experiments.feature_study import (
     spread_blocks,
 )
 from experiments.representation import (
-    cknna,
+    compute_cknna,
+    compute_wilson_interval,
     find_neighbours,
     fit_colours,
     fit_probe,
-    wilson_interval,
 )
 from latents.cache import LatentCache
 from models.sit import PRESETS, SiT, SiTConfig
 from tests.helpers import make_vae
 
 
-def random_normal(*shape: int, seed: int = 0) -> torch.Tensor:
+def draw_normal(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def random_rotation(d: int, seed: int) -> torch.Tensor:
-    rotation, _ = torch.linalg.qr(random_normal(d, d, seed=seed))
+def draw_rotation(d: int, seed: int) -> torch.Tensor:
+    rotation, _ = torch.linalg.qr(draw_normal(d, d, seed=seed))
     return rotation
 
 
-def naive_cknna(a: np.ndarray, b: np.ndarray, k: int) -> float:
+def compute_naive_cknna(a: np.ndarray, b: np.ndarray, k: int) -> float:
     """Compute CKNNA from its definition, entry by entry."""
     n = len(a)
     spaces = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
@@ -69,32 +69,32 @@ def naive_cknna(a: np.ndarray, b: np.ndarray, k: int) -> float:
 @pytest.mark.parametrize("rows_per_chunk", [2048, 16])
 def test_cknna_equals_its_definition(monkeypatch, rows_per_chunk):
     monkeypatch.setattr(representation, "ROWS_PER_CHUNK", rows_per_chunk)
-    a = random_normal(40, 6)
-    b = a @ random_normal(6, 4, seed=1) + random_normal(40, 4, seed=2)
-    expected = naive_cknna(a.numpy(), b.numpy(), 5)
+    a = draw_normal(40, 6)
+    b = a @ draw_normal(6, 4, seed=1) + draw_normal(40, 4, seed=2)
+    expected = compute_naive_cknna(a.numpy(), b.numpy(), 5)
     assert 0.05 < expected < 0.95
-    measured = cknna(find_neighbours(a, 5), find_neighbours(b, 5))
+    measured = compute_cknna(find_neighbours(a, 5), find_neighbours(b, 5))
     assert measured == pytest.approx(expected, rel=1e-10)
 
 
 def test_cknna_ignores_rotation_and_scale_and_is_low_for_independent_spaces():
-    a, b = random_normal(600, 12), random_normal(600, 12, seed=1)
-    rotation = random_rotation(12, seed=2)
+    a, b = draw_normal(600, 12), draw_normal(600, 12, seed=1)
+    rotation = draw_rotation(12, seed=2)
     neighbours_of_a, neighbours_of_b = find_neighbours(a), find_neighbours(b)
-    assert cknna(neighbours_of_a, neighbours_of_a) == pytest.approx(1, abs=1e-12)
+    assert compute_cknna(neighbours_of_a, neighbours_of_a) == pytest.approx(1, abs=1e-12)
     rotated = find_neighbours(7 * a @ rotation)
-    assert cknna(neighbours_of_a, rotated) == pytest.approx(1, abs=1e-9)
-    mixed = cknna(find_neighbours(a + b), neighbours_of_b)
-    rotated_mixed = cknna(find_neighbours((a + b) @ rotation), neighbours_of_b)
+    assert compute_cknna(neighbours_of_a, rotated) == pytest.approx(1, abs=1e-9)
+    mixed = compute_cknna(find_neighbours(a + b), neighbours_of_b)
+    rotated_mixed = compute_cknna(find_neighbours((a + b) @ rotation), neighbours_of_b)
     assert rotated_mixed == pytest.approx(mixed, abs=1e-9)
-    assert abs(cknna(neighbours_of_a, neighbours_of_b)) < 2 * 10 / 600 < 0.1 < mixed
+    assert abs(compute_cknna(neighbours_of_a, neighbours_of_b)) < 2 * 10 / 600 < 0.1 < mixed
 
 
 def test_probe_minimises_its_documented_objective():
-    varying = random_normal(79, 3) * torch.tensor([1, 20, 0.1]) + 5
+    varying = draw_normal(79, 3) * torch.tensor([1, 20, 0.1]) + 5
     constant = torch.full((79, 1), 1e6 / 3, dtype=torch.float64)
     x = torch.cat((varying, constant), 1)
-    y = (x[:, 0] + random_normal(79, seed=1) > 5).long() + (x[:, 1] > 25).long()
+    y = (x[:, 0] + draw_normal(79, seed=1) > 5).long() + (x[:, 1] > 25).long()
     probe = fit_probe(x, y, num_classes=4)  # class 3 has no examples
     scaled = (varying - varying.mean(0)) / varying.std(0, correction=0)
     scores = scaled @ probe.weight[:, :3].T + probe.bias
@@ -107,17 +107,17 @@ def test_probe_minimises_its_documented_objective():
 
 
 def test_wilson_intervals_equal_published_values():
-    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert wilson_interval(10, 10)[1] == 1
+    assert compute_wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert compute_wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert compute_wilson_interval(10, 10)[1] == 1
 
 
 def test_colours_are_principal_components_with_the_signs_of_the_reference():
-    scores = random_normal(50, 3) * torch.tensor([5.0, 2.0, 0.5])
-    directions, _ = torch.linalg.qr(random_normal(9, 3, seed=1))
+    scores = draw_normal(50, 3) * torch.tensor([5.0, 2.0, 0.5])
+    directions, _ = torch.linalg.qr(draw_normal(9, 3, seed=1))
     tokens = scores @ directions.T + 4
     basis = fit_colours(tokens)
-    assert basis.share == pytest.approx(1) and fit_colours(random_normal(50, 9)).share < 0.9
+    assert basis.share == pytest.approx(1) and fit_colours(draw_normal(50, 9)).share < 0.9
 
     # The scores have the variances of the components and are uncorrelated.
     measured, colours = basis.scores(tokens), basis.colours(tokens)
@@ -133,8 +133,8 @@ def test_colours_are_principal_components_with_the_signs_of_the_reference():
 
     flipped = measured * torch.tensor([-1.0, 1.0, -1.0])
     assert torch.allclose(fit_colours(tokens, flipped).scores(tokens), flipped, atol=1e-9)
-    two_features = fit_colours(random_normal(9, 2))
-    assert two_features.colours(random_normal(1, 9, 2)).shape == (1, 9, 3)
+    two_features = fit_colours(draw_normal(9, 2))
+    assert two_features.colours(draw_normal(1, 9, 2)).shape == (1, 9, 3)
 
 
 def test_images_are_drawn_without_replacement_and_keep_their_noise(cache):
@@ -191,7 +191,7 @@ def test_tokens_use_the_null_class_and_do_not_depend_on_the_batch(cache):
 def test_accuracy_is_measured_on_the_held_out_half(cache):
     images = draw_images(LatentCache(cache), 24, 0)
     one_hot = torch.nn.functional.one_hot(images.labels, 3).double()
-    separable = one_hot + 0.1 * random_normal(24, 3)
+    separable = one_hot + 0.1 * draw_normal(24, 3)
     assert evaluate_features(separable, images, 3)["accuracy"] == 1
     separable[12:] = -separable[12:]
     result = evaluate_features(separable, images, 3, find_neighbours(separable[12:]))

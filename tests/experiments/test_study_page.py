@@ -1,4 +1,4 @@
-"""Tests of the statistics, the tables and the figure of a convergence study."""
+"""Test the statistics, the tables and the figure of a convergence study."""
 
 import itertools
 import math
@@ -13,17 +13,17 @@ from experiments.speedup import (
     COVERAGE,
     Bounds,
     SpeedUp,
-    bootstrap_interval,
+    compute_bootstrap_interval,
+    compute_detectable_difference,
     compute_speed_ups,
-    detectable_difference,
+    count_images_needed,
     draw_resamples,
-    images_needed,
     select_milestones,
 )
 from experiments.study_numbers import (
-    best_probe,
     collect_curves,
     collect_probes,
+    find_best_probe,
     format_numbers,
     format_speed_up,
 )
@@ -32,7 +32,7 @@ from experiments.study_page import draw_figure, format_tables
 IMAGES = np.array([1, 2, 4, 8, 16, 32, 64]) * 1000.0
 
 
-def falling_curves(count: int, points: int = 8) -> np.ndarray:
+def make_falling_curves(count: int, points: int = 8) -> np.ndarray:
     """Return arbitrary strictly decreasing curves, (n, P)."""
     steps = np.random.default_rng(0).uniform(0.1, 0.5, (count, points))
     return np.exp(-np.cumsum(steps, axis=1))
@@ -41,35 +41,37 @@ def falling_curves(count: int, points: int = 8) -> np.ndarray:
 def test_crossing_of_a_power_law_is_exact():
     images = np.array([3.0, 7.0, 40.0, 41.0, 900.0])
     for needed in (3.0, 5.0, 7.0, 39.0, 40.5, 500.0, 900.0):
-        low, high = images_needed(images, 20 * images**-0.7, 20 * needed**-0.7)
+        low, high = count_images_needed(images, 20 * images**-0.7, 20 * needed**-0.7)
         assert low == high == pytest.approx(needed, rel=1e-12)
 
 
 def test_crossing_scales_with_images_and_not_with_the_unit_of_quality():
-    curve = falling_curves(3, len(IMAGES))
+    curve = make_falling_curves(3, len(IMAGES))
     goal = np.sqrt(curve[:, 2] * curve[:, 4])
-    needed, _ = images_needed(IMAGES, curve, goal)
+    needed, _ = count_images_needed(IMAGES, curve, goal)
     assert np.all((IMAGES[2] < needed) & (needed < IMAGES[4]))
-    needed_scaled, _ = images_needed(7 * IMAGES, curve, goal)
+    needed_scaled, _ = count_images_needed(7 * IMAGES, curve, goal)
     assert np.allclose(needed_scaled, 7 * needed, rtol=1e-12)
-    needed_other_unit, _ = images_needed(IMAGES, 7 * curve, 7 * goal)
+    needed_other_unit, _ = count_images_needed(IMAGES, 7 * curve, 7 * goal)
     assert np.allclose(needed_other_unit, needed, rtol=1e-12)
 
 
 def test_first_of_several_crossings_is_used():
-    assert images_needed(IMAGES[:5], [5, 2, 3, 1, 4], 2.0) == pytest.approx((2000, 2000), rel=1e-12)
+    assert count_images_needed(IMAGES[:5], [5, 2, 3, 1, 4], 2.0) == pytest.approx(
+        (2000, 2000), rel=1e-12
+    )
 
 
 def test_crossing_outside_of_the_evaluations_has_a_bound():
-    assert images_needed(IMAGES[:3], [3, 2, 1], 0.5) == (4000, math.inf)
-    assert images_needed(IMAGES[:3], [3, 2, 1], 3.5) == (0, 1000)
-    assert images_needed(IMAGES[:3], [3, 2, 1], 3.0) == pytest.approx((1000, 1000), rel=1e-12)
-    assert images_needed(IMAGES[:3], [3, 2, 1], 1.0) == pytest.approx((4000, 4000), rel=1e-12)
+    assert count_images_needed(IMAGES[:3], [3, 2, 1], 0.5) == (4000, math.inf)
+    assert count_images_needed(IMAGES[:3], [3, 2, 1], 3.5) == (0, 1000)
+    assert count_images_needed(IMAGES[:3], [3, 2, 1], 3.0) == pytest.approx((1000, 1000), rel=1e-12)
+    assert count_images_needed(IMAGES[:3], [3, 2, 1], 1.0) == pytest.approx((4000, 4000), rel=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_curve_ahead_by_a_factor_has_this_speed_up_with_an_empty_interval(count):
-    curve = falling_curves(count)
+    curve = make_falling_curves(count)
     ahead, behind = curve[:, 1:], curve[:, :-1]
     speed_ups = compute_speed_ups(IMAGES, behind, ahead)
     assert [speed_up.images for speed_up in speed_ups] == [16000, 32000, 64000]
@@ -93,12 +95,12 @@ def test_curves_are_averaged_before_crossing_and_resampled_as_pairs():
 
 
 def test_speed_up_of_a_curve_without_a_crossing_is_a_bound():
-    curve = falling_curves(4, len(IMAGES))
+    curve = make_falling_curves(4, len(IMAGES))
     for speed_up in compute_speed_ups(IMAGES, curve, 1e3 * curve):
         assert np.allclose([speed_up.value, *speed_up.interval], (0, speed_up.images / 64000))
     for speed_up in compute_speed_ups(IMAGES, curve, 1e-3 * curve):
         assert np.allclose([speed_up.value, *speed_up.interval], (speed_up.images / 1000, math.inf))
-    rising = falling_curves(4, len(IMAGES))[:, ::-1]  # has no known crossing
+    rising = make_falling_curves(4, len(IMAGES))[:, ::-1]  # has no known crossing
     assert compute_speed_ups(IMAGES, rising, 0.9 * rising)[-1].value == (0, math.inf)
 
 
@@ -130,7 +132,7 @@ def test_first_evaluation_is_a_milestone_only_if_there_is_no_other():
 def test_bootstrap_interval_approximates_the_interval_of_all_resamples():
     values = [1.0, 2.0, 4.0, 8.0]
     means = sorted(np.mean(resample) for resample in itertools.product(values, repeat=4))
-    estimate = bootstrap_interval(values)
+    estimate = compute_bootstrap_interval(values)
     assert estimate.mean == 3.75
     expected = np.quantile(means, [0.025, 0.975])
     assert (estimate.low, estimate.high) == pytest.approx(expected, abs=0.02)
@@ -143,21 +145,23 @@ def test_resamples_are_reproducible():
 
 def test_bootstrap_interval_follows_shifts_and_scales_of_the_values():
     values = np.random.default_rng(0).normal(size=5)
-    mean, low, high = bootstrap_interval(values)
-    shifted = bootstrap_interval(values - 7)
+    mean, low, high = compute_bootstrap_interval(values)
+    shifted = compute_bootstrap_interval(values - 7)
     assert shifted == pytest.approx((mean - 7, low - 7, high - 7))
-    negated = bootstrap_interval(-2 * values)
+    negated = compute_bootstrap_interval(-2 * values)
     assert negated == pytest.approx((-2 * mean, -2 * high, -2 * low), abs=0.05)
 
 
 def test_bootstrap_interval_of_equal_values_is_empty():
-    assert bootstrap_interval([0.1] * 5) == (0.1, 0.1, 0.1)
-    assert bootstrap_interval([0.3]) == pytest.approx((0.3, math.nan, math.nan), nan_ok=True)
+    assert compute_bootstrap_interval([0.1] * 5) == (0.1, 0.1, 0.1)
+    assert compute_bootstrap_interval([0.3]) == pytest.approx(
+        (0.3, math.nan, math.nan), nan_ok=True
+    )
 
 
 def test_bootstrap_interval_has_the_documented_coverage():
     samples = np.random.default_rng(0).normal(size=(600, 5))
-    estimates = [bootstrap_interval(values) for values in samples]
+    estimates = [compute_bootstrap_interval(values) for values in samples]
     coverage = np.mean([estimate.low <= 0 <= estimate.high for estimate in estimates])
     # The tolerance is 2.7 standard errors, and excludes the nominal 95%.
     assert coverage == pytest.approx(COVERAGE[5], abs=0.04)
@@ -167,18 +171,19 @@ def test_bootstrap_interval_has_the_documented_coverage():
 def test_detectable_difference_is_detected_in_80_percent_of_studies(count):
     rng = np.random.default_rng(count)
     differences = rng.normal(size=count)
-    least = detectable_difference(differences)
+    least = compute_detectable_difference(differences)
     studies = rng.normal(least, differences.std(ddof=1), size=(20_000, count))
     t = studies.mean(1) / stats.sem(studies, axis=1)
     assert np.mean(abs(t) > stats.t.ppf(0.975, count - 1)) == pytest.approx(0.8, abs=0.01)
-    assert detectable_difference(-3 * differences + 5) == pytest.approx(3 * least)
+    assert compute_detectable_difference(-3 * differences + 5) == pytest.approx(3 * least)
 
 
+# The name, the label, and the final metric relative to vanilla SiT.
 METHODS = [
     ("vanilla", "vanilla SiT", 1.0),
     ("sra2", "SRA 2, cosine", 0.95),
     ("repa", "REPA", 0.9),
-]  # name, label, and final metric relative to vanilla SiT
+]
 
 
 def make_result(seeds=(1, 2, 3), without=(), minimal=False) -> dict:
@@ -225,28 +230,29 @@ def make_result(seeds=(1, 2, 3), without=(), minimal=False) -> dict:
     return result
 
 
-def final_values(result: dict, name: str, metric: str = "FD-fashion") -> dict[int, float]:
-    return results.final_values(result["runs"], metric)[name]
+def collect_final_values(result: dict, name: str, metric: str = "FD-fashion") -> dict[int, float]:
+    return results.collect_final_values(result["runs"], metric)[name]
 
 
 def test_numbers_agree_with_the_runs():
     result = make_result()
     numbers = format_numbers(result)
-    repa, vanilla = final_values(result, "repa"), final_values(result, "vanilla")
+    repa, vanilla = collect_final_values(result, "repa"), collect_final_values(result, "vanilla")
     differences = [repa[seed] - vanilla[seed] for seed in vanilla]
-    mean, low, high = bootstrap_interval(differences)
-    student = results.paired_difference(repa, vanilla)
+    mean, low, high = compute_bootstrap_interval(differences)
+    student = results.compute_paired_difference(repa, vanilla)
     assert numbers["repa FD-fashion"] == f"{np.mean([*repa.values()]):.4f}"
     assert numbers["repa FD-fashion difference"] == f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
     assert numbers["repa student"] == f"{student.low:+.4f} to {student.high:+.4f}"
-    assert numbers["repa detectable"] == f"{detectable_difference(differences):.4f}"
+    assert numbers["repa detectable"] == f"{compute_detectable_difference(differences):.4f}"
     assert numbers["repa probe"] == "72.0% (block 6)"
     for key, metric, spec, unit in (
         ("agreement", "class_agreement", "+.1f", 100),
         ("held-out", "held_out", "+.4f", 1),
     ):
-        difference = results.paired_difference(
-            final_values(result, "repa", metric), final_values(result, "vanilla", metric)
+        difference = results.compute_paired_difference(
+            collect_final_values(result, "repa", metric),
+            collect_final_values(result, "vanilla", metric),
         )
         assert numbers[f"repa {key} difference"].startswith(f"{unit * difference.mean:{spec}} (")
     in_images, in_flops, in_seconds = (
@@ -292,7 +298,9 @@ def test_only_common_seeds_are_compared_and_their_number_is_shown():
     missing = {("vanilla", 1), ("repa", 3), ("sra2", 1), ("sra2", 2), ("sra2", 3)}
     result = make_result(without=missing)
     numbers, text = format_numbers(result), format_tables(result)
-    difference = final_values(result, "repa")[2] - final_values(result, "vanilla")[2]
+    difference = (
+        collect_final_values(result, "repa")[2] - collect_final_values(result, "vanilla")[2]
+    )
     assert numbers["repa FD-fashion difference"] == f"{difference:+.4f}"
     assert numbers["repa seeds"] == "1" and "repa student" not in numbers
     assert "| vanilla SiT (2 of 3 seeds) |" in text
@@ -302,7 +310,7 @@ def test_only_common_seeds_are_compared_and_their_number_is_shown():
 
 def test_methods_without_common_seeds_have_means_but_no_differences():
     result = make_result(without={("vanilla", 1), ("repa", 2), ("repa", 3)})
-    mean = final_values(result, "repa")[1]
+    mean = collect_final_values(result, "repa")[1]
     assert f"| REPA (0 of 3 seeds) | {mean:.4f} |  |" in format_tables(result)
     for key in format_numbers(result):
         assert "repa" not in key or not ("difference" in key or "speed" in key)
@@ -331,7 +339,7 @@ def test_curves_contain_the_evaluations_that_all_runs_have():
 def test_best_probe_ignores_blocks_that_some_runs_lack():
     result = make_result()
     del result["runs"][1]["probe"]["accuracy"]["6"]
-    assert best_probe(collect_probes(result)["vanilla"]) == ("3", pytest.approx(0.6))
+    assert find_best_probe(collect_probes(result)["vanilla"]) == ("3", pytest.approx(0.6))
 
 
 def test_bounds_are_formatted_as_inequalities():

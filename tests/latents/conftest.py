@@ -1,4 +1,4 @@
-"""Fixtures: a copy of the cache that tests may change, and a cache with flipped images."""
+"""Provide a copy of the cache that tests may change, and a cache with flipped images."""
 
 import shutil
 from pathlib import Path

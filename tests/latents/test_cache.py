@@ -1,4 +1,4 @@
-"""Latent caches: reading, errors, joined caches, shared memory, and the limit on open files."""
+"""Test reading, errors, joined caches, shared memory, and the limit on open files."""
 
 import json
 import os
@@ -192,7 +192,7 @@ def test_processes_of_a_machine_share_one_copy(cache, tmp_path):
 
 
 def test_a_cache_larger_than_the_memory_is_refused(cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(cache_module, "get_available_memory", lambda: 1000)
     message = r"--cache-in-ram needs 0\.0 GB of memory, but this machine has only 0\.0 GB available"
     with pytest.raises(CacheError, match=message):
         LatentCache(cache).load_into_ram()

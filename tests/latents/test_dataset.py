@@ -1,4 +1,4 @@
-"""The training stream: shuffling, shares of processes, flips, and loader processes."""
+"""Test the training stream: shuffling, shares of processes, flips, and loader processes."""
 
 import numpy as np
 import pytest
@@ -30,8 +30,8 @@ def test_shuffle_is_uniform_over_epochs():
     for position in (0, 25):
         image_index = to_image_index(np.arange(epochs) * size + position, size, seed=0)
         counts = np.bincount(image_index, minlength=size)
-        chi2 = ((counts - epochs / size) ** 2 / (epochs / size)).sum()
-        assert chi2 < size - 1 + 4 * (2 * (size - 1)) ** 0.5
+        chi_squared = ((counts - epochs / size) ** 2 / (epochs / size)).sum()
+        assert chi_squared < size - 1 + 4 * (2 * (size - 1)) ** 0.5
     order = to_image_index(np.arange(100_000), 100_000, seed=0)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / 100_000**0.5
 
@@ -52,10 +52,10 @@ def test_shuffle_is_uniform_over_epochs_and_seeds(size, rounds):
         by_seed[range(3), to_image_index(positions, size, seed)] += 1
     expected = rounds / size
     degrees_of_freedom = size - 1
-    chi2 = ((np.array([*by_epoch, *by_seed]) - expected) ** 2 / expected).sum(1)
+    chi_squared = ((np.array([*by_epoch, *by_seed]) - expected) ** 2 / expected).sum(1)
     low = degrees_of_freedom - 4 * (2 * degrees_of_freedom) ** 0.5
     high = degrees_of_freedom + 5 * (2 * degrees_of_freedom) ** 0.5
-    assert (low < chi2).all() and (chi2 < high).all(), chi2
+    assert (low < chi_squared).all() and (chi_squared < high).all(), chi_squared
 
 
 def test_images_at_neighbouring_positions_are_independent():

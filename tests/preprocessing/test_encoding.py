@@ -19,15 +19,16 @@ from latents.cache import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
 from preprocessing.cache_job import Batch
+from preprocessing.image_source import ImageSource
 from preprocessing.images import SquareReader, load_square, random_crop
-from preprocessing.sources import ImageSource, open_source
+from preprocessing.sources import open_source
 from tests.helpers import ROOT, make_tree, make_vae, torchrun
 
 FASHION_MNIST = ROOT / "assets/fashion-mnist"
 FASHION_FLAGS = ["--source", FASHION_MNIST / "images.zip", "--resolution", 32]
 
 
-def encode_flags(source, dest, vae, *more):
+def make_encode_flags(source, dest, vae, *more):
     flags = ["--source", source, "--dest", dest, "--vae", vae, *more]
     return ["--resolution", 32, "--batch-size", 4, "--shard-size", 10, *flags]
 
@@ -181,12 +182,12 @@ def test_cache_in_use_is_refused(call, tree, vae_folder, tmp_path):
     command = [sys.executable, "-c", LOCK_HOLDER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"locked\n"
-        code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
+        code, out = call(encode_latents, *make_encode_flags(tree, tmp_path / "data", vae_folder))
         assert code == 2 and "is in use by another process" in out
 
 
 def test_flip_encodes_flipped_images(call, tree, vae_folder, tmp_path):
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--flip")
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--flip")
     assert call(encode_latents, *flags)[0] == 0
     data = LatentCache(tmp_path / "data")
     images = load_images(tree)
@@ -208,7 +209,9 @@ def test_flip_encodes_flipped_images(call, tree, vae_folder, tmp_path):
 def test_dtype_precision_and_workers_are_used(
     call, tree, vae_folder, tmp_path, cache, options, tolerance
 ):
-    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder, *options))
+    code, out = call(
+        encode_latents, *make_encode_flags(tree, tmp_path / "data", vae_folder, *options)
+    )
     assert code == 0, out
     stored = LatentCache(tmp_path / "data").gather(np.arange(24))[0]
     assert stored.dtype == (torch.float32 if "float32" in options else torch.float16)
@@ -224,7 +227,7 @@ def test_random_crops_equal_those_of_adm_and_depend_on_the_seed(call, vae_folder
     moments = {}
     for name, seed, workers in (("a", 1, 0), ("again", 1, 2), ("b", 2, 2)):
         options = ("--crop", "random-seeded", "--seed", seed, "--num-workers", workers)
-        flags = encode_flags(source, tmp_path / name, vae_folder, *options)
+        flags = make_encode_flags(source, tmp_path / name, vae_folder, *options)
         assert call(encode_latents, *flags)[0] == 0
         moments[name] = LatentCache(tmp_path / name).gather(np.arange(6))[0]
     assert torch.equal(moments["a"], moments["again"])
@@ -233,9 +236,11 @@ def test_random_crops_equal_those_of_adm_and_depend_on_the_seed(call, vae_folder
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8))
     for uniforms in ([0.0, 0.0, 0.0], [0.999, 0.999, 0.999], [0.5, 0.2, 0.7]):
-        short = 32 + int(uniforms[0] * 9)  # uniform in 32 ... 40 = 32 / 0.8
+        shorter_side = 32 + int(uniforms[0] * 9)  # uniform in 32 ... 40 = 32 / 0.8
         resized = image.resize((50, 40), Image.Resampling.BOX)
-        resized = resized.resize((round(50 * short / 40), short), Image.Resampling.BICUBIC)
+        resized = resized.resize(
+            (round(50 * shorter_side / 40), shorter_side), Image.Resampling.BICUBIC
+        )
         top = int(uniforms[1] * (resized.height - 31))
         left = int(uniforms[2] * (resized.width - 31))
         expected = np.asarray(resized)[top : top + 32, left : left + 32]
@@ -250,7 +255,7 @@ def test_background_and_limit_are_used(call, vae_folder, tmp_path):
     vae = Autoencoder(str(vae_folder))
     for background, value in (("white", 255), ("black", 0)):
         dest = tmp_path / background
-        flags = encode_flags(source.parent, dest, vae_folder, "--limit", 7, "--background")
+        flags = make_encode_flags(source.parent, dest, vae_folder, "--limit", 7, "--background")
         assert call(encode_latents, *flags, background)[0] == 0
         manifest = read_manifest(dest)
         assert manifest.count == 7
@@ -283,7 +288,7 @@ def interrupt_encode(patch, num_calls, min_images=1):
 
 def test_changed_source_of_an_unfinished_cache_is_refused(call, vae_folder, tmp_path, monkeypatch):
     source = make_tree(tmp_path / "tree")
-    flags = encode_flags(source, tmp_path / "data", vae_folder)
+    flags = make_encode_flags(source, tmp_path / "data", vae_folder)
     with monkeypatch.context() as patch:
         interrupt_encode(patch, num_calls=8 + 5)  # the preview, the first shard, and two batches
         assert call(encode_latents, *flags)[0] == 130
@@ -321,7 +326,7 @@ def test_moments_beyond_float16_are_refused_with_a_remedy(call, tree, tmp_path, 
         return torch.full((len(images), 8, 8, 8), 1e6)
 
     monkeypatch.setattr(Autoencoder, "encode", encode)
-    flags = encode_flags(tree, tmp_path / "data", make_vae(tmp_path / "vae"))
+    flags = make_encode_flags(tree, tmp_path / "data", make_vae(tmp_path / "vae"))
     code, out = call(encode_latents, *flags)
     assert code == 2 and "float16 cannot represent" in out and "--dtype float32" in out
     assert call(encode_latents, *flags, "--dtype", "float32")[0] == 0
@@ -337,7 +342,7 @@ def test_killed_worker_gives_an_error_of_one_line(call, tree, vae_folder, tmp_pa
         return read(self, source, image_index)
 
     monkeypatch.setattr(SquareReader, "read", read_or_die)
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
     code, out = call(encode_latents, *flags)
     assert code == 2 and "a decoding process died" in out and "--num-workers" in out
     assert "Traceback" not in out
@@ -355,13 +360,13 @@ def test_exception_in_a_worker_is_not_reported_as_a_killed_worker(
         return read(self, source, image_index)
 
     monkeypatch.setattr(SquareReader, "read", read_or_fail)
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
     with pytest.raises(RuntimeError, match="bug"):
         call(encode_latents, *flags)
 
 
 def test_tf32_requires_a_gpu(call, tree, vae_folder, tmp_path):
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32")
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--precision", "tf32")
     code, out = call(encode_latents, *flags)
     assert code == 2 and "--precision tf32" in out
 
@@ -370,7 +375,9 @@ def test_skipped_images_are_recorded_with_their_shard(call, vae_folder, tmp_path
     source = make_tree(tmp_path / "tree")
     for i in (3, 12, 15, 18, 21):
         (source / f"class0/{i:03d}.png").write_bytes(b"")
-    flags = encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--shard-size", 4)
+    flags = make_encode_flags(
+        source, tmp_path / "data", vae_folder, "--skip-bad", "--shard-size", 4
+    )
     code, out = call(encode_latents, *flags)
     assert code == 0 and "5 skipped" in out
     lines = (tmp_path / "data/skipped.jsonl").read_text().splitlines()
@@ -393,7 +400,7 @@ def test_disk_error_is_not_skipped_as_a_bad_image(call, tree, vae_folder, tmp_pa
             raise OSError(5, "Input/output error")
         return open_image(self, image_index)
 
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 1)
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 1)
     with monkeypatch.context() as patch:
         patch.setattr(ImageSource, "open", open_or_fail)
         code, out = call(encode_latents, *flags)
@@ -415,7 +422,9 @@ def test_removed_source_is_not_skipped_as_bad_images(call, vae_folder, tmp_path,
         return open_image(self, image_index)
 
     monkeypatch.setattr(ImageSource, "open", remove_and_open)
-    flags = encode_flags(source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0)
+    flags = make_encode_flags(
+        source, tmp_path / "data", vae_folder, "--skip-bad", "--num-workers", 0
+    )
     code, out = call(encode_latents, *flags)
     assert code == 2 and "could not be read (No such file or directory)" in out
 
@@ -429,7 +438,7 @@ def test_out_of_memory_gives_an_error_of_one_line(call, tree, vae_folder, tmp_pa
         return encode(self, images)
 
     monkeypatch.setattr(Autoencoder, "encode", encode_or_fail)
-    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
+    code, out = call(encode_latents, *make_encode_flags(tree, tmp_path / "data", vae_folder))
     assert code == 2 and "--batch-size 4 exceeds the memory of cpu" in out
     assert "Traceback" not in out
 
@@ -447,7 +456,7 @@ def test_bytes_do_not_depend_on_the_number_of_torch_threads(call, tmp_path):
 
 
 def test_unreadable_manifest_is_not_overwritten(call, tree, vae_folder, tmp_path):
-    flags = encode_flags(tree, tmp_path / "data", vae_folder)
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder)
     assert call(encode_latents, *flags)[0] == 0
     path = tmp_path / "data/manifest.json"
     manifest = json.loads(path.read_text())
@@ -472,7 +481,7 @@ def test_pinning_a_batch_keeps_its_counts(monkeypatch):
 
 def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folder, tmp_path):
     dest = tmp_path / "data"
-    flags = encode_flags(tree, dest, vae_folder)
+    flags = make_encode_flags(tree, dest, vae_folder)
     assert call(encode_latents, *flags)[0] == 0
     complete = read_files(dest)
     manifest = read_manifest(dest)
@@ -487,7 +496,7 @@ def test_recorded_shard_without_its_files_is_encoded_again(call, tree, vae_folde
 
 
 def test_cache_inside_its_source_is_refused(call, tree, vae_folder, tmp_path):
-    code, out = call(encode_latents, *encode_flags(tree, tree / "cache", vae_folder))
+    code, out = call(encode_latents, *make_encode_flags(tree, tree / "cache", vae_folder))
     assert code == 2 and "is inside --source" in out
     assert not (tree / "cache").exists()
 
@@ -506,7 +515,7 @@ def test_different_sources_per_process_are_refused(vae_folder, tmp_path):
     make_tree(tmp_path / "tree0")
     make_tree(tmp_path / "tree1", images=23)
     (tmp_path / "source_per_rank.py").write_text(SOURCE_PER_RANK)
-    flags = encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder)
+    flags = make_encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder)
     message = r"process 1 has different settings from process 0 \(images was 24, is 23"
     with pytest.raises(AssertionError, match=message):
         torchrun(2, tmp_path / "source_per_rank.py", *flags)

@@ -16,7 +16,7 @@ from preprocessing import encode_latents, import_repa, verify
 from preprocessing.build import build_cache
 from preprocessing.encoding import EncodingJob, EncodingSettings
 from tests.helpers import make_tree
-from tests.preprocessing.test_encoding import encode_flags, load_images, read_files
+from tests.preprocessing.test_encoding import load_images, make_encode_flags, read_files
 from tests.preprocessing.test_import_repa import make_repa_folder
 
 
@@ -68,7 +68,7 @@ def test_images_are_added_to_a_complete_cache_without_encoding_again(
     call, tree, vae_folder, make_cache, tmp_path, monkeypatch
 ):
     dest = shutil.copytree(make_cache(), tmp_path / "data")
-    flags = encode_flags(tree, dest, vae_folder, "--num-workers", 0)
+    flags = make_encode_flags(tree, dest, vae_folder, "--num-workers", 0)
     times = read_modification_times(dest.rglob("*.npy"))
     finish = NpyWriter.finish
     finished_files = []
@@ -99,7 +99,7 @@ def test_images_are_added_to_a_complete_cache_without_encoding_again(
 def test_images_of_another_source_are_refused(call, vae_folder, tmp_path):
     source = make_tree(tmp_path / "tree")
     dest = tmp_path / "data"
-    flags = encode_flags(source, dest, vae_folder, "--num-workers", 0, "--skip-bad")
+    flags = make_encode_flags(source, dest, vae_folder, "--num-workers", 0, "--skip-bad")
     (source / "class0/003.png").write_bytes(b"")
     assert call(encode_latents, *flags)[0] == 0
     contents = read_files(dest)
@@ -130,7 +130,7 @@ def test_unfinished_cache_must_be_completed_with_the_same_flag(
     def fail_in_second_shard(self):
         return 1 / 0 if "00001" in self.path.name else ""
 
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0)
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 0)
     monkeypatch.setattr(NpyWriter, "finish", fail_in_second_shard)
     with pytest.raises(ZeroDivisionError):
         call(encode_latents, *flags, "--keep-images")

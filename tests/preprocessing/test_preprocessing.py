@@ -13,13 +13,13 @@ from common import files
 from latents.cache import LatentCache, read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
-from preprocessing.images import EXIF_ORIENTATION, center_crop, to_rgb
+from preprocessing.images import EXIF_ORIENTATION, center_crop, convert_to_rgb
 from preprocessing.sources import open_source
 from tests.helpers import make_tree, make_vae
 from tests.preprocessing.test_encoding import (
-    encode_flags,
     interrupt_encode,
     load_images,
+    make_encode_flags,
     read_files,
 )
 
@@ -44,7 +44,7 @@ def test_cache_contains_the_moments_and_their_statistics(cache, tree, vae_folder
 def test_complete_cache_is_unchanged_and_other_settings_are_refused(
     call, cache, tree, vae_folder, tmp_path
 ):
-    flags = encode_flags(tree, cache, vae_folder)
+    flags = make_encode_flags(tree, cache, vae_folder)
     time = (cache / "manifest.json").stat().st_mtime_ns
     code, out = call(encode_latents, *flags)
     assert code == 0 and "complete: 24 images" in out
@@ -62,7 +62,7 @@ def test_interrupted_encoding_resumes_and_gives_the_same_bytes(
     call, tree, vae_folder, tmp_path, monkeypatch
 ):
     dest = tmp_path / "data"
-    flags = encode_flags(tree, dest, vae_folder)
+    flags = make_encode_flags(tree, dest, vae_folder)
     with monkeypatch.context() as patch:
         # Encode three batches of the first shard and one batch of the second. Each image of the
         # preview is encoded separately.
@@ -80,7 +80,7 @@ def test_interrupted_encoding_resumes_and_gives_the_same_bytes(
         assert call(encode_latents, *flags)[0] == 0
         assert len(calls) == 4
     uninterrupted = tmp_path / "uninterrupted"
-    assert call(encode_latents, *encode_flags(tree, uninterrupted, vae_folder))[0] == 0
+    assert call(encode_latents, *make_encode_flags(tree, uninterrupted, vae_folder))[0] == 0
     assert read_files(dest) == read_files(uninterrupted)
 
 
@@ -91,7 +91,7 @@ def test_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
         Image.new("RGB", (40, 33), (i, 0, 0)).save(source / f"a/{i}.png")
     bad = source / "a/1.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    flags = encode_flags(source, tmp_path / "data", vae_folder)
+    flags = make_encode_flags(source, tmp_path / "data", vae_folder)
     code, out = call(encode_latents, *flags)
     assert code == 2 and "a/1.png cannot be used" in out and "--skip-bad" in out
     assert not (tmp_path / "data/manifest.json").exists()
@@ -120,7 +120,7 @@ def test_bad_image_is_named_and_can_be_skipped(call, vae_folder, tmp_path):
 )
 def test_invalid_source_gives_an_error_of_one_line(call, vae_folder, tmp_path, make, message):
     make(tmp_path / "source")
-    flags = encode_flags(tmp_path / "source", tmp_path / "data", vae_folder)
+    flags = make_encode_flags(tmp_path / "source", tmp_path / "data", vae_folder)
     code, out = call(encode_latents, *flags)
     assert code == 2 and message in out and "--source" in out
     assert len(out.strip().splitlines()) == 1
@@ -135,7 +135,7 @@ def test_hidden_folder_is_not_a_class(tmp_path):
 
 def test_destination_below_a_file_is_refused(call, tree, vae_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "file/data", vae_folder))
+    code, out = call(encode_latents, *make_encode_flags(tree, tmp_path / "file/data", vae_folder))
     assert code == 2 and "cannot be created (Not a directory)" in out
     assert "Traceback" not in out
 
@@ -145,13 +145,13 @@ def test_destination_below_a_file_is_refused(call, tree, vae_folder, tmp_path):
     [("gpu", "choose cpu, cuda or"), ("cuda:99", "this machine has no cuda:99")],
 )
 def test_unknown_device_is_refused(call, tree, vae_folder, tmp_path, device, message):
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--device", device)
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--device", device)
     code, out = call(encode_latents, *flags)
     assert code == 2 and message in out
 
 
 def test_resolution_that_does_not_fit_the_vae_is_refused(call, tree, vae_folder, tmp_path):
-    flags = encode_flags(tree, tmp_path / "data", vae_folder, "--resolution", 30)
+    flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--resolution", 30)
     code, out = call(encode_latents, *flags)
     assert code == 2 and "--resolution 30 is not a multiple of 4" in out
 
@@ -163,7 +163,7 @@ def test_full_disk_gives_an_error_of_one_line_and_leaves_no_files(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    code, out = call(encode_latents, *encode_flags(tree, tmp_path / "data", vae_folder))
+    code, out = call(encode_latents, *make_encode_flags(tree, tmp_path / "data", vae_folder))
     assert code == 2 and "No space left" in out and "data/partial/plan.json" in out
     assert "Traceback" not in out
     assert list(read_files(tmp_path / "data")) == ["partial/lock.0"]
@@ -176,7 +176,9 @@ def test_edm_zip_and_folder_tree_give_the_same_cache(call, tree, vae_folder, tmp
         for name in source.names:
             archive.write(tree / name, name)
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
-    flags = encode_flags(tmp_path / "set.zip", tmp_path / "data", vae_folder, "--batch-size", 64)
+    flags = make_encode_flags(
+        tmp_path / "set.zip", tmp_path / "data", vae_folder, "--batch-size", 64
+    )
     assert call(encode_latents, *flags)[0] == 0
     from_zip = LatentCache(tmp_path / "data")
     from_tree = LatentCache(cache)
@@ -185,7 +187,7 @@ def test_edm_zip_and_folder_tree_give_the_same_cache(call, tree, vae_folder, tmp
     assert from_zip.manifest.class_names == ["0", "1", "2"]
 
 
-def adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
+def compute_adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
     """Compute the center crop of guided-diffusion on arrays, using PIL only for resizing."""
     while min(array.shape[:2]) >= 2 * size:
         height, width = array.shape[0] // 2, array.shape[1] // 2
@@ -201,7 +203,7 @@ def adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
 def test_center_crop_equals_that_of_adm(shape):
     array = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     cropped = np.asarray(center_crop(Image.fromarray(array), 32))
-    np.testing.assert_array_equal(cropped, adm_center_crop(array, 32))
+    np.testing.assert_array_equal(cropped, compute_adm_center_crop(array, 32))
 
 
 def test_box_halving_averages_two_by_two_pixels():
@@ -217,7 +219,7 @@ def test_every_mode_is_converted_to_rgb(mode):
         image = Image.fromarray(np.full((4, 4), 51 * 257, np.uint16))
     else:
         image = Image.fromarray(np.full((4, 4), 51, np.uint8)).convert("RGB").convert(mode)
-    pixels = np.asarray(to_rgb(image, "white", []))
+    pixels = np.asarray(convert_to_rgb(image, "white", []))
     assert pixels.shape == (4, 4, 3)
     if mode != "1":
         assert np.abs(pixels.astype(int) - 51).max() <= 1
@@ -227,13 +229,13 @@ def test_sixteen_bits_are_rounded_to_eight_over_the_full_range():
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = (levels / 257).round().astype(np.uint8)
     assert expected[0, 0] == 0 and expected[-1, -1] == 255
-    rgb = to_rgb(Image.fromarray(levels), "white", [])
+    rgb = convert_to_rgb(Image.fromarray(levels), "white", [])
     np.testing.assert_array_equal(np.asarray(rgb)[..., 0], expected)
 
 
 def test_transparent_pixels_become_white():
     transparent = Image.new("RGBA", (2, 2), (9, 9, 9, 0))
-    assert np.asarray(to_rgb(transparent, "white", [])).min() == 255
+    assert np.asarray(convert_to_rgb(transparent, "white", [])).min() == 255
 
 
 def test_exif_orientation_is_applied():
@@ -241,4 +243,4 @@ def test_exif_orientation_is_applied():
     exif[EXIF_ORIENTATION] = 6  # rotated by 90 degrees
     buffer = io.BytesIO()
     Image.new("RGB", (6, 3)).save(buffer, "JPEG", exif=exif)
-    assert to_rgb(Image.open(buffer), "white", []).size == (3, 6)
+    assert convert_to_rgb(Image.open(buffer), "white", []).size == (3, 6)

@@ -23,7 +23,7 @@ from preprocessing.sources import open_source
 CLASSES = ["apple", "bear", "cow"]
 
 
-def png(seed: int) -> bytes:
+def make_png(seed: int) -> bytes:
     """Return a random image of 8x8 pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -31,7 +31,7 @@ def png(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-FILES = {f"{CLASSES[i % 3]}/{i:02d}.png": png(i) for i in range(7)}
+FILES = {f"{CLASSES[i % 3]}/{i:02d}.png": make_png(i) for i in range(7)}
 LABELS = {name: CLASSES.index(name.split("/")[0]) for name in FILES}
 FLAT_FILES = {name.replace("/", "_"): data for name, data in FILES.items()}
 FLAT_LABELS = {name.replace("/", "_"): label for name, label in LABELS.items()}
@@ -84,7 +84,7 @@ def write_parquet(path: Path, image_indices, has_labels=True) -> Path:
     return path
 
 
-def webdataset_files(names) -> dict:
+def make_webdataset_files(names) -> dict:
     files = {}
     for name in names:
         key = name.replace("/", "_").removesuffix(".png")
@@ -142,8 +142,8 @@ def test_tar_of_tars_has_one_class_per_inner_tar(tmp_path, expected):
 
 def test_webdataset_classes_come_from_cls_files(tmp_path, expected):
     names = list(FILES)
-    write_tar(tmp_path / "shards/0000.tar", webdataset_files(names[:4]))
-    write_tar(tmp_path / "shards/0001.tar", webdataset_files(names[4:]))
+    write_tar(tmp_path / "shards/0000.tar", make_webdataset_files(names[:4]))
+    write_tar(tmp_path / "shards/0001.tar", make_webdataset_files(names[4:]))
     for path in (tmp_path / "shards", tmp_path / "shards" / "*.tar"):
         source = open_source(path)
         assert source.class_names == ["0", "1", "2"]
@@ -270,7 +270,7 @@ def test_digest_depends_on_count_and_labels(tmp_path):
     assert source.digest(7) != other_source.digest(7)
 
 
-def label_all(path, label):
+def write_zip_with_one_label(path, label):
     """Write a zip whose dataset.json assigns one label to all images."""
     labels = {"labels": [[name, label] for name in FILES]}
     return write_zip(path.with_suffix(".zip"), FILES, labels)
@@ -280,7 +280,7 @@ def label_all(path, label):
     ("make", "message"),
     [
         (
-            lambda path: write_tree(path, {"a/1.png": png(0), "2.png": png(1)}),
+            lambda path: write_tree(path, {"a/1.png": make_png(0), "2.png": make_png(1)}),
             r"outside of class folders \(2\.png\)",
         ),
         (
@@ -289,15 +289,15 @@ def label_all(path, label):
             ),
             r"no label for .* \(and 5",
         ),
-        (lambda path: label_all(path, -1), "label -1; labels must be from 0"),
-        (lambda path: label_all(path, 0.5), "found 0.5"),
+        (lambda path: write_zip_with_one_label(path, -1), "label -1; labels must be from 0"),
+        (lambda path: write_zip_with_one_label(path, 0.5), "found 0.5"),
         (lambda path: write_zip(path.with_suffix(".zip"), FILES, {"classes": 3}), "KeyError"),
         (
             lambda path: write_tar(path.with_suffix(".tar"), FILES | {"x.cls": b"1"}),
             "no .cls file for apple/00.png",
         ),
         (
-            lambda path: write_tree(path, {"a.tar": b"x", "b/1.png": png(0)}),
+            lambda path: write_tree(path, {"a.tar": b"x", "b/1.png": make_png(0)}),
             r"\.tar files and folders",
         ),
         (lambda path: write_tree(path, {"a.tar": b"not a tar"}), "not a readable tar"),
@@ -340,7 +340,7 @@ def test_csv_class_names_are_sorted(tmp_path):
 
 
 def test_csv_row_that_matches_two_images_is_an_error(tmp_path):
-    tree = write_tree(tmp_path / "t", {"a/1.png": png(0), "b/1.png": png(1)})
+    tree = write_tree(tmp_path / "t", {"a/1.png": make_png(0), "b/1.png": make_png(1)})
     (tmp_path / "labels.csv").write_text("1.png,0\n")
     with pytest.raises(UserError, match=r"1\.png matches both a/1\.png and b/1\.png"):
         open_source(tree, labels=tmp_path / "labels.csv")
@@ -360,7 +360,7 @@ def test_damaged_or_truncated_tar_is_an_error(tmp_path):
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / "a.tar")
 
-    valid = write_tar(tmp_path / "valid.tar", {"1.png": png(1)}).read_bytes()
+    valid = write_tar(tmp_path / "valid.tar", {"1.png": make_png(1)}).read_bytes()
     for invalid in (damaged, b"not a tar" * 100, bytes(10240)):
         files = {"apple.tar": valid, "bear.tar": invalid, "cow.tar": valid}
         write_tar(tmp_path / "outer.tar", files)
@@ -370,7 +370,7 @@ def test_damaged_or_truncated_tar_is_an_error(tmp_path):
 
 def test_folder_of_imagenet_tars_has_one_class_per_tar(tmp_path):
     for k, name in enumerate(("n02084071", "n01440764")):
-        files = {f"{name}_{i}.png": png(10 * k + i) for i in range(2)}
+        files = {f"{name}_{i}.png": make_png(10 * k + i) for i in range(2)}
         write_tar(tmp_path / f"t/{name}.tar", files)
     source = open_source(tmp_path / "t")
     assert source.class_names == ["n01440764", "n02084071"]
@@ -390,13 +390,13 @@ def test_tar_with_absolute_paths_is_accepted(tmp_path, expected):
 
 def test_last_of_two_tar_entries_with_the_same_name_is_read(tmp_path, expected):
     with tarfile.open(write_tar(tmp_path / "c.tar", FILES), "a") as archive:
-        add_to_tar(archive, "apple/00.png", png(77))
+        add_to_tar(archive, "apple/00.png", make_png(77))
     source = open_source(tmp_path / "c.tar")
     assert len(source) == 7 and bytes(load_square(source, 0, 8)) not in expected
 
 
 def test_two_images_with_one_webdataset_key_are_an_error(tmp_path):
-    write_tar(tmp_path / "d.tar", {"1.png": png(1), "1.seg.png": png(2), "1.cls": b"0"})
+    write_tar(tmp_path / "d.tar", {"1.png": make_png(1), "1.seg.png": make_png(2), "1.cls": b"0"})
     with pytest.raises(UserError, match=r"two images for 1\.cls"):
         open_source(tmp_path / "d.tar")
 

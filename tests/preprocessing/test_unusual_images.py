@@ -36,7 +36,7 @@ def unusual_folder(tmp_path_factory):
     return folder, make_unusual_images(folder)
 
 
-def flags(source, dest, vae, *more):
+def make_flags(source, dest, vae, *more):
     options = ["--resolution", 32, "--batch-size", 4, *more]
     return ["--source", source, "--dest", dest, "--vae", vae, *options]
 
@@ -45,7 +45,7 @@ def test_images_are_treated_as_documented_in_little_memory(unusual_folder, vae_f
     folder, expected = unusual_folder
     options = ("--num-workers", 2, "--skip-bad")
     command = [sys.executable, "-c", MEASURE_MEMORY]
-    command += map(str, flags(folder, tmp_path / "data", vae_folder, *options))
+    command += map(str, make_flags(folder, tmp_path / "data", vae_folder, *options))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=200, check=False
@@ -80,7 +80,7 @@ def test_images_are_treated_as_documented_in_little_memory(unusual_folder, vae_f
 def test_bad_image_stops_the_command_with_its_name(call, unusual_folder, vae_folder, tmp_path):
     folder, _ = unusual_folder
     options = ("--num-workers", 0)
-    code, out = call(encode_latents, *flags(folder, tmp_path / "data", vae_folder, *options))
+    code, out = call(encode_latents, *make_flags(folder, tmp_path / "data", vae_folder, *options))
     assert code == 2
     reason = "more than 89,478,485 pixels"
     assert f"class/bomb.png cannot be used ({reason}); fix the file or pass --skip-bad" in out

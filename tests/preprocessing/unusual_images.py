@@ -40,15 +40,17 @@ UNDEFINED_RANGE = Expected(BAD, "no agreed range")
 UNKNOWN_FORMAT = Expected(BAD, "not one of PNG")
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
+def _make_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _png(size: tuple[int, int], depth: int, color_type: int, rows: bytes, *extra: bytes) -> bytes:
+def _make_png(
+    size: tuple[int, int], depth: int, color_type: int, rows: bytes, *extra: bytes
+) -> bytes:
     """Return a PNG written without PIL, with extra chunks before its data."""
     header = struct.pack(">IIBBBBB", *size, depth, color_type, 0, 0, 0)
-    data = _chunk(b"IDAT", zlib.compress(rows))
-    chunks = [_chunk(b"IHDR", header), *extra, data, _chunk(b"IEND", b"")]
+    data = _make_chunk(b"IDAT", zlib.compress(rows))
+    chunks = [_make_chunk(b"IHDR", header), *extra, data, _make_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -58,7 +60,7 @@ def _encode(image: Image.Image, image_format: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def _usable_images(photo: Image.Image, rng: np.random.Generator) -> dict[str, tuple]:
+def _make_usable_images(photo: Image.Image, rng: np.random.Generator) -> dict[str, tuple]:
     rgba = photo.copy()
     rgba.putalpha(Image.linear_gradient("L").resize(photo.size))
     palette = photo.quantize(16)
@@ -91,7 +93,7 @@ def _usable_images(photo: Image.Image, rng: np.random.Generator) -> dict[str, tu
         "one_bit.png": (_encode(photo.convert("1"), "PNG"), Expected(GOOD, "PNG 1")),
         "gray16.png": (_encode(gray16, "PNG"), ROUNDED),
         "gray16.tif": (_encode(gray16, "TIFF"), ROUNDED),
-        "rgb48.png": (_png((80, 60), 16, 2, rgb48.tobytes()), PNG_RGB),
+        "rgb48.png": (_make_png((80, 60), 16, 2, rgb48.tobytes()), PNG_RGB),
         "animated.gif": (gif, FIRST_FRAME),
         "animated.webp": (_encode(photo, "WEBP", **animation), FIRST_FRAME),
         "animated.png": (_encode(photo, "PNG", **animation), FIRST_FRAME),
@@ -105,12 +107,12 @@ def _usable_images(photo: Image.Image, rng: np.random.Generator) -> dict[str, tu
     }
 
 
-def _other_files(photo: Image.Image) -> dict[str, tuple]:
+def _make_other_files(photo: Image.Image) -> dict[str, tuple]:
     jpeg = _encode(photo, "JPEG", quality=90)
     png = _encode(photo, "PNG")
-    too_large = _png((65535, 65535), 1, 0, bytes(1000))
-    long_text = _chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000)))
-    text_bomb = _png((8, 8), 8, 0, bytes(72), long_text)
+    too_large = _make_png((65535, 65535), 1, 0, bytes(1000))
+    long_text = _make_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000)))
+    text_bomb = _make_png((8, 8), 8, 0, bytes(72), long_text)
     thin = Image.new("RGB", (1, 100_000))
     floating_point = Image.new("F", (40, 40), 0.5)
     int32 = Image.fromarray(np.full((40, 40), 70_000, np.int32))
@@ -140,7 +142,9 @@ def make_unusual_images(root: Path) -> dict[str, Expected]:
     folder = root / "class"
     folder.mkdir(parents=True)
     expected = {}
-    for name, (data, treatment) in (_usable_images(photo, rng) | _other_files(photo)).items():
+    for name, (data, treatment) in (
+        _make_usable_images(photo, rng) | _make_other_files(photo)
+    ).items():
         (folder / name).write_bytes(data)
         expected[name] = treatment
 

@@ -249,7 +249,7 @@ def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
 
 
 def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.processes.available_cores", lambda: 1)  # one batch at a time
+    monkeypatch.setattr("common.processes.count_available_cores", lambda: 1)  # one batch at a time
     sample_latents = Recipe.sample_latents
     num_calls = 0
 

@@ -13,6 +13,7 @@ from latents.cache import LatentCache
 from training.alignment import (
     load_alignments,
     make_cache_info,
+    make_run_context,
     plan_alignments,
 )
 from training.config import Settings, build_network_config, parse_settings
@@ -37,7 +38,10 @@ def make_step(
     network = build_network_config(settings.model, cache.manifest)
     cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
     align = plan_alignments(settings.alignments, network, cache_info)
-    state = build_state(settings, network, align, device)
+    state = build_state(
+        network, align, settings.optimizer, settings.device, settings.run.seed, device
+    )
+    context = make_run_context(state.emas[0], settings.objective.path_type, nullcontext)
     accelerator = SimpleNamespace(
         device=device,
         prepare=lambda *parts: parts,
@@ -49,7 +53,7 @@ def make_step(
         accelerator,
         state,
         cache.manifest,
-        load_alignments(settings, align, cache_info, state.emas[0], nullcontext),
+        load_alignments(settings.alignments, align, cache_info, context),
         NonFiniteGuard(state.optimizer),
         settings.objective,
         settings.optimizer,

@@ -140,7 +140,14 @@ def test_all_blocks_share_one_compiled_graph(single_process_group, monkeypatch, 
         settings = make_settings(cache, "--model", "SiT-S/2", *flags)
         network = build_network_config(settings.model, manifest)
         align = plan_alignments(settings.alignments, network, make_cache_info(manifest))
-        state = build_state(settings, network, align, torch.device("cpu"))
+        state = build_state(
+            network,
+            align,
+            settings.optimizer,
+            settings.device,
+            settings.run.seed,
+            torch.device("cpu"),
+        )
         torch.manual_seed(0)
         for block in state.model.backbone.blocks:  # their modulation is zero at initialisation
             torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)

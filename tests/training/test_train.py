@@ -204,7 +204,7 @@ def test_previews_show_the_ema_with_fixed_noise_and_change_nothing(
     def spy_draw(self, ema, path, title):
         assert not ema.training and not any(p.requires_grad for p in ema.parameters())
         weights.append({key: value.clone() for key, value in ema.state_dict().items()})
-        latents.append((self.settings.seed, self.settings.explicit_labels))
+        latents.append((self.recipe.seed, self.recipe.explicit_labels))
         return draw(self, ema, path, title)
 
     monkeypatch.setattr(Preview, "draw", spy_draw)

@@ -1,0 +1,168 @@
+"""Read images from the rows of Hugging Face's parquet files.
+
+The messages of errors that `open` raises must not be reworded (see preprocessing/image_source.py).
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from common import cli
+from common.cli import UserError
+from preprocessing.image_source import ImageSource
+from preprocessing.labels import LabelTable, index_classes
+
+if TYPE_CHECKING:
+    import pyarrow
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+
+
+@dataclass(eq=False, repr=False)
+class ParquetSource(ImageSource):
+    """A source that reads images from the rows of parquet files.
+
+    Attributes:
+        files: The parquet files.
+        locations: The index into `files`, the row group and the row in the group of each image,
+            (n, 3) int64.
+        column: The name of the column that contains the images.
+    """
+
+    files: list[Path]
+    locations: np.ndarray
+    column: str
+    _loaded_group: tuple[int, int] | None = None
+    _cells: Any = None  # the image column of the loaded row group
+
+    def open(self, image_index: int) -> BinaryIO:
+        """Return the stored bytes of an image (see ImageSource.open)."""
+        file_index, group, row = self.locations[image_index].tolist()
+        if self._loaded_group != (file_index, group):
+            self._cells = self._read_group(file_index, group)
+            self._loaded_group = (file_index, group)
+        cell = self._cells[row].as_py()
+        data = cell["bytes"] if isinstance(cell, dict) else cell
+        if data is None:
+            raise OSError("the row holds no bytes")
+        return io.BytesIO(data)
+
+    def _read_group(self, file_index: int, group: int) -> Any:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self.files[file_index]) as parquet:
+            return parquet.read_row_group(group, [self.column], use_threads=False).column(0)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_loaded_group": None, "_cells": None}
+
+
+def open_parquet(path: Path, files: list[Path], flag: str, table: LabelTable | None) -> ImageSource:
+    """List the images of parquet files, and read their labels.
+
+    Args:
+        path: The file, folder or pattern that the user specified.
+        files: The parquet files.
+        flag: The command-line flag that specifies the path, for error messages.
+        table: The classes from --labels, which parquet files do not support, or None.
+
+    Raises:
+        UserError: pyarrow is not installed, a file cannot be read, a column is missing, the files
+            belong to several splits, or a table is given.
+    """
+    origin = f"{flag} {path}"
+    cli.require_package("pyarrow", f"{origin}, which contains parquet files,")
+    splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
+    if len(splits) > 1:
+        pattern = files[-1].parent / f"{splits[-1]}-*.parquet"
+        raise UserError(
+            f"{origin} contains several splits ({', '.join(splits)}); "
+            f"choose one, for example {flag} '{pattern}'"
+        )
+    if table is not None:
+        raise UserError(
+            f"--labels requires images with file names, but the images of {path} are parquet rows, "
+            "whose labels are in a column; remove --labels"
+        )
+
+    # Locate the images and read the label columns.
+    names: list[str] = []
+    locations: list[tuple[int, int, int]] = []
+    classes: list = []
+    class_names: list[str] | None = None
+    image_column = ""
+    for file_index, file in enumerate(files):
+        with _open_parquet_file(file, flag) as parquet:
+            schema = parquet.schema_arrow
+            image_column = _find_image_column(schema, f"{flag} {file}")
+            metadata = parquet.metadata
+            names += [f"{file.name}:{row}" for row in range(metadata.num_rows)]
+            for group in range(metadata.num_row_groups):
+                rows = range(metadata.row_group(group).num_rows)
+                locations += [(file_index, group, row) for row in rows]
+            label_column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+            if label_column is not None:
+                label_array = parquet.read([label_column], use_threads=False).column(0)
+                classes += label_array.to_pylist()
+                class_names = class_names or _find_class_names(schema, label_column)
+
+    # Convert classes to labels. Without a label column, all images belong to one class.
+    if classes and (len(classes) != len(names) or None in classes):
+        raise UserError(f"{origin}: some rows have a label and others have none")
+    labels, class_names = index_classes(classes or [0] * len(names), class_names, origin)
+    array = np.array(locations, np.int64).reshape(-1, 3)
+    return ParquetSource(
+        path, names, labels, class_names, files=files, locations=array, column=image_column
+    )
+
+
+def _open_parquet_file(file: Path, flag: str) -> "pyarrow.parquet.ParquetFile":
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{flag} {file} is not a readable parquet file ({reason})") from None
+
+
+def _find_image_column(schema: "pyarrow.Schema", origin: str) -> str:
+    """Return the name of the column that contains the bytes of the images.
+
+    The column is a struct {"bytes", "path"}, as written by the library `datasets`, or else a binary
+    column. Columns whose names are in IMAGE_COLUMNS take precedence.
+
+    Raises:
+        UserError: There is no such column.
+    """
+    from pyarrow import types
+
+    structs = []
+    binaries = []
+    for column in schema:
+        if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            structs.append(column.name)
+        elif types.is_binary(column.type) or types.is_large_binary(column.type):
+            binaries.append(column.name)
+    candidates = structs + binaries
+    preferred = [name for name in candidates if name in IMAGE_COLUMNS]
+    if not candidates:
+        raise UserError(
+            f"{origin} has no column of image bytes; its columns are {', '.join(schema.names)}"
+        )
+    return (preferred or candidates)[0]
+
+
+def _find_class_names(schema: "pyarrow.Schema", label_column: str) -> list[str] | None:
+    """Return the class names that the library `datasets` has stored in the file, or None."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return features[label_column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
