@@ -33,12 +33,12 @@ from benchmarks.measure import (
     time_interleaved,
 )
 from common import cli
+from common.ordered_map import map_in_order
 from common.processes import World
 from models.autoencoder import Autoencoder
 from preprocessing.build import build_cache
 from preprocessing.cache_job import Batch
 from preprocessing.encoding import PRECISIONS, EncodingJob, EncodingSettings, get_default_batch_size
-from preprocessing.ordered_map import map_in_order
 from training.throughput import measure_matmul_rate
 
 

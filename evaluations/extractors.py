@@ -4,7 +4,7 @@ Shapes: B images per batch, n images in total.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import UserError
+from common.ordered_map import map_in_order
 from common.processes import World
 from evaluations.fashion import FASHION_RESOLUTION, load_classifier
 from evaluations.features import FeatureNetwork, Features, NumpyFeatures, to_numpy
@@ -113,23 +114,19 @@ def iterate_batches(
     num_processes = world.num_processes if world else 1
     num_batches = -(-images.count // batch_size)
     batch_indices = range(rank, num_batches, num_processes)
+
+    def read_batch(index: int) -> np.ndarray:
+        return images.read_batch(index * batch_size, (index + 1) * batch_size)
+
     with (
         ThreadPoolExecutor(1) as reader,
         tqdm(
             total=images.count, unit="img", desc=description, leave=False, disable=rank > 0
         ) as progress,
     ):
-
-        def start_reading(batch_index: int) -> Future:
-            start = batch_index * batch_size
-            return reader.submit(images.read_batch, start, start + batch_size)
-
-        futures = map(start_reading, batch_indices)
-        pending = next(futures, None)
-        for index in batch_indices:
-            assert pending is not None
-            batch = pending.result()
-            pending = next(futures, None)  # start reading the next batch
+        # Read the next batch in the background while the caller processes a batch.
+        batches = map_in_order(reader, read_batch, batch_indices, max_pending=1)
+        for index, batch in zip(batch_indices, batches):
             yield index, batch
             progress.update(len(batch) * num_processes)
 

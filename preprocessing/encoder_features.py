@@ -19,9 +19,9 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.files import NpyWriter, discard_on_error, write_file
+from common.ordered_map import map_in_order
 from common.processes import World
 from latents.manifest import Manifest
-from preprocessing.ordered_map import map_in_order
 from preprocessing.partial_work import (
     check_or_record_plan,
     describe_differences,

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 from common import cli
 from common.cli import UserError
 from common.config import setting
+from common.ordered_map import map_in_order
 from common.processes import World
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
 from preprocessing.image_source import ImageSource
 from preprocessing.images import BACKGROUNDS, CROPS, BadImage, SquareReader, UnreadableImage
-from preprocessing.ordered_map import map_in_order
 from preprocessing.sources import open_source
 
 PRECISIONS = ("fp32", "tf32", "bf16")

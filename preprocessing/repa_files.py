@@ -27,13 +27,13 @@ from torch import Tensor
 from common import cli
 from common.cli import UserError, first_line
 from common.config import setting
+from common.ordered_map import map_in_order
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
 from preprocessing.cache_preview import spread_indices
 from preprocessing.image_source import ImageSource
 from preprocessing.images import BadImage, UnreadableImage, load_square
 from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
-from preprocessing.ordered_map import map_in_order
 from preprocessing.sources import list_files
 
 READER_THREADS = 16  # reading small files is limited by the latency of the disk
