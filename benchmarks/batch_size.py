@@ -76,15 +76,15 @@ def main() -> None:
                 return content["arr_0"]
 
     first_size, *other_sizes = args.batch_sizes
-    results = {}
+    results: dict[str, list[dict]] = {}
     for scale, (solver, mode) in itertools.product(args.cfg_scale, MODES.items()):
         sampler_config = SamplerConfig(mode=mode, num_steps=args.num_steps, cfg_scale=scale)
-        first = sample_images(sampler_config, first_size)
+        first_images = sample_images(sampler_config, first_size)
         name = f"{solver}, guidance {scale:g}" if scale > 1 else solver
-        results[name] = [
-            {"batch_size": size, **compare_images(first, sample_images(sampler_config, size))}
-            for size in other_sizes
-        ]
+        results[name] = []
+        for size in other_sizes:
+            images = sample_images(sampler_config, size)
+            results[name].append({"batch_size": size, **compare_images(first_images, images)})
     report(
         args,
         device,

@@ -62,16 +62,16 @@ def time_save(
     start_time = time.perf_counter()
     writer.submit(state)
     copy_end_time = time.perf_counter()
-    previous = copy_end_time
+    previous_time = copy_end_time
     longest_pause = 0.0
     while writer.thread is not None and writer.thread.is_alive():
         time.sleep(POLL_SECONDS)
         now = time.perf_counter()
-        longest_pause = max(longest_pause, now - previous - POLL_SECONDS)
-        previous = now
+        longest_pause = max(longest_pause, now - previous_time - POLL_SECONDS)
+        previous_time = now
     return {
         "copy_s": copy_end_time - start_time,
-        "write_s": previous - copy_end_time,
+        "write_s": previous_time - copy_end_time,
         "longest_pause_s": longest_pause,
     }
 

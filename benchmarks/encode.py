@@ -97,9 +97,9 @@ def make_photographs(folder: Path, num_images: int) -> None:
     folder.mkdir(parents=True)
     for i in tqdm(range(num_images), desc="images"):
         colours = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
-        smooth = np.asarray(colours.resize((500, 375), Image.Resampling.BICUBIC))
+        smooth_image = np.asarray(colours.resize((500, 375), Image.Resampling.BICUBIC))
         noise = rng.integers(-16, 17, (375, 500, 3))
-        pixels = (smooth + noise).clip(0, 255).astype(np.uint8)
+        pixels = (smooth_image + noise).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=90)
 
 

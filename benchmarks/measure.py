@@ -144,17 +144,18 @@ def time_interleaved(
         prepare: Function that is called before each action. The call is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    peak = dict.fromkeys(actions, 0.0)
-    for k in tqdm(range(-warm_up, rounds), unit="round", desc="timing"):
+    peak_memory_gib = dict.fromkeys(actions, 0.0)
+    for round_index in tqdm(range(-warm_up, rounds), unit="round", desc="timing"):
         for name, action in actions.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             prepare()
-            value = time_call(action, device, calls)
-            if k >= 0:
-                seconds[name].append(value)
-                peak[name] = max(peak[name], read_peak_memory_gib(device))
-    return Timings(seconds, peak)
+            call_seconds = time_call(action, device, calls)
+            if round_index >= 0:
+                seconds[name].append(call_seconds)
+                memory_gib = read_peak_memory_gib(device)
+                peak_memory_gib[name] = max(peak_memory_gib[name], memory_gib)
+    return Timings(seconds, peak_memory_gib)
 
 
 def read_peak_memory_gib(device: torch.device) -> float:

@@ -79,7 +79,7 @@ def make_random_source(model_name: str, vae: Autoencoder, resolution: int) -> Pr
 
 
 class Sampler:
-    """Runs the sampling of sample_ddp.py, from a network in memory to an .npz, or parts of it.
+    """Runs the sampling of sample_ddp.py for a network in memory, or only the network or the VAE.
 
     Args:
         config: Settings of sample_ddp.py.
