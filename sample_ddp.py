@@ -25,6 +25,7 @@ from common.cli import UserError, format_flags
 from common.config import add_flags, get_flag_of_field, read_flags, record_flags, setting
 from common.files import sha256
 from common.processes import World
+from common.tf32 import set_tf32
 from evaluations.runs import JsonObject
 from evaluations.suite import (
     EvaluationConfig,
@@ -215,8 +216,7 @@ def main() -> None:
 
 def set_precision_and_threads(config: PrecisionConfig, device: torch.device) -> None:
     """Set whether GPUs use TF32, and the number of threads of an operation on the CPU."""
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    set_tf32(config.allow_tf32)
     if device.type != "cuda":
         # The order of summation, and therefore the last bit of a sum, depends on the number of
         # threads of an operation. Run each operation on one thread, and several batches at once.

@@ -16,6 +16,7 @@ from torch import Tensor
 from common import cli
 from common.cli import UserError
 from common.keyed_random import Purpose, normal, uniform
+from common.tf32 import set_tf32
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
 from latents.manifest import CacheError, Manifest
@@ -366,8 +367,7 @@ def main() -> None:
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
-    torch.backends.cuda.matmul.allow_tf32 = settings.device.allow_tf32
-    torch.backends.cudnn.allow_tf32 = settings.device.allow_tf32
+    set_tf32(settings.device.allow_tf32)
     with stop_on_signal() as request, ExitStack() as resources:
         is_finished = run_training(settings, accelerator, request, resources)
         # Wait, because a launcher kills the other processes as soon as one exits with an error.

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.measure import median_and_quartiles, time_interleaved
+from common.tf32 import set_tf32
 from dataset import TrainingStream
 from latents.cache import LatentCache
 from latents.manifest import Manifest
@@ -111,7 +112,7 @@ def time_runs(
     accelerator = make_accelerator(precision)
     actions = {}
     for name, settings in runs.items():
-        allow_tf32(settings.device.allow_tf32)
+        set_tf32(settings.device.allow_tf32)
         cache, plan = open_and_plan(settings)
         step = build_step(plan, accelerator)
         stream = TrainingStream(
@@ -137,12 +138,6 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     return Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=resolve_precision(mixed_precision)
     )
-
-
-def allow_tf32(is_allowed: bool) -> None:
-    """Set whether GPUs use TF32 for float32 matrix products and convolutions."""
-    torch.backends.cuda.matmul.allow_tf32 = is_allowed
-    torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def build_step(plan: Plan, accelerator: Accelerator) -> Step:

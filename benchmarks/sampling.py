@@ -35,12 +35,12 @@ from benchmarks.measure import (
     scratch_folder,
     time_interleaved,
 )
-from benchmarks.run_steps import allow_tf32
 from benchmarks.sampler import Sampler, make_config, make_random_source
 from checkpointing.pretrained import PretrainedModel
 from common import cli
 from common.cli import UserError
 from common.processes import World
+from common.tf32 import set_tf32
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.flops import backbone_flops
@@ -165,7 +165,7 @@ def make_methods(
     folders = (root / f"samples{k}" for k in itertools.count())
 
     def run_plain() -> None:
-        allow_tf32(True)
+        set_tf32(True)
         torch.set_num_threads(num_threads)
         sample_plain(network, fp32_sampler.vae, fp32_sampler.config, next(folders))
 
@@ -188,7 +188,7 @@ def measure_rates(samplers: dict[str, Sampler], num_threads: int) -> dict[str, f
     rates = {}
     for name, sampler in samplers.items():
         precision = sampler.config.precision
-        allow_tf32(precision.allow_tf32)
+        set_tf32(precision.allow_tf32)
         torch.set_num_threads(num_threads)
         rates[name] = measure_matmul_rate(sampler.device, precision.dtype, seconds=0.5)
     return rates

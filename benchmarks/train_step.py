@@ -35,7 +35,7 @@ from benchmarks.measure import (
     time_interleaved,
     write_result,
 )
-from benchmarks.run_steps import Plan, allow_tf32, build_step, make_accelerator
+from benchmarks.run_steps import Plan, build_step, make_accelerator
 from benchmarks.variants import (
     StepConfig,
     make_plan,
@@ -47,6 +47,7 @@ from common import cli
 from common.cli import UserError
 from common.config import add_flags, read_flags
 from common.keyed_random import Purpose, normal, uniform
+from common.tf32 import set_tf32
 from dataset import CachedBatch
 from interpolant import INTERPOLANTS, interpolate
 from latents.manifest import Manifest
@@ -218,7 +219,7 @@ def measure_variants(
         )
     plan = make_plan(config, variants)
     accelerator = make_accelerator(config.mixed_precision)
-    allow_tf32(config.allow_tf32)
+    set_tf32(config.allow_tf32)
     device = accelerator.device
     dtype = autocast_dtype(accelerator.mixed_precision)
     calls = steps or (10 if device.type == "cuda" else 1)

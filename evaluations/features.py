@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluations.metrics import no_tf32
+from common.tf32 import no_tf32
 
 Array = TypeVar("Array")
 OtherArray = TypeVar("OtherArray")

@@ -6,13 +6,13 @@ covariances and all values that are computed from them are float64. Computations
 and results are returned in host memory.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from common.tf32 import no_tf32
 
 MANIFOLD_NEIGHBOURS = 3  # number of nearest neighbours for precision and recall
 ROWS = 4096  # number of rows of features that are converted to float64 at a time
@@ -257,20 +257,6 @@ def manifold_radii(features: Tensor, neighbours: int, tile_size: int, fp16: bool
             nearest = nearest.topk(num_nearest, largest=False).values
         radii.append(nearest.max(1).values)
     return torch.cat(radii)
-
-
-@contextmanager
-def no_tf32() -> Iterator[None]:
-    """Disable TF32 for float32 matrix products and convolutions in this context."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    previous = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, is_allowed in zip(backends, previous):
-            backend.allow_tf32 = is_allowed
 
 
 def _to_tensors(statistics: Statistics, device: Device) -> tuple[Tensor, Tensor]:

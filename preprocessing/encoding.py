@@ -25,6 +25,7 @@ from common.cli import UserError
 from common.config import setting
 from common.ordered_map import map_in_order
 from common.processes import World
+from common.tf32 import set_tf32
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
 from preprocessing.image_source import ImageSource
@@ -175,8 +176,7 @@ class EncodingJob(CacheJob):
         use_tf32 = settings.precision == "tf32"
         if use_tf32 and self.device.type == "cpu":
             raise UserError("--precision tf32 requires a GPU; on the CPU use fp32 or bf16")
-        torch.backends.cuda.matmul.allow_tf32 = use_tf32
-        torch.backends.cudnn.allow_tf32 = use_tf32
+        set_tf32(use_tf32)
         self.batch_size = settings.batch_size or get_default_batch_size(
             settings.resolution, self.device
         )

@@ -1,7 +1,5 @@
 """Compare the metrics with other implementations and with their definitions."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -243,18 +241,3 @@ def test_inception_score_weights_all_splits_equally_including_a_partial_one():
 
 def test_inception_score_of_one_hot_balanced_predictions_is_number_of_classes():
     assert inception_score(np.eye(10, dtype=np.float32)) == pytest.approx(10, rel=1e-12)
-
-
-def test_no_tf32_restores_the_previous_settings_after_an_exception():
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = True
-        with contextlib.suppress(KeyError), metrics.no_tf32():
-            assert [backend.allow_tf32 for backend in backends] == [False, False]
-            raise KeyError
-        assert [backend.allow_tf32 for backend in backends] == [True, True]
-    finally:
-        for backend, is_allowed in zip(backends, before):
-            backend.allow_tf32 = is_allowed
