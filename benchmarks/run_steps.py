@@ -78,7 +78,7 @@ def open_and_plan(settings: Settings) -> tuple[LatentCache, Plan]:
     return cache, plan_run(settings, cache.manifest, cache.read_feature_metadata())
 
 
-def count_flops(settings: Settings) -> int:
+def count_training_flops(settings: Settings) -> int:
     """Return the FLOPs per image of the training step of a run.
 
     Raises:

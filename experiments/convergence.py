@@ -28,7 +28,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.run_steps import count_flops, time_runs
+from benchmarks.run_steps import count_training_flops, time_runs
 from common import cli
 from common.cli import UserError
 from common.files import write_file
@@ -188,7 +188,9 @@ def describe_study(plan: StudyPlan, blocks: dict[str, int], output_dir: Path) ->
                 "name": name,
                 "label": METHODS[name].label,
                 "flags": " ".join(plan.make_method_flags(name, blocks)),
-                "training_flops": count_flops(cell.parse_settings()) if num_train else None,
+                "training_flops": count_training_flops(cell.parse_settings())
+                if num_train
+                else None,
                 "step_s": seconds.get(name),
             }
             for name, cell in cells.items()

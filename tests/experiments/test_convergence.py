@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from benchmarks.run_steps import count_flops, time_runs
+from benchmarks.run_steps import count_training_flops, time_runs
 from common.cli import UserError
 from common.machine import count_available_cores
 from experiments import cells, convergence, results, scheduler, study_data
@@ -264,8 +264,8 @@ def test_steps_are_timed_and_flops_are_counted_per_method(cache):
     assert all(0 < timing["quartiles"][0] <= timing["median"] for timing in seconds.values())
     network = SiTConfig(**PRESETS["SiT-Ti/2"], latent_size=8, num_classes=3)
     head = head_flops(network, {"width": 128, "out": 16, "layers": 5, "hidden": 64})
-    assert count_flops(runs["none"]) == 3 * backbone_flops(network)
-    assert count_flops(runs["sra2"]) == 3 * (backbone_flops(network) + head)
+    assert count_training_flops(runs["none"]) == 3 * backbone_flops(network)
+    assert count_training_flops(runs["sra2"]) == 3 * (backbone_flops(network) + head)
 
 
 FAKE_TRAIN = """
@@ -308,7 +308,7 @@ def test_study_is_executed_resumed_and_gathered(call, cache, tmp_path, monkeypat
         return 125 if settings.alignments else 100
 
     monkeypatch.setattr(convergence, "time_runs", fake_time_runs)
-    monkeypatch.setattr(convergence, "count_flops", fake_count_flops)
+    monkeypatch.setattr(convergence, "count_training_flops", fake_count_flops)
     data, runs, result_path = tmp_path / "data", tmp_path / "runs", tmp_path / "study.json"
     data.mkdir()
     runs.mkdir()
