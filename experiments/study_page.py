@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 MARKERS = "osDP<>h"  # triangles that point up and down are reserved for bounds
 FLOOR_LABEL = "autoencoder reconstructions"
-FLOOR_FIGURE_LABEL = "the autoencoder's own"
 
 # Colour, marker and label of the measured methods, by name.
 Styles = dict[str, dict[str, Any]]
@@ -150,14 +149,14 @@ def explain(result: dict) -> list[str]:
     batch_size = result["batch_size"]
     seeds = list_seeds(result)
     plural = "s" if len(seeds) > 1 else ""
-    steps = f"after {images // batch_size:,} steps of {batch_size} images ({abbreviate(images)})"
+    steps = f"{images // batch_size:,} steps of {batch_size} images ({abbreviate(images)} in total)"
 
     # State how many runs are unfinished.
     planned_images = result["steps"] * batch_size
     num_unfinished = sum(run["metrics"]["images"][-1] < planned_images for run in result["runs"])
-    lines = []
+    note = []
     if num_unfinished:
-        lines += [
+        note = [
             f"**{num_unfinished} of {len(result['runs'])} runs are unfinished; all runs are "
             f"compared at {images:,} images, the last point that every run has reached.**",
             "",
@@ -174,28 +173,31 @@ def explain(result: dict) -> list[str]:
         reliability = f"With few seeds this interval is too narrow{coverage_note}."
 
     return [
-        *lines,
-        f"{result['model']}, {steps}, seed{plural} {' '.join(map(str, seeds))}; means over seeds.",
-        f"{metric} and held-out loss: lower is better.",
-        "Class agreement: the fraction of samples that the classifier assigns to the requested "
+        *note,
+        f"The tables show {result['model']} after {steps}. Values are means over "
+        f"seed{plural} {' '.join(map(str, seeds))}.",
+        "",
+        f"- {metric} and held-out loss: lower is better.",
+        "- Class agreement is the fraction of samples that the classifier assigns to the requested "
         "class.",
-        "Precision and recall: as defined by Kynkaanniemi et al., computed on the classifier's "
-        "features.",
-        f"Difference from {label}: mean of the per-seed differences over the seeds that both "
-        "methods have,",
-        f"with a 95% percentile bootstrap interval. {reliability}",
-        "The t interval is exact if the differences are normally distributed.",
-        "Detectable difference: the mean difference that a paired two-sided t test at the 5% level "
-        "detects with 80% power.",
-        f"Speed-up in images: the number of images at which {label} reaches a quality, divided by "
-        "the number at which",
-        "the method reaches it; both are read from the mean curves by log-log interpolation.",
-        "Speed-up in FLOPs and in seconds: the same ratio with each number multiplied by the cost "
-        "per image,",
-        "excluding REPA's encoder if its features are precomputed.",
-        "< and > mark bounds, because the value lies outside the measured range.",
-        "Probe: computed from finished runs only, and averaged over the seeds that all probed "
-        "methods share.",
+        "- Precision and recall follow Kynkaanniemi et al. and use the classifier's features.",
+        f"- The difference from {label} is the mean of the per-seed differences, over the seeds "
+        "that both methods were run with,",
+        f"  with a 95% percentile bootstrap interval. {reliability}",
+        "- The t interval is exact if the differences are normally distributed.",
+        "- The detectable difference is the mean difference that a paired two-sided t test at the "
+        "5% level detects with 80% power.",
+        f"- The speed-up in images is the number of images at which {label} reaches a quality, "
+        "divided by the number at which",
+        "  the method reaches it. Both numbers are read from the mean curves by log-log "
+        "interpolation.",
+        "- The speed-up in FLOPs or seconds is the same ratio, with each number multiplied by the "
+        "cost per image. This cost",
+        "  excludes REPA's encoder if its features are precomputed.",
+        "- A speed-up with < or > is a bound, because the exact value lies outside the measured "
+        "range.",
+        "- The probe accuracy is averaged over the seeds for which every probed method has a "
+        "finished run.",
     ]
 
 
@@ -240,10 +242,10 @@ def draw_figure(result: dict, path: Path) -> None:
     make_grey_line = partial(line, color="0.4")
     methods = [line(**style, markersize=5, linewidth=1.4) for style in styles.values()]
     marks = [
-        make_grey_line(label="95% over seeds, bootstrap", linewidth=2.6),
-        make_grey_line(label="Student's 95%", linewidth=0.8),
-        make_grey_line(label="lowest to highest seed", linewidth=8, alpha=0.25),
-        make_grey_line(label="goes on beyond what is measured", linewidth=0, marker="v"),
+        make_grey_line(label="95% bootstrap interval", linewidth=2.6),
+        make_grey_line(label="95% t interval", linewidth=0.8),
+        make_grey_line(label="range over seeds", linewidth=8, alpha=0.25),
+        make_grey_line(label="bound, outside the measured range", linewidth=0, marker="v"),
     ]
     legend = partial(figure.legend, frameon=False, columnspacing=1.2, handlelength=1.6)
     legend(handles=marks, loc="outside lower center", ncols=4)
@@ -267,9 +269,9 @@ def draw_curves(axes: "Axes", result: dict, quality: Curves, styles: Styles) -> 
     if floor and floor > axes.get_ylim()[0] / 3:
         axes.axhline(floor, color="0.35", linestyle="--", linewidth=1.2)
         transform = axes.get_yaxis_transform()
-        axes.text(0.02, floor, FLOOR_FIGURE_LABEL, color="0.35", va="bottom", transform=transform)
+        axes.text(0.02, floor, FLOOR_LABEL, color="0.35", va="bottom", transform=transform)
     elif floor:
-        text = f"{FLOOR_FIGURE_LABEL}: {floor:.3f}"
+        text = f"{FLOOR_LABEL}: {floor:.3f}"
         axes.text(0.02, 0.02, text, color="0.35", transform=axes.transAxes)
 
     title = f"{result['metric']} (lower is better)"
@@ -326,7 +328,7 @@ def draw_speed_ups(axes: "Axes", quality: Curves, styles: Styles) -> None:
         draw_categories(axes, quality.images[select_milestones(quality.images)])
     axes.axhline(1, color=styles[baseline]["color"], linewidth=1)
     axes.set_title("speed-up in images (above 1 is better)")
-    axes.set_xlabel(f"at the quality that {styles[baseline]['label']} has after so many images")
+    axes.set_xlabel(f"at the quality of {styles[baseline]['label']} after this number of images")
 
 
 def draw_speed_up(axes: "Axes", x: float, speed_up: SpeedUp, style: dict[str, Any]) -> None:
@@ -371,4 +373,4 @@ def draw_differences(axes: "Axes", curves: Curves, styles: Styles, title: str) -
     draw_categories(axes, curves.images)
     label = styles[baseline]["label"]
     axes.set_xlabel("images seen")
-    axes.set_title(f"{title}: difference, % of {label}'s", fontsize=11)
+    axes.set_title(f"{title}: difference from {label}, %", fontsize=11)
