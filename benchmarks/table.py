@@ -76,7 +76,7 @@ def train_step_rows(result: dict) -> Iterator[str]:
 
 
 def cost_rows(result: dict) -> Iterator[str]:
-    """Yield one row per variant, as in Table 5 of the paper; times may be missing."""
+    """Yield one row per variant, as in Table 5 of the paper, with times if they were measured."""
     is_timed = "machine" in result
     run = f"{result['model']}, not timed"
     if is_timed:
@@ -95,7 +95,7 @@ def cost_rows(result: dict) -> Iterator[str]:
 
 
 def time_cells(result: dict, variant: str) -> str:
-    """Return the time, the peak memory on a GPU, and the time relative to no alignment."""
+    """Return the cells of the step time, the peak memory on a GPU, and the relative time."""
     values = result["results"][variant]
     ratio = result["ratios"].get(f"{variant}/none")
     relative = f"{ratio:.3f}" if ratio else ""
@@ -105,7 +105,7 @@ def time_cells(result: dict, variant: str) -> str:
 
 
 def checkpoint_rows(result: dict) -> Iterator[str]:
-    """Yield the row of a result."""
+    """Yield one row with the size and the times of a checkpoint."""
     times = " | ".join(f"{quartiles:.3g}" for quartiles in result["results"].values())
     yield f"{machine_name(result)} | {result['model']} | {result['bytes'] / 1e9:.2f} | {times}"
 
@@ -176,7 +176,7 @@ def evaluation_rows(result: dict) -> Iterator[str]:
 
 
 def sampling_rows(result: dict) -> Iterator[str]:
-    """Yield one row per method; compare sample_ddp with `plain` and with the parts."""
+    """Yield one row per method; compare sample_ddp with `plain` and with its parts alone."""
     run = f"{result['model']}, {result['resolution']} pixels"
     run += f", {result['num_steps']} steps, batch {result['batch_size']}"
     fastest_plain = result["results"]["plain"]["fastest_image_s"]
@@ -271,8 +271,8 @@ TABLES = {
             "| SRA 2 paper: SiT-XL/2, batch 256, H100 | SRA 2 | 0 | 18M | +4%, latency +6% |  |  "
             "|  | speed 7.2, without alignment 8.1 |",
             "",
-            "The teacher of sra is the EMA of the run. It adds no parameters, and only the memory "
-            "of its activations.",
+            "The teacher of `sra` is the EMA of the run, so it adds no parameters; only its "
+            "activations need memory.",
         ),
     ),
 }
