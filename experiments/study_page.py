@@ -194,7 +194,7 @@ def explain(result: dict) -> list[str]:
         "- The speed-up in FLOPs or seconds is the same ratio, with each number multiplied by the "
         "cost per image. This cost",
         "  excludes REPA's encoder if its features are precomputed.",
-        "- A speed-up with < or > is a bound, because the exact value lies outside the measured "
+        "- A speed-up with < or > is a bound, because the exact value is outside the measured "
         "range.",
         "- The probe accuracy is averaged over the seeds for which every probed method has a "
         "finished run.",
