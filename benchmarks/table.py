@@ -35,7 +35,9 @@ def make_tables(folder: Path = RESULTS) -> dict[str, str]:
     tables = {}
     for name, table in TABLES.items():
         benchmark = table.benchmark or name
-        tables[name] = table.format([r for r in results if r["benchmark"] == benchmark])
+        tables[name] = table.format(
+            [result for result in results if result["benchmark"] == benchmark]
+        )
     return tables
 
 
@@ -82,7 +84,9 @@ def cost_rows(result: dict) -> Iterator[str]:
     if is_timed:
         run = f"{machine_name(result)}: {run_name(result)}"
     for variant, values in result["results"].items():
-        parameters = {key: f"{n / 1e6:.1f}M" for key, n in values["parameters"].items() if n}
+        parameters = {
+            key: f"{count / 1e6:.1f}M" for key, count in values["parameters"].items() if count
+        }
         heads = parameters.get("heads", "0") + format_increase(values["more_parameters"])
         forward = sum(values["forward_flops"].values())
         training = f"{values['training_flops'] / 1e9:.4g}"
