@@ -38,9 +38,11 @@ from evaluations.runs import JsonObject, read_json
 
 # Keys that identify an evaluation, except its samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
+# Names in printed results of the names in metrics.json.
 DISPLAY_NAMES = {
-    "class_agreement": "classifier agrees with class",
+    "class_agreement": "class agreement",
     "inception_score": "Inception score",
+    "Fashion-MNIST's 10,000 test images, as shipped": "the 10,000 test images of Fashion-MNIST",
 }
 
 
@@ -320,7 +322,7 @@ def format_results(result: JsonObject) -> str:
     """Format a metrics.json as text, one line per metric."""
     reference = result.get("reference_name") or result["reference"]
     intervals = result.get("intervals", {})
-    lines = [f"{result['count']:,} samples against {reference}"]
+    lines = [f"{result['count']:,} samples against {DISPLAY_NAMES.get(reference, reference)}"]
     for key, value in result["metrics"].items():
         if value is None:
             continue
