@@ -18,7 +18,7 @@ from common.cli import UserError
 from common.keyed_random import Purpose, normal, uniform
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
-from latents.manifest import CacheError, Manifest
+from latents.manifest import Manifest
 from loss import denoising_loss
 from models.autoencoder import LatentScale
 from models.targets import TrainingInputs
@@ -329,15 +329,12 @@ def run_training(
     )
 
     checkpoint_config = settings.checkpoint
-    try:
-        with CheckpointWriter(
-            folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
-        ) as writer:
-            is_finished = train(
-                run, step, batches, writer, request, checkpoint_config.checkpointing_steps
-            )
-    except CacheError as error:
-        raise UserError(str(error)) from None
+    with CheckpointWriter(
+        folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
+    ) as writer:
+        is_finished = train(
+            run, step, batches, writer, request, checkpoint_config.checkpointing_steps
+        )
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:
