@@ -13,7 +13,7 @@ from models.sit import SiT, init_linear
 
 
 class Projector(nn.Sequential):
-    """An MLP: linear layers with SiLU between them, (B, N, width) -> (B, N, out) in float32.
+    """An MLP with SiLU between its layers: (B, N, width) -> (B, N, output_dim) in float32.
 
     If the last layer is small compared with the others (in SRA 2 it has 0.2% of the weights), it is
     computed in float32 even under autocast, so that the alignment loss does not compare rounded
@@ -21,23 +21,23 @@ class Projector(nn.Sequential):
 
     Args:
         width: Dimension of the input tokens.
-        out: Dimension of the output tokens.
+        output_dim: Dimension of the output tokens.
         layers: Number of linear layers.
         hidden: Width of the hidden layers, 2 * width by default.
     """
 
-    def __init__(self, width: int, out: int, layers: int = 5, hidden: int | None = None):
+    def __init__(self, width: int, output_dim: int, layers: int = 5, hidden: int | None = None):
         hidden = hidden or 2 * width
-        sizes = [width, *[hidden] * (layers - 1), out]
+        sizes = [width, *[hidden] * (layers - 1), output_dim]
         modules: list[nn.Module] = []
         for size_in, size_out in zip(sizes, sizes[1:]):
             modules += [nn.Linear(size_in, size_out), nn.SiLU()]
         super().__init__(*modules[:-1])
         self.apply(init_linear)
-        self.has_small_output = 8 * out <= sizes[-2]
+        self.has_small_output = 8 * output_dim <= sizes[-2]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, N, width) to (B, N, out), float32."""
+        """Map tokens (B, N, width) to (B, N, output_dim), float32."""
         *hidden, last = self
         for layer in hidden:
             tokens = layer(tokens)
@@ -51,22 +51,22 @@ HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
 
 
 def make_head(spec: dict | None) -> nn.Module:
-    """Build a head from its entry in config.json, which contains its kind and its arguments.
+    """Build a head from its entry in config.json.
 
-    The default kind is "mlp". An entry of None means that the tokens of the block are compared
-    without a projection.
+    The kind of the head is "mlp" if the entry does not contain it. An entry of None means that the
+    method compares the tokens of the block without a projection.
     """
     if spec is None:
         return nn.Identity()
-    arguments = dict(spec)
-    return HEADS[arguments.pop("kind", "mlp")](**arguments)
+    head_class = HEADS[spec.get("kind", "mlp")]
+    return head_class(spec["width"], spec["out"], spec["layers"], spec["hidden"])
 
 
 class AlignedOutput(NamedTuple):
     """The output of an `AlignedSiT`. `projected` and `token_norm` are keyed by head name."""
 
     prediction: Tensor  # (B, C, H, W)
-    projected: dict[str, Tensor]  # (B, N, out)
+    projected: dict[str, Tensor]  # (B, N, output_dim)
     token_norm: dict[str, Tensor]  # (B,), mean norm of the head's input tokens; no gradient
     student_tokens: dict[int, Tensor]  # (B, N, D) by requested block
 

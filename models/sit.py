@@ -144,10 +144,10 @@ class SiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Output layer with adaLN conditioning."""
 
-    def __init__(self, width: int, out: int):
+    def __init__(self, width: int, output_dim: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out)
+        self.linear = nn.Linear(width, output_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ docs/extending.md shows how to add a method. Shapes: B batch, C channels, H and 
 width, p patch size, N = HW / p^2 tokens, D width, S image size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -80,7 +81,7 @@ class Defaults(NamedTuple):
 class Plan(NamedTuple):
     """The properties of a target that are known before anything is loaded."""
 
-    out: int | dict[str, int]  # dimension of a target token, or of the tokens of several targets
+    token_dim: int | dict[str, int]  # dimension of a target token; by name for several targets
     record: dict[str, Any] | None = None  # keys that the method adds to config.json
 
 
@@ -97,13 +98,13 @@ class NoSettings:
 
 
 @dataclass(eq=False)
-class Target:
+class Target(ABC):
     """Base class of the alignment methods.
 
     A method may use no head (`head = None`), read other blocks of the student in the same forward
     pass (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and
-    have several targets with one head each (`Plan.out` and the result of `__call__` are then
-    dicts).
+    have several targets with one head each (`Plan.token_dim` and the result of `__call__` are
+    then dicts).
 
     Args:
         record: The method's entry in config.json: the shared settings and `Plan.record`.
@@ -128,15 +129,17 @@ class Target:
     cache: CacheInfo
     context: RunContext
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: B027 - optional in subclasses
         """Load the resources of the target, such as a frozen network."""
 
     @staticmethod
+    @abstractmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
         """Return the paper's settings for a preset and the chosen loss."""
         raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def plan(settings: Any, network: SiTConfig, cache: CacheInfo) -> Plan:
         """Check the settings and return values derived from them, before anything is loaded.
 
@@ -170,6 +173,7 @@ class Target:
         """Values that must be the same when the run is resumed; stored in config.json."""
         return {}
 
+    @abstractmethod
     def __call__(
         self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]
     ) -> Tensor | dict[str, Tensor]:
@@ -183,9 +187,8 @@ class Target:
             student_tokens: Tokens (B, N, D) of `student_blocks`, by block.
 
         Returns:
-            Target tokens (B, N, out), or a dict of them if there are several targets.
+            Target tokens (B, N, token_dim), or a dict of them if there are several targets.
         """
-        raise NotImplementedError
 
 
 def latent_tokens(latents: Tensor, patch: int) -> Tensor:

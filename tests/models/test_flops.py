@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import LatentScale
 from models.flops import backbone_flops, head_flops
-from models.projector import AlignedSiT, Projector
+from models.projector import AlignedSiT, make_head
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import CacheInfo
 from training.throughput import measure_matmul_rate, training_flops
@@ -18,7 +18,7 @@ SRA2 = {"method": "sra2", "head": HEAD}
 def test_flops_match_the_flop_counter_of_pytorch():
     """Training FLOPs agree within 2%, because the first layers need no input gradients."""
     torch.manual_seed(0)
-    model = AlignedSiT(SiT(SMALL), {"sra2": Projector(**HEAD)}, {"sra2": 2})
+    model = AlignedSiT(SiT(SMALL), {"sra2": make_head(HEAD)}, {"sra2": 2})
     for block in model.backbone.blocks:
         block.attn.fused_attn = False  # the counter ignores fused attention on the CPU
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
