@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.encoder import weights_fingerprint
 from models.errors import FieldError
+from models.weights import weights_fingerprint
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DECODE_BATCH_SIZE = 16  # decoding an image of 512 pixels takes about 1 GB of activations

@@ -21,8 +21,8 @@ ALLOWED = {
     "checkpointing": {"common", "models"},
     "evaluations": {
         "common",
-        "models.encoder",
         "models.errors",
+        "models.weights",
         "preprocessing.images",
         "preprocessing.sources",
     },

@@ -9,17 +9,21 @@ from timm.layers import resample_abs_pos_embed
 
 from evaluations.timm_networks import TimmFeatures
 from experiments import efficientnet_weights
-from models import encoder
 from models.encoder import (
     Encoder,
+    TokenGridError,
     describe_encoder,
-    load_network,
     patch_tokens,
     resample_tokens,
+)
+from models.errors import FieldError
+from models.weights import (
+    ENCODER_ALIASES,
+    REPA_ENCODERS,
+    load_network,
     timm_name,
     weights_fingerprint,
 )
-from models.errors import FieldError
 
 
 def make_images(count: int, side: int) -> torch.Tensor:
@@ -94,7 +98,7 @@ def test_default_input_side_follows_repa_with_a_minimum_of_224(name, resolution,
 
 
 def test_final_norm_is_omitted_where_repa_omits_it(monkeypatch, vit_weights):
-    monkeypatch.setitem(encoder.REPA_ENCODERS, "mae-vit-l", "test_vit")
+    monkeypatch.setitem(REPA_ENCODERS, "mae-vit-l", "test_vit")
     without_norm = Encoder("mae-vit-l", 224, 14, vit_weights)
     with_norm = Encoder("test_vit", 224, 14, vit_weights)
     images = make_images(1, 224)
@@ -122,7 +126,7 @@ def test_patch_tokens_drop_prefix_tokens_and_accept_every_layout():
     assert torch.equal(patch_tokens(Network(channels_last, output_fmt="NHWC"), None), expected)
     assert torch.equal(patch_tokens(Network(channels_first), None), expected)
     for features in (prefix_and_patches, [channels_last], torch.zeros(1, 4)):
-        with pytest.raises(encoder.TokenGridError):
+        with pytest.raises(TokenGridError):
             patch_tokens(Network(features), None)
 
 
@@ -187,7 +191,7 @@ def test_fingerprint_depends_on_weights_and_settings(vit_weights):
 
 
 def test_every_alias_names_a_network_with_weights():
-    for name in (*encoder.ENCODER_ALIASES, *encoder.REPA_ENCODERS):
+    for name in (*ENCODER_ALIASES, *REPA_ENCODERS):
         assert timm.is_model_pretrained(timm_name(name)), name
 
 
