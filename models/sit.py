@@ -94,10 +94,10 @@ class TimestepEmbedder(nn.Module):
 
     omega: Tensor
 
-    def __init__(self, width: int, frequencies: int = 256):
+    def __init__(self, width: int, num_features: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        half = frequencies // 2
+        self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
+        half = num_features // 2
         omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("omega", omega, persistent=False)
 

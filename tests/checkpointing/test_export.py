@@ -146,7 +146,7 @@ def test_diffusers_version_is_written_only_if_its_outputs_match(call, run, tmp_p
     monkeypatch.setattr(
         diffusers_dit,
         "frequency_map",
-        lambda frequencies: torch.eye(frequencies, dtype=torch.float64),
+        lambda num_features: torch.eye(num_features, dtype=torch.float64),
     )
     code, out = call(export, run, "--to", tmp_path / "to")
     assert code == 0 and "no diffusers version: velocities would differ by" in out
