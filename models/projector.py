@@ -1,6 +1,6 @@
-"""Alignment heads, which map the tokens of one block to a target and are dropped after training.
+"""Alignment heads, which project the tokens of a block and are removed after training.
 
-docs/method.md explains their widths. Shapes: B batch, N tokens, D width.
+docs/method.md explains the widths of the heads. Shapes: B batch, N tokens, D width.
 """
 
 from collections.abc import Collection
@@ -15,15 +15,14 @@ from models.sit import SiT, init_linear
 class Projector(nn.Sequential):
     """An MLP with SiLU between its layers: (B, N, width) -> (B, N, output_dim) in float32.
 
-    If the last layer is small compared with the others (in SRA 2 it has 0.2% of the weights), it is
-    computed in float32 even under autocast, so that the alignment loss does not compare rounded
-    numbers.
+    In SRA 2, the last layer has only 0.2% of the weights. Such a small last layer is computed in
+    float32 even under autocast, so that the alignment loss does not compare rounded numbers.
 
     Args:
         width: Dimension of the input tokens.
         output_dim: Dimension of the output tokens.
         layers: Number of linear layers.
-        hidden: Width of the hidden layers, 2 * width by default.
+        hidden: Width of the hidden layers. The default is 2 * width.
     """
 
     def __init__(self, width: int, output_dim: int, layers: int = 5, hidden: int | None = None):
@@ -63,21 +62,22 @@ def make_head(spec: dict | None) -> nn.Module:
 
 
 class AlignedOutput(NamedTuple):
-    """The output of an `AlignedSiT`. `projected` and `token_norm` are keyed by head name."""
+    """The output of an `AlignedSiT`."""
 
     prediction: Tensor  # (B, C, H, W)
-    projected: dict[str, Tensor]  # (B, N, output_dim)
-    token_norm: dict[str, Tensor]  # (B,), mean norm of the head's input tokens; no gradient
-    student_tokens: dict[int, Tensor]  # (B, N, D) by requested block
+    projected: dict[str, Tensor]  # name of the head -> output tokens, (B, N, output_dim)
+    # Name of the head -> mean norm of the input tokens, (B,), without gradient.
+    token_norm: dict[str, Tensor]
+    student_tokens: dict[int, Tensor]  # requested block -> tokens, (B, N, D)
 
 
 class AlignedSiT(nn.Module):
-    """The backbone and the alignment heads in one module, which DDP can wrap as a whole.
+    """A module that contains the backbone and the alignment heads, so that DDP can wrap both.
 
     Args:
         backbone: The network that is sampled after training.
-        heads: Alignment heads by name.
-        blocks: For each head, the block (counted from 1) whose tokens it receives.
+        heads: Name of each head -> the head.
+        blocks: Name of each head -> the block whose tokens the head receives, counted from 1.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class AlignedSiT(nn.Module):
             x_t: Noisy latents (B, C, H, W).
             t: Timesteps (B,).
             y: Labels (B,).
-            idle_heads: Names of heads that do not run and receive a zero gradient.
-            student_blocks: Further blocks whose tokens are returned.
+            idle_heads: Names of the heads that are not run and receive a zero gradient.
+            student_blocks: Blocks whose tokens are returned as `student_tokens`.
         """
         names = [name for name in self.heads if name not in idle_heads]
         requested_blocks = [*(self.blocks[name] for name in names), *student_blocks]
@@ -123,7 +123,7 @@ class AlignedSiT(nn.Module):
             norm = torch.linalg.vector_norm(head_input.detach(), dim=-1, dtype=torch.float32)
             token_norm[name] = norm.mean(1)
 
-        # DDP expects a gradient for every parameter, so give idle heads a zero gradient.
+        # Give idle heads a zero gradient, because DDP expects a gradient for every parameter.
         for name in idle_heads:
             prediction = prediction + 0 * sum(p.sum() for p in self.heads[name].parameters())
         return AlignedOutput(
