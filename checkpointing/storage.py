@@ -86,18 +86,18 @@ def read_config(checkpoint: Path) -> dict:
         return json.loads(path.read_text())
 
 
-def ema_filename(config: dict, decay: float | None = None) -> str:
+def ema_filename(config: dict, decay: float) -> str:
     """Return the name of the EMA file for a decay.
 
     Args:
         config: The config.json of the checkpoint.
-        decay: Decay of the EMA; None selects the first decay of the run.
+        decay: Decay of the EMA.
 
     Raises:
         CheckpointError: If the checkpoint has no EMA with this decay.
     """
     decays = config["ema_decay"]
-    if decay is None or decay == decays[0]:
+    if decay == decays[0]:
         return "ema.safetensors"
     if decay not in decays:
         raise CheckpointError(

@@ -99,7 +99,8 @@ class Encoder(nn.Module):
         if omits_final_norm:
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
-        mean, std = config["mean"], config["std"]
+        mean = config["mean"]
+        std = config["std"]
         self._settings = [timm_name(name), self.side, tokens_side, omits_final_norm, mean, std]
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)

@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 
 from evaluations.timm_networks import TimmFeatures
 from experiments import efficientnet_weights
+from models.autoencoder import LatentScale
 from models.encoder import (
     Encoder,
     TokenGridError,
@@ -17,6 +18,8 @@ from models.encoder import (
     resample_tokens,
 )
 from models.errors import FieldError
+from models.sit import SiTConfig
+from models.targets import CacheInfo, EncoderSettings, EncoderTokens
 from models.weights import (
     ENCODER_ALIASES,
     REPA_ENCODERS,
@@ -241,6 +244,24 @@ def test_missing_weights_are_recorded_only_while_a_network_is_loaded(vit_weights
     assert not any(module._load_state_dict_post_hooks for module in network.modules())
     module = torch.nn.Sequential(torch.nn.Linear(1, 1))
     assert not module[0]._load_state_dict_post_hooks
+
+
+def test_ambiguous_stored_features_are_rejected_only_if_they_would_be_used():
+    network = SiTConfig(depth=2, width=32, heads=2, patch=2, latent_size=8)
+    features = {
+        f"test_vit-{side}": {"encoder": "test_vit", "side": side, "tokens_side": 4}
+        for side in (64, 96)
+    }
+    cache = CacheInfo(32, LatentScale(1.0, 0.0), [], [], has_images=True, features=features)
+
+    def plan(**options):
+        return EncoderTokens.plan(EncoderSettings("test_vit", **options), network, cache).record
+
+    with pytest.raises(FieldError, match="features of test_vit for input sizes 64 96") as error:
+        plan()
+    assert error.value.field == "side"
+    assert plan(side=96) == {"encoder": "test_vit", "side": 96, "from": "features/test_vit-96"}
+    assert plan(source="images") == {"encoder": "test_vit", "side": 224, "from": "images"}
 
 
 def test_evaluation_features_come_from_the_same_network(vit_weights):
