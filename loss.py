@@ -1,7 +1,7 @@
 """Flow matching and alignment losses (SRA 2, arXiv:2601.17830): L = L_denoising + lambda L_align.
 
 All losses are pure functions that return one value per sample. The training step weights and
-averages these values. The losses are computed in float32 even under autocast, because normalisation
+averages these values. The losses are computed in float32 even under autocast, because normalization
 in half precision can produce NaN. Shapes: B batch, N tokens, D token dimension.
 """
 

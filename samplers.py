@@ -7,7 +7,7 @@ with `denoise`.
 
 The state keeps the dtype of the initial noise (REPA: float64), and the network always receives
 float32. B is the batch size, and x has the shape (B, ...). With fixed steps, a time is one Python
-float for the whole batch, so no step synchronises with the device. With adaptive steps, times are a
+float for the whole batch, so no step synchronizes with the device. With adaptive steps, times are a
 tensor with one time per image, (B,) float64.
 """
 
@@ -56,8 +56,8 @@ class VelocityModel:
         network: Predicts the velocity, the data or the noise.
         interpolant: The interpolant that the network was trained on.
         prediction: Quantity that the network predicts: "v", "x" or "eps".
-        dtype: Dtype of matrix products in the network, which runs under autocast unless this is
-            float32.
+        dtype: Dtype of matrix products in the network. The network runs under autocast unless the
+            dtype is float32.
         check_cancelled: Function that is called before each evaluation of the network, and that
             can end the sampling by raising an exception.
     """
@@ -84,7 +84,7 @@ class GuidedVelocity:
     arXiv:2207.12598; interval: Kynkaanniemi et al., arXiv:2404.07724). One evaluation of the model
     with a doubled batch computes v_null and v_class. Outside the interval, the velocity is v_class.
     The score, the predictions x and eps, and the drift of the SDE are affine in the velocity, so
-    guiding the velocity is the same as guiding them.
+    guiding the velocity is equivalent to guiding any of these.
 
     Args:
         model: Function that returns velocities, such as a `VelocityModel`.
@@ -106,7 +106,7 @@ class GuidedVelocity:
         """Return the velocity at x (B, ...) and t, which is one time or one time per image (B,).
 
         With one time per image, the batch is always doubled, because a test whether any of these
-        times is in the guidance interval would synchronise with the device.
+        times is in the guidance interval would synchronize with the device.
         """
         times = t.float() if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
         may_be_guided = isinstance(t, Tensor) or self.low <= t <= self.high
@@ -241,7 +241,7 @@ def dopri5(
 
     A step takes six evaluations even if it is rejected, and the first step is preceded by one more
     evaluation. The whole batch is evaluated until every image has reached `t_end`, so that the
-    result of an image does not depend on the other images. The test for this synchronises with the
+    result of an image does not depend on the other images. The test for this synchronizes with the
     device once per step.
 
     The error estimate assumes a smooth velocity; `guided_dopri5` handles a discontinuous velocity.

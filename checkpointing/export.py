@@ -129,9 +129,10 @@ def main() -> None:
     }
     contents, difference = make_diffusers_files(source.model, source.prediction)
     metrics = read_metrics(run, identity["ema_sha256"])
-    card = format_card(source, config, settings, metrics, difference if contents else None)
+    card_difference = difference if contents else None
+    card = format_card(source, config, settings, metrics, card_difference)
 
-    # Write config.json first, so that an interrupted export is still recognised as an export.
+    # Write config.json first, so that an interrupted export is still recognized as an export.
     write_file(args.to / "config.json", json.dumps(exported, indent=2).encode())
     write_file(args.to / "ema.safetensors", weights)
     shutil.rmtree(args.to / "diffusers", ignore_errors=True)

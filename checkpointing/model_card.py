@@ -171,7 +171,7 @@ def _format_numbers(value: float | Sequence[float]) -> str:
 
 
 def _format_code(value: float | Sequence[float]) -> str:
-    """Return Python code for a number, or for one number per channel that broadcasts."""
+    """Return Python code for a number, or for a tensor with one number per channel."""
     if isinstance(value, Sequence):
         return f"torch.tensor({list(value)})[:, None, None]"
     return repr(value)
@@ -238,7 +238,7 @@ def _evaluation_section(metrics: list[dict]) -> str:
 
 
 def _shorten(key: str, value: Any) -> str:
-    """Shorten a hash to 16 digits, and a path to its last part, which is the same everywhere."""
+    """Shorten a hash to 16 digits, and a path to the part that does not depend on the machine."""
     if key.endswith("sha256"):
         return str(value)[:16]
     return Path(value).name if isinstance(value, str) else str(value)

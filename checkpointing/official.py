@@ -11,7 +11,7 @@ repositories, they differ as follows:
 - The output layer of SiT is twice as wide, because it also predicts a sigma that is not trained.
 - In SiT, t = 0 is noise and t = 1 is data; REPA, SRA and this repository use the reverse.
 
-In all three, the null class is the last row of the label embedding table.
+In all three repositories, the null class is the last row of the label embedding table.
 Shapes: D width, p patch size, C channels.
 """
 
@@ -67,8 +67,8 @@ def read_official_file(path: Path) -> OfficialFile:
     except Exception as error:  # the exception type depends on how the file is damaged
         problem = "cannot be read as a .pt file: download it again"
         # torch names the forbidden function or class only in the message.
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            problem = f"contains code ({code[1]}) and is not loaded"
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            problem = f"contains code ({match[1]}) and is not loaded"
         raise CheckpointError(f"{path} {problem}") from None
     state: Any = content.get("ema", content) if isinstance(content, dict) else None
     values = state.values() if isinstance(state, dict) else []
@@ -81,10 +81,10 @@ def read_official_file(path: Path) -> OfficialFile:
         settings = vars(settings)
     if not isinstance(settings, dict):
         settings = {}
-    return OfficialFile(strip_prefixes(state), settings, content.get("steps"))
+    return OfficialFile(_strip_prefixes(state), settings, content.get("steps"))
 
 
-def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes that DistributedDataParallel and torch.compile add to keys."""
     return {
         key.removeprefix("module.").removeprefix("_orig_mod."): value
@@ -93,13 +93,17 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def choose_origin(
-    path: Path, name: str, model: str | None, origin: str | None, inferred_origin: str | None
+    path: Path,
+    inferred_model: str,
+    model: str | None,
+    origin: str | None,
+    inferred_origin: str | None,
 ) -> str:
     """Check --model and --origin against the file, and return the origin.
 
     Args:
         path: The file.
-        name: Preset that matches the tensor shapes in the file.
+        inferred_model: Preset that matches the tensor shapes in the file.
         model: Value of --model.
         origin: Value of --origin.
         inferred_origin: Origin inferred from the file; None if it is ambiguous.
@@ -107,37 +111,37 @@ def choose_origin(
     Raises:
         UserError: If a flag is missing or contradicts the file.
     """
-    result = origin or inferred_origin
+    chosen_origin = origin or inferred_origin
     origins = ", ".join(ORIGINS)
     if model is None:
-        origin_remedy = "" if result else f" and --origin, one of {origins}"
+        origin_remedy = "" if chosen_origin else f" and --origin, one of {origins}"
         raise UserError(
-            f"{path} does not record its architecture, but its tensor shapes match {name}: "
-            f"add --model {name}{origin_remedy}"
+            f"{path} does not record its architecture, but its tensor shapes match "
+            f"{inferred_model}: add --model {inferred_model}{origin_remedy}"
         )
-    if model != name:
+    if model != inferred_model:
         raise UserError(
-            f"--model {model} does not match {path}, whose tensor shapes match {name}; "
-            f"pass --model {name}"
+            f"--model {model} does not match {path}, whose tensor shapes match "
+            f"{inferred_model}; pass --model {inferred_model}"
         )
-    if result is None:
+    if chosen_origin is None:
         raise UserError(
             f"{path} does not identify its repository, which determines the direction of time "
             "(heads would imply REPA or SRA, and a learned sigma would imply SiT): "
             f"add --origin, one of {origins}"
         )
-    if inferred_origin not in (None, result):
+    if inferred_origin not in (None, chosen_origin):
         raise UserError(
             f"--origin {origin}: {path} contains weights that exist only in {inferred_origin} "
             "checkpoints; remove the flag"
         )
-    return result
+    return chosen_origin
 
 
 def choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None) -> str:
     """Return the recorded interpolant of a file, or --path-type if the file does not record it.
 
-    The default is linear, because every published file was trained with it.
+    The default is linear, because every published file was trained on the linear path.
 
     Raises:
         CheckpointError: If this repository does not support the prediction or interpolant.
@@ -188,12 +192,15 @@ def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
 
 
 def has_learned_sigma(state: dict[str, Tensor], config: SiTConfig) -> bool:
-    """Return whether the output layer is twice as wide as the velocity."""
+    """Return whether the output layer also predicts a sigma, in addition to the velocity."""
     return len(state[_OUTPUT_KEYS[0]]) == 2 * config.patch**2 * config.channels
 
 
 def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
-    """Return the repository that trained a state dict without prefixes, or None if ambiguous."""
+    """Return the repository that a state dict comes from, or None if it is ambiguous.
+
+    The keys of the state dict have no prefixes.
+    """
     for origin, prefix in HEAD_PREFIXES.items():
         if any(key.startswith(prefix) for key in state):
             return origin
@@ -208,13 +215,13 @@ def convert_state_dict(
     Alignment heads and the learned sigma are removed. The weights of a network from the SiT
     repository are converted to the time convention of this repository.
     """
-    heads = tuple(HEAD_PREFIXES.values())
-    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    head_prefixes = tuple(HEAD_PREFIXES.values())
+    state = {key: value for key, value in state.items() if not key.startswith(head_prefixes)}
     if has_learned_sigma(state, config):
         # There are 2C output channels per pixel of a patch. The last C channels are the sigma.
         for key in _OUTPUT_KEYS:
-            channels = state[key].unflatten(0, (config.patch**2, 2 * config.channels))
-            state[key] = channels[:, : config.channels].flatten(0, 1)
+            rows = state[key].unflatten(0, (config.patch**2, 2 * config.channels))
+            state[key] = rows[:, : config.channels].flatten(0, 1)
     return reverse_time(state) if origin == "sit" else state
 
 

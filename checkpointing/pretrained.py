@@ -90,14 +90,14 @@ def load(
             )
         return _load_official(path, model, origin, path_type)
     folder, config = read_native_config(path)
-    for flag, value, recorded_value in (
+    for flag, value, recorded_fact in (
         ("--model", model, f"it is {config['model_name']}"),
         ("--origin", origin, "it comes from this repository"),
         ("--path-type", path_type, f"it was trained on the {config['path_type']} path"),
     ):
         if value is not None:
             raise UserError(
-                f"{flag} is for official .pt files, but {path} records that {recorded_value}; "
+                f"{flag} is for official .pt files, but {path} records that {recorded_fact}; "
                 "remove the flag"
             )
 
@@ -189,10 +189,10 @@ def _load_official(
     """Load a .pt file. The arguments are the same as for `load`."""
     file = read_official_file(path)
     try:
-        name, config = infer_config(file.state)
+        model_name, config = infer_config(file.state)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from None
-    origin = choose_origin(path, name, model, origin, infer_origin(file.state, config))
+    origin = choose_origin(path, model_name, model, origin, infer_origin(file.state, config))
     path_type = choose_path_type(path, file.settings, path_type)
     network = SiT(config).eval().requires_grad_(False)
     with convert_errors(path):
@@ -208,7 +208,7 @@ def _load_official(
         identity={
             "checkpoint": str(path),
             "ema_sha256": sha256(path),
-            "model": name,
+            "model": model_name,
             "step": file.step,
             "images_seen": None,
             "ema_decay": None,

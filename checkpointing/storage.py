@@ -59,7 +59,7 @@ def find_checkpoint(path: Path) -> Path:
     """Return the newest checkpoint of a run, or `path` if it is a checkpoint.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no checkpoint.
     """
     if (path / "config.json").exists() and (path / "ema.safetensors").exists():
         return path
@@ -176,7 +176,7 @@ def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[None]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Rename a checkpoint to a hidden folder and then remove it, so that it is never incomplete."""
+    """Remove a checkpoint, after renaming it so that no incomplete checkpoint is visible."""
     removed = hidden_path(folder, "removed")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)

@@ -120,23 +120,24 @@ def _silence_hub_retries() -> Iterator[None]:
 
 @contextmanager
 def _require_all_weights() -> Iterator[None]:
-    """Raise ValueError on exit if a new network was loaded from a state dict without all weights.
+    """Raise ValueError on exit if a network was loaded in this context without all weights.
 
     timm loads files with `strict=False` if the network has no classifier, and leaves missing
-    weights at their random values. Load hooks on the submodules record the missing keys.
+    weights at their random values. Load hooks on the submodules collect the missing keys.
     """
     missing: list[str] = []
     hooks = ExitStack()
 
-    def record(module: nn.Module, keys: Any) -> None:
+    def collect_missing_keys(module: nn.Module, keys: Any) -> None:
         missing.extend(keys.missing_keys)
 
-    def observe(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    def add_load_hook(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
         if submodule is not None:
-            hooks.enter_context(submodule.register_load_state_dict_post_hook(record))
+            hook = submodule.register_load_state_dict_post_hook(collect_missing_keys)
+            hooks.enter_context(hook)
 
     with hooks:
-        hooks.enter_context(register_module_module_registration_hook(observe))
+        hooks.enter_context(register_module_module_registration_hook(add_load_hook))
         yield
     if missing:
         raise ValueError(f"the file belongs to another network: {missing[0]} is missing")

@@ -548,7 +548,7 @@ def test_every_objective_reaches_the_moments_of_the_data(name, prediction):
 
     The tolerances allow for the start: it is treated as pure noise, although alpha is up to 0.007
     there, and with "eps" on the linear path it is too wide by 0.001. The tolerance of the SDE also
-    allows for its discretisation error of 1.5%.
+    allows for its discretization error of 1.5%.
     """
     interpolant = INTERPOLANTS[name]
     interval = time_interval(interpolant, prediction)
@@ -732,7 +732,7 @@ def test_guiding_every_objective_equals_guiding_the_velocity(name, prediction):
         assert torch.equal(solve_with_heun(guided), unguided) == is_never_guided
 
 
-# Dtypes, device synchronisation and documentation
+# Dtypes, device synchronization and documentation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -754,8 +754,8 @@ def test_state_keeps_its_dtype_and_the_network_receives_float32(dtype):
     assert received == {torch.float32}
 
 
-def test_fixed_grids_do_not_synchronise_with_the_device():
-    """Tensors on the meta device hold no data, so a synchronisation raises an error."""
+def test_fixed_grids_do_not_synchronize_with_the_device():
+    """Tensors on the meta device hold no data, so a synchronization raises an error."""
     x = torch.empty(2, 3, device="meta")
     labels = torch.empty(2, dtype=torch.int64, device="meta")
     velocity = GuidedVelocity(
