@@ -1,4 +1,4 @@
-"""Test the solvers on Gaussian data, for which velocity and marginals are known exactly.
+"""Test the solvers on Gaussian data, whose velocity and marginals have closed forms.
 
 The exact results come from closed forms, from scipy's integrators and from linear recursions that
 share no code with the solvers.
@@ -46,17 +46,17 @@ LINEAR = INTERPOLANTS["linear"]
 COSINE = INTERPOLANTS["cosine"]
 
 
-def linear_coefficients(t):
+def compute_linear_coefficients(t):
     return 1 - t, t, -1, 1
 
 
-def cosine_coefficients(t):
+def compute_cosine_coefficients(t):
     cos = math.cos(math.pi * t / 2)
     sin = math.sin(math.pi * t / 2)
     return cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos
 
 
-def vp_coefficients(t):
+def compute_vp_coefficients(t):
     variance = math.exp(-9.95 * t**2 - 0.1 * t)
     beta = 0.1 + 19.9 * t
     alpha = variance**0.5
@@ -65,28 +65,28 @@ def vp_coefficients(t):
 
 
 COEFFICIENTS = {
-    "linear": linear_coefficients,
-    "cosine": cosine_coefficients,
-    "vp": vp_coefficients,
+    "linear": compute_linear_coefficients,
+    "cosine": compute_cosine_coefficients,
+    "vp": compute_vp_coefficients,
 }
 # The velocity has no singularity on these paths.
-on_regular_paths = pytest.mark.parametrize("name", ["linear", "cosine"])
+on_regular_paths = pytest.mark.parametrize("path_type", ["linear", "cosine"])
 on_every_objective = pytest.mark.parametrize(
-    ("name", "prediction"), list(itertools.product(INTERPOLANTS, PREDICTIONS))
+    ("path_type", "prediction"), list(itertools.product(INTERPOLANTS, PREDICTIONS))
 )
 with_both_ode_solvers = pytest.mark.parametrize("solver", [euler, heun])
 
 
-def initial_noise(n=10, d=3):
-    return normal(0, Purpose.INITIAL_NOISE, torch.arange(n), (d,))
+def draw_initial_noise(count=10, dim=3):
+    return normal(0, Purpose.INITIAL_NOISE, torch.arange(count), (dim,))
 
 
-def affine_drift(data, name, t, w=0.0):
+def compute_affine_drift(data, path_type, t, w=0.0):
     """Return M and c of the drift M x + c = v - w s / 2 of Gaussian data, as float64 numpy arrays.
 
     The drift follows from the change of the mean and the covariance of x_t.
     """
-    alpha, sigma, d_alpha, d_sigma = COEFFICIENTS[name](t)
+    alpha, sigma, d_alpha, d_sigma = COEFFICIENTS[path_type](t)
     mean = data.mean.numpy()
     covariance = data.covariance.numpy()
     identity = np.eye(3)
@@ -95,17 +95,17 @@ def affine_drift(data, name, t, w=0.0):
     return matrix, d_alpha * mean - alpha * matrix @ mean
 
 
-def guided_affine_drift(name, t, w=0.0):
+def compute_guided_drift(path_type, t, w=0.0):
     """Return M and c of the drift with guidance between DATA and NULL inside [LOW, HIGH]."""
     scale = SCALE if LOW <= t <= HIGH else 1
-    matrix, c = affine_drift(DATA, name, t, w)
-    null_matrix, null_c = affine_drift(NULL, name, t, w)
+    matrix, c = compute_affine_drift(DATA, path_type, t, w)
+    null_matrix, null_c = compute_affine_drift(NULL, path_type, t, w)
     return null_matrix + scale * (matrix - null_matrix), null_c + scale * (c - null_c)
 
 
-def affine_denoiser(name, t):
+def compute_affine_denoiser(path_type, t):
     """Return M and c of the denoised image M x + c = E[x_0 | x_t] of DATA, as numpy arrays."""
-    alpha, sigma, _, _ = COEFFICIENTS[name](t)
+    alpha, sigma, _, _ = COEFFICIENTS[path_type](t)
     mean = DATA.mean.numpy()
     covariance = DATA.covariance.numpy()
     matrix = alpha * covariance @ np.linalg.inv(alpha**2 * covariance + sigma**2 * np.eye(3))
@@ -115,30 +115,31 @@ def affine_denoiser(name, t):
 def integrate_with_scipy(drift, x, edges=(1.0, 0.0)):
     """Integrate dx/dt = M x + c for x (B, 3) from the first edge to the last.
 
-    The drift may jump at an edge; each piece uses its value inside the piece.
+    The drift may have a jump at an edge. The edges split the integration into pieces, and the drift
+    at an end of a piece is its limit from the inside of the piece.
     """
-    for begin, end in itertools.pairwise(edges):
+    for t_start, t_end in itertools.pairwise(edges):
 
-        def slope(t, y, begin=begin, end=end):
-            matrix, c = drift(min(max(t, end + 1e-9), begin - 1e-9))
+        def slope(t, y, t_start=t_start, t_end=t_end):
+            matrix, c = drift(min(max(t, t_end + 1e-9), t_start - 1e-9))
             return (y.reshape(-1, 3) @ matrix.T + c).ravel()
 
         solution = solve_ivp(
-            slope, (begin, end), x.ravel(), method="DOP853", rtol=1e-11, atol=1e-11
+            slope, (t_start, t_end), x.ravel(), method="DOP853", rtol=1e-11, atol=1e-11
         )
         x = solution.y[:, -1].reshape(-1, 3)
     return torch.from_numpy(x)
 
 
-def euler_maruyama_moments(drift, num_steps, last, first=1.0, denoiser=None):
-    """Return mean and covariance of the Euler-Maruyama scheme, which maps N(0, I) affinely.
+def compute_recursive_moments(drift, num_steps, last, first=1.0, denoiser=None):
+    """Return mean and covariance of Euler-Maruyama samples for an affine drift, by recursion.
 
     Args:
-        drift: Returns M and c of the drift, given t and w.
+        drift: Function of t and w that returns M and c of the drift.
         num_steps: Number of evaluations.
         last: Time at which the last step starts.
         first: Time at which the first step starts.
-        denoiser: M and c of the last step, if it is not a step of the drift.
+        denoiser: M and c of the last step. By default, the last step also follows the drift.
     """
     times = [*np.linspace(first, last, num_steps), 0.0]
     mean = np.zeros(3)
@@ -158,9 +159,9 @@ def euler_maruyama_moments(drift, num_steps, last, first=1.0, denoiser=None):
     return torch.from_numpy(mean), torch.from_numpy(covariance)
 
 
-def two_gaussians(name):
+def make_gaussian_model(path_type):
     """Return a float32 model in which every class is DATA and the null class is NULL."""
-    interpolant = INTERPOLANTS[name]
+    interpolant = INTERPOLANTS[path_type]
 
     def model(x, t, labels):
         assert x.dtype == t.dtype == torch.float32
@@ -173,12 +174,12 @@ def two_gaussians(name):
     return model
 
 
-def guided_gaussian(name, n, **interval):
-    labels = torch.arange(n) % NULL_CLASS
-    return GuidedVelocity(two_gaussians(name), labels, NULL_CLASS, SCALE, **interval)
+def make_guided_velocity(path_type, count, **interval):
+    labels = torch.arange(count) % NULL_CLASS
+    return GuidedVelocity(make_gaussian_model(path_type), labels, NULL_CLASS, SCALE, **interval)
 
 
-def convergence_orders(errors):
+def compute_convergence_orders(errors):
     return [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
 
 
@@ -208,39 +209,43 @@ class RecordedVelocity:
 
 
 @on_regular_paths
-def test_flow_equals_scipys_solution_and_maps_noise_to_the_data(name):
+def test_flow_equals_scipys_solution_and_maps_noise_to_the_data(path_type):
     """Check the exact solution that other tests use, m + S^(1/2) x, and its velocity."""
     torch.testing.assert_close(
-        integrate_with_scipy(lambda t: affine_drift(DATA, name, t), initial_noise().numpy()),
-        DATA.flow(initial_noise()),
+        integrate_with_scipy(
+            lambda t: compute_affine_drift(DATA, path_type, t), draw_initial_noise().numpy()
+        ),
+        DATA.flow(draw_initial_noise()),
         atol=1e-8,
         rtol=0,
     )
     root = DATA.flow(torch.eye(3).double()) - DATA.mean
     torch.testing.assert_close(root.T @ root, DATA.covariance)
     for t in (0.02, 0.5, 1.0):
-        matrix, c = map(torch.from_numpy, affine_drift(DATA, name, t))
+        matrix, c = map(torch.from_numpy, compute_affine_drift(DATA, path_type, t))
         torch.testing.assert_close(
-            DATA.velocity(INTERPOLANTS[name])(initial_noise(), t), initial_noise() @ matrix.T + c
+            DATA.velocity(INTERPOLANTS[path_type])(draw_initial_noise(), t),
+            draw_initial_noise() @ matrix.T + c,
         )
 
 
 @on_regular_paths
 @pytest.mark.parametrize(("solver", "order", "tolerance"), [(euler, 1, 4e-2), (heun, 2, 3e-3)])
-def test_ode_solvers_have_their_order_of_convergence(name, solver, order, tolerance):
-    exact = DATA.flow(initial_noise())
-    velocity = DATA.velocity(INTERPOLANTS[name])
+def test_ode_solvers_have_their_order_of_convergence(path_type, solver, order, tolerance):
+    exact = DATA.flow(draw_initial_noise())
+    velocity = DATA.velocity(INTERPOLANTS[path_type])
     errors = [
-        (solve_ode(solver, velocity, initial_noise(), n) - exact).abs().max() for n in (32, 64, 128)
+        (solve_ode(solver, velocity, draw_initial_noise(), n) - exact).abs().max()
+        for n in (32, 64, 128)
     ]
     assert errors[-1] < tolerance
-    assert convergence_orders(errors) == pytest.approx([order] * 2, abs=0.2)
+    assert compute_convergence_orders(errors) == pytest.approx([order] * 2, abs=0.2)
 
 
 @with_both_ode_solvers
 def test_ode_solvers_are_exact_for_a_constant_velocity(solver):
-    end = solve_ode(solver, lambda x, t: torch.full_like(x, 3.0), initial_noise(), 7)
-    torch.testing.assert_close(end, initial_noise() - 3)
+    end = solve_ode(solver, lambda x, t: torch.full_like(x, 3.0), draw_initial_noise(), 7)
+    torch.testing.assert_close(end, draw_initial_noise() - 3)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +255,7 @@ def test_ode_solvers_are_exact_for_a_constant_velocity(solver):
 def test_ode_solvers_evaluate_at_the_same_times_as_repa(solver, expected):
     """Euler takes n evaluations. Heun takes 2 n - 1, because its last step is an Euler step."""
     velocity = RecordedVelocity()
-    solve_ode(solver, velocity, initial_noise(2), 3)
+    solve_ode(solver, velocity, draw_initial_noise(2), 3)
     assert velocity.times == pytest.approx(expected)
 
 
@@ -268,10 +273,10 @@ def test_dopri5_tableau_equals_that_of_scipy():
 
 
 @on_regular_paths
-def test_dopri5_meets_its_tolerance_with_as_many_evaluations_as_scipy(name):
+def test_dopri5_meets_its_tolerance_with_as_many_evaluations_as_scipy(path_type):
     """scipy's RK45 uses the same pair, norm and factors, with one more evaluation at the start."""
-    x = initial_noise(8)
-    velocity = DATA.velocity(INTERPOLANTS[name])
+    x = draw_initial_noise(8)
+    velocity = DATA.velocity(INTERPOLANTS[path_type])
     for rtol in (1e-3, 1e-6, 1e-9):
         end, evaluations = dopri5(velocity, x, rtol / 1000, rtol)
         assert (end - DATA.flow(x)).abs().max() < 20 * rtol
@@ -291,26 +296,26 @@ def test_dopri5_meets_its_tolerance_with_as_many_evaluations_as_scipy(name):
         assert evaluations.double().mean().item() == pytest.approx(expected, rel=tolerance)
 
 
-def relaxation_velocity(rates):
-    """Return a velocity field in which image i approaches sin(3 t) at the rate rates[i]."""
+def make_relaxation_velocity(rates):
+    """Return a velocity field by which image i approaches sin(3 t) with the rate rates[i]."""
     return lambda x, t: rates[:, None] * (x - torch.sin(3 * t)[:, None])
 
 
 def test_dopri5_steps_of_an_image_do_not_depend_on_the_batch():
     """An image has the same result and count next to a stiff image as in a batch of one."""
     rates = torch.tensor([1.0, 400.0, 3.0]).double()
-    x = initial_noise(3, 16)
+    x = draw_initial_noise(3, 16)
     times = []
 
     def velocity(y, t):
         times.append(t)
-        return relaxation_velocity(rates)(y, t)
+        return make_relaxation_velocity(rates)(y, t)
 
     end, evaluations = dopri5(velocity, x, 1e-8, 1e-6)
     assert len(times) == evaluations.max() == evaluations[1] > 4 * evaluations[0]
     assert all(bool((t >= 0).all()) for t in times)
     for i in range(3):
-        single, count = dopri5(relaxation_velocity(rates[i : i + 1]), x[i : i + 1], 1e-8, 1e-6)
+        single, count = dopri5(make_relaxation_velocity(rates[i : i + 1]), x[i : i + 1], 1e-8, 1e-6)
         assert torch.equal(single[0], end[i])
         assert count.item() == evaluations[i]
 
@@ -322,24 +327,26 @@ def test_dopri5_with_a_nan_image_ends_and_does_not_change_the_others():
         nonlocal num_calls
         num_calls += 1
         assert num_calls < 200
-        v = relaxation_velocity(torch.ones(2).double())(x, t)
+        v = make_relaxation_velocity(torch.ones(2).double())(x, t)
         is_nan = (t < 0.99)[:, None] & (torch.arange(2) == 0)[:, None]
         return torch.where(is_nan, torch.nan, v)
 
-    end, _ = dopri5(velocity, initial_noise(2))
-    expected, _ = dopri5(relaxation_velocity(torch.ones(1).double()), initial_noise(2)[1:])
+    end, _ = dopri5(velocity, draw_initial_noise(2))
+    expected, _ = dopri5(
+        make_relaxation_velocity(torch.ones(1).double()), draw_initial_noise(2)[1:]
+    )
     assert end[0].isnan().all()
     assert torch.equal(end[1], expected[0])
 
 
-def test_dopri5_crosses_a_jump_of_the_velocity():
-    """At a jump, as at the ends of a guidance interval, dopri5 terminates with any tolerance."""
+def test_dopri5_terminates_at_a_jump_of_the_velocity():
+    """The velocity has such a jump at each end of a guidance interval."""
 
     def velocity(x, t):
         return torch.where(t < 0.3, 1.0, 5.0)[:, None].to(x).expand_as(x)
 
-    end, evaluations = dopri5(velocity, initial_noise(2), 1e-13, 0)
-    torch.testing.assert_close(end, initial_noise(2) - 5 * 0.7 - 0.3, atol=1e-7, rtol=0)
+    end, evaluations = dopri5(velocity, draw_initial_noise(2), 1e-13, 0)
+    torch.testing.assert_close(end, draw_initial_noise(2) - 5 * 0.7 - 0.3, atol=1e-7, rtol=0)
     assert evaluations.max() < 500
 
 
@@ -347,21 +354,21 @@ def test_dopri5_crosses_a_jump_of_the_velocity():
 
 
 @on_regular_paths
-def test_sde_moments_equal_the_recursion(name):
+def test_sde_moments_equal_the_linear_recursion(path_type):
     """Both methods are exact and draw no samples."""
-    interpolant = INTERPOLANTS[name]
+    interpolant = INTERPOLANTS[path_type]
     for num_steps, last in ((2, 0.5), (25, 0.04)):
         moments = sde_moments(DATA.velocity(interpolant), interpolant, 3, num_steps, last)
-        expected = euler_maruyama_moments(
-            lambda t, w: affine_drift(DATA, name, t, w), num_steps, last
+        expected = compute_recursive_moments(
+            lambda t, w: compute_affine_drift(DATA, path_type, t, w), num_steps, last
         )
         torch.testing.assert_close(moments, expected, rtol=0, atol=1e-12)
 
 
 @on_regular_paths
-def test_sde_has_weak_order_one(name):
+def test_sde_has_weak_order_one(path_type):
     """Mean and covariance converge if the last step shrinks with the others."""
-    interpolant = INTERPOLANTS[name]
+    interpolant = INTERPOLANTS[path_type]
     errors = []
     for n in (50, 100, 200):
         mean, covariance = sde_moments(DATA.velocity(interpolant), interpolant, 3, n, 1 / n)
@@ -369,25 +376,25 @@ def test_sde_has_weak_order_one(name):
         covariance_error = (covariance - DATA.covariance).abs().max().item()
         errors.append(max(mean_error, covariance_error))
     assert errors[-1] < 0.02
-    assert convergence_orders(errors) == pytest.approx([1, 1], abs=0.2)
+    assert compute_convergence_orders(errors) == pytest.approx([1, 1], abs=0.2)
 
 
 @on_regular_paths
-def test_sde_samples_have_the_predicted_moments(name):
+def test_sde_samples_have_the_predicted_moments(path_type):
     """Each moment of 10,000 samples is within four standard errors."""
     n = 10_000
     num_steps = 40
-    interpolant = INTERPOLANTS[name]
+    interpolant = INTERPOLANTS[path_type]
     indices = torch.arange(n)
     samples = solve_sde(
         DATA.velocity(interpolant),
         interpolant,
-        initial_noise(n),
+        draw_initial_noise(n),
         num_steps,
         lambda i: normal(0, Purpose.BROWNIAN, indices, (3,), draw=i),
     )
-    mean, covariance = euler_maruyama_moments(
-        lambda t, w: affine_drift(DATA, name, t, w), num_steps, 0.04
+    mean, covariance = compute_recursive_moments(
+        lambda t, w: compute_affine_drift(DATA, path_type, t, w), num_steps, 0.04
     )
     variances = covariance.diagonal()
     assert ((samples.mean(0) - mean).abs() < 4 * (variances / n).sqrt()).all()
@@ -404,7 +411,7 @@ def test_sde_grid_equals_that_of_repa():
         noise_steps.append(step)
         return torch.zeros(2, 3)
 
-    solve_sde(velocity, LINEAR, initial_noise(2), 25, noise)
+    solve_sde(velocity, LINEAR, draw_initial_noise(2), 25, noise)
     torch.testing.assert_close(torch.tensor(velocity.times), torch.linspace(1, 0.04, 25))
     assert noise_steps == list(range(24))
 
@@ -458,20 +465,20 @@ def test_null_class_is_not_evaluated_outside_the_guidance_interval():
 
 
 @on_regular_paths
-def test_guided_ode_follows_the_guided_flow(name):
+def test_guided_ode_follows_the_guided_flow(path_type):
     """Guidance between two Gaussians is affine, and scipy integrates it piece by piece."""
-    x = initial_noise(6)
+    x = draw_initial_noise(6)
     exact = integrate_with_scipy(
-        lambda t: guided_affine_drift(name, t), x.numpy(), (1.0, HIGH, LOW, 0.0)
+        lambda t: compute_guided_drift(path_type, t), x.numpy(), (1.0, HIGH, LOW, 0.0)
     )
     assert (exact - DATA.flow(x)).abs().max() > 0.3
-    guided = guided_gaussian(name, 6, low=LOW, high=HIGH)
+    guided = make_guided_velocity(path_type, 6, low=LOW, high=HIGH)
     errors = [(solve_ode(euler, guided, x, n) - exact).abs().max() for n in (32, 64, 128)]
     assert errors[-1] < 8e-2
-    assert convergence_orders(errors) == pytest.approx([1, 1], abs=0.2)
+    assert compute_convergence_orders(errors) == pytest.approx([1, 1], abs=0.2)
 
     # dopri5 integrates in pieces, and batches are doubled only inside the interval.
-    model = two_gaussians(name)
+    model = make_gaussian_model(path_type)
     batch_sizes = []
 
     def recording_model(x, t, labels):
@@ -488,19 +495,21 @@ def test_guided_ode_follows_the_guided_flow(name):
     # Heun converges to the solution of dopri5 with guidance at all times.
     guided = GuidedVelocity(model, torch.arange(6), NULL_CLASS, SCALE)
     reference, _ = guided_dopri5(guided, x, atol=1e-6, rtol=1e-6)
-    guided = guided_gaussian(name, 6)
+    guided = make_guided_velocity(path_type, 6)
     errors = [(solve_ode(heun, guided, x, n) - reference).abs().max() for n in (32, 64, 128)]
     assert errors[-1] < 5e-3
-    assert convergence_orders(errors) == pytest.approx([2, 2], abs=0.3)
+    assert compute_convergence_orders(errors) == pytest.approx([2, 2], abs=0.3)
 
 
 @on_regular_paths
-def test_guided_sde_moments_equal_moments_of_the_guided_drift(name):
+def test_guided_sde_moments_equal_moments_of_the_guided_drift(path_type):
     """REPA guides the drift v - w s / 2. The score is affine in v, so guiding v is equivalent."""
-    num_rows = 1 + 3 * 24
-    velocity = guided_gaussian(name, num_rows, low=LOW, high=HIGH)
-    moments = sde_moments(velocity, INTERPOLANTS[name], 3, 24, 0.04)
-    expected = euler_maruyama_moments(lambda t, w: guided_affine_drift(name, t, w), 24, 0.04)
+    batch_size = 1 + 3 * 24  # in sde_moments: the mean, and the noise of each step per dimension
+    velocity = make_guided_velocity(path_type, batch_size, low=LOW, high=HIGH)
+    moments = sde_moments(velocity, INTERPOLANTS[path_type], 3, 24, 0.04)
+    expected = compute_recursive_moments(
+        lambda t, w: compute_guided_drift(path_type, t, w), 24, 0.04
+    )
     # The tolerance allows for the float32 input of the network.
     torch.testing.assert_close(moments, expected, rtol=0, atol=1e-5)
 
@@ -508,13 +517,13 @@ def test_guided_sde_moments_equal_moments_of_the_guided_drift(name):
 # Objectives
 
 
-def exact_end(name, interval, x):
+def compute_exact_end(path_type, interval, x):
     """Return the exact end of the flow on an interval for x (B, 3), followed by `denoise`.
 
     Each quantile of the start is mapped to the same quantile of the end.
     """
-    alpha, sigma, _, _ = COEFFICIENTS[name](interval[0])
-    alpha_start, sigma_start, _, _ = COEFFICIENTS[name](interval[1])
+    alpha, sigma, _, _ = COEFFICIENTS[path_type](interval[0])
+    alpha_start, sigma_start, _, _ = COEFFICIENTS[path_type](interval[1])
     std = (alpha**2 * DATA.std**2 + sigma**2).sqrt()
     std_start = (alpha_start**2 * DATA.std**2 + sigma_start**2).sqrt()
     quantile = (x - alpha_start * DATA.mean) @ DATA.axes / std_start
@@ -523,9 +532,9 @@ def exact_end(name, interval, x):
     return DATA.flow(quantile @ DATA.axes.T)
 
 
-def perfect_velocity(name, prediction):
+def make_perfect_velocity(path_type, prediction):
     """Return the float64 velocity field of a perfect network with this prediction."""
-    interpolant = INTERPOLANTS[name]
+    interpolant = INTERPOLANTS[path_type]
     network = DATA.predict_expected(interpolant, prediction)
 
     def velocity(x, t):
@@ -535,7 +544,7 @@ def perfect_velocity(name, prediction):
     return velocity
 
 
-def moments_of_affine_map(solve):
+def compute_affine_moments(solve):
     """Return mean and covariance of `solve` applied to N(0, I), for an affine `solve`."""
     end = solve(torch.cat((torch.zeros(1, 3), torch.eye(3))).double())
     columns = end[1:] - end[0]
@@ -543,16 +552,16 @@ def moments_of_affine_map(solve):
 
 
 @on_every_objective
-def test_every_objective_reaches_the_moments_of_the_data(name, prediction):
+def test_every_objective_reaches_the_moments_of_the_data(path_type, prediction):
     """The moments are exact and draw no samples.
 
-    The tolerances allow for the start: it is treated as pure noise, although alpha is up to 0.007
-    there, and with "eps" on the linear path it is too wide by 0.001. The tolerance of the SDE also
-    allows for its discretization error of 1.5%.
+    The tolerances allow for the initial state, which is pure noise: at the start of the interval,
+    the exact alpha is up to 0.007, and the exact sigma is 0.999 for "eps" on the linear path. The
+    tolerance of the SDE also allows for the discretization error of 1.5%.
     """
-    interpolant = INTERPOLANTS[name]
+    interpolant = INTERPOLANTS[path_type]
     interval = time_interval(interpolant, prediction)
-    velocity = perfect_velocity(name, prediction)
+    velocity = make_perfect_velocity(path_type, prediction)
     t_min, t_max = interval
 
     def solve_adaptively(x):
@@ -563,8 +572,8 @@ def test_every_objective_reaches_the_moments_of_the_data(name, prediction):
         return solve_ode(heun, velocity, x, 128, interpolant, interval)
 
     moments = {
-        "Heun": moments_of_affine_map(solve_with_heun),
-        "dopri5": moments_of_affine_map(solve_adaptively),
+        "Heun": compute_affine_moments(solve_with_heun),
+        "dopri5": compute_affine_moments(solve_adaptively),
         "SDE": sde_moments(velocity, interpolant, 3, 128, ends=interval),
     }
     for solver, (mean, covariance) in moments.items():
@@ -575,33 +584,33 @@ def test_every_objective_reaches_the_moments_of_the_data(name, prediction):
 
 
 @on_every_objective
-def test_solvers_cover_the_whole_time_interval(name, prediction):
+def test_solvers_cover_the_whole_time_interval(path_type, prediction):
     """Heun converges to the exact end with order 2; SDE moments equal those of the recursion."""
-    interpolant = INTERPOLANTS[name]
+    interpolant = INTERPOLANTS[path_type]
     interval = time_interval(interpolant, prediction)
     t_min, t_max = interval
-    velocity = perfect_velocity(name, prediction)
-    x = initial_noise()
-    exact = exact_end(name, interval, x)
+    velocity = make_perfect_velocity(path_type, prediction)
+    x = draw_initial_noise()
+    exact = compute_exact_end(path_type, interval, x)
     errors = [
         (solve_ode(heun, velocity, x, n, interpolant, interval) - exact).abs().max()
         for n in (64, 128, 256)
     ]
     assert errors[-1] < 1e-4
-    assert convergence_orders(errors) == pytest.approx([2] * 2, abs=0.1)
+    assert compute_convergence_orders(errors) == pytest.approx([2] * 2, abs=0.1)
 
     moments = sde_moments(velocity, interpolant, 3, 25, ends=interval)
-    denoiser = affine_denoiser(name, t_min) if t_min else None
-    expected = euler_maruyama_moments(
-        lambda t, w: affine_drift(DATA, name, t, w), 25, t_min or 0.04, t_max, denoiser
+    denoiser = compute_affine_denoiser(path_type, t_min) if t_min else None
+    expected = compute_recursive_moments(
+        lambda t, w: compute_affine_drift(DATA, path_type, t, w), 25, t_min or 0.04, t_max, denoiser
     )
     torch.testing.assert_close(moments, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", INTERPOLANTS)
-def test_all_predictions_give_the_same_samples_away_from_singularities(name):
-    x = initial_noise()
-    interpolant = INTERPOLANTS[name]
+@pytest.mark.parametrize("path_type", INTERPOLANTS)
+def test_all_predictions_give_the_same_samples_away_from_singularities(path_type):
+    x = draw_initial_noise()
+    interpolant = INTERPOLANTS[path_type]
     interval = (0.001, 0.999)
     noise = normal(1, Purpose.INITIAL_NOISE, torch.arange(8), (3,))
     for solve in (
@@ -609,7 +618,7 @@ def test_all_predictions_give_the_same_samples_away_from_singularities(name):
         lambda velocity: solve_ode(heun, velocity, x, 8, interpolant, interval),
         lambda velocity: solve_sde(velocity, interpolant, x, 8, lambda i: noise[i], interval),
     ):
-        expected, *others = (solve(perfect_velocity(name, p)) for p in PREDICTIONS)
+        expected, *others = (solve(make_perfect_velocity(path_type, p)) for p in PREDICTIONS)
         for other in others:
             torch.testing.assert_close(other, expected, rtol=0, atol=1e-10)
 
@@ -625,7 +634,7 @@ def test_denoising_is_guided_if_the_time_is_in_the_interval(low, high, batch_siz
         return x
 
     velocity = GuidedVelocity(model, torch.arange(2), NULL_CLASS, SCALE, low, high)
-    x, evaluations = guided_dopri5(velocity, initial_noise(2), t_start=1.0, t_end=0.001)
+    x, evaluations = guided_dopri5(velocity, draw_initial_noise(2), t_start=1.0, t_end=0.001)
     assert evaluations.max() <= len(batch_sizes)
     denoise(velocity, LINEAR, x, 0.001)
     assert batch_sizes[-1] == batch_size
@@ -636,30 +645,30 @@ def test_number_of_evaluations_does_not_depend_on_the_interval(interval):
     t_min, t_max = interval
     for solver, count in ((euler, 5), (heun, 9)):
         velocity = RecordedVelocity()
-        solve_ode(solver, velocity, initial_noise(2), 5, COSINE, interval)
+        solve_ode(solver, velocity, draw_initial_noise(2), 5, COSINE, interval)
         assert len(velocity.times) == count
         assert velocity.times[0] == t_max
         assert (velocity.times[-1] == 0.001) == (t_min > 0)
     velocity = RecordedVelocity()
-    solve_sde(velocity, COSINE, initial_noise(2), 5, lambda i: torch.zeros(2, 3), interval)
+    solve_sde(velocity, COSINE, draw_initial_noise(2), 5, lambda i: torch.zeros(2, 3), interval)
     assert len(velocity.times) == 5
     assert (velocity.times[0], velocity.times[-1]) == (t_max, t_min or 0.04)
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.001, 0.999)])
-def test_one_step_starts_at_the_upper_end_of_the_interval(interval):
+def test_a_single_step_starts_at_the_upper_end_of_the_interval(interval):
     velocity = RecordedVelocity()
-    solve_ode(euler, velocity, initial_noise(2), 1, COSINE, interval)
+    solve_ode(euler, velocity, draw_initial_noise(2), 1, COSINE, interval)
     assert velocity.times == [interval[1]]
 
 
-def network_of(name, prediction):
+def make_network(path_type, prediction):
     """Return a float32 network with the interface of a SiT, on images (B, 3, 1, 1).
 
     Every class is DATA, and the null class is NULL.
     """
-    predict_class = DATA.predict_expected(INTERPOLANTS[name], prediction)
-    predict_null = NULL.predict_expected(INTERPOLANTS[name], prediction)
+    predict_class = DATA.predict_expected(INTERPOLANTS[path_type], prediction)
+    predict_null = NULL.predict_expected(INTERPOLANTS[path_type], prediction)
 
     def network(x, t, labels):
         assert x.dtype == t.dtype == torch.float32
@@ -674,27 +683,27 @@ def network_of(name, prediction):
 
 
 @on_every_objective
-def test_settings_sample_every_objective(name, prediction):
-    """Samples of a float32 network on a fixed grid and with adaptive steps reach the exact end."""
+def test_recipes_sample_every_objective(path_type, prediction):
+    """Compare samples of a float32 network with the exact end of the flow and the SDE solver."""
     indices = torch.arange(10)
-    network = network_of(name, prediction)
-    interval = time_interval(INTERPOLANTS[name], prediction)
-    exact = exact_end(name, interval, initial_noise()).float()
+    network = make_network(path_type, prediction)
+    interval = time_interval(INTERPOLANTS[path_type], prediction)
+    exact = compute_exact_end(path_type, interval, draw_initial_noise()).float()
     for options, tolerance in (
         ({"heun": True, "num_steps": 128}, 5e-4),
         ({"dopri5": True, "rtol": 1e-4}, 2e-3),
     ):
-        settings = Recipe("ode", path_type=name, prediction=prediction, **options)
-        latents = settings.sample_latents(network, indices).flatten(1)
+        recipe = Recipe("ode", path_type=path_type, prediction=prediction, **options)
+        latents = recipe.sample_latents(network, indices).flatten(1)
         assert (latents - exact).abs().max() < tolerance, options
 
-    settings = Recipe("sde", num_steps=20, path_type=name, prediction=prediction)
-    latents = settings.sample_latents(network, indices).flatten(1)
+    recipe = Recipe("sde", num_steps=20, path_type=path_type, prediction=prediction)
+    latents = recipe.sample_latents(network, indices).flatten(1)
     noise = [normal(0, Purpose.BROWNIAN, indices, (3,), draw=i) for i in range(19)]
     expected = solve_sde(
-        perfect_velocity(name, prediction),
-        INTERPOLANTS[name],
-        initial_noise(),
+        make_perfect_velocity(path_type, prediction),
+        INTERPOLANTS[path_type],
+        draw_initial_noise(),
         20,
         lambda i: noise[i],
         interval,
@@ -703,17 +712,17 @@ def test_settings_sample_every_objective(name, prediction):
 
 
 @pytest.mark.parametrize(
-    ("name", "prediction"), list(itertools.product(INTERPOLANTS, ["x", "eps"]))
+    ("path_type", "prediction"), list(itertools.product(INTERPOLANTS, ["x", "eps"]))
 )
-def test_guiding_every_objective_equals_guiding_the_velocity(name, prediction):
-    """Some guidance intervals exceed the time interval."""
-    interpolant = INTERPOLANTS[name]
+def test_guiding_every_objective_equals_guiding_the_velocity(path_type, prediction):
+    """Some guidance intervals include times outside the time interval."""
+    interpolant = INTERPOLANTS[path_type]
     interval = (0.001, 0.999)
     t_min, t_max = interval
-    x = initial_noise(6).float()
+    x = draw_initial_noise(6).float()
     labels = torch.arange(6)
-    model = VelocityModel(network_of(name, prediction), interpolant, prediction)
-    velocity_model = VelocityModel(network_of(name, "v"), interpolant, "v")
+    model = VelocityModel(make_network(path_type, prediction), interpolant, prediction)
+    velocity_model = VelocityModel(make_network(path_type, "v"), interpolant, "v")
 
     def solve_with_heun(velocity):
         return solve_ode(heun, velocity, x, 9, interpolant, interval)
@@ -769,7 +778,7 @@ def test_fixed_grids_do_not_synchronize_with_the_device():
 
 
 def test_documented_numbers_equal_the_measurements():
-    """docs/sampling.md shows the numbers of docs/solvers.json. One error is measured again."""
+    """docs/sampling.md contains the numbers of docs/solvers.json. One of them is measured again."""
     results = json.loads((ROOT / "docs/solvers.json").read_text())
     text = (ROOT / "docs/sampling.md").read_text()
     for table in solvers.markdown_tables(results):

@@ -1,4 +1,4 @@
-"""Test REPA's encoder: tokens, input size, token grid, errors, and the bundled weights."""
+"""Test the encoder of REPA: tokens, input size, token grid, errors, and the bundled weights."""
 
 import pytest
 import timm
@@ -40,11 +40,11 @@ def vit_weights(tmp_path_factory):
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=0)
     with torch.no_grad():
-        # Randomize the position embeddings, which are initially too small for their order to
-        # matter, and the norm, which initially has the same effect if it is applied twice.
+        # Randomize the position embeddings, because the initial embeddings are too small to affect
+        # the tokens, and the norm, because applying the initial norm twice has no further effect.
         network.pos_embed.normal_()
         network.norm.weight.uniform_(0.5, 2)
-    path = tmp_path_factory.mktemp("vit") / "w.pth"
+    path = tmp_path_factory.mktemp("vit") / "weights.pth"
     torch.save(network.state_dict(), path)
     return path
 
@@ -52,16 +52,16 @@ def vit_weights(tmp_path_factory):
 def test_tokens_equal_network_outputs_for_the_preprocessing_of_repa(vit_weights):
     model = Encoder("test_vit", 256, 16, vit_weights)
     assert (model.name, model.width, model.side) == ("test_vit", 64, 256)
-    plain = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
-    plain.load_state_dict(torch.load(vit_weights))
+    network = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
+    network.load_state_dict(torch.load(vit_weights))
     positions = resample_abs_pos_embed(
-        plain.pos_embed.detach(), (16, 16), (10, 10), num_prefix_tokens=1
+        network.pos_embed.detach(), (16, 16), (10, 10), num_prefix_tokens=1
     )
     x = make_images(2, 256) / 127.5 - 1
     with torch.no_grad():
-        x = plain.patch_embed(x).flatten(1, 2) + positions[:, 1:]
-        class_token = (plain.cls_token + positions[:, :1]).expand(2, -1, -1)
-        expected = plain.norm(plain.blocks(torch.cat((class_token, x), 1)))[:, 1:]
+        x = network.patch_embed(x).flatten(1, 2) + positions[:, 1:]
+        class_token = (network.cls_token + positions[:, :1]).expand(2, -1, -1)
+        expected = network.norm(network.blocks(torch.cat((class_token, x), 1)))[:, 1:]
     torch.testing.assert_close(model(make_images(2, 256)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -166,10 +166,11 @@ def test_dtype_is_independent_of_surrounding_autocast(vit_weights):
     tokens = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(images), tokens)
-    half = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)(images)
+    bfloat16_encoder = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)
+    bfloat16_tokens = bfloat16_encoder(images)
     convolutional = Encoder("lcnet_035", 32, 2, pretrained=False, side=64, dtype=torch.bfloat16)
-    assert half.dtype == convolutional(images).dtype == torch.float32
-    assert 0 < (half - tokens).abs().max() < 0.1
+    assert bfloat16_tokens.dtype == convolutional(images).dtype == torch.float32
+    assert 0 < (bfloat16_tokens - tokens).abs().max() < 0.1
 
 
 def test_images_must_be_uint8(vit_weights):
@@ -188,8 +189,8 @@ def test_fingerprint_depends_on_weights_and_settings(vit_weights):
         convolutional = Encoder("test_convnext", 32, 4, pretrained=False, side=side)
         fingerprints.append(convolutional.fingerprint)
     assert len(set(fingerprints)) == 5
-    half = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)
-    assert half.fingerprint == fingerprints[0]
+    bfloat16_encoder = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)
+    assert bfloat16_encoder.fingerprint == fingerprints[0]
     assert Encoder("test_vit", 32, 4, vit_weights, side=64).fingerprint == fingerprints[0]
 
 
@@ -273,24 +274,24 @@ def test_evaluation_features_come_from_the_same_network(vit_weights):
 def test_bundled_efficientnet_weights_are_those_of_timm(call, tmp_path):
     """Check that all tensors are assigned and that activations match the batch norm statistics.
 
-    The median deviation is 0.3 standard deviations; it would be 1.6 if tensors of equal shape were
-    swapped. The outputs are bit-identical to those of the package's network.
+    The median deviation is 0.3 standard deviations. It would be 1.6 if tensors of equal shape were
+    swapped. The outputs are bit-identical to the outputs of the network in the package.
     """
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / "weights.safetensors"
     code, out = call(efficientnet_weights, "--out", path)
     assert code == 0, out
     timm.create_model("tf_efficientnet_lite0").load_state_dict(load_file(path))
     model = Encoder("tf_efficientnet_lite0", 64, 7, path)
     deviations = []
 
-    def compare(module, inputs):
+    def record_deviation(module, inputs):
         std = (module.running_var + 1e-3).sqrt()
         deviation = (inputs[0].mean((0, 2, 3)) - module.running_mean) / std
         deviations.append(deviation.abs().mean())
 
     for module in model.network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.register_forward_pre_hook(compare)
+            module.register_forward_pre_hook(record_deviation)
     noise = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     smooth = noise.cumsum(2).cumsum(3).expand(2, 3, 64, 64)
     smooth = (smooth - smooth.mean()) / smooth.std() * 60 + 115
@@ -299,5 +300,5 @@ def test_bundled_efficientnet_weights_are_those_of_timm(call, tmp_path):
 
 
 def test_bundled_weights_are_written_as_safetensors_only(call, tmp_path):
-    code, out = call(efficientnet_weights, "--out", tmp_path / "w.pth")
+    code, out = call(efficientnet_weights, "--out", tmp_path / "weights.pth")
     assert code == 2 and "must end in .safetensors" in out

@@ -1,3 +1,5 @@
+"""Compare counted FLOPs with PyTorch and with the paper."""
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +23,9 @@ def test_flops_match_the_flop_counter_of_pytorch():
     model = AlignedSiT(SiT(SMALL), {"sra2": make_head(HEAD)}, {"sra2": 2})
     for block in model.backbone.blocks:
         block.attn.fused_attn = False  # the counter ignores fused attention on the CPU
-    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.rand(2)
+    y = torch.tensor([0, 1])
     with FlopCounterMode(display=False) as forward:
         model(x, t, y)
     assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, HEAD))
