@@ -1,10 +1,11 @@
 """A frozen timm image encoder as REPA uses it (Yu et al. 2024, arXiv:2410.06940).
 
-Input size: REPA resizes images of 256 pixels to 224 for a network of patch size 14, so that one
-token covers 16 pixels of the image, and leaves images unchanged for other networks. Here the input
-side S is 224 R / 256 or R, respectively, but at least 224, because networks trained on photographs
-perform poorly on thumbnails. S is rounded to whole patches, or to the stride of a convolutional
-network. A network with a fixed input size uses that size.
+Input size: For a network with patch size 14, REPA resizes images of 256 pixels to 224, so that one
+token covers 16 pixels of the image. For other networks, REPA does not resize images. Here, the
+input side S is 224 R / 256 with patch size 14 and R otherwise, but at least 224, because networks
+that were trained on photographs perform poorly on thumbnails. S is rounded to a multiple of the
+patch size, or of the stride of a convolutional network. A network with a fixed input size uses that
+size.
 
 Shapes: B batch, R image side, S input side of the network in pixels, G side of the network's token
 grid, T side of the requested token grid, D width.
@@ -30,7 +31,7 @@ from models.weights import (
     weights_fingerprint,
 )
 
-WITHOUT_FINAL_NORM = ("clip-vit-L", "mae-vit-l")  # REPA omits the last layer norm of these two
+ENCODERS_WITHOUT_FINAL_NORM = ("clip-vit-L", "mae-vit-l")  # as in REPA
 MIN_SIDE = 224
 # Activations of larger batches exceed the CPU caches, which doubles the time of a convolutional
 # network.
@@ -52,7 +53,7 @@ class Encoder(nn.Module):
     """Maps images (B, 3, R, R) uint8 to patch tokens (B, T * T, D) float32 in row-major order.
 
     Class, register and distillation tokens are dropped. Images are normalized with the mean and
-    standard deviation of the network and resized as in REPA, bicubic without antialiasing. The
+    standard deviation of the network, and resized bicubically without antialiasing as in REPA. The
     encoder is frozen and always in eval mode.
 
     Args:
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
         is_on_cpu = torch.device(device).type == "cpu"
         self.dtype = dtype or (torch.float32 if is_on_cpu else torch.bfloat16)
         set_input_side(network, self.side)
-        omits_final_norm = name in WITHOUT_FINAL_NORM
+        omits_final_norm = name in ENCODERS_WITHOUT_FINAL_NORM
         if omits_final_norm:
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
@@ -193,11 +194,11 @@ def canonical_name(name: str) -> str:
     Raises:
         FieldError: If timm has no such model.
     """
-    return name if name in WITHOUT_FINAL_NORM else timm_name(name)
+    return name if name in ENCODERS_WITHOUT_FINAL_NORM else timm_name(name)
 
 
 def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | None) -> int:
-    """Return the input side S: `side`, or the default for this resolution if it is None.
+    """Return the input side S, which is `side`, or the default if `side` is None.
 
     Raises:
         FieldError: If the network cannot process inputs of this side.

@@ -109,7 +109,7 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Embeds class labels: (B,) -> (B, D). Label K is the null class.
 
-    The training step, not this module, replaces dropped labels by K.
+    The training step replaces dropped labels by K.
     """
 
     def __init__(self, num_classes: int, width: int):
