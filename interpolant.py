@@ -179,7 +179,8 @@ def time_interval(path: Interpolant, prediction: str) -> tuple[float, float]:
     the velocity.
     """
     alpha, _, _, d_sigma = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     if prediction == "x" or not d_sigma[0].isfinite():
         low = ENDPOINT_MARGIN
     if prediction == "eps" and alpha[1] < 1e-9:

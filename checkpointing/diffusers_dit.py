@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 def make_scheduler() -> DiffusersObject:
     """Return a scheduler for Euler steps from noise at timestep TIMESTEPS to data at 0.
 
-    With `sigmas=(1, 1 - 1/n, ..., 1/n)` its steps equal those of the Euler solver in samplers.py.
+    With `sigmas=(1, 1 - 1/n, ..., 1/n)`, the steps equal those of the Euler solver in samplers.py.
     """
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=1.0)
 

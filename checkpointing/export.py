@@ -95,7 +95,7 @@ def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes],
 
 
 def read_run_settings(checkpoint: Path) -> tuple[Path, dict]:
-    """Return the folder of the run and the contents of args.json, or {} if it cannot be read."""
+    """Return the folder of the run and the contents of args.json ({} if the file is unreadable)."""
     run = checkpoint
     if checkpoint.absolute().parent.name == "checkpoints":
         run = checkpoint.absolute().parents[1]

@@ -64,8 +64,8 @@ def format_card(
         config: The config.json of the network.
         settings: The args.json of the run, or {} if the file is missing.
         metrics: Evaluations of the network, from `read_metrics`.
-        difference: Relative difference between the outputs of the network and its diffusers
-            version, or None if there is no such version.
+        difference: Relative difference between the outputs of the network and of the diffusers
+            version, or None if there is no diffusers version.
     """
     title = f"{source.name}: {source.identity['model']}"
     if methods := [TARGETS[entry["method"]].title for entry in config.get("align", [])]:

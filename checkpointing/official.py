@@ -5,7 +5,7 @@ Official checkpoints are the .pt files of the repositories of SiT (arXiv:2401.08
 argparse.Namespace, in which these repositories store their settings, are loaded from them.
 
 The state dicts use the parameter names of models/sit.py. According to the code of the
-repositories, they differ as follows:
+repositories, the state dicts differ as follows:
 
 - REPA and SRA also store alignment heads (`projectors`, `ap_head`).
 - The output layer of SiT is twice as wide, because it also predicts a sigma that is not trained.
@@ -106,7 +106,7 @@ def choose_origin(
         inferred_model: Preset that matches the tensor shapes in the file.
         model: Value of --model.
         origin: Value of --origin.
-        inferred_origin: Origin inferred from the file; None if it is ambiguous.
+        inferred_origin: Origin inferred from the file; None if the file is ambiguous.
 
     Raises:
         UserError: If a flag is missing or contradicts the file.
@@ -154,13 +154,13 @@ def choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None
         raise CheckpointError(
             f"{path} was trained on the {official_name} path, which is not supported here"
         )
-    recorded = OFFICIAL_PATHS[official_name]
-    if path_type not in (None, recorded):
+    chosen_path_type = OFFICIAL_PATHS[official_name]
+    if path_type not in (None, chosen_path_type):
         raise UserError(
-            f"--path-type {path_type}: {path} records that it was trained on the {recorded} path; "
-            "remove the flag"
+            f"--path-type {path_type}: {path} records that it was trained on the "
+            f"{chosen_path_type} path; remove the flag"
         )
-    return recorded
+    return chosen_path_type
 
 
 def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
@@ -197,9 +197,9 @@ def has_learned_sigma(state: dict[str, Tensor], config: SiTConfig) -> bool:
 
 
 def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
-    """Return the repository that a state dict comes from, or None if it is ambiguous.
+    """Return the repository that a state dict without prefixes comes from.
 
-    The keys of the state dict have no prefixes.
+    Return None if the state dict could come from several repositories.
     """
     for origin, prefix in HEAD_PREFIXES.items():
         if any(key.startswith(prefix) for key in state):

@@ -1,4 +1,4 @@
-"""Find, verify, read and write checkpoints, and lock the run that they belong to.
+"""Find, verify, read and write checkpoints, and lock runs.
 
     exps/NAME/checkpoints/0050000/
       config.json            settings required to rebuild, sample and evaluate the network
@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def convert_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Raise a CheckpointError if the file at `path` cannot be read or its contents do not fit."""
+    """Raise a CheckpointError if the file at `path` cannot be read or has unsuitable contents."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -107,7 +107,7 @@ def ema_filename(config: dict, decay: float) -> str:
 
 
 def verify_checkpoint(checkpoint: Path) -> dict:
-    """Compare every file of a checkpoint with its recorded sha256.
+    """Compare the sha256 of every file of a checkpoint with the recorded value.
 
     Returns:
         The content of progress.json without the hashes.
@@ -154,8 +154,8 @@ def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[None]:
         expected_checkpoints: Checkpoints of the run that the caller listed before this call.
 
     Raises:
-        CheckpointError: If another process trains the run, or if it has saved a checkpoint since
-            the caller listed `expected_checkpoints`.
+        CheckpointError: If another process trains the run, or has saved a checkpoint of the run
+            since the caller listed `expected_checkpoints`.
     """
     with ExitStack() as resources:
         try:

@@ -1,4 +1,4 @@
-"""A frozen timm image encoder as REPA uses it (Yu et al. 2024, arXiv:2410.06940).
+"""A frozen timm image encoder, used as in REPA (Yu et al. 2024, arXiv:2410.06940).
 
 Input size: For a network with patch size 14, REPA resizes images of 256 pixels to 224, so that one
 token covers 16 pixels of the image. For other networks, REPA does not resize images. Here, the
@@ -144,7 +144,7 @@ def describe_encoder(name: str, resolution: int, side: int | None = None) -> Enc
 
 
 def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
-    """Return the number of parameters of an encoder and its forward FLOPs per image.
+    """Return the number of parameters and the forward FLOPs per image of an encoder.
 
     PyTorch counts the FLOPs of matrix products and convolutions, without loading weights.
     Arguments and errors are the same as for `Encoder`.
@@ -160,10 +160,10 @@ def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[i
 def _run_without_weights(
     name: str, resolution: int, side: int | None
 ) -> tuple[TimmNetwork, int, Tensor]:
-    """Build a network on the meta device and run it.
+    """Build a network on the meta device, and run the network.
 
     Returns:
-        The network, its input side S, and the patch tokens of one image (meta tensors).
+        The network, the input side S, and the patch tokens of one image (meta tensors).
 
     Raises:
         FieldError: If the network is unknown or does not support these options.

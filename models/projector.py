@@ -13,7 +13,7 @@ from models.sit import SiT, init_linear
 
 
 class Projector(nn.Sequential):
-    """An MLP with SiLU between its layers: (B, N, width) -> (B, N, output_dim) in float32.
+    """An MLP with SiLU between the layers: (B, N, width) -> (B, N, output_dim) in float32.
 
     In SRA 2, the last layer has only 0.2% of the weights. Such a small last layer is computed in
     float32 even under autocast, so that the alignment loss does not compare rounded numbers.
@@ -50,10 +50,10 @@ HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
 
 
 def make_head(spec: dict | None) -> nn.Module:
-    """Build a head from its entry in config.json.
+    """Build a head from an entry in config.json.
 
-    The kind of the head is "mlp" if the entry does not contain it. An entry of None means that the
-    method compares the tokens of the block without a projection.
+    The kind of the head is "mlp" if the entry does not contain a kind. An entry of None means that
+    the method compares the tokens of the block without a projection.
     """
     if spec is None:
         return nn.Identity()

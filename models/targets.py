@@ -267,7 +267,7 @@ class EncoderSettings:
 
     encoder: str = field(
         default="dinov2-b",
-        metadata={"help": "image encoder: a timm model name, or REPA's name for it"},
+        metadata={"help": "image encoder: a timm model name, or a name that REPA uses"},
     )
     weights: Path | None = field(
         default=None,

@@ -66,7 +66,7 @@ def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
 
 
 def load_network(name: str, weights: Path | None = None, pretrained: bool = True) -> TimmNetwork:
-    """Load a timm network without its classifier, frozen and in eval mode.
+    """Load a timm network without the classifier, frozen and in eval mode.
 
     Args:
         name: Encoder name as in `timm_name`.

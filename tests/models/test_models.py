@@ -150,7 +150,8 @@ def test_latent_size_must_be_a_multiple_of_the_patch_size():
 
 
 def test_position_embedding_matches_mae():
-    width, side = 16, 3
+    width = 16
+    side = 3
     embedding = sincos_position_embedding(width, side)
     omega = np.array([10000 ** (-4 * i / width) for i in range(width // 4)])
     for position in range(side * side):
