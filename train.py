@@ -186,7 +186,7 @@ class Step:
             x_t,
             inputs.t,
             inputs.labels,
-            idle_heads=[name for alignment in inactive for name in alignment.head_names],
+            inactive_heads=[name for alignment in inactive for name in alignment.head_names],
             student_blocks=[k for a in active.values() for k in a.target.student_blocks],
         )
         prediction = self.objective.prediction

@@ -22,7 +22,7 @@ from evaluations.image_batches import Images
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import Device
 from evaluations.timm_networks import TimmFeatures
-from models.encoder import ENCODER_ALIASES
+from models.weights import ENCODER_ALIASES
 
 EXTRACTOR_NAMES = ("inception", "fashion", *ENCODER_ALIASES)
 
@@ -39,7 +39,7 @@ def load_extractor(
     """Return a feature network on `device`.
 
     Args:
-        name: "inception", "fashion", a short name of models/encoder.py or a timm name.
+        name: "inception", "fashion", a short name of models/weights.py or a timm name.
         inception_weights: File with the Inception weights. By default the one in the torch hub
             cache.
         size: Height and width of the images that the network will be applied to.
