@@ -27,11 +27,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from common.cli import first_line
+from common.cli import UserError, first_line
 from common.files import fsync, lock, sha256
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged or in use."""
 
 
