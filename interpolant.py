@@ -1,8 +1,10 @@
 """Interpolants between data and noise, and quantities derived from them.
 
-Albergo & Vanden-Eijnden 2022; SiT, arXiv:2401.08740, sec. 2. **Time convention: t = 0 is data and
-t = 1 is noise**, as in REPA; no other module defines it. (The SiT repository uses the reverse: its
-model at time s equals ours at t = 1 - s with the velocity negated.)
+Sources: Albergo & Vanden-Eijnden 2022; SiT, arXiv:2401.08740, sec. 2.
+
+**Time convention: t = 0 is data and t = 1 is noise**, as in REPA. No other module defines this
+convention. The SiT repository uses the reverse: a SiT model at time s equals the negated velocity
+of a model of this repository at t = 1 - s.
 
 Shapes: B batch; data, noise and noisy samples (B, ...); timesteps (B,).
 """
@@ -15,12 +17,12 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("v", "x", "eps")
-# Distance to singular endpoints, as in SiT; it equals the first timestep of DDPM.
+# Distance to singular endpoints, as in SiT. This is also the first timestep of DDPM.
 ENDPOINT_MARGIN = 1e-3
 
 
 class Interpolant(Protocol):
-    """x_t = alpha(t) x + sigma(t) eps."""
+    """A path from data to noise: x_t = alpha(t) x + sigma(t) eps."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma, d alpha / dt and d sigma / dt, each with the shape of t."""
@@ -30,7 +32,7 @@ class Interpolant(Protocol):
 
 
 class Linear:
-    """x_t = (1 - t) x + t eps."""
+    """The linear path: x_t = (1 - t) x + t eps."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma and their derivatives."""
@@ -42,7 +44,7 @@ class Linear:
 
 
 class Cosine:
-    """x_t = cos(pi t / 2) x + sin(pi t / 2) eps, which preserves unit variance."""
+    """The path x_t = cos(pi t / 2) x + sin(pi t / 2) eps, which preserves unit variance."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma and their derivatives."""
@@ -56,12 +58,12 @@ class Cosine:
 
 
 class VP:
-    """DDPM's linear schedule of 1,000 steps in continuous time.
+    """The continuous-time limit of the linear schedule with 1,000 steps of DDPM.
 
     alpha = exp(-1/2 int_0^t beta) and alpha^2 + sigma^2 = 1 with beta(t) = 0.1 + 19.9 t (Song et
-    al. 2021, arXiv:2011.13456, eq. 32). ADM and DiT (arXiv:2212.09748) use this schedule; their
-    timestep k, counted from 1, is t = k / 1000. With eps prediction, it is DiT's objective. A small
-    part of the data remains at t = 1: alpha is 0.0066.
+    al. 2021, arXiv:2011.13456, eq. 32). ADM and DiT (arXiv:2212.09748) use the schedule of DDPM.
+    Their timestep k, counted from 1, is t = k / 1000. This path with eps prediction is DiT's
+    objective. A small part of the data remains at t = 1, where alpha is 0.0066.
     """
 
     beta_start = 0.1
@@ -70,13 +72,13 @@ class VP:
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma and their derivatives.
 
-        d sigma / dt is infinite at t = 0, where sigma is close to the square root of 0.1 t.
+        Near t = 0, sigma is close to the square root of 0.1 t, so d sigma / dt is infinite at 0.
         """
         slope = self.beta_end - self.beta_start
         integral = t * (self.beta_start + t * slope / 2)
         beta = self.beta_start + t * slope
         alpha = torch.exp(-integral / 2)
-        sigma = torch.sqrt(-torch.expm1(-integral))  # 1 - exp() would lose precision near t = 0
+        sigma = torch.sqrt(-torch.expm1(-integral))  # 1 - exp() is inaccurate near t = 0
         return alpha, sigma, -beta / 2 * alpha, beta / 2 * alpha.square() / sigma
 
     def time(self, ratio: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ INTERPOLANTS: dict[str, Interpolant] = {"linear": Linear(), "cosine": Cosine(), 
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:
-    """Append axes of size 1 to t (B,) so that it broadcasts against x (B, ...)."""
+    """Append axes of size 1 to t (B,), so that t broadcasts against x (B, ...)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -103,7 +105,7 @@ def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple
 
 
 def regression_target(prediction: str, x: Tensor, noise: Tensor, velocity: Tensor) -> Tensor:
-    """Return the training target of the network: the velocity, the data or the noise."""
+    """Return the training target of a network with this prediction, with the shape of x."""
     return {"v": velocity, "x": x, "eps": noise}[prediction]
 
 
@@ -126,9 +128,10 @@ def velocity_to_score(path: Interpolant, v: Tensor, x_t: Tensor, t: Tensor) -> T
 def prediction_to_velocity(
     path: Interpolant, prediction: str, output: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """Convert a network's output to the velocity.
+    """Convert the output of a network to the velocity.
 
-    It is undefined for x prediction if sigma is 0 (t = 0), and for eps prediction if alpha is 0.
+    The velocity is undefined for x prediction if sigma is 0 (t = 0), and for eps prediction if
+    alpha is 0.
 
     Args:
         path: The interpolant.
@@ -149,7 +152,7 @@ def prediction_to_velocity(
 def velocity_to_prediction(
     path: Interpolant, prediction: str, v: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """Invert `prediction_to_velocity`. With "x" and t > 0 it returns the denoised E[x | x_t]."""
+    """Invert `prediction_to_velocity`. For "x" and t > 0, the result is the denoised E[x | x_t]."""
     assert prediction in PREDICTIONS, prediction
     if prediction == "v":
         return v
@@ -163,19 +166,21 @@ def velocity_to_prediction(
 def time_interval(path: Interpolant, prediction: str) -> tuple[float, float]:
     """Return the lowest and highest t at which a network is trained and evaluated.
 
-    This is [0, 1] without singular endpoints. An endpoint is singular if the velocity, which all
-    solvers integrate, is infinite there or cannot be computed from the prediction:
+    The interval is [0, 1], shortened by `ENDPOINT_MARGIN` at singular endpoints. An endpoint is
+    singular if the velocity, which all solvers integrate, is infinite at the endpoint or cannot be
+    computed from the prediction:
 
-    - t = 0 for x prediction (its error is multiplied by 1 / sigma), and for every prediction on a
-      path where sigma has infinite slope there (vp);
-    - t = 1 for eps prediction (its error is multiplied by 1 / alpha) on a path that ends in pure
-      noise (linear and cosine).
+    - t = 0 is singular for x prediction, whose error is multiplied by 1 / sigma, and for every
+      prediction on a path where the slope of sigma is infinite at t = 0 (vp).
+    - t = 1 is singular for eps prediction, whose error is multiplied by 1 / alpha, on a path that
+      ends in pure noise (linear and cosine).
 
-    The interval is shortened by `ENDPOINT_MARGIN` at singular endpoints. SiT's
-    transport.check_interval shortens it at both ends for every prediction except the velocity.
+    SiT's transport.check_interval shortens the interval at both ends for every prediction except
+    the velocity.
     """
     alpha, _, _, d_sigma = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     if prediction == "x" or not d_sigma[0].isfinite():
         low = ENDPOINT_MARGIN
     if prediction == "eps" and alpha[1] < 1e-9:
@@ -184,14 +189,14 @@ def time_interval(path: Interpolant, prediction: str) -> tuple[float, float]:
 
 
 def uniform_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tensor:
-    """Map u to timesteps that are uniform on [low, high]."""
+    """Map uniform u to timesteps that are uniform on [low, high]."""
     return low + (high - low) * u
 
 
 def lognormal_times(path: Interpolant, u: Tensor, low: float, high: float) -> Tensor:
-    """Map u to timesteps with standard normal log(sigma / alpha).
+    """Map uniform u to timesteps for which log(sigma / alpha) is standard normal.
 
-    This is the distribution in REPA's loss.py, adapted from EDM (arXiv:2206.00364).
+    REPA's loss.py uses this distribution, which is adapted from EDM (arXiv:2206.00364).
     """
     return path.time(torch.special.ndtri(u).exp()).clamp(low, high)
 
@@ -209,9 +214,9 @@ def draw_times(path: Interpolant, prediction: str, weighting: str, u: Tensor) ->
         path: The interpolant.
         prediction: One of PREDICTIONS.
         weighting: A key of WEIGHTINGS.
-        u: Uniform on (0, 1), float64, (B,).
+        u: Random numbers that are uniform on (0, 1), (B,) float64.
 
     Returns:
-        Timesteps (B,), increasing in u.
+        Timesteps (B,), which increase with u.
     """
     return WEIGHTINGS[weighting](path, u, *time_interval(path, prediction))

@@ -1,8 +1,8 @@
 """Flow matching and alignment losses (SRA 2, arXiv:2601.17830): L = L_denoising + lambda L_align.
 
-All losses are pure functions that return one value per sample; the caller weights and averages the
-values. They compute in float32 even under autocast, because normalisation in half precision can
-produce NaN. Shapes: B batch, N tokens, D token dimension.
+All losses are pure functions that return one value per sample. The training step weights and
+averages these values. The losses are computed in float32 even under autocast, because normalization
+in half precision can produce NaN. Shapes: B batch, N tokens, D token dimension.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from torch import Tensor
 
 
 def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of velocity, x or eps: (B, ...), (B, ...) -> (B,)."""
+    """Return the mean squared error of a predicted velocity, x or eps: 2 x (B, ...) -> (B,)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
 def cosine_distance(prediction: Tensor, target: Tensor, beta: float = 0.0) -> Tensor:
-    """Return 1 - cosine over channels (dim=-1), averaged over tokens: 2 x (B, N, D) -> (B,)."""
+    """Return 1 - cosine similarity, averaged over tokens: 2 x (B, N, D) -> (B,)."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean(-1)
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Return the mean smooth L1 distance: quadratic below beta, linear above.
+    """Return the mean smooth L1 distance, which is quadratic below beta and linear above.
 
-    With beta = 0.05, it is the best loss in the paper (table 1).
+    In table 1 of the paper, this loss with beta = 0.05 gives the best results.
     """
     distance = F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none")
     return distance.mean((1, 2))
@@ -57,19 +57,18 @@ def alignment_loss(
     beta: float = 0.05,
     t_range: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Return the distance between projected tokens and target tokens, zero outside `t_range`.
+    """Return the distance between projected tokens and target tokens.
 
-    Samples outside the range have a loss of zero and are not removed from the mean, so that a
-    narrower range does not increase the weight of the remaining samples. The target receives no
-    gradient.
+    The loss of samples outside `t_range` is zero. They stay in the batch mean, so that a narrower
+    range does not increase the weight of the other samples. The target receives no gradient.
 
     Args:
         prediction: Projected tokens (B, N, D).
         target: Target tokens (B, N, D).
         t: Timesteps (B,).
         loss: A key of ALIGN_LOSSES.
-        beta: Transition point of smooth_l1.
-        t_range: Lowest and highest aligned timestep.
+        beta: Distance at which smooth_l1 changes from quadratic to linear.
+        t_range: Lowest and highest timestep with a nonzero loss.
 
     Returns:
         One value per sample, (B,).

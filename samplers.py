@@ -1,18 +1,19 @@
 """Integrate ODEs and SDEs from noise at t = 1 to data at t = 0, with guidance.
 
-All solvers integrate a velocity field, regardless of what the network predicts (see
-`VelocityModel`). Time grids follow REPA's samplers.py. If the velocity is singular at an end of
-[0, 1], integration is limited to `interpolant.time_interval`; the caller then replaces the last
-step to t = 0 with `denoise`.
+All solvers integrate a velocity field, which `VelocityModel` computes from the network's
+prediction. Time grids follow REPA's samplers.py. If the velocity is singular at an end of [0, 1],
+the caller limits the integration to `interpolant.time_interval` and replaces the last step to t = 0
+with `denoise`.
 
 The state keeps the dtype of the initial noise (REPA: float64), and the network always receives
-float32. B is the batch size, and x has the shape (B, ...). On a fixed grid a time is one Python
-float for the whole batch, so no step synchronises with the device. With adaptive steps each image
-has its own time, (B,) float64.
+float32. B is the batch size, and x has the shape (B, ...). With fixed steps, a time is one Python
+float for the whole batch, so no step synchronizes with the device. With adaptive steps, times are a
+tensor with one time per image, (B,) float64.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,16 +26,15 @@ from interpolant import (
     velocity_to_score,
 )
 
-# (x (B, ...), times (B,), labels (B,)) -> (B, ...): a network's prediction, or the velocity
-# computed from it.
+# (x (B, ...), times (B,), labels (B,)) -> prediction of a network, or velocity, (B, ...).
 LabelledModel = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (x (B, ...), one time or times (B,)) -> velocity (B, ...).
+# (x (B, ...), time or times (B,)) -> velocity (B, ...).
 VelocityField = Callable[[Tensor, float | Tensor], Tensor]
 UNIT_INTERVAL = (0.0, 1.0)
 
 # The pair RK5(4)7M of Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae", table 2.
-# The last row of DOPRI5_STAGES is also the solution of order 5, and DOPRI5_ERROR is that solution
-# minus the solution of order 4.
+# The last row of DOPRI5_STAGES contains the weights of the solution of order 5. DOPRI5_ERROR
+# contains these weights minus those of the solution of order 4.
 DOPRI5_NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DOPRI5_STAGES = (
     (1 / 5,),
@@ -45,7 +45,7 @@ DOPRI5_STAGES = (
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 DOPRI5_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-MIN_STEP_SIZE = 1e-8  # a step of this size is accepted regardless of its error
+MIN_STEP_SIZE = 1e-8  # a step of this size is accepted even if the error is too large
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +56,10 @@ class VelocityModel:
         network: Predicts the velocity, the data or the noise.
         interpolant: The interpolant that the network was trained on.
         prediction: Quantity that the network predicts: "v", "x" or "eps".
-        dtype: Dtype of the network's matrix products. If it is not float32, the network runs under
-            autocast.
-        check_cancelled: Called before each evaluation of the network. An exception that it raises
-            ends the sampling.
+        dtype: Dtype of matrix products in the network. The network runs under autocast unless the
+            dtype is float32.
+        check_cancelled: Function that is called before each evaluation of the network, and that
+            can end the sampling by raising an exception.
     """
 
     network: LabelledModel
@@ -80,13 +80,14 @@ class VelocityModel:
 class GuidedVelocity:
     """The velocity field of a batch, with classifier-free guidance in an interval of t.
 
-    Within low <= t <= high the velocity is v_null + scale (v_class - v_null), from one doubled
-    batch (Ho & Salimans, arXiv:2207.12598; interval: Kynkaanniemi et al., arXiv:2404.07724).
-    Outside the interval it is v_class. The score and the predictions x and eps are affine in the
-    velocity, so guiding the velocity also guides them and the drift of the SDE.
+    Within low <= t <= high, the velocity is v_null + scale (v_class - v_null) (Ho & Salimans,
+    arXiv:2207.12598; interval: Kynkaanniemi et al., arXiv:2404.07724). One evaluation of the model
+    with a doubled batch computes v_null and v_class. Outside the interval, the velocity is v_class.
+    The score, the predictions x and eps, and the drift of the SDE are affine in the velocity, so
+    guiding the velocity is equivalent to guiding any of these.
 
     Args:
-        model: Returns velocities.
+        model: Function that returns velocities, such as a `VelocityModel`.
         labels: Class of each image, (B,).
         null_class: Label of the unconditional model.
         scale: Guidance scale; 1 disables guidance.
@@ -102,10 +103,10 @@ class GuidedVelocity:
     high: float = 1.0
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Return the velocity at x (B, ...) and t, a single time or one time per image (B,).
+        """Return the velocity at x (B, ...) and t, which is one time or one time per image (B,).
 
-        With one time per image the batch is always doubled: checking whether any image lies in the
-        interval would synchronise with the device.
+        With one time per image, the batch is always doubled, because a test whether any of these
+        times is in the guidance interval would synchronize with the device.
         """
         times = t.float() if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
         may_be_guided = isinstance(t, Tensor) or self.low <= t <= self.high
@@ -127,10 +128,10 @@ class GuidedVelocity:
 
 
 def denoise(velocity: VelocityField, interpolant: Interpolant, x: Tensor, t: float) -> Tensor:
-    """Return E[x_0 | x_t], the denoised image, with one evaluation of the velocity.
+    """Return the denoised image E[x_0 | x_t], with one evaluation of the velocity.
 
-    At t = 0 this is x itself, which needs no evaluation. On the linear path it is the same as an
-    Euler step to t = 0.
+    At t = 0, the denoised image is x, and the velocity is not evaluated. On the linear path, the
+    result equals an Euler step to t = 0.
     """
     if t == 0:
         return x
@@ -142,10 +143,10 @@ def ode_times(num_steps: int, interval: tuple[float, float] = UNIT_INTERVAL) -> 
     """Return REPA's uniform grid for ODE solvers, from the upper to the lower end of the interval.
 
     Args:
-        num_steps: Number of network evaluations with Euler's method, including that of a final
-            `denoise`.
-        interval: Lower and upper end of the integration. If the lower end is above 0, `denoise` is
-            expected to follow and the grid has one step fewer.
+        num_steps: Number of network evaluations with Euler's method, including the evaluation in a
+            final `denoise`.
+        interval: Lower and upper end of the integration. If the lower end is above 0, the grid has
+            one step fewer, because the caller adds a final `denoise`.
     """
     t_min, t_max = interval
     num_times = num_steps if t_min > 0 else num_steps + 1
@@ -158,9 +159,10 @@ def sde_times(
     """Return REPA's SDE grid: `num_steps` uniform times from 1 to `last_step_start`, then 0.
 
     Args:
-        num_steps: Number of network evaluations, including that of a final `denoise`.
-        interval: Lower and upper end of the integration. If the lower end is above 0, it replaces
-            `last_step_start`, the grid ends there, and `denoise` is expected to follow.
+        num_steps: Number of network evaluations, including the evaluation in a final `denoise`.
+        interval: Lower and upper end of the integration. If the lower end is above 0, the grid ends
+            at the lower end instead of 0, `last_step_start` is ignored, and the caller adds a final
+            `denoise`.
         last_step_start: Time at which the last step to 0 starts.
     """
     t_min, t_max = interval
@@ -169,8 +171,8 @@ def sde_times(
 
 
 def euler(velocity: VelocityField, x: Tensor, times: list[float]) -> Tensor:
-    """Integrate the probability-flow ODE with Euler's method, one evaluation per step."""
-    for t, t_next in zip(times, times[1:]):
+    """Integrate the probability-flow ODE with Euler's method. Each step takes one evaluation."""
+    for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, t)
     return x
 
@@ -180,7 +182,7 @@ def heun(velocity: VelocityField, x: Tensor, times: list[float]) -> Tensor:
 
     Each step takes two evaluations, except a step to t = 0, which is an Euler step.
     """
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in pairwise(times):
         v = velocity(x, t)
         x_next = x + (t_next - t) * v
         if t_next > 0:
@@ -196,23 +198,23 @@ def euler_maruyama(
     times: list[float],
     noise: Callable[[int], Tensor],
 ) -> Tensor:
-    """Integrate the reverse SDE with the Euler-Maruyama scheme, one evaluation per step.
+    """Integrate the reverse SDE with the Euler-Maruyama method. Each step takes one evaluation.
 
     The SDE is dx = (v - w s / 2) dt + sqrt(w) dW with the score s and w(t) = 2 t (SiT,
     arXiv:2401.08740). A step to t = 0 adds no noise, as in REPA.
 
     Args:
         velocity: The velocity field.
-        interpolant: The interpolant that relates velocity and score.
+        interpolant: The interpolant, which determines the score from the velocity.
         x: The state at times[0], (B, ...).
         times: Decreasing times, see `sde_times`.
-        noise: Returns the standard normal noise of a step, with the shape of x, given the index of
-            the step.
+        noise: Function that returns standard normal noise with the shape of x for the index of a
+            step.
 
     Returns:
         The state at times[-1].
     """
-    for step, (t, t_next) in enumerate(zip(times, times[1:])):
+    for step, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, t)
         score = velocity_to_score(interpolant, v, x, _repeat_time(t, x))
         x = x + (t_next - t) * (v - t * score)
@@ -231,16 +233,17 @@ def dopri5(
 ) -> tuple[Tensor, Tensor]:
     """Integrate the probability-flow ODE with the Dormand-Prince pair and a step size per image.
 
-    A step is accepted if the root mean square, over the elements of an image, of error / (atol +
-    rtol max(|x|, |x_next|)) is at most 1. The next step is 0.9 error^(-1/5) times as long, limited
-    to factors from 0.2 to 10 (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I,
-    sec. II.4). The first step size follows the same reference for a velocity of magnitude 1, the
-    scale of the noise: (0.01 (atol + rtol))^(1/5).
+    The error of a step is the root mean square over an image of difference / (atol + rtol max(|x|,
+    |x_next|)). A step is accepted if its error is at most 1. The next step is 0.9 error^(-1/5)
+    times as long, limited to factors from 0.2 to 10 (Hairer, Norsett & Wanner, Solving Ordinary
+    Differential Equations I, sec. II.4). The size of the first step, (0.01 (atol + rtol))^(1/5),
+    follows the same reference for a velocity of magnitude 1, the scale of the noise.
 
-    A step takes six evaluations whether it is accepted or not, and one more evaluation precedes
-    the first step. The whole batch is evaluated until the last image has reached `t_end`, so that
-    an image does not depend on the others. The check for the end synchronises with the device once
-    per step.
+    A step takes six evaluations even if it is rejected, and the first step is preceded by one more
+    evaluation. The whole batch is evaluated until every image has reached `t_end`, so that the
+    result of an image does not depend on the other images. The test whether all images have reached
+    `t_end` synchronizes with the device once per step.
+
     The error estimate assumes a smooth velocity; `guided_dopri5` handles a discontinuous velocity.
     An image that becomes NaN is integrated in long steps and stays NaN, as with other solvers.
 
@@ -255,12 +258,13 @@ def dopri5(
     Returns:
         The state at `t_end`, and the number of evaluations that each image needed, (B,) int64.
     """
+    # Initialize the time t and the step size h of each image, (B,).
     t = torch.full((len(x),), t_start, dtype=torch.float64, device=x.device)
     h = torch.full_like(t, (0.01 * (atol + rtol)) ** 0.2)
     first_slope = velocity(x, t)
     evaluations = torch.ones_like(t, dtype=torch.int64)
     while (t > t_end).any():
-        # Evaluate the stages. Images that have reached t_end take steps of size 0.
+        # Evaluate the stages. The step size of images that have reached t_end is 0.
         is_running = t > t_end
         h = torch.minimum(h, t - t_end)
         step_size = expand_like(h, x).to(x.dtype)
@@ -297,21 +301,12 @@ def guided_dopri5(
 ) -> tuple[Tensor, Tensor]:
     """Integrate with `dopri5` in up to three pieces: above, inside and below the guidance interval.
 
-    The velocity is smooth within each piece. A single integration would shrink the steps at the
-    ends of the interval until the error estimate happens to miss the discontinuity, which takes
+    The arguments and the result are the same as for `dopri5`.
+
+    The velocity is smooth within each piece. A single integration would reduce the step size at the
+    ends of the interval until the error estimate happens to miss the discontinuity. This takes
     more evaluations and leaves a larger error (docs/sampling.md reports measurements). With pieces,
-    the null class is also evaluated only inside the interval.
-
-    Args:
-        velocity: The guided velocity field.
-        x: The state at `t_start`, (B, ...).
-        atol: Absolute tolerance, above 0.
-        rtol: Relative tolerance.
-        t_start: Time at which the integration starts.
-        t_end: Time at which the integration ends.
-
-    Returns:
-        The state at `t_end`, and the number of evaluations that each image needed, (B,) int64.
+    the null class is evaluated only inside the interval.
     """
     if velocity.scale == 1.0:
         return dopri5(velocity, x, atol, rtol, t_start, t_end)
@@ -332,5 +327,5 @@ def guided_dopri5(
 
 
 def _repeat_time(t: float, x: Tensor) -> Tensor:
-    """Return t for each image of the batch, (B,), with the dtype of x."""
+    """Return a tensor with time t for each image, (B,), with the dtype of x."""
     return torch.full((len(x),), t, device=x.device, dtype=x.dtype)

@@ -19,7 +19,7 @@ from common.keyed_random import Purpose, normal, uniform
 from common.tf32 import set_tf32
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
-from latents.manifest import CacheError, Manifest
+from latents.manifest import Manifest
 from loss import denoising_loss
 from models.autoencoder import LatentScale
 from models.targets import TrainingInputs
@@ -187,7 +187,7 @@ class Step:
             x_t,
             inputs.t,
             inputs.labels,
-            idle_heads=[name for alignment in inactive for name in alignment.head_names],
+            inactive_heads=[name for alignment in inactive for name in alignment.head_names],
             student_blocks=[k for a in active.values() for k in a.target.student_blocks],
         )
         prediction = self.objective.prediction
@@ -330,15 +330,12 @@ def run_training(
     )
 
     checkpoint_config = settings.checkpoint
-    try:
-        with CheckpointWriter(
-            folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
-        ) as writer:
-            is_finished = train(
-                run, step, batches, writer, request, checkpoint_config.checkpointing_steps
-            )
-    except CacheError as error:
-        raise UserError(str(error)) from None
+    with CheckpointWriter(
+        folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
+    ) as writer:
+        is_finished = train(
+            run, step, batches, writer, request, checkpoint_config.checkpointing_steps
+        )
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:

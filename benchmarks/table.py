@@ -35,7 +35,9 @@ def make_tables(folder: Path = RESULTS) -> dict[str, str]:
     tables = {}
     for name, table in TABLES.items():
         benchmark = table.benchmark or name
-        tables[name] = table.format([r for r in results if r["benchmark"] == benchmark])
+        tables[name] = table.format(
+            [result for result in results if result["benchmark"] == benchmark]
+        )
     return tables
 
 
@@ -76,13 +78,15 @@ def train_step_rows(result: dict) -> Iterator[str]:
 
 
 def cost_rows(result: dict) -> Iterator[str]:
-    """Yield one row per variant, as in Table 5 of the paper; times may be missing."""
+    """Yield one row per variant, as in Table 5 of the paper, with times if they were measured."""
     is_timed = "machine" in result
     run = f"{result['model']}, not timed"
     if is_timed:
         run = f"{machine_name(result)}: {run_name(result)}"
     for variant, values in result["results"].items():
-        parameters = {key: f"{n / 1e6:.1f}M" for key, n in values["parameters"].items() if n}
+        parameters = {
+            key: f"{count / 1e6:.1f}M" for key, count in values["parameters"].items() if count
+        }
         heads = parameters.get("heads", "0") + format_increase(values["more_parameters"])
         forward = sum(values["forward_flops"].values())
         training = f"{values['training_flops'] / 1e9:.4g}"
@@ -95,7 +99,7 @@ def cost_rows(result: dict) -> Iterator[str]:
 
 
 def time_cells(result: dict, variant: str) -> str:
-    """Return the time, the peak memory on a GPU, and the time relative to no alignment."""
+    """Return the cells of the step time, the peak memory on a GPU, and the relative time."""
     values = result["results"][variant]
     ratio = result["ratios"].get(f"{variant}/none")
     relative = f"{ratio:.3f}" if ratio else ""
@@ -105,7 +109,7 @@ def time_cells(result: dict, variant: str) -> str:
 
 
 def checkpoint_rows(result: dict) -> Iterator[str]:
-    """Yield the row of a result."""
+    """Yield one row with the size and the times of a checkpoint."""
     times = " | ".join(f"{quartiles:.3g}" for quartiles in result["results"].values())
     yield f"{machine_name(result)} | {result['model']} | {result['bytes'] / 1e9:.2f} | {times}"
 
@@ -176,7 +180,7 @@ def evaluation_rows(result: dict) -> Iterator[str]:
 
 
 def sampling_rows(result: dict) -> Iterator[str]:
-    """Yield one row per method; compare sample_ddp with `plain` and with the parts."""
+    """Yield one row per method; compare sample_ddp with `plain` and with its parts alone."""
     run = f"{result['model']}, {result['resolution']} pixels"
     run += f", {result['num_steps']} steps, batch {result['batch_size']}"
     fastest_plain = result["results"]["plain"]["fastest_image_s"]
@@ -271,8 +275,8 @@ TABLES = {
             "| SRA 2 paper: SiT-XL/2, batch 256, H100 | SRA 2 | 0 | 18M | +4%, latency +6% |  |  "
             "|  | speed 7.2, without alignment 8.1 |",
             "",
-            "The teacher of sra is the EMA of the run. It adds no parameters, and only the memory "
-            "of its activations.",
+            "The teacher of `sra` is the EMA of the run, so it adds no parameters; only its "
+            "activations need memory.",
         ),
     ),
 }

@@ -1,10 +1,10 @@
-"""Convert a SiT to diffusers' DiTTransformer2DModel by changing weights only.
+"""Convert a SiT to a DiTTransformer2DModel of diffusers by converting its weights.
 
-There are two differences. First, every block in diffusers embeds the timestep and the class again,
-so each block gets a copy of the embedding weights. Second, the sinusoidal features in diffusers
-have the frequencies 10000^(-i/127) instead of 10000^(-i/128) and are computed from 1000 t, the
-timestep of its schedulers. The first layer of the embedder absorbs the linear map from these
-features to those of SiT (`frequency_map`).
+The two implementations differ in two ways. First, every block in diffusers embeds the timestep and
+the class, so each block receives a copy of the embedding weights. Second, the sinusoidal features
+in diffusers have the frequencies 10000^(-i/127) instead of 10000^(-i/128), and are computed from
+the timestep of the schedulers, 1000 t. The first layer of the embedder absorbs the linear map from
+these features to those of SiT (`frequency_map`).
 Shapes: D width, B batch.
 """
 
@@ -28,31 +28,32 @@ TOLERANCE = 1e-4
 def make_scheduler() -> DiffusersObject:
     """Return a scheduler for Euler steps from noise at timestep TIMESTEPS to data at 0.
 
-    With `sigmas=(1, 1 - 1/n, ..., 1/n)` its steps equal those of the Euler solver in samplers.py.
+    With `sigmas=(1, 1 - 1/n, ..., 1/n)`, the steps equal those of the Euler solver in samplers.py.
     """
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=1.0)
 
 
-def frequency_map(frequencies: int = 256) -> Tensor:
-    """Return the map M from diffusers features to SiT features, for t in [0, 1].
+def frequency_map(num_features: int = 256) -> Tensor:
+    """Return the linear map M from diffusers features to SiT features.
 
-    f_SiT(t) = M f_diffusers(TIMESTEPS t) with an error of at most 3e-9.
+    For t in [0, 1], f_SiT(t) = M f_diffusers(TIMESTEPS t) with an error of at most 3e-9.
 
     The map cannot be exact, because sines of different frequencies are linearly independent. On
-    [0, 1], however, the SiT features have frequencies of at most 1, and are so smooth that a dozen
-    functions span them to float64 precision. A least-squares fit at Chebyshev points that omits
-    singular values below 1e-9 has an error below float32 rounding and no coefficient above 0.1.
+    [0, 1], however, the SiT features have frequencies of at most 1. They are so smooth that linear
+    combinations of a dozen functions equal them to float64 precision. A least-squares fit at
+    Chebyshev points, without singular values below 1e-9, has an error below float32 rounding and no
+    coefficient above 0.1.
 
     Args:
-        frequencies: Number of features.
+        num_features: Number of features, a cosine and a sine per frequency.
 
     Returns:
-        M, (frequencies, frequencies) float64.
+        M, (num_features, num_features) float64.
     """
-    half = frequencies // 2
+    half = num_features // 2
     nodes = torch.arange(400, dtype=torch.float64)
     t = (1 - torch.cos(math.pi * (nodes + 0.5) / len(nodes))) / 2
-    # Use float32, so that the frequencies are rounded as in diffusers.
+    # Compute the frequencies in float32, so that they are rounded as in diffusers.
     exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1)
     diffusers_omega = torch.exp(exponents) * TIMESTEPS
 
@@ -60,7 +61,7 @@ def frequency_map(frequencies: int = 256) -> Tensor:
         angle = t[:, None] * omega.double()
         return torch.cat((angle.cos(), angle.sin()), 1)
 
-    sit_features = features(TimestepEmbedder(1, frequencies).omega)
+    sit_features = features(TimestepEmbedder(1, num_features).omega)
     return (torch.linalg.pinv(features(diffusers_omega), rtol=1e-9) @ sit_features).T
 
 
@@ -85,7 +86,7 @@ def to_diffusers(model: SiT) -> DiffusersObject:
 
 
 def _convert_weights(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Rename the weights, split the qkv projections and copy the embedders to every block."""
+    """Rename the weights, split the qkv projections, and copy the embedders to every block."""
     time = state["t_embedder.mlp.0.weight"]
     mapped_time = time.double() @ frequency_map(time.shape[1])
     embedders = {
@@ -121,7 +122,8 @@ def _convert_weights(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 def relative_difference(model: SiT, dit: DiffusersObject) -> float:
     """Return the largest difference between the velocities, relative to the largest velocity.
 
-    The inputs are random, cover timesteps from 0 to 1 inclusive, and include the null class.
+    The noisy latents and classes are random, and one class is the null class. The timesteps include
+    0 and 1.
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,11 @@
-"""Export the EMA of a run as a self-contained folder: safetensors, config, model card, diffusers.
+"""Export the EMA of a run to a folder with safetensors, config, model card and diffusers files.
 
     python -m checkpointing.export exps/NAME --to DIR
 
-`sample_ddp.py --ckpt DIR` needs DIR/ema.safetensors and DIR/config.json, and generates the same
-images as the run. DIR/diffusers contains a DiTTransformer2DModel and a flow-matching scheduler; it
-is written only if its outputs match those of the network.
+`sample_ddp.py --ckpt DIR` reads DIR/ema.safetensors and DIR/config.json, and generates the same
+images as with the run. DIR/diffusers contains a DiTTransformer2DModel and a flow-matching
+scheduler. This folder is written only if the DiTTransformer2DModel has the same outputs as the
+network.
 """
 
 import argparse
@@ -45,30 +46,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_destination(to: Path) -> None:
+def check_destination(folder: Path) -> None:
     """Raise UserError unless the folder is new, empty or an earlier export.
 
     A folder with only hidden files, such as a new clone of a hub repository, counts as empty.
     """
-    if to.exists() and not to.is_dir():
-        raise UserError(f"--to {to} is not a folder: choose another path")
-    if all(path.name.startswith(".") for path in to.glob("*")):
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to {folder} is not a folder: choose another path")
+    if all(path.name.startswith(".") for path in folder.glob("*")):
         return
-    if "exported" not in read_json_if_valid(to / "config.json"):
+    if "exported" not in read_json_if_valid(folder / "config.json"):
         raise UserError(
-            f"--to {to} contains files that are not part of an export: choose another folder"
+            f"--to {folder} contains files that are not part of an export: choose another folder"
         )
 
 
 def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes], float | None]:
-    """Convert a network to diffusers format and compare the outputs.
+    """Convert a network to the format of diffusers, and compare the outputs.
 
     Only networks that predict velocities are converted, because the scheduler requires velocities.
 
     Returns:
-        The contents of the files by path in DIR, which are empty if there was no conversion or the
-        outputs differ, and the largest difference of the outputs relative to the largest velocity,
-        which is None if there was no conversion.
+        The contents of the files, keyed by path in DIR, and the largest difference of the outputs,
+        relative to the largest velocity. If the network was not converted, there are no files and
+        the difference is None. If the outputs differ, there are no files.
     """
     if prediction != "v":
         return {}, None
@@ -82,7 +83,7 @@ def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes],
 
     dit = to_diffusers(model)
     difference = relative_difference(model, dit)
-    if not difference <= TOLERANCE:  # also rejects NaN
+    if not difference <= TOLERANCE:  # also true if the difference is NaN
         return {}, difference
     weights = safetensors.torch.save(dit.state_dict(), {"format": "pt"})
     contents = {
@@ -93,16 +94,16 @@ def make_diffusers_files(model: SiT, prediction: str) -> tuple[dict[str, bytes],
     return contents, difference
 
 
-def read_run_settings(folder: Path) -> tuple[Path, dict]:
-    """Return the run of a checkpoint, and its args.json or {} if the file cannot be read."""
-    run = folder
-    if folder.absolute().parent.name == "checkpoints":
-        run = folder.absolute().parents[1]
+def read_run_settings(checkpoint: Path) -> tuple[Path, dict]:
+    """Return the folder of the run and the contents of args.json ({} if the file is unreadable)."""
+    run = checkpoint
+    if checkpoint.absolute().parent.name == "checkpoints":
+        run = checkpoint.absolute().parents[1]
     return run, read_json_if_valid(run / "args.json")
 
 
 def main() -> None:
-    """Export the run given on the command line."""
+    """Export the run that the command line specifies."""
     args = parse_args()
     check_destination(args.to)
 
@@ -128,9 +129,10 @@ def main() -> None:
     }
     contents, difference = make_diffusers_files(source.model, source.prediction)
     metrics = read_metrics(run, identity["ema_sha256"])
-    card = format_card(source, config, settings, metrics, difference if contents else None)
+    card_difference = difference if contents else None
+    card = format_card(source, config, settings, metrics, card_difference)
 
-    # Write config.json first, so that an interrupted export is still recognised as an export.
+    # Write config.json first, so that an interrupted export is still recognized as an export.
     write_file(args.to / "config.json", json.dumps(exported, indent=2).encode())
     write_file(args.to / "ema.safetensors", weights)
     shutil.rmtree(args.to / "diffusers", ignore_errors=True)

@@ -11,9 +11,9 @@ from models.autoencoder import is_hub_id
 from models.targets import TARGETS
 
 MAX_LISTED_CLASSES = 20
-# Keys of a method's entry in config.json that only some methods have.
+# Keys of an alignment entry in config.json that only some methods have.
 METHOD_KEYS = ("target", "normalize", "encoder", "teacher_block", "t_max")
-# Keys of a sampling record that describe the network; the table of the card contains them.
+# Keys of a sampling record that describe the network. The table of the card contains their values.
 NETWORK_KEYS = {
     "checkpoint",
     "ema_sha256",
@@ -29,17 +29,23 @@ NETWORK_KEYS = {
 PREDICTION_NAMES = {"v": "velocity", "x": "data", "eps": "noise"}
 
 
-def read_metrics(run: Path, digest: str) -> list[dict]:
-    """Read the evaluations of the weights with this sha256 from all metrics.json under a run.
+def read_metrics(run: Path, ema_sha256: str) -> list[dict]:
+    """Read the evaluations of an EMA from the metrics.json files in a run and its subfolders.
 
-    Evaluations of other weights, files of other programs and incomplete files are skipped. The
-    results are ordered by path.
+    Evaluations of other weights and files with other contents are skipped.
+
+    Args:
+        run: Folder of the run.
+        ema_sha256: Hash that identifies the EMA.
+
+    Returns:
+        The contents of the files, ordered by path.
     """
     results = []
     for path in sorted(run.rglob("*metrics.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             result = json.loads(path.read_text())
-            if result["sampling"]["ema_sha256"] == digest:
+            if result["sampling"]["ema_sha256"] == ema_sha256:
                 results.append(result)
     return results
 
@@ -51,14 +57,15 @@ def format_card(
     metrics: list[dict],
     difference: float | None,
 ) -> str:
-    """Return the card in Markdown.
+    """Return the model card in Markdown.
 
     Args:
         source: The exported network.
         config: The config.json of the network.
-        settings: The args.json of the run; empty if the file is missing.
-        metrics: Evaluations of the network.
-        difference: Relative difference of the diffusers version; None if there is no such version.
+        settings: The args.json of the run, or {} if the file is missing.
+        metrics: Evaluations of the network, from `read_metrics`.
+        difference: Relative difference between the outputs of the network and of the diffusers
+            version, or None if there is no diffusers version.
     """
     title = f"{source.name}: {source.identity['model']}"
     if methods := [TARGETS[entry["method"]].title for entry in config.get("align", [])]:
@@ -141,9 +148,11 @@ def _describe_method(entry: dict) -> str:
     """Describe the alignment method of an entry in config.json."""
     target = TARGETS[entry["method"]]
     low, high = entry["t_range"]
+    heads = list(entry["heads"].values()) if "heads" in entry else [entry["head"]]
+    head = f"{heads[0]['layers']} layers in the head" if heads[0] else "no head"
     parts = [
         f"{target.title} ({target.paper}) on block {entry['block']}",
-        f"{entry['head']['layers']} layers in the head",
+        head,
         f"loss {entry['loss']}",
         f"weight {entry['weight']:g}",
         f"{low:g} <= t <= {high:g}",
@@ -155,20 +164,21 @@ def _describe_method(entry: dict) -> str:
 
 
 def _format_numbers(value: float | Sequence[float]) -> str:
+    """Format a number, or one number per channel."""
     if isinstance(value, Sequence):
         return f"({', '.join(f'{number:g}' for number in value)})"
     return f"{value:g}"
 
 
 def _format_code(value: float | Sequence[float]) -> str:
-    """Return a number, or one number per channel, as Python code that broadcasts over latents."""
+    """Return Python code for a number, or for a tensor with one number per channel."""
     if isinstance(value, Sequence):
         return f"torch.tensor({list(value)})[:, None, None]"
     return repr(value)
 
 
 def _diffusers_example(source: PretrainedModel, data: dict, difference: float) -> str:
-    """Return a section with code that samples with the classes of diffusers."""
+    """Return a section with code that samples from the diffusers version of the network."""
     config = source.model.config
     classes = list(range(min(4, config.num_classes)))
     scale = _format_code(data["scale"])
@@ -203,7 +213,7 @@ pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
 
 
 def _evaluation_section(metrics: list[dict]) -> str:
-    """Return one line per evaluation: metrics, evaluation settings and sampling settings."""
+    """Return a section with one line per evaluation: metrics, sampling and evaluation settings."""
     if not metrics:
         return ""
     lines = ["\n## Evaluation\n"]
@@ -228,7 +238,7 @@ def _evaluation_section(metrics: list[dict]) -> str:
 
 
 def _shorten(key: str, value: Any) -> str:
-    """Abbreviate hashes, and reduce paths to file names, because folders depend on the machine."""
+    """Shorten a hash to 16 digits, and a path to the part that does not depend on the machine."""
     if key.endswith("sha256"):
         return str(value)[:16]
     return Path(value).name if isinstance(value, str) else str(value)

@@ -1,24 +1,43 @@
-"""Convert official state dicts to `models.sit.SiT`.
+"""Read official checkpoints and convert their state dicts to `models.sit.SiT`.
 
-The state dicts come from the repositories of SiT (arXiv:2401.08740), REPA (arXiv:2410.06940) and
-SRA (arXiv:2505.02831), and use the parameter names of models/sit.py. According to the code of these
-repositories, they differ as follows:
+Official checkpoints are the .pt files of the repositories of SiT (arXiv:2401.08740), REPA
+(arXiv:2410.06940) and SRA (arXiv:2505.02831). They are pickles. Only tensors and
+argparse.Namespace, in which these repositories store their settings, are loaded from them.
+
+The state dicts use the parameter names of models/sit.py. According to the code of the
+repositories, the state dicts differ as follows:
 
 - REPA and SRA also store alignment heads (`projectors`, `ap_head`).
-- The output layer of SiT is twice as wide, because it also outputs a sigma that is not trained.
+- The output layer of SiT is twice as wide, because it also predicts a sigma that is not trained.
 - In SiT, t = 0 is noise and t = 1 is data; REPA, SRA and this repository use the reverse.
 
-The null class is the last row of the label table in all of them.
+In all three repositories, the null class is the last row of the label embedding table.
 Shapes: D width, p patch size, C channels.
 """
+
+import argparse
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from checkpointing.storage import CheckpointError
+from common.cli import UserError
 from models.sit import PRESETS, SiTConfig, TimestepEmbedder
 
 HEAD_PREFIXES = {"repa": "projectors.", "sra": "ap_head."}
 ORIGINS = ("sit", *HEAD_PREFIXES)
+# Interpolant names of the official repositories -> keys of interpolant.INTERPOLANTS.
+OFFICIAL_PATHS = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "Linear": "linear",
+    "GVP": "cosine",
+    "VP": "vp",
+}
 
 _OUTPUT_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 _TIME_KEY = "t_embedder.mlp.0.weight"
@@ -26,20 +45,130 @@ _LABEL_KEY = "y_embedder.embedding_table.weight"
 _PATCH_KEY = "x_embedder.proj.weight"
 
 
-def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the key prefixes that DistributedDataParallel and torch.compile add."""
+class OfficialFile(NamedTuple):
+    """The content of a .pt file."""
+
+    state: dict[str, Tensor]  # EMA weights, without key prefixes
+    settings: dict[str, Any]  # flags of the training run; empty if the file does not record them
+    step: int | None  # None if the file does not record it
+
+
+def read_official_file(path: Path) -> OfficialFile:
+    """Read a .pt file without executing code in it.
+
+    Raises:
+        CheckpointError: If the file contains code, is damaged, or does not contain a state dict.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # the exception type depends on how the file is damaged
+        problem = "cannot be read as a .pt file: download it again"
+        # torch names the forbidden function or class only in the message.
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            problem = f"contains code ({match[1]}) and is not loaded"
+        raise CheckpointError(f"{path} {problem}") from None
+    state: Any = content.get("ema", content) if isinstance(content, dict) else None
+    values = state.values() if isinstance(state, dict) else []
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise CheckpointError(
+            f"{path} does not contain a state dict, neither under 'ema' nor at the top level"
+        )
+    settings = content.get("args")
+    if isinstance(settings, argparse.Namespace):
+        settings = vars(settings)
+    if not isinstance(settings, dict):
+        settings = {}
+    return OfficialFile(_strip_prefixes(state), settings, content.get("steps"))
+
+
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes that DistributedDataParallel and torch.compile add to keys."""
     return {
         key.removeprefix("module.").removeprefix("_orig_mod."): value
         for key, value in state.items()
     }
 
 
+def choose_origin(
+    path: Path,
+    inferred_model: str,
+    model: str | None,
+    origin: str | None,
+    inferred_origin: str | None,
+) -> str:
+    """Check --model and --origin against the file, and return the origin.
+
+    Args:
+        path: The file.
+        inferred_model: Preset that matches the tensor shapes in the file.
+        model: Value of --model.
+        origin: Value of --origin.
+        inferred_origin: Origin inferred from the file; None if the file is ambiguous.
+
+    Raises:
+        UserError: If a flag is missing or contradicts the file.
+    """
+    chosen_origin = origin or inferred_origin
+    origins = ", ".join(ORIGINS)
+    if model is None:
+        origin_remedy = "" if chosen_origin else f" and --origin, one of {origins}"
+        raise UserError(
+            f"{path} does not record its architecture, but its tensor shapes match "
+            f"{inferred_model}: add --model {inferred_model}{origin_remedy}"
+        )
+    if model != inferred_model:
+        raise UserError(
+            f"--model {model} does not match {path}, whose tensor shapes match "
+            f"{inferred_model}; pass --model {inferred_model}"
+        )
+    if chosen_origin is None:
+        raise UserError(
+            f"{path} does not identify its repository, which determines the direction of time "
+            "(heads would imply REPA or SRA, and a learned sigma would imply SiT): "
+            f"add --origin, one of {origins}"
+        )
+    if inferred_origin not in (None, chosen_origin):
+        raise UserError(
+            f"--origin {origin}: {path} contains weights that exist only in {inferred_origin} "
+            "checkpoints; remove the flag"
+        )
+    return chosen_origin
+
+
+def choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None) -> str:
+    """Return the recorded interpolant of a file, or --path-type if the file does not record it.
+
+    The default is linear, because every published file was trained on the linear path.
+
+    Raises:
+        CheckpointError: If this repository does not support the prediction or interpolant.
+        UserError: If --path-type contradicts the file.
+    """
+    if settings.get("prediction", "v") not in ("v", "velocity"):
+        raise CheckpointError(f"{path} predicts {settings['prediction']}, not velocity")
+    official_name = str(settings.get("path_type", path_type or "linear"))
+    if official_name not in OFFICIAL_PATHS:
+        raise CheckpointError(
+            f"{path} was trained on the {official_name} path, which is not supported here"
+        )
+    chosen_path_type = OFFICIAL_PATHS[official_name]
+    if path_type not in (None, chosen_path_type):
+        raise UserError(
+            f"--path-type {path_type}: {path} records that it was trained on the "
+            f"{chosen_path_type} path; remove the flag"
+        )
+    return chosen_path_type
+
+
 def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
     """Infer the preset and the config from the shapes in a state dict without prefixes.
 
     Raises:
-        ValueError: If no preset matches the state dict. The message is a predicate; the caller
-            prepends the file name.
+        ValueError: If no preset matches the state dict. The message has no subject, because the
+            caller prepends the file name.
     """
     for key in (_PATCH_KEY, "pos_embed", _LABEL_KEY, _OUTPUT_KEYS[0]):
         if key not in state:
@@ -63,12 +192,15 @@ def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
 
 
 def has_learned_sigma(state: dict[str, Tensor], config: SiTConfig) -> bool:
-    """Return whether the output layer is twice as wide as the velocity."""
+    """Return whether the output layer also predicts a sigma, in addition to the velocity."""
     return len(state[_OUTPUT_KEYS[0]]) == 2 * config.patch**2 * config.channels
 
 
 def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
-    """Infer the repository that trained a state dict without prefixes; None if it is ambiguous."""
+    """Return the repository that a state dict without prefixes comes from.
+
+    Return None if the state dict could come from several repositories.
+    """
     for origin, prefix in HEAD_PREFIXES.items():
         if any(key.startswith(prefix) for key in state):
             return origin
@@ -78,26 +210,27 @@ def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
 def convert_state_dict(
     state: dict[str, Tensor], config: SiTConfig, origin: str
 ) -> dict[str, Tensor]:
-    """Convert a state dict without prefixes to one that `SiT(config)` loads strictly.
+    """Convert a state dict without prefixes to the state dict of `SiT(config)`.
 
-    Alignment heads and the learned sigma are dropped, and the time convention of SiT is reversed.
+    Alignment heads and the learned sigma are removed. The weights of a network from the SiT
+    repository are converted to the time convention of this repository.
     """
-    heads = tuple(HEAD_PREFIXES.values())
-    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    head_prefixes = tuple(HEAD_PREFIXES.values())
+    state = {key: value for key, value in state.items() if not key.startswith(head_prefixes)}
     if has_learned_sigma(state, config):
-        # Every position of a patch has 2C output channels, and the last C channels are the sigma.
+        # There are 2C output channels per pixel of a patch. The last C channels are the sigma.
         for key in _OUTPUT_KEYS:
-            channels = state[key].unflatten(0, (config.patch**2, 2 * config.channels))
-            state[key] = channels[:, : config.channels].flatten(0, 1)
+            rows = state[key].unflatten(0, (config.patch**2, 2 * config.channels))
+            state[key] = rows[:, : config.channels].flatten(0, 1)
     return reverse_time(state) if origin == "sit" else state
 
 
 def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert the weights of a network v(x, t) to those of -v(x, 1 - t).
 
-    cos w(1 - t) and sin w(1 - t) are cos wt and sin wt reflected at the angle w. The reflection is
-    absorbed into the first layer (D, 256) of the timestep embedder, and the sign into the output
-    layer.
+    With w = omega, cos w(1 - t) = cos w cos wt + sin w sin wt and sin w(1 - t) = sin w cos wt -
+    cos w sin wt. The first layer (D, 256) of the timestep embedder absorbs this linear map, and the
+    output layer absorbs the sign.
     """
     weight = state[_TIME_KEY]
     cos, sin = weight.double().chunk(2, 1)

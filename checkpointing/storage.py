@@ -1,13 +1,13 @@
-"""Find, verify, read and write checkpoints, and lock the run that they belong to.
+"""Find, verify, read and write checkpoints, and lock runs.
 
     exps/NAME/checkpoints/0050000/
-      config.json            settings to rebuild, sample and evaluate the network
+      config.json            settings required to rebuild, sample and evaluate the network
       ema.safetensors        EMA of the backbone, sufficient for sampling
-      ema-0.999.safetensors  EMA of the backbone for each further --ema-decay
-      model.safetensors      backbone and alignment heads as trained
+      ema-0.999.safetensors  EMA of the backbone for a further --ema-decay, here 0.999
+      model.safetensors      weights of the backbone and the alignment heads (no EMA)
       optimizer.safetensors  moments of AdamW
-      progress.json          step, optimizer settings, gradient scaler, running means of the
-                             logged metrics, sha256 of the other files
+      progress.json          step, optimizer settings, state of the gradient scaler, running
+                             means of the logged metrics, sha256 of the other files
 
 Checkpoints are saved atomically: they are written to a hidden folder, fsynced and renamed. Loading
 a checkpoint never unpickles a file.
@@ -27,17 +27,17 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from common.cli import first_line
+from common.cli import UserError, first_line
 from common.files import fsync, lock, sha256
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged or in use."""
 
 
 @contextmanager
 def convert_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Convert errors from reading a file or loading its contents to a CheckpointError."""
+    """Raise a CheckpointError if the file at `path` cannot be read or has unsuitable contents."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -48,10 +48,10 @@ def convert_errors(path: Path, remedy: str = "") -> Iterator[None]:
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("[0-9]*")
-    return sorted((folder for folder in folders if folder.name.isdigit()), key=_step)
+    return sorted((folder for folder in folders if folder.name.isdigit()), key=_parse_step)
 
 
-def _step(checkpoint: Path) -> int:
+def _parse_step(checkpoint: Path) -> int:
     return int(checkpoint.name)
 
 
@@ -86,18 +86,18 @@ def read_config(checkpoint: Path) -> dict:
         return json.loads(path.read_text())
 
 
-def ema_filename(config: dict, decay: float | None = None) -> str:
+def ema_filename(config: dict, decay: float) -> str:
     """Return the name of the EMA file for a decay.
 
     Args:
         config: The config.json of the checkpoint.
-        decay: Decay of the EMA; None selects the first decay of the run.
+        decay: Decay of the EMA.
 
     Raises:
         CheckpointError: If the checkpoint has no EMA with this decay.
     """
     decays = config["ema_decay"]
-    if decay is None or decay == decays[0]:
+    if decay == decays[0]:
         return "ema.safetensors"
     if decay not in decays:
         raise CheckpointError(
@@ -107,7 +107,7 @@ def ema_filename(config: dict, decay: float | None = None) -> str:
 
 
 def verify_checkpoint(checkpoint: Path) -> dict:
-    """Compare every file of a checkpoint with its recorded sha256.
+    """Compare the sha256 of every file of a checkpoint with the recorded value.
 
     Returns:
         The content of progress.json without the hashes.
@@ -115,7 +115,7 @@ def verify_checkpoint(checkpoint: Path) -> dict:
     Raises:
         CheckpointError: If a file is damaged or cannot be read.
     """
-    remedy = _recovery_hint(checkpoint)
+    remedy = _format_remedy(checkpoint)
     path = checkpoint / "progress.json"
     with convert_errors(path, remedy):
         progress: dict[str, Any] = json.loads(path.read_text())
@@ -131,36 +131,39 @@ def verify_checkpoint(checkpoint: Path) -> dict:
     return progress
 
 
-def _recovery_hint(checkpoint: Path) -> str:
+def _format_remedy(checkpoint: Path) -> str:
+    """Return the end of an error message that explains what to do about a damaged checkpoint."""
     run = checkpoint.parent.parent
-    older = [folder for folder in list_checkpoints(run) if _step(folder) < _step(checkpoint)]
+    step = _parse_step(checkpoint)
+    older = [folder for folder in list_checkpoints(run) if _parse_step(folder) < step]
     effect = f"continue from {older[-1].name}" if older else "start from the beginning"
     return f": remove {checkpoint} to {effect}"
 
 
 def progress_digest(progress: dict) -> str:
-    """Return the sha256 of progress.json without its "digest" entry."""
+    """Return the sha256 of the contents of progress.json, except "digest"."""
     return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
 @contextmanager
 def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[None]:
-    """Lock a run against other processes and remove leftovers of an interrupted save or removal.
+    """Lock a run, and remove incomplete folders that an interruption left behind.
 
     Args:
         run: Folder of the run.
-        expected_checkpoints: Checkpoints that the caller listed before it locked the run.
+        expected_checkpoints: Checkpoints of the run that the caller listed before this call.
 
     Raises:
-        CheckpointError: If another process trains the run, or has saved a checkpoint since
-            `expected_checkpoints` was listed.
+        CheckpointError: If another process trains the run, or has saved a checkpoint of the run
+            since the caller listed `expected_checkpoints`.
     """
     with ExitStack() as resources:
         try:
             resources.enter_context(lock(run / ".lock"))
         except BlockingIOError:
             raise CheckpointError(
-                f"{run} is being trained by another process: stop it or choose another --exp-name"
+                f"{run} is being trained by another process: stop that process or choose another "
+                "--exp-name"
             ) from None
         if list_checkpoints(run) != expected_checkpoints:
             raise CheckpointError(
@@ -181,7 +184,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the hidden path of an incomplete checkpoint, which list_checkpoints ignores."""
+    """Return a path next to a checkpoint that `list_checkpoints` ignores."""
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
@@ -214,7 +217,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a .safetensors file into a module, which must have exactly the same weights.
+    """Load a .safetensors file into a module. The names and shapes of all weights must match.
 
     Raises:
         CheckpointError: If the file cannot be read or does not fit the module.
@@ -225,7 +228,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def format_error(error: Exception) -> str:
-    """Describe an error in one line, with the file name of an OSError."""
+    """Format an error in one line. For an OSError, include the name of the file."""
     if isinstance(error, OSError):
         return f"{error.strerror} ({error.filename})"
     return first_line(error)

@@ -23,7 +23,7 @@ from evaluations.image_batches import Images
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import Device
 from evaluations.timm_networks import NON_TIMM_NETWORKS, TimmFeatures
-from models.encoder import ENCODER_ALIASES
+from models.weights import ENCODER_ALIASES
 
 EXTRACTOR_NAMES = (*NON_TIMM_NETWORKS, *ENCODER_ALIASES)
 
@@ -52,7 +52,7 @@ def load_extractor(
     """Return a feature network on `device`.
 
     Args:
-        name: "inception", "fashion", a short name of models/encoder.py or a timm name.
+        name: "inception", "fashion", a short name of models/weights.py or a timm name.
         inception_weights: File with the Inception weights. By default, the file in the torch hub
             cache.
         size: Height and width of the images to evaluate.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from evaluations.features import FeatureNetwork, Features
-from models.encoder import load_network, timm_name, weights_fingerprint
 from models.errors import FieldError
+from models.weights import load_network, timm_name, weights_fingerprint
 
 NON_TIMM_NETWORKS = ("inception", "fashion")  # names of --features that are not timm models
 DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 used 518
@@ -30,7 +30,7 @@ class TimmFeatures(FeatureNetwork):
     architecture, S, the mean and the standard deviation.
 
     Args:
-        name: Name of the network: a short name of models/encoder.py or a timm name.
+        name: Name of the network: a short name of models/weights.py or a timm name.
         weights: File with the weights. By default, the weights are downloaded from the hub.
         flag: Flag that selected the network, for error messages.
 

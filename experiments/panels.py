@@ -40,10 +40,11 @@ def format_table(result: dict) -> str:
         lines.append("")
     seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in result["runs"]}))
     lines += [
-        f"{result['model']}, {result['steps']:,} steps, seeds {seeds}. "
-        f"{metric}: mean over seeds, lower is better.",
-        "Difference from vanilla: mean of the per-seed differences, with its 95% t interval.",
-        "*The paper's FID* was measured with SiT-B/2 (12 blocks) on ImageNet after 400K steps; it "
+        f"The tables show {result['model']} after {result['steps']:,} steps, with seeds {seeds}. "
+        f"{metric} is the mean over seeds; lower is better.",
+        "The difference from vanilla is the mean of the per-seed differences, with its 95% t "
+        "interval.",
+        "*The paper's FID* was measured with SiT-B/2 (12 blocks) on ImageNet after 400K steps. It "
         "is a different metric on",
         "different data, so only the ranking can be compared.",
         "",

@@ -149,14 +149,14 @@ def explain_tables(result: dict) -> list[str]:
     batch_size = result["batch_size"]
     seeds = list_seeds(result)
     plural = "s" if len(seeds) > 1 else ""
-    steps = f"after {images // batch_size:,} steps of {batch_size} images ({abbreviate(images)})"
+    steps = f"{images // batch_size:,} steps of {batch_size} images ({abbreviate(images)} in total)"
 
     # State how many runs are unfinished.
     planned_images = result["steps"] * batch_size
     num_unfinished = sum(run["metrics"]["images"][-1] < planned_images for run in result["runs"])
-    lines = []
+    note = []
     if num_unfinished:
-        lines += [
+        note = [
             f"**{num_unfinished} of {len(result['runs'])} runs are unfinished; all runs are "
             f"compared at {images:,} images, the last point that every run has reached.**",
             "",
@@ -173,28 +173,31 @@ def explain_tables(result: dict) -> list[str]:
         reliability = f"With few seeds this interval is too narrow{coverage_note}."
 
     return [
-        *lines,
-        f"{result['model']}, {steps}, seed{plural} {' '.join(map(str, seeds))}; means over seeds.",
-        f"{metric} and held-out loss: lower is better.",
-        "Class agreement: the fraction of samples that the classifier assigns to the requested "
+        *note,
+        f"The tables show {result['model']} after {steps}. Values are means over "
+        f"seed{plural} {' '.join(map(str, seeds))}.",
+        "",
+        f"- {metric} and held-out loss: lower is better.",
+        "- Class agreement is the fraction of samples that the classifier assigns to the requested "
         "class.",
-        "Precision and recall: as defined by Kynkaanniemi et al., computed on the classifier's "
-        "features.",
-        f"Difference from {label}: mean of the per-seed differences over the seeds that both "
-        "methods have,",
-        f"with a 95% percentile bootstrap interval. {reliability}",
-        "The t interval is exact if the differences are normally distributed.",
-        "Detectable difference: the mean difference that a paired two-sided t test at the 5% level "
-        "detects with 80% power.",
-        f"Speed-up in images: the number of images at which {label} reaches a quality, divided by "
-        "the number at which",
-        "the method reaches it; both are read from the mean curves by log-log interpolation.",
-        "Speed-up in FLOPs and in seconds: the same ratio with each number multiplied by the cost "
-        "per image,",
-        "excluding REPA's encoder if its features are precomputed.",
-        "< and > mark bounds, because the value lies outside the measured range.",
-        "Probe: computed from finished runs only, and averaged over the seeds that all probed "
-        "methods share.",
+        "- Precision and recall follow Kynkaanniemi et al. and use the classifier's features.",
+        f"- The difference from {label} is the mean of the per-seed differences, over the seeds "
+        "that both methods were run with,",
+        f"  with a 95% percentile bootstrap interval. {reliability}",
+        "- The t interval is exact if the differences are normally distributed.",
+        "- The detectable difference is the mean difference that a paired two-sided t test at the "
+        "5% level detects with 80% power.",
+        f"- The speed-up in images is the number of images at which {label} reaches a quality, "
+        "divided by the number at which",
+        "  the method reaches it. Both numbers are read from the mean curves by log-log "
+        "interpolation.",
+        "- The speed-up in FLOPs or seconds is the same ratio, with each number multiplied by the "
+        "cost per image. This cost",
+        "  excludes REPA's encoder if its features are precomputed.",
+        "- A speed-up with < or > is a bound, because the exact value is outside the measured "
+        "range.",
+        "- The probe accuracy is averaged over the seeds for which every probed method has a "
+        "finished run.",
     ]
 
 

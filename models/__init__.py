@@ -1,1 +1,1 @@
-"""The networks: backbone, alignment head, autoencoder and alignment targets."""
+"""Networks: backbone, alignment heads, alignment targets, image encoders and autoencoder."""

@@ -1,7 +1,7 @@
-"""The frozen VAE that maps images to latents and back, with its scale and shift.
+"""The frozen VAE that encodes images and decodes latents, and the normalization of latents.
 
-Moments are the mean and standard deviation of the VAE's posterior, unscaled. The diffusion model
-uses normalized latents: latent = (sample - shift) * scale.
+Moments are the mean and standard deviation of the posterior of the VAE, without normalization. The
+diffusion model uses normalized latents: latent = (sample - shift) * scale.
 Shapes: B batch, C latent channels, h and w latent height and width, H and W image size.
 """
 
@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.encoder import weights_fingerprint
 from models.errors import FieldError
+from models.weights import weights_fingerprint
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DECODE_BATCH_SIZE = 16  # decoding an image of 512 pixels takes about 1 GB of activations
 
 
-# Cached because copying to a GPU synchronizes, and every training step normalizes its latents.
+# The cache avoids a copy to the GPU, which synchronizes with the device, in every training step.
 @lru_cache(maxsize=16)
 def _channel_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
 
 
 def _broadcastable(value: float | Sequence[float], x: Tensor) -> float | Tensor:
-    """Return a scalar unchanged and a sequence with one number per channel as a tensor."""
+    """Convert a sequence with one number per channel to a tensor. Return a scalar unchanged."""
     if isinstance(value, Sequence):
         return _channel_tensor(tuple(value), x.device, x.dtype)
     return value
@@ -39,8 +39,8 @@ class LatentScale:
     """Normalization of latents: latent = (x - shift) * scale for x (B, C, h, w) from the VAE.
 
     Args:
-        scale: One number, or one per channel.
-        shift: One number, or one per channel.
+        scale: A scalar or one number per channel.
+        shift: A scalar or one number per channel.
     """
 
     scale: float | Sequence[float]
@@ -55,7 +55,7 @@ class LatentScale:
         return latent / _broadcastable(self.scale, latent) + _broadcastable(self.shift, latent)
 
     def mean(self, moments: Tensor) -> Tensor:
-        """Return the normalized mean (B, C, h, w) float32 of the posterior (B, 2C, h, w)."""
+        """Return the normalized mean, (B, C, h, w) float32, given the moments, (B, 2C, h, w)."""
         mean, _ = moments.float().chunk(2, 1)
         return self.normalize(mean)
 
@@ -76,13 +76,13 @@ class LatentScale:
 def read_latent_scale(config: Mapping[str, Any], name: str) -> LatentScale:
     """Return the normalization that the config of the AutoencoderKL `name` specifies.
 
-    The config has `scaling_factor` and optionally `shift_factor`, or `scaling_factor` together
-    with `latents_mean` and `latents_std` per channel. In the second case,
-    latent = (x - mean) * scaling_factor / std, as in the SDXL pipelines of diffusers, which ignore
-    `latents_mean` or `latents_std` if the other is missing.
+    The config contains `scaling_factor`, and optionally either `shift_factor` or both
+    `latents_mean` and `latents_std` per channel. If it contains both,
+    latent = (x - mean) * scaling_factor / std, as in the SDXL pipelines of diffusers. These
+    pipelines ignore one of the two if the other is missing.
 
     Raises:
-        FieldError: If the config is ambiguous or has a wrong number of values.
+        FieldError: If the config is ambiguous or contains invalid values.
     """
     factor = config["scaling_factor"]
     shift = config.get("shift_factor")
@@ -131,7 +131,7 @@ class Autoencoder:
             if not folder.exists():
                 raise FieldError(
                     "vae",
-                    f"{name}: there is no such folder (the working directory is {Path.cwd()})",
+                    f"{name} does not exist (the working directory is {Path.cwd()})",
                 )
             if not (folder / "config.json").exists():
                 raise FieldError("vae", f"{name} is not a diffusers folder: config.json is missing")
@@ -145,8 +145,8 @@ class Autoencoder:
                 f"{name} cannot be loaded ({reason}): with network access, run "
                 f"'hf download {name} --local-dir FOLDER', then pass FOLDER",
             ) from None
-        # diffusers loads the matching weights of another class and initializes missing weights
-        # at random, both without an error.
+        # diffusers does not raise an error if the folder contains another class or if weights are
+        # missing. It loads the matching weights and initializes the others at random.
         if class_name != "AutoencoderKL":
             raise FieldError("vae", f"{name} is of class {class_name}; choose an AutoencoderKL")
         if missing := loading_info["missing_keys"]:
@@ -161,12 +161,12 @@ class Autoencoder:
         self.downsampling_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of all weights (names, shapes, float32 values), scale and shift."""
+        """Return the sha256 of all weights (names, shapes, values) and of the scale and shift."""
         return weights_fingerprint(self.vae, f"{self.scale.scale!r} {self.scale.shift!r}")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) uint8 to moments (B, 2C, h, w) float32."""
+        """Encode images, (B, 3, H, W) uint8, to moments, (B, 2C, h, w) float32."""
         assert images.dtype == torch.uint8, images.dtype
         pixels = images.to(self.vae.device).float() / 127.5 - 1
         posterior = self.vae.encode(pixels).latent_dist
@@ -174,9 +174,9 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Decode latents (B, C, h, w) to images (B, 3, H, W) uint8, rounded to nearest."""
+        """Decode latents, (B, C, h, w), to images, (B, 3, H, W) uint8, rounded to nearest."""
         batches = self.scale.denormalize(latent.float()).split(DECODE_BATCH_SIZE)
         pixels = torch.cat([self.vae.decode(batch).sample for batch in batches])
         images = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        # The VAE returns channels_last strides, with which feature networks round differently.
+        # Feature networks round differently with the channels_last strides that the VAE returns.
         return images.contiguous()

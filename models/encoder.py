@@ -1,54 +1,37 @@
-"""A frozen timm image encoder as REPA uses it (Yu et al. 2024, arXiv:2410.06940).
+"""A frozen timm image encoder, used as in REPA (Yu et al. 2024, arXiv:2410.06940).
 
-Input size: REPA resizes images of 256 pixels to 224 for a network of patch size 14, so that one
-token covers 16 pixels of the image, and leaves images unchanged for other networks. Here the input
-side S is 224 R / 256 or R, respectively, but at least 224, because networks trained on photographs
-perform poorly on thumbnails. S is rounded to whole patches, or to the stride of a convolutional
-network. A network with a fixed input size uses that size.
+Input size: For a network with patch size 14, REPA resizes images of 256 pixels to 224, so that one
+token covers 16 pixels of the image. For other networks, REPA does not resize images. Here, the
+input side S is 224 R / 256 with patch size 14 and R otherwise, but at least 224, because networks
+that were trained on photographs perform poorly on thumbnails. S is rounded to a multiple of the
+patch size, or of the stride of a convolutional network. A network with a fixed input size uses that
+size.
 
 Shapes: B batch, R image side, S input side of the network in pixels, G side of the network's token
 grid, T side of the requested token grid, D width.
 """
 
-# timm is imported inside functions, because this takes a second and `--help` needs only names.
-
-import difflib
 import hashlib
 import json
-import logging
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from models.errors import FieldError
+from models.weights import (
+    TimmNetwork,
+    format_exception,
+    load_network,
+    timm_name,
+    weights_fingerprint,
+)
 
-TimmNetwork: TypeAlias = Any  # timm adds attributes and methods that nn.Module does not declare
-
-_DINOV2_SIZES = ("small", "base", "large", "giant")
-ENCODER_ALIASES = {
-    f"dinov2-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES
-}
-# REPA's encoder names -> timm names of the weights that REPA downloads.
-REPA_ENCODERS = {
-    **{f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in _DINOV2_SIZES},
-    **{
-        f"dinov2reg-vit-{size[0]}": f"vit_{size}_patch14_reg4_dinov2.lvd142m"
-        for size in _DINOV2_SIZES
-    },
-    "dinov1-vit-b": "vit_base_patch16_224.dino",
-    "clip-vit-L": "vit_large_patch14_clip_quickgelu_224.openai",
-    "mae-vit-l": "vit_large_patch16_224.mae",
-    "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
-}
-WITHOUT_FINAL_NORM = ("clip-vit-L", "mae-vit-l")  # REPA omits the last layer norm of these two
+ENCODERS_WITHOUT_FINAL_NORM = ("clip-vit-L", "mae-vit-l")  # as in REPA
 MIN_SIDE = 224
 # Activations of larger batches exceed the CPU caches, which doubles the time of a convolutional
 # network.
@@ -70,7 +53,7 @@ class Encoder(nn.Module):
     """Maps images (B, 3, R, R) uint8 to patch tokens (B, T * T, D) float32 in row-major order.
 
     Class, register and distillation tokens are dropped. Images are normalized with the mean and
-    standard deviation of the network and resized as in REPA, bicubic without antialiasing. The
+    standard deviation of the network, and resized bicubically without antialiasing as in REPA. The
     encoder is frozen and always in eval mode.
 
     Args:
@@ -113,11 +96,12 @@ class Encoder(nn.Module):
         is_on_cpu = torch.device(device).type == "cpu"
         self.dtype = dtype or (torch.float32 if is_on_cpu else torch.bfloat16)
         set_input_side(network, self.side)
-        omits_final_norm = name in WITHOUT_FINAL_NORM
+        omits_final_norm = name in ENCODERS_WITHOUT_FINAL_NORM
         if omits_final_norm:
             network.norm = nn.Identity()
         config = timm.data.resolve_data_config(model=network)
-        mean, std = config["mean"], config["std"]
+        mean = config["mean"]
+        std = config["std"]
         self._settings = [timm_name(name), self.side, tokens_side, omits_final_norm, mean, std]
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
@@ -160,7 +144,7 @@ def describe_encoder(name: str, resolution: int, side: int | None = None) -> Enc
 
 
 def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[int, int]:
-    """Return the number of parameters of an encoder and its forward FLOPs per image.
+    """Return the number of parameters and the forward FLOPs per image of an encoder.
 
     PyTorch counts the FLOPs of matrix products and convolutions, without loading weights.
     Arguments and errors are the same as for `Encoder`.
@@ -176,10 +160,10 @@ def encoder_cost(name: str, resolution: int, side: int | None = None) -> tuple[i
 def _run_without_weights(
     name: str, resolution: int, side: int | None
 ) -> tuple[TimmNetwork, int, Tensor]:
-    """Build a network on the meta device and run it.
+    """Build a network on the meta device, and run the network.
 
     Returns:
-        The network, its input side S, and the patch tokens of one image (meta tensors).
+        The network, the input side S, and the patch tokens of one image (meta tensors).
 
     Raises:
         FieldError: If the network is unknown or does not support these options.
@@ -199,37 +183,9 @@ def _run_without_weights(
     except TokenGridError as error:
         reason = f"{name} does not output a square grid of patch tokens: {error}"
     except Exception as error:  # timm's model families raise exceptions of many types
-        reason = f"{name}: timm cannot run {architecture} without weights ({_first_line(error)})"
+        cause = format_exception(error)
+        reason = f"{name}: timm cannot run {architecture} without weights ({cause})"
     raise FieldError("encoder", reason)
-
-
-def timm_name(name: str, suggestions: Iterable[str] = ()) -> str:
-    """Return the timm model name of an encoder.
-
-    Args:
-        name: A key of ENCODER_ALIASES or REPA_ENCODERS, or a timm model name.
-        suggestions: Further names that the error for an unknown name may suggest.
-
-    Raises:
-        FieldError: If timm has no such model.
-    """
-    import timm
-
-    if name.startswith("mocov3-"):
-        raise FieldError(
-            "encoder",
-            f"{name}: timm has no MoCo v3 weights; choose one of {', '.join(REPA_ENCODERS)}",
-        )
-    full_name = ENCODER_ALIASES.get(name) or REPA_ENCODERS.get(name) or name
-    architecture, _, tag = full_name.partition(".")
-    is_known = timm.is_model(architecture) and (not tag or timm.is_model_pretrained(full_name))
-    if is_known:
-        return full_name
-    known = [*ENCODER_ALIASES, *REPA_ENCODERS, *suggestions, *timm.list_models()]
-    if tag:
-        known += timm.list_models(f"{architecture}.*", pretrained=True)
-    similar = difflib.get_close_matches(name, known) or [*ENCODER_ALIASES, *suggestions]
-    raise FieldError("encoder", f"{name} is not a timm model; similar names: {', '.join(similar)}")
 
 
 def canonical_name(name: str) -> str:
@@ -238,88 +194,11 @@ def canonical_name(name: str) -> str:
     Raises:
         FieldError: If timm has no such model.
     """
-    return name if name in WITHOUT_FINAL_NORM else timm_name(name)
-
-
-def load_network(name: str, weights: Path | None = None, pretrained: bool = True) -> TimmNetwork:
-    """Load a timm network without its classifier, frozen and in eval mode.
-
-    Args:
-        name: Encoder name as in `timm_name`.
-        weights: File with weights in timm's format. By default, timm downloads the weights.
-        pretrained: Whether to load pretrained weights instead of random weights.
-
-    Raises:
-        FieldError: If the name is unknown or the weights cannot be loaded.
-    """
-    import timm
-
-    architecture = timm_name(name)
-    if weights and not weights.exists():
-        raise FieldError("weights", f"{weights} does not exist")
-    overlay = {"file": str(weights)} if weights else None
-    try:
-        with _require_all_weights(), _silence_hub_retries():
-            network = timm.create_model(
-                architecture, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay
-            )
-    except Exception as error:  # raised by the hub client, safetensors, torch or timm
-        if weights:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            raise FieldError(
-                "weights", f"{weights} does not fit {architecture} ({reason})"
-            ) from None
-        config = timm.get_pretrained_cfg(architecture)
-        hub_id = (config and config.hf_hub_id) or architecture
-        if "/" not in hub_id:
-            hub_id = f"timm/{hub_id}"
-        raise FieldError(
-            "encoder",
-            f"{name}: timm cannot load {architecture} ({_first_line(error)}): with "
-            f"network access, run 'hf download {hub_id} model.safetensors', then pass the path "
-            "that it prints as the weights file",
-        ) from None
-    return network.eval().requires_grad_(False)
-
-
-@contextmanager
-def _silence_hub_retries() -> Iterator[None]:
-    """Suppress the hub client's messages about retries, because the final error is reported."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _require_all_weights() -> Iterator[None]:
-    """Raise ValueError on exit if a new network was loaded from a state dict without all weights.
-
-    timm loads files with `strict=False` if the network has no classifier, and leaves missing
-    weights at their random values. Load hooks on the submodules record the missing keys.
-    """
-    missing: list[str] = []
-    hooks = ExitStack()
-
-    def record(module: nn.Module, keys: Any) -> None:
-        missing.extend(keys.missing_keys)
-
-    def observe(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
-        if submodule is not None:
-            hooks.enter_context(submodule.register_load_state_dict_post_hook(record))
-
-    with hooks:
-        hooks.enter_context(register_module_module_registration_hook(observe))
-        yield
-    if missing:
-        raise ValueError(f"the file belongs to another network: {missing[0]} is missing")
+    return name if name in ENCODERS_WITHOUT_FINAL_NORM else timm_name(name)
 
 
 def choose_side(network: TimmNetwork, name: str, resolution: int, side: int | None) -> int:
-    """Return the input side S: `side`, or the default for this resolution if it is None.
+    """Return the input side S, which is `side`, or the default if `side` is None.
 
     Raises:
         FieldError: If the network cannot process inputs of this side.
@@ -386,16 +265,3 @@ def resample_tokens(tokens: Tensor, side: int) -> Tensor:
         return tokens
     maps = tokens.mT.unflatten(2, (grid, grid))
     return F.interpolate(maps, (side, side), mode="bilinear", antialias=True).flatten(2).mT
-
-
-def weights_fingerprint(network: nn.Module, settings: str = "") -> str:
-    """Return the sha256 of `settings` and all weights (names, shapes, float32 values)."""
-    digest = hashlib.sha256(settings.encode())
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().float().numpy())
-    return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -4,12 +4,12 @@
 class FieldError(ValueError):
     """A setting cannot be used, for example because it names an unknown encoder.
 
-    The caller catches this error and reports it with the flag or file that the setting came from.
+    The caller reports this error together with the flag or file that the setting comes from.
 
     Args:
-        field: Name of the setting, a parameter or a dataclass field.
+        field: Name of the setting, which is a parameter or a dataclass field.
         reason: Problem and remedy, beginning with the value, such as "7: the model has 6 blocks".
-            The caller prepends the flag.
+            The caller prepends the name of the flag.
     """
 
     def __init__(self, field: str, reason: str):

@@ -1,17 +1,18 @@
-"""Count the FLOPs of the networks: matrix products only, as PyTorch's FlopCounterMode does.
+"""Count the FLOPs of matrix products in the networks, as PyTorch's FlopCounterMode does.
 
-One multiply-accumulate is two FLOPs.
+One multiply-accumulate counts as two FLOPs.
 """
 
 from models.sit import SiTConfig
 
 
-def backbone_flops(config: SiTConfig, last: int | None = None) -> int:
-    """Return the forward FLOPs of a SiT per image: 2 x 118.6 G for SiT-XL/2 at 256 pixels.
+def backbone_flops(config: SiTConfig, last_block: int | None = None) -> int:
+    """Return the forward FLOPs of a SiT per image, which are 2 x 118.6 G for SiT-XL/2.
 
     Args:
         config: Architecture of the backbone.
-        last: Stop after this block, counted from 1, instead of computing the velocity.
+        last_block: Last block that is run, counted from 1. By default, all blocks and the output
+            layer are run.
     """
     d = config.width
     tokens = config.grid_size**2
@@ -21,8 +22,8 @@ def backbone_flops(config: SiTConfig, last: int | None = None) -> int:
     modulation = 6 * d * d
     block = projections_and_mlp + attention + modulation
     embedding = tokens * patch * d + (256 + d) * d  # patches and timestep
-    if last is not None:
-        return 2 * (embedding + last * block)
+    if last_block is not None:
+        return 2 * (embedding + last_block * block)
     output = tokens * patch * d + 2 * d * d  # modulation and patches
     return 2 * (embedding + config.depth * block + output)
 
@@ -32,7 +33,7 @@ def head_flops(config: SiTConfig, head: dict | None) -> int:
 
     Args:
         config: Architecture of the backbone that the head belongs to.
-        head: Arguments of models.projector.Projector; None means no head and zero FLOPs.
+        head: Entry of the head in config.json. None means that there is no head.
     """
     if head is None:
         return 0

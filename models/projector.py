@@ -1,6 +1,6 @@
-"""Alignment heads, which map the tokens of one block to a target and are dropped after training.
+"""Alignment heads, which project the tokens of a block and are removed after training.
 
-docs/method.md explains their widths. Shapes: B batch, N tokens, D width.
+docs/method.md explains the widths of the heads. Shapes: B batch, N tokens, D width.
 """
 
 from collections.abc import Collection
@@ -13,31 +13,30 @@ from models.sit import SiT, init_linear
 
 
 class Projector(nn.Sequential):
-    """An MLP: linear layers with SiLU between them, (B, N, width) -> (B, N, out) in float32.
+    """An MLP with SiLU between the layers: (B, N, width) -> (B, N, output_dim) in float32.
 
-    If the last layer is small compared with the others (in SRA 2 it has 0.2% of the weights), it is
-    computed in float32 even under autocast, so that the alignment loss does not compare rounded
-    numbers.
+    In SRA 2, the last layer has only 0.2% of the weights. Such a small last layer is computed in
+    float32 even under autocast, so that the alignment loss does not compare rounded numbers.
 
     Args:
         width: Dimension of the input tokens.
-        out: Dimension of the output tokens.
+        output_dim: Dimension of the output tokens.
         layers: Number of linear layers.
-        hidden: Width of the hidden layers, 2 * width by default.
+        hidden: Width of the hidden layers. The default is 2 * width.
     """
 
-    def __init__(self, width: int, out: int, layers: int = 5, hidden: int | None = None):
+    def __init__(self, width: int, output_dim: int, layers: int = 5, hidden: int | None = None):
         hidden = hidden or 2 * width
-        sizes = [width, *[hidden] * (layers - 1), out]
+        sizes = [width, *[hidden] * (layers - 1), output_dim]
         modules: list[nn.Module] = []
         for size_in, size_out in zip(sizes, sizes[1:]):
             modules += [nn.Linear(size_in, size_out), nn.SiLU()]
         super().__init__(*modules[:-1])
         self.apply(init_linear)
-        self.has_small_output = 8 * out <= sizes[-2]
+        self.has_small_output = 8 * output_dim <= sizes[-2]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, N, width) to (B, N, out), float32."""
+        """Map tokens (B, N, width) to (B, N, output_dim), float32."""
         *hidden, last = self
         for layer in hidden:
             tokens = layer(tokens)
@@ -51,33 +50,34 @@ HEADS: dict[str, type[nn.Module]] = {"mlp": Projector}
 
 
 def make_head(spec: dict | None) -> nn.Module:
-    """Build a head from its entry in config.json, which contains its kind and its arguments.
+    """Build a head from an entry in config.json.
 
-    The default kind is "mlp". An entry of None means that the tokens of the block are compared
-    without a projection.
+    The kind of the head is "mlp" if the entry does not contain a kind. An entry of None means that
+    the method compares the tokens of the block without a projection.
     """
     if spec is None:
         return nn.Identity()
-    arguments = dict(spec)
-    return HEADS[arguments.pop("kind", "mlp")](**arguments)
+    head_class = HEADS[spec.get("kind", "mlp")]
+    return head_class(spec["width"], spec["out"], spec["layers"], spec["hidden"])
 
 
 class AlignedOutput(NamedTuple):
-    """The output of an `AlignedSiT`. `projected` and `token_norm` are keyed by head name."""
+    """The output of an `AlignedSiT`."""
 
     prediction: Tensor  # (B, C, H, W)
-    projected: dict[str, Tensor]  # (B, N, out)
-    token_norm: dict[str, Tensor]  # (B,), mean norm of the head's input tokens; no gradient
-    student_tokens: dict[int, Tensor]  # (B, N, D) by requested block
+    projected: dict[str, Tensor]  # name of the head -> output tokens, (B, N, output_dim)
+    # Name of the head -> mean norm of the input tokens, (B,), without gradient.
+    token_norm: dict[str, Tensor]
+    student_tokens: dict[int, Tensor]  # requested block -> tokens, (B, N, D)
 
 
 class AlignedSiT(nn.Module):
-    """The backbone and the alignment heads in one module, which DDP can wrap as a whole.
+    """A module that contains the backbone and the alignment heads, so that DDP can wrap both.
 
     Args:
         backbone: The network that is sampled after training.
-        heads: Alignment heads by name.
-        blocks: For each head, the block (counted from 1) whose tokens it receives.
+        heads: Name of each head -> the head.
+        blocks: Name of each head -> the block whose tokens the head receives, counted from 1.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class AlignedSiT(nn.Module):
         x_t: Tensor,
         t: Tensor,
         y: Tensor,
-        idle_heads: Collection[str] = (),
+        inactive_heads: Collection[str] = (),
         student_blocks: Collection[int] = (),
     ) -> AlignedOutput:
         """Run the backbone and the heads.
@@ -105,10 +105,10 @@ class AlignedSiT(nn.Module):
             x_t: Noisy latents (B, C, H, W).
             t: Timesteps (B,).
             y: Labels (B,).
-            idle_heads: Names of heads that do not run and receive a zero gradient.
-            student_blocks: Further blocks whose tokens are returned.
+            inactive_heads: Names of the heads that are not run and receive a zero gradient.
+            student_blocks: Blocks whose tokens are returned as `student_tokens`.
         """
-        names = [name for name in self.heads if name not in idle_heads]
+        names = [name for name in self.heads if name not in inactive_heads]
         requested_blocks = [*(self.blocks[name] for name in names), *student_blocks]
         prediction = self.backbone(x_t, t, y, return_blocks=requested_blocks)
         tokens: dict[int, Tensor] = {}
@@ -123,8 +123,8 @@ class AlignedSiT(nn.Module):
             norm = torch.linalg.vector_norm(head_input.detach(), dim=-1, dtype=torch.float32)
             token_norm[name] = norm.mean(1)
 
-        # DDP expects a gradient for every parameter, so give idle heads a zero gradient.
-        for name in idle_heads:
+        # Give inactive heads a zero gradient, because DDP expects a gradient for every parameter.
+        for name in inactive_heads:
             prediction = prediction + 0 * sum(p.sum() for p in self.heads[name].parameters())
         return AlignedOutput(
             prediction, projected, token_norm, {block: tokens[block] for block in student_blocks}

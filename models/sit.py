@@ -1,10 +1,9 @@
 """SiT backbone (Ma et al. 2024, arXiv:2401.08740): a DiT (arXiv:2212.09748) that predicts velocity.
 
 Parameter names, shapes and initialization match the SiT and REPA repositories, so that
-checkpointing/official.py can load their checkpoints.
-In shapes, B is the batch size, C the number of channels, H and W the height and width of the
-latent, p the patch size, N = HW / p^2 the number of tokens, D the width, and K the number of
-classes.
+checkpointing/official.py can load checkpoints of these repositories.
+Shapes: B batch, C channels, H and W latent height and width, p patch size, N = HW / p^2 tokens,
+D width, K classes.
 """
 
 import math
@@ -48,7 +47,7 @@ PRESETS: dict[str, dict[str, int]] = {
     },
 }
 
-# B, L and XL use the blocks of the SRA 2 paper, and the smaller models use the block of B.
+# The SRA 2 paper specifies the blocks of B, L and XL. The smaller models use the same block as B.
 _DEFAULT_ALIGN_BLOCKS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
 
 
@@ -77,9 +76,9 @@ def init_linear(module: nn.Module) -> None:
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:
-    """Return MAE's fixed 2-D sine-cosine embedding, (side * side, width).
+    """Return the fixed two-dimensional sine-cosine embedding of MAE, (side * side, width).
 
-    The first half of the channels encodes the column, the second half the row.
+    The first half of the channels encodes the column, and the second half encodes the row.
     """
     omega = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega
@@ -94,10 +93,10 @@ class TimestepEmbedder(nn.Module):
 
     omega: Tensor
 
-    def __init__(self, width: int, frequencies: int = 256):
+    def __init__(self, width: int, num_features: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        half = frequencies // 2
+        self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
+        half = num_features // 2
         omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("omega", omega, persistent=False)
 
@@ -108,9 +107,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds class labels: (B,) -> (B, D). Index K is the null class.
+    """Embeds class labels: (B,) -> (B, D). Label K is the null class.
 
-    Labels are dropped by the training loop, not here.
+    The training step replaces dropped labels by K.
     """
 
     def __init__(self, num_classes: int, width: int):
@@ -144,10 +143,10 @@ class SiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Output layer with adaLN conditioning."""
 
-    def __init__(self, width: int, out: int):
+    def __init__(self, width: int, output_dim: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out)
+        self.linear = nn.Linear(width, output_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -159,8 +158,8 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """Velocity network v(x_t, t, y). The output does not depend on train or eval mode.
 
-    Set `activation_checkpointing` to store only the input of each block in the forward pass and to
-    recompute the block in the backward pass.
+    If `activation_checkpointing` is true, the forward pass stores only the inputs of the blocks,
+    and the backward pass recomputes the blocks.
 
     Raises:
         FieldError: If the latent cannot be divided into patches.
@@ -192,8 +191,9 @@ class SiT(nn.Module):
     def initialize(self) -> None:
         """Initialize all weights as the SiT repository does.
 
-        Linear layers and the patch embedding are Xavier-uniform, label and timestep embeddings
-        are normal with standard deviation 0.02, and modulations and the output layer are zero.
+        The weights of linear layers and the patch embedding are Xavier-uniform. The weights of the
+        label and timestep embeddings are normal with standard deviation 0.02. Modulations and the
+        output layer are zero.
         """
         self.apply(init_linear)
         zero_parameters(self.x_embedder)  # the bias stays zero
@@ -222,12 +222,12 @@ class SiT(nn.Module):
         Args:
             x: Noisy latents, (B, C, H, W).
             t: Timesteps in [0, 1], (B,).
-            y: Labels in 0..K, where K is the null class, (B,).
-            return_blocks: Blocks, counted from 1, whose output tokens are returned as well.
+            y: Labels from 0 to K, where K is the null class, (B,).
+            return_blocks: Blocks, counted from 1, whose output tokens are also returned.
 
         Returns:
-            The velocity (B, C, H, W). With `return_blocks`, a pair of the velocity and a
-            dictionary from each block to its output tokens (B, N, D).
+            The velocity (B, C, H, W). If `return_blocks` is not empty, a pair of the velocity and
+            the output tokens (B, N, D) of these blocks, keyed by block.
         """
         tokens, c, block_tokens = self._run_blocks(x, t, y, self.config.depth, return_blocks)
         velocity = self.unpatchify(self.final_layer(tokens, c))
@@ -236,14 +236,18 @@ class SiT(nn.Module):
     def compute_block_tokens(
         self, x: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]
     ) -> dict[int, Tensor]:
-        """Return the output tokens (B, N, D) of `blocks`, without running later blocks."""
+        """Return the output tokens (B, N, D) of `blocks` by block, without running later blocks."""
         _, _, block_tokens = self._run_blocks(x, t, y, max(blocks), blocks)
         return block_tokens
 
     def _run_blocks(
         self, x: Tensor, t: Tensor, y: Tensor, depth: int, return_blocks: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Run the first `depth` blocks and return tokens, conditioning and requested tokens."""
+        """Run the first `depth` blocks.
+
+        Returns:
+            The final tokens, the conditioning vector, and the output tokens of `return_blocks`.
+        """
         assert all(1 <= block <= self.config.depth for block in return_blocks), return_blocks
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)

@@ -1,9 +1,10 @@
-"""Alignment targets: one class per method computes the tokens that a block is aligned to.
+"""Alignment targets. One class per method computes the tokens that a block is aligned to.
 
 docs/extending.md shows how to add a method. Shapes: B batch, C channels, H and W latent height and
-width, p patch size, N = HW / p^2 tokens, D width, S image size.
+width, p patch size, N = HW / p^2 tokens, D width, S image size, T side of an encoder's token grid.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -26,33 +27,35 @@ class CacheInfo:
 
     resolution: int  # image size in pixels
     scale: LatentScale
-    mean: list[float]  # per-channel mean of the unscaled latents
-    std: list[float]  # per-channel standard deviation of the unscaled latents
+    mean: list[float]  # mean of the unscaled latents, per channel
+    std: list[float]  # standard deviation of the unscaled latents, per channel
     has_images: bool = False
     features: dict[str, dict] = field(default_factory=dict)  # folder -> contents of features.json
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """This process's share of a global batch, or a micro-batch of it, with noise and timesteps."""
+    """The inputs of one process in a training step, or a micro-batch of these inputs."""
 
-    latents: Tensor  # (B, C, H, W), the posterior sample that noise is added to
+    latents: Tensor  # (B, C, H, W), the normalized posterior sample that noise is added to
     labels: Tensor  # (B,), after label dropout
     noise: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
-    posterior_mean: Tensor  # (B, C, H, W), in the same normalised space as `latents`
-    target_uniform: Tensor  # (B,), uniform on (0, 1), for a method's random choices
-    # The inputs that `Target.cache_inputs` requests, by name.
+    posterior_mean: Tensor  # (B, C, H, W), the normalized mean of the posterior
+    target_uniform: Tensor  # (B,), uniform on (0, 1), for random choices of a method
+    # Name -> input that `Target.cache_inputs` requests.
     cache_inputs: dict[str, Tensor] = field(default_factory=dict)
 
-    def split(self, parts: int) -> list["TrainingInputs"]:
-        """Return `parts` micro-batches of equal size."""
-        size = len(self.t) // parts
+    def split(self, count: int) -> list["TrainingInputs"]:
+        """Return `count` micro-batches of equal size."""
+        size = len(self.t) // count
         micro_batches = []
-        for start in range(0, parts * size, size):
+        for start in range(0, count * size, size):
             rows = slice(start, start + size)
-            tensors = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)}
-            cache_inputs = {k: v[rows] for k, v in self.cache_inputs.items()}
+            tensors = {
+                name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)
+            }
+            cache_inputs = {name: value[rows] for name, value in self.cache_inputs.items()}
             micro_batches.append(TrainingInputs(**tensors, cache_inputs=cache_inputs))
         return micro_batches
 
@@ -64,63 +67,63 @@ class RunContext:
     device: torch.device
     ema: SiT  # the first EMA of the run
     add_noise: Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, noise, t) -> x_t
-    autocast: Callable[[], AbstractContextManager]  # the run's mixed precision
+    autocast: Callable[[], AbstractContextManager]  # enables the mixed precision of the run
     compile: bool  # whether to compile networks
 
 
 class Defaults(NamedTuple):
-    """Defaults of the shared settings, used if the user did not set a value."""
+    """Values of the shared settings that the user did not set."""
 
     block: int  # counted from 1
     weight: float
-    layers: int  # linear layers of the head
-    hidden: int  # width of its hidden layers
+    layers: int  # number of linear layers of the head
+    hidden: int  # width of the hidden layers of the head
 
 
 class Plan(NamedTuple):
-    """The properties of a target that are known before anything is loaded."""
+    """The properties of a target that are known before weights are loaded."""
 
-    out: int | dict[str, int]  # dimension of a target token, or of the tokens of several targets
+    token_dim: int | dict[str, int]  # dimension of a target token, by name if there are several
     record: dict[str, Any] | None = None  # keys that the method adds to config.json
 
 
 class Cost(NamedTuple):
-    """Cost of the networks that run only for the target."""
+    """Cost of the networks that are run only to compute the target."""
 
     parameters: int = 0
-    flops: int = 0  # forward pass, per image
+    flops: int = 0  # of the forward pass, per image
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Empty settings, for methods without settings."""
+    """The settings of a method that has none."""
 
 
 @dataclass(eq=False)
-class Target:
+class Target(ABC):
     """Base class of the alignment methods.
 
-    A method may use no head (`head = None`), read other blocks of the student in the same forward
-    pass (`student_blocks`), read images or stored features from the cache (`cache_inputs`), and
-    have several targets with one head each (`Plan.out` and the result of `__call__` are then
-    dicts).
+    A method may compare tokens without a head (`head = None`), use the tokens of other blocks of
+    the student (`student_blocks`), read images or stored features from the cache (`cache_inputs`),
+    and have several targets with one head each. In the last case, `Plan.token_dim` and the result
+    of `__call__` are dicts.
 
     Args:
-        record: The method's entry in config.json: the shared settings and `Plan.record`.
-        settings: An instance of the class's `Settings`.
+        record: Entry of the method in config.json: the shared settings and `Plan.record`.
+        settings: An instance of `Settings`.
         network: The architecture of the backbone.
         cache: Properties of the latent cache.
         context: Parts of the run that a target may use.
 
     Raises:
-        FieldError: If a network or file named in the settings cannot be loaded.
+        FieldError: If a network or file that the settings name cannot be loaded.
     """
 
     name: ClassVar[str]  # value of --align
-    title: ClassVar[str]
-    paper: ClassVar[str]
+    title: ClassVar[str]  # name in model cards
+    paper: ClassVar[str]  # source in model cards
     head: ClassVar[str | None] = "mlp"  # key of models.projector.HEADS
-    Settings: ClassVar[type] = NoSettings  # a frozen dataclass; each field becomes --NAME-FIELD
+    Settings: ClassVar[type] = NoSettings  # frozen dataclass; each field is a flag --NAME-FIELD
 
     record: dict
     settings: Any
@@ -128,68 +131,71 @@ class Target:
     cache: CacheInfo
     context: RunContext
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: B027 - optional in subclasses
         """Load the resources of the target, such as a frozen network."""
 
     @staticmethod
+    @abstractmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
-        """Return the paper's settings for a preset and the chosen loss."""
-        raise NotImplementedError
+        """Return the settings of the paper for a preset and an alignment loss."""
 
     @staticmethod
+    @abstractmethod
     def plan(settings: Any, network: SiTConfig, cache: CacheInfo) -> Plan:
-        """Check the settings and return values derived from them, before anything is loaded.
+        """Validate the settings and derive the properties of the target, without loading weights.
 
         Raises:
             FieldError: If a setting does not fit the network or the cache.
         """
-        raise NotImplementedError
 
     @staticmethod
     def restore(settings: Any, record: dict) -> Any:
-        """Return the settings of a resumed run, with unset ones replaced by recorded values."""
+        """Return the settings of a resumed run. Unset settings are replaced by recorded values."""
         return settings
 
     @staticmethod
     def cost(record: dict, network: SiTConfig, cache: CacheInfo) -> Cost:
-        """Return the cost of the networks that run only for the target."""
+        """Return the cost of the networks that are run only to compute the target."""
         return Cost()
 
     @property
     def cache_inputs(self) -> tuple[str, ...]:
-        """Inputs to read from the cache: "images" (B, 3, S, S) uint8, "features/NAME" (B, N, D)."""
+        """Names of the inputs to read from the cache: "images" or "features/FOLDER".
+
+        Images are (B, 3, S, S) uint8. Features are encoder tokens, (B, T * T, width) float16.
+        """
         return ()
 
     @property
     def student_blocks(self) -> tuple[int, ...]:
-        """Further blocks, counted from 1, whose tokens `__call__` receives."""
+        """Blocks, counted from 1, whose tokens are passed to `__call__`."""
         return ()
 
     @property
     def identity(self) -> dict:
-        """Values that must be the same when the run is resumed; stored in config.json."""
+        """Values in config.json that must be the same when the run is resumed."""
         return {}
 
+    @abstractmethod
     def __call__(
         self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]
     ) -> Tensor | dict[str, Tensor]:
         """Return the target tokens.
 
-        The training step calls this method without gradient. It must not synchronise with the
-        device.
+        The training step calls this method without gradient. Implementations must not synchronize
+        with the device.
 
         Args:
             inputs: A micro-batch.
-            student_tokens: Tokens (B, N, D) of `student_blocks`, by block.
+            student_tokens: Tokens of `student_blocks`, (B, N, D), keyed by block.
 
         Returns:
-            Target tokens (B, N, out), or a dict of them if there are several targets.
+            Target tokens, (B, N, token_dim). If there are several targets, a dict of their tokens.
         """
-        raise NotImplementedError
 
 
 def latent_tokens(latents: Tensor, patch: int) -> Tensor:
-    """Cut latents into the backbone's patches, in the order of SiT's output layer.
+    """Split latents into patches, in the order of the output layer of SiT.
 
     Args:
         latents: (B, C, H, W).
@@ -217,7 +223,7 @@ class LatentSettings:
     normalize: str = field(
         default="none",
         metadata={
-            "help": "normalisation of the target; channel: each latent channel to mean 0 and "
+            "help": "normalization of the target; channel: each latent channel has mean 0 and "
             "standard deviation 1 over the cache",
             "choices": ("none", "channel"),
         },
@@ -225,7 +231,7 @@ class LatentSettings:
 
 
 class Latents(Target):
-    """SRA 2: the clean latents, which the cache already contains."""
+    """The target of SRA 2: the clean latents, which the cache contains."""
 
     name = "sra2"
     title = "SRA 2"
@@ -247,8 +253,9 @@ class Latents(Target):
         return Plan(network.patch**2 * network.channels, record)
 
     def __call__(self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]) -> Tensor:
-        use_sample = self.record["target"] == "sample"
-        latents = inputs.latents if use_sample else inputs.posterior_mean
+        latents = inputs.posterior_mean
+        if self.record["target"] == "sample":
+            latents = inputs.latents
         if self.record["normalize"] == "channel":
             latents = (self.cache.scale.denormalize(latents) - self.mean) / self.std
         return latent_tokens(latents, self.network.patch)
@@ -260,7 +267,7 @@ class EncoderSettings:
 
     encoder: str = field(
         default="dinov2-b",
-        metadata={"help": "image encoder: a timm model name, or REPA's name for it"},
+        metadata={"help": "image encoder: a timm model name, or a name that REPA uses"},
     )
     weights: Path | None = field(
         default=None,
@@ -279,16 +286,16 @@ class EncoderSettings:
     source: str = field(
         default="auto",
         metadata={
-            "help": "source of the encoder tokens; images: encode the cache's images in every "
+            "help": "source of the encoder tokens; images: encode the images of the cache in every "
             "step; features: read features stored by preprocessing.encode_features; auto: "
-            "features if the cache contains them",
+            "features if the cache contains them, otherwise images",
             "choices": ("auto", "images", "features"),
         },
     )
 
 
 class EncoderTokens(Target):
-    """REPA: the patch tokens of a frozen, pretrained image encoder."""
+    """The target of REPA: the patch tokens of a frozen, pretrained image encoder."""
 
     name = "repa"
     title = "REPA"
@@ -317,8 +324,8 @@ class EncoderTokens(Target):
         elif encoder.fingerprint != self.identity["fingerprint"]:
             raise FieldError(
                 "weights",
-                f"{weights} differs from the weights of {record['encoder']} that the cache's "
-                f"{record['from']} were computed with; pass --repa-from images to use it",
+                f"{weights} differs from the weights of {record['encoder']} with which "
+                f"{record['from']} was computed; pass --repa-from images to use it",
             )
 
     @staticmethod
@@ -328,11 +335,13 @@ class EncoderTokens(Target):
 
     @staticmethod
     def plan(settings: EncoderSettings, network: SiTConfig, cache: CacheInfo) -> Plan:
-        encoder = canonical_name(settings.encoder)
+        encoder_name = canonical_name(settings.encoder)
         width, side = describe_encoder(settings.encoder, cache.resolution, settings.side)
-        folder = _find_features(settings, encoder, network.grid_size, cache)
         source = "images"
-        if folder and settings.source != "images":
+        folder = None
+        if settings.source != "images":
+            folder = _find_features(settings, encoder_name, network.grid_size, cache)
+        if folder:
             source = f"features/{folder}"
             side = cache.features[folder]["side"]
         elif not cache.has_images:
@@ -341,7 +350,7 @@ class EncoderTokens(Target):
                 "needs images, but the cache has none: rerun the command that created it "
                 "(encode_latents or import_repa) with --keep-images",
             )
-        return Plan(width, {"encoder": encoder, "side": side, "from": source})
+        return Plan(width, {"encoder": encoder_name, "side": side, "from": source})
 
     @staticmethod
     def restore(settings: EncoderSettings, record: dict) -> EncoderSettings:
@@ -370,34 +379,41 @@ class EncoderTokens(Target):
         return {"fingerprint": self.cache.features[folder]["fingerprint"]}
 
     def __call__(self, inputs: TrainingInputs, student_tokens: dict[int, Tensor]) -> Tensor:
-        stored = inputs.cache_inputs[self.record["from"]]
-        return stored.float() if self.encoder is None else self.encoder(stored)
+        images_or_features = inputs.cache_inputs[self.record["from"]]
+        if self.encoder:
+            return self.encoder(images_or_features)
+        return images_or_features.float()
 
 
 def _find_features(
-    settings: EncoderSettings, encoder: str, grid: int, cache: CacheInfo
+    settings: EncoderSettings, encoder_name: str, tokens_side: int, cache: CacheInfo
 ) -> str | None:
-    """Return the folder of stored features that fits the settings, or None."""
+    """Return the folder of the stored features that fit the settings, or None.
+
+    Raises:
+        FieldError: If there are several, or if the settings require stored features and there are
+            none.
+    """
     folders = [
         folder
         for folder, info in cache.features.items()
-        if (info["encoder"], info["tokens_side"]) == (encoder, grid)
+        if (info["encoder"], info["tokens_side"]) == (encoder_name, tokens_side)
         and settings.side in (None, info["side"])
     ]
     if len(folders) > 1:
         sides = " ".join(str(cache.features[folder]["side"]) for folder in folders)
         raise FieldError(
             "side",
-            f"is ambiguous: the cache contains features of {encoder} for input sizes {sides}; pass "
-            "one of these sizes",
+            f"is ambiguous: the cache contains features of {encoder_name} for input sizes {sides}; "
+            "pass one of these sizes",
         )
     if not folders and settings.source == "features":
         side = "" if settings.side is None else f" --side {settings.side}"
         raise FieldError(
             "source",
-            f"features: the cache has no features of {encoder} on a {grid} x {grid} grid: create "
-            f"them with python -m preprocessing.encode_features CACHE --encoder {settings.encoder} "
-            f"--tokens-side {grid}{side}",
+            f"features: the cache has no features of {encoder_name} on a {tokens_side} x "
+            f"{tokens_side} grid: create them with python -m preprocessing.encode_features CACHE "
+            f"--encoder {settings.encoder} --tokens-side {tokens_side}{side}",
         )
     return folders[0] if folders else None
 
@@ -423,7 +439,7 @@ class TeacherSettings:
 
 
 class Teacher(Target):
-    """SRA: a later block of the run's EMA, evaluated at a smaller timestep.
+    """The target of SRA: the tokens of a later block of the EMA at a smaller timestep.
 
     Source: arXiv:2505.02831, sec. 3.
     """

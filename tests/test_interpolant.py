@@ -19,18 +19,18 @@ from interpolant import (
     velocity_to_score,
 )
 
-paths = pytest.mark.parametrize("path", INTERPOLANTS.values(), ids=INTERPOLANTS)
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+on_every_path = pytest.mark.parametrize("path", INTERPOLANTS.values(), ids=INTERPOLANTS)
+with_every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 
 
-def make_example(n=6):
+def make_example(count=6):
     """Return data, noise and timesteps inside (0, 1), in float64."""
     generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, n, 3, 4, 4, dtype=torch.float64, generator=generator)
-    return x, noise, torch.linspace(0.05, 0.95, n, dtype=torch.float64)
+    x, noise = torch.randn(2, count, 3, 4, 4, dtype=torch.float64, generator=generator)
+    return x, noise, torch.linspace(0.05, 0.95, count, dtype=torch.float64)
 
 
-@paths
+@on_every_path
 def test_velocity_is_the_derivative_of_the_path(path):
     x, noise, t = make_example()
     for i in range(len(t)):
@@ -41,7 +41,7 @@ def test_velocity_is_the_derivative_of_the_path(path):
         torch.testing.assert_close(v, derivative[..., 0], rtol=1e-12, atol=1e-12)
 
 
-@paths
+@on_every_path
 def test_path_leads_from_data_at_time_0_to_noise_at_time_1(path):
     x, noise, _ = make_example()
     start, _ = interpolate(path, x, noise, torch.zeros(6, dtype=torch.float64))
@@ -53,7 +53,7 @@ def test_path_leads_from_data_at_time_0_to_noise_at_time_1(path):
     torch.testing.assert_close(end, final_alpha * x + (1 - final_alpha**2) ** 0.5 * noise)
 
 
-@paths
+@on_every_path
 def test_score_of_the_true_velocity_is_minus_noise_over_sigma(path):
     x, noise, t = make_example()
     x_t, v = interpolate(path, x, noise, t)
@@ -112,8 +112,8 @@ def test_vp_coefficients_are_accurate_in_float32_near_time_0():
 # Predictions of the network
 
 
-@paths
-@predictions
+@on_every_path
+@with_every_prediction
 def test_conversions_between_prediction_and_velocity_are_inverse(path, prediction):
     x_t, v, t = make_example()
     output = velocity_to_prediction(path, prediction, v, x_t, t)
@@ -122,8 +122,8 @@ def test_conversions_between_prediction_and_velocity_are_inverse(path, predictio
     torch.testing.assert_close(velocity_to_prediction(path, prediction, velocity, x_t, t), v)
 
 
-@paths
-@predictions
+@on_every_path
+@with_every_prediction
 def test_regression_target_converts_to_the_velocity_of_the_path(path, prediction):
     x, noise, t = make_example()
     x_t, v = interpolate(path, x, noise, t)
@@ -133,8 +133,8 @@ def test_regression_target_converts_to_the_velocity_of_the_path(path, prediction
     torch.testing.assert_close(velocity_to_prediction(path, prediction, v, x_t, t), target)
 
 
-@paths
-@predictions
+@on_every_path
+@with_every_prediction
 def test_guiding_a_prediction_equals_guiding_its_velocity_or_score(path, prediction):
     x_t, with_class, t = make_example()
     without_class = with_class.roll(1, 0)
@@ -158,8 +158,8 @@ def test_guiding_a_prediction_equals_guiding_its_velocity_or_score(path, predict
 # Timesteps
 
 
-@paths
-@predictions
+@on_every_path
+@with_every_prediction
 def test_time_interval_omits_only_singular_endpoints(path, prediction):
     """The velocity and its error are bounded in the interval and infinite at omitted endpoints."""
 
@@ -182,8 +182,8 @@ def test_time_interval_omits_only_singular_endpoints(path, prediction):
         assert largest_coefficient(1.0) > 1e12
 
 
-@paths
-@predictions
+@on_every_path
+@with_every_prediction
 def test_float32_is_accurate_at_the_ends_of_the_time_interval(path, prediction):
     x, noise, _ = make_example()
     for t in map(torch.tensor, time_interval(path, prediction)):
@@ -208,8 +208,8 @@ def test_uniform_times_cover_the_time_interval():
     )
 
 
-@paths
-@predictions
+@on_every_path
+@with_every_prediction
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_times_increase_with_u_and_stay_inside_the_interval(path, prediction, weighting):
     u = torch.cat((torch.logspace(-9, -1, 50).double(), 1 - torch.logspace(-1, -9, 50).double()))
@@ -218,7 +218,7 @@ def test_times_increase_with_u_and_stay_inside_the_interval(path, prediction, we
     assert t.dtype == torch.float64 and (t.diff() >= 0).all() and low <= t[0] < t[-1] <= high
 
 
-@paths
+@on_every_path
 def test_lognormal_times_have_a_normal_log_ratio_of_sigma_to_alpha(path):
     """Compare quantiles with scipy, and linear and cosine times with the formulas of REPA."""
     u = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)

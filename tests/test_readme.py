@@ -21,7 +21,7 @@ from latents.cache import LatentCache
 from preprocessing import encode_latents, import_repa, verify
 from tests.helpers import ROOT
 from tests.preprocessing.test_import_repa import make_repa_folder
-from tests.test_imports import source_files
+from tests.test_imports import list_source_files
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [
@@ -168,7 +168,7 @@ def find_command_modules() -> list[str]:
     """Return the names of all modules that have a command line."""
     return [
         ".".join(path.with_suffix("").parts)
-        for path in source_files()
+        for path in list_source_files()
         if "\ndef main(" in (ROOT / path).read_text()
     ]
 

@@ -124,23 +124,24 @@ def plan_alignments(
         with _convert_field_errors(config.method):
             plan = TARGETS[config.method].plan(config.settings, network, cache)
         entry: dict[str, Any] = {key: to_plain(getattr(config, key)) for key in RECORDED_FIELDS}
-        if isinstance(plan.out, dict):
+        if isinstance(plan.token_dim, dict):
             entry["heads"] = {
-                name: _head_spec(config, network.width, out) for name, out in plan.out.items()
+                name: _head_spec(config, network.width, token_dim)
+                for name, token_dim in plan.token_dim.items()
             }
         else:
-            entry["head"] = _head_spec(config, network.width, plan.out)
+            entry["head"] = _head_spec(config, network.width, plan.token_dim)
         entries.append(entry | (plan.record or {}))
     return entries
 
 
-def _head_spec(config: AlignmentConfig, width: int, out: int) -> dict | None:
+def _head_spec(config: AlignmentConfig, width: int, output_dim: int) -> dict | None:
     kind = TARGETS[config.method].head
     if kind is None:
         return None
     spec = {
         "width": width,
-        "out": out,
+        "out": output_dim,
         "layers": config.projector_layers,
         "hidden": config.projector_width,
     }

@@ -232,8 +232,8 @@ def fail_together() -> Iterator[None]:
     error: UserError | None = None
     try:
         yield
-    except (UserError, CheckpointError, CacheError) as setup_error:
-        error = UserError(str(setup_error))
+    except UserError as setup_error:
+        error = setup_error
     if any(gather_object([error is not None])):
         raise error or SystemExit(2)  # the process that failed prints the reason
 

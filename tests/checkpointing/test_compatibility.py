@@ -1,4 +1,4 @@
-"""Test that files written by version 1 of the code stay usable (tests/data/v1/README.md)."""
+"""Test that files that version 1 of the code wrote remain usable (tests/data/v1/README.md)."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ EXPECTED = V1 / "expected"
 
 
 def describe_machine() -> dict[str, str]:
-    """Return the properties that affect floating-point results, as stored in machine.json."""
+    """Return the properties of this machine that affect floating-point results."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines()[:6] if cpu_info.exists() else []
     cpu = [
@@ -60,14 +60,14 @@ def assert_same_numbers(actual: torch.Tensor, expected: torch.Tensor) -> None:
 )
 def test_latents_of_v1_checkpoints_are_unchanged(path, ema_decay, sampler, expected):
     source = pretrained.load(V1 / path, ema_decay)
-    settings = Recipe(
+    recipe = Recipe(
         seed=5,
         cfg_scale=1.5,
         path_type=source.path_type,
         prediction=source.prediction,
         **sampler,
     )
-    latents = settings.sample_latents(source.model, torch.tensor([0, 3, 17]))
+    latents = recipe.sample_latents(source.model, torch.tensor([0, 3, 17]))
     assert_same_numbers(latents, torch.from_numpy(np.load(EXPECTED / f"latents-{expected}.npy")))
 
 
@@ -84,8 +84,8 @@ def test_contents_of_v1_caches_are_unchanged():
 
 
 def test_resumed_v1_runs_train_the_same_weights(call, tmp_path, monkeypatch):
-    tiny = {"depth": 2, "width": 8, "heads": 2, "patch": 2}
-    monkeypatch.setitem(sit.PRESETS, "SiT-Ti/2", tiny)
+    tiny_preset = {"depth": 2, "width": 8, "heads": 2, "patch": 2}
+    monkeypatch.setitem(sit.PRESETS, "SiT-Ti/2", tiny_preset)
     run = shutil.copytree(V1 / "run", tmp_path / "run")
     flags = "--exp-name run --model SiT-Ti/2 --batch-size 4 --learning-rate 0.03 --log-every 2"
     flags += " --align sra2 sra --projector-width 8 --ema-decay 0.5 0.9 --sampling-steps 0"
@@ -93,7 +93,8 @@ def test_resumed_v1_runs_train_the_same_weights(call, tmp_path, monkeypatch):
     code, out = call(train, "--data-dir", V1 / "cache", "--output-dir", tmp_path, *flags.split())
     assert code == 0, out
 
-    before, after = run / "checkpoints/0000003", run / "checkpoints/0000005"
+    before = run / "checkpoints/0000003"
+    after = run / "checkpoints/0000005"
     assert_same_numbers_in_files(after / "ema.safetensors", EXPECTED / "resumed-ema.safetensors")
     if IS_SAME_MACHINE:
         hashes = json.loads((EXPECTED / "resumed-sha256.json").read_text())
@@ -107,21 +108,22 @@ def test_resumed_v1_runs_train_the_same_weights(call, tmp_path, monkeypatch):
         "output_dir": str(tmp_path),
         "max_train_steps": 5,
     }
-    stored = json.loads((V1 / "run/args.json").read_text()) | changed_flags
-    flags = json.loads((run / "args.json").read_text())
-    differing = {key for key in flags if key not in stored or flags[key] != stored[key]}
+    expected = json.loads((V1 / "run/args.json").read_text()) | changed_flags
+    actual = json.loads((run / "args.json").read_text())
+    differing = {key for key in actual if key not in expected or actual[key] != expected[key]}
     # Version 1 stored null for these defaults, and it did not have the other two flags.
-    resolved = {"align_target", "align_normalize", "sra_t_max"}
-    assert differing <= resolved | {"report_to", "wandb_project"}
+    resolved_flags = {"align_target", "align_normalize", "sra_t_max"}
+    assert differing <= resolved_flags | {"report_to", "wandb_project"}
 
-    # metrics.jsonl contains lines of both schemas, which are read with the current columns.
+    # metrics.jsonl contains lines in the format of both versions. Reading converts all lines.
     rows = read_rows(run)
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     assert all(row["align/sra2"] > 0 and row["align/sra"] > 0 for row in rows)
 
 
 def assert_same_numbers_in_files(actual: Path, expected: Path) -> None:
-    actual_tensors, expected_tensors = load_file(actual), load_file(expected)
+    actual_tensors = load_file(actual)
+    expected_tensors = load_file(expected)
     assert actual_tensors.keys() == expected_tensors.keys()
     for key, tensor in actual_tensors.items():
         assert_same_numbers(tensor, expected_tensors[key])
@@ -134,7 +136,7 @@ def test_exports_of_v1_runs_are_unchanged(call, tmp_path):
     expected = sorted(path for path in (V1 / "export").rglob("*") if path.is_file())
     for path in expected:
         actual = tmp_path / "export" / path.relative_to(V1 / "export")
-        if path.name == "diffusion_pytorch_model.safetensors":  # depends on the machine's pinv
+        if path.name == "diffusion_pytorch_model.safetensors":  # pinv depends on the machine
             assert_same_numbers_in_files(actual, path)
         elif path.name != "README.md":
             assert actual.read_bytes() == path.read_bytes()

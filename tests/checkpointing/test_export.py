@@ -1,3 +1,5 @@
+"""Test exports: samples, model card, diffusers version and errors."""
+
 import json
 import re
 import shutil
@@ -59,40 +61,41 @@ def test_export_reproduces_the_samples_and_documents_the_run(call, run, tree, tm
             return content["arr_0"]
 
     images = sample(run, "s")
-    to = tmp_path / "to"
+    folder = tmp_path / "to"
     code, out = call(evaluate, run / "s.npz", "--reference", tree, "--features", "fashion")
     assert code == 0, out
-    other = {"metrics": {"FD-fashion": 123.0}, "sampling": {"ema_sha256": "of other weights"}}
+    other = {"metrics": {"FD-fashion": 123.0}, "sampling": {"ema_sha256": "0" * 64}}
     (run / "other.metrics.json").write_text(json.dumps(other))
-    code, out = call(export, run, "--to", to)
+    code, out = call(export, run, "--to", folder)
     assert code == 0 and "the same network for diffusers" in out
-    assert np.array_equal(sample(to, "exported"), images)
+    assert np.array_equal(sample(folder, "exported"), images)
 
-    card = (to / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     distance = json.loads((run / "s.metrics.json").read_text())["metrics"]["FD-fashion"]
     assert f"FD-fashion {distance:.4g}" in card and "123" not in card
     assert "2 steps of 8 images: 16 images seen" in card
     assert str(run.parent) not in card
-    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
-    assert 'folder = "."' in code and "steps = torch.tensor([0, 1, 2]), 1.5, 50" in code
-    source = load(to)
+    (example,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    assert 'folder = "."' in example
+    assert "steps = torch.tensor([0, 1, 2]), 1.5, 50" in example
+    source = load(folder)
     start = torch.randn(3, 4, 8, 8, generator=torch.manual_seed(0))
-    code = (
-        code.replace('folder = "."', f'folder = "{to}"')
+    example = (
+        example.replace('folder = "."', f'folder = "{folder}"')
         .replace("1.5, 50", "1.5, 5")
         .replace("x = ", "torch.manual_seed(0)\nx = ", 1)
     )
     variables = {}
-    exec(code, variables)
+    exec(example, variables)
     velocity = GuidedVelocity(source.model, torch.arange(3), 3, 1.5)
     expected = euler(velocity, start, ode_times(5))
     torch.testing.assert_close(variables["x"], expected, rtol=1e-4, atol=1e-4)
-    assert (expected - start).abs().max() > 0.5  # the velocity is not negligible
+    assert (expected - start).abs().max() > 0.5  # the velocity is not close to zero
     assert variables["images"].shape == (3, 3, 32, 32)
 
 
 def test_diffusers_version_computes_the_same_function_for_other_sizes():
-    """Compare the epsilon of the norms separately, because it affects velocities only by 1e-6."""
+    """Check the epsilon of the norms separately, because it changes velocities only by 1e-6."""
     torch.manual_seed(0)
     config = SiTConfig(
         depth=2, width=48, heads=3, patch=4, latent_size=8, channels=3, num_classes=2
@@ -130,7 +133,7 @@ def test_ema_decay_selects_the_exported_weights(call, run, tmp_path):
 def test_diffusers_version_is_written_only_if_its_outputs_match(call, run, tmp_path, monkeypatch):
     """The frequency map reduces the difference of the sinusoidal features from 3e-3 to 1e-7.
 
-    Without the map, no diffusers version is written, and an earlier version is removed.
+    Without the map, no diffusers version is written, and the version in the folder is removed.
     """
     t = torch.linspace(0, 1, 1001)
     angle = t[:, None].double() * TimestepEmbedder(1).omega.double()
@@ -146,7 +149,7 @@ def test_diffusers_version_is_written_only_if_its_outputs_match(call, run, tmp_p
     monkeypatch.setattr(
         diffusers_dit,
         "frequency_map",
-        lambda frequencies: torch.eye(frequencies, dtype=torch.float64),
+        lambda num_features: torch.eye(num_features, dtype=torch.float64),
     )
     code, out = call(export, run, "--to", tmp_path / "to")
     assert code == 0 and "no diffusers version: velocities would differ by" in out
@@ -161,7 +164,7 @@ def test_diffusers_version_is_written_only_if_its_outputs_match(call, run, tmp_p
 @pytest.mark.parametrize("destination", ["other folder", "run", "checkpoint", "file"])
 def test_files_other_than_exports_are_never_overwritten(call, run, tmp_path, destination):
     (tmp_path / "others").mkdir()
-    (tmp_path / "others/thesis.tex").write_text("years")
+    (tmp_path / "others/thesis.tex").write_text("text")
     to = {
         "other folder": tmp_path / "others",
         "run": run,

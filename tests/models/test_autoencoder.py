@@ -1,3 +1,5 @@
+"""Test encoding, decoding, normalization and errors of the autoencoder."""
+
 import pytest
 import torch
 
@@ -40,7 +42,8 @@ def test_decode_inverts_scale_and_shift_and_rounds_to_nearest(vae):
 
 def test_latents_are_normalized_moments():
     scale = LatentScale(0.7, 0.25)
-    moments, noise = torch.randn(2, 8, 4, 4).half(), torch.randn(2, 4, 4, 4)
+    moments = torch.randn(2, 8, 4, 4).half()
+    noise = torch.randn(2, 4, 4, 4)
     mean, std = moments.float().chunk(2, 1)
     torch.testing.assert_close(scale.mean(moments), (mean - 0.25) * 0.7)
     torch.testing.assert_close(scale.sample(moments, noise), (mean + std * noise - 0.25) * 0.7)

@@ -1,4 +1,4 @@
-"""Test REPA's encoder: tokens, input size, token grid, errors, and the bundled weights."""
+"""Test the encoder of REPA: tokens, input size, token grid, errors, and the bundled weights."""
 
 import pytest
 import timm
@@ -9,17 +9,24 @@ from timm.layers import resample_abs_pos_embed
 
 from evaluations.timm_networks import TimmFeatures
 from experiments import efficientnet_weights
-from models import encoder
+from models.autoencoder import LatentScale
 from models.encoder import (
     Encoder,
+    TokenGridError,
     describe_encoder,
-    load_network,
     patch_tokens,
     resample_tokens,
+)
+from models.errors import FieldError
+from models.sit import SiTConfig
+from models.targets import CacheInfo, EncoderSettings, EncoderTokens
+from models.weights import (
+    ENCODER_ALIASES,
+    REPA_ENCODERS,
+    load_network,
     timm_name,
     weights_fingerprint,
 )
-from models.errors import FieldError
 
 
 def make_images(count: int, side: int) -> torch.Tensor:
@@ -33,11 +40,11 @@ def vit_weights(tmp_path_factory):
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=0)
     with torch.no_grad():
-        # Randomize the position embeddings, which are initially too small for their order to
-        # matter, and the norm, which initially has the same effect if it is applied twice.
+        # Randomize the position embeddings, because the initial embeddings are too small to affect
+        # the tokens, and the norm, because applying the initial norm twice has no further effect.
         network.pos_embed.normal_()
         network.norm.weight.uniform_(0.5, 2)
-    path = tmp_path_factory.mktemp("vit") / "w.pth"
+    path = tmp_path_factory.mktemp("vit") / "weights.pth"
     torch.save(network.state_dict(), path)
     return path
 
@@ -45,16 +52,16 @@ def vit_weights(tmp_path_factory):
 def test_tokens_equal_network_outputs_for_the_preprocessing_of_repa(vit_weights):
     model = Encoder("test_vit", 256, 16, vit_weights)
     assert (model.name, model.width, model.side) == ("test_vit", 64, 256)
-    plain = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
-    plain.load_state_dict(torch.load(vit_weights))
+    network = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
+    network.load_state_dict(torch.load(vit_weights))
     positions = resample_abs_pos_embed(
-        plain.pos_embed.detach(), (16, 16), (10, 10), num_prefix_tokens=1
+        network.pos_embed.detach(), (16, 16), (10, 10), num_prefix_tokens=1
     )
     x = make_images(2, 256) / 127.5 - 1
     with torch.no_grad():
-        x = plain.patch_embed(x).flatten(1, 2) + positions[:, 1:]
-        class_token = (plain.cls_token + positions[:, :1]).expand(2, -1, -1)
-        expected = plain.norm(plain.blocks(torch.cat((class_token, x), 1)))[:, 1:]
+        x = network.patch_embed(x).flatten(1, 2) + positions[:, 1:]
+        class_token = (network.cls_token + positions[:, :1]).expand(2, -1, -1)
+        expected = network.norm(network.blocks(torch.cat((class_token, x), 1)))[:, 1:]
     torch.testing.assert_close(model(make_images(2, 256)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -94,7 +101,7 @@ def test_default_input_side_follows_repa_with_a_minimum_of_224(name, resolution,
 
 
 def test_final_norm_is_omitted_where_repa_omits_it(monkeypatch, vit_weights):
-    monkeypatch.setitem(encoder.REPA_ENCODERS, "mae-vit-l", "test_vit")
+    monkeypatch.setitem(REPA_ENCODERS, "mae-vit-l", "test_vit")
     without_norm = Encoder("mae-vit-l", 224, 14, vit_weights)
     with_norm = Encoder("test_vit", 224, 14, vit_weights)
     images = make_images(1, 224)
@@ -122,7 +129,7 @@ def test_patch_tokens_drop_prefix_tokens_and_accept_every_layout():
     assert torch.equal(patch_tokens(Network(channels_last, output_fmt="NHWC"), None), expected)
     assert torch.equal(patch_tokens(Network(channels_first), None), expected)
     for features in (prefix_and_patches, [channels_last], torch.zeros(1, 4)):
-        with pytest.raises(encoder.TokenGridError):
+        with pytest.raises(TokenGridError):
             patch_tokens(Network(features), None)
 
 
@@ -159,10 +166,11 @@ def test_dtype_is_independent_of_surrounding_autocast(vit_weights):
     tokens = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(images), tokens)
-    half = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)(images)
+    bfloat16_encoder = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)
+    bfloat16_tokens = bfloat16_encoder(images)
     convolutional = Encoder("lcnet_035", 32, 2, pretrained=False, side=64, dtype=torch.bfloat16)
-    assert half.dtype == convolutional(images).dtype == torch.float32
-    assert 0 < (half - tokens).abs().max() < 0.1
+    assert bfloat16_tokens.dtype == convolutional(images).dtype == torch.float32
+    assert 0 < (bfloat16_tokens - tokens).abs().max() < 0.1
 
 
 def test_images_must_be_uint8(vit_weights):
@@ -181,13 +189,13 @@ def test_fingerprint_depends_on_weights_and_settings(vit_weights):
         convolutional = Encoder("test_convnext", 32, 4, pretrained=False, side=side)
         fingerprints.append(convolutional.fingerprint)
     assert len(set(fingerprints)) == 5
-    half = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)
-    assert half.fingerprint == fingerprints[0]
+    bfloat16_encoder = Encoder("test_vit", 32, 4, vit_weights, side=64, dtype=torch.bfloat16)
+    assert bfloat16_encoder.fingerprint == fingerprints[0]
     assert Encoder("test_vit", 32, 4, vit_weights, side=64).fingerprint == fingerprints[0]
 
 
 def test_every_alias_names_a_network_with_weights():
-    for name in (*encoder.ENCODER_ALIASES, *encoder.REPA_ENCODERS):
+    for name in (*ENCODER_ALIASES, *REPA_ENCODERS):
         assert timm.is_model_pretrained(timm_name(name)), name
 
 
@@ -239,6 +247,24 @@ def test_missing_weights_are_recorded_only_while_a_network_is_loaded(vit_weights
     assert not module[0]._load_state_dict_post_hooks
 
 
+def test_ambiguous_stored_features_are_rejected_only_if_they_would_be_used():
+    network = SiTConfig(depth=2, width=32, heads=2, patch=2, latent_size=8)
+    features = {
+        f"test_vit-{side}": {"encoder": "test_vit", "side": side, "tokens_side": 4}
+        for side in (64, 96)
+    }
+    cache = CacheInfo(32, LatentScale(1.0, 0.0), [], [], has_images=True, features=features)
+
+    def plan(**options):
+        return EncoderTokens.plan(EncoderSettings("test_vit", **options), network, cache).record
+
+    with pytest.raises(FieldError, match="features of test_vit for input sizes 64 96") as error:
+        plan()
+    assert error.value.field == "side"
+    assert plan(side=96) == {"encoder": "test_vit", "side": 96, "from": "features/test_vit-96"}
+    assert plan(source="images") == {"encoder": "test_vit", "side": 224, "from": "images"}
+
+
 def test_evaluation_features_come_from_the_same_network(vit_weights):
     features = TimmFeatures("test_vit", vit_weights)
     network = load_network("test_vit", vit_weights)
@@ -248,24 +274,24 @@ def test_evaluation_features_come_from_the_same_network(vit_weights):
 def test_bundled_efficientnet_weights_are_those_of_timm(call, tmp_path):
     """Check that all tensors are assigned and that activations match the batch norm statistics.
 
-    The median deviation is 0.3 standard deviations; it would be 1.6 if tensors of equal shape were
-    swapped. The outputs are bit-identical to those of the package's network.
+    The median deviation is 0.3 standard deviations. It would be 1.6 if tensors of equal shape were
+    swapped. The outputs are bit-identical to the outputs of the network in the package.
     """
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / "weights.safetensors"
     code, out = call(efficientnet_weights, "--out", path)
     assert code == 0, out
     timm.create_model("tf_efficientnet_lite0").load_state_dict(load_file(path))
     model = Encoder("tf_efficientnet_lite0", 64, 7, path)
     deviations = []
 
-    def compare(module, inputs):
+    def record_deviation(module, inputs):
         std = (module.running_var + 1e-3).sqrt()
         deviation = (inputs[0].mean((0, 2, 3)) - module.running_mean) / std
         deviations.append(deviation.abs().mean())
 
     for module in model.network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.register_forward_pre_hook(compare)
+            module.register_forward_pre_hook(record_deviation)
     noise = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     smooth = noise.cumsum(2).cumsum(3).expand(2, 3, 64, 64)
     smooth = (smooth - smooth.mean()) / smooth.std() * 60 + 115
@@ -274,5 +300,5 @@ def test_bundled_efficientnet_weights_are_those_of_timm(call, tmp_path):
 
 
 def test_bundled_weights_are_written_as_safetensors_only(call, tmp_path):
-    code, out = call(efficientnet_weights, "--out", tmp_path / "w.pth")
+    code, out = call(efficientnet_weights, "--out", tmp_path / "weights.pth")
     assert code == 2 and "must end in .safetensors" in out

@@ -1,10 +1,12 @@
+"""Compare counted FLOPs with PyTorch and with the paper."""
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import LatentScale
 from models.flops import backbone_flops, head_flops
-from models.projector import AlignedSiT, Projector
+from models.projector import AlignedSiT, make_head
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import CacheInfo
 from training.throughput import measure_matmul_rate, training_flops
@@ -18,10 +20,12 @@ SRA2 = {"method": "sra2", "head": HEAD}
 def test_flops_match_the_flop_counter_of_pytorch():
     """Training FLOPs agree within 2%, because the first layers need no input gradients."""
     torch.manual_seed(0)
-    model = AlignedSiT(SiT(SMALL), {"sra2": Projector(**HEAD)}, {"sra2": 2})
+    model = AlignedSiT(SiT(SMALL), {"sra2": make_head(HEAD)}, {"sra2": 2})
     for block in model.backbone.blocks:
         block.attn.fused_attn = False  # the counter ignores fused attention on the CPU
-    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.rand(2)
+    y = torch.tensor([0, 1])
     with FlopCounterMode(display=False) as forward:
         model(x, t, y)
     assert forward.get_total_flops() == 2 * (backbone_flops(SMALL) + head_flops(SMALL, HEAD))

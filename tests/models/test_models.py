@@ -1,3 +1,5 @@
+"""Test the backbone, its presets, the alignment heads and `AlignedSiT`."""
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def randomize_zeros(model: SiT) -> SiT:
 
 
 def count_millions(module: torch.nn.Module) -> float:
-    return sum(p.numel() for p in module.parameters()) / 1e6
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,11 @@ def test_default_align_blocks_match_the_paper():
 
 
 def test_parameter_names_and_shapes_match_the_sit_repository():
-    d, p, c, k, side = 32, 2, 4, 5, 8
+    d = 32  # width
+    p = 2  # patch size
+    c = 4  # channels
+    k = 5  # classes
+    side = 8
     block = {
         "attn.qkv.weight": (3 * d, d),
         "attn.qkv.bias": (3 * d,),
@@ -101,10 +107,13 @@ def test_new_sit_returns_zero():
 
 
 def test_return_blocks_adds_block_outputs_without_changing_the_velocity():
-    model, (x, t, y) = randomize_zeros(make_sit()), make_inputs()
+    model = randomize_zeros(make_sit())
+    x, t, y = make_inputs()
     velocity, block_tokens = model(x, t, y, return_blocks=(3, 2))
-    assert torch.equal(velocity, model(x, t, y)) and {*block_tokens} == {2, 3}
-    tokens, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
+    assert torch.equal(velocity, model(x, t, y))
+    assert block_tokens.keys() == {2, 3}
+    tokens = model.x_embedder(x) + model.pos_embed
+    c = model.t_embedder(t) + model.y_embedder(y)
     torch.testing.assert_close(block_tokens[2], model.blocks[1](model.blocks[0](tokens, c), c))
     torch.testing.assert_close(block_tokens[3], model.blocks[2](block_tokens[2], c))
     with pytest.raises(AssertionError):
@@ -112,13 +121,14 @@ def test_return_blocks_adds_block_outputs_without_changing_the_velocity():
 
 
 def test_block_tokens_equal_block_outputs_without_running_later_blocks():
-    model, (x, t, y) = randomize_zeros(make_sit()), make_inputs()
+    model = randomize_zeros(make_sit())
+    x, t, y = make_inputs()
     expected = model(x, t, y, return_blocks=(1, 2))[1]
     model.blocks[2].forward = None  # calling None raises a TypeError
     block_tokens = model.compute_block_tokens(x, t, y, (1, 2))
-    assert {*block_tokens} == {1, 2} and all(
-        torch.equal(block_tokens[k], expected[k]) for k in block_tokens
-    )
+    assert block_tokens.keys() == {1, 2}
+    for block, tokens in block_tokens.items():
+        assert torch.equal(tokens, expected[block])
 
 
 def test_output_is_equal_in_train_and_eval_mode():
@@ -140,7 +150,8 @@ def test_latent_size_must_be_a_multiple_of_the_patch_size():
 
 
 def test_position_embedding_matches_mae():
-    width, side = 16, 3
+    width = 16
+    side = 3
     embedding = sincos_position_embedding(width, side)
     omega = np.array([10000 ** (-4 * i / width) for i in range(width // 4)])
     for position in range(side * side):
@@ -151,7 +162,8 @@ def test_position_embedding_matches_mae():
 
 
 def test_latent_tokens_are_ordered_like_the_output_layer():
-    model, (x, _, _) = make_sit(), make_inputs()
+    model = make_sit()
+    x, _, _ = make_inputs()
     torch.testing.assert_close(model.unpatchify(latent_tokens(x, 2)), x)
     assert latent_tokens(x, 2).shape == (3, 16, 16)
 
@@ -180,7 +192,7 @@ def test_alignment_gradients_reach_only_blocks_up_to_the_aligned_block():
     assert AlignedSiT(backbone, {}, {})(*make_inputs())[1:] == ({}, {}, {})
 
 
-def test_heads_receive_tokens_of_their_block_and_idle_heads_receive_zero_gradients():
+def test_heads_receive_tokens_of_their_block_and_inactive_heads_receive_zero_gradients():
     heads = {"a": Projector(32, 16, layers=2), "b": Projector(32, 7, layers=3)}
     model = AlignedSiT(randomize_zeros(make_sit()), heads, {"a": 1, "b": 3})
     velocity, block_tokens = model.backbone(*make_inputs(), return_blocks=(1, 3))
@@ -190,8 +202,8 @@ def test_heads_receive_tokens_of_their_block_and_idle_heads_receive_zero_gradien
     for name, block in model.blocks.items():
         assert torch.equal(output.projected[name], heads[name](block_tokens[block]))
         assert torch.equal(output.token_norm[name], block_tokens[block].norm(dim=-1).mean(1))
-    output = model(*make_inputs(), idle_heads=["a"])
-    assert {*output.projected} == {*output.token_norm} == {"b"}
+    output = model(*make_inputs(), inactive_heads=["a"])
+    assert output.projected.keys() == output.token_norm.keys() == {"b"}
     assert torch.equal(output.prediction, velocity)
     (output.prediction.sum() + output.projected["b"].sum()).backward()
     assert not any(p.grad.any() for p in heads["a"].parameters())
@@ -205,8 +217,8 @@ def test_projected_tokens_are_float32_under_any_autocast(dtype):
     head[-1].register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
     with torch.autocast("cpu", dtype):
         model = AlignedSiT(randomize_zeros(make_sit()), {"a": head}, {"a": 2})
-        aligned = model(*make_inputs()).projected["a"]
-    # The last layer runs in float32, and the layers before it in half precision.
-    assert aligned.dtype == torch.float32 and hidden[0].dtype == torch.float32
-    assert not torch.equal(aligned, aligned.to(dtype).float())
+        projected = model(*make_inputs()).projected["a"]
+    # The last layer runs in float32, and the other layers run in half precision.
+    assert projected.dtype == torch.float32 and hidden[0].dtype == torch.float32
+    assert not torch.equal(projected, projected.to(dtype).float())
     assert torch.equal(hidden[0], hidden[0].to(dtype).float())

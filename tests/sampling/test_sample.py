@@ -455,7 +455,7 @@ def test_nan_weights_are_reported(sample, trained, tmp_path):
         (["--cfg-scale", "nan"], "--cfg-scale: nan is not a number of at least 0"),
         (["--heun"], "--heun is an ODE solver; set the mode to ode"),
         (["--num-steps", 1], "--num-steps 1 is too few"),
-        (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae: there is no such folder"),
+        (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae does not exist"),
         (["--num-step", 3], "unrecognized arguments: --num-step 3; did you mean --num-steps?"),
         (["--dopri5"], "--dopri5 is an ODE solver; set the mode to ode"),
         (["--mode", "ode", "--dopri5", "--heun"], "--heun cannot be combined with dopri5"),

@@ -13,6 +13,7 @@ from timm.layers import resample_abs_pos_embed
 
 import models.targets
 import train
+from checkpointing import export
 from common.cli import UserError
 from dataset import CachedBatch, TrainingStream
 from latents.cache import LatentCache
@@ -391,6 +392,11 @@ def test_new_methods_train_and_resume_from_the_command_line(call, more_methods, 
     assert sync["head"] is None
     assert pair["shift"] == 2.0 and pair["heads"]["b"]["out"] == 7
     assert read_metrics(tmp_path / "run")[-1]["align/pair"] > 0
+    code, out = call(export, tmp_path / "run", "--to", tmp_path / "export")
+    assert code == 0, out
+    card = (tmp_path / "export/README.md").read_text()
+    assert "Sync (a test) on block 2, no head" in card
+    assert "Pair (a test) on block 3, 2 layers in the head" in card
 
 
 def test_example_method_of_the_docs_trains(call, cache, tmp_path, monkeypatch):

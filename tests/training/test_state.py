@@ -282,8 +282,8 @@ def test_ema_is_the_exponential_moving_average():
 
 
 def test_ema_files_are_found_by_their_decay():
-    names = [ema_filename(CONFIG, decay) for decay in (None, 0.9, 0.5)]
-    assert names == ["ema.safetensors", "ema.safetensors", "ema-0.5.safetensors"]
+    names = [ema_filename(CONFIG, decay) for decay in (0.9, 0.5)]
+    assert names == ["ema.safetensors", "ema-0.5.safetensors"]
     message = r"no EMA of --ema-decay 0\.7; choose one of 0\.9 0\.5"
     with pytest.raises(CheckpointError, match=message):
         ema_filename(CONFIG, 0.7)
