@@ -24,7 +24,7 @@ def to_image_index(stream_position: np.ndarray, size: int, seed: int) -> np.ndar
     """Return the index of the image at each position of the endless, shuffled training stream.
 
     An epoch consists of `size` positions and contains each image once, in an order that differs
-    between epochs. A generalised Feistel network with cycle walking (Black and Rogaway 2002)
+    between epochs. A generalized Feistel network with cycle walking (Black and Rogaway 2002)
     computes the permutation, so that it does not have to be stored.
 
     Args:
@@ -74,7 +74,7 @@ def _make_round_keys(epoch: int, seed: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Apply the finaliser of SplitMix64 (Steele et al. 2014), uint64 -> uint64."""
+    """Apply the finalizer of SplitMix64 (Steele et al. 2014), uint64 -> uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -66,7 +66,7 @@ class ScalarMean:
 class Step:
     """One optimizer update: flow matching plus alignment (arXiv:2601.17830, eq. 3-5).
 
-    An update does not synchronise the host with the device.
+    An update does not synchronize the host with the device.
 
     Args:
         accelerator: Wraps the network and the optimizer, and reduces gradients.
@@ -148,7 +148,7 @@ class Step:
         return {**means, "grad_norm": grad_norm}, is_finite
 
     def draw(self, batch: CachedBatch) -> TrainingInputs:
-        """Draw the random inputs of a batch, and normalise its latents."""
+        """Draw the random inputs of a batch, and normalize its latents."""
         seed, position = self.seed, batch.stream_position
         objective = self.objective
         timestep_uniform = uniform(seed, Purpose.TIMESTEP, position)

@@ -6,7 +6,7 @@ The images are synthetic JPEGs with the average size of ImageNet's images. Unles
 the VAE has the architecture of sd-vae-ft-mse and random weights, which do not affect the speed.
 `encode_latents` is the code of the command, from the image files to a complete cache. `one at a
 time` decodes, crops, encodes and saves (np.save) one image after the other. `VAE alone` encodes the
-same batches from decoded images; its time relative to `encode_latents` is the utilisation of the
+same batches from decoded images; its time relative to `encode_latents` is the utilization of the
 VAE. `decoding alone` decodes and crops the images in one process, at the rate of one worker.
 """
 

@@ -108,13 +108,13 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def synchronize(device: torch.device) -> None:
-    """Synchronise the host with the device if the device is a GPU."""
+    """Synchronize the host with the device if the device is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_call(action: Action, device: torch.device, calls: int = 1) -> float:
-    """Measure the seconds per call of consecutive calls without synchronisation between them."""
+    """Measure the seconds per call of consecutive calls without synchronization between them."""
     synchronize(device)
     start_time = time.perf_counter()
     for _ in range(calls):

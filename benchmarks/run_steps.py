@@ -99,7 +99,7 @@ def time_runs(
     Args:
         runs: Settings of the runs by name. All runs must have the same precision.
         rounds: Number of timed rounds.
-        calls: Number of steps per round. The host and the device are not synchronised between them.
+        calls: Number of steps per round. The host and the device are not synchronized between them.
         warm_up: Number of untimed rounds before the timed rounds.
 
     Returns:
@@ -141,7 +141,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 
 
 def build_step(plan: Plan, accelerator: Accelerator) -> Step:
-    """Build the training step of a run, with newly initialised weights.
+    """Build the training step of a run, with newly initialized weights.
 
     Args:
         plan: The plan of the run.

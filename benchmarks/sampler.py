@@ -48,7 +48,7 @@ def make_config(
 def make_random_source(model_name: str, vae: Autoencoder, resolution: int) -> PretrainedModel:
     """Return a network with random weights for the classes of ImageNet.
 
-    Parameters that are normally initialised to zero also have random values, because zeros may
+    Parameters that are normally initialized to zero also have random values, because zeros may
     affect the speed.
     """
     torch.manual_seed(0)

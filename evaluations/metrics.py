@@ -68,15 +68,15 @@ def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> fl
     For every R with R R^T = S_a, the symmetric matrix R^T S_b R has the eigenvalues of S_a S_b. Its
     eigenvalues are computed instead of a general matrix square root, which would need complex
     numbers and an epsilon on the diagonal. If one of the matrices is singular, that matrix is
-    factorised, and its null space is excluded, because the square roots of rounding errors in the
+    factorized, and its null space is excluded, because the square roots of rounding errors in the
     null space would not be small.
     """
     mu_a, sigma_a = _to_tensors(a, device)
     mu_b, sigma_b = _to_tensors(b, device)
-    factor, is_singular = _factorise(sigma_a)
+    factor, is_singular = _factorize(sigma_a)
     other = sigma_b
     if not is_singular and torch.linalg.cholesky_ex(sigma_b).info:
-        factor, _ = _factorise(sigma_b)
+        factor, _ = _factorize(sigma_b)
         other = sigma_a
     eigenvalues = torch.linalg.eigvalsh(factor.T @ other @ factor)
     trace = eigenvalues.clamp(min=0).sqrt().sum()
@@ -107,7 +107,7 @@ def frechet_influence(
     n = len(features)
     mu, sigma = _to_tensors(statistics, device)
     mu_r, sigma_r = _to_tensors(reference, device)
-    factor, _ = _factorise(sigma_r)
+    factor, _ = _factorize(sigma_r)
     values, vectors = _eigh(factor.T @ sigma @ factor)
     values = values.clamp(min=_estimate_rounding_error(values))
     half_map = factor @ vectors * values**-0.25  # T = half_map half_map^T
@@ -288,7 +288,7 @@ def _estimate_rounding_error(eigenvalues: Tensor) -> Tensor:
     return eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
 
 
-def _factorise(sigma: Tensor) -> tuple[Tensor, bool]:
+def _factorize(sigma: Tensor) -> tuple[Tensor, bool]:
     """Return R (F, rank) with R R^T = sigma, and whether sigma is singular.
 
     R is the Cholesky factor. For a singular matrix, R consists of scaled eigenvectors, except those

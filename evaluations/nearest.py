@@ -160,11 +160,11 @@ class MemorisationSearch:
         baseline = probe_distances[:, 0]
         results = zip(samples, sample_indices, sample_distances, np.split(neighbours, ends))
         return {
-            name: self._summarise(samples[name], indices, nearest, nearest_indices, baseline)
+            name: self._summarize(samples[name], indices, nearest, nearest_indices, baseline)
             for name, indices, nearest, nearest_indices in results
         }
 
-    def _summarise(
+    def _summarize(
         self,
         samples: Images,
         indices: np.ndarray,

@@ -25,7 +25,7 @@ DINOV2_RESOLUTION = 224  # as in FD-DINOv2; the last training stage of DINOv2 us
 class TimmFeatures(FeatureNetwork):
     """Maps uint8 images (B, 3, H, W) to the input of the network's classifier, `pool` (B, F).
 
-    Images are resized to S x S as PIL does (bicubic, antialiased, rounded), and normalised with the
+    Images are resized to S x S as PIL does (bicubic, antialiased, rounded), and normalized with the
     mean and the standard deviation of the network. `weights_sha256` is a hash of the weights, the
     architecture, S, the mean and the standard deviation.
 

@@ -16,7 +16,7 @@ ROWS_PER_CHUNK = 2048  # rows of the matrix of inner products that are in memory
 
 
 class Probe(NamedTuple):
-    """Softmax regression on standardised features."""
+    """Softmax regression on standardized features."""
 
     mean: Tensor  # (D,)
     std: Tensor  # (D,)
@@ -33,7 +33,7 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
 
     The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). Like the
     objective of LogisticRegression(C=1) in scikit-learn, this does not penalise the bias.
-    The optimisation ends when no partial derivative exceeds 1e-5. The weights of constant features
+    The optimization ends when no partial derivative exceeds 1e-5. The weights of constant features
     are zero.
 
     Args:

@@ -27,7 +27,7 @@ def make_vae(
     blocks: int = 3,
     **config,
 ) -> Path:
-    """Save a randomly initialised AutoencoderKL. With three blocks, its downsampling factor is 4.
+    """Save a randomly initialized AutoencoderKL. With three blocks, its downsampling factor is 4.
 
     `config` contains additional arguments of AutoencoderKL.
     """

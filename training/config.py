@@ -346,7 +346,7 @@ _GROUPS: dict[str, tuple[type, ...]] = {
     "data": (DataConfig,),
     "model": (ModelConfig, ObjectiveConfig),
     "alignment": (),
-    "optimisation": (LoopConfig, OptimizerConfig, DeviceConfig),
+    "optimization": (LoopConfig, OptimizerConfig, DeviceConfig),
     "logging": (LogConfig, SaveConfig, PreviewConfig),
     "evaluation of the EMA during training": (PeriodicEvaluationConfig,),
 }

@@ -1,4 +1,4 @@
-"""Skip updates with non-finite losses or gradients, without host-device synchronisation."""
+"""Skip updates with non-finite losses or gradients, without host-device synchronization."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

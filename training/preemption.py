@@ -2,7 +2,7 @@
 
 Hosts run ahead of their devices by different numbers of steps, so a signal sent to all processes
 arrives at a different step on each. In every step the processes therefore exchange flags over gloo,
-without synchronising the GPU, and read the result one step later.
+without synchronizing the GPU, and read the result one step later.
 """
 
 import signal

@@ -1,6 +1,6 @@
 """Measure the throughput of a run: images per second, time spent waiting for data, and MFU.
 
-MFU is the model FLOP utilisation.
+MFU is the model FLOP utilization.
 
 One multiply-accumulate counts as two FLOPs.
 """
@@ -67,7 +67,7 @@ class Throughput:
         batch_size: Global batch size.
         device: Device of the step.
         start_step: Number of updates before this measurement.
-        mfu_per_image_rate: Model FLOP utilisation at one image per second.
+        mfu_per_image_rate: Model FLOP utilization at one image per second.
     """
 
     batch_size: int

@@ -46,9 +46,9 @@ def read_metrics(path):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """Return a file with He-initialised weights of the Inception network.
+    """Return a file with He-initialized weights of the Inception network.
 
-    With the default initialisation, the activations would vanish, which would hide errors.
+    With the default initialization, the activations would vanish, which would hide errors.
     """
     from torch_fidelity import feature_extractor_inceptionv3 as module
 

@@ -45,7 +45,7 @@ ALIGN_ARGS = (
 
 
 def parse_align_args(flags: list[str]) -> tuple:
-    """Return the alignment settings of train.py, with target and normalisation as one entry."""
+    """Return the alignment settings of train.py, with target and normalization as one entry."""
     flags = build_args_json(parse_settings(flags))
     *values, target, normalize = (str(flags[name]) for name in ALIGN_ARGS)
     return (*values, (target, normalize))

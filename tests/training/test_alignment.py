@@ -53,7 +53,7 @@ def make(cache):
     def build(*flags, data=cache):
         settings = make_settings(data, *flags)
         step = make_step(settings, CPU)
-        for ema in step.state.emas:  # modulation is zero at initialisation, and so are tokens
+        for ema in step.state.emas:  # modulation is zero at initialization, and so are tokens
             for block in ema.blocks:
                 torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
         build.calls = {name: [] for name in step.alignments}

@@ -16,7 +16,7 @@ from training.held_out import SEED, TIMESTEPS, HeldOutLoss
 
 @pytest.fixture(scope="module")
 def model() -> SiT:
-    """A network away from its initialisation, where it predicts zero."""
+    """A network away from its initialization, where it predicts zero."""
     torch.manual_seed(0)
     network = SiT(SiTConfig(**PRESETS["SiT-Ti/2"] | {"depth": 1}, latent_size=8, num_classes=3))
     for parameter in network.parameters():

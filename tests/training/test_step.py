@@ -1,6 +1,6 @@
 """Tests of the step on the meta device.
 
-Its tensors hold no data, so any host-device synchronisation raises an error.
+Its tensors hold no data, so any host-device synchronization raises an error.
 """
 
 import sys
@@ -71,7 +71,7 @@ def test_step_never_synchronises_with_the_device(make_meta_step, flags):
     assert step.state.step == 2 and len(step.state.optimizer.state) > 50
 
 
-SYNCHRONISATIONS = [
+SYNCHRONIZATIONS = [
     torch.Tensor.item,
     torch.Tensor.tolist,
     torch.Tensor.cpu,
@@ -80,11 +80,11 @@ SYNCHRONISATIONS = [
 ]
 
 
-@pytest.mark.parametrize("synchronise", SYNCHRONISATIONS)
-def test_device_sync_is_detected(make_meta_step, monkeypatch, synchronise):
+@pytest.mark.parametrize("synchronize", SYNCHRONIZATIONS)
+def test_device_sync_is_detected(make_meta_step, monkeypatch, synchronize):
     step, batch = make_meta_step()
     monkeypatch.setattr(
-        step.guard, "mark_step", lambda number, losses, grad_norm: synchronise(grad_norm)
+        step.guard, "mark_step", lambda number, losses, grad_norm: synchronize(grad_norm)
     )
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         step(batch)
@@ -149,7 +149,7 @@ def test_all_blocks_share_one_compiled_graph(single_process_group, monkeypatch, 
             torch.device("cpu"),
         )
         torch.manual_seed(0)
-        for block in state.model.backbone.blocks:  # their modulation is zero at initialisation
+        for block in state.model.backbone.blocks:  # their modulation is zero at initialization
             torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
         predictions.append(wrap(state.model)(x, t, y).prediction)
     # One graph for all twelve blocks; with optimize_ddp, DDP's buckets would split a block in two.
