@@ -311,6 +311,7 @@ class Sync(Target):
 @dataclass(frozen=True)
 class PairSettings:
     shift: float = 1.0
+    negate: bool = False
 
 
 class Pair(Target):
@@ -325,7 +326,7 @@ class Pair(Target):
 
     @staticmethod
     def plan(settings, network, cache):
-        return Plan({"a": 5, "b": 7}, {"shift": settings.shift})
+        return Plan({"a": 5, "b": 7}, {"shift": settings.shift, "negate": settings.negate})
 
     def __call__(self, inputs, student_tokens):
         mean = inputs.posterior_mean.mean((1, 2, 3))[:, None, None]
@@ -382,14 +383,14 @@ def _noisy(step, inputs):
 
 def test_new_methods_train_and_resume_from_the_command_line(call, more_methods, cache, tmp_path):
     flags = train_flags(cache, tmp_path, "run", "--align", "sra2", "sync", "pair")
-    flags += ["--pair-shift", "2"]
+    flags += ["--pair-shift", "2", "--pair-negate"]
     for steps in (1, 2):
         code, out = call(train, *flags, "--max-train-steps", steps)
         assert code == 0, out
     config = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
     sync, pair = config["align"][1:]
     assert sync["head"] is None
-    assert pair["shift"] == 2.0 and pair["heads"]["b"]["out"] == 7
+    assert (pair["shift"], pair["negate"]) == (2.0, True) and pair["heads"]["b"]["out"] == 7
     assert read_metrics(tmp_path / "run")[-1]["align/pair"] > 0
 
 
