@@ -26,7 +26,7 @@ def tracked():
 
 @pytest.fixture
 def make_log(tmp_path, tracked):
-    """Return a function that opens the log of a run at a checkpoint, with lines every 2 steps."""
+    """Return a function that opens the log of a run at a checkpoint, with lines every 3 steps."""
 
     def make(step=0, progress=None) -> RunLog:
         progress = progress or {}
@@ -37,7 +37,7 @@ def make_log(tmp_path, tracked):
             MetricMeans(["loss"], CPU, one_process, progress),
             Throughput(8, CPU, step, mfu_per_image_rate=1.0),
             NonFiniteGuard(SimpleNamespace()),
-            log_every=2,
+            log_every=3,
         )
         log.restore(step, progress)
         return log
@@ -60,18 +60,18 @@ def test_log_continues_at_a_checkpoint(make_log, tmp_path, tracked):
     """Buffered lines, the means since the last line, and the skipped steps are restored."""
     log = make_log()
     (tmp_path / "metrics.jsonl").mkdir()  # the file cannot be written
-    record(log, 1, [1.0, 2.0, float("nan")])
+    record(log, 1, [1.0, 2.0, 3.0, 4.0, float("nan")])
     progress = json.loads(json.dumps(log.collect_progress()))
     assert progress["bad_in_a_row"] == [1, 0]
     (tmp_path / "metrics.jsonl").rmdir()
-    record(make_log(3, progress), 4, [4.0, 5.0, 7.0])
-    assert read_lines(tmp_path) == [(2, 1.5, 0), (4, 4.0, 1), (6, 6.0, 0)]
-    assert [(step, values["loss"]) for values, step in tracked] == [(2, 1.5), (4, 4.0), (6, 6.0)]
+    record(make_log(5, progress), 6, [8.0, 5.0, 6.0, 7.0])
+    assert read_lines(tmp_path) == [(3, 2.0, 0), (6, 6.0, 1), (9, 6.0, 0)]
+    assert [(step, values["loss"]) for values, step in tracked] == [(3, 2.0), (6, 6.0), (9, 6.0)]
 
 
 def test_line_of_skipped_steps_has_no_mean(make_log, tmp_path):
-    record(make_log(), 1, [float("nan"), float("inf"), 3.0, 5.0])
-    assert read_lines(tmp_path) == [(2, None, 2), (4, 4.0, 0)]
+    record(make_log(), 1, [float("nan"), float("inf"), float("nan"), 3.0, 5.0, 4.0])
+    assert read_lines(tmp_path) == [(3, None, 3), (6, 4.0, 0)]
 
 
 def test_lines_of_repeated_steps_are_dropped(tmp_path):
@@ -124,7 +124,7 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
         if step > 11:
             measured.append(throughput.measure(step))
     # The first line covers two steps.
-    for values, steps, data_s in zip(measured, (2, 1), (1.5, 3)):
+    for values, steps, data_s in zip(measured, (2, 1), (1.5, 3), strict=True):
         rate = 8 / (data_s + 4)
         expected = {"images_per_s": rate, "step_s": data_s + 4, "data_s": data_s}
         assert values == pytest.approx({**expected, "compute_s": 4, "mfu": rate / 2}), steps

@@ -184,18 +184,24 @@ def test_weight_zero_trains_the_vanilla_network_bit_for_bit(call, cache, tmp_pat
 
 
 def test_every_alignment_option_changes_the_loss(call, cache, tmp_path):
-    options = {
-        "cosine": "",
-        "smooth_l1": "--align-loss smooth_l1 --align-target sample",
-        "window": "--align-t-range 0 0.5 --path-type cosine --align-depth 3 --projector-layers 2",
-    }
+    options = [
+        "",
+        "--align-loss smooth_l1",
+        "--align-loss smooth_l1 --align-beta 0.5",
+        "--align-target sample",
+        "--align-normalize channel",
+        "--align-t-range 0 0.5",
+        "--align-depth 3",
+        "--projector-layers 2",
+        "--path-type cosine",
+    ]
     losses = []
-    for name, flags in options.items():
-        given = train_flags(cache, tmp_path, name, "--max-train-steps", 2, *flags.split())
+    for i, flags in enumerate(options):
+        given = train_flags(cache, tmp_path, str(i), "--max-train-steps", 2, *flags.split())
         code, out = call(train, *given)
         assert code == 0, out
-        losses.append(read_metrics(tmp_path / name)[-1]["align/sra2"])
-    assert len(set(losses)) == 3 and min(losses) > 0
+        losses.append(read_metrics(tmp_path / str(i))[-1]["align/sra2"])
+    assert len(set(losses)) == len(options) and min(losses) > 0, losses
 
 
 def test_previews_show_the_ema_with_fixed_noise_and_change_nothing(
