@@ -104,7 +104,7 @@ def list_axis_values(model: str, steps: int, demo: bool) -> dict[str, dict[str, 
         "target": {
             "mean": AxisValue("--align-target mean"),
             "sample": AxisValue("--align-target sample"),
-            "mean, normalized": AxisValue("--align-target mean --align-normalize channel"),
+            "mean, normalised": AxisValue("--align-target mean --align-normalize channel"),
         },
         "schedule": {
             "all": AxisValue("--align-stop-step 0"),

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from checkpointing.storage import CheckpointError
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig, TimestepEmbedder
 from samplers import GuidedVelocity, euler, ode_times
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +194,10 @@ def test_invalid_flags_print_one_line_and_write_nothing(call, run, tmp_path, fla
     code, out = call(export, *flags, "--to", tmp_path / "to")
     assert code == 2 and message in out and len(out.strip().splitlines()) == 1
     assert not (tmp_path / "to").exists()
+
+
+def test_old_command_names_the_new_one():
+    command = [sys.executable, "-m", "evaluations.export", "exps/run", "--to", "to"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    expected = "evaluations.export has moved: run python -m checkpointing.export with the same"
+    assert result.returncode == 1 and result.stderr.startswith(expected)

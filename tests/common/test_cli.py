@@ -24,7 +24,10 @@ def make_parser() -> Parser:
             ["--num-step", "3", "more"],
             "unrecognized arguments: --num-step 3 more; did you mean --num-steps?",
         ),
-        (["--num-step=3"], "unrecognized arguments: --num-step=3; did you mean --num-steps?"),
+        (
+            ["--num-step=a-value-that-is-longer-than-the-flag"],
+            "--num-step=a-value-that-is-longer-than-the-flag; did you mean --num-steps?",
+        ),
         (["--stepz=3"], "did you mean --steps?"),
         (["--xyzzy"], r"unrecognized arguments: --xyzzy \(--help"),
         (["--far"], r"unrecognized arguments: --far \(--help"),

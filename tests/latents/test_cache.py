@@ -13,7 +13,7 @@ import train
 from common.files import write_array, write_file
 from latents import cache as cache_module
 from latents.cache import CacheError, LatentCache, read_manifest
-from latents.shard_reader import PREFETCH_BATCHES, PrefetchPolicy
+from latents.shard_reader import PREFETCH_BATCHES, PrefetchPolicy, ShardReader
 from tests.helpers import ROOT, torchrun, train_flags
 
 
@@ -31,13 +31,24 @@ def test_gather_returns_rows_in_the_requested_order(cache):
         assert labels[i] == np.load(cache / "labels" / file)[row]
 
 
-def test_prefetching_does_not_change_the_moments(cache):
+def test_prefetching_does_not_change_the_moments(cache, monkeypatch):
+    prefetched = []
+    prefetch = ShardReader.prefetch
+
+    def record_prefetch(reader, row):
+        prefetched.append((reader.path.name, row))
+        prefetch(reader, row)
+
+    monkeypatch.setattr(ShardReader, "prefetch", record_prefetch)
     data = LatentCache(cache)
     image_index = np.arange(24)[::-1]
     expected = data.gather(image_index)[0]
     (policy,) = data._prefetch_policies.values()
+    prefetched.clear()
     policy.remaining_batches = 1
     assert torch.equal(data.gather(image_index)[0], expected)
+    shards, rows = np.divmod(np.arange(24), 10)
+    assert prefetched == [(f"0000{shard}.npy", row) for shard, row in zip(shards, rows)]
 
 
 def test_prefetching_ends_a_few_batches_after_a_slow_batch():
@@ -108,12 +119,18 @@ def test_invalid_manifest_is_reported(cache_copy):
 
 
 def test_joined_caches_are_read_as_one(cache, cache_copy):
+    # The second cache differs from the first in its second shard.
+    path = cache_copy / "moments/00001.npy"
+    write_array(path, (np.load(path) + 1).astype(np.float16))
     single = LatentCache(cache)
     joined = LatentCache(cache, cache_copy)
     assert len(joined) == 48 and joined.manifest.count == 48 and len(joined.manifest.shards) == 6
-    image_index = np.array([47, 3, 24, 30, 23])
-    for rows, expected in zip(joined.gather(image_index), single.gather(image_index % 24)):
-        assert torch.equal(rows, expected)
+    image_index = np.array([47, 3, 24, 35, 11, 23])
+    in_second = image_index >= 24
+    for root, is_in_root in ((cache, ~in_second), (cache_copy, in_second)):
+        expected = LatentCache(root).gather(image_index[is_in_root] % 24)
+        for rows, expected_rows in zip(joined.gather(image_index), expected, strict=True):
+            assert torch.equal(rows[is_in_root], expected_rows)
     np.testing.assert_allclose(joined.manifest.mean, single.manifest.mean)
     np.testing.assert_allclose(joined.manifest.std, single.manifest.std)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.files import write_file
+from common.files import write_array, write_file
 from common.processes import World
 from dataset import TrainingStream, to_image_index
 from latents.cache import CacheError, LatentCache, read_manifest
@@ -131,9 +131,13 @@ def test_interrupted_command_resumes(call, encoder, data, original_cache, tmp_pa
 
 def test_joined_caches_return_the_features_of_both_caches(call, encoder, data, tmp_path):
     call(encode_features, data, "--encoder", "e")
-    cache = LatentCache(data, shutil.copytree(data, tmp_path / "copy"))
+    copy = shutil.copytree(data, tmp_path / "copy")
+    path = copy / "features/e-224-4x4/00000.npy"
+    write_array(path, -np.load(path))
+    cache = LatentCache(data, copy)
     first = cache.read_input("features/e-224-4x4", np.array([3]))
-    assert torch.equal(first, cache.read_input("features/e-224-4x4", np.array([24 + 3])))
+    second = cache.read_input("features/e-224-4x4", np.array([24 + 3]))
+    assert first.any() and torch.equal(second, -first)
 
 
 def test_features_of_another_encoder_are_not_overwritten(call, encoder, data, monkeypatch):

@@ -176,7 +176,7 @@ def test_stored_features_train_like_the_images(call, with_images, tmp_path):
     stored, other = run("stored")  # finds the features, and the side that they were computed with
     assert entry["from"] == "images"
     assert other == entry | {"from": "features/test_vit-64-4x4"}
-    for a, b in zip(images, stored):
+    for a, b in zip(images, stored, strict=True):
         assert a == pytest.approx(b, rel=2e-3)  # features are stored in float16
     assert run("again", "--repa-from", "images", "--repa-side", 64)[0] == images
 
@@ -312,6 +312,7 @@ class Sync(Target):
 @dataclass(frozen=True)
 class PairSettings:
     shift: float = 1.0
+    negate: bool = False
 
 
 class Pair(Target):
@@ -326,7 +327,7 @@ class Pair(Target):
 
     @staticmethod
     def plan(settings, network, cache):
-        return Plan({"a": 5, "b": 7}, {"shift": settings.shift})
+        return Plan({"a": 5, "b": 7}, {"shift": settings.shift, "negate": settings.negate})
 
     def __call__(self, inputs, student_tokens):
         mean = inputs.posterior_mean.mean((1, 2, 3))[:, None, None]
@@ -383,15 +384,16 @@ def _noisy(step, inputs):
 
 def test_new_methods_train_and_resume_from_the_command_line(call, more_methods, cache, tmp_path):
     flags = train_flags(cache, tmp_path, "run", "--align", "sra2", "sync", "pair")
-    flags += ["--pair-shift", "2"]
+    flags += ["--pair-shift", "2", "--pair-negate"]
     for steps in (1, 2):
         code, out = call(train, *flags, "--max-train-steps", steps)
         assert code == 0, out
     config = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
     sync, pair = config["align"][1:]
     assert sync["head"] is None
-    assert pair["shift"] == 2.0 and pair["heads"]["b"]["out"] == 7
-    assert read_metrics(tmp_path / "run")[-1]["align/pair"] > 0
+    assert (pair["shift"], pair["negate"]) == (2.0, True) and pair["heads"]["b"]["out"] == 7
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["align/pair"] > 0
     code, out = call(export, tmp_path / "run", "--to", tmp_path / "export")
     assert code == 0, out
     card = (tmp_path / "export/README.md").read_text()
@@ -484,7 +486,12 @@ def test_one_value_is_for_all_methods_and_several_are_one_per_method():
 def test_settings_are_built_without_argparse():
     config = alignment_config.default_alignment("sra2", "SiT-B/2", loss="smooth_l1")
     assert (config.block, config.weight, config.settings.target) == (2, 1.0, "mean")
-    assert replace(config, block=3).block == 3
+    assert config.loss == "smooth_l1" and replace(config, block=3).block == 3
+
+
+def test_settings_of_a_method_may_be_zero():
+    (sra,) = resolve("--align", "sra", "--sra-t-max", "0", "--align-weight", "0")
+    assert (sra.settings.t_max, sra.weight) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import train
 from tests.helpers import read_metrics, run_ranks, train_flags
+from training import alignment
 
 
 def make_loss_nan(monkeypatch, steps):
@@ -45,19 +46,35 @@ def test_non_finite_step_is_skipped_and_reported(call, cache, tmp_path, monkeypa
         assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
+@pytest.mark.parametrize("starts", [[20], [6, 20]], ids=["without-resuming", "resumed"])
 def test_consecutive_non_finite_steps_end_the_run_and_keep_the_last_checkpoint(
-    call, cache, tmp_path, monkeypatch
+    call, cache, tmp_path, monkeypatch, starts
 ):
-    options = ("--log-every", 3, "--max-train-steps", 20, "--checkpointing-steps", 2)
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 3, "--checkpointing-steps", 2)
     make_loss_nan(monkeypatch, set(range(4, 30)))
-    code, out = call(train, *train_flags(cache, tmp_path, "run", *options))
-    assert code == 2
+    for steps in starts:
+        code, out = call(train, *flags, "--max-train-steps", steps)
+        assert code == (2 if steps == 20 else 0)
     assert "step 8: denoising, grad_norm not finite, update skipped, the same as in the 4" in out
     checkpoints = tmp_path / "run/checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["0000002", "0000004", "0000006"]
     models = [checkpoints / name / "model.safetensors" for name in names[1:]]
     assert have_equal_tensors(*models)
+
+
+def test_non_finite_loss_of_weight_zero_does_not_affect_the_training(
+    call, cache, tmp_path, monkeypatch
+):
+    def give_nan(prediction, *args):
+        return prediction.mean((1, 2)) * float("nan")
+
+    monkeypatch.setattr(alignment, "alignment_loss", give_nan)
+    flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 2, "--align-weight", 0)
+    assert call(train, *flags)[0] == 0
+    rows = read_metrics(tmp_path / "run")
+    assert [row["skipped"] for row in rows] == [0, 0]
+    assert all(row["loss"] == row["denoising"] > 0 for row in rows)
 
 
 def test_nan_on_one_process_is_skipped_by_all(call, cache, tmp_path):

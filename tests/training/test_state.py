@@ -19,7 +19,7 @@ from checkpointing.storage import (
     verify_checkpoint,
 )
 from training import state as state_module
-from training.state import EMA, CheckpointWriter, Snapshot, TrainState
+from training.state import EMA, CheckpointWriter, TrainState
 
 CONFIG = {"ema_decay": [0.9, 0.5]}
 
@@ -65,6 +65,8 @@ def assert_equal_moments(state: TrainState, expected: TrainState) -> None:
 def test_loading_restores_the_saved_state(tmp_path):
     state = make_state()
     other = make_state(seed=1)
+    other.step = 0
+    other.progress = {}
     with torch.no_grad():
         state.emas[1].weight += 1  # the two EMAs differ
     folder = save(state, tmp_path)
@@ -129,14 +131,24 @@ def test_snapshot_does_not_change_with_training(tmp_path):
     assert_equal_moments(other, expected)
 
 
+def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    save(make_state(seed=1), tmp_path)
+    state = make_state()
+    folder = save(state, tmp_path)
+    other = make_state(seed=1)
+    other.load(folder, verify_checkpoint(folder))
+    assert torch.equal(other.model.weight, state.model.weight)
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+
+
 def test_writer_keeps_the_newest_checkpoints_and_the_milestones(tmp_path):
     state = make_state()
     writer = CheckpointWriter(tmp_path, CONFIG, keep_last=2, milestone_steps=4)
-    for state.step in range(1, 11):
+    for state.step in range(1, 12):
         writer.submit(state)
     writer.wait()
-    assert [int(name) for name in checkpoint_names(tmp_path)] == [4, 8, 9, 10]
-    assert writer.take_messages()[-1].endswith("/0000010")
+    assert [int(name) for name in checkpoint_names(tmp_path)] == [4, 8, 10, 11]
+    assert writer.take_messages()[-1].endswith("/0000011")
     assert not writer.take_messages()
 
 
@@ -183,17 +195,35 @@ def test_writer_reports_checkpoints_that_it_cannot_remove(tmp_path, monkeypatch)
     assert kept.startswith("could not remove") and "Directory not empty" in kept
 
 
-def test_messages_appended_after_a_read_are_kept(tmp_path, monkeypatch):
+class ListWithConcurrentAppend(list):
+    """Appends an element after the first read, as the writer's thread may do at any time."""
+
+    has_appended = False
+
+    def _append_once(self):
+        if not self.has_appended:
+            self.has_appended = True
+            self.append("second")
+
+    def __getitem__(self, key):
+        result = super().__getitem__(key)
+        self._append_once()
+        return result
+
+    def __iter__(self):
+        yield from list(super().__iter__())
+        self._append_once()
+
+    def copy(self):
+        return self[:]
+
+
+def test_message_appended_while_messages_are_taken_is_kept(tmp_path):
     writer = CheckpointWriter(tmp_path, CONFIG)
-    write = Snapshot.write
-
-    def take_messages_and_write(*args):
-        writer.take_messages()
-        return write(*args)
-
-    monkeypatch.setattr(Snapshot, "write", take_messages_and_write)
-    save_in_background(make_state(), writer)
-    assert writer.take_messages() == [f"saved {list_checkpoints(tmp_path)[0]}"]
+    writer.messages = ListWithConcurrentAppend(["first"])
+    assert writer.take_messages() == ["first"]
+    assert writer.take_messages() == ["second"]
+    assert not writer.take_messages()
 
 
 def test_files_are_synced_before_the_checkpoint_appears(tmp_path, monkeypatch):
@@ -248,6 +278,7 @@ def test_newest_checkpoint_has_the_largest_number(tmp_path):
     state = make_state()
     for state.step in (9_999_999, 10_000_000, 50):
         save(state, tmp_path)
+    (tmp_path / "checkpoints/20000000-copy").mkdir()
     assert find_checkpoint(tmp_path).name == "10000000"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -176,6 +177,10 @@ def test_failed_save_on_a_full_disk_is_reported_and_retried(forks, cache, tmp_pa
     assert list_checkpoints(run)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
     assert forks.wait() == 0
+    # Regular saves are at multiples of 3, so that any other step is a retry.
+    log = (run / "log.txt").read_text()
+    steps = re.findall(r"(?:could not save step |saved .*/checkpoints/)(\d+)", log)
+    assert any(int(step) % 3 for step in steps), steps
     assert have_equal_results(run, uninterrupted)
 
 

@@ -6,6 +6,7 @@ What they wrote is read back from their files.
 import json
 import struct
 import time
+from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import WandBTracker
@@ -13,6 +14,7 @@ from accelerate.tracking import WandBTracker
 import train
 from tests.helpers import read_metrics, train_flags
 from training.preview import Preview
+from training.trackers import Trackers
 
 
 @pytest.fixture
@@ -63,6 +65,10 @@ def parse_items(items) -> dict:
 def test_wandb_gets_config_metrics_and_previews_and_resumes_under_the_same_id(
     call, offline_wandb, cache, tmp_path, monkeypatch
 ):
+    import wandb
+
+    init, starts = wandb.init, []
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: starts.append(kwargs) or init(**kwargs))
     monkeypatch.setattr(Preview, "num_steps", 2)
     flags = train_flags(cache, tmp_path, "run", "--report-to", "wandb", "--sampling-steps", 2)
     for steps in (2, 4):
@@ -70,6 +76,7 @@ def test_wandb_gets_config_metrics_and_previews_and_resumes_under_the_same_id(
         assert code == 0, out
     run = tmp_path / "run"
     run_id = (run / "wandb_id").read_text()
+    assert [(start["id"], start["resume"]) for start in starts] == 2 * [(run_id, "allow")]
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and all(folder.name.endswith(run_id) for folder in folders)
     metrics, images = [], []
@@ -143,6 +150,14 @@ def test_tracker_that_cannot_start_is_reported_before_any_work(call, cache, tmp_
 def test_unusable_trackers_are_refused(call, cache, tmp_path, names, message):
     code, out = call(train, *train_flags(cache, tmp_path, "run", "--report-to", *names))
     assert code == 2 and message in out
+
+
+def test_null_values_are_not_sent():
+    sent = []
+    tracker = SimpleNamespace(log=lambda values, step: sent.append((values, step)))
+    trackers = Trackers(SimpleNamespace(trackers=[tracker]), info=print)
+    trackers.log({"loss": None, "skipped": 2}, 4)
+    assert sent == [({"skipped": 2}, 4)]
 
 
 def test_tensorboard_gets_metrics_and_previews(call, cache, tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from latents.cache import LatentCache
 from models.autoencoder import LatentScale
 from models.targets import latent_tokens
 from tests.helpers import have_equal_weights, make_vae, read_metrics, run_ranks, train_flags
+from tests.training.steps import make_settings
 from training.preview import Preview
+from training.resume import build_args_json, check_same_run
 
 # Two methods, one of which stops during the run.
 ALIGNED = ("--align", "sra2", "sra", "--align-stop-step", 6, 0, "--log-every", 2)
@@ -67,17 +69,18 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(call, cache, tmp_path, u
 
 
 def test_ema_follows_the_weights_of_every_step(call, cache, tmp_path):
-    flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 3, "--checkpointing-steps", 1)
-    assert call(train, *flags)[0] == 0
+    options = ("--max-train-steps", 3, "--checkpointing-steps", 1, "--ema-decay", 0.9, 0.5)
+    assert call(train, *train_flags(cache, tmp_path, "run", *options))[0] == 0
     folders = [tmp_path / f"run/checkpoints/000000{k}" for k in (1, 2, 3)]
     weights = [load_file(folder / "model.safetensors") for folder in folders]
-    emas = [load_file(folder / "ema.safetensors") for folder in folders]
-    for before, after, now in zip(emas, emas[1:], weights[1:]):
-        for key in after:
-            expected = 0.9 * before[key] + 0.1 * now[f"backbone.{key}"]
-            torch.testing.assert_close(after[key], expected)
-    key = "blocks.0.attn.qkv.weight"
-    assert not torch.equal(emas[0][key], emas[2][key])
+    for name, decay in (("ema", 0.9), ("ema-0.5", 0.5)):
+        emas = [load_file(folder / f"{name}.safetensors") for folder in folders]
+        for before, after, now in zip(emas, emas[1:], weights[1:]):
+            for key in after:
+                expected = decay * before[key] + (1 - decay) * now[f"backbone.{key}"]
+                torch.testing.assert_close(after[key], expected)
+        key = "blocks.0.attn.qkv.weight"
+        assert not torch.equal(emas[0][key], emas[2][key])
 
 
 def test_accumulation_gives_the_same_run(call, cache, tmp_path, unbroken):
@@ -181,52 +184,70 @@ def test_weight_zero_trains_the_vanilla_network_bit_for_bit(call, cache, tmp_pat
 
 
 def test_every_alignment_option_changes_the_loss(call, cache, tmp_path):
-    options = {
-        "cosine": "",
-        "smooth_l1": "--align-loss smooth_l1 --align-target sample",
-        "window": "--align-t-range 0 0.5 --path-type cosine --align-depth 3 --projector-layers 2",
-    }
+    options = [
+        "",
+        "--align-loss smooth_l1",
+        "--align-loss smooth_l1 --align-beta 0.5",
+        "--align-target sample",
+        "--align-normalize channel",
+        "--align-t-range 0 0.5",
+        "--align-depth 3",
+        "--projector-layers 2",
+        "--path-type cosine",
+    ]
     losses = []
-    for name, flags in options.items():
-        given = train_flags(cache, tmp_path, name, "--max-train-steps", 2, *flags.split())
+    for i, flags in enumerate(options):
+        given = train_flags(cache, tmp_path, str(i), "--max-train-steps", 2, *flags.split())
         code, out = call(train, *given)
         assert code == 0, out
-        losses.append(read_metrics(tmp_path / name)[-1]["align/sra2"])
-    assert len(set(losses)) == 3 and min(losses) > 0
+        losses.append(read_metrics(tmp_path / str(i))[-1]["align/sra2"])
+    assert len(set(losses)) == len(options) and min(losses) > 0, losses
 
 
 def test_previews_show_the_ema_with_fixed_noise_and_change_nothing(
     call, cache, tmp_path, monkeypatch
 ):
-    weights, latents = [], []
+    weights, recipes = [], []
     draw = Preview.draw
 
     def spy_draw(self, ema, path, title):
         assert not ema.training and not any(p.requires_grad for p in ema.parameters())
         weights.append({key: value.clone() for key, value in ema.state_dict().items()})
-        latents.append((self.recipe.seed, self.recipe.explicit_labels))
+        recipes.append(self.recipe)
         return draw(self, ema, path, title)
 
     monkeypatch.setattr(Preview, "draw", spy_draw)
     monkeypatch.setattr(Preview, "num_steps", 2)
-    flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 3)
+    options = [
+        "--max-train-steps",
+        "3",
+        "--seed",
+        "5",
+        "--prediction",
+        "x",
+        "--path-type",
+        "cosine",
+    ]
+    flags = train_flags(cache, tmp_path, "run", *options)
     code, out = call(train, *flags, "--sampling-steps", 2)
     assert code == 0, out
     names = sorted(path.name for path in (tmp_path / "run/samples").iterdir())
     assert names == ["0000002.png", "0000003.png"]
-    assert latents[0][0] == latents[1][0] and torch.equal(latents[0][1], latents[1][1])
+    for recipe in recipes:
+        assert (recipe.seed, recipe.prediction, recipe.path_type) == (5, "x", "cosine")
+        assert recipe.explicit_labels.tolist() == 8 * [0] + 8 * [1] + 8 * [2]  # a class per row
     saved = load_file(tmp_path / "run/checkpoints/0000003/ema.safetensors")
     assert all(torch.equal(weights[1][key], saved[key]) for key in saved)
-    code, _ = call(train, *train_flags(cache, tmp_path, "plain", "--max-train-steps", 3))
+    code, _ = call(train, *train_flags(cache, tmp_path, "plain", *options))
     assert code == 0 and read_metrics(tmp_path / "plain") == read_metrics(tmp_path / "run")
 
 
 def test_print_config_prints_the_resolved_flags_and_stops(call, cache, tmp_path):
-    flags = train_flags(cache, tmp_path, "run", "--epochs", 2)
+    flags = train_flags(cache, tmp_path, "run", "--epochs", 2.1)
     code, out = call(train, *flags, "--print-config")
     assert code == 0 and not (tmp_path / "run").exists()
     lines = out.strip().splitlines()
-    assert "--max-train-steps 6" in lines  # 2 epochs of 24 images in batches of 8
+    assert "--max-train-steps 7" in lines  # 2.1 epochs of 24 images in batches of 8
     assert "--mixed-precision no" in lines and "--align-depth 2" in lines
 
 
@@ -237,6 +258,14 @@ def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
     assert "--learning-rate was 0.001, now 0.0005" in out
     assert "--align-loss was cosine, now l2" in out
     assert len(read_metrics(trained)) == 2
+
+
+def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_path):
+    flags = build_args_json(make_settings(tmp_path, "--max-train-steps", 4))
+    del flags["adam_beta2"]  # as if the run was started before the flag existed
+    (tmp_path / "args.json").write_text(json.dumps(flags))
+    changed = "--max-train-steps 9 --compile --activation-checkpointing --num-workers 1"
+    check_same_run(build_args_json(make_settings(tmp_path, *changed.split())), tmp_path)
 
 
 def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_path):

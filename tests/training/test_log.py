@@ -1,0 +1,130 @@
+"""The log of a run continues at a checkpoint, and the measured speed excludes pauses."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from training import throughput as throughput_module
+from training.guard import NonFiniteGuard
+from training.log import Console, MetricMeans, RunLog, drop_repeated_lines
+from training.throughput import Throughput
+
+CPU = torch.device("cpu")
+
+
+def one_process(tensor, reduction):
+    return tensor
+
+
+@pytest.fixture
+def tracked():
+    """Return the list of what the logs of the test send to their trackers."""
+    return []
+
+
+@pytest.fixture
+def make_log(tmp_path, tracked):
+    """Return a function that opens the log of a run at a checkpoint, with lines every 3 steps."""
+
+    def make(step=0, progress=None) -> RunLog:
+        progress = progress or {}
+        log = RunLog(
+            tmp_path,
+            Console(tmp_path, total=100, initial=0, is_main_process=True),
+            SimpleNamespace(log=lambda *values: tracked.append(values), close=lambda: None),
+            MetricMeans(["loss"], CPU, one_process, progress),
+            Throughput(8, CPU, step, mfu_per_image_rate=1.0),
+            NonFiniteGuard(SimpleNamespace()),
+            log_every=3,
+        )
+        log.restore(step, progress)
+        return log
+
+    return make
+
+
+def record(log, first_step, losses) -> None:
+    for step, loss in enumerate(map(torch.tensor, losses), first_step):
+        is_finite = log.guard.mark_step(step, {"loss": loss}, loss)
+        log.record_step(step, {"loss": loss}, is_finite)
+
+
+def read_lines(folder) -> list[tuple]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["skipped"]) for row in rows]
+
+
+def test_log_continues_at_a_checkpoint(make_log, tmp_path, tracked):
+    """Buffered lines, the means since the last line, and the skipped steps are restored."""
+    log = make_log()
+    (tmp_path / "metrics.jsonl").mkdir()  # the file cannot be written
+    record(log, 1, [1.0, 2.0, 3.0, 4.0, float("nan")])
+    progress = json.loads(json.dumps(log.collect_progress()))
+    assert progress["bad_in_a_row"] == [1, 0]
+    (tmp_path / "metrics.jsonl").rmdir()
+    record(make_log(5, progress), 6, [8.0, 5.0, 6.0, 7.0])
+    assert read_lines(tmp_path) == [(3, 2.0, 0), (6, 6.0, 1), (9, 6.0, 0)]
+    assert [(step, values["loss"]) for values, step in tracked] == [(3, 2.0), (6, 6.0), (9, 6.0)]
+
+
+def test_line_of_skipped_steps_has_no_mean(make_log, tmp_path):
+    record(make_log(), 1, [float("nan"), float("inf"), float("nan"), 3.0, 5.0, 4.0])
+    assert read_lines(tmp_path) == [(3, None, 3), (6, 4.0, 0)]
+
+
+def test_lines_of_repeated_steps_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    drop_repeated_lines(path, 2, "")
+    assert not path.exists()
+    lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3)]
+    path.write_text("".join([lines[0], lines[2], '{"st']))
+    drop_repeated_lines(path, 2, lines[0] + lines[1])
+    assert path.read_text() == lines[0] + lines[1]
+
+
+def test_evaluations_are_sent_to_the_trackers(make_log, tmp_path, tracked):
+    metrics = {"FID": 3.0, "recall": None}
+    make_log().evaluation("eval-ema0.5", 4, metrics, {"ema_decay": 0.5})
+    assert tracked == [({"eval-ema0.5/FID": 3.0, "eval-ema0.5/recall": None}, 4)]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    expected = {"schema": 2, "step": 4, "images": 32, **metrics, "evaluation": {"ema_decay": 0.5}}
+    assert row == expected
+
+
+def test_only_the_main_process_writes_messages(tmp_path):
+    for is_main_process in (False, True):
+        console = Console(tmp_path, total=1, initial=0, is_main_process=is_main_process)
+        console.info("saved")
+        assert (tmp_path / "log.txt").exists() == is_main_process
+        console.close()
+
+
+def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
+    now = 0.0
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+
+    def load_batches():
+        for seconds in (1, 2, 3):
+            wait(seconds)
+            yield "batch"
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(throughput_module, "time", clock)
+    throughput = Throughput(8, CPU, start_step=10, mfu_per_image_rate=0.5)
+    measured = []
+    for step, _ in enumerate(throughput.time_batches(load_batches()), 11):
+        wait(4)
+        with throughput.pause():
+            wait(100)
+        if step > 11:
+            measured.append(throughput.measure(step))
+    # The first line covers two steps.
+    for values, steps, data_s in zip(measured, (2, 1), (1.5, 3), strict=True):
+        rate = 8 / (data_s + 4)
+        expected = {"images_per_s": rate, "step_s": data_s + 4, "data_s": data_s}
+        assert values == pytest.approx({**expected, "compute_s": 4, "mfu": rate / 2}), steps
