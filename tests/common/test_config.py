@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import Parser, UserError
-from common.config import add_flags, flag_of, read_flags, record_flags, setting
+from common.config import add_flags, get_flag_of_field, read_flags, record_flags, setting
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ def test_flags_set_the_fields_of_the_same_name():
     flags = "--exp-name x --num-steps 5 --folders b c --fast --limit 0.5"
     assert parse(*flags.split()) == Config("x", 5, (Path("b"), Path("c")), True, 0.5)
     assert parse("--exp-name", "x", "--steps", "7").steps == 7
-    assert flag_of(Config, "steps") == "--num-steps" and flag_of(Config, "limit") == "--limit"
+    assert (
+        get_flag_of_field(Config, "steps") == "--num-steps"
+        and get_flag_of_field(Config, "limit") == "--limit"
+    )
 
 
 def test_field_without_default_is_required():

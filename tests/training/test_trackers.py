@@ -37,19 +37,21 @@ def read_complete_log(folder) -> list:
 
 
 def read_records(folder) -> list:
-    """Return the records of an offline run's transaction log.
+    """Return the complete records of an offline run's transaction log, which may not exist yet.
 
     The format is LevelDB's log: blocks of 32 KiB, after a header of 7 bytes.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = folder.glob("*.wandb")
-    data, position, content, records = path.read_bytes(), 7, b"", []
-    while position < len(data):
+    data = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))  # at most one file
+    position, content, records = 7, b"", []
+    while position + 7 <= len(data):
         if -position % 32768 < 7:  # no room for a chunk's header
             position += -position % 32768
             continue
         size, kind = struct.unpack_from("<HB", data, position + 4)
+        if position + 7 + size > len(data):  # not yet written completely
+            break
         content += data[position + 7 : position + 7 + size]
         position += 7 + size
         if kind in (1, 4):  # a complete record, or the last part of one
