@@ -207,7 +207,7 @@ def euler_maruyama(
         velocity: The velocity field.
         interpolant: The interpolant, which determines the score from the velocity.
         x: The state at times[0], (B, ...).
-        times: Decreasing times, see `sde_times`.
+        times: Decreasing times (see `sde_times`).
         noise: Function that returns standard normal noise with the shape of x for the index of a
             step.
 

@@ -64,6 +64,8 @@ class World:
                 f"({error})",
                 file=sys.stderr,
             )
+            # Otherwise, a thread of gloo may abort this process while it exits.
+            dist.destroy_process_group()
             raise SystemExit(2) from None
 
     def broadcast(self, value: Any) -> Any:

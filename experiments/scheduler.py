@@ -51,7 +51,7 @@ def list_visible_gpus() -> list[str]:
 
 
 class TrainingProcess:
-    """A process of train.py that executes a cell, and the record of the run.
+    """A train.py process that executes a cell, and the record of the run.
 
     The process runs in a new session, so that it does not receive Ctrl-C from the terminal.
 
@@ -95,7 +95,7 @@ class TrainingProcess:
             )
 
     def write_record(self, finished: bool) -> None:
-        """Write the record of the run, see `read_record`."""
+        """Write the record of the run (see `read_record`)."""
         seconds = round(time.monotonic() - self.start_time, 1)
         record = self.record | {"seconds": seconds, "finished": finished}
         write_file(self.record_path, json.dumps(record).encode())

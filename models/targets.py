@@ -96,7 +96,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class NoSettings:
-    """The settings of a method that has none."""
+    """Empty settings, for methods without settings."""
 
 
 @dataclass(eq=False)
@@ -182,7 +182,7 @@ class Target(ABC):
     ) -> Tensor | dict[str, Tensor]:
         """Return the target tokens.
 
-        The training step calls this method without gradient. Implementations must not synchronize
+        The training step calls this method with gradients disabled. Implementations must not synchronize
         with the device.
 
         Args:
@@ -325,7 +325,7 @@ class EncoderTokens(Target):
             raise FieldError(
                 "weights",
                 f"{weights} differs from the weights of {record['encoder']} with which "
-                f"{record['from']} was computed; pass --repa-from images to use it",
+                f"{record['from']} was computed; pass --repa-from images to use these weights",
             )
 
     @staticmethod

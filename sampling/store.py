@@ -243,8 +243,8 @@ class SampleStore:
         """Raise UserError unless existing files with this name belong to the same samples."""
         old_record = read_record(self.record_path)
         results = self.npz_path.with_suffix(".*")
-        is_other_json = self.record_path.exists() and "ema_sha256" not in old_record
-        if self.npz_path.exists() or self.metrics_path.exists() or is_other_json:
+        is_foreign_json = self.record_path.exists() and "ema_sha256" not in old_record
+        if self.npz_path.exists() or self.metrics_path.exists() or is_foreign_json:
             check_same_settings(self.record_path, self.record, results)
         if any(self.parts_folder.glob("[0-9]*")):
             self._check_folder(self.parts_folder)
@@ -254,10 +254,10 @@ class SampleStore:
 
         self.open_npz()
         num_npz_images = self.npz_images.count if self.npz_images else 0
-        num_existing = max(num_npz_images, max(png_indices, default=-1) + 1)
-        if num_existing > self.count:
+        num_existing_images = max(num_npz_images, max(png_indices, default=-1) + 1)
+        if num_existing_images > self.count:
             raise UserError(
-                f"{results} already contains {num_existing:,} images, but --num-fid-samples is "
+                f"{results} already contains {num_existing_images:,} images, but --num-fid-samples is "
                 f"{self.count:,}; choose another --name"
             )
         if self.keep_images:
@@ -365,7 +365,7 @@ def _wait_for_file(path: Path) -> Path:
     for _ in range(FILE_WAIT_SECONDS):
         if path.exists():
             return path
-        list(path.parent.iterdir())  # listing a folder of a network file system refreshes it
+        list(path.parent.iterdir())  # listing a folder on a network file system refreshes it
         time.sleep(1)
     raise UserError(
         f"{path} is missing; choose a --sample-dir on a file system that all machines share"

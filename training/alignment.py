@@ -175,7 +175,7 @@ def build_aligned_network(backbone: SiT, entries: list[dict]) -> AlignedSiT:
 def restore_settings(
     alignments: tuple[AlignmentConfig, ...], stored: list[dict]
 ) -> tuple[AlignmentConfig, ...]:
-    """Return the settings of a resumed run. Unset values are those that the run started with.
+    """Return the settings of a resumed run. Unset values default to those that the run started with.
 
     Args:
         alignments: Settings from the current flags.

@@ -62,7 +62,7 @@ def have_equal_results(run: Path, other: Path) -> bool:
 
 
 def wait_until(condition: Callable[[], object], poll_seconds: float = 0.01) -> None:
-    """Wait until a condition holds. The time limit only ends tests that hang."""
+    """Wait until a condition holds. The time limit only stops tests that hang."""
     end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "the condition did not become true within 300 seconds"
@@ -189,7 +189,7 @@ def test_metrics_that_a_full_disk_rejects_are_written_later(forks, cache, tmp_pa
     metrics = run / "metrics.jsonl"
     pid = forks.start(run_flags(cache, tmp_path, "--num-workers", 0))
     wait_until(lambda: contains(metrics, '"step": 8'))
-    limits = limit_file_size(pid, metrics.stat().st_size + 50)  # enough for a part of a line
+    limits = limit_file_size(pid, metrics.stat().st_size + 50)  # enough for part of a line
     wait_until(lambda: contains(run / "log.txt", "its lines are buffered in memory"))
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
     assert forks.wait() == 0
@@ -220,7 +220,7 @@ def test_run_on_a_permanently_full_disk_fails_and_keeps_the_last_checkpoint(fork
 
 
 def test_job_on_two_nodes_resumes_after_one_is_killed(cache, tmp_path, uninterrupted):
-    # Two agents of torchrun on one machine stand for the nodes.
+    # Two agents of torchrun on one machine stand in for the nodes.
     def start_job() -> list[subprocess.Popen]:
         with socket.socket() as unused:
             unused.bind(("localhost", 0))

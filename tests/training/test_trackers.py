@@ -76,6 +76,7 @@ def test_wandb_gets_config_metrics_and_previews_and_resumes_under_the_same_id(
     for steps in (2, 4):
         code, out = call(train, *flags, "--max-train-steps", steps)
         assert code == 0, out
+        time.sleep(1)  # wandb names folders by second and loses a log if two names are equal
     run = tmp_path / "run"
     run_id = (run / "wandb_id").read_text()
     assert [(start["id"], start["resume"]) for start in starts] == 2 * [(run_id, "allow")]
