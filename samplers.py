@@ -241,7 +241,7 @@ def dopri5(
 
     A step takes six evaluations even if it is rejected, and the first step is preceded by one more
     evaluation. The whole batch is evaluated until every image has reached `t_end`, so that the
-    result of an image does not depend on the other images. The test whether all images have reached
+    result of an image does not depend on the other images. Checking whether all images have reached
     `t_end` synchronizes with the device once per step.
 
     The error estimate assumes a smooth velocity; `guided_dopri5` handles a discontinuous velocity.

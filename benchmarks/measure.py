@@ -41,7 +41,7 @@ class Timings(NamedTuple):
 FLAGS: dict[str, dict[str, Any]] = {
     "ckpt": {"type": Path, "help": "same as --ckpt of sample_ddp.py"},
     "dest": {"type": Path, "help": "folder for temporary files, on the disk to measure"},
-    "model": {"choices": PRESETS, "metavar": "NAME", "help": "a preset of models/sit.py"},
+    "model": {"choices": PRESETS, "metavar": "NAME", "help": "a preset from models/sit.py"},
     "vae": {"help": "hub id or folder (default: random weights)"},
     "images": {"type": cli.positive_int, "help": "number of images"},
     "resolution": {"type": cli.positive_int, "help": "height and width of the images in pixels"},
@@ -131,7 +131,7 @@ def time_interleaved(
     warm_up: int = 1,
     prepare: Action = lambda: None,
 ) -> Timings:
-    """Time actions alternately (A B C A B C ...).
+    """Time actions in rotation (A B C A B C ...).
 
     A drift in machine speed therefore affects all actions equally.
 

@@ -1,7 +1,7 @@
 """Find, verify, read and write checkpoints, and lock runs.
 
     exps/NAME/checkpoints/0050000/
-      config.json            settings required to rebuild, sample and evaluate the network
+      config.json            settings required to rebuild, sample from and evaluate the network
       ema.safetensors        EMA of the backbone, sufficient for sampling
       ema-0.999.safetensors  EMA of the backbone for a further --ema-decay, here 0.999
       model.safetensors      weights of the backbone and the alignment heads (no EMA)
@@ -37,7 +37,7 @@ class CheckpointError(UserError):
 
 @contextmanager
 def convert_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Raise a CheckpointError if the file at `path` cannot be read or has unsuitable contents."""
+    """Raise a CheckpointError if the file at `path` cannot be read or has invalid contents."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -154,8 +154,8 @@ def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[None]:
         expected_checkpoints: Checkpoints of the run that the caller listed before this call.
 
     Raises:
-        CheckpointError: If another process trains the run, or has saved a checkpoint of the run
-            since the caller listed `expected_checkpoints`.
+        CheckpointError: If another process is training the run, or has saved a checkpoint since the
+            caller listed `expected_checkpoints`.
     """
     with ExitStack() as resources:
         try:

@@ -43,8 +43,8 @@ class NearestMatch(NamedTuple):
     neighbours: list[Neighbour]
 
 
-class MemorisationCheck(NamedTuple):
-    """Result of the memorisation check for one set of samples.
+class MemorizationCheck(NamedTuple):
+    """Result of the memorization check for one set of samples.
 
     Attributes:
         evenly_spaced: Evenly spaced samples of the set.
@@ -109,7 +109,7 @@ def find_nearest(
 
 
 @dataclass(frozen=True)
-class MemorisationSearch:
+class MemorizationSearch:
     """Compares sets of samples with training images. The training images are read once.
 
     Attributes:
@@ -124,7 +124,7 @@ class MemorisationSearch:
     batch_size: int
     device: Device
 
-    def check(self, samples: dict[str, Images]) -> dict[str, MemorisationCheck]:
+    def check(self, samples: dict[str, Images]) -> dict[str, MemorizationCheck]:
         """Check each set of samples. The samples must have the size of the training images."""
         # Compute the features of the measured samples of each set, and of the probes.
         sample_indices = [_select_indices(images) for images in samples.values()]
@@ -171,7 +171,7 @@ class MemorisationSearch:
         distances: np.ndarray,
         neighbours: np.ndarray,
         baseline: np.ndarray,
-    ) -> MemorisationCheck:
+    ) -> MemorizationCheck:
         """Return the result for one set of samples.
 
         Args:
@@ -192,7 +192,7 @@ class MemorisationSearch:
         evenly_spaced = make_evenly_spaced_indices(samples.count, NUM_EVENLY_SPACED)
         closest_rows = np.argsort(distances[:, 0], kind="stable")[:NUM_CLOSEST]
         first_percentile = np.percentile(baseline, 1)
-        return MemorisationCheck(
+        return MemorizationCheck(
             evenly_spaced=[read_match(row) for row in np.searchsorted(indices, evenly_spaced)],
             closest=[read_match(row) for row in closest_rows],
             num_samples=len(indices),
@@ -223,14 +223,14 @@ def _read_image(images: Images, index: int) -> np.ndarray:
     return images.read_batch(index, index + 1)[0].transpose(1, 2, 0)
 
 
-def check_memorisation(
+def check_memorization(
     samples: dict[str, Images],
     path: Path,
     features: str | None,
     weights: Path | None,
     batch_size: int,
     device: Device,
-) -> dict[str, MemorisationCheck]:
+) -> dict[str, MemorizationCheck]:
     """Compare sets of samples with the training images of --nearest.
 
     The sets may differ in image size.
@@ -250,7 +250,7 @@ def check_memorisation(
     Raises:
         UserError: If the training images do not match the samples, or the network cannot be loaded.
     """
-    checks: dict[str, MemorisationCheck] = {}
+    checks: dict[str, MemorizationCheck] = {}
     for size in dict.fromkeys(images.size for images in samples.values()):
         group = {name: images for name, images in samples.items() if images.size == size}
         first_name = next(iter(group))
@@ -263,5 +263,5 @@ def check_memorisation(
         train = open_images(path, width, "--nearest", NEIGHBOURS_PER_SAMPLE)
         default_features = "fashion" if width == FASHION_RESOLUTION else "inception"
         network = load_extractor(features or default_features, weights, size, device, first_name)
-        checks |= MemorisationSearch(train, network, batch_size, device).check(group)
+        checks |= MemorizationSearch(train, network, batch_size, device).check(group)
     return checks

@@ -60,7 +60,7 @@ class ReferenceFile(NamedTuple):
 
 
 class ReferenceFeatures(NamedTuple):
-    """Features of a reference from one network.
+    """Features of a reference, computed by one network.
 
     An .npz in ADM's format may contain statistics, images or both. As in ADM, stored statistics
     take precedence over statistics that are computed from the images.
@@ -199,7 +199,7 @@ def _check_statistics_suffice(npz: NpzFile, networks: Mapping[str, FeatureNetwor
 
 
 def _make_cache_path(directory: Path, reference: ReferenceFile, network: FeatureNetwork) -> Path:
-    """Return the path of the cache file for the features of a reference from a network."""
+    """Return the path of the cache file for a network's features of a reference."""
     network_identity = [type(network).__name__, network.weights_sha256]
     key = [CACHE_FORMAT, reference.sha256, *network_identity, reference.resolution]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Write a one-page report on runs: curves, metrics, samples, memorisation check and settings.
+"""Write a one-page report on runs: curves, metrics, samples, memorization check and settings.
 
     python -m evaluations.report exps/vanilla exps/sra2 --out report.html
     python -m evaluations.report exps/sra2 --nearest data/imagenet/train --out report.html
@@ -28,7 +28,7 @@ from evaluations.metrics_files import (
     has_unknown_sampling,
     select_identity,
 )
-from evaluations.nearest import MemorisationCheck, check_memorisation
+from evaluations.nearest import MemorizationCheck, check_memorization
 from evaluations.runs import JsonObject, Run, label_columns, name_folders, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder to search for metrics of samples of these runs",
     )
 
-    group = parser.add_argument_group("memorisation")
+    group = parser.add_argument_group("memorization")
     add = group.add_argument
     add(
         "--nearest",
@@ -107,7 +107,7 @@ def main() -> None:
     files = find_metrics_files(runs, args.metrics, args.sample_dir)
     checks = None
     if args.nearest:
-        checks = check_memorisation(
+        checks = check_memorization(
             open_newest_samples(runs, files),
             args.nearest,
             args.features,
@@ -139,14 +139,14 @@ def open_newest_samples(runs: list[Run], files: list[MetricsFile]) -> dict[str, 
 
 
 def render_page(
-    runs: list[Run], files: list[MetricsFile], checks: dict[str, MemorisationCheck] | None
+    runs: list[Run], files: list[MetricsFile], checks: dict[str, MemorizationCheck] | None
 ) -> str:
     """Render the page as HTML.
 
     Args:
         runs: Runs to compare.
         files: Metrics files of these runs and of other samples to compare the runs with.
-        checks: Results of the memorisation check by the name of the run. None if the check was not
+        checks: Results of the memorization check by the name of the run. None if the check was not
             requested.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

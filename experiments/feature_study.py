@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.keyed_random import Purpose, normal, uniform
-from experiments.feature_picture import ColourMaps
+from experiments.feature_figure import ColourMaps
 from experiments.representation import (
     Neighbours,
     compute_cknna,

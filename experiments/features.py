@@ -26,7 +26,7 @@ from common.files import write_file
 from evaluations.extractors import load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
 from experiments.cells import open_cache
-from experiments.feature_picture import ColourMaps, draw_figure
+from experiments.feature_figure import ColourMaps, draw_figure
 from experiments.feature_study import (
     MAX_BLOCKS,
     StudyImages,

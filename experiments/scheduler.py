@@ -1,4 +1,4 @@
-"""Execute the runs of a study, each in a process of train.py, several at a time."""
+"""Execute the runs of a study in train.py processes, several at a time."""
 
 import json
 import os
@@ -252,10 +252,10 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
     return scheduler.errors_by_run
 
 
-def check_no_failures(failed: dict[str, str], num_cells: int) -> None:
-    """Raise UserError if runs failed. `failed` is the return value of `run_cells`."""
-    if failed:
+def check_no_failures(errors_by_run: dict[str, str], num_cells: int) -> None:
+    """Raise UserError if runs failed. `errors_by_run` is the return value of `run_cells`."""
+    if errors_by_run:
         raise UserError(
-            f"{len(failed)} of {num_cells} runs failed ({', '.join(failed)}); rerun the same "
-            "command to retry them"
+            f"{len(errors_by_run)} of {num_cells} runs failed ({', '.join(errors_by_run)}); rerun "
+            "the same command to retry them"
         )

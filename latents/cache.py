@@ -183,7 +183,7 @@ class LatentCache:
         metadata_by_slug = self.read_feature_metadata()
         if slug not in metadata_by_slug:
             raise CacheError(
-                f"{' '.join(map(str, self.roots))}: there are no features {slug} (available: "
+                f"{' '.join(map(str, self.roots))}: there are no features named {slug} (available: "
                 f"{', '.join(sorted(metadata_by_slug)) or 'none'}); create them with "
                 "python -m preprocessing.encode_features"
             )

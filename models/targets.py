@@ -72,7 +72,7 @@ class RunContext:
 
 
 class Defaults(NamedTuple):
-    """Values of the shared settings that the user did not set."""
+    """Default values of the shared settings."""
 
     block: int  # counted from 1
     weight: float
@@ -182,8 +182,8 @@ class Target(ABC):
     ) -> Tensor | dict[str, Tensor]:
         """Return the target tokens.
 
-        The training step calls this method with gradients disabled. Implementations must not synchronize
-        with the device.
+        The training step calls this method with gradients disabled. Implementations must not
+        synchronize with the device.
 
         Args:
             inputs: A micro-batch.
@@ -280,7 +280,7 @@ class EncoderSettings:
         default=None,
         metadata={
             "help": "encoder input size in pixels (default: that of the stored features, otherwise "
-            "as in REPA, 224 for 256-pixel images, but at least 224)"
+            "as in REPA (224 for 256-pixel images), with a minimum of 224)"
         },
     )
     source: str = field(

@@ -148,7 +148,7 @@ def make_shards(
     """
     local_files = files[world.rank :: world.num_processes]
     local_indices = [int(Path(file).stem) for file in local_files]
-    only_images = entries_without_images is not None
+    images_only = entries_without_images is not None
     local_entries: dict[str, ShardEntry] = {}
 
     def write(shard: Shard) -> None:
@@ -167,7 +167,7 @@ def make_shards(
         show_progress_bar(world, job.description, num_images) as progress,
     ):
         pending: Future[None] | None = None
-        for shard in job.iter_shards(dest, local_indices, progress, only_images):
+        for shard in job.iter_shards(dest, local_indices, progress, images_only):
             with discard_on_error(shard.images):
                 if pending:
                     pending.result()

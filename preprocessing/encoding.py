@@ -63,7 +63,7 @@ class EncodingSettings:
     )
     seed: int = setting(0, type=cli.seed, help="seed of the random crops")
     background: str = setting(
-        "white", choices=BACKGROUNDS, help="color that transparent images are composited over"
+        "white", choices=BACKGROUNDS, help="colour that transparent images are composited over"
     )
     flip: bool = setting(
         False,
@@ -84,8 +84,8 @@ class EncodingSettings:
     batch_size: int = setting(
         0,
         type=cli.non_negative_int,
-        help="images per forward pass; 0: as many pixels as 64 images of 256x256 on a GPU, or as 4 "
-        "on the CPU",
+        help="images per forward pass; 0: as many as have the pixels of 64 images of 256x256 on a "
+        "GPU, or of 4 on the CPU",
     )
     dtype: str = setting("float16", choices=DTYPES, help="dtype of the stored moments")
     shard_size: int = setting(
@@ -138,7 +138,7 @@ def select_device(device: str, world: World) -> torch.device:
                 f"--device {device} would run {world.num_local_processes} processes on one GPU; "
                 "pass --device cuda"
             )
-        # The loader's pinning thread uses the current device; otherwise, it would use GPU 0.
+        # The DataLoader pins memory on the current device, which would otherwise be GPU 0.
         torch.cuda.set_device(selected)
     return selected
 
@@ -147,7 +147,8 @@ def get_default_batch_size(resolution: int, device: torch.device) -> int:
     """Return the default batch size.
 
     On a GPU, a batch has as many pixels as 64 images of 256x256. On the CPU, where each thread
-    computes its own batch, it has as many as 4 such images. The limit is MAX_BATCH_SIZE images.
+    computes its own batch, a batch has as many pixels as 4 such images. The maximum is
+    MAX_BATCH_SIZE.
     """
     num_256px_images = 64 if device.type == "cuda" else 4
     return max(1, min(MAX_BATCH_SIZE, num_256px_images * 256**2 // resolution**2))
@@ -206,12 +207,12 @@ class EncodingJob(CacheJob):
         if is_center:
             self.plan["seed"] = None
 
-    def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
-        """Yield batches (see CacheJob). If only_images, encode only the first batch of a shard."""
+    def iter_batches(self, shards: list[range], images_only: bool) -> Generator[Batch, None, None]:
+        """Yield batches (see CacheJob). If images_only, encode only the first batch of a shard."""
 
         def encode(batch: Batch) -> Batch:
             is_first_in_shard = batch.image_indices.start % self.settings.shard_size == 0
-            return self.encode_batch(batch) if is_first_in_shard or not only_images else batch
+            return self.encode_batch(batch) if is_first_in_shard or not images_only else batch
 
         batches = [
             images[start : start + self.batch_size]

@@ -257,8 +257,8 @@ class SampleStore:
         num_existing_images = max(num_npz_images, max(png_indices, default=-1) + 1)
         if num_existing_images > self.count:
             raise UserError(
-                f"{results} already contains {num_existing_images:,} images, but --num-fid-samples is "
-                f"{self.count:,}; choose another --name"
+                f"{results} already contains {num_existing_images:,} images, but "
+                f"--num-fid-samples is {self.count:,}; choose another --name"
             )
         if self.keep_images:
             return
@@ -330,8 +330,8 @@ class SampleStore:
         """Return an image of the grid, (H, W, 3), or None if the image is not stored."""
         if self.npz_images is not None and self.keep_images:
             return self.npz_images.read_rows(index, index + 1)[0]
-        # The file is missing if an interrupted run with a smaller count has finished the batch but
-        # has chosen other images for its grid.
+        # The file is missing if an interrupted run with a smaller count finished the batch but
+        # chose different images for its grid.
         path = self._make_grid_part_path(index)
         return np.load(path) if path.exists() else None
 

@@ -154,14 +154,17 @@ def test_all_predictions_give_the_same_samples_away_from_singularities(path_type
 )
 def test_denoising_is_guided_if_the_time_is_in_the_interval(low, high, batch_size):
     batch_sizes = []
+    times = []
 
     def model(x, t, labels):
         batch_sizes.append(len(labels))
+        times.extend(t.tolist())
         return x
 
     velocity = GuidedVelocity(model, torch.arange(2), NULL_CLASS, SCALE, low, high)
     x, evaluations = guided_dopri5(velocity, draw_initial_noise(2), t_start=1.0, t_end=0.001)
     assert evaluations.max() <= len(batch_sizes)
+    assert min(times) == pytest.approx(0.001)  # also if the guidance interval ends below it
     denoise(velocity, LINEAR, x, 0.001)
     assert batch_sizes[-1] == batch_size
 

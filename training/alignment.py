@@ -66,7 +66,7 @@ class Alignment:
 
         Args:
             inputs: A micro-batch.
-            student_tokens: Tokens of the student's blocks; needed if the target reads any.
+            student_tokens: Tokens of the student's blocks; required if the target uses them.
         """
         target = self.target(inputs, student_tokens or {})
         return _name_heads(self.config.method, target if isinstance(target, dict) else {"": target})
@@ -175,7 +175,7 @@ def build_aligned_network(backbone: SiT, entries: list[dict]) -> AlignedSiT:
 def restore_settings(
     alignments: tuple[AlignmentConfig, ...], stored: list[dict]
 ) -> tuple[AlignmentConfig, ...]:
-    """Return the settings of a resumed run. Unset values default to those that the run started with.
+    """Return the settings of a resumed run. Unset values are replaced with those of its start.
 
     Args:
         alignments: Settings from the current flags.

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
+from common.metrics_log import read_rows
 from evaluations import curves, evaluate, reference, reference_features
 from evaluations.fashion import load_classifier
 from evaluations.image_batches import NpzFile, NpzImages, open_images
@@ -510,10 +511,28 @@ def test_user_errors_are_one_line(call, unusable_inputs, monkeypatch, flags, mes
     assert not list(unusable_inputs.glob("*metrics.json"))
 
 
-def test_curves_of_several_runs_are_plotted(call, trained, tmp_path):
-    code, text = call(curves, trained, trained, "--out", tmp_path / "c.png")
+def test_curves_of_several_runs_are_plotted(call, trained, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+
+    def record_and_save(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record_and_save)
+    other = shutil.copytree(trained, tmp_path / "other")
+    code, text = call(curves, trained, other, "--out", tmp_path / "c.png")
     assert code == 0, text
     assert (tmp_path / "c.png").stat().st_size > 10_000
+    (figure,) = figures
+    rows = read_rows(trained)
+    for axes, key in zip(figure.axes, ("denoising", "align/sra2", "grad_norm"), strict=True):
+        assert [line.get_label() for line in axes.lines] == ["trained", "other"]
+        for line in axes.lines:
+            assert list(line.get_xdata()) == [row["images"] for row in rows]
+            assert list(line.get_ydata()) == [row[key] for row in rows]
 
 
 def test_curves_of_evaluations_add_a_panel(call, trained, tmp_path):

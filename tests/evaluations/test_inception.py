@@ -47,7 +47,7 @@ def resize_as_tensorflow(images: np.ndarray) -> np.ndarray:
     return vertical @ images.astype(np.float64) @ horizontal.T
 
 
-def initialise_network(network: torch.nn.Module, images: np.ndarray) -> None:
+def initialize_network(network: torch.nn.Module, images: np.ndarray) -> None:
     """Draw weights with He's variance, and compute the BatchNorm statistics of the images.
 
     Without these statistics, different images would have similar activations.
@@ -91,7 +91,7 @@ def ports(tmp_path_factory, images):
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr(torch, "load", lambda *args, **kwargs: None)
         network = FeatureExtractorInceptionV3("source", ["2048"], "none")
-    initialise_network(network, images)
+    initialize_network(network, images)
     state = network.state_dict()
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(state, path)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common.cli import UserError
 from common.keyed_random import Purpose, normal
-from experiments import feature_picture, features, representation
+from experiments import feature_figure, features, representation
 from experiments.feature_study import (
     choose_figure_images,
     draw_images,
@@ -90,7 +90,7 @@ def test_cknna_ignores_rotation_and_scale_and_is_low_for_independent_spaces():
     assert abs(compute_cknna(neighbours_of_a, neighbours_of_b)) < 2 * 10 / 600 < 0.1 < mixed
 
 
-def test_probe_minimises_its_documented_objective():
+def test_probe_minimizes_its_documented_objective():
     varying = draw_normal(79, 3) * torch.tensor([1, 20, 0.1]) + 5
     constant = torch.full((79, 1), 1e6 / 3, dtype=torch.float64)
     x = torch.cat((varying, constant), 1)
@@ -212,9 +212,9 @@ def test_sheet_arranges_maps_by_time_and_block():
     latents = block_maps[1]
     inputs = [pixels, latents]
     maps = [inputs, [*inputs, *block_maps[:2]], [*inputs, *block_maps[2:]]]
-    sheet = feature_picture.make_sheet(maps, 1)
-    size = feature_picture.TILE_SIZE
-    step = size + feature_picture.TILE_GAP
+    sheet = feature_figure.make_sheet(maps, 1)
+    size = feature_figure.TILE_SIZE
+    step = size + feature_figure.TILE_GAP
     assert sheet[0, 0, 0] == 0.2  # the image
     assert sheet[0, 2 * step, 0] == 1  # there are no tokens at t = 0
     assert sheet[step, 3 * step, 0] == 0.2 and sheet[2 * step, 2 * step, 0] == 0.3
@@ -224,11 +224,11 @@ def test_sheet_arranges_maps_by_time_and_block():
 
 def test_tiles_enlarge_tokens_and_average_pixels():
     tokens = np.random.default_rng(0).random((4, 4, 3))
-    enlarged = feature_picture.resize_to_tile(tokens)
+    enlarged = feature_figure.resize_to_tile(tokens)
     assert (enlarged == np.kron(tokens, np.ones((16, 16, 1)))).all()
     pixels = np.zeros((200, 200, 3), np.uint8)
     pixels[:3, :3] = 255 * np.eye(3)[..., None]
-    reduced = feature_picture.resize_to_tile(pixels)
+    reduced = feature_figure.resize_to_tile(pixels)
     assert reduced.shape == (64, 64, 3) and reduced[0, 0, 0] == pytest.approx(1 / 3)
 
 

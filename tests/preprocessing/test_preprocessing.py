@@ -199,7 +199,10 @@ def compute_adm_center_crop(array: np.ndarray, size: int) -> np.ndarray:
     return array[top : top + size, left : left + size]
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (33, 47), (129, 64), (20, 31), (200, 65), (64, 64)])
+@pytest.mark.parametrize(
+    "shape",
+    [(32, 32), (33, 47), (129, 64), (20, 31), (200, 65), (64, 64), (32, 35), (37, 32)],
+)
 def test_center_crop_equals_that_of_adm(shape):
     array = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     cropped = np.asarray(center_crop(Image.fromarray(array), 32))

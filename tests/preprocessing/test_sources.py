@@ -111,9 +111,8 @@ def expected(tmp_path_factory):
 
 def test_zip_classes_come_from_dataset_json_or_folders(tmp_path, expected):
     assert read_classes(open_source(write_zip(tmp_path / "a.zip", FILES))) == expected
-    assert (
-        read_classes(open_source(write_zip(tmp_path / "b.zip", FILES, LISTED_LABELS))) == expected
-    )
+    labels = {"labels": list(FLAT_LABELS.items()), "class_names": CLASSES}
+    assert read_classes(open_source(write_zip(tmp_path / "b.zip", FLAT_FILES, labels))) == expected
 
 
 def test_zip_with_labels_null_has_one_class(tmp_path, expected):

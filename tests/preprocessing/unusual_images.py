@@ -111,6 +111,8 @@ def _make_other_files(photo: Image.Image) -> dict[str, tuple]:
     jpeg = _encode(photo, "JPEG", quality=90)
     png = _encode(photo, "PNG")
     too_large = _make_png((65535, 65535), 1, 0, bytes(1000))
+    # Just above the limit, where PIL only warns: 9,460 rows of 1,183 bytes and a filter byte.
+    slightly_too_large = _make_png((9460, 9460), 1, 0, bytes(9460 * 1184))
     long_text = _make_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000)))
     text_bomb = _make_png((8, 8), 8, 0, bytes(72), long_text)
     thin = Image.new("RGB", (1, 100_000))
@@ -125,6 +127,7 @@ def _make_other_files(photo: Image.Image) -> dict[str, tuple]:
         "page.webp": (b"<html>404</html>", UNKNOWN_FORMAT),
         "script.png": (postscript, UNKNOWN_FORMAT),
         "bomb.png": (too_large, Expected(BAD, "more than 89,478,485 pixels")),
+        "large.png": (slightly_too_large, Expected(BAD, "more than 89,478,485 pixels")),
         "text_bomb.png": (text_bomb, Expected(BAD, "Decompressed data too large")),
         "thin.png": (_encode(thin, "PNG"), Expected(BAD, "too long and thin")),
         "float.tiff": (_encode(floating_point, "TIFF"), UNDEFINED_RANGE),

@@ -388,12 +388,13 @@ def test_new_methods_train_and_resume_from_the_command_line(call, more_methods, 
     for steps in (1, 2):
         code, out = call(train, *flags, "--max-train-steps", steps)
         assert code == 0, out
-    config = json.loads((tmp_path / "run/checkpoints/0000002/config.json").read_text())
+    checkpoint = tmp_path / "run/checkpoints/0000002"
+    assert load_file(checkpoint / "optimizer.safetensors")["0.step"] == 2
+    config = json.loads((checkpoint / "config.json").read_text())
     sync, pair = config["align"][1:]
     assert sync["head"] is None
     assert (pair["shift"], pair["negate"]) == (2.0, True) and pair["heads"]["b"]["out"] == 7
-    rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2] and rows[1]["align/pair"] > 0
+    assert read_metrics(tmp_path / "run")[-1]["align/pair"] > 0
     code, out = call(export, tmp_path / "run", "--to", tmp_path / "export")
     assert code == 0, out
     card = (tmp_path / "export/README.md").read_text()

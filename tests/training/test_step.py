@@ -62,7 +62,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("flags", OPTIONS.values(), ids=OPTIONS)
-def test_step_never_synchronises_with_the_device(make_meta_step, flags):
+def test_step_never_synchronizes_with_the_device(make_meta_step, flags):
     step, batch = make_meta_step(*flags.split())
     for _ in range(2):
         scalars, is_finite = step(batch)
@@ -92,17 +92,19 @@ def test_device_sync_is_detected(make_meta_step, monkeypatch, synchronize):
 
 def test_position_embedding_has_no_gradient_and_no_optimizer_state(make_meta_step):
     step, batch = make_meta_step()
-    without_gradient = []
+    names_without_gradient = []
     clip = step.accelerator.clip_grad_norm_
 
     def spy(parameters, norm):
-        named = step.model.named_parameters()
-        without_gradient.extend(name for name, parameter in named if parameter.grad is None)
+        parameters_by_name = step.model.named_parameters()
+        names_without_gradient.extend(
+            name for name, parameter in parameters_by_name if parameter.grad is None
+        )
         return clip(parameters, norm)
 
     step.accelerator.clip_grad_norm_ = spy
     step(batch)
-    assert without_gradient == ["backbone.pos_embed"]
+    assert names_without_gradient == ["backbone.pos_embed"]
     assert step.model.backbone.pos_embed not in step.state.optimizer.state
 
 

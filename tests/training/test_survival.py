@@ -40,10 +40,10 @@ def forks(tmp_path_factory):
     forks.close()
 
 
-def run_flags(cache: Path, exps: Path, *more) -> list[str]:
+def run_flags(cache: Path, exps: Path, *extra_flags) -> list[str]:
     """Return the flags of the run exps/run, which saves a checkpoint after every 3 steps."""
     flags = ["--max-train-steps", STEPS, "--checkpointing-steps", 3, "--keep-last", 2]
-    return train_flags(cache, exps, "run", *flags, "--log-every", 2, *more)
+    return train_flags(cache, exps, "run", *flags, "--log-every", 2, *extra_flags)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ def wait_until(condition: Callable[[], object], poll_seconds: float = 0.01) -> N
 
 
 def contains(path: Path, text: str) -> bool:
-    """Return whether a file exists and contains a text."""
+    """Return whether a file exists and contains the given string."""
     return path.exists() and text in path.read_text()
 
 
 def limit_file_size(pid: int, num_bytes: int) -> tuple[int, int]:
-    """Make writes beyond a file size fail with EFBIG, as a quota does.
+    """Make writes beyond the given file size fail with EFBIG, as a quota does.
 
     Returns the previous limits.
     """
@@ -149,20 +149,20 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
     assert remaining == [f"{STEPS - 3:07d}", f"{STEPS:07d}"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1])
 def test_stop_signal_saves_and_exits_with_the_documented_code(
-    forks, cache, tmp_path, uninterrupted, number
+    forks, cache, tmp_path, uninterrupted, signal_number
 ):
     run = tmp_path / "run"
     flags = run_flags(cache, tmp_path, "--checkpointing-steps", 1000)
     pid = forks.start([*flags, "--num-workers", "2"])
     wait_until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
-    os.killpg(pid, number)  # to the loader processes as well, as a scheduler does
+    os.killpg(pid, signal_number)  # signals the loader processes as well, as a scheduler does
     assert forks.wait() == EXIT_STOPPED == 75
     (checkpoint,) = list_checkpoints(run)
     step = int(checkpoint.name)
     assert 4 <= step < STEPS
-    assert contains(run / "log.txt", f"stopped by {number.name} at step {step}")
+    assert contains(run / "log.txt", f"stopped by {signal_number.name} at step {step}")
     forks.start(flags)
     assert forks.wait() == 0
     assert have_equal_results(run, uninterrupted)
@@ -177,7 +177,7 @@ def test_failed_save_on_a_full_disk_is_reported_and_retried(forks, cache, tmp_pa
     assert list_checkpoints(run)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
     assert forks.wait() == 0
-    # Regular saves are at multiples of 3, so that any other step is a retry.
+    # Regular saves are at multiples of 3, so any other step is a retry.
     log = (run / "log.txt").read_text()
     steps = re.findall(r"(?:could not save step |saved .*/checkpoints/)(\d+)", log)
     assert any(int(step) % 3 for step in steps), steps

@@ -23,6 +23,10 @@ def offline_wandb(monkeypatch, tmp_path):
     options = {"MODE": "offline", "SILENT": "true", "CONFIG_DIR": folder, "CACHE_DIR": folder}
     for key, value in options.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
+    yield
+    import wandb
+
+    wandb.finish()  # otherwise, the next test would continue a run whose tracker failed
 
 
 def read_complete_log(folder) -> list:
