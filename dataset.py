@@ -171,9 +171,9 @@ class TrainingStream(Dataset):
         Args:
             first_step: First step.
             end_step: Step after the last one.
-            num_workers: Number of loader processes; 0 reads in this process.
+            num_workers: Number of DataLoader workers; 0 reads in this process.
             pin_memory: Whether to copy the batches to pinned memory.
-            worker_init: Function that each loader process calls with its index.
+            worker_init: Function that each DataLoader worker calls with its index.
 
         Raises:
             CacheError: A shard cannot be read.
@@ -193,9 +193,9 @@ class TrainingStream(Dataset):
 
 
 class _ErrorsAsItems(Dataset):
-    """The same batches, but a CacheError is returned as an item instead of being raised.
+    """Wraps a `TrainingStream`, and returns a CacheError as an item instead of raising it.
 
-    If a loader process raises an error, the DataLoader adds a long traceback to the message.
+    If a DataLoader worker raises an error, the DataLoader adds a long traceback to the message.
     """
 
     def __init__(self, stream: TrainingStream):

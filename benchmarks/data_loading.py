@@ -167,7 +167,7 @@ def main() -> None:
         "--num-workers",
         type=cli.positive_int,
         default=2,
-        help="number of loader processes for the rows with workers",
+        help="number of DataLoader workers for the rows with workers",
     )
     args = parser.parse_args()
     with scratch_folder(args.dest / "benchmark-data-loading") as root:

@@ -1,4 +1,4 @@
-"""Parse command lines, and report errors that the user can fix in one line."""
+"""Parse command lines, and report user errors as one line."""
 
 import argparse
 import difflib
@@ -78,11 +78,11 @@ class DiskFullSafeStream:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and report errors that the user can fix as one line on stderr.
+    """Call `main` and report user errors as one line on stderr.
 
     Raises:
-        SystemExit: With code 2 after a UserError, or after an OSError because a disk is full or a
-            path cannot be written; with code 130 after Ctrl-C.
+        SystemExit: With code 2 after a UserError, or after an OSError caused by a full disk or by
+            a path that cannot be written; with code 130 after Ctrl-C.
     """
     prefix = ""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -190,18 +190,16 @@ def _make_number_type(
     return parse
 
 
-positive_int = _make_number_type(int, lambda value: value >= 1, "a whole number of at least 1")
-non_negative_int = _make_number_type(int, lambda value: value >= 0, "a whole number of at least 0")
-seed = _make_number_type(
-    int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1"
-)
-fraction = _make_number_type(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-decay = _make_number_type(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+positive_int = _make_number_type(int, lambda value: value >= 1, "a positive integer")
+non_negative_int = _make_number_type(int, lambda value: value >= 0, "a non-negative integer")
+seed = _make_number_type(int, lambda value: 0 <= value < 2**32, "an integer from 0 to 2**32 - 1")
+fraction = _make_number_type(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+decay = _make_number_type(float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 # Infinity is not a valid value of any flag.
 non_negative_float = _make_number_type(
-    float, lambda value: 0 <= value < math.inf, "a number of at least 0"
+    float, lambda value: 0 <= value < math.inf, "a non-negative number"
 )
-positive_float = _make_number_type(float, lambda value: 0 < value < math.inf, "a number above 0")
+positive_float = _make_number_type(float, lambda value: 0 < value < math.inf, "a positive number")
 
 
 def device(text: str) -> str:

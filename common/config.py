@@ -1,6 +1,7 @@
-"""Settings as frozen dataclasses, from whose fields argparse is filled.
+"""Settings as frozen dataclasses, whose fields define the command-line flags.
 
-Declare fields with `setting`, fill a parser with `add_flags`, build the object with `read_flags`.
+Declare fields with `setting`, add their flags with `add_flags`, and build the object with
+`read_flags`.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def read_flags(config: type[Config], args: argparse.Namespace) -> Config:
 
 
 def record_flags(*configs: Any) -> dict[str, Any]:
-    """Return settings as a flat dict that JSON can hold, with argparse's names as keys."""
+    """Return settings as a flat, JSON-serializable dict, with argparse's names as keys."""
     return {
         get_destination(field): to_plain(getattr(config, field.name))
         for config in configs

@@ -4,9 +4,9 @@ Each line is a JSON object with the step, the number of images seen, and either 
 previous line or the results of an evaluation. The settings of an evaluation are in the entry
 "evaluation".
 
-Lines of schema 2 contain `"schema": 2` and the columns align/METHOD, cosine/METHOD and
-token_norm/METHOD for each alignment method. Older lines have no schema. Their columns align, cosine
-and token_norm belong to the first method, or are null without alignment. The columns of additional
+Lines of schema 2 contain `"schema": 2` and the keys align/METHOD, cosine/METHOD and
+token_norm/METHOD for each alignment method. Older lines have no schema. Their keys align, cosine
+and token_norm belong to the first method, or are null without alignment. The keys of additional
 methods are align_METHOD, cosine_METHOD and token_norm_METHOD. A run that newer code has resumed
 contains lines of both schemas.
 """
@@ -22,11 +22,11 @@ from common.files import read_json_if_valid
 METRICS_SCHEMA = 2
 UNKNOWN_METHOD = "unknown"  # used if args.json, which lists the methods, is missing or damaged
 
-_OLD_METHOD_COLUMN = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
+_OLD_METHOD_KEY = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a run's metrics.jsonl, with the columns of the current schema.
+    """Return the complete lines of a run's metrics.jsonl, with the keys of the current schema.
 
     A last line without a line break is ignored, because it is incomplete: the process was killed or
     is still writing it.
@@ -58,7 +58,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def upgrade_row(row: dict[str, Any], methods: list[str]) -> dict[str, Any]:
-    """Return a line with the columns of the current schema.
+    """Return a line with the keys of the current schema.
 
     Args:
         row: A line of any schema.
@@ -68,7 +68,7 @@ def upgrade_row(row: dict[str, Any], methods: list[str]) -> dict[str, Any]:
         return row
     upgraded: dict[str, Any] = {"schema": METRICS_SCHEMA}
     for key, value in row.items():
-        match = _OLD_METHOD_COLUMN.fullmatch(key)
+        match = _OLD_METHOD_KEY.fullmatch(key)
         if match is None:
             upgraded[key] = value
         elif methods or value is not None:

@@ -35,8 +35,9 @@ class LatentCache:
 
     The indices of the images are 0 to len(cache) - 1.
 
-    All files are validated when the cache is opened, so that a damaged file does not stop training
-    days later. Each process maps a file when it first reads from it.
+    Moments and labels are validated when the cache is opened, so that a damaged file does not stop
+    training days later; images and features are validated when they are first required. Each
+    process maps a file when it first reads from it.
 
     Args:
         roots: Folders of the caches.

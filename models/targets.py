@@ -468,7 +468,7 @@ class Teacher(Target):
         if not 1 <= block <= depth:
             raise FieldError("teacher_block", f"{block}: the model has blocks 1 to {depth}")
         if not 0 <= settings.t_max <= 1:
-            raise FieldError("t_max", f"{settings.t_max} is not a number from 0 to 1")
+            raise FieldError("t_max", f"{settings.t_max} is not a number in [0, 1]")
         return Plan(network.width, {"teacher_block": block, "t_max": settings.t_max})
 
     @staticmethod

@@ -63,6 +63,6 @@ def check_same_settings(path: Path, record: JsonObject, owner: Path) -> None:
     ]
     if changes:
         raise UserError(
-            f"{owner} was sampled with other settings: {'; '.join(changes)}; "
+            f"{owner} was sampled with different settings: {'; '.join(changes)}; "
             "remove it or choose another --name"
         )

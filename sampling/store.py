@@ -101,7 +101,7 @@ class SampleStore:
 
         Raises:
             UserError: Another process is sampling under this name, or existing files with this name
-                have other settings.
+                have different settings.
         """
         try:
             resources.enter_context(lock(self.parts_folder / ".lock"))
@@ -275,7 +275,7 @@ class SampleStore:
             )
 
     def _check_folder(self, folder: Path) -> None:
-        """Raise UserError if a folder contains files of samples with other settings."""
+        """Raise UserError if a folder contains files of samples with different settings."""
         check_same_settings(folder / "sampling.json", self.record, folder)
 
     def _find_stored_batches(self) -> StoredBatches:

@@ -35,47 +35,50 @@ METHOD_FLAGS = {
 
 
 def block_or_auto(text: str) -> int | None:
-    """Parse a block number; "auto" gives None."""
+    """Parse a block number, or return None for "auto"."""
     return None if text == "auto" else cli.positive_int(text)
 
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """The use of one alignment method in a run.
+    """Settings of one alignment method in a run.
 
     `default_alignment` fills in the paper's values for a model.
     """
 
     method: str
     block: int = setting(
-        help="aligned block, counted from 1 (default: auto, the paper's for the model; sra2: 2 for "
-        "B, 8 for L and XL; repa: 8; sra: 8 for XL, otherwise a quarter of the depth)",
+        help="aligned block, counted from 1 (default: auto, the block used in the paper for the "
+        "model; sra2: 2 for B, 8 for L and XL; repa: 8; sra: 8 for XL, otherwise a quarter of the "
+        "depth)",
         flags=("--align-depth", "--encoder-depth"),
         type=block_or_auto,
         metavar="K",
     )
     weight: float = setting(
-        help="weight lambda of the alignment loss (default: sra2 1, repa 0.5, sra 0.5, or 0.2 if "
-        "the loss is not cosine)",
+        help="weight lambda of the alignment loss (default: 1 for sra2, 0.5 for repa; for sra, 0.5 "
+        "with the cosine loss and 0.2 with other losses)",
         flags=("--align-weight", "--proj-coeff"),
         type=cli.non_negative_float,
         metavar="X",
     )
     projector_layers: int = setting(
-        help="number of linear layers of the head (default: sra2 5, repa 3, sra 2)",
+        help="number of linear layers of the head (default: 5 for sra2, 3 for repa, 2 for sra)",
         flags=("--projector-layers",),
         type=cli.positive_int,
         metavar="N",
     )
     projector_width: int = setting(
-        help="hidden width of the head (default: sra2 and sra twice the model's, repa 2048)",
+        help="hidden width of the head (default: twice the width of the model for sra2 and sra, "
+        "2048 for repa)",
         flags=("--projector-width",),
         type=cli.positive_int,
         metavar="N",
     )
     loss: str = setting(
         "cosine",
-        help=f"{', '.join(ALIGN_LOSSES)} (default: cosine; smooth_l1 is best in the SRA 2 paper)",
+        help=f"alignment loss: {', '.join(ALIGN_LOSSES)} (default: cosine; smooth_l1 is best in "
+        "the SRA 2 paper)",
         flags=("--align-loss",),
         choices=ALIGN_LOSSES,
         metavar="NAME",
@@ -96,7 +99,7 @@ class AlignmentConfig:
     )
     stop_step: int = setting(
         0,
-        help="number of first steps that are aligned; 0 aligns all steps (default: 0)",
+        help="number of initial steps with alignment; 0 applies it in all steps (default: 0)",
         flags=("--align-stop-step",),
         type=cli.non_negative_int,
         metavar="N",
@@ -157,7 +160,7 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def method_flags(method: str, field: str) -> tuple[str, ...]:
-    """Return the names of a method's own flag, the main one first."""
+    """Return the names of the flag of a method's setting, the main one first."""
     generated = f"--{method}-{field.replace('_', '-')}"
     return METHOD_FLAGS.get((method, field), (generated,))
 
@@ -168,7 +171,7 @@ def method_destinations() -> set[str]:
 
 
 def resolve_alignments(args: argparse.Namespace, model: str) -> tuple[AlignmentConfig, ...]:
-    """Return the settings of each method that the flags ask for.
+    """Return the settings of each method that the flags select.
 
     Raises:
         UserError: The flags contradict each other.
@@ -197,9 +200,10 @@ def record_alignments(alignments: tuple[AlignmentConfig, ...]) -> dict:
         record[get_destination(field)] = [
             getattr(alignment, field.name) for alignment in alignments
         ]
-    used = {alignment.method: alignment.settings for alignment in alignments}
+    settings_by_method = {alignment.method: alignment.settings for alignment in alignments}
     for method, field in _method_fields():
-        record[_destination(method, field.name)] = getattr(used.get(method), field.name, None)
+        settings = settings_by_method.get(method)
+        record[_destination(method, field.name)] = getattr(settings, field.name, None)
     return to_plain(record)
 
 
@@ -220,15 +224,15 @@ def _read_method_settings(args: argparse.Namespace, method: str) -> Any:
 
 
 def _check_methods(args: argparse.Namespace, methods: list[str]) -> None:
-    named = f"--align {' '.join(args.align)}"
+    selection = f"--align {' '.join(args.align)}"
     if "none" in methods:
-        raise UserError(f"{named}: none excludes the other methods")
+        raise UserError(f"{selection}: none cannot be combined with other methods; remove it")
     if len(set(methods)) < len(methods):
-        raise UserError(f"{named} repeats a method: pass each method once")
+        raise UserError(f"{selection} repeats a method: pass each method once")
     for method, field in _method_fields():
         if method not in methods and getattr(args, _destination(method, field.name)) is not None:
             flag = method_flags(method, field.name)[0]
-            raise UserError(f"{flag} needs --align {method}, but {named} was passed")
+            raise UserError(f"{flag} needs --align {method}, but {selection} was passed")
     for field in _SHARED_FIELDS:
         if not methods and getattr(args, get_destination(field)) is not None:
             flag = get_flag_names(field)[0]
@@ -241,7 +245,7 @@ def _check_alignment(alignment: AlignmentConfig, model: str) -> None:
         raise UserError(f"--align-depth {alignment.block}: {model} has blocks 1 to {depth}")
     low, high = alignment.t_range
     if low > high:
-        raise UserError(f"--align-t-range {low} {high}: LO must not be above HI")
+        raise UserError(f"--align-t-range {low} {high}: LO must not exceed HI")
 
 
 def _split_per_method(field: dataclasses.Field, given: list | None, methods: list[str]) -> list:

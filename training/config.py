@@ -31,7 +31,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Name, place and seed of a run."""
+    """Name, location and seed of a run."""
 
     exp_name: str = setting(help="name of the run; its files are in OUTPUT_DIR/EXP_NAME")
     output_dir: Path = setting(
@@ -73,7 +73,7 @@ class DataConfig:
     )
     num_workers: int = setting(
         min(4, count_available_cores()),
-        help="loader processes per training process",
+        help="number of DataLoader workers per training process",
         type=cli.non_negative_int,
     )
 
@@ -84,7 +84,7 @@ class ModelConfig:
 
     model: str = setting(
         "SiT-XL/2",
-        help="SiT-Ti/2, or SiT-{S,B,L,XL} with patch size /1, /2, /4 or /8",
+        help="network: SiT-Ti/2, or SiT-{S,B,L,XL} with patch size /1, /2, /4 or /8",
         choices=PRESETS,
         metavar="NAME",
     )
@@ -100,7 +100,7 @@ class ObjectiveConfig:
         choices=INTERPOLANTS,
     )
     prediction: str = setting(
-        "v", help="what the network predicts: velocity, data or noise", choices=PREDICTIONS
+        "v", help="quantity that the network predicts: velocity, data or noise", choices=PREDICTIONS
     )
     weighting: str = setting(
         "uniform",
@@ -155,7 +155,7 @@ class OptimizerConfig:
     """AdamW, gradient clipping and EMAs."""
 
     learning_rate: float = setting(
-        1e-4, help="learning rate of AdamW, constant", type=cli.positive_float
+        1e-4, help="constant learning rate of AdamW", type=cli.positive_float
     )
     adam_beta1: float = setting(0.9, help="beta1 of AdamW", type=cli.decay)
     adam_beta2: float = setting(0.999, help="beta2 of AdamW", type=cli.decay)
@@ -188,7 +188,8 @@ class DeviceConfig:
     )
     activation_checkpointing: bool = setting(
         False,
-        help="keep only the inputs of the blocks: less memory, a third more computation",
+        help="store only the inputs of the blocks and recompute their activations; this saves "
+        "memory and increases computation by a third",
         may_change=True,
     )
     allow_tf32: bool = setting(
@@ -207,8 +208,8 @@ class LogConfig:
     )
     report_to: tuple[str, ...] = setting(
         ("none",),
-        help="experiment trackers besides metrics.jsonl: none, all (every installed one), or names "
-        f"out of {', '.join(TRACKER_NAMES)}",
+        help="trackers in addition to metrics.jsonl: none, all (every installed tracker), or any "
+        f"of {', '.join(TRACKER_NAMES)}",
         choices=("none", "all", *TRACKER_NAMES),
         nargs="+",
         metavar="NAME",
@@ -218,7 +219,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """When checkpoints are written and which are kept."""
+    """Schedule and retention of checkpoints."""
 
     checkpointing_steps: int = setting(
         50_000,
@@ -278,7 +279,7 @@ class PeriodicEvaluationConfig:
     )
     reference: Path | None = setting(
         None,
-        help="ADM's .npz, or images: a folder tree class/image.ext or a zip",
+        help="ADM's .npz, or images: a folder, zip, tar or parquet files",
         flags=("--eval-reference",),
     )
     latents: Path | None = setting(
@@ -372,7 +373,7 @@ def parse_settings(
     parser.add_argument(
         "--print-config",
         action="store_true",
-        help="print the flags with the values that the run would use, and exit; reads the cache",
+        help="print the flags with the values that the run would use, and exit; requires the cache",
     )
     args = parser.parse_args(argv)
     configs: dict[str, Any] = {
@@ -403,7 +404,10 @@ def _check_settings(settings: Settings) -> None:
         raise UserError("--eval-latents needs --eval-every: pass the steps between evaluations")
     report_to = settings.log.report_to
     if "none" in report_to and len(report_to) > 1:
-        raise UserError(f"--report-to {format_value(report_to)}: none excludes the others")
+        raise UserError(
+            f"--report-to {format_value(report_to)}: none cannot be combined with trackers; "
+            "remove it"
+        )
 
 
 def check_compiler(device: DeviceConfig) -> None:
@@ -411,8 +415,8 @@ def check_compiler(device: DeviceConfig) -> None:
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if device.compile and not any(map(shutil.which, compilers)):
         raise UserError(
-            "--compile needs a C++ compiler, and none was found: install g++ or clang++, or name "
-            "one in CXX"
+            "--compile needs a C++ compiler, and none was found: install g++ or clang++, or set "
+            "CXX to a compiler"
         )
 
 

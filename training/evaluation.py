@@ -1,7 +1,7 @@
 """Compute metrics of the EMA during training, with samples from all processes.
 
-The metrics equal those of sample_ddp.py and evaluations.evaluate for the same checkpoint, flags and
-batch size, up to --mixed-precision and --allow-tf32: those commands compute in float32 by default.
+For the same checkpoint, flags and batch size, the metrics equal those of sample_ddp.py and
+evaluations.evaluate, except for rounding differences if --mixed-precision or --allow-tf32 differ.
 """
 
 from collections.abc import Callable, Iterator
@@ -199,6 +199,6 @@ def _check_config(config: PeriodicEvaluationConfig) -> None:
         )
     if config.reference is None:
         raise UserError(
-            "--eval-every needs --eval-reference: pass ADM's .npz, or images (a folder tree "
-            "class/image.ext or a zip)"
+            "--eval-every needs --eval-reference: pass ADM's .npz, or images (a folder, zip, "
+            "tar or parquet files)"
         )

@@ -37,7 +37,7 @@ class NonFiniteGuard:
 
     def __post_init__(self) -> None:
         self.names: list[str] = []
-        # By step: (number of scalars,), 1.0 where a scalar is not finite.
+        # Maps each step to (number of scalars,), 1.0 where a scalar is not finite.
         self.pending: dict[int, Tensor] = {}
 
     def mark_step(self, step: int, losses: dict[str, Tensor], grad_norm: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class NonFiniteGuard:
         Call it after the backward pass and before `optimizer.step()`.
 
         Args:
-            step: Number of the step, for the report.
+            step: Index of the step, for the report.
             losses: The losses of this process, scalar tensors.
             grad_norm: The gradient norm of all processes, a scalar tensor.
 
@@ -84,22 +84,22 @@ class NonFiniteGuard:
             self.overflows_in_a_row = self.overflows_in_a_row + 1 if is_overflow else 0
             self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad_step else 0
             if is_bad_step:
-                skipped = ", update skipped" if "grad_norm" in bad_names else ""
-                messages.append(f"step {step:,}: {', '.join(bad_names)} not finite{skipped}")
+                skipped = "; update skipped" if "grad_norm" in bad_names else ""
+                messages.append(f"step {step:,}: not finite: {', '.join(bad_names)}{skipped}")
             self._check_limits(step, messages)
         return messages
 
     def _check_limits(self, step: int, messages: list[str]) -> None:
         if self.bad_in_a_row == MAX_CONSECUTIVE_BAD_STEPS:
             raise UserError(
-                f"{messages[-1]}, the same as in the {MAX_CONSECUTIVE_BAD_STEPS - 1} steps before; "
-                "training stopped, the last checkpoint is unaffected. Start a new run with a lower "
-                "--learning-rate"
+                f"{messages[-1]}; this is consecutive bad step {MAX_CONSECUTIVE_BAD_STEPS}. "
+                "Training was stopped, and the last checkpoint is unaffected. Start a new run with a "
+                "lower --learning-rate"
             )
         if self.overflows_in_a_row == MAX_CONSECUTIVE_OVERFLOWS:
             raise UserError(
-                f"step {step:,}: gradient not finite in fp16 at any loss scale, the same as in the "
-                f"{MAX_CONSECUTIVE_OVERFLOWS - 1} steps before; training stopped, the last "
-                "checkpoint is unaffected. Start a new run with --mixed-precision bf16, which has "
-                "the range of float32"
+                f"step {step:,}: the gradient is not finite in fp16 at any loss scale; this is "
+                f"consecutive overflow {MAX_CONSECUTIVE_OVERFLOWS}. Training was stopped, and the "
+                "last checkpoint is unaffected. Start a new run with --mixed-precision bf16, which "
+                "has the range of float32"
             )

@@ -23,7 +23,7 @@ from sampling.recipe import Recipe
 
 # Midpoints of five equal intervals: their mean loss approximates that of uniform timesteps.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
-SEED = 0  # of the noise and the posterior samples, for every run
+SEED = 0  # seed of the noise and the posterior samples, in every run
 COMPARED_FIELDS = (
     "class_names",
     "num_classes",
@@ -92,7 +92,7 @@ class HeldOutLoss:
     ) -> dict[str, float]:
         """Return the mean loss over images and timesteps, and the mean at each timestep.
 
-        The network gets the true classes of the images.
+        The network is conditioned on the true classes of the images.
 
         Args:
             model: The network.

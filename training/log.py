@@ -159,13 +159,13 @@ class RunLog:
         self.lines = LineWriter(self.folder / "metrics.jsonl")
 
     def restore(self, step: int, progress: dict) -> None:
-        """Continue the log at a checkpoint, given what `collect_progress` returned."""
+        """Continue the log at a checkpoint, given the return value of `collect_progress`."""
         self.num_skipped = progress.get("log_skipped", 0)
         if self.console.is_main_process:
             drop_repeated_lines(self.lines.path, step, progress.get("log_waiting", ""))
 
     def collect_progress(self) -> dict:
-        """Return the state of the log, so that a resumed run logs what an uninterrupted one does.
+        """Return the state that a resumed run needs to write the same log as an uninterrupted run.
 
         All processes must call this. It also reports skipped steps, which may end the run.
         """
@@ -198,12 +198,12 @@ class RunLog:
         if is_due(step, self.log_every):
             self._write_line(step)
 
-    def image(self, name: str, path: Path, step: int) -> None:
+    def record_image(self, name: str, path: Path, step: int) -> None:
         """Record a preview."""
         self.info(f"saved {path}")
         self.trackers.log_image(name, path, step)
 
-    def evaluation(self, name: str, step: int, metrics: dict, identity: dict) -> None:
+    def record_evaluation(self, name: str, step: int, metrics: dict, identity: dict) -> None:
         """Record an evaluation on a separate line.
 
         Args:
@@ -250,7 +250,7 @@ class RunLog:
     def _append(self, row: dict) -> None:
         if not self.lines.append(json.dumps({"schema": METRICS_SCHEMA, **row}) + "\n"):
             self.info(
-                f"could not write to {self.lines.path}: its lines are buffered in memory, "
+                f"could not write to {self.lines.path}: its lines are buffered in memory; "
                 "training continues"
             )
 

@@ -70,7 +70,7 @@ class Monitors:
                         return False
                     if metrics:
                         identity = {"ema_decay": decay, **evaluator.identity}
-                        self.log.evaluation(f"eval{suffix}", step, metrics, identity)
+                        self.log.record_evaluation(f"eval{suffix}", step, metrics, identity)
         return True
 
     def _draw(self, preview: Preview, ema: SiT, step: int, suffix: str) -> None:
@@ -79,7 +79,7 @@ class Monitors:
             return
         try:
             preview.draw(ema, path, f"EMA{suffix.replace('-ema', ' ')} at step {step:,}")
-            self.log.image(f"samples{suffix}", path, step)
+            self.log.record_image(f"samples{suffix}", path, step)
         except OSError as error:  # a failed preview must not stop training
             self.log.info(f"could not save {path}: {format_error(error)}; training continues")
 

@@ -51,7 +51,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore stop signals in a loader process, which ends together with its training process."""
+    """Ignore stop signals in a DataLoader worker, which ends together with its training process."""
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

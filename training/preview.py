@@ -55,7 +55,7 @@ class Preview:
         """Sample a grid and write it as a PNG.
 
         Args:
-            ema: The averaged network.
+            ema: The EMA of the network.
             path: File to write.
             title: Start of the title; the sampler's settings are appended.
         """

@@ -40,7 +40,7 @@ class RunPosition:
     """The progress of a run when it is started; the same on all processes."""
 
     checkpoints: list[Path] = field(default_factory=list)  # oldest first
-    step: int = 0  # of the newest checkpoint
+    step: int = 0  # step of the newest checkpoint
     complete_evaluations: frozenset[tuple[int, float]] = frozenset()  # (`step`, EMA decay)
     has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
 
@@ -78,16 +78,19 @@ def find_position(
 
 
 def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> None:
-    """Raise UserError unless the cache is what the flags ask for and fits the network."""
+    """Raise UserError unless the cache matches the flags and fits the network."""
     patch = PRESETS[model.model]["patch"]
     folders = format_value(data.data_dir)
     if data.resolution not in (None, manifest.resolution):
         raise UserError(
-            f"--resolution {data.resolution}: {folders} contains images of "
-            f"{manifest.resolution} pixels"
+            f"--resolution {data.resolution}: {folders} contains {manifest.resolution}x"
+            f"{manifest.resolution} images; pass another --data-dir, or remove the flag"
         )
     if data.num_classes not in (None, manifest.num_classes):
-        raise UserError(f"--num-classes {data.num_classes}: {folders} has {manifest.num_classes}")
+        raise UserError(
+            f"--num-classes {data.num_classes}: {folders} has {manifest.num_classes} classes; pass "
+            "another --data-dir, or remove the flag"
+        )
     _, height, width = manifest.latent_shape
     if height != width or height % patch:
         raise UserError(
@@ -162,14 +165,15 @@ def check_same_run(flags: dict, folder: Path) -> None:
 
 
 def _flags_that_may_change() -> set[str]:
-    """Return argparse's names of the flags that a resumed run may be started with."""
+    """Return argparse's names of the flags that may change when a run is resumed."""
     names = {
         get_destination(setting)
         for config in ALL_CONFIGS
         for setting in fields(config)
         if config in FREE_CONFIGS or setting.metadata.get("may_change")
     }
-    return names | method_destinations()  # config.json records what those of the methods lead to
+    # The flags of the methods are compared through config.json.
+    return names | method_destinations()
 
 
 def _describe_changes(names: dict[str, str], before: dict, now: dict) -> str:

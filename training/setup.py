@@ -100,7 +100,8 @@ def build_state(
     if options.compile:
         # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
         torch._dynamo.config.optimize_ddp = False
-        for block in backbone.blocks:  # not those of the EMAs, which are sampled with other shapes
+        # The EMAs are not compiled, because they are evaluated with different batch shapes.
+        for block in backbone.blocks:
             block.compile()
     return TrainState(model, emas, adamw)
 
@@ -154,8 +155,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         return None
     check_same_run(flags, folder)
 
-    # Find out where the run stopped. Only the first process looks, because on a network disk others
-    # may see files later.
+    # Find out where the run stopped. Only the first process checks, because files on a network disk
+    # may become visible to the other processes later.
     num_steps = settings.loop.num_steps
     position = RunPosition()
     if accelerator.is_main_process:

@@ -37,7 +37,7 @@ class TrainState:
 
     Args:
         model: The network without DDP's wrapper.
-        emas: One average of the backbone per EMA decay; the first is the primary one.
+        emas: One EMA of the backbone per decay; the first is the primary one.
         optimizer: The optimizer.
         step: Number of updates so far.
         progress: Plain values that checkpoints keep: gradient scaler, buffered metrics.
@@ -158,7 +158,7 @@ class CheckpointWriter:
     def __post_init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.messages: list[str] = []
-        self.problem = ""  # why the last save failed
+        self.problem = ""  # reason for the last failed save
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -217,7 +217,7 @@ class EMA:
     All parameters are updated by one multi-tensor operation in their dtype (float32).
 
     Args:
-        ema: The averaged module.
+        ema: The module that holds the averages.
         model: The trained module.
         decay: Decay per step.
     """

@@ -24,9 +24,9 @@ T = TypeVar("T")
 def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> int:
     """Return the FLOPs of a training step per image.
 
-    Forward and backward pass of backbone and heads (the backward pass of a matrix product is two
-    products of the same size; recomputation does not count), and the forward pass of the networks
-    that only compute targets.
+    The count includes the forward and backward passes of the backbone and the heads, and the
+    forward passes of networks that only compute targets. The backward pass of a matrix product is
+    two products of the same size. Recomputation is not counted.
 
     Args:
         network: Architecture of the backbone.

@@ -31,7 +31,7 @@ def make_parser() -> Parser:
         (["--stepz=3"], "did you mean --steps?"),
         (["--xyzzy"], r"unrecognized arguments: --xyzzy \(--help"),
         (["--far"], r"unrecognized arguments: --far \(--help"),
-        (["--size", "0"], "argument --size: 0 is not a whole number of at least 1"),
+        (["--size", "0"], "argument --size: 0 is not a positive integer"),
     ],
 )
 def test_parser_errors_name_the_argument(flags, message):

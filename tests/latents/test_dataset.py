@@ -1,4 +1,4 @@
-"""Test the training stream: shuffling, shares of processes, flips, and loader processes."""
+"""Test the training stream: shuffling, shares of processes, flips, and DataLoader workers."""
 
 import numpy as np
 import pytest

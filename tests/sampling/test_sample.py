@@ -452,7 +452,7 @@ def test_nan_weights_are_reported(sample, trained, tmp_path):
             ["--guidance-low", 0.7, "--guidance-high", 0.3],
             "--guidance-low 0.7 exceeds guidance_high, 0.3",
         ),
-        (["--cfg-scale", "nan"], "--cfg-scale: nan is not a number of at least 0"),
+        (["--cfg-scale", "nan"], "--cfg-scale: nan is not a non-negative number"),
         (["--heun"], "--heun is an ODE solver; set the mode to ode"),
         (["--num-steps", 1], "--num-steps 1 is too few"),
         (["--vae", "/nonexistent/vae"], "--vae /nonexistent/vae does not exist"),

@@ -498,7 +498,10 @@ def test_settings_of_a_method_may_be_zero():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--align", "none", "sra2"], "--align none sra2: none excludes the other methods"),
+        (
+            ["--align", "none", "sra2"],
+            "--align none sra2: none cannot be combined with other methods; remove it",
+        ),
         (["--align", "sra", "sra"], "--align sra sra repeats a method"),
         (["--align", "sra", "--align-target", "mean"], "--align-target needs --align sra2"),
         (["--sra-t-max", 0.1], "--sra-t-max needs --align sra, but --align sra2"),
@@ -513,7 +516,7 @@ def test_settings_of_a_method_may_be_zero():
         ),
         (["--align-t-range", 0.5], "--align-t-range 0.5: pass 2 values, not 1"),
         (["--align", "sra", "--sra-teacher-block", 7], "--sra-teacher-block 7: the model has"),
-        (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number from 0 to 1"),
+        (["--align", "sra", "--sra-t-max", 2], "--sra-t-max 2.0 is not a number in [0, 1]"),
         (["--align", "repa"], "--align repa needs images, but the cache has none"),
         (["--align", "repa", "--repa-encoder", "dinov2-c"], "--repa-encoder dinov2-c"),
         (

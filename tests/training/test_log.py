@@ -86,7 +86,7 @@ def test_lines_of_repeated_steps_are_dropped(tmp_path):
 
 def test_evaluations_are_sent_to_the_trackers(make_log, tmp_path, tracked):
     metrics = {"FID": 3.0, "recall": None}
-    make_log().evaluation("eval-ema0.5", 4, metrics, {"ema_decay": 0.5})
+    make_log().record_evaluation("eval-ema0.5", 4, metrics, {"ema_decay": 0.5})
     assert tracked == [({"eval-ema0.5/FID": 3.0, "eval-ema0.5/recall": None}, 4)]
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     expected = {"schema": 2, "step": 4, "images": 32, **metrics, "evaluation": {"ema_decay": 0.5}}

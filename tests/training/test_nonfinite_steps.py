@@ -34,8 +34,8 @@ def test_non_finite_step_is_skipped_and_reported(call, cache, tmp_path, monkeypa
     flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 6)
     code, out = call(train, *flags)
     assert code == 0
-    assert "step 3: denoising, grad_norm not finite, update skipped" in out
-    assert "step 5: denoising" in out
+    assert "step 3: not finite: denoising, grad_norm; update skipped" in out
+    assert "step 5: not finite: denoising" in out
     rows = read_metrics(tmp_path / "run")
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     assert all(row["loss"] < 10 for row in rows)  # means over the finite steps
@@ -55,7 +55,10 @@ def test_consecutive_non_finite_steps_end_the_run_and_keep_the_last_checkpoint(
     for steps in starts:
         code, out = call(train, *flags, "--max-train-steps", steps)
         assert code == (2 if steps == 20 else 0)
-    assert "step 8: denoising, grad_norm not finite, update skipped, the same as in the 4" in out
+    assert (
+        "step 8: not finite: denoising, grad_norm; update skipped; this is consecutive bad step 5."
+        in out
+    )
     checkpoints = tmp_path / "run/checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["0000002", "0000004", "0000006"]
@@ -94,7 +97,7 @@ def test_nan_on_one_process_is_skipped_by_all(call, cache, tmp_path):
         if not row["skipped"]:
             assert row == pytest.approx(other, rel=1e-4)
     log = (tmp_path / "two/log.txt").read_text()
-    assert "denoising, align/sra2, grad_norm not finite, update skipped" in log
+    assert "not finite: denoising, align/sra2, grad_norm; update skipped" in log
 
 
 def test_damage_to_the_newest_checkpoint_is_named_with_the_previous_one(call, cache, tmp_path):

@@ -157,7 +157,7 @@ def test_stop_signal_saves_and_exits_with_the_documented_code(
     flags = run_flags(cache, tmp_path, "--checkpointing-steps", 1000)
     pid = forks.start([*flags, "--num-workers", "2"])
     wait_until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
-    os.killpg(pid, signal_number)  # signals the loader processes as well, as a scheduler does
+    os.killpg(pid, signal_number)  # signals the DataLoader workers as well, as a scheduler does
     assert forks.wait() == EXIT_STOPPED == 75
     (checkpoint,) = list_checkpoints(run)
     step = int(checkpoint.name)

@@ -151,7 +151,10 @@ def test_tracker_that_cannot_start_is_reported_before_any_work(call, cache, tmp_
     ("names", "message"),
     [
         (["comet_ml"], "--report-to comet_ml needs comet_ml: pip install comet_ml"),
-        (["none", "wandb"], "--report-to none wandb: none excludes the others"),
+        (
+            ["none", "wandb"],
+            "--report-to none wandb: none cannot be combined with trackers; remove it",
+        ),
     ],
 )
 def test_unusable_trackers_are_refused(call, cache, tmp_path, names, message):

@@ -129,7 +129,7 @@ def test_joined_caches_train_and_may_be_loaded_into_ram_later(call, cache, tmp_p
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_unreadable_shard_ends_the_run_in_one_line(call, cache, tmp_path, monkeypatch, num_workers):
-    """A loader process returns the error, so that its message arrives unchanged."""
+    """A DataLoader worker returns the error, so that its message arrives unchanged."""
     from latents.cache import CacheError
 
     gather = LatentCache.gather
@@ -283,7 +283,7 @@ def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_pat
         (["--align-depth", 7], "--align-depth 7: SiT-Ti/2 has blocks 1 to 6"),
         (["--align-depth", 0], "--align-depth/--encoder-depth: 0 is not"),
         (["--align-depth", "two"], "--encoder-depth: two is not"),
-        (["--align-t-range", 0.5, 0.4], "--align-t-range 0.5 0.4: LO must not be above HI"),
+        (["--align-t-range", 0.5, 0.4], "--align-t-range 0.5 0.4: LO must not exceed HI"),
         (["--gradient-accumulation-steps", 3], "--batch-size 8 (global) is not a multiple of 1"),
         (["--model", "SiT-S/8", "--resolution", 64], "--resolution 64"),
         (["--num-classes", 1000], "--num-classes 1000"),
