@@ -93,8 +93,8 @@ class NonFiniteGuard:
         if self.bad_in_a_row == MAX_CONSECUTIVE_BAD_STEPS:
             raise UserError(
                 f"{messages[-1]}; this is consecutive bad step {MAX_CONSECUTIVE_BAD_STEPS}. "
-                "Training was stopped, and the last checkpoint is unaffected. Start a new run with a "
-                "lower --learning-rate"
+                "Training was stopped, and the last checkpoint is unaffected. Start a new run with "
+                "a lower --learning-rate"
             )
         if self.overflows_in_a_row == MAX_CONSECUTIVE_OVERFLOWS:
             raise UserError(

@@ -157,7 +157,7 @@ def test_features_of_changed_images_are_not_read(call, encoder, data, tmp_path):
     cache = LatentCache(data)
     assert cache.read_feature_metadata() == {}
     assert LatentCache(data, copy).read_feature_metadata() == {}
-    with pytest.raises(CacheError, match=r"no features e-224-4x4.*none.*preprocessing"):
+    with pytest.raises(CacheError, match=r"no features named e-224-4x4.*none.*preprocessing"):
         TrainingStream(cache, 0, 8, inputs=["features/e-224-4x4"])
     code, out = call(encode_features, data, "--encoder", "e")
     assert code == 2 and "features of images that have changed; remove it" in out

@@ -19,7 +19,7 @@ def make_monitors(tmp_path):
         log = SimpleNamespace(
             folder=tmp_path,
             throughput=SimpleNamespace(pause=nullcontext),
-            image=lambda name, path, step: make.images.append((name, path.name, step)),
+            record_image=lambda name, path, step: make.images.append((name, path.name, step)),
             info=make.messages.append,
         )
         preview = SimpleNamespace(draw=draw)
