@@ -101,7 +101,7 @@ class OutputConfig:
     )
     png: bool = setting(False, help="also write each image to NAME/INDEX.png")
     evaluate: Path | None = setting(
-        None, help="reference for metrics of the samples, see --reference of evaluations.evaluate"
+        None, help="reference for metrics of the samples (see --reference of evaluations.evaluate)"
     )
     no_npz: bool = setting(
         False, help="discard the images and keep only the grid and the metrics; needs --evaluate"

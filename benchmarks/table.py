@@ -115,7 +115,7 @@ def checkpoint_rows(result: dict) -> Iterator[str]:
 
 
 def data_loading_rows(result: dict) -> Iterator[str]:
-    """Yield one row per source, with the speedup over .npy files."""
+    """Yield one row per source, with the speed-up over .npy files."""
     for name, values in result["results"].items():
         speedup = "".join(
             f"{ratio:.3g}" for pair, ratio in result["ratios"].items() if pair.endswith(f"/{name}")
@@ -165,7 +165,7 @@ def imagenet_rows(result: dict) -> Iterator[str]:
 
 
 def evaluation_rows(result: dict) -> Iterator[str]:
-    """Yield one row per implementation, with the speedup over other implementations."""
+    """Yield one row per implementation, with the speed-up over other implementations."""
     for name, values in result["results"].items():
         suffix = f"/{name}"
         speedups = ", ".join(
@@ -238,7 +238,7 @@ TABLES = {
     ),
     "data_loading": Table(
         data_loading_rows,
-        "| machine | source | ms per batch | samples/s | speedup over .npy |",
+        "| machine | source | ms per batch | samples/s | speed-up over .npy |",
     ),
     "encode": Table(
         encode_rows,
@@ -247,12 +247,12 @@ TABLES = {
     ),
     "evaluation": Table(
         evaluation_rows,
-        "| machine | features | implementation | seconds per call | speedup |",
+        "| machine | features | implementation | seconds per call | speed-up |",
     ),
     "sampling": Table(
         sampling_rows,
         "| machine | run | method | seconds per image | fastest round | images/s "
-        "| share of matmul rate | speedup over plain | speedup of the fastest round "
+        "| share of matmul rate | speed-up over plain | speed-up of the fastest round "
         "| network and VAE alone / sample_ddp |",
     ),
     "batch_size": Table(

@@ -137,7 +137,7 @@ def compute_sde_moments(
         interpolant: The interpolant that relates velocity and score.
         d: Number of dimensions.
         num_steps: Number of network evaluations.
-        last: Time at which the last step starts, see `samplers.sde_times`.
+        last: Time at which the last step starts (see `samplers.sde_times`).
         ends: Lower and upper end of the integration interval.
 
     Returns:

@@ -42,7 +42,7 @@ def format_tables(result: dict) -> str:
     """Return all tables of a study as Markdown, followed by their explanation.
 
     Raises:
-        UserError: If the runs cannot be compared, see `collect_main_curves`.
+        UserError: If the runs cannot be compared (see `collect_main_curves`).
     """
     numbers = format_numbers(result)
     metric = result["metric"]
@@ -180,7 +180,7 @@ def explain_tables(result: dict) -> list[str]:
         f"- {metric} and held-out loss: lower is better.",
         "- Class agreement is the fraction of samples that the classifier assigns to the requested "
         "class.",
-        "- Precision and recall follow Kynkaanniemi et al. and use the classifier's features.",
+        "- Precision and recall follow Kynkäänniemi et al. and use the classifier's features.",
         f"- The difference from {label} is the mean of the per-seed differences, over the seeds "
         "that both methods were run with,",
         f"  with a 95% percentile bootstrap interval. {reliability}",
@@ -214,7 +214,7 @@ def draw_figure(result: dict, path: Path) -> None:
     """Draw the curves of the main metric, the speed-ups, and the differences from the baseline.
 
     Raises:
-        UserError: If the runs cannot be compared, see `collect_main_curves`.
+        UserError: If the runs cannot be compared (see `collect_main_curves`).
     """
     plt = load_pyplot()
     quality = collect_main_curves(result)

@@ -74,7 +74,7 @@ class Manifest:
 
     @property
     def moment_folders(self) -> list[str]:
-        """The folders of moments, see `list_moment_folders`."""
+        """The folders of moments (see `list_moment_folders`)."""
         return list_moment_folders(self.flips)
 
     @property
