@@ -81,7 +81,7 @@ class GuidedVelocity:
     """The velocity field of a batch, with classifier-free guidance in an interval of t.
 
     Within low <= t <= high, the velocity is v_null + scale (v_class - v_null) (Ho & Salimans,
-    arXiv:2207.12598; interval: Kynkaanniemi et al., arXiv:2404.07724). One evaluation of the model
+    arXiv:2207.12598; interval: Kynkäänniemi et al., arXiv:2404.07724). One evaluation of the model
     with a doubled batch computes v_null and v_class. Outside the interval, the velocity is v_class.
     The score, the predictions x and eps, and the drift of the SDE are affine in the velocity, so
     guiding the velocity is equivalent to guiding any of these.

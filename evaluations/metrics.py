@@ -186,7 +186,7 @@ def precision_recall(
     device: Device = "cpu",
     fp16: bool = False,
 ) -> PrecisionRecall:
-    """Compute improved precision and recall (Kynkaanniemi et al. 2019).
+    """Compute improved precision and recall (Kynkäänniemi et al. 2019).
 
     Precision is the fraction of samples inside the manifold of the reference; recall is the
     fraction of the reference inside the manifold of the samples. A manifold is the union of closed
