@@ -150,12 +150,12 @@ class CacheJob(ABC):
         self.recorded_settings = settings | {"made_by": self.command_name}
 
     @abstractmethod
-    def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
+    def iter_batches(self, shards: list[range], images_only: bool) -> Generator[Batch, None, None]:
         """Yield the batches of several shards in order.
 
         Args:
             shards: The indices of the images of each shard.
-            only_images: Whether moments are needed only for the comparison in `add_images`.
+            images_only: Whether moments are needed only for the comparison in `add_images`.
         """
 
     @abstractmethod
@@ -177,7 +177,7 @@ class CacheJob(ABC):
         dest: Path,
         shard_indices: list[int],
         progress: Callable[[int], None],
-        only_images: bool,
+        images_only: bool,
     ) -> Iterator[Shard]:
         """Create shards.
 
@@ -185,14 +185,14 @@ class CacheJob(ABC):
             dest: Folder of the cache, for the files of images.
             shard_indices: Indices of the shards to create, in this order.
             progress: Function that is called with the number of images that were just processed.
-            only_images: Whether to create only the images and the data that `add_images` compares.
+            images_only: Whether to create only the images and the data that `add_images` compares.
 
         Raises:
             UserError: If an image could not be read, or cannot be used and --skip-bad is not set.
         """
         shards = [self.get_image_range(k) for k in shard_indices]
         side = self.manifest_fields["resolution"]
-        with closing(self.iter_batches(shards, only_images)) as batches:
+        with closing(self.iter_batches(shards, images_only)) as batches:
             for shard_index in shard_indices:
                 file = shard_file_name(shard_index)
                 images = None

@@ -88,7 +88,7 @@ class ImportJob(CacheJob):
         self.shape = self._find_common_shape()
         self.record(self.shape[1] * self.vae.downsampling_factor, "as imported")
 
-    def iter_batches(self, shards: list[range], only_images: bool) -> Generator[Batch, None, None]:
+    def iter_batches(self, shards: list[range], images_only: bool) -> Generator[Batch, None, None]:
         """Yield one batch per image (see CacheJob). Moments are always read, which is fast."""
         image_indices = chain.from_iterable(shards)
         with ThreadPoolExecutor(READER_THREADS) as pool:
