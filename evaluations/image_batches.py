@@ -238,7 +238,7 @@ def open_images(
     if path.suffix == ".npz":
         images = NpzImages(path, flag)
     else:
-        images = SourceImages(open_source(path, flag), resolution, flag)
+        images = SourceImages(open_source(path, flag, is_unlabeled=True), resolution, flag)
     height, width = images.size
     if images.size != (resolution, resolution) or images.count <= neighbours:
         raise UserError(

@@ -50,6 +50,12 @@ class EncodingSettings:
         help="CSV file with rows image,class or JSON file in the format of EDM's dataset.json "
         "(default: the labels of the source)",
     )
+    label_column: str | None = setting(
+        None, help="column of parquet files that contains the class (default: found by its name)"
+    )
+    unlabeled: bool = setting(
+        False, help="put all images in one class, whatever labels the source contains"
+    )
     resolution: int = setting(
         256,
         type=cli.positive_int,
@@ -172,7 +178,14 @@ class EncodingJob(CacheJob):
     settings: EncodingSettings
 
     def __init__(self, settings: EncodingSettings, device: str, num_workers: int, world: World):
-        source = open_source(settings.source, labels=settings.labels)
+        source = open_source(
+            settings.source,
+            labels=settings.labels,
+            label_column=settings.label_column,
+            is_unlabeled=settings.unlabeled,
+        )
+        if world.rank == 0:
+            print(f"{settings.source}: {source.describe()}")
         self.device = select_device(device, world)
         use_tf32 = settings.precision == "tf32"
         if use_tf32 and self.device.type == "cpu":

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,15 +29,28 @@ class ImageSource:
         names: The name of each image: its path relative to `root`.
         labels: The class index of each image, (n,) int64.
         class_names: The names of all classes.
+        label_origin: Where the classes come from, for example "folder names".
+        ignored: The number of ignored files and folders with their names, or an empty string.
     """
 
     root: Path
     names: list[str]
     labels: np.ndarray
     class_names: list[str]
+    label_origin: str = field(default="", kw_only=True)
+    ignored: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def describe(self) -> str:
+        """Return the number of images, the classes and where they come from, in one line."""
+        names = ", ".join(self.class_names[:3])
+        if len(self.class_names) > 3:
+            names += ", ..."
+        noun = "class" if len(self.class_names) == 1 else "classes"
+        text = f"{len(self):,} images, {len(self.class_names):,} {noun} ({names}) from "
+        return text + ", ".join(filter(None, (self.label_origin, self.ignored)))
 
     def open(self, image_index: int) -> BinaryIO:
         """Return the stored bytes of an image as a file object. Raises OSError if that fails."""

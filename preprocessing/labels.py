@@ -1,24 +1,20 @@
-"""Assign class labels to images from a CSV file, an EDM dataset.json, or folder names."""
+"""Read label files, and convert classes to labels."""
 
 import csv
 import io
 import json
 import re
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.cli import UserError
+from preprocessing.listing import IMAGE_EXTENSIONS, split_extension
 
-IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 MAX_CLASSES = 1_000_000  # class indices must be below this number
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a path has an image extension and no component with a leading dot."""
-    is_hidden = any(part.startswith(".") for part in name.removeprefix("./").split("/"))
-    return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not is_hidden
+# Names of the class in metadata files, and of the label column in parquet files.
+LABEL_KEYS = ("label", "labels", "cls", "class", "fine_label", "class_name", "category", "target")
 
 
 class LabelTable(NamedTuple):
@@ -65,7 +61,7 @@ def _parse_csv(text: str, origin: str) -> dict[str, object]:
                 f"{origin}: row {number} has {len(row)} columns; "
                 "expected two columns, image,class, separated by a comma"
             )
-    if len(rows) > 1 and not is_image_name(rows[0][0]) and is_image_name(rows[1][0]):
+    if len(rows) > 1 and not _is_image_name(rows[0][0]) and _is_image_name(rows[1][0]):
         rows = rows[1:]  # skip the header
 
     classes: dict[str, object] = {}
@@ -77,6 +73,61 @@ def _parse_csv(text: str, origin: str) -> dict[str, object]:
     if not classes:
         raise UserError(f"{origin} is empty")
     return classes
+
+
+def _is_image_name(name: str) -> bool:
+    return split_extension(name)[1] in IMAGE_EXTENSIONS
+
+
+def parse_table(name: str, data: bytes, origin: str) -> LabelTable | None:
+    """Parse a label file of a folder (one of TABLE_NAMES in preprocessing/listing.py).
+
+    Returns:
+        The table, or None if the file contains no classes, such as a file with captions.
+
+    Raises:
+        UserError: The file cannot be parsed.
+    """
+    if name == "dataset.json":
+        return parse_dataset_json(data, origin)
+    try:
+        text = data.decode("utf-8-sig")
+        if name == "metadata.csv":
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        classes = {row["file_name"]: find_class(row) for row in rows}
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{origin} is not ImageFolder metadata with file_name ({reason})") from None
+    if None in classes.values():
+        return None
+    return LabelTable(classes, None, origin)
+
+
+def parse_sidecar(extension: str, data: bytes, origin: str) -> object | None:
+    """Return the class in the label file of a single image, or None if it contains no class.
+
+    Raises:
+        UserError: The file cannot be parsed.
+    """
+    try:
+        text = data.decode("utf-8-sig").strip()
+        if extension == ".json":
+            return find_class(json.loads(text))
+    except ValueError as error:
+        raise UserError(f"{origin} is not a readable label file ({error})") from None
+    if extension == ".txt" and _parse_index(text) is None:
+        return None  # a caption
+    return text or None
+
+
+def find_class(content: object) -> object | None:
+    """Return the class in the metadata of an image, or None if the metadata contains no class."""
+    if not isinstance(content, dict):
+        return None
+    values = [content[key] for key in LABEL_KEYS if isinstance(content.get(key), int | float | str)]
+    return values[0] if values and values[0] != "" else None
 
 
 def parse_dataset_json(text: str | bytes, origin: str) -> LabelTable:
@@ -119,7 +170,7 @@ def index_classes(
     parsed = [_parse_index(value) for value in classes]
     indices = [index for index in parsed if index is not None]
     if not indices and all(isinstance(value, str) and value for value in classes):
-        return _index_names(classes, class_names, origin)
+        return index_names(classes, class_names, origin)
 
     if len(indices) < len(parsed):
         value = classes[parsed.index(None)]
@@ -137,9 +188,10 @@ def index_classes(
     return np.array(indices, np.int64), names
 
 
-def _index_names(
+def index_names(
     classes: list[str], class_names: list[str] | None, origin: str
 ) -> tuple[np.ndarray, list[str]]:
+    """Convert class names to labels; see `index_classes`."""
     names = class_names or sorted(set(classes))
     unknown = sorted(set(classes) - set(names))
     if unknown:
@@ -159,11 +211,18 @@ def _parse_index(value: object) -> int | None:
     return None
 
 
-def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list[str]]:
+def assign_labels(
+    paths: list[str], table: LabelTable, scopes: list[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
     """Look up the class of each image in a label table.
 
-    The table may list an image by its name in the source, by its file name, or by its file name
-    without extension.
+    The table may list an image by its path with or without the scope, by its file name, or by its
+    file name without extension.
+
+    Args:
+        paths: The normalized path of each image.
+        table: The label table.
+        scopes: The prefix of each path that identifies the archive, if there are several archives.
 
     Returns:
         The labels, (n,) int64, and the names of all classes.
@@ -172,33 +231,28 @@ def assign_labels(names: list[str], table: LabelTable) -> tuple[np.ndarray, list
         UserError: An image has no class, or a row of the table matches two images.
     """
     if not table.classes:  # EDM writes "labels": null for an unlabeled data set
-        return np.zeros(len(names), np.int64), ["0"]
+        return np.zeros(len(paths), np.int64), ["0"]
 
     classes = []
     missing_names = []
     image_by_key: dict[str, str] = {}
-    for name in names:
-        key = _find_key(name, table.classes)
+    for path, scope in zip(paths, scopes or [""] * len(paths)):
+        file_name = path.rsplit("/", 1)[-1]
+        keys = (scope + path, path, file_name, file_name.rsplit(".", 1)[0])
+        key = next((key for key in keys if key in table.classes), None)
         if key is None:
-            missing_names.append(name)
+            missing_names.append(path)
         elif key in image_by_key:
             raise UserError(
-                f"{table.origin}: {key} matches both {image_by_key[key]} and {name}; "
+                f"{table.origin}: {key} matches both {image_by_key[key]} and {scope}{path}; "
                 "list images by their paths"
             )
         else:
-            image_by_key[key] = name
+            image_by_key[key] = scope + path
             classes.append(table.classes[key])
     if missing_names:
         raise UserError(f"{table.origin} has no label for {summarize_names(missing_names)}")
     return index_classes(classes, table.class_names, table.origin)
-
-
-def _find_key(name: str, classes: dict[str, object]) -> str | None:
-    """Return the key of an image in `classes`, or None. The key is its name, file name or stem."""
-    file_name = name.rsplit("/", 1)[-1]
-    stem = file_name.rsplit(".", 1)[0]
-    return next((key for key in (name, file_name, stem) if key in classes), None)
 
 
 def summarize_names(names: list[str]) -> str:
@@ -206,26 +260,3 @@ def summarize_names(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     return f"{names[0]} (and {len(names) - 1} more)"
-
-
-def assign_labels_from_folders(names: list[str], origin: str) -> tuple[np.ndarray, list[str]]:
-    """Use the first folder of each path as the class. Images outside of folders form one class.
-
-    Returns:
-        The labels, (n,) int64, and the sorted names of all classes.
-
-    Raises:
-        UserError: Some images are in class folders and others are not.
-    """
-    folders = []
-    for name in names:
-        first, separator, _ = name.removeprefix("./").partition("/")
-        folders.append(first if separator else "")
-    labels, classes = _index_names(folders, None, origin)
-    if "" in classes and len(classes) > 1:
-        outside_name = names[folders.index("")]
-        raise UserError(
-            f"{origin} has images inside and outside of class folders ({outside_name}); "
-            "move all images into class folders, or pass --labels"
-        )
-    return labels, [name or "0" for name in classes]

@@ -14,13 +14,12 @@ import numpy as np
 from common import cli
 from common.cli import UserError
 from preprocessing.image_source import ImageSource
-from preprocessing.labels import LabelTable, index_classes
+from preprocessing.labels import LABEL_KEYS, index_classes
 
 if TYPE_CHECKING:
     import pyarrow
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 
 
 @dataclass(eq=False, repr=False)
@@ -62,33 +61,23 @@ class ParquetSource(ImageSource):
         return self.__dict__ | {"_loaded_group": None, "_cells": None}
 
 
-def open_parquet(path: Path, files: list[Path], flag: str, table: LabelTable | None) -> ImageSource:
+def open_parquet(
+    path: Path, files: list[Path], flag: str, label_column: str | None, is_unlabeled: bool
+) -> ImageSource:
     """List the images of parquet files, and read their labels.
 
     Args:
         path: The file, folder or pattern that the user specified.
         files: The parquet files.
         flag: The command-line flag that specifies the path, for error messages.
-        table: The classes from --labels, which parquet files do not support, or None.
+        label_column: The column that contains the class. By default, it is chosen by its name.
+        is_unlabeled: Whether to put all images in one class.
 
     Raises:
-        UserError: pyarrow is not installed, a file cannot be read, a column is missing, the files
-            belong to several splits, or a table is given.
+        UserError: pyarrow is not installed, a file cannot be read, or a column is missing.
     """
     origin = f"{flag} {path}"
     cli.require_package("pyarrow", f"{origin}, which contains parquet files,")
-    splits = sorted({file.name.split("-", 1)[0] for file in files if "-of-" in file.name})
-    if len(splits) > 1:
-        pattern = files[-1].parent / f"{splits[-1]}-*.parquet"
-        raise UserError(
-            f"{origin} contains several splits ({', '.join(splits)}); "
-            f"choose one, for example {flag} '{pattern}'"
-        )
-    if table is not None:
-        raise UserError(
-            f"--labels requires images with file names, but the images of {path} are parquet rows, "
-            "whose labels are in a column; remove --labels"
-        )
 
     # Locate the images and read the label columns.
     names: list[str] = []
@@ -96,6 +85,7 @@ def open_parquet(path: Path, files: list[Path], flag: str, table: LabelTable | N
     classes: list = []
     class_names: list[str] | None = None
     image_column = ""
+    column: str | None = None
     for file_index, file in enumerate(files):
         with _open_parquet_file(file, flag) as parquet:
             schema = parquet.schema_arrow
@@ -105,20 +95,25 @@ def open_parquet(path: Path, files: list[Path], flag: str, table: LabelTable | N
             for group in range(metadata.num_row_groups):
                 rows = range(metadata.row_group(group).num_rows)
                 locations += [(file_index, group, row) for row in rows]
-            label_column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-            if label_column is not None:
-                label_array = parquet.read([label_column], use_threads=False).column(0)
-                classes += label_array.to_pylist()
-                class_names = class_names or _find_class_names(schema, label_column)
+            if not is_unlabeled:
+                column = _find_label_column(schema, image_column, label_column, f"{flag} {file}")
+            if column is not None:
+                classes += parquet.read([column], use_threads=False).column(0).to_pylist()
+                class_names = class_names or _read_class_names(schema).get(column)
 
-    # Convert classes to labels. Without a label column, all images belong to one class.
+    # Convert classes to labels. A test split may have the label -1 for all images.
     if classes and (len(classes) != len(names) or None in classes):
         raise UserError(f"{origin}: some rows have a label and others have none")
-    labels, class_names = index_classes(classes or [0] * len(names), class_names, origin)
+    is_labeled = bool(classes) and set(classes) != {-1}
+    labels, class_names = index_classes(
+        classes if is_labeled else [0] * len(names), class_names if is_labeled else None, origin
+    )
     array = np.array(locations, np.int64).reshape(-1, 3)
-    return ParquetSource(
+    source = ParquetSource(
         path, names, labels, class_names, files=files, locations=array, column=image_column
     )
+    source.label_origin = f"the column {column}" if is_labeled else "no labels"
+    return source
 
 
 def _open_parquet_file(file: Path, flag: str) -> "pyarrow.parquet.ParquetFile":
@@ -159,10 +154,53 @@ def _find_image_column(schema: "pyarrow.Schema", origin: str) -> str:
     return (preferred or candidates)[0]
 
 
-def _find_class_names(schema: "pyarrow.Schema", label_column: str) -> list[str] | None:
-    """Return the class names that the library `datasets` has stored in the file, or None."""
+def _find_label_column(
+    schema: "pyarrow.Schema", image_column: str, label_column: str | None, origin: str
+) -> str | None:
+    """Return the name of the column that contains the classes, or None if there is no such column.
+
+    The column is `label_column`, or has one of the names LABEL_KEYS, or is the only column that the
+    library `datasets` calls a ClassLabel, or is the only column whose name contains label or class.
+
+    Raises:
+        UserError: `label_column` does not exist, or it is not clear whether the other columns
+            contain classes.
+    """
+    from pyarrow import types
+
+    if label_column is not None:
+        if label_column not in schema.names:
+            raise UserError(
+                f"--label-column {label_column}: {origin} has the columns {', '.join(schema.names)}"
+            )
+        return label_column
+    for name in LABEL_KEYS:
+        if name in schema.names:
+            return name
+    others = [
+        column.name
+        for column in schema
+        if column.name != image_column
+        and (types.is_integer(column.type) or types.is_string(column.type))
+    ]
+    class_labels = [name for name in _read_class_names(schema) if name in others]
+    named = [name for name in others if "label" in name.lower() or "class" in name.lower()]
+    for candidates in (class_labels, named):
+        if len(candidates) == 1:
+            return candidates[0]
+    if others:
+        raise UserError(
+            f"{origin} has no column that is known to contain classes (columns: "
+            f"{', '.join(others)}); pass --label-column NAME, or --unlabeled to put all images in "
+            "one class"
+        )
+    return None
+
+
+def _read_class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
+    """Return the class names that the library `datasets` has stored in the file, by column."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return features[label_column]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
+        return {column: value["names"] for column, value in features.items() if "names" in value}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}

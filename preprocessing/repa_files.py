@@ -34,7 +34,7 @@ from preprocessing.cache_preview import spread_indices
 from preprocessing.image_source import ImageSource
 from preprocessing.images import BadImage, UnreadableImage, load_square
 from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
-from preprocessing.sources import list_files
+from preprocessing.sources import walk_folder
 
 READER_THREADS = 16  # reading small files is limited by the latency of the disk
 
@@ -203,7 +203,12 @@ def open_moments(root: Path) -> ImageSource:
     Raises:
         UserError: There are no files, or dataset.json is missing or does not match the files.
     """
-    names, _ = list_files(root, "SRC", is_moments_name)
+    names = sorted(
+        folder + name
+        for folder, _, files, _ in walk_folder(root, "SRC")
+        for name in files
+        if is_moments_name(name)
+    )
     if not names:
         raise UserError(
             f"SRC {root} contains no .npy files; "

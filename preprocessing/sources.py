@@ -4,29 +4,27 @@ import copy
 import glob
 import io
 import os
+import posixpath
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from common.cli import UserError
+from preprocessing.classes import determine_classes
 from preprocessing.image_source import ImageSource
-from preprocessing.labels import (
-    IMAGE_EXTENSIONS,
-    LabelTable,
-    assign_labels,
-    assign_labels_from_folders,
-    is_image_name,
-    parse_dataset_json,
-    read_label_file,
-)
+from preprocessing.labels import LabelTable, parse_dataset_json, read_label_file
+from preprocessing.listing import IMAGE_EXTENSIONS, Listing, find_ignored_name, find_split
 from preprocessing.parquet_files import open_parquet
-from preprocessing.tar_files import open_tars
+from preprocessing.tar_files import TarSource, list_tars
 
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 COMPRESSED_TARS = {".tgz", *(f".tar{suffix}" for suffix in COMPRESSION_SUFFIXES)}
+ARCHIVE_TYPES = (".tar", ".parquet", ".zip", *COMPRESSED_TARS)
 
 
 @dataclass(eq=False, repr=False)
@@ -52,56 +50,105 @@ class ZipSource(ImageSource):
         return self.__dict__ | {"_archive": None}
 
 
-def open_source(path: Path, flag: str = "--source", labels: Path | None = None) -> ImageSource:
+def open_source(
+    path: Path,
+    flag: str = "--source",
+    labels: Path | None = None,
+    label_column: str | None = None,
+    is_unlabeled: bool = False,
+) -> ImageSource:
     """Open the images of a folder, a file, or a glob pattern of files.
 
     Args:
         path: The folder, file or pattern.
         flag: The command-line flag that specifies the path, for error messages.
         labels: A CSV or dataset.json with the class of each image. By default, the source
-            determines the classes.
+            determines the classes (see preprocessing/classes.py).
+        label_column: The column of parquet files that contains the class.
+        is_unlabeled: Whether to put all images in one class.
 
     Raises:
         UserError: The source or the labels are missing, unreadable, ambiguous or empty.
     """
     origin = f"{flag} {path}"
-    files = _find_files(path, flag)
-    types = {_get_file_type(file) for file in files}
+    table = read_label_file(labels) if labels else None
+    listing = None
+    if path.is_dir():
+        listing, archives = _list_folder(path, flag)
+        files = _select_archives(path, listing, archives, flag)
+    else:
+        files = _find_files(path, flag)
+    types = {_get_file_type(file.name) for file in files}
     if len(types) > 1:
         raise UserError(
             f"{origin} contains files of several types ({', '.join(sorted(types))}); "
             "choose files of one type"
         )
-    table = read_label_file(labels) if labels else None
+    if types & COMPRESSED_TARS:
+        raise UserError(
+            f"{origin}: a compressed tar file does not allow random access; decompress it first"
+        )
+    _check_one_split(path, files, flag)
+    if types == {".parquet"}:
+        if table is not None:
+            raise UserError(
+                f"--labels requires images with file names, but the images of {path} are parquet "
+                "rows, whose labels are in a column; remove --labels"
+            )
+        return open_parquet(path, files, flag, label_column, is_unlabeled)
+    if label_column is not None:
+        raise UserError(f"--label-column requires parquet files, but {origin} contains none")
 
-    source: ImageSource
-    if not files:
-        source = _open_folder(path, flag, table)
-    elif types == {".tar"}:
-        source = open_tars(path, files, flag, table)
-    elif types == {".parquet"}:
-        source = open_parquet(path, files, flag, table)
+    if types == {".tar"}:
+        if table is None and path.is_dir() and (path / "dataset.json").exists():
+            label_file = path / "dataset.json"
+            table = parse_dataset_json(label_file.read_bytes(), f"{flag} {label_file}")
+        listing = list_tars(path, files, flag)
     elif len(files) > 1:
         raise UserError(
             f"{origin} matches several files that are neither tar nor parquet; "
             "pass a folder or one zip file"
         )
-    elif types & COMPRESSED_TARS:
-        raise UserError(
-            f"{origin}: a compressed tar file does not allow random access; decompress it first"
-        )
-    else:
-        source = _open_zip(files[0], flag, table)
-    if not len(source):
+    elif files:
+        listing = _list_zip(files[0], flag)
+    assert listing is not None
+    return _make_source(path, files, listing.sort(), table, origin, is_unlabeled)
+
+
+def _make_source(
+    path: Path,
+    files: list[Path],
+    listing: Listing,
+    table: LabelTable | None,
+    origin: str,
+    is_unlabeled: bool,
+) -> ImageSource:
+    """Determine the classes of the listed images, and return the source that reads them."""
+    if not listing.images:
         extensions = " ".join(sorted(IMAGE_EXTENSIONS))
-        raise UserError(f"{origin} contains no images; supported extensions are {extensions}")
+        ignored = listing.describe_ignored()
+        ignored = f" ({ignored})" if ignored else ""
+        raise UserError(
+            f"{origin} contains no images{ignored}; supported extensions are {extensions}"
+        )
+    classes = determine_classes(listing, table, origin, is_unlabeled)
+    names = [image.name for image in listing.images]
+    content = (names, classes.labels, classes.names)
+    source: ImageSource
+    if not files:
+        source = ImageSource(path, *content)
+    elif files[0].suffix == ".tar":
+        locations = np.array([image.location for image in listing.images], np.int64)
+        source = TarSource(path, *content, files=files, locations=locations)
+    else:
+        source = ZipSource(files[0], *content)
+    source.label_origin = classes.origin
+    source.ignored = listing.describe_ignored()
     return source
 
 
 def _find_files(path: Path, flag: str) -> list[Path]:
-    """Return the files to read images from. For a folder of image files, the list is empty."""
-    if path.is_dir():
-        return _find_archives(path, flag)
+    """Return the files that a path or a glob pattern specifies."""
     if path.exists():
         return [path]
     files = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 (the pattern may be absolute)
@@ -112,76 +159,104 @@ def _find_files(path: Path, flag: str) -> list[Path]:
     return files
 
 
-def _find_archives(root: Path, flag: str) -> list[Path]:
-    """Return the tar or parquet files in a folder or in its subfolder data (Hugging Face)."""
-    for folder in (root, root / "data"):
-        if not folder.is_dir():
-            continue
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-        archives = sorted(
-            entry for entry in entries if entry.suffix in (".parquet", ".tar") and entry.is_file()
-        )
-        if not archives:
-            continue
-        suffix = archives[0].suffix
-        if any(entry.suffix == ".zip" for entry in entries):
+def _select_archives(root: Path, listing: Listing, archives: list[str], flag: str) -> list[Path]:
+    """Return the archives in a folder to read images from, or [] to read its image files.
+
+    Args:
+        root: The folder.
+        listing: The files of the folder.
+        archives: The paths of the archives relative to the folder.
+        flag: The command-line flag that specifies the folder, for error messages.
+
+    Raises:
+        UserError: The folder contains tar or parquet files and other sources of images.
+    """
+    large = [path for path in archives if _get_file_type(path) in (".tar", ".parquet")]
+    zips = [path for path in archives if path.endswith(".zip")]
+    if listing.images:
+        # Archives deep inside a tree of images are not sources.
+        top = [path for path in large if path.count("/") == 0 or path.startswith("data/")]
+        if top:
+            suffix = _get_file_type(top[0])
             raise UserError(
-                f"{flag} {folder} contains {suffix} and .zip files; choose files of one type"
+                f"{flag} {root} contains {suffix} files and folders; pass one of the folders, or "
+                f"the files as '{root / posixpath.dirname(top[0])}/*{suffix}'"
             )
-        if any(entry.is_dir() for entry in entries):
-            raise UserError(
-                f"{flag} {folder} contains {suffix} files and folders; "
-                f"pass one of the folders, or the files as '{folder}/*{suffix}'"
-            )
-        return archives
-    return []
-
-
-def _get_file_type(file: Path) -> str:
-    """Return the suffix of a file, including the one before a compression suffix (.tar.gz)."""
-    if file.suffix in COMPRESSION_SUFFIXES:
-        return "".join(file.suffixes[-2:])
-    return file.suffix
-
-
-def _open_folder(path: Path, flag: str, table: LabelTable | None) -> ImageSource:
-    names, top_folders = list_files(path, flag, is_image_name)
-    label_file = path / "dataset.json"
-    if table is None and label_file.exists():
-        table = parse_dataset_json(label_file.read_bytes(), f"{flag} {label_file}")
-    if table is not None:
-        return ImageSource(path, names, *assign_labels(names, table))
-
-    labels, class_names = assign_labels_from_folders(names, f"{flag} {path}")
-    empty_classes = sorted(set(top_folders) - set(class_names))
-    if names and empty_classes:
+        return []
+    if large and zips:
         raise UserError(
-            f"{flag} {path}: some classes have no images ({', '.join(empty_classes[:5])}); "
-            "add images or remove these folders"
+            f"{flag} {root} contains {_get_file_type(large[0])} and .zip files; choose files of "
+            "one type"
         )
-    return ImageSource(path, names, labels, class_names)
+    selected = large or zips or archives
+    return [root / path for path in selected]
 
 
-def list_files(
-    root: Path, flag: str, is_wanted: Callable[[str], bool]
-) -> tuple[list[str], list[str]]:
-    """List the files under a folder, except those in hidden folders. Symlinks are followed.
+def _check_one_split(path: Path, files: list[Path], flag: str) -> None:
+    """Raise UserError if the files belong to several splits of a data set."""
+    if len(files) < 2:
+        return
+    root = path if path.is_dir() else path.parent
+    file_by_split: dict[str, Path] = {}
+    for file in files:
+        split = find_split(file.relative_to(root).as_posix() if path.is_dir() else file.name)
+        if "-of-" in file.name:  # Hugging Face: SPLIT-00000-of-00004.parquet
+            split = file.name.split("-", 1)[0]
+        if split is not None:
+            file_by_split[split] = file
+    if len(file_by_split) > 1:
+        splits = sorted(file_by_split)
+        example = file_by_split[splits[-1]]
+        pattern = example.parent / f"{splits[-1]}-*{example.suffix}"
+        if not any(pattern.parent.glob(pattern.name)):
+            pattern = example
+        raise UserError(
+            f"{flag} {path} contains several splits ({', '.join(splits)}); "
+            f"choose one, for example {flag} '{pattern}'"
+        )
+
+
+def _get_file_type(name: str) -> str:
+    """Return the suffix of a file, including the one before a compression suffix (.tar.gz)."""
+    suffixes = Path(name).suffixes
+    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
+        return "".join(suffixes[-2:])
+    return suffixes[-1] if suffixes else ""
+
+
+def _list_folder(root: Path, flag: str) -> tuple[Listing, list[str]]:
+    """List the files under a folder, and return the listing and the relative paths of archives."""
+    listing = Listing(read=lambda name: (root / name).read_bytes())
+    archives = []
+    for prefix, subfolders, files, ignored in walk_folder(root, flag):
+        listing.ignored.update(ignored)
+        listing.folders += [prefix + name for name in subfolders]
+        for name in files:
+            if _get_file_type(name) in ARCHIVE_TYPES and find_ignored_name(name) is None:
+                archives.append(prefix + name)
+            else:
+                listing.add(prefix + name, prefix + name)
+    return listing, sorted(archives)
+
+
+def walk_folder(root: Path, flag: str) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+    """Walk through a folder and its subfolders. Symlinks are followed; ignored folders are not.
 
     Args:
         root: The folder.
         flag: The command-line flag that specifies the folder, for error messages.
-        is_wanted: Function that takes the name of a file and returns whether to list the file.
 
-    Returns:
-        The sorted paths of the files, relative to `root`, and the names of the folders directly
-        under `root`.
+    Yields:
+        For each folder: its path relative to `root` with a final slash ("" for `root`), and the
+        names of its subfolders, of its files, and of its ignored subfolders.
+
+    Raises:
+        UserError: A folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
         raise UserError(f"{flag} {error.filename} cannot be listed ({error.strerror})") from None
 
-    names: list[str] = []
-    top_folders: list[str] = []
     # Device and inode of each folder and its ancestors, to detect symlinks that form a cycle.
     ancestor_ids: dict[Path, frozenset] = {}
     for folder_name, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
@@ -193,29 +268,21 @@ def list_files(
             subfolders.clear()
             continue
         ancestor_ids[folder] = ancestors | {identity}
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if folder == root:
-            top_folders = subfolders.copy()
-            prefix = ""
-        else:
-            prefix = f"{folder.relative_to(root).as_posix()}/"
-        names += [prefix + name for name in files if is_wanted(name)]
-    return sorted(names), top_folders
+        ignored = [name for name in subfolders if find_ignored_name(name) is not None]
+        subfolders[:] = sorted(set(subfolders) - set(ignored))
+        prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        yield prefix, subfolders.copy(), files, ignored
 
 
-def _open_zip(file: Path, flag: str, table: LabelTable | None) -> ImageSource:
-    origin = f"{flag} {file}"
+def _list_zip(file: Path, flag: str) -> Listing:
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.namelist()
-            names = sorted({name for name in members if is_image_name(name)})
-            if table is None and "dataset.json" in members:
-                table = parse_dataset_json(archive.read("dataset.json"), f"{origin}: dataset.json")
+        archive = zipfile.ZipFile(file)
+        listing = Listing(read=archive.read)
+        for info in archive.infolist():
+            if not info.is_dir():
+                listing.add(info.filename, info.filename)
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{origin} is not a folder, tar, parquet or readable zip file ({error})"
+            f"{flag} {file} is not a folder, tar, parquet or readable zip file ({error})"
         ) from None
-    labels, class_names = (
-        assign_labels_from_folders(names, origin) if table is None else assign_labels(names, table)
-    )
-    return ZipSource(file, names, labels, class_names)
+    return listing
