@@ -238,7 +238,10 @@ def open_images(
     if path.suffix == ".npz":
         images = NpzImages(path, flag)
     else:
-        images = SourceImages(open_source(path, flag, is_unlabeled=True), resolution, flag)
+        source = open_source(path, flag, is_unlabeled=True)
+        if source.ignored:
+            print(f"{flag} {path}: {source.ignored}")
+        images = SourceImages(source, resolution, flag)
     height, width = images.size
     if images.size != (resolution, resolution) or images.count <= neighbours:
         raise UserError(

@@ -34,7 +34,7 @@ class Classes(NamedTuple):
     Attributes:
         labels: The class index of each image, (n,) int64.
         names: The names of all classes.
-        origin: Where the classes come from, for example "folder names".
+        origin: Where the classes come from, for example "labels from folder names".
     """
 
     labels: np.ndarray
@@ -64,14 +64,13 @@ def determine_classes(
     images = listing.images
     if is_unlabeled:
         return make_one_class(len(images), "no labels")
-    label_origin = "--labels"
     if table is None:
         table = _read_tables(listing, origin)
-        label_origin = "label files in the source"
     if table is not None:
         paths = [image.path for image in images]
         labels, names = assign_labels(paths, table, [image.scope for image in images])
-        return Classes(labels, names, label_origin if table.classes else "no labels")
+        label_origin = f"labels from {table.origin}" if table.classes else "no labels"
+        return Classes(labels, names, label_origin)
 
     for extension in (".cls", ".index", ".json"):
         if classes := _read_sidecars(listing, extension, origin):
@@ -138,7 +137,7 @@ def _read_sidecars(listing: Listing, extension: str, origin: str) -> Classes | N
             "contains no class"
         )
     labels, names = index_classes(classes, None, origin)
-    return Classes(labels, names, f"{extension} files")
+    return Classes(labels, names, f"labels from {extension} files")
 
 
 def _find_sidecar(listing: Listing, image: ListedFile, extension: str) -> ListedFile | None:
@@ -191,7 +190,7 @@ def _read_folder_names(listing: Listing, origin: str) -> Classes:
         )
     if names_of_classes == [""]:
         return make_one_class(len(folders), "no labels")
-    return Classes(labels, names_of_classes, "folder names")
+    return Classes(labels, names_of_classes, "labels from folder names")
 
 
 def _check_not_ambiguous(listing: Listing, class_names: list[str], origin: str) -> None:

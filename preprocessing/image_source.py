@@ -29,7 +29,7 @@ class ImageSource:
         names: The name of each image: its path relative to `root`.
         labels: The class index of each image, (n,) int64.
         class_names: The names of all classes.
-        label_origin: Where the classes come from, for example "folder names".
+        label_origin: Where the classes come from, for example "labels from folder names".
         ignored: The number of ignored files and folders with their names, or an empty string.
     """
 
@@ -48,9 +48,10 @@ class ImageSource:
         names = ", ".join(self.class_names[:3])
         if len(self.class_names) > 3:
             names += ", ..."
-        noun = "class" if len(self.class_names) == 1 else "classes"
-        text = f"{len(self):,} images, {len(self.class_names):,} {noun} ({names}) from "
-        return text + ", ".join(filter(None, (self.label_origin, self.ignored)))
+        text = f"{len(self):,} {'image' if len(self) == 1 else 'images'}, "
+        text += f"{len(self.class_names):,} {'class' if len(self.class_names) == 1 else 'classes'}"
+        details = filter(None, (self.label_origin, self.ignored))
+        return f"{text} ({names}); {'; '.join(details)}"
 
     def open(self, image_index: int) -> BinaryIO:
         """Return the stored bytes of an image as a file object. Raises OSError if that fails."""

@@ -112,7 +112,7 @@ def open_parquet(
     source = ParquetSource(
         path, names, labels, class_names, files=files, locations=array, column=image_column
     )
-    source.label_origin = f"the column {column}" if is_labeled else "no labels"
+    source.label_origin = f"labels from the column {column}" if is_labeled else "no labels"
     return source
 
 
