@@ -60,7 +60,7 @@ def test_flow_equals_scipys_solution_and_maps_noise_to_the_data(path_type):
 
 @on_regular_paths
 @pytest.mark.parametrize(("solver", "order", "tolerance"), [(euler, 1, 4e-2), (heun, 2, 3e-3)])
-def test_ode_solvers_have_their_order_of_convergence(path_type, solver, order, tolerance):
+def test_ode_solvers_converge_at_the_expected_order(path_type, solver, order, tolerance):
     exact = DATA.flow(draw_initial_noise())
     velocity = DATA.velocity(INTERPOLANTS[path_type])
     errors = [
@@ -126,7 +126,7 @@ def test_dopri5_meets_its_tolerance_with_as_many_evaluations_as_scipy(path_type)
 
 
 def make_relaxation_velocity(rates):
-    """Return a velocity field by which image i approaches sin(3 t) with the rate rates[i]."""
+    """Return a velocity field under which image i approaches sin(3 t) at rate rates[i]."""
     return lambda x, t: rates[:, None] * (x - torch.sin(3 * t)[:, None])
 
 
