@@ -9,7 +9,7 @@ per image (the loader of REPA also reads a PNG per image, which is omitted here)
 float16 stream of train.py, and `memory` is the same stream with --cache-in-ram. `copy` is the time
 of one contiguous copy of a batch, which is a lower bound. For the rows with `cold`, the files are
 dropped from the page cache before each round. The caches of a RAID controller or of a
-virtualisation host cannot be dropped.
+virtualization host cannot be dropped.
 """
 
 import argparse

@@ -189,7 +189,7 @@ def main() -> None:
         # Measure the matmul rate before and after the timings, because machine speed drifts.
         torch.set_num_threads(num_threads)
         rate_before = measure_matmul_rate(job.device, dtype, seconds=1.0)
-        # Omit the preview, which is drawn once per cache and takes long compared to a small cache.
+        # Omit the preview, which is drawn once per cache and would dominate a small one.
         with patch.object(job, "make_preview", lambda: (Image.new("RGB", (8, 8)), "omitted")):
             timings = time_interleaved(actions, job.device, args.rounds)
         torch.set_num_threads(num_threads)

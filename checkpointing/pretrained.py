@@ -160,7 +160,7 @@ def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float
 
     Raises:
         CheckpointError: If the path is a file that is not an EMA.
-        UserError: If the path is an EMA with another decay than --ema-decay.
+        UserError: If the path is an EMA whose decay differs from --ema-decay.
     """
     if not path.is_file():
         return config["ema_decay"][0] if ema_decay is None else ema_decay

@@ -37,9 +37,9 @@ from evaluations.reference_features import (
 from evaluations.runs import JsonObject, read_json
 from evaluations.timm_networks import NON_TIMM_NETWORKS
 
-# Keys of metrics.json that identify an evaluation, without those of the samples.
+# Keys of metrics.json that identify an evaluation, except those of the samples.
 IDENTITY_KEYS = ("reference_sha256", "features", "fp16_distances", "normalisers")
-# Names in printed results of the names in metrics.json.
+# Display names of keys and references in printed results, by their names in metrics.json.
 DISPLAY_NAMES = {
     "class_agreement": "class agreement",
     "inception_score": "Inception score",

@@ -235,7 +235,7 @@ def check_checkpoint(source: PretrainedModel, cache: LatentCache, blocks: list[i
         )
     if source.vae_fingerprint not in (None, manifest.vae_fingerprint):
         raise UserError(
-            f"{checkpoint} was trained on latents of another VAE ({source.vae}) than the VAE of "
+            f"{checkpoint} was trained on latents of a different VAE ({source.vae}) from that of "
             f"--data-dir ({manifest.vae}); pass a --data-dir that was encoded with its VAE"
         )
     if blocks and blocks[-1] > config.depth:

@@ -32,7 +32,7 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     """Fit a linear probe with L-BFGS, starting at zero.
 
     The probe is the unique minimum of the mean cross-entropy + |weight|^2 / (2 n). Like the
-    objective of LogisticRegression(C=1) in scikit-learn, this does not penalise the bias.
+    objective of LogisticRegression(C=1) in scikit-learn, this does not penalize the bias.
     The optimization ends when no partial derivative exceeds 1e-5. The weights of constant features
     are zero.
 

@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
     @property
     def tuned_methods(self) -> set[str]:
-        """The methods whose blocks the flags contain, which for a tuned method is only itself."""
+        """The methods whose blocks the flags contain. A tuned method names only itself."""
         return {field for _, field, _, _ in Formatter().parse(self.flags) if field} - {"encoder"}
 
 

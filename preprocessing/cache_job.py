@@ -29,7 +29,7 @@ from preprocessing.images import BadImage, UnreadableImage, format_image_error
 from preprocessing.shards import Shard, shard_file_name
 
 Plan = dict[str, Any]  # the settings that determine the bytes of a cache or of features
-# The settings that the plan of a cache contains, unless the job does not have them.
+# The settings that the plan of a cache contains, if the job has them.
 PLAN_FIELDS = (
     "images",
     "resolution",

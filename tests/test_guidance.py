@@ -106,6 +106,17 @@ def test_guided_ode_follows_the_guided_flow(path_type):
     assert compute_convergence_orders(errors) == pytest.approx([2, 2], abs=0.3)
 
 
+def test_adaptive_steps_are_guided_up_to_the_rounded_end_of_the_interval():
+    """The tolerance allows a single step, whose last stages are evaluated just below `low`."""
+    low, high = 0.05, 0.2
+    assert high - (high - low) < low
+    velocity = GuidedVelocity(LabelledVelocity(), torch.arange(2), NULL_CLASS, 2.5, low, high)
+    end, evaluations = guided_dopri5(velocity, torch.zeros(2, 1).double(), atol=1e6)
+    assert evaluations.tolist() == [21, 21]
+    expected = -6 * (high - low) - 3 * (1 - (high - low))
+    torch.testing.assert_close(end, torch.full_like(end, expected))
+
+
 @on_regular_paths
 def test_guided_sde_moments_equal_moments_of_the_guided_drift(path_type):
     """REPA guides the drift v - w s / 2. The score is affine in v, so guiding v is equivalent."""

@@ -60,7 +60,7 @@ def test_flow_equals_scipys_solution_and_maps_noise_to_the_data(path_type):
 
 @on_regular_paths
 @pytest.mark.parametrize(("solver", "order", "tolerance"), [(euler, 1, 4e-2), (heun, 2, 3e-3)])
-def test_ode_solvers_have_their_order_of_convergence(path_type, solver, order, tolerance):
+def test_ode_solvers_converge_at_the_expected_order(path_type, solver, order, tolerance):
     exact = DATA.flow(draw_initial_noise())
     velocity = DATA.velocity(INTERPOLANTS[path_type])
     errors = [
@@ -126,7 +126,7 @@ def test_dopri5_meets_its_tolerance_with_as_many_evaluations_as_scipy(path_type)
 
 
 def make_relaxation_velocity(rates):
-    """Return a velocity field by which image i approaches sin(3 t) with the rate rates[i]."""
+    """Return a velocity field under which image i approaches sin(3 t) at rate rates[i]."""
     return lambda x, t: rates[:, None] * (x - torch.sin(3 * t)[:, None])
 
 
@@ -150,12 +150,14 @@ def test_dopri5_steps_of_an_image_do_not_depend_on_the_batch():
 
 
 def test_dopri5_with_a_nan_image_ends_and_does_not_change_the_others():
+    """The NaN image takes long steps, and its times stay between 0 and 1."""
     num_calls = 0
 
     def velocity(x, t):
         nonlocal num_calls
         num_calls += 1
         assert num_calls < 200
+        assert ((t >= 0) & (t <= 1)).all()  # false for NaN
         v = make_relaxation_velocity(torch.ones(2).double())(x, t)
         is_nan = (t < 0.99)[:, None] & (torch.arange(2) == 0)[:, None]
         return torch.where(is_nan, torch.nan, v)

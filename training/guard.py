@@ -92,14 +92,14 @@ class NonFiniteGuard:
     def _check_limits(self, step: int, messages: list[str]) -> None:
         if self.bad_in_a_row == MAX_CONSECUTIVE_BAD_STEPS:
             raise UserError(
-                f"{messages[-1]}; this is consecutive bad step {MAX_CONSECUTIVE_BAD_STEPS}. "
+                f"{messages[-1]}; {MAX_CONSECUTIVE_BAD_STEPS} consecutive steps were bad. "
                 "Training was stopped, and the last checkpoint is unaffected. Start a new run with "
                 "a lower --learning-rate"
             )
         if self.overflows_in_a_row == MAX_CONSECUTIVE_OVERFLOWS:
             raise UserError(
-                f"step {step:,}: the gradient is not finite in fp16 at any loss scale; this is "
-                f"consecutive overflow {MAX_CONSECUTIVE_OVERFLOWS}. Training was stopped, and the "
-                "last checkpoint is unaffected. Start a new run with --mixed-precision bf16, which "
-                "has the range of float32"
+                f"step {step:,}: the gradient is not finite in fp16 at any loss scale; "
+                f"{MAX_CONSECUTIVE_OVERFLOWS} consecutive steps overflowed. Training was stopped, "
+                "and the last checkpoint is unaffected. Start a new run with --mixed-precision "
+                "bf16, which has the range of float32"
             )

@@ -204,10 +204,19 @@ def test_sampling_methods_sample_all_images_with_the_same_evaluations(vae_folder
     assert counts == dict.fromkeys(counts, 9 * [4])
 
 
-def test_batch_sizes_are_compared_with_the_first(run_benchmark, trained, tmp_path):
+def test_batch_sizes_are_compared_with_the_first(run_benchmark, trained, tmp_path, monkeypatch):
+    compare_images = batch_size.compare_images
+    compared = []
+
+    def record_and_compare(a, b):
+        compared.append((a, b))
+        return compare_images(a, b)
+
+    monkeypatch.setattr(batch_size, "compare_images", record_and_compare)
     flags = "--images 5 --num-steps 2 --batch-sizes 4 4 3 --cfg-scale 2"
     flags = [*flags.split(), "--ckpt", trained, "--dest", tmp_path / "dest"]
     result = run_benchmark(batch_size, *flags)
+    assert len(compared) == 4 and all(a is not b for a, b in compared)
     for same, other in result["results"].values():
         assert same == {"batch_size": 4, "largest": 0, "values": 0, "images": 0}
         assert other["batch_size"] == 3 and other["largest"] <= 1

@@ -102,6 +102,30 @@ def test_parameter_names_and_shapes_match_the_sit_repository():
     assert {key: tuple(value.shape) for key, value in make_sit().state_dict().items()} == expected
 
 
+def test_initial_weights_follow_the_scheme_of_the_sit_repository():
+    """Compare the scale of each tensor with the scheme, and the uniform weights with their bound.
+
+    A Xavier-uniform weight has the bound sqrt(6 / (fan_in + fan_out)). The patch embedding is a
+    linear layer from the values of a patch to the width.
+    """
+    torch.manual_seed(0)
+    config = SiTConfig(depth=2, width=64, heads=2, patch=4, latent_size=8, num_classes=500)
+    for name, parameter in SiT(config).named_parameters():
+        if name == "pos_embed":  # compared with MAE below
+            continue
+        is_zero = name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name
+        if is_zero:
+            assert not parameter.any(), name
+        elif name.startswith(("t_embedder", "y_embedder")):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert parameter.abs().max() > 0.06, name  # a uniform weight would not exceed 0.035
+        else:
+            matrix = parameter.flatten(1)
+            bound = (6 / sum(matrix.shape)) ** 0.5
+            assert 0.98 * bound < matrix.abs().max() <= bound, name
+            assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
+
+
 def test_new_sit_returns_zero():
     assert not make_sit()(*make_inputs()).any()
 

@@ -124,6 +124,20 @@ def test_images_of_another_source_are_refused(call, vae_folder, tmp_path):
     assert complete == contents
 
 
+def test_source_with_other_unusable_images_is_refused(call, vae_folder, tmp_path):
+    """The labels and the first batch are equal, so only the list of skipped images differs."""
+    source = make_tree(tmp_path / "tree")
+    options = ("--num-workers", 0, "--skip-bad", "--batch-size", 4)
+    flags = make_encode_flags(source, tmp_path / "data", vae_folder, *options)
+    image = (source / "class0/015.png").read_bytes()
+    (source / "class0/012.png").write_bytes(b"")
+    assert call(encode_latents, *flags)[0] == 0
+    (source / "class0/012.png").write_bytes(image)
+    (source / "class0/015.png").write_bytes(b"")
+    code, out = call(encode_latents, *flags, "--keep-images")
+    assert code == 2 and "no longer contains the images of shard 00000.npy" in out
+
+
 def test_unfinished_cache_must_be_completed_with_the_same_flag(
     call, tree, vae_folder, tmp_path, monkeypatch
 ):

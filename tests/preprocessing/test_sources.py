@@ -221,6 +221,14 @@ def test_csv_assigns_class_indices_to_images(tmp_path):
     assert source.labels.tolist() == [LABELS[name] for name in sorted(FILES)]
 
 
+def test_csv_header_is_not_the_class_of_an_image(tmp_path):
+    """The stem of image.png equals the first column of the header."""
+    tree = write_tree(tmp_path / "t", {"image.png": make_png(0), "other.png": make_png(1)})
+    (tmp_path / "labels.csv").write_text("image,class\nother.png,cat\n")
+    with pytest.raises(UserError, match=r"has no label for image\.png"):
+        open_source(tree, labels=tmp_path / "labels.csv")
+
+
 def test_csv_of_a_spreadsheet_is_accepted(tmp_path, expected):
     """Spreadsheets write a byte order mark, CRLF, quotes and spaces."""
     rows = "".join(f'"{name}" , {CLASSES[label]}\r\n' for name, label in FLAT_LABELS.items())

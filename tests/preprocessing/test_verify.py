@@ -110,6 +110,10 @@ def test_repair_accepts_moved_images_and_vae(call, original_folder, data, tmp_pa
     (data / "moments/00001.npy").unlink()
     source = shutil.copytree(original_folder / "tree", tmp_path / "elsewhere")
     vae = shutil.copytree(original_folder / "vae", tmp_path / "vae")
+    # The recorded locations no longer exist.
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["encoding"] |= {name: str(tmp_path / "missing" / name) for name in ("source", "vae")}
+    (data / "manifest.json").write_text(json.dumps(manifest))
     assert call(verify, data, "--repair", "--source", source, "--vae", vae)[0] == 0
     repaired, _ = LatentCache(data).gather(np.arange(24))
     expected, _ = LatentCache(original_folder / "data").gather(np.arange(24))

@@ -56,7 +56,7 @@ def test_consecutive_non_finite_steps_end_the_run_and_keep_the_last_checkpoint(
         code, out = call(train, *flags, "--max-train-steps", steps)
         assert code == (2 if steps == 20 else 0)
     assert (
-        "step 8: not finite: denoising, grad_norm; update skipped; this is consecutive bad step 5."
+        "step 8: not finite: denoising, grad_norm; update skipped; 5 consecutive steps were bad."
         in out
     )
     checkpoints = tmp_path / "run/checkpoints"

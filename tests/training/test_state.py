@@ -100,7 +100,7 @@ def test_failed_save_leaves_no_files(tmp_path, monkeypatch, num_written):
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_error_of_writing_tensors_names_the_file(tmp_path):
+def test_error_while_writing_tensors_names_the_file(tmp_path):
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(IsADirectoryError, match=r"a\.safetensors"):
         save_tensors({"x": torch.zeros(3)}, tmp_path / "a.safetensors")
@@ -166,7 +166,7 @@ def test_writer_keeps_the_old_checkpoint_while_the_disk_is_full(tmp_path, monkey
     assert not writer.problem and find_checkpoint(tmp_path).name == "0000008"
 
 
-def test_writer_reports_errors_that_are_not_of_the_disk(tmp_path, monkeypatch):
+def test_writer_reports_errors_other_than_disk_errors(tmp_path, monkeypatch):
     def fail(tensors, path):
         raise ValueError("not tensors")
 
@@ -254,7 +254,7 @@ def test_files_are_synced_before_the_checkpoint_appears(tmp_path, monkeypatch):
         "progress.json",
     ],
 )
-def test_error_of_a_damaged_file_names_it_and_the_previous_checkpoint(tmp_path, name):
+def test_error_for_a_damaged_file_names_it_and_the_previous_checkpoint(tmp_path, name):
     state = make_state()
     for state.step in (7, 9):
         folder = save(state, tmp_path)
@@ -282,7 +282,7 @@ def test_newest_checkpoint_has_the_largest_number(tmp_path):
     assert find_checkpoint(tmp_path).name == "10000000"
 
 
-def test_error_of_a_missing_or_damaged_checkpoint_states_the_reason(tmp_path):
+def test_error_for_a_missing_or_damaged_checkpoint_states_the_reason(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         find_checkpoint(tmp_path / "nothing")
     (tmp_path / "args.json").write_text("{}")

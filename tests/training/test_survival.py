@@ -56,7 +56,7 @@ def uninterrupted(tmp_path_factory, cache, forks) -> Path:
 
 
 def have_equal_results(run: Path, other: Path) -> bool:
-    """Return whether two complete runs have the same metrics and final weights, to the bit."""
+    """Return whether two complete runs have bit-identical metrics and final weights."""
     have_equal_metrics = read_metrics(run) == read_metrics(other)
     return have_equal_metrics and have_equal_weights(run, other, f"{STEPS:07d}")
 
