@@ -30,6 +30,7 @@ from checkpointing.storage import (
 )
 from common.cli import UserError
 from common.files import sha256
+from models.labels import TrainedLabels
 from models.sit import SiT, SiTConfig
 
 # The VAE that generate.py of SiT, REPA and SRA uses. It has the same encoder as sd-vae-ft-mse.
@@ -49,6 +50,7 @@ class PretrainedModel(NamedTuple):
     # Stored with samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay and origin.
     # Values that the file does not record are None.
     identity: dict[str, Any]
+    trained_labels: TrainedLabels = TrainedLabels()
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -133,6 +135,7 @@ def load(
             "ema_decay": decay,
             "origin": "ours",
         },
+        trained_labels=TrainedLabels.from_config(config),
     )
 
 
