@@ -16,6 +16,7 @@ from checkpointing.official import (
     choose_origin,
     choose_path_type,
     convert_state_dict,
+    has_null_class,
     infer_config,
     infer_origin,
     read_official_file,
@@ -192,7 +193,7 @@ def _load_official(
     """Load a .pt file. The arguments are the same as for `load`."""
     file = read_official_file(path)
     try:
-        model_name, config = infer_config(file.state)
+        model_name, config = infer_config(file.state, file.settings)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from None
     origin = choose_origin(path, model_name, model, origin, infer_origin(file.state, config))
@@ -217,4 +218,5 @@ def _load_official(
             "ema_decay": None,
             "origin": origin,
         },
+        trained_labels=TrainedLabels(has_null_class=has_null_class(file.state, config)),
     )

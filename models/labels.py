@@ -13,12 +13,12 @@ class TrainedLabels:
 
     Attributes:
         images_per_class: Number of training images of each class, or None if it is unknown.
-        supports_guidance: Whether the network was trained both with classes and with the null
-            class, which classifier-free guidance combines.
+        has_null_class: Whether the network was trained on the null class, which classifier-free
+            guidance requires.
     """
 
     images_per_class: Sequence[int] | None = None
-    supports_guidance: bool = True
+    has_null_class: bool = True
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TrainedLabels":
@@ -26,7 +26,7 @@ class TrainedLabels:
 
         Checkpoints of older versions do not record the number of images per class.
         """
-        return cls(config["data"].get("images_per_class"), 0 < config.get("cfg_prob", 0.1) < 1)
+        return cls(config["data"].get("images_per_class"), config.get("cfg_prob", 0.1) > 0)
 
     def list_classes(self, num_classes: int) -> list[int]:
         """Return the classes with training images, or all classes if these are unknown."""

@@ -146,11 +146,11 @@ class Recipe(SamplerConfig):
         Raises:
             FieldError: Guidance is enabled, but the network does not support it.
         """
-        if self.cfg_scale > 1 and not trained.supports_guidance:
+        if self.cfg_scale > 1 and not trained.has_null_class:
             raise FieldError(
                 "cfg_scale",
-                f"{self.cfg_scale:g} requires a null class, on which the network was not trained "
-                "in addition to the classes; pass 1 to disable guidance",
+                f"{self.cfg_scale:g} requires the null class, on which the network was not trained "
+                "(see --cfg-prob of train.py); pass 1 to disable guidance",
             )
         counts = trained.images_per_class
         if self.all_classes or not self.draws_labels or counts is None or all(counts):

@@ -22,7 +22,7 @@ class Preview:
         vae: Decodes the samples.
         class_names: Names of all classes.
         trained_labels: Labels that the network is trained on. Up to `num_rows` of the trained
-            classes are shown, evenly spaced. If guidance is not supported, it is disabled.
+            classes are shown, evenly spaced. Without the null class, guidance is disabled.
         cfg_scale: Guidance scale.
         objective: The denoising objective that the network is trained on.
         seed: Seed of the initial noise.
@@ -50,7 +50,7 @@ class Preview:
         self.recipe = Recipe(
             mode="ode",
             num_steps=self.num_steps,
-            cfg_scale=cfg_scale if trained_labels.supports_guidance else 1.0,
+            cfg_scale=cfg_scale if trained_labels.has_null_class else 1.0,
             seed=seed,
             path_type=objective.path_type,
             prediction=objective.prediction,

@@ -450,9 +450,9 @@ def describe_labels(config: dict, cache: LatentCache, preview: PreviewConfig) ->
         empty_classes += ", except in this run, which an older version started"
     if empty_classes:
         lines.append(empty_classes)
-    if preview.every and preview.cfg_scale > 1 and not trained_labels.supports_guidance:
+    if preview.every and preview.cfg_scale > 1 and not trained_labels.has_null_class:
         lines.append(
-            f"previews are drawn without guidance, because --cfg-prob {config['cfg_prob']:g} does "
-            "not train both the classes and the null class"
+            f"previews are drawn without guidance (--preview-cfg-scale {preview.cfg_scale:g} is "
+            "ignored), because --cfg-prob 0 does not train the null class"
         )
     return lines
