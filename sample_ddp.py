@@ -201,6 +201,8 @@ def main() -> None:
 
         # Sample the missing batches. Each of n processes takes every n-th batch.
         pending = store.find_pending_batches(stored_batches)
+        if pending:  # some of their images may be copied from NAME.npz
+            world.run_on_first_rank(store.verify_npz)
         worker = Worker(model, vae, recipe, config.precision.dtype, store, stored_batches, networks)
         sample_batches(worker, pending, config.precision, world)
         world.barrier()
