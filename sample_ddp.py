@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,8 +38,9 @@ from evaluations.suite import (
 from interpolant import INTERPOLANTS
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
+from models.labels import describe_empty_classes
 from models.sit import PRESETS, SiT, SiTBlock
-from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights
+from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights, format_ranges
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
 
@@ -180,6 +182,9 @@ def main() -> None:
     )
     labels = recipe.compute_labels(torch.arange(store.count), model.config.num_classes).numpy()
     store.choose_grid_images(labels)
+    note = describe_untrained_labels(labels, recipe, source)
+    if note and world.rank == 0:
+        print(note)
 
     with ExitStack() as resources:
         stored_batches = world.run_on_first_rank(lambda: store.claim(resources))
@@ -196,6 +201,8 @@ def main() -> None:
 
         # Sample the missing batches. Each of n processes takes every n-th batch.
         pending = store.find_pending_batches(stored_batches)
+        if pending:  # some of their images may be copied from NAME.npz
+            world.run_on_first_rank(store.verify_npz)
         worker = Worker(model, vae, recipe, config.precision.dtype, store, stored_batches, networks)
         sample_batches(worker, pending, config.precision, world)
         world.barrier()
@@ -267,7 +274,35 @@ def make_recipe(config: SamplingConfig, source: PretrainedModel) -> Recipe:
     with convert_field_errors(SamplerConfig):
         return recipe.with_loaded_labels(
             source.model.config.num_classes, config.output.num_fid_samples
+        ).for_trained_labels(source.trained_labels)
+
+
+def describe_untrained_labels(
+    labels: np.ndarray, recipe: Recipe, source: PretrainedModel
+) -> str | None:
+    """Return a note about classes without training images, or None if there is nothing to say.
+
+    Args:
+        labels: Class of each image, (n,).
+        recipe: Settings of the sampler.
+        source: The network.
+    """
+    counts = source.trained_labels.images_per_class
+    if counts is None:
+        if not recipe.draws_labels or recipe.all_classes:
+            return None
+        return (
+            f"{source.identity['checkpoint']} does not record the number of training images per "
+            f"class: labels are drawn from all {source.model.config.num_classes:,} classes"
         )
+    if recipe.label_classes is not None:
+        return describe_empty_classes(counts, source.class_names)
+    untrained = [k for k in np.unique(labels).tolist() if not counts[k]]
+    if not untrained:
+        return None
+    return (
+        f"warning: the labels contain classes without training images: {format_ranges(untrained)}"
+    )
 
 
 def build_record(
@@ -295,6 +330,7 @@ def build_record(
         "guidance_high": recipe.guidance_high,
         "labels": recipe.labels,
         "labels_sha256": labels_sha256,
+        **recipe.describe_label_classes(),
         "global_seed": recipe.seed,
         "count": config.output.num_fid_samples,
         "per_proc_batch_size": config.output.per_proc_batch_size,
@@ -339,6 +375,8 @@ def make_default_name(source: PretrainedModel, recipe: Recipe) -> str:
         name += "-balanced"
     elif recipe.labels != "random":
         name += f"-class{recipe.labels}"
+    if recipe.draws_labels and recipe.all_classes:
+        name += "-all-classes"
     return f"{name}-seed{recipe.seed}"
 
 

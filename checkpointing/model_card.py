@@ -180,7 +180,8 @@ def _format_code(value: float | Sequence[float]) -> str:
 def _diffusers_example(source: PretrainedModel, data: dict, difference: float) -> str:
     """Return a section with code that samples from the diffusers version of the network."""
     config = source.model.config
-    classes = list(range(min(4, config.num_classes)))
+    classes = source.trained_labels.list_classes(config.num_classes)[:4]
+    guidance = 1.5 if source.trained_labels.has_null_class else 1
     scale = _format_code(data["scale"])
     shift = _format_code(data["shift"])
     return f"""The following code samples with the classes of diffusers, using Euler steps.
@@ -197,7 +198,7 @@ model = DiTTransformer2DModel.from_pretrained(folder, subfolder="diffusers/trans
 scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="diffusers/scheduler")
 vae = AutoencoderKL.from_pretrained("{source.vae}")
 
-labels, guidance, steps = torch.tensor({classes}), 1.5, 50
+labels, guidance, steps = torch.tensor({classes}), {guidance}, 50
 nulls = torch.full_like(labels, {config.num_classes})
 x = torch.randn(len(labels), {config.channels}, {config.latent_size}, {config.latent_size})
 scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))

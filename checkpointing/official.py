@@ -11,7 +11,8 @@ repositories, the state dicts differ as follows:
 - The output layer of SiT is twice as wide, because it also predicts a sigma that is not trained.
 - In SiT, t = 0 is noise and t = 1 is data; REPA, SRA and this repository use the reverse.
 
-In all three repositories, the null class is the last row of the label embedding table.
+In all three repositories, the null class is the last row of the label embedding table, unless the
+network was trained without label dropout. Then, there are as many rows as classes.
 Shapes: D width, p patch size, C channels.
 """
 
@@ -38,6 +39,8 @@ OFFICIAL_PATHS = {
     "GVP": "cosine",
     "VP": "vp",
 }
+
+IMAGENET_CLASSES = 1000
 
 _OUTPUT_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 _TIME_KEY = "t_embedder.mlp.0.weight"
@@ -163,8 +166,16 @@ def choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None
     return chosen_path_type
 
 
-def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
+def infer_config(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[str, SiTConfig]:
     """Infer the preset and the config from the shapes in a state dict without prefixes.
+
+    The number of rows of the label embedding table alone does not show whether the null class is
+    one of them. It is not if the rows are as many as the classes that the file records, or as many
+    as the classes of ImageNet if the file does not record the classes.
+
+    Args:
+        state: The state dict.
+        settings: Flags of the training run.
 
     Raises:
         ValueError: If no preset matches the state dict. The message has no subject, because the
@@ -176,6 +187,8 @@ def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
     if any(".q_norm." in key for key in state):
         raise ValueError("was trained with --qk-norm, which this repository does not support")
     width, channels, patch, _ = state[_PATCH_KEY].shape
+    num_rows = len(state[_LABEL_KEY])
+    has_null_row = num_rows != settings.get("num_classes", IMAGENET_CLASSES)
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     for name, preset in PRESETS.items():
         if (preset["depth"], preset["width"], preset["patch"]) == (depth, width, patch):
@@ -183,7 +196,7 @@ def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
                 **preset,
                 latent_size=round(state["pos_embed"].shape[1] ** 0.5) * patch,
                 channels=channels,
-                num_classes=len(state[_LABEL_KEY]) - 1,
+                num_classes=num_rows - 1 if has_null_row else num_rows,
             )
             return name, config
     raise ValueError(
@@ -194,6 +207,11 @@ def infer_config(state: dict[str, Tensor]) -> tuple[str, SiTConfig]:
 def has_learned_sigma(state: dict[str, Tensor], config: SiTConfig) -> bool:
     """Return whether the output layer also predicts a sigma, in addition to the velocity."""
     return len(state[_OUTPUT_KEYS[0]]) == 2 * config.patch**2 * config.channels
+
+
+def has_null_class(state: dict[str, Tensor], config: SiTConfig) -> bool:
+    """Return whether the label embedding table has a row for the null class."""
+    return len(state[_LABEL_KEY]) > config.num_classes
 
 
 def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
@@ -212,8 +230,9 @@ def convert_state_dict(
 ) -> dict[str, Tensor]:
     """Convert a state dict without prefixes to the state dict of `SiT(config)`.
 
-    Alignment heads and the learned sigma are removed. The weights of a network from the SiT
-    repository are converted to the time convention of this repository.
+    Alignment heads and the learned sigma are removed, and a missing row of the null class is filled
+    with zeros. The weights of a network from the SiT repository are converted to the time
+    convention of this repository.
     """
     head_prefixes = tuple(HEAD_PREFIXES.values())
     state = {key: value for key, value in state.items() if not key.startswith(head_prefixes)}
@@ -222,6 +241,9 @@ def convert_state_dict(
         for key in _OUTPUT_KEYS:
             rows = state[key].unflatten(0, (config.patch**2, 2 * config.channels))
             state[key] = rows[:, : config.channels].flatten(0, 1)
+    if not has_null_class(state, config):
+        table = state[_LABEL_KEY]
+        state[_LABEL_KEY] = torch.cat((table, torch.zeros_like(table[:1])))
     return reverse_time(state) if origin == "sit" else state
 
 

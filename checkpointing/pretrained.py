@@ -16,6 +16,7 @@ from checkpointing.official import (
     choose_origin,
     choose_path_type,
     convert_state_dict,
+    has_null_class,
     infer_config,
     infer_origin,
     read_official_file,
@@ -30,6 +31,7 @@ from checkpointing.storage import (
 )
 from common.cli import UserError
 from common.files import sha256
+from models.labels import TrainedLabels
 from models.sit import SiT, SiTConfig
 
 # The VAE that generate.py of SiT, REPA and SRA uses. It has the same encoder as sd-vae-ft-mse.
@@ -49,6 +51,7 @@ class PretrainedModel(NamedTuple):
     # Stored with samples: checkpoint, ema_sha256, model, step, images_seen, ema_decay and origin.
     # Values that the file does not record are None.
     identity: dict[str, Any]
+    trained_labels: TrainedLabels = TrainedLabels()
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -133,6 +136,7 @@ def load(
             "ema_decay": decay,
             "origin": "ours",
         },
+        trained_labels=TrainedLabels.from_config(config),
     )
 
 
@@ -189,7 +193,7 @@ def _load_official(
     """Load a .pt file. The arguments are the same as for `load`."""
     file = read_official_file(path)
     try:
-        model_name, config = infer_config(file.state)
+        model_name, config = infer_config(file.state, file.settings)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from None
     origin = choose_origin(path, model_name, model, origin, infer_origin(file.state, config))
@@ -214,4 +218,5 @@ def _load_official(
             "ema_decay": None,
             "origin": origin,
         },
+        trained_labels=TrainedLabels(has_null_class=has_null_class(file.state, config)),
     )

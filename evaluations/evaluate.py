@@ -13,11 +13,14 @@ FD-fashion needs no download.
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from common import cli
 from common.cli import UserError
 from common.config import add_flags, read_flags
 from common.processes import World
 from evaluations.extractors import extract_features
+from evaluations.fashion import GarmentClassifier
 from evaluations.image_batches import NpzImages
 from evaluations.suite import (
     EvaluationConfig,
@@ -63,6 +66,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_fashion_labels(labels: np.ndarray, samples: Path) -> None:
+    """Raise UserError unless all labels (n,) are classes of the bundled classifier."""
+    last_class = GarmentClassifier.num_classes - 1
+    low, high = labels.min(), labels.max()
+    if low < 0 or high > last_class:
+        raise UserError(
+            f"{samples}: arr_1 has labels from {low} to {high}, but --features fashion compares "
+            f"them with classes 0 to {last_class}: correct or remove arr_1"
+        )
+
+
 def main() -> None:
     """Run the command."""
     args = parse_args()
@@ -74,17 +88,14 @@ def main() -> None:
         raise UserError(f"{args.samples} does not exist")
     images = NpzImages(args.samples, "samples")
     check_sample_count(images.count, str(args.samples))
-    labels = images.read_array("arr_1")
-    if labels is not None and labels.shape != (images.count,):
-        raise UserError(
-            f"{args.samples}: arr_1 must contain the classes of {images.count} images, "
-            f"but its shape is {labels.shape}"
-        )
+    labels = images.read_labels()
     record = args.samples.with_suffix(".json")
     sampling = read_json_object(record, "solver", "record of samples")
 
     # Evaluate the samples, unless the result is already stored.
     config = read_flags(EvaluationConfig, args)
+    if "fashion" in config.features and labels is not None:
+        check_fashion_labels(labels, args.samples)
     suite = EvaluationSuite(config, args.reference, images.size, args.batch_size, device, world)
     out = args.out or args.samples.with_suffix(".metrics.json")
     identity = world.run_on_first_rank(

@@ -109,7 +109,14 @@ def iterate_batches(
 
     Yields:
         The index of a batch and its images, (B, 3, H, W) uint8.
+
+    Raises:
+        UserError: If the images cannot be read or are damaged.
     """
+    if world:
+        world.run_on_first_rank(images.verify)
+    else:
+        images.verify()
     rank = world.rank if world else 0
     num_processes = world.num_processes if world else 1
     num_batches = -(-images.count // batch_size)

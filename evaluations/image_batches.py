@@ -21,6 +21,7 @@ from preprocessing.image_source import ImageSource
 from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import open_source
 
+CHUNK_SIZE = 1 << 20  # number of bytes to read at a time for the CRC
 READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 LOCAL_HEADER_SIZE = 30  # size in bytes of a zip member's local header without name and extra field
 LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of name and extra field
@@ -42,6 +43,13 @@ class Images(ABC):
         """Return images start to stop - 1, (B, 3, H, W) uint8.
 
         Batches are read fastest in ascending order.
+        """
+
+    def verify(self) -> None:  # noqa: B027 (most sources store no checksum)
+        """Compare the stored bytes with their checksum, if there is one.
+
+        Raises:
+            UserError: If the file is damaged.
         """
 
 
@@ -132,6 +140,35 @@ class NpzImages(NpzFile, Images):
             if self.member.compress_type == zipfile.ZIP_STORED and self.count:
                 offset = _find_member_offset(path, self.member) + self.header_size
                 self.map = np.memmap(path, np.uint8, "r", offset, self.shape)
+
+    def verify(self) -> None:
+        """Read arr_0 once to compare it with its CRC, which reads of single rows do not check."""
+        with (
+            self._report_read_errors(),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(self.member) as file,
+        ):
+            while file.read(CHUNK_SIZE):
+                pass
+
+    def read_labels(self) -> np.ndarray | None:
+        """Return the classes in arr_1, (n,) int64, or None if the file contains no arr_1.
+
+        Raises:
+            UserError: If arr_1 is damaged or does not contain one integer per image.
+        """
+        labels = self.read_array("arr_1")
+        if labels is None:
+            return None
+        requirement = f"{self.path}: arr_1 must contain the classes of {self.count} images"
+        if labels.shape != (self.count,):
+            raise UserError(f"{requirement}, but its shape is {labels.shape}")
+        with np.errstate(invalid="ignore"):
+            if labels.dtype.kind not in "fiu" or (labels % 1 != 0).any():  # True for NaN
+                raise UserError(
+                    f"{requirement}, but it contains {labels.dtype} values that are not integers"
+                )
+        return labels.astype(np.int64)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Return images start to stop - 1 in the stored layout, (B, H, W, 3).

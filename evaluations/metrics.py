@@ -81,7 +81,7 @@ def frechet_distance(a: Statistics, b: Statistics, device: Device = "cpu") -> fl
     eigenvalues = torch.linalg.eigvalsh(factor.T @ other @ factor)
     trace = eigenvalues.clamp(min=0).sqrt().sum()
     distance = (mu_a - mu_b).square().sum() + sigma_a.trace() + sigma_b.trace() - 2 * trace
-    return distance.item()
+    return distance.clamp(min=0).item()  # a rounding error may be negative
 
 
 def frechet_influence(
@@ -155,7 +155,7 @@ def frechet_interval(
     influence = frechet_influence(features, statistics, reference, device)
     rng = np.random.default_rng(0)
     distances = [distance + influence[rng.integers(n, size=n)].mean() for _ in range(replicates)]
-    low, high = np.quantile(distances, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(distances, [(1 - level) / 2, (1 + level) / 2]).clip(min=0)
     return float(low), float(high)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from common.cli import UserError
 from common.files import write_file
@@ -163,25 +164,52 @@ def read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
         size: Expected number of features.
 
     Returns:
-        The statistics, or None if the file does not contain both arrays.
+        The statistics, or None if the file contains neither of the two arrays.
 
     Raises:
-        UserError: If the arrays have wrong shapes or contain values that are not finite.
+        UserError: If one of the arrays is missing, or if they are not a mean and a covariance.
     """
     mu = npz.read_array(f"mu{suffix}")
     sigma = npz.read_array(f"sigma{suffix}")
-    if mu is None or sigma is None:
+    if mu is None and sigma is None:
         return None
+    if mu is None or sigma is None:
+        raise UserError(
+            f"{npz.flag} {npz.path} contains only one of mu{suffix} and sigma{suffix}: use a file "
+            "with both or with neither"
+        )
     requirement = (
         f"{npz.flag} {npz.path}: mu{suffix} and sigma{suffix} must be finite statistics "
         f"of {size} features"
     )
     if (mu.shape, sigma.shape) != ((size,), (size, size)):
         raise UserError(f"{requirement}; their shapes are {mu.shape} and {sigma.shape}")
+    if not {mu.dtype.kind, sigma.dtype.kind} <= set("fiu"):
+        raise UserError(f"{requirement}; their data types are {mu.dtype} and {sigma.dtype}")
     statistics = Statistics(mu.astype(np.float64), sigma.astype(np.float64))
     if not np.isfinite(statistics.mu.sum() + statistics.sigma.sum()):
         raise UserError(f"{requirement}; some values are not finite")
+    problem = _find_covariance_problem(statistics.sigma)
+    if problem:
+        raise UserError(f"{requirement}; sigma{suffix} {problem}, so it is no covariance")
     return statistics
+
+
+def _find_covariance_problem(sigma: np.ndarray) -> str | None:
+    """Return why a matrix (F, F) is not a covariance, or None if it is one.
+
+    Rounding errors of statistics that were computed in float32 are tolerated.
+    """
+    tolerance = len(sigma) * np.finfo(np.float32).eps * np.abs(sigma).max()
+    if np.abs(sigma - sigma.T).max() > tolerance:
+        return "is not symmetric"
+    # The Cholesky decomposition exists if no eigenvalue is below -tolerance. The smallest positive
+    # number makes it exist for a matrix of zeros, too.
+    shift = tolerance + np.finfo(np.float64).tiny
+    shifted = torch.from_numpy(sigma + shift * np.eye(len(sigma)))
+    if torch.linalg.cholesky_ex(shifted).info:
+        return "is not positive semi-definite"
+    return None
 
 
 def _check_statistics_suffice(npz: NpzFile, networks: Mapping[str, FeatureNetwork]) -> None:

@@ -199,10 +199,7 @@ def load_checkpoints(
             sources.append(pretrained.load(path, decay, **flags))
         except CheckpointError as error:
             raise UserError(f"--ckpt: {error}") from None
-        if is_official:
-            continue
-        _, config = pretrained.read_native_config(pretrained.resolve_checkpoint(path))
-        if config.get("cfg_prob") == 0:
+        if not sources[-1].trained_labels.has_null_class:
             print(
                 f"--ckpt {path} was trained without label dropout, so its null class is untrained",
                 file=sys.stderr,

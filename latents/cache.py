@@ -91,6 +91,11 @@ class LatentCache:
     def __len__(self) -> int:
         return self.manifest.count
 
+    @property
+    def images_per_class(self) -> list[int]:
+        """The number of images of each class."""
+        return np.bincount(self.labels, minlength=self.manifest.num_classes).tolist()
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"open_shards": {}}  # each process maps the files itself
 

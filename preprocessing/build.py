@@ -16,7 +16,9 @@ from common.cli import UserError
 from common.files import discard_on_error, write_file
 from common.image_grid import save_png
 from common.processes import World
+from latents.cache import LatentCache
 from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
+from models.labels import describe_empty_classes
 from preprocessing.cache_job import CacheJob, Plan
 from preprocessing.partial_work import (
     PLAN_DEFAULTS,
@@ -237,6 +239,9 @@ def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
             print(f"{dest} is complete: {manifest.count:,} images")
         else:
             print(format_summary(dest, manifest))
+        note = describe_empty_classes(LatentCache(dest).images_per_class, manifest.class_names)
+        if note:
+            print(f"{dest}: {note}")
     world.close()
 
 

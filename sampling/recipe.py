@@ -14,6 +14,7 @@ from common.config import setting
 from common.keyed_random import Purpose, normal, uniform
 from interpolant import INTERPOLANTS, time_interval
 from models.errors import FieldError
+from models.labels import TrainedLabels
 from models.sit import SiT
 from samplers import (
     GuidedVelocity,
@@ -62,6 +63,10 @@ class SamplerConfig:
         "random",
         help="class labels: random (uniform), balanced (equal counts), a single class such as 207, "
         "or a file with one class per image (.txt, .npy, .json, or the .npz of other samples)",
+    )
+    all_classes: bool = setting(
+        False,
+        help="random and balanced labels of all classes, also of those without training images",
     )
     seed: int = setting(
         0,
@@ -121,11 +126,42 @@ class Recipe(SamplerConfig):
         path_type: Name of the interpolant that the network was trained on.
         prediction: Quantity that the network predicts: "v", "x" or "eps".
         explicit_labels: Contents of the label file, (n,) int64, if `labels` is a file.
+        label_classes: Classes that random and balanced labels are drawn from, (k,) int64; None for
+            all classes.
     """
 
     path_type: str = "linear"
     prediction: str = "v"
     explicit_labels: Tensor | None = None
+    label_classes: Tensor | None = None
+
+    @property
+    def draws_labels(self) -> bool:
+        """Return whether the recipe chooses the classes, instead of the user."""
+        return self.explicit_labels is None and self.labels in ("random", "balanced")
+
+    def for_trained_labels(self, trained: TrainedLabels) -> "Recipe":
+        """Return the recipe without the classes that a network was not trained on.
+
+        Raises:
+            FieldError: Guidance is enabled, but the network does not support it.
+        """
+        if self.cfg_scale > 1 and not trained.has_null_class:
+            raise FieldError(
+                "cfg_scale",
+                f"{self.cfg_scale:g} requires the null class, on which the network was not trained "
+                "(see --cfg-prob of train.py); pass 1 to disable guidance",
+            )
+        counts = trained.images_per_class
+        if self.all_classes or not self.draws_labels or counts is None or all(counts):
+            return self
+        return replace(self, label_classes=torch.tensor(trained.list_classes(len(counts))))
+
+    def describe_label_classes(self) -> dict[str, str]:
+        """Return a record of `label_classes`, such as "0-3,5"; {} if there is no restriction."""
+        if self.label_classes is None:
+            return {}
+        return {"label_classes": format_ranges(self.label_classes.tolist())}
 
     def with_loaded_labels(self, num_classes: int, count: int) -> "Recipe":
         """Return the recipe with validated labels. A label file is loaded into `explicit_labels`.
@@ -164,10 +200,14 @@ class Recipe(SamplerConfig):
             return self.explicit_labels.to(indices.device)[indices.clamp(max=last_index)]
         if self.labels.isdecimal():
             return torch.full_like(indices, int(self.labels))
+        classes = self.label_classes
+        num_choices = num_classes if classes is None else len(classes)
         if self.labels == "balanced":
-            return indices % num_classes
-        u = uniform(self.seed, Purpose.CLASS, indices)
-        return (u * num_classes).long().clamp(max=num_classes - 1)
+            choice = indices % num_choices
+        else:
+            u = uniform(self.seed, Purpose.CLASS, indices)
+            choice = (u * num_choices).long().clamp(max=num_choices - 1)
+        return choice if classes is None else classes.to(indices.device)[choice]
 
     @torch.no_grad()
     def sample_latents(
@@ -229,6 +269,17 @@ def cast_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.to(dtype)
+
+
+def format_ranges(values: list[int]) -> str:
+    """Format ascending integers as ranges, such as "0-3,5"."""
+    ranges: list[list[int]] = []
+    for value in values:
+        if ranges and value == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], value]
+        else:
+            ranges.append([value])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
 def load_labels(path: Path) -> np.ndarray:

@@ -128,6 +128,11 @@ class SampleStore:
         if self.npz_path.exists():
             self.npz_images = NpzImages(self.npz_path, "--name")
 
+    def verify_npz(self) -> None:
+        """Raise UserError if NAME.npz exists and is damaged."""
+        if self.npz_images is not None:
+            self.npz_images.verify()
+
     def is_complete(self) -> bool:
         """Return whether NAME.npz contains all images."""
         return self.npz_images is not None and self.npz_images.count == self.count

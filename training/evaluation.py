@@ -26,6 +26,7 @@ from evaluations.reference_features import (
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
+from models.labels import TrainedLabels
 from models.sit import SiT
 from sampling.recipe import Recipe
 from training.config import ObjectiveConfig, PeriodicEvaluationConfig
@@ -48,6 +49,7 @@ class Evaluator:
         objective: The denoising objective that the network is trained on.
         vae: Decodes the samples.
         manifest: Manifest of the training cache.
+        trained_labels: Labels that the network is trained on.
         dtype: Autocast dtype of the network while it samples.
         rank: Rank of this process; the first process loads the reference.
         num_processes: Number of processes.
@@ -60,6 +62,7 @@ class Evaluator:
     objective: ObjectiveConfig
     vae: Autoencoder
     manifest: Manifest
+    trained_labels: TrainedLabels
     dtype: torch.dtype
     rank: int
     num_processes: int
@@ -68,7 +71,7 @@ class Evaluator:
         config = self.config
         _check_config(config)
         self.device = self.vae.vae.device
-        self.recipe = Recipe(
+        recipe = Recipe(
             mode=config.mode,
             heun=config.heun,
             num_steps=config.num_steps,
@@ -77,7 +80,8 @@ class Evaluator:
             prediction=self.objective.prediction,
         )
         try:
-            self.recipe.validate()
+            recipe.validate()
+            self.recipe = recipe.for_trained_labels(self.trained_labels)
         except FieldError as error:
             flag = get_flag_of_field(PeriodicEvaluationConfig, error.field)
             raise UserError(f"{flag} {error.reason}") from None
@@ -117,6 +121,7 @@ class Evaluator:
             "reference": str(config.reference),
             "reference_sha256": digest,
             **{key: getattr(self.recipe, key) for key in RECIPE_KEYS},
+            **self.recipe.describe_label_classes(),
             "batch_size": config.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "allow_tf32": torch.backends.cuda.matmul.allow_tf32,

@@ -9,6 +9,7 @@ from common.image_grid import draw_labelled_grid, save_png
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
+from models.labels import TrainedLabels
 from models.sit import SiT
 from sampling.recipe import Recipe
 from training.config import ObjectiveConfig
@@ -19,7 +20,9 @@ class Preview:
 
     Args:
         vae: Decodes the samples.
-        class_names: Names of the classes; up to `num_rows` of them are shown, evenly spaced.
+        class_names: Names of all classes.
+        trained_labels: Labels that the network is trained on. Up to `num_rows` of the trained
+            classes are shown, evenly spaced. Without the null class, guidance is disabled.
         cfg_scale: Guidance scale.
         objective: The denoising objective that the network is trained on.
         seed: Seed of the initial noise.
@@ -33,18 +36,21 @@ class Preview:
         self,
         vae: Autoencoder,
         class_names: list[str],
+        trained_labels: TrainedLabels,
         cfg_scale: float,
         objective: ObjectiveConfig,
         seed: int,
     ):
         self.vae = vae
-        num_rows = min(self.num_rows, len(class_names))
-        classes = torch.linspace(0, len(class_names) - 1, num_rows).round().long()
+        trained_classes = torch.tensor(trained_labels.list_classes(len(class_names)))
+        num_rows = min(self.num_rows, len(trained_classes))
+        rows = torch.linspace(0, len(trained_classes) - 1, num_rows).round().long()
+        classes = trained_classes[rows]
         self.row_names = [class_names[k] for k in classes]
         self.recipe = Recipe(
             mode="ode",
             num_steps=self.num_steps,
-            cfg_scale=cfg_scale,
+            cfg_scale=cfg_scale if trained_labels.has_null_class else 1.0,
             seed=seed,
             path_type=objective.path_type,
             prediction=objective.prediction,

@@ -100,9 +100,22 @@ def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> Non
 
 
 def build_config_json(
-    settings: Settings, network: SiTConfig, align: list[dict], manifest: Manifest
+    settings: Settings,
+    network: SiTConfig,
+    align: list[dict],
+    manifest: Manifest,
+    images_per_class: list[int] | None = None,
 ) -> dict:
-    """Return the contents of config.json: the network, its latents, and how it is trained."""
+    """Return the contents of config.json: the network, its latents, and how it is trained.
+
+    Args:
+        settings: Settings of the run.
+        network: Architecture of the backbone.
+        align: The alignment methods.
+        manifest: Manifest of the training cache.
+        images_per_class: Number of images of each class; None for a run that was started by a
+            version that did not record it.
+    """
     data_keys = (
         "source",
         "count",
@@ -116,6 +129,9 @@ def build_config_json(
         "mean",
     )
     data = {key: getattr(manifest, key) for key in data_keys}
+    data["joined"] = manifest.encoding.get("joined")
+    if images_per_class is not None:
+        data["images_per_class"] = images_per_class
     return {
         "model_name": settings.model.model,
         "model": asdict(network),
@@ -123,7 +139,7 @@ def build_config_json(
         **asdict(settings.objective),
         "batch_size": settings.loop.batch_size,
         "ema_decay": list(settings.optimizer.ema_decay),
-        "data": data | {"joined": manifest.encoding.get("joined")},
+        "data": data,
     }
 
 

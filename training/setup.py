@@ -17,6 +17,7 @@ from common.files import write_file
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
 from models.flops import backbone_flops
+from models.labels import TrainedLabels, describe_empty_classes
 from models.sit import SiT, SiTConfig
 from models.targets import CacheInfo
 from training.alignment import (
@@ -190,6 +191,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         f"{settings.model.model}: {describe_networks(networks)}\n"
         f"{describe_loop(settings.loop, settings.objective, accelerator, cache)}"
     )
+    for line in describe_labels(networks.config, cache, settings.preview):
+        log.info(line)
     if position.checkpoints:
         log.info(f"resuming from {position.checkpoints[-1]}")
     monitors = Monitors(
@@ -258,15 +261,19 @@ def build_networks(
     manifest = cache.manifest
     folder = settings.run.folder
     checkpoint = position.checkpoints[-1] if position.checkpoints else None
+    images_per_class: list[int] | None = cache.images_per_class
     if checkpoint:
         with suppress(CheckpointError):  # a damaged checkpoint is reported by verify_checkpoint
-            stored_align = read_config(checkpoint).get("align", [])
-            alignments = restore_settings(settings.alignments, stored_align)
+            stored_config = read_config(checkpoint)
+            alignments = restore_settings(settings.alignments, stored_config.get("align", []))
             settings = settings._replace(alignments=alignments)
+            # All checkpoints of a run are sampled with the same classes.
+            if "images_per_class" not in stored_config.get("data", {}):
+                images_per_class = None
     network = build_network_config(settings.model, manifest)
     cache_info = make_cache_info(manifest, cache.read_feature_metadata())
     align = plan_alignments(settings.alignments, network, cache_info)
-    config = build_config_json(settings, network, align, manifest)
+    config = build_config_json(settings, network, align, manifest, images_per_class)
 
     preview, evaluator = build_preview_and_evaluator(
         settings.preview,
@@ -275,6 +282,7 @@ def build_networks(
         settings.run.seed,
         accelerator,
         manifest,
+        TrainedLabels.from_config(config),
     )
     if accelerator.is_main_process:
         resources.enter_context(lock_run(folder, position.checkpoints))
@@ -313,6 +321,7 @@ def build_preview_and_evaluator(
     seed: int,
     accelerator: Accelerator,
     manifest: Manifest,
+    trained_labels: TrainedLabels,
 ) -> tuple[Preview | None, Evaluator | None]:
     """Build the preview (on the first process) and the evaluator; None if they are disabled."""
     has_preview = preview_config.every > 0 and accelerator.is_main_process
@@ -321,13 +330,16 @@ def build_preview_and_evaluator(
     if has_preview or has_evaluation:
         vae = load_vae(preview_config.vae, manifest, accelerator.device)
     if has_preview:
-        preview = Preview(vae, manifest.class_names, preview_config.cfg_scale, objective, seed)
+        preview = Preview(
+            vae, manifest.class_names, trained_labels, preview_config.cfg_scale, objective, seed
+        )
     if has_evaluation:
         evaluator = Evaluator(
             evaluation_config,
             objective,
             vae,
             manifest,
+            trained_labels,
             autocast_dtype(accelerator.mixed_precision),
             accelerator.process_index,
             accelerator.num_processes,
@@ -421,3 +433,26 @@ def describe_loop(
         f"{len(cache):,} images per epoch, {cache.manifest.num_classes} classes; "
         f"{loop.num_steps:,} steps are {epochs:.1f} epochs"
     )
+
+
+def describe_labels(config: dict, cache: LatentCache, preview: PreviewConfig) -> list[str]:
+    """Return notes about classes without images, and about previews that cannot be guided.
+
+    Args:
+        config: Contents of config.json.
+        cache: The latent cache.
+        preview: Settings of the previews.
+    """
+    lines = []
+    trained_labels = TrainedLabels.from_config(config)
+    empty_classes = describe_empty_classes(cache.images_per_class, cache.manifest.class_names)
+    if empty_classes and trained_labels.images_per_class is None:
+        empty_classes += ", except in this run, which an older version started"
+    if empty_classes:
+        lines.append(empty_classes)
+    if preview.every and preview.cfg_scale > 1 and not trained_labels.has_null_class:
+        lines.append(
+            f"previews are drawn without guidance (--preview-cfg-scale {preview.cfg_scale:g} is "
+            "ignored), because --cfg-prob 0 does not train the null class"
+        )
+    return lines

@@ -18,7 +18,9 @@ from checkpointing.pretrained import load, resolve_checkpoint
 from checkpointing.storage import CheckpointError
 from common.cli import UserError
 from interpolant import INTERPOLANTS
+from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTConfig
+from sampling.recipe import Recipe
 
 
 def make_sit(seed=0, **options) -> SiT:
@@ -115,6 +117,38 @@ def test_config_is_inferred_from_shapes(write_pt_file):
         write_pt_file(make_official_content("repa", make_sit(**options))), model="SiT-Ti/2"
     )
     assert loaded.model.config == SiTConfig(**PRESETS["SiT-Ti/2"], **options)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "recorded", "num_classes", "has_null_class"),
+    [
+        (6, None, 5, True),
+        (6, 5, 5, True),
+        (6, 6, 6, False),
+        (1000, None, 1000, False),
+        (1000, 999, 999, True),
+        (1001, None, 1000, True),
+    ],
+)
+def test_missing_row_of_the_null_class_is_recognized(
+    write_pt_file, num_rows, recorded, num_classes, has_null_class
+):
+    official = make_sit(num_classes=num_rows - 1)
+    content = make_official_content("repa", official)
+    if recorded is not None:
+        content["args"].num_classes = recorded
+    source = load(write_pt_file(content), model="SiT-Ti/2")
+    assert source.model.config.num_classes == len(source.class_names) == num_classes
+    assert source.trained_labels.has_null_class == has_null_class
+    x, t, y = make_inputs()
+    y = y % num_rows  # the last row is a class if there is no null class
+    assert torch.equal(source.model(x, t, y), official(x, t, y))
+    guided = Recipe(cfg_scale=2.0)
+    if has_null_class:
+        assert guided.for_trained_labels(source.trained_labels) is guided
+    else:
+        with pytest.raises(FieldError, match="2 requires the null class"):
+            guided.for_trained_labels(source.trained_labels)
 
 
 def test_reversing_time_twice_restores_the_weights():

@@ -317,6 +317,58 @@ def test_statistics_with_wrong_shapes_or_values_are_rejected(tmp_path, mu, sigma
         reference_features.read_statistics(NpzFile(tmp_path / "s.npz", "--reference"), "", 2048)
 
 
+def make_covariance(change=0.0):
+    """Return a covariance of 8 features, and add `change` to the element (0, 7)."""
+    sigma = np.cov(np.random.default_rng(0).normal(size=(20, 8)), rowvar=False)
+    sigma[0, 7] += change
+    return sigma
+
+
+def read_small_statistics(path, **arrays):
+    """Write statistics of 8 features to an .npz, and read them."""
+    np.savez(path, **arrays)
+    return reference_features.read_statistics(NpzFile(path, "--reference"), "", 8)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        (np.zeros(8), -np.eye(8), "sigma is not positive semi-definite"),
+        (np.zeros(8), np.diag([1.0] * 7 + [-0.01]), "sigma is not positive semi-definite"),
+        (np.zeros(8), np.triu(make_covariance()), "sigma is not symmetric"),
+        (np.zeros(8), make_covariance(change=0.01), "sigma is not symmetric"),
+        (np.zeros(8), make_covariance() + 1j, "data types are float64 and complex128"),
+        (np.zeros(8), np.eye(8, dtype=bool), "data types are float64 and bool"),
+        (np.full(8, "1.0"), np.eye(8), "data types are <U3 and float64"),
+        (np.zeros(8), None, "contains only one of mu and sigma"),
+        (None, np.eye(8), "contains only one of mu and sigma"),
+    ],
+)
+def test_matrices_that_are_no_covariance_are_rejected(tmp_path, mu, sigma, message):
+    arrays = {"mu": mu, "sigma": sigma}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    with pytest.raises(UserError, match=message):
+        read_small_statistics(tmp_path / "s.npz", **arrays)
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [
+        make_covariance(),
+        make_covariance().astype(np.float32),
+        make_covariance(change=1e-7),
+        np.ones((8, 8)),
+        np.zeros((8, 8)),
+        np.eye(8, dtype=int),
+        np.cov(np.random.default_rng(0).normal(size=(3, 8)), rowvar=False).astype(np.float32),
+    ],
+)
+def test_covariances_with_rounding_errors_are_accepted(tmp_path, sigma):
+    statistics = read_small_statistics(tmp_path / "s.npz", mu=np.zeros(8), sigma=sigma)
+    np.testing.assert_array_equal(statistics.sigma, sigma)
+    assert frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-6)
+
+
 def test_merged_moments_equal_the_moments_of_all_features():
     rng = np.random.default_rng(0)
     # With a mean of 1000, a formula with sums of squares would lose six digits.
@@ -408,6 +460,14 @@ def test_dinov2_position_embedding_is_scaled_by_the_published_factor():
     assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
 
 
+def flip_bit(path, array):
+    """Flip a bit in the middle of an array of an uncompressed .npz."""
+    member = NpzFile(path, "").members[array]
+    content = bytearray(path.read_bytes())
+    content[member.header_offset + member.file_size // 2 + 128] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def unusable_inputs(tmp_path_factory):
     """Return a folder with valid samples, s.npz, and with files that cannot be evaluated."""
@@ -429,6 +489,18 @@ def unusable_inputs(tmp_path_factory):
     content = bytearray((folder / "damaged.npz").read_bytes())
     content[5000:5100] = bytes(100)
     (folder / "damaged.npz").write_bytes(content)
+    for name, labels in (
+        ("strings", np.full(40, "7")),
+        ("nan", np.where(np.arange(40) == 3, np.nan, 1.0)),
+        ("fractions", np.arange(40) % 10 + 0.5),
+        ("from_one", np.arange(40) % 10 + 1),
+        ("negative", np.arange(40) % 10 - 1),
+    ):
+        np.savez(folder / f"{name}.npz", arr_0=noise[:40], arr_1=labels)
+    write_samples(folder / "flipped_bit.npz")
+    flip_bit(folder / "flipped_bit.npz", "arr_0")
+    write_samples(folder / "flipped_label.npz")
+    flip_bit(folder / "flipped_label.npz", "arr_1")
     torch.save({"a": print}, folder / "pickle.pth")
     torch.save({"a": torch.zeros(1)}, folder / "other.pth")
     make_tree(folder / "tree", images=6)
@@ -461,6 +533,20 @@ def unusable_inputs(tmp_path_factory):
         ),
         ("fortran.npz --features fashion --reference s.npz", "in Fortran order"),
         ("damaged.npz --features fashion --reference s.npz", r"damaged\.npz is damaged"),
+        ("flipped_bit.npz --features fashion --reference s.npz", "Bad CRC-32 for file 'arr_0.npy'"),
+        ("s.npz --features fashion --reference flipped_bit.npz", "Bad CRC-32 for file 'arr_0.npy'"),
+        (
+            "flipped_label.npz --features fashion --reference s.npz",
+            "Bad CRC-32 for file 'arr_1.npy'",
+        ),
+        (
+            "strings.npz --features fashion --reference s.npz",
+            "arr_1 must contain the classes of 40 images, but it contains <U1 values",
+        ),
+        ("nan.npz --features fashion --reference s.npz", "float64 values that are not integers"),
+        ("fractions.npz --features fashion --reference s.npz", "values that are not integers"),
+        ("from_one.npz --features fashion --reference s.npz", "arr_1 has labels from 1 to 10"),
+        ("negative.npz --features fashion --reference s.npz", "arr_1 has labels from -1 to 8"),
         ("named.npz --reference s.npz", "contains no array arr_0; it contains images"),
         ("stats.npz --features fashion --reference s.npz", "contains no array arr_0"),
         ("float.npz --features fashion --reference s.npz", "must be uint8"),

@@ -118,6 +118,17 @@ def test_influence_is_the_derivative_with_respect_to_row_weights():
     np.testing.assert_allclose(influence, weights.grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
+def test_distances_and_intervals_are_never_negative():
+    """The distance of equal statistics is a difference of equal sums with rounding errors."""
+    for seed in range(20):
+        x = make_features(400, 16, seed) * 100
+        statistics = compute_statistics(x)
+        distance = frechet_distance(statistics, statistics)
+        assert distance == pytest.approx(0, abs=1e-6)
+        assert not f"{distance:.3f}".startswith("-")
+        assert not any(f"{end:.3f}".startswith("-") for end in frechet_interval(x, statistics))
+
+
 def test_interval_width_equals_the_spread_of_resampled_and_of_new_samples():
     """Only widths are compared, because resampling adds the bias of finitely many images again."""
     n, draws = 1500, 300
