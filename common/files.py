@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Exceptions of np.load if a .npy file is damaged. NumPy tokenizes the header of old files.
+NPY_READ_ERRORS = (OSError, ValueError, EOFError, tokenize.TokenError)
 
 
 def _make_partial_path(path: Path) -> Path:

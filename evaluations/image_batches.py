@@ -16,13 +16,14 @@ from typing import IO
 import numpy as np
 
 from common.cli import UserError
+from common.files import NPY_READ_ERRORS
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from preprocessing.image_source import ImageSource
 from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import open_source
 
 CHUNK_SIZE = 1 << 20  # number of bytes to read at a time for the CRC
-READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+READ_ERRORS = (*NPY_READ_ERRORS, zipfile.BadZipFile, zlib.error)
 LOCAL_HEADER_SIZE = 30  # size in bytes of a zip member's local header without name and extra field
 LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of name and extra field
 

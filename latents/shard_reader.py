@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import NPY_READ_ERRORS
 from latents.manifest import CacheError
 
 PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that stalled on the disk
@@ -37,7 +38,7 @@ class ShardReader:
         self.remedy = remedy
         try:
             array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except NPY_READ_ERRORS as error:
             message = f"{path} cannot be read ({error})"
             # Do not suggest the remedy for errors of the disk or machine: the file may be intact.
             if getattr(error, "errno", None) in (None, errno.ENOENT):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
-from common.files import NpyWriter, discard_on_error, write_file
+from common.files import NPY_READ_ERRORS, NpyWriter, discard_on_error, write_file
 from common.ordered_map import map_in_order
 from common.processes import World
 from latents.manifest import Manifest
@@ -156,7 +156,7 @@ def _encode_shard(
     """
     try:
         images = np.load(images_path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except NPY_READ_ERRORS as error:
         raise UserError(
             f"{images_path} cannot be read ({error}); "
             "run python -m preprocessing.verify --repair to restore it"

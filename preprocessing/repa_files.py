@@ -27,6 +27,7 @@ from torch import Tensor
 from common import cli
 from common.cli import UserError, first_line
 from common.config import setting
+from common.files import NPY_READ_ERRORS
 from common.ordered_map import map_in_order
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
@@ -108,7 +109,7 @@ class ImportJob(CacheJob):
         for image_index in spread_indices(self.num_images):
             path = self.root / self.source.names[image_index]
             # An unreadable file is reported later, when its shard is read.
-            with suppress(OSError, ValueError, EOFError, AttributeError):
+            with suppress(*NPY_READ_ERRORS, AttributeError):
                 shapes[path] = np.load(path, mmap_mode="r").shape
         if not shapes:
             raise UserError(f"SRC {self.root}: none of the sampled files can be read")
@@ -153,7 +154,7 @@ class ImportJob(CacheJob):
         """Return the moments of an image, (2C, h, h). Raises BadImage or UnreadableImage."""
         try:
             moments = np.load(self.root / self.source.names[image_index])
-        except (OSError, ValueError, EOFError) as error:
+        except NPY_READ_ERRORS as error:
             file_errors = (None, errno.ENOENT, errno.EACCES)
             if isinstance(error, OSError) and error.errno not in file_errors:
                 raise UnreadableImage(str(error.strerror)) from None

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import UserError
-from common.files import sha256
+from common.files import NPY_READ_ERRORS, sha256
 from common.processes import World
 from latents.manifest import Manifest, read_manifest
 from preprocessing.build import rebuild_shards
@@ -98,7 +98,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
             if sha256(path) != entry.get("sha256", {}).get(folder):
                 faults.append(Fault(folder, "sha256 does not match the manifest"))
             array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except NPY_READ_ERRORS as error:
             faults.append(Fault(folder, f"cannot be read ({error})"))
             continue
         shape, dtype = _get_expected_layout(manifest, folder, entry["count"])

@@ -101,9 +101,11 @@ def test_errors_name_the_damaged_file(cache_copy):
     (cache_copy / "moments/00000.npy").write_bytes(b"")
     with pytest.raises(CacheError, match=r"00000\.npy cannot be read.*--repair"):
         LatentCache(cache_copy)
-    (cache_copy / "moments/00000.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(CacheError, match=r"00000\.npy.*cannot be read"):
-        LatentCache(cache_copy)
+    damaged_header = b"\x93NUMPY\x01\x00\x10\x00{'descr': (\0\0\0\0\n"
+    for data in (b"\x93NUMPY", damaged_header):
+        (cache_copy / "moments/00000.npy").write_bytes(data)
+        with pytest.raises(CacheError, match=r"00000\.npy.*cannot be read"):
+            LatentCache(cache_copy)
 
 
 def test_invalid_manifest_is_reported(cache_copy):
