@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import files
 from latents.cache import LatentCache, read_manifest
@@ -247,3 +247,15 @@ def test_exif_orientation_is_applied():
     buffer = io.BytesIO()
     Image.new("RGB", (6, 3)).save(buffer, "JPEG", exif=exif)
     assert convert_to_rgb(Image.open(buffer), "white", []).size == (3, 6)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientations_equal_those_of_pil(orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    buffer = io.BytesIO()
+    pixels = np.arange(6 * 3 * 3, dtype=np.uint8).reshape(6, 3, 3)
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer))
+    rgb = convert_to_rgb(Image.open(buffer), "white", [])
+    np.testing.assert_array_equal(np.asarray(rgb), np.asarray(expected))
