@@ -49,8 +49,8 @@ class CheckpointConfig:
 
     ckpt: Path = setting(
         help="a run (exps/NAME selects its latest checkpoint), a checkpoint of a run, an "
-        "ema.safetensors, a folder written by checkpointing.export, or a .pt or .safetensors file of "
-        "the SiT, REPA or SRA repositories",
+        "ema.safetensors, a folder written by checkpointing.export, or a .pt or .safetensors file "
+        "of the SiT, REPA or SRA repositories",
     )
     ema_decay: float | None = setting(
         None, type=cli.decay, help="decay of the EMA, if a run has several (default: the first)"

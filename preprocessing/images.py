@@ -9,7 +9,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from common.cli import UserError
 from common.keyed_random import Purpose, uniform
+from common.lfs import POINTER_START
 from preprocessing.image_source import ImageSource
 
 CROPS = ("center", "random-seeded")
@@ -25,7 +26,7 @@ BACKGROUNDS = ("white", "black")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
 # EXIF orientation -> transposition that makes the image upright.
-TRANSPOSITIONS = {
+TRANSPOSITIONS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -92,8 +93,11 @@ class SquareReader:
                 warnings.simplefilter("ignore")  # PIL warns about unusual metadata of each image.
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with source.open(image_index) as file:
-                    if not file.read(1):
+                    start = file.read(len(POINTER_START))
+                    if not start:
                         raise BadImage("the file is empty")
+                    if start == POINTER_START:
+                        raise BadImage("it is a Git LFS pointer: run 'git lfs pull'")
                     file.seek(0)
                     return self._decode(file, image_index)
         except BadImage:

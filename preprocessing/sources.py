@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.cli import UserError
+from common.lfs import describe_lfs_pointer
 from preprocessing.image_source import ImageSource
 from preprocessing.labels import (
     IMAGE_EXTENSIONS,
@@ -66,6 +67,9 @@ def open_source(path: Path, flag: str = "--source", labels: Path | None = None) 
     """
     origin = f"{flag} {path}"
     files = _find_files(path, flag)
+    for file in files:
+        if problem := describe_lfs_pointer(file):
+            raise UserError(f"{flag}: {problem}")
     types = {_get_file_type(file) for file in files}
     if len(types) > 1:
         raise UserError(

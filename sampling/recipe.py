@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common import cli
 from common.config import setting
 from common.keyed_random import Purpose, normal, uniform
+from common.lfs import describe_lfs_pointer
 from interpolant import INTERPOLANTS, time_interval
 from models.errors import FieldError
 from models.sit import SiT
@@ -249,8 +250,9 @@ def load_labels(path: Path) -> np.ndarray:
             f"{path} does not exist; choose random, balanced, a class index or an existing file",
         ) from None
     except Exception as error:  # numpy, json and int raise many exception types for invalid files
+        problem = describe_lfs_pointer(path)
         raise FieldError(
-            "labels", f"{path} cannot be read as one class per image ({error})"
+            "labels", problem or f"{path} cannot be read as one class per image ({error})"
         ) from None
 
 
