@@ -321,6 +321,8 @@ def run_training(
         accelerator.num_processes,
         required_cache_inputs(run.alignments),
     )
+    # The update that ends step n trains on batch n - 1.
+    run.guard.explain = lambda step_number: stream.describe_non_finite_moments(step_number - 1)
     batches = stream.read_batches(
         state.step,
         run.num_steps,
