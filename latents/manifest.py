@@ -56,7 +56,7 @@ class Manifest:
     class_names: list[str]
     resolution: int
     crop: str
-    vae: str  # hub id or folder
+    vae: str  # hub id or absolute path of a folder
     vae_fingerprint: str  # hash from Autoencoder.fingerprint
     scale: float | list[float]  # one value, or one value per channel
     shift: float | list[float]
@@ -113,7 +113,7 @@ def read_manifest(root: Path) -> Manifest:
         if version == FORMAT_VERSION:
             if not all({"file", "count"} <= shard.keys() for shard in content["shards"]):
                 raise ValueError("a shard has no file or no count")
-            return Manifest(**content)
+            return _resolve_vae(Manifest(**content))
     except (ValueError, KeyError, TypeError) as error:
         if problem := describe_lfs_pointer(path):
             raise CacheError(problem) from None
@@ -125,6 +125,14 @@ def read_manifest(root: Path) -> Manifest:
         f"{path} has format version {version}, but this code reads version {FORMAT_VERSION}; "
         "encode the images again"
     )
+
+
+def _resolve_vae(manifest: Manifest) -> Manifest:
+    """Replace a relative path of the VAE, which older caches contain, by the absolute path."""
+    absolute_path = manifest.encoding.get("vae") or ""
+    if Path(absolute_path).is_absolute() and not Path(manifest.vae).exists():
+        return replace(manifest, vae=absolute_path)
+    return manifest
 
 
 def _explain_missing_manifest(root: Path) -> str:
