@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 
+from common import cli  # first, because it completes the environment of the other libraries
+
+# isort: split
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from common import cli
 from common.cli import UserError
 from common.keyed_random import Purpose, normal, uniform
 from common.tf32 import set_tf32
