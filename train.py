@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from common.cli import UserError
+from common.cli import UserError, print_warning
 from common.keyed_random import Purpose, normal, uniform
+from common.machine import describe_busy_cores
 from common.tf32 import set_tf32
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
@@ -369,6 +370,8 @@ def main() -> None:
         ],
     )
     set_tf32(settings.device.allow_tf32)
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        print_warning(describe_busy_cores())
     with stop_on_signal() as request, ExitStack() as resources:
         is_finished = run_training(settings, accelerator, request, resources)
         # Wait, because a launcher kills the other processes as soon as one exits with an error.

@@ -66,6 +66,12 @@ def require_package(name: str, purpose: str) -> None:
         raise UserError(f"{purpose} requires {package}; install it with pip install {package}")
 
 
+def print_warning(message: str) -> None:
+    """Print a warning to stderr, unless the message is empty."""
+    if message:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 class DiskFullSafeStream:
     """Wraps stdout or stderr and ignores failed writes.
 

@@ -17,6 +17,7 @@ from common import cli
 from common.cli import UserError
 from common.config import add_flags, read_flags
 from common.files import check_writable
+from common.machine import describe_busy_cores
 from common.processes import World
 from evaluations.extractors import extract_features
 from evaluations.image_batches import NpzImages
@@ -69,6 +70,8 @@ def main() -> None:
     args = parse_args()
     world = World()
     device = args.device or world.select_device()
+    if str(device) == "cpu" and world.num_processes == 1:
+        cli.print_warning(describe_busy_cores())
 
     # Open the samples, their labels, and the record of the sampling settings.
     if not args.samples.exists():

@@ -113,6 +113,15 @@ class SamplerConfig:
                 "1 is too few for mode sde, whose last step is deterministic; use 2 or more",
             )
 
+    def describe_ignored_settings(self) -> str:
+        """Return a warning about settings that have no effect, or "" if there are none."""
+        if self.cfg_scale == 1 and (self.guidance_low, self.guidance_high) != (0, 1):
+            return (
+                "--guidance-low and --guidance-high have no effect without guidance: pass "
+                "--cfg-scale with a value above 1"
+            )
+        return ""
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe(SamplerConfig):
