@@ -148,15 +148,24 @@ class TrainingStream(Dataset):
     def __getitem__(self, step: int) -> CachedBatch:
         """Read this process's share of global batch `step`."""
         stream_position = torch.from_numpy(step * self.batch_size + self.offsets)
-        is_flipped = None
-        if self.cache.manifest.flips:
-            is_flipped = (uniform(self.seed, Purpose.FLIP, stream_position) < 0.5).numpy()
-        image_index = to_image_index(stream_position.numpy(), len(self.cache), self.seed)
+        image_index, is_flipped = self._select_images(stream_position)
         moments, labels = self.cache.gather(image_index, is_flipped)
         inputs = {
             name: self.cache.read_input(name, image_index, is_flipped) for name in self.inputs
         }
         return CachedBatch(stream_position, moments, labels, inputs)
+
+    def _select_images(self, stream_position: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the image index at each position, and whether the image is flipped."""
+        is_flipped = None
+        if self.cache.manifest.flips:
+            is_flipped = (uniform(self.seed, Purpose.FLIP, stream_position) < 0.5).numpy()
+        return to_image_index(stream_position.numpy(), len(self.cache), self.seed), is_flipped
+
+    def describe_non_finite_moments(self, step: int) -> str:
+        """Return which image of global batch `step` has moments that are not finite, or ""."""
+        stream_position = step * self.batch_size + torch.arange(self.batch_size)
+        return self.cache.describe_non_finite_moments(*self._select_images(stream_position))
 
     def read_batches(
         self,

@@ -51,8 +51,8 @@ class CheckpointConfig:
 
     ckpt: Path = setting(
         help="a run (exps/NAME selects its latest checkpoint), a checkpoint of a run, an "
-        "ema.safetensors, a folder written by checkpointing.export, or a .pt file of the SiT, REPA "
-        "or SRA repositories",
+        "ema.safetensors, a folder written by checkpointing.export, or a .pt or .safetensors file "
+        "of the SiT, REPA or SRA repositories",
     )
     ema_decay: float | None = setting(
         None, type=cli.decay, help="decay of the EMA, if a run has several (default: the first)"
@@ -160,6 +160,8 @@ def main() -> None:
     config = parse_args()
     world = World()
     device = world.select_device()
+    if world.rank == 0:
+        cli.print_warning(config.sampler.describe_ignored_settings())
     set_precision_and_threads(config.precision, device)
 
     # Load the network and the VAE, and collect the settings that determine the images.

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 
+from common import cli  # first, because it completes the environment of the other libraries
+
+# isort: split
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from common import cli
-from common.cli import UserError
+from common.cli import UserError, print_warning
 from common.keyed_random import Purpose, normal, uniform
+from common.machine import describe_busy_cores
 from common.tf32 import set_tf32
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
@@ -321,6 +324,8 @@ def run_training(
         accelerator.num_processes,
         required_cache_inputs(run.alignments),
     )
+    # The update that ends step n trains on batch n - 1.
+    run.guard.explain = lambda step_number: stream.describe_non_finite_moments(step_number - 1)
     batches = stream.read_batches(
         state.step,
         run.num_steps,
@@ -365,6 +370,8 @@ def main() -> None:
         ],
     )
     set_tf32(settings.device.allow_tf32)
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        print_warning(describe_busy_cores())
     with stop_on_signal() as request, ExitStack() as resources:
         is_finished = run_training(settings, accelerator, request, resources)
         # Wait, because a launcher kills the other processes as soon as one exits with an error.

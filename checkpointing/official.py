@@ -2,11 +2,15 @@
 
 Official checkpoints are the .pt files of the repositories of SiT (arXiv:2401.08740), REPA
 (arXiv:2410.06940) and SRA (arXiv:2505.02831). They are pickles. Only tensors and
-argparse.Namespace, in which these repositories store their settings, are loaded from them.
+argparse.Namespace, in which these repositories store their settings, are loaded from them. The
+state dicts may also be stored as .safetensors.
 
-The state dicts use the parameter names of models/sit.py. According to the code of the
-repositories, the state dicts differ as follows:
+The state dicts use the parameter names of models/sit.py, with the names of wrappers such as
+DistributedDataParallel in between. According to the code of the repositories, the state dicts
+differ as follows:
 
+- Early files of REPA (its flag --legacy) number the blocks after the aligned one from 0 again, as
+  `decoder_blocks`.
 - REPA and SRA also store alignment heads (`projectors`, `ap_head`).
 - The output layer of SiT is twice as wide, because it also predicts a sigma that is not trained.
 - In SiT, t = 0 is noise and t = 1 is data; REPA, SRA and this repository use the reverse.
@@ -25,8 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpointing.storage import CheckpointError
+from checkpointing.storage import CheckpointError, load_tensors
 from common.cli import UserError
+from common.lfs import describe_lfs_pointer
 from models.sit import PRESETS, SiTConfig, TimestepEmbedder
 
 HEAD_PREFIXES = {"repa": "projectors.", "sra": "ap_head."}
@@ -42,6 +47,19 @@ OFFICIAL_PATHS = {
 
 IMAGENET_CLASSES = 1000
 
+# Keys that hold the state dict of a .pt file. The first one that exists is used.
+STATE_KEYS = ("ema", "model", "state_dict")
+# Parts of parameter names that DistributedDataParallel, torch.compile, FSDP and activation
+# checkpointing insert.
+WRAPPER_NAMES = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_checkpoint_wrapped_module",
+}
+MAX_LISTED_KEYS = 5  # keys of a file in an error message
+
 _OUTPUT_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 _TIME_KEY = "t_embedder.mlp.0.weight"
 _LABEL_KEY = "y_embedder.embedding_table.weight"
@@ -49,50 +67,80 @@ _PATCH_KEY = "x_embedder.proj.weight"
 
 
 class OfficialFile(NamedTuple):
-    """The content of a .pt file."""
+    """The content of a .pt or .safetensors file."""
 
-    state: dict[str, Tensor]  # EMA weights, without key prefixes
+    state: dict[str, Tensor]  # EMA weights, with the parameter names of models/sit.py
     settings: dict[str, Any]  # flags of the training run; empty if the file does not record them
     step: int | None  # None if the file does not record it
 
 
 def read_official_file(path: Path) -> OfficialFile:
-    """Read a .pt file without executing code in it.
+    """Read a .pt or .safetensors file without executing code in it.
 
     Raises:
         CheckpointError: If the file contains code, is damaged, or does not contain a state dict.
     """
+    content: Any = load_tensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    state, settings, step = content, None, None
+    if isinstance(content, dict):
+        state = next((content[key] for key in STATE_KEYS if key in content), content)
+        settings = content.get("args")
+        step = content.get("steps")
+    values = state.values() if isinstance(state, dict) else []
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise CheckpointError(
+            f"{path} does not contain a state dict at the top level or under "
+            f"{' or '.join(STATE_KEYS)}; it contains {_list_keys(content)}"
+        )
+    if isinstance(settings, argparse.Namespace):
+        settings = vars(settings)
+    if not isinstance(settings, dict):
+        settings = {}
+    return OfficialFile(_unify_names(path, state), settings, step)
+
+
+def _load_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(
+            return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except Exception as error:  # the exception type depends on how the file is damaged
+        if problem := describe_lfs_pointer(path):
+            raise CheckpointError(problem) from None
         problem = "cannot be read as a .pt file: download it again"
         # torch names the forbidden function or class only in the message.
         if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
             problem = f"contains code ({match[1]}) and is not loaded"
         raise CheckpointError(f"{path} {problem}") from None
-    state: Any = content.get("ema", content) if isinstance(content, dict) else None
-    values = state.values() if isinstance(state, dict) else []
-    if not values or not all(isinstance(value, Tensor) for value in values):
+
+
+def _list_keys(content: Any) -> str:
+    """Return the first keys of a dict, or the type of another object, for an error message."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    keys = [str(key) for key in content]
+    listed = ", ".join(keys[:MAX_LISTED_KEYS]) or "no keys"
+    num_more = len(keys) - MAX_LISTED_KEYS
+    return f"{listed} and {num_more} more" if num_more > 0 else listed
+
+
+def _unify_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the names of wrappers from parameter names, and number all blocks consecutively."""
+    split_names = [[part for part in key.split(".") if part not in WRAPPER_NAMES] for key in state]
+    depth = len({parts[1] for parts in split_names if parts[0] == "blocks"})
+    renamed = {}
+    for parts, value in zip(split_names, state.values()):
+        if parts[0] == "decoder_blocks":
+            parts = ["blocks", str(depth + int(parts[1])), *parts[2:]]
+        renamed[".".join(parts)] = value
+    if len(renamed) < len(state):
         raise CheckpointError(
-            f"{path} does not contain a state dict, neither under 'ema' nor at the top level"
+            f"{path} contains several networks in one state dict ({_list_keys(state)}): save the "
+            "state dict of one of them"
         )
-    settings = content.get("args")
-    if isinstance(settings, argparse.Namespace):
-        settings = vars(settings)
-    if not isinstance(settings, dict):
-        settings = {}
-    return OfficialFile(_strip_prefixes(state), settings, content.get("steps"))
-
-
-def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that DistributedDataParallel and torch.compile add to keys."""
-    return {
-        key.removeprefix("module.").removeprefix("_orig_mod."): value
-        for key, value in state.items()
-    }
+    renamed.pop("n_averaged", None)  # counter of torch.optim.swa_utils.AveragedModel
+    return renamed
 
 
 def choose_origin(
@@ -167,7 +215,7 @@ def choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None
 
 
 def infer_config(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[str, SiTConfig]:
-    """Infer the preset and the config from the shapes in a state dict without prefixes.
+    """Infer the preset and the config from the shapes in a state dict.
 
     The number of rows of the label embedding table alone does not show whether the null class is
     one of them. It is not if the rows are as many as the classes that the file records, or as many
@@ -183,7 +231,9 @@ def infer_config(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[st
     """
     for key in (_PATCH_KEY, "pos_embed", _LABEL_KEY, _OUTPUT_KEYS[0]):
         if key not in state:
-            raise ValueError(f"does not contain a SiT: {key} is missing")
+            raise ValueError(
+                f"does not contain a SiT: {key} is missing; it contains {_list_keys(state)}"
+            )
     if any(".q_norm." in key for key in state):
         raise ValueError("was trained with --qk-norm, which this repository does not support")
     width, channels, patch, _ = state[_PATCH_KEY].shape
@@ -215,7 +265,7 @@ def has_null_class(state: dict[str, Tensor], config: SiTConfig) -> bool:
 
 
 def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
-    """Return the repository that a state dict without prefixes comes from.
+    """Return the repository that a state dict comes from.
 
     Return None if the state dict could come from several repositories.
     """
@@ -228,7 +278,7 @@ def infer_origin(state: dict[str, Tensor], config: SiTConfig) -> str | None:
 def convert_state_dict(
     state: dict[str, Tensor], config: SiTConfig, origin: str
 ) -> dict[str, Tensor]:
-    """Convert a state dict without prefixes to the state dict of `SiT(config)`.
+    """Convert a state dict to the state dict of `SiT(config)`.
 
     Alignment heads and the learned sigma are removed, and a missing row of the null class is filled
     with zeros. The weights of a network from the SiT repository are converted to the time
@@ -259,6 +309,8 @@ def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
     omega = TimestepEmbedder(1, 2 * cos.shape[1]).omega.double()
     reflected_cos = cos * omega.cos() + sin * omega.sin()
     reflected_sin = cos * omega.sin() - sin * omega.cos()
-    reflected = torch.cat((reflected_cos, reflected_sin), 1).to(weight.dtype)
+    # The network is float32. Rounding to the half precision of a file would be an additional error.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    reflected = torch.cat((reflected_cos, reflected_sin), 1).to(dtype)
     negated_output = {key: -state[key] for key in _OUTPUT_KEYS}
     return {**state, **negated_output, _TIME_KEY: reflected}

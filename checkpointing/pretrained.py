@@ -4,9 +4,9 @@
     exps/NAME/checkpoints/0050000               one checkpoint
     .../ema.safetensors, ema-0.999.safetensors  one EMA, next to config.json
     DIR                                         an export by checkpointing.export
-    FILE.pt                                     a file of the SiT, REPA or SRA repository
+    FILE.pt, FILE.safetensors                   a file of the SiT, REPA or SRA repository
 
-checkpointing/official.py reads and converts the .pt files.
+checkpointing/official.py reads and converts the files of other repositories.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ from checkpointing.storage import (
     read_config,
 )
 from common.cli import UserError
-from common.files import sha256
+from common.files import read_json_if_valid, sha256
 from models.labels import TrainedLabels
 from models.sit import SiT, SiTConfig
 
@@ -85,7 +85,10 @@ def load(
         UserError: If an argument does not fit the file. The message names its flag.
     """
     path = resolve_checkpoint(path)
-    if path.is_file() and path.suffix != ".safetensors":
+    is_native = path.is_dir() or (
+        path.suffix == ".safetensors" and (model is None or _has_native_config(path.parent))
+    )
+    if not is_native:
         if ema_decay is not None:
             raise UserError(
                 f"--ema-decay is for runs of this repository, but {path} has one EMA; "
@@ -108,7 +111,8 @@ def load(
     decay = choose_ema_decay(path, config, ema_decay)
     weights = folder / ema_filename(config, decay)
     network = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
-    load_weights(network, weights)
+    remedy = f"; config.json next to it describes {config['model_name']}: copy both from one run"
+    load_weights(network, weights, remedy)
     digest = sha256(weights)
     if config.get("exported", {}).get("ema_sha256", digest) != digest:
         raise CheckpointError(
@@ -150,13 +154,27 @@ def read_native_config(path: Path) -> tuple[Path, dict]:
         CheckpointError: If config.json cannot be read or was not written by this repository.
     """
     folder = path.parent if path.is_file() else path
+    if path.is_file() and not _has_native_config(folder):
+        raise CheckpointError(
+            f"{path} needs the config.json of its run or export in the same folder: copy it there, "
+            "or pass --model and --origin for a file of the SiT, REPA or SRA repositories"
+        )
     config = read_config(folder)
-    required = {"model_name", "model", "ema_decay", "step", "data"}
-    if not isinstance(config, dict) or not required <= config.keys():
+    if not _is_native_config(config):
         raise CheckpointError(
             f"{folder / 'config.json'} does not belong to a checkpoint of this repository"
         )
     return folder, config
+
+
+def _has_native_config(folder: Path) -> bool:
+    """Return whether a folder contains a config.json that was written by this repository."""
+    return _is_native_config(read_json_if_valid(folder / "config.json"))
+
+
+def _is_native_config(config: Any) -> bool:
+    required = {"model_name", "model", "ema_decay", "step", "data"}
+    return isinstance(config, dict) and required <= config.keys()
 
 
 def choose_ema_decay(path: Path, config: dict, ema_decay: float | None) -> float:
@@ -190,7 +208,7 @@ def _checkpoint_name(folder: Path) -> str:
 def _load_official(
     path: Path, model: str | None, origin: str | None, path_type: str | None
 ) -> PretrainedModel:
-    """Load a .pt file. The arguments are the same as for `load`."""
+    """Load a file of another repository. The arguments are the same as for `load`."""
     file = read_official_file(path)
     try:
         model_name, config = infer_config(file.state, file.settings)

@@ -27,8 +27,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from common.cli import UserError, first_line
+from common.cli import UserError, describe_read_error, first_line
 from common.files import fsync, lock, sha256
+from common.lfs import describe_lfs_pointer
 
 
 class CheckpointError(UserError):
@@ -41,7 +42,9 @@ def convert_errors(path: Path, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if problem := describe_lfs_pointer(path):
+            raise CheckpointError(problem) from None
+        reason = describe_read_error(error)
         raise CheckpointError(f"{path} cannot be loaded ({reason}){remedy}") from None
 
 
@@ -216,14 +219,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path, remedy: str = "") -> None:
     """Load a .safetensors file into a module. The names and shapes of all weights must match.
+
+    Args:
+        module: The module.
+        path: The file.
+        remedy: End of the error message if the file does not fit the module.
 
     Raises:
         CheckpointError: If the file cannot be read or does not fit the module.
     """
     tensors = load_tensors(path)
-    with convert_errors(path):
+    with convert_errors(path, remedy):
         module.load_state_dict(tensors)
 
 

@@ -18,6 +18,8 @@ import torch
 
 Number = TypeVar("Number", int, float)
 
+MAX_REASON_LENGTH = 200  # characters of the message of a library in an error message
+
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATH_ERRORS = (
     errno.EACCES,
@@ -34,8 +36,19 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the type of an error and the first line of its message."""
+    """Return the type of an error and the first line of its message, for unexpected errors."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def describe_read_error(error: Exception) -> str:
+    """Describe why a file cannot be read, in one line of at most MAX_REASON_LENGTH characters.
+
+    Names of Python classes are left out, unless the error has no message.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        message = f"{message} is missing"
+    return message[:MAX_REASON_LENGTH] or type(error).__name__
 
 
 def require_package(name: str, purpose: str) -> None:
@@ -51,6 +64,12 @@ def require_package(name: str, purpose: str) -> None:
     if importlib.util.find_spec(name) is None:
         package = name.replace("_", "-")
         raise UserError(f"{purpose} requires {package}; install it with pip install {package}")
+
+
+def print_warning(message: str) -> None:
+    """Print a warning to stderr, unless the message is empty."""
+    if message:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class DiskFullSafeStream:

@@ -33,13 +33,23 @@ def _name_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def _make_folder(folder: Path) -> None:
+    """Create a folder. Raise NotADirectoryError if a file is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename
+        ) from None
+
+
 @contextmanager
 def _replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename that file to `path` at the end.
 
     The file and its folder are flushed to the disk. On error, the temporary file is deleted.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     partial = _make_partial_path(path)
     try:
         with _name_in_errors(path):
@@ -50,6 +60,21 @@ def _replace_atomically(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before work whose result will be written to it.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _make_folder(path.parent)
+    partial = _make_partial_path(path)
+    with _name_in_errors(path):
+        partial.touch()
+        partial.unlink()
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:

@@ -3,8 +3,13 @@
 import math
 import os
 import resource
+import time
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+
+MIN_BUSY_FRACTION = 0.25  # share of the cores that other programs use, from which a warning is due
 
 
 def count_available_cores() -> int:
@@ -12,6 +17,45 @@ def count_available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux only
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def describe_busy_cores(interval: float = 0.2) -> str:
+    """Return a warning if other programs slow down operations that use several threads, or "".
+
+    The threads of an operation wait for each other. On cores that other programs use, an operation
+    can therefore become many times slower than on one thread.
+
+    Args:
+        interval: Time over which the load of the cores is measured, in seconds.
+    """
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
+        return ""
+    num_cores = count_available_cores()
+    first = _read_busy_seconds()
+    time.sleep(interval)
+    num_busy = (_read_busy_seconds() - first) / interval
+    if num_busy < MIN_BUSY_FRACTION * num_cores:
+        return ""
+    num_threads = max(1, num_cores - math.ceil(num_busy))
+    return (
+        f"other programs use about {num_busy:.0f} of the {num_cores} cores, which can make "
+        f"this command many times slower; set OMP_NUM_THREADS, for example to {num_threads}"
+    )
+
+
+def _read_busy_seconds() -> float:
+    """Return the time for which the available cores have been busy since the system started.
+
+    Return 0 on systems without /proc/stat.
+    """
+    busy_ticks = 0
+    for line in _read_lines("/proc/stat"):  # Linux only
+        name, *ticks = line.split()
+        core = name.removeprefix("cpu")
+        if core.isdecimal() and int(core) in os.sched_getaffinity(0):
+            user, nice, system = map(int, ticks[:3])
+            busy_ticks += user + nice + system
+    return busy_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def get_memory_sharing_domain() -> tuple:

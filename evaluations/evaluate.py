@@ -18,6 +18,8 @@ import numpy as np
 from common import cli
 from common.cli import UserError
 from common.config import add_flags, read_flags
+from common.files import check_writable
+from common.machine import describe_busy_cores
 from common.processes import World
 from evaluations.extractors import extract_features
 from evaluations.fashion import GarmentClassifier
@@ -82,10 +84,17 @@ def main() -> None:
     args = parse_args()
     world = World()
     device = args.device or world.select_device()
+    if str(device) == "cpu" and world.num_processes == 1:
+        cli.print_warning(describe_busy_cores())
 
     # Open the samples, their labels, and the record of the sampling settings.
     if not args.samples.exists():
         raise UserError(f"{args.samples} does not exist")
+    if args.samples.is_dir() or args.samples.suffix in (".npy", ".zip"):
+        raise UserError(
+            f"{args.samples} is not an .npz in ADM's format: convert it as described in "
+            "docs/evaluation.md, Samples in other formats"
+        )
     images = NpzImages(args.samples, "samples")
     check_sample_count(images.count, str(args.samples))
     labels = images.read_labels()
@@ -103,6 +112,7 @@ def main() -> None:
     )
     result = world.run_on_first_rank(lambda: read_result(out, identity))
     if not result:
+        world.run_on_first_rank(lambda: check_writable(out))
         suite.load_reference()
         features = extract_features(
             suite.networks, images, args.batch_size, "samples", device, world

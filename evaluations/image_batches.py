@@ -17,6 +17,7 @@ import numpy as np
 
 from common.cli import UserError
 from common.files import NPY_READ_ERRORS
+from common.lfs import describe_lfs_pointer
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from preprocessing.image_source import ImageSource
 from preprocessing.images import load_square_or_user_error
@@ -95,6 +96,8 @@ class NpzFile:
         except UserError:
             raise
         except READ_ERRORS as error:
+            if problem := describe_lfs_pointer(self.path):
+                raise UserError(f"{self.flag}: {problem}") from None
             raise UserError(
                 f"{self.flag} {self.path} is damaged or is not an .npz ({error}): use another file"
             ) from None

@@ -16,6 +16,7 @@ from torch import Tensor
 from common import cli
 from common.cli import UserError
 from common.files import sha256
+from common.lfs import describe_lfs_pointer
 from evaluations.features import FeatureNetwork, Features
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
@@ -43,6 +44,8 @@ def find_weights(path: Path | None) -> Path:
         # torch-fidelity unpickles without restrictions, so check first that the file is safe.
         torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if problem := describe_lfs_pointer(file):
+            raise UserError(f"--inception-weights: {problem}") from None
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--inception-weights {file} is not a file of plain tensors ({reason}): "

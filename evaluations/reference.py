@@ -13,7 +13,7 @@ import torch
 
 from common import cli
 from common.cli import UserError
-from common.files import sha256, write_npz
+from common.files import check_writable, sha256, write_npz
 from common.processes import World
 from evaluations.extractors import add_network_flags, iterate_batches, load_extractor
 from evaluations.features import FeatureNetwork
@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     Raises:
         UserError: A value is invalid, or the output file exists.
+        OSError: The output file cannot be written.
     """
     parser = cli.Parser(
         __doc__, "python -m evaluations.reference", "--images PATH --resolution N --out FILE"
@@ -71,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.out.exists():
         raise UserError(f"--out {args.out} exists: remove it or choose another file")
+    check_writable(args.out)
     return args
 
 

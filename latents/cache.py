@@ -126,6 +126,30 @@ class LatentCache:
             np.take(self._moments_in_ram, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
 
+    def describe_non_finite_moments(
+        self, image_indices: np.ndarray, is_flipped: np.ndarray | None = None
+    ) -> str:
+        """Return which of the images has moments that are not finite, or "" if there is none.
+
+        The arguments are the same as for `gather`.
+        """
+        moments, _ = self.gather(image_indices, is_flipped)
+        is_finite = moments.isfinite().flatten(1).all(1)
+        if is_finite.all():
+            return ""
+        batch_index = int(is_finite.int().argmin())
+        image_index = int(image_indices[batch_index])
+        folder_index = 0 if is_flipped is None else int(is_flipped[batch_index])
+        folder = self.manifest.moment_folders[folder_index]
+        shard_index = int(np.searchsorted(self.shard_starts, image_index, side="right")) - 1
+        root = self.shard_roots[shard_index]
+        row = image_index - self.shard_starts[shard_index]
+        path = root / folder / self.manifest.shards[shard_index]["file"]
+        return (
+            f"the moments of image {image_index} (row {row} of {path}) are not finite; "
+            f"check the cache with python -m preprocessing.verify {root}"
+        )
+
     def read_input(
         self, folder: str, image_indices: np.ndarray, is_flipped: np.ndarray | None = None
     ) -> Tensor:

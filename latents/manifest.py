@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, describe_read_error
 from common.files import write_file
+from common.lfs import describe_lfs_pointer
 
 FORMAT_VERSION = 1
 
@@ -55,7 +56,7 @@ class Manifest:
     class_names: list[str]
     resolution: int
     crop: str
-    vae: str  # hub id or folder
+    vae: str  # hub id or absolute path of a folder
     vae_fingerprint: str  # hash from Autoencoder.fingerprint
     scale: float | list[float]  # one value, or one value per channel
     shift: float | list[float]
@@ -111,15 +112,27 @@ def read_manifest(root: Path) -> Manifest:
         version = content["format_version"]
         if version == FORMAT_VERSION:
             if not all({"file", "count"} <= shard.keys() for shard in content["shards"]):
-                raise KeyError("a shard has no file or no count")
-            return Manifest(**content)
+                raise ValueError("a shard has no file or no count")
+            return _resolve_vae(Manifest(**content))
     except (ValueError, KeyError, TypeError) as error:
-        message = f"{path} is not a valid manifest ({error}); encode the images again"
-        raise CacheError(message) from None
+        if problem := describe_lfs_pointer(path):
+            raise CacheError(problem) from None
+        reason = describe_read_error(error)
+        raise CacheError(
+            f"{path} is not a valid manifest ({reason}); encode the images again"
+        ) from None
     raise CacheError(
         f"{path} has format version {version}, but this code reads version {FORMAT_VERSION}; "
         "encode the images again"
     )
+
+
+def _resolve_vae(manifest: Manifest) -> Manifest:
+    """Replace a relative path of the VAE, which older caches contain, by the absolute path."""
+    absolute_path = manifest.encoding.get("vae") or ""
+    if Path(absolute_path).is_absolute() and not Path(manifest.vae).exists():
+        return replace(manifest, vae=absolute_path)
+    return manifest
 
 
 def _explain_missing_manifest(root: Path) -> str:
@@ -211,7 +224,8 @@ def read_feature_metadata(root: Path, manifest: Manifest) -> dict[str, dict]:
             metadata = {name: content[name] for name in FEATURE_FIELDS}
             encoded_hashes = {shard["file"]: shard["images_sha256"] for shard in content["shards"]}
         except (ValueError, KeyError, TypeError) as error:
-            message = f"{path} cannot be read ({error!r}); {format_features_remedy(path.parent)}"
+            reason = describe_read_error(error)
+            message = f"{path} cannot be read ({reason}); {format_features_remedy(path.parent)}"
             raise CacheError(message) from None
         if encoded_hashes == image_hashes:
             metadata_by_slug[path.parent.name] = metadata

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import NPY_READ_ERRORS
+from common.lfs import describe_lfs_pointer
 from latents.manifest import CacheError
 
 PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that stalled on the disk
@@ -39,6 +40,8 @@ class ShardReader:
         try:
             array = np.load(path, mmap_mode="r")
         except NPY_READ_ERRORS as error:
+            if problem := describe_lfs_pointer(path):
+                raise CacheError(problem) from None
             message = f"{path} cannot be read ({error})"
             # Do not suggest the remedy for errors of the disk or machine: the file may be intact.
             if getattr(error, "errno", None) in (None, errno.ENOENT):

@@ -14,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.lfs import describe_lfs_pointer
 from models.errors import FieldError
 from models.weights import weights_fingerprint
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+# Files of float32 weights that diffusers reads from a folder.
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILES = (
+    WEIGHTS,
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin.index.json",
+)
 DECODE_BATCH_SIZE = 16  # decoding an image of 512 pixels takes about 1 GB of activations
 
 
@@ -111,6 +120,35 @@ def is_hub_id(name: str) -> bool:
     return not is_path and name.count("/") == 1
 
 
+def check_vae_folder(folder: Path) -> None:
+    """Check that a folder contains the files of a VAE in the format of diffusers.
+
+    Raises:
+        FieldError: If a file is missing or is a Git LFS pointer.
+    """
+    if not folder.exists():
+        raise FieldError("vae", f"{folder} does not exist (the working directory is {Path.cwd()})")
+    if not folder.is_dir():
+        raise FieldError(
+            "vae", f"{folder} is a file; choose a diffusers folder with config.json and {WEIGHTS}"
+        )
+    if not (folder / "config.json").exists():
+        if (folder / "vae" / "config.json").exists():
+            raise FieldError(
+                "vae", f"{folder} is a whole pipeline; choose its VAE, {folder / 'vae'}"
+            )
+        raise FieldError("vae", f"{folder} is not a diffusers folder: config.json is missing")
+    for path in sorted(folder.iterdir()):
+        if problem := describe_lfs_pointer(path):
+            raise FieldError("vae", problem)
+    if not any((folder / name).exists() for name in WEIGHTS_FILES):
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+        raise FieldError(
+            "vae",
+            f"{folder} contains {names} but not {WEIGHTS}, the float32 weights; add this file",
+        )
+
+
 class Autoencoder:
     """A frozen diffusers AutoencoderKL in eval mode.
 
@@ -126,25 +164,20 @@ class Autoencoder:
         # Importing diffusers takes seconds, and training without previews does not need it.
         from diffusers import AutoencoderKL
 
-        if not is_hub_id(name):
-            folder = Path(name)
-            if not folder.exists():
-                raise FieldError(
-                    "vae",
-                    f"{name} does not exist (the working directory is {Path.cwd()})",
-                )
-            if not (folder / "config.json").exists():
-                raise FieldError("vae", f"{name} is not a diffusers folder: config.json is missing")
+        remedy = "download its files again"
+        if is_hub_id(name):
+            remedy = (
+                f"with network access, run 'hf download {name} --local-dir FOLDER', then pass "
+                "FOLDER"
+            )
+        else:
+            check_vae_folder(Path(name))
         try:
             vae, loading_info = AutoencoderKL.from_pretrained(name, output_loading_info=True)
             class_name = AutoencoderKL.load_config(name).get("_class_name", "AutoencoderKL")
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise FieldError(
-                "vae",
-                f"{name} cannot be loaded ({reason}): with network access, run "
-                f"'hf download {name} --local-dir FOLDER', then pass FOLDER",
-            ) from None
+            raise FieldError("vae", f"{name} cannot be loaded ({reason}): {remedy}") from None
         # diffusers does not raise an error if the folder contains another class or if weights are
         # missing. It loads the matching weights and initializes the others at random.
         if class_name != "AutoencoderKL":

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from common.lfs import describe_lfs_pointer
 from models.errors import FieldError
 
 TimmNetwork: TypeAlias = Any  # timm adds attributes and methods that nn.Module does not declare
@@ -89,7 +90,9 @@ def load_network(name: str, weights: Path | None = None, pretrained: bool = True
             )
     except Exception as error:  # raised by the hub client, safetensors, torch or timm
         if weights:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            if problem := describe_lfs_pointer(weights):
+                raise FieldError("weights", problem) from None
+            reason = " ".join(str(error).split())[:160]
             raise FieldError(
                 "weights", f"{weights} does not fit {architecture} ({reason})"
             ) from None

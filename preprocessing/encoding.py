@@ -202,6 +202,14 @@ class EncodingJob(CacheJob):
                 f"downsampling factor of --vae {settings.vae}"
             )
 
+        latent_side = settings.resolution // factor
+        if latent_side % 2 and world.rank == 0:
+            cli.print_warning(
+                f"--resolution {settings.resolution} gives latents of {latent_side}x{latent_side}, "
+                "which only models with patch size 1, such as SiT-XL/1, can use; for models such "
+                f"as SiT-XL/2, choose a multiple of {2 * factor}"
+            )
+
         cores = max(1, world.cores // world.num_local_processes)
         self.num_workers = min(cores, MAX_WORKERS) if num_workers < 0 else num_workers
         self.num_threads = 1

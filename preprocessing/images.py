@@ -9,14 +9,15 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from common.cli import UserError
 from common.keyed_random import Purpose, uniform
+from common.lfs import POINTER_START
 from preprocessing.image_source import ImageSource
 
 CROPS = ("center", "random-seeded")
@@ -24,8 +25,21 @@ BACKGROUNDS = ("white", "black")
 # Other formats of PIL are not used for photographs, and some of their decoders run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
+# EXIF orientation -> transposition that makes the image upright.
+TRANSPOSITIONS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MIN_CROP_FRACTION = 0.8  # a random crop covers at least this fraction of the shorter side
 MAX_PIXELS = 89_478_485  # default limit of PIL, which corresponds to 268 MB of RGB values
+# PIL rejects an image with a text chunk of more than 1 MiB. Image generators store longer texts, so
+# only the limit for all text chunks of an image, 64 MiB, is kept.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class BadImage(ValueError):  # noqa: N818  an invalid image is not an error of the program
@@ -79,8 +93,11 @@ class SquareReader:
                 warnings.simplefilter("ignore")  # PIL warns about unusual metadata of each image.
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with source.open(image_index) as file:
-                    if not file.read(1):
+                    start = file.read(len(POINTER_START))
+                    if not start:
                         raise BadImage("the file is empty")
+                    if start == POINTER_START:
+                        raise BadImage("it is a Git LFS pointer: run 'git lfs pull'")
                     file.seek(0)
                     return self._decode(file, image_index)
         except BadImage:
@@ -190,9 +207,10 @@ def convert_to_rgb(image: Image.Image, background: str, kinds: list[str]) -> Ima
         BadImage: If the range of the gray values is undefined.
     """
     image.load()
-    if image.getexif().get(EXIF_ORIENTATION) in range(2, 9):
+    transposition = read_transposition(image)
+    if transposition is not None:
         kinds.append("turned by EXIF")
-        image = ImageOps.exif_transpose(image)
+        image = image.transpose(transposition)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
@@ -206,6 +224,16 @@ def convert_to_rgb(image: Image.Image, background: str, kinds: list[str]) -> Ima
             kinds.append(f"transparent: over {background}")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+def read_transposition(image: Image.Image) -> Image.Transpose | None:
+    """Return the transposition that makes an image upright. Damaged EXIF data is ignored."""
+    try:
+        return TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION))
+    except (MemoryError, OSError):  # the machine failed, not the EXIF data
+        raise
+    except Exception:  # PIL raises many types of exceptions for damaged EXIF data
+        return None
 
 
 def load_square(source: ImageSource, image_index: int, side: int) -> np.ndarray:

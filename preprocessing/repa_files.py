@@ -28,6 +28,7 @@ from common import cli
 from common.cli import UserError, first_line
 from common.config import setting
 from common.files import NPY_READ_ERRORS
+from common.lfs import describe_lfs_pointer
 from common.ordered_map import map_in_order
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
@@ -152,13 +153,15 @@ class ImportJob(CacheJob):
 
     def _read_moments(self, image_index: int) -> np.ndarray:
         """Return the moments of an image, (2C, h, h). Raises BadImage or UnreadableImage."""
+        path = self.root / self.source.names[image_index]
         try:
-            moments = np.load(self.root / self.source.names[image_index])
+            moments = np.load(path)
         except NPY_READ_ERRORS as error:
             file_errors = (None, errno.ENOENT, errno.EACCES)
             if isinstance(error, OSError) and error.errno not in file_errors:
                 raise UnreadableImage(str(error.strerror)) from None
-            raise BadImage(first_line(error)) from None
+            problem = describe_lfs_pointer(path)
+            raise BadImage(problem or first_line(error)) from None
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
             raise BadImage("it is no array of floating-point numbers")
         if moments.shape not in (self.shape, (1, *self.shape)):

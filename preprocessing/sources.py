@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.cli import UserError
+from common.lfs import describe_lfs_pointer
 from preprocessing.classes import determine_classes
 from preprocessing.image_source import ImageSource
 from preprocessing.labels import LabelTable, parse_dataset_json, read_label_file
@@ -78,18 +79,8 @@ def open_source(
         files = _select_archives(path, listing, archives, flag)
     else:
         files = _find_files(path, flag)
-    types = {_get_file_type(file.name) for file in files}
-    if len(types) > 1:
-        raise UserError(
-            f"{origin} contains files of several types ({', '.join(sorted(types))}); "
-            "choose files of one type"
-        )
-    if types & COMPRESSED_TARS:
-        raise UserError(
-            f"{origin}: a compressed tar file does not allow random access; decompress it first"
-        )
-    _check_one_split(path, files, flag)
-    if types == {".parquet"}:
+    file_type = _check_files(path, files, flag)
+    if file_type == ".parquet":
         if table is not None:
             raise UserError(
                 f"--labels requires images with file names, but the images of {path} are parquet "
@@ -99,7 +90,7 @@ def open_source(
     if label_column is not None:
         raise UserError(f"--label-column requires parquet files, but {origin} contains none")
 
-    if types == {".tar"}:
+    if file_type == ".tar":
         if table is None and path.is_dir() and (path / "dataset.json").exists():
             label_file = path / "dataset.json"
             table = parse_dataset_json(label_file.read_bytes(), f"{flag} {label_file}")
@@ -190,6 +181,30 @@ def _select_archives(root: Path, listing: Listing, archives: list[str], flag: st
         )
     selected = large or zips or archives
     return [root / path for path in selected]
+
+
+def _check_files(path: Path, files: list[Path], flag: str) -> str:
+    """Return the type of the files that a source consists of, such as .tar; "" without files.
+
+    Raises:
+        UserError: The files have different types, cannot be read, or belong to several splits.
+    """
+    for file in files:
+        if problem := describe_lfs_pointer(file):
+            raise UserError(f"{flag}: {problem}")
+    types = {_get_file_type(file.name) for file in files}
+    if len(types) > 1:
+        raise UserError(
+            f"{flag} {path} contains files of several types ({', '.join(sorted(types))}); "
+            "choose files of one type"
+        )
+    if types & COMPRESSED_TARS:
+        raise UserError(
+            f"{flag} {path}: a compressed tar file does not allow random access; decompress it "
+            "first"
+        )
+    _check_one_split(path, files, flag)
+    return types.pop() if types else ""
 
 
 def _check_one_split(path: Path, files: list[Path], flag: str) -> None:

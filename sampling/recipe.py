@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common import cli
 from common.config import setting
 from common.keyed_random import Purpose, normal, uniform
+from common.lfs import describe_lfs_pointer
 from interpolant import INTERPOLANTS, time_interval
 from models.errors import FieldError
 from models.labels import TrainedLabels
@@ -116,6 +117,15 @@ class SamplerConfig:
                 "num_steps",
                 "1 is too few for mode sde, whose last step is deterministic; use 2 or more",
             )
+
+    def describe_ignored_settings(self) -> str:
+        """Return a warning about settings that have no effect, or "" if there are none."""
+        if self.cfg_scale == 1 and (self.guidance_low, self.guidance_high) != (0, 1):
+            return (
+                "--guidance-low and --guidance-high have no effect without guidance: pass "
+                "--cfg-scale with a value above 1"
+            )
+        return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,8 +310,9 @@ def load_labels(path: Path) -> np.ndarray:
             f"{path} does not exist; choose random, balanced, a class index or an existing file",
         ) from None
     except Exception as error:  # numpy, json and int raise many exception types for invalid files
+        problem = describe_lfs_pointer(path)
         raise FieldError(
-            "labels", f"{path} cannot be read as one class per image ({error})"
+            "labels", problem or f"{path} cannot be read as one class per image ({error})"
         ) from None
 
 

@@ -14,7 +14,7 @@ ALLOWED = {
     "interpolant": set(),
     "loss": set(),
     "samplers": {"interpolant"},
-    "models": set(),
+    "models": {"common.lfs"},
     "latents": {"common"},
     "dataset": {"common", "latents"},
     "preprocessing": {"common", "latents", "models"},

@@ -28,12 +28,14 @@ class NonFiniteGuard:
         uses_grad_scaler: Whether mixed precision is fp16.
         bad_in_a_row: Number of consecutive bad steps when the checkpoint was written.
         overflows_in_a_row: Number of consecutive fp16 overflows when it was written.
+        explain: Function that returns the cause of a bad step in the data, or "" if there is none.
     """
 
     optimizer: torch.optim.Optimizer
     uses_grad_scaler: bool = False
     bad_in_a_row: int = 0
     overflows_in_a_row: int = 0
+    explain: Callable[[int], str] = lambda step: ""
 
     def __post_init__(self) -> None:
         self.names: list[str] = []
@@ -85,7 +87,10 @@ class NonFiniteGuard:
             self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad_step else 0
             if is_bad_step:
                 skipped = "; update skipped" if "grad_norm" in bad_names else ""
-                messages.append(f"step {step:,}: not finite: {', '.join(bad_names)}{skipped}")
+                cause = self.explain(step)
+                because = f", because {cause}" if cause else ""
+                message = f"step {step:,}: not finite: {', '.join(bad_names)}{skipped}{because}"
+                messages.append(message)
             self._check_limits(step, messages)
         return messages
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -21,6 +22,7 @@ from interpolant import INTERPOLANTS
 from models.errors import FieldError
 from models.sit import PRESETS, SiT, SiTConfig
 from sampling.recipe import Recipe
+from tests.helpers import LFS_POINTER
 
 
 def make_sit(seed=0, **options) -> SiT:
@@ -257,6 +259,101 @@ def test_unsuitable_official_files_are_rejected_in_one_line(write_pt_file, chang
     assert "\n" not in str(error.value)
 
 
+def wrap_names(state: dict, wrappers: str) -> dict:
+    """Insert wrapper names at the start and after the index of each block."""
+    names = (key.replace("blocks.1.", f"blocks.1.{wrappers}") for key in state)
+    return dict(zip((wrappers + name for name in names), state.values()))
+
+
+def split_blocks(state: dict) -> dict:
+    """Number the blocks from the third one on as `decoder_blocks`, as REPA's --legacy files do."""
+    return {
+        re.sub(r"^blocks\.([2-9])", lambda m: f"decoder_blocks.{int(m[1]) - 2}", key): value
+        for key, value in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "container"),
+    [
+        (lambda state: wrap_names(state, "module._orig_mod."), "ema"),
+        (lambda state: wrap_names(state, "_orig_mod.module."), "model"),
+        (lambda state: wrap_names(state, "_fsdp_wrapped_module._orig_mod.module."), "state_dict"),
+        (lambda state: wrap_names(state, "_checkpoint_wrapped_module."), None),
+        (lambda state: wrap_names(state, "_fsdp_wrapped_module._fpw_module."), None),
+        (lambda state: {"n_averaged": torch.tensor(7), **wrap_names(state, "module.")}, None),
+        (split_blocks, "ema"),
+        (lambda state: wrap_names(split_blocks(state), "module."), None),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_names_of_wrappers_legacy_names_and_containers_are_read(
+    tmp_path, change, container, suffix
+):
+    network = make_sit()
+    state = change(network.state_dict())
+    path = tmp_path / f"network{suffix}"
+    if suffix == ".pt":
+        torch.save({container: state} if container else state, path)
+    else:
+        save_file(state, path)
+    loaded = load(path, model="SiT-Ti/2", origin="repa")
+    inputs = make_inputs()
+    assert torch.equal(loaded.model(*inputs), network(*inputs))
+
+
+def test_ema_weights_take_precedence_over_other_weights(write_pt_file):
+    networks = {name: make_sit(seed) for seed, name in enumerate(("state_dict", "model", "ema"))}
+    content = {name: network.state_dict() for name, network in networks.items()}
+    loaded = load(write_pt_file(content), model="SiT-Ti/2", origin="repa")
+    assert torch.equal(loaded.model(*make_inputs()), networks["ema"](*make_inputs()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_converted_as_if_upcast_first(write_pt_file, dtype):
+    half = {key: value.to(dtype) for key, value in make_sit().state_dict().items()}
+    upcast = {key: value.float() for key, value in half.items()}
+    outputs = [
+        load(write_pt_file(state), model="SiT-Ti/2", origin="sit").model(*make_inputs())
+        for state in (half, upcast)
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            {"net": {}, "optimizer": {}},
+            "at the top level or under ema or model or state_dict; it contains net, optimizer",
+        ),
+        (
+            {"model": {"encoder.weight": torch.ones(1)}},
+            "x_embedder.proj.weight is missing; it contains encoder.weight",
+        ),
+        (
+            {f"layers.{k}": torch.ones(1) for k in range(9)},
+            "it contains layers.0, .*, layers.4 and 4 more",
+        ),
+        (
+            {"module.x": torch.ones(1), "x": torch.ones(1)},
+            r"several networks in one state dict \(module.x, x\)",
+        ),
+    ],
+)
+def test_errors_about_foreign_files_contain_the_keys(write_pt_file, content, expected):
+    with pytest.raises(CheckpointError, match=expected) as error:
+        load(write_pt_file(content))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_lfs_pointer_is_reported_instead_of_a_damaged_file(tmp_path, name):
+    (tmp_path / name).write_text(LFS_POINTER)
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer.*'git lfs pull'"):
+        load(tmp_path / name, model="SiT-Ti/2")
+
+
 class Harmful:
     def __reduce__(self):
         return os.mkdir, ("harm",)
@@ -365,7 +462,12 @@ def test_prediction_affects_samples_their_record_and_the_export(run, call, tmp_p
             {},
             "model.safetensors is not an EMA; choose one of ema.safetensors ema-0.5",
         ),
-        ("alone.safetensors", {}, "config.json cannot be loaded"),
+        (
+            "alone.safetensors",
+            {},
+            "alone.safetensors needs the config.json of its run or export in the same folder: copy "
+            "it there, or pass --model and --origin",
+        ),
         ("nowhere", {}, "nowhere does not exist"),
     ],
 )
@@ -374,6 +476,28 @@ def test_unsuitable_paths_and_flags_of_runs_are_rejected_in_one_line(run, path, 
     with pytest.raises(UserError, match=expected) as error:
         load(run / path, **flags)
     assert "\n" not in str(error.value)
+
+
+def test_ema_without_a_config_is_read_as_an_official_file(run):
+    """A config.json of another library in the folder is ignored."""
+    ema = run / "checkpoints/0000002/ema.safetensors"
+    expected = load(ema).model.state_dict()
+    copy = shutil.copy(ema, run / "network.safetensors")
+    (run / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(CheckpointError, match=r"needs the config\.json of its run"):
+        load(copy)
+    state = load(copy, model="SiT-Ti/2", origin="repa").model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+def test_error_of_an_ema_that_does_not_fit_its_config_contains_the_remedy(run):
+    folder = run / "checkpoints/0000002"
+    config = json.loads((folder / "config.json").read_text())
+    wider = {**config, "model_name": "SiT-S/2", "model": config["model"] | {"width": 384}}
+    (folder / "config.json").write_text(json.dumps(wider))
+    message = r"config\.json next to it describes SiT-S/2: copy both from one run"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
 
 
 def test_config_of_another_library_is_rejected(tmp_path):

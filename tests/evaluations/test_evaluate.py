@@ -1,9 +1,12 @@
 """Test evaluations.evaluate, evaluations.reference and evaluations.curves."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from evaluations.inception import InceptionFeatures
 from evaluations.metrics import compute_statistics, frechet_distance
 from evaluations.moments import RunningMoments
 from evaluations.timm_networks import TimmFeatures, resize_bicubic, resize_position_embedding
-from tests.helpers import make_tree, run_ranks
+from tests.helpers import ROOT, make_tree, run_ranks
 
 
 def write_samples(path, count=40, seed=0, has_labels=True, side=32):
@@ -236,6 +239,53 @@ def test_results_of_another_evaluation_are_not_overwritten(call, tmp_path):
     # If the samples change, they are evaluated, and the new result replaces the old result.
     write_samples(tmp_path / "s.npz", seed=3)
     assert call(evaluate, *flags, tmp_path / "a.npz")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file/metrics.json", "error: Not a directory (file); choose another path"),
+        ("new.json", "error: Read-only file system (new.json); choose another path"),
+    ],
+)
+def test_unwritable_output_is_reported_before_the_evaluation(
+    call, tmp_path, monkeypatch, out, message
+):
+    def fail_to_create(path, *args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.EvaluationSuite, "load_reference", None)  # must not be called
+    (tmp_path / "file").touch()
+    write_samples(tmp_path / "s.npz")
+    monkeypatch.setattr(Path, "touch", fail_to_create)
+    flags = ["s.npz", "--features", "fashion", "--reference", "s.npz"]
+    code, printed = call(evaluate, *flags, "--out", out)
+    assert code == 2 and message in printed and len(printed.splitlines()) == 1
+    code, printed = call(reference, "--images", "s.npz", "--resolution", 32, "--out", "r.npz")
+    assert code == 2 and "error: Read-only file system (r.npz)" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "s.npz"]
+
+
+def test_samples_in_other_formats_are_converted_as_documented(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = write_samples(tmp_path / "expected.npz", count=5)
+    np.save("samples.npy", images)
+    (tmp_path / "samples").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(f"samples/{i:06d}.png")
+    shutil.make_archive("samples", "zip", "samples")
+    snippet = re.search(
+        r"```python\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL
+    )
+    for name in ("samples", "samples.npy", "samples.zip"):
+        code, out = call(evaluate, name, "--reference", "expected.npz")
+        assert code == 2 and f"error: {name} is not an .npz in ADM's format: convert it" in out
+    for name in ("samples", "samples.npy"):
+        exec(snippet[1].replace('"samples"', f'"{name}"'))
+        converted = NpzImages(tmp_path / "samples.npz", "samples")
+        np.testing.assert_array_equal(converted.read_rows(0, 5), images)
+        (tmp_path / "samples.npz").unlink()
 
 
 def test_two_processes_compute_the_same_result_as_one(call, tmp_path):

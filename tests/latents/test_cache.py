@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -106,6 +107,33 @@ def test_errors_name_the_damaged_file(cache_copy):
         (cache_copy / "moments/00000.npy").write_bytes(data)
         with pytest.raises(CacheError, match=r"00000\.npy.*cannot be read"):
             LatentCache(cache_copy)
+
+
+def test_image_with_non_finite_moments_is_described(cache, cache_copy):
+    path = cache_copy / "moments/00001.npy"
+    moments = np.load(path)
+    moments[7, 0, 0, 0] = np.inf
+    write_array(path, moments)
+    joined = LatentCache(cache, cache_copy)
+    image_index = np.array([3, 41, 40])
+    assert joined.describe_non_finite_moments(image_index[::2]) == ""
+    assert joined.describe_non_finite_moments(image_index) == (
+        f"the moments of image 41 (row 7 of {path}) are not finite; check the cache with "
+        f"python -m preprocessing.verify {cache_copy}"
+    )
+
+
+def test_flipped_image_with_non_finite_moments_is_described(flipped_cache, tmp_path):
+    root = shutil.copytree(flipped_cache, tmp_path / "data")
+    path = root / "mirrored/00000.npy"
+    moments = np.load(path)
+    moments[2] = np.nan
+    write_array(path, moments)
+    flipped = LatentCache(root)
+    image_index = np.array([2, 5])
+    assert flipped.describe_non_finite_moments(image_index, np.array([False, True])) == ""
+    description = flipped.describe_non_finite_moments(image_index, np.array([True, True]))
+    assert f"image 2 (row 2 of {path})" in description
 
 
 def test_invalid_manifest_is_reported(cache_copy):

@@ -1,11 +1,15 @@
 """Test encoding, decoding, normalization and errors of the autoencoder."""
 
+import shutil
+
 import pytest
 import torch
 
 from models.autoencoder import Autoencoder, LatentScale
 from models.errors import FieldError
-from tests.helpers import make_vae
+from tests.helpers import LFS_POINTER, make_vae
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +73,57 @@ def test_error_of_a_missing_vae_contains_the_download_command(name):
 def test_folder_without_a_vae_is_rejected(tmp_path):
     with pytest.raises(FieldError, match=r"not a diffusers folder: config\.json is missing"):
         Autoencoder(str(tmp_path))
+
+
+def move_to_subfolder(folder):
+    shutil.copytree(folder, folder / "vae")
+    (folder / "config.json").unlink()
+
+
+def rename_to_fp16(folder):
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            move_to_subfolder,
+            "FOLDER is a whole pipeline; choose its VAE, FOLDER/vae",
+        ),
+        (
+            rename_to_fp16,
+            "FOLDER contains config.json, diffusion_pytorch_model.fp16.safetensors but not "
+            f"{WEIGHTS}, the float32 weights; add this file",
+        ),
+        (lambda folder: (folder / WEIGHTS).unlink(), "FOLDER contains config.json but not"),
+        (
+            lambda folder: (folder / WEIGHTS).write_text(LFS_POINTER),
+            f"FOLDER/{WEIGHTS} is a Git LFS pointer instead of the file itself: run 'git lfs pull'",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(LFS_POINTER),
+            "FOLDER/config.json is a Git LFS pointer",
+        ),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes(bytes(1000)),
+            "FOLDER cannot be loaded (Unable to load weights from checkpoint file",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "FOLDER cannot be loaded (It looks like the config file",
+        ),
+    ],
+)
+def test_error_of_an_unusable_folder_describes_its_contents(vae_folder, tmp_path, change, expected):
+    folder = shutil.copytree(vae_folder, tmp_path / "copy")
+    change(folder)
+    with pytest.raises(FieldError) as error:
+        Autoencoder(str(folder))
+    assert error.value.reason.startswith(expected.replace("FOLDER", str(folder)))
+    assert "hf download" not in error.value.reason and "\n" not in error.value.reason
+
+
+def test_file_of_weights_is_rejected_as_a_vae(vae_folder):
+    with pytest.raises(FieldError, match=rf"{WEIGHTS} is a file; choose a diffusers folder"):
+        Autoencoder(str(vae_folder / WEIGHTS))

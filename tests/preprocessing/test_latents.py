@@ -9,6 +9,7 @@ import torch
 import sample_ddp
 import train
 from latents.cache import LatentCache
+from latents.manifest import read_manifest
 from models.autoencoder import Autoencoder, LatentScale, read_latent_scale
 from models.errors import FieldError
 from preprocessing import encode_latents
@@ -132,3 +133,19 @@ def test_fingerprint_depends_on_the_scale_per_channel(tmp_path):
     single = Autoencoder(str(make_vae(tmp_path / "single", shift=None)))
     per_channel = Autoencoder(str(make_vae(tmp_path / "per-channel", shift=None, **MEAN_AND_STD)))
     assert single.fingerprint() != per_channel.fingerprint()
+
+
+def test_relative_path_of_the_vae_is_valid_in_other_directories(
+    call, tree, vae_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(vae_folder.parent)
+    flags = ["--source", tree, "--dest", tmp_path / "data", "--resolution", 32, "--limit", 2]
+    assert call(encode_latents, *flags, "--vae", vae_folder.name)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert read_manifest(tmp_path / "data").vae == str(vae_folder)
+    # Older manifests contain the relative path.
+    path = tmp_path / "data/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vae": vae_folder.name}))
+    assert read_manifest(tmp_path / "data").vae == str(vae_folder)
+    monkeypatch.chdir(vae_folder.parent)
+    assert read_manifest(tmp_path / "data").vae == vae_folder.name

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import files
 from latents.cache import LatentCache, read_manifest
@@ -156,6 +156,22 @@ def test_resolution_that_does_not_fit_the_vae_is_refused(call, tree, vae_folder,
     assert code == 2 and "--resolution 30 is not a multiple of 4" in out
 
 
+@pytest.mark.parametrize(("resolution", "has_warning"), [(28, True), (32, False), (4, True)])
+def test_resolution_that_most_models_cannot_use_gives_a_warning(
+    call, tree, vae_folder, tmp_path, resolution, has_warning
+):
+    options = ("--resolution", resolution, "--limit", 1)
+    code, out = call(
+        encode_latents, *make_encode_flags(tree, tmp_path / "data", vae_folder, *options)
+    )
+    side = resolution // 4
+    warning = (
+        f"warning: --resolution {resolution} gives latents of {side}x{side}, which only models"
+    )
+    assert code == 0 and (warning in out) == has_warning
+    assert ("choose a multiple of 8" in out) == has_warning
+
+
 def test_full_disk_gives_an_error_of_one_line_and_leaves_no_files(
     call, tree, vae_folder, tmp_path, monkeypatch
 ):
@@ -247,3 +263,15 @@ def test_exif_orientation_is_applied():
     buffer = io.BytesIO()
     Image.new("RGB", (6, 3)).save(buffer, "JPEG", exif=exif)
     assert convert_to_rgb(Image.open(buffer), "white", []).size == (3, 6)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientations_equal_those_of_pil(orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    buffer = io.BytesIO()
+    pixels = np.arange(6 * 3 * 3, dtype=np.uint8).reshape(6, 3, 3)
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer))
+    rgb = convert_to_rgb(Image.open(buffer), "white", [])
+    np.testing.assert_array_equal(np.asarray(rgb), np.asarray(expected))

@@ -74,6 +74,9 @@ def _make_usable_images(photo: Image.Image, rng: np.random.Generator) -> dict[st
     gif = _encode(palette, "GIF", save_all=True, append_images=[photo.quantize(8)])
     large = Image.new("RGB", (6000, 5000), "teal")
     broken_exif = b"Exif\0\0no TIFF header here"
+    comment = _make_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2_000_000)))
+    raw_profile = _make_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 4\nzz")
+    metadata = _make_chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(bytes(9_000_000)))
     jpeg = _encode(photo, "JPEG", quality=90)
     png = _encode(photo, "PNG")
     return {
@@ -85,6 +88,14 @@ def _make_usable_images(photo: Image.Image, rng: np.random.Generator) -> dict[st
         "phone.jpg": (_encode(photo, "MPO", **pages), JPEG_RGB),
         "rotated.jpg": (_encode(photo, "JPEG", exif=rotated), Expected(GOOD, "turned by EXIF")),
         "broken_exif.jpg": (_encode(photo, "JPEG", exif=broken_exif), JPEG_RGB),
+        "broken_exif.png": (_encode(photo, "PNG", exif=broken_exif), PNG_RGB),
+        "broken_exif.webp": (_encode(photo, "WEBP", exif=broken_exif), Expected(GOOD, "WEBP RGB")),
+        "broken_raw_profile.png": (
+            _make_png((80, 60), 16, 2, rgb48.tobytes(), raw_profile),
+            PNG_RGB,
+        ),
+        "long_text.png": (_make_png((80, 60), 16, 2, rgb48.tobytes(), comment), PNG_RGB),
+        "long_metadata.png": (_make_png((80, 60), 16, 2, rgb48.tobytes(), metadata), PNG_RGB),
         "palette.png": (_encode(palette, "PNG"), Expected(GOOD, "PNG P")),
         "transparent_palette.png": (_encode(palette, "PNG", transparency=3), TRANSPARENT),
         "rgba.png": (_encode(rgba, "PNG"), TRANSPARENT),

@@ -499,6 +499,28 @@ def test_print_config_prints_all_settings_and_samples_nothing(sample, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_ignored"),
+    [
+        ({"guidance_low": 0.3}, True),
+        ({"guidance_high": 0.7}, True),
+        ({"guidance_high": 0.7, "cfg_scale": 1.5}, False),
+        ({"cfg_scale": 1.5}, False),
+        ({}, False),
+    ],
+)
+def test_guidance_interval_without_guidance_gives_a_warning(settings, is_ignored):
+    warning = Recipe(**settings).describe_ignored_settings()
+    assert ("have no effect without guidance: pass --cfg-scale" in warning) == is_ignored
+    assert bool(warning) == is_ignored
+
+
+def test_warnings_are_printed(sample, tmp_path):
+    flags = ["--guidance-low", 0.3, "--evaluate", "/nonexistent"]
+    output = sample(*flags, folder=tmp_path / "out", code=2)
+    assert output.startswith("warning: --guidance-low and --guidance-high have no effect")
+
+
 def test_recipe_is_built_without_a_command_line():
     recipe = Recipe(mode="ode", heun=True, labels="balanced")
     recipe.validate()

@@ -98,6 +98,11 @@ def test_nan_on_one_process_is_skipped_by_all(call, cache, tmp_path):
             assert row == pytest.approx(other, rel=1e-4)
     log = (tmp_path / "two/log.txt").read_text()
     assert "not finite: denoising, align/sra2, grad_norm; update skipped" in log
+    cause = (
+        f"because the moments of image 13 (row 3 of {shard}) are not finite; check the cache with "
+        f"python -m preprocessing.verify {data}\n"
+    )
+    assert cause in log and cause in (tmp_path / "one/log.txt").read_text()
 
 
 def test_damage_to_the_newest_checkpoint_is_named_with_the_previous_one(call, cache, tmp_path):
