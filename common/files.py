@@ -193,7 +193,8 @@ class LineWriter:
             Whether everything has been written.
         """
         self.pending += text
-        remaining = self.pending.encode()
+        # A file name that is not valid UTF-8 contains surrogates, which cannot be encoded.
+        remaining = self.pending.encode(errors="backslashreplace")
         try:
             with self.path.open("ab", buffering=0) as file:
                 if self._size_before_failure is not None:

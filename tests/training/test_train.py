@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import sys
@@ -240,6 +241,16 @@ def test_previews_show_the_ema_with_fixed_noise_and_change_nothing(
     assert all(torch.equal(weights[1][key], saved[key]) for key in saved)
     code, _ = call(train, *train_flags(cache, tmp_path, "plain", *options))
     assert code == 0 and read_metrics(tmp_path / "plain") == read_metrics(tmp_path / "run")
+
+
+def test_name_that_the_terminal_cannot_represent_does_not_end_the_run(
+    call, cache, tmp_path, monkeypatch
+):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    flags = train_flags(cache, tmp_path, "λόγος", "--max-train-steps", 1)
+    assert call(train, *flags)[0] == 0
+    assert "saved" in (tmp_path / "λόγος/log.txt").read_text()
 
 
 def test_print_config_prints_the_resolved_flags_and_stops(call, cache, tmp_path):
