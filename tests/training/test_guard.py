@@ -54,7 +54,7 @@ def test_consecutive_bad_steps_are_counted_across_reports_and_reset_by_a_good_st
         if step < 10 + limit - 1:
             guard.report(one_process)
     last = 10 + limit - 1
-    expected = f"step {last}: not finite: grad_norm.*this is consecutive bad step {limit}"
+    expected = f"step {last}: not finite: grad_norm.*this is consecutive bad step {limit}.*repeats"
     with pytest.raises(UserError, match=expected):
         guard.report(one_process)
 
@@ -67,10 +67,8 @@ def test_persistent_fp16_overflows_end_the_run():
     assert guard.report(one_process) == [] and guard.overflows_in_a_row == limit - 1
     resumed = NonFiniteGuard(Optimizer(), True, guard.bad_in_a_row, guard.overflows_in_a_row)
     mark_step(resumed, limit, grad_norm=INF)
-    with pytest.raises(
-        UserError,
-        match=f"step {limit}: the gradient is not finite in fp16.*consecutive overflow {limit}",
-    ):
+    message = f"step {limit}: the gradient is not finite in fp16.*overflow {limit}.*repeats the"
+    with pytest.raises(UserError, match=message):
         resumed.report(one_process)
     mark_step(guard, limit)
     assert guard.report(one_process) == [] and guard.overflows_in_a_row == 0
