@@ -194,9 +194,18 @@ def main() -> None:
 
         # Load the reference, unless the samples have already been evaluated.
         result: JsonObject = {}
+        is_evaluated = False
         if suite is not None:
             result = world.run_on_first_rank(lambda: read_metrics(suite, store))
-            if result:
+            missing = suite.find_missing_results(result) if result else []
+            # Without the images, only sampling again could compute the missing results.
+            is_evaluated = bool(result) and (not missing or config.output.no_npz)
+            if missing and is_evaluated and world.rank == 0:
+                print(
+                    f"{store.metrics_path} lacks {', '.join(missing)}, and the images were "
+                    "discarded: remove the file to sample and evaluate them again"
+                )
+            if is_evaluated:
                 stored_batches = stored_batches._replace(features=set(store.batches))
             else:
                 suite.load_reference()
@@ -211,12 +220,13 @@ def main() -> None:
 
         if world.rank == 0:
             store.finalize(labels)
-            if suite is not None and not result:
+            if suite is not None and not is_evaluated:
                 result = suite.write_results(
                     store.metrics_path,
                     build_metrics_identity(suite, store),
                     store.read_features(),
                     labels,
+                    result,
                 )
             store.remove_parts_folder()
             print(format_outcome(store, result, has_new_images=bool(pending)))

@@ -35,7 +35,7 @@ from training.config import (
     resolve_device,
 )
 from training.guard import NonFiniteGuard
-from training.log import RunLog, is_due
+from training.log import is_due
 from training.preemption import (
     COLLECTIVE_TIMEOUT,
     EXIT_STOPPED,
@@ -263,11 +263,11 @@ def train(
         is_last = state.step == run.num_steps
         should_save = stop or retry or is_last or is_due(state.step, save_every)
         if should_save:
-            save(state, log, accelerator, writer)
+            save(run, accelerator, writer)
         if not stop and not run.monitors.run_due(state, accelerator.gather, stop_requested):
             stop = True
             if not should_save:
-                save(state, log, accelerator, writer)
+                save(run, accelerator, writer)
         for message in writer.take_messages():
             log.info(message)
         if stop:
@@ -275,14 +275,14 @@ def train(
     return True
 
 
-def save(
-    state: TrainState, log: RunLog, accelerator: Accelerator, writer: CheckpointWriter
-) -> None:
+def save(run: Run, accelerator: Accelerator, writer: CheckpointWriter) -> None:
     """Collect the contents of a checkpoint from all processes and write it on the main one."""
-    state.progress = log.collect_progress()
+    state = run.state
+    state.progress = run.log.collect_progress() | run.monitors.collect_progress()
+    state.progress["flags"] = run.flags
     if accelerator.scaler is not None:
         state.progress["scaler"] = accelerator.scaler.state_dict()
-    with log.throughput.pause():
+    with run.log.throughput.pause():
         if accelerator.is_main_process:
             writer.submit(state)
 

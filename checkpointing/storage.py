@@ -7,7 +7,8 @@
       model.safetensors      weights of the backbone and the alignment heads (no EMA)
       optimizer.safetensors  moments of AdamW
       progress.json          step, optimizer settings, state of the gradient scaler, running
-                             means of the logged metrics, sha256 of the other files
+                             means of the logged metrics, flags of the run, number of failed
+                             previews and evaluations, sha256 of the other files
 
 Checkpoints are saved atomically: they are written to a hidden folder, fsynced and renamed. Loading
 a checkpoint never unpickles a file.
@@ -18,8 +19,9 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from common.cli import UserError, describe_read_error, first_line
-from common.files import fsync, lock, sha256
+from common.files import fsync, lock, read_json_if_valid, sha256, write_file
 from common.lfs import describe_lfs_pointer
 
 
@@ -119,18 +121,29 @@ def verify_checkpoint(checkpoint: Path) -> dict:
         CheckpointError: If a file is damaged or cannot be read.
     """
     remedy = _format_remedy(checkpoint)
-    path = checkpoint / "progress.json"
-    with convert_errors(path, remedy):
-        progress: dict[str, Any] = json.loads(path.read_text())
-        is_intact = progress.pop("digest") == progress_digest(progress)
-        hashes = progress.pop("sha256")
-    if not is_intact:
-        raise CheckpointError(f"{path} has changed since it was saved{remedy}")
+    progress = read_progress(checkpoint)
+    hashes = progress.pop("sha256")
     for name, expected in hashes.items():
         with convert_errors(checkpoint / name, remedy):
             actual = sha256(checkpoint / name)
         if actual != expected:
             raise CheckpointError(f"{checkpoint / name} has changed since it was saved{remedy}")
+    return progress
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Read the progress.json of a checkpoint, including the hashes of the other files.
+
+    Raises:
+        CheckpointError: If the file is damaged or cannot be read.
+    """
+    remedy = _format_remedy(checkpoint)
+    path = checkpoint / "progress.json"
+    with convert_errors(path, remedy):
+        progress: dict[str, Any] = json.loads(path.read_text())
+        is_intact = progress.pop("digest") == progress_digest(progress)
+    if not is_intact:
+        raise CheckpointError(f"{path} has changed since it was saved{remedy}")
     return progress
 
 
@@ -148,13 +161,54 @@ def progress_digest(progress: dict) -> str:
     return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
+class RunOwner:
+    """Detects a second trainer of a run on a file system without locks.
+
+    Each trainer announces a token in the file .owner when it starts, and confirms it before each
+    write to the run. The trainer that confirms its token first continues. A running trainer
+    replaces an announced token by its own, so a trainer that starts later ends before it writes.
+
+    Args:
+        run: Folder of the run.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.path = run / ".owner"
+        self.token = uuid.uuid4().hex
+        self._write(is_confirmed=False)
+
+    def confirm(self) -> None:
+        """Confirm that this process trains the run.
+
+        Raises:
+            CheckpointError: If another process has confirmed its token.
+        """
+        current = read_json_if_valid(self.path)
+        if not current.get("is_confirmed"):
+            with suppress(OSError):  # for example, the disk is full
+                self._write(is_confirmed=True)
+        elif current["token"] != self.token:
+            raise CheckpointError(
+                f"{self.run} is being trained by another process: stop that process or choose "
+                "another --exp-name"
+            )
+
+    def _write(self, is_confirmed: bool) -> None:
+        content = {"token": self.token, "is_confirmed": is_confirmed}
+        write_file(self.path, json.dumps(content).encode())
+
+
 @contextmanager
-def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[None]:
+def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[RunOwner]:
     """Lock a run, and remove incomplete folders that an interruption left behind.
 
     Args:
         run: Folder of the run.
         expected_checkpoints: Checkpoints of the run that the caller listed before this call.
+
+    Yields:
+        An object that confirms the ownership before each write.
 
     Raises:
         CheckpointError: If another process is training the run, or has saved a checkpoint since the
@@ -175,7 +229,7 @@ def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[None]:
         for pattern in (".*.partial", ".*.removed"):
             for folder in (run / "checkpoints").glob(pattern):
                 shutil.rmtree(folder, ignore_errors=True)
-        yield
+        yield RunOwner(run)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -237,6 +291,8 @@ def load_weights(module: nn.Module, path: Path, remedy: str = "") -> None:
 
 def format_error(error: Exception) -> str:
     """Format an error in one line. For an OSError, include the name of the file."""
-    if isinstance(error, OSError):
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})"
     return first_line(error)

@@ -73,9 +73,10 @@ def print_warning(message: str) -> None:
 
 
 class DiskFullSafeStream:
-    """Wraps stdout or stderr and ignores failed writes.
+    """Wraps stdout or stderr so that a message that cannot be written does not end the program.
 
-    Writes fail, for example, if the output is redirected to a file on a full disk.
+    Failed writes are ignored, for example if the output is redirected to a file on a full disk.
+    Characters that the encoding of the stream cannot represent are written as escape sequences.
     """
 
     def __init__(self, stream: TextIO):
@@ -84,7 +85,10 @@ class DiskFullSafeStream:
     def write(self, text: str) -> int:
         """Write the text, and return its length even if the write fails."""
         with suppress(OSError):
-            self.stream.write(text)
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:  # raised before anything is written
+                self.stream.write(text.encode("ascii", "backslashreplace").decode())
         return len(text)
 
     def flush(self) -> None:

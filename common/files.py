@@ -83,12 +83,13 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         partial.write_bytes(data)
 
 
-def read_json_if_valid(path: Path) -> Any:
-    """Return the content of a JSON file, or {} if the file is missing or damaged."""
+def read_json_if_valid(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} if the file is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
@@ -222,7 +223,8 @@ class LineWriter:
             Whether everything has been written.
         """
         self.pending += text
-        remaining = self.pending.encode()
+        # A file name that is not valid UTF-8 contains surrogates, which cannot be encoded.
+        remaining = self.pending.encode(errors="backslashreplace")
         try:
             with self.path.open("ab", buffering=0) as file:
                 if self._size_before_failure is not None:

@@ -25,14 +25,29 @@ UNKNOWN_METHOD = "unknown"  # used if args.json, which lists the methods, is mis
 _OLD_METHOD_KEY = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a run's metrics.jsonl, with the keys of the current schema.
+def split_lines(content: bytes) -> list[bytes]:
+    """Return the complete lines of a log, including their line breaks.
 
     A last line without a line break is ignored, because it is incomplete: the process was killed or
     is still writing it.
+    """
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def is_zeroed(line: bytes) -> bool:
+    """Return whether a line contains NUL bytes.
+
+    After a power failure, file systems may fill blocks that were not flushed to the disk with them.
+    """
+    return b"\0" in line
+
+
+def read_rows(folder: Path, ignore_zeroed: bool = False) -> list[dict[str, Any]]:
+    """Return the complete lines of a run's metrics.jsonl, with the keys of the current schema.
 
     Args:
         folder: The run's folder. A folder without metrics.jsonl has no lines.
+        ignore_zeroed: Whether to ignore lines with NUL bytes.
 
     Raises:
         UserError: A line is damaged or was written by newer code.
@@ -42,14 +57,14 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         return []
     methods = _read_methods(folder)
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(split_lines(path.read_bytes()), 1):
+        if ignore_zeroed and is_zeroed(line):
             continue
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or "step" not in row:
             raise UserError(f"{path}: line {number} is damaged: remove it")
         if row.get("schema", 1) > METRICS_SCHEMA:
             raise UserError(f"{path}: line {number} has schema {row['schema']}: update this code")

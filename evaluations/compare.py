@@ -28,6 +28,20 @@ def frechet_name(network: str) -> str:
     return FRECHET_NAMES.get(network, f"FD-{network}")
 
 
+def list_metric_names(network: str) -> list[str]:
+    """Return the names of the metrics that `compute_metrics` returns for the features of a network.
+
+    The names identify metrics that an older metrics.json lacks.
+    """
+    names = [frechet_name(network)]
+    if network == "inception":
+        names += ["sFID", "inception_score"]
+    if network == "fashion":
+        names.append("class_agreement")
+    suffix = "" if network in NON_TIMM_NETWORKS else f"-{network}"
+    return [*names, f"precision{suffix}", f"recall{suffix}"]
+
+
 def compute_metrics(
     samples: NumpyFeatures,
     labels: np.ndarray | None,

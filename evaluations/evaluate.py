@@ -101,7 +101,7 @@ def main() -> None:
     record = args.samples.with_suffix(".json")
     sampling = read_json_object(record, "solver", "record of samples")
 
-    # Evaluate the samples, unless the result is already stored.
+    # Evaluate the samples, unless all results are already stored.
     config = read_flags(EvaluationConfig, args)
     if "fashion" in config.features and labels is not None:
         check_fashion_labels(labels, args.samples)
@@ -111,14 +111,14 @@ def main() -> None:
         lambda: suite.build_identity(args.samples, sampling, images.count)
     )
     result = world.run_on_first_rank(lambda: read_result(out, identity))
-    if not result:
+    if not result or suite.find_missing_results(result):
         world.run_on_first_rank(lambda: check_writable(out))
         suite.load_reference()
         features = extract_features(
             suite.networks, images, args.batch_size, "samples", device, world
         )
         if features:
-            result = suite.write_results(out, identity, features, labels)
+            result = suite.write_results(out, identity, features, labels, result)
 
     if world.rank == 0:
         print(f"{format_results(result)}\n  written to {out}")

@@ -23,6 +23,7 @@ from evaluations.compare import (
     compute_distances_by_count,
     compute_metrics,
     frechet_name,
+    list_metric_names,
     make_small_sample_warning,
 )
 from evaluations.extractors import EXTRACTOR_NAMES, load_extractor
@@ -192,12 +193,21 @@ class EvaluationSuite:
         # Convert tuples to lists, so that the result equals the entries of a file.
         return json.loads(json.dumps(identity))
 
+    def find_missing_results(self, result: JsonObject) -> list[str]:
+        """Return the names of the results that a metrics.json of older code lacks."""
+        names = [name for network in self.networks for name in list_metric_names(network)]
+        if any(network in self.networks for network, _ in self.config.normalisers):
+            names.append("FDr")
+        missing = [name for name in names if name not in result["metrics"]]
+        return missing + [key for key in ("intervals", "by_count") if key not in result]
+
     def write_results(
         self,
         path: Path,
         identity: JsonObject,
         samples: Mapping[str, NumpyFeatures],
         labels: np.ndarray | None,
+        stored: JsonObject,
     ) -> JsonObject:
         """Compute the results and write metrics.json.
 
@@ -208,6 +218,8 @@ class EvaluationSuite:
             identity: The entries returned by `build_identity`.
             samples: Features of the samples by network name.
             labels: Classes of the samples, (n,), or None if they are unknown.
+            stored: Content of an existing metrics.json with the same identity, whose results are
+                kept, or {}.
 
         Returns:
             The content of metrics.json.
@@ -239,9 +251,9 @@ class EvaluationSuite:
             metrics["FDr"] = float(np.mean(ratios))
 
         result: JsonObject = {
-            "metrics": metrics,
-            "intervals": intervals,
-            "by_count": distances_by_count,
+            "metrics": metrics | stored.get("metrics", {}),
+            "intervals": intervals | stored.get("intervals", {}),
+            "by_count": distances_by_count | stored.get("by_count", {}),
         }
         warning = make_small_sample_warning(identity["count"], samples)
         if warning:

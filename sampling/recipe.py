@@ -238,7 +238,22 @@ class Recipe(SamplerConfig):
 
         Returns:
             Latents, (B, C, h, w), of dtype `state_dtype`.
+
+        Raises:
+            FloatingPointError: Some latents are not finite.
         """
+        latents = self._solve(model, indices, dtype, check_cancelled)
+        if not latents.isfinite().all():
+            raise FloatingPointError("the sampled latents are not finite")
+        return latents
+
+    def _solve(
+        self,
+        model: SiT,
+        indices: Tensor,
+        dtype: torch.dtype,
+        check_cancelled: Callable[[], None],
+    ) -> Tensor:
         config = model.config
         shape = (config.channels, config.latent_size, config.latent_size)
         x = normal(self.seed, Purpose.INITIAL_NOISE, indices, shape)

@@ -88,12 +88,15 @@ class Worker:
         """
         size = self.store.batch_size
         indices = torch.arange(batch * size, (batch + 1) * size, device=self.device)
-        latents = self.recipe.sample_latents(self.model, indices, self.dtype, self.check_cancelled)
-        if not latents.isfinite().all():
+        try:
+            latents = self.recipe.sample_latents(
+                self.model, indices, self.dtype, self.check_cancelled
+            )
+        except FloatingPointError:
             raise UserError(
                 f"--ckpt {self.store.record['checkpoint']}: the latents of batch {batch} are not "
                 "finite; choose another checkpoint"
-            )
+            ) from None
         return self.vae.decode(latents)
 
     def _select_stream(self) -> AbstractContextManager:

@@ -4,8 +4,9 @@ For the same checkpoint, flags and batch size, the metrics equal those of sample
 evaluations.evaluate, except for rounding differences if --mixed-precision or --allow-tf32 differ.
 """
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,13 +32,10 @@ from models.sit import SiT
 from sampling.recipe import Recipe
 from training.config import ObjectiveConfig, PeriodicEvaluationConfig
 from training.held_out import HeldOutLoss
+from training.joint_work import exchange_status
 
 # Fields of the recipe that identify an evaluation.
 RECIPE_KEYS = ("path_type", "prediction", "solver", "num_steps", "cfg_scale", "labels", "seed")
-
-
-class Stopped(Exception):  # noqa: N818 (a stop signal is not an error)
-    """A stop signal arrived during an evaluation."""
 
 
 @dataclass
@@ -129,7 +127,6 @@ class Evaluator:
         if self.held_out:
             self.identity["held_out"] = self.held_out.identity
 
-    @torch.no_grad()
     def measure(
         self, model: SiT, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
     ) -> dict[str, float | None] | None:
@@ -145,11 +142,30 @@ class Evaluator:
 
         Raises:
             Stopped: A stop signal arrived on any process; raised on all of them.
+            JointWorkError: The evaluation failed on another process.
         """
+        return self._measure(model, gather, is_stopped)
 
-        def check_stop() -> None:
-            if gather(torch.tensor([int(is_stopped())], device=self.device)).any():
-                raise Stopped
+    def try_out(self, model: SiT, gather: Callable[[Tensor], Tensor]) -> None:
+        """Evaluate one batch per process with few steps and discard the metrics, to detect errors.
+
+        All processes must call this.
+        """
+        batch_size = self.config.batch_size * self.num_processes
+        num_samples = min(self.config.samples, max(batch_size, MANIFOLD_NEIGHBOURS + 1))
+        trial = copy.copy(self)
+        trial.config = replace(self.config, samples=num_samples)
+        trial.recipe = replace(self.recipe, num_steps=min(self.recipe.num_steps, 2))
+        if self.config.latents:
+            trial.held_out = HeldOutLoss(self.config.latents, num_samples)
+        trial._measure(model, gather, is_stopped=lambda: False)
+
+    @torch.no_grad()
+    def _measure(
+        self, model: SiT, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
+    ) -> dict[str, float | None] | None:
+        def check_status() -> None:
+            exchange_status(is_stopped=is_stopped())
 
         held_out_loss = {}
         if self.held_out:
@@ -160,9 +176,9 @@ class Evaluator:
                 self.config.batch_size,
                 (self.rank, self.num_processes),
                 gather,
-                check_stop,
+                check_status,
             )
-        batches = self._feature_batches(model, gather, check_stop)
+        batches = self._feature_batches(model, gather, check_status)
         if self.reference is None:
             for _ in batches:  # this process computes features for the first one
                 pass
@@ -175,11 +191,12 @@ class Evaluator:
         return metrics | held_out_loss
 
     def _feature_batches(
-        self, model: SiT, gather: Callable[[Tensor], Tensor], check_stop: Callable[[], None]
+        self, model: SiT, gather: Callable[[Tensor], Tensor], check_status: Callable[[], None]
     ) -> Iterator[Features]:
         """Yield the features of one batch per process, in the order of the images.
 
-        The last batch is padded with the images that would follow.
+        All processes call `check_status` before they gather the features of a batch. The last batch
+        is padded with the images that would follow.
         """
         batch_size = self.config.batch_size
         num_samples = self.config.samples
@@ -191,9 +208,10 @@ class Evaluator:
                 begin = first + self.rank * batch_size
                 index = torch.arange(begin, begin + batch_size, device=self.device)
                 images = self.vae.decode(self.recipe.sample_latents(model, index, self.dtype))
-                yield self.network(images).map(gather)
+                features = self.network(images)
+                check_status()
+                yield features.map(gather)
                 bar.update(min(step, num_samples - first))
-                check_stop()
 
 
 def _check_config(config: PeriodicEvaluationConfig) -> None:

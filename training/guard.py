@@ -99,12 +99,13 @@ class NonFiniteGuard:
             raise UserError(
                 f"{messages[-1]}; {MAX_CONSECUTIVE_BAD_STEPS} consecutive steps were bad. "
                 "Training was stopped, and the last checkpoint is unaffected. Start a new run with "
-                "a lower --learning-rate"
+                "a lower --learning-rate: resuming this run repeats the same images and noise"
             )
         if self.overflows_in_a_row == MAX_CONSECUTIVE_OVERFLOWS:
             raise UserError(
                 f"step {step:,}: the gradient is not finite in fp16 at any loss scale; "
                 f"{MAX_CONSECUTIVE_OVERFLOWS} consecutive steps overflowed. Training was stopped, "
                 "and the last checkpoint is unaffected. Start a new run with --mixed-precision "
-                "bf16, which has the range of float32"
+                "bf16, which has the range of float32: resuming this run repeats the same images "
+                "and noise"
             )

@@ -101,7 +101,7 @@ class HeldOutLoss:
             batch_size: Images per process and forward pass.
             share: Rank of this process and number of processes.
             gather: Concatenates a tensor of every process.
-            check_stop: Called by all processes between batches; an exception ends the work.
+            check_stop: Called by all processes after each batch; an exception ends the work.
 
         Returns:
             {"held_out": ..., "held_out_0.1": ..., ...}.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpointing.storage import RunOwner
 from common.files import LineWriter, write_file
-from common.metrics_log import METRICS_SCHEMA
+from common.metrics_log import METRICS_SCHEMA, is_zeroed, split_lines
 from training.guard import NonFiniteGuard
 from training.throughput import Throughput
 from training.trackers import Trackers
@@ -110,31 +111,38 @@ class Console:
         return self.lines.append()
 
 
-def drop_repeated_lines(path: Path, step: int, buffered_lines: str) -> None:
+def drop_repeated_lines(path: Path, step: int, buffered_lines: str) -> int:
     """Drop lines newer than the checkpoint from metrics.jsonl, because those steps are repeated.
+
+    Lines with NUL bytes are dropped as well: a power failure damages only lines that are newer
+    than the checkpoint, because older lines were flushed to the disk with it.
 
     Args:
         path: metrics.jsonl.
         step: Step of the checkpoint.
         buffered_lines: Lines that were buffered in memory when the checkpoint was written; those
             that were not written later are restored.
+
+    Returns:
+        Number of lines with NUL bytes.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    # The last line may be incomplete if the run was killed.
-    complete_lines = [line for line in lines if line.endswith("\n")]
-    kept_lines = [line for line in complete_lines if json.loads(line)["step"] <= step]
+    lines = split_lines(path.read_bytes()) if path.exists() else []
+    valid_lines = [line for line in lines if not is_zeroed(line)]
+    kept_lines = [line for line in valid_lines if json.loads(line)["step"] <= step]
     kept_lines += [
-        line for line in buffered_lines.splitlines(keepends=True) if line not in kept_lines
+        line for line in buffered_lines.encode().splitlines(keepends=True) if line not in kept_lines
     ]
     if kept_lines or path.exists():
-        write_file(path, "".join(kept_lines).encode())
+        write_file(path, b"".join(kept_lines))
+    return len(lines) - len(valid_lines)
 
 
 @dataclass
 class RunLog:
     """Records the metrics of a run every `log_every` steps.
 
-    While the disk is full, lines of metrics.jsonl are buffered in memory.
+    While the disk is full, lines of metrics.jsonl are buffered in memory. If another process trains
+    the run, the next write raises a CheckpointError.
 
     Args:
         folder: The run folder.
@@ -144,6 +152,7 @@ class RunLog:
         throughput: Measures the throughput.
         guard: Reports skipped steps.
         log_every: Steps between lines.
+        owner: Confirms on the main process that no other process trains the run.
     """
 
     folder: Path
@@ -153,16 +162,21 @@ class RunLog:
     throughput: Throughput
     guard: NonFiniteGuard
     log_every: int
+    owner: RunOwner | None = None
     num_skipped: int = 0
 
     def __post_init__(self) -> None:
         self.lines = LineWriter(self.folder / "metrics.jsonl")
+        self.resumed_step: int | None = None  # None once lines of repeated steps are dropped
 
     def restore(self, step: int, progress: dict) -> None:
-        """Continue the log at a checkpoint, given the return value of `collect_progress`."""
+        """Continue the log at a checkpoint, given the return value of `collect_progress`.
+
+        Lines of repeated steps are dropped by the first write, when the owner is confirmed.
+        """
         self.num_skipped = progress.get("log_skipped", 0)
-        if self.console.is_main_process:
-            drop_repeated_lines(self.lines.path, step, progress.get("log_waiting", ""))
+        self.lines.pending = progress.get("log_waiting", "")
+        self.resumed_step = step
 
     def collect_progress(self) -> dict:
         """Return the state that a resumed run needs to write the same log as an uninterrupted run.
@@ -173,7 +187,7 @@ class RunLog:
         values = self.means.state_dict()
         if self.console.is_main_process:
             # A power failure after the checkpoint must not remove older lines.
-            self.lines.append(sync=True)
+            self._write(sync=True)
         return {
             **values,
             "log_skipped": self.num_skipped,
@@ -222,7 +236,7 @@ class RunLog:
     def close(self) -> None:
         """Flush buffered lines, and close the progress bar and the trackers."""
         is_complete = self.console.close()
-        if self.console.is_main_process and not (self.lines.append() and is_complete):
+        if self.console.is_main_process and not (self._write() and is_complete):
             print(
                 f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written",
                 file=sys.stderr,
@@ -248,11 +262,31 @@ class RunLog:
         return {"step": step, "images": step * self.throughput.batch_size}
 
     def _append(self, row: dict) -> None:
-        if not self.lines.append(json.dumps({"schema": METRICS_SCHEMA, **row}) + "\n"):
+        if not self._write(json.dumps({"schema": METRICS_SCHEMA, **row}) + "\n"):
             self.info(
                 f"could not write to {self.lines.path}: its lines are buffered in memory; "
                 "training continues"
             )
+
+    def _write(self, text: str = "", sync: bool = False) -> bool:
+        """Write pending and new lines to metrics.jsonl, and return whether all were written."""
+        if self.owner is not None:
+            self.owner.confirm()
+        if self.resumed_step is not None:
+            try:
+                num_zeroed = drop_repeated_lines(
+                    self.lines.path, self.resumed_step, self.lines.pending
+                )
+            except OSError:
+                self.lines.pending += text
+                return False
+            self.lines.pending = ""
+            self.resumed_step = None
+            if num_zeroed:
+                self.info(
+                    f"{self.lines.path}: removed {num_zeroed} lines that a power failure damaged"
+                )
+        return self.lines.append(text, sync)
 
     def _collect_skipped_steps(self) -> None:
         messages = self.guard.report(self.means.reduce)

@@ -1,21 +1,69 @@
-"""Run the previews and evaluations of the EMA during training."""
+"""Run the previews and evaluations of the EMA during training.
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+A failed preview or evaluation does not end the run, because training takes days and the next one
+may succeed. A trial before the first step detects those that can never succeed.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from checkpointing.storage import format_error
+from common.cli import UserError
 from models.sit import SiT
-from training.evaluation import Evaluator, Stopped
+from training.evaluation import Evaluator
+from training.joint_work import JointWorkError, Stopped, fail_jointly
 from training.log import RunLog, is_due
 from training.preview import Preview, preview_path
 from training.state import TrainState
+
+Result = TypeVar("Result")
+
+MAX_CONSECUTIVE_FAILURES = 3
+DISABLING_FLAGS = {
+    "preview": "--sampling-steps 0",
+    "evaluation": "--eval-every 0",
+}
+
+
+@dataclass
+class FailureCount:
+    """Number of consecutive failures of previews or evaluations.
+
+    Args:
+        flags: The flags that they failed with.
+        consecutive: Number of failures since the last success.
+    """
+
+    flags: dict = field(default_factory=dict)
+    consecutive: int = 0
+
+
+def restore_failures(progress: dict, flags: Mapping[str, dict]) -> dict[str, FailureCount]:
+    """Return the failures when the checkpoint was written, or none if the flags were changed.
+
+    Args:
+        progress: Values that `Monitors.collect_progress` returned then.
+        flags: The flags of each kind of work.
+    """
+    stored = progress.get("monitor_failures", {})
+    failures = {}
+    for kind, current_flags in flags.items():
+        failures[kind] = FailureCount(**stored.get(kind, {}))
+        if failures[kind].flags != current_flags:
+            failures[kind] = FailureCount(current_flags)
+    return failures
 
 
 @dataclass
 class Monitors:
     """Draws previews of each EMA and evaluates it, periodically and at the last step.
+
+    Failures are logged and skipped. After three in a row, previews or evaluations are switched off.
 
     Args:
         log: Log of the run.
@@ -27,6 +75,8 @@ class Monitors:
         eval_every: Steps between evaluations.
         complete_evaluations: Step and EMA decay of evaluations that were complete when the run
             stopped.
+        complete_previews: Files of previews that were complete when the run stopped.
+        failures: Number of consecutive failures of each kind of work.
     """
 
     log: RunLog
@@ -37,6 +87,10 @@ class Monitors:
     preview_every: int
     eval_every: int
     complete_evaluations: Collection[tuple[int, float]] = ()
+    complete_previews: Collection[Path] = ()
+    failures: dict[str, FailureCount] = field(
+        default_factory=lambda: {kind: FailureCount() for kind in DISABLING_FLAGS}
+    )
 
     def run_due(
         self, state: TrainState, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
@@ -53,19 +107,22 @@ class Monitors:
         """
         step = state.step
         is_preview_due = is_due(step, self.preview_every, self.last_step)
-        is_evaluation_due = is_due(step, self.eval_every, self.last_step)
-        preview = self.preview if is_preview_due else None
-        evaluator = self.evaluator if is_evaluation_due else None
-        if not preview and not evaluator:
+        evaluator = self.evaluator if is_due(step, self.eval_every, self.last_step) else None
+        if not is_preview_due and not evaluator:
             return True
         with self.log.throughput.pause():
             suffixes = ema_suffixes(self.ema_decays)
             for decay, suffix, ema in zip(self.ema_decays, suffixes, state.emas):
-                if preview:
-                    self._draw(preview, ema, step, suffix)
+                path = preview_path(self.log.folder, step, suffix)
+                if is_preview_due and path not in self.complete_previews:
+                    title = f"EMA{suffix.replace('-ema', ' ')} at step {step:,}"
+                    if self._attempt("preview", step, partial(self._draw, ema, path, title)):
+                        self.log.record_image(f"samples{suffix}", path, step)
+                    self.complete_previews = {*self.complete_previews, path}
                 if evaluator and (step, decay) not in self.complete_evaluations:
+                    measure = partial(evaluator.measure, ema, gather, is_stopped)
                     try:
-                        metrics = evaluator.measure(ema, gather, is_stopped)
+                        metrics = self._attempt("evaluation", step, measure)
                     except Stopped:
                         return False
                     if metrics:
@@ -73,15 +130,72 @@ class Monitors:
                         self.log.record_evaluation(f"eval{suffix}", step, metrics, identity)
         return True
 
-    def _draw(self, preview: Preview, ema: SiT, step: int, suffix: str) -> None:
-        path = preview_path(self.log.folder, step, suffix)
-        if path.exists():
-            return
+    def collect_progress(self) -> dict:
+        """Return the number of failures, which a resumed run continues to count."""
+        return {"monitor_failures": {kind: asdict(count) for kind, count in self.failures.items()}}
+
+    def _attempt(self, kind: str, step: int, work: Callable[[], Result]) -> Result | None:
+        """Return the result of the work, or None if it failed or is switched off."""
+        failures = self.failures[kind]
+        if failures.consecutive >= MAX_CONSECUTIVE_FAILURES:
+            return None
         try:
-            preview.draw(ema, path, f"EMA{suffix.replace('-ema', ' ')} at step {step:,}")
-            self.log.record_image(f"samples{suffix}", path, step)
-        except OSError as error:  # a failed preview must not stop training
+            with fail_jointly():
+                result = work()
+        except JointWorkError as error:
+            failures.consecutive += 1
+            self.log.info(f"the {kind} at step {step:,} failed ({error}); training continues")
+            if failures.consecutive == MAX_CONSECUTIVE_FAILURES:
+                self.log.info(
+                    f"{kind}s are switched off after {MAX_CONSECUTIVE_FAILURES} failures in a row, "
+                    "until the run is resumed with other flags for them"
+                )
+            return None
+        failures.consecutive = 0
+        return result
+
+    def _draw(self, ema: SiT, path: Path, title: str) -> bool:
+        """Draw a preview on the first process, and return whether it was saved."""
+        if self.preview is None:
+            return False
+        try:
+            self.preview.draw(ema, path, title)
+        except OSError as error:  # a full disk is temporary, so it does not count as a failure
             self.log.info(f"could not save {path}: {format_error(error)}; training continues")
+            return False
+        return True
+
+
+def run_trials(
+    preview: Preview | None,
+    evaluator: Evaluator | None,
+    ema: SiT,
+    gather: Callable[[Tensor], Tensor],
+    is_main_process: bool,
+) -> None:
+    """Run a small preview and a small evaluation; all processes must call this.
+
+    Raises:
+        UserError: On the main process, if one of them failed on any process.
+        SystemExit: On the other processes, with code 2.
+    """
+    draw = partial(preview.try_out, ema) if preview else lambda: None
+    evaluate = partial(evaluator.try_out, ema, gather) if evaluator else lambda: None
+    _run_trial("preview", draw, is_main_process)
+    _run_trial("evaluation", evaluate, is_main_process)
+
+
+def _run_trial(kind: str, work: Callable[[], None], is_main_process: bool) -> None:
+    try:
+        with fail_jointly():
+            work()
+    except JointWorkError as error:
+        if not is_main_process:
+            raise SystemExit(2) from None
+        raise UserError(
+            f"the trial {kind} before the first step failed ({error}): fix the problem, or pass "
+            f"{DISABLING_FLAGS[kind]}"
+        ) from None
 
 
 def ema_suffixes(decays: tuple[float, ...]) -> list[str]:

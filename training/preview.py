@@ -1,8 +1,10 @@
 """Draw sample grids of the EMA during training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from common.cli import UserError
 from common.image_grid import draw_labelled_grid, save_png
@@ -65,14 +67,20 @@ class Preview:
             path: File to write.
             title: Start of the title; the sampler's settings are appended.
         """
+        save_png(self._render(ema, self.recipe, title), path)
+
+    def try_out(self, ema: SiT) -> None:
+        """Sample a grid with a single step and discard it, to detect errors."""
+        self._render(ema, replace(self.recipe, num_steps=1), "trial")
+
+    def _render(self, ema: SiT, recipe: Recipe, title: str) -> Image.Image:
         num_images = len(self.row_names) * self.num_columns
         index = torch.arange(num_images, device=self.vae.vae.device)
-        images = self.vae.decode(self.recipe.sample_latents(ema, index))
+        images = self.vae.decode(recipe.sample_latents(ema, index))
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         rows = pixels.reshape(len(self.row_names), self.num_columns, *pixels.shape[1:])
-        subtitle = f"Euler {self.num_steps} · guidance {self.recipe.cfg_scale:g}"
-        grid = draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {subtitle}")
-        save_png(grid, path)
+        subtitle = f"Euler {recipe.num_steps} · guidance {recipe.cfg_scale:g}"
+        return draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {subtitle}")
 
 
 def preview_path(folder: Path, step: int, suffix: str) -> Path:

@@ -1,18 +1,21 @@
 """Find out where a run stopped, and check that it may be resumed with the current settings.
 
-| file | holds | compared on resume |
+| file of the checkpoint | holds | compared on resume |
 |---|---|---|
-| args.json | every flag | all but those that may change, such as logging and the number of steps |
-| config.json of the checkpoint | network, data, alignment | the data and the alignment |
+| progress.json | every flag | all but those that may change, such as the number of steps |
+| config.json | network, data, alignment | the data and the alignment |
+
+Until the first checkpoint, all flags may change. Checkpoints of older code do not hold the flags;
+those in args.json are compared instead.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from checkpointing.storage import list_checkpoints
+from checkpointing.storage import list_checkpoints, read_config, read_progress
 from common.cli import UserError, format_value
 from common.config import get_destination, record_flags
+from common.files import read_json_if_valid
 from common.metrics_log import read_rows
 from latents.manifest import Manifest
 from models.sit import PRESETS, SiTConfig
@@ -22,6 +25,7 @@ from training.config import (
     DataConfig,
     LogConfig,
     ModelConfig,
+    ObjectiveConfig,
     PeriodicEvaluationConfig,
     PreviewConfig,
     SaveConfig,
@@ -42,7 +46,9 @@ class RunPosition:
     checkpoints: list[Path] = field(default_factory=list)  # oldest first
     step: int = 0  # step of the newest checkpoint
     complete_evaluations: frozenset[tuple[int, float]] = frozenset()  # (`step`, EMA decay)
+    complete_previews: frozenset[Path] = frozenset()  # files of previews at `step`
     has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
+    last_logged_step: int = 0  # step of the newest line of metrics.jsonl
 
 
 def find_position(
@@ -63,18 +69,28 @@ def find_position(
     """
     checkpoints = list_checkpoints(folder)
     step = int(checkpoints[-1].name) if checkpoints else 0
-    complete = frozenset(
+    rows = read_rows(folder, ignore_zeroed=True)
+    complete_evaluations = frozenset(
         (step, row["evaluation"]["ema_decay"])
-        for row in read_rows(folder)
+        for row in rows
         if row["step"] == step and "evaluation" in row
     )
+    previews = [preview_path(folder, step, suffix) for suffix in ema_suffixes(ema_decays)]
+    complete_previews = frozenset(path for path in previews if step and path.exists())
     lacks_evaluation = is_due(step, eval_every, last_step) and any(
-        (step, decay) not in complete for decay in ema_decays
+        (step, decay) not in complete_evaluations for decay in ema_decays
     )
     lacks_preview = is_due(step, preview_every, last_step) and any(
-        not preview_path(folder, step, suffix).exists() for suffix in ema_suffixes(ema_decays)
+        path not in complete_previews for path in previews
     )
-    return RunPosition(checkpoints, step, complete, lacks_evaluation or lacks_preview)
+    return RunPosition(
+        checkpoints,
+        step,
+        complete_evaluations,
+        complete_previews,
+        lacks_evaluation or lacks_preview,
+        last_logged_step=max((row["step"] for row in rows), default=0),
+    )
 
 
 def check_cache(data: DataConfig, model: ModelConfig, manifest: Manifest) -> None:
@@ -150,25 +166,21 @@ def build_args_json(settings: Settings) -> dict:
 
 
 def check_same_run(flags: dict, folder: Path) -> None:
-    """Raise UserError if a run in `folder` was started with other flags.
+    """Raise UserError if the newest checkpoint in `folder` was trained with other flags.
 
     Args:
         flags: Contents of args.json for the current command line.
-        folder: The run folder.
+        folder: The run folder. If it contains no checkpoint, all flags may change.
     """
-    path = folder / "args.json"
-    if not path.exists():
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
         return
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(
-            f"{path} is damaged: remove it to resume the run with the flags of this command"
-        ) from None
+    stored = read_stored_flags(checkpoints[-1])
+    fixed = [key for key in flags if key not in _flags_that_may_change()]
     changed = {
         key: f"--{key.replace('_', '-')}"
-        for key, value in flags.items()
-        if stored.get(key, value) != value and key not in _flags_that_may_change()
+        for key in fixed
+        if stored.get(key, flags[key]) != flags[key]
     }
     if "align" in changed:  # the other settings of the alignment follow from the methods
         changed = {"align": "--align"}
@@ -178,6 +190,45 @@ def check_same_run(flags: dict, folder: Path) -> None:
             f"{folder} was started with other flags: {differences}. Choose another --exp-name, or "
             "pass the flags it was started with"
         )
+
+
+def read_stored_flags(checkpoint: Path) -> dict:
+    """Return the flags that a checkpoint was trained with.
+
+    For a checkpoint of older code, they are read from args.json. If that file is missing or
+    damaged, they are inferred from the checkpoint, and a message lists those that are unknown.
+    """
+    progress = read_progress(checkpoint)
+    if "flags" in progress:
+        return progress["flags"]
+    path = checkpoint.parent.parent / "args.json"
+    flags = read_json_if_valid(path)
+    if not flags:
+        flags = _infer_flags(read_config(checkpoint), progress["param_groups"][0])
+        print(
+            f"{path} is missing or damaged, and {checkpoint} was saved by older code: the values "
+            "of --seed, --max-grad-norm, --mixed-precision and --allow-tf32 must be those that "
+            "the run was started with, but cannot be compared"
+        )
+    return flags
+
+
+def _infer_flags(config: dict, optimizer: dict) -> dict:
+    """Return the flags that follow from config.json and the settings of AdamW."""
+    objective = {setting.name: config.get(setting.name) for setting in fields(ObjectiveConfig)}
+    beta1, beta2 = optimizer["betas"]
+    flags = {
+        **objective,
+        "model": config["model_name"],
+        "batch_size": config.get("batch_size"),
+        "ema_decay": config["ema_decay"],
+        "learning_rate": optimizer["lr"],
+        "adam_beta1": beta1,
+        "adam_beta2": beta2,
+        "adam_weight_decay": optimizer["weight_decay"],
+        "adam_epsilon": optimizer["eps"],
+    }
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def _flags_that_may_change() -> set[str]:

@@ -11,8 +11,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from checkpointing.storage import CheckpointError, lock_run, read_config, verify_checkpoint
+from checkpointing.storage import (
+    CheckpointError,
+    RunOwner,
+    lock_run,
+    read_config,
+    verify_checkpoint,
+)
 from common.cli import UserError, format_flags
+from common.config import record_flags
 from common.files import write_file
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
@@ -50,7 +57,7 @@ from training.config import (
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
 from training.log import Console, MetricMeans, RunLog
-from training.monitors import Monitors
+from training.monitors import Monitors, restore_failures, run_trials
 from training.preview import Preview, load_vae
 from training.resume import (
     RunPosition,
@@ -116,12 +123,14 @@ class Networks(NamedTuple):
     alignments: dict[str, Alignment]
     preview: Preview | None
     evaluator: Evaluator | None
+    owner: RunOwner | None  # None on all processes but the first
 
 
 class Run(NamedTuple):
     """The objects of a run that is ready to start."""
 
     cache: LatentCache
+    flags: dict  # contents of args.json
     config: dict  # contents of config.json
     state: TrainState
     alignments: dict[str, Alignment]
@@ -145,7 +154,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     Raises:
         UserError: A setting is invalid, or the run was started with other settings.
     """
-    # Check the flags against the cache and against the original flags of the run.
+    # Check the flags against the cache.
     check_batch_size(settings.loop, accelerator.num_processes)
     cache = open_cache(settings.data, settings.model)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
@@ -154,20 +163,21 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     if settings.print_config:
         accelerator.print(format_flags(flags))
         return None
-    check_same_run(flags, folder)
 
-    # Find out where the run stopped. Only the first process checks, because files on a network disk
-    # may become visible to the other processes later.
+    # Compare the flags with those of the run, and find out where it stopped. Only the first process
+    # checks, because files on a network disk may become visible to the other processes later.
     num_steps = settings.loop.num_steps
     position = RunPosition()
-    if accelerator.is_main_process:
-        position = find_position(
-            folder,
-            num_steps,
-            settings.optimizer.ema_decay,
-            settings.preview.every,
-            settings.evaluation.every,
-        )
+    with fail_together():
+        if accelerator.is_main_process:
+            check_same_run(flags, folder)
+            position = find_position(
+                folder,
+                num_steps,
+                settings.optimizer.ema_decay,
+                settings.preview.every,
+                settings.evaluation.every,
+            )
     position = broadcast_object_list([position])[0]
     if position.step >= num_steps and not position.has_pending_work:
         accelerator.print(
@@ -179,6 +189,14 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Build networks, targets and monitors, and restore the newest checkpoint.
     with fail_together():
         networks = build_networks(settings, accelerator, cache, position, resources)
+    if not position.checkpoints:  # an error in a run that has made progress does not end it
+        run_trials(
+            networks.preview,
+            networks.evaluator,
+            networks.state.emas[0],
+            accelerator.gather,
+            accelerator.is_main_process,
+        )
     if settings.data.cache_in_ram:
         with fail_together():
             cache.load_into_ram(accelerator.process_index, lambda value: gather_object([value]))
@@ -186,7 +204,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
 
     # Open the log at the step of the checkpoint.
-    log = open_log(folder, settings.loop, settings.log, flags, accelerator, networks)
+    log = open_log(folder, settings.loop, settings.log, flags, accelerator, networks, position)
     log.info(
         f"{settings.model.model}: {describe_networks(networks)}\n"
         f"{describe_loop(settings.loop, settings.objective, accelerator, cache)}"
@@ -204,9 +222,18 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         settings.preview.every,
         settings.evaluation.every,
         position.complete_evaluations,
+        position.complete_previews,
+        restore_failures(
+            networks.state.progress,
+            {
+                "preview": record_flags(settings.preview),
+                "evaluation": record_flags(settings.evaluation),
+            },
+        ),
     )
     return Run(
         cache,
+        flags,
         networks.config,
         networks.state,
         networks.alignments,
@@ -284,8 +311,9 @@ def build_networks(
         manifest,
         TrainedLabels.from_config(config),
     )
+    owner = None
     if accelerator.is_main_process:
-        resources.enter_context(lock_run(folder, position.checkpoints))
+        owner = resources.enter_context(lock_run(folder, position.checkpoints))
     state = build_state(
         network,
         align,
@@ -311,7 +339,7 @@ def build_networks(
         state.load(checkpoint, progress)
         if accelerator.scaler is not None and "scaler" in state.progress:
             accelerator.scaler.load_state_dict(state.progress["scaler"])
-    return Networks(config, cache_info, state, loaded_alignments, preview, evaluator)
+    return Networks(config, cache_info, state, loaded_alignments, preview, evaluator, owner)
 
 
 def build_preview_and_evaluator(
@@ -354,6 +382,7 @@ def open_log(
     flags: dict,
     accelerator: Accelerator,
     networks: Networks,
+    position: RunPosition,
 ) -> RunLog:
     """Open the log at the position of the run and start the trackers.
 
@@ -364,6 +393,7 @@ def open_log(
         flags: Contents of args.json, for the trackers.
         accelerator: The accelerator.
         networks: The networks of the run.
+        position: Position at which the run stopped.
     """
     state = networks.state
     config = networks.config
@@ -384,7 +414,13 @@ def open_log(
         is_main_process=accelerator.is_main_process,
     )
     trackers = Trackers(accelerator, console.info)
-    trackers.start(log_config.wandb_project, folder, config | flags)
+    trackers.start(
+        log_config.wandb_project,
+        folder,
+        config | flags,
+        position.step,
+        position.last_logged_step,
+    )
     log = RunLog(
         folder,
         console,
@@ -397,6 +433,7 @@ def open_log(
             *state.progress.get("bad_in_a_row", ()),
         ),
         log_config.log_every,
+        networks.owner,
     )
     log.restore(state.step, state.progress)
     return log

@@ -15,6 +15,7 @@ from common.cli import UserError, first_line
 from common.files import write_file
 
 TRACKER_NAMES = sorted(LOGGER_TYPE_TO_CLASS)
+REPEATED_STEPS = "wandb_repeated_steps"  # file of a run with one range of steps per line
 
 
 def resolve_trackers(report_to: tuple[str, ...]) -> list[str]:
@@ -45,13 +46,22 @@ class Trackers:
     accelerator: Accelerator
     info: Callable[[str], None]
 
-    def start(self, project: str, folder: Path, config: dict) -> None:
+    def start(
+        self, project: str, folder: Path, config: dict, step: int = 0, last_logged_step: int = 0
+    ) -> None:
         """Start the trackers; Weights & Biases resumes the run with the id stored in `folder`.
+
+        After a crash, the steps since the checkpoint are repeated. TensorBoard then hides the
+        values of the interrupted session. Weights & Biases keeps them and ignores the new ones, so
+        the repeated steps are listed in the config of its run. If there is no checkpoint, the run
+        starts again with a new id.
 
         Args:
             project: Name of the project.
             folder: The run folder; the run in the tracker has the same name.
             config: Settings to record.
+            step: Step at which the run is resumed.
+            last_logged_step: Last step in metrics.jsonl.
 
         Raises:
             UserError: A tracker cannot start.
@@ -59,11 +69,19 @@ class Trackers:
         accelerator = self.accelerator
         if not accelerator.log_with or not accelerator.is_main_process:
             return
-        options = {}
-        if "wandb" in map(str, accelerator.log_with):
+        names = list(map(str, accelerator.log_with))
+        options: dict[str, dict[str, Any]] = {}
+        has_repeated_steps = last_logged_step > step
+        if "tensorboard" in names and has_repeated_steps:
+            options["tensorboard"] = {"purge_step": step + 1}
+        if "wandb" in names:
             id_file = folder / "wandb_id"
-            if not id_file.exists():
+            if not id_file.exists() or (has_repeated_steps and not step):
                 write_file(id_file, uuid.uuid4().hex[:8].encode())
+            elif has_repeated_steps:
+                self._record_repeated_steps(folder, step + 1, last_logged_step)
+            if repeated := _read_repeated_steps(folder):
+                config = config | {"repeated_steps": repeated}
             options["wandb"] = {
                 "name": folder.name,
                 "id": id_file.read_text(),
@@ -77,11 +95,20 @@ class Trackers:
                 if tracker.name != "wandb":
                     tracker.store_init_configuration(_flatten(config))
         except Exception as error:  # any package may fail: no API key, no network, ...
-            names = " ".join(map(str, accelerator.log_with))
             raise UserError(
-                f"--report-to {names} cannot start ({first_line(error)}): log in (for wandb, run "
-                "wandb login or set WANDB_MODE=offline), or pass --report-to none"
+                f"--report-to {' '.join(names)} cannot start ({first_line(error)}): log in (for "
+                "wandb, run wandb login or set WANDB_MODE=offline), or pass --report-to none"
             ) from None
+
+    def _record_repeated_steps(self, folder: Path, first: int, last: int) -> None:
+        """Report that Weights & Biases keeps the values of an interrupted session."""
+        repeated = [*_read_repeated_steps(folder), f"{first}-{last}"]
+        write_file(folder / REPEATED_STEPS, "\n".join(repeated).encode())
+        self.info(
+            f"steps {first:,} to {last:,} are repeated: wandb keeps the values of the interrupted "
+            "session for them and lists them as repeated_steps in its config; metrics.jsonl has "
+            "the new values"
+        )
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Record numbers."""
@@ -119,6 +146,12 @@ class Trackers:
                     f"--report-to {tracker.name} failed ({first_line(error)}) and is disabled; "
                     "training continues and metrics.jsonl still records everything"
                 )
+
+
+def _read_repeated_steps(folder: Path) -> list[str]:
+    """Return the ranges of steps for which Weights & Biases has values of an older session."""
+    path = folder / REPEATED_STEPS
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def _flatten(config: dict) -> dict[str, Any]:

@@ -93,6 +93,27 @@ def test_printing_to_a_full_disk_raises_no_error():
     assert stream.getvalue() == ""
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text", "expected"),
+    [
+        ("ascii", "saved exps/λόγος", rb"saved exps/\u03bb\u03cc\u03b3\u03bf\u03c2"),
+        ("cp1252", "é λ", rb"\xe9 \u03bb"),
+        ("utf-8", "λ", "λ".encode()),
+        ("utf-8", os.fsdecode(b"name-\xff"), rb"name-\udcff"),  # not valid UTF-8
+    ],
+)
+def test_characters_that_a_stream_cannot_represent_are_escaped(encoding, text, expected):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    print(text, file=DiskFullSafeStream(stream), flush=True)
+    assert stream.buffer.getvalue() == expected + b"\n"
+
+
+def test_line_with_a_file_name_that_is_not_utf8_is_written(tmp_path):
+    lines = LineWriter(tmp_path / "log")
+    assert lines.append("saved " + os.fsdecode(b"name-\xff") + "\n")
+    assert (tmp_path / "log").read_bytes() == b"saved name-\\udcff\n"
+
+
 def test_write_file_replaces_the_file_atomically(tmp_path, monkeypatch):
     """An open reader still reads the old contents, and a full disk leaves the file unchanged."""
     path = tmp_path / "file.json"

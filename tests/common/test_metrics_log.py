@@ -63,7 +63,7 @@ def test_null_columns_of_a_method_are_kept(tmp_path):
     assert row["align/sra"] is None
 
 
-@pytest.mark.parametrize("damaged_args", [None, "{"])
+@pytest.mark.parametrize("damaged_args", [None, "{", "[]"])
 def test_columns_of_an_unknown_method_are_kept(tmp_path, damaged_args):
     if damaged_args:
         (tmp_path / "args.json").write_text(damaged_args)
@@ -76,11 +76,22 @@ def test_incomplete_last_line_is_ignored(tmp_path):
     assert read_rows(tmp_path / "not started") == []
 
 
-@pytest.mark.parametrize("damage", ['{"step"\n', "\0" * 50 + "\n", "[1]\n"])
+@pytest.mark.parametrize("damage", ['{"step"\n', "\0" * 50 + "\n", "[1]\n", '{"stop": 1}\n'])
 def test_error_names_the_damaged_line(tmp_path, damage):
     run = write_run(tmp_path, [{"step": 1}, damage, {"step": 3}])
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged: remove it"):
         read_rows(run)
+
+
+def test_line_that_is_not_utf8_is_damaged(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "a": "\xff"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged: remove it"):
+        read_rows(tmp_path)
+
+
+def test_lines_with_nul_bytes_are_ignored_on_request(tmp_path):
+    run = write_run(tmp_path, [{"step": 1}, "\0" * 50 + "\n", '{"st\0\0": 2}\n', {"step": 3}])
+    assert [row["step"] for row in read_rows(run, ignore_zeroed=True)] == [1, 3]
 
 
 def test_line_written_by_newer_code_is_rejected(tmp_path):

@@ -17,11 +17,14 @@ from PIL import Image
 from common.cli import UserError
 from common.metrics_log import read_rows
 from evaluations import curves, evaluate, reference, reference_features
+from evaluations.compare import compute_metrics, list_metric_names
 from evaluations.fashion import load_classifier
+from evaluations.features import Features
 from evaluations.image_batches import NpzFile, NpzImages, open_images
 from evaluations.inception import InceptionFeatures
 from evaluations.metrics import compute_statistics, frechet_distance
 from evaluations.moments import RunningMoments
+from evaluations.reference_features import ReferenceFeatures
 from evaluations.timm_networks import TimmFeatures, resize_bicubic, resize_position_embedding
 from tests.helpers import ROOT, make_tree, run_ranks
 
@@ -158,6 +161,35 @@ def test_samples_against_themselves_have_perfect_metrics_and_are_evaluated_once(
     # The second call reads the stored result and extracts no features.
     monkeypatch.setattr(evaluate, "extract_features", None)
     assert call(evaluate, *flags)[0] == 0
+
+
+@pytest.mark.parametrize("missing", ["recall", "class_agreement", "FDr", "intervals"])
+def test_result_that_a_stored_file_lacks_is_added(call, tmp_path, missing):
+    samples = tmp_path / "s.npz"
+    write_samples(samples)
+    flags = [samples, "--reference", samples, "--features", "fashion"]
+    flags += ["--normalisers", "fashion=2"]
+    assert call(evaluate, *flags)[0] == 0
+    path = tmp_path / "s.metrics.json"
+    complete = read_result(path)
+    old = json.loads(json.dumps(complete))
+    del (old if missing == "intervals" else old["metrics"])[missing]
+    old["metrics"]["precision"] = 0.25  # stored values are kept
+    path.write_text(json.dumps(old))
+    code, text = call(evaluate, *flags)
+    assert code == 0 and "precision                      0.250" in text
+    expected = complete | {"metrics": complete["metrics"] | {"precision": 0.25}}
+    assert read_result(path) == expected
+
+
+@pytest.mark.parametrize("network", ["inception", "fashion", "dinov2-l", "resnet18"])
+def test_names_of_metrics_are_those_that_are_computed(network):
+    rng = np.random.default_rng(0)
+    features = Features(*rng.random((3, 8, 4), dtype=np.float32))
+    statistics = compute_statistics(features.pool)
+    reference = ReferenceFeatures(statistics, statistics, features.pool)
+    metrics = compute_metrics(features, np.arange(8), reference, network, "cpu")
+    assert sorted(metrics) == sorted(list_metric_names(network))
 
 
 def test_reference_features_are_cached_by_the_content_of_the_reference(call, tmp_path, monkeypatch):

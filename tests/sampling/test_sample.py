@@ -280,6 +280,26 @@ def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_pat
 # Evaluation
 
 
+@pytest.mark.parametrize("no_npz", [False, True])
+def test_metric_that_a_stored_file_lacks_is_computed_without_sampling(
+    sample, tree, tmp_path, monkeypatch, no_npz
+):
+    flags = ["--evaluate", tree, "--features", "fashion", *no_npz * ["--no-npz"]]
+    sample(*flags)
+    path = tmp_path / "s.metrics.json"
+    complete = path.read_text()
+    old = read_json(path)
+    del old["metrics"]["recall"]
+    path.write_text(json.dumps(old))
+    monkeypatch.setattr(Recipe, "sample_latents", None)
+    output = sample(*flags)
+    if no_npz:
+        assert f"{path} lacks recall, and the images were discarded: remove the file" in output
+        assert read_json(path) == old
+    else:
+        assert read_json(path) == json.loads(complete)
+
+
 def test_metrics_computed_while_sampling_equal_metrics_of_the_npz(
     sample, call, tree, tmp_path, monkeypatch
 ):

@@ -1,11 +1,48 @@
-"""Previews of each EMA: drawn once per step, and errors of the disk do not end the run."""
+"""Previews and evaluations: run once per step; their failures do not end a run that progresses."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from training.monitors import Monitors
+import train
+from checkpointing.storage import read_progress
+from common.metrics_log import read_rows
+from sampling.recipe import Recipe
+from tests.helpers import run_ranks, train_flags
+from training.evaluation import Evaluator
+from training.monitors import FailureCount, Monitors, restore_failures
+from training.preview import Preview
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 16 GiB.")
+
+
+def count_calls(results):
+    """Return a function that returns or raises the results in turn, and the list of its calls."""
+    calls = []
+
+    def call(*args):
+        calls.append(args)
+        result = results[min(len(calls), len(results)) - 1]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return call, calls
+
+
+@pytest.fixture
+def evaluation_flags(cache, tree, tmp_path):
+    """Return a function that gives the flags of a run that is evaluated after every step."""
+
+    def make(*extra_flags) -> list[str]:
+        flags = ["--eval-every", 1, "--eval-reference", tree, "--eval-samples", 9]
+        flags += ["--eval-features", "fashion", "--eval-num-steps", 3, "--eval-batch-size", 4]
+        flags += ["--eval-latents", cache]
+        return train_flags(cache, tmp_path, "run", *flags, *extra_flags)
+
+    return make
 
 
 @pytest.fixture
@@ -63,3 +100,105 @@ def test_preview_that_cannot_be_saved_is_reported(make_monitors):
     assert not make_monitors.images and len(make_monitors.messages) == 2
     assert "0000004.png: No space left on device" in make_monitors.messages[0]
     assert make_monitors.messages[0].endswith("; training continues")
+
+
+@pytest.mark.parametrize("failing", ["preview", "evaluation"])
+def test_failing_work_is_skipped_and_switched_off_after_three_failures(
+    call, evaluation_flags, tmp_path, monkeypatch, failing
+):
+    """A success resets the count, and a restart, which repeats the last attempt, continues it."""
+    results = [OUT_OF_MEMORY, OUT_OF_MEMORY, None, OUT_OF_MEMORY]
+    method = (Preview, "draw") if failing == "preview" else (Evaluator, "measure")
+    other = (Evaluator, "measure") if failing == "preview" else (Preview, "draw")
+    work, calls = count_calls(results)
+    monkeypatch.setattr(*method, work)
+    monkeypatch.setattr(*other, lambda *args: None)
+    flags = evaluation_flags("--sampling-steps", 1)
+    code, out = call(train, *flags, "--max-train-steps", 5)
+    assert code == 0 and len(calls) == 5
+    message = f"the {failing} at step 1 failed (OutOfMemoryError: CUDA out of memory.)"
+    assert f"{message}; training continues" in out and "switched off" not in out
+    code, out = call(train, *flags, "--max-train-steps", 8)
+    assert code == 0 and len(calls) == 7
+    assert f"the {failing} at step 5 failed" in out and f"the {failing} at step 6 failed" in out
+    assert f"{failing}s are switched off after 3 failures in a row" in out
+    # A restart remembers that the work is switched off, unless its flags change.
+    assert call(train, *flags, "--max-train-steps", 9)[0] == 0
+    assert len(calls) == 7
+    changed = "--preview-cfg-scale" if failing == "preview" else "--eval-cfg-scale"
+    assert call(train, *flags, "--max-train-steps", 10, changed, 2)[0] == 0
+    assert len(calls) == 9  # at the steps 9 and 10
+
+
+def test_failures_are_restored_from_a_checkpoint():
+    flags = {"preview": {"sampling_steps": 2}, "evaluation": {}}
+    progress = {"monitor_failures": {"preview": {"flags": {"sampling_steps": 2}, "consecutive": 2}}}
+    failures = restore_failures(progress, flags)
+    assert failures == {
+        "preview": FailureCount({"sampling_steps": 2}, 2),
+        "evaluation": FailureCount(),
+    }
+    assert restore_failures({}, flags)["preview"].consecutive == 0  # a checkpoint of older code
+    flags["preview"] = {"sampling_steps": 3}
+    assert restore_failures(progress, flags)["preview"] == FailureCount({"sampling_steps": 3}, 0)
+
+
+@pytest.mark.parametrize("failing", ["preview", "evaluation"])
+def test_trial_ends_the_run_in_one_line_before_the_first_step(
+    call, evaluation_flags, tmp_path, monkeypatch, failing
+):
+    trial, calls = count_calls([OUT_OF_MEMORY])
+    monkeypatch.setattr(Preview if failing == "preview" else Evaluator, "try_out", trial)
+    flags = evaluation_flags("--sampling-steps", 2, "--max-train-steps", 1)
+    code, out = call(train, *flags)
+    disabled = {"preview": "--sampling-steps 0", "evaluation": "--eval-every 0"}[failing]
+    assert code == 2 and out.endswith(
+        f"error: the trial {failing} before the first step failed (OutOfMemoryError: CUDA out of "
+        f"memory.): fix the problem, or pass {disabled}\n"
+    )
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    monkeypatch.undo()
+    assert call(train, *flags)[0] == 0
+    monkeypatch.setattr(Preview if failing == "preview" else Evaluator, "try_out", trial)
+    assert call(train, *flags, "--max-train-steps", 2)[0] == 0  # the run has made progress
+    assert len(calls) == 1
+
+
+def test_trials_run_the_code_of_previews_and_evaluations(
+    call, evaluation_flags, tmp_path, monkeypatch
+):
+    """An error of sampling that occurs in every step ends the run before the first one."""
+    monkeypatch.setattr(Recipe, "compute_labels", count_calls([ValueError("no labels")])[0])
+    for flags, kind in ((("--sampling-steps", 2), "preview"), ((), "evaluation")):
+        code, out = call(train, *evaluation_flags(*flags))
+        assert code == 2 and f"the trial {kind} before the first step failed" in out
+        assert "(ValueError: no labels)" in out and "Traceback" not in out
+
+
+def test_samples_that_are_not_finite_are_not_evaluated(
+    call, evaluation_flags, tmp_path, monkeypatch
+):
+    def measure_nan(self, model, *args, measure=Evaluator.measure):
+        with torch.no_grad():
+            model.final_layer.linear.bias.fill_(float("nan"))
+        return measure(self, model, *args)
+
+    monkeypatch.setattr(Evaluator, "measure", measure_nan)
+    code, out = call(train, *evaluation_flags("--max-train-steps", 1))
+    assert code == 0 and "FloatingPointError: the sampled latents are not finite" in out
+    assert not any("evaluation" in row for row in read_rows(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_failure_on_one_process_is_agreed_on(evaluation_flags, tmp_path, failing_rank):
+    """The other process neither waits for the features nor counts a success."""
+    flags = evaluation_flags("--max-train-steps", 4)
+    out = run_ranks(2, "tests.training.failing_evaluation", failing_rank, *flags)
+    log = (tmp_path / "run/log.txt").read_text()
+    for step in (1, 2, 3):
+        reason = f"process {failing_rank}: OutOfMemoryError: in batch 1"
+        assert f"the evaluation at step {step} failed ({reason})" in log, out
+    assert "evaluations are switched off" in log and "step 4 failed" not in log
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    failures = read_progress(checkpoint)["monitor_failures"]
+    assert failures["evaluation"]["consecutive"] == 3

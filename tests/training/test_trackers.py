@@ -184,3 +184,70 @@ def test_tensorboard_gets_metrics_and_previews(call, cache, tmp_path, monkeypatc
     rows = read_metrics(tmp_path / "run")
     assert losses == pytest.approx([row["loss"] for row in rows])
     assert "samples" in events.Tags()["images"]
+
+
+@pytest.fixture
+def start_wandb(tmp_path):
+    """Return a function that starts wandb at a step, and returns its id, config and messages."""
+
+    def start(step, last_logged_step):
+        messages, options = [], {}
+        accelerator = SimpleNamespace(
+            log_with=["wandb"],
+            is_main_process=True,
+            init_trackers=lambda project, init_kwargs: options.update(init_kwargs["wandb"]),
+            trackers=[],
+        )
+        trackers = Trackers(accelerator, messages.append)
+        trackers.start("project", tmp_path, {"seed": 0}, step, last_logged_step)
+        return options["id"], options["config"], messages
+
+    return start
+
+
+def test_wandb_lists_the_steps_that_are_repeated_after_a_crash(start_wandb):
+    run_id, config, messages = start_wandb(step=0, last_logged_step=0)
+    assert config == {"seed": 0} and not messages
+    # A run that was not interrupted repeats no step.
+    assert start_wandb(step=100, last_logged_step=100) == (run_id, {"seed": 0}, [])
+    same_id, config, messages = start_wandb(step=100, last_logged_step=180)
+    assert same_id == run_id and config == {"seed": 0, "repeated_steps": ["101-180"]}
+    assert "steps 101 to 180 are repeated: wandb keeps the values" in messages[0]
+    # After another crash, and after a regular end, wandb still has the first values.
+    _, config, _ = start_wandb(step=100, last_logged_step=120)
+    assert config["repeated_steps"] == ["101-180", "101-120"]
+    assert start_wandb(step=300, last_logged_step=300)[1:] == (config, [])
+
+
+def test_run_that_crashed_before_its_first_checkpoint_gets_a_new_wandb_id(start_wandb):
+    run_id, _, _ = start_wandb(step=0, last_logged_step=0)
+    new_id, config, messages = start_wandb(step=0, last_logged_step=7)
+    assert new_id != run_id and config == {"seed": 0} and not messages
+
+
+def test_tensorboard_agrees_with_the_log_after_a_crash(call, cache, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step = train.Step.__call__
+
+    def crash(self, batch):
+        if self.state.step == 4:
+            raise RuntimeError("crash")
+        scalars, is_finite = step(self, batch)
+        return {name: value + 1 for name, value in scalars.items()}, is_finite
+
+    flags = train_flags(cache, tmp_path, "run", "--report-to", "tensorboard")
+    flags += ["--checkpointing-steps", "3", "--max-train-steps", "5"]
+    monkeypatch.setattr(train.Step, "__call__", crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        call(train, *flags)
+    monkeypatch.setattr(train.Step, "__call__", step)
+    code, out = call(train, *flags)
+    assert code == 0, out
+    events = EventAccumulator(str(tmp_path / "run/sra2"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    rows = read_metrics(tmp_path / "run")
+    assert len(events.Scalars("loss")) == len(rows) == 5
+    assert losses == pytest.approx({row["step"]: row["loss"] for row in rows})

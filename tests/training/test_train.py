@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import io
 import json
 import shutil
 import sys
@@ -9,6 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from checkpointing.storage import (
+    CheckpointError,
+    RunOwner,
+    list_checkpoints,
+    progress_digest,
+    read_progress,
+)
 from latents.cache import LatentCache
 from models.autoencoder import LatentScale
 from models.targets import latent_tokens
@@ -242,6 +252,16 @@ def test_previews_show_the_ema_with_fixed_noise_and_change_nothing(
     assert code == 0 and read_metrics(tmp_path / "plain") == read_metrics(tmp_path / "run")
 
 
+def test_name_that_the_terminal_cannot_represent_does_not_end_the_run(
+    call, cache, tmp_path, monkeypatch
+):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    flags = train_flags(cache, tmp_path, "λόγος", "--max-train-steps", 1)
+    assert call(train, *flags)[0] == 0
+    assert "saved" in (tmp_path / "λόγος/log.txt").read_text()
+
+
 def test_print_config_prints_the_resolved_flags_and_stops(call, cache, tmp_path):
     flags = train_flags(cache, tmp_path, "run", "--epochs", 2.1)
     code, out = call(train, *flags, "--print-config")
@@ -263,9 +283,161 @@ def test_other_flags_on_a_started_run_are_listed(call, trained, cache):
 def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_path):
     flags = build_args_json(make_settings(tmp_path, "--max-train-steps", 4))
     del flags["adam_beta2"]  # as if the run was started before the flag existed
-    (tmp_path / "args.json").write_text(json.dumps(flags))
+    progress = {"step": 4, "flags": flags}
+    checkpoint = tmp_path / "checkpoints/0000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text(
+        json.dumps(progress | {"digest": progress_digest(progress)})
+    )
     changed = "--max-train-steps 9 --compile --activation-checkpointing --num-workers 1"
     check_same_run(build_args_json(make_settings(tmp_path, *changed.split())), tmp_path)
+
+
+def test_flags_may_change_until_the_first_checkpoint(call, cache, tmp_path, monkeypatch):
+    """Afterwards, the lines and previews of the first attempt are replaced."""
+
+    def run_out_of_memory(self, batch):
+        if self.state.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, batch)
+
+    step = train.Step.__call__
+    monkeypatch.setattr(Preview, "num_steps", 2)
+    flags = train_flags(cache, tmp_path, "run", "--sampling-steps", 1, "--seed", 1)
+    monkeypatch.setattr(train.Step, "__call__", run_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(train, *flags)
+    monkeypatch.setattr(train.Step, "__call__", step)
+    preview = tmp_path / "run/samples/0000001.png"
+    before = preview.read_bytes()
+    changed = ["--batch-size", 4, "--learning-rate", "0.1", "--align", "none", "--seed", 2]
+    index = flags.index("--projector-width")  # --align none has no projection head
+    code, out = call(train, *flags[:index], *flags[index + 2 :], *changed)
+    assert code == 0, out
+    rows = read_metrics(tmp_path / "run")
+    assert [row["images"] for row in rows] == [4, 8, 12] and "align/sra2" not in rows[0]
+    assert preview.read_bytes() != before
+    code, out = call(train, *flags, "--max-train-steps", 4)
+    assert code == 2 and "--align was none, now sra2" in out
+
+
+@pytest.fixture
+def copied_run(trained, tmp_path):
+    """Return a copy of a run of two steps."""
+    return shutil.copytree(trained, tmp_path / "exps" / trained.name)
+
+
+@pytest.mark.parametrize("content", [b'{"seed": 0, "lear', b"[]", b"null", b"\xff{}", b"", None])
+def test_flags_are_compared_with_the_checkpoint_if_args_json_is_damaged(
+    call, copied_run, cache, content
+):
+    args = copied_run / "args.json"
+    original = json.loads(args.read_text())
+    args.unlink() if content is None else args.write_bytes(content)
+    flags = train_flags(cache, copied_run.parent, copied_run.name, "--max-train-steps", 3)
+    changed = ["--learning-rate", 5e-4, "--seed", 1, "--adam-beta2", 0.95]
+    code, out = call(train, *flags, *changed)
+    assert code == 2 and len(out.splitlines()) == 1
+    assert "--seed was 0, now 1" in out and "--learning-rate was 0.001, now 0.0005" in out
+    assert "--adam-beta2 was 0.999, now 0.95" in out
+    assert args.exists() == (content is not None)
+    assert call(train, *flags)[0] == 0
+    assert json.loads(args.read_text()).keys() == original.keys()
+
+
+@pytest.mark.parametrize("has_args", [False, True])
+def test_flags_of_a_checkpoint_of_older_code_are_compared(call, copied_run, cache, has_args):
+    (checkpoint,) = list_checkpoints(copied_run)
+    progress = read_progress(checkpoint)
+    del progress["flags"]
+    progress["digest"] = progress_digest(progress)
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    if not has_args:
+        (copied_run / "args.json").unlink()
+    flags = train_flags(cache, copied_run.parent, copied_run.name, "--max-train-steps", 3)
+    changed = ["--learning-rate", 5e-4, "--cfg-prob", 0.2, "--batch-size", 16]
+    code, out = call(train, *flags, *changed)
+    assert code == 2 and "--learning-rate was 0.001, now 0.0005" in out
+    assert "--cfg-prob was 0.1, now 0.2" in out and "--batch-size was 8, now 16" in out
+    assert ("the values of --seed" in out) == (not has_args)
+    assert call(train, *flags)[0] == 0
+
+
+def test_lines_that_a_power_failure_damaged_do_not_prevent_a_restart(call, copied_run, cache):
+    metrics = copied_run / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    newer = [line.replace(b'"step": 2', b'"step": 3') for line in lines[1:]]
+    damaged = [b"\0" * 50 + b"\n", newer[0][:20] + b"\0" * 30 + newer[0][50:], *newer, b"\0" * 9]
+    metrics.write_bytes(b"".join([*lines, *damaged]))
+    flags = train_flags(cache, copied_run.parent, copied_run.name, "--max-train-steps", 4)
+    code, out = call(train, *flags)
+    assert code == 0 and "removed 2 lines that a power failure damaged" in out
+    assert [row["step"] for row in read_metrics(copied_run)] == [1, 2, 3, 4]
+    assert metrics.read_bytes().startswith(b"".join(lines))
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """Simulate a file system without locks."""
+
+    def fail(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+
+
+@pytest.mark.parametrize("writes_first", [False, True])
+def test_of_two_trainers_without_locks_one_stops_before_it_writes(
+    call, copied_run, cache, no_locks, monkeypatch, writes_first
+):
+    """A second trainer starts while the first one runs, and may write first."""
+    owners = []
+    step = train.Step.__call__
+
+    def start_another_trainer(self, batch):
+        if self.state.step == 4:
+            owners.append(RunOwner(copied_run))
+            if writes_first:
+                owners[0].confirm()
+        return step(self, batch)
+
+    monkeypatch.setattr(train.Step, "__call__", start_another_trainer)
+    flags = train_flags(cache, copied_run.parent, copied_run.name, "--max-train-steps", 6)
+    code, out = call(train, *flags)
+    steps = [row["step"] for row in read_metrics(copied_run)]
+    if writes_first:
+        assert code == 2
+        assert out.count(f"error: {copied_run} is being trained by another process") == 1
+        assert steps == [1, 2, 3, 4] and len(list_checkpoints(copied_run)) == 1
+        owners[0].confirm()
+    else:
+        assert code == 0 and steps == [1, 2, 3, 4, 5, 6]
+        with pytest.raises(CheckpointError, match="is being trained by another process"):
+            owners[0].confirm()
+
+
+def test_trainer_that_finds_another_one_leaves_the_metrics_unchanged(
+    call, copied_run, cache, no_locks, monkeypatch
+):
+    """Its start does not remove the lines that the other one has written since its checkpoint."""
+    with (copied_run / "metrics.jsonl").open("a") as file:
+        file.write('{"schema": 2, "step": 3, "images": 24, "loss": 1.0}\n')
+    before = (copied_run / "metrics.jsonl").read_text()
+    other = RunOwner(copied_run)
+    other.confirm()
+    step = train.Step.__call__
+
+    def other_trainer_writes(self, batch):
+        other.confirm()
+        return step(self, batch)
+
+    monkeypatch.setattr(train.Step, "__call__", other_trainer_writes)
+    flags = train_flags(cache, copied_run.parent, copied_run.name, "--max-train-steps", 6)
+    code, out = call(train, *flags)
+    assert code == 2
+    assert out.count(f"error: {copied_run} is being trained by another process") == 1
+    assert (copied_run / "metrics.jsonl").read_text() == before
+    assert len(list_checkpoints(copied_run)) == 1
 
 
 def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_path):

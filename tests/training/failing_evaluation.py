@@ -1,0 +1,36 @@
+"""Runs train.py, where the second batch of each evaluation fails on one process.
+
+The first argument is the rank of this process.
+"""
+
+import os
+import sys
+
+import torch
+
+import train
+from evaluations.fashion import GarmentClassifier
+from training.evaluation import Evaluator
+
+
+def main() -> None:
+    """Run train.py with the remaining arguments."""
+    failing_rank = sys.argv.pop(1)
+    num_batches = 0
+    measure, extract = Evaluator.measure, GarmentClassifier.extract
+
+    def count_from_zero(*args):
+        nonlocal num_batches
+        num_batches = 0
+        return measure(*args)
+
+    def fail_in_second_batch(*args):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 2 and os.environ["RANK"] == failing_rank:
+            raise torch.OutOfMemoryError("in batch 1")
+        return extract(*args)
+
+    Evaluator.measure = count_from_zero
+    GarmentClassifier.extract = fail_in_second_batch
+    train.main()

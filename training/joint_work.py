@@ -1,0 +1,57 @@
+"""Let all processes give up their joint work together if one of them fails or is stopped.
+
+If a process left the work alone, the others would wait for it in the next collective. The processes
+therefore exchange their status before each collective of the work, and at its end.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.utils import gather_object
+
+from checkpointing.storage import format_error
+
+
+class Stopped(Exception):  # noqa: N818 (a stop signal is not an error)
+    """A stop signal arrived during the work."""
+
+
+class JointWorkError(Exception):
+    """The work failed on one of the processes. The message states the reason."""
+
+
+def exchange_status(reason: str = "", is_stopped: bool = False) -> None:
+    """Tell the other processes whether this one failed or was stopped. All processes must call it.
+
+    Args:
+        reason: Why the work failed on this process, if it did.
+        is_stopped: Whether a stop signal arrived on this process.
+
+    Raises:
+        JointWorkError: The work failed on any process; raised on all of them.
+        Stopped: A stop signal arrived on any process; raised on all of them.
+    """
+    statuses = gather_object([(reason, is_stopped)])
+    reasons = {rank: reason for rank, (reason, _) in enumerate(statuses) if reason}
+    if reasons and len(statuses) > 1:
+        raise JointWorkError("; ".join(f"process {rank}: {reasons[rank]}" for rank in reasons))
+    if reasons:
+        raise JointWorkError(reasons[0])
+    if any(is_stopped for _, is_stopped in statuses):
+        raise Stopped
+
+
+@contextmanager
+def fail_jointly() -> Iterator[None]:
+    """Raise a JointWorkError on all processes if the block fails on one of them.
+
+    Within the block, all processes must call `exchange_status` before each collective.
+    """
+    reason = ""
+    try:
+        yield
+    except (Stopped, JointWorkError):  # raised on all processes
+        raise
+    except Exception as error:  # any package may fail, for example if memory is exhausted
+        reason = format_error(error)
+    exchange_status(reason)
