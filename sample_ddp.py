@@ -308,7 +308,7 @@ def describe_untrained_labels(
             f"class: labels are drawn from all {source.model.config.num_classes:,} classes"
         )
     if recipe.label_classes is not None:
-        return describe_empty_classes(counts, source.class_names)
+        return f"the training data have {describe_empty_classes(counts, source.class_names)}"
     untrained = [k for k in np.unique(labels).tolist() if not counts[k]]
     if not untrained:
         return None

@@ -241,7 +241,7 @@ def build_and_report(dest: Path, job: CacheJob, world: World) -> None:
             print(format_summary(dest, manifest))
         note = describe_empty_classes(LatentCache(dest).images_per_class, manifest.class_names)
         if note:
-            print(f"{dest}: {note}")
+            print(f"{dest} has {note}")
     world.close()
 
 

@@ -486,7 +486,7 @@ def describe_labels(config: dict, cache: LatentCache, preview: PreviewConfig) ->
     if empty_classes and trained_labels.images_per_class is None:
         empty_classes += ", except in this run, which an older version started"
     if empty_classes:
-        lines.append(empty_classes)
+        lines.append(f"the cache has {empty_classes}")
     if preview.every and preview.cfg_scale > 1 and not trained_labels.has_null_class:
         lines.append(
             f"previews are drawn without guidance (--preview-cfg-scale {preview.cfg_scale:g} is "

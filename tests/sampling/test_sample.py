@@ -248,6 +248,17 @@ def test_larger_count_extends_existing_samples(sample, tmp_path, monkeypatch):
     assert "already contains 18 images, but --num-fid-samples is 11" in sample(code=2)
 
 
+def test_damaged_images_are_not_copied_or_evaluated(sample, tree, tmp_path):
+    sample()
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[5000] ^= 1
+    (tmp_path / "s.npz").write_bytes(content)
+    for flags in (["--num-fid-samples", 18], ["--evaluate", tree, "--features", "fashion"]):
+        output = sample(*flags, code=2)
+        assert "s.npz is damaged" in output and "Bad CRC-32" in output
+    assert (tmp_path / "s.npz").read_bytes() == content
+
+
 def test_interrupted_sampling_resumes_and_rejects_other_settings(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("common.processes.count_available_cores", lambda: 1)  # one batch at a time
     sample_latents = Recipe.sample_latents

@@ -11,14 +11,13 @@ import torch
 import sample_ddp
 import train
 from checkpointing import pretrained
+from checkpointing.storage import progress_digest
+from common.files import sha256
 from common.metrics_log import read_rows
-from latents.cache import LatentCache
 from models.labels import TrainedLabels, describe_empty_classes
 from sampling.recipe import Recipe, format_ranges
 from tests.helpers import train_flags
-from training.config import PreviewConfig
 from training.preview import Preview
-from training.setup import describe_labels
 
 NOTE = "no images of 1 of 3 classes: 0 (class0)"
 
@@ -34,18 +33,23 @@ def gap_cache(tmp_path_factory, cache):
 
 
 @pytest.fixture
-def gap_run(call, gap_cache, tree, tmp_path):
-    """A run of two steps without images of class 0, with a preview and an evaluation."""
+def flags(gap_cache, tree, tmp_path):
+    """Flags of a run of two steps without images of class 0, with an evaluation."""
     flags = train_flags(gap_cache, tmp_path, "run", "--max-train-steps", 2, "--eval-every", 2)
     flags += ["--eval-reference", str(tree), "--eval-features", "fashion"]
-    flags += ["--eval-num-steps", "2", "--eval-samples", "4"]
+    return [*flags, "--eval-num-steps", "2", "--eval-samples", "4"]
+
+
+@pytest.fixture
+def gap_run(call, flags, tmp_path):
+    """The run of these flags."""
     code, out = call(train, *flags)
     assert code == 0 and NOTE in out
     return tmp_path / "run"
 
 
-def read_config(run):
-    path = run / "checkpoints/0000002/config.json"
+def read_config(run, step=2):
+    path = run / f"checkpoints/{step:07d}/config.json"
     return path, json.loads(path.read_text())
 
 
@@ -111,13 +115,31 @@ def test_previews_show_trained_classes(trained):
     assert source.trained_labels.list_classes(3) == [0, 1, 2]
 
 
-def test_runs_of_older_versions_continue_to_draw_all_classes(gap_cache, gap_run):
-    cache = LatentCache(gap_cache)
-    _, config = read_config(gap_run)
-    assert describe_labels(config, cache, PreviewConfig())[0].endswith("leave these classes out")
+def test_runs_of_older_versions_continue_to_draw_all_classes(call, flags, gap_run):
+    # Older versions did not record the counts.
+    path, config = read_config(gap_run)
     del config["data"]["images_per_class"]
-    (note,) = describe_labels(config, cache, PreviewConfig())
-    assert NOTE in note and "except in this run" in note
+    path.write_text(json.dumps(config))
+    progress = json.loads(path.with_name("progress.json").read_text())
+    progress["sha256"]["config.json"] = sha256(path)
+    del progress["digest"]
+    progress["digest"] = progress_digest(progress)
+    path.with_name("progress.json").write_text(json.dumps(progress))
+
+    code, out = call(train, *flags, "--max-train-steps", 4)
+    assert code == 0 and "except in this run, which an older version started" in out
+    assert read_config(gap_run, step=4)[1] == {**config, "step": 4}
+    rows = [row for row in read_rows(gap_run) if "evaluation" in row]
+    assert [row["evaluation"].get("label_classes") for row in rows] == ["1-2", None]
+
+
+def test_resumed_runs_require_the_same_labels(call, flags, gap_run, cache):
+    code, out = call(train, *flags, "--max-train-steps", 4)
+    assert code == 0, out
+    assert read_config(gap_run, step=4)[1]["data"] == read_config(gap_run)[1]["data"]
+    flags[flags.index("--data-dir") + 1] = str(cache)  # the same images with other labels
+    code, out = call(train, *flags, "--max-train-steps", 6)
+    assert code == 2 and "images_per_class differ" in out
 
 
 @pytest.mark.parametrize(
