@@ -129,9 +129,10 @@ def read_manifest(root: Path) -> Manifest:
 
 def _resolve_vae(manifest: Manifest) -> Manifest:
     """Replace a relative path of the VAE, which older caches contain, by the absolute path."""
-    absolute_path = manifest.encoding.get("vae") or ""
-    if Path(absolute_path).is_absolute() and not Path(manifest.vae).exists():
-        return replace(manifest, vae=absolute_path)
+    path = Path(manifest.vae)
+    absolute_path = Path(manifest.encoding.get("vae") or "")
+    if absolute_path.is_absolute() and absolute_path.name == path.name and not path.exists():
+        return replace(manifest, vae=str(absolute_path))
     return manifest
 
 

@@ -167,8 +167,8 @@ class Autoencoder:
         remedy = "download its files again"
         if is_hub_id(name):
             remedy = (
-                f"with network access, run 'hf download {name} --local-dir FOLDER', then pass "
-                "FOLDER"
+                "the working directory contains no such folder; with network access, run "
+                f"'hf download {name} --local-dir FOLDER', then pass FOLDER"
             )
         else:
             check_vae_folder(Path(name))

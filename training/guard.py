@@ -81,6 +81,7 @@ class NonFiniteGuard:
         messages: list[str] = []
         for step, row in zip(steps, rows):
             bad_names = [name for name, is_bad in zip(self.names, row) if is_bad]
+            cause = ""
             is_overflow = self.uses_grad_scaler and bad_names == ["grad_norm"]
             is_bad_step = bool(bad_names) and not is_overflow
             self.overflows_in_a_row = self.overflows_in_a_row + 1 if is_overflow else 0
@@ -91,15 +92,18 @@ class NonFiniteGuard:
                 because = f", because {cause}" if cause else ""
                 message = f"step {step:,}: not finite: {', '.join(bad_names)}{skipped}{because}"
                 messages.append(message)
-            self._check_limits(step, messages)
+            self._check_limits(step, messages, cause)
         return messages
 
-    def _check_limits(self, step: int, messages: list[str]) -> None:
+    def _check_limits(self, step: int, messages: list[str], cause: str) -> None:
         if self.bad_in_a_row == MAX_CONSECUTIVE_BAD_STEPS:
+            remedy = "Start a new run with a lower --learning-rate: resuming this run repeats the same "
+            remedy += "images and noise"
+            if cause:
+                remedy = "Repair the cache and rerun the same command"
             raise UserError(
                 f"{messages[-1]}; {MAX_CONSECUTIVE_BAD_STEPS} consecutive steps were bad. "
-                "Training was stopped, and the last checkpoint is unaffected. Start a new run with "
-                "a lower --learning-rate: resuming this run repeats the same images and noise"
+                f"Training was stopped, and the last checkpoint is unaffected. {remedy}"
             )
         if self.overflows_in_a_row == MAX_CONSECUTIVE_OVERFLOWS:
             raise UserError(

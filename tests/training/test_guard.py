@@ -74,3 +74,16 @@ def test_persistent_fp16_overflows_end_the_run():
         resumed.report(one_process)
     mark_step(guard, limit)
     assert guard.report(one_process) == [] and guard.overflows_in_a_row == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [("", "Start a new run with a lower --learning-rate"), ("x is NaN", "Repair the cache")],
+)
+def test_remedy_depends_on_whether_the_cache_is_the_cause(cause, remedy):
+    guard = NonFiniteGuard(Optimizer(), explain=lambda step: cause)
+    for step in range(MAX_CONSECUTIVE_BAD_STEPS):
+        mark_step(guard, step, denoising=NAN, grad_norm=NAN)
+    with pytest.raises(UserError, match=remedy) as error:
+        guard.report(one_process)
+    assert (", because x is NaN; this is" in str(error.value)) == bool(cause)
