@@ -64,12 +64,19 @@ def read_rows(folder: Path, ignore_zeroed: bool = False) -> list[dict[str, Any]]
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or "step" not in row:
+        if not _is_row(row):
             raise UserError(f"{path}: line {number} is damaged: remove it")
         if row.get("schema", 1) > METRICS_SCHEMA:
             raise UserError(f"{path}: line {number} has schema {row['schema']}: update this code")
         rows.append(upgrade_row(row, methods))
     return rows
+
+
+def _is_row(content: Any) -> bool:
+    """Return whether the content of a line has the step and the schema that all lines have."""
+    if not isinstance(content, dict):
+        return False
+    return isinstance(content.get("step"), int) and isinstance(content.get("schema", 1), int)
 
 
 def upgrade_row(row: dict[str, Any], methods: list[str]) -> dict[str, Any]:

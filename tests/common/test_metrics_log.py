@@ -76,7 +76,17 @@ def test_incomplete_last_line_is_ignored(tmp_path):
     assert read_rows(tmp_path / "not started") == []
 
 
-@pytest.mark.parametrize("damage", ['{"step"\n', "\0" * 50 + "\n", "[1]\n", '{"stop": 1}\n'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '{"step"\n',
+        "\0" * 50 + "\n",
+        "[1]\n",
+        '{"stop": 1}\n',
+        '{"step": "1"}\n',
+        '{"step": 1, "schema": null}\n',
+    ],
+)
 def test_error_names_the_damaged_line(tmp_path, damage):
     run = write_run(tmp_path, [{"step": 1}, damage, {"step": 3}])
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged: remove it"):
