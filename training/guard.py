@@ -97,7 +97,9 @@ class NonFiniteGuard:
 
     def _check_limits(self, step: int, messages: list[str], cause: str) -> None:
         if self.bad_in_a_row == MAX_CONSECUTIVE_BAD_STEPS:
-            remedy = "Start a new run with a lower --learning-rate: resuming this run repeats the same "
+            remedy = (
+                "Start a new run with a lower --learning-rate: resuming this run repeats the same "
+            )
             remedy += "images and noise"
             if cause:
                 remedy = "Repair the cache and rerun the same command"

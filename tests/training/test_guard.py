@@ -67,9 +67,7 @@ def test_persistent_fp16_overflows_end_the_run():
     assert guard.report(one_process) == [] and guard.overflows_in_a_row == limit - 1
     resumed = NonFiniteGuard(Optimizer(), True, guard.bad_in_a_row, guard.overflows_in_a_row)
     mark_step(resumed, limit, grad_norm=INF)
-    message = (
-        f"step {limit}: the gradient is not finite in fp16.*{limit} consecutive.*repeats"
-    )
+    message = f"step {limit}: the gradient is not finite in fp16.*{limit} consecutive.*repeats"
     with pytest.raises(UserError, match=message):
         resumed.report(one_process)
     mark_step(guard, limit)
