@@ -97,12 +97,12 @@ class NonFiniteGuard:
 
     def _check_limits(self, step: int, messages: list[str], cause: str) -> None:
         if self.bad_in_a_row == MAX_CONSECUTIVE_BAD_STEPS:
-            remedy = (
-                "Start a new run with a lower --learning-rate: resuming this run repeats the same "
-            )
-            remedy += "images and noise"
-            if cause:
-                remedy = "Repair the cache and rerun the same command"
+            remedy = "Repair the cache and rerun the same command"
+            if not cause:
+                remedy = (
+                    "Start a new run with a lower --learning-rate: resuming this run repeats the "
+                    "same images and noise"
+                )
             raise UserError(
                 f"{messages[-1]}; {MAX_CONSECUTIVE_BAD_STEPS} consecutive steps were bad. "
                 f"Training was stopped, and the last checkpoint is unaffected. {remedy}"
