@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.cli import UserError
 from common.config import get_flag_of_field
 from common.files import sha256
+from common.watchdog import waiting_for
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
 from evaluations.features import Features
@@ -143,7 +144,10 @@ class Evaluator:
         """
 
         def check_stop() -> None:
-            if gather(torch.tensor([int(is_stopped())], device=self.device)).any():
+            stop = torch.tensor([int(is_stopped())], device=self.device)
+            with waiting_for("the other processes to evaluate a batch"):
+                is_any_stopped = bool(gather(stop).any())
+            if is_any_stopped:
                 raise Stopped
 
         held_out_loss = {}
