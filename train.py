@@ -7,7 +7,7 @@ The class `Step` implements the method. Running the same command again resumes t
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -335,9 +335,12 @@ def run_training(
     )
 
     checkpoint_config = settings.checkpoint
-    with CheckpointWriter(
-        folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
-    ) as writer:
+    with (
+        closing(batches),
+        CheckpointWriter(
+            folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
+        ) as writer,
+    ):
         is_finished = train(
             run, step, batches, writer, request, checkpoint_config.checkpointing_steps
         )

@@ -13,16 +13,12 @@ from typing import TypeVar
 
 import torch
 
-from common.watchdog import waiting_for
 from models.flops import backbone_flops, head_flops
 from models.sit import SiTConfig
 from models.targets import TARGETS, CacheInfo
 from training.alignment import head_specs
 
 T = TypeVar("T")
-
-# Seconds after a stop signal until a wait for a batch ends the process, without a checkpoint.
-BATCH_STOP_SECONDS = 20.0
 
 
 def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> int:
@@ -90,8 +86,7 @@ class Throughput:
         iterator = iter(batches)
         while True:
             started = time.perf_counter()
-            with waiting_for("the next batch of --data-dir", BATCH_STOP_SECONDS):
-                batch = next(iterator, None)
+            batch = next(iterator, None)
             self.data_wait_seconds += time.perf_counter() - started
             if batch is None:
                 return

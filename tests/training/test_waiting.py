@@ -8,11 +8,10 @@ import pytest
 import torch.distributed as dist
 
 import train
-from common import watchdog
+from common import loader, watchdog
 from common.watchdog import Watchdog
 from dataset import TrainingStream
 from tests.helpers import train_flags
-from training import throughput
 from training.preemption import FlagReducer
 
 
@@ -40,13 +39,13 @@ def test_wait_for_a_batch_is_reported(call, cache, tmp_path, monkeypatch, printe
     monkeypatch.setattr(TrainingStream, "__getitem__", read_after_a_report)
     code, out = call(train, *train_flags(cache, tmp_path, "run", "--max-train-steps", 1))
     assert code == 0, out
-    assert reports[0].startswith("waiting for the next batch of --data-dir (")
+    assert reports[0].startswith("waiting for batches of --data-dir (")
 
 
 def test_stop_signal_ends_a_wait_for_a_batch(call, cache, tmp_path, monkeypatch, printed):
     ended = threading.Event()
     monkeypatch.setattr(watchdog, "_end_process", lambda *_: ended.set())
-    monkeypatch.setattr(throughput, "BATCH_STOP_SECONDS", 0.0)
+    monkeypatch.setattr(loader, "STOP_SECONDS", 0.0)
     read = TrainingStream.__getitem__
 
     def read_from_a_disk_that_hangs(stream, step):
