@@ -155,7 +155,7 @@ def _encode_shard(
         UserError: The images cannot be read, or the features exceed the range of float16.
     """
     try:
-        images = np.load(images_path, mmap_mode="r")
+        images = NpyFile(images_path)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{images_path} cannot be read ({error}); "
@@ -163,7 +163,7 @@ def _encode_shard(
         ) from None
 
     def compute(start: int) -> np.ndarray:
-        batch = torch.from_numpy(images[start : start + batch_size].copy())
+        batch = torch.from_numpy(images[start : start + batch_size])
         with torch.no_grad():
             return encode(batch).half().cpu().numpy()
 

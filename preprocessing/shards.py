@@ -137,9 +137,9 @@ def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
     if shard.skipped != entry["skipped"]:
         return False
     for name, array in shard.arrays.items():
-        stored_array = np.load(dest / name / shard.file, mmap_mode="r")
+        stored_array = NpyFile(dest / name / shard.file)
         if name == "labels":
-            if not np.array_equal(stored_array, array):
+            if not np.array_equal(stored_array[:], array):
                 return False
         elif len(array):  # empty if all images of the first batch were skipped
             reference = stored_array[: len(array)].astype(np.float32)

@@ -97,7 +97,7 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         try:
             if sha256(path) != entry.get("sha256", {}).get(folder):
                 faults.append(Fault(folder, "sha256 does not match the manifest"))
-            array = np.load(path, mmap_mode="r")
+            array = NpyFile(path)
         except (OSError, ValueError, EOFError) as error:
             faults.append(Fault(folder, f"cannot be read ({error})"))
             continue
