@@ -23,12 +23,15 @@ class NpyFile:
 
     Raises:
         OSError: The file cannot be opened.
+        EOFError: The file is empty.
         ValueError: It is not a .npy file, is truncated, or is in Fortran order.
     """
 
     def __init__(self, path: Path):
         self.path = path
         with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise EOFError("No data left in file")
             if np.lib.format.read_magic(file) == (1, 0):
                 header = np.lib.format.read_array_header_1_0(file)
             else:
