@@ -6,16 +6,16 @@ Shapes: B stream positions, b images per process and batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from common.keyed_random import Purpose, uniform
-from latents.cache import CacheError, LatentCache
+from common.loader import Loader
+from latents.cache import LatentCache
 
 NUM_ROUNDS = 8  # rounds of the Feistel network
 
@@ -107,7 +107,7 @@ class CachedBatch:
         )
 
 
-class TrainingStream(Dataset):
+class TrainingStream:
     """The batches of a run. Item k is this process's share of global batch k.
 
     The n-th image of the run, and whether it is flipped, depend only on n and the seed, not on the
@@ -174,44 +174,22 @@ class TrainingStream(Dataset):
         num_workers: int,
         pin_memory: bool,
         worker_init: Callable[[int], None] | None = None,
-    ) -> Iterator[CachedBatch]:
+    ) -> Generator[CachedBatch, None, None]:
         """Yield the batches of steps first_step to end_step - 1, in order.
+
+        Close the generator, which ends the workers.
 
         Args:
             first_step: First step.
             end_step: Step after the last one.
-            num_workers: Number of DataLoader workers; 0 reads in this process.
+            num_workers: Number of worker processes; 0 reads in this process.
             pin_memory: Whether to copy the batches to pinned memory.
-            worker_init: Function that each DataLoader worker calls with its index.
+            worker_init: Function that each worker calls with its number.
 
         Raises:
-            CacheError: A shard cannot be read.
+            UserError: A shard cannot be read, or a worker failed.
         """
-        loader = DataLoader(
-            _ErrorsAsItems(self),
-            batch_size=None,  # items are batches
-            sampler=range(first_step, end_step),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=worker_init,
+        loader = Loader(
+            self.__getitem__, "batches of --data-dir", num_workers, pin_memory, worker_init
         )
-        for item in loader:
-            if isinstance(item, CacheError):
-                raise item
-            yield item
-
-
-class _ErrorsAsItems(Dataset):
-    """Wraps a `TrainingStream`, and returns a CacheError as an item instead of raising it.
-
-    If a DataLoader worker raises an error, the DataLoader adds a long traceback to the message.
-    """
-
-    def __init__(self, stream: TrainingStream):
-        self.stream = stream
-
-    def __getitem__(self, step: int) -> CachedBatch | CacheError:
-        try:
-            return self.stream[step]
-        except CacheError as error:
-            return error
+        return loader.iterate(range(first_step, end_step))

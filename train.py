@@ -7,25 +7,27 @@ The class `Step` implements the method. Running the same command again resumes t
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 
 from common import cli  # first, because it completes the environment of the other libraries
 
 # isort: split
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor
 
-from common.cli import UserError, print_warning
+from common.cli import EXIT_STOPPED, UserError, print_warning
 from common.keyed_random import Purpose, normal, uniform
 from common.machine import describe_busy_cores
 from common.tf32 import set_tf32
+from common.watchdog import waiting_for
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
 from latents.manifest import Manifest
 from loss import denoising_loss
 from models.autoencoder import LatentScale
 from models.targets import TrainingInputs
+from training.accelerator import create_accelerator
 from training.alignment import Alignment, AlignmentTerms, required_cache_inputs
 from training.config import (
     ObjectiveConfig,
@@ -37,8 +39,6 @@ from training.config import (
 from training.guard import NonFiniteGuard
 from training.log import is_due
 from training.preemption import (
-    COLLECTIVE_TIMEOUT,
-    EXIT_STOPPED,
     FlagReducer,
     StopRequest,
     ignore_signals,
@@ -46,7 +46,6 @@ from training.preemption import (
 )
 from training.setup import Run, prepare_run
 from training.state import EMA, CheckpointWriter, TrainState
-from training.trackers import resolve_trackers
 
 
 class ScalarMean:
@@ -131,7 +130,7 @@ class Step:
         scalar_mean = ScalarMean()
         for i, micro_batch in enumerate(inputs.split(self.accumulation)):
             is_last = i == self.accumulation - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with self.reduce_gradients() if is_last else self.accelerator.no_sync(self.model):
                 total, scalars = self.compute_losses(micro_batch)
                 self.accelerator.backward(total.mean() / self.accumulation)
             scalar_mean.add({"loss": total, **scalars})
@@ -149,6 +148,12 @@ class Step:
             ema.update()
         self.state.step += 1
         return {**means, "grad_norm": grad_norm}, is_finite
+
+    def reduce_gradients(self) -> AbstractContextManager:
+        """Return the context of the micro-batch whose backward pass all-reduces the gradients."""
+        if self.accelerator.num_processes == 1:
+            return nullcontext()
+        return waiting_for("the gradients of the other processes")
 
     def draw(self, batch: CachedBatch) -> TrainingInputs:
         """Draw the random inputs of a batch, and normalize its latents."""
@@ -335,9 +340,12 @@ def run_training(
     )
 
     checkpoint_config = settings.checkpoint
-    with CheckpointWriter(
-        folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
-    ) as writer:
+    with (
+        closing(batches),
+        CheckpointWriter(
+            folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
+        ) as writer,
+    ):
         is_finished = train(
             run, step, batches, writer, request, checkpoint_config.checkpointing_steps
         )
@@ -359,23 +367,15 @@ def run_training(
 def main() -> None:
     """Parse the command line and run the training."""
     settings = resolve_device(parse_settings(description=__doc__))
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=settings.device.mixed_precision,
-        log_with=resolve_trackers(settings.log.report_to) or None,
-        project_dir=settings.run.folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-        ],
-    )
+    accelerator = create_accelerator(settings)
     set_tf32(settings.device.allow_tf32)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         print_warning(describe_busy_cores())
     with stop_on_signal() as request, ExitStack() as resources:
         is_finished = run_training(settings, accelerator, request, resources)
         # Wait, because a launcher kills the other processes as soon as one exits with an error.
-        accelerator.wait_for_everyone()
+        with waiting_for("the other processes to finish"):
+            accelerator.wait_for_everyone()
         accelerator.end_training()
         if not is_finished:
             sys.exit(EXIT_STOPPED)

@@ -86,15 +86,12 @@ def write_data(npy_folder: Path, cache_folder: Path, num_images: int, num_shards
     os.sync()
 
 
-def drop_page_cache(folder: Path, cache: LatentCache) -> None:
+def drop_page_cache(folder: Path) -> None:
     """Drop files from the page cache, as far as the kernel permits without root privileges.
 
     Args:
         folder: Folder with all .npy files, including the files of the latent cache.
-        cache: The latent cache. Its memory maps would otherwise keep the files in memory.
     """
-    for reader in cache.open_shards.values():
-        reader.drop_pages()
     for path in folder.rglob("*.npy"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -150,7 +147,7 @@ def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]
     # Cold: drop the files from the page cache before each round, and time fewer batches per round.
     cold = {"npy, cold": make_npy_reader(), "cache, cold": make_cache_reader(cache)}
     num_batches = max(1, args.batches // 10)
-    prepare = partial(drop_page_cache, root, cache)
+    prepare = partial(drop_page_cache, root)
     return seconds | time_interleaved(cold, CPU, args.rounds, num_batches, prepare=prepare).seconds
 
 

@@ -19,6 +19,8 @@ import torch
 Number = TypeVar("Number", int, float)
 
 MAX_REASON_LENGTH = 200  # characters of the message of a library in an error message
+EXIT_STOPPED = 75  # exit code of a run stopped by a signal; rerun to resume (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # exit code after Ctrl-C
 
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATH_ERRORS = (
@@ -107,9 +109,7 @@ def run(main: Callable[[], None]) -> None:
         SystemExit: With code 2 after a UserError, or after an OSError caused by a full disk or by
             a path that cannot be written; with code 130 after Ctrl-C.
     """
-    prefix = ""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        prefix = f"[rank {os.environ['RANK']}] "
+    prefix = get_rank_prefix()
     sys.stdout = DiskFullSafeStream(sys.stdout)
     sys.stderr = DiskFullSafeStream(sys.stderr)
     try:
@@ -126,7 +126,17 @@ def run(main: Callable[[], None]) -> None:
         path = f" ({error.filename})" if error.filename else ""
         _exit(f"{prefix}error: {error.strerror}{path}; {remedy}", 2)
     except KeyboardInterrupt:
-        _exit(f"\n{prefix}interrupted; rerun the same command to resume", 130)
+        _exit(f"\n{prefix}interrupted; rerun the same command to resume", EXIT_INTERRUPTED)
+
+
+def get_rank_prefix() -> str:
+    """Return "[rank N] " if a launcher has started several processes, or "" otherwise.
+
+    The variables may be invalid; `read_process_environment` checks them.
+    """
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or "RANK" not in os.environ:
+        return ""
+    return f"[rank {os.environ['RANK']}] "
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -2,18 +2,91 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from common.cli import UserError, first_line
 from common.machine import count_available_cores
+from common.watchdog import waiting_for
+
+RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def _read_environment(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+@dataclass(frozen=True)
+class ProcessEnvironment:
+    """The ranks and numbers of processes that a launcher sets in the environment."""
+
+    rank: int
+    num_processes: int
+    local_rank: int
+    num_local_processes: int
+
+
+def read_process_environment() -> ProcessEnvironment:
+    """Read and check the environment variables of torchrun and accelerate launch.
+
+    Without them, the command consists of one process.
+
+    Raises:
+        UserError: A variable is not a number, is out of range, or is missing while others are set.
+    """
+    environment = ProcessEnvironment(
+        rank=_read_variable("RANK", 0),
+        num_processes=_read_variable("WORLD_SIZE", 1),
+        local_rank=_read_variable("LOCAL_RANK", 0),
+        num_local_processes=_read_variable("LOCAL_WORLD_SIZE", 1),
+    )
+    if environment.num_processes > 1 or "LOCAL_RANK" in os.environ:
+        name = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else "WORLD_SIZE"
+        missing = [name for name in RENDEZVOUS_VARIABLES if not os.environ.get(name)]
+        if missing:
+            raise _make_environment_error(name, f"but not {', '.join(missing)}")
+    if environment.rank >= environment.num_processes:
+        count = environment.num_processes
+        raise _make_environment_error("RANK", f"but the number of processes is {count}")
+    return environment
+
+
+def _read_variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or (name.endswith("SIZE") and int(text) == 0):
+        raise _make_environment_error(name, "which is not a valid number")
+    return int(text)
+
+
+def _make_environment_error(name: str, problem: str) -> UserError:
+    return UserError(
+        f"the environment sets {name}={os.environ.get(name)!r}, {problem}; unset {name} to run one "
+        "process, or start the command with torchrun or accelerate launch"
+    )
+
+
+@contextmanager
+def connecting_processes(environment: ProcessEnvironment) -> Iterator[None]:
+    """Report the block while it waits for the other processes to start.
+
+    Raises:
+        UserError: The processes cannot connect.
+    """
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    description = (
+        f"{environment.num_processes} processes to connect to {address} (to run one process, unset "
+        "RANK, WORLD_SIZE and LOCAL_RANK)"
+    )
+    try:
+        with waiting_for(description):
+            yield
+    except dist.DistError as error:
+        raise UserError(
+            f"the processes cannot connect to {address}, which MASTER_ADDR and MASTER_PORT specify "
+            f"({first_line(error)}); to run one process, unset RANK, WORLD_SIZE and LOCAL_RANK"
+        ) from None
 
 
 class World:
@@ -27,17 +100,22 @@ class World:
         local_rank: Rank of this process among the processes on this machine.
         num_local_processes: Number of processes on this machine.
         cores: Number of CPU cores that the processes on this machine share.
+
+    Raises:
+        UserError: The environment variables of a launcher are incomplete.
     """
 
     def __init__(self) -> None:
-        self.rank = _read_environment("RANK", 0)
-        self.num_processes = _read_environment("WORLD_SIZE", 1)
-        self.local_rank = _read_environment("LOCAL_RANK", 0)
-        self.num_local_processes = _read_environment("LOCAL_WORLD_SIZE", 1)
+        environment = read_process_environment()
+        self.rank = environment.rank
+        self.num_processes = environment.num_processes
+        self.local_rank = environment.local_rank
+        self.num_local_processes = environment.num_local_processes
         self.cores = count_available_cores()
         if self.num_processes > 1:
-            # The timeout is long because one process may finish its share days before another.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+            with connecting_processes(environment):
+                # The timeout is long because one process may finish its share days before another.
+                dist.init_process_group("gloo", timeout=timedelta(days=7))
 
     def select_device(self) -> torch.device:
         """Return the device of this process: a GPU, which becomes the current one, or the CPU."""
@@ -57,7 +135,8 @@ class World:
         if self.num_processes == 1:
             return
         try:
-            collective(*args)
+            with waiting_for(f"the other processes (rank {self.rank} of {self.num_processes})"):
+                collective(*args)
         except RuntimeError as error:
             print(
                 "another process ended before the work was done; rerun the same command to resume "

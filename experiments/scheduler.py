@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measure import describe_machine
-from common.cli import UserError
+from common.cli import EXIT_STOPPED, UserError
 from common.files import lock, write_file
 from common.machine import count_available_cores
 from experiments.cells import (
@@ -25,7 +25,7 @@ from experiments.cells import (
     make_portable,
     read_record,
 )
-from training.preemption import EXIT_STOPPED, StopRequest, stop_on_signal
+from training.preemption import StopRequest, stop_on_signal
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1  # between checks of the processes

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
-from common.cli import UserError
+from common.cli import EXIT_STOPPED, UserError
 from common.files import sha256, write_file
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
@@ -28,7 +28,6 @@ from evaluations.reference_features import ReferenceFile, load_reference_feature
 from evaluations.runs import read_json
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
-from training.preemption import EXIT_STOPPED
 
 BUNDLED_IMAGES = Path("assets/fashion-mnist/images.zip")
 BUNDLED_VAE = Path("assets/fashion-mnist/vae")

@@ -27,7 +27,7 @@ from latents.manifest import (
 from latents.shard_reader import PrefetchPolicy, ShardReader
 
 KEEP_IMAGES_REMEDY = "rerun the command that created it and add --keep-images"
-MAX_OPEN_MAPS = 16_384  # memory maps per process; Linux allows 65,530
+MAX_OPEN_FILES = 16_384  # shards that a process keeps open
 
 
 class LatentCache:
@@ -37,7 +37,7 @@ class LatentCache:
 
     Moments and labels are validated when the cache is opened, so that a damaged file does not stop
     training days later; images and features are validated when they are first required. Each
-    process maps a file when it first reads from it.
+    process opens a file when it first reads from it.
 
     Args:
         roots: Folders of the caches.
@@ -45,7 +45,7 @@ class LatentCache:
     Attributes:
         manifest: The manifest, joined if there are several caches.
         labels: Labels of all images, in the smallest unsigned integer type that holds them.
-        open_shards: Readers of the mapped files, by shard index and folder.
+        open_shards: Readers of the open files, by shard index and folder.
 
     Raises:
         CacheError: A cache is missing or damaged, or the caches cannot be joined.
@@ -72,14 +72,14 @@ class LatentCache:
         self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
         self._moments_in_ram: np.ndarray | None = None
         self.open_shards: dict[tuple[int, str], ShardReader] = {}
-        self._max_open_maps = min(MAX_OPEN_MAPS, raise_open_file_limit() // 2)  # one file per map
+        self._max_open_files = min(MAX_OPEN_FILES, raise_open_file_limit() // 2)
         self._prefetch_policies: dict[str, PrefetchPolicy] = defaultdict(PrefetchPolicy)
 
         last_class = self.manifest.num_classes - 1
         self.labels = np.empty(len(self), np.min_scalar_type(last_class))
         for shard_index, start in enumerate(self.shard_starts[:-1]):
             reader = self._open_shard(shard_index, "labels", np.dtype(np.int64))
-            labels = reader.rows
+            labels = reader.read_all()
             if labels.size and not 0 <= labels.min() <= labels.max() <= last_class:
                 raise CacheError(
                     f"{reader.path} has labels outside 0..{last_class}; {reader.remedy}"
@@ -97,7 +97,7 @@ class LatentCache:
         return np.bincount(self.labels, minlength=self.manifest.num_classes).tolist()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"open_shards": {}}  # each process maps the files itself
+        return self.__dict__ | {"open_shards": {}}  # each process opens the files itself
 
     def gather(
         self, image_indices: np.ndarray, is_flipped: np.ndarray | None = None
@@ -240,13 +240,13 @@ class LatentCache:
         policy = self._prefetch_policies[folders[0]]
         if policy.remaining_batches:
             for _, shard, row in rows:
-                self._get_reader(*shard).prefetch(row)
+                self._get_reader(*shard).file.prefetch(row)
 
         # Copy the rows. Calling `_get_reader` for every row would make this loop 5% slower.
         start_time = time.perf_counter()
         for i, shard, row in rows:
             reader = self.open_shards.get(shard) or self._get_reader(*shard)
-            out[i] = reader.rows[row]
+            reader.read_into(row, out[i : i + 1])
         policy.update(len(rows), row_format.itemsize, time.perf_counter() - start_time)
         return out
 
@@ -254,16 +254,16 @@ class LatentCache:
         """Return the reader of a shard from `open_shards`, after adding it if necessary."""
         reader = self.open_shards.get((shard_index, folder))
         if reader is None:
-            if len(self.open_shards) >= self._max_open_maps:
+            if len(self.open_shards) >= self._max_open_files:
                 oldest = next(iter(self.open_shards))
                 del self.open_shards[oldest]
             reader = self._open_shard(shard_index, folder, self._row_formats[folder])
-            reader.disable_read_ahead()
+            reader.file.disable_read_ahead()
             self.open_shards[shard_index, folder] = reader
         return reader
 
     def _open_shard(self, shard_index: int, folder: str, row_format: np.dtype) -> ShardReader:
-        """Validate and map a shard file."""
+        """Validate and open a shard file."""
         root = self.shard_roots[shard_index]
         shard = self.manifest.shards[shard_index]
         if folder.startswith("features/"):
@@ -345,7 +345,8 @@ class LatentCache:
             begin = 0
             for folder in self.manifest.moment_folders:
                 for shard_index in range(len(self.manifest.shards)):
-                    rows = self._open_shard(shard_index, folder, self._moments_format).rows
-                    self._moments_in_ram[begin : begin + len(rows)] = rows
+                    reader = self._open_shard(shard_index, folder, self._moments_format)
+                    rows = self._moments_in_ram[begin : begin + len(reader.file)]
+                    reader.read_into(0, rows)
                     begin += len(rows)
                     progress.update(rows.nbytes)

@@ -1,14 +1,15 @@
-"""Read rows of a shard through a memory map, with prefetching while the disk is slow."""
+"""Read rows of a shard, with prefetching while the disk is slow."""
 
 import errno
-import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.files import NPY_READ_ERRORS
 from common.lfs import describe_lfs_pointer
+from common.npy_file import NpyFile
 from latents.manifest import CacheError
 
 PREFETCH_BATCHES = 8  # number of batches to prefetch after a batch that stalled on the disk
@@ -17,7 +18,7 @@ ROW_OVERHEAD = 2e-6  # seconds per row that the loop takes in addition to the co
 
 
 class ShardReader:
-    """A shard file, validated and memory-mapped.
+    """A shard file that has been validated.
 
     Args:
         path: The .npy file.
@@ -28,7 +29,7 @@ class ShardReader:
     Attributes:
         path: The .npy file.
         remedy: Instruction for error messages about the file.
-        rows: The array in the file, (num_rows, ...), read-only.
+        file: The array in the file, (num_rows, ...).
 
     Raises:
         CacheError: The file cannot be read, or it does not match the manifest.
@@ -37,47 +38,60 @@ class ShardReader:
     def __init__(self, path: Path, num_rows: int, row_format: np.dtype, remedy: str):
         self.path = path
         self.remedy = remedy
-        try:
-            array = np.load(path, mmap_mode="r")
-        except NPY_READ_ERRORS as error:
-            if problem := describe_lfs_pointer(path):
-                raise CacheError(problem) from None
-            message = f"{path} cannot be read ({error})"
-            # Do not suggest the remedy for errors of the disk or machine: the file may be intact.
-            if getattr(error, "errno", None) in (None, errno.ENOENT):
-                message += f"; {remedy}"
-            raise CacheError(message) from None
+        with self._convert_errors():
+            self.file = NpyFile(path)
         expected = (num_rows, *row_format.shape)
-        if (array.shape, array.dtype) != (expected, row_format.base):
+        shape = self.file.shape
+        if (shape, self.file.dtype) != (expected, row_format.base):
             hint = ""
-            if array.ndim == 4 and 2 * array.shape[1] == expected[1]:
+            if len(shape) == 4 and 2 * shape[1] == expected[1]:
                 hint = (
-                    f" ({array.shape[1]} channels indicate latents, "
+                    f" ({shape[1]} channels indicate latents, "
                     f"but a cache contains moments, which have {expected[1]} channels)"
                 )
             raise CacheError(
-                f"{path} has shape {array.shape} and dtype {array.dtype}, but the manifest "
+                f"{path} has shape {shape} and dtype {self.file.dtype}, but the manifest "
                 f"specifies {expected} and {row_format.base}{hint}; {remedy}"
             )
-        assert array.flags.c_contiguous, path
-        self.rows = array.view(np.ndarray)
-        self._file_map: mmap.mmap = array.base
-        self._data_offset = array.offset
 
-    def disable_read_ahead(self) -> None:
-        """Disable the kernel's read-ahead, which would read megabytes around each row."""
-        self._file_map.madvise(mmap.MADV_RANDOM)
+    def read_all(self) -> np.ndarray:
+        """Return all rows, (num_rows, ...).
 
-    def prefetch(self, row: int) -> None:
-        """Advise the kernel to read a row in the background."""
-        row_bytes = self.rows.strides[0]
-        begin = self._data_offset + row * row_bytes
-        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        self._file_map.madvise(mmap.MADV_WILLNEED, page, begin + row_bytes - page)
+        Raises:
+            CacheError: The file cannot be read.
+        """
+        with self._convert_errors():
+            return self.file[:]
 
-    def drop_pages(self) -> None:
-        """Unmap the pages that have been read, so that the kernel can evict them."""
-        self._file_map.madvise(mmap.MADV_DONTNEED)
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Read consecutive rows into a contiguous array.
+
+        Raises:
+            CacheError: The file cannot be read.
+        """
+        try:
+            self.file.read_into(start, out)
+        except OSError as error:
+            raise self._make_error(error) from None
+
+    @contextmanager
+    def _convert_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, EOFError) as error:
+            raise self._make_error(error) from None
+
+    def _make_error(self, error: Exception) -> CacheError:
+        if problem := describe_lfs_pointer(self.path):
+            return CacheError(problem)
+        message = f"{self.path} cannot be read ({error})"
+        # Do not suggest the remedy for errors of the disk or machine: the file may be intact.
+        if getattr(error, "errno", None) in (None, errno.ENOENT) or self._is_truncated():
+            message += f"; {self.remedy}"
+        return CacheError(message)
+
+    def _is_truncated(self) -> bool:
+        return hasattr(self, "file") and self.file.is_truncated()
 
 
 @dataclass

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
-from common.files import NPY_READ_ERRORS, NpyWriter, discard_on_error, write_file
+from common.files import NpyWriter, discard_on_error, write_file
+from common.npy_file import NpyFile
 from common.ordered_map import map_in_order
 from common.processes import World
 from latents.manifest import Manifest
@@ -154,16 +155,23 @@ def _encode_shard(
     Raises:
         UserError: The images cannot be read, or the features exceed the range of float16.
     """
-    try:
-        images = np.load(images_path, mmap_mode="r")
-    except NPY_READ_ERRORS as error:
-        raise UserError(
+
+    def make_error(error: Exception) -> UserError:
+        return UserError(
             f"{images_path} cannot be read ({error}); "
             "run python -m preprocessing.verify --repair to restore it"
-        ) from None
+        )
+
+    try:
+        images = NpyFile(images_path)
+    except (OSError, ValueError, EOFError) as error:
+        raise make_error(error) from None
 
     def compute(start: int) -> np.ndarray:
-        batch = torch.from_numpy(images[start : start + batch_size].copy())
+        try:
+            batch = torch.from_numpy(images[start : start + batch_size])
+        except OSError as error:
+            raise make_error(error) from None
         with torch.no_grad():
             return encode(batch).half().cpu().numpy()
 

@@ -6,11 +6,11 @@ of a cache do not depend on the number of processes, threads or attempts.
 Shapes: B batch size, S image side, C latent channels, h x w latent size.
 """
 
-import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from common import cli
 from common.cli import UserError
 from common.config import setting
+from common.loader import Loader
 from common.ordered_map import map_in_order
 from common.processes import World
 from common.tf32 import set_tf32
@@ -240,17 +240,17 @@ class EncodingJob(CacheJob):
             for images in shards
             for start in range(0, len(images), self.batch_size)
         ]
-        loader: DataLoader[Batch] = DataLoader(
-            batches,  # type: ignore[arg-type]  # any sequence can be a dataset
-            batch_size=None,
+        loader = Loader(
+            partial(decode_batch, self.source, self.reader),
+            "images of --source",
             num_workers=min(self.num_workers, len(batches)),
-            worker_init_fn=init_worker,
-            # Called in the worker processes with one item of `batches`.
-            collate_fn=partial(decode_batch, self.source, self.reader),
             pin_memory=self.device.type == "cuda",
+            worker_init=init_worker,
         )
-        with ThreadPoolExecutor(self.num_threads, initializer=self.init_thread) as pool:
-            decoded = report_killed_worker(loader)
+        with (
+            closing(loader.iterate(batches)) as decoded,
+            ThreadPoolExecutor(self.num_threads, initializer=self.init_thread) as pool,
+        ):
             yield from map_in_order(pool, encode, decoded, self.num_threads)
 
     def init_thread(self) -> None:
@@ -297,20 +297,3 @@ class EncodingJob(CacheJob):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return image, moments
-
-
-def report_killed_worker(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """Yield the batches. Raise UserError if a worker process was killed."""
-    other_processes = set(multiprocessing.active_children())
-    batches = iter(loader)
-    workers = set(multiprocessing.active_children()) - other_processes
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if not any(worker.exitcode for worker in workers):
-            raise
-        reason = str(error.__cause__ or error).splitlines()[0].rstrip(" .")
-        raise UserError(
-            f"a decoding process died ({reason}); rerun the same command with --num-workers 1 "
-            "to use less memory"
-        ) from None

@@ -4,7 +4,7 @@ Shapes: n images per shard, C latent channels, h x w latent size, S image side.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from common.cli import UserError
 from common.files import NpyWriter, write_array
+from common.npy_file import NpyFile
 
 IMAGES_PER_CHUNK = 256  # number of images that are converted to float64 at a time
 # Largest accepted mean difference between new and stored moments, as a fraction of the standard
@@ -45,13 +46,13 @@ def shard_file_name(shard_index: int) -> str:
     return f"{shard_index:05d}.npy"
 
 
-def iter_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+def iter_chunks(array: np.ndarray | NpyFile) -> Iterator[np.ndarray]:
     """Yield consecutive parts of an array that are small enough to convert to float64."""
     for start in range(0, len(array), IMAGES_PER_CHUNK):
         yield array[start : start + IMAGES_PER_CHUNK]
 
 
-def compute_channel_sums(arrays: list[np.ndarray]) -> dict[str, list[float]]:
+def compute_channel_sums(arrays: Sequence[np.ndarray | NpyFile]) -> dict[str, list[float]]:
     """Return the sums of z and z^2 per channel for z ~ posterior, using E[z^2] = mean^2 + std^2.
 
     Args:
@@ -137,9 +138,9 @@ def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
     if shard.skipped != entry["skipped"]:
         return False
     for name, array in shard.arrays.items():
-        stored_array = np.load(dest / name / shard.file, mmap_mode="r")
+        stored_array = NpyFile(dest / name / shard.file)
         if name == "labels":
-            if not np.array_equal(stored_array, array):
+            if not np.array_equal(stored_array[:], array):
                 return False
         elif len(array):  # empty if all images of the first batch were skipped
             reference = stored_array[: len(array)].astype(np.float32)

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import UserError
-from common.files import NPY_READ_ERRORS, sha256
+from common.files import sha256
+from common.npy_file import NpyFile
 from common.processes import World
 from latents.manifest import Manifest, read_manifest
 from preprocessing.build import rebuild_shards
@@ -97,8 +98,8 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
         try:
             if sha256(path) != entry.get("sha256", {}).get(folder):
                 faults.append(Fault(folder, "sha256 does not match the manifest"))
-            array = np.load(path, mmap_mode="r")
-        except NPY_READ_ERRORS as error:
+            array = NpyFile(path)
+        except (OSError, ValueError, EOFError) as error:
             faults.append(Fault(folder, f"cannot be read ({error})"))
             continue
         shape, dtype = _get_expected_layout(manifest, folder, entry["count"])
@@ -109,8 +110,8 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
             faults.append(Fault(folder, description))
 
     # Check the values of labels and moments.
-    labels = arrays.get("labels")
-    if labels is not None and labels.size:
+    labels = arrays["labels"][:] if "labels" in arrays else np.empty(0)
+    if labels.size:
         lowest = labels.min()
         highest = labels.max()
         if lowest < 0 or highest >= manifest.num_classes:
@@ -141,14 +142,17 @@ def _get_expected_layout(
     return (count, 2 * channels, height, width), np.dtype(manifest.dtype)
 
 
-def _describe_invalid_moments(moments: np.ndarray) -> str | None:
+def _describe_invalid_moments(moments: NpyFile) -> str | None:
     """Describe the first invalid values in moments (n, 2C, h, w), if there are any."""
     channels = moments.shape[1] // 2
-    for chunk in iter_chunks(moments):
-        if not np.isfinite(chunk).all():
-            return "contains values that are not finite"
-        if (chunk[:, channels:] < 0).any():
-            return "contains negative standard deviations"
+    try:
+        for chunk in iter_chunks(moments):
+            if not np.isfinite(chunk).all():
+                return "contains values that are not finite"
+            if (chunk[:, channels:] < 0).any():
+                return "contains negative standard deviations"
+    except OSError as error:
+        return f"cannot be read ({error})"
     return None
 
 

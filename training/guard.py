@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
+from common.watchdog import waiting_for
 
 MAX_CONSECUTIVE_BAD_STEPS = 5
 # Isolated fp16 overflows are normal. After 32 in a row the loss scale has fallen from 2**16 to
@@ -75,7 +76,8 @@ class NonFiniteGuard:
         if not self.pending:
             return []
         table = torch.stack(list(self.pending.values()))
-        rows = reduce(table, "mean").gt(0).tolist()
+        with waiting_for("the skipped steps of all processes"):
+            rows = reduce(table, "mean").gt(0).tolist()
         steps = list(self.pending)
         self.pending.clear()
         messages: list[str] = []

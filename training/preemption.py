@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from common.cli import UserError
+from common.watchdog import waiting_for
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank 0 samples, evaluates or saves
-EXIT_STOPPED = 75  # exit code of a run stopped by a signal; rerun to resume (EX_TEMPFAIL)
 
 
 class StopRequest:
@@ -82,7 +82,8 @@ class FlagReducer:
             return list(flags)
         result = [False] * len(flags)
         if self.pending:
-            self.pending.wait()
+            with waiting_for("the other processes to finish the step"):
+                self.pending.wait()
             result = self.flags.bool().tolist()
         self.flags = torch.tensor(flags, dtype=torch.int32)
         self.pending = dist.all_reduce(self.flags, dist.ReduceOp.MAX, self.group, async_op=True)

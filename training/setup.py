@@ -21,6 +21,7 @@ from checkpointing.storage import (
 from common.cli import UserError, format_flags
 from common.config import record_flags
 from common.files import write_file
+from common.watchdog import waiting_for
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
 from models.flops import backbone_flops
@@ -178,7 +179,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
                 settings.preview.every,
                 settings.evaluation.every,
             )
-    position = broadcast_object_list([position])[0]
+    with waiting_for("the first process to find the newest checkpoint"):
+        position = broadcast_object_list([position])[0]
     if position.step >= num_steps and not position.has_pending_work:
         accelerator.print(
             f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
@@ -199,7 +201,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         )
     if settings.data.cache_in_ram:
         with fail_together():
-            cache.load_into_ram(accelerator.process_index, lambda value: gather_object([value]))
+            cache.load_into_ram(accelerator.process_index, gather_objects)
     if accelerator.is_main_process:
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
 
@@ -265,8 +267,14 @@ def fail_together() -> Iterator[None]:
         yield
     except UserError as setup_error:
         error = setup_error
-    if any(gather_object([error is not None])):
+    if any(gather_objects(error is not None)):
         raise error or SystemExit(2)  # the process that failed prints the reason
+
+
+def gather_objects(value: object) -> list:
+    """Return the values of all processes, ordered by rank, on every process."""
+    with waiting_for("the other processes to prepare the run"):
+        return gather_object([value])
 
 
 def build_networks(

@@ -1,6 +1,107 @@
-"""Test collectives between the processes of a command, of which one exits early."""
+"""Test the variables of launchers, and collectives of which one process exits early."""
 
-from tests.helpers import torchrun
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from common.cli import UserError
+from common.processes import ProcessEnvironment, World, read_process_environment
+from tests.helpers import ONE_THREAD, ROOT, torchrun
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def set_variables(monkeypatch):
+    """Return a function that sets the given variables of launchers and no others."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def set_all(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='', which is not a valid number; unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0', which is not a valid number"),
+        ({"RANK": "-1"}, "RANK='-1', which is not a valid number"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK='first', which is not a valid number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE='2', but not RANK, MASTER_ADDR, MASTER_PORT; unset"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": ""},
+            "WORLD_SIZE='2', but not MASTER_PORT",
+        ),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK='0', but not RANK, WORLD_SIZE, MASTER_ADDR"),
+        ({"RANK": "1"}, "RANK='1', but the number of processes is 1"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK='2', but the number of processes is 2",
+        ),
+    ],
+)
+def test_invalid_variables_of_a_launcher_are_reported(set_variables, variables, message):
+    set_variables(**variables)
+    with pytest.raises(UserError, match=re.escape(message)):
+        World()
+
+
+def test_variables_of_a_cluster_do_not_start_several_processes(set_variables):
+    set_variables(MASTER_ADDR="localhost", MASTER_PORT="29500", RANK="0", WORLD_SIZE="1")
+    assert read_process_environment() == ProcessEnvironment(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}])
+def test_command_with_an_incomplete_environment_ends_with_one_line(
+    call, set_variables, cache, tmp_path, variables
+):
+    import train
+    from preprocessing import verify
+    from tests.helpers import train_flags
+
+    set_variables(**variables)
+    for module, flags in ((verify, [cache]), (train, train_flags(cache, tmp_path, "run"))):
+        code, out = call(module, *flags)
+        assert code == 2 and out.startswith("error: the environment sets WORLD_SIZE="), out
+        assert out.count("\n") == 1
+
+
+START_ALONE = """
+from common import cli, watchdog
+watchdog._watchdog.report_seconds = 0.1
+from common.processes import World
+cli.run(World)
+"""
+
+
+def test_process_that_waits_alone_reports_it_and_can_be_interrupted():
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        port = unused.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", START_ALONE],
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD | variables | {"MASTER_PORT": str(port)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    report = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, remaining = process.communicate(timeout=120)
+    expected = f"[rank 0] waiting for 2 processes to connect to localhost:{port} (to run one"
+    assert report.startswith(expected), report
+    assert process.returncode == 130 and "Traceback" not in remaining, remaining
+
 
 EXIT_EARLY = """
 import os, sys, time

@@ -12,9 +12,10 @@ import torch
 
 import train
 from common.files import write_array, write_file
+from common.npy_file import NpyFile
 from latents import cache as cache_module
 from latents.cache import CacheError, LatentCache, read_manifest
-from latents.shard_reader import PREFETCH_BATCHES, PrefetchPolicy, ShardReader
+from latents.shard_reader import PREFETCH_BATCHES, PrefetchPolicy
 from tests.helpers import ROOT, torchrun, train_flags
 
 
@@ -34,13 +35,13 @@ def test_gather_returns_rows_in_the_requested_order(cache):
 
 def test_prefetching_does_not_change_the_moments(cache, monkeypatch):
     prefetched = []
-    prefetch = ShardReader.prefetch
+    prefetch = NpyFile.prefetch
 
-    def record_prefetch(reader, row):
-        prefetched.append((reader.path.name, row))
-        prefetch(reader, row)
+    def record_prefetch(file, row):
+        prefetched.append((file.path.name, row))
+        prefetch(file, row)
 
-    monkeypatch.setattr(ShardReader, "prefetch", record_prefetch)
+    monkeypatch.setattr(NpyFile, "prefetch", record_prefetch)
     data = LatentCache(cache)
     image_index = np.arange(24)[::-1]
     expected = data.gather(image_index)[0]
@@ -245,8 +246,8 @@ def test_a_cache_larger_than_the_memory_is_refused(cache, monkeypatch):
         LatentCache(cache).load_into_ram()
 
 
-def test_number_of_open_maps_is_limited(cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "MAX_OPEN_MAPS", 2)
+def test_number_of_open_shards_is_limited(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_OPEN_FILES", 2)
     data = LatentCache(cache)
     image_index = np.array([23, 0, 11, 5, 22])
     moments, _ = data.gather(image_index)
@@ -286,3 +287,43 @@ def test_cache_may_have_more_shards_than_the_open_file_limit(cache_copy):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0 and "read" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("folder", ["moments", "labels"])
+def test_shard_truncated_before_it_is_opened_is_reported(cache_copy, folder):
+    path = cache_copy / folder / "00001.npy"
+    os.truncate(path, path.stat().st_size - 1)
+    message = rf"{folder}/00001\.npy cannot be read \(the file is truncated\); .*--repair"
+    with pytest.raises(CacheError, match=message):
+        LatentCache(cache_copy)
+
+
+def test_shard_truncated_while_it_is_open_is_reported(cache_copy):
+    data = LatentCache(cache_copy)
+    image_index = np.arange(24)
+    data.gather(image_index)
+    os.truncate(cache_copy / "moments/00001.npy", 5000)
+    message = r"moments/00001\.npy cannot be read .*truncated after it was opened.*--repair"
+    with pytest.raises(CacheError, match=message):
+        data.gather(image_index)
+    with pytest.raises(CacheError, match="truncated"):
+        data.load_into_ram()
+    data.gather(image_index[:10])  # other shards can still be read
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shard_truncated_during_training_ends_the_run_in_one_line(
+    call, cache_copy, tmp_path, monkeypatch, num_workers
+):
+    gather = LatentCache.gather
+
+    def truncate_and_gather(self, *args):
+        for path in (cache_copy / "moments").iterdir():
+            os.truncate(path, 200)
+        return gather(self, *args)
+
+    monkeypatch.setattr(LatentCache, "gather", truncate_and_gather)
+    flags = train_flags(cache_copy, tmp_path, "run", "--num-workers", num_workers)
+    code, out = call(train, *flags)
+    assert code == 2 and "error: " in out.splitlines()[-1] and "cannot be read" in out, out
+    assert "Bus error" not in out and "CacheError" not in out and "Traceback" not in out

@@ -344,7 +344,11 @@ def test_killed_worker_gives_an_error_of_one_line(call, tree, vae_folder, tmp_pa
     monkeypatch.setattr(SquareReader, "read", read_or_die)
     flags = make_encode_flags(tree, tmp_path / "data", vae_folder, "--num-workers", 1)
     code, out = call(encode_latents, *flags)
-    assert code == 2 and "a decoding process died" in out and "--num-workers" in out
+    assert (
+        code == 2
+        and "a worker process for images of --source died" in out
+        and "--num-workers" in out
+    )
     assert "Traceback" not in out
 
 

@@ -217,7 +217,7 @@ def test_training_stream_flips_images_like_moments(make_cache, pixels):
 def test_number_of_open_files_is_limited(make_cache, monkeypatch):
     root = make_cache(keep_images=True)
     index = np.array([23, 0, 11, 5, 22])
-    monkeypatch.setattr(cache_module, "MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr(cache_module, "MAX_OPEN_FILES", 2)
     data = LatentCache(root)
     expected = LatentCache(root).read_input("images", index)
     assert torch.equal(data.read_input("images", index), expected)

@@ -1,6 +1,7 @@
 """preprocessing.verify detects each type of damage, and --repair restores the original files."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from common.files import write_array
+from common.npy_file import NpyFile
 from common.processes import World
 from latents.cache import LatentCache
 from preprocessing import encode_latents, verify
@@ -157,3 +159,11 @@ def test_repair_updates_the_count_of_skipped_images(call, tmp_path):
     skipped = [json.loads(line)["file"] for line in lines]
     assert len(skipped) == 8 and "class1/016.png" not in skipped
     assert call(verify, data)[0] == 0
+
+
+def test_file_truncated_while_it_is_verified_is_reported(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 8, 2, 2), np.float16))
+    file = NpyFile(tmp_path / "a.npy")
+    os.truncate(tmp_path / "a.npy", 150)
+    problem = verify._describe_invalid_moments(file)
+    assert problem.startswith("cannot be read (") and "truncated after it was opened" in problem

@@ -9,12 +9,12 @@ import pytest
 
 import sample_ddp
 import train
+from common.cli import EXIT_STOPPED
 from common.metrics_log import read_rows
 from evaluations import evaluate
 from tests.helpers import call_main, have_equal_weights, read_metrics, run_ranks, train_flags
 from training.evaluation import Evaluator
 from training.held_out import HeldOutLoss
-from training.preemption import EXIT_STOPPED
 
 EVALUATION = (
     "--eval-every 2 --eval-samples 9 --eval-features fashion --eval-num-steps 3 "

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from checkpointing.storage import list_checkpoints
+from common.cli import EXIT_STOPPED
 from common.files import lock
 from tests.helpers import (
     ONE_THREAD,
@@ -26,7 +27,6 @@ from tests.helpers import (
     torchrun,
     train_flags,
 )
-from training.preemption import EXIT_STOPPED
 
 STEPS = 90
 NUM_KILLS = 12

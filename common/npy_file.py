@@ -1,0 +1,104 @@
+"""Read rows of .npy files without memory maps.
+
+If a file is truncated or its disk fails while it is mapped, the kernel kills the process with
+"Bus error". A read raises OSError instead, and does not block other threads.
+"""
+
+import errno
+import os
+import tokenize
+from pathlib import Path
+
+import numpy as np
+
+
+class NpyFile:
+    """An array in a .npy file, of which ranges of rows are read on demand.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        shape: Shape of the array.
+        dtype: Data type of the array.
+
+    Raises:
+        OSError: The file cannot be opened.
+        EOFError: The file is empty.
+        ValueError: It is not a .npy file, is truncated, or is in Fortran order.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise EOFError("No data left in file")
+            try:
+                if np.lib.format.read_magic(file) == (1, 0):
+                    header = np.lib.format.read_array_header_1_0(file)
+                else:
+                    header = np.lib.format.read_array_header_2_0(file)
+            except tokenize.TokenError as error:
+                raise ValueError(f"the header is damaged ({error})") from None
+            self.shape, is_fortran_order, self.dtype = header
+            self._offset = file.tell()
+            self._descriptor = os.dup(file.fileno())
+        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        if not self.shape or is_fortran_order or self.dtype.hasobject:
+            raise ValueError("the array has no rows, is in Fortran order or contains objects")
+        if self.is_truncated():
+            raise ValueError("the file is truncated")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the array in bytes."""
+        return len(self) * self._row_bytes
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Read consecutive rows."""
+        start, stop, _ = rows.indices(len(self))
+        array = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        self.read_into(start, array)
+        return array
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Read consecutive rows into a contiguous array.
+
+        Raises:
+            OSError: The disk failed, or the file was truncated after it was opened.
+        """
+        position = self._offset + start * self._row_bytes
+        num_read = os.preadv(self._descriptor, [out.data], position) if out.nbytes else 0
+        if num_read == out.nbytes:
+            return
+        # A single call reads at most 2 GB.
+        buffer = out.data.cast("B")
+        while num_read < out.nbytes:
+            count = os.preadv(self._descriptor, [buffer[num_read:]], position + num_read)
+            if not count:
+                raise OSError(errno.EIO, "the file was truncated after it was opened")
+            num_read += count
+
+    def is_truncated(self) -> bool:
+        """Return whether the file is now shorter than the array."""
+        return os.fstat(self._descriptor).st_size < self._offset + self.nbytes
+
+    def disable_read_ahead(self) -> None:
+        """Disable the kernel's read-ahead, which would read megabytes around each row."""
+        self._advise("POSIX_FADV_RANDOM", 0, 0)
+
+    def prefetch(self, row: int) -> None:
+        """Advise the kernel to read a row in the background."""
+        position = self._offset + row * self._row_bytes
+        self._advise("POSIX_FADV_WILLNEED", position, self._row_bytes)
+
+    def _advise(self, advice: str, position: int, num_bytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._descriptor, position, num_bytes, getattr(os, advice))

@@ -1,0 +1,148 @@
+"""Report what a process waits for, and let signals end a wait that does not end by itself.
+
+While the main thread is blocked inside a collective or inside the kernel, Python runs neither its
+signal handlers nor any code of this project. A second thread therefore watches the waits. Python
+writes the number of each signal that has a handler to a pipe, which this thread reads.
+"""
+
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+
+from common.cli import EXIT_INTERRUPTED, EXIT_STOPPED, get_rank_prefix
+
+REPORT_SECONDS = 30.0
+# Seconds after which a signal ends a wait. A handler may end it earlier, in the main thread.
+INTERRUPT_SECONDS = 2.0  # for Ctrl-C
+# For stop signals: while the other processes wait, the first one may draw images before it stops.
+STOP_SECONDS = 240.0
+CHECKS_PER_REPORT = 10
+
+
+@dataclass(eq=False)
+class _Wait:
+    """A wait of this process.
+
+    Attributes:
+        description: What the process waits for.
+        stop_seconds: Seconds after a stop signal until the process ends.
+        started: Time at which the wait started.
+        num_reports: Number of reports so far.
+        signal_number: The first signal that arrived during the wait, or None.
+        deadline: Time at which the signal ends the process.
+    """
+
+    description: str
+    stop_seconds: float
+    started: float
+    num_reports: int = 0
+    signal_number: int | None = None
+    deadline: float = 0.0
+
+
+class Watchdog:
+    """Watches the waits of this process in a thread that starts with the first wait.
+
+    Args:
+        report_seconds: Seconds between the reports of a wait.
+    """
+
+    def __init__(self, report_seconds: float = REPORT_SECONDS):
+        self.report_seconds = report_seconds
+        self.waits: list[_Wait] = []
+        self.thread: threading.Thread | None = None
+
+    @contextmanager
+    def watch(self, description: str, stop_seconds: float = STOP_SECONDS) -> Iterator[None]:
+        """Report the block while it waits, and end the process if a signal arrives meanwhile.
+
+        Args:
+            description: What the block waits for, as in "waiting for DESCRIPTION".
+            stop_seconds: Seconds after a stop signal until the process ends. Ctrl-C ends it sooner.
+        """
+        if self.thread is None:
+            self._start()
+        wait = _Wait(description, stop_seconds, time.monotonic())
+        self.waits.append(wait)
+        try:
+            yield
+        finally:
+            self.waits.remove(wait)
+
+    def reset(self) -> None:
+        """Forget all waits, and end the thread, which a forked process does not inherit."""
+        self.waits = []
+        self.thread = None
+
+    def _start(self) -> None:
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        with suppress(ValueError):  # only the main thread can receive signals
+            signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        self.thread = threading.Thread(
+            target=self._run, args=[read_end], name="watchdog", daemon=True
+        )
+        self.thread.start()
+
+    def _run(self, signals: int) -> None:
+        while self.thread is threading.current_thread():
+            timeout = self.report_seconds / CHECKS_PER_REPORT
+            readable, _, _ = select.select([signals], [], [], timeout)
+            signal_numbers = os.read(signals, 1024) if readable else b""
+            for wait in list(self.waits):
+                self._check(wait, signal_numbers)
+
+    def _check(self, wait: _Wait, signal_numbers: bytes) -> None:
+        """Record signals, report the wait if a report is due, and end the process if necessary."""
+        now = time.monotonic()
+        for number in signal_numbers:
+            if wait.signal_number is None and number != signal.SIGCHLD:
+                wait.signal_number = number
+                is_interrupt = number == signal.SIGINT
+                wait.deadline = now + (INTERRUPT_SECONDS if is_interrupt else wait.stop_seconds)
+        if wait.signal_number is not None and now >= wait.deadline:
+            _end_process(wait, wait.signal_number)
+        elapsed = now - wait.started
+        if elapsed >= (wait.num_reports + 1) * self.report_seconds:
+            wait.num_reports += 1
+            _print(f"waiting for {wait.description} ({elapsed:.0f} s so far)")
+
+
+def _end_process(wait: _Wait, signal_number: int) -> None:
+    _print(
+        f"{signal.Signals(signal_number).name} ended the wait for {wait.description}; rerun the "
+        "same command to resume"
+    )
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(EXIT_INTERRUPTED if signal_number == signal.SIGINT else EXIT_STOPPED)
+
+
+def _print(message: str) -> None:
+    print(f"{get_rank_prefix()}{message}", file=sys.stderr, flush=True)
+
+
+_watchdog = Watchdog()
+
+
+def waiting_for(
+    description: str, stop_seconds: float = STOP_SECONDS
+) -> AbstractContextManager[None]:
+    """Return the context manager of `Watchdog.watch`, for the watchdog of this process."""
+    return _watchdog.watch(description, stop_seconds)
+
+
+def _reset_forked_process() -> None:
+    _watchdog.reset()
+    # Otherwise, signals to this process would be reported to the watchdog of its parent.
+    signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_reset_forked_process)

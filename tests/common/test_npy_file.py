@@ -1,0 +1,58 @@
+"""Test reading rows of .npy files, and errors for files that are not as their header says."""
+
+import os
+
+import numpy as np
+import pytest
+
+from common.npy_file import NpyFile
+
+
+@pytest.fixture
+def array() -> np.ndarray:
+    return np.arange(60, dtype=np.float16).reshape(10, 2, 3)
+
+
+@pytest.fixture
+def path(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    return tmp_path / "a.npy"
+
+
+def test_rows_equal_those_of_the_array(path, array):
+    file = NpyFile(path)
+    assert (len(file), file.shape, file.dtype, file.nbytes) == (10, (10, 2, 3), np.float16, 120)
+    for rows in (slice(None), slice(3, 7), slice(8, 20), slice(5, 5)):
+        np.testing.assert_array_equal(file[rows], array[rows])
+    out = np.zeros((3, 2, 3), np.float16)
+    file.prefetch(4)
+    file.read_into(4, out[1:2])
+    np.testing.assert_array_equal(out[1], array[4])
+    assert not out[0].any() and not out[2].any()
+
+
+def test_reads_that_return_only_part_of_the_rows_are_continued(path, array, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, at: preadv(fd, [memoryview(buffers[0]).cast("B")[:7]], at)
+    )
+    np.testing.assert_array_equal(NpyFile(path)[2:9], array[2:9])
+
+
+def test_truncated_file_is_an_error(path):
+    file = NpyFile(path)
+    os.truncate(path, path.stat().st_size - 50)
+    with pytest.raises(OSError, match="truncated after it was opened"):
+        file[:]
+    assert file.is_truncated() and len(file[:2]) == 2
+    with pytest.raises(ValueError, match="the file is truncated"):
+        NpyFile(path)
+
+
+@pytest.mark.parametrize(
+    "content", [np.asfortranarray(np.ones((3, 4))), np.array(5), np.array([{}], object)]
+)
+def test_other_layouts_are_refused(tmp_path, content):
+    np.save(tmp_path / "b.npy", content)
+    with pytest.raises(ValueError, match="no rows, is in Fortran order or contains objects"):
+        NpyFile(tmp_path / "b.npy")

@@ -1,0 +1,99 @@
+"""Test that long waits are reported and that signals end them."""
+
+import multiprocessing
+import queue
+import signal
+
+import pytest
+
+from common import watchdog
+from common.watchdog import Watchdog, waiting_for
+
+
+@pytest.fixture
+def printed(monkeypatch) -> queue.Queue:
+    """A queue of the lines that watchdogs print."""
+    lines = queue.Queue()
+    monkeypatch.setattr(watchdog, "_print", lines.put)
+    return lines
+
+
+@pytest.fixture
+def dog() -> Watchdog:
+    """A watchdog that reports often."""
+    dog = Watchdog(report_seconds=0.02)
+    yield dog
+    dog.reset()
+
+
+@pytest.fixture
+def ended(monkeypatch) -> queue.Queue:
+    """A queue of the waits and signals that would end the process."""
+    calls = queue.Queue()
+    monkeypatch.setattr(watchdog, "_end_process", lambda *args: calls.put(args))
+    previous_pipe = signal.set_wakeup_fd(-1)
+    previous_handler = signal.signal(signal.SIGUSR1, lambda *_: None)
+    yield calls
+    signal.signal(signal.SIGUSR1, previous_handler)
+    signal.set_wakeup_fd(previous_pipe)
+
+
+def test_a_wait_is_reported_repeatedly_until_it_ends(dog, printed):
+    with dog.watch("a slow disk"):
+        for _ in range(3):
+            assert printed.get(timeout=60).startswith("waiting for a slow disk (")
+    assert not dog.waits
+
+
+def test_a_short_wait_is_not_reported(printed):
+    dog = Watchdog(report_seconds=1000)
+    with dog.watch("a fast disk"):
+        pass
+    dog.reset()
+    assert printed.empty()
+
+
+def test_waits_may_be_nested_and_end_with_an_exception(dog):
+    with pytest.raises(KeyError), dog.watch("outer"), dog.watch("inner"):
+        {}["missing"]
+    assert not dog.waits
+
+
+def test_a_signal_ends_a_wait_whose_thread_is_blocked(dog, ended):
+    with dog.watch("a collective", stop_seconds=0):
+        signal.raise_signal(signal.SIGUSR1)
+        wait, number = ended.get(timeout=60)
+    assert (wait.description, number) == ("a collective", signal.SIGUSR1)
+
+
+def test_a_signal_leaves_time_for_the_wait_to_end_by_itself(dog, ended, printed):
+    with dog.watch("a collective", stop_seconds=1000):
+        signal.raise_signal(signal.SIGUSR1)
+        for _ in range(3):
+            printed.get(timeout=60)
+    assert ended.empty()
+
+
+def test_processes_without_a_wait_are_not_ended(dog, ended, printed):
+    with dog.watch("an earlier wait", stop_seconds=0):
+        pass
+    signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR1)
+    with dog.watch("a later wait", stop_seconds=1000):
+        printed.get(timeout=60)
+    assert ended.empty()
+
+
+def test_a_forked_process_starts_its_own_watchdog():
+    with waiting_for("anything"):
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=check_forked_process)
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0
+
+
+def check_forked_process():
+    assert not watchdog._watchdog.waits
+    assert watchdog._watchdog.thread is None
+    assert signal.set_wakeup_fd(-1) == -1
