@@ -79,6 +79,7 @@ def make_config(**settings) -> StepConfig:
 def make_stub_accelerator(backward=torch.Tensor.backward) -> SimpleNamespace:
     """Return a stub of Accelerator for the CPU."""
     return SimpleNamespace(
+        num_processes=1,
         device=torch.device("cpu"),
         mixed_precision="no",
         scaler=None,

@@ -44,6 +44,7 @@ def make_step(
     context = make_run_context(state.emas[0], settings.objective.path_type, nullcontext)
     accelerator = SimpleNamespace(
         device=device,
+        num_processes=1,
         prepare=lambda *parts: parts,
         no_sync=no_sync,
         clip_grad_norm_=torch.nn.utils.clip_grad_norm_,

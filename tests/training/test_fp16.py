@@ -5,6 +5,7 @@ These tests use it around a float32 step on the CPU.
 
 import json
 
+import accelerate
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
@@ -12,7 +13,7 @@ from accelerate.utils import AutocastKwargs
 import train
 from common.cli import UserError
 from tests.helpers import have_equal_weights, read_metrics, train_flags
-from training import config, setup
+from training import accelerator, config, setup
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def fp16(monkeypatch):
     The loss scale starts so high that even float32 overflows, and doubles every third step.
     """
 
-    class CPUAccelerator(train.Accelerator):
+    class CPUAccelerator(accelerate.Accelerator):
         def __init__(self, kwargs_handlers, **kwargs):
             handlers = [*kwargs_handlers, AutocastKwargs(enabled=False)]
             super().__init__(kwargs_handlers=handlers, **(kwargs | {"mixed_precision": "no"}))
@@ -30,7 +31,7 @@ def fp16(monkeypatch):
             self.native_amp = True
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
 
-    monkeypatch.setattr(train, "Accelerator", CPUAccelerator)
+    monkeypatch.setattr(accelerator, "Accelerator", CPUAccelerator)
     monkeypatch.setattr(config, "resolve_precision", lambda mixed_precision: mixed_precision)
     # fp16 matrix products are very slow on CPUs.
     monkeypatch.setattr(setup, "measure_matmul_rate", lambda device, dtype: 1e12)
