@@ -286,7 +286,7 @@ def test_latents_of_another_vae_are_rejected(cache, trained, tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest))
     flags = ["--ckpt", trained, "--data-dir", other, "--out", "x.png", "--probe-images", 24]
     args = features.parse_args([str(flag) for flag in flags])
-    with pytest.raises(UserError, match=r"latents of another VAE .* of --data-dir \(other/vae\)"):
+    with pytest.raises(UserError, match=r"of a different VAE .* of --data-dir \(other/vae\)"):
         features.measure(args)
 
 
