@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from common.cli import UserError
+from common.evenly_spaced import make_evenly_spaced_indices
 from evaluations.extractors import extract_features, load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
 from evaluations.features import FeatureNetwork
-from evaluations.image_batches import Images, ImageSubset, make_evenly_spaced_indices, open_images
+from evaluations.image_batches import Images, ImageSubset, open_images
 from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5

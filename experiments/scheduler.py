@@ -225,13 +225,11 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
     """
     scheduler = Scheduler(cells, folder, jobs)
     with ExitStack() as resources:
-        try:
-            resources.enter_context(lock(folder / ".lock"))
-        except BlockingIOError:
-            raise UserError(
-                f"--output-dir {folder}: another process is running a study there; stop it or "
-                "choose another folder"
-            ) from None
+        busy = UserError(
+            f"--output-dir {folder}: another process is running a study there; stop it or "
+            "choose another folder"
+        )
+        resources.enter_context(lock(folder / ".lock", busy))
         bar = tqdm(
             total=sum(scheduler.total_images.values()),
             initial=scheduler.count_images(),
