@@ -22,8 +22,8 @@ from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import open_source
 
 READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
-LOCAL_HEADER_SIZE = 30  # size in bytes of a zip member's local header without name and extra field
-LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of name and extra field
+LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header, without the name and the extra field
+LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of these two fields
 
 
 class Images(ABC):
@@ -200,7 +200,7 @@ class SourceImages(Images):
 
 
 class ImageSubset(Images):
-    """The images at the given indices (n,) of other images."""
+    """A subset of other images, at the given indices, (n,)."""
 
     def __init__(self, images: Images, indices: np.ndarray):
         self.images = images

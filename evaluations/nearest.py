@@ -126,7 +126,7 @@ class MemorizationSearch:
     device: Device
 
     def check(self, samples: dict[str, Images]) -> dict[str, MemorizationCheck]:
-        """Check each set of samples. The samples must have the size of the training images."""
+        """Check each set of samples. The samples must be the same size as the training images."""
         # Compute the features of the measured samples of each set, and of the probes.
         sample_indices = [_select_indices(images) for images in samples.values()]
         probes = make_evenly_spaced_indices(self.train.count, MAX_QUERIES)

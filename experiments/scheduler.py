@@ -28,8 +28,8 @@ from experiments.cells import (
 from training.preemption import EXIT_STOPPED, StopRequest, stop_on_signal
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL_SECONDS = 0.1  # between checks of the processes
-PROGRESS_SECONDS = 2.0  # between updates of the progress bar
+POLL_SECONDS = 0.1  # interval between checks of the processes
+PROGRESS_SECONDS = 2.0  # interval between updates of the progress bar
 
 
 def get_current_commit() -> str | None:

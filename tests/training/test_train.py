@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from common.cli import UserError
 from latents.cache import LatentCache
 from models.autoencoder import LatentScale
 from models.targets import latent_tokens
@@ -266,6 +267,8 @@ def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_p
     (tmp_path / "args.json").write_text(json.dumps(flags))
     changed = "--max-train-steps 9 --compile --activation-checkpointing --num-workers 1"
     check_same_run(build_args_json(make_settings(tmp_path, *changed.split())), tmp_path)
+    with pytest.raises(UserError, match="--seed was 0, now 1"):
+        check_same_run(build_args_json(make_settings(tmp_path, "--seed", 1)), tmp_path)
 
 
 def test_another_cache_on_a_started_run_is_refused(call, trained, cache, tmp_path):
