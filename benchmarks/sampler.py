@@ -117,7 +117,7 @@ class Sampler:
 
     @torch.no_grad()
     def evaluate_network(self) -> None:
-        """Evaluate the network as often as is necessary to sample one batch."""
+        """Run as many evaluations of the network as the sampler runs for one batch."""
         dtype = self.config.precision.dtype
         x = self.draw_latents()
         if self.recipe.cfg_scale > 1:  # guidance doubles the batch

@@ -21,7 +21,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,14 +214,10 @@ def lock_run(run: Path, expected_checkpoints: list[Path]) -> Iterator[RunOwner]:
         CheckpointError: If another process is training the run, or has saved a checkpoint since the
             caller listed `expected_checkpoints`.
     """
-    with ExitStack() as resources:
-        try:
-            resources.enter_context(lock(run / ".lock"))
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{run} is being trained by another process: stop that process or choose another "
-                "--exp-name"
-            ) from None
+    busy = CheckpointError(
+        f"{run} is being trained by another process: stop that process or choose another --exp-name"
+    )
+    with lock(run / ".lock", busy):
         if list_checkpoints(run) != expected_checkpoints:
             raise CheckpointError(
                 f"another process has just saved a checkpoint of {run}: rerun the same command"

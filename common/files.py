@@ -242,11 +242,15 @@ class LineWriter:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, busy: Exception | None = None) -> Iterator[None]:
     """Hold an exclusive lock on a file, provided that the file system supports locks.
 
+    Args:
+        path: The file, which is created if it does not exist.
+        busy: The exception to raise if another process holds the lock.
+
     Raises:
-        BlockingIOError: Another process holds the lock.
+        BlockingIOError: Another process holds the lock, and `busy` is None.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -254,7 +258,7 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise BlockingIOError(f"another process holds the lock {path}") from None
+                raise busy or BlockingIOError(f"another process holds the lock {path}") from None
         yield
 
 

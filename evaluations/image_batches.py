@@ -25,8 +25,8 @@ from preprocessing.sources import open_source
 
 CHUNK_SIZE = 1 << 20  # number of bytes to read at a time for the CRC
 READ_ERRORS = (*NPY_READ_ERRORS, zipfile.BadZipFile, zlib.error)
-LOCAL_HEADER_SIZE = 30  # size in bytes of a zip member's local header without name and extra field
-LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of name and extra field
+LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header, without the name and the extra field
+LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of these two fields
 
 
 class Images(ABC):
@@ -241,7 +241,7 @@ class SourceImages(Images):
 
 
 class ImageSubset(Images):
-    """The images at the given indices (n,) of other images."""
+    """A subset of other images, at the given indices, (n,)."""
 
     def __init__(self, images: Images, indices: np.ndarray):
         self.images = images
@@ -253,11 +253,6 @@ class ImageSubset(Images):
         """Return images start to stop - 1 of the subset, (B, 3, H, W)."""
         images = [self.images.read_batch(i, i + 1) for i in self.indices[start:stop]]
         return np.concatenate(images)
-
-
-def make_evenly_spaced_indices(count: int, max_count: int) -> np.ndarray:
-    """Return at most `max_count` evenly spaced indices from 0 to `count` - 1, ascending."""
-    return np.unique(np.linspace(0, count - 1, min(count, max_count)).round().astype(int))
 
 
 def open_images(

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from common.cli import UserError
+from common.evenly_spaced import make_evenly_spaced_indices
 from evaluations.extractors import extract_features, load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
 from evaluations.features import FeatureNetwork
-from evaluations.image_batches import Images, ImageSubset, make_evenly_spaced_indices, open_images
+from evaluations.image_batches import Images, ImageSubset, open_images
 from evaluations.metrics import Device
 
 NEIGHBOURS_PER_SAMPLE = 5
@@ -125,7 +126,7 @@ class MemorizationSearch:
     device: Device
 
     def check(self, samples: dict[str, Images]) -> dict[str, MemorizationCheck]:
-        """Check each set of samples. The samples must have the size of the training images."""
+        """Check each set of samples. The samples must be the same size as the training images."""
         # Compute the features of the measured samples of each set, and of the probes.
         sample_indices = [_select_indices(images) for images in samples.values()]
         probes = make_evenly_spaced_indices(self.train.count, MAX_QUERIES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from evaluations.image_batches import make_evenly_spaced_indices
+from common.evenly_spaced import make_evenly_spaced_indices
 from evaluations.metrics_files import (
     LOWER_IS_BETTER,
     compare_settings,

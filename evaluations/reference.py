@@ -13,11 +13,12 @@ import torch
 
 from common import cli
 from common.cli import UserError
+from common.evenly_spaced import make_evenly_spaced_indices
 from common.files import check_writable, sha256, write_npz
 from common.processes import World
 from evaluations.extractors import add_network_flags, iterate_batches, load_extractor
 from evaluations.features import FeatureNetwork
-from evaluations.image_batches import Images, make_evenly_spaced_indices, open_images
+from evaluations.image_batches import Images, open_images
 from evaluations.metrics import MANIFOLD_NEIGHBOURS, Device
 from evaluations.moments import RunningMoments
 

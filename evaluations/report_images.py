@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from evaluations.image_batches import make_evenly_spaced_indices
+from common.evenly_spaced import make_evenly_spaced_indices
 from evaluations.metrics_files import MetricsFile
 from evaluations.runs import Run
 

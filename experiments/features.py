@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--path-type",
         choices=sorted(INTERPOLANTS),
-        help="path with which .pt files were trained, if it cannot be inferred from the file",
+        help="interpolant that .pt files were trained with, if it cannot be inferred from the file",
     )
     add(
         "--blocks",

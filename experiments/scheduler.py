@@ -28,8 +28,8 @@ from experiments.cells import (
 from training.preemption import StopRequest, stop_on_signal
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL_SECONDS = 0.1  # between checks of the processes
-PROGRESS_SECONDS = 2.0  # between updates of the progress bar
+POLL_SECONDS = 0.1  # interval between checks of the processes
+PROGRESS_SECONDS = 2.0  # interval between updates of the progress bar
 
 
 def get_current_commit() -> str | None:
@@ -225,13 +225,11 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
     """
     scheduler = Scheduler(cells, folder, jobs)
     with ExitStack() as resources:
-        try:
-            resources.enter_context(lock(folder / ".lock"))
-        except BlockingIOError:
-            raise UserError(
-                f"--output-dir {folder}: another process is running a study there; stop it or "
-                "choose another folder"
-            ) from None
+        busy = UserError(
+            f"--output-dir {folder}: another process is running a study there; stop it or "
+            "choose another folder"
+        )
+        resources.enter_context(lock(folder / ".lock", busy))
         bar = tqdm(
             total=sum(scheduler.total_images.values()),
             initial=scheduler.count_images(),

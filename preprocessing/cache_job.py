@@ -19,11 +19,12 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.config import record_flags
+from common.evenly_spaced import make_evenly_spaced_indices
 from common.files import NpyWriter, discard_on_error
 from latents.manifest import list_moment_folders
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
-from preprocessing.cache_preview import PreviewRow, draw_preview, spread_indices
+from preprocessing.cache_preview import NUM_IMAGES, PreviewRow, draw_preview
 from preprocessing.image_source import ImageSource
 from preprocessing.images import BadImage, UnreadableImage, format_image_error
 from preprocessing.shards import Shard, shard_file_name
@@ -264,7 +265,7 @@ class CacheJob(ABC):
     def make_preview(self) -> tuple[Image.Image, str]:
         """Return the preview of images from across the source, and a one-line description."""
         rows = []
-        for image_index in spread_indices(self.num_images):
+        for image_index in make_evenly_spaced_indices(self.num_images, NUM_IMAGES).tolist():
             with suppress(BadImage, UnreadableImage):
                 image, moments = self.read_preview_row(image_index)
                 name = self.source.class_names[self.source.labels[image_index]]

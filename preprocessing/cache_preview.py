@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,11 +26,6 @@ class PreviewRow(NamedTuple):
     name: str
     image: Tensor | None
     moments: Tensor
-
-
-def spread_indices(count: int) -> list[int]:
-    """Return up to NUM_IMAGES different indices, evenly spaced from 0 to count - 1."""
-    return np.unique(np.linspace(0, count - 1, NUM_IMAGES).round().astype(int)).tolist()
 
 
 def compute_psnr(image: Tensor, reconstruction: Tensor) -> float:

@@ -79,15 +79,11 @@ def lock_and_clean(dest: Path, resources: ExitStack) -> None:
         raise UserError(
             f"{dest} cannot be created ({error.strerror}); choose another folder"
         ) from None
-    try:
-        for path in partial.glob("lock.*"):
-            with lock(path):
-                pass
-        resources.enter_context(lock(partial / "lock.0"))
-    except BlockingIOError:
-        raise UserError(
-            f"{dest} is in use by another process; wait until it ends, or stop it"
-        ) from None
+    busy = UserError(f"{dest} is in use by another process; wait until it ends, or stop it")
+    for path in partial.glob("lock.*"):
+        with lock(path, busy):
+            pass
+    resources.enter_context(lock(partial / "lock.0", busy))
     for name in (".", "partial", "moments", "mirrored", "labels", "images"):
         for incomplete in (dest / name).glob(".*.partial"):
             incomplete.unlink()

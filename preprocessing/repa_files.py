@@ -27,12 +27,13 @@ from torch import Tensor
 from common import cli
 from common.cli import UserError, first_line
 from common.config import setting
+from common.evenly_spaced import make_evenly_spaced_indices
 from common.files import NPY_READ_ERRORS
 from common.lfs import describe_lfs_pointer
 from common.ordered_map import map_in_order
 from models.autoencoder import DEFAULT_VAE
 from preprocessing.cache_job import DTYPES, Batch, CacheJob
-from preprocessing.cache_preview import spread_indices
+from preprocessing.cache_preview import NUM_IMAGES
 from preprocessing.image_source import ImageSource
 from preprocessing.images import BadImage, UnreadableImage, load_square
 from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
@@ -107,7 +108,7 @@ class ImportJob(CacheJob):
     def _find_common_shape(self) -> tuple[int, int, int]:
         """Return the most common shape (2C, h, h) in a sample of the files."""
         shapes: dict[Path, tuple[int, ...]] = {}
-        for image_index in spread_indices(self.num_images):
+        for image_index in make_evenly_spaced_indices(self.num_images, NUM_IMAGES).tolist():
             path = self.root / self.source.names[image_index]
             # An unreadable file is reported later, when its shard is read.
             with suppress(*NPY_READ_ERRORS, AttributeError):

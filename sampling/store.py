@@ -26,11 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from common.cli import UserError
+from common.evenly_spaced import make_evenly_spaced_indices
 from common.files import lock, write_array, write_file, write_npz
 from common.image_grid import draw_labelled_grid, save_png
 from evaluations.extractors import concatenate_features
 from evaluations.features import Features, NumpyFeatures
-from evaluations.image_batches import NpzImages, make_evenly_spaced_indices
+from evaluations.image_batches import NpzImages
 from evaluations.runs import JsonObject
 from sampling.record import check_same_settings, format_grid_title, read_record
 
@@ -103,13 +104,11 @@ class SampleStore:
             UserError: Another process is sampling under this name, or existing files with this name
                 have different settings.
         """
-        try:
-            resources.enter_context(lock(self.parts_folder / ".lock"))
-        except BlockingIOError:
-            raise UserError(
-                f"{self.parts_folder} is in use by another process; "
-                "wait until it ends or choose another --name"
-            ) from None
+        busy = UserError(
+            f"{self.parts_folder} is in use by another process; "
+            "wait until it ends or choose another --name"
+        )
+        resources.enter_context(lock(self.parts_folder / ".lock", busy))
         resources.callback(self._remove_parts_folder_if_empty)
         self._check_compatible()
 

@@ -1,5 +1,7 @@
 """Test sample_ddp.py with a small trained network."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -115,6 +117,15 @@ def test_npz_grid_and_record_are_written(call, trained, tmp_path):
     }
     assert expected.items() <= record.items()
     assert Image.open(tmp_path / f"{name}.png").width > 4 * 64
+
+
+def test_samples_in_use_by_another_process_are_refused(sample, monkeypatch):
+    def fail(file, operation):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    output = sample(code=2)
+    assert "s.parts is in use by another process; wait until it ends or choose" in output
 
 
 def test_png_files_equal_the_images_of_the_npz(sample, tmp_path):

@@ -58,8 +58,8 @@ def raise_disk_full(path, data):
 def assert_equal_moments(state: TrainState, expected: TrainState) -> None:
     moments = state.optimizer.state.values()
     expected_moments = expected.optimizer.state.values()
-    for ours, theirs in zip(moments, expected_moments, strict=True):
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for actual, expected in zip(moments, expected_moments, strict=True):
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_loading_restores_the_saved_state(tmp_path):
@@ -74,8 +74,8 @@ def test_loading_restores_the_saved_state(tmp_path):
     other.load(folder, verify_checkpoint(folder))
     assert (other.step, other.progress) == (7, {"log_sums": [0.1], "log_steps": 3})
     assert torch.equal(other.model.weight, state.model.weight)
-    for ours, theirs in zip(other.emas, state.emas, strict=True):
-        assert torch.equal(ours.weight, theirs.weight)
+    for actual, expected in zip(other.emas, state.emas, strict=True):
+        assert torch.equal(actual.weight, expected.weight)
     assert_equal_moments(other, state)
     assert json.loads((folder / "config.json").read_text()) == CONFIG
 

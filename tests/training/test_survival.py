@@ -134,7 +134,7 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
         else:
             wait_until(is_saving, poll_seconds=0)
             time.sleep(rng.uniform(0, 0.005))
-        with suppress(ProcessLookupError):  # the run may have finished meanwhile
+        with suppress(ProcessLookupError):  # the run may have finished in the meantime
             os.killpg(pid, signal.SIGKILL)
         exit_code = forks.wait()
         assert exit_code in (0, -signal.SIGKILL), exit_code

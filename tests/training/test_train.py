@@ -19,6 +19,7 @@ from checkpointing.storage import (
     progress_digest,
     read_progress,
 )
+from common.cli import UserError
 from latents.cache import LatentCache
 from models.autoencoder import LatentScale
 from models.targets import latent_tokens
@@ -291,6 +292,8 @@ def test_flags_of_speed_and_memory_may_change_and_new_flags_may_be_missing(tmp_p
     )
     changed = "--max-train-steps 9 --compile --activation-checkpointing --num-workers 1"
     check_same_run(build_args_json(make_settings(tmp_path, *changed.split())), tmp_path)
+    with pytest.raises(UserError, match="--seed was 0, now 1"):
+        check_same_run(build_args_json(make_settings(tmp_path, "--seed", 1)), tmp_path)
 
 
 def test_flags_may_change_until_the_first_checkpoint(call, cache, tmp_path, monkeypatch):
