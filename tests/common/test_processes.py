@@ -76,7 +76,10 @@ def test_command_with_an_incomplete_environment_ends_with_one_line(
 
 
 START_ALONE = """
+import signal
 from common import cli, watchdog
+# A shell starts background jobs, such as a test suite, with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 watchdog._watchdog.report_seconds = 0.1
 from common.processes import World
 cli.run(World)
