@@ -201,22 +201,9 @@ def lognormal_times(path: Interpolant, u: Tensor, low: float, high: float) -> Te
     return path.time(torch.special.ndtri(u).exp()).clamp(low, high)
 
 
+# Functions of the path, of random numbers u that are uniform on (0, 1), (B,) float64, and of the
+# interval of `time_interval`. They return timesteps (B,), which increase with u.
 WEIGHTINGS: dict[str, Callable[[Interpolant, Tensor, float, float], Tensor]] = {
     "uniform": uniform_times,
     "lognormal": lognormal_times,
 }
-
-
-def draw_times(path: Interpolant, prediction: str, weighting: str, u: Tensor) -> Tensor:
-    """Return training timesteps inside `time_interval`.
-
-    Args:
-        path: The interpolant.
-        prediction: One of PREDICTIONS.
-        weighting: A key of WEIGHTINGS.
-        u: Random numbers that are uniform on (0, 1), (B,) float64.
-
-    Returns:
-        Timesteps (B,), which increase with u.
-    """
-    return WEIGHTINGS[weighting](path, u, *time_interval(path, prediction))

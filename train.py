@@ -17,15 +17,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.cli import EXIT_STOPPED, UserError, print_warning
-from common.keyed_random import Purpose, normal, uniform
 from common.machine import describe_busy_cores
 from common.tf32 import set_tf32
 from common.watchdog import waiting_for
 from dataset import CachedBatch, TrainingStream
-from interpolant import INTERPOLANTS, draw_times, interpolate, regression_target
-from latents.manifest import Manifest
+from interpolant import INTERPOLANTS, interpolate, regression_target
 from loss import denoising_loss
-from models.autoencoder import LatentScale
+from models.projector import AlignedOutput
 from models.targets import TrainingInputs
 from training.accelerator import create_accelerator
 from training.alignment import Alignment, AlignmentTerms, required_cache_inputs
@@ -37,6 +35,7 @@ from training.config import (
     resolve_device,
 )
 from training.guard import NonFiniteGuard
+from training.inputs import InputSampler
 from training.log import is_due
 from training.preemption import (
     FlagReducer,
@@ -65,6 +64,40 @@ class ScalarMean:
         return dict(zip(self.names, torch.stack(self.rows).mean(0)))
 
 
+def combine_losses(
+    alignments: dict[str, Alignment],
+    output: AlignedOutput,
+    target: Tensor,
+    alignment_targets: dict[str, dict[str, Tensor]],
+    t: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute L = L_denoising + sum of weight * L_align.
+
+    Args:
+        alignments: The alignment methods, by name.
+        output: Output of the network.
+        target: Regression target of the prediction, (B, C, H, W).
+        alignment_targets: Target tokens by head, for each active method.
+        t: Timesteps, (B,).
+
+    Returns:
+        The total loss (B,), and the logged terms by name, (B,) each.
+    """
+    denoising = denoising_loss(output.prediction, target)
+    total = denoising
+    scalars = {"denoising": denoising}
+    for name, alignment in alignments.items():
+        terms = AlignmentTerms.zeros_like(denoising)
+        if name in alignment_targets:
+            # Compare the projected tokens of the method's block with its target.
+            terms = alignment.compute_terms(output, alignment_targets[name], t)
+            total = total + alignment.config.weight * terms.loss
+        scalars[f"align/{name}"] = terms.loss
+        scalars[f"cosine/{name}"] = terms.cosine
+        scalars[f"token_norm/{name}"] = terms.token_norm
+    return total, scalars
+
+
 class Step:
     """One optimizer update: flow matching plus alignment (arXiv:2601.17830, eq. 3-5).
 
@@ -73,44 +106,44 @@ class Step:
     Args:
         accelerator: Wraps the network and the optimizer, and reduces gradients.
         state: Network, EMAs, optimizer, step.
-        manifest: Manifest of the latent cache.
+        sample_inputs: Draws the random inputs of a batch.
         alignments: The alignment methods, by name.
         guard: Skips updates with non-finite losses or gradients.
         objective: The denoising objective.
         optimizer_config: Limit of the gradient norm, and EMA decays.
-        seed: Seed of all training randomness.
         accumulation: Number of micro-batches per process.
+        compile: Whether to compile the losses.
     """
 
     def __init__(  # noqa: PLR0913 (an update needs all of these objects)
         self,
         accelerator: Accelerator,
         state: TrainState,
-        manifest: Manifest,
+        sample_inputs: InputSampler,
         alignments: dict[str, Alignment],
         guard: NonFiniteGuard,
         objective: ObjectiveConfig,
         optimizer_config: OptimizerConfig,
-        seed: int = 0,
         accumulation: int = 1,
+        compile: bool = False,
     ):
         self.accelerator = accelerator
         self.state = state
+        self.sample_inputs = sample_inputs
         self.alignments = alignments
         self.guard = guard
         self.objective = objective
+        self.interpolant = INTERPOLANTS[objective.path_type]
         self.max_grad_norm = optimizer_config.max_grad_norm
-        self.seed = seed
         self.accumulation = accumulation
+        self.combine_losses = combine_losses
+        if compile:
+            self.combine_losses = torch.compile(combine_losses, fullgraph=True, dynamic=False)
         self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
         self.emas = [
             EMA(ema, state.model.backbone, decay)
             for ema, decay in zip(state.emas, optimizer_config.ema_decay)
         ]
-        self.interpolant = INTERPOLANTS[objective.path_type]
-        self.scale = LatentScale(manifest.scale, manifest.shift)
-        self.null_class = manifest.num_classes
-        self.latent_shape = tuple(manifest.latent_shape)
 
     def __call__(self, batch: CachedBatch) -> tuple[dict[str, Tensor], Tensor]:
         """Train on this process's share of a global batch.
@@ -123,7 +156,7 @@ class Step:
 
         # Draw noise, timesteps, posterior samples and dropped labels, which depend only on the
         # seed and the position in the stream.
-        inputs = self.draw(batch)
+        inputs = self.sample_inputs(batch)
 
         # Run forward and backward for each micro-batch. The last backward pass all-reduces the
         # gradients.
@@ -139,9 +172,9 @@ class Step:
         # Clip the gradients, skip the update if any value is not finite, and update the weights
         # and the EMAs.
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        is_finite = self.guard.mark_step(
-            self.state.step + 1, self.select_trained_losses(means), grad_norm
-        )
+        loss_names = ["denoising", *(f"align/{name}" for name in self.alignments)]
+        losses = {name: means[name] for name in loss_names}
+        is_finite = self.guard.mark_step(self.state.step + 1, losses, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -155,25 +188,6 @@ class Step:
             return nullcontext()
         return waiting_for("the gradients of the other processes")
 
-    def draw(self, batch: CachedBatch) -> TrainingInputs:
-        """Draw the random inputs of a batch, and normalize its latents."""
-        seed, position = self.seed, batch.stream_position
-        objective = self.objective
-        timestep_uniform = uniform(seed, Purpose.TIMESTEP, position)
-        posterior_noise = normal(seed, Purpose.POSTERIOR, position, self.latent_shape).float()
-        is_dropped = uniform(seed, Purpose.LABEL_DROP, position) < objective.cfg_prob
-        return TrainingInputs(
-            latents=self.scale.sample(batch.moments, posterior_noise),
-            labels=torch.where(is_dropped, self.null_class, batch.labels),
-            noise=normal(seed, Purpose.NOISE, position, self.latent_shape).float(),
-            t=draw_times(
-                self.interpolant, objective.prediction, objective.weighting, timestep_uniform
-            ).float(),
-            posterior_mean=self.scale.mean(batch.moments),
-            target_uniform=uniform(seed, Purpose.TARGET, position).float(),
-            cache_inputs=batch.inputs,
-        )
-
     def compute_losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss per sample (B,), and the logged terms by name."""
         # L_denoising: predict the velocity (or x, or eps) from the noisy latents.
@@ -183,7 +197,6 @@ class Step:
             for name, alignment in self.alignments.items()
             if alignment.is_active(self.state.step)
         }
-        inactive = [a for name, a in self.alignments.items() if name not in active]
         # Compute the targets that do not need student tokens before the forward pass, so that the
         # student's activations are not in memory at the same time.
         targets = {
@@ -195,34 +208,15 @@ class Step:
             x_t,
             inputs.t,
             inputs.labels,
-            inactive_heads=[name for alignment in inactive for name in alignment.head_names],
+            active_heads=[name for a in active.values() for name in a.head_names],
             student_blocks=[k for a in active.values() for k in a.target.student_blocks],
         )
+        for name, alignment in active.items():
+            if alignment.target.student_blocks:
+                targets[name] = alignment.compute_targets(inputs, output.student_tokens)
         prediction = self.objective.prediction
         target = regression_target(prediction, inputs.latents, inputs.noise, velocity)
-        denoising = denoising_loss(output.prediction, target)
-
-        # L_align: compare the projected tokens of each method's block with its target.
-        scalars = {"denoising": denoising}
-        weighted_losses = []
-        for name, alignment in self.alignments.items():
-            terms = AlignmentTerms.zeros_like(denoising)
-            if name in active:
-                if alignment.target.student_blocks:
-                    targets[name] = alignment.compute_targets(inputs, output.student_tokens)
-                terms = alignment.compute_terms(output, targets[name], inputs.t)
-                if alignment.config.weight:  # skipped if 0, because 0 * NaN is NaN
-                    weighted_losses.append(alignment.config.weight * terms.loss)
-            scalars[f"align/{name}"] = terms.loss
-            scalars[f"cosine/{name}"] = terms.cosine
-            scalars[f"token_norm/{name}"] = terms.token_norm
-        return denoising + sum(weighted_losses), scalars
-
-    def select_trained_losses(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses whose weight is not 0. They must be finite."""
-        trained_methods = [method for method, a in self.alignments.items() if a.config.weight]
-        names = ["denoising", *(f"align/{method}" for method in trained_methods)]
-        return {name: means[name] for name in names}
+        return self.combine_losses(self.alignments, output, target, targets, inputs.t)
 
 
 def train(
@@ -313,13 +307,19 @@ def run_training(
     step = Step(
         accelerator,
         state,
-        run.cache.manifest,
+        InputSampler(
+            settings.run.seed,
+            settings.objective,
+            run.cache.manifest,
+            accelerator.device,
+            settings.device.compile,
+        ),
         run.alignments,
         run.guard,
         objective=settings.objective,
         optimizer_config=settings.optimizer,
-        seed=settings.run.seed,
         accumulation=settings.loop.gradient_accumulation_steps,
+        compile=settings.device.compile,
     )
     stream = TrainingStream(
         run.cache,

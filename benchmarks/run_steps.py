@@ -27,6 +27,7 @@ from training.alignment import (
 )
 from training.config import Settings, build_network_config, resolve_precision
 from training.guard import NonFiniteGuard
+from training.inputs import InputSampler
 from training.setup import build_state, open_cache
 from training.throughput import training_flops
 
@@ -169,11 +170,17 @@ def build_step(plan: Plan, accelerator: Accelerator) -> Step:
     return Step(
         accelerator,
         state,
-        plan.manifest,
+        InputSampler(
+            settings.run.seed,
+            settings.objective,
+            plan.manifest,
+            accelerator.device,
+            settings.device.compile,
+        ),
         load_alignments(settings.alignments, align, plan.cache, context),
         NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16"),
         settings.objective,
         settings.optimizer,
-        settings.run.seed,
         settings.loop.gradient_accumulation_steps,
+        settings.device.compile,
     )

@@ -11,12 +11,16 @@ last bit of a float32.
 """
 
 import math
+from collections.abc import Mapping
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 WORD_MASK = 0xFFFFFFFF  # selects the lowest 32 bits
+NUM_ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 
 class Purpose(IntEnum):
@@ -37,72 +41,120 @@ class Purpose(IntEnum):
     TARGET = 10  # training: random numbers of an alignment method
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four 32-bit output words of Philox4x32-10.
+def make_round_keys(key: Tensor) -> Tensor:
+    """Return the keys of the rounds, (10, 2, ...), given a key of two 32-bit words, (2, ...)."""
+    increments = key.new_tensor(KEY_INCREMENTS)
+    rounds = torch.arange(NUM_ROUNDS, device=key.device)
+    offsets = (rounds[:, None] * increments).reshape(NUM_ROUNDS, 2, *[1] * (key.ndim - 1))
+    return (key + offsets) & WORD_MASK
+
+
+def philox(counter: Tensor, round_keys: Tensor, multipliers: Tensor) -> Tensor:
+    """Return the four 32-bit output words of Philox4x32-10, (4, ...).
+
+    The words 0 and 2 of a counter are computed by the same operations, and so are 1 and 3.
 
     Args:
-        counter: Four int64 tensors that hold 32-bit words.
-        key: Two 32-bit words.
+        counter: Four 32-bit words per block of random numbers, (4, ...) int64.
+        round_keys: Return value of `make_round_keys`, (10, 2, ...).
+        multipliers: `MULTIPLIERS` in reverse order, (2, 1, ...) int64.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+    even, odd = counter[0::2], counter[1::2]
+    for round_key in round_keys:
         # int64 multiplication wraps around, but all 64 bits of the product are correct.
-        p0 = c0 * 0xD2511F53
-        p1 = c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & WORD_MASK) ^ c1 ^ k0,
-            p1 & WORD_MASK,
-            ((p0 >> 32) & WORD_MASK) ^ c3 ^ k1,
-            p0 & WORD_MASK,
+        product = even.flip(0) * multipliers
+        even = ((product >> 32) & WORD_MASK) ^ odd ^ round_key
+        odd = product & WORD_MASK
+    return torch.stack((even[0], odd[0], even[1], odd[1]))
+
+
+class KeyedRandom:
+    """Draws random numbers for several purposes with one evaluation of the generator.
+
+    Args:
+        seed: Seed in [0, 2**32).
+        device: Device of the numbers.
+        uniform: Purposes with numbers uniformly distributed on (0, 1), and the shape of the numbers
+            per position.
+        normal: Purposes with standard normal numbers, computed with the Box-Muller transform, and
+            the shape of the numbers per position.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device | str,
+        uniform: Mapping[Purpose, tuple[int, ...]] | None = None,
+        normal: Mapping[Purpose, tuple[int, ...]] | None = None,
+    ):
+        assert 0 <= seed <= WORD_MASK, seed
+        self.normal_shapes = dict(normal or {})
+        self.uniform_shapes = dict(uniform or {})
+        shapes = {**self.normal_shapes, **self.uniform_shapes}
+        # The generator yields blocks of four words; the block's index is part of the counter.
+        self.num_blocks = {
+            purpose: math.ceil(math.prod(shape) / 4) for purpose, shape in shapes.items()
+        }
+        block_index = torch.cat([torch.arange(count) for count in self.num_blocks.values()])
+        purposes = torch.tensor(
+            [purpose for purpose, count in self.num_blocks.items() for _ in range(count)]
         )
-        k0 = (k0 + 0x9E3779B9) & WORD_MASK
-        k1 = (k1 + 0xBB67AE85) & WORD_MASK
-    return c0, c1, c2, c3
+        key = torch.stack((torch.full_like(purposes, seed), purposes))[:, None]
+        self.block_index = block_index[None].to(device)
+        self.round_keys = make_round_keys(key).to(device)
+        self.multipliers = torch.tensor(MULTIPLIERS[::-1])[:, None, None].to(device)
+
+    def draw(self, position: Tensor, draw: int | Tensor = 0) -> dict[Purpose, Tensor]:
+        """Return the numbers of each purpose, (B, *shape) float64.
+
+        Args:
+            position: Position in the stream of training images, or index of the sample, (B,) int64.
+            draw: Index of the draw, if a position needs several draws for the same purpose.
+        """
+        position = position[:, None]
+        counter = torch.broadcast_tensors(
+            self.block_index,
+            torch.zeros_like(position) + draw,
+            position & WORD_MASK,
+            (position >> 32) & WORD_MASK,
+        )
+        words = philox(torch.stack(counter), self.round_keys, self.multipliers)
+        values = ((words.double() + 0.5) * 2.0**-32).permute(1, 2, 0).flatten(1)
+        num_normals = 4 * sum(self.num_blocks[purpose] for purpose in self.normal_shapes)
+        if num_normals:
+            normals = _box_muller(values[:, :num_normals])
+            values = torch.cat((normals, values[:, num_normals:]), 1)
+        parts = values.split([4 * count for count in self.num_blocks.values()], 1)
+        shapes = {**self.normal_shapes, **self.uniform_shapes}
+        return {
+            purpose: part[:, : math.prod(shape)].reshape(len(part), *shape)
+            for part, (purpose, shape) in zip(parts, shapes.items())
+        }
+
+
+def _box_muller(values: Tensor) -> Tensor:
+    """Convert uniform numbers on (0, 1) to standard normal ones: (B, 2n) -> (B, 2n)."""
+    radius = (-2 * values[:, 0::2].log()).sqrt()
+    angle = 2 * math.pi * values[:, 1::2]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)
 
 
 def uniform(
     seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...] = (), draw: int = 0
 ) -> Tensor:
-    """Return random numbers that are uniformly distributed on (0, 1).
+    """Return uniformly distributed numbers on (0, 1) for one purpose, (B, *shape) float64.
 
-    Args:
-        seed: Seed in [0, 2**32).
-        purpose: Purpose of the numbers, which selects the random stream.
-        position: Position in the stream of training images, or index of the sample, (B,) int64.
-        shape: Shape of the numbers per position.
-        draw: Index of the draw, if a position needs several draws for the same purpose.
-
-    Returns:
-        (B, *shape) float64.
+    The arguments are those of `KeyedRandom` and its method `draw`.
     """
-    assert 0 <= seed <= WORD_MASK and 0 <= draw <= WORD_MASK, (seed, draw)
-    count = math.prod(shape)
-    # The generator yields blocks of four words; the block's index is part of the counter.
-    block_index = torch.arange(math.ceil(count / 4), device=position.device)
-    position = position[:, None]
-    counter = torch.broadcast_tensors(
-        block_index,
-        torch.full_like(position, draw),
-        position & WORD_MASK,
-        (position >> 32) & WORD_MASK,
-    )
-    words = torch.stack(philox(counter, (seed, int(purpose))), -1).flatten(1)[:, :count]
-    return ((words.double() + 0.5) * 2.0**-32).reshape(len(position), *shape)
+    return KeyedRandom(seed, position.device, {purpose: shape}).draw(position, draw)[purpose]
 
 
 def normal(
     seed: int, purpose: Purpose, position: Tensor, shape: tuple[int, ...], draw: int = 0
 ) -> Tensor:
-    """Return standard normal random numbers, computed with the Box-Muller transform.
+    """Return standard normal numbers for one purpose, (B, *shape) float64.
 
-    The arguments and the shape of the result are the same as for `uniform`.
+    The arguments are those of `KeyedRandom` and its method `draw`.
     """
-    count = math.prod(shape)
-    u = uniform(seed, purpose, position, (math.ceil(count / 4), 4), draw)
-    radius = (-2 * u[..., 0::2].log()).sqrt()
-    angle = 2 * math.pi * u[..., 1::2]
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
-    return pairs.flatten(1)[:, :count].reshape(len(position), *shape)
+    random = KeyedRandom(seed, position.device, normal={purpose: shape})
+    return random.draw(position, draw)[purpose]

@@ -112,6 +112,12 @@ class Encoder(nn.Module):
         """Stay in eval mode, even if a module that contains the encoder switches to train mode."""
         return super().train(False)
 
+    def compile_blocks(self) -> None:
+        """Compile the repeated block once, or everything if the network has no list of blocks."""
+        blocks = getattr(self.network, "blocks", None)
+        for module in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else [self]:
+            module.compile(dynamic=False)
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, R, R) uint8 to tokens (B, T * T, D) float32."""

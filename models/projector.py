@@ -96,7 +96,7 @@ class AlignedSiT(nn.Module):
         x_t: Tensor,
         t: Tensor,
         y: Tensor,
-        inactive_heads: Collection[str] = (),
+        active_heads: Collection[str] | None = None,
         student_blocks: Collection[int] = (),
     ) -> AlignedOutput:
         """Run the backbone and the heads.
@@ -105,10 +105,11 @@ class AlignedSiT(nn.Module):
             x_t: Noisy latents (B, C, H, W).
             t: Timesteps (B,).
             y: Labels (B,).
-            inactive_heads: Names of the heads that are not run and receive a zero gradient.
+            active_heads: Names of the heads to run; by default, all heads. The others receive a
+                zero gradient.
             student_blocks: Blocks whose tokens are returned as `student_tokens`.
         """
-        names = [name for name in self.heads if name not in inactive_heads]
+        names = list(self.heads) if active_heads is None else list(active_heads)
         requested_blocks = [*(self.blocks[name] for name in names), *student_blocks]
         prediction = self.backbone(x_t, t, y, return_blocks=requested_blocks)
         tokens: dict[int, Tensor] = {}
@@ -124,8 +125,14 @@ class AlignedSiT(nn.Module):
             token_norm[name] = norm.mean(1)
 
         # Give inactive heads a zero gradient, because DDP expects a gradient for every parameter.
-        for name in inactive_heads:
-            prediction = prediction + 0 * sum(p.sum() for p in self.heads[name].parameters())
+        inactive_sums = [
+            parameter.sum()
+            for name, head in self.heads.items()
+            for parameter in head.parameters()
+            if name not in names and parameter.requires_grad
+        ]
+        if inactive_sums:
+            prediction = prediction + 0 * sum(inactive_sums)
         return AlignedOutput(
             prediction, projected, token_norm, {block: tokens[block] for block in student_blocks}
         )

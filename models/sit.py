@@ -254,7 +254,7 @@ class SiT(nn.Module):
         block_tokens = {}
         for block_index, block in enumerate(self.blocks[:depth], 1):
             if self.activation_checkpointing:
-                tokens = checkpoint(block, tokens, c, use_reentrant=False)
+                tokens = checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, c)
             if block_index in return_blocks:

@@ -4,6 +4,7 @@ docs/extending.md shows how to add a method. Shapes: B batch, C channels, H and 
 width, p patch size, N = HW / p^2 tokens, D width, S image size, T side of an encoder's token grid.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -320,7 +321,7 @@ class EncoderTokens(Target):
         if reads_images:
             self.encoder = encoder
             if self.context.compile:
-                self.encoder.compile()
+                self.encoder.compile_blocks()
         elif encoder.fingerprint != self.identity["fingerprint"]:
             raise FieldError(
                 "weights",
@@ -450,8 +451,14 @@ class Teacher(Target):
     Settings = TeacherSettings
 
     def __post_init__(self) -> None:
-        compute = self.context.ema.compute_block_tokens
-        self.compute_block_tokens = torch.compile(compute) if self.context.compile else compute
+        self.teacher = self.context.ema
+        if self.context.compile:
+            # The blocks of the EMA itself must not be compiled, because previews and evaluations
+            # use other batch sizes. The teacher has its own blocks with the same tensors.
+            tensors = (*self.teacher.parameters(), *self.teacher.buffers())
+            self.teacher = copy.deepcopy(self.teacher, {id(tensor): tensor for tensor in tensors})
+            for block in self.teacher.blocks:
+                block.compile(dynamic=False)
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:
@@ -480,7 +487,7 @@ class Teacher(Target):
         t = (inputs.t - self.record["t_max"] * inputs.target_uniform).clamp(0, 1)
         with self.context.autocast():
             x_t = self.context.add_noise(inputs.latents, inputs.noise, t)
-            tokens = self.compute_block_tokens(x_t, t, inputs.labels, (block,))[block]
+            tokens = self.teacher.compute_block_tokens(x_t, t, inputs.labels, (block,))[block]
         return tokens.float()
 
 

@@ -10,7 +10,6 @@ from interpolant import (
     INTERPOLANTS,
     PREDICTIONS,
     WEIGHTINGS,
-    draw_times,
     interpolate,
     prediction_to_velocity,
     regression_target,
@@ -21,6 +20,10 @@ from interpolant import (
 
 on_every_path = pytest.mark.parametrize("path", INTERPOLANTS.values(), ids=INTERPOLANTS)
 with_every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
+
+
+def draw_times(path, prediction, weighting, u):
+    return WEIGHTINGS[weighting](path, u, *time_interval(path, prediction))
 
 
 def make_example(count=6):

@@ -220,6 +220,8 @@ def load_alignments(
 ) -> dict[str, Alignment]:
     """Load the target of each method and add its identity to the method's entry.
 
+    Methods with weight 0 are not returned, so that nothing is computed for them.
+
     Args:
         alignments: Settings of the methods.
         entries: The "align" list of config.json, from `plan_alignments`.
@@ -240,7 +242,8 @@ def load_alignments(
                 "target; choose another block"
             )
         entry |= target.identity
-        loaded_alignments[config.method] = Alignment(config, target, list(head_specs(entry)))
+        if config.weight:
+            loaded_alignments[config.method] = Alignment(config, target, list(head_specs(entry)))
     return loaded_alignments
 
 

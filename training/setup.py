@@ -111,7 +111,7 @@ def build_state(
         torch._dynamo.config.optimize_ddp = False
         # The EMAs are not compiled, because they are evaluated with different batch shapes.
         for block in backbone.blocks:
-            block.compile()
+            block.compile(dynamic=False)
     return TrainState(model, emas, adamw)
 
 

@@ -2,11 +2,15 @@
 
 import torch
 
-from common.keyed_random import Purpose, normal, philox, uniform
-
-
-def make_words(*values):
-    return tuple(torch.tensor([v]) for v in values)
+from common.keyed_random import (
+    MULTIPLIERS,
+    KeyedRandom,
+    Purpose,
+    make_round_keys,
+    normal,
+    philox,
+    uniform,
+)
 
 
 def test_philox_matches_known_answers():
@@ -21,8 +25,23 @@ def test_philox_matches_known_answers():
             (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
         ),
     ]
+    multipliers = torch.tensor(MULTIPLIERS[::-1])
     for counter, key, expected in cases:
-        assert tuple(word.item() for word in philox(make_words(*counter), key)) == expected
+        words = philox(torch.tensor(counter), make_round_keys(torch.tensor(key)), multipliers)
+        assert tuple(words.tolist()) == expected
+
+
+def test_one_draw_for_several_purposes_equals_separate_draws():
+    shapes = {Purpose.NOISE: (4, 3, 3), Purpose.POSTERIOR: (5,)}
+    random = KeyedRandom(3, "cpu", {Purpose.TIMESTEP: (), Purpose.CROP: (3,)}, shapes)
+    position = torch.tensor([0, 7, 2**33 + 1])
+    values = random.draw(position, draw=2)
+    assert values.keys() == {Purpose.TIMESTEP, Purpose.CROP, *shapes}
+    for purpose in (Purpose.TIMESTEP, Purpose.CROP):
+        shape = values[purpose].shape[1:]
+        assert torch.equal(values[purpose], uniform(3, purpose, position, shape, draw=2))
+    for purpose, shape in shapes.items():
+        assert torch.equal(values[purpose], normal(3, purpose, position, shape, draw=2))
 
 
 def test_numbers_of_a_position_do_not_depend_on_the_batch():

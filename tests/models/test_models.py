@@ -226,7 +226,7 @@ def test_heads_receive_tokens_of_their_block_and_inactive_heads_receive_zero_gra
     for name, block in model.blocks.items():
         assert torch.equal(output.projected[name], heads[name](block_tokens[block]))
         assert torch.equal(output.token_norm[name], block_tokens[block].norm(dim=-1).mean(1))
-    output = model(*make_inputs(), inactive_heads=["a"])
+    output = model(*make_inputs(), active_heads=["b"])
     assert output.projected.keys() == output.token_norm.keys() == {"b"}
     assert torch.equal(output.prediction, velocity)
     (output.prediction.sum() + output.projected["b"].sum()).backward()

@@ -18,6 +18,7 @@ from training.alignment import (
 )
 from training.config import Settings, build_network_config, parse_settings
 from training.guard import NonFiniteGuard
+from training.inputs import InputSampler
 from training.setup import build_state
 
 
@@ -53,11 +54,13 @@ def make_step(
     return train.Step(
         accelerator,
         state,
-        cache.manifest,
+        InputSampler(
+            settings.run.seed, settings.objective, cache.manifest, device, settings.device.compile
+        ),
         load_alignments(settings.alignments, align, cache_info, context),
         NonFiniteGuard(state.optimizer),
         settings.objective,
         settings.optimizer,
-        settings.run.seed,
         settings.loop.gradient_accumulation_steps,
+        settings.device.compile,
     )

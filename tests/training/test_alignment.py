@@ -347,7 +347,7 @@ def test_method_without_head_compares_two_blocks_of_the_student(make, more_metho
     for block in model.backbone.blocks:
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
     assert not list(model.heads.parameters()) and step.alignments["sync"].config.weight == 0.2
-    inputs = step.draw(batch)
+    inputs = step.sample_inputs(batch)
     total, scalars = step.compute_losses(inputs)
     x_t = step.interpolant.coefficients(inputs.t[:, None, None, None])
     x_t = x_t[0] * inputs.latents + x_t[1] * inputs.noise
@@ -367,7 +367,7 @@ def test_method_with_two_targets_has_two_heads_and_the_mean_loss(make, more_meth
     heads = step.state.model.heads
     assert sorted(heads) == ["pair-a", "pair-b"]
     assert all(isinstance(head, Projector) for head in heads.values())
-    inputs = step.draw(batch)
+    inputs = step.sample_inputs(batch)
     _, scalars = step.compute_losses(inputs)
     output = step.model(*_noisy(step, inputs))
     targets = step.alignments["pair"].target(inputs, {})

@@ -25,6 +25,7 @@ from models.autoencoder import LatentScale
 from models.targets import latent_tokens
 from tests.helpers import have_equal_weights, make_vae, read_metrics, run_ranks, train_flags
 from tests.training.steps import make_settings
+from training.inputs import InputSampler
 from training.preview import Preview
 from training.resume import build_args_json, check_same_run
 
@@ -50,13 +51,13 @@ def unbroken(tmp_path_factory, cache):
 def drawn_inputs(monkeypatch):
     """Return the list of the inputs that the steps of the test draw."""
     inputs = []
-    draw = train.Step.draw
+    draw = InputSampler.__call__
 
     def spy(self, batch):
         inputs.append(draw(self, batch))
         return inputs[-1]
 
-    monkeypatch.setattr(train.Step, "draw", spy)
+    monkeypatch.setattr(InputSampler, "__call__", spy)
     return inputs
 
 
