@@ -7,6 +7,7 @@ of processes or on other images. Each batch is stored in separate files until al
 rerunning an interrupted command resumes it.
 """
 
+import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ class PrecisionConfig:
         "no", choices=("no", "bf16"), help="dtype of the network's matrix products; no: float32"
     )
     allow_tf32: bool = setting(
-        False, help="use TF32 for float32 matrix products and convolutions on GPUs"
+        True,
+        action=argparse.BooleanOptionalAction,
+        help="TF32 for float32 matrix products and convolutions on GPUs, as in REPA's generate.py",
     )
     compile: bool = setting(False, help="compile the blocks of the network")
 
@@ -270,7 +273,8 @@ def prepare_model(model: SiT, config: PrecisionConfig, device: torch.device) -> 
     if config.compile:
         for module in model.modules():
             if isinstance(module, SiTBlock):
-                module.compile()
+                # A guidance interval has two batch sizes: compile a graph for each.
+                module.compile(dynamic=False)
     return model
 
 
@@ -349,7 +353,7 @@ def build_record(
         "vae": vae.name,
         "vae_fingerprint": vae.fingerprint(),
         "mixed_precision": config.precision.mixed_precision,
-        "allow_tf32": config.precision.allow_tf32,
+        "allow_tf32": config.precision.allow_tf32 and device.type == "cuda",
         "state_dtype": recipe.state_dtype,
         "compile": config.precision.compile,
         "machine": {"device": device_name, "torch": torch.__version__},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common import cli
 from common.config import setting
-from common.keyed_random import Purpose, normal, uniform
+from common.keyed_random import KeyedRandom, Purpose, normal, uniform
 from common.lfs import describe_lfs_pointer
 from interpolant import INTERPOLANTS, time_interval
 from models.errors import FieldError
@@ -268,8 +268,10 @@ class Recipe(SamplerConfig):
             high=self.guidance_high,
         )
 
+        random = KeyedRandom(self.seed, indices.device, normal={Purpose.BROWNIAN: shape})
+
         def draw_brownian_noise(step: int) -> Tensor:
-            return normal(self.seed, Purpose.BROWNIAN, indices, shape, draw=step)
+            return random.draw(indices, step)[Purpose.BROWNIAN]
 
         interval = time_interval(interpolant, self.prediction)
         if self.solver == "dopri5":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from tests.helpers import call_main, make_tree, make_vae, train_flags
 
@@ -71,3 +72,16 @@ def trained(tmp_path_factory, cache) -> Path:
     exps = tmp_path_factory.mktemp("exps")
     call_main(train, *train_flags(cache, exps, "trained", "--max-train-steps", 2))
     return exps / "trained"
+
+
+@pytest.fixture
+def graph_counter(monkeypatch):
+    """Replace the backend of torch.compile with one that counts graphs and refuses graph breaks."""
+    counter = CompileCounter()
+    compile_function = torch.compile
+    options = {"backend": counter, "fullgraph": True}
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: compile_function(f, **kwargs | options)
+    )
+    torch._dynamo.reset()
+    return counter

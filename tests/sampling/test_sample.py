@@ -429,7 +429,8 @@ def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypat
     """bf16 changes the images slightly, and all six blocks are compiled."""
     compiled_blocks = []
 
-    def record_compilation(block):
+    def record_compilation(block, dynamic):
+        assert not dynamic
         compiled_blocks.append(block)
 
     monkeypatch.setattr(sample_ddp.SiTBlock, "compile", record_compilation)
@@ -439,6 +440,17 @@ def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypat
     sample(*flags, "--mixed-precision", "bf16", name="bf16")
     difference = np.abs(read_images(tmp_path, "fp32") - read_images(tmp_path, "bf16"))
     assert 0 < difference.mean() < 2
+
+
+def test_guidance_interval_compiles_one_graph_per_batch_size(trained, graph_counter):
+    model = pretrained.load(trained).model
+    recipe = Recipe(num_steps=6, cfg_scale=2.0, guidance_low=0.3, guidance_high=0.6)
+    batches = [torch.arange(3), torch.arange(3, 6)]
+    expected = [recipe.sample_latents(model, indices) for indices in batches]
+    sample_ddp.prepare_model(model, sample_ddp.PrecisionConfig(compile=True), torch.device("cpu"))
+    for indices, latents in zip(batches, expected):
+        assert torch.equal(recipe.sample_latents(model, indices), latents)
+    assert graph_counter.frame_count == 2
 
 
 def test_cast_weights_give_the_same_latents_as_autocast(trained):

@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import CachedBatch
@@ -157,19 +156,6 @@ def test_gradients_are_all_reduced_once_per_step(make_meta_step):
     step, batch = make_meta_step("--gradient-accumulation-steps", "4")
     step(batch)
     assert make_meta_step.is_reduced == [False, False, False, True]
-
-
-@pytest.fixture
-def graph_counter(monkeypatch):
-    """Replace the backend of torch.compile with one that counts graphs and refuses graph breaks."""
-    counter = CompileCounter()
-    compile_function = torch.compile
-    options = {"backend": counter, "fullgraph": True}
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **kwargs: compile_function(f, **kwargs | options)
-    )
-    torch._dynamo.reset()
-    return counter
 
 
 def test_compiled_step_has_three_graphs_and_compiles_once(cache, graph_counter):
