@@ -281,7 +281,7 @@ def save(run: Run, accelerator: Accelerator, writer: CheckpointWriter) -> None:
     state.progress["flags"] = run.flags
     if accelerator.scaler is not None:
         state.progress["scaler"] = accelerator.scaler.state_dict()
-    with run.log.throughput.pause():
+    with run.log.throughput.pause("save"):
         if accelerator.is_main_process:
             writer.submit(state)
 

@@ -72,7 +72,7 @@ def train_step_rows(result: dict) -> Iterator[str]:
         )
         yield (
             f"{machine_name(result)} | {run_name(result)} | {variant} | {values['step_s']:.3g} | "
-            f"{values['images_per_s']:.3g} | {values['mfu']:.0%} | "
+            f"{values['images_per_s']:.3g} | {values['matmul_share']:.0%} | "
             f"{values['first_step_s']:.3g} | {ratios}"
         )
 
@@ -228,8 +228,8 @@ class Table(NamedTuple):
 TABLES = {
     "train_step": Table(
         train_step_rows,
-        "| machine | run | variant | seconds per step | images/s | MFU | first step, s "
-        "| time ratio |",
+        "| machine | run | variant | seconds per step | images/s | share of matmul rate "
+        "| first step, s | time ratio |",
     ),
     "checkpoint": Table(
         checkpoint_rows,

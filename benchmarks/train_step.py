@@ -243,7 +243,7 @@ def measure_variants(
         results[variant] = {
             "step_s": step_s,
             "images_per_s": images_per_s,
-            "mfu": training_flops(plan.network, align, plan.cache) * images_per_s / rate,
+            "matmul_share": training_flops(plan.network, align, plan.cache) * images_per_s / rate,
             "peak_memory_gib": peak_memory_gib,
             "first_step_s": first_step_s[variant],
         }

@@ -4,11 +4,11 @@ Each line is a JSON object with the step, the number of images seen, and either 
 previous line or the results of an evaluation. The settings of an evaluation are in the entry
 "evaluation".
 
-Lines of schema 2 contain `"schema": 2` and the keys align/METHOD, cosine/METHOD and
-token_norm/METHOD for each alignment method. Older lines have no schema. Their keys align, cosine
-and token_norm belong to the first method, or are null without alignment. The keys of additional
-methods are align_METHOD, cosine_METHOD and token_norm_METHOD. A run that newer code has resumed
-contains lines of both schemas.
+Lines of schema 3 contain `"schema": 3` and the keys align/METHOD, cosine/METHOD and
+token_norm/METHOD for each alignment method. In schema 2, `matmul_share` was called `mfu`. Older
+lines have no schema. Their keys align, cosine and token_norm belong to the first method, or are
+null without alignment. The keys of additional methods are align_METHOD, cosine_METHOD and
+token_norm_METHOD. A run that newer code has resumed contains lines of several schemas.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from common.cli import UserError
 from common.files import read_json_if_valid
 
-METRICS_SCHEMA = 2
+METRICS_SCHEMA = 3
 UNKNOWN_METHOD = "unknown"  # used if args.json, which lists the methods, is missing or damaged
 
 _OLD_METHOD_KEY = re.compile(r"(align|cosine|token_norm)(?:_(.+))?")
@@ -86,18 +86,21 @@ def upgrade_row(row: dict[str, Any], methods: list[str]) -> dict[str, Any]:
         row: A line of any schema.
         methods: The run's alignment methods, in the order of --align.
     """
-    if "schema" in row:
+    schema = row.get("schema", 1)
+    if schema == METRICS_SCHEMA:
         return row
-    upgraded: dict[str, Any] = {"schema": METRICS_SCHEMA}
+    upgraded: dict[str, Any] = {}
     for key, value in row.items():
-        match = _OLD_METHOD_KEY.fullmatch(key)
-        if match is None:
+        match = _OLD_METHOD_KEY.fullmatch(key) if schema == 1 else None
+        if key == "mfu":
+            upgraded["matmul_share"] = value
+        elif match is None:
             upgraded[key] = value
         elif methods or value is not None:
             column, method = match.groups()
             first_method = methods[0] if methods else UNKNOWN_METHOD
             upgraded[f"{column}/{method or first_method}"] = value
-    return upgraded
+    return upgraded | {"schema": METRICS_SCHEMA}
 
 
 def _read_methods(folder: Path) -> list[str]:

@@ -42,6 +42,7 @@ LAST_QUANTITIES = (
     "grad_norm",
     "images_per_s",
     "mfu",
+    "matmul_share",
     "peak_memory_gib",
 )
 

@@ -155,8 +155,14 @@ def train_flags(cache: Path, exps: Path, name: str, *extra_flags) -> list[str]:
 def read_metrics(run: Path) -> list[dict]:
     """Return the lines of metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = ("images_per_s", "step_s", "data_s", "compute_s", "mfu")
-    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("images_per_s", "matmul_share", "mfu") and not key.endswith("_s")
+        }
+        for line in lines
+    ]
 
 
 def have_equal_weights(a: Path, b: Path, step: str = "0000010") -> bool:

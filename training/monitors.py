@@ -10,15 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor
-
 from checkpointing.storage import format_error
 from common.cli import UserError
 from models.sit import SiT
 from training.evaluation import Evaluator
 from training.joint_work import JointWorkError, Stopped, fail_jointly
 from training.log import RunLog, is_due
-from training.preview import Preview, preview_path
+from training.preview import Gather, Preview, preview_path
 from training.state import TrainState
 
 Result = TypeVar("Result")
@@ -69,7 +67,7 @@ class Monitors:
         log: Log of the run.
         ema_decays: Decays of the EMAs; the first is the primary one.
         last_step: Number of updates of the whole run.
-        preview: Draws sample grids; None if disabled, and on all processes but the first.
+        preview: Draws sample grids; None if disabled.
         evaluator: Computes metrics; None if disabled.
         preview_every: Steps between previews.
         eval_every: Steps between evaluations.
@@ -92,9 +90,7 @@ class Monitors:
         default_factory=lambda: {kind: FailureCount() for kind in DISABLING_FLAGS}
     )
 
-    def run_due(
-        self, state: TrainState, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
-    ) -> bool:
+    def run_due(self, state: TrainState, gather: Gather, is_stopped: Callable[[], bool]) -> bool:
         """Run previews and evaluations that are due and incomplete; all processes must call this.
 
         Args:
@@ -106,28 +102,26 @@ class Monitors:
             False if a stop signal interrupted the work.
         """
         step = state.step
-        is_preview_due = is_due(step, self.preview_every, self.last_step)
+        preview = self.preview if is_due(step, self.preview_every, self.last_step) else None
         evaluator = self.evaluator if is_due(step, self.eval_every, self.last_step) else None
-        if not is_preview_due and not evaluator:
-            return True
-        with self.log.throughput.pause():
-            suffixes = ema_suffixes(self.ema_decays)
-            for decay, suffix, ema in zip(self.ema_decays, suffixes, state.emas):
-                path = preview_path(self.log.folder, step, suffix)
-                if is_preview_due and path not in self.complete_previews:
-                    title = f"EMA{suffix.replace('-ema', ' ')} at step {step:,}"
-                    if self._attempt("preview", step, partial(self._draw, ema, path, title)):
-                        self.log.record_image(f"samples{suffix}", path, step)
-                    self.complete_previews = {*self.complete_previews, path}
-                if evaluator and (step, decay) not in self.complete_evaluations:
-                    measure = partial(evaluator.measure, ema, gather, is_stopped)
-                    try:
-                        metrics = self._attempt("evaluation", step, measure)
-                    except Stopped:
-                        return False
-                    if metrics:
-                        identity = {"ema_decay": decay, **evaluator.identity}
-                        self.log.record_evaluation(f"eval{suffix}", step, metrics, identity)
+        suffixes = ema_suffixes(self.ema_decays)
+        for decay, suffix, ema in zip(self.ema_decays, suffixes, state.emas):
+            path = preview_path(self.log.folder, step, suffix)
+            if preview and path not in self.complete_previews:
+                title = f"EMA{suffix.replace('-ema', ' ')} at step {step:,}"
+                draw = partial(self._draw, preview, ema, gather, path, title)
+                if self._attempt("preview", step, draw):
+                    self.log.record_image(f"samples{suffix}", path, step)
+                self.complete_previews = {*self.complete_previews, path}
+            if evaluator and (step, decay) not in self.complete_evaluations:
+                measure = partial(evaluator.measure, ema, gather, is_stopped)
+                try:
+                    metrics = self._attempt("evaluation", step, measure)
+                except Stopped:
+                    return False
+                if metrics:
+                    identity = {"ema_decay": decay, **evaluator.identity}
+                    self.log.record_evaluation(f"eval{suffix}", step, metrics, identity)
         return True
 
     def collect_progress(self) -> dict:
@@ -140,7 +134,7 @@ class Monitors:
         if failures.consecutive >= MAX_CONSECUTIVE_FAILURES:
             return None
         try:
-            with fail_jointly():
+            with self.log.throughput.pause(kind), fail_jointly():
                 result = work()
         except JointWorkError as error:
             failures.consecutive += 1
@@ -154,23 +148,21 @@ class Monitors:
         failures.consecutive = 0
         return result
 
-    def _draw(self, ema: SiT, path: Path, title: str) -> bool:
-        """Draw a preview on the first process, and return whether it was saved."""
-        if self.preview is None:
-            return False
+    def _draw(self, preview: Preview, ema: SiT, gather: Gather, path: Path, title: str) -> bool:
+        """Draw a preview, and return whether this process, the first one, saved it."""
         try:
-            self.preview.draw(ema, path, title)
+            preview.draw(ema, gather, path, title)
         except OSError as error:  # a full disk is temporary, so it does not count as a failure
             self.log.info(f"could not save {path}: {format_error(error)}; training continues")
             return False
-        return True
+        return preview.rank == 0
 
 
 def run_trials(
     preview: Preview | None,
     evaluator: Evaluator | None,
     ema: SiT,
-    gather: Callable[[Tensor], Tensor],
+    gather: Gather,
     is_main_process: bool,
 ) -> None:
     """Run a small preview and a small evaluation; all processes must call this.
@@ -179,7 +171,7 @@ def run_trials(
         UserError: On the main process, if one of them failed on any process.
         SystemExit: On the other processes, with code 2.
     """
-    draw = partial(preview.try_out, ema) if preview else lambda: None
+    draw = partial(preview.try_out, ema, gather) if preview else lambda: None
     evaluate = partial(evaluator.try_out, ema, gather) if evaluator else lambda: None
     _run_trial("preview", draw, is_main_process)
     _run_trial("evaluation", evaluate, is_main_process)

@@ -1,10 +1,13 @@
 """Draw sample grids of the EMA during training."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from common.cli import UserError
 from common.image_grid import draw_labelled_grid, save_png
@@ -15,6 +18,9 @@ from models.labels import TrainedLabels
 from models.sit import SiT
 from sampling.recipe import Recipe
 from training.config import ObjectiveConfig
+from training.joint_work import exchange_status
+
+Gather = Callable[[Tensor], Tensor]
 
 
 class Preview:
@@ -28,13 +34,17 @@ class Preview:
         cfg_scale: Guidance scale.
         objective: The denoising objective that the network is trained on.
         seed: Seed of the initial noise.
+        dtype: Dtype of the network's matrix products.
+        rank: Rank of this process.
+        num_processes: Number of processes, which share the images.
     """
 
     num_rows = 10
     num_columns = 8
     num_steps = 50
+    max_batch_size = 16  # images per process, so that memory for training suffices
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (a preview depends on all of these)
         self,
         vae: Autoencoder,
         class_names: list[str],
@@ -42,8 +52,14 @@ class Preview:
         cfg_scale: float,
         objective: ObjectiveConfig,
         seed: int,
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        num_processes: int = 1,
     ):
         self.vae = vae
+        self.dtype = dtype
+        self.rank = rank
+        self.num_processes = num_processes
         trained_classes = torch.tensor(trained_labels.list_classes(len(class_names)))
         num_rows = min(self.num_rows, len(trained_classes))
         rows = torch.linspace(0, len(trained_classes) - 1, num_rows).round().long()
@@ -59,27 +75,45 @@ class Preview:
             explicit_labels=classes.repeat_interleave(self.num_columns),
         )
 
-    def draw(self, ema: SiT, path: Path, title: str) -> None:
-        """Sample a grid and write it as a PNG.
+    def draw(self, ema: SiT, gather: Gather, path: Path, title: str) -> None:
+        """Sample a grid and write it as a PNG on the first process. All processes must call this.
 
         Args:
             ema: The EMA of the network.
+            gather: Concatenates a tensor of every process, in the order of the ranks.
             path: File to write.
             title: Start of the title; the sampler's settings are appended.
+
+        Raises:
+            JointWorkError: The work failed on another process.
         """
-        save_png(self._render(ema, self.recipe, title), path)
+        images = self._sample(ema, gather, self.recipe)
+        if self.rank == 0:
+            save_png(self._arrange(images, title), path)
 
-    def try_out(self, ema: SiT) -> None:
+    def try_out(self, ema: SiT, gather: Gather) -> None:
         """Sample a grid with a single step and discard it, to detect errors."""
-        self._render(ema, replace(self.recipe, num_steps=1), "trial")
+        images = self._sample(ema, gather, replace(self.recipe, num_steps=1))
+        self._arrange(images, "trial")
 
-    def _render(self, ema: SiT, recipe: Recipe, title: str) -> Image.Image:
+    def _sample(self, ema: SiT, gather: Gather, recipe: Recipe) -> Tensor:
+        """Return all images, (n, 3, H, W) uint8. The processes sample a batch each at a time."""
         num_images = len(self.row_names) * self.num_columns
-        index = torch.arange(num_images, device=self.vae.vae.device)
-        images = self.vae.decode(recipe.sample_latents(ema, index))
+        batch_size = min(self.max_batch_size, math.ceil(num_images / self.num_processes))
+        parts = []
+        for first in range(0, num_images, batch_size * self.num_processes):
+            begin = first + self.rank * batch_size
+            # The last batch may be padded with further images.
+            index = torch.arange(begin, begin + batch_size, device=self.vae.vae.device)
+            images = self.vae.decode(recipe.sample_latents(ema, index, self.dtype))
+            exchange_status()
+            parts.append(gather(images))
+        return torch.cat(parts)[:num_images]
+
+    def _arrange(self, images: Tensor, title: str) -> Image.Image:
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         rows = pixels.reshape(len(self.row_names), self.num_columns, *pixels.shape[1:])
-        subtitle = f"Euler {recipe.num_steps} · guidance {recipe.cfg_scale:g}"
+        subtitle = f"Euler {self.num_steps} · guidance {self.recipe.cfg_scale:g}"
         return draw_labelled_grid(list(zip(self.row_names, rows)), f"{title} · {subtitle}")
 
 

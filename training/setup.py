@@ -59,6 +59,7 @@ from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
 from training.log import Console, MetricMeans, RunLog
 from training.monitors import Monitors, restore_failures, run_trials
+from training.peak_rates import find_peak_rate
 from training.preview import Preview, load_vae
 from training.resume import (
     RunPosition,
@@ -359,15 +360,24 @@ def build_preview_and_evaluator(
     manifest: Manifest,
     trained_labels: TrainedLabels,
 ) -> tuple[Preview | None, Evaluator | None]:
-    """Build the preview (on the first process) and the evaluator; None if they are disabled."""
-    has_preview = preview_config.every > 0 and accelerator.is_main_process
+    """Build the preview and the evaluator; None if they are disabled."""
+    has_preview = preview_config.every > 0
     has_evaluation = evaluation_config.every > 0
     preview, evaluator = None, None
     if has_preview or has_evaluation:
         vae = load_vae(preview_config.vae, manifest, accelerator.device)
+        dtype = autocast_dtype(accelerator.mixed_precision)
     if has_preview:
         preview = Preview(
-            vae, manifest.class_names, trained_labels, preview_config.cfg_scale, objective, seed
+            vae,
+            manifest.class_names,
+            trained_labels,
+            preview_config.cfg_scale,
+            objective,
+            seed,
+            dtype,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
     if has_evaluation:
         evaluator = Evaluator(
@@ -376,7 +386,7 @@ def build_preview_and_evaluator(
             vae,
             manifest,
             trained_labels,
-            autocast_dtype(accelerator.mixed_precision),
+            dtype,
             accelerator.process_index,
             accelerator.num_processes,
         )
@@ -414,7 +424,11 @@ def open_log(
     means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
     network = state.model.backbone.config
     flops = training_flops(network, config["align"], networks.cache_info)
-    mfu_per_image_rate = flops / measure_matmul_rate(device, dtype) / accelerator.num_processes
+    flops_per_process = flops / accelerator.num_processes
+    utilization = {"matmul_share": flops_per_process / measure_matmul_rate(device, dtype)}
+    peak_rate = find_peak_rate(device, dtype, torch.backends.cuda.matmul.allow_tf32)
+    if peak_rate:
+        utilization["mfu"] = flops_per_process / peak_rate
     console = Console(
         folder,
         total=loop.num_steps * batch_size,
@@ -434,7 +448,7 @@ def open_log(
         console,
         trackers,
         means,
-        Throughput(batch_size, device, state.step, mfu_per_image_rate),
+        Throughput(batch_size, device, state.step, utilization),
         NonFiniteGuard(
             state.optimizer,
             accelerator.mixed_precision == "fp16",

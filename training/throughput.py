@@ -1,6 +1,4 @@
-"""Measure the throughput of a run: images per second, time spent waiting for data, and MFU.
-
-MFU is the model FLOP utilization.
+"""Measure the throughput of a run: images per second, waiting times, and utilization of the device.
 
 One multiply-accumulate counts as two FLOPs.
 """
@@ -19,6 +17,8 @@ from models.targets import TARGETS, CacheInfo
 from training.alignment import head_specs
 
 T = TypeVar("T")
+
+PAUSES = ("save", "preview", "evaluation")
 
 
 def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> int:
@@ -42,7 +42,7 @@ def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> i
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """Return the highest measured FLOP/s of large square matrix products.
 
-    The log's `mfu` is relative to this rate.
+    The log's `matmul_share` is relative to this rate.
     """
     is_gpu = device.type == "cuda"
     size, repeats = (8192, 5) if is_gpu else (1024, 1)
@@ -67,17 +67,18 @@ class Throughput:
         batch_size: Global batch size.
         device: Device of the step.
         start_step: Number of updates before this measurement.
-        mfu_per_image_rate: Model FLOP utilization at one image per second.
+        utilization: Name of each measure of the utilization -> its value at one image per second.
     """
 
     batch_size: int
     device: torch.device
     start_step: int
-    mfu_per_image_rate: float
+    utilization: dict[str, float]
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.data_wait_seconds = 0.0
+        self.paused_seconds = dict.fromkeys(PAUSES, 0.0)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -98,10 +99,10 @@ class Throughput:
         - images_per_s: images per second over all processes
         - step_s: seconds per step, the sum of data_s and compute_s
         - data_s: seconds per step in which the host waited for batches (the GPU may have been busy)
-        - mfu: share of the device's matrix product rate that the FLOPs of the run use
+        - mfu: share of the device's peak rate that the FLOPs of the run use, on known GPUs
+        - matmul_share: share of the measured rate of matrix products that these FLOPs use
+        - save_s, preview_s, evaluation_s: total seconds of these pauses, which do not count above
         - peak_memory_gib: peak memory of the GPU during training
-
-        Saving, previews and evaluations do not count.
         """
         now = time.perf_counter()
         seconds = now - self.started
@@ -114,18 +115,20 @@ class Throughput:
             "step_s": step_s,
             "data_s": data_s,
             "compute_s": step_s - data_s,
-            "mfu": rate * self.mfu_per_image_rate,
+            **{name: rate * value for name, value in self.utilization.items()},
+            **{f"{kind}_s": seconds for kind, seconds in self.paused_seconds.items()},
         }
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.started = now
         self.start_step = step
         self.data_wait_seconds = 0.0
+        self.paused_seconds = dict.fromkeys(PAUSES, 0.0)
         return values
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Exclude the block from times and peak memory. This waits for the device."""
+    def pause(self, kind: str) -> Iterator[None]:
+        """Count the block as a pause of this kind (see PAUSES). This waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         paused = time.perf_counter()
@@ -133,4 +136,6 @@ class Throughput:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.started += time.perf_counter() - paused
+        seconds = time.perf_counter() - paused
+        self.started += seconds
+        self.paused_seconds[kind] += seconds

@@ -36,18 +36,26 @@ def test_old_columns_get_the_name_of_their_method(tmp_path):
 
 def test_old_and_new_lines_of_one_run_have_the_same_columns(tmp_path):
     old = {"step": 1, **OLD_COLUMNS}
-    new = {"schema": 2, "step": 2, **NEW_COLUMNS}
+    new = {"schema": METRICS_SCHEMA, "step": 2, **NEW_COLUMNS}
     first, second = read_rows(write_run(tmp_path, [old, new], align=["sra2"]))
     assert first | {"step": 2} == second == new
 
 
 def test_reading_does_not_change_new_lines(tmp_path):
     lines = [
-        {"schema": 2, "step": 1, "align": "unchanged"},
-        {"schema": 2, "step": 1, "FID": 3.0, "evaluation": {"ema_decay": 0.9}},
+        {"schema": METRICS_SCHEMA, "step": 1, "align": "unchanged", "mfu": 0.5},
+        {"schema": METRICS_SCHEMA, "step": 1, "FID": 3.0, "evaluation": {"ema_decay": 0.9}},
     ]
     rows = read_rows(write_run(tmp_path, lines, align=["sra2"]))
     assert [json.dumps(row) for row in rows] == [json.dumps(line) for line in lines]
+
+
+def test_mfu_of_older_schemas_is_the_share_of_the_matmul_rate(tmp_path):
+    lines = [{"step": 1, "mfu": 0.5}, {"schema": 2, "step": 2, "align": 1.0, "mfu": 0.25}]
+    assert read_rows(write_run(tmp_path, lines)) == [
+        {"schema": METRICS_SCHEMA, "step": 1, "matmul_share": 0.5},
+        {"schema": METRICS_SCHEMA, "step": 2, "align": 1.0, "matmul_share": 0.25},
+    ]
 
 
 @pytest.mark.parametrize("args", [{"align": ["none"]}, {"align": []}, {}])
@@ -105,5 +113,5 @@ def test_lines_with_nul_bytes_are_ignored_on_request(tmp_path):
 
 
 def test_line_written_by_newer_code_is_rejected(tmp_path):
-    with pytest.raises(UserError, match="line 1 has schema 3: update this code"):
-        read_rows(write_run(tmp_path, [{"schema": 3, "step": 1}]))
+    with pytest.raises(UserError, match="line 1 has schema 4: update this code"):
+        read_rows(write_run(tmp_path, [{"schema": 4, "step": 1}]))

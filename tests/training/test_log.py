@@ -35,7 +35,7 @@ def make_log(tmp_path, tracked):
             Console(tmp_path, total=100, initial=0, is_main_process=True),
             SimpleNamespace(log=lambda *values: tracked.append(values), close=lambda: None),
             MetricMeans(["loss"], CPU, one_process, progress),
-            Throughput(8, CPU, step, mfu_per_image_rate=1.0),
+            Throughput(8, CPU, step, utilization={"matmul_share": 1.0}),
             NonFiniteGuard(SimpleNamespace()),
             log_every=3,
         )
@@ -89,7 +89,7 @@ def test_evaluations_are_sent_to_the_trackers(make_log, tmp_path, tracked):
     make_log().record_evaluation("eval-ema0.5", 4, metrics, {"ema_decay": 0.5})
     assert tracked == [({"eval-ema0.5/FID": 3.0, "eval-ema0.5/recall": None}, 4)]
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    expected = {"schema": 2, "step": 4, "images": 32, **metrics, "evaluation": {"ema_decay": 0.5}}
+    expected = {"schema": 3, "step": 4, "images": 32, **metrics, "evaluation": {"ema_decay": 0.5}}
     assert row == expected
 
 
@@ -115,16 +115,17 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr(throughput_module, "time", clock)
-    throughput = Throughput(8, CPU, start_step=10, mfu_per_image_rate=0.5)
+    throughput = Throughput(8, CPU, start_step=10, utilization={"mfu": 0.5})
     measured = []
     for step, _ in enumerate(throughput.time_batches(load_batches()), 11):
         wait(4)
-        with throughput.pause():
+        with throughput.pause("preview"):
             wait(100)
         if step > 11:
             measured.append(throughput.measure(step))
     # The first line covers two steps.
     for values, steps, data_s in zip(measured, (2, 1), (1.5, 3), strict=True):
         rate = 8 / (data_s + 4)
-        expected = {"images_per_s": rate, "step_s": data_s + 4, "data_s": data_s}
-        assert values == pytest.approx({**expected, "compute_s": 4, "mfu": rate / 2}), steps
+        expected = {"images_per_s": rate, "step_s": data_s + 4, "data_s": data_s, "compute_s": 4}
+        pauses = {"save_s": 0, "preview_s": 100 * steps, "evaluation_s": 0}
+        assert values == pytest.approx({**expected, **pauses, "mfu": rate / 2})

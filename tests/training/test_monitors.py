@@ -55,11 +55,11 @@ def make_monitors(tmp_path):
     def make(draw) -> Monitors:
         log = SimpleNamespace(
             folder=tmp_path,
-            throughput=SimpleNamespace(pause=nullcontext),
+            throughput=SimpleNamespace(pause=lambda kind: nullcontext()),
             record_image=lambda name, path, step: make.images.append((name, path.name, step)),
             info=make.messages.append,
         )
-        preview = SimpleNamespace(draw=draw)
+        preview = SimpleNamespace(draw=draw, rank=0)
         return Monitors(log, (0.9, 0.5), 10, preview, None, preview_every=4, eval_every=0)
 
     make.images = []
@@ -75,7 +75,7 @@ def run(monitors, step) -> None:
 def test_previews_are_drawn_once_per_due_step(make_monitors):
     drawn = []
 
-    def draw(ema, path, title):
+    def draw(ema, gather, path, title):
         drawn.append(ema)
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -93,7 +93,7 @@ def test_previews_are_drawn_once_per_due_step(make_monitors):
 
 
 def test_preview_that_cannot_be_saved_is_reported(make_monitors):
-    def draw(ema, path, title):
+    def draw(ema, gather, path, title):
         raise OSError(28, "No space left on device", str(path))
 
     run(make_monitors(draw), 4)
