@@ -1,14 +1,17 @@
 """Previews and evaluations: run once per step; their failures do not end a run that progresses."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
+from checkpointing import pretrained
 from checkpointing.storage import read_progress
 from common.metrics_log import read_rows
+from models.autoencoder import Autoencoder
 from sampling.recipe import Recipe
 from tests.helpers import run_ranks, train_flags
 from training.evaluation import Evaluator
@@ -202,3 +205,27 @@ def test_failure_on_one_process_is_agreed_on(evaluation_flags, tmp_path, failing
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     failures = read_progress(checkpoint)["monitor_failures"]
     assert failures["evaluation"]["consecutive"] == 3
+
+
+def test_processes_share_the_images_of_a_preview(trained, vae_folder):
+    """Each of three processes samples a third, and the grid is the same as that of one process."""
+    source = pretrained.load(trained)
+    autoencoder = Autoencoder(str(vae_folder), torch.device("cpu"))
+    objective = SimpleNamespace(path_type="linear", prediction="v")
+    parts = []
+    for rank, num_processes in ((0, 1), (0, 3), (1, 3), (2, 3)):
+        preview = Preview(
+            autoencoder,
+            source.class_names,
+            source.trained_labels,
+            cfg_scale=1.5,
+            objective=objective,
+            seed=0,
+            rank=rank,
+            num_processes=num_processes,
+        )
+        recipe = replace(preview.recipe, num_steps=2)
+        parts.append(preview._sample(source.model, lambda images: images, recipe))
+    expected, *shares = parts
+    assert [len(share) for share in shares] == [8, 8, 8]
+    assert (torch.cat(shares).int() - expected.int()).abs().max() <= 1
