@@ -43,6 +43,7 @@ from training.preemption import (
     ignore_signals,
     stop_on_signal,
 )
+from training.profiling import StepProfiler
 from training.setup import Run, prepare_run
 from training.state import EMA, CheckpointWriter, TrainState
 
@@ -226,6 +227,7 @@ def train(
     writer: CheckpointWriter,
     request: StopRequest,
     save_every: int,
+    profiler: StepProfiler,
 ) -> bool:
     """Run the training loop with logging, checkpoints, previews and evaluations.
 
@@ -236,6 +238,7 @@ def train(
         writer: Writes checkpoints.
         request: Set by stop signals.
         save_every: Steps between checkpoints.
+        profiler: Profiles some of the steps.
 
     Returns:
         False if a signal stopped the run early.
@@ -253,6 +256,7 @@ def train(
     for batch in log.throughput.time_batches(batches):
         scalars, is_finite = step(batch)
         log.record_step(state.step, scalars, is_finite)
+        profiler.advance()
 
         # All processes agree on stopping, and on retrying a save that failed.
         should_retry = bool(writer.problem) and is_due(state.step, log.log_every)
@@ -345,9 +349,15 @@ def run_training(
         CheckpointWriter(
             folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
         ) as writer,
+        StepProfiler(
+            settings.log.profile if accelerator.is_main_process else 0,
+            folder,
+            accelerator.device,
+            log.info,
+        ) as profiler,
     ):
         is_finished = train(
-            run, step, batches, writer, request, checkpoint_config.checkpointing_steps
+            run, step, batches, writer, request, checkpoint_config.checkpointing_steps, profiler
         )
     for message in writer.take_messages():
         log.info(message)

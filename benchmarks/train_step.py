@@ -66,6 +66,7 @@ RECORDED_SETTINGS = (
     "latent_size",
     "compile",
     "activation_checkpointing",
+    "recomputed_blocks",
     "allow_tf32",
     "gradient_accumulation_steps",
 )

@@ -158,8 +158,9 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """Velocity network v(x_t, t, y). The output does not depend on train or eval mode.
 
-    If `activation_checkpointing` is true, the forward pass stores only the inputs of the blocks,
-    and the backward pass recomputes the blocks.
+    For the first `num_recomputed_blocks` blocks, the forward pass stores only their inputs, and the
+    backward pass recomputes them. The first blocks are the last ones of the backward pass, which
+    needs the memory for the recomputed activations when those of the other blocks are free again.
 
     Raises:
         FieldError: If the latent cannot be divided into patches.
@@ -174,7 +175,7 @@ class SiT(nn.Module):
                 f"{config.patch}",
             )
         self.config = config
-        self.activation_checkpointing = False
+        self.num_recomputed_blocks = 0
         self.x_embedder = PatchEmbed(
             config.latent_size, config.patch, config.channels, config.width
         )
@@ -253,7 +254,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         block_tokens = {}
         for block_index, block in enumerate(self.blocks[:depth], 1):
-            if self.activation_checkpointing:
+            if block_index <= self.num_recomputed_blocks:
                 tokens = checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, c)

@@ -192,6 +192,13 @@ class DeviceConfig:
         "memory and increases computation by a third",
         may_change=True,
     )
+    recomputed_blocks: int | None = setting(
+        None,
+        type=cli.positive_int,
+        help="number of blocks that --activation-checkpointing recomputes (default: all); the "
+        "savings and the cost are proportional to it",
+        may_change=True,
+    )
     allow_tf32: bool = setting(
         False, help="use TF32 for float32 matrix products and convolutions on GPUs"
     )
@@ -215,6 +222,14 @@ class LogConfig:
         metavar="NAME",
     )
     wandb_project: str = setting("sra2", help="project name in the trackers")
+    profile: int = setting(
+        0,
+        help="number of steps to profile after the first ones, with a trace and a table of the "
+        "operations in the run folder; 0 disables the profiler",
+        type=cli.non_negative_int,
+        metavar="N",
+        may_change=True,
+    )
 
 
 @dataclass(frozen=True)

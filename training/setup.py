@@ -106,7 +106,8 @@ def build_state(
         eps=optimizer.adam_epsilon,
         fused=True,
     )
-    backbone.activation_checkpointing = options.activation_checkpointing
+    if options.activation_checkpointing:
+        backbone.num_recomputed_blocks = options.recomputed_blocks or network.depth
     if options.compile:
         # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
         torch._dynamo.config.optimize_ddp = False

@@ -1,5 +1,7 @@
 """Test the backbone, its presets, the alignment heads and `AlignedSiT`."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -193,14 +195,24 @@ def test_latent_tokens_are_ordered_like_the_output_layer():
 
 
 def test_activation_checkpointing_does_not_change_gradients():
-    gradients = []
-    for activation_checkpointing in (False, True):
+    """Each recomputed block saves the same share of the memory for activations."""
+    gradients, stored_bytes = [], []
+
+    def count_bytes(tensor):
+        stored_bytes[-1] += tensor.nbytes
+        return tensor
+
+    for num_recomputed_blocks in range(4):
         model = randomize_zeros(make_sit())
-        model.activation_checkpointing = activation_checkpointing
-        velocity, block_tokens = model(*make_inputs(), return_blocks=(2,))
+        model.num_recomputed_blocks = num_recomputed_blocks
+        stored_bytes.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
+            velocity, block_tokens = model(*make_inputs(), return_blocks=(2,))
         (velocity.square().sum() + block_tokens[2].sum()).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for others in gradients[1:] for a, b in zip(gradients[0], others))
+    savings = [more - less for more, less in itertools.pairwise(stored_bytes)]
+    assert savings[0] == savings[1] == savings[2] > stored_bytes[0] / 5
 
 
 def test_alignment_gradients_reach_only_blocks_up_to_the_aligned_block():
