@@ -49,8 +49,8 @@ IMAGENET_CLASSES = 1000
 
 # Keys that hold the state dict of a .pt file. The first one that exists is used.
 STATE_KEYS = ("ema", "model", "state_dict")
-# Parts of parameter names that DistributedDataParallel, torch.compile, FSDP and activation
-# checkpointing insert.
+# Components that DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert
+# into parameter names.
 WRAPPER_NAMES = {
     "module",
     "_orig_mod",

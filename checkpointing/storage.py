@@ -164,9 +164,10 @@ def progress_digest(progress: dict) -> str:
 class RunOwner:
     """Detects a second trainer of a run on a file system without locks.
 
-    Each trainer announces a token in the file .owner when it starts, and confirms it before each
-    write to the run. The trainer that confirms its token first continues. A running trainer
-    replaces an announced token by its own, so a trainer that starts later ends before it writes.
+    Each trainer writes an unconfirmed token to the file .owner when it starts, and confirms it
+    before each write to the run. The trainer that confirms its token first continues. A running
+    trainer replaces an unconfirmed token by its own, so a trainer that starts later stops before
+    its first write.
 
     Args:
         run: Folder of the run.

@@ -34,7 +34,7 @@ def _name_in_errors(path: Path) -> Iterator[None]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Create a folder. Raise NotADirectoryError if a file is in the way."""
+    """Create a folder. Raise NotADirectoryError if the path or a parent is a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -63,7 +63,7 @@ def _replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Check that a file can be written, before work whose result will be written to it.
+    """Check that a file can be written. Call this before a long computation of its content.
 
     Raises:
         OSError: The file cannot be written.

@@ -42,7 +42,7 @@ class Loader(Generic[Index, Item]):
     worker_init: Callable[[int], None] | None = None
 
     def iterate(self, indices: Sequence[Index]) -> Generator[Item, None, None]:
-        """Yield the items of the indices. Close the generator, which ends the workers.
+        """Yield the items of the indices. Close the generator to end the workers.
 
         Raises:
             UserError: `load` raised it, a worker was killed, or an item could not be sent.
@@ -85,10 +85,10 @@ class Loader(Generic[Index, Item]):
 
 @dataclass(frozen=True)
 class _PackedItem:
-    """An item in the form in which it is sent to the main process. Its tensors are shared memory.
+    """A pickled item, which is sent to the main process. Its tensors are in shared memory.
 
-    The DataLoader pickles items in a thread that drops an item if that fails. A packed item only
-    contains bytes.
+    The DataLoader pickles items in a thread, and an item is lost if pickling fails. A packed item
+    contains only bytes, for which pickling does not fail.
     """
 
     content: bytes

@@ -69,7 +69,7 @@ def _make_environment_error(name: str, problem: str) -> UserError:
 
 @contextmanager
 def connecting_processes(environment: ProcessEnvironment) -> Iterator[None]:
-    """Report the block while it waits for the other processes to start.
+    """Report the block as a wait for the other processes to start.
 
     Raises:
         UserError: The processes cannot connect.

@@ -69,7 +69,9 @@ def determine_classes(
     if table is not None:
         paths = [image.path for image in images]
         labels, names = assign_labels(paths, table, [image.scope for image in images])
-        label_origin = f"labels from {table.origin}" if table.classes else "no labels"
+        label_origin = f"labels from {table.origin.removeprefix(origin + ': ')}"
+        if not table.classes:
+            label_origin = "no labels"
         return Classes(labels, names, label_origin)
 
     for extension in (".cls", ".index", ".json"):

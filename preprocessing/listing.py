@@ -17,7 +17,7 @@ TABLE_NAMES = ("dataset.json", "metadata.csv", "metadata.jsonl")
 # Label files of an image. WebDataset uses .cls and .index; img2dataset writes metadata (.json)
 # and captions (.txt).
 SIDECAR_EXTENSIONS = (".cls", ".index", ".json", ".txt")
-# Files and folders that operating systems and network storage add to folders of images.
+# Files and folders that operating systems and network storage create, in lower case.
 IGNORED_NAMES = {
     "@eadir",
     "#recycle",
@@ -36,7 +36,7 @@ class ListedFile(NamedTuple):
     """A file of a source.
 
     Attributes:
-        name: The name under which the source knows the file. Names are unique within a source.
+        name: The name that identifies the file within the source.
         path: The normalized path, without the name of the archive.
         scope: The archive that contains the file, if the source consists of several archives.
         location: The position of the file in the source, in a form that depends on the source.
@@ -75,7 +75,7 @@ class Listing:
         """Add a file, unless its path contains an ignored name.
 
         Args:
-            name: The name under which the source knows the file.
+            name: The name that identifies the file within the source.
             location: The position of the file in the source.
             scope: The archive that contains the file, if there are several.
             path: The path of the file in the source or archive. The default is `name`.
@@ -141,7 +141,7 @@ def split_extension(path: str) -> tuple[str, str]:
 
 
 def iter_stems(path: str) -> Iterator[str]:
-    """Yield a path with ever fewer extensions: a.b/1.seg.png gives a.b/1.seg and a.b/1."""
+    """Yield a path without its last extension, without the last two, and so on."""
     stem, extension = split_extension(path)
     while extension:
         yield stem
@@ -149,6 +149,6 @@ def iter_stems(path: str) -> Iterator[str]:
 
 
 def find_split(path: str) -> str | None:
-    """Return the first split that a path names, such as train for data/train-01.tar, or None."""
+    """Return the first split name in a path, such as train in data/train-01.tar, or None."""
     words = re.split(r"[^a-z]+", path.lower())
     return next((word for word in words if word in SPLIT_NAMES), None)

@@ -159,8 +159,9 @@ def _find_label_column(
 ) -> str | None:
     """Return the name of the column that contains the classes, or None if there is no such column.
 
-    The column is `label_column`, or has one of the names LABEL_KEYS, or is the only column that the
-    library `datasets` calls a ClassLabel, or is the only column whose name contains label or class.
+    The column is the first of these that exists: `label_column`, a column with one of the names
+    LABEL_KEYS, the only ClassLabel of the library `datasets`, or the only column whose name
+    contains label or class.
 
     Raises:
         UserError: `label_column` does not exist, or it is not clear whether the other columns

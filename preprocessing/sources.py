@@ -165,7 +165,7 @@ def _select_archives(root: Path, listing: Listing, archives: list[str], flag: st
     large = [path for path in archives if _get_file_type(path) in (".tar", ".parquet")]
     zips = [path for path in archives if path.endswith(".zip")]
     if listing.images:
-        # Archives deep inside a tree of images are not sources.
+        # Archives in deeper subfolders of a tree of images are ignored.
         top = [path for path in large if path.count("/") == 0 or path.startswith("data/")]
         if top:
             suffix = _get_file_type(top[0])

@@ -191,7 +191,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Build networks, targets and monitors, and restore the newest checkpoint.
     with fail_together():
         networks = build_networks(settings, accelerator, cache, position, resources)
-    if not position.checkpoints:  # an error in a run that has made progress does not end it
+    if not position.checkpoints:  # a failed trial must not end a run that has checkpoints
         run_trials(
             networks.preview,
             networks.evaluator,

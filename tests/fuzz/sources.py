@@ -3,9 +3,9 @@
     python -m tests.fuzz.sources --count 300 --seed 0 --broken
 
 Each image has a different grey value, so that its class can be checked after it is read. The model
-knows the class of each image, because it chooses the class before it writes the label files. If the
-model considers a source ambiguous, the correct result is an error. With --broken, the same sources
-are read by deliberately broken variants of the reader, each of which must be detected.
+chooses the class of each image before it writes the label files. If the model considers a source
+ambiguous, the correct result is an error. With --broken, the same sources are read by deliberately
+broken variants of the reader, each of which must be detected.
 """
 
 import argparse

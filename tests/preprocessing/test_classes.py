@@ -177,7 +177,7 @@ def test_files_of_operating_systems_are_ignored_and_counted(tmp_path, kind):
     assert source.describe().endswith(source.ignored)
 
 
-def test_unreadable_ignored_folder_does_not_matter(tmp_path, monkeypatch):
+def test_unreadable_ignored_folder_is_skipped(tmp_path, monkeypatch):
     tree = write_tree(tmp_path / "t", make_files(*FOLDERS, "lost+found/x.png"))
     (tree / "lost+found").chmod(0)
     source = open_source(tree)

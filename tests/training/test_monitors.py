@@ -122,7 +122,7 @@ def test_failing_work_is_skipped_and_switched_off_after_three_failures(
     assert code == 0 and len(calls) == 7
     assert f"the {failing} at step 5 failed" in out and f"the {failing} at step 6 failed" in out
     assert f"{failing}s are switched off after 3 failures in a row" in out
-    # A restart remembers that the work is switched off, unless its flags change.
+    # The work remains switched off after a restart, unless its flags change.
     assert call(train, *flags, "--max-train-steps", 9)[0] == 0
     assert len(calls) == 7
     changed = "--preview-cfg-scale" if failing == "preview" else "--eval-cfg-scale"

@@ -390,7 +390,7 @@ def no_locks(monkeypatch):
 
 
 @pytest.mark.parametrize("writes_first", [False, True])
-def test_of_two_trainers_without_locks_one_stops_before_it_writes(
+def test_one_of_two_trainers_without_locks_stops_before_it_writes(
     call, copied_run, cache, no_locks, monkeypatch, writes_first
 ):
     """A second trainer starts while the first one runs, and may write first."""
