@@ -45,7 +45,7 @@ def first_line(error: Exception) -> str:
 def describe_read_error(error: Exception) -> str:
     """Describe why a file cannot be read, in one line of at most MAX_REASON_LENGTH characters.
 
-    Names of Python classes are left out, unless the error has no message.
+    Names of Python classes are omitted, unless the error has no message.
     """
     message = " ".join(str(error).split())
     if isinstance(error, KeyError):

@@ -81,7 +81,7 @@ def check_accelerator(accelerator: Accelerator, precision: str, num_processes: i
         )
     if accelerator.num_processes < num_processes:
         raise _make_error(
-            f"connects {accelerator.num_processes} of {num_processes} processes (LOCAL_RANK "
+            f"results in {accelerator.num_processes} of {num_processes} processes (LOCAL_RANK "
             "may be missing)"
         )
 

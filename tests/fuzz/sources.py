@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import posixpath
 import random
 import sys
 import tarfile
@@ -295,7 +296,7 @@ BROKEN: dict[str, tuple[Any, str, Callable[[], Any]]] = {
         "determine_classes",
         lambda: _wrap_classes(lambda c: c._replace(labels=0 * c.labels)),
     ),
-    "only the last extension is removed": (
+    "paths are cut at the first dot": (
         preprocessing.classes,
         "iter_stems",
         lambda: lambda path: [path.split(".")[0]],
@@ -303,7 +304,7 @@ BROKEN: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "extensions are case-sensitive": (
         preprocessing.listing,
         "split_extension",
-        lambda: lambda path: (path.rpartition(".")[0], "." + path.rpartition(".")[2]),
+        lambda: posixpath.splitext,
     ),
     "label files of folders are ignored": (
         preprocessing.classes,
