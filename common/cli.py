@@ -69,8 +69,8 @@ def require_package(name: str, purpose: str) -> None:
 
 
 def print_warning(message: str) -> None:
-    """Print a warning to stderr, unless the message is empty."""
-    if message:
+    """Print a warning to stderr on the first process, unless the message is empty."""
+    if message and os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

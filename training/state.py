@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from checkpointing.storage import (
     ema_filename,
     format_error,
+    hash_settings,
     hidden_path,
     list_checkpoints,
     load_tensors,
@@ -120,8 +121,9 @@ class Snapshot:
 
     def _write_files(self, folder: Path) -> None:
         write_file(folder / "config.json", json.dumps(self.config, indent=2).encode())
+        metadata = {"config": hash_settings(self.config)}
         for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True):
-            save_tensors(ema, folder / ema_filename(self.config, decay))
+            save_tensors(ema, folder / ema_filename(self.config, decay), metadata)
         save_tensors(self.model, folder / "model.safetensors")
         moments = {
             f"{index}.{key}": value

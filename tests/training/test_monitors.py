@@ -209,7 +209,9 @@ def test_process_ends_in_one_line_if_the_other_is_killed_in_an_evaluation(
     evaluation_flags, killed_rank
 ):
     with pytest.raises(AssertionError) as ended:
-        run_ranks(2, "tests.training.failing_evaluation", killed_rank, "killed", *evaluation_flags())
+        run_ranks(
+            2, "tests.training.failing_evaluation", killed_rank, "killed", *evaluation_flags()
+        )
     printed = str(ended.value)
     assert f"[rank {1 - killed_rank}] another process ended before the work was done" in printed
     assert "Traceback" not in printed
