@@ -4,6 +4,7 @@ checkpointing/storage.py describes the files of a checkpoint.
 """
 
 import json
+import math
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from checkpointing.storage import (
     save_tensors,
 )
 from common.files import fsync, sha256, write_file
+from common.watchdog import waiting_for
 from models.projector import AlignedSiT
 from models.sit import SiT
 
@@ -177,9 +179,10 @@ class CheckpointWriter:
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait until the current save is complete."""
+        """Wait until the current save is complete. A stop signal does not end this wait."""
         if self.thread:
-            self.thread.join()
+            with waiting_for("the previous checkpoint to be written", stop_seconds=math.inf):
+                self.thread.join()
             self.thread = None
 
     def take_messages(self) -> list[str]:
