@@ -79,10 +79,14 @@ class DiskFullSafeStream:
 
     Failed writes are ignored, for example if the output is redirected to a file on a full disk.
     Characters that the encoding of the stream cannot represent are written as escape sequences.
+
+    Args:
+        stream: The stream, or None if it is closed, as after `command >&-`.
     """
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        # The null device also occupies the file descriptor, on which libraries print messages.
+        self.stream = stream or Path(os.devnull).open("w")  # noqa: SIM115 (stays open)
 
     def write(self, text: str) -> int:
         """Write the text, and return its length even if the write fails."""
