@@ -160,8 +160,7 @@ def main() -> None:
     config = parse_args()
     world = World()
     device = world.select_device()
-    if world.rank == 0:
-        cli.print_warning(config.sampler.describe_ignored_settings())
+    cli.print_warning(config.sampler.describe_ignored_settings())
     set_precision_and_threads(config.precision, device)
 
     # Load the network and the VAE, and collect the settings that determine the images.

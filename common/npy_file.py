@@ -54,7 +54,7 @@ class NpyFile:
             os.close(self._descriptor)
 
     def __len__(self) -> int:
-        return self.shape[0] if self.shape else 0
+        return self.shape[0]
 
     @property
     def nbytes(self) -> int:

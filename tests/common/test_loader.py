@@ -88,7 +88,8 @@ def test_item_that_cannot_be_sent_ends_in_one_line():
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
-def test_killed_worker_ends_in_one_line(number):
+def test_killed_worker_ends_in_one_line(number, monkeypatch):
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     parent = os.getpid()
 
     def die(index):
@@ -99,6 +100,16 @@ def test_killed_worker_ends_in_one_line(number):
     with pytest.raises(UserError, match=r"a worker process for numbers died .*--num-workers"):
         load_all(die, worker_init=ignore_signals)
     assert not multiprocessing.active_children()
+
+
+def test_worker_that_is_killed_between_two_items_is_reported_by_the_next_wait():
+    with closing(Loader(make_tensor, "numbers", num_workers=1).iterate(range(8))) as items:
+        next(items)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join(60)  # a handler of SIGCHLD would raise an error here
+        with pytest.raises(UserError, match=r"a worker process for numbers died .*SIGKILL"):
+            list(items)
 
 
 def test_blocked_workers_that_ignore_signals_are_ended(monkeypatch):

@@ -13,6 +13,7 @@ from common.watchdog import Watchdog
 from dataset import TrainingStream
 from tests.helpers import train_flags
 from training.preemption import FlagReducer
+from training.state import CheckpointWriter
 
 
 @pytest.fixture
@@ -57,6 +58,15 @@ def test_stop_signal_ends_a_wait_for_a_batch(call, cache, tmp_path, monkeypatch,
     monkeypatch.setattr(TrainingStream, "__getitem__", read_from_a_disk_that_hangs)
     call(train, *train_flags(cache, tmp_path, "run"))
     assert ended.is_set()
+
+
+def test_wait_for_a_save_is_reported(tmp_path, printed_lines):
+    writer = CheckpointWriter(tmp_path, {})
+    writer.thread = threading.Thread(target=lambda: reports.append(printed_lines.get(timeout=60)))
+    reports = []
+    writer.thread.start()
+    writer.wait()
+    assert reports[0].startswith("waiting for the previous checkpoint to be written (")
 
 
 def test_wait_for_the_other_processes_is_reported(monkeypatch, printed_lines):
