@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, describe_read_error
+from common.files import ZIP_READ_ERRORS
 from preprocessing.labels import (
     LabelTable,
     assign_labels,
+    decode_label_file,
     index_classes,
     index_names,
     parse_sidecar,
@@ -88,7 +90,7 @@ def _read_tables(listing: Listing, origin: str) -> LabelTable | None:
     classes: dict[str, object] = {}
     for file in listing.tables:
         folder, slash, name = file.path.rpartition("/")
-        table = parse_table(name, listing.read(file.location), f"{origin}: {file.path}")
+        table = parse_table(name, _read_text(listing, file, origin), f"{origin}: {file.path}")
         if table is not None:
             tables.append(table)
             prefix = file.scope + folder + slash
@@ -100,6 +102,16 @@ def _read_tables(listing: Listing, origin: str) -> LabelTable | None:
         if table.class_names != first.class_names:
             raise UserError(f"{first.origin} and {table.origin} have different class_names")
     return LabelTable(classes, first.class_names, first.origin)
+
+
+def _read_text(listing: Listing, file: ListedFile, origin: str) -> str:
+    """Return the content of a label file. Raises UserError if it cannot be read."""
+    try:
+        data = listing.read(file.location)
+    except ZIP_READ_ERRORS as error:
+        reason = describe_read_error(error)
+        raise UserError(f"{origin}: {file.name} cannot be read ({reason})") from None
+    return decode_label_file(data, f"{origin}: {file.name}")
 
 
 def _read_sidecars(listing: Listing, extension: str, origin: str) -> Classes | None:
@@ -124,7 +136,8 @@ def _read_sidecars(listing: Listing, extension: str, origin: str) -> Classes | N
             if file in image_by_file:
                 raise UserError(f"{origin} has two images for {file.path}; remove one of them")
             image_by_file[file] = image.name
-            value = parse_sidecar(extension, listing.read(file.location), f"{origin}: {file.name}")
+            text = _read_text(listing, file, origin)
+            value = parse_sidecar(extension, text, f"{origin}: {file.name}")
         if value is None:
             missing_names.append(image.name)
         classes.append(value)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.cli import UserError
+from common.lfs import POINTER_START, format_pointer_problem
 from preprocessing.listing import IMAGE_EXTENSIONS, split_extension
 
 MAX_CLASSES = 1_000_000  # class indices must be below this number
@@ -31,22 +32,31 @@ class LabelTable(NamedTuple):
     origin: str
 
 
-def read_label_file(path: Path) -> LabelTable:
+def read_label_file(path: Path, flag: str = "--labels") -> LabelTable:
     """Read a CSV file with rows image,class and an optional header, or a JSON file like EDM's.
 
     Raises:
         UserError: The file cannot be read or parsed.
     """
-    origin = f"--labels {path}"
+    origin = f"{flag} {path}"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{origin} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{origin} is not UTF-8 text ({error})") from None
+    text = decode_label_file(data, origin)
     if path.suffix.lower() == ".json":
         return parse_dataset_json(text, origin)
     return LabelTable(_parse_csv(text, origin), None, origin)
+
+
+def decode_label_file(data: bytes, origin: str) -> str:
+    """Return the text of a label file. Raises UserError if it is not UTF-8 or a Git LFS pointer."""
+    if data.startswith(POINTER_START):
+        raise UserError(format_pointer_problem(origin))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin} is not UTF-8 text ({error})") from None
 
 
 def _parse_csv(text: str, origin: str) -> dict[str, object]:
@@ -79,7 +89,7 @@ def _is_image_name(name: str) -> bool:
     return split_extension(name)[1] in IMAGE_EXTENSIONS
 
 
-def parse_table(name: str, data: bytes, origin: str) -> LabelTable | None:
+def parse_table(name: str, text: str, origin: str) -> LabelTable | None:
     """Parse a label file of a folder (one of TABLE_NAMES in preprocessing/listing.py).
 
     Returns:
@@ -89,9 +99,8 @@ def parse_table(name: str, data: bytes, origin: str) -> LabelTable | None:
         UserError: The file cannot be parsed.
     """
     if name == "dataset.json":
-        return parse_dataset_json(data, origin)
+        return parse_dataset_json(text, origin)
     try:
-        text = data.decode("utf-8-sig")
         if name == "metadata.csv":
             rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
         else:
@@ -105,18 +114,18 @@ def parse_table(name: str, data: bytes, origin: str) -> LabelTable | None:
     return LabelTable(classes, None, origin)
 
 
-def parse_sidecar(extension: str, data: bytes, origin: str) -> object | None:
+def parse_sidecar(extension: str, text: str, origin: str) -> object | None:
     """Return the class in the label file of a single image, or None if it contains no class.
 
     Raises:
         UserError: The file cannot be parsed.
     """
-    try:
-        text = data.decode("utf-8-sig").strip()
-        if extension == ".json":
+    text = text.strip()
+    if extension == ".json":
+        try:
             return find_class(json.loads(text))
-    except ValueError as error:
-        raise UserError(f"{origin} is not a readable label file ({error})") from None
+        except ValueError as error:
+            raise UserError(f"{origin} is not a JSON file ({error})") from None
     if extension == ".txt" and _parse_index(text) is None:
         return None  # a caption
     return text or None
@@ -130,11 +139,9 @@ def find_class(content: object) -> object | None:
     return values[0] if values and values[0] != "" else None
 
 
-def parse_dataset_json(text: str | bytes, origin: str) -> LabelTable:
+def parse_dataset_json(text: str, origin: str) -> LabelTable:
     """Parse the content of an EDM dataset.json. Raises UserError if it has another format."""
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8-sig")
         content = json.loads(text)
         return LabelTable(dict(content["labels"] or []), content.get("class_names"), origin)
     except (ValueError, KeyError, TypeError) as error:

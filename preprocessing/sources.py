@@ -6,7 +6,6 @@ import io
 import os
 import posixpath
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, describe_read_error
+from common.files import ZIP_READ_ERRORS
 from common.lfs import describe_lfs_pointer
 from preprocessing.classes import determine_classes
 from preprocessing.image_source import ImageSource
-from preprocessing.labels import LabelTable, parse_dataset_json, read_label_file
+from preprocessing.labels import LabelTable, read_label_file
 from preprocessing.listing import IMAGE_EXTENSIONS, Listing, find_ignored_name, find_split
 from preprocessing.parquet_files import open_parquet
 from preprocessing.tar_files import TarSource, list_tars
@@ -92,8 +92,7 @@ def open_source(
 
     if file_type == ".tar":
         if table is None and path.is_dir() and (path / "dataset.json").exists():
-            label_file = path / "dataset.json"
-            table = parse_dataset_json(label_file.read_bytes(), f"{flag} {label_file}")
+            table = read_label_file(path / "dataset.json", flag)
         listing = list_tars(path, files, flag)
     elif len(files) > 1:
         raise UserError(
@@ -296,8 +295,9 @@ def _list_zip(file: Path, flag: str) -> Listing:
         for info in archive.infolist():
             if not info.is_dir():
                 listing.add(info.filename, info.filename)
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
+    except ZIP_READ_ERRORS as error:
+        reason = describe_read_error(error)
         raise UserError(
-            f"{flag} {file} is not a folder, tar, parquet or readable zip file ({error})"
+            f"{flag} {file} is not a folder, tar, parquet or readable zip file ({reason})"
         ) from None
     return listing

@@ -138,7 +138,7 @@ AMBIGUOUS = {
     ),
     "damaged json": (
         make_files("a.png", **{"a.json": "{"}),
-        r"a\.json is not a readable label file",
+        r"a\.json is not a JSON file",
     ),
     "images next to class folders": (
         make_files("m/cat/1.png", "m/2.png"),
@@ -183,6 +183,13 @@ def test_unreadable_ignored_folder_does_not_matter(tmp_path, monkeypatch):
     source = open_source(tree)
     assert read_labels(source) == FOLDERS and "lost+found" in source.ignored
     (tree / "lost+found").chmod(0o700)
+
+
+def test_damaged_label_file_in_a_zip_is_reported(tmp_path):
+    source = write_zip(tmp_path / "z.zip", make_files("a.png", **{"dataset.json": {"labels": []}}))
+    source.write_bytes(source.read_bytes().replace(b"dataset", b"data\0et", 1))
+    with pytest.raises(UserError, match=r"dataset\.json cannot be read \(File name in directory"):
+        open_source(source)
 
 
 def test_ignored_names_are_lower_case():
