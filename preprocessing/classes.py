@@ -27,7 +27,7 @@ from preprocessing.labels import (
     parse_table,
     summarize_names,
 )
-from preprocessing.listing import SPLIT_NAMES, ListedFile, Listing, iter_stems, normalize_path
+from preprocessing.listing import SPLIT_NAMES, ListedFile, Listing, iter_stems
 
 
 class Classes(NamedTuple):
@@ -67,7 +67,7 @@ def determine_classes(
     if is_unlabeled:
         return make_one_class(len(images), "no labels")
     if table is None:
-        table = _read_tables(listing, origin)
+        table = read_tables(listing, origin)
     if table is not None:
         paths = [image.path for image in images]
         labels, names = assign_labels(paths, table, [image.scope for image in images])
@@ -84,7 +84,7 @@ def determine_classes(
     return from_folders
 
 
-def _read_tables(listing: Listing, origin: str) -> LabelTable | None:
+def read_tables(listing: Listing, origin: str) -> LabelTable | None:
     """Merge the label files of folders. Return None if there are none, or none contains classes."""
     tables = []
     classes: dict[str, object] = {}
@@ -94,7 +94,7 @@ def _read_tables(listing: Listing, origin: str) -> LabelTable | None:
         if table is not None:
             tables.append(table)
             prefix = file.scope + folder + slash
-            classes |= {prefix + normalize_path(key): value for key, value in table.classes.items()}
+            classes |= {prefix + key: value for key, value in table.classes.items()}
     if not tables:
         return None
     first = tables[0]
@@ -217,8 +217,10 @@ def _check_not_ambiguous(listing: Listing, class_names: list[str], origin: str) 
         if any(_find_sidecar(listing, image, extension) for image in listing.images)
     ]
     used += [file.path for file in listing.tables]
+    if len(class_names) == 1:
+        used += listing.other_tables
     if used and (len(class_names) == 1 or all(name.isdecimal() for name in class_names)):
         raise UserError(
-            f"{origin} has {' and '.join(used)} files, but they contain no classes; pass --labels "
-            "FILE, or --unlabeled to put all images in one class"
+            f"{origin} has {' and '.join(used)} files, but no classes were read from them; pass "
+            "--labels FILE, or --unlabeled to put all images in one class"
         )

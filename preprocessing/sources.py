@@ -16,7 +16,7 @@ import numpy as np
 from common.cli import UserError, describe_read_error
 from common.files import ZIP_READ_ERRORS
 from common.lfs import describe_lfs_pointer
-from preprocessing.classes import determine_classes
+from preprocessing.classes import determine_classes, read_tables
 from preprocessing.image_source import ImageSource
 from preprocessing.labels import LabelTable, read_label_file
 from preprocessing.listing import IMAGE_EXTENSIONS, Listing, find_ignored_name, find_split
@@ -72,6 +72,8 @@ def open_source(
         UserError: The source or the labels are missing, unreadable, ambiguous or empty.
     """
     origin = f"{flag} {path}"
+    if is_unlabeled and (labels or label_column):
+        raise UserError("--unlabeled cannot be combined with --labels or --label-column")
     table = read_label_file(labels) if labels else None
     listing = None
     if path.is_dir():
@@ -90,9 +92,8 @@ def open_source(
     if label_column is not None:
         raise UserError(f"--label-column requires parquet files, but {origin} contains none")
 
+    folder_listing = listing
     if file_type == ".tar":
-        if table is None and path.is_dir() and (path / "dataset.json").exists():
-            table = read_label_file(path / "dataset.json", flag)
         listing = list_tars(path, files, flag)
     elif len(files) > 1:
         raise UserError(
@@ -102,6 +103,10 @@ def open_source(
     elif files:
         listing = _list_zip(files[0], flag)
     assert listing is not None
+    # Label files may also be next to the archives of a folder.
+    if files and folder_listing is not None and not is_unlabeled:
+        table = table or read_tables(folder_listing, origin)
+        listing.other_tables += folder_listing.other_tables
     return _make_source(path, files, listing.sort(), table, origin, is_unlabeled)
 
 
