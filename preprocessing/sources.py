@@ -298,7 +298,7 @@ def _list_zip(file: Path, flag: str) -> Listing:
         archive = zipfile.ZipFile(file)
         listing = Listing(read=archive.read)
         for info in archive.infolist():
-            if not info.is_dir():
+            if not info.filename.endswith("/"):
                 listing.add(info.filename, info.filename)
     except ZIP_READ_ERRORS as error:
         reason = describe_read_error(error)
