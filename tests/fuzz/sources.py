@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import posixpath
 import random
 import sys
 import tarfile
@@ -303,11 +304,11 @@ BROKEN: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "extensions are case-sensitive": (
         preprocessing.listing,
         "split_extension",
-        lambda: lambda path: (path.rpartition(".")[0], "." + path.rpartition(".")[2]),
+        lambda: posixpath.splitext,
     ),
     "label files of folders are ignored": (
         preprocessing.classes,
-        "_read_tables",
+        "read_tables",
         lambda: lambda listing, origin: None,
     ),
     "label files of images are ignored": (
