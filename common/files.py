@@ -7,6 +7,7 @@ import json
 import os
 import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-# Exceptions of np.load if a .npy file is damaged. NumPy tokenizes the header of old files.
-NPY_READ_ERRORS = (OSError, ValueError, EOFError, tokenize.TokenError)
+# Exceptions of np.load if a .npy file is damaged. NumPy parses the header as Python code.
+NPY_READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
+# Exceptions of zipfile if a file is damaged, is encrypted or has an unknown compression.
+ZIP_READ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def _make_partial_path(path: Path) -> Path:

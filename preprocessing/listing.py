@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 # Label files of a whole folder: EDM's format, and those of Hugging Face's ImageFolder.
 TABLE_NAMES = ("dataset.json", "metadata.csv", "metadata.jsonl")
+TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl")
 # Label files of an image. WebDataset uses .cls and .index; img2dataset writes metadata (.json)
 # and captions (.txt).
 SIDECAR_EXTENSIONS = (".cls", ".index", ".json", ".txt")
@@ -60,7 +61,7 @@ class Listing:
             without the extension.
         folders: The normalized paths of all folders of a folder source; empty for archives.
         ignored: The number of ignored files and folders by name.
-        other_extensions: The number of other files by extension.
+        other_tables: The paths of other files that may contain labels.
     """
 
     read: Callable[[Any], bytes]
@@ -69,7 +70,7 @@ class Listing:
     sidecars: dict[str, dict[tuple[str, str], ListedFile]] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    other_extensions: Counter[str] = field(default_factory=Counter)
+    other_tables: list[str] = field(default_factory=list)
 
     def add(self, name: str, location: Any, scope: str = "", path: str | None = None) -> None:
         """Add a file, unless its path contains an ignored name.
@@ -93,8 +94,8 @@ class Listing:
             self.tables.append(file)
         elif extension in SIDECAR_EXTENSIONS:
             self.sidecars.setdefault(extension, {})[scope, stem] = file
-        else:
-            self.other_extensions[extension] += 1
+        elif extension in TABLE_EXTENSIONS:
+            self.other_tables.append(path)
 
     def sort(self) -> "Listing":
         """Sort the images by name, keep the last of several images with one name, and return self.

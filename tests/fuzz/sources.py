@@ -308,7 +308,7 @@ BROKEN: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     ),
     "label files of folders are ignored": (
         preprocessing.classes,
-        "_read_tables",
+        "read_tables",
         lambda: lambda listing, origin: None,
     ),
     "label files of images are ignored": (

@@ -149,6 +149,23 @@ def test_invalid_manifest_is_reported(cache_copy):
         LatentCache(cache_copy)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_classes": 4},
+        {"dtype": "float17"},
+        {"latent_shape": [4, 8]},
+        {"shards": [{"file": "00000.npy"}]},
+        {"shards": ["00000.npy"]},
+        {"encoding": None},
+    ],
+)
+def test_manifest_with_invalid_values_is_reported(cache_copy, changes):
+    edit_manifest(cache_copy, **changes)
+    with pytest.raises(CacheError, match="not a valid manifest"):
+        read_manifest(cache_copy)
+
+
 def test_joined_caches_are_read_as_one(cache, cache_copy):
     # The second cache differs from the first in its second shard.
     path = cache_copy / "moments/00001.npy"
@@ -193,7 +210,10 @@ def test_statistics_of_joined_caches_include_all_images(cache, cache_copy):
             {"class_names": ["class0", "dog", "class2"]},
             "class_names is 'class1' for class 1 in one and 'dog' for class 1",
         ),
-        ({"class_names": ["a", "b"]}, "class_names is 3 classes in one and 2 classes"),
+        (
+            {"class_names": ["a", "b"], "num_classes": 2},
+            "class_names is 3 classes in one and 2 classes",
+        ),
         ({"vae_fingerprint": "x"}, "vae_fingerprint is"),
     ],
 )
