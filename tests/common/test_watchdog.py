@@ -3,6 +3,7 @@
 import multiprocessing
 import queue
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,17 +46,22 @@ def test_a_wait_is_reported_repeatedly_until_it_ends(dog, printed):
     assert not dog.waits
 
 
-def test_a_short_wait_is_not_reported(printed):
-    dog = Watchdog(report_seconds=1000)
+def test_a_short_wait_is_not_reported(dog, printed, monkeypatch):
+    """The clock stands still, and it is read when the wait starts and at each check."""
+    readings = queue.Queue()
+    clock = SimpleNamespace(monotonic=lambda: readings.put(None) or 7.0)
+    monkeypatch.setattr(watchdog, "time", clock)
     with dog.watch("a fast disk"):
-        pass
-    dog.reset()
+        for _ in range(4):
+            readings.get(timeout=60)
     assert printed.empty()
 
 
 def test_waits_may_be_nested_and_end_with_an_exception(dog):
-    with pytest.raises(KeyError), dog.watch("outer"), dog.watch("inner"):
-        {}["missing"]
+    with dog.watch("outer"):
+        with pytest.raises(KeyError), dog.watch("inner"):
+            {}["missing"]
+        assert [wait.description for wait in dog.waits] == ["outer"]
     assert not dog.waits
 
 
