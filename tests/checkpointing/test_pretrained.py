@@ -327,6 +327,8 @@ def test_half_precision_weights_are_converted_as_if_upcast_first(write_pt_file, 
             {"net": {}, "optimizer": {}},
             "at the top level or under ema or model or state_dict; it contains net, optimizer",
         ),
+        ([], "does not contain a state dict .*; it contains a list"),
+        ({"ema": {}}, "does not contain a state dict .*; it contains ema"),
         (
             {"model": {"encoder.weight": torch.ones(1)}},
             "x_embedder.proj.weight is missing; it contains encoder.weight",

@@ -49,11 +49,12 @@ def test_user_error_of_a_worker_arrives_unchanged(num_workers):
         load_all(fail, num_workers)
 
 
-def test_other_errors_of_a_worker_keep_their_type():
+@pytest.mark.parametrize("error", [KeyError, RuntimeError])
+def test_other_errors_of_a_worker_keep_their_type(error):
     def fail(index):
-        raise KeyError("bug")
+        raise error("bug")
 
-    with pytest.raises(KeyError, match="bug"):
+    with pytest.raises(error, match="bug"):
         load_all(fail, worker_init=ignore_signals)
     assert not multiprocessing.active_children()
 
@@ -114,9 +115,11 @@ def test_worker_that_is_killed_between_two_items_is_reported_by_the_next_wait():
 
 def test_blocked_workers_that_ignore_signals_are_ended(monkeypatch):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    num_blocked = multiprocessing.Semaphore(0)
 
     def load(index):
         if index:
+            num_blocked.release()
             threading.Event().wait()  # like a disk that hangs
         return index
 
@@ -125,6 +128,8 @@ def test_blocked_workers_that_ignore_signals_are_ended(monkeypatch):
     assert next(items) == 0
     workers = multiprocessing.active_children()
     assert len(workers) == 2
+    for _ in workers:
+        assert num_blocked.acquire(timeout=60)
     items.close()
     for worker in workers:
         worker.join(60)

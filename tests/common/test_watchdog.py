@@ -3,6 +3,7 @@
 import multiprocessing
 import queue
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,17 +46,22 @@ def test_a_wait_is_reported_repeatedly_until_it_ends(fast_watchdog, printed_line
     assert not fast_watchdog.waits
 
 
-def test_a_short_wait_is_not_reported(printed_lines):
-    slow_watchdog = Watchdog(report_seconds=1000)
-    with slow_watchdog.watch("a fast disk"):
-        pass
-    slow_watchdog.reset()
+def test_a_short_wait_is_not_reported(fast_watchdog, printed_lines, monkeypatch):
+    """The clock stands still, and it is read when the wait starts and at each check."""
+    readings = queue.Queue()
+    clock = SimpleNamespace(monotonic=lambda: readings.put(None) or 7.0)
+    monkeypatch.setattr(watchdog, "time", clock)
+    with fast_watchdog.watch("a fast disk"):
+        for _ in range(4):
+            readings.get(timeout=60)
     assert printed_lines.empty()
 
 
 def test_waits_may_be_nested_and_end_with_an_exception(fast_watchdog):
-    with pytest.raises(KeyError), fast_watchdog.watch("outer"), fast_watchdog.watch("inner"):
-        {}["missing"]
+    with fast_watchdog.watch("outer"):
+        with pytest.raises(KeyError), fast_watchdog.watch("inner"):
+            {}["missing"]
+        assert [wait.description for wait in fast_watchdog.waits] == ["outer"]
     assert not fast_watchdog.waits
 
 

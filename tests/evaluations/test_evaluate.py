@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.metrics_log import read_rows
 from evaluations import curves, evaluate, reference, reference_features
 from evaluations.compare import compute_metrics, list_metric_names
+from evaluations.extractors import iterate_batches
 from evaluations.fashion import load_classifier
 from evaluations.features import Features
 from evaluations.image_batches import NpzFile, NpzImages, open_images
@@ -695,6 +696,12 @@ def test_user_errors_are_one_line(call, unusable_inputs, monkeypatch, flags, mes
     assert re.search(message, text), text
     assert "Traceback" not in text
     assert not list(unusable_inputs.glob("*metrics.json"))
+
+
+def test_damaged_images_are_an_error_when_one_process_reads_them(unusable_inputs):
+    images = NpzImages(unusable_inputs / "flipped_bit.npz", "--eval-reference")
+    with pytest.raises(UserError, match="Bad CRC-32 for file 'arr_0"):
+        next(iterate_batches(images, 8, "reference"))
 
 
 def test_curves_of_several_runs_are_plotted(call, trained, tmp_path, monkeypatch):

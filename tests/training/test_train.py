@@ -321,7 +321,7 @@ def test_flags_may_change_until_the_first_checkpoint(call, cache, tmp_path, monk
     assert [row["images"] for row in rows] == [4, 8, 12] and "align/sra2" not in rows[0]
     assert preview.read_bytes() != before
     code, out = call(train, *flags, "--max-train-steps", 4)
-    assert code == 2 and "--align was none, now sra2" in out
+    assert code == 2 and "other flags: --align was none, now sra2. Choose" in out
 
 
 @pytest.fixture
