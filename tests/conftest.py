@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import _utils
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.helpers import call_main, make_tree, make_vae, train_flags
 
@@ -71,3 +73,11 @@ def trained(tmp_path_factory, cache) -> Path:
     exps = tmp_path_factory.mktemp("exps")
     call_main(train, *train_flags(cache, exps, "trained", "--max-train-steps", 2))
     return exps / "trained"
+
+
+@pytest.fixture
+def frequent_worker_checks(monkeypatch):
+    """Let DataLoaders check every 0.1 s, instead of every 5 s, whether their workers are alive."""
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    # The default value of a method's argument is a copy of the interval.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))

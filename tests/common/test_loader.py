@@ -10,7 +10,6 @@ from contextlib import closing
 
 import pytest
 import torch
-from torch.utils.data import _utils
 
 from common.cli import UserError
 from common.loader import Loader
@@ -89,8 +88,7 @@ def test_item_that_cannot_be_sent_ends_in_one_line():
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
-def test_killed_worker_ends_in_one_line(number, monkeypatch):
-    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+def test_killed_worker_ends_in_one_line(number, frequent_worker_checks):
     parent = os.getpid()
 
     def die(index):
@@ -103,7 +101,9 @@ def test_killed_worker_ends_in_one_line(number, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def test_worker_that_is_killed_between_two_items_is_reported_by_the_next_wait():
+def test_worker_that_is_killed_between_two_items_is_reported_by_the_next_wait(
+    frequent_worker_checks,
+):
     with closing(Loader(make_tensor, "numbers", num_workers=1).iterate(range(8))) as items:
         next(items)
         (worker,) = multiprocessing.active_children()
@@ -113,8 +113,7 @@ def test_worker_that_is_killed_between_two_items_is_reported_by_the_next_wait():
             list(items)
 
 
-def test_blocked_workers_that_ignore_signals_are_ended(monkeypatch):
-    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+def test_blocked_workers_that_ignore_signals_are_ended(frequent_worker_checks):
     num_blocked = multiprocessing.Semaphore(0)
 
     def load(index):

@@ -345,7 +345,9 @@ def test_moments_beyond_float16_are_refused_with_a_remedy(call, tree, tmp_path, 
     assert call(encode_latents, *flags, "--dtype", "float32")[0] == 0
 
 
-def test_killed_worker_gives_an_error_of_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
+def test_killed_worker_gives_an_error_of_one_line(
+    call, tree, vae_folder, tmp_path, monkeypatch, frequent_worker_checks
+):
     parent = os.getpid()
     read = SquareReader.read
 
