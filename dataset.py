@@ -177,7 +177,7 @@ class TrainingStream:
     ) -> Generator[CachedBatch, None, None]:
         """Yield the batches of steps first_step to end_step - 1, in order.
 
-        Close the generator, which ends the workers.
+        Close the generator to end the workers.
 
         Args:
             first_step: First step.

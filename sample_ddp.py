@@ -163,8 +163,7 @@ def main() -> None:
     config = parse_args()
     world = World()
     device = world.select_device()
-    if world.rank == 0:
-        cli.print_warning(config.sampler.describe_ignored_settings())
+    cli.print_warning(config.sampler.describe_ignored_settings())
     set_precision_and_threads(config.precision, device)
 
     # Load the network and the VAE, and collect the settings that determine the images.
@@ -206,7 +205,7 @@ def main() -> None:
             if missing and is_evaluated and world.rank == 0:
                 print(
                     f"{store.metrics_path} lacks {', '.join(missing)}, and the images were "
-                    "discarded: remove the file to sample and evaluate them again"
+                    "discarded: remove the file to sample and evaluate again"
                 )
             if is_evaluated:
                 stored_batches = stored_batches._replace(features=set(store.batches))
@@ -296,7 +295,7 @@ def make_recipe(config: SamplingConfig, source: PretrainedModel) -> Recipe:
 def describe_untrained_labels(
     labels: np.ndarray, recipe: Recipe, source: PretrainedModel
 ) -> str | None:
-    """Return a note about classes without training images, or None if there is nothing to say.
+    """Return a note about classes without training images, or None if it is not needed.
 
     Args:
         labels: Class of each image, (n,).

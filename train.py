@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.cli import EXIT_STOPPED, UserError, print_warning
 from common.machine import describe_busy_cores
+from common.processes import ending_with_the_others
 from common.tf32 import set_tf32
 from common.watchdog import waiting_for
 from dataset import CachedBatch, TrainingStream
@@ -381,7 +382,11 @@ def main() -> None:
     set_tf32(settings.device.allow_tf32)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         print_warning(describe_busy_cores())
-    with stop_on_signal() as request, ExitStack() as resources:
+    with (
+        stop_on_signal() as request,
+        ending_with_the_others(accelerator.num_processes),
+        ExitStack() as resources,
+    ):
         is_finished = run_training(settings, accelerator, request, resources)
         # Wait, because a launcher kills the other processes as soon as one exits with an error.
         with waiting_for("the other processes to finish"):

@@ -141,7 +141,7 @@ def time_readers(root: Path, args: argparse.Namespace) -> dict[str, list[float]]
     for path in root.rglob("*.npy"):
         path.read_bytes()
     seconds = time_interleaved(warm, CPU, args.rounds, args.batches).seconds
-    # Stop the worker processes. Their memory maps would otherwise keep the files in memory.
+    # Stop the worker processes before the cold measurements.
     warm.clear()
 
     # Cold: drop the files from the page cache before each round, and time fewer batches per round.

@@ -49,8 +49,8 @@ IMAGENET_CLASSES = 1000
 
 # Keys that hold the state dict of a .pt file. The first one that exists is used.
 STATE_KEYS = ("ema", "model", "state_dict")
-# Parts of parameter names that DistributedDataParallel, torch.compile, FSDP and activation
-# checkpointing insert.
+# Components that DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert
+# into parameter names.
 WRAPPER_NAMES = {
     "module",
     "_orig_mod",
@@ -217,9 +217,8 @@ def choose_path_type(path: Path, settings: dict[str, Any], path_type: str | None
 def infer_config(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[str, SiTConfig]:
     """Infer the preset and the config from the shapes in a state dict.
 
-    The number of rows of the label embedding table alone does not show whether the null class is
-    one of them. It is not if the rows are as many as the classes that the file records, or as many
-    as the classes of ImageNet if the file does not record the classes.
+    The label embedding table has no row for the null class if it has as many rows as the file
+    records classes, or as ImageNet has classes if the file does not record their number.
 
     Args:
         state: The state dict.

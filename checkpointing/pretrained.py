@@ -12,6 +12,8 @@ checkpointing/official.py reads and converts the files of other repositories.
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
+
 from checkpointing.official import (
     choose_origin,
     choose_path_type,
@@ -26,10 +28,11 @@ from checkpointing.storage import (
     convert_errors,
     ema_filename,
     find_checkpoint,
+    hash_settings,
     load_weights,
     read_config,
 )
-from common.cli import UserError
+from common.cli import UserError, print_warning
 from common.files import read_json_if_valid, sha256
 from models.labels import TrainedLabels
 from models.sit import SiT, SiTConfig
@@ -107,16 +110,24 @@ def load(
                 "remove the flag"
             )
 
-    # Load the EMA, and compare its sha256 with the one that an export records.
+    # Load the EMA, and compare its sha256 with the recorded one, and its settings with config.json.
     decay = choose_ema_decay(path, config, ema_decay)
     weights = folder / ema_filename(config, decay)
     network = SiT(SiTConfig(**config["model"])).eval().requires_grad_(False)
     remedy = f"; config.json next to it describes {config['model_name']}: copy both from one run"
     load_weights(network, weights, remedy)
     digest = sha256(weights)
-    if config.get("exported", {}).get("ema_sha256", digest) != digest:
+    if _read_recorded_sha256(weights, config) not in (None, digest):
         raise CheckpointError(
-            f"{weights} has changed since the export: export or download it again"
+            f"{weights} has changed since it was saved: copy or download it again"
+        )
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata() or {}  # empty for files of older versions
+    if metadata.get("config") not in (None, hash_settings(config)):
+        print_warning(
+            f"{weights} was saved with another config.json than the one next to it: class names, "
+            "latents or other settings may be wrong, unless you edited the file; copy both files "
+            "from one run"
         )
 
     name = _checkpoint_name(folder)
@@ -165,6 +176,14 @@ def read_native_config(path: Path) -> tuple[Path, dict]:
             f"{folder / 'config.json'} does not belong to a checkpoint of this repository"
         )
     return folder, config
+
+
+def _read_recorded_sha256(weights: Path, config: dict) -> str | None:
+    """Return the sha256 that the checkpoint or export of an EMA records, or None."""
+    if "exported" in config:
+        return config["exported"].get("ema_sha256")
+    progress = read_json_if_valid(weights.parent / "progress.json")
+    return progress.get("sha256", {}).get(weights.name)
 
 
 def _has_native_config(folder: Path) -> bool:

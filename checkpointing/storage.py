@@ -2,7 +2,8 @@
 
     exps/NAME/checkpoints/0050000/
       config.json            settings required to rebuild, sample from and evaluate the network
-      ema.safetensors        EMA of the backbone, sufficient for sampling
+      ema.safetensors        EMA of the backbone, sufficient for sampling; its metadata hold a
+                             hash of the settings in config.json
       ema-0.999.safetensors  EMA of the backbone for a further --ema-decay, here 0.999
       model.safetensors      weights of the backbone and the alignment heads (no EMA)
       optimizer.safetensors  moments of AdamW
@@ -91,6 +92,19 @@ def read_config(checkpoint: Path) -> dict:
         return json.loads(path.read_text())
 
 
+def hash_settings(config: dict) -> str:
+    """Return a hash of the settings in a config.json, without paths and values that exports change.
+
+    The metadata of an EMA contain it under "config", so that a config.json of another run is found.
+    """
+    data = {key: value for key, value in config["data"].items() if key not in ("source", "vae")}
+    changing = ("step", "ema_decay", "exported")
+    settings = {key: value for key, value in config.items() if key not in changing}
+    return hashlib.sha256(
+        json.dumps(settings | {"data": data}, sort_keys=True).encode()
+    ).hexdigest()
+
+
 def ema_filename(config: dict, decay: float) -> str:
     """Return the name of the EMA file for a decay.
 
@@ -164,9 +178,10 @@ def progress_digest(progress: dict) -> str:
 class RunOwner:
     """Detects a second trainer of a run on a file system without locks.
 
-    Each trainer announces a token in the file .owner when it starts, and confirms it before each
-    write to the run. The trainer that confirms its token first continues. A running trainer
-    replaces an announced token by its own, so a trainer that starts later ends before it writes.
+    Each trainer writes an unconfirmed token to the file .owner when it starts, and confirms it
+    before each write to the run. The trainer that confirms its token first continues. A running
+    trainer replaces an unconfirmed token by its own, so a trainer that starts later stops before
+    its first write.
 
     Args:
         run: Folder of the run.
@@ -241,14 +256,16 @@ def hidden_path(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write and fsync a .safetensors file without holding the GIL.
 
     Raises:
         OSError: If the file cannot be written, for example because the disk is full.
     """
     try:
-        safetensors.torch.save_file(tensors, path)
+        safetensors.torch.save_file(tensors, path, metadata)
     except SafetensorError as error:
         # safetensors reports the errno only in the message.
         match = re.search(r"os error (\d+)", str(error))

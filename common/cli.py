@@ -45,7 +45,7 @@ def first_line(error: Exception) -> str:
 def describe_read_error(error: Exception) -> str:
     """Describe why a file cannot be read, in one line of at most MAX_REASON_LENGTH characters.
 
-    Names of Python classes are left out, unless the error has no message.
+    Names of Python classes are omitted, unless the error has no message.
     """
     message = " ".join(str(error).split())
     if isinstance(error, KeyError):
@@ -69,8 +69,8 @@ def require_package(name: str, purpose: str) -> None:
 
 
 def print_warning(message: str) -> None:
-    """Print a warning to stderr, unless the message is empty."""
-    if message:
+    """Print a warning to stderr on the first process, unless the message is empty."""
+    if message and os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -79,10 +79,14 @@ class DiskFullSafeStream:
 
     Failed writes are ignored, for example if the output is redirected to a file on a full disk.
     Characters that the encoding of the stream cannot represent are written as escape sequences.
+
+    Args:
+        stream: The stream, or None if it is closed, as after `command >&-`.
     """
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        # The null device also occupies the file descriptor, on which libraries print messages.
+        self.stream = stream or Path(os.devnull).open("w")  # noqa: SIM115 (stays open)
 
     def write(self, text: str) -> int:
         """Write the text, and return its length even if the write fails."""

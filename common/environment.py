@@ -1,4 +1,4 @@
-"""Set what libraries require from the environment, for containers that do not provide it."""
+"""Set environment variables that libraries require, for containers that do not set them."""
 
 import getpass
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def complete_environment() -> None:
-    """Make sure that there are a temporary directory, a user name and a home directory.
+    """Ensure that there are a temporary directory, a user name and a home directory.
 
-    Call this function before importing PyTorch or libraries of Hugging Face. When they are
-    imported, they compute paths from these three, and would raise an exception or create a folder
+    Call this function before importing PyTorch or libraries of Hugging Face. They compute paths
+    when they are imported. Without these three, they would raise an exception or create a folder
     with the name `~`.
 
     Raises:

@@ -7,6 +7,7 @@ import json
 import os
 import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-# Exceptions of np.load if a .npy file is damaged. NumPy tokenizes the header of old files.
-NPY_READ_ERRORS = (OSError, ValueError, EOFError, tokenize.TokenError)
+# Exceptions of np.load if a .npy file is damaged. NumPy parses the header as Python code.
+NPY_READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
+# Exceptions of zipfile if a file is damaged, is encrypted or has an unknown compression.
+ZIP_READ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def _make_partial_path(path: Path) -> Path:
@@ -34,7 +37,7 @@ def _name_in_errors(path: Path) -> Iterator[None]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Create a folder. Raise NotADirectoryError if a file is in the way."""
+    """Create a folder. Raise NotADirectoryError if the path or a parent is a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -63,7 +66,7 @@ def _replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Check that a file can be written, before work whose result will be written to it.
+    """Check that a file can be written. Call this before a long computation of its content.
 
     Raises:
         OSError: The file cannot be written.

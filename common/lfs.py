@@ -3,7 +3,6 @@
 from pathlib import Path
 
 POINTER_START = b"version https://git-lfs.github.com/spec/"
-MAX_POINTER_BYTES = 1024  # limit in the specification of Git LFS
 
 
 def describe_lfs_pointer(path: Path) -> str:
@@ -12,14 +11,16 @@ def describe_lfs_pointer(path: Path) -> str:
     Return an empty string for other files and for files that cannot be read.
     """
     try:
-        if path.stat().st_size > MAX_POINTER_BYTES:
-            return ""
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            start = file.read(len(POINTER_START))
     except OSError:
         return ""
-    if not content.startswith(POINTER_START):
-        return ""
+    return format_pointer_problem(str(path)) if start == POINTER_START else ""
+
+
+def format_pointer_problem(name: str) -> str:
+    """Return the problem and its remedy for a file that is a Git LFS pointer."""
     return (
-        f"{path} is a Git LFS pointer instead of the file itself: run 'git lfs pull' in its "
+        f"{name} is a Git LFS pointer instead of the file itself: run 'git lfs pull' in its "
         "folder, or download the file again"
     )

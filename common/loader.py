@@ -5,8 +5,12 @@ because /dev/shm was full, and for workers that ignore signals when the command 
 """
 
 import multiprocessing
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
@@ -42,7 +46,7 @@ class Loader(Generic[Index, Item]):
     worker_init: Callable[[int], None] | None = None
 
     def iterate(self, indices: Sequence[Index]) -> Generator[Item, None, None]:
-        """Yield the items of the indices. Close the generator, which ends the workers.
+        """Yield the items of the indices. Close the generator to end the workers.
 
         Raises:
             UserError: `load` raised it, a worker was killed, or an item could not be sent.
@@ -56,24 +60,32 @@ class Loader(Generic[Index, Item]):
             worker_init_fn=self.worker_init,
         )
         other_processes = set(multiprocessing.active_children())
-        items = iter(loader)
+        with _keeping_handler_of_ended_children():
+            items = iter(loader)
         workers = set(multiprocessing.active_children()) - other_processes
         try:
             while (item := self._wait_for_item(items, workers)) is not None:
-                yield item.unpack() if isinstance(item, _PackedItem) else item
+                yield item
         finally:
             if workers:
                 _end_workers(items, workers)
 
     def _wait_for_item(self, items: Iterator[Any], workers: set[BaseProcess]) -> Any:
-        """Return the next item, which may be packed, or None at the end."""
+        """Return the next item, or None at the end."""
         try:
             with waiting_for(self.description, STOP_SECONDS):
                 item = next(items, None)
-        except RuntimeError as error:
-            if not any(worker.exitcode for worker in workers):
+                if isinstance(item, _PackedItem):
+                    item = item.unpack()
+        except (RuntimeError, OSError, EOFError):
+            # A process that is ending closes its connections first.
+            connection.wait([worker.sentinel for worker in workers], timeout=1)
+            exit_codes = [worker.exitcode for worker in workers if worker.exitcode]
+            if not exit_codes:
                 raise
-            reason = str(error.__cause__ or error).splitlines()[0].rstrip(" .")
+            reason = f"exit code {exit_codes[0]}"
+            if exit_codes[0] < 0:
+                reason = f"killed by {signal.Signals(-exit_codes[0]).name}"
             raise UserError(
                 f"a worker process for {self.description} died ({reason}); rerun the same "
                 "command with a smaller --num-workers to use less memory"
@@ -83,12 +95,27 @@ class Loader(Generic[Index, Item]):
         return item
 
 
+@contextmanager
+def _keeping_handler_of_ended_children() -> Iterator[None]:
+    """Undo that the first DataLoader with workers installs a handler of SIGCHLD.
+
+    That handler raises an error for a killed worker wherever the main thread is, for example in the
+    middle of a training step. The next wait for an item detects killed workers as well.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+
+
 @dataclass(frozen=True)
 class _PackedItem:
-    """An item in the form in which it is sent to the main process. Its tensors are shared memory.
+    """A pickled item, which is sent to the main process. Its tensors are in shared memory.
 
-    The DataLoader pickles items in a thread that drops an item if that fails. A packed item only
-    contains bytes.
+    The DataLoader pickles items in a thread, and an item is lost if pickling fails. A packed item
+    contains only bytes, for which pickling does not fail.
     """
 
     content: bytes
@@ -103,7 +130,7 @@ class _PackedItem:
         return cls(bytes(ForkingPickler.dumps(item)))
 
     def unpack(self) -> Any:
-        """Return the item; call this once, in the main process."""
+        """Return the item; call this once, in the main process, while the worker is running."""
         return ForkingPickler.loads(self.content)
 
     def pin_memory(self) -> Any:

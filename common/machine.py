@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-MIN_BUSY_FRACTION = 0.25  # share of the cores that other programs use, from which a warning is due
+MIN_BUSY_FRACTION = 0.25  # minimum share of cores used by other programs for a warning
 
 
 def count_available_cores() -> int:

@@ -37,7 +37,7 @@ def split_lines(content: bytes) -> list[bytes]:
 def is_zeroed(line: bytes) -> bool:
     """Return whether a line contains NUL bytes.
 
-    After a power failure, file systems may fill blocks that were not flushed to the disk with them.
+    After a power failure, blocks that were not flushed to the disk may consist of NUL bytes.
     """
     return b"\0" in line
 

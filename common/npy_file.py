@@ -8,8 +8,19 @@ import errno
 import os
 import tokenize
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+
+
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, Fortran order and dtype. Raises ValueError if the header is damaged."""
+    try:
+        if np.lib.format.read_magic(file) == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f"the header is damaged ({error})") from None
 
 
 class NpyFile:
@@ -17,6 +28,7 @@ class NpyFile:
 
     Args:
         path: The file.
+        start: Position of the array in bytes, for a .npy file inside another file.
 
     Attributes:
         shape: Shape of the array.
@@ -28,19 +40,13 @@ class NpyFile:
         ValueError: It is not a .npy file, is truncated, or is in Fortran order.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, start: int = 0):
         self.path = path
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise EOFError("No data left in file")
-            try:
-                if np.lib.format.read_magic(file) == (1, 0):
-                    header = np.lib.format.read_array_header_1_0(file)
-                else:
-                    header = np.lib.format.read_array_header_2_0(file)
-            except tokenize.TokenError as error:
-                raise ValueError(f"the header is damaged ({error})") from None
-            self.shape, is_fortran_order, self.dtype = header
+            file.seek(start)
+            self.shape, is_fortran_order, self.dtype = read_npy_header(file)
             self._offset = file.tell()
             self._descriptor = os.dup(file.fileno())
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
@@ -54,7 +60,7 @@ class NpyFile:
             os.close(self._descriptor)
 
     def __len__(self) -> int:
-        return self.shape[0] if self.shape else 0
+        return self.shape[0]
 
     @property
     def nbytes(self) -> int:

@@ -2,20 +2,23 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError, first_line
+from common.cli import UserError, first_line, get_rank_prefix
 from common.machine import count_available_cores
 from common.watchdog import waiting_for
 
 RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Seconds to wait for an answer of the other processes. A closed connection is detected at once.
+ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def _make_environment_error(name: str, problem: str) -> UserError:
 
 @contextmanager
 def connecting_processes(environment: ProcessEnvironment) -> Iterator[None]:
-    """Report the block while it waits for the other processes to start.
+    """Report the block as a wait for the other processes to start.
 
     Raises:
         UserError: The processes cannot connect.
@@ -87,6 +90,70 @@ def connecting_processes(environment: ProcessEnvironment) -> Iterator[None]:
             f"the processes cannot connect to {address}, which MASTER_ADDR and MASTER_PORT specify "
             f"({first_line(error)}); to run one process, unset RANK, WORLD_SIZE and LOCAL_RANK"
         ) from None
+
+
+def create_gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return a group of all processes for collectives on the CPU. All processes must call this.
+
+    Args:
+        timeout: Limit of each collective; None selects PyTorch's default.
+    """
+    with waiting_for("the other processes to connect"):
+        return dist.new_group(backend="gloo", timeout=timeout)
+
+
+@contextmanager
+def ending_with_the_others(num_processes: int) -> Iterator[None]:
+    """End this process in one line if the block fails because another process has ended.
+
+    If a process is killed, the collectives of the others raise RuntimeError, as many other errors
+    do. All processes must enter the block together.
+
+    Raises:
+        SystemExit: Another process has ended, with code 2.
+    """
+    if num_processes == 1:
+        yield
+        return
+    group = create_gloo_group()  # its only collective is the barrier after an error
+    try:
+        yield
+    except RuntimeError as error:
+        if not _has_process_ended(group):
+            raise
+        _exit_after_lost_process(error)
+
+
+def _has_process_ended(group: dist.ProcessGroup) -> bool:
+    """Return whether a collective of the group fails, instead of succeeding or waiting."""
+    work = dist.barrier(group, async_op=True)
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not work.is_completed() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not work.is_completed():
+        return False
+    try:
+        work.wait()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _exit_after_lost_process(error: RuntimeError) -> NoReturn:
+    """Exit without a traceback, because the process that ended first has printed its error.
+
+    The message of the RuntimeError is also printed, in case it has a different cause.
+    """
+    print(
+        f"{get_rank_prefix()}another process ended before the work was done; rerun the same "
+        f"command to resume ({error})",
+        file=sys.stderr,
+        flush=True,
+    )
+    if dist.get_backend() == "gloo":
+        # Otherwise, a thread of gloo may abort this process while it exits.
+        dist.destroy_process_group()
+    raise SystemExit(2) from None
 
 
 class World:
@@ -128,9 +195,8 @@ class World:
     def _call(self, collective: Callable, *args: Any) -> None:
         """Call a collective operation, unless this is the only process.
 
-        If another process has ended, gloo raises a plain RuntimeError. This process then exits
-        with code 2 and without a traceback, because the other process has printed its error.
-        The message of the RuntimeError is also printed, in case it has a different cause.
+        Raises:
+            SystemExit: Another process has ended, with code 2.
         """
         if self.num_processes == 1:
             return
@@ -138,14 +204,7 @@ class World:
             with waiting_for(f"the other processes (rank {self.rank} of {self.num_processes})"):
                 collective(*args)
         except RuntimeError as error:
-            print(
-                "another process ended before the work was done; rerun the same command to resume "
-                f"({error})",
-                file=sys.stderr,
-            )
-            # Otherwise, a thread of gloo may abort this process while it exits.
-            dist.destroy_process_group()
-            raise SystemExit(2) from None
+            _exit_after_lost_process(error)
 
     def broadcast(self, value: Any) -> Any:
         """Return the value of rank 0 on every process."""

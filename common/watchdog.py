@@ -1,4 +1,4 @@
-"""Report what a process waits for, and let signals end a wait that does not end by itself.
+"""Report what a process waits for, and end the process if a signal arrives during a long wait.
 
 While the main thread is blocked inside a collective or inside the kernel, Python runs neither its
 signal handlers nor any code of this project. A second thread therefore watches the waits. Python
@@ -21,7 +21,7 @@ from common.cli import EXIT_INTERRUPTED, EXIT_STOPPED, get_rank_prefix
 REPORT_SECONDS = 30.0
 # Seconds after which a signal ends a wait. A handler may end it earlier, in the main thread.
 INTERRUPT_SECONDS = 2.0  # for Ctrl-C
-# For stop signals: while the other processes wait, the first one may draw images before it stops.
+# For stop signals. It is long because the first process may draw images while the others wait.
 STOP_SECONDS = 240.0
 CHECKS_PER_REPORT = 10
 
@@ -61,7 +61,7 @@ class Watchdog:
 
     @contextmanager
     def watch(self, description: str, stop_seconds: float = STOP_SECONDS) -> Iterator[None]:
-        """Report the block while it waits, and end the process if a signal arrives meanwhile.
+        """Report the block as a wait, and end the process if a signal arrives during a long wait.
 
         Args:
             description: What the block waits for, as in "waiting for DESCRIPTION".
@@ -77,7 +77,7 @@ class Watchdog:
             self.waits.remove(wait)
 
     def reset(self) -> None:
-        """Forget all waits, and end the thread, which a forked process does not inherit."""
+        """Clear the waits and the thread, which a forked process does not inherit."""
         self.waits = []
         self.thread = None
 

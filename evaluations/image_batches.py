@@ -6,7 +6,6 @@ Shapes: n images in total, B images per batch, H x W pixels per image.
 
 import threading
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +14,17 @@ from typing import IO
 
 import numpy as np
 
-from common.cli import UserError
-from common.files import NPY_READ_ERRORS
+from common.cli import UserError, describe_read_error
+from common.files import NPY_READ_ERRORS, ZIP_READ_ERRORS
 from common.lfs import describe_lfs_pointer
+from common.npy_file import NpyFile, read_npy_header
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from preprocessing.image_source import ImageSource
 from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import open_source
 
 CHUNK_SIZE = 1 << 20  # number of bytes to read at a time for the CRC
-READ_ERRORS = (*NPY_READ_ERRORS, zipfile.BadZipFile, zlib.error)
+READ_ERRORS = (*NPY_READ_ERRORS, *ZIP_READ_ERRORS)
 LOCAL_HEADER_SIZE = 30  # bytes of a zip member's local header, without the name and the extra field
 LENGTHS_OFFSET = 26  # position in the local header of the 16-bit lengths of these two fields
 
@@ -98,16 +98,17 @@ class NpzFile:
         except READ_ERRORS as error:
             if problem := describe_lfs_pointer(self.path):
                 raise UserError(f"{self.flag}: {problem}") from None
+            reason = describe_read_error(error)
             raise UserError(
-                f"{self.flag} {self.path} is damaged or is not an .npz ({error}): use another file"
+                f"{self.flag} {self.path} is damaged or is not an .npz ({reason}): use another file"
             ) from None
 
 
 class NpzImages(NpzFile, Images):
     """The images in arr_0 of an .npz file.
 
-    An uncompressed array, as written by np.savez and sample_ddp.py, is memory-mapped. A compressed
-    array is decompressed while it is read. Several threads may read at the same time.
+    The rows of an uncompressed array, as written by np.savez and sample_ddp.py, are read directly.
+    A compressed array is decompressed while it is read. Several threads may read at the same time.
 
     Args:
         path: The file.
@@ -125,13 +126,13 @@ class NpzImages(NpzFile, Images):
         self.member = self.members["arr_0"]
         self.stream: IO[bytes] | None = None
         self.lock = threading.Lock()
-        self.map: np.memmap | None = None
+        self.file: NpyFile | None = None
         with (
             self._report_read_errors(),
             zipfile.ZipFile(path) as archive,
             archive.open(self.member) as file,
         ):
-            self.shape, fortran_order, dtype = _read_npy_header(file)
+            self.shape, fortran_order, dtype = read_npy_header(file)
             self.header_size = file.tell()
             if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
                 order = " in Fortran order" if fortran_order else ""
@@ -141,9 +142,8 @@ class NpzImages(NpzFile, Images):
                 )
             self.count = self.shape[0]
             self.size = self.shape[1:3]
-            if self.member.compress_type == zipfile.ZIP_STORED and self.count:
-                offset = _find_member_offset(path, self.member) + self.header_size
-                self.map = np.memmap(path, np.uint8, "r", offset, self.shape)
+            if self.member.compress_type == zipfile.ZIP_STORED:
+                self.file = NpyFile(path, _find_member_offset(path, self.member))
 
     def verify(self) -> None:
         """Read arr_0 once to compare it with its CRC, which reads of single rows do not check."""
@@ -180,10 +180,11 @@ class NpzImages(NpzFile, Images):
         Raises:
             UserError: If the file is damaged.
         """
-        if self.map is not None:
-            return self.map[start:stop]
-        with self.lock, self._report_read_errors():
-            return self._decompress(start, stop)
+        with self._report_read_errors():
+            if self.file is not None:
+                return self.file[start:stop]
+            with self.lock:
+                return self._decompress(start, stop)
 
     def _decompress(self, start: int, stop: int) -> np.ndarray:
         if self.stream is None:
@@ -199,13 +200,6 @@ class NpzImages(NpzFile, Images):
     def read_batch(self, start: int, stop: int) -> np.ndarray:
         """Return images start to stop - 1, (B, 3, H, W)."""
         return np.ascontiguousarray(self.read_rows(start, stop).transpose(0, 3, 1, 2))
-
-
-def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, Fortran order and dtype from the header of a .npy file."""
-    if np.lib.format.read_magic(file) == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
 
 
 def _find_member_offset(path: Path, member: zipfile.ZipInfo) -> int:

@@ -191,7 +191,7 @@ def read_statistics(npz: NpzFile, suffix: str, size: int) -> Statistics | None:
         raise UserError(f"{requirement}; some values are not finite")
     problem = _find_covariance_problem(statistics.sigma)
     if problem:
-        raise UserError(f"{requirement}; sigma{suffix} {problem}, so it is no covariance")
+        raise UserError(f"{requirement}; sigma{suffix} {problem}, so it is not a covariance")
     return statistics
 
 

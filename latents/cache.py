@@ -20,6 +20,7 @@ from common.machine import get_available_memory, get_memory_sharing_domain, rais
 from latents.manifest import (
     CacheError,
     format_features_remedy,
+    format_repair_remedy,
     join_manifests,
     read_feature_metadata,
     read_manifest,
@@ -66,8 +67,7 @@ class LatentCache:
         self.manifest = join_manifests(self.roots, self.manifests)
         self.shard_starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
 
-        channels, *size = self.manifest.latent_shape
-        self._moments_format = np.dtype((self.manifest.dtype, (2 * channels, *size)))
+        self._moments_format = self.manifest.moments_format
         # Shape and data type of the rows, for the folders that have been validated.
         self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
         self._moments_in_ram: np.ndarray | None = None
@@ -79,7 +79,7 @@ class LatentCache:
         self.labels = np.empty(len(self), np.min_scalar_type(last_class))
         for shard_index, start in enumerate(self.shard_starts[:-1]):
             reader = self._open_shard(shard_index, "labels", np.dtype(np.int64))
-            labels = reader.read_all()
+            labels = reader.read()
             if labels.size and not 0 <= labels.min() <= labels.max() <= last_class:
                 raise CacheError(
                     f"{reader.path} has labels outside 0..{last_class}; {reader.remedy}"
@@ -269,7 +269,7 @@ class LatentCache:
         if folder.startswith("features/"):
             remedy = format_features_remedy(root / folder)
         else:
-            remedy = f"repair it with python -m preprocessing.verify --repair {root}"
+            remedy = format_repair_remedy(root)
         return ShardReader(root / folder / shard["file"], shard["count"], row_format, remedy)
 
     def load_into_ram(

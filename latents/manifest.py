@@ -79,6 +79,12 @@ class Manifest:
         return list_moment_folders(self.flips)
 
     @property
+    def moments_format(self) -> np.dtype:
+        """Shape and data type of the moments of an image, as a subarray dtype."""
+        channels, height, width = self.latent_shape
+        return np.dtype((self.dtype, (2 * channels, height, width)))
+
+    @property
     def folders(self) -> list[str]:
         """All folders that contain one array per shard, except the folders of features."""
         folders = [*self.moment_folders, "labels"]
@@ -111,10 +117,15 @@ def read_manifest(root: Path) -> Manifest:
         content = json.loads(path.read_text())
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            if not all({"file", "count"} <= shard.keys() for shard in content["shards"]):
-                raise ValueError("a shard has no file or no count")
-            return _resolve_vae(Manifest(**content))
-    except (ValueError, KeyError, TypeError) as error:
+            for shard in content["shards"]:
+                if not isinstance(shard["file"], str) or not isinstance(shard["count"], int):
+                    raise ValueError("a shard has no file or no count")
+            manifest = Manifest(**content)
+            if len(manifest.class_names) != manifest.num_classes:
+                raise ValueError("class_names does not contain num_classes names")
+            _ = manifest.moments_format  # raises an exception if latent_shape or dtype is invalid
+            return _resolve_vae(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if problem := describe_lfs_pointer(path):
             raise CacheError(problem) from None
         reason = describe_read_error(error)
@@ -200,6 +211,11 @@ def _describe_difference(name: str, first_value: Any, second_value: Any) -> tupl
     is_equal = [first == second for first, second in zip(first_value, second_value)]
     k = is_equal.index(False)
     return f"{first_value[k]!r} for class {k}", f"{second_value[k]!r} for class {k}"
+
+
+def format_repair_remedy(root: Path) -> str:
+    """Return the remedy for a damaged shard of the cache `root`, for error messages."""
+    return f"repair it with python -m preprocessing.verify --repair {root}"
 
 
 def format_features_remedy(folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.cli import describe_read_error
 from common.lfs import describe_lfs_pointer
 from common.npy_file import NpyFile
 from latents.manifest import CacheError
@@ -54,14 +55,14 @@ class ShardReader:
                 f"specifies {expected} and {row_format.base}{hint}; {remedy}"
             )
 
-    def read_all(self) -> np.ndarray:
-        """Return all rows, (num_rows, ...).
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return rows start to stop - 1; by default, all rows.
 
         Raises:
             CacheError: The file cannot be read.
         """
         with self._convert_errors():
-            return self.file[:]
+            return self.file[start:stop]
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Read consecutive rows into a contiguous array.
@@ -84,7 +85,7 @@ class ShardReader:
     def _make_error(self, error: Exception) -> CacheError:
         if problem := describe_lfs_pointer(self.path):
             return CacheError(problem)
-        message = f"{self.path} cannot be read ({error})"
+        message = f"{self.path} cannot be read ({describe_read_error(error)})"
         # Do not suggest the remedy for errors of the disk or machine: the file may be intact.
         if getattr(error, "errno", None) in (None, errno.ENOENT) or self._is_truncated():
             message += f"; {self.remedy}"

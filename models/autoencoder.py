@@ -135,7 +135,7 @@ def check_vae_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
         if (folder / "vae" / "config.json").exists():
             raise FieldError(
-                "vae", f"{folder} is a whole pipeline; choose its VAE, {folder / 'vae'}"
+                "vae", f"{folder} is a diffusers pipeline; choose its VAE, {folder / 'vae'}"
             )
         raise FieldError("vae", f"{folder} is not a diffusers folder: config.json is missing")
     for path in sorted(folder.iterdir()):

@@ -36,7 +36,7 @@ class TrainedLabels:
 
 
 def describe_empty_classes(images_per_class: Sequence[int], class_names: list[str]) -> str | None:
-    """Return the object of a sentence, such as "no images of ...", or None if there are none."""
+    """Return a phrase such as "no images of 1 of 3 classes: ...", or None if no class is empty."""
     empty = [k for k, count in enumerate(images_per_class) if not count]
     if not empty:
         return None

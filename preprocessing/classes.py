@@ -15,17 +15,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, describe_read_error
+from common.files import ZIP_READ_ERRORS
 from preprocessing.labels import (
     LabelTable,
     assign_labels,
+    decode_label_file,
     index_classes,
     index_names,
     parse_sidecar,
     parse_table,
     summarize_names,
 )
-from preprocessing.listing import SPLIT_NAMES, ListedFile, Listing, iter_stems, normalize_path
+from preprocessing.listing import SPLIT_NAMES, ListedFile, Listing, iter_stems
 
 
 class Classes(NamedTuple):
@@ -65,11 +67,13 @@ def determine_classes(
     if is_unlabeled:
         return make_one_class(len(images), "no labels")
     if table is None:
-        table = _read_tables(listing, origin)
+        table = read_tables(listing, origin)
     if table is not None:
         paths = [image.path for image in images]
         labels, names = assign_labels(paths, table, [image.scope for image in images])
-        label_origin = f"labels from {table.origin}" if table.classes else "no labels"
+        label_origin = f"labels from {table.origin.removeprefix(origin + ': ')}"
+        if not table.classes:
+            label_origin = "no labels"
         return Classes(labels, names, label_origin)
 
     for extension in (".cls", ".index", ".json"):
@@ -82,17 +86,17 @@ def determine_classes(
     return from_folders
 
 
-def _read_tables(listing: Listing, origin: str) -> LabelTable | None:
+def read_tables(listing: Listing, origin: str) -> LabelTable | None:
     """Merge the label files of folders. Return None if there are none, or none contains classes."""
     tables = []
     classes: dict[str, object] = {}
     for file in listing.tables:
         folder, slash, name = file.path.rpartition("/")
-        table = parse_table(name, listing.read(file.location), f"{origin}: {file.path}")
+        table = parse_table(name, _read_text(listing, file, origin), f"{origin}: {file.path}")
         if table is not None:
             tables.append(table)
             prefix = file.scope + folder + slash
-            classes |= {prefix + normalize_path(key): value for key, value in table.classes.items()}
+            classes |= {prefix + key: value for key, value in table.classes.items()}
     if not tables:
         return None
     first = tables[0]
@@ -100,6 +104,16 @@ def _read_tables(listing: Listing, origin: str) -> LabelTable | None:
         if table.class_names != first.class_names:
             raise UserError(f"{first.origin} and {table.origin} have different class_names")
     return LabelTable(classes, first.class_names, first.origin)
+
+
+def _read_text(listing: Listing, file: ListedFile, origin: str) -> str:
+    """Return the content of a label file. Raises UserError if it cannot be read."""
+    try:
+        data = listing.read(file.location)
+    except ZIP_READ_ERRORS as error:
+        reason = describe_read_error(error)
+        raise UserError(f"{origin}: {file.name} cannot be read ({reason})") from None
+    return decode_label_file(data, f"{origin}: {file.name}")
 
 
 def _read_sidecars(listing: Listing, extension: str, origin: str) -> Classes | None:
@@ -124,7 +138,8 @@ def _read_sidecars(listing: Listing, extension: str, origin: str) -> Classes | N
             if file in image_by_file:
                 raise UserError(f"{origin} has two images for {file.path}; remove one of them")
             image_by_file[file] = image.name
-            value = parse_sidecar(extension, listing.read(file.location), f"{origin}: {file.name}")
+            text = _read_text(listing, file, origin)
+            value = parse_sidecar(extension, text, f"{origin}: {file.name}")
         if value is None:
             missing_names.append(image.name)
         classes.append(value)
@@ -204,8 +219,10 @@ def _check_not_ambiguous(listing: Listing, class_names: list[str], origin: str) 
         if any(_find_sidecar(listing, image, extension) for image in listing.images)
     ]
     used += [file.path for file in listing.tables]
+    if len(class_names) == 1:
+        used += listing.other_tables
     if used and (len(class_names) == 1 or all(name.isdecimal() for name in class_names)):
         raise UserError(
-            f"{origin} has {' and '.join(used)} files, but they contain no classes; pass --labels "
-            "FILE, or --unlabeled to put all images in one class"
+            f"{origin} has {' and '.join(used)} files, but no classes were read from them; pass "
+            "--labels FILE, or --unlabeled to put all images in one class"
         )

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.files import NpyWriter, discard_on_error, write_file
-from common.npy_file import NpyFile
 from common.ordered_map import map_in_order
 from common.processes import World
-from latents.manifest import Manifest
+from latents.manifest import Manifest, format_repair_remedy
+from latents.shard_reader import ShardReader
 from preprocessing.partial_work import (
     check_or_record_plan,
     describe_differences,
@@ -73,11 +73,14 @@ def build_features(
         # Encode the shards of this process.
         local_entries = missing_entries[world.rank :: world.num_processes]
         records = {}
+        row_format = np.dtype((np.uint8, (3, manifest.resolution, manifest.resolution)))
         num_local_images = sum(entry["count"] for entry in local_entries)
         with show_progress_bar(world, dest.name, num_local_images) as progress:
             for entry in local_entries:
                 file = entry["file"]
-                images = root / "images" / file
+                path = root / "images" / file
+                remedy = format_repair_remedy(root)
+                images = ShardReader(path, entry["count"], row_format, remedy)
                 record = {
                     "file": file,
                     "count": entry["count"],
@@ -138,7 +141,7 @@ def _is_encoded(dest: Path, entry: dict) -> bool:
 
 
 def _encode_shard(
-    images_path: Path,
+    images: ShardReader,
     dest_path: Path,
     plan: dict,
     encode: Callable[[Tensor], Tensor],
@@ -156,32 +159,18 @@ def _encode_shard(
         UserError: The images cannot be read, or the features exceed the range of float16.
     """
 
-    def make_error(error: Exception) -> UserError:
-        return UserError(
-            f"{images_path} cannot be read ({error}); "
-            "run python -m preprocessing.verify --repair to restore it"
-        )
-
-    try:
-        images = NpyFile(images_path)
-    except (OSError, ValueError, EOFError) as error:
-        raise make_error(error) from None
-
     def compute(start: int) -> np.ndarray:
-        try:
-            batch = torch.from_numpy(images[start : start + batch_size])
-        except OSError as error:
-            raise make_error(error) from None
+        batch = torch.from_numpy(images.read(start, start + batch_size))
         with torch.no_grad():
             return encode(batch).half().cpu().numpy()
 
     writer = NpyWriter(dest_path, FEATURES_DTYPE, (plan["tokens_side"] ** 2, plan["width"]))
     num_threads = 2 if torch.cuda.is_available() else 1
     with discard_on_error(writer), ThreadPoolExecutor(num_threads) as pool:
-        for tokens in map_in_order(pool, compute, range(0, len(images), batch_size), 2):
+        for tokens in map_in_order(pool, compute, range(0, len(images.file), batch_size), 2):
             if not np.isfinite(tokens).all():
                 raise UserError(
-                    f"{plan['encoder']} produces features of {images_path} that float16 cannot "
+                    f"{plan['encoder']} produces features of {images.path} that float16 cannot "
                     "represent; choose another encoder"
                 )
             writer.append(tokens)

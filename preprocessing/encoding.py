@@ -54,7 +54,7 @@ class EncodingSettings:
         None, help="column of parquet files that contains the class (default: found by its name)"
     )
     unlabeled: bool = setting(
-        False, help="put all images in one class, whatever labels the source contains"
+        False, help="put all images in one class, regardless of the labels in the source"
     )
     resolution: int = setting(
         256,

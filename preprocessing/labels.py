@@ -4,13 +4,15 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
-from preprocessing.listing import IMAGE_EXTENSIONS, split_extension
+from common.cli import MAX_REASON_LENGTH, UserError, describe_read_error
+from common.lfs import POINTER_START, format_pointer_problem
+from preprocessing.listing import IMAGE_EXTENSIONS, normalize_path, split_extension
 
 MAX_CLASSES = 1_000_000  # class indices must be below this number
 # Names of the class in metadata files, and of the label column in parquet files.
@@ -21,7 +23,7 @@ class LabelTable(NamedTuple):
     """Classes of images, read from a label file.
 
     Attributes:
-        classes: The class of each image, as an index or a name, by image name.
+        classes: The class of each image, as an index or a name, by its normalized path.
         class_names: The names of all classes, or None if the file does not list them.
         origin: The flag and file that the table was read from, for error messages.
     """
@@ -31,28 +33,37 @@ class LabelTable(NamedTuple):
     origin: str
 
 
-def read_label_file(path: Path) -> LabelTable:
+def read_label_file(path: Path, flag: str = "--labels") -> LabelTable:
     """Read a CSV file with rows image,class and an optional header, or a JSON file like EDM's.
 
     Raises:
         UserError: The file cannot be read or parsed.
     """
-    origin = f"--labels {path}"
+    origin = f"{flag} {path}"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{origin} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{origin} is not UTF-8 text ({error})") from None
+    text = decode_label_file(data, origin)
     if path.suffix.lower() == ".json":
         return parse_dataset_json(text, origin)
     return LabelTable(_parse_csv(text, origin), None, origin)
 
 
+def decode_label_file(data: bytes, origin: str) -> str:
+    """Return the text of a label file. Raises UserError if it is not UTF-8 or a Git LFS pointer."""
+    if data.startswith(POINTER_START):
+        raise UserError(format_pointer_problem(origin))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin} is not UTF-8 text ({error})") from None
+
+
 def _parse_csv(text: str, origin: str) -> dict[str, object]:
     """Return the class of each image."""
     try:
-        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
     except csv.Error as error:
         raise UserError(f"{origin} is not a valid CSV file ({error})") from None
     for number, row in enumerate(rows, start=1):
@@ -63,15 +74,28 @@ def _parse_csv(text: str, origin: str) -> dict[str, object]:
             )
     if len(rows) > 1 and not _is_image_name(rows[0][0]) and _is_image_name(rows[1][0]):
         rows = rows[1:]  # skip the header
+    if not rows:
+        raise UserError(f"{origin} is empty")
+    return _make_classes(rows, origin)
 
+
+def _make_classes(rows: Iterable[Sequence[Any]], origin: str) -> dict[str, object]:
+    """Return the class of each image by its normalized path.
+
+    Args:
+        rows: The name and the class of each image.
+        origin: The flag and file that contain the rows, for error messages.
+
+    Raises:
+        UserError: A name is not text, or an image has two classes.
+    """
     classes: dict[str, object] = {}
     for name, value in rows:
-        name = name.strip()
-        if name in classes:
+        if not isinstance(name, str):
+            raise UserError(f"{origin} has {name!r} in place of the name of an image")
+        path = normalize_path(name)
+        if classes.setdefault(path, value) != value:
             raise UserError(f"{origin} lists {name} twice; remove one of the two rows")
-        classes[name] = value.strip()
-    if not classes:
-        raise UserError(f"{origin} is empty")
     return classes
 
 
@@ -79,7 +103,7 @@ def _is_image_name(name: str) -> bool:
     return split_extension(name)[1] in IMAGE_EXTENSIONS
 
 
-def parse_table(name: str, data: bytes, origin: str) -> LabelTable | None:
+def parse_table(name: str, text: str, origin: str) -> LabelTable | None:
     """Parse a label file of a folder (one of TABLE_NAMES in preprocessing/listing.py).
 
     Returns:
@@ -89,34 +113,36 @@ def parse_table(name: str, data: bytes, origin: str) -> LabelTable | None:
         UserError: The file cannot be parsed.
     """
     if name == "dataset.json":
-        return parse_dataset_json(data, origin)
+        return parse_dataset_json(text, origin)
     try:
-        text = data.decode("utf-8-sig")
         if name == "metadata.csv":
-            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+            records: list[Any] = list(csv.DictReader(io.StringIO(text)))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        classes = {row["file_name"]: find_class(row) for row in rows}
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [(record["file_name"], find_class(record)) for record in records]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = describe_read_error(error)
         raise UserError(f"{origin} is not ImageFolder metadata with file_name ({reason})") from None
-    if None in classes.values():
+    missing_names = [str(name) for name, value in rows if value is None]
+    if len(missing_names) == len(rows):
         return None
-    return LabelTable(classes, None, origin)
+    if missing_names:
+        raise UserError(f"{origin} has no class for {summarize_names(missing_names)}")
+    return LabelTable(_make_classes(rows, origin), None, origin)
 
 
-def parse_sidecar(extension: str, data: bytes, origin: str) -> object | None:
+def parse_sidecar(extension: str, text: str, origin: str) -> object | None:
     """Return the class in the label file of a single image, or None if it contains no class.
 
     Raises:
         UserError: The file cannot be parsed.
     """
-    try:
-        text = data.decode("utf-8-sig").strip()
-        if extension == ".json":
+    text = text.strip()
+    if extension == ".json":
+        try:
             return find_class(json.loads(text))
-    except ValueError as error:
-        raise UserError(f"{origin} is not a readable label file ({error})") from None
+        except ValueError as error:
+            raise UserError(f"{origin} is not a JSON file ({error})") from None
     if extension == ".txt" and _parse_index(text) is None:
         return None  # a caption
     return text or None
@@ -130,18 +156,19 @@ def find_class(content: object) -> object | None:
     return values[0] if values and values[0] != "" else None
 
 
-def parse_dataset_json(text: str | bytes, origin: str) -> LabelTable:
+def parse_dataset_json(text: str, origin: str) -> LabelTable:
     """Parse the content of an EDM dataset.json. Raises UserError if it has another format."""
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8-sig")
         content = json.loads(text)
-        return LabelTable(dict(content["labels"] or []), content.get("class_names"), origin)
+        labels = content["labels"] or []
+        rows = labels.items() if isinstance(labels, dict) else [(name, x) for name, x in labels]
+        class_names = content.get("class_names")
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = describe_read_error(error)
         raise UserError(
             f'{origin} does not have the format {{"labels": [[image, class], ...]}} ({reason})'
         ) from None
+    return LabelTable(_make_classes(rows, origin), class_names, origin)
 
 
 def index_classes(
@@ -173,9 +200,9 @@ def index_classes(
         return index_names(classes, class_names, origin)
 
     if len(indices) < len(parsed):
-        value = classes[parsed.index(None)]
+        value = repr(classes[parsed.index(None)])[:MAX_REASON_LENGTH]
         raise UserError(
-            f"{origin}: classes must be either all integers or all names; found {value!r}"
+            f"{origin}: classes must be either all integers or all names; found {value}"
         )
     lowest = min(indices, default=0)
     highest = max(indices, default=0)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 IMAGE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 # Label files of a whole folder: EDM's format, and those of Hugging Face's ImageFolder.
 TABLE_NAMES = ("dataset.json", "metadata.csv", "metadata.jsonl")
+TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl")
 # Label files of an image. WebDataset uses .cls and .index; img2dataset writes metadata (.json)
 # and captions (.txt).
 SIDECAR_EXTENSIONS = (".cls", ".index", ".json", ".txt")
-# Files and folders that operating systems and network storage add to folders of images.
+# Files and folders that operating systems and network storage create, in lower case.
 IGNORED_NAMES = {
     "@eadir",
     "#recycle",
@@ -36,7 +37,7 @@ class ListedFile(NamedTuple):
     """A file of a source.
 
     Attributes:
-        name: The name under which the source knows the file. Names are unique within a source.
+        name: The name that identifies the file within the source.
         path: The normalized path, without the name of the archive.
         scope: The archive that contains the file, if the source consists of several archives.
         location: The position of the file in the source, in a form that depends on the source.
@@ -60,7 +61,7 @@ class Listing:
             without the extension.
         folders: The normalized paths of all folders of a folder source; empty for archives.
         ignored: The number of ignored files and folders by name.
-        other_extensions: The number of other files by extension.
+        other_tables: The paths of other files that may contain labels.
     """
 
     read: Callable[[Any], bytes]
@@ -69,13 +70,13 @@ class Listing:
     sidecars: dict[str, dict[tuple[str, str], ListedFile]] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    other_extensions: Counter[str] = field(default_factory=Counter)
+    other_tables: list[str] = field(default_factory=list)
 
     def add(self, name: str, location: Any, scope: str = "", path: str | None = None) -> None:
         """Add a file, unless its path contains an ignored name.
 
         Args:
-            name: The name under which the source knows the file.
+            name: The name that identifies the file within the source.
             location: The position of the file in the source.
             scope: The archive that contains the file, if there are several.
             path: The path of the file in the source or archive. The default is `name`.
@@ -93,8 +94,8 @@ class Listing:
             self.tables.append(file)
         elif extension in SIDECAR_EXTENSIONS:
             self.sidecars.setdefault(extension, {})[scope, stem] = file
-        else:
-            self.other_extensions[extension] += 1
+        elif extension in TABLE_EXTENSIONS:
+            self.other_tables.append(path)
 
     def sort(self) -> "Listing":
         """Sort the images by name, keep the last of several images with one name, and return self.
@@ -141,7 +142,7 @@ def split_extension(path: str) -> tuple[str, str]:
 
 
 def iter_stems(path: str) -> Iterator[str]:
-    """Yield a path with ever fewer extensions: a.b/1.seg.png gives a.b/1.seg and a.b/1."""
+    """Yield a path without its last extension, without the last two, and so on."""
     stem, extension = split_extension(path)
     while extension:
         yield stem
@@ -149,6 +150,6 @@ def iter_stems(path: str) -> Iterator[str]:
 
 
 def find_split(path: str) -> str | None:
-    """Return the first split that a path names, such as train for data/train-01.tar, or None."""
+    """Return the first split name in a path, such as train in data/train-01.tar, or None."""
     words = re.split(r"[^a-z]+", path.lower())
     return next((word for word in words if word in SPLIT_NAMES), None)

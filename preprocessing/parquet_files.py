@@ -5,6 +5,8 @@ The messages of errors that `open` raises must not be reworded (see preprocessin
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from common import cli
-from common.cli import UserError
+from common.cli import UserError, describe_read_error
 from preprocessing.image_source import ImageSource
 from preprocessing.labels import LABEL_KEYS, index_classes
 
@@ -101,10 +103,12 @@ def open_parquet(
                 classes += parquet.read([column], use_threads=False).column(0).to_pylist()
                 class_names = class_names or _read_class_names(schema).get(column)
 
-    # Convert classes to labels. A test split may have the label -1 for all images.
-    if classes and (len(classes) != len(names) or None in classes):
+    # Convert classes to labels. A test split may have no label or the label -1 for all images.
+    if not names:
+        raise UserError(f"{origin} contains no images")
+    is_labeled = any(value not in (None, -1) for value in classes)
+    if is_labeled and (len(classes) != len(names) or None in classes):
         raise UserError(f"{origin}: some rows have a label and others have none")
-    is_labeled = bool(classes) and set(classes) != {-1}
     labels, class_names = index_classes(
         classes if is_labeled else [0] * len(names), class_names if is_labeled else None, origin
     )
@@ -116,14 +120,17 @@ def open_parquet(
     return source
 
 
-def _open_parquet_file(file: Path, flag: str) -> "pyarrow.parquet.ParquetFile":
+@contextmanager
+def _open_parquet_file(file: Path, flag: str) -> "Iterator[pyarrow.parquet.ParquetFile]":
+    """Open a parquet file, and convert exceptions of pyarrow in the context to UserError."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            yield parquet
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        reason = describe_read_error(error)
         raise UserError(f"{flag} {file} is not a readable parquet file ({reason})") from None
 
 
@@ -159,8 +166,9 @@ def _find_label_column(
 ) -> str | None:
     """Return the name of the column that contains the classes, or None if there is no such column.
 
-    The column is `label_column`, or has one of the names LABEL_KEYS, or is the only column that the
-    library `datasets` calls a ClassLabel, or is the only column whose name contains label or class.
+    The column is the first of these that exists: `label_column`, a column with one of the names
+    LABEL_KEYS, the only ClassLabel of the library `datasets`, or the only column whose name
+    contains label or class.
 
     Raises:
         UserError: `label_column` does not exist, or it is not clear whether the other columns

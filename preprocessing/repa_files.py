@@ -36,7 +36,7 @@ from preprocessing.cache_job import DTYPES, Batch, CacheJob
 from preprocessing.cache_preview import NUM_IMAGES
 from preprocessing.image_source import ImageSource
 from preprocessing.images import BadImage, UnreadableImage, load_square
-from preprocessing.labels import assign_labels, parse_dataset_json, summarize_names
+from preprocessing.labels import assign_labels, read_label_file, summarize_names
 from preprocessing.sources import walk_folder
 
 READER_THREADS = 16  # reading small files is limited by the latency of the disk
@@ -225,7 +225,7 @@ def open_moments(root: Path) -> ImageSource:
             f"SRC {label_file} is missing; it contains the classes, and REPA's encoding writes it "
             "last; check that the encoding is complete"
         )
-    table = parse_dataset_json(label_file.read_bytes(), f"SRC {label_file}")
+    table = read_label_file(label_file, "SRC")
     missing_names = sorted(set(table.classes) - set(names))
     if missing_names:
         raise UserError(

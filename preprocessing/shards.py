@@ -13,6 +13,8 @@ import numpy as np
 from common.cli import UserError
 from common.files import NpyWriter, write_array
 from common.npy_file import NpyFile
+from latents.manifest import format_repair_remedy
+from latents.shard_reader import ShardReader
 
 IMAGES_PER_CHUNK = 256  # number of images that are converted to float64 at a time
 # Largest accepted mean difference between new and stored moments, as a fraction of the standard
@@ -138,12 +140,14 @@ def _matches_stored_shard(dest: Path, entry: ShardEntry, shard: Shard) -> bool:
     if shard.skipped != entry["skipped"]:
         return False
     for name, array in shard.arrays.items():
-        stored_array = NpyFile(dest / name / shard.file)
+        path = dest / name / shard.file
+        row_format = np.dtype((array.dtype, array.shape[1:]))
+        stored_shard = ShardReader(path, entry["count"], row_format, format_repair_remedy(dest))
         if name == "labels":
-            if not np.array_equal(stored_array[:], array):
+            if not np.array_equal(stored_shard.read(), array):
                 return False
         elif len(array):  # empty if all images of the first batch were skipped
-            reference = stored_array[: len(array)].astype(np.float32)
+            reference = stored_shard.read(0, len(array)).astype(np.float32)
             difference = np.abs(reference - array).mean()
             if not difference <= MAX_RELATIVE_DIFFERENCE * reference.std():  # NaN is a mismatch
                 return False

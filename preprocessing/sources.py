@@ -6,7 +6,6 @@ import io
 import os
 import posixpath
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, describe_read_error
+from common.files import ZIP_READ_ERRORS
 from common.lfs import describe_lfs_pointer
-from preprocessing.classes import determine_classes
+from preprocessing.classes import determine_classes, read_tables
 from preprocessing.image_source import ImageSource
-from preprocessing.labels import LabelTable, parse_dataset_json, read_label_file
+from preprocessing.labels import LabelTable, read_label_file
 from preprocessing.listing import IMAGE_EXTENSIONS, Listing, find_ignored_name, find_split
 from preprocessing.parquet_files import open_parquet
 from preprocessing.tar_files import TarSource, list_tars
@@ -72,6 +72,8 @@ def open_source(
         UserError: The source or the labels are missing, unreadable, ambiguous or empty.
     """
     origin = f"{flag} {path}"
+    if is_unlabeled and (labels or label_column):
+        raise UserError("--unlabeled cannot be combined with --labels or --label-column")
     table = read_label_file(labels) if labels else None
     listing = None
     if path.is_dir():
@@ -90,10 +92,8 @@ def open_source(
     if label_column is not None:
         raise UserError(f"--label-column requires parquet files, but {origin} contains none")
 
+    folder_listing = listing
     if file_type == ".tar":
-        if table is None and path.is_dir() and (path / "dataset.json").exists():
-            label_file = path / "dataset.json"
-            table = parse_dataset_json(label_file.read_bytes(), f"{flag} {label_file}")
         listing = list_tars(path, files, flag)
     elif len(files) > 1:
         raise UserError(
@@ -103,6 +103,10 @@ def open_source(
     elif files:
         listing = _list_zip(files[0], flag)
     assert listing is not None
+    # Label files may also be next to the archives of a folder.
+    if files and folder_listing is not None and not is_unlabeled:
+        table = table or read_tables(folder_listing, origin)
+        listing.other_tables += folder_listing.other_tables
     return _make_source(path, files, listing.sort(), table, origin, is_unlabeled)
 
 
@@ -165,7 +169,7 @@ def _select_archives(root: Path, listing: Listing, archives: list[str], flag: st
     large = [path for path in archives if _get_file_type(path) in (".tar", ".parquet")]
     zips = [path for path in archives if path.endswith(".zip")]
     if listing.images:
-        # Archives deep inside a tree of images are not sources.
+        # Archives in deeper subfolders of a tree of images are ignored.
         top = [path for path in large if path.count("/") == 0 or path.startswith("data/")]
         if top:
             suffix = _get_file_type(top[0])
@@ -294,10 +298,11 @@ def _list_zip(file: Path, flag: str) -> Listing:
         archive = zipfile.ZipFile(file)
         listing = Listing(read=archive.read)
         for info in archive.infolist():
-            if not info.is_dir():
+            if not info.filename.endswith("/"):
                 listing.add(info.filename, info.filename)
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
+    except ZIP_READ_ERRORS as error:
+        reason = describe_read_error(error)
         raise UserError(
-            f"{flag} {file} is not a folder, tar, parquet or readable zip file ({error})"
+            f"{flag} {file} is not a folder, tar, parquet or readable zip file ({reason})"
         ) from None
     return listing

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -56,8 +57,10 @@ class TarSource(ImageSource):
         return self.__dict__ | {"_descriptors": {}}
 
 
-def _iter_members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, int]]:
-    """Yield the name, offset and size of each file in a tar file.
+def _iter_members(
+    file: BinaryIO, ignored: Counter[str], prefix: str = ""
+) -> Iterator[tuple[str, int, int]]:
+    """Yield the name, offset and size of each file in a tar file, and count links in `ignored`.
 
     A nested tar file is treated as a folder.
 
@@ -70,11 +73,14 @@ def _iter_members(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, int, 
             # Without this, tarfile would keep about 1 KB per entry in memory.
             archive.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it
             name = str(PurePosixPath(prefix + entry.name.lstrip("/")))
+            if entry.islnk() or entry.issym():
+                ignored["links"] += 1
             if not entry.isreg() or entry.issparse():
                 continue
             if name.endswith(".tar"):
                 file.seek(entry.offset_data)
-                nested_members = list(_iter_members(file, name.removesuffix(".tar") + "/"))
+                folder = name.removesuffix(".tar") + "/"
+                nested_members = list(_iter_members(file, ignored, folder))
                 if not nested_members:
                     raise tarfile.ReadError(f"the nested tar file {name} is empty")
                 yield from nested_members
@@ -118,7 +124,7 @@ def list_tars(path: Path, files: list[Path], flag: str) -> Listing:
         folder = f"{file.stem}/" if is_class_per_tar else ""
         try:
             with file.open("rb") as stream:
-                for name, offset, size in _iter_members(stream):
+                for name, offset, size in _iter_members(stream, listing.ignored):
                     listing.add(scope + name, (file_index, offset, size), scope, folder + name)
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {file} is not a readable tar file ({error})") from None

@@ -20,8 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli
-from common.cli import UserError
+from common.cli import UserError, describe_read_error
 from common.files import sha256
+from common.lfs import describe_lfs_pointer
 from common.npy_file import NpyFile
 from common.processes import World
 from latents.manifest import Manifest, read_manifest
@@ -95,12 +96,15 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
     arrays = {}
     for folder in manifest.folders:
         path = root / folder / entry["file"]
+        if pointer_problem := describe_lfs_pointer(path):
+            faults.append(Fault(folder, pointer_problem))
+            continue
         try:
             if sha256(path) != entry.get("sha256", {}).get(folder):
                 faults.append(Fault(folder, "sha256 does not match the manifest"))
             array = NpyFile(path)
         except (OSError, ValueError, EOFError) as error:
-            faults.append(Fault(folder, f"cannot be read ({error})"))
+            faults.append(Fault(folder, f"cannot be read ({describe_read_error(error)})"))
             continue
         shape, dtype = _get_expected_layout(manifest, folder, entry["count"])
         if array.shape == shape and array.dtype == dtype:
@@ -125,7 +129,9 @@ def find_shard_faults(root: Path, manifest: Manifest, entry: dict) -> list[Fault
     # Compare the sums per channel with those in the manifest.
     if not faults and "sum" in entry:
         sums = compute_channel_sums(list(moments.values()))
-        if not all(np.allclose(value, entry[name], rtol=1e-9) for name, value in sums.items()):
+        if not all(
+            _is_close(np.array(value), entry.get(name), 1e-9) for name, value in sums.items()
+        ):
             faults.append(Fault("statistics", "do not match the manifest"))
     return faults
 
@@ -138,8 +144,8 @@ def _get_expected_layout(
         return (count,), np.dtype(np.int64)
     if folder == "images":
         return (count, 3, manifest.resolution, manifest.resolution), np.dtype(np.uint8)
-    channels, height, width = manifest.latent_shape
-    return (count, 2 * channels, height, width), np.dtype(manifest.dtype)
+    row_format = manifest.moments_format
+    return (count, *row_format.shape), row_format.base
 
 
 def _describe_invalid_moments(moments: NpyFile) -> str | None:
@@ -152,8 +158,17 @@ def _describe_invalid_moments(moments: NpyFile) -> str | None:
             if (chunk[:, channels:] < 0).any():
                 return "contains negative standard deviations"
     except OSError as error:
-        return f"cannot be read ({error})"
+        return f"cannot be read ({describe_read_error(error)})"
     return None
+
+
+def _is_close(actual: np.ndarray, recorded: object, rtol: float, atol: float = 1e-8) -> bool:
+    """Return whether recorded numbers are close to the actual ones. The record may be damaged."""
+    try:
+        array = np.array(recorded, np.float64)
+    except (TypeError, ValueError):
+        return False
+    return array.shape == actual.shape and np.allclose(actual, array, rtol=rtol, atol=atol)
 
 
 def find_manifest_fault(manifest: Manifest) -> str | None:
@@ -164,8 +179,8 @@ def find_manifest_fault(manifest: Manifest) -> str | None:
     if any("sum" not in entry for entry in manifest.shards):
         return "manifest.json was written by an older version and lacks the sums of its shards"
     mean, std = compute_channel_statistics(manifest.shards, manifest.latent_shape, manifest.flips)
-    is_mean_equal = np.allclose(mean, manifest.mean, rtol=1e-6, atol=1e-9)
-    if not is_mean_equal or not np.allclose(std, manifest.std, rtol=1e-6):
+    is_mean_equal = _is_close(mean, manifest.mean, rtol=1e-6, atol=1e-9)
+    if not is_mean_equal or not _is_close(std, manifest.std, rtol=1e-6):
         return "mean and std of manifest.json do not agree with its shards"
     return None
 
@@ -236,7 +251,6 @@ def main() -> None:
                 print(f"{file}: {fault.part}: {fault.description}", flush=True)
 
     num_shards = len(manifest.shards)
-    manifest_fault = find_manifest_fault(manifest)
     if faults and args.repair:
         repair(args, manifest, faults, world)
     elif faults:
@@ -244,7 +258,7 @@ def main() -> None:
             f"{args.data}: {len(faults)} of {num_shards} shards are damaged; "
             "pass --repair to rebuild them"
         )
-    elif manifest_fault:
+    elif manifest_fault := find_manifest_fault(manifest):
         raise UserError(
             f"{args.data}: {manifest_fault}; encode the images again into another folder"
         )

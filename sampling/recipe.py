@@ -67,7 +67,8 @@ class SamplerConfig:
     )
     all_classes: bool = setting(
         False,
-        help="random and balanced labels of all classes, also of those without training images",
+        help="draw random and balanced labels from all classes, including those without training "
+        "images",
     )
     seed: int = setting(
         0,
@@ -147,7 +148,7 @@ class Recipe(SamplerConfig):
 
     @property
     def draws_labels(self) -> bool:
-        """Return whether the recipe chooses the classes, instead of the user."""
+        """Return whether classes are drawn by the recipe instead of specified by the user."""
         return self.explicit_labels is None and self.labels in ("random", "balanced")
 
     def for_trained_labels(self, trained: TrainedLabels) -> "Recipe":

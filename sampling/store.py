@@ -343,7 +343,7 @@ class SampleStore:
         """Return the images of a stored batch, (B, H, W, 3) uint8."""
         indices = self._indices(batch)
         if self.npz_images is not None and indices.stop <= self.npz_images.count:
-            return np.array(self.npz_images.read_rows(indices.start, indices.stop))
+            return self.npz_images.read_rows(indices.start, indices.stop)
         return np.load(_wait_for_file(self._make_part_path(batch, "npy")))
 
     def _indices(self, batch: int) -> range:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils.data import _utils
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.helpers import call_main, make_tree, make_vae, train_flags
 
@@ -85,3 +87,11 @@ def graph_counter(monkeypatch):
     )
     torch._dynamo.reset()
     return counter
+
+
+@pytest.fixture
+def frequent_worker_checks(monkeypatch):
+    """Let DataLoaders check every 0.1 s, instead of every 5 s, whether their workers are alive."""
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    # The default value of a method's argument is a copy of the interval.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))

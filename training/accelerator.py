@@ -81,8 +81,8 @@ def check_accelerator(accelerator: Accelerator, precision: str, num_processes: i
         )
     if accelerator.num_processes < num_processes:
         raise _make_error(
-            f"connects {accelerator.num_processes} of {num_processes} processes (is LOCAL_RANK "
-            "missing?)"
+            f"results in {accelerator.num_processes} of {num_processes} processes (LOCAL_RANK "
+            "may be missing)"
         )
 
 

@@ -109,8 +109,9 @@ class ObjectiveConfig:
     )
     cfg_prob: float = setting(
         0.1,
-        help="fraction of labels dropped for classifier-free guidance",
-        type=cli.fraction,
+        help="fraction of labels dropped for classifier-free guidance; below 1, because no class "
+        "would be trained otherwise",
+        type=cli.decay,
     )
 
 

@@ -127,6 +127,7 @@ class Evaluator:
         if self.held_out:
             self.identity["held_out"] = self.held_out.identity
 
+    @torch.no_grad()
     def measure(
         self, model: SiT, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
     ) -> dict[str, float | None] | None:
@@ -144,26 +145,7 @@ class Evaluator:
             Stopped: A stop signal arrived on any process; raised on all of them.
             JointWorkError: The evaluation failed on another process.
         """
-        return self._measure(model, gather, is_stopped)
 
-    def try_out(self, model: SiT, gather: Callable[[Tensor], Tensor]) -> None:
-        """Evaluate one batch per process with few steps and discard the metrics, to detect errors.
-
-        All processes must call this.
-        """
-        batch_size = self.config.batch_size * self.num_processes
-        num_samples = min(self.config.samples, max(batch_size, MANIFOLD_NEIGHBOURS + 1))
-        trial = copy.copy(self)
-        trial.config = replace(self.config, samples=num_samples)
-        trial.recipe = replace(self.recipe, num_steps=min(self.recipe.num_steps, 2))
-        if self.config.latents:
-            trial.held_out = HeldOutLoss(self.config.latents, num_samples)
-        trial._measure(model, gather, is_stopped=lambda: False)
-
-    @torch.no_grad()
-    def _measure(
-        self, model: SiT, gather: Callable[[Tensor], Tensor], is_stopped: Callable[[], bool]
-    ) -> dict[str, float | None] | None:
         def check_status() -> None:
             exchange_status(is_stopped=is_stopped())
 
@@ -189,6 +171,20 @@ class Evaluator:
         name = self.config.features
         metrics = compute_metrics(features, labels, self.reference, name, self.device)
         return metrics | held_out_loss
+
+    def try_out(self, model: SiT, gather: Callable[[Tensor], Tensor]) -> None:
+        """Evaluate one batch per process with few steps and discard the metrics, to detect errors.
+
+        All processes must call this.
+        """
+        batch_size = self.config.batch_size * self.num_processes
+        num_samples = min(self.config.samples, max(batch_size, MANIFOLD_NEIGHBOURS + 1))
+        trial = copy.copy(self)
+        trial.config = replace(self.config, samples=num_samples)
+        trial.recipe = replace(self.recipe, num_steps=min(self.recipe.num_steps, 2))
+        if self.config.latents:
+            trial.held_out = HeldOutLoss(self.config.latents, num_samples)
+        trial.measure(model, gather, lambda: False)
 
     def _feature_batches(
         self, model: SiT, gather: Callable[[Tensor], Tensor], check_status: Callable[[], None]

@@ -91,8 +91,8 @@ class NonFiniteGuard:
             if is_bad_step:
                 skipped = "; update skipped" if "grad_norm" in bad_names else ""
                 cause = self.explain(step)
-                because = f", because {cause}" if cause else ""
-                message = f"step {step:,}: not finite: {', '.join(bad_names)}{skipped}{because}"
+                reason = f", because {cause}" if cause else ""
+                message = f"step {step:,}: not finite: {', '.join(bad_names)}{skipped}{reason}"
                 messages.append(message)
             self._check_limits(step, messages, cause)
         return messages

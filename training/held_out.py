@@ -23,6 +23,7 @@ from sampling.recipe import Recipe
 
 # Midpoints of five equal intervals: their mean loss approximates that of uniform timesteps.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
+CHUNK_SIZE = 256  # number of images whose moments are checked at a time
 SEED = 0  # seed of the noise and the posterior samples, in every run
 COMPARED_FIELDS = (
     "class_names",
@@ -43,7 +44,7 @@ class HeldOutLoss:
         num_images: Number of images to use, evenly spaced; all of them if the cache has fewer.
 
     Raises:
-        UserError: The cache cannot be read.
+        UserError: The cache cannot be read, or an image to use has moments that are not finite.
     """
 
     def __init__(self, root: Path, num_images: int):
@@ -54,6 +55,9 @@ class HeldOutLoss:
         self.root = root
         self.num_images = min(num_images, len(self.cache))
         self.image_index = torch.arange(self.num_images) * len(self.cache) // self.num_images
+        for image_index in self.image_index.split(CHUNK_SIZE):
+            if problem := self.cache.describe_non_finite_moments(image_index.numpy()):
+                raise UserError(f"--eval-latents: {problem}")
         self.scale = LatentScale(self.cache.manifest.scale, self.cache.manifest.shift)
 
     def check_compatible(self, manifest: Manifest) -> None:

@@ -1,6 +1,6 @@
-"""Let all processes give up their joint work together if one of them fails or is stopped.
+"""Stop work that all processes share if it fails or is stopped on one of them.
 
-If a process left the work alone, the others would wait for it in the next collective. The processes
+If only one process stopped, the others would wait for it in the next collective. The processes
 therefore exchange their status before each collective of the work, and at its end.
 """
 
@@ -22,7 +22,7 @@ class JointWorkError(Exception):
 
 
 def exchange_status(reason: str = "", is_stopped: bool = False) -> None:
-    """Tell the other processes whether this one failed or was stopped. All processes must call it.
+    """Exchange whether a process failed or was stopped. All processes must call this.
 
     Args:
         reason: Why the work failed on this process, if it did.

@@ -142,7 +142,7 @@ class Monitors:
             if failures.consecutive == MAX_CONSECUTIVE_FAILURES:
                 self.log.info(
                     f"{kind}s are switched off after {MAX_CONSECUTIVE_FAILURES} failures in a row, "
-                    "until the run is resumed with other flags for them"
+                    f"until the run is resumed with other {kind} flags"
                 )
             return None
         failures.consecutive = 0

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from common.cli import UserError
+from common.processes import create_gloo_group
 from common.watchdog import waiting_for
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -69,7 +70,7 @@ class FlagReducer:
     def __init__(self, num_processes: int, num_flags: int):
         self.group = None
         if num_processes > 1:
-            self.group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            self.group = create_gloo_group(COLLECTIVE_TIMEOUT)
         self.flags = torch.zeros(num_flags, dtype=torch.int32)
         self.pending: dist.Work | None = None
 

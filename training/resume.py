@@ -76,7 +76,7 @@ def find_position(
         if row["step"] == step and "evaluation" in row
     )
     previews = [preview_path(folder, step, suffix) for suffix in ema_suffixes(ema_decays)]
-    complete_previews = frozenset(path for path in previews if step and path.exists())
+    complete_previews = frozenset(path for path in previews if path.exists())
     lacks_evaluation = is_due(step, eval_every, last_step) and any(
         (step, decay) not in complete_evaluations for decay in ema_decays
     )

@@ -159,7 +159,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     """
     # Check the flags against the cache.
     check_batch_size(settings.loop, accelerator.num_processes)
-    cache = open_cache(settings.data, settings.model)
+    with fail_together():
+        cache = open_cache(settings.data, settings.model)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
     flags = build_args_json(settings)
     folder = settings.run.folder
@@ -193,7 +194,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Build networks, targets and monitors, and restore the newest checkpoint.
     with fail_together():
         networks = build_networks(settings, accelerator, cache, position, resources)
-    if not position.checkpoints:  # an error in a run that has made progress does not end it
+    if not position.checkpoints:  # a failed trial must not end a run that has checkpoints
         run_trials(
             networks.preview,
             networks.evaluator,
@@ -208,7 +209,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         write_file(folder / "args.json", json.dumps(flags, indent=2).encode())
 
     # Open the log at the step of the checkpoint.
-    log = open_log(folder, settings.loop, settings.log, flags, accelerator, networks, position)
+    with fail_together():
+        log = open_log(folder, settings.loop, settings.log, flags, accelerator, networks, position)
     log.info(
         f"{settings.model.model}: {describe_networks(networks)}\n"
         f"{describe_loop(settings.loop, settings.objective, accelerator, cache)}"

@@ -4,6 +4,7 @@ checkpointing/storage.py describes the files of a checkpoint.
 """
 
 import json
+import math
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from checkpointing.storage import (
     ema_filename,
     format_error,
+    hash_settings,
     hidden_path,
     list_checkpoints,
     load_tensors,
@@ -27,6 +29,7 @@ from checkpointing.storage import (
     save_tensors,
 )
 from common.files import fsync, sha256, write_file
+from common.watchdog import waiting_for
 from models.projector import AlignedSiT
 from models.sit import SiT
 
@@ -120,8 +123,9 @@ class Snapshot:
 
     def _write_files(self, folder: Path) -> None:
         write_file(folder / "config.json", json.dumps(self.config, indent=2).encode())
+        metadata = {"config": hash_settings(self.config)}
         for decay, ema in zip(self.config["ema_decay"], self.emas, strict=True):
-            save_tensors(ema, folder / ema_filename(self.config, decay))
+            save_tensors(ema, folder / ema_filename(self.config, decay), metadata)
         save_tensors(self.model, folder / "model.safetensors")
         moments = {
             f"{index}.{key}": value
@@ -175,9 +179,10 @@ class CheckpointWriter:
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait until the current save is complete."""
+        """Wait until the current save is complete. A stop signal does not end this wait."""
         if self.thread:
-            self.thread.join()
+            with waiting_for("the previous checkpoint to be written", stop_seconds=math.inf):
+                self.thread.join()
             self.thread = None
 
     def take_messages(self) -> list[str]:

@@ -327,6 +327,8 @@ def test_half_precision_weights_are_converted_as_if_upcast_first(write_pt_file, 
             {"net": {}, "optimizer": {}},
             "at the top level or under ema or model or state_dict; it contains net, optimizer",
         ),
+        ([], "does not contain a state dict .*; it contains a list"),
+        ({"ema": {}}, "does not contain a state dict .*; it contains ema"),
         (
             {"model": {"encoder.weight": torch.ones(1)}},
             "x_embedder.proj.weight is missing; it contains encoder.weight",
@@ -505,3 +507,33 @@ def test_config_of_another_library_is_rejected(tmp_path):
     (tmp_path / "ema.safetensors").touch()
     with pytest.raises(CheckpointError, match="does not belong to a checkpoint of this repository"):
         load(tmp_path)
+
+
+def test_settings_of_another_run_next_to_an_ema_are_reported(run, tmp_path, capsys):
+    """Paths may differ, and files of older versions do not record their settings."""
+    folder = run / "checkpoints/0000002"
+    config = json.loads((folder / "config.json").read_text())
+    moved = config | {"data": config["data"] | {"vae": "other/folder"}}
+    renamed = config | {"data": config["data"] | {"class_names": ["c", "a", "b"]}}
+    old_ema = tmp_path / "ema.safetensors"
+    save_file(load_file(folder / "ema.safetensors"), old_ema)
+    (folder / "progress.json").unlink()
+    warnings = []
+    for ema, stored in (
+        (folder / "ema.safetensors", moved),
+        (folder / "ema.safetensors", renamed),
+        (old_ema, renamed),
+    ):
+        (ema.parent / "config.json").write_text(json.dumps(stored))
+        load(ema)
+        warnings.append(capsys.readouterr().err)
+    assert [bool(warning) for warning in warnings] == [False, True, False]
+    assert f"{folder / 'ema.safetensors'} was saved with another config.json" in warnings[1]
+    assert warnings[1].count("\n") == 1
+
+
+def test_ema_of_another_run_in_a_checkpoint_is_rejected(run):
+    folder = run / "checkpoints/0000002"
+    shutil.copy(folder / "ema-0.5.safetensors", folder / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors has changed since it was saved"):
+        load(run)

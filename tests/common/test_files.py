@@ -108,6 +108,10 @@ def test_characters_that_a_stream_cannot_represent_are_escaped(encoding, text, e
     assert stream.buffer.getvalue() == expected + b"\n"
 
 
+def test_closed_stream_is_replaced():
+    print("text", file=DiskFullSafeStream(None), flush=True)
+
+
 def test_line_with_a_file_name_that_is_not_utf8_is_written(tmp_path):
     lines = LineWriter(tmp_path / "log")
     assert lines.append("saved " + os.fsdecode(b"name-\xff") + "\n")

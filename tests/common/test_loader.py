@@ -10,7 +10,6 @@ from contextlib import closing
 
 import pytest
 import torch
-from torch.utils.data import _utils
 
 from common.cli import UserError
 from common.loader import Loader
@@ -49,11 +48,12 @@ def test_user_error_of_a_worker_arrives_unchanged(num_workers):
         load_all(fail, num_workers)
 
 
-def test_other_errors_of_a_worker_keep_their_type():
+@pytest.mark.parametrize("error", [KeyError, RuntimeError])
+def test_other_errors_of_a_worker_keep_their_type(error):
     def fail(index):
-        raise KeyError("bug")
+        raise error("bug")
 
-    with pytest.raises(KeyError, match="bug"):
+    with pytest.raises(error, match="bug"):
         load_all(fail, worker_init=ignore_signals)
     assert not multiprocessing.active_children()
 
@@ -88,7 +88,7 @@ def test_item_that_cannot_be_sent_ends_in_one_line():
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
-def test_killed_worker_ends_in_one_line(number):
+def test_killed_worker_ends_in_one_line(number, frequent_worker_checks):
     parent = os.getpid()
 
     def die(index):
@@ -101,11 +101,24 @@ def test_killed_worker_ends_in_one_line(number):
     assert not multiprocessing.active_children()
 
 
-def test_blocked_workers_that_ignore_signals_are_ended(monkeypatch):
-    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+def test_worker_that_is_killed_between_two_items_is_reported_by_the_next_wait(
+    frequent_worker_checks,
+):
+    with closing(Loader(make_tensor, "numbers", num_workers=1).iterate(range(8))) as items:
+        next(items)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join(60)  # a handler of SIGCHLD would raise an error here
+        with pytest.raises(UserError, match=r"a worker process for numbers died .*SIGKILL"):
+            list(items)
+
+
+def test_blocked_workers_that_ignore_signals_are_ended(frequent_worker_checks):
+    num_blocked = multiprocessing.Semaphore(0)
 
     def load(index):
         if index:
+            num_blocked.release()
             threading.Event().wait()  # like a disk that hangs
         return index
 
@@ -114,6 +127,8 @@ def test_blocked_workers_that_ignore_signals_are_ended(monkeypatch):
     assert next(items) == 0
     workers = multiprocessing.active_children()
     assert len(workers) == 2
+    for _ in workers:
+        assert num_blocked.acquire(timeout=60)
     items.close()
     for worker in workers:
         worker.join(60)

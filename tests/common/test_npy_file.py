@@ -49,6 +49,18 @@ def test_truncated_file_is_an_error(path):
         NpyFile(path)
 
 
+def test_array_inside_another_file_is_read(tmp_path, path, array):
+    (tmp_path / "b").write_bytes(b"123" + path.read_bytes() + b"45")
+    np.testing.assert_array_equal(NpyFile(tmp_path / "b", start=3)[:], array)
+
+
+@pytest.mark.parametrize("dtype", [b"'<,2'", b"'<f2'," + b" " * 40])
+def test_damaged_header_is_an_error(path, dtype):
+    path.write_bytes(path.read_bytes().replace(b"'<f2'", dtype))
+    with pytest.raises(ValueError, match="header"):
+        NpyFile(path)
+
+
 @pytest.mark.parametrize(
     "content", [np.asfortranarray(np.ones((3, 4))), np.array(5), np.array([{}], object)]
 )

@@ -6,12 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from common.cli import UserError
-from common.processes import ProcessEnvironment, World, read_process_environment
-from tests.helpers import ONE_THREAD, ROOT, torchrun
+from common.processes import ProcessEnvironment, read_process_environment
+from tests.helpers import ONE_THREAD, ROOT, run_ranks, torchrun
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -52,7 +53,7 @@ def set_variables(monkeypatch):
 def test_invalid_variables_of_a_launcher_are_reported(set_variables, variables, message):
     set_variables(**variables)
     with pytest.raises(UserError, match=re.escape(message)):
-        World()
+        read_process_environment()
 
 
 def test_variables_of_a_cluster_do_not_start_several_processes(set_variables):
@@ -98,9 +99,12 @@ def test_process_that_waits_alone_reports_it_and_can_be_interrupted():
         stderr=subprocess.PIPE,
         text=True,
     )
+    limit = threading.Timer(120, process.kill)
+    limit.start()
     report = process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, remaining = process.communicate(timeout=120)
+    _, remaining = process.communicate()
+    limit.cancel()
     expected = f"[rank 0] waiting for 2 processes to connect to localhost:{port} (to run one"
     assert report.startswith(expected), report
     assert process.returncode == 130 and "Traceback" not in remaining, remaining
@@ -131,3 +135,18 @@ def test_process_exits_with_code_2_after_another_has_exited(tmp_path):
     assert "exit 2" in printed
     assert "another process ended before the work was done; rerun the same command" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("failure", "num_lines", "num_tracebacks"),
+    [("killed", 1, 0), ("error", 1, 1), ("error of both", 0, 2)],
+)
+def test_only_a_process_that_lost_another_ends_without_a_traceback(
+    failure, num_lines, num_tracebacks
+):
+    with pytest.raises(AssertionError) as ended:
+        run_ranks(2, "tests.common.ending_process", failure)
+    printed = str(ended.value)
+    line = "[rank 0] another process ended before the work was done; rerun the same command"
+    assert printed.count(line) == num_lines, printed
+    assert printed.count("Traceback") == num_tracebacks, printed

@@ -3,6 +3,7 @@
 import multiprocessing
 import queue
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from common.watchdog import Watchdog, waiting_for
 
 
 @pytest.fixture
-def printed(monkeypatch) -> queue.Queue:
+def printed_lines(monkeypatch) -> queue.Queue:
     """A queue of the lines that watchdogs print."""
     lines = queue.Queue()
     monkeypatch.setattr(watchdog, "_print", lines.put)
@@ -19,15 +20,15 @@ def printed(monkeypatch) -> queue.Queue:
 
 
 @pytest.fixture
-def dog() -> Watchdog:
+def fast_watchdog() -> Watchdog:
     """A watchdog that reports often."""
-    dog = Watchdog(report_seconds=0.02)
-    yield dog
-    dog.reset()
+    fast_watchdog = Watchdog(report_seconds=0.02)
+    yield fast_watchdog
+    fast_watchdog.reset()
 
 
 @pytest.fixture
-def ended(monkeypatch) -> queue.Queue:
+def end_calls(monkeypatch) -> queue.Queue:
     """A queue of the waits and signals that would end the process."""
     calls = queue.Queue()
     monkeypatch.setattr(watchdog, "_end_process", lambda *args: calls.put(args))
@@ -38,50 +39,57 @@ def ended(monkeypatch) -> queue.Queue:
     signal.set_wakeup_fd(previous_pipe)
 
 
-def test_a_wait_is_reported_repeatedly_until_it_ends(dog, printed):
-    with dog.watch("a slow disk"):
+def test_a_wait_is_reported_repeatedly_until_it_ends(fast_watchdog, printed_lines):
+    with fast_watchdog.watch("a slow disk"):
         for _ in range(3):
-            assert printed.get(timeout=60).startswith("waiting for a slow disk (")
-    assert not dog.waits
+            assert printed_lines.get(timeout=60).startswith("waiting for a slow disk (")
+    assert not fast_watchdog.waits
 
 
-def test_a_short_wait_is_not_reported(printed):
-    dog = Watchdog(report_seconds=1000)
-    with dog.watch("a fast disk"):
-        pass
-    dog.reset()
-    assert printed.empty()
+def test_a_short_wait_is_not_reported(fast_watchdog, printed_lines, monkeypatch):
+    """The clock stands still, and it is read when the wait starts and at each check."""
+    readings = queue.Queue()
+    clock = SimpleNamespace(monotonic=lambda: readings.put(None) or 7.0)
+    monkeypatch.setattr(watchdog, "time", clock)
+    with fast_watchdog.watch("a fast disk"):
+        for _ in range(4):
+            readings.get(timeout=60)
+    assert printed_lines.empty()
 
 
-def test_waits_may_be_nested_and_end_with_an_exception(dog):
-    with pytest.raises(KeyError), dog.watch("outer"), dog.watch("inner"):
-        {}["missing"]
-    assert not dog.waits
+def test_waits_may_be_nested_and_end_with_an_exception(fast_watchdog):
+    with fast_watchdog.watch("outer"):
+        with pytest.raises(KeyError), fast_watchdog.watch("inner"):
+            {}["missing"]
+        assert [wait.description for wait in fast_watchdog.waits] == ["outer"]
+    assert not fast_watchdog.waits
 
 
-def test_a_signal_ends_a_wait_whose_thread_is_blocked(dog, ended):
-    with dog.watch("a collective", stop_seconds=0):
+def test_a_signal_ends_a_wait_whose_thread_is_blocked(fast_watchdog, end_calls):
+    with fast_watchdog.watch("a collective", stop_seconds=0):
         signal.raise_signal(signal.SIGUSR1)
-        wait, number = ended.get(timeout=60)
+        wait, number = end_calls.get(timeout=60)
     assert (wait.description, number) == ("a collective", signal.SIGUSR1)
 
 
-def test_a_signal_leaves_time_for_the_wait_to_end_by_itself(dog, ended, printed):
-    with dog.watch("a collective", stop_seconds=1000):
+def test_a_signal_leaves_time_for_the_wait_to_end_by_itself(
+    fast_watchdog, end_calls, printed_lines
+):
+    with fast_watchdog.watch("a collective", stop_seconds=1000):
         signal.raise_signal(signal.SIGUSR1)
         for _ in range(3):
-            printed.get(timeout=60)
-    assert ended.empty()
+            printed_lines.get(timeout=60)
+    assert end_calls.empty()
 
 
-def test_processes_without_a_wait_are_not_ended(dog, ended, printed):
-    with dog.watch("an earlier wait", stop_seconds=0):
+def test_processes_without_a_wait_are_not_ended(fast_watchdog, end_calls, printed_lines):
+    with fast_watchdog.watch("an earlier wait", stop_seconds=0):
         pass
     signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGUSR1)
-    with dog.watch("a later wait", stop_seconds=1000):
-        printed.get(timeout=60)
-    assert ended.empty()
+    with fast_watchdog.watch("a later wait", stop_seconds=1000):
+        printed_lines.get(timeout=60)
+    assert end_calls.empty()
 
 
 def test_a_forked_process_starts_its_own_watchdog():

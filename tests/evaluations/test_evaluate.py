@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.metrics_log import read_rows
 from evaluations import curves, evaluate, reference, reference_features
 from evaluations.compare import compute_metrics, list_metric_names
+from evaluations.extractors import iterate_batches
 from evaluations.fashion import load_classifier
 from evaluations.features import Features
 from evaluations.image_batches import NpzFile, NpzImages, open_images
@@ -343,8 +344,8 @@ def test_compressed_and_uncompressed_npz_give_the_same_images(tmp_path):
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
     plain = NpzImages(tmp_path / "plain.npz", "samples")
     compressed = NpzImages(tmp_path / "compressed.npz", "samples")
-    assert plain.map is not None
-    assert compressed.map is None
+    assert plain.file is not None
+    assert compressed.file is None
     # Several threads read images in any order, as in sample_ddp.py.
     indices = [i % 50 for i in range(0, 2000, 7)]
     with ThreadPoolExecutor(4) as pool:
@@ -354,6 +355,24 @@ def test_compressed_and_uncompressed_npz_give_the_same_images(tmp_path):
         expected = images[start:stop].transpose(0, 3, 1, 2)
         assert np.array_equal(plain.read_batch(start, stop), expected)
         assert np.array_equal(compressed.read_batch(start, stop), expected)
+
+
+def test_npz_truncated_while_it_is_read_is_reported(tmp_path):
+    write_samples(tmp_path / "s.npz", count=50)
+    images = NpzImages(tmp_path / "s.npz", "samples")
+    os.truncate(tmp_path / "s.npz", 40_000)
+    images.read_rows(0, 8)
+    with pytest.raises(UserError, match=r"s\.npz is damaged .*truncated after it was opened"):
+        images.read_rows(8, 16)
+
+
+def test_encrypted_npz_is_reported(tmp_path):
+    write_samples(tmp_path / "s.npz", count=5)
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1  # flag of encrypted members
+    (tmp_path / "s.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"s\.npz is damaged .*encrypted"):
+        NpzImages(tmp_path / "s.npz", "samples")
 
 
 def test_reference_command_writes_statistics_of_all_images_and_a_subset_of_images(
@@ -677,6 +696,12 @@ def test_user_errors_are_one_line(call, unusable_inputs, monkeypatch, flags, mes
     assert re.search(message, text), text
     assert "Traceback" not in text
     assert not list(unusable_inputs.glob("*metrics.json"))
+
+
+def test_damaged_images_are_an_error_when_one_process_reads_them(unusable_inputs):
+    images = NpzImages(unusable_inputs / "flipped_bit.npz", "--eval-reference")
+    with pytest.raises(UserError, match="Bad CRC-32 for file 'arr_0"):
+        next(iterate_batches(images, 8, "reference"))
 
 
 def test_curves_of_several_runs_are_plotted(call, trained, tmp_path, monkeypatch):

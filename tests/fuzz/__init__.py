@@ -1,1 +1,1 @@
-"""Fuzzing scripts, which `make test` does not run (docs/data.md)."""
+"""Fuzzing scripts, which `make test` does not run."""

@@ -1,4 +1,4 @@
-"""Damage files of this repository at random, and check that no damage stays unnoticed.
+"""Damage files of this repository at random, and check that all damage is detected.
 
     python -m tests.fuzz.damage --count 200 --seed 0
 

@@ -3,15 +3,16 @@
     python -m tests.fuzz.sources --count 300 --seed 0 --broken
 
 Each image has a different grey value, so that its class can be checked after it is read. The model
-knows the class of each image, because it chooses the class before it writes the label files. If the
-model considers a source ambiguous, the correct result is an error. With --broken, the same sources
-are read by deliberately broken variants of the reader, each of which must be detected.
+chooses the class of each image before it writes the label files. If the model considers a source
+ambiguous, the correct result is an error. With --broken, the same sources are read by deliberately
+broken variants of the reader, each of which must be detected.
 """
 
 import argparse
 import csv
 import io
 import json
+import posixpath
 import random
 import sys
 import tarfile
@@ -295,7 +296,7 @@ BROKEN: dict[str, tuple[Any, str, Callable[[], Any]]] = {
         "determine_classes",
         lambda: _wrap_classes(lambda c: c._replace(labels=0 * c.labels)),
     ),
-    "only the last extension is removed": (
+    "paths are cut at the first dot": (
         preprocessing.classes,
         "iter_stems",
         lambda: lambda path: [path.split(".")[0]],
@@ -303,11 +304,11 @@ BROKEN: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "extensions are case-sensitive": (
         preprocessing.listing,
         "split_extension",
-        lambda: lambda path: (path.rpartition(".")[0], "." + path.rpartition(".")[2]),
+        lambda: posixpath.splitext,
     ),
     "label files of folders are ignored": (
         preprocessing.classes,
-        "_read_tables",
+        "read_tables",
         lambda: lambda listing, origin: None,
     ),
     "label files of images are ignored": (

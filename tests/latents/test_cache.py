@@ -113,13 +113,13 @@ def test_errors_name_the_damaged_file(cache_copy):
 def test_image_with_non_finite_moments_is_described(cache, cache_copy):
     path = cache_copy / "moments/00001.npy"
     moments = np.load(path)
-    moments[7, 0, 0, 0] = np.inf
+    moments[0, 0, 0, 0] = np.inf
     write_array(path, moments)
     joined = LatentCache(cache, cache_copy)
-    image_index = np.array([3, 41, 40])
+    image_index = np.array([3, 34, 40])
     assert joined.describe_non_finite_moments(image_index[::2]) == ""
     assert joined.describe_non_finite_moments(image_index) == (
-        f"the moments of image 41 (row 7 of {path}) are not finite; check the cache with "
+        f"the moments of image 34 (row 0 of {path}) are not finite; check the cache with "
         f"python -m preprocessing.verify {cache_copy}"
     )
 
@@ -147,6 +147,23 @@ def test_invalid_manifest_is_reported(cache_copy):
     write_file(cache_copy / "manifest.json", b"{")
     with pytest.raises(CacheError, match="not a valid manifest"):
         LatentCache(cache_copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_classes": 4},
+        {"dtype": "float17"},
+        {"latent_shape": [4, 8]},
+        {"shards": [{"file": "00000.npy"}]},
+        {"shards": ["00000.npy"]},
+        {"encoding": None},
+    ],
+)
+def test_manifest_with_invalid_values_is_reported(cache_copy, changes):
+    edit_manifest(cache_copy, **changes)
+    with pytest.raises(CacheError, match="not a valid manifest"):
+        read_manifest(cache_copy)
 
 
 def test_joined_caches_are_read_as_one(cache, cache_copy):
@@ -193,7 +210,10 @@ def test_statistics_of_joined_caches_include_all_images(cache, cache_copy):
             {"class_names": ["class0", "dog", "class2"]},
             "class_names is 'class1' for class 1 in one and 'dog' for class 1",
         ),
-        ({"class_names": ["a", "b"]}, "class_names is 3 classes in one and 2 classes"),
+        (
+            {"class_names": ["a", "b"], "num_classes": 2},
+            "class_names is 3 classes in one and 2 classes",
+        ),
         ({"vae_fingerprint": "x"}, "vae_fingerprint is"),
     ],
 )
@@ -318,6 +338,7 @@ def test_shard_truncated_during_training_ends_the_run_in_one_line(
     gather = LatentCache.gather
 
     def truncate_and_gather(self, *args):
+        gather(self, *args)  # opens the shards
         for path in (cache_copy / "moments").iterdir():
             os.truncate(path, 200)
         return gather(self, *args)

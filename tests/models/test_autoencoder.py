@@ -90,7 +90,7 @@ def rename_to_fp16(folder):
     [
         (
             move_to_subfolder,
-            "FOLDER is a whole pipeline; choose its VAE, FOLDER/vae",
+            "FOLDER is a diffusers pipeline; choose its VAE, FOLDER/vae",
         ),
         (
             rename_to_fp16,

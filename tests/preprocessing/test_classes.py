@@ -1,6 +1,8 @@
 """The same rules determine the classes of folders, zip files and tar files (docs/data.md)."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,7 @@ def read_labels(source) -> dict[str, str]:
 
 
 FOLDERS = {"cat/1.png": "cat", "dog/1.png": "dog"}
+METADATA = "file_name,label\na.png,dog\nb.png,cat\n"
 SIDECARS = {"a.png": "1", "b.png": "0"}
 LABELED = {
     "parent folder": (make_files("m/cat/1.png", "m/dog/1.png"), "cat", "dog"),
@@ -122,7 +125,7 @@ AMBIGUOUS = {
     ),
     "captions only": (
         make_files("a.png", "b.png", **{"a.txt": "a cat", "b.txt": "a dog"}),
-        r"has \.txt files, but they contain no classes; pass --labels FILE, or --unlabeled",
+        r"has \.txt files, but no classes were read from them; pass --labels FILE, or --unlabeled",
     ),
     "captions in numbered folders": (
         make_files("00000/a.png", "00001/b.png", **{"00000/a.txt": "x", "00001/b.txt": "y"}),
@@ -130,15 +133,37 @@ AMBIGUOUS = {
     ),
     "captions in metadata.csv": (
         make_files("a.png", **{"metadata.csv": "file_name,text\na.png,a cat\n"}),
-        r"has metadata\.csv files, but they contain no classes",
+        r"has metadata\.csv files, but no classes were read from them",
     ),
     "some json files without a label": (
         make_files("a.png", "b.png", **{"a.json": {"label": 1}, "b.json": {"caption": "x"}}),
         r"no \.json file for b\.png, or the file contains no class",
     ),
+    "some rows of metadata.csv without a label": (
+        make_files(
+            "x/a.png", "y/b.png", **{"metadata.csv": "file_name,label\nx/a.png,1\ny/b.png,"}
+        ),
+        r"metadata\.csv has no class for y/b\.png",
+    ),
+    "empty metadata.csv": (
+        make_files("a.png", **{"metadata.csv": "file_name,label\n"}),
+        r"has metadata\.csv files, but no classes were read",
+    ),
+    "two classes of an image": (
+        make_files("a.png", **{"dataset.json": {"labels": [["a.png", 1], ["./a.png", 0]]}}),
+        r"dataset\.json lists \./a\.png twice",
+    ),
+    "number in place of a name": (
+        make_files("a.png", **{"dataset.json": {"labels": [[7, 1]]}}),
+        r"dataset\.json has 7 in place of the name of an image",
+    ),
+    "other tables": (
+        make_files("a.png", **{"train.csv": "id,breed\na,cat\n"}),
+        r"has train\.csv files, but no classes were read from them; pass --labels FILE",
+    ),
     "damaged json": (
         make_files("a.png", **{"a.json": "{"}),
-        r"a\.json is not a readable label file",
+        r"a\.json is not a JSON file",
     ),
     "images next to class folders": (
         make_files("m/cat/1.png", "m/2.png"),
@@ -177,12 +202,25 @@ def test_files_of_operating_systems_are_ignored_and_counted(tmp_path, kind):
     assert source.describe().endswith(source.ignored)
 
 
-def test_unreadable_ignored_folder_does_not_matter(tmp_path, monkeypatch):
+def test_unreadable_ignored_folder_is_skipped(tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def fail_to_scan(folder):
+        if Path(folder).name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
     tree = write_tree(tmp_path / "t", make_files(*FOLDERS, "lost+found/x.png"))
-    (tree / "lost+found").chmod(0)
+    monkeypatch.setattr(os, "scandir", fail_to_scan)
     source = open_source(tree)
     assert read_labels(source) == FOLDERS and "lost+found" in source.ignored
-    (tree / "lost+found").chmod(0o700)
+
+
+def test_damaged_label_file_in_a_zip_is_reported(tmp_path):
+    source = write_zip(tmp_path / "z.zip", make_files("a.png", **{"dataset.json": {"labels": []}}))
+    source.write_bytes(source.read_bytes().replace(b"dataset", b"data\0et", 1))
+    with pytest.raises(UserError, match=r"dataset\.json cannot be read \(File name in directory"):
+        open_source(source)
 
 
 def test_ignored_names_are_lower_case():
@@ -195,6 +233,18 @@ def test_archives_with_unusual_names_have_the_same_classes(tmp_path, kind):
         names = [prefix + name.replace("/", separator) for name in FOLDERS]
         source = open_source(WRITERS[kind](tmp_path / f"s{len(prefix)}", make_files(*names)))
         assert read_labels(source) == FOLDERS
+
+
+def test_label_file_next_to_an_archive_is_read(tmp_path):
+    for kind in ("zip", "tar"):
+        folder = write_tree(tmp_path / kind, encode_contents({"metadata.csv": METADATA}))
+        path = WRITERS[kind](folder / "source", make_files("a.png", "b.png"))
+        assert open_source(folder).class_names == ["cat", "dog"]
+        assert open_source(folder, is_unlabeled=True).class_names == ["0"]
+        (folder / "metadata.csv").rename(folder / "labels.csv")
+        with pytest.raises(UserError, match=r"has labels\.csv files, but no classes were read"):
+            open_source(folder)
+        assert open_source(path).class_names == ["0"]
 
 
 def test_label_files_in_and_next_to_several_tars_are_read(tmp_path):
@@ -250,6 +300,7 @@ def write_table(path: Path, **columns) -> Path:
         ({"breed": [1, 0], "width": [8, 8]}, {"label_column": "breed"}, [1, 0]),
         ({"breed": [1, 0], "width": [8, 8]}, {"is_unlabeled": True}, [0, 0]),
         ({"label": [-1, -1]}, {}, [0, 0]),
+        ({"label": [None, None]}, {}, [0, 0]),
     ],
 )
 def test_parquet_label_column_is_found_or_chosen(tmp_path, columns, flags, expected):
@@ -263,6 +314,33 @@ def test_parquet_without_a_known_label_column_is_an_error(tmp_path):
         open_source(path)
     with pytest.raises(UserError, match=r"--label-column colour: .* has the columns image, breed"):
         open_source(path, label_column="colour")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[1], [0, 1]], r"all integers or all names; found \[1\]"),
+        ([1, None], "some rows have a label and others have none"),
+    ],
+)
+def test_parquet_with_invalid_labels_is_an_error(tmp_path, labels, message):
+    path = write_table(tmp_path / "a.parquet", label=labels)
+    with pytest.raises(UserError, match=message):
+        open_source(path)
+
+
+def test_damaged_or_empty_parquet_is_an_error(tmp_path):
+    path = write_table(tmp_path / "a.parquet", label=["some cat", "some dog"])
+    path.write_bytes(path.read_bytes().replace(b"some cat", b"\xff" * 8, 1))
+    with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file") as error:
+        open_source(path)
+    assert "\n" not in str(error.value)
+    from pyarrow import parquet
+
+    path = write_table(tmp_path / "b.parquet", label=[1, 0])
+    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    with pytest.raises(UserError, match=r"b\.parquet contains no images"):
+        open_source(path)
 
 
 def test_parquet_files_of_several_splits_require_a_choice(tmp_path):

@@ -100,6 +100,15 @@ def find_running_processes(dest: Path) -> list[int]:
     return pids
 
 
+def holds_locks(pid: int) -> bool:
+    """Return whether a process has not ended yet. A killed process loses its locks last."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
 def encode_until_killed(folder: Path, dest: Path, max_renames: list[int], flags: list) -> None:
     """Encode on one process per item of `max_renames`, and kill all when all are blocked."""
     script = folder / "blocking_encoder.py"
@@ -127,11 +136,15 @@ def encode_until_killed(folder: Path, dest: Path, max_renames: list[int], flags:
         while len(list(blocked.iterdir())) < len(max_renames):
             assert process.poll() is None, output.read_text()
             time.sleep(0.01)
+        killed = set()
         while pids := find_running_processes(dest):
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            killed.update(pids)
             process.poll()  # reap the launcher, which otherwise remains a zombie
+            time.sleep(0.01)
+        while any(holds_locks(pid) for pid in killed):
             time.sleep(0.01)
         process.wait()
 
@@ -332,7 +345,9 @@ def test_moments_beyond_float16_are_refused_with_a_remedy(call, tree, tmp_path, 
     assert call(encode_latents, *flags, "--dtype", "float32")[0] == 0
 
 
-def test_killed_worker_gives_an_error_of_one_line(call, tree, vae_folder, tmp_path, monkeypatch):
+def test_killed_worker_gives_an_error_of_one_line(
+    call, tree, vae_folder, tmp_path, monkeypatch, frequent_worker_checks
+):
     parent = os.getpid()
     read = SquareReader.read
 

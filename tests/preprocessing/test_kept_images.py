@@ -175,6 +175,15 @@ def test_verify_repairs_images_without_encoding_again(call, make_cache, tmp_path
     assert call(verify, data)[0] == 0
 
 
+def test_images_are_not_added_to_a_damaged_cache(call, tree, vae_folder, make_cache, tmp_path):
+    dest = shutil.copytree(make_cache(), tmp_path / "data")
+    path = dest / "moments/00001.npy"
+    path.write_bytes(path.read_bytes()[:-8])
+    flags = make_encode_flags(tree, dest, vae_folder, "--num-workers", 0, "--keep-images")
+    code, out = call(encode_latents, *flags)
+    assert code == 2 and f"{path} cannot be read" in out and f"verify --repair {dest}" in out
+
+
 def test_missing_images_give_an_error_with_a_remedy(make_cache, tmp_path):
     root = make_cache(keep_images=True)
     joined_cache = LatentCache(root, make_cache())

@@ -142,9 +142,9 @@ def test_relative_path_of_the_vae_is_valid_in_other_directories(
     flags = ["--source", tree, "--dest", tmp_path / "data", "--resolution", 32, "--limit", 2]
     assert call(encode_latents, *flags, "--vae", vae_folder.name)[0] == 0
     monkeypatch.chdir(tmp_path)
-    assert read_manifest(tmp_path / "data").vae == str(vae_folder)
-    # Older manifests contain the relative path.
     path = tmp_path / "data/manifest.json"
+    assert json.loads(path.read_text())["vae"] == str(vae_folder)
+    # Older manifests contain the relative path.
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vae": vae_folder.name}))
     assert read_manifest(tmp_path / "data").vae == str(vae_folder)
     monkeypatch.chdir(vae_folder.parent)

@@ -298,7 +298,10 @@ def write_zip_with_one_label(path, label):
         ),
         (lambda path: write_zip_with_one_label(path, -1), "label -1; labels must be from 0"),
         (lambda path: write_zip_with_one_label(path, 0.5), "found 0.5"),
-        (lambda path: write_zip(path.with_suffix(".zip"), FILES, {"classes": 3}), "KeyError"),
+        (
+            lambda path: write_zip(path.with_suffix(".zip"), FILES, {"classes": 3}),
+            "labels. is missing",
+        ),
         (
             lambda path: write_tar(path.with_suffix(".tar"), FILES | {"x.cls": b"1"}),
             "no .cls file for apple/00.png",
@@ -338,6 +341,25 @@ def test_invalid_csv_is_an_error(tmp_path, text, message):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         open_source(write_tree(tmp_path / "t"), labels=tmp_path / "labels.csv")
+
+
+def test_names_in_csv_are_normalized(tmp_path):
+    tree = write_tree(tmp_path / "t", {"a.png": make_png(0), "b/1.png": make_png(1)})
+    (tmp_path / "labels.csv").write_text("./a.png , 1\nb\\1.png,0\n")
+    assert open_source(tree, labels=tmp_path / "labels.csv").labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match="--unlabeled cannot be combined with --labels"):
+        open_source(tree, labels=tmp_path / "labels.csv", is_unlabeled=True)
+
+
+def test_links_in_a_tar_are_counted_as_ignored(tmp_path):
+    path = write_tar(tmp_path / "t.tar", FILES)
+    with tarfile.open(path, "a") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo("apple/link.png")
+            link.type = kind
+            link.linkname = "apple/00.png"
+            archive.addfile(link)
+    assert open_source(path).describe().endswith("2 ignored files and folders (links)")
 
 
 def test_csv_class_names_are_sorted(tmp_path):

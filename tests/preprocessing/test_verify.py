@@ -130,6 +130,18 @@ def test_statistics_that_do_not_match_the_shards_are_detected(call, data):
     assert code == 2 and "mean and std of manifest.json do not agree with its shards" in out
 
 
+@pytest.mark.parametrize("value", [None, "x", [], [1.0]])
+def test_damaged_statistics_of_the_manifest_are_detected(call, data, value):
+    original = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(original | {"mean": value}))
+    code, out = call(verify, data)
+    assert code == 2 and "mean and std of manifest.json do not agree with its shards" in out
+    original["shards"][1]["sum"] = value
+    (data / "manifest.json").write_text(json.dumps(original))
+    code, out = call(verify, data)
+    assert code == 2 and "00001.npy: statistics: do not match the manifest" in out
+
+
 def test_folder_without_a_cache_gives_an_error(call, tmp_path):
     code, out = call(verify, tmp_path)
     assert code == 2 and "no manifest.json" in out and "Traceback" not in out

@@ -32,6 +32,7 @@ def copy_with_weights(run, folder, transform):
     copy = shutil.copytree(run, folder)
     path = copy / EMA_WEIGHTS
     save_file({key: transform(key, value) for key, value in load_file(path).items()}, path)
+    path.with_name("progress.json").unlink(missing_ok=True)  # it contains the hash of the weights
     return copy
 
 

@@ -58,7 +58,7 @@ def test_state_of_accelerate_is_compared_with_the_flags():
     for changes, message in (
         ({"distributed_type": DistributedType.FSDP}, "selects FSDP"),
         ({"mixed_precision": "no"}, "precision no, but --mixed-precision is bf16"),
-        ({"num_processes": 1}, "connects 1 of 2 processes"),
+        ({"num_processes": 1}, "results in 1 of 2 processes"),
     ):
         changed = SimpleNamespace(**vars(accelerator) | changes)
         with pytest.raises(UserError, match=message):

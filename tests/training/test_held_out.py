@@ -1,8 +1,10 @@
 """The loss on held-out images: by definition, and on any number of processes."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +76,17 @@ def test_fewer_images_are_evenly_spaced(cache):
     assert HeldOutLoss(cache, 5).image_index.tolist() == [0, 4, 9, 14, 19]
     for num_images in (24, 1000):
         assert HeldOutLoss(cache, num_images).image_index.tolist() == [*range(24)]
+
+
+def test_image_with_non_finite_moments_is_reported(cache, tmp_path):
+    folder = shutil.copytree(cache, tmp_path / "data")
+    moments = np.load(folder / "moments/00001.npy")
+    moments[7] = np.nan
+    np.save(folder / "moments/00001.npy", moments)
+    message = r"^--eval-latents: the moments of image 17 .*moments/00001\.npy.*verify"
+    with pytest.raises(UserError, match=message):
+        HeldOutLoss(folder, 24)
+    HeldOutLoss(folder, 5)  # image 17 is not used
 
 
 def test_incompatible_cache_is_refused(cache, tmp_path):

@@ -116,6 +116,7 @@ def test_failing_work_is_skipped_and_switched_off_after_three_failures(
     work, calls = count_calls(results)
     monkeypatch.setattr(*method, work)
     monkeypatch.setattr(*other, lambda *args: None)
+    monkeypatch.setattr(Evaluator, "try_out", lambda *args: None)
     flags = evaluation_flags("--sampling-steps", 1)
     code, out = call(train, *flags, "--max-train-steps", 5)
     assert code == 0 and len(calls) == 5
@@ -125,7 +126,7 @@ def test_failing_work_is_skipped_and_switched_off_after_three_failures(
     assert code == 0 and len(calls) == 7
     assert f"the {failing} at step 5 failed" in out and f"the {failing} at step 6 failed" in out
     assert f"{failing}s are switched off after 3 failures in a row" in out
-    # A restart remembers that the work is switched off, unless its flags change.
+    # The work remains switched off after a restart, unless its flags change.
     assert call(train, *flags, "--max-train-steps", 9)[0] == 0
     assert len(calls) == 7
     changed = "--preview-cfg-scale" if failing == "preview" else "--eval-cfg-scale"
@@ -187,6 +188,7 @@ def test_samples_that_are_not_finite_are_not_evaluated(
         return measure(self, model, *args)
 
     monkeypatch.setattr(Evaluator, "measure", measure_nan)
+    monkeypatch.setattr(Evaluator, "try_out", lambda *args: None)
     code, out = call(train, *evaluation_flags("--max-train-steps", 1))
     assert code == 0 and "FloatingPointError: the sampled latents are not finite" in out
     assert not any("evaluation" in row for row in read_rows(tmp_path / "run"))
@@ -196,7 +198,7 @@ def test_samples_that_are_not_finite_are_not_evaluated(
 def test_failure_on_one_process_is_agreed_on(evaluation_flags, tmp_path, failing_rank):
     """The other process neither waits for the features nor counts a success."""
     flags = evaluation_flags("--max-train-steps", 4)
-    out = run_ranks(2, "tests.training.failing_evaluation", failing_rank, *flags)
+    out = run_ranks(2, "tests.training.failing_evaluation", failing_rank, "error", *flags)
     log = (tmp_path / "run/log.txt").read_text()
     for step in (1, 2, 3):
         reason = f"process {failing_rank}: OutOfMemoryError: in batch 1"
@@ -229,3 +231,16 @@ def test_processes_share_the_images_of_a_preview(trained, vae_folder):
     expected, *shares = parts
     assert [len(share) for share in shares] == [8, 8, 8]
     assert (torch.cat(shares).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("killed_rank", [0, 1])
+def test_process_ends_in_one_line_if_the_other_is_killed_in_an_evaluation(
+    evaluation_flags, killed_rank
+):
+    with pytest.raises(AssertionError) as ended:
+        run_ranks(
+            2, "tests.training.failing_evaluation", killed_rank, "killed", *evaluation_flags()
+        )
+    printed = str(ended.value)
+    assert f"[rank {1 - killed_rank}] another process ended before the work was done" in printed
+    assert "Traceback" not in printed

@@ -13,10 +13,11 @@ from common.watchdog import Watchdog
 from dataset import TrainingStream
 from tests.helpers import train_flags
 from training.preemption import FlagReducer
+from training.state import CheckpointWriter
 
 
 @pytest.fixture
-def printed(monkeypatch) -> queue.Queue:
+def printed_lines(monkeypatch) -> queue.Queue:
     """A queue of the lines that the watchdog of this process prints."""
     lines = queue.Queue()
     dog = Watchdog(report_seconds=0.02)
@@ -28,12 +29,12 @@ def printed(monkeypatch) -> queue.Queue:
     signal.set_wakeup_fd(previous_pipe)
 
 
-def test_wait_for_a_batch_is_reported(call, cache, tmp_path, monkeypatch, printed):
+def test_wait_for_a_batch_is_reported(call, cache, tmp_path, monkeypatch, printed_lines):
     read = TrainingStream.__getitem__
     reports = []
 
     def read_after_a_report(stream, step):
-        reports.append(printed.get(timeout=60))
+        reports.append(printed_lines.get(timeout=60))
         return read(stream, step)
 
     monkeypatch.setattr(TrainingStream, "__getitem__", read_after_a_report)
@@ -42,7 +43,7 @@ def test_wait_for_a_batch_is_reported(call, cache, tmp_path, monkeypatch, printe
     assert reports[0].startswith("waiting for batches of --data-dir (")
 
 
-def test_stop_signal_ends_a_wait_for_a_batch(call, cache, tmp_path, monkeypatch, printed):
+def test_stop_signal_ends_a_wait_for_a_batch(call, cache, tmp_path, monkeypatch, printed_lines):
     ended = threading.Event()
     monkeypatch.setattr(watchdog, "_end_process", lambda *_: ended.set())
     monkeypatch.setattr(loader, "STOP_SECONDS", 0.0)
@@ -59,10 +60,21 @@ def test_stop_signal_ends_a_wait_for_a_batch(call, cache, tmp_path, monkeypatch,
     assert ended.is_set()
 
 
-def test_wait_for_the_other_processes_is_reported(monkeypatch, printed):
+def test_wait_for_a_save_is_reported(tmp_path, printed_lines):
+    writer = CheckpointWriter(tmp_path, {})
+    writer.thread = threading.Thread(target=lambda: reports.append(printed_lines.get(timeout=60)))
+    reports = []
+    writer.thread.start()
+    writer.wait()
+    assert reports[0].startswith("waiting for the previous checkpoint to be written (")
+
+
+def test_wait_for_the_other_processes_is_reported(monkeypatch, printed_lines):
     class Collective:
         def wait(self):
-            assert printed.get(timeout=60).startswith("waiting for the other processes to finish")
+            assert printed_lines.get(timeout=60).startswith(
+                "waiting for the other processes to finish"
+            )
 
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: Collective())
     reducer = FlagReducer(num_processes=1, num_flags=1)
