@@ -51,10 +51,10 @@ from sampling.recipe import SamplerConfig
 from training.throughput import measure_matmul_rate
 
 PRECISIONS = {  # CPUs use only the first precision
-    "fp32": PrecisionConfig(),
-    "tf32": PrecisionConfig(allow_tf32=True),
-    "bf16": PrecisionConfig("bf16", allow_tf32=True),
-    "bf16, compiled": PrecisionConfig("bf16", allow_tf32=True, compile=True),
+    "fp32": PrecisionConfig(allow_tf32=False),
+    "tf32": PrecisionConfig(),
+    "bf16": PrecisionConfig("bf16"),
+    "bf16, compiled": PrecisionConfig("bf16", compile=True),
 }
 
 
@@ -67,11 +67,11 @@ def parse_args() -> argparse.Namespace:
         "dest",
         model="SiT-XL/2",
         vae=None,
-        images=512 if has_gpu else 8,
+        images=128 if has_gpu else 8,
         resolution=256,
-        batch_size=128 if has_gpu else 4,
-        num_steps=250 if has_gpu else 10,
-        rounds=5,
+        batch_size=64 if has_gpu else 4,
+        num_steps=10,
+        rounds=2 if has_gpu else 5,
         warm_up=1,
     )
     parser.add_argument(

@@ -9,8 +9,9 @@ not affect the speed. All variants share the backbone, the EMA and the optimizer
 memory of each variant is measured separately afterwards. `--plain` adds a minimal step that trains
 the network of sra2: forward pass, both losses, backward pass and AdamW on interpolated inputs. It
 omits gradient clipping, EMA, random numbers, logged quantities and the guard against non-finite
-values. The first step of the first variant includes compilation. benchmarks/cost.py also counts the
-parameters and FLOPs of each variant.
+values. `--repa-repository` adds the step of REPA's own repository, with its encoder and with fixed
+targets (see benchmarks/repa.py). The first step of the first variant includes compilation.
+benchmarks/cost.py also counts the parameters and FLOPs of each variant.
 """
 
 import copy
@@ -18,11 +19,13 @@ import gc
 import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch.profiler import ProfilerActivity, profile
 
 import models.targets
 from benchmarks.measure import (
@@ -35,6 +38,7 @@ from benchmarks.measure import (
     time_interleaved,
     write_result,
 )
+from benchmarks.repa import make_repa_step
 from benchmarks.run_steps import Plan, build_step, make_accelerator
 from benchmarks.variants import (
     StepConfig,
@@ -58,6 +62,9 @@ from train import Step
 from training.alignment import head_specs, required_cache_inputs
 from training.config import autocast_dtype
 from training.throughput import measure_matmul_rate, training_flops
+
+# Name of each step of REPA's repository -> whether it runs the encoder.
+REPA_STEPS = {"REPA's loop": True, "REPA's loop without encoder": False}
 
 # Fields of StepConfig that the result contains.
 RECORDED_SETTINGS = (
@@ -173,6 +180,31 @@ def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> di
     return actions
 
 
+def build_repa_steps(
+    repository: Path, config: StepConfig, plan: Plan, device: torch.device
+) -> dict[str, Action]:
+    """Build the steps of REPA's repository: with its encoder, and with fixed targets."""
+    batch = make_random_batch(plan.manifest, config.batch_size)
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    return {
+        name: make_repa_step(repository, config.model, batch, device, with_encoder)
+        for name, with_encoder in REPA_STEPS.items()
+    }
+
+
+def write_kernel_table(action: Action, path: Path) -> None:
+    """Profile three steps, and write a table of their operations by time."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(3):
+            action()
+    sort_key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    path.write_text(profiler.key_averages().table(sort_by=sort_key, row_limit=60))
+
+
 def select_methods(step: Step, methods: list[str]) -> Step:
     """Return a step with the same state that applies only the listed alignment methods."""
     selected = copy.copy(step)
@@ -196,7 +228,13 @@ def measure_peak_memory(plan: Plan, accelerator: Accelerator, variant: str) -> f
 
 
 def measure_variants(
-    config: StepConfig, variants: list[str], rounds: int, steps: int | None, warm_up: int
+    config: StepConfig,
+    variants: list[str],
+    rounds: int,
+    steps: int | None,
+    warm_up: int,
+    repa_repository: Path | None = None,
+    kernel_table: Path | None = None,
 ) -> dict:
     """Time the steps of several variants alternately, and compare the times.
 
@@ -206,6 +244,8 @@ def measure_variants(
         rounds: Number of timed rounds.
         steps: Number of steps per round. By default, 10 on a GPU and 1 on a CPU.
         warm_up: Number of untimed rounds before the timed rounds.
+        repa_repository: A clone of REPA's repository, whose step is timed as well.
+        kernel_table: File for the table of the operations of the last variant's step.
 
     Returns:
         The result of the benchmark.
@@ -228,9 +268,13 @@ def measure_variants(
     # Measure the matmul rate before and after the timings, because machine speed drifts.
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
     actions = build_steps(plan, accelerator, variants)
+    if repa_repository:
+        actions |= build_repa_steps(repa_repository, config, plan, device)
     first_step_s = {variant: time_call(action, device) for variant, action in actions.items()}
     timings = time_interleaved(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))
+    if kernel_table:
+        write_kernel_table(actions[variants[-1]], kernel_table)
     actions.clear()
 
     results = {}
@@ -248,7 +292,16 @@ def measure_variants(
             "peak_memory_gib": peak_memory_gib,
             "first_step_s": first_step_s[variant],
         }
+    for name in REPA_STEPS if repa_repository else ():
+        step_s = median_and_quartiles(timings.seconds[name])
+        results[name] = {
+            "step_s": step_s,
+            "images_per_s": config.batch_size / step_s["median"],
+            "peak_memory_gib": timings.peak_memory_gib[name],
+            "first_step_s": first_step_s[name],
+        }
     pairs = [(variant, "none") for variant in variants if variant not in ("none", "plain")]
+    pairs += [(name, variant) for name in REPA_STEPS for variant in variants]
     return {
         "benchmark": "train_step",
         "machine": describe_machine(device),
@@ -273,12 +326,32 @@ def main() -> None:
         help="also time a minimal step with only forward pass, backward pass and AdamW; this step "
         "has separate optimizer moments",
     )
+    parser.add_argument(
+        "--repa-repository",
+        type=Path,
+        metavar="DIR",
+        help="clone of REPA's repository, whose training step is also timed",
+    )
+    parser.add_argument(
+        "--kernel-table",
+        type=Path,
+        metavar="PATH",
+        help="file for a table of the operations in the step of the last variant",
+    )
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
     variants = list(dict.fromkeys(args.align))
     if args.plain:
         variants.insert(0, "plain")
-    result = measure_variants(config, variants, args.rounds, args.steps, args.warm_up)
+    result = measure_variants(
+        config,
+        variants,
+        args.rounds,
+        args.steps,
+        args.warm_up,
+        args.repa_repository,
+        args.kernel_table,
+    )
     plan = make_plan(config, variants)
     specs = [spec for entry in plan.align for spec in head_specs(entry).values()]
     flops_of_heads = sum(head_flops(plan.network, spec) for spec in specs)

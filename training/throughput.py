@@ -132,10 +132,12 @@ class Throughput:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         paused = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = time.perf_counter() - paused
-        self.started += seconds
-        self.paused_seconds[kind] += seconds
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
+            seconds = time.perf_counter() - paused
+            self.started += seconds
+            self.paused_seconds[kind] += seconds

@@ -1,0 +1,105 @@
+"""Run the benchmarks that need a GPU, the most important first, within a limited time.
+
+    python -m benchmarks.gpu_session --dest benchmarks/results --repa-repository ../REPA
+
+Each measurement is a benchmark of this package in a process of its own. It starts only if its
+expected time still fits, and is stopped if it takes twice as long. Its result is written to
+DEST/NAME.json as soon as it is complete. `--trial` runs the same commands with the smallest network
+and few rounds, to test the script on a CPU.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from common import cli
+
+
+class Measurement(NamedTuple):
+    """A benchmark to run.
+
+    Attributes:
+        name: Name of the result file, without extension.
+        module: The module of `benchmarks` to run.
+        flags: Its flags, except --json.
+        seconds: Expected seconds on an H100.
+    """
+
+    name: str
+    module: str
+    flags: str
+    seconds: int
+
+
+def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurement]:
+    """Return the measurements, the most important first."""
+    repa = f" --repa-repository {repa_repository}" if repa_repository else ""
+    step = "--precision bf16 --rounds 5 --steps 5"
+    compare = f"{step} --compile --align none sra2{repa}"
+    small = f"--model SiT-XL/2 --batch-size 64 {compare}"
+    large = f"--model SiT-XL/2 --batch-size 256 {step} --rounds 3 --compile --align sra2"
+    recompute = "--activation-checkpointing --recomputed-blocks 5"
+    sample = f"--model SiT-XL/2 --dest {dest} --images 128 --batch-size 64 --rounds 1"
+    encode = f"--dest {dest} --rounds 1"
+    table = dest / "kernels-xl2-b64.txt"
+    plan = [
+        ("step-xl2-b64", "train_step", f"{small} --kernel-table {table}", 110),
+        ("step-xl2-b256-recomputed", "train_step", f"{large} {recompute}", 60),
+        ("step-xl2-b256-accumulated", "train_step", f"{large} --gradient-accumulation-steps 2", 60),
+        ("sampling-xl2-10steps", "sampling", f"{sample} --num-steps 10", 90),
+        ("step-b2-b256", "train_step", f"--model SiT-B/2 --batch-size 256 {compare}", 70),
+        ("encode-tf32", "encode", f"{encode} --precision tf32", 60),
+        ("step-s2-b256", "train_step", f"--model SiT-S/2 --batch-size 256 {compare}", 60),
+        ("encode-bf16", "encode", f"{encode} --precision bf16", 60),
+        ("sampling-xl2-30steps", "sampling", f"{sample} --num-steps 30", 120),
+        ("evaluation", "evaluation", "--images 50000 --rounds 1", 60),
+    ]
+    return [Measurement(*values) for values in plan]
+
+
+# Flags that replace those of the plan in a trial, by module. argparse uses the last value.
+TRIAL_FLAGS = {
+    "train_step": "--batch-size 2 --rounds 1 --steps 1 --warm-up 0 --precision no",
+    "sampling": "--model SiT-S/2 --resolution 64 --images 2 --batch-size 2 --num-steps 2",
+    "encode": "--precision fp32 --images 2 --resolution 64 --batch-size 2",
+    "evaluation": "--images 50 --width 16",
+}
+
+
+def main() -> None:
+    """Run the measurements."""
+    parser = cli.Parser(__doc__, "python -m benchmarks.gpu_session", "--dest PATH")
+    add = parser.add_argument
+    add("--dest", type=Path, required=True, help="folder for the results")
+    add("--repa-repository", type=Path, metavar="DIR", help="clone of REPA's repository")
+    add("--minutes", type=cli.positive_float, default=10.0, help="time for all measurements")
+    add("--trial", action="store_true", help="run with tiny settings, to test the script")
+    args = parser.parse_args()
+    args.dest.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    for measurement in plan_measurements(args.repa_repository, args.dest):
+        remaining = deadline - time.monotonic()
+        if remaining < measurement.seconds and not args.trial:
+            print(f"{measurement.name}: skipped, {remaining:.0f} s remain", flush=True)
+            continue
+        command = [sys.executable, "-m", f"benchmarks.{measurement.module}"]
+        command += measurement.flags.split()
+        if args.trial:
+            command += TRIAL_FLAGS[measurement.module].split()
+            command = [part for part in command if part != "--compile"]
+            command = [part.replace("SiT-XL/2", "SiT-S/2") for part in command]
+        command += ["--json", str(args.dest / f"{measurement.name}.json")]
+        print(f"{measurement.name}: {' '.join(command[1:])}", flush=True)
+        started = time.monotonic()
+        try:
+            code = subprocess.run(command, timeout=2 * measurement.seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        outcome = "complete" if code == 0 else f"failed (exit code {code})"
+        print(f"{measurement.name}: {outcome} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,153 @@
+"""Run the training step of REPA's own repository, next to ours.
+
+The network, the loss, and the functions of the training loop are loaded from a clone of
+https://github.com/sihyun-yu/REPA. This module only repeats the order of the calls in the loop of
+REPA's train.py: fp16 autocast with a gradient scaler, as accelerate configures them, clipping,
+AdamW with PyTorch's defaults, the EMA, and three metrics that are read on the host in each step.
+"""
+
+import ast
+import copy
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Action
+from common.cli import UserError
+from dataset import CachedBatch
+
+ENCODER = "vit_base_patch14_dinov2"  # timm's name of DINOv2-B, REPA's default encoder
+ENCODER_WIDTH = 768
+ENCODER_SIDE = 224
+
+
+def load_module(path: Path) -> ModuleType:
+    """Load a Python file as a module that is not in sys.modules.
+
+    Raises:
+        UserError: The file does not exist.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"--repa-repository: {path} does not exist; pass a clone of REPA's repository"
+        )
+    spec = importlib.util.spec_from_file_location(f"repa_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_functions(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Load functions of a Python file without its imports and its other code.
+
+    REPA's train.py cannot be imported, because its package `models` has the same name as ours.
+    """
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torchvision.transforms import Normalize
+
+    tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names
+    ]
+    namespace: dict[str, Any] = {
+        "torch": torch,
+        "OrderedDict": OrderedDict,
+        "Normalize": Normalize,
+        "IMAGENET_DEFAULT_MEAN": IMAGENET_DEFAULT_MEAN,
+        "IMAGENET_DEFAULT_STD": IMAGENET_DEFAULT_STD,
+    }
+    exec(compile(tree, str(path), "exec"), namespace)
+    return namespace
+
+
+def make_repa_step(
+    repository: Path,
+    model_name: str,
+    batch: CachedBatch,
+    device: torch.device,
+    with_encoder: bool,
+) -> Action:
+    """Return REPA's training step on a fixed batch.
+
+    Args:
+        repository: A clone of REPA's repository.
+        model_name: Name of the network, such as "SiT-XL/2".
+        batch: Moments, labels and images (in `inputs["images"]`), on the host.
+        device: Device of the step.
+        with_encoder: Whether to run the encoder, with random weights, or to use fixed targets.
+
+    Raises:
+        UserError: The folder is not a clone of REPA's repository, or REPA has no such network.
+    """
+    networks = load_module(repository / "models" / "sit.py").SiT_models
+    compute_loss = load_module(repository / "loss.py").SILoss()
+    loop = load_functions(
+        repository / "train.py", ("sample_posterior", "update_ema", "preprocess_raw_image")
+    )
+    if model_name not in networks:
+        raise UserError(f"--model {model_name}: REPA's repository has no such network")
+    latent_side = batch.moments.shape[-1]
+    model = networks[model_name](
+        input_size=latent_side,
+        num_classes=1000,
+        use_cfg=True,
+        z_dims=[ENCODER_WIDTH],
+        encoder_depth=8,
+        fused_attn=True,
+        qk_norm=False,
+    ).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    has_fp16 = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=has_fp16)
+    encode = make_encoder(device) if with_encoder else None
+    num_tokens = (latent_side // 2) ** 2
+    fixed_target = torch.randn(len(batch.labels), num_tokens, ENCODER_WIDTH, device=device)
+
+    def step() -> None:
+        images = batch.inputs["images"].to(device)
+        moments = batch.moments.float().to(device)
+        labels = batch.labels.to(device)
+        autocast = torch.autocast(device.type, torch.float16, enabled=has_fp16)
+        with torch.no_grad():
+            latents = loop["sample_posterior"](moments, latents_scale=0.18215, latents_bias=0.0)
+            target = fixed_target
+            if encode:
+                with autocast:
+                    inputs = loop["preprocess_raw_image"](images, "dinov2")
+                    target = encode(inputs)[:, 1:]
+        with autocast:
+            loss, projection_loss = compute_loss(model, latents, {"y": labels}, zs=[target])
+        loss, projection_loss = loss.mean(), projection_loss.mean()
+        scaler.scale(loss + 0.5 * projection_loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        loop["update_ema"](ema, model)
+        for value in (loss, projection_loss, norm):
+            value.item()
+
+    return step
+
+
+def make_encoder(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of DINOv2-B with random weights, which do not affect the speed."""
+    import timm
+
+    encoder = timm.create_model(ENCODER, pretrained=False, num_classes=0, img_size=ENCODER_SIDE)
+    encoder.eval().requires_grad_(False).to(device)
+    return partial(_forward_features, encoder)
+
+
+def _forward_features(encoder: Any, images: Tensor) -> Tensor:
+    return encoder.forward_features(images)

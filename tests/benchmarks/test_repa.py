@@ -1,0 +1,113 @@
+"""Tests of the comparison with REPA's repository, and of the session on a GPU."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import encode, evaluation, gpu_session, repa, sampling, train_step
+from common.cli import UserError
+from dataset import CachedBatch
+
+# A repository with the interfaces that the benchmark uses, and tiny functions.
+FILES = {
+    "models/sit.py": """
+import torch
+
+class Network(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        assert options["input_size"] == 8 and options["z_dims"] == [768]
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, y):
+        return self.scale * x, [self.scale * torch.ones(len(x), 16, 768)]
+
+SiT_models = {"SiT-XL/2": Network}
+""",
+    "loss.py": """
+class SILoss:
+    def __call__(self, model, images, model_kwargs, zs):
+        output, projected = model(images, None, **model_kwargs)
+        return output.square().flatten(1).mean(1), (projected[0] * zs[0]).flatten(1).mean(1)
+""",
+    "train.py": """
+import a_package_that_does_not_exist
+
+@torch.no_grad()
+def sample_posterior(moments, latents_scale=1., latents_bias=0.):
+    return moments.chunk(2, dim=1)[0] * latents_scale + latents_bias
+
+def update_ema(ema_model, model, decay=0.9999):
+    for average, parameter in zip(ema_model.parameters(), model.parameters()):
+        average.mul_(decay).add_(parameter.data, alpha=1 - decay)
+        print("parameter", parameter.item())
+""",
+}
+
+
+@pytest.fixture
+def repository(tmp_path):
+    for name, text in FILES.items():
+        path = tmp_path / "REPA" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "REPA"
+
+
+def test_step_of_repas_repository_trains_its_network(repository, capsys):
+    batch = CachedBatch(
+        torch.arange(4),
+        torch.randn(4, 8, 8, 8),
+        torch.zeros(4, dtype=torch.int64),
+        {"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)},
+    )
+    make = repa.make_repa_step
+    step = make(repository, "SiT-XL/2", batch, torch.device("cpu"), with_encoder=False)
+    step()
+    step()
+    values = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(values) == 2 and 1 > values[0] > values[1]
+    with pytest.raises(UserError, match="--model SiT-Ti/2: REPA's repository has no such network"):
+        make(repository, "SiT-Ti/2", batch, torch.device("cpu"), with_encoder=False)
+    (repository / "loss.py").unlink()
+    with pytest.raises(UserError, match=r"loss\.py does not exist; pass a clone of REPA's"):
+        make(repository, "SiT-XL/2", batch, torch.device("cpu"), with_encoder=False)
+
+
+def run_session(monkeypatch, call, tmp_path, seconds_per_command, *flags):
+    """Run the session with a simulated clock, and return the commands and the output."""
+    now = 0.0
+    commands = []
+
+    def run(command, timeout, check):
+        nonlocal now
+        now += seconds_per_command
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu_session, "time", SimpleNamespace(monotonic=lambda: now))
+    code, out = call(gpu_session, "--dest", tmp_path / "results", *flags)
+    assert code == 0
+    return commands, out
+
+
+def test_session_skips_measurements_for_which_no_time_is_left(monkeypatch, call, tmp_path):
+    commands, out = run_session(monkeypatch, call, tmp_path, 100, "--minutes", 5)
+    plan = gpu_session.plan_measurements(None, tmp_path / "results")
+    # 100 s remain after two commands: enough for the third one, and not for the others.
+    assert [str(tmp_path / f"results/{m.name}.json") for m in plan[:3]] == [c[-1] for c in commands]
+    assert out.count("skipped, 0 s remain") == len(plan) - 3
+
+
+@pytest.mark.parametrize("flags", [(), ("--trial",)])
+def test_commands_of_the_session_have_valid_flags(monkeypatch, call, tmp_path, flags):
+    modules = {m.__name__: m for m in (train_step, sampling, encode, evaluation)}
+    commands, _ = run_session(monkeypatch, call, tmp_path, 0, "--repa-repository", tmp_path, *flags)
+    assert len(commands) == len(gpu_session.plan_measurements(None, tmp_path))
+    for command in commands:
+        # --help follows the other flags, so argparse reads them first.
+        code, out = call(modules[command[2]], *command[3:], "--help")
+        assert code == 0 and out.startswith("usage:"), out
