@@ -194,7 +194,7 @@ def test_samples_that_are_not_finite_are_not_evaluated(
     assert not any("evaluation" in row for row in read_rows(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("failing_rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_failure_on_one_process_is_agreed_on(evaluation_flags, tmp_path, failing_rank):
     """The other process neither waits for the features nor counts a success."""
     flags = evaluation_flags("--max-train-steps", 4)
@@ -233,7 +233,7 @@ def test_processes_share_the_images_of_a_preview(trained, vae_folder):
     assert (torch.cat(shares).int() - expected.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("killed_rank", [0, 1])
+@pytest.mark.parametrize("killed_rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_process_ends_in_one_line_if_the_other_is_killed_in_an_evaluation(
     evaluation_flags, killed_rank
 ):
