@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 from common import cli
 
+# Real images, enlarged. Random weights and enlarged images do not affect the speed.
+IMAGES = Path("assets/fashion-mnist/images.zip")
+
 
 class Measurement(NamedTuple):
     """A benchmark to run.
@@ -50,6 +53,7 @@ def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurem
         ("step-xl2-b256-accumulated", "train_step", f"{large} --gradient-accumulation-steps 2", 60),
         ("sampling-xl2-10steps", "sampling", f"{sample} --num-steps 10", 90),
         ("step-b2-b256", "train_step", f"--model SiT-B/2 --batch-size 256 {compare}", 70),
+        ("vae", "vae", f"--source {IMAGES} --dest {dest}", 60),
         ("encode-tf32", "encode", f"{encode} --precision tf32", 60),
         ("step-s2-b256", "train_step", f"--model SiT-S/2 --batch-size 256 {compare}", 60),
         ("encode-bf16", "encode", f"{encode} --precision bf16", 60),
@@ -63,6 +67,7 @@ def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurem
 TRIAL_FLAGS = {
     "train_step": "--batch-size 2 --rounds 1 --steps 1 --warm-up 0 --precision no",
     "sampling": "--model SiT-S/2 --resolution 64 --images 2 --batch-size 2 --num-steps 2",
+    "vae": "--images 2 --resolution 64 --batch-size 2 --rounds 1 --warm-up 0",
     "encode": "--precision fp32 --images 2 --resolution 64 --batch-size 2",
     "evaluation": "--images 50 --width 16",
 }

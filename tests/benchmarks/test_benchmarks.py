@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import (
     adm_evaluator,
@@ -16,6 +17,7 @@ from benchmarks import (
     sampling,
     table,
     train_step,
+    vae,
 )
 from benchmarks.sampler import Sampler, make_config, make_random_source
 from models.autoencoder import Autoencoder
@@ -265,3 +267,23 @@ def test_data_page_agrees_with_the_encoding_results():
         f"crops {rate} images per second, so decoding takes one core for every {rate} images"
         in text.replace("\n", " ")
     )
+
+
+def test_vae_benchmark_compares_precisions_with_float32(run_benchmark, tree, vae_folder, tmp_path):
+    flags = ["--source", tree, "--vae", vae_folder, "--resolution", 32, "--images", 3]
+    flags += ["--batch-size", 2, "--rounds", 1, "--warm-up", 0, "--device", "cpu"]
+    result = run_benchmark(vae, *flags, "--dest", tmp_path)
+    assert result["images"] == 3 and list(result["results"]) == list(vae.CPU_PRECISIONS)
+    exact = result["results"]["fp32"]
+    assert exact["moments_error"]["max"] == exact["grey_level_error"]["max"] == 0
+    rounded = result["results"]["bf16"]["moments_error"]
+    # bfloat16 has three significant bits less than float16.
+    assert 1 < rounded["median"] <= rounded["percentile_99"] <= rounded["max"]
+    assert exact["encode_images_per_s"]["median"] > 0 < exact["decode_images_per_s"]["median"]
+
+
+def test_float16_spacing_equals_numpys():
+    values = torch.tensor([1.0, 1.5, 1023.0, 1024.0, 0.1, -0.3, 3e-5, 0.0])
+    expected = np.abs(np.spacing(values.numpy().astype(np.float16)))
+    # Below the smallest normal number, the spacing is constant.
+    assert vae.float16_spacing(values).tolist() == expected.astype(np.float32).tolist()
