@@ -10,6 +10,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from torch.utils.data._utils import signal_handling
 
 from common.cli import UserError
 from common.loader import Loader
@@ -101,8 +102,17 @@ def test_killed_worker_ends_in_one_line(number, frequent_worker_checks):
     assert not multiprocessing.active_children()
 
 
+@pytest.fixture
+def no_dataloader_before(monkeypatch):
+    """Undo the handler of SIGCHLD that a DataLoader of another test has installed."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, previous)
+
+
 def test_worker_that_is_killed_between_two_items_is_reported_by_the_next_wait(
-    frequent_worker_checks,
+    frequent_worker_checks, no_dataloader_before
 ):
     with closing(Loader(make_tensor, "numbers", num_workers=1).iterate(range(8))) as items:
         next(items)
