@@ -3,11 +3,12 @@
     python -m benchmarks.gpu_session --dest benchmarks/results --repa-repository ../REPA
 
 Each measurement is a benchmark of this package in a process of its own. It starts only if its
-expected time still fits, and is stopped if it takes twice as long. Its result is written to
-DEST/NAME.json as soon as it is complete. `--trial` runs the same commands with the smallest network
-and few rounds, to test the script on a CPU.
+expected time still fits, and is stopped if it takes twice as long or if no time is left. Its result
+is written to DEST/NAME.json as soon as it is complete. `--trial` runs the same commands with the
+smallest network, few rounds and no limit on the total time, to test the script on a CPU.
 """
 
+import shlex
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ class Measurement(NamedTuple):
     Attributes:
         name: Name of the result file, without extension.
         module: The module of `benchmarks` to run.
-        flags: Its flags, except --json.
+        flags: Its flags, except --json, quoted as for a shell.
         seconds: Expected seconds on an H100.
     """
 
@@ -38,15 +39,16 @@ class Measurement(NamedTuple):
 
 def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurement]:
     """Return the measurements, the most important first."""
-    repa = f" --repa-repository {repa_repository}" if repa_repository else ""
+    dest_flag = f"--dest {shlex.quote(str(dest))}"
+    repa = f" --repa-repository {shlex.quote(str(repa_repository))}" if repa_repository else ""
     step = "--precision bf16 --rounds 5 --steps 5"
     compare = f"{step} --compile --align none sra2{repa}"
     small = f"--model SiT-XL/2 --batch-size 64 {compare}"
     large = f"--model SiT-XL/2 --batch-size 256 {step} --rounds 3 --compile --align sra2"
     recompute = "--activation-checkpointing --recomputed-blocks 5"
-    sample = f"--model SiT-XL/2 --dest {dest} --images 128 --batch-size 64 --rounds 1"
-    encode = f"--dest {dest} --rounds 1"
-    table = dest / "kernels-xl2-b64.txt"
+    sample = f"--model SiT-XL/2 {dest_flag} --images 128 --batch-size 64 --rounds 1"
+    encode = f"{dest_flag} --rounds 1"
+    table = shlex.quote(str(dest / "kernels-xl2-b64.txt"))
     plan = [
         ("step-xl2-b64", "train_step", f"{small} --kernel-table {table}", 110),
         ("step-xl2-b256-recomputed", "train_step", f"{large} {recompute}", 60),
@@ -90,7 +92,7 @@ def main() -> None:
             print(f"{measurement.name}: skipped, {remaining:.0f} s remain", flush=True)
             continue
         command = [sys.executable, "-m", f"benchmarks.{measurement.module}"]
-        command += measurement.flags.split()
+        command += shlex.split(measurement.flags)
         if args.trial:
             command += TRIAL_FLAGS[measurement.module].split()
             command = [part for part in command if part != "--compile"]
@@ -98,8 +100,11 @@ def main() -> None:
         command += ["--json", str(args.dest / f"{measurement.name}.json")]
         print(f"{measurement.name}: {' '.join(command[1:])}", flush=True)
         started = time.monotonic()
+        limit = 2 * measurement.seconds
+        if not args.trial:
+            limit = min(limit, remaining)
         try:
-            code = subprocess.run(command, timeout=2 * measurement.seconds, check=False).returncode
+            code = subprocess.run(command, timeout=limit, check=False).returncode
         except subprocess.TimeoutExpired:
             code = -1
         outcome = "complete" if code == 0 else f"failed (exit code {code})"

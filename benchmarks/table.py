@@ -65,14 +65,20 @@ def train_step_rows(result: dict) -> Iterator[str]:
     """Yield one row per variant, with its time relative to the times of other variants."""
     for variant, values in result["results"].items():
         prefix = f"{variant}/"
+        run = run_name(result)
+        share = ""
+        if "matmul_share" in values:
+            share = f"{values['matmul_share']:.0%}"
+        else:  # the step of REPA's repository, which has its own precision
+            run = f"{result['model']}, batch {result['batch_size']}"
         ratios = ", ".join(
             f"{ratio:.3f} relative to {pair.removeprefix(prefix)}"
             for pair, ratio in result["ratios"].items()
             if pair.startswith(prefix)
         )
         yield (
-            f"{machine_name(result)} | {run_name(result)} | {variant} | {values['step_s']:.3g} | "
-            f"{values['images_per_s']:.3g} | {values['matmul_share']:.0%} | "
+            f"{machine_name(result)} | {run} | {variant} | {values['step_s']:.3g} | "
+            f"{values['images_per_s']:.3g} | {share} | "
             f"{values['first_step_s']:.3g} | {ratios}"
         )
 

@@ -297,7 +297,6 @@ def measure_variants(
         results[name] = {
             "step_s": step_s,
             "images_per_s": config.batch_size / step_s["median"],
-            "peak_memory_gib": timings.peak_memory_gib[name],
             "first_step_s": first_step_s[name],
         }
     pairs = [(variant, "none") for variant in variants if variant not in ("none", "plain")]

@@ -185,7 +185,9 @@ class DeviceConfig:
         choices=("auto", "no", "fp16", "bf16"),
     )
     compile: bool = setting(
-        False, help="compile the repeated block once (torch.compile)", may_change=True
+        False,
+        help="compile the repeated block, the random inputs and the losses (torch.compile)",
+        may_change=True,
     )
     activation_checkpointing: bool = setting(
         False,
@@ -416,6 +418,8 @@ def _check_settings(settings: Settings) -> None:
     if settings.loop.epochs and settings.loop.max_train_steps:
         raise UserError("--epochs and --max-train-steps both set the length: pass only one")
     check_compiler(settings.device)
+    if settings.device.recomputed_blocks and not settings.device.activation_checkpointing:
+        raise UserError("--recomputed-blocks needs --activation-checkpointing: pass both flags")
     if settings.evaluation.latents and not settings.evaluation.every:
         raise UserError("--eval-latents needs --eval-every: pass the steps between evaluations")
     report_to = settings.log.report_to

@@ -47,9 +47,11 @@ class MetricMeans:
     ):
         self.names = names
         self.reduce = reduce
-        sums = progress.get("log_sums", [0.0] * len(names))
+        sums = [*progress.get("log_sums", ()), progress.get("log_good", 0.0)]
+        if len(sums) != len(names) + 1:  # a new run, or older code logged methods of weight 0
+            sums = [0.0] * (len(names) + 1)
         # The last element counts the finite steps.
-        self.sums = torch.tensor([*sums, progress.get("log_good", 0.0)], device=device)
+        self.sums = torch.tensor(sums, device=device)
 
     def add(self, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
         """Add one step's scalars of this process; they count only if `is_finite` is 1."""

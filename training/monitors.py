@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from checkpointing.storage import format_error
 from common.cli import UserError
+from common.image_grid import save_png
 from models.sit import SiT
 from training.evaluation import Evaluator
 from training.joint_work import JointWorkError, Stopped, fail_jointly
@@ -150,12 +151,15 @@ class Monitors:
 
     def _draw(self, preview: Preview, ema: SiT, gather: Gather, path: Path, title: str) -> bool:
         """Draw a preview, and return whether this process, the first one, saved it."""
+        image = preview.draw(ema, gather, title)
+        if image is None:
+            return False
         try:
-            preview.draw(ema, gather, path, title)
+            save_png(image, path)
         except OSError as error:  # a full disk is temporary, so it does not count as a failure
             self.log.info(f"could not save {path}: {format_error(error)}; training continues")
             return False
-        return preview.rank == 0
+        return True
 
 
 def run_trials(

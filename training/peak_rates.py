@@ -6,11 +6,14 @@ import torch
 # (sheets that state rates with sparsity: half of these). The first name that is part of the
 # device's name applies.
 PEAK_TFLOPS = {
+    "GB200": (2500.0, 1250.0, 80.0),
     "B200": (2250.0, 1100.0, 75.0),
+    "H200 NVL": (835.5, 417.5, 60.0),
     "H200": (989.4, 494.7, 67.0),
     "H100 PCIe": (756.0, 378.0, 51.0),
     "H100 NVL": (835.5, 417.5, 60.0),
     "H100": (989.4, 494.7, 67.0),
+    "H800 PCIe": (756.0, 378.0, 51.0),
     "H800": (989.4, 494.7, 67.0),
     "H20": (148.0, 74.0, 44.0),
     "A100": (312.0, 156.0, 19.5),
@@ -30,6 +33,8 @@ def find_peak_rate(device: torch.device, dtype: torch.dtype, allow_tf32: bool) -
     if device.type != "cuda":
         return None
     device_name = torch.cuda.get_device_name(device)
+    if "MIG" in device_name:  # a part of a GPU
+        return None
     column = 0 if dtype != torch.float32 else (1 if allow_tf32 else 2)
     for name, rates in PEAK_TFLOPS.items():
         if name in device_name:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.cli import UserError
-from common.image_grid import draw_labelled_grid, save_png
+from common.image_grid import draw_labelled_grid
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
@@ -75,21 +75,19 @@ class Preview:
             explicit_labels=classes.repeat_interleave(self.num_columns),
         )
 
-    def draw(self, ema: SiT, gather: Gather, path: Path, title: str) -> None:
-        """Sample a grid and write it as a PNG on the first process. All processes must call this.
+    def draw(self, ema: SiT, gather: Gather, title: str) -> Image.Image | None:
+        """Return a grid of samples on the first process, else None. All processes must call this.
 
         Args:
             ema: The EMA of the network.
             gather: Concatenates a tensor of every process, in the order of the ranks.
-            path: File to write.
             title: Start of the title; the sampler's settings are appended.
 
         Raises:
             JointWorkError: The work failed on another process.
         """
         images = self._sample(ema, gather, self.recipe)
-        if self.rank == 0:
-            save_png(self._arrange(images, title), path)
+        return self._arrange(images, title) if self.rank == 0 else None
 
     def try_out(self, ema: SiT, gather: Gather) -> None:
         """Sample a grid with a single step and discard it, to detect errors."""

@@ -26,13 +26,14 @@ def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> i
 
     The count includes the forward and backward passes of the backbone and the heads, and the
     forward passes of networks that only compute targets. The backward pass of a matrix product is
-    two products of the same size. Recomputation is not counted.
+    two products of the same size. Recomputation is not counted, nor are methods of weight 0.
 
     Args:
         network: Architecture of the backbone.
         align: config.json's "align".
         cache: Properties of the latent cache.
     """
+    align = [entry for entry in align if entry["weight"]]
     heads = sum(head_flops(network, spec) for entry in align for spec in head_specs(entry).values())
     targets = sum(TARGETS[entry["method"]].cost(entry, network, cache).flops for entry in align)
     return 3 * (backbone_flops(network) + heads) + targets
@@ -116,7 +117,7 @@ class Throughput:
             "data_s": data_s,
             "compute_s": step_s - data_s,
             **{name: rate * value for name, value in self.utilization.items()},
-            **{f"{kind}_s": seconds for kind, seconds in self.paused_seconds.items()},
+            **{f"{kind}_s": paused for kind, paused in self.paused_seconds.items()},
         }
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import encode, evaluation, gpu_session, repa, sampling, train_step, vae
+from benchmarks import encode, evaluation, gpu_session, repa, sampling, table, train_step, vae
 from common.cli import UserError
 from dataset import CachedBatch
 
@@ -76,6 +76,25 @@ def test_step_of_repas_repository_trains_its_network(repository, capsys):
         make(repository, "SiT-XL/2", batch, torch.device("cpu"), with_encoder=False)
 
 
+def test_table_lists_the_step_of_repas_repository():
+    """Its precision is not that of the run, and its share of the matmul rate is not computed."""
+    ours = {"step_s": 0.1, "images_per_s": 40, "matmul_share": 0.5, "first_step_s": 3}
+    theirs = {"step_s": 0.2, "images_per_s": 20, "first_step_s": 1}
+    result = {
+        "machine": {"device": "NVIDIA H200", "cuda": "13"},
+        "model": "SiT-XL/2",
+        "batch_size": 4,
+        "precision": "bf16",
+        "compile": True,
+        "results": {"sra2": ours, "REPA's loop": theirs},
+        "ratios": {"REPA's loop/sra2": 2.0},
+    }
+    assert list(table.train_step_rows(result)) == [
+        "NVIDIA H200 | SiT-XL/2, batch 4, bf16, compiled | sra2 | 0.1 | 40 | 50% | 3 | ",
+        "NVIDIA H200 | SiT-XL/2, batch 4 | REPA's loop | 0.2 | 20 |  | 1 | 2.000 relative to sra2",
+    ]
+
+
 def run_session(monkeypatch, call, tmp_path, seconds_per_command, *flags):
     """Run the session with a simulated clock, and return the commands and the output."""
     now = 0.0
@@ -83,22 +102,25 @@ def run_session(monkeypatch, call, tmp_path, seconds_per_command, *flags):
 
     def run(command, timeout, check):
         nonlocal now
+        assert "--trial" in flags or now + timeout <= 600
         now += seconds_per_command
         commands.append(command)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(gpu_session, "time", SimpleNamespace(monotonic=lambda: now))
-    code, out = call(gpu_session, "--dest", tmp_path / "results", *flags)
+    code, out = call(gpu_session, "--dest", tmp_path / "a folder", *flags)
     assert code == 0
     return commands, out
 
 
 def test_session_skips_measurements_for_which_no_time_is_left(monkeypatch, call, tmp_path):
     commands, out = run_session(monkeypatch, call, tmp_path, 100, "--minutes", 5)
-    plan = gpu_session.plan_measurements(None, tmp_path / "results")
+    plan = gpu_session.plan_measurements(None, tmp_path / "a folder")
     # 100 s remain after two commands: enough for the third one, and not for the others.
-    assert [str(tmp_path / f"results/{m.name}.json") for m in plan[:3]] == [c[-1] for c in commands]
+    assert [str(tmp_path / f"a folder/{m.name}.json") for m in plan[:3]] == [
+        c[-1] for c in commands
+    ]
     assert out.count("skipped, 0 s remain") == len(plan) - 3
 
 

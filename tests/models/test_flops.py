@@ -14,7 +14,7 @@ from training.throughput import measure_matmul_rate, training_flops
 SMALL = SiTConfig(depth=3, width=64, heads=2, patch=2, latent_size=8, num_classes=5)
 HEAD = {"width": 64, "out": 16, "layers": 3, "hidden": 128}
 CACHE = CacheInfo(32, LatentScale(1.0, 0.0), [], [])
-SRA2 = {"method": "sra2", "head": HEAD}
+SRA2 = {"method": "sra2", "weight": 0.5, "head": HEAD}
 
 
 def test_flops_match_the_flop_counter_of_pytorch():
@@ -36,9 +36,11 @@ def test_flops_match_the_flop_counter_of_pytorch():
     assert forward_and_backward.get_total_flops() == pytest.approx(expected, rel=0.02)
     with FlopCounterMode(display=False) as teacher:
         model.backbone.compute_block_tokens(x, t, y, (2,))
-    sra = {"method": "sra", "teacher_block": 2, "head": None}
+    sra = {"method": "sra", "weight": 0.5, "teacher_block": 2, "head": None}
     teacher_flops = training_flops(SMALL, [sra], CACHE) - training_flops(SMALL, [], CACHE)
     assert teacher.get_total_flops() == 2 * teacher_flops
+    sra["weight"] = 0
+    assert training_flops(SMALL, [sra, SRA2], CACHE) == training_flops(SMALL, [SRA2], CACHE)
 
 
 def test_flops_of_backbones_and_heads_match_the_paper():

@@ -133,6 +133,7 @@ def test_evaluation_interrupted_by_a_signal_is_completed_on_resume(
         (["--eval-heun"], "--eval-heun"),
         (["--eval-samples", 3], "--eval-samples 3 is too few"),
         (["--eval-every", 0, "--resolution", 32], "--eval-latents needs --eval-every"),
+        (["--recomputed-blocks", 2], "--recomputed-blocks needs --activation-checkpointing"),
         (["--eval-latents", "/nonexistent"], "--eval-latents: /nonexistent"),
         (["--ema-decay", 0.9, 0.9], "--ema-decay 0.9 0.9 repeats a value"),
         (["--eval-features", "inception", "--inception-weights", "/none"], "Inception weights"),

@@ -10,6 +10,7 @@ import torch
 from training import throughput as throughput_module
 from training.guard import NonFiniteGuard
 from training.log import Console, MetricMeans, RunLog, drop_repeated_lines
+from training.peak_rates import find_peak_rate
 from training.throughput import Throughput
 
 CPU = torch.device("cpu")
@@ -68,6 +69,13 @@ def test_log_continues_at_a_checkpoint(make_log, tmp_path, tracked):
     record(make_log(5, progress), 6, [8.0, 5.0, 6.0, 7.0])
     assert read_lines(tmp_path) == [(3, 2.0, 0), (6, 6.0, 1), (9, 6.0, 0)]
     assert [(step, values["loss"]) for values, step in tracked] == [(3, 2.0), (6, 6.0), (9, 6.0)]
+
+
+def test_means_of_other_scalars_are_not_restored(make_log, tmp_path):
+    """Older code also logged methods of weight 0."""
+    progress = make_log().collect_progress() | {"log_sums": [1.0, 2.0], "log_good": 1.0}
+    record(make_log(2, progress), 3, [4.0])
+    assert read_lines(tmp_path) == [(3, 4.0, 0)]
 
 
 def test_line_of_skipped_steps_has_no_mean(make_log, tmp_path):
@@ -131,3 +139,23 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
         expected = {"images_per_s": rate, "step_s": data_s + 4, "data_s": data_s, "compute_s": 4}
         pauses = {"save_s": 0, "preview_s": 100 * steps, "evaluation_s": 0}
         assert values == pytest.approx({**expected, **pauses, "mfu": rate / 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_rates_by_device_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    rate = find_peak_rate(torch.device("cuda"), torch.bfloat16, allow_tf32=False)
+    assert rate == (tflops and pytest.approx(tflops * 1e12))

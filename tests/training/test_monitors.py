@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from checkpointing import pretrained
@@ -78,10 +79,9 @@ def run(monitors, step) -> None:
 def test_previews_are_drawn_once_per_due_step(make_monitors):
     drawn = []
 
-    def draw(ema, gather, path, title):
+    def draw(ema, gather, title):
         drawn.append(ema)
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
+        return Image.new("RGB", (1, 1))
 
     monitors = make_monitors(draw)
     for step in (3, 4, 4, 10):  # step 4 is repeated, as when a run is resumed there
@@ -95,14 +95,28 @@ def test_previews_are_drawn_once_per_due_step(make_monitors):
     ]
 
 
-def test_preview_that_cannot_be_saved_is_reported(make_monitors):
-    def draw(ema, gather, path, title):
+def test_preview_that_cannot_be_saved_is_reported(make_monitors, monkeypatch):
+    def save(image, path):
         raise OSError(28, "No space left on device", str(path))
 
-    run(make_monitors(draw), 4)
+    monkeypatch.setattr("training.monitors.save_png", save)
+    monitors = make_monitors(lambda *args: Image.new("RGB", (1, 1)))
+    run(monitors, 4)
+    assert monitors.failures["preview"].consecutive == 0
     assert not make_monitors.images and len(make_monitors.messages) == 2
     assert "0000004.png: No space left on device" in make_monitors.messages[0]
     assert make_monitors.messages[0].endswith("; training continues")
+
+
+def test_os_error_while_sampling_is_a_failure(make_monitors):
+    """It must reach the other processes, which wait for the images of this one."""
+
+    def draw(*args):
+        raise OSError("no file descriptor is left")
+
+    monitors = make_monitors(draw)
+    run(monitors, 4)
+    assert monitors.failures["preview"].consecutive == 2
 
 
 @pytest.mark.parametrize("failing", ["preview", "evaluation"])

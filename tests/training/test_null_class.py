@@ -19,7 +19,7 @@ def run(call, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "training.preview.draw_labelled_grid", lambda rows, title: titles.append(title)
     )
-    monkeypatch.setattr("training.preview.save_png", lambda grid, path: None)
+    monkeypatch.setattr("training.monitors.save_png", lambda grid, path: None)
     flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 1, "--cfg-prob", 0)
     code, out = call(train, *flags, "--sampling-steps", 1)
     assert code == 0, out

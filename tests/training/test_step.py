@@ -159,18 +159,19 @@ def test_gradients_are_all_reduced_once_per_step(make_meta_step):
 
 
 def test_compiled_step_has_three_graphs_and_compiles_once(cache, graph_counter):
-    """The graphs are the random inputs, the block and the losses."""
+    """The graphs are the random inputs, the block and the losses, with and without sra2."""
     moments = torch.randn(8, 8, 8, 8)
     rows = []
     for flags in ([], ["--compile"]):
+        flags += ["--align", "sra2", "sra", "--align-stop-step", "2", "0"]
         settings = make_settings(cache, *flags, "--align-t-range", "0", "0.7")
         step = make_step(settings, torch.device("cpu"))
-        for first in (0, 8, 2**33):
+        for first in (0, 8, 16, 2**33):
             position = torch.arange(first, first + 8)
             scalars, _ = step(CachedBatch(position, moments, torch.zeros_like(position)))
             rows.append(torch.stack(list(scalars.values())))
-    assert graph_counter.frame_count == 3
-    assert torch.equal(torch.stack(rows[:3]), torch.stack(rows[3:]))
+    assert graph_counter.frame_count == 4
+    assert torch.equal(torch.stack(rows[:4]), torch.stack(rows[4:]))
 
 
 @pytest.fixture

@@ -222,11 +222,11 @@ def test_previews_show_the_ema_with_fixed_noise_and_change_nothing(
     weights, recipes = [], []
     draw = Preview.draw
 
-    def spy_draw(self, ema, gather, path, title):
+    def spy_draw(self, ema, gather, title):
         assert not ema.training and not any(p.requires_grad for p in ema.parameters())
         weights.append({key: value.clone() for key, value in ema.state_dict().items()})
         recipes.append(self.recipe)
-        return draw(self, ema, gather, path, title)
+        return draw(self, ema, gather, title)
 
     monkeypatch.setattr(Preview, "draw", spy_draw)
     monkeypatch.setattr(Preview, "num_steps", 2)
