@@ -219,6 +219,7 @@ def test_run_on_a_permanently_full_disk_fails_and_keeps_the_last_checkpoint(fork
     assert list_checkpoints(run) and not list((run / "checkpoints").glob(".*"))
 
 
+@pytest.mark.long
 def test_job_on_two_nodes_resumes_after_one_is_killed(cache, tmp_path, uninterrupted):
     # Two agents of torchrun on one machine stand in for the nodes.
     def start_job() -> list[subprocess.Popen]:
