@@ -25,7 +25,6 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch.profiler import ProfilerActivity, profile
 
 import models.targets
 from benchmarks.measure import (
@@ -61,6 +60,7 @@ from models.targets import TARGETS, latent_tokens
 from train import Step
 from training.alignment import head_specs, required_cache_inputs
 from training.config import autocast_dtype
+from training.profiling import make_profiler, make_table
 from training.throughput import measure_matmul_rate, training_flops
 
 # Name of each step of REPA's repository -> whether it runs the encoder.
@@ -193,16 +193,12 @@ def build_repa_steps(
     }
 
 
-def write_kernel_table(action: Action, path: Path) -> None:
+def write_kernel_table(action: Action, device: torch.device, path: Path) -> None:
     """Profile three steps, and write a table of their operations by time."""
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, acc_events=True) as profiler:
+    with make_profiler(device) as profiler:
         for _ in range(3):
             action()
-    sort_key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    path.write_text(profiler.key_averages().table(sort_by=sort_key, row_limit=60))
+    path.write_text(make_table(profiler, device))
 
 
 def select_methods(step: Step, methods: list[str]) -> Step:
@@ -274,7 +270,7 @@ def measure_variants(
     timings = time_interleaved(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))
     if kernel_table:
-        write_kernel_table(actions[variants[-1]], kernel_table)
+        write_kernel_table(actions[variants[-1]], device, kernel_table)
     actions.clear()
 
     results = {}

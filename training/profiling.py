@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -11,6 +12,20 @@ from checkpointing.storage import format_error
 SKIPPED_STEPS = 10  # first steps, which include compilation
 WARM_UP_STEPS = 2  # profiled, but discarded, because starting the profiler slows them down
 NUM_TABLE_ROWS = 60
+
+
+def make_profiler(device: torch.device, **options: Any) -> profile:
+    """Return a profiler of the host, and of the device if it is a GPU."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    return profile(activities=activities, acc_events=True, **options)
+
+
+def make_table(profiler: profile, device: torch.device) -> str:
+    """Return a table of the operations that take the most time on the device."""
+    sort_key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=sort_key, row_limit=NUM_TABLE_ROWS)
 
 
 class StepProfiler:
@@ -30,21 +45,17 @@ class StepProfiler:
         self, num_steps: int, folder: Path, device: torch.device, report: Callable[[str], None]
     ):
         self.folder = folder / "profile"
-        self.is_on_gpu = device.type == "cuda"
+        self.device = device
         self.report = report
         self.profiler: profile | None = None
         self.remaining_steps = num_steps and SKIPPED_STEPS + WARM_UP_STEPS + num_steps
         if num_steps:
-            activities = [ProfilerActivity.CPU]
-            if self.is_on_gpu:
-                activities.append(ProfilerActivity.CUDA)
-            self.profiler = profile(
-                activities=activities,
+            self.profiler = make_profiler(
+                device,
                 schedule=schedule(
                     wait=SKIPPED_STEPS, warmup=WARM_UP_STEPS, active=num_steps, repeat=1
                 ),
                 on_trace_ready=self._write,
-                acc_events=True,
             )
 
     def __enter__(self) -> "StepProfiler":
@@ -68,8 +79,7 @@ class StepProfiler:
             self.profiler = None
 
     def _write(self, profiler: profile) -> None:
-        sort_key = "self_device_time_total" if self.is_on_gpu else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=sort_key, row_limit=NUM_TABLE_ROWS)
+        table = make_table(profiler, self.device)
         try:
             self.folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "trace.json"))

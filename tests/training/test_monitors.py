@@ -223,6 +223,18 @@ def test_failure_on_one_process_is_agreed_on(evaluation_flags, tmp_path, failing
     assert failures["evaluation"]["consecutive"] == 3
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_failed_preview_on_one_process_is_agreed_on(cache, tmp_path, failing_rank):
+    """The other process does not wait for the images."""
+    flags = train_flags(cache, tmp_path, "run", "--sampling-steps", 1, "--max-train-steps", 2)
+    out = run_ranks(2, "tests.training.failing_preview", failing_rank, *flags)
+    log = (tmp_path / "run/log.txt").read_text()
+    for step in (1, 2):
+        reason = f"process {failing_rank}: OSError: too many open files"
+        assert f"the preview at step {step} failed ({reason}); training continues" in log, out
+
+
 def test_processes_share_the_images_of_a_preview(trained, vae_folder):
     """Each of three processes samples a third, and the grid is the same as that of one process."""
     source = pretrained.load(trained)
