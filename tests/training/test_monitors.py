@@ -119,7 +119,7 @@ def test_os_error_while_sampling_is_a_failure(make_monitors):
     assert monitors.failures["preview"].consecutive == 2
 
 
-@pytest.mark.parametrize("failing", ["preview", "evaluation"])
+@pytest.mark.parametrize("failing", ["preview", pytest.param("evaluation", marks=pytest.mark.long)])
 def test_failing_work_is_skipped_and_switched_off_after_three_failures(
     call, evaluation_flags, tmp_path, monkeypatch, failing
 ):
@@ -161,7 +161,7 @@ def test_failures_are_restored_from_a_checkpoint():
     assert restore_failures(progress, flags)["preview"] == FailureCount({"sampling_steps": 3}, 0)
 
 
-@pytest.mark.parametrize("failing", ["preview", "evaluation"])
+@pytest.mark.parametrize("failing", ["preview", pytest.param("evaluation", marks=pytest.mark.long)])
 def test_trial_ends_the_run_in_one_line_before_the_first_step(
     call, evaluation_flags, tmp_path, monkeypatch, failing
 ):

@@ -149,7 +149,9 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
     assert remaining == [f"{STEPS - 3:07d}", f"{STEPS:07d}"]
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)]
+)
 def test_stop_signal_saves_and_exits_with_the_documented_code(
     forks, cache, tmp_path, uninterrupted, signal_number
 ):
