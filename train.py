@@ -370,7 +370,7 @@ def run_training(
     result = "finished"
     if not is_finished:
         result = f"stopped by {request.name or 'a signal to another process'}"
-    log.info(f"{result} at step {state.step:,}")
+    log.info(f"{result} at step {state.step:,}; pauses: {log.throughput.describe_pauses()}")
     log.close()
     return is_finished
 

@@ -80,6 +80,7 @@ class Throughput:
         self.started = time.perf_counter()
         self.data_wait_seconds = 0.0
         self.paused_seconds = dict.fromkeys(PAUSES, 0.0)
+        self.total_paused_seconds = dict.fromkeys(PAUSES, 0.0)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -142,3 +143,8 @@ class Throughput:
             seconds = time.perf_counter() - paused
             self.started += seconds
             self.paused_seconds[kind] += seconds
+            self.total_paused_seconds[kind] += seconds
+
+    def describe_pauses(self) -> str:
+        """Return the total seconds of each kind of pause since the process started."""
+        return ", ".join(f"{kind} {s:.1f} s" for kind, s in self.total_paused_seconds.items())

@@ -133,6 +133,7 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
             raise ValueError("a failed preview")
         if step > 11:
             measured.append(throughput.measure(step))
+    assert throughput.describe_pauses() == "save 0.0 s, preview 300.0 s, evaluation 0.0 s"
     # The first line covers two steps.
     for values, steps, data_s in zip(measured, (2, 1), (1.5, 3), strict=True):
         rate = 8 / (data_s + 4)
