@@ -23,6 +23,7 @@ from common.tf32 import set_tf32
 from common.watchdog import waiting_for
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, interpolate, regression_target
+from latents.manifest import Manifest
 from loss import denoising_loss
 from models.projector import AlignedOutput
 from models.targets import TrainingInputs
@@ -140,7 +141,7 @@ class Step:
         self.accumulation = accumulation
         self.combine_losses = combine_losses
         if compile:
-            self.combine_losses = torch.compile(combine_losses, fullgraph=True, dynamic=False)
+            self.combine_losses = torch.compile(combine_losses, dynamic=False)
         self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
         self.emas = [
             EMA(ema, state.model.backbone, decay)
@@ -219,6 +220,32 @@ class Step:
         prediction = self.objective.prediction
         target = regression_target(prediction, inputs.latents, inputs.noise, velocity)
         return self.combine_losses(self.alignments, output, target, targets, inputs.t)
+
+
+def make_step(
+    settings: Settings,
+    accelerator: Accelerator,
+    state: TrainState,
+    manifest: Manifest,
+    alignments: dict[str, Alignment],
+    guard: NonFiniteGuard,
+) -> Step:
+    """Build the step of a run from its settings and the manifest of its latent cache."""
+    device = settings.device
+    sample_inputs = InputSampler(
+        settings.run.seed, settings.objective, manifest, accelerator.device, device.compile
+    )
+    return Step(
+        accelerator,
+        state,
+        sample_inputs,
+        alignments,
+        guard,
+        settings.objective,
+        settings.optimizer,
+        settings.loop.gradient_accumulation_steps,
+        device.compile,
+    )
 
 
 def train(
@@ -309,23 +336,7 @@ def run_training(
     if run is None:
         return True
     state, log, folder = run.state, run.log, settings.run.folder
-    step = Step(
-        accelerator,
-        state,
-        InputSampler(
-            settings.run.seed,
-            settings.objective,
-            run.cache.manifest,
-            accelerator.device,
-            settings.device.compile,
-        ),
-        run.alignments,
-        run.guard,
-        objective=settings.objective,
-        optimizer_config=settings.optimizer,
-        accumulation=settings.loop.gradient_accumulation_steps,
-        compile=settings.device.compile,
-    )
+    step = make_step(settings, accelerator, state, run.cache.manifest, run.alignments, run.guard)
     stream = TrainingStream(
         run.cache,
         settings.run.seed,

@@ -55,7 +55,7 @@ def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurem
         ("step-xl2-b256-accumulated", "train_step", f"{large} --gradient-accumulation-steps 2", 60),
         ("sampling-xl2-10steps", "sampling", f"{sample} --num-steps 10", 90),
         ("step-b2-b256", "train_step", f"--model SiT-B/2 --batch-size 256 {compare}", 70),
-        ("vae", "vae", f"--source {IMAGES} --dest {dest}", 60),
+        ("vae", "vae", f"--source {IMAGES} {dest_flag}", 60),
         ("encode-tf32", "encode", f"{encode} --precision tf32", 60),
         ("step-s2-b256", "train_step", f"--model SiT-S/2 --batch-size 256 {compare}", 60),
         ("encode-bf16", "encode", f"{encode} --precision bf16", 60),

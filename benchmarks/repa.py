@@ -20,12 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Action
+from benchmarks.variants import StepConfig, make_random_batch
 from common.cli import UserError
 from dataset import CachedBatch
+from latents.manifest import Manifest
 
 ENCODER = "vit_base_patch14_dinov2"  # timm's name of DINOv2-B, REPA's default encoder
 ENCODER_WIDTH = 768
 ENCODER_SIDE = 224
+
+
+# Name of each step -> whether it runs the encoder.
+REPA_STEPS = {"REPA's loop": True, "REPA's loop without encoder": False}
 
 
 def load_module(path: Path) -> ModuleType:
@@ -66,6 +72,19 @@ def load_functions(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
     }
     exec(compile(tree, str(path), "exec"), namespace)
     return namespace
+
+
+def make_repa_steps(
+    repository: Path, config: StepConfig, manifest: Manifest, device: torch.device
+) -> dict[str, Action]:
+    """Return REPA's training step with its encoder and with fixed targets, by name."""
+    batch = make_random_batch(manifest, config.batch_size)
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    return {
+        name: make_repa_step(repository, config.model, batch, device, with_encoder)
+        for name, with_encoder in REPA_STEPS.items()
+    }
 
 
 def make_repa_step(

@@ -17,7 +17,7 @@ from latents.cache import LatentCache
 from latents.manifest import Manifest
 from models.sit import SiTConfig
 from models.targets import CacheInfo
-from train import Step
+from train import Step, make_step
 from training.alignment import (
     load_alignments,
     make_cache_info,
@@ -27,7 +27,6 @@ from training.alignment import (
 )
 from training.config import Settings, build_network_config, resolve_precision
 from training.guard import NonFiniteGuard
-from training.inputs import InputSampler
 from training.setup import build_state, open_cache
 from training.throughput import training_flops
 
@@ -167,20 +166,6 @@ def build_step(plan: Plan, accelerator: Accelerator) -> Step:
         accelerator.autocast,
         settings.device.compile,
     )
-    return Step(
-        accelerator,
-        state,
-        InputSampler(
-            settings.run.seed,
-            settings.objective,
-            plan.manifest,
-            accelerator.device,
-            settings.device.compile,
-        ),
-        load_alignments(settings.alignments, align, plan.cache, context),
-        NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16"),
-        settings.objective,
-        settings.optimizer,
-        settings.loop.gradient_accumulation_steps,
-        settings.device.compile,
-    )
+    alignments = load_alignments(settings.alignments, align, plan.cache, context)
+    guard = NonFiniteGuard(state.optimizer, accelerator.mixed_precision == "fp16")
+    return make_step(settings, accelerator, state, plan.manifest, alignments, guard)

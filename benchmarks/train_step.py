@@ -37,11 +37,12 @@ from benchmarks.measure import (
     time_interleaved,
     write_result,
 )
-from benchmarks.repa import make_repa_step
+from benchmarks.repa import REPA_STEPS, make_repa_steps
 from benchmarks.run_steps import Plan, build_step, make_accelerator
 from benchmarks.variants import (
     StepConfig,
     make_plan,
+    make_random_batch,
     parse_variant,
     select_variant,
     split_variant,
@@ -53,7 +54,6 @@ from common.keyed_random import Purpose, normal, uniform
 from common.tf32 import set_tf32
 from dataset import CachedBatch
 from interpolant import INTERPOLANTS, interpolate
-from latents.manifest import Manifest
 from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT
 from models.targets import TARGETS, latent_tokens
@@ -62,9 +62,6 @@ from training.alignment import head_specs, required_cache_inputs
 from training.config import autocast_dtype
 from training.profiling import make_profiler, make_table
 from training.throughput import measure_matmul_rate, training_flops
-
-# Name of each step of REPA's repository -> whether it runs the encoder.
-REPA_STEPS = {"REPA's loop": True, "REPA's loop without encoder": False}
 
 # Fields of StepConfig that the result contains.
 RECORDED_SETTINGS = (
@@ -98,23 +95,6 @@ def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
         help="steps per timed round (default: 10 on a GPU, 1 on a CPU)",
     )
     return parser
-
-
-def make_random_batch(manifest: Manifest, size: int) -> CachedBatch:
-    """Return a batch of random moments, labels and images, in the format of a loader.
-
-    Args:
-        manifest: Manifest of the latent cache.
-        size: Number of images.
-    """
-    torch.manual_seed(0)
-    channels, height, width = manifest.latent_shape
-    moments = torch.randn(size, 2 * channels, height, width)
-    moments[:, channels:] = 0.05
-    labels = torch.randint(manifest.num_classes, (size,))
-    shape = (size, 3, manifest.resolution, manifest.resolution)
-    images = torch.randint(256, shape, dtype=torch.uint8)
-    return CachedBatch(torch.arange(size), moments.half(), labels, {"images": images})
 
 
 def make_plain_step(
@@ -178,19 +158,6 @@ def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> di
         inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
         actions[variant] = partial(step, replace(batch, inputs=inputs))
     return actions
-
-
-def build_repa_steps(
-    repository: Path, config: StepConfig, plan: Plan, device: torch.device
-) -> dict[str, Action]:
-    """Build the steps of REPA's repository: with its encoder, and with fixed targets."""
-    batch = make_random_batch(plan.manifest, config.batch_size)
-    if device.type == "cuda":
-        batch = batch.pin_memory()
-    return {
-        name: make_repa_step(repository, config.model, batch, device, with_encoder)
-        for name, with_encoder in REPA_STEPS.items()
-    }
 
 
 def write_kernel_table(action: Action, device: torch.device, path: Path) -> None:
@@ -265,7 +232,7 @@ def measure_variants(
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
     actions = build_steps(plan, accelerator, variants)
     if repa_repository:
-        actions |= build_repa_steps(repa_repository, config, plan, device)
+        actions |= make_repa_steps(repa_repository, config, plan.manifest, device)
     first_step_s = {variant: time_call(action, device) for variant, action in actions.items()}
     timings = time_interleaved(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))

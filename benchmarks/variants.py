@@ -6,10 +6,13 @@ A variant is "none", "plain", or the names of alignment methods joined by "+".
 import argparse
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.run_steps import Plan, plan_run
 from common import cli
 from common.cli import UserError
 from common.config import setting
+from dataset import CachedBatch
 from latents.manifest import Manifest
 from models.sit import PRESETS
 from models.targets import TARGETS
@@ -121,3 +124,20 @@ def make_synthetic_manifest(latent_size: int = 32) -> Manifest:
         std=[],
         images=True,
     )
+
+
+def make_random_batch(manifest: Manifest, size: int) -> CachedBatch:
+    """Return a batch of random moments, labels and images, in the format of a loader.
+
+    Args:
+        manifest: Manifest of the latent cache.
+        size: Number of images.
+    """
+    torch.manual_seed(0)
+    channels, height, width = manifest.latent_shape
+    moments = torch.randn(size, 2 * channels, height, width)
+    moments[:, channels:] = 0.05
+    labels = torch.randint(manifest.num_classes, (size,))
+    shape = (size, 3, manifest.resolution, manifest.resolution)
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    return CachedBatch(torch.arange(size), moments.half(), labels, {"images": images})

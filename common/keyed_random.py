@@ -88,47 +88,42 @@ class KeyedRandom:
         normal: Mapping[Purpose, tuple[int, ...]] | None = None,
     ):
         assert 0 <= seed <= WORD_MASK, seed
-        self.normal_shapes = dict(normal or {})
-        self.uniform_shapes = dict(uniform or {})
-        shapes = {**self.normal_shapes, **self.uniform_shapes}
+        normal = normal or {}
+        self.shapes = {**normal, **(uniform or {})}
         # The generator yields blocks of four words; the block's index is part of the counter.
-        self.num_blocks = {
-            purpose: math.ceil(math.prod(shape) / 4) for purpose, shape in shapes.items()
-        }
-        block_index = torch.cat([torch.arange(count) for count in self.num_blocks.values()])
-        purposes = torch.tensor(
-            [purpose for purpose, count in self.num_blocks.items() for _ in range(count)]
-        )
+        self.num_blocks = [math.ceil(math.prod(shape) / 4) for shape in self.shapes.values()]
+        self.num_normals = 4 * sum(self.num_blocks[: len(normal)])
+        block_index = torch.cat([torch.arange(count) for count in self.num_blocks])
+        purposes = torch.tensor(list(self.shapes)).repeat_interleave(torch.tensor(self.num_blocks))
         key = torch.stack((torch.full_like(purposes, seed), purposes))[:, None]
         self.block_index = block_index[None].to(device)
         self.round_keys = make_round_keys(key).to(device)
         self.multipliers = torch.tensor(MULTIPLIERS[::-1])[:, None, None].to(device)
 
-    def draw(self, position: Tensor, draw: int | Tensor = 0) -> dict[Purpose, Tensor]:
+    def draw(self, position: Tensor, draw: int = 0) -> dict[Purpose, Tensor]:
         """Return the numbers of each purpose, (B, *shape) float64.
 
         Args:
             position: Position in the stream of training images, or index of the sample, (B,) int64.
             draw: Index of the draw, if a position needs several draws for the same purpose.
         """
+        assert 0 <= draw <= WORD_MASK, draw
         position = position[:, None]
         counter = torch.broadcast_tensors(
             self.block_index,
-            torch.zeros_like(position) + draw,
+            torch.full_like(position, draw),
             position & WORD_MASK,
             (position >> 32) & WORD_MASK,
         )
         words = philox(torch.stack(counter), self.round_keys, self.multipliers)
         values = ((words.double() + 0.5) * 2.0**-32).permute(1, 2, 0).flatten(1)
-        num_normals = 4 * sum(self.num_blocks[purpose] for purpose in self.normal_shapes)
-        if num_normals:
-            normals = _box_muller(values[:, :num_normals])
-            values = torch.cat((normals, values[:, num_normals:]), 1)
-        parts = values.split([4 * count for count in self.num_blocks.values()], 1)
-        shapes = {**self.normal_shapes, **self.uniform_shapes}
+        if self.num_normals:
+            normals = _box_muller(values[:, : self.num_normals])
+            values = torch.cat((normals, values[:, self.num_normals :]), 1)
+        parts = values.split([4 * count for count in self.num_blocks], 1)
         return {
             purpose: part[:, : math.prod(shape)].reshape(len(part), *shape)
-            for part, (purpose, shape) in zip(parts, shapes.items())
+            for part, (purpose, shape) in zip(parts, self.shapes.items())
         }
 
 

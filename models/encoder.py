@@ -113,9 +113,13 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def compile_blocks(self) -> None:
-        """Compile the repeated block once, or everything if the network has no list of blocks."""
-        blocks = getattr(self.network, "blocks", None)
-        for module in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else [self]:
+        """Compile the repeated block once, or everything if the network does not repeat a block."""
+        blocks = list(getattr(self.network, "blocks", ()))
+        # The blocks of convolutional networks are stages, which differ from each other.
+        is_repeated = len({type(block) for block in blocks}) == 1 and not isinstance(
+            blocks[0], nn.Sequential
+        )
+        for module in blocks if is_repeated else [self]:
             module.compile(dynamic=False)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
-from common.keyed_random import Purpose, normal
+from common.keyed_random import KeyedRandom, Purpose, normal
 from interpolant import INTERPOLANTS, interpolate, regression_target
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
@@ -134,9 +134,10 @@ class HeldOutLoss:
         image_index = image_index.to(device)
         posterior_noise = normal(SEED, Purpose.POSTERIOR, image_index, shape)
         latents = self.scale.sample(moments, posterior_noise.float())
+        random = KeyedRandom(SEED, device, normal={Purpose.NOISE: shape})
         sums = []
         for draw, timestep in enumerate(TIMESTEPS):
-            noise = normal(SEED, Purpose.NOISE, image_index, shape, draw=draw).float()
+            noise = random.draw(image_index, draw)[Purpose.NOISE].float()
             t = torch.full((len(image_index),), timestep, device=device)
             x_t, velocity = interpolate(path, latents, noise, t)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

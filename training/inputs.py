@@ -20,7 +20,7 @@ class InputSampler:
         objective: The denoising objective.
         manifest: Manifest of the latent cache.
         device: Device of the step.
-        compile: Whether to compile the computation, which otherwise dispatches about 150 small
+        compile: Whether to compile the computation, which otherwise dispatches about 110 small
             operations per step.
     """
 

@@ -150,7 +150,7 @@ class Monitors:
         return result
 
     def _draw(self, preview: Preview, ema: SiT, gather: Gather, path: Path, title: str) -> bool:
-        """Draw a preview, and return whether this process, the first one, saved it."""
+        """Draw a preview. Return True on the first process if the file was saved."""
         image = preview.draw(ema, gather, title)
         if image is None:
             return False

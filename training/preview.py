@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.cli import UserError
+from common.evenly_spaced import make_evenly_spaced_indices
 from common.image_grid import draw_labelled_grid
 from latents.manifest import Manifest
 from models.autoencoder import Autoencoder
@@ -61,9 +62,7 @@ class Preview:
         self.rank = rank
         self.num_processes = num_processes
         trained_classes = torch.tensor(trained_labels.list_classes(len(class_names)))
-        num_rows = min(self.num_rows, len(trained_classes))
-        rows = torch.linspace(0, len(trained_classes) - 1, num_rows).round().long()
-        classes = trained_classes[rows]
+        classes = trained_classes[make_evenly_spaced_indices(len(trained_classes), self.num_rows)]
         self.row_names = [class_names[k] for k in classes]
         self.recipe = Recipe(
             mode="ode",

@@ -109,7 +109,9 @@ def test_characters_that_a_stream_cannot_represent_are_escaped(encoding, text, e
 
 
 def test_closed_stream_is_replaced():
-    print("text", file=DiskFullSafeStream(None), flush=True)
+    stream = DiskFullSafeStream(None)
+    print("text", file=stream, flush=True)
+    assert stream.stream.name == os.devnull
 
 
 def test_line_with_a_file_name_that_is_not_utf8_is_written(tmp_path):

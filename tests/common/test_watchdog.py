@@ -47,7 +47,7 @@ def test_a_wait_is_reported_repeatedly_until_it_ends(fast_watchdog, printed_line
 
 
 def test_a_short_wait_is_not_reported(fast_watchdog, printed_lines, monkeypatch):
-    """The clock stands still, and it is read when the wait starts and at each check."""
+    """The time never changes. The clock is read when the wait starts and at each check."""
     readings = queue.Queue()
     clock = SimpleNamespace(monotonic=lambda: readings.put(None) or 7.0)
     monkeypatch.setattr(watchdog, "time", clock)

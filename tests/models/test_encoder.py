@@ -302,3 +302,14 @@ def test_bundled_efficientnet_weights_are_those_of_timm(call, tmp_path):
 def test_bundled_weights_are_written_as_safetensors_only(call, tmp_path):
     code, out = call(efficientnet_weights, "--out", tmp_path / "weights.pth")
     assert code == 2 and "must end in .safetensors" in out
+
+
+@pytest.mark.parametrize("name", ["test_vit", "lcnet_035"])
+def test_compiled_encoder_has_one_graph(graph_counter, name):
+    """The blocks of lcnet_035 are different stages, so the network is compiled as a whole."""
+    model = Encoder(name, 32, 2, pretrained=False, side=64)
+    images = make_images(2, 32)
+    expected = model(images)
+    model.compile_blocks()
+    assert torch.equal(model(images), expected)
+    assert graph_counter.frame_count == 1

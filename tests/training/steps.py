@@ -18,7 +18,6 @@ from training.alignment import (
 )
 from training.config import Settings, build_network_config, parse_settings
 from training.guard import NonFiniteGuard
-from training.inputs import InputSampler
 from training.setup import build_state
 
 
@@ -42,7 +41,9 @@ def make_step(
     state = build_state(
         network, align, settings.optimizer, settings.device, settings.run.seed, device
     )
-    context = make_run_context(state.emas[0], settings.objective.path_type, nullcontext)
+    context = make_run_context(
+        state.emas[0], settings.objective.path_type, nullcontext, settings.device.compile
+    )
     accelerator = SimpleNamespace(
         device=device,
         num_processes=1,
@@ -51,16 +52,6 @@ def make_step(
         clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
         backward=backward,
     )
-    return train.Step(
-        accelerator,
-        state,
-        InputSampler(
-            settings.run.seed, settings.objective, cache.manifest, device, settings.device.compile
-        ),
-        load_alignments(settings.alignments, align, cache_info, context),
-        NonFiniteGuard(state.optimizer),
-        settings.objective,
-        settings.optimizer,
-        settings.loop.gradient_accumulation_steps,
-        settings.device.compile,
-    )
+    alignments = load_alignments(settings.alignments, align, cache_info, context)
+    guard = NonFiniteGuard(state.optimizer)
+    return train.make_step(settings, accelerator, state, cache.manifest, alignments, guard)

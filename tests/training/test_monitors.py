@@ -63,7 +63,7 @@ def make_monitors(tmp_path):
             record_image=lambda name, path, step: make.images.append((name, path.name, step)),
             info=make.messages.append,
         )
-        preview = SimpleNamespace(draw=draw, rank=0)
+        preview = SimpleNamespace(draw=draw)
         return Monitors(log, (0.9, 0.5), 10, preview, None, preview_every=4, eval_every=0)
 
     make.images = []
