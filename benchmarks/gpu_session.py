@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_session --dest benchmarks/results --repa-repository ../REPA
 
-Each measurement is a benchmark of this package in a process of its own. It starts only if its
-expected time still fits, and is stopped if it takes twice as long or if no time is left. Its result
-is written to DEST/NAME.json as soon as it is complete. `--trial` runs the same commands with the
+Each measurement runs a benchmark of this package as a separate process. A measurement is skipped if
+its expected time exceeds the remaining time, and is stopped if it takes twice as long or if no time
+is left. Its result is written to DEST/NAME.json when it is complete. `--trial` runs the same commands with the
 smallest network, few rounds and no limit on the total time, to test the script on a CPU.
 """
 

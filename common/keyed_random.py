@@ -52,7 +52,7 @@ def make_round_keys(key: Tensor) -> Tensor:
 def philox(counter: Tensor, round_keys: Tensor, multipliers: Tensor) -> Tensor:
     """Return the four 32-bit output words of Philox4x32-10, (4, ...).
 
-    The words 0 and 2 of a counter are computed by the same operations, and so are 1 and 3.
+    Words 0 and 2 are computed by the same tensor operations, as are words 1 and 3.
 
     Args:
         counter: Four 32-bit words per block of random numbers, (4, ...) int64.

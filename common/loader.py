@@ -60,7 +60,7 @@ class Loader(Generic[Index, Item]):
             worker_init_fn=self.worker_init,
         )
         other_processes = set(multiprocessing.active_children())
-        with _keeping_handler_of_ended_children():
+        with _preserve_sigchld_handler():
             items = iter(loader)
         workers = set(multiprocessing.active_children()) - other_processes
         try:
@@ -96,11 +96,11 @@ class Loader(Generic[Index, Item]):
 
 
 @contextmanager
-def _keeping_handler_of_ended_children() -> Iterator[None]:
-    """Undo that the first DataLoader with workers installs a handler of SIGCHLD.
+def _preserve_sigchld_handler() -> Iterator[None]:
+    """Restore the handler of SIGCHLD, which the first DataLoader with workers replaces.
 
-    That handler raises an error for a killed worker wherever the main thread is, for example in the
-    middle of a training step. The next wait for an item detects killed workers as well.
+    The handler of the DataLoader raises an error for a killed worker at any point of the main
+    thread, for example in a training step. The next wait for an item also detects killed workers.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     try:

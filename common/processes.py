@@ -104,10 +104,11 @@ def create_gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
 
 @contextmanager
 def ending_with_the_others(num_processes: int) -> Iterator[None]:
-    """End this process in one line if the block fails because another process has ended.
+    """End this process with a one-line message if the block fails because another one has ended.
 
-    If a process is killed, the collectives of the others raise RuntimeError, as many other errors
-    do. All processes must enter the block together.
+    If a process is killed, the collectives of the others raise RuntimeError. Since other errors
+    have the same type, a collective of a separate group then shows whether a process has ended. All
+    processes must enter the block together.
 
     Raises:
         SystemExit: Another process has ended, with code 2.

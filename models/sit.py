@@ -159,8 +159,8 @@ class SiT(nn.Module):
     """Velocity network v(x_t, t, y). The output does not depend on train or eval mode.
 
     For the first `num_recomputed_blocks` blocks, the forward pass stores only their inputs, and the
-    backward pass recomputes them. The first blocks are the last ones of the backward pass, which
-    needs the memory for the recomputed activations when those of the other blocks are free again.
+    backward pass recomputes them. The backward pass reaches these blocks last, when the activations
+    of the other blocks have been freed.
 
     Raises:
         FieldError: If the latent cannot be divided into patches.

@@ -109,8 +109,8 @@ class ObjectiveConfig:
     )
     cfg_prob: float = setting(
         0.1,
-        help="fraction of labels dropped for classifier-free guidance; below 1, because no class "
-        "would be trained otherwise",
+        help="fraction of labels dropped for classifier-free guidance; it must be below 1, so "
+        "that classes are trained",
         type=cli.decay,
     )
 
@@ -198,8 +198,8 @@ class DeviceConfig:
     recomputed_blocks: int | None = setting(
         None,
         type=cli.positive_int,
-        help="number of blocks that --activation-checkpointing recomputes (default: all); the "
-        "savings and the cost are proportional to it",
+        help="number of blocks that --activation-checkpointing recomputes (default: all); memory "
+        "savings and additional computation are proportional to this number",
         may_change=True,
     )
     allow_tf32: bool = setting(
@@ -227,8 +227,8 @@ class LogConfig:
     wandb_project: str = setting("sra2", help="project name in the trackers")
     profile: int = setting(
         0,
-        help="number of steps to profile after the first ones, with a trace and a table of the "
-        "operations in the run folder; 0 disables the profiler",
+        help="number of steps to profile, after twelve others; a trace and a table of the "
+        "operations are written to the run folder (0: no profile)",
         type=cli.non_negative_int,
         metavar="N",
         may_change=True,

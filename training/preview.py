@@ -94,7 +94,7 @@ class Preview:
         self._arrange(images, "trial")
 
     def _sample(self, ema: SiT, gather: Gather, recipe: Recipe) -> Tensor:
-        """Return all images, (n, 3, H, W) uint8. The processes sample a batch each at a time."""
+        """Return all images, (n, 3, H, W) uint8. Each process samples one batch at a time."""
         num_images = len(self.row_names) * self.num_columns
         batch_size = min(self.max_batch_size, math.ceil(num_images / self.num_processes))
         parts = []

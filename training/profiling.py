@@ -66,7 +66,9 @@ class StepProfiler:
     def __exit__(self, *_: object) -> None:
         if self.profiler:
             self.profiler.stop()
-            self.report(f"the run ended {self.remaining_steps} steps too early for --profile")
+            self.report(
+                f"--profile: the run ended {self.remaining_steps} steps before the profile was complete"
+            )
 
     def advance(self) -> None:
         """Tell the profiler that a step is complete."""

@@ -15,7 +15,7 @@ def test_profile_has_the_requested_steps_and_does_not_change_training(
     steps = ("--max-train-steps", 5)
     code, out = call(train, *train_flags(cache, tmp_path, "profiled", *steps, "--profile", 2))
     assert code == 0 and f"saved {tmp_path}/profiled/profile/trace.json and kernels.txt" in out
-    assert "too early" not in out
+    assert "before the profile" not in out
     trace = json.loads((tmp_path / "profiled/profile/trace.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
@@ -28,4 +28,4 @@ def test_profile_has_the_requested_steps_and_does_not_change_training(
 def test_run_that_is_too_short_for_the_profile_says_so(call, cache, tmp_path):
     flags = train_flags(cache, tmp_path, "run", "--max-train-steps", 2, "--profile", 3)
     code, out = call(train, *flags)
-    assert code == 0 and "the run ended 13 steps too early for --profile" in out
+    assert code == 0 and "--profile: the run ended 13 steps before the profile was complete" in out
