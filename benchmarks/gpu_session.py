@@ -4,8 +4,9 @@
 
 Each measurement runs a benchmark of this package as a separate process. A measurement is skipped if
 its expected time exceeds the remaining time, and is stopped if it takes twice as long or if no time
-is left. Its result is written to DEST/NAME.json when it is complete. `--trial` runs the same commands with the
-smallest network, few rounds and no limit on the total time, to test the script on a CPU.
+is left. Its result is written to DEST/NAME.json when it is complete. `--trial` runs the same
+commands with the smallest network, few rounds and no limit on the total time, to test the script on
+a CPU.
 """
 
 import shlex

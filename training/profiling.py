@@ -66,9 +66,8 @@ class StepProfiler:
     def __exit__(self, *_: object) -> None:
         if self.profiler:
             self.profiler.stop()
-            self.report(
-                f"--profile: the run ended {self.remaining_steps} steps before the profile was complete"
-            )
+            missing = f"{self.remaining_steps} steps before the profile was complete"
+            self.report(f"--profile: the run ended {missing}")
 
     def advance(self) -> None:
         """Tell the profiler that a step is complete."""
