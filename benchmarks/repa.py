@@ -34,16 +34,20 @@ ENCODER_SIDE = 224
 REPA_STEPS = {"REPA's loop": True, "REPA's loop without encoder": False}
 
 
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"--repa-repository: {path} does not exist; pass a clone of REPA's repository"
+        )
+
+
 def load_module(path: Path) -> ModuleType:
     """Load a Python file as a module that is not in sys.modules.
 
     Raises:
         UserError: The file does not exist.
     """
-    if not path.is_file():
-        raise UserError(
-            f"--repa-repository: {path} does not exist; pass a clone of REPA's repository"
-        )
+    _check_exists(path)
     spec = importlib.util.spec_from_file_location(f"repa_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -55,7 +59,11 @@ def load_functions(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
     """Load functions of a Python file without its imports and its other code.
 
     REPA's train.py cannot be imported, because its package `models` has the same name as ours.
+
+    Raises:
+        UserError: The file or one of the functions does not exist.
     """
+    _check_exists(path)
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from torchvision.transforms import Normalize
 
@@ -71,6 +79,9 @@ def load_functions(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         "IMAGENET_DEFAULT_STD": IMAGENET_DEFAULT_STD,
     }
     exec(compile(tree, str(path), "exec"), namespace)
+    missing = sorted(set(names) - namespace.keys())
+    if missing:
+        raise UserError(f"--repa-repository: {path} does not contain {', '.join(missing)}")
     return namespace
 
 

@@ -120,7 +120,11 @@ def read_manifest(root: Path) -> Manifest:
             for shard in content["shards"]:
                 if not isinstance(shard["file"], str) or not isinstance(shard["count"], int):
                     raise ValueError("a shard has no file or no count")
+                if not isinstance(shard.get("sha256", {}), dict):
+                    raise ValueError("sha256 of a shard is not an object")
             manifest = Manifest(**content)
+            if not isinstance(manifest.flips, bool):
+                raise ValueError("flips is neither true nor false")
             if len(manifest.class_names) != manifest.num_classes:
                 raise ValueError("class_names does not contain num_classes names")
             _ = manifest.moments_format  # raises an exception if latent_shape or dtype is invalid

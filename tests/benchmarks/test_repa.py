@@ -39,6 +39,9 @@ import a_package_that_does_not_exist
 def sample_posterior(moments, latents_scale=1., latents_bias=0.):
     return moments.chunk(2, dim=1)[0] * latents_scale + latents_bias
 
+def preprocess_raw_image(x, enc_type):
+    return x
+
 def update_ema(ema_model, model, decay=0.9999):
     for average, parameter in zip(ema_model.parameters(), model.parameters()):
         average.mul_(decay).add_(parameter.data, alpha=1 - decay)
@@ -71,6 +74,10 @@ def test_step_of_repas_repository_trains_its_network(repository, capsys):
     assert len(values) == 2 and 1 > values[0] > values[1]
     with pytest.raises(UserError, match="--model SiT-Ti/2: REPA's repository has no such network"):
         make(repository, "SiT-Ti/2", batch, torch.device("cpu"), with_encoder=False)
+    loop = repository / "train.py"
+    loop.write_text(loop.read_text().replace("update_ema", "update_average"))
+    with pytest.raises(UserError, match=r"train\.py does not contain update_ema"):
+        make(repository, "SiT-XL/2", batch, torch.device("cpu"), with_encoder=False)
     (repository / "loss.py").unlink()
     with pytest.raises(UserError, match=r"loss\.py does not exist; pass a clone of REPA's"):
         make(repository, "SiT-XL/2", batch, torch.device("cpu"), with_encoder=False)

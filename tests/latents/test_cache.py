@@ -157,6 +157,8 @@ def test_invalid_manifest_is_reported(cache_copy):
         {"latent_shape": [4, 8]},
         {"shards": [{"file": "00000.npy"}]},
         {"shards": ["00000.npy"]},
+        {"shards": [{"file": "00000.npy", "count": 10, "sha256": "abc"}]},
+        {"flips": "no"},
         {"encoding": None},
     ],
 )
