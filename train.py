@@ -18,9 +18,8 @@ from torch import Tensor
 
 from common.cli import EXIT_STOPPED, UserError, print_warning
 from common.machine import describe_busy_cores
-from common.processes import ending_with_the_others
 from common.tf32 import set_tf32
-from common.watchdog import waiting_for
+from common.watchdog import record_step, waiting_for_processes
 from dataset import CachedBatch, TrainingStream
 from interpolant import INTERPOLANTS, interpolate, regression_target
 from latents.manifest import Manifest
@@ -36,7 +35,9 @@ from training.config import (
     parse_settings,
     resolve_device,
 )
+from training.coordination import wait_for_all
 from training.guard import NonFiniteGuard
+from training.hang_detector import ending_with_the_others
 from training.inputs import InputSampler
 from training.log import is_due
 from training.preemption import (
@@ -166,9 +167,10 @@ class Step:
         scalar_mean = ScalarMean()
         for i, micro_batch in enumerate(inputs.split(self.accumulation)):
             is_last = i == self.accumulation - 1
-            with self.reduce_gradients() if is_last else self.accelerator.no_sync(self.model):
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 total, scalars = self.compute_losses(micro_batch)
-                self.accelerator.backward(total.mean() / self.accumulation)
+                with self.reduce_gradients(is_last):
+                    self.accelerator.backward(total.mean() / self.accumulation)
             scalar_mean.add({"loss": total, **scalars})
         means = scalar_mean.mean()
 
@@ -185,11 +187,11 @@ class Step:
         self.state.step += 1
         return {**means, "grad_norm": grad_norm}, is_finite
 
-    def reduce_gradients(self) -> AbstractContextManager:
-        """Return the context of the micro-batch whose backward pass all-reduces the gradients."""
-        if self.accelerator.num_processes == 1:
+    def reduce_gradients(self, is_last: bool) -> AbstractContextManager:
+        """Return the context of a backward pass; the last one all-reduces the gradients."""
+        if not is_last or self.accelerator.num_processes == 1:
             return nullcontext()
-        return waiting_for("the gradients of the other processes")
+        return waiting_for_processes("the gradients of the other processes")
 
     def compute_losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss per sample (B,), and the logged terms by name."""
@@ -282,7 +284,9 @@ def train(
         return False
 
     for batch in log.throughput.time_batches(batches):
-        scalars, is_finite = step(batch)
+        record_step(state.step + 1)
+        with waiting_for_step(accelerator.num_processes):
+            scalars, is_finite = step(batch)
         log.record_step(state.step, scalars, is_finite)
         profiler.advance()
 
@@ -306,6 +310,13 @@ def train(
     return True
 
 
+def waiting_for_step(num_processes: int) -> AbstractContextManager:
+    """Return the context of a step, in which the processes wait for each other."""
+    if num_processes == 1:
+        return nullcontext()
+    return waiting_for_processes("all processes to run the step")
+
+
 def save(run: Run, accelerator: Accelerator, writer: CheckpointWriter) -> None:
     """Collect the contents of a checkpoint from all processes and write it on the main one."""
     state = run.state
@@ -316,6 +327,7 @@ def save(run: Run, accelerator: Accelerator, writer: CheckpointWriter) -> None:
     with run.log.throughput.pause("save"):
         if accelerator.is_main_process:
             writer.submit(state)
+        wait_for_all("the first process to copy the checkpoint to host memory")
 
 
 def run_training(
@@ -393,15 +405,10 @@ def main() -> None:
     set_tf32(settings.device.allow_tf32)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         print_warning(describe_busy_cores())
-    with (
-        stop_on_signal() as request,
-        ending_with_the_others(accelerator.num_processes),
-        ExitStack() as resources,
-    ):
-        is_finished = run_training(settings, accelerator, request, resources)
-        # Wait, because a launcher kills the other processes as soon as one exits with an error.
-        with waiting_for("the other processes to finish"):
-            accelerator.wait_for_everyone()
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    with stop_on_signal() as request, ExitStack() as resources:
+        with ending_with_the_others(settings.device, rank, num_processes):
+            is_finished = run_training(settings, accelerator, request, resources)
         accelerator.end_training()
         if not is_finished:
             sys.exit(EXIT_STOPPED)

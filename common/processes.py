@@ -102,30 +102,7 @@ def create_gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
         return dist.new_group(backend="gloo", timeout=timeout)
 
 
-@contextmanager
-def ending_with_the_others(num_processes: int) -> Iterator[None]:
-    """End this process with a one-line message if the block fails because another one has ended.
-
-    If a process is killed, the collectives of the others raise RuntimeError. Since other errors
-    have the same type, a collective of a separate group then shows whether a process has ended. All
-    processes must enter the block together.
-
-    Raises:
-        SystemExit: Another process has ended, with code 2.
-    """
-    if num_processes == 1:
-        yield
-        return
-    group = create_gloo_group()  # its only collective is the barrier after an error
-    try:
-        yield
-    except RuntimeError as error:
-        if not _has_process_ended(group):
-            raise
-        _exit_after_lost_process(error)
-
-
-def _has_process_ended(group: dist.ProcessGroup) -> bool:
+def has_process_ended(group: dist.ProcessGroup) -> bool:
     """Return whether a collective of the group fails, instead of succeeding or waiting."""
     work = dist.barrier(group, async_op=True)
     deadline = time.monotonic() + ANSWER_SECONDS
@@ -140,21 +117,19 @@ def _has_process_ended(group: dist.ProcessGroup) -> bool:
     return False
 
 
-def _exit_after_lost_process(error: RuntimeError) -> NoReturn:
+def exit_after_lost_process(reason: str, error: RuntimeError, code: int) -> NoReturn:
     """Exit without a traceback, because the process that ended first has printed its error.
 
-    The message of the RuntimeError is also printed, in case it has a different cause.
+    Args:
+        reason: The reason, and how to continue.
+        error: Error of the collective, which is also printed, in case it has a different cause.
+        code: Exit code.
     """
-    print(
-        f"{get_rank_prefix()}another process ended before the work was done; rerun the same "
-        f"command to resume ({error})",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"{get_rank_prefix()}{reason} ({error})", file=sys.stderr, flush=True)
     if dist.get_backend() == "gloo":
         # Otherwise, a thread of gloo may abort this process while it exits.
         dist.destroy_process_group()
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None
 
 
 class World:
@@ -205,7 +180,10 @@ class World:
             with waiting_for(f"the other processes (rank {self.rank} of {self.num_processes})"):
                 collective(*args)
         except RuntimeError as error:
-            _exit_after_lost_process(error)
+            reason = (
+                "another process ended before the work was done; rerun the same command to resume"
+            )
+            exit_after_lost_process(reason, error, code=2)
 
     def broadcast(self, value: Any) -> Any:
         """Return the value of rank 0 on every process."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 from common.cli import EXIT_INTERRUPTED, EXIT_STOPPED, get_rank_prefix
 
@@ -27,13 +28,15 @@ CHECKS_PER_REPORT = 10
 
 
 @dataclass(eq=False)
-class _Wait:
+class Wait:
     """A wait of this process.
 
     Attributes:
         description: What the process waits for.
         stop_seconds: Seconds after a stop signal until the process ends.
         started: Time at which the wait started.
+        is_joint: Whether all processes of the command enter this wait, and wait for each other.
+        is_slow: Whether a process may work for long before it enters this joint wait.
         num_reports: Number of reports so far.
         signal_number: The first signal that arrived during the wait, or None.
         deadline: Time at which the signal ends the process.
@@ -42,6 +45,8 @@ class _Wait:
     description: str
     stop_seconds: float
     started: float
+    is_joint: bool = False
+    is_slow: bool = False
     num_reports: int = 0
     signal_number: int | None = None
     deadline: float = 0.0
@@ -52,29 +57,52 @@ class Watchdog:
 
     Args:
         report_seconds: Seconds between the reports of a wait.
+
+    Attributes:
+        waits: The current waits; each one lies within the previous one.
+        num_joint_waits: Number of joint waits so far. All processes enter the same ones in the same
+            order, so the number shows which process is behind the others.
+        step: The training step in progress; None before the first one.
+        num_steps: Number of training steps that this process has started.
     """
 
     def __init__(self, report_seconds: float = REPORT_SECONDS):
         self.report_seconds = report_seconds
-        self.waits: list[_Wait] = []
+        self.waits: list[Wait] = []
         self.thread: threading.Thread | None = None
+        self.num_joint_waits = 0
+        self.step: int | None = None
+        self.num_steps = 0
 
     @contextmanager
-    def watch(self, description: str, stop_seconds: float = STOP_SECONDS) -> Iterator[None]:
+    def watch(
+        self,
+        description: str,
+        stop_seconds: float = STOP_SECONDS,
+        is_joint: bool = False,
+        is_slow: bool = False,
+    ) -> Iterator[None]:
         """Report the block as a wait, and end the process if a signal arrives during a long wait.
 
         Args:
             description: What the block waits for, as in "waiting for DESCRIPTION".
             stop_seconds: Seconds after a stop signal until the process ends. Ctrl-C ends it sooner.
+            is_joint: Whether all processes enter this wait, and wait for each other.
+            is_slow: Whether a process may work for long before it enters this joint wait.
         """
         if self.thread is None:
             self._start()
-        wait = _Wait(description, stop_seconds, time.monotonic())
+        self.num_joint_waits += is_joint
+        wait = Wait(description, stop_seconds, time.monotonic(), is_joint, is_slow)
         self.waits.append(wait)
         try:
             yield
         finally:
             self.waits.remove(wait)
+
+    def find_joint_wait(self) -> Wait | None:
+        """Return the innermost wait for the other processes, if any."""
+        return next((wait for wait in reversed(list(self.waits)) if wait.is_joint), None)
 
     def reset(self) -> None:
         """Clear the waits and the thread, which a forked process does not inherit."""
@@ -99,8 +127,8 @@ class Watchdog:
             for wait in list(self.waits):
                 self._check(wait, signal_numbers)
 
-    def _check(self, wait: _Wait, signal_numbers: bytes) -> None:
-        """Record signals, report the wait if a report is due, and end the process if necessary."""
+    def _check(self, wait: Wait, signal_numbers: bytes) -> None:
+        """Record signals, report the innermost wait if a report is due, and end the process."""
         now = time.monotonic()
         for number in signal_numbers:
             if wait.signal_number is None and number != signal.SIGCHLD:
@@ -110,19 +138,26 @@ class Watchdog:
         if wait.signal_number is not None and now >= wait.deadline:
             _end_process(wait, wait.signal_number)
         elapsed = now - wait.started
-        if elapsed >= (wait.num_reports + 1) * self.report_seconds:
+        is_innermost = wait in self.waits[-1:]
+        if is_innermost and elapsed >= (wait.num_reports + 1) * self.report_seconds:
             wait.num_reports += 1
             _print(f"waiting for {wait.description} ({elapsed:.0f} s so far)")
 
 
-def _end_process(wait: _Wait, signal_number: int) -> None:
-    _print(
+def _end_process(wait: Wait, signal_number: int) -> None:
+    end_process(
         f"{signal.Signals(signal_number).name} ended the wait for {wait.description}; rerun the "
-        "same command to resume"
+        "same command to resume",
+        EXIT_INTERRUPTED if signal_number == signal.SIGINT else EXIT_STOPPED,
     )
+
+
+def end_process(message: str, code: int) -> NoReturn:
+    """Print a message and end this process and its children, while the main thread is blocked."""
+    _print(message)
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(EXIT_INTERRUPTED if signal_number == signal.SIGINT else EXIT_STOPPED)
+    os._exit(code)
 
 
 def _print(message: str) -> None:
@@ -137,6 +172,27 @@ def waiting_for(
 ) -> AbstractContextManager[None]:
     """Return the context manager of `Watchdog.watch`, for the watchdog of this process."""
     return _watchdog.watch(description, stop_seconds)
+
+
+def waiting_for_processes(description: str, is_slow: bool = False) -> AbstractContextManager[None]:
+    """Report the block as a wait for the other processes, all of which must enter it.
+
+    Args:
+        description: What the block waits for, as in "waiting for DESCRIPTION".
+        is_slow: Whether a process may work for long before it enters the wait.
+    """
+    return _watchdog.watch(description, is_joint=True, is_slow=is_slow)
+
+
+def record_step(step: int) -> None:
+    """Record the training step that starts, for the messages about this process."""
+    _watchdog.step = step
+    _watchdog.num_steps += 1
+
+
+def get_watchdog() -> Watchdog:
+    """Return the watchdog of this process."""
+    return _watchdog
 
 
 def _reset_forked_process() -> None:

@@ -110,7 +110,7 @@ def run_and_exit(main):  # in a forked process
     os._exit(code)
 """
 
-FORK_RANKS = """
+START_RANKS = """
 import importlib, socket, torch
 count, name, *flags = sys.argv[1:]
 module = importlib.import_module(name)
@@ -127,6 +127,9 @@ for rank in range(int(count)):
         os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
         sys.argv = [name, *flags]
         run_and_exit(module.main)
+"""
+
+FORK_RANKS = f"""{START_RANKS}
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
@@ -138,6 +141,27 @@ def run_ranks(processes: int, module: str, *flags) -> str:
     """
     code = RUN_AND_EXIT + FORK_RANKS
     return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
+
+
+WAIT_FOR_ONE_RANK = f"""{START_RANKS}
+import signal
+waited = children.pop(int(os.environ["WAITED_RANK"]))
+code = os.waitstatus_to_exitcode(os.waitpid(waited, 0)[1])
+for child in children:  # they may be stopped
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+print("exit code", code)
+"""
+
+
+def run_until_rank_exits(rank: int, processes: int, module: str, *flags) -> str:
+    """Like `run_ranks`, but kill the other processes when the given one has exited.
+
+    The output contains "exit code CODE".
+    """
+    code = RUN_AND_EXIT + WAIT_FOR_ONE_RANK
+    with mock.patch.dict(os.environ, WAITED_RANK=str(rank)):
+        return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
 
 
 def train_flags(cache: Path, exps: Path, name: str, *extra_flags) -> list[str]:

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from common.cli import UserError
 from common.processes import connecting_processes, read_process_environment
 from training.config import Settings
-from training.preemption import COLLECTIVE_TIMEOUT
+from training.coordination import get_collective_timeout
 from training.trackers import resolve_trackers
 
 # Variables that `accelerate launch` sets from its config file, and what they enable.
@@ -44,7 +44,7 @@ def create_accelerator(settings: Settings) -> Accelerator:
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True, broadcast_buffers=False
                 ),
-                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                InitProcessGroupKwargs(timeout=get_collective_timeout(settings.device)),
             ],
         )
     check_accelerator(accelerator, precision, environment.num_processes)

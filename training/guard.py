@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
-from common.watchdog import waiting_for
+from common.watchdog import waiting_for_processes
 
 MAX_CONSECUTIVE_BAD_STEPS = 5
 # Isolated fp16 overflows are normal. After 32 in a row the loss scale has fallen from 2**16 to
@@ -76,7 +76,7 @@ class NonFiniteGuard:
         if not self.pending:
             return []
         table = torch.stack(list(self.pending.values()))
-        with waiting_for("the skipped steps of all processes"):
+        with waiting_for_processes("the skipped steps of all processes"):
             rows = reduce(table, "mean").gt(0).tolist()
         steps = list(self.pending)
         self.pending.clear()

@@ -7,10 +7,8 @@ therefore exchange their status before each collective of the work, and at its e
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate.utils import gather_object
-
 from checkpointing.storage import format_error
-from common.watchdog import waiting_for
+from training.coordination import gather_objects
 
 
 class Stopped(Exception):  # noqa: N818 (a stop signal is not an error)
@@ -32,8 +30,9 @@ def exchange_status(reason: str = "", is_stopped: bool = False) -> None:
         JointWorkError: The work failed on any process; raised on all of them.
         Stopped: A stop signal arrived on any process; raised on all of them.
     """
-    with waiting_for("the other processes to do their share of a preview or evaluation"):
-        statuses = gather_object([(reason, is_stopped)])
+    statuses = gather_objects(
+        (reason, is_stopped), "the other processes to do their share of a preview or evaluation"
+    )
     reasons = {rank: reason for rank, (reason, _) in enumerate(statuses) if reason}
     if reasons and len(statuses) > 1:
         raise JointWorkError("; ".join(f"process {rank}: {reasons[rank]}" for rank in reasons))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from checkpointing.storage import RunOwner
 from common.files import LineWriter, write_file
 from common.metrics_log import METRICS_SCHEMA, is_zeroed, split_lines
-from common.watchdog import waiting_for
+from common.watchdog import waiting_for_processes
 from training.guard import NonFiniteGuard
 from training.throughput import Throughput
 from training.trackers import Trackers
@@ -72,7 +72,7 @@ class MetricMeans:
         return {"log_sums": sums, "log_good": num_steps}
 
     def _reduce_sums(self) -> list[float]:
-        with waiting_for("the metrics of all processes"):
+        with waiting_for_processes("the metrics of all processes"):
             return self.reduce(self.sums, "mean").tolist()
 
 

@@ -8,17 +8,16 @@ without synchronizing the GPU, and read the result one step later.
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from common.cli import UserError
 from common.processes import create_gloo_group
-from common.watchdog import waiting_for
+from common.watchdog import waiting_for_processes
+from training.coordination import GROUP_TIMEOUT
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank 0 samples, evaluates or saves
 
 
 class StopRequest:
@@ -70,7 +69,7 @@ class FlagReducer:
     def __init__(self, num_processes: int, num_flags: int):
         self.group = None
         if num_processes > 1:
-            self.group = create_gloo_group(COLLECTIVE_TIMEOUT)
+            self.group = create_gloo_group(GROUP_TIMEOUT)
         self.flags = torch.zeros(num_flags, dtype=torch.int32)
         self.pending: dist.Work | None = None
 
@@ -83,7 +82,7 @@ class FlagReducer:
             return list(flags)
         result = [False] * len(flags)
         if self.pending:
-            with waiting_for("the other processes to finish the step"):
+            with waiting_for_processes("the other processes to finish the step"):
                 self.pending.wait()
             result = self.flags.bool().tolist()
         self.flags = torch.tensor(flags, dtype=torch.int32)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
 from checkpointing.storage import (
     CheckpointError,
@@ -21,7 +20,6 @@ from checkpointing.storage import (
 from common.cli import UserError, format_flags
 from common.config import record_flags
 from common.files import write_file
-from common.watchdog import waiting_for
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
 from models.flops import backbone_flops
@@ -55,6 +53,7 @@ from training.config import (
     check_batch_size,
     resolve_num_steps,
 )
+from training.coordination import broadcast_object, gather_objects
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
 from training.log import Console, MetricMeans, RunLog
@@ -182,8 +181,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
                 settings.preview.every,
                 settings.evaluation.every,
             )
-    with waiting_for("the first process to find the newest checkpoint"):
-        position = broadcast_object_list([position])[0]
+    position = broadcast_object(position, "the first process to find the newest checkpoint")
     if position.step >= num_steps and not position.has_pending_work:
         accelerator.print(
             f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
@@ -273,12 +271,6 @@ def fail_together() -> Iterator[None]:
         error = setup_error
     if any(gather_objects(error is not None)):
         raise error or SystemExit(2)  # the process that failed prints the reason
-
-
-def gather_objects(value: object) -> list:
-    """Return the values of all processes, ordered by rank, on every process."""
-    with waiting_for("the other processes to prepare the run"):
-        return gather_object([value])
 
 
 def build_networks(

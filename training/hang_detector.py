@@ -1,0 +1,300 @@
+"""Name the process that the others wait for in vain, and end the run so that it is restarted.
+
+A process may hang, for example in a file system that does not answer, or be lost together with its
+machine. The others are then blocked in a collective. After the limit, a thread compares their
+heartbeats, prints which process is missing, and ends this process with code 75.
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from common.cli import EXIT_STOPPED, UserError, first_line
+from common.processes import create_gloo_group, exit_after_lost_process, has_process_ended
+from common.watchdog import Wait, Watchdog, end_process, get_watchdog
+from training.config import DeviceConfig
+from training.coordination import SLOW_TIMEOUT, broadcast_object, wait_for_all
+from training.heartbeat import (
+    ANSWER_SECONDS,
+    ActiveClock,
+    Cause,
+    Heartbeat,
+    HeartbeatExchange,
+    read_heartbeat,
+)
+
+MAX_INTERVAL = 1.0  # seconds between heartbeats
+INTERVALS_PER_LIMIT = 40  # shorter intervals for the short limits of tests
+# A process whose heartbeat has not changed for this many intervals has ended.
+LOST_INTERVALS = 4
+# Steps of a session that may include compilation; the result of a step is awaited in the next one.
+NUM_COMPILING_STEPS = 2
+MAX_LISTED = 3  # processes in a message
+
+
+class HangDetector:
+    """Watches the waits for other processes in a thread.
+
+    Args:
+        exchange: The heartbeats of all processes.
+        watchdog: Records the waits of this process.
+        limit: Seconds that a wait in a training step may take.
+        slow_limit: Seconds that a wait for slow work may take.
+        num_slow_steps: Number of steps of this session that may take as long as slow work.
+        end: Ends this process with a message and an exit code.
+    """
+
+    def __init__(
+        self,
+        exchange: HeartbeatExchange,
+        watchdog: Watchdog,
+        limit: float,
+        slow_limit: float,
+        num_slow_steps: int = 0,
+        end: Callable[[str, int], None] = end_process,
+    ):
+        self.exchange = exchange
+        self.watchdog = watchdog
+        self.limit = limit
+        self.slow_limit = max(limit, slow_limit)
+        self.num_slow_steps = num_slow_steps
+        self.end = end
+        # The wait of this process and the line at which it is blocked, and since when.
+        self.wait: Wait | None = None
+        self.location = ""
+        self.started = 0.0
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="hang detector", daemon=True)
+
+    def start(self) -> None:
+        """Start the threads, after all processes have prepared the exchange."""
+        self.exchange.start()
+        self.thread.start()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.closed.set()
+        self.exchange.close()
+        self.thread.join(1)
+
+    def check(self) -> None:
+        """End this process if it waits for another one in vain."""
+        now = self.exchange.clock.read()
+        wait = self.watchdog.find_joint_wait()
+        location = self.exchange.read().location
+        if wait is not self.wait or location != self.location:
+            self.wait = wait
+            self.location = location
+            self.started = now
+            self.exchange.observes_all = False
+        if wait is None:
+            return
+        elapsed = now - self.started
+        if elapsed >= self.limit / 2 and not self.exchange.observes_all:
+            self.exchange.observe_all()
+        # Collectives over gloo fail soon after another process has ended, but those over NCCL wait.
+        if self.exchange.cause and now - self.exchange.cause_read >= ANSWER_SECONDS:
+            self._end(self.exchange.cause)
+            return
+        if elapsed < self.limit:
+            return
+        is_slow = wait.is_slow or self.watchdog.num_steps <= self.num_slow_steps
+        reason = self.find_reason(elapsed >= (self.slow_limit if is_slow else self.limit))
+        if reason:
+            message = (
+                f"gave up after {elapsed:.0f} s of waiting for {wait.description}: {reason}; rerun "
+                "the same command to resume"
+            )
+            self._end(Cause(EXIT_STOPPED, message))
+
+    def find_reason(self, is_expired: bool) -> str:
+        """Return which processes are missing, or "" if the wait may continue.
+
+        Args:
+            is_expired: Whether a process that is alive must have arrived by now.
+        """
+        now = self.exchange.clock.read()
+        # The heartbeats have been observed for half of the limit.
+        silence = self.limit / 4
+        changed = dict(self.exchange.changed)
+        heartbeats = dict(self.exchange.heartbeats)
+        if not self.exchange.is_connected or now - self.exchange.answered >= silence:
+            # The store is part of the first process, or of the launcher on its machine.
+            return f"{describe_processes([0], heartbeats)} gives no answer"
+        silent = [rank for rank, time_ in sorted(changed.items()) if now - time_ >= silence]
+        if silent:
+            return f"{describe_processes(silent, heartbeats)} gives no sign of life"
+        if not is_expired:
+            return ""
+        observed = {rank: heartbeats[rank] for rank in changed}
+        missing = find_missing(observed)
+        if len(missing) < len(observed):
+            return (
+                f"{describe_processes(missing, heartbeats)} has not arrived (if it is only slow, "
+                "raise --collective-timeout)"
+            )
+        return (
+            "all processes wait, so a GPU or the network hangs (NCCL_DEBUG=INFO shows more): "
+            f"{describe_processes(missing, heartbeats)}"
+        )
+
+    def find_cause_of_loss(self) -> Cause:
+        """Return which process has ended, after a collective has failed for this reason."""
+        exchange = self.exchange
+        exchange.is_ending = True  # so that the others do not regard this process as the cause
+        exchange.observe_all()
+        exchange.wake.set()
+        for _ in range(2 * LOST_INTERVALS):
+            if exchange.cause:
+                return exchange.cause
+            if not exchange.is_connected:
+                break
+            time.sleep(exchange.interval)
+        heartbeats = dict(exchange.heartbeats)
+        now = exchange.clock.read()
+        silence = LOST_INTERVALS * exchange.interval
+        lost = [
+            rank
+            for rank, time_ in sorted(exchange.changed.items())
+            if now - time_ >= silence and not heartbeats[rank].is_ending
+        ]
+        if not exchange.is_connected or now - exchange.answered >= silence:
+            lost = [0]
+        name = describe_processes(lost, heartbeats) if lost else "another process"
+        return Cause(
+            EXIT_STOPPED,
+            f"{name} ended before the work was done; rerun the same command to resume",
+        )
+
+    def announce(self, cause: Cause) -> None:
+        """Tell the other processes why this one ends."""
+        self.exchange.announce(cause)
+        if self.exchange.rank == 0:  # it may serve the store, so the others read the cause first
+            time.sleep(2 * self.exchange.interval)
+
+    def _run(self) -> None:
+        while not self.closed.wait(self.exchange.interval):
+            self.check()
+
+    def _end(self, cause: Cause) -> None:
+        self.announce(cause)
+        self.end(cause.message, cause.code)
+
+
+def find_missing(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
+    """Return the processes that the others wait for; all of them if that is unknown.
+
+    They have entered fewer joint waits than others. If all have entered the same number, a process
+    may be stuck within the wait, where it executes another line than most of them.
+    """
+    fewest = min(heartbeat.num_waits for heartbeat in heartbeats.values())
+    missing = sorted(rank for rank, h in heartbeats.items() if h.num_waits == fewest)
+    if len(missing) < len(heartbeats):
+        return missing
+    locations = Counter(heartbeat.location for heartbeat in heartbeats.values())
+    location, num_processes = locations.most_common(1)[0]
+    if len(heartbeats) / 2 < num_processes < len(heartbeats):
+        return sorted(rank for rank, h in heartbeats.items() if h.location != location)
+    return missing
+
+
+def describe_processes(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat]) -> str:
+    """Return ranks, hosts and operations of processes; their number if there are many."""
+    texts = []
+    for rank in ranks[:MAX_LISTED]:
+        heartbeat = heartbeats.get(rank)
+        known = f" on {heartbeat.host} ({heartbeat.describe()})" if heartbeat else ""
+        texts.append(f"rank {rank}{known}")
+    num_omitted = len(ranks) - MAX_LISTED
+    if num_omitted > 0:
+        texts.append(f"{num_omitted} more")
+    return " and ".join(texts)
+
+
+def make_hang_detector(config: DeviceConfig, rank: int, num_processes: int) -> HangDetector:
+    """Build the detector of this process. All processes must call this together."""
+    limit = timedelta(minutes=config.collective_timeout).total_seconds()
+    watchdog = get_watchdog()
+    host = socket.gethostname()
+    # torchrun keeps its store when it restarts the processes.
+    prefix = broadcast_object(uuid.uuid4().hex, "the first process to connect")
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+    )
+    exchange = HeartbeatExchange(
+        dist.PrefixStore(prefix, store),
+        rank,
+        num_processes,
+        lambda: read_heartbeat(watchdog, host),
+        min(MAX_INTERVAL, limit / INTERVALS_PER_LIMIT),
+        ActiveClock(),
+    )
+    exchange.prepare()
+    wait_for_all("the other processes to connect")
+    return HangDetector(
+        exchange,
+        watchdog,
+        limit,
+        SLOW_TIMEOUT.total_seconds(),
+        NUM_COMPILING_STEPS if config.compile else 0,
+    )
+
+
+@contextmanager
+def ending_with_the_others(config: DeviceConfig, rank: int, num_processes: int) -> Iterator[None]:
+    """End this process with a one-line message if another one has ended or does not answer.
+
+    At the end of the block, the processes wait for each other. If a process is killed, the collectives of the others raise RuntimeError. Since other errors
+    have the same type, a collective of a separate group then shows whether a process has ended. All
+    processes must enter the block together.
+
+    Raises:
+        SystemExit: Another process has ended: with code 75 if it was killed, or with its exit code
+            if it failed.
+    """
+    if num_processes == 1:
+        yield
+        return
+    group = create_gloo_group()  # its only collective is the barrier after an error
+    detector = make_hang_detector(config, rank, num_processes)
+    detector.start()
+    try:
+        yield
+        # Wait, because a launcher kills the other processes as soon as one exits with an error.
+        wait_for_all("the other processes to finish")
+        # The first process serves the store, so it ends after all others have left it.
+        detector.close()
+        wait_for_all("the other processes to finish")
+    except RuntimeError as error:
+        if not has_process_ended(group):
+            _announce_failure(detector, error)
+            raise
+        _exit_with_the_others(detector, error)
+    except Exception as error:
+        _announce_failure(detector, error)
+        raise
+    finally:
+        detector.close()
+
+
+def _announce_failure(detector: HangDetector, error: Exception) -> None:
+    """Tell the other processes that this one fails, so that they end with code 2 as well."""
+    message = str(error) if isinstance(error, UserError) else first_line(error)
+    detector.announce(Cause(2, f"rank {detector.exchange.rank} failed: {message}"))
+
+
+def _exit_with_the_others(detector: HangDetector, error: RuntimeError) -> NoReturn:
+    cause = detector.find_cause_of_loss()
+    exit_after_lost_process(cause.message, error, cause.code)
