@@ -34,8 +34,9 @@ from training.heartbeat import (
 
 MAX_INTERVAL = 1.0  # seconds between heartbeats
 INTERVALS_PER_LIMIT = 40  # shorter intervals for the short limits of tests
-# A process whose heartbeat has not changed for this many intervals has ended.
-LOST_INTERVALS = 4
+# After a collective has failed, a process whose heartbeat does not change in this many reads has
+# ended.
+LOST_READS = 4
 # Steps of a session that may include compilation; the result of a step is awaited in the next one.
 NUM_COMPILING_STEPS = 2
 MAX_LISTED = 3  # processes in a message
@@ -107,7 +108,7 @@ class HangDetector:
             return
         if elapsed < self.limit:
             return
-        is_slow = wait.is_slow or self.watchdog.num_steps <= self.num_slow_steps
+        is_slow = wait.is_slow or 0 < self.watchdog.num_steps <= self.num_slow_steps
         reason = self.find_reason(elapsed >= (self.slow_limit if is_slow else self.limit))
         if reason:
             message = (
@@ -153,27 +154,36 @@ class HangDetector:
         exchange.is_ending = True  # so that the others do not regard this process as the cause
         exchange.observe_all()
         exchange.wake.set()
-        for _ in range(2 * LOST_INTERVALS):
-            if exchange.cause:
-                return exchange.cause
-            if not exchange.is_connected:
-                break
-            time.sleep(exchange.interval)
-        heartbeats = dict(exchange.heartbeats)
-        now = exchange.clock.read()
-        silence = LOST_INTERVALS * exchange.interval
-        lost = [
-            rank
-            for rank, time_ in sorted(exchange.changed.items())
-            if now - time_ >= silence and not heartbeats[rank].is_ending
-        ]
-        if not exchange.is_connected or now - exchange.answered >= silence:
-            lost = [0]
-        name = describe_processes(lost, heartbeats) if lost else "another process"
+        # Compare the heartbeats at two times, unless the process that ended has told the cause.
+        has_answered = self._wait_for_reads(2)
+        before = dict(exchange.heartbeats)
+        has_answered = has_answered and self._wait_for_reads(LOST_READS)
+        if exchange.cause:
+            return exchange.cause
+        after = dict(exchange.heartbeats)
+        lost = [0]  # it may serve the store
+        if has_answered:
+            lost = [
+                rank
+                for rank, heartbeat in sorted(after.items())
+                if heartbeat == before.get(rank) and not heartbeat.is_ending
+            ]
+        name = describe_processes(lost, after) if lost else "another process"
         return Cause(
             EXIT_STOPPED,
             f"{name} ended before the work was done; rerun the same command to resume",
         )
+
+    def _wait_for_reads(self, number: int) -> bool:
+        """Wait until the heartbeats were read again. Return whether the store has answered."""
+        exchange = self.exchange
+        last_read = exchange.num_reads + number
+        deadline = time.monotonic() + ANSWER_SECONDS + number * exchange.interval
+        while exchange.num_reads < last_read:
+            if exchange.cause or not exchange.is_connected or time.monotonic() >= deadline:
+                return False
+            time.sleep(exchange.interval / 2)
+        return True
 
     def announce(self, cause: Cause) -> None:
         """Tell the other processes why this one ends."""
@@ -256,9 +266,9 @@ def make_hang_detector(config: DeviceConfig, rank: int, num_processes: int) -> H
 def ending_with_the_others(config: DeviceConfig, rank: int, num_processes: int) -> Iterator[None]:
     """End this process with a one-line message if another one has ended or does not answer.
 
-    At the end of the block, the processes wait for each other. If a process is killed, the collectives of the others raise RuntimeError. Since other errors
+    If a process is killed, the collectives of the others raise RuntimeError. Since other errors
     have the same type, a collective of a separate group then shows whether a process has ended. All
-    processes must enter the block together.
+    processes must enter the block together, and they wait for each other at its end.
 
     Raises:
         SystemExit: Another process has ended: with code 75 if it was killed, or with its exit code

@@ -129,6 +129,7 @@ class HeartbeatExchange:
         is_connected: Whether the store still exists.
         cause: Why the first process that ended has ended, if it is known.
         cause_read: Time at which the cause was read.
+        num_reads: Number of answers of the store so far.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class HeartbeatExchange:
         self.is_connected = True
         self.cause: Cause | None = None
         self.cause_read = 0.0
+        self.num_reads = 0
         self.count = 0
         self.cause_to_write: Cause | None = None
         self.wake = threading.Event()
@@ -216,6 +218,7 @@ class HeartbeatExchange:
             if rank not in self.changed or heartbeat != self.heartbeats[rank]:
                 self.changed[rank] = now
             self.heartbeats[rank] = heartbeat
+        self.num_reads += 1
 
     def _write(self) -> None:
         self.count += 1

@@ -12,7 +12,7 @@ import pytest
 
 from common.cli import UserError
 from common.processes import ProcessEnvironment, read_process_environment
-from tests.helpers import ONE_THREAD, ROOT, run_ranks, torchrun
+from tests.helpers import ONE_THREAD, ROOT, torchrun
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -135,18 +135,3 @@ def test_process_exits_with_code_2_after_another_has_exited(tmp_path):
     assert "exit 2" in printed
     assert "another process ended before the work was done; rerun the same command" in printed
     assert "Traceback" not in printed
-
-
-@pytest.mark.parametrize(
-    ("failure", "num_lines", "num_tracebacks"),
-    [("killed", 1, 0), ("error", 1, 1), ("error of both", 0, 2)],
-)
-def test_only_a_process_that_lost_another_ends_without_a_traceback(
-    failure, num_lines, num_tracebacks
-):
-    with pytest.raises(AssertionError) as ended:
-        run_ranks(2, "tests.common.ending_process", failure)
-    printed = str(ended.value)
-    line = "[rank 0] another process ended before the work was done; rerun the same command"
-    assert printed.count(line) == num_lines, printed
-    assert printed.count("Traceback") == num_tracebacks, printed

@@ -10,7 +10,8 @@ import sys
 import torch.distributed as dist
 
 from common import processes
-from common.processes import ending_with_the_others
+from training.config import DeviceConfig
+from training.hang_detector import ending_with_the_others
 
 
 def main() -> None:
@@ -18,9 +19,10 @@ def main() -> None:
     failure = sys.argv[1]
     processes.ANSWER_SECONDS = 0.5
     dist.init_process_group("gloo")
-    with ending_with_the_others(2):
-        if failure == "killed" and dist.get_rank() == 1:
+    rank = dist.get_rank()
+    with ending_with_the_others(DeviceConfig(collective_timeout=0.2), rank, 2):
+        if failure == "killed" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if failure == "error of both" or (failure == "error" and dist.get_rank() == 1):
+        if failure == "error of both" or (failure == "error" and rank == 1):
             raise RuntimeError("a bug")
         dist.barrier()

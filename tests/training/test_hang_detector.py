@@ -1,0 +1,330 @@
+"""A process that hangs or is lost is named by the others, which end with the right exit code."""
+
+import queue
+import signal
+import sys
+import threading
+from multiprocessing.pool import ThreadPool
+
+import pytest
+import torch.distributed as dist
+
+from common import watchdog
+from common.cli import EXIT_STOPPED
+from common.watchdog import Watchdog
+from tests.helpers import run_ranks, run_until_rank_exits, train_flags
+from training import heartbeat
+from training.coordination import broadcast_object, gather_objects
+from training.hang_detector import HangDetector, describe_processes, find_missing
+from training.heartbeat import (
+    ActiveClock,
+    Cause,
+    Heartbeat,
+    HeartbeatExchange,
+    find_location,
+    read_heartbeat,
+)
+
+LIMIT = 100.0
+SLOW_LIMIT = 1000.0
+
+
+class Clock:
+    """A clock that stands still until it is advanced."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def read(self) -> float:
+        return self.seconds
+
+
+class Processes:
+    """The first of several processes, and heartbeats of the others.
+
+    Attributes:
+        alive: Heartbeats of the other processes that are alive, by rank.
+        ends: Messages and exit codes with which the detector would end this process.
+    """
+
+    def __init__(self, watchdog_: Watchdog, alive: dict[int, Heartbeat], **options):
+        self.watchdog = watchdog_
+        self.alive = alive
+        self.clock = Clock()
+        self.store = dist.HashStore()
+        self.ends = queue.Queue()
+        self.exchanges = [
+            HeartbeatExchange(
+                self.store, rank, len(alive) + 1, read, interval=0.0, clock=self.clock
+            )
+            for rank, read in enumerate([self.read_own, *self.make_readers()])
+        ]
+        for exchange in self.exchanges:
+            exchange.has_written_cause.set()  # `announce` does not wait for the thread
+            exchange.prepare()
+        self.own = self.exchanges[0]
+        self.detector = HangDetector(
+            self.own,
+            self.watchdog,
+            LIMIT,
+            SLOW_LIMIT,
+            end=lambda *args: self.ends.put(args),
+            **options,
+        )
+
+    def read_own(self) -> Heartbeat:
+        return Heartbeat(
+            "node0", num_waits=self.watchdog.num_joint_waits, location="train.py:1 (step)"
+        )
+
+    def make_readers(self):
+        return [lambda rank=rank: self.alive[rank] for rank in self.alive]
+
+    def pass_seconds(self, seconds: int) -> None:
+        """Let time pass until the detector ends the process."""
+        for _ in range(seconds):
+            self.clock.seconds += 1
+            for exchange in self.exchanges:
+                if exchange.rank == 0 or exchange.rank in self.alive:
+                    exchange._exchange()
+            self.detector.check()
+            if not self.ends.empty():
+                return
+
+
+@pytest.fixture
+def dog(monkeypatch):
+    dog = Watchdog()
+    previous_pipe = signal.set_wakeup_fd(-1)
+    monkeypatch.setattr(watchdog, "_print", lambda message: None)
+    yield dog
+    dog.reset()
+    signal.set_wakeup_fd(previous_pipe)
+
+
+def test_process_without_a_heartbeat_is_named_after_the_limit(dog):
+    others = {1: Heartbeat("node1", step=7), 2: Heartbeat("node2", step=8, num_waits=1)}
+    processes = Processes(dog, others)
+    with dog.watch("the gradients", is_joint=True):
+        processes.pass_seconds(30)
+        del processes.alive[1]
+        processes.pass_seconds(200)
+    message, code = processes.ends.get_nowait()
+    assert processes.clock.seconds == LIMIT + 1  # the first check starts the wait
+    assert code == EXIT_STOPPED == 75
+    assert "100 s of waiting for the gradients: rank 1 on node1 (step 7) gives no sign" in message
+
+
+def test_process_that_has_not_arrived_is_named(dog):
+    others = {
+        1: Heartbeat("node1", num_waits=1),
+        2: Heartbeat("node2", 8, 0, "batches of --data-dir", "common/loader.py:77 (read)"),
+    }
+    processes = Processes(dog, others)
+    with dog.watch("the gradients", is_joint=True):
+        processes.pass_seconds(200)
+    message, code = processes.ends.get_nowait()
+    assert code == EXIT_STOPPED
+    assert (
+        "rank 2 on node2 (step 8, waiting for batches of --data-dir, at common/loader.py:77 "
+        "(read)) has not arrived"
+    ) in message
+    assert "node1" not in message and "--collective-timeout" in message
+
+
+def test_first_process_is_named_if_the_store_does_not_answer(dog):
+    processes = Processes(dog, {1: Heartbeat("node1", num_waits=1)})
+    processes.own._exchange()
+    with dog.watch("the gradients", is_joint=True):
+        for _ in range(110):  # without an exchange
+            processes.clock.seconds += 1
+            processes.detector.check()
+    message, code = processes.ends.get_nowait()
+    assert code == EXIT_STOPPED
+    assert (
+        "rank 0 on node0 (before the first step, at train.py:1 (step)) gives no answer" in message
+    )
+
+
+def test_slow_work_of_a_living_process_is_awaited_longer(dog):
+    processes = Processes(dog, {1: Heartbeat("node1")})
+    with dog.watch("an evaluation", is_joint=True, is_slow=True):
+        processes.pass_seconds(int(SLOW_LIMIT))
+        assert processes.ends.empty()
+        processes.pass_seconds(1)
+    assert "rank 1" in processes.ends.get_nowait()[0]
+
+
+def test_slow_work_of_a_process_without_heartbeats_is_not_awaited(dog):
+    processes = Processes(dog, {1: Heartbeat("node1")})
+    del processes.alive[1]
+    with dog.watch("an evaluation", is_joint=True, is_slow=True):
+        processes.pass_seconds(int(LIMIT) + 1)
+    assert "rank 1" in processes.ends.get_nowait()[0]
+
+
+def test_first_steps_may_take_longer_if_they_compile(dog):
+    processes = Processes(dog, {1: Heartbeat("node1")}, num_slow_steps=1)
+    dog.num_steps = 1
+    with dog.watch("the gradients", is_joint=True):
+        processes.pass_seconds(500)
+        assert processes.ends.empty()
+        dog.num_steps = 2
+        processes.pass_seconds(1)
+    assert not processes.ends.empty()
+
+
+def test_work_of_this_process_and_waits_for_data_have_no_limit(dog):
+    processes = Processes(dog, {1: Heartbeat("node1", num_waits=5)})
+    with dog.watch("batches of --data-dir"):
+        processes.pass_seconds(2000)
+    assert processes.ends.empty()
+
+
+def test_each_wait_has_its_own_limit(dog):
+    processes = Processes(dog, {1: Heartbeat("node1")})
+    for _ in range(4):
+        with dog.watch("the gradients", is_joint=True):
+            processes.pass_seconds(60)
+    assert processes.ends.empty()
+
+
+def test_step_that_continues_on_this_process_is_not_a_wait(dog):
+    """Within one wait, this process executes a new line every 60 seconds."""
+    processes = Processes(dog, {1: Heartbeat("node1")})
+    lines = iter(range(1000))
+    with dog.watch("all processes to run the step", is_joint=True):
+        for _ in range(4):
+            line = next(lines)
+            processes.own.read = lambda line=line: Heartbeat("node0", location=f"sit.py:{line}")
+            processes.pass_seconds(60)
+    assert processes.ends.empty()
+
+
+def test_process_ends_with_the_code_of_another_that_failed(dog):
+    processes = Processes(dog, {1: Heartbeat("node1")})
+    processes.exchanges[1].announce(Cause(2, "rank 1 failed: out of memory"))
+    processes.exchanges[1].announce(Cause(2, "another cause, which is ignored"))
+    with dog.watch("the gradients", is_joint=True):
+        processes.pass_seconds(20)
+    assert processes.ends.get_nowait() == ("another cause, which is ignored", 2)
+
+
+def test_lost_process_is_named_and_those_that_end_with_it_are_not(dog):
+    others = {1: Heartbeat("node1", step=3), 2: Heartbeat("node2"), 3: Heartbeat("node3")}
+    processes = Processes(dog, others)
+    processes.exchanges[2].is_ending = True
+    processes.exchanges[2]._exchange()
+
+    # Rank 3 sends heartbeats, while rank 1 was killed and rank 2 has ended for this reason.
+    read = processes.own.read
+
+    def read_after_rank_3():
+        processes.exchanges[3]._exchange()
+        return read()
+
+    processes.own.read = read_after_rank_3
+    processes.own.interval = 0.01
+    processes.own.start()
+    cause = processes.detector.find_cause_of_loss()
+    processes.own.close()
+    assert cause.code == EXIT_STOPPED
+    assert "rank 1 on node1 (step 3) ended before" in cause.message
+
+
+def test_missing_process_has_entered_the_fewest_waits_or_executes_another_line():
+    ahead = Heartbeat("a", num_waits=5, location="loss.py:1 (f)")
+    behind = Heartbeat("a", num_waits=4, location="loss.py:1 (f)")
+    elsewhere = Heartbeat("a", num_waits=5, location="dataset.py:1 (g)")
+    assert find_missing({0: ahead, 1: behind, 2: ahead}) == [1]
+    assert find_missing({0: ahead, 1: ahead, 2: elsewhere}) == [2]
+    assert find_missing({0: ahead, 1: elsewhere}) == [0, 1]  # it is unknown which one hangs
+    assert find_missing({0: ahead, 1: ahead}) == [0, 1]
+
+
+def test_few_processes_are_described_and_the_others_counted():
+    heartbeats = {rank: Heartbeat("a", step=1234) for rank in range(5)}
+    text = describe_processes([0, 1, 2, 3, 4], heartbeats)
+    assert text.startswith("rank 0 on a (step 1,234) and rank 1 ")
+    assert text.endswith("and 2 more")
+
+
+def test_location_is_the_innermost_line_of_the_project():
+    is_waiting = threading.Event()
+    release = threading.Event()
+
+    def wait_here():
+        is_waiting.set()
+        release.wait()
+
+    thread = threading.Thread(target=wait_here)
+    thread.start()
+    assert is_waiting.wait(60)
+    location = find_location(sys._current_frames()[thread.ident])
+    release.set()
+    thread.join()
+    assert location.startswith("tests/training/test_hang_detector.py:")
+    assert location.endswith("(wait_here)")
+
+
+def test_heartbeat_contains_the_step_and_the_innermost_wait(dog):
+    dog.step = 12
+    with dog.watch("outer", is_joint=True), dog.watch("inner"), ThreadPool(1) as thread:
+        beat = thread.apply(read_heartbeat, [dog, "node0"])
+    assert (beat.step, beat.num_waits, beat.operation) == (12, 1, "inner")
+    assert beat.location.startswith("tests/training/test_hang_detector.py:")
+
+
+def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    clock = ActiveClock()
+    now = 2.0
+    assert clock.read() == 2.0
+    now = 3600.0
+    assert clock.read() == 2.0 + heartbeat.MAX_GAP_SECONDS
+
+
+def test_one_process_exchanges_objects_with_itself():
+    assert gather_objects("a") == ["a"]
+    assert broadcast_object("a", "nothing") == "a"
+
+
+@pytest.mark.parametrize(
+    ("failure", "line", "code", "num_tracebacks"),
+    [
+        ("killed", "[rank 0] rank 1 on ", EXIT_STOPPED, 0),
+        ("error", "[rank 0] rank 1 failed: RuntimeError: a bug (", 2, 1),
+    ],
+)
+def test_process_ends_without_a_traceback_after_another_one(failure, line, code, num_tracebacks):
+    printed = run_until_rank_exits(0, 2, "tests.training.ending_process", failure)
+    assert printed.count(line) == 1, printed
+    assert f"exit code {code}" in printed
+    assert printed.count("Traceback") == num_tracebacks, printed
+
+
+def test_error_of_both_processes_is_not_a_lost_process():
+    with pytest.raises(AssertionError) as ended:
+        run_ranks(2, "tests.training.ending_process", "error of both")
+    printed = str(ended.value)
+    assert printed.count("Traceback") == 2 and "rerun the same command" not in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("failure", "rank", "reason"),
+    [
+        ("stop", 1, "gives no sign of life"),
+        pytest.param("stop", 0, "gives no answer", marks=pytest.mark.long),
+        pytest.param("sleep", 1, "has not arrived", marks=pytest.mark.long),
+        pytest.param("sleep", 0, "has not arrived", marks=pytest.mark.long),
+        pytest.param("sleep in step", 1, "has not arrived", marks=pytest.mark.long),
+    ],
+)
+def test_hanging_process_is_named_and_the_run_ends(cache, tmp_path, failure, rank, reason):
+    flags = train_flags(cache, tmp_path, "run", "--collective-timeout", 0.02)
+    printed = run_until_rank_exits(1 - rank, 2, "tests.training.hanging_run", failure, rank, *flags)
+    assert f"exit code {EXIT_STOPPED}" in printed, printed
+    line = next(line for line in printed.splitlines() if f"[rank {1 - rank}] gave up" in line)
+    assert f": rank {rank} on " in line and "step " in line, line
+    assert reason in line and "rerun the same command" in line, line
