@@ -307,4 +307,7 @@ def _announce_failure(detector: HangDetector, error: Exception) -> None:
 
 def _exit_with_the_others(detector: HangDetector, error: RuntimeError) -> NoReturn:
     cause = detector.find_cause_of_loss()
+    if dist.get_backend() != "gloo":
+        # The collectives of NCCL do not fail, and the interpreter would wait for them at its exit.
+        end_process(f"{cause.message} ({error})", cause.code)
     exit_after_lost_process(cause.message, error, cause.code)
