@@ -25,6 +25,7 @@ INTERRUPT_SECONDS = 2.0  # for Ctrl-C
 # For stop signals. It is long because the first process may draw images while the others wait.
 STOP_SECONDS = 240.0
 CHECKS_PER_REPORT = 10
+PRINT_SECONDS = 5.0  # limit for writing the last message
 
 
 @dataclass(eq=False)
@@ -154,7 +155,10 @@ def _end_process(wait: Wait, signal_number: int) -> None:
 
 def end_process(message: str, code: int) -> NoReturn:
     """Print a message and end this process and its children, while the main thread is blocked."""
-    _print(message)
+    # In a thread, because a file system that does not answer may block this process as well.
+    printing = threading.Thread(target=_print, args=[message], daemon=True)
+    printing.start()
+    printing.join(PRINT_SECONDS)
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)

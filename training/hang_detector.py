@@ -134,9 +134,9 @@ class HangDetector:
         silent = [rank for rank, time_ in sorted(changed.items()) if now - time_ >= silence]
         if silent:
             return f"{describe_processes(silent, heartbeats)} gives no sign of life"
-        if not is_expired:
-            return ""
         observed = {rank: heartbeats[rank] for rank in changed}
+        if not is_expired or len(observed) < self.exchange.num_processes:
+            return ""
         missing = find_missing(observed)
         if len(missing) < len(observed):
             return (

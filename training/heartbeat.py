@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from common.watchdog import Watchdog
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).absolute().parent.parent
 MAX_GAP_SECONDS = 5.0
 # Time for the store to accept the cause of the end of a process, and for the others to end with it.
 ANSWER_SECONDS = 5.0
@@ -100,7 +100,8 @@ def read_heartbeat(watchdog: Watchdog, host: str) -> Heartbeat:
 def find_location(frame: FrameType | None) -> str:
     """Return the innermost line of this project in a call stack, as in "dataset.py:12 (read)"."""
     while frame is not None:
-        path = Path(frame.f_code.co_filename).resolve()
+        # The path is not resolved, because the file system may not answer.
+        path = Path(frame.f_code.co_filename).absolute()
         if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
             return f"{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back

@@ -3,6 +3,7 @@
 import multiprocessing
 import queue
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,23 @@ def test_waits_may_be_nested_and_end_with_an_exception(fast_watchdog):
     assert not fast_watchdog.waits
 
 
+def test_only_the_innermost_wait_is_reported(fast_watchdog, printed_lines):
+    with fast_watchdog.watch("outer"), fast_watchdog.watch("inner"):
+        lines = [printed_lines.get(timeout=60) for _ in range(4)]
+    assert all(line.startswith("waiting for inner (") for line in lines[1:])
+
+
+def test_joint_waits_are_counted_and_found(fast_watchdog):
+    with (
+        fast_watchdog.watch("outer", is_joint=True),
+        fast_watchdog.watch("inner", is_joint=True),
+        fast_watchdog.watch("data"),
+    ):
+        assert fast_watchdog.find_joint_wait().description == "inner"
+    assert fast_watchdog.find_joint_wait() is None
+    assert fast_watchdog.num_joint_waits == 2
+
+
 def test_a_signal_ends_a_wait_whose_thread_is_blocked(fast_watchdog, end_calls):
     with fast_watchdog.watch("a collective", stop_seconds=0):
         signal.raise_signal(signal.SIGUSR1)
@@ -90,6 +108,17 @@ def test_processes_without_a_wait_are_not_ended(fast_watchdog, end_calls, printe
     with fast_watchdog.watch("a later wait", stop_seconds=1000):
         printed_lines.get(timeout=60)
     assert end_calls.empty()
+
+
+def test_process_ends_even_if_its_message_cannot_be_written(monkeypatch):
+    codes = []
+    disk_answers = threading.Event()
+    monkeypatch.setattr(watchdog, "_print", lambda message: disk_answers.wait())
+    monkeypatch.setattr(watchdog, "PRINT_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    watchdog.end_process("a message", 75)
+    disk_answers.set()
+    assert codes == [75]
 
 
 def test_a_forked_process_starts_its_own_watchdog():

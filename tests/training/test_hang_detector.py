@@ -201,13 +201,14 @@ def test_step_that_continues_on_this_process_is_not_a_wait(dog):
     assert processes.ends.empty()
 
 
-def test_process_ends_with_the_code_of_another_that_failed(dog):
-    processes = Processes(dog, {1: Heartbeat("node1")})
-    processes.exchanges[1].announce(Cause(2, "rank 1 failed: out of memory"))
-    processes.exchanges[1].announce(Cause(2, "another cause, which is ignored"))
+def test_process_ends_with_the_code_of_the_first_one_that_failed(dog):
+    processes = Processes(dog, {1: Heartbeat("node1"), 2: Heartbeat("node2")})
+    for rank in (2, 1):
+        processes.exchanges[rank].announce(Cause(2, f"rank {rank} failed: out of memory"))
+        processes.exchanges[rank]._exchange()
     with dog.watch("the gradients", is_joint=True):
         processes.pass_seconds(20)
-    assert processes.ends.get_nowait() == ("another cause, which is ignored", 2)
+    assert processes.ends.get_nowait() == ("rank 2 failed: out of memory", 2)
 
 
 def test_lost_process_is_named_and_those_that_end_with_it_are_not(dog):
@@ -246,7 +247,7 @@ def test_few_processes_are_described_and_the_others_counted():
     heartbeats = {rank: Heartbeat("a", step=1234) for rank in range(5)}
     text = describe_processes([0, 1, 2, 3, 4], heartbeats)
     assert text.startswith("rank 0 on a (step 1,234) and rank 1 ")
-    assert text.endswith("and 2 more")
+    assert text.endswith("and 2 more") and "rank 3" not in text
 
 
 def test_location_is_the_innermost_line_of_the_project():
