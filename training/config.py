@@ -202,6 +202,9 @@ class DeviceConfig:
         "savings and additional computation are proportional to this number",
         may_change=True,
     )
+    allow_tf32: bool = setting(
+        False, help="use TF32 for float32 matrix products and convolutions on GPUs"
+    )
     collective_timeout: float = setting(
         10.0,
         help="minutes after which a process that keeps the others waiting in a training step is "
@@ -209,9 +212,6 @@ class DeviceConfig:
         "evaluations, checkpoints and compilation may take longer",
         type=cli.positive_float,
         may_change=True,
-    )
-    allow_tf32: bool = setting(
-        False, help="use TF32 for float32 matrix products and convolutions on GPUs"
     )
 
 
