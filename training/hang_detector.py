@@ -144,7 +144,8 @@ class HangDetector:
                 "raise --collective-timeout)"
             )
         return (
-            "all processes wait, so a GPU or the network hangs (NCCL_DEBUG=INFO shows more): "
+            "all have arrived, so one of them, a GPU or the network hangs (NCCL_DEBUG=INFO shows "
+            "more): "
             f"{describe_processes(missing, heartbeats)}"
         )
 

@@ -132,6 +132,15 @@ def test_process_that_has_not_arrived_is_named(dog):
     assert "node1" not in message and "--collective-timeout" in message
 
 
+def test_all_processes_are_listed_if_they_wait_for_the_same_collective(dog):
+    processes = Processes(dog, {1: Heartbeat("node1", num_waits=1, location="train.py:1 (step)")})
+    with dog.watch("the gradients", is_joint=True):
+        processes.pass_seconds(200)
+    message, code = processes.ends.get_nowait()
+    assert code == EXIT_STOPPED
+    assert "all have arrived" in message and "node0" in message and "node1" in message
+
+
 def test_first_process_is_named_if_the_store_does_not_answer(dog):
     processes = Processes(dog, {1: Heartbeat("node1", num_waits=1)})
     processes.own._exchange()
