@@ -29,6 +29,7 @@ from models.projector import AlignedOutput
 from models.targets import TrainingInputs
 from training.accelerator import create_accelerator
 from training.alignment import Alignment, AlignmentTerms, required_cache_inputs
+from training.checkpoints import CheckpointWriter
 from training.config import (
     ObjectiveConfig,
     OptimizerConfig,
@@ -47,7 +48,8 @@ from training.preemption import (
 )
 from training.profiling import StepProfiler
 from training.setup import Run, prepare_run
-from training.state import EMA, CheckpointWriter, TrainState
+from training.sharding import gather_tensor, wrap_with_ddp
+from training.state import EMA, TrainState
 
 
 class ScalarMean:
@@ -142,7 +144,8 @@ class Step:
         self.combine_losses = combine_losses
         if compile:
             self.combine_losses = torch.compile(combine_losses, dynamic=False)
-        self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
+        prepare = state.sharding.prepare if state.sharding else wrap_with_ddp
+        self.model, self.optimizer = prepare(accelerator, state.model, state.optimizer)
         self.emas = [
             EMA(ema, state.model.backbone, decay)
             for ema, decay in zip(state.emas, optimizer_config.ema_decay)
@@ -166,7 +169,7 @@ class Step:
         scalar_mean = ScalarMean()
         for i, micro_batch in enumerate(inputs.split(self.accumulation)):
             is_last = i == self.accumulation - 1
-            with self.reduce_gradients() if is_last else self.accelerator.no_sync(self.model):
+            with self.reduce_gradients() if is_last else self.accumulate_gradients():
                 total, scalars = self.compute_losses(micro_batch)
                 self.accelerator.backward(total.mean() / self.accumulation)
             scalar_mean.add({"loss": total, **scalars})
@@ -175,6 +178,7 @@ class Step:
         # Clip the gradients, skip the update if any value is not finite, and update the weights
         # and the EMAs.
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        grad_norm = gather_tensor(grad_norm)
         loss_names = ["denoising", *(f"align/{name}" for name in self.alignments)]
         losses = {name: means[name] for name in loss_names}
         is_finite = self.guard.mark_step(self.state.step + 1, losses, grad_norm)
@@ -190,6 +194,12 @@ class Step:
         if self.accelerator.num_processes == 1:
             return nullcontext()
         return waiting_for("the gradients of the other processes")
+
+    def accumulate_gradients(self) -> AbstractContextManager:
+        """Return the context of the other micro-batches, which do not communicate."""
+        if self.state.sharding:
+            return self.state.sharding.no_sync(self.model)
+        return self.accelerator.no_sync(self.model)
 
     def compute_losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss per sample (B,), and the logged terms by name."""
@@ -314,7 +324,7 @@ def save(run: Run, accelerator: Accelerator, writer: CheckpointWriter) -> None:
     if accelerator.scaler is not None:
         state.progress["scaler"] = accelerator.scaler.state_dict()
     with run.log.throughput.pause("save"):
-        if accelerator.is_main_process:
+        if state.sharding or accelerator.is_main_process:
             writer.submit(state)
 
 
@@ -359,7 +369,11 @@ def run_training(
     with (
         closing(batches),
         CheckpointWriter(
-            folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
+            folder,
+            run.config,
+            checkpoint_config.keep_last,
+            checkpoint_config.milestone_steps,
+            state.sharding,
         ) as writer,
         StepProfiler(
             settings.log.profile if accelerator.is_main_process else 0,

@@ -97,7 +97,9 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
         half = num_features // 2
-        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        # The buffer exists even if the network is built on the meta device.
+        index = torch.arange(half, dtype=torch.float32, device="cpu")
+        omega = torch.exp(-math.log(10000) * index / half)
         self.register_buffer("omega", omega, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:

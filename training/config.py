@@ -23,6 +23,7 @@ from training.alignment_config import (
     add_alignment_flags,
     resolve_alignments,
 )
+from training.sharding import SHARD_MODES
 from training.trackers import TRACKER_NAMES
 
 DEFAULT_NUM_STEPS = 400_000
@@ -200,6 +201,14 @@ class DeviceConfig:
         type=cli.positive_int,
         help="number of blocks that --activation-checkpointing recomputes (default: all); memory "
         "savings and additional computation are proportional to this number",
+        may_change=True,
+    )
+    shard: str = setting(
+        "none",
+        help="state that is sharded over the processes with FSDP2 instead of being copied to each "
+        "(DDP); optimizer: gradients, optimizer state and EMAs; full: parameters as well; hybrid: "
+        "full within a node, copied to every node",
+        choices=SHARD_MODES,
         may_change=True,
     )
     allow_tf32: bool = setting(

@@ -26,6 +26,7 @@ from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
 from models.flops import backbone_flops
 from models.labels import TrainedLabels, describe_empty_classes
+from models.projector import AlignedSiT
 from models.sit import SiT, SiTConfig
 from models.targets import CacheInfo
 from training.alignment import (
@@ -71,6 +72,7 @@ from training.resume import (
     check_same_run,
     find_position,
 )
+from training.sharding import Sharding, make_sharding
 from training.state import TrainState
 from training.throughput import Throughput, measure_matmul_rate, training_flops
 from training.trackers import Trackers
@@ -83,8 +85,11 @@ def build_state(
     options: DeviceConfig,
     seed: int,
     device: torch.device,
+    sharding: Sharding | None = None,
 ) -> TrainState:
     """Build the networks and the optimizer at step 0.
+
+    If the state is sharded, its weights are undefined until `initialize_sharded_state` is called.
 
     Args:
         network: Architecture of the backbone.
@@ -93,11 +98,28 @@ def build_state(
         options: Whether to compile, and to checkpoint activations.
         seed: Seed of the initial weights.
         device: Device of the state.
+        sharding: How the state is sharded; None if each process holds all of it.
     """
-    torch.manual_seed(seed)
-    backbone = SiT(network)  # before the heads, so that its weights do not depend on them
-    model = build_aligned_network(backbone, align).to(device)
+    if sharding is None:
+        model = build_initial_network(network, align, seed).to(device)
+    else:
+        with torch.device("meta"):
+            model = build_initial_network(network, align, seed)
+    backbone = model.backbone
     emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
+    if options.activation_checkpointing:
+        backbone.num_recomputed_blocks = options.recomputed_blocks or network.depth
+    if options.compile:
+        if sharding:  # only a teacher runs a sharded EMA; previews use unsharded copies
+            for block in emas[0].blocks:
+                block.compile(dynamic=False)
+        # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
+        torch._dynamo.config.optimize_ddp = False
+        # The EMAs are not compiled, because they are evaluated with different batch shapes.
+        for block in backbone.blocks:
+            block.compile(dynamic=False)
+    if sharding:
+        sharding.apply(model, emas)
     adamw = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=optimizer.learning_rate,
@@ -106,15 +128,35 @@ def build_state(
         eps=optimizer.adam_epsilon,
         fused=True,
     )
-    if options.activation_checkpointing:
-        backbone.num_recomputed_blocks = options.recomputed_blocks or network.depth
-    if options.compile:
-        # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
-        torch._dynamo.config.optimize_ddp = False
-        # The EMAs are not compiled, because they are evaluated with different batch shapes.
-        for block in backbone.blocks:
-            block.compile(dynamic=False)
-    return TrainState(model, emas, adamw)
+    return TrainState(model, emas, adamw, sharding=sharding)
+
+
+def build_initial_network(network: SiTConfig, align: list[dict], seed: int) -> AlignedSiT:
+    """Build the network of a run with its initial weights.
+
+    Args:
+        network: Architecture of the backbone.
+        align: The "align" list of config.json, which describes the heads.
+        seed: Seed of the weights.
+    """
+    torch.manual_seed(seed)
+    backbone = SiT(network)  # before the heads, so that its weights do not depend on them
+    return build_aligned_network(backbone, align)
+
+
+def initialize_sharded_state(
+    state: TrainState, network: SiTConfig, align: list[dict], seed: int
+) -> None:
+    """Give a sharded state the initial weights of an unsharded one. All processes must call this.
+
+    Only the first process builds the whole network, in host memory.
+    """
+    sharding = state.sharding
+    assert sharding is not None
+    whole = build_initial_network(network, align, seed) if sharding.rank == 0 else None
+    sharding.copy_from_first_process(state.model, whole)
+    for ema in state.emas:
+        sharding.copy_from_first_process(ema, whole.backbone if whole else None)
 
 
 class Networks(NamedTuple):
@@ -192,13 +234,21 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         return None
 
     # Build networks, targets and monitors, and restore the newest checkpoint.
+    dtype = autocast_dtype(accelerator.mixed_precision)
+    sharding = make_sharding(settings.device.shard, accelerator, dtype)
     with fail_together():
-        networks = build_networks(settings, accelerator, cache, position, resources)
+        networks = build_networks(settings, accelerator, cache, position, resources, sharding)
+    if position.checkpoints:
+        restore_checkpoint(networks, settings, accelerator, position.checkpoints[-1])
+    elif sharding:
+        network = networks.state.model.backbone.config
+        align = networks.config["align"]
+        initialize_sharded_state(networks.state, network, align, settings.run.seed)
     if not position.checkpoints:  # a failed trial must not end a run that has checkpoints
         run_trials(
             networks.preview,
             networks.evaluator,
-            networks.state.emas[0],
+            networks.state,
             accelerator.gather,
             accelerator.is_main_process,
         )
@@ -287,6 +337,7 @@ def build_networks(
     cache: LatentCache,
     position: RunPosition,
     resources: ExitStack,
+    sharding: Sharding | None,
 ) -> Networks:
     """Build everything that may fail on one process only; contains no collective.
 
@@ -296,6 +347,7 @@ def build_networks(
         cache: The latent cache.
         position: Position at which the run stopped.
         resources: Receives the lock of the run folder.
+        sharding: How the networks are sharded; None if each process holds them.
     """
     manifest = cache.manifest
     folder = settings.run.folder
@@ -333,6 +385,7 @@ def build_networks(
         settings.device,
         settings.run.seed,
         accelerator.device,
+        sharding,
     )
     context = make_run_context(
         state.emas[0],
@@ -343,15 +396,38 @@ def build_networks(
     loaded_alignments = load_alignments(settings.alignments, align, cache_info, context)
     for name in required_cache_inputs(loaded_alignments):
         cache.require_folder(name)
-    if checkpoint:
-        progress = verify_checkpoint(checkpoint)
-        stored_config = read_config(checkpoint)
-        check_same_data(settings.data, folder, stored_config, config)
-        check_same_alignment(folder, stored_config.get("align", []), align)
-        state.load(checkpoint, progress)
-        if accelerator.scaler is not None and "scaler" in state.progress:
-            accelerator.scaler.load_state_dict(state.progress["scaler"])
     return Networks(config, cache_info, state, loaded_alignments, preview, evaluator, owner)
+
+
+def restore_checkpoint(
+    networks: Networks, settings: Settings, accelerator: Accelerator, checkpoint: Path
+) -> None:
+    """Restore the state of a run. All processes must call this.
+
+    Each process verifies some of the files. If the state is sharded, each process reads its rows.
+    Otherwise, only the first process reads the tensors and sends them to the others.
+
+    Args:
+        networks: The networks of the run.
+        settings: Settings of the run.
+        accelerator: The accelerator.
+        checkpoint: Folder of the checkpoint.
+    """
+    state = networks.state
+    share = (accelerator.process_index, accelerator.num_processes)
+    with fail_together():
+        progress = verify_checkpoint(checkpoint, share)
+    with fail_together():
+        config = read_config(checkpoint)
+        check_same_data(settings.data, settings.run.folder, config, networks.config)
+        check_same_alignment(settings.run.folder, config.get("align", []), networks.config["align"])
+        reads_tensors = state.sharding is not None or accelerator.is_main_process
+        state.load(checkpoint, progress, reads_tensors)
+    if state.sharding is None and accelerator.num_processes > 1:
+        with waiting_for("the first process to read the checkpoint"):
+            state.broadcast_from_first_process()
+    if accelerator.scaler is not None and "scaler" in state.progress:
+        accelerator.scaler.load_state_dict(state.progress["scaler"])
 
 
 def build_preview_and_evaluator(
