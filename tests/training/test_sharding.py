@@ -96,9 +96,12 @@ def test_one_sharded_process_equals_an_unsharded_one(call, cache, tree, tmp_path
     assert_close(actual, expected)
     images, sharded_images = ((run / "samples" / "0000003.png").read_bytes() for run in runs)
     assert images == sharded_images
-    metrics, sharded_metrics = (read_rows(run)[-1] for run in runs)
-    for name in ("fd", "held_out"):
-        assert sharded_metrics[name] == pytest.approx(metrics[name], rel=1e-5)
+    metrics, sharded_metrics = (
+        {name: value for name, value in read_rows(run)[-1].items() if isinstance(value, float)}
+        for run in runs
+    )
+    assert "held_out" in metrics
+    assert sharded_metrics == pytest.approx(metrics, rel=1e-4)
 
 
 @pytest.mark.parametrize(
