@@ -136,8 +136,13 @@ def run_ranks(processes: int, module: str, *flags) -> str:
 
     The processes are forked after the imports, so this takes half as long as `torchrun`.
     """
+    return run_command(make_ranks_command(processes, module, *flags))
+
+
+def make_ranks_command(processes: int, module: str, *flags) -> list[str]:
+    """Return the command of `run_ranks`."""
     code = RUN_AND_EXIT + FORK_RANKS
-    return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
+    return [sys.executable, "-c", code, str(processes), module, *map(str, flags)]
 
 
 def train_flags(cache: Path, exps: Path, name: str, *extra_flags) -> list[str]:

@@ -265,6 +265,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         f"{settings.model.model}: {describe_networks(networks)}\n"
         f"{describe_loop(settings.loop, settings.objective, accelerator, cache)}"
     )
+    if sharding:
+        log.info(sharding.describe())
     for line in describe_labels(networks.config, cache, settings.preview):
         log.info(line)
     if position.checkpoints:

@@ -116,6 +116,15 @@ class Sharding:
         for network in (model, *emas):
             allocate(network, self.device)
 
+    def describe(self) -> str:
+        """Return a line about the placement of the state."""
+        parts = "gradients, optimizer state and EMAs"
+        if self.mode != "optimizer":
+            parts = f"parameters, {parts}"
+        num_replicas = dist.get_world_size() // self.num_shards
+        replicas = f", in {num_replicas} replicas" if num_replicas > 1 else ""
+        return f"{parts} are sharded over {self.num_shards} processes{replicas}"
+
     def copy_from_first_process(self, target: nn.Module, source: nn.Module | None) -> None:
         """Copy the weights of an unsharded network on the first process to a sharded network.
 

@@ -1,5 +1,11 @@
 """Sharded training equals DDP, and its checkpoints load with any number of processes."""
 
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -7,12 +13,20 @@ import torch
 import torch.distributed as dist
 
 import train
+from checkpointing.storage import list_checkpoints
 from checkpointing.tensor_file import StoredTensors, find_parts
 from common.cli import UserError
 from common.metrics_log import read_rows
 from dataset import TrainingStream
 from latents.cache import LatentCache
-from tests.helpers import run_ranks, train_flags
+from tests.helpers import (
+    ONE_THREAD,
+    ROOT,
+    make_ranks_command,
+    read_metrics,
+    run_ranks,
+    train_flags,
+)
 from tests.training.steps import make_settings, make_step
 from training.checkpoints import SaveError, Snapshot, write_checkpoint
 from training.sharding import Sharding
@@ -145,6 +159,50 @@ def test_resumed_sharded_run_is_identical_to_an_uninterrupted_one(cache, tmp_pat
     last = "checkpoints/0000004"
     expected, actual = (read_checkpoint(tmp_path / name / last) for name in ("whole", "resumed"))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.long
+def test_killed_sharded_run_resumes_without_loss(cache, tmp_path):
+    """20 kills of all processes or of one, at random moments, do not change the result."""
+    flags = ["--shard", "full", "--max-train-steps", 60, "--checkpointing-steps", 2]
+    run_ranks(2, "train", *train_flags(cache, tmp_path, "whole", *flags))
+    rng = random.Random(0)
+    run = tmp_path / "killed"
+    command = make_ranks_command(2, "train", *train_flags(cache, tmp_path, "killed", *flags))
+    for _ in range(20):
+        checkpoints = list_checkpoints(run)
+        with start_session(command) as job:
+            while list_checkpoints(run) == checkpoints and job.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+            children = list_children(job.pid)
+            if job.poll() is None and len(children) == 2 and rng.random() < 0.5:
+                os.kill(rng.choice(children), signal.SIGKILL)
+                job.wait(timeout=120)  # the other process notices that it is alone
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    run_ranks(2, "train", *train_flags(cache, tmp_path, "killed", *flags))
+    expected, actual = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "0000060") for name in ("whole", "killed")
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert read_metrics(run) == read_metrics(tmp_path / "whole")
+
+
+def start_session(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def list_children(pid: int) -> list[int]:
+    output = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in output.stdout.split()]
 
 
 def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monkeypatch):
