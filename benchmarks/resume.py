@@ -71,20 +71,22 @@ def main() -> None:
         (checkpoint,) = list_checkpoints(run)
         num_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
 
-        # Restore the checkpoint, and measure from here on.
-        state.optimizer.state.clear()
+        # Restore the checkpoint in a second state, and measure from here on.
+        restored = build_state(*build_arguments, sharding)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         bytes_before, memory_before = count_read_bytes(), read_host_bytes("VmRSS")
         start_time = time.perf_counter()
         progress = verify_checkpoint(
             checkpoint, (accelerator.process_index, accelerator.num_processes)
         )
-        state.load(checkpoint, progress, sharding is not None or accelerator.is_main_process)
+        restored.load(checkpoint, progress, sharding is not None or accelerator.is_main_process)
         if sharding is None and accelerator.num_processes > 1:
-            state.broadcast_from_first_process()
+            restored.broadcast_from_first_process()
         synchronize(device)
         if device.type == "cpu":
-            moments = [state.get_rows(tensor).tensor for tensor in state.get_moments().values()]
+            moments = [
+                restored.get_rows(tensor).tensor for tensor in restored.get_moments().values()
+            ]
             memory_before += sum(moment.numel() * moment.element_size() for moment in moments)
         measured = {
             "seconds": time.perf_counter() - start_time,

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from checkpointing.storage import (
@@ -28,10 +30,12 @@ from checkpointing.storage import (
 )
 from checkpointing.tensor_file import FIRST_ROWS, part_name
 from common.files import fsync, sha256, write_file
+from common.processes import create_gloo_group
 from common.watchdog import waiting_for
 from training.sharding import Sharding, gather_tensor
 from training.state import TrainState
 
+SAVE_TIMEOUT = timedelta(hours=2)  # fast processes wait for slow ones to write their files
 Exchange = Callable[[object], list]
 
 
@@ -186,7 +190,8 @@ class CheckpointWriter:
     """Writes checkpoints in a background thread and removes old ones.
 
     A failed save leaves existing checkpoints unchanged. As a context manager it waits, at the end
-    of the block, until the current save is complete.
+    of the block, until the current save is complete. If the state is sharded, all processes must
+    construct a writer.
 
     Args:
         run: The run folder.
@@ -206,6 +211,8 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.messages: list[str] = []
         self.problem = ""  # reason for the last failed save
+        self.rank = self.sharding.rank if self.sharding else 0
+        self.group = create_gloo_group(SAVE_TIMEOUT) if self.sharding else None
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -240,12 +247,7 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            if self.sharding:
-                saved = write_checkpoint(
-                    snapshot, self.run, self.sharding.rank, self.sharding.exchange_while_saving
-                )
-            else:
-                saved = write_checkpoint(snapshot, self.run)
+            saved = write_checkpoint(snapshot, self.run, self.rank, self._exchange)
         except Exception as error:  # any failure must be reported, not lost with the thread
             self.problem = format_error(error)
             self.messages.append(
@@ -254,9 +256,17 @@ class CheckpointWriter:
             )
             return
         self.messages.append(f"saved {saved}")
-        if self.keep_last and (self.sharding is None or self.sharding.rank == 0):
+        if self.keep_last and self.rank == 0:
             for folder in list_checkpoints(self.run)[: -self.keep_last]:
                 self._remove(folder)
+
+    def _exchange(self, value: object) -> list:
+        """Return the values of all processes that write, ordered by rank."""
+        if self.group is None:
+            return [value]
+        values: list = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def _remove(self, folder: Path) -> None:
         if self.milestone_steps and int(folder.name) % self.milestone_steps == 0:

@@ -8,7 +8,6 @@ shapes as without sharding.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -25,12 +24,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from common.cli import UserError
-from common.processes import create_gloo_group
 from models.projector import AlignedSiT
 from models.sit import SiT
 
 SHARD_MODES = ("none", "optimizer", "full", "hybrid")
-SAVE_TIMEOUT = timedelta(hours=2)  # fast processes wait for slow ones to write their files
 
 
 class Rows(NamedTuple):
@@ -86,7 +83,6 @@ class Sharding:
         self.block_policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        self.save_group = create_gloo_group(SAVE_TIMEOUT)
 
     def apply(self, model: AlignedSiT, emas: list[SiT]) -> None:
         """Shard networks on the meta device, and allocate their rows on the device of the run.
@@ -165,12 +161,6 @@ class Sharding:
         values = network.state_dict()
         for name, tensor in ema.state_dict().items():
             values[name].copy_(gather_tensor(tensor))
-
-    def exchange_while_saving(self, value: object) -> list:
-        """Return the values of all processes, ordered by rank; for the threads that save."""
-        values: list = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.save_group)
-        return values
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
