@@ -39,6 +39,7 @@ from training.config import (
 )
 from training.guard import NonFiniteGuard
 from training.inputs import InputSampler
+from training.joint_work import gather_on_first
 from training.log import is_due
 from training.preemption import (
     FlagReducer,
@@ -288,7 +289,7 @@ def train(
         return request.name is not None
 
     # Complete previews and evaluations that were interrupted when the run stopped.
-    if not run.monitors.run_due(state, accelerator.gather, stop_requested):
+    if not run.monitors.run_due(state, gather_on_first, stop_requested):
         return False
 
     for batch in log.throughput.time_batches(batches):
@@ -305,7 +306,7 @@ def train(
         should_save = stop or retry or is_last or is_due(state.step, save_every)
         if should_save:
             save(run, accelerator, writer)
-        if not stop and not run.monitors.run_due(state, accelerator.gather, stop_requested):
+        if not stop and not run.monitors.run_due(state, gather_on_first, stop_requested):
             stop = True
             if not should_save:
                 save(run, accelerator, writer)

@@ -135,7 +135,8 @@ class Evaluator:
 
         Args:
             model: The network.
-            gather: Concatenates a tensor of every process, in the order of the ranks.
+            gather: Concatenates a tensor of every process on the first one, in the order of the
+                ranks.
             is_stopped: Returns whether a stop signal arrived on this process.
 
         Returns:

@@ -96,6 +96,8 @@ class HeldOutLoss:
     ) -> dict[str, float]:
         """Return the mean loss over images and timesteps, and the mean at each timestep.
 
+        With several processes, the result is valid on the first one.
+
         The network is conditioned on the true classes of the images.
 
         Args:
@@ -104,7 +106,7 @@ class HeldOutLoss:
             dtype: Autocast dtype.
             batch_size: Images per process and forward pass.
             share: Rank of this process and number of processes.
-            gather: Concatenates a tensor of every process.
+            gather: Concatenates a tensor of every process on the first one.
             check_stop: Called by all processes after each batch; an exception ends the work.
 
         Returns:

@@ -99,7 +99,7 @@ class Monitors:
 
         Args:
             state: State of the run.
-            gather: Concatenates a tensor of every process.
+            gather: Concatenates a tensor of every process on the first one.
             is_stopped: Returns whether a stop signal arrived.
 
         Returns:

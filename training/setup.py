@@ -58,6 +58,7 @@ from training.config import (
 )
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
+from training.joint_work import gather_on_first
 from training.log import Console, MetricMeans, RunLog
 from training.monitors import Monitors, restore_failures, run_trials
 from training.peak_rates import find_peak_rate
@@ -249,7 +250,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
             networks.preview,
             networks.evaluator,
             networks.state,
-            accelerator.gather,
+            gather_on_first,
             accelerator.is_main_process,
         )
     if settings.data.cache_in_ram:
