@@ -7,6 +7,7 @@ from common.processes import connecting_processes, read_process_environment
 from training.config import Settings
 from training.launcher import check_accelerator, check_launcher
 from training.preemption import COLLECTIVE_TIMEOUT
+from training.rank_check import check_processes
 from training.trackers import resolve_trackers
 
 
@@ -14,12 +15,14 @@ def create_accelerator(settings: Settings) -> Accelerator:
     """Create the accelerator and connect the processes.
 
     Raises:
-        UserError: The environment variables of a launcher are incomplete, or accelerate would not
-            train as the flags specify.
+        UserError: The environment variables of a launcher are incomplete, accelerate would not
+            train as the flags specify, or the processes differ from each other.
     """
     environment = read_process_environment()
     precision = settings.device.mixed_precision
     check_launcher(precision)
+    # The store is kept until the processes have connected, because the first process serves it.
+    store = check_processes(environment, settings, COLLECTIVE_TIMEOUT)
     with connecting_processes(environment):
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -33,5 +36,6 @@ def create_accelerator(settings: Settings) -> Accelerator:
                 InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
             ],
         )
+    del store
     check_accelerator(accelerator, environment.num_processes)
     return accelerator

@@ -61,6 +61,7 @@ from training.log import Console, MetricMeans, RunLog
 from training.monitors import Monitors, restore_failures, run_trials
 from training.peak_rates import find_peak_rate
 from training.preview import Preview, load_vae
+from training.rank_check import check_records, make_cache_record
 from training.resume import (
     RunPosition,
     build_args_json,
@@ -71,6 +72,7 @@ from training.resume import (
     check_same_run,
     find_position,
 )
+from training.shared_files import wait_for_files
 from training.state import TrainState
 from training.throughput import Throughput, measure_matmul_rate, training_flops
 from training.trackers import Trackers
@@ -161,6 +163,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     check_batch_size(settings.loop, accelerator.num_processes)
     with fail_together():
         cache = open_cache(settings.data, settings.model)
+        record = make_cache_record(accelerator.process_index, cache)
+    check_records(gather_objects(record), accelerator.process_index)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
     flags = build_args_json(settings)
     folder = settings.run.folder
@@ -193,6 +197,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
 
     # Build networks, targets and monitors, and restore the newest checkpoint.
     with fail_together():
+        if position.checkpoints:
+            wait_for_files(position.checkpoints[-1], position.file_sizes)
         networks = build_networks(settings, accelerator, cache, position, resources)
     if not position.checkpoints:  # a failed trial must not end a run that has checkpoints
         run_trials(
