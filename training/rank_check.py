@@ -59,7 +59,8 @@ REMEDIES = {
     "code": "update the folder of train.py on all nodes",
     "packages": "install the same versions on all nodes",
     "devices": "use the same kind of nodes, and check the GPU drivers",
-    "flags": "start all processes with the same command, without auto where nodes differ",
+    "flags": "start all processes with the same command, and with an explicit "
+    "--mixed-precision if their GPUs differ",
     "cache": "copy the same cache to all nodes",
 }
 MAX_LISTED = 3  # differences, ranges of ranks and hosts in a message
