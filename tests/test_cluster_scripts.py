@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.records = folder / "records"
         self.programs = folder / "bin"
+        self.scripts: list[subprocess.Popen] = []
         self.records.mkdir()
         self.programs.mkdir()
         self.write_program("srun", f"#!{sys.executable} -S\n{SRUN}")
@@ -109,9 +111,20 @@ class Cluster:
         """Start a script of docs/cluster with additional environment variables."""
         variables["PATH"] = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
         variables["RECORDS"] = str(self.records)
-        return subprocess.Popen(
-            ["bash", PAGES / script, *flags], cwd=ROOT, env=os.environ | ONE_THREAD | variables
+        process = subprocess.Popen(
+            ["bash", PAGES / script, *flags],
+            cwd=ROOT,
+            env=os.environ | ONE_THREAD | variables,
+            start_new_session=True,
         )
+        self.scripts.append(process)
+        return process
+
+    def close(self) -> None:
+        """Kill all processes that are still running after a failed test."""
+        for process in self.scripts:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def start_job(self, exit_code: str, *flags: str, **variables: str) -> subprocess.Popen:
         """Start slurm.sh as sbatch does, with four tasks on two nodes by default."""
@@ -146,7 +159,9 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path):
-    return Cluster(tmp_path)
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.close()
 
 
 def test_slurm_script_starts_one_process_per_gpu(cluster):

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import train
 from common.cli import UserError
 from common.processes import ProcessEnvironment
 from latents.cache import LatentCache
 from tests.helpers import ROOT, run_ranks, train_flags
+from training import setup
 from training.config import parse_settings
 from training.rank_check import (
     ProcessRecord,
@@ -131,6 +133,18 @@ def test_another_cache_is_reported_by_the_first_process(cache):
         check_records(records, 0)
     with pytest.raises(SystemExit):
         check_records(records, 1)
+
+
+def test_caches_are_compared_before_the_run_folder_is_created(call, cache, tmp_path, monkeypatch):
+    def gather_from_two_nodes(value):
+        if not isinstance(value, ProcessRecord):
+            return [value, value]
+        return [value, replace(value, rank=1, groups={"cache": {}})]
+
+    monkeypatch.setattr(setup, "gather_objects", gather_from_two_nodes)
+    code, out = call(train, *train_flags(cache, tmp_path, "run"))
+    assert code == 2 and "count of --data-dir is missing instead of 24" in out, out
+    assert out.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_all_processes_receive_the_result_and_missing_ones_are_named(monkeypatch):
