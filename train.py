@@ -51,6 +51,7 @@ from training.profiling import StepProfiler
 from training.setup import Run, prepare_run
 from training.sharding import gather_tensor, wrap_with_ddp
 from training.state import EMA, TrainState
+from training.stop_file import agree_on_stop_file, watching_stop_file
 
 
 class ScalarMean:
@@ -275,12 +276,12 @@ def train(
         step: Performs one optimizer update.
         batches: This process's shares of the global batches.
         writer: Writes checkpoints.
-        request: Set by stop signals.
+        request: Set by stop signals and by a STOP file.
         save_every: Steps between checkpoints.
         profiler: Profiles some of the steps.
 
     Returns:
-        False if a signal stopped the run early.
+        False if a signal or a STOP file stopped the run early.
     """
     accelerator, state, log = step.accelerator, run.state, run.log
     flags = FlagReducer(accelerator.num_processes, num_flags=2)
@@ -337,11 +338,11 @@ def run_training(
     Args:
         settings: Settings of the run.
         accelerator: The accelerator.
-        request: Set by stop signals.
+        request: Set by stop signals and by a STOP file.
         resources: Holds the lock of the run folder.
 
     Returns:
-        False if a signal stopped the run early.
+        False if a signal or a STOP file stopped the run early.
     """
     run = prepare_run(settings, accelerator, resources)
     if run is None:
@@ -368,6 +369,7 @@ def run_training(
 
     checkpoint_config = settings.checkpoint
     with (
+        watching_stop_file(folder, request, accelerator.is_main_process),
         closing(batches),
         CheckpointWriter(
             folder,
@@ -386,6 +388,8 @@ def run_training(
         is_finished = train(
             run, step, batches, writer, request, checkpoint_config.checkpointing_steps, profiler
         )
+        if not is_finished:
+            agree_on_stop_file(folder, request)
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:
@@ -418,7 +422,9 @@ def main() -> None:
         with waiting_for("the other processes to finish"):
             accelerator.wait_for_everyone()
         accelerator.end_training()
-        if not is_finished:
+        # A STOP file asks for the end of the run, so the exit code must not make a launcher
+        # restart it.
+        if not is_finished and not request.is_final:
             sys.exit(EXIT_STOPPED)
 
 

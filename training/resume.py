@@ -34,6 +34,7 @@ from training.config import (
 from training.log import is_due
 from training.monitors import ema_suffixes
 from training.preview import preview_path
+from training.shared_files import measure_files
 
 # Settings that may change between two starts of a run, besides fields marked `may_change`.
 FREE_CONFIGS = (DataConfig, LogConfig, SaveConfig, PreviewConfig, PeriodicEvaluationConfig)
@@ -49,6 +50,7 @@ class RunPosition:
     complete_previews: frozenset[Path] = frozenset()  # files of previews at `step`
     has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
     last_logged_step: int = 0  # step of the newest line of metrics.jsonl
+    file_sizes: dict[str, int] = field(default_factory=dict)  # files of the newest checkpoint
 
 
 def find_position(
@@ -90,6 +92,7 @@ def find_position(
         complete_previews,
         lacks_evaluation or lacks_preview,
         last_logged_step=max((row["step"] for row in rows), default=0),
+        file_sizes=measure_files(checkpoints[-1]) if checkpoints else {},
     )
 
 

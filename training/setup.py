@@ -63,6 +63,7 @@ from training.log import Console, MetricMeans, RunLog
 from training.monitors import Monitors, restore_failures, run_trials
 from training.peak_rates import find_peak_rate
 from training.preview import Preview, load_vae
+from training.rank_check import check_records, make_cache_record
 from training.resume import (
     RunPosition,
     build_args_json,
@@ -74,6 +75,7 @@ from training.resume import (
     find_position,
 )
 from training.sharding import Sharding, make_sharding
+from training.shared_files import wait_for_files
 from training.state import TrainState
 from training.throughput import Throughput, measure_matmul_rate, training_flops
 from training.trackers import Trackers
@@ -204,6 +206,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     check_batch_size(settings.loop, accelerator.num_processes)
     with fail_together():
         cache = open_cache(settings.data, settings.model)
+        record = make_cache_record(accelerator.process_index, cache)
+    check_records(gather_objects(record), accelerator.process_index)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
     flags = build_args_json(settings)
     folder = settings.run.folder
@@ -238,13 +242,10 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     dtype = autocast_dtype(accelerator.mixed_precision)
     sharding = make_sharding(settings.device.shard, accelerator, dtype)
     with fail_together():
+        if position.checkpoints:
+            wait_for_files(position.checkpoints[-1], position.file_sizes)
         networks = build_networks(settings, accelerator, cache, position, resources, sharding)
-    if position.checkpoints:
-        restore_checkpoint(networks, settings, accelerator, position.checkpoints[-1])
-    elif sharding:
-        network = networks.state.model.backbone.config
-        align = networks.config["align"]
-        initialize_sharded_state(networks.state, network, align, settings.run.seed)
+    set_weights(networks, settings, accelerator, position.checkpoints)
     if not position.checkpoints:  # a failed trial must not end a run that has checkpoints
         run_trials(
             networks.preview,
@@ -400,6 +401,21 @@ def build_networks(
     for name in required_cache_inputs(loaded_alignments):
         cache.require_folder(name)
     return Networks(config, cache_info, state, loaded_alignments, preview, evaluator, owner)
+
+
+def set_weights(
+    networks: Networks, settings: Settings, accelerator: Accelerator, checkpoints: list[Path]
+) -> None:
+    """Restore the newest checkpoint, or initialize a sharded state. All processes must call this.
+
+    A state that is not sharded has its initial weights already.
+    """
+    state = networks.state
+    if checkpoints:
+        restore_checkpoint(networks, settings, accelerator, checkpoints[-1])
+    elif state.sharding:
+        network = state.model.backbone.config
+        initialize_sharded_state(state, network, networks.config["align"], settings.run.seed)
 
 
 def restore_checkpoint(

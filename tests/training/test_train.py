@@ -2,6 +2,7 @@ import errno
 import fcntl
 import io
 import json
+import re
 import shutil
 import sys
 import time
@@ -115,7 +116,14 @@ def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
 def test_number_of_processes_may_change_on_resume(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", *ALIGNED)
     assert call(train, *flags, "--max-train-steps", 3)[0] == 0
-    run_ranks(2, "train", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
+    # A STOP file stops both processes with exit code 0. It is removed, so the run can be resumed.
+    (tmp_path / "run/STOP").touch()
+    run_ranks(2, "train", *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 2)
+    assert not (tmp_path / "run/STOP").exists()
+    (stop,) = re.findall(
+        r"stopped by .*run/STOP at step (.)", (tmp_path / "run/log.txt").read_text()
+    )
+    assert 3 < int(stop) < 10
     assert call(train, *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 4)[0] == 0
     assert_close_metrics(tmp_path / "run", unbroken)
 
