@@ -24,7 +24,7 @@ class ProgressBar(tqdm):
 
     Args:
         iterable: The items of the loop, or None to call `update` instead.
-        line_seconds: Seconds between lines; infinity disables lines during the loop.
+        line_seconds: Seconds between lines; None if the caller writes the lines.
         options: Other arguments of tqdm.
 
     Attributes:
@@ -35,12 +35,12 @@ class ProgressBar(tqdm):
         self,
         iterable: Iterable | None = None,
         *,
-        line_seconds: float = LINE_SECONDS,
+        line_seconds: float | None = LINE_SECONDS,
         **options: Any,
     ):
         self.writes_lines = not sys.stderr.isatty()
         self.line_seconds = line_seconds
-        self.next_line_time = time.monotonic() + line_seconds
+        self.next_line_time = time.monotonic() + (line_seconds or 0.0)
         self.has_lines = False
         # The argument `gui` tells tqdm that `display` and `clear` do not control a terminal.
         super().__init__(iterable, gui=self.writes_lines, **options)
@@ -49,8 +49,9 @@ class ProgressBar(tqdm):
         """Redraw the bar, or write a line if one is due. tqdm calls this on every refresh."""
         if not self.writes_lines:
             return super().display(msg, pos)
-        if time.monotonic() >= self.next_line_time:
-            self.next_line_time = time.monotonic() + self.line_seconds
+        now = time.monotonic()
+        if self.line_seconds is not None and now >= self.next_line_time:
+            self.next_line_time = now + self.line_seconds
             self.has_lines = True
             self.write_line(self._format(LINE))
         return True
@@ -62,7 +63,8 @@ class ProgressBar(tqdm):
 
     def close(self) -> None:
         """Close the bar, or write the last line."""
-        if self.writes_lines and not self.disable and (self.leave or self.has_lines):
+        writes_lines = self.writes_lines and self.line_seconds is not None and not self.disable
+        if writes_lines and (self.leave or self.has_lines):
             # Without a rate, tqdm computes the mean over the whole loop.
             self.write_line(self._format(LAST_LINE, rate=None))
         super().close()

@@ -1,7 +1,6 @@
 """Write the log of a run: metrics.jsonl, messages, the progress and the trackers."""
 
 import json
-import math
 import os
 import socket
 import time
@@ -101,6 +100,36 @@ def log_start(rank: int, num_processes: int, device: torch.device) -> None:
     )
 
 
+def format_line(
+    step: int,
+    num_steps: int,
+    images_per_s: float,
+    remaining_seconds: float | None,
+    means: dict[str, float | None],
+) -> str:
+    """Return the line that shows the progress without a terminal. It contains only the losses.
+
+    Args:
+        step: Number of updates so far.
+        num_steps: Number of steps of the run.
+        images_per_s: Images per second without pauses.
+        remaining_seconds: Estimate of the remaining time, or None.
+        means: Losses and other scalars; None if no step was finite.
+    """
+    remaining = "?"
+    if remaining_seconds is not None:
+        remaining = ProgressBar.format_interval(remaining_seconds)
+    losses = [
+        f"{name} {value:.4f}"
+        for name, value in means.items()
+        if value is not None and (name in ("loss", "denoising") or name.startswith("align/"))
+    ]
+    return (
+        f"step {step:,} of {num_steps:,}, {images_per_s:.2f} images/s, {remaining} remaining: "
+        f"{', '.join(losses) or 'no finite step'}"
+    )
+
+
 class Console:
     """Shows the progress on the main process: a bar on a terminal, and lines of text otherwise.
 
@@ -125,8 +154,7 @@ class Console:
             unit_scale=True,
             desc=name,
             smoothing=0.05,
-            leave=False,
-            line_seconds=math.inf,
+            line_seconds=None,
             disable=not is_main_process,
         )
         # Step and time after the first step of this session, which may include a compilation.
@@ -146,22 +174,20 @@ class Console:
             means: Losses and other scalars; None if no step was finite.
             images_per_s: Images per second without pauses.
         """
-        numbers = {name: f"{value:.4f}" for name, value in means.items() if value is not None}
-        self.bar.set_postfix(numbers)
         if self.bar.writes_lines and self.is_main_process:
-            values = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            self.bar.write_line(
-                f"step {step:,} of {self.num_steps:,}, {images_per_s:.2f} images/s, "
-                f"{self.estimate_remaining_time(step)} remaining: {values or 'no finite step'}"
-            )
+            seconds = self.estimate_remaining_seconds(step)
+            self.bar.write_line(format_line(step, self.num_steps, images_per_s, seconds, means))
+        else:
+            numbers = {k: f"{value:.4f}" for k, value in means.items() if value is not None}
+            self.bar.set_postfix(numbers)
 
-    def estimate_remaining_time(self, step: int) -> str:
-        """Return the remaining time as hh:mm:ss, including a similar share of pauses as so far."""
+    def estimate_remaining_seconds(self, step: int) -> float | None:
+        """Return the remaining seconds, with the same share of pauses as so far, if known."""
         first_step, first_time = self.reference_point or (step, 0.0)
         if step == first_step:
-            return "?"
+            return None
         seconds_per_step = (time.monotonic() - first_time) / (step - first_step)
-        return self.bar.format_interval(seconds_per_step * (self.num_steps - step))
+        return seconds_per_step * (self.num_steps - step)
 
     def close(self) -> None:
         """Close the bar."""
