@@ -10,7 +10,7 @@ import torch
 from training import log as log_module
 from training import throughput as throughput_module
 from training.guard import NonFiniteGuard
-from training.log import Console, MetricMeans, RunLog, drop_repeated_lines
+from training.log import Console, MetricMeans, RunLog, drop_repeated_lines, format_line
 from training.peak_rates import find_peak_rate
 from training.throughput import Throughput
 
@@ -117,6 +117,17 @@ def test_progress_is_one_line_per_log_line_without_a_terminal(make_log, monkeypa
         "step 3 of 12, 8.50 images/s, 09:00 remaining: loss 2.0000",
         "step 6 of 12, 8.50 images/s, 06:00 remaining: loss 5.0000",
     ]
+
+
+def test_line_contains_only_the_losses():
+    means = {"loss": 2.5, "align/sra2": 0.5, "cosine/sra2": 0.25, "grad_norm": 1.0}
+    line = format_line(1200, 400_000, 3949.653, 431_999.0, means)
+    assert line == (
+        "step 1,200 of 400,000, 3949.65 images/s, 119:59:59 remaining: loss 2.5000, "
+        "align/sra2 0.5000"
+    )
+    line = format_line(1, 2, 0.5, None, {"loss": None, "grad_norm": None})
+    assert line == "step 1 of 2, 0.50 images/s, ? remaining: no finite step"
 
 
 def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
