@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpointing import pretrained
 from checkpointing.official import ORIGINS
@@ -26,7 +25,9 @@ from common import cli
 from common.cli import UserError, format_flags
 from common.config import add_flags, get_flag_of_field, read_flags, record_flags, setting
 from common.files import sha256
+from common.logs import get_logger
 from common.processes import World
+from common.progress import ProgressBar
 from common.tf32 import set_tf32
 from evaluations.runs import JsonObject
 from evaluations.suite import (
@@ -44,6 +45,8 @@ from models.sit import PRESETS, SiT, SiTBlock
 from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights, format_ranges
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,8 +190,8 @@ def main() -> None:
     labels = recipe.compute_labels(torch.arange(store.count), model.config.num_classes).numpy()
     store.choose_grid_images(labels)
     note = describe_untrained_labels(labels, recipe, source)
-    if note and world.rank == 0:
-        print(note)
+    if note:
+        logger.info(note)
 
     with ExitStack() as resources:
         stored_batches = world.run_on_first_rank(lambda: store.claim(resources))
@@ -202,10 +205,12 @@ def main() -> None:
             missing = suite.find_missing_results(result) if result else []
             # Without the images, only sampling again could compute the missing results.
             is_evaluated = bool(result) and (not missing or config.output.no_npz)
-            if missing and is_evaluated and world.rank == 0:
-                print(
-                    f"{store.metrics_path} lacks {', '.join(missing)}, and the images were "
-                    "discarded: remove the file to sample and evaluate again"
+            if missing and is_evaluated:
+                logger.info(
+                    "%s lacks %s, and the images were discarded: remove the file to sample and "
+                    "evaluate again",
+                    store.metrics_path,
+                    ", ".join(missing),
                 )
             if is_evaluated:
                 stored_batches = stored_batches._replace(features=set(store.batches))
@@ -425,7 +430,7 @@ def sample_batches(
         needs_single_thread = bool(worker.networks) and config.allow_tf32
         num_threads = 1 if needs_single_thread else 2
     store = worker.store
-    with tqdm(
+    with ProgressBar(
         total=min(len(pending) * store.batch_size, store.count),
         unit="img",
         desc="sampling",

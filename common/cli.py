@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
+
+from common.logs import get_logger, get_rank_prefix, is_first_process, showing_messages
+
+logger = get_logger(__name__)
 
 Number = TypeVar("Number", int, float)
 
@@ -69,9 +74,13 @@ def require_package(name: str, purpose: str) -> None:
 
 
 def print_warning(message: str) -> None:
-    """Print a warning to stderr on the first process, unless the message is empty."""
-    if message and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Log a warning that is the same on all processes, unless the message is empty.
+
+    Only the first process shows it.
+    """
+    if message:
+        level = logging.WARNING if is_first_process() else logging.INFO
+        logger.log(level, "warning: %s", message)
 
 
 class DiskFullSafeStream:
@@ -107,7 +116,7 @@ class DiskFullSafeStream:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and report user errors as one line on stderr.
+    """Call `main`, show its messages, and report user errors as one line on stderr.
 
     Raises:
         SystemExit: With code 2 after a UserError, or after an OSError caused by a full disk or by
@@ -117,7 +126,8 @@ def run(main: Callable[[], None]) -> None:
     sys.stdout = DiskFullSafeStream(sys.stdout)
     sys.stderr = DiskFullSafeStream(sys.stderr)
     try:
-        main()
+        with showing_messages():
+            main()
     except UserError as error:
         _exit(f"{prefix}error: {error}", 2)
     except OSError as error:
@@ -131,16 +141,6 @@ def run(main: Callable[[], None]) -> None:
         _exit(f"{prefix}error: {error.strerror}{path}; {remedy}", 2)
     except KeyboardInterrupt:
         _exit(f"\n{prefix}interrupted; rerun the same command to resume", EXIT_INTERRUPTED)
-
-
-def get_rank_prefix() -> str:
-    """Return "[rank N] " if a launcher has started several processes, or "" otherwise.
-
-    The variables may be invalid; `read_process_environment` checks them.
-    """
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or "RANK" not in os.environ:
-        return ""
-    return f"[rank {os.environ['RANK']}] "
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -9,14 +9,16 @@ import multiprocessing
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
-from common.cli import EXIT_INTERRUPTED, EXIT_STOPPED, get_rank_prefix
+from common.cli import EXIT_INTERRUPTED, EXIT_STOPPED
+from common.logs import get_logger
+
+logger = get_logger(__name__)
 
 REPORT_SECONDS = 30.0
 # Seconds after which a signal ends a wait. A handler may end it earlier, in the main thread.
@@ -126,7 +128,7 @@ def _end_process(wait: _Wait, signal_number: int) -> None:
 
 
 def _print(message: str) -> None:
-    print(f"{get_rank_prefix()}{message}", file=sys.stderr, flush=True)
+    logger.warning(message)
 
 
 _watchdog = Watchdog()

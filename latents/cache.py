@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.machine import get_available_memory, get_memory_sharing_domain, raise_open_file_limit
+from common.progress import ProgressBar
 from latents.manifest import (
     CacheError,
     format_features_remedy,
@@ -334,7 +334,7 @@ class LatentCache:
 
     def _fill_ram(self, show_progress: bool) -> None:
         assert self._moments_in_ram is not None
-        progress = tqdm(
+        progress = ProgressBar(
             total=self._moments_in_ram.nbytes,
             unit="B",
             unit_scale=True,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.cli import UserError
+from common.progress import ProgressBar
 from evaluations.features import FeatureNetwork, to_numpy
 from models.autoencoder import Autoencoder
 from models.sit import SiT
@@ -116,7 +116,7 @@ def run_batches(
     batches: list[int],
     num_threads: int,
     is_compiled: bool,
-    bar: tqdm,
+    bar: ProgressBar,
     images_per_batch: int,
 ) -> None:
     """Sample and store the batches of this process.

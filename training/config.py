@@ -222,7 +222,7 @@ class LogConfig:
 
     log_every: int = setting(
         100,
-        help="steps between lines of metrics.jsonl",
+        help="steps between lines of metrics.jsonl, and of the progress without a terminal",
         type=cli.positive_int,
     )
     report_to: tuple[str, ...] = setting(

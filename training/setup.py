@@ -21,6 +21,8 @@ from checkpointing.storage import (
 from common.cli import UserError, format_flags
 from common.config import record_flags
 from common.files import write_file
+from common.log_file import logging_to
+from common.logs import get_logger
 from common.watchdog import waiting_for
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
@@ -59,7 +61,7 @@ from training.config import (
 from training.evaluation import Evaluator
 from training.guard import NonFiniteGuard
 from training.joint_work import gather_on_first
-from training.log import Console, MetricMeans, RunLog
+from training.log import Console, MetricMeans, RunLog, log_start, make_log_path
 from training.monitors import Monitors, restore_failures, run_trials
 from training.peak_rates import find_peak_rate
 from training.preview import Preview, load_vae
@@ -79,6 +81,8 @@ from training.shared_files import wait_for_files
 from training.state import TrainState
 from training.throughput import Throughput, measure_matmul_rate, training_flops
 from training.trackers import Trackers
+
+logger = get_logger(__name__)
 
 
 def build_state(
@@ -232,9 +236,10 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     with waiting_for("the first process to find the newest checkpoint"):
         position = broadcast_object_list([position])[0]
     if position.step >= num_steps and not position.has_pending_work:
-        accelerator.print(
-            f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
-            "further"
+        logger.info(
+            "%s has completed its %s steps; raise --max-train-steps to train further",
+            folder,
+            f"{position.step:,}",
         )
         return None
 
@@ -245,6 +250,9 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         if position.checkpoints:
             wait_for_files(position.checkpoints[-1], position.file_sizes)
         networks = build_networks(settings, accelerator, cache, position, resources, sharding)
+    rank = accelerator.process_index
+    resources.enter_context(logging_to(make_log_path(folder, rank)))
+    log_start(rank, accelerator.num_processes, accelerator.device)
     set_weights(networks, settings, accelerator, position.checkpoints)
     if not position.checkpoints:  # a failed trial must not end a run that has checkpoints
         run_trials(
@@ -528,12 +536,9 @@ def open_log(
     if peak_rate:
         utilization["mfu"] = flops_per_process / peak_rate
     console = Console(
-        folder,
-        total=loop.num_steps * batch_size,
-        initial=state.step * batch_size,
-        is_main_process=accelerator.is_main_process,
+        folder.name, loop.num_steps, state.step, batch_size, accelerator.is_main_process
     )
-    trackers = Trackers(accelerator, console.info)
+    trackers = Trackers(accelerator, logger.info)
     trackers.start(
         log_config.wandb_project,
         folder,

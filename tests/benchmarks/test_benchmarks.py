@@ -14,6 +14,7 @@ from benchmarks import (
     data_loading,
     encode,
     evaluation,
+    log_size,
     sampling,
     table,
     train_step,
@@ -267,6 +268,33 @@ def test_data_page_agrees_with_the_encoding_results():
         f"crops {rate} images per second, so decoding takes one core for every {rate} images"
         in text.replace("\n", " ")
     )
+
+
+def test_cluster_page_agrees_with_the_log_sizes():
+    result = json.loads((ROOT / "benchmarks/results/log-size.json").read_text())
+    long_run, progress = result["long_run"], result["results"]["progress"]
+    assert long_run == log_size.compute_long_run(result["results"])
+    assert progress["bytes"] <= result["computed_progress_bytes"] < 1.05 * progress["bytes"]
+    assert long_run["total bytes"] < 10e6
+    text = read_page("cluster").replace("\n", " ")
+    for expected in (
+        f"{long_run['steps'] / 1e6:.2f} million steps in five days",
+        f"{long_run['lines']:,} lines of at most {long_run['bytes_per_line']} bytes",
+        f"the rank logs take {long_run['total bytes'] / 1e6:.1f} MB",
+        f"{progress['lines']} lines took {progress['bytes']:,} bytes",
+        f"the same calculation gives {result['computed_progress_bytes']:,}",
+    ):
+        assert expected in text
+
+
+@pytest.mark.long
+def test_log_sizes_of_a_short_run_are_measured(run_benchmark, cache, tmp_path):
+    flags = ["--dest", tmp_path, "--data-dir", cache, "--seconds", 1, "--log-every", 1]
+    result = run_benchmark(log_size, *flags)
+    sizes = result["results"]
+    assert sizes["progress"]["lines"] == result["steps"] > 0
+    assert sizes["console"]["bytes"] > sizes["progress"]["bytes"]
+    assert sizes["rank-1.log"]["lines"] >= 3
 
 
 def test_vae_benchmark_compares_precisions_with_float32(run_benchmark, tree, vae_folder, tmp_path):

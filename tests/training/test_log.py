@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from training import log as log_module
 from training import throughput as throughput_module
 from training.guard import NonFiniteGuard
-from training.log import Console, MetricMeans, RunLog, drop_repeated_lines
+from training.log import Console, MetricMeans, RunLog, drop_repeated_lines, format_line
 from training.peak_rates import find_peak_rate
 from training.throughput import Throughput
 
@@ -34,7 +35,7 @@ def make_log(tmp_path, tracked):
         progress = progress or {}
         log = RunLog(
             tmp_path,
-            Console(tmp_path, total=100, initial=0, is_main_process=True),
+            Console("run", num_steps=12, initial_step=step, batch_size=8, is_main_process=True),
             SimpleNamespace(log=lambda *values: tracked.append(values), close=lambda: None),
             MetricMeans(["loss"], CPU, one_process, progress),
             Throughput(8, CPU, step, utilization={"matmul_share": 1.0}),
@@ -102,12 +103,31 @@ def test_evaluations_are_sent_to_the_trackers(make_log, tmp_path, tracked):
     assert row == expected
 
 
-def test_only_the_main_process_writes_messages(tmp_path):
-    for is_main_process in (False, True):
-        console = Console(tmp_path, total=1, initial=0, is_main_process=is_main_process)
-        console.info("saved")
-        assert (tmp_path / "log.txt").exists() == is_main_process
-        console.close()
+def test_progress_is_one_line_per_log_line_without_a_terminal(make_log, monkeypatch, capsys):
+    """The remaining time includes pauses but not the first step, which compiles the network."""
+    now = 0.0
+    monkeypatch.setattr(log_module, "time", SimpleNamespace(monotonic=lambda: now))
+    log = make_log()
+    monkeypatch.setattr(log.throughput, "measure", lambda step: {"images_per_s": 8.5})
+    for step, loss in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1):
+        now += 1000.0 if step == 1 else 60.0
+        record(log, step, [loss])
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 3 of 12, 8.50 images/s, 09:00 remaining: loss 2.0000",
+        "step 6 of 12, 8.50 images/s, 06:00 remaining: loss 5.0000",
+    ]
+
+
+def test_line_contains_only_the_losses():
+    means = {"loss": 2.5, "align/sra2": 0.5, "cosine/sra2": 0.25, "grad_norm": 1.0}
+    line = format_line(1200, 400_000, 3949.653, 431_999.0, means)
+    assert line == (
+        "step 1,200 of 400,000, 3949.65 images/s, 119:59:59 remaining: loss 2.5000, "
+        "align/sra2 0.5000"
+    )
+    line = format_line(1, 2, 0.5, None, {"loss": None, "grad_norm": None})
+    assert line == "step 1 of 2, 0.50 images/s, ? remaining: no finite step"
 
 
 def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
