@@ -276,7 +276,7 @@ def test_cluster_page_agrees_with_the_log_sizes():
     assert long_run == log_size.compute_long_run(result["results"])
     assert progress["bytes"] <= result["computed_progress_bytes"] < 1.05 * progress["bytes"]
     assert long_run["total bytes"] < 10e6
-    text = read_page("cluster").replace("\n", " ")
+    text = read_page("cluster/logs").replace("\n", " ")
     for expected in (
         f"{long_run['steps'] / 1e6:.2f} million steps in five days",
         f"{long_run['lines']:,} lines of at most {long_run['bytes_per_line']} bytes",
