@@ -52,12 +52,12 @@ from models.flops import backbone_flops
 from models.sit import PRESETS
 from training.config import autocast_dtype
 from training.peak_rates import PEAK_TFLOPS
+from training.sharding import SHARD_MODES
 from training.throughput import training_flops
 
 GIB = 2**30
 MEASURED_STEP = RESULTS / "train-step-xl2-b64-h200.json"
 MEASURED_CHECKPOINT = RESULTS / "checkpoint-b2-cpu.json"
-SHARDINGS = ("none", "optimizer", "full", "hybrid")
 PREVIEW_PASSES = 80 * 50 * 2  # images, steps, with and without label
 
 
@@ -118,8 +118,8 @@ class Scenario:
             "recomputed_blocks": case.recomputed_blocks,
         }
         images, remainder = divmod(case.batch_size, layout.num_gpus)
-        if remainder or not images:
-            return row | {"limit": "batch"}
+        if remainder:
+            return row | {"shard": None, "limit": "batch"}
 
         # Accumulate over as few micro-batches as fit, or over single images if nothing fits.
         for accumulation in range(1, images + 1):
@@ -257,6 +257,9 @@ def list_cases(
     """
     for batch_size in batch_sizes:
         for num_gpus in gpus:
+            if batch_size % num_gpus:  # cannot run with any sharding
+                yield Case(Layout(num_gpus, shardings[0]), batch_size, recomputed_blocks)
+                continue
             for shard in shardings:
                 is_duplicate = shard != "none" and num_gpus == 1
                 is_duplicate |= shard == "hybrid" and num_gpus <= GPUS_PER_NODE
@@ -271,7 +274,9 @@ def make_scaling_parser() -> cli.Parser:
     one = parser.add_argument
     several("--model", choices=PRESETS, default=["SiT-XL/2"], metavar="NAME", help="presets")
     several("--gpus", type=cli.positive_int, default=[1, 8, 64, 512], help="numbers of GPUs")
-    several("--shard", choices=SHARDINGS, default=list(SHARDINGS), help="as --shard of train.py")
+    several(
+        "--shard", choices=SHARD_MODES, default=list(SHARD_MODES), help="as --shard of train.py"
+    )
     several("--batch-size", type=cli.positive_int, default=[256], help="images per update")
     several("--network", choices=NETWORKS, default=["ib-400"], help="networks between nodes")
     one("--gpu", choices=GPUS, default="H200", help="the GPU")
@@ -308,18 +313,12 @@ def main() -> None:
                 f"{PRESETS[name]['depth']} blocks"
             )
     measurement = load_measurement(args.measured, args.align)
-    scenarios = [
-        scenario
-        for name in dict.fromkeys(args.model)
-        for scenario in make_scenarios(
-            name,
-            args.align,
-            args.precision,
-            args.gpu,
-            list(dict.fromkeys(args.network)),
-            measurement,
+    networks = list(dict.fromkeys(args.network))
+    scenarios = []
+    for name in dict.fromkeys(args.model):
+        scenarios += make_scenarios(
+            name, args.align, args.precision, args.gpu, networks, measurement
         )
-    ]
     cases = list(list_cases(args.gpus, args.shard, args.batch_size, args.recomputed_blocks))
     rows = [scenario.compute_row(case) for scenario in scenarios for case in cases]
     result = {

@@ -223,12 +223,13 @@ def batch_size_rows(result: dict) -> Iterator[str]:
 def scaling_rows(result: dict) -> Iterator[str]:
     """Yield one row per number of GPUs and sharding, with computed and measured values."""
     for row in result["rows"]:
+        shard = row["shard"] or "any"
         run = (
-            f"{row['model']} | {row['batch_size']} | {row['num_gpus']} {row['gpu']} | "
-            f"{row['shard']} | {row['network'] or ''} | {PRECISION_NAMES[row['precision']]}"
+            f"{row['model']} | {row['batch_size']} | {row['num_gpus']} {row['gpu']} | {shard} | "
+            f"{row['network'] or ''} | {PRECISION_NAMES[row['precision']]}"
         )
         if row["limit"] == "batch":
-            yield f"{run} |  |  |  |  |  | not a whole number of images per GPU"
+            yield f"{run} | not a whole number |  |  |  |  | batch"
             continue
         images = f"{row['micro_batch']}"
         if row["accumulation"] > 1:
@@ -241,6 +242,16 @@ def scaling_rows(result: dict) -> Iterator[str]:
         yield (
             f"{run} | {images} | {memory} | {step} | {row['images_per_s']:,.0f} | "
             f"{row['compute_s'] / row['step_s']:.0%} | {row['limit']}"
+        )
+
+
+def scaling_count_rows(result: dict) -> Iterator[str]:
+    """Yield one row per counted step, with the bytes of the formula relative to those counted."""
+    for row in result["rows"]:
+        yield (
+            f"{row['model']} | {row['num_gpus']} | {row['shard']} | {row['micro_batch']} | "
+            f"{row['counted_bytes'] / 2**30:.2f} | {row['computed_bytes'] / 2**30:.2f} | "
+            f"{row['computed_bytes'] / row['counted_bytes'] - 1:+.1%}"
         )
 
 
@@ -326,6 +337,10 @@ TABLES = {
         "| model | batch | GPUs | sharding | network | precision | images per GPU | GiB per GPU "
         "| seconds per step | images/s | computing | limit |",
         is_per_result=True,
+    ),
+    "scaling_count": Table(
+        scaling_count_rows,
+        "| model | GPUs | sharding | images per GPU | counted, GiB | formula, GiB | difference |",
     ),
     "scaling_models": Table(
         scaling_model_rows,
