@@ -55,5 +55,14 @@ def test_flops_of_backbones_and_heads_match_the_paper():
     assert head_flops(SMALL, None) == 0
 
 
+def test_flops_of_the_large_presets_match_a_manual_count():
+    """A block has 12 d x d matrices per token, 6 per image, and two products of the attention."""
+    for name, depth, d in (("SiT-1B/2", 24, 1536), ("SiT-3B/2", 34, 2176)):
+        n = 256
+        blocks = depth * (n * 12 * d * d + 2 * n * n * d + 6 * d * d)
+        rest = 2 * n * 16 * d + (256 + d) * d + 2 * d * d
+        assert backbone_flops(SiTConfig(**PRESETS[name])) == 2 * (blocks + rest)
+
+
 def test_matmul_rate_is_plausible():
     assert 1e8 < measure_matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
