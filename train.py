@@ -281,8 +281,10 @@ def train(
     if not run.monitors.run_due(state, accelerator.gather, stop_requested):
         return False
 
+    run.first_step.start()
     for batch in log.throughput.time_batches(batches):
         scalars, is_finite = step(batch)
+        run.first_step.advance()
         log.record_step(state.step, scalars, is_finite)
         profiler.advance()
 
@@ -371,6 +373,7 @@ def run_training(
         is_finished = train(
             run, step, batches, writer, request, checkpoint_config.checkpointing_steps, profiler
         )
+    run.first_step.save()
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:

@@ -56,6 +56,7 @@ from training.config import (
     resolve_num_steps,
 )
 from training.evaluation import Evaluator
+from training.first_step import FirstStep, load_compile_cache
 from training.guard import NonFiniteGuard
 from training.log import Console, MetricMeans, RunLog
 from training.monitors import Monitors, restore_failures, run_trials
@@ -140,6 +141,7 @@ class Run(NamedTuple):
     guard: NonFiniteGuard
     log: RunLog
     monitors: Monitors
+    first_step: FirstStep
     num_steps: int
 
 
@@ -237,6 +239,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
             },
         ),
     )
+    compile_cache = load_compile_cache(settings, accelerator, networks.config)
     return Run(
         cache,
         flags,
@@ -246,6 +249,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         log.guard,
         log,
         monitors,
+        FirstStep(compile_cache, accelerator.device, log.info),
         num_steps,
     )
 

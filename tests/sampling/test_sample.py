@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import sample_ddp
 from checkpointing import pretrained
+from common.compile_cache import CompileCache
 from common.keyed_random import Purpose, normal
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig
@@ -434,10 +435,15 @@ def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypat
         assert not dynamic
         compiled_blocks.append(block)
 
+    graph_files = []
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(CompileCache, "load", lambda cache: graph_files.append(cache.path))
+    monkeypatch.setattr(CompileCache, "save", lambda cache: graph_files.append(cache.path))
     monkeypatch.setattr(sample_ddp.SiTBlock, "compile", record_compilation)
     flags = ["--mode", "ode", "--labels", "balanced"]
     sample(*flags, "--compile", name="fp32")
     assert len(compiled_blocks) == 6
+    assert [path.parent.name for path in graph_files] == [".compile-cache"] * 2  # loaded, saved
     sample(*flags, "--mixed-precision", "bf16", name="bf16")
     difference = np.abs(read_images(tmp_path, "fp32") - read_images(tmp_path, "bf16"))
     assert 0 < difference.mean() < 2
