@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ from training.resume import (
     find_position,
 )
 from training.state import TrainState
-from training.throughput import Throughput, measure_matmul_rate, training_flops
+from training.throughput import Throughput, mean_training_flops, measure_matmul_rate
 from training.trackers import Trackers
 
 
@@ -430,12 +431,11 @@ def open_log(
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
     means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
     network = state.model.backbone.config
-    flops = training_flops(network, config["align"], networks.cache_info)
-    flops_per_process = flops / accelerator.num_processes
-    utilization = {"matmul_share": flops_per_process / measure_matmul_rate(device, dtype)}
+    mean_flops = partial(mean_training_flops, network, config["align"], networks.cache_info)
+    rates = {"matmul_share": measure_matmul_rate(device, dtype) * accelerator.num_processes}
     peak_rate = find_peak_rate(device, dtype, torch.backends.cuda.matmul.allow_tf32)
     if peak_rate:
-        utilization["mfu"] = flops_per_process / peak_rate
+        rates["mfu"] = peak_rate * accelerator.num_processes
     console = Console(
         folder,
         total=loop.num_steps * batch_size,
@@ -455,7 +455,7 @@ def open_log(
         console,
         trackers,
         means,
-        Throughput(batch_size, device, state.step, utilization),
+        Throughput(batch_size, device, state.step, mean_flops, rates),
         NonFiniteGuard(
             state.optimizer,
             accelerator.mixed_precision == "fp16",
