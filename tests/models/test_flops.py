@@ -52,6 +52,7 @@ def test_stopped_methods_count_until_their_stop_step():
         (0, with_method),
         (10, (2 * with_method + 3 * without) / 5),
         (12, without),
+        (20, without),
     ):
         end = start + 5
         flops = mean_training_flops(SMALL, [stopped], CACHE, start, end)
