@@ -293,8 +293,10 @@ def train(
     if not run.monitors.run_due(state, gather_on_first, stop_requested):
         return False
 
+    run.first_step.start()
     for batch in log.throughput.time_batches(batches):
         scalars, is_finite = step(batch)
+        run.first_step.advance()
         log.record_step(state.step, scalars, is_finite)
         profiler.advance()
 
@@ -390,6 +392,7 @@ def run_training(
         )
         if not is_finished:
             agree_on_stop_file(folder, request)
+    run.first_step.save()
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:

@@ -119,6 +119,16 @@ def time_cells(result: dict, variant: str) -> str:
     return f"{step} | {memory} | {relative}"
 
 
+def start_rows(result: dict) -> Iterator[str]:
+    """Yield one row per start of train.py."""
+    for name, values in result["results"].items():
+        yield (
+            f"{machine_name(result)} | {result['model']}, batch {result['batch_size']} | "
+            f"{result['processes']} | {name} | {values['start_s']:.3g} | "
+            f"{values['first_step_s']:.3g} | {values['cpu_s']:.3g}"
+        )
+
+
 def checkpoint_rows(result: dict) -> Iterator[str]:
     """Yield one row with the size and the times of a checkpoint."""
     times = " | ".join(f"{quartiles:.3g}" for quartiles in result["results"].values())
@@ -296,6 +306,11 @@ TABLES = {
         train_step_rows,
         "| machine | run | variant | seconds per step | images/s | share of matmul rate "
         "| first step, s | time ratio |",
+    ),
+    "start": Table(
+        start_rows,
+        "| machine | run | processes | start | seconds to the end of the first step "
+        "| first step, s | CPU time, s |",
     ),
     "checkpoint": Table(
         checkpoint_rows,

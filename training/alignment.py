@@ -294,10 +294,15 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
             f"head: {format_count(head_size)} parameters (+{head_size / backbone_size:.1%}), "
             f"+{flops / backbone_flop_count:.1%} FLOPs forward and backward"
         )
-    line = (
-        f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, weight "
-        f"{entry['weight']:g}; {head}"
+    weight = f"weight {entry['weight']:g}"
+    if entry["stop_step"]:
+        weight += f" until step {entry['stop_step']:,}"
+    method = (
+        f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, {weight}"
     )
+    if not entry["weight"]:
+        return f"{method}; not computed"
+    line = f"{method}; {head}"
     cost = TARGETS[entry["method"]].cost(entry, config, cache)
     if cost.flops:
         line += (

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ from training.config import (
     resolve_num_steps,
 )
 from training.evaluation import Evaluator
+from training.first_step import FirstStep, load_compile_cache
 from training.guard import NonFiniteGuard
 from training.joint_work import gather_on_first
 from training.log import Console, MetricMeans, RunLog, log_start, make_log_path
@@ -79,7 +81,7 @@ from training.resume import (
 from training.sharding import Sharding, make_sharding
 from training.shared_files import wait_for_files
 from training.state import TrainState
-from training.throughput import Throughput, measure_matmul_rate, training_flops
+from training.throughput import Throughput, mean_training_flops, measure_matmul_rate
 from training.trackers import Trackers
 
 logger = get_logger(__name__)
@@ -189,6 +191,7 @@ class Run(NamedTuple):
     guard: NonFiniteGuard
     log: RunLog
     monitors: Monitors
+    first_step: FirstStep
     num_steps: int
 
 
@@ -299,6 +302,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
             },
         ),
     )
+    compile_cache = load_compile_cache(settings, accelerator, networks.config)
     return Run(
         cache,
         flags,
@@ -308,6 +312,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         log.guard,
         log,
         monitors,
+        FirstStep(compile_cache, accelerator.device, log.info),
         num_steps,
     )
 
@@ -529,12 +534,11 @@ def open_log(
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
     means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
     network = state.model.backbone.config
-    flops = training_flops(network, config["align"], networks.cache_info)
-    flops_per_process = flops / accelerator.num_processes
-    utilization = {"matmul_share": flops_per_process / measure_matmul_rate(device, dtype)}
+    mean_flops = partial(mean_training_flops, network, config["align"], networks.cache_info)
+    rates = {"matmul_share": measure_matmul_rate(device, dtype) * accelerator.num_processes}
     peak_rate = find_peak_rate(device, dtype, torch.backends.cuda.matmul.allow_tf32)
     if peak_rate:
-        utilization["mfu"] = flops_per_process / peak_rate
+        rates["mfu"] = peak_rate * accelerator.num_processes
     console = Console(
         folder.name, loop.num_steps, state.step, batch_size, accelerator.is_main_process
     )
@@ -551,7 +555,7 @@ def open_log(
         console,
         trackers,
         means,
-        Throughput(batch_size, device, state.step, utilization),
+        Throughput(batch_size, device, state.step, mean_flops, rates),
         NonFiniteGuard(
             state.optimizer,
             accelerator.mixed_precision == "fp16",

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from benchmarks import (
     evaluation,
     log_size,
     sampling,
+    start,
     table,
     train_step,
     vae,
@@ -77,6 +80,45 @@ def test_train_step_accepts_settings_of_training(call, run_benchmark, tmp_path):
     assert result["precision"] == "bf16" and result["activation_checkpointing"]
     code, out = call(train_step, *flags, 3)
     assert code == 2 and "--batch-size 4 (global) is not a multiple" in out
+
+
+def test_train_step_compares_recomputation_with_accumulation(call, run_benchmark, monkeypatch):
+    parts = []  # (micro-batches, recomputed blocks) of the steps
+
+    def record(step, batch):
+        parts.append((step.accumulation, step.state.model.backbone.num_recomputed_blocks))
+
+    monkeypatch.setattr(train_step.Step, "__call__", record)
+    flags = "--model SiT-S/8 --batch-size 4 --align sra2 --rounds 2 --warm-up 0 --accumulated"
+    recompute = ["--activation-checkpointing", "--recomputed-blocks", 3]
+    result = run_benchmark(train_step, *flags.split(), 2, *recompute)
+    assert parts == 3 * [(1, 3), (2, 0)]  # the first steps, and two rounds
+    assert list(result["results"]) == ["sra2", "sra2 in 2 parts"]
+    assert list(result["ratios"]) == ["sra2/sra2 in 2 parts"]
+    code, out = call(train_step, *flags.split(), 3)
+    assert code == 2 and "--batch-size 4 is not a multiple of --accumulated 3" in out
+
+
+def test_start_runs_train_with_and_without_compiled_graphs(run_benchmark, monkeypatch, tmp_path):
+    folders = []
+
+    def run(command, env, check):
+        folders.append(Path(env["TMPDIR"]).name)
+        assert "TORCHINDUCTOR_CACHE_DIR" not in env
+        metrics = tmp_path / "dest/start-benchmark/exps/start/metrics.jsonl"
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text(json.dumps({"step_s": 2.5}) + "\n")
+        assert "--compile" in command
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(start.subprocess, "run", run)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/graphs")
+    result = run_benchmark(start, "--dest", tmp_path / "dest", "--model", "SiT-Ti/2")
+    assert folders == ["machine-1", "machine-1", "machine-2"]
+    assert list(result["results"]) == ["cold", "restart", "another machine"]
+    assert [values["first_step_s"] for values in result["results"].values()] == 3 * [2.5]
+    assert not list((tmp_path / "dest").iterdir())
+    assert len(list(table.start_rows(result))) == 3
 
 
 def test_checkpoint_times_copy_write_and_pause(run_benchmark, tmp_path):

@@ -9,7 +9,7 @@ from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT, make_head
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import CacheInfo
-from training.throughput import measure_matmul_rate, training_flops
+from training.throughput import mean_training_flops, measure_matmul_rate, training_flops
 
 SMALL = SiTConfig(depth=3, width=64, heads=2, patch=2, latent_size=8, num_classes=5)
 HEAD = {"width": 64, "out": 16, "layers": 3, "hidden": 128}
@@ -41,6 +41,23 @@ def test_flops_match_the_flop_counter_of_pytorch():
     assert teacher.get_total_flops() == 2 * teacher_flops
     sra["weight"] = 0
     assert training_flops(SMALL, [sra, SRA2], CACHE) == training_flops(SMALL, [SRA2], CACHE)
+
+
+def test_stopped_methods_count_until_their_stop_step():
+    stopped = SRA2 | {"stop_step": 12}
+    endless = SRA2 | {"stop_step": 0}
+    with_method = training_flops(SMALL, [endless], CACHE)
+    without = training_flops(SMALL, [], CACHE)
+    for start, expected in (
+        (0, with_method),
+        (10, (2 * with_method + 3 * without) / 5),
+        (12, without),
+        (20, without),
+    ):
+        end = start + 5
+        flops = mean_training_flops(SMALL, [stopped], CACHE, start, end)
+        assert flops == pytest.approx(expected), start
+        assert mean_training_flops(SMALL, [endless], CACHE, start, end) == with_method
 
 
 def test_flops_of_backbones_and_heads_match_the_paper():

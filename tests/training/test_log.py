@@ -38,7 +38,7 @@ def make_log(tmp_path, tracked):
             Console("run", num_steps=12, initial_step=step, batch_size=8, is_main_process=True),
             SimpleNamespace(log=lambda *values: tracked.append(values), close=lambda: None),
             MetricMeans(["loss"], CPU, one_process, progress),
-            Throughput(8, CPU, step, utilization={"matmul_share": 1.0}),
+            Throughput(8, CPU, step, lambda start, end: 1.0, {"matmul_share": 1.0}),
             NonFiniteGuard(SimpleNamespace()),
             log_every=3,
         )
@@ -144,7 +144,11 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr(throughput_module, "time", clock)
-    throughput = Throughput(8, CPU, start_step=10, utilization={"mfu": 0.5})
+
+    def count_flops(start, end):
+        return {(10, 12): 6.0, (12, 13): 4.0}[start, end]
+
+    throughput = Throughput(8, CPU, 10, count_flops, {"mfu": 2.0})
     measured = []
     for step, _ in enumerate(throughput.time_batches(load_batches()), 11):
         wait(4)
@@ -155,11 +159,11 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
             measured.append(throughput.measure(step))
     assert throughput.describe_pauses() == "save 0.0 s, preview 300.0 s, evaluation 0.0 s"
     # The first line covers two steps.
-    for values, steps, data_s in zip(measured, (2, 1), (1.5, 3), strict=True):
+    for values, steps, data_s, flops in zip(measured, (2, 1), (1.5, 3), (6, 4), strict=True):
         rate = 8 / (data_s + 4)
         expected = {"images_per_s": rate, "step_s": data_s + 4, "data_s": data_s, "compute_s": 4}
         pauses = {"save_s": 0, "preview_s": 100 * steps, "evaluation_s": 0}
-        assert values == pytest.approx({**expected, **pauses, "mfu": rate / 2})
+        assert values == pytest.approx({**expected, **pauses, "mfu": rate * flops / 2})
 
 
 @pytest.mark.parametrize(
