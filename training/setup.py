@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from common.files import write_file
 from common.watchdog import waiting_for
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
+from latents.remote.local_copy import resolve_local_cache
+from latents.sources import copy_moments
 from models.flops import backbone_flops
 from models.labels import TrainedLabels, describe_empty_classes
 from models.sit import SiT, SiTConfig
@@ -253,11 +256,24 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
 def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
     """Open the latent cache and check it against the flags."""
     try:
-        cache = LatentCache(*data.data_dir)
+        cache = LatentCache(*data.data_dir, local_cache=resolve_local_cache(data.local_cache))
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
     check_cache(data, model, cache.manifest)
     return cache
+
+
+def copy_held_out_cache(
+    evaluation: PeriodicEvaluationConfig, data: DataConfig
+) -> PeriodicEvaluationConfig:
+    """Replace a remote --eval-latents by its local copy, if there is space for one."""
+    if not isinstance(evaluation.latents, str):
+        return evaluation
+    try:
+        latents = copy_moments(evaluation.latents, resolve_local_cache(data.local_cache))
+    except CacheError as error:
+        raise UserError(f"--eval-latents: {error}") from None
+    return replace(evaluation, latents=latents)
 
 
 @contextmanager
@@ -316,7 +332,7 @@ def build_networks(
 
     preview, evaluator = build_preview_and_evaluator(
         settings.preview,
-        settings.evaluation,
+        copy_held_out_cache(settings.evaluation, settings.data),
         settings.objective,
         settings.run.seed,
         accelerator,

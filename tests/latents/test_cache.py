@@ -14,7 +14,8 @@ import train
 from common.files import write_array, write_file
 from common.npy_file import NpyFile
 from latents import cache as cache_module
-from latents.cache import CacheError, LatentCache, read_manifest
+from latents.cache import CacheError, LatentCache
+from latents.manifest import read_manifest
 from latents.shard_reader import PREFETCH_BATCHES, PrefetchPolicy
 from tests.helpers import ROOT, torchrun, train_flags
 
@@ -245,7 +246,7 @@ from common.processes import World
 world = World()
 cache = LatentCache(sys.argv[1])
 cache.load_into_ram(world.rank, world.all_gather)
-is_owner = hasattr(cache, "_ram_descriptor")
+is_owner = cache._moments_in_ram.location.startswith(f"/proc/{os.getpid()}/")
 total = cache.gather(np.arange(24))[0].double().sum().item()
 results = world.all_gather((is_owner, total))
 assert results == [(True, total), (False, total)], results
