@@ -29,12 +29,13 @@ class SharedArray:
         self.shape = shape
         self.dtype = dtype
         num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        self._owner_pid: int | None = os.getpid()
+        self._descriptor: int | None = None
         self._block: SharedMemory | None = None
-        self._is_owner = True
         if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("latents")
-            os.ftruncate(descriptor, num_bytes)
-            self.location = f"/proc/{os.getpid()}/fd/{descriptor}"
+            self._descriptor = os.memfd_create("latents")
+            os.ftruncate(self._descriptor, num_bytes)
+            self.location = f"/proc/{os.getpid()}/fd/{self._descriptor}"
             self._array: np.ndarray | None = self._map_file("r+")
         else:
             # macOS. A process of Python's multiprocessing frees the memory after a kill.
@@ -51,6 +52,7 @@ class SharedArray:
             else:
                 self._block = SharedMemory(self.location)
                 self._array = self._map_block(self._block)
+                self._array.flags.writeable = False
         return self._array
 
     def _map_file(self, mode: Literal["r", "r+"]) -> np.ndarray:
@@ -61,11 +63,19 @@ class SharedArray:
         return np.ndarray(self.shape, self.dtype, block.buf)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_array": None, "_block": None, "_is_owner": False}
+        return self.__dict__ | {
+            "_owner_pid": None,
+            "_descriptor": None,
+            "_block": None,
+            "_array": None,
+        }
 
     def __del__(self) -> None:
+        is_owner = os.getpid() == self._owner_pid  # a forked process has a copy of this object
+        if self._descriptor is not None and is_owner:
+            os.close(self._descriptor)
         self._array = None  # a block cannot be closed while an array uses it
         if self._block is not None:
             self._block.close()
-            if self._is_owner:
+            if is_owner:
                 self._block.unlink()
