@@ -118,6 +118,13 @@ class LatentCache:
         return self.manifest.count
 
     @property
+    def is_remote(self) -> bool:
+        """Whether moments are read from a URL for each batch."""
+        if self._moments_in_ram is not None:
+            return False
+        return any(source.is_remote("moments") for source in self.sources)
+
+    @property
     def images_per_class(self) -> list[int]:
         """The number of images of each class."""
         return np.bincount(self.labels, minlength=self.manifest.num_classes).tolist()

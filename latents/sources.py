@@ -24,8 +24,6 @@ from latents.manifest import (
 )
 from latents.remote.array import RemoteArray, read_remote_layout
 from latents.remote.files import RemoteFiles
-from latents.remote.fsspec_files import FsspecFiles
-from latents.remote.http_files import HttpFiles
 from latents.remote.local_copy import LocalCopy, RemoteFile
 from latents.shard_reader import ShardReader
 
@@ -258,8 +256,13 @@ class RemoteSource(CacheSource):
 
 
 def _open_remote_files(url: str) -> RemoteFiles:
+    # Importing the libraries takes a fifth of a second, so local caches do without them.
     if url.startswith(("http://", "https://")):
+        from latents.remote.http_files import HttpFiles
+
         return HttpFiles(url)
+    from latents.remote.fsspec_files import FsspecFiles
+
     return FsspecFiles(url)
 
 

@@ -19,7 +19,7 @@ from checkpointing.storage import (
     read_config,
     verify_checkpoint,
 )
-from common.cli import UserError, format_flags
+from common.cli import UserError, format_flags, print_warning
 from common.config import record_flags
 from common.files import write_file
 from common.watchdog import waiting_for
@@ -163,7 +163,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Check the flags against the cache.
     check_batch_size(settings.loop, accelerator.num_processes)
     with fail_together():
-        cache = open_cache(settings.data, settings.model)
+        cache = open_cache(settings.data, settings.model, make_copies=not settings.print_config)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
     flags = build_args_json(settings)
     folder = settings.run.folder
@@ -253,12 +253,24 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     )
 
 
-def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
-    """Open the latent cache and check it against the flags."""
+def open_cache(data: DataConfig, model: ModelConfig, make_copies: bool = True) -> LatentCache:
+    """Open the latent cache and check it against the flags.
+
+    Args:
+        data: The latent cache and how it is read.
+        model: The network.
+        make_copies: Whether to copy remote caches to this machine.
+    """
+    local_cache = resolve_local_cache(data.local_cache) if make_copies else None
     try:
-        cache = LatentCache(*data.data_dir, local_cache=resolve_local_cache(data.local_cache))
+        cache = LatentCache(*data.data_dir, local_cache=local_cache)
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
+    if make_copies and cache.is_remote and not (data.num_workers or data.cache_in_ram):
+        print_warning(
+            "each training step waits for the requests of its batch with --num-workers 0; pass "
+            "--num-workers 4 to read several batches ahead"
+        )
     check_cache(data, model, cache.manifest)
     return cache
 

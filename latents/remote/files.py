@@ -15,7 +15,7 @@ from latents.manifest import CacheError
 
 NUM_CONNECTIONS = 16  # concurrent requests of a process
 
-MAX_ATTEMPTS = 8  # with the delays below, a server may be down for about a minute
+MAX_ATTEMPTS = 12  # with the delays below, a server may be down for about two minutes
 FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one
 MAX_DELAY = 30.0
 

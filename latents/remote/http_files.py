@@ -41,7 +41,9 @@ class HttpFiles(RemoteFiles):
                 "the password to ~/.netrc instead"
             )
         super().__init__(url)
-        self._versions: dict[str, tuple] = {}  # size and ETag of a file when it was first read
+        # Sizes and ETags of the files when they were first read.
+        self._sizes: dict[str, int] = {}
+        self._etags: dict[str, str] = {}
 
     def _connect(self) -> requests.Session:
         session = requests.Session()
@@ -64,7 +66,11 @@ class HttpFiles(RemoteFiles):
             first_byte, file_size = _parse_content_range(response)
         elif "Content-Length" in response.headers:
             file_size = int(response.headers["Content-Length"])
-        self._check_version(name, file_size, response.headers.get("ETag"))
+        etag = response.headers.get("ETag")
+        if file_size is not None and self._sizes.setdefault(name, file_size) != file_size:
+            raise make_changed_error(self.format_url(name))
+        if etag is not None and self._etags.setdefault(name, etag) != etag:
+            raise make_changed_error(self.format_url(name))
         return Download(first_byte, file_size, is_range, _iterate_chunks(response))
 
     def _get(self, name: str, headers: dict[str, str]) -> requests.Response:
@@ -90,11 +96,6 @@ class HttpFiles(RemoteFiles):
         if status == requests.codes.not_found:
             raise self._make_missing_error(name)
         raise CacheError(f"{url} cannot be read ({reason}); check the URL and the credentials")
-
-    def _check_version(self, name: str, file_size: int | None, etag: str | None) -> None:
-        version = (file_size, etag)
-        if self._versions.setdefault(name, version) != version:
-            raise make_changed_error(self.format_url(name))
 
     def list_folders(self, name: str) -> list[str]:
         """Return the names of the folders (see RemoteFiles)."""

@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import time
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from latents.cache import CacheError, LatentCache
 from latents.remote import files as remote_files
 from latents.remote import http_files, local_copy
 from latents.remote.local_copy import LocalCopy, resolve_local_cache
-from latents.sources import RemoteSource
+from latents.sources import RemoteSource, copy_moments
 from preprocessing import verify
 from tests.helpers import call_main, train_flags
 from tests.latents.http_server import serve
@@ -29,7 +31,7 @@ INDEX = np.array([23, 0, 9, 10, 11, 0])
 
 @pytest.fixture(autouse=True)
 def short_delays(monkeypatch):
-    monkeypatch.setattr(remote_files, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(remote_files, "FIRST_DELAY", 1e-5)
     monkeypatch.setattr(http_files, "CHUNK_BYTES", 512)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
@@ -66,6 +68,14 @@ def test_remote_stream_equals_the_local_one(flipped_cache, num_workers):
             assert torch.equal(batch.labels, local[step].labels)
 
 
+def test_remote_cache_can_be_passed_to_a_spawned_process(server, cache):
+    data = LatentCache(server.url)
+    data.gather(INDEX)
+    server.requests.clear()
+    assert_same_rows(pickle.loads(pickle.dumps(data)), cache)
+    assert len(server.requests) == len(INDEX)  # the files are not validated again
+
+
 def test_cache_in_ram_is_filled_from_the_server(server, cache):
     data = LatentCache(server.url)
     data.load_into_ram()
@@ -83,7 +93,7 @@ def test_requests_are_repeated_after_transient_errors(server, cache):
 def test_permanent_failure_ends_in_one_line(server):
     data = LatentCache(server.url)
     server.fail = lambda *_: 503
-    message = rf"^{server.url}/moments/\d+\.npy cannot be read after 8 attempts \(HTTP status 503 "
+    message = rf"^{server.url}/moments/\d+\.npy cannot be read after 12 attempts \(HTTP status 503 "
     with pytest.raises(CacheError, match=message):
         data.gather(INDEX)
     server.fail = lambda *_: 403
@@ -185,7 +195,7 @@ def test_interrupted_copy_is_continued(server, cache, tmp_path):
 
     local = tmp_path / "local"
     server.fail = fail
-    with pytest.raises(CacheError, match=r"cannot be read after 8 attempts"):
+    with pytest.raises(CacheError, match=r"cannot be read after 12 attempts"):
         LatentCache(server.url, local_cache=local)
     sizes = [path.stat().st_size for path in local.rglob(".*.partial")]
     assert max(sizes) == 3072
@@ -228,6 +238,13 @@ def test_copy_that_does_not_fit_is_replaced_by_ranged_requests(
     assert_same_rows(LatentCache(server.url, local_cache=tmp_path / "local"), cache)
     out = capsys.readouterr().out
     assert "are read by ranged requests, because a copy needs 0.0 GB, but only 0.0 GB are" in out
+
+
+def test_copied_moments_are_a_cache(server, cache, tmp_path):
+    folder = copy_moments(server.url, tmp_path)
+    assert folder.parent == tmp_path
+    assert_same_rows(LatentCache(folder), cache)
+    assert copy_moments(server.url, None) == server.url
 
 
 def test_full_disk_is_reported(server, tmp_path, monkeypatch):
@@ -301,10 +318,6 @@ def test_fsspec_reads_other_protocols(cache, tmp_path):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        (
-            "gs://bucket/cache",
-            "gs:// requires a further package; install it with pip install gcsfs",
-        ),
         ("unknown://bucket", "unknown://bucket cannot be opened"),
         ("https://user:password@host/cache", "the URL for host contains a user name"),
     ],
@@ -314,12 +327,25 @@ def test_urls_that_cannot_be_read_are_reported(url, message):
         LatentCache(url)
 
 
-def test_training_continues_from_a_local_cache_with_a_remote_one(server, cache, tmp_path, call):
+def test_missing_package_is_reported(monkeypatch):
+    def fail(url):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    message = r"gs:// requires a further package; install it with pip install gcsfs"
+    with pytest.raises(CacheError, match=message):
+        LatentCache("gs://bucket/cache")
+
+
+def test_training_continues_with_a_remote_cache(server, cache, tmp_path, call):
     exps = tmp_path / "exps"
-    flags = ["--local-cache", tmp_path / "local"]
     call_main(train, *train_flags(cache, exps, "run", "--max-train-steps", 1))
-    code, out = call(train, *train_flags(server.url, exps, "run", "--max-train-steps", 2, *flags))
-    assert code == 0 and "finished at step 2" in out
+    for step, local_cache in ((2, tmp_path / "local"), (3, "none")):
+        flags = train_flags(server.url, exps, "run", "--max-train-steps", step)
+        code, out = call(train, *flags, "--local-cache", local_cache)
+        assert code == 0 and f"finished at step {step}" in out, out
+        is_slow = local_cache == "none"
+        assert ("pass --num-workers 4 to read several batches ahead" in out) == is_slow
 
 
 def test_commands_that_need_a_folder_refuse_urls(call):
