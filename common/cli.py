@@ -248,6 +248,16 @@ def device(text: str) -> str:
     return text
 
 
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL, such as "s3://bucket/folder", instead of a path."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
+
+
+def path_or_url(text: str) -> Path | str:
+    """Parse a path or a URL (an argparse type). A URL remains a string."""
+    return text if is_url(text) else Path(text)
+
+
 def add_device_flag(add: Callable[..., Any], help: str) -> None:
     """Add --device, whose default is a GPU if there is one.
 
@@ -263,6 +273,7 @@ METAVARS: dict[Any, str] = {
     **dict.fromkeys((positive_int, non_negative_int, seed, int), "N"),
     **dict.fromkeys((fraction, decay, non_negative_float, positive_float, float), "X"),
     Path: "PATH",
+    path_or_url: "PATH",
     device: "DEVICE",
 }
 

@@ -52,11 +52,17 @@ class RunConfig:
 class DataConfig:
     """The latent cache and how it is read."""
 
-    data_dir: tuple[Path, ...] = setting(
-        help="latent cache; several caches are joined",
-        type=Path,
+    data_dir: tuple[Path | str, ...] = setting(
+        help="latent cache: a folder, or a URL (s3://, gs://, hf://, https://); several are joined",
+        type=cli.path_or_url,
         nargs="+",
         action="extend",
+    )
+    local_cache: str = setting(
+        "auto",
+        help="folder for copies of remote caches, made once per machine; auto: in $SLURM_TMPDIR or "
+        "the temporary folder; none: no copy, rows are read by ranged requests",
+        metavar="DIR",
     )
     cache_in_ram: bool = setting(
         False,
@@ -309,9 +315,10 @@ class PeriodicEvaluationConfig:
         help="ADM's .npz, or images: a folder, zip, tar or parquet files",
         flags=("--eval-reference",),
     )
-    latents: Path | None = setting(
+    latents: Path | str | None = setting(
         None,
         help="latent cache of held-out images; their loss is measured on EVAL_SAMPLES images",
+        type=cli.path_or_url,
         flags=("--eval-latents",),
         metavar="DIR",
     )

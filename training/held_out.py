@@ -40,14 +40,14 @@ class HeldOutLoss:
     """Measures the denoising loss on the images of a latent cache.
 
     Args:
-        root: The latent cache.
+        root: Folder or URL of the latent cache.
         num_images: Number of images to use, evenly spaced; all of them if the cache has fewer.
 
     Raises:
         UserError: The cache cannot be read, or an image to use has moments that are not finite.
     """
 
-    def __init__(self, root: Path, num_images: int):
+    def __init__(self, root: Path | str, num_images: int):
         try:
             self.cache = LatentCache(root)
         except CacheError as error:

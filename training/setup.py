@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from checkpointing.storage import (
     read_config,
     verify_checkpoint,
 )
-from common.cli import UserError, format_flags
+from common.cli import UserError, format_flags, print_warning
 from common.config import record_flags
 from common.files import write_file
 from common.log_file import logging_to
@@ -27,6 +28,8 @@ from common.logs import get_logger
 from common.watchdog import waiting_for
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
+from latents.remote.local_copy import resolve_local_cache
+from latents.sources import copy_moments
 from models.flops import backbone_flops
 from models.labels import TrainedLabels, describe_empty_classes
 from models.projector import AlignedSiT
@@ -212,7 +215,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Check the flags against the cache.
     check_batch_size(settings.loop, accelerator.num_processes)
     with fail_together():
-        cache = open_cache(settings.data, settings.model)
+        cache = open_cache(settings.data, settings.model, make_copies=not settings.print_config)
         record = make_cache_record(accelerator.process_index, cache)
     check_records(gather_objects(record), accelerator.process_index)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
@@ -317,14 +320,39 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     )
 
 
-def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
-    """Open the latent cache and check it against the flags."""
+def open_cache(data: DataConfig, model: ModelConfig, make_copies: bool = True) -> LatentCache:
+    """Open the latent cache and check it against the flags.
+
+    Args:
+        data: The latent cache and how it is read.
+        model: The network.
+        make_copies: Whether to copy remote caches to this machine.
+    """
+    local_cache = resolve_local_cache(data.local_cache) if make_copies else None
     try:
-        cache = LatentCache(*data.data_dir)
+        cache = LatentCache(*data.data_dir, local_cache=local_cache)
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
+    if make_copies and cache.is_remote and not (data.num_workers or data.cache_in_ram):
+        print_warning(
+            "each training step waits for the requests of its batch with --num-workers 0; pass "
+            "--num-workers 4 to read several batches ahead"
+        )
     check_cache(data, model, cache.manifest)
     return cache
+
+
+def copy_held_out_cache(
+    evaluation: PeriodicEvaluationConfig, data: DataConfig
+) -> PeriodicEvaluationConfig:
+    """Replace a remote --eval-latents by its local copy, if there is space for one."""
+    if not isinstance(evaluation.latents, str):
+        return evaluation
+    try:
+        latents = copy_moments(evaluation.latents, resolve_local_cache(data.local_cache))
+    except CacheError as error:
+        raise UserError(f"--eval-latents: {error}") from None
+    return replace(evaluation, latents=latents)
 
 
 @contextmanager
@@ -385,7 +413,7 @@ def build_networks(
 
     preview, evaluator = build_preview_and_evaluator(
         settings.preview,
-        settings.evaluation,
+        copy_held_out_cache(settings.evaluation, settings.data),
         settings.objective,
         settings.run.seed,
         accelerator,
