@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import get_rank_prefix, is_url
-from common.files import write_file
 from common.npy_file import NpyLayout
 from latents.manifest import (
     CacheError,
@@ -194,7 +193,7 @@ class RemoteSource(CacheSource):
                 print(f"{get_rank_prefix()}copying {description} to {copy.folder}", flush=True)
                 copy.copy(remote_files)
                 if "moments" in row_formats:
-                    write_file(copy.folder / "manifest.json", self._manifest_text)
+                    copy.write("manifest.json", self._manifest_text)
         _print_once(f"{description} are read from {copy.folder}")
         self.copied_folders |= row_formats.keys()
 

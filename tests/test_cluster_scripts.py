@@ -286,7 +286,7 @@ def test_launchers_accept_the_commands_of_the_pages():
             parsed.append(launch_command_parser().parse_args(words[2:]))
         elif words[0] == "torchrun":
             parsed.append(get_args_parser().parse_args(words[1:]))
-    assert len(parsed) == 4
+    assert len(parsed) == 5
     for args in parsed:
         assert args.training_script == "train.py"
         parse_settings(args.training_script_args)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import UserError
-from common.files import fsync, lock, sha256
+from common.files import fsync, lock, sha256, write_file
 from common.progress import ProgressBar
 from common.watchdog import waiting_for
 from latents.manifest import CacheError
@@ -89,8 +89,10 @@ class LocalCopy:
             yield
 
     def _try_lock(self, stack: ExitStack) -> bool:
+        path = self.folder / ".lock"
         try:
-            stack.enter_context(lock(self.folder / ".lock"))
+            with _explaining_write_errors(path):
+                stack.enter_context(lock(path))
         except BlockingIOError:
             return False
         return True
@@ -140,7 +142,7 @@ class LocalCopy:
     def _copy_file(self, file: RemoteFile, transfer: "_Transfer") -> None:
         path = self.folder / file.name
         partial = self._get_partial_path(file.name)
-        try:
+        with _explaining_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             is_valid = False
             while not is_valid:
@@ -157,15 +159,30 @@ class LocalCopy:
                     )
             fsync(partial)
             partial.replace(path)
-        except OSError as error:
-            raise CacheError(
-                f"{path} cannot be written ({error.strerror}); free some space, pass another "
-                "folder to --local-cache, or pass --local-cache none to make no copy"
-            ) from None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file that has already been read."""
+        path = self.folder / name
+        with _explaining_write_errors(path):
+            write_file(path, content)
 
     def _get_partial_path(self, name: str) -> Path:
         path = self.folder / name
         return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def _explaining_write_errors(path: Path) -> Iterator[None]:
+    """Convert OSErrors of a local file, except the one for a lock that is held."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be written ({error.strerror}); free some space, pass another folder to "
+            "--local-cache, or pass --local-cache none to make no copy"
+        ) from None
 
 
 class _StoppedError(Exception):
