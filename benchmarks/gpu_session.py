@@ -46,6 +46,7 @@ def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurem
     compare = f"{step} --compile --align none sra2{repa}"
     small = f"--model SiT-XL/2 --batch-size 64 {compare}"
     large = f"--model SiT-XL/2 --batch-size 256 {step} --rounds 3 --compile --align sra2"
+    sharded = f"--batch-size 64 {step} --compile --align sra2 --shard full"
     recompute = "--activation-checkpointing --recomputed-blocks 5 --accumulated 2"
     sample = f"--model SiT-XL/2 {dest_flag} --images 128 --batch-size 64 --rounds 1"
     encode = f"{dest_flag} --rounds 1"
@@ -53,12 +54,14 @@ def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurem
     plan = [
         ("step-xl2-b64", "train_step", f"{small} --kernel-table {table}", 110),
         ("step-xl2-b256", "train_step", f"{large} {recompute}", 90),
+        ("step-xl2-b64-sharded", "train_step", f"{sharded} --model SiT-XL/2", 60),
         ("sampling-xl2-10steps", "sampling", f"{sample} --num-steps 10", 90),
         ("start-b2", "start", f"--model SiT-B/2 --batch-size 64 {dest_flag}", 120),
         ("step-b2-b256", "train_step", f"--model SiT-B/2 --batch-size 256 {compare}", 70),
         ("vae", "vae", f"--source {IMAGES} {dest_flag}", 60),
         ("encode-tf32", "encode", f"{encode} --precision tf32", 60),
         ("step-s2-b256", "train_step", f"--model SiT-S/2 --batch-size 256 {compare}", 60),
+        ("step-1b-b64-sharded", "train_step", f"{sharded} --model SiT-1B/2", 70),
         ("encode-bf16", "encode", f"{encode} --precision bf16", 60),
         ("sampling-xl2-30steps", "sampling", f"{sample} --num-steps 30", 120),
         ("evaluation", "evaluation", "--images 50000 --rounds 1", 60),

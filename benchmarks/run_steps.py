@@ -25,10 +25,15 @@ from training.alignment import (
     plan_alignments,
     required_cache_inputs,
 )
-from training.config import Settings, build_network_config, resolve_precision
+from training.config import (
+    Settings,
+    autocast_dtype,
+    build_network_config,
+    resolve_precision,
+)
 from training.guard import NonFiniteGuard
-from training.setup import build_state, open_cache
-from training.sharding import Sharding
+from training.setup import build_state, initialize_sharded_state, open_cache
+from training.sharding import Sharding, make_sharding
 from training.state import TrainState
 from training.throughput import training_flops
 
@@ -156,6 +161,19 @@ def build_plan_state(
         device,
         sharding,
     )
+
+
+def build_sharded_step(plan: Plan, accelerator: Accelerator) -> Step:
+    """Build the training step of a run whose state is sharded as its settings specify.
+
+    Raises:
+        UserError: If a network cannot be loaded.
+    """
+    dtype = autocast_dtype(accelerator.mixed_precision)
+    sharding = make_sharding(plan.settings.device.shard, accelerator, dtype)
+    state = build_plan_state(plan, accelerator.device, sharding)
+    initialize_sharded_state(state, plan.network, plan.align, plan.settings.run.seed)
+    return build_step(plan, accelerator, state)
 
 
 def build_step(plan: Plan, accelerator: Accelerator, state: TrainState | None = None) -> Step:

@@ -11,13 +11,16 @@ the network of sra2: forward pass, both losses, backward pass and AdamW on inter
 omits gradient clipping, EMA, random numbers, logged quantities and the guard against non-finite
 values. `--repa-repository` adds the step of REPA's own repository, with its encoder and with fixed
 targets (see benchmarks/repa.py). `--accumulated` adds the step of each variant in several
-micro-batches, to compare with recomputed blocks. The first step of the first variant includes
+micro-batches, to compare with recomputed blocks. `--shard` adds the step of each variant with a
+sharded state, in one process. The first step of the first variant includes
 compilation. benchmarks/cost.py also counts the parameters and FLOPs of each variant.
 """
 
 import copy
 import gc
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +42,7 @@ from benchmarks.measure import (
     write_result,
 )
 from benchmarks.repa import REPA_STEPS, make_repa_steps
-from benchmarks.run_steps import Plan, build_step, make_accelerator
+from benchmarks.run_steps import Plan, build_sharded_step, build_step, make_accelerator
 from benchmarks.variants import (
     StepConfig,
     make_plan,
@@ -72,6 +75,7 @@ RECORDED_SETTINGS = (
     "compile",
     "activation_checkpointing",
     "recomputed_blocks",
+    "shard",
     "allow_tf32",
     "gradient_accumulation_steps",
 )
@@ -192,7 +196,7 @@ def build_steps(
         variants: Names of the variants.
         accumulated_parts: Number of micro-batches of an additional step per variant.
     """
-    with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
+    with patch_encoder():
         full_step = build_step(plan, accelerator)
     batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
     if accelerator.device.type == "cuda":
@@ -211,6 +215,43 @@ def build_steps(
             name = name_accumulated_step(variant, accumulated_parts)
             actions[name] = make_accumulated_step(step, variant_batch, accumulated_parts)
     return actions
+
+
+def build_sharded_steps(
+    plan: Plan, accelerator: Accelerator, variants: list[str]
+) -> dict[str, Action]:
+    """Build a step with a sharded state for each variant, or none if the plan does not shard."""
+    actions: dict[str, Action] = {}
+    if plan.settings.device.shard == "none":
+        return actions
+    batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
+    if accelerator.device.type == "cuda":
+        batch = batch.pin_memory()
+    for variant in variants:
+        with patch_encoder():
+            step = build_sharded_step(select_variant(plan, variant), accelerator)
+        inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
+        actions[name_sharded_step(variant)] = partial(step, replace(batch, inputs=inputs))
+    return actions
+
+
+def name_sharded_step(variant: str) -> str:
+    """Return the name of a variant whose state is sharded."""
+    return f"{variant} sharded"
+
+
+def name_steps(variant: str, accumulated_parts: int | None) -> list[str]:
+    """Return the names that the steps of a variant may have."""
+    names = [variant, name_sharded_step(variant)]
+    if accumulated_parts:
+        names.append(name_accumulated_step(variant, accumulated_parts))
+    return names
+
+
+def patch_encoder() -> AbstractContextManager:
+    """Return a context in which encoders are built with random weights."""
+    encoder = partial(models.targets.Encoder, pretrained=False)
+    return patch.object(models.targets, "Encoder", encoder)
 
 
 def write_kernel_table(action: Action, device: torch.device, path: Path) -> None:
@@ -234,17 +275,18 @@ def select_methods(step: Step, methods: list[str]) -> Step:
 
 
 def measure_peak_memory(
-    plan: Plan, accelerator: Accelerator, variant: str, accumulated_parts: int | None = None
+    accelerator: Accelerator, build: Callable[[], dict[str, Action]]
 ) -> dict[str, float]:
-    """Measure the peak GPU memory of the steps of a variant in GiB, by the name of the step.
+    """Measure the peak GPU memory of steps in GiB, by the name of the step.
 
-    The other variants are not in memory.
+    Args:
+        accelerator: Accelerator that determines the device.
+        build: Builds the steps. All other steps must have been freed.
     """
     accelerator.free_memory()
     gc.collect()
     allocated = torch.cuda.memory_allocated(accelerator.device) / 2**30
-    plan = select_variant(plan, variant)
-    steps = build_steps(plan, accelerator, [variant], accumulated_parts)
+    steps = build()
     timings = time_interleaved(steps, accelerator.device, rounds=1, warm_up=2)
     return {name: peak - allocated for name, peak in timings.peak_memory_gib.items()}
 
@@ -290,10 +332,13 @@ def measure_variants(
     # Measure the matmul rate before and after the timings, because machine speed drifts.
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
     actions = build_steps(plan, accelerator, variants, accumulated_parts)
-    variant_of_step = {variant: variant for variant in variants}
-    if accumulated_parts:
-        for variant in variants:
-            variant_of_step[name_accumulated_step(variant, accumulated_parts)] = variant
+    actions |= build_sharded_steps(plan, accelerator, variants)
+    variant_of_step = {
+        name: variant
+        for variant in variants
+        for name in name_steps(variant, accumulated_parts)
+        if name in actions
+    }
     if repa_repository:
         actions |= make_repa_steps(repa_repository, config, plan.manifest, device)
     first_step_s = {variant: time_call(action, device) for variant, action in actions.items()}
@@ -306,7 +351,12 @@ def measure_variants(
     peak_memory_gib = dict(timings.peak_memory_gib)
     if device.type == "cuda":
         for variant in variants:
-            peak_memory_gib |= measure_peak_memory(plan, accelerator, variant, accumulated_parts)
+            single = select_variant(plan, variant)
+            for build in (
+                partial(build_steps, single, accelerator, [variant], accumulated_parts),
+                partial(build_sharded_steps, single, accelerator, [variant]),
+            ):
+                peak_memory_gib |= measure_peak_memory(accelerator, build)
     results = {}
     for name, variant in variant_of_step.items():
         step_s = median_and_quartiles(timings.seconds[name])
@@ -373,6 +423,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
+    if config.shard != "none" and args.plain:
+        raise UserError("--shard compares variants: omit --plain")
     if args.accumulated:
         if args.plain or args.repa_repository:
             raise UserError("--accumulated compares variants: omit --plain and --repa-repository")

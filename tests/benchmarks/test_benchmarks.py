@@ -70,13 +70,15 @@ def test_train_step_compares_plain_vanilla_and_aligned_steps(run_benchmark):
     assert result["machine"]["torch"]
 
 
-def test_train_step_accepts_settings_of_training(call, run_benchmark, tmp_path):
+def test_train_step_accepts_settings_of_training(call, run_benchmark, tmp_path, process_group):
     flags = "--model SiT-S/8 --batch-size 4 --align none --precision bf16 --rounds 1 --warm-up 0"
-    flags = [*flags.split(), "--activation-checkpointing", "--gradient-accumulation-steps"]
+    flags = [*flags.split(), "--activation-checkpointing", "--shard", "full"]
+    flags += ["--gradient-accumulation-steps"]
     table = tmp_path / "kernels.txt"
     result = run_benchmark(train_step, *flags, 2, "--kernel-table", table)
     assert "aten::addmm" in table.read_text()
-    assert list(result["results"]) == ["none"]
+    assert list(result["results"]) == ["none", "none sharded"]
+    assert result["shard"] == "full"
     assert result["precision"] == "bf16" and result["activation_checkpointing"]
     code, out = call(train_step, *flags, 3)
     assert code == 2 and "--batch-size 4 (global) is not a multiple" in out

@@ -34,14 +34,6 @@ from training.sharding import Sharding
 FILES = ("ema.safetensors", "model.safetensors", "optimizer.safetensors")
 
 
-@pytest.fixture
-def process_group():
-    """Remove the process group of a single process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     """Return the whole tensors of a checkpoint."""
     tensors = {}
