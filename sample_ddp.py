@@ -10,13 +10,12 @@ rerunning an interrupted command resumes it.
 import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpointing import pretrained
 from checkpointing.official import ORIGINS
@@ -24,9 +23,12 @@ from checkpointing.pretrained import PretrainedModel
 from checkpointing.storage import CheckpointError
 from common import cli
 from common.cli import UserError, format_flags
+from common.compile_cache import CompileCache, choose_folder
 from common.config import add_flags, get_flag_of_field, read_flags, record_flags, setting
 from common.files import sha256
+from common.logs import get_logger
 from common.processes import World
+from common.progress import ProgressBar
 from common.tf32 import set_tf32
 from evaluations.runs import JsonObject
 from evaluations.suite import (
@@ -44,6 +46,8 @@ from models.sit import PRESETS, SiT, SiTBlock
 from sampling.recipe import Recipe, SamplerConfig, cast_matmul_weights, format_ranges
 from sampling.store import SampleStore
 from sampling.worker import Worker, run_batches
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,8 @@ def main() -> None:
     labels = recipe.compute_labels(torch.arange(store.count), model.config.num_classes).numpy()
     store.choose_grid_images(labels)
     note = describe_untrained_labels(labels, recipe, source)
-    if note and world.rank == 0:
-        print(note)
+    if note:
+        logger.info(note)
 
     with ExitStack() as resources:
         stored_batches = world.run_on_first_rank(lambda: store.claim(resources))
@@ -202,10 +206,12 @@ def main() -> None:
             missing = suite.find_missing_results(result) if result else []
             # Without the images, only sampling again could compute the missing results.
             is_evaluated = bool(result) and (not missing or config.output.no_npz)
-            if missing and is_evaluated and world.rank == 0:
-                print(
-                    f"{store.metrics_path} lacks {', '.join(missing)}, and the images were "
-                    "discarded: remove the file to sample and evaluate again"
+            if missing and is_evaluated:
+                logger.info(
+                    "%s lacks %s, and the images were discarded: remove the file to sample and "
+                    "evaluate again",
+                    store.metrics_path,
+                    ", ".join(missing),
                 )
             if is_evaluated:
                 stored_batches = stored_batches._replace(features=set(store.batches))
@@ -217,7 +223,7 @@ def main() -> None:
         if pending:  # some of their images may be copied from NAME.npz
             world.run_on_first_rank(store.verify_npz)
         worker = Worker(model, vae, recipe, config.precision.dtype, store, stored_batches, networks)
-        sample_batches(worker, pending, config.precision, world)
+        sample_batches(worker, pending, config, world)
         world.barrier()
 
         if world.rank == 0:
@@ -416,16 +422,18 @@ def make_suite(
 
 
 def sample_batches(
-    worker: Worker, pending: list[int], config: PrecisionConfig, world: World
+    worker: Worker, pending: list[int], config: SamplingConfig, world: World
 ) -> None:
     """Sample this process's share of the pending batches, with a progress bar."""
+    compile_cache = make_compile_cache(config, worker, world)
+    compile_cache.load()
     num_threads = max(1, world.cores // world.num_local_processes)
     if worker.device.type == "cuda":
         # Feature networks disable TF32 while they run, which affects all threads of the process.
-        needs_single_thread = bool(worker.networks) and config.allow_tf32
+        needs_single_thread = bool(worker.networks) and config.precision.allow_tf32
         num_threads = 1 if needs_single_thread else 2
     store = worker.store
-    with tqdm(
+    with ProgressBar(
         total=min(len(pending) * store.batch_size, store.count),
         unit="img",
         desc="sampling",
@@ -434,7 +442,32 @@ def sample_batches(
     ) as bar:
         share = pending[world.rank :: world.num_processes]
         images_per_batch = store.batch_size * world.num_processes
-        run_batches(worker, share, num_threads, config.compile, bar, images_per_batch)
+        run_batches(
+            worker,
+            share,
+            num_threads,
+            config.precision.compile,
+            bar,
+            images_per_batch,
+            compile_cache,
+        )
+
+
+def make_compile_cache(config: SamplingConfig, worker: Worker, world: World) -> CompileCache:
+    """Return the compiled graphs of earlier runs with the same network, precision and batches."""
+    sampler = config.sampler
+    return CompileCache(
+        choose_folder(config.output.sample_dir, config.precision.compile),
+        {
+            "model": asdict(worker.model.config),
+            **asdict(config.precision),
+            "batch_size": config.output.per_proc_batch_size,
+            "guidance": [sampler.cfg_scale, sampler.guidance_low, sampler.guidance_high],
+        },
+        worker.device,
+        world.rank,
+        world.local_rank,
+    )
 
 
 def build_metrics_identity(suite: EvaluationSuite, store: SampleStore) -> JsonObject:

@@ -28,6 +28,7 @@ from models.projector import AlignedOutput
 from models.targets import TrainingInputs
 from training.accelerator import create_accelerator
 from training.alignment import Alignment, AlignmentTerms, required_cache_inputs
+from training.checkpoints import CheckpointWriter
 from training.config import (
     ObjectiveConfig,
     OptimizerConfig,
@@ -39,6 +40,7 @@ from training.coordination import wait_for_all
 from training.guard import NonFiniteGuard
 from training.hang_detector import ending_with_the_others
 from training.inputs import InputSampler
+from training.joint_work import gather_on_first
 from training.log import is_due
 from training.preemption import (
     FlagReducer,
@@ -48,7 +50,9 @@ from training.preemption import (
 )
 from training.profiling import StepProfiler
 from training.setup import Run, prepare_run
-from training.state import EMA, CheckpointWriter, TrainState
+from training.sharding import gather_tensor, wrap_with_ddp
+from training.state import EMA, TrainState
+from training.stop_file import agree_on_stop_file, watching_stop_file
 
 
 class ScalarMean:
@@ -143,7 +147,8 @@ class Step:
         self.combine_losses = combine_losses
         if compile:
             self.combine_losses = torch.compile(combine_losses, dynamic=False)
-        self.model, self.optimizer = accelerator.prepare(state.model, state.optimizer)
+        prepare = state.sharding.prepare if state.sharding else wrap_with_ddp
+        self.model, self.optimizer = prepare(accelerator, state.model, state.optimizer)
         self.emas = [
             EMA(ema, state.model.backbone, decay)
             for ema, decay in zip(state.emas, optimizer_config.ema_decay)
@@ -167,7 +172,7 @@ class Step:
         scalar_mean = ScalarMean()
         for i, micro_batch in enumerate(inputs.split(self.accumulation)):
             is_last = i == self.accumulation - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with nullcontext() if is_last else self.accumulate_gradients():
                 total, scalars = self.compute_losses(micro_batch)
                 with self.reduce_gradients(is_last):
                     self.accelerator.backward(total.mean() / self.accumulation)
@@ -177,6 +182,7 @@ class Step:
         # Clip the gradients, skip the update if any value is not finite, and update the weights
         # and the EMAs.
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        grad_norm = gather_tensor(grad_norm)
         loss_names = ["denoising", *(f"align/{name}" for name in self.alignments)]
         losses = {name: means[name] for name in loss_names}
         is_finite = self.guard.mark_step(self.state.step + 1, losses, grad_norm)
@@ -192,6 +198,12 @@ class Step:
         if not is_last or self.accelerator.num_processes == 1:
             return nullcontext()
         return waiting_for_processes("the gradients of the other processes")
+
+    def accumulate_gradients(self) -> AbstractContextManager:
+        """Return the context of the other micro-batches, which do not communicate."""
+        if self.state.sharding:
+            return self.state.sharding.no_sync(self.model)
+        return self.accelerator.no_sync(self.model)
 
     def compute_losses(self, inputs: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss per sample (B,), and the logged terms by name."""
@@ -266,12 +278,12 @@ def train(
         step: Performs one optimizer update.
         batches: This process's shares of the global batches.
         writer: Writes checkpoints.
-        request: Set by stop signals.
+        request: Set by stop signals and by a STOP file.
         save_every: Steps between checkpoints.
         profiler: Profiles some of the steps.
 
     Returns:
-        False if a signal stopped the run early.
+        False if a signal or a STOP file stopped the run early.
     """
     accelerator, state, log = step.accelerator, run.state, run.log
     flags = FlagReducer(accelerator.num_processes, num_flags=2)
@@ -280,13 +292,15 @@ def train(
         return request.name is not None
 
     # Complete previews and evaluations that were interrupted when the run stopped.
-    if not run.monitors.run_due(state, accelerator.gather, stop_requested):
+    if not run.monitors.run_due(state, gather_on_first, stop_requested):
         return False
 
+    run.first_step.start()
     for batch in log.throughput.time_batches(batches):
         record_step(state.step + 1)
         with waiting_for_step(accelerator.num_processes):
             scalars, is_finite = step(batch)
+            run.first_step.advance()
         log.record_step(state.step, scalars, is_finite)
         profiler.advance()
 
@@ -299,7 +313,7 @@ def train(
         should_save = stop or retry or is_last or is_due(state.step, save_every)
         if should_save:
             save(run, accelerator, writer)
-        if not stop and not run.monitors.run_due(state, accelerator.gather, stop_requested):
+        if not stop and not run.monitors.run_due(state, gather_on_first, stop_requested):
             stop = True
             if not should_save:
                 save(run, accelerator, writer)
@@ -325,7 +339,7 @@ def save(run: Run, accelerator: Accelerator, writer: CheckpointWriter) -> None:
     if accelerator.scaler is not None:
         state.progress["scaler"] = accelerator.scaler.state_dict()
     with run.log.throughput.pause("save"):
-        if accelerator.is_main_process:
+        if state.sharding or accelerator.is_main_process:
             writer.submit(state)
         wait_for_all("the first process to copy the checkpoint to host memory")
 
@@ -338,11 +352,11 @@ def run_training(
     Args:
         settings: Settings of the run.
         accelerator: The accelerator.
-        request: Set by stop signals.
+        request: Set by stop signals and by a STOP file.
         resources: Holds the lock of the run folder.
 
     Returns:
-        False if a signal stopped the run early.
+        False if a signal or a STOP file stopped the run early.
     """
     run = prepare_run(settings, accelerator, resources)
     if run is None:
@@ -369,9 +383,14 @@ def run_training(
 
     checkpoint_config = settings.checkpoint
     with (
+        watching_stop_file(folder, request, accelerator.is_main_process),
         closing(batches),
         CheckpointWriter(
-            folder, run.config, checkpoint_config.keep_last, checkpoint_config.milestone_steps
+            folder,
+            run.config,
+            checkpoint_config.keep_last,
+            checkpoint_config.milestone_steps,
+            state.sharding,
         ) as writer,
         StepProfiler(
             settings.log.profile if accelerator.is_main_process else 0,
@@ -383,6 +402,9 @@ def run_training(
         is_finished = train(
             run, step, batches, writer, request, checkpoint_config.checkpointing_steps, profiler
         )
+        if not is_finished:
+            agree_on_stop_file(folder, request)
+    run.first_step.save()
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:
@@ -410,7 +432,9 @@ def main() -> None:
         with ending_with_the_others(settings.device, rank, num_processes):
             is_finished = run_training(settings, accelerator, request, resources)
         accelerator.end_training()
-        if not is_finished:
+        # A STOP file asks for the end of the run, so the exit code must not make a launcher
+        # restart it.
+        if not is_finished and not request.is_final:
             sys.exit(EXIT_STOPPED)
 
 

@@ -26,8 +26,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from common.progress import ProgressBar
 from evaluations.fashion import GarmentClassifier, load_classifier
 
 CLASS_NAMES = [
@@ -99,7 +99,7 @@ def write_zip(
             # ZipInfo has a fixed date, which makes the archive reproducible.
             archive.writestr(zipfile.ZipInfo(name), data, compression)
 
-        for i, (pixels, label) in enumerate(zip(tqdm(images, desc="images.zip"), labels)):
+        for i, (pixels, label) in enumerate(zip(ProgressBar(images, desc="images.zip"), labels)):
             name = f"{label}/{i:05d}.png"
             buffer = io.BytesIO()
             Image.fromarray(pixels).convert("RGB").save(buffer, "PNG", compress_level=0)
@@ -139,7 +139,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int) -> 
     model = GarmentClassifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0, weight_decay=0.02)
     batch_size = 128
-    bar = tqdm(
+    bar = ProgressBar(
         iter_batches(images, labels, batch_size, epochs, seed),
         desc="classifier",
         total=epochs * (len(images) // batch_size),
@@ -176,7 +176,7 @@ def train_vae(
     )
     optimizer = torch.optim.Adam(vae.parameters(), lr=0, betas=(0.9, 0.99))
     batch_size = 64
-    bar = tqdm(
+    bar = ProgressBar(
         iter_batches(images, labels, batch_size, epochs, seed),
         desc="vae",
         total=epochs * (len(images) // batch_size),

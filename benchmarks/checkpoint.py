@@ -23,9 +23,10 @@ from benchmarks.measure import (
 from benchmarks.variants import StepConfig, make_plan
 from checkpointing.storage import list_checkpoints
 from common import cli
+from training.checkpoints import CheckpointWriter
 from training.resume import build_config_json
 from training.setup import build_state
-from training.state import CheckpointWriter, TrainState
+from training.state import TrainState
 
 POLL_SECONDS = 0.001  # interval of the loop that detects pauses
 

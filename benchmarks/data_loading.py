@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from benchmarks.measure import (
     Action,
@@ -37,6 +36,7 @@ from benchmarks.measure import (
 from benchmarks.variants import make_synthetic_manifest
 from common import cli
 from common.files import write_array
+from common.progress import ProgressBar
 from dataset import TrainingStream
 from latents.cache import LatentCache
 from latents.manifest import write_manifest
@@ -71,7 +71,7 @@ def write_data(npy_folder: Path, cache_folder: Path, num_images: int, num_shards
     rng = np.random.default_rng(0)
     shards = []
     shard_indices = np.array_split(np.arange(num_images), num_shards)
-    for k, indices in enumerate(tqdm(shard_indices, desc="writing")):
+    for k, indices in enumerate(ProgressBar(shard_indices, desc="writing")):
         moments = rng.standard_normal((len(indices), *SHAPE), np.float32)
         file = f"{k:05d}.npy"
         write_array(cache_folder / "moments" / file, moments.astype(np.float16))

@@ -20,7 +20,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from benchmarks.measure import (
     Action,
@@ -35,6 +34,7 @@ from benchmarks.measure import (
 from common import cli
 from common.ordered_map import map_in_order
 from common.processes import World
+from common.progress import ProgressBar
 from models.autoencoder import Autoencoder
 from preprocessing.build import build_cache
 from preprocessing.cache_job import Batch
@@ -95,7 +95,7 @@ def make_photographs(folder: Path, num_images: int) -> None:
     """Write JPEGs of 500x375 pixels and about 110 KB, which is the average size in ImageNet."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    for i in tqdm(range(num_images), desc="images"):
+    for i in ProgressBar(range(num_images), desc="images"):
         colours = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
         smooth_image = np.asarray(colours.resize((500, 375), Image.Resampling.BICUBIC))
         noise = rng.integers(-16, 17, (375, 500, 3))

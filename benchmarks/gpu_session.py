@@ -46,19 +46,22 @@ def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurem
     compare = f"{step} --compile --align none sra2{repa}"
     small = f"--model SiT-XL/2 --batch-size 64 {compare}"
     large = f"--model SiT-XL/2 --batch-size 256 {step} --rounds 3 --compile --align sra2"
-    recompute = "--activation-checkpointing --recomputed-blocks 5"
+    sharded = f"--batch-size 64 {step} --compile --align sra2 --shard full"
+    recompute = "--activation-checkpointing --recomputed-blocks 5 --accumulated 2"
     sample = f"--model SiT-XL/2 {dest_flag} --images 128 --batch-size 64 --rounds 1"
     encode = f"{dest_flag} --rounds 1"
     table = shlex.quote(str(dest / "kernels-xl2-b64.txt"))
     plan = [
         ("step-xl2-b64", "train_step", f"{small} --kernel-table {table}", 110),
-        ("step-xl2-b256-recomputed", "train_step", f"{large} {recompute}", 60),
-        ("step-xl2-b256-accumulated", "train_step", f"{large} --gradient-accumulation-steps 2", 60),
+        ("step-xl2-b256", "train_step", f"{large} {recompute}", 90),
+        ("step-xl2-b64-sharded", "train_step", f"{sharded} --model SiT-XL/2", 60),
         ("sampling-xl2-10steps", "sampling", f"{sample} --num-steps 10", 90),
+        ("start-b2", "start", f"--model SiT-B/2 --batch-size 64 {dest_flag}", 120),
         ("step-b2-b256", "train_step", f"--model SiT-B/2 --batch-size 256 {compare}", 70),
         ("vae", "vae", f"--source {IMAGES} {dest_flag}", 60),
         ("encode-tf32", "encode", f"{encode} --precision tf32", 60),
         ("step-s2-b256", "train_step", f"--model SiT-S/2 --batch-size 256 {compare}", 60),
+        ("step-1b-b64-sharded", "train_step", f"{sharded} --model SiT-1B/2", 70),
         ("encode-bf16", "encode", f"{encode} --precision bf16", 60),
         ("sampling-xl2-30steps", "sampling", f"{sample} --num-steps 30", 120),
         ("evaluation", "evaluation", "--images 50000 --rounds 1", 60),
@@ -70,6 +73,7 @@ def plan_measurements(repa_repository: Path | None, dest: Path) -> list[Measurem
 TRIAL_FLAGS = {
     "train_step": "--batch-size 2 --rounds 1 --steps 1 --warm-up 0 --precision no",
     "sampling": "--model SiT-S/2 --resolution 64 --images 2 --batch-size 2 --num-steps 2",
+    "start": "--model SiT-Ti/2 --batch-size 2",
     "vae": "--images 2 --resolution 64 --batch-size 2 --rounds 1 --warm-up 0",
     "encode": "--precision fp32 --images 2 --resolution 64 --batch-size 2",
     "evaluation": "--images 50 --width 16",

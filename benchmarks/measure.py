@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import cli
 from common.files import write_file
+from common.progress import ProgressBar
 from models.sit import PRESETS
 
 Action = Callable[[], object]
@@ -145,7 +145,7 @@ def time_interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     peak_memory_gib = dict.fromkeys(actions, 0.0)
-    for round_index in tqdm(range(-warm_up, rounds), unit="round", desc="timing"):
+    for round_index in ProgressBar(range(-warm_up, rounds), unit="round", desc="timing"):
         for name, action in actions.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)

@@ -25,9 +25,16 @@ from training.alignment import (
     plan_alignments,
     required_cache_inputs,
 )
-from training.config import Settings, build_network_config, resolve_precision
+from training.config import (
+    Settings,
+    autocast_dtype,
+    build_network_config,
+    resolve_precision,
+)
 from training.guard import NonFiniteGuard
-from training.setup import build_state, open_cache
+from training.setup import build_state, initialize_sharded_state, open_cache
+from training.sharding import Sharding, make_sharding
+from training.state import TrainState
 from training.throughput import training_flops
 
 
@@ -140,26 +147,49 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     )
 
 
-def build_step(plan: Plan, accelerator: Accelerator) -> Step:
-    """Build the training step of a run, with newly initialized weights.
+def build_plan_state(
+    plan: Plan, device: torch.device, sharding: Sharding | None = None
+) -> TrainState:
+    """Build the state of a run, with newly initialized weights, which are undefined if sharded."""
+    settings = plan.settings
+    return build_state(
+        plan.network,
+        plan.align,
+        settings.optimizer,
+        settings.device,
+        settings.run.seed,
+        device,
+        sharding,
+    )
+
+
+def build_sharded_step(plan: Plan, accelerator: Accelerator) -> Step:
+    """Build the training step of a run whose state is sharded as its settings specify.
+
+    Raises:
+        UserError: If a network cannot be loaded.
+    """
+    dtype = autocast_dtype(accelerator.mixed_precision)
+    sharding = make_sharding(plan.settings.device.shard, accelerator, dtype)
+    state = build_plan_state(plan, accelerator.device, sharding)
+    initialize_sharded_state(state, plan.network, plan.align, plan.settings.run.seed)
+    return build_step(plan, accelerator, state)
+
+
+def build_step(plan: Plan, accelerator: Accelerator, state: TrainState | None = None) -> Step:
+    """Build the training step of a run.
 
     Args:
         plan: The plan of the run.
         accelerator: Accelerator that determines the device and the precision.
+        state: The state of the run. By default, it is built with newly initialized weights.
 
     Raises:
         UserError: If a network cannot be loaded.
     """
     settings = plan.settings
+    state = state or build_plan_state(plan, accelerator.device)
     align = copy.deepcopy(plan.align)  # load_alignments adds entries
-    state = build_state(
-        plan.network,
-        align,
-        settings.optimizer,
-        settings.device,
-        settings.run.seed,
-        accelerator.device,
-    )
     context = make_run_context(
         state.emas[0],
         settings.objective.path_type,

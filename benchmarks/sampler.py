@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.measure import Action
 from checkpointing.pretrained import PretrainedModel
 from common.machine import count_available_cores
+from common.progress import ProgressBar
 from evaluations.suite import EvaluationConfig
 from models.autoencoder import Autoencoder
 from models.sit import PRESETS, SiT, SiTConfig
@@ -104,7 +104,7 @@ class Sampler:
         num_classes = self.model.config.num_classes
         labels = self.recipe.compute_labels(torch.arange(store.count), num_classes).numpy()
         store.choose_grid_images(labels)
-        with ExitStack() as resources, tqdm(total=store.count, disable=True) as bar:
+        with ExitStack() as resources, ProgressBar(total=store.count, disable=True) as bar:
             stored_batches = store.claim(resources)
             worker = Worker(
                 self.model, self.vae, self.recipe, precision.dtype, store, stored_batches, {}

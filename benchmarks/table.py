@@ -31,13 +31,18 @@ def parse_object(content: dict) -> Any:
 
 def make_tables(folder: Path = RESULTS) -> dict[str, str]:
     """Return all tables in Markdown, by name."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     tables = {}
     for name, table in TABLES.items():
         benchmark = table.benchmark or name
-        tables[name] = table.format(
-            [result for result in results if result["benchmark"] == benchmark]
-        )
+        selected = {
+            stem: result for stem, result in results.items() if result["benchmark"] == benchmark
+        }
+        if table.is_per_result:
+            for stem, result in selected.items():
+                tables[f"{name}/{stem}"] = table.format([result])
+        else:
+            tables[name] = table.format(list(selected.values()))
     return tables
 
 
@@ -112,6 +117,16 @@ def time_cells(result: dict, variant: str) -> str:
     memory = f"{values['peak_memory_gib']:.1f} GiB" if "cuda" in result["machine"] else ""
     step = f"{values['step_s']:.3g}, {values['images_per_s']:.3g} images/s"
     return f"{step} | {memory} | {relative}"
+
+
+def start_rows(result: dict) -> Iterator[str]:
+    """Yield one row per start of train.py."""
+    for name, values in result["results"].items():
+        yield (
+            f"{machine_name(result)} | {result['model']}, batch {result['batch_size']} | "
+            f"{result['processes']} | {name} | {values['start_s']:.3g} | "
+            f"{values['first_step_s']:.3g} | {values['cpu_s']:.3g}"
+        )
 
 
 def checkpoint_rows(result: dict) -> Iterator[str]:
@@ -215,6 +230,59 @@ def batch_size_rows(result: dict) -> Iterator[str]:
             )
 
 
+def scaling_rows(result: dict) -> Iterator[str]:
+    """Yield one row per number of GPUs and sharding, with computed and measured values."""
+    for row in result["rows"]:
+        shard = row["shard"] or "any"
+        run = (
+            f"{row['model']} | {row['batch_size']} | {row['num_gpus']} {row['gpu']} | {shard} | "
+            f"{row['network'] or ''} | {PRECISION_NAMES[row['precision']]}"
+        )
+        if row["limit"] == "batch":
+            yield f"{run} | not a whole number |  |  |  |  | batch"
+            continue
+        images = f"{row['micro_batch']}"
+        if row["accumulation"] > 1:
+            images = f"{row['accumulation']} x {images}"
+        memory = f"{row['memory_gib']:.1f}"
+        step = f"{row['step_s']:.3f}"
+        if "measured_step_s" in row:
+            memory += f" (measured: {row['measured_memory_gib']:.1f})"
+            step += f" (measured: {row['measured_step_s']:.3f})"
+        yield (
+            f"{run} | {images} | {memory} | {step} | {row['images_per_s']:,.0f} | "
+            f"{row['compute_s'] / row['step_s']:.0%} | {row['limit']}"
+        )
+
+
+def scaling_count_rows(result: dict) -> Iterator[str]:
+    """Yield one row per counted step, with the bytes of the formula relative to those counted."""
+    for row in result["rows"]:
+        yield (
+            f"{row['model']} | {row['num_gpus']} | {row['shard']} | {row['micro_batch']} | "
+            f"{row['counted_bytes'] / 2**30:.2f} | {row['computed_bytes'] / 2**30:.2f} | "
+            f"{row['computed_bytes'] / row['counted_bytes'] - 1:+.1%}"
+        )
+
+
+def scaling_model_rows(result: dict) -> Iterator[str]:
+    """Yield one row per model, with what does not depend on the number of GPUs."""
+    for model in result["models"]:
+        yield (
+            f"{model['model']} | {model['parameters'] / 1e6:,.0f}M | "
+            f"{model['head_parameters'] / 1e6:.1f}M | {model['training_flops'] / 1e9:,.0f} | "
+            f"{model['stored_bytes_per_image'] / 2**30:.2f} | "
+            f"{model['checkpoint_bytes'] / 1e9:.1f} | {model['checkpoint_copy_s']:.1f} | "
+            f"{model['checkpoint_write_s']:.0f} | {model['preview_s']:.1f}"
+        )
+
+
+def scaling_assumption_rows(result: dict) -> Iterator[str]:
+    """Yield one row per assumption."""
+    for assumption in result["assumptions"]:
+        yield " | ".join(assumption.values())
+
+
 class Table(NamedTuple):
     """A table of the documentation."""
 
@@ -222,12 +290,14 @@ class Table(NamedTuple):
     header: str
     footer: tuple[str, ...] = ()  # lines after the rows of the results
     benchmark: str = ""  # value of "benchmark" in the results (default: name of the table)
+    is_per_result: bool = False  # whether each result has its own table
 
     def format(self, results: list[dict]) -> str:
         """Return the table of several results in Markdown."""
         rule = "|" + "---|" * (self.header.count("|") - 1)
         parsed = json.loads(json.dumps(results), object_hook=parse_object)
         lines = [f"| {row} |" for result in parsed for row in self.rows(result)]
+        lines = list(dict.fromkeys(lines))  # several results may contain the same row
         return "\n".join([self.header, rule, *lines, *self.footer])
 
 
@@ -236,6 +306,11 @@ TABLES = {
         train_step_rows,
         "| machine | run | variant | seconds per step | images/s | share of matmul rate "
         "| first step, s | time ratio |",
+    ),
+    "start": Table(
+        start_rows,
+        "| machine | run | processes | start | seconds to the end of the first step "
+        "| first step, s | CPU time, s |",
     ),
     "checkpoint": Table(
         checkpoint_rows,
@@ -271,6 +346,26 @@ TABLES = {
         "| resolution | float16 cache | with --flip | stored images | GFLOPs per image "
         "| total PFLOPs | time on two CPU cores |",
         benchmark="encode",
+    ),
+    "scaling": Table(
+        scaling_rows,
+        "| model | batch | GPUs | sharding | network | precision | images per GPU | GiB per GPU "
+        "| seconds per step | images/s | computing | limit |",
+        is_per_result=True,
+    ),
+    "scaling_count": Table(
+        scaling_count_rows,
+        "| model | GPUs | sharding | images per GPU | counted, GiB | formula, GiB | difference |",
+    ),
+    "scaling_models": Table(
+        scaling_model_rows,
+        "| model | parameters | head | training GFLOPs per image | activations per image, GiB "
+        "| checkpoint, GB | copy to host memory, s | write by one process, s "
+        "| preview on 8 GPUs, s |",
+        benchmark="scaling",
+    ),
+    "scaling_assumptions": Table(
+        scaling_assumption_rows, "| assumption | value | source |", benchmark="scaling"
     ),
     "cost": Table(
         cost_rows,

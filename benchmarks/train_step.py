@@ -10,14 +10,18 @@ memory of each variant is measured separately afterwards. `--plain` adds a minim
 the network of sra2: forward pass, both losses, backward pass and AdamW on interpolated inputs. It
 omits gradient clipping, EMA, random numbers, logged quantities and the guard against non-finite
 values. `--repa-repository` adds the step of REPA's own repository, with its encoder and with fixed
-targets (see benchmarks/repa.py). The first step of the first variant includes compilation.
-benchmarks/cost.py also counts the parameters and FLOPs of each variant.
+targets (see benchmarks/repa.py). `--accumulated` adds the step of each variant in several
+micro-batches, to compare with recomputed blocks. `--shard` adds the step of each variant with a
+sharded state, in one process. The first step of the first variant includes
+compilation. benchmarks/cost.py also counts the parameters and FLOPs of each variant.
 """
 
 import copy
 import gc
 import os
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -38,7 +42,7 @@ from benchmarks.measure import (
     write_result,
 )
 from benchmarks.repa import REPA_STEPS, make_repa_steps
-from benchmarks.run_steps import Plan, build_step, make_accelerator
+from benchmarks.run_steps import Plan, build_sharded_step, build_step, make_accelerator
 from benchmarks.variants import (
     StepConfig,
     make_plan,
@@ -71,9 +75,26 @@ RECORDED_SETTINGS = (
     "compile",
     "activation_checkpointing",
     "recomputed_blocks",
+    "shard",
     "allow_tf32",
     "gradient_accumulation_steps",
 )
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What is measured besides the steps of the variants.
+
+    Attributes:
+        repa_repository: A clone of REPA's repository, whose step is timed as well.
+        kernel_table: File for the table of the operations of the last variant's step.
+        accumulated_parts: Number of micro-batches of an additional step per variant, which does not
+            recompute activations.
+    """
+
+    repa_repository: Path | None = None
+    kernel_table: Path | None = None
+    accumulated_parts: int | None = None
 
 
 def make_step_parser(doc: str | None, benchmark: str) -> cli.Parser:
@@ -141,9 +162,41 @@ def make_plain_step(
     return step
 
 
-def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> dict[str, Action]:
-    """Build the step of each variant, as a function without arguments."""
-    with patch.object(models.targets, "Encoder", partial(models.targets.Encoder, pretrained=False)):
+def make_accumulated_step(step: Step, batch: CachedBatch, num_parts: int) -> Action:
+    """Return a step with the same state that runs in `num_parts` micro-batches.
+
+    It does not recompute activations.
+    """
+    accumulated_step = copy.copy(step)
+    accumulated_step.accumulation = num_parts
+    backbone = step.state.model.backbone
+
+    def run() -> None:
+        num_recomputed_blocks = backbone.num_recomputed_blocks
+        backbone.num_recomputed_blocks = 0
+        accumulated_step(batch)
+        backbone.num_recomputed_blocks = num_recomputed_blocks
+
+    return run
+
+
+def name_accumulated_step(variant: str, num_parts: int) -> str:
+    """Return the name of a variant whose step runs in `num_parts` micro-batches."""
+    return f"{variant} in {num_parts} parts"
+
+
+def build_steps(
+    plan: Plan, accelerator: Accelerator, variants: list[str], accumulated_parts: int | None = None
+) -> dict[str, Action]:
+    """Build the step of each variant, as a function without arguments.
+
+    Args:
+        plan: The plan of the run.
+        accelerator: Accelerator that determines the device and the precision.
+        variants: Names of the variants.
+        accumulated_parts: Number of micro-batches of an additional step per variant.
+    """
+    with patch_encoder():
         full_step = build_step(plan, accelerator)
     batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
     if accelerator.device.type == "cuda":
@@ -156,8 +209,49 @@ def build_steps(plan: Plan, accelerator: Accelerator, variants: list[str]) -> di
             continue
         step = select_methods(full_step, split_variant(variant))
         inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
-        actions[variant] = partial(step, replace(batch, inputs=inputs))
+        variant_batch = replace(batch, inputs=inputs)
+        actions[variant] = partial(step, variant_batch)
+        if accumulated_parts:
+            name = name_accumulated_step(variant, accumulated_parts)
+            actions[name] = make_accumulated_step(step, variant_batch, accumulated_parts)
     return actions
+
+
+def build_sharded_steps(
+    plan: Plan, accelerator: Accelerator, variants: list[str]
+) -> dict[str, Action]:
+    """Build a step with a sharded state for each variant, or none if the plan does not shard."""
+    actions: dict[str, Action] = {}
+    if plan.settings.device.shard == "none":
+        return actions
+    batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
+    if accelerator.device.type == "cuda":
+        batch = batch.pin_memory()
+    for variant in variants:
+        with patch_encoder():
+            step = build_sharded_step(select_variant(plan, variant), accelerator)
+        inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
+        actions[name_sharded_step(variant)] = partial(step, replace(batch, inputs=inputs))
+    return actions
+
+
+def name_sharded_step(variant: str) -> str:
+    """Return the name of a variant whose state is sharded."""
+    return f"{variant} sharded"
+
+
+def name_steps(variant: str, accumulated_parts: int | None) -> list[str]:
+    """Return the names that the steps of a variant may have."""
+    names = [variant, name_sharded_step(variant)]
+    if accumulated_parts:
+        names.append(name_accumulated_step(variant, accumulated_parts))
+    return names
+
+
+def patch_encoder() -> AbstractContextManager:
+    """Return a context in which encoders are built with random weights."""
+    encoder = partial(models.targets.Encoder, pretrained=False)
+    return patch.object(models.targets, "Encoder", encoder)
 
 
 def write_kernel_table(action: Action, device: torch.device, path: Path) -> None:
@@ -180,14 +274,21 @@ def select_methods(step: Step, methods: list[str]) -> Step:
     return selected
 
 
-def measure_peak_memory(plan: Plan, accelerator: Accelerator, variant: str) -> float:
-    """Measure the peak GPU memory of a variant in GiB, without the other variants in memory."""
+def measure_peak_memory(
+    accelerator: Accelerator, build: Callable[[], dict[str, Action]]
+) -> dict[str, float]:
+    """Measure the peak GPU memory of steps in GiB, by the name of the step.
+
+    Args:
+        accelerator: Accelerator that determines the device.
+        build: Builds the steps. All other steps must have been freed.
+    """
     accelerator.free_memory()
     gc.collect()
     allocated = torch.cuda.memory_allocated(accelerator.device) / 2**30
-    steps = build_steps(select_variant(plan, variant), accelerator, [variant])
+    steps = build()
     timings = time_interleaved(steps, accelerator.device, rounds=1, warm_up=2)
-    return timings.peak_memory_gib[variant] - allocated
+    return {name: peak - allocated for name, peak in timings.peak_memory_gib.items()}
 
 
 def measure_variants(
@@ -196,8 +297,7 @@ def measure_variants(
     rounds: int,
     steps: int | None,
     warm_up: int,
-    repa_repository: Path | None = None,
-    kernel_table: Path | None = None,
+    additions: Additions = Additions(),
 ) -> dict:
     """Time the steps of several variants alternately, and compare the times.
 
@@ -207,8 +307,7 @@ def measure_variants(
         rounds: Number of timed rounds.
         steps: Number of steps per round. By default, 10 on a GPU and 1 on a CPU.
         warm_up: Number of untimed rounds before the timed rounds.
-        repa_repository: A clone of REPA's repository, whose step is timed as well.
-        kernel_table: File for the table of the operations of the last variant's step.
+        additions: What is measured besides these steps.
 
     Returns:
         The result of the benchmark.
@@ -221,6 +320,8 @@ def measure_variants(
             "this benchmark uses one process; run it without a launcher, or read the speed of "
             "several processes in the log of train.py"
         )
+    repa_repository = additions.repa_repository
+    accumulated_parts = additions.accumulated_parts
     plan = make_plan(config, variants)
     accelerator = make_accelerator(config.mixed_precision)
     set_tf32(config.allow_tf32)
@@ -230,30 +331,43 @@ def measure_variants(
 
     # Measure the matmul rate before and after the timings, because machine speed drifts.
     rate_before = measure_matmul_rate(device, dtype, seconds=1.0)
-    actions = build_steps(plan, accelerator, variants)
+    actions = build_steps(plan, accelerator, variants, accumulated_parts)
+    actions |= build_sharded_steps(plan, accelerator, variants)
+    variant_of_step = {
+        name: variant
+        for variant in variants
+        for name in name_steps(variant, accumulated_parts)
+        if name in actions
+    }
     if repa_repository:
         actions |= make_repa_steps(repa_repository, config, plan.manifest, device)
     first_step_s = {variant: time_call(action, device) for variant, action in actions.items()}
     timings = time_interleaved(actions, device, rounds, calls, warm_up)
     rate = max(rate_before, measure_matmul_rate(device, dtype, seconds=1.0))
-    if kernel_table:
-        write_kernel_table(actions[variants[-1]], device, kernel_table)
+    if additions.kernel_table:
+        write_kernel_table(actions[variants[-1]], device, additions.kernel_table)
     actions.clear()
 
+    peak_memory_gib = dict(timings.peak_memory_gib)
+    if device.type == "cuda":
+        for variant in variants:
+            single = select_variant(plan, variant)
+            for build in (
+                partial(build_steps, single, accelerator, [variant], accumulated_parts),
+                partial(build_sharded_steps, single, accelerator, [variant]),
+            ):
+                peak_memory_gib |= measure_peak_memory(accelerator, build)
     results = {}
-    for variant in variants:
-        step_s = median_and_quartiles(timings.seconds[variant])
+    for name, variant in variant_of_step.items():
+        step_s = median_and_quartiles(timings.seconds[name])
         images_per_s = config.batch_size / step_s["median"]
         align = select_variant(plan, variant).align
-        peak_memory_gib = timings.peak_memory_gib[variant]
-        if device.type == "cuda":
-            peak_memory_gib = measure_peak_memory(plan, accelerator, variant)
-        results[variant] = {
+        results[name] = {
             "step_s": step_s,
             "images_per_s": images_per_s,
             "matmul_share": training_flops(plan.network, align, plan.cache) * images_per_s / rate,
-            "peak_memory_gib": peak_memory_gib,
-            "first_step_s": first_step_s[variant],
+            "peak_memory_gib": peak_memory_gib[name],
+            "first_step_s": first_step_s[name],
         }
     for name in REPA_STEPS if repa_repository else ():
         step_s = median_and_quartiles(timings.seconds[name])
@@ -264,6 +378,7 @@ def measure_variants(
         }
     pairs = [(variant, "none") for variant in variants if variant not in ("none", "plain")]
     pairs += [(name, variant) for name in REPA_STEPS for variant in variants]
+    pairs += [(variant, name) for name, variant in variant_of_step.items() if name != variant]
     return {
         "benchmark": "train_step",
         "machine": describe_machine(device),
@@ -300,20 +415,29 @@ def main() -> None:
         metavar="PATH",
         help="file for a table of the operations in the step of the last variant",
     )
+    parser.add_argument(
+        "--accumulated",
+        type=cli.positive_int,
+        metavar="N",
+        help="also time each variant in N micro-batches per update, without recomputed blocks",
+    )
     args = parser.parse_args()
     config = read_flags(StepConfig, args)
+    if config.shard != "none" and args.plain:
+        raise UserError("--shard compares variants: omit --plain")
+    if args.accumulated:
+        if args.plain or args.repa_repository:
+            raise UserError("--accumulated compares variants: omit --plain and --repa-repository")
+        if config.batch_size % args.accumulated:
+            raise UserError(
+                f"--batch-size {config.batch_size} is not a multiple of --accumulated "
+                f"{args.accumulated}; choose another number of micro-batches"
+            )
     variants = list(dict.fromkeys(args.align))
     if args.plain:
         variants.insert(0, "plain")
-    result = measure_variants(
-        config,
-        variants,
-        args.rounds,
-        args.steps,
-        args.warm_up,
-        args.repa_repository,
-        args.kernel_table,
-    )
+    additions = Additions(args.repa_repository, args.kernel_table, args.accumulated)
+    result = measure_variants(config, variants, args.rounds, args.steps, args.warm_up, additions)
     plan = make_plan(config, variants)
     specs = [spec for entry in plan.align for spec in head_specs(entry).values()]
     flops_of_heads = sum(head_flops(plan.network, spec) for spec in specs)

@@ -24,6 +24,7 @@ from training.config import (
     check_compiler,
     parse_settings,
 )
+from training.sharding import SHARD_MODES
 
 
 def parse_variant(text: str) -> str:
@@ -55,6 +56,12 @@ class StepConfig(ModelConfig, DeviceConfig):
         32,
         help="height and width of the latents: 32 for 256 pixels, 64 for 512 pixels",
         type=cli.positive_int,
+    )
+    shard: str = setting(
+        "none",
+        help="also time the step of each variant with this sharding over one process, which shows "
+        "what FSDP costs apart from communication",
+        choices=SHARD_MODES,
     )
     repa_encoder: str | None = setting(
         None, help="same as --repa-encoder of train.py", metavar="NAME"

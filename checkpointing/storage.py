@@ -7,6 +7,8 @@
       ema-0.999.safetensors  EMA of the backbone for a further --ema-decay, here 0.999
       model.safetensors      weights of the backbone and the alignment heads (no EMA)
       optimizer.safetensors  moments of AdamW
+                             With --shard, these two files are split by rows into files such as
+                             model-00000-of-00008.safetensors, whose metadata hold the first rows.
       progress.json          step, optimizer settings, state of the gradient scaler, running
                              means of the logged metrics, flags of the run, number of failed
                              previews and evaluations, sha256 of the other files
@@ -125,8 +127,12 @@ def ema_filename(config: dict, decay: float) -> str:
     return f"ema-{decay}.safetensors"
 
 
-def verify_checkpoint(checkpoint: Path) -> dict:
-    """Compare the sha256 of every file of a checkpoint with the recorded value.
+def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict:
+    """Compare the sha256 of the files of a checkpoint with the recorded values.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        share: Rank of this process and number of processes, which share the files.
 
     Returns:
         The content of progress.json without the hashes.
@@ -136,8 +142,11 @@ def verify_checkpoint(checkpoint: Path) -> dict:
     """
     remedy = _format_remedy(checkpoint)
     progress = read_progress(checkpoint)
-    hashes = progress.pop("sha256")
-    for name, expected in hashes.items():
+    hashes: dict[str, str] = progress.pop("sha256")
+    rank, num_processes = share
+    for index, (name, expected) in enumerate(hashes.items()):
+        if index % num_processes != rank:
+            continue
         with convert_errors(checkpoint / name, remedy):
             actual = sha256(checkpoint / name)
         if actual != expected:

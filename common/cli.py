@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
+
+from common.logs import get_logger, get_rank_prefix, is_first_process, showing_messages
+
+logger = get_logger(__name__)
 
 Number = TypeVar("Number", int, float)
 
@@ -69,9 +74,13 @@ def require_package(name: str, purpose: str) -> None:
 
 
 def print_warning(message: str) -> None:
-    """Print a warning to stderr on the first process, unless the message is empty."""
-    if message and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Log a warning that is the same on all processes, unless the message is empty.
+
+    Only the first process shows it.
+    """
+    if message:
+        level = logging.WARNING if is_first_process() else logging.INFO
+        logger.log(level, "warning: %s", message)
 
 
 class DiskFullSafeStream:
@@ -107,7 +116,7 @@ class DiskFullSafeStream:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and report user errors as one line on stderr.
+    """Call `main`, show its messages, and report user errors as one line on stderr.
 
     Raises:
         SystemExit: With code 2 after a UserError, or after an OSError caused by a full disk or by
@@ -117,7 +126,8 @@ def run(main: Callable[[], None]) -> None:
     sys.stdout = DiskFullSafeStream(sys.stdout)
     sys.stderr = DiskFullSafeStream(sys.stderr)
     try:
-        main()
+        with showing_messages():
+            main()
     except UserError as error:
         _exit(f"{prefix}error: {error}", 2)
     except OSError as error:
@@ -131,16 +141,6 @@ def run(main: Callable[[], None]) -> None:
         _exit(f"{prefix}error: {error.strerror}{path}; {remedy}", 2)
     except KeyboardInterrupt:
         _exit(f"\n{prefix}interrupted; rerun the same command to resume", EXIT_INTERRUPTED)
-
-
-def get_rank_prefix() -> str:
-    """Return "[rank N] " if a launcher has started several processes, or "" otherwise.
-
-    The variables may be invalid; `read_process_environment` checks them.
-    """
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or "RANK" not in os.environ:
-        return ""
-    return f"[rank {os.environ['RANK']}] "
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -248,6 +248,16 @@ def device(text: str) -> str:
     return text
 
 
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL, such as "s3://bucket/folder", instead of a path."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
+
+
+def path_or_url(text: str) -> Path | str:
+    """Parse a path or a URL (an argparse type). A URL remains a string."""
+    return text if is_url(text) else Path(text)
+
+
 def add_device_flag(add: Callable[..., Any], help: str) -> None:
     """Add --device, whose default is a GPU if there is one.
 
@@ -263,6 +273,7 @@ METAVARS: dict[Any, str] = {
     **dict.fromkeys((positive_int, non_negative_int, seed, int), "N"),
     **dict.fromkeys((fraction, decay, non_negative_float, positive_float, float), "X"),
     Path: "PATH",
+    path_or_url: "PATH",
     device: "DEVICE",
 }
 

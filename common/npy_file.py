@@ -7,6 +7,7 @@ If a file is truncated or its disk fails while it is mapped, the kernel kills th
 import errno
 import os
 import tokenize
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,49 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         raise ValueError(f"the header is damaged ({error})") from None
 
 
+@dataclass(frozen=True)
+class NpyLayout:
+    """The position and the format of the array in a .npy file.
+
+    Attributes:
+        shape: Shape of the array.
+        dtype: Data type of the array.
+        offset: Position of the first row in bytes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the size of a row in bytes."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the array in bytes."""
+        return self.shape[0] * self.row_bytes
+
+
+def read_npy_layout(file: IO[bytes], file_size: int) -> NpyLayout:
+    """Read the header at the current position of a file.
+
+    Raises:
+        EOFError: The file is empty.
+        ValueError: It is not a .npy file, is truncated, or is in Fortran order.
+    """
+    if not file_size:
+        raise EOFError("No data left in file")
+    shape, is_fortran_order, dtype = read_npy_header(file)
+    if not shape or is_fortran_order or dtype.hasobject:
+        raise ValueError("the array has no rows, is in Fortran order or contains objects")
+    layout = NpyLayout(shape, dtype, file.tell())
+    if file_size < layout.offset + layout.nbytes:
+        raise ValueError("the file is truncated")
+    return layout
+
+
 class NpyFile:
     """An array in a .npy file, of which ranges of rows are read on demand.
 
@@ -33,6 +77,7 @@ class NpyFile:
     Attributes:
         shape: Shape of the array.
         dtype: Data type of the array.
+        nbytes: Size of the array in bytes.
 
     Raises:
         OSError: The file cannot be opened.
@@ -43,17 +88,14 @@ class NpyFile:
     def __init__(self, path: Path, start: int = 0):
         self.path = path
         with path.open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise EOFError("No data left in file")
             file.seek(start)
-            self.shape, is_fortran_order, self.dtype = read_npy_header(file)
-            self._offset = file.tell()
+            layout = read_npy_layout(file, os.fstat(file.fileno()).st_size)
             self._descriptor = os.dup(file.fileno())
-        self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        if not self.shape or is_fortran_order or self.dtype.hasobject:
-            raise ValueError("the array has no rows, is in Fortran order or contains objects")
-        if self.is_truncated():
-            raise ValueError("the file is truncated")
+        self.shape = layout.shape
+        self.dtype = layout.dtype
+        self.nbytes = layout.nbytes
+        self._offset = layout.offset
+        self._row_bytes = layout.row_bytes
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -61,11 +103,6 @@ class NpyFile:
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Return the size of the array in bytes."""
-        return len(self) * self._row_bytes
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Read consecutive rows."""

@@ -1,7 +1,6 @@
 """Communicate between the processes of a command, which runs with or without torchrun."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +11,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError, first_line, get_rank_prefix
+from common.cli import UserError, first_line
+from common.logs import get_logger
 from common.machine import count_available_cores
 from common.watchdog import waiting_for
+
+logger = get_logger(__name__)
 
 RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Seconds to wait for an answer of the other processes. A closed connection is detected at once.
@@ -125,7 +127,7 @@ def exit_after_lost_process(reason: str, error: RuntimeError, code: int) -> NoRe
         error: Error of the collective, which is also printed, in case it has a different cause.
         code: Exit code.
     """
-    print(f"{get_rank_prefix()}{reason} ({error})", file=sys.stderr, flush=True)
+    logger.error("%s (%s)", reason, error)
     if dist.get_backend() == "gloo":
         # Otherwise, a thread of gloo may abort this process while it exits.
         dist.destroy_process_group()

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from common.cli import EXIT_INTERRUPTED, EXIT_STOPPED, get_rank_prefix
+from common.cli import EXIT_INTERRUPTED, EXIT_STOPPED
+from common.logs import get_logger
+
+logger = get_logger(__name__)
 
 REPORT_SECONDS = 30.0
 # Seconds after which a signal ends a wait. A handler may end it earlier, in the main thread.
@@ -165,17 +167,20 @@ def end_process(message: str, code: int) -> NoReturn:
 
 
 def _print(message: str) -> None:
-    print(f"{get_rank_prefix()}{message}", file=sys.stderr, flush=True)
+    logger.warning(message)
 
 
 _watchdog = Watchdog()
 
 
 def waiting_for(
-    description: str, stop_seconds: float = STOP_SECONDS
+    description: str,
+    stop_seconds: float = STOP_SECONDS,
+    is_joint: bool = False,
+    is_slow: bool = False,
 ) -> AbstractContextManager[None]:
     """Return the context manager of `Watchdog.watch`, for the watchdog of this process."""
-    return _watchdog.watch(description, stop_seconds)
+    return _watchdog.watch(description, stop_seconds, is_joint, is_slow)
 
 
 def waiting_for_processes(description: str, is_slow: bool = False) -> AbstractContextManager[None]:

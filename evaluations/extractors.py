@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common import cli
 from common.cli import UserError
 from common.ordered_map import map_in_order
 from common.processes import World
+from common.progress import ProgressBar
 from evaluations.fashion import FASHION_RESOLUTION, load_classifier
 from evaluations.features import FeatureNetwork, Features, NumpyFeatures, to_numpy
 from evaluations.image_batches import Images
@@ -127,7 +127,7 @@ def iterate_batches(
 
     with (
         ThreadPoolExecutor(1) as reader,
-        tqdm(
+        ProgressBar(
             total=images.count, unit="img", desc=description, leave=False, disable=rank > 0
         ) as progress,
     ):

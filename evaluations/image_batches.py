@@ -17,11 +17,14 @@ import numpy as np
 from common.cli import UserError, describe_read_error
 from common.files import NPY_READ_ERRORS, ZIP_READ_ERRORS
 from common.lfs import describe_lfs_pointer
+from common.logs import get_logger
 from common.npy_file import NpyFile, read_npy_header
 from evaluations.metrics import MANIFOLD_NEIGHBOURS
 from preprocessing.image_source import ImageSource
 from preprocessing.images import load_square_or_user_error
 from preprocessing.sources import open_source
+
+logger = get_logger(__name__)
 
 CHUNK_SIZE = 1 << 20  # number of bytes to read at a time for the CRC
 READ_ERRORS = (*NPY_READ_ERRORS, *ZIP_READ_ERRORS)
@@ -270,7 +273,7 @@ def open_images(
     else:
         source = open_source(path, flag, is_unlabeled=True)
         if source.ignored:
-            print(f"{flag} {path}: {source.ignored}")
+            logger.info("%s %s: %s", flag, path, source.ignored)
         images = SourceImages(source, resolution, flag)
     height, width = images.size
     if images.size != (resolution, resolution) or images.count <= neighbours:

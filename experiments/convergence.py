@@ -32,6 +32,7 @@ from benchmarks.run_steps import count_training_flops, time_runs
 from common import cli
 from common.cli import UserError
 from common.files import write_file
+from common.logs import get_logger
 from common.machine import count_available_cores
 from evaluations.compare import frechet_name
 from evaluations.runs import read_json
@@ -50,6 +51,8 @@ from experiments.study_plan import (
     read_blocks,
 )
 from experiments.study_probe import probe_run, read_probe
+
+logger = get_logger(__name__)
 
 
 def tune(plan: StudyPlan, output_dir: Path, jobs: int, path: Path) -> None:
@@ -213,7 +216,7 @@ def time_methods(plan: StudyPlan, cells: list[Cell], output_dir: Path) -> None:
     """Time a training step of each method, unless timings are stored already."""
     if read_seconds(output_dir, cells):
         return
-    print("timing a step of each method; do not run other programs meanwhile", flush=True)
+    logger.info("timing a step of each method; do not run other programs meanwhile")
     scale = SCALES[plan.scale]
     settings = {cell.name: cell.parse_settings() for cell in cells}
     seconds = time_runs(settings, scale.timing_rounds, scale.timing_steps)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from common.keyed_random import Purpose, normal, uniform
+from common.progress import ProgressBar
 from experiments.feature_figure import ColourMaps
 from experiments.representation import (
     Neighbours,
@@ -84,7 +84,7 @@ def choose_figure_images(images: StudyImages, count: int) -> Tensor:
 
 @torch.no_grad()
 def pool_tokens(
-    model: SiT, x_t: Tensor, t: float, blocks: list[int], batch_size: int, bar: tqdm
+    model: SiT, x_t: Tensor, t: float, blocks: list[int], batch_size: int, bar: ProgressBar
 ) -> dict[int, Tensor]:
     """Return the tokens after each block, averaged over the grid, from one pass for all blocks.
 

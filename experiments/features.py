@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpointing import pretrained
 from checkpointing.official import ORIGINS
@@ -23,6 +22,8 @@ from checkpointing.storage import CheckpointError
 from common import cli
 from common.cli import UserError
 from common.files import write_file
+from common.logs import get_logger
+from common.progress import ProgressBar
 from evaluations.extractors import load_extractor
 from evaluations.fashion import FASHION_RESOLUTION
 from experiments.cells import open_cache
@@ -44,6 +45,8 @@ from latents.cache import LatentCache
 from models.autoencoder import Autoencoder
 from models.errors import FieldError
 from models.sit import PRESETS
+
+logger = get_logger(__name__)
 
 # Each half must contain an image, its neighbours, and at least one image that is not a neighbour.
 MIN_IMAGES = 2 * NEIGHBOURS + 4
@@ -200,9 +203,8 @@ def load_checkpoints(
         except CheckpointError as error:
             raise UserError(f"--ckpt: {error}") from None
         if not sources[-1].trained_labels.has_null_class:
-            print(
-                f"--ckpt {path} was trained without label dropout, so its null class is untrained",
-                file=sys.stderr,
+            logger.warning(
+                "--ckpt %s was trained without label dropout, so its null class is untrained", path
             )
     return sources
 
@@ -286,7 +288,7 @@ def measure_reference(
     features = torch.cat(
         [
             network(vae.decode(batch.to(args.device))).pool.float()
-            for batch in tqdm(latents, unit="batch", desc="reference features", leave=False)
+            for batch in ProgressBar(latents, unit="batch", desc="reference features", leave=False)
         ]
     )
     description = {
@@ -330,7 +332,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[ColourMaps], list[str]
     num_forwards = len(sources) * len(args.times) * len(images.labels)
     checkpoints = []
     maps = []
-    with tqdm(total=num_forwards, unit="img", desc="features") as bar:
+    with ProgressBar(total=num_forwards, unit="img", desc="features") as bar:
         bar.set_postfix_str("probes of x_t")
         inputs = list(evaluate_inputs(images, path_types, args.times, evaluate))
         for source in sources:

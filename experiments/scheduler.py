@@ -11,12 +11,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.measure import describe_machine
 from common.cli import EXIT_STOPPED, UserError
 from common.files import lock, write_file
+from common.logs import get_logger
 from common.machine import count_available_cores
+from common.progress import ProgressBar
 from experiments.cells import (
     Cell,
     count_images,
@@ -26,6 +27,8 @@ from experiments.cells import (
     read_record,
 )
 from training.preemption import StopRequest, stop_on_signal
+
+logger = get_logger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1  # interval between checks of the processes
@@ -78,8 +81,6 @@ class TrainingProcess:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(num_threads),
             "PYTHONUNBUFFERED": "1",
-            # Hide progress bars, so that the last line of a failed run's log is the error.
-            "TQDM_DISABLE": "1",
         }
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -140,7 +141,7 @@ class Scheduler:
         """The processes whose outcome has not been recorded yet."""
         return [process for process in self.slots if process]
 
-    def run(self, request: StopRequest, bar: tqdm) -> None:
+    def run(self, request: StopRequest, bar: ProgressBar) -> None:
         """Execute all runs. After a stop request, stop the running processes and wait for them."""
         while self.running_processes or (self.pending and not request.name):
             if not request.name:
@@ -164,7 +165,8 @@ class Scheduler:
     def stop_processes(self) -> None:
         """Send SIGTERM to all processes; train.py then saves a checkpoint and exits."""
         self.is_stopping = True
-        tqdm.write(f"stopping: {len(self.running_processes)} runs are saving checkpoints")
+        num_running = len(self.running_processes)
+        logger.info("stopping: %d runs are saving checkpoints", num_running)
         # A second Ctrl-C raises KeyboardInterrupt instead of waiting for the processes.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.send_signal(signal.SIGTERM)
@@ -185,7 +187,7 @@ class Scheduler:
             error = process.close()
             if error and not self.is_stopping:
                 self.errors_by_run[process.cell.run_name] = error
-                tqdm.write(f"{process.cell.run_name}: {error} ({process.log_path})")
+                logger.info("%s: %s (%s)", process.cell.run_name, error, process.log_path)
         return bool(exited_processes)
 
     def count_images(self) -> int:
@@ -195,7 +197,7 @@ class Scheduler:
             for cell, total in self.total_images.items()
         )
 
-    def show_progress(self, bar: tqdm, refresh: bool) -> None:
+    def show_progress(self, bar: ProgressBar, refresh: bool) -> None:
         """Update the progress bar from the records and logs of the runs."""
         self.progress_time = time.monotonic()
         num_finished = sum(is_finished(cell, self.folder) for cell in self.total_images)
@@ -230,7 +232,7 @@ def run_cells(cells: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
             "choose another folder"
         )
         resources.enter_context(lock(folder / ".lock", busy))
-        bar = tqdm(
+        bar = ProgressBar(
             total=sum(scheduler.total_images.values()),
             initial=scheduler.count_images(),
             unit="img",

@@ -21,6 +21,7 @@ from torch import Tensor
 from assets.build_fashion_mnist import CLASS_NAMES, read_split, write_zip
 from common.cli import EXIT_STOPPED, UserError
 from common.files import sha256, write_file
+from common.logs import get_logger
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
 from evaluations.features import Features
@@ -28,6 +29,8 @@ from evaluations.reference_features import ReferenceFile, load_reference_feature
 from evaluations.runs import read_json
 from latents.cache import LatentCache
 from models.autoencoder import Autoencoder, LatentScale
+
+logger = get_logger(__name__)
 
 BUNDLED_IMAGES = Path("assets/fashion-mnist/images.zip")
 BUNDLED_VAE = Path("assets/fashion-mnist/vae")
@@ -98,7 +101,7 @@ def run_module(*arguments: object) -> None:
     """
     command = ["-m", *map(str, arguments)]
     command_line = shlex.join(["python", *command])
-    print(command_line, flush=True)
+    logger.info(command_line)
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code in (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt

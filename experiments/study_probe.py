@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from checkpointing import pretrained
 from common.files import write_file
+from common.progress import ProgressBar
 from evaluations.runs import read_json
 from experiments.feature_study import draw_images, evaluate_features, pool_tokens
 from latents.cache import LatentCache
@@ -39,7 +39,7 @@ def probe_run(run: Path, cache: LatentCache) -> None:
     images = draw_images(cache, min(NUM_IMAGES, len(cache)), SEED)
     blocks = [round(model.config.depth * quarter / 4) for quarter in (1, 2, 3, 4)]
     num_images = len(images.image_index)
-    with tqdm(total=num_images, unit="img", desc=f"probe {run.name}", leave=False) as bar:
+    with ProgressBar(total=num_images, unit="img", desc=f"probe {run.name}", leave=False) as bar:
         x_t = images.add_noise(source.path_type, TIME)
         features = pool_tokens(model, x_t, TIME, blocks, BATCH_SIZE, bar)
         accuracy = {

@@ -4,31 +4,26 @@ Shapes: B images per batch, C latent channels, h x w latent size, R resolution, 
 dimension.
 """
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.machine import get_available_memory, get_memory_sharing_domain, raise_open_file_limit
-from latents.manifest import (
-    CacheError,
-    format_features_remedy,
-    format_repair_remedy,
-    join_manifests,
-    read_feature_metadata,
-    read_manifest,
-)
+from common.progress import ProgressBar
+from latents.manifest import CacheError, join_manifests
 from latents.shard_reader import PrefetchPolicy, ShardReader
+from latents.shared_array import SharedArray
+from latents.sources import CacheSource, open_source
 
 KEEP_IMAGES_REMEDY = "rerun the command that created it and add --keep-images"
 MAX_OPEN_FILES = 16_384  # shards that a process keeps open
+NUM_OPENING_THREADS = 8  # files that are opened at a time when a cache is opened
 
 
 class LatentCache:
@@ -41,9 +36,12 @@ class LatentCache:
     process opens a file when it first reads from it.
 
     Args:
-        roots: Folders of the caches.
+        roots: Folders or URLs of the caches.
+        local_cache: Folder to which remote caches are copied if there is enough space; None reads
+            their rows by ranged requests.
 
     Attributes:
+        roots: Folders or URLs of the caches.
         manifest: The manifest, joined if there are several caches.
         labels: Labels of all images, in the smallest unsigned integer type that holds them.
         open_shards: Readers of the open files, by shard index and folder.
@@ -52,44 +50,79 @@ class LatentCache:
         CacheError: A cache is missing or damaged, or the caches cannot be joined.
     """
 
-    def __init__(self, *roots: Path | str):
-        self.roots = [Path(root) for root in roots]
-        self.manifests = [read_manifest(root) for root in self.roots]
-        self.shard_roots: list[Path] = []
-        for root, manifest in zip(self.roots, self.manifests):
-            self.shard_roots += [root] * len(manifest.shards)
+    def __init__(self, *roots: Path | str, local_cache: Path | None = None):
+        self.sources = [open_source(root, local_cache) for root in roots]
+        self.roots = [source.root for source in self.sources]
+        if len({source.get_identity() for source in self.sources}) < len(self.sources):
+            raise CacheError(f"{' '.join(map(str, roots))}: the same cache is listed twice")
+        self._shard_sources: list[CacheSource] = []
+        for source in self.sources:
+            manifest = source.manifest
+            self._shard_sources += [source] * len(manifest.shards)
             num_images = sum(shard["count"] for shard in manifest.shards)
             if num_images != manifest.count or num_images < 1:
                 raise CacheError(
-                    f"{root / 'manifest.json'}: the shards contain {num_images} images, "
+                    f"{source.root}/manifest.json: the shards contain {num_images} images, "
                     f"but count is {manifest.count}; encode the images again"
                 )
-        self.manifest = join_manifests(self.roots, self.manifests)
+        self.manifest = join_manifests(self.roots, [source.manifest for source in self.sources])
         self.shard_starts = np.cumsum([0] + [shard["count"] for shard in self.manifest.shards])
 
         self._moments_format = self.manifest.moments_format
         # Shape and data type of the rows, for the folders that have been validated.
-        self._row_formats = dict.fromkeys(self.manifest.moment_folders, self._moments_format)
-        self._moments_in_ram: np.ndarray | None = None
+        self._row_formats: dict[str, np.dtype] = {}
+        self._moments_in_ram: SharedArray | None = None
         self.open_shards: dict[tuple[int, str], ShardReader] = {}
         self._max_open_files = min(MAX_OPEN_FILES, raise_open_file_limit() // 2)
         self._prefetch_policies: dict[str, PrefetchPolicy] = defaultdict(PrefetchPolicy)
 
+        for source in self.sources:
+            source.prepare(source.manifest.required_formats)
+        for folder in self.manifest.moment_folders:
+            self._validate_shards(folder, self._moments_format)
+        self.labels = np.empty(len(self), np.min_scalar_type(self.manifest.num_classes - 1))
+        self._for_each_shard(self._read_labels)
+
+    def _for_each_shard(self, function: Callable[[int], None]) -> None:
+        """Call a function for all shards, in threads because each call waits for a disk or server.
+
+        Raises:
+            CacheError: The first error, in the order of the shards.
+        """
+        pool = ThreadPoolExecutor(NUM_OPENING_THREADS)
+        try:
+            for _ in pool.map(function, range(len(self.manifest.shards))):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read_labels(self, shard_index: int) -> None:
+        reader = self._open_shard(shard_index, "labels", np.dtype(np.int64))
+        labels = reader.read()
         last_class = self.manifest.num_classes - 1
-        self.labels = np.empty(len(self), np.min_scalar_type(last_class))
-        for shard_index, start in enumerate(self.shard_starts[:-1]):
-            reader = self._open_shard(shard_index, "labels", np.dtype(np.int64))
-            labels = reader.read()
-            if labels.size and not 0 <= labels.min() <= labels.max() <= last_class:
-                raise CacheError(
-                    f"{reader.path} has labels outside 0..{last_class}; {reader.remedy}"
-                )
-            self.labels[start : start + len(labels)] = labels
-            for folder in self.manifest.moment_folders:
-                self._open_shard(shard_index, folder, self._moments_format)
+        if labels.size and not 0 <= labels.min() <= labels.max() <= last_class:
+            raise CacheError(f"{reader.path} has labels outside 0..{last_class}; {reader.remedy}")
+        start = self.shard_starts[shard_index]
+        self.labels[start : start + len(labels)] = labels
+
+    def _validate_shards(self, folder: str, row_format: np.dtype) -> None:
+        """Open all files of a folder, so that a damaged file does not stop training later."""
+
+        def validate(shard_index: int) -> None:
+            self._open_shard(shard_index, folder, row_format)
+
+        self._for_each_shard(validate)
+        self._row_formats[folder] = row_format
 
     def __len__(self) -> int:
         return self.manifest.count
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether moments are read from a URL for each batch."""
+        if self._moments_in_ram is not None:
+            return False
+        return any(source.is_remote("moments") for source in self.sources)
 
     @property
     def images_per_class(self) -> list[int]:
@@ -123,7 +156,7 @@ class LatentCache:
             moments = np.empty(len(image_indices), self._moments_format)
             row = image_indices + len(self) * folder_index
             # All indices are valid. Modes other than "clip" would buffer the result.
-            np.take(self._moments_in_ram, row, 0, moments, "clip")
+            np.take(self._moments_in_ram.array, row, 0, moments, "clip")
         return torch.from_numpy(moments), labels
 
     def describe_non_finite_moments(
@@ -142,9 +175,9 @@ class LatentCache:
         folder_index = 0 if is_flipped is None else int(is_flipped[batch_index])
         folder = self.manifest.moment_folders[folder_index]
         shard_index = int(np.searchsorted(self.shard_starts, image_index, side="right")) - 1
-        root = self.shard_roots[shard_index]
+        root = self._shard_sources[shard_index].root
         row = image_index - self.shard_starts[shard_index]
-        path = root / folder / self.manifest.shards[shard_index]["file"]
+        path = f"{root}/{folder}/{self.manifest.shards[shard_index]['file']}"
         return (
             f"the moments of image {image_index} (row {row} of {path}) are not finite; "
             f"check the cache with python -m preprocessing.verify {root}"
@@ -153,7 +186,7 @@ class LatentCache:
     def read_input(
         self, folder: str, image_indices: np.ndarray, is_flipped: np.ndarray | None = None
     ) -> Tensor:
-        """Read the images or the stored features of a batch from disk.
+        """Read the images or the stored features of a batch.
 
         Args:
             folder: "images" or "features/SLUG".
@@ -178,7 +211,7 @@ class LatentCache:
         Raises:
             CacheError: A features.json cannot be read.
         """
-        first_cache, *other_caches = map(read_feature_metadata, self.roots, self.manifests)
+        first_cache, *other_caches = [source.read_feature_metadata() for source in self.sources]
         return {
             slug: metadata
             for slug, metadata in first_cache.items()
@@ -194,18 +227,18 @@ class LatentCache:
         if folder in self._row_formats:
             return
         row_format = self._find_input_format(folder)
-        for shard_index in range(len(self.manifest.shards)):
-            self._open_shard(shard_index, folder, row_format)
-        self._row_formats[folder] = row_format
+        for source in self.sources:
+            source.prepare({folder: row_format})
+        self._validate_shards(folder, row_format)
 
     def _find_input_format(self, folder: str) -> np.dtype:
         """Return the shape and data type of the rows of "images" or "features/SLUG"."""
         if folder == "images":
-            for root, manifest in zip(self.roots, self.manifests):
-                if not manifest.images:
+            for source in self.sources:
+                if not source.manifest.images:
                     raise CacheError(
-                        f"{root} holds no images because it was created without --keep-images; "
-                        f"{KEEP_IMAGES_REMEDY}"
+                        f"{source.root} holds no images because it was created without "
+                        f"--keep-images; {KEEP_IMAGES_REMEDY}"
                     )
             resolution = self.manifest.resolution
             return np.dtype((np.uint8, (3, resolution, resolution)))
@@ -238,7 +271,7 @@ class LatentCache:
         rows = list(zip(order.tolist(), shards, row_index.tolist()))
 
         policy = self._prefetch_policies[folders[0]]
-        if policy.remaining_batches:
+        if policy.remaining_batches or any(source.is_remote(folders[0]) for source in self.sources):
             for _, shard, row in rows:
                 self._get_reader(*shard).file.prefetch(row)
 
@@ -264,13 +297,8 @@ class LatentCache:
 
     def _open_shard(self, shard_index: int, folder: str, row_format: np.dtype) -> ShardReader:
         """Validate and open a shard file."""
-        root = self.shard_roots[shard_index]
         shard = self.manifest.shards[shard_index]
-        if folder.startswith("features/"):
-            remedy = format_features_remedy(root / folder)
-        else:
-            remedy = format_repair_remedy(root)
-        return ShardReader(root / folder / shard["file"], shard["count"], row_format, remedy)
+        return self._shard_sources[shard_index].open_shard(shard, folder, row_format)
 
     def load_into_ram(
         self, rank: int = 0, all_gather: Callable[[object], list] = lambda value: [value]
@@ -290,25 +318,26 @@ class LatentCache:
         # One process of each machine allocates the memory and fills it.
         domains = all_gather(get_memory_sharing_domain())
         owner_rank = domains.index(domains[rank])
-        result: str | CacheError | None = None
+        result: SharedArray | CacheError | None = None
         if owner_rank == rank:
             try:
-                result = self._allocate_ram()
-                self._fill_ram(show_progress=rank == 0)
+                self._moments_in_ram = self._allocate_ram()
+                self._fill_ram(self._moments_in_ram.array, show_progress=rank == 0)
+                result = self._moments_in_ram
             except CacheError as error:
                 result = error
 
         # The other processes map the same memory.
         results = all_gather(result)
-        for cache_error in results:
-            if isinstance(cache_error, CacheError):
-                raise cache_error
-        shared_path = results[owner_rank]
-        if owner_rank != rank and shared_path is not None:
-            self._moments_in_ram = self._map_ram(shared_path, "r")
+        for result in results:
+            if isinstance(result, CacheError):
+                self._moments_in_ram = None
+                raise result
+        if owner_rank != rank:
+            self._moments_in_ram = results[owner_rank]
 
-    def _allocate_ram(self) -> str | None:
-        """Allocate memory for the moments, and return the path at which others can map it."""
+    def _allocate_ram(self) -> SharedArray:
+        """Allocate memory for the moments, of which those of the flipped images come last."""
         num_rows = len(self.manifest.moment_folders) * len(self)
         required_bytes = num_rows * self._moments_format.itemsize
         available_bytes = get_available_memory()
@@ -317,25 +346,12 @@ class LatentCache:
                 f"--cache-in-ram needs {required_bytes / 1e9:.1f} GB of memory, but this machine "
                 f"has only {available_bytes / 1e9:.1f} GB available; remove the flag"
             )
-        # memfd_create is not available on macOS, where each process keeps a separate copy.
-        if not hasattr(os, "memfd_create"):
-            self._moments_in_ram = np.empty(num_rows, self._moments_format)
-            return None
-        self._ram_descriptor = os.memfd_create("latents")
-        os.ftruncate(self._ram_descriptor, required_bytes)
-        path = f"/proc/{os.getpid()}/fd/{self._ram_descriptor}"
-        self._moments_in_ram = self._map_ram(path, "r+")
-        return path
+        return SharedArray((num_rows, *self._moments_format.shape), self._moments_format.base)
 
-    def _map_ram(self, path: str, mode: Literal["r", "r+"]) -> np.ndarray:
-        """Map the shared memory, in which the moments of the flipped images come last."""
-        shape = (-1, *self._moments_format.shape)
-        return np.memmap(path, self._moments_format.base, mode).reshape(shape)
-
-    def _fill_ram(self, show_progress: bool) -> None:
-        assert self._moments_in_ram is not None
-        progress = tqdm(
-            total=self._moments_in_ram.nbytes,
+    def _fill_ram(self, moments: np.ndarray, show_progress: bool) -> None:
+        """Read the moments of all shards, (number of rows, 2C, h, w)."""
+        progress = ProgressBar(
+            total=moments.nbytes,
             unit="B",
             unit_scale=True,
             desc="loading into memory",
@@ -346,7 +362,7 @@ class LatentCache:
             for folder in self.manifest.moment_folders:
                 for shard_index in range(len(self.manifest.shards)):
                     reader = self._open_shard(shard_index, folder, self._moments_format)
-                    rows = self._moments_in_ram[begin : begin + len(reader.file)]
+                    rows = moments[begin : begin + len(reader.file)]
                     reader.read_into(0, rows)
                     begin += len(rows)
                     progress.update(rows.nbytes)

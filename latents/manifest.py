@@ -13,6 +13,8 @@ dimension.
 """
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,14 @@ class Manifest:
         return np.dtype((self.dtype, (2 * channels, height, width)))
 
     @property
+    def required_formats(self) -> dict[str, np.dtype]:
+        """Shape and data type of the rows in the folders that every cache has."""
+        return {
+            **dict.fromkeys(self.moment_folders, self.moments_format),
+            "labels": np.dtype(np.int64),
+        }
+
+    @property
     def folders(self) -> list[str]:
         """All folders that contain one array per shard, except the folders of features."""
         folders = [*self.moment_folders, "labels"]
@@ -109,17 +119,39 @@ def read_manifest(root: Path) -> Manifest:
         CacheError: The manifest is missing or has another format.
     """
     path = root / "manifest.json"
+    if re.match(r"[a-z0-9+]+:/", str(root)) and not root.exists():
+        raise CacheError(
+            f"{root} looks like a URL, which only --data-dir and --eval-latents of train.py "
+            "accept; copy the cache to a local folder"
+        )
     if not root.exists():
         raise CacheError(f"{root} does not exist (current folder: {Path.cwd()})")
     if not path.exists():
         raise CacheError(_explain_missing_manifest(root))
+    if problem := describe_lfs_pointer(path):
+        raise CacheError(problem)
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(text: bytes, location: str) -> Manifest:
+    """Parse the contents of manifest.json.
+
+    Args:
+        text: The contents.
+        location: Path or URL of the file, for error messages.
+
+    Raises:
+        CacheError: The manifest is damaged or has another format.
+    """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
         version = content["format_version"]
         if version == FORMAT_VERSION:
             for shard in content["shards"]:
                 if not isinstance(shard["file"], str) or not isinstance(shard["count"], int):
                     raise ValueError("a shard has no file or no count")
+                if Path(shard["file"]).name != shard["file"]:
+                    raise ValueError("the file of a shard is not a file name")
                 if not isinstance(shard.get("sha256", {}), dict):
                     raise ValueError("sha256 of a shard is not an object")
             manifest = Manifest(**content)
@@ -130,14 +162,12 @@ def read_manifest(root: Path) -> Manifest:
             _ = manifest.moments_format  # raises an exception if latent_shape or dtype is invalid
             return _resolve_vae(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if problem := describe_lfs_pointer(path):
-            raise CacheError(problem) from None
         reason = describe_read_error(error)
         raise CacheError(
-            f"{path} is not a valid manifest ({reason}); encode the images again"
+            f"{location} is not a valid manifest ({reason}); encode the images again"
         ) from None
     raise CacheError(
-        f"{path} has format version {version}, but this code reads version {FORMAT_VERSION}; "
+        f"{location} has format version {version}, but this code reads version {FORMAT_VERSION}; "
         "encode the images again"
     )
 
@@ -166,14 +196,16 @@ def _explain_missing_manifest(root: Path) -> str:
     )
 
 
-def join_manifests(roots: list[Path], manifests: list[Manifest]) -> Manifest:
+def join_manifests(roots: Sequence[Path | str], manifests: list[Manifest]) -> Manifest:
     """Return the manifest of several caches that are read as one cache, in the given order.
 
+    Args:
+        roots: Folders or URLs of the caches, for error messages.
+        manifests: Manifests of the caches.
+
     Raises:
-        CacheError: The caches differ in one of SHARED_FIELDS, or a cache is listed twice.
+        CacheError: The caches differ in one of SHARED_FIELDS.
     """
-    if len({root.resolve() for root in roots}) < len(roots):
-        raise CacheError(f"{' '.join(map(str, roots))}: the same cache is listed twice")
     first = manifests[0]
     if len(manifests) == 1:
         return first
@@ -235,19 +267,37 @@ def read_feature_metadata(root: Path, manifest: Manifest) -> dict[str, dict]:
     Raises:
         CacheError: A features.json cannot be read.
     """
+    metadata_by_slug = {}
+    for path in sorted((root / "features").glob("*/features.json")):
+        remedy = format_features_remedy(path.parent)
+        metadata = parse_feature_metadata(path.read_bytes(), str(path), manifest, remedy)
+        if metadata is not None:
+            metadata_by_slug[path.parent.name] = metadata
+    return metadata_by_slug
+
+
+def parse_feature_metadata(
+    text: bytes, location: str, manifest: Manifest, remedy: str
+) -> dict | None:
+    """Return the FEATURE_FIELDS of a features.json, or None if the images have changed since.
+
+    Args:
+        text: The contents of features.json.
+        location: Path or URL of the file, for error messages.
+        manifest: Manifest of the cache.
+        remedy: Instruction for error messages.
+
+    Raises:
+        CacheError: The contents are damaged.
+    """
+    try:
+        content = json.loads(text)
+        metadata = {name: content[name] for name in FEATURE_FIELDS}
+        encoded_hashes = {shard["file"]: shard["images_sha256"] for shard in content["shards"]}
+    except (ValueError, KeyError, TypeError) as error:
+        reason = describe_read_error(error)
+        raise CacheError(f"{location} cannot be read ({reason}); {remedy}") from None
     image_hashes = {
         shard["file"]: shard.get("sha256", {}).get("images") for shard in manifest.shards
     }
-    metadata_by_slug = {}
-    for path in sorted((root / "features").glob("*/features.json")):
-        try:
-            content = json.loads(path.read_text())
-            metadata = {name: content[name] for name in FEATURE_FIELDS}
-            encoded_hashes = {shard["file"]: shard["images_sha256"] for shard in content["shards"]}
-        except (ValueError, KeyError, TypeError) as error:
-            reason = describe_read_error(error)
-            message = f"{path} cannot be read ({reason}); {format_features_remedy(path.parent)}"
-            raise CacheError(message) from None
-        if encoded_hashes == image_hashes:
-            metadata_by_slug[path.parent.name] = metadata
-    return metadata_by_slug
+    return metadata if encoded_hashes == image_hashes else None

@@ -1,10 +1,11 @@
 """Read rows of a shard, with prefetching while the disk is slow."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -18,17 +19,42 @@ MIN_MEMORY_BANDWIDTH = 2e9  # bytes per second; a slower copy must have stalled 
 ROW_OVERHEAD = 2e-6  # seconds per row that the loop takes in addition to the copy itself
 
 
+class RowReader(Protocol):
+    """An array of which ranges of rows are read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Read consecutive rows."""
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Read consecutive rows into a contiguous array."""
+
+    def prefetch(self, row: int) -> None:
+        """Start to read a row in the background."""
+
+    def disable_read_ahead(self) -> None:
+        """Prepare for reading single rows in random order."""
+
+    def is_truncated(self) -> bool:
+        """Return whether the file is now shorter than the array."""
+
+
 class ShardReader:
     """A shard file that has been validated.
 
     Args:
-        path: The .npy file.
+        path: The .npy file, or its URL.
         num_rows: Number of rows according to the manifest.
         row_format: Shape and data type of a row, as a subarray dtype such as "(8, 32, 32)f2".
         remedy: Instruction for the error message if the file is missing, damaged or different.
+        open_url: Function that opens the file if `path` is a URL.
 
     Attributes:
-        path: The .npy file.
+        path: The .npy file, or its URL.
         remedy: Instruction for error messages about the file.
         file: The array in the file, (num_rows, ...).
 
@@ -36,11 +62,23 @@ class ShardReader:
         CacheError: The file cannot be read, or it does not match the manifest.
     """
 
-    def __init__(self, path: Path, num_rows: int, row_format: np.dtype, remedy: str):
+    def __init__(
+        self,
+        path: Path | str,
+        num_rows: int,
+        row_format: np.dtype,
+        remedy: str,
+        open_url: Callable[[str], RowReader] | None = None,
+    ):
         self.path = path
         self.remedy = remedy
+        self.file: RowReader
         with self._convert_errors():
-            self.file = NpyFile(path)
+            if isinstance(path, Path):
+                self.file = NpyFile(path)
+            else:
+                assert open_url is not None
+                self.file = open_url(path)
         expected = (num_rows, *row_format.shape)
         shape = self.file.shape
         if (shape, self.file.dtype) != (expected, row_format.base):
@@ -79,11 +117,13 @@ class ShardReader:
     def _convert_errors(self) -> Iterator[None]:
         try:
             yield
+        except CacheError:
+            raise
         except (OSError, ValueError, EOFError) as error:
             raise self._make_error(error) from None
 
     def _make_error(self, error: Exception) -> CacheError:
-        if problem := describe_lfs_pointer(self.path):
+        if isinstance(self.path, Path) and (problem := describe_lfs_pointer(self.path)):
             return CacheError(problem)
         message = f"{self.path} cannot be read ({describe_read_error(error)})"
         # Do not suggest the remedy for errors of the disk or machine: the file may be intact.

@@ -37,7 +37,17 @@ class SiTConfig:
         return self.latent_size // self.patch
 
 
-_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+# Depth, width and heads. S, B, L and XL are those of DiT (arXiv:2212.09748, Table 1). 1B and 3B
+# follow the rule of Stable Diffusion 3 (arXiv:2403.03206): depth d, width 64 d and d heads. 1B has
+# the size of LightningDiT-1p0B (github.com/hustvl/LightningDiT).
+_SIZES = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "1B": (24, 1536, 24),
+    "3B": (34, 2176, 34),
+}
 PRESETS: dict[str, dict[str, int]] = {
     "SiT-Ti/2": {"depth": 6, "width": 128, "heads": 4, "patch": 2},
     **{
@@ -47,8 +57,9 @@ PRESETS: dict[str, dict[str, int]] = {
     },
 }
 
-# The SRA 2 paper specifies the blocks of B, L and XL. The smaller models use the same block as B.
-_DEFAULT_ALIGN_BLOCKS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
+# The SRA 2 paper specifies the blocks of B, L and XL. The smaller models use the same block as B,
+# and the larger models the same block as L and XL. Neither have been tuned.
+_DEFAULT_ALIGN_BLOCKS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8, "1B": 8, "3B": 8}
 
 
 def default_align_block(model: str) -> int:
@@ -97,7 +108,9 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
         half = num_features // 2
-        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        # The buffer exists even if the network is built on the meta device.
+        index = torch.arange(half, dtype=torch.float32, device="cpu")
+        omega = torch.exp(-math.log(10000) * index / half)
         self.register_buffer("omega", omega, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:

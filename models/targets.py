@@ -4,7 +4,6 @@ docs/extending.md shows how to add a method. Shapes: B batch, C channels, H and 
 width, p patch size, N = HW / p^2 tokens, D width, S image size, T side of an encoder's token grid.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -66,7 +65,7 @@ class RunContext:
     """The parts of a run that a target may use."""
 
     device: torch.device
-    ema: SiT  # the first EMA of the run
+    ema: SiT  # the first EMA of the run; its blocks are compiled if `compile` is set
     add_noise: Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, noise, t) -> x_t
     autocast: Callable[[], AbstractContextManager]  # enables the mixed precision of the run
     compile: bool  # whether to compile networks
@@ -452,13 +451,6 @@ class Teacher(Target):
 
     def __post_init__(self) -> None:
         self.teacher = self.context.ema
-        if self.context.compile:
-            # The blocks of the EMA itself must not be compiled, because previews and evaluations
-            # use other batch sizes. The teacher has its own blocks with the same tensors.
-            tensors = (*self.teacher.parameters(), *self.teacher.buffers())
-            self.teacher = copy.deepcopy(self.teacher, {id(tensor): tensor for tensor in tensors})
-            for block in self.teacher.blocks:
-                block.compile(dynamic=False)
 
     @staticmethod
     def defaults(model: str, depth: int, width: int, loss: str) -> Defaults:

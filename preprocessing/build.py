@@ -15,6 +15,7 @@ import numpy as np
 from common.cli import UserError
 from common.files import discard_on_error, write_file
 from common.image_grid import save_png
+from common.logs import get_logger
 from common.processes import World
 from latents.cache import LatentCache
 from latents.manifest import CacheError, Manifest, read_manifest, write_manifest
@@ -38,6 +39,8 @@ from preprocessing.shards import (
     shard_file_name,
     write_shard,
 )
+
+logger = get_logger(__name__)
 
 # Settings that may differ when a command is rerun on a complete cache. The first two change at most
 # the last bit of a moment, and the third one adds images.
@@ -210,7 +213,7 @@ def build_cache(dest: Path, job: CacheJob, world: World) -> Manifest:
         if missing_files and not manifest and not (dest / "preview.png").exists():
             preview, description = job.make_preview()
             save_png(preview, dest / "preview.png")
-            print(f"{dest / 'preview.png'}: {description}", flush=True)
+            logger.info("%s: %s", dest / "preview.png", description)
         return missing_files
 
     with lock_destination(dest, world, prepare) as missing_files:

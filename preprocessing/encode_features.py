@@ -18,11 +18,14 @@ from torch import Tensor
 
 from common import cli
 from common.cli import UserError
+from common.logs import get_logger
 from common.processes import World
 from latents.cache import KEEP_IMAGES_REMEDY
 from latents.manifest import Manifest, read_manifest
 from models.errors import FieldError
 from preprocessing.encoder_features import FEATURES_DTYPE, build_features
+
+logger = get_logger(__name__)
 
 
 def positive_int_or_auto(text: str) -> int | None:
@@ -138,10 +141,9 @@ def main() -> None:
         num_tokens = tokens_side**2
         num_values = manifest.count * num_tokens * encoder.width
         gigabytes = num_values * FEATURES_DTYPE.itemsize / 1e9
-        print(
+        logger.info(
             f"features/{slug}: {manifest.count:,} x {num_tokens} x {encoder.width} "
-            f"{FEATURES_DTYPE}, {gigabytes:.2f} GB",
-            flush=True,
+            f"{FEATURES_DTYPE}, {gigabytes:.2f} GB"
         )
 
     def encode(images: Tensor) -> Tensor:

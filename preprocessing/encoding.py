@@ -23,6 +23,7 @@ from common import cli
 from common.cli import UserError
 from common.config import setting
 from common.loader import Loader
+from common.logs import get_logger
 from common.ordered_map import map_in_order
 from common.processes import World
 from common.tf32 import set_tf32
@@ -31,6 +32,8 @@ from preprocessing.cache_job import DTYPES, Batch, CacheJob
 from preprocessing.image_source import ImageSource
 from preprocessing.images import BACKGROUNDS, CROPS, BadImage, SquareReader, UnreadableImage
 from preprocessing.sources import open_source
+
+logger = get_logger(__name__)
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 MAX_WORKERS = 16  # default maximum number of decoding workers per process
@@ -184,8 +187,7 @@ class EncodingJob(CacheJob):
             label_column=settings.label_column,
             is_unlabeled=settings.unlabeled,
         )
-        if world.rank == 0:
-            print(f"{settings.source}: {source.describe()}")
+        logger.info("%s: %s", settings.source, source.describe())
         self.device = select_device(device, world)
         use_tf32 = settings.precision == "tf32"
         if use_tf32 and self.device.type == "cpu":

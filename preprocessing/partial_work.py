@@ -13,11 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.cli import UserError
 from common.files import lock, write_file
 from common.processes import World
+from common.progress import ProgressBar
 from preprocessing.cache_job import Plan
 from preprocessing.shards import ShardEntry
 
@@ -127,7 +126,7 @@ def show_progress_bar(
     Yields:
         A function to call with the number of images that this process has just processed.
     """
-    with tqdm(
+    with ProgressBar(
         total=num_local_images * world.num_processes,
         unit="img",
         desc=description,

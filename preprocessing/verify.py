@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from common import cli
 from common.cli import UserError, describe_read_error
@@ -25,6 +24,7 @@ from common.files import sha256
 from common.lfs import describe_lfs_pointer
 from common.npy_file import NpyFile
 from common.processes import World
+from common.progress import ProgressBar
 from latents.manifest import Manifest, read_manifest
 from preprocessing.build import rebuild_shards
 from preprocessing.cache_job import CacheJob
@@ -79,7 +79,7 @@ def find_all_faults(root: Path, manifest: Manifest) -> dict[str, list[Fault]]:
     faults = {}
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=manifest.count, unit="img", desc=f"verifying {root.name}") as bar,
+        ProgressBar(total=manifest.count, unit="img", desc=f"verifying {root.name}") as bar,
     ):
         results = pool.map(lambda entry: find_shard_faults(root, manifest, entry), manifest.shards)
         for entry, shard_faults in zip(manifest.shards, results):

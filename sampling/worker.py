@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from common.cli import UserError
+from common.cli import UserError, print_warning
+from common.compile_cache import CompileCache
+from common.progress import ProgressBar
 from evaluations.features import FeatureNetwork, to_numpy
 from models.autoencoder import Autoencoder
 from models.sit import SiT
@@ -116,8 +117,9 @@ def run_batches(
     batches: list[int],
     num_threads: int,
     is_compiled: bool,
-    bar: tqdm,
+    bar: ProgressBar,
     images_per_batch: int,
+    compile_cache: CompileCache | None = None,
 ) -> None:
     """Sample and store the batches of this process.
 
@@ -129,6 +131,7 @@ def run_batches(
             the network is compiled only once.
         bar: Progress bar over the images of all processes.
         images_per_batch: Number of images by which the bar advances after each batch.
+        compile_cache: The compiled graphs, which are saved after the first batch.
     """
     groups = [batches[:1], batches[1:]] if is_compiled else [batches]
     with ThreadPoolExecutor(num_threads) as pool:
@@ -137,6 +140,8 @@ def run_batches(
                 for future in as_completed([pool.submit(worker, batch) for batch in group]):
                     future.result()
                     bar.update(min(images_per_batch, bar.total - bar.n))  # the last batch is padded
+                if compile_cache and group is groups[0]:
+                    print_warning(compile_cache.save())
         except BaseException:
             worker.cancel()
             pool.shutdown(cancel_futures=True)

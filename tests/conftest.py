@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import _utils
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -95,3 +96,11 @@ def frequent_worker_checks(monkeypatch):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     # The default value of a method's argument is a copy of the interval.
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+
+
+@pytest.fixture
+def process_group():
+    """Remove the process group of a single process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -125,7 +125,7 @@ for rank in range(int(count)):
     children.append(os.fork())
     if not children[-1]:
         os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
-        sys.argv = [name, *flags]
+        sys.argv = [name, *(flag.replace("{rank}", str(rank)) for flag in flags)]
         run_and_exit(module.main)
 """
 
@@ -137,10 +137,16 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 def run_ranks(processes: int, module: str, *flags) -> str:
     """Run a module's main function on several processes with torchrun's environment.
 
-    The processes are forked after the imports, so this takes half as long as `torchrun`.
+    The processes are forked after the imports, so this takes half as long as `torchrun`. In the
+    flags, {rank} is replaced by the rank of the process.
     """
+    return run_command(make_ranks_command(processes, module, *flags))
+
+
+def make_ranks_command(processes: int, module: str, *flags) -> list[str]:
+    """Return the command of `run_ranks`."""
     code = RUN_AND_EXIT + FORK_RANKS
-    return run_command([sys.executable, "-c", code, str(processes), module, *map(str, flags)])
+    return [sys.executable, "-c", code, str(processes), module, *map(str, flags)]
 
 
 WAIT_FOR_ONE_RANK = f"""{START_RANKS}

@@ -28,7 +28,7 @@ ALLOWED = {
         "preprocessing.sources",
     },
     "sampling": {"common", "evaluations", "interpolant", "models", "samplers"},
-    "assets": {"evaluations"},
+    "assets": {"common.progress", "evaluations"},
 }
 LIBRARY = set(ALLOWED) - {"assets"}
 ALLOWED["training"] = LIBRARY
@@ -94,6 +94,14 @@ def test_optional_packages_are_imported_inside_functions():
         if path.parts[0] != "benchmarks":  # benchmarks use packages of requirements-dev.txt
             modules = find_imported_modules(parse_file(path).body)
             assert not get_top_level_names(modules) & OPTIONAL, path
+
+
+def test_only_one_module_imports_tqdm():
+    """The others use `ProgressBar`, which writes lines of text if there is no terminal."""
+    paths = [path for path in list_source_files() if path != Path("common/progress.py")]
+    for path in paths:
+        modules = find_imported_modules(ast.walk(parse_file(path)))
+        assert "tqdm" not in get_top_level_names(modules), path
 
 
 def test_top_level_has_six_python_files():

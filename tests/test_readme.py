@@ -28,7 +28,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
 SHORT_TRAINING = shlex.split(
     "--model SiT-S/8 --max-train-steps 2 --batch-size 4 --sampling-steps 0 --log-every 1 "
@@ -37,10 +37,21 @@ SHORT_TRAINING = shlex.split(
 SHORT_SAMPLING = shlex.split("--num-fid-samples 5 --num-steps 2 --per-proc-batch-size 5")
 FLAGS_OF_OTHER_PROGRAMS = {
     "--cpu",  # accelerate launch
-    "--requeue",  # sbatch
-    "--nnodes",  # torchrun
+    "--num_processes",
+    "--cpus-per-task",  # sbatch and srun
+    "--gpu-bind",
+    "--gpus-per-node",
+    "--gpus-per-task",
+    "--kill-on-bad-exit",
+    "--ntasks-per-node",
+    "--output",
+    "--requeue",
+    "--signal",
+    "--max-restarts",  # torchrun
+    "--nnodes",
     "--rdzv",
     "--rdzv_endpoint",
+    # remove when train.py has this flag
     "--coarse-side",  # the example of docs/extending.md
 }
 

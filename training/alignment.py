@@ -1,5 +1,6 @@
 """Plan, load and apply the alignment methods of a run."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from common.cli import UserError
 from common.config import to_plain
@@ -209,7 +211,22 @@ def make_run_context(
     def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(path, latents, noise, t)[0]
 
+    if compile and not isinstance(ema, FSDPModule):  # otherwise, its blocks are compiled
+        ema = copy_with_compiled_blocks(ema)
     return RunContext(ema.pos_embed.device, ema, add_noise, autocast, compile)
+
+
+def copy_with_compiled_blocks(network: SiT) -> SiT:
+    """Return a network with compiled blocks that shares all tensors with `network`.
+
+    The blocks of the EMA itself are not compiled, because previews and evaluations use other batch
+    sizes.
+    """
+    tensors = (*network.parameters(), *network.buffers())
+    compiled = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    for block in compiled.blocks:
+        block.compile(dynamic=False)
+    return compiled
 
 
 def load_alignments(
@@ -277,10 +294,15 @@ def describe_alignment(entry: dict, model: AlignedSiT, cache: CacheInfo) -> str:
             f"head: {format_count(head_size)} parameters (+{head_size / backbone_size:.1%}), "
             f"+{flops / backbone_flop_count:.1%} FLOPs forward and backward"
         )
-    line = (
-        f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, weight "
-        f"{entry['weight']:g}; {head}"
+    weight = f"weight {entry['weight']:g}"
+    if entry["stop_step"]:
+        weight += f" until step {entry['stop_step']:,}"
+    method = (
+        f"{entry['method']}: {method_settings}block {entry['block']}, {entry['loss']}, {weight}"
     )
+    if not entry["weight"]:
+        return f"{method}; not computed"
+    line = f"{method}; {head}"
     cost = TARGETS[entry["method"]].cost(entry, config, cache)
     if cost.flops:
         line += (

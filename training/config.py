@@ -23,6 +23,7 @@ from training.alignment_config import (
     add_alignment_flags,
     resolve_alignments,
 )
+from training.sharding import SHARD_MODES
 from training.trackers import TRACKER_NAMES
 
 DEFAULT_NUM_STEPS = 400_000
@@ -51,11 +52,17 @@ class RunConfig:
 class DataConfig:
     """The latent cache and how it is read."""
 
-    data_dir: tuple[Path, ...] = setting(
-        help="latent cache; several caches are joined",
-        type=Path,
+    data_dir: tuple[Path | str, ...] = setting(
+        help="latent cache: a folder, or a URL (s3://, gs://, hf://, https://); several are joined",
+        type=cli.path_or_url,
         nargs="+",
         action="extend",
+    )
+    local_cache: str = setting(
+        "auto",
+        help="folder for copies of remote caches, made once per machine; auto: in $SLURM_TMPDIR or "
+        "the temporary folder; none: no copy, rows are read by ranged requests",
+        metavar="DIR",
     )
     cache_in_ram: bool = setting(
         False,
@@ -202,6 +209,14 @@ class DeviceConfig:
         "savings and additional computation are proportional to this number",
         may_change=True,
     )
+    shard: str = setting(
+        "none",
+        help="state that is sharded over the processes with FSDP2 instead of being copied to each "
+        "(DDP); optimizer: gradients, optimizer state and EMAs; full: parameters as well; hybrid: "
+        "full within a node, copied to every node",
+        choices=SHARD_MODES,
+        may_change=True,
+    )
     allow_tf32: bool = setting(
         False, help="use TF32 for float32 matrix products and convolutions on GPUs"
     )
@@ -221,7 +236,7 @@ class LogConfig:
 
     log_every: int = setting(
         100,
-        help="steps between lines of metrics.jsonl",
+        help="steps between lines of metrics.jsonl, and of the progress without a terminal",
         type=cli.positive_int,
     )
     report_to: tuple[str, ...] = setting(
@@ -308,9 +323,10 @@ class PeriodicEvaluationConfig:
         help="ADM's .npz, or images: a folder, zip, tar or parquet files",
         flags=("--eval-reference",),
     )
-    latents: Path | None = setting(
+    latents: Path | str | None = setting(
         None,
         help="latent cache of held-out images; their loss is measured on EVAL_SAMPLES images",
+        type=cli.path_or_url,
         flags=("--eval-latents",),
         metavar="DIR",
     )

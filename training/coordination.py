@@ -17,10 +17,12 @@ from training.config import DeviceConfig
 
 # Limit of the wait for the slow work of another process.
 SLOW_TIMEOUT = timedelta(hours=2)
+# The same before the first step, when a node may copy a remote cache.
+PREPARE_TIMEOUT = timedelta(hours=12)
 # PyTorch's own limits end a process without naming the cause, so they come later than ours.
 TIMEOUT_MARGIN = timedelta(minutes=5)
 # Limit of groups whose collectives the hang detector watches as well.
-GROUP_TIMEOUT = SLOW_TIMEOUT + TIMEOUT_MARGIN
+GROUP_TIMEOUT = PREPARE_TIMEOUT + TIMEOUT_MARGIN
 
 
 def get_collective_timeout(config: DeviceConfig) -> timedelta:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.cli import UserError
 from common.config import get_flag_of_field
 from common.files import sha256
+from common.progress import ProgressBar
 from evaluations.compare import compute_metrics
 from evaluations.extractors import collect_features, load_extractor
 from evaluations.features import Features
@@ -135,7 +135,8 @@ class Evaluator:
 
         Args:
             model: The network.
-            gather: Concatenates a tensor of every process, in the order of the ranks.
+            gather: Concatenates a tensor of every process on the first one, in the order of the
+                ranks.
             is_stopped: Returns whether a stop signal arrived on this process.
 
         Returns:
@@ -197,7 +198,7 @@ class Evaluator:
         batch_size = self.config.batch_size
         num_samples = self.config.samples
         step = batch_size * self.num_processes
-        with tqdm(
+        with ProgressBar(
             total=num_samples, unit="img", desc="evaluating", leave=False, disable=self.rank > 0
         ) as bar:
             for first in range(0, num_samples, step):

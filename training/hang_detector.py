@@ -22,7 +22,7 @@ from common.cli import EXIT_STOPPED, UserError, first_line
 from common.processes import create_gloo_group, exit_after_lost_process, has_process_ended
 from common.watchdog import Wait, Watchdog, end_process, get_watchdog
 from training.config import DeviceConfig
-from training.coordination import SLOW_TIMEOUT, broadcast_object, wait_for_all
+from training.coordination import PREPARE_TIMEOUT, SLOW_TIMEOUT, broadcast_object, wait_for_all
 from training.heartbeat import (
     ANSWER_SECONDS,
     ActiveClock,
@@ -50,6 +50,7 @@ class HangDetector:
         watchdog: Records the waits of this process.
         limit: Seconds that a wait in a training step may take.
         slow_limit: Seconds that a wait for slow work may take.
+        prepare_limit: The same before the first step.
         num_slow_steps: Number of steps of this session that may take as long as slow work.
         end: Ends this process with a message and an exit code.
     """
@@ -60,6 +61,7 @@ class HangDetector:
         watchdog: Watchdog,
         limit: float,
         slow_limit: float,
+        prepare_limit: float,
         num_slow_steps: int = 0,
         end: Callable[[str, int], None] = end_process,
     ):
@@ -67,6 +69,7 @@ class HangDetector:
         self.watchdog = watchdog
         self.limit = limit
         self.slow_limit = max(limit, slow_limit)
+        self.prepare_limit = max(limit, prepare_limit)
         self.num_slow_steps = num_slow_steps
         self.end = end
         # The wait of this process and the line at which it is blocked, and since when.
@@ -108,14 +111,21 @@ class HangDetector:
             return
         if elapsed < self.limit:
             return
-        is_slow = wait.is_slow or 0 < self.watchdog.num_steps <= self.num_slow_steps
-        reason = self.find_reason(elapsed >= (self.slow_limit if is_slow else self.limit))
+        reason = self.find_reason(elapsed >= self.get_limit(wait))
         if reason:
             message = (
                 f"gave up after {elapsed:.0f} s of waiting for {wait.description}: {reason}; rerun "
                 "the same command to resume"
             )
             self._end(Cause(EXIT_STOPPED, message))
+
+    def get_limit(self, wait: Wait) -> float:
+        """Return the seconds after which a process that is alive must have arrived."""
+        if wait.is_slow and self.watchdog.step is None:
+            return self.prepare_limit
+        if wait.is_slow or 0 < self.watchdog.num_steps <= self.num_slow_steps:
+            return self.slow_limit
+        return self.limit
 
     def find_reason(self, is_expired: bool) -> str:
         """Return which processes are missing, or "" if the wait may continue.
@@ -259,6 +269,7 @@ def make_hang_detector(config: DeviceConfig, rank: int, num_processes: int) -> H
         watchdog,
         limit,
         SLOW_TIMEOUT.total_seconds(),
+        PREPARE_TIMEOUT.total_seconds(),
         NUM_COMPILING_STEPS if config.compile else 0,
     )
 

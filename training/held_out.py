@@ -40,14 +40,14 @@ class HeldOutLoss:
     """Measures the denoising loss on the images of a latent cache.
 
     Args:
-        root: The latent cache.
+        root: Folder or URL of the latent cache.
         num_images: Number of images to use, evenly spaced; all of them if the cache has fewer.
 
     Raises:
         UserError: The cache cannot be read, or an image to use has moments that are not finite.
     """
 
-    def __init__(self, root: Path, num_images: int):
+    def __init__(self, root: Path | str, num_images: int):
         try:
             self.cache = LatentCache(root)
         except CacheError as error:
@@ -96,6 +96,8 @@ class HeldOutLoss:
     ) -> dict[str, float]:
         """Return the mean loss over images and timesteps, and the mean at each timestep.
 
+        With several processes, the result is valid on the first one.
+
         The network is conditioned on the true classes of the images.
 
         Args:
@@ -104,7 +106,7 @@ class HeldOutLoss:
             dtype: Autocast dtype.
             batch_size: Images per process and forward pass.
             share: Rank of this process and number of processes.
-            gather: Concatenates a tensor of every process.
+            gather: Concatenates a tensor of every process on the first one.
             check_stop: Called by all processes after each batch; an exception ends the work.
 
         Returns:

@@ -7,6 +7,10 @@ therefore exchange their status before each collective of the work, and at its e
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from checkpointing.storage import format_error
 from training.coordination import gather_objects
 
@@ -40,6 +44,21 @@ def exchange_status(reason: str = "", is_stopped: bool = False) -> None:
         raise JointWorkError(reasons[0])
     if any(is_stopped for _, is_stopped in statuses):
         raise Stopped
+
+
+def gather_on_first(tensor: Tensor) -> Tensor:
+    """Concatenate a tensor of every process on the first one, in the order of the ranks.
+
+    All processes must call this with tensors of the same shape. The others return no rows.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    parts = None
+    if dist.get_rank() == 0:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.gather(tensor, parts, dst=0)
+    return torch.cat(parts) if parts else tensor[:0]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Write the log of a run: metrics.jsonl, log.txt, the progress bar and the trackers."""
+"""Write the log of a run: metrics.jsonl, messages, the progress and the trackers."""
 
 import json
-import sys
+import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpointing.storage import RunOwner
 from common.files import LineWriter, write_file
+from common.logs import get_logger
 from common.metrics_log import METRICS_SCHEMA, is_zeroed, split_lines
+from common.progress import ProgressBar
 from common.watchdog import waiting_for_processes
 from training.guard import NonFiniteGuard
 from training.throughput import Throughput
 from training.trackers import Trackers
+
+logger = get_logger(__name__)
 
 
 def is_due(step: int, period: int, last_step: int = 0) -> bool:
@@ -76,43 +80,118 @@ class MetricMeans:
             return self.reduce(self.sums, "mean").tolist()
 
 
-class Console:
-    """Progress bar and log.txt of the main process; silent on the others.
+def make_log_path(folder: Path, rank: int) -> Path:
+    """Return the path of the messages of a process: log.txt or rank-N.log."""
+    return folder / (f"rank-{rank}.log" if rank else "log.txt")
+
+
+def log_start(rank: int, num_processes: int, device: torch.device) -> None:
+    """Record in the file of this process where it runs."""
+    name = str(device)
+    if device.type == "cuda":
+        name += f" ({torch.cuda.get_device_name(device)})"
+    logger.debug(
+        "started rank %d of %d on %s, process %d, device %s",
+        rank,
+        num_processes,
+        socket.gethostname(),
+        os.getpid(),
+        name,
+    )
+
+
+def format_line(
+    step: int,
+    num_steps: int,
+    images_per_s: float,
+    remaining_seconds: float | None,
+    means: dict[str, float | None],
+) -> str:
+    """Return the line that shows the progress without a terminal. It contains only the losses.
 
     Args:
-        folder: The run folder.
-        total: Total number of images in the run.
-        initial: Number of images processed before this session.
-        is_main_process: Whether to write anything.
+        step: Number of updates so far.
+        num_steps: Number of steps of the run.
+        images_per_s: Images per second without pauses.
+        remaining_seconds: Estimate of the remaining time, or None.
+        means: Losses and other scalars; None if no step was finite.
+    """
+    remaining = "?"
+    if remaining_seconds is not None:
+        remaining = ProgressBar.format_interval(remaining_seconds)
+    losses = [
+        f"{name} {value:.4f}"
+        for name, value in means.items()
+        if value is not None and (name in ("loss", "denoising") or name.startswith("align/"))
+    ]
+    return (
+        f"step {step:,} of {num_steps:,}, {images_per_s:.2f} images/s, {remaining} remaining: "
+        f"{', '.join(losses) or 'no finite step'}"
+    )
+
+
+class Console:
+    """Shows the progress on the main process: a bar on a terminal, and lines of text otherwise.
+
+    Args:
+        name: Name of the run.
+        num_steps: Number of steps of the run.
+        initial_step: Number of steps before this session.
+        batch_size: Global batch size.
+        is_main_process: Whether to show anything.
     """
 
-    def __init__(self, folder: Path, total: int, initial: int, is_main_process: bool):
-        self.lines = LineWriter(folder / "log.txt")
+    def __init__(
+        self, name: str, num_steps: int, initial_step: int, batch_size: int, is_main_process: bool
+    ):
+        self.num_steps = num_steps
+        self.batch_size = batch_size
         self.is_main_process = is_main_process
-        self.bar = tqdm(
-            total=total,
-            initial=initial,
+        self.bar = ProgressBar(
+            total=num_steps * batch_size,
+            initial=initial_step * batch_size,
             unit="img",
             unit_scale=True,
-            desc=folder.name,
+            desc=name,
             smoothing=0.05,
+            line_seconds=None,
             disable=not is_main_process,
         )
+        # Step and time after the first step of this session, which may include a compilation.
+        self.reference_point: tuple[int, float] | None = None
 
-    def info(self, text: str) -> None:
-        """Write one message above the progress bar and to log.txt."""
-        if self.is_main_process:
-            tqdm.write(text)
-            self.lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    def advance(self, step: int) -> None:
+        """Count a step."""
+        self.bar.update(self.batch_size)
+        if self.reference_point is None:
+            self.reference_point = (step, time.monotonic())
 
-    def show(self, values: dict[str, float | None]) -> None:
-        """Show numbers next to the progress bar."""
-        self.bar.set_postfix({k: f"{v:.4f}" for k, v in values.items() if v is not None})
+    def show(self, step: int, means: dict[str, float | None], images_per_s: float) -> None:
+        """Show numbers next to the progress bar, or write a line.
 
-    def close(self) -> bool:
-        """Close the bar. Return whether log.txt is complete."""
+        Args:
+            step: Number of updates so far.
+            means: Losses and other scalars; None if no step was finite.
+            images_per_s: Images per second without pauses.
+        """
+        if self.bar.writes_lines and self.is_main_process:
+            seconds = self.estimate_remaining_seconds(step)
+            self.bar.write_line(format_line(step, self.num_steps, images_per_s, seconds, means))
+        else:
+            numbers = {k: f"{value:.4f}" for k, value in means.items() if value is not None}
+            self.bar.set_postfix(numbers)
+
+    def estimate_remaining_seconds(self, step: int) -> float | None:
+        """Return the remaining seconds, with the same share of pauses as so far, if known."""
+        first_step, first_time = self.reference_point or (step, 0.0)
+        if step == first_step:
+            return None
+        seconds_per_step = (time.monotonic() - first_time) / (step - first_step)
+        return seconds_per_step * (self.num_steps - step)
+
+    def close(self) -> None:
+        """Close the bar."""
         self.bar.close()
-        return self.lines.append()
 
 
 def drop_repeated_lines(path: Path, step: int, buffered_lines: str) -> int:
@@ -150,7 +229,7 @@ class RunLog:
 
     Args:
         folder: The run folder.
-        console: Progress bar and messages.
+        console: Shows the progress.
         trackers: Experiment trackers.
         means: Running means of the logged scalars.
         throughput: Measures the throughput.
@@ -200,8 +279,8 @@ class RunLog:
         }
 
     def info(self, text: str) -> None:
-        """Write one message to the console and log.txt."""
-        self.console.info(text)
+        """Write one message to the console of the first process and to the file of each process."""
+        logger.info(text)
 
     def record_step(self, step: int, scalars: dict[str, Tensor], is_finite: Tensor) -> None:
         """Record a step; every `log_every` steps, reduce over the processes and write a line.
@@ -212,7 +291,7 @@ class RunLog:
             is_finite: 1 if the scalars count in the means, else 0, on the device.
         """
         self.means.add(scalars, is_finite)
-        self.console.bar.update(self.throughput.batch_size)
+        self.console.advance(step)
         if is_due(step, self.log_every):
             self._write_line(step)
 
@@ -239,27 +318,20 @@ class RunLog:
 
     def close(self) -> None:
         """Flush buffered lines, and close the progress bar and the trackers."""
-        is_complete = self.console.close()
-        if self.console.is_main_process and not (self._write() and is_complete):
-            print(
-                f"{self.folder}: the last lines of metrics.jsonl or log.txt could not be written",
-                file=sys.stderr,
-            )
+        self.console.close()
+        if self.console.is_main_process and not self._write():
+            logger.warning("%s: the last lines could not be written", self.lines.path)
         self.trackers.close()
 
     def _write_line(self, step: int) -> None:
         self._collect_skipped_steps()
         means = self.means.compute()
-        row = {
-            **self._position(step),
-            **means,
-            "skipped": self.num_skipped,
-            **self.throughput.measure(step),
-        }
+        speed = self.throughput.measure(step)
+        row = {**self._position(step), **means, "skipped": self.num_skipped, **speed}
         self.num_skipped = 0
         if self.console.is_main_process:
             self._append(row)
-            self.console.show(means)
+            self.console.show(step, means, speed["images_per_s"])
             self.trackers.log(row, step)
 
     def _position(self, step: int) -> dict[str, int]:

@@ -10,14 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from checkpointing.storage import format_error
 from common.cli import UserError
 from common.image_grid import save_png
 from models.sit import SiT
 from training.evaluation import Evaluator
-from training.joint_work import JointWorkError, Stopped, fail_jointly
+from training.joint_work import JointWorkError, Stopped, exchange_status, fail_jointly
 from training.log import RunLog, is_due
 from training.preview import Gather, Preview, preview_path
+from training.sharding import allocate
 from training.state import TrainState
 
 Result = TypeVar("Result")
@@ -96,7 +99,7 @@ class Monitors:
 
         Args:
             state: State of the run.
-            gather: Concatenates a tensor of every process.
+            gather: Concatenates a tensor of every process on the first one.
             is_stopped: Returns whether a stop signal arrived.
 
         Returns:
@@ -108,14 +111,15 @@ class Monitors:
         suffixes = ema_suffixes(self.ema_decays)
         for decay, suffix, ema in zip(self.ema_decays, suffixes, state.emas):
             path = preview_path(self.log.folder, step, suffix)
+            load_network = partial(gather_ema, state, ema)
             if preview and path not in self.complete_previews:
                 title = f"EMA{suffix.replace('-ema', ' ')} at step {step:,}"
-                draw = partial(self._draw, preview, ema, gather, path, title)
+                draw = partial(self._draw, preview, load_network, gather, path, title)
                 if self._attempt("preview", step, draw):
                     self.log.record_image(f"samples{suffix}", path, step)
                 self.complete_previews = {*self.complete_previews, path}
             if evaluator and (step, decay) not in self.complete_evaluations:
-                measure = partial(evaluator.measure, ema, gather, is_stopped)
+                measure = partial(self._measure, evaluator, load_network, gather, is_stopped)
                 try:
                     metrics = self._attempt("evaluation", step, measure)
                 except Stopped:
@@ -149,9 +153,25 @@ class Monitors:
         failures.consecutive = 0
         return result
 
-    def _draw(self, preview: Preview, ema: SiT, gather: Gather, path: Path, title: str) -> bool:
+    def _measure(
+        self,
+        evaluator: Evaluator,
+        load_network: Callable[[], SiT],
+        gather: Gather,
+        is_stopped: Callable[[], bool],
+    ) -> dict[str, float | None] | None:
+        return evaluator.measure(load_network(), gather, is_stopped)
+
+    def _draw(
+        self,
+        preview: Preview,
+        load_network: Callable[[], SiT],
+        gather: Gather,
+        path: Path,
+        title: str,
+    ) -> bool:
         """Draw a preview. Return True on the first process if the file was saved."""
-        image = preview.draw(ema, gather, title)
+        image = preview.draw(load_network(), gather, title)
         if image is None:
             return False
         try:
@@ -165,7 +185,7 @@ class Monitors:
 def run_trials(
     preview: Preview | None,
     evaluator: Evaluator | None,
-    ema: SiT,
+    state: TrainState,
     gather: Gather,
     is_main_process: bool,
 ) -> None:
@@ -175,10 +195,28 @@ def run_trials(
         UserError: On the main process, if one of them failed on any process.
         SystemExit: On the other processes, with code 2.
     """
-    draw = partial(preview.try_out, ema, gather) if preview else lambda: None
-    evaluate = partial(evaluator.try_out, ema, gather) if evaluator else lambda: None
-    _run_trial("preview", draw, is_main_process)
-    _run_trial("evaluation", evaluate, is_main_process)
+    for kind, monitor in {"preview": preview, "evaluation": evaluator}.items():
+        if monitor:
+            _run_trial(kind, partial(_try_out, monitor, state, gather), is_main_process)
+
+
+def _try_out(monitor: Preview | Evaluator, state: TrainState, gather: Gather) -> None:
+    monitor.try_out(gather_ema(state, state.emas[0]), gather)
+
+
+def gather_ema(state: TrainState, ema: SiT) -> SiT:
+    """Return a network with the weights of an EMA that does not communicate when it is run.
+
+    If the EMA is sharded, this is an unsharded copy; all processes must call this.
+    """
+    if state.sharding is None:
+        return ema
+    with torch.device("meta"):
+        network = SiT(ema.config)
+    allocate(network, state.sharding.device)
+    exchange_status()  # the allocation may fail on one process only
+    state.sharding.gather(ema, network)
+    return network.eval().requires_grad_(False)
 
 
 def _run_trial(kind: str, work: Callable[[], None], is_main_process: bool) -> None:

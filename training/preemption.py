@@ -21,9 +21,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Records whether a stop signal arrived, and which one."""
+    """Records whether a stop signal arrived, and which one, or whether a STOP file exists.
+
+    Attributes:
+        name: Name of the signal or path of the file; None while the run continues.
+        is_final: Whether the file stopped the run, so that no launcher should restart it.
+    """
 
     name: str | None = None
+    is_final: bool = False
 
     def handle(self, number: int, frame: object) -> None:
         """Record a signal; used as a signal handler."""

@@ -79,7 +79,8 @@ class Preview:
 
         Args:
             ema: The EMA of the network.
-            gather: Concatenates a tensor of every process, in the order of the ranks.
+            gather: Concatenates a tensor of every process on the first one, in the order of the
+                ranks.
             title: Start of the title; the sampler's settings are appended.
 
         Raises:

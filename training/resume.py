@@ -16,6 +16,7 @@ from checkpointing.storage import list_checkpoints, read_config, read_progress
 from common.cli import UserError, format_value
 from common.config import get_destination, record_flags
 from common.files import read_json_if_valid
+from common.logs import get_logger
 from common.metrics_log import read_rows
 from latents.manifest import Manifest
 from models.sit import PRESETS, SiTConfig
@@ -34,6 +35,9 @@ from training.config import (
 from training.log import is_due
 from training.monitors import ema_suffixes
 from training.preview import preview_path
+from training.shared_files import measure_files
+
+logger = get_logger(__name__)
 
 # Settings that may change between two starts of a run, besides fields marked `may_change`.
 FREE_CONFIGS = (DataConfig, LogConfig, SaveConfig, PreviewConfig, PeriodicEvaluationConfig)
@@ -49,6 +53,7 @@ class RunPosition:
     complete_previews: frozenset[Path] = frozenset()  # files of previews at `step`
     has_pending_work: bool = False  # a preview or evaluation at `step` was interrupted
     last_logged_step: int = 0  # step of the newest line of metrics.jsonl
+    file_sizes: dict[str, int] = field(default_factory=dict)  # files of the newest checkpoint
 
 
 def find_position(
@@ -90,6 +95,7 @@ def find_position(
         complete_previews,
         lacks_evaluation or lacks_preview,
         last_logged_step=max((row["step"] for row in rows), default=0),
+        file_sizes=measure_files(checkpoints[-1]) if checkpoints else {},
     )
 
 
@@ -205,10 +211,12 @@ def read_stored_flags(checkpoint: Path) -> dict:
     flags = read_json_if_valid(path)
     if not flags:
         flags = _infer_flags(read_config(checkpoint), progress["param_groups"][0])
-        print(
-            f"{path} is missing or damaged, and {checkpoint} was saved by older code: the values "
-            "of --seed, --max-grad-norm, --mixed-precision and --allow-tf32 must be those that "
-            "the run was started with, but cannot be compared"
+        logger.info(
+            "%s is missing or damaged, and %s was saved by older code: the values of --seed, "
+            "--max-grad-norm, --mixed-precision and --allow-tf32 must be those that the run was "
+            "started with, but cannot be compared",
+            path,
+            checkpoint,
         )
     return flags
 

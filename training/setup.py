@@ -4,6 +4,8 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +19,19 @@ from checkpointing.storage import (
     read_config,
     verify_checkpoint,
 )
-from common.cli import UserError, format_flags
+from common.cli import UserError, format_flags, print_warning
 from common.config import record_flags
 from common.files import write_file
+from common.log_file import logging_to
+from common.logs import get_logger
+from common.watchdog import waiting_for_processes
 from latents.cache import CacheError, LatentCache
 from latents.manifest import Manifest
+from latents.remote.local_copy import resolve_local_cache
+from latents.sources import copy_moments
 from models.flops import backbone_flops
 from models.labels import TrainedLabels, describe_empty_classes
+from models.projector import AlignedSiT
 from models.sit import SiT, SiTConfig
 from models.targets import CacheInfo
 from training.alignment import (
@@ -55,11 +63,14 @@ from training.config import (
 )
 from training.coordination import broadcast_object, gather_objects
 from training.evaluation import Evaluator
+from training.first_step import FirstStep, load_compile_cache
 from training.guard import NonFiniteGuard
-from training.log import Console, MetricMeans, RunLog
+from training.joint_work import gather_on_first
+from training.log import Console, MetricMeans, RunLog, log_start, make_log_path
 from training.monitors import Monitors, restore_failures, run_trials
 from training.peak_rates import find_peak_rate
 from training.preview import Preview, load_vae
+from training.rank_check import check_records, make_cache_record
 from training.resume import (
     RunPosition,
     build_args_json,
@@ -70,9 +81,13 @@ from training.resume import (
     check_same_run,
     find_position,
 )
+from training.sharding import Sharding, make_sharding
+from training.shared_files import wait_for_files
 from training.state import TrainState
-from training.throughput import Throughput, measure_matmul_rate, training_flops
+from training.throughput import Throughput, mean_training_flops, measure_matmul_rate
 from training.trackers import Trackers
+
+logger = get_logger(__name__)
 
 
 def build_state(
@@ -82,8 +97,11 @@ def build_state(
     options: DeviceConfig,
     seed: int,
     device: torch.device,
+    sharding: Sharding | None = None,
 ) -> TrainState:
     """Build the networks and the optimizer at step 0.
+
+    If the state is sharded, its weights are undefined until `initialize_sharded_state` is called.
 
     Args:
         network: Architecture of the backbone.
@@ -92,11 +110,28 @@ def build_state(
         options: Whether to compile, and to checkpoint activations.
         seed: Seed of the initial weights.
         device: Device of the state.
+        sharding: How the state is sharded; None if each process holds all of it.
     """
-    torch.manual_seed(seed)
-    backbone = SiT(network)  # before the heads, so that its weights do not depend on them
-    model = build_aligned_network(backbone, align).to(device)
+    if sharding is None:
+        model = build_initial_network(network, align, seed).to(device)
+    else:
+        with torch.device("meta"):
+            model = build_initial_network(network, align, seed)
+    backbone = model.backbone
     emas = [copy.deepcopy(backbone).eval().requires_grad_(False) for _ in optimizer.ema_decay]
+    if options.activation_checkpointing:
+        backbone.num_recomputed_blocks = options.recomputed_blocks or network.depth
+    if options.compile:
+        if sharding:  # only a teacher runs a sharded EMA; previews use unsharded copies
+            for block in emas[0].blocks:
+                block.compile(dynamic=False)
+        # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
+        torch._dynamo.config.optimize_ddp = False
+        # The EMAs are not compiled, because they are evaluated with different batch shapes.
+        for block in backbone.blocks:
+            block.compile(dynamic=False)
+    if sharding:
+        sharding.apply(model, emas)
     adamw = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=optimizer.learning_rate,
@@ -105,15 +140,35 @@ def build_state(
         eps=optimizer.adam_epsilon,
         fused=True,
     )
-    if options.activation_checkpointing:
-        backbone.num_recomputed_blocks = options.recomputed_blocks or network.depth
-    if options.compile:
-        # DDP's buckets would split the graph of a block; the blocks are reduced separately anyway.
-        torch._dynamo.config.optimize_ddp = False
-        # The EMAs are not compiled, because they are evaluated with different batch shapes.
-        for block in backbone.blocks:
-            block.compile(dynamic=False)
-    return TrainState(model, emas, adamw)
+    return TrainState(model, emas, adamw, sharding=sharding)
+
+
+def build_initial_network(network: SiTConfig, align: list[dict], seed: int) -> AlignedSiT:
+    """Build the network of a run with its initial weights.
+
+    Args:
+        network: Architecture of the backbone.
+        align: The "align" list of config.json, which describes the heads.
+        seed: Seed of the weights.
+    """
+    torch.manual_seed(seed)
+    backbone = SiT(network)  # before the heads, so that its weights do not depend on them
+    return build_aligned_network(backbone, align)
+
+
+def initialize_sharded_state(
+    state: TrainState, network: SiTConfig, align: list[dict], seed: int
+) -> None:
+    """Give a sharded state the initial weights of an unsharded one. All processes must call this.
+
+    Only the first process builds the whole network, in host memory.
+    """
+    sharding = state.sharding
+    assert sharding is not None
+    whole = build_initial_network(network, align, seed) if sharding.rank == 0 else None
+    sharding.copy_from_first_process(state.model, whole)
+    for ema in state.emas:
+        sharding.copy_from_first_process(ema, whole.backbone if whole else None)
 
 
 class Networks(NamedTuple):
@@ -139,6 +194,7 @@ class Run(NamedTuple):
     guard: NonFiniteGuard
     log: RunLog
     monitors: Monitors
+    first_step: FirstStep
     num_steps: int
 
 
@@ -159,7 +215,9 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Check the flags against the cache.
     check_batch_size(settings.loop, accelerator.num_processes)
     with fail_together():
-        cache = open_cache(settings.data, settings.model)
+        cache = open_cache(settings.data, settings.model, make_copies=not settings.print_config)
+        record = make_cache_record(accelerator.process_index, cache)
+    check_records(gather_objects(record), accelerator.process_index)
     settings = settings._replace(loop=resolve_num_steps(settings.loop, len(cache)))
     flags = build_args_json(settings)
     folder = settings.run.folder
@@ -183,21 +241,30 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
             )
     position = broadcast_object(position, "the first process to find the newest checkpoint")
     if position.step >= num_steps and not position.has_pending_work:
-        accelerator.print(
-            f"{folder} has completed its {position.step:,} steps; raise --max-train-steps to train "
-            "further"
+        logger.info(
+            "%s has completed its %s steps; raise --max-train-steps to train further",
+            folder,
+            f"{position.step:,}",
         )
         return None
 
     # Build networks, targets and monitors, and restore the newest checkpoint.
+    dtype = autocast_dtype(accelerator.mixed_precision)
+    sharding = make_sharding(settings.device.shard, accelerator, dtype)
     with fail_together():
-        networks = build_networks(settings, accelerator, cache, position, resources)
+        if position.checkpoints:
+            wait_for_files(position.checkpoints[-1], position.file_sizes)
+        networks = build_networks(settings, accelerator, cache, position, resources, sharding)
+    rank = accelerator.process_index
+    resources.enter_context(logging_to(make_log_path(folder, rank)))
+    log_start(rank, accelerator.num_processes, accelerator.device)
+    set_weights(networks, settings, accelerator, position.checkpoints)
     if not position.checkpoints:  # a failed trial must not end a run that has checkpoints
         run_trials(
             networks.preview,
             networks.evaluator,
-            networks.state.emas[0],
-            accelerator.gather,
+            networks.state,
+            gather_on_first,
             accelerator.is_main_process,
         )
     if settings.data.cache_in_ram:
@@ -213,6 +280,8 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         f"{settings.model.model}: {describe_networks(networks)}\n"
         f"{describe_loop(settings.loop, settings.objective, accelerator, cache)}"
     )
+    if sharding:
+        log.info(sharding.describe())
     for line in describe_labels(networks.config, cache, settings.preview):
         log.info(line)
     if position.checkpoints:
@@ -235,6 +304,7 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
             },
         ),
     )
+    compile_cache = load_compile_cache(settings, accelerator, networks.config)
     return Run(
         cache,
         flags,
@@ -244,18 +314,44 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         log.guard,
         log,
         monitors,
+        FirstStep(compile_cache, accelerator.device, log.info),
         num_steps,
     )
 
 
-def open_cache(data: DataConfig, model: ModelConfig) -> LatentCache:
-    """Open the latent cache and check it against the flags."""
+def open_cache(data: DataConfig, model: ModelConfig, make_copies: bool = True) -> LatentCache:
+    """Open the latent cache and check it against the flags.
+
+    Args:
+        data: The latent cache and how it is read.
+        model: The network.
+        make_copies: Whether to copy remote caches to this machine.
+    """
+    local_cache = resolve_local_cache(data.local_cache) if make_copies else None
     try:
-        cache = LatentCache(*data.data_dir)
+        cache = LatentCache(*data.data_dir, local_cache=local_cache)
     except CacheError as error:
         raise UserError(f"--data-dir: {error}") from None
+    if make_copies and cache.is_remote and not (data.num_workers or data.cache_in_ram):
+        print_warning(
+            "each training step waits for the requests of its batch with --num-workers 0; pass "
+            "--num-workers 4 to read several batches ahead"
+        )
     check_cache(data, model, cache.manifest)
     return cache
+
+
+def copy_held_out_cache(
+    evaluation: PeriodicEvaluationConfig, data: DataConfig
+) -> PeriodicEvaluationConfig:
+    """Replace a remote --eval-latents by its local copy, if there is space for one."""
+    if not isinstance(evaluation.latents, str):
+        return evaluation
+    try:
+        latents = copy_moments(evaluation.latents, resolve_local_cache(data.local_cache))
+    except CacheError as error:
+        raise UserError(f"--eval-latents: {error}") from None
+    return replace(evaluation, latents=latents)
 
 
 @contextmanager
@@ -279,6 +375,7 @@ def build_networks(
     cache: LatentCache,
     position: RunPosition,
     resources: ExitStack,
+    sharding: Sharding | None,
 ) -> Networks:
     """Build everything that may fail on one process only; contains no collective.
 
@@ -288,6 +385,7 @@ def build_networks(
         cache: The latent cache.
         position: Position at which the run stopped.
         resources: Receives the lock of the run folder.
+        sharding: How the networks are sharded; None if each process holds them.
     """
     manifest = cache.manifest
     folder = settings.run.folder
@@ -308,7 +406,7 @@ def build_networks(
 
     preview, evaluator = build_preview_and_evaluator(
         settings.preview,
-        settings.evaluation,
+        copy_held_out_cache(settings.evaluation, settings.data),
         settings.objective,
         settings.run.seed,
         accelerator,
@@ -325,6 +423,7 @@ def build_networks(
         settings.device,
         settings.run.seed,
         accelerator.device,
+        sharding,
     )
     context = make_run_context(
         state.emas[0],
@@ -335,15 +434,53 @@ def build_networks(
     loaded_alignments = load_alignments(settings.alignments, align, cache_info, context)
     for name in required_cache_inputs(loaded_alignments):
         cache.require_folder(name)
-    if checkpoint:
-        progress = verify_checkpoint(checkpoint)
-        stored_config = read_config(checkpoint)
-        check_same_data(settings.data, folder, stored_config, config)
-        check_same_alignment(folder, stored_config.get("align", []), align)
-        state.load(checkpoint, progress)
-        if accelerator.scaler is not None and "scaler" in state.progress:
-            accelerator.scaler.load_state_dict(state.progress["scaler"])
     return Networks(config, cache_info, state, loaded_alignments, preview, evaluator, owner)
+
+
+def set_weights(
+    networks: Networks, settings: Settings, accelerator: Accelerator, checkpoints: list[Path]
+) -> None:
+    """Restore the newest checkpoint, or initialize a sharded state. All processes must call this.
+
+    A state that is not sharded has its initial weights already.
+    """
+    state = networks.state
+    if checkpoints:
+        restore_checkpoint(networks, settings, accelerator, checkpoints[-1])
+    elif state.sharding:
+        network = state.model.backbone.config
+        initialize_sharded_state(state, network, networks.config["align"], settings.run.seed)
+
+
+def restore_checkpoint(
+    networks: Networks, settings: Settings, accelerator: Accelerator, checkpoint: Path
+) -> None:
+    """Restore the state of a run. All processes must call this.
+
+    Each process verifies some of the files. If the state is sharded, each process reads its rows.
+    Otherwise, only the first process reads the tensors and sends them to the others.
+
+    Args:
+        networks: The networks of the run.
+        settings: Settings of the run.
+        accelerator: The accelerator.
+        checkpoint: Folder of the checkpoint.
+    """
+    state = networks.state
+    share = (accelerator.process_index, accelerator.num_processes)
+    with fail_together():
+        progress = verify_checkpoint(checkpoint, share)
+    with fail_together():
+        config = read_config(checkpoint)
+        check_same_data(settings.data, settings.run.folder, config, networks.config)
+        check_same_alignment(settings.run.folder, config.get("align", []), networks.config["align"])
+        reads_tensors = state.sharding is not None or accelerator.is_main_process
+        state.load(checkpoint, progress, reads_tensors)
+    if state.sharding is None and accelerator.num_processes > 1:
+        with waiting_for_processes("the first process to read the checkpoint", is_slow=True):
+            state.broadcast_from_first_process()
+    if accelerator.scaler is not None and "scaler" in state.progress:
+        accelerator.scaler.load_state_dict(state.progress["scaler"])
 
 
 def build_preview_and_evaluator(
@@ -418,19 +555,15 @@ def open_log(
         names += [f"align/{method}", f"cosine/{method}", f"token_norm/{method}"]
     means = MetricMeans([*names, "grad_norm"], device, accelerator.reduce, state.progress)
     network = state.model.backbone.config
-    flops = training_flops(network, config["align"], networks.cache_info)
-    flops_per_process = flops / accelerator.num_processes
-    utilization = {"matmul_share": flops_per_process / measure_matmul_rate(device, dtype)}
+    mean_flops = partial(mean_training_flops, network, config["align"], networks.cache_info)
+    rates = {"matmul_share": measure_matmul_rate(device, dtype) * accelerator.num_processes}
     peak_rate = find_peak_rate(device, dtype, torch.backends.cuda.matmul.allow_tf32)
     if peak_rate:
-        utilization["mfu"] = flops_per_process / peak_rate
+        rates["mfu"] = peak_rate * accelerator.num_processes
     console = Console(
-        folder,
-        total=loop.num_steps * batch_size,
-        initial=state.step * batch_size,
-        is_main_process=accelerator.is_main_process,
+        folder.name, loop.num_steps, state.step, batch_size, accelerator.is_main_process
     )
-    trackers = Trackers(accelerator, console.info)
+    trackers = Trackers(accelerator, logger.info)
     trackers.start(
         log_config.wandb_project,
         folder,
@@ -443,7 +576,7 @@ def open_log(
         console,
         trackers,
         means,
-        Throughput(batch_size, device, state.step, utilization),
+        Throughput(batch_size, device, state.step, mean_flops, rates),
         NonFiniteGuard(
             state.optimizer,
             accelerator.mixed_precision == "fp16",

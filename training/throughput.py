@@ -4,7 +4,7 @@ One multiply-accumulate counts as two FLOPs.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -39,6 +39,29 @@ def training_flops(network: SiTConfig, align: list[dict], cache: CacheInfo) -> i
     return 3 * (backbone_flops(network) + heads) + targets
 
 
+def mean_training_flops(
+    network: SiTConfig, align: list[dict], cache: CacheInfo, start_step: int, end_step: int
+) -> float:
+    """Return the FLOPs per image, averaged over steps, of which a method may skip the last ones.
+
+    Args:
+        network: Architecture of the backbone.
+        align: config.json's "align".
+        cache: Properties of the latent cache.
+        start_step: Number of updates before the steps.
+        end_step: Number of updates after the steps.
+    """
+    backbone = training_flops(network, [], cache)
+    num_steps = end_step - start_step
+    mean = float(backbone)
+    for entry in align:
+        last_active_step = min(end_step, entry["stop_step"] or end_step)
+        num_active_steps = max(0, last_active_step - start_step)
+        flops = training_flops(network, [entry], cache) - backbone
+        mean += flops * num_active_steps / num_steps
+    return mean
+
+
 @torch.no_grad()
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """Return the highest measured FLOP/s of large square matrix products.
@@ -68,13 +91,16 @@ class Throughput:
         batch_size: Global batch size.
         device: Device of the step.
         start_step: Number of updates before this measurement.
-        utilization: Name of each measure of the utilization -> its value at one image per second.
+        mean_flops: `mean_flops(start_step, end_step)` returns the FLOPs per image of these steps.
+        rates: Name of each measure of the utilization -> the rate of all processes in FLOP/s that
+            it is relative to.
     """
 
     batch_size: int
     device: torch.device
     start_step: int
-    utilization: dict[str, float]
+    mean_flops: Callable[[int, int], float]
+    rates: dict[str, float]
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
@@ -110,6 +136,7 @@ class Throughput:
         seconds = now - self.started
         steps = step - self.start_step
         rate = steps * self.batch_size / seconds
+        flops_per_s = rate * self.mean_flops(self.start_step, step)
         step_s = seconds / steps
         data_s = self.data_wait_seconds / steps
         values = {
@@ -117,7 +144,7 @@ class Throughput:
             "step_s": step_s,
             "data_s": data_s,
             "compute_s": step_s - data_s,
-            **{name: rate * value for name, value in self.utilization.items()},
+            **{name: flops_per_s / peak for name, peak in self.rates.items()},
             **{f"{kind}_s": paused for kind, paused in self.paused_seconds.items()},
         }
         if self.device.type == "cuda":

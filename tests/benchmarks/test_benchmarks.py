@@ -2,6 +2,8 @@
 
 import copy
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from benchmarks import (
     data_loading,
     encode,
     evaluation,
+    log_size,
     sampling,
+    start,
     table,
     train_step,
     vae,
@@ -66,16 +70,57 @@ def test_train_step_compares_plain_vanilla_and_aligned_steps(run_benchmark):
     assert result["machine"]["torch"]
 
 
-def test_train_step_accepts_settings_of_training(call, run_benchmark, tmp_path):
+def test_train_step_accepts_settings_of_training(call, run_benchmark, tmp_path, process_group):
     flags = "--model SiT-S/8 --batch-size 4 --align none --precision bf16 --rounds 1 --warm-up 0"
-    flags = [*flags.split(), "--activation-checkpointing", "--gradient-accumulation-steps"]
+    flags = [*flags.split(), "--activation-checkpointing", "--shard", "full"]
+    flags += ["--gradient-accumulation-steps"]
     table = tmp_path / "kernels.txt"
     result = run_benchmark(train_step, *flags, 2, "--kernel-table", table)
     assert "aten::addmm" in table.read_text()
-    assert list(result["results"]) == ["none"]
+    assert list(result["results"]) == ["none", "none sharded"]
+    assert result["shard"] == "full"
     assert result["precision"] == "bf16" and result["activation_checkpointing"]
     code, out = call(train_step, *flags, 3)
     assert code == 2 and "--batch-size 4 (global) is not a multiple" in out
+
+
+def test_train_step_compares_recomputation_with_accumulation(call, run_benchmark, monkeypatch):
+    parts = []  # (micro-batches, recomputed blocks) of the steps
+
+    def record(step, batch):
+        parts.append((step.accumulation, step.state.model.backbone.num_recomputed_blocks))
+
+    monkeypatch.setattr(train_step.Step, "__call__", record)
+    flags = "--model SiT-S/8 --batch-size 4 --align sra2 --rounds 2 --warm-up 0 --accumulated"
+    recompute = ["--activation-checkpointing", "--recomputed-blocks", 3]
+    result = run_benchmark(train_step, *flags.split(), 2, *recompute)
+    assert parts == 3 * [(1, 3), (2, 0)]  # the first steps, and two rounds
+    assert list(result["results"]) == ["sra2", "sra2 in 2 parts"]
+    assert list(result["ratios"]) == ["sra2/sra2 in 2 parts"]
+    code, out = call(train_step, *flags.split(), 3)
+    assert code == 2 and "--batch-size 4 is not a multiple of --accumulated 3" in out
+
+
+def test_start_runs_train_with_and_without_compiled_graphs(run_benchmark, monkeypatch, tmp_path):
+    folders = []
+
+    def run(command, env, check):
+        folders.append(Path(env["TMPDIR"]).name)
+        assert "TORCHINDUCTOR_CACHE_DIR" not in env
+        metrics = tmp_path / "dest/start-benchmark/exps/start/metrics.jsonl"
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text(json.dumps({"step_s": 2.5}) + "\n")
+        assert "--compile" in command
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(start.subprocess, "run", run)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/graphs")
+    result = run_benchmark(start, "--dest", tmp_path / "dest", "--model", "SiT-Ti/2")
+    assert folders == ["machine-1", "machine-1", "machine-2"]
+    assert list(result["results"]) == ["cold", "restart", "another machine"]
+    assert [values["first_step_s"] for values in result["results"].values()] == 3 * [2.5]
+    assert not list((tmp_path / "dest").iterdir())
+    assert len(list(table.start_rows(result))) == 3
 
 
 def test_checkpoint_times_copy_write_and_pause(run_benchmark, tmp_path):
@@ -243,7 +288,8 @@ def test_pages_contain_the_tables_of_the_results():
         "batch_size": "sampling",
     }
     for name, text in table.make_tables().items():
-        assert text in read_page(pages.get(name, "performance")), name
+        page = "scale" if name.startswith("scaling") else pages.get(name, "performance")
+        assert text in read_page(page), name
 
 
 def test_sampling_page_agrees_with_the_batch_size_results():
@@ -267,6 +313,33 @@ def test_data_page_agrees_with_the_encoding_results():
         f"crops {rate} images per second, so decoding takes one core for every {rate} images"
         in text.replace("\n", " ")
     )
+
+
+def test_cluster_page_agrees_with_the_log_sizes():
+    result = json.loads((ROOT / "benchmarks/results/log-size.json").read_text())
+    long_run, progress = result["long_run"], result["results"]["progress"]
+    assert long_run == log_size.compute_long_run(result["results"])
+    assert progress["bytes"] <= result["computed_progress_bytes"] < 1.05 * progress["bytes"]
+    assert long_run["total bytes"] < 10e6
+    text = read_page("cluster/logs").replace("\n", " ")
+    for expected in (
+        f"{long_run['steps'] / 1e6:.2f} million steps in five days",
+        f"{long_run['lines']:,} lines of at most {long_run['bytes_per_line']} bytes",
+        f"the rank logs take {long_run['total bytes'] / 1e6:.1f} MB",
+        f"{progress['lines']} lines took {progress['bytes']:,} bytes",
+        f"the same calculation gives {result['computed_progress_bytes']:,}",
+    ):
+        assert expected in text
+
+
+@pytest.mark.long
+def test_log_sizes_of_a_short_run_are_measured(run_benchmark, cache, tmp_path):
+    flags = ["--dest", tmp_path, "--data-dir", cache, "--seconds", 1, "--log-every", 1]
+    result = run_benchmark(log_size, *flags)
+    sizes = result["results"]
+    assert sizes["progress"]["lines"] == result["steps"] > 0
+    assert sizes["console"]["bytes"] > sizes["progress"]["bytes"]
+    assert sizes["rank-1.log"]["lines"] >= 3
 
 
 def test_vae_benchmark_compares_precisions_with_float32(run_benchmark, tree, vae_folder, tmp_path):

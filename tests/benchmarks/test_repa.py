@@ -6,7 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import encode, evaluation, gpu_session, repa, sampling, table, train_step, vae
+from benchmarks import (
+    encode,
+    evaluation,
+    gpu_session,
+    repa,
+    sampling,
+    start,
+    table,
+    train_step,
+    vae,
+)
 from common.cli import UserError
 from dataset import CachedBatch
 
@@ -133,7 +143,7 @@ def test_session_skips_measurements_for_which_no_time_is_left(monkeypatch, call,
 
 @pytest.mark.parametrize("flags", [(), ("--trial",)])
 def test_commands_of_the_session_have_valid_flags(monkeypatch, call, tmp_path, flags):
-    modules = {m.__name__: m for m in (train_step, sampling, encode, evaluation, vae)}
+    modules = {m.__name__: m for m in (train_step, sampling, encode, evaluation, vae, start)}
     commands, _ = run_session(monkeypatch, call, tmp_path, 0, "--repa-repository", tmp_path, *flags)
     assert len(commands) == len(gpu_session.plan_measurements(None, tmp_path))
     for command in commands:

@@ -237,10 +237,10 @@ def call_after_starts(folder, expected: list[int], action) -> threading.Thread:
     return thread
 
 
-def test_failed_run_is_reported_and_does_not_affect_the_others(runs, capsys):
+def test_failed_run_is_reported_and_does_not_affect_the_others(runs, caplog):
     (runs / "a-seed0.broken").touch()
     assert scheduler.run_cells(make_cells(), runs, jobs=2) == {"a-seed0": "error: no luck"}
-    assert "a-seed0: error: no luck" in capsys.readouterr().out
+    assert "a-seed0: error: no luck" in caplog.text
     assert "many words" in (runs / "a-seed0.log").read_text()
     assert [cells.is_finished(cell, runs) for cell in make_cells()] == [False, True, True]
     (runs / "a-seed0.broken").unlink()

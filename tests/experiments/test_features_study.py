@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.cli import UserError
 from common.keyed_random import Purpose, normal
+from common.progress import ProgressBar
 from experiments import feature_figure, features, representation
 from experiments.feature_study import (
     choose_figure_images,
@@ -173,7 +173,7 @@ def test_tokens_use_the_null_class_and_do_not_depend_on_the_batch(cache):
     x_t = images.add_noise("linear", 0.4)
 
     def pool(batch_size: int = 24) -> dict[int, torch.Tensor]:
-        return pool_tokens(model, x_t, 0.4, [2, 5], batch_size, tqdm(disable=True))
+        return pool_tokens(model, x_t, 0.4, [2, 5], batch_size, ProgressBar(disable=True))
 
     pooled = pool()
     null_labels = torch.full((24,), 3)
@@ -296,9 +296,9 @@ def test_decoder_must_be_the_vae_of_the_cache(cache, tmp_path):
         features.load_vae(str(make_vae(tmp_path / "vae", seed=1)), fingerprint, "cpu")
 
 
-def test_checkpoint_with_an_untrained_null_class_is_reported(trained, tmp_path, capsys):
+def test_checkpoint_with_an_untrained_null_class_is_reported(trained, tmp_path, caplog):
     shutil.copytree(trained, tmp_path / "run")
     config = next((tmp_path / "run" / "checkpoints").iterdir()) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"cfg_prob": 0.0}))
     assert len(features.load_checkpoints([config.parent, trained], None, {})) == 2
-    assert capsys.readouterr().err.count("without label dropout") == 1
+    assert caplog.text.count("without label dropout") == 1

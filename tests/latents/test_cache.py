@@ -14,9 +14,10 @@ import train
 from common.files import write_array, write_file
 from common.npy_file import NpyFile
 from latents import cache as cache_module
-from latents.cache import CacheError, LatentCache, read_manifest
+from latents.cache import CacheError, LatentCache
+from latents.manifest import read_manifest
 from latents.shard_reader import PREFETCH_BATCHES, PrefetchPolicy
-from tests.helpers import ROOT, torchrun, train_flags
+from tests.helpers import ROOT, run_ranks, train_flags
 
 
 def edit_manifest(folder, **changes):
@@ -237,28 +238,8 @@ def test_a_run_cannot_resume_with_joined_caches_in_another_order(call, cache, ca
         assert code == expected_code and ("joined differ" in out) == (expected_code == 2), out
 
 
-SHARING = """
-import sys, os
-import numpy as np
-from latents.cache import LatentCache
-from common.processes import World
-world = World()
-cache = LatentCache(sys.argv[1])
-cache.load_into_ram(world.rank, world.all_gather)
-is_owner = hasattr(cache, "_ram_descriptor")
-total = cache.gather(np.arange(24))[0].double().sum().item()
-results = world.all_gather((is_owner, total))
-assert results == [(True, total), (False, total)], results
-if not is_owner:  # this process maps the memory of the owner
-    assert "memfd:latents" in open("/proc/self/maps").read()
-world.close()
-print("shared", flush=True)
-"""
-
-
-def test_processes_of_a_machine_share_one_copy(cache, tmp_path):
-    (tmp_path / "sharing.py").write_text(SHARING)
-    assert torchrun(2, tmp_path / "sharing.py", cache).count("shared") == 2
+def test_processes_of_a_machine_share_one_copy(cache):
+    assert run_ranks(2, "tests.latents.sharing", cache).count("shared") == 2
 
 
 def test_a_cache_larger_than_the_memory_is_refused(cache, monkeypatch):
@@ -297,8 +278,8 @@ def test_cache_may_have_more_shards_than_the_open_file_limit(cache_copy):
     for k in range(400):
         file = f"{k:05d}.npy"
         shards.append({"file": file, "count": 3})
-        write_array(cache_copy / "moments" / file, moments)
-        write_array(cache_copy / "labels" / file, np.zeros(3, np.int64))
+        np.save(cache_copy / "moments" / file, moments)
+        np.save(cache_copy / "labels" / file, np.zeros(3, np.int64))
     edit_manifest(cache_copy, shards=shards, count=1200)
     result = subprocess.run(
         [sys.executable, "-c", READ_WITH_FEW_FILES, str(cache_copy)],

@@ -9,7 +9,7 @@ from models.flops import backbone_flops, head_flops
 from models.projector import AlignedSiT, make_head
 from models.sit import PRESETS, SiT, SiTConfig
 from models.targets import CacheInfo
-from training.throughput import measure_matmul_rate, training_flops
+from training.throughput import mean_training_flops, measure_matmul_rate, training_flops
 
 SMALL = SiTConfig(depth=3, width=64, heads=2, patch=2, latent_size=8, num_classes=5)
 HEAD = {"width": 64, "out": 16, "layers": 3, "hidden": 128}
@@ -43,6 +43,23 @@ def test_flops_match_the_flop_counter_of_pytorch():
     assert training_flops(SMALL, [sra, SRA2], CACHE) == training_flops(SMALL, [SRA2], CACHE)
 
 
+def test_stopped_methods_count_until_their_stop_step():
+    stopped = SRA2 | {"stop_step": 12}
+    endless = SRA2 | {"stop_step": 0}
+    with_method = training_flops(SMALL, [endless], CACHE)
+    without = training_flops(SMALL, [], CACHE)
+    for start, expected in (
+        (0, with_method),
+        (10, (2 * with_method + 3 * without) / 5),
+        (12, without),
+        (20, without),
+    ):
+        end = start + 5
+        flops = mean_training_flops(SMALL, [stopped], CACHE, start, end)
+        assert flops == pytest.approx(expected), start
+        assert mean_training_flops(SMALL, [endless], CACHE, start, end) == with_method
+
+
 def test_flops_of_backbones_and_heads_match_the_paper():
     """The head adds 4.0% to the 118.6 GMAC of SiT-XL/2, and 9.2% to the 23 GMAC of SiT-B/2."""
     for name, gmacs, head_fraction in (("SiT-XL/2", 118.6, 0.040), ("SiT-B/2", 23.0, 0.092)):
@@ -53,6 +70,15 @@ def test_flops_of_backbones_and_heads_match_the_paper():
             head_fraction, abs=0.0006
         )
     assert head_flops(SMALL, None) == 0
+
+
+def test_flops_of_the_large_presets_match_a_manual_count():
+    """A block has 12 d x d matrices per token, 6 per image, and two products of the attention."""
+    for name, depth, d in (("SiT-1B/2", 24, 1536), ("SiT-3B/2", 34, 2176)):
+        n = 256
+        blocks = depth * (n * 12 * d * d + 2 * n * n * d + 6 * d * d)
+        rest = 2 * n * 16 * d + (256 + d) * d + 2 * d * d
+        assert backbone_flops(SiTConfig(**PRESETS[name])) == 2 * (blocks + rest)
 
 
 def test_matmul_rate_is_plausible():

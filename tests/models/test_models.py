@@ -35,7 +35,15 @@ def count_millions(module: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)]
+    ("name", "expected"),
+    [
+        ("SiT-S/2", 33),
+        ("SiT-B/2", 130),
+        ("SiT-L/2", 458),
+        ("SiT-XL/2", 675),
+        ("SiT-1B/2", 1029),
+        ("SiT-3B/2", 2916),
+    ],
 )
 def test_parameter_counts_match_the_papers(name, expected):
     with torch.device("meta"):
@@ -59,8 +67,15 @@ def test_head_parameter_counts_match_the_paper(name, layers, expected):
 
 
 def test_presets_cover_all_sizes_and_patches():
-    names = {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (1, 2, 4, 8)}
+    sizes = ("S", "B", "L", "XL", "1B", "3B")
+    names = {f"SiT-{size}/{patch}" for size in sizes for patch in (1, 2, 4, 8)}
     assert names | {"SiT-Ti/2"} == set(PRESETS)
+
+
+def test_large_presets_follow_the_rule_of_stable_diffusion_3():
+    for name in ("SiT-1B/2", "SiT-3B/2"):
+        preset = PRESETS[name]
+        assert preset["width"] == 64 * preset["depth"] and preset["heads"] == preset["depth"]
 
 
 def test_default_align_blocks_match_the_paper():

@@ -12,7 +12,8 @@ import torch
 from common.files import write_array, write_file
 from common.processes import World
 from dataset import TrainingStream, to_image_index
-from latents.cache import CacheError, LatentCache, read_manifest
+from latents.cache import CacheError, LatentCache
+from latents.manifest import read_manifest
 from models.errors import FieldError
 from preprocessing import encode_features, verify
 from preprocessing.build import build_cache

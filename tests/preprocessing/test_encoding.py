@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latents.cache import LatentCache, read_manifest
+from latents.cache import LatentCache
+from latents.manifest import read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
 from preprocessing.cache_job import Batch

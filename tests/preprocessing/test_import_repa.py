@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latents.cache import LatentCache, read_manifest
+from latents.cache import LatentCache
+from latents.manifest import read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import import_repa, verify
 from tests.helpers import make_vae

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps
 
 from common import files
-from latents.cache import LatentCache, read_manifest
+from latents.cache import LatentCache
+from latents.manifest import read_manifest
 from models.autoencoder import Autoencoder
 from preprocessing import encode_latents
 from preprocessing.images import EXIF_ORIENTATION, center_crop, convert_to_rgb

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from latents.cache import LatentCache, read_manifest
+from latents.cache import LatentCache
+from latents.manifest import read_manifest
 from preprocessing import encode_latents
 from tests.helpers import ROOT
 from tests.preprocessing.unusual_images import BAD, GOOD, make_unusual_images

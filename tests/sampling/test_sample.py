@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sample_ddp
 from checkpointing import pretrained
+from common.compile_cache import CompileCache
 from common.keyed_random import Purpose, normal
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig
@@ -434,13 +436,43 @@ def test_bf16_and_compile_are_applied_to_the_network(sample, tmp_path, monkeypat
         assert not dynamic
         compiled_blocks.append(block)
 
+    graph_files = []
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(CompileCache, "load", lambda cache: graph_files.append(cache.path))
+    monkeypatch.setattr(CompileCache, "save", lambda cache: graph_files.append(cache.path))
     monkeypatch.setattr(sample_ddp.SiTBlock, "compile", record_compilation)
     flags = ["--mode", "ode", "--labels", "balanced"]
     sample(*flags, "--compile", name="fp32")
     assert len(compiled_blocks) == 6
+    assert [path.parent.name for path in graph_files] == [".compile-cache"] * 2  # loaded, saved
     sample(*flags, "--mixed-precision", "bf16", name="bf16")
     difference = np.abs(read_images(tmp_path, "fp32") - read_images(tmp_path, "bf16"))
     assert 0 < difference.mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "networks", "expected"),
+    [([], {}, 2), ([], {"inception": None}, 1), (["--no-allow-tf32"], {"inception": None}, 2)],
+)
+def test_features_do_not_change_the_precision_of_batches_on_other_threads(
+    monkeypatch, flags, networks, expected
+):
+    """TF32 is a setting of the process, and features disable it."""
+    threads = []
+    monkeypatch.setattr(
+        sample_ddp,
+        "run_batches",
+        lambda worker, batches, num_threads, *others: threads.append(num_threads),
+    )
+    worker = SimpleNamespace(
+        device=torch.device("cuda"),
+        model=SimpleNamespace(config=SiTConfig(2, 8, 2, 2)),
+        networks=networks,
+        store=SimpleNamespace(batch_size=4, count=4),
+    )
+    world = SimpleNamespace(rank=0, num_processes=1, local_rank=0, num_local_processes=1, cores=8)
+    sample_ddp.sample_batches(worker, [], sample_ddp.parse_args(["--ckpt", "x", *flags]), world)
+    assert threads == [expected]
 
 
 def test_guidance_interval_compiles_one_graph_per_batch_size(trained, graph_counter):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 import train
 from latents.cache import LatentCache
@@ -18,7 +19,8 @@ from training.alignment import (
 )
 from training.config import Settings, build_network_config, parse_settings
 from training.guard import NonFiniteGuard
-from training.setup import build_state
+from training.setup import build_state, initialize_sharded_state
+from training.sharding import make_sharding
 
 
 def make_settings(cache: Path, *flags: Any) -> Settings:
@@ -32,25 +34,31 @@ def make_step(
     device: torch.device,
     no_sync: Callable[[Any], AbstractContextManager] = lambda model: nullcontext(),
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    accelerator: Accelerator | None = None,
 ) -> train.Step:
-    """Build a Step with a plain stand-in for accelerate's Accelerator."""
+    """Build a Step with an Accelerator, by default a plain stand-in for one."""
+    accelerator = accelerator or SimpleNamespace(
+        device=device,
+        num_processes=1,
+        prepare=lambda *parts: parts,
+        prepare_model=lambda model, **options: model,
+        prepare_optimizer=lambda optimizer, **options: optimizer,
+        no_sync=no_sync,
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+        backward=backward,
+    )
     cache = LatentCache(*settings.data.data_dir)
     network = build_network_config(settings.model, cache.manifest)
     cache_info = make_cache_info(cache.manifest, cache.read_feature_metadata())
     align = plan_alignments(settings.alignments, network, cache_info)
+    sharding = make_sharding(settings.device.shard, accelerator, torch.float32)
     state = build_state(
-        network, align, settings.optimizer, settings.device, settings.run.seed, device
+        network, align, settings.optimizer, settings.device, settings.run.seed, device, sharding
     )
+    if sharding:
+        initialize_sharded_state(state, network, align, settings.run.seed)
     context = make_run_context(
         state.emas[0], settings.objective.path_type, nullcontext, settings.device.compile
-    )
-    accelerator = SimpleNamespace(
-        device=device,
-        num_processes=1,
-        prepare=lambda *parts: parts,
-        no_sync=no_sync,
-        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
-        backward=backward,
     )
     alignments = load_alignments(settings.alignments, align, cache_info, context)
     guard = NonFiniteGuard(state.optimizer)

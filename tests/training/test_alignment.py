@@ -23,7 +23,12 @@ from preprocessing import encode_features, encode_latents
 from tests.helpers import ROOT, have_equal_weights, read_metrics, train_flags
 from tests.training.steps import make_settings, make_step
 from training import alignment_config
-from training.alignment import required_cache_inputs
+from training.alignment import (
+    describe_alignment,
+    make_cache_info,
+    plan_alignments,
+    required_cache_inputs,
+)
 
 CPU = torch.device("cpu")
 
@@ -482,6 +487,19 @@ def test_one_value_is_for_all_methods_and_several_are_one_per_method():
     assert values(alignments, "t_range") == [(0, 1), (0, 0.5)]
     shared = resolve("--align", "sra2", "repa", "--align-t-range", "0.2", "0.5")
     assert values(shared, "t_range") == [(0.2, 0.5)] * 2
+
+
+def test_description_states_what_is_computed_and_until_when(cache):
+    flags = "--align sra2 sra --align-weight 0.5 0 --align-stop-step 4000 0"
+    settings = make_settings(cache, *flags.split())
+    step = make_step(settings, CPU)
+    manifest = LatentCache(cache).manifest
+    network = step.state.model.backbone.config
+    cache_info = make_cache_info(manifest)
+    entries = plan_alignments(settings.alignments, network, cache_info)
+    sra2, sra = [describe_alignment(entry, step.state.model, cache_info) for entry in entries]
+    assert "weight 0.5 until step 4,000; head: " in sra2 and "FLOPs forward and backward" in sra2
+    assert sra.endswith("weight 0; not computed")
 
 
 def test_settings_are_built_without_argparse():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from common.cli import EXIT_STOPPED
 from common.metrics_log import read_rows
 from evaluations import evaluate
 from tests.helpers import call_main, have_equal_weights, read_metrics, run_ranks, train_flags
+from training import stop_file
 from training.evaluation import Evaluator
 from training.held_out import HeldOutLoss
 
@@ -99,23 +101,32 @@ def test_two_processes_measure_the_same_as_one(call, flags, unbroken, tmp_path):
         assert drop_identity(row) == pytest.approx(drop_identity(one[key]), rel=1e-6)
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.long), 4, 5])
-def test_evaluation_interrupted_by_a_signal_is_completed_on_resume(
-    call, flags, unbroken, tmp_path, monkeypatch, step
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [pytest.param(2, "signal", marks=pytest.mark.long), (4, "file"), (5, "signal")],
+)
+def test_evaluation_interrupted_by_a_signal_or_file_is_completed_on_resume(
+    call, flags, unbroken, tmp_path, monkeypatch, step, reason
 ):
     run = tmp_path / "run"
     measure = Evaluator.measure
     complete_before = {2: 0, 4: 2, 5: 5}[step]  # at the last step, between the two EMAs
 
-    def measure_with_signal(self, model, gather, is_stopped):
+    def measure_with_interruption(self, model, gather, is_stopped):
         if len(read_evaluations(run)) == complete_before:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if reason == "file":
+                (run / "STOP").touch()
+                while not is_stopped():
+                    time.sleep(0.01)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
         return measure(self, model, gather, is_stopped)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "measure", measure_with_signal)
+        patch.setattr(stop_file, "POLL_SECONDS", 0.01)
+        patch.setattr(Evaluator, "measure", measure_with_interruption)
         patch.setattr(Evaluator, "try_out", lambda *args: None)
-        assert call(train, *flags(tmp_path))[0] == EXIT_STOPPED
+        assert call(train, *flags(tmp_path))[0] == {"signal": EXIT_STOPPED, "file": 0}[reason]
     assert (run / f"checkpoints/000000{step}").exists()
     code, out = call(train, *flags(tmp_path))
     assert code == 0 and "finished at step 5" in out

@@ -27,6 +27,7 @@ from training.heartbeat import (
 
 LIMIT = 100.0
 SLOW_LIMIT = 1000.0
+PREPARE_LIMIT = 3000.0
 
 
 class Clock:
@@ -68,6 +69,7 @@ class Processes:
             self.watchdog,
             LIMIT,
             SLOW_LIMIT,
+            PREPARE_LIMIT,
             end=lambda *args: self.ends.put(args),
             **options,
         )
@@ -155,10 +157,12 @@ def test_first_process_is_named_if_the_store_does_not_answer(dog):
     )
 
 
-def test_slow_work_of_a_living_process_is_awaited_longer(dog):
+@pytest.mark.parametrize(("step", "limit"), [(None, PREPARE_LIMIT), (7, SLOW_LIMIT)])
+def test_slow_work_of_a_living_process_is_awaited_longer(dog, step, limit):
     processes = Processes(dog, {1: Heartbeat("node1")})
+    dog.step = step
     with dog.watch("an evaluation", is_joint=True, is_slow=True):
-        processes.pass_seconds(int(SLOW_LIMIT))
+        processes.pass_seconds(int(limit))
         assert processes.ends.empty()
         processes.pass_seconds(1)
     assert "rank 1" in processes.ends.get_nowait()[0]

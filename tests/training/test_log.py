@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from training import log as log_module
 from training import throughput as throughput_module
 from training.guard import NonFiniteGuard
-from training.log import Console, MetricMeans, RunLog, drop_repeated_lines
+from training.log import Console, MetricMeans, RunLog, drop_repeated_lines, format_line
 from training.peak_rates import find_peak_rate
 from training.throughput import Throughput
 
@@ -34,10 +35,10 @@ def make_log(tmp_path, tracked):
         progress = progress or {}
         log = RunLog(
             tmp_path,
-            Console(tmp_path, total=100, initial=0, is_main_process=True),
+            Console("run", num_steps=12, initial_step=step, batch_size=8, is_main_process=True),
             SimpleNamespace(log=lambda *values: tracked.append(values), close=lambda: None),
             MetricMeans(["loss"], CPU, one_process, progress),
-            Throughput(8, CPU, step, utilization={"matmul_share": 1.0}),
+            Throughput(8, CPU, step, lambda start, end: 1.0, {"matmul_share": 1.0}),
             NonFiniteGuard(SimpleNamespace()),
             log_every=3,
         )
@@ -102,12 +103,31 @@ def test_evaluations_are_sent_to_the_trackers(make_log, tmp_path, tracked):
     assert row == expected
 
 
-def test_only_the_main_process_writes_messages(tmp_path):
-    for is_main_process in (False, True):
-        console = Console(tmp_path, total=1, initial=0, is_main_process=is_main_process)
-        console.info("saved")
-        assert (tmp_path / "log.txt").exists() == is_main_process
-        console.close()
+def test_progress_is_one_line_per_log_line_without_a_terminal(make_log, monkeypatch, capsys):
+    """The remaining time includes pauses but not the first step, which compiles the network."""
+    now = 0.0
+    monkeypatch.setattr(log_module, "time", SimpleNamespace(monotonic=lambda: now))
+    log = make_log()
+    monkeypatch.setattr(log.throughput, "measure", lambda step: {"images_per_s": 8.5})
+    for step, loss in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1):
+        now += 1000.0 if step == 1 else 60.0
+        record(log, step, [loss])
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 3 of 12, 8.50 images/s, 09:00 remaining: loss 2.0000",
+        "step 6 of 12, 8.50 images/s, 06:00 remaining: loss 5.0000",
+    ]
+
+
+def test_line_contains_only_the_losses():
+    means = {"loss": 2.5, "align/sra2": 0.5, "cosine/sra2": 0.25, "grad_norm": 1.0}
+    line = format_line(1200, 400_000, 3949.653, 431_999.0, means)
+    assert line == (
+        "step 1,200 of 400,000, 3949.65 images/s, 119:59:59 remaining: loss 2.5000, "
+        "align/sra2 0.5000"
+    )
+    line = format_line(1, 2, 0.5, None, {"loss": None, "grad_norm": None})
+    assert line == "step 1 of 2, 0.50 images/s, ? remaining: no finite step"
 
 
 def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
@@ -124,7 +144,11 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr(throughput_module, "time", clock)
-    throughput = Throughput(8, CPU, start_step=10, utilization={"mfu": 0.5})
+
+    def count_flops(start, end):
+        return {(10, 12): 6.0, (12, 13): 4.0}[start, end]
+
+    throughput = Throughput(8, CPU, 10, count_flops, {"mfu": 2.0})
     measured = []
     for step, _ in enumerate(throughput.time_batches(load_batches()), 11):
         wait(4)
@@ -135,11 +159,11 @@ def test_speed_is_measured_between_lines_without_pauses(monkeypatch):
             measured.append(throughput.measure(step))
     assert throughput.describe_pauses() == "save 0.0 s, preview 300.0 s, evaluation 0.0 s"
     # The first line covers two steps.
-    for values, steps, data_s in zip(measured, (2, 1), (1.5, 3), strict=True):
+    for values, steps, data_s, flops in zip(measured, (2, 1), (1.5, 3), (6, 4), strict=True):
         rate = 8 / (data_s + 4)
         expected = {"images_per_s": rate, "step_s": data_s + 4, "data_s": data_s, "compute_s": 4}
         pauses = {"save_s": 0, "preview_s": 100 * steps, "evaluation_s": 0}
-        assert values == pytest.approx({**expected, **pauses, "mfu": rate / 2})
+        assert values == pytest.approx({**expected, **pauses, "mfu": rate * flops / 2})
 
 
 @pytest.mark.parametrize(

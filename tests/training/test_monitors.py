@@ -72,7 +72,7 @@ def make_monitors(tmp_path):
 
 
 def run(monitors, step) -> None:
-    state = SimpleNamespace(step=step, emas=["first", "second"])
+    state = SimpleNamespace(step=step, emas=["first", "second"], sharding=None)
     assert monitors.run_due(state, gather=lambda tensor: tensor, is_stopped=lambda: False)
 
 

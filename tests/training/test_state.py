@@ -18,8 +18,9 @@ from checkpointing.storage import (
     save_tensors,
     verify_checkpoint,
 )
-from training import state as state_module
-from training.state import EMA, CheckpointWriter, TrainState
+from training import checkpoints as checkpoints_module
+from training.checkpoints import CheckpointWriter, take_snapshot, write_checkpoint
+from training.state import EMA, TrainState
 
 CONFIG = {"ema_decay": [0.9, 0.5], "data": {}}
 
@@ -38,7 +39,7 @@ def make_state(seed=0) -> TrainState:
 
 def save(state: TrainState, run: Path) -> Path:
     """Write a checkpoint and return its folder."""
-    return state.snapshot(CONFIG).write(run)
+    return write_checkpoint(take_snapshot(state, CONFIG), run)
 
 
 def save_in_background(state: TrainState, writer: CheckpointWriter) -> None:
@@ -77,7 +78,7 @@ def test_loading_restores_the_saved_state(tmp_path):
     for actual, expected in zip(other.emas, state.emas, strict=True):
         assert torch.equal(actual.weight, expected.weight)
     assert_equal_moments(other, state)
-    assert json.loads((folder / "config.json").read_text()) == CONFIG
+    assert json.loads((folder / "config.json").read_text()) == CONFIG | {"step": 7}
 
 
 @pytest.mark.parametrize("num_written", range(6))
@@ -94,7 +95,7 @@ def test_failed_save_leaves_no_files(tmp_path, monkeypatch, num_written):
         return write_until_full
 
     for name in ("write_file", "save_tensors"):
-        monkeypatch.setattr(state_module, name, limit(getattr(state_module, name)))
+        monkeypatch.setattr(checkpoints_module, name, limit(getattr(checkpoints_module, name)))
     with pytest.raises(OSError, match="No space left"):
         save(make_state(), tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
@@ -119,12 +120,12 @@ def test_leftovers_of_a_killed_save_or_removal_are_ignored_and_removed(tmp_path)
 
 def test_snapshot_does_not_change_with_training(tmp_path):
     state = make_state()
-    snapshot = state.snapshot(CONFIG)
+    snapshot = take_snapshot(state, CONFIG)
     with torch.no_grad():
         state.model.weight += 1
         next(iter(state.optimizer.state.values()))["exp_avg"] += 1
     other = make_state(seed=1)
-    folder = snapshot.write(tmp_path)
+    folder = write_checkpoint(snapshot, tmp_path)
     other.load(folder, verify_checkpoint(folder))
     expected = make_state()
     assert torch.equal(other.model.weight, expected.model.weight)
@@ -158,7 +159,7 @@ def test_writer_keeps_the_old_checkpoint_while_the_disk_is_full(tmp_path, monkey
     save_in_background(state, writer)
     state.step = 8
     with monkeypatch.context() as patch:
-        patch.setattr(state_module, "write_file", raise_disk_full)
+        patch.setattr(checkpoints_module, "write_file", raise_disk_full)
         save_in_background(state, writer)
     assert writer.problem and "could not save step 8: No space left" in writer.take_messages()[-1]
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["0000007"]
@@ -171,7 +172,7 @@ def test_writer_reports_errors_other_than_disk_errors(tmp_path, monkeypatch):
         raise ValueError("not tensors")
 
     writer = CheckpointWriter(tmp_path, CONFIG, keep_last=1)
-    monkeypatch.setattr(state_module, "save_tensors", fail)
+    monkeypatch.setattr(checkpoints_module, "save_tensors", fail)
     save_in_background(make_state(), writer)
     assert writer.problem
     assert "could not save step 7: ValueError: not tensors" in writer.take_messages()[-1]

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import io
 import json
+import re
 import shutil
 import sys
 import time
@@ -103,19 +104,31 @@ def test_accumulation_gives_the_same_run(call, cache, tmp_path, unbroken):
 
 def test_two_processes_give_the_losses_of_one(cache, tmp_path, unbroken):
     options = (*ALIGNED, "--max-train-steps", 10, "--cache-in-ram")  # one memory for both
-    run_ranks(2, "train", *train_flags(cache, tmp_path, "run", *options))
+    output = run_ranks(2, "train", *train_flags(cache, tmp_path, "run", *options))
     keys = ("loss", "denoising", "align/sra2", "align/sra")
     rows = zip(read_metrics(tmp_path / "run"), read_metrics(unbroken), strict=True)
     for row, expected in rows:
         assert row["step"] == expected["step"]
         assert [row[k] for k in keys] == pytest.approx([expected[k] for k in keys], abs=1e-5)
     assert expected["align/sra2"] == 0 < expected["align/sra"]
+    # Without a terminal, each line of metrics.jsonl has a line in the output of the first process.
+    assert output.count(" remaining: loss ") == len(read_metrics(tmp_path / "run"))
+    first, *_, last = (tmp_path / "run/rank-1.log").read_text().splitlines()
+    assert "started rank 1 of 2 on " in first and "finished at step 10" in last
+    assert output.count("finished at step 10") == 1
 
 
 def test_number_of_processes_may_change_on_resume(call, cache, tmp_path, unbroken):
     flags = train_flags(cache, tmp_path, "run", *ALIGNED)
     assert call(train, *flags, "--max-train-steps", 3)[0] == 0
-    run_ranks(2, "train", *flags, "--max-train-steps", 7, "--gradient-accumulation-steps", 2)
+    # A STOP file stops both processes with exit code 0. It is removed, so the run can be resumed.
+    (tmp_path / "run/STOP").touch()
+    run_ranks(2, "train", *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 2)
+    assert not (tmp_path / "run/STOP").exists()
+    (stop,) = re.findall(
+        r"stopped by .*run/STOP at step (.)", (tmp_path / "run/log.txt").read_text()
+    )
+    assert 3 < int(stop) < 10
     assert call(train, *flags, "--max-train-steps", 10, "--gradient-accumulation-steps", 4)[0] == 0
     assert_close_metrics(tmp_path / "run", unbroken)
 

@@ -12,8 +12,8 @@ from common import loader, watchdog
 from common.watchdog import Watchdog
 from dataset import TrainingStream
 from tests.helpers import train_flags
+from training.checkpoints import CheckpointWriter
 from training.preemption import FlagReducer
-from training.state import CheckpointWriter
 
 
 @pytest.fixture

@@ -1,0 +1,40 @@
+#!/bin/bash
+# Start one training process per GPU of this node, forward SIGTERM and SIGUSR1 to the processes, and
+# exit with their largest exit code. torchrun kills its processes 30 seconds after SIGTERM and
+# replaces their exit codes; this script does neither. The arguments are the flags of train.py:
+#
+#   GPUS=8 NODES=4 NODE_RANK=0 MASTER_ADDR=node0 docs/cluster/launch_node.sh --exp-name xl2 ...
+
+GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+NODES=${NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+export MASTER_PORT=${MASTER_PORT:-29500}
+export WORLD_SIZE=$((NODES * GPUS))
+export LOCAL_WORLD_SIZE=$GPUS
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does
+
+PROCESSES=()
+for ((LOCAL = 0; LOCAL < GPUS; LOCAL++)); do
+  RANK=$((NODE_RANK * GPUS + LOCAL)) LOCAL_RANK=$LOCAL python train.py "$@" &
+  PROCESSES+=($!)
+done
+trap 'kill -TERM "${PROCESSES[@]}" 2>/dev/null' TERM
+trap 'kill -USR1 "${PROCESSES[@]}" 2>/dev/null' USR1
+
+# A trapped signal ends `wait` early, so wait again while the process is running; the last `wait`
+# returns the code of a process that ended in the meantime, or 127 if it was returned before.
+LARGEST=0
+for PROCESS in "${PROCESSES[@]}"; do
+  wait "$PROCESS"
+  CODE=$?
+  while kill -0 "$PROCESS" 2>/dev/null; do
+    wait "$PROCESS"
+    CODE=$?
+  done
+  wait "$PROCESS" 2>/dev/null
+  LAST=$?
+  ((LAST != 127)) && CODE=$LAST
+  ((CODE > LARGEST)) && LARGEST=$CODE
+done
+exit "$LARGEST"

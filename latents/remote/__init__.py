@@ -1,0 +1,1 @@
+"""Read latent caches from a URL."""

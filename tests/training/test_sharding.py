@@ -1,0 +1,244 @@
+"""Sharded training equals DDP, and its checkpoints load with any number of processes."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from checkpointing.storage import list_checkpoints
+from checkpointing.tensor_file import StoredTensors, find_parts
+from common.cli import UserError
+from common.metrics_log import read_rows
+from dataset import TrainingStream
+from latents.cache import LatentCache
+from tests.helpers import (
+    ONE_THREAD,
+    ROOT,
+    make_ranks_command,
+    read_metrics,
+    run_ranks,
+    train_flags,
+)
+from tests.training.steps import make_settings, make_step
+from training.checkpoints import SaveError, Snapshot, write_checkpoint
+from training.sharding import Sharding
+
+FILES = ("ema.safetensors", "model.safetensors", "optimizer.safetensors")
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the whole tensors of a checkpoint."""
+    tensors = {}
+    for name in FILES:
+        stored = StoredTensors(find_parts(folder, name))
+        for key in stored.parts:
+            tensors[f"{name}/{key}"] = torch.empty(stored.shape(key))
+            stored.copy_rows(key, 0, tensors[f"{name}/{key}"])
+    return tensors
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Check that tensors differ by at most 1e-6 relative to the norm of all of them.
+
+    The difference of each tensor is at most 1e-5 relative to its norm: AdamW scales up rounding
+    errors of biases that are initialized with zeros. The biases of keys are ignored, because
+    attention does not depend on them, so their gradients consist of rounding errors.
+    """
+    assert actual.keys() == expected.keys()
+    squared_error = squared_norm = 0.0
+    for name, tensor in expected.items():
+        difference = actual[name] - tensor
+        if name.endswith("qkv.bias"):
+            query, _, value = difference.chunk(3)
+            difference = torch.cat((query, value))
+        squared_error += difference.square().sum().item()
+        squared_norm += tensor.square().sum().item()
+        assert difference.norm() <= 1e-5 * tensor.norm(), name
+    assert squared_error <= 1e-12 * squared_norm
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "num_steps", "modes"),
+    [
+        (2, 6, ["full", "optimizer+2"]),
+        pytest.param(2, 20, ["full", "full+2", "optimizer"], marks=pytest.mark.long),
+        pytest.param(4, 20, ["full", "hybrid", "hybrid+2"], marks=pytest.mark.long),
+    ],
+)
+def test_sharded_training_equals_ddp(cache, tmp_path, num_processes, num_steps, modes):
+    """Losses, gradient norms, weights, moments and EMAs; the gradients are clipped."""
+    output = tmp_path / "results.pt"
+    names = ["none", *modes]
+    run_ranks(num_processes, "tests.training.sharded_steps", output, cache, num_steps, *names)
+    results = torch.load(output)
+    expected = results.pop("none")
+    assert (expected["scalars"][:, 2] > 0.5).any(), "the gradients are never clipped"
+    for result in results.values():
+        torch.testing.assert_close(result["scalars"], expected["scalars"], rtol=1e-6, atol=0)
+        assert_close(result["tensors"], expected["tensors"])
+
+
+def test_one_sharded_process_equals_an_unsharded_one(call, cache, tree, tmp_path, process_group):
+    """The weights, the images of previews and the metrics of evaluations are the same."""
+    runs = []
+    for name, shard in {"plain": [], "sharded": ["--shard", "full"]}.items():
+        flags = train_flags(cache, tmp_path, name, "--align", "sra2", "sra", *shard)
+        flags += ["--gradient-accumulation-steps", 2, "--activation-checkpointing"]
+        flags += ["--sampling-steps", 3, "--eval-every", 3, "--eval-reference", tree]
+        flags += ["--eval-samples", 4, "--eval-features", "fashion", "--eval-num-steps", 2]
+        flags += ["--eval-latents", cache]
+        code, printed = call(train, *flags)
+        assert code == 0, printed
+        runs.append(tmp_path / name)
+    expected, actual = (read_checkpoint(run / "checkpoints" / "0000003") for run in runs)
+    assert_close(actual, expected)
+    images, sharded_images = ((run / "samples" / "0000003.png").read_bytes() for run in runs)
+    assert images == sharded_images
+    metrics, sharded_metrics = (
+        {name: value for name, value in read_rows(run)[-1].items() if isinstance(value, float)}
+        for run in runs
+    )
+    assert "held_out" in metrics
+    assert sharded_metrics == pytest.approx(metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [(2, ["--shard", "full"], 2), (1, [], 3)],
+        pytest.param(
+            [
+                (2, ["--shard", "full"], 1),
+                (1, [], 2),
+                (4, ["--shard", "full"], 3),
+                (2, ["--shard", "optimizer"], 4),
+            ],
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_sharded_checkpoint_is_resumed_with_any_number_of_processes(call, cache, tmp_path, starts):
+    for num_processes, shard, num_steps in starts:
+        flags = train_flags(cache, tmp_path, "elastic", *shard)
+        flags += ["--max-train-steps", num_steps]
+        if num_processes > 1:
+            run_ranks(num_processes, "train", *flags)
+        else:
+            code, printed = call(train, *flags)
+            assert code == 0, printed
+    flags = train_flags(cache, tmp_path, "plain", "--max-train-steps", starts[-1][2])
+    code, printed = call(train, *flags)
+    assert code == 0, printed
+    last = f"checkpoints/{starts[-1][2]:07d}"
+    expected, actual = (read_checkpoint(tmp_path / name / last) for name in ("plain", "elastic"))
+    assert_close(actual, expected)
+
+
+@pytest.mark.long
+def test_resumed_sharded_run_is_identical_to_an_uninterrupted_one(cache, tmp_path):
+    for name, ends in {"whole": [4], "resumed": [2, 4]}.items():
+        for num_steps in ends:
+            flags = train_flags(cache, tmp_path, name, "--shard", "full")
+            run_ranks(2, "train", *flags, "--max-train-steps", num_steps)
+    last = "checkpoints/0000004"
+    expected, actual = (read_checkpoint(tmp_path / name / last) for name in ("whole", "resumed"))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.long
+def test_killed_sharded_run_resumes_without_loss(cache, tmp_path):
+    """20 kills of all processes or of one, at random moments, do not change the result."""
+    flags = ["--shard", "full", "--max-train-steps", 60, "--checkpointing-steps", 2]
+    run_ranks(2, "train", *train_flags(cache, tmp_path, "whole", *flags))
+    rng = random.Random(0)
+    run = tmp_path / "killed"
+    command = make_ranks_command(2, "train", *train_flags(cache, tmp_path, "killed", *flags))
+    for _ in range(20):
+        checkpoints = list_checkpoints(run)
+        with start_session(command) as job:
+            while list_checkpoints(run) == checkpoints and job.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+            children = list_children(job.pid)
+            if job.poll() is None and len(children) == 2 and rng.random() < 0.5:
+                os.kill(rng.choice(children), signal.SIGKILL)
+                job.wait(timeout=120)  # the other process notices that it is alone
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    run_ranks(2, "train", *train_flags(cache, tmp_path, "killed", *flags))
+    expected, actual = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "0000060") for name in ("whole", "killed")
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert read_metrics(run) == read_metrics(tmp_path / "whole")
+
+
+def start_session(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def list_children(pid: int) -> list[int]:
+    output = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in output.stdout.split()]
+
+
+def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monkeypatch):
+    """A compiled, sharded run with a teacher has the losses of a plain run."""
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile_function(f, **options, backend="eager")
+    )
+    losses = []
+    for name, extra in {"plain": [], "compiled": ["--shard", "full", "--compile"]}.items():
+        flags = train_flags(cache, tmp_path, name, "--align", "sra2", "sra", *extra)
+        code, printed = call(train, *flags)
+        assert code == 0, printed
+        losses.append([row["loss"] for row in read_rows(tmp_path / name)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_fp16_overflow_skips_the_update_of_a_sharded_network(cache, process_group):
+    """GradScaler finds infinite gradients in the rows of any process and lowers the scale."""
+    settings = make_settings(cache, "--shard", "full")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    step = make_step(settings, torch.device("cpu"))
+    batch = TrainingStream(LatentCache(cache), 0, 8, 0, 1, [])[0]
+    before = [parameter.full_tensor().clone() for parameter in step.state.model.parameters()]
+    total, _ = step.compute_losses(step.sample_inputs(batch))
+    scaler.scale(total.mean() * 1e30).backward()
+    scaler.unscale_(step.state.optimizer)
+    scaler.step(step.state.optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**125
+    after = [parameter.full_tensor() for parameter in step.state.model.parameters()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_failed_save_of_one_process_is_reported_by_all(tmp_path):
+    """The checkpoint does not appear, and the partial one is removed."""
+    answers = [["", ""], ["", "No space left on device"]]
+    snapshot = Snapshot(3, {"ema_decay": []}, {}, {})
+    with pytest.raises(SaveError, match="process 1: No space left on device"):
+        write_checkpoint(snapshot, tmp_path, 0, lambda value: answers.pop(0))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_hybrid_sharding_needs_nodes_of_equal_size(monkeypatch, process_group):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+    with pytest.raises(UserError, match="6 processes are not a multiple of 4; use --shard full"):
+        Sharding("hybrid", torch.device("cpu"), 4)

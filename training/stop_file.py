@@ -1,0 +1,61 @@
+"""Stop a run if the file STOP appears in its folder, for users who cannot send it a signal.
+
+The file also tells the launcher not to restart the run: the exit code is 0.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from training.coordination import broadcast_object
+from training.preemption import StopRequest
+
+POLL_SECONDS = 1.0
+
+
+def stop_file(folder: Path) -> Path:
+    """Return the path of the file that stops a run."""
+    return folder / "STOP"
+
+
+@contextmanager
+def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool) -> Iterator[None]:
+    """Stop the run in the block if the file FOLDER/STOP exists.
+
+    A thread looks for the file, because a query of a network file system may take long. When the
+    block ends without an exception, the file is removed, so that the run can be resumed. After an
+    exception it remains, and stops the next start of the run.
+
+    Args:
+        folder: The run folder.
+        request: Set if the file exists.
+        is_main_process: Whether this is the first process, which alone looks for the file.
+    """
+    if not is_main_process:
+        yield
+        return
+    path = stop_file(folder)
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not path.exists():
+            if is_over.wait(POLL_SECONDS):
+                return
+        request.name = str(path)
+
+    threading.Thread(target=watch, name="stop file", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def agree_on_stop_file(folder: Path, request: StopRequest) -> None:
+    """Tell all processes whether the file stopped the run; every process must call this."""
+    is_stopped_by_file = request.name == str(stop_file(folder))
+    request.is_final = broadcast_object(
+        is_stopped_by_file, "the first process to report why the run stops"
+    )
