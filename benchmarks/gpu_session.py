@@ -9,6 +9,7 @@ commands with the smallest network, few rounds and no limit on the total time, t
 a CPU.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def main() -> None:
         if args.trial:
             command += TRIAL_FLAGS[measurement.module].split()
             command = [part for part in command if part != "--compile"]
-            command = [part.replace("SiT-XL/2", "SiT-S/2") for part in command]
+            command = [re.sub("SiT-(XL|1B)/2", "SiT-S/2", part) for part in command]
         command += ["--json", str(args.dest / f"{measurement.name}.json")]
         print(f"{measurement.name}: {' '.join(command[1:])}", flush=True)
         started = time.monotonic()
