@@ -148,7 +148,8 @@ class Step:
         if compile:
             self.combine_losses = torch.compile(combine_losses, dynamic=False)
         prepare = state.sharding.prepare if state.sharding else wrap_with_ddp
-        self.model, self.optimizer = prepare(accelerator, state.model, state.optimizer)
+        with waiting_for_processes("the other processes to compare their networks"):
+            self.model, self.optimizer = prepare(accelerator, state.model, state.optimizer)
         self.emas = [
             EMA(ema, state.model.backbone, decay)
             for ema, decay in zip(state.emas, optimizer_config.ema_decay)

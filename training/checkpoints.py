@@ -227,7 +227,8 @@ class CheckpointWriter:
         """
         self.wait()
         self.problem = ""
-        snapshot = take_snapshot(state, self.config)
+        with waiting_for("the copy of the state in host memory", is_joint=self.group is not None):
+            snapshot = take_snapshot(state, self.config)
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self.thread.start()
 

@@ -27,7 +27,10 @@ GROUP_TIMEOUT = PREPARE_TIMEOUT + TIMEOUT_MARGIN
 
 def get_collective_timeout(config: DeviceConfig) -> timedelta:
     """Return PyTorch's limit for the collectives of training."""
-    return timedelta(minutes=config.collective_timeout) + TIMEOUT_MARGIN
+    limit = timedelta(minutes=config.collective_timeout)
+    if config.compile:  # one process may compile longer than another in the first steps
+        limit = max(limit, SLOW_TIMEOUT)
+    return limit + TIMEOUT_MARGIN
 
 
 def gather_objects(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpointing.storage import format_error
+from common.watchdog import waiting_for_processes
 from training.coordination import gather_objects
 
 
@@ -57,7 +58,10 @@ def gather_on_first(tensor: Tensor) -> Tensor:
     parts = None
     if dist.get_rank() == 0:
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.gather(tensor, parts, dst=0)
+    with waiting_for_processes("the images or features of the other processes"):
+        dist.gather(tensor, parts, dst=0)
+        if tensor.is_cuda:  # otherwise, the process waits later, when it uses the result
+            torch.cuda.synchronize(tensor.device)
     return torch.cat(parts) if parts else tensor[:0]
 
 

@@ -61,7 +61,7 @@ from training.config import (
     check_batch_size,
     resolve_num_steps,
 )
-from training.coordination import broadcast_object, gather_objects
+from training.coordination import broadcast_object, gather_objects, wait_for_all
 from training.evaluation import Evaluator
 from training.first_step import FirstStep, load_compile_cache
 from training.guard import NonFiniteGuard
@@ -166,6 +166,7 @@ def initialize_sharded_state(
     sharding = state.sharding
     assert sharding is not None
     whole = build_initial_network(network, align, seed) if sharding.rank == 0 else None
+    wait_for_all("the first process to initialize the weights")
     sharding.copy_from_first_process(state.model, whole)
     for ema in state.emas:
         sharding.copy_from_first_process(ema, whole.backbone if whole else None)

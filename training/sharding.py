@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from common.cli import UserError
+from common.watchdog import waiting_for_processes
 from models.projector import AlignedSiT
 from models.sit import SiT
 
@@ -129,13 +130,16 @@ class Sharding:
             source: The unsharded network; used only on the first process.
         """
         values = source.state_dict() if source is not None else {}
-        for name, sharded in target.state_dict().items():
-            whole = torch.empty(sharded.shape, dtype=sharded.dtype, device=self.device)
-            if self.rank == 0:
-                whole.copy_(values[name])
-            dist.broadcast(whole, src=0)
-            rows = self.get_rows(sharded)
-            rows.tensor.copy_(whole[rows.first : rows.first + len(rows.tensor)])
+        with waiting_for_processes("the weights of the first process"):
+            for name, sharded in target.state_dict().items():
+                whole = torch.empty(sharded.shape, dtype=sharded.dtype, device=self.device)
+                if self.rank == 0:
+                    whole.copy_(values[name])
+                dist.broadcast(whole, src=0)
+                rows = self.get_rows(sharded)
+                rows.tensor.copy_(whole[rows.first : rows.first + len(rows.tensor)])
+            if self.device.type == "cuda":  # otherwise, the process waits later
+                torch.cuda.synchronize(self.device)
 
     def get_rows(self, tensor: Tensor) -> Rows:
         """Return the rows of a tensor that this process holds, which share memory with it.
@@ -159,8 +163,11 @@ class Sharding:
     def gather(self, ema: SiT, network: SiT) -> None:
         """Copy a sharded EMA to an unsharded network. All processes must call this."""
         values = network.state_dict()
-        for name, tensor in ema.state_dict().items():
-            values[name].copy_(gather_tensor(tensor))
+        with waiting_for_processes("the weights of the other processes"):
+            for name, tensor in ema.state_dict().items():
+                values[name].copy_(gather_tensor(tensor))
+            if self.device.type == "cuda":  # otherwise, the process waits later
+                torch.cuda.synchronize(self.device)
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:

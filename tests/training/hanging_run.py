@@ -1,4 +1,4 @@
-"""Trains with a process that hangs or fails at its third batch.
+"""Trains with a process that hangs or fails.
 
 The arguments are the failure, the rank of the process, and the flags of train.py.
 """
@@ -8,11 +8,11 @@ import signal
 import sys
 import time
 
+import torch.distributed as dist
+
 import train
 from dataset import TrainingStream
 from models.sit import SiT
-
-NUM_BATCHES = 2  # complete batches before the failure
 
 
 def stop() -> None:
@@ -35,7 +35,16 @@ def fail() -> None:
     raise RuntimeError("out of memory")
 
 
-FAILURES = {"stop": stop, "kill": kill, "sleep": sleep, "sleep in step": sleep, "fail": fail}
+# How the process fails, in which function, and after how many calls of it.
+FAILURES = {
+    "stop": (stop, TrainingStream, "__getitem__", 2),
+    "kill": (kill, TrainingStream, "__getitem__", 2),
+    "sleep": (sleep, TrainingStream, "__getitem__", 2),
+    "sleep in step": (sleep, SiT, "forward", 2),
+    "stop before DDP": (stop, train, "wrap_with_ddp", 0),
+    "stop before gather": (stop, dist, "gather", 0),
+    "fail": (fail, TrainingStream, "__getitem__", 2),
+}
 
 
 def main() -> None:
@@ -43,16 +52,16 @@ def main() -> None:
     _, failure, rank, *flags = sys.argv
     sys.argv = ["train.py", *flags]
     if os.environ["RANK"] == rank:
-        cls, name = (SiT, "forward") if "step" in failure else (TrainingStream, "__getitem__")
-        original = getattr(cls, name)
+        fail_now, owner, name, num_complete_calls = FAILURES[failure]
+        original = getattr(owner, name)
         num_calls = 0
 
-        def fail_after_two_batches(*args, **kwargs):
+        def fail_after_calls(*args, **kwargs):
             nonlocal num_calls
             num_calls += 1
-            if num_calls > NUM_BATCHES:
-                FAILURES[failure]()
+            if num_calls > num_complete_calls:
+                fail_now()
             return original(*args, **kwargs)
 
-        setattr(cls, name, fail_after_two_batches)
+        setattr(owner, name, fail_after_calls)
     train.main()

@@ -4,6 +4,7 @@ import queue
 import signal
 import sys
 import threading
+from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -14,7 +15,13 @@ from common.cli import EXIT_STOPPED
 from common.watchdog import Watchdog
 from tests.helpers import run_ranks, run_until_rank_exits, train_flags
 from training import heartbeat
-from training.coordination import broadcast_object, gather_objects
+from training.config import DeviceConfig
+from training.coordination import (
+    SLOW_TIMEOUT,
+    broadcast_object,
+    gather_objects,
+    get_collective_timeout,
+)
 from training.hang_detector import HangDetector, describe_processes, find_missing
 from training.heartbeat import (
     ActiveClock,
@@ -299,6 +306,14 @@ def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch):
     assert clock.read() == 2.0 + heartbeat.MAX_GAP_SECONDS
 
 
+@pytest.mark.parametrize("minutes", [10.0, 300.0])
+def test_limit_of_pytorch_exceeds_that_of_steps_that_compile(minutes):
+    config = DeviceConfig(compile=True, collective_timeout=minutes)
+    assert get_collective_timeout(config) > max(SLOW_TIMEOUT, timedelta(minutes=minutes))
+    config = DeviceConfig(collective_timeout=minutes)
+    assert timedelta(minutes=minutes) < get_collective_timeout(config) < timedelta(hours=6)
+
+
 def test_one_process_exchanges_objects_with_itself():
     assert gather_objects("a") == ["a"]
     assert broadcast_object("a", "nothing") == "a"
@@ -333,12 +348,16 @@ def test_error_of_both_processes_is_not_a_lost_process():
         pytest.param("sleep", 1, "has not arrived", marks=pytest.mark.long),
         pytest.param("sleep", 0, "has not arrived", marks=pytest.mark.long),
         pytest.param("sleep in step", 1, "has not arrived", marks=pytest.mark.long),
+        pytest.param("stop before DDP", 1, "gives no sign of life", marks=pytest.mark.long),
+        pytest.param("stop before gather", 1, "gives no sign of life", marks=pytest.mark.long),
     ],
 )
 def test_hanging_process_is_named_and_the_run_ends(cache, tmp_path, failure, rank, reason):
     flags = train_flags(cache, tmp_path, "run", "--collective-timeout", 0.02)
+    if "gather" in failure:
+        flags += ["--sampling-steps", "2"]
     printed = run_until_rank_exits(1 - rank, 2, "tests.training.hanging_run", failure, rank, *flags)
     assert f"exit code {EXIT_STOPPED}" in printed, printed
     line = next(line for line in printed.splitlines() if f"[rank {1 - rank}] gave up" in line)
-    assert f": rank {rank} on " in line and "step " in line, line
+    assert f": rank {rank} on " in line and "step" in line, line
     assert reason in line and "rerun the same command" in line, line
