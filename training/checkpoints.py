@@ -29,6 +29,7 @@ from checkpointing.storage import (
     save_tensors,
 )
 from checkpointing.tensor_file import FIRST_ROWS, part_name
+from common.cli import UserError
 from common.files import fsync, sha256, write_file
 from common.processes import create_gloo_group
 from common.watchdog import waiting_for
@@ -40,7 +41,7 @@ SAVE_TIMEOUT = timedelta(hours=2)  # fast processes wait for slow ones to write 
 Exchange = Callable[[object], list]
 
 
-class SaveError(Exception):
+class SaveError(UserError):
     """Another process could not write its share of a checkpoint."""
 
 
