@@ -333,7 +333,7 @@ def waiting_for_step(num_processes: int) -> AbstractContextManager:
 
 
 def save(run: Run, accelerator: Accelerator, writer: CheckpointWriter) -> None:
-    """Collect the contents of a checkpoint from all processes and write it on the main one."""
+    """Collect the contents of a checkpoint from all processes and start writing it."""
     state = run.state
     state.progress = run.log.collect_progress() | run.monitors.collect_progress()
     state.progress["flags"] = run.flags
@@ -409,6 +409,8 @@ def run_training(
     for message in writer.take_messages():
         log.info(message)
     if writer.problem:
+        if not accelerator.is_main_process:
+            raise SystemExit(2)
         raise UserError(
             f"the last checkpoint of {folder} could not be saved ({writer.problem}): fix the "
             "problem and rerun the same command"

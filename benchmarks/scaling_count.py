@@ -126,7 +126,7 @@ def count_step(plan: Plan, layout: Layout, micro_batch: int, precision: str) -> 
         sharding = Sharding(
             layout.shard,
             accelerator.device,
-            min(layout.num_gpus, GPUS_PER_NODE),
+            layout.num_nodes,
             autocast_dtype(precision),
         )
         fake_mode = CopiableFakeTensorMode(allow_non_fake_inputs=True)

@@ -118,7 +118,7 @@ torch.set_num_threads(1)
 with socket.socket() as unused:
     unused.bind(("127.0.0.1", 0))
     port = unused.getsockname()[1]
-world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", count)}
 world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 children = []
 for rank in range(int(count)):

@@ -29,18 +29,27 @@ from checkpointing.storage import (
     save_tensors,
 )
 from checkpointing.tensor_file import FIRST_ROWS, part_name
+from common.cli import UserError
 from common.files import fsync, sha256, write_file
 from common.processes import create_gloo_group
 from common.watchdog import waiting_for
 from training.sharding import Sharding, gather_tensor
+from training.shared_files import wait_for_files
 from training.state import TrainState
 
 SAVE_TIMEOUT = timedelta(hours=2)  # fast processes wait for slow ones to write their files
 Exchange = Callable[[object], list]
 
 
-class SaveError(Exception):
+class SaveError(UserError):
     """Another process could not write its share of a checkpoint."""
+
+
+class WrittenFile(NamedTuple):
+    """A file that a process has written."""
+
+    size: int
+    sha256: str
 
 
 class FileContent(NamedTuple):
@@ -129,27 +138,30 @@ def write_checkpoint(
 
     Raises:
         OSError: The disk is full or fails. No partial checkpoint remains.
+        UserError: The first process does not see the files of another one.
         SaveError: Another process failed.
     """
     final = run / "checkpoints" / f"{snapshot.step:07d}"
     partial = hidden_path(final, "partial")
-    hashes: dict[str, str] = {}
+    written: dict[str, WrittenFile] = {}
     try:
         with _fail_together(exchange):
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 write_file(partial / "config.json", json.dumps(snapshot.config, indent=2).encode())
-                hashes["config.json"] = sha256(partial / "config.json")
+                written["config.json"] = _describe_file(partial / "config.json")
         with _fail_together(exchange):
             # On a network disk, the folder may become visible to other processes later.
             partial.mkdir(parents=True, exist_ok=True)
             for name, content in snapshot.files.items():
                 save_tensors(content.tensors, partial / name, content.metadata)
-                hashes[name] = sha256(partial / name)
-        all_hashes = exchange(hashes)
+                written[name] = _describe_file(partial / name)
+        all_written = exchange(written)
         with _fail_together(exchange):
             if rank == 0:
-                _complete(snapshot.progress, all_hashes, partial, final)
+                files = {name: file for part in all_written for name, file in part.items()}
+                wait_for_files(partial, {name: file.size for name, file in files.items()})
+                _complete(snapshot.progress, files, partial, final)
     except BaseException:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -173,10 +185,13 @@ def _fail_together(exchange: Exchange) -> Iterator[None]:
             raise SaveError(f"process {rank}: {problem}")
 
 
-def _complete(progress: dict, hashes: list[dict[str, str]], partial: Path, final: Path) -> None:
+def _describe_file(path: Path) -> WrittenFile:
+    return WrittenFile(path.stat().st_size, sha256(path))
+
+
+def _complete(progress: dict, files: dict[str, WrittenFile], partial: Path, final: Path) -> None:
     """Write progress.json and give the checkpoint its final name."""
-    merged = {name: value for part in hashes for name, value in part.items()}
-    progress = progress | {"sha256": dict(sorted(merged.items()))}
+    progress = progress | {"sha256": {name: files[name].sha256 for name in sorted(files)}}
     progress["digest"] = progress_digest(progress)
     write_file(partial / "progress.json", json.dumps(progress).encode())
     if final.exists():

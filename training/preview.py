@@ -1,5 +1,6 @@
 """Draw sample grids of the EMA during training."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -86,16 +87,23 @@ class Preview:
         Raises:
             JointWorkError: The work failed on another process.
         """
-        images = self._sample(ema, gather, self.recipe)
+        images = self._sample(ema, gather)
         return self._arrange(images, title) if self.rank == 0 else None
 
     def try_out(self, ema: SiT, gather: Gather) -> None:
-        """Sample a grid with a single step and discard it, to detect errors."""
-        images = self._sample(ema, gather, replace(self.recipe, num_steps=1))
-        self._arrange(images, "trial")
+        """Draw a grid with a single step and discard it, to detect errors.
 
-    def _sample(self, ema: SiT, gather: Gather, recipe: Recipe) -> Tensor:
-        """Return all images, (n, 3, H, W) uint8. Each process samples one batch at a time."""
+        All processes must call this.
+        """
+        trial = copy.copy(self)
+        trial.recipe = replace(self.recipe, num_steps=1)
+        trial.draw(ema, gather, "trial")
+
+    def _sample(self, ema: SiT, gather: Gather) -> Tensor:
+        """Return all images on the first process, (n, 3, H, W) uint8.
+
+        Each process samples one batch at a time.
+        """
         num_images = len(self.row_names) * self.num_columns
         batch_size = min(self.max_batch_size, math.ceil(num_images / self.num_processes))
         parts = []
@@ -103,7 +111,7 @@ class Preview:
             begin = first + self.rank * batch_size
             # The last batch may be padded with further images.
             index = torch.arange(begin, begin + batch_size, device=self.vae.vae.device)
-            images = self.vae.decode(recipe.sample_latents(ema, index, self.dtype))
+            images = self.vae.decode(self.recipe.sample_latents(ema, index, self.dtype))
             exchange_status()
             parts.append(gather(images))
         return torch.cat(parts)[:num_images]

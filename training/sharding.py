@@ -46,35 +46,23 @@ class Sharding:
             replicate over nodes; optimizer: as full, but parameters stay gathered from the forward
             to the backward pass, which saves communication and costs memory.
         device: Device of the training step.
-        num_local_processes: Number of processes on each node.
+        num_nodes: Number of nodes with the same number of processes; used with hybrid.
         dtype: Dtype of matrix products, in which the parameters of blocks are gathered.
-
-    Raises:
-        UserError: The processes cannot be divided into nodes of equal size.
     """
 
     def __init__(
         self,
         mode: str,
         device: torch.device,
-        num_local_processes: int,
+        num_nodes: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
         self.mode = mode
         self.device = device
-        num_processes = dist.get_world_size()
-        num_nodes = 1
-        if mode == "hybrid":
-            num_nodes, remainder = divmod(num_processes, num_local_processes)
-            if remainder:
-                raise UserError(
-                    f"--shard hybrid needs the same number of processes on every node, but "
-                    f"{num_processes} processes are not a multiple of {num_local_processes}; use "
-                    "--shard full"
-                )
-        sizes = (num_nodes, num_processes // num_nodes)
+        num_replicas = num_nodes if mode == "hybrid" else 1
+        sizes = (num_replicas, dist.get_world_size() // num_replicas)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
-        self.mesh = mesh if num_nodes > 1 else mesh["shard"]
+        self.mesh = mesh if num_replicas > 1 else mesh["shard"]
         self.num_shards = sizes[1]
         self.shard_index = mesh.get_local_rank("shard")
         self.is_first_replica = mesh.get_local_rank("replicate") == 0
@@ -201,14 +189,43 @@ def make_sharding(mode: str, accelerator: Accelerator, dtype: torch.dtype) -> Sh
         mode: One of SHARD_MODES.
         accelerator: The accelerator.
         dtype: Dtype of matrix products.
+
+    Raises:
+        UserError: The processes cannot be divided into nodes of equal size.
     """
     if mode == "none":
         return None
     if not dist.is_initialized():  # a single process without a launcher
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    return Sharding(mode, accelerator.device, num_local_processes, dtype)
+    num_nodes = count_nodes() if mode == "hybrid" else 1
+    return Sharding(mode, accelerator.device, num_nodes, dtype)
+
+
+def count_nodes() -> int:
+    """Return the number of nodes of equal size. All processes must call this.
+
+    Raises:
+        UserError: The nodes have different sizes, or the launcher does not state them.
+    """
+    num_processes = dist.get_world_size()
+    if num_processes == 1:
+        return 1
+    sizes: list = [None] * num_processes
+    dist.all_gather_object(sizes, os.environ.get("LOCAL_WORLD_SIZE"))
+    if None in sizes:
+        raise UserError(
+            "--shard hybrid needs LOCAL_WORLD_SIZE, the number of processes on this node; start "
+            "the command with torchrun or accelerate launch, or use --shard full"
+        )
+    if len(set(sizes)) > 1 or num_processes % int(sizes[0]):
+        # A node of N processes reports its size N times.
+        per_node = [str(n) for n in sorted(map(int, set(sizes)))]
+        raise UserError(
+            f"--shard hybrid needs the same number of processes on every node, but "
+            f"{num_processes} processes are on nodes of {' and '.join(per_node)}; use --shard full"
+        )
+    return num_processes // int(sizes[0])
 
 
 def allocate(network: nn.Module, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Wait for files that the first process sees and a network file system shows late to others."""
+"""Wait for files that a process sees and a network file system shows late to others."""
 
 import socket
 import time
@@ -28,7 +28,7 @@ def wait_for_files(
 
     Args:
         folder: The checkpoint.
-        sizes: Sizes of its files according to the first process, by relative path.
+        sizes: Sizes of its files according to the processes that see them, by relative path.
         seconds: Time limit.
 
     Raises:
@@ -43,8 +43,8 @@ def wait_for_files(
             if time.monotonic() >= deadline:
                 raise UserError(
                     f"{folder / incomplete} is not complete on {socket.gethostname()} after "
-                    f"{seconds:.0f} s, but the first process sees it: --output-dir must be on a "
-                    "file system that all nodes share"
+                    f"{seconds:.0f} s, but another process sees it: --output-dir must be on a file "
+                    "system that all nodes share"
                 )
             time.sleep(POLL_SECONDS)
 

@@ -252,11 +252,26 @@ def test_processes_share_the_images_of_a_preview(trained, vae_folder):
             rank=rank,
             num_processes=num_processes,
         )
-        recipe = replace(preview.recipe, num_steps=2)
-        parts.append(preview._sample(source.model, lambda images: images, recipe))
+        preview.recipe = replace(preview.recipe, num_steps=2)
+        parts.append(preview._sample(source.model, lambda images: images))
     expected, *shares = parts
     assert [len(share) for share in shares] == [8, 8, 8]
     assert (torch.cat(shares).int() - expected.int()).abs().max() <= 1
+
+
+def test_trial_preview_arranges_images_only_on_the_first_process(trained, vae_folder):
+    source = pretrained.load(trained)
+    preview = Preview(
+        Autoencoder(str(vae_folder), torch.device("cpu")),
+        source.class_names,
+        source.trained_labels,
+        cfg_scale=1.5,
+        objective=SimpleNamespace(path_type="linear", prediction="v"),
+        seed=0,
+        rank=1,
+        num_processes=2,
+    )
+    preview.try_out(source.model, lambda images: images[:0])
 
 
 @pytest.mark.parametrize("killed_rank", [pytest.param(0, marks=pytest.mark.long), 1])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ from tests.helpers import (
     train_flags,
 )
 from tests.training.steps import make_settings, make_step
-from training.checkpoints import SaveError, Snapshot, write_checkpoint
-from training.sharding import Sharding
+from training import checkpoints
+from training.checkpoints import SaveError, Snapshot, WrittenFile, write_checkpoint
+from training.sharding import count_nodes
+from training.shared_files import wait_for_files
 
 FILES = ("ema.safetensors", "model.safetensors", "optimizer.safetensors")
 
@@ -73,8 +76,9 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         pytest.param(4, 20, ["full", "hybrid", "hybrid+2"], marks=pytest.mark.long),
     ],
 )
-def test_sharded_training_equals_ddp(cache, tmp_path, num_processes, num_steps, modes):
+def test_sharded_training_equals_ddp(cache, tmp_path, monkeypatch, num_processes, num_steps, modes):
     """Losses, gradient norms, weights, moments and EMAs; the gradients are clipped."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # with four processes, there are two nodes
     output = tmp_path / "results.pt"
     names = ["none", *modes]
     run_ranks(num_processes, "tests.training.sharded_steps", output, cache, num_steps, *names)
@@ -119,13 +123,17 @@ def test_one_sharded_process_equals_an_unsharded_one(call, cache, tree, tmp_path
                 (2, ["--shard", "full"], 1),
                 (1, [], 2),
                 (4, ["--shard", "full"], 3),
-                (2, ["--shard", "optimizer"], 4),
+                (4, ["--shard", "hybrid"], 4),
+                (2, ["--shard", "optimizer"], 5),
             ],
             marks=pytest.mark.long,
         ),
     ],
 )
-def test_sharded_checkpoint_is_resumed_with_any_number_of_processes(call, cache, tmp_path, starts):
+def test_sharded_checkpoint_is_resumed_with_any_number_of_processes(
+    call, cache, tmp_path, monkeypatch, starts
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # with four processes, there are two nodes
     for num_processes, shard, num_steps in starts:
         flags = train_flags(cache, tmp_path, "elastic", *shard)
         flags += ["--max-train-steps", num_steps]
@@ -238,7 +246,38 @@ def test_failed_save_of_one_process_is_reported_by_all(tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_hybrid_sharding_needs_nodes_of_equal_size(monkeypatch, process_group):
-    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
-    with pytest.raises(UserError, match="6 processes are not a multiple of 4; use --shard full"):
-        Sharding("hybrid", torch.device("cpu"), 4)
+def test_checkpoint_is_incomplete_if_the_first_process_does_not_see_all_files(
+    tmp_path, monkeypatch
+):
+    """Otherwise, runs on nodes with separate disks would write checkpoints that cannot be read."""
+    monkeypatch.setattr(checkpoints, "wait_for_files", partial(wait_for_files, seconds=0))
+    other = {"model-00001-of-00002.safetensors": WrittenFile(8, "0" * 64)}
+
+    def exchange(value):
+        return [value, other if isinstance(value, dict) else ""]
+
+    snapshot = Snapshot(3, {"ema_decay": []}, {}, {})
+    with pytest.raises(UserError, match="must be on a file system that all nodes share"):
+        write_checkpoint(snapshot, tmp_path, 0, exchange)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (["2"] * 6, 3),
+        (["4"] * 6, "6 processes are on nodes of 4; use --shard full"),
+        (["4"] * 4 + ["2"] * 2, "6 processes are on nodes of 2 and 4; use --shard full"),
+        (["2"] * 5 + [None], "needs LOCAL_WORLD_SIZE"),
+    ],
+)
+def test_hybrid_sharding_needs_nodes_of_equal_size(monkeypatch, sizes, expected):
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(sizes))
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda values, value: values.__setitem__(slice(None), sizes)
+    )
+    if isinstance(expected, int):
+        assert count_nodes() == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        count_nodes()
