@@ -45,10 +45,27 @@ def resolve_local_cache(text: str) -> Path | None:
     if scratch := os.environ.get("SLURM_TMPDIR"):
         return Path(scratch) / "latents"
     folder = Path(tempfile.gettempdir()) / f"latents-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with naming_folder(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user; pass another folder to --local-cache")
     return folder
+
+
+@contextmanager
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Raise a CacheError that names --local-cache if the block cannot write to a folder.
+
+    Raises:
+        CacheError: The block has raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"{folder} cannot be written ({error.strerror}); free some space, pass another "
+            "folder to --local-cache, or pass --local-cache none to make no copy"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -89,10 +106,11 @@ class LocalCopy:
             yield
 
     def _try_lock(self, stack: ExitStack) -> bool:
-        try:
-            stack.enter_context(lock(self.folder / ".lock"))
-        except BlockingIOError:
-            return False
+        with naming_folder(self.folder):
+            try:
+                stack.enter_context(lock(self.folder / ".lock"))
+            except BlockingIOError:
+                return False
         return True
 
     def list_missing(self, remote_files: list[RemoteFile]) -> list[RemoteFile]:
@@ -108,7 +126,7 @@ class LocalCopy:
 
     def get_free_bytes(self) -> float:
         """Return the number of bytes that copies may use."""
-        return shutil.disk_usage(self.folder).free - RESERVED_BYTES
+        return max(0.0, shutil.disk_usage(self.folder).free - RESERVED_BYTES)
 
     def copy(self, remote_files: list[RemoteFile]) -> None:
         """Copy the missing files, and check their sha256. Call this with the lock.
@@ -140,7 +158,7 @@ class LocalCopy:
     def _copy_file(self, file: RemoteFile, transfer: "_Transfer") -> None:
         path = self.folder / file.name
         partial = self._get_partial_path(file.name)
-        try:
+        with naming_folder(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             is_valid = False
             while not is_valid:
@@ -157,11 +175,6 @@ class LocalCopy:
                     )
             fsync(partial)
             partial.replace(path)
-        except OSError as error:
-            raise CacheError(
-                f"{path} cannot be written ({error.strerror}); free some space, pass another "
-                "folder to --local-cache, or pass --local-cache none to make no copy"
-            ) from None
 
     def _get_partial_path(self, name: str) -> Path:
         path = self.folder / name
