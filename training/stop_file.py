@@ -3,15 +3,19 @@
 The file also tells the launcher not to restart the run: the exit code is 0.
 """
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
+from common.logs import get_logger
 from common.watchdog import waiting_for
 from training.preemption import StopRequest
+
+logger = get_logger(__name__)
 
 POLL_SECONDS = 1.0
 
@@ -41,7 +45,8 @@ def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool
     is_over = threading.Event()
 
     def watch() -> None:
-        while not path.exists():
+        # Unlike Path.exists, this returns False after errors of a network file system.
+        while not os.path.exists(path):  # noqa: PTH110
             if is_over.wait(POLL_SECONDS):
                 return
         request.name = str(path)
@@ -51,8 +56,10 @@ def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool
         yield
     finally:
         is_over.set()
-    with suppress(OSError):
+    try:
         path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be removed (%s); remove it to resume", path, error.strerror)
 
 
 def agree_on_stop_file(folder: Path, request: StopRequest) -> None:
