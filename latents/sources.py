@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import get_rank_prefix, is_url
+from common.files import write_file
 from common.npy_file import NpyLayout
 from latents.manifest import (
     CacheError,
@@ -23,7 +24,7 @@ from latents.manifest import (
 )
 from latents.remote.array import RemoteArray, read_remote_layout
 from latents.remote.files import RemoteFiles
-from latents.remote.local_copy import LocalCopy, RemoteFile
+from latents.remote.local_copy import LocalCopy, RemoteFile, naming_folder
 from latents.shard_reader import ShardReader
 
 NPY_HEADER_BYTES = 128  # usual size of the header of a .npy file
@@ -185,15 +186,17 @@ class RemoteSource(CacheSource):
             if num_bytes > free_bytes:
                 _print_once(
                     f"{description} are read by ranged requests, because a copy needs "
-                    f"{num_bytes / 1e9:.1f} GB, but only {max(0.0, free_bytes) / 1e9:.1f} GB are "
+                    f"{num_bytes / 1e9:.1f} GB, but only {free_bytes / 1e9:.1f} GB are "
                     f"available in {self._local_cache} (--local-cache)"
                 )
                 return
             if copy.list_missing(remote_files):
                 print(f"{get_rank_prefix()}copying {description} to {copy.folder}", flush=True)
                 copy.copy(remote_files)
-                if "moments" in row_formats:
-                    copy.write("manifest.json", self._manifest_text)
+            manifest = copy.folder / "manifest.json"
+            if "moments" in row_formats and not manifest.exists():
+                with naming_folder(copy.folder):
+                    write_file(manifest, self._manifest_text)
         _print_once(f"{description} are read from {copy.folder}")
         self.copied_folders |= row_formats.keys()
 

@@ -34,9 +34,9 @@ from training.resume import build_args_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("accelerate", "numpy", "timm", "diffusers", "safetensors")
-# Flags that may differ between nodes: the path of a local copy of the cache, whose contents are
+# Flags that may differ between nodes: paths of local copies of the cache, whose contents are
 # compared, and a number whose default depends on the number of cores.
-LOCAL_FLAGS = ("data_dir", "num_workers")
+LOCAL_FLAGS = ("data_dir", "local_cache", "num_workers")
 # Packages and folders that train.py does not import.
 UNUSED_CODE = ("assets", "benchmarks", "experiments", "tests")
 # Fields of the manifest that determine what is trained on; `source` and `vae` may be local paths.

@@ -3,13 +3,17 @@
 The file also tells the launcher not to restart the run: the exit code is 0.
 """
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from common.logs import get_logger
 from training.coordination import broadcast_object
 from training.preemption import StopRequest
+
+logger = get_logger(__name__)
 
 POLL_SECONDS = 1.0
 
@@ -39,7 +43,8 @@ def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool
     is_over = threading.Event()
 
     def watch() -> None:
-        while not path.exists():
+        # Unlike Path.exists, this returns False after errors of a network file system.
+        while not os.path.exists(path):  # noqa: PTH110
             if is_over.wait(POLL_SECONDS):
                 return
         request.name = str(path)
@@ -49,8 +54,10 @@ def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool
         yield
     finally:
         is_over.set()
-    with suppress(OSError):
+    try:
         path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be removed (%s); remove it to resume", path, error.strerror)
 
 
 def agree_on_stop_file(folder: Path, request: StopRequest) -> None:

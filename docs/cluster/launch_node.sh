@@ -6,6 +6,10 @@
 #   GPUS=8 NODES=4 NODE_RANK=0 MASTER_ADDR=node0 docs/cluster/launch_node.sh --exp-name xl2 ...
 
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+if ! ((GPUS > 0)); then
+  echo "launch_node.sh: no GPU was found; set GPUS to the number of processes" >&2
+  exit 2
+fi
 NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}

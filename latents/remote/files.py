@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from latents.manifest import CacheError
 
@@ -102,9 +103,13 @@ class RemoteFiles(ABC):
 
     Attributes:
         url: URL of the folder, without a slash at the end.
+
+    Raises:
+        CacheError: The URL is invalid or contains a password.
     """
 
     def __init__(self, url: str):
+        _check_url(url)
         self.url = url.rstrip("/")
         self._connections: tuple[int, ThreadPoolExecutor, Any] | None = None
 
@@ -160,7 +165,12 @@ class RemoteFiles(ABC):
                 return self._read_once(name, start, stop)
 
     def _read_once(self, name: str, start: int, stop: int | None) -> tuple[bytes, int]:
-        download = self.download(name, start, stop)
+        try:
+            download = self.download(name, start, stop)
+        except ShortFileError:
+            if start == 0:
+                return b"", 0  # HTTP has no valid range in an empty file
+            raise make_changed_error(self.format_url(name)) from None
         if stop is not None and not download.is_range:
             raise CacheError(
                 f"{self.format_url(name)}: the server does not support requests for ranges of "
@@ -206,6 +216,27 @@ class PendingRead:
         except TransientError:
             content, _ = self.files.read(self.name, self.start, self.stop)
         return content
+
+
+def _check_url(url: str) -> None:
+    """Refuse URLs with secrets, because logs and args.json would record them, or with a query."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise CacheError(f"the URL is invalid ({error})") from None
+    is_http = parts.scheme in ("http", "https")
+    if parts.password is not None or (is_http and parts.username is not None):
+        remedy = "write them to fsspec's configuration in ~/.config/fsspec"
+        if is_http:
+            remedy = "write them to ~/.netrc"
+        raise CacheError(
+            f"the URL for {parts.hostname} contains credentials, which logs would record; {remedy}"
+        )
+    if is_http and (parts.query or parts.fragment):
+        raise CacheError(
+            f"the URL for {parts.hostname} contains ? or #, but the names of files are appended to "
+            "it; pass the URL of the folder alone"
+        )
 
 
 def make_changed_error(url: str) -> CacheError:

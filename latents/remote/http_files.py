@@ -28,18 +28,9 @@ class HttpFiles(RemoteFiles):
     """Files of a web server. Folders are found in the HTML pages that list the files.
 
     Credentials are read from ~/.netrc, and proxies from the environment.
-
-    Raises:
-        CacheError: The URL contains a password.
     """
 
     def __init__(self, url: str):
-        if urlsplit(url).username is not None:
-            host = urlsplit(url).hostname
-            raise CacheError(
-                f"the URL for {host} contains a user name, which logs would record; write it and "
-                "the password to ~/.netrc instead"
-            )
         super().__init__(url)
         # Sizes and ETags of the files when they were first read.
         self._sizes: dict[str, int] = {}
@@ -59,11 +50,17 @@ class HttpFiles(RemoteFiles):
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         response = self._get(name, headers)
-        first_byte = 0
         file_size = None
         is_range = response.status_code == requests.codes.partial_content
         if is_range:
-            first_byte, file_size = _parse_content_range(response)
+            content_range = response.headers.get("Content-Range", "")
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
+            if not match or int(match[1]) != start:
+                raise CacheError(
+                    f"{self.format_url(name)}: the server answered a request for the bytes from "
+                    f"{start} on with Content-Range {content_range!r}"
+                )
+            file_size = int(match[2])
         elif "Content-Length" in response.headers:
             file_size = int(response.headers["Content-Length"])
         etag = response.headers.get("ETag")
@@ -71,7 +68,7 @@ class HttpFiles(RemoteFiles):
             raise make_changed_error(self.format_url(name))
         if etag is not None and self._etags.setdefault(name, etag) != etag:
             raise make_changed_error(self.format_url(name))
-        return Download(first_byte, file_size, is_range, _iterate_chunks(response))
+        return Download(start if is_range else 0, file_size, is_range, _iterate_chunks(response))
 
     def _get(self, name: str, headers: dict[str, str]) -> requests.Response:
         _, session = self._get_connections()
@@ -107,17 +104,6 @@ class HttpFiles(RemoteFiles):
         base_path = urlsplit(self.format_url(name)).path
         names = {unquote(link).removeprefix(f"{base_path}/").removeprefix("./") for link in links}
         return sorted(name for name in names if name and "/" not in name and name != "..")
-
-
-def _parse_content_range(response: requests.Response) -> tuple[int, int]:
-    """Return the position of the first byte and the size of the file."""
-    content_range = response.headers.get("Content-Range", "")
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
-    if not match:
-        raise CacheError(
-            f"{response.url}: the server sent an invalid Content-Range {content_range!r}"
-        )
-    return int(match[1]), int(match[2])
 
 
 def _iterate_chunks(response: requests.Response) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import UserError
-from common.files import fsync, lock, sha256, write_file
+from common.files import fsync, lock, sha256
 from common.progress import ProgressBar
 from common.watchdog import waiting_for
 from latents.manifest import CacheError
@@ -45,10 +45,27 @@ def resolve_local_cache(text: str) -> Path | None:
     if scratch := os.environ.get("SLURM_TMPDIR"):
         return Path(scratch) / "latents"
     folder = Path(tempfile.gettempdir()) / f"latents-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with naming_folder(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user; pass another folder to --local-cache")
     return folder
+
+
+@contextmanager
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Raise a CacheError that names --local-cache if the block cannot write to a folder.
+
+    Raises:
+        CacheError: The block has raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"{folder} cannot be written ({error.strerror}); free some space, pass another "
+            "folder to --local-cache, or pass --local-cache none to make no copy"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -89,12 +106,11 @@ class LocalCopy:
             yield
 
     def _try_lock(self, stack: ExitStack) -> bool:
-        path = self.folder / ".lock"
-        try:
-            with _explaining_write_errors(path):
-                stack.enter_context(lock(path))
-        except BlockingIOError:
-            return False
+        with naming_folder(self.folder):
+            try:
+                stack.enter_context(lock(self.folder / ".lock"))
+            except BlockingIOError:
+                return False
         return True
 
     def list_missing(self, remote_files: list[RemoteFile]) -> list[RemoteFile]:
@@ -110,7 +126,7 @@ class LocalCopy:
 
     def get_free_bytes(self) -> float:
         """Return the number of bytes that copies may use."""
-        return shutil.disk_usage(self.folder).free - RESERVED_BYTES
+        return max(0.0, shutil.disk_usage(self.folder).free - RESERVED_BYTES)
 
     def copy(self, remote_files: list[RemoteFile]) -> None:
         """Copy the missing files, and check their sha256. Call this with the lock.
@@ -142,7 +158,7 @@ class LocalCopy:
     def _copy_file(self, file: RemoteFile, transfer: "_Transfer") -> None:
         path = self.folder / file.name
         partial = self._get_partial_path(file.name)
-        with _explaining_write_errors(path):
+        with naming_folder(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             is_valid = False
             while not is_valid:
@@ -160,29 +176,9 @@ class LocalCopy:
             fsync(partial)
             partial.replace(path)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file that has already been read."""
-        path = self.folder / name
-        with _explaining_write_errors(path):
-            write_file(path, content)
-
     def _get_partial_path(self, name: str) -> Path:
         path = self.folder / name
         return path.with_name(f".{path.name}.partial")
-
-
-@contextmanager
-def _explaining_write_errors(path: Path) -> Iterator[None]:
-    """Convert OSErrors of a local file, except the one for a lock that is held."""
-    try:
-        yield
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written ({error.strerror}); free some space, pass another folder to "
-            "--local-cache, or pass --local-cache none to make no copy"
-        ) from None
 
 
 class _StoppedError(Exception):

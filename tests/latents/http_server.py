@@ -16,6 +16,7 @@ class FolderServer:
     Attributes:
         folder: The folder.
         supports_ranges: Whether ranged requests are answered with a range.
+        shift: Distance of the answered range from the requested one.
         fail: Function of the path, the range, and the number of earlier equal requests. It returns
             None, an HTTP status to send instead of the file, or a negative number -N to close the
             connection after N bytes.
@@ -25,6 +26,7 @@ class FolderServer:
 
     folder: Path
     supports_ranges: bool = True
+    shift: int = 0
     fail: Callable[[str, str, int], int | None] = lambda *_: None
     requests: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
@@ -63,7 +65,7 @@ class _Handler(SimpleHTTPRequestHandler):
         body = content
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", requested)
         if match and self.state.supports_ranges:
-            start = int(match[1])
+            start = int(match[1]) + self.state.shift
             if start >= len(content):
                 self.send_error(416)
                 return

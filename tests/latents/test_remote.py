@@ -114,7 +114,18 @@ def test_file_that_changes_while_it_is_read_is_reported(server):
     data = LatentCache(server.url)
     path = server.folder / "moments/00000.npy"
     path.write_bytes(path.read_bytes() + b"0")
-    with pytest.raises(CacheError, match=r"00000\.npy has changed since it was first read; rerun"):
+    message = r"00000\.npy has changed since it was first read; rerun"
+    with pytest.raises(CacheError, match=message):
+        data.gather(np.array([0]))
+    os.truncate(path, 128)
+    with pytest.raises(CacheError, match=message):
+        data.gather(np.array([0]))
+
+
+def test_wrong_range_is_reported(server):
+    data = LatentCache(server.url)
+    server.shift = 1
+    with pytest.raises(CacheError, match=r"00000\.npy: the server answered .* 'bytes 129-"):
         data.gather(np.array([0]))
 
 
@@ -123,6 +134,11 @@ def test_damaged_and_missing_files_are_reported(server):
     os.truncate(path, path.stat().st_size - 1)
     message = rf"{server.url}/labels/00001\.npy cannot be read \(the file is truncated\); check the"
     with pytest.raises(CacheError, match=message):
+        LatentCache(server.url)
+    path.write_bytes(b"")
+    with pytest.raises(
+        CacheError, match=r"labels/00001\.npy cannot be read \(No data left in file"
+    ):
         LatentCache(server.url)
     path.unlink()
     with pytest.raises(CacheError, match=r"labels/00001\.npy cannot be read \(\[Errno 2\] No such"):
@@ -245,6 +261,21 @@ def test_copied_moments_are_a_cache(server, cache, tmp_path):
     assert folder.parent == tmp_path
     assert_same_rows(LatentCache(folder), cache)
     assert copy_moments(server.url, None) == server.url
+    (folder / "manifest.json").unlink()  # the process was killed before it wrote this last file
+    assert_same_rows(LatentCache(copy_moments(server.url, tmp_path)), cache)
+
+
+def test_complete_copy_on_a_full_disk_is_used(server, tmp_path, monkeypatch):
+    LatentCache(server.url, local_cache=tmp_path)
+    monkeypatch.setattr(local_copy, "RESERVED_BYTES", 1e18)
+    assert not LatentCache(server.url, local_cache=tmp_path).is_remote
+
+
+def test_local_cache_that_is_a_file_is_reported(server, tmp_path):
+    local = tmp_path / "file"
+    local.touch()
+    with pytest.raises(CacheError, match=r"cannot be written \(Not a directory\); .*--local-cache"):
+        LatentCache(server.url, local_cache=local)
 
 
 def test_full_disk_is_reported(server, tmp_path, monkeypatch):
@@ -325,12 +356,16 @@ def test_fsspec_reads_other_protocols(cache, tmp_path):
     ("url", "message"),
     [
         ("unknown://bucket", "unknown://bucket cannot be opened"),
-        ("https://user:password@host/cache", "the URL for host contains a user name"),
+        ("https://user@host/cache", r"the URL for host contains credentials, .*~/\.netrc"),
+        ("ftp://user:secret@host/cache", "the URL for host contains credentials"),
+        ("https://host/cache?token=secret", r"the URL for host contains \? or #"),
+        ("http://user:secret@[::1/cache", "the URL is invalid"),
     ],
 )
 def test_urls_that_cannot_be_read_are_reported(url, message):
-    with pytest.raises(CacheError, match=message):
+    with pytest.raises(CacheError, match=message) as error:
         LatentCache(url)
+    assert "secret" not in str(error.value)
 
 
 def test_missing_package_is_reported(monkeypatch):

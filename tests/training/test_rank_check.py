@@ -91,7 +91,8 @@ def settings(cache, tmp_path):
 
 def test_record_contains_flags_and_versions(settings):
     record = make_process_record(ProcessEnvironment(1, 2, 1, 2), settings)
-    assert record.groups["flags"]["--seed"] == "7" and "--data-dir" not in record.groups["flags"]
+    flags = record.groups["flags"]
+    assert flags["--seed"] == "7" and not {"--data-dir", "--local-cache"} & flags.keys()
     assert record.groups["packages"]["torch"] == torch.__version__
     assert record.groups["devices"] == {"the device": "cpu"} and record.problem == ""
 

@@ -1,5 +1,7 @@
 """Test the file that stops a run. Other tests use it with two processes and in an evaluation."""
 
+import errno
+import os
 import time
 
 import pytest
@@ -50,6 +52,24 @@ def test_file_remains_after_an_error_so_that_a_restarted_run_stops(tmp_path):
     with pytest.raises(RuntimeError):
         stop_by_file(tmp_path, RuntimeError("the GPU has failed"))
     assert (tmp_path / "STOP").exists()
+
+
+def test_folder_that_cannot_be_read_or_changed(tmp_path, monkeypatch, caplog):
+    stat = os.stat
+    failures = [errno.ESTALE, errno.EIO]
+
+    def fail_twice(path, **options):
+        if str(path).endswith("STOP") and failures:
+            raise OSError(failures.pop(), "the file server has restarted")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", fail_twice)
+    request = StopRequest()
+    with watching_stop_file(tmp_path, request, is_main_process=True):
+        (tmp_path / "STOP").mkdir()  # cannot be removed like a file
+        while request.name is None:
+            time.sleep(0.01)
+    assert "STOP cannot be removed (" in caplog.text and not failures
 
 
 def test_only_the_first_process_looks_for_the_file(tmp_path):
