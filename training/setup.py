@@ -168,7 +168,7 @@ def initialize_sharded_state(
     whole = build_initial_network(network, align, seed) if sharding.rank == 0 else None
     sharding.copy_from_first_process(state.model, whole)
     for ema in state.emas:
-        sharding.copy_from_first_process(ema, whole.backbone if whole else None)
+        ema.load_state_dict(state.model.backbone.state_dict())
 
 
 class Networks(NamedTuple):
