@@ -1,6 +1,5 @@
 """Draw sample grids of the EMA during training."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,19 +86,20 @@ class Preview:
         Raises:
             JointWorkError: The work failed on another process.
         """
-        images = self._sample(ema, gather)
-        return self._arrange(images, title) if self.rank == 0 else None
+        return self._draw(ema, gather, self.recipe, title)
 
     def try_out(self, ema: SiT, gather: Gather) -> None:
         """Draw a grid with a single step and discard it, to detect errors.
 
         All processes must call this.
         """
-        trial = copy.copy(self)
-        trial.recipe = replace(self.recipe, num_steps=1)
-        trial.draw(ema, gather, "trial")
+        self._draw(ema, gather, replace(self.recipe, num_steps=1), "trial")
 
-    def _sample(self, ema: SiT, gather: Gather) -> Tensor:
+    def _draw(self, ema: SiT, gather: Gather, recipe: Recipe, title: str) -> Image.Image | None:
+        images = self._sample(ema, gather, recipe)
+        return self._arrange(images, title) if self.rank == 0 else None
+
+    def _sample(self, ema: SiT, gather: Gather, recipe: Recipe) -> Tensor:
         """Return all images on the first process, (n, 3, H, W) uint8.
 
         Each process samples one batch at a time.
@@ -111,7 +111,7 @@ class Preview:
             begin = first + self.rank * batch_size
             # The last batch may be padded with further images.
             index = torch.arange(begin, begin + batch_size, device=self.vae.vae.device)
-            images = self.vae.decode(self.recipe.sample_latents(ema, index, self.dtype))
+            images = self.vae.decode(recipe.sample_latents(ema, index, self.dtype))
             exchange_status()
             parts.append(gather(images))
         return torch.cat(parts)[:num_images]

@@ -169,7 +169,7 @@ def initialize_sharded_state(
     wait_for_all("the first process to initialize the weights")
     sharding.copy_from_first_process(state.model, whole)
     for ema in state.emas:
-        sharding.copy_from_first_process(ema, whole.backbone if whole else None)
+        ema.load_state_dict(state.model.backbone.state_dict())
 
 
 class Networks(NamedTuple):

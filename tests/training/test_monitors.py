@@ -252,8 +252,8 @@ def test_processes_share_the_images_of_a_preview(trained, vae_folder):
             rank=rank,
             num_processes=num_processes,
         )
-        preview.recipe = replace(preview.recipe, num_steps=2)
-        parts.append(preview._sample(source.model, lambda images: images))
+        recipe = replace(preview.recipe, num_steps=2)
+        parts.append(preview._sample(source.model, lambda images: images, recipe))
     expected, *shares = parts
     assert [len(share) for share in shares] == [8, 8, 8]
     assert (torch.cat(shares).int() - expected.int()).abs().max() <= 1
