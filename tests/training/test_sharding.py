@@ -22,6 +22,7 @@ from latents.cache import LatentCache
 from tests.helpers import (
     ONE_THREAD,
     ROOT,
+    list_children,
     make_ranks_command,
     read_metrics,
     run_ranks,
@@ -190,11 +191,6 @@ def start_session(command: list[str]) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def list_children(pid: int) -> list[int]:
-    output = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(child) for child in output.stdout.split()]
 
 
 def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monkeypatch):

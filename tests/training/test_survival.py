@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,10 +21,13 @@ from tests.helpers import (
     ONE_THREAD,
     ROOT,
     ForkServer,
+    get_fork_server,
     have_equal_weights,
+    list_children,
     read_metrics,
     run_ranks,
     train_flags,
+    wait_until,
 )
 
 STEPS = 90
@@ -34,10 +36,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = ForkServer(tmp_path_factory.mktemp("forks") / "log.txt")
-    yield forks
-    forks.close()
+def forks() -> ForkServer:
+    return get_fork_server()
 
 
 def run_flags(cache: Path, exps: Path, *extra_flags) -> list[str]:
@@ -50,7 +50,7 @@ def run_flags(cache: Path, exps: Path, *extra_flags) -> list[str]:
 def uninterrupted(tmp_path_factory, cache, forks) -> Path:
     """The folder of a run that was not interrupted."""
     exps = tmp_path_factory.mktemp("uninterrupted")
-    forks.start(run_flags(cache, exps))
+    forks.start_train(run_flags(cache, exps))
     assert forks.wait() == 0
     return exps / "run"
 
@@ -59,14 +59,6 @@ def have_equal_results(run: Path, other: Path) -> bool:
     """Return whether two complete runs have bit-identical metrics and final weights."""
     have_equal_metrics = read_metrics(run) == read_metrics(other)
     return have_equal_metrics and have_equal_weights(run, other, f"{STEPS:07d}")
-
-
-def wait_until(condition: Callable[[], object], poll_seconds: float = 0.01) -> None:
-    """Wait until a condition holds. The time limit only stops tests that hang."""
-    end = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < end, "the condition did not become true within 300 seconds"
-        time.sleep(poll_seconds)
 
 
 def contains(path: Path, text: str) -> bool:
@@ -104,19 +96,12 @@ def start_torchrun(
     )
 
 
-def child_processes(pid: int) -> list[int]:
-    """Return the ids of the processes that a process has started."""
-    command = ["pgrep", "-P", str(pid)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [int(child) for child in output.split()]
-
-
 def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
     rng = random.Random(0)
     run = tmp_path / "0" / "run"
     for attempt in range(NUM_KILLS):
         checkpoints = list_checkpoints(run)
-        pid = forks.start(run_flags(cache, run.parent))
+        pid = forks.start_train(run_flags(cache, run.parent))
 
         def is_finished(run=run) -> bool:
             return contains(run / "log.txt", "finished")
@@ -142,7 +127,7 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
             assert have_equal_results(run, uninterrupted)
             run = tmp_path / str(attempt + 1) / "run"
 
-    forks.start(run_flags(cache, run.parent))
+    forks.start_train(run_flags(cache, run.parent))
     assert forks.wait() == 0
     assert have_equal_results(run, uninterrupted)
     remaining = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -157,7 +142,7 @@ def test_stop_signal_saves_and_exits_with_the_documented_code(
 ):
     run = tmp_path / "run"
     flags = run_flags(cache, tmp_path, "--checkpointing-steps", 1000)
-    pid = forks.start([*flags, "--num-workers", "2"])
+    pid = forks.start_train([*flags, "--num-workers", "2"])
     wait_until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
     os.killpg(pid, signal_number)  # signals the DataLoader workers as well, as a scheduler does
     assert forks.wait() == EXIT_STOPPED == 75
@@ -165,14 +150,14 @@ def test_stop_signal_saves_and_exits_with_the_documented_code(
     step = int(checkpoint.name)
     assert 4 <= step < STEPS
     assert contains(run / "log.txt", f"stopped by {signal_number.name} at step {step}")
-    forks.start(flags)
+    forks.start_train(flags)
     assert forks.wait() == 0
     assert have_equal_results(run, uninterrupted)
 
 
 def test_failed_save_on_a_full_disk_is_reported_and_retried(forks, cache, tmp_path, uninterrupted):
     run = tmp_path / "run"
-    pid = forks.start(run_flags(cache, tmp_path))
+    pid = forks.start_train(run_flags(cache, tmp_path))
     wait_until(lambda: list_checkpoints(run))
     limits = limit_file_size(pid, 2_000_000)
     wait_until(lambda: contains(run / "log.txt", "could not save step"))
@@ -189,7 +174,7 @@ def test_failed_save_on_a_full_disk_is_reported_and_retried(forks, cache, tmp_pa
 def test_metrics_that_a_full_disk_rejects_are_written_later(forks, cache, tmp_path, uninterrupted):
     run = tmp_path / "run"
     metrics = run / "metrics.jsonl"
-    pid = forks.start(run_flags(cache, tmp_path, "--num-workers", 0))
+    pid = forks.start_train(run_flags(cache, tmp_path, "--num-workers", 0))
     wait_until(lambda: contains(metrics, '"step": 8'))
     limits = limit_file_size(pid, metrics.stat().st_size + 50)  # enough for part of a line
     wait_until(lambda: contains(run / "log.txt", "its lines are buffered in memory"))
@@ -201,7 +186,7 @@ def test_metrics_that_a_full_disk_rejects_are_written_later(forks, cache, tmp_pa
 def test_locked_run_is_rejected_on_all_processes(forks, cache, tmp_path):
     # A POSIX lock belongs to a process: this process holds it, so the others do not get it.
     with lock(tmp_path / "run/.lock"):
-        forks.start(run_flags(cache, tmp_path))
+        forks.start_train(run_flags(cache, tmp_path))
         assert forks.wait() == 2
         # The second process does not wait for the first one, which fails.
         with pytest.raises(AssertionError) as failure:
@@ -214,7 +199,7 @@ def test_locked_run_is_rejected_on_all_processes(forks, cache, tmp_path):
 
 def test_run_on_a_permanently_full_disk_fails_and_keeps_the_last_checkpoint(forks, cache, tmp_path):
     run = tmp_path / "run"
-    pid = forks.start(run_flags(cache, tmp_path))
+    pid = forks.start_train(run_flags(cache, tmp_path))
     wait_until(lambda: list_checkpoints(run))
     limit_file_size(pid, 2_000_000)
     assert forks.wait() == 2
@@ -238,7 +223,7 @@ def test_job_on_two_nodes_resumes_after_one_is_killed(cache, tmp_path, uninterru
     agents = start_job()
     try:
         wait_until(lambda: list_checkpoints(tmp_path / "run"))
-        workers = child_processes(agents[1].pid)
+        workers = list_children(agents[1].pid)
         os.killpg(agents[1].pid, signal.SIGKILL)
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
@@ -270,7 +255,7 @@ def test_signal_to_one_process_stops_all_after_the_same_step(cache, tmp_path, un
     wait_until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
     (rank_1,) = [
         pid
-        for pid in child_processes(job.pid)
+        for pid in list_children(job.pid)
         if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
     ]
     os.kill(rank_1, signal.SIGTERM)
