@@ -8,9 +8,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import train
 from checkpointing.storage import list_checkpoints
@@ -30,6 +32,7 @@ from tests.helpers import (
 )
 from tests.training.steps import make_settings, make_step
 from training.checkpoints import SaveError, Snapshot, write_checkpoint
+from training.preview import Preview
 from training.sharding import Sharding
 
 FILES = ("ema.safetensors", "model.safetensors", "optimizer.safetensors")
@@ -87,8 +90,11 @@ def test_sharded_training_equals_ddp(cache, tmp_path, num_processes, num_steps, 
         assert_close(result["tensors"], expected["tensors"])
 
 
-def test_one_sharded_process_equals_an_unsharded_one(call, cache, tree, tmp_path, process_group):
+def test_one_sharded_process_equals_an_unsharded_one(
+    call, cache, tree, tmp_path, process_group, monkeypatch
+):
     """The weights, the images of previews and the metrics of evaluations are the same."""
+    monkeypatch.setattr(Preview, "num_steps", 2)
     runs = []
     for name, shard in {"plain": [], "sharded": ["--shard", "full"]}.items():
         flags = train_flags(cache, tmp_path, name, "--align", "sra2", "sra", *shard)
@@ -101,8 +107,10 @@ def test_one_sharded_process_equals_an_unsharded_one(call, cache, tree, tmp_path
         runs.append(tmp_path / name)
     expected, actual = (read_checkpoint(run / "checkpoints" / "0000003") for run in runs)
     assert_close(actual, expected)
-    images, sharded_images = ((run / "samples" / "0000003.png").read_bytes() for run in runs)
-    assert images == sharded_images
+    images, sharded_images = (
+        np.asarray(Image.open(run / "samples" / "0000003.png")).astype(int) for run in runs
+    )
+    assert np.abs(sharded_images - images).max() <= 1  # grey levels
     metrics, sharded_metrics = (
         {name: value for name, value in read_rows(run)[-1].items() if isinstance(value, float)}
         for run in runs

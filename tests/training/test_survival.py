@@ -20,6 +20,7 @@ from common.files import lock
 from tests.helpers import (
     ONE_THREAD,
     ROOT,
+    RUN_AND_EXIT,
     ForkServer,
     get_fork_server,
     have_equal_weights,
@@ -30,8 +31,8 @@ from tests.helpers import (
     wait_until,
 )
 
-STEPS = 90
-NUM_KILLS = 12
+STEPS = 60
+NUM_KILLS = 8
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -117,7 +118,7 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
         if attempt % 2:
             time.sleep(rng.uniform(0, 0.12))
         else:
-            wait_until(is_saving, poll_seconds=0)
+            wait_until(is_saving, poll_seconds=0.001)
             time.sleep(rng.uniform(0, 0.005))
         with suppress(ProcessLookupError):  # the run may have finished in the meantime
             os.killpg(pid, signal.SIGKILL)
@@ -155,31 +156,25 @@ def test_stop_signal_saves_and_exits_with_the_documented_code(
     assert have_equal_results(run, uninterrupted)
 
 
-def test_failed_save_on_a_full_disk_is_reported_and_retried(forks, cache, tmp_path, uninterrupted):
+def test_saves_and_metrics_that_a_full_disk_rejects_are_written_later(
+    forks, cache, tmp_path, uninterrupted
+):
     run = tmp_path / "run"
+    metrics, log = run / "metrics.jsonl", run / "log.txt"
     pid = forks.start_train(run_flags(cache, tmp_path))
-    wait_until(lambda: list_checkpoints(run))
-    limits = limit_file_size(pid, 2_000_000)
-    wait_until(lambda: contains(run / "log.txt", "could not save step"))
+    wait_until(lambda: list_checkpoints(run) and contains(metrics, '"step": 8'))
+    limits = limit_file_size(pid, metrics.stat().st_size + 50)  # enough for part of a line
+    wait_until(lambda: contains(log, "its lines are buffered in memory"))
+    num_messages = log.read_text().count("could not save step")
+    limit_file_size(pid, 2_000_000)  # enough for the metrics and part of a checkpoint
+    wait_until(lambda: log.read_text().count("could not save step") > num_messages)
     assert list_checkpoints(run)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
     assert forks.wait() == 0
     # Regular saves are at multiples of 3, so any other step is a retry.
-    log = (run / "log.txt").read_text()
-    steps = re.findall(r"(?:could not save step |saved .*/checkpoints/)(\d+)", log)
+    pattern = r"(?:could not save step |saved .*/checkpoints/)(\d+)"
+    steps = re.findall(pattern, log.read_text())
     assert any(int(step) % 3 for step in steps), steps
-    assert have_equal_results(run, uninterrupted)
-
-
-def test_metrics_that_a_full_disk_rejects_are_written_later(forks, cache, tmp_path, uninterrupted):
-    run = tmp_path / "run"
-    metrics = run / "metrics.jsonl"
-    pid = forks.start_train(run_flags(cache, tmp_path, "--num-workers", 0))
-    wait_until(lambda: contains(metrics, '"step": 8'))
-    limits = limit_file_size(pid, metrics.stat().st_size + 50)  # enough for part of a line
-    wait_until(lambda: contains(run / "log.txt", "its lines are buffered in memory"))
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
-    assert forks.wait() == 0
     assert have_equal_results(run, uninterrupted)
 
 
@@ -199,11 +194,14 @@ def test_locked_run_is_rejected_on_all_processes(forks, cache, tmp_path):
 
 def test_run_on_a_permanently_full_disk_fails_and_keeps_the_last_checkpoint(forks, cache, tmp_path):
     run = tmp_path / "run"
-    pid = forks.start_train(run_flags(cache, tmp_path))
-    wait_until(lambda: list_checkpoints(run))
-    limit_file_size(pid, 2_000_000)
+    forks.start_train(run_flags(cache, tmp_path, "--max-train-steps", 3))
+    assert forks.wait() == 0
+    limits = limit_file_size(forks.process.pid, 2_000_000)  # the run inherits the limit
+    forks.start_train(run_flags(cache, tmp_path, "--max-train-steps", 9))
+    resource.prlimit(forks.process.pid, resource.RLIMIT_FSIZE, limits)
     assert forks.wait() == 2
-    assert list_checkpoints(run) and not list((run / "checkpoints").glob(".*"))
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == "0000003"
 
 
 @pytest.mark.long
@@ -239,27 +237,32 @@ def test_job_on_two_nodes_resumes_after_one_is_killed(cache, tmp_path, uninterru
         assert row == pytest.approx(expected, rel=1e-3)
 
 
-def test_signal_to_one_process_stops_all_after_the_same_step(cache, tmp_path, uninterrupted):
-    # Rank 0 exits long after rank 1, as may happen on a busy machine.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, os, time\n"
-        "if os.environ.get('RANK') == '0':\n"
-        "    atexit.register(time.sleep, 2)\n"
-    )
-    options = ["--nproc_per_node", "2", "--master_port", "0"]
-    options += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    python_path = f"{tmp_path}{os.pathsep}{ROOT}"
-    flags = run_flags(cache, tmp_path)
-    job = start_torchrun(*options, flags=flags, python_path=python_path, output=subprocess.PIPE)
+# Runs train.py on two processes under the agent of torchrun. The process of rank 0 exits long after
+# that of rank 1, as may happen on a busy machine.
+RUN_UNDER_AGENT = """
+import os, sys, time, torch, train
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def main():
+    try:
+        train.main()
+    finally:
+        time.sleep(0 if os.environ["RANK"] == "1" else 2)
+def run_rank():
+    torch.set_num_threads(1)
+    run_and_exit(main)
+options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork", "max_restarts": 0}
+elastic_launch(LaunchConfig(1, 1, nproc_per_node=2, **options), run_rank)()
+"""
+
+
+def test_signal_to_one_process_stops_all_after_the_same_step(forks, cache, tmp_path, uninterrupted):
     run = tmp_path / "run"
+    pid = forks.start(RUN_AND_EXIT + RUN_UNDER_AGENT, *run_flags(cache, tmp_path))
     wait_until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
-    (rank_1,) = [
-        pid
-        for pid in list_children(job.pid)
-        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
-    ]
+    _, rank_1 = sorted(list_children(pid))
     os.kill(rank_1, signal.SIGTERM)
-    output, _ = job.communicate(timeout=300)
+    assert forks.wait() == 1
+    output = forks.read_output()
     # No signal killed rank 0 while it was shutting down.
     assert "exitcode  : 75" in output and "Signal" not in output, output
     step = int(list_checkpoints(run)[-1].name)
