@@ -250,8 +250,9 @@ def main():
 def run_rank():
     torch.set_num_threads(1)
     run_and_exit(main)
-options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork", "max_restarts": 0}
-elastic_launch(LaunchConfig(1, 1, nproc_per_node=2, **options), run_rank)()
+rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+processes = {"nproc_per_node": 2, "start_method": "fork", "max_restarts": 0}
+elastic_launch(LaunchConfig(1, 1, **rendezvous, **processes), run_rank)()
 """
 
 
