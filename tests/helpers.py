@@ -1,5 +1,6 @@
 """Create small inputs in the formats of real data, and run commands on one or more processes."""
 
+import fcntl
 import functools
 import json
 import os
@@ -250,7 +251,8 @@ class ForkServer:
 
     def __init__(self):
         self.running_pid = 0
-        self.output = tempfile.TemporaryFile("a+")  # noqa: SIM115 (stays open)
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (stays open)
+        fcntl.fcntl(self.output, fcntl.F_SETFL, os.O_APPEND)  # all processes share the file
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVE_FORKS],
             cwd=ROOT,
