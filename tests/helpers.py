@@ -1,10 +1,16 @@
 """Create small inputs in the formats of real data, and run commands on one or more processes."""
 
+import fcntl
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +100,21 @@ def torchrun(processes: int, script: str | Path, *flags) -> str:
     return run_command([*map(str, command), str(script), *map(str, flags)])
 
 
+def wait_until(condition: Callable[[], object], poll_seconds: float = 0.01) -> None:
+    """Wait until a condition holds. The time limit only stops tests that hang."""
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true within 300 seconds"
+        time.sleep(poll_seconds)
+
+
+def list_children(pid: int) -> list[int]:
+    """Return the ids of the processes that a process has started."""
+    command = ["pgrep", "-P", str(pid)]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [int(child) for child in output.split()]
+
+
 RUN_AND_EXIT = """
 import os, sys, traceback
 from common import cli
@@ -137,14 +158,13 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 def run_ranks(processes: int, module: str, *flags) -> str:
     """Run a module's main function on several processes with torchrun's environment.
 
-    The processes are forked after the imports, so this takes half as long as `torchrun`. In the
-    flags, {rank} is replaced by the rank of the process.
+    In the flags, {rank} is replaced by the rank of the process.
     """
-    return run_command(make_ranks_command(processes, module, *flags))
+    return run_forked(RUN_AND_EXIT + FORK_RANKS, processes, module, *flags)
 
 
 def make_ranks_command(processes: int, module: str, *flags) -> list[str]:
-    """Return the command of `run_ranks`."""
+    """Return the command of `run_ranks`, to start it in a new interpreter."""
     code = RUN_AND_EXIT + FORK_RANKS
     return [sys.executable, "-c", code, str(processes), module, *map(str, flags)]
 
@@ -208,69 +228,129 @@ def have_equal_weights(a: Path, b: Path, step: str = "0000010") -> bool:
     return True
 
 
-FORK_TRAIN = """
-import json, torch, train
-torch.set_num_threads(1)
+# The libraries are those that train.py and other commands import when they are first used.
+SERVE_FORKS = """
+import gc, json, os, sys, traceback
+import accelerate, diffusers, torchvision, torch._dynamo
+from diffusers import AutoencoderKL
+import train, sample_ddp
+from preprocessing import encode_latents
+gc.freeze()  # otherwise, garbage collection would copy the memory of the imported modules
 for line in sys.stdin:
-    flags = json.loads(line)
+    request = json.loads(line)
     pid = os.fork()
     if not pid:
         os.setsid()
-        sys.argv = ["train.py", *flags]
-        run_and_exit(train.main)
-    print("pid", pid, flush=True)
-    print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv = ["-c", *request["arguments"]]
+        code = 0
+        try:
+            exec(request["code"], {"__name__": "__main__"})
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)  # skips the slow finalization of the imported modules
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+RUN_TRAIN = """
+import sys, torch, train
+torch.set_num_threads(1)
+run_and_exit(train.main)
 """
 
 
 class ForkServer:
-    """Starts train.py quickly by forking a process that has finished all imports.
+    """Runs Python code in forks of a process that has finished the imports of the commands.
 
-    Args:
-        log: File to which the stderr of all runs is written.
+    A new interpreter would need several seconds for them.
     """
 
-    def __init__(self, log: Path):
+    def __init__(self):
         self.running_pid = 0
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", RUN_AND_EXIT + FORK_TRAIN],
-                cwd=ROOT,
-                env=os.environ | ONE_THREAD,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-            )
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (stays open)
+        fcntl.fcntl(self.output, fcntl.F_SETFL, os.O_APPEND)  # all processes share the file
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE_FORKS],
+            cwd=ROOT,
+            env=os.environ | ONE_THREAD,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.output,
+            text=True,
+        )
 
-    def start(self, flags: list[str]) -> int:
-        """Start train.py in a new session and return its process id.
+    def start(self, code: str, *arguments) -> int:
+        """Run code like `python -c CODE ARGUMENTS` in a new session and return the process id.
 
-        If a run of an earlier test is still running, it is killed first.
+        If the code of an earlier test is still running, it is killed first.
         """
         if self.running_pid:
             with suppress(ProcessLookupError):
                 os.killpg(self.running_pid, signal.SIGKILL)
             self.wait()
-        self.process.stdin.write(json.dumps(flags) + "\n")
+        self.output.truncate(0)
+        environment = dict(os.environ | ONE_THREAD)
+        request = {"code": code, "arguments": [*map(str, arguments)], "environment": environment}
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        self.running_pid = self._read_answer("pid")
+        self.running_pid = self._read_answer()
         return self.running_pid
 
+    def start_ranks(self, processes: int, module: str, *flags) -> int:
+        """Start what `run_ranks` runs."""
+        return self.start(RUN_AND_EXIT + FORK_RANKS, processes, module, *flags)
+
+    def start_train(self, flags: list[str]) -> int:
+        """Start train.py in a new session and return its process id."""
+        return self.start(RUN_AND_EXIT + RUN_TRAIN, *flags)
+
+    def kill_ranks(self) -> None:
+        """Kill the processes of `start_ranks` and wait until they have ended."""
+        pid = self.running_pid
+        for child in list_children(pid):
+            os.kill(child, signal.SIGKILL)
+        self.wait()
+        with suppress(ProcessLookupError):  # workers of DataLoaders
+            os.killpg(pid, signal.SIGKILL)
+
     def wait(self) -> int:
-        """Wait for the run and return its exit code, which is negative if a signal killed it."""
-        code = self._read_answer("exit")
+        """Wait for the code and return its exit code, which is negative if a signal killed it."""
+        code = self._read_answer()
         self.running_pid = 0
         return code
 
-    def _read_answer(self, key: str) -> int:
-        while True:
-            line = self.process.stdout.readline()
-            assert line, "the fork server has died"
-            if line.startswith(f"{key} "):
-                return int(line.split()[1])
+    def read_output(self) -> str:
+        """Return what the code has written to stdout and stderr."""
+        self.output.seek(0)
+        return self.output.read()
 
-    def close(self) -> None:
-        """Kill the fork server."""
-        self.process.kill()
-        self.process.wait()
+    def _read_answer(self) -> int:
+        line = self.process.stdout.readline()
+        assert line, f"the fork server has died: {self.read_output()}"
+        return int(line)
+
+
+@functools.cache
+def get_fork_server() -> ForkServer:
+    """Return the fork server of this process. It exits when this process has ended."""
+    return ForkServer()
+
+
+def run_forked(code: str, *arguments) -> str:
+    """Run code like `python -c CODE ARGUMENTS` in the fork server and return its output."""
+    server = get_fork_server()
+    limit = threading.Timer(240, os.killpg, (server.start(code, *arguments), signal.SIGKILL))
+    limit.start()
+    exit_code = server.wait()
+    limit.cancel()
+    output = server.read_output()
+    assert exit_code == 0, output
+    return output

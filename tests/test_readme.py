@@ -19,7 +19,7 @@ import train
 from evaluations import evaluate, report, suite
 from latents.cache import LatentCache
 from preprocessing import encode_latents, import_repa, verify
-from tests.helpers import ROOT
+from tests.helpers import ROOT, make_vae
 from tests.preprocessing.test_import_repa import make_repa_folder
 from tests.test_imports import list_source_files
 
@@ -31,7 +31,7 @@ DOCUMENTS = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
 SHORT_TRAINING = shlex.split(
-    "--model SiT-S/8 --max-train-steps 2 --batch-size 4 --sampling-steps 0 --log-every 1 "
+    "--model SiT-Ti/2 --max-train-steps 2 --batch-size 4 --sampling-steps 0 --log-every 1 "
     "--num-workers 0"
 )
 SHORT_SAMPLING = shlex.split("--num-fid-samples 5 --num-steps 2 --per-proc-batch-size 5")
@@ -83,8 +83,9 @@ def imagenet(tmp_path_factory):
     return root
 
 
-def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatch):
+def test_imagenet_commands_run_as_written(call, imagenet, tmp_path, monkeypatch):
     monkeypatch.chdir(imagenet)
+    vae = make_vae(tmp_path, blocks=6)  # its latents of 256-pixel images are small: 8x8
     training_commands = [
         words for words in find_arguments("train.py") if "data/imagenet256" in words
     ]
@@ -97,7 +98,7 @@ def test_imagenet_commands_run_as_written(call, imagenet, vae_folder, monkeypatc
     assert len(plain_trainings) == len(samplings) == 2 and len(evaluated_trainings) == 1
 
     # Encode and verify.
-    code, out = call(encode_latents, *encoding, "--vae", vae_folder)
+    code, out = call(encode_latents, *encoding, "--vae", vae)
     assert code == 0 and "6 images, 2 classes" in out, out
     (verification,) = re.findall(r"`python -m preprocessing.verify ([a-z0-9/]+)`", README)
     code, out = call(verify, verification)

@@ -71,8 +71,17 @@ def test_train_step_compares_plain_vanilla_and_aligned_steps(run_benchmark):
 
 
 def test_train_step_accepts_settings_of_training(call, run_benchmark, tmp_path, process_group):
-    flags = "--model SiT-S/8 --batch-size 4 --align none --precision bf16 --rounds 1 --warm-up 0"
-    flags = [*flags.split(), "--activation-checkpointing", "--shard", "full"]
+    flags = "--model SiT-Ti/2 --latent-size 8 --batch-size 4 --align none --precision bf16"
+    flags = [
+        *flags.split(),
+        "--rounds",
+        1,
+        "--warm-up",
+        0,
+        "--activation-checkpointing",
+        "--shard",
+        "full",
+    ]
     flags += ["--gradient-accumulation-steps"]
     table = tmp_path / "kernels.txt"
     result = run_benchmark(train_step, *flags, 2, "--kernel-table", table)
@@ -91,7 +100,8 @@ def test_train_step_compares_recomputation_with_accumulation(call, run_benchmark
         parts.append((step.accumulation, step.state.model.backbone.num_recomputed_blocks))
 
     monkeypatch.setattr(train_step.Step, "__call__", record)
-    flags = "--model SiT-S/8 --batch-size 4 --align sra2 --rounds 2 --warm-up 0 --accumulated"
+    flags = "--model SiT-Ti/2 --latent-size 8 --batch-size 4 --align sra2 --rounds 2 --warm-up 0"
+    flags += " --accumulated"
     recompute = ["--activation-checkpointing", "--recomputed-blocks", 3]
     result = run_benchmark(train_step, *flags.split(), 2, *recompute)
     assert parts == 3 * [(1, 3), (2, 0)]  # the first steps, and two rounds

@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,14 @@ from preprocessing.cache_job import Batch
 from preprocessing.image_source import ImageSource
 from preprocessing.images import SquareReader, load_square, random_crop
 from preprocessing.sources import open_source
-from tests.helpers import ROOT, make_tree, make_vae, torchrun
+from tests.helpers import (
+    ROOT,
+    get_fork_server,
+    make_tree,
+    make_vae,
+    run_ranks,
+    wait_until,
+)
 
 FASHION_MNIST = ROOT / "assets/fashion-mnist"
 FASHION_FLAGS = ["--source", FASHION_MNIST / "images.zip", "--resolution", 32]
@@ -66,88 +71,15 @@ def test_moments_equal_those_of_diffusers_up_to_float16_rounding(cache, tree, va
     assert ((stored.float() - expected).abs() <= tolerance).all()
 
 
-# Runs encode_latents, and blocks each process after it has renamed MAX_RENAMES files.
-BLOCKING_ENCODER = """
-import os, threading
-from pathlib import Path
-from common import cli
-from preprocessing import encode_latents
-
-rank = os.environ["RANK"]
-remaining = int(os.environ["MAX_RENAMES"].split(",")[int(rank)])
-replace = os.replace
-
-def replace_or_block(*paths):
-    global remaining
-    if remaining == 0:
-        (Path(os.environ["BLOCKED"]) / rank).touch()
-        threading.Event().wait()
-    remaining -= 1
-    replace(*paths)
-
-os.replace = replace_or_block
-cli.run(encode_latents.main)
-"""
-
-
-def find_running_processes(dest: Path) -> list[int]:
-    """Return the ids of all processes (launcher, encoders, decoders) with `dest` as an argument."""
-    pids = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                if str(dest).encode() in (entry / "cmdline").read_bytes():
-                    pids.append(int(entry.name))
-    return pids
-
-
-def holds_locks(pid: int) -> bool:
-    """Return whether a process has not ended yet. A killed process loses its locks last."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
-def encode_until_killed(folder: Path, dest: Path, max_renames: list[int], flags: list) -> None:
+def encode_until_killed(blocked: Path, dest: Path, max_renames: list[int], flags: list) -> None:
     """Encode on one process per item of `max_renames`, and kill all when all are blocked."""
-    script = folder / "blocking_encoder.py"
-    script.write_text(BLOCKING_ENCODER)
-    blocked = folder / f"blocked-{len(max_renames)}"
     blocked.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    launcher += ["--nproc_per_node", str(len(max_renames))]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "MAX_RENAMES": ",".join(map(str, max_renames)),
-        "BLOCKED": str(blocked),
-    }
-    output = folder / "output.txt"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [*launcher, *map(str, flags), "--dest", str(dest)],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=file,
-        )
-        while len(list(blocked.iterdir())) < len(max_renames):
-            assert process.poll() is None, output.read_text()
-            time.sleep(0.01)
-        killed = set()
-        while pids := find_running_processes(dest):
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            killed.update(pids)
-            process.poll()  # reap the launcher, which otherwise remains a zombie
-            time.sleep(0.01)
-        while any(holds_locks(pid) for pid in killed):
-            time.sleep(0.01)
-        process.wait()
+    server = get_fork_server()
+    counts = ",".join(map(str, max_renames))
+    options = (blocked, counts, *flags, "--dest", dest)
+    server.start_ranks(len(max_renames), "tests.preprocessing.blocking_encoder", *options)
+    wait_until(lambda: len(list(blocked.iterdir())) == len(max_renames))
+    server.kill_ranks()
 
 
 def test_cache_is_identical_after_kills_on_two_and_three_processes(call, tmp_path):
@@ -161,7 +93,7 @@ def test_cache_is_identical_after_kills_on_two_and_three_processes(call, tmp_pat
     dest = tmp_path / "killed"
     written_times = {}
     for max_renames, num_complete in ([23, 26], 5 + 6), ([9, 11, 4], 5 + 6 + 2 + 2 + 1):
-        encode_until_killed(tmp_path, dest, max_renames, flags)
+        encode_until_killed(tmp_path / f"blocked-{num_complete}", dest, max_renames, flags)
         records = sorted(path.name for path in dest.glob("partial/*.npy.json"))
         assert len(records) == num_complete
         assert not (dest / "manifest.json").exists()
@@ -521,22 +453,11 @@ def test_cache_inside_its_source_is_refused(call, tree, vae_folder, tmp_path):
     assert not (tree / "cache").exists()
 
 
-# Runs encode_latents with the rank appended to --source.
-SOURCE_PER_RANK = """
-import os, sys
-from common import cli
-from preprocessing import encode_latents
-sys.argv[sys.argv.index("--source") + 1] += os.environ["RANK"]
-cli.run(encode_latents.main)
-"""
-
-
 def test_different_sources_per_process_are_refused(vae_folder, tmp_path):
     make_tree(tmp_path / "tree0")
     make_tree(tmp_path / "tree1", images=23)
-    (tmp_path / "source_per_rank.py").write_text(SOURCE_PER_RANK)
-    flags = make_encode_flags(tmp_path / "tree", tmp_path / "data", vae_folder)
+    flags = make_encode_flags(tmp_path / "tree{rank}", tmp_path / "data", vae_folder)
     message = r"process 1 has different settings from process 0 \(images was 24, is 23"
     with pytest.raises(AssertionError, match=message):
-        torchrun(2, tmp_path / "source_per_rank.py", *flags)
+        run_ranks(2, "preprocessing.encode_latents", *flags)
     assert not (tmp_path / "data").exists()

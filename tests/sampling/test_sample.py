@@ -3,10 +3,7 @@
 import errno
 import fcntl
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -24,7 +21,7 @@ from common.keyed_random import Purpose, normal
 from evaluations import evaluate
 from models.sit import SiT, SiTConfig
 from sampling.recipe import Recipe, cast_matmul_weights
-from tests.helpers import ROOT, make_vae, run_ranks
+from tests.helpers import get_fork_server, make_vae, run_ranks, wait_until
 
 EMA_WEIGHTS = "checkpoints/0000002/ema.safetensors"
 
@@ -218,27 +215,16 @@ def test_run_killed_on_two_processes_and_resumed_on_three_writes_the_same_file(
     # With more threads per operation, the last bit of a sum would depend on the number of threads.
     assert torch.get_num_threads() == 1
 
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    flags = map(str, sampling_flags(trained, tmp_path, *extra_flags))
-    job = subprocess.Popen(
-        [sys.executable, *launcher, *rendezvous, "sample_ddp.py", *flags],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    flags = sampling_flags(trained, tmp_path, *extra_flags)
+    server = get_fork_server()
+    server.start_ranks(2, "sample_ddp", *flags)
     parts = tmp_path / "s.parts"
-    deadline = time.time() + 120
-    while len(list(parts.glob("*.npy"))) < 3 and time.time() < deadline:
-        time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    wait_until(lambda: len(list(parts.glob("*.npy"))) >= 3)
+    server.kill_ranks()
     assert 3 <= len(list(parts.glob("[0-9]*.npy"))) < 16
     assert not (tmp_path / "s.npz").exists()
 
-    run_ranks(3, "sample_ddp", *sampling_flags(trained, tmp_path, *extra_flags))
+    run_ranks(3, "sample_ddp", *flags)
     assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "one/s.npz").read_bytes()
     assert not parts.exists()
 

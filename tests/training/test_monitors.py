@@ -166,7 +166,10 @@ def test_trial_ends_the_run_in_one_line_before_the_first_step(
     call, evaluation_flags, tmp_path, monkeypatch, failing
 ):
     trial, calls = count_calls([OUT_OF_MEMORY])
-    monkeypatch.setattr(Preview if failing == "preview" else Evaluator, "try_out", trial)
+    monitor = Preview if failing == "preview" else Evaluator
+    try_out = monitor.try_out
+    monkeypatch.setattr(Preview, "num_steps", 2)
+    monkeypatch.setattr(monitor, "try_out", trial)
     flags = evaluation_flags("--sampling-steps", 2, "--max-train-steps", 1)
     code, out = call(train, *flags)
     disabled = {"preview": "--sampling-steps 0", "evaluation": "--eval-every 0"}[failing]
@@ -175,9 +178,9 @@ def test_trial_ends_the_run_in_one_line_before_the_first_step(
         f"memory.): fix the problem, or pass {disabled}\n"
     )
     assert not (tmp_path / "run/metrics.jsonl").exists()
-    monkeypatch.undo()
+    monkeypatch.setattr(monitor, "try_out", try_out)
     assert call(train, *flags)[0] == 0
-    monkeypatch.setattr(Preview if failing == "preview" else Evaluator, "try_out", trial)
+    monkeypatch.setattr(monitor, "try_out", trial)
     assert call(train, *flags, "--max-train-steps", 2)[0] == 0  # the run has made progress
     assert len(calls) == 1
 

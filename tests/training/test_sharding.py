@@ -9,9 +9,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import train
 from checkpointing.storage import list_checkpoints
@@ -23,6 +25,7 @@ from latents.cache import LatentCache
 from tests.helpers import (
     ONE_THREAD,
     ROOT,
+    list_children,
     make_ranks_command,
     read_metrics,
     run_ranks,
@@ -31,6 +34,7 @@ from tests.helpers import (
 from tests.training.steps import make_settings, make_step
 from training import checkpoints
 from training.checkpoints import SaveError, Snapshot, WrittenFile, write_checkpoint
+from training.preview import Preview
 from training.sharding import count_nodes
 from training.shared_files import wait_for_files
 
@@ -90,8 +94,11 @@ def test_sharded_training_equals_ddp(cache, tmp_path, monkeypatch, num_processes
         assert_close(result["tensors"], expected["tensors"])
 
 
-def test_one_sharded_process_equals_an_unsharded_one(call, cache, tree, tmp_path, process_group):
+def test_one_sharded_process_equals_an_unsharded_one(
+    call, cache, tree, tmp_path, process_group, monkeypatch
+):
     """The weights, the images of previews and the metrics of evaluations are the same."""
+    monkeypatch.setattr(Preview, "num_steps", 2)
     runs = []
     for name, shard in {"plain": [], "sharded": ["--shard", "full"]}.items():
         flags = train_flags(cache, tmp_path, name, "--align", "sra2", "sra", *shard)
@@ -104,8 +111,10 @@ def test_one_sharded_process_equals_an_unsharded_one(call, cache, tree, tmp_path
         runs.append(tmp_path / name)
     expected, actual = (read_checkpoint(run / "checkpoints" / "0000003") for run in runs)
     assert_close(actual, expected)
-    images, sharded_images = ((run / "samples" / "0000003.png").read_bytes() for run in runs)
-    assert images == sharded_images
+    images, sharded_images = (
+        np.asarray(Image.open(run / "samples" / "0000003.png")).astype(int) for run in runs
+    )
+    assert np.abs(sharded_images - images).max() <= 1  # grey levels
     metrics, sharded_metrics = (
         {name: value for name, value in read_rows(run)[-1].items() if isinstance(value, float)}
         for run in runs
@@ -198,11 +207,6 @@ def start_session(command: list[str]) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def list_children(pid: int) -> list[int]:
-    output = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(child) for child in output.stdout.split()]
 
 
 def test_compiled_blocks_are_sharded(call, cache, tmp_path, process_group, monkeypatch):

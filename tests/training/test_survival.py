@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,23 +20,25 @@ from common.files import lock
 from tests.helpers import (
     ONE_THREAD,
     ROOT,
+    RUN_AND_EXIT,
     ForkServer,
+    get_fork_server,
     have_equal_weights,
+    list_children,
     read_metrics,
     run_ranks,
     train_flags,
+    wait_until,
 )
 
-STEPS = 90
-NUM_KILLS = 12
+STEPS = 60
+NUM_KILLS = 8
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = ForkServer(tmp_path_factory.mktemp("forks") / "log.txt")
-    yield forks
-    forks.close()
+def forks() -> ForkServer:
+    return get_fork_server()
 
 
 def run_flags(cache: Path, exps: Path, *extra_flags) -> list[str]:
@@ -50,7 +51,7 @@ def run_flags(cache: Path, exps: Path, *extra_flags) -> list[str]:
 def uninterrupted(tmp_path_factory, cache, forks) -> Path:
     """The folder of a run that was not interrupted."""
     exps = tmp_path_factory.mktemp("uninterrupted")
-    forks.start(run_flags(cache, exps))
+    forks.start_train(run_flags(cache, exps))
     assert forks.wait() == 0
     return exps / "run"
 
@@ -59,14 +60,6 @@ def have_equal_results(run: Path, other: Path) -> bool:
     """Return whether two complete runs have bit-identical metrics and final weights."""
     have_equal_metrics = read_metrics(run) == read_metrics(other)
     return have_equal_metrics and have_equal_weights(run, other, f"{STEPS:07d}")
-
-
-def wait_until(condition: Callable[[], object], poll_seconds: float = 0.01) -> None:
-    """Wait until a condition holds. The time limit only stops tests that hang."""
-    end = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < end, "the condition did not become true within 300 seconds"
-        time.sleep(poll_seconds)
 
 
 def contains(path: Path, text: str) -> bool:
@@ -82,33 +75,16 @@ def limit_file_size(pid: int, num_bytes: int) -> tuple[int, int]:
     return resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
-def start_torchrun(
-    *options: str, flags: list[str], python_path: str = str(ROOT), output: int = subprocess.DEVNULL
-) -> subprocess.Popen:
-    """Start train.py under torchrun in a new session.
-
-    Args:
-        options: Options of torchrun.
-        flags: Flags of train.py.
-        python_path: Value of PYTHONPATH.
-        output: Destination of stdout and stderr.
-    """
+def start_torchrun(*options: str, flags: list[str]) -> subprocess.Popen:
+    """Start train.py under torchrun in a new session."""
     return subprocess.Popen(
         [*TORCHRUN, *options, "train.py", *flags],
         cwd=ROOT,
-        env=os.environ | ONE_THREAD | {"PYTHONPATH": python_path},
-        stdout=output,
+        env=os.environ | ONE_THREAD,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
     )
-
-
-def child_processes(pid: int) -> list[int]:
-    """Return the ids of the processes that a process has started."""
-    command = ["pgrep", "-P", str(pid)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [int(child) for child in output.split()]
 
 
 def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
@@ -116,7 +92,7 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
     run = tmp_path / "0" / "run"
     for attempt in range(NUM_KILLS):
         checkpoints = list_checkpoints(run)
-        pid = forks.start(run_flags(cache, run.parent))
+        pid = forks.start_train(run_flags(cache, run.parent))
 
         def is_finished(run=run) -> bool:
             return contains(run / "log.txt", "finished")
@@ -132,7 +108,7 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
         if attempt % 2:
             time.sleep(rng.uniform(0, 0.12))
         else:
-            wait_until(is_saving, poll_seconds=0)
+            wait_until(is_saving, poll_seconds=0.001)
             time.sleep(rng.uniform(0, 0.005))
         with suppress(ProcessLookupError):  # the run may have finished in the meantime
             os.killpg(pid, signal.SIGKILL)
@@ -142,7 +118,7 @@ def test_killed_run_resumes_without_loss(forks, cache, tmp_path, uninterrupted):
             assert have_equal_results(run, uninterrupted)
             run = tmp_path / str(attempt + 1) / "run"
 
-    forks.start(run_flags(cache, run.parent))
+    forks.start_train(run_flags(cache, run.parent))
     assert forks.wait() == 0
     assert have_equal_results(run, uninterrupted)
     remaining = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -157,7 +133,7 @@ def test_stop_signal_saves_and_exits_with_the_documented_code(
 ):
     run = tmp_path / "run"
     flags = run_flags(cache, tmp_path, "--checkpointing-steps", 1000)
-    pid = forks.start([*flags, "--num-workers", "2"])
+    pid = forks.start_train([*flags, "--num-workers", "2"])
     wait_until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
     os.killpg(pid, signal_number)  # signals the DataLoader workers as well, as a scheduler does
     assert forks.wait() == EXIT_STOPPED == 75
@@ -165,43 +141,37 @@ def test_stop_signal_saves_and_exits_with_the_documented_code(
     step = int(checkpoint.name)
     assert 4 <= step < STEPS
     assert contains(run / "log.txt", f"stopped by {signal_number.name} at step {step}")
-    forks.start(flags)
+    forks.start_train(flags)
     assert forks.wait() == 0
     assert have_equal_results(run, uninterrupted)
 
 
-def test_failed_save_on_a_full_disk_is_reported_and_retried(forks, cache, tmp_path, uninterrupted):
+def test_saves_and_metrics_that_a_full_disk_rejects_are_written_later(
+    forks, cache, tmp_path, uninterrupted
+):
     run = tmp_path / "run"
-    pid = forks.start(run_flags(cache, tmp_path))
-    wait_until(lambda: list_checkpoints(run))
-    limits = limit_file_size(pid, 2_000_000)
-    wait_until(lambda: contains(run / "log.txt", "could not save step"))
+    metrics, log = run / "metrics.jsonl", run / "log.txt"
+    pid = forks.start_train(run_flags(cache, tmp_path))
+    wait_until(lambda: list_checkpoints(run) and contains(metrics, '"step": 8'))
+    limits = limit_file_size(pid, metrics.stat().st_size + 50)  # enough for part of a line
+    wait_until(lambda: contains(log, "its lines are buffered in memory"))
+    num_messages = log.read_text().count("could not save step")
+    limit_file_size(pid, 2_000_000)  # enough for the metrics and part of a checkpoint
+    wait_until(lambda: log.read_text().count("could not save step") > num_messages)
     assert list_checkpoints(run)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
     assert forks.wait() == 0
     # Regular saves are at multiples of 3, so any other step is a retry.
-    log = (run / "log.txt").read_text()
-    steps = re.findall(r"(?:could not save step |saved .*/checkpoints/)(\d+)", log)
+    pattern = r"(?:could not save step |saved .*/checkpoints/)(\d+)"
+    steps = re.findall(pattern, log.read_text())
     assert any(int(step) % 3 for step in steps), steps
-    assert have_equal_results(run, uninterrupted)
-
-
-def test_metrics_that_a_full_disk_rejects_are_written_later(forks, cache, tmp_path, uninterrupted):
-    run = tmp_path / "run"
-    metrics = run / "metrics.jsonl"
-    pid = forks.start(run_flags(cache, tmp_path, "--num-workers", 0))
-    wait_until(lambda: contains(metrics, '"step": 8'))
-    limits = limit_file_size(pid, metrics.stat().st_size + 50)  # enough for part of a line
-    wait_until(lambda: contains(run / "log.txt", "its lines are buffered in memory"))
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
-    assert forks.wait() == 0
     assert have_equal_results(run, uninterrupted)
 
 
 def test_locked_run_is_rejected_on_all_processes(forks, cache, tmp_path):
     # A POSIX lock belongs to a process: this process holds it, so the others do not get it.
     with lock(tmp_path / "run/.lock"):
-        forks.start(run_flags(cache, tmp_path))
+        forks.start_train(run_flags(cache, tmp_path))
         assert forks.wait() == 2
         # The second process does not wait for the first one, which fails.
         with pytest.raises(AssertionError) as failure:
@@ -214,11 +184,14 @@ def test_locked_run_is_rejected_on_all_processes(forks, cache, tmp_path):
 
 def test_run_on_a_permanently_full_disk_fails_and_keeps_the_last_checkpoint(forks, cache, tmp_path):
     run = tmp_path / "run"
-    pid = forks.start(run_flags(cache, tmp_path))
-    wait_until(lambda: list_checkpoints(run))
-    limit_file_size(pid, 2_000_000)
+    forks.start_train(run_flags(cache, tmp_path, "--max-train-steps", 3))
+    assert forks.wait() == 0
+    limits = limit_file_size(forks.process.pid, 2_000_000)  # the run inherits the limit
+    forks.start_train(run_flags(cache, tmp_path, "--max-train-steps", 9))
+    resource.prlimit(forks.process.pid, resource.RLIMIT_FSIZE, limits)
     assert forks.wait() == 2
-    assert list_checkpoints(run) and not list((run / "checkpoints").glob(".*"))
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == "0000003"
 
 
 @pytest.mark.long
@@ -238,7 +211,7 @@ def test_job_on_two_nodes_resumes_after_one_is_killed(cache, tmp_path, uninterru
     agents = start_job()
     try:
         wait_until(lambda: list_checkpoints(tmp_path / "run"))
-        workers = child_processes(agents[1].pid)
+        workers = list_children(agents[1].pid)
         os.killpg(agents[1].pid, signal.SIGKILL)
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
@@ -254,29 +227,37 @@ def test_job_on_two_nodes_resumes_after_one_is_killed(cache, tmp_path, uninterru
         assert row == pytest.approx(expected, rel=1e-3)
 
 
-def test_signal_to_one_process_stops_all_after_the_same_step(cache, tmp_path, uninterrupted):
-    # Rank 0 exits long after rank 1, as may happen on a busy machine.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, os, time\n"
-        "if os.environ.get('RANK') == '0':\n"
-        "    atexit.register(time.sleep, 2)\n"
-    )
-    options = ["--nproc_per_node", "2", "--master_port", "0"]
-    options += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    python_path = f"{tmp_path}{os.pathsep}{ROOT}"
-    flags = run_flags(cache, tmp_path)
-    job = start_torchrun(*options, flags=flags, python_path=python_path, output=subprocess.PIPE)
+# Runs train.py on two processes under the agent of torchrun. The process of rank 0 exits long after
+# that of rank 1, as may happen on a busy machine.
+RUN_UNDER_AGENT = """
+import os, sys, time, torch, train
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def main():
+    try:
+        train.main()
+    finally:
+        if os.environ["RANK"] == "0":
+            time.sleep(2)
+            print("rank 0 ends", flush=True)
+def run_rank():
+    torch.set_num_threads(1)
+    run_and_exit(main)
+rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+processes = {"nproc_per_node": 2, "start_method": "fork", "max_restarts": 0}
+elastic_launch(LaunchConfig(1, 1, **rendezvous, **processes), run_rank)()
+"""
+
+
+def test_signal_to_one_process_stops_all_after_the_same_step(forks, cache, tmp_path, uninterrupted):
     run = tmp_path / "run"
+    pid = forks.start(RUN_AND_EXIT + RUN_UNDER_AGENT, *run_flags(cache, tmp_path))
     wait_until(lambda: contains(run / "metrics.jsonl", '"step": 4'))
-    (rank_1,) = [
-        pid
-        for pid in child_processes(job.pid)
-        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
-    ]
+    _, rank_1 = sorted(list_children(pid))
     os.kill(rank_1, signal.SIGTERM)
-    output, _ = job.communicate(timeout=300)
+    assert forks.wait() == 1
+    output = forks.read_output()
     # No signal killed rank 0 while it was shutting down.
-    assert "exitcode  : 75" in output and "Signal" not in output, output
+    assert "exitcode  : 75" in output and "rank 0 ends" in output, output
     step = int(list_checkpoints(run)[-1].name)
     assert contains(run / "log.txt", f"stopped by a signal to another process at step {step}")
     rows = read_metrics(run)
