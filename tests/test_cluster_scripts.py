@@ -221,12 +221,12 @@ def test_node_script_numbers_the_processes_and_forwards_signals(cluster, number)
         assert environment["MASTER_ADDR"] == "node1" and environment["MASTER_PORT"] == "29500"
 
 
-@pytest.mark.long
 def test_node_without_a_gpu_does_not_count_as_trained(cluster):
     cluster.write_program("nvidia-smi", "#!/bin/sh\necho 'No devices were found' >&2\nexit 6\n")
     assert cluster.start("launch_node.sh", *FLAGS).wait(timeout=60) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["slurm.sh", "launch_node.sh"])
 def test_scripts_stop_and_resume_training(cluster, cache, tmp_path, script):
     cluster.write_program("python", f'#!/bin/bash\nexec {sys.executable} "$@"\n')
