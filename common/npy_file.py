@@ -6,6 +6,7 @@ If a file is truncated or its disk fails while it is mapped, the kernel kills th
 
 import errno
 import os
+import threading
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,18 @@ from typing import IO
 
 import numpy as np
 
+# Python 3.11 may raise a SystemError if threads parse literals at the same time.
+_parsing = threading.Lock()
+
 
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, Fortran order and dtype. Raises ValueError if the header is damaged."""
     try:
-        if np.lib.format.read_magic(file) == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        return np.lib.format.read_array_header_2_0(file)
+        version = np.lib.format.read_magic(file)  # reads the header into the buffer of the file
+        with _parsing:
+            if version == (1, 0):
+                return np.lib.format.read_array_header_1_0(file)
+            return np.lib.format.read_array_header_2_0(file)
     except (SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"the header is damaged ({error})") from None
 
