@@ -1,6 +1,6 @@
 """Compare the processes of a run at start: code, packages, GPUs, flags and latent cache.
 
-A process that differs from the others would train another network, or wait for them without end.
+A process that differs from the others would train another network, or wait for them indefinitely.
 The processes are therefore compared before they connect over NCCL or gloo. Each of them writes a
 record to the key-value store at MASTER_ADDR:MASTER_PORT, which needs no GPU, and the first process
 compares the records and reports a difference in one line.

@@ -61,7 +61,10 @@ def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool
 
 
 def agree_on_stop_file(folder: Path, request: StopRequest) -> None:
-    """Tell all processes whether the file stopped the run; every process must call this."""
+    """Set `request.is_final` on all processes to whether the file stopped the run.
+
+    All processes must call this.
+    """
     is_stopped_by_file = request.name == str(stop_file(folder))
     request.is_final = broadcast_object(
         is_stopped_by_file, "the first process to report why the run stops"
