@@ -269,7 +269,7 @@ def _open_remote_files(url: str) -> RemoteFiles:
 
 
 def _print_once(message: str) -> None:
-    """Print a message on the first process of this machine."""
+    """Print a message on the first process of each machine; the logger shows only rank 0's."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{get_rank_prefix()}{message}", flush=True)
 

@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,13 +23,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError, first_line, format_value, get_rank_prefix, print_warning
+from common.cli import UserError, first_line, format_value, print_warning
+from common.logs import get_logger
 from common.processes import ProcessEnvironment, connecting_processes
 from common.watchdog import REPORT_SECONDS, waiting_for
 from latents.cache import LatentCache
 from training.config import Settings
 from training.preemption import STOP_SIGNALS
 from training.resume import build_args_json
+
+logger = get_logger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("accelerate", "numpy", "timm", "diffusers", "safetensors")
@@ -356,11 +358,8 @@ def _wait_for_records(store: dist.Store, num_processes: int, timeout: timedelta)
         now = time.monotonic()
         if missing and now >= next_report:
             next_report = now + REPORT_SECONDS
-            print(
-                f"{get_rank_prefix()}waiting for {format_ranks(missing)} to start "
-                f"({now - start:.0f} s so far)",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                "waiting for %s to start (%.0f s so far)", format_ranks(missing), now - start
             )
         return not missing
 
