@@ -297,6 +297,20 @@ def measure_peak_memory(
     return {name: peak - allocated for name, peak in timings.peak_memory_gib.items()}
 
 
+def measure_variant_memory(
+    plan: Plan, accelerator: Accelerator, variant: str, accumulated_parts: int | None
+) -> dict[str, float]:
+    """Measure the peak GPU memory of the steps of one variant in GiB, by the name of the step."""
+    plan = select_variant(plan, variant)
+    peak_memory_gib = measure_peak_memory(
+        accelerator, partial(build_steps, plan, accelerator, [variant], accumulated_parts)
+    )
+    sharded = measure_peak_memory(
+        accelerator, partial(build_sharded_steps, plan, accelerator, [variant])
+    )
+    return peak_memory_gib | sharded
+
+
 def measure_variants(
     config: StepConfig,
     variants: list[str],
@@ -357,12 +371,7 @@ def measure_variants(
     peak_memory_gib = dict(timings.peak_memory_gib)
     if device.type == "cuda":
         for variant in variants:
-            single = select_variant(plan, variant)
-            for build in (
-                partial(build_steps, single, accelerator, [variant], accumulated_parts),
-                partial(build_sharded_steps, single, accelerator, [variant]),
-            ):
-                peak_memory_gib |= measure_peak_memory(accelerator, build)
+            peak_memory_gib |= measure_variant_memory(plan, accelerator, variant, accumulated_parts)
     results = {}
     for name, variant in variant_of_step.items():
         step_s = median_and_quartiles(timings.seconds[name])

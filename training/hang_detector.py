@@ -164,7 +164,7 @@ class HangDetector:
         exchange.is_ending = True  # so that the others do not regard this process as the cause
         exchange.observe_all()
         exchange.wake.set()
-        # Compare the heartbeats at two times, unless the process that ended has told the cause.
+        # Compare the heartbeats at two times, unless the process that ended has stated the cause.
         has_answered = self._wait_for_reads(2)
         before = dict(exchange.heartbeats)
         has_answered = has_answered and self._wait_for_reads(LOST_READS)

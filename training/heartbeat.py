@@ -26,7 +26,7 @@ CAUSE_KEY = "cause"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a process is doing.
+    """The current activity of a process.
 
     Attributes:
         host: Name of its machine.

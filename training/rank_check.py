@@ -76,7 +76,7 @@ ANSWER_SECONDS = 5.0  # time for the other processes to read the result before t
 
 @dataclass(frozen=True)
 class ProcessRecord:
-    """What a process reports to the first one.
+    """The values that a process sends to the first process for comparison.
 
     Attributes:
         rank: Rank of the process.

@@ -1,6 +1,6 @@
 """Stop a run if the file STOP appears in its folder, for users who cannot send it a signal.
 
-The file also tells the launcher not to restart the run: the exit code is 0.
+The exit code is then 0, so that a launcher does not restart the run.
 """
 
 import os
