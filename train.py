@@ -50,7 +50,7 @@ from training.preemption import (
 )
 from training.profiling import StepProfiler
 from training.setup import Run, prepare_run
-from training.sharding import gather_tensor, wrap_with_ddp
+from training.sharding import gather_tensor, wrap_sharded, wrap_with_ddp
 from training.state import EMA, TrainState
 from training.stop_file import agree_on_stop_file, watching_stop_file
 
@@ -147,9 +147,9 @@ class Step:
         self.combine_losses = combine_losses
         if compile:
             self.combine_losses = torch.compile(combine_losses, dynamic=False)
-        prepare = state.sharding.prepare if state.sharding else wrap_with_ddp
+        wrap = wrap_sharded if state.sharding else wrap_with_ddp
         with waiting_for_processes("the other processes to compare their networks"):
-            self.model, self.optimizer = prepare(accelerator, state.model, state.optimizer)
+            self.model, self.optimizer = wrap(accelerator, state.model, state.optimizer)
         self.emas = [
             EMA(ema, state.model.backbone, decay)
             for ema, decay in zip(state.emas, optimizer_config.ema_decay)

@@ -62,11 +62,11 @@ def train(data_dir: Path, folder: Path, processes: int, seconds: float, log_ever
         port = unused.getsockname()[1]
     world: dict[str, object] = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     world |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    ranks = []
+    running = []
     with (folder / "console.txt").open("ab") as console:
         for rank in range(processes):
             environment = world | {"RANK": rank, "LOCAL_RANK": rank}
-            ranks.append(
+            running.append(
                 subprocess.Popen(
                     [sys.executable, str(ROOT / "train.py"), *map(str, flags)],
                     env=os.environ | {name: str(value) for name, value in environment.items()},
@@ -75,11 +75,11 @@ def train(data_dir: Path, folder: Path, processes: int, seconds: float, log_ever
                     stderr=subprocess.STDOUT,
                 )
             )
-    while ranks[0].poll() is None and not (folder / "run/metrics.jsonl").exists():
+    while running[0].poll() is None and not (folder / "run/metrics.jsonl").exists():
         time.sleep(0.1)
     time.sleep(seconds)
-    ranks[0].send_signal(signal.SIGTERM)
-    exit_codes = [process.wait() for process in ranks]
+    running[0].send_signal(signal.SIGTERM)
+    exit_codes = [process.wait() for process in running]
     if exit_codes != processes * [cli.EXIT_STOPPED]:
         output = (folder / "console.txt").read_text(errors="replace")
         raise cli.UserError(f"--data-dir {data_dir}: train.py failed; its output is {output!r}")

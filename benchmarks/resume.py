@@ -74,7 +74,8 @@ def main() -> None:
         # Restore the checkpoint in a second state, and measure from here on.
         restored = build_state(*build_arguments, sharding)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        bytes_before, memory_before = count_read_bytes(), read_host_bytes("VmRSS")
+        bytes_before = count_read_bytes()
+        memory_before = read_host_bytes("VmRSS")
         start_time = time.perf_counter()
         progress = verify_checkpoint(
             checkpoint, (accelerator.process_index, accelerator.num_processes)

@@ -133,15 +133,14 @@ class Scenario:
         step = self.time.compute(*sizes)
         limit = step.limit if self.fits(parts) else "memory"
         row |= {"micro_batch": micro_batch, "accumulation": accumulation, "limit": limit}
-        return (
-            row | describe_memory(parts) | describe_time(step, case.batch_size) | self.measured(row)
-        )
+        row |= describe_memory(parts) | describe_time(step, case.batch_size)
+        return row | self.get_measured(row)
 
     def fits(self, parts: dict[str, float]) -> bool:
         """Return whether the memory suffices."""
         return sum(parts.values()) / GIB + RESERVED_GIB <= GPUS[self.gpu].memory_gib
 
-    def measured(self, row: dict) -> dict:
+    def get_measured(self, row: dict) -> dict:
         """Return the measured values if the row has the settings of the measurement."""
         result = self.measurement.result
         variant = "+".join(entry["method"] for entry in self.plan.align) or "none"
@@ -270,25 +269,25 @@ def list_cases(
 def make_scaling_parser() -> cli.Parser:
     """Return the parser of the command line."""
     parser = make_parser(__doc__, "scaling")
-    several = partial(parser.add_argument, nargs="+")
-    one = parser.add_argument
-    several("--model", choices=PRESETS, default=["SiT-XL/2"], metavar="NAME", help="presets")
-    several("--gpus", type=cli.positive_int, default=[1, 8, 64, 512], help="numbers of GPUs")
-    several(
+    add_list = partial(parser.add_argument, nargs="+")
+    add = parser.add_argument
+    add_list("--model", choices=PRESETS, default=["SiT-XL/2"], metavar="NAME", help="presets")
+    add_list("--gpus", type=cli.positive_int, default=[1, 8, 64, 512], help="numbers of GPUs")
+    add_list(
         "--shard", choices=SHARD_MODES, default=list(SHARD_MODES), help="as --shard of train.py"
     )
-    several("--batch-size", type=cli.positive_int, default=[256], help="images per update")
-    several("--network", choices=NETWORKS, default=["ib-400"], help="networks between nodes")
-    one("--gpu", choices=GPUS, default="H200", help="the GPU")
-    one("--precision", choices=("no", "fp16", "bf16"), default="bf16", help="mixed precision")
-    one("--align", type=parse_variant, default="sra2", metavar="VARIANT", help="alignment methods")
-    one(
+    add_list("--batch-size", type=cli.positive_int, default=[256], help="images per update")
+    add_list("--network", choices=NETWORKS, default=["ib-400"], help="networks between nodes")
+    add("--gpu", choices=GPUS, default="H200", help="the GPU")
+    add("--precision", choices=("no", "fp16", "bf16"), default="bf16", help="mixed precision")
+    add("--align", type=parse_variant, default="sra2", metavar="VARIANT", help="alignment methods")
+    add(
         "--recomputed-blocks",
         type=cli.non_negative_int,
         default=0,
         help="as --recomputed-blocks of train.py with --activation-checkpointing",
     )
-    one(
+    add(
         "--measured",
         type=Path,
         default=MEASURED_STEP,

@@ -6,7 +6,7 @@ r"""Count the memory of a sharded training step, and compare it with the formula
 The step of train.py runs on tensors without data (FakeTensorMode), as the first of many processes,
 with collectives that do nothing. A tracker adds up the bytes of all tensors that exist at the same
 time. A network of any size can therefore be counted on a laptop, in about ten seconds per row. The
-blocks are not compiled, and a CPU stands for the GPU.
+blocks are not compiled, and the tensors are on the CPU.
 """
 
 import warnings

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 GPUS_PER_NODE = 8
-RESERVED_GIB = (
-    3  # CUDA context, NCCL's buffers and cuBLAS's workspaces, which PyTorch does not count
-)
+# CUDA context, NCCL's buffers and cuBLAS's workspaces, which PyTorch does not count.
+RESERVED_GIB = 3
 
 # Share of the bandwidth on the data sheet that is assumed to be reached.
 MEMORY_EFFICIENCY = 0.8
@@ -69,7 +68,7 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread over GPUs.
+    """The number of GPUs of a run, and the sharding of its state over them.
 
     Args:
         num_gpus: Number of GPUs, one process each.

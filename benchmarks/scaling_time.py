@@ -121,7 +121,7 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """What takes most of the step: compute, update, network or latency."""
+        """The largest part of the step: compute, update, network or latency."""
         latency_share = 0.0
         if self.communication.seconds:
             latency_share = self.communication.latency / self.communication.seconds

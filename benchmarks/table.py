@@ -51,7 +51,8 @@ def machine_name(result: dict) -> str:
     machine = result["machine"]
     if "cuda" in machine:
         return machine["device"]
-    return f"{machine['device']}, {machine['cpu_threads']} threads"
+    num_threads = machine["cpu_threads"]
+    return f"{machine['device']}, {num_threads} {'thread' if num_threads == 1 else 'threads'}"
 
 
 def run_name(result: dict) -> str:
@@ -266,7 +267,7 @@ def scaling_count_rows(result: dict) -> Iterator[str]:
 
 
 def scaling_model_rows(result: dict) -> Iterator[str]:
-    """Yield one row per model, with what does not depend on the number of GPUs."""
+    """Yield one row per model, with the values that do not depend on the number of GPUs."""
     for model in result["models"]:
         yield (
             f"{model['model']} | {model['parameters'] / 1e6:,.0f}M | "

@@ -12,8 +12,8 @@ omits gradient clipping, EMA, random numbers, logged quantities and the guard ag
 values. `--repa-repository` adds the step of REPA's own repository, with its encoder and with fixed
 targets (see benchmarks/repa.py). `--accumulated` adds the step of each variant in several
 micro-batches, to compare with recomputed blocks. `--shard` adds the step of each variant with a
-sharded state, in one process. The first step of the first variant includes
-compilation. benchmarks/cost.py also counts the parameters and FLOPs of each variant.
+sharded state, in one process. The first step of the first variant includes compilation.
+benchmarks/cost.py also counts the parameters and FLOPs of each variant.
 """
 
 import copy
@@ -83,7 +83,7 @@ RECORDED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Additions:
-    """What is measured besides the steps of the variants.
+    """Optional measurements in addition to the steps of the variants.
 
     Attributes:
         repa_repository: A clone of REPA's repository, whose step is timed as well.
@@ -198,9 +198,7 @@ def build_steps(
     """
     with patch_encoder():
         full_step = build_step(plan, accelerator)
-    batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
-    if accelerator.device.type == "cuda":
-        batch = batch.pin_memory()
+    batch = make_host_batch(plan, accelerator.device)
     actions: dict[str, Action] = {}
     for variant in variants:
         if variant == "plain":
@@ -208,8 +206,7 @@ def build_steps(
             actions[variant] = make_plain_step(plan, accelerator, model, batch)
             continue
         step = select_methods(full_step, split_variant(variant))
-        inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
-        variant_batch = replace(batch, inputs=inputs)
+        variant_batch = select_inputs(batch, step)
         actions[variant] = partial(step, variant_batch)
         if accumulated_parts:
             name = name_accumulated_step(variant, accumulated_parts)
@@ -224,15 +221,24 @@ def build_sharded_steps(
     actions: dict[str, Action] = {}
     if plan.settings.device.shard == "none":
         return actions
-    batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
-    if accelerator.device.type == "cuda":
-        batch = batch.pin_memory()
+    batch = make_host_batch(plan, accelerator.device)
     for variant in variants:
         with patch_encoder():
             step = build_sharded_step(select_variant(plan, variant), accelerator)
-        inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
-        actions[name_sharded_step(variant)] = partial(step, replace(batch, inputs=inputs))
+        actions[name_sharded_step(variant)] = partial(step, select_inputs(batch, step))
     return actions
+
+
+def make_host_batch(plan: Plan, device: torch.device) -> CachedBatch:
+    """Return a random batch in host memory, which is pinned if the device is a GPU."""
+    batch = make_random_batch(plan.manifest, plan.settings.loop.batch_size)
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def select_inputs(batch: CachedBatch, step: Step) -> CachedBatch:
+    """Return a batch with only those cache inputs that the alignment methods of a step use."""
+    inputs = {name: batch.inputs[name] for name in required_cache_inputs(step.alignments)}
+    return replace(batch, inputs=inputs)
 
 
 def name_sharded_step(variant: str) -> str:
@@ -291,6 +297,20 @@ def measure_peak_memory(
     return {name: peak - allocated for name, peak in timings.peak_memory_gib.items()}
 
 
+def measure_variant_memory(
+    plan: Plan, accelerator: Accelerator, variant: str, accumulated_parts: int | None
+) -> dict[str, float]:
+    """Measure the peak GPU memory of the steps of one variant in GiB, by the name of the step."""
+    plan = select_variant(plan, variant)
+    peak_memory_gib = measure_peak_memory(
+        accelerator, partial(build_steps, plan, accelerator, [variant], accumulated_parts)
+    )
+    sharded = measure_peak_memory(
+        accelerator, partial(build_sharded_steps, plan, accelerator, [variant])
+    )
+    return peak_memory_gib | sharded
+
+
 def measure_variants(
     config: StepConfig,
     variants: list[str],
@@ -307,7 +327,7 @@ def measure_variants(
         rounds: Number of timed rounds.
         steps: Number of steps per round. By default, 10 on a GPU and 1 on a CPU.
         warm_up: Number of untimed rounds before the timed rounds.
-        additions: What is measured besides these steps.
+        additions: Optional measurements in addition to these steps.
 
     Returns:
         The result of the benchmark.
@@ -351,12 +371,7 @@ def measure_variants(
     peak_memory_gib = dict(timings.peak_memory_gib)
     if device.type == "cuda":
         for variant in variants:
-            single = select_variant(plan, variant)
-            for build in (
-                partial(build_steps, single, accelerator, [variant], accumulated_parts),
-                partial(build_sharded_steps, single, accelerator, [variant]),
-            ):
-                peak_memory_gib |= measure_peak_memory(accelerator, build)
+            peak_memory_gib |= measure_variant_memory(plan, accelerator, variant, accumulated_parts)
     results = {}
     for name, variant in variant_of_step.items():
         step_s = median_and_quartiles(timings.seconds[name])

@@ -1,6 +1,7 @@
 """Read tensors, or some of their rows, from .safetensors files without memory maps.
 
-A process therefore needs host memory only for what it reads, and a truncated file raises an error.
+A process therefore needs host memory only for the rows that it reads, and reading a truncated file
+raises an error.
 Rows are indices of the first dimension.
 """
 

@@ -25,7 +25,7 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class CompileCache:
-    """The compiled graphs of a process, in a file that processes of later starts load.
+    """The compiled graphs of a process, in a file that later processes load.
 
     PyTorch decides which of the loaded graphs it uses: its keys cover the graph, the inputs, and
     the versions. The name of the file only separates runs that compile different graphs. The graphs

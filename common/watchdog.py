@@ -62,7 +62,7 @@ class Watchdog:
         report_seconds: Seconds between the reports of a wait.
 
     Attributes:
-        waits: The current waits; each one lies within the previous one.
+        waits: The current waits; each one is nested in the previous one.
         num_joint_waits: Number of joint waits so far. All processes enter the same ones in the same
             order, so the number shows which process is behind the others.
         step: The training step in progress; None before the first one.

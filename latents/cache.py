@@ -329,10 +329,10 @@ class LatentCache:
 
         # The other processes map the same memory.
         results = all_gather(result)
-        for result in results:
-            if isinstance(result, CacheError):
+        for process_result in results:
+            if isinstance(process_result, CacheError):
                 self._moments_in_ram = None
-                raise result
+                raise process_result
         if owner_rank != rank:
             self._moments_in_ram = results[owner_rank]
 

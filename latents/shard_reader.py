@@ -51,7 +51,7 @@ class ShardReader:
         num_rows: Number of rows according to the manifest.
         row_format: Shape and data type of a row, as a subarray dtype such as "(8, 32, 32)f2".
         remedy: Instruction for the error message if the file is missing, damaged or different.
-        open_url: Function that opens the file if `path` is a URL.
+        open_file: Function that opens the file; by default, it is opened as a local file.
 
     Attributes:
         path: The .npy file, or its URL.
@@ -68,17 +68,13 @@ class ShardReader:
         num_rows: int,
         row_format: np.dtype,
         remedy: str,
-        open_url: Callable[[str], RowReader] | None = None,
+        open_file: Callable[[], RowReader] | None = None,
     ):
         self.path = path
         self.remedy = remedy
         self.file: RowReader
         with self._convert_errors():
-            if isinstance(path, Path):
-                self.file = NpyFile(path)
-            else:
-                assert open_url is not None
-                self.file = open_url(path)
+            self.file = open_file() if open_file else NpyFile(Path(path))
         expected = (num_rows, *row_format.shape)
         shape = self.file.shape
         if (shape, self.file.dtype) != (expected, row_format.base):

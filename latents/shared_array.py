@@ -38,7 +38,7 @@ class SharedArray:
             self.location = f"/proc/{os.getpid()}/fd/{self._descriptor}"
             self._array: np.ndarray | None = self._map_file("r+")
         else:
-            # macOS. A process of Python's multiprocessing frees the memory after a kill.
+            # On macOS, Python's resource tracker frees the memory if this process is killed.
             self._block = SharedMemory(create=True, size=num_bytes)
             self.location = self._block.name
             self._array = self._map_block(self._block)

@@ -52,7 +52,7 @@ class CacheSource(ABC):
 
     @abstractmethod
     def prepare(self, row_formats: dict[str, np.dtype]) -> None:
-        """Prepare for reading some folders.
+        """Prepare for reading some folders of the cache.
 
         Args:
             row_formats: Shape and data type of the rows, by folder.
@@ -201,7 +201,7 @@ class RemoteSource(CacheSource):
         self.copied_folders |= row_formats.keys()
 
     def _make_local_copy(self, folder: str, local_cache: Path) -> LocalCopy:
-        """Return the copy that contains a folder. Features have their own one."""
+        """Return the copy that contains a folder. Stored features have a separate copy."""
         name = self.files.url.rpartition("/")[2]
         text = self._manifest_text
         if folder.startswith("features/"):
@@ -249,7 +249,7 @@ class RemoteSource(CacheSource):
             return ShardReader(path, shard["count"], row_format, remedy)
         remedy = "check the original with python -m preprocessing.verify, and upload it again"
         url = self.files.format_url(name)
-        return ShardReader(url, shard["count"], row_format, remedy, lambda _: self._open(name))
+        return ShardReader(url, shard["count"], row_format, remedy, lambda: self._open(name))
 
     def _open(self, name: str) -> RemoteArray:
         if name not in self._layouts:
@@ -258,7 +258,7 @@ class RemoteSource(CacheSource):
 
 
 def _open_remote_files(url: str) -> RemoteFiles:
-    # Importing the libraries takes a fifth of a second, so local caches do without them.
+    # Importing the libraries takes a fifth of a second, which local caches do not need.
     if url.startswith(("http://", "https://")):
         from latents.remote.http_files import HttpFiles
 
@@ -269,7 +269,7 @@ def _open_remote_files(url: str) -> RemoteFiles:
 
 
 def _print_once(message: str) -> None:
-    """Print a message on the first process of this machine."""
+    """Print a message on the first process of each machine; the logger shows only rank 0's."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{get_rank_prefix()}{message}", flush=True)
 

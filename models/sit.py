@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 # The SRA 2 paper specifies the blocks of B, L and XL. The smaller models use the same block as B,
-# and the larger models the same block as L and XL. Neither have been tuned.
+# and the larger models the same block as L and XL. Neither has been tuned.
 _DEFAULT_ALIGN_BLOCKS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8, "1B": 8, "3B": 8}
 
 

@@ -211,7 +211,7 @@ def make_run_context(
     def add_noise(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(path, latents, noise, t)[0]
 
-    if compile and not isinstance(ema, FSDPModule):  # otherwise, its blocks are compiled
+    if compile and not isinstance(ema, FSDPModule):  # a sharded EMA has compiled blocks
         ema = copy_with_compiled_blocks(ema)
     return RunContext(ema.pos_embed.device, ema, add_noise, autocast, compile)
 

@@ -38,7 +38,7 @@ from training.shared_files import wait_for_files
 from training.state import TrainState
 
 SAVE_TIMEOUT = timedelta(hours=2)  # fast processes wait for slow ones to write their files
-Exchange = Callable[[object], list]
+Exchange = Callable[[object], list]  # returns the values of all processes, ordered by rank
 
 
 class SaveError(UserError):
@@ -85,10 +85,11 @@ def take_snapshot(state: TrainState, config: dict) -> Snapshot:
         tensors = _copy_whole(ema.state_dict(), state.sharding)
         if tensors:
             files[ema_filename(config, decay)] = FileContent(tensors, ema_metadata)
-    for name, tensors in {
+    tensors_by_file = {
         "model.safetensors": state.model.state_dict(),
         "optimizer.safetensors": state.get_moments(),
-    }.items():
+    }
+    for name, tensors in tensors_by_file.items():
         if state.sharding is None:
             files[name] = FileContent(_copy_whole(tensors))
         elif content := _copy_rows(tensors, state.sharding):

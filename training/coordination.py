@@ -1,4 +1,4 @@
-"""Wait for slow work of single processes without a limit that would end the run.
+"""Wait for slow work of single processes, with a longer limit than that of training.
 
 Setting up a run, saving, previews and evaluations may keep one process busy for longer than
 --collective-timeout. The others then wait in the collectives below, which have a long limit and do
@@ -17,9 +17,9 @@ from training.config import DeviceConfig
 
 # Limit of the wait for the slow work of another process.
 SLOW_TIMEOUT = timedelta(hours=2)
-# The same before the first step, when a node may copy a remote cache.
+# Limit of such waits before the first step, when a node may copy a remote cache.
 PREPARE_TIMEOUT = timedelta(hours=12)
-# PyTorch's own limits end a process without naming the cause, so they come later than ours.
+# The timeouts of PyTorch end a process without naming the cause, so they are longer than these.
 TIMEOUT_MARGIN = timedelta(minutes=5)
 # Limit of groups whose collectives the hang detector watches as well.
 GROUP_TIMEOUT = PREPARE_TIMEOUT + TIMEOUT_MARGIN

@@ -1,8 +1,8 @@
-"""Name the process that the others wait for in vain, and end the run so that it is restarted.
+"""Find the process that blocks a run, and end the run so that a job script can restart it.
 
 A process may hang, for example in a file system that does not answer, or be lost together with its
-machine. The others are then blocked in a collective. After the limit, a thread compares their
-heartbeats, prints which process is missing, and ends this process with code 75.
+machine. The others are then blocked in a collective. After a time limit, a thread of each process
+compares the heartbeats, prints which process is missing, and ends its process with code 75.
 """
 
 import os
@@ -50,7 +50,7 @@ class HangDetector:
         watchdog: Records the waits of this process.
         limit: Seconds that a wait in a training step may take.
         slow_limit: Seconds that a wait for slow work may take.
-        prepare_limit: The same before the first step.
+        prepare_limit: Seconds that a wait for slow work before the first step may take.
         num_slow_steps: Number of steps of this session that may take as long as slow work.
         end: Ends this process with a message and an exit code.
     """
@@ -72,7 +72,7 @@ class HangDetector:
         self.prepare_limit = max(limit, prepare_limit)
         self.num_slow_steps = num_slow_steps
         self.end = end
-        # The wait of this process and the line at which it is blocked, and since when.
+        # The wait of this process, the line at which it is blocked, and the start of the wait.
         self.wait: Wait | None = None
         self.location = ""
         self.started = 0.0
@@ -91,7 +91,7 @@ class HangDetector:
         self.thread.join(1)
 
     def check(self) -> None:
-        """End this process if it waits for another one in vain."""
+        """End this process if it waits for a process that is lost or exceeds the time limit."""
         now = self.exchange.clock.read()
         wait = self.watchdog.find_joint_wait()
         location = self.exchange.read().location
@@ -106,7 +106,7 @@ class HangDetector:
         if elapsed >= self.limit / 2 and not self.exchange.observes_all:
             self.exchange.observe_all()
         # Collectives over gloo fail soon after another process has ended, but those over NCCL wait.
-        if self.exchange.cause and now - self.exchange.cause_read >= ANSWER_SECONDS:
+        if self.exchange.cause and now - self.exchange.cause_time >= ANSWER_SECONDS:
             self._end(self.exchange.cause)
             return
         if elapsed < self.limit:
@@ -136,27 +136,26 @@ class HangDetector:
         now = self.exchange.clock.read()
         # The heartbeats have been observed for half of the limit.
         silence = self.limit / 4
-        changed = dict(self.exchange.changed)
+        change_times = dict(self.exchange.change_times)
         heartbeats = dict(self.exchange.heartbeats)
-        if not self.exchange.is_connected or now - self.exchange.answered >= silence:
+        if not self.exchange.is_connected or now - self.exchange.answer_time >= silence:
             # The store is part of the first process, or of the launcher on its machine.
-            return f"{describe_processes([0], heartbeats)} gives no answer"
-        silent = [rank for rank, time_ in sorted(changed.items()) if now - time_ >= silence]
+            return f"no answer from {describe_processes([0], heartbeats)}"
+        silent = [rank for rank, time_ in sorted(change_times.items()) if now - time_ >= silence]
         if silent:
-            return f"{describe_processes(silent, heartbeats)} gives no sign of life"
-        observed = {rank: heartbeats[rank] for rank in changed}
+            return f"no heartbeat from {describe_processes(silent, heartbeats)}"
+        observed = {rank: heartbeats[rank] for rank in change_times}
         if not is_expired or len(observed) < self.exchange.num_processes:
             return ""
         missing = find_missing(observed)
         if len(missing) < len(observed):
             return (
-                f"{describe_processes(missing, heartbeats)} has not arrived (if it is only slow, "
+                f"{describe_processes(missing, heartbeats)} did not arrive (if it is only slow, "
                 "raise --collective-timeout)"
             )
         return (
             "all have arrived, so one of them, a GPU or the network hangs (NCCL_DEBUG=INFO shows "
-            "more): "
-            f"{describe_processes(missing, heartbeats)}"
+            f"more): {describe_processes(missing, heartbeats)}"
         )
 
     def find_cause_of_loss(self) -> Cause:
@@ -165,7 +164,7 @@ class HangDetector:
         exchange.is_ending = True  # so that the others do not regard this process as the cause
         exchange.observe_all()
         exchange.wake.set()
-        # Compare the heartbeats at two times, unless the process that ended has told the cause.
+        # Compare the heartbeats at two times, unless the process that ended has stated the cause.
         has_answered = self._wait_for_reads(2)
         before = dict(exchange.heartbeats)
         has_answered = has_answered and self._wait_for_reads(LOST_READS)
@@ -186,7 +185,7 @@ class HangDetector:
         )
 
     def _wait_for_reads(self, number: int) -> bool:
-        """Wait until the heartbeats were read again. Return whether the store has answered."""
+        """Wait for further reads of the heartbeats, and return whether the store has answered."""
         exchange = self.exchange
         last_read = exchange.num_reads + number
         deadline = time.monotonic() + ANSWER_SECONDS + number * exchange.interval
@@ -233,8 +232,8 @@ def describe_processes(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat]
     texts = []
     for rank in ranks[:MAX_LISTED]:
         heartbeat = heartbeats.get(rank)
-        known = f" on {heartbeat.host} ({heartbeat.describe()})" if heartbeat else ""
-        texts.append(f"rank {rank}{known}")
+        details = f" on {heartbeat.host} ({heartbeat.describe()})" if heartbeat else ""
+        texts.append(f"rank {rank}{details}")
     num_omitted = len(ranks) - MAX_LISTED
     if num_omitted > 0:
         texts.append(f"{num_omitted} more")

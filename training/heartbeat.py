@@ -1,4 +1,4 @@
-"""Exchange heartbeats between the processes of a run, to find out which one the others wait for.
+"""Exchange heartbeats between the processes of a run, to find the process that blocks the others.
 
 A thread of each process writes a heartbeat to the key-value store of the process group about once
 a second. It needs neither the main thread nor the GPU, so it continues while these are blocked.
@@ -26,7 +26,7 @@ CAUSE_KEY = "cause"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a process is doing.
+    """The current activity of a process.
 
     Attributes:
         host: Name of its machine.
@@ -67,7 +67,7 @@ class Cause:
 class ActiveClock:
     """Measures the time in which this process was running, in seconds.
 
-    Otherwise a job that was suspended as a whole would seem to have waited for all that time.
+    A pause of the whole job, for example while it is suspended, does not count as waiting.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ def find_location(frame: FrameType | None) -> str:
 class HeartbeatExchange:
     """Writes the heartbeats of this process and reads those of the others, in a thread.
 
-    The thread may be blocked in the store without end if the process that serves it is stopped, so
+    The thread may be blocked in the store indefinitely if the process that serves it is stopped, so
     no other thread uses the store.
 
     Args:
@@ -125,11 +125,11 @@ class HeartbeatExchange:
     Attributes:
         observes_all: Whether to read the heartbeats of all processes; otherwise only the first one.
         heartbeats: The newest heartbeats by rank.
-        changed: Time at which each heartbeat changed, or was first read since `observe_all`.
-        answered: Time of the last answer of the store.
+        change_times: Time at which each heartbeat changed, or was first read since `observe_all`.
+        answer_time: Time of the last answer of the store.
         is_connected: Whether the store still exists.
-        cause: Why the first process that ended has ended, if it is known.
-        cause_read: Time at which the cause was read.
+        cause: Why the first process that ended has ended, or None if that is unknown.
+        cause_time: Time at which the cause was read.
         num_reads: Number of answers of the store so far.
     """
 
@@ -151,11 +151,11 @@ class HeartbeatExchange:
         self.observes_all = False
         self.is_ending = False
         self.heartbeats: dict[int, Heartbeat] = {}
-        self.changed: dict[int, float] = {}
-        self.answered = clock.read()
+        self.change_times: dict[int, float] = {}
+        self.answer_time = clock.read()
         self.is_connected = True
         self.cause: Cause | None = None
-        self.cause_read = 0.0
+        self.cause_time = 0.0
         self.num_reads = 0
         self.count = 0
         self.cause_to_write: Cause | None = None
@@ -176,7 +176,7 @@ class HeartbeatExchange:
 
     def observe_all(self) -> None:
         """Read the heartbeats of all processes, and measure for how long each has not changed."""
-        self.changed = {}
+        self.change_times = {}
         self.observes_all = True
 
     def announce(self, cause: Cause) -> None:
@@ -210,14 +210,14 @@ class HeartbeatExchange:
         ranks = range(self.num_processes if self.observes_all else 1)
         cause, *texts = self.store.multi_get([CAUSE_KEY, *map(_make_key, ranks)])
         now = self.clock.read()
-        self.answered = now
+        self.answer_time = now
         if cause and self.cause is None:
-            self.cause_read = now
+            self.cause_time = now
             self.cause = Cause(**json.loads(cause))
         for rank, text in zip(ranks, texts):
             heartbeat = Heartbeat(**json.loads(text))
-            if rank not in self.changed or heartbeat != self.heartbeats[rank]:
-                self.changed[rank] = now
+            if rank not in self.change_times or heartbeat != self.heartbeats[rank]:
+                self.change_times[rank] = now
             self.heartbeats[rank] = heartbeat
         self.num_reads += 1
 

@@ -21,9 +21,9 @@ UNSUPPORTED_VARIABLES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", "--shard hybrid"),
 }
 SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-NO_DYNAMO = ("", "no")
-# `accelerate launch` also sets "no" if nobody chose a precision, so "no" contradicts no flag.
-NO_PRECISION = ("", "no")
+# Values of a dynamo backend or a precision that contradict no flag. `accelerate launch` also sets
+# the precision "no" if the user has not selected one.
+UNSET_VALUES = ("", "no")
 
 
 def check_launcher(precision: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -41,7 +41,7 @@ def check_launcher(precision: str, environment: Mapping[str, str] = os.environ) 
         if environment.get(name, "").lower() in ("true", "1"):
             raise _make_launcher_error(f"enables {feature}, which train.py does not use", flag)
     dynamo_backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "").lower()
-    if dynamo_backend not in NO_DYNAMO:
+    if dynamo_backend not in UNSET_VALUES:
         raise _make_launcher_error(f"selects the dynamo backend {dynamo_backend}", "--compile")
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
@@ -50,7 +50,7 @@ def check_launcher(precision: str, environment: Mapping[str, str] = os.environ) 
             f"--gradient-accumulation-steps {accumulation}",
         )
     launcher_precision = environment.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    if launcher_precision not in (*NO_PRECISION, precision):
+    if launcher_precision not in (*UNSET_VALUES, precision):
         raise _make_launcher_error(
             f"selects the precision {launcher_precision}, but --mixed-precision is {precision} "
             "(auto is bf16 on GPUs that support it, otherwise no)",

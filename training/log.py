@@ -182,8 +182,10 @@ class Console:
             self.bar.set_postfix(numbers)
 
     def estimate_remaining_seconds(self, step: int) -> float | None:
-        """Return the remaining seconds, with the same share of pauses as so far, if known."""
-        first_step, first_time = self.reference_point or (step, 0.0)
+        """Return the remaining seconds if pauses are as frequent as before, or None if unknown."""
+        if self.reference_point is None:
+            return None
+        first_step, first_time = self.reference_point
         if step == first_step:
             return None
         seconds_per_step = (time.monotonic() - first_time) / (step - first_step)

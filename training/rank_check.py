@@ -1,6 +1,6 @@
 """Compare the processes of a run at start: code, packages, GPUs, flags and latent cache.
 
-A process that differs from the others would train another network, or wait for them without end.
+A process that differs from the others would train another network, or wait for them indefinitely.
 The processes are therefore compared before they connect over NCCL or gloo. Each of them writes a
 record to the key-value store at MASTER_ADDR:MASTER_PORT, which needs no GPU, and the first process
 compares the records and reports a difference in one line.
@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,13 +23,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError, first_line, format_value, get_rank_prefix, print_warning
+from common.cli import UserError, first_line, format_value, print_warning
+from common.logs import get_logger
 from common.processes import ProcessEnvironment, connecting_processes
 from common.watchdog import REPORT_SECONDS, waiting_for
 from latents.cache import LatentCache
 from training.config import Settings
 from training.preemption import STOP_SIGNALS
 from training.resume import build_args_json
+
+logger = get_logger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("accelerate", "numpy", "timm", "diffusers", "safetensors")
@@ -74,7 +76,7 @@ ANSWER_SECONDS = 5.0  # time for the other processes to read the result before t
 
 @dataclass(frozen=True)
 class ProcessRecord:
-    """What a process reports to the first one.
+    """The values that a process sends to the first process for comparison.
 
     Attributes:
         rank: Rank of the process.
@@ -356,11 +358,8 @@ def _wait_for_records(store: dist.Store, num_processes: int, timeout: timedelta)
         now = time.monotonic()
         if missing and now >= next_report:
             next_report = now + REPORT_SECONDS
-            print(
-                f"{get_rank_prefix()}waiting for {format_ranks(missing)} to start "
-                f"({now - start:.0f} s so far)",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                "waiting for %s to start (%.0f s so far)", format_ranks(missing), now - start
             )
         return not missing
 

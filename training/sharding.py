@@ -102,7 +102,7 @@ class Sharding:
             allocate(network, self.device)
 
     def describe(self) -> str:
-        """Return a line about the placement of the state."""
+        """Return a message about the placement of the state."""
         parts = "gradients, optimizer state and EMAs"
         if self.mode != "optimizer":
             parts = f"parameters, {parts}"
@@ -126,7 +126,7 @@ class Sharding:
                 dist.broadcast(whole, src=0)
                 rows = self.get_rows(sharded)
                 rows.tensor.copy_(whole[rows.first : rows.first + len(rows.tensor)])
-            if self.device.type == "cuda":  # otherwise, the process waits later
+            if self.device.type == "cuda":  # so that the wait is reported here
                 torch.cuda.synchronize(self.device)
 
     def get_rows(self, tensor: Tensor) -> Rows:
@@ -154,7 +154,7 @@ class Sharding:
         with waiting_for_processes("the weights of the other processes"):
             for name, tensor in ema.state_dict().items():
                 values[name].copy_(gather_tensor(tensor))
-            if self.device.type == "cuda":  # otherwise, the process waits later
+            if self.device.type == "cuda":  # so that the wait is reported here
                 torch.cuda.synchronize(self.device)
 
     @contextmanager
@@ -167,18 +167,19 @@ class Sharding:
         finally:
             model.set_requires_gradient_sync(True)
 
-    def prepare(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap the network and the optimizer for mixed precision, without DDP."""
-        model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        return model, accelerator.prepare_optimizer(optimizer, device_placement=False)
+
+def wrap_sharded(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Wrap a sharded network and its optimizer for mixed precision, without DDP."""
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    return model, accelerator.prepare_optimizer(optimizer, device_placement=False)
 
 
 def wrap_with_ddp(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap the network and the optimizer of an unsharded state."""
+    """Wrap an unsharded network and its optimizer for mixed precision and DDP."""
     return accelerator.prepare(model, optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Wait for files that a process sees and a network file system shows late to others."""
+"""Wait for files that another process has written to a network file system."""
 
 import socket
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 from common.cli import UserError
 from common.watchdog import waiting_for
 
-VISIBILITY_SECONDS = 60.0  # the default of NFS for the time that it remembers a missing file
+VISIBILITY_SECONDS = 60.0  # by default, NFS caches for this long that a file is missing
 POLL_SECONDS = 0.5
 
 
@@ -52,7 +52,7 @@ def wait_for_files(
 def _find_incomplete_file(folder: Path, sizes: dict[str, int]) -> str | None:
     """Return the first file that is missing or has another size, or None."""
     with suppress(OSError):
-        # Reading the folders makes NFS look for files that it remembers as missing.
+        # Reading the folders makes NFS look again for files that it has cached as missing.
         list(folder.parent.iterdir())
         list(folder.iterdir())
     for name, size in sizes.items():

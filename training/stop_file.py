@@ -1,6 +1,6 @@
 """Stop a run if the file STOP appears in its folder, for users who cannot send it a signal.
 
-The file also tells the launcher not to restart the run: the exit code is 0.
+The exit code is then 0, so that a launcher does not restart the run.
 """
 
 import os
@@ -61,7 +61,10 @@ def watching_stop_file(folder: Path, request: StopRequest, is_main_process: bool
 
 
 def agree_on_stop_file(folder: Path, request: StopRequest) -> None:
-    """Tell all processes whether the file stopped the run; every process must call this."""
+    """Set `request.is_final` on all processes to whether the file stopped the run.
+
+    All processes must call this.
+    """
     is_stopped_by_file = request.name == str(stop_file(folder))
     request.is_final = broadcast_object(
         is_stopped_by_file, "the first process to report why the run stops"

@@ -26,12 +26,12 @@ class TransientError(Exception):
 
 
 class ShortFileError(TransientError):
-    """The requested range begins behind the end of the file."""
+    """The requested range begins after the end of the file."""
 
 
 @dataclass(frozen=True)
 class Download:
-    """The bytes of a file from a position on, while they are being received.
+    """A download in progress.
 
     Attributes:
         start: Position of the first byte.
@@ -96,7 +96,7 @@ class Retries:
 
 
 class RemoteFiles(ABC):
-    """The files under a URL. It can be pickled, and used after a fork.
+    """The files under a URL. Objects can be pickled, and used after a fork.
 
     Args:
         url: URL of the folder.
@@ -153,7 +153,7 @@ class RemoteFiles(ABC):
         """Read bytes start to stop - 1 of a file, by default until its end.
 
         Returns:
-            The bytes, which are fewer if the file ends before, and the size of the file.
+            The bytes, which are fewer if the file ends earlier, and the size of the file.
 
         Raises:
             FileNotFoundError: The file does not exist.

@@ -45,7 +45,7 @@ class HttpFiles(RemoteFiles):
 
     def download(self, name: str, start: int = 0, stop: int | None = None) -> Download:
         """Request a range of a file (see RemoteFiles)."""
-        # Compressed content would have other positions.
+        # In compressed content, the bytes would have other positions.
         headers = {"Accept-Encoding": "identity"}
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"

@@ -1,7 +1,7 @@
 """Copy files from a URL to a local folder, once per machine. An interrupted copy is continued.
 
 FILE             a complete file, whose sha256 has been checked
-.NAME.partial    the first bytes of a file
+.FILE.partial    the first bytes of a file
 .lock            locked by the process that copies
 """
 

@@ -1,4 +1,4 @@
-"""Trains with a process that hangs or fails.
+"""Train with a process that hangs or fails.
 
 The arguments are the failure, the rank of the process, and the flags of train.py.
 """
@@ -16,7 +16,7 @@ from models.sit import SiT
 
 
 def stop() -> None:
-    """Stop the process, as a machine that does not answer would."""
+    """Stop the process, like a machine that does not answer."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -26,7 +26,7 @@ def kill() -> None:
 
 
 def sleep() -> None:
-    """Sleep longer than the test, as a file system that does not answer would."""
+    """Sleep longer than the test, like a file system that does not answer."""
     time.sleep(3600)
 
 
