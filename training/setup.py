@@ -226,21 +226,9 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         accelerator.print(format_flags(flags))
         return None
 
-    # Compare the flags with those of the run, and find out where it stopped. Only the first process
-    # checks, because files on a network disk may become visible to the other processes later.
+    # Compare the flags with those of the run, and find out where it stopped.
     num_steps = settings.loop.num_steps
-    position = RunPosition()
-    with fail_together():
-        if accelerator.is_main_process:
-            check_same_run(flags, folder)
-            position = find_position(
-                folder,
-                num_steps,
-                settings.optimizer.ema_decay,
-                settings.preview.every,
-                settings.evaluation.every,
-            )
-    position = broadcast_object(position, "the first process to find the newest checkpoint")
+    position = agree_on_position(settings, flags, accelerator.is_main_process)
     if position.step >= num_steps and not position.has_pending_work:
         logger.info(
             "%s has completed its %s steps; raise --max-train-steps to train further",
@@ -277,34 +265,11 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
     # Open the log at the step of the checkpoint.
     with fail_together():
         log = open_log(folder, settings.loop, settings.log, flags, accelerator, networks, position)
-    log.info(
-        f"{settings.model.model}: {describe_networks(networks)}\n"
-        f"{describe_loop(settings.loop, settings.objective, accelerator, cache)}"
-    )
-    if sharding:
-        log.info(sharding.describe())
-    for line in describe_labels(networks.config, cache, settings.preview):
+    for line in describe_run(settings, accelerator, cache, networks):
         log.info(line)
     if position.checkpoints:
         log.info(f"resuming from {position.checkpoints[-1]}")
-    monitors = Monitors(
-        log,
-        settings.optimizer.ema_decay,
-        num_steps,
-        networks.preview,
-        networks.evaluator,
-        settings.preview.every,
-        settings.evaluation.every,
-        position.complete_evaluations,
-        position.complete_previews,
-        restore_failures(
-            networks.state.progress,
-            {
-                "preview": record_flags(settings.preview),
-                "evaluation": record_flags(settings.evaluation),
-            },
-        ),
-    )
+    monitors = make_monitors(settings, log, networks, position)
     compile_cache = load_compile_cache(settings, accelerator, networks.config)
     return Run(
         cache,
@@ -317,6 +282,58 @@ def prepare_run(settings: Settings, accelerator: Accelerator, resources: ExitSta
         monitors,
         FirstStep(compile_cache, accelerator.device, log.info),
         num_steps,
+    )
+
+
+def agree_on_position(settings: Settings, flags: dict, is_main_process: bool) -> RunPosition:
+    """Find out where the run stopped. All processes must call this.
+
+    Only the first process looks at the files, because those on a network disk may become visible to
+    the other processes later.
+
+    Args:
+        settings: Settings of the run.
+        flags: Contents of args.json for the current command line.
+        is_main_process: Whether this is the first process.
+
+    Raises:
+        UserError: On the first process, if the run was started with other flags.
+        SystemExit: On the other processes in this case.
+    """
+    folder = settings.run.folder
+    position = RunPosition()
+    with fail_together():
+        if is_main_process:
+            check_same_run(flags, folder)
+            position = find_position(
+                folder,
+                settings.loop.num_steps,
+                settings.optimizer.ema_decay,
+                settings.preview.every,
+                settings.evaluation.every,
+            )
+    return broadcast_object(position, "the first process to find the newest checkpoint")
+
+
+def make_monitors(
+    settings: Settings, log: RunLog, networks: Networks, position: RunPosition
+) -> Monitors:
+    """Build the schedule of previews and evaluations at the position of the run."""
+    flags = {
+        "preview": record_flags(settings.preview),
+        "evaluation": record_flags(settings.evaluation),
+    }
+    return Monitors(
+        log,
+        settings.optimizer.ema_decay,
+        settings.loop.num_steps,
+        networks.preview,
+        networks.evaluator,
+        settings.preview.every,
+        settings.evaluation.every,
+        position.complete_evaluations,
+        position.complete_previews,
+        restore_failures(networks.state.progress, flags),
     )
 
 
@@ -588,6 +605,18 @@ def open_log(
     )
     log.restore(state.step, state.progress)
     return log
+
+
+def describe_run(
+    settings: Settings, accelerator: Accelerator, cache: LatentCache, networks: Networks
+) -> list[str]:
+    """Return messages about the networks, the batch, the data and the labels of a run."""
+    networks_text = f"{settings.model.model}: {describe_networks(networks)}"
+    loop_text = describe_loop(settings.loop, settings.objective, accelerator, cache)
+    messages = [f"{networks_text}\n{loop_text}"]
+    if networks.state.sharding:
+        messages.append(networks.state.sharding.describe())
+    return messages + describe_labels(networks.config, cache, settings.preview)
 
 
 def describe_networks(networks: Networks) -> str:
