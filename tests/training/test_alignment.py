@@ -430,13 +430,14 @@ def without_projector_width(flags):
     return [flag for flag in flags if flag not in ("--projector-width", "64")]
 
 
-def test_all_methods_together_resume_bit_for_bit(call, with_images, tmp_path):
+def test_all_methods_together_resume_bit_for_bit(call, with_images, tmp_path, process_group):
+    """A sharded run of all methods has the same losses."""
     objective = "--prediction x --weighting lognormal --path-type vp"
     options = repa_flags(with_images, "--repa-side", 64, *objective.split())
     options[1:2] = ["sra2", "repa", "sra"]
-    unbroken, resumed = (
+    unbroken, resumed, sharded = (
         train_flags(with_images / "data", tmp_path, name, *options)
-        for name in ("unbroken", "resumed")
+        for name in ("unbroken", "resumed", "sharded")
     )
     assert call(train, *unbroken, "--max-train-steps", 4)[0] == 0
     assert call(train, *resumed, "--max-train-steps", 2)[0] == 0
@@ -445,6 +446,11 @@ def test_all_methods_together_resume_bit_for_bit(call, with_images, tmp_path):
     assert have_equal_weights(tmp_path / "unbroken", tmp_path / "resumed", "0000004")
     code, out = call(train, *resumed, "--max-train-steps", 6, "--align-depth", 1)
     assert code == 2 and "--align-depth was" in out
+    assert call(train, *sharded, "--max-train-steps", 4, "--shard", "full")[0] == 0
+    for row, expected in zip(
+        read_metrics(tmp_path / "sharded"), read_metrics(tmp_path / "resumed")
+    ):
+        assert row == pytest.approx(expected, rel=1e-4)
 
 
 def test_setting_of_a_method_is_part_of_the_run(call, cache, tmp_path):

@@ -29,9 +29,16 @@ def have_equal_tensors(a, b) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_non_finite_step_is_skipped_and_reported(call, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("shard", "part"),
+    [([], ""), (["--shard", "full"], "-00000-of-00001")],
+    ids=["whole", "sharded"],
+)
+def test_non_finite_step_is_skipped_and_reported(
+    call, cache, tmp_path, monkeypatch, shard, part, process_group
+):
     make_loss_nan(monkeypatch, {3, 5})
-    flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 6)
+    flags = train_flags(cache, tmp_path, "run", "--log-every", 2, "--max-train-steps", 6, *shard)
     code, out = call(train, *flags)
     assert code == 0
     assert "step 3: not finite: denoising, grad_norm; update skipped" in out
@@ -40,9 +47,9 @@ def test_non_finite_step_is_skipped_and_reported(call, cache, tmp_path, monkeypa
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     assert all(row["loss"] < 10 for row in rows)  # means over the finite steps
     checkpoint = tmp_path / "run/checkpoints/0000006"
-    moments = load_file(checkpoint / "optimizer.safetensors")
+    moments = load_file(checkpoint / f"optimizer{part}.safetensors")
     assert moments["0.step"] == 4
-    for tensors in (moments, load_file(checkpoint / "model.safetensors")):
+    for tensors in (moments, load_file(checkpoint / f"model{part}.safetensors")):
         assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
