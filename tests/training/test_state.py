@@ -4,10 +4,12 @@ import copy
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from checkpointing import storage
 from checkpointing.storage import (
     CheckpointError,
     ema_filename,
@@ -15,10 +17,14 @@ from checkpointing.storage import (
     list_checkpoints,
     load_weights,
     lock_run,
+    read_config,
     save_tensors,
     verify_checkpoint,
 )
+from checkpointing.tensor_file import StoredTensors
+from common.files import sha256
 from training import checkpoints as checkpoints_module
+from training import setup
 from training.checkpoints import CheckpointWriter, take_snapshot, write_checkpoint
 from training.state import EMA, TrainState
 
@@ -79,6 +85,34 @@ def test_loading_restores_the_saved_state(tmp_path):
         assert torch.equal(actual.weight, expected.weight)
     assert_equal_moments(other, state)
     assert json.loads((folder / "config.json").read_text()) == CONFIG | {"step": 7}
+
+
+def test_each_process_verifies_some_of_the_files(tmp_path, monkeypatch):
+    folder = save(make_state(), tmp_path)
+    shares: list[set[str]] = []
+
+    def record(path):
+        shares[-1].add(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(storage, "sha256", record)
+    for rank in range(2):
+        shares.append(set())
+        verify_checkpoint(folder, (rank, 2))
+    assert shares[0] and shares[1] and not shares[0] & shares[1]
+    assert shares[0] | shares[1] == {path.name for path in folder.iterdir()} - {"progress.json"}
+
+
+def test_process_that_receives_the_tensors_reads_none(tmp_path, monkeypatch):
+    state = make_state()
+    folder = save(state, tmp_path)
+    other = make_state(seed=1)
+    other.optimizer.state.clear()
+    monkeypatch.setattr(StoredTensors, "copy_rows", None)  # reading fails
+    other.load(folder, verify_checkpoint(folder), reads_tensors=False)
+    assert other.step == 7
+    moments, expected = other.get_moments(), state.get_moments()
+    assert {k: v.shape for k, v in moments.items()} == {k: v.shape for k, v in expected.items()}
 
 
 @pytest.mark.parametrize("num_written", range(6))
@@ -319,3 +353,23 @@ def test_ema_files_are_found_by_their_decay():
     message = r"no EMA of --ema-decay 0\.7; choose one of 0\.9 0\.5"
     with pytest.raises(CheckpointError, match=message):
         ema_filename(CONFIG, 0.7)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_the_work_of_restoring(trained, monkeypatch, rank):
+    """Each process verifies some of the files, and only the first one reads tensors."""
+    (checkpoint,) = list_checkpoints(trained)
+    calls = []
+    monkeypatch.setattr(setup, "verify_checkpoint", lambda _, share: calls.append(share))
+    state = SimpleNamespace(
+        sharding=None,
+        load=lambda checkpoint, progress, reads_tensors: calls.append(reads_tensors),
+        broadcast_from_first_process=lambda: calls.append("broadcast"),
+    )
+    setup.restore_checkpoint(
+        SimpleNamespace(state=state, config=read_config(checkpoint)),
+        SimpleNamespace(data=None, run=SimpleNamespace(folder=trained)),
+        SimpleNamespace(process_index=rank, num_processes=2, is_main_process=not rank, scaler=None),
+        checkpoint,
+    )
+    assert calls == [(rank, 2), rank == 0, "broadcast"]
